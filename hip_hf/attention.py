@@ -1,0 +1,179 @@
+"""`hip_attention`: attention on tensors. Decides between the sparse path and dense, in one place and with a reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hip_hf.config import HiPConfig
+from hip_hf.methods.base import BlockMask
+from hip_hf.problem import AttentionProblem, check_finite, check_tensors, make_spans
+from hip_hf.reference import dense
+from hip_hf.reference.sparse import DECODE_ROWS, SparseAttention, tensors_of
+from hip_hf.state import DecodeState
+
+# Where the sparse path starts to win over PyTorch's attention on a CPU, in prefill and in decode
+# (`hip-hf latency`, docs/performance.md).
+DENSE_BELOW_PREFILL = 2048
+DENSE_BELOW_DECODE = 4096
+
+
+@dataclass
+class Result:
+    """What an attention call computed, and how: `path` is `sparse` or `dense` (then `reason` says why)."""
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    mask: BlockMask | None
+    path: str
+    reason: str
+    share: float  # of the visible keys, how many were read
+    unsupported: bool = False  # dense because the sparse path lacks something, not because it was asked for
+
+
+def sparse_reach(config: HiPConfig) -> int:
+    """Keys that the sparse path reads for a row at most: a context up to this long it reads whole."""
+    return config.sink + config.budget + config.window
+
+
+def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None) -> tuple[str, bool]:
+    """Why this call must be dense, or an empty string; and whether that is for want of support. The only such decision."""
+    if config.method == "dense":
+        return "method is dense", False
+    if config.is_dense_layer(layer):
+        return "dense layer", False
+    if problem.sliding_window is not None and problem.sliding_window <= sparse_reach(config):
+        return f"sliding window of {problem.sliding_window} is within the sparse set", False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
+        return "gradients are not supported yet", True
+    decoding = problem.q.shape[2] <= DECODE_ROWS
+    below = config.dense_below
+    if below is None:
+        below = DENSE_BELOW_DECODE if decoding else DENSE_BELOW_PREFILL
+    if problem.longest < below:
+        return f"context of {problem.longest} is below dense_below={below}", False
+    if below and problem.longest <= sparse_reach(config):
+        return f"the budget covers the context of {problem.longest}", False
+    return "", False
+
+
+def attend(
+    problem: AttentionProblem,
+    config: HiPConfig,
+    layer: int | None = None,
+    state: DecodeState | None = None,
+    need_lse: bool = False,
+    need_mask: bool = False,
+) -> Result:
+    """Attention of a validated problem. Rows outside every span give 0, and -inf as log-sum-exp."""
+    config = config.for_layer(layer)
+    q, v = problem.q, problem.v
+    out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    lse = None
+    if need_lse:
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    reason, unsupported = dense_reason(problem, config, layer)
+    if not problem.spans:
+        return Result(out, lse, None, "dense", "no row has a key", 1.0)
+    if reason:
+        if state is not None:
+            for span in problem.spans:
+                state.row(span.batch, span.key_start, span.position, span.end).selection = None
+        attend_dense(problem, out, lse)
+        return Result(out, lse, None, "dense", reason, 1.0, unsupported)
+    sparse = SparseAttention(problem, config, out, lse, need_mask)
+    sparse.run(state)
+    return Result(out, lse, sparse.mask, "sparse", "", sparse.reading.read / sparse.reading.visible)
+
+
+def attend_dense(problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Dense attention into `out` and `lse`."""
+    if dense.sdpa_serves(problem, lse is not None):
+        dense.sdpa(problem, out)
+        return
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
+        dense.masked(problem, visible_of(problem), out)
+        return
+    for span in problem.spans:
+        dense.attend_rows(tensors_of(problem, span, out, lse), 0, span)
+
+
+def visible_of(problem: AttentionProblem) -> torch.Tensor:
+    """The mask `[B, 1, Tq, Tk]` that the spans and the sliding window stand for. `T x T`: for training only."""
+    batch, _, rows, _ = problem.q.shape
+    visible = torch.zeros(batch, 1, rows, problem.k.shape[2], dtype=torch.bool, device=problem.q.device)
+    for span in problem.spans:
+        key = torch.arange(span.keys, device=visible.device)
+        row = torch.arange(span.position, span.end, device=visible.device)[:, None]
+        seen = key <= row
+        if problem.sliding_window is not None:
+            seen &= key > row - problem.sliding_window
+        visible[span.batch, 0, span.row_start : span.row_end, span.key_start : span.key_end] = seen
+    return visible
+
+
+def hip_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    config: HiPConfig | None = None,
+    scale: float | None = None,
+    key_start: torch.Tensor | None = None,
+    q_start: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    state: DecodeState | None = None,
+    layer: int | None = None,
+    return_lse: bool = False,
+    return_mask: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor | BlockMask | None, ...]:
+    """Causal attention of `q` to the keys that the configured method selects.
+
+    Args:
+        q: `[B, Hq, Tq, D]`; k: `[B, Hkv, Tk, D]`; v: `[B, Hkv, Tk, Dv]`; float16, bfloat16, float32 or float64.
+        config: settings; default `HiPConfig()`.
+        scale: of the logits; default `D ** -0.5`.
+        key_start: int `[B]`, first real key of each row; earlier ones are padding.
+        q_start: int `[B]`, key slot of the first query row; default `Tk - Tq`.
+        sliding_window: keys in sight of a row, itself included.
+        softcap: logits become `softcap * tanh(logits / softcap)`.
+        sinks: `[Hq]`, one extra logit per query head that takes part in the softmax.
+        state: kept between decode calls on a growing cache; without it the pyramid is rebuilt, O(T).
+        layer: index for the layer rules (`dense_layers`, `layers`); None: they do not apply.
+
+    Returns:
+        out `[B, Hq, Tq, Dv]`; then, where asked for, lse `[B, Hq, Tq]` (fp32, fp64 for fp64; natural log; sinks
+        included) and the `BlockMask` (None if the call went dense). A row without any key gives 0 and -inf.
+
+    Raises:
+        ValueError: tensors that do not fit together, out-of-range arguments, NaN or infinity in q or k.
+            Nothing has been computed and `state` is as it was.
+    """
+    config = HiPConfig() if config is None else config
+    if not isinstance(config, HiPConfig):
+        raise ValueError(f"config: got {type(config).__name__}, allowed: HiPConfig")
+    check_tensors(q, k, v)
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name}: got {value}, allowed: None or a finite number > 0")
+    for name, count in (("sliding_window", sliding_window), ("layer", layer)):
+        low = 1 if name == "sliding_window" else 0
+        if count is not None and (not isinstance(count, int) or count < low):
+            raise ValueError(f"{name}: got {count!r}, allowed: None or an integer >= {low}")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
+        raise ValueError(f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"q.shape: got {q.shape[2]} query rows, allowed: at most the {k.shape[2]} keys")
+    spans = make_spans(q, k, key_start, q_start)
+    check_finite("q", q, spans, rows=True)
+    if state is None or q.shape[2] > DECODE_ROWS:  # a step on a kept state must not read the whole cache
+        check_finite("k", k, spans, rows=False)
+    problem = AttentionProblem(q, k, v, spans, q.shape[-1] ** -0.5 if scale is None else scale, sliding_window, softcap, sinks)
+    result = attend(problem, config, layer, state, return_lse, return_mask)
+    if not return_lse and not return_mask:
+        return result.out
+    extra = ([result.lse] if return_lse else []) + ([result.mask] if return_mask else [])
+    return (result.out, *extra)

@@ -1,0 +1,198 @@
+"""`HiPConfig`: every setting of the attention, validated on construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hip_hf.methods import METHODS, options_type
+
+REPRESENTATIVES = ("blend", "mean", "minmax", "outliers", "middle", "first", "last")
+SCORES = ("mass", "max")
+BACKENDS = ("auto", "torch", "triton")
+
+
+def _fail(name: str, value: object, allowed: str) -> None:
+    raise ValueError(f"HiPConfig.{name}: got {value!r}, allowed: {allowed}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class HiPConfig:
+    """Settings of hierarchically pruned attention. All sizes are in keys (tokens) unless said otherwise.
+
+    Args:
+        method: a selector (`hip`, `streaming`, `oracle`) or `dense`.
+        options: the method's own settings, validated by its dataclass (`hip_hf.methods.hip.HiPOptions`).
+        budget: keys selected per query block, a multiple of `block_k`.
+        block_q: query rows that share one selection.
+        block_k: keys per block, the unit of selection.
+        query_stride: every `query_stride`-th row of a query block votes; its last row always does.
+        sink: first keys of a row, always read (rounded up to `block_k`).
+        window: keys before the query block, always read.
+        group_shared: one selection per KV group instead of one per query head.
+        representative: what stands for a chunk of keys in the search: `blend` (centre and spread), `mean`,
+            `minmax`, `outliers`, `middle` (the HiP paper), `first`, `last`.
+        score: `mass` (softmax over the candidates, summed over rows) or `max` (best logit, the HiP paper).
+        beam: levels above the last keep `beam * budget` keys' worth of chunks.
+        rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off.
+        coarsest: largest chunk, in keys, that the search may start from; None starts from as few as possible.
+        dense_layers: a count of first layers, or a list of layer indices, that stay dense.
+        dense_below: contexts shorter than this go dense; None takes the backend's measured default, 0 means never.
+        dense_tail: the last rows of each prefill call are computed densely.
+        decode_refresh: decode steps that one selection serves, its own included.
+        layers: overrides for single layers, `{layer: {field: value}}`.
+        backend: `auto` or `torch` (any device).
+
+    `from_dict` and `dataclasses.replace` validate as the constructor does.
+
+    Raises:
+        ValueError: a field is unknown or out of range; the message names field, value and what is allowed.
+    """
+
+    method: str = "hip"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    budget: int = 1024
+    block_q: int = 64
+    block_k: int = 16
+    query_stride: int = 2
+    sink: int = 64
+    window: int = 512
+    group_shared: bool = True
+    representative: str = "blend"
+    score: str = "mass"
+    beam: int = 4
+    rescore: int = 1
+    coarsest: int | None = None
+    dense_layers: int | list[int] = 3
+    dense_below: int | None = None
+    dense_tail: int = 64
+    delta: int | None = None
+    delta_mode: str = "step"
+    decode_refresh: int = 8
+    extend: str | None = None
+    layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        if not isinstance(self.options, Mapping):
+            _fail("options", self.options, "a mapping of the method's own settings")
+        object.__setattr__(self, "options", dict(self.options))
+        self.method_options()
+        self._check_layers()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "method": tuple(METHODS),
+            "representative": REPRESENTATIVES,
+            "score": SCORES,
+            "backend": BACKENDS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                _fail(name, getattr(self, name), " | ".join(allowed))
+        if self.backend == "triton":
+            _fail("backend", self.backend, "auto | torch (the triton kernels are not part of this release)")
+        if self.delta is not None:
+            _fail("delta", self.delta, "None (Delta correction is not part of this release)")
+        if self.delta_mode not in ("step", "interpolate"):
+            _fail("delta_mode", self.delta_mode, "step | interpolate")
+        if self.extend is not None:
+            _fail("extend", self.extend, "None (context extension is not part of this release)")
+        if not isinstance(self.group_shared, bool):
+            _fail("group_shared", self.group_shared, "True or False")
+
+    def _check_numbers(self) -> None:
+        at_least = dict(block_q=1, block_k=1, budget=1, query_stride=1, beam=1, rescore=1, decode_refresh=1)
+        at_least |= dict(sink=0, window=0, dense_tail=0, seed=0)
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            if not _is_int(value) or value < low:
+                _fail(name, value, f"an integer >= {low}")
+        if self.budget % self.block_k:
+            _fail("budget", self.budget, f"a multiple of block_k={self.block_k}")
+        if self.coarsest is not None:
+            chunks = self.coarsest // self.block_k if _is_int(self.coarsest) else 0
+            if chunks < 1 or self.coarsest % self.block_k or chunks & (chunks - 1):
+                _fail("coarsest", self.coarsest, f"None, or block_k={self.block_k} times a power of two")
+        if self.dense_below is not None and (not _is_int(self.dense_below) or self.dense_below < 0):
+            _fail("dense_below", self.dense_below, "None or an integer >= 0")
+        dense = self.dense_layers
+        ok = dense >= 0 if _is_int(dense) else isinstance(dense, (list, tuple)) and all(_is_int(i) and i >= 0 for i in dense)
+        if not ok:
+            _fail("dense_layers", dense, "a count >= 0 or a list of layer indices >= 0")
+        if isinstance(dense, tuple):
+            object.__setattr__(self, "dense_layers", list(dense))
+
+    def _check_layers(self) -> None:
+        if not isinstance(self.layers, Mapping):
+            _fail("layers", self.layers, "a mapping {layer index: {field: value}}")
+        layers = {}
+        for key, fields in self.layers.items():
+            index = int(key) if isinstance(key, str) and key.isdecimal() else key
+            if not _is_int(index) or index < 0:
+                _fail("layers", key, "layer indices >= 0 as keys")
+            if not isinstance(fields, Mapping):
+                _fail("layers", fields, f"a mapping of fields for layer {index}")
+            if "layers" in fields:
+                _fail("layers", dict(fields), "any field but `layers` itself")
+            layers[index] = dict(fields)
+        object.__setattr__(self, "layers", layers)
+        for index in layers:
+            try:
+                self.for_layer(index)
+            except ValueError as error:
+                raise ValueError(f"HiPConfig.layers[{index}]: {error}") from None
+
+    def method_options(self) -> Any:
+        """The method's own options as its dataclass. Raises ValueError for unknown or invalid ones."""
+        kind = options_type(self.method)
+        known = [f.name for f in dataclasses.fields(kind)]
+        for name in self.options:
+            if name not in known:
+                _fail("options", name, f"{known or 'none'} (options of method {self.method!r})")
+        return kind(**self.options)
+
+    def for_layer(self, layer: int | None) -> HiPConfig:
+        """The settings that hold in one layer: overrides applied. `None` gives the settings themselves."""
+        override = self.layers.get(layer) if layer is not None else None
+        if not override:
+            return self
+        return HiPConfig.from_dict({**self.to_dict(), "layers": {}, **override})
+
+    def is_dense_layer(self, layer: int | None) -> bool:
+        """Whether `layer` is one of `dense_layers`."""
+        if layer is None:
+            return False
+        return layer < self.dense_layers if isinstance(self.dense_layers, int) else layer in self.dense_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-safe dict; layer indices become strings, as they are in JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["options"] = dict(self.options)
+        values["layers"] = {str(index): dict(fields) for index, fields in self.layers.items()}
+        if isinstance(self.dense_layers, list):
+            values["dense_layers"] = list(self.dense_layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HiPConfig:
+        """The inverse of `to_dict`; fields left out take their defaults. Raises ValueError for unknown fields."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"HiPConfig.from_dict: got {type(values).__name__}, allowed: a mapping of fields")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(f"HiPConfig.{name}: unknown field with value {values[name]!r}{hint}, allowed: {known}")
+        return cls(**values)

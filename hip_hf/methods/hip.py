@@ -1,0 +1,233 @@
+"""HiP's tree search (HiP, arXiv 2406.09827, section 3): the key blocks with the most attention, in O(log T) per query block.
+
+The search descends the pyramid of chunk summaries (`pyramid.py`). At each level it scores its candidate chunks
+for a query block, keeps the best, and replaces each by its two halves, down to single key blocks:
+
+    level 3   [       |       |       |       ]        start: few enough chunks to score them all
+    level 2       [   |   ]       [   |   ]     [  ]   children of the kept, and a chunk at the middle's edge
+    level 1       [ | ]             [ | ]
+    level 0        []               [][]               the `budget / block_k` best blocks are attended
+
+Only complete chunks that lie wholly inside the *middle* (what is between sink and window, `QueryBlock.low` to
+`high`) are candidates, so no summary holds a key that the block may not see. Where a coarse chunk would straddle an
+edge of the middle, its child stands in its place at the child's level: at most one at either end of each level.
+With these, the candidates cover every block of the middle exactly once; no key is overlooked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
+from hip_hf.reference.workers import scratch
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+# Ids are packed into the low half of the sort keys of `best`; the largest of them stands for "no chunk".
+_LOW_BITS = NO_CHUNK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Options:
+    """`weight`: share of the bound in `blend`, 0 to 1. `outliers`: keys kept per chunk by `outliers`."""
+
+    weight: float = 0.5
+    outliers: int = 4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, (int, float)) or not 0 <= self.weight <= 1:
+            raise ValueError(f"HiPConfig.options['weight']: got {self.weight!r}, allowed: 0 to 1")
+        if not isinstance(self.outliers, int) or self.outliers < 1:
+            raise ValueError(f"HiPConfig.options['outliers']: got {self.outliers!r}, allowed: an integer >= 1")
+
+
+def start_level(config: HiPConfig, low: int, high: int) -> int:
+    """The smallest level at which blocks `low` to `high` make at most `2 * beam * budget / block_k` chunks, or `coarsest`."""
+    most = 2 * config.beam * config.budget // config.block_k
+    limit = (config.coarsest // config.block_k).bit_length() - 1 if config.coarsest else high.bit_length()
+    level = 0
+    while level < limit and (high >> level) - _ceil_shift(low, level) > most:
+        level += 1
+    return level
+
+
+def _ceil_shift(x, level: int):  # type: ignore[no-untyped-def]  # of an int or a tensor
+    return -(-x >> level)
+
+
+def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` ids with the highest scores, in no order. Ties go to the lower id; NaN counts as lowest.
+
+    scores fp32 or fp64 `[..., M]`, ids int64 `[..., M]` below 2**32.
+    """
+    if count >= ids.shape[-1]:
+        return ids
+    # A float's bits, negative ones flipped, sort like the float; the id below them breaks ties.
+    bits = torch.nan_to_num(scores.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    packed = (bits.long() << 32) | (_LOW_BITS - ids)
+    return _LOW_BITS - (packed.topk(count, sorted=False).values & _LOW_BITS)
+
+
+def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
+    """The rows that vote: every `query_stride`-th, counted back from the last."""
+    return range(block.row + (block.rows - 1) % config.query_stride, block.row + block.rows, config.query_stride)
+
+
+class Selector:
+    """The search with its settings bound; `bind` adds a span's tensors."""
+
+    def __init__(self, config: HiPConfig) -> None:
+        self.config = config
+        self.budget = config.budget // config.block_k
+        options = config.method_options()
+        self.representative: Representative = make_representative(config.representative, options.weight, options.outliers)
+
+    def make_pyramid(self, dtype: torch.dtype) -> Pyramid:
+        return Pyramid(self.representative, self.config.block_k, dtype)
+
+    def bind(
+        self, q: torch.Tensor, keys: torch.Tensor, pyramid: Pyramid, scale: float, softcap: float | None
+    ) -> TreeSearch:
+        """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every block searched."""
+        return TreeSearch(self.config, self.representative, q, keys, pyramid, scale, softcap)
+
+
+@dataclass(frozen=True)
+class TreeSearch:
+    config: HiPConfig
+    representative: Representative
+    q: torch.Tensor
+    keys: torch.Tensor
+    pyramid: Pyramid
+    scale: float
+    softcap: float | None
+
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+        """Sorted block indices `[heads, S, len(blocks), budget / block_k]`; `S` is 1 for a shared mask, else G."""
+        parts = []
+        shape_of = lambda block: (block.rows, start_level(self.config, block.low, block.high))  # noqa: E731
+        for (_, level), run in groupby(blocks, key=shape_of):
+            parts.append(self._search(heads, list(run), level))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _rows(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+        """Voting queries `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype."""
+        index = torch.tensor([list(sampled_rows(self.config, block)) for block in blocks], device=self.q.device)
+        q = self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale  # [heads, G, P, n, D]
+        if self.config.group_shared:
+            q = q.transpose(1, 2).flatten(2, 3)
+        else:
+            q = q.flatten(1, 2)
+        return q.contiguous()
+
+    def _search(self, heads: slice, blocks: list[QueryBlock], level: int) -> torch.Tensor:
+        config, device = self.config, self.q.device
+        budget = config.budget // config.block_k
+        q = self._rows(heads, blocks)
+        features = self.representative.features(q)
+        shares = q.shape[1] // len(blocks)
+        low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)  # [P]
+        high = torch.tensor([block.high for block in blocks], device=device).repeat(shares)
+
+        # Start: every query block meets the same tile of chunks, so this level is one matrix product.
+        first, last = _ceil_shift(low, level), high >> level
+        tile = slice(min(-(-b.low >> level) for b in blocks), max(b.high >> level for b in blocks))
+        ids = torch.arange(tile.start, tile.stop, device=device).expand(q.shape[0], len(low), -1)
+        invalid = (ids[0] < first[:, None]) | (ids[0] >= last[:, None])
+        rows = self.pyramid.levels[level][heads, tile]
+        scores = self._score(features.flatten(1, 2), rows, features.shape, invalid)
+        ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
+
+        while level > 0:
+            count = config.beam * budget
+            ids = best(scores, ids, count)
+            if min((b.high >> level) - (-(-b.low >> level)) for b in blocks) < count:
+                missing = ids == NO_CHUNK  # fewer chunks than the beam: what fills up must not count
+                ids = ids.masked_fill(missing, 0)
+            else:
+                missing = None
+            level -= 1
+            was_first, was_last = first, last
+            first, last = _ceil_shift(low, level), high >> level
+            edges = torch.stack([first, last - 1], dim=-1)  # [P, 2]
+            invalid = torch.stack([first == 2 * was_first, last == 2 * was_last], dim=-1)
+            if missing is not None:
+                invalid = torch.cat([missing.repeat_interleave(2, -1), invalid.expand(*ids.shape[:2], 2)], dim=-1)
+            children = torch.stack([2 * ids, 2 * ids + 1], dim=-1).flatten(-2)
+            ids = torch.cat([children, edges.expand(*ids.shape[:2], 2)], dim=-1)
+            scores = self._score(features, self._gather(heads, level, ids), features.shape, invalid)
+            ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
+
+        if config.rescore > 1:
+            ids = best(scores, ids, config.rescore * budget).sort(dim=-1).values
+            scores = self._exact(heads, q, ids)
+        ids = best(scores, ids, budget).sort(dim=-1).values
+        return ids.unflatten(1, (shares, len(blocks)))
+
+    def _gather(self, heads: slice, level: int, ids: torch.Tensor) -> torch.Tensor:
+        """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`."""
+        table = self.pyramid.levels[level][heads]
+        out = scratch.take("summaries", (*ids.shape, table.shape[-1]), table)
+        for head in range(len(ids)):
+            torch.index_select(table[head], 0, ids[head].flatten(), out=out[head].flatten(0, 1))
+        return out
+
+    def _score(self, features: torch.Tensor, rows: torch.Tensor, shape: torch.Size, invalid: torch.Tensor) -> torch.Tensor:
+        """Scores `[heads, P, M]` of chunks; `invalid` masks the last of them, `[P, m]` or `[heads, P, m]`.
+
+        Either each of P query blocks has its own chunks (features `[heads, P, R, F]`, rows `[heads, P, M, width]`),
+        or all share one tile (`[heads, P * R, F]`, `[heads, M, width]`). `shape` is `[heads, P, R, F]`.
+        """
+        per_chunk = self.representative.per_chunk
+        a, b = features.flatten(0, -3), rows.flatten(0, -3)  # [N, rows, F], [N, M, width]
+        count = b.shape[1]
+        b = b.reshape(len(b), count * per_chunk, -1)
+        logits = torch.bmm(a, b.transpose(1, 2), out=scratch.take("logits", (len(a), a.shape[1], b.shape[1]), a))
+        logits = logits.view(*shape[:3], count, per_chunk)
+        logits = logits.amax(-1) if per_chunk > 1 else logits.squeeze(-1)
+        return aggregate(logits, self.config.score, self.softcap, invalid)
+
+    def _exact(self, heads: slice, q: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Scores of key blocks `ids` `[heads, P, M]` by all their keys."""
+        keys, size = self.keys[heads], self.config.block_k
+        blocks = keys[:, : keys.shape[1] // size * size].unflatten(1, (-1, size)).flatten(2)
+        missing = ids == NO_CHUNK
+        ids = ids.masked_fill(missing, 0)
+        scores = torch.empty(ids.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        picked = scratch.take("picked", (len(ids), ids.shape[2], blocks.shape[-1]), keys)
+        for item in range(ids.shape[1]):
+            for head in range(len(ids)):
+                torch.index_select(blocks[head], 0, ids[head, item], out=picked[head])
+            flat = picked.view(len(ids), -1, keys.shape[-1]).to(q.dtype)
+            rows = q[:, item]
+            logits = torch.bmm(rows, flat.transpose(1, 2), out=scratch.take("logits", (*rows.shape[:2], flat.shape[1]), q))
+            invalid = missing[:, item].repeat_interleave(size, -1)
+            per_key = aggregate(logits, self.config.score, self.softcap, invalid if invalid.any() else None)
+            per_block = per_key.unflatten(-1, (-1, size))
+            scores[:, item] = per_block.sum(-1) if self.config.score == "mass" else per_block.amax(-1)
+        return scores
+
+
+def aggregate(logits: torch.Tensor, score: str, softcap: float | None, invalid: torch.Tensor | None) -> torch.Tensor:
+    """Logits `[..., R, M]` of the voting rows -> one score per candidate `[..., M]`; overwrites `logits`.
+
+    `mass`: softmax over the candidates, summed over rows. `max`: best logit of any row (the HiP paper).
+    """
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    if invalid is not None:
+        logits[..., logits.shape[-1] - invalid.shape[-1] :].masked_fill_(invalid.unsqueeze(-2), -torch.inf)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if score == "max":
+        return logits.amax(-2).to(dtype)
+    scores = torch.softmax(logits, dim=-1, out=logits).sum(-2, dtype=dtype)
+    if invalid is not None:
+        scores[..., scores.shape[-1] - invalid.shape[-1] :].masked_fill_(invalid, -torch.inf)
+    return scores

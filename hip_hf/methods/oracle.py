@@ -1,0 +1,55 @@
+"""The block oracle: the key blocks with the largest true softmax mass. Quadratic; the yardstick for the others' recall."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.hip import aggregate, best
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+
+class Selector:
+    """Scores every key of the middle, for every row (no sampling), by its share of the whole attention."""
+
+    def __init__(self, config: HiPConfig) -> None:
+        self.config = config
+        self.budget = config.budget // config.block_k
+
+    def make_pyramid(self, dtype: torch.dtype) -> None:
+        return None
+
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Exhaustive:
+        return Exhaustive(self.config, q, keys, scale, softcap)
+
+
+@dataclass(frozen=True)
+class Exhaustive:
+    config: HiPConfig
+    q: torch.Tensor
+    keys: torch.Tensor
+    scale: float
+    softcap: float | None
+
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+        config, parts = self.config, []
+        dtype = torch.promote_types(self.q.dtype, torch.float32)
+        for block in blocks:
+            q = self.q[heads, :, block.row : block.row + block.rows].to(dtype) * self.scale  # [H, G, n, D]
+            keys = self.keys[heads, : block.last + 1].to(dtype)
+            logits = torch.einsum("hgnd,hkd->hgnk", q, keys)
+            position = torch.arange(block.last + 1, device=q.device)
+            future = position > torch.arange(block.first, block.last + 1, device=q.device)[:, None]
+            logits.masked_fill_(future, -torch.inf)
+            logits = logits.flatten(1, 2).unsqueeze(1) if config.group_shared else logits
+            mass = aggregate(logits, "mass", self.softcap, None)  # [H, S, keys]
+            middle = mass[..., block.low * config.block_k : block.high * config.block_k]
+            scores = middle.unflatten(-1, (-1, config.block_k)).sum(-1)
+            ids = torch.arange(block.low, block.high, device=q.device).expand(scores.shape)
+            parts.append(best(scores, ids, config.budget // config.block_k).sort(dim=-1).values)
+        return torch.stack(parts, dim=2)

@@ -1,0 +1,220 @@
+"""The pyramid of chunk summaries that the tree search walks (HiP section 3; representatives: InfiniteHiP and ours).
+
+Level `l` summarises each aligned chunk of `block_k * 2**l` keys by a few vectors. Chunks are complete when they
+are summarised, so a summary never changes: the pyramid is append-only. A parent is merged from its two
+children, so one pass over the keys builds all levels, and appending needs only the last chunk of each level.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Summaries are computed for this many blocks at a time, so that temporaries stay in cache.
+BLOCKS_AT_ONCE = 2048
+
+
+class Representative:
+    """How a chunk is summarised and how a query is scored against a summary.
+
+    A *state* `[..., S, D]` is what merging needs; a *row* `[..., width]` is what scoring reads. Both are computed
+    in fp32 (fp64 for fp64 keys).
+    """
+
+    per_chunk = 1  # logits per chunk, of which the largest counts
+
+    def leaf(self, keys: torch.Tensor) -> torch.Tensor:
+        """State of blocks: keys `[..., block_k, D]` -> `[..., S, D]`."""
+        raise NotImplementedError
+
+    def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """State of a chunk from the states of its halves."""
+        raise NotImplementedError
+
+    def row(self, state: torch.Tensor) -> torch.Tensor:
+        """What scoring reads: `[..., S, D]` -> `[..., per_chunk * F]`."""
+        return state.flatten(-2)
+
+    def features(self, q: torch.Tensor) -> torch.Tensor:
+        """What a query multiplies a row with: `[..., D]` -> `[..., F]`."""
+        return q
+
+
+class Key(Representative):
+    """A single key: the `middle` one (the paper), the `first` or the `last`."""
+
+    def __init__(self, which: str) -> None:
+        self.which = which
+
+    def leaf(self, keys: torch.Tensor) -> torch.Tensor:
+        index = [0, keys.shape[-2] // 2, keys.shape[-2] - 1]
+        return keys[..., index, :]
+
+    def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        # the middle of the whole is the first key of the right half
+        return torch.stack([left[..., 0, :], right[..., 0, :], right[..., 2, :]], dim=-2)
+
+    def row(self, state: torch.Tensor) -> torch.Tensor:
+        return state[..., {"first": 0, "middle": 1, "last": 2}[self.which], :]
+
+
+class CentreSpread(Representative):
+    """`(1 - w) * mean + w * bound`, where the bound is the largest `q . k` that the chunk's box of keys allows.
+
+    With `c = (1 - w) mean + w (max + min) / 2` and `s = w (max - min) / 2` that is `[q, |q|] . [c, s]`.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def leaf(self, keys: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        mean = keys.sum(-2, dtype=dtype) / keys.shape[-2]
+        low, high = keys.aminmax(dim=-2) if keys.device.type != "cpu" else (keys.amin(-2), keys.amax(-2))
+        return torch.stack([mean, low.to(dtype), high.to(dtype)], dim=-2)
+
+    def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.stack(
+            [
+                (left[..., 0, :] + right[..., 0, :]) / 2,
+                torch.minimum(left[..., 1, :], right[..., 1, :]),
+                torch.maximum(left[..., 2, :], right[..., 2, :]),
+            ],
+            dim=-2,
+        )
+
+    def row(self, state: torch.Tensor) -> torch.Tensor:
+        mean, low, high = state.unbind(-2)
+        centre = (1 - self.weight) * mean + self.weight / 2 * (high + low)
+        return torch.cat([centre, self.weight / 2 * (high - low)], dim=-1)
+
+    def features(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.cat([q, q.abs()], dim=-1)
+
+
+class Mean(Representative):
+    """The mean key."""
+
+    def leaf(self, keys: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        return keys.sum(-2, keepdim=True, dtype=dtype) / keys.shape[-2]
+
+    def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (left + right) / 2
+
+
+class Outliers(Representative):
+    """The mean key or any of the `count` keys farthest from it: the best of them counts."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.per_chunk = 1 + count
+
+    def _farthest(self, mean: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        distance = (keys - mean).square().sum(-1)
+        index = distance.topk(min(self.count, keys.shape[-2]), dim=-1).indices
+        far = keys.gather(-2, index[..., None].expand(*index.shape, keys.shape[-1]))
+        missing = self.count - far.shape[-2]
+        return torch.cat([mean, far, mean.expand(*mean.shape[:-2], missing, mean.shape[-1])], dim=-2)
+
+    def leaf(self, keys: torch.Tensor) -> torch.Tensor:
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        return self._farthest(keys.mean(-2, keepdim=True), keys)
+
+    def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        mean = (left[..., :1, :] + right[..., :1, :]) / 2
+        return self._farthest(mean, torch.cat([left[..., 1:, :], right[..., 1:, :]], dim=-2))
+
+
+def make_representative(name: str, weight: float, outliers: int) -> Representative:
+    """The representative of that name (`HiPConfig.representative`)."""
+    if name == "blend":
+        return CentreSpread(weight)
+    if name == "minmax":
+        return CentreSpread(1.0)
+    if name == "mean":
+        return Mean()
+    if name == "outliers":
+        return Outliers(outliers)
+    return Key(name)
+
+
+class Pyramid:
+    """Summaries of the first `blocks` key blocks of one span, for all its key heads.
+
+    `levels[l]` is `[Hkv, capacity, width]`, of which the first `blocks >> l` rows are written. `dtype` is that of
+    the rows: the dtype in which the backend multiplies.
+    """
+
+    def __init__(self, representative: Representative, block_k: int, dtype: torch.dtype) -> None:
+        self.representative = representative
+        self.block_k = block_k
+        self.dtype = dtype
+        self.blocks = 0
+        self.levels: list[torch.Tensor] = []
+        self.shared = False  # several batch rows refer to it (beam search): copy before the next append
+        self._last: list[torch.Tensor | None] = []  # state of the last chunk of each level
+
+    def count(self, level: int) -> int:
+        """Complete chunks at `level`."""
+        return self.blocks >> level
+
+    def copy(self) -> Pyramid:
+        other = Pyramid(self.representative, self.block_k, self.dtype)
+        other.blocks = self.blocks
+        other.levels = [table.clone() for table in self.levels]
+        other._last = list(self._last)
+        return other
+
+    def truncate(self, blocks: int) -> None:
+        """Forget all but the first `blocks` blocks."""
+        if blocks >= self.blocks:
+            return
+        for level in range(len(self.levels)):
+            if blocks >> level != self.blocks >> level:
+                self._last[level] = None  # recomputed when a sibling comes
+        self.blocks = blocks
+
+    def _blocks_of(self, keys: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        part = keys[:, first * self.block_k : last * self.block_k]
+        return part.unflatten(1, (last - first, self.block_k))
+
+    def _chunk_state(self, keys: torch.Tensor, level: int, index: int) -> torch.Tensor:
+        state = self.representative.leaf(self._blocks_of(keys, index << level, (index + 1) << level))
+        for _ in range(level):
+            state = self.representative.merge(state[:, 0::2], state[:, 1::2])
+        return state
+
+    def _write(self, level: int, first: int, states: torch.Tensor) -> None:
+        rows = self.representative.row(states)
+        heads, count, width = rows.shape
+        if level == len(self.levels):
+            self.levels.append(rows.new_empty(heads, 0, width, dtype=self.dtype))
+            self._last.append(None)
+        if first + count > self.levels[level].shape[1]:
+            # double, so that appending a block costs O(1) amortised; exact at first, when the prompt is read
+            old = self.levels[level]
+            capacity = first + count if first == 0 else 2 * (first + count)
+            self.levels[level] = old.new_empty(heads, capacity, width)
+            self.levels[level][:, :first] = old[:, :first]
+        self.levels[level][:, first : first + count] = rows
+
+    def extend(self, keys: torch.Tensor, blocks: int) -> None:
+        """Append until `blocks` blocks are summarised. `keys` is the span's `[Hkv, T, D]`, all of it."""
+        while self.blocks < blocks:
+            self._append(keys, min(blocks, self.blocks + BLOCKS_AT_ONCE))
+
+    def _append(self, keys: torch.Tensor, blocks: int) -> None:
+        states = self.representative.leaf(self._blocks_of(keys, self.blocks, blocks))
+        first, level = self.blocks, 0
+        while states.shape[1]:
+            self._write(level, first, states)
+            pending = self._last[level]
+            self._last[level] = states[:, -1:].clone()
+            if first % 2:
+                if pending is None:
+                    pending = self._chunk_state(keys, level, first - 1)
+                states = torch.cat([pending, states], dim=1)
+            pairs = states.shape[1] // 2
+            states = self.representative.merge(states[:, 0 : 2 * pairs : 2], states[:, 1 : 2 * pairs : 2])
+            first, level = first // 2, level + 1
+        self.blocks = blocks

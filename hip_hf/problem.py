@@ -1,0 +1,132 @@
+"""`AttentionProblem`: what a method and a backend see of an attention call. Validated once, at the border."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Span:
+    """One real sequence inside a batch row: its keys, its query rows, and where they sit.
+
+    Padding, packing and unfilled cache slots are all said by spans; whatever lies outside every span is never
+    read and its output is zero. Positions are relative to the span: its first key is token 0.
+    """
+
+    batch: int
+    key_start: int
+    key_end: int
+    row_start: int
+    row_end: int
+    position: int  # of query row `row_start`
+
+    @property
+    def keys(self) -> int:
+        return self.key_end - self.key_start
+
+    @property
+    def rows(self) -> int:
+        return self.row_end - self.row_start
+
+    @property
+    def end(self) -> int:
+        """One past the position of the last query row; keys from here on are in nobody's sight."""
+        return self.position + self.rows
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """Shapes: q `[B, Hq, Tq, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, Dv]`, sinks `[Hq]` (extra logits)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    spans: tuple[Span, ...]
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def longest(self) -> int:
+        """Most keys that any query row may see."""
+        return max((span.end for span in self.spans), default=0)
+
+
+def _fail(name: str, value: object, allowed: str) -> None:
+    raise ValueError(f"{name}: got {value}, allowed: {allowed}")
+
+
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise ValueError for shapes, dtypes and devices that do not fit together."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
+            _fail(name, tuple(getattr(tensor, "shape", ())) or type(tensor).__name__, "a tensor [batch, heads, tokens, head dim]")
+        if 0 in tensor.shape:
+            _fail(f"{name}.shape", tuple(tensor.shape), "no empty dimension")
+        if tensor.dtype not in DTYPES:
+            _fail(f"{name}.dtype", tensor.dtype, "float16, bfloat16, float32 or float64")
+        if tensor.dtype != q.dtype:
+            _fail(f"{name}.dtype", tensor.dtype, f"{q.dtype}, as q has")
+        if tensor.device != q.device:
+            _fail(f"{name}.device", tensor.device, f"{q.device}, where q is")
+    if k.shape[:3] != v.shape[:3]:
+        _fail("v.shape", tuple(v.shape), f"batch, heads and tokens of k {tuple(k.shape[:3])}")
+    if q.shape[0] != k.shape[0]:
+        _fail("k.shape", tuple(k.shape), f"q's batch size {q.shape[0]}")
+    if q.shape[3] != k.shape[3]:
+        _fail("k.shape", tuple(k.shape), f"q's head dim {q.shape[3]}")
+    if q.shape[1] % k.shape[1]:
+        _fail("q.shape", tuple(q.shape), f"a multiple of k's {k.shape[1]} heads")
+
+
+def _per_row(name: str, value: torch.Tensor | int | list[int] | None, batch: int, default: int) -> list[int]:
+    if value is None:
+        return [default] * batch
+    values = value.tolist() if isinstance(value, torch.Tensor) else value
+    values = [values] * batch if isinstance(values, int) else list(values)
+    if len(values) != batch or not all(isinstance(x, int) for x in values):
+        _fail(name, value, f"one integer for each of the {batch} batch rows")
+    return values
+
+
+def make_spans(
+    q: torch.Tensor, k: torch.Tensor, key_start: torch.Tensor | None = None, q_start: torch.Tensor | None = None
+) -> tuple[Span, ...]:
+    """Spans of a batch whose row `b` has its first real key at `key_start[b]` and its first query at `q_start[b]`."""
+    batch, _, rows, _ = q.shape
+    keys = k.shape[2]
+    first = _per_row("key_start", key_start, batch, 0)
+    query = _per_row("q_start", q_start, batch, keys - rows)
+    spans = []
+    for b, (start, at) in enumerate(zip(first, query, strict=True)):
+        if not 0 <= start <= keys:
+            _fail(f"key_start[{b}]", start, f"0 to {keys}, the number of keys")
+        if not 0 <= at <= keys - rows:
+            _fail(f"q_start[{b}]", at, f"0 to {keys - rows}, so that all {rows} query rows have keys")
+        row_start = max(0, start - at)
+        if row_start < rows:
+            spans.append(Span(b, start, at + rows, row_start, rows, at + row_start - start))
+    return tuple(spans)
+
+
+def check_finite(name: str, x: torch.Tensor, spans: tuple[Span, ...], rows: bool) -> None:
+    """Raise ValueError where a real row (of queries or keys) holds NaN or infinity. One pass over `x` when it is clean."""
+    if torch.isfinite(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)):
+        return
+    for span in spans:
+        part = slice(span.row_start, span.row_end) if rows else slice(span.key_start, span.key_end)
+        bad = (~torch.isfinite(x[span.batch, :, part])).nonzero()
+        if len(bad):
+            head, token, dim = bad[0].tolist()
+            where = (span.batch, head, part.start + token, dim)
+            _fail(f"{name}{list(where)}", x[where].item(), f"finite numbers ({len(bad)} are not)")

@@ -1,0 +1,187 @@
+"""Block-sparse attention, torch backend: exact attention of each query block over the keys it reads.
+
+One routine serves sparse prefill, decode and everything dense that PyTorch's own attention cannot do (log-sum-exp,
+softcap, sinks, sliding windows, a few rows against a long cache): a dense block merely reads one contiguous range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from hip_hf.methods.base import QueryBlock
+from hip_hf.reference.workers import compute_dtype, scratch
+
+# A block of rows against a long contiguous range is cut so that its logits stay below this many elements.
+LOGITS_AT_ONCE = 1 << 23
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """One span's tensors: q `[Hkv, G, rows, D]`, k `[Hkv, T, D]`, v `[Hkv, T, Dv]`, out `[Hkv, G, rows, Dv]`,
+    lse `[Hkv, G, rows]` or None, sinks `[Hkv, G]` or None. Rows of k and v are contiguous."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+def attend(t: Tensors, heads: slice, group: slice, blocks: list[QueryBlock], ids: torch.Tensor, block_k: int) -> None:
+    """Sparse attention of query blocks, for the key heads `heads` and the query heads `group` of each.
+
+    `ids` `[heads, len(blocks), n]`: the sorted key blocks that each query block reads between sink and window.
+    """
+    at = 0
+    for _, same in groupby(blocks, key=lambda block: (block.start, block.sink, block.rows, block.first - block.window)):
+        run = list(same)
+        _attend_alike(t, heads, group, run, ids[:, at : at + len(run)], block_k)
+        at += len(run)
+
+
+def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBlock], ids: torch.Tensor, block_k: int) -> None:
+    """`attend` for query blocks of one layout. Each step of its loop is a handful of operations on buffers and views
+    made once: the workers share the interpreter, and would wait for each other at every operation more."""
+    first, count = blocks[0], len(blocks)
+    n, k, v = first.rows, t.k[heads], t.v[heads]
+    q = t.q[heads, group, first.row : first.row + count * n]
+    lanes, groups, _, dim = q.shape
+    dtype, device = compute_dtype(q), q.device
+    sink, picked, window = first.sink - first.start, ids.shape[2] * block_k, first.last + 1 - first.window
+    keys, rows, like = sink + picked + window, groups * n, q.new_empty(0, dtype=dtype)
+
+    queries = scratch.take("q", (count, lanes, groups, n, dim), like)
+    torch.mul(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4), t.scale, out=queries)
+    outputs = scratch.take("out", (count, lanes, rows, v.shape[-1]), like)
+    logits = scratch.take("logits", (lanes, rows, keys), like)
+    by_row = logits.view(lanes, groups, n, keys)
+    own, future = by_row[..., keys - n :], _future(n, logits)
+    parts = [_Parts(name, x, blocks, sink, picked, block_k, keys) for name, x in (("k", k), ("v", v))]
+    k_all, v_all = (scratch.take(part.name, tuple(part.all.shape), like) for part in parts)
+    k_all = k_all.transpose(1, 2)
+    positions = None if t.sliding_window is None else [_positions(block, ids[:, i], block_k) for i, block in enumerate(blocks)]
+    need_lse = t.lse is not None or t.sinks is not None
+    lse = torch.empty(count, lanes, groups, n, dtype=torch.promote_types(dtype, torch.float32), device=device) if need_lse else None
+
+    each = zip(blocks, queries.flatten(2, 3).unbind(0), outputs.unbind(0), [row.unbind(0) for row in ids.unbind(1)], strict=True)
+    for i, (block, query, output, chosen) in enumerate(each):
+        for part, whole in zip(parts, (k_all, v_all), strict=True):
+            part.fill(i, chosen)
+            if part.all.dtype != dtype:
+                (whole if part.name == "v" else k_all.transpose(1, 2)).copy_(part.all)
+        torch.bmm(query, k_all, out=logits)
+        if t.softcap is not None:
+            logits.div_(t.softcap).tanh_().mul_(t.softcap)
+        if n > 1:
+            own.add_(future)
+        if positions is not None:
+            _mask_sliding(by_row, positions[i], block.first, t.sliding_window)
+        if lse is not None:
+            torch.logsumexp(by_row.to(lse.dtype), dim=-1, out=lse[i])
+        torch.softmax(logits, dim=-1, out=logits)
+        torch.bmm(logits, v_all, out=output)
+    into = (heads, group, slice(first.row, first.row + count * n))
+    out = outputs.view(count, lanes, groups, n, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    _store(t, into, out, None if lse is None else lse.permute(1, 2, 0, 3).flatten(2, 3))
+
+
+class _Parts:
+    """A buffer `[heads, sink + picked + window, D]` for the keys (or values) that one query block reads, and views of it."""
+
+    def __init__(
+        self, name: str, x: torch.Tensor, blocks: list[QueryBlock], sink: int, picked: int, block_k: int, keys: int
+    ) -> None:
+        heads, _, dim = x.shape
+        first = blocks[0]
+        self.name = name
+        self.all = scratch.take(name, (heads, keys, dim), x)
+        self.all[:, :sink] = x[:, first.start : first.sink]  # the same for every query block
+        self.picked = [lane[sink : sink + picked].view(picked // block_k, block_k * dim) for lane in self.all]
+        self.window = self.all[:, sink + picked :]
+        whole = x.shape[1] // block_k * block_k
+        self.blocks = list(x[:, :whole].unflatten(1, (-1, block_k)).flatten(2))
+        windows = x[:, first.window : blocks[-1].last + 1].unfold(1, self.window.shape[1], first.rows)
+        self.windows = windows.transpose(2, 3).unbind(1)
+
+    def fill(self, i: int, chosen: tuple[torch.Tensor, ...]) -> None:
+        """Bring what the `i`-th query block reads: of each head its `chosen` key blocks, and the window."""
+        for blocks, index, into in zip(self.blocks, chosen, self.picked, strict=True):
+            torch.index_select(blocks, 0, index, out=into)
+        self.window.copy_(self.windows[i])
+
+
+def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> None:
+    """Attention of one query block to every key from `block.start` on, read where it lies."""
+    q = t.q[heads, group, block.row : block.row + block.rows]
+    lanes, groups, n, dim = q.shape
+    dtype = compute_dtype(q)
+    k, v = (x[heads, block.start : block.last + 1].to(dtype) for x in (t.k, t.v))
+    keys = k.shape[1]
+    step = max(1, min(n, LOGITS_AT_ONCE // (groups * keys)))
+    for at in range(0, n, step):
+        size = min(step, n - at)
+        seen = keys - (n - at - size)
+        query = scratch.take("q", (lanes, groups, size, dim), k)
+        torch.mul(q[:, :, at : at + size], t.scale, out=query)
+        logits = scratch.take("logits", (lanes, groups * size, seen), k)
+        torch.bmm(query.flatten(1, 2), k[:, :seen].transpose(1, 2), out=logits)
+        if t.softcap is not None:
+            logits.div_(t.softcap).tanh_().mul_(t.softcap)
+        by_row = logits.view(lanes, groups, size, seen)
+        if size > 1:
+            by_row[..., seen - size :].add_(_future(size, logits))
+        if t.sliding_window is not None:
+            position = torch.arange(block.start, block.start + seen, device=q.device)[None]
+            _mask_sliding(by_row, position, block.first + at, t.sliding_window)
+        lse = None
+        if t.lse is not None or t.sinks is not None:
+            lse = torch.logsumexp(by_row.to(torch.promote_types(dtype, torch.float32)), dim=-1)
+        torch.softmax(logits, dim=-1, out=logits)
+        out = torch.bmm(logits, v[:, :seen], out=scratch.take("out", (lanes, groups * size, v.shape[-1]), k))
+        into = (heads, group, slice(block.row + at, block.row + at + size))
+        _store(t, into, out.view(lanes, groups, size, -1), lse)
+
+
+def _store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Write out and log-sum-exp; sinks are an extra logit, which scales the output by `sigmoid(lse - sink)`."""
+    if t.sinks is not None:
+        assert lse is not None
+        sink = t.sinks[into[0], into[1], None].to(lse.dtype)
+        out = out * torch.sigmoid(lse - sink)[..., None]
+        lse = torch.logaddexp(lse, sink)
+    t.out[into] = out
+    if t.lse is not None:
+        t.lse[into] = lse
+
+
+_triangles: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def _future(size: int, like: torch.Tensor) -> torch.Tensor:
+    """`[size, size]`, -inf where a row of a block may not see a later row's key, else 0."""
+    key = (size, like.dtype, like.device)
+    if key not in _triangles:
+        with torch.inference_mode(False):
+            _triangles[key] = torch.full((size, size), -torch.inf, dtype=like.dtype, device=like.device).triu(1)
+    return _triangles[key]
+
+
+def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int) -> torch.Tensor:
+    """Positions `[heads, keys]` of the keys that `_gather` brings."""
+    selected = (ids[..., None] * block_k + torch.arange(block_k, device=ids.device)).flatten(1)
+    sink = torch.arange(block.start, block.sink, device=ids.device).expand(len(ids), -1)
+    window = torch.arange(block.window, block.last + 1, device=ids.device).expand(len(ids), -1)
+    return torch.cat([sink, selected, window], dim=1)
+
+
+def _mask_sliding(logits: torch.Tensor, position: torch.Tensor, first: int, window: int) -> None:
+    """Hide from each row the keys that have left its sliding window; logits `[heads, G, rows, keys]`, position `[heads or 1, keys]`."""
+    row = torch.arange(first, first + logits.shape[2], device=logits.device)[:, None]
+    logits.masked_fill_((position[:, None] <= row - window)[:, None], -torch.inf)

@@ -1,0 +1,80 @@
+"""Dense attention, torch backend: PyTorch's own where it can serve, else block by block. Never a `T x T` tensor."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from hip_hf.methods.base import QueryBlock
+from hip_hf.problem import AttentionProblem, Span
+from hip_hf.reference.block_sparse import LOGITS_AT_ONCE, Tensors, attend_range
+from hip_hf.reference.workers import run
+
+# Rows that meet all their keys at once in the block-by-block path.
+ROWS_AT_ONCE = 64
+
+
+def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, slice, QueryBlock]]:
+    """Arguments of `attend_range` for a dense computation of the query rows from `first` on."""
+    tasks = []
+    for row in range(first, span.rows, ROWS_AT_ONCE):
+        last = min(row + ROWS_AT_ONCE, span.rows) - 1
+        position = span.position + row
+        start = 0 if t.sliding_window is None else max(0, position - t.sliding_window + 1)
+        block = QueryBlock(row, position, span.position + last, start, start, 0, 0, start)
+        tasks += [(slice(head, head + 1), slice(None), block) for head in range(t.q.shape[0])]
+    return tasks
+
+
+def attend_rows(t: Tensors, first: int, span: Span) -> None:
+    """The query rows of a span from `first` on, block by block."""
+    run(lambda task: attend_range(t, *task), range_tasks(t, first, span), t.q.device)
+
+
+def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
+    """Whether PyTorch's attention can compute the problem without a mask."""
+    if need_lse or problem.softcap is not None or problem.sinks is not None:
+        return False
+    if problem.sliding_window is not None and problem.sliding_window < problem.longest:
+        return False
+    return all(span.rows == 1 or span.position == 0 for span in problem.spans)
+
+
+def sdpa(problem: AttentionProblem, out: torch.Tensor) -> None:
+    """PyTorch's attention, one call for the batch if all rows are alike and real, else one a span. Fills `out` `[B, Hq, Tq, Dv]`."""
+    q, k, v = problem.q, problem.k, problem.v
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        causal = q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, scale=problem.scale, is_causal=causal, enable_gqa=problem.groups > 1)
+
+    first = problem.spans[0]
+    alike = {(s.key_start, s.key_start + s.end, s.row_start, s.row_end) for s in problem.spans}
+    if len(problem.spans) == q.shape[0] and len(alike) == 1 and first.rows == q.shape[2]:
+        keys = slice(first.key_start, first.key_start + first.end)
+        out.copy_(call(q, k[:, :, keys], v[:, :, keys]))
+        return
+    for span in problem.spans:
+        b, keys, rows = span.batch, slice(span.key_start, span.key_start + span.end), slice(span.row_start, span.row_end)
+        out[b : b + 1, :, rows] = call(q[b : b + 1, :, rows], k[b : b + 1, :, keys], v[b : b + 1, :, keys])
+
+
+def masked(problem: AttentionProblem, visible: torch.Tensor, out: torch.Tensor) -> None:
+    """Attention under an arbitrary boolean mask, for what spans cannot say; a few rows at a time.
+
+    `visible` `[B, 1, Tq, Tk]`, or a 4-D tensor that broadcasts to it. A row that sees nothing gives 0.
+    """
+    q, k, v = problem.q, problem.k.repeat_interleave(problem.groups, 1), problem.v.repeat_interleave(problem.groups, 1)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    step = max(1, LOGITS_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for at in range(0, q.shape[2], step):
+        logits = (q[:, :, at : at + step] @ k.transpose(2, 3)).to(dtype) * problem.scale
+        if problem.softcap is not None:
+            logits = torch.tanh(logits / problem.softcap) * problem.softcap
+        part = visible if visible.shape[2] == 1 else visible[:, :, at : at + step]
+        logits = logits.masked_fill(~part, -torch.inf)
+        if problem.sinks is not None:
+            sink = problem.sinks.to(dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, sink], dim=-1)
+        weights = torch.softmax(logits, dim=-1).nan_to_num(0.0)[..., : k.shape[2]]
+        out[:, :, at : at + step] = weights.to(v.dtype) @ v

@@ -1,0 +1,213 @@
+"""The sparse path, torch backend: per query block, select key blocks and attend to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hip_hf.methods import selector_for
+from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block, query_blocks
+from hip_hf.problem import AttentionProblem, Span
+from hip_hf.reference import dense
+from hip_hf.reference.block_sparse import Tensors, attend, attend_range
+from hip_hf.reference.workers import compute_dtype, run
+from hip_hf.state import DecodeState, RowState, Selection
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+# A call with at most this many query rows is a decode step: every row selects for itself.
+DECODE_ROWS = 16
+# Query blocks that are searched together: enough to amortise Python, few enough to stay in cache.
+BLOCKS_AT_ONCE = 32
+
+
+@dataclass
+class Reading:
+    """How many keys were read, and how many there were to read: both summed over query rows, per head."""
+
+    read: int = 0
+    visible: int = 0
+
+
+def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: torch.Tensor | None) -> Tensors:
+    """The part of the problem's tensors that is the span, heads grouped by key head."""
+    keys = slice(span.key_start, span.key_start + span.end)
+    rows = slice(span.row_start, span.row_end)
+    heads = problem.k.shape[1]
+
+    def grouped(x: torch.Tensor) -> torch.Tensor:
+        return x[span.batch].unflatten(0, (heads, problem.groups))[:, :, rows]
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        x = x[span.batch, :, keys]
+        return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+    sinks = None if problem.sinks is None else problem.sinks.unflatten(0, (heads, problem.groups))
+    return Tensors(
+        grouped(problem.q),
+        packed(problem.k),
+        packed(problem.v),
+        grouped(out),
+        None if lse is None else grouped(lse),
+        problem.scale,
+        problem.sliding_window,
+        problem.softcap,
+        sinks,
+    )
+
+
+def keys_seen(first: int, last: int, sliding: int | None) -> int:
+    """Keys in sight of the rows at positions `first` to `last`, summed over the rows."""
+    if sliding is None:
+        return (last + 1) * (last + 2) // 2 - first * (first + 1) // 2
+    full = max(0, last - max(first, sliding) + 1)  # rows whose window is full
+    return full * sliding + (keys_seen(first, min(last, sliding - 1), None) if first < sliding else 0)
+
+
+class SparseAttention:
+    """One call of the sparse path: problem, settings and results."""
+
+    def __init__(
+        self, problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None, mask: bool
+    ) -> None:
+        self.problem, self.config, self.out, self.lse = problem, config, out, lse
+        self.selector = selector_for(config)
+        self.budget = self.selector.budget
+        self.reading = Reading()
+        self.mask = self._empty_mask() if mask else None
+
+    @property
+    def decoding(self) -> bool:
+        return self.problem.q.shape[2] <= DECODE_ROWS
+
+    def run(self, state: DecodeState | None) -> None:
+        if state is not None:
+            state.bind(self.config)
+        for span in self.problem.spans:
+            row = None if state is None else state.row(span.batch, span.key_start, span.position, span.end)
+            t = tensors_of(self.problem, span, self.out, self.lse)
+            if self.decoding:
+                self._decode(t, span, row)
+            else:
+                self._prefill(t, span, row)
+
+    def _blocks(self, span: Span) -> list[QueryBlock]:
+        relative = Span(span.batch, 0, span.keys, 0, span.rows, span.position)
+        return query_blocks(self.config, relative, self.decoding, self.problem.sliding_window)
+
+    def _search(self, t: Tensors, row: RowState | None, blocks: list[QueryBlock]) -> Any:
+        """The selection rule bound to the span, its pyramid extended to what the query blocks need."""
+        pyramid = row.pyramid if row is not None else None
+        if pyramid is None:
+            pyramid = self.selector.make_pyramid(compute_dtype(t.k))
+        if pyramid is not None:
+            needed = max((block.high for block in blocks if block.middle > self.budget), default=0)
+            if needed > pyramid.blocks and pyramid.shared:
+                pyramid = pyramid.copy()
+            pyramid.extend(t.k, needed)
+        if row is not None:
+            row.pyramid = pyramid
+        return self.selector.bind(t.q, t.k, pyramid, t.scale, t.softcap)
+
+    # Prefill: units of (key head, a few query blocks), spread over the workers.
+
+    def _prefill(self, t: Tensors, span: Span, row: RowState | None) -> None:
+        blocks = self._blocks(span)
+        tail = max(0, span.rows - self.config.dense_tail)
+        search = self._search(t, row, blocks)
+        if row is not None:
+            row.selection = None
+        sparse = [block for block in blocks if block.row < tail or self.mask is not None]
+        units = [
+            (head, sparse[at : at + BLOCKS_AT_ONCE])
+            for head in range(t.k.shape[0])
+            for at in range(0, len(sparse), BLOCKS_AT_ONCE)
+        ]
+        run(lambda unit: self._unit(t, search, span, *unit), units, t.q.device)
+        if self.config.dense_tail:
+            dense.attend_rows(t, tail, span)
+        self._count(blocks, span, tail)
+
+    def _unit(self, t: Tensors, search: Any, span: Span, head: int, blocks: list[QueryBlock]) -> None:
+        heads = slice(head, head + 1)
+        whole = [block for block in blocks if block.middle <= self.budget]
+        picking = blocks[len(whole) :]  # middles only grow
+        ids = search.select(heads, picking) if picking else None
+        self._attend(t, span, heads, whole, None)
+        self._attend(t, span, heads, picking, ids)
+
+    def _attend(self, t: Tensors, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None) -> None:
+        """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to the whole middle."""
+        if ids is None:
+            for block in blocks:
+                attend_range(t, heads, slice(None), block)
+        elif ids.shape[1] == 1:
+            attend(t, heads, slice(None), blocks, ids[:, 0], self.config.block_k)
+        else:
+            for group in range(ids.shape[1]):
+                attend(t, heads, slice(group, group + 1), blocks, ids[:, group], self.config.block_k)
+        if self.mask is not None:
+            for i, block in enumerate(blocks):
+                self._note(span, heads, block, None if ids is None else ids[:, :, i])
+
+    # Decode: all heads of a row at once; a selection serves `decode_refresh` steps.
+
+    def _decode(self, t: Tensors, span: Span, row: RowState | None) -> None:
+        heads = slice(0, t.k.shape[0])
+        kept = row.selection if row is not None else None
+        if span.rows == 1 and kept is not None and span.position - kept.position < self.config.decode_refresh:
+            blocks, selected = [self._laid(span, kept.window)], [kept.ids]
+        else:
+            blocks = self._blocks(span)
+            search = self._search(t, row, blocks)
+            selected = [search.select(heads, [block]) if block.middle > self.budget else None for block in blocks]
+            if row is not None:
+                row.selection = Selection(selected[-1], blocks[-1].window, blocks[-1].first)
+        for block, ids in zip(blocks, selected, strict=True):
+            self._attend(t, span, heads, [block], ids)
+        self._count(blocks, span, span.rows)
+
+    def _laid(self, span: Span, window: int) -> QueryBlock:
+        return make_query_block(self.config, 0, span.position, span.position, window, self.problem.sliding_window)
+
+    # What was read.
+
+    def _count(self, blocks: list[QueryBlock], span: Span, tail: int) -> None:
+        for block in blocks:
+            visible = keys_seen(block.first, block.last, self.problem.sliding_window)
+            fixed = block.sink - block.start - block.window + min(block.middle, self.budget) * self.config.block_k
+            read = min(keys_seen(block.first, block.last, None) + block.rows * fixed, visible)
+            dense_rows = min(max(0, block.row + block.rows - tail), block.rows)
+            if dense_rows:
+                read = read * (block.rows - dense_rows) // block.rows
+                read += keys_seen(block.last + 1 - dense_rows, block.last, self.problem.sliding_window)
+            self.reading.read += read
+            self.reading.visible += visible
+
+    def _empty_mask(self) -> BlockMask:
+        problem, config = self.problem, self.config
+        batch, device = problem.q.shape[0], problem.q.device
+        most = max(len(self._blocks(span)) for span in problem.spans)
+        heads = problem.k.shape[1] * (1 if config.group_shared else problem.groups)
+        indices = torch.zeros(batch, heads, most, self.budget, dtype=torch.int32, device=device)
+        counts = torch.zeros(batch, heads, most, dtype=torch.int32, device=device)
+        first = torch.full((batch, most), -1, dtype=torch.int32, device=device)
+        for span in problem.spans:
+            at = [block.first for block in self._blocks(span)]
+            first[span.batch, : len(at)] = torch.tensor(at, dtype=torch.int32)
+        return BlockMask(indices, counts, first, config.block_q, config.block_k)
+
+    def _note(self, span: Span, heads: slice, block: QueryBlock, ids: torch.Tensor | None) -> None:
+        assert self.mask is not None
+        size = 1 if self.decoding else self.config.block_q
+        at = block.first // size - span.position // size
+        if ids is None:
+            ids = torch.arange(block.low, block.high, device=self.out.device).expand(heads.stop - heads.start, 1, -1)
+        shares = 1 if self.config.group_shared else self.problem.groups
+        ids = ids.expand(-1, shares, -1).flatten(0, 1)
+        into = slice(heads.start * shares, heads.stop * shares)
+        self.mask.indices[span.batch, into, at, : ids.shape[1]] = ids.int()
+        self.mask.counts[span.batch, into, at] = ids.shape[1]

@@ -1,0 +1,88 @@
+"""`DecodeState`: what attention keeps between the calls of one layer: pyramids, and the selection that decode reuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hip_hf.methods.pyramid import Pyramid
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Key blocks that the last decode step read: `ids` `[Hkv, S, 1, budget / block_k]`, or None where the budget covered
+    the middle. The window's start and the middle stay as they were when the selection was made."""
+
+    ids: torch.Tensor | None
+    window: int
+    position: int  # of the row it was made for
+
+
+@dataclass
+class RowState:
+    """State of one batch row."""
+
+    key_start: int
+    position: int = 0  # one past the last key position seen
+    pyramid: Pyramid | None = None
+    selection: Selection | None = None
+
+
+class DecodeState:
+    """Kept by the caller between `hip_attention` calls on a growing cache, one per layer.
+
+    It must follow what happens to the cache: `crop`, `reorder` (also for batch selection), `repeat`, `reset`.
+    Rows whose keys are not a continuation of what was seen start afresh by themselves.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[int, RowState] = {}
+        self._owner: Any = None  # settings that the state was made with
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.rows = {}
+
+    def crop(self, length: int) -> None:
+        """The cache now holds `length` keys, padding included. The next step selects anew."""
+        for row in self.rows.values():
+            kept = max(0, length - row.key_start)
+            if kept < row.position:
+                if row.pyramid is not None and row.pyramid.blocks * row.pyramid.block_k > kept:
+                    if row.pyramid.shared:
+                        row.pyramid = row.pyramid.copy()
+                    row.pyramid.truncate(kept // row.pyramid.block_k)
+                row.position, row.selection = kept, None
+
+    def reorder(self, indices: torch.Tensor | list[int]) -> None:
+        """Batch row `b` continues what row `indices[b]` was. Copies refer to the same pyramid until one of them grows."""
+        indices = indices.tolist() if isinstance(indices, torch.Tensor) else list(indices)
+        rows = {}
+        for to, source in enumerate(indices):
+            if source in self.rows:
+                row = self.rows[source]
+                if row.pyramid is not None and indices.count(source) > 1:
+                    row.pyramid.shared = True
+                rows[to] = replace(row)
+        self.rows = rows
+
+    def repeat(self, repeats: int) -> None:
+        """Every batch row becomes `repeats` neighbouring rows."""
+        count = max(self.rows, default=-1) + 1
+        self.reorder([b for b in range(count) for _ in range(repeats)])
+
+    def bind(self, owner: Any) -> None:
+        """Start afresh if the settings are not those that the state was made with."""
+        if self._owner != owner:
+            self.reset()
+            self._owner = owner
+
+    def row(self, batch: int, key_start: int, first: int, end: int) -> RowState:
+        """State of a batch row whose call brings queries at positions `first` to `end - 1`."""
+        row = self.rows.get(batch)
+        if row is None or row.key_start != key_start or row.position != first:
+            row = self.rows[batch] = RowState(key_start)
+        row.position = end
+        return row
