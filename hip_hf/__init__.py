@@ -6,6 +6,12 @@
 
 from hip_hf.attention import hip_attention
 from hip_hf.config import HiPConfig
+from hip_hf.integration.explain import explain
+from hip_hf.integration.interface import register
+from hip_hf.integration.settings import configure
 from hip_hf.state import DecodeState
 
-__all__ = ["DecodeState", "HiPConfig", "hip_attention"]
+__version__ = "0.1.0"
+__all__ = ["DecodeState", "HiPConfig", "configure", "explain", "hip_attention", "register"]
+
+register()

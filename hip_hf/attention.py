@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ def sparse_reach(config: HiPConfig) -> int:
     return config.sink + config.budget + config.window
 
 
-def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None) -> tuple[str, bool]:
+def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None, stateless: bool) -> tuple[str, bool]:
     """Why this call must be dense, or an empty string; and whether that is for want of support. The only such decision."""
     if config.method == "dense":
         return "method is dense", False
@@ -48,6 +49,9 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
         return "gradients are not supported yet", True
     decoding = problem.q.shape[2] <= DECODE_ROWS
+    if decoding and stateless and problem.sliding_window is not None:
+        # a cache that drops old keys shifts every key block at every step: nothing could be kept
+        return f"decode within a sliding window of {problem.sliding_window}", False
     below = config.dense_below
     if below is None:
         below = DENSE_BELOW_DECODE if decoding else DENSE_BELOW_PREFILL
@@ -73,7 +77,7 @@ def attend(
     lse = None
     if need_lse:
         lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    reason, unsupported = dense_reason(problem, config, layer)
+    reason, unsupported = dense_reason(problem, config, layer, state is None)
     if not problem.spans:
         return Result(out, lse, None, "dense", "no row has a key", 1.0)
     if reason:
@@ -99,18 +103,25 @@ def attend_dense(problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor
         dense.attend_rows(tensors_of(problem, span, out, lse), 0, span)
 
 
-def visible_of(problem: AttentionProblem) -> torch.Tensor:
-    """The mask `[B, 1, Tq, Tk]` that the spans and the sliding window stand for. `T x T`: for training only."""
-    batch, _, rows, _ = problem.q.shape
-    visible = torch.zeros(batch, 1, rows, problem.k.shape[2], dtype=torch.bool, device=problem.q.device)
-    for span in problem.spans:
-        key = torch.arange(span.keys, device=visible.device)
-        row = torch.arange(span.position, span.end, device=visible.device)[:, None]
-        seen = key <= row
-        if problem.sliding_window is not None:
-            seen &= key > row - problem.sliding_window
-        visible[span.batch, 0, span.row_start : span.row_end, span.key_start : span.key_end] = seen
-    return visible
+def visible_of(problem: AttentionProblem) -> Callable[[int, int], torch.Tensor]:
+    """What the spans and the sliding window let a run of rows see, as `dense.masked` asks for it."""
+    batch, keys, device = problem.q.shape[0], problem.k.shape[2], problem.q.device
+
+    def rows(first: int, last: int) -> torch.Tensor:
+        visible = torch.zeros(batch, 1, last - first, keys, dtype=torch.bool, device=device)
+        for span in problem.spans:
+            start, end = max(first, span.row_start), min(last, span.row_end)
+            if start >= end:
+                continue
+            key = torch.arange(span.keys, device=device)
+            row = torch.arange(start, end, device=device)[:, None] - span.row_start + span.position
+            seen = key <= row
+            if problem.sliding_window is not None:
+                seen &= key > row - problem.sliding_window
+            visible[span.batch, 0, start - first : end - first, span.key_start : span.key_end] = seen
+        return visible
+
+    return rows
 
 
 def hip_attention(

@@ -1,4 +1,16 @@
-"""Documents with hidden facts, and the questions about them: what the demo, pass-key test and training share."""
+"""The demo checkpoint, and documents with hidden facts: what the demo, the pass-key test and training share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ASSETS = Path(__file__).parent.parent / "assets"
+CHECKPOINT = ASSETS / "checkpoint"
+DOCUMENT = ASSETS / "document.txt"  # held out from training
 
 NAMES = [
     "amber", "anchor", "apple", "arrow", "badger", "banjo", "basil", "beacon", "birch", "bison", "bronze", "cactus",
@@ -8,6 +20,16 @@ NAMES = [
     "orchid", "otter", "panda", "pearl", "pepper", "pigeon", "quartz", "raven", "saffron", "salmon", "tiger", "topaz",
     "tulip", "velvet", "walnut", "zebra",
 ]  # fmt: skip
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A pass key hidden in a document at `depth`, 0 (its beginning) to 1 (its end)."""
+
+    name: str
+    key: str
+    depth: float
 
 
 def note(name: str, key: str) -> str:
@@ -18,3 +40,44 @@ def note(name: str, key: str) -> str:
 def question(name: str) -> str:
     """The question, up to where the answer begins."""
     return f"\nWhat is the pass key of {name}? The pass key of {name} is"
+
+
+def make_prompt(tokenizer: Any, text: list[int], length: int, facts: list[Fact], ask: str) -> list[int]:
+    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and the question at its end.
+
+    Raises:
+        ValueError: `text` is too short, or notes and question alone are longer than `length`.
+    """
+    encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
+    notes = [(fact.depth, encode(note(fact.name, fact.key))) for fact in sorted(facts, key=lambda fact: fact.depth)]
+    end = encode(question(ask))
+    room = length - len(end) - sum(len(ids) for _, ids in notes)
+    if not 0 <= room <= len(text):
+        raise ValueError(f"length: got {length}, allowed: {length - room} (notes and question) to {length - room + len(text)}")
+    prompt: list[int] = []
+    read = 0
+    for depth, ids in notes:
+        upto = round(depth * room)
+        prompt += text[read:upto] + ids
+        read = upto
+    return prompt + text[read:room] + end
+
+
+def answer_of(tokenizer: Any, ids: torch.Tensor | list[int]) -> str:
+    """The digits that generated tokens begin with."""
+    text = tokenizer.decode(ids).strip()
+    digits = ""
+    for char in text:
+        if not char.isdigit():
+            break
+        digits += char
+    return digits
+
+
+def load(checkpoint: str | Path, attn_implementation: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint (a hub name or a folder)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation=attn_implementation, dtype=dtype)
+    return model.eval(), tokenizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -59,22 +61,25 @@ def sdpa(problem: AttentionProblem, out: torch.Tensor) -> None:
         out[b : b + 1, :, rows] = call(q[b : b + 1, :, rows], k[b : b + 1, :, keys], v[b : b + 1, :, keys])
 
 
-def masked(problem: AttentionProblem, visible: torch.Tensor, out: torch.Tensor) -> None:
-    """Attention under an arbitrary boolean mask, for what spans cannot say; a few rows at a time.
+def masked(problem: AttentionProblem, visible: Callable[[int, int], torch.Tensor], out: torch.Tensor) -> None:
+    """Attention under an arbitrary mask, for what spans cannot say and for training; a few rows at a time.
 
-    `visible` `[B, 1, Tq, Tk]`, or a 4-D tensor that broadcasts to it. A row that sees nothing gives 0.
+    `visible(first, last)` tells what rows `first` to `last - 1` see, boolean `[B, 1, last - first, Tk]` (or 1 for a dimension
+    in which all is alike). A row that sees nothing gives 0.
     """
     q, k, v = problem.q, problem.k.repeat_interleave(problem.groups, 1), problem.v.repeat_interleave(problem.groups, 1)
     dtype = torch.promote_types(q.dtype, torch.float32)
     step = max(1, LOGITS_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
     for at in range(0, q.shape[2], step):
-        logits = (q[:, :, at : at + step] @ k.transpose(2, 3)).to(dtype) * problem.scale
+        end = min(at + step, q.shape[2])
+        logits = (q[:, :, at:end] @ k.transpose(2, 3)).to(dtype) * problem.scale
         if problem.softcap is not None:
             logits = torch.tanh(logits / problem.softcap) * problem.softcap
-        part = visible if visible.shape[2] == 1 else visible[:, :, at : at + step]
-        logits = logits.masked_fill(~part, -torch.inf)
+        seen = visible(at, end)
+        # finite, so that a row that sees nothing has no NaN in its gradient
+        logits = logits.masked_fill(~seen, torch.finfo(dtype).min)
         if problem.sinks is not None:
             sink = problem.sinks.to(dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
             logits = torch.cat([logits, sink], dim=-1)
-        weights = torch.softmax(logits, dim=-1).nan_to_num(0.0)[..., : k.shape[2]]
-        out[:, :, at : at + step] = weights.to(v.dtype) @ v
+        weights = torch.softmax(logits, dim=-1)[..., : k.shape[2]].masked_fill(~seen, 0.0)
+        out[:, :, at:end] = weights.to(v.dtype) @ v

@@ -1,0 +1,31 @@
+# make test | demo | lint | clean. The first of them makes .venv and installs the tested versions into it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: test demo lint clean
+.NOTPARALLEL:
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+demo: $(INSTALLED)
+	$(BIN)/hip-hf demo
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml setup.cfg constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot]'
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

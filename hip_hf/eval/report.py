@@ -1,0 +1,62 @@
+"""One style for what the commands print: a table for people, or one JSON document with machine and versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+# Progress and notes go to the error stream, so that `--json` on the output stream stays one document.
+notes = Console(stderr=True)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name)
+    return {
+        "cpu": name,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "transformers", "hip-hf")},
+    }
+
+
+def progress() -> Progress:
+    """A progress bar on the error stream."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=notes, transient=True)
+
+
+def show(title: str, rows: Sequence[dict[str, Any]], as_json: bool, **extra: Any) -> None:
+    """Print rows (dicts with the same keys) as a table, or everything as JSON."""
+    if as_json:
+        print(json.dumps({"title": title, "rows": list(rows), **extra, "machine": machine()}, indent=1))
+        return
+    table = Table(title=title, title_justify="left")
+    for name in rows[0] if rows else ():
+        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    console = Console()
+    console.print(table)
+    for name, value in extra.items():
+        console.print(f"{name.replace('_', ' ')}: {_cell(value)}", highlight=False)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Transformers integration: knows models, masks and caches, and nothing of how attention is computed."""

@@ -1,0 +1,65 @@
+"""`explain(model)`: what each layer's attention last did, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hip_hf.integration.interface import NAMES, Call
+from hip_hf.integration.settings import text_config
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer: its path is `sparse`, `dense` or `not called`; `share` is that of the visible keys which were read."""
+
+    layer: int | None
+    method: str
+    path: str
+    reason: str
+    share: float | None
+    cache: str
+
+
+class Report(list[Row]):
+    """Rows per layer; `str()` is a table."""
+
+    def __str__(self) -> str:
+        head = ("layer", "method", "path", "keys read", "cache", "why dense")
+        body = [
+            (
+                "-" if row.layer is None else str(row.layer),
+                row.method,
+                row.path,
+                "-" if row.share is None else f"{row.share:.1%}",
+                row.cache,
+                row.reason,
+            )
+            for row in self
+        ]
+        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def explain(model: nn.Module) -> Report:
+    """Rows per attention layer: method, path of the last call and why, share of keys read, kind of cache.
+
+    Raises:
+        ValueError: the model does not attend through `hip` (or another name of ours).
+    """
+    names = {getattr(module.config, "_attn_implementation", None) for module in model.modules() if hasattr(module, "config")}
+    if not names & set(NAMES):
+        used = text_config(model)._attn_implementation
+        raise ValueError(f"model: got attn_implementation={used!r}, allowed: {' | '.join(NAMES)}")
+    rows = []
+    for module in model.modules():
+        if "Attention" not in type(module).__name__ or not hasattr(module, "layer_idx"):
+            continue
+        call: Call | None = module.__dict__.get("_hip_call")
+        if call is None:
+            rows.append(Row(module.layer_idx, "-", "not called", "", None, "-"))
+        else:
+            rows.append(Row(module.layer_idx, call.method, call.path, call.reason, call.share, call.cache))
+    return Report(rows)

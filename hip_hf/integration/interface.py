@@ -1,0 +1,147 @@
+"""The attention functions registered with Transformers: a call of a layer becomes an `AttentionProblem`."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hip_hf.attention import attend
+from hip_hf.integration.cache import cache_kind, install, state_of
+from hip_hf.integration.masks import hip_mask, mask_spans, mask_window, visible_rows
+from hip_hf.integration.settings import layer_settings
+from hip_hf.problem import AttentionProblem, make_spans
+from hip_hf.reference import dense
+
+# Registered names, and the method each of them forces (None: the one in the settings).
+NAMES = {"hip": None, "streaming": "streaming"}
+
+# Arguments of a layer that change what attention means, and that we would silently ignore.
+_REFUSED = {
+    "position_bias": "a learned position bias",
+    "indices": "the layer's own sparse indices",
+    "block_indices": "the layer's own sparse indices",
+    "cache": "continuous batching, which is not part of this release",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the last call of a layer did; `explain` shows it."""
+
+    method: str
+    path: str
+    reason: str
+    share: float
+    cache: str
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    method: str | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer: query `[B, Hq, Tq, D]`, key and value `[B, Hkv, Tk, D]` -> `[B, Tq, Hq, Dv]`.
+
+    Raises:
+        ValueError: the layer asks for something that would be computed wrongly.
+    """
+    _refuse(module, dropout, kwargs)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if not is_causal:
+        return _bidirectional(module, query, key, value, attention_mask, scaling, kwargs)
+    settings = layer_settings(module, method)
+    layer = getattr(module, "layer_idx", None)
+    if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
+        attention_mask = attention_mask[..., : key.shape[2]]
+    if sliding_window is None:
+        sliding_window = mask_window(attention_mask)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
+    why = _unsayable(attention_mask, query.shape[2])
+    if why:
+        assert attention_mask is not None
+        out = query.new_zeros(*query.shape[:3], value.shape[-1])
+        dense.masked(problem, visible_rows(attention_mask, sliding_window), out)
+        call = Call(settings.method, "dense", why, 1.0, cache_kind(key, query.shape[2]))
+        _warn_once(layer, why)
+    else:
+        spans = make_spans(query, key) if attention_mask is None else mask_spans(attention_mask, query.shape[2])
+        problem = AttentionProblem(query, key, value, spans or (), scale, sliding_window, softcap, s_aux)
+        result = attend(problem, settings, layer, state_of(key))
+        out = result.out
+        call = Call(settings.method, result.path, result.reason, result.share, cache_kind(key, query.shape[2]))
+        if result.unsupported:
+            _warn_once(layer, result.reason)
+    module.__dict__["_hip_call"] = call
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    if dropout:
+        raise ValueError(f"dropout: got {dropout}, allowed: 0 (sparse attention has no attention dropout)")
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise ValueError("output_attentions: got True, allowed: False (the attention matrix never exists; use `eager`)")
+    for name, what in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: {type(module).__name__} passes {what}, allowed: None")
+
+
+def _unsayable(mask: torch.Tensor | None, rows: int) -> str:
+    """Why a mask cannot be said by spans, or an empty string."""
+    if mask is None:
+        return ""
+    if mask.is_floating_point():
+        raise ValueError(f"attention_mask: got a 4-D {mask.dtype} tensor, allowed: a 2-D mask, or a boolean 4-D one")
+    if mask.dtype == torch.bool:
+        return "the mask is not causal, or the caller's own"
+    return "padding in the middle of a row" if mask_spans(mask, rows) is None else ""
+
+
+def _bidirectional(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    module.__dict__["_hip_call"] = Call("dense", "dense", "attention is not causal", 1.0, "none")
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=False, **kwargs)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(layer: int | None, reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        text = f"hip: layer {layer} was computed densely: {reason}. hip_hf.explain(model) shows every layer's path."
+        warnings.warn(text, stacklevel=4)
+
+
+def register() -> None:
+    """Make the names in `NAMES` known to Transformers. Importing `hip_hf` has done so already; calling it again is harmless."""
+    for name, method in NAMES.items():
+        AttentionInterface.register(name, functools.partial(attention_forward, method=method))
+        AttentionMaskInterface.register(name, hip_mask)
+    install()

@@ -1,0 +1,68 @@
+"""Settings of a model: they live in its text config as `hip`, a plain dict, and are saved and loaded with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hip_hf.config import HiPConfig
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the model's language part. Raises ValueError if there is none."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ValueError(f"model: got {type(model).__name__} without a Transformers config, allowed: a pretrained model")
+    return config.get_text_config(decoder=True)
+
+
+def read_settings(config: Any) -> HiPConfig:
+    """The settings in a model config; `HiPConfig()` where it has none. Raises ValueError if they are invalid."""
+    raw = getattr(config, "hip", None)
+    return HiPConfig() if raw is None else HiPConfig.from_dict(raw)
+
+
+def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> HiPConfig:
+    """Set how a model attends; takes effect at its next call and is saved with its config.
+
+    Args:
+        model: a Transformers model; what the settings change is its `config.hip` (of the text config).
+        config: replaces the present settings; None keeps them.
+        fields: single fields of `HiPConfig`, merged over `config` or the present settings.
+
+    Returns:
+        The settings that now hold.
+
+    Raises:
+        ValueError: unknown or out-of-range fields, or layers that the model does not have. Nothing has changed then.
+    """
+    target = text_config(model)
+    if config is not None and not isinstance(config, HiPConfig):
+        raise ValueError(f"config: got {type(config).__name__}, allowed: HiPConfig or None")
+    settings = read_settings(target) if config is None else config
+    if fields:
+        settings = HiPConfig.from_dict({**settings.to_dict(), **fields})
+    count = getattr(target, "num_hidden_layers", None)
+    if count is not None:
+        named = list(settings.layers) + (settings.dense_layers if isinstance(settings.dense_layers, list) else [])
+        for layer in named:
+            if layer >= count:
+                raise ValueError(f"layer: got {layer}, allowed: 0 to {count - 1}, the layers of this model")
+    target.hip = settings.to_dict()
+    return settings
+
+
+def layer_settings(module: nn.Module, method: str | None) -> HiPConfig:
+    """The settings of one attention layer; `method` overrides theirs. Parsed anew only when the model's config changed."""
+    raw = getattr(module.config, "hip", None)  # type: ignore[union-attr]
+    kept = module.__dict__.get("_hip_settings")
+    if kept is not None and kept[0] == raw and kept[1] == method:
+        return kept[2]
+    settings = read_settings(module.config)
+    if method is not None:
+        fields = {key: value for key, value in settings.to_dict().items() if key != "options"}
+        settings = HiPConfig.from_dict({**fields, "method": method})
+    settings = settings.for_layer(getattr(module, "layer_idx", None))
+    module.__dict__["_hip_settings"] = (None if raw is None else {**raw}, method, settings)
+    return settings
