@@ -1,0 +1,58 @@
+"""Fixtures: fixed seeds, and uninitialised memory that shows itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import pytest
+import torch
+
+from hip_hf.methods.hip import TreeSearch
+from hip_hf.reference import dense, sparse, workers
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in every run of a test."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads, for this test only. One makes the backend work in the calling thread."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def _spoilt(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(make)
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = make(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    return made
+
+
+def _over_spoilt_buffers(work: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(work)
+    def done(*args: Any, **kwargs: Any) -> Any:
+        for buffer in workers.scratch.buffers.values():  # of the thread that works
+            if buffer.is_floating_point():
+                buffer.fill_(torch.nan)
+        return work(*args, **kwargs)
+
+    return done
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory and the workers' reused buffers hold NaN, so that nothing read before it is written goes unnoticed."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _spoilt(getattr(owner, name)))
+    for owner, name in ((sparse, "attend"), (sparse, "attend_range"), (dense, "attend_range"), (TreeSearch, "_search")):
+        monkeypatch.setattr(owner, name, _over_spoilt_buffers(getattr(owner, name)))

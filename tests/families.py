@@ -1,0 +1,87 @@
+"""Tiny random models of the families that the integration tests run over."""
+
+import copy
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import hip_hf
+
+VOCAB = 100
+_BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 99,
+}
+
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_BASE),
+    "mistral": MistralConfig(**_BASE, sliding_window=24),
+    "qwen2": Qwen2Config(**_BASE),
+    "qwen3": Qwen3Config(**_BASE),
+    "gemma2": Gemma2Config(**_BASE, sliding_window=24, query_pre_attn_scalar=16),
+    "phi3": Phi3Config(**_BASE),
+    "gpt_oss": GptOssConfig(**_BASE, sliding_window=24, num_local_experts=4, num_experts_per_tok=2),
+}
+
+# Sparse everywhere, with blocks small enough for short test sequences.
+SPARSE = {
+    "block_q": 16,
+    "block_k": 8,
+    "budget": 32,
+    "sink": 8,
+    "window": 16,
+    "dense_layers": 0,
+    "dense_below": 0,
+    "dense_tail": 0,
+}
+
+
+def make_model(family: str, implementation: str = "hip", **settings: object) -> PreTrainedModel:
+    """A model of the family with `SPARSE` settings, overridden by `settings`; the same weights at every call."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).eval()
+    for parameter in model.parameters():
+        # sharper attention than a fresh initialisation, so that what is selected matters
+        if parameter.ndim == 2:
+            parameter.data.mul_(4)
+    model.set_attn_implementation(implementation)
+    model.generation_config.eos_token_id = None
+    hip_hf.configure(model, **{**SPARSE, **settings})
+    return model
+
+
+def make_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Left-padded random prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    ids = torch.zeros(len(lengths), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, longest - length :] = torch.randint(3, VOCAB - 1, (length,), generator=generator)
+        mask[row, longest - length :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def paths(model: PreTrainedModel) -> list[str]:
+    """The path each layer took in its last call."""
+    return [row.path for row in hip_hf.explain(model)]

@@ -1,0 +1,233 @@
+"""Decode inside Transformers: the state follows the cache through everything that `generate` does to it."""
+
+import copy
+
+import pytest
+import torch
+from families import make_batch, make_model, paths
+from transformers import DynamicCache, StaticCache
+
+import hip_hf
+from hip_hf.integration.cache import HiPDynamicLayer, HiPStaticLayer
+
+
+def run(model, batch, **kwargs):
+    with torch.no_grad():
+        return model.generate(**batch, do_sample=False, **{"max_new_tokens": 40, **kwargs})
+
+
+def without_state(monkeypatch):
+    """Every call rebuilds pyramid and selection from the keys: the reference for what the kept state must give."""
+    from hip_hf.integration import interface
+
+    monkeypatch.setattr(interface, "state_of", lambda keys: None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_kept_state_equals_stateless_decode(family, cache, monkeypatch):
+    model = make_model(family, decode_refresh=1)
+    batch = make_batch([180, 131])
+    kept = run(model, batch, cache_implementation=cache)
+    assert hip_hf.explain(model)[1].cache == "kept state"
+    assert hip_hf.explain(model)[1].share < 0.6
+    without_state(monkeypatch)
+    assert torch.equal(run(model, batch, cache_implementation=cache), kept)
+
+
+def test_generation_is_sparse_and_differs_from_dense():
+    """The settings of these tests do prune: otherwise nothing above would mean anything."""
+    model = make_model("llama", decode_refresh=1)
+    batch = make_batch([180, 131])
+    with torch.no_grad():
+        sparse = model(**batch).logits
+        model.set_attn_implementation("eager")
+        dense = model(**batch).logits
+    assert (sparse - dense)[:, -1].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("beams", [3])
+def test_beam_search_follows_reorder(beams, monkeypatch):
+    model = make_model("llama", decode_refresh=1)
+    batch = make_batch([150, 120])
+    kept = run(model, batch, num_beams=beams)
+    assert paths(model) == ["sparse", "sparse"]
+    without_state(monkeypatch)
+    assert torch.equal(run(model, batch, num_beams=beams), kept)
+
+
+def test_beam_search_with_covering_budget_equals_eager():
+    model = make_model("llama", budget=1024)
+    batch = make_batch([90, 61])
+    actual = run(model, batch, num_beams=3)
+    model.set_attn_implementation("eager")
+    assert torch.equal(actual, run(model, batch, num_beams=3))
+
+
+def repetitive(length: int) -> dict[str, torch.Tensor]:
+    pattern = make_batch([23])["input_ids"][0]
+    ids = pattern.repeat(length // 23 + 1)[:length][None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def after_prefill(model, batch, **kwargs):
+    """Generate from a cache that has read the prompt: assisted decoding otherwise prefills prompt and candidates together,
+    and the prompt's last query block then selects for the candidates as well."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(batch["input_ids"][:, :-1], past_key_values=cache)
+    return run(model, batch, past_key_values=cache, **kwargs)
+
+
+def test_prompt_lookup_gives_the_tokens_of_plain_decoding():
+    """Several rows are verified at once, each selecting for itself; rejected ones are cropped away again."""
+    model = make_model("llama", decode_refresh=1)
+    batch = repetitive(200)
+    assert torch.equal(after_prefill(model, batch, prompt_lookup_num_tokens=6), after_prefill(model, batch))
+    assert paths(model) == ["sparse", "sparse"]
+
+
+def test_assisted_decoding_gives_the_tokens_of_plain_decoding():
+    model = make_model("llama", decode_refresh=1)
+    assistant = make_model("llama", decode_refresh=1)
+    for parameter in assistant.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    batch = make_batch([170])
+    assert torch.equal(after_prefill(model, batch, assistant_model=assistant), after_prefill(model, batch))
+    assert paths(model) == ["sparse", "sparse"]
+
+
+def test_refresh_reuses_a_selection_for_exactly_that_many_steps(monkeypatch):
+    from hip_hf.methods.hip import TreeSearch
+
+    model = make_model("llama", decode_refresh=4)
+    searched = []
+    original = TreeSearch.select
+    monkeypatch.setattr(TreeSearch, "select", lambda self, *args: searched.append(1) or original(self, *args))
+    cache = DynamicCache(config=model.config)
+    ids = make_batch([200])["input_ids"]
+    counts = []
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(9):
+            searched.clear()
+            model(ids[:, :1], past_key_values=cache)
+            counts.append(len(searched))
+    layers = 2
+    assert counts == [layers, 0, 0, 0, layers, 0, 0, 0, layers]
+
+
+def test_the_pyramid_is_extended_and_never_rebuilt(monkeypatch):
+    from hip_hf.methods.pyramid import Pyramid
+
+    model = make_model("llama", decode_refresh=1)
+    appended = []
+    original = Pyramid._append
+
+    def counting(self, keys, blocks):
+        appended.append(blocks - self.blocks)
+        original(self, keys, blocks)
+
+    cache = DynamicCache(config=model.config)
+    ids = make_batch([200])["input_ids"]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        monkeypatch.setattr(Pyramid, "_append", counting)
+        for _ in range(40):
+            model(ids[:, :1], past_key_values=cache)
+    # 40 keys are five blocks of 8, in each of two layers, one at a time
+    assert appended == [1] * 10
+
+
+@pytest.mark.parametrize("removed", [1, 30, 120])
+def test_crop_then_continue_equals_a_fresh_cache(removed):
+    model = make_model("llama", decode_refresh=4)
+    ids = make_batch([220])["input_ids"]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :200], past_key_values=cache)
+        for at in range(200, 210):
+            model(ids[:, at : at + 1], past_key_values=cache)
+        length = 210 - removed
+        crop_to(cache, length)
+        assert cache.get_seq_length() == length
+        fresh = DynamicCache(config=model.config)
+        for layer, other in zip(fresh.layers, cache.layers, strict=True):
+            layer.update(other.keys.clone(), other.values.clone())
+        for at in range(210, 215):
+            actual = model(ids[:, at : at + 1], past_key_values=cache).logits
+            expected = model(ids[:, at : at + 1], past_key_values=fresh).logits
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert paths(model) == ["sparse", "sparse"]
+
+
+def crop_to(cache, length):
+    """Both meanings of `crop`: a target length, or from some version on a negative count of tokens."""
+    try:
+        cache.crop(length)
+    except ValueError:
+        cache.crop(length - cache.get_seq_length())
+
+
+def test_batch_operations_follow():
+    model = make_model("llama", decode_refresh=4)
+    batch = make_batch([180, 140, 97])
+    cache = DynamicCache(config=model.config)
+    step = torch.tensor([[5], [6], [7]])
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+        mask = batch["attention_mask"]
+        for _ in range(3):
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], -1)
+            model(step, attention_mask=mask, past_key_values=cache)
+        chosen = torch.tensor([2, 0, 0])
+        cache.batch_select_indices(chosen)
+        mask = torch.cat([mask[chosen], torch.ones(3, 1, dtype=torch.long)], -1)
+        actual = model(step, attention_mask=mask, past_key_values=cache).logits
+        fresh = DynamicCache(config=model.config)
+        for layer, other in zip(fresh.layers, cache.layers, strict=True):
+            layer.update(other.keys[:, :, :-1].clone(), other.values[:, :, :-1].clone())
+            # the kept selection was made for the step before last: make the fresh cache reuse the same
+            layer.hip_state = copy.deepcopy(other.hip_state)
+            layer.hip_state.crop(mask.shape[1] - 1)
+        other = copy.deepcopy(cache)
+        crop_to(other, mask.shape[1] - 1)
+        expected = model(step, attention_mask=mask, past_key_values=fresh).logits
+        again = model(step, attention_mask=mask, past_key_values=other).logits
+    torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
+    assert actual.isfinite().all()
+
+
+def test_reset_starts_afresh():
+    model = make_model("llama")
+    ids = make_batch([200])["input_ids"]
+    cache = StaticCache(config=model.config, max_cache_len=260)
+    with torch.no_grad():
+        first = model(ids, past_key_values=cache).logits
+        model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        assert all(not layer.hip_state.rows for layer in cache.layers)
+        again = model(ids, past_key_values=cache).logits
+    assert torch.equal(first, again)
+
+
+def test_cache_layers_are_inert_for_other_attention():
+    model = make_model("llama", "eager")
+    batch = make_batch([80, 50])
+    with_ours = run(model, batch)
+    cache = DynamicCache(config=model.config)
+    assert isinstance(cache.layers[0], HiPDynamicLayer)
+    assert isinstance(StaticCache(config=model.config, max_cache_len=8).layers[0], HiPStaticLayer)
+    plain = DynamicCache()  # without a config: Transformers' own layers
+    with torch.no_grad():
+        assert torch.equal(model.generate(**batch, do_sample=False, max_new_tokens=40, past_key_values=plain), with_ours)
+
+
+def test_without_our_cache_layers_decode_is_stateless_and_right():
+    model = make_model("llama", decode_refresh=1)
+    batch = make_batch([150, 99])
+    expected = run(model, batch)
+    plain = DynamicCache()
+    assert torch.equal(run(model, batch, past_key_values=plain), expected)
+    assert hip_hf.explain(model)[0].cache == "stateless"
+    assert paths(model) == ["sparse", "sparse"]
