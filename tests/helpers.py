@@ -40,8 +40,8 @@ def make_qkv(
     k = torch.randn(batch, heads, tokens, dim, dtype=torch.float64)
     v = torch.randn(batch, heads, tokens, dim if dv is None else dv, dtype=torch.float64)
     for row, key in (needles or {}).items():
-        k[:, :, key] = 4 * torch.nn.functional.normalize(torch.randn(batch, heads, dim, dtype=torch.float64), dim=-1)
-        q[:, :, row] = 4 * k[:, :, key].repeat_interleave(groups, 1)
+        k[:, :, key] = 2 * dim**0.5 * torch.nn.functional.normalize(torch.randn(batch, heads, dim, dtype=torch.float64), dim=-1)
+        q[:, :, row] = 2 * k[:, :, key].repeat_interleave(groups, 1)
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 

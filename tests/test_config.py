@@ -146,7 +146,9 @@ def test_budget_and_coarsest_follow_block_k() -> None:
 
 
 def test_from_dict_refuses_unknown_fields_with_a_hint() -> None:
-    with pytest.raises(ValueError, match=r"HiPConfig\.budgt: unknown field with value 3 \(did you mean 'budget'\?\), allowed: \["):
+    with pytest.raises(
+        ValueError, match=r"HiPConfig\.budgt: unknown field with value 3 \(did you mean 'budget'\?\), allowed: \["
+    ):
         HiPConfig.from_dict({"budgt": 3})
     with pytest.raises(ValueError, match=r"HiPConfig\.xyzzy: unknown field with value 3, allowed: \["):
         HiPConfig.from_dict({"xyzzy": 3})

@@ -64,37 +64,50 @@ def test_beam_search_with_covering_budget_equals_eager():
     assert torch.equal(actual, run(model, batch, num_beams=3))
 
 
-def repetitive(length: int) -> dict[str, torch.Tensor]:
-    pattern = make_batch([23])["input_ids"][0]
-    ids = pattern.repeat(length // 23 + 1)[:length][None]
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def after_prefill(model, batch, **kwargs):
-    """Generate from a cache that has read the prompt: assisted decoding otherwise prefills prompt and candidates together,
-    and the prompt's last query block then selects for the candidates as well."""
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(batch["input_ids"][:, :-1], past_key_values=cache)
-    return run(model, batch, past_key_values=cache, **kwargs)
-
-
-def test_prompt_lookup_gives_the_tokens_of_plain_decoding():
+def test_prompt_lookup_gives_the_tokens_of_plain_decoding(monkeypatch):
     """Several rows are verified at once, each selecting for itself; rejected ones are cropped away again."""
+    from hip_hf.reference import sparse
+
     model = make_model("llama", decode_refresh=1)
-    batch = repetitive(200)
-    assert torch.equal(after_prefill(model, batch, prompt_lookup_num_tokens=6), after_prefill(model, batch))
+    batch = make_batch([200])
+    # The last token is new, so that nothing is looked up before the first step: candidates prefilled with the prompt
+    # would share the selection of its last query block. From then on, the model repeats itself.
+    batch["input_ids"][batch["input_ids"] == 98] = 97
+    batch["input_ids"][0, -1] = 98
+    plain = run(model, batch)
+    verified = []
+    original = sparse.SparseAttention._decode
+    monkeypatch.setattr(
+        sparse.SparseAttention, "_decode", lambda self, t, span, row: verified.append(span.rows) or original(self, t, span, row)
+    )
+    assert torch.equal(run(model, batch, prompt_lookup_num_tokens=6), plain)
+    assert max(verified) > 1
     assert paths(model) == ["sparse", "sparse"]
 
 
-def test_assisted_decoding_gives_the_tokens_of_plain_decoding():
-    model = make_model("llama", decode_refresh=1)
+def perturbed_assistant():
     assistant = make_model("llama", decode_refresh=1)
     for parameter in assistant.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return assistant
+
+
+def test_assisted_decoding_with_covering_budget_equals_eager():
+    model = make_model("llama", budget=1024)
     batch = make_batch([170])
-    assert torch.equal(after_prefill(model, batch, assistant_model=assistant), after_prefill(model, batch))
+    actual = run(model, batch, assistant_model=perturbed_assistant())
     assert paths(model) == ["sparse", "sparse"]
+    model.set_attn_implementation("eager")
+    assert torch.equal(actual, run(model, batch))
+
+
+def test_assisted_decoding_follows_crop(monkeypatch):
+    model = make_model("llama", decode_refresh=1)
+    batch = make_batch([170])
+    kept = run(model, batch, assistant_model=perturbed_assistant())
+    assert hip_hf.explain(model)[1].cache == "kept state"
+    without_state(monkeypatch)
+    assert torch.equal(run(model, batch, assistant_model=perturbed_assistant()), kept)
 
 
 def test_refresh_reuses_a_selection_for_exactly_that_many_steps(monkeypatch):

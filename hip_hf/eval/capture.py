@@ -1,0 +1,77 @@
+"""What a model's attention layers compute on a text: the attention problem of every layer, from one dense forward."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hip_hf.attention import attend
+from hip_hf.config import HiPConfig
+from hip_hf.integration.masks import hip_mask, mask_spans, mask_window
+from hip_hf.integration.settings import text_config
+from hip_hf.problem import AttentionProblem, make_spans
+
+NAME = "hip_capture"
+DENSE = HiPConfig(method="dense")
+
+_problems: ContextVar[list[tuple[int, AttentionProblem]] | None] = ContextVar("captured problems", default=None)
+
+
+def _record(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function for Transformers: dense attention that remembers what it was given."""
+    problems = _problems.get()
+    assert problems is not None, f"{NAME} is only for `capture`"
+    if attention_mask is None:
+        spans: tuple[Any, ...] | None = make_spans(query, key)
+    else:
+        spans = None if attention_mask.dtype == torch.bool else mask_spans(attention_mask, query.shape[2])
+    if spans is None or not getattr(module, "is_causal", True):
+        raise ValueError(f"model: {type(module).__name__} attends by a mask that is not causal, allowed: causal attention")
+    if sliding_window is None:
+        sliding_window = mask_window(attention_mask)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    problem = AttentionProblem(query, key, value, spans, scale, sliding_window, softcap, s_aux)
+    problems.append((getattr(module, "layer_idx", len(problems)), problem))
+    return attend(problem, DENSE).out.transpose(1, 2).contiguous(), None
+
+
+@torch.no_grad()
+def capture(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> list[AttentionProblem]:
+    """The attention problem of each layer, in layer order, of a dense forward over `input_ids` without a cache.
+
+    The model's own attention implementation is back in place afterwards, also after an error.
+
+    Raises:
+        ValueError: a layer's attention is not causal, or the model does not attend through Transformers' interface.
+    """
+    AttentionInterface.register(NAME, _record)
+    AttentionMaskInterface.register(NAME, hip_mask)
+    config = text_config(model)
+    before = config._attn_implementation
+    problems: list[tuple[int, AttentionProblem]] = []
+    token = _problems.set(problems)
+    config._attn_implementation = NAME
+    try:
+        # the base model computes no logits
+        model.base_model(input_ids, attention_mask=attention_mask, use_cache=False)  # type: ignore[operator]
+    finally:
+        config._attn_implementation = before
+        _problems.reset(token)
+    if not problems:
+        raise ValueError(f"model: {type(model).__name__} does not attend through Transformers' AttentionInterface")
+    return [problem for _, problem in sorted(problems, key=lambda item: item[0])]

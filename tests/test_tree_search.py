@@ -1,0 +1,307 @@
+"""The tree search against its plain twin (`brute.py`), and the promises that its description makes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import brute
+import pytest
+import torch
+from helpers import DECODE_ROWS, make_qkv, small, sparse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hip_hf.config import REPRESENTATIVES, HiPConfig
+from hip_hf.methods import hip
+
+
+def layout(config: HiPConfig, rows: int, keys: int) -> list[tuple[range, int, int]]:
+    """Of every query block of a call: its rows' positions, and the middle in key blocks, by the written rules."""
+    bk, first, found = config.block_k, keys - rows, []
+    size = 1 if rows <= DECODE_ROWS else config.block_q
+    for at, block in itertools.groupby(range(first, keys), key=lambda p: p // size):
+        inside = list(block)
+        window = max(0, inside[0] - config.window) // bk
+        found.append((range(inside[0], inside[-1] + 1), min(-(-config.sink // bk), window), window))
+        assert inside[0] // size == at
+    return found
+
+
+def expected(
+    config: HiPConfig, q: torch.Tensor, k: torch.Tensor, softcap: float | None = None
+) -> dict[tuple[int, int], list[int]]:
+    """Selected blocks by (head of the mask, query block)."""
+    groups, rows, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    found = {}
+    for head in range(k.shape[1] if config.group_shared else q.shape[1]):
+        queries = q[0, head * groups : (head + 1) * groups] if config.group_shared else q[0, head : head + 1]
+        own = k[0, head if config.group_shared else head // groups]
+        for n, (block, low, high) in enumerate(layout(config, rows, keys)):
+            if high - low <= config.budget // config.block_k:
+                found[head, n] = list(range(low, high))
+                continue
+            votes = list(block)[:: -config.query_stride]  # the last row, and back from it
+            voting = torch.cat([queries[:, p - (keys - rows)] for p in votes])
+            options = config.options
+            search = brute.Search(config, own, voting, low, high, q.shape[-1] ** -0.5, softcap, **options)
+            found[head, n] = search.run()
+    return found
+
+
+def selected(
+    config: HiPConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **fields: Any
+) -> dict[tuple[int, int], list[int]]:
+    mask = sparse(q, k, v, config, **fields).mask
+    assert mask is not None
+    heads, blocks = mask.counts.shape[1:]
+    return {(h, n): mask.indices[0, h, n, : mask.counts[0, h, n]].tolist() for h in range(heads) for n in range(blocks)}
+
+
+def check(config: HiPConfig, tokens: int, rows: int | None = None, softcap: float | None = None, **shape: int) -> None:
+    q, k, v = make_qkv(tokens, rows, dtype=torch.float64, **shape)
+    got, want = selected(config, q, k, v, softcap=softcap), expected(config, q, k, softcap)
+    wrong = {key: (got[key], want[key]) for key in want if got.get(key) != want[key]}
+    assert got.keys() == want.keys() and not wrong, f"(head, query block): (got, want) {wrong}"
+    assert any(len(blocks) == config.budget // config.block_k for blocks in got.values()), "no tree was searched"
+
+
+# 99 and 163 keys with the last query rows only: the searches are long, the loops of the plain twin are not.
+
+
+@pytest.mark.parametrize("score", ["mass", "max"])
+@pytest.mark.parametrize("representative", REPRESENTATIVES)
+def test_same_blocks_for_every_representative(representative: str, score: str) -> None:
+    check(small(representative=representative, score=score), 163, 35)
+
+
+@pytest.mark.parametrize("options", [{"weight": 0.0}, {"weight": 0.25}, {"weight": 1.0}])
+def test_same_blocks_for_every_weight(options: dict[str, float]) -> None:
+    check(small(options=options, sink=0), 131, 20)
+
+
+@pytest.mark.parametrize("options", [{"outliers": 1}, {"outliers": 3}])
+def test_same_blocks_for_every_number_of_outliers(options: dict[str, int]) -> None:
+    check(small(options=options, representative="outliers"), 131, 20)
+
+
+@pytest.mark.parametrize("score", ["mass", "max"])
+@pytest.mark.parametrize("beam", [1, 2, 4])
+@pytest.mark.parametrize("rescore", [1, 2, 4])
+@pytest.mark.parametrize("coarsest", [None, 4, 16])
+def test_same_blocks_for_every_shape_of_the_tree(beam: int, rescore: int, coarsest: int | None, score: str) -> None:
+    check(small(beam=beam, rescore=rescore, coarsest=coarsest, score=score, budget=8), 163, 19)
+
+
+@pytest.mark.parametrize("group_shared", [True, False])
+@pytest.mark.parametrize("query_stride", [1, 2, 3, 16, 40])
+def test_same_blocks_for_every_choice_of_voters(query_stride: int, group_shared: bool) -> None:
+    check(small(query_stride=query_stride, group_shared=group_shared), 99, 99)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 1), (1, 4), (2, 3)])
+@pytest.mark.parametrize("group_shared", [True, False])
+def test_same_blocks_for_every_head_layout(heads: int, groups: int, group_shared: bool) -> None:
+    check(small(group_shared=group_shared), 131, 20, heads=heads, groups=groups)
+
+
+@pytest.mark.parametrize("tokens", [47, 48, 49, 63, 64, 65, 127, 128, 129, 200])
+def test_same_blocks_for_odd_lengths(tokens: int) -> None:
+    check(small(budget=8, beam=1), tokens, 40)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 15, 16])
+def test_same_blocks_in_decode_where_each_row_selects_for_itself(rows: int) -> None:
+    check(small(rescore=2), 163, rows)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(block_k=1, budget=8, sink=0),
+        dict(block_k=3, budget=12, sink=5, window=10),
+        dict(block_k=8, budget=16, window=0, sink=20),
+        dict(block_k=16, budget=32, block_q=5, window=7),
+        dict(block_q=64, query_stride=7),
+    ],
+)
+def test_same_blocks_for_odd_sizes(fields: dict[str, int]) -> None:
+    check(small(**fields), 163, 35)
+
+
+@pytest.mark.parametrize("score", ["mass", "max"])
+def test_same_blocks_under_a_softcap(score: str) -> None:
+    check(small(score=score, rescore=2), 131, 20, softcap=1.5)
+
+
+# What is ever a candidate.
+
+
+class Recorder:
+    """Notes every call of `best`: the candidates, level by level."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ids: list[torch.Tensor] = []
+        original = hip.best
+
+        def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
+            self.ids.append(ids.clone())
+            return original(scores, ids, count)
+
+        monkeypatch.setattr(hip, "best", best)
+
+    def levels(self) -> list[tuple[int, torch.Tensor]]:
+        """(level, ids) of a single search, from the coarsest level down."""
+        return [(len(self.ids) - 1 - i, ids) for i, ids in enumerate(self.ids)]
+
+
+def blocks_of(level: int, index: int) -> range:
+    return range(index << level, (index + 1) << level)
+
+
+SHAPES = [dict(budget=8, beam=1), dict(budget=8, beam=2, coarsest=16), dict(budget=4, beam=1, sink=0), dict(budget=16, beam=1)]
+
+
+@pytest.mark.parametrize("fields", SHAPES)
+@pytest.mark.parametrize("tokens", [61, 100, 163, 255, 256, 257, 300])
+def test_the_first_candidates_cover_every_middle_block_once(
+    tokens: int, fields: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real code's candidates: all of the start level, then at each level the last two, which are nobody's children."""
+    config = small(**fields)
+    (_, low, high), *_ = layout(config, 1, tokens)
+    recorder = Recorder(monkeypatch)
+    q, k, v = make_qkv(tokens, 1, heads=1)
+    sparse(q, k, v, config)
+    covered: list[int] = []
+    for i, (level, ids) in enumerate(recorder.levels()):
+        for index in (ids if i == 0 else ids[..., -2:]).flatten().tolist():
+            if index != hip.NO_CHUNK:
+                covered += blocks_of(level, index)
+    assert sorted(covered) == list(range(low, high))
+    twin = brute.Search(config, k[0, 0], q[0, 0], low, high, 1.0)
+    assert sorted(b for level, index in twin.initial() for b in blocks_of(level, index)) == list(range(low, high))
+    assert len(recorder.ids) == twin.start() + 1
+
+
+@pytest.mark.parametrize("low", [0, 1, 2, 7, 16])
+@pytest.mark.parametrize("beam", [1, 2, 3])
+@pytest.mark.parametrize("coarsest", [None, 1, 4, 32])
+def test_the_dyadic_cover_of_any_middle(low: int, beam: int, coarsest: int | None) -> None:
+    config = small(block_k=1, budget=2, beam=beam, coarsest=coarsest)
+    for high in range(low + 3, low + 140):
+        twin = brute.Search(config, torch.empty(0, 1), torch.empty(0, 1), low, high, 1.0)
+        initial = twin.initial()
+        assert sorted(b for level, index in initial for b in blocks_of(level, index)) == list(range(low, high))
+        assert all(len(twin.edges(level)) <= 2 for level in range(twin.start()))
+        assert hip.start_level(config, low, high) == twin.start()
+
+
+@pytest.mark.parametrize("sliding", [None, 60, 90])
+@pytest.mark.parametrize("fields", SHAPES)
+def test_no_candidate_reaches_out_of_the_middle(
+    fields: dict[str, int], sliding: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(sink=0) if sliding else small(**fields)
+    q, k, v = make_qkv(300, 1, heads=1)
+    for tokens in range(70, 300, 7):
+        recorder = Recorder(monkeypatch)
+        sparse(q, k[:, :, :tokens], v[:, :, :tokens], config, sliding_window=sliding)
+        position, window = tokens - 1, (tokens - 1 - config.window) // config.block_k
+        oldest = 0 if sliding is None else max(0, position - sliding + 1)
+        low = max(-(-config.sink // config.block_k), oldest // config.block_k)
+        for level, ids in recorder.levels():
+            for index in set(ids.flatten().tolist()) - {hip.NO_CHUNK}:
+                inside = blocks_of(level, index)
+                assert low <= inside.start and inside.stop <= window, f"level {level}: {inside} leaves {low} to {window}"
+        monkeypatch.undo()
+
+
+# Order.
+
+
+def test_ties_break_by_position() -> None:
+    """Every key alike, in numbers that float arithmetic keeps exact."""
+    q, k, v = make_qkv(300, 1, dtype=torch.float64)
+    q, k = torch.ones_like(q), torch.ones_like(k)
+    for score, representative in itertools.product(("mass", "max"), REPRESENTATIVES):
+        config = small(score=score, representative=representative, sink=12, rescore=2)
+        first = config.sink // config.block_k
+        got = selected(config, q, k, v)
+        assert got == {(head, 0): list(range(first, first + 4)) for head in range(2)}, (score, representative)
+
+
+def test_the_same_call_selects_the_same_blocks() -> None:
+    q, k, v = make_qkv(300)
+    assert selected(small(), q, k, v) == selected(small(), q, k, v)
+
+
+@given(
+    st.lists(
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan]) | st.floats(width=32), min_size=1, max_size=40
+    ),
+    st.integers(1, 45),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=300, deadline=None)
+def test_best_is_what_sorting_finds(scores: list[float], count: int, random: Any) -> None:
+    ids = random.sample(range(2**32 - 1), len(scores))
+    got = hip.best(torch.tensor(scores), torch.tensor(ids), count)
+    rank = {i: (-s if s == s else torch.inf, i) for i, s in zip(ids, scores, strict=True)}
+    assert sorted(got.tolist()) == sorted(sorted(ids, key=rank.__getitem__)[:count])
+
+
+def test_best_works_row_by_row() -> None:
+    scores, ids = torch.randn(2, 3, 50), torch.randint(1000, (2, 3, 50)) * 50 + torch.arange(50)
+    got = hip.best(scores, ids, 7).sort().values
+    want = ids.gather(-1, scores.topk(7).indices).sort().values
+    assert torch.equal(got, want)
+
+
+# Other selectors, and what all of this is for.
+
+
+@pytest.mark.parametrize("group_shared", [True, False])
+@pytest.mark.parametrize("tokens", [99, 130])
+def test_the_oracle_takes_the_blocks_with_the_largest_mass(tokens: int, group_shared: bool) -> None:
+    config = small(method="oracle", group_shared=group_shared)
+    q, k, v = make_qkv(tokens, dtype=torch.float64)
+    got = selected(config, q, k, v)
+    for (head, n), blocks in got.items():
+        positions, low, high = layout(config, tokens, tokens)[n]
+        queries = q[0, 2 * head : 2 * head + 2] if group_shared else q[0, head : head + 1]
+        own = k[0, head if group_shared else head // 2]
+        rows = [(p, query[p]) for p in positions for query in queries]
+        assert blocks == brute.oracle(own, rows, low, high, config.block_k, 4, 0.25), (head, n)
+
+
+def test_streaming_selects_nothing() -> None:
+    q, k, v = make_qkv(99)
+    assert set(map(tuple, selected(small(method="streaming"), q, k, v).values())) == {()}
+
+
+@pytest.mark.parametrize("representative", ["blend", "minmax", "outliers"])
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("depth", [100, 1000, 2222, 3500])
+def test_a_needle_is_found(depth: int, rows: int, representative: str) -> None:
+    config = HiPConfig(budget=64, sink=16, window=64, representative=representative, dense_below=0, dense_tail=0)
+    q, k, v = make_qkv(4096, rows, dim=32, needles={rows - 1: depth})
+    got = selected(config, q, k, v)
+    last = max(n for _, n in got)
+    assert all(depth // config.block_k in got[head, last] for head in range(2))
+
+
+@pytest.mark.parametrize("group_shared", [True, False])
+def test_a_group_shares_one_selection_or_each_head_has_its_own(group_shared: bool) -> None:
+    """Two heads of one group look for different needles in far apart places."""
+    config = small(group_shared=group_shared, budget=8, query_stride=1)
+    q, k, v = make_qkv(300, 1, heads=1, dtype=torch.float64)
+    k = k / 4
+    for head, key in ((0, 100), (1, 200)):
+        k[:, :, key] = torch.eye(16, dtype=torch.float64)[head] * 8
+        q[:, head] = torch.eye(16, dtype=torch.float64)[head] * 16
+    got = selected(config, q, k, v)
+    if group_shared:
+        assert got == {(0, 0): [25, 50]}
+    else:
+        assert 25 in got[0, 0] and 50 not in got[0, 0] and 50 in got[1, 0] and 25 not in got[1, 0]
