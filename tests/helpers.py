@@ -108,28 +108,26 @@ def read_mask(
     """
     (batch, heads, rows, _), keys, bk = q.shape, k.shape[2], config.block_k
     row_at, key_at = positions(batch, rows, keys, key_start, q_start)
-    sight = causal(batch, rows, keys, key_start, q_start, sliding)
     sink = (config.sink + bk - 1) // bk * bk
     decoding = rows <= DECODE_ROWS
     out = torch.zeros(batch, heads, rows, keys, dtype=torch.bool)
     for b in range(batch):
-        at = key_at[b]
-        for row in range(rows):
-            p = int(row_at[b, row])
-            if p < 0:
-                continue
-            first = p if decoding else max(p - p % config.block_q, int(row_at[b].clamp(min=0).min()))
+        row = max(0, -int(row_at[b, 0]))  # the first that is no padding
+        while row < rows:
+            first, at = int(row_at[b, row]), key_at[b]
+            size = 1 if decoding else config.block_q - first % config.block_q
             start = max(0, first - config.window) // bk * bk if window is None else window
+            always = (at < sink) | (at >= start)
             (block,) = (mask.first[b] == first).nonzero()[0].tolist()
-            always = (at >= 0) & ((at < sink) | (at >= start))
-            if not decoding and row >= rows - config.dense_tail:
-                always |= True
             for head in range(heads):
                 shared = head * mask.indices.shape[1] // heads
                 chosen = mask.indices[b, shared, block, : mask.counts[b, shared, block]].long()
                 assert (chosen.diff() > 0).all(), f"blocks of query block {block} are not sorted and unique: {chosen}"
-                out[b, head, row] = always | torch.isin(at.div(bk, rounding_mode="floor"), chosen) & (at >= 0)
-    return out & sight
+                out[b, head, row : row + size] = always | torch.isin(at.div(bk, rounding_mode="floor"), chosen)
+            row += size
+    if not decoding:
+        out[:, :, max(0, rows - config.dense_tail) :] = True
+    return out & causal(batch, rows, keys, key_start, q_start, sliding)
 
 
 def sparse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -105,8 +106,7 @@ BAD = [
 def test_defaults_are_those_of_the_contract() -> None:
     config = HiPConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
-    assert isinstance(config.rescore, int) and config.rescore >= 1  # by measurement
-    assert {f.name for f in dataclasses.fields(HiPConfig)} == set(DEFAULTS) | {"rescore"}
+    assert {f.name for f in dataclasses.fields(HiPConfig)} == set(DEFAULTS) | {"rescore"}  # rescore: by measurement
 
 
 @pytest.mark.parametrize(("name", "value"), GOOD)
@@ -116,13 +116,11 @@ def test_takes(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("name", "value", "allowed"), BAD)
 def test_refuses_and_says_field_value_and_range(name: str, value: Any, allowed: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=rf"HiPConfig\.{name}: got .*, allowed: ") as caught:
         HiPConfig(**{name: value})
-    message = str(caught.value)
-    assert message.startswith(f"HiPConfig.{name}: got ")
-    assert "allowed: " in message and allowed in message.split("allowed: ")[1]
-    if name != "layers":
-        assert repr(value) in message.split("allowed: ")[0]
+    got, may_be = str(caught.value).split("allowed: ")
+    assert allowed in may_be
+    assert name == "layers" or repr(value) in got
 
 
 def test_every_field_is_validated() -> None:
@@ -174,7 +172,8 @@ def test_from_dict_refuses_unknown_fields_with_a_hint() -> None:
 def test_options_are_the_methods_own(method: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=r"HiPConfig\.options") as caught:
         HiPConfig(method=method, options=options)
-    assert says in str(caught.value) and next(iter(options)) in str(caught.value)
+    assert says in str(caught.value)
+    assert next(iter(options)) in str(caught.value)
 
 
 def test_options_become_the_methods_dataclass() -> None:
@@ -197,32 +196,36 @@ def test_round_trip_through_json() -> None:
     back = HiPConfig.from_dict(json.loads(text))
     assert back == config
     assert json.dumps(back.to_dict()) == text
-    assert list(back.layers) == [3, 11] and back.dense_layers == [0, 2]
+    assert list(back.layers) == [3, 11]
+    assert back.dense_layers == [0, 2]
     assert HiPConfig.from_dict({}) == HiPConfig() == HiPConfig.from_dict(json.loads(json.dumps(HiPConfig().to_dict())))
 
 
 def test_layer_overrides() -> None:
     config = HiPConfig(budget=512, layers={"2": {"budget": 4096, "dense_layers": 0}, 4: {"method": "streaming"}})  # type: ignore[dict-item]
     assert list(config.layers) == [2, 4]
-    assert config.for_layer(2).budget == 4096 and config.for_layer(2).window == config.window
-    assert config.for_layer(4).method == "streaming" and config.for_layer(4).budget == 512
-    assert config.for_layer(3) is config and config.for_layer(None) is config
-    assert config.is_dense_layer(2) and not config.for_layer(2).is_dense_layer(2)
+    assert config.for_layer(2).budget == 4096
+    assert config.for_layer(2).window == config.window
+    assert config.for_layer(4).method == "streaming"
+    assert config.for_layer(4).budget == 512
+    assert config.for_layer(3) is config
+    assert config.for_layer(None) is config
+    assert config.is_dense_layer(2)
+    assert not config.for_layer(2).is_dense_layer(2)
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
         ({"budget": 24}, "HiPConfig.budget: got 24"),
-        ({"bugdet": 32}, "did you mean 'budget'"),
+        ({"bugdet": 32}, "HiPConfig.bugdet: unknown field with value 32 (did you mean 'budget'"),
         ({"options": {"wight": 1}}, "HiPConfig.options: got 'wight'"),
         ({"method": "hippo"}, "HiPConfig.method: got 'hippo'"),
     ],
 )
 def test_a_bad_override_names_its_layer(fields: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"HiPConfig\.layers\[7\]: " + re.escape(says)):
         HiPConfig(layers={1: {"budget": 32}, 7: fields})
-    assert "HiPConfig.layers[7]: " in str(caught.value) and says in str(caught.value)
 
 
 def test_dense_layers_by_count_and_by_list() -> None:

@@ -115,3 +115,19 @@ def test_invalid_settings_in_a_checkpoint_are_named():
     model.config.hip["beam"] = 0
     with pytest.raises(ValueError, match=r"HiPConfig.beam: got 0, allowed: an integer >= 1"):
         model(make_batch([40])["input_ids"])
+
+
+def test_inference_mode_and_ordinary_mode_share_a_cache():
+    """Workers and pyramids must not care which mode made a tensor."""
+    model = make_model("llama", decode_refresh=1)
+    ids = make_batch([200])["input_ids"]
+    with torch.no_grad():
+        expected = model(ids).logits
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected)
+    with torch.no_grad():
+        for _ in range(20):
+            out = model(ids[:, :1], past_key_values=cache)
+    assert out.logits.isfinite().all()
+    assert hip_hf.explain(model)[0].path == "sparse"

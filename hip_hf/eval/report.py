@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import hip_hf
+
 # Progress and notes go to the error stream, so that `--json` on the output stream stays one document.
 notes = Console(stderr=True)
 
@@ -30,7 +32,8 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "hip-hf")},
+        **{package: version(package) for package in ("torch", "transformers")},
+        "hip_hf": hip_hf.__version__,
     }
 
 

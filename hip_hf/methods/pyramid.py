@@ -194,7 +194,8 @@ class Pyramid:
             # double, so that appending a block costs O(1) amortised; exact at first, when the prompt is read
             old = self.levels[level]
             capacity = first + count if first == 0 else 2 * (first + count)
-            self.levels[level] = old.new_empty(heads, capacity, width)
+            with torch.inference_mode(False):  # a table outlives the mode it was made in
+                self.levels[level] = torch.empty(heads, capacity, width, dtype=self.dtype, device=rows.device)
             self.levels[level][:, :first] = old[:, :first]
         self.levels[level][:, first : first + count] = rows
 

@@ -81,11 +81,13 @@ def run(task: Callable[[Item], None], items: Iterable[Item], device: torch.devic
                 task(item)
         return
 
-    def without_grad(item: Item) -> None:
-        with torch.no_grad():
+    inference = torch.is_inference_mode_enabled()  # a thread's own, like the gradient mode
+
+    def in_mode(item: Item) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
             task(item)
 
-    for future in [_get_pool(size).submit(without_grad, item) for item in items]:
+    for future in [_get_pool(size).submit(in_mode, item) for item in items]:
         future.result()
 
 

@@ -1,0 +1,237 @@
+"""`hip-hf demo`: pass keys hidden in a long document, asked for with dense and with pruned attention.
+
+Each implementation runs in a process of its own, so that the peak of memory is its own. Every question is a prompt of
+full length; the times are the medians over the questions, which leaves out what the first call has to set up.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, median
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hip_hf.attention import attend
+from hip_hf.config import HiPConfig
+from hip_hf.eval import documents, generate, plots, report
+from hip_hf.eval.capture import capture
+from hip_hf.eval.documents import DIGITS, NAMES, Fact
+from hip_hf.integration.explain import Report
+from hip_hf.methods.base import query_blocks
+from hip_hf.problem import AttentionProblem
+
+IMPLEMENTATIONS = ("sdpa", "hip")
+_KIND = {name: index for index, name in enumerate(plots.KINDS)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one process does: answer the prompts through one attention implementation."""
+
+    checkpoint: str
+    attn: str
+    prompts: list[list[int]]
+    new_tokens: int
+    fields: dict[str, Any]
+
+
+def load(run: Run, attn: str) -> tuple[Any, Any, HiPConfig]:
+    """Model, tokenizer and settings, without the library's own progress bar inside ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return generate.load(run.checkpoint, attn, run.fields)
+
+
+def answer(run: Run) -> dict[str, Any]:
+    """Answers and measurements of one implementation; call it in a fresh process."""
+    model, tokenizer, _ = load(run, run.attn)
+    loaded = memory_mib("VmRSS")
+    results = [generate.generate(model, prompt, run.new_tokens) for prompt in run.prompts]
+    rates = [result.tokens_per_s for result in results if result.tokens_per_s is not None]
+    return {
+        "answers": [documents.answer_of(tokenizer, result.ids) for result in results],
+        "texts": [tokenizer.decode(result.ids).strip() for result in results],
+        "first_token_s": median(result.first_token_s for result in results),
+        "tokens_per_s": median(rates) if rates else None,
+        "loaded_mib": loaded,
+        "peak_mib": memory_mib("VmHWM"),
+        "prefill": results[-1].prefill,
+        "decode": results[-1].decode,
+    }
+
+
+def memory_mib(field: str) -> float | None:
+    """Memory of this process now (`VmRSS`) or at its peak (`VmHWM`); None where the system does not say.
+
+    Not `ru_maxrss` on Linux: a child inherits its parent's there.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) / 1024
+    if field != "VmHWM" or sys.platform != "darwin":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def in_own_process(run: Run) -> dict[str, Any]:
+    """`answer(run)` in a process that has done nothing else."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(answer, run).result()
+
+
+def make_facts(count: int, seed: int) -> list[Fact]:
+    """Facts spread over the document: one at a random place in each `1 / count` of it."""
+    rng = random.Random(seed)
+    names = rng.sample(NAMES, count)
+    return [Fact(name, "".join(rng.choices("0123456789", k=DIGITS)), (i + rng.random()) / count) for i, name in enumerate(names)]
+
+
+def position_of(tokenizer: Any, prompt: list[int], fact: Fact) -> int:
+    """Where the fact's note begins in the prompt."""
+    ids = tokenizer.encode(documents.note(fact.name, fact.key), add_special_tokens=False)
+    return next(at for at in range(len(prompt)) if prompt[at : at + len(ids)] == ids)
+
+
+def kinds_read(problem: AttentionProblem, config: HiPConfig, layer: int) -> tuple[torch.Tensor, str]:
+    """What the first key head's query blocks read in prefill, `[query blocks, key blocks]` of `plots.KINDS` (-1: the
+    future), and the path in words."""
+    result = attend(problem, config, layer, need_mask=True)
+    config = config.for_layer(layer)
+    span, size = problem.spans[0], config.block_k
+    blocks = query_blocks(config, span, per_row=False, sliding=problem.sliding_window)
+    kinds = torch.full((len(blocks), -(-span.keys // size)), -1, dtype=torch.int8)
+    for i, block in enumerate(blocks):
+        dense = result.mask is None or block.row >= span.rows - config.dense_tail
+        row = kinds[i]
+        row[block.start // size : block.last // size + 1] = _KIND["read densely" if dense else "not read"]
+        if result.mask is None:
+            continue
+        row[block.start // size : block.sink // size] = _KIND["sink"]
+        row[block.window // size : block.last // size + 1] = _KIND["window"]
+        row[result.mask.indices[0, 0, i, : result.mask.counts[0, 0, i]].long()] = _KIND["selected"]
+    path = f"sparse, {result.share:.0%} of the keys read" if result.path == "sparse" else f"dense: {result.reason}"
+    return kinds, path
+
+
+def draw(file: Path, run: Run, facts: list[Fact]) -> None:
+    """The picture of who reads what in the first prompt, computed from the dense model's queries and keys."""
+    model, tokenizer, settings = load(run, "sdpa")
+    prompt = run.prompts[0]
+    panels = []
+    with torch.no_grad():
+        for layer, problem in enumerate(capture(model, torch.tensor([prompt]))):
+            kinds, path = kinds_read(problem, settings, layer)
+            at = settings.for_layer(layer)
+            panels.append(plots.Panel(f"layer {layer}: {path}", kinds, at.block_q, at.block_k))
+    marks = {fact.name: position_of(tokenizer, prompt, fact) for fact in facts}
+    question = len(prompt) - len(tokenizer.encode(documents.question(facts[0].name), add_special_tokens=False))
+    title = f"Key blocks that each query block reads (first key head), {len(prompt)} tokens; asked for: {facts[0].name}"
+    plots.readings(file, title, panels, len(prompt), marks, question)
+
+
+def row_of(attn: str, measured: dict[str, Any], facts: list[Fact]) -> dict[str, Any]:
+    """The line of the table for one implementation; `keys_read` is the prompt's, `above_model_mib` the peak's part that
+    came on top of the loaded model."""
+    right = sum(given == fact.key for given, fact in zip(measured["answers"], facts, strict=True))
+    layers: Report = measured["prefill"]
+    loaded, peak = measured["loaded_mib"], measured["peak_mib"]
+    return {
+        "attention": attn,
+        "right": f"{right}/{len(facts)}",
+        "first_token_s": measured["first_token_s"],
+        "tokens_per_s": measured["tokens_per_s"],
+        "peak_mib": peak,
+        "above_model_mib": None if loaded is None or peak is None else peak - loaded,
+        "keys_read": fmean(layer.share for layer in layers if layer.share is not None) if layers else 1.0,
+    }
+
+
+def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fact]) -> tuple[list[list[int]], int]:
+    """One prompt per fact, of `tokens` tokens (None: all that the model is made for), and the length of an answer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    if checkpoint == str(documents.CHECKPOINT) and not documents.CHECKPOINT.exists():
+        raise typer.BadParameter(f"{checkpoint} is not there, allowed: another checkpoint", param_hint="--checkpoint")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        config = AutoConfig.from_pretrained(checkpoint).get_text_config(decoder=True)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"cannot load {checkpoint!r}: {error}", param_hint="--checkpoint") from None
+    try:
+        text = tokenizer.encode(document.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {str(document)!r}: {error}", param_hint="--document") from None
+    new_tokens = max(len(tokenizer.encode(f" {fact.key}", add_special_tokens=False)) for fact in facts)
+    if tokens is None:
+        tokens = config.max_position_embeddings - new_tokens
+    try:
+        prompts = [documents.make_prompt(tokenizer, text, tokens, facts, fact.name) for fact in facts]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tokens") from None
+    return prompts, new_tokens
+
+
+def main(
+    checkpoint: Annotated[str, typer.Option(help="A hub name or a folder.")] = str(documents.CHECKPOINT),
+    document: Annotated[Path, typer.Option(help="Text file to hide the facts in.")] = documents.DOCUMENT,
+    tokens: Annotated[int | None, typer.Option(help="Length of a prompt; default: the model's full length.", min=1)] = None,
+    facts: Annotated[int, typer.Option(help="Pass keys to hide and to ask for.", min=1, max=len(NAMES))] = 3,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
+    picture: Annotated[Path, typer.Option(help="PNG file of which key blocks each query block reads.")] = Path("hip_demo.png"),
+    seed: Annotated[int, typer.Option(help="Of the facts.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+) -> None:
+    """Hide pass keys in a long document and ask for them: dense against pruned attention."""
+    plots.pyplot()  # if it is missing, say so before the work
+    hidden = make_facts(facts, seed)
+    prompts, new_tokens = prepare(checkpoint, document, tokens, hidden)
+    fields = generate.parse_fields(set_ or [])
+    measured = {}
+    with report.progress() as bar:
+        task = bar.add_task("", total=len(IMPLEMENTATIONS) + 1)
+        for attn in IMPLEMENTATIONS:
+            bar.update(task, description=f"{facts} questions, {len(prompts[0])} tokens each, {attn}")
+            run = Run(checkpoint, attn, prompts, new_tokens, fields)
+            measured[attn] = in_own_process(run)
+            bar.advance(task)
+        bar.update(task, description=f"drawing {picture}")
+        draw(picture, run, hidden)
+
+    rows = [row_of(attn, measured[attn], hidden) for attn in IMPLEMENTATIONS]
+    questions = [question_row(i, fact, measured) for i, fact in enumerate(hidden)]
+    title = f"demo: {len(hidden)} questions about {document.name}, {len(prompts[0])} tokens each"
+    layers, decode = measured["hip"]["prefill"], measured["hip"]["decode"]
+    if as_json:
+        details = {"explain": [asdict(row) for row in layers], "explain_decode": [asdict(row) for row in decode]}
+        report.show(title, rows, True, questions=questions, picture=str(picture), tokens=len(prompts[0]), **details)
+        return
+    report.show("What was hidden, and what was answered", [verdicts(row) for row in questions], False)
+    report.show(title, rows, False, picture=str(picture))
+    generate.print_layers("hip, prompt", layers)
+    generate.print_layers("hip, last decode step", decode)
+
+
+def question_row(index: int, fact: Fact, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A fact and what each implementation answered: the digits, or where it gave none, what it said instead."""
+    said = {attn: measured[attn]["answers"][index] or measured[attn]["texts"][index] for attn in IMPLEMENTATIONS}
+    return {"pass_key_of": fact.name, "depth": fact.depth, "hidden": fact.key, **said}
+
+
+def verdicts(question: dict[str, Any]) -> dict[str, Any]:
+    """The same for people: answers followed by right or wrong."""
+    said = {attn: question[attn] for attn in IMPLEMENTATIONS}
+    return {
+        **question,
+        **{attn: f"{given} ({'right' if given == question['hidden'] else 'wrong'})" for attn, given in said.items()},
+    }

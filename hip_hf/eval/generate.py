@@ -1,0 +1,171 @@
+"""`hip-hf generate`: continue a prompt with any checkpoint, and say how long it took and what attention did."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hip_hf.config import HiPConfig
+from hip_hf.eval import documents, report
+from hip_hf.integration.explain import Report, explain
+from hip_hf.integration.interface import NAMES
+from hip_hf.integration.settings import configure, text_config
+
+# `auto`: as the checkpoint was saved.
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Generated:
+    """New tokens, what they took, and `explain`'s rows after the prompt and after the last token."""
+
+    ids: list[int] = field(default_factory=list)
+    first_token_s: float = 0.0
+    decode_s: float = 0.0  # for all tokens but the first
+    prefill: Report = field(default_factory=Report)
+    decode: Report = field(default_factory=Report)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of decode; None if there was no step to time."""
+        return (len(self.ids) - 1) / self.decode_s if len(self.ids) > 1 else None
+
+
+class Clock:
+    """A streamer: `generate` hands it the prompt before it starts, and each token once it has it."""
+
+    def __init__(self, at_first: Callable[[], None]) -> None:
+        self.at_first = at_first
+        self.generated: list[int] = []
+        self.start = self.first = self.resumed = self.last = 0.0
+
+    def put(self, ids: torch.Tensor) -> None:
+        now = time.perf_counter()
+        if not self.start:
+            self.start = time.perf_counter()
+            return
+        self.generated += ids.flatten().tolist()
+        self.last = now
+        if not self.first:
+            self.first = now
+            self.at_first()
+            self.resumed = self.last = time.perf_counter()  # what `at_first` took is no decoding
+
+    def end(self) -> None:
+        pass
+
+
+def layers_of(model: Any) -> Report:
+    """`explain(model)`; empty for an attention that is not ours."""
+    return explain(model) if text_config(model)._attn_implementation in NAMES else Report()
+
+
+def generate(model: Any, prompt: list[int], new_tokens: int) -> Generated:
+    """Greedy continuation of one prompt by at most `new_tokens` tokens."""
+    result = Generated()
+
+    def note_prefill() -> None:
+        result.prefill = layers_of(model)
+
+    clock = Clock(note_prefill)
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.no_grad():
+        # only generate knows when the prompt is through: the clock stops inside it, before the first decode step
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=clock)
+    result.ids, result.first_token_s, result.decode_s = clock.generated, clock.first - clock.start, clock.last - clock.resumed
+    result.decode = layers_of(model)
+    return result
+
+
+def parse_fields(pairs: list[str]) -> dict[str, Any]:
+    """`field=value` settings; values are JSON where they can be read as such, else text."""
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"got {pair!r}, allowed: field=value, such as budget=512", param_hint="--set")
+        try:
+            fields[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name.strip()] = value.strip()
+    return fields
+
+
+def load(checkpoint: str, attn: str, fields: dict[str, Any], dtype: str = "auto") -> tuple[Any, Any, HiPConfig]:
+    """Model, tokenizer and the settings that hold; one line instead of a traceback for what a user can get wrong."""
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"got {dtype!r}, allowed: {' | '.join(DTYPES)}", param_hint="--dtype")
+    try:
+        model, tokenizer = documents.load(checkpoint, attn, DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"cannot load {checkpoint!r} with {attn!r}: {error}", param_hint="MODEL") from None
+    try:
+        settings = configure(model, **fields)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from None
+    return model, tokenizer, settings
+
+
+def read_prompt(file: Path) -> str:
+    """The prompt's text; one line for a file that is missing, no text or empty."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {str(file)!r}: {error}", param_hint="--prompt-file") from None
+    if not text.strip():
+        raise typer.BadParameter(f"{str(file)!r} is empty", param_hint="--prompt-file")
+    return text
+
+
+def print_layers(title: str, layers: Report) -> None:
+    """`explain`'s table on the error stream, untouched by markup and line breaks."""
+    if layers:
+        report.notes.print(f"\n{title}\n{layers}", highlight=False, markup=False, soft_wrap=True)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Checkpoint: a hub name or a folder.")],
+    prompt_file: Annotated[Path, typer.Option(help="Text file to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    attn: Annotated[str, typer.Option(help="Attention implementation: hip, streaming, sdpa, eager ...")] = "hip",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), fp32, bf16 or fp16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
+) -> None:
+    """Continue a prompt, greedily; timings and what each layer did go to the error stream."""
+    if set_ and attn not in NAMES:
+        raise typer.BadParameter(f"settings apply to --attn {' | '.join(NAMES)}, got {attn!r}", param_hint="--set")
+    text = read_prompt(prompt_file)
+    net, tokenizer, settings = load(model, attn, parse_fields(set_ or []), dtype)
+    prompt = tokenizer(text, verbose=False).input_ids
+    if not prompt:
+        raise typer.BadParameter(f"{str(prompt_file)!r} holds no token for this model", param_hint="--prompt-file")
+    result = generate(net, prompt, max_new_tokens)
+    answer = tokenizer.decode(result.ids, skip_special_tokens=True)
+    rate = result.tokens_per_s
+    if as_json:
+        timing = {"first_token_s": result.first_token_s, "decode_s": result.decode_s, "decode_tokens_per_s": rate}
+        counts = {"prompt_tokens": len(prompt), "new_tokens": len(result.ids)}
+        report.show(
+            f"generate: {model}, {attn}",
+            [asdict(row) for row in result.prefill],
+            True,
+            text=answer,
+            timing={**counts, **timing},
+            decode_rows=[asdict(row) for row in result.decode],
+            settings=settings.to_dict() if attn in NAMES else None,
+        )
+        return
+    print(answer)
+    speed = "" if rate is None else f", then {rate:.1f} tokens/s"
+    counts = f"{attn}, {len(prompt)} prompt tokens and {len(result.ids)} new ones"
+    report.notes.print(f"{counts}: the first after {result.first_token_s:.2f} s{speed}", highlight=False, soft_wrap=True)
+    print_layers("prompt", result.prefill)
+    print_layers("last decode step", result.decode if rate is not None else Report())

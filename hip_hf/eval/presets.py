@@ -1,0 +1,71 @@
+"""Settings by name on the command line, and how the measuring commands publish their rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from hip_hf.config import HiPConfig
+from hip_hf.eval import report
+
+# What `--settings` may name; anything else is read as a JSON dict of `HiPConfig` fields.
+PRESETS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "paper": {"representative": "middle", "score": "max", "beam": 1, "rescore": 1},
+    "streaming": {"method": "streaming"},
+    "oracle": {"method": "oracle"},
+    "dense": {"method": "dense"},
+}
+# Measure the method itself: every layer and row sparse, unless a row says otherwise.
+SPARSE = {"dense_layers": 0, "dense_tail": 0, "dense_below": 0}
+HELP = f"{' | '.join(PRESETS)}, or a JSON dict of HiPConfig fields; repeat for several rows."
+
+
+def settings_of(names: Sequence[str], **common: Any) -> dict[str, HiPConfig]:
+    """Settings by the name they were given; fields in `common` (None: not given) hold for all that do not set them.
+
+    Raises:
+        ValueError: neither a preset nor a JSON dict, or a field is unknown or out of range.
+    """
+    shared = {name: value for name, value in common.items() if value is not None}
+    settings = {}
+    for name in names:
+        fields = PRESETS.get(name)
+        if fields is None:
+            try:
+                fields = json.loads(name)
+            except json.JSONDecodeError:
+                fields = None
+        if not isinstance(fields, dict):
+            raise ValueError(f"--settings: got {name!r}, allowed: {HELP}")
+        settings[name] = HiPConfig.from_dict({**SPARSE, **shared, **fields})
+    return settings
+
+
+def sizes(text: str) -> list[int]:
+    """Token counts from a list like `4096,64K`. Raises ValueError for anything else."""
+    try:
+        counts = [int(part.upper().removesuffix("K")) * (1024 if part.upper().endswith("K") else 1) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise ValueError(f"got {text!r}, allowed: token counts like 8192 or 64K,128K")
+    return counts
+
+
+def publish(
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    as_json: bool,
+    output: Path | None,
+    details: dict[str, Any],
+    table: Sequence[dict[str, Any]] | None = None,
+) -> None:
+    """Show rows as JSON with `details`, or as a table (of fewer rows, if given). The file `output` gets the JSON in any case."""
+    if output is not None:
+        with output.open("w") as file, redirect_stdout(file):
+            report.show(title, rows, True, **details)
+    report.show(title, rows if as_json or table is None else table, as_json, **(details if as_json else {}))

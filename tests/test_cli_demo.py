@@ -1,0 +1,253 @@
+"""The commands demo, generate and explain, on a tiny model with random weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from hip_hf import configure
+from hip_hf.assets.train import build_tokenizer
+from hip_hf.eval import demo, documents, explain, generate, plots
+from hip_hf.eval.demo import kinds_read, make_facts, position_of
+from hip_hf.problem import AttentionProblem, make_spans
+
+SETTINGS = dict(budget=64, window=32, sink=16, block_q=32, dense_layers=1, dense_below=0, dense_tail=32)
+LENGTH = 1024
+SENTENCE = "It is a truth universally acknowledged that whoever keeps a long text in mind must forget some part of it ."
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A document: words in an order that does not repeat soon."""
+    file = tmp_path_factory.mktemp("text") / "document.txt"
+    words = SENTENCE.split()
+    file.write_text(" ".join(words[i * i % 89 % len(words)] + " " + words[i * 7 % 23 % len(words)] for i in range(4000)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, text: Path) -> str:
+    """A Llama of two layers, of which the first is dense, with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = build_tokenizer([text])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=LENGTH,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+    configure(model, **SETTINGS)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run(command: Any, *arguments: object) -> Any:
+    app = typer.Typer()
+    app.command()(command.main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_json(command: Any, *arguments: object) -> dict[str, Any]:
+    result = run(command, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+# demo
+
+
+@pytest.fixture(scope="module")
+def shown(checkpoint: str, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    picture = tmp_path_factory.mktemp("picture") / "demo.png"
+    given = ("--checkpoint", checkpoint, "--document", text, "--picture", picture, "--facts", 2)
+    return run_json(demo, *given)
+
+
+def test_demo_compares_both_implementations(shown: dict[str, Any]) -> None:
+    assert shown["tokens"] == LENGTH - 6  # the answer's tokens are left room for: a space and five digits
+    assert [row["attention"] for row in shown["rows"]] == ["sdpa", "hip"]
+    for row in shown["rows"]:
+        assert row["first_token_s"] > 0
+        assert row["tokens_per_s"] > 0
+        assert row["peak_mib"] > 100
+        assert row["above_model_mib"] < row["peak_mib"]
+        assert row["right"].endswith("/2")
+    assert len(shown["questions"]) == 2
+    assert set(shown["questions"][0]) == {"pass_key_of", "depth", "hidden", "sdpa", "hip"}
+
+
+def test_demo_is_sparse_where_the_settings_say(shown: dict[str, Any]) -> None:
+    for rows in (shown["explain"], shown["explain_decode"]):
+        assert [(row["layer"], row["path"], row["reason"]) for row in rows] == [(0, "dense", "dense layer"), (1, "sparse", "")]
+    dense, hip = (row["keys_read"] for row in shown["rows"])
+    assert dense == 1
+    assert hip == pytest.approx(sum(row["share"] for row in shown["explain"]) / 2)
+    assert 0.5 < hip < 0.9
+
+
+def test_demo_draws_a_picture(shown: dict[str, Any]) -> None:
+    plt = plots.pyplot()
+    picture = (plt.imread(shown["picture"])[..., :3] * 255).round().astype(int)
+    assert min(picture.shape[:2]) > 500
+    colours = {"#{:02x}{:02x}{:02x}".format(*pixel) for pixel in picture.reshape(-1, 3)[::7].tolist()}
+    assert set(plots.KINDS.values()) <= colours
+
+
+def test_demo_prints_tables(checkpoint: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # in this process: that the measurements come from fresh ones is shown above
+    monkeypatch.setattr(demo, "in_own_process", demo.answer)
+    given = ("--checkpoint", checkpoint, "--document", text, "--picture", tmp_path / "demo.png", "--facts", 1, "--tokens", 300)
+    result = run(demo, *given, "--set", "method=streaming")
+    assert result.exit_code == 0, result.output
+    assert "(wrong)" in result.stdout
+    assert "sdpa" in result.stdout
+    assert "streaming" in result.stderr  # explain's table
+    assert (tmp_path / "demo.png").exists()
+
+
+def test_demo_hides_each_fact_where_it_says(checkpoint: str, text: Path) -> None:
+    facts = make_facts(3, seed=1)
+    assert facts == make_facts(3, seed=1) != make_facts(3, seed=2)
+    assert [int(3 * fact.depth) for fact in facts] == [0, 1, 2]
+    (prompts, answer_tokens), tokenizer = demo.prepare(checkpoint, text, 600, facts), generate.load(checkpoint, "sdpa", {})[1]
+    assert answer_tokens == 6
+    for prompt, asked in zip(prompts, facts, strict=True):
+        assert len(prompt) == 600
+        assert tokenizer.decode(prompt).endswith(documents.question(asked.name))
+        for fact in facts:
+            at = position_of(tokenizer, prompt, fact)
+            assert at / 600 == pytest.approx(fact.depth, abs=0.2)
+            assert tokenizer.decode(prompt[at:]).startswith(documents.note(fact.name, fact.key))
+
+
+def test_kinds_read_counts_what_attention_counts(checkpoint: str) -> None:
+    settings = generate.load(checkpoint, "sdpa", {})[2]
+    q, k = torch.randn(1, 4, 512, 16), torch.randn(1, 2, 512, 16)
+    problem = AttentionProblem(q, k, k, make_spans(q, k), 0.25)
+    kinds, path = kinds_read(problem, settings, layer=1)
+    assert path.startswith("sparse")
+    assert kinds.shape == (512 // 32, 512 // 16)
+    names = list(plots.KINDS)
+    for i, row in enumerate(kinds):
+        count = {name: int((row == names.index(name)).sum()) for name in names}
+        assert (row == -1).sum() == 32 - 2 * (i + 1)  # the future
+        assert count["sink"] == (1 if i > 1 else 0)
+        assert count["window"] == min(2 * (i + 1), 4)
+        assert count["selected"] == max(0, min(4, 2 * i - 3))
+        assert count["read densely"] == (32 - 9 if i == 15 else 0)  # the tail: all else that is visible
+    kinds, path = kinds_read(problem, settings, layer=0)
+    assert path == "dense: dense layer"
+    assert set(kinds.unique().tolist()) == {-1, names.index("read densely")}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "what"),
+    [
+        ("--document", "/nowhere.txt", "cannot read"),
+        ("--tokens", "10", "notes and question"),
+        ("--checkpoint", "/nowhere", "cannot load"),
+        ("--set", "budget", "field=value"),
+    ],
+)
+def test_demo_refuses_what_it_cannot_do(checkpoint: str, text: Path, option: str, value: str, what: str) -> None:
+    given = {"--checkpoint": checkpoint, "--document": str(text), option: value}
+    result = run(demo, *(word for pair in given.items() for word in pair))
+    assert result.exit_code == 2
+    assert what in " ".join(result.output.replace("│", " ").split())
+
+
+# generate
+
+
+@pytest.fixture
+def prompt(tmp_path: Path, text: Path) -> Path:
+    file = tmp_path / "prompt.txt"
+    file.write_text(text.read_text()[:1500])
+    return file
+
+
+def test_generate_says_what_attention_did(checkpoint: str, prompt: Path) -> None:
+    shown = run_json(generate, checkpoint, "--prompt-file", prompt, "--max-new-tokens", 5, "--set", "dense_layers=0")
+    assert [row["path"] for row in shown["rows"]] == ["sparse", "sparse"]
+    assert [row["cache"] for row in shown["decode_rows"]] == ["kept state", "kept state"]
+    assert shown["settings"]["dense_layers"] == 0
+    assert shown["settings"]["budget"] == SETTINGS["budget"]  # the checkpoint's own
+    timing = shown["timing"]
+    assert timing["new_tokens"] == 5
+    assert timing["first_token_s"] > 0
+    assert timing["decode_tokens_per_s"] == pytest.approx(4 / timing["decode_s"])
+
+
+def test_generate_agrees_with_sdpa_where_everything_is_read(checkpoint: str, prompt: Path) -> None:
+    given = (checkpoint, "--prompt-file", prompt, "--max-new-tokens", 8)
+    dense = run_json(generate, *given, "--attn", "sdpa")
+    hip = run_json(generate, *given, "--set", "budget=4096", "--set", "dense_layers=0")
+    assert dense["text"] == hip["text"]
+    assert dense["rows"] == []
+    assert {row["path"] for row in hip["rows"]} == {"sparse"}
+
+
+def test_generate_prints_text_alone(checkpoint: str, prompt: Path) -> None:
+    given = (checkpoint, "--prompt-file", prompt, "--max-new-tokens", 4)
+    result = run(generate, *given)
+    assert result.stdout == run_json(generate, *given)["text"] + "\n"
+    assert "last decode step" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--prompt-file", "/nowhere.txt"), "cannot read '/nowhere.txt'"),
+        (("--prompt-file", "EMPTY"), "is empty"),
+        (("--set", "budget=7"), "a multiple of block_k"),
+        (("--set", "bugdet=512"), "did you mean 'budget'?"),
+        (("--set", "budget=512", "--attn", "sdpa"), "settings apply to"),
+        (("--dtype", "fp8"), "auto | fp32 | bf16 | fp16"),
+        (("--attn", "hop"), "cannot load"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do(
+    checkpoint: str, prompt: Path, tmp_path: Path, arguments: tuple[str, ...], what: str
+) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    arguments = tuple(str(tmp_path / "empty.txt") if word == "EMPTY" else word for word in arguments)
+    result = run(generate, checkpoint, "--prompt-file", prompt, *arguments)
+    assert result.exit_code == 2
+    assert what in " ".join(result.output.replace("│", " ").split())
+
+
+# explain
+
+
+def test_explain_runs_a_prompt_of_that_length(checkpoint: str) -> None:
+    shown = run_json(explain, checkpoint, "--tokens", 512)
+    assert [(row["path"], row["reason"]) for row in shown["rows"]] == [("dense", "dense layer"), ("sparse", "")]
+    assert shown["rows"][1]["share"] < 0.6
+    table = run(explain, checkpoint, "--tokens", 512, "--attn", "streaming").stdout
+    assert "dense layer" in table
+    assert "streaming" in table
+
+
+def test_a_missing_matplotlib_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"hip-hf\[plot\]"):
+        plots.pyplot()

@@ -1,0 +1,206 @@
+"""`hip-hf passkey`: prompts as promised, answers counted right, and a report that says which path ran."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from hip_hf.eval import passkey
+from hip_hf.eval.documents import DIGITS, NAMES, Fact, note, question
+from hip_hf.eval.presets import settings_of, sizes
+
+TEXT = "It is a truth universally acknowledged, that a text must be filled with words. " * 40
+SMALL = {"budget": 32, "block_q": 16, "block_k": 8, "sink": 8, "window": 16}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte: a digit is a token, and so is the space before it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(["<pad>", *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", model_max_length=512)
+
+
+def save_checkpoint(folder: Path) -> tuple[str, str]:
+    """A tiny random Llama with a byte tokenizer, and a document: the arguments that name them."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return str(folder), str(folder / "text.txt")
+
+
+def run(command: Any, *arguments: str) -> Any:
+    """Invoke a command as `hip-hf` would; the JSON that it prints."""
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return json.loads(result.stdout)
+
+
+def refused(command: Any, *arguments: str) -> str:
+    """What a command says to arguments that it must refuse."""
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner(env={"COLUMNS": "400", "TERM": "dumb"}).invoke(app, list(arguments))
+    assert result.exit_code == 2, result.output
+    return result.stderr
+
+
+@pytest.mark.parametrize(("length", "depth", "facts"), [(300, 0.0, 1), (300, 1.0, 1), (777, 0.5, 3), (1000, 0.25, 8)])
+def test_sample_has_the_length_and_the_fact_at_its_depth(length: int, depth: float, facts: int) -> None:
+    tokenizer = byte_tokenizer()
+    text = tokenizer.encode(TEXT, verbose=False)
+    prompt, key = passkey.make_sample(tokenizer, text, length, depth, facts, random.Random(3))
+    assert len(prompt) + passkey.ANSWER_TOKENS == length
+    words = tokenizer.decode(prompt)
+    asked = words.rpartition("The pass key of ")[2].removesuffix(" is")
+    assert words.endswith(question(asked))
+    assert words.count(note(asked, key)) == 1
+    assert words.count("Remember it.") == facts
+    # the depth counts document text only
+    before, _, after = words.removesuffix(question(asked)).partition(note(asked, key))
+    plain = [len(part) for part in (_without_notes(before), _without_notes(after))]
+    assert plain[0] == pytest.approx(depth * sum(plain), abs=1)
+
+
+def _without_notes(words: str) -> str:
+    while "\nThe pass key of " in words:
+        first, _, rest = words.partition("\nThe pass key of ")
+        words = first + rest.partition("Remember it.\n")[2]
+    return words
+
+
+def test_samples_differ_and_can_be_repeated() -> None:
+    tokenizer = byte_tokenizer()
+    text = tokenizer.encode(TEXT, verbose=False)
+    draw = lambda seed: passkey.make_sample(tokenizer, text, 400, 0.5, 2, random.Random(seed))  # noqa: E731
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    with pytest.raises(ValueError, match="length"):
+        passkey.make_sample(tokenizer, text[:100], 400, 0.5, 1, random.Random(0))
+
+
+def test_facts_have_names_of_their_own() -> None:
+    facts = passkey.draw_facts(random.Random(0), [0.5] * len(NAMES))
+    assert len({fact.name for fact in facts}) == len(NAMES)
+    assert all(isinstance(fact, Fact) and len(fact.key) == DIGITS and fact.key.isdigit() for fact in facts)
+
+
+def test_wilson() -> None:
+    # Brown, Cai and DasGupta (2001) and any statistics package
+    assert passkey.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert passkey.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert passkey.wilson(110, 110) == pytest.approx((0.9663, 1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize(("answer", "right"), [("12345", 5), ("12340", 4), ("", 0), ("1234", 4), ("21345", 3)])
+def test_digits_right(answer: str, right: int) -> None:
+    assert passkey.digits_right(answer, "12345") == right
+
+
+def test_answers_are_counted() -> None:
+    """A model that knows the answers to all but one prompt, gets one digit of another wrong, and goes on talking."""
+    tokenizer = byte_tokenizer()
+    samples = [([5, 6, 7], "12345"), ([5, 6, 8], "67890"), ([5, 6, 9], "11111"), ([5, 6, 10], "22222")]
+    said = [" 12345", " 67891", " no  ", "222223"]
+
+    def generate(ids: torch.Tensor, **fields: Any) -> torch.Tensor:
+        assert fields["max_new_tokens"] == DIGITS + 1
+        assert not fields["do_sample"]
+        answers = [tokenizer.encode(text)[: DIGITS + 1] for text in said]
+        width = max(map(len, answers))
+        return torch.cat([ids, torch.tensor([answer + [0] * (width - len(answer)) for answer in answers])], dim=1)
+
+    cell = passkey.ask(SimpleNamespace(device="cpu", generate=generate), tokenizer, samples, sparse=False)
+    assert (cell.samples, cell.exact, cell.digits) == (4, 2, 5 + 4 + 0 + 5)
+    row = cell.row("dense", 3, None)
+    assert (row["accuracy"], row["digits"], row["path_prefill"], row["read_prefill"]) == (0.5, 0.7, "sdpa", 1.0)
+
+
+def test_command(tmp_path: Path) -> None:
+    model, text = save_checkpoint(tmp_path)
+    arguments = [model, "--document", text, "--lengths", "200,256", "--depths", "2", "--samples", "3", "--batch", "2"]
+    partly = {**SMALL, "dense_layers": 1}
+    for fields in ("dense", json.dumps(SMALL), json.dumps(partly)):
+        arguments += ["--settings", fields]
+    picture, saved = tmp_path / "map.png", tmp_path / "rows.json"
+    pytest.importorskip("matplotlib")
+    printed = run(passkey.main, *arguments, "--heatmap", str(picture), "--output", str(saved))
+    assert json.loads(saved.read_text())["rows"] == printed["rows"]
+    assert picture.stat().st_size > 1000
+    rows = printed["rows"]
+    assert len(rows) == 3 * 2 * (1 + 2)
+    assert [row["depth"] for row in rows[:3]] == ["all", "0.00", "1.00"]
+    assert [row["samples"] for row in rows[:3]] == [6, 3, 3]
+    by_settings = {row["settings"]: row for row in rows if row["depth"] == "all" and row["length"] == 256}
+    dense, sparse, mixed = by_settings.values()
+    assert (dense["path_prefill"], dense["cache"]) == ("sdpa", "-")
+    assert (sparse["path_prefill"], sparse["path_decode"], sparse["cache"]) == ("sparse", "sparse", "kept state")
+    assert 0 < sparse["read_decode"] < sparse["read_prefill"] < 0.6
+    assert "sparse" in mixed["path_prefill"]
+    assert "dense (dense layer)" in mixed["path_prefill"]
+    assert printed["configs"][json.dumps(SMALL)]["dense_tail"] == 0
+
+
+def test_everything_read_answers_as_dense(tmp_path: Path) -> None:
+    model, text = save_checkpoint(tmp_path)
+    loaded, tokenizer = passkey.load(model, "sdpa")
+    ids = tokenizer.encode(Path(text).read_text(), verbose=False)
+    samples = [passkey.make_sample(tokenizer, ids, 256, 0.5, 1, random.Random(seed)) for seed in range(3)]
+    cells = []
+    for config in settings_of(["dense", '{"budget": 512, "window": 16, "sink": 8}']).values():
+        sparse = passkey.use(loaded, config)
+        # a random model says no digits: hold it to what dense attention says
+        generate = lambda ids: loaded.generate(ids, max_new_tokens=6, do_sample=False)  # noqa: E731
+        cells.append(generate(torch.tensor([prompt for prompt, _ in samples])))
+        if sparse:
+            assert {row.path for row in passkey.explain(loaded)} == {"sparse"}
+    assert torch.equal(*cells)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    model, text = save_checkpoint(tmp_path)
+    said = refused(passkey.main, model, "--document", text, "--lengths", "32")
+    assert "length" in said
+    assert "budget" in refused(passkey.main, model, "--document", text, "--settings", '{"budget": 17}')
+    assert "nonsense" in refused(passkey.main, model, "--document", text, "--settings", "nonsense")
+    assert "8192 or 64K" in refused(passkey.main, model, "--document", text, "--lengths", "many")
+
+
+def test_settings_and_sizes() -> None:
+    settings = settings_of(["defaults", "paper", '{"beam": 2, "window": 64}'], budget=256, sink=None, window=128)
+    assert {config.budget for config in settings.values()} == {256}
+    assert {config.dense_layers for config in settings.values()} == {0}
+    assert [config.window for config in settings.values()] == [128, 128, 64]
+    assert [config.representative for config in settings.values()] == ["blend", "middle", "blend"]
+    assert sizes("512,64K") == [512, 65536]
+    with pytest.raises(ValueError, match="token counts"):
+        sizes("-1")
+    with pytest.raises(ValueError, match="JSON dict"):
+        settings_of(["[1]"])

@@ -1,0 +1,346 @@
+"""`DecodeState`: steps on a kept state read what they must, whatever happens to the cache in between.
+
+`Twin` says what a step must read: it keeps the cache as plain tensors, selects without any state, and remembers only
+what the rules of reuse let a step reuse. The expected output is plain attention under that mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_near, eager, make_problem, make_qkv, read_mask, small, sparse
+
+from hip_hf.attention import attend, hip_attention
+from hip_hf.config import HiPConfig
+from hip_hf.methods.base import BlockMask
+from hip_hf.state import DecodeState
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Any) -> None:
+    """A step is too small to share out."""
+    threads(1)
+
+
+@dataclass
+class Kept:
+    """A selection that later steps may reuse: blocks by query head, the window's start, and the row it was made for."""
+
+    blocks: list[torch.Tensor]
+    window: int
+    position: int
+
+
+@dataclass
+class Twin:
+    """A batch of growing sequences, its `DecodeState` under test, and the plain knowledge of what must come out."""
+
+    config: HiPConfig
+    pads: list[int]
+    fields: dict[str, Any] = field(default_factory=dict)
+    heads: int = 2
+    groups: int = 2
+    dim: int = 8
+
+    def __post_init__(self) -> None:
+        self.state = DecodeState()
+        self.kept: list[Kept | None] = [None] * len(self.pads)
+        self.k = self.v = torch.empty(len(self.pads), self.heads, 0, self.dim, dtype=torch.float64)
+        self.reused = 0
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def starts(self) -> list[int]:
+        """First real keys; a row of which only padding has come so far has none."""
+        return [min(pad, self.length) for pad in self.pads]
+
+    def call(self, rows: int) -> None:
+        """New tokens for every sequence; the output must be right."""
+        q, k, v = make_qkv(rows, None, len(self.pads), self.heads, self.groups, self.dim, dtype=torch.float64)
+        self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+        got = sparse(q, self.k, self.v, self.config, self.starts, state=self.state, need_mask=False, **self.fields)
+        read = self.reads(q)
+        out, lse = eager(q, self.k, self.v, read, **{n: x for n, x in self.fields.items() if n != "sliding_window"})
+        assert_near(got.out, out, 1e-10)
+        assert_near(got.lse, lse, 1e-10, "lse")
+
+    def reads(self, q: torch.Tensor) -> torch.Tensor:
+        """What this call must read, `[B, Hq, Tq, Tk]`."""
+        read = torch.zeros(*q.shape[:3], self.length, dtype=torch.bool)
+        fresh: BlockMask | None = None
+        for b, start in enumerate(self.starts):
+            last, kept = self.length - 1 - start, self.kept[b]
+            if q.shape[2] == 1 and kept is not None and last - kept.position < self.config.decode_refresh:
+                read[b, :, 0] = self.again(kept, start, last)
+                self.reused += 1
+                continue
+            if fresh is None:
+                fresh = sparse(q, self.k, self.v, self.config, self.starts, state=DecodeState(), **self.fields).mask
+                anew = read_mask(fresh, self.config, q, self.k, self.starts, sliding=self.fields.get("sliding_window"))
+            read[b], self.kept[b] = anew[b], None
+            if q.shape[2] <= 16 and last >= 0:
+                row = int((fresh.first[b] == last).nonzero())
+                heads = [h * fresh.indices.shape[1] // q.shape[1] for h in range(q.shape[1])]
+                blocks = [fresh.indices[b, h, row, : fresh.counts[b, h, row]].long() for h in heads]
+                bk = self.config.block_k
+                self.kept[b] = Kept(blocks, max(0, last - self.config.window) // bk * bk, last)
+        return read
+
+    def again(self, kept: Kept, start: int, last: int) -> torch.Tensor:
+        """Sink, the old selection, and everything since the old window's start, `[Hq, Tk]`."""
+        at, bk = torch.arange(self.length) - start, self.config.block_k
+        sliding = self.fields.get("sliding_window") or self.length
+        seen = (at >= 0) & (at <= last) & (at > last - sliding)
+        always = (at < -(-self.config.sink // bk) * bk) | (at >= kept.window)
+        return torch.stack([seen & (always | torch.isin(at // bk, blocks)) for blocks in kept.blocks])
+
+    def crop(self, length: int) -> None:
+        self.state.crop(length)
+        if length < self.length:
+            self.kept = [None] * len(self.pads)
+        self.k, self.v = self.k[:, :, :length], self.v[:, :, :length]
+
+    def reorder(self, indices: list[int]) -> None:
+        self.state.reorder(torch.tensor(indices))
+        self.take(indices)
+
+    def repeat(self, repeats: int) -> None:
+        self.state.repeat(repeats)
+        self.take([b for b in range(len(self.pads)) for _ in range(repeats)])
+
+    def take(self, indices: list[int]) -> None:
+        self.k, self.v = self.k[indices], self.v[indices]
+        self.pads, self.kept = [self.pads[i] for i in indices], [self.kept[i] for i in indices]
+
+    def reset(self) -> None:
+        self.state.reset()
+        self.kept = [None] * len(self.pads)
+        self.k, self.v = self.k[:, :, :0], self.v[:, :, :0]
+
+
+SETTINGS: list[dict[str, Any]] = [
+    dict(decode_refresh=1),
+    dict(decode_refresh=3),
+    dict(decode_refresh=8),
+    dict(decode_refresh=3, group_shared=False),
+    dict(decode_refresh=5, representative="outliers", rescore=2),
+    dict(decode_refresh=5, representative="middle", score="max", block_k=2, budget=8),
+    dict(decode_refresh=4, method="oracle"),
+    dict(decode_refresh=4, method="streaming"),
+]
+ids = [" ".join(f"{name}={value}" for name, value in fields.items()) for fields in SETTINGS]
+
+
+@pytest.mark.parametrize("fields", SETTINGS, ids=ids)
+@pytest.mark.parametrize("prompt", [0, 17, 80])
+def test_token_by_token(prompt: int, fields: dict) -> None:
+    twin = Twin(small(**fields), [0, 5])
+    if prompt:
+        twin.call(prompt)
+    for _ in range(60):
+        twin.call(1)
+    assert (twin.reused > 0) == (twin.config.decode_refresh > 1)
+
+
+@pytest.mark.parametrize("call", [dict(softcap=2.0), dict(sliding_window=60), dict(sliding_window=45, scale=0.5)])
+@pytest.mark.parametrize("refresh", [1, 5])
+def test_token_by_token_with_features(refresh: int, call: dict) -> None:
+    twin = Twin(small(decode_refresh=refresh), [0, 5], call)
+    twin.call(30)
+    for _ in range(70):
+        twin.call(1)
+
+
+def test_a_selection_serves_as_many_steps_as_asked_its_own_included() -> None:
+    twin = Twin(small(decode_refresh=4), [0])
+    twin.call(100)  # a prompt leaves no selection behind
+    reused = []
+    for _ in range(9):
+        before = twin.reused
+        twin.call(1)
+        reused.append(twin.reused - before)
+    assert reused == [0, 1, 1, 1, 0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("refresh", [1, 3])
+def test_several_rows_select_for_themselves_and_the_last_leaves_its_selection(refresh: int) -> None:
+    twin = Twin(small(decode_refresh=refresh), [0, 9])
+    twin.call(90)
+    for rows in (1, 1, 5, 1, 1, 1, 16, 1, 2, 1, 40, 1, 1):
+        twin.call(rows)
+
+
+@pytest.mark.parametrize("refresh", [1, 8])
+@pytest.mark.parametrize("length", [150, 119, 118, 117, 100, 64, 33, 6, 3, 0])
+def test_crop(length: int, refresh: int) -> None:
+    """Prompt-lookup: tokens are taken back, and others come in their place."""
+    twin = Twin(small(decode_refresh=refresh), [0, 5])
+    twin.call(100)
+    for _ in range(20):
+        twin.call(1)
+    for _ in range(2):
+        twin.crop(length)
+        for _ in range(20):
+            twin.call(1)
+        twin.call(4)
+
+
+@pytest.mark.parametrize("refresh", [1, 8])
+@pytest.mark.parametrize("indices", [[2, 0, 1], [0, 0, 0], [1, 1, 2], [2], [1, 0], [0, 0, 1, 1, 2, 2]])
+def test_reorder(indices: list[int], refresh: int) -> None:
+    """Beam search: copies go separate ways for longer than the window, so that their pyramids must part."""
+    twin = Twin(small(decode_refresh=refresh), [0, 5, 40])
+    twin.call(100)
+    for _ in range(3):
+        twin.call(1)
+    twin.reorder(indices)
+    for _ in range(25):
+        twin.call(1)
+    twin.reorder([len(indices) - 1, 0])
+    for _ in range(20):
+        twin.call(1)
+
+
+def test_copies_share_their_pyramid_until_one_grows() -> None:
+    twin = Twin(small(decode_refresh=1), [0])
+    twin.call(100)
+    twin.call(1)
+    twin.reorder([0, 0])
+    first, second = (twin.state.rows[b].pyramid for b in range(2))
+    assert first is second
+    before = [level.clone() for level in first.levels]
+    for _ in range(30):
+        twin.call(1)
+    assert twin.state.rows[0].pyramid is not twin.state.rows[1].pyramid
+    assert all(torch.equal(was, now) for was, now in zip(before, first.levels, strict=False))
+
+
+@pytest.mark.parametrize("refresh", [1, 8])
+def test_repeat(refresh: int) -> None:
+    twin = Twin(small(decode_refresh=refresh), [0, 5])
+    twin.call(80)
+    twin.call(1)
+    twin.repeat(3)
+    for _ in range(40):
+        twin.call(1)
+
+
+def test_a_cropped_copy_leaves_the_other_alone() -> None:
+    twin = Twin(small(decode_refresh=1), [0, 20])
+    twin.call(100)
+    twin.call(1)
+    twin.reorder([0, 0, 1])
+    twin.crop(70)
+    for _ in range(40):
+        twin.call(1)
+
+
+def test_reset() -> None:
+    twin = Twin(small(), [0, 5])
+    for prompt in (100, 50, 16):
+        twin.call(prompt)
+        for _ in range(30):
+            twin.call(1)
+        twin.reset()
+        assert not twin.state.rows
+
+
+@pytest.mark.parametrize("call", [dict(), dict(sliding_window=50)], ids=["full", "sliding"])
+@pytest.mark.parametrize("refresh", [1, 3, 8])
+@pytest.mark.parametrize("run", range(3))
+def test_anything_in_any_order(run: int, refresh: int, call: dict) -> None:
+    torch.manual_seed(run)
+    pick = torch.Generator().manual_seed(run)
+
+    def below(limit: int) -> int:
+        return int(torch.randint(limit, (), generator=pick))
+
+    twin = Twin(small(decode_refresh=refresh, group_shared=run % 2 == 0), [0, 11, 2], call)
+    twin.call(60)
+    for _ in range(40):
+        match below(8):
+            case 0:
+                twin.crop(max(0, twin.length - below(40)))
+            case 1:
+                twin.reorder([below(len(twin.pads)) for _ in range(1 + below(4))])
+            case 2 if len(twin.pads) == 1:
+                twin.repeat(3)
+            case 3:
+                twin.call(2 + below(30))
+            case _:
+                for _ in range(1 + below(10)):
+                    twin.call(1)
+
+
+# The state notices by itself.
+
+
+def test_another_prompt_on_a_used_state_starts_afresh() -> None:
+    state = DecodeState()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        q, k, v = make_qkv(120)
+        got = sparse(q[:, :, :100], k[:, :, :100], v[:, :, :100], small(), state=state)
+        assert_near(got.out, sparse(q[:, :, :100], k[:, :, :100], v[:, :, :100], small()).out, 1e-6)
+        step = sparse(q[:, :, 100:101], k[:, :, :101], v[:, :, :101], small(), state=state)
+        assert_near(step.out, sparse(q[:, :, 100:101], k[:, :, :101], v[:, :, :101], small()).out, 1e-6)
+
+
+@pytest.mark.parametrize("other", [dict(representative="mean"), dict(block_k=8), dict(budget=8), dict(options={"weight": 0.1})])
+def test_other_settings_start_afresh(other: dict) -> None:
+    q, k, v = make_qkv(120)
+    state = DecodeState()
+    for tokens, fields in ((117, {}), (118, other), (119, {}), (120, other)):
+        row = (q[:, :, tokens - 1 : tokens], k[:, :, :tokens], v[:, :, :tokens])
+        got = sparse(*row, small(**fields), state=state)
+        assert_near(got.out, sparse(*row, small(**fields)).out, 1e-6)
+
+
+def test_other_padding_starts_afresh() -> None:
+    q, k, v = make_qkv(120)
+    state = DecodeState()
+    for tokens, pad in ((118, 3), (119, 4), (120, 4)):
+        row = (q[:, :, tokens - 1 : tokens], k[:, :, :tokens], v[:, :, :tokens])
+        got = sparse(*row, small(decode_refresh=1), [pad], state=state)
+        assert_near(got.out, sparse(*row, small(), [pad]).out, 1e-6)
+
+
+def test_from_dense_to_sparse_as_the_context_grows() -> None:
+    q, k, v = make_qkv(140)
+    state, config, paths = DecodeState(), small(dense_below=100), []
+    for first, end in [(0, 60), *[(t, t + 1) for t in range(60, 140)]]:
+        row = (q[:, :, first:end], k[:, :, :end], v[:, :, :end])
+        out, mask = hip_attention(*row, config=config, state=state, return_mask=True)
+        paths.append("dense" if mask is None else "sparse")
+        if mask is not None and (end - 100) % 8 == 0:
+            assert_near(out, sparse(*row, small()).out, 1e-6)
+    assert paths == ["dense"] * 40 + ["sparse"] * 41
+
+
+def test_a_dense_call_in_between_costs_the_selection_only() -> None:
+    q, k, v = make_qkv(140)
+    state = DecodeState()
+    for t in range(100, 140):
+        row = (q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
+        if t % 10 == 5:
+            assert attend(make_problem(*row), small(method="dense"), state=state).path == "dense"
+        elif t % 10 == 6:
+            assert_near(sparse(*row, small(), state=state).out, sparse(*row, small()).out, 1e-6)
+        else:
+            sparse(*row, small(), state=state)
+
+
+def test_a_state_made_in_inference_mode_serves_outside_of_it() -> None:
+    q, k, v = make_qkv(140)
+    state = DecodeState()
+    for t in range(90, 140):
+        row = (q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
+        with torch.inference_mode(t < 110):
+            got = sparse(*row, small(decode_refresh=1), state=state)
+        assert_near(got.out, sparse(*row, small()).out, 1e-6)
