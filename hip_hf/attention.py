@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
-from hip_hf.problem import AttentionProblem, check_finite, check_tensors, make_spans
+from hip_hf.problem import AttentionProblem, check_finite, check_tensors, make_spans, newest
 from hip_hf.reference import dense
 from hip_hf.reference.sparse import DECODE_ROWS, SparseAttention, tensors_of
 from hip_hf.state import DecodeState
@@ -97,31 +96,10 @@ def attend_dense(problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor
         dense.sdpa(problem, out)
         return
     if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
-        dense.masked(problem, visible_of(problem), out)
+        dense.differentiable(problem, out, lse)
         return
     for span in problem.spans:
         dense.attend_rows(tensors_of(problem, span, out, lse), 0, span)
-
-
-def visible_of(problem: AttentionProblem) -> Callable[[int, int], torch.Tensor]:
-    """What the spans and the sliding window let a run of rows see, as `dense.masked` asks for it."""
-    batch, keys, device = problem.q.shape[0], problem.k.shape[2], problem.q.device
-
-    def rows(first: int, last: int) -> torch.Tensor:
-        visible = torch.zeros(batch, 1, last - first, keys, dtype=torch.bool, device=device)
-        for span in problem.spans:
-            start, end = max(first, span.row_start), min(last, span.row_end)
-            if start >= end:
-                continue
-            key = torch.arange(span.keys, device=device)
-            row = torch.arange(start, end, device=device)[:, None] - span.row_start + span.position
-            seen = key <= row
-            if problem.sliding_window is not None:
-                seen &= key > row - problem.sliding_window
-            visible[span.batch, 0, start - first : end - first, span.key_start : span.key_end] = seen
-        return visible
-
-    return rows
 
 
 def hip_attention(
@@ -180,8 +158,9 @@ def hip_attention(
         raise ValueError(f"q.shape: got {q.shape[2]} query rows, allowed: at most the {k.shape[2]} keys")
     spans = make_spans(q, k, key_start, q_start)
     check_finite("q", q, spans, rows=True)
-    if state is None or q.shape[2] > DECODE_ROWS:  # a step on a kept state must not read the whole cache
-        check_finite("k", k, spans, rows=False)
+    # a step on a kept state must not read the whole cache: its new keys are the last ones
+    new = spans if state is None or q.shape[2] > DECODE_ROWS else tuple(newest(span) for span in spans)
+    check_finite("k", k, new, rows=False)
     problem = AttentionProblem(q, k, v, spans, q.shape[-1] ** -0.5 if scale is None else scale, sliding_window, softcap, sinks)
     result = attend(problem, config, layer, state, return_lse, return_mask)
     if not return_lse and not return_mask:

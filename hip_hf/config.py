@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Mapping
@@ -86,7 +87,7 @@ class HiPConfig:
         self._check_numbers()
         if not isinstance(self.options, Mapping):
             _fail("options", self.options, "a mapping of the method's own settings")
-        object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "options", copy.deepcopy(dict(self.options)))
         self.method_options()
         self._check_layers()
 
@@ -130,7 +131,7 @@ class HiPConfig:
         ok = dense >= 0 if _is_int(dense) else isinstance(dense, (list, tuple)) and all(_is_int(i) and i >= 0 for i in dense)
         if not ok:
             _fail("dense_layers", dense, "a count >= 0 or a list of layer indices >= 0")
-        if isinstance(dense, tuple):
+        if not _is_int(dense):
             object.__setattr__(self, "dense_layers", list(dense))
 
     def _check_layers(self) -> None:
@@ -145,7 +146,7 @@ class HiPConfig:
                 _fail("layers", fields, f"a mapping of fields for layer {index}")
             if "layers" in fields:
                 _fail("layers", dict(fields), "any field but `layers` itself")
-            layers[index] = dict(fields)
+            layers[index] = copy.deepcopy(dict(fields))
         object.__setattr__(self, "layers", layers)
         for index in layers:
             try:
@@ -177,11 +178,8 @@ class HiPConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict; layer indices become strings, as they are in JSON."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["options"] = dict(self.options)
-        values["layers"] = {str(index): dict(fields) for index, fields in self.layers.items()}
-        if isinstance(self.dense_layers, list):
-            values["dense_layers"] = list(self.dense_layers)
+        values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        values["layers"] = {str(index): fields for index, fields in values["layers"].items()}
         return values
 
     @classmethod

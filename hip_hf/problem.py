@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -119,13 +119,20 @@ def make_spans(
     return tuple(spans)
 
 
+def newest(span: Span) -> Span:
+    """The span, of its keys only those of its query rows."""
+    return replace(span, key_start=span.key_start + span.position)
+
+
 def check_finite(name: str, x: torch.Tensor, spans: tuple[Span, ...], rows: bool) -> None:
-    """Raise ValueError where a real row (of queries or keys) holds NaN or infinity. One pass over `x` when it is clean."""
-    if torch.isfinite(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)):
-        return
+    """Raise ValueError where a real row (of queries or keys) holds NaN or infinity. One pass over them when all is well."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     for span in spans:
         part = slice(span.row_start, span.row_end) if rows else slice(span.key_start, span.key_end)
-        bad = (~torch.isfinite(x[span.batch, :, part])).nonzero()
+        real = x[span.batch, :, part]
+        if torch.isfinite(real.sum(dtype=dtype)):
+            continue
+        bad = (~torch.isfinite(real)).nonzero()
         if len(bad):
             head, token, dim = bad[0].tolist()
             where = (span.batch, head, part.start + token, dim)

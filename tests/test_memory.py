@@ -102,24 +102,27 @@ def test_prefill_allocates_a_constant_per_token(fields: dict, dense_tail: int) -
     ],
 )
 def test_a_decode_step_allocates_nothing_that_grows(fields: dict, dtype: torch.dtype) -> None:
-    """Searches, appends to the pyramid and reuse included; but not the step at which the pyramid's tables double."""
+    """Searches, appends to the pyramid and reuse included; but not the rare step at which a table of it doubles."""
     config = HiPConfig(block_k=4, budget=64, window=32, sink=16, dense_below=0, **fields)
     largest, total = {}, {}
     for tokens in (SHORT, LONG):
-        q, k, v = make_qkv(tokens + 64, 1, heads=1, dtype=dtype)
-        state = DecodeState()
+        q, k, v = make_qkv(tokens + 50, 1, heads=1, dtype=dtype)
+        state, seen = DecodeState(), []
 
         def step(at: int, q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v, state: DecodeState = state) -> None:
             hip_attention(q, k[:, :, :at], v[:, :, :at], config=config, state=state, return_lse=True)
 
-        # at `tokens + 33` keys the middle ends at `tokens`: every level gets a chunk, and room for as many again
-        for at in range(tokens + 31, tokens + 41):
-            step(at)
-        seen = [allocations(lambda at=at, step=step: step(at)) for at in range(tokens + 41, tokens + 65)]
+        step(tokens)
+        for at in range(tokens + 1, tokens + 51):
+            tables = [table.shape for table in state.rows[0].pyramid.levels]
+            spent = allocations(lambda at=at, step=step: step(at))
+            if tables == [table.shape for table in state.rows[0].pyramid.levels]:
+                seen.append(spent)
+        assert len(seen) >= 45
         largest[tokens] = max(s.largest for s in seen)
         total[tokens] = max(s.total for s in seen)
     assert largest[LONG] == largest[SHORT] < 4 * SHORT
-    assert total[LONG] <= 1.1 * total[SHORT]
+    assert total[LONG] <= 1.25 * total[SHORT]  # the search has one level more
 
 
 def test_a_decode_step_makes_no_copy_of_a_cache_slot_by_slot() -> None:

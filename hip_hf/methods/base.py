@@ -47,8 +47,6 @@ def make_query_block(config: HiPConfig, row: int, first: int, last: int, window:
         window = max(0, first - config.window) // bk * bk
     window = max(window, start)
     sink = min(max(-(-config.sink // bk) * bk, start), window)
-    if start > 0:
-        sink = start
     return QueryBlock(row, first, last, start, sink, sink // bk, window // bk, window)
 
 

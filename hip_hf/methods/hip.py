@@ -64,12 +64,13 @@ def _ceil_shift(x, level: int):  # type: ignore[no-untyped-def]  # of an int or 
 def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` ids with the highest scores, in no order. Ties go to the lower id; NaN counts as lowest.
 
-    scores fp32 or fp64 `[..., M]`, ids int64 `[..., M]` below 2**32.
+    scores `[..., M]`, compared in fp32; ids int64 `[..., M]` below 2**32.
     """
     if count >= ids.shape[-1]:
         return ids
     # A float's bits, negative ones flipped, sort like the float; the id below them breaks ties.
-    bits = torch.nan_to_num(scores.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0).view(torch.int32)
+    scores = torch.nan_to_num(scores.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    bits = scores.add_(0.0).view(torch.int32)  # adding 0 makes -0 the same as 0
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     packed = (bits.long() << 32) | (_LOW_BITS - ids)
     return _LOW_BITS - (packed.topk(count, sorted=False).values & _LOW_BITS)
@@ -226,8 +227,12 @@ def aggregate(logits: torch.Tensor, score: str, softcap: float | None, invalid: 
         logits[..., logits.shape[-1] - invalid.shape[-1] :].masked_fill_(invalid.unsqueeze(-2), -torch.inf)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if score == "max":
-        return logits.amax(-2).to(dtype)
-    scores = torch.softmax(logits, dim=-1, out=logits).sum(-2, dtype=dtype)
+        scores = logits.amax(-2).to(dtype)
+    else:
+        scores = torch.softmax(logits, dim=-1, out=logits).sum(-2, dtype=dtype)
+    # -inf is for candidates that do not exist; whatever overflowed is merely the worst, or the best
+    limit = torch.finfo(torch.float32).max
+    scores.nan_to_num_(nan=-limit, posinf=limit, neginf=-limit)
     if invalid is not None:
         scores[..., scores.shape[-1] - invalid.shape[-1] :].masked_fill_(invalid, -torch.inf)
     return scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +62,13 @@ def sdpa(problem: AttentionProblem, out: torch.Tensor) -> None:
         out[b : b + 1, :, rows] = call(q[b : b + 1, :, rows], k[b : b + 1, :, keys], v[b : b + 1, :, keys])
 
 
-def masked(problem: AttentionProblem, visible: Callable[[int, int], torch.Tensor], out: torch.Tensor) -> None:
+def masked(
+    problem: AttentionProblem, visible: Callable[[int, int], torch.Tensor], out: torch.Tensor, lse: torch.Tensor | None = None
+) -> None:
     """Attention under an arbitrary mask, for what spans cannot say and for training; a few rows at a time.
 
     `visible(first, last)` tells what rows `first` to `last - 1` see, boolean `[B, 1, last - first, Tk]` (or 1 for a dimension
-    in which all is alike). A row that sees nothing gives 0.
+    in which all is alike). A row that sees nothing gives 0 and -inf.
     """
     q, k, v = problem.q, problem.k.repeat_interleave(problem.groups, 1), problem.v.repeat_interleave(problem.groups, 1)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -83,3 +86,24 @@ def masked(problem: AttentionProblem, visible: Callable[[int, int], torch.Tensor
             logits = torch.cat([logits, sink], dim=-1)
         weights = torch.softmax(logits, dim=-1)[..., : k.shape[2]].masked_fill(~seen, 0.0)
         out[:, :, at:end] = weights.to(v.dtype) @ v
+        if lse is not None:
+            nothing = ~seen.any(-1) if problem.sinks is None else torch.zeros_like(seen[..., 0])
+            lse[:, :, at:end] = torch.logsumexp(logits, dim=-1).masked_fill(nothing, -torch.inf)
+
+
+def differentiable(problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Dense attention that autograd follows, span by span; O(T) rows at a time forward, O(T^2) kept for the backward."""
+    for span in problem.spans:
+        batch = slice(span.batch, span.batch + 1)
+        rows, keys = slice(span.row_start, span.row_end), slice(span.key_start, span.key_start + span.end)
+        own = replace(problem, q=problem.q[batch, :, rows], k=problem.k[batch, :, keys], v=problem.v[batch, :, keys])
+
+        def visible(first: int, last: int, span: Span = span) -> torch.Tensor:
+            key = torch.arange(span.end, device=out.device)
+            row = torch.arange(first, last, device=out.device)[:, None] + span.position
+            seen = key <= row
+            if problem.sliding_window is not None:
+                seen &= key > row - problem.sliding_window
+            return seen[None, None]
+
+        masked(own, visible, out[batch, :, rows], None if lse is None else lse[batch, :, rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,11 +134,9 @@ class SparseAttention:
 
     def _unit(self, t: Tensors, search: Any, span: Span, head: int, blocks: list[QueryBlock]) -> None:
         heads = slice(head, head + 1)
-        whole = [block for block in blocks if block.middle <= self.budget]
-        picking = blocks[len(whole) :]  # middles only grow
-        ids = search.select(heads, picking) if picking else None
-        self._attend(t, span, heads, whole, None)
-        self._attend(t, span, heads, picking, ids)
+        for covered, group in groupby(blocks, key=lambda block: block.middle <= self.budget):
+            run = list(group)
+            self._attend(t, span, heads, run, None if covered else search.select(heads, run))
 
     def _attend(self, t: Tensors, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None) -> None:
         """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to the whole middle."""
