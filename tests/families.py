@@ -65,7 +65,7 @@ def make_model(family: str, implementation: str = "hip", **settings: object) -> 
         if parameter.ndim == 2:
             parameter.data.mul_(4)
     model.set_attn_implementation(implementation)
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = -1  # never generated: every run has its full length
     hip_hf.configure(model, **{**SPARSE, **settings})
     return model
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from families import FAMILIES, VOCAB, make_model
 from helpers import assert_near, causal, eager, make_problem, make_qkv, read_mask, small
 from test_passkey import SMALL, TEXT, byte_tokenizer, refused, run, save_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
@@ -224,6 +226,12 @@ def test_command(tmp_path: Path) -> None:
         assert summary["of_oracle"] == min(layer["of_oracle"] for layer in layers)
     assert [row["overlap"] for row in rows[3:]] == [1, 1, 1]
     assert rows[0]["read"] < 0.5
+    # the table may leave the layers out, the file may not
+    app = typer.Typer()
+    app.command()(fidelity.main)
+    table = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments, "--no-per-layer", "--output", str(saved)]).stdout
+    assert len([line for line in table.splitlines() if "512" in line and "all" in line]) == 2
+    assert json.loads(saved.read_text())["rows"] == rows
 
 
 def test_command_stress(tmp_path: Path) -> None:

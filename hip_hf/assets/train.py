@@ -125,7 +125,9 @@ class Data:
         events = [(at, note(*fact), "") for at, fact in zip(written, facts, strict=True)]
         for _ in range(most // 2):
             which = rng.randrange(count)
-            events.append((rng.uniform(written[which], 1), question(facts[which][0]), facts[which][1]))
+            # every second question comes late, so that most of the context lies between it and its fact
+            earliest = written[which] if rng.random() < 0.5 else max(written[which], 0.9)
+            events.append((rng.uniform(earliest, 1), question(facts[which][0]), facts[which][1]))
         which = rng.randrange(count)
         events.append((1.0, question(facts[which][0]), facts[which][1]))
         events.sort(key=lambda event: event[0])

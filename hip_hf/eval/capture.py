@@ -68,7 +68,7 @@ def capture(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Ten
     config._attn_implementation = NAME
     try:
         # the base model computes no logits
-        model.base_model(input_ids, attention_mask=attention_mask, use_cache=False)  # type: ignore[operator]
+        model.base_model(input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         config._attn_implementation = before
         _problems.reset(token)

@@ -58,10 +58,8 @@ def probabilities(problem: AttentionProblem, head: int, block: QueryBlock) -> to
     own = logits[..., -block.rows :]
     own.masked_fill_(torch.ones(block.rows, block.rows, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
     if problem.sliding_window is not None:
-        row = torch.arange(block.first, block.last + 1, device=q.device)[:, None]
-        logits.masked_fill_(
-            torch.arange(block.start, block.last + 1, device=q.device) <= row - problem.sliding_window, -torch.inf
-        )
+        position = torch.arange(block.start, block.last + 1, device=q.device)
+        logits.masked_fill_(position <= position[-block.rows :, None] - problem.sliding_window, -torch.inf)
     return logits.softmax(-1)
 
 
@@ -152,7 +150,7 @@ def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int 
         if not blocks or any(result.mask is None for result in results):
             raise ValueError(f"settings: layer {layer} has nothing to search ({unsearched(problem, configs, layer)})")
         masks = [best, *(result.mask for result in results)]
-        mass = captured(problem, blocks, masks)  # type: ignore[arg-type]
+        mass = captured(problem, blocks, masks)
         rows = torch.tensor([block.rows for _, block in blocks])
         first = problem.spans[0].row_start
         at = torch.cat([torch.arange(first + block.row, first + block.row + block.rows) for _, block in blocks])
@@ -161,7 +159,7 @@ def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int 
         for i, result, own in zip(members, results, mass[1:], strict=True):
             error = (result.out[:, :, at].double() - exact).square().sum()
             cost = total(block_cost(configs[i], block, *dims) for _, block in blocks)
-            share = overlap(problem, blocks, result.mask, best)  # type: ignore[arg-type]
+            share = overlap(problem, blocks, result.mask, best)
             measured[i] = Measured(own, mass[0], rows, float(error), float(exact.square().sum()), share, cost)
     return [measured[i] for i in range(len(configs))]
 
