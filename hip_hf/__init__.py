@@ -1,7 +1,7 @@
 """Hierarchically pruned attention (HiP) for Hugging Face Transformers: long context by one flag, without retraining.
 
-    import hip_hf
-    model = AutoModelForCausalLM.from_pretrained("any/checkpoint", attn_implementation="hip")
+import hip_hf
+model = AutoModelForCausalLM.from_pretrained("any/checkpoint", attn_implementation="hip")
 """
 
 from hip_hf.attention import hip_attention

@@ -128,10 +128,10 @@ class HiPConfig:
         if self.dense_below is not None and (not _is_int(self.dense_below) or self.dense_below < 0):
             _fail("dense_below", self.dense_below, "None or an integer >= 0")
         dense = self.dense_layers
-        ok = dense >= 0 if _is_int(dense) else isinstance(dense, (list, tuple)) and all(_is_int(i) and i >= 0 for i in dense)
-        if not ok:
+        indices = [dense] if isinstance(dense, int) else dense
+        if not isinstance(indices, (list, tuple)) or not all(_is_int(index) and index >= 0 for index in indices):
             _fail("dense_layers", dense, "a count >= 0 or a list of layer indices >= 0")
-        if not _is_int(dense):
+        if not isinstance(dense, int):
             object.__setattr__(self, "dense_layers", list(dense))
 
     def _check_layers(self) -> None:

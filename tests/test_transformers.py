@@ -241,8 +241,9 @@ def test_bidirectional_attention_goes_to_pytorch():
 
 
 def test_mask_is_linear_in_the_context():
-    from hip_hf.integration.masks import hip_mask
     from transformers.masking_utils import causal_mask_function
+
+    from hip_hf.integration.masks import hip_mask
 
     mask = hip_mask(2, 5000, 5000, 0, 0, causal_mask_function, config=LlamaConfig())
     assert mask.shape == (2, 1, 1, 5000)

@@ -164,7 +164,9 @@ class Data:
         return np.arange(length) + np.cumsum(jumps)
 
 
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, answer: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def loss_of(
+    model: LlamaForCausalLM, ids: torch.Tensor, answer: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """A fifth of the language loss plus the loss on the answers; with it both parts and the share of digits right."""
     logits = model(ids, position_ids=positions, use_cache=False).logits[:, :-1].float()
     target, answer = ids[:, 1:], answer[:, 1:]

@@ -76,7 +76,10 @@ def cache_kind(keys: torch.Tensor, rows: int) -> str:
 
 def install() -> None:
     """Let caches made from a model's config use the layers above."""
-    layers = (("DYNAMIC_LAYER_TYPE_MAPPING", DynamicLayer, HiPDynamicLayer), ("STATIC_LAYER_TYPE_MAPPING", StaticLayer, HiPStaticLayer))
+    layers = (
+        ("DYNAMIC_LAYER_TYPE_MAPPING", DynamicLayer, HiPDynamicLayer),
+        ("STATIC_LAYER_TYPE_MAPPING", StaticLayer, HiPStaticLayer),
+    )
     for name, plain, ours in layers:
         mapping = getattr(cache_utils, name, None)
         if mapping is not None and mapping.get("full_attention") is plain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -39,7 +40,9 @@ class Report(list[Row]):
             for row in self
         ]
         widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]
+        ]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
@@ -57,9 +60,10 @@ def explain(model: nn.Module) -> Report:
     for module in model.modules():
         if "Attention" not in type(module).__name__ or not hasattr(module, "layer_idx"):
             continue
+        layer: Any = module.layer_idx
         call: Call | None = module.__dict__.get("_hip_call")
         if call is None:
-            rows.append(Row(module.layer_idx, "-", "not called", "", None, "-"))
+            rows.append(Row(layer, "-", "not called", "", None, "-"))
         else:
-            rows.append(Row(module.layer_idx, call.method, call.path, call.reason, call.share, call.cache))
+            rows.append(Row(layer, call.method, call.path, call.reason, call.share, call.cache))
     return Report(rows)

@@ -66,11 +66,11 @@ def hip_mask(
     parts = _parts(mask_function)
     if use_vmap or not parts.keys() <= _CAUSAL:
         kwargs["allow_is_causal_skip"] = False
-        return sdpa_mask(
+        mask = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]  # a tensor with static caches
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
@@ -80,6 +80,8 @@ def hip_mask(
             device=device,
             **kwargs,
         )
+        assert mask is not None  # no skip was allowed
+        return mask
     rel = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - q_offset)
     rel = rel.to(torch.int32).expand(batch_size, kv_length)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -143,18 +145,17 @@ def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
     real = rel < rows  # what is beyond the last query is in nobody's sight; padding is as well
     count = real.sum(-1).tolist()
     first = real.int().argmax(-1).tolist()
-    spans: list[Span] | None = []
+    spans: list[Span] = []
+    holes = False
     for batch, (keys, start) in enumerate(zip(count, first, strict=True)):
         if keys == 0:
             continue
         at, last = int(rel[batch, start]), int(rel[batch, start + keys - 1])
-        if last - at != keys - 1 or not bool(real[batch, start : start + keys].all()):
-            spans = None
-            break
+        holes |= last - at != keys - 1 or not bool(real[batch, start : start + keys].all())
         row_start, row_end = max(0, at), min(rows, last + 1)
         if row_start < row_end:
             spans.append(Span(batch, start, start + keys, row_start, row_end, row_start - at))
-    result = None if spans is None else tuple(spans)
+    result = None if holes else tuple(spans)
     if known is None:
         known = mask._hip_spans = {}  # type: ignore[attr-defined]
     known[rows] = result

@@ -55,7 +55,7 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
 
 def layer_settings(module: nn.Module, method: str | None) -> HiPConfig:
     """The settings of one attention layer; `method` overrides theirs. Parsed anew only when the model's config changed."""
-    raw = getattr(module.config, "hip", None)  # type: ignore[union-attr]
+    raw = getattr(module.config, "hip", None)
     kept = module.__dict__.get("_hip_settings")
     if kept is not None and kept[0] == raw and kept[1] == method:
         return kept[2]

@@ -93,9 +93,7 @@ class Selector:
     def make_pyramid(self, dtype: torch.dtype) -> Pyramid:
         return Pyramid(self.representative, self.config.block_k, dtype)
 
-    def bind(
-        self, q: torch.Tensor, keys: torch.Tensor, pyramid: Pyramid, scale: float, softcap: float | None
-    ) -> TreeSearch:
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: Pyramid, scale: float, softcap: float | None) -> TreeSearch:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every block searched."""
         return TreeSearch(self.config, self.representative, q, keys, pyramid, scale, softcap)
 

@@ -68,7 +68,9 @@ def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBloc
     k_all = k_all.transpose(1, 2)
     positions = None if t.sliding_window is None else [_positions(block, ids[:, i], block_k) for i, block in enumerate(blocks)]
     need_lse = t.lse is not None or t.sinks is not None
-    lse = torch.empty(count, lanes, groups, n, dtype=torch.promote_types(dtype, torch.float32), device=device) if need_lse else None
+    lse = (
+        torch.empty(count, lanes, groups, n, dtype=torch.promote_types(dtype, torch.float32), device=device) if need_lse else None
+    )
 
     each = zip(blocks, queries.flatten(2, 3).unbind(0), outputs.unbind(0), [row.unbind(0) for row in ids.unbind(1)], strict=True)
     for i, (block, query, output, chosen) in enumerate(each):
@@ -182,6 +184,6 @@ def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int) -> torch.Tens
 
 
 def _mask_sliding(logits: torch.Tensor, position: torch.Tensor, first: int, window: int) -> None:
-    """Hide from each row the keys that have left its sliding window; logits `[heads, G, rows, keys]`, position `[heads or 1, keys]`."""
+    """Hide from each row the keys that have left its window; logits `[heads, G, rows, keys]`, position `[heads or 1, keys]`."""
     row = torch.arange(first, first + logits.shape[2], device=logits.device)[:, None]
     logits.masked_fill_((position[:, None] <= row - window)[:, None], -torch.inf)

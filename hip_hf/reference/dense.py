@@ -44,7 +44,7 @@ def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
 
 
 def sdpa(problem: AttentionProblem, out: torch.Tensor) -> None:
-    """PyTorch's attention, one call for the batch if all rows are alike and real, else one a span. Fills `out` `[B, Hq, Tq, Dv]`."""
+    """PyTorch's attention into `out` `[B, Hq, Tq, Dv]`: one call for the batch if all rows are alike and real, else one a span."""
     q, k, v = problem.q, problem.k, problem.v
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
