@@ -44,7 +44,7 @@ def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
 
 
 def sdpa(problem: AttentionProblem, out: torch.Tensor) -> None:
-    """PyTorch's attention into `out` `[B, Hq, Tq, Dv]`: one call for the batch if all rows are alike and real, else one a span."""
+    """PyTorch's attention into `out` `[B, Hq, Tq, Dv]`: one call if all rows of the batch are alike, else one a span."""
     q, k, v = problem.q, problem.k, problem.v
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
