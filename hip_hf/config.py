@@ -11,7 +11,7 @@ from typing import Any
 
 from hip_hf.methods import METHODS, options_type
 
-REPRESENTATIVES = ("blend", "mean", "minmax", "outliers", "middle", "first", "last")
+REPRESENTATIVES = ("outliers", "blend", "mean", "minmax", "middle", "first", "last")
 SCORES = ("mass", "max")
 BACKENDS = ("auto", "torch", "triton")
 
@@ -38,8 +38,8 @@ class HiPConfig:
         sink: first keys of a row, always read (rounded up to `block_k`).
         window: keys before the query block, always read.
         group_shared: one selection per KV group instead of one per query head.
-        representative: what stands for a chunk of keys in the search: `blend` (centre and spread), `mean`,
-            `minmax`, `outliers`, `middle` (the HiP paper), `first`, `last`.
+        representative: what stands for a chunk of keys in the search: `outliers` (the mean key or any of a
+            few keys far from it), `blend` (centre and spread), `mean`, `minmax`, `middle` (the HiP paper), `first`, `last`.
         score: `mass` (softmax over the candidates, summed over rows) or `max` (best logit, the HiP paper).
         beam: levels above the last keep `beam * budget` keys' worth of chunks.
         rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off.
@@ -62,14 +62,14 @@ class HiPConfig:
     budget: int = 1024
     block_q: int = 64
     block_k: int = 16
-    query_stride: int = 2
+    query_stride: int = 4
     sink: int = 64
     window: int = 512
     group_shared: bool = True
-    representative: str = "blend"
+    representative: str = "outliers"
     score: str = "mass"
     beam: int = 4
-    rescore: int = 1
+    rescore: int = 4
     coarsest: int | None = None
     dense_layers: int | list[int] = 3
     dense_below: int | None = None

@@ -117,6 +117,7 @@ def test_settings_of_different_geometry_are_measured_apart() -> None:
         *VARIANTS,
         {"rescore": 3, "group_shared": False},
         {"representative": "outliers", "options": {"outliers": 2}},
+        {"representative": "blend", "rescore": 1},
         {"representative": "mean", "beam": 1, "query_stride": 5},
         {"coarsest": 8},
     ],

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from hip_hf.config import HiPConfig
 from hip_hf.eval import passkey
 from hip_hf.eval.documents import DIGITS, NAMES, Fact, note, question
 from hip_hf.eval.presets import settings_of, sizes
@@ -143,7 +144,8 @@ def test_answers_are_counted() -> None:
     assert (row["accuracy"], row["digits"], row["path_prefill"], row["read_prefill"]) == (0.5, 0.7, "sdpa", 1.0)
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path, threads: Any) -> None:
+    threads(1)  # such small tensors only wait for each other
     model, text = save_checkpoint(tmp_path)
     arguments = [model, "--document", text, "--lengths", "200,256", "--depths", "2", "--samples", "3", "--batch", "2"]
     partly = {**SMALL, "dense_layers": 1}
@@ -198,7 +200,8 @@ def test_settings_and_sizes() -> None:
     assert {config.budget for config in settings.values()} == {256}
     assert {config.dense_layers for config in settings.values()} == {0}
     assert [config.window for config in settings.values()] == [128, 128, 64]
-    assert [config.representative for config in settings.values()] == ["blend", "middle", "blend"]
+    default = HiPConfig().representative
+    assert [config.representative for config in settings.values()] == [default, "middle", default]
     assert sizes("512,64K") == [512, 65536]
     with pytest.raises(ValueError, match="token counts"):
         sizes("-1")

@@ -114,7 +114,8 @@ def test_truncating_beyond_the_end_changes_nothing() -> None:
 def test_a_copy_grows_alone(name: str) -> None:
     keys = torch.randn(1, 400, 8)
     others = torch.cat([keys[:, :212], torch.randn(1, 188, 8)], dim=1)
-    made = build(name, keys, 53)
+    made = build(name, keys, 40)
+    made.extend(keys, 53)  # now its tables have room, which both would write to if they shared them
     copy = made.copy()
     copy.extend(others, 100)
     assert_same(made, build(name, keys, 53))
