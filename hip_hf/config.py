@@ -11,7 +11,7 @@ from typing import Any
 
 from hip_hf.methods import METHODS, options_type
 
-REPRESENTATIVES = ("outliers", "blend", "mean", "minmax", "middle", "first", "last")
+REPRESENTATIVES = ("blend", "mean", "minmax", "outliers", "middle", "first", "last")
 SCORES = ("mass", "max")
 BACKENDS = ("auto", "torch", "triton")
 
@@ -38,8 +38,8 @@ class HiPConfig:
         sink: first keys of a row, always read (rounded up to `block_k`).
         window: keys before the query block, always read.
         group_shared: one selection per KV group instead of one per query head.
-        representative: what stands for a chunk of keys in the search: `outliers` (the mean key or any of a
-            few keys far from it), `blend` (centre and spread), `mean`, `minmax`, `middle` (the HiP paper), `first`, `last`.
+        representative: what stands for a chunk of keys in the search: `blend` (centre and spread), `mean`,
+            `minmax`, `outliers` (the mean or any of a few keys far from it), `middle` (the HiP paper), `first`, `last`.
         score: `mass` (softmax over the candidates, summed over rows) or `max` (best logit, the HiP paper).
         beam: levels above the last keep `beam * budget` keys' worth of chunks.
         rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off.
@@ -66,7 +66,7 @@ class HiPConfig:
     sink: int = 64
     window: int = 512
     group_shared: bool = True
-    representative: str = "outliers"
+    representative: str = "blend"
     score: str = "mass"
     beam: int = 4
     rescore: int = 4
