@@ -15,8 +15,8 @@ from hip_hf.state import DecodeState
 
 # Where the sparse path starts to win over PyTorch's attention on a CPU, in prefill and in decode
 # (`hip-hf latency`, docs/performance.md).
-DENSE_BELOW_PREFILL = 2048
-DENSE_BELOW_DECODE = 4096
+DENSE_BELOW_PREFILL = 4096
+DENSE_BELOW_DECODE = 8192
 
 
 @dataclass

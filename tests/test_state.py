@@ -168,7 +168,7 @@ def test_a_selection_serves_as_many_steps_as_asked_its_own_included() -> None:
     assert reused == [0, 1, 1, 1, 0, 1, 1, 1, 0]
 
 
-@pytest.mark.parametrize("refresh", [1, 3])
+@pytest.mark.parametrize("refresh", [1, 3, 64])
 def test_several_rows_select_for_themselves_and_the_last_leaves_its_selection(refresh: int) -> None:
     twin = Twin(small(decode_refresh=refresh), [0, 9])
     twin.call(90)
@@ -303,9 +303,10 @@ def test_other_settings_start_afresh(other: dict) -> None:
 
 
 def test_other_padding_starts_afresh() -> None:
-    q, k, v = make_qkv(120)
+    """Also where the row's next position would fit."""
+    q, k, v = make_qkv(124)
     state = DecodeState()
-    for tokens, pad in ((118, 3), (119, 4), (120, 4)):
+    for tokens, pad in ((118, 3), (119, 4), (120, 4), (122, 5), (124, 6)):
         row = (q[:, :, tokens - 1 : tokens], k[:, :, :tokens], v[:, :, :tokens])
         got = sparse(*row, small(decode_refresh=1), [pad], state=state)
         assert_near(got.out, sparse(*row, small(), [pad]).out, 1e-6)

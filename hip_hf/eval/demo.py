@@ -124,7 +124,7 @@ def kinds_read(problem: AttentionProblem, config: HiPConfig, layer: int) -> tupl
     return kinds, path
 
 
-def draw(file: Path, run: Run, facts: list[Fact]) -> None:
+def draw(file: Path, run: Run, fact: Fact) -> None:
     """The picture of who reads what in the first prompt, computed from the dense model's queries and keys."""
     model, tokenizer, settings = load(run, "sdpa")
     prompt = run.prompts[0]
@@ -134,9 +134,9 @@ def draw(file: Path, run: Run, facts: list[Fact]) -> None:
             kinds, path = kinds_read(problem, settings, layer)
             at = settings.for_layer(layer)
             panels.append(plots.Panel(f"layer {layer}: {path}", kinds, at.block_q, at.block_k))
-    marks = {fact.name: position_of(tokenizer, prompt, fact) for fact in facts}
-    question = len(prompt) - len(tokenizer.encode(documents.question(facts[0].name), add_special_tokens=False))
-    title = f"Key blocks that each query block reads (first key head), {len(prompt)} tokens; asked for: {facts[0].name}"
+    marks = {fact.name: position_of(tokenizer, prompt, fact)}
+    question = len(prompt) - len(tokenizer.encode(documents.question(fact.name), add_special_tokens=False))
+    title = f"Key blocks that each query block reads (first key head), {len(prompt)} tokens; asked for: {fact.name}"
     plots.readings(file, title, panels, len(prompt), marks, question)
 
 
@@ -176,7 +176,7 @@ def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fac
     if tokens is None:
         tokens = config.max_position_embeddings - new_tokens
     try:
-        prompts = [documents.make_prompt(tokenizer, text, tokens, facts, fact.name) for fact in facts]
+        prompts = [documents.make_prompt(tokenizer, text, tokens, [fact], fact.name) for fact in facts]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--tokens") from None
     return prompts, new_tokens
@@ -186,7 +186,9 @@ def main(
     checkpoint: Annotated[str, typer.Option(help="A hub name or a folder.")] = str(documents.CHECKPOINT),
     document: Annotated[Path, typer.Option(help="Text file to hide the facts in.")] = documents.DOCUMENT,
     tokens: Annotated[int | None, typer.Option(help="Length of a prompt; default: the model's full length.", min=1)] = None,
-    facts: Annotated[int, typer.Option(help="Pass keys to hide and to ask for.", min=1, max=len(NAMES))] = 3,
+    facts: Annotated[
+        int, typer.Option(help="Pass keys to hide, each in a document of its own, and to ask for.", min=1, max=len(NAMES))
+    ] = 3,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
     picture: Annotated[Path, typer.Option(help="PNG file of which key blocks each query block reads.")] = Path("hip_demo.png"),
     seed: Annotated[int, typer.Option(help="Of the facts.")] = 0,
@@ -206,7 +208,7 @@ def main(
             measured[attn] = in_own_process(run)
             bar.advance(task)
         bar.update(task, description=f"drawing {picture}")
-        draw(picture, run, hidden)
+        draw(picture, run, hidden[0])
 
     rows = [row_of(attn, measured[attn], hidden) for attn in IMPLEMENTATIONS]
     questions = [question_row(i, fact, measured) for i, fact in enumerate(hidden)]
