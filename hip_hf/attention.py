@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from hip_hf import methods
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
 from hip_hf.problem import AttentionProblem, check_finite, check_tensors, make_spans, newest
 from hip_hf.reference import dense
-from hip_hf.reference.sparse import DECODE_ROWS, SparseAttention, tensors_of
+from hip_hf.reference.sparse import DECODE_ROWS, tensors_of
 from hip_hf.state import DecodeState
 
 # Where the sparse path starts to win over PyTorch's attention on a CPU, in prefill and in decode
@@ -48,6 +49,11 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
         return "gradients are not supported yet", True
     decoding = problem.q.shape[2] <= DECODE_ROWS
+    reason, unsupported = methods.dense_reason(problem, config, layer, decoding)
+    if reason:
+        return reason, unsupported
+    if decoding and stateless and config.delta is not None:
+        return "Delta correction of a decode step needs kept state", False
     if decoding and stateless and problem.sliding_window is not None:
         # a cache that drops old keys shifts every key block at every step: nothing could be kept
         return f"decode within a sliding window of {problem.sliding_window}", False
@@ -85,7 +91,7 @@ def attend(
                 state.row(span.batch, span.key_start, span.position, span.end).selection = None
         attend_dense(problem, out, lse)
         return Result(out, lse, None, "dense", reason, 1.0, unsupported)
-    sparse = SparseAttention(problem, config, out, lse, need_mask)
+    sparse = methods.attention_for(config)(problem, config, out, lse, need_mask)
     sparse.run(state)
     return Result(out, lse, sparse.mask, "sparse", "", sparse.reading.read / sparse.reading.visible)
 

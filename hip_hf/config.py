@@ -47,6 +47,8 @@ class HiPConfig:
         dense_layers: a count of first layers, or a list of layer indices, that stay dense.
         dense_below: contexts shorter than this go dense; None takes the backend's measured default, 0 means never.
         dense_tail: the last rows of each prefill call are computed densely.
+        delta: Delta correction: every so many rows one is dense, and lends its difference to the rows after it; None: off.
+        delta_mode: `step`, or `interpolate` between two dense rows (in prefill; not causal, it looks `delta` rows ahead).
         decode_refresh: decode steps that one selection serves, its own included.
         layers: overrides for single layers, `{layer: {field: value}}`.
         backend: `auto` or `torch` (any device).
@@ -103,8 +105,8 @@ class HiPConfig:
                 _fail(name, getattr(self, name), " | ".join(allowed))
         if self.backend == "triton":
             _fail("backend", self.backend, "auto | torch (the triton kernels are not part of this release)")
-        if self.delta is not None:
-            _fail("delta", self.delta, "None (Delta correction is not part of this release)")
+        if self.delta is not None and (not _is_int(self.delta) or self.delta < 1):
+            _fail("delta", self.delta, "None or an integer >= 1 (rows between dense ones)")
         if self.delta_mode not in ("step", "interpolate"):
             _fail("delta_mode", self.delta_mode, "step | interpolate")
         if self.extend is not None:

@@ -20,6 +20,15 @@ class Selection:
     position: int  # of the row it was made for
 
 
+@dataclass(frozen=True)
+class Correction:
+    """Dense minus sparse attention at position `position` (Delta): `out` `[Hkv, G, Dv]`, `lse` `[Hkv, G]`, fp32 at least."""
+
+    position: int
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
 @dataclass
 class RowState:
     """State of one batch row."""
@@ -28,6 +37,7 @@ class RowState:
     position: int = 0  # one past the last key position seen
     pyramid: Pyramid | None = None
     selection: Selection | None = None
+    correction: Correction | None = None
 
 
 class DecodeState:
@@ -54,7 +64,7 @@ class DecodeState:
                     if row.pyramid.shared:
                         row.pyramid = row.pyramid.copy()
                     row.pyramid.truncate(kept // row.pyramid.block_k)
-                row.position, row.selection = kept, None
+                row.position, row.selection, row.correction = kept, None, None
 
     def reorder(self, indices: torch.Tensor | list[int]) -> None:
         """Batch row `b` continues what row `indices[b]` was. Copies refer to the same pyramid until one of them grows."""

@@ -12,23 +12,49 @@ class NoOptions:
     """For methods without settings of their own."""
 
 
-# method -> module that holds its `Selector`; `dense` reads everything and needs none
+# method -> module that holds its `Selector`, or its `Attention`; `dense` reads everything and needs none
 METHODS: dict[str, str | None] = {
     "hip": "hip_hf.methods.hip",
     "streaming": "hip_hf.methods.streaming",
     "oracle": "hip_hf.methods.oracle",
+    "hyper": "hip_hf.methods.hyper",
     "dense": None,
 }
 
 
+def _module(method: str) -> Any:
+    name = METHODS[method]
+    return None if name is None else importlib.import_module(name)
+
+
 def options_type(method: str) -> type:
     """The dataclass of the method's own options."""
-    return getattr(importlib.import_module(module), "Options", NoOptions) if (module := METHODS[method]) else NoOptions
+    return getattr(_module(method), "Options", NoOptions)
 
 
 def selector_for(config: Any) -> Any:
     """The `Selector` of `config.method`, with its settings bound."""
-    module = METHODS[config.method]
-    if module is None:
+    selector = getattr(_module(config.method), "Selector", None)
+    if selector is None:
         raise ValueError(f"method {config.method!r} selects nothing")
-    return importlib.import_module(module).Selector(config)
+    return selector(config)
+
+
+def attention_for(config: Any) -> Any:
+    """The class that computes a sparse call: the method's own, or block-sparse attention over what its `Selector` selects;
+    Delta correction around either."""
+    if config.delta is not None:
+        from hip_hf.methods.delta import DeltaAttention
+
+        return DeltaAttention
+    if hasattr(module := _module(config.method), "attention"):
+        return module.attention()
+    from hip_hf.reference.sparse import SparseAttention
+
+    return SparseAttention
+
+
+def dense_reason(problem: Any, config: Any, layer: int | None, decoding: bool) -> tuple[str, bool]:
+    """Why the method itself asks for dense attention, and whether for want of support; an empty string if it does not."""
+    own = getattr(_module(config.method), "dense_reason", None)
+    return ("", False) if own is None else own(problem, config, layer, decoding)

@@ -1,0 +1,186 @@
+"""HyperAttention (arXiv 2310.05869): dense attention estimated in near-linear time, by hashing and by sampling.
+
+Causal attention is split. Short stretches (`min_seq_len`) are computed exactly; of a longer one the two halves are
+split further, and the square between them, the second half's queries against the first half's keys, is estimated:
+
+    keys ->   exact
+              square  exact                 square = own block (keys that hash alike, exact) + a sample of the others
+              square  square  exact
+              square  square  square  exact       (an 8th; the squares of one size touch each row once)
+
+Queries and keys of a square are sorted by an angular hash whose neighbouring buckets are neighbours in space; each
+block of queries attends exactly to the block of keys at the same place in the order, its *own block*, and to
+`sample_size` keys drawn uniformly from the square, each of which counts for `keys / sample_size` keys unless it is
+in the own block, where it has been counted already. The softmax's denominator is thus estimated without bias.
+
+This is an `Attention`: it selects no key blocks, it computes output and log-sum-exp itself. Decode is dense over the
+cache. The paper's quality figures hold when only some layers are replaced: hence `layers`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+    from hip_hf.problem import AttentionProblem
+
+
+@dataclass(frozen=True)
+class Options:
+    """`lsh_num_projs`: bits of the hash. `block_size`: keys of the own block. `sample_size`: keys sampled; 0 leaves the
+    rest of a square out. `min_seq_len`: up to so many keys, exact. `layers`: those that use it, None is all of them; the
+    others are dense. The defaults are the paper's."""
+
+    lsh_num_projs: int = 7
+    block_size: int = 256
+    sample_size: int = 256
+    min_seq_len: int = 4096
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        ranges = dict(lsh_num_projs=(1, 30), block_size=(1, None), sample_size=(0, None), min_seq_len=(1, None))
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low or (high and value > high):
+                allowed = f"an integer >= {low}" if high is None else f"{low} to {high}"
+                raise ValueError(f"HiPConfig.options[{name!r}]: got {value!r}, allowed: {allowed}")
+        layers = self.layers
+        if layers is not None and not (isinstance(layers, (list, tuple)) and all(type(i) is int and i >= 0 for i in layers)):
+            raise ValueError(f"HiPConfig.options['layers']: got {layers!r}, allowed: None or a list of layer indices >= 0")
+
+
+def attention() -> Any:
+    """The class that computes a call."""
+    from hip_hf.reference.hyper import HyperAttention
+
+    return HyperAttention
+
+
+def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None, decoding: bool) -> tuple[str, bool]:
+    """Why a call goes dense, and whether for want of support; an empty string if it does not."""
+    options = config.method_options()
+    if options.layers is not None and layer is not None and layer not in options.layers:
+        return f"hyper serves layers {list(options.layers)} only", False
+    if problem.sliding_window is not None and problem.sliding_window < problem.longest:
+        return f"hyper has no sliding window ({problem.sliding_window})", True
+    if decoding:
+        return "hyper decodes densely over the cache", False
+    if config.dense_below != 0 and problem.longest <= options.min_seq_len:
+        return f"hyper is exact up to min_seq_len={options.min_seq_len}", False
+    return "", False
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Rows at positions `first` to `end - 1`, exact over the keys from `start` to each of them."""
+
+    first: int
+    end: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Square:
+    """Rows at positions `first` to `end - 1` against all the keys `key_first` to `key_end - 1`, which come before them."""
+
+    first: int
+    end: int
+    key_first: int
+    key_end: int
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.first
+
+    @property
+    def keys(self) -> int:
+        return self.key_end - self.key_first
+
+
+def split(first: int, end: int, longest: int) -> tuple[list[Leaf], list[list[Square]]]:
+    """Causal attention of the rows `first` to `end - 1` over the keys from 0 on, taken apart: every pair of a row and a key
+    in its sight is in one leaf or one square. Squares of one list share no row."""
+    if end <= longest:
+        return [Leaf(first, end, 0)], []
+    leaves: list[Leaf] = []
+    levels: list[list[Square]] = [[Square(first, end, 0, first)]] if first else []
+
+    def halve(low: int, high: int, level: int) -> None:
+        if high - low <= longest:
+            leaves.append(Leaf(low, high, low))
+            return
+        middle = (low + high) // 2
+        while len(levels) <= level:
+            levels.append([])
+        levels[level].append(Square(middle, high, low, middle))
+        halve(low, middle, level + 1)
+        halve(middle, high, level + 1)
+
+    halve(first, end, len(levels))
+    return leaves, levels
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the sorted rows and keys of a square meet: query block `i` holds the rows of rank `i * rows` on (the last may be
+    short), its own block the `size` keys from rank `starts[i]` on. Blocks may overlap in keys, never in rows."""
+
+    rows: int
+    size: int
+    samples: int
+    starts: torch.Tensor  # int64, one for each query block
+
+
+def tile(square: Square, options: Options, device: torch.device) -> Tiling:
+    """Own blocks lie at the same relative place in the keys' order as their rows in the rows' order."""
+    size = min(options.block_size, square.keys)
+    # where there are fewer rows than keys, shorter blocks of rows, so that their hashes stay as close together
+    rows = min(max(-(-options.block_size * square.rows // square.keys), 16), options.block_size, square.rows)
+    blocks = -(-square.rows // rows)
+    centre = (torch.arange(blocks, device=device) * rows + rows / 2) * (square.keys / square.rows)
+    starts = (centre - size / 2).round().long().clamp(0, square.keys - size)
+    samples = min(options.sample_size, square.keys) if square.keys > size else 0
+    return Tiling(rows, size, samples, starts)
+
+
+def projections(options: Options, dim: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Random directions `[dim, lsh_num_projs]`, fp32; the same for all heads and for queries and keys."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(dim, options.lsh_num_projs, generator=generator).to(device)
+
+
+def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Angular hash of vectors `[..., D]`: int64 `[...]`, the rank of their signs in Gray code, so that buckets next to each
+    other differ in one sign."""
+    signs = (x.float() @ directions > 0).long()
+    code = (signs << torch.arange(signs.shape[-1], device=x.device)).sum(-1)
+    for shift in (16, 8, 4, 2, 1):
+        code = code ^ (code >> shift)
+    return code
+
+
+def sampled_ranks(square: Square, samples: int, heads: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Ranks of the sampled keys in the sorted order, int64 `[heads, samples]`: each key once at most, its own draw for every
+    head and square, the same whatever else is in the batch."""
+    place = (square.first * 1_000_003 + square.key_first) * 1_000_003 + square.key_end
+    generator = torch.Generator().manual_seed((seed * 1_000_033 + place) % 2**63)
+    draws = [torch.randperm(square.keys, generator=generator)[:samples] for _ in range(heads)]
+    return torch.stack(draws).to(device)
+
+
+def flops(options: Options, first: int, end: int, dim: int, value_dim: int) -> tuple[int, int, int]:
+    """FLOPs of hashing and of attention, and keys read, for one query head's rows `first` to `end - 1`."""
+    leaves, levels = split(first, end, options.min_seq_len)
+    exact = sum((x.end - x.first) * (x.first - x.start) + (x.end - x.first) * (x.end - x.first + 1) // 2 for x in leaves)
+    read = products = exact
+    for square in (square for level in levels for square in level):
+        own = tile(square, options, torch.device("cpu"))
+        products += square.rows * (own.size + own.samples)
+        # a sampled key in the own block is read there; on average so many are
+        read += square.rows * (own.size + own.samples * (square.keys - own.size) // square.keys)
+    hashing = (end - first + end) * 2 * dim * options.lsh_num_projs if levels else 0
+    return hashing, products * 2 * (dim + value_dim), read

@@ -1,0 +1,82 @@
+"""Exact attention of any rows to all their keys, with log-sum-exp: Delta's anchors, HyperAttention's leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hip_hf.reference.block_sparse import LOGITS_AT_ONCE, Tensors
+from hip_hf.reference.workers import compute_dtype, run, scratch
+
+# Rows, of all query heads of a group together, that meet their keys at once.
+ROWS_AT_ONCE = 128
+
+
+def rows_at_once(groups: int, keys: int) -> int:
+    """How many rows to take at a time, for `groups` query heads each and up to `keys` keys."""
+    return max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // keys) // groups)
+
+
+def attend_exact(t: Tensors, head: int, rows: slice | torch.Tensor, at: Sequence[int], start: int) -> tuple[torch.Tensor, ...]:
+    """Output `[G, n, Dv]` and log-sum-exp `[G, n]`, in fp32 at least, without sinks, of the query rows `rows` at the ascending
+    positions `at`, over the keys from `start` on."""
+    q = t.q[head][:, rows]
+    groups, count, dim = q.shape
+    dtype = compute_dtype(q)
+    k, v = (x[head : head + 1, start : at[-1] + 1].to(dtype) for x in (t.k, t.v))
+    query = scratch.take("q", (1, groups * count, dim), k)
+    query.view(groups, count, dim).copy_(q).mul_(t.scale)
+    logits = scratch.take("logits", (1, groups * count, k.shape[1]), k)
+    torch.bmm(query, k.transpose(1, 2), out=logits)
+    if t.softcap is not None:
+        logits.div_(t.softcap).tanh_().mul_(t.softcap)
+    by_row = logits.view(groups, count, -1)
+    position = torch.tensor(at, device=q.device)[:, None]
+    if count > 1:
+        later = torch.arange(at[0] + 1, at[-1] + 1, device=q.device)
+        by_row[..., at[0] + 1 - start :].masked_fill_(later > position, -torch.inf)
+    if t.sliding_window is not None:
+        key = torch.arange(start, at[-1] + 1, device=q.device)
+        by_row.masked_fill_(key <= position - t.sliding_window, -torch.inf)
+    out, lse = weigh(logits, v)
+    return out.view(groups, count, -1), lse.view(groups, count)
+
+
+def weigh(logits: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`: output `[N, rows, Dv]` and
+    log-sum-exp `[N, rows]`, in fp32 at least."""
+    most = logits.amax(-1, keepdim=True)
+    weight = logits.sub_(most).exp_()
+    total = weight.sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    out = torch.bmm(weight, v, out=scratch.take("out", (*logits.shape[:2], v.shape[-1]), logits))
+    return out / total[..., None], total.log() + most[..., 0]
+
+
+def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense attention of the rows at the ascending positions `at`, of a span whose first row sits at `first`: output
+    `[Hkv, G, n, Dv]` and log-sum-exp `[Hkv, G, n]` with sinks, in fp32 at least."""
+    heads, groups = t.q.shape[:2]
+    dtype = torch.promote_types(t.q.dtype, torch.float32)
+    out = torch.empty(heads, groups, len(at), t.v.shape[-1], dtype=dtype, device=t.q.device)
+    lse = torch.empty(heads, groups, len(at), dtype=dtype, device=t.q.device)
+    step = rows_at_once(groups, at[-1] + 1)
+
+    def attend(task: tuple[int, int]) -> None:
+        head, low = task
+        some = at[low : low + step]
+        start = 0 if t.sliding_window is None else max(0, some[0] - t.sliding_window + 1)
+        rows = torch.tensor(some, device=t.q.device) - first
+        out[head, :, low : low + step], lse[head, :, low : low + step] = attend_exact(t, head, rows, some, start)
+
+    run(attend, [(head, low) for low in range(0, len(at), step) for head in range(heads)], t.q.device)
+    if t.sinks is not None:
+        add_sinks(out, lse, t.sinks)
+    return out, lse
+
+
+def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
+    """Let the extra logits `sinks` `[Hkv, G]` take part in a softmax: changes out `[Hkv, G, n, Dv]` and lse `[Hkv, G, n]`."""
+    sink = sinks[..., None].to(lse.dtype)
+    out.mul_(torch.sigmoid(lse - sink)[..., None])
+    torch.logaddexp(lse, sink, out=lse)
