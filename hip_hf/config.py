@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from hip_hf.methods import METHODS, options_type
@@ -29,7 +30,8 @@ class HiPConfig:
     """Settings of hierarchically pruned attention. All sizes are in keys (tokens) unless said otherwise.
 
     Args:
-        method: a selector (`hip`, `streaming`, `oracle`) or `dense`.
+        method: a selector (`hip`, `staged`, `streaming`, `quest`, `vertical_slash`, `sample`, `h2o`, `oracle`), or an
+            attention of its own (`hyper`, `dense`).
         options: the method's own settings, validated by its dataclass (`hip_hf.methods.hip.HiPOptions`).
         budget: keys selected per query block, a multiple of `block_k`.
         block_q: query rows that share one selection.
@@ -49,7 +51,7 @@ class HiPConfig:
         dense_tail: the last rows of each prefill call are computed densely.
         delta: Delta correction: every so many rows one is dense, and lends its difference to the rows after it; None: off.
         delta_mode: `step`, or `interpolate` between two dense rows (in prefill; not causal, it looks `delta` rows ahead).
-        decode_refresh: decode steps that one selection serves, its own included.
+        decode_refresh: decode steps that one selection serves, its own included; for `staged` also a list, one per stage.
         layers: overrides for single layers, `{layer: {field: value}}`.
         backend: `auto` or `torch` (any device).
 
@@ -78,7 +80,7 @@ class HiPConfig:
     dense_tail: int = 64
     delta: int | None = None
     delta_mode: str = "step"
-    decode_refresh: int = 8
+    decode_refresh: int | list[int] = 8
     extend: str | None = None
     layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     backend: str = "auto"
@@ -115,12 +117,13 @@ class HiPConfig:
             _fail("group_shared", self.group_shared, "True or False")
 
     def _check_numbers(self) -> None:
-        at_least = dict(block_q=1, block_k=1, budget=1, query_stride=1, beam=1, rescore=1, decode_refresh=1)
+        at_least = dict(block_q=1, block_k=1, budget=1, query_stride=1, beam=1, rescore=1)
         at_least |= dict(sink=0, window=0, dense_tail=0, seed=0)
         for name, low in at_least.items():
             value = getattr(self, name)
             if not _is_int(value) or value < low:
                 _fail(name, value, f"an integer >= {low}")
+        self._check_refresh()
         if self.budget % self.block_k:
             _fail("budget", self.budget, f"a multiple of block_k={self.block_k}")
         if self.coarsest is not None:
@@ -135,6 +138,15 @@ class HiPConfig:
             _fail("dense_layers", dense, "a count >= 0 or a list of layer indices >= 0")
         if not isinstance(dense, int):
             object.__setattr__(self, "dense_layers", list(dense))
+
+    def _check_refresh(self) -> None:
+        steps = self.decode_refresh if isinstance(self.decode_refresh, (list, tuple)) else [self.decode_refresh]
+        if not steps or not all(_is_int(count) and count >= 1 for count in steps):
+            _fail("decode_refresh", self.decode_refresh, "an integer >= 1, or a list of them, one per stage")
+        if any(before % count for before, count in pairwise(steps)):
+            _fail("decode_refresh", self.decode_refresh, "a list in which every number divides the one before")
+        if not isinstance(self.decode_refresh, int):
+            object.__setattr__(self, "decode_refresh", list(steps))
 
     def _check_layers(self) -> None:
         if not isinstance(self.layers, Mapping):
@@ -163,7 +175,12 @@ class HiPConfig:
         for name in self.options:
             if name not in known:
                 _fail("options", name, f"{known or 'none'} (options of method {self.method!r})")
-        return kind(**self.options)
+        options = kind(**self.options)
+        if hasattr(options, "check"):
+            options.check(self)
+        elif isinstance(self.decode_refresh, list):
+            _fail("decode_refresh", self.decode_refresh, f"an integer >= 1 (method {self.method!r} has no stages)")
+        return options
 
     def for_layer(self, layer: int | None) -> HiPConfig:
         """The settings that hold in one layer: overrides applied. `None` gives the settings themselves."""

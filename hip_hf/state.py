@@ -13,11 +13,14 @@ from hip_hf.methods.pyramid import Pyramid
 @dataclass(frozen=True)
 class Selection:
     """Key blocks that the last decode step read: `ids` `[Hkv, S, 1, budget / block_k]`, or None where the budget covered
-    the middle. The window's start and the middle stay as they were when the selection was made."""
+    the middle. The window's start and the middle stay as they were when the selection was made.
+
+    With an interval for every stage, `stages` holds what each of them kept, and the position it was made for."""
 
     ids: torch.Tensor | None
     window: int
     position: int  # of the row it was made for
+    stages: tuple[tuple[torch.Tensor | None, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.reference import dense
 
 # Registered names, and the method each of them forces (None: the one in the settings).
-NAMES = {"hip": None, "streaming": "streaming"}
+NAMES = {"hip": None, "streaming": "streaming", "hyper": "hyper"}
 
 # Arguments of a layer that change what attention means, and that we would silently ignore.
 _REFUSED = {

@@ -60,7 +60,7 @@ def layer_settings(module: nn.Module, method: str | None) -> HiPConfig:
     if kept is not None and kept[0] == raw and kept[1] == method:
         return kept[2]
     settings = read_settings(module.config)
-    if method is not None:
+    if method is not None and method != settings.method:
         fields = {key: value for key, value in settings.to_dict().items() if key != "options"}
         settings = HiPConfig.from_dict({**fields, "method": method})
     settings = settings.for_layer(getattr(module, "layer_idx", None))

@@ -15,7 +15,12 @@ class NoOptions:
 # method -> module that holds its `Selector`, or its `Attention`; `dense` reads everything and needs none
 METHODS: dict[str, str | None] = {
     "hip": "hip_hf.methods.hip",
+    "staged": "hip_hf.methods.staged",
     "streaming": "hip_hf.methods.streaming",
+    "quest": "hip_hf.methods.quest",
+    "vertical_slash": "hip_hf.methods.vertical_slash",
+    "sample": "hip_hf.methods.sample",
+    "h2o": "hip_hf.methods.h2o",
     "oracle": "hip_hf.methods.oracle",
     "hyper": "hip_hf.methods.hyper",
     "dense": None,

@@ -165,6 +165,10 @@ class Pyramid:
         other._last = list(self._last)
         return other
 
+    def writable(self, blocks: int) -> Pyramid:
+        """Itself, or a copy where others refer to it and blocks will be appended to reach `blocks`."""
+        return self.copy() if self.shared and blocks > self.blocks else self
+
     def truncate(self, blocks: int) -> None:
         """Forget all but the first `blocks` blocks."""
         if blocks >= self.blocks:

@@ -106,8 +106,7 @@ class SparseAttention:
             pyramid = self.selector.make_pyramid(compute_dtype(t.k))
         if pyramid is not None:
             needed = max((block.high for block in blocks if block.middle > self.budget), default=0)
-            if needed > pyramid.blocks and pyramid.shared:
-                pyramid = pyramid.copy()
+            pyramid = pyramid.writable(needed)
             pyramid.extend(t.k, needed)
         if row is not None:
             row.pyramid = pyramid
@@ -157,8 +156,17 @@ class SparseAttention:
     def _decode(self, t: Tensors, span: Span, row: RowState | None) -> None:
         heads = slice(0, t.k.shape[0])
         kept = row.selection if row is not None else None
-        if span.rows == 1 and kept is not None and span.position - kept.position < self.config.decode_refresh:
-            blocks, selected = [self._laid(span, kept.window)], [kept.ids]
+        refresh = self.config.decode_refresh
+        steps = refresh if isinstance(refresh, int) else refresh[0]
+        if span.rows == 1 and kept is not None and span.position - kept.position < steps:
+            blocks = [self._laid(span, kept.window)]
+            if kept.stages and row is not None:
+                kept = row.selection = self._stages(t, span, row, blocks[0], kept)
+            selected = [kept.ids]
+        elif span.rows == 1 and isinstance(refresh, list) and row is not None:
+            blocks = self._blocks(span)
+            row.selection = self._stages(t, span, row, blocks[0], None)
+            selected = [row.selection.ids]
         else:
             blocks = self._blocks(span)
             search = self._search(t, row, blocks)
@@ -168,6 +176,22 @@ class SparseAttention:
         for block, ids in zip(blocks, selected, strict=True):
             self._attend(t, span, heads, [block], ids)
         self._count(blocks, span, span.rows)
+
+    def _stages(self, t: Tensors, span: Span, row: RowState, block: QueryBlock, kept: Selection | None) -> Selection:
+        """Select for one step, stage by stage: each has its own interval, and goes on from what the ones before it kept."""
+        if block.middle <= self.budget:
+            return Selection(None, block.window, span.position)
+        intervals: list[int] = self.config.decode_refresh  # type: ignore[assignment]
+        known = [] if kept is None else list(zip(kept.stages, intervals, strict=True))
+        valid = [stage for stage, steps in known if span.position - stage[1] < steps]
+        if kept is not None and len(valid) == len(known):
+            return kept
+        if self.problem.sliding_window is not None:
+            valid = []  # the middle's beginning has moved
+        search = self._search(t, row, [block])
+        results = search.resume(slice(0, t.k.shape[0]), [block], [ids for ids, _ in valid])
+        stages = [*valid, *((ids, span.position) for ids in results[len(valid) :])]
+        return Selection(results[-1], block.window, stages[0][1], tuple(stages))
 
     def _laid(self, span: Span, window: int) -> QueryBlock:
         return make_query_block(self.config, 0, span.position, span.position, window, self.problem.sliding_window)

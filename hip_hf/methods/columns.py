@@ -1,0 +1,70 @@
+"""What methods share that look at a few query rows of a call densely and take their attention for everyone's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.hip import best
+from hip_hf.reference.workers import run
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+# Query rows whose attention to all keys is held at once.
+ROWS_AT_ONCE = 64
+
+
+def attention_of(q: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """Dense attention `[G, n, T]`, in fp32 at least, of the rows `rows` of `q` `[G, Tq, D]`, of which the last sits at the
+    last of the keys `[T, D]`."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    logits = (q[:, rows].to(dtype) * scale) @ keys.to(dtype).T
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    position = rows + (len(keys) - q.shape[1])
+    logits.masked_fill_(torch.arange(len(keys), device=q.device) > position[:, None], -torch.inf)
+    return torch.softmax(logits, dim=-1, out=logits)
+
+
+def probe(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    rows: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    take: Callable[[int, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """`take(head, rows, attention)` for all key heads and the query rows `rows`, a few at a time; heads in parallel."""
+
+    def head(i: int) -> None:
+        for some in rows.split(ROWS_AT_ONCE):
+            take(i, some, attention_of(q[i], keys[i], some, scale, softcap))
+
+    run(head, range(len(keys)), q.device)
+
+
+def block_sums(x: torch.Tensor, block_k: int) -> torch.Tensor:
+    """Sums over the whole blocks of the last dimension."""
+    return x[..., : x.shape[-1] // block_k * block_k].unflatten(-1, (-1, block_k)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Scores of key blocks that hold for every query block: `scores` `[Hkv, S, T // block_k]`."""
+
+    config: HiPConfig
+    scores: torch.Tensor
+
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+        """The best blocks of each middle."""
+        return torch.stack([self._best(heads, block).sort(dim=-1).values for block in blocks], dim=2)
+
+    def _best(self, heads: slice, block: QueryBlock) -> torch.Tensor:
+        scores = self.scores[heads, :, block.low : block.high]
+        ids = torch.arange(block.low, block.high, device=scores.device).expand(scores.shape)
+        return best(scores, ids, self.config.budget // self.config.block_k)

@@ -1,0 +1,129 @@
+"""H2O (arXiv 2306.14048): keys are evicted for good, those with the least attention accumulated so far go first.
+
+Of the key blocks that have left the window, `budget` stay; whenever one joins them, the block with the least
+*accumulated mass* goes and does not come back. Mass is what the query blocks so far gave to the keys they read (their
+voting rows, `query_stride`), so a selection depends on earlier rows only. With a kept state decode goes on from there,
+and steps that select anew accumulate. Without history (a first call in the middle, after a crop) the first
+query block looks at every key. One pass over the query blocks, one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.methods.base import QueryBlock, query_blocks
+from hip_hf.methods.hip import best, sampled_rows
+from hip_hf.problem import Span
+from hip_hf.reference.sparse import DECODE_ROWS
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+    from hip_hf.problem import AttentionProblem
+
+
+def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None, decoding: bool) -> tuple[str, bool]:
+    """Why a call goes dense, and whether for want of support."""
+    if problem.sliding_window is not None and problem.sliding_window < problem.longest:
+        return f"h2o has no sliding window ({problem.sliding_window})", True
+    return "", False
+
+
+class History:
+    """What has been read so far; it stands where other methods keep their pyramid.
+
+    `mass` `[Hkv, S, blocks]`: accumulated attention of every key block. `kept` `[Hkv, S, n]`: the blocks that are still
+    there, of those before block `joined`; None without history.
+    """
+
+    def __init__(self, block_k: int) -> None:
+        self.block_k = block_k
+        self.blocks = self.joined = 0
+        self.shared = False
+        self.mass: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None
+
+    def copy(self) -> History:
+        other = History(self.block_k)
+        other.blocks, other.joined, other.kept = self.blocks, self.joined, self.kept
+        other.mass = None if self.mass is None else self.mass.clone()
+        return other
+
+    def writable(self, blocks: int) -> History:
+        """Itself, or a copy where several batch rows refer to it: every selection changes it."""
+        return self.copy() if self.shared else self
+
+    def extend(self, keys: torch.Tensor, blocks: int) -> None:
+        self.blocks = max(self.blocks, blocks)
+
+    def truncate(self, blocks: int) -> None:
+        """What was evicted on account of tokens that are gone cannot be undone: forget everything."""
+        self.blocks = blocks
+        self.mass = self.kept = None
+
+
+class Selector:
+    """The blocks that have not been evicted."""
+
+    def __init__(self, config: HiPConfig) -> None:
+        self.config = config
+        self.budget = config.budget // config.block_k
+
+    def make_pyramid(self, dtype: torch.dtype) -> History:
+        return History(self.config.block_k)
+
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: History, scale: float, softcap: float | None) -> HeavyHitters:
+        return HeavyHitters(self.config, q, keys, pyramid, scale, softcap)
+
+
+class HeavyHitters:
+    def __init__(
+        self, config: HiPConfig, q: torch.Tensor, keys: torch.Tensor, history: History, scale: float, softcap: float | None
+    ) -> None:
+        self.config, self.q, self.keys, self.scale, self.softcap = config, q, keys, scale, softcap
+        self.chosen: dict[int, torch.Tensor] = {}  # by the query block's first position
+        (heads, groups, rows, _), tokens = q.shape, keys.shape[1]
+        self.shares = 1 if config.group_shared else groups
+        size = -(-tokens // config.block_k)
+        mass = torch.zeros(heads, self.shares, size, dtype=torch.float32, device=q.device)
+        if history.mass is not None:
+            mass[..., : history.mass.shape[-1]] = history.mass
+        for block in query_blocks(config, Span(0, 0, tokens, 0, rows, tokens - rows), rows <= DECODE_ROWS):
+            kept = self._keep(history, mass, block)
+            self.chosen[block.first] = history.kept = kept
+            history.joined = block.high
+            self._accumulate(mass, block, kept)
+        history.mass = mass
+
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+        return torch.stack([self.chosen[block.first][heads] for block in blocks], dim=2)
+
+    def _range(self, low: int, high: int) -> torch.Tensor:
+        return torch.arange(low, high, device=self.q.device).expand(len(self.keys), self.shares, -1)
+
+    def _keep(self, history: History, mass: torch.Tensor, block: QueryBlock) -> torch.Tensor:
+        """The blocks that stay when the window moves on to where this query block has it, sorted."""
+        if history.kept is None or history.joined > block.high:  # or the window has moved back, after a crop
+            candidates = self._range(block.low, block.high)
+            if candidates.shape[-1] > self.config.budget // self.config.block_k:
+                self._accumulate(mass, block, candidates)
+        else:
+            candidates = torch.cat([history.kept, self._range(max(history.joined, block.low), block.high)], dim=-1)
+        return best(mass.gather(-1, candidates), candidates, self.config.budget // self.config.block_k).sort(dim=-1).values
+
+    def _accumulate(self, mass: torch.Tensor, block: QueryBlock, kept: torch.Tensor) -> None:
+        """Add the attention of the query block's voting rows to the mass of what they read."""
+        size, device, dtype = self.config.block_k, self.q.device, torch.promote_types(self.q.dtype, torch.float32)
+        picked = (kept[..., None] * size + torch.arange(size, device=device)).flatten(-2)
+        read = torch.cat([self._range(0, block.sink), picked, self._range(block.window, block.last + 1)], dim=-1)
+        heads = torch.arange(len(self.keys), device=device)[:, None, None]
+        rows = torch.tensor(list(sampled_rows(self.config, block)), device=device)
+        q = self.q[:, :, rows].to(dtype) * self.scale  # [Hkv, G, n, D]
+        logits = q @ self.keys[heads, read].to(dtype).transpose(2, 3)  # [Hkv, G, n, keys]
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        position = rows - block.row + block.first
+        logits.masked_fill_(read[:, :, None] > position[:, None], -torch.inf)
+        attention = logits.softmax(-1).sum(2).unflatten(1, (self.shares, -1)).sum(2)
+        mass.scatter_add_(-1, read // size, attention.to(mass.dtype))

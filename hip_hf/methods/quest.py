@@ -1,0 +1,28 @@
+"""Quest (arXiv 2406.10774): every key block is scored by the largest `q . k` that its element-wise minimum and maximum allow.
+
+That is the tree search without a tree: the bound as representative, every block a candidate. O(T / block_k) per query
+block. Quest itself selects in decode only; here prefill does, too, with the voting rows and the score of the settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hip_hf.methods import hip
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+
+def as_tree(config: HiPConfig) -> HiPConfig:
+    """The settings of the tree search that do the same."""
+    flat = dict(representative="minmax", coarsest=config.block_k, beam=1, rescore=1)
+    return replace(config, method="hip", options={}, **flat)  # type: ignore[arg-type]
+
+
+class Selector(hip.Selector):
+    """The best blocks by their bound."""
+
+    def __init__(self, config: HiPConfig) -> None:
+        super().__init__(as_tree(config))

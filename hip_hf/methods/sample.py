@@ -1,0 +1,55 @@
+"""SampleAttention (arXiv 2406.15486), two stages: dense attention of a few query rows, spread evenly over the call, finds the
+key columns with the most mass; every row then reads those (and sink and window).
+
+The paper keeps as many columns as reach a share of the mass; here `budget` says how many, as for every method. It serves
+prefill; a decode step is its own sample. Costs `rows` of dense attention. A row's selection depends on the whole call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.methods.columns import Columns, block_sums, probe
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """`rows`: the share of the query rows that is sampled; the paper's is 0.05."""
+
+    rows: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rows, (int, float)) or not 0 < self.rows <= 1:
+            raise ValueError(f"HiPConfig.options['rows']: got {self.rows!r}, allowed: above 0, at most 1")
+
+    def sampled(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
+        """The rows to sample out of `rows`, evenly spaced; the last one is always there."""
+        stride = max(1, round(1 / self.rows))
+        return torch.arange((rows - 1) % stride, rows, stride, device=device)
+
+
+class Selector:
+    """The columns with the most sampled mass."""
+
+    def __init__(self, config: HiPConfig) -> None:
+        self.config = config
+        self.budget = config.budget // config.block_k
+
+    def make_pyramid(self, dtype: torch.dtype) -> None:
+        return None
+
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Columns:
+        shares = 1 if self.config.group_shared else q.shape[1]
+        columns = torch.zeros(len(keys), shares, keys.shape[1], dtype=torch.float32, device=q.device)
+
+        def take(head: int, rows: torch.Tensor, attention: torch.Tensor) -> None:
+            columns[head] += attention.sum(1).unflatten(0, (shares, -1)).sum(1)
+
+        probe(q, keys, self.config.method_options().sampled(q.shape[2], q.device), scale, softcap, take)
+        return Columns(self.config, block_sums(columns, self.config.block_k))

@@ -1,0 +1,231 @@
+"""InfiniteHiP's staged search (arXiv 2502.08910): a few stages, each of which keeps the best chunks and splits them.
+
+A stage `(chunk, keep, query_stride)` looks for a representative key inside every candidate chunk by binary descent (compare
+the middle keys of the two halves, step into the better half, down to one key; the best logits seen count), keeps the best
+`keep` keys' worth of chunks, and the next stage cuts those into its smaller chunks:
+
+    stage 1   [ . .|*. ] [ .*| . ] [ . .| .*]      all chunks of the middle, descents in parallel
+    stage 2   [.*][. .]            [*.][. .]  []   the kept ones, cut; and what no larger chunk covered, at the edges
+    stage 3   []  []               []  []          the `budget / block_k` best key blocks are attended
+
+With `halvings=0`, a chunk's middle key is its representative; stages that each halve the chunks are then the plain tree
+search. Nothing is summarised, so there is no pyramid; the first stage costs O(T / chunk) per query block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.hip import NO_CHUNK, aggregate, best
+from hip_hf.reference.workers import compute_dtype, scratch
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Chunks of `chunk` keys, of which the best `keep` keys' worth stay, as every `query_stride`-th row votes."""
+
+    chunk: int
+    keep: int
+    query_stride: int
+
+
+def _fail(name: str, value: Any, allowed: str) -> None:
+    raise ValueError(f"HiPConfig.options[{name!r}]: got {value!r}, allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """`stages`: `[[chunk, keep, query_stride], ...]`, None: `[[16 block_k, 16 budget], [4 block_k, 4 budget], [block_k,
+    budget]]` with the settings' `query_stride`. `halvings`: steps of the descent; None: down to one key."""
+
+    stages: list[list[int]] | None = None
+    halvings: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.halvings is not None and (type(self.halvings) is not int or self.halvings < 0):
+            _fail("halvings", self.halvings, "None or an integer >= 0")
+        stages = self.stages
+        whole = stages is None or (
+            isinstance(stages, (list, tuple))
+            and len(stages) > 0
+            and all(isinstance(s, (list, tuple)) and len(s) == 3 and all(type(n) is int and n > 0 for n in s) for s in stages)
+        )
+        if not whole:
+            _fail("stages", stages, "None or a list of [chunk, keep, query_stride], integers >= 1")
+
+    def check(self, config: HiPConfig) -> None:
+        """Raise ValueError for stages that do not fit the settings."""
+        stages = stages_of(config, self)
+        for before, stage in zip([None, *stages], stages, strict=False):
+            blocks = stage.chunk // config.block_k
+            if stage.chunk % config.block_k or blocks & (blocks - 1) or (before and stage.chunk >= before.chunk):
+                _fail("stages", self.stages, f"chunks of block_k={config.block_k} times powers of two, in descending order")
+            if stage.keep % stage.chunk or (before and stage.keep > before.keep):
+                _fail("stages", self.stages, "keep: multiples of the stage's chunk, in descending order")
+        if (stages[-1].chunk, stages[-1].keep) != (config.block_k, config.budget):
+            _fail("stages", self.stages, f"at last [block_k={config.block_k}, budget={config.budget}, ...]")
+        refresh = config.decode_refresh
+        if isinstance(refresh, list) and len(refresh) != len(stages):
+            raise ValueError(f"HiPConfig.decode_refresh: got {refresh!r}, allowed: an integer or {len(stages)}, one per stage")
+
+
+def stages_of(config: HiPConfig, options: Options) -> list[Stage]:
+    """The stages that hold, defaults filled in."""
+    if options.stages is not None:
+        return [Stage(*stage) for stage in options.stages]
+    return [Stage(n * config.block_k, n * config.budget, config.query_stride) for n in (16, 4, 1)]
+
+
+def first_stage(stages: Sequence[Stage], block_k: int, low: int, high: int) -> int:
+    """The first stage that has something to leave out between the blocks `low` and `high - 1`."""
+    for i, stage in enumerate(stages[:-1]):
+        blocks = stage.chunk // block_k
+        if high // blocks - -(-low // blocks) > stage.keep // stage.chunk:
+            return i
+    return len(stages) - 1
+
+
+def candidates(stages: Sequence[Stage], block_k: int, low: int, high: int) -> list[int]:
+    """How many chunks each stage scores, for the cost; 0 for a stage that is left out."""
+    counts, first = [], first_stage(stages, block_k, low, high)
+    for i, stage in enumerate(stages):
+        blocks = stage.chunk // block_k
+        if i < first:
+            counts.append(0)
+        elif i == first:
+            counts.append(high // blocks - -(-low // blocks))
+        else:
+            ratio = stages[i - 1].chunk // stage.chunk
+            counts.append(stages[i - 1].keep // stage.chunk + 2 * (ratio - 1))
+    return counts
+
+
+def descent(stage: Stage, halvings: int | None) -> int:
+    """Steps of the stage's descent: down to one key, or as long as there are halves."""
+    most = (stage.chunk & -stage.chunk).bit_length() - 1
+    return most if halvings is None else min(halvings, most)
+
+
+class Selector:
+    """The stages with the settings bound."""
+
+    def __init__(self, config: HiPConfig) -> None:
+        self.config = config
+        self.budget = config.budget // config.block_k
+        self.options = config.method_options()
+        self.stages = stages_of(config, self.options)
+
+    def make_pyramid(self, dtype: torch.dtype) -> None:
+        return None
+
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> StagedSearch:
+        return StagedSearch(self.config, self.stages, self.options.halvings, q, keys, scale, softcap)
+
+
+@dataclass(frozen=True)
+class StagedSearch:
+    config: HiPConfig
+    stages: list[Stage]
+    halvings: int | None
+    q: torch.Tensor
+    keys: torch.Tensor
+    scale: float
+    softcap: float | None
+
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+        """Sorted block indices `[heads, S, len(blocks), budget / block_k]`."""
+        parts = []
+        first = lambda block: first_stage(self.stages, self.config.block_k, block.low, block.high)  # noqa: E731
+        for _, run in groupby(blocks, key=lambda block: (block.rows, first(block))):
+            parts.append(self.resume(heads, list(run), [])[-1])
+        return torch.cat(parts, dim=2)
+
+    def resume(self, heads: slice, blocks: list[QueryBlock], kept: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """What every stage keeps, chunk indices `[heads, S, len(blocks), keep / chunk]` (None: left out), given what the first
+        `len(kept)` of them have kept before. The blocks have as many rows and begin with the same stage."""
+        device, block_k = self.q.device, self.config.block_k
+        shares = 1 if self.config.group_shared else self.q.shape[1]
+        low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)  # [P]
+        high = torch.tensor([block.high for block in blocks], device=device).repeat(shares)
+        begin = first_stage(self.stages, block_k, blocks[0].low, blocks[0].high)
+        results: list[Any] = list(kept)
+        for i in range(len(kept), len(self.stages)):
+            stage = self.stages[i]
+            size = stage.chunk // block_k
+            first, end = -(-low // size), high // size  # complete chunks
+            if i < begin:
+                results.append(None)
+                continue
+            if i == begin:
+                most = int((end - first).max())
+                ids = (first[:, None] + torch.arange(most, device=device)).expand(heads.stop - heads.start, -1, -1)
+                missing = ids >= end[:, None]
+            else:
+                before = self.stages[i - 1].chunk // block_k
+                ids, missing = self._cut(results[-1].flatten(1, 2), before // size, first, end, -(-low // before), high // before)
+            scores = self._score(heads, blocks, stage, ids, missing)
+            ids = best(scores, ids.masked_fill(missing, NO_CHUNK), stage.keep // stage.chunk).sort(dim=-1).values
+            results.append(ids.unflatten(1, (shares, len(blocks))))
+        return results
+
+    def _cut(
+        self,
+        kept: torch.Tensor,
+        ratio: int,
+        first: torch.Tensor,
+        end: torch.Tensor,
+        was_first: torch.Tensor,
+        was_end: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts of the kept chunks, and the chunks at the edges that no larger one covered; and which do not exist."""
+        parts = (kept[..., None] * ratio + torch.arange(ratio, device=kept.device)).flatten(-2)
+        edge = torch.arange(ratio - 1, device=kept.device)
+        left, right = first[:, None] + edge, was_end[:, None] * ratio + edge
+        edges = torch.cat([left, right], dim=-1)
+        outside = torch.cat([left >= was_first[:, None] * ratio, right >= end[:, None]], dim=-1)
+        ids = torch.cat([parts, edges.expand(*parts.shape[:2], -1)], dim=-1)
+        missing = torch.cat([torch.zeros_like(parts, dtype=torch.bool), outside.expand(*parts.shape[:2], -1)], dim=-1)
+        return ids, missing
+
+    def _rows(self, heads: slice, blocks: list[QueryBlock], stride: int) -> torch.Tensor:
+        """Voting queries `[heads, S * len(blocks), R, D]`, scaled."""
+        index = [list(range(b.row + (b.rows - 1) % stride, b.row + b.rows, stride)) for b in blocks]
+        q = self.q[heads][:, :, torch.tensor(index, device=self.q.device)].to(compute_dtype(self.q)) * self.scale
+        return (q.transpose(1, 2).flatten(2, 3) if self.config.group_shared else q.flatten(1, 2)).contiguous()
+
+    def _score(
+        self, heads: slice, blocks: list[QueryBlock], stage: Stage, ids: torch.Tensor, missing: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores `[heads, P, M]` of chunks by the best key that the descent meets."""
+        q, size = self._rows(heads, blocks, stage.query_stride), stage.chunk
+        at = ids.masked_fill(missing, 0) * size
+        seen = None
+        for _ in range(descent(stage, self.halvings)):
+            size //= 2
+            both = torch.stack([at, at + size], dim=-1)
+            logits = self._logits(heads, q, (both + size // 2).flatten(-2))
+            nowhere = missing.repeat_interleave(2, -1)
+            scores = aggregate(logits.clone(), self.config.score, self.softcap, nowhere).unflatten(-1, (-1, 2))
+            at = torch.where(scores[..., 1] > scores[..., 0], both[..., 1], both[..., 0])
+            better = logits.unflatten(-1, (-1, 2)).amax(-1)
+            seen = better if seen is None else torch.maximum(seen, better)
+        if seen is None:
+            seen = self._logits(heads, q, at + size // 2)
+        return aggregate(seen, self.config.score, self.softcap, missing)
+
+    def _logits(self, heads: slice, q: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Logits `[heads, P, R, n]` of the voting rows for the keys at `position` `[heads, P, n]`."""
+        keys = self.keys[heads]
+        picked = scratch.take("picked", (*position.shape, keys.shape[-1]), keys)
+        for head in range(len(keys)):
+            torch.index_select(keys[head], 0, position[head].flatten(), out=picked[head].flatten(0, 1))
+        return q @ picked.to(q.dtype).transpose(2, 3)

@@ -1,0 +1,90 @@
+"""The dynamic vertical-slash pattern of MInference (arXiv 2407.02490): the last query rows of a call are attended densely;
+the key columns (*vertical*) and the distances to the query (*slash*, a diagonal) with the most of their mass are kept.
+
+Here both fill one budget of key blocks: `vertical` of it goes to the best columns, the rest to the blocks that the
+strongest diagonals cross within the query block. Made for prefill; a decode step takes itself for the last rows, which
+costs as much as dense attention's scores. A row's selection depends on the end of the call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.columns import Columns, block_sums, probe
+from hip_hf.methods.hip import best
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """`rows`: the last query rows, which are looked at; the paper's are 64. `vertical`: share of the budget for columns."""
+
+    rows: int = 64
+    vertical: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rows, int) or self.rows < 1:
+            raise ValueError(f"HiPConfig.options['rows']: got {self.rows!r}, allowed: an integer >= 1")
+        if not isinstance(self.vertical, (int, float)) or not 0 <= self.vertical <= 1:
+            raise ValueError(f"HiPConfig.options['vertical']: got {self.vertical!r}, allowed: 0 to 1")
+
+
+class Selector:
+    """The strongest columns and diagonals."""
+
+    def __init__(self, config: HiPConfig) -> None:
+        self.config = config
+        self.budget = config.budget // config.block_k
+
+    def make_pyramid(self, dtype: torch.dtype) -> None:
+        return None
+
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> VerticalSlash:
+        shares, tokens = 1 if self.config.group_shared else q.shape[1], keys.shape[1]
+        columns = torch.zeros(len(keys), shares, tokens, dtype=torch.float32, device=q.device)
+        diagonals = torch.zeros(len(keys), shares, tokens, dtype=torch.float64, device=q.device)
+
+        def take(head: int, rows: torch.Tensor, attention: torch.Tensor) -> None:
+            attention = attention.unflatten(0, (shares, -1)).sum(1)  # [S, n, T]
+            columns[head] += attention.sum(1)
+            for i, row in enumerate(rows.tolist()):
+                seen = tokens - q.shape[2] + row + 1
+                diagonals[head, :, :seen] += attention[:, i, :seen].flip(-1)
+
+        first = max(0, q.shape[2] - self.config.method_options().rows)
+        probe(q, keys, torch.arange(first, q.shape[2], device=q.device), scale, softcap, take)
+        return VerticalSlash(self.config, block_sums(columns, self.config.block_k), diagonals)
+
+
+class VerticalSlash(Columns):
+    """Columns, and diagonals: `[Hkv, S, T]`, mass by distance between query and key."""
+
+    def __init__(self, config: HiPConfig, scores: torch.Tensor, diagonals: torch.Tensor) -> None:
+        super().__init__(config, scores)
+        # sums over all smaller distances, and sums of those: what a query block's rows get from a key block, in four looks
+        zero = diagonals.new_zeros(*diagonals.shape[:2], 1)
+        once = torch.cat([zero, diagonals.cumsum(-1)], dim=-1)
+        object.__setattr__(self, "sums", torch.cat([zero, once.cumsum(-1)], dim=-1))
+
+    sums: torch.Tensor
+
+    def _best(self, heads: slice, block: QueryBlock) -> torch.Tensor:
+        budget = self.config.budget // self.config.block_k
+        columns = self.scores[heads, :, block.low : block.high]
+        ids = torch.arange(block.low, block.high, device=columns.device).expand(columns.shape)
+        vertical = best(columns, ids, round(self.config.method_options().vertical * budget))
+        slash = self.slash(heads, block).scatter(-1, vertical - block.low, -torch.inf)
+        return torch.cat([vertical, best(slash, ids, budget - vertical.shape[-1])], dim=-1)
+
+    def slash(self, heads: slice, block: QueryBlock) -> torch.Tensor:
+        """Mass of the diagonals that cross each key block of the middle, summed over the query block's rows."""
+        sums, size = self.sums[heads], self.config.block_k
+        edge = torch.arange(block.low, block.high + 1, device=sums.device) * size  # first keys of the blocks, and the end
+        upto = sums[..., block.last + 2 - edge] - sums[..., block.first + 1 - edge]  # over keys from an edge on
+        return upto[..., :-1] - upto[..., 1:]
