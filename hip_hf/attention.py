@@ -159,11 +159,12 @@ def hip_attention(
         raise ValueError(f"config: got {type(config).__name__}, allowed: HiPConfig")
     check_tensors(q, k, v)
     for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name}: got {value}, allowed: None or a finite number > 0")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < float("inf")):
+            raise ValueError(f"{name}: got {value!r}, allowed: None or a finite number > 0")
     for name, count in (("sliding_window", sliding_window), ("layer", layer)):
         low = 1 if name == "sliding_window" else 0
-        if count is not None and (not isinstance(count, int) or count < low):
+        if count is not None and (type(count) is not int or count < low):
             raise ValueError(f"{name}: got {count!r}, allowed: None or an integer >= {low}")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
         raise ValueError(f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}")

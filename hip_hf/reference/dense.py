@@ -54,9 +54,7 @@ def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> t
     """PyTorch's attention of a span's rows to its keys, for the batch rows `batch`: `[batch, Hq, rows, Dv]`."""
     keys, rows = slice(span.key_start, span.key_start + span.end), slice(span.row_start, span.row_end)
     q, k, v = problem.q[batch, :, rows], problem.k[batch, :, keys], problem.v[batch, :, keys]
-    return F.scaled_dot_product_attention(
-        q, k, v, scale=problem.scale, is_causal=span.rows > 1, enable_gqa=problem.groups > 1
-    )
+    return F.scaled_dot_product_attention(q, k, v, scale=problem.scale, is_causal=span.rows > 1, enable_gqa=problem.groups > 1)
 
 
 def masked(
