@@ -13,34 +13,52 @@ from hip_hf.reference.workers import compute_dtype, run, scratch
 ROWS_AT_ONCE = 128
 
 
-def rows_at_once(groups: int, keys: int) -> int:
-    """How many rows to take at a time, for `groups` query heads each and up to `keys` keys."""
-    return max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // keys) // groups)
+def rows_at_once(groups: int) -> int:
+    """How many rows to take at a time, for `groups` query heads each."""
+    return max(1, ROWS_AT_ONCE // groups)
 
 
 def attend_exact(t: Tensors, head: int, rows: slice | torch.Tensor, at: Sequence[int], start: int) -> tuple[torch.Tensor, ...]:
     """Output `[G, n, Dv]` and log-sum-exp `[G, n]`, in fp32 at least, without sinks, of the query rows `rows` at the ascending
-    positions `at`, over the keys from `start` on."""
+    positions `at`, over the keys from `start` on; tile by tile if they are many."""
     q = t.q[head][:, rows]
     groups, count, dim = q.shape
-    dtype = compute_dtype(q)
-    k, v = (x[head : head + 1, start : at[-1] + 1].to(dtype) for x in (t.k, t.v))
-    query = scratch.take("q", (1, groups * count, dim), k)
+    like = q.new_empty(0, dtype=compute_dtype(q))
+    query = scratch.take("q", (1, groups * count, dim), like)
     query.view(groups, count, dim).copy_(q).mul_(t.scale)
-    logits = scratch.take("logits", (1, groups * count, k.shape[1]), k)
+    tile = max(1, LOGITS_AT_ONCE // (groups * count))
+    out = lse = None
+    for first in range(start, at[-1] + 1, tile):
+        more, more_lse = _tile(t, head, query, at, first, min(first + tile, at[-1] + 1))
+        if out is None or lse is None:
+            out, lse = more, more_lse
+            continue
+        whole = torch.logaddexp(lse, more_lse)
+        out = out.mul_(torch.exp(lse - whole)[..., None]).add_(more.mul_(torch.exp(more_lse - whole)[..., None]))
+        lse = whole
+    assert out is not None
+    assert lse is not None
+    return out.view(groups, count, -1), lse.view(groups, count)
+
+
+def _tile(t: Tensors, head: int, query: torch.Tensor, at: Sequence[int], first: int, end: int) -> tuple[torch.Tensor, ...]:
+    """Attention to the keys `first` to `end - 1`: output `[1, G * n, Dv]` and log-sum-exp `[1, G * n]`."""
+    k, v = (x[head : head + 1, first:end].to(query.dtype) for x in (t.k, t.v))
+    logits = scratch.take("logits", (1, query.shape[1], end - first), k)
     torch.bmm(query, k.transpose(1, 2), out=logits)
     if t.softcap is not None:
         logits.div_(t.softcap).tanh_().mul_(t.softcap)
-    by_row = logits.view(groups, count, -1)
-    position = torch.tensor(at, device=q.device)[:, None]
-    if count > 1:
-        later = torch.arange(at[0] + 1, at[-1] + 1, device=q.device)
-        by_row[..., at[0] + 1 - start :].masked_fill_(later > position, -torch.inf)
+    by_row = logits.view(-1, len(at), end - first)
+    # finite, so that a row that sees nothing of a tile gets a log-sum-exp that counts for nothing, and no NaN
+    never = torch.finfo(logits.dtype).min
+    position = torch.tensor(at, device=query.device)[:, None]
+    if end > at[0] + 1:
+        low = max(first, at[0] + 1)
+        by_row[..., low - first :].masked_fill_(torch.arange(low, end, device=query.device) > position, never)
     if t.sliding_window is not None:
-        key = torch.arange(start, at[-1] + 1, device=q.device)
-        by_row.masked_fill_(key <= position - t.sliding_window, -torch.inf)
-    out, lse = weigh(logits, v)
-    return out.view(groups, count, -1), lse.view(groups, count)
+        key = torch.arange(first, end, device=query.device)
+        by_row.masked_fill_(key <= position - t.sliding_window, never)
+    return weigh(logits, v)
 
 
 def weigh(logits: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +78,7 @@ def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[torch.T
     dtype = torch.promote_types(t.q.dtype, torch.float32)
     out = torch.empty(heads, groups, len(at), t.v.shape[-1], dtype=dtype, device=t.q.device)
     lse = torch.empty(heads, groups, len(at), dtype=dtype, device=t.q.device)
-    step = rows_at_once(groups, at[-1] + 1)
+    step = rows_at_once(groups)
 
     def attend(task: tuple[int, int]) -> None:
         head, low = task

@@ -99,8 +99,8 @@ class HyperAttention:
 def leaf_tasks(t: Tensors, leaves: list[Leaf]) -> list[tuple[int, int, int, int]]:
     """Arguments of `attend_leaf`: a key head, and where some of a leaf's rows begin and end, and its keys begin."""
     tasks = []
+    rows = rows_at_once(t.q.shape[1])
     for leaf in leaves:
-        rows = rows_at_once(t.q.shape[1], leaf.end - leaf.start)
         for first in range(leaf.first, leaf.end, rows):
             tasks += [(head, first, min(first + rows, leaf.end), leaf.start) for head in range(t.q.shape[0])]
     return tasks
