@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hip_hf import HiPConfig
+from hip_hf.methods import METHODS
 
 DEFAULTS = {
     "method": "hip",
@@ -37,7 +38,8 @@ DEFAULTS = {
 }
 
 GOOD = [
-    *[("method", name) for name in ("hip", "streaming", "oracle", "dense")],
+    *[("method", name) for name in METHODS],
+    ("delta", 64),
     *[("representative", name) for name in ("blend", "mean", "minmax", "outliers", "middle", "first", "last")],
     *[("score", name) for name in ("mass", "max")],
     *[("backend", name) for name in ("auto", "torch")],
@@ -64,7 +66,8 @@ BAD = [
     ("score", "sum", "mass"),
     ("backend", "cuda", "torch"),
     ("backend", "triton", "torch"),
-    ("delta", 64, "None"),
+    *[("delta", value, "None or an integer >= 1") for value in (0, -64, 64.0, True, "64")],
+    *[("decode_refresh", value, "divides") for value in ([4, 3], [2, 4])],
     ("delta_mode", "linear", "interpolate"),
     ("extend", "streaming", "None"),
     ("group_shared", 1, "True or False"),
@@ -166,7 +169,13 @@ def test_from_dict_refuses_unknown_fields_with_a_hint() -> None:
         ("hip", {"outliers": True}, "integer >= 1"),
         ("hip", {"outliers": 0}, ">= 1"),
         ("hip", {"outliers": 2.0}, "integer"),
-        ("streaming", {"weight": 0.5}, "none"),
+        ("streaming", {"weight": 0.5}, "recent"),
+        ("streaming", {"recent": 1}, "True or False"),
+        ("vertical_slash", {"vertical": 1.1}, "0 to 1"),
+        ("vertical_slash", {"rows": 0}, ">= 1"),
+        ("sample", {"rows": 0}, "above 0"),
+        ("quest", {"weight": 0.5}, "none"),
+        ("h2o", {"weight": 0.5}, "none"),
         ("oracle", {"outliers": 4}, "none"),
         ("dense", {"weight": 0.5}, "none"),
     ],

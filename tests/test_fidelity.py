@@ -31,6 +31,11 @@ VARIANTS = [
     {"rescore": 2, "query_stride": 4},
     {"method": "streaming"},
     {"method": "oracle"},
+    {"method": "staged"},
+    {"method": "quest"},
+    {"method": "vertical_slash"},
+    {"method": "sample"},
+    {"method": "h2o"},
 ]
 
 
@@ -114,7 +119,7 @@ def test_settings_of_different_geometry_are_measured_apart() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        *VARIANTS,
+        *VARIANTS[:6],  # the others: test_compare.py
         {"rescore": 3, "group_shared": False},
         {"representative": "outliers", "options": {"outliers": 2}},
         {"representative": "blend", "rescore": 1},

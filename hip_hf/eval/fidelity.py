@@ -21,8 +21,11 @@ from hip_hf.attention import attend, dense_reason
 from hip_hf.config import HiPConfig
 from hip_hf.eval import report
 from hip_hf.eval.capture import DENSE, capture
-from hip_hf.eval.costs import Cost, block_cost, total
+from hip_hf.eval.costs import Cost, call_cost, total
+from hip_hf.eval.curves import AT, draw
 from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, load, make_prompt, note, question
+from hip_hf.eval.hardness import TITLE as HARDNESS
+from hip_hf.eval.hardness import Hardness, hardness, hardness_rows
 from hip_hf.eval.passkey import draw_facts
 from hip_hf.eval.presets import HELP, SPARSE, publish, settings_of, sizes
 from hip_hf.integration.settings import text_config
@@ -87,6 +90,16 @@ def captured(problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]]
     return mass
 
 
+def exact_mass(problem: AttentionProblem, config: HiPConfig, blocks: Sequence[tuple[int, QueryBlock]]) -> torch.Tensor:
+    """Mass `[Hq, blocks]` of the keys that HyperAttention reads exactly: its denominator without a sample, over the true one."""
+    own = replace(config, delta=None, options={**config.options, "sample_size": 0})
+    part, whole = (attend(problem, c, need_lse=True).lse for c in (own, DENSE))
+    assert part is not None
+    assert whole is not None
+    share = (part.double() - whole.double()).exp()[0]  # [Hq, Tq]
+    return torch.stack([share[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks], dim=1).cpu()
+
+
 def overlap(problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]], mask: BlockMask, oracle: BlockMask) -> float:
     """Share of the oracle's blocks that the mask has, too."""
     shares = []
@@ -110,7 +123,7 @@ class Measured:
     rows: torch.Tensor
     error: float
     norm: float
-    overlap: float
+    overlap: float | None  # None: the method chooses no blocks
     cost: Cost
 
 
@@ -147,20 +160,26 @@ def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int 
         blocks = searched_blocks(problem, configs[members[0]])
         results = [attend(problem, configs[i], layer, need_mask=True) for i in members]
         best = attend(problem, same_choice(configs[members[0]]), need_mask=True).mask
-        if not blocks or any(result.mask is None for result in results):
+        if not blocks or best is None or any(result.path != "sparse" for result in results):
             raise ValueError(f"settings: layer {layer} has nothing to search ({unsearched(problem, configs, layer)})")
-        masks = [best, *(result.mask for result in results)]
-        mass = captured(problem, blocks, masks)
+        masks = [best, *(result.mask for result in results if result.mask is not None)]
+        by_mask = iter(captured(problem, blocks, masks))
+        oracle = next(by_mask)
+        mass = [
+            exact_mass(problem, configs[i], blocks) if r.mask is None else next(by_mask)
+            for i, r in zip(members, results, strict=True)
+        ]
         rows = torch.tensor([block.rows for _, block in blocks])
         first = problem.spans[0].row_start
         at = torch.cat([torch.arange(first + block.row, first + block.row + block.rows) for _, block in blocks])
         exact = dense[:, :, at].double()
-        dims = problem.q.shape[-1], problem.v.shape[-1], problem.sliding_window
-        for i, result, own in zip(members, results, mass[1:], strict=True):
+        (span,) = problem.spans
+        dims = problem.q.shape[-1], problem.v.shape[-1], problem.sliding_window, problem.q.element_size()
+        for i, result, own in zip(members, results, mass, strict=True):
             error = (result.out[:, :, at].double() - exact).square().sum()
-            cost = total(block_cost(configs[i], block, *dims) for _, block in blocks)
-            share = overlap(problem, blocks, result.mask, best)
-            measured[i] = Measured(own, mass[0], rows, float(error), float(exact.square().sum()), share, cost)
+            cost = call_cost(configs[i], [block for _, block in blocks], span.position, span.end, *dims)
+            share = None if result.mask is None else overlap(problem, blocks, result.mask, best)
+            measured[i] = Measured(own, oracle, rows, float(error), float(exact.square().sum()), share, cost)
     return [measured[i] for i in range(len(configs))]
 
 
@@ -180,17 +199,26 @@ def summary(settings: str, layer: int | str, keys: int, parts: Sequence[Measured
         "low_5pct": float(mass.flatten().quantile(0.05)),
         "worst_head": float((mass @ weight).min()),
         "error": (sum(part.error for part in parts) / sum(part.norm for part in parts)) ** 0.5,
-        "overlap": sum(part.overlap for part in parts) / len(parts),
+        "overlap": mean([part.overlap for part in parts]),
         "read": cost.read / cost.visible,
+        "keys_read": cost.read / cost.rows,
         "selection_flops": cost.selection / cost.rows,
         "attention_flops": cost.attention / cost.rows,
         "cost": cost.share,
+        "bytes": (cost.selection_bytes + cost.attention_bytes) / cost.rows,
+        "bytes_share": cost.bytes_share,
     }
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean, or None if there is a value missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row of all layers: means, but the lowest of what is already a lowest, and of the share of the oracle."""
-    row = {name: value if isinstance(value, str) else sum(r[name] for r in rows) / len(rows) for name, value in rows[0].items()}
+    row = {name: value if isinstance(value, str) else mean([r[name] for r in rows]) for name, value in rows[0].items()}
     lowest = {name: min(r[name] for r in rows) for name in ("of_oracle", "low_5pct", "worst_head")}
     return row | lowest | {"keys": rows[0]["keys"], "layer": "all"}
 
@@ -253,18 +281,24 @@ def main(
     sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
     window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
     document: Annotated[Path, typer.Option(help="Plain text to measure on.")] = DOCUMENT,
+    budgets: Annotated[str | None, typer.Option(help="Every setting with each of these budgets, like 128,256,512.")] = None,
     stress: Annotated[str | None, typer.Option(help="Put segments end to end to so many keys, like 64K,128K.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="With --stress: query rows, the last ones of the last segment.")] = 1024,
     per_layer: Annotated[bool, typer.Option(help="A row for every layer in the table; JSON always has them.")] = True,
     device: str = "cpu",
     seed: int = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw mass by layer, and error against keys read, into this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write JSON to this file as well.")] = None,
 ) -> None:
     """Compare selections with the block oracle, layer by layer: captured mass, output error, and what they cost."""
     try:
-        configs = settings_of(settings, budget=budget or (1024 if stress else 256), sink=sink, window=window)
         lengths = sizes(stress) if stress else [tokens]
+        several = sizes(budgets) if budgets else [budget or (1024 if stress else 256)]
+        configs = {}
+        for size in several:
+            some = settings_of(settings, tokens=max(lengths), budget=size, sink=sink, window=window)
+            configs |= {f"{name}{AT}{size}" if budgets else name: config for name, config in some.items()}
         if any(length % tokens for length in lengths):
             raise ValueError(f"--stress: got {stress}, allowed: multiples of --tokens {tokens}")
         if stress and not DECODE_ROWS < rows <= tokens:
@@ -291,6 +325,7 @@ def main(
         return capture(loaded, torch.tensor([prompt], device=device))
 
     parts: dict[tuple[int, str, int], list[Measured]] = {}
+    hard: dict[int, list[Hardness]] = {}
     skipped: dict[int, str] = {}
     with report.progress() as progress:
         task = progress.add_task("layers", total=prompts * len(lengths) * text_config(loaded).num_hidden_layers)
@@ -302,6 +337,9 @@ def main(
                 else:
                     for name, part in zip(configs, measure(problem, list(configs.values()), layer), strict=True):
                         parts.setdefault((keys, name, layer), []).append(part)
+                    hyper = [config for config in configs.values() if config.method == "hyper"]
+                    if hyper and not stress:
+                        hard.setdefault(layer, []).append(hardness(problem, hyper[0]))
                 progress.advance(task)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
@@ -329,4 +367,10 @@ def main(
     }
     what = f"the last {rows:,} rows against segments of {tokens:,} tokens end to end" if stress else f"{tokens:,} tokens"
     title = f"Share of dense attention captured on searched rows, {what}; FLOPs per query row and head, cost as a share of dense"
+    if hard:
+        details["hardness"] = hardness_rows(hard)
     publish(title, layered, json, output, details, None if per_layer else table)
+    if hard and not json:
+        report.show(HARDNESS, details["hardness"], False)
+    if plot is not None:
+        draw(layered, plot, title)

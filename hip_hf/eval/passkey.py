@@ -202,8 +202,8 @@ def main(
 ) -> None:
     """Hide pass keys in long documents and count right answers, every layer and row sparse unless settings say otherwise."""
     try:
-        configs = settings_of(settings, budget=budget, sink=sink, window=window)
         counts = sizes(lengths)
+        configs = settings_of(settings, tokens=max(counts), budget=budget, sink=sink, window=window)
         text = document.read_text()
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,49 @@ from hip_hf.eval import report
 PRESETS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "paper": {"representative": "middle", "score": "max", "beam": 1, "rescore": 1},
-    "streaming": {"method": "streaming"},
+    "staged": {"method": "staged"},
+    "quest": {"method": "quest"},
+    "vertical_slash": {"method": "vertical_slash"},
+    "sample": {"method": "sample"},
+    "h2o": {"method": "h2o"},
+    "streaming": {"method": "streaming", "options": {"recent": True}},
+    "hyper": {"method": "hyper"},  # sized to read about as many keys as the others
     "oracle": {"method": "oracle"},
+    "delta": {"delta": 64},
+    "streaming+delta": {"method": "streaming", "options": {"recent": True}, "delta": 64},
     "dense": {"method": "dense"},
 }
+# All of them at once, as rows of a comparison.
+ALL = [name for name in PRESETS if name != "dense"]
 # Measure the method itself: every layer and row sparse, unless a row says otherwise.
 SPARSE = {"dense_layers": 0, "dense_tail": 0, "dense_below": 0}
-HELP = f"{' | '.join(PRESETS)}, or a JSON dict of HiPConfig fields; repeat for several rows."
+HELP = f"{' | '.join(PRESETS)} | all, or a JSON dict of HiPConfig fields; repeat for several rows."
 
 
-def settings_of(names: Sequence[str], **common: Any) -> dict[str, HiPConfig]:
+def as_many_keys(config: HiPConfig, tokens: int) -> dict[str, int]:
+    """Options of `hyper` with which a row of a text of `tokens` reads about as many keys, on average, as `config` says.
+
+    A row meets half a leaf, and in half of the levels an own block and a sample, which are made alike.
+    """
+    keys = config.sink + config.budget + config.window + config.block_q // 2
+    leaf, levels = tokens, 0
+    while leaf > keys:
+        leaf, levels = -(-leaf // 2), levels + 1
+    each = max(1, (keys - leaf // 2) // max(levels, 1))
+    return {"min_seq_len": leaf, "block_size": each, "sample_size": each}
+
+
+def settings_of(names: Sequence[str], tokens: int | None = None, **common: Any) -> dict[str, HiPConfig]:
     """Settings by the name they were given; fields in `common` (None: not given) hold for all that do not set them.
+
+    `tokens`: length of the texts, by which the preset `hyper` is sized.
 
     Raises:
         ValueError: neither a preset nor a JSON dict, or a field is unknown or out of range.
     """
     shared = {name: value for name, value in common.items() if value is not None}
     settings = {}
-    for name in names:
+    for name in [one for given in names for one in (ALL if given == "all" else [given])]:
         fields = PRESETS.get(name)
         if fields is None:
             try:
@@ -41,7 +67,10 @@ def settings_of(names: Sequence[str], **common: Any) -> dict[str, HiPConfig]:
                 fields = None
         if not isinstance(fields, dict):
             raise ValueError(f"--settings: got {name!r}, allowed: {HELP}")
-        settings[name] = HiPConfig.from_dict({**SPARSE, **shared, **fields})
+        config = HiPConfig.from_dict({**SPARSE, **shared, **fields})
+        if name == "hyper" and tokens is not None:
+            config = replace(config, options=as_many_keys(config, tokens))
+        settings[name] = config
     return settings
 
 

@@ -20,13 +20,14 @@ ROWS_AT_ONCE = 64
 
 
 def attention_of(q: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    """Dense attention `[G, n, T]`, in fp32 at least, of the rows `rows` of `q` `[G, Tq, D]`, of which the last sits at the
-    last of the keys `[T, D]`."""
+    """Dense attention `[G, n, keys in sight]`, in fp32 at least, of the ascending rows `rows` of `q` `[G, Tq, D]`, whose last
+    row sits at the last of the keys `[T, D]`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    logits = (q[:, rows].to(dtype) * scale) @ keys.to(dtype).T
+    position = rows + (len(keys) - q.shape[1])
+    keys = keys[: int(position[-1]) + 1].to(dtype)
+    logits = (q[:, rows].to(dtype) * scale) @ keys.T
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
-    position = rows + (len(keys) - q.shape[1])
     logits.masked_fill_(torch.arange(len(keys), device=q.device) > position[:, None], -torch.inf)
     return torch.softmax(logits, dim=-1, out=logits)
 

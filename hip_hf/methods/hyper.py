@@ -172,15 +172,19 @@ def sampled_ranks(square: Square, samples: int, heads: int, seed: int, device: t
     return torch.stack(draws).to(device)
 
 
-def flops(options: Options, first: int, end: int, dim: int, value_dim: int) -> tuple[int, int, int]:
-    """FLOPs of hashing and of attention, and keys read, for one query head's rows `first` to `end - 1`."""
+def flops(options: Options, first: int, end: int, dim: int, value_dim: int, since: int = 0) -> tuple[int, int, int]:
+    """FLOPs of hashing and of attention, and keys read, for one query head's rows `first` to `end - 1`, of which those from
+    `since` on count."""
     leaves, levels = split(first, end, options.min_seq_len)
-    exact = sum((x.end - x.first) * (x.first - x.start) + (x.end - x.first) * (x.end - x.first + 1) // 2 for x in leaves)
-    read = products = exact
+    since, read = max(first, since), 0
+    for leaf in leaves:
+        low, high = max(leaf.first, since) - leaf.start, leaf.end - leaf.start
+        read += max(0, high * (high + 1) // 2 - low * (low + 1) // 2)
+    products = read
     for square in (square for level in levels for square in level):
-        own = tile(square, options, torch.device("cpu"))
-        products += square.rows * (own.size + own.samples)
+        own, rows = tile(square, options, torch.device("cpu")), max(0, square.end - max(square.first, since))
+        products += rows * (own.size + own.samples)
         # a sampled key in the own block is read there; on average so many are
-        read += square.rows * (own.size + own.samples * (square.keys - own.size) // square.keys)
+        read += rows * (own.size + own.samples * (square.keys - own.size) // square.keys)
     hashing = (end - first + end) * 2 * dim * options.lsh_num_projs if levels else 0
-    return hashing, products * 2 * (dim + value_dim), read
+    return hashing * (end - since) // (end - first), products * 2 * (dim + value_dim), read

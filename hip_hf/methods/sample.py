@@ -49,7 +49,7 @@ class Selector:
         columns = torch.zeros(len(keys), shares, keys.shape[1], dtype=torch.float32, device=q.device)
 
         def take(head: int, rows: torch.Tensor, attention: torch.Tensor) -> None:
-            columns[head] += attention.sum(1).unflatten(0, (shares, -1)).sum(1)
+            columns[head, :, : attention.shape[-1]] += attention.sum(1).unflatten(0, (shares, -1)).sum(1)
 
         probe(q, keys, self.config.method_options().sampled(q.shape[2], q.device), scale, softcap, take)
         return Columns(self.config, block_sums(columns, self.config.block_k))

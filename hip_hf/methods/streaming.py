@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,24 +13,40 @@ if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
 
+@dataclass(frozen=True)
+class Options:
+    """`recent`: spend the budget on the latest keys before the window, so that as many are read as by other methods."""
+
+    recent: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.recent, bool):
+            raise ValueError(f"HiPConfig.options['recent']: got {self.recent!r}, allowed: True or False")
+
+
 class Selector:
-    """Selects no block at all."""
+    """Selects no block at all, or the last ones."""
 
     def __init__(self, config: HiPConfig) -> None:
         self.config = config
-        self.budget = 0
+        self.budget = config.budget // config.block_k if config.method_options().recent else 0
 
     def make_pyramid(self, dtype: torch.dtype) -> None:
         return None
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> NoBlocks:
-        return NoBlocks(1 if self.config.group_shared else q.shape[1], q.device)
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Latest:
+        return Latest(1 if self.config.group_shared else q.shape[1], self.budget, q.device)
 
 
-class NoBlocks:
-    def __init__(self, shares: int, device: torch.device) -> None:
-        self.shares, self.device = shares, device
+@dataclass(frozen=True)
+class Latest:
+    """The last `budget` blocks of every middle."""
+
+    shares: int
+    budget: int
+    device: torch.device
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
-        count = heads.stop - heads.start
-        return torch.empty(count, self.shares, len(blocks), 0, dtype=torch.long, device=self.device)
+        high = torch.tensor([[block.high] for block in blocks], device=self.device)
+        ids = high - torch.arange(self.budget, 0, -1, device=self.device)
+        return ids.expand(heads.stop - heads.start, self.shares, -1, -1)

@@ -52,7 +52,7 @@ class Selector:
 
         def take(head: int, rows: torch.Tensor, attention: torch.Tensor) -> None:
             attention = attention.unflatten(0, (shares, -1)).sum(1)  # [S, n, T]
-            columns[head] += attention.sum(1)
+            columns[head, :, : attention.shape[-1]] += attention.sum(1)
             for i, row in enumerate(rows.tolist()):
                 seen = tokens - q.shape[2] + row + 1
                 diagonals[head, :, :seen] += attention[:, i, :seen].flip(-1)

@@ -1,0 +1,207 @@
+"""The comparison of methods: costs by instrumented runs, hyper's mass and hardness by brute force, presets, curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_near, causal, make_problem, make_qkv, small
+from test_hyper import OPTIONS, weights
+from test_passkey import SMALL, run, save_checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from hip_hf.attention import attend
+from hip_hf.config import HiPConfig
+from hip_hf.eval import fidelity
+from hip_hf.eval.costs import SELECTION, block_cost, call_cost
+from hip_hf.eval.hardness import hardness, hardness_rows
+from hip_hf.eval.presets import ALL, PRESETS, as_many_keys, settings_of
+from hip_hf.methods import METHODS, hyper
+from hip_hf.methods.base import query_blocks
+from hip_hf.reference.exact import rows_at_once
+from hip_hf.reference.sparse import keys_seen
+
+
+def counted(problem: Any, config: HiPConfig) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        attend(problem, config)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(method="staged"),
+        dict(method="staged", options=dict(stages=[[64, 128, 4], [16, 64, 2], [4, 16, 1]])),
+        dict(method="staged", options=dict(halvings=0)),
+        dict(method="quest"),
+        dict(method="streaming", options=dict(recent=True)),
+    ],
+)
+@pytest.mark.parametrize("tokens", [96, 413, 1005])
+def test_costs_of_one_query_block_are_those_of_an_instrumented_run(fields: dict[str, Any], tokens: int, threads: Any) -> None:
+    threads(1)
+    config = small(**fields, block_q=32)
+    position = tokens // 32 * 32 - 32
+    q, k, v = (x[:, :, : position + 32] for x in make_qkv(tokens, dv=8))
+    problem = make_problem(q[:, :, -32:], k, v)
+    (block,) = query_blocks(config, problem.spans[0], False)
+    cost = block_cost(config, block, 16, 8)
+    hidden = 2 * (16 + 8) * 32 * 31 // 2
+    assert counted(problem, config) == 4 * (cost.selection + cost.attention + hidden)
+
+
+@pytest.mark.parametrize("method", ["streaming", "vertical_slash", "sample", "h2o", "oracle"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_costs_of_a_call_are_those_of_an_instrumented_run(method: str, shared: bool, threads: Any) -> None:
+    """Of methods in which no product serves two query blocks, or all are counted once for the call."""
+    threads(1)
+    config = small(method=method, group_shared=shared)
+    problem = make_problem(*make_qkv(413, dv=8))
+    blocks = query_blocks(config, problem.spans[0], False)
+    cost = call_cost(config, blocks, 0, 413, 16, 8)
+    hidden = sum(2 * (16 + 8) * block.rows * (block.rows - 1) // 2 for block in blocks)
+    assert counted(problem, config) == 4 * (cost.selection + cost.attention + hidden)
+    assert cost.read / cost.visible == pytest.approx(attend(problem, config).share)
+
+
+def test_hypers_cost_is_that_of_an_instrumented_run(threads: Any) -> None:
+    threads(1)
+    config = small(method="hyper", options=OPTIONS)
+    problem = make_problem(*make_qkv(413, heads=3, groups=1, dv=8))
+    blocks = query_blocks(config, problem.spans[0], False)
+    cost = call_cost(config, blocks, 0, 413, 16, 8)
+    hidden = 0
+    for leaf in hyper.split(0, 413, OPTIONS["min_seq_len"])[0]:
+        rows = rows_at_once(1)
+        sizes = [min(rows, leaf.end - at) for at in range(leaf.first, leaf.end, rows)]
+        hidden += sum(2 * (16 + 8) * n * (n - 1) // 2 for n in sizes)
+    assert counted(problem, config) == 3 * (cost.selection + cost.attention + hidden)
+    assert cost.read / cost.visible == pytest.approx(attend(problem, config).share)
+    parts = [call_cost(config, some, 0, 413, 16, 8) for some in (blocks, blocks[10:])]
+    assert parts[1].rows == 413 - blocks[10].first
+    read = [hyper.flops(config.method_options(), 0, 413, 16, 8, since)[2] for since in (0, 1, 160, 412)]
+    assert read[0] - read[1] == 1  # the first row reads its own key
+    assert parts[1].read == read[2]
+
+
+def test_deltas_cost_is_its_dense_rows() -> None:
+    span = make_problem(*make_qkv(413)).spans[0]
+    plain, corrected = small(method="streaming"), small(method="streaming", delta=32)
+    blocks = query_blocks(plain, span, False)
+    costs = [call_cost(config, blocks[5:], 0, 413, 16, 16) for config in (plain, corrected)]
+    dense = [p for p in range(0, 413, 32) if p >= blocks[5].first]
+    assert costs[1].read - costs[0].read == sum(p + 1 for p in dense)
+    assert costs[1].attention - costs[0].attention == sum(p + 1 for p in dense) * 64
+    assert costs[1].attention_bytes > costs[0].attention_bytes
+
+
+def test_bytes_of_a_query_block() -> None:
+    config = small(method="quest")
+    block = query_blocks(config, make_problem(*make_qkv(413)).spans[0], False)[20]
+    cost = block_cost(config, block, 16, 8, itemsize=2)
+    assert cost.attention_bytes == 2 * (4 + 16 + block.last + 1 - block.window) * 24
+    assert cost.selection_bytes == 2 * block.middle * 32
+    assert cost.dense_bytes == 2 * (block.last + 1) * 24
+    assert cost.bytes_share == (cost.attention_bytes + cost.selection_bytes) / cost.dense_bytes
+
+
+def test_every_method_has_a_cost_and_a_preset() -> None:
+    assert SELECTION.keys() | {"hyper", "dense"} == METHODS.keys()
+    assert {PRESETS[name].get("method", "hip") for name in ALL} | {"dense"} == METHODS.keys()
+    with pytest.raises(ValueError, match="hyper"):
+        block_cost(HiPConfig(method="hyper"), query_blocks(small(), make_problem(*make_qkv(50)).spans[0], False)[0], 16, 16)
+
+
+def test_mass_of_hyper_is_that_of_what_it_reads_exactly() -> None:
+    q, k, v = make_qkv(203, heads=1, groups=2)
+    problem = make_problem(q, k, v)
+    configs = [small(method="hyper", options=OPTIONS), small()]
+    measured = fidelity.measure(problem, configs)
+    own = weights(q, k, small(method="hyper", options={**OPTIONS, "sample_size": 0}))
+    p = (
+        (q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) / 4)
+        .masked_fill(~causal(1, 203, 203), -torch.inf)
+        .softmax(-1)
+    )
+    kept = (p[0] * own).sum(-1)
+    blocks = fidelity.searched_blocks(problem, configs[0])
+    want = torch.stack([kept[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks], dim=1)
+    assert_near(measured[0].mass, want, 1e-5, "mass")
+    assert measured[0].overlap is None
+    assert measured[1].overlap is not None
+    assert torch.equal(measured[1].mass, fidelity.measure(problem, configs[1:])[0].mass)
+
+
+def test_hardness_by_brute_force() -> None:
+    q, k, v = make_qkv(100, heads=1, groups=2)
+    config = small(method="hyper", options=dict(min_seq_len=50, block_size=10, sample_size=5))
+    got = hardness(make_problem(q, k, v), config)
+    logits = (q[0, :, 50:] @ k[0, :, :50].repeat_interleave(2, 0).transpose(1, 2) / 4).double()
+    p = logits.softmax(-1)
+    own = weights(q, k, small(method="hyper", options=dict(min_seq_len=50, block_size=10, sample_size=0)))[:, 50:, :50] > 0
+    assert (own.sum(-1) == 10).all()
+    light = logits.exp().masked_fill(own, 0).sum(-1)
+    assert_near(got.column_norm, p.square().sum(1).amax(-1), 1e-6)
+    assert_near(got.column_norm_past_sink, p.square().sum(1)[:, 4:].amax(-1), 1e-6)
+    assert_near(got.row_ratio, (light.amax(-1) / light.amin(-1)).log10(), 1e-5)
+    (row,) = hardness_rows({3: [got, got]})
+    assert row["layer"] == 3
+    assert row["uniform"] == 1 / 50
+    assert row["column_norm"] == pytest.approx(float(got.column_norm.max()))
+
+
+def test_hardness_knows_easy_from_hard() -> None:
+    config = small(method="hyper", options=dict(min_seq_len=50, block_size=10, sample_size=5))
+    q, k, v = make_qkv(200, heads=1, groups=1)
+    even = hardness(make_problem(0 * q, k, v), config)
+    assert float(even.column_norm[0]) == pytest.approx(1 / 100)
+    assert float(even.row_ratio[0]) == pytest.approx(0, abs=1e-5)
+    k[:, :, 30] = 0
+    k[:, :, 30, 0] = 100
+    q[..., 0] = 10
+    one = hardness(make_problem(q, k, v), config)
+    assert float(one.column_norm[0]) == pytest.approx(100, rel=1e-3)  # all rows look at one key
+
+
+@pytest.mark.parametrize("tokens", [2000, 8192, 20000])
+@pytest.mark.parametrize("budget", [128, 512])
+def test_hyper_is_sized_to_read_as_many_keys(tokens: int, budget: int) -> None:
+    config = HiPConfig(budget=budget)
+    _, _, read = hyper.flops(hyper.Options(**as_many_keys(config, tokens)), 0, tokens, 1, 1)
+    blocks = query_blocks(config, make_problem(*(torch.zeros(1, 1, tokens, 1),) * 3).spans[0], False)
+    want = call_cost(config, blocks, 0, tokens, 1, 1).read
+    assert read == pytest.approx(want, rel=0.2)
+    assert keys_seen(0, tokens - 1, None) > read
+
+
+def test_all_presets() -> None:
+    settings = settings_of(["dense", "all"], tokens=1000, budget=128)
+    assert list(settings) == ["dense", *ALL]
+    assert settings["hyper"].options["min_seq_len"] < 1000
+    assert all(config.budget == 128 for config in settings.values())
+
+
+def test_command_with_several_budgets(tmp_path: Path) -> None:
+    model, text = save_checkpoint(tmp_path)
+    sizes = {name: value for name, value in SMALL.items() if name != "budget"}
+    names = [json.dumps({**sizes, "method": method}) for method in ("quest", "streaming")]
+    names.append(json.dumps({**sizes, "method": "hyper", "options": {"min_seq_len": 64, "block_size": 16, "sample_size": 16}}))
+    picture = tmp_path / "curves.png"
+    arguments = [model, "--document", text, "--tokens", "512", "--facts", "2", "--prompts", "1", "--budgets", "32,64"]
+    report = run(fidelity.main, *arguments, *[x for name in names for x in ("--settings", name)], "--plot", str(picture))
+    rows = {row["settings"]: row for row in report["rows"] if row["layer"] == "all"}
+    assert list(rows) == [f"{name} @ {budget}" for budget in (32, 64) for name in names]
+    quest, streaming, hyper_ = ([rows[f"{name} @ {budget}"] for budget in (32, 64)] for name in names)
+    assert quest[0]["keys_read"] < quest[1]["keys_read"]
+    assert quest[0]["bytes"] > 0
+    assert streaming[0]["overlap"] == 0
+    assert hyper_[0]["overlap"] is None
+    assert all(0 < row["mass"] < 1 and math.isfinite(row["error"]) for row in rows.values())
+    assert [row["layer"] for row in report["hardness"]] == [0, 1]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
