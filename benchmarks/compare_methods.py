@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,14 +41,14 @@ def perplexity(model: Any, config: HiPConfig, texts: list[list[int]]) -> float:
     return math.exp(torch.stack(loss).mean())
 
 
-def run(command: Any, output: Path, **options: Any) -> list[dict[str, Any]]:
-    """The rows that a command of `hip-hf` writes; what was finished before is kept."""
+def run(command: Any, model: str, output: Path, **options: Any) -> list[dict[str, Any]]:
+    """The rows that a command of `hip-hf` writes; what an interrupted comparison has finished is not done again."""
     if not output.exists():
         arguments = [f"--{name.replace('_', '-')}={value}" for name, values in options.items()
                      for value in (values if isinstance(values, list) else [values])]  # fmt: skip
         app = typer.Typer()
         app.command()(command)
-        app([*arguments, f"--output={output}"], standalone_mode=False)
+        app([model, *arguments, f"--output={output}"], standalone_mode=False)
     return json.loads(output.read_text())["rows"]
 
 
@@ -67,7 +68,7 @@ def main(
     counts = sizes(budgets)
     common: dict[str, Any] = dict(document=document, tokens=tokens, prompts=prompts, seed=seed)
     faithful = run(
-        fidelity.main, folder / "fidelity.json", settings="all", budgets=budgets, plot=RESULTS / "methods.png", **common
+        fidelity.main, model, folder / "fidelity.json", settings="all", budgets=budgets, plot=RESULTS / "methods.png", **common
     )
     loaded, tokenizer = load(model, "sdpa")
     body = tokenizer.encode(document.read_text(), add_special_tokens=False, verbose=False)
@@ -79,7 +80,7 @@ def main(
     table = []
     for budget in counts:
         keys = run(
-            passkey.main, folder / f"passkey_{budget}.json", settings=["dense", "all"], budget=budget, lengths=tokens,
+            passkey.main, model, folder / f"passkey_{budget}.json", settings=["dense", "all"], budget=budget, lengths=tokens,
             depths=depths, samples=samples, document=document, seed=seed,
         )  # fmt: skip
         for name, config in settings_of(["dense", "all"], tokens=tokens, budget=budget).items():
@@ -106,6 +107,7 @@ def main(
     result = dict(rows=table, layers=layers, hardness=hardness, **details, machine=report.machine())
     (RESULTS / "methods.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "methods.md").write_text(markdown(table))
+    shutil.rmtree(folder)
     report.show("All methods", table, False)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_near, causal, make_problem, make_qkv, small
+from helpers import assert_near, causal, eager, make_problem, make_qkv, read_mask, small, sparse
 from test_hyper import OPTIONS, weights
 from test_passkey import SMALL, run, save_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,8 +19,8 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval import fidelity
 from hip_hf.eval.costs import SELECTION, block_cost, call_cost
 from hip_hf.eval.hardness import hardness, hardness_rows
-from hip_hf.eval.presets import ALL, PRESETS, as_many_keys, settings_of
-from hip_hf.methods import METHODS, hyper
+from hip_hf.eval.presets import PRESETS, as_many_keys, every, settings_of
+from hip_hf.methods import METHODS, add_method, hyper
 from hip_hf.methods.base import query_blocks
 from hip_hf.reference.exact import rows_at_once
 from hip_hf.reference.sparse import keys_seen
@@ -113,7 +113,7 @@ def test_bytes_of_a_query_block() -> None:
 
 def test_every_method_has_a_cost_and_a_preset() -> None:
     assert SELECTION.keys() | {"hyper", "dense"} == METHODS.keys()
-    assert {PRESETS[name].get("method", "hip") for name in ALL} | {"dense"} == METHODS.keys()
+    assert {PRESETS[name].get("method", "hip") for name in every()} | {"dense"} == METHODS.keys()
     with pytest.raises(ValueError, match="hyper"):
         block_cost(HiPConfig(method="hyper"), query_blocks(small(), make_problem(*make_qkv(50)).spans[0], False)[0], 16, 16)
 
@@ -180,9 +180,48 @@ def test_hyper_is_sized_to_read_as_many_keys(tokens: int, budget: int) -> None:
     assert keys_seen(0, tokens - 1, None) > read
 
 
+class Even:
+    """Every so many blocks: a method as a user would add it."""
+
+    def __init__(self, config: HiPConfig) -> None:
+        self.config, self.budget = config, config.budget // config.block_k
+
+    def make_pyramid(self, dtype: torch.dtype) -> None:
+        return None
+
+    def bind(self, q: torch.Tensor, *rest: Any) -> Even:
+        self.shares = 1 if self.config.group_shared else q.shape[1]
+        return self
+
+    def select(self, heads: slice, blocks: list[Any]) -> torch.Tensor:
+        ids = [torch.arange(self.budget) * block.middle // self.budget + block.low for block in blocks]
+        return torch.stack(ids).expand(heads.stop - heads.start, self.shares, -1, -1)
+
+    def cost(self, block: Any, dim: int) -> tuple[int, int]:
+        return 7 * dim, dim
+
+
+def test_a_method_of_ones_own() -> None:
+    try:
+        add_method("even", Even)
+        assert every()[-1] == "even"
+        assert settings_of(["even"])["even"].method == "even"
+        config, tensors = small(method="even"), make_qkv(203)
+        (measured,) = fidelity.measure(make_problem(*tensors), [config])
+        assert measured.cost.selection == 7 * 16 * measured.mass.shape[1]
+        got = sparse(*tensors, config)
+        assert_near(got.out, eager(*tensors, read_mask(got.mask, config, *tensors[:2]))[0])
+        corrected = attend(make_problem(*tensors), small(method="even", delta=1)).out
+        assert_near(corrected, eager(*tensors, causal(1, 203, 203))[0])
+        with pytest.raises(ValueError, match="not taken"):
+            add_method("even", Even)
+    finally:
+        METHODS.pop("even", None)
+
+
 def test_all_presets() -> None:
     settings = settings_of(["dense", "all"], tokens=1000, budget=128)
-    assert list(settings) == ["dense", *ALL]
+    assert list(settings) == ["dense", *every()]
     assert settings["hyper"].options["min_seq_len"] < 1000
     assert all(config.budget == 128 for config in settings.values())
 

@@ -80,9 +80,10 @@ def test_with_a_sliding_window() -> None:
 
 
 @pytest.mark.parametrize("cut", [64, 70, 100])
-def test_decode_goes_on_as_prefill_would(cut: int) -> None:
+def test_decode_goes_on_as_prefill_would(cut: int, threads: Any) -> None:
     """With every row its own query block, a step after a prefill gives what the row gives in one long prefill, once it has
     passed an anchor: the rows in between have their own first row for anchor."""
+    threads(1)  # a step is too small to share out
     q, k, v = make_qkv(160, batch=2, dtype=torch.float64)
     config = small(delta=16, decode_refresh=1, block_q=1, query_stride=1)
     whole = attend(make_problem(q, k, v, [0, 5]), config, need_lse=True)
@@ -132,7 +133,7 @@ def test_anchors() -> None:
 def test_it_corrects_what_changes_slowly(mode: str) -> None:
     """Queries that drift slowly over values that streaming misses: the error falls by more than half."""
     _, k, v = make_qkv(400, dim=16)
-    t = torch.linspace(0, 2, 400)[:, None]
+    t = torch.linspace(0, 1, 400)[:, None]
     base = torch.randn(2, 4, 1, 16)
     q = (base[0] * torch.cos(t) + base[1] * torch.sin(t))[None]
     want = eager(q, k, v, causal(1, 400, 400))[0]

@@ -115,14 +115,6 @@ def test_staged_by_brute_force(score: str, stages: list[list[int]], rows: int) -
         assert sorted(as_set(mask, 0, i)) == search.run(stages, 1, max(0, first - 16) // 4, 4), f"query block {i}"
 
 
-def test_staged_defaults_find_needles() -> None:
-    tensors = make_qkv(1000, needles={990: 300, 995: 301})
-    for halvings, found in ((None, True), (0, False)):
-        config = small(method="staged", options=dict(halvings=halvings), query_stride=1, score="max")
-        mask = mask_of(tensors, config)
-        assert (75 in as_set(mask, 0, mask.first.shape[1] - 1)) or not found
-
-
 @pytest.mark.parametrize("refresh", [[8, 4, 2], [4, 4, 1], [6, 2, 2]])
 def test_every_stage_has_its_interval(refresh: list[int], monkeypatch: Any) -> None:
     """Which stages run at each step; and the step reads what they keep, wherever the window has been left."""

@@ -126,17 +126,19 @@ def block_cost(
     """Cost of one query block. Only keys that a row may see count as read, by sparse and dense attention alike.
 
     Raises:
-        ValueError: the method selects no key blocks, or its cost is not known here.
+        ValueError: the method selects no key blocks.
     """
-    if config.method not in SELECTION:
-        raise ValueError(f"method: got {config.method!r}, allowed: {' | '.join(SELECTION)}")
-    budget = selector_for(config).budget
+    if config.method in ("hyper", "dense"):
+        raise ValueError(f"method: got {config.method!r}, allowed: a method that selects key blocks")
+    selector = selector_for(config)
+    budget = selector.budget
     visible = keys_seen(block.first, block.last, sliding_window)
     middle = min(block.middle, budget) * config.block_k
     fixed = block.sink - block.start - block.window + middle
     read = min(keys_seen(block.first, block.last, None) + block.rows * fixed, visible)
     selects = block.middle > budget or config.method == "h2o"
-    selection, numbers = SELECTION[config.method](config, block, dim) if selects else (0, 0)
+    known = SELECTION.get(config.method, lambda _, block, dim: selector.cost(block, dim))
+    selection, numbers = known(config, block, dim) if selects else (0, 0)
     per_key = 2 * (dim + value_dim)
     loads = [(fixed + block.last + 1) * (dim + value_dim), (block.last + 1 - block.start) * (dim + value_dim)]
     return Cost(

@@ -11,6 +11,7 @@ from typing import Any
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval import report
+from hip_hf.methods import METHODS
 
 # What `--settings` may name; anything else is read as a JSON dict of `HiPConfig` fields.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -28,11 +29,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "streaming+delta": {"method": "streaming", "options": {"recent": True}, "delta": 64},
     "dense": {"method": "dense"},
 }
-# All of them at once, as rows of a comparison.
-ALL = [name for name in PRESETS if name != "dense"]
 # Measure the method itself: every layer and row sparse, unless a row says otherwise.
 SPARSE = {"dense_layers": 0, "dense_tail": 0, "dense_below": 0}
 HELP = f"{' | '.join(PRESETS)} | all, or a JSON dict of HiPConfig fields; repeat for several rows."
+
+
+def every() -> list[str]:
+    """All presets as rows of a comparison, and methods that were added to ours."""
+    added = METHODS.keys() - {fields.get("method", "hip") for fields in PRESETS.values()}
+    return [name for name in PRESETS if name != "dense"] + sorted(added)
 
 
 def as_many_keys(config: HiPConfig, tokens: int) -> dict[str, int]:
@@ -58,8 +63,8 @@ def settings_of(names: Sequence[str], tokens: int | None = None, **common: Any) 
     """
     shared = {name: value for name, value in common.items() if value is not None}
     settings = {}
-    for name in [one for given in names for one in (ALL if given == "all" else [given])]:
-        fields = PRESETS.get(name)
+    for name in [one for given in names for one in (every() if given == "all" else [given])]:
+        fields = PRESETS.get(name, {"method": name} if name in METHODS else None)
         if fields is None:
             try:
                 fields = json.loads(name)

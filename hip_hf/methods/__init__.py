@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -13,7 +14,7 @@ class NoOptions:
 
 
 # method -> module that holds its `Selector`, or its `Attention`; `dense` reads everything and needs none
-METHODS: dict[str, str | None] = {
+METHODS: dict[str, Any] = {
     "hip": "hip_hf.methods.hip",
     "staged": "hip_hf.methods.staged",
     "streaming": "hip_hf.methods.streaming",
@@ -28,8 +29,22 @@ METHODS: dict[str, str | None] = {
 
 
 def _module(method: str) -> Any:
-    name = METHODS[method]
-    return None if name is None else importlib.import_module(name)
+    found = METHODS[method]
+    return importlib.import_module(found) if isinstance(found, str) else found
+
+
+def add_method(name: str, selector: type, options: type = NoOptions) -> None:
+    """Make a selection rule of your own known by `name`, to settings, models and measuring commands of this process.
+
+    `selector`: a `hip_hf.methods.base.Selector`; with a method `cost(block, dim) -> (FLOPs, numbers loaded)` for one query
+    block, `hip-hf fidelity` knows what it costs. `options`: a dataclass of its settings.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in METHODS:
+        raise ValueError(f"name: got {name!r}, allowed: a name that is not taken ({' | '.join(METHODS)})")
+    METHODS[name] = SimpleNamespace(Selector=selector, Options=options)
 
 
 def options_type(method: str) -> type:

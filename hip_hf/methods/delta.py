@@ -98,6 +98,7 @@ def spread(difference: torch.Tensor, at: torch.Tensor, rows: torch.Tensor, inter
     if not interpolate:
         return change
     following = (segment + 1).clamp(max=len(at) - 1)
-    share = (rows - at[segment]) / (at[following] - at[segment]).clamp(min=1)
-    share = torch.where(following > segment, share, 0.0).to(change.dtype).view(-1, *[1] * (change.ndim - 3))
+    length = (at[following] - at[segment]).clamp(min=1)
+    share = torch.where(following > segment, rows - at[segment], 0).to(change.dtype) / length
+    share = share.view(-1, *[1] * (change.ndim - 3))
     return change.lerp(difference[:, :, following], share)
