@@ -37,12 +37,11 @@ def as_set(mask: BlockMask, head: int, block: int) -> set[int]:
 @pytest.mark.parametrize(("tokens", "rows"), [(600, 40), (601, 97), (333, 20), (600, 1), (600, 5)])
 def test_staged_with_one_halving_a_stage_is_the_tree(score: str, shared: bool, beam: int, tokens: int, rows: int) -> None:
     tensors = make_qkv(tokens, rows)
-    common = dict(representative="middle", score=score, group_shared=shared)
+    common = dict(representative="middle", score=score, group_shared=shared, decode_refresh=1)
     tree = small(beam=beam, **common)
     top = max(
         hip.start_level(tree, b // 4, (p - 16) // 4) for p in range(tokens - rows, tokens) for b in (4,)
     )  # where the tree begins: some query blocks of the call may begin a level lower, by their own count
-    stages = [[4 << level, 16 * beam, 2] for level in range(top, 0, -1) if (16 * beam) % (4 << level) == 0] + [[4, 16, 2]]
     # a stage keeps as many *chunks* as the tree's beam does
     stages = [[4 << level, 4 * beam * (4 << level), 2] for level in range(top, 0, -1)] + [[4, 16, 2]]
     config = small(method="staged", options=dict(stages=stages, halvings=0), **common)

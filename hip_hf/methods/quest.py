@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def as_tree(config: HiPConfig) -> HiPConfig:
     """The settings of the tree search that do the same."""
-    flat = dict(representative="minmax", coarsest=config.block_k, beam=1, rescore=1)
+    # with an interval of one step, the tree search takes the best blocks and nothing but them
+    flat = dict(representative="minmax", coarsest=config.block_k, beam=1, rescore=1, decode_refresh=1)
     return replace(config, method="hip", options={}, **flat)  # type: ignore[arg-type]
 
 
