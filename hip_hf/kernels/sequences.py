@@ -78,7 +78,7 @@ def query_block(row_start, rows, position, index, BLOCK_Q: tl.constexpr):
 @triton.jit
 def always_read(first, window, sink_keys, sliding, BLOCK_K: tl.constexpr):
     """What a query block whose first row is at `first` always reads: the sink `[start, sink)` and the window
-    `[window, ...]`; the middle is the key blocks `sink // BLOCK_K` to `window // BLOCK_K - 1` (`QueryBlock` in `methods/base.py`).
+    `[window, ...]`; the middle is key blocks `sink // BLOCK_K` to `window // BLOCK_K - 1` (`QueryBlock` in `methods/base.py`).
 
     `window` is where the window starts if no sliding window cuts it (`window_start`, or, in decode, what the selection kept);
     `sliding` 0 means no sliding window.
