@@ -64,7 +64,8 @@ def _attend_keys(
     key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, block_table, stride_table,
     scale, softcap, sliding, dim, dim_v,
     BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, MASKED: tl.constexpr,
+    EVEN: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: the online softmax's sums after it."""
     d, dv = tl.arange(0, D), tl.arange(0, DV)
@@ -190,10 +191,9 @@ def attend_kernel(
     norm = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
     acc = tl.zeros([ROWS * GROUP_PADDED, DV], tl.float32)
     if HAS_SINKS:
-        if split == 0:
-            extra = tl.load(SINKS + head, mask=member < GROUP, other=0.0).to(tl.float32)
-            top = extra * LOG2E
-            norm = tl.full([ROWS * GROUP_PADDED], 1.0, tl.float32)
+        extra = tl.load(SINKS + head, mask=member < GROUP, other=0.0).to(tl.float32) * LOG2E
+        top = tl.where(split == 0, extra, top)  # once, not in every split
+        norm = tl.where(split == 0, 1.0, norm)
 
     key_head = (head_list // LISTS_PER_HEAD).to(tl.int64)
     k_base, v_base = K + key_head * stride_kh, V + key_head * stride_vh
@@ -267,7 +267,8 @@ def call_arguments(
         stride_sequences=sequences.table.stride(0), stride_table=stride_table,
         lists=lists, blocks=reads.indices.shape[2] if reads.indices is not None else 0,
         most=reads.indices.shape[3] if reads.indices is not None else 0,
-        kept=0 if reads.windows is None else reads.windows.shape[1], sink_keys=reads.sink, window_keys=reads.window, dim=dim, dim_v=dim_v,
+        kept=0 if reads.windows is None else reads.windows.shape[1],
+        sink_keys=reads.sink, window_keys=reads.window, dim=dim, dim_v=dim_v,
         scale=logits.scale, softcap=logits.softcap or 1.0, sliding=logits.sliding_window or 0,
         BLOCK_Q=reads.block_q, BLOCK_K=reads.block_k, ROWS=rows, KEYS=tile.keys, STRIDE=stride,
         GROUP=group, GROUP_PADDED=padded, LISTS_PER_HEAD=lists // kv.heads, SPLITS=splits,

@@ -1,7 +1,8 @@
 """What the attention kernels share: which keys a query block reads, and what becomes of their logits.
 
 A query block reads `[sink | selected blocks | window]`. The kernels walk that as one list of *slots*, so that no key is
-read twice, no tile but the last is cut, and key blocks of any size fill tiles of any size. Only slots of selected blocks look up an index.
+read twice, no tile but the last is cut, and key blocks of any size fill tiles of any size. Only slots of selected blocks
+look up an index.
 """
 
 from __future__ import annotations
