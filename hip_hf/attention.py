@@ -8,15 +8,15 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
-from hip_hf.problem import AttentionProblem, check_finite, check_tensors, make_spans, newest
+from hip_hf.problem import DTYPES, AttentionProblem, check_finite, check_tensors, make_spans, newest
 from hip_hf.reference import dense
 from hip_hf.reference.sparse import DECODE_ROWS, SparseAttention, tensors_of
+from hip_hf.reference.workers import compute_dtype
 from hip_hf.state import DecodeState
 
-# Where the sparse path starts to win over PyTorch's attention on a CPU, in prefill and in decode
-# (`hip-hf latency`, docs/performance.md).
-DENSE_BELOW_PREFILL = 4096
-DENSE_BELOW_DECODE = 8192
+# Where the sparse path starts to win over PyTorch's attention on a CPU, by the dtype it multiplies in, in prefill and in
+# decode (`hip-hf latency`, docs/performance.md). PyTorch is no faster in bf16 than in fp32; the sparse path is.
+DENSE_BELOW = {dtype: (2048, 2048) if dtype == torch.bfloat16 else (4096, 8192) for dtype in DTYPES}
 
 
 @dataclass
@@ -53,7 +53,7 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
         return f"decode within a sliding window of {problem.sliding_window}", False
     below = config.dense_below
     if below is None:
-        below = DENSE_BELOW_DECODE if decoding else DENSE_BELOW_PREFILL
+        below = DENSE_BELOW[compute_dtype(problem.q)][decoding]
     if problem.longest < below:
         return f"context of {problem.longest} is below dense_below={below}", False
     if below and problem.longest <= sparse_reach(config):
@@ -71,35 +71,48 @@ def attend(
 ) -> Result:
     """Attention of a validated problem. Rows outside every span give 0, and -inf as log-sum-exp."""
     config = config.for_layer(layer)
-    q, v = problem.q, problem.v
-    out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    lse = None
-    if need_lse:
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     reason, unsupported = dense_reason(problem, config, layer, state is None)
     if not problem.spans:
-        return Result(out, lse, None, "dense", "no row has a key", 1.0)
+        return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", 1.0)
     if reason:
         if state is not None:
             for span in problem.spans:
                 state.row(span.batch, span.key_start, span.position, span.end).selection = None
-        attend_dense(problem, out, lse)
-        return Result(out, lse, None, "dense", reason, 1.0, unsupported)
+        return Result(*attend_dense(problem, need_lse), None, "dense", reason, 1.0, unsupported)
+    out, lse = empty_outputs(problem, need_lse)
     sparse = SparseAttention(problem, config, out, lse, need_mask)
     sparse.run(state)
     return Result(out, lse, sparse.mask, "sparse", "", sparse.reading.read / sparse.reading.visible)
 
 
-def attend_dense(problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Dense attention into `out` and `lse`."""
-    if dense.sdpa_serves(problem, lse is not None):
-        dense.sdpa(problem, out)
-        return
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
+def empty_outputs(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where the output and the log-sum-exp are written: 0 and -inf where no span has the row, else uninitialised."""
+    q = problem.q
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty(*q.shape[:3], problem.v.shape[-1])
+    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device) if need_lse else None
+    if sum(span.rows for span in problem.spans) < q.shape[0] * q.shape[2]:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-torch.inf)
+    return out, lse
+
+
+def attend_dense(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Dense attention: the output, and the log-sum-exp if asked for."""
+    if dense.sdpa_serves(problem, need_lse) and dense.alike(problem):
+        return dense.sdpa(problem, problem.spans[0]), None
+    out, lse = empty_outputs(problem, need_lse)
+    if dense.sdpa_serves(problem, need_lse):
+        for span in problem.spans:
+            batch = slice(span.batch, span.batch + 1)
+            out[batch, :, span.row_start : span.row_end] = dense.sdpa(problem, span, batch)
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
         dense.differentiable(problem, out, lse)
-        return
-    for span in problem.spans:
-        dense.attend_rows(tensors_of(problem, span, out, lse), 0, span)
+    else:
+        for span in problem.spans:
+            dense.attend_rows(tensors_of(problem, span, out, lse), 0, span)
+    return out, lse
 
 
 def hip_attention(
@@ -146,11 +159,12 @@ def hip_attention(
         raise ValueError(f"config: got {type(config).__name__}, allowed: HiPConfig")
     check_tensors(q, k, v)
     for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name}: got {value}, allowed: None or a finite number > 0")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < float("inf")):
+            raise ValueError(f"{name}: got {value!r}, allowed: None or a finite number > 0")
     for name, count in (("sliding_window", sliding_window), ("layer", layer)):
         low = 1 if name == "sliding_window" else 0
-        if count is not None and (not isinstance(count, int) or count < low):
+        if count is not None and (type(count) is not int or count < low):
             raise ValueError(f"{name}: got {count!r}, allowed: None or an integer >= {low}")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
         raise ValueError(f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}")

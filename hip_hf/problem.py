@@ -93,10 +93,10 @@ def _per_row(name: str, value: torch.Tensor | int | list[int] | None, batch: int
     if value is None:
         return [default] * batch
     values = value.tolist() if isinstance(value, torch.Tensor) else value
-    values = [values] * batch if isinstance(values, int) else list(values)
-    if len(values) != batch or not all(isinstance(x, int) for x in values):
+    values = [values] * batch if isinstance(values, int) else values
+    if not isinstance(values, (list, tuple)) or len(values) != batch or not all(type(x) is int for x in values):
         _fail(name, value, f"one integer for each of the {batch} batch rows")
-    return values
+    return list(values)
 
 
 def make_spans(

@@ -127,12 +127,20 @@ class Search:
 
 
 def oracle(
-    keys: torch.Tensor, rows: list[tuple[int, torch.Tensor]], low: int, high: int, block_k: int, budget: int, scale: float
+    keys: torch.Tensor,
+    rows: list[tuple[int, torch.Tensor]],
+    low: int,
+    high: int,
+    block_k: int,
+    budget: int,
+    scale: float,
+    softcap: float | None = None,
 ) -> list[int]:
     """The blocks of the middle with the largest share of the rows' attention; `rows` are (position, query)."""
     mass = torch.zeros(high - low, dtype=torch.float64)
     for position, row in rows:
-        weights = torch.softmax(keys[: position + 1] @ row * scale, dim=0)
+        logits = keys[: position + 1] @ row * scale
+        weights = torch.softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), dim=0)
         for i in range(low, high):
             mass[i - low] += weights[i * block_k : (i + 1) * block_k].sum()
     return sorted(low + int(i) for i in mass.argsort(descending=True, stable=True)[:budget])

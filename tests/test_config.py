@@ -162,6 +162,8 @@ def test_from_dict_refuses_unknown_fields_with_a_hint() -> None:
         ("hip", {"weight": 1.5}, "0 to 1"),
         ("hip", {"weight": float("nan")}, "0 to 1"),
         ("hip", {"weight": "0.5"}, "0 to 1"),
+        ("hip", {"weight": True}, "0 to 1"),
+        ("hip", {"outliers": True}, "integer >= 1"),
         ("hip", {"outliers": 0}, ">= 1"),
         ("hip", {"outliers": 2.0}, "integer"),
         ("streaming", {"weight": 0.5}, "none"),

@@ -14,8 +14,9 @@ from hip_hf.config import REPRESENTATIVES, HiPConfig
 from hip_hf.methods import pyramid
 from hip_hf.methods.base import make_query_block
 from hip_hf.problem import make_spans
-from hip_hf.reference import block_sparse, dense
+from hip_hf.reference import block_sparse, dense, workers
 from hip_hf.reference import sparse as sparse_module
+from hip_hf.reference.sparse import tensors_of
 from hip_hf.state import DecodeState
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 333, 1000]
@@ -264,6 +265,7 @@ def test_later_query_blocks_leave_earlier_rows_untouched(changed: int, dense_tai
 CUTS = [
     (sparse_module, "BLOCKS_AT_ONCE", 1),
     (sparse_module, "BLOCKS_AT_ONCE", 5),
+    (sparse_module, "FEWEST_BLOCKS", 1),
     (pyramid, "BLOCKS_AT_ONCE", 3),
     (block_sparse, "LOGITS_AT_ONCE", 1),
     (block_sparse, "LOGITS_AT_ONCE", 1000),
@@ -284,6 +286,25 @@ def test_how_the_work_is_cut_does_not_matter(module: Any, name: str, value: int,
     assert_near(got.out, want.out, 1e-12)
     assert_near(got.lse, want.lse, 1e-12, "lse")
     assert torch.equal(got.mask.indices, want.mask.indices)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("sliding", [None, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tiles_without_a_log_sum_exp_are_merged_exactly(sliding: int | None, dtype: torch.dtype, monkeypatch: Any) -> None:
+    monkeypatch.setattr(block_sparse, "LOGITS_AT_ONCE", 1)
+    q, k, v = make_qkv(203, 40, dtype=dtype)
+    problem = make_problem(q, k, v, sliding_window=sliding)
+    out = torch.full_like(q, torch.nan)
+    dense.attend_rows(tensors_of(problem, problem.spans[0], out, None), 0, problem.spans[0])
+    assert_as_exact_as(out, q, k, v, causal(1, 40, 203, sliding=sliding))
+
+
+def test_each_worker_computes_alone() -> None:
+    """A worker whose products are spread over threads of their own competes with the other workers."""
+    counts = []
+    workers.run(lambda _: counts.append(torch.get_num_threads()), range(4), torch.device("cpu"))
+    assert counts == [1] * 4
 
 
 def test_how_many_threads_work_does_not_matter(threads: Any) -> None:

@@ -9,8 +9,9 @@ import torch
 from helpers import assert_as_exact_as, assert_near, causal, eager, make_problem, make_qkv, read_mask, small, sparse
 
 from hip_hf import DecodeState, HiPConfig, hip_attention
-from hip_hf.attention import DENSE_BELOW_DECODE, DENSE_BELOW_PREFILL, Result, attend
+from hip_hf.attention import DENSE_BELOW, Result, attend
 from hip_hf.reference.sparse import keys_seen
+from hip_hf.reference.workers import compute_dtype
 
 
 def call(tokens: int, rows: int | None = None, layer: int | None = None, given: dict | None = None, **fields: Any) -> Result:
@@ -63,11 +64,18 @@ def test_reasons_to_be_sparse(arguments: dict) -> None:
     assert (result.path, result.reason, result.unsupported) == ("sparse", "", False)
 
 
-@pytest.mark.parametrize(("rows", "limit"), [(17, DENSE_BELOW_PREFILL), (1, DENSE_BELOW_DECODE), (16, DENSE_BELOW_DECODE)])
-def test_short_contexts_are_dense_by_default(rows: int, limit: int) -> None:
+@pytest.mark.parametrize("rows", [17, 1, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_short_contexts_are_dense_by_default(rows: int, dtype: torch.dtype) -> None:
     fields = dict(budget=64, window=64, dense_below=None)
-    assert call(limit - 1, rows, **fields).reason == f"context of {limit - 1} is below dense_below={limit}"
-    assert call(limit, rows, **fields).path == "sparse"
+    limit = DENSE_BELOW[compute_dtype(torch.empty(0, dtype=dtype))][rows <= 16]
+
+    def at(tokens: int) -> Result:
+        q, k, v = make_qkv(tokens, rows, dtype=dtype)
+        return attend(make_problem(q, k, v), small(**fields))
+
+    assert at(limit - 1).reason == f"context of {limit - 1} is below dense_below={limit}"
+    assert at(limit).path == "sparse"
 
 
 def test_the_longest_row_of_a_batch_decides() -> None:

@@ -264,17 +264,17 @@ def test_best_works_row_by_row() -> None:
 
 
 @pytest.mark.parametrize("group_shared", [True, False])
-@pytest.mark.parametrize("tokens", [99, 130])
-def test_the_oracle_takes_the_blocks_with_the_largest_mass(tokens: int, group_shared: bool) -> None:
+@pytest.mark.parametrize(("tokens", "softcap"), [(99, None), (130, None), (130, 1.5)])
+def test_the_oracle_takes_the_blocks_with_the_largest_mass(tokens: int, softcap: float | None, group_shared: bool) -> None:
     config = small(method="oracle", group_shared=group_shared)
     q, k, v = make_qkv(tokens, dtype=torch.float64)
-    got = selected(config, q, k, v)
+    got = selected(config, q, k, v, softcap=softcap)
     for (head, n), blocks in got.items():
         positions, low, high = layout(config, tokens, tokens)[n]
         queries = q[0, 2 * head : 2 * head + 2] if group_shared else q[0, head : head + 1]
         own = k[0, head if group_shared else head // 2]
         rows = [(p, query[p]) for p in positions for query in queries]
-        assert blocks == brute.oracle(own, rows, low, high, config.block_k, 4, 0.25), (head, n)
+        assert blocks == brute.oracle(own, rows, low, high, config.block_k, 4, 0.25, softcap), (head, n)
 
 
 def test_streaming_selects_nothing() -> None:

@@ -41,9 +41,9 @@ class Options:
     outliers: int = 4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, (int, float)) or not 0 <= self.weight <= 1:
+        if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1:
             raise ValueError(f"HiPConfig.options['weight']: got {self.weight!r}, allowed: 0 to 1")
-        if not isinstance(self.outliers, int) or self.outliers < 1:
+        if type(self.outliers) is not int or self.outliers < 1:
             raise ValueError(f"HiPConfig.options['outliers']: got {self.outliers!r}, allowed: an integer >= 1")
 
 

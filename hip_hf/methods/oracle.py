@@ -43,11 +43,13 @@ class Exhaustive:
             q = self.q[heads, :, block.row : block.row + block.rows].to(dtype) * self.scale  # [H, G, n, D]
             keys = self.keys[heads, : block.last + 1].to(dtype)
             logits = torch.einsum("hgnd,hkd->hgnk", q, keys)
+            if self.softcap is not None:  # before future keys get -inf
+                logits.div_(self.softcap).tanh_().mul_(self.softcap)
             position = torch.arange(block.last + 1, device=q.device)
             future = position > torch.arange(block.first, block.last + 1, device=q.device)[:, None]
             logits.masked_fill_(future, -torch.inf)
             logits = logits.flatten(1, 2).unsqueeze(1) if config.group_shared else logits
-            mass = aggregate(logits, "mass", self.softcap, None)  # [H, S, keys]
+            mass = aggregate(logits, "mass", None, None)  # [H, S, keys]
             middle = mass[..., block.low * config.block_k : block.high * config.block_k]
             scores = middle.unflatten(-1, (-1, config.block_k)).sum(-1)
             ids = torch.arange(block.low, block.high, device=q.device).expand(scores.shape)

@@ -14,8 +14,8 @@ import torch
 from hip_hf.methods.base import QueryBlock
 from hip_hf.reference.workers import compute_dtype, scratch
 
-# A block of rows against a long contiguous range is cut so that its logits stay below this many elements.
-LOGITS_AT_ONCE = 1 << 23
+# A block of rows meets a long contiguous range in tiles whose logits are at most this many elements, to stay in cache.
+LOGITS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -120,35 +120,56 @@ class _Parts:
 
 
 def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> None:
-    """Attention of one query block to every key from `block.start` on, read where it lies."""
+    """Attention of one query block to every key from `block.start` on, read where it lies; tile by tile if they are many."""
     q = t.q[heads, group, block.row : block.row + block.rows]
     lanes, groups, n, dim = q.shape
-    dtype = compute_dtype(q)
-    k, v = (x[heads, block.start : block.last + 1].to(dtype) for x in (t.k, t.v))
-    keys = k.shape[1]
-    step = max(1, min(n, LOGITS_AT_ONCE // (groups * keys)))
-    for at in range(0, n, step):
-        size = min(step, n - at)
-        seen = keys - (n - at - size)
-        query = scratch.take("q", (lanes, groups, size, dim), k)
-        torch.mul(q[:, :, at : at + size], t.scale, out=query)
-        logits = scratch.take("logits", (lanes, groups * size, seen), k)
-        torch.bmm(query.flatten(1, 2), k[:, :seen].transpose(1, 2), out=logits)
-        if t.softcap is not None:
-            logits.div_(t.softcap).tanh_().mul_(t.softcap)
-        by_row = logits.view(lanes, groups, size, seen)
-        if size > 1:
-            by_row[..., seen - size :].add_(_future(size, logits))
-        if t.sliding_window is not None:
-            position = torch.arange(block.start, block.start + seen, device=q.device)[None]
-            _mask_sliding(by_row, position, block.first + at, t.sliding_window)
-        lse = None
-        if t.lse is not None or t.sinks is not None:
-            lse = torch.logsumexp(by_row.to(torch.promote_types(dtype, torch.float32)), dim=-1)
-        torch.softmax(logits, dim=-1, out=logits)
-        out = torch.bmm(logits, v[:, :seen], out=scratch.take("out", (lanes, groups * size, v.shape[-1]), k))
-        into = (heads, group, slice(block.row + at, block.row + at + size))
-        _store(t, into, out.view(lanes, groups, size, -1), lse)
+    like = q.new_empty(0, dtype=compute_dtype(q))
+    query = scratch.take("q", (lanes, groups, n, dim), like)
+    torch.mul(q, t.scale, out=query)
+    tile = max(n, LOGITS_AT_ONCE // (groups * n))
+    out, lse = None, None
+    end = block.last + 1
+    while end > block.start:  # from the last key down, so that the rows' own keys are whole in one tile
+        first = max(block.start, end - tile)
+        part, weight = _attend_tile(t, heads, query, block, first, end, single=out is None and first == block.start)
+        if out is None:
+            out, lse = part, weight
+        else:
+            assert lse is not None and weight is not None
+            whole = torch.logaddexp(lse, weight)
+            out = out * torch.exp(lse - whole)[..., None] + part * torch.exp(weight - whole)[..., None]
+            lse = whole
+        end = first
+    _store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
+
+
+def _attend_tile(
+    t: Tensors, heads: slice, query: torch.Tensor, block: QueryBlock, first: int, end: int, single: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention to the keys `first` to `end - 1`; the log-sum-exp as well, unless nobody needs it."""
+    lanes, groups, n, dim = query.shape
+    k, v = (x[heads, first:end].to(query.dtype) for x in (t.k, t.v))
+    logits = scratch.take("logits", (lanes, groups * n, end - first), k)
+    torch.bmm(query.flatten(1, 2), k.transpose(1, 2), out=logits)
+    if t.softcap is not None:
+        logits.div_(t.softcap).tanh_().mul_(t.softcap)
+    by_row = logits.view(lanes, groups, n, end - first)
+    if n > 1 and end == block.last + 1:
+        by_row[..., end - first - n :].add_(_future(n, logits))
+    if t.sliding_window is not None:
+        position = torch.arange(first, end, device=query.device)[None]
+        _mask_sliding(by_row, position, block.first, t.sliding_window)
+    lse, dtype = None, torch.promote_types(query.dtype, torch.float32)
+    if t.lse is not None or t.sinks is not None:
+        lse = torch.logsumexp(by_row.to(dtype), dim=-1)
+    elif not single:
+        highest = by_row.amax(-1).to(dtype)
+    torch.softmax(logits, dim=-1, out=logits)
+    if lse is None and not single:
+        lse = highest - by_row.amax(-1).to(dtype).log()  # the highest logit's weight is exp(highest - lse)
+    out = torch.bmm(logits, v, out=scratch.take("out", (lanes, groups * n, v.shape[-1]), k))
+    out = out.view(lanes, groups, n, -1)
+    return (out if single else out.to(dtype, copy=True)), lse
 
 
 def _store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:
@@ -186,4 +207,5 @@ def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int) -> torch.Tens
 def _mask_sliding(logits: torch.Tensor, position: torch.Tensor, first: int, window: int) -> None:
     """Hide from each row the keys that have left its window; logits `[heads, G, rows, keys]`, position `[heads or 1, keys]`."""
     row = torch.arange(first, first + logits.shape[2], device=logits.device)[:, None]
-    logits.masked_fill_((position[:, None] <= row - window)[:, None], -torch.inf)
+    # finite, so that a row that sees nothing of a tile gets a log-sum-exp that counts for nothing, and no NaN
+    logits.masked_fill_((position[:, None] <= row - window)[:, None], torch.finfo(logits.dtype).min)

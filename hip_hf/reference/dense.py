@@ -43,23 +43,18 @@ def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
     return all(span.rows == 1 or span.position == 0 for span in problem.spans)
 
 
-def sdpa(problem: AttentionProblem, out: torch.Tensor) -> None:
-    """PyTorch's attention into `out` `[B, Hq, Tq, Dv]`: one call if all rows of the batch are alike, else one a span."""
-    q, k, v = problem.q, problem.k, problem.v
-
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        causal = q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, scale=problem.scale, is_causal=causal, enable_gqa=problem.groups > 1)
-
+def alike(problem: AttentionProblem) -> bool:
+    """Whether all batch rows are one sequence each, of the same keys and rows, so that one call serves them."""
     first = problem.spans[0]
-    alike = {(s.key_start, s.key_start + s.end, s.row_start, s.row_end) for s in problem.spans}
-    if len(problem.spans) == q.shape[0] and len(alike) == 1 and first.rows == q.shape[2]:
-        keys = slice(first.key_start, first.key_start + first.end)
-        out.copy_(call(q, k[:, :, keys], v[:, :, keys]))
-        return
-    for span in problem.spans:
-        b, keys, rows = span.batch, slice(span.key_start, span.key_start + span.end), slice(span.row_start, span.row_end)
-        out[b : b + 1, :, rows] = call(q[b : b + 1, :, rows], k[b : b + 1, :, keys], v[b : b + 1, :, keys])
+    kinds = {(s.key_start, s.key_start + s.end, s.row_start, s.row_end) for s in problem.spans}
+    return len(problem.spans) == len(problem.q) and len(kinds) == 1 and first.rows == problem.q.shape[2]
+
+
+def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> torch.Tensor:
+    """PyTorch's attention of a span's rows to its keys, for the batch rows `batch`: `[batch, Hq, rows, Dv]`."""
+    keys, rows = slice(span.key_start, span.key_start + span.end), slice(span.row_start, span.row_end)
+    q, k, v = problem.q[batch, :, rows], problem.k[batch, :, keys], problem.v[batch, :, keys]
+    return F.scaled_dot_product_attention(q, k, v, scale=problem.scale, is_causal=span.rows > 1, enable_gqa=problem.groups > 1)
 
 
 def masked(

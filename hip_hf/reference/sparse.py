@@ -23,6 +23,20 @@ if TYPE_CHECKING:
 DECODE_ROWS = 16
 # Query blocks that are searched together: enough to amortise Python, few enough to stay in cache.
 BLOCKS_AT_ONCE = 32
+FEWEST_BLOCKS = 4
+
+
+def portions(heads: int, blocks: int, workers: int) -> list[tuple[int, slice]]:
+    """Cuts `heads` times `blocks` query blocks into units of work, small at the end so that no worker waits long for another."""
+    units = []
+    for head in range(heads):
+        at = 0
+        while at < blocks:
+            left = (heads - head) * blocks - at
+            size = min(BLOCKS_AT_ONCE, max(FEWEST_BLOCKS, left // (4 * workers)), blocks - at)
+            units.append((head, slice(at, at + size)))
+            at += size
+    return units
 
 
 @dataclass
@@ -122,11 +136,7 @@ class SparseAttention:
         if row is not None:
             row.selection = None
         sparse = [block for block in blocks if block.row < tail or self.mask is not None]
-        units = [
-            (head, sparse[at : at + BLOCKS_AT_ONCE])
-            for head in range(t.k.shape[0])
-            for at in range(0, len(sparse), BLOCKS_AT_ONCE)
-        ]
+        units = [(head, sparse[part]) for head, part in portions(t.k.shape[0], len(sparse), torch.get_num_threads())]
         run(lambda unit: self._unit(t, search, span, *unit), units, t.q.device)
         if self.config.dense_tail:
             dense.attend_rows(t, tail, span)

@@ -47,6 +47,8 @@ class _Pool:
         barrier = threading.Barrier(size + 1)
 
         def settle() -> None:
+            # a thread's first operation would set it to the process's number of threads: have that over before
+            torch.get_num_threads()
             torch.set_num_threads(1)
             barrier.wait()
 
