@@ -10,6 +10,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
 from hip_hf.problem import DTYPES, AttentionProblem, check_finite, check_tensors, make_spans, newest
 from hip_hf.reference import dense
+from hip_hf.reference.gradients import Piece, learning, traced
 from hip_hf.reference.sparse import DECODE_ROWS, SparseAttention, tensors_of
 from hip_hf.reference.workers import compute_dtype
 from hip_hf.state import DecodeState
@@ -45,8 +46,6 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
         return "dense layer", False
     if problem.sliding_window is not None and problem.sliding_window <= sparse_reach(config):
         return f"sliding window of {problem.sliding_window} is within the sparse set", False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
-        return "gradients are not supported yet", True
     decoding = problem.q.shape[2] <= DECODE_ROWS
     if decoding and stateless and problem.sliding_window is not None:
         # a cache that drops old keys shifts every key block at every step: nothing could be kept
@@ -79,10 +78,12 @@ def attend(
             for span in problem.spans:
                 state.row(span.batch, span.key_start, span.position, span.end).selection = None
         return Result(*attend_dense(problem, need_lse), None, "dense", reason, 1.0, unsupported)
-    out, lse = empty_outputs(problem, need_lse)
-    sparse = SparseAttention(problem, config, out, lse, need_mask)
-    sparse.run(state)
-    return Result(out, lse, sparse.mask, "sparse", "", sparse.reading.read / sparse.reading.visible)
+    pieces: list[Piece] | None = [] if learning(problem) else None
+    out, lse = empty_outputs(problem, need_lse or pieces is not None)
+    sparse = SparseAttention(problem, config, out, lse, need_mask, pieces)
+    out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
+    share = sparse.reading.read / sparse.reading.visible
+    return Result(out, lse if need_lse else None, sparse.mask, "sparse", "", share)
 
 
 def empty_outputs(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -102,17 +103,21 @@ def attend_dense(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tenso
     """Dense attention: the output, and the log-sum-exp if asked for."""
     if dense.sdpa_serves(problem, need_lse) and dense.alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None
-    out, lse = empty_outputs(problem, need_lse)
     if dense.sdpa_serves(problem, need_lse):
+        out, _ = empty_outputs(problem, False)
         for span in problem.spans:
             batch = slice(span.batch, span.batch + 1)
             out[batch, :, span.row_start : span.row_end] = dense.sdpa(problem, span, batch)
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
-        dense.differentiable(problem, out, lse)
-    else:
+        return out, None
+    pieces: list[Piece] | None = [] if learning(problem) else None
+    out, lse = empty_outputs(problem, need_lse or pieces is not None)
+
+    def compute() -> None:
         for span in problem.spans:
-            dense.attend_rows(tensors_of(problem, span, out, lse), 0, span)
-    return out, lse
+            dense.attend_rows(tensors_of(problem, span, out, lse), 0, span, pieces)
+
+    out, lse = traced(problem, compute, out, lse, pieces)
+    return out, lse if need_lse else None
 
 
 def hip_attention(
