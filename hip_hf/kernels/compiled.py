@@ -14,7 +14,7 @@ import torch
 
 # import paths of the modules that have `launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]`;
 # `target` is one of "sm80", ..., "sm120", "gfx942", because launch configurations may depend on it
-MODULES = ("hip_hf.kernels.pyramid", "hip_hf.kernels.select")
+MODULES = ("hip_hf.kernels.pyramid", "hip_hf.kernels.search", "hip_hf.kernels.prefill", "hip_hf.kernels.decode")
 
 
 @dataclass(frozen=True)

@@ -70,21 +70,23 @@ def chunk_logits(
     spread, `VECTORS` > 1 takes the best of a chunk's vectors. `FEATURES` numbers of the head dim at a time."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
-    rows = table + at * (VECTORS * PARTS * DIM)
+    # int32 offsets from a scalar: pointers of a whole tile would take twice the registers
+    within = (at * (VECTORS * PARTS * DIM))[:, None] + inner[None, :]
+    within_q = offsets[None, :] + inner[:, None]
     best = tl.full([M, ROWS], -float("inf"), tl.float32)
     for vector in tl.static_range(VECTORS):
         acc = tl.zeros([M, ROWS], tl.float32)
-        for i in range(PARTS * CHUNKS):
-            d = (i % CHUNKS) * FEATURES + inner
+        for i in tl.range(PARTS * CHUNKS, disable_licm=True):
             part = i // CHUNKS
-            to_a = rows[:, None] + (vector * PARTS * DIM + part * DIM + d)[None, :]
-            to_b = q + offsets[None, :] + d[:, None]
+            d = (i - part * CHUNKS) * FEATURES
+            to_a = table + (vector * PARTS + part) * DIM + d + within
+            to_b = q + d + within_q
             if DIM % FEATURES == 0:
                 a = tl.load(to_a)
                 b = tl.load(to_b)
             else:
-                a = tl.load(to_a, mask=(d < DIM)[None, :], other=0.0)
-                b = tl.load(to_b, mask=(d < DIM)[:, None], other=0.0)
+                a = tl.load(to_a, mask=(d + inner < DIM)[None, :], other=0.0)
+                b = tl.load(to_b, mask=(d + inner < DIM)[:, None], other=0.0)
             if PARTS > 1:
                 b = tl.where(part > 0, tl.abs(b), b)
             acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
@@ -198,27 +200,31 @@ def score_blocks(
         offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
         top = tl.full([ROWS], -float("inf"), tl.float32)
         mass = tl.full([N, ROWS], 0.0 if MASS else -float("inf"), tl.float32)
-        for j in range(BLOCK_K):
-            slots = key_start + ids * BLOCK_K + j
+        logits = tl.zeros([N, ROWS], tl.float32)
+        # one flat loop over keys of the blocks and parts of the head dim, so that loads run ahead across both
+        for i in tl.range(BLOCK_K * CHUNKS, disable_licm=True):
+            key = i // CHUNKS
+            part = i - key * CHUNKS
+            d = part * FEATURES + inner
+            slots = key_start + ids * BLOCK_K + key
             at = token_offsets(slots, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
-            acc = tl.zeros([N, ROWS], tl.float32)
-            for c in tl.static_range(CHUNKS):
-                d = c * FEATURES + inner
-                if DIM % FEATURES == 0:
-                    a = tl.load(k + at[:, None] + d[None, :])
-                    b = tl.load(q + offsets[None, :] + d[:, None])
-                else:
-                    a = tl.load(k + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
-                    b = tl.load(q + offsets[None, :] + d[:, None], mask=(d < DIM)[:, None], other=0.0)
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
-            logits = tl.where(inside[:, None], capped(acc, scale, SOFTCAP), -float("inf"))
-            if MASS:
-                # one maximum per row for all blocks: what it lets underflow would weigh nothing in the softmax either
-                higher = tl.maximum(top, tl.max(logits, 0))
-                mass = mass * tl.exp(top - higher)[None, :] + tl.exp(logits - higher[None, :])
-                top = higher
+            if DIM % FEATURES == 0:
+                a = tl.load(k + at[:, None] + d[None, :])
+                b = tl.load(q + offsets[None, :] + d[:, None])
             else:
-                mass = tl.maximum(mass, logits)
+                a = tl.load(k + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+                b = tl.load(q + offsets[None, :] + d[:, None], mask=(d < DIM)[:, None], other=0.0)
+            logits = tl.dot(a, b, logits, input_precision=PRECISION)
+            if part == CHUNKS - 1:
+                logits = tl.where(inside[:, None], capped(logits, scale, SOFTCAP), -float("inf"))
+                if MASS:
+                    # one maximum per row for all blocks: what it lets underflow would weigh nothing in the softmax either
+                    higher = tl.maximum(top, tl.max(logits, 0))
+                    mass = mass * tl.exp(top - higher)[None, :] + tl.exp(logits - higher[None, :])
+                    top = higher
+                else:
+                    mass = tl.maximum(mass, logits)
+                logits = tl.zeros([N, ROWS], tl.float32)
         if MASS:
             weight = tl.where(voting, 1.0 / tl.sum(mass, 0), 0.0)
             scores += tl.sum(mass * weight[None, :], 1)

@@ -10,6 +10,7 @@ import triton
 
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.compiled import Launch, Pointer
+from hip_hf.kernels.pyramid import parts_and_vectors
 from hip_hf.kernels.select import NEVER, select_kernel
 from hip_hf.kernels.sequences import Sequences
 
@@ -26,13 +27,6 @@ MOST_CANDIDATES = 2048
 
 def tile(count: int) -> int:
     return max(SMALLEST_TILE, triton.next_power_of_2(count))
-
-
-def parts_and_vectors(config: HiPConfig) -> tuple[int, int]:
-    """Of a summary: vectors that are multiplied with q and |q|, and vectors of which the best counts."""
-    if config.representative == "outliers":
-        return 1, 1 + config.method_options().outliers
-    return (2, 1) if config.representative in ("blend", "minmax") else (1, 1)
 
 
 @dataclass

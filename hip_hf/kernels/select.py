@@ -183,7 +183,7 @@ def select_kernel(
     left = level * 0 + ABSENT
     right = level * 0 + ABSENT
 
-    for _ in range(level):
+    for _ in tl.range(level, disable_licm=True):
         parents, total = keep_best(ids, keys, begins, left, ends - 1, right, KEEP, M, KEPT)
         level -= 1
         was_begins, was_ends = begins, ends
