@@ -61,7 +61,8 @@ def test_gradients_are_those_of_attention_to_the_keys_read(given: dict, rows: in
     real = visible.any(-1)
     outputs, wanted = [result.out, result.lse[real.expand_as(lse)]], [out, lse[real.expand_as(lse)]]
     weights = [torch.randn_like(x) for x in wanted]
-    for name, a, b in zip(("q", "k", "v", "sinks"), gradients(outputs, weights, inputs), gradients(wanted, weights, inputs)):
+    names = ("q", "k", "v", "sinks")[: len(inputs)]
+    for name, a, b in zip(names, gradients(outputs, weights, inputs), gradients(wanted, weights, inputs), strict=True):
         assert_near(a, b, 1e-9, f"gradient of {name}")
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from hip_hf.kernels.addressing import KeyValues, token_offsets
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.sequences import Sequences, always_read, load_sequence, query_block, window_start
-from hip_hf.kernels.tiles import LN2, LOG2E, key_positions, scaled
+from hip_hf.kernels.tiles import LN2, LOG2E, key_positions, scaled, selected_keys
 from hip_hf.kernels.tuning import Tile, attention_tile, target_of
 
 # A window that reaches back to the first key of any sequence: dense attention.
@@ -30,7 +30,7 @@ class Reads:
 
     `indices` int32 `[S, H', Nq, n]`: sorted key blocks between sink and window, of which `counts` int32 `[S, H', Nq]`
     count; `H'` is Hkv where the group shares a selection, else Hq; None: sink and window only. `sink` and `window` in
-    keys. `windows` int32 `[S, Nq]`: where the window starts, if it is not laid out anew (decode between refreshes).
+    keys. `windows` int32 `[S, Nq]`, rows at any stride: where the window starts, if it is not laid out anew (decode between refreshes).
     """
 
     block_q: int
@@ -168,11 +168,8 @@ def attend_kernel(
         start, sink, window = always_read(first, 0, 0, sliding, BLOCK_K)
     else:
         start, sink, window = always_read(block_first, window, sink_keys, sliding, BLOCK_K)
-    sink_length, picked, ids = sink - start, 0, INDICES
-    if SELECTED:
-        at = (sequence * lists + head_list).to(tl.int64) * blocks + block
-        picked = tl.load(COUNTS + at) * BLOCK_K
-        ids = INDICES + at * most
+    sink_length = sink - start
+    ids, picked = selected_keys(INDICES, COUNTS, sequence, head_list, block, lists, blocks, most, BLOCK_K, SELECTED)
 
     # In front of the window and up to its first row, every row of the tile sees every slot.
     before = sink_length + picked - window
@@ -267,7 +264,7 @@ def call_arguments(
         stride_sequences=sequences.table.stride(0), stride_table=stride_table,
         lists=lists, blocks=reads.indices.shape[2] if reads.indices is not None else 0,
         most=reads.indices.shape[3] if reads.indices is not None else 0,
-        kept=0 if reads.windows is None else reads.windows.shape[1],
+        kept=0 if reads.windows is None else reads.windows.stride(0),
         sink_keys=reads.sink, window_keys=reads.window, dim=dim, dim_v=dim_v,
         scale=logits.scale, softcap=logits.softcap or 1.0, sliding=logits.sliding_window or 0,
         BLOCK_Q=reads.block_q, BLOCK_K=reads.block_k, ROWS=rows, KEYS=tile.keys, STRIDE=stride,

@@ -40,3 +40,25 @@ def scaled(products, scale, softcap, SOFTCAP: tl.constexpr):
         return tanh(products * (scale / softcap)) * (softcap * LOG2E)
     else:
         return products * (scale * LOG2E)
+
+
+@triton.jit
+def scaled_with_slope(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """Logits in base 2, and their derivative by `products * scale`."""
+    if SOFTCAP:
+        bent = tanh(products * (scale / softcap))
+        return bent * (softcap * LOG2E), 1 - bent * bent
+    else:
+        return products * (scale * LOG2E), 1.0
+
+
+@triton.jit
+def selected_keys(
+    indices, counts, sequence, head_list, block, lists, blocks, most, BLOCK_K: tl.constexpr, SELECTED: tl.constexpr
+):
+    """Where a query block's selected blocks are listed, and how many keys they hold."""
+    if SELECTED:
+        at = (sequence * lists + head_list).to(tl.int64) * blocks + block
+        return indices + at * most, tl.load(counts + at) * BLOCK_K
+    else:
+        return indices, 0

@@ -41,6 +41,14 @@ def decode_tile(target: str, dim: int, dtype: torch.dtype) -> Tile:
     return Tile(16, 64, 4, 3)
 
 
+def query_gradient_tile(target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
+    return Tile(128, 64, 8, 2)
+
+
+def key_gradient_tile(target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
+    return Tile(64, 64, 4, 2)
+
+
 @functools.cache
 def _processors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
