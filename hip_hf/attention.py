@@ -22,7 +22,7 @@ DENSE_BELOW = {dtype: (2048, 2048) if dtype == torch.bfloat16 else (4096, 8192) 
 
 @dataclass
 class Result:
-    """What an attention call computed, and how: `path` is `sparse` or `dense` (then `reason` says why)."""
+    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense, or why not by kernels."""
 
     out: torch.Tensor
     lse: torch.Tensor | None
@@ -60,6 +60,25 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     return "", False
 
 
+def backend_of(problem: AttentionProblem, config: HiPConfig) -> tuple[str, str]:
+    """`triton` or `torch`, for a call of the sparse path; and why it is torch where kernels could be expected.
+
+    Raises:
+        ValueError: the kernels were asked for by name and cannot serve.
+    """
+    if config.backend == "torch" or (config.backend == "auto" and problem.q.device.type != "cuda"):
+        return "torch", ""
+    try:
+        from hip_hf.kernels.backend import unsupported
+    except ImportError as error:
+        why = f"triton cannot be imported ({error})"
+    else:
+        why = unsupported(problem, config)
+    if why and config.backend == "triton":
+        raise ValueError(f"HiPConfig.backend: got 'triton', allowed here: auto | torch ({why})")
+    return ("torch", f"torch backend: {why}") if why else ("triton", "")
+
+
 def attend(
     problem: AttentionProblem,
     config: HiPConfig,
@@ -76,14 +95,23 @@ def attend(
     if reason:
         if state is not None:
             for span in problem.spans:
-                state.row(span.batch, span.key_start, span.position, span.end).selection = None
+                row = state.row(span.batch, span.key_start, span.position, span.end)
+                row.selection = None
+                if row.on_device:
+                    state.device.select_anew(span.batch)
         return Result(*attend_dense(problem, need_lse), None, "dense", reason, 1.0, unsupported)
+    backend, why = backend_of(problem, config)
+    if backend == "triton":
+        from hip_hf.kernels.backend import run
+
+        call = run(problem, config, state, *empty_outputs(problem, need_lse), need_mask)
+        return Result(call.out, call.lse, call.mask, "sparse", "", call.reading.read / call.reading.visible)
     pieces: list[Piece] | None = [] if learning(problem) else None
     out, lse = empty_outputs(problem, need_lse or pieces is not None)
     sparse = SparseAttention(problem, config, out, lse, need_mask, pieces)
     out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
     share = sparse.reading.read / sparse.reading.visible
-    return Result(out, lse if need_lse else None, sparse.mask, "sparse", "", share)
+    return Result(out, lse if need_lse else None, sparse.mask, "sparse", why, share)
 
 
 def empty_outputs(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

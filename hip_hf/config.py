@@ -49,7 +49,7 @@ class HiPConfig:
         dense_tail: the last rows of each prefill call are computed densely.
         decode_refresh: decode steps that one selection serves, its own included.
         layers: overrides for single layers, `{layer: {field: value}}`.
-        backend: `auto` or `torch` (any device).
+        backend: `auto` (kernels on a GPU where they can serve, else torch), `torch` (any device), `triton` (or an error).
 
     `from_dict` and `dataclasses.replace` validate as the constructor does.
 
@@ -101,8 +101,6 @@ class HiPConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 _fail(name, getattr(self, name), " | ".join(allowed))
-        if self.backend == "triton":
-            _fail("backend", self.backend, "auto | torch (the triton kernels are not part of this release)")
         if self.delta is not None:
             _fail("delta", self.delta, "None (Delta correction is not part of this release)")
         if self.delta_mode not in ("step", "interpolate"):

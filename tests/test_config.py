@@ -63,7 +63,6 @@ BAD = [
     ("representative", "median", "outliers"),
     ("score", "sum", "mass"),
     ("backend", "cuda", "torch"),
-    ("backend", "triton", "torch"),
     ("delta", 64, "None"),
     ("delta_mode", "linear", "interpolate"),
     ("extend", "streaming", "None"),

@@ -1,4 +1,4 @@
-"""The pyramid kernels against the torch pyramid (`methods/pyramid.py`): every summary of every level, built at once and appended."""
+"""The pyramid kernels against the torch pyramid (`methods/pyramid.py`): every summary, built at once and appended."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from hip_hf.kernels.summaries import blocks_needed
 
 @triton.jit
 def write_chunk(table, means, row, keys, present, mean, d, COUNT: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr):
-    """Row `row`: `mean` `[BD]` and the `COUNT` of `keys` `[N, BD]` that lie farthest from it; the mean again where there are fewer."""
+    """Row `row`: `mean` `[BD]` and the `COUNT` of `keys` `[N, BD]` farthest from it; the mean again where there are fewer."""
     table += row.to(tl.int64) * ((1 + COUNT) * DIM)
     dtype = table.dtype.element_ty
     inside = d < DIM
@@ -57,7 +57,8 @@ def make_chunk(
     PAGE_SIZE: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Chunk `index` of `level`: level 0 from keys, others from their halves. `N`: a power of two, at least `BLOCK_K` and `2 * COUNT`."""
+    """Chunk `index` of `level`: level 0 from keys, others from their halves. `N`: a power of two, no less than `BLOCK_K` and
+    `2 * COUNT`."""
     i = tl.arange(0, N)
     inside = d < DIM
     if level == 0:
@@ -166,8 +167,9 @@ def append_outliers_kernel(
         for block in range(done, needed):
             level = 0
             while ((block + 1) >> level << level) == block + 1:
-                make_chunk(table, means, k, level, ((block + 1) >> level) - 1, key_start, batch, stride_kb, stride_kt, block_table,
-                           stride_table, tl.arange(0, BD), COUNT, N, BLOCK_K, PAGE_SIZE, DIM)  # fmt: skip
+                index = ((block + 1) >> level) - 1
+                make_chunk(table, means, k, level, index, key_start, batch, stride_kb, stride_kt, block_table, stride_table,
+                           tl.arange(0, BD), COUNT, N, BLOCK_K, PAGE_SIZE, DIM)  # fmt: skip
                 tl.debug_barrier()
                 level += 1
     tl.store(built, needed)

@@ -57,7 +57,7 @@ def constants(config: HiPConfig, dim: int, block_q: int) -> dict[str, Any]:
 class KeyPyramid:
     """Summaries of the first `built` key blocks of each sequence and key head, for up to `capacity` keys a sequence.
 
-    `table` `[S, Hkv, rows, width]` in the keys' dtype: chunk `i` of level `l` (`block_k * 2**l` keys) is row `((2 * i + 1) << l) - 1`.
+    `table` `[S, Hkv, rows, width]`, in the keys' dtype: chunk `i` of level `l` is row `((2 * i + 1) << l) - 1`.
     `states` fp32 `[S, Hkv, rows, state]`: what parents are merged from. `built` int32 `[S, lanes]`, one entry per program that
     extends it. Memory: about `2 * width / (block_k * D)` of the keys'.
     """
@@ -86,6 +86,12 @@ class KeyPyramid:
         """Sequence `i` continues what sequence `index[i]` was; int64 `[S']`. Copies the table, as the cache copies its keys."""
         self.table, self.states, self.built = (x.index_select(0, index) for x in (self.table, self.states, self.built))
 
+    def take(self, old: KeyPyramid) -> None:
+        """Go on where a pyramid of smaller capacity was; rows keep their places."""
+        self.table[:, :, : old.table.shape[2]] = old.table
+        self.states[:, :, : old.states.shape[2]] = old.states
+        self.built.copy_(old.built)
+
     def extend(self, kv: KeyValues, sequences: Sequences, block_q: int, append: bool) -> None:
         """Reach as far as the call's query blocks of `block_q` rows need. `append`: few keys are new (decode), so one launch
         does it all; otherwise tiles are built side by side."""
@@ -93,7 +99,8 @@ class KeyPyramid:
         block_table, stride_table = kv.table()
         arguments = (
             self.table, self.states, self.built, kv.k, block_table, sequences.table, self.table.stride(0), self.table.stride(1),
-            self.states.stride(0), self.states.stride(1), *kv.strides(kv.k), stride_table, sequences.table.stride(0), config.window,
+            self.states.stride(0), self.states.stride(1), *kv.strides(kv.k), stride_table, sequences.table.stride(0),
+            config.window,
         )  # fmt: skip
         fixed = constants(config, self.dim, block_q) | dict(PAGE_SIZE=kv.page_size)
         lanes, count = self.built.shape[1], sequences.count

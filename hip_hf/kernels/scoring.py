@@ -57,6 +57,7 @@ def chunk_logits(
     q,
     offsets,
     scale,
+    steps,
     SOFTCAP: tl.constexpr,
     M: tl.constexpr,
     ROWS: tl.constexpr,
@@ -76,7 +77,7 @@ def chunk_logits(
     best = tl.full([M, ROWS], -float("inf"), tl.float32)
     for vector in tl.static_range(VECTORS):
         acc = tl.zeros([M, ROWS], tl.float32)
-        for i in tl.range(PARTS * CHUNKS, disable_licm=True):
+        for i in tl.range(steps, disable_licm=True):
             part = i // CHUNKS
             d = (i - part * CHUNKS) * FEATURES
             to_a = table + (vector * PARTS + part) * DIM + d + within
@@ -111,6 +112,7 @@ def score_chunks(
     first,
     last,
     scale,
+    steps,
     SOFTCAP: tl.constexpr,
     M: tl.constexpr,
     EDGES: tl.constexpr,
@@ -135,10 +137,10 @@ def score_chunks(
         offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
         if HAS_EDGES:
             edges = chunk_logits(
-                table, edge_at, q, offsets, scale, SOFTCAP, EDGES, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION
+                table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION
             )
             edges = tl.where(edge_inside[:, None], edges, -float("inf"))
-        logits = chunk_logits(table, at, q, offsets, scale, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION)
+        logits = chunk_logits(table, at, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION)
         logits = tl.where(inside[:, None], logits, -float("inf"))
         if MASS:
             top = tl.max(logits, 0)

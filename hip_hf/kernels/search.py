@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import triton
@@ -13,14 +13,15 @@ from hip_hf.kernels.compiled import Launch, Pointer
 from hip_hf.kernels.pyramid import parts_and_vectors
 from hip_hf.kernels.select import NEVER, select_kernel
 from hip_hf.kernels.sequences import Sequences
+from hip_hf.kernels.tuning import target_of
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
 # Tiles are powers of two; below this many candidates they would leave threads idle.
 SMALLEST_TILE = 64
-# Logits [candidates, rows] that a program of 8 warps holds in registers: half of them.
-LOGITS_AT_ONCE = 32768
+# Candidates of a level for which `SearchTile.rows` is meant: with more, a tile has fewer rows.
+CANDIDATES = 512
 # The most candidates of a level that a program can hold.
 MOST_CANDIDATES = 2048
 
@@ -38,6 +39,8 @@ class Selection:
     `[S, H, N]`: in decode, the position that a selection was made for.
     """
 
+    NEVER: ClassVar[int] = NEVER.value
+
     indices: torch.Tensor
     counts: torch.Tensor
     window: torch.Tensor
@@ -49,11 +52,43 @@ class Selection:
         shape = (sequences, heads, blocks)
         indices = torch.empty(*shape, config.budget // config.block_k, dtype=torch.int32, device=device)
         counts, window = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
-        made = torch.full(shape, NEVER.value, dtype=torch.int32, device=device) if keep else None
+        made = torch.full(shape, Selection.NEVER, dtype=torch.int32, device=device) if keep else None
         return Selection(indices, counts, window, made)
 
 
-def constants(config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SearchTile:
+    """A launch of the search: voting `rows` of a tile at most, numbers of the head dim per step at the levels (`features`) and in
+    the exact look (`features_last`), warps, pipeline stages. Logits of all candidates and `rows` are held in registers."""
+
+    rows: int
+    features: int
+    features_last: int
+    warps: int = 8
+    stages: int = 2
+
+
+def search_tile(target: str, dim: int, dtype: torch.dtype) -> SearchTile:
+    """Chosen so that nothing spills (`hip-hf kernels`). Only Hopper's matrix instructions leave room for 64 rows at once."""
+    if dtype == torch.float32:
+        wanted = SearchTile(16, 32, 32)
+    elif target == "sm90":
+        wanted = SearchTile(64, 64, 128)
+    elif target.startswith("gfx"):
+        wanted = SearchTile(32, 16, 32)
+    else:
+        wanted = SearchTile(32, 32, 64)
+    divisor = dim & -dim  # a part of the head dim that is no divisor of it costs masks
+    return replace(
+        wanted,
+        features=max(16, min(wanted.features, divisor)),
+        features_last=max(16, min(wanted.features_last, divisor)),
+    )
+
+
+def constants(
+    config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str
+) -> dict[str, Any]:
     """Compile-time arguments of the search. `group`: query heads per key head; `most_keys`: a bound on a sequence's keys."""
     budget, bk = config.budget // config.block_k, config.block_k
     keep, most = config.beam * budget, 2 * config.beam * budget
@@ -67,24 +102,22 @@ def constants(config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block
     parts, vectors = parts_and_vectors(config)
     voters = group if config.group_shared else 1
     samples = -(-block_q // config.query_stride)
-    single = dtype == torch.float32
-    held = LOGITS_AT_ONCE // (2 if single or vectors > 1 else 1)
-    rows = min(
-        64,
-        max(16, triton.next_power_of_2(samples * voters)),
-        max(
-            16,
-            held // (2 * kept),
-        ),
-    )
+    shape = search_tile(target, dim, dtype)
+    held = shape.rows * CANDIDATES // (2 if vectors > 1 else 1) // (2 * kept)
+    rows = max(16, min(triton.next_power_of_2(samples * voters), shape.rows, held))
     return dict(
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
         RESCORE=rescore, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voters, ROWS=rows,
         TILES=-(-samples * voters // rows), SAMPLES=samples, STRIDE=config.query_stride, GROUP=voters,
-        MASS=config.score == "mass", DIM=dim, FEATURES=32 if single else 64 if dim % 64 == 0 else 32,
-        FEATURES_LAST=32 if single else 64 if dim % 64 == 0 else 32, PARTS=parts, VECTORS=vectors, OUT=tile(budget),
-        PRECISION="ieee" if single else "tf32", num_warps=8, num_stages=2,
+        MASS=config.score == "mass", DIM=dim, FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts,
+        VECTORS=vectors, OUT=tile(budget), PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps,
+        num_stages=shape.stages,
     )  # fmt: skip
+
+
+def steps_of(fixed: dict[str, Any]) -> int:
+    """Steps of a product with a summary. Told at run time: unrolled, the loop would not fit into the registers."""
+    return fixed["PARTS"] * -(-fixed["DIM"] // fixed["FEATURES"])
 
 
 def unsupported(config: HiPConfig) -> str:
@@ -115,7 +148,7 @@ def select(
     """
     blocks, heads = sequences.blocks(block_q), into.counts.shape[1]
     group = q.shape[1] // kv.heads
-    fixed = constants(config, group, q.shape[-1], q.dtype, block_q, sequences.max_keys)
+    fixed = constants(config, group, q.shape[-1], q.dtype, block_q, sequences.max_keys, target_of(q))
     scratch, stride_scratch = into.counts, 0
     if fixed["LONG"]:
         stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])
@@ -125,7 +158,7 @@ def select(
         q, table, kv.k, block_table, sequences.table, scratch, into.indices, into.counts, into.window,
         into.counts if into.made is None else into.made, *q.stride()[:3], *kv.strides(kv.k), stride_table,
         sequences.table.stride(0), table.stride(0), table.stride(1), stride_scratch, scale, config.sink, config.window,
-        sliding_window or 0, config.decode_refresh, STATEFUL=into.made is not None, PAGE_SIZE=kv.page_size,
+        sliding_window or 0, config.decode_refresh, steps_of(fixed), STATEFUL=into.made is not None, PAGE_SIZE=kv.page_size,
         SOFTCAP=softcap or 0.0, **fixed,
     )  # fmt: skip
 
@@ -144,7 +177,7 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
         stride_scratch=0, scale=dim**-0.5, sink=config.sink, window=config.window, sliding=0, refresh=config.decode_refresh,
     )  # fmt: skip
     for name, block_q, page_size in (("select, prefill", config.block_q, 0), ("select, decode", 1, 256)):
-        fixed = constants(config, 4, dim, dtype, block_q, 1 << 20)
-        arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, **fixed)
+        fixed = constants(config, 4, dim, dtype, block_q, 1 << 20, target)
+        arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
         found.append(Launch(name, select_kernel, {**pointers, **numbers, **arguments}))
     return found

@@ -26,6 +26,20 @@ def ceil_shift(x, level):
 
 
 @triton.jit
+def entry_of(index, head, sequence):
+    """Where the results of this program lie."""
+    return (sequence * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + index
+
+
+@triton.jit
+def write(indices, counts, entry, ids, total, BUDGET: tl.constexpr, OUT: tl.constexpr):
+    """The result: the first `total` of `ids` `[OUT]`, then zeros."""
+    slots = tl.arange(0, OUT)
+    tl.store(indices + entry * BUDGET + slots, tl.where(slots < total, ids, 0), mask=slots < BUDGET)
+    tl.store(counts + entry, total)
+
+
+@triton.jit
 def pair(left, right, M: tl.constexpr):
     """`[M / 2]` twice -> `[M]`: first all of `left`, then all of `right`."""
     return tl.reshape(tl.permute(tl.join(left, right), (1, 0)), (M,))
@@ -44,6 +58,7 @@ def score_long(
     block_first,
     block_last,
     scale,
+    steps,
     SOFTCAP: tl.constexpr,
     M: tl.constexpr,
     ROWS: tl.constexpr,
@@ -69,7 +84,9 @@ def score_long(
             for at in range(0, count, M):
                 inside = at + inner < count
                 rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
-                logits = chunk_logits(table, rows, q, offsets, scale, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION)
+                logits = chunk_logits(
+                    table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION
+                )
                 logits = tl.where(inside[:, None], logits, -float("inf"))
                 higher = tl.maximum(top, tl.max(logits, 0))
                 norm = norm * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[None, :]), 0)
@@ -78,7 +95,9 @@ def score_long(
         for at in range(0, count, M):
             inside = at + inner < count
             rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
-            logits = chunk_logits(table, rows, q, offsets, scale, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION)
+            logits = chunk_logits(
+                table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION
+            )
             to = scratch + at + inner
             if MASS:
                 scores = tl.sum(tl.exp(logits - top[None, :]) * norm[None, :], 1)
@@ -111,7 +130,7 @@ def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
 def select_kernel(
     q, table, k, block_table, sequences, scratch, indices, counts, windows, made,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,
-    stride_scratch, scale, sink, window, sliding, refresh,
+    stride_scratch, scale, sink, window, sliding, refresh, steps,
     BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
     KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, LONG: tl.constexpr, STATEFUL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
@@ -122,8 +141,8 @@ def select_kernel(
     """One query block of one mask head of one sequence. Grid: query blocks, mask heads, sequences.
 
     `KEEP` chunks survive a level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts with
-    at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at a time, for after
-    a step of several rows the next one selects anew.
+    at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
+    a time, for after a step of several rows the next one selects anew.
     """
     index = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest searches first
     head = tl.program_id(1)
@@ -131,9 +150,7 @@ def select_kernel(
     batch, key_start, row_start, rows, position = load_sequence(sequences, stride_field, sequence)
     last_row, first, last = query_block(row_start, rows, position, index, BLOCK_Q)
     last_row += last - first
-    entry = (sequence * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + index
-    slots = tl.arange(0, OUT)
-    to = indices + entry * BUDGET + slots
+    entry = entry_of(index, head, sequence)
     if first > last:
         tl.store(counts + entry, 0)
         tl.store(windows + entry, 0)
@@ -149,8 +166,7 @@ def select_kernel(
     low = sink_end // BLOCK_K
     high = window_at // BLOCK_K
     if high - low <= BUDGET:
-        tl.store(to, tl.where(slots < high - low, low + slots, 0), mask=slots < BUDGET)
-        tl.store(counts + entry, high - low)
+        write(indices, counts, entry, low + tl.arange(0, OUT), high - low, BUDGET, OUT)
         return
 
     key_head = head // HEADS_PER_KEY
@@ -166,8 +182,8 @@ def select_kernel(
     begins, ends = ceil_shift(low, level), high >> level
     if LONG:
         scratch += entry * stride_scratch
-        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, last_row, first, last, scale, SOFTCAP, M, ROWS,
-                   TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, level)  # fmt: skip
+        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M,
+                   ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, level)  # fmt: skip
         best, total = merge_long(scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2)
         ids = pair(best, best, M)
         inside = slot < total
@@ -177,8 +193,8 @@ def select_kernel(
         inside = ids < ends
         at = chunk_rows(tl.where(inside, ids, begins), level)
         scores, _ = score_chunks(
-            table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, last_row, first, last, scale, SOFTCAP, M, EDGES, ROWS,
-            TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, False)  # fmt: skip
+            table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M, EDGES,
+            ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, False)  # fmt: skip
     keys = sort_keys(scores, inside)
     left = level * 0 + ABSENT
     right = level * 0 + ABSENT
@@ -194,8 +210,8 @@ def select_kernel(
         edge_at = chunk_rows(tl.where(edge == 0, begins, ends - 1), level)
         edge_inside = ((edge == 0) & (begins != 2 * was_begins)) | ((edge == 1) & (ends != 2 * was_ends))
         scores, edge_scores = score_chunks(
-            table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, last_row, first, last, scale, SOFTCAP, M, EDGES,
-            ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, True)  # fmt: skip
+            table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M,
+            EDGES, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, True)  # fmt: skip
         keys = sort_keys(scores, inside)
         edge_keys = sort_keys(edge_scores, edge_inside)
         left = tl.sum(tl.where(edge == 0, edge_keys, 0), 0)
@@ -211,5 +227,5 @@ def select_kernel(
             FEATURES_LAST, PRECISION)  # fmt: skip
         none = level * 0 + ABSENT
         ids, total = keep_best(ids, sort_keys(scores, inside), low, none, low, none, BUDGET, KEPT_LAST, OUT)
-    tl.store(to, tl.where(slots < total, ids, 0), mask=slots < BUDGET)
-    tl.store(counts + entry, total)
+    # computed again: kept all the while, these addresses would take registers from the tiles
+    write(indices, counts, entry_of(index, head, sequence), ids, total, BUDGET, OUT)

@@ -1,4 +1,4 @@
-"""Triton kernels of the pyramid (`methods/pyramid.py` is the readable twin): the summaries of chunks, merged upwards in registers.
+"""Triton kernels of the pyramid (`methods/pyramid.py` is the readable twin): summaries of chunks, merged upwards in registers.
 
 A tile of `TILE` neighbouring blocks is read once and summarised up to its own root. The roots' states (fp32) are kept, and
 what is above them is merged from these: one small pass, or, in decode, one merge per level that becomes complete. Chunk `i` of
@@ -238,7 +238,7 @@ def append_kernel(
 ):
     """Extends one key head's pyramid from `built` to what the call needs. Grid: heads times parts of D, sequences.
 
-    `BUILD`: the tiles too, one after another (decode: rarely one); else `tiles_kernel` has built them, and this merges their roots.
+    `BUILD`: the tiles too, one after another (decode: rarely one); else `tiles_kernel` has, and their roots are merged.
     """
     PARTS: tl.constexpr = (DIM + BD - 1) // BD
     lane = tl.program_id(0)
@@ -256,8 +256,8 @@ def append_kernel(
     if BUILD:
         k += head.to(tl.int64) * stride_kh
         for tile in range(done >> LEVELS, (needed + (1 << LEVELS) - 1) >> LEVELS):
-            build_tile(table, states, k, tile, needed, key_start, batch, stride_kb, stride_kt, block_table, stride_table, d, weight,
-                       KIND, LEVELS, BLOCK_K, PAGE_SIZE, DIM, BD)  # fmt: skip
+            build_tile(table, states, k, tile, needed, key_start, batch, stride_kb, stride_kt, block_table, stride_table, d,
+                       weight, KIND, LEVELS, BLOCK_K, PAGE_SIZE, DIM, BD)  # fmt: skip
         tl.debug_barrier()  # roots are read back by other threads than wrote them
     up = 1
     while (needed >> (LEVELS + up)) > 0:
