@@ -14,7 +14,7 @@ import torch
 
 # import paths of the modules that have `launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]`;
 # `target` is one of "sm80", ..., "sm120", "gfx942", because launch configurations may depend on it
-MODULES = ("hip_hf.kernels.pyramid", "hip_hf.kernels.search", "hip_hf.kernels.prefill", "hip_hf.kernels.decode")
+MODULES = tuple(f"hip_hf.kernels.{name}" for name in ("pyramid", "search", "prefill", "decode", "backward"))
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,18 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Launch:
-    """One compilation: `kernel` (a `triton.jit` function) with `arguments` by name, as at its launch: `Pointer` for tensors,
+    """One compilation: `kernel` (a `triton.jit` function) with `arguments` by name, as at its launch: tensors or `Pointer`s,
     numbers as they are (divisibility by 16 is specialised), constexprs, `num_warps`, `num_stages`.
 
-    `tensor_cores`: whether it must use matrix instructions.
+    `tensor_cores`: whether it must use matrix instructions. `grid`: where it can be launched as well.
     """
 
     name: str
     kernel: Any
     arguments: Mapping[str, Any]
     tensor_cores: bool = False
+    grid: tuple[int, ...] | None = None
+
+    def stand_ins(self) -> dict[str, Any]:
+        """The arguments with `Pointer`s for tensors."""
+        return {name: Pointer(x.dtype) if isinstance(x, torch.Tensor) else x for name, x in self.arguments.items()}

@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 
 from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.compiled import Launch
+from hip_hf.kernels.examples import Example, example
 from hip_hf.kernels.prefill import Logits, Reads, attend_kernel, call_arguments
 from hip_hf.kernels.sequences import Sequences, load_sequence
 from hip_hf.kernels.tiles import LN2, LOG2E
-from hip_hf.kernels.tuning import MOST_SPLITS, attention_tile, decode_tile, processors, target_of
+from hip_hf.kernels.tuning import MOST_SPLITS, Tile, processors, target_of, tile_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Scratch:
 def splits_for(q: torch.Tensor, key_heads: int, sequences: int, keys: int) -> int:
     """Into how many parts to split the `keys` that a row reads (dense: the capacity of the cache), a power of two:
     enough to occupy the device, but no part below one tile."""
-    tile = decode_tile(target_of(q), q.shape[-1], q.dtype)
+    tile = tile_of("decode", target_of(q), q.shape[-1], q.shape[-1], q.dtype)
     programs = sequences * key_heads * q.shape[2]
     most = min(MOST_SPLITS, -(-keys // tile.keys), max(1, 2 * processors(q) // programs))
     return 1 << (most.bit_length() - 1)
@@ -111,7 +113,7 @@ def decode(
     """
     splits = scratch.out.shape[0]
     target, dim, dim_v = target_of(q), q.shape[-1], kv.v.shape[-1]
-    tile = decode_tile(target, dim, q.dtype) if reads.block_q == 1 else attention_tile(target, dim, dim_v, q.dtype)
+    tile = tile_of("decode" if reads.block_q == 1 else "prefill", target, dim, dim_v, q.dtype)
     if splits == 1:
         grid, arguments = call_arguments(q, kv, sequences, reads, logits, out, lse, tile)
         attend_kernel[grid](**arguments)
@@ -120,3 +122,21 @@ def decode(
     attend_kernel[grid](**arguments)
     grid, arguments = combine_arguments(scratch, sequences, out, lse)
     combine_kernel[grid](**arguments)
+
+
+def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
+    """What `hip-hf kernels` compiles."""
+    tile = tile_of("decode", target, dim, dim, dtype)
+    one = dict(rows=1, block_q=1)
+    return [*decode_launches(example(dim, dtype, **one), tile), *decode_launches(example(dim, dtype, paged=True, **one), tile)]
+
+
+def decode_launches(x: Example, tile: Tile) -> list[Launch]:
+    """Launches of a decode step: its attention and its combination."""
+    scratch = Scratch.make(16, x.q, x.kv.v.shape[-1])
+    parts = call_arguments(x.q, x.kv, x.sequences, x.reads, x.logits, scratch.out, scratch.lse, tile, 16)
+    whole = combine_arguments(scratch, x.sequences, x.out, x.lse)
+    return [
+        Launch(f"decode{x.suffix}", attend_kernel, parts[1], False, parts[0]),
+        Launch(f"decode, combine{x.suffix}", combine_kernel, whole[1], False, whole[0]),
+    ]

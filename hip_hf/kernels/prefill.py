@@ -16,9 +16,10 @@ import triton.language as tl
 
 from hip_hf.kernels.addressing import KeyValues, token_offsets
 from hip_hf.kernels.compiled import Launch
+from hip_hf.kernels.examples import Example, example
 from hip_hf.kernels.sequences import Sequences, always_read, load_sequence, query_block, window_start
 from hip_hf.kernels.tiles import LN2, LOG2E, key_positions, scaled, selected_keys
-from hip_hf.kernels.tuning import Tile, attention_tile, target_of
+from hip_hf.kernels.tuning import Tile, target_of, tile_of
 
 # A window that reaches back to the first key of any sequence: dense attention.
 EVERYTHING = 2**30
@@ -30,7 +31,8 @@ class Reads:
 
     `indices` int32 `[S, H', Nq, n]`: sorted key blocks between sink and window, of which `counts` int32 `[S, H', Nq]`
     count; `H'` is Hkv where the group shares a selection, else Hq; None: sink and window only. `sink` and `window` in
-    keys. `windows` int32 `[S, Nq]`, rows at any stride: where the window starts, if it is not laid out anew (decode between refreshes).
+    keys. `windows` int32 `[S, Nq]`, rows at any stride: where the window starts, if it is not laid out anew (decode
+    between refreshes).
     """
 
     block_q: int
@@ -296,7 +298,7 @@ def prefill(
         out: `[B, Hq, Tq, Dv]`, q's dtype; rows outside every sequence are left as they are, as are those of lse.
         lse: fp32 `[B, Hq, Tq]`, natural logarithm, sinks included.
     """
-    tile = attention_tile(target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
+    tile = tile_of("prefill", target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
     grid, arguments = call_arguments(q, kv, sequences, reads, logits, out, lse, tile)
     attend_kernel[grid](**arguments)
 
@@ -318,11 +320,23 @@ def strided_rows(
         out: `[S, Hq, ceil(max_rows / stride), Dv]`: row `i` of sequence `s` belongs to its query row `i * stride`.
         lse: fp32 `[S, Hq, ceil(max_rows / stride)]`.
     """
-    tile = attention_tile(target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
+    tile = tile_of("prefill", target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
     grid, arguments = call_arguments(q, kv, sequences, dense_reads(), logits, out, lse, tile, stride=stride)
     attend_kernel[grid](**arguments)
 
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """What `hip-hf kernels` compiles: sparse prefill, paged sparse prefill with every feature, strided dense rows."""
-    return []
+    """What `hip-hf kernels` compiles."""
+    tile = tile_of("prefill", target, dim, dim, dtype)
+    return [*prefill_launches(example(dim, dtype), tile), *prefill_launches(example(dim, dtype, paged=True), tile)]
+
+
+def prefill_launches(x: Example, tile: Tile) -> list[Launch]:
+    """Launches of `attend_kernel` for a prompt: sparse, and dense rows at a stride."""
+    args = (x.logits, x.out, x.lse, tile)
+    sparse = call_arguments(x.q, x.kv, x.sequences, x.reads, *args)
+    strided = call_arguments(x.q, x.kv, x.sequences, dense_reads(), *args, stride=64)
+    return [
+        Launch(f"{name}{x.suffix}", attend_kernel, arguments, True, grid)
+        for name, (grid, arguments) in (("prefill", sparse), ("dense rows at a stride", strided))
+    ]

@@ -1,4 +1,4 @@
-"""Launch configurations per architecture and head dim."""
+"""Launch configurations per architecture and head dim: a table (`table.py`), written by `benchmarks/tune.py`."""
 
 from __future__ import annotations
 
@@ -23,30 +23,40 @@ class Tile:
     stages: int
 
 
+# Small enough for every target, where fp32 has neither tensor cores nor room.
+FULL_PRECISION = Tile(32, 32, 4, 1)
+
+
 def target_of(x: torch.Tensor) -> str:
     """The compilation target of the device that `x` is on: "sm90", "gfx942", ...; CPUs (the interpreter) count as "sm90"."""
-    if x.device.type != "cuda":
-        return "sm90"
-    properties = torch.cuda.get_device_properties(x.device)
+    return _target(x.device.index) if x.device.type == "cuda" else "sm90"
+
+
+@functools.cache
+def _target(index: int | None) -> str:
+    properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm{properties.major}{properties.minor}"
 
 
-def attention_tile(target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
-    return Tile(128, 64, 8, 2)
+def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
+    """Configuration of `kernel` (prefill | decode | backward queries | backward keys) for head dims as wide as the wider one.
 
+    A target that is not in the table gets the configuration of the closest older one of its maker.
+    """
+    from hip_hf.kernels.table import TILES
 
-def decode_tile(target: str, dim: int, dtype: torch.dtype) -> Tile:
-    return Tile(16, 64, 4, 3)
-
-
-def query_gradient_tile(target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
-    return Tile(128, 64, 8, 2)
-
-
-def key_gradient_tile(target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
-    return Tile(64, 64, 4, 2)
+    if dtype == torch.float32:
+        return FULL_PRECISION
+    known = TILES[kernel]
+    if target not in known:
+        maker, number = target[:2], int(target[2:], 16)
+        older = [name for name in known if name[:2] == maker and int(name[2:], 16) <= number]
+        target = max(older, key=lambda name: int(name[2:], 16)) if older else min(known)
+    dims = known[target]
+    width = max(dim, dim_v)
+    return Tile(*dims[min((d for d in dims if d >= width), default=max(dims))])
 
 
 @functools.cache
