@@ -8,7 +8,7 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
-from hip_hf.problem import DTYPES, AttentionProblem, check_finite, check_tensors, make_spans, newest
+from hip_hf.problem import DTYPES, AttentionProblem, Span, check_finite, check_tensors, make_spans, newest
 from hip_hf.reference import dense
 from hip_hf.reference.gradients import Piece, learning, traced
 from hip_hf.reference.sparse import DECODE_ROWS, SparseAttention, tensors_of
@@ -53,10 +53,11 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     below = config.dense_below
     if below is None:
         below = DENSE_BELOW[compute_dtype(problem.q)][decoding]
+    graph = torch.compiler.is_compiling()  # which cannot put numbers into text
     if problem.longest < below:
-        return f"context of {problem.longest} is below dense_below={below}", False
+        return "short context" if graph else f"context of {problem.longest} is below dense_below={below}", False
     if below and problem.longest <= sparse_reach(config):
-        return f"the budget covers the context of {problem.longest}", False
+        return "short context" if graph else f"the budget covers the context of {problem.longest}", False
     return "", False
 
 
@@ -148,6 +149,25 @@ def attend_dense(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tenso
     return out, lse if need_lse else None
 
 
+def _in_graph(
+    problem: AttentionProblem,
+    config: HiPConfig,
+    layer: int | None,
+    key_start: torch.Tensor | None,
+    q_start: torch.Tensor | None,
+    need_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    """`hip_attention` by operators that a compiled graph can hold. They read lengths on the device, so the choice between
+    sparse and dense looks at the shapes alone, and nothing looks for NaN."""
+    from hip_hf.kernels import ops
+
+    config = config.for_layer(layer)
+    dense = bool(dense_reason(problem, config, layer, True)[0])
+    rest = (problem.sliding_window, problem.softcap, problem.sinks, need_lse)
+    out, lse = ops.attention(problem.q, problem.k, problem.v, config, dense, problem.scale, key_start, q_start, *rest)
+    return (out, lse) if need_lse else out
+
+
 def hip_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -184,8 +204,8 @@ def hip_attention(
         included) and the `BlockMask` (None if the call went dense). A row without any key gives 0 and -inf.
 
     Raises:
-        ValueError: tensors that do not fit together, out-of-range arguments, NaN or infinity in q or k.
-            Nothing has been computed and `state` is as it was.
+        ValueError: tensors that do not fit together, out-of-range arguments, NaN or infinity in q or k (looked for on
+            CPUs; on a GPU that would wait for the device). Nothing has been computed and `state` is as it was.
     """
     config = HiPConfig() if config is None else config
     if not isinstance(config, HiPConfig):
@@ -203,12 +223,19 @@ def hip_attention(
         raise ValueError(f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}")
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"q.shape: got {q.shape[2]} query rows, allowed: at most the {k.shape[2]} keys")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.compiler.is_compiling() and state is None and not return_mask:
+        ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
+        problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
+        if backend_of(problem, config)[0] == "triton":
+            return _in_graph(problem, config, layer, key_start, q_start, return_lse)
     spans = make_spans(q, k, key_start, q_start)
-    check_finite("q", q, spans, rows=True)
-    # a step on a kept state must not read the whole cache: its new keys are the last ones
-    new = spans if state is None or q.shape[2] > DECODE_ROWS else tuple(newest(span) for span in spans)
-    check_finite("k", k, new, rows=False)
-    problem = AttentionProblem(q, k, v, spans, q.shape[-1] ** -0.5 if scale is None else scale, sliding_window, softcap, sinks)
+    if q.device.type == "cpu":
+        check_finite("q", q, spans, rows=True)
+        # a step on a kept state must not read the whole cache: its new keys are the last ones
+        new = spans if state is None or q.shape[2] > DECODE_ROWS else tuple(newest(span) for span in spans)
+        check_finite("k", k, new, rows=False)
+    problem = AttentionProblem(q, k, v, spans, scale, sliding_window, softcap, sinks)
     result = attend(problem, config, layer, state, return_lse, return_mask)
     if not return_lse and not return_mask:
         return result.out

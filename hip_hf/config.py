@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,8 @@ class HiPConfig:
         object.__setattr__(self, "options", copy.deepcopy(dict(self.options)))
         self.method_options()
         self._check_layers()
+        # graphs that are compiled carry the settings as text
+        object.__setattr__(self, "text", json.dumps(self.to_dict()))
 
     def _check_choices(self) -> None:
         choices = {

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 ROOM, LEAST_ROOM = 0.125, 4096
 # Spans whose descriptors stay on the device: a forward pass asks for the same ones in every layer.
 KEPT_DESCRIPTORS = 16
+# Kernels run on CPU tensors then.
+INTERPRETED = triton.knobs.runtime.interpret
 # The widest head whose tiles fit on every target.
 MOST_DIM = 256
 
@@ -295,7 +297,7 @@ class SparseAttention(sparse.SparseAttention):
 def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
     """Why the kernels cannot serve a call of the sparse path; empty if they can."""
     q, k, v = problem.q, problem.k, problem.v
-    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if q.device.type != "cuda" and not INTERPRETED:
         return f"kernels run on a GPU, the tensors are on {q.device}"
     if config.method not in ("hip", "streaming"):
         return f"method {config.method} has no kernels"

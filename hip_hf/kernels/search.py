@@ -68,16 +68,20 @@ class SearchTile:
     stages: int = 2
 
 
-def search_tile(target: str, dim: int, dtype: torch.dtype) -> SearchTile:
-    """Chosen so that nothing spills (`hip-hf kernels`). Only Hopper's matrix instructions leave room for 64 rows at once."""
+def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int) -> SearchTile:
+    """Chosen so that nothing spills (`hip-hf kernels`), for `voters` voting rows. Only Hopper's matrix instructions leave room
+    for 64 rows at once."""
     if dtype == torch.float32:
         wanted = SearchTile(16, 32, 32)
     elif target == "sm90":
-        wanted = SearchTile(64, 64, 128)
+        wanted = SearchTile(64, 64, 128) if dim % 128 == 0 else SearchTile(64, 32, 64)
+    elif target.startswith("sm10"):
+        # with 16 warps it stays off the tensor memory, whose passes in Triton 3.7 fail on tiles of 16 rows
+        wanted = SearchTile(32, 16, 64) if voters > 16 else SearchTile(16, 32, 64, warps=16)
     elif target.startswith("gfx"):
         wanted = SearchTile(32, 16, 32)
     else:
-        wanted = SearchTile(32, 32, 64)
+        wanted = SearchTile(32, 32, 32)
     divisor = dim & -dim  # a part of the head dim that is no divisor of it costs masks
     return replace(
         wanted,
@@ -102,7 +106,7 @@ def constants(
     parts, vectors = parts_and_vectors(config)
     voters = group if config.group_shared else 1
     samples = -(-block_q // config.query_stride)
-    shape = search_tile(target, dim, dtype)
+    shape = search_tile(target, dim, dtype, samples * voters)
     held = shape.rows * CANDIDATES // (2 if vectors > 1 else 1) // (2 * kept)
     rows = max(16, min(triton.next_power_of_2(samples * voters), shape.rows, held))
     return dict(

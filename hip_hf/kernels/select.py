@@ -152,7 +152,7 @@ def select_kernel(
     last_row += last - first
     entry = entry_of(index, head, sequence)
     if first > last:
-        tl.store(counts + entry, 0)
+        write(indices, counts, entry, tl.arange(0, OUT), first * 0, BUDGET, OUT)
         tl.store(windows + entry, 0)
         return
     if STATEFUL:
