@@ -33,16 +33,26 @@ LAUNCHES: dict[str, Callable[[Example, Tile], list[Launch]]] = {
     "backward queries": query_launches,
     "backward keys": key_launches,
 }
-WIDE = [(128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1)]
+WIDE = [(128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 2), (64, 32, 4, 2)]
 CANDIDATES = {
-    "prefill": [*WIDE, (64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 4, 1)],
+    "prefill": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "decode": [(16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
-    "backward queries": [*WIDE, (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)],
+    "backward queries": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "backward keys": [
         (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 8, 1), (64, 32, 4, 2), (32, 32, 4, 2),
         (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1),
     ],
 }  # fmt: skip
+
+
+# Sums in fp32 that a thread may keep, of its 255 registers.
+MOST_ACCUMULATORS = {"prefill": 64, "decode": 64, "backward queries": 64, "backward keys": 128}
+
+
+def accumulators(kernel: str, dim: int, tile: Tile) -> int:
+    """Sums that a thread keeps over all steps."""
+    sums = 2 * tile.keys * dim if kernel == "backward keys" else tile.rows * dim
+    return sums // (32 * tile.warps)
 
 
 def examples(kernel: str, dim: int, device: str = "meta") -> list[Example]:
@@ -74,6 +84,8 @@ def choose(kernel: str, target: str, dim: int, here: str) -> tuple[int, int, int
     """The configuration for one entry of the table."""
     good = []
     for values in CANDIDATES[kernel]:
+        if accumulators(kernel, dim, Tile(*values)) > MOST_ACCUMULATORS[kernel]:
+            continue  # it would spill, after a long time
         why = problems(kernel, target, dim, Tile(*values))
         print(f"{kernel}, {target}, D={dim}, {values}: {why[0] if why else 'fits'}", flush=True)
         if not why:

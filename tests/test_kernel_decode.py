@@ -134,7 +134,7 @@ def test_lengths_are_read_on_the_device() -> None:
 
 
 def test_splits_for_occupies_the_device() -> None:
-    q = torch.empty(1, 32, 1, 128, device=DEVICE)
+    q = torch.empty(1, 32, 1, 128, dtype=torch.bfloat16, device=DEVICE)
     assert splits_for(q, 8, 1, 64) == 1
     assert splits_for(q, 8, 1, 1664) in (16, 32), "an H200 has 132 processors, 8 key heads leave most of them idle"
     assert splits_for(q, 8, 1, 1 << 20) <= 64
