@@ -9,9 +9,10 @@ import torch
 from hip_hf import methods
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
-from hip_hf.problem import DTYPES, AttentionProblem, check_finite, check_tensors, make_spans, newest
+from hip_hf.problem import DTYPES, AttentionProblem, Span, check_finite, check_tensors, make_spans, newest
 from hip_hf.reference import dense
-from hip_hf.reference.sparse import DECODE_ROWS, tensors_of
+from hip_hf.reference.gradients import Piece, learning, traced
+from hip_hf.reference.sparse import DECODE_ROWS, SparseAttention, tensors_of
 from hip_hf.reference.workers import compute_dtype
 from hip_hf.state import DecodeState
 
@@ -22,7 +23,7 @@ DENSE_BELOW = {dtype: (2048, 2048) if dtype == torch.bfloat16 else (4096, 8192) 
 
 @dataclass
 class Result:
-    """What an attention call computed, and how: `path` is `sparse` or `dense` (then `reason` says why)."""
+    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense, or why not by kernels."""
 
     out: torch.Tensor
     lse: torch.Tensor | None
@@ -46,12 +47,13 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
         return "dense layer", False
     if problem.sliding_window is not None and problem.sliding_window <= sparse_reach(config):
         return f"sliding window of {problem.sliding_window} is within the sparse set", False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
-        return "gradients are not supported yet", True
     decoding = problem.q.shape[2] <= DECODE_ROWS
     reason, unsupported = methods.dense_reason(problem, config, layer, decoding)
     if reason:
         return reason, unsupported
+    if learning(problem) and methods.attention_for(config) is not SparseAttention:
+        what = f"method {config.method}" if config.delta is None else "Delta correction"
+        return f"{what} has no gradients", True
     if decoding and stateless and config.delta is not None:
         return "Delta correction of a decode step needs kept state", False
     if decoding and stateless and problem.sliding_window is not None:
@@ -60,11 +62,31 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     below = config.dense_below
     if below is None:
         below = DENSE_BELOW[compute_dtype(problem.q)][decoding]
+    graph = torch.compiler.is_compiling()  # which cannot put numbers into text
     if problem.longest < below:
-        return f"context of {problem.longest} is below dense_below={below}", False
+        return "short context" if graph else f"context of {problem.longest} is below dense_below={below}", False
     if below and problem.longest <= sparse_reach(config):
-        return f"the budget covers the context of {problem.longest}", False
+        return "short context" if graph else f"the budget covers the context of {problem.longest}", False
     return "", False
+
+
+def backend_of(problem: AttentionProblem, config: HiPConfig) -> tuple[str, str]:
+    """`triton` or `torch`, for a call of the sparse path; and why it is torch where kernels could be expected.
+
+    Raises:
+        ValueError: the kernels were asked for by name and cannot serve.
+    """
+    if config.backend == "torch" or (config.backend == "auto" and problem.q.device.type != "cuda"):
+        return "torch", ""
+    try:
+        from hip_hf.kernels.backend import unsupported
+    except ImportError as error:
+        why = f"triton cannot be imported ({error})"
+    else:
+        why = unsupported(problem, config)
+    if why and config.backend == "triton":
+        raise ValueError(f"HiPConfig.backend: got 'triton', allowed here: auto | torch ({why})")
+    return ("torch", f"torch backend: {why}") if why else ("triton", "")
 
 
 def attend(
@@ -83,12 +105,25 @@ def attend(
     if reason:
         if state is not None:
             for span in problem.spans:
-                state.row(span.batch, span.key_start, span.position, span.end).selection = None
+                row = state.row(span.batch, span.key_start, span.position, span.end)
+                row.selection = None
+                if row.on_device:
+                    state.device.select_anew(span.batch)
         return Result(*attend_dense(problem, need_lse), None, "dense", reason, 1.0, unsupported)
-    out, lse = empty_outputs(problem, need_lse)
+    backend, why = backend_of(problem, config)
+    if backend == "triton":
+        from hip_hf.kernels.backend import run
+
+        call = run(problem, config, state, *empty_outputs(problem, need_lse), need_mask)
+        return Result(call.out, call.lse, call.mask, "sparse", "", call.reading.read / call.reading.visible)
+    pieces: list[Piece] | None = [] if learning(problem) else None
+    out, lse = empty_outputs(problem, need_lse or pieces is not None)
     sparse = methods.attention_for(config)(problem, config, out, lse, need_mask)
-    sparse.run(state)
-    return Result(out, lse, sparse.mask, "sparse", "", sparse.reading.read / sparse.reading.visible)
+    if pieces is not None:
+        sparse.pieces = pieces
+    out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
+    share = sparse.reading.read / sparse.reading.visible
+    return Result(out, lse if need_lse else None, sparse.mask, "sparse", why, share)
 
 
 def empty_outputs(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -108,17 +143,40 @@ def attend_dense(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tenso
     """Dense attention: the output, and the log-sum-exp if asked for."""
     if dense.sdpa_serves(problem, need_lse) and dense.alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None
-    out, lse = empty_outputs(problem, need_lse)
     if dense.sdpa_serves(problem, need_lse):
+        out, _ = empty_outputs(problem, False)
         for span in problem.spans:
             batch = slice(span.batch, span.batch + 1)
             out[batch, :, span.row_start : span.row_end] = dense.sdpa(problem, span, batch)
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
-        dense.differentiable(problem, out, lse)
-    else:
+        return out, None
+    pieces: list[Piece] | None = [] if learning(problem) else None
+    out, lse = empty_outputs(problem, need_lse or pieces is not None)
+
+    def compute() -> None:
         for span in problem.spans:
-            dense.attend_rows(tensors_of(problem, span, out, lse), 0, span)
-    return out, lse
+            dense.attend_rows(tensors_of(problem, span, out, lse), 0, span, pieces)
+
+    out, lse = traced(problem, compute, out, lse, pieces)
+    return out, lse if need_lse else None
+
+
+def _in_graph(
+    problem: AttentionProblem,
+    config: HiPConfig,
+    layer: int | None,
+    key_start: torch.Tensor | None,
+    q_start: torch.Tensor | None,
+    need_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    """`hip_attention` by operators that a compiled graph can hold. They read lengths on the device, so the choice between
+    sparse and dense looks at the shapes alone, and nothing looks for NaN."""
+    from hip_hf.kernels import ops
+
+    config = config.for_layer(layer)
+    dense = bool(dense_reason(problem, config, layer, True)[0])
+    rest = (problem.sliding_window, problem.softcap, problem.sinks, need_lse)
+    out, lse = ops.attention(problem.q, problem.k, problem.v, config, dense, problem.scale, key_start, q_start, *rest)
+    return (out, lse) if need_lse else out
 
 
 def hip_attention(
@@ -157,8 +215,8 @@ def hip_attention(
         included) and the `BlockMask` (None if the call went dense). A row without any key gives 0 and -inf.
 
     Raises:
-        ValueError: tensors that do not fit together, out-of-range arguments, NaN or infinity in q or k.
-            Nothing has been computed and `state` is as it was.
+        ValueError: tensors that do not fit together, out-of-range arguments, NaN or infinity in q or k (looked for on
+            CPUs; on a GPU that would wait for the device). Nothing has been computed and `state` is as it was.
     """
     config = HiPConfig() if config is None else config
     if not isinstance(config, HiPConfig):
@@ -176,12 +234,19 @@ def hip_attention(
         raise ValueError(f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}")
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"q.shape: got {q.shape[2]} query rows, allowed: at most the {k.shape[2]} keys")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.compiler.is_compiling() and state is None and not return_mask:
+        ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
+        problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
+        if backend_of(problem, config)[0] == "triton":
+            return _in_graph(problem, config, layer, key_start, q_start, return_lse)
     spans = make_spans(q, k, key_start, q_start)
-    check_finite("q", q, spans, rows=True)
-    # a step on a kept state must not read the whole cache: its new keys are the last ones
-    new = spans if state is None or q.shape[2] > DECODE_ROWS else tuple(newest(span) for span in spans)
-    check_finite("k", k, new, rows=False)
-    problem = AttentionProblem(q, k, v, spans, q.shape[-1] ** -0.5 if scale is None else scale, sliding_window, softcap, sinks)
+    if q.device.type == "cpu":
+        check_finite("q", q, spans, rows=True)
+        # a step on a kept state must not read the whole cache: its new keys are the last ones
+        new = spans if state is None or q.shape[2] > DECODE_ROWS else tuple(newest(span) for span in spans)
+        check_finite("k", k, new, rows=False)
+    problem = AttentionProblem(q, k, v, spans, scale, sliding_window, softcap, sinks)
     result = attend(problem, config, layer, state, return_lse, return_mask)
     if not return_lse and not return_mask:
         return result.out

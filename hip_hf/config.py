@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -53,7 +54,7 @@ class HiPConfig:
         delta_mode: `step`, or `interpolate` between two dense rows (in prefill; not causal, it looks `delta` rows ahead).
         decode_refresh: decode steps that one selection serves, its own included; for `staged` also a list, one per stage.
         layers: overrides for single layers, `{layer: {field: value}}`.
-        backend: `auto` or `torch` (any device).
+        backend: `auto` (kernels on a GPU where they can serve, else torch), `torch` (any device), `triton` (or an error).
 
     `from_dict` and `dataclasses.replace` validate as the constructor does.
 
@@ -94,6 +95,8 @@ class HiPConfig:
         object.__setattr__(self, "options", copy.deepcopy(dict(self.options)))
         self.method_options()
         self._check_layers()
+        # graphs that are compiled carry the settings as text
+        object.__setattr__(self, "text", json.dumps(self.to_dict()))
 
     def _check_choices(self) -> None:
         choices = {
@@ -105,8 +108,6 @@ class HiPConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 _fail(name, getattr(self, name), " | ".join(allowed))
-        if self.backend == "triton":
-            _fail("backend", self.backend, "auto | torch (the triton kernels are not part of this release)")
         if self.delta is not None and (not _is_int(self.delta) or self.delta < 1):
             _fail("delta", self.delta, "None or an integer >= 1 (rows between dense ones)")
         if self.delta_mode not in ("step", "interpolate"):

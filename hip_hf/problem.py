@@ -59,7 +59,7 @@ class AttentionProblem:
     @property
     def longest(self) -> int:
         """Most keys that any query row may see."""
-        return max((span.end for span in self.spans), default=0)
+        return max([span.end for span in self.spans] or [0])
 
 
 def _fail(name: str, value: object, allowed: str) -> None:

@@ -41,6 +41,7 @@ class RowState:
     pyramid: Pyramid | None = None
     selection: Selection | None = None
     correction: Correction | None = None
+    on_device: bool = False  # what was seen of it is in `DecodeState.device`
 
 
 class DecodeState:
@@ -52,17 +53,20 @@ class DecodeState:
 
     def __init__(self) -> None:
         self.rows: dict[int, RowState] = {}
+        self.device: Any = None  # the kernels' tables (`DeviceState` in `kernels/backend.py`), for all rows
         self._owner: Any = None  # settings that the state was made with
 
     def reset(self) -> None:
         """Forget everything."""
-        self.rows = {}
+        self.rows, self.device = {}, None
 
     def crop(self, length: int) -> None:
         """The cache now holds `length` keys, padding included. The next step selects anew."""
-        for row in self.rows.values():
+        for batch, row in self.rows.items():
             kept = max(0, length - row.key_start)
             if kept < row.position:
+                if row.on_device:
+                    self.device.crop(batch, kept)
                 if row.pyramid is not None and row.pyramid.blocks * row.pyramid.block_k > kept:
                     if row.pyramid.shared:
                         row.pyramid = row.pyramid.copy()
@@ -80,6 +84,8 @@ class DecodeState:
                     row.pyramid.shared = True
                 rows[to] = replace(row)
         self.rows = rows
+        if self.device is not None:
+            self.device.reorder(indices)
 
     def repeat(self, repeats: int) -> None:
         """Every batch row becomes `repeats` neighbouring rows."""

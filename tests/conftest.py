@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -9,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernel tests run without a GPU
 
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.reference import dense, sparse, workers

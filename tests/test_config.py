@@ -65,7 +65,6 @@ BAD = [
     ("representative", "median", "outliers"),
     ("score", "sum", "mass"),
     ("backend", "cuda", "torch"),
-    ("backend", "triton", "torch"),
     *[("delta", value, "None or an integer >= 1") for value in (0, -64, 64.0, True, "64")],
     *[("decode_refresh", value, "divides") for value in ([4, 3], [2, 4])],
     ("delta_mode", "linear", "interpolate"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from hip_hf.methods.base import QueryBlock
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference.block_sparse import LOGITS_AT_ONCE, Tensors, attend_range
+from hip_hf.reference.gradients import Piece
 from hip_hf.reference.workers import run
 
 # Rows that meet all their keys at once in the block-by-block path.
@@ -29,9 +29,12 @@ def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, slice, 
     return tasks
 
 
-def attend_rows(t: Tensors, first: int, span: Span) -> None:
-    """The query rows of a span from `first` on, block by block."""
-    run(lambda task: attend_range(t, *task), range_tasks(t, first, span), t.q.device)
+def attend_rows(t: Tensors, first: int, span: Span, pieces: list[Piece] | None = None) -> None:
+    """The query rows of a span from `first` on, block by block. What they read is added to `pieces`, for the gradients."""
+    tasks = range_tasks(t, first, span)
+    if pieces is not None:
+        pieces += [Piece(span, heads, [block], None, 1, span.rows) for heads, _, block in tasks]
+    run(lambda task: attend_range(t, *task), tasks, t.q.device)
 
 
 def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
@@ -84,21 +87,3 @@ def masked(
         if lse is not None:
             nothing = ~seen.any(-1) if problem.sinks is None else torch.zeros_like(seen[..., 0])
             lse[:, :, at:end] = torch.logsumexp(logits, dim=-1).masked_fill(nothing, -torch.inf)
-
-
-def differentiable(problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Dense attention that autograd follows, span by span; O(T) rows at a time forward, O(T^2) kept for the backward."""
-    for span in problem.spans:
-        batch = slice(span.batch, span.batch + 1)
-        rows, keys = slice(span.row_start, span.row_end), slice(span.key_start, span.key_start + span.end)
-        own = replace(problem, q=problem.q[batch, :, rows], k=problem.k[batch, :, keys], v=problem.v[batch, :, keys])
-
-        def visible(first: int, last: int, span: Span = span) -> torch.Tensor:
-            key = torch.arange(span.end, device=out.device)
-            row = torch.arange(first, last, device=out.device)[:, None] + span.position
-            seen = key <= row
-            if problem.sliding_window is not None:
-                seen &= key > row - problem.sliding_window
-            return seen[None, None]
-
-        masked(own, visible, out[batch, :, rows], None if lse is None else lse[batch, :, rows])

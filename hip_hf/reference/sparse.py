@@ -13,6 +13,7 @@ from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block, query_b
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
 from hip_hf.reference.block_sparse import Tensors, attend, attend_range
+from hip_hf.reference.gradients import Piece
 from hip_hf.reference.workers import compute_dtype, run
 from hip_hf.state import DecodeState, RowState, Selection
 
@@ -86,13 +87,20 @@ class SparseAttention:
     """One call of the sparse path: problem, settings and results."""
 
     def __init__(
-        self, problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None, mask: bool
+        self,
+        problem: AttentionProblem,
+        config: HiPConfig,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        mask: bool,
+        pieces: list[Piece] | None = None,
     ) -> None:
         self.problem, self.config, self.out, self.lse = problem, config, out, lse
         self.selector = selector_for(config)
         self.budget = self.selector.budget
         self.reading = Reading()
         self.mask = self._empty_mask() if mask else None
+        self.pieces = pieces  # a list to put down what was read, for the gradients
 
     @property
     def decoding(self) -> bool:
@@ -138,7 +146,7 @@ class SparseAttention:
         units = [(head, sparse[part]) for head, part in portions(t.k.shape[0], len(sparse), torch.get_num_threads())]
         run(lambda unit: self._unit(t, search, span, *unit), units, t.q.device)
         if self.config.dense_tail:
-            dense.attend_rows(t, tail, span)
+            dense.attend_rows(t, tail, span, self.pieces)
         self._count(blocks, span, tail)
 
     def _unit(self, t: Tensors, search: Any, span: Span, head: int, blocks: list[QueryBlock]) -> None:
@@ -157,6 +165,9 @@ class SparseAttention:
         else:
             for group in range(ids.shape[1]):
                 attend(t, heads, slice(group, group + 1), blocks, ids[:, group], self.config.block_k)
+        if self.pieces is not None:
+            tail = span.rows if self.decoding else max(0, span.rows - self.config.dense_tail)
+            self.pieces.append(Piece(span, heads, blocks, ids, self.config.block_k, tail))
         if self.mask is not None:
             for i, block in enumerate(blocks):
                 self._note(span, heads, block, None if ids is None else ids[:, :, i])

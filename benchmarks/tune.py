@@ -1,0 +1,128 @@
+"""Writes `hip_hf/kernels/table.py`: launch configurations of the attention kernels per architecture and head dim.
+
+    python benchmarks/tune.py [--targets sm90,sm80] [--dims 64,128,256]
+
+Candidates stand in order of preference. Those that spill, do not fit, or miss the tensor cores drop out, which is found
+by compiling, without a GPU. Where the machine has a GPU of the target, the fastest of the rest is taken, else the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pprint
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+from hip_hf.kernels import budget
+from hip_hf.kernels.backward import key_launches, query_launches
+from hip_hf.kernels.compiled import Launch
+from hip_hf.kernels.decode import decode_launches
+from hip_hf.kernels.examples import Example, example
+from hip_hf.kernels.prefill import prefill_launches
+from hip_hf.kernels.tuning import Tile, target_of
+
+TABLE = Path(__file__).parents[1] / "hip_hf" / "kernels" / "table.py"
+TOKENS, DTYPE = 32768, torch.bfloat16
+
+LAUNCHES: dict[str, Callable[[Example, Tile], list[Launch]]] = {
+    "prefill": prefill_launches,
+    "decode": decode_launches,
+    "backward queries": query_launches,
+    "backward keys": key_launches,
+}
+WIDE = [(128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 2), (64, 32, 4, 2)]
+CANDIDATES = {
+    "prefill": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
+    "decode": [(16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
+    "backward queries": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
+    "backward keys": [
+        (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 8, 1), (64, 32, 4, 2), (32, 32, 4, 2),
+        (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1),
+    ],
+}  # fmt: skip
+
+
+# Sums in fp32 that a thread may keep, of its 255 registers.
+MOST_ACCUMULATORS = {"prefill": 64, "decode": 64, "backward queries": 64, "backward keys": 128}
+
+
+def accumulators(kernel: str, dim: int, tile: Tile) -> int:
+    """Sums that a thread keeps over all steps."""
+    sums = 2 * tile.keys * dim if kernel == "backward keys" else tile.rows * dim
+    return sums // (32 * tile.warps)
+
+
+def examples(kernel: str, dim: int, device: str = "meta") -> list[Example]:
+    """What a configuration must serve; the first of them is timed."""
+    fields = dict(tokens=TOKENS, device=device, **(dict(rows=1, block_q=1) if kernel == "decode" else {}))
+    found = [example(dim, DTYPE, **fields)]
+    if device == "meta" and not kernel.startswith("backward"):
+        found.append(example(dim, DTYPE, paged=True, **fields))
+    return found
+
+
+def problems(kernel: str, target: str, dim: int, tile: Tile) -> list[str]:
+    """What is wrong with a configuration, found by compiling; the first thing is enough."""
+    for x in examples(kernel, dim):
+        for launch in LAUNCHES[kernel](x, tile):
+            spent = budget.spend(launch, target, dim, DTYPE)
+            if spent.problem:
+                return [f"{spent.kernel}: {spent.problem}"]
+    return []
+
+
+def milliseconds(kernel: str, dim: int, tile: Tile) -> float:
+    """Time of its first launch on the GPU of this machine."""
+    first = LAUNCHES[kernel](examples(kernel, dim, "cuda")[0], tile)[0]
+    return triton.testing.do_bench(lambda: first.kernel[first.grid](**first.arguments))
+
+
+def choose(kernel: str, target: str, dim: int, here: str) -> tuple[int, int, int, int]:
+    """The configuration for one entry of the table."""
+    good = []
+    for values in CANDIDATES[kernel]:
+        if accumulators(kernel, dim, Tile(*values)) > MOST_ACCUMULATORS[kernel]:
+            continue  # it would spill, after a long time
+        why = problems(kernel, target, dim, Tile(*values))
+        print(f"{kernel}, {target}, D={dim}, {values}: {why[0] if why else 'fits'}", flush=True)
+        if not why:
+            good.append(values)
+            if target != here:
+                break
+    if not good:
+        raise SystemExit(f"no candidate of {kernel!r} is fit for {target}, D={dim}")
+    if target != here:
+        return good[0]
+    times = {values: milliseconds(kernel, dim, Tile(*values)) for values in good}
+    print(f"{kernel}, {target}, D={dim}: " + ", ".join(f"{values} {time:.3f} ms" for values, time in times.items()))
+    return min(times, key=lambda values: times[values])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", default="sm80,sm86,sm89,sm90,sm100,sm120,gfx942")
+    parser.add_argument("--dims", default="64,128,256")
+    parser.add_argument("--kernels", default=",".join(LAUNCHES))
+    given = parser.parse_args()
+    from hip_hf.kernels.table import TILES
+
+    here = target_of(torch.empty(0, device="cuda")) if torch.cuda.is_available() else ""
+    for target in given.targets.split(","):
+        for kernel in given.kernels.split(","):
+            for dim in map(int, given.dims.split(",")):
+                TILES.setdefault(kernel, {}).setdefault(target, {})[dim] = choose(kernel, target, dim, here)
+            write(TILES)
+
+
+def write(tiles: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]]) -> None:
+    text = pprint.pformat(tiles, width=126, sort_dicts=True)
+    head = '"""Written by `benchmarks/tune.py`: kernel -> target -> head dim up to -> rows, keys, warps, stages."""\n\n'
+    head += "# fmt: off\n"
+    TABLE.write_text(f"{head}TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = \\\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""The sparse path on a GPU, the counterpart of `reference/sparse.py`: a handful of launches per call, none of which waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+from hip_hf.kernels import search
+from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.backward import Part, attention
+from hip_hf.kernels.decode import Scratch, decode, splits_for
+from hip_hf.kernels.prefill import Logits, Reads, dense_reads, prefill
+from hip_hf.kernels.pyramid import KeyPyramid
+from hip_hf.kernels.search import Selection, select
+from hip_hf.kernels.sequences import Sequences
+from hip_hf.methods.base import QueryBlock
+from hip_hf.problem import AttentionProblem, Span
+from hip_hf.reference import sparse
+from hip_hf.reference.gradients import learning
+from hip_hf.state import DecodeState, RowState
+from hip_hf.state import Selection as Selected
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+# A pyramid starts with room for this much more than its prompt (a share and a number of keys), and doubles when that is full.
+ROOM, LEAST_ROOM = 0.125, 4096
+# Spans whose descriptors stay on the device: a forward pass asks for the same ones in every layer.
+KEPT_DESCRIPTORS = 16
+# Kernels run on CPU tensors then.
+INTERPRETED = triton.knobs.runtime.interpret
+# The widest head whose tiles fit on every target.
+MOST_DIM = 256
+
+
+@lru_cache(maxsize=KEPT_DESCRIPTORS)
+def sequences_of(spans: tuple[Span, ...], device: torch.device) -> Sequences:
+    with torch.inference_mode(False):
+        return Sequences.of(spans, device)
+
+
+def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None:
+    """One span per batch row, in order, empty ones where a row has none; None if rows are packed."""
+    rows = {span.batch: span for span in spans}
+    if len(rows) < len(spans):
+        return None
+    return tuple(rows.get(b, Span(b, 0, 0, 0, 0, 0)) for b in range(batch))
+
+
+def mask_heads(config: HiPConfig, problem: AttentionProblem) -> int:
+    return problem.k.shape[1] * (1 if config.group_shared else problem.groups)
+
+
+@dataclass
+class DeviceState:
+    """What decode keeps on the device for the `batch` rows of a cache. `pyramid` None: the method searches nothing.
+
+    Kernels read and write it in place, so the steps on it can be captured in a CUDA graph and replayed.
+    """
+
+    pyramid: KeyPyramid | None
+    selection: Selection
+    scratch: Scratch
+
+    @staticmethod
+    def make(config: HiPConfig, problem: AttentionProblem, capacity: int) -> DeviceState:
+        """For up to `capacity` keys a row, of the shapes, dtype and device of `problem`."""
+        q, k, v = problem.q, problem.k, problem.v
+        with torch.inference_mode(False):  # it outlives the mode it is made in
+            pyramid = None
+            if config.method == "hip":
+                pyramid = KeyPyramid(config, q.shape[0], k.shape[1], q.shape[3], capacity, k.dtype, k.device)
+            selection = Selection.empty(config, q.shape[0], mask_heads(config, problem), 1, q.device, keep=True)
+            one = q[:, :, :1]
+            reach = config.sink + config.budget + config.window + config.decode_refresh
+            return DeviceState(pyramid, selection, Scratch.make(splits_for(one, k.shape[1], q.shape[0], reach), one, v.shape[3]))
+
+    @property
+    def batch(self) -> int:
+        return self.selection.counts.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.pyramid is None else self.pyramid.capacity
+
+    def holds(self, keys: int) -> bool:
+        """Whether there is room for a row of so many keys."""
+        return self.pyramid is None or keys <= self.pyramid.capacity
+
+    def take(self, old: DeviceState) -> None:
+        """Go on where a smaller one was."""
+        if self.pyramid is not None and old.pyramid is not None:
+            self.pyramid.take(old.pyramid)
+        self.selection = old.selection
+
+    def crop(self, batch: int, keys: int) -> None:
+        """Of the batch row's keys the first `keys` are left; its next step selects anew."""
+        self.select_anew(batch)
+        if self.pyramid is not None:
+            self.pyramid.built[batch].clamp_(max=keys // self.pyramid.config.block_k)
+
+    def select_anew(self, batch: int) -> None:
+        assert self.selection.made is not None
+        self.selection.made[batch].fill_(Selection.NEVER)
+
+    def reorder(self, indices: list[int]) -> None:
+        """Batch row `b` continues what row `indices[b]` was."""
+        index = torch.tensor(indices, device=self.selection.counts.device)
+        if self.pyramid is not None:
+            self.pyramid.reorder(index)
+        old, scratch = self.selection, self.scratch
+        made = None if old.made is None else old.made[index]
+        self.selection = Selection(old.indices[index], old.counts[index], old.window[index], made)
+        shape = (scratch.out.shape[0], len(indices), *scratch.out.shape[2:])
+        self.scratch = Scratch(scratch.out.new_empty(shape), scratch.lse.new_empty(shape[:-1]))
+
+
+def reads_of(config: HiPConfig, selection: Selection, block_q: int) -> Reads:
+    """What the query blocks of a selection read."""
+    searched = config.method == "hip"
+    return Reads(
+        block_q,
+        config.block_k,
+        config.sink,
+        config.window,
+        selection.indices if searched else None,
+        selection.counts if searched else None,
+        None if selection.made is None else selection.window[:, 0],
+    )
+
+
+def keep_window(config: HiPConfig, sequences: Sequences, selection: Selection) -> None:
+    """For a method that selects nothing, what the search does on the side: the window's start stays between refreshes."""
+    made, window, position = selection.made, selection.window, sequences.table[4][:, None, None]
+    assert made is not None
+    old = (position < made) | (position - made >= config.decode_refresh)
+    made.copy_(torch.where(old, position, made))
+    anew = (position - config.window).clamp(min=0) // config.block_k * config.block_k
+    window.copy_(torch.where(old, anew, window))
+
+
+def decode_step(
+    q: torch.Tensor,
+    kv: KeyValues,
+    sequences: Sequences,
+    config: HiPConfig,
+    logits: Logits,
+    state: DeviceState,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """One query row of each batch row: extend the pyramid, select if the selection is `decode_refresh` steps old, attend.
+
+    q `[B, Hq, 1, D]`, out `[B, Hq, 1, Dv]`, lse fp32 `[B, Hq, 1]`. `sequences` has one entry per batch row, whose position may be
+    advanced on the device: nothing here depends on it on the host. Launches and shapes are the same at every step, and all memory
+    is there before, so a CUDA graph can hold it.
+    """
+    if state.pyramid is None:
+        keep_window(config, sequences, state.selection)
+    else:
+        state.pyramid.extend(kv, sequences, 1, append=True)
+        table = state.pyramid.table
+        select(q, table, kv, sequences, config, logits.scale, logits.softcap, logits.sliding_window, 1, state.selection)
+    decode(q, kv, sequences, reads_of(config, state.selection, 1), logits, state.scratch, out, lse)
+
+
+class SparseAttention(sparse.SparseAttention):
+    """One call of the sparse path on a GPU."""
+
+    lse: torch.Tensor | None
+
+    def run(self, state: DecodeState | None) -> None:
+        problem, config = self.problem, self.config
+        if state is not None:
+            state.bind(config)
+        spans = by_batch_row(problem.spans, problem.q.shape[0])
+        kept = None
+        if state is not None and spans is not None:
+            kept = self._device_state(state, spans)
+        self.sequences = sequences_of(spans or problem.spans, problem.q.device)
+        self.logits = Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks)
+        self.kv = KeyValues(problem.k, problem.v)
+        if kept is not None and problem.q.shape[2] == 1 and not learning(problem):
+            decode_step(problem.q, self.kv, self.sequences, config, self.logits, kept, self.out, self.lse)
+            self._note_all(spans or problem.spans, kept.selection)
+        else:
+            self._rows(spans or problem.spans, kept)
+        for span, tail in zip(problem.spans, self._tails(problem.spans), strict=True):
+            row = None if kept is None or state is None else state.rows[span.batch]
+            self._count(self._counted(span, row), span, tail)
+
+    def _counted(self, span: Span, row: RowState | None) -> list[QueryBlock]:
+        """The query blocks of a span as they were read. The host knows how old a selection is without asking the device."""
+        old = None if row is None else row.selection
+        if old is not None and span.rows == 1 and 0 <= span.position - old.position < self.config.decode_refresh:
+            return [self._laid(span, old.window)]
+        blocks = self._blocks(span)
+        if row is not None:
+            row.selection = Selected(None, blocks[0].window, span.position) if self.problem.q.shape[2] == 1 else None
+        return blocks
+
+    def _device_state(self, state: DecodeState, spans: tuple[Span, ...]) -> DeviceState:
+        """The state's tables, with room for the call's keys; rows that continue nothing start afresh."""
+        problem = self.problem
+        rows: dict[int, RowState] = {s.batch: state.row(s.batch, s.key_start, s.position, s.end) for s in spans if s.rows}
+        old = state.device
+        if old is None or old.batch != problem.q.shape[0]:
+            old = None
+            for row in rows.values():
+                row.on_device = False
+        if old is None or not old.holds(problem.longest):
+            # room to grow: a new table costs O(T), so it must be rare
+            room = problem.longest + max(int(problem.longest * ROOM), LEAST_ROOM)
+            capacity = max(room, problem.k.shape[2], 0 if old is None else 2 * old.capacity)
+            state.device = DeviceState.make(self.config, problem, capacity)
+            if old is not None:
+                state.device.take(old)
+        for batch, row in rows.items():
+            if not row.on_device:
+                state.device.crop(batch, 0)
+                row.on_device = True
+        return state.device
+
+    def _rows(self, spans: tuple[Span, ...], kept: DeviceState | None) -> None:
+        """Prefill, and decode of several rows or without a state: select for every query block of the call, and attend."""
+        problem, config = self.problem, self.config
+        block_q = 1 if self.decoding else config.block_q
+        blocks = self.sequences.blocks(block_q)
+        selection = Selection.empty(config, len(spans), mask_heads(config, problem), blocks, problem.q.device)
+        if config.method == "hip":
+            pyramid = None if kept is None else kept.pyramid
+            if pyramid is None:
+                shape = (len(spans), problem.k.shape[1], problem.q.shape[3], problem.longest)
+                pyramid = KeyPyramid(config, *shape, problem.k.dtype, problem.k.device)
+            pyramid.extend(self.kv, self.sequences, block_q, append=self.decoding and kept is not None)
+            select(
+                problem.q, pyramid.table, self.kv, self.sequences, config, problem.scale, problem.softcap,
+                problem.sliding_window, block_q, selection,
+            )  # fmt: skip
+        if kept is not None:
+            for span in spans:
+                kept.select_anew(span.batch)
+        self._note_all(spans, selection)
+        reads = reads_of(config, selection, block_q)
+        parts = self._parts(spans, reads)
+        if learning(problem):
+            self.out, lse = attention(problem.q, problem.k, problem.v, self.logits, parts)
+            self.lse = None if self.lse is None else lse
+            return
+        prefill(problem.q, self.kv, parts[0].sequences, parts[0].reads, self.logits, self.out, self.lse)
+        for part in parts[1:]:
+            self._tail(part, spans)
+
+    def _tails(self, spans: tuple[Span, ...]) -> list[int]:
+        """Of each span, the first of the rows that are computed densely."""
+        return [span.rows if self.decoding else max(0, span.rows - self.config.dense_tail) for span in spans]
+
+    def _parts(self, spans: tuple[Span, ...], reads: Reads) -> tuple[Part, ...]:
+        """The rows that select, and the dense ones at the end of each prompt."""
+        if self.decoding or not self.config.dense_tail:
+            return (Part(self.sequences, reads),)
+        device, head, tail = self.problem.q.device, [], []
+        for span, first in zip(spans, self._tails(spans), strict=True):
+            at = span.row_start + first
+            ends = (span.batch, span.key_start, span.key_end)
+            head.append(Span(*ends, span.row_start, at, span.position))
+            tail.append(Span(*ends, at, span.row_end, span.position + first))
+        return (Part(sequences_of(tuple(head), device), reads), Part(sequences_of(tuple(tail), device), dense_reads()))
+
+    def _tail(self, part: Part, spans: tuple[Span, ...]) -> None:
+        """The dense rows, their keys split over the device: they are few and their keys are many."""
+        problem = self.problem
+        first = min(span.row_start + at for span, at in zip(spans, self._tails(spans), strict=True) if span.rows)
+        moved = tuple(
+            Span(s.batch, s.key_start, s.key_end, s.row_start + at - first, s.row_end - first, s.position + at) if s.rows else s
+            for s, at in zip(spans, self._tails(spans), strict=True)
+        )
+        q, out = problem.q[:, :, first:], self.out[:, :, first:]
+        lse = None if self.lse is None else self.lse[:, :, first:]
+        scratch = Scratch.make(splits_for(q, problem.k.shape[1], len(spans), problem.longest), q, problem.v.shape[3])
+        decode(q, self.kv, sequences_of(moved, q.device), part.reads, self.logits, scratch, out, lse)
+
+    def _note_all(self, spans: tuple[Span, ...], selection: Selection) -> None:
+        """Put down in the mask what was selected."""
+        if self.mask is None or self.config.method != "hip":
+            return
+        for s, span in enumerate(spans):
+            count = len(self._blocks(span))
+            self.mask.indices[span.batch, :, :count] = selection.indices[s, :, :count]
+            self.mask.counts[span.batch, :, :count] = selection.counts[s, :, :count]
+
+
+def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
+    """Why the kernels cannot serve a call of the sparse path; empty if they can."""
+    q, k, v = problem.q, problem.k, problem.v
+    if q.device.type != "cuda" and not INTERPRETED:
+        return f"kernels run on a GPU, the tensors are on {q.device}"
+    if config.method not in ("hip", "streaming"):
+        return f"method {config.method} has no kernels"
+    if config.delta is not None:
+        return "Delta correction has no kernels"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{q.dtype} has no kernels".replace("torch.", "")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.shape[3] > MOST_DIM:
+            return f"head dim {x.shape[3]} of {name} is above {MOST_DIM}"
+        if x.stride(3) != 1:
+            return f"the last dimension of {name} is not contiguous"
+    return search.unsupported(config) if config.method == "hip" else ""
+
+
+def run(
+    problem: AttentionProblem,
+    config: HiPConfig,
+    state: DecodeState | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    mask: bool,
+) -> SparseAttention:
+    """The sparse path of one call, into out and lse; where autograd follows, into new ones that it knows."""
+    call = SparseAttention(problem, config, out, lse, mask)
+    call.run(state)
+    return call

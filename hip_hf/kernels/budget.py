@@ -1,0 +1,159 @@
+"""Compiles kernels for GPUs that are not there, and reads from the result what a launch would spend."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from hip_hf.kernels.compiled import MODULES, Launch
+
+KILOBYTE = 1024
+# Shared memory that a program may have, in bytes, and the matrix instruction to expect.
+SHARED = {
+    "sm80": 163 * KILOBYTE,
+    "sm86": 99 * KILOBYTE,
+    "sm89": 99 * KILOBYTE,
+    "sm90": 227 * KILOBYTE,
+    "sm100": 227 * KILOBYTE,
+    "sm120": 99 * KILOBYTE,
+    "gfx942": 64 * KILOBYTE,
+}
+MATRIX = {"sm90": r"wgmma\.mma_async", "sm100": r"tcgen05\.mma", "gfx942": r"\bv_mfma"}
+MATRIX_ELSE = r"\bmma\.sync"
+
+
+@dataclass
+class Spent:
+    """What one kernel spends on one target. `shared` in bytes; `spilled` in bytes (NVIDIA) or registers (AMD), both of stores;
+    `matrix`: matrix instructions of the kind that the target is fast with. `problem`: why it must not be released, or empty."""
+
+    kernel: str
+    target: str
+    dim: int
+    dtype: str
+    shared: int = 0
+    registers: int = 0
+    spilled: int = 0
+    warps: int = 0
+    matrix: int = 0
+    seconds: float = 0.0
+    problem: str = ""
+
+
+def gpu_target(name: str) -> GPUTarget:
+    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name.removeprefix("sm")), 32)
+
+
+class StandIn:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, name: str) -> None:
+        self.target = gpu_target(name)
+        self.index = list(SHARED).index(name)  # one cache of compiled kernels per target
+        self.utils = self
+        self.properties = {
+            "max_shared_mem": SHARED[name],
+            "multiprocessor_count": 1,
+            "max_num_regs": 65536,
+            "warpSize": self.target.warp_size,
+        }
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return self.properties
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.index
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """Triton compiles for target `name` meanwhile."""
+    driver.set_active(StandIn(name))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):  # without a GPU Triton 3.7 has no driver to go back to
+            driver.reset_active()
+
+
+def launches_of(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
+    """Every launch of every kernel module."""
+    return [launch for module in MODULES for launch in importlib.import_module(module).launches(dim, dtype, target)]
+
+
+def _first(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found.group(1)) if found else 0
+
+
+def _assembler_log(ptx: str, capability: int) -> str:
+    """What the assembler says of registers and spills."""
+    from triton.backends.nvidia import compiler
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source, tempfile.NamedTemporaryFile(suffix=".o") as out:
+        source.write(ptx)
+        source.flush()
+        assembler = compiler.get_ptxas(capability) if compiler.get_ptxas.__code__.co_argcount else compiler.get_ptxas()
+        name = compiler.sm_arch_from_capability(capability)
+        command = [assembler.path, "-v", f"--gpu-name={name}", source.name, "-o", out.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
+    """Compile one launch for `target`; whatever the compiler says against it becomes its `problem`."""
+    row = Spent(launch.name, target, dim, str(dtype).removeprefix("torch."))
+    kernel = launch.kernel
+    assert isinstance(kernel, triton.runtime.JITFunction), "compile outside the interpreter"
+    start = time.perf_counter()
+    try:
+        with compiling_for(target), contextlib.redirect_stdout(io.StringIO()):
+            compiled = kernel.warmup(grid=(1,), **launch.stand_ins())
+            compiled = compiled.result() if callable(getattr(compiled, "result", None)) else compiled
+            _read(row, compiled)
+    except Exception as error:  # the compiler's own: it has no common type
+        row.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        return row
+    row.seconds = round(time.perf_counter() - start, 2)
+    if row.spilled:
+        row.problem = "spills"
+    elif row.shared > SHARED[target]:
+        row.problem = f"does not fit into {SHARED[target]} bytes of shared memory"
+    elif launch.tensor_cores and not row.matrix:
+        row.problem = "no tensor cores"
+    return row
+
+
+def _read(row: Spent, compiled: Any) -> None:
+    target = gpu_target(row.target)
+    row.shared, row.warps = compiled.metadata.shared, compiled.metadata.num_warps
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        row.registers, row.spilled = _first(r"\.vgpr_count:\s+(\d+)", text), _first(r"\.vgpr_spill_count:\s+(\d+)", text)
+    else:
+        text = compiled.asm["ptx"]
+        log = _assembler_log(text, target.arch)
+        row.registers, row.spilled = _first(r"Used (\d+) registers", log), _first(r"(\d+) bytes spill stores", log)
+        assert row.registers, "the assembler says nothing of registers"
+    row.matrix = len(re.findall(MATRIX.get(row.target, MATRIX_ELSE), text))

@@ -1,0 +1,202 @@
+"""The kernels as PyTorch operators, so that `torch.compile(fullgraph=True)` sees one node for the search and one for attention.
+
+Sequences come as a table on the device (`Sequences.table`), so nothing is read back while a graph runs. Decode on a kept state
+stays outside of compiled graphs: its launches are few, and a CUDA graph holds them (`backend.decode_step`).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from hip_hf.config import HiPConfig
+from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.backward import Part, gradients
+from hip_hf.kernels.prefill import Logits, Reads, dense_reads, prefill
+from hip_hf.kernels.pyramid import KeyPyramid
+from hip_hf.kernels.search import Selection
+from hip_hf.kernels.search import select as search
+from hip_hf.kernels.sequences import Sequences
+from hip_hf.reference.sparse import DECODE_ROWS
+
+
+@lru_cache(maxsize=64)
+def settings(text: str) -> HiPConfig:
+    return HiPConfig.from_dict(json.loads(text))
+
+
+def make_table(
+    q: torch.Tensor, k: torch.Tensor, key_start: torch.Tensor | None, q_start: torch.Tensor | None, tail: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables int32 `[5, B]` of all rows of each sequence, and of its last `tail` rows. Tensor operations only."""
+    (batch, _, rows, _), keys = q.shape, k.shape[2]
+    zero = torch.zeros(batch, dtype=torch.int32, device=q.device)
+    first = zero if key_start is None else key_start.to(q.device, torch.int32)
+    at = zero + (keys - rows) if q_start is None else q_start.to(q.device, torch.int32)
+    row = (first - at).clamp(0, rows)
+    position = (at + row - first).clamp(min=0)
+    index = torch.arange(batch, dtype=torch.int32, device=q.device)
+    skipped = (rows - row - tail).clamp(min=0)
+    whole = torch.stack([index, first, row, rows - row, position])
+    return whole, torch.stack([index, first, row + skipped, rows - row - skipped, position + skipped])
+
+
+@torch.library.custom_op("hip_hf::select", mutates_args=())
+def select(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    table: torch.Tensor,
+    config: str,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    block_q: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key blocks of every query block: indices `[B, H, N, budget / block_k]` and counts `[B, H, N]`, int32 (`Selection`)."""
+    fields = settings(config)
+    sequences, kv = Sequences(table, q.shape[2], k.shape[2]), KeyValues(k, k)
+    pyramid = KeyPyramid(fields, q.shape[0], k.shape[1], k.shape[3], k.shape[2], k.dtype, k.device)
+    pyramid.extend(kv, sequences, block_q, append=False)
+    heads = k.shape[1] if fields.group_shared else q.shape[1]
+    into = Selection.empty(fields, q.shape[0], heads, sequences.blocks(block_q), q.device)
+    search(q, pyramid.table, kv, sequences, fields, scale, softcap, sliding_window, block_q, into)
+    return into.indices, into.counts
+
+
+@select.register_fake
+def _(q, k, table, config, scale, softcap, sliding_window, block_q):  # type: ignore[no-untyped-def]
+    fields = settings(config)
+    heads = k.shape[1] if fields.group_shared else q.shape[1]
+    shape = (q.shape[0], heads, Sequences(table, q.shape[2], k.shape[2]).blocks(block_q))
+    budget = fields.budget // fields.block_k
+    return q.new_empty(*shape, budget, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
+
+
+def _parts(
+    q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, tail: torch.Tensor | None, indices: torch.Tensor | None,
+    counts: torch.Tensor | None, config: str, block_q: int,
+) -> tuple[Part, ...]:  # fmt: skip
+    """What an attention operator was told, as `backward.attention` takes it. `block_q` 0: everything is dense."""
+    if block_q == 0:
+        return (Part(Sequences(table, q.shape[2], k.shape[2]), dense_reads()),)
+    fields = settings(config)
+    reads = Reads(block_q, fields.block_k, fields.sink, fields.window, indices, counts)
+    if tail is None:
+        return (Part(Sequences(table, q.shape[2], k.shape[2]), reads),)
+    head = table.clone()
+    head[3] -= tail[3]
+    return (
+        Part(Sequences(head, q.shape[2], k.shape[2]), reads),
+        Part(Sequences(tail, min(q.shape[2], fields.dense_tail), k.shape[2]), dense_reads()),
+    )
+
+
+@torch.library.custom_op("hip_hf::attend", mutates_args=())
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    table: torch.Tensor,
+    tail: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    config: str,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    block_q: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to sink, window and the blocks of `indices`; the rows of `tail` read everything. Out `[B, Hq, Tq, Dv]` and lse
+    fp32 `[B, Hq, Tq]`; rows outside every sequence give 0 and -inf."""
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    for part in _parts(q, k, table, tail, indices, counts, config, block_q):
+        prefill(q, KeyValues(k, v), part.sequences, part.reads, Logits(scale, softcap, sliding_window, sinks), out, lse)
+    return out, lse
+
+
+@attend.register_fake
+def _(q, k, v, sinks, table, tail, indices, counts, config, scale, softcap, sliding_window, block_q):  # type: ignore[no-untyped-def]
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("hip_hf::attend_backward", mutates_args=())
+def attend_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    table: torch.Tensor,
+    tail: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    config: str,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    block_q: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v and, where there are any, of the sinks (else an empty tensor)."""
+    parts = _parts(q, k, table, tail, indices, counts, config, block_q)
+    logits = Logits(scale, softcap, sliding_window, sinks)
+    *grads, of_sinks = gradients(q, k, v, logits, parts, out, lse, grad_out, grad_lse, sinks is not None)
+    return *grads, q.new_empty(0) if of_sinks is None else of_sinks
+
+
+@attend_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, sinks, out, lse, *rest):  # type: ignore[no-untyped-def]
+    like = [torch.empty_like(x) for x in (q, k, v)]
+    return *like, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, sinks, table, tail, indices, counts, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, sinks, *output, table, tail, indices, counts)
+
+
+def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    q, k, v, sinks, out, lse, table, tail, indices, counts = ctx.saved_tensors
+    grads = attend_backward(grad_out, grad_lse, q, k, v, sinks, out, lse, table, tail, indices, counts, *ctx.rest)
+    return (*grads[:3], None if sinks is None else grads[3], *[None] * (4 + len(ctx.rest)))
+
+
+attend.register_autograd(_backward, setup_context=_save)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: HiPConfig,
+    dense: bool,
+    scale: float,
+    key_start: torch.Tensor | None,
+    q_start: torch.Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    need_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`hip_attention` without a state, for a graph that is being compiled: out, and lse if asked for."""
+    decoding, text = q.shape[2] <= DECODE_ROWS, config.text
+    table, tail = make_table(q, k, key_start, q_start, config.dense_tail)
+    plain = key_start is None and q_start is None and sliding_window is None and softcap is None and sinks is None
+    if dense and plain and not need_lse and q.shape[2] in (1, k.shape[2]):
+        causal = q.shape[2] > 1
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal, enable_gqa=q.shape[1] > k.shape[1])
+        return out, None
+    block_q = 0 if dense else 1 if decoding else config.block_q
+    indices = counts = None
+    if not dense and config.method == "hip":
+        indices, counts = select(q.detach(), k.detach(), table, text, scale, softcap, sliding_window, block_q)
+    tails = None if dense or decoding or not config.dense_tail else tail
+    out, lse = attend(q, k, v, sinks, table, tails, indices, counts, text, scale, softcap, sliding_window, block_q)
+    return out, lse if need_lse else None

@@ -1,0 +1,235 @@
+"""Scores of candidates in the tree search: products with the voting query rows, and what the rows make of them together.
+
+Candidates are the long side of every tile, `[candidates, rows]`: so a few rows of decode and the many of prefill meet the
+same matrix instructions, and the sum over rows stays within a thread's neighbours.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hip_hf.kernels.addressing import token_offsets
+
+
+@triton.jit
+def chunk_rows(ids, level):
+    """Where chunks lie in the table: level by level interleaved in order, so that a growing table never moves a row."""
+    return ((2 * ids + 1) << level) - 1
+
+
+@triton.jit
+def voting_rows(
+    tile,
+    last_row,
+    last,
+    first,
+    stride_qh,
+    stride_qt,
+    ROWS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Offsets (int64, from the group's first head) and validity of the `tile`-th `ROWS` voting rows: every `STRIDE`-th row
+    of the query block, counted back from its last, of each of the `GROUP` heads. What is not valid repeats the last row."""
+    index = tile * ROWS + tl.arange(0, ROWS)
+    head, sample = index // SAMPLES, index % SAMPLES
+    voting = (head < GROUP) & (sample * STRIDE <= last - first)
+    head = tl.where(voting, head, 0)
+    row = last_row - tl.where(voting, sample, 0) * STRIDE
+    return head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qt, voting
+
+
+@triton.jit
+def capped(logits, scale, SOFTCAP: tl.constexpr):
+    """Scaled, and with `SOFTCAP` > 0 squashed to `SOFTCAP * tanh(logits / SOFTCAP)`."""
+    logits *= scale
+    if SOFTCAP > 0:
+        logits = SOFTCAP * (2.0 * tl.sigmoid(2.0 * logits / SOFTCAP) - 1.0)
+    return logits
+
+
+@triton.jit
+def chunk_logits(
+    table,
+    at,
+    q,
+    offsets,
+    scale,
+    steps,
+    SOFTCAP: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PARTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Logits `[M, ROWS]` of the chunks in the table's rows `at` `[M]`: `PARTS` 2 multiplies `[q, |q|]` with centre and
+    spread, `VECTORS` > 1 takes the best of a chunk's vectors. `FEATURES` numbers of the head dim at a time."""
+    CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
+    inner = tl.arange(0, FEATURES)
+    # int32 offsets from a scalar: pointers of a whole tile would take twice the registers
+    within = (at * (VECTORS * PARTS * DIM))[:, None] + inner[None, :]
+    within_q = offsets[None, :] + inner[:, None]
+    best = tl.full([M, ROWS], -float("inf"), tl.float32)
+    for vector in tl.static_range(VECTORS):
+        acc = tl.zeros([M, ROWS], tl.float32)
+        for i in tl.range(steps, disable_licm=True):
+            part = i // CHUNKS
+            d = (i - part * CHUNKS) * FEATURES
+            to_a = table + (vector * PARTS + part) * DIM + d + within
+            to_b = q + d + within_q
+            if DIM % FEATURES == 0:
+                a = tl.load(to_a)
+                b = tl.load(to_b)
+            else:
+                a = tl.load(to_a, mask=(d + inner < DIM)[None, :], other=0.0)
+                b = tl.load(to_b, mask=(d + inner < DIM)[:, None], other=0.0)
+            if PARTS > 1:
+                b = tl.where(part > 0, tl.abs(b), b)
+            acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
+        if VECTORS > 1:
+            best = tl.maximum(best, acc)
+        else:
+            best = acc
+    return capped(best, scale, SOFTCAP)
+
+
+@triton.jit
+def score_chunks(
+    table,
+    at,
+    inside,
+    edge_at,
+    edge_inside,
+    q,
+    row_stride_h,
+    row_stride_t,
+    last_row,
+    first,
+    last,
+    scale,
+    steps,
+    SOFTCAP: tl.constexpr,
+    M: tl.constexpr,
+    EDGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    MASS: tl.constexpr,
+    DIM: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PARTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
+):
+    """Scores of the chunks `[M]` and the edges `[EDGES]`, fp32: `mass`, a softmax over all of them summed over the rows, or the
+    best logit. `at`: rows of the table, valid ones also where `inside` is false."""
+    scores = tl.full([M], 0.0 if MASS else -float("inf"), tl.float32)
+    edge_scores = tl.full([EDGES], 0.0 if MASS else -float("inf"), tl.float32)
+    for tile in range(TILES):
+        offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
+        if HAS_EDGES:
+            edges = chunk_logits(
+                table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION
+            )
+            edges = tl.where(edge_inside[:, None], edges, -float("inf"))
+        logits = chunk_logits(table, at, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION)
+        logits = tl.where(inside[:, None], logits, -float("inf"))
+        if MASS:
+            top = tl.max(logits, 0)
+            if HAS_EDGES:
+                top = tl.maximum(top, tl.max(edges, 0))
+                edges = tl.exp(edges - top[None, :])
+            logits = tl.exp(logits - top[None, :])
+            norm = tl.sum(logits, 0)
+            if HAS_EDGES:
+                norm += tl.sum(edges, 0)
+            weight = tl.where(voting, 1.0 / norm, 0.0)
+            scores += tl.sum(logits * weight[None, :], 1)
+            if HAS_EDGES:
+                edge_scores += tl.sum(edges * weight[None, :], 1)
+        else:
+            scores = tl.maximum(scores, tl.max(tl.where(voting[None, :], logits, -float("inf")), 1))
+            if HAS_EDGES:
+                edge_scores = tl.maximum(edge_scores, tl.max(tl.where(voting[None, :], edges, -float("inf")), 1))
+    return scores, edge_scores
+
+
+@triton.jit
+def score_blocks(
+    k,
+    ids,
+    inside,
+    key_start,
+    batch,
+    stride_kb,
+    stride_kt,
+    block_table,
+    stride_table,
+    q,
+    row_stride_h,
+    row_stride_t,
+    last_row,
+    first,
+    last,
+    scale,
+    SOFTCAP: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    MASS: tl.constexpr,
+    DIM: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores `[N]` of key blocks `ids` by all their keys: `mass` over all keys of all the blocks, or the best logit."""
+    CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
+    inner = tl.arange(0, FEATURES)
+    scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
+    for tile in range(TILES):
+        offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
+        top = tl.full([ROWS], -float("inf"), tl.float32)
+        mass = tl.full([N, ROWS], 0.0 if MASS else -float("inf"), tl.float32)
+        logits = tl.zeros([N, ROWS], tl.float32)
+        # one flat loop over keys of the blocks and parts of the head dim, so that loads run ahead across both
+        for i in tl.range(BLOCK_K * CHUNKS, disable_licm=True):
+            key = i // CHUNKS
+            part = i - key * CHUNKS
+            d = part * FEATURES + inner
+            slots = key_start + ids * BLOCK_K + key
+            at = token_offsets(slots, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
+            if DIM % FEATURES == 0:
+                a = tl.load(k + at[:, None] + d[None, :])
+                b = tl.load(q + offsets[None, :] + d[:, None])
+            else:
+                a = tl.load(k + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+                b = tl.load(q + offsets[None, :] + d[:, None], mask=(d < DIM)[:, None], other=0.0)
+            logits = tl.dot(a, b, logits, input_precision=PRECISION)
+            if part == CHUNKS - 1:
+                logits = tl.where(inside[:, None], capped(logits, scale, SOFTCAP), -float("inf"))
+                if MASS:
+                    # one maximum per row for all blocks: what it lets underflow would weigh nothing in the softmax either
+                    higher = tl.maximum(top, tl.max(logits, 0))
+                    mass = mass * tl.exp(top - higher)[None, :] + tl.exp(logits - higher[None, :])
+                    top = higher
+                else:
+                    mass = tl.maximum(mass, logits)
+                logits = tl.zeros([N, ROWS], tl.float32)
+        if MASS:
+            weight = tl.where(voting, 1.0 / tl.sum(mass, 0), 0.0)
+            scores += tl.sum(mass * weight[None, :], 1)
+        else:
+            scores = tl.maximum(scores, tl.max(tl.where(voting[None, :], mass, -float("inf")), 1))
+    return scores

@@ -1,0 +1,187 @@
+"""Launching the tree search (`select.py`): what is settled on the host, from settings and shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import triton
+
+from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.compiled import Launch, Pointer
+from hip_hf.kernels.pyramid import parts_and_vectors
+from hip_hf.kernels.select import NEVER, select_kernel
+from hip_hf.kernels.sequences import Sequences
+from hip_hf.kernels.tuning import target_of
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+# Tiles are powers of two; below this many candidates they would leave threads idle.
+SMALLEST_TILE = 64
+# Candidates of a level for which `SearchTile.rows` is meant: with more, a tile has fewer rows.
+CANDIDATES = 512
+# The most candidates of a level that a program can hold.
+MOST_CANDIDATES = 2048
+
+
+def tile(count: int) -> int:
+    return max(SMALLEST_TILE, triton.next_power_of_2(count))
+
+
+@dataclass
+class Selection:
+    """Which key blocks each query block reads. `N` query blocks, `H` mask heads (Hkv if the group shares, else Hq).
+
+    indices int32 `[S, H, N, budget / block_k]`, sorted, of which the first counts int32 `[S, H, N]` count (0: no such query
+    block); a middle that the budget covers is listed whole. window int32 `[S, H, N]`: where the window starts. made int32
+    `[S, H, N]`: in decode, the position that a selection was made for.
+    """
+
+    NEVER: ClassVar[int] = NEVER.value
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    window: torch.Tensor
+    made: torch.Tensor | None = None
+
+    @staticmethod
+    def empty(config: HiPConfig, sequences: int, heads: int, blocks: int, device: torch.device, keep: bool = False) -> Selection:
+        """Not filled yet; with `keep`, one that decode steps share (the first of them selects)."""
+        shape = (sequences, heads, blocks)
+        indices = torch.empty(*shape, config.budget // config.block_k, dtype=torch.int32, device=device)
+        counts, window = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
+        made = torch.full(shape, Selection.NEVER, dtype=torch.int32, device=device) if keep else None
+        return Selection(indices, counts, window, made)
+
+
+@dataclass(frozen=True)
+class SearchTile:
+    """A launch of the search: voting `rows` of a tile at most, numbers of the head dim per step at the levels (`features`) and in
+    the exact look (`features_last`), warps, pipeline stages. Logits of all candidates and `rows` are held in registers."""
+
+    rows: int
+    features: int
+    features_last: int
+    warps: int = 8
+    stages: int = 2
+
+
+def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int) -> SearchTile:
+    """Chosen so that nothing spills (`hip-hf kernels`), for `voters` voting rows. Only Hopper's matrix instructions leave room
+    for 64 rows at once."""
+    if dtype == torch.float32:
+        wanted = SearchTile(16, 32, 32)
+    elif target == "sm90":
+        wanted = SearchTile(64, 64, 128) if dim % 128 == 0 else SearchTile(64, 32, 64)
+    elif target.startswith("sm10"):
+        # with 16 warps it stays off the tensor memory, whose passes in Triton 3.7 fail on tiles of 16 rows
+        wanted = SearchTile(32, 16, 64) if voters > 16 else SearchTile(16, 32, 64, warps=16)
+    elif target.startswith("gfx"):
+        wanted = SearchTile(32, 16, 32)
+    else:
+        wanted = SearchTile(32, 32, 32)
+    divisor = dim & -dim  # a part of the head dim that is no divisor of it costs masks
+    return replace(
+        wanted,
+        features=max(16, min(wanted.features, divisor)),
+        features_last=max(16, min(wanted.features_last, divisor)),
+    )
+
+
+def constants(
+    config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str
+) -> dict[str, Any]:
+    """Compile-time arguments of the search. `group`: query heads per key head; `most_keys`: a bound on a sequence's keys."""
+    budget, bk = config.budget // config.block_k, config.block_k
+    keep, most = config.beam * budget, 2 * config.beam * budget
+    rescore = config.rescore > 1
+    last = min(config.rescore * budget, most + 2) if rescore else budget
+    limit = 30 if config.coarsest is None else (config.coarsest // bk).bit_length() - 1
+    long = most_keys // (bk << limit) > most
+    kept, kept_last = tile(keep), tile(last)
+    if long:
+        kept = max(kept, kept_last)
+    parts, vectors = parts_and_vectors(config)
+    voters = group if config.group_shared else 1
+    samples = -(-block_q // config.query_stride)
+    shape = search_tile(target, dim, dtype, samples * voters)
+    held = shape.rows * CANDIDATES // (2 if vectors > 1 else 1) // (2 * kept)
+    rows = max(16, min(triton.next_power_of_2(samples * voters), shape.rows, held))
+    return dict(
+        BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
+        RESCORE=rescore, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voters, ROWS=rows,
+        TILES=-(-samples * voters // rows), SAMPLES=samples, STRIDE=config.query_stride, GROUP=voters,
+        MASS=config.score == "mass", DIM=dim, FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts,
+        VECTORS=vectors, OUT=tile(budget), PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps,
+        num_stages=shape.stages,
+    )  # fmt: skip
+
+
+def steps_of(fixed: dict[str, Any]) -> int:
+    """Steps of a product with a summary. Told at run time: unrolled, the loop would not fit into the registers."""
+    return fixed["PARTS"] * -(-fixed["DIM"] // fixed["FEATURES"])
+
+
+def unsupported(config: HiPConfig) -> str:
+    """Why the kernels cannot run this search; empty if they can."""
+    candidates = 2 * config.beam * config.budget // config.block_k
+    if candidates > MOST_CANDIDATES:
+        return f"beam * budget / block_k of {candidates // 2} is above {MOST_CANDIDATES // 2}"
+    if config.rescore * config.budget // config.block_k > MOST_CANDIDATES:
+        return f"rescore * budget / block_k of {config.rescore * config.budget // config.block_k} is above {MOST_CANDIDATES}"
+    return ""
+
+
+def select(
+    q: torch.Tensor,
+    table: torch.Tensor,
+    kv: KeyValues,
+    sequences: Sequences,
+    config: HiPConfig,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    block_q: int,
+    into: Selection,
+) -> None:
+    """Fill `into` for all query blocks of `block_q` rows (1 in decode).
+
+    q `[B, Hq, Tq, D]` fp16, bf16 or fp32; table `[S, Hkv, rows, width]` as `pyramid.py` makes it; nothing waits for the device.
+    """
+    blocks, heads = sequences.blocks(block_q), into.counts.shape[1]
+    group = q.shape[1] // kv.heads
+    fixed = constants(config, group, q.shape[-1], q.dtype, block_q, sequences.max_keys, target_of(q))
+    scratch, stride_scratch = into.counts, 0
+    if fixed["LONG"]:
+        stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])
+        scratch = torch.empty(sequences.count * heads * blocks, stride_scratch, dtype=torch.float32, device=q.device)
+    block_table, stride_table = kv.table()
+    select_kernel[(blocks, heads, sequences.count)](
+        q, table, kv.k, block_table, sequences.table, scratch, into.indices, into.counts, into.window,
+        into.counts if into.made is None else into.made, *q.stride()[:3], *kv.strides(kv.k), stride_table,
+        sequences.table.stride(0), table.stride(0), table.stride(1), stride_scratch, scale, config.sink, config.window,
+        sliding_window or 0, config.decode_refresh, steps_of(fixed), STATEFUL=into.made is not None, PAGE_SIZE=kv.page_size,
+        SOFTCAP=softcap or 0.0, **fixed,
+    )  # fmt: skip
+
+
+def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
+    """The search of the default settings in prefill and in decode, with 4 query heads per key head."""
+    from hip_hf.config import HiPConfig
+
+    config, found = HiPConfig(), []
+    pointers = dict.fromkeys(("q", "table", "k"), Pointer(dtype)) | {"scratch": Pointer(torch.float32)}
+    integers = ("block_table", "sequences", "indices", "counts", "windows", "made")
+    pointers |= dict.fromkeys(integers, Pointer(torch.int32))
+    numbers = dict(
+        stride_qb=32 * 4096 * dim, stride_qh=4096 * dim, stride_qt=dim, stride_kb=8 * 4096 * dim, stride_kh=4096 * dim,
+        stride_kt=dim, stride_table=256, stride_field=1, stride_sequence=8 * 512 * 2 * dim, stride_head=512 * 2 * dim,
+        stride_scratch=0, scale=dim**-0.5, sink=config.sink, window=config.window, sliding=0, refresh=config.decode_refresh,
+    )  # fmt: skip
+    for name, block_q, page_size in (("select, prefill", config.block_q, 0), ("select, decode", 1, 256)):
+        fixed = constants(config, 4, dim, dtype, block_q, 1 << 20, target)
+        arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
+        found.append(Launch(name, select_kernel, {**pointers, **numbers, **arguments}))
+    return found

@@ -1,0 +1,231 @@
+"""The tree search (`methods/hip.py` is its readable twin): the whole descent of a query block in one program.
+
+One program per sequence, mask head and query block scores the start level, keeps the best, scores their children, down to
+single key blocks, and looks at the best of those exactly if asked. Candidates, scores and top-k never leave the chip; only a
+start level longer than a tile (`coarsest`) puts its scores into scratch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hip_hf.kernels.scoring import chunk_logits, chunk_rows, score_blocks, score_chunks, voting_rows
+from hip_hf.kernels.sequences import always_read, load_sequence, query_block, window_start
+from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys
+
+# Candidates at the middle's edges are two at most; a tile of them is as small as matrix instructions allow.
+EDGES = tl.constexpr(16)
+# `made` of a selection that must not be used again.
+NEVER = tl.constexpr(-(2**30))
+
+
+@triton.jit
+def ceil_shift(x, level):
+    return (x + (1 << level) - 1) >> level
+
+
+@triton.jit
+def entry_of(index, head, sequence):
+    """Where the results of this program lie."""
+    return (sequence * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + index
+
+
+@triton.jit
+def write(indices, counts, entry, ids, total, BUDGET: tl.constexpr, OUT: tl.constexpr):
+    """The result: the first `total` of `ids` `[OUT]`, then zeros."""
+    slots = tl.arange(0, OUT)
+    tl.store(indices + entry * BUDGET + slots, tl.where(slots < total, ids, 0), mask=slots < BUDGET)
+    tl.store(counts + entry, total)
+
+
+@triton.jit
+def pair(left, right, M: tl.constexpr):
+    """`[M / 2]` twice -> `[M]`: first all of `left`, then all of `right`."""
+    return tl.reshape(tl.permute(tl.join(left, right), (1, 0)), (M,))
+
+
+@triton.jit
+def score_long(
+    scratch,
+    first,
+    count,
+    table,
+    q,
+    stride_qh,
+    stride_qt,
+    last_row,
+    block_first,
+    block_last,
+    scale,
+    steps,
+    SOFTCAP: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    MASS: tl.constexpr,
+    DIM: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PARTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    level,
+):
+    """Scores of `count` chunks from `first` on into `scratch`, tile by tile: once for the rows' norms, once for the scores."""
+    inner = tl.arange(0, M)
+    for tile in range(TILES):
+        offsets, voting = voting_rows(tile, last_row, block_last, block_first, stride_qh, stride_qt, ROWS, SAMPLES, STRIDE, GROUP)
+        top = tl.full([ROWS], -float("inf"), tl.float32)
+        norm = tl.zeros([ROWS], tl.float32)
+        if MASS:
+            for at in range(0, count, M):
+                inside = at + inner < count
+                rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
+                logits = chunk_logits(
+                    table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION
+                )
+                logits = tl.where(inside[:, None], logits, -float("inf"))
+                higher = tl.maximum(top, tl.max(logits, 0))
+                norm = norm * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[None, :]), 0)
+                top = higher
+            norm = tl.where(voting, 1.0 / norm, 0.0)
+        for at in range(0, count, M):
+            inside = at + inner < count
+            rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
+            logits = chunk_logits(
+                table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION
+            )
+            to = scratch + at + inner
+            if MASS:
+                scores = tl.sum(tl.exp(logits - top[None, :]) * norm[None, :], 1)
+                scores += tl.load(to, mask=inside & (tile > 0), other=0.0)
+            else:
+                scores = tl.max(tl.where(voting[None, :], logits, -float("inf")), 1)
+                scores = tl.maximum(scores, tl.load(to, mask=inside & (tile > 0), other=-float("inf")))
+            tl.store(to, scores, mask=inside)
+        tl.debug_barrier()  # the next tile of rows, and the merge, read what other threads wrote
+
+
+@triton.jit
+def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
+    """The `keep` best of the chunks scored in `scratch`, merged tile by tile: ids `[KEPT]`, sorted, and how many count."""
+    inner = tl.arange(0, KEPT)
+    ids = first + inner
+    total = first * 0
+    none = first * 0 + ABSENT
+    for at in range(0, count, KEPT):
+        held = inner < total
+        kept = sort_keys(tl.load(scratch + ids - first, mask=held, other=0.0), held)
+        fresh = at + inner < count
+        new = sort_keys(tl.load(scratch + at + inner, mask=fresh, other=0.0), fresh)
+        candidates = pair(ids, first + at + inner, 2 * KEPT)
+        ids, total = keep_best(candidates, pair(kept, new, 2 * KEPT), first, none, first, none, keep, 2 * KEPT, KEPT)
+    return ids, total
+
+
+@triton.jit
+def select_kernel(
+    q, table, k, block_table, sequences, scratch, indices, counts, windows, made,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,
+    stride_scratch, scale, sink, window, sliding, refresh, steps,
+    BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
+    KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, LONG: tl.constexpr, STATEFUL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
+    TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
+    DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr, VECTORS: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """One query block of one mask head of one sequence. Grid: query blocks, mask heads, sequences.
+
+    `KEEP` chunks survive a level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts with
+    at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
+    a time, for after a step of several rows the next one selects anew.
+    """
+    index = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest searches first
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    batch, key_start, row_start, rows, position = load_sequence(sequences, stride_field, sequence)
+    last_row, first, last = query_block(row_start, rows, position, index, BLOCK_Q)
+    last_row += last - first
+    entry = entry_of(index, head, sequence)
+    if first > last:
+        write(indices, counts, entry, tl.arange(0, OUT), first * 0, BUDGET, OUT)
+        tl.store(windows + entry, 0)
+        return
+    if STATEFUL:
+        age = position - tl.load(made + entry)
+        if (rows == 1) & (age >= 0) & (age < refresh):
+            return
+        tl.store(made + entry, tl.where(rows == 1, first, NEVER))
+    begin = window_start(first, window, BLOCK_K)
+    tl.store(windows + entry, begin)
+    _, sink_end, window_at = always_read(first, begin, sink, sliding, BLOCK_K)
+    low = sink_end // BLOCK_K
+    high = window_at // BLOCK_K
+    if high - low <= BUDGET:
+        write(indices, counts, entry, low + tl.arange(0, OUT), high - low, BUDGET, OUT)
+        return
+
+    key_head = head // HEADS_PER_KEY
+    q += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * GROUP * stride_qh
+    table += sequence.to(tl.int64) * stride_sequence + key_head.to(tl.int64) * stride_head
+    k += key_head.to(tl.int64) * stride_kh
+    slot = tl.arange(0, M)
+    edge = tl.arange(0, EDGES)
+
+    level = low * 0
+    while (level < LIMIT) & ((high >> level) - ceil_shift(low, level) > MOST):
+        level += 1
+    begins, ends = ceil_shift(low, level), high >> level
+    if LONG:
+        scratch += entry * stride_scratch
+        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M,
+                   ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, level)  # fmt: skip
+        best, total = merge_long(scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2)
+        ids = pair(best, best, M)
+        inside = slot < total
+        scores = tl.load(scratch + ids - begins, mask=inside, other=0.0)
+    else:
+        ids = begins + slot
+        inside = ids < ends
+        at = chunk_rows(tl.where(inside, ids, begins), level)
+        scores, _ = score_chunks(
+            table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M, EDGES,
+            ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, False)  # fmt: skip
+    keys = sort_keys(scores, inside)
+    left = level * 0 + ABSENT
+    right = level * 0 + ABSENT
+
+    for _ in tl.range(level, disable_licm=True):
+        parents, total = keep_best(ids, keys, begins, left, ends - 1, right, KEEP, M, KEPT)
+        level -= 1
+        was_begins, was_ends = begins, ends
+        begins, ends = ceil_shift(low, level), high >> level
+        ids = tl.reshape(tl.join(2 * parents, 2 * parents + 1), (M,))
+        inside = slot < 2 * total
+        at = chunk_rows(tl.where(inside, ids, begins), level)
+        edge_at = chunk_rows(tl.where(edge == 0, begins, ends - 1), level)
+        edge_inside = ((edge == 0) & (begins != 2 * was_begins)) | ((edge == 1) & (ends != 2 * was_ends))
+        scores, edge_scores = score_chunks(
+            table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M,
+            EDGES, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, True)  # fmt: skip
+        keys = sort_keys(scores, inside)
+        edge_keys = sort_keys(edge_scores, edge_inside)
+        left = tl.sum(tl.where(edge == 0, edge_keys, 0), 0)
+        right = tl.sum(tl.where(edge == 1, edge_keys, 0), 0)
+
+    ids, total = keep_best(ids, keys, begins, left, ends - 1, right, LAST, M, KEPT_LAST)
+    if RESCORE:
+        inside = tl.arange(0, KEPT_LAST) < total
+        ids = tl.where(inside, ids, low)
+        scores = score_blocks(
+            k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, last_row,
+            first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM,
+            FEATURES_LAST, PRECISION)  # fmt: skip
+        none = level * 0 + ABSENT
+        ids, total = keep_best(ids, sort_keys(scores, inside), low, none, low, none, BUDGET, KEPT_LAST, OUT)
+    # computed again: kept all the while, these addresses would take registers from the tiles
+    write(indices, counts, entry_of(index, head, sequence), ids, total, BUDGET, OUT)

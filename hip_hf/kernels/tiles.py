@@ -1,0 +1,64 @@
+"""What the attention kernels share: which keys a query block reads, and what becomes of their logits.
+
+A query block reads `[sink | selected blocks | window]`. The kernels walk that as one list of *slots*, so that no key is
+read twice, no tile but the last is cut, and key blocks of any size fill tiles of any size. Only slots of selected blocks
+look up an index.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def key_positions(slots, ids, start, sink_length, picked, window, BLOCK_K: tl.constexpr):
+    """Positions of the keys at `slots` of a query block's list: the sink `[start, start + sink_length)`, `picked` keys of
+    the blocks in `ids`, then the window from `window` on."""
+    inner = slots - sink_length
+    chosen = (inner >= 0) & (inner < picked)
+    block = tl.load(ids + inner // BLOCK_K, mask=chosen, other=0)
+    fixed = tl.where(inner < 0, start + slots, window + inner - picked)
+    return tl.where(chosen, block * BLOCK_K + inner % BLOCK_K, fixed)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent; precise for small arguments too, where `2 / (1 + exp(-2x)) - 1` is not."""
+    x2 = x * x
+    series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, series, 2 / (1 + tl.exp2(x * (-2 * LOG2E))) - 1)
+
+
+@triton.jit
+def scaled(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """Logits in base 2 of the products q . k."""
+    if SOFTCAP:
+        return tanh(products * (scale / softcap)) * (softcap * LOG2E)
+    else:
+        return products * (scale * LOG2E)
+
+
+@triton.jit
+def scaled_with_slope(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """Logits in base 2, and their derivative by `products * scale`."""
+    if SOFTCAP:
+        bent = tanh(products * (scale / softcap))
+        return bent * (softcap * LOG2E), 1 - bent * bent
+    else:
+        return products * (scale * LOG2E), 1.0
+
+
+@triton.jit
+def selected_keys(
+    indices, counts, sequence, head_list, block, lists, blocks, most, BLOCK_K: tl.constexpr, SELECTED: tl.constexpr
+):
+    """Where a query block's selected blocks are listed, and how many keys they hold."""
+    if SELECTED:
+        at = (sequence * lists + head_list).to(tl.int64) * blocks + block
+        return indices + at * most, tl.load(counts + at) * BLOCK_K
+    else:
+        return indices, 0

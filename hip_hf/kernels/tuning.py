@@ -1,0 +1,69 @@
+"""Launch configurations per architecture and head dim: a table (`table.py`), written by `benchmarks/tune.py`."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+# Parts into which the keys of a row are split at most, a power of two: what one program of the combine step takes.
+MOST_SPLITS = 64
+# Streaming multiprocessors (compute units) assumed where there is no device to ask: an H200's.
+PROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A launch: `rows` of a tile of queries (query rows times heads of the group), `keys` per step, warps, pipeline stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Small enough for every target, where fp32 has neither tensor cores nor room.
+FULL_PRECISION = Tile(32, 32, 4, 1)
+
+
+def target_of(x: torch.Tensor) -> str:
+    """The compilation target of the device that `x` is on: "sm90", "gfx942", ...; CPUs (the interpreter) count as "sm90"."""
+    return _target(x.device.index) if x.device.type == "cuda" else "sm90"
+
+
+@functools.cache
+def _target(index: int | None) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
+    """Configuration of `kernel` (prefill | decode | backward queries | backward keys) for head dims as wide as the wider one.
+
+    A target that is not in the table gets the configuration of the closest older one of its maker.
+    """
+    from hip_hf.kernels.table import TILES
+
+    if dtype == torch.float32:
+        return FULL_PRECISION
+    known = TILES[kernel]
+    if target not in known:
+        maker, number = target[:2], int(target[2:], 16)
+        older = [name for name in known if name[:2] == maker and int(name[2:], 16) <= number]
+        target = max(older, key=lambda name: int(name[2:], 16)) if older else min(known)
+    dims = known[target]
+    width = max(dim, dim_v)
+    return Tile(*dims[min((d for d in dims if d >= width), default=max(dims))])
+
+
+@functools.cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(x: torch.Tensor) -> int:
+    """Streaming multiprocessors of the device that `x` is on."""
+    return _processors(x.device.index) if x.device.type == "cuda" else PROCESSORS

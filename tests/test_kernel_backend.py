@@ -1,0 +1,209 @@
+"""The kernels behind `hip_attention` against the torch backend: same blocks, same output, same life of a decode state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_near, make_problem, make_qkv, small
+from interpreter import DEVICE
+
+import hip_hf
+from hip_hf.attention import Result, attend
+from hip_hf.config import HiPConfig
+from hip_hf.state import DecodeState
+
+pytestmark = pytest.mark.kernels
+
+# In fp32 both backends find the same blocks; what is left is the order of sums (on a GPU, of the exponential as well).
+NEAR = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    threads(1)
+
+
+def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: HiPConfig, state: Any = None, **fields: Any) -> Result:
+    """A call with log-sum-exp and mask; on `DEVICE` if the kernels serve it."""
+    device = DEVICE if config.backend == "triton" else "cpu"
+    sinks = fields.pop("sinks", None)
+    problem = make_problem(*(x.to(device) for x in (q, k, v)), **fields, sinks=None if sinks is None else sinks.to(device))
+    result = attend(problem, config, None, state, need_lse=True, need_mask=True)
+    assert (result.path, result.reason) == ("sparse", "")
+    return result
+
+
+def same(got: Result, want: Result) -> None:
+    assert got.mask is not None
+    assert want.mask is not None
+    for name in ("counts", "first", "indices"):
+        a, b = getattr(got.mask, name).cpu(), getattr(want.mask, name).cpu()
+        assert torch.equal(a, b), f"{name}: {a[a != b]} is not {b[a != b]}"
+    assert_near(got.out.cpu(), want.out, NEAR)
+    assert got.lse is not None
+    assert want.lse is not None
+    assert_near(got.lse.cpu(), want.lse, NEAR, "lse")
+    assert got.share == want.share
+
+
+def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, Any], **fields: Any) -> None:
+    got, want = (call(q, k, v, small(backend=backend, **config), **fields) for backend in ("triton", "torch"))
+    same(got, want)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(),
+        dict(dense_tail=21),
+        dict(method="streaming", dense_tail=5),
+        dict(group_shared=False, score="max", rescore=2),
+        dict(representative="outliers"),
+    ],
+)
+def test_prompt(config: dict[str, Any]) -> None:
+    both(*make_qkv(203, 90), config)
+
+
+def test_prompt_with_padding_on_either_side() -> None:
+    both(*make_qkv(180, 60, batch=3), dict(dense_tail=7), key_start=[0, 33, 150], q_start=[100, 120, 120])
+
+
+def test_prompt_with_softcap_sinks_and_sliding_window() -> None:
+    both(*make_qkv(203, 50), dict(dense_tail=4), softcap=3.0, sliding_window=120, sinks=torch.randn(4))
+
+
+@pytest.mark.parametrize("config", [dict(), dict(method="streaming"), dict(group_shared=False)])
+def test_decode_with_a_state(config: dict[str, Any]) -> None:
+    """A prompt, steps across refreshes and key blocks, a crop, a step of several rows, a reordered batch."""
+    q, k, v = make_qkv(170, batch=2)
+    states = {"triton": DecodeState(), "torch": DecodeState()}
+
+    def step(first: int, end: int, kept: bool = True) -> None:
+        results = []
+        for backend, state in states.items():
+            settings = small(backend=backend, decode_refresh=3, **config)
+            results.append(call(q[:, :, first:end], k[:, :, :end], v[:, :, :end], settings, state, key_start=[0, 21]))
+        if kept:
+            same(*results)
+        else:
+            assert_near(results[0].out.cpu(), results[1].out, NEAR)
+
+    step(0, 150)
+    for position in range(150, 159):
+        step(position, position + 1)
+    for state in states.values():
+        state.crop(120)
+    step(120, 121)
+    step(121, 122)
+    step(122, 126)
+    for state in states.values():
+        state.reset()
+    step(0, 160)
+    step(160, 161)
+    for state in states.values():
+        state.reorder([1, 1])
+    q, k, v = (x[[1, 1]] for x in (q, k, v))
+    got = []
+    for backend, state in states.items():
+        settings = small(backend=backend, decode_refresh=3, **config)
+        got.append(call(q[:, :, 161:162], k[:, :, :162], v[:, :, :162], settings, state, key_start=[21, 21]))
+    same(*got)
+
+
+def test_a_state_grows_beyond_its_first_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hip_hf.kernels import backend
+
+    monkeypatch.setattr(backend, "ROOM", 0.0)
+    monkeypatch.setattr(backend, "LEAST_ROOM", 1)
+    q, k, v = make_qkv(150)
+    states = {"triton": DecodeState(), "torch": DecodeState()}
+    capacities = set()
+    for first, end in ((0, 60), (60, 100), (100, 101), (101, 102), (102, 150)):
+        results = []
+        for name, state in states.items():
+            results.append(call(q[:, :, first:end], k[:, :, :end], v[:, :, :end], small(backend=name), state))
+        same(*results)
+        capacities.add(states["triton"].device.capacity)
+    assert len(capacities) > 1
+
+
+def test_decode_without_a_state() -> None:
+    both(*make_qkv(170, 3), dict())
+
+
+def test_gradients() -> None:
+    q, k, v = make_qkv(120, 50)
+    grads = []
+    for backend in ("triton", "torch"):
+        device = DEVICE if backend == "triton" else "cpu"
+        leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
+        out, lse = hip_hf.hip_attention(*leaves, config=small(backend=backend, dense_tail=9), return_lse=True)
+        torch.manual_seed(3)
+        weight = torch.randn(out.shape).to(device)
+        ((out * weight).sum() + lse.sum()).backward()
+        grads.append([x.grad.cpu() for x in leaves])
+    for name, got, want in zip("qkv", *grads, strict=True):
+        assert_near(got, want, 10 * NEAR, f"gradient of {name}")
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "why"),
+    [
+        (dict(), torch.float64, "float64"),
+        (dict(method="oracle"), torch.float32, "oracle"),
+        (dict(budget=16384, beam=8), torch.float32, "beam"),
+    ],
+)
+def test_asked_for_by_name_it_serves_or_says_why_not(config: dict[str, Any], dtype: torch.dtype, why: str) -> None:
+    q, k, v = (x.to(DEVICE) for x in make_qkv(100, 20, dtype=dtype))
+    with pytest.raises(ValueError, match=rf"HiPConfig.backend: got 'triton', allowed here: auto \| torch \(.*{why}"):
+        hip_hf.hip_attention(q, k, v, config=small(backend="triton", **config))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="`auto` takes the kernels on a GPU only")
+def test_auto_takes_the_kernels_on_a_gpu_and_says_when_it_cannot() -> None:
+    q, k, v = (x.to(DEVICE) for x in make_qkv(100, 20, dtype=torch.float64))
+    result = attend(make_problem(q, k, v), small())
+    assert result.reason == "torch backend: float64 has no kernels"
+    result = attend(make_problem(q.float(), k.float(), v.float()), small())
+    assert result.reason == ""
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+def test_a_captured_step_serves_a_growing_sequence() -> None:
+    """One graph, replayed while only numbers on the device change, gives what step after step gives."""
+    from hip_hf.kernels.addressing import KeyValues
+    from hip_hf.kernels.backend import DeviceState, decode_step
+    from hip_hf.kernels.prefill import Logits
+    from hip_hf.kernels.sequences import Sequences
+    from hip_hf.problem import Span
+
+    config = small(decode_refresh=3, backend="triton")
+    q, k, v = (x.to(DEVICE) for x in make_qkv(200))
+    problem = make_problem(q[:, :, :1], k, v)
+    row, out = q[:, :, 100:101].clone(), torch.empty_like(q[:, :, :1])
+    kv, logits = KeyValues(k, v), Logits(problem.scale)
+    sequences = Sequences.of([Span(0, 0, 200, 0, 1, 100)], torch.device(DEVICE))
+
+    def fresh() -> DeviceState:
+        return DeviceState.make(config, problem, 200)
+
+    state = fresh()
+    decode_step(row, kv, sequences, config, logits, state, out)  # compiles
+    kept, graph = fresh(), torch.cuda.CUDAGraph()
+    decode_step(row, kv, sequences, config, logits, kept, out)
+    with torch.cuda.graph(graph):
+        decode_step(row, kv, sequences, config, logits, kept, out)
+    state = fresh()
+    decode_step(row, kv, sequences, config, logits, state, out)
+    for position in range(101, 140):
+        sequences.table[4] = position
+        row.copy_(q[:, :, position : position + 1])
+        graph.replay()
+        replayed = out.clone()
+        decode_step(row, kv, sequences, config, logits, state, out)
+        assert torch.equal(out, replayed), position

@@ -1,0 +1,196 @@
+"""The backward kernels against the torch reference on the same block indices: interpreted, or native on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_near, eager
+from interpreter import DEVICE
+from kernel_cases import Case, make_case, spans_of
+
+from hip_hf.kernels.backward import Inverted, Part, attention, invert
+from hip_hf.kernels.prefill import Logits, dense_reads
+from hip_hf.kernels.sequences import Sequences
+from hip_hf.problem import Span
+from hip_hf.reference.gradients import Gradients, Piece
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    """The tensors are small: waking threads would take most of the time."""
+    threads(1)
+
+
+def reference(
+    case: Case, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, dtype: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
+    """Gradients of q, k, v (and sinks) by the torch reference, in `dtype`."""
+    problem = case.problem(dtype)
+    out, lse = case.reference()
+    outside = ~case.visible().any(-1).expand(lse.shape)
+    out, lse = out.masked_fill(outside[..., None], 0.0).to(dtype), lse.masked_fill(outside, -torch.inf).to(dtype)
+    grads = Gradients(problem, out, lse, grad_out.to(dtype), None if grad_lse is None else grad_lse.to(dtype))
+    per_head = case.indices.shape[1] // case.k.shape[1]
+    size = case.groups // per_head
+    for at, span in enumerate(case.spans):
+        for i, block in enumerate(case.blocks(span)):
+            for one in range(case.indices.shape[1]):
+                ids = case.chosen(at, one * size, i)
+                head = slice(one // per_head, one // per_head + 1)
+                piece = Piece(span, head, [block], ids[None, None, None], case.config.block_k, span.rows)
+                grads._add(piece, block, head.start, slice(one * size, (one + 1) * size), piece.positions(head.start, 0, 0))
+    return [grads.q, grads.k, grads.v, *([grads.sinks()] if problem.sinks is not None else [])]
+
+
+def plain(case: Case, dtype: torch.dtype, grad_out: torch.Tensor, grad_lse: torch.Tensor | None) -> list[torch.Tensor]:
+    """The same by autograd through plain attention in `dtype`."""
+    inputs = [x.to(dtype, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
+    fields = dict(softcap=case.fields.get("softcap"))
+    if "sinks" in case.fields:
+        fields["sinks"] = case.fields["sinks"].to(dtype, copy=True).requires_grad_()
+        inputs.append(fields["sinks"])
+    visible = case.visible()
+    out, lse = eager(*inputs[:3], visible, scale=case.scale, dtype=dtype, **fields)
+    total = (out * grad_out.to(dtype)).sum()
+    if grad_lse is not None:
+        total = total + (lse * grad_lse.to(dtype))[visible.any(-1).expand(lse.shape)].sum()
+    return list(torch.autograd.grad(total, inputs))
+
+
+def run(case: Case, need_lse: bool = True) -> None:
+    visible = case.visible().any(-1).expand(case.q.shape[:3])
+    grad_out = torch.randn(*case.q.shape[:3], case.v.shape[-1]).to(case.q.dtype)
+    grad_lse = torch.randn(case.q.shape[:3]) * visible if need_lse else None
+    inputs = [x.to(DEVICE, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
+    logits = case.logits()
+    if logits.sinks is not None:
+        logits = replace(logits, sinks=logits.sinks.clone().requires_grad_())
+        inputs.append(logits.sinks)
+    out, lse = attention(*inputs[:3], logits, (Part(case.sequences(), case.reads()),))
+    assert (out[~visible] == 0).all()
+    assert (lse[~visible] == -torch.inf).all()
+    total = (out * grad_out.to(DEVICE)).sum()
+    if grad_lse is not None:
+        total = total + (lse * grad_lse.to(DEVICE))[visible.to(DEVICE)].sum()
+    got = torch.autograd.grad(total, inputs)
+    want = reference(case, grad_out, grad_lse)
+    exact = plain(case, torch.float64, grad_out, grad_lse)
+    # two PyTorch computations in the case's dtype: through the weights, and, as kernels do, from the output and lse
+    rough = [plain(case, case.q.dtype, grad_out, grad_lse)]
+    if case.q.dtype == torch.float32:
+        rough.append(reference(case, grad_out, grad_lse, torch.float32))
+    for i, (name, a, b) in enumerate(zip(("q", "k", "v", "sinks"), got, want, strict=False)):
+        error = max(float((grads[i].double() - exact[i]).abs().max()) for grads in rough)
+        least = torch.finfo(case.q.dtype).eps * float(exact[i].abs().max())
+        assert_near(a.cpu(), b, 2 * max(error, least), f"gradient of {name}")
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 7, 8])
+def test_query_heads_of_a_group(groups: int) -> None:
+    run(make_case(spans_of((0, 117, 117)), groups=groups))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes(dtype: torch.dtype) -> None:
+    run(make_case(dtype=dtype))
+
+
+@pytest.mark.parametrize(("dim", "dv"), [(80, 80), (96, 64), (128, 128), (256, 256), (16, 40)])
+def test_head_dims(dim: int, dv: int) -> None:
+    run(make_case(spans_of((0, 83, 83)), heads=1, dim=dim, dv=dv, window=16))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_padding_packing_and_a_cache(shared: bool) -> None:
+    spans = [Span(0, 0, 150, 0, 60, 90), Span(1, 37, 110, 0, 20, 53), Span(1, 115, 150, 25, 60, 0)]
+    run(make_case(spans, shared=shared, tokens=153))
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(softcap=2.0), dict(sliding_window=70), dict(sinks=True), dict(softcap=3.0, sliding_window=25, sinks=True)]
+)
+def test_logits(fields: dict[str, Any]) -> None:
+    sinks = {"sinks": torch.randn(4)} if fields.get("sinks") else {}
+    run(make_case(spans_of((0, 121, 100)), **{**fields, **sinks}))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(block_q=64, sink=0, window=0),
+        dict(block_q=7, block_k=4, sink=3, window=9),
+        dict(block_q=150, block_k=16),
+        dict(block_k=1, most=9),
+        dict(block_k=5, sink=7, window=11),
+        dict(sink=400),
+        dict(block_k=128, most=1),
+    ],
+)
+def test_block_sizes(sizes: dict[str, int]) -> None:
+    run(make_case(spans_of((0, 301 if sizes.get("block_k") == 128 else 101, 87)), heads=1, **sizes), need_lse=False)
+
+
+def test_dense_rows_at_the_end_of_a_prompt() -> None:
+    """Two parts: rows that select, and a dense tail. As if the tail's rows had selected everything."""
+    case = make_case(spans_of((0, 150, 150)), heads=1, most=9, block_q=10)
+    head, tail = (replace(case.spans[0], row_end=110), replace(case.spans[0], row_start=110, position=110))
+    for i, block in enumerate(case.blocks(case.spans[0])):
+        if block.first >= 110:
+            case.counts[:, :, i] = block.middle
+            case.indices[:, :, i, : block.middle] = torch.arange(block.low, block.high).int()
+    device = torch.device(DEVICE)
+    parts = (
+        Part(Sequences.of([head], device), case.reads()),
+        Part(Sequences.of([tail], device), dense_reads()),
+    )
+    inputs = [x.to(DEVICE, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
+    grad_out = torch.randn(case.q.shape)
+    out, _ = attention(*inputs, case.logits(), parts)
+    got = torch.autograd.grad((out * grad_out.to(DEVICE)).sum(), inputs)
+    for name, a, b in zip("qkv", got, reference(case, grad_out, None), strict=True):
+        assert_near(a.cpu(), b, 1e-4, f"gradient of {name}")
+
+
+def test_gradients_repeat_bit_by_bit() -> None:
+    case = make_case(spans_of((0, 101, 101)), dtype=torch.bfloat16)
+    inputs = [x.to(DEVICE, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
+    found = []
+    for _ in range(2):
+        out, _ = attention(*inputs, case.logits(), (Part(case.sequences(), case.reads()),))
+        found.append(torch.autograd.grad(out.float().square().sum(), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_only_what_asks_gets_gradients() -> None:
+    case = make_case(spans_of((0, 60, 60)))
+    v = case.v.to(DEVICE, copy=True).requires_grad_()
+    out, _ = attention(case.q.to(DEVICE), case.k.to(DEVICE), v, Logits(case.scale), (Part(case.sequences(), case.reads()),))
+    out.sum().backward()
+    assert v.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("per_tile", [1, 3, 4])
+def test_inverted_lists_hold_every_selection_once(per_tile: int) -> None:
+    case = make_case(spans_of((0, 300, 300), (20, 140, 140)), shared=False, most=8, rows=300)
+    tiles = -(-20 // per_tile)
+    found: Inverted = invert(case.indices.to(DEVICE), case.counts.to(DEVICE), per_tile, tiles)
+    sequences, lists, blocks, _ = case.indices.shape
+    got = set()
+    for i in range(sequences * lists * tiles):
+        begin, end = found.offsets[i : i + 2].tolist()
+        who = found.who[begin:end]
+        assert (who.diff() > 0).all(), "query blocks are not in order, or stand twice"
+        for block, bits in zip(who.tolist(), found.what[begin:end].tolist(), strict=True):
+            assert bits
+            got |= {(i // tiles, block, i % tiles * per_tile + j) for j in range(per_tile) if bits >> j & 1}
+    want = set()
+    for at in range(sequences):
+        for one in range(lists):
+            for block in range(blocks):
+                chosen = case.indices[at, one, block, : case.counts[at, one, block]].tolist()
+                want |= {(at * lists + one, block, j) for j in chosen}
+    assert got == want

@@ -1,0 +1,244 @@
+"""The selection kernel against the torch search (`methods/hip.py`) on the same pyramid: the same blocks, in the same order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_qkv, small
+from interpreter import DEVICE
+
+from hip_hf.config import REPRESENTATIVES, HiPConfig
+from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.search import Selection, select, unsupported
+from hip_hf.kernels.sequences import Sequences
+from hip_hf.methods import selector_for
+from hip_hf.methods.base import QueryBlock, query_blocks
+from hip_hf.methods.pyramid import Pyramid
+from hip_hf.problem import Span
+
+pytestmark = pytest.mark.kernels
+
+
+def flat(pyramid: Pyramid, rows: int) -> torch.Tensor:
+    """The pyramid in the kernels' layout: chunk `i` of level `l` is row `((2 * i + 1) << l) - 1`; other rows hold NaN."""
+    heads, _, width = pyramid.levels[0].shape
+    table = torch.full((heads, rows, width), torch.nan, dtype=pyramid.dtype)
+    for level, chunks in enumerate(pyramid.levels):
+        for i in range(pyramid.count(level)):
+            table[:, ((2 * i + 1) << level) - 1] = chunks[:, i]
+    return table
+
+
+def paged(x: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[B, H, T, D]` cut into pages `[pages, page_size, H, D]` in random order, unused ones NaN, and their block table."""
+    batch, heads, tokens, dim = x.shape
+    per_row = -(-tokens // page_size)
+    order = torch.randperm(batch * per_row + 3)
+    pages = torch.full((len(order), page_size, heads, dim), torch.nan, dtype=x.dtype)
+    table = order[: batch * per_row].view(batch, per_row).to(torch.int32)
+    for b in range(batch):
+        for i in range(per_row):
+            part = x[b, :, i * page_size : (i + 1) * page_size]
+            pages[table[b, i], : part.shape[1]] = part.transpose(0, 1)
+    return pages, table
+
+
+class Case:
+    """One call: tensors, spans and settings; what the torch search selects, and what the kernel does."""
+
+    def __init__(
+        self, config: HiPConfig, spans: list[Span], page_size: int = 0, softcap: float | None = None, sliding: int | None = None,
+        **shape: Any,
+    ) -> None:  # fmt: skip
+        tokens = max(span.key_end for span in spans)
+        rows = max(span.row_end for span in spans)
+        self.q, self.k, self.v = make_qkv(tokens, rows, batch=1 + max(span.batch for span in spans), **shape)
+        self.config, self.spans, self.page_size = config, spans, page_size
+        self.softcap, self.sliding, self.scale = softcap, sliding, self.q.shape[-1] ** -0.5
+        self.heads = self.k.shape[1]
+        self.groups = self.q.shape[1] // self.heads
+        self.selector = selector_for(config)
+
+    def keys(self, span: Span) -> torch.Tensor:
+        return self.k[span.batch, :, span.key_start : span.key_end]
+
+    def pyramid(self, span: Span) -> Pyramid:
+        pyramid = self.selector.make_pyramid(self.k.dtype)
+        pyramid.extend(self.keys(span), span.keys // self.config.block_k)
+        return pyramid
+
+    def blocks(self, span: Span, per_row: bool) -> list[QueryBlock]:
+        relative = Span(span.batch, 0, span.keys, 0, span.rows, span.position)
+        return query_blocks(self.config, relative, per_row, self.sliding)
+
+    def expected(self, per_row: bool) -> dict[tuple[int, int, int], list[int]]:
+        """Selected blocks by (sequence, mask head, query block)."""
+        found = {}
+        for s, span in enumerate(self.spans):
+            q = self.q[span.batch].unflatten(0, (self.heads, self.groups))[:, :, span.row_start : span.row_end]
+            bound = self.selector.bind(q, self.keys(span), self.pyramid(span), self.scale, self.softcap)
+            for n, block in enumerate(self.blocks(span, per_row)):
+                if block.middle > self.selector.budget:
+                    ids = bound.select(slice(0, self.heads), [block])[:, :, 0].flatten(0, 1)
+                else:
+                    masks = self.heads * (1 if self.config.group_shared else self.groups)
+                    ids = torch.arange(block.low, block.high).expand(masks, -1)
+                found |= {(s, head, n): row.tolist() for head, row in enumerate(ids)}
+        return found
+
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, KeyValues, Sequences]:
+        most = max(2 * (span.keys // self.config.block_k) for span in self.spans)
+        table = torch.stack([flat(self.pyramid(span), most) for span in self.spans]).to(DEVICE)
+        if self.page_size:
+            pages, block_table = paged(self.k, self.page_size)
+            kv = KeyValues(pages.to(DEVICE), pages.to(DEVICE), block_table.to(DEVICE))
+        else:
+            kv = KeyValues(self.k.to(DEVICE), self.v.to(DEVICE))
+        return self.q.to(DEVICE), table, kv, Sequences.of(self.spans, torch.device(DEVICE))
+
+    def empty(self, block_q: int, keep: bool = False) -> Selection:
+        sequences = Sequences.of(self.spans, torch.device(DEVICE))
+        masks = self.heads * (1 if self.config.group_shared else self.groups)
+        into = Selection.empty(self.config, len(self.spans), masks, sequences.blocks(block_q), torch.device(DEVICE), keep)
+        for tensor in (into.indices, into.counts, into.window):
+            tensor.fill_(-7)
+        return into
+
+    def run(self, block_q: int, into: Selection | None = None) -> Selection:
+        into = self.empty(block_q) if into is None else into
+        select(*self.arguments(), self.config, self.scale, self.softcap, self.sliding, block_q, into)
+        return into
+
+    def check(self, per_row: bool = False) -> None:
+        block_q = 1 if per_row else self.config.block_q
+        got, want = self.run(block_q), self.expected(per_row)
+        counts, indices, window = got.counts.cpu(), got.indices.cpu(), got.window.cpu()
+        wrong = {}
+        for (s, head, n), blocks in want.items():
+            count = int(counts[s, head, n])
+            chosen = indices[s, head, n].tolist()
+            if chosen[:count] != blocks or any(chosen[count:]):
+                wrong[s, head, n] = (chosen[:count], blocks)
+            laid = self.blocks(self.spans[s], per_row)[n]
+            assert max(int(window[s, head, n]), laid.start) == laid.window
+        assert not wrong, f"(sequence, head, query block): (got, want) {wrong}"
+        assert int((counts > 0).sum()) == sum(bool(blocks) for blocks in want.values()), (
+            "query blocks that do not exist are empty"
+        )
+        assert any(block.middle > self.selector.budget for span in self.spans for block in self.blocks(span, per_row))
+
+
+def whole(tokens: int, rows: int, batch: int = 0, key_start: int = 0) -> Span:
+    """A sequence of `tokens` keys, its last `rows` being queries."""
+    return Span(batch, key_start, key_start + tokens, 0, rows, tokens - rows)
+
+
+@pytest.mark.parametrize("score", ["mass", "max"])
+@pytest.mark.parametrize("representative", REPRESENTATIVES)
+def test_every_representative_and_score(representative: str, score: str) -> None:
+    Case(small(representative=representative, score=score), [whole(331, 21)]).check()
+
+
+@pytest.mark.parametrize("groups", [1, 4, 7, 8])
+@pytest.mark.parametrize("shared", [True, False])
+def test_groups(groups: int, shared: bool) -> None:
+    Case(small(group_shared=shared), [whole(283, 17)], groups=groups).check()
+
+
+@pytest.mark.parametrize("fields", [
+    dict(beam=1), dict(beam=3), dict(rescore=2), dict(rescore=8, beam=2), dict(rescore=3, score="max"), dict(query_stride=1),
+    dict(query_stride=5), dict(block_k=1, budget=4), dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),
+])  # fmt: skip
+def test_settings_of_the_search(fields: dict[str, Any]) -> None:
+    Case(small(**fields), [whole(299, 19)]).check()
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(score="max"), dict(rescore=4)])
+@pytest.mark.parametrize("coarsest", [4, 16])
+def test_a_start_level_longer_than_a_tile(coarsest: int, fields: dict[str, Any]) -> None:
+    case = Case(small(coarsest=coarsest, **fields), [whole(2311, 3)])
+    case.check()
+
+
+@pytest.mark.parametrize("dim", [24, 64, 80])
+def test_head_dims(dim: int) -> None:
+    Case(small(rescore=2), [whole(251, 9)], dim=dim).check()
+
+
+def test_sequences_of_any_length_padding_and_position() -> None:
+    spans = [whole(203, 37, 0, 11), Span(1, 3, 150, 5, 30, 122), Span(1, 150, 240, 30, 35, 85), Span(2, 0, 260, 0, 0, 260)]
+    Case(small(rescore=2), spans).check()
+
+
+@pytest.mark.parametrize("page_size", [16, 7])
+def test_pages(page_size: int) -> None:
+    Case(small(rescore=3), [whole(203, 18, 0, 3), whole(180, 18, 1, 0)], page_size=page_size).check()
+
+
+def test_softcap_and_sliding_window() -> None:
+    Case(small(rescore=2), [whole(300, 20)], softcap=2.0, sliding=200).check()
+
+
+def test_decode_rows_select_for_themselves() -> None:
+    Case(small(rescore=2), [whole(300, 3), whole(251, 2, 1, 5)], groups=3).check(per_row=True)
+
+
+def test_many_candidates_and_rows_in_several_tiles() -> None:
+    Case(small(budget=64, beam=8, block_q=32, query_stride=1), [whole(2200, 8)], groups=5).check()
+
+
+def test_ties_go_to_the_lower_position() -> None:
+    case = Case(small(score="max", rescore=2), [whole(300, 20)])
+    case.k[:] = 1.0
+    case.check()
+
+
+def test_a_selection_serves_until_it_is_as_old_as_decode_refresh() -> None:
+    config = small(decode_refresh=3)
+    step = lambda position: Case(config, [Span(0, 0, position + 1, 0, 1, position)])  # noqa: E731
+    torch.manual_seed(1)
+    into = step(200).empty(1, keep=True)
+    found = []
+    for position in range(200, 205):
+        torch.manual_seed(position)  # other keys at every step: a new search finds other blocks
+        found.append(step(position).run(1, into).indices.tolist())
+    assert found[0] == found[1] == found[2] != found[3] == found[4]
+    torch.manual_seed(7)
+    assert step(190).run(1, into).indices.tolist() != found[4], "a position before the selection's own selects anew"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_selects_what_scores_as_high(dtype: torch.dtype) -> None:
+    """Flat search, so that scores are comparable: what was kept weighs as much as the best in float64, but for rounding."""
+    config = small(representative="mean", coarsest=4, rescore=1, budget=64)
+    case = Case(config, [whole(701, 5)], dtype=dtype, needles={2: 300, 4: 500})
+    got = case.run(config.block_q)
+    plain = Case.__new__(Case)
+    plain.__dict__ |= case.__dict__ | dict(q=case.q.double(), k=case.k.double())
+    for (s, head, n), blocks in plain.expected(False).items():
+        chosen = got.indices[s, head, n, : got.counts[s, head, n]].tolist()
+        block = case.blocks(case.spans[s], False)[n]
+        scores = flat_scores(plain, head, block)
+        lost = sum(scores[i] for i in blocks) - sum(scores[i] for i in chosen)
+        halves = flat_scores(case, head, block)
+        rounding = max(abs(halves[i] - scores[i]) for i in scores)
+        assert lost <= 2 * rounding * len(blocks), (
+            f"head {head}, query block {n}: lost {lost} of {sum(scores[i] for i in blocks)}"
+        )
+        assert len(set(chosen)) == len(blocks)
+
+
+def flat_scores(case: Case, head: int, block: QueryBlock) -> dict[int, float]:
+    """Mass of every block of the middle by its mean key, computed in the tensors' own dtype."""
+    means = case.pyramid(case.spans[0]).levels[0][head, block.low : block.high].to(case.q.dtype)
+    group = case.q[0, head * case.groups : (head + 1) * case.groups]
+    votes = group[:, block.row : block.row + block.rows].flip(1)[:, :: case.config.query_stride].flatten(0, 1)
+    weights = torch.softmax(votes @ means.T * case.scale, dim=-1).sum(0)
+    return dict(zip(range(block.low, block.high), weights.tolist(), strict=True))
+
+
+def test_what_the_kernel_cannot_do_is_said() -> None:
+    assert not unsupported(HiPConfig())
+    assert "beam * budget" in unsupported(HiPConfig(budget=16384, beam=4))
