@@ -1,0 +1,93 @@
+"""`hip-hf autoload`: let plain `lm_eval` and `accelerate launch -m lm_eval` of this environment know `hip`.
+
+lm-eval has no entry points, so two small files go into the environment's site-packages: a `.pth`, which Python reads when it
+starts, and the module it imports, a hook that calls `register` once something imports lm-eval. Other programs pay for neither.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hip_hf.eval import report
+
+HOOK = "hip_hf_autoload"
+ACTIONS = ("enable", "disable", "status")
+
+# Must not import hip_hf when Python starts: that would import torch into every program.
+SOURCE = '''"""Written by `hip-hf autoload enable`; `hip-hf autoload disable` removes it. Makes lm-eval know `hip`."""
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import PathFinder
+
+
+class _Loader(Loader):
+    def __init__(self, loader):
+        self.loader = loader
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        try:
+            from hip_hf.integration.lm_eval import register
+        except ImportError as error:
+            print(f"hip_hf_autoload: hip is not registered: {error}. `hip-hf autoload disable` removes this hook, "
+                  f"as does deleting {__file__} and the .pth beside it", file=sys.stderr)
+        else:
+            register()
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "lm_eval.tasks":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+sys.meta_path.insert(0, _Finder())
+'''
+
+
+def files() -> dict[Path, str]:
+    """What is installed: path and content."""
+    site = Path(sysconfig.get_path("purelib"))
+    return {site / f"{HOOK}.py": SOURCE, site / f"{HOOK}.pth": f"import {HOOK}\n"}
+
+
+def state() -> str:
+    """`enabled`, `disabled`, or `outdated` (there, but not as this version writes it)."""
+    there = [path for path in files() if path.exists()]
+    if not there:
+        return "disabled"
+    same = all(path.exists() and path.read_text(encoding="utf-8") == content for path, content in files().items())
+    return "enabled" if same else "outdated"
+
+
+def main(
+    action: Annotated[str, typer.Argument(help=" | ".join(ACTIONS))] = "status",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Let plain lm_eval of this environment know `hip` (enable), take that back (disable), or say how it is (status)."""
+    if action not in ACTIONS:
+        raise typer.BadParameter(f"got {action!r}, allowed: {' | '.join(ACTIONS)}", param_hint="ACTION")
+    try:
+        for path, content in files().items():
+            if action == "enable":
+                path.write_text(content, encoding="utf-8")
+            elif action == "disable":
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SystemExit(f"hip-hf autoload {action}: {error}") from None
+    rows = [{"file": str(path), "there": path.exists()} for path in files()]
+    report.show(f"autoload: {state()}", rows, as_json, state=state())

@@ -1,0 +1,184 @@
+"""What the tasks share: metadata, the haystack, prompts of a wanted length, scoring."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hip_hf.eval.documents import DOCUMENT, NAMES
+from hip_hf.integration.lm_eval import UsageError
+
+SYNTHETIC = "synthetic"
+# or a clause of one: the finer the units, the closer prompts come to their length
+_SENTENCE = re.compile(r"[^.!?;:]+[.!?;:]*\s*")
+SENTENCE_WORDS = 8  # of a synthetic sentence
+FULL = 0.99  # a prompt is long enough when it fills so much of its room
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One document of a task: the text, how the answer begins, and the strings that the answer must hold."""
+
+    input: str
+    gen_prefix: str
+    outputs: list[str]
+
+
+# Draws a prompt of about `length` tokens with `size` units of haystack: `make(rng, size, length)`. The same state of the
+# generator must give the same draw.
+Make = Callable[[random.Random, int, int], Prompt]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What metadata asks for."""
+
+    lengths: tuple[int, ...]
+    samples: int
+    seed: int
+    haystack: str
+    tokenizer: Any
+
+    def tokens(self, text: str) -> int:
+        """How many tokens the model reads for `text`."""
+        return len(self.tokenizer(text, verbose=False).input_ids)
+
+
+@functools.cache
+def load_tokenizer(name: str, revision: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _count(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UsageError(f"{name}: got {value!r}, allowed: an integer >= {low}")
+    return value
+
+
+def read_plan(metadata: dict[str, Any]) -> Plan:
+    """The plan in a task's metadata, which lm-eval fills with the model arguments as well; what is not ours is theirs.
+
+    Raises:
+        UsageError: a value is out of range, or there is no tokenizer.
+    """
+    lengths = metadata.get("max_seq_lengths", [4096])
+    lengths = tuple(lengths) if isinstance(lengths, (list, tuple)) else (lengths,)
+    if not lengths:
+        raise UsageError("max_seq_lengths: got [], allowed: a list of token counts")
+    name = metadata.get("tokenizer") or metadata.get("pretrained")
+    if not isinstance(name, str):
+        raise UsageError(f"tokenizer: got {name!r}, allowed: a name or folder (metadata `tokenizer` or `pretrained`)")
+    return Plan(
+        lengths=tuple(_count("max_seq_lengths", length, 1) for length in lengths),
+        samples=_count("samples", metadata.get("samples", 50), 1),
+        seed=_count("data_seed", metadata.get("data_seed", 0), 0),
+        haystack=str(metadata.get("haystack") or DOCUMENT),
+        tokenizer=load_tokenizer(name, str(metadata.get("revision", "main")), bool(metadata.get("trust_remote_code", False))),
+    )
+
+
+@functools.cache
+def sentences(file: str) -> list[str]:
+    """The sentences of a text file, each with the white space after it. Raises UsageError if it cannot be read or is empty."""
+    try:
+        found = _SENTENCE.findall(Path(file).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"haystack: got {file!r} ({error}), allowed: a text file or {SYNTHETIC!r}") from None
+    if not any(sentence.strip() for sentence in found):
+        raise UsageError(f"haystack: got {file!r}, which is empty, allowed: a text file or {SYNTHETIC!r}")
+    return found
+
+
+def draw_sentences(haystack: str, rng: random.Random, size: int) -> list[str]:
+    """`size` consecutive sentences from a random place (the file's beginning follows its end), or random ones."""
+    if haystack == SYNTHETIC:
+        return [" ".join(rng.choices(NAMES, k=SENTENCE_WORDS)).capitalize() + ". " for _ in range(size)]
+    text = sentences(haystack)
+    start = rng.randrange(len(text))
+    return [text[(start + i) % len(text)] for i in range(size)]
+
+
+def insert(units: Sequence[str], needles: Sequence[str], places: Sequence[int]) -> list[str]:
+    """`units` with a needle before each of the `places` (0 to `len(units)`, in rising order)."""
+    out: list[str] = []
+    at = 0
+    for needle, place in zip(needles, places, strict=True):
+        out += [*units[at:place], needle]
+        at = place
+    return out + list(units[at:])
+
+
+def scatter(rng: random.Random, size: int, count: int) -> list[int]:
+    """`count` places in a haystack of `size` units, in rising order, different while there are enough."""
+    places = rng.sample(range(size + 1), count) if count <= size + 1 else rng.choices(range(size + 1), k=count)
+    return sorted(places)
+
+
+def fit(tokens: Callable[[int], int], room: int, guess: int, smallest: int, largest: float = math.inf) -> int:
+    """A size up to `largest` for which `tokens(size) <= room`: the largest one, or one that fills `FULL` of the room.
+
+    Raises:
+        UsageError: not even the smallest fits.
+    """
+    good, bad, size = smallest - 1, largest + 1, max(guess, smallest)
+    while True:
+        count = tokens(size)
+        if count > room:
+            bad = size
+        else:
+            good = size
+        if bad <= smallest:
+            raise UsageError(f"max_seq_lengths: got room for {room} tokens of prompt, allowed: at least {count} for this task")
+        if bad - good <= 1 or FULL * room <= count <= room:
+            return good
+        # tokens are nearly proportional to the size; what must change, changes
+        size = math.ceil(max(size, 1) * room / count)
+        size = int(min(max(size, good + 1), bad - 1))
+
+
+def build(
+    task: str,
+    make: Make,
+    answer: int,
+    metadata: dict[str, Any],
+    delimiter: str = " ",
+    smallest: int = 0,
+    largest: float = math.inf,
+) -> dict[str, Any]:
+    """The test split of a task: for each sample and length a prompt that leaves `answer` tokens for the answer.
+
+    Samples of all lengths take turns, so that `--limit` cuts them alike.
+    """
+    import datasets
+
+    plan = read_plan(metadata)
+    guess: dict[int, int] = {}
+    rows = []
+    for index, length in itertools.product(range(plan.samples), plan.lengths):
+
+        def draw(size: int, seed: str = f"{task} {plan.seed} {length} {index}", length: int = length) -> Prompt:
+            return make(random.Random(seed), size, length)
+
+        def tokens(size: int, draw: Callable[[int], Prompt] = draw) -> int:
+            prompt = draw(size)
+            return plan.tokens(prompt.input + delimiter + prompt.gen_prefix)
+
+        size = guess[length] = fit(tokens, length - answer, guess.get(length, smallest), smallest, largest)
+        rows.append({**vars(draw(size)), "index": index, "length": tokens(size) + answer, "max_length": length})
+    return {"test": datasets.Dataset.from_list(rows, split=datasets.Split.TEST)}
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """The share of the wanted strings that the answer holds, whatever their case: RULER's score."""
+    said = results[0].lower()
+    score = sum(want.lower() in said for want in doc["outputs"]) / len(doc["outputs"])
+    return {"acc": score, str(doc["max_length"]): score}

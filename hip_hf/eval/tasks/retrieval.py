@@ -1,0 +1,59 @@
+"""Two more kinds of looking back: the value of a key in a JSON object, and the continuation of a passage read before."""
+
+from __future__ import annotations
+
+import json
+import random
+import uuid
+from typing import Any
+
+from hip_hf.eval.tasks.common import Prompt, build, draw_sentences, read_plan
+
+VALUE_TOKENS = 64
+# Words of a passage that the prompt repeats, and that the answer has to go on with.
+GIVEN, WANTED = 12, 12
+COPY_TOKENS = 48
+
+
+def identifier(rng: random.Random) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def key_value(**metadata: Any) -> dict[str, Any]:
+    """A JSON object of random identifiers (after Liu et al., *Lost in the Middle*); one key is asked for."""
+
+    def make(rng: random.Random, size: int, length: int) -> Prompt:
+        asked, place = (identifier(rng), identifier(rng)), rng.random()
+        pairs = [(identifier(rng), identifier(rng)) for _ in range(size)]
+        pairs.insert(round(place * size), asked)
+        listing = json.dumps(dict(pairs), indent=0)
+        question = (
+            f'Each line of this JSON object gives a key and its value.\n{listing}\nWhich value belongs to the key "{asked[0]}"?'
+        )
+        return Prompt(question, f'The value of "{asked[0]}" is', [asked[1]])
+
+    return build("key_value", make, VALUE_TOKENS, metadata)
+
+
+def copying(**metadata: Any) -> dict[str, Any]:
+    """A passage of the document begins again at its end; how many of the next words are right."""
+    haystack = read_plan(metadata).haystack
+
+    def make(rng: random.Random, size: int, length: int) -> Prompt:
+        place = rng.random()
+        words = "".join(draw_sentences(haystack, rng, size)).split(" ")
+        # split at blanks only: line breaks stay in the words, as they stand in the text
+        start = round(place * (len(words) - GIVEN - WANTED))
+        passage = words[start : start + GIVEN + WANTED]
+        return Prompt(" ".join(words).rstrip() + "\n\n", " ".join(passage[:GIVEN]), passage[GIVEN:])
+
+    return build("copying", make, COPY_TOKENS, metadata, delimiter="", smallest=8)
+
+
+def words_in_order(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """The share of the wanted words that the answer begins with, up to the first that is wrong."""
+    said, right = results[0].split(), 0
+    wanted = " ".join(doc["outputs"]).split()
+    while right < min(len(said), len(wanted)) and said[right] == wanted[right]:
+        right += 1
+    return {"acc": right / len(wanted), str(doc["max_length"]): right / len(wanted)}

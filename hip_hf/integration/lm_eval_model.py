@@ -1,0 +1,170 @@
+"""The lm-eval model type `hip`: fields of `HiPConfig` as model arguments, the rest is lm-eval's Hugging Face model."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections import Counter, defaultdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import truncate_tokens
+from torch import nn
+
+import hip_hf
+from hip_hf.config import BACKENDS, HiPConfig
+from hip_hf.integration.interface import NAMES, Call
+from hip_hf.integration.lm_eval import UsageError
+from hip_hf.integration.settings import configure, read_settings, text_config
+from hip_hf.reference.sparse import DECODE_ROWS
+
+TRUNCATION = ("left", "middle")
+FIELDS = {field.name: field for field in dataclasses.fields(HiPConfig)}
+
+
+def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model arguments as (fields of `HiPConfig`, all others).
+
+    Two names mean something to lm-eval's model as well; the value tells which is meant: `backend` is ours when it is
+    one of our backends, and `delta` when it is a number (theirs is a path of delta weights).
+    """
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+    for name, value in arguments.items():
+        mine = name in FIELDS
+        if name == "backend":
+            mine = value in BACKENDS
+        elif name == "delta":
+            mine = value is None or not isinstance(_value(value), str)
+        (ours if mine else theirs)[name] = value
+    return {name: value if name in ("method", "representative") else _value(value) for name, value in ours.items()}, theirs
+
+
+def _value(text: Any) -> Any:
+    """What a model argument says: lists, dicts and None come as text when the arguments were one string."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+class KeysRead:
+    """A forward hook on the model that counts what its attention layers did: share of the visible keys read, and paths.
+
+    A call with up to `DECODE_ROWS` rows is decode, as it is for the attention. All shares count alike.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [
+            module for module in model.modules() if hasattr(module, "layer_idx") and "Attention" in type(module).__name__
+        ]
+        self.clear()
+
+    def clear(self) -> None:
+        """Start counting anew."""
+        self.shares: dict[str, list[float]] = {"prefill": [0.0, 0], "decode": [0.0, 0]}
+        self.paths: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        rows = next(tensor.shape[1] for tensor in given if tensor is not None)
+        phase = "decode" if rows <= DECODE_ROWS else "prefill"
+        for layer in self.layers:
+            call: Call | None = layer.__dict__.get("_hip_call")
+            if call is not None:
+                self.shares[phase][0] += call.share
+                self.shares[phase][1] += 1
+                self.paths[phase][call.path if call.path == "sparse" else f"{call.path} ({call.reason})"] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """Mean share of keys read in prefill and in decode (None: there was no such call), and layer calls per path."""
+        means = {phase: total / count if count else None for phase, (total, count) in self.shares.items()}
+        return {"keys_read": means, "paths": {phase: dict(counts) for phase, counts in self.paths.items()}}
+
+
+class HipLM(HFLM):
+    """lm-eval's Hugging Face model, attending through `hip`.
+
+    Model arguments that are fields of `HiPConfig` merge over the checkpoint's own settings (`config.hip`);
+    `prompt_truncation` says where prompts longer than the model are cut: `left` (lm-eval's way) or `middle` (LongBench's);
+    all others go to `HFLM`.
+
+    Raises:
+        UsageError: a setting is unknown to `HiPConfig` or out of range; before any weights are loaded.
+    """
+
+    def __init__(self, pretrained: Any, prompt_truncation: str = "left", **arguments: Any) -> None:
+        if prompt_truncation not in TRUNCATION:
+            raise UsageError(f"prompt_truncation: got {prompt_truncation!r}, allowed: {' | '.join(TRUNCATION)}")
+        self.prompt_truncation = prompt_truncation
+        self._fields, rest = split_arguments(arguments)
+        name = rest.pop("attn_implementation", "hip")
+        if name not in NAMES:
+            allowed = f"{' | '.join(NAMES)}; use the model type `hf` for others"
+            raise UsageError(f"attn_implementation: got {name!r}, allowed: {allowed}")
+        if isinstance(pretrained, str):
+            rest["attn_implementation"] = name
+        else:
+            pretrained.set_attn_implementation(name)
+        super().__init__(pretrained, **rest)
+        self.settings = self.use(**self._fields)
+        if hasattr(self, "accelerator") and self.world_size == 1 and rest.get("tp_plan") is None:
+            # HFLM shares the work among processes only where it sees several GPUs; without this each would do all of it
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+        self.read = KeysRead(self.model)
+        self.model.register_forward_hook(self.read, with_kwargs=True)
+
+    def use(self, config: HiPConfig | None = None, **fields: Any) -> HiPConfig:
+        """`configure` the model for the next evaluation. Raises UsageError for what it refuses; nothing has changed then."""
+        try:
+            self.settings = configure(self.model, config, **fields)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return self.settings
+
+    def _get_config(self, *args: Any, **kwargs: Any) -> None:
+        super()._get_config(*args, **kwargs)
+        try:
+            base = read_settings(self._config.get_text_config(decoder=True)).to_dict()
+            HiPConfig.from_dict({**base, **self._fields})
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask `[B, T]` of a batch of prompts; what is too long loses its middle if so asked."""
+        if self.prompt_truncation == "left" or left_truncate_len is None:
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        rows = [truncate_tokens(self.tok_encode(string), left_truncate_len, "middle") for string in strings]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.prompt_truncation == "middle":
+            longest = self.max_length + 1  # the last token is scored, not read
+            requests = [(words, self._cut(context, longest - len(end)), end) for words, context, end in requests]
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    @staticmethod
+    def _cut(tokens: list[int], room: int) -> list[int]:
+        return truncate_tokens(tokens, room, "middle") if len(tokens) > room else tokens
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What goes into the results' `config`: ours under `hip`: all settings, versions, share of keys read."""
+        packages = ("torch", "transformers", "lm_eval", "datasets")
+        return {
+            **super().get_model_info(),
+            "hip": {
+                "config": read_settings(text_config(self.model)).to_dict(),
+                "versions": {"hip_hf": hip_hf.__version__, **{package: version(package) for package in packages}},
+                "prompt_truncation": self.prompt_truncation,
+                "processes": self.world_size,  # the figures below are those of the first
+                **self.read.summary(),
+            },
+        }
