@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Ids are packed into the low half of the sort keys of `best`; the largest of them stands for "no chunk".
 _LOW_BITS = NO_CHUNK = 0xFFFFFFFF
+# Of the blocks that a decode step selects for the steps after it, one in so many follows one of the best.
+SUCCESSORS = 4
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,25 @@ class TreeSearch:
         if config.rescore > 1:
             ids = best(scores, ids, config.rescore * budget).sort(dim=-1).values
             scores = self._exact(heads, q, ids)
+        if config.decode_refresh > 1 and blocks[0].rows == 1:
+            scores, ids = self._with_successors(scores, ids, high, budget // SUCCESSORS)
         ids = best(scores, ids, budget).sort(dim=-1).values
         return ids.unflatten(1, (shares, len(blocks)))
+
+    def _with_successors(
+        self, scores: torch.Tensor, ids: torch.Tensor, high: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The candidates, with the blocks that follow the best `count` of them in the first places.
+
+        A decode step's selection serves the next steps too. What a model copies, it reads on: from the end of a block
+        into the next one, which has no mass before.
+        """
+        after = best(scores, ids, count) + 1
+        outside = after >= high[:, None]  # in the window, or the successor of nothing
+        after = after.masked_fill(outside, NO_CHUNK)
+        known = (ids.unsqueeze(-1) == after.unsqueeze(-2)).any(-1)
+        scores = torch.cat([scores.masked_fill(known, -torch.inf), torch.where(outside, -torch.inf, torch.inf)], dim=-1)
+        return scores, torch.cat([ids, after], dim=-1)
 
     def _gather(self, heads: slice, level: int, ids: torch.Tensor) -> torch.Tensor:
         """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`."""
