@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, without spills and with matrix instructions: a few targets, by `hip-hf kernels`."""
+"""Every kernel compiles for GPUs that are not here, without spills and with matrix instructions: two targets."""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ def expected(
             votes = list(block)[:: -config.query_stride]  # the last row, and back from it
             voting = torch.cat([queries[:, p - (keys - rows)] for p in votes])
             options = config.options
-            search = brute.Search(config, own, voting, low, high, q.shape[-1] ** -0.5, softcap, **options)
+            reused = len(block) == 1 and config.decode_refresh > 1
+            search = brute.Search(config, own, voting, low, high, q.shape[-1] ** -0.5, softcap, reused, **options)
             found[head, n] = search.run()
     return found
 
@@ -112,9 +113,11 @@ def test_same_blocks_for_odd_lengths(tokens: int) -> None:
     check(small(budget=8, beam=1), tokens, 40)
 
 
+@pytest.mark.parametrize("refresh", [1, 8])
+@pytest.mark.parametrize("fields", [dict(), dict(group_shared=False, rescore=2), dict(budget=32, score="max"), dict(budget=4)])
 @pytest.mark.parametrize("rows", [1, 2, 15, 16])
-def test_same_blocks_in_decode_where_each_row_selects_for_itself(rows: int) -> None:
-    check(small(rescore=2), 163, rows)
+def test_same_blocks_in_decode_where_each_row_selects_for_itself(rows: int, fields: dict, refresh: int) -> None:
+    check(small(**{"rescore": 2, "decode_refresh": refresh, **fields}), 163, rows)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +173,7 @@ def test_the_first_candidates_cover_every_middle_block_once(
     tokens: int, fields: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real code's candidates: all of the start level, then at each level the last two, which are nobody's children."""
-    config = small(**fields)
+    config = small(decode_refresh=1, **fields)
     (_, low, high), *_ = layout(config, 1, tokens)
     recorder = Recorder(monkeypatch)
     q, k, v = make_qkv(tokens, 1, heads=1)
@@ -204,7 +207,7 @@ def test_the_dyadic_cover_of_any_middle(low: int, beam: int, coarsest: int | Non
 def test_no_candidate_reaches_out_of_the_middle(
     fields: dict[str, int], sliding: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small(**fields)
+    config = small(decode_refresh=1, **fields)
     q, k, v = make_qkv(300, 1, heads=1)
     recorder = Recorder(monkeypatch)
     for tokens in range(70, 300, 7):
@@ -291,6 +294,18 @@ def test_a_needle_is_found(depth: int, rows: int, representative: str) -> None:
     got = selected(config, q, k, v)
     last = max(n for _, n in got)
     assert all(depth // config.block_k in got[head, last] for head in range(2))
+
+
+@pytest.mark.parametrize("representative", ["blend", "outliers"])
+def test_a_selection_that_serves_several_steps_reads_on(representative: str) -> None:
+    """The needle is the last key of block 25; what a copy needs next is in block 26, which nothing points to."""
+    q, k, v = make_qkv(1000, 1, needles={0: 26 * 16 - 1})
+    for refresh in (1, 8):
+        config = small(block_k=16, budget=64, representative=representative, decode_refresh=refresh, beam=1)
+        blocks = set(selected(config, q, k, v)[0, 0])
+        assert len(blocks) == 4
+        assert 25 in blocks
+        assert (26 in blocks) == (refresh == 8)
 
 
 @pytest.mark.parametrize("group_shared", [True, False])

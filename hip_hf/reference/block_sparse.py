@@ -127,27 +127,24 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     query = scratch.take("q", (lanes, groups, n, dim), like)
     torch.mul(q, t.scale, out=query)
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
-    out, lse = None, None
-    end = block.last + 1
+    parts, end = [], block.last + 1
     while end > block.start:  # from the last key down, so that the rows' own keys are whole in one tile
         first = max(block.start, end - tile)
-        part, weight = _attend_tile(t, heads, query, block, first, end, single=out is None and first == block.start)
-        if out is None:
-            out, lse = part, weight
-        else:
-            assert lse is not None and weight is not None
-            whole = torch.logaddexp(lse, weight)
-            out = out * torch.exp(lse - whole)[..., None] + part * torch.exp(weight - whole)[..., None]
-            lse = whole
+        parts.append(_attend_tile(t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start))
         end = first
+    out, lse = parts[0]
+    for more, weight in parts[1:]:
+        whole = torch.logaddexp(lse, weight)
+        out = out * torch.exp(lse - whole)[..., None] + more * torch.exp(weight - whole)[..., None]
+        lse = whole
     _store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
 
 
 def _attend_tile(
-    t: Tensors, heads: slice, query: torch.Tensor, block: QueryBlock, first: int, end: int, single: bool
+    t: Tensors, heads: slice, query: torch.Tensor, block: QueryBlock, first: int, end: int, merge: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention to the keys `first` to `end - 1`; the log-sum-exp as well, unless nobody needs it."""
-    lanes, groups, n, dim = query.shape
+    """Attention to the keys `first` to `end - 1`, and the log-sum-exp if the caller or a `merge` with other tiles needs it."""
+    lanes, groups, n, _ = query.shape
     k, v = (x[heads, first:end].to(query.dtype) for x in (t.k, t.v))
     logits = scratch.take("logits", (lanes, groups * n, end - first), k)
     torch.bmm(query.flatten(1, 2), k.transpose(1, 2), out=logits)
@@ -162,14 +159,14 @@ def _attend_tile(
     lse, dtype = None, torch.promote_types(query.dtype, torch.float32)
     if t.lse is not None or t.sinks is not None:
         lse = torch.logsumexp(by_row.to(dtype), dim=-1)
-    elif not single:
+    elif merge:
         highest = by_row.amax(-1).to(dtype)
     torch.softmax(logits, dim=-1, out=logits)
-    if lse is None and not single:
+    if lse is None and merge:
         lse = highest - by_row.amax(-1).to(dtype).log()  # the highest logit's weight is exp(highest - lse)
     out = torch.bmm(logits, v, out=scratch.take("out", (lanes, groups * n, v.shape[-1]), k))
     out = out.view(lanes, groups, n, -1)
-    return (out if single else out.to(dtype, copy=True)), lse
+    return (out.to(dtype, copy=True) if merge else out), lse
 
 
 def _store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:
