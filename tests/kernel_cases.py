@@ -166,12 +166,12 @@ def make_case(
     block_q: int = 16,
     block_k: int = 16,
     sink: int = 20,
-    window: int = 40,
+    window: int = 24,
     scale: float | None = None,
     **fields: Any,
 ) -> Case:
     """A random case. Every query block reads a random number, up to `most`, of the blocks of its middle."""
-    spans = spans_of((0, 157, 157)) if spans is None else spans
+    spans = spans_of((0, 125, 125)) if spans is None else spans
     batch = max(span.batch for span in spans) + 1
     rows = max(span.row_end for span in spans) if rows is None else rows
     tokens = max(span.key_end for span in spans) if tokens is None else tokens

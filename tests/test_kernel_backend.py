@@ -65,15 +65,15 @@ def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, An
     ],
 )
 def test_prompt(config: dict[str, Any]) -> None:
-    both(*make_qkv(203, 90), config)
+    both(*make_qkv(141, 50), config)
 
 
 def test_prompt_with_padding_on_either_side() -> None:
-    both(*make_qkv(180, 60, batch=3), dict(dense_tail=7), key_start=[0, 33, 150], q_start=[100, 120, 120])
+    both(*make_qkv(130, 40, batch=3), dict(dense_tail=7), key_start=[0, 33, 110], q_start=[70, 90, 90])
 
 
 def test_prompt_with_softcap_sinks_and_sliding_window() -> None:
-    both(*make_qkv(203, 50), dict(dense_tail=4), softcap=3.0, sliding_window=120, sinks=torch.randn(4))
+    both(*make_qkv(163, 30), dict(dense_tail=4), softcap=3.0, sliding_window=120, sinks=torch.randn(4))
 
 
 @pytest.mark.parametrize("config", [dict(), dict(method="streaming"), dict(group_shared=False)])
@@ -93,7 +93,7 @@ def test_decode_with_a_state(config: dict[str, Any]) -> None:
             assert_near(results[0].out.cpu(), results[1].out, NEAR)
 
     step(0, 150)
-    for position in range(150, 159):
+    for position in range(150, 156):
         step(position, position + 1)
     for state in states.values():
         state.crop(120)
@@ -102,15 +102,15 @@ def test_decode_with_a_state(config: dict[str, Any]) -> None:
     step(122, 126)
     for state in states.values():
         state.reset()
-    step(0, 160)
-    step(160, 161)
+    step(0, 100)
+    step(100, 101)
     for state in states.values():
         state.reorder([1, 1])
     q, k, v = (x[[1, 1]] for x in (q, k, v))
     got = []
     for backend, state in states.items():
         settings = small(backend=backend, decode_refresh=3, **config)
-        got.append(call(q[:, :, 161:162], k[:, :, :162], v[:, :, :162], settings, state, key_start=[21, 21]))
+        got.append(call(q[:, :, 101:102], k[:, :, :102], v[:, :, :102], settings, state, key_start=[21, 21]))
     same(*got)
 
 

@@ -91,7 +91,7 @@ def run(case: Case, need_lse: bool = True) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 7, 8])
 def test_query_heads_of_a_group(groups: int) -> None:
-    run(make_case(spans_of((0, 117, 117)), groups=groups))
+    run(make_case(spans_of((0, 101, 101)), groups=groups))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -101,7 +101,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("dim", "dv"), [(80, 80), (96, 64), (128, 128), (256, 256), (16, 40)])
 def test_head_dims(dim: int, dv: int) -> None:
-    run(make_case(spans_of((0, 83, 83)), heads=1, dim=dim, dv=dv, window=16))
+    run(make_case(spans_of((0, 71, 71)), heads=1, dim=dim, dv=dv, window=16))
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -24,6 +24,9 @@ from hip_hf.kernels.prefill import Logits, Reads, prefill
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.tuning import Tile, target_of, tile_of
 
+# The widest head whose dK and dV are summed in one pass: both sums stay in registers.
+WIDEST_TOGETHER = 128
+
 
 @dataclass(frozen=True)
 class Part:
@@ -95,8 +98,8 @@ def inverted(part: Part, tile: Tile) -> Inverted | None:
 def key_gradient_arguments(
     q: torch.Tensor, kv: KeyValues, part: Part, logits: Logits, lse: torch.Tensor,
     grad_out: torch.Tensor, mean: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor, lists: Inverted | None, tile: Tile,
-) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
-    """Grid and arguments of `key_gradient_kernel`; `lists` are those of `inverted`."""
+) -> tuple[tuple[int, int, int], list[dict[str, Any]]]:  # fmt: skip
+    """Grid and arguments of `key_gradient_kernel`'s launches, one for dK and dV or one each; `lists` are those of `inverted`."""
     arguments = _shared_arguments(q, kv, part, logits, lse, grad_out, tile)
     reads, sequences = part.reads, part.sequences
     per_tile, tiles = key_tiles(part, tile)
@@ -107,7 +110,9 @@ def key_gradient_arguments(
         **_three("dk", grad_k), **_three("dv", grad_v),
         KEYS=max(16, triton.next_power_of_2(per_tile * reads.block_k)), TILE=per_tile * reads.block_k,
     )  # fmt: skip
-    return (tiles, kv.heads, sequences.count), arguments
+    once = max(arguments["D"], arguments["DV"]) <= WIDEST_TOGETHER
+    passes = [dict(OF_K=True, OF_V=True)] if once else [dict(OF_K=True, OF_V=False), dict(OF_K=False, OF_V=True)]
+    return (tiles, kv.heads, sequences.count), [arguments | each for each in passes]
 
 
 def attention(
@@ -145,8 +150,9 @@ def gradients(
         grid, arguments = query_gradient_arguments(q, kv, part, logits, out, lse, grad_out, grad_lse, grad_q, mean, by_query)
         query_gradient_kernel[grid](**arguments)
         lists = inverted(part, by_key)
-        grid, arguments = key_gradient_arguments(q, kv, part, logits, lse, grad_out, mean, grad_k, grad_v, lists, by_key)
-        key_gradient_kernel[grid](**arguments)
+        grid, passes = key_gradient_arguments(q, kv, part, logits, lse, grad_out, mean, grad_k, grad_v, lists, by_key)
+        for arguments in passes:
+            key_gradient_kernel[grid](**arguments)
     grad_sinks = None
     if need_sinks:  # each sink has a weight, and a value of zero
         assert logits.sinks is not None
@@ -197,5 +203,6 @@ def key_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of `key_gradient_kernel`."""
     part, grads = Part(x.sequences, x.reads), (torch.empty_like(x.kv.k), torch.empty_like(x.kv.v))
     lists = inverted(part, tile) if x.q.device.type != "meta" else Inverted(x.numbers, x.numbers, x.numbers.long())
-    launch = key_gradient_arguments(x.q, x.kv, part, x.logits, x.lse, x.out, x.lse, *grads, lists, tile)
-    return [Launch("backward, keys", key_gradient_kernel, launch[1], True, launch[0])]
+    grid, passes = key_gradient_arguments(x.q, x.kv, part, x.logits, x.lse, x.out, x.lse, *grads, lists, tile)
+    names = ["backward, keys"] if len(passes) == 1 else ["backward, keys: dK", "backward, keys: dV"]
+    return [Launch(name, key_gradient_kernel, each, True, grid) for name, each in zip(names, passes, strict=True)]

@@ -124,7 +124,8 @@ def _key_gradients(
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt, stride_lb, stride_lh, stride_lt,
     scale, softcap, sliding, dim, dim_v, member,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, CHOSEN: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, CHOSEN: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK (not yet scaled) and dV of a tile of keys after one more tile of query rows, at positions `first` to `last`.
 
@@ -159,11 +160,13 @@ def _key_gradients(
 
     logits, slope = scaled_with_slope(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, SOFTCAP)
     weights = tl.where(seen, tl.exp2(logits - lse[None, :]), 0.0)  # [KEYS, M]
-    grad_v = tl.dot(weights.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
-    grad = weights * (tl.dot(v, tl.trans(grad_out), input_precision=PRECISION) - mean[None, :])
-    if SOFTCAP:
-        grad = grad * slope
-    grad_k = tl.dot(grad.to(k.dtype), q, grad_k, input_precision=PRECISION)
+    if OF_V:
+        grad_v = tl.dot(weights.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
+    if OF_K:
+        grad = weights * (tl.dot(v, tl.trans(grad_out), input_precision=PRECISION) - mean[None, :])
+        if SOFTCAP:
+            grad = grad * slope
+        grad_k = tl.dot(grad.to(k.dtype), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v
 
 
@@ -177,9 +180,10 @@ def key_gradient_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, LISTS_PER_HEAD: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, SELECTED: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(tiles of TILE <= KEYS keys, Hkv, sequences)`. Adds to GRAD_K and GRAD_V, which only this program writes."""
+    """Grid `(tiles of TILE <= KEYS keys, Hkv, sequences)`. Adds to GRAD_K and GRAD_V, which only this program writes;
+    OF_K and OF_V tell which, as both sums of a wide head are more than the registers hold."""
     tile, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
     end = position + rows
@@ -219,7 +223,7 @@ def key_gradient_kernel(
                 row_start - position, position, sink_keys, window_keys,
                 stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt, stride_lb, stride_lh, stride_lt,
                 scale, softcap, sliding, dim, dim_v, member,
-                BLOCK_Q, BLOCK_K, GROUP, D, DV, SOFTCAP, SLIDING, False, PRECISION,
+                BLOCK_Q, BLOCK_K, GROUP, D, DV, SOFTCAP, SLIDING, False, OF_K, OF_V, PRECISION,
             )  # fmt: skip
         if SELECTED:
             entry = (sequence * lists + head_list).to(tl.int64) * tl.num_programs(0) + tile
@@ -233,11 +237,13 @@ def key_gradient_kernel(
                     row_start - position, position, sink_keys, window_keys,
                     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt, stride_lb, stride_lh, stride_lt,
                     scale, softcap, sliding, dim, dim_v, member,
-                    BLOCK_Q, BLOCK_K, GROUP, D, DV, SOFTCAP, SLIDING, True, PRECISION,
+                    BLOCK_Q, BLOCK_K, GROUP, D, DV, SOFTCAP, SLIDING, True, OF_K, OF_V, PRECISION,
                 )  # fmt: skip
-    dk_ptr = GRAD_K + (batch * stride_dkb + key_head.to(tl.int64) * stride_dkh + token * stride_dkt)[:, None] + d[None, :]
-    dv_ptr = GRAD_V + (batch * stride_dvb + key_head.to(tl.int64) * stride_dvh + token * stride_dvt)[:, None] + dv[None, :]
-    grad_k = grad_k * scale + tl.load(dk_ptr, mask=in_d, other=0.0).to(tl.float32)
-    grad_v = grad_v + tl.load(dv_ptr, mask=in_dv, other=0.0).to(tl.float32)
-    tl.store(dk_ptr, grad_k.to(GRAD_K.dtype.element_ty), mask=in_d)
-    tl.store(dv_ptr, grad_v.to(GRAD_V.dtype.element_ty), mask=in_dv)
+    if OF_K:
+        dk_ptr = GRAD_K + (batch * stride_dkb + key_head.to(tl.int64) * stride_dkh + token * stride_dkt)[:, None] + d[None, :]
+        grad_k = grad_k * scale + tl.load(dk_ptr, mask=in_d, other=0.0).to(tl.float32)
+        tl.store(dk_ptr, grad_k.to(GRAD_K.dtype.element_ty), mask=in_d)
+    if OF_V:
+        dv_ptr = GRAD_V + (batch * stride_dvb + key_head.to(tl.int64) * stride_dvh + token * stride_dvt)[:, None] + dv[None, :]
+        grad_v = grad_v + tl.load(dv_ptr, mask=in_dv, other=0.0).to(tl.float32)
+        tl.store(dv_ptr, grad_v.to(GRAD_V.dtype.element_ty), mask=in_dv)

@@ -75,8 +75,9 @@ def make_chunk(
         mean = (mean + tl.load(means + right * DIM + d, mask=inside, other=0.0)) * 0.5
         present = i < 2 * COUNT
         vector = tl.where(i < COUNT, left * (1 + COUNT) + 1 + i, right * (1 + COUNT) + 1 + i - COUNT)
-        keys = tl.load(table + vector[:, None] * DIM + d[None, :], mask=present[:, None] & inside[None, :], other=0.0)
-        write_chunk(table, means, chunk_rows(index, level), keys.to(tl.float32), present, mean, d, COUNT, N, DIM)
+        there = present[:, None] & inside[None, :]
+        keys = tl.load(table + vector[:, None] * DIM + d[None, :], mask=there, other=0.0).to(tl.float32)
+        write_chunk(table, means, chunk_rows(index, level), keys, present, mean, d, COUNT, N, DIM)
 
 
 @triton.jit

@@ -44,9 +44,10 @@ def _states_per_chunk(config: HiPConfig) -> int:
     return {"blend": 3, "minmax": 3, "middle": 2}.get(config.representative, 1)
 
 
-def constants(config: HiPConfig, dim: int, block_q: int) -> dict[str, Any]:
+def constants(config: HiPConfig, dim: int, block_q: int, append: bool) -> dict[str, Any]:
     """Compile-time arguments of the kernels of `config.representative`."""
-    shape = dict(BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=dim, num_warps=4)
+    # one program that does everything needs more registers than one that makes a tile
+    shape = dict(BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=dim, num_warps=8 if append else 4)
     if config.representative == "outliers":
         count = config.method_options().outliers
         return shape | dict(COUNT=count, N=triton.next_power_of_2(max(config.block_k, 2 * count)), BD=triton.next_power_of_2(dim))
@@ -70,7 +71,7 @@ class KeyPyramid:
         parts, vectors = parts_and_vectors(config)
         self.outliers = config.representative == "outliers"
         tiles = blocks if self.outliers else max(1, blocks >> TILE_LEVELS)
-        lanes = heads if self.outliers else heads * -(-dim // constants(config, dim, 1)["BD"])
+        lanes = heads if self.outliers else heads * -(-dim // constants(config, dim, 1, False)["BD"])
         self.table = torch.empty(sequences, heads, 2 * blocks, parts * vectors * dim, dtype=dtype, device=device)
         self.states = torch.empty(
             sequences, heads, 2 * tiles, _states_per_chunk(config) * dim, dtype=torch.float32, device=device
@@ -102,7 +103,7 @@ class KeyPyramid:
             self.states.stride(0), self.states.stride(1), *kv.strides(kv.k), stride_table, sequences.table.stride(0),
             config.window,
         )  # fmt: skip
-        fixed = constants(config, self.dim, block_q) | dict(PAGE_SIZE=kv.page_size)
+        fixed = constants(config, self.dim, block_q, append) | dict(PAGE_SIZE=kv.page_size)
         lanes, count = self.built.shape[1], sequences.count
         if self.outliers:
             level = 0
@@ -131,7 +132,7 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
         ("outliers", ((outliers.level_kernel, None), (outliers.append_outliers_kernel, True))),
     ):
         for kernel, build in kernels:
-            fixed = constants(HiPConfig(representative=representative), dim, 1 if build else 64)
+            fixed = constants(HiPConfig(representative=representative), dim, 1 if build else 64, bool(build))
             flags = dict(PAGE_SIZE=256 if build else 0, **({} if build is None else dict(BUILD=build)))
             given = {**pointers, **numbers, **fixed, **flags}
             wanted = {name: given[name] for name in (*kernel.arg_names, "num_warps") if name in given}

@@ -14,6 +14,7 @@ from hip_hf.kernels.pyramid import parts_and_vectors
 from hip_hf.kernels.select import NEVER, select_kernel
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.tuning import target_of
+from hip_hf.methods.hip import SUCCESSORS
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -97,7 +98,9 @@ def constants(
     budget, bk = config.budget // config.block_k, config.block_k
     keep, most = config.beam * budget, 2 * config.beam * budget
     rescore = config.rescore > 1
-    last = min(config.rescore * budget, most + 2) if rescore else budget
+    # a selection that decode steps share reads on into the blocks after its best ones
+    successors = budget // SUCCESSORS if config.decode_refresh > 1 else 0
+    last = min(config.rescore * budget, most + 2) if rescore else budget + successors
     limit = 30 if config.coarsest is None else (config.coarsest // bk).bit_length() - 1
     long = most_keys // (bk << limit) > most
     kept, kept_last = tile(keep), tile(last)
@@ -111,7 +114,7 @@ def constants(
     rows = max(16, min(triton.next_power_of_2(samples * voters), shape.rows, held))
     return dict(
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
-        RESCORE=rescore, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voters, ROWS=rows,
+        RESCORE=rescore, SUCCESSORS=successors, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voters, ROWS=rows,
         TILES=-(-samples * voters // rows), SAMPLES=samples, STRIDE=config.query_stride, GROUP=voters,
         MASS=config.score == "mass", DIM=dim, FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts,
         VECTORS=vectors, OUT=tile(budget), PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps,

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from hip_hf.kernels.scoring import chunk_logits, chunk_rows, score_blocks, score_chunks, voting_rows
 from hip_hf.kernels.sequences import always_read, load_sequence, query_block, window_start
-from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys
+from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, with_successors
 
 # Candidates at the middle's edges are two at most; a tile of them is as small as matrix instructions allow.
 EDGES = tl.constexpr(16)
@@ -122,7 +122,7 @@ def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
         fresh = at + inner < count
         new = sort_keys(tl.load(scratch + at + inner, mask=fresh, other=0.0), fresh)
         candidates = pair(ids, first + at + inner, 2 * KEPT)
-        ids, total = keep_best(candidates, pair(kept, new, 2 * KEPT), first, none, first, none, keep, 2 * KEPT, KEPT)
+        ids, _, total = keep_best(candidates, pair(kept, new, 2 * KEPT), first, none, first, none, keep, 2 * KEPT, KEPT)
     return ids, total
 
 
@@ -132,7 +132,8 @@ def select_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,
     stride_scratch, scale, sink, window, sliding, refresh, steps,
     BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
-    KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, LONG: tl.constexpr, STATEFUL: tl.constexpr,
+    KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, SUCCESSORS: tl.constexpr, LONG: tl.constexpr,
+    STATEFUL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr, VECTORS: tl.constexpr,
@@ -142,7 +143,8 @@ def select_kernel(
 
     `KEEP` chunks survive a level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts with
     at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
-    a time, for after a step of several rows the next one selects anew.
+    a time, for after a step of several rows the next one selects anew. `SUCCESSORS`: so many blocks that follow the best ones
+    are kept in any case, in query blocks of one row.
     """
     index = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest searches first
     head = tl.program_id(1)
@@ -182,8 +184,8 @@ def select_kernel(
     begins, ends = ceil_shift(low, level), high >> level
     if LONG:
         scratch += entry * stride_scratch
-        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M,
-                   ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, level)  # fmt: skip
+        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP,
+                   M, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, level)  # fmt: skip
         best, total = merge_long(scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2)
         ids = pair(best, best, M)
         inside = slot < total
@@ -200,7 +202,7 @@ def select_kernel(
     right = level * 0 + ABSENT
 
     for _ in tl.range(level, disable_licm=True):
-        parents, total = keep_best(ids, keys, begins, left, ends - 1, right, KEEP, M, KEPT)
+        parents, _, total = keep_best(ids, keys, begins, left, ends - 1, right, KEEP, M, KEPT)
         level -= 1
         was_begins, was_ends = begins, ends
         begins, ends = ceil_shift(low, level), high >> level
@@ -217,7 +219,8 @@ def select_kernel(
         left = tl.sum(tl.where(edge == 0, edge_keys, 0), 0)
         right = tl.sum(tl.where(edge == 1, edge_keys, 0), 0)
 
-    ids, total = keep_best(ids, keys, begins, left, ends - 1, right, LAST, M, KEPT_LAST)
+    ids, keys, total = keep_best(ids, keys, begins, left, ends - 1, right, LAST, M, KEPT_LAST)
+    none = level * 0 + ABSENT
     if RESCORE:
         inside = tl.arange(0, KEPT_LAST) < total
         ids = tl.where(inside, ids, low)
@@ -225,7 +228,12 @@ def select_kernel(
             k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, last_row,
             first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM,
             FEATURES_LAST, PRECISION)  # fmt: skip
-        none = level * 0 + ABSENT
-        ids, total = keep_best(ids, sort_keys(scores, inside), low, none, low, none, BUDGET, KEPT_LAST, OUT)
+        keys = sort_keys(scores, inside)
+    if SUCCESSORS > 0:
+        count = tl.where(first == last, SUCCESSORS, 0)
+        ids, keys = with_successors(ids, keys, total, high, count, KEPT_LAST)
+        ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, 2 * KEPT_LAST, OUT)
+    elif RESCORE:
+        ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, KEPT_LAST, OUT)
     # computed again: kept all the while, these addresses would take registers from the tiles
     write(indices, counts, entry_of(index, head, sequence), ids, total, BUDGET, OUT)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 # Finite scores are at least -FLT_MAX, so no sort key of a real candidate is this.
 ABSENT = tl.constexpr(-(2**31))
+HIGHEST = tl.constexpr(2**31 - 1)
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 
 
@@ -41,11 +42,8 @@ def threshold(keys, left, right, count):
 
 
 @triton.jit
-def keep_best(ids, keys, left_id, left, right_id, right, count, M: tl.constexpr, KEPT: tl.constexpr):
-    """The `count` best of candidates `ids` `[M]` (sorted) with sort keys `keys`, and one more on either side of them.
-
-    Returns ids `[KEPT]`, sorted, and how many of them count; the rest are the last ones' copies or worse: mask them.
-    """
+def kept_of(keys, left, right, count):
+    """Which of `keys` `[M]`, `left` and `right` are the `count` best: 1 or 0 each. Ties go to the lower position."""
     limit = threshold(keys, left, right, count)
     above = keys > limit
     equal = (keys == limit) & (keys != ABSENT)
@@ -56,12 +54,42 @@ def keep_best(ids, keys, left_id, left, right_id, right, count, M: tl.constexpr,
     kept = (above | (equal & (ties <= spare))).to(tl.int32)
     ties_before = tl.sum(equal.to(tl.int32), 0) + left_equal
     right_kept = ((right > limit) | ((right == limit) & (right != ABSENT) & (ties_before < spare))).to(tl.int32)
+    return kept, left_kept, right_kept
+
+
+@triton.jit
+def keep_best(ids, keys, left_id, left, right_id, right, count, M: tl.constexpr, KEPT: tl.constexpr):
+    """The `count` best of candidates `ids` `[M]` (sorted) with sort keys `keys`, and one more on either side of them.
+
+    Returns ids and sort keys `[KEPT]`, by position, and how many of them count; what comes after is to be masked.
+    """
+    kept, left_kept, right_kept = kept_of(keys, left, right, count)
     # Slot j takes the first candidate that has more than j kept ones up to and including it: as many as have at most j.
     upto = tl.cumsum(kept, 0) + left_kept
     total = tl.sum(kept, 0) + left_kept + right_kept
-    source = tl.cumsum(tl.histogram(upto, KEPT, mask=upto < KEPT), 0)
+    source = tl.minimum(tl.cumsum(tl.histogram(upto, KEPT, mask=upto < KEPT), 0), M - 1)
     slot = tl.arange(0, KEPT)
-    out = tl.gather(ids, tl.minimum(source, M - 1), 0)
-    out = tl.where((slot == 0) & (left_kept > 0), left_id, out)
-    out = tl.where((slot == total - 1) & (right_kept > 0), right_id, out)
-    return out, total
+    at_left = (slot == 0) & (left_kept > 0)
+    at_right = (slot == total - 1) & (right_kept > 0)
+    out = tl.where(at_left, left_id, tl.where(at_right, right_id, tl.gather(ids, source, 0)))
+    out_keys = tl.where(at_left, left, tl.where(at_right, right, tl.gather(keys, source, 0)))
+    return out, tl.where(slot < total, out_keys, ABSENT), total
+
+
+@triton.jit
+def with_successors(ids, keys, total, high, count, N: tl.constexpr):
+    """Candidates `[2 * N]` and their sort keys, by position: `ids` `[N]`, of which `total` count, and the blocks that follow the
+    best `count` of them below `high`, these with the highest key there is.
+
+    A decode step's selection serves the next steps too. What a model copies, it reads on: from the end of a block into the
+    next one, which has no mass before.
+    """
+    slot = tl.arange(0, N)
+    none = total * 0 + ABSENT
+    chosen, _, _ = kept_of(keys, none, none, count)
+    before, after = tl.maximum(slot - 1, 0), tl.minimum(slot + 1, N - 1)
+    known = (slot > 0) & (slot < total) & (tl.gather(chosen, before, 0) > 0) & (tl.gather(ids, before, 0) + 1 == ids)
+    followed = (slot + 1 < total) & (tl.gather(ids, after, 0) == ids + 1)
+    missing = (chosen > 0) & (slot < total) & ~followed & (ids + 1 < high)
+    own = tl.where(known, HIGHEST, keys)
+    return tl.reshape(tl.join(ids, ids + 1), (2 * N,)), tl.reshape(tl.join(own, tl.where(missing, HIGHEST, ABSENT)), (2 * N,))

@@ -1,0 +1,93 @@
+"""Every kernel compiles for GPUs that are not here, without spills and with matrix instructions: two targets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own: in this one Triton may be interpreting."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    """`hip-hf kernels`: exit status, output, errors."""
+    done = process("-c", "from hip_hf.eval.cli import main; main()", "kernels", *arguments)
+    return done.returncode, done.stdout, done.stderr
+
+
+def rows(*arguments: str) -> list[dict[str, Any]]:
+    code, out, errors = run("--json", *arguments)
+    assert out, errors
+    found: list[dict[str, Any]] = json.loads(out)["rows"]
+    wrong = [row for row in found if row["problem"]]
+    assert not wrong
+    assert code == 0, errors
+    return found
+
+
+@pytest.mark.parametrize("target", ["sm90", "gfx942"])
+def test_all_kernels_compile(target: str) -> None:
+    found = rows("--targets", target, "--dims", "128", "--dtypes", "bf16")
+    names = " ".join(row["kernel"] for row in found)
+    for kernel in (
+        "select, prefill",
+        "select, decode",
+        "pyramid, blend, tiles",
+        "pyramid, outliers",
+        "prefill",
+        "decode",
+        "backward",
+    ):
+        assert kernel in names
+    assert all(row["registers"] > 0 for row in found)
+    heavy = [row for row in found if row["kernel"].startswith(("prefill", "backward"))]
+    assert heavy
+    assert all(row["matrix"] > 0 for row in heavy)
+
+
+HUNGRY = """
+import torch, triton, triton.language as tl
+from hip_hf.kernels import budget
+from hip_hf.kernels.compiled import Launch, Pointer
+
+@triton.jit
+def summed(x, N: tl.constexpr, TIMES: tl.constexpr):
+    at = tl.arange(0, N)
+    held = tl.load(x + at)
+    for _ in range(TIMES):
+        held += tl.cumsum(held, 0)
+    tl.store(x + at, held)
+
+def problem(n, target, tensor_cores=False):
+    launch = Launch("summed", summed, dict(x=Pointer(torch.float32), N=n, TIMES=4, num_warps=1), tensor_cores)
+    return budget.spend(launch, target, n, torch.float32).problem
+
+print(problem(64, "sm90"), problem(64, "sm90", True), problem(16384, "sm90"), problem(24, "sm90"), sep="|")
+"""
+
+
+def test_what_is_wrong_with_a_kernel_is_found(tmp_path: Path) -> None:
+    """The check can fail: a kernel without matrix instructions, one that spills, one that does not compile."""
+    script = tmp_path / "hungry.py"  # the compiler reads the source
+    script.write_text(HUNGRY)
+    done = process(str(script))
+    fine, cores, spills, error = done.stdout.strip().split("|")
+    assert (fine, cores, spills) == ("", "no tensor cores", "spills")
+    assert "power of 2" in error
+
+
+def test_bad_arguments_are_named() -> None:
+    code, _, errors = run("--targets", "sm70")
+    assert code == 2
+    assert "sm70" in errors
+    code, _, errors = run("--only", "no such kernel")
+    assert code == 1
