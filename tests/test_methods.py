@@ -130,7 +130,7 @@ def test_dtypes(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("case", [case for case in CASES.values() if case.masked], ids=[n for n, c in CASES.items() if c.masked])
-@pytest.mark.parametrize(("given", "shared"), zip(FEATURES, [True, False] * 2, strict=True))
+@pytest.mark.parametrize(("given", "shared"), list(zip(FEATURES, [True, False] * 2, strict=True)))
 @pytest.mark.parametrize("rows", [203, 40, 3])
 def test_sparse_is_plain_attention_under_its_mask(case: Case, shared: bool, rows: int, given: dict[str, Any]) -> None:
     tensors = make_qkv(203, rows, batch=2)
