@@ -27,7 +27,7 @@ class Search:
     high: int
     scale: float
     softcap: float | None = None
-    reused: bool = False  # a block of one row whose selection later decode steps will use
+    lasting: bool = False  # later decode steps will use the selection
     weight: float = 0.5
     outliers: int = 4
 
@@ -124,7 +124,7 @@ class Search:
             candidates = [half for i in kept for half in (2 * i, 2 * i + 1)] + self.edges(level)
         if self.config.rescore > 1:
             scores = self.exact(self.keep(scores, self.config.rescore * budget))
-        if self.reused:  # a quarter of the blocks follow the best ones: a copy reads on
+        if self.lasting:  # a quarter of the blocks follow the best ones: a copy reads on
             for i in self.keep(scores, budget // 4):
                 if i + 1 < self.high:
                     scores[i + 1] = math.inf

@@ -244,7 +244,8 @@ def test_chunked_prefill_is_one_shot(cuts: list[int], kept: bool, static: bool) 
 def test_a_decode_step_is_the_last_row_of_a_prefill(blocks: int) -> None:
     """Where the last query block is that one row."""
     q, k, v = make_qkv(16 * blocks + 1, batch=2, dtype=torch.float64)
-    whole, step = sparse(q, k, v, small()), sparse(q[:, :, -1:], k, v, small())
+    config = small(decode_refresh=1)
+    whole, step = sparse(q, k, v, config), sparse(q[:, :, -1:], k, v, config, state=DecodeState())
     assert_near(step.out, whole.out[:, :, -1:], 1e-12)
     assert_near(step.lse, whole.lse[:, :, -1:], 1e-12, "lse")
     assert torch.equal(step.mask.indices[:, :, 0], whole.mask.indices[:, :, -1])

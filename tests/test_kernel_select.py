@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,13 +74,14 @@ class Case:
         relative = Span(span.batch, 0, span.keys, 0, span.rows, span.position)
         return query_blocks(self.config, relative, per_row, self.sliding)
 
-    def expected(self, per_row: bool) -> dict[tuple[int, int, int], list[int]]:
-        """Selected blocks by (sequence, mask head, query block)."""
+    def expected(self, per_row: bool, keep: bool = False) -> dict[tuple[int, int, int], list[int]]:
+        """Selected blocks by (sequence, mask head, query block); `keep`: selections of steps of one row serve later ones."""
         found = {}
         for s, span in enumerate(self.spans):
             q = self.q[span.batch].unflatten(0, (self.heads, self.groups))[:, :, span.row_start : span.row_end]
             bound = self.selector.bind(q, self.keys(span), self.pyramid(span), self.scale, self.softcap)
             for n, block in enumerate(self.blocks(span, per_row)):
+                block = replace(block, lasting=keep and span.rows == 1 and self.config.decode_refresh > 1)
                 if block.middle > self.selector.budget:
                     ids = bound.select(slice(0, self.heads), [block])[:, :, 0].flatten(0, 1)
                 else:
@@ -111,9 +113,9 @@ class Case:
         select(*self.arguments(), self.config, self.scale, self.softcap, self.sliding, block_q, into)
         return into
 
-    def check(self, per_row: bool = False) -> None:
+    def check(self, per_row: bool = False, keep: bool = False) -> None:
         block_q = 1 if per_row else self.config.block_q
-        got, want = self.run(block_q), self.expected(per_row)
+        got, want = self.run(block_q, self.empty(block_q, keep)), self.expected(per_row, keep)
         counts, indices, window = got.counts.cpu(), got.indices.cpu(), got.window.cpu()
         wrong = {}
         for (s, head, n), blocks in want.items():
@@ -192,9 +194,11 @@ def test_a_decode_selection_reads_on(fields: dict[str, Any]) -> None:
     for refresh in (1, 8):
         torch.manual_seed(5)
         case = Case(small(budget=32, decode_refresh=refresh, **fields), [whole(400, 2), whole(390, 1, 1)])
-        case.check(per_row=True)
-        found.append(case.expected(True))
-    assert found[0] != found[1]
+        case.check(per_row=True, keep=True)
+        found.append(case.expected(True, True))
+    several, single = ({key: found[i][key] != found[1 - i][key] for key in found[0] if key[0] == i} for i in (0, 1))
+    assert not any(several.values())
+    assert all(single.values())
 
 
 def test_many_candidates_and_rows_in_several_tiles() -> None:

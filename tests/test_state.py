@@ -289,7 +289,7 @@ def test_another_prompt_on_a_used_state_starts_afresh() -> None:
         got = sparse(q[:, :, :100], k[:, :, :100], v[:, :, :100], small(), state=state)
         assert_near(got.out, sparse(q[:, :, :100], k[:, :, :100], v[:, :, :100], small()).out, 1e-6)
         step = sparse(q[:, :, 100:101], k[:, :, :101], v[:, :, :101], small(), state=state)
-        assert_near(step.out, sparse(q[:, :, 100:101], k[:, :, :101], v[:, :, :101], small()).out, 1e-6)
+        assert_near(step.out, sparse(q[:, :, 100:101], k[:, :, :101], v[:, :, :101], small(), state=DecodeState()).out, 1e-6)
 
 
 @pytest.mark.parametrize("other", [dict(representative="mean"), dict(block_k=8), dict(budget=8), dict(options={"weight": 0.1})])
@@ -299,7 +299,7 @@ def test_other_settings_start_afresh(other: dict) -> None:
     for tokens, fields in ((117, {}), (118, other), (119, {}), (120, other)):
         row = (q[:, :, tokens - 1 : tokens], k[:, :, :tokens], v[:, :, :tokens])
         got = sparse(*row, small(**fields), state=state)
-        assert_near(got.out, sparse(*row, small(**fields)).out, 1e-6)
+        assert_near(got.out, sparse(*row, small(**fields), state=DecodeState()).out, 1e-6)
 
 
 def test_other_padding_starts_afresh() -> None:
@@ -320,7 +320,7 @@ def test_from_dense_to_sparse_as_the_context_grows() -> None:
         out, mask = hip_attention(*row, config=config, state=state, return_mask=True)
         paths.append("dense" if mask is None else "sparse")
         if mask is not None and (end - 100) % 8 == 0:
-            assert_near(out, sparse(*row, small()).out, 1e-6)
+            assert_near(out, sparse(*row, small(), state=DecodeState()).out, 1e-6)
     assert paths == ["dense"] * 40 + ["sparse"] * 41
 
 
@@ -332,7 +332,7 @@ def test_a_dense_call_in_between_costs_the_selection_only() -> None:
         if t % 10 == 5:
             assert attend(make_problem(*row), small(method="dense"), state=state).path == "dense"
         elif t % 10 == 6:
-            assert_near(sparse(*row, small(), state=state).out, sparse(*row, small()).out, 1e-6)
+            assert_near(sparse(*row, small(), state=state).out, sparse(*row, small(), state=DecodeState()).out, 1e-6)
         else:
             sparse(*row, small(), state=state)
 

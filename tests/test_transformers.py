@@ -240,6 +240,50 @@ def test_bidirectional_attention_goes_to_pytorch():
     assert module._hip_call.reason == "attention is not causal"
 
 
+def test_bidirectional_attention_keeps_softcap_and_sinks():
+    from hip_hf.integration.interface import attention_forward
+
+    module = make_model("llama").model.layers[0].self_attn
+    q, k, sinks = torch.randn(1, 4, 30, 16), torch.randn(1, 2, 30, 16), torch.randn(4)
+    wide = k.repeat_interleave(2, 1)
+    for hidden in (0, 9):
+        mask = None if hidden == 0 else (torch.arange(30) >= hidden).expand(1, 1, 30, 30)
+        out, _ = attention_forward(module, q, k, k, mask, is_causal=False, softcap=1.5, s_aux=sinks)
+        logits = 1.5 * torch.tanh(q @ wide.transpose(2, 3) * 16**-0.5 / 1.5)
+        logits[..., :hidden] = -torch.inf
+        logits = torch.cat([logits, sinks.view(1, 4, 1, 1).expand(1, 4, 30, 1)], -1)
+        torch.testing.assert_close(out, (logits.softmax(-1)[..., :30] @ wide).transpose(1, 2))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["encoder", "encoder and decoder"])
+def test_models_with_encoders(kind, padded):
+    """Attention that is not causal stays what it is, in whole models, where no mask at all may be asked for."""
+    from transformers import BertConfig, BertModel, T5GemmaConfig, T5GemmaForConditionalGeneration
+
+    small = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    if kind == "encoder":
+        kinds, config = BertModel, BertConfig(**small)
+    else:
+        part = dict(small, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=2.0)
+        kinds, config = T5GemmaForConditionalGeneration, T5GemmaConfig(encoder=part, decoder=part, vocab_size=64)
+    torch.manual_seed(0)
+    model = kinds(config).eval()
+    ids = torch.randint(3, 64, (2, 40))
+    batch = dict(input_ids=ids)
+    if padded:
+        batch["attention_mask"] = torch.ones_like(ids).index_fill(1, torch.arange(33, 40), 0)
+    if kind != "encoder":
+        batch["decoder_input_ids"] = torch.randint(3, 64, (2, 17))
+    outputs = {}
+    for name in ("eager", "hip"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            outputs[name] = model(**batch)[0]
+    real = slice(0, 33) if padded and kind == "encoder" else slice(None)
+    torch.testing.assert_close(outputs["hip"][:, real], outputs["eager"][:, real], atol=2e-5, rtol=1e-4)
+
+
 def test_mask_is_linear_in_the_context():
     from transformers.masking_utils import causal_mask_function
 

@@ -30,9 +30,9 @@ def layout(config: HiPConfig, rows: int, keys: int) -> list[tuple[range, int, in
 
 
 def expected(
-    config: HiPConfig, q: torch.Tensor, k: torch.Tensor, softcap: float | None = None
+    config: HiPConfig, q: torch.Tensor, k: torch.Tensor, softcap: float | None = None, lasting: bool = False
 ) -> dict[tuple[int, int], list[int]]:
-    """Selected blocks by (head of the mask, query block)."""
+    """Selected blocks by (head of the mask, query block); `lasting`: later decode steps will use them."""
     groups, rows, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     found = {}
     for head in range(k.shape[1] if config.group_shared else q.shape[1]):
@@ -45,8 +45,7 @@ def expected(
             votes = list(block)[:: -config.query_stride]  # the last row, and back from it
             voting = torch.cat([queries[:, p - (keys - rows)] for p in votes])
             options = config.options
-            reused = len(block) == 1 and config.decode_refresh > 1
-            search = brute.Search(config, own, voting, low, high, q.shape[-1] ** -0.5, softcap, reused, **options)
+            search = brute.Search(config, own, voting, low, high, q.shape[-1] ** -0.5, softcap, lasting, **options)
             found[head, n] = search.run()
     return found
 
@@ -60,9 +59,13 @@ def selected(
     return {(h, n): mask.indices[0, h, n, : mask.counts[0, h, n]].tolist() for h in range(heads) for n in range(blocks)}
 
 
-def check(config: HiPConfig, tokens: int, rows: int | None = None, softcap: float | None = None, **shape: int) -> None:
+def check(
+    config: HiPConfig, tokens: int, rows: int | None = None, softcap: float | None = None, keep: bool = False, **shape: int
+) -> None:
+    """`keep`: with a state, so that a step of one row selects for the steps after it."""
     q, k, v = make_qkv(tokens, rows, dtype=torch.float64, **shape)
-    got, want = selected(config, q, k, v, softcap=softcap), expected(config, q, k, softcap)
+    got = selected(config, q, k, v, softcap=softcap, state=DecodeState() if keep else None)
+    want = expected(config, q, k, softcap, lasting=keep and rows == 1 and config.decode_refresh > 1)
     wrong = {key: (got.get(key), want[key]) for key in want if got.get(key) != want[key]}
     assert not wrong, f"(head, query block): (got, want) {wrong}"
     assert got.keys() == want.keys()
@@ -113,11 +116,22 @@ def test_same_blocks_for_odd_lengths(tokens: int) -> None:
     check(small(budget=8, beam=1), tokens, 40)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("refresh", [1, 8])
 @pytest.mark.parametrize("fields", [dict(), dict(group_shared=False, rescore=2), dict(budget=32, score="max"), dict(budget=4)])
 @pytest.mark.parametrize("rows", [1, 2, 15, 16])
-def test_same_blocks_in_decode_where_each_row_selects_for_itself(rows: int, fields: dict, refresh: int) -> None:
-    check(small(**{"rescore": 2, "decode_refresh": refresh, **fields}), 163, rows)
+def test_same_blocks_in_decode_where_each_row_selects_for_itself(rows: int, fields: dict, refresh: int, keep: bool) -> None:
+    check(small(**{"rescore": 2, "decode_refresh": refresh, **fields}), 163, rows, keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "fields"), [(129, 129, {}), (60, 60, dict(block_q=1, budget=8)), (150, 5, {}), (150, 1, {})]
+)
+def test_only_selections_that_are_kept_read_on(tokens: int, rows: int, fields: dict) -> None:
+    """Not a prompt's last query block of one row, nor a step without state, nor the rows of a verification."""
+    q, k, v = make_qkv(tokens, rows)
+    once, often = (selected(small(decode_refresh=refresh, **fields), q, k, v) for refresh in (1, 8))
+    assert once == often
 
 
 @pytest.mark.parametrize(
@@ -302,7 +316,7 @@ def test_a_selection_that_serves_several_steps_reads_on(representative: str) -> 
     q, k, v = make_qkv(1000, 1, needles={0: 26 * 16 - 1})
     for refresh in (1, 8):
         config = small(block_k=16, budget=64, representative=representative, decode_refresh=refresh, beam=1)
-        blocks = set(selected(config, q, k, v)[0, 0])
+        blocks = set(selected(config, q, k, v, state=DecodeState())[0, 0])
         assert len(blocks) == 4
         assert 25 in blocks
         assert (26 in blocks) == (refresh == 8)

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
 from hip_hf.integration.cache import cache_kind, install, state_of
-from hip_hf.integration.masks import hip_mask, mask_spans, mask_window, visible_rows
+from hip_hf.integration.masks import hip_mask, mask_spans, mask_window, narrowed, visible_rows
 from hip_hf.integration.settings import layer_settings
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.reference import dense
@@ -65,11 +65,11 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if not is_causal:
-        return _bidirectional(module, query, key, value, attention_mask, scaling, kwargs)
+        return _bidirectional(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs)
     settings = layer_settings(module, method)
     layer = getattr(module, "layer_idx", None)
-    if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
-        attention_mask = attention_mask[..., : key.shape[2]]
+    if attention_mask is not None:
+        attention_mask = narrowed(attention_mask, key.shape[2])
     if sliding_window is None:
         sliding_window = mask_window(attention_mask)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -121,12 +121,22 @@ def _bidirectional(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     module.__dict__["_hip_call"] = Call("dense", "dense", "attention is not causal", 1.0, "none")
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=False, **kwargs)
+    if softcap is None and s_aux is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=False, **kwargs)
+    seen = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device) if mask is None else mask
+    if seen.dtype != torch.bool:
+        raise ValueError(f"attention_mask: got {seen.dtype} for attention that is not causal, allowed: a boolean mask or None")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = query.new_zeros(*query.shape[:3], value.shape[-1])
+    dense.masked(AttentionProblem(query, key, value, (), scale, None, softcap, s_aux), visible_rows(seen, None), out)
+    return out.transpose(1, 2).contiguous(), None
 
 
 _warned: set[str] = set()

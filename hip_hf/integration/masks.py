@@ -65,7 +65,10 @@ def hip_mask(
     refuse_foreign_model(config)
     parts = _parts(mask_function)
     if use_vmap or not parts.keys() <= _CAUSAL:
+        # None would stand for "nothing is hidden" here, and for "causal" elsewhere: always a tensor
         kwargs["allow_is_causal_skip"] = False
+        if "allow_is_bidirectional_skip" in kwargs:
+            kwargs["allow_is_bidirectional_skip"] = False
         mask = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -80,7 +83,6 @@ def hip_mask(
             device=device,
             **kwargs,
         )
-        assert mask is not None  # no skip was allowed
         return mask
     rel = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - q_offset)
     rel = rel.to(torch.int32).expand(batch_size, kv_length)
@@ -160,6 +162,17 @@ def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
         known = mask._hip_spans = {}  # type: ignore[attr-defined]
     known[rows] = result
     return result
+
+
+def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
+    """The mask of the first `keys` keys, with what was attached to it."""
+    if mask.shape[-1] <= keys:
+        return mask
+    narrow = mask[..., :keys]
+    for name in ("_hip_window", "_hip_spans"):
+        if hasattr(mask, name):
+            setattr(narrow, name, getattr(mask, name))
+    return narrow
 
 
 def mask_window(mask: torch.Tensor | None) -> int | None:

@@ -92,14 +92,15 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int) -> Searc
 
 
 def constants(
-    config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str
+    config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str, stateful: bool
 ) -> dict[str, Any]:
-    """Compile-time arguments of the search. `group`: query heads per key head; `most_keys`: a bound on a sequence's keys."""
+    """Compile-time arguments of the search. `group`: query heads per key head; `most_keys`: a bound on a sequence's keys;
+    `stateful`: decode steps whose selections are kept."""
     budget, bk = config.budget // config.block_k, config.block_k
     keep, most = config.beam * budget, 2 * config.beam * budget
     rescore = config.rescore > 1
     # a selection that decode steps share reads on into the blocks after its best ones
-    successors = budget // SUCCESSORS if config.decode_refresh > 1 else 0
+    successors = budget // SUCCESSORS if stateful and config.decode_refresh != 1 else 0
     last = min(config.rescore * budget, most + 2) if rescore else budget + successors
     limit = 30 if config.coarsest is None else (config.coarsest // bk).bit_length() - 1
     long = most_keys // (bk << limit) > most
@@ -155,7 +156,7 @@ def select(
     """
     blocks, heads = sequences.blocks(block_q), into.counts.shape[1]
     group = q.shape[1] // kv.heads
-    fixed = constants(config, group, q.shape[-1], q.dtype, block_q, sequences.max_keys, target_of(q))
+    fixed = constants(config, group, q.shape[-1], q.dtype, block_q, sequences.max_keys, target_of(q), into.made is not None)
     scratch, stride_scratch = into.counts, 0
     if fixed["LONG"]:
         stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])
@@ -184,7 +185,7 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
         stride_scratch=0, scale=dim**-0.5, sink=config.sink, window=config.window, sliding=0, refresh=config.decode_refresh,
     )  # fmt: skip
     for name, block_q, page_size in (("select, prefill", config.block_q, 0), ("select, decode", 1, 256)):
-        fixed = constants(config, 4, dim, dtype, block_q, 1 << 20, target)
+        fixed = constants(config, 4, dim, dtype, block_q, 1 << 20, target, block_q == 1)
         arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
         found.append(Launch(name, select_kernel, {**pointers, **numbers, **arguments}))
     return found

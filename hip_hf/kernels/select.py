@@ -144,7 +144,7 @@ def select_kernel(
     `KEEP` chunks survive a level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts with
     at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
     a time, for after a step of several rows the next one selects anew. `SUCCESSORS`: so many blocks that follow the best ones
-    are kept in any case, in query blocks of one row.
+    are kept in any case, in steps of one row.
     """
     index = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest searches first
     head = tl.program_id(1)
@@ -230,7 +230,7 @@ def select_kernel(
             FEATURES_LAST, PRECISION)  # fmt: skip
         keys = sort_keys(scores, inside)
     if SUCCESSORS > 0:
-        count = tl.where(first == last, SUCCESSORS, 0)
+        count = tl.where(rows == 1, SUCCESSORS, 0)
         ids, keys = with_successors(ids, keys, total, high, count, KEPT_LAST)
         ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, 2 * KEPT_LAST, OUT)
     elif RESCORE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +190,8 @@ class SparseAttention:
             selected = [row.selection.ids]
         else:
             blocks = self._blocks(span)
+            if row is not None and span.rows == 1 and refresh != 1:
+                blocks = [replace(blocks[0], lasting=True)]
             search = self._search(t, row, blocks)
             selected = [search.select(heads, [block]) if block.middle > self.budget else None for block in blocks]
             if row is not None:
