@@ -102,11 +102,11 @@ class Case:
                     out[span.batch, head, row : row + block.rows, span.key_start : span.key_end] = seen & read
         return out
 
-    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The torch reference in float64: out and lse; NaN outside every span."""
-        problem = self.problem()
-        out = torch.full((*self.q.shape[:3], self.v.shape[-1]), torch.nan, dtype=torch.float64)
-        lse = torch.full(self.q.shape[:3], torch.nan, dtype=torch.float64)
+    def reference(self, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+        """The torch reference in `dtype`: out and lse; NaN outside every span."""
+        problem = self.problem(dtype)
+        out = torch.full((*self.q.shape[:3], self.v.shape[-1]), torch.nan, dtype=dtype)
+        lse = torch.full(self.q.shape[:3], torch.nan, dtype=dtype)
         for at, span in enumerate(self.spans):
             t = tensors_of(problem, span, out, lse)
             for i, block in enumerate(self.blocks(span)):

@@ -30,9 +30,9 @@ def reference(
 ) -> list[torch.Tensor]:
     """Gradients of q, k, v (and sinks) by the torch reference, in `dtype`."""
     problem = case.problem(dtype)
-    out, lse = case.reference()
+    out, lse = case.reference(dtype)
     outside = ~case.visible().any(-1).expand(lse.shape)
-    out, lse = out.masked_fill(outside[..., None], 0.0).to(dtype), lse.masked_fill(outside, -torch.inf).to(dtype)
+    out, lse = out.masked_fill(outside[..., None], 0.0), lse.masked_fill(outside, -torch.inf)
     grads = Gradients(problem, out, lse, grad_out.to(dtype), None if grad_lse is None else grad_lse.to(dtype))
     per_head = case.indices.shape[1] // case.k.shape[1]
     size = case.groups // per_head

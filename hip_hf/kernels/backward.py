@@ -22,7 +22,7 @@ from hip_hf.kernels.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.kernels.inversion import Inverted, invert
 from hip_hf.kernels.prefill import Logits, Reads, prefill
 from hip_hf.kernels.sequences import Sequences
-from hip_hf.kernels.tuning import Tile, target_of, tile_of
+from hip_hf.kernels.tuning import Tile, precision_of, target_of, tile_of
 
 # The widest head whose dK and dV are summed in one pass: both sums stay in registers.
 WIDEST_TOGETHER = 128
@@ -58,7 +58,7 @@ def _shared_arguments(
         BLOCK_Q=reads.block_q, BLOCK_K=reads.block_k, ROWS=rows, KEYS=tile.keys,
         GROUP=group, GROUP_PADDED=padded, LISTS_PER_HEAD=lists // kv.heads, D=wide, DV=wide_v,
         SELECTED=reads.indices is not None, SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=precision_of(q), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hip_hf.kernels.sequences import always_read, load_sequence, query_block, window_start
-from hip_hf.kernels.tiles import LOG2E, key_positions, scaled_with_slope, selected_keys
+from hip_hf.kernels.tiles import key_positions, scaled_with_slope, selected_keys
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _query_gradient(
         k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
         v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
     logits, slope = scaled_with_slope(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
-    weights = tl.exp2(logits - lse[:, None])
+    weights = tl.exp(logits - lse[:, None])
     if MASKED:
         seen = slots[None, :] <= (sink_length + picked - window + row_at)[:, None]
         if SLIDING:
@@ -82,7 +82,7 @@ def query_gradient_kernel(
     grad_out = tl.load(grad_ptr, mask=in_dv, other=0.0)
     out = tl.load(OUT + (batch * stride_ob + head * stride_oh + at * stride_ot)[:, None] + dv[None, :], mask=in_dv, other=0.0)
     by_row = batch * stride_lb + head * stride_lh + at * stride_lt
-    lse = tl.load(LSE + by_row, mask=real, other=0.0) * LOG2E
+    lse = tl.load(LSE + by_row, mask=real, other=0.0)
     mean = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     if HAS_GRAD_LSE:
         mean -= tl.load(GRAD_LSE + by_row, mask=real, other=0.0)
@@ -142,7 +142,7 @@ def _key_gradients(
     grad_ptr = GRAD_OUT + (batch * stride_gb + head * stride_gh + at * stride_gt)[:, None] + dv[None, :]
     grad_out = tl.load(grad_ptr, mask=real[:, None] & (dv < dim_v)[None, :], other=0.0)
     by_row = batch * stride_lb + head * stride_lh + at * stride_lt
-    lse = tl.load(LSE + by_row, mask=real, other=0.0) * LOG2E
+    lse = tl.load(LSE + by_row, mask=real, other=0.0)
     mean = tl.load(MEAN + by_row, mask=real, other=0.0)
 
     if CHOSEN:
@@ -159,7 +159,7 @@ def _key_gradients(
         seen &= key[:, None] > row_at[None, :] - sliding
 
     logits, slope = scaled_with_slope(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, SOFTCAP)
-    weights = tl.where(seen, tl.exp2(logits - lse[None, :]), 0.0)  # [KEYS, M]
+    weights = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)  # [KEYS, M]
     if OF_V:
         grad_v = tl.dot(weights.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
     if OF_K:

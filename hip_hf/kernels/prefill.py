@@ -19,7 +19,7 @@ from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.examples import Example, example
 from hip_hf.kernels.sequences import Sequences, always_read, load_sequence, query_block, window_start
 from hip_hf.kernels.tiles import LN2, LOG2E, key_positions, scaled, selected_keys
-from hip_hf.kernels.tuning import Tile, target_of, tile_of
+from hip_hf.kernels.tuning import Tile, precision_of, target_of, tile_of
 
 # A window that reaches back to the first key of any sequence: dense attention.
 EVERYTHING = 2**30
@@ -275,7 +275,7 @@ def call_arguments(
         PAGE_SIZE=kv.page_size,
         SELECTED=selected, KEPT_WINDOW=reads.windows is not None, HAS_SINKS=logits.sinks is not None, HAS_LSE=lse is not None,
         SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION=precision_of(q),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return (tiles, lists * splits, sequences.count), arguments

@@ -44,12 +44,13 @@ def scaled(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def scaled_with_slope(products, scale, softcap, SOFTCAP: tl.constexpr):
-    """Logits in base 2, and their derivative by `products * scale`."""
+    """Logits, and their derivative by `products * scale`. In base e: what is subtracted from them, a stored log-sum-exp, then
+    is not rounded once more."""
     if SOFTCAP:
         bent = tanh(products * (scale / softcap))
-        return bent * (softcap * LOG2E), 1 - bent * bent
+        return bent * softcap, 1 - bent * bent
     else:
-        return products * (scale * LOG2E), 1.0
+        return products * scale, 1.0
 
 
 @triton.jit

@@ -23,7 +23,7 @@ class Tile:
     stages: int
 
 
-# Small enough for every target, where fp32 has neither tensor cores nor room.
+# Small enough for fp32 on every target.
 FULL_PRECISION = Tile(32, 32, 4, 1)
 
 
@@ -40,6 +40,11 @@ def _target(index: int | None) -> str:
     return f"sm{properties.major}{properties.minor}"
 
 
+def _age(target: str) -> int:
+    """Targets of one maker in order of their age: "sm90" before "sm100", "gfx90a" before "gfx942"."""
+    return int(target[3:], 16) if target.startswith("gfx") else int(target[2:])
+
+
 def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
     """Configuration of `kernel` (prefill | decode | backward queries | backward keys) for head dims as wide as the wider one.
 
@@ -51,12 +56,18 @@ def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) 
         return FULL_PRECISION
     known = TILES[kernel]
     if target not in known:
-        maker, number = target[:2], int(target[2:], 16)
-        older = [name for name in known if name[:2] == maker and int(name[2:], 16) <= number]
-        target = max(older, key=lambda name: int(name[2:], 16)) if older else min(known)
+        older = [name for name in known if name[:2] == target[:2] and _age(name) <= _age(target)]
+        target = max(older, key=_age) if older else min(known)
     dims = known[target]
     width = max(dim, dim_v)
     return Tile(*dims[min((d for d in dims if d >= width), default=max(dims))])
+
+
+def precision_of(x: torch.Tensor) -> str:
+    """How `tl.dot` multiplies operands like `x`. fp32 must stay fp32: as three tf32 products where matrix units know no fp32."""
+    if x.dtype != torch.float32:
+        return "tf32"
+    return "ieee" if torch.version.hip else "tf32x3"
 
 
 @functools.cache
