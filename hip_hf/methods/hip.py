@@ -169,7 +169,7 @@ class TreeSearch:
         if config.rescore > 1:
             ids = best(scores, ids, config.rescore * budget).sort(dim=-1).values
             scores = self._exact(heads, q, ids)
-        if config.decode_refresh > 1 and blocks[0].rows == 1:
+        if config.decode_refresh != 1 and blocks[0].rows == 1:
             scores, ids = self._with_successors(scores, ids, high, budget // SUCCESSORS)
         ids = best(scores, ids, budget).sort(dim=-1).values
         return ids.unflatten(1, (shares, len(blocks)))
