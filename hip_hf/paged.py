@@ -136,6 +136,10 @@ class Store:
         (a, i), (b, j) = self.place(source), self.place(to)
         self.slabs[b][:, j : j + tokens] = self.slabs[a][:, i : i + tokens]
 
+    def for_search(self) -> Store:
+        """What a search reads these keys from."""
+        return self
+
     def unit(self, start: int, block: int) -> int:
         """Tokens that are picked together, of key blocks of `block` tokens which begin at token `start`."""
         return gcd(start, block, self.page)
@@ -188,6 +192,10 @@ class PagedKeys:
     def _narrow(self, heads: slice) -> slice:
         first, last, _ = heads.indices(self.heads.stop - self.heads.start)
         return slice(self.heads.start + first, self.heads.start + last)
+
+    def for_search(self) -> PagedKeys:
+        """The same keys as a search reads them."""
+        return replace(self, store=self.store.for_search())
 
     def in_one_piece(self, first: int, last: int) -> bool:
         """Whether reading tokens `first` to `last - 1` copies nothing."""
@@ -245,7 +253,7 @@ class PagedTensor(torch.Tensor):
         return f"PagedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map_only(PagedTensor, lambda x: x.dense(), (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from hip_hf.cache.offload import OFFLOADS, OffloadedStore, Statistics, statistics
 from hip_hf.cache.pool import PAGE, PagePool
 from hip_hf.integration.cache import KIND, Stateful
-from hip_hf.integration.settings import attends_by_us
+from hip_hf.integration.settings import attends_by_us, read_settings
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 
 # Up to 5.10 `crop` takes the length to keep (or minus the number of tokens to remove), later only the latter.
@@ -27,8 +29,8 @@ _CROP_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameter
 class PagedLayer(Stateful, DynamicLayer):
     """One full-attention layer in pages. `config` is the model's: its attention decides what `update` returns."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.config = config
+    def __init__(self, config: PreTrainedConfig, offload: str | None = None, device_pages: int | None = None) -> None:
+        self.config, self.offload_to, self.device_pages = config, offload, device_pages
         self.pool: PagePool | None = None
         self.tables: list[BlockTable] = []
         self.length = 0
@@ -66,8 +68,11 @@ class PagedLayer(Stateful, DynamicLayer):
 
     def make_pool(self, keys: torch.Tensor, values: torch.Tensor) -> PagePool:
         """An empty pool for tensors like these."""
-        stores = [Store(x.shape[1], x.shape[3], x.dtype, x.device, PAGE) for x in (keys, values)]
-        return PagePool(*stores)
+        sizes = [(x.shape[1], x.shape[3], x.dtype, x.device, PAGE) for x in (keys, values)]
+        if self.offload_to is None or self.device_pages is None:
+            return PagePool(*(Store(*size) for size in sizes))
+        recent = -(-read_settings(self.config).window // PAGE) + 2
+        return PagePool(*(OffloadedStore(*size, self.offload_to, self.device_pages, recent) for size in sizes))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -79,6 +84,7 @@ class PagedLayer(Stateful, DynamicLayer):
             MemoryError: no memory for more pages. Nothing has changed.
         """
         self._check(key_states, value_states)
+        self._check_device_pages(self.length + key_states.shape[2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
@@ -108,6 +114,20 @@ class PagedLayer(Stateful, DynamicLayer):
             want = (len(self.tables), store.heads, store.dim, store.dtype)
             if got != want:
                 raise ValueError(f"{name}: got (batch, heads, dim, dtype) {got}, allowed: {want}, as cached")
+
+    def _check_device_pages(self, length: int) -> None:
+        """Refuse a pool that could not hold the blocks which one step picks for a head."""
+        if self.offload_to is None or self.device_pages is None:
+            return
+        settings = read_settings(self.config)
+        blocks = settings.budget // settings.block_k
+        most = {"attention": blocks, "search": blocks * settings.rescore if settings.rescore > 1 else 0}
+        for pool, picked in most.items():
+            need = min(picked, -(-length // PAGE))  # at worst each block lies in a page of its own
+            if self.device_pages < need:
+                raise ValueError(
+                    f"device_pages: got {self.device_pages}, allowed: at least {need}, which a step of the {pool} may need"
+                )
 
     def get_seq_length(self) -> int:
         return self.length
@@ -174,12 +194,56 @@ class HiPCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig, *, offload: str | None = None, device_pages: int | None = None) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config: got {type(config).__name__}, allowed: the model's config (`model.config`)")
+        if offload is not None and offload not in OFFLOADS:
+            raise ValueError(f"offload: got {offload!r}, allowed: None | {' | '.join(OFFLOADS)}")
+        if (offload is None) != (device_pages is None) or (
+            device_pages is not None and (type(device_pages) is not int or device_pages < 2)
+        ):
+            raise ValueError(f"device_pages: got {device_pages!r}, allowed: an integer >= 2 with `offload`, None without")
         super().__init__(config=config)
         self.config = config.get_text_config(decoder=True)
-        self.layers = [self._own(layer) for layer in self.layers]
+        self.offload_to, self.device_pages = offload, device_pages
+        self.layers = [self.make_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
-    def _own(self, layer: Any) -> Any:
-        return PagedLayer(self.config) if type(layer) is DynamicLayer else layer
+    def make_layer(self) -> PagedLayer:
+        """An empty paged layer of this cache."""
+        return PagedLayer(self.config, self.offload_to, self.device_pages)
+
+    def statistics(self) -> Statistics:
+        """Hits, misses and bytes moved of the device pools, over all layers.
+
+        Raises:
+            ValueError: the cache is not offloaded.
+        """
+        if self.offload_to is None:
+            raise ValueError("offload: got None, allowed: cpu | disk (a resident cache has no device pools)")
+        pools = [layer.pool for layer in self.paged if layer.pool is not None]
+        return statistics([(pool.keys, pool.values) for pool in pools])  # type: ignore[misc]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to one safetensors file, atomically: the file is the old one or the new one, whatever happens.
+
+        Summaries are rebuilt from the keys when the cache is used again; a resumed decode selects anew at its first step.
+
+        Raises:
+            ValueError: a layer that is neither full attention nor sliding-window.
+            OSError: the disk is full or `path` cannot be written.
+        """
+        from hip_hf.cache.files import save
+
+        save(self, path)
+
+    def load(self, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> None:
+        """Replace the contents by those of a file that `save` wrote; `device`: that of the model.
+
+        Raises:
+            ValueError: a truncated or foreign file, or one of another model. The cache is as it was.
+            FileNotFoundError: there is no such file.
+            MemoryError: no memory for its pages. The cache is as it was.
+        """
+        from hip_hf.cache.files import load
+
+        load(self, path, torch.device(device))
 
     @property
     def paged(self) -> list[PagedLayer]:

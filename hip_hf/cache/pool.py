@@ -8,8 +8,8 @@ import torch
 
 from hip_hf.paged import BlockTable, Store
 
-# Tokens per page.
-PAGE = 256
+# Tokens per page: small, so that what is selected fills few device pages beyond itself when the cache is offloaded.
+PAGE = 64
 
 
 class PagePool:

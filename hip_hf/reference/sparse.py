@@ -127,7 +127,8 @@ class SparseAttention:
             pyramid.extend(t.k, needed)
         if row is not None:
             row.pyramid = pyramid
-        return self.selector.bind(t.q, t.k, pyramid, t.scale, t.softcap)
+        keys = t.k.for_search() if isinstance(t.k, PagedKeys) else t.k
+        return self.selector.bind(t.q, keys, pyramid, t.scale, t.softcap)
 
     # Prefill: units of (key head, a few query blocks), spread over the workers.
 
