@@ -59,7 +59,10 @@ def test_offload_changes_no_bit(where: str, pages: int, chunk: int) -> None:
     assert torch.equal(decoded(model, cache, [120, 97], chunk=chunk), resident)
     found = cache.statistics()
     assert found["attention"].hits > 0
-    assert (found["attention"].misses > 0) == (pages == 6)
+    if pages == 6:
+        assert found["attention"].misses > found["attention"].hits
+    else:  # every page is fetched once at most, for two heads of two layers, keys and values
+        assert found["attention"].misses <= 8 * 2 * 16
     assert found["attention"].fetched == found["attention"].misses * 8 * 16 * 4
     assert "hit rate" in str(found)
 

@@ -154,6 +154,10 @@ class OffloadedStore(Store):
         self.pool = DevicePool(self, pages)
         self.search_pool: DevicePool | None = None
 
+    def pools(self) -> list[DevicePool]:
+        """The pools that are in use."""
+        return [pool for pool in (self.pool, self.search_pool) if pool is not None]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedStore:
         """Host memory is copied; the pools start empty."""
         other = OffloadedStore(self.heads, self.dim, self.dtype, self.device, self.page, self.where, self.pool.pages, self.recent)
@@ -198,9 +202,8 @@ class OffloadedStore(Store):
     def copy_page(self, source: int, to: int, tokens: int) -> None:
         super().copy_page(source, to, tokens)
         with self.lock:
-            for pool in (self.pool, self.search_pool):
-                if pool is not None:
-                    pool.forget(to)
+            for pool in self.pools():
+                pool.forget(to)
 
     def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
         pages = table.tensor(torch.device("cpu"))[first // self.page : -(-last // self.page)]
