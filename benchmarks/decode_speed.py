@@ -3,8 +3,9 @@
     python benchmarks/decode_speed.py [--lengths 16384,65536] [--tokens 256] [--output FILE]
 
 The demo checkpoint's shape with random weights and random keys: a context costs the same whatever it says. The two take turns,
-a part of the tokens each; figures are medians over the parts. The first step after the context, in which `hip` summarises it
-(prefill would have done so), is not counted for either.
+a part of the tokens each; figures are medians over the parts, in milliseconds a token: of the clock, and of CPU time (`cpu`),
+which other work on the machine disturbs less; `--threads 1` for that. The first step after the context, in which `hip`
+summarises it (prefill would have done so), is not counted for either.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ def filled(model: PreTrainedModel, length: int) -> Any:
 
 
 @torch.inference_mode()
-def steps(model: PreTrainedModel, cache: Any, count: int) -> float:
-    """Seconds for `count` greedy steps."""
+def steps(model: PreTrainedModel, cache: Any, count: int) -> tuple[float, float]:
+    """Milliseconds a step, of `count` greedy steps: by the clock, and of CPU time."""
     token = torch.tensor([[5]])
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
         token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / count * 1e3, (time.process_time() - cpu) / count * 1e3
 
 
 def measure(length: int, tokens: int) -> dict[str, Any]:
@@ -62,20 +63,25 @@ def measure(length: int, tokens: int) -> dict[str, Any]:
     for name, model in models.items():
         steps(model, caches[name], 1)
     part = tokens // PARTS
-    spent: dict[str, list[float]] = {name: [] for name in models}
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for _ in range(PARTS):
         for name, model in models.items():
-            spent[name].append(steps(model, caches[name], part) / part * 1e3)
-    row = {f"{name}_ms": statistics.median(times) for name, times in spent.items()}
-    return {"length": length, "tokens": part * PARTS, **row, "ratio": row["sdpa_ms"] / row["hip_ms"]}
+            spent[name].append(steps(model, caches[name], part))
+    row: dict[str, Any] = {"length": length, "tokens": part * PARTS, "threads": torch.get_num_threads()}
+    for i, clock in enumerate(("ms", "cpu_ms")):
+        row |= {f"{name}_{clock}": statistics.median(times[i] for times in parts) for name, parts in spent.items()}
+        row[f"ratio_{clock}"] = row[f"sdpa_{clock}"] / row[f"hip_{clock}"]
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="16384,65536")
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     rows = []
     for length in map(int, given.lengths.split(",")):
         rows.append(measure(length, given.tokens))
