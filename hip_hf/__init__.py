@@ -5,6 +5,7 @@ model = AutoModelForCausalLM.from_pretrained("any/checkpoint", attn_implementati
 """
 
 from hip_hf.attention import hip_attention
+from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig
 from hip_hf.integration.explain import explain
 from hip_hf.integration.interface import register
@@ -12,6 +13,6 @@ from hip_hf.integration.settings import configure
 from hip_hf.state import DecodeState
 
 __version__ = "0.1.0"
-__all__ = ["DecodeState", "HiPConfig", "configure", "explain", "hip_attention", "register"]
+__all__ = ["DecodeState", "HiPCache", "HiPConfig", "configure", "explain", "hip_attention", "register"]
 
 register()

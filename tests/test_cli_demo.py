@@ -189,7 +189,7 @@ def prompt(tmp_path: Path, text: Path) -> Path:
 def test_generate_says_what_attention_did(checkpoint: str, prompt: Path) -> None:
     shown = run_json(generate, checkpoint, "--prompt-file", prompt, "--max-new-tokens", 5, "--set", "dense_layers=0")
     assert [row["path"] for row in shown["rows"]] == ["sparse", "sparse"]
-    assert [row["cache"] for row in shown["decode_rows"]] == ["kept state", "kept state"]
+    assert [row["cache"] for row in shown["decode_rows"]] == ["pages", "pages"]
     assert shown["settings"]["dense_layers"] == 0
     assert shown["settings"]["budget"] == SETTINGS["budget"]  # the checkpoint's own
     timing = shown["timing"]

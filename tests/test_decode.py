@@ -8,12 +8,11 @@ from families import make_batch, make_model, paths
 from transformers import DynamicCache, StaticCache, cache_utils
 
 import hip_hf
-from hip_hf.integration.cache import HiPDynamicLayer, HiPStaticLayer
+from hip_hf.integration.cache import HiPStaticLayer
 
-# Older versions of Transformers have no place for our cache layers: there decode is stateless (README, Limits).
-keeps_state = pytest.mark.skipif(
-    not hasattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING"), reason="this Transformers has no mapping of cache layers"
-)
+# Older versions of Transformers have no place for our static layers: there decode on them is stateless (README, Limits).
+HAS_STATIC = hasattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING")
+static_keeps_state = pytest.mark.skipif(not HAS_STATIC, reason="this Transformers has no mapping of cache layers")
 
 
 def run(model, batch, **kwargs):
@@ -28,14 +27,13 @@ def without_state(monkeypatch):
     monkeypatch.setattr(interface, "state_of", lambda keys: None)
 
 
-@keeps_state
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=static_keeps_state)])
 def test_kept_state_equals_stateless_decode(family, cache, monkeypatch):
     model = make_model(family, decode_refresh=1)
     batch = make_batch([180, 131])
     kept = run(model, batch, cache_implementation=cache)
-    assert hip_hf.explain(model)[1].cache == "kept state"
+    assert hip_hf.explain(model)[1].cache == {"dynamic": "pages", "static": "kept state"}[cache]
     assert hip_hf.explain(model)[1].share < 0.6
     without_state(monkeypatch)
     assert torch.equal(run(model, batch, cache_implementation=cache), kept)
@@ -107,17 +105,15 @@ def test_assisted_decoding_with_covering_budget_equals_eager():
     assert torch.equal(actual, run(model, batch))
 
 
-@keeps_state
 def test_assisted_decoding_follows_crop(monkeypatch):
     model = make_model("llama", decode_refresh=1)
     batch = make_batch([170])
     kept = run(model, batch, assistant_model=perturbed_assistant())
-    assert hip_hf.explain(model)[1].cache == "kept state"
+    assert hip_hf.explain(model)[1].cache == "pages"
     without_state(monkeypatch)
     assert torch.equal(run(model, batch, assistant_model=perturbed_assistant()), kept)
 
 
-@keeps_state
 def test_refresh_reuses_a_selection_for_exactly_that_many_steps(monkeypatch):
     from hip_hf.methods.hip import TreeSearch
 
@@ -138,7 +134,6 @@ def test_refresh_reuses_a_selection_for_exactly_that_many_steps(monkeypatch):
     assert counts == [layers, 0, 0, 0, layers, 0, 0, 0, layers]
 
 
-@keeps_state
 def test_the_pyramid_is_extended_and_never_rebuilt(monkeypatch):
     from hip_hf.methods.pyramid import Pyramid
 
@@ -191,7 +186,6 @@ def crop_to(cache, length):
         cache.crop(length - cache.get_seq_length())
 
 
-@keeps_state
 def test_batch_operations_follow():
     model = make_model("llama", decode_refresh=4)
     batch = make_batch([180, 140, 97])
@@ -221,7 +215,7 @@ def test_batch_operations_follow():
     assert actual.isfinite().all()
 
 
-@keeps_state
+@static_keeps_state
 def test_reset_starts_afresh():
     model = make_model("llama")
     ids = make_batch([200])["input_ids"]
@@ -235,13 +229,11 @@ def test_reset_starts_afresh():
     assert torch.equal(first, again)
 
 
-@keeps_state
-def test_cache_layers_are_inert_for_other_attention():
+@static_keeps_state
+def test_static_layers_are_inert_for_other_attention():
     model = make_model("llama", "eager")
     batch = make_batch([80, 50])
-    with_ours = run(model, batch)
-    cache = DynamicCache(config=model.config)
-    assert isinstance(cache.layers[0], HiPDynamicLayer)
+    with_ours = run(model, batch, cache_implementation="static")
     assert isinstance(StaticCache(config=model.config, max_cache_len=8).layers[0], HiPStaticLayer)
     plain = DynamicCache()  # without a config: Transformers' own layers
     with torch.no_grad():

@@ -163,7 +163,7 @@ def test_command(tmp_path: Path, threads: Any) -> None:
     by_settings = {row["settings"]: row for row in rows if row["depth"] == "all" and row["length"] == 256}
     dense, sparse, mixed = by_settings.values()
     assert (dense["path_prefill"], dense["cache"]) == ("sdpa", "-")
-    assert (sparse["path_prefill"], sparse["path_decode"], sparse["cache"]) == ("sparse", "sparse", "kept state")
+    assert (sparse["path_prefill"], sparse["path_decode"], sparse["cache"]) == ("sparse", "sparse", "pages")
     assert 0 < sparse["read_decode"] < sparse["read_prefill"] < 0.6
     assert "sparse" in mixed["path_prefill"]
     assert "dense (dense layer)" in mixed["path_prefill"]

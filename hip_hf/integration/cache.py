@@ -1,7 +1,7 @@
-"""Cache layers of Transformers that carry a `DecodeState` along, so that it follows what happens to the cache.
+"""How caches of Transformers carry a `DecodeState` along, so that it follows what happens to the cache.
 
-They replace the ordinary full-attention layers of dynamic and static caches and behave exactly as those do; the
-state is only used when `hip` attends. Versions of Transformers without the layer mapping run stateless.
+The dynamic cache of a model that attends by `hip` is a `HiPCache`; the full-attention layers of a static cache get a state
+beside them and behave exactly as before (Transformers 5.17 and later; before, static caches run stateless).
 """
 
 from __future__ import annotations
@@ -10,26 +10,32 @@ from typing import Any
 
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, StaticLayer
 
+from hip_hf.integration.settings import attends_by_us
+from hip_hf.paged import PagedTensor
 from hip_hf.state import DecodeState
 
-# The attribute of the returned keys by which attention finds the state of their cache layer.
-STATE = "_hip_state"
+# Attributes of the returned keys, by which attention finds the state of their cache layer and `explain` its kind.
+STATE, KIND = "_hip_state", "_hip_kind"
 
 
-class _Stateful:
+class Stateful:
     """Mixin: a cache layer with a `DecodeState`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.hip_state = DecodeState()
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = super().update(*args, **kwargs)  # type: ignore[misc]
+    def stated(self, keys: torch.Tensor) -> torch.Tensor:
+        """The keys to return, with the state attached."""
         if not torch.compiler.is_compiling():
             setattr(keys, STATE, self.hip_state)
-        return keys, values
+        return keys
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(*args, **kwargs)  # type: ignore[misc]
+        return self.stated(keys), values
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -54,11 +60,7 @@ class _Stateful:
         self.hip_state.reorder(indices)
 
 
-class HiPDynamicLayer(_Stateful, DynamicLayer):
-    """A growing full-attention cache layer with decode state."""
-
-
-class HiPStaticLayer(_Stateful, StaticLayer):
+class HiPStaticLayer(Stateful, StaticLayer):
     """A preallocated full-attention cache layer with decode state."""
 
 
@@ -69,18 +71,32 @@ def state_of(keys: torch.Tensor) -> DecodeState | None:
 
 def cache_kind(keys: torch.Tensor, rows: int) -> str:
     """How `explain` names the cache behind `keys`."""
+    if isinstance(keys, PagedTensor):
+        return "pages"
     if state_of(keys) is not None:
-        return "kept state"
+        return getattr(keys, KIND, "kept state")
     return "none" if keys.shape[2] == rows else "stateless"
 
 
+def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """`DynamicCache.__new__`: the cache made from the config of a `hip` model, and from nothing else, is a `HiPCache`."""
+    config = kwargs.get("config")
+    if (
+        cls is DynamicCache
+        and not args
+        and len(kwargs) == 1
+        and config is not None
+        and attends_by_us(config.get_text_config(decoder=True))
+    ):
+        from hip_hf.cache.hip_cache import HiPCache
+
+        cls = HiPCache
+    return object.__new__(cls)
+
+
 def install() -> None:
-    """Let caches made from a model's config use the layers above."""
-    layers = (
-        ("DYNAMIC_LAYER_TYPE_MAPPING", DynamicLayer, HiPDynamicLayer),
-        ("STATIC_LAYER_TYPE_MAPPING", StaticLayer, HiPStaticLayer),
-    )
-    for name, plain, ours in layers:
-        mapping = getattr(cache_utils, name, None)
-        if mapping is not None and mapping.get("full_attention") is plain:
-            mapping["full_attention"] = ours
+    """Let caches made from a model's config be the ones above."""
+    mapping = getattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING", None)
+    if mapping is not None and mapping.get("full_attention") is StaticLayer:
+        mapping["full_attention"] = HiPStaticLayer
+    DynamicCache.__new__ = _new_dynamic_cache  # type: ignore[method-assign]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
+from hip_hf.integration import paged
 from hip_hf.integration.cache import cache_kind, install, state_of
 from hip_hf.integration.masks import hip_mask, mask_spans, mask_window, narrowed, visible_rows
 from hip_hf.integration.settings import layer_settings
@@ -26,7 +27,6 @@ _REFUSED = {
     "position_bias": "a learned position bias",
     "indices": "the layer's own sparse indices",
     "block_indices": "the layer's own sparse indices",
-    "cache": "continuous batching, which is not part of this release",
 }
 
 
@@ -67,13 +67,19 @@ def attention_forward(
     if not is_causal:
         return _bidirectional(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs)
     settings = layer_settings(module, method)
-    layer = getattr(module, "layer_idx", None)
+    layer: Any = getattr(module, "layer_idx", None)
     if attention_mask is not None:
         attention_mask = narrowed(attention_mask, key.shape[2])
     if sliding_window is None:
         sliding_window = mask_window(attention_mask)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
+    if kwargs.get("cache") is not None:  # continuous batching: packed requests, whose mask says nothing we need
+        if sliding_window is None:
+            problem = replace(problem, sliding_window=getattr(module, "sliding_window", None))
+        result = paged.continuous(problem, settings, layer, kwargs["cache"], kwargs)
+        module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "continuous batching")
+        return result.out.transpose(1, 2).contiguous(), None
     why = _unsayable(attention_mask, query.shape[2])
     if why:
         assert attention_mask is not None
@@ -154,4 +160,8 @@ def register() -> None:
     for name, method in NAMES.items():
         AttentionInterface.register(name, functools.partial(attention_forward, method=method))
         AttentionMaskInterface.register(name, hip_mask)
+        # what continuous batching calls them up to 5.18
+        AttentionInterface.register(f"paged|{name}", functools.partial(attention_forward, method=method))
+        AttentionMaskInterface.register(f"paged|{name}", hip_mask)
     install()
+    paged.install()

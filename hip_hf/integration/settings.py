@@ -53,6 +53,13 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
     return settings
 
 
+def attends_by_us(config: Any) -> bool:
+    """Whether a model with this text config attends by one of our registered functions."""
+    from hip_hf.integration.interface import NAMES  # which imports the caches
+
+    return (getattr(config, "_attn_implementation", None) or "").removeprefix("paged|") in NAMES
+
+
 def layer_settings(module: nn.Module, method: str | None) -> HiPConfig:
     """The settings of one attention layer; `method` overrides theirs. Parsed anew only when the model's config changed."""
     raw = getattr(module.config, "hip", None)

@@ -9,6 +9,7 @@ import torch
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
+    from hip_hf.paged import KeyRows
     from hip_hf.problem import Span
 
 
@@ -84,7 +85,7 @@ class Selector(Protocol):
     def make_pyramid(self, dtype: torch.dtype) -> Any:
         """An empty pyramid of summaries in `dtype`, or None if the method keeps none."""
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: Any, scale: float, softcap: float | None) -> Bound:
+    def bind(self, q: torch.Tensor, keys: KeyRows, pyramid: Any, scale: float, softcap: float | None) -> Bound:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query block's middle."""
 
 

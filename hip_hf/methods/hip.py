@@ -24,6 +24,7 @@ import torch
 
 from hip_hf.methods.base import QueryBlock
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
+from hip_hf.paged import KeyRows, block_index, lanes_of
 from hip_hf.reference.workers import scratch
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Selector:
     def make_pyramid(self, dtype: torch.dtype) -> Pyramid:
         return Pyramid(self.representative, self.config.block_k, dtype)
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: Pyramid, scale: float, softcap: float | None) -> TreeSearch:
+    def bind(self, q: torch.Tensor, keys: KeyRows, pyramid: Pyramid, scale: float, softcap: float | None) -> TreeSearch:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every block searched."""
         return TreeSearch(self.config, self.representative, q, keys, pyramid, scale, softcap)
 
@@ -105,7 +106,7 @@ class TreeSearch:
     config: HiPConfig
     representative: Representative
     q: torch.Tensor
-    keys: torch.Tensor
+    keys: KeyRows
     pyramid: Pyramid
     scale: float
     softcap: float | None
@@ -215,14 +216,14 @@ class TreeSearch:
     def _exact(self, heads: slice, q: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Scores of key blocks `ids` `[heads, P, M]` by all their keys."""
         keys, size = self.keys[heads], self.config.block_k
-        blocks = keys[:, : keys.shape[1] // size * size].unflatten(1, (-1, size)).flatten(2)
         missing = ids == NO_CHUNK
         ids = ids.masked_fill(missing, 0)
+        lanes, index = lanes_of(keys, size), block_index(keys, ids, size)
         scores = torch.empty(ids.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        picked = scratch.take("picked", (len(ids), ids.shape[2], blocks.shape[-1]), keys)
+        picked = scratch.take("picked", (len(ids), index.shape[2], lanes[0].width), keys)
         for item in range(ids.shape[1]):
-            for head in range(len(ids)):
-                torch.index_select(blocks[head], 0, ids[head, item], out=picked[head])
+            for head, lane in enumerate(lanes):
+                lane.take(index[head, item], picked[head])
             flat = picked.view(len(ids), -1, keys.shape[-1]).to(q.dtype)
             rows = q[:, item]
             logits = torch.bmm(rows, flat.transpose(1, 2), out=scratch.take("logits", (*rows.shape[:2], flat.shape[1]), q))

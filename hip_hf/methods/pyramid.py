@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from hip_hf.paged import KeyRows
+
 # Summaries are computed for this many blocks at a time, so that temporaries stay in cache.
 BLOCKS_AT_ONCE = 2048
 
@@ -178,11 +180,11 @@ class Pyramid:
                 self._last[level] = None  # recomputed when a sibling comes
         self.blocks = blocks
 
-    def _blocks_of(self, keys: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    def _blocks_of(self, keys: KeyRows, first: int, last: int) -> torch.Tensor:
         part = keys[:, first * self.block_k : last * self.block_k]
         return part.unflatten(1, (last - first, self.block_k))
 
-    def _chunk_state(self, keys: torch.Tensor, level: int, index: int) -> torch.Tensor:
+    def _chunk_state(self, keys: KeyRows, level: int, index: int) -> torch.Tensor:
         state = self.representative.leaf(self._blocks_of(keys, index << level, (index + 1) << level))
         for _ in range(level):
             state = self.representative.merge(state[:, 0::2], state[:, 1::2])
@@ -203,12 +205,12 @@ class Pyramid:
             self.levels[level][:, :first] = old[:, :first]
         self.levels[level][:, first : first + count] = rows
 
-    def extend(self, keys: torch.Tensor, blocks: int) -> None:
+    def extend(self, keys: KeyRows, blocks: int) -> None:
         """Append until `blocks` blocks are summarised. `keys` is the span's `[Hkv, T, D]`, all of it."""
         while self.blocks < blocks:
             self._append(keys, min(blocks, self.blocks + BLOCKS_AT_ONCE))
 
-    def _append(self, keys: torch.Tensor, blocks: int) -> None:
+    def _append(self, keys: KeyRows, blocks: int) -> None:
         states = self.representative.leaf(self._blocks_of(keys, self.blocks, blocks))
         first, level = self.blocks, 0
         while states.shape[1]:

@@ -12,20 +12,23 @@ from itertools import groupby
 import torch
 
 from hip_hf.methods.base import QueryBlock
+from hip_hf.paged import KeyRows, PagedKeys, block_index, lanes_of
 from hip_hf.reference.workers import compute_dtype, scratch
 
 # A block of rows meets a long contiguous range in tiles whose logits are at most this many elements, to stay in cache.
 LOGITS_AT_ONCE = 1 << 20
+# Keys of a contiguous range that lie in several pieces are brought together this many at a time.
+KEYS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class Tensors:
     """One span's tensors: q `[Hkv, G, rows, D]`, k `[Hkv, T, D]`, v `[Hkv, T, Dv]`, out `[Hkv, G, rows, Dv]`,
-    lse `[Hkv, G, rows]` or None, sinks `[Hkv, G]` or None. Rows of k and v are contiguous."""
+    lse `[Hkv, G, rows]` or None, sinks `[Hkv, G]` or None. Rows of k and v are contiguous, or in pages."""
 
     q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    k: KeyRows
+    v: KeyRows
     out: torch.Tensor
     lse: torch.Tensor | None
     scale: float
@@ -72,7 +75,8 @@ def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBloc
         torch.empty(count, lanes, groups, n, dtype=torch.promote_types(dtype, torch.float32), device=device) if need_lse else None
     )
 
-    each = zip(blocks, queries.flatten(2, 3).unbind(0), outputs.unbind(0), [row.unbind(0) for row in ids.unbind(1)], strict=True)
+    index = [row.unbind(0) for row in block_index(k, ids, block_k).unbind(1)]
+    each = zip(blocks, queries.flatten(2, 3).unbind(0), outputs.unbind(0), index, strict=True)
     for i, (block, query, output, chosen) in enumerate(each):
         for part, whole in zip(parts, (k_all, v_all), strict=True):
             part.fill(i, chosen)
@@ -97,25 +101,23 @@ def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBloc
 class _Parts:
     """A buffer `[heads, sink + picked + window, D]` for the keys (or values) that one query block reads, and views of it."""
 
-    def __init__(
-        self, name: str, x: torch.Tensor, blocks: list[QueryBlock], sink: int, picked: int, block_k: int, keys: int
-    ) -> None:
+    def __init__(self, name: str, x: KeyRows, blocks: list[QueryBlock], sink: int, picked: int, block_k: int, keys: int) -> None:
         heads, _, dim = x.shape
         first = blocks[0]
         self.name = name
         self.all = scratch.take(name, (heads, keys, dim), x)
         self.all[:, :sink] = x[:, first.start : first.sink]  # the same for every query block
-        self.picked = [lane[sink : sink + picked].view(picked // block_k, block_k * dim) for lane in self.all]
+        self.lanes = lanes_of(x, block_k)
+        into = [lane[sink : sink + picked] for lane in self.all]
+        self.picked = [part.view(part.numel() // lane.width, lane.width) for part, lane in zip(into, self.lanes, strict=True)]
         self.window = self.all[:, sink + picked :]
-        whole = x.shape[1] // block_k * block_k
-        self.blocks = list(x[:, :whole].unflatten(1, (-1, block_k)).flatten(2))
         windows = x[:, first.window : blocks[-1].last + 1].unfold(1, self.window.shape[1], first.rows)
         self.windows = windows.transpose(2, 3).unbind(1)
 
     def fill(self, i: int, chosen: tuple[torch.Tensor, ...]) -> None:
-        """Bring what the `i`-th query block reads: of each head its `chosen` key blocks, and the window."""
-        for blocks, index, into in zip(self.blocks, chosen, self.picked, strict=True):
-            torch.index_select(blocks, 0, index, out=into)
+        """Bring what the `i`-th query block reads: of each head the rows of its `chosen` key blocks, and the window."""
+        for lane, index, into in zip(self.lanes, chosen, self.picked, strict=True):
+            lane.take(index, into)
         self.window.copy_(self.windows[i])
 
 
@@ -128,6 +130,8 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     torch.mul(q, t.scale, out=query)
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
     parts, end = [], block.last + 1
+    if isinstance(t.k, PagedKeys) and not t.k.in_one_piece(block.start, end):
+        tile = max(n, min(tile, KEYS_AT_ONCE))
     while end > block.start:  # from the last key down, so that the rows' own keys are whole in one tile
         first = max(block.start, end - tile)
         parts.append(_attend_tile(t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start))

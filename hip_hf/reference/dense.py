@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hip_hf.methods.base import QueryBlock
+from hip_hf.paged import PagedTensor
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference.block_sparse import LOGITS_AT_ONCE, Tensors, attend_range
 from hip_hf.reference.gradients import Piece
@@ -43,11 +44,20 @@ def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
         return False
     if problem.sliding_window is not None and problem.sliding_window < problem.longest:
         return False
-    return all(span.rows == 1 or span.position == 0 for span in problem.spans)
+    return all((span.rows == 1 or span.position == 0) and _in_one_piece(problem, span) for span in problem.spans)
+
+
+def _in_one_piece(problem: AttentionProblem, span: Span) -> bool:
+    keys = problem.k
+    if not isinstance(keys, PagedTensor):
+        return True
+    return keys.rows(span.batch, span.key_start, span.key_start + span.end).in_one_piece(0, span.end)
 
 
 def alike(problem: AttentionProblem) -> bool:
     """Whether all batch rows are one sequence each, of the same keys and rows, so that one call serves them."""
+    if isinstance(problem.k, PagedTensor):
+        return False
     first = problem.spans[0]
     kinds = {(s.key_start, s.key_start + s.end, s.row_start, s.row_end) for s in problem.spans}
     return len(problem.spans) == len(problem.q) and len(kinds) == 1 and first.rows == problem.q.shape[2]
@@ -55,9 +65,16 @@ def alike(problem: AttentionProblem) -> bool:
 
 def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> torch.Tensor:
     """PyTorch's attention of a span's rows to its keys, for the batch rows `batch`: `[batch, Hq, rows, Dv]`."""
-    keys, rows = slice(span.key_start, span.key_start + span.end), slice(span.row_start, span.row_end)
-    q, k, v = problem.q[batch, :, rows], problem.k[batch, :, keys], problem.v[batch, :, keys]
+    q = problem.q[batch, :, span.row_start : span.row_end]
+    k, v = (_range(x, span, batch) for x in (problem.k, problem.v))
     return F.scaled_dot_product_attention(q, k, v, scale=problem.scale, is_causal=span.rows > 1, enable_gqa=problem.groups > 1)
+
+
+def _range(x: torch.Tensor, span: Span, batch: slice) -> torch.Tensor:
+    first, last = span.key_start, span.key_start + span.end
+    if isinstance(x, PagedTensor):
+        return x.rows(span.batch, first, last)[:, :][None]
+    return x[batch, :, first:last]
 
 
 def masked(

@@ -10,6 +10,7 @@ import torch
 
 from hip_hf.methods import selector_for
 from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block, query_blocks
+from hip_hf.paged import KeyRows, PagedKeys, rows_of
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
 from hip_hf.reference.block_sparse import Tensors, attend, attend_range
@@ -50,15 +51,16 @@ class Reading:
 
 def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: torch.Tensor | None) -> Tensors:
     """The part of the problem's tensors that is the span, heads grouped by key head."""
-    keys = slice(span.key_start, span.key_start + span.end)
     rows = slice(span.row_start, span.row_end)
     heads = problem.k.shape[1]
 
     def grouped(x: torch.Tensor) -> torch.Tensor:
         return x[span.batch].unflatten(0, (heads, problem.groups))[:, :, rows]
 
-    def packed(x: torch.Tensor) -> torch.Tensor:
-        x = x[span.batch, :, keys]
+    def packed(x: torch.Tensor) -> KeyRows:
+        x = rows_of(x, span.batch, span.key_start, span.key_start + span.end)
+        if isinstance(x, PagedKeys):
+            return x
         return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
 
     sinks = None if problem.sinks is None else problem.sinks.unflatten(0, (heads, problem.groups))
@@ -132,7 +134,8 @@ class SparseAttention:
             pyramid.extend(t.k, needed)
         if row is not None:
             row.pyramid = pyramid
-        return self.selector.bind(t.q, t.k, pyramid, t.scale, t.softcap)
+        keys = t.k.for_search() if isinstance(t.k, PagedKeys) else t.k
+        return self.selector.bind(t.q, keys, pyramid, t.scale, t.softcap)
 
     # Prefill: units of (key head, a few query blocks), spread over the workers.
 

@@ -1,0 +1,1 @@
+"""The KV cache in pages: pool, Transformers cache, offload, files."""

@@ -1,0 +1,157 @@
+"""Caches on disk: safetensors, written beside the target and moved into place, checked in full before anything changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+if TYPE_CHECKING:
+    from hip_hf.cache.hip_cache import HiPCache
+
+FORMAT = "hip_hf.cache.1"
+# What safetensors calls the dtypes that a cache may have.
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# Tokens that are written at once.
+_TOKENS_AT_ONCE = 4096
+
+
+def _kind(layer: Any) -> str:
+    from hip_hf.cache.hip_cache import PagedLayer
+
+    if isinstance(layer, PagedLayer):
+        return "paged"
+    if type(layer) is DynamicSlidingWindowLayer:
+        return "sliding"
+    raise ValueError(f"cache: got a {type(layer).__name__}, allowed: full-attention and sliding-window layers")
+
+
+def _model(cache: HiPCache) -> dict[str, Any]:
+    """What must agree for a saved cache to make sense to a model."""
+    names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    return {name: getattr(cache.config, name, None) for name in names}
+
+
+def _tensors(cache: HiPCache) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:
+    shapes, dtypes = {}, {}
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        for name, shape in _shapes(layer).items():
+            shapes[f"{index}.{name}"], dtypes[f"{index}.{name}"] = torch.Size(shape), layer.dtype
+    return shapes, dtypes
+
+
+def _shapes(layer: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes `[B, Hkv, T, D]` of what a layer holds."""
+    if not layer.is_initialized:
+        return {}
+    if _kind(layer) == "paged":
+        stores = {"keys": layer.pool.keys, "values": layer.pool.values}
+        return {name: (len(layer.tables), store.heads, layer.length, store.dim) for name, store in stores.items()}
+    return {"keys": tuple(layer.keys.shape), "values": tuple(layer.values.shape)}
+
+
+def _parts(layer: Any, name: str) -> Iterator[torch.Tensor]:
+    """A layer's keys or values in the order of a contiguous `[B, Hkv, T, D]`, a bounded part at a time."""
+    if _kind(layer) != "paged":
+        yield getattr(layer, name)
+        return
+    store = getattr(layer.pool, name)
+    for table in layer.tables:
+        for head in range(store.heads):
+            for first in range(0, layer.length, _TOKENS_AT_ONCE):
+                last = min(first + _TOKENS_AT_ONCE, layer.length)
+                yield store.read(slice(head, head + 1), table, first, last)
+
+
+def save(cache: HiPCache, path: str | os.PathLike[str]) -> None:
+    """See `HiPCache.save`. Streams: no second copy of the cache is made."""
+    path = Path(path)
+    held: list[Any] = cache.layers
+    kinds = [_kind(layer) for layer in held]
+    shapes, dtypes = _tensors(cache)
+    layers = [{"kind": kind, "length": int(layer.get_seq_length())} for kind, layer in zip(kinds, held, strict=True)]
+    header: dict[str, Any] = {
+        "__metadata__": {"format": FORMAT, "model": json.dumps(_model(cache)), "layers": json.dumps(layers)}
+    }
+    at = 0
+    for name, shape in shapes.items():
+        end = at + shape.numel() * dtypes[name].itemsize
+        header[name] = {"dtype": _DTYPES[dtypes[name]], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in shapes:
+                index, kind = name.split(".")
+                for part in _parts(cache.layers[int(index)], kind):
+                    file.write(part.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def _fail(path: Path, got: object, allowed: str) -> None:
+    raise ValueError(f"path {str(path)!r}: got {got}, allowed: {allowed}")
+
+
+def load(cache: HiPCache, path: str | os.PathLike[str], device: torch.device) -> None:
+    """See `HiPCache.load`."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: got {str(path)!r}, which is no file, allowed: a file written by HiPCache.save")
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"path {str(path)!r}: got a truncated or foreign file ({error}), allowed: one of HiPCache.save"
+        ) from None
+    with file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            _fail(path, f"format {metadata.get('format')!r}", f"{FORMAT!r}")
+        if json.loads(metadata["model"]) != _model(cache):
+            _fail(path, f"a cache of {metadata['model']}", f"one of this model, {json.dumps(_model(cache))}")
+        saved = json.loads(metadata["layers"])
+        kinds = [_kind(layer) for layer in cache.layers]
+        if [layer["kind"] for layer in saved] != kinds:
+            _fail(path, f"layers {[layer['kind'] for layer in saved]}", f"{kinds}, as this model has")
+        names = set(file.keys())
+        fresh = [_fresh(cache, layer) for layer in cache.layers]
+        for index, (layer, known) in enumerate(zip(fresh, saved, strict=True)):
+            if f"{index}.keys" not in names:
+                continue
+            keys, values = (file.get_slice(f"{index}.{name}") for name in ("keys", "values"))
+            _fill(layer, keys, values, known["length"], device)
+    cache.layers[:] = fresh
+
+
+def _fresh(cache: HiPCache, layer: Any) -> Any:
+    """An empty layer like this one."""
+    return cache.make_layer() if _kind(layer) == "paged" else DynamicSlidingWindowLayer(layer.sliding_window)
+
+
+def _fill(layer: Any, keys: Any, values: Any, length: int, device: torch.device) -> None:
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.lazy_initialization(*(x[:, :, :0].to(device) for x in (keys, values)))
+        layer.keys, layer.values = keys[:].to(device), values[:].to(device)
+        layer.cumulative_length = length
+        return
+    for first in range(0, length, _TOKENS_AT_ONCE):
+        part = slice(first, min(first + _TOKENS_AT_ONCE, length))
+        layer.update(keys[:, :, part].to(device), values[:, :, part].to(device))

@@ -1,0 +1,272 @@
+"""`HiPCache`: a Transformers cache whose full-attention layers keep keys and values in pages.
+
+A token is appended in place: no copy and no allocation that grows with the context. Beside the pages lie the pyramid and the
+selection (`DecodeState`), so that selecting never rereads the keys. Sequences share pages by reference (beam search, repeated
+prompts); the last page is copied before one of them continues it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from hip_hf.cache.offload import OFFLOADS, OffloadedStore, Statistics, statistics
+from hip_hf.cache.pool import PAGE, PagePool
+from hip_hf.integration.cache import KIND, Stateful
+from hip_hf.integration.settings import attends_by_us, read_settings
+from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
+
+# Up to 5.10 `crop` takes the length to keep (or minus the number of tokens to remove), later only the latter.
+_CROP_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+
+
+class PagedLayer(Stateful, DynamicLayer):
+    """One full-attention layer in pages. `config` is the model's: its attention decides what `update` returns."""
+
+    def __init__(self, config: PreTrainedConfig, offload: str | None = None, device_pages: int | None = None) -> None:
+        self.config, self.offload_to, self.device_pages = config, offload, device_pages
+        self.pool: PagePool | None = None
+        self.tables: list[BlockTable] = []
+        self.length = 0
+        super().__init__()
+
+    # `keys` and `values` are attributes of other layers; here they are gathered when asked for.
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys as an ordinary tensor `[B, Hkv, T, D]`, gathered now; None while there are none."""
+        return None if self.pool is None else read_all(self.pool.keys, self.tables, self.length)
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._only_none(value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values as an ordinary tensor `[B, Hkv, T, Dv]`, gathered now; None while there are none."""
+        return None if self.pool is None else read_all(self.pool.values, self.tables, self.length)
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._only_none(value)
+
+    def _only_none(self, value: torch.Tensor | None) -> None:
+        if value is not None:
+            raise ValueError(f"keys, values: got {type(value).__name__}, allowed: `update` (the cache is in pages)")
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.pool = self.make_pool(key_states, value_states)
+        self.tables = [BlockTable() for _ in key_states]
+        self.is_initialized = True
+
+    def make_pool(self, keys: torch.Tensor, values: torch.Tensor) -> PagePool:
+        """An empty pool for tensors like these."""
+        sizes = [(x.shape[1], x.shape[3], x.dtype, x.device, PAGE) for x in (keys, values)]
+        if self.offload_to is None or self.device_pages is None:
+            return PagePool(*(Store(*size) for size in sizes))
+        recent = -(-read_settings(self.config).window // PAGE) + 2
+        return PagePool(*(OffloadedStore(*size, self.offload_to, self.device_pages, recent) for size in sizes))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for attention of ours, else ordinary tensors.
+
+        Raises:
+            ValueError: tensors that do not continue what is cached, or that require gradients. Nothing has changed.
+            MemoryError: no memory for more pages. Nothing has changed.
+        """
+        self._check(key_states, value_states)
+        self._check_device_pages(self.length + key_states.shape[2])
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.pool is not None
+        first = self.length == 0
+        self.pool.append(self.tables, self.length, key_states, value_states)
+        self.length += key_states.shape[2]
+        if first:  # all there is has just come: no need to look for it in pages
+            keys, values = key_states, value_states
+        elif attends_by_us(self.config):
+            keys, values = (PagedTensor(store, self.tables, self.length) for store in (self.pool.keys, self.pool.values))
+        else:
+            keys, values = (read_all(store, self.tables, self.length) for store in (self.pool.keys, self.pool.values))
+        return self.stated(keys), values
+
+    def stated(self, keys: torch.Tensor) -> torch.Tensor:
+        keys = super().stated(keys)
+        setattr(keys, KIND, "pages")
+        return keys
+
+    def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            raise ValueError("HiPCache: got keys that require gradients, allowed: under torch.no_grad() (or use_cache=False)")
+        if self.pool is None:
+            return
+        for name, x, store in (("key_states", keys, self.pool.keys), ("value_states", values, self.pool.values)):
+            got = (x.shape[0], x.shape[1], x.shape[3], x.dtype)
+            want = (len(self.tables), store.heads, store.dim, store.dtype)
+            if got != want:
+                raise ValueError(f"{name}: got (batch, heads, dim, dtype) {got}, allowed: {want}, as cached")
+
+    def _check_device_pages(self, length: int) -> None:
+        """Refuse a pool that could not hold the blocks which one step picks for a head."""
+        if self.offload_to is None or self.device_pages is None:
+            return
+        settings = read_settings(self.config)
+        blocks = settings.budget // settings.block_k
+        most = {"attention": blocks, "search": blocks * settings.rescore if settings.rescore > 1 else 0}
+        for pool, picked in most.items():
+            need = min(picked, -(-length // PAGE))  # at worst each block lies in a page of its own
+            if self.device_pages < need:
+                raise ValueError(
+                    f"device_pages: got {self.device_pages}, allowed: at least {need}, which a step of the {pool} may need"
+                )
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def reset(self) -> None:
+        self.pool, self.tables, self.length, self.is_initialized = None, [], 0, False
+        self.hip_state.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove `-tokens_to_remove` tokens from the end. Up to Transformers 5.10 a count >= 0 is the length to keep.
+
+        Raises:
+            ValueError: a positive count where Transformers no longer takes one.
+        """
+        if tokens_to_remove > 0 and not _CROP_TO_LENGTH:
+            raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, allowed: minus the number of tokens to remove, or 0")
+        kept = tokens_to_remove if _CROP_TO_LENGTH and tokens_to_remove >= 0 else self.length + tokens_to_remove
+        self.truncate(max(0, kept))
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        if self.pool is None or length >= self.length:
+            return
+        for table in self.tables:
+            self.pool.truncate(table, length)
+        self.length = length
+        self.hip_state.crop(length)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([row for row in range(len(self.tables)) for _ in range(repeats)])
+
+    def _select(self, rows: list[int]) -> None:
+        """Batch row `b` continues what row `rows[b]` was."""
+        if self.pool is None:
+            return
+        before = self.tables
+        self.tables = [self.pool.share(before[row]) for row in rows]
+        for table in before:
+            self.pool.release(table.pages)
+        self.hip_state.reorder(rows)
+
+
+class HiPCache(DynamicCache):
+    """A Transformers cache in pages, for `past_key_values` of any model; what `generate` makes for a `hip` model.
+
+    Args:
+        config: the *model's* config (`model.config`), by which layers are laid out. Its `_attn_implementation` is read at
+            every update: attention of ours gets handles to pages, any other gets ordinary tensors.
+        offload: None; `cpu` keeps the pages in host memory, `disk` in a memory-mapped temporary file.
+        device_pages: with `offload`, the pages that each of a layer's two device pools holds.
+
+    Sliding-window layers keep their window, as in Transformers' own cache; linear-attention layers keep their state.
+
+    Raises:
+        ValueError: arguments out of range.
+    """
+
+    def __init__(self, config: PreTrainedConfig, *, offload: str | None = None, device_pages: int | None = None) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config: got {type(config).__name__}, allowed: the model's config (`model.config`)")
+        if offload is not None and offload not in OFFLOADS:
+            raise ValueError(f"offload: got {offload!r}, allowed: None | {' | '.join(OFFLOADS)}")
+        if (offload is None) != (device_pages is None) or (
+            device_pages is not None and (type(device_pages) is not int or device_pages < 2)
+        ):
+            raise ValueError(f"device_pages: got {device_pages!r}, allowed: an integer >= 2 with `offload`, None without")
+        super().__init__(config=config)
+        self.config = config.get_text_config(decoder=True)
+        self.offload_to, self.device_pages = offload, device_pages
+        self.layers = [self.make_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+
+    def make_layer(self) -> PagedLayer:
+        """An empty paged layer of this cache."""
+        return PagedLayer(self.config, self.offload_to, self.device_pages)
+
+    def statistics(self) -> Statistics:
+        """Hits, misses and bytes moved of the device pools, over all layers.
+
+        Raises:
+            ValueError: the cache is not offloaded.
+        """
+        if self.offload_to is None:
+            raise ValueError("offload: got None, allowed: cpu | disk (a resident cache has no device pools)")
+        pools = [layer.pool for layer in self.paged if layer.pool is not None]
+        return statistics([(pool.keys, pool.values) for pool in pools])  # type: ignore[misc]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to one safetensors file, atomically: the file is the old one or the new one, whatever happens.
+
+        Summaries are rebuilt from the keys when the cache is used again; a resumed decode selects anew at its first step.
+
+        Raises:
+            ValueError: a layer that is neither full attention nor sliding-window.
+            OSError: the disk is full or `path` cannot be written.
+        """
+        from hip_hf.cache.files import save
+
+        save(self, path)
+
+    def load(self, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> None:
+        """Replace the contents by those of a file that `save` wrote; `device`: that of the model.
+
+        Raises:
+            ValueError: a truncated or foreign file, or one of another model. The cache is as it was.
+            FileNotFoundError: there is no such file.
+            MemoryError: no memory for its pages. The cache is as it was.
+        """
+        from hip_hf.cache.files import load
+
+        load(self, path, torch.device(device))
+
+    @property
+    def paged(self) -> list[PagedLayer]:
+        """The layers that are in pages."""
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to one layer. If there is no memory for that, the paged layers before it give up their new tokens as well."""
+        layer = self.layers[layer_idx]
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except MemoryError:
+            for other in self.layers[:layer_idx]:
+                if isinstance(other, PagedLayer) and isinstance(layer, PagedLayer):
+                    other.truncate(layer.length)
+            raise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HiPCache:
+        """A copy with pages of its own; the model's config stays the model's."""
+        memo[id(self.config)] = self.config
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return other

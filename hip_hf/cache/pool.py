@@ -1,0 +1,114 @@
+"""The pages of one layer: which are free, which sequences refer to them, and writing without disturbing a sharer."""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+
+from hip_hf.paged import BlockTable, Store
+
+# Tokens per page: small, so that what is selected fills few device pages beyond itself when the cache is offloaded.
+PAGE = 64
+
+
+class PagePool:
+    """Pages of a layer's keys and values, under the same numbers in both stores.
+
+    A page that several sequences refer to is never written: a sequence that appends to it gets a copy first.
+    """
+
+    def __init__(self, keys: Store, values: Store) -> None:
+        self.keys, self.values = keys, values
+        self.shares: list[int] = []  # sequences that refer to each page
+        self.free: list[int] = []  # a heap: the lowest page first, so that sequences stay in one piece
+
+    @property
+    def used(self) -> int:
+        """Pages that some sequence refers to."""
+        return len(self.shares) - len(self.free)
+
+    def bytes(self, pages: int) -> int:
+        """Size of so many pages, keys and values."""
+        return self.keys.bytes(pages) + self.values.bytes(pages)
+
+    def allocate(self, count: int) -> list[int]:
+        """Pages for one sequence.
+
+        Raises:
+            MemoryError: there is no memory for more; nothing has changed.
+        """
+        if count > len(self.free):
+            # by half of what there is, so that a growing sequence has few slabs
+            self._grow(max(count - len(self.free), len(self.shares) // 2))
+        pages = [heapq.heappop(self.free) for _ in range(count)]
+        for page in pages:
+            self.shares[page] = 1
+        return pages
+
+    def _grow(self, count: int) -> None:
+        first = len(self.shares)
+        try:
+            slabs = [store.make_slab(count) for store in (self.keys, self.values)]
+        except (RuntimeError, OSError, MemoryError) as error:
+            size = self.bytes(count)
+            raise MemoryError(f"HiPCache: no room for {count} more pages ({size / 2**20:.0f} MiB): {error}") from error
+        for store, slab in zip((self.keys, self.values), slabs, strict=True):
+            store.slabs.append(slab)
+            store.bounds.append(first)
+        self.shares += [0] * count
+        for page in range(first, first + count):
+            heapq.heappush(self.free, page)
+
+    def share(self, table: BlockTable) -> BlockTable:
+        """Another sequence with the same pages, by reference."""
+        for page in table.pages:
+            self.shares[page] += 1
+        return BlockTable(list(table.pages))
+
+    def release(self, pages: list[int]) -> None:
+        """A sequence no longer refers to these pages."""
+        for page in pages:
+            self.shares[page] -= 1
+            if not self.shares[page]:
+                heapq.heappush(self.free, page)
+
+    def truncate(self, table: BlockTable, length: int) -> None:
+        """The sequence now has `length` tokens."""
+        kept = -(-length // self.keys.page)
+        if kept < len(table):
+            self.release(table.pages[kept:])
+            table.set(table.pages[:kept])
+
+    def append(self, tables: list[BlockTable], length: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Append `[B, Hkv, n, D]` to sequences of `length` tokens each, in place.
+
+        Raises:
+            MemoryError: there is no memory for more pages; nothing has changed.
+        """
+        page, more = self.keys.page, keys.shape[2]
+        partial = length // page if length % page else None  # index of the page to be continued
+        total = -(-(length + more) // page)
+        held: dict[int, int] = {}  # of each partial page, how many of these sequences still refer to it
+        copied = []
+        for table in tables:
+            last = table.pages[partial] if partial is not None else None
+            left = held.setdefault(last, self.shares[last]) if last is not None else 1
+            copied.append(left > 1)
+            if last is not None:
+                held[last] = left - 1
+        fresh = self.allocate(sum(total - len(table) + copy for table, copy in zip(tables, copied, strict=True)))
+        for table, copy in zip(tables, copied, strict=True):
+            count = total - len(table) + copy
+            new, fresh = fresh[:count], fresh[count:]
+            if new:
+                pages = list(table.pages)
+                if copy:
+                    shared, pages[-1] = pages[-1], new.pop(0)
+                    for store in (self.keys, self.values):
+                        store.copy_page(shared, pages[-1], length % page)
+                    self.release([shared])
+                table.set(pages + new)
+        for row, table in enumerate(tables):
+            self.keys.write(table, length, keys[row])
+            self.values.write(table, length, values[row])

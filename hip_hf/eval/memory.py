@@ -1,0 +1,132 @@
+"""`hip-hf memory`: what each kind of cache takes, at which lengths.
+
+Each figure comes from a process of its own: it fills the cache of a model with random keys, a chunk at a time as chunked
+prefill does, decodes a few tokens, and reads its own memory from the operating system.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hip_hf.eval import report
+from hip_hf.eval.latency import parse_lengths
+from hip_hf.eval.plots import pyplot, short
+
+CHECKPOINT = Path(__file__).parent.parent / "assets" / "checkpoint"
+KINDS = ("dynamic", "static", "hip", "hip offloaded")
+CHUNK, STEPS = 2048, 16
+
+
+def _kib(name: str) -> int:
+    """A field of this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def _make_cache(kind: str, config: Any, length: int) -> Any:
+    from transformers import DynamicCache, StaticCache
+
+    from hip_hf import HiPCache
+    from hip_hf.cache.pool import PAGE
+
+    if kind == "dynamic":
+        return DynamicCache(config=config)
+    if kind == "static":
+        return StaticCache(config=config, max_cache_len=length + STEPS)
+    if kind == "hip":
+        return HiPCache(config)
+    return HiPCache(config, offload="cpu", device_pages=max(2, length // PAGE // 8))
+
+
+def _device_bytes(cache: Any, resident: int) -> int:
+    """What has to be on the device: everything, or the pools of an offloaded cache and the summaries."""
+    if getattr(cache, "offload_to", None) is None:
+        return resident
+    pools = [pool for layer in cache.paged for store in (layer.pool.keys, layer.pool.values) for pool in store.pools()]
+    tables = [t for layer in cache.paged for row in layer.hip_state.rows.values() if row.pyramid for t in row.pyramid.levels]
+    return sum(x.numel() * x.element_size() for x in [*(pool.rows for pool in pools), *tables])
+
+
+def measure(kind: str, model: str, length: int) -> dict[str, Any]:
+    """One row of the table, measured in the calling process."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    config.max_position_embeddings = max(config.max_position_embeddings, length + STEPS)
+    net = AutoModelForCausalLM.from_config(config).eval()
+    net.set_attn_implementation("hip" if kind.startswith("hip") else "sdpa")
+    config = net.config
+    heads, dim = config.num_key_value_heads, config.head_dim
+    with torch.inference_mode():
+        net(torch.tensor([[5]]), past_key_values=_make_cache(kind, config, CHUNK))  # whatever is allocated once
+        before = _kib("VmRSS:")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        cache = _make_cache(kind, config, length)
+        for first in range(0, length, CHUNK):
+            shape = (1, heads, min(CHUNK, length - first), dim)
+            for layer in range(config.num_hidden_layers):
+                cache.update(torch.randn(shape, dtype=net.dtype), torch.randn(shape, dtype=net.dtype), layer)
+        for _ in range(STEPS):
+            net(torch.tensor([[5]]), past_key_values=cache)
+    resident, peak = (_kib("VmRSS:") - before) * 1024, (_kib("VmHWM:") - before) * 1024
+    return {
+        "cache": kind,
+        "length": length,
+        "bytes_per_token": resident / length,
+        "resident_MiB": resident / 2**20,
+        "peak_MiB": peak / 2**20,
+        "device_MiB": _device_bytes(cache, resident) / 2**20,
+    }
+
+
+def _draw(rows: list[dict[str, Any]], file: Path) -> None:
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, name in zip(axes, ("peak_MiB", "device_MiB"), strict=True):
+        for kind in KINDS:
+            points = [(row["length"], row[name]) for row in rows if row["cache"] == kind]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=kind)
+        lengths = sorted({row["length"] for row in rows})
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(lengths, [short(length) for length in lengths])
+        axis.set_xlabel("context length (tokens)")
+        axis.set_title(name.replace("_", " in "))
+        axis.grid(which="both", alpha=0.25)
+        axis.legend(fontsize=8)
+    figure.savefig(file, dpi=140)
+    plt.close(figure)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Checkpoint whose shape is taken; its weights are not.")] = str(CHECKPOINT),
+    lengths: Annotated[str, typer.Option(help="Comma-separated; K stands for 1024.")] = "8K,32K,128K",
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG).")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON document to a file as well.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+) -> None:
+    """Memory of a dynamic, a static, a paged and an offloaded paged cache (device pools of an eighth of the context)."""
+    if not Path("/proc/self/clear_refs").exists():
+        raise SystemExit("hip-hf memory reads /proc, which this system does not have (allowed: Linux)")
+    sizes = parse_lengths(lengths)
+    rows = []
+    with report.progress() as bar:
+        task = bar.add_task("caches", total=len(sizes) * len(KINDS))
+        for length in sizes:
+            for kind in KINDS:
+                with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                    rows.append(fresh.apply(measure, (kind, model, length)))
+                bar.advance(task)
+    if plot is not None:
+        _draw(rows, plot)
+    if output is not None:
+        document = {"title": "memory of caches", "rows": rows, "machine": report.machine()}
+        output.write_text(json.dumps(document, indent=1) + "\n")
+    report.show("memory of caches", rows, as_json)

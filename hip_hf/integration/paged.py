@@ -1,0 +1,219 @@
+"""Continuous batching: Transformers' own paged cache, read through its pages.
+
+A call brings the new tokens of several requests, packed into one row: whole prompts, parts of prompts, single decoded tokens.
+Each request attends by itself, to keys picked out of its pages; nothing is gathered. Decode state is kept with the cache, by the
+page that holds a request's last token; the key of that token is kept as a mark, so that a page written anew ends the state.
+
+The cache's layout is not documented; it is found by inspection, and an unknown one raises instead of computing garbage.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import inspect
+import itertools
+import sys
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from hip_hf.attention import Result, attend
+from hip_hf.config import HiPConfig
+from hip_hf.integration.settings import attends_by_us
+from hip_hf.paged import BlockTable, Lane, PagedTensor, Store
+from hip_hf.problem import AttentionProblem, make_spans
+from hip_hf.state import DecodeState
+
+GATE = "transformers.generation.continuous_batching.continuous_api"
+
+
+class TokenMajorStore(Store):
+    """Keys (or values) as Transformers keeps them, `[tokens, Hkv, D]`: a page holds all heads of a token side by side."""
+
+    def __init__(self, rows: torch.Tensor, page: int) -> None:
+        super().__init__(rows.shape[1], rows.shape[2], rows.dtype, rows.device, page)
+        self.slabs, self.bounds = [rows], [0]
+
+    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
+        parts = []
+        for page, offset, count in self.pieces(table, first, last):
+            at = page * self.page + offset
+            parts.append(self.slabs[0][at : at + count, heads].transpose(0, 1))
+        if not parts:
+            return self.slabs[0][:0, heads].transpose(0, 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def unit(self, start: int, block: int) -> int:
+        return 1
+
+    def index(self, heads: slice, table: BlockTable, unit: torch.Tensor, size: int) -> torch.Tensor:
+        token = super().index(heads, table, unit, size)
+        head = torch.arange(heads.start, heads.stop, device=token.device)
+        return token * self.heads + head.view(-1, *[1] * (token.ndim - 1))
+
+    def lanes(self, heads: slice, size: int) -> list[Any]:
+        return [Lane(self.slabs[0].view(-1, self.dim))] * (heads.stop - heads.start)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's tokens are in the cache. `keys` and `values` `[tokens, Hkv, D]` are None for a ring buffer (sliding)."""
+
+    kind: str
+    group: int
+    page: int = 0
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+
+def find_place(cache: Any, layer: int) -> Place:
+    """The layout of a layer.
+
+    Raises:
+        ValueError: a cache of an unknown kind.
+    """
+    if hasattr(cache, "layer_to_allocator"):
+        allocator = cache.layer_to_allocator[layer]
+        if allocator.layer_type != "full_attention":
+            return Place(allocator.layer_type, allocator.index)
+        keys, values = allocator._kv_token_views[layer]
+        return Place(allocator.layer_type, allocator.index, allocator.tokens_per_page, keys, values)
+    if hasattr(cache, "layer_index_to_group_indices"):
+        group, index = cache.layer_index_to_group_indices[layer]
+        if cache.sliding_windows[layer] != 1:
+            return Place("sliding_attention", group)
+        return Place("full_attention", group, cache.block_size, cache.key_cache[index], cache.value_cache[index])
+    raise ValueError(
+        f"cache: got a {type(cache).__name__} of unknown layout, allowed: the paged cache of Transformers 5.4 to 5.23"
+    )
+
+
+def _of_kind(value: Any, kind: str) -> list[int]:
+    return (value[kind] if isinstance(value, dict) else value).tolist()
+
+
+def continuous(problem: AttentionProblem, config: HiPConfig, layer: int, cache: Any, kwargs: dict[str, Any]) -> Result:
+    """Attention of packed requests: q, k and v of `problem` hold the new tokens, `[1, H, new tokens, D]`.
+
+    Raises:
+        ValueError: a cache of an unknown layout.
+    """
+    if kwargs.get("block_table") is not None:
+        raise ValueError("block_table: got a table, allowed: None (the decode path of flash attention)")
+    place = find_place(cache, layer)
+    rows = _of_kind(kwargs["cu_seq_lens_q"], place.kind)
+    keys = _of_kind(kwargs["cu_seq_lens_k"], place.kind)
+    read, write = (kwargs[name][place.group] for name in ("read_index", "write_index"))
+    if place.keys is None or place.values is None:
+        k, v = _ring(cache, problem, layer, kwargs)
+    else:
+        k, v = problem.k, problem.v
+        for stored, new in ((place.keys, k), (place.values, v)):
+            stored.index_copy_(0, write[: new.shape[2]], new[0].transpose(0, 1))
+    out, result = problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1]), None
+    paths, shares, reason, unsupported = set(), [], "", False
+    for (row, row_end), (key, key_end) in zip(_pairs(rows), _pairs(keys), strict=True):
+        if row == row_end:
+            continue
+        q, count = problem.q[:, :, row:row_end], key_end - key
+        own: tuple[torch.Tensor, torch.Tensor]
+        state = None
+        if place.keys is None or place.values is None:
+            own = k[:, :, key:key_end], v[:, :, key:key_end]
+        elif count == row_end - row:
+            own = k[:, :, row:row_end], v[:, :, row:row_end]
+            state = DecodeState()
+        else:
+            tokens = read[key:key_end]
+            table = [BlockTable((tokens[:: place.page] // place.page).tolist())]
+            own = tuple(PagedTensor(TokenMajorStore(x, place.page), table, count) for x in (place.keys, place.values))  # type: ignore[assignment]
+            state = _kept_state(cache, layer, place, int(tokens[count - (row_end - row) - 1]))
+        one = replace(problem, q=q, k=own[0], v=own[1], spans=make_spans(q, own[0]))
+        result = attend(one, config, layer, state)
+        out[:, :, row:row_end] = result.out
+        if state is not None:
+            _keep_state(cache, layer, place, int(write[row_end - 1]), state)
+        paths.add(result.path)
+        shares.append(result.share)
+        reason, unsupported = result.reason or reason, result.unsupported or unsupported
+    path = "sparse" if "sparse" in paths else "dense"
+    return Result(out, None, None, path, reason, sum(shares) / max(1, len(shares)), unsupported)
+
+
+def _pairs(bounds: list[int]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(bounds))
+
+
+def _ring(cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Keys and values of a sliding layer, past and new, `[1, Hkv, keys, D]`: the cache itself unrolls its ring buffers."""
+    if "read_index" in inspect.signature(cache.update).parameters:
+        found = cache.update(problem.k, problem.v, layer, kwargs["read_index"], kwargs["write_index"])
+    else:
+        found = cache.update(problem.k, problem.v, layer, dict(kwargs))
+    return [x.transpose(0, 1)[None] if x.ndim == 3 else x for x in found]
+
+
+def _states(cache: Any, layer: int) -> dict[int, tuple[DecodeState, torch.Tensor]]:
+    return cache.__dict__.setdefault("_hip_states", {}).setdefault(layer, {})
+
+
+def _kept_state(cache: Any, layer: int, place: Place, last: int) -> DecodeState:
+    """The state of the request whose last token before this call is in row `last`; a new one if that is not what it was."""
+    state, mark = _states(cache, layer).pop(last // place.page, (None, None))
+    if state is None or mark is None or place.keys is None or not torch.equal(place.keys[last], mark):
+        return DecodeState()
+    return state
+
+
+def _keep_state(cache: Any, layer: int, place: Place, last: int, state: DecodeState) -> None:
+    assert place.keys is not None
+    _states(cache, layer)[last // place.page] = state, place.keys[last].clone()
+
+
+# Transformers 5.19 and later admit only their own attentions to continuous batching, and others before swap ours for flash
+# attention where that is installed. The class is made long after `import hip_hf`, hence the hook on its module's import.
+
+
+def open_gate(module: ModuleType) -> None:
+    """Let models that attend by us into continuous batching as they are."""
+    manager = module.ContinuousBatchingManager
+    switch = getattr(manager, "switch_to_cb_friendly_attn", None)
+    if switch is None:
+        return
+
+    def switched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return None if attends_by_us(model.config) else switch(self, model, *args, **kwargs)
+
+    manager.switch_to_cb_friendly_attn = switched
+
+
+class _Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != GATE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            open_gate(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> None:
+    """Open the gate, now or when Transformers' module is imported. Harmless when called again."""
+    if any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        return
+    module = sys.modules.get(GATE)
+    if module is None:
+        sys.meta_path.insert(0, _Hook())
+    elif module.ContinuousBatchingManager.switch_to_cb_friendly_attn.__name__ != "switched":
+        open_gate(module)

@@ -1,0 +1,269 @@
+"""Keys and values in pages: where they lie, and how attention reads them without gathering them all.
+
+A sequence's keys fill pages of `page` tokens, in the order of its block table. Pages live in *slabs*, `[Hkv, tokens, D]`, which
+are added as more are needed and never copied; page `p` is the tokens `p * page` to `(p + 1) * page - 1` of all slabs put end
+to end. Attention asks for contiguous ranges (sink, window, dense tiles) and for key blocks by index.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from math import gcd, inf
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+
+class BlockTable:
+    """The pages of one sequence, in order, and what is derived from them."""
+
+    def __init__(self, pages: list[int] | None = None) -> None:
+        self.pages = pages or []
+        self._tensor: torch.Tensor | None = None
+        self._runs: list[tuple[int, int, int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    def set(self, pages: list[int]) -> None:
+        """Replace the pages."""
+        self.pages, self._tensor, self._runs = pages, None, None
+
+    def tensor(self, device: torch.device) -> torch.Tensor:
+        """The pages, int64 `[len]`."""
+        if self._tensor is None or self._tensor.device != device:
+            with torch.inference_mode(False):
+                self._tensor = torch.tensor(self.pages, dtype=torch.long, device=device)
+        return self._tensor
+
+    def runs(self, bounds: list[int]) -> list[tuple[int, int, int]]:
+        """Runs of neighbouring pages of one slab: (index in the table, first page, count). `bounds`: first page of each slab."""
+        if self._runs is None:
+            runs: list[tuple[int, int, int]] = []
+            for i, page in enumerate(self.pages):
+                if runs and page == runs[-1][1] + runs[-1][2] and page not in bounds:
+                    runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
+                else:
+                    runs.append((i, page, 1))
+            self._runs = runs
+        return self._runs
+
+
+class Lane:
+    """One head's keys, `[units, unit * D]`: rows to pick by index."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows, self.width = rows, rows.shape[1]
+
+    def take(self, index: torch.Tensor, out: torch.Tensor) -> None:
+        """`rows[index]` into `out`."""
+        torch.index_select(self.rows, 0, index, out=out)
+
+
+class SlabLane:
+    """One head's keys in several slabs, `[units, unit * D]` each; indices count through all of them."""
+
+    def __init__(self, rows: list[torch.Tensor], first: list[int]) -> None:
+        self.rows, self.first, self.width = rows, first, rows[0].shape[1]
+        self.bounds = torch.tensor(first[1:], device=rows[0].device)
+
+    def take(self, index: torch.Tensor, out: torch.Tensor) -> None:
+        """The rows at `index` into `out`, run by run of indices into the same slab."""
+        slabs, counts = torch.unique_consecutive(torch.bucketize(index, self.bounds, right=True), return_counts=True)
+        at = 0
+        for slab, count in zip(slabs.tolist(), counts.tolist(), strict=True):
+            part = index[at : at + count] - self.first[slab]
+            torch.index_select(self.rows[slab], 0, part, out=out[at : at + count])
+            at += count
+
+
+class Store:
+    """The slabs of one layer's keys (or values)."""
+
+    def __init__(self, heads: int, dim: int, dtype: torch.dtype, device: torch.device, page: int) -> None:
+        self.heads, self.dim, self.dtype, self.device, self.page = heads, dim, dtype, device, page
+        self.slabs: list[torch.Tensor] = []
+        self.bounds: list[int] = []  # first page of each slab
+
+    def bytes(self, pages: int) -> int:
+        """Size of so many pages."""
+        return pages * self.page * self.heads * self.dim * self.dtype.itemsize
+
+    def make_slab(self, pages: int) -> torch.Tensor:
+        """Uninitialised memory for `pages` pages."""
+        with torch.inference_mode(False):  # it outlives the mode it was made in
+            return torch.empty(self.heads, pages * self.page, self.dim, dtype=self.dtype, device=self.device)
+
+    def place(self, page: int) -> tuple[int, int]:
+        """Slab of a page, and the page's first token in it."""
+        slab = bisect_right(self.bounds, page) - 1
+        return slab, (page - self.bounds[slab]) * self.page
+
+    def pieces(self, table: BlockTable, first: int, last: int) -> list[tuple[int, int, int]]:
+        """Where the tokens `first` to `last - 1` of a sequence lie: (first page, offset into it, tokens) of each run."""
+        runs: list[Any] = table.runs(self.bounds)
+        pieces = []
+        at = bisect_right(runs, (first // self.page, inf)) - 1
+        while first < last:
+            index, page, count = runs[at]
+            end = min(last, (index + count) * self.page)
+            pieces.append((page, first - index * self.page, end - first))
+            first, at = end, at + 1
+        return pieces
+
+    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
+        """Tokens `first` to `last - 1` of a sequence, `[heads, tokens, D]`: a view where they lie in one piece, else a copy."""
+        parts = []
+        for page, offset, count in self.pieces(table, first, last):
+            slab, token = self.place(page)
+            parts.append(self.slabs[slab][heads, token + offset : token + offset + count])
+        if not parts:
+            return self.slabs[0][heads, :0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def write(self, table: BlockTable, first: int, x: torch.Tensor) -> None:
+        """Tokens `[Hkv, n, D]` into a sequence, from its token `first` on."""
+        at = 0
+        for page, offset, count in self.pieces(table, first, first + x.shape[1]):
+            slab, token = self.place(page)
+            self.slabs[slab][:, token + offset : token + offset + count] = x[:, at : at + count]
+            at += count
+
+    def copy_page(self, source: int, to: int, tokens: int) -> None:
+        """The first `tokens` tokens of one page into another."""
+        (a, i), (b, j) = self.place(source), self.place(to)
+        self.slabs[b][:, j : j + tokens] = self.slabs[a][:, i : i + tokens]
+
+    def for_search(self) -> Store:
+        """What a search reads these keys from."""
+        return self
+
+    def unit(self, start: int, block: int) -> int:
+        """Tokens that are picked together, of key blocks of `block` tokens which begin at token `start`."""
+        return gcd(start, block, self.page)
+
+    def index(self, heads: slice, table: BlockTable, unit: torch.Tensor, size: int) -> torch.Tensor:
+        """Where units of `size` tokens lie in the lanes: `unit` `[heads, ...]` counts them through the sequence."""
+        each = self.page // size
+        return table.tensor(unit.device)[unit // each] * each + unit % each
+
+    def lanes(self, heads: slice, size: int) -> list[Any]:
+        """A lane of units of `size` tokens for every head."""
+        views = [slab[heads].unflatten(1, (-1, size)).flatten(2) for slab in self.slabs]
+        if len(views) == 1:
+            return [Lane(rows) for rows in views[0]]
+        first = [bound * self.page // size for bound in self.bounds]
+        return [SlabLane(list(rows), first) for rows in zip(*views, strict=True)]
+
+
+@dataclass(frozen=True)
+class PagedKeys:
+    """Keys (or values) of one sequence from token `start` on, `[heads, length, D]`.
+
+    `x[heads]` narrows the heads, `x[heads, a:b]` reads a range as a tensor.
+    """
+
+    store: Store
+    table: BlockTable
+    start: int
+    length: int
+    heads: slice
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.heads.stop - self.heads.start, self.length, self.store.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.store.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.store.device
+
+    def __getitem__(self, at: slice | tuple[slice, slice]) -> Any:
+        if isinstance(at, tuple):
+            first, last, _ = at[1].indices(self.length)
+            return self.store.read(self._narrow(at[0]), self.table, self.start + first, self.start + max(first, last))
+        return replace(self, heads=self._narrow(at))
+
+    def _narrow(self, heads: slice) -> slice:
+        first, last, _ = heads.indices(self.heads.stop - self.heads.start)
+        return slice(self.heads.start + first, self.heads.start + last)
+
+    def for_search(self) -> PagedKeys:
+        """The same keys as a search reads them."""
+        return replace(self, store=self.store.for_search())
+
+    def in_one_piece(self, first: int, last: int) -> bool:
+        """Whether reading tokens `first` to `last - 1` copies nothing."""
+        return len(self.store.pieces(self.table, self.start + first, self.start + last)) <= 1
+
+
+KeyRows = torch.Tensor | PagedKeys  # `[Hkv, T, D]`
+
+
+def lanes_of(keys: KeyRows, block_k: int) -> list[Any]:
+    """Every head's rows to pick key blocks from, by the indices that `block_index` gives."""
+    if isinstance(keys, PagedKeys):
+        return keys.store.lanes(keys.heads, keys.store.unit(keys.start, block_k))
+    whole = keys.shape[1] // block_k * block_k
+    return [Lane(rows) for rows in keys[:, :whole].unflatten(1, (-1, block_k)).flatten(2)]
+
+
+def block_index(keys: KeyRows, ids: torch.Tensor, block_k: int) -> torch.Tensor:
+    """Rows of the lanes that make up the key blocks `ids` `[heads, ..., n]`: `[heads, ..., n * rows per block]`."""
+    if not isinstance(keys, PagedKeys):
+        return ids
+    size = keys.store.unit(keys.start, block_k)
+    each = block_k // size
+    unit = ids if each == 1 else (ids[..., None] * each + torch.arange(each, device=ids.device)).flatten(-2)
+    return keys.store.index(keys.heads, keys.table, unit + keys.start // size, size)
+
+
+class PagedTensor(torch.Tensor):
+    """What a paged cache hands to the attention function in place of keys (or values) `[B, Hkv, T, D]`.
+
+    Attention of ours reads it sequence by sequence (`rows`). For whatever else is done with it, it is the ordinary tensor
+    (`dense`), gathered at that moment.
+    """
+
+    store: Store
+    tables: list[BlockTable]
+
+    @staticmethod
+    def __new__(cls, store: Store, tables: list[BlockTable], length: int) -> PagedTensor:
+        shape = (len(tables), store.heads, length, store.dim)
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype, device=store.device)
+
+    def __init__(self, store: Store, tables: list[BlockTable], length: int) -> None:
+        self.store, self.tables = store, tables
+
+    def rows(self, batch: int, first: int, last: int) -> PagedKeys:
+        """Tokens `first` to `last - 1` of a batch row."""
+        return PagedKeys(self.store, self.tables[batch], first, last - first, slice(0, self.store.heads))
+
+    def dense(self) -> torch.Tensor:
+        """The ordinary tensor; a view where there is one sequence in one piece."""
+        return read_all(self.store, self.tables, self.shape[2])
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"PagedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(PagedTensor, lambda x: x.dense(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def read_all(store: Store, tables: list[BlockTable], length: int) -> torch.Tensor:
+    """Sequences of `length` tokens each as an ordinary tensor `[B, Hkv, T, D]`."""
+    rows = [store.read(slice(0, store.heads), table, 0, length) for table in tables]
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+def rows_of(x: torch.Tensor, batch: int, first: int, last: int) -> KeyRows:
+    """Keys (or values) `first` to `last - 1` of a batch row, wherever they lie."""
+    return x.rows(batch, first, last) if isinstance(x, PagedTensor) else x[batch, :, first:last]

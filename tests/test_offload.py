@@ -1,0 +1,216 @@
+"""Offload and files: the same bits wherever the pages lie, honest statistics, and nothing lost when something fails."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import make_batch, make_model
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+import hip_hf
+from hip_hf import HiPCache
+from hip_hf.cache import hip_cache, offload
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hip_cache, "PAGE", 8)
+
+
+def decoded(model: PreTrainedModel, cache: HiPCache, lengths: list[int], steps: int = 8, chunk: int = 1000) -> torch.Tensor:
+    """Logits of a left-padded prompt, read in chunks, and of steps after it."""
+    batch, out = make_batch(lengths), []
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    more = torch.randint(3, 90, (len(lengths), steps), generator=torch.Generator().manual_seed(1))
+    tokens = torch.cat([ids, more], -1)
+    mask = torch.cat([mask, torch.ones_like(more)], -1)
+    ends = [*range(min(chunk, ids.shape[1]), ids.shape[1], chunk), ids.shape[1], *range(ids.shape[1] + 1, tokens.shape[1] + 1)]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    first = 0
+    with torch.no_grad():
+        for end in ends:
+            out.append(
+                model(
+                    tokens[:, first:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, first:end],
+                    past_key_values=cache,
+                ).logits[:, -1]
+            )
+            first = end
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize(("pages", "chunk"), [(6, 1000), (6, 40), (100, 40)])
+def test_offload_changes_no_bit(where: str, pages: int, chunk: int) -> None:
+    model = make_model("llama", decode_refresh=2, rescore=1)
+    resident = decoded(model, HiPCache(model.config), [120, 97], chunk=chunk)
+    cache = HiPCache(model.config, offload=where, device_pages=pages)
+    assert torch.equal(decoded(model, cache, [120, 97], chunk=chunk), resident)
+    found = cache.statistics()
+    assert found["attention"].hits > 0
+    if pages == 6:
+        assert found["attention"].misses > found["attention"].hits
+    else:  # every page is fetched once at most, for two heads of two layers, keys and values
+        assert found["attention"].misses <= 8 * 2 * 16
+    assert found["attention"].fetched == found["attention"].misses * 8 * 16 * 4
+    assert "hit rate" in str(found)
+
+
+def test_the_search_has_its_own_pool() -> None:
+    model = make_model("llama", decode_refresh=1, rescore=2)
+    resident = decoded(model, HiPCache(model.config), [120])
+    cache = HiPCache(model.config, offload="cpu", device_pages=9)
+    assert torch.equal(decoded(model, cache, [120]), resident)
+    assert cache.statistics()["search"].hits > 0
+
+
+def test_the_least_recently_used_page_makes_room() -> None:
+    store = offload.OffloadedStore(1, 4, torch.float32, torch.device("cpu"), 2, "cpu", 3, 0)
+    store.slabs, store.bounds = [torch.arange(40.0).view(1, 10, 4)], [0]
+    pool = store.pool
+    for page in (0, 1, 2, 0, 3):  # 3 takes the place of 1
+        pool.slots(0, torch.tensor([page]))
+    assert pool.traffic.misses == 4
+    pool.slots(0, torch.tensor([0, 2, 3]))
+    assert pool.traffic.misses == 4
+    slot = int(pool.slots(0, torch.tensor([1]))[0])
+    assert pool.traffic.misses == 5
+    assert torch.equal(pool.rows[0, slot * 2 : slot * 2 + 2], store.slabs[0][0, 2:4])
+
+
+def test_a_pool_that_is_too_small_is_refused_and_the_cache_intact() -> None:
+    model = make_model("llama", rescore=1)
+    cache = HiPCache(model.config, offload="cpu", device_pages=2)
+    ids = make_batch([120])["input_ids"]
+    with torch.no_grad():
+        model(ids[:, :16], past_key_values=cache)
+        with pytest.raises(ValueError, match="device_pages: got 2, allowed: at least 4"):
+            model(ids[:, 16:], past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [16, 16]
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (dict(offload="gpu", device_pages=3), "offload: got 'gpu', allowed: None | cpu | disk"),
+        (dict(offload="cpu"), "device_pages: got None, allowed: an integer >= 2"),
+        (dict(device_pages=3), "device_pages: got 3, allowed: .* None without"),
+        (dict(offload="cpu", device_pages=1), "device_pages: got 1"),
+    ],
+)
+def test_bad_arguments(given: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match.replace("|", r"\|")):
+        HiPCache(make_model("llama").config, **given)
+    with pytest.raises(ValueError, match="offload: got None"):
+        HiPCache(make_model("llama").config).statistics()
+
+
+def test_a_full_disk_is_an_error_and_the_cache_intact(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama", rescore=1)
+    ids = make_batch([100])["input_ids"]
+    cache = HiPCache(model.config, offload="disk", device_pages=20)
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with torch.no_grad():
+        model(ids[:, :40], past_key_values=cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(MemoryError, match="No space left on device"):
+                model(ids[:, 40:], past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [40, 40]
+        model(ids[:, 40:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_saved_cache_goes_on_where_it_was(family: str, tmp_path: Path) -> None:
+    model = make_model(family, decode_refresh=1)
+    batch = make_batch([60, 43])
+    cache = HiPCache(model.config)
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+        cache.save(tmp_path / "cache")
+        again = HiPCache(model.config, offload="cpu", device_pages=20)
+        again.load(tmp_path / "cache")
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], -1)
+        step = dict(input_ids=torch.tensor([[5], [6]]), attention_mask=mask)
+        assert torch.equal(model(**step, past_key_values=again).logits, model(**step, past_key_values=cache).logits)
+    # the file is plain safetensors
+    plain = load_file(tmp_path / "cache")
+    assert torch.equal(plain["1.keys"], cache.layers[1].keys[:, :, :-1])
+    assert list(tmp_path.iterdir()) == [tmp_path / "cache"]
+
+
+def small_cache(tokens: int = 30) -> HiPCache:
+    cache = HiPCache(make_model("llama").config)
+    for layer in cache.layers:
+        layer.update(torch.randn(1, 2, tokens, 16), torch.randn(1, 2, tokens, 16))
+    return cache
+
+
+def test_broken_and_foreign_files_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    cache, path = small_cache(), tmp_path / "cache"
+    before = cache.layers[0].keys
+    other = HiPCache(make_model("qwen3").config)
+    other.save(path)
+    with pytest.raises(ValueError, match="allowed: one of this model"):
+        cache.load(path)
+    cache.save(path)
+    whole = path.read_bytes()
+    for broken in (whole[:-1], whole[: len(whole) // 2], whole[:4], b"", b"not a cache at all", whole + b"more"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="truncated or foreign file"):
+            cache.load(path)
+    checkpoint = Path(hip_hf.__file__).parent / "assets" / "checkpoint" / "model.safetensors"
+    with pytest.raises(ValueError, match="format None, allowed: 'hip_hf"):
+        cache.load(checkpoint)
+    with pytest.raises(FileNotFoundError, match="which is no file"):
+        cache.load(tmp_path / "nowhere")
+    assert torch.equal(cache.layers[0].keys, before)
+
+
+def save_under(cache: HiPCache, path: Path, limit: int | None) -> None:
+    """In a child process: save under a limit of file size, or be killed in the middle."""
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            cache.save(path)
+        except OSError:
+            os._exit(7)
+        os._exit(0)
+    fsync = os.fsync
+
+    def killed(descriptor: int) -> None:
+        fsync(descriptor)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = killed
+    cache.save(path)
+
+
+@pytest.mark.parametrize(("limit", "code"), [(100_000, 7), (None, -signal.SIGKILL)])
+def test_a_full_disk_or_a_kill_during_save_leaves_the_old_file(limit: int | None, code: int, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    small_cache().save(path)
+    before = path.read_bytes()
+    # parts small enough for torch to copy them without threads, which a forked process does not have
+    process = multiprocessing.get_context("fork").Process(target=save_under, args=(small_cache(1500), path, limit))
+    process.start()
+    process.join(60)
+    assert process.exitcode == code
+    assert path.read_bytes() == before
+    small_cache().load(path)
+    if limit is not None:  # an error cleans up after itself; a killed process cannot
+        assert list(tmp_path.iterdir()) == [path]
