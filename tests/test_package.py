@@ -118,8 +118,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         info = next(name for name in names if name.endswith(".dist-info/METADATA")).partition("/")[0]
         scripts = archive.read(f"{info}/entry_points.txt").decode()
     assert {name.partition("/")[0] for name in names} == {"hip_hf", info}
-    data = [path for kind in ("json", "safetensors", "txt", "md") for path in (PACKAGE / "assets").glob(f"*.{kind}")]
+    data = [path for kind in ("json", "safetensors", "txt", "md") for path in (PACKAGE / "assets").rglob(f"*.{kind}")]
     tasks = (PACKAGE / "eval" / "tasks").glob("*.yaml")
+    assert len(data) > 5
     missing = {place(path) for path in [*SOURCES, *data, *tasks]} - names
     assert not missing
     assert not [name for name in names if "__pycache__" in name]
@@ -140,8 +141,9 @@ def test_source_is_short_and_reads_no_environment(path: Path) -> None:
 
 def test_no_file_names_a_path_of_the_machine() -> None:
     here = [str(ROOT).encode()] + [f"{ROOT.parent}/".encode()] * (len(ROOT.parts) > 2)
-    for path in PACKAGE.rglob("*"):
-        if not path.is_file() or path.suffix == ".pyc":
+    ours = [path for name in ("benchmarks", "docs", "notebooks") for path in (ROOT / name).rglob("*")]
+    for path in [*PACKAGE.rglob("*"), *ours, *ROOT.glob("*.*")]:
+        if not path.is_file() or path.suffix in (".pyc", ".png"):
             continue
         content = path.read_bytes()
         assert not any(name in content for name in here), place(path)

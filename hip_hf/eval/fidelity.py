@@ -303,6 +303,7 @@ def main(
             raise ValueError(f"--stress: got {stress}, allowed: multiples of --tokens {tokens}")
         if stress and not DECODE_ROWS < rows <= tokens:
             raise ValueError(f"--rows: got {rows}, allowed: {DECODE_ROWS + 1} to --tokens {tokens}")
+        check_output(output)
         text = document.read_text()
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None

@@ -17,7 +17,7 @@ import typer
 from hip_hf.config import HiPConfig
 from hip_hf.eval import report
 from hip_hf.eval.documents import CHECKPOINT, DIGITS, DOCUMENT, NAMES, Fact, answer_of, load, make_prompt
-from hip_hf.eval.presets import HELP, publish, settings_of, sizes
+from hip_hf.eval.presets import HELP, check_output, publish, settings_of, sizes
 from hip_hf.integration.explain import Row, explain
 from hip_hf.integration.settings import configure
 
@@ -203,6 +203,7 @@ def main(
     """Hide pass keys in long documents and count right answers, every layer and row sparse unless settings say otherwise."""
     try:
         counts = sizes(lengths)
+        check_output(output)
         configs = settings_of(settings, tokens=max(counts), budget=budget, sink=sink, window=window)
         text = document.read_text()
     except (ValueError, OSError) as error:

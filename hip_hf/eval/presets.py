@@ -11,6 +11,7 @@ from typing import Any
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval import report
+from hip_hf.eval.documents import CHECKPOINT
 from hip_hf.methods import METHODS
 
 # What `--settings` may name; anything else is read as a JSON dict of `HiPConfig` fields.
@@ -29,6 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "streaming+delta": {"method": "streaming", "options": {"recent": True}, "delta": 64},
     "dense": {"method": "dense"},
 }
+# What results call the checkpoint that comes with the package.
+DEMO = "the demo checkpoint"
 # Measure the method itself: every layer and row sparse, unless a row says otherwise.
 SPARSE = {"dense_layers": 0, "dense_tail": 0, "dense_below": 0}
 HELP = f"{' | '.join(PRESETS)} | all, or a JSON dict of HiPConfig fields; repeat for several rows."
@@ -90,6 +93,17 @@ def sizes(text: str) -> list[int]:
     return counts
 
 
+def model_name(model: str) -> str:
+    """How results name a model: not by where the demo checkpoint happens to be installed."""
+    return DEMO if model == str(CHECKPOINT) else model
+
+
+def check_output(output: Path | None) -> None:
+    """Raise ValueError, before the work, for a file that could not be written after it."""
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ValueError(f"--output: got {str(output)!r}, allowed: a file in a folder that exists")
+
+
 def publish(
     title: str,
     rows: Sequence[dict[str, Any]],
@@ -99,6 +113,7 @@ def publish(
     table: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     """Show rows as JSON with `details`, or as a table (of fewer rows, if given). The file `output` gets the JSON in any case."""
+    details = {**details, "model": model_name(details["model"])}
     if output is not None:
         with output.open("w") as file, redirect_stdout(file):
             report.show(title, rows, True, **details)

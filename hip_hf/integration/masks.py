@@ -83,6 +83,7 @@ def hip_mask(
             device=device,
             **kwargs,
         )
+        assert mask is not None  # neither skip was allowed
         return mask
     rel = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - q_offset)
     rel = rel.to(torch.int32).expand(batch_size, kv_length)
