@@ -1,14 +1,18 @@
-# make test | demo | lint | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-gpu | demo | lint | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test demo lint clean
+.PHONY: test test-gpu demo lint clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# The kernel tests on a GPU, with the Python and the packages that are there: nothing is installed.
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest tests/test_kernel_*.py
 
 demo: $(INSTALLED)
 	$(BIN)/hip-hf demo

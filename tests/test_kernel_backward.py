@@ -114,7 +114,8 @@ def test_padding_packing_and_a_cache(shared: bool) -> None:
     "fields", [dict(softcap=2.0), dict(sliding_window=70), dict(sinks=True), dict(softcap=3.0, sliding_window=25, sinks=True)]
 )
 def test_logits(fields: dict[str, Any]) -> None:
-    sinks = {"sinks": torch.randn(4)} if fields.get("sinks") else {}
+    # many sinks: of a few gradients the largest rounding error is a matter of luck
+    sinks = {"sinks": torch.randn(16), "groups": 8} if fields.get("sinks") else {}
     run(make_case(spans_of((0, 121, 100)), **{**fields, **sinks}))
 
 
