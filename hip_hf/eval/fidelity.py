@@ -27,7 +27,7 @@ from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, load, make_prompt
 from hip_hf.eval.hardness import TITLE as HARDNESS
 from hip_hf.eval.hardness import Hardness, hardness, hardness_rows
 from hip_hf.eval.passkey import draw_facts
-from hip_hf.eval.presets import HELP, SPARSE, publish, settings_of, sizes
+from hip_hf.eval.presets import HELP, SPARSE, check_output, publish, settings_of, sizes
 from hip_hf.integration.settings import text_config
 from hip_hf.methods.base import BlockMask, QueryBlock, query_blocks
 from hip_hf.problem import AttentionProblem, Span

@@ -15,7 +15,7 @@ import torch
 import typer
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval import report
+from hip_hf.eval import plots, report
 from hip_hf.eval.documents import CHECKPOINT, DIGITS, DOCUMENT, NAMES, Fact, answer_of, load, make_prompt
 from hip_hf.eval.presets import HELP, check_output, publish, settings_of, sizes
 from hip_hf.integration.explain import Row, explain
@@ -156,11 +156,7 @@ def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 def heatmap(rows: list[dict[str, Any]], file: Path) -> None:
     """Accuracy by depth, a line for every length and setting."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.pyplot()
     cells = [row for row in rows if row["depth"] != "all"]
     lines = list(dict.fromkeys((row["settings"], row["length"]) for row in cells))
     depths = list(dict.fromkeys(row["depth"] for row in cells))
@@ -208,7 +204,12 @@ def main(
         text = document.read_text()
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    loaded, tokenizer = load(model, "sdpa")
+    if heatmap_file is not None:
+        plots.pyplot()  # if it is missing, say so before the work
+    try:
+        loaded, tokenizer = load(model, "sdpa")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"cannot load {model!r}: {error}", param_hint="MODEL") from None
     loaded.to(device)
     tokens = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     places = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
