@@ -40,6 +40,13 @@ PRESETS = {
 }
 
 
+# Errors of a missing network, by name: the hub's client uses one HTTP library or another.
+UNREACHED = {
+    *("ConnectionError", "ConnectError", "TimeoutError", "TimeoutException", "ConnectTimeout", "ReadTimeout", "ProxyError"),
+    *("LocalEntryNotFoundError", "OfflineModeIsEnabled"),
+}
+
+
 def gives(arguments: Sequence[str], *names: str) -> bool:
     """Whether one of the options is among the arguments, as `--name value` or `--name=value`."""
     return any(argument == name or argument.startswith(f"{name}=") for argument in arguments for name in names)
@@ -103,13 +110,10 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def network_error(error: BaseException) -> str | None:
     """What could not be reached, if that is why this was raised."""
-    import httpx
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    kinds = (ConnectionError, TimeoutError, httpx.TransportError, LocalEntryNotFoundError, OfflineModeIsEnabled)
     for cause in causes(error):
+        names = {kind.__name__ for kind in type(cause).__mro__}
         # Transformers reports it as a plain OSError, whose text is all there is to tell
-        if isinstance(cause, kinds) or (isinstance(cause, OSError) and "couldn't connect to" in str(cause)):
+        if names & UNREACHED or (isinstance(cause, OSError) and "couldn't connect to" in str(cause)):
             return (str(cause).strip() or type(cause).__name__).splitlines()[0]
     return None
 

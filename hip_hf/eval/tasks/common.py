@@ -156,14 +156,15 @@ def build(
 ) -> dict[str, Any]:
     """The test split of a task: for each sample and length a prompt that leaves `answer` tokens for the answer.
 
-    Samples of all lengths take turns, so that `--limit` cuts them alike.
+    Length by length: processes take documents in turn, and lengths that took turns as well could leave one of them without
+    any document of some length, at which lm-eval fails.
     """
     import datasets
 
     plan = read_plan(metadata)
-    guess: dict[int, int] = {}
+    size = smallest
     rows = []
-    for index, length in itertools.product(range(plan.samples), plan.lengths):
+    for length, index in itertools.product(plan.lengths, range(plan.samples)):
 
         def draw(size: int, seed: str = f"{task} {plan.seed} {length} {index}", length: int = length) -> Prompt:
             return make(random.Random(seed), size, length)
@@ -172,7 +173,7 @@ def build(
             prompt = draw(size)
             return plan.tokens(prompt.input + delimiter + prompt.gen_prefix)
 
-        size = guess[length] = fit(tokens, length - answer, guess.get(length, smallest), smallest, largest)
+        size = fit(tokens, length - answer, size, smallest, largest)
         rows.append({**vars(draw(size)), "index": index, "length": tokens(size) + answer, "max_length": length})
     return {"test": datasets.Dataset.from_list(rows, split=datasets.Split.TEST)}
 

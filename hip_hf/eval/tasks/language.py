@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -37,12 +38,11 @@ def perplexity(**metadata: Any) -> dict[str, Any]:
         room = math.floor((len(words) - TARGET_WORDS) * density / 1.1)
         raise UsageError(f"max_seq_lengths: got {max(plan.lengths)}, allowed: up to about {room} in {plan.haystack}")
     rows = []
-    for index in range(plan.samples):
+    for length, index in itertools.product(plan.lengths, range(plan.samples)):
         at = random.Random(f"perplexity {plan.seed} {index}").randrange(before, len(words) - TARGET_WORDS + 1)
         target = " " + " ".join(words[at : at + TARGET_WORDS])
-        for length in plan.lengths:
-            context, tokens = _context(plan, words, at, target, length)
-            rows.append({"context": context, "target": target, "tokens": tokens, "index": index, "max_length": length})
+        context, tokens = _context(plan, words, at, target, length)
+        rows.append({"context": context, "target": target, "tokens": tokens, "index": index, "max_length": length})
     return {"test": datasets.Dataset.from_list(rows, split=datasets.Split.TEST)}
 
 
