@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hip_hf.integration.interface import NAMES, Call
-from hip_hf.integration.settings import text_config
+from hip_hf.integration.settings import attends_by_us, text_config
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def explain(model: nn.Module) -> Report:
     Raises:
         ValueError: the model does not attend through `hip` (or another name of ours).
     """
-    names = {getattr(module.config, "_attn_implementation", None) for module in model.modules() if hasattr(module, "config")}
-    if not names & set(NAMES):
+    if not any(attends_by_us(module.config) for module in model.modules() if hasattr(module, "config")):
         used = text_config(model)._attn_implementation
         raise ValueError(f"model: got attn_implementation={used!r}, allowed: {' | '.join(NAMES)}")
     rows = []

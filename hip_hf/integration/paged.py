@@ -112,7 +112,7 @@ def continuous(problem: AttentionProblem, config: HiPConfig, layer: int, cache: 
     else:
         k, v = problem.k, problem.v
         for stored, new in ((place.keys, k), (place.values, v)):
-            stored.index_copy_(0, write[: new.shape[2]], new[0].transpose(0, 1))
+            stored.index_copy_(0, write[: new.shape[2]].long(), new[0].transpose(0, 1))  # int32 in 5.4
     out, result = problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1]), None
     paths, shares, reason, unsupported = set(), [], "", False
     for (row, row_end), (key, key_end) in zip(_pairs(rows), _pairs(keys), strict=True):
@@ -180,8 +180,8 @@ def _keep_state(cache: Any, layer: int, place: Place, last: int, state: DecodeSt
 def open_gate(module: ModuleType) -> None:
     """Let models that attend by us into continuous batching as they are."""
     manager = module.ContinuousBatchingManager
-    switch = getattr(manager, "switch_to_cb_friendly_attn", None)
-    if switch is None:
+    switch = getattr(manager, "switch_to_cb_friendly_attn", None)  # 5.4 has no gate: it calls us `paged|hip`
+    if switch is None or switch.__name__ == "switched":
         return
 
     def switched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -215,5 +215,5 @@ def install() -> None:
     module = sys.modules.get(GATE)
     if module is None:
         sys.meta_path.insert(0, _Hook())
-    elif module.ContinuousBatchingManager.switch_to_cb_friendly_attn.__name__ != "switched":
+    else:
         open_gate(module)
