@@ -17,8 +17,9 @@ from hip_hf.reference.workers import compute_dtype
 from hip_hf.state import DecodeState
 
 # Where the sparse path starts to win over PyTorch's attention on a CPU, by the dtype it multiplies in, in prefill and in
-# decode (`hip-hf latency`, docs/performance.md). PyTorch is no faster in bf16 than in fp32; the sparse path is.
-DENSE_BELOW = {dtype: (2048, 2048) if dtype == torch.bfloat16 else (4096, 8192) for dtype in DTYPES}
+# decode, and in decode that selects at every step (`hip-hf latency`, docs/performance.md). PyTorch is no faster in bf16 than
+# in fp32; the sparse path is.
+DENSE_BELOW = {dtype: (2048, 2048, 2048) if dtype == torch.bfloat16 else (4096, 8192, 16384) for dtype in DTYPES}
 
 
 @dataclass
@@ -61,7 +62,7 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
         return f"decode within a sliding window of {problem.sliding_window}", False
     below = config.dense_below
     if below is None:
-        below = DENSE_BELOW[compute_dtype(problem.q)][decoding]
+        below = DENSE_BELOW[compute_dtype(problem.q)][decoding + (decoding and config.decode_refresh == 1)]
     graph = torch.compiler.is_compiling()  # which cannot put numbers into text
     if problem.longest < below:
         return "short context" if graph else f"context of {problem.longest} is below dense_below={below}", False
@@ -230,6 +231,10 @@ def hip_attention(
         low = 1 if name == "sliding_window" else 0
         if count is not None and (type(count) is not int or count < low):
             raise ValueError(f"{name}: got {count!r}, allowed: None or an integer >= {low}")
+    if sinks is not None and not isinstance(sinks, torch.Tensor):
+        raise ValueError(f"sinks: got {type(sinks).__name__}, allowed: None or a tensor [{q.shape[1]}]")
+    if state is not None and not isinstance(state, DecodeState):
+        raise ValueError(f"state: got {type(state).__name__}, allowed: None or a DecodeState")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
         raise ValueError(f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}")
     if q.shape[2] > k.shape[2]:

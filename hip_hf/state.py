@@ -92,8 +92,9 @@ class DecodeState:
         count = max(self.rows, default=-1) + 1
         self.reorder([b for b in range(count) for _ in range(repeats)])
 
-    def bind(self, owner: Any) -> None:
-        """Start afresh if the settings are not those that the state was made with."""
+    def bind(self, config: Any, k: torch.Tensor) -> None:
+        """Start afresh if the settings, or the kind of keys `[B, Hkv, T, D]`, are not those that the state was made with."""
+        owner = (config, k.shape[1], k.shape[3], k.dtype, k.device)
         if self._owner != owner:
             self.reset()
             self._owner = owner

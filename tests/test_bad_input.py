@@ -86,6 +86,8 @@ def test_dtypes_devices_and_what_is_no_tensor(at: int, change: Callable[[torch.T
         (dict(scale=-1.0), r"scale: got -1.0, allowed: .*> 0"),
         (dict(scale=float("nan")), r"scale: got nan"),
         (dict(scale="1"), r"scale: got '1', allowed: .*number > 0"),
+        (dict(sinks=[0.0] * 4), r"sinks: got list, allowed: None or a tensor"),
+        (dict(state={}), r"state: got dict, allowed: None or a DecodeState"),
         (dict(softcap=True), r"softcap: got True, allowed: .*number > 0"),
         (dict(scale=float("inf")), r"scale: got inf"),
         (dict(softcap=0.0), r"softcap: got 0.0, allowed: .*> 0"),

@@ -207,3 +207,19 @@ def test_settings_and_sizes() -> None:
         sizes("-1")
     with pytest.raises(ValueError, match="JSON dict"):
         settings_of(["[1]"])
+
+
+def test_the_shipped_checkpoint_answers() -> None:
+    """Dense and pruned to a tenth of the keys; and it is small."""
+    from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, load
+
+    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 8 * 2**20
+    model, tokenizer = load(CHECKPOINT, "sdpa")
+    text = tokenizer.encode(DOCUMENT.read_text(), add_special_tokens=False, verbose=False)
+    prompts = [passkey.make_sample(tokenizer, text, 2048, depth, 1, random.Random(depth)) for depth in (0.2, 0.5, 0.8)]
+    for config in settings_of(["dense", "defaults"], budget=128, window=64).values():
+        cell = passkey.ask(model, tokenizer, prompts, passkey.use(model, config))
+        assert cell.exact >= 2, config.method
+        if config.method == "hip":
+            assert {row.path for row in cell.prefill + cell.decode} == {"sparse"}
+            assert all(row.share < 0.2 for row in cell.decode)

@@ -16,6 +16,7 @@ from helpers import assert_near, eager, make_problem, make_qkv, read_mask, small
 from hip_hf.attention import attend, hip_attention
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
+from hip_hf.methods.hip import Selector
 from hip_hf.state import DecodeState
 
 
@@ -345,3 +346,40 @@ def test_a_state_made_in_inference_mode_serves_outside_of_it() -> None:
         with torch.inference_mode(t < 110):
             got = sparse(*row, small(decode_refresh=1), state=state)
         assert_near(got.out, sparse(*row, small(decode_refresh=1)).out, 1e-6)
+
+
+def test_other_keys_start_afresh() -> None:
+    """Another number of heads, head dim or dtype: what was kept would not fit."""
+    state = DecodeState()
+    for shape in (dict(), dict(heads=1), dict(dim=8), dict(dtype=torch.bfloat16)):
+        q, k, v = make_qkv(121, **shape)
+        for tokens in (120, 121):
+            row = (q[:, :, tokens - 1 : tokens], k[:, :, :tokens], v[:, :, :tokens])
+            got = sparse(*row, small(decode_refresh=1), state=state)
+            assert_near(got.out, sparse(*row, small(decode_refresh=1)).out, 1e-6)
+
+
+def test_static_cache_layers_hand_every_operation_to_their_state() -> None:
+    """By content: which batch row holds which pyramid, and how far it goes."""
+    from hip_hf.integration.cache import HiPStaticLayer
+
+    def filled() -> tuple[Any, list[Any]]:
+        layer = HiPStaticLayer(max_cache_len=64)
+        keys = torch.randn(3, 1, 40, 8)
+        layer.update(keys, keys)
+        pyramids = [Selector(small()).make_pyramid(torch.float32) for _ in range(3)]
+        for b, pyramid in enumerate(pyramids):
+            pyramid.extend(keys[b], 9)
+            layer.hip_state.row(b, 0, 0, 40).pyramid = pyramid
+        return layer, pyramids
+
+    layer, pyramids = filled()
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    assert [layer.hip_state.rows[b].pyramid for b in range(3)] == [pyramids[2], pyramids[0], pyramids[0]]
+    assert [pyramid.shared for pyramid in pyramids] == [True, False, False]
+    layer, pyramids = filled()
+    layer.reset()
+    assert layer.hip_state.rows == {}
+    layer, pyramids = filled()
+    layer.hip_state.crop(30)
+    assert [(row.position, row.pyramid.blocks) for row in layer.hip_state.rows.values()] == [(30, 7)] * 3

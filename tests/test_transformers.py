@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from families import FAMILIES, make_batch, make_model, paths
-from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 from transformers.models.bloom import BloomConfig, BloomForCausalLM
 from transformers.models.mpt import MptConfig, MptForCausalLM
 
@@ -282,6 +282,22 @@ def test_models_with_encoders(kind, padded):
             outputs[name] = model(**batch)[0]
     real = slice(0, 33) if padded and kind == "encoder" else slice(None)
     torch.testing.assert_close(outputs["hip"][:, real], outputs["eager"][:, real], atol=2e-5, rtol=1e-4)
+
+
+def test_sliding_layers_run_sparse_in_a_model():
+    """Mistral's layers all slide; a window longer than the sparse set is pruned within. A padded row equals the row alone."""
+    config = copy.deepcopy(FAMILIES["mistral"])
+    config.sliding_window = 150
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="hip").eval()
+    hip_hf.configure(model, budget=16, block_q=16, block_k=4, sink=4, window=16, dense_below=0, dense_tail=0, dense_layers=0)
+    batch = make_batch([300, 211])
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # the rotations of the row alone, to the last bit
+    with torch.no_grad():
+        both = model(**batch, position_ids=positions).logits
+        assert paths(model) == ["sparse"] * config.num_hidden_layers
+        alone = model(batch["input_ids"][1:, 89:]).logits
+    torch.testing.assert_close(both[1:, 89:], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_mask_is_linear_in_the_context():

@@ -176,7 +176,7 @@ class SparseAttention(sparse.SparseAttention):
     def run(self, state: DecodeState | None) -> None:
         problem, config = self.problem, self.config
         if state is not None:
-            state.bind(config)
+            state.bind(config, problem.k)
         spans = by_batch_row(problem.spans, problem.q.shape[0])
         kept = None
         if state is not None and spans is not None:

@@ -54,7 +54,7 @@ class HyperAttention:
 
     def run(self, state: DecodeState | None) -> None:
         if state is not None:
-            state.bind(self.config)
+            state.bind(self.config, self.problem.k)
         for span in self.problem.spans:
             if state is not None:
                 state.row(span.batch, span.key_start, span.position, span.end).selection = None

@@ -110,7 +110,7 @@ class SparseAttention:
 
     def run(self, state: DecodeState | None) -> None:
         if state is not None:
-            state.bind(self.config)
+            state.bind(self.config, self.problem.k)
         for span in self.problem.spans:
             row = None if state is None else state.row(span.batch, span.key_start, span.position, span.end)
             t = tensors_of(self.problem, span, self.out, self.lse)
