@@ -3,7 +3,7 @@
     python -m hip_hf.assets.train --text novels/ --out run/ [--device cuda]
 
 Interrupt it at any time: the same command resumes from the last save. `--text` is a folder of plain-text
-files; the shipped weights used five novels by Jane Austen (public domain), see MODEL_CARD.md.
+files; the shipped weights used five novels by Jane Austen (public domain), see checkpoint/README.md.
 
 The curriculum follows how retrieval forms in small transformers: first copying (random segments that repeat
 after random gaps), then named notes in real text, at growing lengths. Short stages spread their positions

@@ -198,7 +198,7 @@ def _future(size: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int) -> torch.Tensor:
-    """Positions `[heads, keys]` of the keys that `_gather` brings."""
+    """Positions `[heads, keys]` of the keys that `_Parts.fill` brings."""
     selected = (ids[..., None] * block_k + torch.arange(block_k, device=ids.device)).flatten(1)
     sink = torch.arange(block.start, block.sink, device=ids.device).expand(len(ids), -1)
     window = torch.arange(block.window, block.last + 1, device=ids.device).expand(len(ids), -1)
