@@ -140,6 +140,11 @@ def main(context: typer.Context) -> None:
             arguments = ["run", "--help"]
         sys.argv = ["lm-eval", *arguments]
         cli_evaluate()
+    except ImportError as error:
+        # a task's own extra: lm-eval says which; without that it is a fault
+        if "install" not in str(error):
+            raise
+        raise SystemExit(f"hip-hf lm-eval: {' '.join(str(error).split())}") from None
     except Exception as error:
         if (said := usage_error(error)) is not None:
             raise SystemExit(f"hip-hf lm-eval: {said}") from None

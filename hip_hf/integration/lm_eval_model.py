@@ -141,7 +141,7 @@ class HipLM(HFLM):
         """Token ids and mask `[B, T]` of a batch of prompts; what is too long loses its middle if so asked."""
         if self.prompt_truncation == "left" or left_truncate_len is None:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
-        rows = [truncate_tokens(self.tok_encode(string), left_truncate_len, "middle") for string in strings]
+        rows = [self._cut(self.tok_encode(string), left_truncate_len) for string in strings]
         padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         return padded["input_ids"], padded["attention_mask"]
 
@@ -153,6 +153,7 @@ class HipLM(HFLM):
 
     @staticmethod
     def _cut(tokens: list[int], room: int) -> list[int]:
+        # `truncate_tokens` doubles what is shorter than the room
         return truncate_tokens(tokens, room, "middle") if len(tokens) > room else tokens
 
     def get_model_info(self) -> dict[str, Any]:

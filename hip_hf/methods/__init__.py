@@ -28,9 +28,14 @@ METHODS: dict[str, Any] = {
 }
 
 
+_modules: dict[str, Any] = {}
+
+
 def _module(method: str) -> Any:
-    found = METHODS[method]
-    return importlib.import_module(found) if isinstance(found, str) else found
+    if method not in _modules:  # looked up, not imported again, where a graph is being compiled
+        found = METHODS[method]
+        _modules[method] = importlib.import_module(found) if isinstance(found, str) else found
+    return _modules[method]
 
 
 def add_method(name: str, selector: type, options: type = NoOptions) -> None:
@@ -44,7 +49,7 @@ def add_method(name: str, selector: type, options: type = NoOptions) -> None:
     """
     if name in METHODS:
         raise ValueError(f"name: got {name!r}, allowed: a name that is not taken ({' | '.join(METHODS)})")
-    METHODS[name] = SimpleNamespace(Selector=selector, Options=options)
+    METHODS[name] = _modules[name] = SimpleNamespace(Selector=selector, Options=options)
 
 
 def options_type(method: str) -> type:
