@@ -215,9 +215,24 @@ def test_bad_input() -> None:
     cache, _ = filled()
     with pytest.raises(ValueError, match="key_states: got"):
         cache.update(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), 0)
-    with pytest.raises(ValueError, match="require gradients"):
-        model(make_batch([30])["input_ids"], past_key_values=HiPCache(model.config))
     assert cache.get_seq_length() == 50
+    ids = make_batch([60])["input_ids"]
+    cache = HiPCache(model.config)
+    model(ids[:, :40], past_key_values=cache).logits.sum().backward()
+    assert cache.get_seq_length() == 40
+    with pytest.raises(ValueError, match="require gradients after 40 cached tokens"):
+        model(ids[:, 40:], past_key_values=cache)
+    assert cache.layers[0].get_seq_length() == 40
+
+
+def test_a_training_step_with_a_cache_has_the_gradients_of_one_without() -> None:
+    ids, gradients = make_batch([60])["input_ids"], []
+    for cached in (True, False):
+        model = make_model("llama")
+        model(ids, use_cache=cached).logits.square().sum().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
 
 
 def test_sliding_layers_keep_their_window() -> None:

@@ -223,8 +223,9 @@ def test_position_bias_and_sparse_indices_are_refused():
 
     model = make_model("llama")
     q, k = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
-    for name in ("position_bias", "indices", "block_indices", "cache"):
-        with pytest.raises(ValueError, match=f"^{name}: LlamaAttention passes"):
+    named = dict.fromkeys(("position_bias", "indices", "block_indices"), "LlamaAttention passes")
+    for name, what in {**named, "cache": "got a Tensor of unknown layout"}.items():
+        with pytest.raises(ValueError, match=f"^{name}: {what}"):
             attention_forward(model.model.layers[0].self_attn, q, k, k, None, **{name: torch.zeros(1)})
 
 

@@ -80,7 +80,8 @@ class PagedLayer(Stateful, DynamicLayer):
         """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for attention of ours, else ordinary tensors.
 
         Raises:
-            ValueError: tensors that do not continue what is cached, or that require gradients. Nothing has changed.
+            ValueError: tensors that do not continue what is cached, or gradients asked for through cached tokens: only the
+                first tokens' may be, and they flow through this call alone. Nothing has changed.
             MemoryError: no memory for more pages. Nothing has changed.
         """
         self._check(key_states, value_states)
@@ -89,7 +90,7 @@ class PagedLayer(Stateful, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
         first = self.length == 0
-        self.pool.append(self.tables, self.length, key_states, value_states)
+        self.pool.append(self.tables, self.length, key_states.detach(), value_states.detach())
         self.length += key_states.shape[2]
         if first:  # all there is has just come: no need to look for it in pages
             keys, values = key_states, value_states
@@ -105,8 +106,9 @@ class PagedLayer(Stateful, DynamicLayer):
         return keys
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise ValueError("HiPCache: got keys that require gradients, allowed: under torch.no_grad() (or use_cache=False)")
+        if self.length and torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            allowed = "under torch.no_grad(), or all tokens in one call"
+            raise ValueError(f"HiPCache: got keys that require gradients after {self.length} cached tokens, allowed: {allowed}")
         if self.pool is None:
             return
         for name, x, store in (("key_states", keys, self.pool.keys), ("value_states", values, self.pool.values)):
