@@ -76,7 +76,10 @@ class Bound(Protocol):
 
 
 class Selector(Protocol):
-    """A method: says which key blocks each query block reads. `budget`: blocks it picks at most."""
+    """A method: says which key blocks each query block reads. `budget`: blocks it picks at most.
+
+    With an attribute `reads_pages` that is true, `bind` and the pyramid may get `PagedKeys`; else a cache in pages is gathered.
+    """
 
     budget: int
 

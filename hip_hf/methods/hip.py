@@ -87,6 +87,8 @@ def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
 class Selector:
     """The search with its settings bound; `bind` adds a span's tensors."""
 
+    reads_pages = True
+
     def __init__(self, config: HiPConfig) -> None:
         self.config = config
         self.budget = config.budget // config.block_k

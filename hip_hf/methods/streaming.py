@@ -27,6 +27,8 @@ class Options:
 class Selector:
     """Selects no block at all, or the last ones."""
 
+    reads_pages = True  # it looks at no key
+
     def __init__(self, config: HiPConfig) -> None:
         self.config = config
         self.budget = config.budget // config.block_k if config.method_options().recent else 0

@@ -126,15 +126,19 @@ class SparseAttention:
     def _search(self, t: Tensors, row: RowState | None, blocks: list[QueryBlock]) -> Any:
         """The selection rule bound to the span, its pyramid extended to what the query blocks need."""
         pyramid = row.pyramid if row is not None else None
+        keys = source = t.k
+        if isinstance(t.k, PagedKeys):
+            keys = t.k.for_search()
+            if not getattr(self.selector, "reads_pages", False):
+                keys = source = keys[:, :]  # gathered: O(T) a selection
         if pyramid is None:
             pyramid = self.selector.make_pyramid(compute_dtype(t.k))
         if pyramid is not None:
             needed = max((block.high for block in blocks if block.middle > self.budget), default=0)
             pyramid = pyramid.writable(needed)
-            pyramid.extend(t.k, needed)
+            pyramid.extend(source, needed)
         if row is not None:
             row.pyramid = pyramid
-        keys = t.k.for_search() if isinstance(t.k, PagedKeys) else t.k
         return self.selector.bind(t.q, keys, pyramid, t.scale, t.softcap)
 
     # Prefill: units of (key head, a few query blocks), spread over the workers.
