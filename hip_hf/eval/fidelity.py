@@ -29,7 +29,7 @@ from hip_hf.eval.hardness import Hardness, hardness, hardness_rows
 from hip_hf.eval.passkey import draw_facts
 from hip_hf.eval.presets import HELP, SPARSE, check_output, publish, settings_of, sizes
 from hip_hf.integration.settings import text_config
-from hip_hf.methods.base import BlockMask, QueryBlock, query_blocks
+from hip_hf.methods.base import BlockMask, QueryBlock, query_blocks, squash
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference.sparse import DECODE_ROWS
 
@@ -56,8 +56,7 @@ def probabilities(problem: AttentionProblem, head: int, block: QueryBlock) -> to
     q = problem.q[span.batch, head * groups : (head + 1) * groups, row : row + block.rows].to(dtype) * problem.scale
     k = problem.k[span.batch, head, key + block.start : key + block.last + 1].to(dtype)
     logits = q @ k.T
-    if problem.softcap is not None:
-        logits.div_(problem.softcap).tanh_().mul_(problem.softcap)
+    squash(logits, problem.softcap)
     own = logits[..., -block.rows :]
     own.masked_fill_(torch.ones(block.rows, block.rows, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
     if problem.sliding_window is not None:

@@ -6,7 +6,6 @@ prefill does, decodes a few tokens, and reads its own memory from the operating 
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +14,11 @@ import torch
 import typer
 
 from hip_hf.eval import report
+from hip_hf.eval.documents import CHECKPOINT
 from hip_hf.eval.latency import parse_lengths
 from hip_hf.eval.plots import pyplot, short
+from hip_hf.eval.presets import check_output, publish
 
-CHECKPOINT = Path(__file__).parent.parent / "assets" / "checkpoint"
 KINDS = ("dynamic", "static", "hip", "hip offloaded")
 CHUNK, STEPS = 2048, 16
 
@@ -116,6 +116,10 @@ def main(
     if not Path("/proc/self/clear_refs").exists():
         raise SystemExit("hip-hf memory reads /proc, which this system does not have (allowed: Linux)")
     sizes = parse_lengths(lengths)
+    try:
+        check_output(output)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     rows = []
     with report.progress() as bar:
         task = bar.add_task("caches", total=len(sizes) * len(KINDS))
@@ -126,7 +130,4 @@ def main(
                 bar.advance(task)
     if plot is not None:
         _draw(rows, plot)
-    if output is not None:
-        document = {"title": "memory of caches", "rows": rows, "machine": report.machine()}
-        output.write_text(json.dumps(document, indent=1) + "\n")
-    report.show("memory of caches", rows, as_json)
+    publish("memory of caches", rows, as_json, output, {"model": model})

@@ -64,6 +64,12 @@ def query_blocks(config: HiPConfig, span: Span, per_row: bool, sliding: int | No
     return blocks
 
 
+def squash(logits: torch.Tensor, softcap: float | None) -> None:
+    """`softcap * tanh(logits / softcap)`, in place; None: nothing."""
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+
+
 class Bound(Protocol):
     """A selection rule bound to the queries and keys of one span."""
 
@@ -90,6 +96,17 @@ class Selector(Protocol):
 
     def bind(self, q: torch.Tensor, keys: KeyRows, pyramid: Any, scale: float, softcap: float | None) -> Bound:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query block's middle."""
+
+
+class Unsummarised:
+    """What selectors without a pyramid share."""
+
+    def __init__(self, config: HiPConfig) -> None:
+        self.config = config
+        self.budget = config.budget // config.block_k
+
+    def make_pyramid(self, dtype: torch.dtype) -> None:
+        return None
 
 
 @dataclass

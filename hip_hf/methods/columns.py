@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.base import QueryBlock, squash
 from hip_hf.methods.hip import best
 from hip_hf.reference.workers import run
 
@@ -26,8 +26,7 @@ def attention_of(q: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, scale:
     position = rows + (len(keys) - q.shape[1])
     keys = keys[: int(position[-1]) + 1].to(dtype)
     logits = (q[:, rows].to(dtype) * scale) @ keys.T
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
+    squash(logits, softcap)
     logits.masked_fill_(torch.arange(len(keys), device=q.device) > position[:, None], -torch.inf)
     return torch.softmax(logits, dim=-1, out=logits)
 

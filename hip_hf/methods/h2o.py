@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock, query_blocks
+from hip_hf.methods.base import QueryBlock, query_blocks, squash
 from hip_hf.methods.hip import best, sampled_rows
 from hip_hf.problem import Span
 from hip_hf.reference.sparse import DECODE_ROWS
@@ -121,8 +121,7 @@ class HeavyHitters:
         rows = torch.tensor(list(sampled_rows(self.config, block)), device=device)
         q = self.q[:, :, rows].to(dtype) * self.scale  # [Hkv, G, n, D]
         logits = q @ self.keys[heads, read].to(dtype).transpose(2, 3)  # [Hkv, G, n, keys]
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        squash(logits, self.softcap)
         position = rows - block.row + block.first
         logits.masked_fill_(read[:, :, None] > position[:, None], -torch.inf)
         attention = logits.softmax(-1).sum(2).unflatten(1, (self.shares, -1)).sum(2)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.base import QueryBlock, squash
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.paged import KeyRows, block_index, lanes_of
 from hip_hf.reference.workers import scratch
@@ -241,8 +241,7 @@ def aggregate(logits: torch.Tensor, score: str, softcap: float | None, invalid: 
 
     `mass`: softmax over the candidates, summed over rows. `max`: best logit of any row (the HiP paper).
     """
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
+    squash(logits, softcap)
     if invalid is not None:
         logits[..., logits.shape[-1] - invalid.shape[-1] :].masked_fill_(invalid.unsqueeze(-2), -torch.inf)
     dtype = torch.promote_types(logits.dtype, torch.float32)

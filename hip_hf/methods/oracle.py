@@ -7,22 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.base import QueryBlock, Unsummarised, squash
 from hip_hf.methods.hip import aggregate, best
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
 
-class Selector:
+class Selector(Unsummarised):
     """Scores every key of the middle, for every row (no sampling), by its share of the whole attention."""
-
-    def __init__(self, config: HiPConfig) -> None:
-        self.config = config
-        self.budget = config.budget // config.block_k
-
-    def make_pyramid(self, dtype: torch.dtype) -> None:
-        return None
 
     def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Exhaustive:
         return Exhaustive(self.config, q, keys, scale, softcap)
@@ -43,8 +36,7 @@ class Exhaustive:
             q = self.q[heads, :, block.row : block.row + block.rows].to(dtype) * self.scale  # [H, G, n, D]
             keys = self.keys[heads, : block.last + 1].to(dtype)
             logits = torch.einsum("hgnd,hkd->hgnk", q, keys)
-            if self.softcap is not None:  # before future keys get -inf
-                logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            squash(logits, self.softcap)  # before future keys get -inf
             position = torch.arange(block.last + 1, device=q.device)
             future = position > torch.arange(block.first, block.last + 1, device=q.device)[:, None]
             logits.masked_fill_(future, -torch.inf)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hip_hf.methods.base import Unsummarised
 from hip_hf.methods.columns import Columns, block_sums, probe
 
 if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
+    pass
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,8 @@ class Options:
         return torch.arange((rows - 1) % stride, rows, stride, device=device)
 
 
-class Selector:
+class Selector(Unsummarised):
     """The columns with the most sampled mass."""
-
-    def __init__(self, config: HiPConfig) -> None:
-        self.config = config
-        self.budget = config.budget // config.block_k
-
-    def make_pyramid(self, dtype: torch.dtype) -> None:
-        return None
 
     def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Columns:
         shares = 1 if self.config.group_shared else q.shape[1]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.base import QueryBlock, Unsummarised
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -24,17 +24,15 @@ class Options:
             raise ValueError(f"HiPConfig.options['recent']: got {self.recent!r}, allowed: True or False")
 
 
-class Selector:
+class Selector(Unsummarised):
     """Selects no block at all, or the last ones."""
 
     reads_pages = True  # it looks at no key
 
     def __init__(self, config: HiPConfig) -> None:
-        self.config = config
-        self.budget = config.budget // config.block_k if config.method_options().recent else 0
-
-    def make_pyramid(self, dtype: torch.dtype) -> None:
-        return None
+        super().__init__(config)
+        if not config.method_options().recent:
+            self.budget = 0
 
     def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Latest:
         return Latest(1 if self.config.group_shared else q.shape[1], self.budget, q.device)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.base import QueryBlock, Unsummarised
 from hip_hf.methods.columns import Columns, block_sums, probe
 from hip_hf.methods.hip import best
 
@@ -35,15 +35,8 @@ class Options:
             raise ValueError(f"HiPConfig.options['vertical']: got {self.vertical!r}, allowed: 0 to 1")
 
 
-class Selector:
+class Selector(Unsummarised):
     """The strongest columns and diagonals."""
-
-    def __init__(self, config: HiPConfig) -> None:
-        self.config = config
-        self.budget = config.budget // config.block_k
-
-    def make_pyramid(self, dtype: torch.dtype) -> None:
-        return None
 
     def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> VerticalSlash:
         shares, tokens = 1 if self.config.group_shared else q.shape[1], keys.shape[1]

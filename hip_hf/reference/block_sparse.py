@@ -11,7 +11,7 @@ from itertools import groupby
 
 import torch
 
-from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.base import QueryBlock, squash
 from hip_hf.paged import KeyRows, PagedKeys, block_index, lanes_of
 from hip_hf.reference.workers import compute_dtype, scratch
 
@@ -83,8 +83,7 @@ def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBloc
             if part.all.dtype != dtype:
                 (whole if part.name == "v" else k_all.transpose(1, 2)).copy_(part.all)
         torch.bmm(query, k_all, out=logits)
-        if t.softcap is not None:
-            logits.div_(t.softcap).tanh_().mul_(t.softcap)
+        squash(logits, t.softcap)
         if n > 1:
             own.add_(future)
         if positions is not None:
@@ -138,9 +137,7 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
         end = first
     out, lse = parts[0]
     for more, weight in parts[1:]:
-        whole = torch.logaddexp(lse, weight)
-        out = out * torch.exp(lse - whole)[..., None] + more * torch.exp(weight - whole)[..., None]
-        lse = whole
+        lse = merge(out, lse, more, weight)
     _store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
 
 
@@ -152,8 +149,7 @@ def _attend_tile(
     k, v = (x[heads, first:end].to(query.dtype) for x in (t.k, t.v))
     logits = scratch.take("logits", (lanes, groups * n, end - first), k)
     torch.bmm(query.flatten(1, 2), k.transpose(1, 2), out=logits)
-    if t.softcap is not None:
-        logits.div_(t.softcap).tanh_().mul_(t.softcap)
+    squash(logits, t.softcap)
     by_row = logits.view(lanes, groups, n, end - first)
     if n > 1 and end == block.last + 1:
         by_row[..., end - first - n :].add_(_future(n, logits))
@@ -177,12 +173,25 @@ def _store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse:
     """Write out and log-sum-exp; sinks are an extra logit, which scales the output by `sigmoid(lse - sink)`."""
     if t.sinks is not None:
         assert lse is not None
-        sink = t.sinks[into[0], into[1], None].to(lse.dtype)
-        out = out * torch.sigmoid(lse - sink)[..., None]
-        lse = torch.logaddexp(lse, sink)
+        add_sinks(out, lse, t.sinks[into[0], into[1]])
     t.out[into] = out
     if t.lse is not None:
         t.lse[into] = lse
+
+
+def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> torch.Tensor:
+    """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`; overwrites `more`. The merged
+    log-sum-exp."""
+    whole = torch.logaddexp(lse, more_lse)
+    out.mul_(torch.exp(lse - whole)[..., None]).add_(more.mul_(torch.exp(more_lse - whole)[..., None]))
+    return whole
+
+
+def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
+    """Let the extra logits `sinks` `[Hkv, G]` take part in a softmax: changes out `[Hkv, G, n, Dv]` and lse `[Hkv, G, n]`."""
+    sink = sinks[..., None].to(lse.dtype)
+    out.mul_(torch.sigmoid(lse - sink)[..., None])
+    torch.logaddexp(lse, sink, out=lse)
 
 
 _triangles: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}

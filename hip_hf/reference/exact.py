@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hip_hf.reference.block_sparse import LOGITS_AT_ONCE, Tensors
+from hip_hf.methods.base import squash
+from hip_hf.reference.block_sparse import LOGITS_AT_ONCE, Tensors, add_sinks, merge
 from hip_hf.reference.workers import compute_dtype, run, scratch
 
 # Rows, of all query heads of a group together, that meet their keys at once.
@@ -33,9 +34,7 @@ def attend_exact(t: Tensors, head: int, rows: slice | torch.Tensor, at: Sequence
         if out is None or lse is None:
             out, lse = more, more_lse
             continue
-        whole = torch.logaddexp(lse, more_lse)
-        out = out.mul_(torch.exp(lse - whole)[..., None]).add_(more.mul_(torch.exp(more_lse - whole)[..., None]))
-        lse = whole
+        lse = merge(out, lse, more, more_lse)
     assert out is not None
     assert lse is not None
     return out.view(groups, count, -1), lse.view(groups, count)
@@ -46,8 +45,7 @@ def _tile(t: Tensors, head: int, query: torch.Tensor, at: Sequence[int], first: 
     k, v = (x[head : head + 1, first:end].to(query.dtype) for x in (t.k, t.v))
     logits = scratch.take("logits", (1, query.shape[1], end - first), k)
     torch.bmm(query, k.transpose(1, 2), out=logits)
-    if t.softcap is not None:
-        logits.div_(t.softcap).tanh_().mul_(t.softcap)
+    squash(logits, t.softcap)
     by_row = logits.view(-1, len(at), end - first)
     # finite, so that a row that sees nothing of a tile gets a log-sum-exp that counts for nothing, and no NaN
     never = torch.finfo(logits.dtype).min
@@ -91,10 +89,3 @@ def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[torch.T
     if t.sinks is not None:
         add_sinks(out, lse, t.sinks)
     return out, lse
-
-
-def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
-    """Let the extra logits `sinks` `[Hkv, G]` take part in a softmax: changes out `[Hkv, G, n, Dv]` and lse `[Hkv, G, n]`."""
-    sink = sinks[..., None].to(lse.dtype)
-    out.mul_(torch.sigmoid(lse - sink)[..., None])
-    torch.logaddexp(lse, sink, out=lse)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hip_hf.methods.base import squash
 from hip_hf.methods.hyper import Leaf, Square, Tiling, flops, hashes, projections, sampled_ranks, split, tile
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
-from hip_hf.reference.block_sparse import Tensors
-from hip_hf.reference.exact import add_sinks, attend_exact, rows_at_once, weigh
+from hip_hf.reference.block_sparse import Tensors, add_sinks, merge
+from hip_hf.reference.exact import attend_exact, rows_at_once, weigh
 from hip_hf.reference.sparse import Reading, keys_seen, tensors_of
 from hip_hf.reference.workers import compute_dtype, run, scratch
 
@@ -166,8 +167,7 @@ def _attend_own(
     k, v = (_bring(name, x[head], index, (count, keys), dtype) for name, x in (("k", t.k), ("v", t.v)))
     logits = scratch.take("logits", (count, rows.shape[1], keys), query)
     torch.bmm(query, k.transpose(1, 2), out=logits)
-    if t.softcap is not None:
-        logits.div_(t.softcap).tanh_().mul_(t.softcap)
+    squash(logits, t.softcap)
     logits[..., size:].add_(bias[:, None])
     out, lse = weigh(logits, v)
     return out.flatten(0, 1), lse.flatten()
@@ -182,8 +182,6 @@ def _bring(name: str, x: torch.Tensor, index: torch.Tensor, shape: tuple[int, in
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, where: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
     """Merge a partial result for the rows `where` into `out` `[rows, Dv]` and `lse` `[rows]`."""
-    old = lse[where]
-    new = torch.logaddexp(old, more_lse)
-    merged = out[where].mul_((old - new).exp_()[:, None]).add_(more.mul_((more_lse - new).exp_()[:, None]))
-    out[where] = merged
-    lse[where] = new
+    whole = out[where]
+    lse[where] = merge(whole, lse[where], more, more_lse)
+    out[where] = whole

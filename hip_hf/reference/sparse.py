@@ -95,14 +95,13 @@ class SparseAttention:
         out: torch.Tensor,
         lse: torch.Tensor | None,
         mask: bool,
-        pieces: list[Piece] | None = None,
     ) -> None:
         self.problem, self.config, self.out, self.lse = problem, config, out, lse
         self.selector = selector_for(config)
         self.budget = self.selector.budget
         self.reading = Reading()
         self.mask = self._empty_mask() if mask else None
-        self.pieces = pieces  # a list to put down what was read, for the gradients
+        self.pieces: list[Piece] | None = None  # a list to put down what was read, where gradients are wanted
 
     @property
     def decoding(self) -> bool:
