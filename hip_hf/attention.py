@@ -202,9 +202,8 @@ def _check_positions(positions: Positions | None, config: HiPConfig, dim: int, s
     if positions is not None and not isinstance(positions, Positions):
         raise ValueError(f"positions: got {type(positions).__name__}, allowed: None or Positions")
     if (positions is None) != (config.extend is None):
-        raise ValueError(
-            f"positions: got {positions}, allowed: Positions where config.extend is set (to {config.extend!r}), or None"
-        )
+        allowed = "None without config.extend" if config.extend is None else f"Positions, for config.extend={config.extend!r}"
+        raise ValueError(f"positions: got {positions}, allowed: {allowed}")
     if positions is None:
         return
     if positions.rope.dim > dim:

@@ -131,8 +131,8 @@ class Positions:
 
     def cuts(self, first: int, last: int) -> list[int]:
         """Where a dense row block, at `first` to `last`, finds keys that are too far for all of its rows, and for some of them:
-        those before the first cut, and those between it and the second."""
-        return [first - self.trained + 1, last - self.trained + 1]
+        those before the first cut, and those between it and the second. None is among the rows' own keys."""
+        return [first - self.trained + 1, min(last - self.trained + 1, first)]
 
     def dense_logits(self, query: torch.Tensor, k: torch.Tensor, first: int, last: int, at: int, out: torch.Tensor) -> None:
         """Logits of dense rows at `first` to `last`, `[heads, G, rows, D]`, for the keys `[heads, n, D]` from position `at` on,

@@ -119,12 +119,12 @@ class PagedLayer(Stateful, DynamicLayer):
     def _as_kept(self, keys: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """The keys as they will be kept, and whether that is without RoPE: where settings extend the context, keys of layers that
         are not patched are turned back."""
-        kept = bool(getattr(keys, UNROTATED, False))
-        if not kept and attends_by_us(self.config) and read_settings(self.config).extend is not None:
+        kept = getattr(keys, UNROTATED, None)
+        if kept is None and attends_by_us(self.config) and read_settings(self.config).extend is not None:
             keys, kept = rope_of(self.config).unrotated(keys, self.length), True
-        if self.length and kept != self.unrotated:
-            raise mixed_keys(kept)
-        return keys, kept
+        if self.length and bool(kept) != self.unrotated:
+            raise mixed_keys(bool(kept))
+        return keys, bool(kept)
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self.length and torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):

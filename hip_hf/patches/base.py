@@ -72,8 +72,7 @@ def forward(
     if not unrotated:
         assert position_embeddings is not None
         query, key = sys.modules[type(self).__module__].apply_rotary_pos_emb(query, key, *position_embeddings)
-    else:
-        setattr(key, UNROTATED, True)
+    setattr(key, UNROTATED, unrotated)
     if past_key_values is not None:
         check_cache(past_key_values, self.layer_idx, unrotated)
         key, value = past_key_values.update(key, value, self.layer_idx)
