@@ -278,7 +278,12 @@ def test_a_model_is_patched_as_it_is_loaded(tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="hip")
     assert len(attention(again)) == 2
     assert torch.equal(logits(again, batch), expected)
-    assert not attention(AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa"))
+    later = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    later.set_attn_implementation("hip")
+    assert torch.equal(logits(later, batch), expected)
+    hip_hf.configure(model, extend=None)
+    model.save_pretrained(tmp_path)
+    assert not attention(AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="hip"))
 
 
 def fails(config: PreTrainedConfig, message: str, **fields: Any) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import PATCHED, make_batch, make_model
+from families import _BASE, PATCHED, make_batch, make_model
 from test_continuous import batched
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Olmo2Config, PreTrainedModel
 
 import hip_hf
 from hip_hf.patches import base, registry
@@ -252,11 +254,27 @@ def test_gradients_and_checkpointing_give_the_same_bits(family: str) -> None:
             assert torch.equal(a, b)
 
 
-def test_a_patcher_of_your_own(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
-    from hip_hf.patches.llama import project
-
+def test_the_patcher_of_the_docs(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
+    """The page on writing patchers has a whole one: run as it stands there."""
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
-    hip_hf.patches.registry.add_patcher("olmo2", base.Patcher("Olmo2Attention", project, lambda module: None))
+    monkeypatch.setitem(PATCHED, "olmo2", Olmo2Config(**_BASE))
+    model, batch = make_model("olmo2"), make_batch([90, 50])
+    expected = logits(model, batch)
+    with pytest.raises(ValueError, match="got model type 'olmo2'"):
+        hip_hf.patch(model)
+    page = (Path(__file__).parent.parent / "docs" / "patchers.md").read_text()
+    assert len(page.splitlines()) < 80
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(code, {})
     assert "olmo2" in registry.families()
-    with pytest.raises(ValueError, match="model_type: got 'llama'"):
-        registry.add_patcher("llama", base.Patcher("LlamaAttention", project, lambda module: None))
+    hip_hf.patch(model)
+    assert torch.equal(logits(model, batch), expected)
+    assert calls == ["Olmo2Attention"] * 2
+    with pytest.raises(ValueError, match="model_type: got 'olmo2', allowed: one without a patcher"):
+        exec(code, {})
+
+
+def test_patcher_files_are_short() -> None:
+    for path in Path(registry.__file__).parent.glob("*.py"):
+        if path.stem not in ("base", "registry"):
+            assert len(path.read_text().splitlines()) < 80, path.name

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from hip_hf.cache.offload import OFFLOADS, OffloadedStore, Statistics, statistics
 from hip_hf.cache.pool import PAGE, PagePool
 from hip_hf.integration.cache import KIND, Stateful
-from hip_hf.integration.positions import UNROTATED, mixed_keys, rope_of
+from hip_hf.integration.positions import UNROTATED, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 
@@ -88,7 +88,6 @@ class PagedLayer(Stateful, DynamicLayer):
             MemoryError: no memory for more pages. Nothing has changed.
         """
         self._check(key_states, value_states)
-        self._check_device_pages(self.length + key_states.shape[2])
         key_states, self.unrotated = self._as_kept(key_states)
         first = self.length == 0
         self.append(key_states, value_states)
@@ -102,7 +101,8 @@ class PagedLayer(Stateful, DynamicLayer):
         return self.stated(keys), values
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Keep `[B, Hkv, n, D]` as they are."""
+        """Keep `[B, Hkv, n, D]` as they are. Raises ValueError or MemoryError as `update` does."""
+        self._check_device_pages(self.length + key_states.shape[2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
@@ -120,7 +120,7 @@ class PagedLayer(Stateful, DynamicLayer):
         """The keys as they will be kept, and whether that is without RoPE: where settings extend the context, keys of layers that
         are not patched are turned back."""
         kept = getattr(keys, UNROTATED, None)
-        if kept is None and attends_by_us(self.config) and read_settings(self.config).extend is not None:
+        if kept is None and extends(self.config) and attends_by_us(self.config):
             keys, kept = rope_of(self.config).unrotated(keys, self.length), True
         if self.length and bool(kept) != self.unrotated:
             raise mixed_keys(bool(kept))

@@ -33,10 +33,15 @@ _NOT_TURNED_BACK = {
 UNROTATED = "_hip_unrotated"
 
 
+def extends(config: Any) -> bool:
+    """Whether a model with this text config has settings that extend the context. Every layer asks at every step."""
+    raw = getattr(config, "hip", None)
+    return isinstance(raw, dict) and raw.get("extend") is not None
+
+
 def extended(module: Any, sliding_window: int | None) -> bool:
     """Whether a layer's calls are placed by us. Sliding layers never look past what was trained, so they stay as they are."""
-    raw = getattr(module.config, "hip", None)
-    return raw is not None and raw.get("extend") is not None and sliding_window is None
+    return sliding_window is None and extends(module.config)
 
 
 def check_extension(settings: HiPConfig, config: Any) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hip_hf.config import HiPConfig
-from hip_hf.integration.settings import attends_by_us, configure, read_settings, text_config
+from hip_hf.integration.positions import extends
+from hip_hf.integration.settings import attends_by_us, configure, text_config
 
 if TYPE_CHECKING:
     from hip_hf.patches.base import Patcher
@@ -132,9 +133,9 @@ def unpatch(model: nn.Module) -> None:
 
 
 def patch_if_extended(model: nn.Module) -> None:
-    """Patch a model whose settings extend the context, if it attends by us and its family has a patcher."""
+    """Patch a model whose settings extend the context, if its family has a patcher. It may attend by us later on."""
     config = text_config(model)
-    if config.model_type in _FAMILIES and attends_by_us(config) and read_settings(config).extend is not None:
+    if config.model_type in _FAMILIES and extends(config):
         patch_layers(model)
 
 
@@ -146,7 +147,8 @@ def install() -> None:
 
     def hip_post_init(self: Any) -> None:
         made(self)
-        if getattr(self.config.get_text_config(decoder=True), "hip", None) is not None:
+        configs = [self.config, *(getattr(self.config, name, None) for name in self.config.sub_configs)]
+        if any(getattr(config, "hip", None) is not None for config in configs):
             patch_if_extended(self)
 
     PreTrainedModel.post_init = hip_post_init  # type: ignore[method-assign]
