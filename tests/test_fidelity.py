@@ -269,5 +269,6 @@ def test_refusals(tmp_path: Path) -> None:
     assert "--rows" in refused(fidelity.main, *base, "--stress", "1K", "--rows", "8")
     assert "covers" in refused(fidelity.main, *base, "--budget", "1024")
     assert "dense" in refused(fidelity.main, *base, "--settings", "dense")
+    assert "extend" in refused(fidelity.main, *base, "--settings", '{"extend": "streaming"}')
     assert "--facts" in refused(fidelity.main, *base, "--facts", "8", "--budget", "64")
     assert "--tokens" in refused(fidelity.main, model, "--document", text, "--tokens", "100000")

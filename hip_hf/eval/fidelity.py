@@ -27,7 +27,7 @@ from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, load, make_prompt
 from hip_hf.eval.hardness import TITLE as HARDNESS
 from hip_hf.eval.hardness import Hardness, hardness, hardness_rows
 from hip_hf.eval.passkey import draw_facts
-from hip_hf.eval.presets import HELP, SPARSE, check_output, publish, settings_of, sizes
+from hip_hf.eval.presets import HELP, SPARSE, check_output, publish, refuse_extension, settings_of, sizes
 from hip_hf.integration.settings import text_config
 from hip_hf.methods.base import BlockMask, QueryBlock, query_blocks, squash
 from hip_hf.problem import AttentionProblem, Span
@@ -298,6 +298,7 @@ def main(
         for size in several:
             some = settings_of(settings, tokens=max(lengths), budget=size, sink=sink, window=window)
             configs |= {f"{name}{AT}{size}" if budgets else name: config for name, config in some.items()}
+        refuse_extension(configs)
         if any(length % tokens for length in lengths):
             raise ValueError(f"--stress: got {stress}, allowed: multiples of --tokens {tokens}")
         if stress and not DECODE_ROWS < rows <= tokens:

@@ -28,6 +28,7 @@ import typer
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
 from hip_hf.eval import plots, report
+from hip_hf.eval.presets import refuse_extension
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 
@@ -267,6 +268,7 @@ def parse_settings(names: list[str]) -> dict[str, HiPConfig]:
     for name in names:
         try:
             settings[name] = SETTINGS[name] if name in SETTINGS else HiPConfig.from_dict(json.loads(name))
+            refuse_extension(settings)
         except json.JSONDecodeError:
             allowed = f"{' | '.join(SETTINGS)} or a JSON object of HiPConfig fields"
             raise typer.BadParameter(f"got {name!r}, allowed: {allowed}", param_hint="--settings") from None

@@ -82,6 +82,13 @@ def settings_of(names: Sequence[str], tokens: int | None = None, **common: Any) 
     return settings
 
 
+def refuse_extension(configs: dict[str, HiPConfig]) -> None:
+    """Raise ValueError for settings that extend the context, where queries and keys were rotated by a model."""
+    for config in configs.values():
+        if config.extend is not None:
+            raise ValueError(f"extend: got {config.extend!r}, allowed: None (`hip-hf passkey` measures it in a model)")
+
+
 def sizes(text: str) -> list[int]:
     """Token counts from a list like `4096,64K`. Raises ValueError for anything else."""
     try:
