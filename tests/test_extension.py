@@ -211,10 +211,11 @@ def check_selection(config: HiPConfig, tokens: int, rows: int, where: Positions,
     for n, (block, low, high) in enumerate(layout(config, rows, tokens)):
         if high - low <= config.budget // config.block_k:
             continue
-        votes = list(block)[:: -config.query_stride]
         distance = lambda p: min(p - high * config.block_k + 1, where.trained - 1)  # noqa: B023, E731
-        voting = torch.stack([turned(q[0, g, p - (tokens - rows)], distance(p), where.rope) for g in range(2) for p in votes])
-        voting[:, : where.rope.dim] *= where.rope.scaling**2
+        own = [[turned(q[0, g, p - (tokens - rows)], distance(p), where.rope) for g in range(2)] for p in block]
+        placed = torch.stack([torch.stack(heads) for heads in own])
+        placed[..., : where.rope.dim] *= where.rope.scaling**2
+        voting = torch.cat(brute.votes(placed, config.query_stride, config.vote))
         chunks = farthest if where.chunk_indexed else None
         search = Placed(config, k[0, 0], voting, low, high, DIM**-0.5, chunks=chunks, by=where.rope, **config.options)
         assert got[0, n] == search.run(), f"query block {n}"
