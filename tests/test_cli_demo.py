@@ -128,9 +128,9 @@ def test_demo_hides_each_fact_where_it_says(checkpoint: str, text: Path) -> None
     facts = make_facts(3, seed=1)
     assert facts == make_facts(3, seed=1) != make_facts(3, seed=2)
     assert [int(3 * fact.depth) for fact in facts] == [0, 1, 2]
-    (prompts, answer_tokens), tokenizer = demo.prepare(checkpoint, text, 600, facts), generate.load(checkpoint, "sdpa", {})[1]
-    assert answer_tokens == 6
-    for prompt, asked in zip(prompts, facts, strict=True):
+    task, tokenizer = demo.prepare(checkpoint, text, 600, facts), generate.load(checkpoint, "sdpa", {})[1]
+    assert (task.new_tokens, task.beyond) == (6, False)
+    for prompt, asked in zip(task.prompts, facts, strict=True):
         assert len(prompt) == 600
         assert tokenizer.decode(prompt).endswith(documents.question(asked.name))
         at = position_of(tokenizer, prompt, asked)

@@ -11,7 +11,7 @@ import matplotlib.figure
 import pytest
 import torch
 import typer
-from browser import visit
+from browser import broken_links, visit
 from test_passkey import SMALL, refused, run, save_checkpoint
 from typer.testing import CliRunner
 
@@ -142,13 +142,14 @@ def test_report_bundles_results_in_one_page(saved: dict[str, tuple[Path, dict[st
 def test_the_browser_test_sees_what_is_broken(tmp_path: Path) -> None:
     """The check can fail: a page with a missing image and a script that raises."""
     page = tmp_path / "page.html"
-    page.write_text(
-        '<html><head></head><body><img src="nowhere.png"><script>boom()</script><a href="gone.html">x</a></body></html>'
-    )
+    links = '<a href="gone.html">x</a><a href="#gone">y</a><a href="#here" id="here">z</a>'
+    body = f'<img src="nowhere.png"><script>boom()</script>{links}'
+    page.write_text(f"<html><head></head><body>{body}</body></html>")
     seen = visit(page, tmp_path / "browser")
     assert seen.broken_images == ["nowhere.png"]
     assert any("nowhere.png" in what for what in seen.failed)
     assert any("boom" in what for what in seen.failed)
+    assert [link.rpartition("/")[2] for link in broken_links({page: seen})] == ["gone.html", "page.html#gone (no such place)"]
 
 
 def test_refusals(tmp_path: Path, saved: dict[str, tuple[Path, dict[str, Any]]]) -> None:

@@ -19,15 +19,10 @@ from hip_hf.eval.documents import CHECKPOINT
 from hip_hf.eval.plots import pyplot, short
 from hip_hf.eval.presets import sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
+from hip_hf.eval.resident import MIB, Meter, memory_mib
 
 KINDS = ("dynamic", "static", "hip", "hip offloaded")
 CHUNK, STEPS = 2048, 16
-
-
-def _kib(name: str) -> int:
-    """A field of this process's memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def _make_cache(kind: str, config: Any, length: int) -> Any:
@@ -66,8 +61,7 @@ def measure(kind: str, model: str, length: int) -> dict[str, Any]:
     heads, dim = config.num_key_value_heads, config.head_dim
     with torch.inference_mode():
         net(torch.tensor([[5]]), past_key_values=_make_cache(kind, config, CHUNK))  # whatever is allocated once
-        before = _kib("VmRSS:")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        meter = Meter(torch.device("cpu"))
         cache = _make_cache(kind, config, length)
         for first in range(0, length, CHUNK):
             shape = (1, heads, min(CHUNK, length - first), dim)
@@ -75,14 +69,17 @@ def measure(kind: str, model: str, length: int) -> dict[str, Any]:
                 cache.update(torch.randn(shape, dtype=net.dtype), torch.randn(shape, dtype=net.dtype), layer)
         for _ in range(STEPS):
             net(torch.tensor([[5]]), past_key_values=cache)
-    resident, peak = (_kib("VmRSS:") - before) * 1024, (_kib("VmHWM:") - before) * 1024
+    now, peak = memory_mib("VmRSS"), meter.peak_mib()
+    assert now is not None
+    assert meter.before is not None
+    resident = int((now - meter.before) * MIB)
     return {
         "cache": kind,
         "length": length,
         "bytes_per_token": resident / length,
-        "resident_MiB": resident / 2**20,
-        "peak_MiB": peak / 2**20,
-        "device_MiB": _device_bytes(cache, resident) / 2**20,
+        "resident_MiB": resident / MIB,
+        "peak_MiB": peak,
+        "device_MiB": _device_bytes(cache, resident) / MIB,
     }
 
 
