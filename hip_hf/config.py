@@ -33,7 +33,7 @@ class HiPConfig:
     Args:
         method: a selector (`hip`, `staged`, `streaming`, `quest`, `vertical_slash`, `sample`, `h2o`, `oracle`), or an
             attention of its own (`hyper`, `dense`).
-        options: the method's own settings, validated by its dataclass (`hip_hf.methods.hip.HiPOptions`).
+        options: the method's own settings, validated by its dataclass (for `hip`: `hip_hf.methods.hip.Options`).
         budget: keys selected per query block, a multiple of `block_k`.
         block_q: query rows that share one selection.
         block_k: keys per block, the unit of selection.
