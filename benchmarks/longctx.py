@@ -85,10 +85,14 @@ def main(
         "model": model_name(model), "length": length, "samples": samples, "data_seed": seed,
         "configs": {name: config.to_dict() for name, config in configs.items()},
     }  # fmt: skip
-    targets = Targets(output=output)
+    try:
+        targets = Targets(output=output)
+        cells = targets.cells("longctx", **details)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     lm = HipLM(model, device="cpu", max_length=length)
     rows = []
-    with targets.cells("longctx", **details) as cells, report.progress() as bar:
+    with cells, report.progress() as bar:
         task_bar = bar.add_task("tasks", total=len(configs) * len(tasks.split(",")))
         for task in tasks.split(","):
             for name, config in configs.items():

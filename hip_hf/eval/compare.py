@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated, Any
 
 import typer
+from rich.progress import Progress
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval import fidelity, passkey, perplexity, plots, report
@@ -38,29 +40,38 @@ def captures(config: HiPConfig) -> bool:
     return config.method != "dense"
 
 
+def counter(bar: Progress | None, what: str, total: int) -> Callable[[], None]:
+    """What counts one step of a new line of the progress bar, if there is one."""
+    if bar is None:
+        return lambda: None
+    task = bar.add_task(what, total=total)
+    return lambda: bar.advance(task)
+
+
 def measure(
     model: Any, tokenizer: Any, ids: list[int], configs: dict[str, HiPConfig], measures: list[str], plan: dict[str, int],
-    cells: Cells, bar: Any,
+    cells: Cells | None = None, bar: Progress | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each of the settings. `plan`: tokens, prompts, facts, depths, samples, seed."""
+    cells = cells or Cells(None, {})
     tokens, prompts, seed = plan["tokens"], plan["prompts"], plan["seed"]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     if "fidelity" in measures:
         chosen = {name: config for name, config in configs.items() if captures(config)}
         texts = fidelity.Plan(chosen, tokens, prompts, plan["facts"], seed=seed)
-        task = bar.add_task("fidelity", total=prompts)
-        all_found = fidelity.measure_all(model, tokenizer, ids, texts, cells, lambda: bar.advance(task))
+        advance = counter(bar, "fidelity", prompts)
+        all_found = fidelity.measure_all(model, tokenizer, ids, texts, cells, advance)
         _, rows = all_found.rows([tokens], list(chosen))
         found["fidelity"] = {row["settings"]: row for row in rows}
     if "perplexity" in measures:
         reading = perplexity.Plan(configs, tokens, prompts, chunk=tokens)
-        task = bar.add_task("perplexity", total=len(configs) * prompts)
-        rows = perplexity.measure(model, ids, reading, cells, lambda: bar.advance(task))
+        advance = counter(bar, "perplexity", len(configs) * prompts)
+        rows = perplexity.measure(model, ids, reading, cells, advance)
         found["perplexity"] = {row["settings"]: row for row in rows if (row["from"], row["to"]) == (0, tokens)}
     if "passkey" in measures:
         asking = passkey.Plan(configs, [tokens], plan["depths"], plan["samples"], seed=seed)
-        task = bar.add_task("pass keys", total=asking.cells)
-        rows = passkey.measure(model, tokenizer, ids, asking, cells, lambda: bar.advance(task))
+        advance = counter(bar, "pass keys", asking.cells)
+        rows = passkey.measure(model, tokenizer, ids, asking, cells, advance)
         found["passkey"] = {row["settings"]: row for row in rows if row["depth"] == "all"}
     table = []
     for name in configs:

@@ -59,6 +59,17 @@ def show(title: str, rows: Sequence[dict[str, Any]], as_json: bool, **extra: Any
         console.print(f"{name.replace('_', ' ')}: {cell(value)}", highlight=False)
 
 
+def markdown(rows: Sequence[dict[str, Any]], *names: str) -> str:
+    """Rows as a table in Markdown; `names`: these columns only."""
+    names = names or tuple(rows[0])
+    lines = [
+        [name.replace("_", " ") for name in names],
+        ["---"] * len(names),
+        *([cell(row[name]) for name in names] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def cell(value: Any) -> str:
     """A value as tables show it."""
     if value is None:
