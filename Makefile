@@ -17,9 +17,9 @@ test-gpu:
 demo: $(INSTALLED)
 	$(BIN)/hip-hf demo
 
-# What the browser shows: docs/_build/index.html. Warnings are errors.
+# The pages: build/docs/index.html. Warnings are errors.
 docs: $(INSTALLED)
-	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 # Executes the notebooks and saves their outputs, which the documentation shows.
 notebooks: $(INSTALLED)
@@ -39,5 +39,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf .venv build dist docs/_build docs/_generated *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist docs/_generated *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ version = release = hip_hf.__version__
 html_title = f"hip_hf {release}"
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["**.ipynb_checkpoints"]
 html_theme = "furo"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3

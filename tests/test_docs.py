@@ -19,24 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTRA = {"genindex.html", "search.html", "py-modindex.html"}
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build(out: Path) -> None:
     """The documentation as HTML; a warning is an error."""
-    out = tmp_path_factory.mktemp("html")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(ROOT / "docs"), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
-    return out
 
 
-@pytest.fixture(scope="module")
-def seen(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Seen]:
-    """Every page, as the browser shows it."""
-    folder = tmp_path_factory.mktemp("browser")
-    return {page: visit(page, folder) for page in sorted(built.rglob("*.html"))}
-
-
-def test_every_page_is_there(seen: dict[Path, Seen], built: Path) -> None:
+def check_all_are_there(seen: dict[Path, Seen], built: Path) -> None:
     sources = [*(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
     pages = {page.relative_to(built).as_posix() for page in seen}
     want = {f"{'notebooks/' * (source.suffix == '.ipynb')}{source.stem}.html" for source in sources}
@@ -46,7 +36,7 @@ def test_every_page_is_there(seen: dict[Path, Seen], built: Path) -> None:
     assert {page.as_uri() for page in seen if page.name not in EXTRA} <= linked  # none is lost
 
 
-def test_no_page_is_broken(seen: dict[Path, Seen]) -> None:
+def check_none_is_broken(seen: dict[Path, Seen]) -> None:
     for page, shown in seen.items():
         assert (page.name, shown.broken_images) == (page.name, [])
         assert (page.name, shown.failed) == (page.name, [])
@@ -54,7 +44,7 @@ def test_no_page_is_broken(seen: dict[Path, Seen]) -> None:
     assert sum(len(page.images) for page in seen.values()) >= 8
 
 
-def test_pages_hold_what_they_promise(seen: dict[Path, Seen]) -> None:
+def check_contents(seen: dict[Path, Seen]) -> None:
     by_name = {page.name: shown for page, shown in seen.items()}
     for name in ("hip_attention", "HiPConfig", "HiPCache", "Raises", "configure"):
         assert name in by_name["api.html"].text
@@ -63,3 +53,13 @@ def test_pages_hold_what_they_promise(seen: dict[Path, Seen]) -> None:
     assert "Refused, with an error" in models
     for page, picture in (("how", "tree.png"), ("how", "readings.png"), ("evaluation", "passkey.png"), ("index", "latency.png")):
         assert any(picture in source and own > 500 for source, own, _ in by_name[f"{page}.html"].images)
+
+
+def test_pages(tmp_path: Path) -> None:
+    """In one test, so that the pages are built once, whatever runs the tests."""
+    built = tmp_path / "html"
+    build(built)
+    seen = {page: visit(page, tmp_path / "browser") for page in sorted(built.rglob("*.html"))}
+    check_all_are_there(seen, built)
+    check_none_is_broken(seen)
+    check_contents(seen)
