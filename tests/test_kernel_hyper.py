@@ -83,21 +83,21 @@ def squares_in(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "dv", "group", "softcap"),
+    ("dtype", "dim", "dv", "group", "softcap", "sizes"),
     [
-        (torch.float32, 64, 64, 2, None),
-        (torch.float16, 80, 40, 1, 2.0),
-        (torch.bfloat16, 32, 96, 7, None),
-        (torch.float16, 128, 128, 4, None),
+        (torch.float32, 64, 64, 2, None, (32, 20)),
+        (torch.float16, 80, 40, 1, 2.0, (32, 20)),
+        (torch.bfloat16, 32, 96, 7, None, (20, 32)),
+        (torch.float16, 128, 128, 4, None, (9, 0)),
+        (torch.float32, 16, 16, 1, None, (9, 40)),
     ],
 )
-@pytest.mark.parametrize("sizes", [dict(block_size=32, sample_size=20), dict(block_size=9, sample_size=0)])
-def test_squares(dtype: torch.dtype, dim: int, dv: int, group: int, softcap: float | None, sizes: dict[str, int]) -> None:
+def test_squares(dtype: torch.dtype, dim: int, dv: int, group: int, softcap: float | None, sizes: tuple[int, int]) -> None:
     """One level on given orders, merged into what the rows have: error against float64 at most twice that of plain operations."""
     q, k, v = (x[0] for x in make_qkv(133, heads=2 if group < 7 else 1, groups=group, dim=dim, dv=dv, dtype=dtype))
-    squares = [Square(33, 66, 0, 33), Square(99, 133, 66, 99)]
-    level = hyper.Level.of(squares, 0, Options(**sizes), 3, len(k), torch.device("cpu"))
-    assert tile(squares[1], Options(**sizes), torch.device("cpu")).rows < squares[1].rows
+    squares, options = [Square(33, 66, 0, 33), Square(99, 133, 66, 99)], Options(block_size=sizes[0], sample_size=sizes[1])
+    level = hyper.Level.of(squares, 0, options, 3, len(k), torch.device("cpu"))
+    assert tile(squares[1], options, torch.device("cpu")).rows < squares[1].rows  # several query blocks
     orders = [level.order(torch.randint(99, x.shape[:2]), ends, 7) for x, ends in ((q, level.row_bounds), (k, level.key_bounds))]
     before = torch.randn(*q.shape[:2], dv), torch.randn(q.shape[:2])
     out, lse = (x.clone().to(DEVICE) for x in before)
@@ -143,8 +143,10 @@ def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, An
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("config", [dict(), dict(dense_tail=9), dict(sample_size=0, block_size=7)])
-@pytest.mark.parametrize(("tokens", "rows"), [(101, 101), (120, 33)])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "config"),
+    [(101, 101, dict()), (101, 101, dict(sample_size=0, block_size=7)), (120, 33, dict()), (120, 33, dict(dense_tail=9))],
+)
 def test_prompts(tokens: int, rows: int, config: dict[str, Any]) -> None:
     both(*make_qkv(tokens, rows), config)
 
