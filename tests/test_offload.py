@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import hip_hf
 from hip_hf import HiPCache
 from hip_hf.cache import hip_cache, offload
+from hip_hf.paged import BlockTable
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,32 @@ def test_the_search_has_its_own_pool() -> None:
     resident = decoded(model, HiPCache(model.config), [120])
     cache = HiPCache(model.config, offload="cpu", device_pages=9)
     assert torch.equal(decoded(model, cache, [120]), resident)
-    assert cache.statistics()["search"].hits > 0
+    found = cache.statistics()
+    assert found["search"].hits > 0
+    assert found["attention"].shared > 0
+    together = found.together
+    assert together.misses == found["search"].misses + found["attention"].misses
+    assert together.fetched == together.misses * 8 * 16 * 4
+    assert f"{together.hit_rate:.1%}" in str(found).splitlines()[-1]
+
+
+def test_a_pool_copies_from_the_other_what_that_has() -> None:
+    """What attention reads, the search has just looked at: a page of keys crosses over once for the two of them."""
+    store = offload.OffloadedStore(1, 4, torch.float32, torch.device("cpu"), 2, "cpu", 3, 0)
+    store.slabs, store.bounds = [torch.arange(40.0).view(1, 10, 4)], [0]
+    store.for_search()
+    assert store.search_pool is not None
+    store.search_pool.slots(0, torch.tensor([1, 3]))
+    store.slabs[0].zero_()  # whoever went back to host memory would see it
+    slots = store.pool.slots(0, torch.tensor([3, 4]))
+    assert store.pool.rows[0].view(3, 8)[slots].tolist() == [[*range(24, 32)], [0] * 8]
+    assert store.pool.traffic == offload.Traffic(hits=1, misses=1, shared=1, fetched=32)
+    # a page that is written anew is no longer what either has of it
+    table = BlockTable([3])
+    store.write(table, 0, torch.full((1, 2, 4), 7.0))
+    assert (store.search_pool.slot[0, 3], int(store.pool.rows[0].view(3, 8)[slots[0]].unique())) == (-1, 7)
+    again = int(store.search_pool.slots(0, torch.tensor([3]))[0])
+    assert store.search_pool.rows[0].view(3, 8)[again].tolist() == [7] * 8
 
 
 def test_the_least_recently_used_page_makes_room() -> None:

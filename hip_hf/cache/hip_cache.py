@@ -8,6 +8,7 @@ prompts); the last page is copied before one of them continues it.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 from typing import Any
@@ -22,8 +23,21 @@ from hip_hf.integration.cache import KIND, Stateful
 from hip_hf.integration.settings import attends_by_us, read_settings
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 
-# Up to 5.10 `crop` takes the length to keep (or minus the number of tokens to remove), later only the latter.
+# Up to 5.12 `crop` takes the length to keep (or minus the number of tokens to remove); 0 empties the cache.
 _CROP_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+
+
+@functools.cache
+def _crops_to_a_length() -> bool:
+    """Whether this Transformers takes a count > 0 as the length to keep; some that prefer the other meaning still do, with a
+    warning of theirs, which is hereby given."""
+    layer = DynamicLayer()
+    layer.update(torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2, 1))
+    try:
+        layer.crop(1)
+    except ValueError:
+        return False
+    return layer.get_seq_length() == 1
 
 
 class PagedLayer(Stateful, DynamicLayer):
@@ -139,14 +153,15 @@ class PagedLayer(Stateful, DynamicLayer):
         self.hip_state.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove `-tokens_to_remove` tokens from the end. Up to Transformers 5.10 a count >= 0 is the length to keep.
+        """Remove `-tokens_to_remove` tokens from the end. A count > 0 is the length to keep, and so is 0 up to 5.12.
 
         Raises:
             ValueError: a positive count where Transformers no longer takes one.
         """
-        if tokens_to_remove > 0 and not _CROP_TO_LENGTH:
+        if tokens_to_remove > 0 and not _crops_to_a_length():
             raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, allowed: minus the number of tokens to remove, or 0")
-        kept = tokens_to_remove if _CROP_TO_LENGTH and tokens_to_remove >= 0 else self.length + tokens_to_remove
+        to_length = tokens_to_remove > 0 or (tokens_to_remove == 0 and _CROP_TO_LENGTH)
+        kept = tokens_to_remove if to_length else self.length + tokens_to_remove
         self.truncate(max(0, kept))
 
     def truncate(self, length: int) -> None:

@@ -2,7 +2,8 @@
 
 A call brings the new tokens of several requests, packed into one row: whole prompts, parts of prompts, single decoded tokens.
 Each request attends by itself, to keys picked out of its pages; nothing is gathered. Decode state is kept with the cache, by the
-page that holds a request's last token; the key of that token is kept as a mark, so that a page written anew ends the state.
+page that holds a request's last token, and believed only by who has the same pages, with the same key for that token (pages
+are also copied and restored behind our back). A call that writes to a page ends the state of whoever had it.
 
 The cache's layout is not documented; it is found by inspection, and an unknown one raises instead of computing garbage.
 """
@@ -115,27 +116,26 @@ def continuous(problem: AttentionProblem, config: HiPConfig, layer: int, cache: 
             stored.index_copy_(0, write[: new.shape[2]].long(), new[0].transpose(0, 1))  # int32 in 5.4
     out, result = problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1]), None
     paths, shares, reason, unsupported = set(), [], "", False
-    for (row, row_end), (key, key_end) in zip(_pairs(rows), _pairs(keys), strict=True):
-        if row == row_end:
-            continue
+    spans = [span for span in zip(_pairs(rows), _pairs(keys), strict=True) if span[0][0] < span[0][1]]
+    tables, states = _tables_and_states(cache, layer, place, spans, read, write) if place.keys is not None else ([], [])
+    for i, ((row, row_end), (key, key_end)) in enumerate(spans):
         q, count = problem.q[:, :, row:row_end], key_end - key
         own: tuple[torch.Tensor, torch.Tensor]
         state = None
         if place.keys is None or place.values is None:
             own = k[:, :, key:key_end], v[:, :, key:key_end]
-        elif count == row_end - row:
-            own = k[:, :, row:row_end], v[:, :, row:row_end]
-            state = DecodeState()
         else:
-            tokens = read[key:key_end]
-            table = [BlockTable((tokens[:: place.page] // place.page).tolist())]
-            own = tuple(PagedTensor(TokenMajorStore(x, place.page), table, count) for x in (place.keys, place.values))  # type: ignore[assignment]
-            state = _kept_state(cache, layer, place, int(tokens[count - (row_end - row) - 1]))
+            state = states[i]
+            if count == row_end - row:
+                own = k[:, :, row:row_end], v[:, :, row:row_end]
+            else:
+                table = [BlockTable(tables[i])]
+                own = tuple(PagedTensor(TokenMajorStore(x, place.page), table, count) for x in (place.keys, place.values))  # type: ignore[assignment]
         one = replace(problem, q=q, k=own[0], v=own[1], spans=make_spans(q, own[0]))
         result = attend(one, config, layer, state)
         out[:, :, row:row_end] = result.out
         if state is not None:
-            _keep_state(cache, layer, place, int(write[row_end - 1]), state)
+            _keep_state(cache, layer, place, tables[i], int(write[row_end - 1]), state)
         paths.add(result.path)
         shares.append(result.share)
         reason, unsupported = result.reason or reason, result.unsupported or unsupported
@@ -156,21 +156,49 @@ def _ring(cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, A
     return [x.transpose(0, 1)[None] if x.ndim == 3 else x for x in found]
 
 
-def _states(cache: Any, layer: int) -> dict[int, tuple[DecodeState, torch.Tensor]]:
+@dataclass(frozen=True)
+class Kept:
+    """A request's state, its pages, and the key `[Hkv, D]` of its last token."""
+
+    state: DecodeState
+    pages: list[int]
+    mark: torch.Tensor
+
+
+def _states(cache: Any, layer: int) -> dict[int, Kept]:
     return cache.__dict__.setdefault("_hip_states", {}).setdefault(layer, {})
 
 
-def _kept_state(cache: Any, layer: int, place: Place, last: int) -> DecodeState:
-    """The state of the request whose last token before this call is in row `last`; a new one if that is not what it was."""
-    state, mark = _states(cache, layer).pop(last // place.page, (None, None))
-    if state is None or mark is None or place.keys is None or not torch.equal(place.keys[last], mark):
-        return DecodeState()
-    return state
+Spans = list[tuple[tuple[int, int], tuple[int, int]]]
 
 
-def _keep_state(cache: Any, layer: int, place: Place, last: int, state: DecodeState) -> None:
+def _tables_and_states(
+    cache: Any, layer: int, place: Place, spans: Spans, read: torch.Tensor, write: torch.Tensor
+) -> tuple[list[list[int]], list[DecodeState]]:
+    """The pages and the state of each request; what else was kept by pages that this call writes to is forgotten."""
+    tables, states = [], []
+    for (row, row_end), (key, key_end) in spans:
+        before = key_end - key - (row_end - row)
+        tokens = read[key:key_end] if before else write[row:row_end]
+        tables.append((tokens[:: place.page] // place.page).tolist())
+        states.append(_kept_state(cache, layer, place, tables[-1], int(tokens[before - 1])) if before else DecodeState())
+    for page in (write[: spans[-1][0][1]] // place.page).unique().tolist():
+        _states(cache, layer).pop(page, None)
+    return tables, states
+
+
+def _kept_state(cache: Any, layer: int, place: Place, pages: list[int], last: int) -> DecodeState:
+    """The state of the request with these pages whose last token before this call is in row `last`; else a new one."""
+    kept = _states(cache, layer).pop(last // place.page, None)
     assert place.keys is not None
-    _states(cache, layer)[last // place.page] = state, place.keys[last].clone()
+    if kept is None or pages[: len(kept.pages)] != kept.pages or not torch.equal(place.keys[last], kept.mark):
+        return DecodeState()
+    return kept.state
+
+
+def _keep_state(cache: Any, layer: int, place: Place, pages: list[int], last: int, state: DecodeState) -> None:
+    assert place.keys is not None
+    _states(cache, layer)[last // place.page] = Kept(state, pages, place.keys[last].clone())
 
 
 # Transformers 5.19 and later admit only their own attentions to continuous batching, and others before swap ours for flash
