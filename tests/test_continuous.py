@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import make_batch, make_model
 from helpers import assert_near, make_problem, make_qkv, small
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import continuous_batching
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import hip_hf
@@ -21,6 +20,8 @@ from hip_hf.problem import AttentionProblem
 
 LENGTHS = [40, 7, 85, 23, 61, 12, 150, 33]
 PAGE = 16
+# Continuous batching of 5.4, 5.8 and 5.12 does not give what `generate` gives where layers slide, whatever the attention.
+SLIDING_IS_WRONG = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17)
 
 
 def prompts() -> list[list[int]]:
@@ -78,19 +79,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2"])
 def test_tokens_equal_the_ordinary_path(family: str, calls: list[tuple[str, int, int]]) -> None:
-    """With a covering budget: how prompts are split is the scheduler's affair. Through the sparse code.
-
-    Up to 5.12 Transformers' own attention gives other tokens in continuous batching than alone where layers slide; ours
-    gives those.
-    """
+    """With a covering budget: how prompts are split is the scheduler's affair. Through the sparse code."""
     model = make_model(family, budget=1024)
+    if getattr(model.config, "sliding_window", None) is not None and SLIDING_IS_WRONG:
+        pytest.skip("Transformers' own attention gives other tokens here, too (README, Limits)")
     expected = alone(model, prompts())
-    slides = getattr(model.config, "sliding_window", None) is not None
-    if slides:
-        theirs = batched(make_model(family, "eager"), prompts())
-        old = "layer_index_to_group_indices" in inspect.getsource(continuous_batching.cache)
-        assert old or theirs == expected
-        expected = theirs
     assert batched(model, prompts()) == expected
     assert arriving(model, prompts()) == expected
     assert {row.cache for row in hip_hf.explain(model)} == {"continuous batching"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import make_batch, make_model, paths
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hip_hf
@@ -19,7 +19,8 @@ from hip_hf.cache import hip_cache
 from hip_hf.integration.cache import Stateful
 from hip_hf.paged import PagedTensor
 
-FAMILIES = ("llama", "mistral", "qwen3", "gemma2")
+FAMILIES = ("llama", "mistral", "mistral_full", "qwen3", "gemma2")
+SLIDING = {"mistral": 2, "gemma2": 1}  # of two layers; these are dense, and keep their window themselves
 CHECKPOINT = Path(hip_hf.__file__).parent / "assets" / "checkpoint"
 
 
@@ -66,7 +67,8 @@ def test_tokens_equal_the_dynamic_cache(family: str, beams: int) -> None:
     made = generate(model, batch, num_beams=beams, return_dict_in_generate=True)
     assert type(made.past_key_values) is HiPCache
     kinds = [layer.cache for layer in hip_hf.explain(model)]
-    assert kinds.count("pages") == {"llama": 2, "mistral": 0, "qwen3": 2, "gemma2": 1}[family]  # others are sliding layers
+    assert kinds.count("pages") == paths(model).count("sparse") == 2 - SLIDING.get(family, 0)
+    assert all(row.share < 0.9 for row in hip_hf.explain(model) if row.path == "sparse")
     assert torch.equal(made.sequences, generate(model, batch, num_beams=beams, past_key_values=concatenating(model.config)))
 
 
@@ -79,17 +81,25 @@ def test_verified_candidates_equal_the_dynamic_cache(family: str, how: str) -> N
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 5} if how == "lookup" else {"assistant_model": make_model(family)}
     expected = generate(model, batch, past_key_values=concatenating(model.config), **options)
     assert torch.equal(generate(model, batch, **options), expected)
+    assert paths(model).count("sparse") == 2 - SLIDING.get(family, 0)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_trained_checkpoint(beams: int) -> None:
+@pytest.mark.parametrize(
+    "how", [dict(), dict(num_beams=3), dict(prompt_lookup_num_tokens=5), dict(assistant_model=...)], ids=lambda how: str([*how])
+)
+def test_trained_checkpoint(how: dict[str, Any]) -> None:
+    """It reads text; two prompts of different lengths where `generate` takes several."""
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, attn_implementation="hip")
     hip_hf.configure(model, budget=64, window=32, sink=16, dense_layers=1, dense_below=0, decode_refresh=4)
-    ids = torch.randint(0, 200, (1, 300))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    expected = generate(model, batch, num_beams=beams, past_key_values=concatenating(model.config))
-    assert torch.equal(generate(model, batch, num_beams=beams), expected)
-    assert set(paths(model)) == {"sparse", "dense"}
+    if "assistant_model" in how:
+        how = dict(assistant_model=AutoModelForCausalLM.from_pretrained(CHECKPOINT, attn_implementation="hip"))
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, padding_side="left")
+    text = (CHECKPOINT.parent / "document.txt").read_text()
+    prompts = [text[:1500], text[40_000:41_000]][: 2 if not how or "num_beams" in how else 1]
+    batch = dict(tokenizer(prompts, return_tensors="pt", padding=True))
+    expected = generate(model, batch, past_key_values=concatenating(model.config), **how)
+    assert torch.equal(generate(model, batch, **how), expected)
+    assert paths(model) == ["dense", "sparse", "sparse", "sparse"]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -68,6 +68,22 @@ def test_offload_changes_no_bit(where: str, pages: int, chunk: int) -> None:
     assert "hit rate" in str(found)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "mistral_full", "qwen3", "gemma2"])
+def test_generate_with_offload_changes_no_token(family: str, beams: int) -> None:
+    """At pools that hold just one step's blocks, a little more, and everything."""
+    model = make_model(family, decode_refresh=4, rescore=2)
+    options: dict[str, Any] = dict(do_sample=False, max_new_tokens=10, num_beams=beams)
+    batch = make_batch([130, 95])
+    with torch.no_grad():
+        resident = model.generate(**batch, **options)
+        assert "sparse" in [row.path for row in hip_hf.explain(model)]
+        for pages in (8, 11, 100):
+            cache = HiPCache(model.config, offload="cpu", device_pages=pages)
+            assert torch.equal(model.generate(**batch, **options, past_key_values=cache), resident), pages
+            assert cache.statistics()["search"].hits > 0
+
+
 def test_the_search_has_its_own_pool() -> None:
     model = make_model("llama", decode_refresh=1, rescore=2)
     resident = decoded(model, HiPCache(model.config), [120])
