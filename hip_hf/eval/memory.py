@@ -115,7 +115,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Write the JSON document to a file as well.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
 ) -> None:
-    """Memory of a dynamic, a static, a paged and an offloaded paged cache (device pools: an eighth of it, or what a step needs)."""
+    """Memory of a dynamic, a static, a paged and an offloaded cache (pools: an eighth, or what a step needs)."""
     if not Path("/proc/self/clear_refs").exists():
         raise SystemExit("hip-hf memory reads /proc, which this system does not have (allowed: Linux)")
     sizes = parse_lengths(lengths)
