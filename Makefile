@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .NOTPARALLEL:
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # The kernel tests on a GPU, with the Python and the packages that are there: nothing is installed.
 test-gpu:

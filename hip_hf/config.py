@@ -15,6 +15,7 @@ from hip_hf.methods import METHODS, options_type
 
 REPRESENTATIVES = ("blend", "mean", "minmax", "outliers", "middle", "first", "last")
 SCORES = ("mass", "max")
+VOTES = ("pooled", "sampled")
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -33,11 +34,12 @@ class HiPConfig:
     Args:
         method: a selector (`hip`, `staged`, `streaming`, `quest`, `vertical_slash`, `sample`, `h2o`, `oracle`), or an
             attention of its own (`hyper`, `dense`).
-        options: the method's own settings, validated by its dataclass (`hip_hf.methods.hip.HiPOptions`).
+        options: the method's own settings, validated by its dataclass (for `hip`: `hip_hf.methods.hip.Options`).
         budget: keys selected per query block, a multiple of `block_k`.
         block_q: query rows that share one selection.
         block_k: keys per block, the unit of selection.
-        query_stride: every `query_stride`-th row of a query block votes; its last row always does.
+        query_stride: so many rows of a query block cast one vote; counted back from its last row.
+        vote: `pooled` (the mean direction of these rows) or `sampled` (the last of them, the papers).
         sink: first keys of a row, always read (rounded up to `block_k`).
         window: keys before the query block, always read.
         group_shared: one selection per KV group instead of one per query head.
@@ -67,14 +69,15 @@ class HiPConfig:
     budget: int = 1024
     block_q: int = 64
     block_k: int = 16
-    query_stride: int = 4
+    query_stride: int = 16
+    vote: str = "pooled"
     sink: int = 64
     window: int = 512
     group_shared: bool = True
     representative: str = "blend"
     score: str = "mass"
     beam: int = 4
-    rescore: int = 4
+    rescore: int = 8
     coarsest: int | None = None
     dense_layers: int | list[int] = 3
     dense_below: int | None = None
@@ -103,6 +106,7 @@ class HiPConfig:
             "method": tuple(METHODS),
             "representative": REPRESENTATIVES,
             "score": SCORES,
+            "vote": VOTES,
             "backend": BACKENDS,
         }
         for name, allowed in choices.items():

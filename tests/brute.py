@@ -12,6 +12,21 @@ from typing import Any
 
 import torch
 
+
+def votes(rows: torch.Tensor, stride: int, vote: str) -> list[torch.Tensor]:
+    """The voting vectors `[heads, D]` of a query block's rows `[rows, heads, D]`, from the last row back."""
+    found = []
+    for last in range(len(rows) - 1, -1, -stride):
+        group = [rows[i] for i in range(max(0, last - stride + 1), last + 1)]
+        if vote == "sampled" or len(group) == 1:
+            found.append(rows[last])
+            continue
+        mean = sum(group) / len(group)
+        length = sum(row.square().sum(-1).sqrt() for row in group) / len(group)
+        found.append(mean / mean.square().sum(-1, keepdim=True).sqrt() * length[:, None])
+    return found
+
+
 Chunk = tuple[int, int]  # level, index: the keys [index * size, (index + 1) * size) with size = block_k << level
 
 

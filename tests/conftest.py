@@ -14,6 +14,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernel tests run without a GPU
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes share the cores; tests of threads set their own number
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.reference import dense, sparse, workers
 

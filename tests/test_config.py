@@ -42,6 +42,7 @@ GOOD = [
     ("delta", 64),
     *[("representative", name) for name in ("blend", "mean", "minmax", "outliers", "middle", "first", "last")],
     *[("score", name) for name in ("mass", "max")],
+    *[("vote", name) for name in ("pooled", "sampled")],
     *[("backend", name) for name in ("auto", "torch")],
     *[("delta_mode", name) for name in ("step", "interpolate")],
     *[(name, 0) for name in ("sink", "window", "dense_tail", "dense_below", "seed", "dense_layers")],
@@ -64,6 +65,7 @@ BAD = [
     ("method", None, "oracle"),
     ("representative", "median", "outliers"),
     ("score", "sum", "mass"),
+    ("vote", "all", "pooled"),
     ("backend", "cuda", "torch"),
     *[("delta", value, "None or an integer >= 1") for value in (0, -64, 64.0, True, "64")],
     *[("decode_refresh", value, "divides") for value in ([4, 3], [2, 4])],
@@ -107,8 +109,8 @@ BAD = [
 def test_defaults_are_those_of_the_contract() -> None:
     config = HiPConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
-    # rescore and query_stride: by measurement (docs/decisions.md)
-    assert {f.name for f in dataclasses.fields(HiPConfig)} == set(DEFAULTS) | {"rescore", "query_stride"}
+    # rescore, query_stride and vote: by measurement (docs/decisions.md)
+    assert {f.name for f in dataclasses.fields(HiPConfig)} == set(DEFAULTS) | {"rescore", "query_stride", "vote"}
 
 
 @pytest.mark.parametrize(("name", "value"), GOOD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import brute
 import pytest
 import torch
 from helpers import make_qkv, small
@@ -151,7 +152,9 @@ def test_groups(groups: int, shared: bool) -> None:
 
 @pytest.mark.parametrize("fields", [
     dict(beam=1), dict(beam=3), dict(rescore=2), dict(rescore=8, beam=2), dict(rescore=3, score="max"), dict(query_stride=1),
-    dict(query_stride=5), dict(block_k=1, budget=4), dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),
+    dict(query_stride=5), dict(query_stride=5, vote="sampled"),
+    dict(query_stride=4, vote="sampled", score="max"), dict(block_k=1, budget=4),
+    dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),
 ])  # fmt: skip
 def test_settings_of_the_search(fields: dict[str, Any]) -> None:
     Case(small(**fields), [whole(299, 19)]).check()
@@ -250,7 +253,8 @@ def flat_scores(case: Case, head: int, block: QueryBlock) -> dict[int, float]:
     """Mass of every block of the middle by its mean key, computed in the tensors' own dtype."""
     means = case.pyramid(case.spans[0]).levels[0][head, block.low : block.high].to(case.q.dtype)
     group = case.q[0, head * case.groups : (head + 1) * case.groups]
-    votes = group[:, block.row : block.row + block.rows].flip(1)[:, :: case.config.query_stride].flatten(0, 1)
+    rows = group[:, block.row : block.row + block.rows].transpose(0, 1)
+    votes = torch.cat(brute.votes(rows, case.config.query_stride, case.config.vote))
     weights = torch.softmax(votes @ means.T * case.scale, dim=-1).sum(0)
     return dict(zip(range(block.low, block.high), weights.tolist(), strict=True))
 

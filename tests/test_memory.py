@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from families import make_model
 from helpers import make_problem, make_qkv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import hip_hf
 from hip_hf.attention import attend, hip_attention
 from hip_hf.config import HiPConfig
 from hip_hf.reference import workers
@@ -91,6 +93,24 @@ def test_prefill_allocates_a_constant_per_token(fields: dict, dense_tail: int) -
     assert largest[LONG] <= 2.1 * largest[SHORT]
     # every query block has temporaries of its own, whose size grows with the depth of the tree at most
     assert total[LONG] <= 2.5 * total[SHORT]
+
+
+@pytest.mark.parametrize(("family", "path"), [("llama", "sparse"), ("mistral", "dense")])
+def test_a_models_forward_allocates_a_constant_per_token(family: str, path: str) -> None:
+    """Masks, rotations and projections included; left-padded, so that there is a mask. Mistral: a window below the budget."""
+    model = make_model(family, budget=64, window=64, block_q=256, query_stride=64)
+    largest = {}
+    for tokens in (SHORT, LONG):
+        mask = torch.ones(1, tokens, dtype=torch.long)
+        mask[:, :5] = 0
+        ids = torch.full((1, tokens), 7)
+        with torch.inference_mode():
+            seen = allocations(lambda ids=ids, mask=mask: model(ids, attention_mask=mask, logits_to_keep=1))
+        assert {row.path for row in hip_hf.explain(model)} == {path}
+        # pages of the cache are added half as large as what is there; a token's hidden state is 256 bytes
+        assert seen.largest <= 1024 * tokens, f"{seen.largest} bytes at once in {seen.op}"
+        largest[tokens] = seen.largest
+    assert largest[LONG] <= 2.1 * largest[SHORT]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def as_set(mask: BlockMask, head: int, block: int) -> set[int]:
 @pytest.mark.parametrize(("tokens", "rows"), [(600, 40), (601, 97), (333, 20), (600, 1), (600, 5)])
 def test_staged_with_one_halving_a_stage_is_the_tree(score: str, shared: bool, beam: int, tokens: int, rows: int) -> None:
     tensors = make_qkv(tokens, rows)
-    common = dict(representative="middle", score=score, group_shared=shared, decode_refresh=1)
+    common = dict(representative="middle", score=score, vote="sampled", group_shared=shared, decode_refresh=1)
     tree = small(beam=beam, **common)
     top = max(
         hip.start_level(tree, b // 4, (p - 16) // 4) for p in range(tokens - rows, tokens) for b in (4,)

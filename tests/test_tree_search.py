@@ -42,8 +42,8 @@ def expected(
             if high - low <= config.budget // config.block_k:
                 found[head, n] = list(range(low, high))
                 continue
-            votes = list(block)[:: -config.query_stride]  # the last row, and back from it
-            voting = torch.cat([queries[:, p - (keys - rows)] for p in votes])
+            own_rows = torch.stack([queries[:, p - (keys - rows)] for p in block])
+            voting = torch.cat(brute.votes(own_rows, config.query_stride, config.vote))
             options = config.options
             search = brute.Search(config, own, voting, low, high, q.shape[-1] ** -0.5, softcap, lasting, **options)
             found[head, n] = search.run()
@@ -101,8 +101,21 @@ def test_same_blocks_for_every_shape_of_the_tree(beam: int, rescore: int, coarse
 
 @pytest.mark.parametrize("group_shared", [True, False])
 @pytest.mark.parametrize("query_stride", [1, 2, 3, 16, 40])
-def test_same_blocks_for_every_choice_of_voters(query_stride: int, group_shared: bool) -> None:
-    check(small(query_stride=query_stride, group_shared=group_shared), 99, 99)
+@pytest.mark.parametrize("vote", ["pooled", "sampled"])
+def test_same_blocks_for_every_choice_of_voters(query_stride: int, vote: str, group_shared: bool) -> None:
+    check(small(query_stride=query_stride, vote=vote, group_shared=group_shared), 99, 99)
+
+
+def test_a_pooled_vote_of_equal_rows_is_one_of_them() -> None:
+    row = torch.randn(3, 1, 8, dtype=torch.float64)
+    assert torch.allclose(hip.pooled(row.expand(3, 11, 8), 4), row.expand(3, 3, 8), rtol=1e-12)
+
+
+def test_pooled_votes_are_finite_where_rows_cancel_out() -> None:
+    row = torch.randn(2, 8)
+    votes = hip.pooled(torch.stack([row, -row], dim=-2), 2)
+    assert votes.shape == (2, 1, 8)
+    assert not votes.any()
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 1), (1, 4), (2, 3)])

@@ -17,7 +17,7 @@ from hip_hf.methods import METHODS
 # What `--settings` may name; anything else is read as a JSON dict of `HiPConfig` fields.
 PRESETS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "paper": {"representative": "middle", "score": "max", "beam": 1, "rescore": 1},
+    "paper": {"representative": "middle", "score": "max", "query_stride": 4, "vote": "sampled", "beam": 1, "rescore": 1},
     "staged": {"method": "staged"},
     "quest": {"method": "quest"},
     "vertical_slash": {"method": "vertical_slash"},

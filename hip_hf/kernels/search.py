@@ -14,6 +14,7 @@ from hip_hf.kernels.pyramid import parts_and_vectors
 from hip_hf.kernels.select import NEVER, select_kernel
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.tuning import target_of
+from hip_hf.kernels.votes import pool
 from hip_hf.methods.hip import SUCCESSORS
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ def constants(
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
         RESCORE=rescore, SUCCESSORS=successors, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voters, ROWS=rows,
         TILES=-(-samples * voters // rows), SAMPLES=samples, STRIDE=config.query_stride, GROUP=voters,
-        MASS=config.score == "mass", DIM=dim, FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts,
+        MASS=config.score == "mass", POOLED=config.vote == "pooled" and config.query_stride > 1 and block_q > 1, DIM=dim,
+        FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts,
         VECTORS=vectors, OUT=tile(budget), PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps,
         num_stages=shape.stages,
     )  # fmt: skip
@@ -162,6 +164,8 @@ def select(
         stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])
         scratch = torch.empty(sequences.count * heads * blocks, stride_scratch, dtype=torch.float32, device=q.device)
     block_table, stride_table = kv.table()
+    if fixed["POOLED"]:
+        q = pool(q, sequences, block_q, config.query_stride)
     select_kernel[(blocks, heads, sequences.count)](
         q, table, kv.k, block_table, sequences.table, scratch, into.indices, into.counts, into.window,
         into.counts if into.made is None else into.made, *q.stride()[:3], *kv.strides(kv.k), stride_table,

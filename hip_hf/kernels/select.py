@@ -133,7 +133,7 @@ def select_kernel(
     stride_scratch, scale, sink, window, sliding, refresh, steps,
     BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
     KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, SUCCESSORS: tl.constexpr, LONG: tl.constexpr,
-    STATEFUL: tl.constexpr,
+    STATEFUL: tl.constexpr, POOLED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr, VECTORS: tl.constexpr,
@@ -144,8 +144,10 @@ def select_kernel(
     `KEEP` chunks survive a level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts with
     at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
     a time, for after a step of several rows the next one selects anew. `SUCCESSORS`: so many blocks that follow the best ones
-    are kept in any case, in steps of one row.
+    are kept in any case, in steps of one row. `POOLED`: `q` is `[S, Hq, blocks * SAMPLES, D]`, votes that `votes.py` made of
+    `STRIDE` rows each.
     """
+    STEP: tl.constexpr = 1 if POOLED else STRIDE
     index = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest searches first
     head = tl.program_id(1)
     sequence = tl.program_id(2)
@@ -172,7 +174,11 @@ def select_kernel(
         return
 
     key_head = head // HEADS_PER_KEY
-    q += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * GROUP * stride_qh
+    q += (sequence if POOLED else batch).to(tl.int64) * stride_qb + head.to(tl.int64) * GROUP * stride_qh
+    if POOLED:
+        q += index.to(tl.int64) * SAMPLES * stride_qt
+        last_row = (last - first) // STRIDE
+        first, last = first - first, last_row
     table += sequence.to(tl.int64) * stride_sequence + key_head.to(tl.int64) * stride_head
     k += key_head.to(tl.int64) * stride_kh
     slot = tl.arange(0, M)
@@ -185,7 +191,7 @@ def select_kernel(
     if LONG:
         scratch += entry * stride_scratch
         score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP,
-                   M, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, level)  # fmt: skip
+                   M, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, level)  # fmt: skip
         best, total = merge_long(scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2)
         ids = pair(best, best, M)
         inside = slot < total
@@ -196,7 +202,7 @@ def select_kernel(
         at = chunk_rows(tl.where(inside, ids, begins), level)
         scores, _ = score_chunks(
             table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M, EDGES,
-            ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, False)  # fmt: skip
+            ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, False)  # fmt: skip
     keys = sort_keys(scores, inside)
     left = level * 0 + ABSENT
     right = level * 0 + ABSENT
@@ -213,7 +219,7 @@ def select_kernel(
         edge_inside = ((edge == 0) & (begins != 2 * was_begins)) | ((edge == 1) & (ends != 2 * was_ends))
         scores, edge_scores = score_chunks(
             table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M,
-            EDGES, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, True)  # fmt: skip
+            EDGES, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, True)  # fmt: skip
         keys = sort_keys(scores, inside)
         edge_keys = sort_keys(edge_scores, edge_inside)
         left = tl.sum(tl.where(edge == 0, edge_keys, 0), 0)
@@ -226,7 +232,7 @@ def select_kernel(
         ids = tl.where(inside, ids, low)
         scores = score_blocks(
             k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, last_row,
-            first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, DIM,
+            first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM,
             FEATURES_LAST, PRECISION)  # fmt: skip
         keys = sort_keys(scores, inside)
     if SUCCESSORS > 0:

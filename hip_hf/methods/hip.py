@@ -80,8 +80,27 @@ def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
-    """The rows that vote: every `query_stride`-th, counted back from the last."""
+    """Every `query_stride`-th row, counted back from the last: these vote, or each with the rows up to the next one."""
     return range(block.row + (block.rows - 1) % config.query_stride, block.row + block.rows, config.query_stride)
+
+
+def pooled(q: torch.Tensor, size: int) -> torch.Tensor:
+    """One vote for every `size` rows of a query block `[..., rows, D]`, counted back from the last, and one for what is left
+    over: their mean direction, as long as the rows are on average. fp32 at least.
+
+    A vote that stands for all its rows finds what a sampled row finds with half as many votes, or fewer.
+    """
+    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    left = q.shape[-2] % size
+    groups = q[..., left:, :].unflatten(-2, (-1, size))
+    mean, length = groups.mean(-2), torch.linalg.vector_norm(groups, dim=-1).mean(-1)
+    if left:
+        mean = torch.cat([q[..., :left, :].mean(-2, keepdim=True), mean], dim=-2)
+        first = torch.linalg.vector_norm(q[..., :left, :], dim=-1).mean(-1, keepdim=True)
+        length = torch.cat([first, length], dim=-1)
+    own, limits = torch.linalg.vector_norm(mean, dim=-1), torch.finfo(mean.dtype)
+    own = torch.maximum(own, limits.eps * length).clamp_min_(limits.tiny)  # rows may cancel out
+    return mean * (length / own)[..., None]
 
 
 class Selector:
@@ -122,9 +141,15 @@ class TreeSearch:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _rows(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
-        """Voting queries `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype."""
-        index = torch.tensor([list(sampled_rows(self.config, block)) for block in blocks], device=self.q.device)
-        q = self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale  # [heads, G, P, n, D]
+        """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype."""
+        config, rows = self.config, blocks[0].rows
+        if config.vote == "pooled" and config.query_stride > 1 and rows > 1:
+            index = torch.tensor([block.row for block in blocks], device=self.q.device)[:, None]
+            index = index + torch.arange(rows, device=self.q.device)
+            q = pooled(self.q[heads][:, :, index], config.query_stride).mul_(self.scale).to(self.pyramid.dtype)
+        else:
+            index = torch.tensor([list(sampled_rows(config, block)) for block in blocks], device=self.q.device)
+            q = self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale  # [heads, G, P, R, D]
         if self.config.group_shared:
             q = q.transpose(1, 2).flatten(2, 3)
         else:

@@ -8,15 +8,11 @@ prefill; a decode step is its own sample. Costs `rows` of dense attention. A row
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from hip_hf.methods.base import Unsummarised
 from hip_hf.methods.columns import Columns, block_sums, probe
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
