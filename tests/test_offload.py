@@ -68,20 +68,26 @@ def test_offload_changes_no_bit(where: str, pages: int, chunk: int) -> None:
     assert "hit rate" in str(found)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "mistral_full", "qwen3", "gemma2"])
-def test_generate_with_offload_changes_no_token(family: str, beams: int) -> None:
-    """At pools that hold just one step's blocks, a little more, and everything."""
-    model = make_model(family, decode_refresh=4, rescore=2)
-    options: dict[str, Any] = dict(do_sample=False, max_new_tokens=10, num_beams=beams)
+@pytest.mark.parametrize(
+    ("family", "beams", "pages"),
+    [("llama", 3, 4), ("llama", 1, 100), ("mistral_full", 1, 5), ("qwen3", 1, 11), ("gemma2", 1, 4), ("gemma2", 3, 11)],
+)
+def test_generate_with_offload_changes_no_token(family: str, beams: int, pages: int) -> None:
+    """Pools that hold little more than one step needs (4 pages), less than the search looks at, and everything."""
+    model = make_model(family, decode_refresh=2, rescore=2)
+    options: dict[str, Any] = dict(do_sample=False, max_new_tokens=5, num_beams=beams)
     batch = make_batch([130, 95])
     with torch.no_grad():
         resident = model.generate(**batch, **options)
-        assert "sparse" in [row.path for row in hip_hf.explain(model)]
-        for pages in (8, 11, 100):
-            cache = HiPCache(model.config, offload="cpu", device_pages=pages)
-            assert torch.equal(model.generate(**batch, **options, past_key_values=cache), resident), pages
-            assert cache.statistics()["search"].hits > 0
+        cache = HiPCache(model.config, offload="cpu", device_pages=pages)
+        assert torch.equal(model.generate(**batch, **options, past_key_values=cache), resident)
+    sparse = [row for row in hip_hf.explain(model) if row.path == "sparse"]
+    assert len(sparse) == (1 if family == "gemma2" else 2)
+    assert all(row.share < 0.9 for row in sparse)
+    found = cache.statistics()
+    assert found["search"].hits > 0
+    assert found["attention"].hits > 0
+    assert found.together.misses > 0
 
 
 def test_the_search_has_its_own_pool() -> None:
@@ -131,15 +137,23 @@ def test_the_least_recently_used_page_makes_room() -> None:
     assert torch.equal(pool.rows[0, slot * 2 : slot * 2 + 2], store.slabs[0][0, 2:4])
 
 
-def test_a_pool_that_is_too_small_is_refused_and_the_cache_intact() -> None:
-    model = make_model("llama", rescore=1)
-    cache = HiPCache(model.config, offload="cpu", device_pages=2)
+@pytest.mark.parametrize("rescore", [1, 8])
+def test_a_pool_that_is_too_small_is_refused_and_the_cache_intact(rescore: int) -> None:
+    """A selection is four blocks, at worst each in a page of its own. The search looks at more, in several goes."""
+    model = make_model("llama", rescore=rescore)
     ids = make_batch([120])["input_ids"]
     with torch.no_grad():
+        cache = HiPCache(model.config, offload="cpu", device_pages=3)
         model(ids[:, :16], past_key_values=cache)
-        with pytest.raises(ValueError, match="device_pages: got 2, allowed: at least 4"):
+        before = [layer.keys.clone() for layer in cache.layers]
+        with pytest.raises(ValueError, match="device_pages: got 3, allowed: at least 4, the pages one step may need"):
             model(ids[:, 16:], past_key_values=cache)
-    assert [layer.get_seq_length() for layer in cache.layers] == [16, 16]
+        assert [layer.get_seq_length() for layer in cache.layers] == [16, 16]
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+    enough = HiPCache(model.config, offload="cpu", device_pages=4)
+    resident = decoded(model, HiPCache(model.config), [120])
+    assert torch.equal(decoded(model, enough, [120]), resident)
+    assert [row.path for row in hip_hf.explain(model)] == ["sparse", "sparse"]
 
 
 @pytest.mark.parametrize(

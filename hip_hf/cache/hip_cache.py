@@ -132,18 +132,14 @@ class PagedLayer(Stateful, DynamicLayer):
                 raise ValueError(f"{name}: got (batch, heads, dim, dtype) {got}, allowed: {want}, as cached")
 
     def _check_device_pages(self, length: int) -> None:
-        """Refuse a pool that could not hold the blocks which one step picks for a head."""
+        """Refuse pools that could not hold the blocks which one step selects for a head. (The search looks at more, but it
+        reads them in as many goes as its pool asks for.)"""
         if self.offload_to is None or self.device_pages is None:
             return
         settings = read_settings(self.config)
-        blocks = settings.budget // settings.block_k
-        most = {"attention": blocks, "search": blocks * settings.rescore if settings.rescore > 1 else 0}
-        for pool, picked in most.items():
-            need = min(picked, -(-length // PAGE))  # at worst each block lies in a page of its own
-            if self.device_pages < need:
-                raise ValueError(
-                    f"device_pages: got {self.device_pages}, allowed: at least {need}, which a step of the {pool} may need"
-                )
+        need = min(settings.budget // settings.block_k, -(-length // PAGE))  # at worst each block lies in a page of its own
+        if self.device_pages < need:
+            raise ValueError(f"device_pages: got {self.device_pages}, allowed: at least {need}, the pages one step may need")
 
     def get_seq_length(self) -> int:
         return self.length

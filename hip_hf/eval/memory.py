@@ -23,8 +23,8 @@ KINDS = ("dynamic", "static", "hip", "hip offloaded")
 CHUNK, STEPS = 2048, 16
 
 
-def _kib(name: str) -> int:
-    """A field of this process's memory."""
+def status_kib(name: str) -> int:
+    """A field of this process's memory, as Linux knows it, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
@@ -43,7 +43,7 @@ def _make_cache(kind: str, config: Any, length: int) -> Any:
     if kind == "hip":
         return HiPCache(config)
     settings = read_settings(config)
-    step = settings.budget // settings.block_k * settings.rescore  # blocks that a step looks at, at worst each in its own page
+    step = settings.budget // settings.block_k  # blocks that a step selects, at worst each in a page of its own
     return HiPCache(config, offload="cpu", device_pages=max(step, length // PAGE // 8))
 
 
@@ -68,7 +68,7 @@ def measure(kind: str, model: str, length: int) -> dict[str, Any]:
     heads, dim = config.num_key_value_heads, config.head_dim
     with torch.inference_mode():
         net(torch.tensor([[5]]), past_key_values=_make_cache(kind, config, CHUNK))  # whatever is allocated once
-        before = _kib("VmRSS:")
+        before = status_kib("VmRSS:")
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         cache = _make_cache(kind, config, length)
         for first in range(0, length, CHUNK):
@@ -77,7 +77,7 @@ def measure(kind: str, model: str, length: int) -> dict[str, Any]:
                 cache.update(torch.randn(shape, dtype=net.dtype), torch.randn(shape, dtype=net.dtype), layer)
         for _ in range(STEPS):
             net(torch.tensor([[5]]), past_key_values=cache)
-    resident, peak = (_kib("VmRSS:") - before) * 1024, (_kib("VmHWM:") - before) * 1024
+    resident, peak = (status_kib("VmRSS:") - before) * 1024, (status_kib("VmHWM:") - before) * 1024
     return {
         "cache": kind,
         "length": length,

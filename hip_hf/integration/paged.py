@@ -10,6 +10,7 @@ The cache's layout is not documented; it is found by inspection, and an unknown 
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.util
 import inspect
@@ -20,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import transformers
 
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
@@ -206,16 +208,56 @@ def _keep_state(cache: Any, layer: int, place: Place, pages: list[int], last: in
 
 
 def open_gate(module: ModuleType) -> None:
-    """Let models that attend by us into continuous batching as they are."""
+    """Let models that attend by us into continuous batching as they are; but not where it would lose their tokens."""
     manager = module.ContinuousBatchingManager
-    switch = getattr(manager, "switch_to_cb_friendly_attn", None)  # 5.4 has no gate: it calls us `paged|hip`
-    if switch is None or switch.__name__ == "switched":
+    if getattr(manager, "_hip_gate", False):
         return
+    manager._hip_gate = True
+    made = manager.__init__
+    switch = getattr(manager, "switch_to_cb_friendly_attn", None)  # 5.4 has no gate: it calls us `paged|hip`
+
+    @functools.wraps(made)
+    def checked(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        _refuse_lossy_ring(model.config)
+        made(self, model, *args, **kwargs)
 
     def switched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if attends_by_us(model.config) else switch(self, model, *args, **kwargs)
+        return None if attends_by_us(model.config) else switch(self, model, *args, **kwargs)  # type: ignore[misc]
 
-    manager.switch_to_cb_friendly_attn = switched
+    manager.__init__ = checked
+    if switch is not None:
+        manager.switch_to_cb_friendly_attn = switched
+
+
+def _refuse_lossy_ring(config: Any) -> None:
+    """Raise ValueError for a model of ours with sliding layers where Transformers would lose tokens of them."""
+    config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+    if slides and attends_by_us(config) and ring_loses_tokens():
+        raise ValueError(
+            f"continuous batching: got sliding layers ({config.model_type}) on Transformers {transformers.__version__}, whose "
+            "cache forgets tokens of theirs whatever the attention; allowed: Transformers 5.17 or later, or `generate`"
+        )
+
+
+@functools.cache
+def ring_loses_tokens() -> bool:
+    """Whether the ring buffers of sliding layers, as this Transformers indexes them, give back other tokens than the last."""
+    try:
+        from transformers.generation.continuous_batching import cache_manager
+    except ImportError:  # later ones index otherwise
+        return False
+    ring: Any = object.__new__(cache_manager.SlidingAttentionCacheAllocator)
+    ring.sliding_window, ring.block_size, ring.block_table, ring.sentinel_index, ring.trash_index = 4, 4, {"": [0]}, -1, -1
+    held: dict[int, int] = {}
+    seen = 0
+    for new in (3, 6, 1, 1):
+        if [held.get(slot) for slot in ring.get_read_indices("", seen, new)[:-new]] != list(range(max(0, seen - 3), seen)):
+            return True
+        held |= zip(ring.get_write_indices("", seen, new), range(seen, seen + new), strict=True)
+        seen += new
+    return False
 
 
 class _Hook(importlib.abc.MetaPathFinder):
