@@ -52,8 +52,9 @@ def peak_of(call: Callable[[], Any]) -> int:
 
 
 def test_a_prompt_in_chunks_takes_memory_independent_of_its_length() -> None:
-    """Through `generate`: the peak beyond what the cache has allocated, and beyond a few integers a token."""
-    model, extra = make_model("llama", budget=64, window=64, sink=16, block_q=64, dense_tail=16), {}
+    """Through `generate`: the peak beyond what the cache has allocated, and beyond a few integers a token. (A dense tail has
+    tiles of its own, which grow up to `LOGITS_AT_ONCE`.)"""
+    model, extra = make_model("llama", budget=64, window=64, sink=16, block_q=64), {}
     for tokens in (2048, 8192):
         ids, cache = make_batch([tokens])["input_ids"], HiPCache(model.config)
         model.config.max_position_embeddings = tokens + 2

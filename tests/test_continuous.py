@@ -155,7 +155,7 @@ def test_a_ring_buffer_that_loses_tokens_is_found_out(ring: type, loses: bool, m
     monkeypatch.setattr(importlib.import_module(package), "cache_manager", module, raising=False)
     assert paged.ring_loses_tokens.__wrapped__() is loses
     monkeypatch.setattr(paged, "ring_loses_tokens", lambda: loses)
-    for served in (make_model("llama"), make_model("gemma2", "sdpa")):  # no sliding layers; not ours
+    for served in (make_model("llama"), make_model("gemma2", "eager")):  # no sliding layers; not ours
         paged._refuse_lossy_ring(served.config)
     model = make_model("gemma2", budget=1024)
     if not loses:
