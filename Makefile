@@ -1,10 +1,10 @@
-# make test | test-gpu | demo | lint | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-gpu | demo | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-gpu demo lint clean
+.PHONY: test test-gpu demo docs notebooks lint clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
@@ -17,6 +17,14 @@ test-gpu:
 demo: $(INSTALLED)
 	$(BIN)/hip-hf demo
 
+# The pages: build/docs/index.html. Warnings are errors.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+
+# Executes the notebooks and saves their outputs, which the documentation shows.
+notebooks: $(INSTALLED)
+	$(BIN)/python notebooks/execute.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -24,12 +32,12 @@ lint: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.cfg constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time takes some minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot,docs]'
 	@touch $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist docs/_generated *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

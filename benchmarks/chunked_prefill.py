@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from hip_hf.eval.memory import status_kib
 from hip_hf.eval.report import machine
+from hip_hf.eval.resident import MIB, Meter
 
 SHAPE = dict(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 HEADS, DIM = 2, 32
@@ -54,12 +54,12 @@ def measure(length: int, chunk: int) -> dict[str, Any]:
         return cache
 
     read(2 * chunk)  # whatever is allocated once
-    before = status_kib("VmRSS:") * 1024
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    meter = Meter(torch.device("cpu"))
     cache = read(length)
-    peak = status_kib("VmHWM:") * 1024 - before
-    extra = peak - held(cache)
-    return {
+    peak = meter.peak_mib()
+    assert peak is not None, "the system does not say how much memory a process has"
+    kept = held(cache) / MIB
+    return {"length": length, "chunk": chunk, "cache_MiB": kept, "peak_MiB": peak, "extra_MiB": peak - kept}
         "length": length,
         "chunk": chunk,
         "cache_MiB": held(cache) / 2**20,

@@ -10,9 +10,10 @@ from hip_hf.config import HiPConfig
 from hip_hf.integration.explain import explain
 from hip_hf.integration.interface import register
 from hip_hf.integration.settings import configure
+from hip_hf.patches.registry import patch, unpatch
 from hip_hf.state import DecodeState
 
 __version__ = "0.1.0"
-__all__ = ["DecodeState", "HiPCache", "HiPConfig", "configure", "explain", "hip_attention", "register"]
+__all__ = ["DecodeState", "HiPCache", "HiPConfig", "configure", "explain", "hip_attention", "patch", "register", "unpatch"]
 
 register()

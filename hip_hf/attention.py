@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from hip_hf import methods
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
+from hip_hf.paged import PagedTensor
 from hip_hf.problem import DTYPES, AttentionProblem, Span, check_finite, check_tensors, make_spans, newest
 from hip_hf.reference import dense
 from hip_hf.reference.gradients import Piece, learning, traced
 from hip_hf.reference.sparse import DECODE_ROWS, SparseAttention, tensors_of
 from hip_hf.reference.workers import compute_dtype
+from hip_hf.rope import Positions
 from hip_hf.state import DecodeState
 
 # Where the sparse path starts to win over PyTorch's attention on a CPU, by the dtype it multiplies in, in prefill and in
@@ -100,6 +102,8 @@ def attend(
 ) -> Result:
     """Attention of a validated problem. Rows outside every span give 0, and -inf as log-sum-exp."""
     config = config.for_layer(layer)
+    if problem.positions is not None and learning(problem):
+        raise ValueError(f"extend: got {config.extend!r} where gradients are asked for, allowed: torch.no_grad(), or extend=None")
     reason, unsupported = dense_reason(problem, config, layer, state is None)
     if not problem.spans:
         return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", 1.0)
@@ -140,8 +144,22 @@ def empty_outputs(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tens
     return out, lse
 
 
+def placed(problem: AttentionProblem) -> AttentionProblem:
+    """The problem with q and k rotated to their true positions. O(T): where all of the keys are read anyway."""
+    assert problem.positions is not None
+    rope, trained = problem.positions.rope, problem.k.shape[2]
+    q, k = torch.empty_like(problem.q), rope.keys(problem.k, 0, trained)
+    for span in problem.spans:
+        rows = slice(span.row_start, span.row_end)
+        at = span.key_start + span.position
+        q[span.batch, :, rows] = rope.queries(problem.q[span.batch, :, rows], at, trained)
+    return replace(problem, q=q, k=k, positions=None)
+
+
 def attend_dense(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention: the output, and the log-sum-exp if asked for."""
+    if problem.positions is not None and not isinstance(problem.k, PagedTensor) and problem.longest <= problem.positions.trained:
+        problem = placed(problem) if problem.q.shape[2] > DECODE_ROWS else problem
     if dense.sdpa_serves(problem, need_lse) and dense.alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None
     if dense.sdpa_serves(problem, need_lse):
@@ -180,6 +198,21 @@ def _in_graph(
     return (out, lse) if need_lse else out
 
 
+def _check_positions(positions: Positions | None, config: HiPConfig, dim: int, sliding_window: int | None) -> None:
+    if positions is not None and not isinstance(positions, Positions):
+        raise ValueError(f"positions: got {type(positions).__name__}, allowed: None or Positions")
+    if (positions is None) != (config.extend is None):
+        allowed = "None without config.extend" if config.extend is None else f"Positions, for config.extend={config.extend!r}"
+        raise ValueError(f"positions: got {positions}, allowed: {allowed}")
+    if positions is None:
+        return
+    if positions.rope.dim > dim:
+        raise ValueError(f"positions.rope: got {positions.rope.dim} numbers that turn, allowed: up to q's head dim {dim}")
+    if sliding_window is not None:
+        raise ValueError(f"sliding_window: got {sliding_window}, allowed with `extend`: None (a window needs no extension)")
+    positions.check(config)
+
+
 def hip_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -194,6 +227,7 @@ def hip_attention(
     sinks: torch.Tensor | None = None,
     state: DecodeState | None = None,
     layer: int | None = None,
+    positions: Positions | None = None,
     return_lse: bool = False,
     return_mask: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor | BlockMask | None, ...]:
@@ -210,6 +244,7 @@ def hip_attention(
         sinks: `[Hq]`, one extra logit per query head that takes part in the softmax.
         state: kept between decode calls on a growing cache; without it the pyramid is rebuilt, O(T).
         layer: index for the layer rules (`dense_layers`, `layers`); None: they do not apply.
+        positions: with `config.extend`: q and k are not rotated, and this rotates them (InfiniteHiP's context extension).
 
     Returns:
         out `[B, Hq, Tq, Dv]`; then, where asked for, lse `[B, Hq, Tq]` (fp32, fp64 for fp64; natural log; sinks
@@ -237,12 +272,13 @@ def hip_attention(
         raise ValueError(f"state: got {type(state).__name__}, allowed: None or a DecodeState")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
         raise ValueError(f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}")
+    _check_positions(positions, config, q.shape[3], sliding_window)
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"q.shape: got {q.shape[2]} query rows, allowed: at most the {k.shape[2]} keys")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling() and state is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
-        problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
+        problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks, positions)
         if backend_of(problem, config)[0] == "triton":
             return _in_graph(problem, config, layer, key_start, q_start, return_lse)
     spans = make_spans(q, k, key_start, q_start)
@@ -251,7 +287,7 @@ def hip_attention(
         # a step on a kept state must not read the whole cache: its new keys are the last ones
         new = spans if state is None or q.shape[2] > DECODE_ROWS else tuple(newest(span) for span in spans)
         check_finite("k", k, new, rows=False)
-    problem = AttentionProblem(q, k, v, spans, scale, sliding_window, softcap, sinks)
+    problem = AttentionProblem(q, k, v, spans, scale, sliding_window, softcap, sinks, positions)
     result = attend(problem, config, layer, state, return_lse, return_mask)
     if not return_lse and not return_mask:
         return result.out

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from hip_hf.methods import METHODS, options_type
+from hip_hf.methods import METHODS, extends, options_type
 
 REPRESENTATIVES = ("blend", "mean", "minmax", "outliers", "middle", "first", "last")
 SCORES = ("mass", "max")
@@ -55,6 +55,8 @@ class HiPConfig:
         delta: Delta correction: every so many rows one is dense, and lends its difference to the rows after it; None: off.
         delta_mode: `step`, or `interpolate` between two dense rows (in prefill; not causal, it looks `delta` rows ahead).
         decode_refresh: decode steps that one selection serves, its own included; for `staged` also a list, one per stage.
+        extend: None, or `streaming`: contexts longer than the model was trained for (models: patched families, and those whose
+            keys can be turned back; `hip_attention`: with `positions`). `sink + budget + window` must fit in the trained length.
         layers: overrides for single layers, `{layer: {field: value}}`.
         backend: `auto` (kernels on a GPU where they can serve, else torch), `torch` (any device), `triton` (or an error).
 
@@ -97,6 +99,9 @@ class HiPConfig:
             _fail("options", self.options, "a mapping of the method's own settings")
         object.__setattr__(self, "options", copy.deepcopy(dict(self.options)))
         self.method_options()
+        if self.extend is not None and not extends(self.method):
+            allowed = " | ".join(method for method in METHODS if extends(method))
+            _fail("method", self.method, f"with `extend`: {allowed}")
         self._check_layers()
         # graphs that are compiled carry the settings as text
         object.__setattr__(self, "text", json.dumps(self.to_dict()))
@@ -116,8 +121,10 @@ class HiPConfig:
             _fail("delta", self.delta, "None or an integer >= 1 (rows between dense ones)")
         if self.delta_mode not in ("step", "interpolate"):
             _fail("delta_mode", self.delta_mode, "step | interpolate")
-        if self.extend is not None:
-            _fail("extend", self.extend, "None (context extension is not part of this release)")
+        if self.extend not in (None, "streaming"):
+            _fail("extend", self.extend, "None | streaming")
+        if self.extend is not None and self.delta is not None:
+            _fail("delta", self.delta, "None with `extend`")
         if not isinstance(self.group_shared, bool):
             _fail("group_shared", self.group_shared, "True or False")
 
@@ -163,8 +170,8 @@ class HiPConfig:
                 _fail("layers", key, "layer indices >= 0 as keys")
             if not isinstance(fields, Mapping):
                 _fail("layers", fields, f"a mapping of fields for layer {index}")
-            if "layers" in fields:
-                _fail("layers", dict(fields), "any field but `layers` itself")
+            if {"layers", "extend"} & fields.keys():
+                _fail("layers", dict(fields), "any field but `layers` itself and `extend`, which holds for all layers")
             layers[index] = copy.deepcopy(dict(fields))
         object.__setattr__(self, "layers", layers)
         for index in layers:

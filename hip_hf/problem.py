@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hip_hf.rope import Positions
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -50,6 +52,7 @@ class AttentionProblem:
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    positions: Positions | None = None  # q and k are not rotated, and are placed by these
 
     @property
     def groups(self) -> int:

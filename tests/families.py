@@ -13,7 +13,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import hip_hf
@@ -44,6 +46,15 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "gpt_oss": GptOssConfig(**_BASE, sliding_window=24, num_local_experts=4, num_experts_per_tok=2),
 }
 
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Families with a patcher, and Mistral with and without its sliding window.
+PATCHED: dict[str, PreTrainedConfig] = {
+    **{name: FAMILIES[name] for name in ("llama", "mistral", "qwen2", "qwen3")},
+    "mistral_full": MistralConfig(**_BASE, sliding_window=None),
+    "qwen2_moe": Qwen2MoeConfig(**_BASE, **_EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3_moe": Qwen3MoeConfig(**_BASE, **_EXPERTS),
+}
+
 # Sparse everywhere, with blocks small enough for short test sequences.
 SPARSE = {
     "block_q": 16,
@@ -60,7 +71,7 @@ SPARSE = {
 def make_model(family: str, implementation: str = "hip", **settings: object) -> PreTrainedModel:
     """A model of the family with `SPARSE` settings, overridden by `settings`; the same weights at every call."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy({**FAMILIES, **PATCHED}[family])).eval()
     for parameter in model.parameters():
         # sharper attention than a fresh initialisation, so that what is selected matters
         if parameter.ndim == 2:

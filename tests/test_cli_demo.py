@@ -128,9 +128,9 @@ def test_demo_hides_each_fact_where_it_says(checkpoint: str, text: Path) -> None
     facts = make_facts(3, seed=1)
     assert facts == make_facts(3, seed=1) != make_facts(3, seed=2)
     assert [int(3 * fact.depth) for fact in facts] == [0, 1, 2]
-    (prompts, answer_tokens), tokenizer = demo.prepare(checkpoint, text, 600, facts), generate.load(checkpoint, "sdpa", {})[1]
-    assert answer_tokens == 6
-    for prompt, asked in zip(prompts, facts, strict=True):
+    task, tokenizer = demo.prepare(checkpoint, text, 600, facts), generate.load(checkpoint, "sdpa", {})[1]
+    assert (task.new_tokens, task.beyond) == (6, False)
+    for prompt, asked in zip(task.prompts, facts, strict=True):
         assert len(prompt) == 600
         assert tokenizer.decode(prompt).endswith(documents.question(asked.name))
         at = position_of(tokenizer, prompt, asked)
@@ -176,6 +176,37 @@ def test_demo_refuses_what_it_cannot_do(checkpoint: str, text: Path, option: str
     assert what in " ".join(result.output.replace("│", " ").split())
 
 
+# longer than the model
+
+
+def test_demo_beyond_the_models_length_is_hip_alone(checkpoint: str, text: Path) -> None:
+    given = ("--checkpoint", checkpoint, "--document", text, "--tokens", 20_480, "--chunk", 512, "--facts", 2)
+    result = run(demo, *given, "--set", "dense_layers=0", "--json")
+    assert result.exit_code == 0, result.output
+    assert "longer than the model was made for" in " ".join(result.stderr.split())
+    shown = json.loads(result.stdout)
+    (row,) = shown["rows"]
+    assert (shown["tokens"], shown["chunk"], row["attention"]) == (20_480, 512, "hip")
+    assert row["right"].endswith("/1")  # one question only
+    assert 0 < row["keys_read"] < 0.2  # of the last chunk, with its dense tail
+    for rows in (shown["explain"], shown["explain_decode"]):
+        assert [(layer["path"], layer["cache"]) for layer in rows] == [("sparse", "pages")] * 2
+    keys_and_values = 2 * 2 * 2 * 16 * 4 * 20_480 / 2**20  # two layers and key heads of 16 floats
+    assert keys_and_values < row["cache_mib"] < 1.5 * keys_and_values
+
+
+def test_memory_beyond_the_cache_is_that_of_a_chunk(checkpoint: str, text: Path) -> None:
+    """Four times the tokens, and no more memory beside the cache; read at once it takes far more."""
+    fields = dict(dense_layers=0, dense_tail=0)
+    beside = {}
+    for tokens, chunk in ((8192, 1024), (32768, 1024), (32768, None)):
+        task = demo.prepare(checkpoint, text, tokens, make_facts(1, seed=0))
+        memory = demo.in_own_process(demo.Run(checkpoint, "hip", task.prompts, 2, fields, chunk))["memory_mib"]
+        beside[tokens, chunk] = memory["peak"] - memory["cache"]
+    assert beside[32768, 1024] < beside[8192, 1024] + 16
+    assert beside[32768, None] > beside[32768, 1024] + 64
+
+
 # generate
 
 
@@ -207,6 +238,21 @@ def test_generate_agrees_with_sdpa_where_everything_is_read(checkpoint: str, pro
     assert {row["path"] for row in hip["rows"]} == {"sparse"}
 
 
+def test_generate_reads_a_prompt_of_any_length_in_chunks(checkpoint: str, prompt: Path) -> None:
+    given = (checkpoint, "--prompt-file", prompt, "--max-new-tokens", 4, "--set", "dense_layers=0", "--tokens", 2048)
+    whole, parts = run_json(generate, *given), run_json(generate, *given, "--chunk", 256)
+    assert whole["timing"]["prompt_tokens"] == parts["timing"]["prompt_tokens"] == 2048
+    assert whole["memory_mib"]["cache"] == pytest.approx(parts["memory_mib"]["cache"], rel=0.05)
+    assert (whole["chunk"], parts["chunk"]) == (None, 256)
+    assert generate.lengthen([1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
+    assert generate.lengthen([1, 2, 3], 2) == [1, 2]
+
+
+def test_generate_says_what_memory_it_took(checkpoint: str, prompt: Path) -> None:
+    result = run(generate, checkpoint, "--prompt-file", prompt, "--max-new-tokens", 2)
+    assert "memory on top of the model: the cache" in " ".join(result.stderr.split())
+
+
 def test_generate_prints_text_alone(checkpoint: str, prompt: Path) -> None:
     given = (checkpoint, "--prompt-file", prompt, "--max-new-tokens", 4)
     result = run(generate, *given)
@@ -224,6 +270,7 @@ def test_generate_prints_text_alone(checkpoint: str, prompt: Path) -> None:
         (("--set", "budget=512", "--attn", "sdpa"), "settings apply to"),
         (("--dtype", "fp8"), "auto | fp32 | bf16 | fp16"),
         (("--attn", "hop"), "cannot load"),
+        (("--device", "abacus"), "a device of this machine"),
     ],
 )
 def test_generate_refuses_what_it_cannot_do(

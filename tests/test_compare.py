@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
-from hip_hf.eval import fidelity
+from hip_hf.eval import fidelity, mass
 from hip_hf.eval.costs import SELECTION, block_cost, call_cost
 from hip_hf.eval.hardness import hardness, hardness_rows
 from hip_hf.eval.presets import PRESETS, as_many_keys, every, settings_of
@@ -122,7 +122,7 @@ def test_mass_of_hyper_is_that_of_what_it_reads_exactly() -> None:
     q, k, v = make_qkv(203, heads=1, groups=2)
     problem = make_problem(q, k, v)
     configs = [small(method="hyper", options=OPTIONS), small()]
-    measured = fidelity.measure(problem, configs)
+    measured = mass.measure(problem, configs)
     own = weights(q, k, small(method="hyper", options={**OPTIONS, "sample_size": 0}))
     p = (
         (q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) / 4)
@@ -130,12 +130,12 @@ def test_mass_of_hyper_is_that_of_what_it_reads_exactly() -> None:
         .softmax(-1)
     )
     kept = (p[0] * own).sum(-1)
-    blocks = fidelity.searched_blocks(problem, configs[0])
+    blocks = mass.searched_blocks(problem, configs[0])
     want = torch.stack([kept[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks], dim=1)
     assert_near(measured[0].mass, want, 1e-5, "mass")
     assert measured[0].overlap is None
     assert measured[1].overlap is not None
-    assert torch.equal(measured[1].mass, fidelity.measure(problem, configs[1:])[0].mass)
+    assert torch.equal(measured[1].mass, mass.measure(problem, configs[1:])[0].mass)
 
 
 def test_hardness_by_brute_force() -> None:
@@ -207,7 +207,7 @@ def test_a_method_of_ones_own() -> None:
         assert every()[-1] == "even"
         assert settings_of(["even"])["even"].method == "even"
         config, tensors = small(method="even"), make_qkv(203)
-        (measured,) = fidelity.measure(make_problem(*tensors), [config])
+        (measured,) = mass.measure(make_problem(*tensors), [config])
         assert measured.cost.selection == 7 * 16 * measured.mass.shape[1]
         got = sparse(*tensors, config)
         assert_near(got.out, eager(*tensors, read_mask(got.mask, config, *tensors[:2]))[0])

@@ -70,7 +70,7 @@ BAD = [
     *[("delta", value, "None or an integer >= 1") for value in (0, -64, 64.0, True, "64")],
     *[("decode_refresh", value, "divides") for value in ([4, 3], [2, 4])],
     ("delta_mode", "linear", "interpolate"),
-    ("extend", "streaming", "None"),
+    ("extend", "self", "None | streaming"),
     ("group_shared", 1, "True or False"),
     ("group_shared", None, "True or False"),
     *[(name, 0, ">= 1") for name in ("budget", "block_q", "block_k", "query_stride", "beam", "rescore", "decode_refresh")],

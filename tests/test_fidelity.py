@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
-from hip_hf.eval import fidelity
+from hip_hf.eval import fidelity, mass
 from hip_hf.eval.capture import DENSE, capture
 from hip_hf.eval.costs import block_cost, total
 from hip_hf.methods.base import query_blocks
@@ -59,8 +59,8 @@ def brute_mass(problem: AttentionProblem, config: HiPConfig, blocks: Any) -> tor
 def test_mass_and_error_by_brute_force(fields: dict[str, Any], tokens: int, rows: int) -> None:
     problem = make_problem(*make_qkv(tokens, rows, dv=8))
     config = small(**fields)
-    (measured,) = fidelity.measure(problem, [config])
-    blocks = fidelity.searched_blocks(problem, config)
+    (measured,) = mass.measure(problem, [config])
+    blocks = mass.searched_blocks(problem, config)
     assert measured.mass.shape == (4, len(blocks))
     assert_near(measured.mass, brute_mass(problem, config, blocks), 1e-6, "mass")
     first = blocks[0][1].row
@@ -71,8 +71,8 @@ def test_mass_and_error_by_brute_force(fields: dict[str, Any], tokens: int, rows
 def test_mass_with_softcap_and_sliding_window() -> None:
     problem = make_problem(*make_qkv(300), softcap=2.0, sliding_window=150)
     config = small()
-    (measured,) = fidelity.measure(problem, [config])
-    assert_near(measured.mass, brute_mass(problem, config, fidelity.searched_blocks(problem, config)), 1e-6, "mass")
+    (measured,) = mass.measure(problem, [config])
+    assert_near(measured.mass, brute_mass(problem, config, mass.searched_blocks(problem, config)), 1e-6, "mass")
 
 
 def test_everything_read() -> None:
@@ -81,12 +81,12 @@ def test_everything_read() -> None:
     result = attend(problem, config, need_mask=True)
     assert result.path == "sparse"
     blocks = list(enumerate(query_blocks(config, problem.spans[0], False)))
-    assert_near(fidelity.captured(problem, blocks, [result.mask]), torch.ones(1, 4, len(blocks)), 1e-6, "mass")
+    assert_near(mass.captured(problem, blocks, [result.mask]), torch.ones(1, 4, len(blocks)), 1e-6, "mass")
     assert_near(result.out, attend(problem, DENSE).out, 1e-5)
-    assert "covers" in fidelity.unsearched(problem, [config], None)
+    assert "covers" in mass.unsearched(problem, [config], None)
     with pytest.raises(ValueError, match="covers"):
-        fidelity.measure(problem, [config])
-    assert "dense" in fidelity.unsearched(problem, [HiPConfig(method="dense")], None)
+        mass.measure(problem, [config])
+    assert "dense" in mass.unsearched(problem, [HiPConfig(method="dense")], None)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -94,10 +94,10 @@ def test_nothing_beats_the_oracle(shared: bool) -> None:
     q, k, v = make_qkv(400, needles={300: 100, 333: 50, 390: 200})
     problem = make_problem(q, k, v)
     configs = [small(**{**fields, "group_shared": shared}) for fields in VARIANTS]
-    for config, measured in zip(configs, fidelity.measure(problem, configs), strict=True):
+    for config, measured in zip(configs, mass.measure(problem, configs), strict=True):
         # a shared selection is best for its group, not for each head
-        mass, oracle = (x.unflatten(0, (2, 2)).mean(1) if shared else x for x in (measured.mass, measured.oracle))
-        assert (mass <= oracle + 1e-6).all()
+        own, best = (x.unflatten(0, (2, 2)).mean(1) if shared else x for x in (measured.mass, measured.oracle))
+        assert (own <= best + 1e-6).all()
         assert 0 <= measured.overlap <= 1
         if config.method == "oracle":
             assert_near(measured.mass, measured.oracle, 0.0, "mass")
@@ -109,9 +109,9 @@ def test_nothing_beats_the_oracle(shared: bool) -> None:
 def test_settings_of_different_geometry_are_measured_apart() -> None:
     problem = make_problem(*make_qkv(300))
     configs = [small(), small(block_k=8), small(budget=32), small(sink=16)]
-    together = fidelity.measure(problem, configs)
+    together = mass.measure(problem, configs)
     for config, measured in zip(configs, together, strict=True):
-        (alone,) = fidelity.measure(problem, [config])
+        (alone,) = mass.measure(problem, [config])
         assert torch.equal(alone.mass, measured.mass)
         assert torch.equal(alone.oracle, measured.oracle)
 
@@ -269,5 +269,6 @@ def test_refusals(tmp_path: Path) -> None:
     assert "--rows" in refused(fidelity.main, *base, "--stress", "1K", "--rows", "8")
     assert "covers" in refused(fidelity.main, *base, "--budget", "1024")
     assert "dense" in refused(fidelity.main, *base, "--settings", "dense")
+    assert "extend" in refused(fidelity.main, *base, "--settings", '{"extend": "streaming"}')
     assert "--facts" in refused(fidelity.main, *base, "--facts", "8", "--budget", "64")
     assert "--tokens" in refused(fidelity.main, model, "--document", text, "--tokens", "100000")

@@ -147,6 +147,7 @@ def test_command_prints_a_table_with_reasons(capsys: pytest.CaptureFixture[str])
         ("--phases", "training"),
         ("--settings", "fastest"),
         ("--settings", '{"budget": 7}'),
+        ("--settings", '{"extend": "streaming"}'),
         ("--heads", "3"),
     ],
 )

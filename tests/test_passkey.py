@@ -153,7 +153,7 @@ def test_command(tmp_path: Path, threads: Any) -> None:
         arguments += ["--settings", fields]
     picture, saved = tmp_path / "map.png", tmp_path / "rows.json"
     pytest.importorskip("matplotlib")
-    printed = run(passkey.main, *arguments, "--heatmap", str(picture), "--output", str(saved))
+    printed = run(passkey.main, *arguments, "--plot", str(picture), "--output", str(saved))
     assert json.loads(saved.read_text())["rows"] == printed["rows"]
     assert picture.stat().st_size > 1000
     rows = printed["rows"]

@@ -77,7 +77,10 @@ def save(cache: HiPCache, path: str | os.PathLike[str]) -> None:
     held: list[Any] = cache.layers
     kinds = [_kind(layer) for layer in held]
     shapes, dtypes = _tensors(cache)
-    layers = [{"kind": kind, "length": int(layer.get_seq_length())} for kind, layer in zip(kinds, held, strict=True)]
+    layers = [
+        {"kind": kind, "length": int(layer.get_seq_length()), "unrotated": getattr(layer, "unrotated", False)}
+        for kind, layer in zip(kinds, held, strict=True)
+    ]
     header: dict[str, Any] = {
         "__metadata__": {"format": FORMAT, "model": json.dumps(_model(cache)), "layers": json.dumps(layers)}
     }
@@ -137,7 +140,7 @@ def load(cache: HiPCache, path: str | os.PathLike[str], device: torch.device) ->
             if f"{index}.keys" not in names:
                 continue
             keys, values = (file.get_slice(f"{index}.{name}") for name in ("keys", "values"))
-            _fill(layer, keys, values, known["length"], device)
+            _fill(layer, keys, values, known, device)
     cache.layers[:] = fresh
 
 
@@ -146,7 +149,8 @@ def _fresh(cache: HiPCache, layer: Any) -> Any:
     return cache.make_layer() if _kind(layer) == "paged" else DynamicSlidingWindowLayer(layer.sliding_window)
 
 
-def _fill(layer: Any, keys: Any, values: Any, length: int, device: torch.device) -> None:
+def _fill(layer: Any, keys: Any, values: Any, known: dict[str, Any], device: torch.device) -> None:
+    length = known["length"]
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.lazy_initialization(*(x[:, :, :0].to(device) for x in (keys, values)))
         layer.keys, layer.values = keys[:].to(device), values[:].to(device)
@@ -154,4 +158,5 @@ def _fill(layer: Any, keys: Any, values: Any, length: int, device: torch.device)
         return
     for first in range(0, length, _TOKENS_AT_ONCE):
         part = slice(first, min(first + _TOKENS_AT_ONCE, length))
-        layer.update(keys[:, :, part].to(device), values[:, :, part].to(device))
+        layer.append(keys[:, :, part].to(device), values[:, :, part].to(device))
+    layer.unrotated = known.get("unrotated", False)

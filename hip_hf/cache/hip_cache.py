@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from hip_hf.cache.offload import OFFLOADS, OffloadedStore, Statistics, statistics
 from hip_hf.cache.pool import PAGE, PagePool
 from hip_hf.integration.cache import KIND, Stateful
+from hip_hf.integration.positions import UNROTATED, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 
@@ -48,6 +49,7 @@ class PagedLayer(Stateful, DynamicLayer):
         self.pool: PagePool | None = None
         self.tables: list[BlockTable] = []
         self.length = 0
+        self.unrotated = False  # whether the keys are as they were before RoPE
         super().__init__()
 
     # `keys` and `values` are attributes of other layers; here they are gathered when asked for.
@@ -95,17 +97,15 @@ class PagedLayer(Stateful, DynamicLayer):
 
         Raises:
             ValueError: tensors that do not continue what is cached, or gradients asked for through cached tokens: only the
-                first tokens' may be, and they flow through this call alone. Nothing has changed.
+                first tokens' may be, and they flow through this call alone; or keys of another `extend` than those cached.
+                Nothing has changed.
             MemoryError: no memory for more pages. Nothing has changed.
         """
         self._check(key_states, value_states)
-        self._check_device_pages(self.length + key_states.shape[2])
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.pool is not None
+        key_states, self.unrotated = self._as_kept(key_states)
         first = self.length == 0
-        self.pool.append(self.tables, self.length, key_states.detach(), value_states.detach())
-        self.length += key_states.shape[2]
+        self.append(key_states, value_states)
+        assert self.pool is not None
         if first:  # all there is has just come: no need to look for it in pages
             keys, values = key_states, value_states
         elif attends_by_us(self.config):
@@ -114,10 +114,31 @@ class PagedLayer(Stateful, DynamicLayer):
             keys, values = (read_all(store, self.tables, self.length) for store in (self.pool.keys, self.pool.values))
         return self.stated(keys), values
 
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Keep `[B, Hkv, n, D]` as they are. Raises ValueError or MemoryError as `update` does."""
+        self._check_device_pages(self.length + key_states.shape[2])
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.pool is not None
+        self.pool.append(self.tables, self.length, key_states.detach(), value_states.detach())
+        self.length += key_states.shape[2]
+
     def stated(self, keys: torch.Tensor) -> torch.Tensor:
         keys = super().stated(keys)
         setattr(keys, KIND, "pages")
+        if self.unrotated:
+            setattr(keys, UNROTATED, True)
         return keys
+
+    def _as_kept(self, keys: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """The keys as they will be kept, and whether that is without RoPE: where settings extend the context, keys of layers that
+        are not patched are turned back."""
+        kept = getattr(keys, UNROTATED, None)
+        if kept is None and extends(self.config) and attends_by_us(self.config):
+            keys, kept = rope_of(self.config).unrotated(keys, self.length), True
+        if self.length and bool(kept) != self.unrotated:
+            raise mixed_keys(bool(kept))
+        return keys, bool(kept)
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self.length and torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):

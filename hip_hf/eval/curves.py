@@ -13,10 +13,10 @@ from hip_hf.eval.plots import pyplot
 AT = " @ "
 
 
-def draw(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
-    """Rows as `hip-hf fidelity` prints them, of one length, with those of every layer. The bars of `mass by layer` are of
-    the smallest budget."""
+def draw(document: dict[str, Any], file: Path) -> None:
+    """Results as `hip-hf fidelity` prints them; those of the first length are drawn, `mass by layer` of the smallest budget."""
     plt = pyplot()
+    rows: Sequence[dict[str, Any]] = document["rows"]
     names = list(dict.fromkeys(row["settings"].partition(AT)[0] for row in rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
     for i, name in enumerate(names):
@@ -34,6 +34,6 @@ def draw(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.suptitle("\n".join(fill(line, 150) for line in title.split("\n")), fontsize=9)
+    figure.suptitle("\n".join(fill(line, 150) for line in document["title"].split("\n")), fontsize=9)
     figure.savefig(file, dpi=130)
     plt.close(figure)

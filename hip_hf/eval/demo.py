@@ -7,7 +7,6 @@ full length; the times are the medians over the questions, which leaves out what
 from __future__ import annotations
 
 import random
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -23,11 +22,14 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval import documents, generate, plots, report
 from hip_hf.eval.capture import capture
 from hip_hf.eval.documents import DIGITS, NAMES, Fact
+from hip_hf.eval.resident import memory_mib
 from hip_hf.integration.explain import Report
 from hip_hf.methods.base import query_blocks
 from hip_hf.problem import AttentionProblem
 
 IMPLEMENTATIONS = ("sdpa", "hip")
+# What JSON calls the rows of `explain` after the prompt and after the last decode step.
+EXPLAINED = {"explain": "prefill", "explain_decode": "decode"}
 _KIND = {name: index for index, name in enumerate(plots.KINDS)}
 
 
@@ -40,6 +42,8 @@ class Run:
     prompts: list[list[int]]
     new_tokens: int
     fields: dict[str, Any]
+    chunk: int | None = None  # read the prompts so many tokens at a time
+    device: str = "cpu"
 
 
 def load(run: Run, attn: str) -> tuple[Any, Any, HiPConfig]:
@@ -53,8 +57,12 @@ def load(run: Run, attn: str) -> tuple[Any, Any, HiPConfig]:
 def answer(run: Run) -> dict[str, Any]:
     """Answers and measurements of one implementation; call it in a fresh process."""
     model, tokenizer, _ = load(run, run.attn)
+    model.to(run.device)
     loaded = memory_mib("VmRSS")
-    results = [generate.generate(model, prompt, run.new_tokens) for prompt in run.prompts]
+    with report.progress() as bar:
+        task = bar.add_task(f"tokens, {run.attn}", total=sum(map(len, run.prompts)) + len(run.prompts) * (run.new_tokens - 1))
+        read = lambda rows: bar.advance(task, rows)  # noqa: E731
+        results = [generate.generate(model, prompt, run.new_tokens, run.chunk, read) for prompt in run.prompts]
     rates = [result.tokens_per_s for result in results if result.tokens_per_s is not None]
     return {
         "answers": [documents.answer_of(tokenizer, result.ids) for result in results],
@@ -63,25 +71,10 @@ def answer(run: Run) -> dict[str, Any]:
         "tokens_per_s": median(rates) if rates else None,
         "loaded_mib": loaded,
         "peak_mib": memory_mib("VmHWM"),
+        "memory_mib": results[-1].memory,
         "prefill": results[-1].prefill,
         "decode": results[-1].decode,
     }
-
-
-def memory_mib(field: str) -> float | None:
-    """Memory of this process now (`VmRSS`) or at its peak (`VmHWM`); None where the system does not say.
-
-    Not `ru_maxrss` on Linux: a child inherits its parent's there.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) / 1024
-    if field != "VmHWM" or sys.platform != "darwin":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def in_own_process(run: Run) -> dict[str, Any]:
@@ -157,8 +150,18 @@ def row_of(attn: str, measured: dict[str, Any], facts: list[Fact]) -> dict[str, 
     }
 
 
-def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fact]) -> tuple[list[list[int]], int]:
-    """One prompt per fact, of `tokens` tokens (None: all that the model is made for), and the length of an answer."""
+@dataclass(frozen=True)
+class Task:
+    """What is asked: one prompt per fact, how long an answer is, and whether the prompts are longer than the model is made
+    for."""
+
+    prompts: list[list[int]]
+    new_tokens: int
+    beyond: bool
+
+
+def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fact]) -> Task:
+    """Prompts of `tokens` tokens; None: all that the model is made for. Beyond that the document is read over again."""
     from transformers import AutoConfig, AutoTokenizer
 
     if checkpoint == str(documents.CHECKPOINT) and not documents.CHECKPOINT.exists():
@@ -173,19 +176,47 @@ def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fac
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"cannot read {str(document)!r}: {error}", param_hint="--document") from None
     new_tokens = max(len(tokenizer.encode(f" {fact.key}", add_special_tokens=False)) for fact in facts)
-    if tokens is None:
-        tokens = config.max_position_embeddings - new_tokens
+    longest = config.max_position_embeddings - new_tokens
+    tokens = longest if tokens is None else tokens
+    if tokens > max(longest, len(text)) and text:
+        text = generate.lengthen(text, tokens)
     try:
         prompts = [documents.make_prompt(tokenizer, text, tokens, [fact], fact.name) for fact in facts]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--tokens") from None
-    return prompts, new_tokens
+    return Task(prompts, new_tokens, tokens > longest)
+
+
+def show_long(run: Run, facts: list[Fact], as_json: bool) -> None:
+    """The demo beyond the model's length: `hip` alone, a chunk at a time. Dense attention and the picture, which needs it,
+    take time quadratic in the length."""
+    length = len(run.prompts[0])
+    beyond = "longer than the model was made for: no right answers are to be expected, and dense attention is left out"
+    report.notes.print(f"{length:,} tokens are {beyond}", highlight=False)
+    measured = answer(run)
+    row = {key: value for key, value in row_of("hip", measured, facts).items() if key not in ("peak_mib", "above_model_mib")}
+    row |= {"tokens_per_s_prefill": length / measured["first_token_s"]}
+    row |= {f"{name}_mib": value for name, value in measured["memory_mib"].items() if value is not None}
+    title = f"demo: {length:,} tokens, {run.chunk:,} at a time"
+    details: dict[str, Any] = {"tokens": length, "chunk": run.chunk, "settings": run.fields}
+    if as_json:
+        layers = {name: [asdict(layer) for layer in measured[key]] for name, key in EXPLAINED.items()}
+        report.show(title, [row], True, **details, **layers)
+        return
+    report.show(title, [row], False)
+    report.notes.print(generate.memory_line(measured["memory_mib"]), highlight=False)
+    generate.print_layers("hip, prompt", measured["prefill"])
+    generate.print_layers("hip, last decode step", measured["decode"])
 
 
 def main(
     checkpoint: Annotated[str, typer.Option(help="A hub name or a folder.")] = str(documents.CHECKPOINT),
     document: Annotated[Path, typer.Option(help="Text file to hide the facts in.")] = documents.DOCUMENT,
-    tokens: Annotated[int | None, typer.Option(help="Length of a prompt; default: the model's full length.", min=1)] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Length of a prompt; default: the model's full length. Beyond it: hip alone.", min=1)
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Beyond the model's length, read so many tokens at a time.", min=1)] = 8192,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     facts: Annotated[
         int, typer.Option(help="Pass keys to hide, each in a document of its own, and to ask for.", min=1, max=len(NAMES))
     ] = 3,
@@ -195,16 +226,21 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
     """Hide pass keys in a long document and ask for them: dense against pruned attention."""
-    plots.pyplot()  # if it is missing, say so before the work
+    generate.check_device(device)
     hidden = make_facts(facts, seed)
-    prompts, new_tokens = prepare(checkpoint, document, tokens, hidden)
+    asked = prepare(checkpoint, document, tokens, hidden)
+    prompts, new_tokens = asked.prompts, asked.new_tokens
     fields = generate.parse_fields(set_ or [])
+    if asked.beyond:
+        show_long(Run(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device), hidden[:1], as_json)
+        return
+    plots.pyplot()  # if it is missing, say so before the work
     measured = {}
     with report.progress() as bar:
         task = bar.add_task("", total=len(IMPLEMENTATIONS) + 1)
         for attn in IMPLEMENTATIONS:
             bar.update(task, description=f"{facts} questions, {len(prompts[0])} tokens each, {attn}")
-            run = Run(checkpoint, attn, prompts, new_tokens, fields)
+            run = Run(checkpoint, attn, prompts, new_tokens, fields, device=device)
             measured[attn] = in_own_process(run)
             bar.advance(task)
         bar.update(task, description=f"drawing {picture}")
@@ -215,7 +251,7 @@ def main(
     title = f"demo: {len(hidden)} questions about {document.name}, {len(prompts[0])} tokens each"
     layers, decode = measured["hip"]["prefill"], measured["hip"]["decode"]
     if as_json:
-        details = {"explain": [asdict(row) for row in layers], "explain_decode": [asdict(row) for row in decode]}
+        details = {name: [asdict(row) for row in measured["hip"][key]] for name, key in EXPLAINED.items()}
         report.show(title, rows, True, questions=questions, picture=str(picture), tokens=len(prompts[0]), **details)
         return
     report.show("What was hidden, and what was answered", [verdicts(row) for row in questions], False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ def answer_of(tokenizer: Any, ids: torch.Tensor | list[int]) -> str:
             break
         digits += char
     return digits
+
+
+def digest(text: str) -> str:
+    """A name for a text that another text does not have."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load(checkpoint: str | Path, attn_implementation: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

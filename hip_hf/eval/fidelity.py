@@ -1,185 +1,32 @@
-"""`hip-hf fidelity`: how much of dense attention a selection captures, layer by layer, beside the block oracle and its cost.
-
-*Mass* is the share of the dense attention probability that falls on the keys kept (sink, selected blocks, window).
-The oracle keeps the blocks with the largest true mass, under the same budget, sink, window and sharing of heads, so its
-mass is the most that any selection of blocks reaches. Only *searched* rows count: those of query blocks whose middle is
-longer than the budget. Where the budget covers the middle, everything is read and there is nothing to measure.
-"""
+"""`hip-hf fidelity`: how much of dense attention a selection captures, layer by layer, beside the block oracle and its cost."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from hip_hf.attention import attend, dense_reason
 from hip_hf.config import HiPConfig
 from hip_hf.eval import report
-from hip_hf.eval.capture import DENSE, capture
-from hip_hf.eval.costs import Cost, call_cost, total
+from hip_hf.eval.capture import capture
+from hip_hf.eval.cells import Cells
+from hip_hf.eval.costs import total
 from hip_hf.eval.curves import AT, draw
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, load, make_prompt, note, question
+from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, digest, load, make_prompt, note, question
 from hip_hf.eval.hardness import TITLE as HARDNESS
 from hip_hf.eval.hardness import Hardness, hardness, hardness_rows
+from hip_hf.eval.mass import Measured, measure, unsearched
 from hip_hf.eval.passkey import draw_facts
-from hip_hf.eval.presets import HELP, SPARSE, check_output, publish, settings_of, sizes
-from hip_hf.integration.settings import text_config
-from hip_hf.methods.base import BlockMask, QueryBlock, query_blocks, squash
+from hip_hf.eval.presets import HELP, refuse_extension, settings_of, sizes
+from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference.sparse import DECODE_ROWS
-
-# The fields that say which blocks there are to choose from, and how many may be chosen.
-GEOMETRY = ("block_q", "block_k", "sink", "window", "budget", "group_shared")
-
-
-def searched_blocks(problem: AttentionProblem, config: HiPConfig) -> list[tuple[int, QueryBlock]]:
-    """The query blocks of a problem of one span whose middle exceeds the budget, with their place in its `BlockMask`."""
-    (span,) = problem.spans
-    relative = Span(0, 0, span.keys, 0, span.rows, span.position)
-    blocks = query_blocks(config, relative, problem.q.shape[2] <= DECODE_ROWS, problem.sliding_window)
-    return [(at, block) for at, block in enumerate(blocks) if block.middle > config.budget // config.block_k]
-
-
-def probabilities(problem: AttentionProblem, head: int, block: QueryBlock) -> torch.Tensor:
-    """Dense attention of a query block, for the query heads of one key head: `[G, rows, keys]`, in at least fp32.
-
-    The keys are those from `block.start` to `block.last`. Attention that a layer gives to sink logits is left out.
-    """
-    (span,) = problem.spans
-    dtype = torch.promote_types(problem.q.dtype, torch.float32)
-    row, key, groups = span.row_start + block.row, span.key_start, problem.groups
-    q = problem.q[span.batch, head * groups : (head + 1) * groups, row : row + block.rows].to(dtype) * problem.scale
-    k = problem.k[span.batch, head, key + block.start : key + block.last + 1].to(dtype)
-    logits = q @ k.T
-    squash(logits, problem.softcap)
-    own = logits[..., -block.rows :]
-    own.masked_fill_(torch.ones(block.rows, block.rows, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
-    if problem.sliding_window is not None:
-        position = torch.arange(block.start, block.last + 1, device=q.device)
-        logits.masked_fill_(position <= position[-block.rows :, None] - problem.sliding_window, -torch.inf)
-    return logits.softmax(-1)
-
-
-def chosen(problem: AttentionProblem, mask: BlockMask, head: int, at: int) -> torch.Tensor:
-    """The key blocks that the `at`-th query block reads, for the query heads of a key head: `[G, n]`."""
-    (span,) = problem.spans
-    indices = mask.indices[span.batch].unflatten(0, (problem.k.shape[1], -1))[head, :, at]  # [1 or G, most]
-    count = int(mask.counts[span.batch, 0, at])  # the same for all heads
-    return indices[:, :count].long().expand(problem.groups, -1)
-
-
-def captured(problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]], masks: Sequence[BlockMask]) -> torch.Tensor:
-    """Mass that each mask keeps, averaged over the rows of each block: `[masks, Hq, blocks]`. Memory is that of one block."""
-    groups = problem.groups
-    mass = torch.zeros(len(masks), problem.q.shape[1], len(blocks), dtype=torch.float64)
-    for head in range(problem.k.shape[1]):
-        for column, (at, block) in enumerate(blocks):
-            p = probabilities(problem, head, block).mean(1)  # [G, keys]
-            always = p[:, : block.sink - block.start].sum(-1) + p[:, block.window - block.start :].sum(-1)
-            middle = p[:, block.sink - block.start : block.window - block.start]
-            middle = middle.unflatten(-1, (-1, masks[0].block_k)).sum(-1)  # [G, key blocks]
-            for i, mask in enumerate(masks):
-                ids = chosen(problem, mask, head, at) - block.low
-                mass[i, head * groups : (head + 1) * groups, column] = (always + middle.gather(-1, ids).sum(-1)).cpu()
-    return mass
-
-
-def exact_mass(problem: AttentionProblem, config: HiPConfig, blocks: Sequence[tuple[int, QueryBlock]]) -> torch.Tensor:
-    """Mass `[Hq, blocks]` of the keys that HyperAttention reads exactly: its denominator without a sample, over the true one."""
-    own = replace(config, delta=None, options={**config.options, "sample_size": 0})
-    part, whole = (attend(problem, c, need_lse=True).lse for c in (own, DENSE))
-    assert part is not None
-    assert whole is not None
-    share = (part.double() - whole.double()).exp()[0]  # [Hq, Tq]
-    return torch.stack([share[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks], dim=1).cpu()
-
-
-def overlap(problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]], mask: BlockMask, oracle: BlockMask) -> float:
-    """Share of the oracle's blocks that the mask has, too."""
-    shares = []
-    for head in range(problem.k.shape[1]):
-        for at, block in blocks:
-            a, b = (
-                torch.zeros(problem.groups, block.high, dtype=torch.bool, device=problem.q.device).scatter_(1, ids, True)
-                for ids in (chosen(problem, mask, head, at), chosen(problem, oracle, head, at))
-            )
-            shares.append(float((a & b).sum() / b.sum()))
-    return sum(shares) / len(shares)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One setting in one layer on one prompt: mass `[Hq, blocks]` and rows `[blocks]` of its searched query blocks;
-    the squared norms of the output's error and of the dense output; the overlap with the oracle's blocks; the cost."""
-
-    mass: torch.Tensor
-    oracle: torch.Tensor
-    rows: torch.Tensor
-    error: float
-    norm: float
-    overlap: float | None  # None: the method chooses no blocks
-    cost: Cost
-
-
-def same_choice(config: HiPConfig) -> HiPConfig:
-    """The oracle that chooses as many of the same blocks."""
-    return HiPConfig(method="oracle", **SPARSE, **{name: getattr(config, name) for name in GEOMETRY})
-
-
-def unsearched(problem: AttentionProblem, configs: Iterable[HiPConfig], layer: int | None) -> str:
-    """Why there is nothing to measure in a layer for one of the settings, or an empty string."""
-    for config in configs:
-        config = config.for_layer(layer)
-        reason, _ = dense_reason(problem, config, layer, stateless=True)
-        if not reason and not searched_blocks(problem, config):
-            reason = f"the budget of {config.budget} covers everything"
-        if reason:
-            return reason
-    return ""
-
-
-def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int | None = None) -> list[Measured]:
-    """What each setting captures of one layer's attention.
-
-    Raises:
-        ValueError: a setting has nothing to search here (`unsearched` says so beforehand).
-    """
-    dense = attend(problem, DENSE).out
-    configs = [config.for_layer(layer) for config in configs]
-    by_geometry: dict[tuple[Any, ...], list[int]] = {}
-    for i, config in enumerate(configs):
-        by_geometry.setdefault(tuple(getattr(config, name) for name in GEOMETRY), []).append(i)
-    measured: dict[int, Measured] = {}
-    for members in by_geometry.values():
-        blocks = searched_blocks(problem, configs[members[0]])
-        results = [attend(problem, configs[i], layer, need_mask=True) for i in members]
-        best = attend(problem, same_choice(configs[members[0]]), need_mask=True).mask
-        if not blocks or best is None or any(result.path != "sparse" for result in results):
-            raise ValueError(f"settings: layer {layer} has nothing to search ({unsearched(problem, configs, layer)})")
-        masks = [best, *(result.mask for result in results if result.mask is not None)]
-        by_mask = iter(captured(problem, blocks, masks))
-        oracle = next(by_mask)
-        mass = [
-            exact_mass(problem, configs[i], blocks) if r.mask is None else next(by_mask)
-            for i, r in zip(members, results, strict=True)
-        ]
-        rows = torch.tensor([block.rows for _, block in blocks])
-        first = problem.spans[0].row_start
-        at = torch.cat([torch.arange(first + block.row, first + block.row + block.rows) for _, block in blocks])
-        exact = dense[:, :, at].double()
-        (span,) = problem.spans
-        dims = problem.q.shape[-1], problem.v.shape[-1], problem.sliding_window, problem.q.element_size()
-        for i, result, own in zip(members, results, mass, strict=True):
-            error = (result.out[:, :, at].double() - exact).square().sum()
-            cost = call_cost(configs[i], [block for _, block in blocks], span.position, span.end, *dims)
-            share = None if result.mask is None else overlap(problem, blocks, result.mask, best)
-            measured[i] = Measured(own, oracle, rows, float(error), float(exact.square().sum()), share, cost)
-    return [measured[i] for i in range(len(configs))]
 
 
 def summary(settings: str, layer: int | str, keys: int, parts: Sequence[Measured]) -> dict[str, Any]:
@@ -253,21 +100,108 @@ def end_to_end(segments: Sequence[AttentionProblem], rows: int) -> AttentionProb
     return replace(last, q=last.q[:, :, -rows:], k=k, v=v, spans=(Span(0, 0, keys, 0, rows, keys - rows),))
 
 
-def layers_of(
-    read: Callable[[], list[AttentionProblem]], lengths: Sequence[int], tokens: int, rows: int | None
+@dataclass(frozen=True)
+class Plan:
+    """What to measure on: `prompts` texts of `tokens` tokens; with `stress` segments of such texts end to end, to each of
+    the `lengths`, and only the last `rows` query rows."""
+
+    configs: dict[str, HiPConfig]
+    tokens: int
+    prompts: int = 2
+    facts: int = 8
+    lengths: Sequence[int] = ()
+    rows: int | None = None
+    seed: int = 0
+
+    @property
+    def segments(self) -> int:
+        """Texts in each prompt."""
+        return max(self.lengths, default=self.tokens) // self.tokens
+
+    def text(self, tokenizer: Any, ids: list[int], number: int) -> list[int]:
+        """One of the `prompts * segments` texts, which are evenly spread over the document."""
+        start = (len(ids) - self.tokens) * number // max(self.prompts * self.segments - 1, 1)
+        return make_text(tokenizer, ids[start : start + self.tokens], self.facts, random.Random(f"{self.seed} {number}"))
+
+
+@dataclass
+class Found:
+    """What was measured: by (keys, settings, layer), how hard each layer is for `hyper`, and which layers were left out."""
+
+    parts: dict[tuple[int, str, int], list[Measured]] = field(default_factory=dict)
+    hard: dict[int, list[Hardness]] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
+
+    def rows(self, lengths: Sequence[int], names: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The rows of the report, and those of all layers together alone."""
+        table, layered = [], []
+        for keys in lengths:
+            for name in names:
+                own = [summary(*key[1:], keys, found) for key, found in self.parts.items() if key[:2] == (keys, name)]
+                if own:
+                    table.append(over_layers(own))
+                    layered += [table[-1], *own]
+        return layered, table
+
+
+def problems_of(
+    read: Callable[[int], list[AttentionProblem]], plan: Plan, prompt: int
 ) -> Iterator[tuple[int, int, AttentionProblem]]:
-    """Keys, layer and problem of everything to measure on one prompt; with `rows` (the stress test) of every length."""
-    if rows is None:
-        for layer, problem in enumerate(read()):
-            yield tokens, layer, problem
+    """Keys, layer and problem of everything to measure on one prompt; in the stress test at every length."""
+    if plan.rows is None:
+        for layer, problem in enumerate(read(prompt)):
+            yield plan.tokens, layer, problem
         return
     segments = []
-    for _ in range(max(lengths) // tokens):
+    for number in range(prompt * plan.segments, (prompt + 1) * plan.segments):
         # keep only what is needed of each: the queries of the last rows, and keys and values
-        segments.append([replace(p, q=p.q[:, :, -rows:].clone(), v=p.v.contiguous()) for p in read()])
-    for length in lengths:
-        for layer, parts in enumerate(zip(*segments[-(length // tokens) :], strict=True)):
-            yield length, layer, end_to_end(parts, rows)
+        segments.append([replace(p, q=p.q[:, :, -plan.rows :].clone(), v=p.v.contiguous()) for p in read(number)])
+    for length in plan.lengths:
+        for layer, parts in enumerate(zip(*segments[-(length // plan.tokens) :], strict=True)):
+            yield length, layer, end_to_end(parts, plan.rows)
+
+
+def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: Plan, prompt: int) -> dict[str, Any]:
+    """Everything of one prompt, as JSON can hold it."""
+    parts, hard, skipped = [], [], {}
+    hyper = [config for config in plan.configs.values() if config.method == "hyper"]
+    for keys, layer, problem in problems_of(read, plan, prompt):
+        if reason := unsearched(problem, plan.configs.values(), layer):
+            skipped[layer] = reason
+            continue
+        for name, part in zip(plan.configs, measure(problem, list(plan.configs.values()), layer), strict=True):
+            parts.append([keys, name, layer, part.save()])
+        if hyper and plan.rows is None:
+            found = hardness(problem, hyper[0])
+            hard.append([layer, {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in vars(found).items()}])
+    return {"parts": parts, "hard": hard, "skipped": list(skipped.items())}
+
+
+def measure_all(
+    model: Any, tokenizer: Any, ids: list[int], plan: Plan, cells: Cells, advance: Callable[[], None] = lambda: None
+) -> Found:
+    """What is in `cells`, and what is not yet; `advance` is called after each prompt.
+
+    Raises:
+        ValueError: there are too many facts for the texts, or nothing to search.
+    """
+
+    def read(number: int) -> list[AttentionProblem]:
+        return capture(model, torch.tensor([plan.text(tokenizer, ids, number)], device=model.device))
+
+    all_found = Found()
+    for prompt in range(plan.prompts):
+        saved = cells.get(("fidelity", prompt), partial(measure_prompt, read, plan, prompt))
+        for keys, name, layer, part in saved["parts"]:
+            all_found.parts.setdefault((keys, name, layer), []).append(Measured.read(part))
+        for layer, values in saved["hard"]:
+            tensors = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in values.items()}
+            all_found.hard.setdefault(layer, []).append(Hardness(**tensors))
+        all_found.skipped |= dict(saved["skipped"])
+        advance()
+    if not all_found.parts:
+        raise ValueError(f"nothing to measure in any layer: {next(iter(all_found.skipped.values()))}")
+    return all_found
 
 
 def main(
@@ -286,9 +220,10 @@ def main(
     per_layer: Annotated[bool, typer.Option(help="A row for every layer in the table; JSON always has them.")] = True,
     device: str = "cpu",
     seed: int = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw mass by layer, and error against keys read, into this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Write JSON to this file as well.")] = None,
+    output: Output = None,
+    plot: Plot = None,
+    report_file: Report = None,
+    json: Json = False,
 ) -> None:
     """Compare selections with the block oracle, layer by layer: captured mass, output error, and what they cost."""
     try:
@@ -298,79 +233,49 @@ def main(
         for size in several:
             some = settings_of(settings, tokens=max(lengths), budget=size, sink=sink, window=window)
             configs |= {f"{name}{AT}{size}" if budgets else name: config for name, config in some.items()}
+        refuse_extension(configs)
         if any(length % tokens for length in lengths):
             raise ValueError(f"--stress: got {stress}, allowed: multiples of --tokens {tokens}")
         if stress and not DECODE_ROWS < rows <= tokens:
             raise ValueError(f"--rows: got {rows}, allowed: {DECODE_ROWS + 1} to --tokens {tokens}")
-        check_output(output)
-        text = document.read_text()
+        targets = Targets(json, output, plot, report_file)
+        text = document.read_text(encoding="utf-8")
+        plan = Plan(configs, tokens, prompts, facts, lengths, rows if stress else None, seed)
+        details: dict[str, Any] = {
+            "model": model_name(model),
+            "document": document.name,
+            "prompts": prompts,
+            "facts": facts,
+            "seed": seed,
+            "query_rows": rows if stress else tokens,
+            "segment": tokens if stress else None,
+            "configs": {name: config.to_dict() for name, config in configs.items()},
+        }
+        cells = targets.cells("fidelity", **details, lengths=lengths, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     loaded, tokenizer = load(model, "sdpa")
     loaded.to(device)
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    segments = prompts * (max(lengths) // tokens)
+    segments = prompts * plan.segments
     if len(ids) < tokens:
         raise typer.BadParameter(f"--tokens: got {tokens}, allowed: at most the {len(ids)} of {document}")
     if segments * tokens > len(ids):
         report.notes.print(
             f"{document.name} has {len(ids):,} tokens: the {segments} texts of {tokens:,} overlap, with other facts each"
         )
-    numbers = iter(range(segments))
-
-    def read() -> list[AttentionProblem]:
-        i = next(numbers)
-        start = (len(ids) - tokens) * i // max(segments - 1, 1)  # evenly spread over the document
-        prompt = make_text(tokenizer, ids[start : start + tokens], facts, random.Random(f"{seed} {i}"))
-        return capture(loaded, torch.tensor([prompt], device=device))
-
-    parts: dict[tuple[int, str, int], list[Measured]] = {}
-    hard: dict[int, list[Hardness]] = {}
-    skipped: dict[int, str] = {}
-    with report.progress() as progress:
-        task = progress.add_task("layers", total=prompts * len(lengths) * text_config(loaded).num_hidden_layers)
-        every = (item for _ in range(prompts) for item in layers_of(read, lengths, tokens, rows if stress else None))
+    with cells, report.progress() as progress:
+        task = progress.add_task("texts", total=prompts)
         try:
-            for keys, layer, problem in every:
-                if reason := unsearched(problem, configs.values(), layer):
-                    skipped[layer] = reason
-                else:
-                    for name, part in zip(configs, measure(problem, list(configs.values()), layer), strict=True):
-                        parts.setdefault((keys, name, layer), []).append(part)
-                    hyper = [config for config in configs.values() if config.method == "hyper"]
-                    if hyper and not stress:
-                        hard.setdefault(layer, []).append(hardness(problem, hyper[0]))
-                progress.advance(task)
+            found = measure_all(loaded, tokenizer, ids, plan, cells, lambda: progress.advance(task))
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
-    for layer, reason in skipped.items():
+    for layer, reason in found.skipped.items():
         report.notes.print(f"layer {layer} is left out: {reason}")
-    if not parts:
-        raise typer.BadParameter(f"nothing to measure in any layer: {next(iter(skipped.values()))}")
-
-    table, layered = [], []
-    for keys in lengths:
-        for name in configs:
-            own = [summary(*key[1:], keys, found) for key, found in parts.items() if key[:2] == (keys, name)]
-            if own:
-                table.append(over_layers(own))
-                layered += [table[-1], *own]
-    details = {
-        "model": model,
-        "document": document.name,
-        "prompts": prompts,
-        "facts": facts,
-        "seed": seed,
-        "query_rows": rows if stress else tokens,
-        "segment": tokens if stress else None,
-        "configs": {name: config.to_dict() for name, config in configs.items()},
-    }
     what = f"the last {rows:,} rows against segments of {tokens:,} tokens end to end" if stress else f"{tokens:,} tokens"
     title = f"Share of dense attention captured on searched rows, {what}; FLOPs per query row and head, cost as a share of dense"
-    if hard:
-        details["hardness"] = hardness_rows(hard)
-    publish(title, layered, json, output, details, None if per_layer else table)
-    if hard and not json:
-        report.show(HARDNESS, details["hardness"], False)
-    if plot is not None:
-        draw(layered, plot, title)
+    layered, table = found.rows(lengths, list(configs))
+    tables = {title: layered if per_layer else table}
+    if found.hard:
+        details["hardness"] = tables[HARDNESS] = hardness_rows(found.hard)
+    targets.publish(Results("fidelity", title, layered, details, draw), cells, tables)

@@ -12,8 +12,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig
 from hip_hf.eval import documents, report
+from hip_hf.eval.resident import Meter, cache_mib
 from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.interface import NAMES
 from hip_hf.integration.settings import configure, text_config
@@ -31,6 +33,7 @@ class Generated:
     decode_s: float = 0.0  # for all tokens but the first
     prefill: Report = field(default_factory=Report)
     decode: Report = field(default_factory=Report)
+    memory: dict[str, float | None] = field(default_factory=dict)  # MiB, on top of the loaded model
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -67,21 +70,59 @@ def layers_of(model: Any) -> Report:
     return explain(model) if text_config(model)._attn_implementation in NAMES else Report()
 
 
-def generate(model: Any, prompt: list[int], new_tokens: int) -> Generated:
-    """Greedy continuation of one prompt by at most `new_tokens` tokens."""
+def generate(
+    model: Any, prompt: list[int], new_tokens: int, chunk: int | None = None, read: Callable[[int], None] = lambda rows: None
+) -> Generated:
+    """Greedy continuation of one prompt by at most `new_tokens` tokens.
+
+    `chunk`: read the prompt so many tokens at a time, so that memory is that of the cache and of one chunk. `read` is told
+    how many tokens each forward pass has read.
+    """
     result = Generated()
 
     def note_prefill() -> None:
         result.prefill = layers_of(model)
 
+    def note_rows(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        read(kwargs["input_ids"].shape[1])
+
     clock = Clock(note_prefill)
     ids = torch.tensor([prompt], device=model.device)
-    with torch.no_grad():
-        # only generate knows when the prompt is through: the clock stops inside it, before the first decode step
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=clock)
+    given: dict[str, Any] = {} if chunk is None else {"prefill_chunk_size": chunk}
+    if text_config(model)._attn_implementation in NAMES:
+        given["past_key_values"] = HiPCache(model.config)
+    hook = model.register_forward_hook(note_rows, with_kwargs=True)
+    meter = Meter(model.device)
+    options = dict(max_new_tokens=new_tokens, do_sample=False, streamer=clock)
+    try:
+        with torch.no_grad():
+            # only generate knows when the prompt is through: the clock stops inside it, before the first decode step
+            model.generate(ids, attention_mask=torch.ones_like(ids), **options, **given)
+    finally:
+        hook.remove()
     result.ids, result.first_token_s, result.decode_s = clock.generated, clock.first - clock.start, clock.last - clock.resumed
     result.decode = layers_of(model)
+    cache = given.get("past_key_values")
+    result.memory = {
+        "cache": None if cache is None else cache_mib(cache),
+        "peak": meter.peak_mib(),
+        "device_peak": meter.device_peak_mib(),
+    }
     return result
+
+
+def memory_line(memory: dict[str, float | None]) -> str:
+    """The memory of a run in words."""
+    parts = []
+    for name, words in (("cache", "the cache"), ("peak", "the host's peak"), ("device_peak", "the device's peak")):
+        if (value := memory[name]) is not None:
+            parts.append(f"{words} {value:,.0f} MiB")
+    return f"memory on top of the model: {', '.join(parts)}" if parts else "memory: this system does not say"
+
+
+def lengthen(ids: list[int], tokens: int) -> list[int]:
+    """Exactly `tokens` of a text's token ids; from its beginning again where it ends."""
+    return (ids * -(-tokens // len(ids)))[:tokens]
 
 
 def parse_fields(pairs: list[str]) -> dict[str, Any]:
@@ -96,6 +137,15 @@ def parse_fields(pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             fields[name.strip()] = value.strip()
     return fields
+
+
+def check_device(device: str) -> torch.device:
+    """The device; one line for a name that there is not."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"got {device!r} ({reason}), allowed: a device of this machine", param_hint="--device") from None
 
 
 def load(checkpoint: str, attn: str, fields: dict[str, Any], dtype: str = "auto") -> tuple[Any, Any, HiPConfig]:
@@ -137,17 +187,25 @@ def main(
     attn: Annotated[str, typer.Option(help="Attention implementation: hip, streaming, sdpa, eager ...")] = "hip",
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), fp32, bf16 or fp16.")] = "auto",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Make the prompt so long: cut, or the text over again.")] = None,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt so many tokens at a time.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
 ) -> None:
     """Continue a prompt, greedily; timings and what each layer did go to the error stream."""
     if set_ and attn not in NAMES:
         raise typer.BadParameter(f"settings apply to --attn {' | '.join(NAMES)}, got {attn!r}", param_hint="--set")
-    text = read_prompt(prompt_file)
+    text, on = read_prompt(prompt_file), check_device(device)
     net, tokenizer, settings = load(model, attn, parse_fields(set_ or []), dtype)
     prompt = tokenizer(text, verbose=False).input_ids
     if not prompt:
         raise typer.BadParameter(f"{str(prompt_file)!r} holds no token for this model", param_hint="--prompt-file")
-    result = generate(net, prompt, max_new_tokens)
+    if tokens is not None:
+        prompt = lengthen(prompt, tokens)
+    net.to(on)
+    with report.progress() as bar:
+        task = bar.add_task("tokens", total=len(prompt) + max_new_tokens - 1)
+        result = generate(net, prompt, max_new_tokens, chunk, lambda rows: bar.advance(task, rows))
     answer = tokenizer.decode(result.ids, skip_special_tokens=True)
     rate = result.tokens_per_s
     if as_json:
@@ -159,6 +217,8 @@ def main(
             True,
             text=answer,
             timing={**counts, **timing},
+            chunk=chunk,
+            memory_mib=result.memory,
             decode_rows=[asdict(row) for row in result.decode],
             settings=settings.to_dict() if attn in NAMES else None,
         )
@@ -167,5 +227,6 @@ def main(
     speed = "" if rate is None else f", then {rate:.1f} tokens/s"
     counts = f"{attn}, {len(prompt)} prompt tokens and {len(result.ids)} new ones"
     report.notes.print(f"{counts}: the first after {result.first_token_s:.2f} s{speed}", highlight=False, soft_wrap=True)
+    report.notes.print(memory_line(result.memory), highlight=False, soft_wrap=True)
     print_layers("prompt", result.prefill)
     print_layers("last decode step", result.decode if rate is not None else Report())

@@ -10,7 +10,6 @@ selections as they do in generation, once *refreshed*, with a selection of its o
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,14 +27,17 @@ import typer
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
 from hip_hf.eval import plots, report
+from hip_hf.eval.cells import Cells
+from hip_hf.eval.presets import HELP, refuse_extension, settings_of, sizes
+from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 PREFILL_LENGTHS = [1024 * 2**i for i in range(8)]  # 1K to 128K
 DECODE_LENGTHS = PREFILL_LENGTHS[3:]
-SETTINGS = {"defaults": HiPConfig(), "beam1": HiPConfig(beam=1, rescore=1)}
 PREFILL, AMORTISED, REFRESHED = "prefill", "decode amortised", "decode refreshed"
+TITLE = "latency: "
 FIT_RANGE = (16384, 131072)
 
 # A first run of this many seconds needs no warm-up before it, and counts.
@@ -185,8 +187,9 @@ def make_row(
     }
 
 
-def measure(plan: Plan, started: Callable[[str], None] = lambda what: None) -> list[dict[str, Any]]:
-    """Rows of everything in the plan; `started` is told what comes next."""
+def measure(plan: Plan, cells: Cells | None = None, started: Callable[[str], None] = lambda what: None) -> list[dict[str, Any]]:
+    """Rows of everything in the plan that `cells` has not yet; `started` is told what comes next."""
+    cells = cells or Cells(None, {})
     phases = (("prefill", plan.prefill, measure_prefill), ("decode", plan.decode, measure_decode))
     rows = []
     with torch.no_grad():
@@ -194,7 +197,7 @@ def measure(plan: Plan, started: Callable[[str], None] = lambda what: None) -> l
             for dtype in plan.dtypes:
                 for length in lengths:
                     started(f"{phase}, {dtype}, {plots.short(length)} tokens")
-                    rows += run(plan, dtype, length)
+                    rows += cells.get((phase, dtype, length), partial(run, plan, dtype, length))
     return rows
 
 
@@ -218,8 +221,8 @@ def exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return fits
 
 
-def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    """The table for people: settings only where there are several, and what the paths' reasons are below it."""
+def lines_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows for people: settings only where there are several."""
     several = len({row["settings"] for row in rows}) > 1
     lines = []
     for row in rows:
@@ -227,7 +230,11 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
         times = {key: row[key] if row[key] < 1000 else round(row[key]) for key in ("hip_ms", "sdpa_ms")}
         runs = f"{row['runs']}, {row['sdpa_runs']}"
         lines.append({**what, **times, "times_faster": row["times_faster"], "path": row["path"], "runs": runs})
-    report.show(title, lines, False)
+    return lines
+
+
+def print_reasons(rows: list[dict[str, Any]]) -> None:
+    """Why some of the paths were dense."""
     reasons = dict.fromkeys(f"{row['phase'].split()[0]} at {row['length']}: {row['reason']}" for row in rows if row["reason"])
     for reason in reasons:
         print(f"dense {reason}")
@@ -240,39 +247,15 @@ def print_fit(fit: dict[str, Any]) -> None:
         print(f"prefill, {fit['dtype']}, {fit['settings']}, {over}: {growth}")
 
 
-def plot(file: Path, plan: Plan, rows: list[dict[str, Any]]) -> None:
+def draw(document: dict[str, Any], file: Path) -> None:
     """The ratio against the length: prefill and decode side by side, a line per dtype and setting."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for row in rows:
+    for row in document["rows"]:
         panel, _, how = row["phase"].partition(" ")
         label = " ".join(part for part in (row["dtype"], row["settings"], how) if part)
         panels.setdefault(panel, {}).setdefault(label, []).append((row["length"], row["times_faster"]))
-    plots.ratios(file, f"One attention call, hip against scaled_dot_product_attention\n{plan.conditions}", panels)
-
-
-def parse_lengths(text: str) -> list[int]:
-    """`8K,32K` or `8192,32768`."""
-    lengths = []
-    for part in text.split(","):
-        digits = part.strip().upper().removesuffix("K")
-        if not digits.isdecimal() or int(digits) == 0:
-            raise typer.BadParameter(f"got {part!r}, allowed: token counts such as 8K,32K", param_hint="--lengths")
-        lengths.append(int(digits) * (1024 if part.strip().upper().endswith("K") else 1))
-    return lengths
-
-
-def parse_settings(names: list[str]) -> dict[str, HiPConfig]:
-    """Presets by name; anything else is a JSON object of `HiPConfig` fields."""
-    settings = {}
-    for name in names:
-        try:
-            settings[name] = SETTINGS[name] if name in SETTINGS else HiPConfig.from_dict(json.loads(name))
-        except json.JSONDecodeError:
-            allowed = f"{' | '.join(SETTINGS)} or a JSON object of HiPConfig fields"
-            raise typer.BadParameter(f"got {name!r}, allowed: {allowed}", param_hint="--settings") from None
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--settings") from None
-    return settings
+    conditions = document["title"].removeprefix(TITLE)
+    plots.ratios(file, f"One attention call, hip against scaled_dot_product_attention\n{conditions}", panels)
 
 
 def parse_choice(text: str, allowed: Sequence[str], option: str) -> list[str]:
@@ -288,51 +271,53 @@ def main(
     lengths: Annotated[str | None, typer.Option(help="Comma list such as 8K,32K. Default: 1K to 128K; decode from 8K.")] = None,
     phases: Annotated[str, typer.Option(help="prefill, decode or both.")] = "prefill,decode",
     dtypes: Annotated[str, typer.Option(help="Of bf16, fp32, fp16.")] = "bf16,fp32",
-    settings: Annotated[
-        list[str] | None, typer.Option(help="defaults, beam1, or a JSON object of HiPConfig fields; may be repeated.")
-    ] = None,
+    settings: Annotated[list[str], typer.Option(help=HELP)] = ["defaults"],  # noqa: B006
     heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 8,
     kv_heads: Annotated[int, typer.Option(help="Key heads.", min=1)] = 2,
     head_dim: Annotated[int, typer.Option(min=1)] = 128,
     repeats: Annotated[int, typer.Option(help="Runs of each call; slow ones get fewer.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="Of the random tensors.", min=0)] = 0,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
-    picture: Annotated[Path | None, typer.Option("--plot", help="PNG file of ratio against length.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+    output: Output = None,
+    plot: Plot = None,
+    report_file: Report = None,
+    as_json: Json = False,
 ) -> None:
     """Time one attention call against PyTorch's scaled_dot_product_attention, in prefill and in decode."""
     if heads % kv_heads:
         raise typer.BadParameter(f"got {heads} query heads, allowed: a multiple of {kv_heads} key heads", param_hint="--heads")
-    if picture is not None:
-        plots.pyplot()  # if it is missing, say so before the work
     wanted = parse_choice(phases, ("prefill", "decode"), "--phases")
-    given = None if lengths is None else parse_lengths(lengths)
-    plan = Plan(
-        prefill=(given or PREFILL_LENGTHS) if "prefill" in wanted else (),
-        decode=(given or DECODE_LENGTHS) if "decode" in wanted else (),
-        dtypes=parse_choice(dtypes, tuple(DTYPES), "--dtypes"),
-        settings=parse_settings(settings or ["defaults"]),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        repeats=repeats,
-        seed=seed,
-    )
-    with report.progress() as bar:
+    try:
+        given = None if lengths is None else sizes(lengths)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--lengths") from None
+    try:
+        plan = Plan(
+            prefill=(given or PREFILL_LENGTHS) if "prefill" in wanted else (),
+            decode=(given or DECODE_LENGTHS) if "decode" in wanted else (),
+            dtypes=parse_choice(dtypes, tuple(DTYPES), "--dtypes"),
+            settings=settings_of(settings, base={}),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            repeats=repeats,
+            seed=seed,
+        )
+        refuse_extension(plan.settings)
+        configs = {name: config.to_dict() for name, config in plan.settings.items()}
+        targets = Targets(as_json, output, plot, report_file)
+        shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, repeats=repeats, seed=seed)
+        cells = targets.cells("latency", configs=configs, **shape)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with cells, report.progress() as bar:
         task = bar.add_task("", total=len(plan.dtypes) * (len(plan.prefill) + len(plan.decode)))
         todo = iter(range(bar.tasks[0].total))
-        rows = measure(plan, lambda what: bar.update(task, description=what, completed=next(todo)))
+        rows = measure(plan, cells, lambda what: bar.update(task, description=what, completed=next(todo)))
     fits = exponents(rows)
-    title = f"latency: {plan.conditions}"
-    configs = {name: config.to_dict() for name, config in plan.settings.items()}
-    extra = {"exponents": fits, "configs": configs}
-    if output is not None:
-        output.write_text(json.dumps({"title": title, "rows": rows, **extra, "machine": report.machine()}, indent=1) + "\n")
-    if picture is not None:
-        plot(picture, plan, rows)
-    if as_json:
-        report.show(title, rows, True, **extra)
-        return
-    print_rows(title, rows)
-    for fit in fits:
-        print_fit(fit)
+    title = f"{TITLE}{plan.conditions}"
+    details = {"exponents": fits, "configs": configs}
+    targets.publish(Results("latency", title, rows, details, draw), cells, {title: lines_of(rows)})
+    if not as_json:
+        print_reasons(rows)
+        for fit in fits:
+            print_fit(fit)

@@ -7,6 +7,7 @@ prefill does, decodes a few tokens, and reads its own memory from the operating 
 from __future__ import annotations
 
 import multiprocessing
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,18 +16,13 @@ import typer
 
 from hip_hf.eval import report
 from hip_hf.eval.documents import CHECKPOINT
-from hip_hf.eval.latency import parse_lengths
 from hip_hf.eval.plots import pyplot, short
-from hip_hf.eval.presets import check_output, publish
+from hip_hf.eval.presets import sizes
+from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
+from hip_hf.eval.resident import MIB, Meter, memory_mib
 
 KINDS = ("dynamic", "static", "hip", "hip offloaded")
 CHUNK, STEPS = 2048, 16
-
-
-def status_kib(name: str) -> int:
-    """A field of this process's memory, as Linux knows it, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def _make_cache(kind: str, config: Any, length: int) -> Any:
@@ -68,8 +64,7 @@ def measure(kind: str, model: str, length: int) -> dict[str, Any]:
     heads, dim = config.num_key_value_heads, config.head_dim
     with torch.inference_mode():
         net(torch.tensor([[5]]), past_key_values=_make_cache(kind, config, CHUNK))  # whatever is allocated once
-        before = status_kib("VmRSS:")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        meter = Meter(torch.device("cpu"))
         cache = _make_cache(kind, config, length)
         for first in range(0, length, CHUNK):
             shape = (1, heads, min(CHUNK, length - first), dim)
@@ -77,18 +72,23 @@ def measure(kind: str, model: str, length: int) -> dict[str, Any]:
                 cache.update(torch.randn(shape, dtype=net.dtype), torch.randn(shape, dtype=net.dtype), layer)
         for _ in range(STEPS):
             net(torch.tensor([[5]]), past_key_values=cache)
-    resident, peak = (status_kib("VmRSS:") - before) * 1024, (status_kib("VmHWM:") - before) * 1024
+    now, peak = memory_mib("VmRSS"), meter.peak_mib()
+    assert now is not None
+    assert meter.before is not None
+    resident = int((now - meter.before) * MIB)
     return {
         "cache": kind,
         "length": length,
         "bytes_per_token": resident / length,
-        "resident_MiB": resident / 2**20,
-        "peak_MiB": peak / 2**20,
-        "device_MiB": _device_bytes(cache, resident) / 2**20,
+        "resident_MiB": resident / MIB,
+        "peak_MiB": peak,
+        "device_MiB": _device_bytes(cache, resident) / MIB,
     }
 
 
-def _draw(rows: list[dict[str, Any]], file: Path) -> None:
+def draw(document: dict[str, Any], file: Path) -> None:
+    """Peak and device memory against the length."""
+    rows = document["rows"]
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, name in zip(axes, ("peak_MiB", "device_MiB"), strict=True):
@@ -101,7 +101,7 @@ def _draw(rows: list[dict[str, Any]], file: Path) -> None:
         axis.set_yscale("log")
         axis.set_xticks(lengths, [short(length) for length in lengths])
         axis.set_xlabel("context length (tokens)")
-        axis.set_title(name.replace("_", " in "))
+        axis.set_ylabel(name.replace("_", " memory, "))
         axis.grid(which="both", alpha=0.25)
         axis.legend(fontsize=8)
     figure.savefig(file, dpi=140)
@@ -111,26 +111,30 @@ def _draw(rows: list[dict[str, Any]], file: Path) -> None:
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint whose shape is taken; its weights are not.")] = str(CHECKPOINT),
     lengths: Annotated[str, typer.Option(help="Comma-separated; K stands for 1024.")] = "8K,32K,128K",
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG).")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the JSON document to a file as well.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+    output: Output = None,
+    plot: Plot = None,
+    report_file: Report = None,
+    as_json: Json = False,
 ) -> None:
     """Memory of a dynamic, a static, a paged and an offloaded cache (pools: an eighth, or what a step needs)."""
     if not Path("/proc/self/clear_refs").exists():
         raise SystemExit("hip-hf memory reads /proc, which this system does not have (allowed: Linux)")
-    sizes = parse_lengths(lengths)
     try:
-        check_output(output)
+        counts = sizes(lengths)
+        targets = Targets(as_json, output, plot, report_file)
+        cells = targets.cells("memory", model=model_name(model))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+    def in_own_process(kind: str, length: int) -> dict[str, Any]:
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:
+            return fresh.apply(measure, (kind, model, length))
+
     rows = []
-    with report.progress() as bar:
-        task = bar.add_task("caches", total=len(sizes) * len(KINDS))
-        for length in sizes:
+    with cells, report.progress() as bar:
+        task = bar.add_task("caches", total=len(counts) * len(KINDS))
+        for length in counts:
             for kind in KINDS:
-                with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                    rows.append(fresh.apply(measure, (kind, model, length)))
+                rows.append(cells.get((kind, length), partial(in_own_process, kind, length)))
                 bar.advance(task)
-    if plot is not None:
-        _draw(rows, plot)
-    publish("memory of caches", rows, as_json, output, {"model": model})
+    targets.publish(Results("memory", "Memory of caches", rows, {"model": model_name(model)}, draw), cells)

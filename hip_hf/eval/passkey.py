@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import NormalDist, fmean
+from textwrap import fill
 from typing import Annotated, Any
 
 import torch
@@ -16,8 +18,10 @@ import typer
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval import plots, report
-from hip_hf.eval.documents import CHECKPOINT, DIGITS, DOCUMENT, NAMES, Fact, answer_of, load, make_prompt
-from hip_hf.eval.presets import HELP, check_output, publish, settings_of, sizes
+from hip_hf.eval.cells import Cells
+from hip_hf.eval.documents import CHECKPOINT, DIGITS, DOCUMENT, NAMES, Fact, answer_of, digest, load, make_prompt
+from hip_hf.eval.presets import HELP, settings_of, sizes
+from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
 from hip_hf.integration.explain import Row, explain
 from hip_hf.integration.settings import configure
 
@@ -98,6 +102,12 @@ class Cell:
         counts = (self.samples + other.samples, self.exact + other.exact, self.digits + other.digits)
         return Cell(*counts, self.prefill + other.prefill, self.decode + other.decode)
 
+    @classmethod
+    def read(cls, saved: dict[str, Any]) -> Cell:
+        """The cell that `asdict` made this from."""
+        rows = {phase: [Row(**row) for row in saved[phase]] for phase in ("prefill", "decode")}
+        return cls(**{**saved, **rows})
+
     def row(self, settings: str, length: int, depth: float | None) -> dict[str, Any]:
         """One row of the report; no `depth` means all of them."""
         low, high = wilson(self.exact, self.samples)
@@ -154,22 +164,79 @@ def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def heatmap(rows: list[dict[str, Any]], file: Path) -> None:
-    """Accuracy by depth, a line for every length and setting."""
+@dataclass(frozen=True)
+class Plan:
+    """What to ask: `samples` prompts for each setting, length and depth, the same ones whatever the settings."""
+
+    configs: dict[str, HiPConfig]
+    lengths: Sequence[int]
+    depths: int = 11
+    samples: int = 10
+    facts: int = 1
+    batch: int = 4
+    seed: int = 0
+
+    @property
+    def places(self) -> list[float]:
+        """Evenly spaced depths."""
+        return [i / (self.depths - 1) for i in range(self.depths)] if self.depths > 1 else [0.5]
+
+    @property
+    def cells(self) -> int:
+        return len(self.configs) * len(self.lengths) * self.depths
+
+    def prompts(self, tokenizer: Any, text: list[int], length: int, place: float) -> list[tuple[list[int], str]]:
+        """Prompts and keys of one length and depth. Raises ValueError for a length that does not fit the text."""
+        draws = [random.Random(f"{self.seed} {length} {place:.6f} {i}") for i in range(self.samples)]
+        return [make_sample(tokenizer, text, length, place, self.facts, rng) for rng in draws]
+
+
+def measure(
+    model: Any, tokenizer: Any, text: list[int], plan: Plan, cells: Cells, advance: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """The rows of the report, of what `cells` has not yet; `advance` is called after each setting, length and depth.
+
+    Raises:
+        ValueError: a length does not fit the text.
+    """
+    rows = []
+    for name, config in plan.configs.items():
+        sparse = use(model, config)
+        for length in plan.lengths:
+
+            def count(place: float, length: int = length, sparse: bool = sparse) -> dict[str, Any]:
+                prompts = plan.prompts(tokenizer, text, length, place)
+                answers = [ask(model, tokenizer, some, sparse) for some in batches(iter(prompts), plan.batch)]
+                return asdict(sum(answers, Cell()))
+
+            counted = {}
+            for place in plan.places:
+                key = ("passkey", config.to_dict(), length, place)
+                counted[place] = Cell.read(cells.get(key, partial(count, place)))
+                advance()
+            rows.append(sum(counted.values(), Cell()).row(name, length, None))
+            rows += [cell.row(name, length, place) for place, cell in counted.items()]
+    return rows
+
+
+def draw(document: dict[str, Any], file: Path) -> None:
+    """The heat map: accuracy by depth, a line for every length and setting."""
     pyplot = plots.pyplot()
-    cells = [row for row in rows if row["depth"] != "all"]
+    cells = [row for row in document["rows"] if row["depth"] != "all"]
     lines = list(dict.fromkeys((row["settings"], row["length"]) for row in cells))
     depths = list(dict.fromkeys(row["depth"] for row in cells))
-    grid = [[0.0] * len(depths) for _ in lines]
+    grid = [[math.nan] * len(depths) for _ in lines]
     for row in cells:
         grid[lines.index((row["settings"], row["length"]))][depths.index(row["depth"])] = row["accuracy"]
-    labels = [f"{name}, {length:,}" for name, length in lines]
-    size = (2 + 0.6 * len(depths) + 0.09 * max(map(len, labels)), 1.5 + 0.5 * len(lines))
+    labels = [fill(f"{name}, {length:,}", 44) for name, length in lines]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    size = (3 + 0.6 * len(depths) + 0.09 * longest, 1.5 + sum(0.5 + 0.2 * label.count("\n") for label in labels))
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(range(len(depths)), depths)
     axes.set_yticks(range(len(lines)), labels)
     axes.set_xlabel("depth of the pass key (0: beginning of the document)")
+    axes.set_ylabel("settings, length in tokens")
     for y, line in enumerate(grid):
         for x, value in enumerate(line):
             axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
@@ -192,55 +259,40 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 4,
     device: str = "cpu",
     seed: int = 0,
-    heatmap_file: Annotated[Path | None, typer.Option("--heatmap", help="Draw accuracy by depth into this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Write JSON to this file as well.")] = None,
+    output: Output = None,
+    plot: Plot = None,
+    report_file: Report = None,
+    json: Json = False,
 ) -> None:
     """Hide pass keys in long documents and count right answers, every layer and row sparse unless settings say otherwise."""
     try:
         counts = sizes(lengths)
-        check_output(output)
+        targets = Targets(json, output, plot, report_file)
         configs = settings_of(settings, tokens=max(counts), budget=budget, sink=sink, window=window)
-        text = document.read_text()
+        text = document.read_text(encoding="utf-8")
+        plan = Plan(configs, counts, depths, samples, facts, batch, seed)
+        details = {
+            "model": model_name(model),
+            "document": document.name,
+            "facts": facts,
+            "seed": seed,
+            "configs": {name: config.to_dict() for name, config in configs.items()},
+        }
+        cells = targets.cells("passkey", **details, samples=samples, batch=batch, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    if heatmap_file is not None:
-        plots.pyplot()  # if it is missing, say so before the work
     try:
         loaded, tokenizer = load(model, "sdpa")
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"cannot load {model!r}: {error}", param_hint="MODEL") from None
     loaded.to(device)
     tokens = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    places = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
 
-    rows: list[dict[str, Any]] = []
-    with report.progress() as progress:
-        task = progress.add_task("pass keys", total=len(configs) * len(counts) * depths * samples)
-        for name, config in configs.items():
-            sparse = use(loaded, config)
-            for length in counts:
-                cells = {place: Cell() for place in places}
-                for place in places:
-                    # the same prompts whatever the settings
-                    draws = [random.Random(f"{seed} {length} {place:.6f} {i}") for i in range(samples)]
-                    try:
-                        prompts = [make_sample(tokenizer, tokens, length, place, facts, rng) for rng in draws]
-                    except ValueError as error:
-                        raise typer.BadParameter(str(error)) from None
-                    for some in batches(iter(prompts), batch):
-                        cells[place] += ask(loaded, tokenizer, some, sparse)
-                        progress.advance(task, len(some))
-                rows.append(sum(cells.values(), Cell()).row(name, length, None))
-                rows += [cell.row(name, length, place) for place, cell in cells.items()]
-    details = {
-        "model": model,
-        "document": document.name,
-        "facts": facts,
-        "seed": seed,
-        "configs": {name: config.to_dict() for name, config in configs.items()},
-    }
+    with cells, report.progress() as progress:
+        task = progress.add_task("pass keys", total=plan.cells)
+        try:
+            rows = measure(loaded, tokenizer, tokens, plan, cells, lambda: progress.advance(task))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
     title = f"Pass keys: answers entirely right, with the 95 % interval ({facts} fact{'s' * (facts > 1)} per document)"
-    publish(title, rows, json, output, details)
-    if heatmap_file is not None:
-        heatmap(rows, heatmap_file)
+    targets.publish(Results("passkey", title, rows, details, draw), cells)

@@ -52,14 +52,26 @@ def show(title: str, rows: Sequence[dict[str, Any]], as_json: bool, **extra: Any
     for name in rows[0] if rows else ():
         table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(cell(value) for value in row.values()))
     console = Console()
     console.print(table)
     for name, value in extra.items():
-        console.print(f"{name.replace('_', ' ')}: {_cell(value)}", highlight=False)
+        console.print(f"{name.replace('_', ' ')}: {cell(value)}", highlight=False)
 
 
-def _cell(value: Any) -> str:
+def markdown(rows: Sequence[dict[str, Any]], *names: str) -> str:
+    """Rows as a table in Markdown; `names`: these columns only."""
+    names = names or tuple(rows[0])
+    lines = [
+        [name.replace("_", " ") for name in names],
+        ["---"] * len(names),
+        *([cell(row[name]) for name in names] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """A value as tables show it."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

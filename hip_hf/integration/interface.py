@@ -15,6 +15,7 @@ from hip_hf.attention import attend
 from hip_hf.integration import paged
 from hip_hf.integration.cache import cache_kind, install, state_of
 from hip_hf.integration.masks import hip_mask, mask_spans, mask_window, narrowed, visible_rows
+from hip_hf.integration.positions import extended, positions_of, turned_back
 from hip_hf.integration.settings import layer_settings
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.reference import dense
@@ -54,9 +55,12 @@ def attention_forward(
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     method: str | None = None,
+    unrotated: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer: query `[B, Hq, Tq, D]`, key and value `[B, Hkv, Tk, D]` -> `[B, Tq, Hq, Dv]`.
+
+    `unrotated`: query and key come from a patched layer, before RoPE.
 
     Raises:
         ValueError: the layer asks for something that would be computed wrongly.
@@ -73,7 +77,13 @@ def attention_forward(
     if sliding_window is None:
         sliding_window = mask_window(attention_mask)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
+    kind, positions = cache_kind(key, query.shape[2]), None
+    state = state_of(key)
+    if unrotated or extended(module, sliding_window):
+        positions = positions_of(module, settings)
+        if not unrotated:
+            query, key = turned_back(positions, query, key, kwargs.get("cache"))
+    problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux, positions)
     if kwargs.get("cache") is not None:  # continuous batching: packed requests, whose mask says nothing we need
         if sliding_window is None:
             problem = replace(problem, sliding_window=getattr(module, "sliding_window", None))
@@ -81,18 +91,20 @@ def attention_forward(
         module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "continuous batching")
         return result.out.transpose(1, 2).contiguous(), None
     why = _unsayable(attention_mask, query.shape[2])
+    if why and positions is not None:
+        raise ValueError(f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side")
     if why:
         assert attention_mask is not None
         out = query.new_zeros(*query.shape[:3], value.shape[-1])
         dense.masked(problem, visible_rows(attention_mask, sliding_window), out)
-        call = Call(settings.method, "dense", why, 1.0, cache_kind(key, query.shape[2]))
+        call = Call(settings.method, "dense", why, 1.0, kind)
         _warn_once(layer, why)
     else:
         spans = make_spans(query, key) if attention_mask is None else mask_spans(attention_mask, query.shape[2])
-        problem = AttentionProblem(query, key, value, spans or (), scale, sliding_window, softcap, s_aux)
-        result = attend(problem, settings, layer, state_of(key))
+        problem = replace(problem, spans=spans or ())
+        result = attend(problem, settings, layer, state)
         out = result.out
-        call = Call(settings.method, result.path, result.reason, result.share, cache_kind(key, query.shape[2]))
+        call = Call(settings.method, result.path, result.reason, result.share, kind)
         if result.unsupported:
             _warn_once(layer, result.reason)
     module.__dict__["_hip_call"] = call
@@ -163,5 +175,8 @@ def register() -> None:
         # what continuous batching calls them up to 5.18
         AttentionInterface.register(f"paged|{name}", functools.partial(attention_forward, method=method))
         AttentionMaskInterface.register(f"paged|{name}", hip_mask)
+    from hip_hf.patches import registry
+
     install()
     paged.install()
+    registry.install()

@@ -35,8 +35,12 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
         The settings that now hold.
 
     Raises:
-        ValueError: unknown or out-of-range fields, or layers that the model does not have. Nothing has changed then.
+        ValueError: unknown or out-of-range fields, layers that the model does not have, or `extend` for a model that cannot.
+            Nothing has changed then.
     """
+    from hip_hf.integration.positions import check_extension
+    from hip_hf.patches.registry import patch_if_extended
+
     target = text_config(model)
     if config is not None and not isinstance(config, HiPConfig):
         raise ValueError(f"config: got {type(config).__name__}, allowed: HiPConfig or None")
@@ -49,7 +53,9 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
         for layer in named:
             if layer >= count:
                 raise ValueError(f"layer: got {layer}, allowed: 0 to {count - 1}, the layers of this model")
+    check_extension(settings, target)
     target.hip = settings.to_dict()
+    patch_if_extended(model)
     return settings
 
 

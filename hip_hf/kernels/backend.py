@@ -297,6 +297,8 @@ class SparseAttention(sparse.SparseAttention):
 def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
     """Why the kernels cannot serve a call of the sparse path; empty if they can."""
     q, k, v = problem.q, problem.k, problem.v
+    if problem.positions is not None:
+        return "context extension has no kernels"
     if q.device.type != "cuda" and not INTERPRETED:
         return f"kernels run on a GPU, the tensors are on {q.device}"
     if config.method not in ("hip", "streaming"):

@@ -65,6 +65,11 @@ def selector_for(config: Any) -> Any:
     return selector(config)
 
 
+def extends(method: str) -> bool:
+    """Whether the method works on keys that are not rotated: it compares those outside the window, and only with one another."""
+    return method == "dense" or getattr(getattr(_module(method), "Selector", None), "extends", False)
+
+
 def attention_for(config: Any) -> Any:
     """The class that computes a sparse call: the method's own, or block-sparse attention over what its `Selector` selects;
     Delta correction around either."""

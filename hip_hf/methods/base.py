@@ -85,6 +85,8 @@ class Selector(Protocol):
     """A method: says which key blocks each query block reads. `budget`: blocks it picks at most.
 
     With an attribute `reads_pages` that is true, `bind` and the pyramid may get `PagedKeys`; else a cache in pages is gathered.
+    With an attribute `extends` that is true, it works under context extension: `bind` then gets keys that are not rotated, and q
+    rotated as if all keys were just outside the window. What it binds may have `chunk_indexed(positions)` (`rope.py`).
     """
 
     budget: int

@@ -16,7 +16,7 @@ With these, the candidates cover every block of the middle exactly once; no key 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from hip_hf.methods.base import QueryBlock, squash
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.paged import KeyRows, block_index, lanes_of
 from hip_hf.reference.workers import scratch
+from hip_hf.rope import Positions, farthest_chunk, turn
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -107,6 +108,7 @@ class Selector:
     """The search with its settings bound; `bind` adds a span's tensors."""
 
     reads_pages = True
+    extends = True
 
     def __init__(self, config: HiPConfig) -> None:
         self.config = config
@@ -131,6 +133,11 @@ class TreeSearch:
     pyramid: Pyramid
     scale: float
     softcap: float | None
+    positions: Positions | None = None  # chunk-indexed, where the context is extended
+
+    def chunk_indexed(self, positions: Positions) -> TreeSearch:
+        """The search in which a chunk that is `n` chunks of its level before the window counts as `n` keys farther away."""
+        return replace(self, positions=positions)
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         """Sorted block indices `[heads, S, len(blocks), budget / block_k]`; `S` is 1 for a shared mask, else G."""
@@ -170,8 +177,11 @@ class TreeSearch:
         tile = slice(min(-(-b.low >> level) for b in blocks), max(b.high >> level for b in blocks))
         ids = torch.arange(tile.start, tile.stop, device=device).expand(q.shape[0], len(low), -1)
         invalid = (ids[0] < first[:, None]) | (ids[0] >= last[:, None])
-        rows = self.pyramid.levels[level][heads, tile]
-        scores = self._score(features.flatten(1, 2), rows, features.shape, invalid)
+        if self.positions is None:
+            rows = self.pyramid.levels[level][heads, tile]
+            scores = self._score(features.flatten(1, 2), rows, features.shape, invalid)
+        else:  # the window of each query block is elsewhere
+            scores = self._score(features, self._gather(heads, level, ids, last), features.shape, invalid)
         ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         while level > 0:
@@ -191,12 +201,12 @@ class TreeSearch:
                 invalid = torch.cat([missing.repeat_interleave(2, -1), invalid.expand(*ids.shape[:2], 2)], dim=-1)
             children = torch.stack([2 * ids, 2 * ids + 1], dim=-1).flatten(-2)
             ids = torch.cat([children, edges.expand(*ids.shape[:2], 2)], dim=-1)
-            scores = self._score(features, self._gather(heads, level, ids), features.shape, invalid)
+            scores = self._score(features, self._gather(heads, level, ids, last), features.shape, invalid)
             ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         if config.rescore > 1:
             ids = best(scores, ids, config.rescore * budget).sort(dim=-1).values
-            scores = self._exact(heads, q, ids)
+            scores = self._exact(heads, q, ids, high)
         if blocks[0].lasting and config.decode_refresh != 1:  # which quest sets
             scores, ids = self._with_successors(scores, ids, high, budget // SUCCESSORS)
         ids = best(scores, ids, budget).sort(dim=-1).values
@@ -217,13 +227,24 @@ class TreeSearch:
         scores = torch.cat([scores.masked_fill(known, -torch.inf), torch.where(outside, -torch.inf, torch.inf)], dim=-1)
         return scores, torch.cat([ids, after], dim=-1)
 
-    def _gather(self, heads: slice, level: int, ids: torch.Tensor) -> torch.Tensor:
-        """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`."""
+    def _gather(self, heads: slice, level: int, ids: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`; `end` `[P]`: the chunk after the last one."""
         table = self.pyramid.levels[level][heads]
         out = scratch.take("summaries", (*ids.shape, table.shape[-1]), table)
         for head in range(len(ids)):
             torch.index_select(table[head], 0, ids[head].flatten(), out=out[head].flatten(0, 1))
-        return out
+        if self.positions is None:
+            return out
+        cos, sin = self._angles(ids, end, out)
+        turned = scratch.take("turned", out.shape, out)
+        return self.representative.turned(out, cos, sin, self.q.shape[-1], turned)
+
+    def _angles(self, ids: torch.Tensor, end: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine `[heads, P, M, R / 2]` by which chunks are turned back: a position for each chunk up to the window."""
+        assert self.positions is not None
+        cos, sin = self.positions.rope.tables(self.positions.trained, like)
+        back = (end[:, None] - 1 - ids).clamp(min=0, max=farthest_chunk(self.positions, self.config))
+        return cos[back], sin[back]
 
     def _score(self, features: torch.Tensor, rows: torch.Tensor, shape: torch.Size, invalid: torch.Tensor) -> torch.Tensor:
         """Scores `[heads, P, M]` of chunks; `invalid` masks the last of them, `[P, m]` or `[heads, P, m]`.
@@ -240,8 +261,8 @@ class TreeSearch:
         logits = logits.amax(-1) if per_chunk > 1 else logits.squeeze(-1)
         return aggregate(logits, self.config.score, self.softcap, invalid)
 
-    def _exact(self, heads: slice, q: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Scores of key blocks `ids` `[heads, P, M]` by all their keys."""
+    def _exact(self, heads: slice, q: torch.Tensor, ids: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """Scores of key blocks `ids` `[heads, P, M]` by all their keys; `high` `[P]`: the block that the window begins with."""
         keys, size = self.keys[heads], self.config.block_k
         missing = ids == NO_CHUNK
         ids = ids.masked_fill(missing, 0)
@@ -252,6 +273,10 @@ class TreeSearch:
             for head, lane in enumerate(lanes):
                 lane.take(index[head, item], picked[head])
             flat = picked.view(len(ids), -1, keys.shape[-1]).to(q.dtype)
+            if self.positions is not None:
+                angles = self._angles(ids[:, item : item + 1], high[item : item + 1], flat)
+                cos, sin = (x[:, 0].repeat_interleave(size, 1) for x in angles)  # a block's keys turn alike
+                flat = turn(flat, cos, sin, back=True, out=scratch.take("turned", flat.shape, flat))
             rows = q[:, item]
             logits = torch.bmm(rows, flat.transpose(1, 2), out=scratch.take("logits", (*rows.shape[:2], flat.shape[1]), q))
             invalid = missing[:, item].repeat_interleave(size, -1)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class Selector(Unsummarised):
     """Scores every key of the middle, for every row (no sampling), by its share of the whole attention."""
 
+    extends = True  # every key then counts as just outside the window, the nearer ones too
+
     def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Exhaustive:
         return Exhaustive(self.config, q, keys, scale, softcap)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from hip_hf.paged import KeyRows
+from hip_hf.rope import turn
 
 # Summaries are computed for this many blocks at a time, so that temporaries stay in cache.
 BLOCKS_AT_ONCE = 2048
@@ -39,6 +40,12 @@ class Representative:
     def features(self, q: torch.Tensor) -> torch.Tensor:
         """What a query multiplies a row with: `[..., D]` -> `[..., F]`."""
         return q
+
+    def turned(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
+        """Rows `[..., width]`, of keys with `dim` numbers, turned back by angles `[..., R / 2]`, into `out`."""
+        vectors, into = rows.unflatten(-1, (-1, dim)), out.unflatten(-1, (-1, dim))
+        turn(vectors, cos[..., None, :], sin[..., None, :], back=True, out=into)
+        return out
 
 
 class Key(Representative):
@@ -91,6 +98,17 @@ class CentreSpread(Representative):
 
     def features(self, q: torch.Tensor) -> torch.Tensor:
         return torch.cat([q, q.abs()], dim=-1)
+
+    def turned(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
+        # the box around a turned box: its half width in a direction is what both of its sides reach there
+        turn(rows[..., :dim], cos, sin, back=True, out=out[..., :dim])
+        half, cos, sin = cos.shape[-1], cos.abs(), sin.abs()
+        spread, into = rows[..., dim:], out[..., dim:]
+        a, b = spread[..., :half], spread[..., half : 2 * half]
+        torch.mul(a, cos, out=into[..., :half]).addcmul_(b, sin)
+        torch.mul(b, cos, out=into[..., half : 2 * half]).addcmul_(a, sin)
+        into[..., 2 * half :] = spread[..., 2 * half :]
+        return out
 
 
 class Mean(Representative):

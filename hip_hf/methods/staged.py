@@ -118,6 +118,8 @@ def descent(stage: Stage, halvings: int | None) -> int:
 class Selector:
     """The stages with the settings bound."""
 
+    extends = True
+
     def __init__(self, config: HiPConfig) -> None:
         self.config = config
         self.budget = config.budget // config.block_k

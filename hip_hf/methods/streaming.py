@@ -28,6 +28,7 @@ class Selector(Unsummarised):
     """Selects no block at all, or the last ones."""
 
     reads_pages = True  # it looks at no key
+    extends = True
 
     def __init__(self, config: HiPConfig) -> None:
         super().__init__(config)

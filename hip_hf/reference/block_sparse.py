@@ -14,6 +14,7 @@ import torch
 from hip_hf.methods.base import QueryBlock, squash
 from hip_hf.paged import KeyRows, PagedKeys, block_index, lanes_of
 from hip_hf.reference.workers import compute_dtype, scratch
+from hip_hf.rope import Positions
 
 # A block of rows meets a long contiguous range in tiles whose logits are at most this many elements, to stay in cache.
 LOGITS_AT_ONCE = 1 << 20
@@ -35,6 +36,7 @@ class Tensors:
     sliding_window: int | None
     softcap: float | None
     sinks: torch.Tensor | None
+    positions: Positions | None = None  # q and k are not rotated: here is where they go
 
 
 def attend(t: Tensors, heads: slice, group: slice, blocks: list[QueryBlock], ids: torch.Tensor, block_k: int) -> None:
@@ -69,6 +71,8 @@ def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBloc
     parts = [_Parts(name, x, blocks, sink, picked, block_k, keys) for name, x in (("k", k), ("v", v))]
     k_all, v_all = (scratch.take(part.name, tuple(part.all.shape), like) for part in parts)
     k_all = k_all.transpose(1, 2)
+    if t.positions is not None:
+        queries, places = t.positions.streaming(queries, keys, n)
     positions = None if t.sliding_window is None else [_positions(block, ids[:, i], block_k) for i, block in enumerate(blocks)]
     need_lse = t.lse is not None or t.sinks is not None
     lse = (
@@ -82,7 +86,8 @@ def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBloc
             part.fill(i, chosen)
             if part.all.dtype != dtype:
                 (whole if part.name == "v" else k_all.transpose(1, 2)).copy_(part.all)
-        torch.bmm(query, k_all, out=logits)
+        placed = k_all if t.positions is None else t.positions.placed(k_all.transpose(1, 2), places).transpose(1, 2)
+        torch.bmm(query, placed, out=logits)
         squash(logits, t.softcap)
         if n > 1:
             own.add_(future)
@@ -129,10 +134,11 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     torch.mul(q, t.scale, out=query)
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
     parts, end = [], block.last + 1
+    cuts = [] if t.positions is None else t.positions.cuts(block.first, block.last)
     if isinstance(t.k, PagedKeys) and not t.k.in_one_piece(block.start, end):
         tile = max(n, min(tile, KEYS_AT_ONCE))
     while end > block.start:  # from the last key down, so that the rows' own keys are whole in one tile
-        first = max(block.start, end - tile)
+        first = max([block.start, end - tile, *(cut for cut in cuts if cut < end)])
         parts.append(_attend_tile(t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start))
         end = first
     out, lse = parts[0]
@@ -148,7 +154,10 @@ def _attend_tile(
     lanes, groups, n, _ = query.shape
     k, v = (x[heads, first:end].to(query.dtype) for x in (t.k, t.v))
     logits = scratch.take("logits", (lanes, groups * n, end - first), k)
-    torch.bmm(query.flatten(1, 2), k.transpose(1, 2), out=logits)
+    if t.positions is None:
+        torch.bmm(query.flatten(1, 2), k.transpose(1, 2), out=logits)
+    else:
+        t.positions.dense_logits(query, k, block.first, block.last, first, out=logits)
     squash(logits, t.softcap)
     by_row = logits.view(lanes, groups, n, end - first)
     if n > 1 and end == block.last + 1:

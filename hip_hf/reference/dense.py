@@ -40,7 +40,7 @@ def attend_rows(t: Tensors, first: int, span: Span, pieces: list[Piece] | None =
 
 def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
     """Whether PyTorch's attention can compute the problem without a mask."""
-    if need_lse or problem.softcap is not None or problem.sinks is not None:
+    if need_lse or problem.positions is not None or problem.softcap is not None or problem.sinks is not None:
         return False
     if problem.sliding_window is not None and problem.sliding_window < problem.longest:
         return False

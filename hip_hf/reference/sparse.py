@@ -74,6 +74,7 @@ def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: to
         problem.sliding_window,
         problem.softcap,
         sinks,
+        problem.positions,
     )
 
 
@@ -138,7 +139,12 @@ class SparseAttention:
             pyramid.extend(source, needed)
         if row is not None:
             row.pyramid = pyramid
-        return self.selector.bind(t.q, keys, pyramid, t.scale, t.softcap)
+        positions = t.positions
+        if positions is None:
+            return self.selector.bind(t.q, keys, pyramid, t.scale, t.softcap)
+        bound = self.selector.bind(positions.voting(t.q, blocks), keys, pyramid, t.scale, t.softcap)
+        indexed = positions.chunk_indexed and hasattr(bound, "chunk_indexed")
+        return bound.chunk_indexed(positions) if indexed else bound
 
     # Prefill: units of (key head, a few query blocks), spread over the workers.
 

@@ -1,0 +1,107 @@
+"""The documentation's figures and tables, from the package's own code, its checkpoint and the saved results."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import supported
+import torch
+from transformers.utils import logging
+
+from hip_hf.eval import curves, demo, documents, latency, passkey, plots
+from hip_hf.eval.capture import capture
+from hip_hf.methods.base import make_query_block
+from hip_hf.methods.hip import Selector, TreeSearch
+from hip_hf.problem import AttentionProblem
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TOKENS, FACTS = 4096, 1
+LAYER = 2
+SMALL = dict(budget=128, window=256, sink=64, dense_tail=0, dense_below=0)
+
+
+@dataclass(frozen=True)
+class Watched(TreeSearch):
+    """The tree search, noting the candidates of each level: (level, ids) of the first head and query block."""
+
+    seen: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    def _gather(self, heads: slice, level: int, ids: torch.Tensor) -> torch.Tensor:
+        self.seen.append((level, sorted(set(ids[0, 0].tolist()))))
+        return super()._gather(heads, level, ids)
+
+
+def prompt_and_model() -> tuple[list[int], Any, Any, Any]:
+    """A prompt that hides a pass key, the model and tokenizer of the checkpoint, and the hidden fact."""
+    model, tokenizer = documents.load(documents.CHECKPOINT, "sdpa")
+    text = tokenizer.encode(documents.DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
+    (fact,) = demo.make_facts(FACTS, seed=0)
+    return documents.make_prompt(tokenizer, text, TOKENS, [fact], fact.name), model, tokenizer, fact
+
+
+def draw_tree(file: Path, problem: AttentionProblem) -> None:
+    """The search of one query block: the candidates of each level, and the blocks that it keeps."""
+    config = demo.HiPConfig(**SMALL, beam=1, rescore=1)
+    selector = Selector(config)
+    span = problem.spans[0]
+    first = span.end // config.block_q * config.block_q - config.block_q
+    block = make_query_block(config, first, first, first + config.block_q - 1, None, None)
+    q, keys = problem.q[0].unflatten(0, (problem.k.shape[1], -1)), problem.k[0]
+    pyramid = selector.make_pyramid(torch.float32)
+    pyramid.extend(keys, block.window // config.block_k)
+    search = Watched(config, selector.representative, q, keys, pyramid, problem.scale, None)
+    kept = search.select(slice(0, 1), [block])[0, 0, 0].tolist()
+    plt = plots.pyplot()
+    figure, axis = plt.subplots(figsize=(10, 3.2), layout="constrained")
+    levels = [(level, ids) for level, ids in search.seen]
+    names = []
+    for row, (level, ids) in enumerate(levels):
+        size = config.block_k << level
+        for i in ids:
+            axis.barh(row, size, left=i * size, height=0.7, color="#9db7da", edgecolor="white", linewidth=0.5)
+        names.append(f"{len(ids)} chunks of {size} keys")
+    for i in kept:
+        axis.barh(len(levels), config.block_k, left=i * config.block_k, height=0.7, color=plots.KINDS["selected"])
+    axis.barh(len(levels), block.sink, left=0, height=0.7, color=plots.KINDS["sink"])
+    axis.barh(len(levels), block.last + 1 - block.window, left=block.window, height=0.7, color=plots.KINDS["window"])
+    axis.set_yticks(range(len(levels) + 1), [*names, "what is read"])
+    axis.invert_yaxis()
+    axis.set_xlim(0, block.last + 1)
+    axis.set_xlabel("key position (token)")
+    axis.set_ylabel("level of the search")
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def draw_readings(file: Path, prompt: list[int], problems: list[AttentionProblem], tokenizer: Any, fact: Any) -> None:
+    """Which key blocks each query block reads, in two layers."""
+    config = demo.HiPConfig(**SMALL)
+    panels = []
+    for layer in (1, LAYER):
+        kinds, path = demo.kinds_read(problems[layer], config, layer=None)  # type: ignore[arg-type]
+        panels.append(plots.Panel(f"layer {layer}: {path}", kinds, config.block_q, config.block_k))
+    marks = {fact.name: demo.position_of(tokenizer, prompt, fact)}
+    question = len(prompt) - len(tokenizer.encode(documents.question(fact.name), add_special_tokens=False))
+    plots.readings(file, f"What query blocks read (first key head), {TOKENS:,} tokens", panels, len(prompt), marks, question)
+
+
+def make_all(folder: Path) -> None:
+    """Everything that the pages include, in `folder`; what is there stays (remove the folder to make it anew)."""
+    folder.mkdir(exist_ok=True)
+    logging.set_verbosity_error()
+    if not (folder / "tree.png").exists() or not (folder / "readings.png").exists():
+        prompt, model, tokenizer, fact = prompt_and_model()
+        problems = capture(model, torch.tensor([prompt]))
+        draw_tree(folder / "tree.png", problems[LAYER])
+        draw_readings(folder / "readings.png", prompt, problems, tokenizer, fact)
+    for name, draw in (("latency", latency.draw), ("fidelity", curves.draw), ("passkey", passkey.draw)):
+        draw(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), folder / f"{name}.png")
+    if not (folder / "models.md").exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (folder / "models.md").write_text(supported.page(), encoding="utf-8")

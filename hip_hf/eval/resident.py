@@ -1,0 +1,67 @@
+"""Memory of this process and of a cache, as the commands print it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIB = 2**20
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def memory_mib(field: str) -> float | None:
+    """Memory of this process now (`VmRSS`) or at its peak (`VmHWM`); None where the system does not say.
+
+    Not `ru_maxrss` on Linux: a child inherits its parent's there.
+    """
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) / 1024
+    if field != "VmHWM" or sys.platform != "darwin":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
+
+
+def count_peak_from_here() -> None:
+    """Forget the peak so far, where the system can (Linux)."""
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")
+
+
+def cache_mib(cache: Any) -> float:
+    """What a `HiPCache` holds: pages in use, and the summaries beside them."""
+    total = 0
+    for layer in cache.paged:
+        if layer.pool is not None:
+            total += layer.pool.bytes(layer.pool.used)
+        tables = [t for row in layer.hip_state.rows.values() if row.pyramid for t in row.pyramid.levels]
+        total += sum(t.numel() * t.element_size() for t in tables)
+    return total / MIB
+
+
+class Meter:
+    """What a piece of work takes on top of what was there, in MiB: on the host, and on a GPU if it works there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        count_peak_from_here()
+        self.before = memory_mib("VmRSS")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.device_before = torch.cuda.memory_allocated(device)
+
+    def peak_mib(self) -> float | None:
+        """The host's peak on top of `before`; None where the system does not say."""
+        peak = memory_mib("VmHWM")
+        return None if peak is None or self.before is None else peak - self.before
+
+    def device_peak_mib(self) -> float | None:
+        """The GPU's; None without one."""
+        if self.device.type != "cuda":
+            return None
+        return (torch.cuda.max_memory_allocated(self.device) - self.device_before) / MIB

@@ -1,0 +1,1 @@
+"""Per-architecture forwards: what registration alone cannot give (keys before RoPE). `registry.py` lists the families."""

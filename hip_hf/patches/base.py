@@ -1,0 +1,122 @@
+"""What patchers share: a `Patcher` says how a family's attention layer is put together, `forward` does the rest.
+
+A patched layer hands q and k to our attention before RoPE when the settings extend the context, and otherwise does what
+the original does, to the bit. Nothing is read from the interface's tables in between. Weights, submodules and parameters stay
+where they are; the only change to a layer is the function in its `forward`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from hip_hf.integration.interface import NAMES, attention_forward
+from hip_hf.integration.positions import UNROTATED, check_cache, extended
+
+# In a patched layer's `__dict__`: its patcher, and the forward of its own that it had (accelerate's, another patch), or None.
+PATCHER, ORIGINAL = "_hip_patcher", "_hip_original"
+
+
+@dataclass(frozen=True)
+class Patcher:
+    """How to patch one family.
+
+    `attention`: name of its attention class. `project(module, hidden [B, T, hidden size])` -> q `[B, Hq, T, D]`, k and v
+    `[B, Hkv, T, D]`, normalised if the family does so, not rotated. `sliding_window(module)`: of the layer, None if it has none.
+    The rotation is `apply_rotary_pos_emb` of the modeling file, which must turn halves of the head dim (Llama's layout).
+    """
+
+    attention: str
+    project: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    sliding_window: Callable[[Any], int | None]
+
+
+def by_heads(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """`[B, T, heads * D]` -> `[B, T, heads, D]`."""
+    return x.view(*x.shape[:-1], -1, module.head_dim)
+
+
+def forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The forward of a patched attention layer: hidden states `[B, T, hidden size]` -> the same, and None.
+
+    Raises:
+        ValueError: the cache was filled under other settings of `extend`, or what `attention_forward` raises.
+    """
+    name = (self.config._attn_implementation or "").removeprefix("paged|")
+    if name not in NAMES:
+        call = self.__dict__[ORIGINAL] or MethodType(type(self).forward, self)
+        return call(
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+    patcher: Patcher = self.__dict__[PATCHER]
+    query, key, value = patcher.project(self, hidden_states)
+    sliding = patcher.sliding_window(self)
+    unrotated = extended(self, sliding)
+    if not unrotated:
+        assert position_embeddings is not None
+        query, key = sys.modules[type(self).__module__].apply_rotary_pos_emb(query, key, *position_embeddings)
+    setattr(key, UNROTATED, unrotated)
+    if past_key_values is not None:
+        check_cache(past_key_values, self.layer_idx, unrotated)
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    out, _ = attention_forward(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=self.attention_dropout if self.training else 0.0,
+        scaling=self.scaling,
+        sliding_window=sliding,
+        method=NAMES[name],
+        unrotated=unrotated,
+        **kwargs,
+    )
+    return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), None
+
+
+def _slot(module: nn.Module) -> str:
+    """Where the layer's own forward is called from: accelerate keeps it aside when it puts a hook around it."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+def patch_layer(module: nn.Module, patcher: Patcher) -> None:
+    """Replace the forward of one attention layer. Harmless when called again."""
+    if PATCHER in module.__dict__:
+        return
+    slot = _slot(module)
+    own = module.__dict__.get(slot)
+    plain = isinstance(own, MethodType) and own.__func__ is type(module).forward  # accelerate's copy of the class's own
+    module.__dict__[PATCHER] = patcher
+    module.__dict__[ORIGINAL] = None if plain else own
+    module.__dict__[slot] = MethodType(forward, module)
+
+
+def unpatch_layer(module: nn.Module) -> None:
+    """Give one attention layer back the forward it had. Harmless where nothing was patched."""
+    if module.__dict__.pop(PATCHER, None) is None:
+        return
+    slot, own = _slot(module), module.__dict__.pop(ORIGINAL)
+    if own is None and slot == "_old_forward":
+        own = MethodType(type(module).forward, module)
+    if own is None:
+        del module.__dict__[slot]
+    else:
+        module.__dict__[slot] = own

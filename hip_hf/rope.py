@@ -1,0 +1,167 @@
+"""Rotary positions given at attention time: context extension (InfiniteHiP, arXiv 2502.08910; StreamingLLM, arXiv 2309.17453).
+
+q and k come un-rotated. Every distance at which a query meets a key is then ours to choose, and none exceeds what the model was
+trained for:
+
+    attention of a query block: what it reads (sink | selected | window) gets consecutive positions that end at the query's
+    dense rows: true distances, and `trained - 1` for every key that is farther away
+    selection: a key counts as just outside the window (relative); in the first layers, chunks count their distance from it
+               in chunks (chunk-indexed)
+
+Only differences of positions matter, so each rule picks its own origin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.reference.workers import scratch
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+    from hip_hf.methods.base import QueryBlock
+
+# Layers before this one select with chunk-indexed positions (InfiniteHiP, appendix; its first three layers).
+CHUNK_INDEXED_LAYERS = 3
+# A table of angles starts with this many positions and doubles.
+FEWEST_POSITIONS = 1024
+
+
+class Rope:
+    """The rotation of a model: pairs `(i, i + R / 2)` of the first `R` of the head's numbers turn by `position * inv_freq[i]`.
+
+    `inv_freq` fp32 `[R / 2]`. `scaling`: what the model multiplies cosine and sine with (YaRN), for q and for k; q carries both.
+    """
+
+    def __init__(self, inv_freq: torch.Tensor, scaling: float = 1.0) -> None:
+        if not isinstance(inv_freq, torch.Tensor) or inv_freq.ndim != 1 or not len(inv_freq):
+            raise ValueError(f"inv_freq: got {inv_freq!r}, allowed: a tensor of one dimension")
+        self.inv_freq = inv_freq.detach().to(device="cpu", dtype=torch.float32)
+        self.scaling = float(scaling)
+        self._tables: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a head that turn."""
+        return 2 * len(self.inv_freq)
+
+    def tables(self, count: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine `[>= count, R / 2]` of the positions from 0 on, in dtype and on the device of `like`."""
+        key = (like.dtype, like.device)
+        known = self._tables.get(key)
+        if known is None or len(known[0]) < count:
+            most = max(FEWEST_POSITIONS, 1 << (count - 1).bit_length())
+            with torch.inference_mode(False), torch.no_grad():  # they outlive the mode they are made in
+                angles = torch.arange(most, dtype=torch.float64)[:, None] * self.inv_freq.double()
+                known = angles.cos().to(like.device, like.dtype), angles.sin().to(like.device, like.dtype)
+            self._tables[key] = known
+        return known
+
+    def keys(
+        self, x: torch.Tensor, position: torch.Tensor | int, most: int, back: bool = False, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Keys `[..., n, D]` turned to `position`: the first of consecutive ones, or int64 `[..., n]`, all below `most`."""
+        cos, sin = self.tables(most, x)
+        index = slice(position, position + x.shape[-2]) if isinstance(position, int) else position
+        return turn(x, cos[index], sin[index], back, out)
+
+    def queries(self, x: torch.Tensor, position: torch.Tensor | int, most: int) -> torch.Tensor:
+        """Queries `[..., n, D]` turned to `position`, as `keys` does, and scaled for both sides of the product."""
+        out = self.keys(x, position, most)
+        if self.scaling != 1.0:
+            out[..., : self.dim].mul_(self.scaling**2)
+        return out
+
+    def unrotated(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        """What the model rotated to the consecutive positions from `first` on, `[..., n, D]`, turned back."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        position = torch.arange(first, first + x.shape[-2], dtype=torch.float64)
+        angles = position[:, None] * self.inv_freq.double()  # no table: positions grow with the context
+        cos, sin = angles.cos().to(x.device, dtype), angles.sin().to(x.device, dtype)
+        out = turn(x.to(dtype), cos, sin, back=True)
+        if self.scaling != 1.0:
+            out[..., : self.dim].div_(self.scaling)
+        return out.to(x.dtype)
+
+
+def turn(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`[..., n, D]` turned by angles `[..., n, R / 2]` (`back`: by minus these) into `out`, which is not x."""
+    half, sign = cos.shape[-1], -1 if back else 1
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    a, b = x[..., :half], x[..., half : 2 * half]
+    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=out[..., half : 2 * half]).addcmul_(a, sin, value=sign)
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How the calls of one layer place queries and keys. `trained`: positions that the model was trained for."""
+
+    rope: Rope
+    trained: int
+    chunk_indexed: bool = False
+
+    def check(self, config: HiPConfig) -> None:
+        """Raise ValueError if what a row reads under `config` does not fit in the trained length."""
+        reach = -(-config.sink // config.block_k) * config.block_k + config.budget + config.window
+        if max(reach, config.block_q) > self.trained:
+            got = f"{reach} keys and block_q={config.block_q}"
+            raise ValueError(f"sink + budget + window: got {got}, allowed with `extend`: up to the trained {self.trained}")
+
+    def streaming(self, query: torch.Tensor, keys: int, rows: int) -> tuple[torch.Tensor, torch.Tensor | int]:
+        """Attention of a query block that reads `keys` keys, its own `rows` the last of them: queries `[..., rows, D]` in their
+        places, and the places of the keys."""
+        over = max(0, keys - self.trained)  # block rounding may exceed what was trained by a little: the first keys move up
+        place: torch.Tensor | int = 0
+        if over:
+            place = (torch.arange(keys, device=query.device) - over).clamp(min=0)
+        return self.rope.queries(query, keys - rows - over, self.trained), place
+
+    def placed(self, k: torch.Tensor, place: torch.Tensor | int) -> torch.Tensor:
+        """Keys `[heads, keys, D]` in the places that `streaming` gave, in memory that the next call reuses."""
+        return self.rope.keys(k, place, self.trained, out=scratch.take("placed", tuple(k.shape), k))
+
+    def cuts(self, first: int, last: int) -> list[int]:
+        """Where a dense row block, at `first` to `last`, finds keys that are too far for all of its rows, and for some of them:
+        those before the first cut, and those between it and the second. None is among the rows' own keys."""
+        return [first - self.trained + 1, min(last - self.trained + 1, first)]
+
+    def dense_logits(self, query: torch.Tensor, k: torch.Tensor, first: int, last: int, at: int, out: torch.Tensor) -> None:
+        """Logits of dense rows at `first` to `last`, `[heads, G, rows, D]`, for the keys `[heads, n, D]` from position `at` on,
+        which lie on one side of every cut, into `out` `[heads, G * rows, n]`. Keys too far away are all at `trained - 1`."""
+        near, mixed = last - self.trained + 1, first - self.trained + 1
+        if at >= mixed:
+            keys = self.rope.keys(k, 0, last - at + 1, out=scratch.take("placed", tuple(k.shape), k))
+            placed = self.rope.queries(query, first - at, last - at + 1)
+            torch.bmm(placed.flatten(1, 2), keys.transpose(1, 2), out=out)
+        if at >= near:
+            return
+        far = torch.full((query.shape[-2],), self.trained - 1, device=query.device)
+        placed = self.rope.queries(query, far, self.trained).flatten(1, 2)
+        if at < mixed:
+            torch.bmm(placed, k.transpose(1, 2), out=out)
+            return
+        distance = torch.arange(first, last + 1, device=k.device)[:, None] - torch.arange(at, at + k.shape[1], device=k.device)
+        too_far = (distance >= self.trained).repeat(query.shape[1], 1)
+        out.copy_(torch.where(too_far, torch.bmm(placed, k.transpose(1, 2)), out))
+
+    def voting(self, q: torch.Tensor, blocks: list[QueryBlock]) -> torch.Tensor:
+        """Queries `[..., rows, D]` as they select: so far from un-rotated keys as each is from the last key before its window."""
+        distance = torch.zeros(q.shape[-2], dtype=torch.long)
+        for block in blocks:
+            at = torch.arange(block.first, block.last + 1)
+            distance[block.row : block.row + block.rows] = (at - block.window + 1).clamp(max=self.trained - 1)
+        return self.rope.queries(q, distance.to(q.device), self.trained)
+
+
+def farthest_chunk(positions: Positions, config: HiPConfig) -> int:
+    """Chunk-indexed selection: from this chunk on, counted back from the window, all are equally far."""
+    return max(0, positions.trained - 1 - config.window - config.block_k - config.block_q)

@@ -1,0 +1,141 @@
+"""Finished cells: kept through an interruption, refused to another run, gone when the result is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from test_passkey import SMALL, refused, save_checkpoint
+from typer.testing import CliRunner
+
+from hip_hf.eval import compare, fidelity, latency, passkey, perplexity
+from hip_hf.eval.cells import SUFFIX, Cells
+
+
+def test_cells_are_measured_once_and_refuse_another_request(tmp_path: Path) -> None:
+    output, calls = tmp_path / "out.json", []
+
+    def work(value: Any) -> Any:
+        calls.append(value)
+        return value
+
+    with Cells(output, {"seed": 0}) as cells:
+        assert cells.get(("a", 1), lambda: work({"x": 0.1})) == {"x": 0.1}
+        assert cells.get(("a", 2), lambda: work([1 / 3])) == [1 / 3]
+    again = Cells(output, {"seed": 0})
+    assert again.get(("a", 1), lambda: work("not again")) == {"x": 0.1}
+    assert again.get(("a", 2), lambda: work("not again")) == [1 / 3]
+    assert calls == [{"x": 0.1}, [1 / 3]]
+    with pytest.raises(ValueError, match="other seed"):
+        Cells(output, {"seed": 1})
+    again.finish()
+    assert list(tmp_path.iterdir()) == []
+    Cells(output, {"seed": 1})
+
+
+def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    cells = Cells(output, {})
+    for name in ("one", "two"):
+        cells.get((name,), lambda: {"value": 12345})
+    file = tmp_path / f"out.json{SUFFIX}"
+    whole = file.read_text()
+    for cut in range(1, len(whole.splitlines()[-1]) + 1):
+        file.write_text(whole[:-cut])
+        assert list(Cells(output, {}).done) == ['["one"]']
+        assert file.read_text() == "".join(line + "\n" for line in whole.splitlines()[:-1])
+    file.write_text("something else\n")
+    with pytest.raises(ValueError, match="no file of finished cells"):
+        Cells(output, {})
+
+
+def test_without_an_output_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = Cells(None, {})
+    assert [cells.get(("a",), lambda: 1), cells.get(("a",), lambda: 2)] == [1, 1]
+    cells.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+# Where each command measures a cell, and small runs of several cells.
+COMMANDS: dict[str, tuple[Any, tuple[Any, str], list[str]]] = {
+    "passkey": (passkey, (passkey, "ask"), ["--lengths", "200,256", "--depths", "2", "--samples", "2", "--settings", "dense"]),
+    "perplexity": (perplexity, (perplexity, "read_text"), ["--tokens", "512", "--settings", "dense"]),
+    "fidelity": (fidelity, (fidelity, "measure_prompt"), ["--tokens", "512", "--prompts", "3", "--facts", "1"]),
+    "compare": (
+        compare,
+        (passkey, "ask"),
+        ["--tokens", "512", "--prompts", "1", "--facts", "1", "--depths", "2", "--samples", "1", "--settings", "dense"],
+    ),
+}
+
+
+def invoke(command: Any, arguments: list[str]) -> Any:
+    app = typer.Typer()
+    app.command()(command.main)
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_interrupted_run_resumed_gives_the_same_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Any
+) -> None:
+    threads(1)  # such small tensors only wait for each other
+    command, (owner, measures), arguments = COMMANDS[name]
+    model, text = save_checkpoint(tmp_path)
+    given = [model, "--document", text, *arguments, "--settings", json.dumps(SMALL)]
+    real, calls = getattr(owner, measures), []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(owner, measures, counted)
+    whole = tmp_path / "whole.json"
+    assert invoke(command, [*given, "--output", str(whole)]).exit_code == 0
+    needed = len(calls)
+    assert needed > 2
+
+    def interrupted(*args: Any) -> Any:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return counted(*args)
+
+    calls.clear()
+    resumed = tmp_path / "resumed.json"
+    monkeypatch.setattr(owner, measures, interrupted)
+    stopped = invoke(command, [*given, "--output", str(resumed)])
+    assert stopped.exit_code != 0
+    assert "goes on from there" in " ".join(stopped.stderr.split())
+    assert not resumed.exists()
+    monkeypatch.setattr(owner, measures, counted)
+    if name != "perplexity":  # which draws nothing
+        assert "other seed" in refused(command.main, *given, "--output", str(resumed), "--seed", "1")
+    assert invoke(command, [*given, "--output", str(resumed)]).exit_code == 0
+    assert len(calls) == needed  # the finished ones were not measured again
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert not resumed.with_name(resumed.name + SUFFIX).exists()
+
+
+def test_latency_keeps_finished_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ["--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--repeats", "1", "--dtypes", "fp32", "--phases", "prefill"]
+    output = tmp_path / "latency.json"
+    real, lengths = latency.measure_prefill, []
+
+    def measure(plan: Any, dtype: str, length: int) -> Any:
+        if length == 512 and lengths == [256]:
+            raise KeyboardInterrupt
+        lengths.append(length)
+        return real(plan, dtype, length)
+
+    monkeypatch.setattr(latency, "measure_prefill", measure)
+    given = [*shape, "--lengths", "256,512", "--output", str(output)]
+    assert invoke(latency, given).exit_code != 0
+    first = json.loads((tmp_path / f"latency.json{SUFFIX}").read_text().splitlines()[1])[1]
+    lengths.append(0)
+    assert invoke(latency, given).exit_code == 0
+    assert lengths == [256, 0, 512]
+    assert json.loads(output.read_text())["rows"][:1] == first
