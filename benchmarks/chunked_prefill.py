@@ -60,12 +60,6 @@ def measure(length: int, chunk: int) -> dict[str, Any]:
     assert peak is not None, "the system does not say how much memory a process has"
     kept = held(cache) / MIB
     return {"length": length, "chunk": chunk, "cache_MiB": kept, "peak_MiB": peak, "extra_MiB": peak - kept}
-        "length": length,
-        "chunk": chunk,
-        "cache_MiB": held(cache) / 2**20,
-        "peak_MiB": peak / 2**20,
-        "extra_MiB": extra / 2**20,
-    }
 
 
 def main() -> None:
