@@ -11,6 +11,7 @@ The cache's layout is not documented; it is found by inspection, and an unknown 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.abc
 import importlib.util
 import inspect
@@ -245,7 +246,7 @@ def _refuse_lossy_ring(config: Any) -> None:
 def ring_loses_tokens() -> bool:
     """Whether the ring buffers of sliding layers, as this Transformers indexes them, give back other tokens than the last."""
     try:
-        from transformers.generation.continuous_batching import cache_manager
+        cache_manager = importlib.import_module("transformers.generation.continuous_batching.cache_manager")
     except ImportError:  # later ones index otherwise
         return False
     ring: Any = object.__new__(cache_manager.SlidingAttentionCacheAllocator)
