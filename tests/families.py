@@ -51,7 +51,10 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 PATCHED: dict[str, PreTrainedConfig] = {
     **{name: FAMILIES[name] for name in ("llama", "mistral", "qwen2", "qwen3")},
     "mistral_full": MistralConfig(**_BASE, sliding_window=None),
-    "qwen2_moe": Qwen2MoeConfig(**_BASE, **_EXPERTS, shared_expert_intermediate_size=32),
+    # a window that no layer uses: without one, Transformers 5.23 cannot make masks from position ids
+    "qwen2_moe": Qwen2MoeConfig(
+        **_BASE, **_EXPERTS, shared_expert_intermediate_size=32, use_sliding_window=True, max_window_layers=0
+    ),
     "qwen3_moe": Qwen3MoeConfig(**_BASE, **_EXPERTS),
 }
 

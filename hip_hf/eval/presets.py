@@ -88,7 +88,7 @@ def refuse_extension(configs: dict[str, HiPConfig]) -> None:
     """Raise ValueError for settings that extend the context, where queries and keys were rotated by a model."""
     for config in configs.values():
         if config.extend is not None:
-            raise ValueError(f"extend: got {config.extend!r}, allowed: None (`hip-hf passkey` measures it in a model)")
+            raise ValueError(f"--settings extend: got {config.extend!r}, allowed: None (`hip-hf passkey` measures it in a model)")
 
 
 def sizes(text: str) -> list[int]:
