@@ -49,10 +49,10 @@ CANDIDATES = {
 MOST_ACCUMULATORS = {"prefill": 64, "decode": 64, "backward queries": 64, "backward keys": 64}
 
 
-def accumulators(kernel: str, dim: int, tile: Tile) -> int:
+def accumulators(kernel: str, target: str, dim: int, tile: Tile) -> int:
     """Sums that a thread keeps over all steps."""
     sums = min(2 * dim, 256) * tile.keys if kernel == "backward keys" else tile.rows * dim
-    return sums // (32 * tile.warps)
+    return sums // (budget.gpu_target(target).warp_size * tile.warps)
 
 
 def examples(kernel: str, dim: int, device: str = "meta") -> list[Example]:
@@ -84,7 +84,7 @@ def choose(kernel: str, target: str, dim: int, here: str) -> tuple[int, int, int
     """The configuration for one entry of the table; None if no candidate is fit."""
     good = []
     for values in CANDIDATES[kernel]:
-        if accumulators(kernel, dim, Tile(*values)) > MOST_ACCUMULATORS[kernel]:
+        if accumulators(kernel, target, dim, Tile(*values)) > MOST_ACCUMULATORS[kernel]:
             continue  # it would spill, after a long time
         why = problems(kernel, target, dim, Tile(*values))
         print(f"{kernel}, {target}, D={dim}, {values}: {why[0] if why else 'fits'}", flush=True)

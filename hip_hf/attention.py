@@ -22,6 +22,8 @@ from hip_hf.state import DecodeState
 # decode, and in decode that selects at every step (`hip-hf latency`, docs/performance.md). PyTorch is no faster in bf16 than
 # in fp32; the sparse path is.
 DENSE_BELOW = {dtype: (2048, 2048, 2048) if dtype == torch.bfloat16 else (4096, 8192, 16384) for dtype in DTYPES}
+# The same on a GPU. Not measured: from the model in docs/performance.md, where a decode step is bound by its launches.
+DENSE_BELOW_GPU = (16384, 65536, 65536)
 
 
 @dataclass
@@ -64,7 +66,8 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
         return f"decode within a sliding window of {problem.sliding_window}", False
     below = config.dense_below
     if below is None:
-        below = DENSE_BELOW[compute_dtype(problem.q)][decoding + (decoding and config.decode_refresh == 1)]
+        lengths = DENSE_BELOW_GPU if problem.q.device.type == "cuda" else DENSE_BELOW[compute_dtype(problem.q)]
+        below = lengths[decoding + (decoding and config.decode_refresh == 1)]
     graph = torch.compiler.is_compiling()  # which cannot put numbers into text
     if problem.longest < below:
         return "short context" if graph else f"context of {problem.longest} is below dense_below={below}", False

@@ -98,7 +98,8 @@ class HiPConfig:
         if not isinstance(self.options, Mapping):
             _fail("options", self.options, "a mapping of the method's own settings")
         object.__setattr__(self, "options", copy.deepcopy(dict(self.options)))
-        self.method_options()
+        # made once: a graph that is being compiled cannot make it
+        object.__setattr__(self, "_options", self._make_options())
         if self.extend is not None and not extends(self.method):
             allowed = " | ".join(method for method in METHODS if extends(method))
             _fail("method", self.method, f"with `extend`: {allowed}")
@@ -181,7 +182,11 @@ class HiPConfig:
                 raise ValueError(f"HiPConfig.layers[{index}]: {error}") from None
 
     def method_options(self) -> Any:
-        """The method's own options as its dataclass. Raises ValueError for unknown or invalid ones."""
+        """The method's own options as its dataclass."""
+        return self._options  # type: ignore[attr-defined]
+
+    def _make_options(self) -> Any:
+        """Raises ValueError for unknown or invalid ones."""
         kind = options_type(self.method)
         known = [f.name for f in dataclasses.fields(kind)]
         for name in self.options:

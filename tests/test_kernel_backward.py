@@ -89,14 +89,12 @@ def run(case: Case, need_lse: bool = True) -> None:
         assert_near(a.cpu(), b, 2 * max(error, least), f"gradient of {name}")
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4, 7, 8])
-def test_query_heads_of_a_group(groups: int) -> None:
-    run(make_case(spans_of((0, 101, 101)), groups=groups))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtypes(dtype: torch.dtype) -> None:
-    run(make_case(dtype=dtype))
+@pytest.mark.parametrize(
+    ("groups", "dtype"),
+    [(1, torch.float32), (2, torch.bfloat16), (4, torch.float32), (4, torch.float16), (7, torch.float32), (8, torch.bfloat16)],
+)
+def test_query_heads_of_a_group_and_dtypes(groups: int, dtype: torch.dtype) -> None:
+    run(make_case(spans_of((0, 101, 101)), groups=groups, dtype=dtype))
 
 
 @pytest.mark.parametrize(("dim", "dv"), [(80, 80), (96, 64), (128, 128), (256, 256), (16, 40)])

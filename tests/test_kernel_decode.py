@@ -48,8 +48,10 @@ def test_query_heads_of_a_group(groups: int) -> None:
     run(step(groups=groups))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("splits", [1, 2, 16])
+@pytest.mark.parametrize(
+    ("splits", "dtype"),
+    [(1, torch.float16), (1, torch.float32), (2, torch.bfloat16), (16, torch.float32), (16, torch.float16)],
+)
 def test_dtypes_and_splits(dtype: torch.dtype, splits: int) -> None:
     run(step(dtype=dtype), splits)
 
@@ -59,8 +61,7 @@ def test_head_dims(dim: int, dv: int) -> None:
     run(step(dim=dim, dv=dv))
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("page_size", [0, 16, 48])
+@pytest.mark.parametrize(("shared", "page_size"), [(True, 0), (True, 48), (False, 0), (False, 16)])
 def test_several_rows_and_pages(shared: bool, page_size: int) -> None:
     run(make_case(spans_of((0, 200, 5), (31, 100, 5), (7, 3, 3)), per_row=True, shared=shared), page_size=page_size)
 

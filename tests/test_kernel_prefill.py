@@ -27,14 +27,12 @@ def run(case: Case, page_size: int = 0, need_lse: bool = True) -> None:
     check(case, out, lse if need_lse else None, case.reference())
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4, 7, 8])
-def test_query_heads_of_a_group(groups: int) -> None:
-    run(make_case(groups=groups))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtypes(dtype: torch.dtype) -> None:
-    run(make_case(dtype=dtype))
+@pytest.mark.parametrize(
+    ("groups", "dtype"),
+    [(1, torch.bfloat16), (2, torch.float32), (4, torch.float16), (7, torch.bfloat16), (7, torch.float32), (8, torch.float16)],
+)
+def test_query_heads_of_a_group_and_dtypes(groups: int, dtype: torch.dtype) -> None:
+    run(make_case(groups=groups, dtype=dtype))
 
 
 @pytest.mark.parametrize(("dim", "dv"), [(80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (64, 40), (16, 64)])
@@ -42,8 +40,7 @@ def test_head_dims(dim: int, dv: int) -> None:
     run(make_case(spans_of((0, 83, 83)), heads=1, dim=dim, dv=dv, window=16, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("page_size", [0, 16, 48])
+@pytest.mark.parametrize(("shared", "page_size"), [(True, 0), (True, 16), (False, 0), (False, 48)])
 def test_padding_and_pages(shared: bool, page_size: int) -> None:
     # the second row has padding in front of its keys, the third is short; queries continue a cache
     spans = [Span(0, 0, 150, 0, 60, 90), Span(1, 37, 150, 0, 60, 53), Span(2, 11, 41, 30, 60, 0)]
@@ -94,8 +91,7 @@ def test_dense_rows() -> None:
     check(case, out, lse, case.dense_reference())
 
 
-@pytest.mark.parametrize("fields", [{}, dict(sliding_window=50), dict(softcap=2.0)])
-@pytest.mark.parametrize("stride", [2, 7])
+@pytest.mark.parametrize(("stride", "fields"), [(2, {}), (7, {}), (7, dict(sliding_window=50)), (2, dict(softcap=2.0))])
 def test_strided_rows_are_dense_attention_of_those_rows(stride: int, fields: dict[str, Any]) -> None:
     case = make_case(spans_of((0, 130, 90), (50, 80, 80)), rows=90, **fields)
     most = -(-90 // stride)

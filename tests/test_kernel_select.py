@@ -138,14 +138,15 @@ def whole(tokens: int, rows: int, batch: int = 0, key_start: int = 0) -> Span:
     return Span(batch, key_start, key_start + tokens, 0, rows, tokens - rows)
 
 
-@pytest.mark.parametrize("score", ["mass", "max"])
-@pytest.mark.parametrize("representative", REPRESENTATIVES)
+@pytest.mark.parametrize(
+    ("representative", "score"),
+    [*((name, "mass") for name in REPRESENTATIVES), ("blend", "max"), ("outliers", "max")],  # one vector a chunk, and several
+)
 def test_every_representative_and_score(representative: str, score: str) -> None:
     Case(small(representative=representative, score=score), [whole(331, 21)]).check()
 
 
-@pytest.mark.parametrize("groups", [1, 4, 7, 8])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("groups", "shared"), [(1, True), (4, False), (7, True), (7, False), (8, True)])
 def test_groups(groups: int, shared: bool) -> None:
     Case(small(group_shared=shared), [whole(283, 17)], groups=groups).check()
 
@@ -160,8 +161,7 @@ def test_settings_of_the_search(fields: dict[str, Any]) -> None:
     Case(small(**fields), [whole(299, 19)]).check()
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(score="max"), dict(rescore=4)])
-@pytest.mark.parametrize("coarsest", [4, 16])
+@pytest.mark.parametrize(("coarsest", "fields"), [(4, dict()), (16, dict()), (4, dict(score="max")), (16, dict(rescore=4))])
 def test_a_start_level_longer_than_a_tile(coarsest: int, fields: dict[str, Any]) -> None:
     case = Case(small(coarsest=coarsest, **fields), [whole(2311, 3)])
     case.check()

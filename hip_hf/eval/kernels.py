@@ -36,6 +36,7 @@ def main(
         raise typer.BadParameter(f"got {dims!r}, allowed: positive integers, separated by commas", param_hint="--dims")
     kinds = _choice("--dtypes", dtypes, tuple(DTYPES))
     try:
+        import triton
         from triton.runtime import JITFunction
 
         from hip_hf.kernels import budget
@@ -59,6 +60,6 @@ def main(
         for item in progress.track(work, description="compiling"):
             rows.append(budget.spend(*item))
     failed = [row for row in rows if row.problem]
-    report.show("kernels", [asdict(row) for row in rows], as_json, failed=len(failed))
+    report.show("kernels", [asdict(row) for row in rows], as_json, failed=len(failed), triton=triton.__version__)
     if failed or not rows:
         raise typer.Exit(1)

@@ -40,6 +40,7 @@ PREFILL, AMORTISED, REFRESHED = "prefill", "decode amortised", "decode refreshed
 TITLE = "latency: "
 FIT_RANGE = (16384, 131072)
 
+CPU = torch.device("cpu")
 # A first run of this many seconds needs no warm-up before it, and counts.
 NO_WARM_UP = 10.0
 # Runs of one call that are longer than this together are not repeated further.
@@ -59,36 +60,48 @@ class Plan:
     head_dim: int = 128
     repeats: int = 5
     seed: int = 0
+    device: torch.device = CPU
 
-    def random(self, dtype: str, length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q `[1, heads, rows, head_dim]`, and k and v of `length` tokens."""
-        generator = torch.Generator().manual_seed(self.seed)
+    def random(
+        self, dtype: str, length: int, rows: int, device: torch.device = CPU
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q `[1, heads, rows, head_dim]`, and k and v of `length` tokens, drawn where they are used."""
+        generator = torch.Generator(device).manual_seed(self.seed)
         shapes = ((self.heads, rows), (self.kv_heads, length), (self.kv_heads, length))
-        draw = [torch.randn(1, *shape, self.head_dim, generator=generator).to(DTYPES[dtype]) for shape in shapes]
+        drawn = torch.float32 if device == CPU else DTYPES[dtype]  # as fp32 a long one would not fit beside the others
+        draw = [
+            torch.randn(1, *x, self.head_dim, generator=generator, device=device, dtype=drawn).to(DTYPES[dtype]) for x in shapes
+        ]
         return draw[0], draw[1], draw[2]
 
     @property
     def conditions(self) -> str:
         """Shapes and machine, in words."""
         on = report.machine()
-        shape = f"B=1, {self.heads} query heads, {self.kv_heads} key heads, D={self.head_dim}"
-        return f"{shape}; {on['cpu']}, {on['threads']} threads, torch {on['torch']}"
+        where = f"{on['cpu']}, {on['threads']} threads" if self.device == CPU else on["gpu"] or f"interpreted on {on['cpu']}"
+        return f"B=1, {self.heads} query heads, {self.kv_heads} key heads, D={self.head_dim}; {where}, torch {on['torch']}"
+
+
+def wall(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and result of a run, by the machine's clock."""
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
 
 
 class Call:
-    """Something to time. `seconds` are those of the runs that count; `result` is what the last of them returned."""
+    """Something to time by `clock`. `seconds` are those of the runs that count; `result` is what the last of them returned."""
 
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self.run = run
+    def __init__(self, run: Callable[[], Any], clock: Callable[[Callable[[], Any]], tuple[float, Any]] = wall) -> None:
+        self.run, self.clock = run, clock
         self.seconds: list[float] = []
         self.wanted = 1
         self.result: Any = None
 
     def once(self) -> float:
         self.result = None  # so that no two outputs are held at a time
-        start = time.perf_counter()
-        self.result = self.run()
-        return time.perf_counter() - start
+        seconds, self.result = self.clock(self.run)
+        return seconds
 
     def first(self, repeats: int) -> None:
         """The run that says how many are worth it: a warm-up, or if it was long, the first that counts."""
@@ -221,11 +234,14 @@ def exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return fits
 
 
-def lines_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows for people: settings only where there are several."""
+def lines_of(rows: list[dict[str, Any]], whole: bool = False) -> list[dict[str, Any]]:
+    """The rows for people, or the `whole` of them: settings only where there are several."""
     several = len({row["settings"] for row in rows}) > 1
     lines = []
     for row in rows:
+        if whole:
+            lines.append({key: value for key, value in row.items() if key != "reason" and (several or key != "settings")})
+            continue
         what = {key: row[key] for key in ("phase", "dtype", "length", *(("settings",) if several else ()))}
         times = {key: row[key] if row[key] < 1000 else round(row[key]) for key in ("hip_ms", "sdpa_ms")}
         runs = f"{row['runs']}, {row['sdpa_runs']}"
@@ -251,6 +267,8 @@ def draw(document: dict[str, Any], file: Path) -> None:
     """The ratio against the length: prefill and decode side by side, a line per dtype and setting."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in document["rows"]:
+        if not row["times_faster"]:
+            continue  # selection alone has no counterpart
         panel, _, how = row["phase"].partition(" ")
         label = " ".join(part for part in (row["dtype"], row["settings"], how) if part)
         panels.setdefault(panel, {}).setdefault(label, []).append((row["length"], row["times_faster"]))
@@ -268,24 +286,33 @@ def parse_choice(text: str, allowed: Sequence[str], option: str) -> list[str]:
 
 
 def main(
-    lengths: Annotated[str | None, typer.Option(help="Comma list such as 8K,32K. Default: 1K to 128K; decode from 8K.")] = None,
-    phases: Annotated[str, typer.Option(help="prefill, decode or both.")] = "prefill,decode",
-    dtypes: Annotated[str, typer.Option(help="Of bf16, fp32, fp16.")] = "bf16,fp32",
+    lengths: Annotated[
+        str | None, typer.Option(help="Comma list such as 8K,1M. Default: 1K to 128K, decode from 8K; on a GPU 8K to 1M.")
+    ] = None,
+    phases: Annotated[str | None, typer.Option(help="prefill, decode; on a GPU also backward, selection. Default: all.")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="Of bf16, fp32, fp16. Default: bf16,fp32; on a GPU bf16.")] = None,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["defaults"],  # noqa: B006
-    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 8,
-    kv_heads: Annotated[int, typer.Option(help="Key heads.", min=1)] = 2,
+    heads: Annotated[int | None, typer.Option(help="Query heads. Default: 8; on a GPU 32.", min=1)] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads. Default: 2; on a GPU 8.", min=1)] = None,
     head_dim: Annotated[int, typer.Option(min=1)] = 128,
     repeats: Annotated[int, typer.Option(help="Runs of each call; slow ones get fewer.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="Of the random tensors.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: the kernels against FlashAttention and cuDNN.")] = "cpu",
     output: Output = None,
     plot: Plot = None,
     report_file: Report = None,
     as_json: Json = False,
 ) -> None:
     """Time one attention call against PyTorch's scaled_dot_product_attention, in prefill and in decode."""
+    parse_choice(device, ("cpu", "cuda"), "--device")
+    gpu = device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        raise typer.BadParameter("got 'cuda', allowed here: cpu (torch sees no GPU)", param_hint="--device")
+    heads, kv_heads = heads or (32 if gpu else 8), kv_heads or (8 if gpu else 2)
     if heads % kv_heads:
         raise typer.BadParameter(f"got {heads} query heads, allowed: a multiple of {kv_heads} key heads", param_hint="--heads")
-    wanted = parse_choice(phases, ("prefill", "decode"), "--phases")
+    known = ("prefill", "decode", "backward", "selection") if gpu else ("prefill", "decode")
+    wanted = parse_choice(phases or ",".join(known), known, "--phases")
     try:
         given = None if lengths is None else sizes(lengths)
     except ValueError as error:
@@ -294,30 +321,50 @@ def main(
         plan = Plan(
             prefill=(given or PREFILL_LENGTHS) if "prefill" in wanted else (),
             decode=(given or DECODE_LENGTHS) if "decode" in wanted else (),
-            dtypes=parse_choice(dtypes, tuple(DTYPES), "--dtypes"),
+            dtypes=parse_choice(dtypes or ("bf16" if gpu else "bf16,fp32"), tuple(DTYPES), "--dtypes"),
             settings=settings_of(settings, base={}),
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             repeats=repeats,
             seed=seed,
+            device=torch.device(device),
         )
         refuse_extension(plan.settings)
         configs = {name: config.to_dict() for name, config in plan.settings.items()}
         targets = Targets(as_json, output, plot, report_file)
-        shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, repeats=repeats, seed=seed)
+        shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, repeats=repeats, seed=seed, device=device)
         cells = targets.cells("latency", configs=configs, **shape)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    with cells, report.progress() as bar:
-        task = bar.add_task("", total=len(plan.dtypes) * (len(plan.prefill) + len(plan.decode)))
-        todo = iter(range(bar.tasks[0].total))
-        rows = measure(plan, cells, lambda what: bar.update(task, description=what, completed=next(todo)))
-    fits = exponents(rows)
+    with cells:
+        if gpu:
+            rows, extra = on_gpu(plan, wanted, given)
+        else:
+            with report.progress() as bar:
+                task = bar.add_task("", total=len(plan.dtypes) * (len(plan.prefill) + len(plan.decode)))
+                todo = iter(range(bar.tasks[0].total))
+                rows = measure(plan, cells, lambda what: bar.update(task, description=what, completed=next(todo)))
+            extra = {"exponents": exponents(rows)}
     title = f"{TITLE}{plan.conditions}"
-    details = {"exponents": fits, "configs": configs}
-    targets.publish(Results("latency", title, rows, details, draw), cells, {title: lines_of(rows)})
-    if not as_json:
-        print_reasons(rows)
-        for fit in fits:
-            print_fit(fit)
+    targets.publish(Results("latency", title, rows, {**extra, "configs": configs}, draw), cells, {title: lines_of(rows, gpu)})
+    if as_json:
+        return
+    print_reasons(rows)
+    for fit in extra.get("exponents", ()):
+        print_fit(fit)
+    for line in extra.get("refused", ()):
+        print(line)
+
+
+def on_gpu(plan: Plan, phases: Sequence[str], lengths: Sequence[int] | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of `gpu_latency`, and what PyTorch's backends refused."""
+    from hip_hf.eval import gpu_latency
+
+    gpu_latency.check(plan.settings)
+    with report.progress() as bar:
+        task = bar.add_task("", total=None)
+        rows, refused = gpu_latency.measure(
+            plan, phases, lengths or gpu_latency.LENGTHS, lambda what: bar.update(task, description=what)
+        )
+    return rows, {"refused": refused}

@@ -92,12 +92,11 @@ def refuse_extension(configs: dict[str, HiPConfig]) -> None:
 
 
 def sizes(text: str) -> list[int]:
-    """Token counts from a list like `4096,64K`. Raises ValueError for anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    try:
-        counts = [int(part.upper().removesuffix("K")) * (1024 if part.upper().endswith("K") else 1) for part in parts]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        raise ValueError(f"got {text!r}, allowed: token counts like 8192 or 64K,128K")
+    """Token counts from a list like `4096,64K,1M`. Raises ValueError for anything else."""
+    units, counts = {"K": 1024, "M": 1024**2}, []
+    for part in (part.strip().upper() for part in text.split(",")):
+        digits = part[:-1] if part[-1:] in units else part
+        counts.append(int(digits) * units.get(part[-1:], 1) if digits.isdecimal() else 0)
+    if min(counts) < 1:
+        raise ValueError(f"got {text!r}, allowed: token counts like 8192 or 64K,1M")
     return counts

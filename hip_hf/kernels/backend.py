@@ -26,6 +26,7 @@ from hip_hf.state import Selection as Selected
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
+    from hip_hf.kernels.hyper import HyperAttention
 
 # A pyramid starts with room for this much more than its prompt (a share and a number of keys), and doubles when that is full.
 ROOM, LEAST_ROOM = 0.125, 4096
@@ -252,8 +253,8 @@ class SparseAttention(sparse.SparseAttention):
             self.lse = None if self.lse is None else lse
             return
         prefill(problem.q, self.kv, parts[0].sequences, parts[0].reads, self.logits, self.out, self.lse)
-        for part in parts[1:]:
-            self._tail(part, spans)
+        if len(parts) > 1:
+            dense_rows(problem, self.kv, spans, self._tails(spans), self.logits, self.out, self.lse)
 
     def _tails(self, spans: tuple[Span, ...]) -> list[int]:
         """Of each span, the first of the rows that are computed densely."""
@@ -271,19 +272,6 @@ class SparseAttention(sparse.SparseAttention):
             tail.append(Span(*ends, at, span.row_end, span.position + first))
         return (Part(sequences_of(tuple(head), device), reads), Part(sequences_of(tuple(tail), device), dense_reads()))
 
-    def _tail(self, part: Part, spans: tuple[Span, ...]) -> None:
-        """The dense rows, their keys split over the device: they are few and their keys are many."""
-        problem = self.problem
-        first = min(span.row_start + at for span, at in zip(spans, self._tails(spans), strict=True) if span.rows)
-        moved = tuple(
-            Span(s.batch, s.key_start, s.key_end, s.row_start + at - first, s.row_end - first, s.position + at) if s.rows else s
-            for s, at in zip(spans, self._tails(spans), strict=True)
-        )
-        q, out = problem.q[:, :, first:], self.out[:, :, first:]
-        lse = None if self.lse is None else self.lse[:, :, first:]
-        scratch = Scratch.make(splits_for(q, problem.k.shape[1], len(spans), problem.longest), q, problem.v.shape[3])
-        decode(q, self.kv, sequences_of(moved, q.device), part.reads, self.logits, scratch, out, lse)
-
     def _note_all(self, spans: tuple[Span, ...], selection: Selection) -> None:
         """Put down in the mask what was selected."""
         if self.mask is None or self.config.method != "hip":
@@ -294,6 +282,27 @@ class SparseAttention(sparse.SparseAttention):
             self.mask.counts[span.batch, :, :count] = selection.counts[s, :, :count]
 
 
+def dense_rows(
+    problem: AttentionProblem,
+    kv: KeyValues,
+    spans: tuple[Span, ...],
+    tails: list[int],
+    logits: Logits,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """The rows from `tails` on of each span, densely, their keys split over the device: they are few and their keys are many."""
+    first = min(span.row_start + at for span, at in zip(spans, tails, strict=True) if span.rows)
+    moved = tuple(
+        Span(s.batch, s.key_start, s.key_end, s.row_start + at - first, s.row_end - first, s.position + at) if s.rows else s
+        for s, at in zip(spans, tails, strict=True)
+    )
+    q, out = problem.q[:, :, first:], out[:, :, first:]
+    lse = None if lse is None else lse[:, :, first:]
+    scratch = Scratch.make(splits_for(q, problem.k.shape[1], len(spans), problem.longest), q, problem.v.shape[3])
+    decode(q, kv, sequences_of(moved, q.device), dense_reads(), logits, scratch, out, lse)
+
+
 def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
     """Why the kernels cannot serve a call of the sparse path; empty if they can."""
     q, k, v = problem.q, problem.k, problem.v
@@ -301,7 +310,7 @@ def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
         return "context extension has no kernels"
     if q.device.type != "cuda" and not INTERPRETED:
         return f"kernels run on a GPU, the tensors are on {q.device}"
-    if config.method not in ("hip", "streaming"):
+    if config.method not in ("hip", "streaming", "hyper"):
         return f"method {config.method} has no kernels"
     if config.delta is not None:
         return "Delta correction has no kernels"
@@ -322,8 +331,12 @@ def run(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     mask: bool,
-) -> SparseAttention:
+) -> SparseAttention | HyperAttention:
     """The sparse path of one call, into out and lse; where autograd follows, into new ones that it knows."""
-    call = SparseAttention(problem, config, out, lse, mask)
+    if config.method == "hyper":
+        from hip_hf.kernels.hyper import HyperAttention as Call  # which uses this module
+    else:
+        Call = SparseAttention
+    call = Call(problem, config, out, lse, mask)
     call.run(state)
     return call

@@ -128,10 +128,12 @@ def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
     assert isinstance(kernel, triton.runtime.JITFunction), "compile outside the interpreter"
     start = time.perf_counter()
     try:
-        with compiling_for(target), contextlib.redirect_stdout(io.StringIO()):
+        said = io.StringIO()
+        with compiling_for(target), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+            triton.knobs.nvidia.dump_ptxas_log = True
             compiled = kernel.warmup(grid=(1,), **launch.stand_ins())
             compiled = compiled.result() if callable(getattr(compiled, "result", None)) else compiled
-            _read(row, compiled)
+        _read(row, compiled, said.getvalue())
     except Exception as error:  # the compiler's own: it has no common type
         row.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         return row
@@ -145,7 +147,8 @@ def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
     return row
 
 
-def _read(row: Spent, compiled: Any) -> None:
+def _read(row: Spent, compiled: Any, said: str) -> None:
+    """`said`: what the assembler said, unless the kernel came from Triton's cache."""
     target = gpu_target(row.target)
     row.shared, row.warps = compiled.metadata.shared, compiled.metadata.num_warps
     if target.backend == "hip":
@@ -153,7 +156,7 @@ def _read(row: Spent, compiled: Any) -> None:
         row.registers, row.spilled = _first(r"\.vgpr_count:\s+(\d+)", text), _first(r"\.vgpr_spill_count:\s+(\d+)", text)
     else:
         text = compiled.asm["ptx"]
-        log = _assembler_log(text, target.arch)
+        log = said if "registers" in said else _assembler_log(text, target.arch)
         row.registers, row.spilled = _first(r"Used (\d+) registers", log), _first(r"(\d+) bytes spill stores", log)
         assert row.registers, "the assembler says nothing of registers"
     row.matrix = len(re.findall(MATRIX.get(row.target, MATRIX_ELSE), text))

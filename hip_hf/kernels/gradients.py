@@ -216,7 +216,7 @@ def key_gradient_kernel(
     TILES: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS
     for part in range(LISTS_PER_HEAD):
         head_list = key_head * LISTS_PER_HEAD + part
-        for i in range(0, count):
+        for i in tl.range(0, count, disable_licm=True):
             first = since + i * ROWS
             grad_k, grad_v = _key_gradients(
                 grad_k, grad_v, k, v, Q, GRAD_OUT, LSE, MEAN, batch, head_list, first, until - 1, row, n, key, 0,
@@ -228,7 +228,7 @@ def key_gradient_kernel(
         if SELECTED:
             entry = (sequence * lists + head_list).to(tl.int64) * tl.num_programs(0) + tile
             begin, stop = tl.load(OFFSETS + entry), tl.load(OFFSETS + entry + 1)
-            for i in range(0, ((stop - begin) * TILES).to(tl.int32)):
+            for i in tl.range(0, ((stop - begin) * TILES).to(tl.int32), disable_licm=True):
                 who, bits = tl.load(WHO + begin + i // TILES), tl.load(WHAT + begin + i // TILES)
                 _, block_first, block_last = query_block(row_start, rows, position, who, BLOCK_Q)
                 first = block_first + i % TILES * ROWS

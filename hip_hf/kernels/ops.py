@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from hip_hf.config import HiPConfig
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.backward import Part, gradients
+from hip_hf.kernels.hyper import HyperAttention
 from hip_hf.kernels.prefill import Logits, Reads, dense_reads, prefill
 from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.search import Selection
 from hip_hf.kernels.search import select as search
 from hip_hf.kernels.sequences import Sequences
+from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.reference.sparse import DECODE_ROWS
 
 
@@ -171,6 +173,33 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
 attend.register_autograd(_backward, setup_context=_save)
 
 
+@torch.library.custom_op("hip_hf::hyper", mutates_args=())
+def hyper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    key_start: torch.Tensor | None,
+    q_start: torch.Tensor | None,
+    config: str,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """HyperAttention of a prompt: out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`. How a prompt is split depends on its length,
+    so `key_start` and `q_start`, where given, are read by the host: it waits for them."""
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    problem = AttentionProblem(q, k, v, make_spans(q, k, key_start, q_start), scale, None, softcap, sinks)
+    if problem.spans:
+        HyperAttention(problem, settings(config), out, lse, False).run(None)
+    return out, lse
+
+
+@hyper.register_fake
+def _(q, k, v, sinks, key_start, q_start, config, scale, softcap):  # type: ignore[no-untyped-def]
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -193,6 +222,9 @@ def attention(
         causal = q.shape[2] > 1
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal, enable_gqa=q.shape[1] > k.shape[1])
         return out, None
+    if not dense and config.method == "hyper":
+        out, lse = hyper(q, k, v, sinks, key_start, q_start, text, scale, softcap)
+        return out, lse if need_lse else None
     block_q = 0 if dense else 1 if decoding else config.block_q
     indices = counts = None
     if not dense and config.method == "hip":

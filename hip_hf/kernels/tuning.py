@@ -64,10 +64,13 @@ def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) 
 
 
 def precision_of(x: torch.Tensor) -> str:
-    """How `tl.dot` multiplies operands like `x`. fp32 must stay fp32: as three tf32 products where matrix units know no fp32."""
-    if x.dtype != torch.float32:
-        return "tf32"
-    return "ieee" if torch.version.hip else "tf32x3"
+    """How `tl.dot` multiplies operands like `x`. fp32 must stay fp32."""
+    return "tf32" if x.dtype != torch.float32 else full_precision("gfx" if torch.version.hip else "sm")
+
+
+def full_precision(target: str) -> str:
+    """fp32 products on `target`: three of tf32 where matrix units know no fp32."""
+    return "ieee" if target.startswith("gfx") else "tf32x3"
 
 
 @functools.cache

@@ -54,16 +54,26 @@ class HyperAttention:
         self.mask = None  # there are no key blocks to speak of
 
     def run(self, state: DecodeState | None) -> None:
+        self.note(state)
+        for span in self.problem.spans:
+            t = tensors_of(self.problem, span, self.out, self.lse)
+            self._span(t, span)
+            tail = self.tail(span)
+            if tail < span.rows:
+                dense.attend_rows(t, tail, span)
+
+    def tail(self, span: Span) -> int:
+        """The first of the span's rows that are computed densely."""
+        return max(0, span.rows - self.config.dense_tail)
+
+    def note(self, state: DecodeState | None) -> None:
+        """What the call means for the state, and how many keys it reads."""
         if state is not None:
             state.bind(self.config, self.problem.k)
         for span in self.problem.spans:
             if state is not None:
                 state.row(span.batch, span.key_start, span.position, span.end).selection = None
-            t = tensors_of(self.problem, span, self.out, self.lse)
-            self._span(t, span)
-            tail = max(0, span.rows - self.config.dense_tail)
-            if tail < span.rows:
-                dense.attend_rows(t, tail, span)
+            tail = self.tail(span)
             read = flops(self.options, span.position, span.position + tail, 1, 1)[2] if tail else 0
             self.reading.read += read + keys_seen(span.position + tail, span.end - 1, None)
             self.reading.visible += keys_seen(span.position, span.end - 1, None)

@@ -1,0 +1,370 @@
+"""`hip-hf latency --device cuda`: one attention call on a GPU against PyTorch's FlashAttention and cuDNN, the faster of the two.
+
+Prefill is one causal call over the whole context, `selection` what finds its key blocks, `backward` the gradients of q, k and v.
+Decode steps run from CUDA graphs on both sides, since a step is shorter than what launching it takes: a graph holds as many
+steps as make whole selections and key blocks, which share selections as in generation (*amortised*) or not (*refreshed*).
+Times are those of the device's own events, its second-level cache emptied before each run. Without a GPU everything runs the
+same on a CPU, by its clock and without graphs (the kernels by Triton's interpreter): to be tested, not to be believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import lcm
+from statistics import median
+from typing import Any
+
+import torch
+import typer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hip_hf.attention import Result, dense_reason
+from hip_hf.config import HiPConfig
+from hip_hf.eval import floors, plots
+from hip_hf.eval.latency import AMORTISED, DTYPES, PREFILL, REFRESHED, Call, Plan, interleave, ours, sdpa, wall
+from hip_hf.kernels import ops
+from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.backend import DeviceState, decode_step
+from hip_hf.kernels.prefill import Logits
+from hip_hf.kernels.search import select
+from hip_hf.kernels.sequences import Sequences
+from hip_hf.problem import AttentionProblem, Span, make_spans
+
+LENGTHS = [8192 * 2**i for i in range(8)]  # 8K to 1M
+METHODS = ("hip", "streaming", "hyper", "dense")  # hyper decodes densely
+BACKWARD, SELECTION, DECODE_SELECTION = "backward", "selection", "decode selection"
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+# Larger than any second-level cache.
+FLUSHED = 2**28
+# Enough of a call to know whether a backend takes it.
+PROBE = 256
+
+Run = Callable[[], Any]
+
+
+class Clock:
+    """Seconds and result of a run on `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.flushed = torch.empty(FLUSHED if self.cuda else 0, dtype=torch.int8, device=device)
+
+    def __call__(self, run: Run) -> tuple[float, Any]:
+        if not self.cuda:
+            return wall(run)
+        self.flushed.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000, result
+
+    def peak(self, run: Run) -> float | None:
+        """GB that a run takes beyond what was there before it, its result included; None without a GPU."""
+        if not self.cuda:
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def captured(run: Run, device: torch.device) -> Run:
+    """`run` as a CUDA graph where there is a GPU; it must have compiled everything when it ran before."""
+    run()
+    if device.type != "cuda":
+        return run
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def within(backend: SDPBackend, run: Run) -> Any:
+    with sdpa_kernel(backend):
+        return run()
+
+
+class Timed(Call):
+    """`said`: path, and reason for a dense one. `peak`: GB that the call takes."""
+
+    said: tuple[str, str] = ("sparse", "")
+    peak: float | None = None
+
+
+@dataclass
+class Measured:
+    """Runs of one phase and length: `ours` by settings, `dense` by backend; a run is `steps` steps of `tokens` tokens each."""
+
+    phase: str
+    length: int
+    ours: dict[str, Timed]
+    dense: dict[str, Timed]
+    steps: dict[str, int]
+    dense_steps: int = 1
+    tokens: int = 1
+
+    def seconds(self, call: Timed, steps: int) -> float:
+        return median(call.seconds) / steps
+
+    def best(self) -> tuple[str, Timed] | None:
+        """The faster of the baselines."""
+        return min(self.dense.items(), key=lambda item: median(item[1].seconds), default=None)
+
+
+@dataclass
+class Bench:
+    """What is the same for all lengths."""
+
+    plan: Plan
+    dtype: str
+    clock: Clock
+    refused: dict[str, None] = field(default_factory=dict)  # what PyTorch's backends said, in order
+
+    @property
+    def device(self) -> torch.device:
+        return self.plan.device
+
+    @property
+    def shape(self) -> floors.Shape:
+        return floors.Shape(self.plan.heads, self.plan.kv_heads, self.plan.head_dim, DTYPES[self.dtype].itemsize)
+
+    def call(self, run: Run) -> Timed:
+        return Timed(run, self.clock)
+
+    def baselines(self, what: str, probe: Run, run: Run) -> dict[str, Run]:
+        """The run by each of PyTorch's backends that takes the `probe`, a small call of its kind."""
+        runs = {}
+        for name, backend in BACKENDS.items():
+            try:
+                within(backend, probe)
+            except RuntimeError as error:
+                self.refused[f"{what}, {self.dtype}: {name}: {str(error).strip().splitlines()[0]}"] = None
+            else:
+                runs[name] = partial(within, backend, run)
+        return runs
+
+    def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> floors.Cost | None:
+        """FLOPs and bytes of a step by the model in docs/performance.md, which knows `hip` and dense attention."""
+        shape = self.shape
+        if path == "sparse" and config.method != "hip":
+            return None
+        if phase == SELECTION:
+            return floors.selection(length, config, shape)
+        if phase == DECODE_SELECTION:
+            return floors.search(length, 1, config, shape).times(shape.key_heads)
+        if phase == PREFILL:
+            if path == "dense":
+                return floors.dense_prefill(length, shape)
+            return floors.prefill(length, config, shape) + floors.selection(length, config, shape)
+        if phase == BACKWARD:
+            dense = floors.dense_prefill(length, shape).times(2.5)
+            return dense if path == "dense" else floors.backward(length, config, shape)
+        if path == "dense":
+            return floors.dense_decode(length, shape)
+        return floors.decode(length, config, shape, config.decode_refresh)
+
+    def rows(self, measured: Measured, configs: dict[str, HiPConfig], selections: dict[str, float]) -> list[dict[str, Any]]:
+        """Rows of the report. `selections`: seconds of a step that go to selection."""
+        best = measured.best()
+        found = []
+        for name, call in measured.ours.items():
+            config, steps = configs[name], measured.steps[name]
+            path, reason = call.said
+            seconds = measured.seconds(call, steps)
+            dense = None if best is None else measured.seconds(best[1], measured.dense_steps)
+            cost = self.cost(measured.phase, measured.length, config, path)
+            least = next((cost.milliseconds(gpu) for gpu in floors.GPUS if cost and gpu in gpu_name(self.device)), None)
+            found.append(
+                {
+                    "phase": measured.phase,
+                    "dtype": self.dtype,
+                    "length": measured.length,
+                    "settings": name,
+                    "hip_ms": 1000 * seconds,
+                    "sdpa_ms": None if dense is None else 1000 * dense,
+                    "sdpa": "-" if best is None else best[0],
+                    "times_faster": None if dense is None else dense / seconds,
+                    "tokens_per_s": measured.tokens / seconds,
+                    "tflops": None if cost is None else cost.flops / seconds / 1e12,
+                    "gb_per_s": None if cost is None else cost.bytes / seconds / 1e9,
+                    "over_floor": None if least is None else 1000 * seconds / least,
+                    "selecting": None if path == "dense" or name not in selections else selections[name] / seconds,
+                    "peak_gb": call.peak,
+                    "sdpa_peak_gb": None if best is None else best[1].peak,
+                    "path": path,
+                    "reason": reason,
+                    "runs": len(call.seconds),
+                }
+            )
+        return found
+
+    def time(self, calls: Sequence[Timed]) -> None:
+        """Interleaved, then each once more for its memory."""
+        interleave(calls, self.plan.repeats)
+        for call in calls:
+            if isinstance(call.result, Result):
+                call.said = call.result.path, call.result.reason
+            call.result = None
+            call.peak = self.clock.peak(call.run)
+
+    def prefill(self, length: int, phases: Sequence[str]) -> Iterable[dict[str, Any]]:
+        """Rows of prefill and of its selection."""
+        plan = self.plan
+        q, k, v = plan.random(self.dtype, length, length, self.device)
+        problem = AttentionProblem(q, k, v, make_spans(q, k), plan.head_dim**-0.5)
+        table, _ = ops.make_table(q, k, None, None, 0)
+        calls, dense, searches = {}, {}, {}
+        for name, config in plan.settings.items():
+            if config.method == "hip" and not dense_reason(problem, config, None, False)[0]:
+                run = partial(ops.select, q, k, table, config.text, problem.scale, None, None, config.block_q)
+                searches[name] = self.call(run)
+            if "prefill" in phases:
+                calls[name] = self.call(partial(ours, q, k, v, config))
+        if "prefill" in phases:
+            probe = partial(sdpa, *(x[:, :, :PROBE] for x in (q, k, v)))
+            dense = {name: self.call(run) for name, run in self.baselines(PREFILL, probe, partial(sdpa, q, k, v)).items()}
+        self.time([*dense.values(), *calls.values(), *searches.values()])
+        once, taken = dict.fromkeys(plan.settings, 1), {name: median(call.seconds) for name, call in searches.items()}
+        yield from self.rows(Measured(PREFILL, length, calls, dense, once, tokens=length), plan.settings, taken)
+        if "selection" in phases:
+            yield from self.rows(Measured(SELECTION, length, searches, {}, once, tokens=length), plan.settings, taken)
+
+    def backward(self, length: int) -> list[dict[str, Any]]:
+        """Rows of the gradients alone; the forward pass before them is not timed."""
+        plan = self.plan
+        leaves = [x.requires_grad_() for x in plan.random(self.dtype, length, length, self.device)]
+        grad = torch.ones_like(leaves[0])
+
+        def pull(out: torch.Tensor, into: list[torch.Tensor], by: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(out, into, by, retain_graph=True)
+
+        small = [x.detach()[:, :, :PROBE].requires_grad_() for x in leaves]
+        with torch.enable_grad():
+            runs = self.baselines(
+                BACKWARD,
+                lambda: pull(sdpa(*small), small, torch.ones_like(small[0])),
+                lambda: partial(pull, sdpa(*leaves), leaves, grad),
+            )
+            dense = {name: self.call(make()) for name, make in runs.items()}
+            calls = {}
+            for name, config in plan.settings.items():
+                result = ours(*leaves, config)
+                calls[name] = self.call(partial(pull, result.out, leaves, grad))
+                calls[name].said = result.path, result.reason
+        self.time([*dense.values(), *calls.values()])
+        measured = Measured(BACKWARD, length, calls, dense, dict.fromkeys(plan.settings, 1), tokens=length)
+        return self.rows(measured, plan.settings, {})
+
+    def decode(self, length: int) -> list[dict[str, Any]]:
+        """Rows of decode steps, amortised and refreshed, and of a step's selection."""
+        plan = self.plan
+        variants: dict[tuple[str, str], HiPConfig] = {}
+        for name, config in plan.settings.items():
+            variants[AMORTISED, name] = config
+            variants[REFRESHED, name] = replace(config, decode_refresh=1)
+        counts = {key: lcm(config.decode_refresh, config.block_k) for key, config in variants.items()}
+        most = max(counts.values())
+        q, k, v = plan.random(self.dtype, length + most, most, self.device)
+
+        def dense_steps() -> None:
+            for step in range(most):
+                end = length + step + 1
+                sdpa(q[:, :, step : step + 1], k[:, :, :end], v[:, :, :end])
+
+        runs = self.baselines("decode", partial(sdpa, q[:, :, :1], k[:, :, :PROBE], v[:, :, :PROBE]), dense_steps)
+        dense = {name: self.call(captured(run, self.device)) for name, run in runs.items()}
+        calls, alone = {}, {}
+        for key, config in variants.items():
+            problem = AttentionProblem(q[:, :, :1], k, v, (Span(0, 0, length, 0, 1, length - 1),), plan.head_dim**-0.5)
+            reason, _ = dense_reason(problem, config, None, False)
+            steps = dense_steps if reason else Steps(q, k, v, length, counts[key], config)
+            calls[key] = self.call(captured(steps, self.device))
+            calls[key].said = ("dense", reason) if reason else ("sparse", "")
+            if key[0] == REFRESHED and not reason and config.method == "hip":
+                alone[key[1]] = self.call(captured(Steps(q, k, v, length, counts[key], config, attend=False), self.device))
+        self.time([*dense.values(), *calls.values(), *alone.values()])
+        seconds = {name: median(call.seconds) / counts[REFRESHED, name] for name, call in alone.items()}
+        rows = []
+        for phase in (AMORTISED, REFRESHED):
+            mine = {name: call for (kind, name), call in calls.items() if kind == phase}
+            configs = {name: config for (kind, name), config in variants.items() if kind == phase}
+            steps = {name: counts[phase, name] if mine[name].said[0] == "sparse" else most for name in mine}
+            shares = {name: taken / configs[name].decode_refresh for name, taken in seconds.items()}
+            rows += self.rows(Measured(phase, length, mine, dense, steps, most), configs, shares)
+        steps = {name: counts[REFRESHED, name] for name in alone}
+        return rows + self.rows(Measured(DECODE_SELECTION, length, alone, {}, steps), plan.settings, seconds)
+
+
+class Steps:
+    """`count` decode steps on a cache of `length` keys, from where the prompt left it, at each call again: nothing here
+    depends on what the device has done before, so a CUDA graph can hold it. `attend` False: summaries and selection only."""
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, count: int, config: HiPConfig, attend: bool = True
+    ) -> None:
+        self.q, self.kv, self.length, self.count, self.config, self.attend = q, KeyValues(k, v), length, count, config, attend
+        capacity = k.shape[2]
+        self.logits = Logits(q.shape[3] ** -0.5)
+        problem = AttentionProblem(q[:, :, :1], k, v, (Span(0, 0, capacity, 0, 1, capacity - 1),), self.logits.scale)
+        self.state = DeviceState.make(config, problem, capacity)
+        if self.state.pyramid is not None:
+            prompt = Sequences.of([Span(0, 0, length, 0, length, 0)], q.device)
+            self.state.pyramid.extend(self.kv, prompt, config.block_q, append=False)
+        self.sequences = Sequences.of([Span(0, 0, capacity, 0, 1, length)], q.device)
+        self.out = torch.empty(1, q.shape[1], 1, v.shape[3], dtype=q.dtype, device=q.device)
+
+    def __call__(self) -> torch.Tensor:
+        position, state = self.sequences.table[4], self.state
+        position.fill_(self.length)
+        state.crop(0, self.length)
+        for step in range(self.count):
+            row = self.q[:, :, step : step + 1]
+            if self.attend:
+                decode_step(row, self.kv, self.sequences, self.config, self.logits, state, self.out)
+            else:
+                assert state.pyramid is not None
+                state.pyramid.extend(self.kv, self.sequences, 1, append=True)
+                table = state.pyramid.table
+                select(row, table, self.kv, self.sequences, self.config, self.logits.scale, None, None, 1, state.selection)
+            position.add_(1)
+        return self.out
+
+
+def gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def check(settings: Mapping[str, HiPConfig]) -> None:
+    """Raise for methods that have no kernels."""
+    for config in settings.values():
+        if config.method not in METHODS or config.delta is not None:
+            what = config.method if config.delta is None else "Delta correction"
+            allowed = f"methods with kernels: {', '.join(METHODS)}"
+            raise typer.BadParameter(f"got {what!r}, allowed on a GPU: {allowed}", param_hint="--settings")
+
+
+def measure(
+    plan: Plan, phases: Sequence[str], lengths: Sequence[int], started: Callable[[str], None] = lambda what: None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of everything, and which of PyTorch's backends refused what."""
+    rows, refused = [], []
+    kinds = {"prefill": {"prefill", "selection"}, "decode": {"decode"}, "backward": {"backward"}}
+    for dtype in plan.dtypes:
+        bench = Bench(plan, dtype, Clock(plan.device))
+        run = {"prefill": partial(bench.prefill, phases=phases), "decode": bench.decode, "backward": bench.backward}
+        for kind in (kind for kind, asked in kinds.items() if asked & set(phases)):
+            for length in lengths:
+                started(f"{kind}, {dtype}, {plots.short(length)} tokens")
+                with torch.no_grad():
+                    rows += run[kind](length)
+                if bench.clock.cuda:
+                    torch.cuda.empty_cache()
+        refused += bench.refused
+    return rows, refused

@@ -1,0 +1,177 @@
+"""`hip-hf latency --device cuda` on tiny calls: everything but the device's clock and graphs, and on a GPU those as well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_near, small
+from interpreter import DEVICE
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+import typer
+from typer.testing import CliRunner
+
+from hip_hf.config import HiPConfig
+from hip_hf.eval import floors, gpu_latency, latency
+from hip_hf.eval.gpu_latency import Bench, Clock, Steps, measure
+from hip_hf.eval.latency import Plan, ours
+from hip_hf.eval.presets import sizes
+from hip_hf.state import DecodeState
+
+pytestmark = pytest.mark.kernels
+
+LENGTH = 72
+COLUMNS = (
+    "phase dtype length settings hip_ms sdpa_ms sdpa times_faster tokens_per_s tflops gb_per_s over_floor selecting peak_gb "
+    "sdpa_peak_gb path reason runs"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    threads(1)
+
+
+def kernels(**fields: Any) -> HiPConfig:
+    return small(backend="triton", **{"decode_refresh": 2, **fields})
+
+
+def plan(**fields: Any) -> Plan:
+    shape = dict(heads=2, kv_heads=1, head_dim=16, repeats=1, device=torch.device(DEVICE), dtypes=["fp16"])
+    return Plan(**{**shape, "settings": {"small": kernels()}, **fields})
+
+
+def by_phase(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {row["phase"]: row for row in rows}
+
+
+def test_rows_of_every_phase() -> None:
+    rows, refused = measure(plan(), ("prefill", "decode", "backward", "selection"), [LENGTH])
+    found = by_phase(rows)
+    phases = ["prefill", "selection", "decode amortised", "decode refreshed", "decode selection", "backward"]
+    assert list(found) == phases
+    assert len(rows) == len(phases)
+    for phase, row in found.items():
+        assert " ".join(row) == COLUMNS
+        assert (row["path"], row["reason"]) == ("sparse", "")
+        assert row["hip_ms"] > 0
+        tokens = 1 if phase.startswith("decode") else LENGTH
+        assert row["tokens_per_s"] == pytest.approx(1000 * tokens / row["hip_ms"])
+        if "selection" in phase:
+            assert (row["sdpa_ms"], row["times_faster"], row["selecting"]) == (None, None, 1.0)
+        else:
+            assert row["sdpa"] in ("flash", "cudnn")
+            assert row["times_faster"] == pytest.approx(row["sdpa_ms"] / row["hip_ms"])
+        assert (row["peak_gb"] is None) == (DEVICE == "cpu")
+    shape, config = floors.Shape(2, 1, 16, 2), kernels()
+    cost = floors.prefill(LENGTH, config, shape) + floors.selection(LENGTH, config, shape)
+    assert found["prefill"]["tflops"] == pytest.approx(cost.flops / found["prefill"]["hip_ms"] / 1e9)
+    assert found["prefill"]["gb_per_s"] == pytest.approx(cost.bytes / found["prefill"]["hip_ms"] / 1e6)
+    assert found["prefill"]["selecting"] == pytest.approx(found["selection"]["hip_ms"] / found["prefill"]["hip_ms"])
+    chosen = found["decode selection"]["hip_ms"]
+    assert found["decode refreshed"]["selecting"] == pytest.approx(chosen / found["decode refreshed"]["hip_ms"])
+    assert found["decode amortised"]["selecting"] == pytest.approx(chosen / 2 / found["decode amortised"]["hip_ms"])
+    if DEVICE == "cpu":  # where cuDNN is not
+        assert any(line.startswith("prefill, fp16: cudnn: ") for line in refused)
+
+
+def test_short_contexts_are_measured_as_what_they_are() -> None:
+    rows, _ = measure(plan(settings={"far": kernels(dense_below=10**6)}), ("prefill", "decode", "selection"), [LENGTH])
+    found = by_phase(rows)
+    assert list(found) == ["prefill", "decode amortised", "decode refreshed"]  # nothing selects
+    for row in rows:
+        assert (row["path"], row["selecting"]) == ("dense", None)
+        assert "dense_below" in row["reason"]
+
+
+def test_a_method_without_a_model_has_no_figures_from_it() -> None:
+    rows, _ = measure(plan(settings={"local": kernels(method="streaming")}), ("prefill", "decode"), [LENGTH])
+    assert {row["phase"] for row in rows} == {"prefill", "decode amortised", "decode refreshed"}
+    assert all((row["path"], row["tflops"], row["selecting"]) == ("sparse", None, None) for row in rows)
+
+
+def test_the_faster_baseline_is_the_one_that_counts() -> None:
+    bench = Bench(plan(), "fp16", Clock(torch.device(DEVICE)))
+    calls = {name: bench.call(lambda: None) for name in ("ours", "flash", "cudnn")}
+    for name, seconds in (("ours", [2.0]), ("flash", [6.0, 9.0, 7.0]), ("cudnn", [8.0, 5.0, 5.5])):
+        calls[name].seconds = seconds
+    dense = {name: calls[name] for name in ("flash", "cudnn")}
+    measured = gpu_latency.Measured("prefill", 4096, {"small": calls["ours"]}, dense, {"small": 1}, tokens=4096)
+    (row,) = bench.rows(measured, {"small": kernels()}, {"small": 0.5})
+    assert (row["sdpa"], row["sdpa_ms"], row["times_faster"], row["selecting"]) == ("cudnn", 5500.0, 2.75, 0.25)
+
+
+def test_a_backend_that_refuses_is_named() -> None:
+    bench = Bench(plan(), "fp16", Clock(torch.device(DEVICE)))
+
+    def probe() -> None:
+        raise RuntimeError("No available kernel.\nMore of it.")
+
+    assert bench.baselines("prefill", probe, probe) == {}
+    assert list(bench.refused) == [f"prefill, fp16: {name}: No available kernel." for name in ("flash", "cudnn")]
+
+
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_steps_give_what_decode_gives_each_time_they_run(refresh: int) -> None:
+    """The steps of a run are those of generation after a prompt; a second run repeats the first."""
+    length, count, config = 100, 5, kernels(decode_refresh=refresh)
+    q, k, v = plan().random("fp32", length + count, count, torch.device(DEVICE))
+    state = DecodeState()
+    before = torch.zeros(1, q.shape[1], length, q.shape[3], device=q.device)
+    ours(before, k[:, :, :length], v[:, :, :length], config, state)
+    for step in range(count):
+        end = length + step + 1
+        want = ours(q[:, :, step : step + 1], k[:, :, :end], v[:, :, :end], config, state)
+        assert (want.path, want.reason) == ("sparse", "")
+    steps = Steps(q, k, v, length, count, config)
+    for _ in range(2):
+        assert_near(steps().cpu(), want.out.cpu(), 1e-6)
+
+
+def run(*arguments: str) -> Any:
+    app = typer.Typer()
+    app.command()(latency.main)
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so() -> None:
+    result = run("--device", "cuda")
+    assert result.exit_code == 2
+    assert "torch sees no GPU" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_command_prints_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line on, with the machine's device in place of the one asked for."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch, "device", lambda name: latency.CPU)
+        monkeypatch.setattr(latency.report, "machine", lambda: {"cpu": "a CPU", "threads": 1, "gpu": None, "torch": "2"})
+    shape = ("--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--repeats", "1", "--lengths", str(LENGTH))
+    fields = {key: value for key, value in kernels().to_dict().items() if value != HiPConfig().to_dict()[key]}
+    result = run("--device", "cuda", "--phases", "prefill,selection", *shape, "--settings", json.dumps(fields), "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [row["phase"] for row in document["rows"]] == ["prefill", "selection"]
+    assert document["rows"][0]["dtype"] == "bf16"
+    assert "4 query heads, 2 key heads, D=16" in document["title"]
+    wrong = run("--device", "cuda", "--settings", '{"method": "quest"}')
+    assert wrong.exit_code == 2
+    assert "quest" in wrong.output
+
+
+@pytest.mark.parametrize("arguments", [("--device", "tpu"), ("--phases", "backward"), ("--lengths", "1G"), ("--lengths", "M")])
+def test_bad_arguments_are_named(arguments: tuple[str, str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert arguments[0] in result.output
+
+
+def test_lengths() -> None:
+    assert sizes("8K, 1M,300") == [8192, 2**20, 300]
