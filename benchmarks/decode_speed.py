@@ -2,10 +2,11 @@
 
     python benchmarks/decode_speed.py [--lengths 16384,65536] [--tokens 256] [--output FILE]
 
-The demo checkpoint's shape with random weights and random keys: a context costs the same whatever it says. The two take turns,
-a part of the tokens each; figures are medians over the parts, in milliseconds a token: of the clock, and of CPU time (`cpu`),
-which other work on the machine disturbs less; `--threads 1` for that. The first step after the context, in which `hip`
-summarises it (prefill would have done so), is not counted for either.
+The demo checkpoint's shape with random weights and random keys: a context costs the same whatever it says. All lengths and
+both attentions take turns, a part of the tokens each, so that what else the machine does falls on all alike. Figures are
+medians over the parts, in milliseconds a token: of the clock, and of CPU time (`cpu`), which other work disturbs less
+(`--threads 1` for that). `growth` is the median over the parts of the longest context's time over the shortest's in the same
+turn, less 1. The first step after the context, in which `hip` summarises it (prefill would have done so), counts for neither.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hip_hf.eval.report import machine
 
 CHECKPOINT = Path(hip_hf.__file__).parent / "assets" / "checkpoint"
 PARTS = 8
+CLOCKS = ("ms", "cpu_ms")
 
 
 def make_model(implementation: str, longest: int) -> PreTrainedModel:
@@ -57,21 +59,29 @@ def steps(model: PreTrainedModel, cache: Any, count: int) -> tuple[float, float]
     return (time.perf_counter() - start) / count * 1e3, (time.process_time() - cpu) / count * 1e3
 
 
-def measure(length: int, tokens: int) -> dict[str, Any]:
-    models = {name: make_model(name, 2 * length) for name in ("hip", "sdpa")}
-    caches = {name: filled(model, length) for name, model in models.items()}
-    for name, model in models.items():
-        steps(model, caches[name], 1)
-    part = tokens // PARTS
-    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+def measure(lengths: list[int], tokens: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """One row a length, and how much `hip` grows from the shortest to the longest."""
+    models = {name: make_model(name, 2 * max(lengths)) for name in ("hip", "sdpa")}
+    cases = {(length, name): filled(model, length) for length in lengths for name, model in models.items()}
+    spent: dict[tuple[int, str], list[tuple[float, float]]] = {case: [] for case in cases}
+    for (_, name), cache in cases.items():
+        steps(models[name], cache, 1)
     for _ in range(PARTS):
-        for name, model in models.items():
-            spent[name].append(steps(model, caches[name], part))
-    row: dict[str, Any] = {"length": length, "tokens": part * PARTS, "threads": torch.get_num_threads()}
-    for i, clock in enumerate(("ms", "cpu_ms")):
-        row |= {f"{name}_{clock}": statistics.median(times[i] for times in parts) for name, parts in spent.items()}
-        row[f"ratio_{clock}"] = row[f"sdpa_{clock}"] / row[f"hip_{clock}"]
-    return row
+        for case, cache in cases.items():
+            spent[case].append(steps(models[case[1]], cache, tokens // PARTS))
+    for layer in hip_hf.explain(models["hip"]):
+        assert (layer.path, layer.cache) == ("sparse", "pages")
+    rows = []
+    for length in lengths:
+        row: dict[str, Any] = {"length": length, "tokens": tokens // PARTS * PARTS, "threads": torch.get_num_threads()}
+        for i, clock in enumerate(CLOCKS):
+            for name in models:
+                row[f"{name}_{clock}"] = statistics.median(times[i] for times in spent[length, name])
+            row[f"ratio_{clock}"] = row[f"sdpa_{clock}"] / row[f"hip_{clock}"]
+        rows.append(row)
+    turns = list(zip(spent[max(lengths), "hip"], spent[min(lengths), "hip"], strict=True))
+    growth = {clock: statistics.median(long[i] / short[i] for long, short in turns) - 1 for i, clock in enumerate(CLOCKS)}
+    return rows, growth
 
 
 def main() -> None:
@@ -82,12 +92,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    rows = []
-    for length in map(int, given.lengths.split(",")):
-        rows.append(measure(length, given.tokens))
-        print(json.dumps(rows[-1]), flush=True)
+    rows, growth = measure([int(length) for length in given.lengths.split(",")], given.tokens)
+    document = {"rows": rows, "growth": growth}
+    print(json.dumps(document, indent=1))
     if given.output:
-        given.output.write_text(json.dumps({"rows": rows, "machine": machine()}, indent=1) + "\n")
+        given.output.write_text(json.dumps({**document, "machine": machine()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

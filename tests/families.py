@@ -38,6 +38,7 @@ _BASE = {
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_BASE),
     "mistral": MistralConfig(**_BASE, sliding_window=24),
+    "mistral_full": MistralConfig(**_BASE, sliding_window=None),
     "qwen2": Qwen2Config(**_BASE),
     "qwen3": Qwen3Config(**_BASE),
     "gemma2": Gemma2Config(**_BASE, sliding_window=24, query_pre_attn_scalar=16),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from families import make_batch, make_model
+from families import make_batch, make_model, paths
 from test_memory import Allocations, allocations
 from transformers import LlamaConfig
 
@@ -38,6 +40,36 @@ def test_generate_in_chunks_gives_the_tokens_of_one_shot(chunk: int, monkeypatch
             model.generate(**batch, do_sample=False, max_new_tokens=6, prefill_chunk_size=size) for size in (None, chunk)
         )
     assert torch.equal(parts, whole)
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """The most bytes of tensors that lived at once during a call, beyond those before it."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def test_a_prompt_in_chunks_takes_memory_independent_of_its_length() -> None:
+    """Through `generate`: the peak beyond what the cache has allocated, and beyond a few integers a token. (A dense tail has
+    tiles of its own, which grow up to `LOGITS_AT_ONCE`.)"""
+    model, extra = make_model("llama", budget=64, window=64, sink=16, block_q=64), {}
+    for tokens in (2048, 8192):
+        ids, cache = make_batch([tokens])["input_ids"], HiPCache(model.config)
+        model.config.max_position_embeddings = tokens + 2
+        options = dict(do_sample=False, max_new_tokens=2, prefill_chunk_size=512, past_key_values=cache)
+        workers.scratch.buffers.clear()
+        with torch.no_grad():
+            mask = torch.ones_like(ids)
+            peak = peak_of(lambda ids=ids, mask=mask, options=options: model.generate(ids, attention_mask=mask, **options))
+        assert paths(model) == ["sparse", "sparse"]
+        slabs = [slab for layer in cache.paged for store in (layer.pool.keys, layer.pool.values) for slab in store.slabs]
+        tables = [table for layer in cache.paged for table in layer.hip_state.rows[0].pyramid.levels]
+        extra[tokens] = peak - sum(x.numel() * x.element_size() for x in [*slabs, *tables])
+    # ids, masks and positions come as integers of eight bytes, some of them twice; a token's keys and values are 512 bytes
+    integers = 64 * (8192 - 2048)
+    assert extra[8192] <= 1.05 * extra[2048] + integers, extra
 
 
 def layer_of(tokens: int) -> hip_cache.PagedLayer:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import make_batch, make_model, paths
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hip_hf
@@ -19,7 +19,8 @@ from hip_hf.cache import hip_cache
 from hip_hf.integration.cache import Stateful
 from hip_hf.paged import PagedTensor
 
-FAMILIES = ("llama", "mistral", "qwen3", "gemma2")
+FAMILIES = ("llama", "mistral", "mistral_full", "qwen3", "gemma2")
+SLIDING = {"mistral": 2, "gemma2": 1}  # of two layers; these are dense, and keep their window themselves
 CHECKPOINT = Path(hip_hf.__file__).parent / "assets" / "checkpoint"
 
 
@@ -34,13 +35,23 @@ class ConcatenatingLayer(Stateful, DynamicLayer):
 
 
 def concatenating(config: Any) -> Cache:
-    """The dynamic cache: what pages must equal, token by token, at any budget and refresh."""
-    return Cache(layers=[copy.copy(layer) for layer in plain_layers(config)])
+    """The dynamic cache with our decode state: what pages must equal at any budget and refresh."""
+    cache = bare(config)
+    cache.layers = [ConcatenatingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
-def plain_layers(config: Any) -> Iterator[Any]:
-    for layer in HiPCache(config).layers:
-        yield ConcatenatingLayer() if isinstance(layer, hip_cache.PagedLayer) else layer
+def bare(config: Any) -> DynamicCache:
+    """Transformers' dynamic cache, nothing of ours in it: each step selects anew, so pages equal it at `decode_refresh=1`."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"
+    cache = DynamicCache(config=config)
+    assert type(cache) is DynamicCache
+    assert {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return cache
+
+
+REFERENCES = [pytest.param(bare, 1, "stateless", id="bare"), pytest.param(concatenating, 4, "kept state", id="with state")]
 
 
 def generate(model: PreTrainedModel, batch: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
@@ -56,40 +67,76 @@ def nothing_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PagedTensor, "dense", refuse)
 
 
+def kinds(model: PreTrainedModel) -> list[str]:
+    """The caches that sparse layers read in the last forward; they all pruned."""
+    rows = [row for row in hip_hf.explain(model) if row.path == "sparse"]
+    assert all(row.share < 0.9 for row in rows)
+    return [row.cache for row in rows]
+
+
 @pytest.mark.usefixtures("nothing_gathered")
+@pytest.mark.parametrize(("reference", "refresh", "kind"), REFERENCES)
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_equal_the_dynamic_cache(family: str, beams: int) -> None:
-    """At a budget that prunes, in a left-padded batch, selections reused."""
-    model = make_model(family, decode_refresh=4)
-    batch = make_batch([130, 95])
+def test_tokens_equal_the_dynamic_cache(family: str, beams: int, reference: Any, refresh: int, kind: str) -> None:
+    """At a budget that prunes, in a left-padded batch."""
+    model = make_model(family, decode_refresh=refresh)
+    batch, sparse = make_batch([130, 95]), 2 - SLIDING.get(family, 0)
     made = generate(model, batch, num_beams=beams, return_dict_in_generate=True)
     assert type(made.past_key_values) is HiPCache
-    kinds = [layer.cache for layer in hip_hf.explain(model)]
-    assert kinds.count("pages") == {"llama": 2, "mistral": 0, "qwen3": 2, "gemma2": 1}[family]  # others are sliding layers
-    assert torch.equal(made.sequences, generate(model, batch, num_beams=beams, past_key_values=concatenating(model.config)))
+    assert kinds(model) == ["pages"] * sparse
+    expected = generate(model, batch, num_beams=beams, past_key_values=reference(model.config))
+    assert kinds(model) == [kind] * sparse
+    assert torch.equal(made.sequences, expected)
+
+
+# Up to 5.12 `generate` makes a bare cache, of no config, to verify candidates with, and sliding layers cannot be cropped.
+MAKES_BARE = "dynamic_full" in inspect.getsource(GenerationMixin._prepare_cache_for_generation)
 
 
 @pytest.mark.usefixtures("nothing_gathered")
+@pytest.mark.parametrize(("reference", "refresh", "kind"), REFERENCES)
 @pytest.mark.parametrize("how", ["lookup", "assisted"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_verified_candidates_equal_the_dynamic_cache(family: str, how: str) -> None:
-    model = make_model(family, decode_refresh=4)
-    batch = make_batch([110])
+def test_verified_candidates_equal_the_dynamic_cache(family: str, how: str, reference: Any, refresh: int, kind: str) -> None:
+    model = make_model(family, decode_refresh=refresh)
+    batch, sparse = make_batch([110]), 2 - SLIDING.get(family, 0)
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 5} if how == "lookup" else {"assistant_model": make_model(family)}
-    expected = generate(model, batch, past_key_values=concatenating(model.config), **options)
-    assert torch.equal(generate(model, batch, **options), expected)
+    if MAKES_BARE:
+        if SLIDING.get(family) or reference is bare:  # what `generate` makes serves, without state
+            assert torch.equal(
+                generate(model, batch, **options), generate(model, batch, past_key_values=DynamicCache(), **options)
+            )
+            assert kinds(model) == ["stateless"] * sparse
+            return
+        found = generate(model, batch, past_key_values=HiPCache(model.config), **options)
+    else:
+        found = generate(model, batch, **options)
+    assert kinds(model) == ["pages"] * sparse
+    assert torch.equal(found, generate(model, batch, past_key_values=reference(model.config), **options))
+    assert kinds(model) == [kind] * sparse
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_trained_checkpoint(beams: int) -> None:
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, attn_implementation="hip")
+@pytest.mark.parametrize("how", ["greedy", "beams", "lookup", "assisted"])
+def test_trained_checkpoint(how: str) -> None:
+    """It reads text; two prompts of different lengths where `generate` takes several."""
+    model, helper = (AutoModelForCausalLM.from_pretrained(CHECKPOINT, attn_implementation="hip") for _ in range(2))
     hip_hf.configure(model, budget=64, window=32, sink=16, dense_layers=1, dense_below=0, decode_refresh=4)
-    ids = torch.randint(0, 200, (1, 300))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    expected = generate(model, batch, num_beams=beams, past_key_values=concatenating(model.config))
-    assert torch.equal(generate(model, batch, num_beams=beams), expected)
-    assert set(paths(model)) == {"sparse", "dense"}
+    helper.generation_config.num_assistant_tokens = 4
+    options: dict[str, Any] = {
+        "greedy": {},
+        "beams": {"num_beams": 3},
+        "lookup": {"prompt_lookup_num_tokens": 5},
+        "assisted": {"assistant_model": helper},
+    }[how]
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, padding_side="left")
+    text = (CHECKPOINT.parent / "document.txt").read_text()
+    prompts = [text[:900], text[40_000:40_700]][: 2 if how in ("greedy", "beams") else 1]
+    batch = dict(tokenizer(prompts, return_tensors="pt", padding=True))
+    found = generate(model, batch, past_key_values=HiPCache(model.config), **options)
+    assert paths(model) == ["dense", "sparse", "sparse", "sparse"]
+    assert kinds(model) == ["pages"] * 3
+    assert torch.equal(found, generate(model, batch, past_key_values=concatenating(model.config), **options))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import hip_hf
 from hip_hf import HiPCache
 from hip_hf.cache import hip_cache, offload
+from hip_hf.paged import BlockTable
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +68,59 @@ def test_offload_changes_no_bit(where: str, pages: int, chunk: int) -> None:
     assert "hit rate" in str(found)
 
 
+@pytest.mark.parametrize(
+    ("family", "beams", "pages"),
+    [("llama", 3, 4), ("llama", 1, 100), ("mistral_full", 1, 5), ("qwen3", 1, 11), ("gemma2", 1, 4), ("gemma2", 3, 11)],
+)
+def test_generate_with_offload_changes_no_token(family: str, beams: int, pages: int) -> None:
+    """Pools that hold little more than one step needs (4 pages), less than the search looks at, and everything."""
+    model = make_model(family, decode_refresh=2, rescore=2)
+    options: dict[str, Any] = dict(do_sample=False, max_new_tokens=5, num_beams=beams)
+    batch = make_batch([130, 95])
+    with torch.no_grad():
+        resident = model.generate(**batch, **options)
+        cache = HiPCache(model.config, offload="cpu", device_pages=pages)
+        assert torch.equal(model.generate(**batch, **options, past_key_values=cache), resident)
+    sparse = [row for row in hip_hf.explain(model) if row.path == "sparse"]
+    assert len(sparse) == (1 if family == "gemma2" else 2)
+    assert all(row.share < 0.9 for row in sparse)
+    found = cache.statistics()
+    assert found["search"].hits > 0
+    assert found["attention"].hits > 0
+    assert found.together.misses > 0
+
+
 def test_the_search_has_its_own_pool() -> None:
     model = make_model("llama", decode_refresh=1, rescore=2)
     resident = decoded(model, HiPCache(model.config), [120])
     cache = HiPCache(model.config, offload="cpu", device_pages=9)
     assert torch.equal(decoded(model, cache, [120]), resident)
-    assert cache.statistics()["search"].hits > 0
+    found = cache.statistics()
+    assert found["search"].hits > 0
+    assert found["attention"].shared > 0
+    together = found.together
+    assert together.misses == found["search"].misses + found["attention"].misses
+    assert together.fetched == together.misses * 8 * 16 * 4
+    assert f"{together.hit_rate:.1%}" in str(found).splitlines()[-1]
+
+
+def test_a_pool_copies_from_the_other_what_that_has() -> None:
+    """What attention reads, the search has just looked at: a page of keys crosses over once for the two of them."""
+    store = offload.OffloadedStore(1, 4, torch.float32, torch.device("cpu"), 2, "cpu", 3, 0)
+    store.slabs, store.bounds = [torch.arange(40.0).view(1, 10, 4)], [0]
+    store.for_search()
+    assert store.search_pool is not None
+    store.search_pool.slots(0, torch.tensor([1, 3]))
+    store.slabs[0].zero_()  # whoever went back to host memory would see it
+    slots = store.pool.slots(0, torch.tensor([3, 4]))
+    assert store.pool.rows[0].view(3, 8)[slots].tolist() == [[*range(24, 32)], [0] * 8]
+    assert store.pool.traffic == offload.Traffic(hits=1, misses=1, shared=1, fetched=32)
+    # a page that is written anew is no longer what either has of it
+    table = BlockTable([3])
+    store.write(table, 0, torch.full((1, 2, 4), 7.0))
+    assert (store.search_pool.slot[0, 3], int(store.pool.rows[0].view(3, 8)[slots[0]].unique())) == (-1, 7)
+    again = int(store.search_pool.slots(0, torch.tensor([3]))[0])
+    assert store.search_pool.rows[0].view(3, 8)[again].tolist() == [7] * 8
 
 
 def test_the_least_recently_used_page_makes_room() -> None:
@@ -89,15 +137,23 @@ def test_the_least_recently_used_page_makes_room() -> None:
     assert torch.equal(pool.rows[0, slot * 2 : slot * 2 + 2], store.slabs[0][0, 2:4])
 
 
-def test_a_pool_that_is_too_small_is_refused_and_the_cache_intact() -> None:
-    model = make_model("llama", rescore=1)
-    cache = HiPCache(model.config, offload="cpu", device_pages=2)
+@pytest.mark.parametrize("rescore", [1, 8])
+def test_a_pool_that_is_too_small_is_refused_and_the_cache_intact(rescore: int) -> None:
+    """A selection is four blocks, at worst each in a page of its own. The search looks at more, in several goes."""
+    model = make_model("llama", rescore=rescore)
     ids = make_batch([120])["input_ids"]
     with torch.no_grad():
+        cache = HiPCache(model.config, offload="cpu", device_pages=3)
         model(ids[:, :16], past_key_values=cache)
-        with pytest.raises(ValueError, match="device_pages: got 2, allowed: at least 4"):
+        before = [layer.keys.clone() for layer in cache.layers]
+        with pytest.raises(ValueError, match="device_pages: got 3, allowed: at least 4, the pages one step may need"):
             model(ids[:, 16:], past_key_values=cache)
-    assert [layer.get_seq_length() for layer in cache.layers] == [16, 16]
+        assert [layer.get_seq_length() for layer in cache.layers] == [16, 16]
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+    enough = HiPCache(model.config, offload="cpu", device_pages=4)
+    resident = decoded(model, HiPCache(model.config), [120])
+    assert torch.equal(decoded(model, enough, [120]), resident)
+    assert [row.path for row in hip_hf.explain(model)] == ["sparse", "sparse"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ prompts); the last page is copied before one of them continues it.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 from typing import Any
@@ -23,8 +24,21 @@ from hip_hf.integration.positions import UNROTATED, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 
-# Up to 5.10 `crop` takes the length to keep (or minus the number of tokens to remove), later only the latter.
+# Up to 5.12 `crop` takes the length to keep (or minus the number of tokens to remove); 0 empties the cache.
 _CROP_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+
+
+@functools.cache
+def _crops_to_a_length() -> bool:
+    """Whether this Transformers takes a count > 0 as the length to keep; some that prefer the other meaning still do, with a
+    warning of theirs, which is hereby given."""
+    layer = DynamicLayer()
+    layer.update(torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2, 1))
+    try:
+        layer.crop(1)
+    except ValueError:
+        return False
+    return layer.get_seq_length() == 1
 
 
 class PagedLayer(Stateful, DynamicLayer):
@@ -139,18 +153,14 @@ class PagedLayer(Stateful, DynamicLayer):
                 raise ValueError(f"{name}: got (batch, heads, dim, dtype) {got}, allowed: {want}, as cached")
 
     def _check_device_pages(self, length: int) -> None:
-        """Refuse a pool that could not hold the blocks which one step picks for a head."""
+        """Refuse pools that could not hold the blocks which one step selects for a head. (The search looks at more, but it
+        reads them in as many goes as its pool asks for.)"""
         if self.offload_to is None or self.device_pages is None:
             return
         settings = read_settings(self.config)
-        blocks = settings.budget // settings.block_k
-        most = {"attention": blocks, "search": blocks * settings.rescore if settings.rescore > 1 else 0}
-        for pool, picked in most.items():
-            need = min(picked, -(-length // PAGE))  # at worst each block lies in a page of its own
-            if self.device_pages < need:
-                raise ValueError(
-                    f"device_pages: got {self.device_pages}, allowed: at least {need}, which a step of the {pool} may need"
-                )
+        need = min(settings.budget // settings.block_k, -(-length // PAGE))  # at worst each block lies in a page of its own
+        if self.device_pages < need:
+            raise ValueError(f"device_pages: got {self.device_pages}, allowed: at least {need}, the pages one step may need")
 
     def get_seq_length(self) -> int:
         return self.length
@@ -160,14 +170,15 @@ class PagedLayer(Stateful, DynamicLayer):
         self.hip_state.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove `-tokens_to_remove` tokens from the end. Up to Transformers 5.10 a count >= 0 is the length to keep.
+        """Remove `-tokens_to_remove` tokens from the end. A count > 0 is the length to keep, and so is 0 up to 5.12.
 
         Raises:
             ValueError: a positive count where Transformers no longer takes one.
         """
-        if tokens_to_remove > 0 and not _CROP_TO_LENGTH:
+        if tokens_to_remove > 0 and not _crops_to_a_length():
             raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, allowed: minus the number of tokens to remove, or 0")
-        kept = tokens_to_remove if _CROP_TO_LENGTH and tokens_to_remove >= 0 else self.length + tokens_to_remove
+        to_length = tokens_to_remove > 0 or (tokens_to_remove == 0 and _CROP_TO_LENGTH)
+        kept = tokens_to_remove if to_length else self.length + tokens_to_remove
         self.truncate(max(0, kept))
 
     def truncate(self, length: int) -> None:

@@ -1,7 +1,8 @@
 """Pages in host memory or on disk, and the small device pools through which they are read (InfiniteHiP, section on offloading).
 
 A layer has two pools: one for the keys that the search scores exactly, one for what attention reads. Each holds `device_pages`
-pages per head and replaces the least recently used. A page that is not there is fetched, never dropped, so results do not
+pages per head and replaces the least recently used. A page of keys that only the other pool has is copied from there: most of
+what attention reads, the search has just looked at. A page that neither has is fetched, never dropped, so results do not
 depend on the pools. Without a GPU the "device" is host memory as well, and everything below runs the same.
 """
 
@@ -22,13 +23,15 @@ OFFLOADS = ("cpu", "disk")
 
 @dataclass
 class Traffic:
-    """Pages asked for (per head) and found or not, and bytes moved between host and device.
+    """Pages asked for (per head) and found on the device or not, and bytes moved between host and device.
 
+    A hit moves nothing between the two: the page was in the pool, or (`shared`, also counted in `hits`) in the other pool.
     `streamed` are reads too large for a pool (dense layers, chunked prefill), which bypass it.
     """
 
     hits: int = 0
     misses: int = 0
+    shared: int = 0
     fetched: int = 0
     prefetched: int = 0
     streamed: int = 0
@@ -53,6 +56,7 @@ class DevicePool:
             self.held = torch.full((store.heads, pages), -1)  # page in each slot
             self.used = torch.zeros(store.heads, pages, dtype=torch.long)  # when it was last asked for
             self.slot = torch.full((store.heads, 0), -1)  # of each page
+        self.other: DevicePool | None = None  # the layer's other pool of the same keys
 
     def slots(self, head: int, pages: torch.Tensor) -> torch.Tensor:
         """Where the (distinct) pages lie in the pool, fetched if they did not.
@@ -62,18 +66,26 @@ class DevicePool:
         """
         found = self._find(head, pages)
         missing = pages[found < 0]
-        self.traffic.hits += len(pages) - len(missing)
-        self.traffic.misses += len(missing)
-        self.traffic.fetched += len(missing) * self.store.page_bytes
-        return self._bring(head, pages, found, missing)
+        shared = self._shared(head, missing)
+        fetched = int((shared < 0).sum())
+        self.traffic.hits += len(pages) - fetched
+        self.traffic.misses += fetched
+        self.traffic.shared += len(missing) - fetched
+        self.traffic.fetched += fetched * self.store.page_bytes
+        return self._bring(head, pages, found, missing, shared)
 
     def prefetch(self, pages: torch.Tensor) -> None:
         """Bring pages for every head before they are asked for."""
         for head in range(self.store.heads):
             found = self._find(head, pages)
             missing = pages[found < 0]
-            self.traffic.prefetched += len(missing) * self.store.page_bytes
-            self._bring(head, pages, found, missing)
+            shared = self._shared(head, missing)
+            self.traffic.prefetched += int((shared < 0).sum()) * self.store.page_bytes
+            self._bring(head, pages, found, missing, shared)
+
+    def _shared(self, head: int, pages: torch.Tensor) -> torch.Tensor:
+        """Slots of the pages in the layer's other pool; -1: not there either."""
+        return torch.full_like(pages, -1) if self.other is None else self.other._find(head, pages)
 
     def _find(self, head: int, pages: torch.Tensor) -> torch.Tensor:
         known = self.slot.shape[1]
@@ -83,7 +95,9 @@ class DevicePool:
             self.slot = more
         return self.slot[head, pages]
 
-    def _bring(self, head: int, pages: torch.Tensor, found: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    def _bring(
+        self, head: int, pages: torch.Tensor, found: torch.Tensor, missing: torch.Tensor, shared: torch.Tensor
+    ) -> torch.Tensor:
         if len(pages) > self.pages:
             raise ValueError(f"device_pages: got {self.pages}, allowed: at least {len(pages)}, the pages that one read needs")
         self.clock += 1
@@ -94,9 +108,14 @@ class DevicePool:
         before = self.held[head, victims]
         self.slot[head, before[before >= 0]] = -1
         page = self.store.page
-        for number, slot in zip(missing.tolist(), victims.tolist(), strict=True):
-            slab, token = self.store.place(number)
-            self.rows[head, slot * page : (slot + 1) * page] = self.store.slabs[slab][head, token : token + page]
+        for number, slot, there in zip(missing.tolist(), victims.tolist(), shared.tolist(), strict=True):
+            into = self.rows[head, slot * page : (slot + 1) * page]
+            if there >= 0:
+                assert self.other is not None
+                into.copy_(self.other.rows[head, there * page : (there + 1) * page])
+            else:
+                slab, token = self.store.place(number)
+                into.copy_(self.store.slabs[slab][head, token : token + page])
         self.held[head, victims], self.slot[head, missing], self.used[head, victims] = missing, victims, self.clock
         return self.slot[head, pages]
 
@@ -170,6 +189,7 @@ class OffloadedStore(Store):
         """The same pages, read through the search's own pool."""
         if self.search_pool is None:
             self.search_pool = DevicePool(self, self.pool.pages)
+            self.search_pool.other, self.pool.other = self.pool, self.search_pool
         return SearchedStore(self)
 
     def make_slab(self, pages: int) -> torch.Tensor:
@@ -243,11 +263,19 @@ class SearchedStore(Store):
 
 
 class Statistics(dict[str, Traffic]):
-    """Traffic of the `search` and the `attention` pools of all layers; `str()` is a table."""
+    """Traffic of the `search` and the `attention` pools of all layers; `str()` is a table, with both together."""
+
+    @property
+    def together(self) -> Traffic:
+        """The traffic of all pools."""
+        total = Traffic()
+        for traffic in self.values():
+            total.add(traffic)
+        return total
 
     def __str__(self) -> str:
         lines = [f"{'pool':<10}{'hits':>10}{'misses':>10}{'hit rate':>10}{'MiB moved':>12}"]
-        for name, traffic in self.items():
+        for name, traffic in [*self.items(), ("together", self.together)]:
             moved = (traffic.fetched + traffic.prefetched + traffic.streamed + traffic.written) / 2**20
             lines.append(f"{name:<10}{traffic.hits:>10}{traffic.misses:>10}{traffic.hit_rate:>10.1%}{moved:>12.1f}")
         return "\n".join(lines)

@@ -30,6 +30,7 @@ def _make_cache(kind: str, config: Any, length: int) -> Any:
 
     from hip_hf import HiPCache
     from hip_hf.cache.pool import PAGE
+    from hip_hf.integration.settings import read_settings
 
     if kind == "dynamic":
         return DynamicCache(config=config)
@@ -37,7 +38,9 @@ def _make_cache(kind: str, config: Any, length: int) -> Any:
         return StaticCache(config=config, max_cache_len=length + STEPS)
     if kind == "hip":
         return HiPCache(config)
-    return HiPCache(config, offload="cpu", device_pages=max(2, length // PAGE // 8))
+    settings = read_settings(config)
+    step = settings.budget // settings.block_k  # blocks that a step selects, at worst each in a page of its own
+    return HiPCache(config, offload="cpu", device_pages=max(step, length // PAGE // 8))
 
 
 def _device_bytes(cache: Any, resident: int) -> int:
@@ -113,7 +116,7 @@ def main(
     report_file: Report = None,
     as_json: Json = False,
 ) -> None:
-    """Memory of a dynamic, a static, a paged and an offloaded paged cache (device pools of an eighth of the context)."""
+    """Memory of a dynamic, a static, a paged and an offloaded cache (pools: an eighth, or what a step needs)."""
     if not Path("/proc/self/clear_refs").exists():
         raise SystemExit("hip-hf memory reads /proc, which this system does not have (allowed: Linux)")
     try:

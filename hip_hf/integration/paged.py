@@ -2,13 +2,16 @@
 
 A call brings the new tokens of several requests, packed into one row: whole prompts, parts of prompts, single decoded tokens.
 Each request attends by itself, to keys picked out of its pages; nothing is gathered. Decode state is kept with the cache, by the
-page that holds a request's last token; the key of that token is kept as a mark, so that a page written anew ends the state.
+page that holds a request's last token, and believed only by who has the same pages, with the same key for that token (pages
+are also copied and restored behind our back). A call that writes to a page ends the state of whoever had it.
 
 The cache's layout is not documented; it is found by inspection, and an unknown one raises instead of computing garbage.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.abc
 import importlib.util
 import inspect
@@ -19,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import transformers
 
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
@@ -115,27 +119,26 @@ def continuous(problem: AttentionProblem, config: HiPConfig, layer: int, cache: 
             stored.index_copy_(0, write[: new.shape[2]].long(), new[0].transpose(0, 1))  # int32 in 5.4
     out, result = problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1]), None
     paths, shares, reason, unsupported = set(), [], "", False
-    for (row, row_end), (key, key_end) in zip(_pairs(rows), _pairs(keys), strict=True):
-        if row == row_end:
-            continue
+    spans = [span for span in zip(_pairs(rows), _pairs(keys), strict=True) if span[0][0] < span[0][1]]
+    tables, states = _tables_and_states(cache, layer, place, spans, read, write) if place.keys is not None else ([], [])
+    for i, ((row, row_end), (key, key_end)) in enumerate(spans):
         q, count = problem.q[:, :, row:row_end], key_end - key
         own: tuple[torch.Tensor, torch.Tensor]
         state = None
         if place.keys is None or place.values is None:
             own = k[:, :, key:key_end], v[:, :, key:key_end]
-        elif count == row_end - row:
-            own = k[:, :, row:row_end], v[:, :, row:row_end]
-            state = DecodeState()
         else:
-            tokens = read[key:key_end]
-            table = [BlockTable((tokens[:: place.page] // place.page).tolist())]
-            own = tuple(PagedTensor(TokenMajorStore(x, place.page), table, count) for x in (place.keys, place.values))  # type: ignore[assignment]
-            state = _kept_state(cache, layer, place, int(tokens[count - (row_end - row) - 1]))
+            state = states[i]
+            if count == row_end - row:
+                own = k[:, :, row:row_end], v[:, :, row:row_end]
+            else:
+                table = [BlockTable(tables[i])]
+                own = tuple(PagedTensor(TokenMajorStore(x, place.page), table, count) for x in (place.keys, place.values))  # type: ignore[assignment]
         one = replace(problem, q=q, k=own[0], v=own[1], spans=make_spans(q, own[0]))
         result = attend(one, config, layer, state)
         out[:, :, row:row_end] = result.out
         if state is not None:
-            _keep_state(cache, layer, place, int(write[row_end - 1]), state)
+            _keep_state(cache, layer, place, tables[i], int(write[row_end - 1]), state)
         paths.add(result.path)
         shares.append(result.share)
         reason, unsupported = result.reason or reason, result.unsupported or unsupported
@@ -156,21 +159,49 @@ def _ring(cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, A
     return [x.transpose(0, 1)[None] if x.ndim == 3 else x for x in found]
 
 
-def _states(cache: Any, layer: int) -> dict[int, tuple[DecodeState, torch.Tensor]]:
+@dataclass(frozen=True)
+class Kept:
+    """A request's state, its pages, and the key `[Hkv, D]` of its last token."""
+
+    state: DecodeState
+    pages: list[int]
+    mark: torch.Tensor
+
+
+def _states(cache: Any, layer: int) -> dict[int, Kept]:
     return cache.__dict__.setdefault("_hip_states", {}).setdefault(layer, {})
 
 
-def _kept_state(cache: Any, layer: int, place: Place, last: int) -> DecodeState:
-    """The state of the request whose last token before this call is in row `last`; a new one if that is not what it was."""
-    state, mark = _states(cache, layer).pop(last // place.page, (None, None))
-    if state is None or mark is None or place.keys is None or not torch.equal(place.keys[last], mark):
-        return DecodeState()
-    return state
+Spans = list[tuple[tuple[int, int], tuple[int, int]]]
 
 
-def _keep_state(cache: Any, layer: int, place: Place, last: int, state: DecodeState) -> None:
+def _tables_and_states(
+    cache: Any, layer: int, place: Place, spans: Spans, read: torch.Tensor, write: torch.Tensor
+) -> tuple[list[list[int]], list[DecodeState]]:
+    """The pages and the state of each request; what else was kept by pages that this call writes to is forgotten."""
+    tables, states = [], []
+    for (row, row_end), (key, key_end) in spans:
+        before = key_end - key - (row_end - row)
+        tokens = read[key:key_end] if before else write[row:row_end]
+        tables.append((tokens[:: place.page] // place.page).tolist())
+        states.append(_kept_state(cache, layer, place, tables[-1], int(tokens[before - 1])) if before else DecodeState())
+    for page in (write[: spans[-1][0][1]] // place.page).unique().tolist():
+        _states(cache, layer).pop(page, None)
+    return tables, states
+
+
+def _kept_state(cache: Any, layer: int, place: Place, pages: list[int], last: int) -> DecodeState:
+    """The state of the request with these pages whose last token before this call is in row `last`; else a new one."""
+    kept = _states(cache, layer).pop(last // place.page, None)
     assert place.keys is not None
-    _states(cache, layer)[last // place.page] = state, place.keys[last].clone()
+    if kept is None or pages[: len(kept.pages)] != kept.pages or not torch.equal(place.keys[last], kept.mark):
+        return DecodeState()
+    return kept.state
+
+
+def _keep_state(cache: Any, layer: int, place: Place, pages: list[int], last: int, state: DecodeState) -> None:
+    assert place.keys is not None
+    _states(cache, layer)[last // place.page] = Kept(state, pages, place.keys[last].clone())
 
 
 # Transformers 5.19 and later admit only their own attentions to continuous batching, and others before swap ours for flash
@@ -178,16 +209,56 @@ def _keep_state(cache: Any, layer: int, place: Place, last: int, state: DecodeSt
 
 
 def open_gate(module: ModuleType) -> None:
-    """Let models that attend by us into continuous batching as they are."""
+    """Let models that attend by us into continuous batching as they are; but not where it would lose their tokens."""
     manager = module.ContinuousBatchingManager
-    switch = getattr(manager, "switch_to_cb_friendly_attn", None)  # 5.4 has no gate: it calls us `paged|hip`
-    if switch is None or switch.__name__ == "switched":
+    if getattr(manager, "_hip_gate", False):
         return
+    manager._hip_gate = True
+    made = manager.__init__
+    switch = getattr(manager, "switch_to_cb_friendly_attn", None)  # 5.4 has no gate: it calls us `paged|hip`
+
+    @functools.wraps(made)
+    def checked(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        _refuse_lossy_ring(model.config)
+        made(self, model, *args, **kwargs)
 
     def switched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if attends_by_us(model.config) else switch(self, model, *args, **kwargs)
+        return None if attends_by_us(model.config) else switch(self, model, *args, **kwargs)  # type: ignore[misc]
 
-    manager.switch_to_cb_friendly_attn = switched
+    manager.__init__ = checked
+    if switch is not None:
+        manager.switch_to_cb_friendly_attn = switched
+
+
+def _refuse_lossy_ring(config: Any) -> None:
+    """Raise ValueError for a model of ours with sliding layers where Transformers would lose tokens of them."""
+    config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+    if slides and attends_by_us(config) and ring_loses_tokens():
+        raise ValueError(
+            f"continuous batching: got sliding layers ({config.model_type}) on Transformers {transformers.__version__}, whose "
+            "cache forgets tokens of theirs whatever the attention; allowed: Transformers 5.17 or later, or `generate`"
+        )
+
+
+@functools.cache
+def ring_loses_tokens() -> bool:
+    """Whether the ring buffers of sliding layers, as this Transformers indexes them, give back other tokens than the last."""
+    try:
+        cache_manager = importlib.import_module("transformers.generation.continuous_batching.cache_manager")
+    except ImportError:  # later ones index otherwise
+        return False
+    ring: Any = object.__new__(cache_manager.SlidingAttentionCacheAllocator)
+    ring.sliding_window, ring.block_size, ring.block_table, ring.sentinel_index, ring.trash_index = 4, 4, {"": [0]}, -1, -1
+    held: dict[int, int] = {}
+    seen = 0
+    for new in (3, 6, 1, 1):
+        if [held.get(slot) for slot in ring.get_read_indices("", seen, new)[:-new]] != list(range(max(0, seen - 3), seen)):
+            return True
+        held |= zip(ring.get_write_indices("", seen, new), range(seen, seen + new), strict=True)
+        seen += new
+    return False
 
 
 class _Hook(importlib.abc.MetaPathFinder):

@@ -1,0 +1,81 @@
+"""Peak memory of a prompt read in chunks (`prefill_chunk_size`), beyond what its cache holds: it must not grow with the prompt.
+
+    python benchmarks/chunked_prefill.py [--lengths 32768,65536,131072] [--chunk 2048] [--output FILE]
+
+Each length has a process of its own: a tiny random model reads random tokens through `generate` into a `HiPCache`, and the
+process reads its own memory from the operating system. `cache_MiB`: the pages and summaries written; `extra_MiB`: what the
+peak was above the memory before and the cache, masks and positions (some integers a token) included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hip_hf.eval.report import machine
+from hip_hf.eval.resident import MIB, Meter
+
+SHAPE = dict(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+HEADS, DIM = 2, 32
+
+
+def held(cache: Any) -> int:
+    """Bytes of the pages that hold tokens, and of the summaries written so far."""
+    total = 0
+    for layer in cache.paged:
+        total += layer.pool.bytes(layer.pool.used)
+        for row in layer.hip_state.rows.values():
+            for level, table in enumerate(row.pyramid.levels):
+                total += row.pyramid.count(level) * table.shape[0] * table.shape[2] * table.element_size()
+    return total
+
+
+def measure(length: int, chunk: int) -> dict[str, Any]:
+    """One row, measured in the calling process."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    import hip_hf
+
+    config = LlamaConfig(**SHAPE, num_key_value_heads=HEADS, head_dim=DIM, max_position_embeddings=length + 2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("hip")
+    hip_hf.configure(model, budget=256, window=256, dense_layers=0, dense_below=0)
+    options = dict(do_sample=False, max_new_tokens=2, pad_token_id=0, prefill_chunk_size=chunk)
+
+    def read(tokens: int) -> Any:
+        ids, cache = torch.randint(3, 90, (1, tokens)), hip_hf.HiPCache(model.config)
+        model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+        assert {row.path for row in hip_hf.explain(model)} == {"sparse"}
+        return cache
+
+    read(2 * chunk)  # whatever is allocated once
+    meter = Meter(torch.device("cpu"))
+    cache = read(length)
+    peak = meter.peak_mib()
+    assert peak is not None, "the system does not say how much memory a process has"
+    kept = held(cache) / MIB
+    return {"length": length, "chunk": chunk, "cache_MiB": kept, "peak_MiB": peak, "extra_MiB": peak - kept}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="32768,65536,131072")
+    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    rows = []
+    for length in map(int, given.lengths.split(",")):
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:
+            rows.append(fresh.apply(measure, (length, given.chunk)))
+        print(json.dumps(rows[-1]), flush=True)
+    if given.output:
+        given.output.write_text(json.dumps({"rows": rows, "machine": machine()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
