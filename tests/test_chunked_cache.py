@@ -51,7 +51,7 @@ def peak_of(call: Callable[[], Any]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-def test_a_prompt_in_chunks_takes_memory_independent_of_its_length() -> None:
+def test_a_prompt_in_chunks_needs_little_beside_its_cache_and_pyramid() -> None:
     """Through `generate`: the peak beyond what the cache has allocated, and beyond a few integers a token. (A dense tail has
     tiles of its own, which grow up to `LOGITS_AT_ONCE`.)"""
     model, extra = make_model("llama", budget=64, window=64, sink=16, block_q=64), {}
