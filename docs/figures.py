@@ -31,9 +31,9 @@ class Watched(TreeSearch):
 
     seen: list[tuple[int, list[int]]] = field(default_factory=list)
 
-    def _gather(self, heads: slice, level: int, ids: torch.Tensor) -> torch.Tensor:
+    def _gather(self, heads: slice, level: int, ids: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         self.seen.append((level, sorted(set(ids[0, 0].tolist()))))
-        return super()._gather(heads, level, ids)
+        return super()._gather(heads, level, ids, end)
 
 
 def prompt_and_model() -> tuple[list[int], Any, Any, Any]:
