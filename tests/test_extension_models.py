@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import _BASE, FAMILIES, PATCHED, SPARSE, make_batch, make_model
-from test_continuous import alone, batched
+from test_continuous import alone, batched, prompts
 from test_patches import attention, logits
 from transformers import (
     AutoModelForCausalLM,
@@ -205,7 +205,7 @@ def test_beams_and_prompt_lookup_run() -> None:
 
 def test_continuous_batching_gives_the_tokens_of_the_ordinary_path() -> None:
     model = extended("llama", budget=104)
-    assert batched(model, new=4) == alone(model, new=4)
+    assert batched(model, prompts(), new=4) == alone(model, prompts(), new=4)
 
 
 def test_continuous_batching_needs_a_patcher() -> None:

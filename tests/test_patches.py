@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import _BASE, PATCHED, make_batch, make_model
-from test_continuous import batched
+from test_continuous import batched, prompts
 from torch import nn
 from transformers import AutoModelForCausalLM, Olmo2Config, PreTrainedModel
 
@@ -72,9 +72,9 @@ def test_same_bits_as_the_registered_attention(family: str, calls: list[str]) ->
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_same_tokens_in_continuous_batching(family: str, calls: list[str]) -> None:
     model = make_model(family)
-    expected = batched(model, new=3)
+    expected = batched(model, prompts(), new=3)
     hip_hf.patch(model)
-    assert batched(model, new=3) == expected
+    assert batched(model, prompts(), new=3) == expected
     assert calls
 
 

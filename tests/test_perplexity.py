@@ -100,7 +100,7 @@ def test_command(tmp_path: Path) -> None:
         (("--tokens", "1000"), "--tokens: got 1000, allowed: a multiple of 128"),
         (("--chunk", "100"), "--chunk: got 100"),
         (("--tokens", "1K,2K"), "one length"),
-        (("--tokens", "1M"), "token counts"),
+        (("--tokens", "1G"), "token counts"),
         (("--tokens", "64K"), "at most the"),
         (("--settings", "nonsense"), "nonsense"),
         (("--report", "/nowhere/report.html"), "--report: got '/nowhere/report.html'"),
