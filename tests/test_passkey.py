@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval import passkey
-from hip_hf.eval.documents import DIGITS, NAMES, Fact, note, question
+from hip_hf.eval.documents import DIGITS, NAMES, Fact, load, note, question
 from hip_hf.eval.presets import settings_of, sizes
 
 TEXT = "It is a truth universally acknowledged, that a text must be filled with words. " * 40
@@ -172,7 +172,7 @@ def test_command(tmp_path: Path, threads: Any) -> None:
 
 def test_everything_read_answers_as_dense(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
-    loaded, tokenizer = passkey.load(model, "sdpa")
+    loaded, tokenizer = load(model, "sdpa")
     ids = tokenizer.encode(Path(text).read_text(), verbose=False)
     samples = [passkey.make_sample(tokenizer, ids, 256, 0.5, 1, random.Random(seed)) for seed in range(3)]
     cells = []

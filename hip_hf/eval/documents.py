@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 
 ASSETS = Path(__file__).parent.parent / "assets"
 CHECKPOINT = ASSETS / "checkpoint"
@@ -87,3 +88,16 @@ def load(checkpoint: str | Path, attn_implementation: str, dtype: torch.dtype = 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation=attn_implementation, dtype=dtype)
     return model.eval(), tokenizer
+
+
+def load_to_measure(model: str, device: str, text: str) -> tuple[Any, Any, list[int]]:
+    """What a measuring command begins with: the model on its device, dense at first, its tokenizer, and the text's tokens.
+
+    Raises:
+        typer.BadParameter: the model cannot be loaded.
+    """
+    try:
+        loaded, tokenizer = load(model, "sdpa")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"cannot load {model!r}: {error}", param_hint="MODEL") from None
+    return loaded.to(device), tokenizer, tokenizer.encode(text, add_special_tokens=False, verbose=False)

@@ -18,7 +18,7 @@ from hip_hf.eval.capture import capture
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.costs import total
 from hip_hf.eval.curves import AT, draw
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, digest, load, make_prompt, note, question
+from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, digest, load_to_measure, make_prompt, note, question
 from hip_hf.eval.hardness import TITLE as HARDNESS
 from hip_hf.eval.hardness import Hardness, hardness, hardness_rows
 from hip_hf.eval.mass import Measured, measure, unsearched
@@ -254,9 +254,7 @@ def main(
         cells = targets.cells("fidelity", **details, lengths=lengths, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    loaded, tokenizer = load(model, "sdpa")
-    loaded.to(device)
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    loaded, tokenizer, ids = load_to_measure(model, device, text)
     segments = prompts * plan.segments
     if len(ids) < tokens:
         raise typer.BadParameter(f"--tokens: got {tokens}, allowed: at most the {len(ids)} of {document}")

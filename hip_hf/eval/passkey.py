@@ -19,7 +19,7 @@ import typer
 from hip_hf.config import HiPConfig
 from hip_hf.eval import plots, report
 from hip_hf.eval.cells import Cells
-from hip_hf.eval.documents import CHECKPOINT, DIGITS, DOCUMENT, NAMES, Fact, answer_of, digest, load, make_prompt
+from hip_hf.eval.documents import CHECKPOINT, DIGITS, DOCUMENT, NAMES, Fact, answer_of, digest, load_to_measure, make_prompt
 from hip_hf.eval.presets import HELP, settings_of, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
 from hip_hf.integration.explain import Row, explain
@@ -281,12 +281,7 @@ def main(
         cells = targets.cells("passkey", **details, samples=samples, batch=batch, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    try:
-        loaded, tokenizer = load(model, "sdpa")
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot load {model!r}: {error}", param_hint="MODEL") from None
-    loaded.to(device)
-    tokens = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    loaded, tokenizer, tokens = load_to_measure(model, device, text)
 
     with cells, report.progress() as progress:
         task = progress.add_task("pass keys", total=plan.cells)

@@ -22,7 +22,7 @@ from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig
 from hip_hf.eval import plots, report
 from hip_hf.eval.cells import Cells
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, digest, load
+from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, digest, load_to_measure
 from hip_hf.eval.passkey import path_of, use
 from hip_hf.eval.presets import HELP, settings_of, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
@@ -211,12 +211,7 @@ def main(
         cells = targets.cells("perplexity", **details, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    try:
-        loaded, tokenizer = load(model, "sdpa")
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot load {model!r}: {error}", param_hint="MODEL") from None
-    loaded.to(device)
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    loaded, _, ids = load_to_measure(model, device, text)
     if len(ids) < plan.tokens:
         raise typer.BadParameter(f"--tokens: got {plan.tokens}, allowed: at most the {len(ids)} of {document.name}")
     with cells, report.progress() as progress:
