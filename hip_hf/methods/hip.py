@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _LOW_BITS = NO_CHUNK = 0xFFFFFFFF
 # Of the blocks that a decode step selects for the steps after it, one in so many follows one of the best.
 SUCCESSORS = 4
+# Bytes of summaries or keys that are gathered before they are scored: what is still in cache need not be fetched again.
+GATHERED_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,11 @@ class TreeSearch:
 
     def _rows(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype."""
-        config, rows = self.config, blocks[0].rows
+        config, rows, first = self.config, blocks[0].rows, blocks[0].row
         if config.vote == "pooled" and config.query_stride > 1 and rows > 1:
-            index = torch.tensor([block.row for block in blocks], device=self.q.device)[:, None]
-            index = index + torch.arange(rows, device=self.q.device)
-            q = pooled(self.q[heads][:, :, index], config.query_stride).mul_(self.scale).to(self.pyramid.dtype)
+            # query blocks of one call follow one another
+            q = self.q[heads, :, first : first + len(blocks) * rows].unflatten(2, (-1, rows))
+            q = pooled(q, config.query_stride).mul_(self.scale).to(self.pyramid.dtype)
         else:
             index = torch.tensor([list(sampled_rows(config, block)) for block in blocks], device=self.q.device)
             q = self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale  # [heads, G, P, R, D]
@@ -179,9 +181,10 @@ class TreeSearch:
         invalid = (ids[0] < first[:, None]) | (ids[0] >= last[:, None])
         if self.positions is None:
             rows = self.pyramid.levels[level][heads, tile]
-            scores = self._score(features.flatten(1, 2), rows, features.shape, invalid)
+            logits = self._logits(features.flatten(1, 2), rows).view(*features.shape[:3], -1)
+            scores = self._aggregate(logits, invalid)
         else:  # the window of each query block is elsewhere
-            scores = self._score(features, self._gather(heads, level, ids, last), features.shape, invalid)
+            scores = self._scores(heads, level, features, ids, last, invalid)
         ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         while level > 0:
@@ -201,7 +204,7 @@ class TreeSearch:
                 invalid = torch.cat([missing.repeat_interleave(2, -1), invalid.expand(*ids.shape[:2], 2)], dim=-1)
             children = torch.stack([2 * ids, 2 * ids + 1], dim=-1).flatten(-2)
             ids = torch.cat([children, edges.expand(*ids.shape[:2], 2)], dim=-1)
-            scores = self._score(features, self._gather(heads, level, ids, last), features.shape, invalid)
+            scores = self._scores(heads, level, features, ids, last, invalid)
             ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         if config.rescore > 1:
@@ -246,19 +249,34 @@ class TreeSearch:
         back = (end[:, None] - 1 - ids).clamp(min=0, max=farthest_chunk(self.positions, self.config))
         return cos[back], sin[back]
 
-    def _score(self, features: torch.Tensor, rows: torch.Tensor, shape: torch.Size, invalid: torch.Tensor) -> torch.Tensor:
-        """Scores `[heads, P, M]` of chunks; `invalid` masks the last of them, `[P, m]` or `[heads, P, m]`.
+    def _scores(
+        self, heads: slice, level: int, features: torch.Tensor, ids: torch.Tensor, end: torch.Tensor, invalid: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores `[heads, P, M]` of the chunks `ids` that each of P query blocks has for itself; features `[heads, P, R, F]`.
 
-        Either each of P query blocks has its own chunks (features `[heads, P, R, F]`, rows `[heads, P, M, width]`),
-        or all share one tile (`[heads, P * R, F]`, `[heads, M, width]`). `shape` is `[heads, P, R, F]`.
+        `invalid`, `[P, m]` or `[heads, P, m]`, masks the last of them.
         """
-        per_chunk = self.representative.per_chunk
-        a, b = features.flatten(0, -3), rows.flatten(0, -3)  # [N, rows, F], [N, M, width]
-        count = b.shape[1]
-        b = b.reshape(len(b), count * per_chunk, -1)
-        logits = torch.bmm(a, b.transpose(1, 2), out=scratch.take("logits", (len(a), a.shape[1], b.shape[1]), a))
-        logits = logits.view(*shape[:3], count, per_chunk)
-        logits = logits.amax(-1) if per_chunk > 1 else logits.squeeze(-1)
+        table, (lanes, count, rows, _) = self.pyramid.levels[level], features.shape
+        columns = ids.shape[-1] * self.representative.per_chunk
+        logits = scratch.take("logits", (lanes, count, rows, columns), features)
+        gathered = ids.shape[-1] * table.shape[-1] * table.itemsize
+        size = max(1, GATHERED_AT_ONCE // gathered) if lanes == 1 else count  # all heads at once: a decode step's few rows
+        for at in range(0, count, size):
+            part = slice(at, at + size)
+            summaries = self._gather(heads, level, ids[:, part], end[part])
+            self._logits(features[:, part].flatten(0, 1), summaries.flatten(0, 1), out=logits[:, part].flatten(0, 1))
+        return self._aggregate(logits, invalid)
+
+    def _logits(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `[N, rows, M * per_chunk]` of features `[N, rows, F]` and summaries `[N, M, width]`."""
+        columns = b.shape[1] * self.representative.per_chunk
+        if out is None:
+            out = scratch.take("logits", (len(a), a.shape[1], columns), a)
+        return torch.bmm(a, b.reshape(len(b), columns, -1).transpose(1, 2), out=out)
+
+    def _aggregate(self, logits: torch.Tensor, invalid: torch.Tensor) -> torch.Tensor:
+        if self.representative.per_chunk > 1:
+            logits = logits.unflatten(-1, (-1, self.representative.per_chunk)).amax(-1)
         return aggregate(logits, self.config.score, self.softcap, invalid)
 
     def _exact(self, heads: slice, q: torch.Tensor, ids: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
@@ -268,17 +286,23 @@ class TreeSearch:
         ids = ids.masked_fill(missing, 0)
         lanes, index = lanes_of(keys, size), block_index(keys, ids, size)
         scores = torch.empty(ids.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        picked = scratch.take("picked", (len(ids), index.shape[2], lanes[0].width), keys)
+        count, dim = ids.shape[2], keys.shape[-1]
+        units = index.shape[2] // count  # of each block
+        most = min(count, max(1, GATHERED_AT_ONCE // (size * dim * keys.dtype.itemsize)))
+        picked = scratch.take("picked", (len(ids), most * units, lanes[0].width), keys)
+        logits = scratch.take("logits", (len(ids), q.shape[2], count * size), q)
         for item in range(ids.shape[1]):
-            for head, lane in enumerate(lanes):
-                lane.take(index[head, item], picked[head])
-            flat = picked.view(len(ids), -1, keys.shape[-1]).to(q.dtype)
-            if self.positions is not None:
-                angles = self._angles(ids[:, item : item + 1], high[item : item + 1], flat)
-                cos, sin = (x[:, 0].repeat_interleave(size, 1) for x in angles)  # a block's keys turn alike
-                flat = turn(flat, cos, sin, back=True, out=scratch.take("turned", flat.shape, flat))
-            rows = q[:, item]
-            logits = torch.bmm(rows, flat.transpose(1, 2), out=scratch.take("logits", (*rows.shape[:2], flat.shape[1]), q))
+            for at in range(0, count, most):
+                end = min(at + most, count)
+                flat = picked[:, : (end - at) * units]
+                for head, lane in enumerate(lanes):
+                    lane.take(index[head, item, at * units : end * units], flat[head])
+                flat = flat.reshape(len(ids), -1, dim).to(q.dtype)
+                if self.positions is not None:
+                    angles = self._angles(ids[:, item : item + 1, at:end], high[item : item + 1], flat)
+                    cos, sin = (x[:, 0].repeat_interleave(size, 1) for x in angles)  # a block's keys turn alike
+                    flat = turn(flat, cos, sin, back=True, out=scratch.take("turned", flat.shape, flat))
+                torch.bmm(q[:, item], flat.transpose(1, 2), out=logits[:, :, at * size : end * size])
             invalid = missing[:, item].repeat_interleave(size, -1)
             per_key = aggregate(logits, self.config.score, self.softcap, invalid if invalid.any() else None)
             per_block = per_key.unflatten(-1, (-1, size))
