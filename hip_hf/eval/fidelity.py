@@ -18,7 +18,7 @@ from hip_hf.eval.capture import capture
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.costs import total
 from hip_hf.eval.curves import AT, draw
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, digest, load_to_measure, make_prompt, note, question
+from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, digest, load_to_measure, make_prompt, note, question
 from hip_hf.eval.hardness import TITLE as HARDNESS
 from hip_hf.eval.hardness import Hardness, hardness, hardness_rows
 from hip_hf.eval.mass import Measured, measure, unsearched
@@ -218,7 +218,8 @@ def main(
     stress: Annotated[str | None, typer.Option(help="Put segments end to end to so many keys, like 64K,128K.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="With --stress: query rows, the last ones of the last segment.")] = 1024,
     per_layer: Annotated[bool, typer.Option(help="A row for every layer in the table; JSON always has them.")] = True,
-    device: str = "cpu",
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
@@ -244,6 +245,7 @@ def main(
         details: dict[str, Any] = {
             "model": model_name(model),
             "document": document.name,
+            "dtype": dtype,
             "prompts": prompts,
             "facts": facts,
             "seed": seed,
@@ -254,7 +256,7 @@ def main(
         cells = targets.cells("fidelity", **details, lengths=lengths, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    loaded, tokenizer, ids = load_to_measure(model, device, text)
+    loaded, tokenizer, ids = load_to_measure(model, device, text, dtype)
     segments = prompts * plan.segments
     if len(ids) < tokens:
         raise typer.BadParameter(f"--tokens: got {tokens}, allowed: at most the {len(ids)} of {document}")

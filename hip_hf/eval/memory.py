@@ -16,7 +16,7 @@ import torch
 import typer
 
 from hip_hf.eval import report
-from hip_hf.eval.documents import CHECKPOINT
+from hip_hf.eval.documents import CHECKPOINT, cannot_load
 from hip_hf.eval.plots import pyplot, short
 from hip_hf.eval.presets import sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
@@ -170,7 +170,7 @@ def main(
     try:
         config = read_config(model)
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot build {model!r}: {error}", param_hint="MODEL") from None
+        raise cannot_load(repr(model), error) from None
 
     def in_own_process(kind: str, length: int) -> dict[str, Any]:
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
