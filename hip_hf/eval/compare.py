@@ -22,7 +22,7 @@ from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, mo
 MEASURES = ("fidelity", "perplexity", "passkey")
 # What the table takes of a command's rows: {column: its name there}.
 COLUMNS = {
-    "fidelity": {name: name for name in ("keys_read", "mass", "of_oracle", "error", "cost", "bytes_share")},
+    "fidelity": {name: name for name in ("keys_read", "mass", "of_oracle", "worst_layer", "error", "cost", "bytes_share")},
     "perplexity": {"perplexity": "perplexity", "ratio": "ratio", "ratio_low": "ratio_low", "ratio_high": "ratio_high"},
     "passkey": {"pass_keys": "accuracy", "low": "low", "high": "high", "digits": "digits", "samples": "samples"},
 }

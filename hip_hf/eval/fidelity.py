@@ -34,6 +34,7 @@ def summary(settings: str, layer: int | str, keys: int, parts: Sequence[Measured
     mass, oracle = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("mass", "oracle"))
     weight = torch.cat([part.rows for part in parts]).double()
     weight /= weight.sum()
+    of_oracle = float((mass @ weight).mean() / (oracle @ weight).mean())
     cost = total(part.cost for part in parts)
     return {
         "settings": settings,
@@ -41,7 +42,8 @@ def summary(settings: str, layer: int | str, keys: int, parts: Sequence[Measured
         "layer": layer,
         "mass": float((mass @ weight).mean()),
         "oracle": float((oracle @ weight).mean()),
-        "of_oracle": float((mass @ weight).mean() / (oracle @ weight).mean()),
+        "of_oracle": of_oracle,
+        "worst_layer": of_oracle,
         "low_5pct": float(mass.flatten().quantile(0.05)),
         "worst_head": float((mass @ weight).min()),
         "error": (sum(part.error for part in parts) / sum(part.norm for part in parts)) ** 0.5,
@@ -63,10 +65,10 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of all layers: means, but the lowest of what is already a lowest, and of the share of the oracle."""
+    """The row of all layers: means (of the share of the oracle: a ratio of means), but the lowest of what is already a lowest."""
     row = {name: value if isinstance(value, str) else mean([r[name] for r in rows]) for name, value in rows[0].items()}
-    lowest = {name: min(r[name] for r in rows) for name in ("of_oracle", "low_5pct", "worst_head")}
-    return row | lowest | {"keys": rows[0]["keys"], "layer": "all"}
+    row |= {name: min(r[name] for r in rows) for name in ("worst_layer", "low_5pct", "worst_head")}
+    return row | {"of_oracle": row["mass"] / row["oracle"], "keys": rows[0]["keys"], "layer": "all"}
 
 
 def make_text(tokenizer: Any, body: list[int], facts: int, rng: random.Random) -> list[int]:
