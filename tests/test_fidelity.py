@@ -279,10 +279,10 @@ def test_refusals(tmp_path: Path) -> None:
 def test_all_layers_together() -> None:
     """The share of the oracle is that of the means, which a layer with little mass hardly moves; the worst layer is beside it."""
     layers = []
-    for layer, (mass, oracle) in enumerate([(0.9, 1.0), (0.1, 0.2)]):
-        shares = {"of_oracle": mass / oracle, "worst_layer": mass / oracle}
-        own = {"settings": "x", "keys": 8, "layer": layer, "mass": mass, "oracle": oracle}
-        layers.append({**own, **shares, "low_5pct": mass, "worst_head": mass})
+    for layer, (kept, best) in enumerate([(0.9, 1.0), (0.1, 0.2)]):
+        shares = {"of_oracle": kept / best, "worst_layer": kept / best}
+        own = {"settings": "x", "keys": 8, "layer": layer, "mass": kept, "oracle": best}
+        layers.append({**own, **shares, "low_5pct": kept, "worst_head": kept})
     row = fidelity.over_layers(layers)
     assert row["of_oracle"] == pytest.approx(1.0 / 1.2)
     assert (row["worst_layer"], row["worst_head"], row["layer"]) == (pytest.approx(0.5), 0.1, "all")
