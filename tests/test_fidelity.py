@@ -226,10 +226,12 @@ def test_command(tmp_path: Path) -> None:
     assert json.loads(saved.read_text())["rows"] == rows
     assert [(row["settings"], row["layer"]) for row in rows] == [(s, n) for s in (settings, oracle) for n in ("all", 0, 1)]
     assert all(0 < row["mass"] <= row["oracle"] + 1e-6 <= 1 for row in rows)
-    assert all(row["of_oracle"] == pytest.approx(row["mass"] / row["oracle"]) for row in rows if row["layer"] != "all")
+    assert all(row["of_oracle"] == pytest.approx(row["mass"] / row["oracle"]) for row in rows)
     for summary, *layers in (rows[:3], rows[3:]):
         assert summary["mass"] == pytest.approx((layers[0]["mass"] + layers[1]["mass"]) / 2)
-        assert summary["of_oracle"] == min(layer["of_oracle"] for layer in layers)
+        assert summary["oracle"] == pytest.approx((layers[0]["oracle"] + layers[1]["oracle"]) / 2)
+        assert summary["worst_layer"] == min(layer["of_oracle"] for layer in layers)
+        assert [layer["worst_layer"] for layer in layers] == [layer["of_oracle"] for layer in layers]
     assert [row["overlap"] for row in rows[3:]] == [1, 1, 1]
     assert rows[0]["read"] < 0.5
     # the table may leave the layers out, the file may not
@@ -272,3 +274,27 @@ def test_refusals(tmp_path: Path) -> None:
     assert "extend" in refused(fidelity.main, *base, "--settings", '{"extend": "streaming"}')
     assert "--facts" in refused(fidelity.main, *base, "--facts", "8", "--budget", "64")
     assert "--tokens" in refused(fidelity.main, model, "--document", text, "--tokens", "100000")
+
+
+def test_all_layers_together() -> None:
+    """The share of the oracle is that of the means, which a layer with little mass hardly moves; the worst layer is beside it."""
+    layers = []
+    for layer, (kept, best) in enumerate([(0.9, 1.0), (0.1, 0.2)]):
+        shares = {"of_oracle": kept / best, "worst_layer": kept / best}
+        own = {"settings": "x", "keys": 8, "layer": layer, "mass": kept, "oracle": best}
+        layers.append({**own, **shares, "low_5pct": kept, "worst_head": kept})
+    row = fidelity.over_layers(layers)
+    assert row["of_oracle"] == pytest.approx(1.0 / 1.2)
+    assert (row["worst_layer"], row["worst_head"], row["layer"]) == (pytest.approx(0.5), 0.1, "all")
+
+
+@pytest.mark.parametrize("name", ["fidelity", "fidelity_stress"])
+def test_committed_results_have_the_columns_of_the_code(name: str) -> None:
+    rows = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["settings"], row["keys"]), []).append(row)
+    for whole, *layers in groups.values():
+        again = fidelity.over_layers(layers)
+        assert list(again) == list(whole)
+        assert again == {key: pytest.approx(value) if isinstance(value, float) else value for key, value in whole.items()}

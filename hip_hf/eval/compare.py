@@ -14,7 +14,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval import fidelity, passkey, perplexity, plots, report
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.curves import AT
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, digest, load_to_measure
+from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, digest, load_to_measure
 from hip_hf.eval.latency import parse_choice
 from hip_hf.eval.presets import HELP, settings_of, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
@@ -22,7 +22,7 @@ from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, mo
 MEASURES = ("fidelity", "perplexity", "passkey")
 # What the table takes of a command's rows: {column: its name there}.
 COLUMNS = {
-    "fidelity": {name: name for name in ("keys_read", "mass", "of_oracle", "error", "cost", "bytes_share")},
+    "fidelity": {name: name for name in ("keys_read", "mass", "of_oracle", "worst_layer", "error", "cost", "bytes_share")},
     "perplexity": {"perplexity": "perplexity", "ratio": "ratio", "ratio_low": "ratio_low", "ratio_high": "ratio_high"},
     "passkey": {"pass_keys": "accuracy", "low": "low", "high": "high", "digits": "digits", "samples": "samples"},
 }
@@ -125,7 +125,8 @@ def main(
     depths: Annotated[int, typer.Option(min=1, help="Depths of the pass keys.")] = 11,
     samples: Annotated[int, typer.Option(min=1, help="Pass keys for each depth.")] = 2,
     document: Annotated[Path, typer.Option(help="Plain text to measure on.")] = DOCUMENT,
-    device: str = "cpu",
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
@@ -151,13 +152,14 @@ def main(
         details = {
             "model": model_name(model),
             "document": document.name,
+            "dtype": dtype,
             **plan,
             "configs": {name: config.to_dict() for name, config in configs.items()},
         }
         cells = targets.cells("compare", **details, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    loaded, tokenizer, ids = load_to_measure(model, device, text)
+    loaded, tokenizer, ids = load_to_measure(model, device, text, dtype)
     if len(ids) < tokens:
         raise typer.BadParameter(f"--tokens: got {tokens}, allowed: at most the {len(ids)} of {document.name}")
     with cells, report.progress() as bar:

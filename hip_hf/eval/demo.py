@@ -216,7 +216,7 @@ def main(
         int | None, typer.Option(help="Length of a prompt; default: the model's full length. Beyond it: hip alone.", min=1)
     ] = None,
     chunk: Annotated[int, typer.Option(help="Beyond the model's length, read so many tokens at a time.", min=1)] = 8192,
-    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    device: documents.Device = "cpu",
     facts: Annotated[
         int, typer.Option(help="Pass keys to hide, each in a document of its own, and to ask for.", min=1, max=len(NAMES))
     ] = 3,
@@ -226,7 +226,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
     """Hide pass keys in a long document and ask for them: dense against pruned attention."""
-    generate.check_device(device)
+    documents.check_device(device)
     hidden = make_facts(facts, seed)
     asked = prepare(checkpoint, document, tokens, hidden)
     prompts, new_tokens = asked.prompts, asked.new_tokens

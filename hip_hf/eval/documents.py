@@ -5,14 +5,21 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
 
+from hip_hf.eval.network import network_error
+
 ASSETS = Path(__file__).parent.parent / "assets"
 CHECKPOINT = ASSETS / "checkpoint"
 DOCUMENT = ASSETS / "document.txt"  # held out from training
+
+# `auto`: as the checkpoint was saved.
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda ...")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (as saved), fp32, bf16 or fp16.")]
 
 NAMES = [
     "amber", "anchor", "apple", "arrow", "badger", "banjo", "basil", "beacon", "birch", "bison", "bronze", "cactus",
@@ -81,8 +88,8 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load(checkpoint: str | Path, attn_implementation: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint (a hub name or a folder)."""
+def load(checkpoint: str | Path, attn_implementation: str, dtype: Any = torch.float32) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint (a hub name or a folder). `dtype`: of the weights, or "auto"."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -90,14 +97,39 @@ def load(checkpoint: str | Path, attn_implementation: str, dtype: torch.dtype = 
     return model.eval(), tokenizer
 
 
-def load_to_measure(model: str, device: str, text: str) -> tuple[Any, Any, list[int]]:
+def check_device(device: str) -> torch.device:
+    """The device; one line for a name that there is not."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"got {device!r} ({reason}), allowed: a device of this machine", param_hint="--device") from None
+
+
+def check_dtype(dtype: str) -> Any:
+    """The dtype that `load` takes; one line for another name."""
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"got {dtype!r}, allowed: {' | '.join(DTYPES)}", param_hint="--dtype")
+    return DTYPES[dtype]
+
+
+def cannot_load(what: str, error: Exception) -> typer.BadParameter:
+    """One line for a checkpoint that cannot be loaded; a missing network is named as such."""
+    if (said := network_error(error)) is not None:
+        where = "without a network use the folder of a checkpoint"
+        return typer.BadParameter(f"cannot reach the Hugging Face Hub for {what}: {said}; {where}", param_hint="MODEL")
+    return typer.BadParameter(f"cannot load {what}: {' '.join(str(error).split())}", param_hint="MODEL")
+
+
+def load_to_measure(model: str, device: str, text: str, dtype: str) -> tuple[Any, Any, list[int]]:
     """What a measuring command begins with: the model on its device, dense at first, its tokenizer, and the text's tokens.
 
     Raises:
-        typer.BadParameter: the model cannot be loaded.
+        typer.BadParameter: there is no such device or dtype, or the model cannot be loaded.
     """
+    where, weights = check_device(device), check_dtype(dtype)
     try:
-        loaded, tokenizer = load(model, "sdpa")
+        loaded, tokenizer = load(model, "sdpa", weights)
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot load {model!r}: {error}", param_hint="MODEL") from None
-    return loaded.to(device), tokenizer, tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        raise cannot_load(repr(model), error) from None
+    return loaded.to(where), tokenizer, tokenizer.encode(text, add_special_tokens=False, verbose=False)

@@ -9,6 +9,7 @@ import torch
 import typer
 
 from hip_hf.eval import generate, report
+from hip_hf.eval.documents import Dtype
 from hip_hf.integration.explain import explain
 from hip_hf.integration.interface import NAMES
 from hip_hf.integration.settings import text_config
@@ -19,7 +20,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 4096,
     attn: Annotated[str, typer.Option(help=" or ".join(NAMES))] = "hip",
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (as saved), fp32, bf16 or fp16.")] = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of the prompt's tokens, which are random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
 ) -> None:

@@ -18,7 +18,7 @@ from hip_hf.eval.capture import capture
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.costs import total
 from hip_hf.eval.curves import AT, draw
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, digest, load_to_measure, make_prompt, note, question
+from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, digest, load_to_measure, make_prompt, note, question
 from hip_hf.eval.hardness import TITLE as HARDNESS
 from hip_hf.eval.hardness import Hardness, hardness, hardness_rows
 from hip_hf.eval.mass import Measured, measure, unsearched
@@ -34,6 +34,7 @@ def summary(settings: str, layer: int | str, keys: int, parts: Sequence[Measured
     mass, oracle = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("mass", "oracle"))
     weight = torch.cat([part.rows for part in parts]).double()
     weight /= weight.sum()
+    of_oracle = float((mass @ weight).mean() / (oracle @ weight).mean())
     cost = total(part.cost for part in parts)
     return {
         "settings": settings,
@@ -41,7 +42,8 @@ def summary(settings: str, layer: int | str, keys: int, parts: Sequence[Measured
         "layer": layer,
         "mass": float((mass @ weight).mean()),
         "oracle": float((oracle @ weight).mean()),
-        "of_oracle": float((mass @ weight).mean() / (oracle @ weight).mean()),
+        "of_oracle": of_oracle,
+        "worst_layer": of_oracle,
         "low_5pct": float(mass.flatten().quantile(0.05)),
         "worst_head": float((mass @ weight).min()),
         "error": (sum(part.error for part in parts) / sum(part.norm for part in parts)) ** 0.5,
@@ -63,10 +65,10 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of all layers: means, but the lowest of what is already a lowest, and of the share of the oracle."""
+    """The row of all layers: means (of the share of the oracle: a ratio of means), but the lowest of what is already a lowest."""
     row = {name: value if isinstance(value, str) else mean([r[name] for r in rows]) for name, value in rows[0].items()}
-    lowest = {name: min(r[name] for r in rows) for name in ("of_oracle", "low_5pct", "worst_head")}
-    return row | lowest | {"keys": rows[0]["keys"], "layer": "all"}
+    row |= {name: min(r[name] for r in rows) for name in ("worst_layer", "low_5pct", "worst_head")}
+    return row | {"of_oracle": row["mass"] / row["oracle"], "keys": rows[0]["keys"], "layer": "all"}
 
 
 def make_text(tokenizer: Any, body: list[int], facts: int, rng: random.Random) -> list[int]:
@@ -218,7 +220,8 @@ def main(
     stress: Annotated[str | None, typer.Option(help="Put segments end to end to so many keys, like 64K,128K.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="With --stress: query rows, the last ones of the last segment.")] = 1024,
     per_layer: Annotated[bool, typer.Option(help="A row for every layer in the table; JSON always has them.")] = True,
-    device: str = "cpu",
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
@@ -244,6 +247,7 @@ def main(
         details: dict[str, Any] = {
             "model": model_name(model),
             "document": document.name,
+            "dtype": dtype,
             "prompts": prompts,
             "facts": facts,
             "seed": seed,
@@ -254,7 +258,7 @@ def main(
         cells = targets.cells("fidelity", **details, lengths=lengths, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    loaded, tokenizer, ids = load_to_measure(model, device, text)
+    loaded, tokenizer, ids = load_to_measure(model, device, text, dtype)
     segments = prompts * plan.segments
     if len(ids) < tokens:
         raise typer.BadParameter(f"--tokens: got {tokens}, allowed: at most the {len(ids)} of {document}")

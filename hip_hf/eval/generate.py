@@ -20,9 +20,6 @@ from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.interface import NAMES
 from hip_hf.integration.settings import configure, text_config
 
-# `auto`: as the checkpoint was saved.
-DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass
 class Generated:
@@ -139,23 +136,13 @@ def parse_fields(pairs: list[str]) -> dict[str, Any]:
     return fields
 
 
-def check_device(device: str) -> torch.device:
-    """The device; one line for a name that there is not."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise typer.BadParameter(f"got {device!r} ({reason}), allowed: a device of this machine", param_hint="--device") from None
-
-
 def load(checkpoint: str, attn: str, fields: dict[str, Any], dtype: str = "auto") -> tuple[Any, Any, HiPConfig]:
     """Model, tokenizer and the settings that hold; one line instead of a traceback for what a user can get wrong."""
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"got {dtype!r}, allowed: {' | '.join(DTYPES)}", param_hint="--dtype")
+    weights = documents.check_dtype(dtype)
     try:
-        model, tokenizer = documents.load(checkpoint, attn, DTYPES[dtype])
+        model, tokenizer = documents.load(checkpoint, attn, weights)
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot load {checkpoint!r} with {attn!r}: {error}", param_hint="MODEL") from None
+        raise documents.cannot_load(f"{checkpoint!r} with {attn!r}", error) from None
     try:
         settings = configure(model, **fields)
     except ValueError as error:
@@ -186,16 +173,16 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     attn: Annotated[str, typer.Option(help="Attention implementation: hip, streaming, sdpa, eager ...")] = "hip",
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (as saved), fp32, bf16 or fp16.")] = "auto",
+    dtype: documents.Dtype = "auto",
     tokens: Annotated[int | None, typer.Option(min=1, help="Make the prompt so long: cut, or the text over again.")] = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt so many tokens at a time.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    device: documents.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
 ) -> None:
     """Continue a prompt, greedily; timings and what each layer did go to the error stream."""
     if set_ and attn not in NAMES:
         raise typer.BadParameter(f"settings apply to --attn {' | '.join(NAMES)}, got {attn!r}", param_hint="--set")
-    text, on = read_prompt(prompt_file), check_device(device)
+    text, on = read_prompt(prompt_file), documents.check_device(device)
     net, tokenizer, settings = load(model, attn, parse_fields(set_ or []), dtype)
     prompt = tokenizer(text, verbose=False).input_ids
     if not prompt:

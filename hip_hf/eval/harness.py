@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import typer
 
 from hip_hf.eval import report
+from hip_hf.eval.network import causes, network_error
 from hip_hf.integration.lm_eval import MODEL, UsageError, register
 
 MISSING = "lm-eval is missing: pip install 'hip-hf[eval]'"
@@ -37,13 +38,6 @@ PRESETS = {
     "longbench2": Preset(("longbench2",), _MIDDLE),
     "infinitebench": Preset(("infinitebench",), _MIDDLE),
     "babilong": Preset(("babilong_longctx",), metadata={"max_seq_lengths": "8k"}),
-}
-
-
-# Errors of a missing network, by name: the hub's client uses one HTTP library or another.
-UNREACHED = {
-    *("ConnectionError", "ConnectError", "TimeoutError", "TimeoutException", "ConnectTimeout", "ReadTimeout", "ProxyError"),
-    *("LocalEntryNotFoundError", "OfflineModeIsEnabled"),
 }
 
 
@@ -98,23 +92,6 @@ def _take_preset(given: list[str]) -> Preset | None:
             raise UsageError(f"--preset: got {value!r}, allowed: {' | '.join(PRESETS)}")
         del given[at : at + (1 if equals else 2)]
         return PRESETS[value]
-    return None
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those it came from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def network_error(error: BaseException) -> str | None:
-    """What could not be reached, if that is why this was raised."""
-    for cause in causes(error):
-        names = {kind.__name__ for kind in type(cause).__mro__}
-        # Transformers reports it as a plain OSError, whose text is all there is to tell
-        if names & UNREACHED or (isinstance(cause, OSError) and "couldn't connect to" in str(cause)):
-            return (str(cause).strip() or type(cause).__name__).splitlines()[0]
     return None
 
 

@@ -6,6 +6,7 @@ prefill does, decodes a few tokens, and reads its own memory from the operating 
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import typer
 
 from hip_hf.eval import report
-from hip_hf.eval.documents import CHECKPOINT
+from hip_hf.eval.documents import CHECKPOINT, cannot_load
 from hip_hf.eval.plots import pyplot, short
 from hip_hf.eval.presets import sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
@@ -23,6 +24,9 @@ from hip_hf.eval.resident import MIB, Meter, memory_mib
 
 KINDS = ("dynamic", "static", "hip", "hip offloaded")
 CHUNK, STEPS = 2048, 16
+# What is built of a model has no more than `SMALL` of these.
+LEFT_OUT = ("vocab_size", "intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
+SMALL = 64
 
 
 def _make_cache(kind: str, config: Any, length: int) -> Any:
@@ -52,24 +56,62 @@ def _device_bytes(cache: Any, resident: int) -> int:
     return sum(x.numel() * x.element_size() for x in [*(pool.rows for pool in pools), *tables])
 
 
-def measure(kind: str, model: str, length: int) -> dict[str, Any]:
-    """One row of the table, measured in the calling process."""
+def read_config(model: str) -> Any:
+    """The config of a checkpoint's language part, without what has no share in its cache: feed-forward layers and vocabulary.
+
+    Raises:
+        OSError or ValueError: there is no such checkpoint, or none with a decoder that Transformers can build.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+    for name in LEFT_OUT:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, SMALL)
+    config.pad_token_id = None  # it may lie outside the small vocabulary
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
+    return config
+
+
+def shapes_of(net: Any) -> list[tuple[torch.Size, torch.Size]]:
+    """Keys and values `[1, Hkv, 1, D]` that each layer gives its cache for one token: families name their sizes differently.
+
+    Raises:
+        ValueError: not every layer keeps keys and values.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    net(torch.tensor([[5]]), past_key_values=cache)
+    if len(cache.layers) != net.config.num_hidden_layers:
+        raise ValueError(f"got {net.config.model_type!r}, allowed: models whose layers all keep keys and values")
+    return [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+
+
+def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
+    """One row of the table, measured in the calling process. `config`: as `read_config` gives it."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
     config.max_position_embeddings = max(config.max_position_embeddings, length + STEPS)
     net = AutoModelForCausalLM.from_config(config).eval()
-    net.set_attn_implementation("hip" if kind.startswith("hip") else "sdpa")
+    if kind.startswith("hip"):
+        net.set_attn_implementation("hip")
     config = net.config
-    heads, dim = config.num_key_value_heads, config.head_dim
+
+    def random(shape: torch.Size, tokens: int) -> torch.Tensor:
+        return torch.randn(1, shape[1], tokens, shape[3], dtype=net.dtype)
+
     with torch.inference_mode():
+        shapes = shapes_of(net)
         net(torch.tensor([[5]]), past_key_values=_make_cache(kind, config, CHUNK))  # whatever is allocated once
         meter = Meter(torch.device("cpu"))
         cache = _make_cache(kind, config, length)
         for first in range(0, length, CHUNK):
-            shape = (1, heads, min(CHUNK, length - first), dim)
-            for layer in range(config.num_hidden_layers):
-                cache.update(torch.randn(shape, dtype=net.dtype), torch.randn(shape, dtype=net.dtype), layer)
+            tokens = min(CHUNK, length - first)
+            for layer, (keys, values) in enumerate(shapes):
+                cache.update(random(keys, tokens), random(values, tokens), layer)
         for _ in range(STEPS):
             net(torch.tensor([[5]]), past_key_values=cache)
     now, peak = memory_mib("VmRSS"), meter.peak_mib()
@@ -109,7 +151,7 @@ def draw(document: dict[str, Any], file: Path) -> None:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Checkpoint whose shape is taken; its weights are not.")] = str(CHECKPOINT),
+    model: Annotated[str, typer.Argument(help="Checkpoint whose shape is taken; its weights are not.")] = str(CHECKPOINT),
     lengths: Annotated[str, typer.Option(help="Comma-separated; K stands for 1024.")] = "8K,32K,128K",
     output: Output = None,
     plot: Plot = None,
@@ -125,10 +167,14 @@ def main(
         cells = targets.cells("memory", model=model_name(model))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    try:
+        config = read_config(model)
+    except (OSError, ValueError) as error:
+        raise cannot_load(repr(model), error) from None
 
     def in_own_process(kind: str, length: int) -> dict[str, Any]:
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
-            return fresh.apply(measure, (kind, model, length))
+            return fresh.apply(measure, (kind, config, length))
 
     rows = []
     with cells, report.progress() as bar:

@@ -19,7 +19,19 @@ import typer
 from hip_hf.config import HiPConfig
 from hip_hf.eval import plots, report
 from hip_hf.eval.cells import Cells
-from hip_hf.eval.documents import CHECKPOINT, DIGITS, DOCUMENT, NAMES, Fact, answer_of, digest, load_to_measure, make_prompt
+from hip_hf.eval.documents import (
+    CHECKPOINT,
+    DIGITS,
+    DOCUMENT,
+    NAMES,
+    Device,
+    Dtype,
+    Fact,
+    answer_of,
+    digest,
+    load_to_measure,
+    make_prompt,
+)
 from hip_hf.eval.presets import HELP, settings_of, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
 from hip_hf.integration.explain import Row, explain
@@ -257,7 +269,8 @@ def main(
     window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
     document: Annotated[Path, typer.Option(help="Plain text to hide the keys in.")] = DOCUMENT,
     batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 4,
-    device: str = "cpu",
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
@@ -274,6 +287,7 @@ def main(
         details = {
             "model": model_name(model),
             "document": document.name,
+            "dtype": dtype,
             "facts": facts,
             "seed": seed,
             "configs": {name: config.to_dict() for name, config in configs.items()},
@@ -281,7 +295,7 @@ def main(
         cells = targets.cells("passkey", **details, samples=samples, batch=batch, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    loaded, tokenizer, tokens = load_to_measure(model, device, text)
+    loaded, tokenizer, tokens = load_to_measure(model, device, text, dtype)
 
     with cells, report.progress() as progress:
         task = progress.add_task("pass keys", total=plan.cells)

@@ -22,7 +22,7 @@ from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig
 from hip_hf.eval import plots, report
 from hip_hf.eval.cells import Cells
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, digest, load_to_measure
+from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, Device, Dtype, digest, load_to_measure
 from hip_hf.eval.passkey import path_of, use
 from hip_hf.eval.presets import HELP, settings_of, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
@@ -181,7 +181,8 @@ def main(
     sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
     window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
     document: Annotated[Path, typer.Option(help="Plain text to predict.")] = DOCUMENT,
-    device: str = "cpu",
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
     output: Output = None,
     plot: Plot = None,
     report_file: Report = None,
@@ -203,6 +204,7 @@ def main(
         details = {
             "model": model_name(model),
             "document": document.name,
+            "dtype": dtype,
             "tokens": plan.tokens,
             "texts": texts,
             "chunk": chunk,
@@ -211,7 +213,7 @@ def main(
         cells = targets.cells("perplexity", **details, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    loaded, _, ids = load_to_measure(model, device, text)
+    loaded, _, ids = load_to_measure(model, device, text, dtype)
     if len(ids) < plan.tokens:
         raise typer.BadParameter(f"--tokens: got {plan.tokens}, allowed: at most the {len(ids)} of {document.name}")
     with cells, report.progress() as progress:
