@@ -3,8 +3,9 @@
     python benchmarks/chunked_prefill.py [--lengths 32768,65536,131072] [--chunk 2048] [--output FILE]
 
 Each length has a process of its own: a tiny random model reads random tokens through `generate` into a `HiPCache`, and the
-process reads its own memory from the operating system. `cache_MiB`: the pages and summaries written; `extra_MiB`: what the
-peak was above the memory before and the cache, masks and positions (some integers a token) included.
+process reads its own memory from the operating system. `cache_MiB`: the pages and summaries written; `spare_MiB`: those allocated
+beside them, untouched as yet; `extra_MiB`: what the peak was above the memory before and the cache, ids, masks and positions (some
+integers a token) included. Memory that is freed goes back to the system at once, so that the peak is of what lives (glibc).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,22 @@ SHAPE = dict(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_la
 HEADS, DIM = 2, 32
 
 
-def held(cache: Any) -> int:
-    """Bytes of the pages that hold tokens, and of the summaries written so far."""
-    total = 0
+# Blocks of this many bytes and more are given back when freed. By default glibc raises the limit to the largest block freed so
+# far, and keeps smaller ones for itself: the tables of a growing pyramid among them.
+GIVEN_BACK = "131072"
+
+
+def held(cache: Any) -> tuple[int, int]:
+    """Bytes of the pages that hold tokens and of the summaries written so far; and of those that wait to be used."""
+    used = allocated = 0
     for layer in cache.paged:
-        total += layer.pool.bytes(layer.pool.used)
+        used += layer.pool.bytes(layer.pool.used)
+        allocated += layer.pool.bytes(len(layer.pool.shares))
         for row in layer.hip_state.rows.values():
             for level, table in enumerate(row.pyramid.levels):
-                total += row.pyramid.count(level) * table.shape[0] * table.shape[2] * table.element_size()
-    return total
+                used += row.pyramid.count(level) * table.shape[0] * table.shape[2] * table.element_size()
+                allocated += table.numel() * table.element_size()
+    return used, allocated - used
 
 
 def measure(length: int, chunk: int) -> dict[str, Any]:
@@ -58,8 +67,9 @@ def measure(length: int, chunk: int) -> dict[str, Any]:
     cache = read(length)
     peak = meter.peak_mib()
     assert peak is not None, "the system does not say how much memory a process has"
-    kept = held(cache) / MIB
-    return {"length": length, "chunk": chunk, "cache_MiB": kept, "peak_MiB": peak, "extra_MiB": peak - kept}
+    kept, spare = (size / MIB for size in held(cache))
+    sizes = {"cache_MiB": kept, "spare_MiB": spare, "peak_MiB": peak, "extra_MiB": peak - kept}
+    return {"length": length, "chunk": chunk, **sizes}
 
 
 def main() -> None:
@@ -68,6 +78,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = GIVEN_BACK  # which children read as they start
     rows = []
     for length in map(int, given.lengths.split(",")):
         with multiprocessing.get_context("spawn").Pool(1) as fresh:

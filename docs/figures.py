@@ -12,7 +12,7 @@ import supported
 import torch
 from transformers.utils import logging
 
-from hip_hf.eval import curves, demo, documents, latency, passkey, plots
+from hip_hf.eval import curves, demo, documents, latency, memory, passkey, plots
 from hip_hf.eval.capture import capture
 from hip_hf.methods.base import make_query_block
 from hip_hf.methods.hip import Selector, TreeSearch
@@ -99,7 +99,8 @@ def make_all(folder: Path) -> None:
         problems = capture(model, torch.tensor([prompt]))
         draw_tree(folder / "tree.png", problems[LAYER])
         draw_readings(folder / "readings.png", prompt, problems, tokenizer, fact)
-    for name, draw in (("latency", latency.draw), ("fidelity", curves.draw), ("passkey", passkey.draw)):
+    drawn = (("latency", latency.draw), ("fidelity", curves.draw), ("passkey", passkey.draw), ("memory", memory.draw))
+    for name, draw in drawn:
         draw(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), folder / f"{name}.png")
     if not (folder / "models.md").exists():
         with warnings.catch_warnings():

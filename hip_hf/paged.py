@@ -17,38 +17,43 @@ from torch.utils._pytree import tree_map_only
 
 
 class BlockTable:
-    """The pages of one sequence, in order, and what is derived from them."""
+    """The pages of one sequence, in order, and what is derived from them: as pages are added, from the new ones alone."""
 
     def __init__(self, pages: list[int] | None = None) -> None:
-        self.pages = pages or []
-        self._tensor: torch.Tensor | None = None
-        self._runs: list[tuple[int, int, int]] | None = None
+        self.set(pages or [])
 
     def __len__(self) -> int:
         return len(self.pages)
 
     def set(self, pages: list[int]) -> None:
         """Replace the pages."""
-        self.pages, self._tensor, self._runs = pages, None, None
+        self.pages = pages
+        self._tensor: torch.Tensor | None = None
+        self._runs: list[tuple[int, int, int]] = []
+
+    def extend(self, pages: list[int]) -> None:
+        """Add pages at the end."""
+        self.pages += pages
 
     def tensor(self, device: torch.device) -> torch.Tensor:
         """The pages, int64 `[len]`."""
-        if self._tensor is None or self._tensor.device != device:
+        known = 0 if self._tensor is None or self._tensor.device != device else len(self._tensor)
+        if known < len(self.pages) or self._tensor is None:
             with torch.inference_mode(False):
-                self._tensor = torch.tensor(self.pages, dtype=torch.long, device=device)
+                new = torch.tensor(self.pages[known:], dtype=torch.long, device=device)
+                self._tensor = new if known == 0 or self._tensor is None else torch.cat([self._tensor, new])
         return self._tensor
 
     def runs(self, bounds: list[int]) -> list[tuple[int, int, int]]:
         """Runs of neighbouring pages of one slab: (index in the table, first page, count). `bounds`: first page of each slab."""
-        if self._runs is None:
-            runs: list[tuple[int, int, int]] = []
-            for i, page in enumerate(self.pages):
-                if runs and page == runs[-1][1] + runs[-1][2] and page not in bounds:
-                    runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
-                else:
-                    runs.append((i, page, 1))
-            self._runs = runs
-        return self._runs
+        runs = self._runs
+        for i in range(sum(runs[-1][::2]) if runs else 0, len(self.pages)):
+            page = self.pages[i]
+            if runs and page == runs[-1][1] + runs[-1][2] and page not in bounds:
+                runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
+            else:
+                runs.append((i, page, 1))
+        return runs
 
 
 class Lane:

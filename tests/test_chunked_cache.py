@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 
 from hip_hf import HiPCache, HiPConfig
 from hip_hf.attention import attend
-from hip_hf.cache import hip_cache
+from hip_hf.cache import hip_cache, pool
+from hip_hf.methods import pyramid
 from hip_hf.paged import PagedTensor
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.reference import workers
@@ -51,9 +52,23 @@ def peak_of(call: Callable[[], Any]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-def test_a_prompt_in_chunks_needs_little_beside_its_cache_and_pyramid() -> None:
-    """Through `generate`: the peak beyond what the cache has allocated, and beyond a few integers a token. (A dense tail has
-    tiles of its own, which grow up to `LOGITS_AT_ONCE`.)"""
+def used(cache: HiPCache) -> int:
+    """Bytes of the pages that hold tokens, and of the summaries written."""
+    total = 0
+    for layer in cache.paged:
+        assert layer.pool is not None
+        total += layer.pool.bytes(layer.pool.used)
+        summaries = layer.hip_state.rows[0].pyramid
+        for level, table in enumerate(summaries.levels):
+            total += table[:, : summaries.count(level)].numel() * table.element_size()
+    return total
+
+
+def test_a_prompt_in_chunks_needs_little_beside_its_cache_and_pyramid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through `generate`: the peak beyond the pages and summaries that are used, and a few integers a token. What waits to be
+    used is bounded, here to what these lengths reach. (A dense tail has tiles of its own, which grow up to `LOGITS_AT_ONCE`.)"""
+    monkeypatch.setattr(pool, "MOST_SPARE", 8)
+    monkeypatch.setattr(pyramid, "MOST_SPARE", 32)
     model, extra = make_model("llama", budget=64, window=64, sink=16, block_q=64), {}
     for tokens in (2048, 8192):
         ids, cache = make_batch([tokens])["input_ids"], HiPCache(model.config)
@@ -64,12 +79,25 @@ def test_a_prompt_in_chunks_needs_little_beside_its_cache_and_pyramid() -> None:
             mask = torch.ones_like(ids)
             peak = peak_of(lambda ids=ids, mask=mask, options=options: model.generate(ids, attention_mask=mask, **options))
         assert paths(model) == ["sparse", "sparse"]
-        slabs = [slab for layer in cache.paged for store in (layer.pool.keys, layer.pool.values) for slab in store.slabs]
-        tables = [table for layer in cache.paged for table in layer.hip_state.rows[0].pyramid.levels]
-        extra[tokens] = peak - sum(x.numel() * x.element_size() for x in [*slabs, *tables])
+        extra[tokens] = peak - used(cache)
     # ids, masks and positions come as integers of eight bytes, some of them twice; a token's keys and values are 512 bytes
     integers = 64 * (8192 - 2048)
     assert extra[8192] <= 1.05 * extra[2048] + integers, extra
+
+
+@pytest.mark.parametrize("first", [512, 16384])
+def test_what_waits_to_be_used_is_bounded(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pages and of summaries, also when one token follows a prompt that was read at once."""
+    monkeypatch.setattr(pool, "MOST_SPARE", 32)
+    monkeypatch.setattr(pyramid, "MOST_SPARE", 64)
+    layer = layer_of(first + 3 * CHUNK)
+    assert layer.pool is not None
+    for rows in (1, 700):
+        attention(layer, *new_tokens(layer, rows))()
+        assert 0 <= len(layer.pool.shares) - layer.pool.used <= min(pool.MOST_SPARE, layer.pool.used)
+        summaries = layer.hip_state.rows[0].pyramid
+        for level, table in enumerate(summaries.levels):
+            assert table.shape[1] - summaries.count(level) <= min(pyramid.MOST_SPARE, max(1, summaries.count(level)))
 
 
 def layer_of(tokens: int) -> hip_cache.PagedLayer:

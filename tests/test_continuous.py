@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -229,6 +230,20 @@ def test_a_selection_serves_the_steps_after_it_in_mixed_calls() -> None:
     assert state.rows[0].selection.position == 104
     assert len(there.cache._hip_states[0]) == 2
     assert first.isfinite().all()
+
+
+@pytest.mark.parametrize("parts", [(300,), (37, 101, 164, 300), (16, 32, 48, 64, 300), (150, 299, 300)])
+def test_beyond_a_covering_budget_split_prompts_lose_no_quality(parts: tuple[int, ...]) -> None:
+    """However a prompt is split, and decoded after: no farther from dense attention than the prompt at once, statelessly."""
+    there, (q, k, v) = Pages(), request(320)
+    q, pages = 4 * q, list(range(20))  # a few keys matter
+    got = [there.call(part(pages, (q, k, v), first, end))[0] for first, end in pairwise([0, *parts, *range(301, 321)])]
+    whole = attend(make_problem(q, k, v), there.config).out
+    exact = attend(make_problem(q, k, v), small(dense_layers=1), layer=0)
+    assert exact.path == "dense"
+    split, at_once = ((out - exact.out).square().mean() for out in (torch.cat(got, 2), whole))
+    assert at_once > 0.01 * exact.out.square().mean()  # the budget prunes
+    assert split <= 1.05 * at_once
 
 
 @pytest.mark.parametrize("through", ["passing", "copied", "own"])

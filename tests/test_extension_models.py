@@ -50,12 +50,13 @@ ROPES = {
 TURNED_BACK: dict[str, PreTrainedConfig] = {
     "gemma": GemmaConfig(**_BASE),
     "granite": GraniteConfig(**_BASE),
-    "olmo": OlmoConfig(**_BASE),
     "olmo2": Olmo2Config(**_BASE),
     "phi3": Phi3Config(**_BASE, partial_rotary_factor=0.5),
     "starcoder2": Starcoder2Config(**_BASE),
     "stablelm": StableLmConfig(**_BASE, partial_rotary_factor=0.5),
 }
+if OlmoConfig.__annotations__.get("tie_word_embeddings") not in (int, "int"):  # of 5.4, which refuses its own default, a bool
+    TURNED_BACK["olmo"] = OlmoConfig(**_BASE)
 
 
 @pytest.fixture(autouse=True)

@@ -90,50 +90,65 @@ def test_generate_with_offload_changes_no_token(family: str, beams: int, pages: 
     assert found.together.misses > 0
 
 
-def test_the_search_has_its_own_pool() -> None:
+def test_what_the_search_reads_is_counted_apart() -> None:
     model = make_model("llama", decode_refresh=1, rescore=2)
     resident = decoded(model, HiPCache(model.config), [120])
     cache = HiPCache(model.config, offload="cpu", device_pages=9)
     assert torch.equal(decoded(model, cache, [120]), resident)
     found = cache.statistics()
     assert found["search"].hits > 0
-    assert found["attention"].shared > 0
+    assert found["search"].misses > 0
     together = found.together
     assert together.misses == found["search"].misses + found["attention"].misses
     assert together.fetched == together.misses * 8 * 16 * 4
     assert f"{together.hit_rate:.1%}" in str(found).splitlines()[-1]
+    sizes = {(store.keys.pool.pages, store.values.pool.pages) for store in (layer.pool for layer in cache.paged)}
+    assert sizes == {(18, 9)}
 
 
-def test_a_pool_copies_from_the_other_what_that_has() -> None:
-    """What attention reads, the search has just looked at: a page of keys crosses over once for the two of them."""
+def small_store() -> offload.OffloadedStore:
+    """Five pages of two tokens in host memory, three on the device."""
     store = offload.OffloadedStore(1, 4, torch.float32, torch.device("cpu"), 2, "cpu", 3, 0)
     store.slabs, store.bounds = [torch.arange(40.0).view(1, 10, 4)], [0]
-    store.for_search()
-    assert store.search_pool is not None
-    store.search_pool.slots(0, torch.tensor([1, 3]))
+    return store
+
+
+def test_the_search_and_attention_hold_a_page_once() -> None:
+    """What attention reads, the search has just looked at. Hits and misses are those of the reader that asked."""
+    store = small_store()
+    out = torch.empty(2, 8)
+    store.for_search().lanes(slice(0, 1), 2)[0].take(torch.tensor([1, 3]), out)
+    assert out.tolist() == [[*range(8, 16)], [*range(24, 32)]]
     store.slabs[0].zero_()  # whoever went back to host memory would see it
-    slots = store.pool.slots(0, torch.tensor([3, 4]))
-    assert store.pool.rows[0].view(3, 8)[slots].tolist() == [[*range(24, 32)], [0] * 8]
-    assert store.pool.traffic == offload.Traffic(hits=1, misses=1, shared=1, fetched=32)
-    # a page that is written anew is no longer what either has of it
+    store.lanes(slice(0, 1), 2)[0].take(torch.tensor([3, 4]), out)
+    assert out.tolist() == [[*range(24, 32)], [0] * 8]
+    assert store.pool.traffic == {
+        "search": offload.Traffic(misses=2, fetched=64),
+        "attention": offload.Traffic(hits=1, misses=1, fetched=32),
+    }
+    # a page that is written anew is so on the device
     table = BlockTable([3])
     store.write(table, 0, torch.full((1, 2, 4), 7.0))
-    assert (store.search_pool.slot[0, 3], int(store.pool.rows[0].view(3, 8)[slots[0]].unique())) == (-1, 7)
-    again = int(store.search_pool.slots(0, torch.tensor([3]))[0])
-    assert store.search_pool.rows[0].view(3, 8)[again].tolist() == [7] * 8
+    store.for_search().lanes(slice(0, 1), 2)[0].take(torch.tensor([3]), out[:1])
+    assert out[0].tolist() == [7] * 8
+    # and one that another is copied over is forgotten
+    store.copy_page(3, 4, 1)
+    store.lanes(slice(0, 1), 2)[0].take(torch.tensor([4]), out[:1])
+    assert out[0].tolist() == [7] * 4 + [0] * 4
+    assert store.pool.traffic["attention"].misses == 2
 
 
 def test_the_least_recently_used_page_makes_room() -> None:
-    store = offload.OffloadedStore(1, 4, torch.float32, torch.device("cpu"), 2, "cpu", 3, 0)
-    store.slabs, store.bounds = [torch.arange(40.0).view(1, 10, 4)], [0]
+    store = small_store()
     pool = store.pool
+    traffic = pool.traffic["attention"]
     for page in (0, 1, 2, 0, 3):  # 3 takes the place of 1
-        pool.slots(0, torch.tensor([page]))
-    assert pool.traffic.misses == 4
-    pool.slots(0, torch.tensor([0, 2, 3]))
-    assert pool.traffic.misses == 4
-    slot = int(pool.slots(0, torch.tensor([1]))[0])
-    assert pool.traffic.misses == 5
+        pool.slots(0, torch.tensor([page]), "attention")
+    assert traffic.misses == 4
+    pool.slots(0, torch.tensor([0, 2, 3]), "attention")
+    assert traffic.misses == 4
+    slot = int(pool.slots(0, torch.tensor([1]), "attention")[0])
+    assert traffic.misses == 5
     assert torch.equal(pool.rows[0, slot * 2 : slot * 2 + 2], store.slabs[0][0, 2:4])
 
 
@@ -190,6 +205,32 @@ def test_a_full_disk_is_an_error_and_the_cache_intact(monkeypatch: pytest.Monkey
         model(ids[:, 40:], past_key_values=cache)
 
 
+def append_without_room(cache: HiPCache, what: int, limit: int) -> None:
+    """In a child process: append 128 MiB under a limit; 7 if that is a MemoryError and the cache is what it was."""
+    before = [layer.keys for layer in cache.layers]
+    more = torch.zeros(1, 1, 1, 1).expand(1, 2, 2**20, 16)
+    resource.setrlimit(what, (limit, limit))
+    try:
+        cache.update(more, more, 1)
+    except MemoryError:
+        same = [torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True)]
+        os._exit(7 if all(same) else 8)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("where", [None, "cpu", "disk"])
+def test_no_room_for_pages_is_an_error_and_the_cache_intact(where: str | None) -> None:
+    """The operating system itself refuses: address space, or for files their size (as a full disk does)."""
+    cache = small_cache(**{} if where is None else dict(offload=where, device_pages=20))
+    what, limit = resource.RLIMIT_FSIZE, 2**20
+    if where != "disk":
+        what, limit = resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**25
+    process = multiprocessing.get_context("fork").Process(target=append_without_room, args=(cache, what, limit))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 7
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_saved_cache_goes_on_where_it_was(family: str, tmp_path: Path) -> None:
     model = make_model(family, decode_refresh=1)
@@ -200,6 +241,8 @@ def test_a_saved_cache_goes_on_where_it_was(family: str, tmp_path: Path) -> None
         cache.save(tmp_path / "cache")
         again = HiPCache(model.config, offload="cpu", device_pages=20)
         again.load(tmp_path / "cache")
+        again.save(tmp_path / "cache")
+        assert again.statistics().together.misses == 0  # files are written past the pools
         mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], -1)
         step = dict(input_ids=torch.tensor([[5], [6]]), attention_mask=mask)
         assert torch.equal(model(**step, past_key_values=again).logits, model(**step, past_key_values=cache).logits)
@@ -209,8 +252,8 @@ def test_a_saved_cache_goes_on_where_it_was(family: str, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [tmp_path / "cache"]
 
 
-def small_cache(tokens: int = 30) -> HiPCache:
-    cache = HiPCache(make_model("llama").config)
+def small_cache(tokens: int = 30, **options: Any) -> HiPCache:
+    cache = HiPCache(make_model("llama").config, **options)
     for layer in cache.layers:
         layer.update(torch.randn(1, 2, tokens, 16), torch.randn(1, 2, tokens, 16))
     return cache

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from hip_hf.paged import Store
+
 if TYPE_CHECKING:
     from hip_hf.cache.hip_cache import HiPCache
 
@@ -68,7 +70,7 @@ def _parts(layer: Any, name: str) -> Iterator[torch.Tensor]:
         for head in range(store.heads):
             for first in range(0, layer.length, _TOKENS_AT_ONCE):
                 last = min(first + _TOKENS_AT_ONCE, layer.length)
-                yield store.read(slice(head, head + 1), table, first, last)
+                yield Store.read(store, slice(head, head + 1), table, first, last)  # of an offloaded store past its pool
 
 
 def save(cache: HiPCache, path: str | os.PathLike[str]) -> None:

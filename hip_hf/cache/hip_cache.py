@@ -88,7 +88,9 @@ class PagedLayer(Stateful, DynamicLayer):
         if self.offload_to is None or self.device_pages is None:
             return PagePool(*(Store(*size) for size in sizes))
         recent = -(-read_settings(self.config).window // PAGE) + 2
-        return PagePool(*(OffloadedStore(*size, self.offload_to, self.device_pages, recent) for size in sizes))
+        pages = (2 * self.device_pages, self.device_pages)  # the search reads keys as well
+        stores = (OffloadedStore(*size, self.offload_to, n, recent) for size, n in zip(sizes, pages, strict=True))
+        return PagePool(*stores)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -217,7 +219,8 @@ class HiPCache(DynamicCache):
         config: the *model's* config (`model.config`), by which layers are laid out. Its `_attn_implementation` is read at
             every update: attention of ours gets handles to pages, any other gets ordinary tensors.
         offload: None; `cpu` keeps the pages in host memory, `disk` in a memory-mapped temporary file.
-        device_pages: with `offload`, the pages that each of a layer's two device pools holds.
+        device_pages: with `offload`, the pages of values that a layer holds on the device for every head; of keys, which the
+            search reads as well as attention, it holds twice as many.
 
     Sliding-window layers keep their window, as in Transformers' own cache; linear-attention layers keep their state.
 
@@ -244,7 +247,7 @@ class HiPCache(DynamicCache):
         return PagedLayer(self.config, self.offload_to, self.device_pages)
 
     def statistics(self) -> Statistics:
-        """Hits, misses and bytes moved of the device pools, over all layers.
+        """Hits, misses and bytes moved of the device pools, by reader, over all layers.
 
         Raises:
             ValueError: the cache is not offloaded.
@@ -252,7 +255,7 @@ class HiPCache(DynamicCache):
         if self.offload_to is None:
             raise ValueError("offload: got None, allowed: cpu | disk (a resident cache has no device pools)")
         pools = [layer.pool for layer in self.paged if layer.pool is not None]
-        return statistics([(pool.keys, pool.values) for pool in pools])  # type: ignore[misc]
+        return statistics([store for pool in pools for store in (pool.keys, pool.values)])  # type: ignore[misc]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to one safetensors file, atomically: the file is the old one or the new one, whatever happens.

@@ -1,9 +1,10 @@
 """Pages in host memory or on disk, and the small device pools through which they are read (InfiniteHiP, section on offloading).
 
-A layer has two pools: one for the keys that the search scores exactly, one for what attention reads. Each holds `device_pages`
-pages per head and replaces the least recently used. A page of keys that only the other pool has is copied from there: most of
-what attention reads, the search has just looked at. A page that neither has is fetched, never dropped, so results do not
-depend on the pools. Without a GPU the "device" is host memory as well, and everything below runs the same.
+A layer has a pool of `2 * device_pages` pages of keys per head, which the search (scoring blocks exactly) and attention share, and
+one of `device_pages` pages of values, which only attention reads. A pool replaces its least recently used pages. What attention
+reads, the search has mostly just looked at: each page of keys is held once for both. A page that is not there is fetched, never
+dropped, so results do not depend on the pools. Without a GPU the "device" is host memory as well, and everything below runs the
+same.
 """
 
 from __future__ import annotations
@@ -19,19 +20,18 @@ import torch
 from hip_hf.paged import BlockTable, Store
 
 OFFLOADS = ("cpu", "disk")
+READERS = ("search", "attention")
 
 
 @dataclass
 class Traffic:
     """Pages asked for (per head) and found on the device or not, and bytes moved between host and device.
 
-    A hit moves nothing between the two: the page was in the pool, or (`shared`, also counted in `hits`) in the other pool.
     `streamed` are reads too large for a pool (dense layers, chunked prefill), which bypass it.
     """
 
     hits: int = 0
     misses: int = 0
-    shared: int = 0
     fetched: int = 0
     prefetched: int = 0
     streamed: int = 0
@@ -47,18 +47,18 @@ class Traffic:
 
 
 class DevicePool:
-    """Copies of some pages of a store, per head; the least recently used make room for others."""
+    """Copies of some pages of a store, per head; the least recently used make room for others. Counts for each reader."""
 
     def __init__(self, store: OffloadedStore, pages: int) -> None:
-        self.store, self.pages, self.traffic, self.clock = store, pages, Traffic(), 0
+        self.store, self.pages, self.clock = store, pages, 0
+        self.traffic = {reader: Traffic() for reader in READERS}
         with torch.inference_mode(False):
             self.rows = torch.empty(store.heads, pages * store.page, store.dim, dtype=store.dtype, device=store.device)
             self.held = torch.full((store.heads, pages), -1)  # page in each slot
             self.used = torch.zeros(store.heads, pages, dtype=torch.long)  # when it was last asked for
             self.slot = torch.full((store.heads, 0), -1)  # of each page
-        self.other: DevicePool | None = None  # the layer's other pool of the same keys
 
-    def slots(self, head: int, pages: torch.Tensor) -> torch.Tensor:
+    def slots(self, head: int, pages: torch.Tensor, reader: str) -> torch.Tensor:
         """Where the (distinct) pages lie in the pool, fetched if they did not.
 
         Raises:
@@ -66,26 +66,19 @@ class DevicePool:
         """
         found = self._find(head, pages)
         missing = pages[found < 0]
-        shared = self._shared(head, missing)
-        fetched = int((shared < 0).sum())
-        self.traffic.hits += len(pages) - fetched
-        self.traffic.misses += fetched
-        self.traffic.shared += len(missing) - fetched
-        self.traffic.fetched += fetched * self.store.page_bytes
-        return self._bring(head, pages, found, missing, shared)
+        traffic = self.traffic[reader]
+        traffic.hits += len(pages) - len(missing)
+        traffic.misses += len(missing)
+        traffic.fetched += len(missing) * self.store.page_bytes
+        return self._bring(head, pages, found, missing)
 
     def prefetch(self, pages: torch.Tensor) -> None:
-        """Bring pages for every head before they are asked for."""
+        """Bring pages for every head before attention asks for them."""
         for head in range(self.store.heads):
             found = self._find(head, pages)
             missing = pages[found < 0]
-            shared = self._shared(head, missing)
-            self.traffic.prefetched += int((shared < 0).sum()) * self.store.page_bytes
-            self._bring(head, pages, found, missing, shared)
-
-    def _shared(self, head: int, pages: torch.Tensor) -> torch.Tensor:
-        """Slots of the pages in the layer's other pool; -1: not there either."""
-        return torch.full_like(pages, -1) if self.other is None else self.other._find(head, pages)
+            self.traffic["attention"].prefetched += len(missing) * self.store.page_bytes
+            self._bring(head, pages, found, missing)
 
     def _find(self, head: int, pages: torch.Tensor) -> torch.Tensor:
         known = self.slot.shape[1]
@@ -95,9 +88,7 @@ class DevicePool:
             self.slot = more
         return self.slot[head, pages]
 
-    def _bring(
-        self, head: int, pages: torch.Tensor, found: torch.Tensor, missing: torch.Tensor, shared: torch.Tensor
-    ) -> torch.Tensor:
+    def _bring(self, head: int, pages: torch.Tensor, found: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
         if len(pages) > self.pages:
             raise ValueError(f"device_pages: got {self.pages}, allowed: at least {len(pages)}, the pages that one read needs")
         self.clock += 1
@@ -108,14 +99,9 @@ class DevicePool:
         before = self.held[head, victims]
         self.slot[head, before[before >= 0]] = -1
         page = self.store.page
-        for number, slot, there in zip(missing.tolist(), victims.tolist(), shared.tolist(), strict=True):
-            into = self.rows[head, slot * page : (slot + 1) * page]
-            if there >= 0:
-                assert self.other is not None
-                into.copy_(self.other.rows[head, there * page : (there + 1) * page])
-            else:
-                slab, token = self.store.place(number)
-                into.copy_(self.store.slabs[slab][head, token : token + page])
+        for number, slot in zip(missing.tolist(), victims.tolist(), strict=True):
+            slab, token = self.store.place(number)
+            self.rows[head, slot * page : (slot + 1) * page] = self.store.slabs[slab][head, token : token + page]
         self.held[head, victims], self.slot[head, missing], self.used[head, victims] = missing, victims, self.clock
         return self.slot[head, pages]
 
@@ -140,8 +126,8 @@ class DevicePool:
 class PoolLane:
     """One head's keys, read through a pool; indices count units through all pages of the store."""
 
-    def __init__(self, pool: DevicePool, head: int, size: int) -> None:
-        self.pool, self.head, self.each = pool, head, pool.store.page // size
+    def __init__(self, pool: DevicePool, head: int, size: int, reader: str) -> None:
+        self.pool, self.head, self.each, self.reader = pool, head, pool.store.page // size, reader
         self.rows = pool.rows[head].unflatten(0, (-1, size)).flatten(1)
         self.width = self.rows.shape[1]
 
@@ -154,7 +140,7 @@ class PoolLane:
             self.take(index[half:], out[half:])
             return
         with self.pool.store.lock:
-            slots = self.pool.slots(self.head, pages)[which].to(index.device)
+            slots = self.pool.slots(self.head, pages, self.reader)[which].to(index.device)
             torch.index_select(self.rows, 0, slots * self.each + index % self.each, out=out)
 
 
@@ -171,14 +157,9 @@ class OffloadedStore(Store):
         self.where, self.recent, self.lock = where, min(recent, pages - 1), threading.RLock()
         self.page_bytes = page * dim * dtype.itemsize  # of one head
         self.pool = DevicePool(self, pages)
-        self.search_pool: DevicePool | None = None
-
-    def pools(self) -> list[DevicePool]:
-        """The pools that are in use."""
-        return [pool for pool in (self.pool, self.search_pool) if pool is not None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedStore:
-        """Host memory is copied; the pools start empty."""
+        """Host memory is copied; the pool starts empty."""
         other = OffloadedStore(self.heads, self.dim, self.dtype, self.device, self.page, self.where, self.pool.pages, self.recent)
         other.bounds = list(self.bounds)
         other.slabs = [other.make_slab(slab.shape[1] // self.page).copy_(slab) for slab in self.slabs]
@@ -186,10 +167,7 @@ class OffloadedStore(Store):
         return other
 
     def for_search(self) -> SearchedStore:
-        """The same pages, read through the search's own pool."""
-        if self.search_pool is None:
-            self.search_pool = DevicePool(self, self.pool.pages)
-            self.search_pool.other, self.pool.other = self.pool, self.search_pool
+        """The same pages; what is read counts as the search's."""
         return SearchedStore(self)
 
     def make_slab(self, pages: int) -> torch.Tensor:
@@ -205,15 +183,13 @@ class OffloadedStore(Store):
 
     def write(self, table: BlockTable, first: int, x: torch.Tensor) -> None:
         super().write(table, first, x)
-        self.pool.traffic.written += x.numel() * x.element_size()
+        self.pool.traffic["attention"].written += x.numel() * x.element_size()
         page, last, at = self.page, first + x.shape[1], first
         with self.lock:
             while at < last:
                 end = min(last, (at // page + 1) * page)
                 number = table.pages[at // page]
                 self.pool.write(number, at % page, x[:, at - first : end - first])
-                if self.search_pool is not None:
-                    self.search_pool.forget(number)
                 at = end
             near = [0, *range(max(1, -(-last // page) - self.recent), -(-last // page))]
             if first % page == 0 or x.shape[1] > 1:  # else the page is there already
@@ -222,29 +198,25 @@ class OffloadedStore(Store):
     def copy_page(self, source: int, to: int, tokens: int) -> None:
         super().copy_page(source, to, tokens)
         with self.lock:
-            for pool in self.pools():
-                pool.forget(to)
+            self.pool.forget(to)
 
     def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
         pages = table.tensor(torch.device("cpu"))[first // self.page : -(-last // self.page)]
         if len(pages) > self.pool.pages:
             whole = super().read(heads, table, first, last)
-            self.pool.traffic.streamed += whole.numel() * whole.element_size()
+            self.pool.traffic["attention"].streamed += whole.numel() * whole.element_size()
             return whole.to(self.device)
-        return self._read(self.pool, heads, pages, first, last)
-
-    def _read(self, pool: DevicePool, heads: slice, pages: torch.Tensor, first: int, last: int) -> torch.Tensor:
         out = torch.empty(heads.stop - heads.start, last - first, self.dim, dtype=self.dtype, device=self.device)
         token = torch.arange(first, last)
         index, offset = token // self.page - first // self.page, token % self.page
         with self.lock:
             for lane, head in enumerate(range(heads.start, heads.stop)):
-                at = pool.slots(head, pages)[index] * self.page + offset
-                torch.index_select(pool.rows[head], 0, at.to(self.device), out=out[lane])
+                at = self.pool.slots(head, pages, "attention")[index] * self.page + offset
+                torch.index_select(self.pool.rows[head], 0, at.to(self.device), out=out[lane])
         return out
 
     def lanes(self, heads: slice, size: int) -> list[Any]:
-        return [PoolLane(self.pool, head, size) for head in range(heads.start, heads.stop)]
+        return [PoolLane(self.pool, head, size, "attention") for head in range(heads.start, heads.stop)]
 
 
 class SearchedStore(Store):
@@ -258,35 +230,32 @@ class SearchedStore(Store):
         return self.store.read(heads, table, first, last)
 
     def lanes(self, heads: slice, size: int) -> list[Any]:
-        assert self.store.search_pool is not None
-        return [PoolLane(self.store.search_pool, head, size) for head in range(heads.start, heads.stop)]
+        return [PoolLane(self.store.pool, head, size, "search") for head in range(heads.start, heads.stop)]
 
 
 class Statistics(dict[str, Traffic]):
-    """Traffic of the `search` and the `attention` pools of all layers; `str()` is a table, with both together."""
+    """Traffic of all layers by reader, `search` and `attention`; `str()` is a table, with both together."""
 
     @property
     def together(self) -> Traffic:
-        """The traffic of all pools."""
+        """The traffic of both readers."""
         total = Traffic()
         for traffic in self.values():
             total.add(traffic)
         return total
 
     def __str__(self) -> str:
-        lines = [f"{'pool':<10}{'hits':>10}{'misses':>10}{'hit rate':>10}{'MiB moved':>12}"]
+        lines = [f"{'reader':<10}{'hits':>10}{'misses':>10}{'hit rate':>10}{'MiB moved':>12}"]
         for name, traffic in [*self.items(), ("together", self.together)]:
             moved = (traffic.fetched + traffic.prefetched + traffic.streamed + traffic.written) / 2**20
             lines.append(f"{name:<10}{traffic.hits:>10}{traffic.misses:>10}{traffic.hit_rate:>10.1%}{moved:>12.1f}")
         return "\n".join(lines)
 
 
-def statistics(stores: list[tuple[OffloadedStore, OffloadedStore]]) -> Statistics:
-    """Summed over the (keys, values) stores of layers."""
-    found = Statistics(search=Traffic(), attention=Traffic())
-    for keys, values in stores:
-        found["attention"].add(keys.pool.traffic)
-        found["attention"].add(values.pool.traffic)
-        if keys.search_pool is not None:
-            found["search"].add(keys.search_pool.traffic)
+def statistics(stores: list[OffloadedStore]) -> Statistics:
+    """Summed over stores."""
+    found = Statistics({reader: Traffic() for reader in READERS})
+    for store in stores:
+        for reader, traffic in store.pool.traffic.items():
+            found[reader].add(traffic)
     return found

@@ -10,6 +10,8 @@ from hip_hf.paged import BlockTable, Store
 
 # Tokens per page: small, so that what is selected fills few device pages beyond itself when the cache is offloaded.
 PAGE = 64
+# Most pages that are added at once beyond what is asked for: what waits to be used does not grow with the context.
+MOST_SPARE = 256
 
 
 class PagePool:
@@ -40,7 +42,7 @@ class PagePool:
         """
         if count > len(self.free):
             # by half of what there is, so that a growing sequence has few slabs
-            self._grow(max(count - len(self.free), len(self.shares) // 2))
+            self._grow(max(count - len(self.free), min(len(self.shares) // 2, MOST_SPARE)))
         pages = [heapq.heappop(self.free) for _ in range(count)]
         for page in pages:
             self.shares[page] = 1
@@ -101,14 +103,13 @@ class PagePool:
         for table, copy in zip(tables, copied, strict=True):
             count = total - len(table) + copy
             new, fresh = fresh[:count], fresh[count:]
-            if new:
-                pages = list(table.pages)
-                if copy:
-                    shared, pages[-1] = pages[-1], new.pop(0)
-                    for store in (self.keys, self.values):
-                        store.copy_page(shared, pages[-1], length % page)
-                    self.release([shared])
-                table.set(pages + new)
+            if copy:
+                own, shared = new.pop(0), table.pages[-1]
+                for store in (self.keys, self.values):
+                    store.copy_page(shared, own, length % page)
+                self.release([shared])
+                table.set([*table.pages[:-1], own])
+            table.extend(new)
         for row, table in enumerate(tables):
             self.keys.write(table, length, keys[row])
             self.values.write(table, length, values[row])

@@ -51,7 +51,7 @@ def _device_bytes(cache: Any, resident: int) -> int:
     """What has to be on the device: everything, or the pools of an offloaded cache and the summaries."""
     if getattr(cache, "offload_to", None) is None:
         return resident
-    pools = [pool for layer in cache.paged for store in (layer.pool.keys, layer.pool.values) for pool in store.pools()]
+    pools = [store.pool for layer in cache.paged for store in (layer.pool.keys, layer.pool.values)]
     tables = [t for layer in cache.paged for row in layer.hip_state.rows.values() if row.pyramid for t in row.pyramid.levels]
     return sum(x.numel() * x.element_size() for x in [*(pool.rows for pool in pools), *tables])
 

@@ -14,6 +14,8 @@ from hip_hf.rope import turn
 
 # Summaries are computed for this many blocks at a time, so that temporaries stay in cache.
 BLOCKS_AT_ONCE = 2048
+# Rows that a full table is given at most beyond what is asked for: what waits to be used does not grow with the context.
+MOST_SPARE = 1024
 
 
 class Representative:
@@ -215,9 +217,9 @@ class Pyramid:
             self.levels.append(rows.new_empty(heads, 0, width, dtype=self.dtype))
             self._last.append(None)
         if first + count > self.levels[level].shape[1]:
-            # double, so that appending a block costs O(1) amortised; exact at first, when the prompt is read
+            # exact at first, when the prompt is read; then with room to spare, so that a token seldom copies a table
             old = self.levels[level]
-            capacity = first + count if first == 0 else 2 * (first + count)
+            capacity = first + count + min(first, MOST_SPARE)
             with torch.inference_mode(False):  # a table outlives the mode it was made in
                 self.levels[level] = torch.empty(heads, capacity, width, dtype=self.dtype, device=rows.device)
             self.levels[level][:, :first] = old[:, :first]
