@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -26,7 +26,6 @@ from hip_hf.state import Selection as Selected
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
-    from hip_hf.kernels.hyper import HyperAttention
 
 # A pyramid starts with room for this much more than its prompt (a share and a number of keys), and doubles when that is full.
 ROOM, LEAST_ROOM = 0.125, 4096
@@ -50,6 +49,10 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
     if len(rows) < len(spans):
         return None
     return tuple(rows.get(b, Span(b, 0, 0, 0, 0, 0)) for b in range(batch))
+
+
+def logits_of(problem: AttentionProblem) -> Logits:
+    return Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks)
 
 
 def mask_heads(config: HiPConfig, problem: AttentionProblem) -> int:
@@ -183,7 +186,7 @@ class SparseAttention(sparse.SparseAttention):
         if state is not None and spans is not None:
             kept = self._device_state(state, spans)
         self.sequences = sequences_of(spans or problem.spans, problem.q.device)
-        self.logits = Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks)
+        self.logits = logits_of(problem)
         self.kv = KeyValues(problem.k, problem.v)
         if kept is not None and problem.q.shape[2] == 1 and not learning(problem):
             decode_step(problem.q, self.kv, self.sequences, config, self.logits, kept, self.out, self.lse)
@@ -312,8 +315,8 @@ def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
         return f"kernels run on a GPU, the tensors are on {q.device}"
     if config.method not in ("hip", "streaming", "hyper"):
         return f"method {config.method} has no kernels"
-    if config.delta is not None:
-        return "Delta correction has no kernels"
+    if config.delta == 1:
+        return "with delta=1 every row is dense, which has no kernels"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"{q.dtype} has no kernels".replace("torch.", "")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -324,6 +327,19 @@ def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
     return search.unsupported(config) if config.method == "hip" else ""
 
 
+def attention_for(config: HiPConfig) -> Any:
+    """The class that computes a sparse call, as `methods.attention_for` on a CPU."""
+    if config.delta is not None:
+        from hip_hf.kernels.delta import DeltaAttention  # which uses this module, as the next one
+
+        return DeltaAttention
+    if config.method == "hyper":
+        from hip_hf.kernels.hyper import HyperAttention
+
+        return HyperAttention
+    return SparseAttention
+
+
 def run(
     problem: AttentionProblem,
     config: HiPConfig,
@@ -331,12 +347,8 @@ def run(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     mask: bool,
-) -> SparseAttention | HyperAttention:
+) -> Any:
     """The sparse path of one call, into out and lse; where autograd follows, into new ones that it knows."""
-    if config.method == "hyper":
-        from hip_hf.kernels.hyper import HyperAttention as Call  # which uses this module
-    else:
-        Call = SparseAttention
-    call = Call(problem, config, out, lse, mask)
+    call = attention_for(config)(problem, config, out, lse, mask)
     call.run(state)
     return call

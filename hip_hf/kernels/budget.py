@@ -31,14 +31,17 @@ SHARED = {
     "sm120": 99 * KILOBYTE,
     "gfx942": 64 * KILOBYTE,
 }
-MATRIX = {"sm90": r"wgmma\.mma_async", "sm100": r"tcgen05\.mma", "gfx942": r"\bv_mfma"}
-MATRIX_ELSE = r"\bmma\.sync"
+# Matrix instructions by name; the first of a target's is the one that it is fast with.
+INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mfma": r"\bv_mfma", "mma.sync": r"\bmma\.sync"}
+MATRIX = {"sm90": ("wgmma", "mma.sync"), "sm100": ("tcgen05", "mma.sync"), "gfx942": ("mfma",)}
+MATRIX_ELSE = ("mma.sync",)
 
 
 @dataclass
 class Spent:
     """What one kernel spends on one target. `shared` in bytes; `spilled` in bytes (NVIDIA) or registers (AMD), both of stores;
-    `matrix`: matrix instructions of the kind that the target is fast with. `problem`: why it must not be released, or empty."""
+    `matrix`: matrix instructions of the kind that the target is fast with; `path`: the fastest kind that is there.
+    `problem`: why it must not be released, or empty."""
 
     kernel: str
     target: str
@@ -49,6 +52,7 @@ class Spent:
     spilled: int = 0
     warps: int = 0
     matrix: int = 0
+    path: str = ""
     seconds: float = 0.0
     problem: str = ""
 
@@ -159,4 +163,6 @@ def _read(row: Spent, compiled: Any, said: str) -> None:
         log = said if "registers" in said else _assembler_log(text, target.arch)
         row.registers, row.spilled = _first(r"Used (\d+) registers", log), _first(r"(\d+) bytes spill stores", log)
         assert row.registers, "the assembler says nothing of registers"
-    row.matrix = len(re.findall(MATRIX.get(row.target, MATRIX_ELSE), text))
+    found = {name: len(re.findall(INSTRUCTIONS[name], text)) for name in MATRIX.get(row.target, MATRIX_ELSE)}
+    row.matrix = next(iter(found.values()))
+    row.path = next((name for name, count in found.items() if count), "")
