@@ -125,6 +125,8 @@ def attend(
         call = run(problem, config, state, *empty_outputs(problem, need_lse), need_mask)
         share = call.reading.read / call.reading.visible
         return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", "", share)
+    if state is not None and state.device is not None:
+        state.leave_device()
     pieces: list[Piece] | None = [] if learning(problem) else None
     out, lse = empty_outputs(problem, need_lse or pieces is not None)
     sparse = methods.attention_for(config)(problem, config, out, lse, need_mask)

@@ -18,6 +18,7 @@ from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.search import Selection, select
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.methods.base import QueryBlock
+from hip_hf.paged import PagedTensor
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import sparse
 from hip_hf.reference.gradients import learning
@@ -53,6 +54,16 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
 
 def logits_of(problem: AttentionProblem) -> Logits:
     return Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks)
+
+
+def keys_of(problem: AttentionProblem) -> KeyValues:
+    """Keys and values of a call: contiguous, or pages in one piece of memory (`unsupported` says where they are not)."""
+    if not isinstance(problem.k, PagedTensor) or not isinstance(problem.v, PagedTensor):
+        return KeyValues(problem.k, problem.v)
+    k, v = problem.k.store.pages(), problem.v.store.pages()
+    assert k is not None
+    assert v is not None
+    return KeyValues(k, v, problem.k.block_table())
 
 
 def mask_heads(config: HiPConfig, problem: AttentionProblem) -> int:
@@ -187,7 +198,7 @@ class SparseAttention(sparse.SparseAttention):
             kept = self._device_state(state, spans)
         self.sequences = sequences_of(spans or problem.spans, problem.q.device)
         self.logits = logits_of(problem)
-        self.kv = KeyValues(problem.k, problem.v)
+        self.kv = keys_of(problem)
         if kept is not None and problem.q.shape[2] == 1 and not learning(problem):
             decode_step(problem.q, self.kv, self.sequences, config, self.logits, kept, self.out, self.lse)
             self._note_all(spans or problem.spans, kept.selection)
@@ -319,6 +330,11 @@ def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
         return "with delta=1 every row is dense, which has no kernels"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"{q.dtype} has no kernels".replace("torch.", "")
+    paged = [x for x in (k, v) if isinstance(x, PagedTensor)]
+    if paged and (len(paged) == 1 or config.method == "hyper"):
+        return f"method {config.method} has no kernels for keys and values in pages"
+    if any(x.store.pages() is None for x in paged):
+        return "the cache's pages are not one piece of device memory"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[3] > MOST_DIM:
             return f"head dim {x.shape[3]} of {name} is above {MOST_DIM}"

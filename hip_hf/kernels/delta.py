@@ -12,8 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.kernels.addressing import KeyValues
-from hip_hf.kernels.backend import attention_for, logits_of, sequences_of
+from hip_hf.kernels.backend import attention_for, keys_of, logits_of, sequences_of
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.decode import Scratch, decode, splits_for
 from hip_hf.kernels.examples import example
@@ -157,7 +156,7 @@ class DeltaAttention(delta.DeltaAttention):
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         rows = tuple(Span(span.batch, span.key_start, span.key_end, 0, 1, span.position) for span in spans)
         scratch = Scratch.make(splits_for(q, problem.k.shape[1], len(rows), problem.longest), q, out.shape[3])
-        kv = KeyValues(problem.k, problem.v)
+        kv = keys_of(problem)
         decode(q, kv, sequences_of(rows, q.device), dense_reads(1), logits_of(problem), scratch, out, lse)
         return out, lse
 
@@ -172,7 +171,7 @@ class DeltaAttention(delta.DeltaAttention):
         if step:
             one, one_lse = self._first_rows([span for span in spans if span.rows])
         else:
-            kv, sequences = KeyValues(problem.k, problem.v), sequences_of(spans, out.device)
+            kv, sequences = keys_of(problem), sequences_of(spans, out.device)
             strided_rows(problem.q, kv, sequences, logits_of(problem), gamma, change[:, :, 1:], change_lse[:, :, 1:])
         for s, (span, at) in enumerate(zip(spans, aligned, strict=True)):
             rows = slice(span.row_start, span.row_end, gamma)
