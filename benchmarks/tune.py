@@ -21,6 +21,7 @@ from hip_hf.kernels.backward import key_launches, query_launches
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.decode import decode_launches
 from hip_hf.kernels.examples import Example, example
+from hip_hf.kernels.hyper import square_launches
 from hip_hf.kernels.prefill import prefill_launches
 from hip_hf.kernels.tuning import Tile, target_of
 
@@ -32,12 +33,14 @@ LAUNCHES: dict[str, Callable[[Example, Tile], list[Launch]]] = {
     "decode": decode_launches,
     "backward queries": query_launches,
     "backward keys": key_launches,
+    "hyper squares": square_launches,
 }
 WIDE = [(128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 2), (64, 32, 4, 2)]
 CANDIDATES = {
     "prefill": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "decode": [(16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
     "backward queries": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
+    "hyper squares": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "backward keys": [
         (64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 2), (32, 64, 8, 1), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1),
         (16, 32, 4, 1), (16, 16, 4, 1),
@@ -46,7 +49,7 @@ CANDIDATES = {
 
 
 # Sums in fp32 that a thread may keep, of its 255 registers.
-MOST_ACCUMULATORS = {"prefill": 64, "decode": 64, "backward queries": 64, "backward keys": 64}
+MOST_ACCUMULATORS = {"prefill": 64, "decode": 64, "backward queries": 64, "backward keys": 64, "hyper squares": 64}
 
 
 def accumulators(kernel: str, target: str, dim: int, tile: Tile) -> int:
@@ -59,7 +62,7 @@ def examples(kernel: str, dim: int, device: str = "meta") -> list[Example]:
     """What a configuration must serve; the first of them is timed."""
     fields = dict(tokens=TOKENS, device=device, **(dict(rows=1, block_q=1) if kernel == "decode" else {}))
     found = [example(dim, DTYPE, **fields)]
-    if device == "meta" and not kernel.startswith("backward"):
+    if device == "meta" and kernel in ("prefill", "decode"):
         found.append(example(dim, DTYPE, paged=True, **fields))
     return found
 

@@ -123,7 +123,10 @@ def attend(
         from hip_hf.kernels.backend import run
 
         call = run(problem, config, state, *empty_outputs(problem, need_lse), need_mask)
-        return Result(call.out, call.lse, call.mask, "sparse", "", call.reading.read / call.reading.visible)
+        share = call.reading.read / call.reading.visible
+        return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", "", share)
+    if state is not None and state.device is not None:
+        state.leave_device()
     pieces: list[Piece] | None = [] if learning(problem) else None
     out, lse = empty_outputs(problem, need_lse or pieces is not None)
     sparse = methods.attention_for(config)(problem, config, out, lse, need_mask)

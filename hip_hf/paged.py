@@ -145,6 +145,10 @@ class Store:
         """What a search reads these keys from."""
         return self
 
+    def pages(self) -> torch.Tensor | None:
+        """All pages as one view `[pages, page, Hkv, D]`, by their numbers; None if they are not one piece of device memory."""
+        return self.slabs[0].unflatten(1, (-1, self.page)).permute(1, 2, 0, 3) if len(self.slabs) == 1 else None
+
     def unit(self, start: int, block: int) -> int:
         """Tokens that are picked together, of key blocks of `block` tokens which begin at token `start`."""
         return gcd(start, block, self.page)
@@ -249,6 +253,11 @@ class PagedTensor(torch.Tensor):
     def rows(self, batch: int, first: int, last: int) -> PagedKeys:
         """Tokens `first` to `last - 1` of a batch row."""
         return PagedKeys(self.store, self.tables[batch], first, last - first, slice(0, self.store.heads))
+
+    def block_table(self) -> torch.Tensor:
+        """The pages of every sequence, int64 `[B, most pages]`; what follows a sequence's last one is 0."""
+        tables = [table.tensor(self.device) for table in self.tables]
+        return tables[0][None] if len(tables) == 1 else torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
 
     def dense(self) -> torch.Tensor:
         """The ordinary tensor; a view where there is one sequence in one piece."""

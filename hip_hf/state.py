@@ -60,6 +60,13 @@ class DecodeState:
         """Forget everything."""
         self.rows, self.device = {}, None
 
+    def leave_device(self) -> None:
+        """The kernels serve no longer: what they keep goes, and the next step selects anew."""
+        self.device = None
+        for row in self.rows.values():
+            if row.on_device:
+                row.on_device, row.selection = False, None
+
     def crop(self, length: int) -> None:
         """The cache now holds `length` keys, padding included. The next step selects anew."""
         for batch, row in self.rows.items():

@@ -50,7 +50,7 @@ def test_all_kernels_compile() -> None:
     assert all(row["registers"] > 0 for row in found)
     heavy = [row for row in found if row["kernel"].startswith(("prefill", "backward"))]
     assert heavy
-    assert all(row["matrix"] > 0 for row in heavy)
+    assert all(row["matrix"] > 0 and row["path"] == "wgmma" for row in heavy)
 
 
 HUNGRY = """
@@ -87,6 +87,50 @@ def test_what_is_wrong_with_a_kernel_is_found(tmp_path: Path) -> None:
 def test_the_pyramid_compiles_for_amd() -> None:
     found = rows("--targets", "gfx942", "--dims", "64", "--dtypes", "fp16", "--only", "pyramid, blend")
     assert {row["target"] for row in found} == {"gfx942"}
+
+
+def published() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())
+    return found
+
+
+def test_published_results_are_of_every_kernel_on_every_target() -> None:
+    document = published()
+    assert next(iter(document)) == "command"
+    assert document["failed"] == 0
+    assert [row for row in document["rows"] if row["problem"] or row["spilled"]] == []
+    code = """
+import json, torch
+from hip_hf.eval.kernels import DTYPES, TARGETS
+from hip_hf.kernels.budget import launches_of
+cells = [(t, d, x) for t in TARGETS for d in (64, 128, 256) for x in DTYPES.values()]
+print(json.dumps([[launch.name, t, d, str(x)[6:]] for t, d, x in cells for launch in launches_of(d, x, t)]))
+"""
+    done = process("-c", code)
+    assert done.returncode == 0, done.stderr
+    wanted = {tuple(cell) for cell in json.loads(done.stdout)}
+    assert len(wanted) > 40 * len(DOCUMENTED)
+    assert {(row["kernel"], row["target"], row["dim"], row["dtype"]) for row in document["rows"]} == wanted
+
+
+DOCUMENTED = ("select, prefill", "select, decode", "prefill", "decode", "backward, queries", "backward, keys", "delta, step")
+
+
+def test_the_documented_table_is_what_the_command_prints() -> None:
+    done = process("benchmarks/kernel_table.py")
+    assert done.returncode == 0, done.stderr
+    assert all(f"| {kernel} |" in done.stdout for kernel in DOCUMENTED)
+    assert done.stdout in (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_a_problem_shows_in_the_table() -> None:
+    from hip_hf.eval.kernels import summary
+
+    row = dict(kernel="a", target="sm90", dim=64, dtype="bfloat16", shared=2048, registers=9, spilled=0, path="wgmma", problem="")
+    worse = {**row, "dim": 128, "shared": 1024, "registers": 255, "spilled": 40, "path": "", "problem": "spills"}
+    (line,) = summary([row, worse])
+    wanted = dict(compiled=2, registers=255, shared=2.0, spilled=40, path="wgmma", problem="spills")
+    assert line == dict(kernel="a", target="sm90", **wanted)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from hip_hf.eval import report
+from hip_hf.eval.publish import Json, Output, Results, Targets
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,7 +29,8 @@ def main(
     dims: Annotated[str, typer.Option(help="Head dims.")] = "64,128,256",
     dtypes: Annotated[str, typer.Option(help="Of bf16, fp16.")] = "bf16,fp16",
     only: Annotated[str, typer.Option(help="Only kernels with this in their name.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+    output: Output = None,
+    as_json: Json = False,
 ) -> None:
     """Compile every kernel for every GPU. Exit 1 if one spills, does not fit, or misses the tensor cores it should use."""
     chosen = _choice("--targets", targets, TARGETS)
@@ -55,11 +58,46 @@ def main(
         for launch in budget.launches_of(dim, DTYPES[kind], target)
         if only in launch.name
     ]
+    asked = dict(targets=chosen, dims=numbers, dtypes=kinds, only=only, triton=triton.__version__)
+    try:
+        sink = Targets(as_json, output)
+        cells = sink.cells("kernels", **asked)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     rows = []
-    with report.progress() as progress:
-        for item in progress.track(work, description="compiling"):
-            rows.append(budget.spend(*item))
-    failed = [row for row in rows if row.problem]
-    report.show("kernels", [asdict(row) for row in rows], as_json, failed=len(failed), triton=triton.__version__)
+    with cells, report.progress() as progress:
+        for launch, target, dim, dtype in progress.track(work, description="compiling"):
+            # what was compiled before an interruption counts only while the source is the same
+            key = (launch.name, target, dim, str(dtype), launch.kernel.cache_key)
+            rows.append(cells.get(key, lambda: asdict(budget.spend(launch, target, dim, dtype))))  # noqa: B023 (called at once)
+    failed = [row for row in rows if row["problem"]]
+    details = dict(failed=len(failed), triton=triton.__version__)
+    title = f"kernels: {len(rows)} compiled with Triton {triton.__version__}, {len(failed)} with a problem"
+    tables = {title: summary(rows), **({"problems": failed} if failed else {})}
+    sink.publish(Results("kernels", title, rows, details), cells, tables)
     if failed or not rows:
         raise typer.Exit(1)
+
+
+def _grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["kernel"], row["target"]), []).append(row)
+    return found
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each kernel and target the most that it spends, over head dims and dtypes; shared memory in KB."""
+    return [
+        dict(
+            kernel=kernel,
+            target=target,
+            compiled=len(some),
+            registers=max(row["registers"] for row in some),
+            shared=max(row["shared"] for row in some) / 1024,
+            spilled=max(row["spilled"] for row in some),
+            path=" | ".join(dict.fromkeys(row["path"] for row in some if row["path"])),
+            problem="; ".join(dict.fromkeys(row["problem"] for row in some if row["problem"])),
+        )
+        for (kernel, target), some in _grouped(rows).items()
+    ]

@@ -51,14 +51,14 @@ def write(file: Path, text: str) -> None:
 class Results:
     """What a command measured: `rows` with the same keys, and `details` that hold for all (`model` among them).
 
-    `draw(document, file)` makes the picture from the document that is printed and saved.
+    `draw(document, file)` makes the picture from the document that is printed and saved; None: there is no picture.
     """
 
     command: str
     title: str
     rows: Sequence[dict[str, Any]]
     details: dict[str, Any]
-    draw: Draw
+    draw: Draw | None = None
 
     def document(self) -> dict[str, Any]:
         """The JSON document."""
@@ -96,9 +96,9 @@ class Targets:
         document = result.document()
         if self.output is not None:
             write(self.output, json.dumps(document, indent=1) + "\n")
-        if self.plot is not None:
+        if self.plot is not None and result.draw is not None:
             result.draw(document, self.plot)
-        if self.report is not None:
+        if self.report is not None and result.draw is not None:
             write(self.report, page.render(result.title, [(document, result.draw)]))
         if cells is not None:
             cells.finish()

@@ -53,6 +53,10 @@ class TokenMajorStore(Store):
     def unit(self, start: int, block: int) -> int:
         return 1
 
+    def pages(self) -> torch.Tensor:
+        whole = len(self.slabs[0]) // self.page * self.page
+        return self.slabs[0][:whole].unflatten(0, (-1, self.page))
+
     def index(self, heads: slice, table: BlockTable, unit: torch.Tensor, size: int) -> torch.Tensor:
         token = super().index(heads, table, unit, size)
         head = torch.arange(heads.start, heads.stop, device=token.device)

@@ -17,7 +17,7 @@ class KeyValues:
     """Keys and values of a call.
 
     Contiguous: k `[B, Hkv, T, D]`, v `[B, Hkv, T, Dv]`. Paged: k `[pages, page_size, Hkv, D]`, v likewise, and
-    `block_table` int32 `[B, most pages]` on the same device: slot `t` of batch row `b` is token `t % page_size` of page
+    `block_table` int `[B, most pages]` on the same device: slot `t` of batch row `b` is token `t % page_size` of page
     `block_table[b, t // page_size]`. The last dimension has stride 1 in both.
     """
 

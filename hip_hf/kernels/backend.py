@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.search import Selection, select
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.methods.base import QueryBlock
+from hip_hf.paged import PagedTensor
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import sparse
 from hip_hf.reference.gradients import learning
@@ -26,7 +27,6 @@ from hip_hf.state import Selection as Selected
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
-    from hip_hf.kernels.hyper import HyperAttention
 
 # A pyramid starts with room for this much more than its prompt (a share and a number of keys), and doubles when that is full.
 ROOM, LEAST_ROOM = 0.125, 4096
@@ -50,6 +50,20 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
     if len(rows) < len(spans):
         return None
     return tuple(rows.get(b, Span(b, 0, 0, 0, 0, 0)) for b in range(batch))
+
+
+def logits_of(problem: AttentionProblem) -> Logits:
+    return Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks)
+
+
+def keys_of(problem: AttentionProblem) -> KeyValues:
+    """Keys and values of a call: contiguous, or pages in one piece of memory (`unsupported` says where they are not)."""
+    if not isinstance(problem.k, PagedTensor) or not isinstance(problem.v, PagedTensor):
+        return KeyValues(problem.k, problem.v)
+    k, v = problem.k.store.pages(), problem.v.store.pages()
+    assert k is not None
+    assert v is not None
+    return KeyValues(k, v, problem.k.block_table())
 
 
 def mask_heads(config: HiPConfig, problem: AttentionProblem) -> int:
@@ -183,8 +197,8 @@ class SparseAttention(sparse.SparseAttention):
         if state is not None and spans is not None:
             kept = self._device_state(state, spans)
         self.sequences = sequences_of(spans or problem.spans, problem.q.device)
-        self.logits = Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks)
-        self.kv = KeyValues(problem.k, problem.v)
+        self.logits = logits_of(problem)
+        self.kv = keys_of(problem)
         if kept is not None and problem.q.shape[2] == 1 and not learning(problem):
             decode_step(problem.q, self.kv, self.sequences, config, self.logits, kept, self.out, self.lse)
             self._note_all(spans or problem.spans, kept.selection)
@@ -312,16 +326,34 @@ def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
         return f"kernels run on a GPU, the tensors are on {q.device}"
     if config.method not in ("hip", "streaming", "hyper"):
         return f"method {config.method} has no kernels"
-    if config.delta is not None:
-        return "Delta correction has no kernels"
+    if config.delta == 1:
+        return "with delta=1 every row is dense, which has no kernels"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"{q.dtype} has no kernels".replace("torch.", "")
+    paged = [x for x in (k, v) if isinstance(x, PagedTensor)]
+    if paged and (len(paged) == 1 or config.method == "hyper"):
+        return f"method {config.method} has no kernels for keys and values in pages"
+    if any(x.store.pages() is None for x in paged):
+        return "the cache's pages are not one piece of device memory"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[3] > MOST_DIM:
             return f"head dim {x.shape[3]} of {name} is above {MOST_DIM}"
         if x.stride(3) != 1:
             return f"the last dimension of {name} is not contiguous"
     return search.unsupported(config) if config.method == "hip" else ""
+
+
+def attention_for(config: HiPConfig) -> Any:
+    """The class that computes a sparse call, as `methods.attention_for` on a CPU."""
+    if config.delta is not None:
+        from hip_hf.kernels.delta import DeltaAttention  # which uses this module, as the next one
+
+        return DeltaAttention
+    if config.method == "hyper":
+        from hip_hf.kernels.hyper import HyperAttention
+
+        return HyperAttention
+    return SparseAttention
 
 
 def run(
@@ -331,12 +363,8 @@ def run(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     mask: bool,
-) -> SparseAttention | HyperAttention:
+) -> Any:
     """The sparse path of one call, into out and lse; where autograd follows, into new ones that it knows."""
-    if config.method == "hyper":
-        from hip_hf.kernels.hyper import HyperAttention as Call  # which uses this module
-    else:
-        Call = SparseAttention
-    call = Call(problem, config, out, lse, mask)
+    call = attention_for(config)(problem, config, out, lse, mask)
     call.run(state)
     return call

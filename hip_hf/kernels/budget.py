@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import re
 import subprocess
 import tempfile
@@ -31,14 +30,17 @@ SHARED = {
     "sm120": 99 * KILOBYTE,
     "gfx942": 64 * KILOBYTE,
 }
-MATRIX = {"sm90": r"wgmma\.mma_async", "sm100": r"tcgen05\.mma", "gfx942": r"\bv_mfma"}
-MATRIX_ELSE = r"\bmma\.sync"
+# Matrix instructions by name; the first of a target's is the one that it is fast with.
+INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mfma": r"\bv_mfma", "mma.sync": r"\bmma\.sync"}
+MATRIX = {"sm90": ("wgmma", "mma.sync"), "sm100": ("tcgen05", "mma.sync"), "gfx942": ("mfma",)}
+MATRIX_ELSE = ("mma.sync",)
 
 
 @dataclass
 class Spent:
-    """What one kernel spends on one target. `shared` in bytes; `spilled` in bytes (NVIDIA) or registers (AMD), both of stores;
-    `matrix`: matrix instructions of the kind that the target is fast with. `problem`: why it must not be released, or empty."""
+    """What one kernel spends on one target. `shared` in bytes; `spilled` in bytes of stack a thread (NVIDIA) or registers
+    (AMD); `matrix`: matrix instructions of the kind that the target is fast with; `path`: the fastest kind that is there.
+    `problem`: why it must not be released, or empty."""
 
     kernel: str
     target: str
@@ -49,6 +51,7 @@ class Spent:
     spilled: int = 0
     warps: int = 0
     matrix: int = 0
+    path: str = ""
     seconds: float = 0.0
     problem: str = ""
 
@@ -108,17 +111,13 @@ def _first(pattern: str, text: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def _assembler_log(ptx: str, capability: int) -> str:
-    """What the assembler says of registers and spills."""
-    from triton.backends.nvidia import compiler
-
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source, tempfile.NamedTemporaryFile(suffix=".o") as out:
-        source.write(ptx)
-        source.flush()
-        assembler = compiler.get_ptxas(capability) if compiler.get_ptxas.__code__.co_argcount else compiler.get_ptxas()
-        name = compiler.sm_arch_from_capability(capability)
-        command = [assembler.path, "-v", f"--gpu-name={name}", source.name, "-o", out.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def _resources(binary: bytes) -> str:
+    """What a program for NVIDIA's GPUs says of itself."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
@@ -128,12 +127,10 @@ def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
     assert isinstance(kernel, triton.runtime.JITFunction), "compile outside the interpreter"
     start = time.perf_counter()
     try:
-        said = io.StringIO()
-        with compiling_for(target), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
-            triton.knobs.nvidia.dump_ptxas_log = True
+        with compiling_for(target):
             compiled = kernel.warmup(grid=(1,), **launch.stand_ins())
             compiled = compiled.result() if callable(getattr(compiled, "result", None)) else compiled
-        _read(row, compiled, said.getvalue())
+        _read(row, compiled)
     except Exception as error:  # the compiler's own: it has no common type
         row.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         return row
@@ -147,16 +144,16 @@ def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
     return row
 
 
-def _read(row: Spent, compiled: Any, said: str) -> None:
-    """`said`: what the assembler said, unless the kernel came from Triton's cache."""
-    target = gpu_target(row.target)
+def _read(row: Spent, compiled: Any) -> None:
     row.shared, row.warps = compiled.metadata.shared, compiled.metadata.num_warps
-    if target.backend == "hip":
+    if gpu_target(row.target).backend == "hip":
         text = compiled.asm["amdgcn"]
         row.registers, row.spilled = _first(r"\.vgpr_count:\s+(\d+)", text), _first(r"\.vgpr_spill_count:\s+(\d+)", text)
     else:
         text = compiled.asm["ptx"]
-        log = said if "registers" in said else _assembler_log(text, target.arch)
-        row.registers, row.spilled = _first(r"Used (\d+) registers", log), _first(r"(\d+) bytes spill stores", log)
-        assert row.registers, "the assembler says nothing of registers"
-    row.matrix = len(re.findall(MATRIX.get(row.target, MATRIX_ELSE), text))
+        usage = _resources(compiled.asm["cubin"])
+        row.registers, row.spilled = _first(r"REG:(\d+)", usage), _first(r"STACK:(\d+)", usage)
+    assert row.registers, "the binary says nothing of registers"
+    found = {name: len(re.findall(INSTRUCTIONS[name], text)) for name in MATRIX.get(row.target, MATRIX_ELSE)}
+    row.matrix = next(iter(found.values()))
+    row.path = next((name for name, count in found.items() if count), "")

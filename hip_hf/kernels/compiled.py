@@ -14,7 +14,9 @@ import torch
 
 # import paths of the modules that have `launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]`;
 # `target` is one of "sm80", ..., "sm120", "gfx942", because launch configurations may depend on it
-MODULES = tuple(f"hip_hf.kernels.{name}" for name in ("pyramid", "votes", "search", "prefill", "decode", "backward", "hyper"))
+MODULES = tuple(
+    f"hip_hf.kernels.{name}" for name in ("pyramid", "votes", "search", "prefill", "decode", "backward", "hyper", "delta")
+)
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ def attend_squares(
     orders: tuple[torch.Tensor, torch.Tensor], level: Level, logits: Logits,
 ) -> None:  # fmt: skip
     """Merge the squares of a level into out and lse (`square_arguments` says their shapes)."""
-    shape = tile_of("prefill", target_of(q), q.shape[-1], v.shape[-1], q.dtype)
+    shape = tile_of("hyper squares", target_of(q), q.shape[-1], v.shape[-1], q.dtype)
     grid, arguments = square_arguments(q, k, v, out, lse, orders, level, logits, shape)
     square_kernel[grid](**arguments)
 
@@ -310,12 +310,13 @@ class HyperAttention(reference.HyperAttention):
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     """What `hip-hf kernels` compiles: the hash, and the squares with and without softcap."""
     x = example(dim, dtype)
-    shape = tile_of("prefill", target, dim, dim, dtype)
-    return [
-        hash_launch(x, target),
-        square_launch("hyper, squares", x, shape),
-        square_launch("hyper, squares, softcap", replace(x, logits=replace(x.logits, softcap=50.0)), shape),
-    ]
+    return [hash_launch(x, target), *square_launches(x, tile_of("hyper squares", target, dim, dim, dtype))]
+
+
+def square_launches(x: Example, shape: Tile) -> list[Launch]:
+    """`square_kernel` with and without softcap."""
+    capped = replace(x, logits=replace(x.logits, softcap=50.0))
+    return [square_launch("hyper, squares", x, shape), square_launch("hyper, squares, softcap", capped, shape)]
 
 
 def hash_launch(x: Example, target: str) -> Launch:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from hip_hf.config import HiPConfig
 from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.backend import run
 from hip_hf.kernels.backward import Part, gradients
-from hip_hf.kernels.hyper import HyperAttention
 from hip_hf.kernels.prefill import Logits, Reads, dense_reads, prefill
 from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.search import Selection
@@ -173,8 +173,8 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
 attend.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("hip_hf::hyper", mutates_args=())
-def hyper(
+@torch.library.custom_op("hip_hf::prompt", mutates_args=())
+def prompt(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -184,19 +184,20 @@ def hyper(
     config: str,
     scale: float,
     softcap: float | None,
+    sliding_window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """HyperAttention of a prompt: out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`. How a prompt is split depends on its length,
-    so `key_start` and `q_start`, where given, are read by the host: it waits for them."""
+    """HyperAttention or Delta correction of a prompt: out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`. Leaves and anchors depend
+    on its length, so `key_start` and `q_start`, where given, are read by the host: it waits for them."""
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    problem = AttentionProblem(q, k, v, make_spans(q, k, key_start, q_start), scale, None, softcap, sinks)
+    problem = AttentionProblem(q, k, v, make_spans(q, k, key_start, q_start), scale, sliding_window, softcap, sinks)
     if problem.spans:
-        HyperAttention(problem, settings(config), out, lse, False).run(None)
+        run(problem, settings(config), None, out, lse, False)
     return out, lse
 
 
-@hyper.register_fake
-def _(q, k, v, sinks, key_start, q_start, config, scale, softcap):  # type: ignore[no-untyped-def]
+@prompt.register_fake
+def _(q, k, v, sinks, key_start, q_start, config, scale, softcap, sliding_window):  # type: ignore[no-untyped-def]
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -222,8 +223,8 @@ def attention(
         causal = q.shape[2] > 1
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal, enable_gqa=q.shape[1] > k.shape[1])
         return out, None
-    if not dense and config.method == "hyper":
-        out, lse = hyper(q, k, v, sinks, key_start, q_start, text, scale, softcap)
+    if not dense and (config.method == "hyper" or config.delta is not None):
+        out, lse = prompt(q, k, v, sinks, key_start, q_start, text, scale, softcap, sliding_window)
         return out, lse if need_lse else None
     block_q = 0 if dense else 1 if decoding else config.block_q
     indices = counts = None

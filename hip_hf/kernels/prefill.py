@@ -139,7 +139,7 @@ def attend_kernel(
         block = tile
         block_first = position
         first = position + tile * (ROWS * STRIDE)
-        last = tl.minimum(first + (ROWS - 1) * STRIDE, position + (rows - 1) // STRIDE * STRIDE)
+        last = tl.minimum(first + (ROWS - 1) * STRIDE, position + rows - 1)
         query_row, out_row, out_batch = row_start + tile * (ROWS * STRIDE), tile * ROWS, sequence
     else:
         TILES: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS

@@ -76,10 +76,10 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int) -> Searc
     if dtype == torch.float32:
         wanted = SearchTile(16, 32, 32)
     elif target == "sm90":
-        wanted = SearchTile(64, 64, 128) if dim % 128 == 0 else SearchTile(64, 32, 64)
+        wanted = SearchTile(64, 64, 64) if dim % 128 == 0 else SearchTile(64, 32, 64)
     elif target.startswith("sm10"):
         # with 16 warps it stays off the tensor memory, whose passes in Triton 3.7 fail on tiles of 16 rows
-        wanted = SearchTile(32, 16, 64) if voters > 16 else SearchTile(16, 32, 64, warps=16)
+        wanted = SearchTile(32, 16, 64) if voters > 16 else SearchTile(16, 16, 16, warps=16)
     elif target.startswith("gfx"):
         wanted = SearchTile(32, 16, 32)
     else:

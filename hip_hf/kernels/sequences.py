@@ -43,13 +43,13 @@ class Sequences:
 
     @staticmethod
     def of(spans: Iterable[Span], device: torch.device) -> Sequences:
-        """From spans that the host knows: one small copy to the device, no wait."""
+        """From spans that the host knows: one small copy to the device, no wait.
+
+        `max_keys` is the end of the longest span's rows, `max_rows` the most rows of a span.
+        """
         spans = list(spans)
         rows = [[s.batch, s.key_start, s.row_start, s.rows, s.position] for s in spans]
-        host = torch.tensor(rows, dtype=torch.int32).view(-1, len(FIELDS)).t().contiguous()
-        if device.type != "cpu":
-            host = host.pin_memory()
-        table = host.to(device, non_blocking=True)
+        table = to_device(torch.tensor(rows, dtype=torch.int32).view(-1, len(FIELDS)).t().contiguous(), device)
         return Sequences(table, max((s.rows for s in spans), default=0), max((s.end for s in spans), default=0))
 
 
@@ -93,3 +93,8 @@ def always_read(first, window, sink_keys, sliding, BLOCK_K: tl.constexpr):
 def window_start(first, window_keys, BLOCK_K: tl.constexpr):
     """Where the window of a query block starts when it is laid out anew."""
     return tl.maximum(first - window_keys, 0) // BLOCK_K * BLOCK_K
+
+
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host, copied without a wait."""
+    return (host if device.type == "cpu" else host.pin_memory()).to(device, non_blocking=True)

@@ -46,7 +46,7 @@ def _age(target: str) -> int:
 
 
 def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
-    """Configuration of `kernel` (prefill | decode | backward queries | backward keys) for head dims as wide as the wider one.
+    """Configuration of `kernel` (a name in the table) for head dims as wide as the wider one.
 
     A target that is not in the table gets the configuration of the closest older one of its maker.
     """

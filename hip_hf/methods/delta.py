@@ -11,8 +11,8 @@ serves the steps up to the next anchor. The log-sum-exp is corrected alike. Cost
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +35,17 @@ def anchors(first: int, end: int, gamma: int, known: int | None) -> list[int]:
     return own
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What to correct in one span: its rows at positions `span.position` to `end - 1`, by the anchors `at`; `kept` is the
+    correction that holds in front of the first of them, if any row is there."""
+
+    span: Span
+    end: int
+    at: list[int]
+    kept: Correction | None
+
+
 class DeltaAttention:
     """One call: another attention, and its correction."""
 
@@ -47,46 +58,66 @@ class DeltaAttention:
         self.lse = torch.full(shape, -torch.inf, dtype=dtype, device=problem.q.device) if lse is None else lse
         # the rows at the end are dense, and the correction must not come twice
         inner = replace(config, delta=None, dense_tail=max(config.dense_tail, config.delta))
-        self.inner = attention_for(inner)(problem, inner, out, self.lse, mask)
+        self.inner = self.attention(inner)(problem, inner, out, self.lse, mask)
         self.reading = self.inner.reading
+
+    @staticmethod
+    def attention(config: HiPConfig) -> Any:
+        """The class of the attention to correct."""
+        return attention_for(config)
 
     @property
     def mask(self):  # type: ignore[no-untyped-def]
         return self.inner.mask
 
+    @property
+    def decoding(self) -> bool:
+        return self.problem.q.shape[2] <= DECODE_ROWS
+
+    @property
+    def interpolating(self) -> bool:
+        return self.config.delta_mode == "interpolate" and not self.decoding
+
     def run(self, state: DecodeState | None) -> None:
         self.inner.run(state)
-        for span in self.problem.spans:
-            row = RowState(0) if state is None else state.rows[span.batch]
-            row.correction = self._correct(span, row.correction)
+        spans = self.problem.spans
+        rows = [RowState(0) if state is None else state.rows[span.batch] for span in spans]
+        plans = [self._plan(span, row.correction) for span, row in zip(spans, rows, strict=True)]
+        for row, correction in zip(rows, self.correct(plans), strict=True):
+            row.correction = correction
+        sliding = self.problem.sliding_window
+        self.reading.read += sum(keys_seen(at, at, sliding) for plan in plans for at in plan.at)
         self.reading.read = min(self.reading.read, self.reading.visible)
 
-    def _correct(self, span: Span, kept: Correction | None) -> Correction | None:
-        """Correct one span's rows, given the difference kept from the call before; the one that holds after its last row."""
-        decoding = self.problem.q.shape[2] <= DECODE_ROWS
-        end = span.end if decoding else max(span.position, span.end - self.inner.config.dense_tail)
+    def _plan(self, span: Span, kept: Correction | None) -> Plan:
+        end = span.end if self.decoding else max(span.position, span.end - self.inner.config.dense_tail)
         at = anchors(span.position, end, self.gamma, None if kept is None else kept.position)
+        return Plan(span, end, at, None if at and at[0] == span.position else kept)
+
+    def correct(self, plans: list[Plan]) -> list[Correction | None]:
+        """Correct the rows of every plan; the corrections that hold after their last rows."""
+        return [self._correct(plan) for plan in plans]
+
+    def _correct(self, plan: Plan) -> Correction | None:
+        span, at, kept = plan.span, plan.at, plan.kept
         t = tensors_of(self.problem, span, self.out, self.lse)
         assert t.lse is not None
         parts = []  # of out and log-sum-exp, one after the other in `at`
-        if kept is not None and (not at or at[0] > span.position):
+        if kept is not None:
             parts.append((kept.out[:, :, None], kept.lse[:, :, None]))
         if at:
             index = torch.tensor(at, device=t.q.device) - span.position
             out, lse = attend_positions(t, at, span.position)
             parts.append((out - t.out[:, :, index], lse - t.lse[:, :, index]))
-            self.reading.read += sum(keys_seen(p, p, self.problem.sliding_window) for p in at)
         if not parts:
             return None
-        if len(parts) > len(at[:1]):
-            assert kept is not None
+        if kept is not None:
             at = [kept.position, *at]
         out, lse = (torch.cat(pair, dim=2) for pair in zip(*parts, strict=True))
-        rows = torch.arange(span.position, end, device=t.q.device)
-        interpolate = self.config.delta_mode == "interpolate" and not decoding
+        rows = torch.arange(span.position, plan.end, device=t.q.device)
         for x, difference in ((t.out, out), (t.lse, lse)):
             some = x[:, :, : len(rows)]
-            some.copy_(some + spread(difference, torch.tensor(at, device=rows.device), rows, interpolate))
+            some.copy_(some + spread(difference, torch.tensor(at, device=rows.device), rows, self.interpolating))
         return Correction(at[-1], out[:, :, -1].clone(), lse[:, :, -1].clone())
 
 
