@@ -164,8 +164,8 @@ def decode_step(
         keep_window(config, sequences, state.selection)
     else:
         state.pyramid.extend(kv, sequences, 1, append=True)
-        table = state.pyramid.table
-        select(q, table, kv, sequences, config, logits.scale, logits.softcap, logits.sliding_window, 1, state.selection)
+        table, shape = state.pyramid.table, (logits.scale, logits.softcap, logits.sliding_window)
+        select(q, table, kv, sequences, config, *shape, 1, state.selection, logits.positions)
     decode(q, kv, sequences, reads_of(config, state.selection, 1), logits, state.scratch, out, lse)
 
 
@@ -183,7 +183,7 @@ class SparseAttention(sparse.SparseAttention):
         if state is not None and spans is not None:
             kept = self._device_state(state, spans)
         self.sequences = sequences_of(spans or problem.spans, problem.q.device)
-        self.logits = Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks)
+        self.logits = Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks, problem.positions)
         self.kv = KeyValues(problem.k, problem.v)
         if kept is not None and problem.q.shape[2] == 1 and not learning(problem):
             decode_step(problem.q, self.kv, self.sequences, config, self.logits, kept, self.out, self.lse)
@@ -240,7 +240,7 @@ class SparseAttention(sparse.SparseAttention):
             pyramid.extend(self.kv, self.sequences, block_q, append=self.decoding and kept is not None)
             select(
                 problem.q, pyramid.table, self.kv, self.sequences, config, problem.scale, problem.softcap,
-                problem.sliding_window, block_q, selection,
+                problem.sliding_window, block_q, selection, problem.positions,
             )  # fmt: skip
         if kept is not None:
             for span in spans:
@@ -303,17 +303,33 @@ def dense_rows(
     decode(q, kv, sequences_of(moved, q.device), dense_reads(), logits, scratch, out, lse)
 
 
+def attend_densely(
+    problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Dense attention, into out and lse; the keys of few rows are split over the device."""
+    kv = KeyValues(problem.k, problem.v)
+    logits = Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks, problem.positions)
+    if problem.q.shape[2] <= sparse.DECODE_ROWS:
+        dense_rows(problem, kv, problem.spans, [0] * len(problem.spans), logits, out, lse)
+    else:
+        prefill(problem.q, kv, sequences_of(problem.spans, problem.q.device), dense_reads(), logits, out, lse)
+    return out, lse
+
+
 def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
     """Why the kernels cannot serve a call of the sparse path; empty if they can."""
-    q, k, v = problem.q, problem.k, problem.v
-    if problem.positions is not None:
-        return "context extension has no kernels"
-    if q.device.type != "cuda" and not INTERPRETED:
-        return f"kernels run on a GPU, the tensors are on {q.device}"
     if config.method not in ("hip", "streaming", "hyper"):
         return f"method {config.method} has no kernels"
     if config.delta is not None:
         return "Delta correction has no kernels"
+    return unsupported_tensors(problem) or (search.unsupported(config) if config.method == "hip" else "")
+
+
+def unsupported_tensors(problem: AttentionProblem) -> str:
+    """Why the kernels cannot serve tensors like these; empty if they can."""
+    q, k, v = problem.q, problem.k, problem.v
+    if q.device.type != "cuda" and not INTERPRETED:
+        return f"kernels run on a GPU, the tensors are on {q.device}"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"{q.dtype} has no kernels".replace("torch.", "")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -321,7 +337,7 @@ def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
             return f"head dim {x.shape[3]} of {name} is above {MOST_DIM}"
         if x.stride(3) != 1:
             return f"the last dimension of {name} is not contiguous"
-    return search.unsupported(config) if config.method == "hip" else ""
+    return ""
 
 
 def run(
