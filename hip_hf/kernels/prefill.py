@@ -7,7 +7,7 @@ query heads that share a selection, so each key and value is loaded once for all
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -256,6 +256,11 @@ def attend_kernel(
         tl.store(lse_ptr, lse, mask=real)
 
 
+def turning_tile(tile: Tile) -> Tile:
+    """Smaller: turning a tile of queries or keys takes four registers where its numbers take one."""
+    return replace(tile, rows=min(tile.rows, 64), keys=min(tile.keys, 32))
+
+
 def call_arguments(
     q: torch.Tensor,
     kv: KeyValues,
@@ -270,6 +275,7 @@ def call_arguments(
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Grid and arguments of `attend_kernel`; with several splits, out `[splits, B, Hq, Tq, Dv]` and lse alike are partial."""
     heads, dim, dim_v = q.shape[1], q.shape[-1], kv.v.shape[-1]
+    tile = tile if logits.positions is None else turning_tile(tile)
     selected = reads.indices is not None
     lists = reads.indices.shape[1] if reads.indices is not None else kv.heads
     group = heads // lists

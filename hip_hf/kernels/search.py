@@ -73,9 +73,11 @@ class SearchTile:
     stages: int = 2
 
 
-def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int) -> SearchTile:
+def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int, indexed: bool) -> SearchTile:
     """Chosen so that nothing spills (`hip-hf kernels`), for `voters` voting rows. Only Hopper's matrix instructions leave room
-    for 64 rows at once."""
+    for 64 rows at once. `indexed`: chunks are turned as they are loaded, which takes four registers where others take one."""
+    if indexed:
+        return SearchTile(16, 16, 16, stages=1)
     if dtype == torch.float32:
         wanted = SearchTile(16, 32, 32)
     elif target == "sm90":
@@ -96,10 +98,11 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int) -> Searc
 
 
 def constants(
-    config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str, stateful: bool
-) -> dict[str, Any]:
+    config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str, stateful: bool,
+    indexed: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Compile-time arguments of the search. `group`: query heads per key head; `most_keys`: a bound on a sequence's keys;
-    `stateful`: decode steps whose selections are kept."""
+    `stateful`: decode steps whose selections are kept; `indexed`: chunk-indexed positions."""
     budget, bk = config.budget // config.block_k, config.block_k
     keep, most = config.beam * budget, 2 * config.beam * budget
     rescore = config.rescore > 1
@@ -114,7 +117,7 @@ def constants(
     parts, vectors = parts_and_vectors(config)
     voters = group if config.group_shared else 1
     samples = -(-block_q // config.query_stride)
-    shape = search_tile(target, dim, dtype, samples * voters)
+    shape = search_tile(target, dim, dtype, samples * voters, indexed)
     held = shape.rows * CANDIDATES // (2 if vectors > 1 else 1) // (2 * kept)
     rows = max(16, min(triton.next_power_of_2(samples * voters), shape.rows, held))
     return dict(
@@ -170,7 +173,8 @@ def select(
     """
     blocks, heads = sequences.blocks(block_q), into.counts.shape[1]
     group = q.shape[1] // kv.heads
-    fixed = constants(config, group, q.shape[-1], q.dtype, block_q, sequences.max_keys, target_of(q), into.made is not None)
+    shape, indexed = (group, q.shape[-1], q.dtype, block_q, sequences.max_keys), positions is not None and positions.chunk_indexed
+    fixed = constants(config, *shape, target_of(q), into.made is not None, indexed)
     scratch, stride_scratch = into.counts, 0
     if fixed["LONG"]:
         stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])
@@ -204,9 +208,9 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     )  # fmt: skip
     like, indexed = torch.empty(0, dtype=dtype, device="meta"), replace(example_positions(dim), chunk_indexed=True)
     for name, block_q, page_size in (("select, prefill", config.block_q, 0), ("select, decode", 1, 256)):
-        fixed = constants(config, 4, dim, dtype, block_q, 1 << 20, target, block_q == 1)
-        arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
         for suffix, positions in (("", None), (", chunk-indexed", indexed)):
-            turns = chunk_rotation(positions, config, like)
-            found.append(Launch(name + suffix, select_kernel, {**pointers, **numbers, **arguments, **turns}))
+            fixed = constants(config, 4, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions is not None)
+            fixed |= chunk_rotation(positions, config, like)
+            arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
+            found.append(Launch(name + suffix, select_kernel, {**pointers, **numbers, **arguments}))
     return found
