@@ -162,7 +162,7 @@ def placed(problem: AttentionProblem) -> AttentionProblem:
 def dense_by_kernels(problem: AttentionProblem, config: HiPConfig) -> bool:
     """Whether dense attention at positions of ours is left to the kernels: PyTorch's own knows no such positions."""
     wanted = config.backend == "triton" or (config.backend == "auto" and problem.q.device.type == "cuda")
-    if problem.positions is None or not wanted:
+    if problem.positions is None or not wanted or isinstance(problem.k, PagedTensor):
         return False
     try:
         from hip_hf.kernels.backend import unsupported_tensors
