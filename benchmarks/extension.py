@@ -3,14 +3,17 @@
     python benchmarks/extension.py
 
 Perplexity is that of the same tokens with more and more of the document before them, so that only the length changes; every
-layer and row is sparse under `extend`. Writes `benchmarks/results/extension.json` and `extension.png`.
+layer and row is sparse under `extend`. Writes `benchmarks/results/extension.json`, `extension.png` and, for the documentation,
+the table `extension.md`. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,15 +24,19 @@ import typer
 from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig
 from hip_hf.eval import passkey, plots, report
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, load
+from hip_hf.eval.cells import Cells
+from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, digest, load_to_measure
 from hip_hf.eval.presets import settings_of, sizes
+from hip_hf.eval.publish import Results, Targets, model_name
 
 RESULTS = Path(__file__).parent / "results"
-SETTINGS = {"dense": "dense", "extended": '{"extend": "streaming", "budget": 256}'}
+SETTINGS = {"streaming": '{"extend": "streaming"}', "dense": "dense"}
 # Dense attention is quadratic, and has collapsed well before.
 DENSE_UP_TO = 32768
 # Tokens whose loss is measured, and tokens that are read at once.
 TARGETS, CHUNK = 2048, 2048
+# Pass keys lie at tenths of the document. So many of them apart, any first few prompts are spread over all of it.
+DEPTHS, APART = 11, 4
 
 
 @torch.inference_mode()
@@ -47,73 +54,124 @@ def loss_of(model: Any, config: HiPConfig, text: list[int]) -> float:
     return total / TARGETS
 
 
-def perplexities(model: Any, config: HiPConfig, tokens: list[int], length: int, texts: int) -> float:
-    """Over the same targets whatever the length: they end at places spread over what the longest text leaves of the document."""
-    ends = [len(tokens) - (len(tokens) * 3 // 5) * i // max(texts, 1) for i in range(texts)]
-    losses = [loss_of(model, config, tokens[end - length : end]) for end in ends]
-    return math.exp(sum(losses) / len(losses))
+def ends_of(tokens: int, texts: int) -> list[int]:
+    """Where the texts for perplexity end, the same at every length: spread over the last three fifths of the document."""
+    return [tokens - tokens * 3 // 5 * i // texts for i in range(texts)]
 
 
-def pass_keys(model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length: int, depths: int, samples: int) -> Any:
-    """Counted answers to prompts of one length, at evenly spaced depths: the prompts of `hip-hf passkey`."""
-    sparse, cell = passkey.use(model, config), passkey.Cell()
-    for i in range(depths):
-        place = i / (depths - 1)
-        for sample in range(samples):
-            rng = random.Random(f"0 {length} {place:.6f} {sample}")
-            cell += passkey.ask(model, tokenizer, [passkey.make_sample(tokenizer, tokens, length, place, 1, rng)], sparse)
-    return cell
+def ask(model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length: int, number: int) -> dict[str, Any]:
+    """The count of one pass-key prompt, as `hip-hf passkey` makes them."""
+    sample, place = number // DEPTHS, number * APART % DEPTHS / (DEPTHS - 1)
+    rng = random.Random(f"0 {length} {place:.6f} {sample}")
+    prompt = passkey.make_sample(tokenizer, tokens, length, place, 1, rng)
+    return asdict(passkey.ask(model, tokenizer, [prompt], passkey.use(model, config)))
 
 
-def draw(rows: list[dict[str, Any]], trained: int, file: Path) -> None:
+def measure(
+    model: Any, tokenizer: Any, tokens: list[int], plan: dict[str, Any], configs: dict[str, HiPConfig], cells: Cells
+) -> Iterator[dict[str, Any]]:
+    """The rows of the report, of what `cells` has not yet."""
+    row: dict[str, Any]
+    for name, config in configs.items():
+        for length in plan["contexts"]:
+            if name == "dense" and length > DENSE_UP_TO:
+                continue
+            losses = []
+            for end in ends_of(len(tokens), plan["texts"]):
+                text = tokens[end - length : end]
+                losses.append(cells.get(("perplexity", name, length, end), partial(loss_of, model, config, text)))
+            row = {"what": "perplexity", "settings": name, "length": length, "value": math.exp(sum(losses) / len(losses))}
+            yield row | {"low": None, "high": None, "digits": None, "samples": len(losses)}
+        for length in plan["lengths"]:
+            far = name == "dense" and length > plan["trained"]
+            cell = passkey.Cell()
+            for number in range(plan["dense_samples"] if far else plan["samples"]):
+                work = partial(ask, model, tokenizer, config, tokens, length, number)
+                cell += passkey.Cell.read(cells.get(("pass keys", name, length, number), work))
+            counted = cell.row(name, length, None)
+            row = {"what": "pass keys", "settings": name, "length": length, "value": counted["accuracy"]}
+            yield row | {key: counted[key] for key in ("low", "high", "digits", "samples")}
+
+
+def draw(document: dict[str, Any], file: Path) -> None:
     pyplot = plots.pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, kind, name in zip(axes, ("pass keys", "perplexity"), ("answers entirely right", "perplexity"), strict=True):
-        for settings in SETTINGS:
-            line = [row for row in rows if row["settings"] == settings and row["what"] == kind]
-            axis.plot([row["length"] for row in line], [row["value"] for row in line], marker="o", label=settings)
-        axis.axvline(trained, color="grey", linestyle=":", label="trained length")
+        for settings in document["configs"]:
+            line = [row for row in document["rows"] if row["settings"] == settings and row["what"] == kind]
+            x, y = [row["length"] for row in line], [row["value"] for row in line]
+            axis.plot(x, y, marker="o", label=settings if settings == "dense" else f'extend="{settings}"')
+            if kind == "pass keys":
+                axis.fill_between(x, [row["low"] for row in line], [row["high"] for row in line], alpha=0.15)
+        axis.axvline(document["trained"], color="grey", linestyle=":", label="trained length")
         axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({row["length"] for row in document["rows"]}))
+        axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:.0f}K")
+        axis.minorticks_off()
         axis.set_xlabel("tokens")
         axis.set_ylabel(name)
         axis.legend()
-    axes[1].set_yscale("log")
+    axes[0].set_ylim(-0.03, 1.03)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 
+def markdown(document: dict[str, Any]) -> str:
+    """A line for each kind of figure and setting, a column for each length."""
+    lengths = sorted({row["length"] for row in document["rows"]})
+    found = {(row["what"], row["settings"], row["length"]): row for row in document["rows"]}
+    lines = [f"| | {' | '.join(f'{length // 1024}K' for length in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
+    for what in ("pass keys", "perplexity"):
+        for settings in document["configs"]:
+            texts = []
+            for length in lengths:
+                row = found.get((what, settings, length))
+                if row is None:
+                    texts.append("")
+                elif what == "perplexity":
+                    texts.append(f"{row['value']:.1f}")
+                else:
+                    right = round(row["value"] * row["samples"])
+                    texts.append(f"{right} of {row['samples']} [{row['low']:.0%}, {row['high']:.0%}]")
+            name = settings if settings == "dense" else f'`extend="{settings}"`'
+            lines.append(f"| {what}, {name} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(
-    lengths: Annotated[str, typer.Option(help="Of the pass-key prompts.")] = "8K,32K",
+    lengths: Annotated[str, typer.Option(help="Of the pass-key prompts.")] = "8K,16K,32K",
     contexts: Annotated[str, typer.Option(help="Of the texts for perplexity.")] = "8K,16K,32K,64K",
-    depths: int = 11,
-    samples: int = 2,
-    texts: Annotated[int, typer.Option(help="Texts for perplexity.")] = 3,
+    samples: Annotated[int, typer.Option(min=1, help="Pass-key prompts of each length.")] = 22,
+    dense_samples: Annotated[int, typer.Option(min=1, help="The same for dense attention beyond the trained length.")] = 6,
+    texts: Annotated[int, typer.Option(min=1, help="Texts for perplexity.")] = 4,
+    budget: Annotated[int, typer.Option(help="Keys selected per query block.")] = 256,
     output: Path = RESULTS / "extension.json",
 ) -> None:
-    """Measure and draw; what an interrupted run has finished is not done again."""
-    model, tokenizer = load(str(CHECKPOINT), "sdpa")
-    tokens = tokenizer.encode(DOCUMENT.read_text(), add_special_tokens=False, verbose=False)
-    trained = model.config.max_position_embeddings
-    configs = {name: settings_of([text])[text] for name, text in SETTINGS.items()}
-    rows: list[dict[str, Any]] = json.loads(output.read_text())["rows"] if output.exists() else []
-    jobs = [(what, length, name) for what, some in (("perplexity", contexts), ("pass keys", lengths)) for length in sizes(some)
-            for name in configs if name != "dense" or length <= DENSE_UP_TO]  # fmt: skip
-    for what, length, name in jobs:
-        if any((row["what"], row["length"], row["settings"]) == (what, length, name) for row in rows):
-            continue
-        row: dict[str, Any] = {"what": what, "length": length, "settings": name}
-        if what == "perplexity":
-            row["value"] = perplexities(model, configs[name], tokens, length, texts)
-        else:
-            cell = pass_keys(model, tokenizer, configs[name], tokens, length, depths, samples)
-            low, high = passkey.wilson(cell.exact, cell.samples)
-            row |= {"value": cell.exact / cell.samples, "low": low, "high": high, "samples": cell.samples}
-            row["digits"] = cell.digits / (cell.samples * passkey.DIGITS)
-        rows.append(row)
-        typer.echo(row)
-        found = {"trained": trained, "texts": texts, "rows": rows, "configs": {n: c.to_dict() for n, c in configs.items()}}
-        output.write_text(json.dumps({**found, "machine": report.machine()}, indent=1) + "\n")
-    draw(rows, trained, output.with_suffix(".png"))
+    """Measure, draw, and write the table."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    try:
+        plan = {"lengths": sizes(lengths), "contexts": sizes(contexts), "samples": samples, "dense_samples": dense_samples}
+        made = settings_of(list(SETTINGS.values()), budget=budget)
+        configs = {name: made[given] for name, given in SETTINGS.items()}
+        details = {
+            "model": model_name(str(CHECKPOINT)), "document": DOCUMENT.name, **plan, "texts": texts, "targets": TARGETS,
+            "configs": {name: config.to_dict() for name, config in configs.items()},
+        }  # fmt: skip
+        targets = Targets(output=output, plot=output.with_suffix(".png"))
+        cells = targets.cells("extension", **details, text=digest(text))
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    model, tokenizer, tokens = load_to_measure(str(CHECKPOINT), "cpu", text)
+    details["trained"] = model.config.max_position_embeddings
+    rows = []
+    with cells:
+        for row in measure(model, tokenizer, tokens, details, configs, cells):
+            report.notes.print(row)
+            rows.append(row)
+    title = f"Context extension, {details['model']}, trained for {details['trained']:,} tokens; pass keys with 95 % intervals"
+    result = Results("extension", title, rows, details, draw)
+    targets.publish(result, cells)
+    output.with_suffix(".md").write_text(markdown(result.document()), encoding="utf-8")
 
 
 if __name__ == "__main__":

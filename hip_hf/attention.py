@@ -117,7 +117,7 @@ def attend(
                 row.selection = None
                 if row.on_device:
                     state.device.select_anew(span.batch)
-        return Result(*attend_dense(problem, need_lse), None, "dense", reason, 1.0, unsupported)
+        return Result(*attend_dense(problem, config, need_lse), None, "dense", reason, 1.0, unsupported)
     backend, why = backend_of(problem, config)
     if backend == "triton":
         from hip_hf.kernels.backend import run
@@ -162,10 +162,26 @@ def placed(problem: AttentionProblem) -> AttentionProblem:
     return replace(problem, q=q, k=k, positions=None)
 
 
-def attend_dense(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def dense_by_kernels(problem: AttentionProblem, config: HiPConfig) -> bool:
+    """Whether dense attention at positions of ours is left to the kernels: PyTorch's own knows no such positions."""
+    wanted = config.backend == "triton" or (config.backend == "auto" and problem.q.device.type == "cuda")
+    if problem.positions is None or not wanted or isinstance(problem.k, PagedTensor):
+        return False
+    try:
+        from hip_hf.kernels.backend import unsupported_tensors
+    except ImportError:
+        return False
+    return not unsupported_tensors(problem)
+
+
+def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention: the output, and the log-sum-exp if asked for."""
     if problem.positions is not None and not isinstance(problem.k, PagedTensor) and problem.longest <= problem.positions.trained:
         problem = placed(problem) if problem.q.shape[2] > DECODE_ROWS else problem
+    if dense_by_kernels(problem, config):
+        from hip_hf.kernels.backend import attend_densely
+
+        return attend_densely(problem, *empty_outputs(problem, need_lse))
     if dense.sdpa_serves(problem, need_lse) and dense.alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None
     if dense.sdpa_serves(problem, need_lse):
@@ -282,9 +298,9 @@ def hip_attention(
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"q.shape: got {q.shape[2]} query rows, allowed: at most the {k.shape[2]} keys")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.compiler.is_compiling() and state is None and not return_mask:
+    if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
-        problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks, positions)
+        problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
         if backend_of(problem, config)[0] == "triton":
             return _in_graph(problem, config, layer, key_start, q_start, return_lse)
     spans = make_spans(q, k, key_start, q_start)

@@ -4,7 +4,8 @@ q and k come un-rotated. Every distance at which a query meets a key is then our
 trained for:
 
     attention of a query block: what it reads (sink | selected | window) gets consecutive positions that end at the query's
-    dense rows: true distances, and `trained - 1` for every key that is farther away
+    dense rows: true distances
+    both: `trained - 1` for every key that would be farther away
     selection: a key counts as just outside the window (relative); in the first layers, chunks count their distance from it
                in chunks (chunk-indexed)
 
@@ -14,6 +15,7 @@ Only differences of positions matter, so each rule picks its own origin.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,15 +50,15 @@ class Rope:
         """Numbers of a head that turn."""
         return 2 * len(self.inv_freq)
 
-    def tables(self, count: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine `[>= count, R / 2]` of the positions from 0 on, in dtype and on the device of `like`."""
-        key = (like.dtype, like.device)
+    def tables(self, count: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine `[>= count, R / 2]` of the positions from 0 on."""
+        key = (dtype, device)
         known = self._tables.get(key)
         if known is None or len(known[0]) < count:
             most = max(FEWEST_POSITIONS, 1 << (count - 1).bit_length())
             with torch.inference_mode(False), torch.no_grad():  # they outlive the mode they are made in
                 angles = torch.arange(most, dtype=torch.float64)[:, None] * self.inv_freq.double()
-                known = angles.cos().to(like.device, like.dtype), angles.sin().to(like.device, like.dtype)
+                known = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
             self._tables[key] = known
         return known
 
@@ -64,7 +66,7 @@ class Rope:
         self, x: torch.Tensor, position: torch.Tensor | int, most: int, back: bool = False, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Keys `[..., n, D]` turned to `position`: the first of consecutive ones, or int64 `[..., n]`, all below `most`."""
-        cos, sin = self.tables(most, x)
+        cos, sin = self.tables(most, x.dtype, x.device)
         index = slice(position, position + x.shape[-2]) if isinstance(position, int) else position
         return turn(x, cos[index], sin[index], back, out)
 
@@ -116,26 +118,31 @@ class Positions:
             got = f"{reach} keys and block_q={config.block_q}"
             raise ValueError(f"sink + budget + window: got {got}, allowed with `extend`: up to the trained {self.trained}")
 
-    def streaming(self, query: torch.Tensor, keys: int, rows: int) -> tuple[torch.Tensor, torch.Tensor | int]:
-        """Attention of a query block that reads `keys` keys, its own `rows` the last of them: queries `[..., rows, D]` in their
-        places, and the places of the keys."""
-        over = max(0, keys - self.trained)  # block rounding may exceed what was trained by a little: the first keys move up
-        place: torch.Tensor | int = 0
-        if over:
-            place = (torch.arange(keys, device=query.device) - over).clamp(min=0)
-        return self.rope.queries(query, keys - rows - over, self.trained), place
+    def streaming(self, query: torch.Tensor, keys: int) -> torch.Tensor:
+        """Queries `[..., rows, D]` of a query block in their places, the last of the `keys` that it reads. As they are where
+        rounding to blocks makes these more than was trained for."""
+        return self.rope.queries(query, keys - query.shape[-2], self.trained) if keys <= self.trained else query
 
-    def placed(self, k: torch.Tensor, place: torch.Tensor | int) -> torch.Tensor:
-        """Keys `[heads, keys, D]` in the places that `streaming` gave, in memory that the next call reuses."""
-        return self.rope.keys(k, place, self.trained, out=scratch.take("placed", tuple(k.shape), k))
+    def streaming_logits(self, query: torch.Tensor, k: torch.Tensor, out: torch.Tensor) -> None:
+        """Logits of a query block, `[heads, G, rows, D]` from `streaming`, for the keys `[heads, keys, D]` that it reads, into
+        `out` `[heads, G * rows, keys]`."""
+        keys, rows = k.shape[1], query.shape[2]
+        if keys <= self.trained:
+            placed = self.rope.keys(k, 0, self.trained, out=scratch.take("placed", tuple(k.shape), k))
+            torch.bmm(query.flatten(1, 2), placed.transpose(1, 2), out=out)
+            return
+        first, last = keys - rows, keys - 1
+        bounds = sorted({0, *(cut for cut in self.cuts(first, last) if cut > 0), keys})
+        for at, end in pairwise(bounds):
+            self.dense_logits(query, k[:, at:end], first, last, at, out=out[..., at:end])
 
     def cuts(self, first: int, last: int) -> list[int]:
-        """Where a dense row block, at `first` to `last`, finds keys that are too far for all of its rows, and for some of them:
+        """Where a row block, at `first` to `last`, finds keys that are too far for all of its rows, and for some of them:
         those before the first cut, and those between it and the second. None is among the rows' own keys."""
         return [first - self.trained + 1, min(last - self.trained + 1, first)]
 
     def dense_logits(self, query: torch.Tensor, k: torch.Tensor, first: int, last: int, at: int, out: torch.Tensor) -> None:
-        """Logits of dense rows at `first` to `last`, `[heads, G, rows, D]`, for the keys `[heads, n, D]` from position `at` on,
+        """Logits of rows at `first` to `last`, `[heads, G, rows, D]`, for the keys `[heads, n, D]` from position `at` on,
         which lie on one side of every cut, into `out` `[heads, G * rows, n]`. Keys too far away are all at `trained - 1`."""
         near, mixed = last - self.trained + 1, first - self.trained + 1
         if at >= mixed:

@@ -60,17 +60,16 @@ def attention(
 
 def places(seen: torch.Tensor, config: HiPConfig, first: int, trained: int, rows: int) -> dict[tuple[int, int], int]:
     """Distances by the streaming rule, for rows that begin at position `first`: what a query block reads is numbered
-    consecutively, up to its last row's key; what is farther from that row than was trained moves up."""
+    consecutively, up to its last row's key; no key counts as farther than was trained."""
     distance, row = {}, 0
     while row < rows:
         size = 1 if rows <= 16 else config.block_q - (first + row) % config.block_q
         last = min(row + size, rows) - 1
         listed = seen[last].nonzero().flatten().tolist()
-        over = max(0, len(listed) - trained)
-        place = {key: max(at - over, 0) for at, key in enumerate(listed)}
+        place = {key: at for at, key in enumerate(listed)}
         for i in range(row, last + 1):
             own = place[first + i]
-            distance |= {(i, j): own - place[j] for j in seen[i].nonzero().flatten().tolist()}
+            distance |= {(i, j): min(own - place[j], trained - 1) for j in seen[i].nonzero().flatten().tolist()}
         row = last + 1
     return distance
 
@@ -96,7 +95,7 @@ def test_attention_at_streaming_positions(rows: int, fields: dict[str, Any], poi
 
 
 @pytest.mark.parametrize("trained", [36, 40, 52])
-def test_rounding_beyond_the_trained_length_moves_keys_up(trained: int) -> None:
+def test_what_rounding_puts_beyond_the_trained_length_counts_as_farthest(trained: int) -> None:
     """`sink + budget + window` is 36; rounded to blocks, a row reads up to 54 keys."""
     check_streaming(small(**EXTENDED), 131, 37, trained)
 
@@ -370,13 +369,3 @@ def test_gradients_are_refused() -> None:
     q, k, v = make_qkv(40)
     with pytest.raises(ValueError, match="extend: got 'streaming' where gradients"):
         hip_attention(q.requires_grad_(), k, v, config=small(**EXTENDED), positions=positions())
-
-
-def test_kernels_say_why_they_do_not_serve() -> None:
-    pytest.importorskip("triton")
-    from hip_hf.kernels.backend import unsupported
-
-    problem = make_problem(*make_qkv(40), positions=positions())
-    assert unsupported(problem, small(**EXTENDED)) == "context extension has no kernels"
-    with pytest.raises(ValueError, match=r"backend: got 'triton'.*context extension has no kernels"):
-        attend(problem, small(**EXTENDED, backend="triton"))

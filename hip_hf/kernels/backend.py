@@ -53,7 +53,7 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
 
 
 def logits_of(problem: AttentionProblem) -> Logits:
-    return Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks)
+    return Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks, problem.positions)
 
 
 def keys_of(problem: AttentionProblem) -> KeyValues:
@@ -178,8 +178,8 @@ def decode_step(
         keep_window(config, sequences, state.selection)
     else:
         state.pyramid.extend(kv, sequences, 1, append=True)
-        table = state.pyramid.table
-        select(q, table, kv, sequences, config, logits.scale, logits.softcap, logits.sliding_window, 1, state.selection)
+        table, shape = state.pyramid.table, (logits.scale, logits.softcap, logits.sliding_window)
+        select(q, table, kv, sequences, config, *shape, 1, state.selection, logits.positions)
     decode(q, kv, sequences, reads_of(config, state.selection, 1), logits, state.scratch, out, lse)
 
 
@@ -254,7 +254,7 @@ class SparseAttention(sparse.SparseAttention):
             pyramid.extend(self.kv, self.sequences, block_q, append=self.decoding and kept is not None)
             select(
                 problem.q, pyramid.table, self.kv, self.sequences, config, problem.scale, problem.softcap,
-                problem.sliding_window, block_q, selection,
+                problem.sliding_window, block_q, selection, problem.positions,
             )  # fmt: skip
         if kept is not None:
             for span in spans:
@@ -317,30 +317,47 @@ def dense_rows(
     decode(q, kv, sequences_of(moved, q.device), dense_reads(), logits, scratch, out, lse)
 
 
+def attend_densely(
+    problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Dense attention, into out and lse; the keys of few rows are split over the device."""
+    kv, logits = keys_of(problem), logits_of(problem)
+    if problem.q.shape[2] <= sparse.DECODE_ROWS:
+        dense_rows(problem, kv, problem.spans, [0] * len(problem.spans), logits, out, lse)
+    else:
+        prefill(problem.q, kv, sequences_of(problem.spans, problem.q.device), dense_reads(), logits, out, lse)
+    return out, lse
+
+
 def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
     """Why the kernels cannot serve a call of the sparse path; empty if they can."""
-    q, k, v = problem.q, problem.k, problem.v
-    if problem.positions is not None:
-        return "context extension has no kernels"
-    if q.device.type != "cuda" and not INTERPRETED:
-        return f"kernels run on a GPU, the tensors are on {q.device}"
     if config.method not in ("hip", "streaming", "hyper"):
         return f"method {config.method} has no kernels"
     if config.delta == 1:
         return "with delta=1 every row is dense, which has no kernels"
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"{q.dtype} has no kernels".replace("torch.", "")
-    paged = [x for x in (k, v) if isinstance(x, PagedTensor)]
+    if reason := unsupported_tensors(problem):
+        return reason
+    paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
     if paged and (len(paged) == 1 or config.method == "hyper"):
         return f"method {config.method} has no kernels for keys and values in pages"
     if any(x.store.pages() is None for x in paged):
         return "the cache's pages are not one piece of device memory"
+    return search.unsupported(config) if config.method == "hip" else ""
+
+
+def unsupported_tensors(problem: AttentionProblem) -> str:
+    """Why the kernels cannot serve tensors like these; empty if they can."""
+    q, k, v = problem.q, problem.k, problem.v
+    if q.device.type != "cuda" and not INTERPRETED:
+        return f"kernels run on a GPU, the tensors are on {q.device}"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{q.dtype} has no kernels".replace("torch.", "")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[3] > MOST_DIM:
             return f"head dim {x.shape[3]} of {name} is above {MOST_DIM}"
         if x.stride(3) != 1:
             return f"the last dimension of {name} is not contiguous"
-    return search.unsupported(config) if config.method == "hip" else ""
+    return ""
 
 
 def attention_for(config: HiPConfig) -> Any:

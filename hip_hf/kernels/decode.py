@@ -16,7 +16,7 @@ import triton.language as tl
 
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.compiled import Launch
-from hip_hf.kernels.examples import Example, example
+from hip_hf.kernels.examples import Example, example, extended
 from hip_hf.kernels.prefill import Logits, Reads, attend_kernel, call_arguments
 from hip_hf.kernels.sequences import Sequences, load_sequence
 from hip_hf.kernels.tiles import LN2, LOG2E
@@ -127,8 +127,8 @@ def decode(
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     """What `hip-hf kernels` compiles."""
     tile = tile_of("decode", target, dim, dim, dtype)
-    one = dict(rows=1, block_q=1)
-    return [*decode_launches(example(dim, dtype, **one), tile), *decode_launches(example(dim, dtype, paged=True, **one), tile)]
+    one, paged = (example(dim, dtype, paged, rows=1, block_q=1) for paged in (False, True))
+    return [*decode_launches(one, tile), *decode_launches(paged, tile), *decode_launches(extended(one), tile)[:1]]
 
 
 def decode_launches(x: Example, tile: Tile) -> list[Launch]:

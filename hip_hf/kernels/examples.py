@@ -3,13 +3,14 @@ default settings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.rotation import example_positions
 from hip_hf.kernels.sequences import Sequences
 
 QUERY_HEADS, KEY_HEADS, PAGE_SIZE = 32, 8, 256
@@ -81,3 +82,8 @@ def example(
     lse = torch.zeros(1, QUERY_HEADS, rows, device=device)
     suffix = ", all features" if paged else ""
     return Example(q, kv, Sequences(numbers, rows, tokens), reads, logits, out, lse, numbers, suffix)
+
+
+def extended(x: Example) -> Example:
+    """The call under context extension."""
+    return replace(x, logits=replace(x.logits, positions=example_positions(x.q.shape[-1])), suffix=f"{x.suffix}, extended")

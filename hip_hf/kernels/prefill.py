@@ -7,7 +7,7 @@ query heads that share a selection, so each key and value is loaded once for all
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ import triton.language as tl
 
 from hip_hf.kernels.addressing import KeyValues, token_offsets
 from hip_hf.kernels.compiled import Launch
-from hip_hf.kernels.examples import Example, example
+from hip_hf.kernels.examples import Example, example, extended
+from hip_hf.kernels.rotation import partner, placed_queries, rotation, turned
 from hip_hf.kernels.sequences import Sequences, always_read, load_sequence, query_block, window_start
 from hip_hf.kernels.tiles import LN2, LOG2E, key_positions, scaled, selected_keys
 from hip_hf.kernels.tuning import Tile, precision_of, target_of, tile_of
+from hip_hf.rope import Positions
 
 # A window that reaches back to the first key of any sequence: dense attention.
 EVERYTHING = 2**30
@@ -46,12 +48,13 @@ class Reads:
 
 @dataclass(frozen=True)
 class Logits:
-    """How products become logits. `sinks` `[Hq]`: one extra logit per query head."""
+    """How products become logits. `sinks` `[Hq]`: one extra logit per query head. `positions`: q and k are not rotated."""
 
     scale: float
     softcap: float | None = None
     sliding_window: int | None = None
     sinks: torch.Tensor | None = None
+    positions: Positions | None = None
 
 
 def dense_reads(block_q: int = 64) -> Reads:
@@ -61,15 +64,16 @@ def dense_reads(block_q: int = 64) -> Reads:
 
 @triton.jit
 def _attend_keys(
-    acc, top, norm, q, k_base, v_base, slots, end, row_at,
+    acc, top, norm, q, k_base, v_base, slots, end, row_at, earliest, latest, shift, cos, sin,
     ids, start, sink_length, picked, window,
     key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, block_table, stride_table,
     scale, softcap, sliding, dim, dim_v,
     BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
     SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: the online softmax's sums after it."""
+    """One tile of keys: the online softmax's sums after it. A row sees the slots up to its `latest` one; HALF > 0: from
+    its `earliest` one on, and keys are turned to the places `slots - shift`."""
     d, dv = tl.arange(0, D), tl.arange(0, DV)
     position = key_positions(slots, ids, start, sink_length, picked, window, BLOCK_K)
     inside = slots < end
@@ -85,15 +89,19 @@ def _attend_keys(
         k = tl.load(k_ptr)
     else:
         k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
+    if HALF > 0:
+        other = tl.load(k_base + k_at[:, None] + partner(d, HALF)[None, :], mask=inside[:, None] & (d < dim)[None, :], other=0.0)
+        k = turned(k, other, tl.maximum(slots - shift, 0), d, cos, sin, HALF).to(k.dtype)
     logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
     if MASKED:
-        # in the order of the slots, what a row sees ends with its own key
-        seen = slots[None, :] <= (sink_length + picked - window + row_at)[:, None]
+        seen = slots[None, :] <= latest[:, None]
         if SLIDING:
             seen &= position[None, :] > row_at[:, None] - sliding
         logits = tl.where(seen, logits, float("-inf"))
+    if HALF > 0:
+        logits = tl.where(slots[None, :] >= earliest[:, None], logits, float("-inf"))
     new_top = tl.maximum(top, tl.max(logits, 1))
-    if MASKED:  # a row may have seen nothing yet
+    if MASKED or HALF > 0:  # a row may have seen nothing yet
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
     else:
         base = new_top
@@ -112,21 +120,22 @@ def _attend_keys(
 
 @triton.jit
 def attend_kernel(
-    Q, K, V, OUT, LSE, INDICES, COUNTS, WINDOWS, SINKS, SEQUENCES, TABLE,
+    Q, K, V, OUT, LSE, INDICES, COUNTS, WINDOWS, SINKS, SEQUENCES, TABLE, COS, SIN,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_os, stride_ob, stride_oh, stride_ot, stride_ls, stride_lb, stride_lh, stride_lt,
     stride_sequences, stride_table,
-    blocks, lists, most, kept, sink_keys, window_keys, dim, dim_v, scale, softcap, sliding,
+    blocks, lists, most, kept, sink_keys, window_keys, dim, dim_v, scale, softcap, sliding, trained, scaling,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STRIDE: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, LISTS_PER_HEAD: tl.constexpr, SPLITS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, EVEN: tl.constexpr, ALIKE: tl.constexpr, PAGE_SIZE: tl.constexpr,
     SELECTED: tl.constexpr, KEPT_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, lists * SPLITS, sequences)`; a list is the heads that share a selection.
 
     STRIDE 1: query rows as they come, in query blocks of BLOCK_Q. STRIDE > 1: rows 0, STRIDE, 2 STRIDE, ... of each
-    sequence, written side by side into row `sequence` of the output.
+    sequence, written side by side into row `sequence` of the output. HALF > 0: so many pairs of a head's numbers are turned,
+    to places counted along the list of slots, and no row is farther than `trained - 1` from a key (`rope.py`).
     """
     tile = tl.program_id(0)
     head_list, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
@@ -160,7 +169,9 @@ def attend_kernel(
     head = (head_list * GROUP + member).to(tl.int64)
     d, dv = tl.arange(0, D), tl.arange(0, DV)
     q_ptr = Q + batch.to(tl.int64) * stride_qb + head * stride_qh + (query_row + row * STRIDE).to(tl.int64) * stride_qt
-    q = tl.load(q_ptr[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
+    here = real[:, None] & (d < dim)[None, :]
+    if HALF == 0:
+        q = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
 
     if KEPT_WINDOW:
         window = tl.load(WINDOWS + sequence * kept + block)
@@ -197,20 +208,41 @@ def attend_kernel(
     key_head = (head_list // LISTS_PER_HEAD).to(tl.int64)
     k_base, v_base = K + key_head * stride_kh, V + key_head * stride_vh
     n = tl.arange(0, KEYS)
+    own = before + row_at
+    if HALF > 0:
+        # slots before `far` are too far for some rows and count as farthest, those before `shift` for all
+        shift, far = tl.maximum(before + first + 1 - trained, 0), tl.maximum(before + last + 1 - trained, 0)
+        earliest = own - trained + 1
+        farthest = tl.full([ROWS * GROUP_PADDED], trained - 1, tl.int32)
+        q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
+        for i in tl.range(low, tl.minimum((far + KEYS - 1) // KEYS, high), disable_licm=True):
+            acc, top, norm = _attend_keys(
+                acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, earliest, earliest - 1, shift, COS, SIN,
+                ids, start, sink_length, picked, window,
+                key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
+                scale, softcap, sliding, dim, dim_v,
+                BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, True, EVEN, ALIKE, PRECISION, 0,
+            )  # fmt: skip
+        low = tl.maximum(low, shift // KEYS)
+        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
+    else:
+        shift, earliest = 0, own
     middle = tl.maximum(tl.minimum(clear, high), low)
-    for i in range(low, middle):
+    for i in tl.range(low, middle, disable_licm=HALF > 0):
         acc, top, norm = _attend_keys(
-            acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, ids, start, sink_length, picked, window,
+            acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, earliest, own, shift, COS, SIN,
+            ids, start, sink_length, picked, window,
             key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
             scale, softcap, sliding, dim, dim_v,
-            BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, False, EVEN, ALIKE, PRECISION,
+            BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, False, EVEN, ALIKE, PRECISION, HALF,
         )  # fmt: skip
-    for i in range(middle, high):
+    for i in tl.range(middle, high, disable_licm=HALF > 0):
         acc, top, norm = _attend_keys(
-            acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, ids, start, sink_length, picked, window,
+            acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, earliest, own, shift, COS, SIN,
+            ids, start, sink_length, picked, window,
             key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
             scale, softcap, sliding, dim, dim_v,
-            BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, True, EVEN, ALIKE, PRECISION,
+            BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, True, EVEN, ALIKE, PRECISION, HALF,
         )  # fmt: skip
 
     nothing = norm == 0.0
@@ -222,6 +254,11 @@ def attend_kernel(
         lse = tl.where(nothing, float("-inf"), (top + tl.log2(tl.where(nothing, 1.0, norm))) * LN2)
         lse_ptr = LSE + split.to(tl.int64) * stride_ls + out_batch.to(tl.int64) * stride_lb + head * stride_lh + to * stride_lt
         tl.store(lse_ptr, lse, mask=real)
+
+
+def turning_tile(tile: Tile) -> Tile:
+    """Smaller: turning a tile of queries or keys takes four registers where its numbers take one."""
+    return replace(tile, rows=min(tile.rows, 64), keys=min(tile.keys, 32))
 
 
 def call_arguments(
@@ -238,6 +275,7 @@ def call_arguments(
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Grid and arguments of `attend_kernel`; with several splits, out `[splits, B, Hq, Tq, Dv]` and lse alike are partial."""
     heads, dim, dim_v = q.shape[1], q.shape[-1], kv.v.shape[-1]
+    tile = tile if logits.positions is None else turning_tile(tile)
     selected = reads.indices is not None
     lists = reads.indices.shape[1] if reads.indices is not None else kv.heads
     group = heads // lists
@@ -275,7 +313,7 @@ def call_arguments(
         PAGE_SIZE=kv.page_size,
         SELECTED=selected, KEPT_WINDOW=reads.windows is not None, HAS_SINKS=logits.sinks is not None, HAS_LSE=lse is not None,
         SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
-        PRECISION=precision_of(q),
+        PRECISION=precision_of(q), **rotation(logits.positions, rows * stride + tile.keys, q),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return (tiles, lists * splits, sequences.count), arguments
@@ -327,8 +365,12 @@ def strided_rows(
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     """What `hip-hf kernels` compiles."""
-    tile = tile_of("prefill", target, dim, dim, dtype)
-    return [*prefill_launches(example(dim, dtype), tile), *prefill_launches(example(dim, dtype, paged=True), tile)]
+    tile, x = tile_of("prefill", target, dim, dim, dtype), example(dim, dtype)
+    return [
+        *prefill_launches(x, tile),
+        *prefill_launches(example(dim, dtype, paged=True), tile),
+        *prefill_launches(extended(x), tile)[:1],
+    ]
 
 
 def prefill_launches(x: Example, tile: Tile) -> list[Launch]:

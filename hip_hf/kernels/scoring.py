@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from hip_hf.kernels.addressing import token_offsets
+from hip_hf.kernels.rotation import partner, turned_back
 
 
 @triton.jit
@@ -66,9 +67,14 @@ def chunk_logits(
     PARTS: tl.constexpr,
     VECTORS: tl.constexpr,
     PRECISION: tl.constexpr,
+    back,
+    cos,
+    sin,
+    HALF: tl.constexpr,
 ):
     """Logits `[M, ROWS]` of the chunks in the table's rows `at` `[M]`: `PARTS` 2 multiplies `[q, |q|]` with centre and
-    spread, `VECTORS` > 1 takes the best of a chunk's vectors. `FEATURES` numbers of the head dim at a time."""
+    spread, `VECTORS` > 1 takes the best of a chunk's vectors. `FEATURES` numbers of the head dim at a time. `HALF` > 0: chunks
+    are turned back by `back` `[M]` places (`methods/pyramid.py`)."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
     # int32 offsets from a scalar: pointers of a whole tile would take twice the registers
@@ -88,6 +94,11 @@ def chunk_logits(
             else:
                 a = tl.load(to_a, mask=(d + inner < DIM)[None, :], other=0.0)
                 b = tl.load(to_b, mask=(d + inner < DIM)[:, None], other=0.0)
+            if HALF > 0:
+                to_other = table + (vector * PARTS + part) * DIM + (at * (VECTORS * PARTS * DIM))[:, None]
+                to_other += partner(d + inner, HALF)[None, :]
+                other = tl.load(to_other, mask=(d + inner < DIM)[None, :], other=0.0)
+                a = turned_back(a, other, back, d + inner, cos, sin, part > 0, HALF).to(a.dtype)
             if PARTS > 1:
                 b = tl.where(part > 0, tl.abs(b), b)
             acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
@@ -128,6 +139,11 @@ def score_chunks(
     VECTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_EDGES: tl.constexpr,
+    back,
+    edge_back,
+    cos,
+    sin,
+    HALF: tl.constexpr,
 ):
     """Scores of the chunks `[M]` and the edges `[EDGES]`, fp32: `mass`, a softmax over all of them summed over the rows, or the
     best logit. `at`: rows of the table, valid ones also where `inside` is false."""
@@ -137,10 +153,11 @@ def score_chunks(
         offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
         if HAS_EDGES:
             edges = chunk_logits(
-                table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION
-            )
+                table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION,
+                edge_back, cos, sin, HALF)  # fmt: skip
             edges = tl.where(edge_inside[:, None], edges, -float("inf"))
-        logits = chunk_logits(table, at, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION)
+        logits = chunk_logits(table, at, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION,
+                              back, cos, sin, HALF)  # fmt: skip
         logits = tl.where(inside[:, None], logits, -float("inf"))
         if MASS:
             top = tl.max(logits, 0)
@@ -193,8 +210,13 @@ def score_blocks(
     DIM: tl.constexpr,
     FEATURES: tl.constexpr,
     PRECISION: tl.constexpr,
+    back,
+    cos,
+    sin,
+    HALF: tl.constexpr,
 ):
-    """Scores `[N]` of key blocks `ids` by all their keys: `mass` over all keys of all the blocks, or the best logit."""
+    """Scores `[N]` of key blocks `ids` by all their keys: `mass` over all keys of all the blocks, or the best logit. `HALF` > 0:
+    keys are turned back by `back` `[N]` places."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
@@ -216,6 +238,9 @@ def score_blocks(
             else:
                 a = tl.load(k + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
                 b = tl.load(q + offsets[None, :] + d[:, None], mask=(d < DIM)[:, None], other=0.0)
+            if HALF > 0:
+                other = tl.load(k + at[:, None] + partner(d, HALF)[None, :], mask=(d < DIM)[None, :], other=0.0)
+                a = turned_back(a, other, back, d, cos, sin, False, HALF).to(a.dtype)
             logits = tl.dot(a, b, logits, input_precision=PRECISION)
             if part == CHUNKS - 1:
                 logits = tl.where(inside[:, None], capped(logits, scale, SOFTCAP), -float("inf"))

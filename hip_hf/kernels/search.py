@@ -11,14 +11,17 @@ import triton
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.compiled import Launch, Pointer
 from hip_hf.kernels.pyramid import parts_and_vectors
+from hip_hf.kernels.rotation import example_positions, rotation
 from hip_hf.kernels.select import NEVER, select_kernel
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.tuning import target_of
-from hip_hf.kernels.votes import pool
+from hip_hf.kernels.votes import votes_of
 from hip_hf.methods.hip import SUCCESSORS
+from hip_hf.rope import farthest_chunk
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
+    from hip_hf.rope import Positions
 
 # Tiles are powers of two; below this many candidates they would leave threads idle.
 SMALLEST_TILE = 64
@@ -70,9 +73,11 @@ class SearchTile:
     stages: int = 2
 
 
-def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int) -> SearchTile:
+def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int, indexed: bool) -> SearchTile:
     """Chosen so that nothing spills (`hip-hf kernels`), for `voters` voting rows. Only Hopper's matrix instructions leave room
-    for 64 rows at once."""
+    for 64 rows at once. `indexed`: chunks are turned as they are loaded, which takes four registers where others take one."""
+    if indexed:
+        return SearchTile(16, 16, 16, stages=1)
     if dtype == torch.float32:
         wanted = SearchTile(16, 32, 32)
     elif target == "sm90":
@@ -93,10 +98,11 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int) -> Searc
 
 
 def constants(
-    config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str, stateful: bool
-) -> dict[str, Any]:
+    config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str, stateful: bool,
+    indexed: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Compile-time arguments of the search. `group`: query heads per key head; `most_keys`: a bound on a sequence's keys;
-    `stateful`: decode steps whose selections are kept."""
+    `stateful`: decode steps whose selections are kept; `indexed`: chunk-indexed positions."""
     budget, bk = config.budget // config.block_k, config.block_k
     keep, most = config.beam * budget, 2 * config.beam * budget
     rescore = config.rescore > 1
@@ -111,7 +117,7 @@ def constants(
     parts, vectors = parts_and_vectors(config)
     voters = group if config.group_shared else 1
     samples = -(-block_q // config.query_stride)
-    shape = search_tile(target, dim, dtype, samples * voters)
+    shape = search_tile(target, dim, dtype, samples * voters, indexed)
     held = shape.rows * CANDIDATES // (2 if vectors > 1 else 1) // (2 * kept)
     rows = max(16, min(triton.next_power_of_2(samples * voters), shape.rows, held))
     return dict(
@@ -140,6 +146,14 @@ def unsupported(config: HiPConfig) -> str:
     return ""
 
 
+def chunk_rotation(positions: Positions | None, config: HiPConfig, stand_in: torch.Tensor) -> dict[str, Any]:
+    """Arguments of the search for turning chunks back; what relative positions need, the votes have."""
+    indexed = positions if positions is not None and positions.chunk_indexed else None
+    tables = rotation(indexed, 0, stand_in)
+    farthest = 0 if indexed is None else farthest_chunk(indexed, config)
+    return {name: tables[name] for name in ("COS", "SIN", "HALF")} | dict(farthest=farthest)
+
+
 def select(
     q: torch.Tensor,
     table: torch.Tensor,
@@ -151,27 +165,31 @@ def select(
     sliding_window: int | None,
     block_q: int,
     into: Selection,
+    positions: Positions | None = None,
 ) -> None:
-    """Fill `into` for all query blocks of `block_q` rows (1 in decode).
+    """Fill `into` for all query blocks of `block_q` rows (1 in decode). `positions`: q and k are not rotated.
 
     q `[B, Hq, Tq, D]` fp16, bf16 or fp32; table `[S, Hkv, rows, width]` as `pyramid.py` makes it; nothing waits for the device.
     """
     blocks, heads = sequences.blocks(block_q), into.counts.shape[1]
     group = q.shape[1] // kv.heads
-    fixed = constants(config, group, q.shape[-1], q.dtype, block_q, sequences.max_keys, target_of(q), into.made is not None)
+    shape, indexed = (group, q.shape[-1], q.dtype, block_q, sequences.max_keys), positions is not None and positions.chunk_indexed
+    fixed = constants(config, *shape, target_of(q), into.made is not None, indexed)
     scratch, stride_scratch = into.counts, 0
     if fixed["LONG"]:
         stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])
         scratch = torch.empty(sequences.count * heads * blocks, stride_scratch, dtype=torch.float32, device=q.device)
     block_table, stride_table = kv.table()
+    if positions is not None:
+        fixed["POOLED"] = True  # votes are turned as they are made, also where a row votes for itself
     if fixed["POOLED"]:
-        q = pool(q, sequences, block_q, config.query_stride)
+        q = votes_of(q, sequences, config, block_q, positions)
     select_kernel[(blocks, heads, sequences.count)](
         q, table, kv.k, block_table, sequences.table, scratch, into.indices, into.counts, into.window,
         into.counts if into.made is None else into.made, *q.stride()[:3], *kv.strides(kv.k), stride_table,
         sequences.table.stride(0), table.stride(0), table.stride(1), stride_scratch, scale, config.sink, config.window,
         sliding_window or 0, config.decode_refresh, steps_of(fixed), STATEFUL=into.made is not None, PAGE_SIZE=kv.page_size,
-        SOFTCAP=softcap or 0.0, **fixed,
+        SOFTCAP=softcap or 0.0, **fixed, **chunk_rotation(positions, config, q),
     )  # fmt: skip
 
 
@@ -188,8 +206,11 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
         stride_kt=dim, stride_table=256, stride_field=1, stride_sequence=8 * 512 * 2 * dim, stride_head=512 * 2 * dim,
         stride_scratch=0, scale=dim**-0.5, sink=config.sink, window=config.window, sliding=0, refresh=config.decode_refresh,
     )  # fmt: skip
+    like, indexed = torch.empty(0, dtype=dtype, device="meta"), replace(example_positions(dim), chunk_indexed=True)
     for name, block_q, page_size in (("select, prefill", config.block_q, 0), ("select, decode", 1, 256)):
-        fixed = constants(config, 4, dim, dtype, block_q, 1 << 20, target, block_q == 1)
-        arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
-        found.append(Launch(name, select_kernel, {**pointers, **numbers, **arguments}))
+        for suffix, positions in (("", None), (", chunk-indexed", indexed)):
+            fixed = constants(config, 4, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions is not None)
+            fixed |= chunk_rotation(positions, config, like)
+            arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
+            found.append(Launch(name + suffix, select_kernel, {**pointers, **numbers, **arguments}))
     return found

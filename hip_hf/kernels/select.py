@@ -26,6 +26,12 @@ def ceil_shift(x, level):
 
 
 @triton.jit
+def places_back(end, ids, farthest):
+    """Chunk-indexed selection: how far chunks `ids` are from the window, which begins with chunk `end` (`methods/hip.py`)."""
+    return tl.minimum(tl.maximum(end - 1 - ids, 0), farthest)
+
+
+@triton.jit
 def entry_of(index, head, sequence):
     """Where the results of this program lie."""
     return (sequence * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + index
@@ -73,6 +79,10 @@ def score_long(
     VECTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     level,
+    farthest,
+    cos,
+    sin,
+    HALF: tl.constexpr,
 ):
     """Scores of `count` chunks from `first` on into `scratch`, tile by tile: once for the rows' norms, once for the scores."""
     inner = tl.arange(0, M)
@@ -85,8 +95,8 @@ def score_long(
                 inside = at + inner < count
                 rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
                 logits = chunk_logits(
-                    table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION
-                )
+                    table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION,
+                    places_back(count, at + inner, farthest), cos, sin, HALF)  # fmt: skip
                 logits = tl.where(inside[:, None], logits, -float("inf"))
                 higher = tl.maximum(top, tl.max(logits, 0))
                 norm = norm * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[None, :]), 0)
@@ -96,8 +106,8 @@ def score_long(
             inside = at + inner < count
             rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
             logits = chunk_logits(
-                table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION
-            )
+                table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION,
+                places_back(count, at + inner, farthest), cos, sin, HALF)  # fmt: skip
             to = scratch + at + inner
             if MASS:
                 scores = tl.sum(tl.exp(logits - top[None, :]) * norm[None, :], 1)
@@ -130,14 +140,14 @@ def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
 def select_kernel(
     q, table, k, block_table, sequences, scratch, indices, counts, windows, made,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,
-    stride_scratch, scale, sink, window, sliding, refresh, steps,
+    stride_scratch, scale, sink, window, sliding, refresh, steps, COS, SIN, farthest,
     BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
     KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, SUCCESSORS: tl.constexpr, LONG: tl.constexpr,
     STATEFUL: tl.constexpr, POOLED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr, VECTORS: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One query block of one mask head of one sequence. Grid: query blocks, mask heads, sequences.
 
@@ -145,7 +155,7 @@ def select_kernel(
     at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
     a time, for after a step of several rows the next one selects anew. `SUCCESSORS`: so many blocks that follow the best ones
     are kept in any case, in steps of one row. `POOLED`: `q` is `[S, Hq, blocks * SAMPLES, D]`, votes that `votes.py` made of
-    `STRIDE` rows each.
+    `STRIDE` rows each. `HALF` > 0: chunk-indexed, at most `farthest` chunks away; so many pairs of a head's numbers turn.
     """
     STEP: tl.constexpr = 1 if POOLED else STRIDE
     index = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest searches first
@@ -191,7 +201,8 @@ def select_kernel(
     if LONG:
         scratch += entry * stride_scratch
         score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP,
-                   M, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, level)  # fmt: skip
+                   M, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, level,
+                   farthest, COS, SIN, HALF)  # fmt: skip
         best, total = merge_long(scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2)
         ids = pair(best, best, M)
         inside = slot < total
@@ -202,7 +213,8 @@ def select_kernel(
         at = chunk_rows(tl.where(inside, ids, begins), level)
         scores, _ = score_chunks(
             table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M, EDGES,
-            ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, False)  # fmt: skip
+            ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, False,
+            places_back(ends, ids, farthest), edge, COS, SIN, HALF)  # fmt: skip
     keys = sort_keys(scores, inside)
     left = level * 0 + ABSENT
     right = level * 0 + ABSENT
@@ -219,7 +231,9 @@ def select_kernel(
         edge_inside = ((edge == 0) & (begins != 2 * was_begins)) | ((edge == 1) & (ends != 2 * was_ends))
         scores, edge_scores = score_chunks(
             table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M,
-            EDGES, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, True)  # fmt: skip
+            EDGES, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, True,
+            places_back(ends, ids, farthest), places_back(ends, tl.where(edge == 0, begins, ends - 1), farthest),
+            COS, SIN, HALF)  # fmt: skip
         keys = sort_keys(scores, inside)
         edge_keys = sort_keys(edge_scores, edge_inside)
         left = tl.sum(tl.where(edge == 0, edge_keys, 0), 0)
@@ -233,7 +247,7 @@ def select_kernel(
         scores = score_blocks(
             k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, last_row,
             first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM,
-            FEATURES_LAST, PRECISION)  # fmt: skip
+            FEATURES_LAST, PRECISION, places_back(high, ids, farthest), COS, SIN, HALF)  # fmt: skip
         keys = sort_keys(scores, inside)
     if SUCCESSORS > 0:
         count = tl.where(rows == 1, SUCCESSORS, 0)

@@ -1,22 +1,32 @@
-"""Pooled votes of query blocks, so many rows to a vote (`pooled` in `methods/hip.py` is the readable twin)."""
+"""Votes of query blocks, so many rows to a vote (`pooled` in `methods/hip.py` is the readable twin), and, under context
+extension, where they stand: as far from un-rotated keys as their rows are from the last key before the window (`voting` in
+`rope.py`)."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
 from hip_hf.kernels.compiled import Launch, Pointer
-from hip_hf.kernels.sequences import Sequences, load_sequence, query_block
+from hip_hf.kernels.rotation import example_positions, placed_queries, rotation
+from hip_hf.kernels.sequences import Sequences, load_sequence, query_block, window_start
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+    from hip_hf.rope import Positions
 
 
 @triton.jit
 def pool_kernel(
-    q, sequences, votes, stride_qb, stride_qh, stride_qt, stride_field, eps,
-    BLOCK_Q: tl.constexpr, STRIDE: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    q, sequences, votes, COS, SIN, stride_qb, stride_qh, stride_qt, stride_field, eps, window, trained, scaling,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE: tl.constexpr, TAKEN: tl.constexpr, SAMPLES: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The votes of one query block, one head and one sequence. Grid: query blocks, query heads, sequences."""
+    """The votes of one query block, one head and one sequence, each of the last `TAKEN` of `STRIDE` rows. Grid: query blocks,
+    query heads, sequences."""
     index, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, _, row_start, rows, position = load_sequence(sequences, stride_field, sequence)
     last_row, first, last = query_block(row_start, rows, position, index, BLOCK_Q)
@@ -29,9 +39,14 @@ def pool_kernel(
     count = (last - first) // STRIDE + 1
     for vote in range(count):
         back = (count - 1 - vote) * STRIDE + row
-        inside = (row < STRIDE) & (back <= last - first)
-        at = (last_row - tl.where(inside, back, 0)).to(tl.int64) * stride_qt
-        x = tl.load(q + at[:, None] + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
+        inside = (row < TAKEN) & (back <= last - first)
+        back = tl.where(inside, back, 0)
+        pointers, here = q + (last_row - back).to(tl.int64) * stride_qt, inside[:, None] & (d < DIM)[None, :]
+        if HALF > 0:
+            distance = tl.minimum(last - back + 1 - window_start(first, window, BLOCK_K), trained - 1)
+            x = placed_queries(pointers, here, distance, d, COS, SIN, scaling, HALF)
+        else:
+            x = tl.load(pointers[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
         pooled = tl.sum(inside.to(tl.float32), 0)
         mean = tl.sum(x, 0) / pooled
         length = tl.sum(tl.sqrt(tl.sum(x * x, 1)), 0) / pooled
@@ -40,23 +55,29 @@ def pool_kernel(
         tl.store(votes + (entry * SAMPLES + vote) * DIM + d, x, mask=d < DIM)
 
 
-def constants(block_q: int, query_stride: int, dim: int) -> dict[str, int]:
+def constants(config: HiPConfig, block_q: int, dim: int) -> dict[str, int]:
+    stride = config.query_stride
+    taken = stride if config.vote == "pooled" else 1
     return dict(
-        BLOCK_Q=block_q, STRIDE=query_stride, SAMPLES=-(-block_q // query_stride), ROWS=triton.next_power_of_2(query_stride),
-        DIM=dim, WIDTH=triton.next_power_of_2(dim),
+        BLOCK_Q=block_q, BLOCK_K=config.block_k, STRIDE=stride, TAKEN=taken, SAMPLES=-(-block_q // stride),
+        ROWS=triton.next_power_of_2(taken), DIM=dim, WIDTH=triton.next_power_of_2(dim),
     )  # fmt: skip
 
 
-def pool(q: torch.Tensor, sequences: Sequences, block_q: int, query_stride: int) -> torch.Tensor:
+def votes_of(
+    q: torch.Tensor, sequences: Sequences, config: HiPConfig, block_q: int, positions: Positions | None = None
+) -> torch.Tensor:
     """Votes `[S, Hq, blocks * ceil(block_q / query_stride), D]` of the query blocks of q `[B, Hq, Tq, D]`, in its dtype. The
     votes of a block with fewer rows are the first of its places; the others are not written."""
-    fixed = constants(block_q, query_stride, q.shape[-1])
+    fixed = constants(config, block_q, q.shape[-1])
     blocks = sequences.blocks(block_q)
     votes = q.new_empty(sequences.count, q.shape[1], blocks * fixed["SAMPLES"], q.shape[-1])
     eps = torch.finfo(torch.float32).eps
     pool_kernel[(blocks, q.shape[1], sequences.count)](
-        q, sequences.table, votes, *q.stride()[:3], sequences.table.stride(0), eps, **fixed
-    )
+        q, sequences=sequences.table, votes=votes,
+        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride(), strict=False)),
+        stride_field=sequences.table.stride(0), eps=eps, window=config.window, **fixed, **rotation(positions, 0, q),
+    )  # fmt: skip
     return votes
 
 
@@ -66,6 +87,10 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
 
     config = HiPConfig()
     pointers = {"q": Pointer(dtype), "votes": Pointer(dtype), "sequences": Pointer(torch.int32)}
-    numbers = dict(stride_qb=32 * 4096 * dim, stride_qh=4096 * dim, stride_qt=dim, stride_field=1, eps=1e-7)
-    fixed = constants(config.block_q, config.query_stride, dim)
-    return [Launch("select, votes", pool_kernel, {**pointers, **numbers, **fixed})]
+    numbers = dict(stride_qb=32 * 4096 * dim, stride_qh=4096 * dim, stride_qt=dim, stride_field=1, eps=1e-7, window=512)
+    arguments = {**pointers, **numbers, **constants(config, config.block_q, dim)}
+    like = torch.empty(0, dtype=dtype, device="meta")
+    return [
+        Launch(f"select, votes{suffix}", pool_kernel, {**arguments, **rotation(positions, 0, like)})
+        for suffix, positions in (("", None), (", extended", example_positions(dim)))
+    ]

@@ -72,7 +72,7 @@ def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBloc
     k_all, v_all = (scratch.take(part.name, tuple(part.all.shape), like) for part in parts)
     k_all = k_all.transpose(1, 2)
     if t.positions is not None:
-        queries, places = t.positions.streaming(queries, keys, n)
+        queries = t.positions.streaming(queries, keys)
     positions = None if t.sliding_window is None else [_positions(block, ids[:, i], block_k) for i, block in enumerate(blocks)]
     need_lse = t.lse is not None or t.sinks is not None
     lse = (
@@ -80,14 +80,16 @@ def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBloc
     )
 
     index = [row.unbind(0) for row in block_index(k, ids, block_k).unbind(1)]
-    each = zip(blocks, queries.flatten(2, 3).unbind(0), outputs.unbind(0), index, strict=True)
+    each = zip(blocks, queries.unbind(0), outputs.unbind(0), index, strict=True)
     for i, (block, query, output, chosen) in enumerate(each):
         for part, whole in zip(parts, (k_all, v_all), strict=True):
             part.fill(i, chosen)
             if part.all.dtype != dtype:
                 (whole if part.name == "v" else k_all.transpose(1, 2)).copy_(part.all)
-        placed = k_all if t.positions is None else t.positions.placed(k_all.transpose(1, 2), places).transpose(1, 2)
-        torch.bmm(query, placed, out=logits)
+        if t.positions is None:
+            torch.bmm(query.flatten(1, 2), k_all, out=logits)
+        else:
+            t.positions.streaming_logits(query, k_all.transpose(1, 2), out=logits)
         squash(logits, t.softcap)
         if n > 1:
             own.add_(future)
