@@ -42,8 +42,8 @@ def _record(
         spans = None if attention_mask.dtype == torch.bool else mask_spans(attention_mask, query.shape[2])
     if spans is None or not getattr(module, "is_causal", True):
         raise ValueError(f"model: {type(module).__name__} attends by a mask that is not causal, allowed: causal attention")
-    if sliding_window is None:
-        sliding_window = mask_window(attention_mask)
+    if attention_mask is not None:
+        sliding_window = mask_window(attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     problem = AttentionProblem(query, key, value, spans, scale, sliding_window, softcap, s_aux)
     problems.append((getattr(module, "layer_idx", len(problems)), problem))

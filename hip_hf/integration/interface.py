@@ -14,9 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hip_hf.attention import attend
 from hip_hf.integration import paged
 from hip_hf.integration.cache import cache_kind, install, state_of
-from hip_hf.integration.masks import hip_mask, mask_spans, mask_window, narrowed, visible_rows
+from hip_hf.integration.masks import check_mask, hip_mask, mask_spans, mask_window, narrowed, visible_rows
 from hip_hf.integration.positions import extended, positions_of, turned_back
-from hip_hf.integration.settings import layer_settings
+from hip_hf.integration.settings import NO_ATTENTIONS, layer_settings
+from hip_hf.integration.undo import leaving_the_cache
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.reference import dense
 
@@ -42,6 +43,7 @@ class Call:
     cache: str
 
 
+@leaving_the_cache
 def attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -63,19 +65,23 @@ def attention_forward(
     `unrotated`: query and key come from a patched layer, before RoPE.
 
     Raises:
-        ValueError: the layer asks for something that would be computed wrongly.
+        ValueError: the layer asks for something that would be computed wrongly, or the mask is none of ours and not boolean.
+            The cache is as it was.
     """
     _refuse(module, dropout, kwargs)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if not is_causal:
+    # a mask of integers is ours and says itself what is causal, whatever the layer says (the decoder of BigBird-Pegasus)
+    said = attention_mask is not None and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point())
+    if not is_causal and not said:
         return _bidirectional(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs)
     settings = layer_settings(module, method)
     layer: Any = getattr(module, "layer_idx", None)
     if attention_mask is not None:
         attention_mask = narrowed(attention_mask, key.shape[2])
-    if sliding_window is None:
-        sliding_window = mask_window(attention_mask)
+    if kwargs.get("cache") is None and attention_mask is not None:
+        check_mask(attention_mask, query.shape, key.shape[2])
+        sliding_window = mask_window(attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kind, positions = cache_kind(key, query.shape[2]), None
     state = state_of(key)
@@ -115,7 +121,7 @@ def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise ValueError(f"dropout: got {dropout}, allowed: 0 (sparse attention has no attention dropout)")
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-        raise ValueError("output_attentions: got True, allowed: False (the attention matrix never exists; use `eager`)")
+        raise ValueError(NO_ATTENTIONS)
     for name, what in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: {type(module).__name__} passes {what}, allowed: None")
@@ -125,8 +131,6 @@ def _unsayable(mask: torch.Tensor | None, rows: int) -> str:
     """Why a mask cannot be said by spans, or an empty string."""
     if mask is None:
         return ""
-    if mask.is_floating_point():
-        raise ValueError(f"attention_mask: got a 4-D {mask.dtype} tensor, allowed: a 2-D mask, or a boolean 4-D one")
     if mask.dtype == torch.bool:
         return "the mask is not causal, or the caller's own"
     return "padding in the middle of a row" if mask_spans(mask, rows) is None else ""

@@ -14,12 +14,14 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
+from hip_hf.integration.settings import check_config
 from hip_hf.problem import Span
 
 PAD = torch.iinfo(torch.int32).max
 
 # Mask functions that `rel` can say, by the name Transformers gives them.
 _CAUSAL = {"causal_mask_function", "sliding_window_overlay", "packed_sequence_mask_function"}
+_ALLOWED = "a 2-D mask, or a boolean 4-D one"  # of masks that are not ours
 _WRAPPERS = {"and_masks": "mask_functions", "remap_positions_for_packed_sequence": "mask_function"}
 
 
@@ -60,9 +62,15 @@ def hip_mask(
     `[B, 1, Tq, Tk]`, which makes the attention dense.
 
     Raises:
-        ValueError: the model does not route its attention through Transformers' attention interface.
+        ValueError: the model does not route its attention through Transformers' attention interface, its settings are invalid,
+            or the padding mask has another number of rows than the batch. It is the first of us that a forward meets: no
+            layer has touched the cache yet.
     """
     refuse_foreign_model(config)
+    check_config(config)
+    if attention_mask is not None and attention_mask.shape[0] != batch_size:
+        what = f"got shape {tuple(attention_mask.shape)} for a batch of {batch_size}"
+        raise ValueError(f"attention_mask: {what}, allowed: one row of 0 and 1 for each row of the batch")
     parts = _parts(mask_function)
     if use_vmap or not parts.keys() <= _CAUSAL:
         # None would stand for "nothing is hidden" here, and for "causal" elsewhere: always a tensor
@@ -103,9 +111,15 @@ _foreign: dict[type, bool] = {}
 
 
 def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
-    """Raise ValueError for a model that accepts any attention name but ignores it (Bloom, MPT, ...)."""
+    """Raise ValueError for a model that accepts any attention name but ignores it (Bloom, MPT, ...), or changes masks
+    (DeepSeek-V4)."""
     if config is None:
         return
+    if any("compressed" in kind for kind in getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"attn_implementation: got {config._attn_implementation!r} for model type {config.model_type!r} with compressed "
+            "layers, which put compressed keys behind the others and extend the mask for them; allowed: `eager`"
+        )
     kind = type(config)
     if kind not in _foreign:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -137,14 +151,19 @@ def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
     """Spans that `rel` stands for, or None where padding makes holes in a row. Worked out once per forward.
 
     Raises:
-        ValueError: the mask of a packed batch has lost what it was made with.
+        ValueError: a mask that is not ours, or that of a packed batch which has lost what it was made with.
     """
     known = getattr(mask, "_hip_spans", None)
     if known is not None and rows in known:
         return known[rows]
     if mask.dtype != torch.int32:
-        raise ValueError(f"attention_mask: got a copy of a packed batch's mask for {rows} rows, allowed: the mask itself")
+        what = f"got a 4-D {mask.dtype} tensor, the caller's own or a copy of a packed batch's mask"
+        raise ValueError(f"attention_mask: {what}, allowed: {_ALLOWED} (or that mask itself)")
     rel = mask[:, 0, 0].cpu()
+    if not hasattr(mask, "_hip_window"):  # a copy of ours, or not ours
+        origin = (rel - torch.arange(rel.shape[1], dtype=torch.int32))[rel != PAD]
+        if len(origin) and not bool((origin == origin[0]).all()):
+            raise ValueError(f"attention_mask: got a 4-D {mask.dtype} tensor of the caller's own, allowed: {_ALLOWED}")
     real = rel < rows  # what is beyond the last query is in nobody's sight; padding is as well
     count = real.sum(-1).tolist()
     first = real.int().argmax(-1).tolist()
@@ -166,8 +185,8 @@ def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
 
 
 def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
-    """The mask of the first `keys` keys, with what was attached to it."""
-    if mask.shape[-1] <= keys:
+    """A mask of ours for the first `keys` keys, with what was attached to it; any other as it is."""
+    if mask.shape[-1] <= keys or mask.dtype == torch.bool or mask.is_floating_point():
         return mask
     narrow = mask[..., :keys]
     for name in ("_hip_window", "_hip_spans"):
@@ -176,9 +195,24 @@ def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
     return narrow
 
 
-def mask_window(mask: torch.Tensor | None) -> int | None:
-    """The sliding window that the mask was made for."""
-    return getattr(mask, "_hip_window", None)
+def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
+    """Raise ValueError for a mask that does not fit a query of shape `[B, Hq, Tq, D]` and so many keys, or of numbers."""
+    batch, heads, rows, _ = query
+    if mask.is_floating_point():
+        raise ValueError(f"attention_mask: got a 4-D {mask.dtype} tensor, allowed: {_ALLOWED}")
+    if mask.dtype == torch.bool:
+        fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2] in (1, rows)
+        if not fits or mask.shape[3] != keys:
+            allowed = f"one that broadcasts to {(batch, heads, rows, keys)}"
+            raise ValueError(f"attention_mask: got a boolean mask of shape {tuple(mask.shape)}, allowed: {allowed}")
+    elif mask.shape != (batch, 1, 1, keys):
+        what = f"got a {mask.dtype} tensor of shape {tuple(mask.shape)} for {batch} rows of {keys} keys"
+        raise ValueError(f"attention_mask: {what}, allowed: {_ALLOWED}")
+
+
+def mask_window(mask: torch.Tensor, given: int | None) -> int | None:
+    """The sliding window that a mask of ours was made for; `given`, the layer's own, where it says nothing of one."""
+    return getattr(mask, "_hip_window", given)
 
 
 def visible_rows(mask: torch.Tensor, window: int | None) -> Callable[[int, int], torch.Tensor]:

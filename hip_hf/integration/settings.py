@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
 
 from hip_hf.config import HiPConfig
+
+NO_ATTENTIONS = "output_attentions: got True, allowed: False (the attention matrix never exists; use `eager`)"
 
 
 def text_config(model: nn.Module) -> Any:
@@ -14,13 +17,30 @@ def text_config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(f"model: got {type(model).__name__} without a Transformers config, allowed: a pretrained model")
-    return config.get_text_config(decoder=True)
+    found = config.get_text_config(decoder=True)
+    # of an encoder-decoder with one flat config (Bart, Pegasus) that is a copy, in which settings would be lost
+    return found if any(found is part for part in (config, *vars(config).values())) else config
 
 
 def read_settings(config: Any) -> HiPConfig:
     """The settings in a model config; `HiPConfig()` where it has none. Raises ValueError if they are invalid."""
     raw = getattr(config, "hip", None)
     return HiPConfig() if raw is None else HiPConfig.from_dict(raw)
+
+
+_valid: dict[str, Any] | None = None  # the last settings that were found to be so
+
+
+def check_config(config: Any) -> None:
+    """Raise ValueError, before a forward has touched anything, for a model config with invalid settings or with outputs that
+    we cannot give. Settings are parsed only when they are not the last ones that were."""
+    global _valid
+    if getattr(config, "output_attentions", False):
+        raise ValueError(NO_ATTENTIONS)
+    raw = getattr(config, "hip", None)
+    if raw is not None and raw != _valid:
+        read_settings(config)
+        _valid = copy.deepcopy(dict(raw))
 
 
 def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> HiPConfig:
@@ -47,7 +67,7 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
     settings = read_settings(target) if config is None else config
     if fields:
         settings = HiPConfig.from_dict({**settings.to_dict(), **fields})
-    count = getattr(target, "num_hidden_layers", None)
+    count = getattr(target.get_text_config(decoder=True), "num_hidden_layers", None)
     if count is not None:
         named = list(settings.layers) + (settings.dense_layers if isinstance(settings.dense_layers, list) else [])
         for layer in named:

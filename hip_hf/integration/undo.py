@@ -1,0 +1,119 @@
+"""A call that fails leaves the cache as it was.
+
+A layer appends its new tokens to the cache before it asks for attention. Where attention then refuses, or fails, they are taken
+back, from this layer and from those before it. The cache is not among the arguments of attention: on this path, and on no
+other, it is looked up in the layer's own forward, which has it as a variable.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+from hip_hf.integration.cache import HiPStaticLayer
+
+
+def leaving_the_cache(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates `attention(module, query, key, value, ...)` of a layer."""
+
+    @functools.wraps(attention)
+    def called(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a graph holds no failures
+            return attention(module, query, key, value, *args, **kwargs)
+        try:
+            return attention(module, query, key, value, *args, **kwargs)
+        except Exception as error:
+            cache = _cache_of(module)
+            if cache is not None:
+                take_back(cache, query.shape[2], getattr(module, "layer_idx", None), (key, value), error)
+            raise
+
+    return called
+
+
+def _cache_of(module: nn.Module) -> Cache | None:
+    """The cache that the running forward of `module` appends to; None if it has none."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_locals.get("self") is module:
+            for value in frame.f_locals.values():
+                if isinstance(value, Cache):
+                    return getattr(value, "self_attention_cache", value)  # of an encoder-decoder model
+        frame = frame.f_back
+    return None
+
+
+def take_back(cache: Cache, rows: int, failed: int | None, tensors: tuple[torch.Tensor, torch.Tensor], error: Exception) -> None:
+    """Take the last `rows` tokens from the layers that have got them already. `failed`: the layer whose attention raised
+    `error`, `tensors`: the keys and values `[B, Hkv, Tk, D]` that it was called with.
+
+    Raises:
+        ValueError: a layer has forgotten what it held before. Nothing has changed.
+    """
+    lengths = [int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else None for layer in cache.layers]
+    kept = max((length for length in lengths if length is not None), default=0) - rows
+    if kept < 0:
+        return
+    undo: list[Callable[[], None]] = []
+    for index, (layer, length) in enumerate(zip(cache.layers, lengths, strict=True)):
+        if length is None and failed is not None and index >= failed:
+            continue  # a layer that keeps a running state, whose turn had not come
+        if length is None or length > kept:
+            undo.append(_undo(layer, kept, rows, tensors if index == failed else None))
+            if undo[-1] is _impossible:
+                what = f"got one whose layer {index} ({type(layer).__name__}) has dropped old tokens for a call that failed"
+                raise ValueError(f"past_key_values: {what} ({error}), allowed: a new one") from error
+    for one in undo:
+        one()
+
+
+def _impossible() -> None:
+    """Stands for what cannot be undone."""
+
+
+def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.Tensor] | None) -> Callable[[], None]:
+    """What brings a layer back to its first `kept` tokens. `tensors`: all that attention was given, where it is known."""
+    from hip_hf.cache.hip_cache import PagedLayer
+
+    def dynamic(keys: Any, values: Any) -> None:
+        layer.keys, layer.values = (keys[:, :, :-rows], values[:, :, :-rows]) if kept else (None, None)
+        layer.is_initialized = kept > 0
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = kept
+
+    def static() -> None:
+        layer.cumulative_length.sub_(rows)
+        layer.is_initialized = kept > 0  # else it was made for the batch of the call that failed
+        if hasattr(layer, "cumulative_length_int"):
+            layer.cumulative_length_int = kept
+        if hasattr(layer, "hip_state"):
+            layer.hip_state.crop(kept)
+
+    def rolled() -> None:
+        """The oldest slot is lost, but its token is out of sight of the next."""
+        for x in (layer.keys, layer.values):
+            x.copy_(x.roll(1, dims=2))
+        layer.cumulative_length_int = kept
+
+    if isinstance(layer, PagedLayer):
+        return functools.partial(layer.truncate, kept) if kept else layer.reset
+    if type(layer) is DynamicLayer:
+        return functools.partial(dynamic, layer.keys, layer.values)
+    if type(layer) is DynamicSlidingWindowLayer:
+        keys: Any
+        for keys, values in ((layer.keys, layer.values), tensors or (layer.keys, layer.values)):
+            if keys.shape[2] - rows >= min(kept, layer.sliding_window - 1):
+                return functools.partial(dynamic, keys, values)
+    if type(layer) in (StaticLayer, HiPStaticLayer):
+        return static
+    if type(layer) is StaticSlidingWindowLayer and kept + rows <= layer.max_cache_len:
+        return static
+    if type(layer) is StaticSlidingWindowLayer and kept >= layer.max_cache_len and rows == 1:
+        return rolled
+    return _impossible
