@@ -220,6 +220,13 @@ def _in_graph(
     return (out, lse) if need_lse else out
 
 
+def _check_sinks(sinks: torch.Tensor) -> None:
+    if sinks.dtype not in DTYPES:
+        raise ValueError(f"sinks.dtype: got {sinks.dtype}, allowed: float16, bfloat16, float32 or float64")
+    if sinks.device.type == "cpu" and not sinks.isfinite().all():
+        raise ValueError(f"sinks: got {sinks.tolist()}, allowed: finite numbers")
+
+
 def _check_positions(positions: Positions | None, config: HiPConfig, dim: int, sliding_window: int | None) -> None:
     if positions is not None and not isinstance(positions, Positions):
         raise ValueError(f"positions: got {type(positions).__name__}, allowed: None or Positions")
@@ -294,6 +301,8 @@ def hip_attention(
         raise ValueError(f"state: got {type(state).__name__}, allowed: None or a DecodeState")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
         raise ValueError(f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}")
+    if sinks is not None:
+        _check_sinks(sinks)
     _check_positions(positions, config, q.shape[3], sliding_window)
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"q.shape: got {q.shape[2]} query rows, allowed: at most the {k.shape[2]} keys")

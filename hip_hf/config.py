@@ -92,6 +92,10 @@ class HiPConfig:
     backend: str = "auto"
     seed: int = 0
 
+    def __new__(cls, *values: Any, **fields: Any) -> HiPConfig:
+        cls._check_names(fields)  # before Python does, whose error does not say what is allowed
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_numbers()
@@ -173,6 +177,8 @@ class HiPConfig:
                 _fail("layers", fields, f"a mapping of fields for layer {index}")
             if {"layers", "extend"} & fields.keys():
                 _fail("layers", dict(fields), "any field but `layers` itself and `extend`, which holds for all layers")
+            if index in layers:
+                _fail("layers", list(self.layers), f"each layer once (layer {index} is there as a number and as text)")
             layers[index] = copy.deepcopy(dict(fields))
         object.__setattr__(self, "layers", layers)
         for index in layers:
@@ -223,10 +229,14 @@ class HiPConfig:
         """The inverse of `to_dict`; fields left out take their defaults. Raises ValueError for unknown fields."""
         if not isinstance(values, Mapping):
             raise ValueError(f"HiPConfig.from_dict: got {type(values).__name__}, allowed: a mapping of fields")
+        cls._check_names(values)  # names that are no text, too
+        return cls(**values)
+
+    @classmethod
+    def _check_names(cls, values: Mapping[str, Any]) -> None:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise ValueError(f"HiPConfig.{name}: unknown field with value {values[name]!r}{hint}, allowed: {known}")
-        return cls(**values)

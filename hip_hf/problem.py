@@ -74,6 +74,8 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
             _fail(name, tuple(getattr(tensor, "shape", ())) or type(tensor).__name__, "a tensor [batch, heads, tokens, head dim]")
+        if tensor.layout != torch.strided:
+            _fail(f"{name}.layout", tensor.layout, "torch.strided (a dense tensor)")
         if 0 in tensor.shape:
             _fail(f"{name}.shape", tuple(tensor.shape), "no empty dimension")
         if tensor.dtype not in DTYPES:

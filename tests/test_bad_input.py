@@ -54,6 +54,7 @@ def test_shapes(q: Shape, k: Shape, v: Shape, name: str, allowed: str) -> None:
         (lambda x: x.long(), "dtype"),
         (lambda x: x.bool(), "dtype"),
         (lambda x: x.to(torch.complex64), "dtype"),
+        (lambda x: x.to_sparse(), "layout"),
         (lambda x: x.to("meta"), "device"),
         (lambda x: x.tolist(), ""),
         (lambda x: None, ""),
@@ -63,7 +64,7 @@ def test_dtypes_devices_and_what_is_no_tensor(at: int, change: Callable[[torch.T
     tensors: list[Any] = list(make_qkv(20))
     tensors[at] = change(tensors[at])
     # what does not fit q is reported of k, the first that is compared with it
-    name = "qkv"[at] if at or what == "" or tensors[0].dtype in (torch.long, torch.bool, torch.complex64) else "k"
+    name = "qkv"[at] if at or what in ("", "layout") or tensors[0].dtype in (torch.long, torch.bool, torch.complex64) else "k"
     with pytest.raises(ValueError, match=rf"^{name}(\.{what})?: got .*, allowed: "):
         hip_attention(*tensors)
 
@@ -101,6 +102,10 @@ def test_dtypes_devices_and_what_is_no_tensor(at: int, change: Callable[[torch.T
         (dict(sinks=torch.zeros(3)), r"sinks: got shape \(3,\).*allowed: \(4,\)"),
         (dict(sinks=torch.zeros(1, 4)), r"sinks: got shape \(1, 4\)"),
         (dict(sinks=torch.zeros(4, device="meta")), r"sinks: .*on meta, allowed: .*on cpu"),
+        (dict(sinks=torch.zeros(4, dtype=torch.long)), r"sinks.dtype: got torch.int64, allowed: float16"),
+        (dict(sinks=torch.zeros(4, dtype=torch.complex64)), r"sinks.dtype: got torch.complex64, allowed: float16"),
+        (dict(sinks=torch.tensor([0.0, torch.nan, 0.0, 0.0])), r"sinks: got \[0.0, nan, 0.0, 0.0\], allowed: finite numbers"),
+        (dict(sinks=torch.tensor([0.0, torch.inf, 0.0, 0.0])), r"sinks: got \[0.0, inf, 0.0, 0.0\], allowed: finite numbers"),
         (dict(config={"budget": 64}), r"config: got dict, allowed: HiPConfig"),
         (dict(config="hip"), r"config: got str"),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import re
 from typing import Any
 
@@ -211,6 +213,21 @@ def test_round_trip_through_json() -> None:
     assert list(back.layers) == [3, 11]
     assert back.dense_layers == [0, 2]
     assert HiPConfig.from_dict({}) == HiPConfig() == HiPConfig.from_dict(json.loads(json.dumps(HiPConfig().to_dict())))
+
+
+def test_unknown_names_are_refused_as_from_dict_refuses_them() -> None:
+    with pytest.raises(
+        ValueError, match=r"^HiPConfig.budgte: unknown field with value 3 \(did you mean 'budget'\?\), allowed: \["
+    ):
+        HiPConfig(budgte=3)
+    with pytest.raises(ValueError, match=r"^HiPConfig.budgte: unknown field"):
+        dataclasses.replace(HiPConfig(), budgte=3)
+    assert pickle.loads(pickle.dumps(HiPConfig(budget=64))) == copy.deepcopy(HiPConfig(budget=64)) == HiPConfig(budget=64)
+
+
+def test_a_layer_is_named_once() -> None:
+    with pytest.raises(ValueError, match=r"^HiPConfig.layers: got \['1', 1\], allowed: each layer once"):
+        HiPConfig(layers={"1": {"budget": 64}, 1: {"budget": 128}})
 
 
 def test_layer_overrides() -> None:

@@ -19,6 +19,19 @@ from hip_hf.reference import sparse as sparse_module
 from hip_hf.reference.sparse import tensors_of
 from hip_hf.state import DecodeState
 
+# tokens, dtype, (key heads, query heads for each), head dim of v, pad tokens of the second batch row
+SHAPES = [
+    (33, torch.float64, (2, 2), 16, 4),
+    (97, torch.float32, (2, 1), 24, 13),
+    (203, torch.bfloat16, (1, 7), 16, 37),
+    (251, torch.float32, (2, 3), 8, 1),
+    (180, torch.float16, (3, 2), 16, 21),
+    (321, torch.bfloat16, (2, 1), 40, 150),
+]
+shapes = pytest.mark.parametrize(("tokens", "dtype", "heads", "dv", "pad"), SHAPES)
+# of outputs of one size that are computed in another order: rounding of the dtype, and no more
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 333, 1000]
 # sink of one block: within a sliding window it stays in sight as long as its block does
 FEATURES = [
@@ -222,6 +235,57 @@ def test_a_left_padded_row_gives_what_it_gives_alone(pad: int, rows: int | None,
         assert torch.equal(mine[..., :blocks, :] if name == "indices" else mine[..., :blocks], want), name
 
 
+def shaped(tokens: int, dtype: torch.dtype, heads: tuple[int, int], dv: int) -> tuple[torch.Tensor, ...]:
+    return make_qkv(tokens, batch=2, heads=heads[0], groups=heads[1], dv=dv, dtype=dtype)
+
+
+@shapes
+def test_a_left_padded_row_of_any_shape_gives_what_it_gives_alone(
+    tokens: int, dtype: torch.dtype, heads: tuple[int, int], dv: int, pad: int
+) -> None:
+    q, k, v = shaped(tokens, dtype, heads, dv)
+    got = sparse(q, k, v, small(), [0, pad])
+    alone = sparse(q[1:, :, pad:], k[1:, :, pad:], v[1:, :, pad:], small())
+    assert_near(got.out[1:, :, pad:], alone.out, ROUNDING[dtype])
+    assert_near(got.lse[1:, :, pad:], alone.lse, ROUNDING[dtype], "lse")
+    blocks = alone.mask.counts.shape[2]
+    assert torch.equal(got.mask.indices[1, :, :blocks], alone.mask.indices[0])
+
+
+@shapes
+def test_chunked_prefill_of_any_shape_is_one_shot(
+    tokens: int, dtype: torch.dtype, heads: tuple[int, int], dv: int, pad: int
+) -> None:
+    """Chunks end where query blocks of the padded row do."""
+    q, k, v = shaped(tokens, dtype, heads, dv)
+    q, k, v = (x[1:] for x in (q, k, v))
+    want, state, out = sparse(q, k, v, small(), [pad]), DecodeState(), []
+    cuts = [pad + at for at in range(48, tokens - pad - 16, 48)]
+    for first, end in zip([0, *cuts], [*cuts, tokens], strict=True):
+        part = sparse(q[:, :, first:end], k[:, :, :end], v[:, :, :end], small(), [pad], state=state)
+        out.append(part.out)
+    assert_near(torch.cat(out, 2), want.out, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("rest", [1, 9, 16])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_short_last_chunk_is_decode(rest: int, kept: bool) -> None:
+    """Up to 16 rows count as decode: each is the step that selects for itself, and not the row of one shot."""
+    q, k, v = make_qkv(160 + rest, batch=2, dtype=torch.float64)
+    config, state = small(decode_refresh=1), DecodeState() if kept else None
+    whole = sparse(q, k, v, config)
+    if state is not None:
+        sparse(q[:, :, :160], k[:, :, :160], v[:, :, :160], config, state=state)
+    chunk = sparse(q[:, :, 160:], k, v, config, state=state)
+    for row in range(rest):
+        end = 161 + row
+        step = sparse(q[:, :, end - 1 : end], k[:, :, :end], v[:, :, :end], config)
+        assert_near(chunk.out[:, :, row : row + 1], step.out, 1e-12)
+        assert torch.equal(chunk.mask.indices[:, :, row], step.mask.indices[:, :, 0])
+    if rest == 1:  # the query block of one shot is that row alone, too
+        assert_near(chunk.out, whole.out[:, :, 160:], 1e-12)
+
+
 @pytest.mark.parametrize("cuts", [[64], [32, 64, 160], [16 * i for i in range(2, 16, 2)], [160]])
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("static", [True, False])
@@ -240,27 +304,38 @@ def test_chunked_prefill_is_one_shot(cuts: list[int], kept: bool, static: bool) 
     assert_near(torch.cat(lse, 2), want.lse, 1e-12, "lse")
 
 
-@pytest.mark.parametrize("blocks", [2, 5, 12])
-def test_a_decode_step_is_the_last_row_of_a_prefill(blocks: int) -> None:
-    """Where the last query block is that one row."""
-    q, k, v = make_qkv(16 * blocks + 1, batch=2, dtype=torch.float64)
+@shapes
+def test_a_decode_step_is_the_last_row_of_a_prefill(
+    tokens: int, dtype: torch.dtype, heads: tuple[int, int], dv: int, pad: int
+) -> None:
+    """Where the last query block is that one row: of as many tokens as make it so, padding not counted."""
+    tokens = (tokens - pad) // 16 * 16 + 1 + pad
+    q, k, v = (x[1:] for x in shaped(tokens, dtype, heads, dv))
     config = small(decode_refresh=1)
-    whole, step = sparse(q, k, v, config), sparse(q[:, :, -1:], k, v, config, state=DecodeState())
-    assert_near(step.out, whole.out[:, :, -1:], 1e-12)
-    assert_near(step.lse, whole.lse[:, :, -1:], 1e-12, "lse")
-    assert torch.equal(step.mask.indices[:, :, 0], whole.mask.indices[:, :, -1])
+    whole = sparse(q, k, v, config, [pad])
+    step = sparse(q[:, :, -1:], k, v, config, [pad], state=DecodeState())
+    assert_near(step.out, whole.out[:, :, -1:], ROUNDING[dtype])
+    assert_near(step.lse, whole.lse[:, :, -1:], ROUNDING[dtype], "lse")
+    last = int(whole.mask.first[0].argmax())
+    assert torch.equal(step.mask.indices[:, :, 0], whole.mask.indices[:, :, last])
 
 
+@shapes
 @pytest.mark.parametrize("dense_tail", [0, 20])
-@pytest.mark.parametrize("changed", [16, 48, 160])
-def test_later_query_blocks_leave_earlier_rows_untouched(changed: int, dense_tail: int) -> None:
-    tensors = make_qkv(203)
-    others = [torch.cat([x[:, :, :changed], 3 * torch.randn_like(x[:, :, changed:])], 2) for x in tensors]
+def test_later_query_blocks_leave_earlier_rows_untouched(
+    tokens: int, dtype: torch.dtype, heads: tuple[int, int], dv: int, pad: int, dense_tail: int
+) -> None:
+    tensors = shaped(tokens, dtype, heads, dv)
     config = small(dense_tail=dense_tail)
-    got, want = sparse(*others, config), sparse(*tensors, config)
-    assert torch.equal(got.out[:, :, :changed], want.out[:, :, :changed])
-    assert torch.equal(got.lse[:, :, :changed], want.lse[:, :, :changed])
-    assert not torch.equal(got.out[:, :, changed:], want.out[:, :, changed:])
+    want = sparse(*tensors, config, [0, pad])
+    for block in {1, (tokens - pad) // 32, (tokens - pad - 1) // 16} - {0}:
+        for row, start in enumerate((0, pad)):
+            at = start + 16 * block
+            others = [torch.cat([x[:, :, :at], 3 * torch.randn_like(x[:, :, at:])], 2) for x in tensors]
+            got = sparse(*others, config, [0, pad])
+            assert torch.equal(got.out[row, :, :at], want.out[row, :, :at])
+            assert torch.equal(got.lse[row, :, :at], want.lse[row, :, :at])
+            assert not torch.equal(got.out[row, :, at:], want.out[row, :, at:])
 
 
 CUTS = [

@@ -95,6 +95,15 @@ def test_decode_searches_as_often_as_the_settings_say(refresh: int, searches: in
     assert steps.length == 256 + 12
 
 
+def test_decode_of_stages_runs_over_the_longest_interval() -> None:
+    """Each stage has an interval of its own."""
+    config = small(method="staged", options={"stages": [[8, 64, 2], [4, 16, 2]]}, decode_refresh=[8, 4])
+    assert latency.refresh_period(config) == 8
+    assert latency.refresh_period(small(decode_refresh=3)) == 3
+    phases = [(row["phase"], row["path"]) for row in measure(plan(prefill=[], settings={"staged": config}))]
+    assert phases == [(latency.AMORTISED, "sparse"), (latency.REFRESHED, "sparse")]
+
+
 def test_random_tensors_are_seeded() -> None:
     first, again, other = (plan(seed=seed).random("fp32", 8, 8)[0] for seed in (0, 0, 1))
     assert first.equal(again)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hip_hf.attention import Result, dense_reason
 from hip_hf.config import HiPConfig
 from hip_hf.eval import floors, plots
-from hip_hf.eval.latency import AMORTISED, DTYPES, PREFILL, REFRESHED, Call, Plan, interleave, ours, sdpa, wall
+from hip_hf.eval.latency import AMORTISED, DTYPES, PREFILL, REFRESHED, Call, Plan, interleave, ours, refresh_period, sdpa, wall
 from hip_hf.kernels import ops
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.backend import DeviceState, decode_step
@@ -168,7 +168,7 @@ class Bench:
             return dense if path == "dense" else floors.backward(length, config, shape)
         if path == "dense":
             return floors.dense_decode(length, shape)
-        return floors.decode(length, config, shape, config.decode_refresh)
+        return floors.decode(length, config, shape, refresh_period(config))
 
     def rows(self, measured: Measured, configs: dict[str, HiPConfig], selections: dict[str, float]) -> list[dict[str, Any]]:
         """Rows of the report. `selections`: seconds of a step that go to selection."""
@@ -269,7 +269,7 @@ class Bench:
         for name, config in plan.settings.items():
             variants[AMORTISED, name] = config
             variants[REFRESHED, name] = replace(config, decode_refresh=1)
-        counts = {key: lcm(config.decode_refresh, config.block_k) for key, config in variants.items()}
+        counts = {key: lcm(refresh_period(config), config.block_k) for key, config in variants.items()}
         most = max(counts.values())
         q, k, v = plan.random(self.dtype, length + most, most, self.device)
 
@@ -296,7 +296,7 @@ class Bench:
             mine = {name: call for (kind, name), call in calls.items() if kind == phase}
             configs = {name: config for (kind, name), config in variants.items() if kind == phase}
             steps = {name: counts[phase, name] if mine[name].said[0] == "sparse" else most for name in mine}
-            shares = {name: taken / configs[name].decode_refresh for name, taken in seconds.items()}
+            shares = {name: taken / refresh_period(configs[name]) for name, taken in seconds.items()}
             rows += self.rows(Measured(phase, length, mine, dense, steps, most), configs, shares)
         steps = {name: counts[REFRESHED, name] for name in alone}
         return rows + self.rows(Measured(DECODE_SELECTION, length, alone, {}, steps), plan.settings, seconds)

@@ -161,13 +161,18 @@ def measure_prefill(plan: Plan, dtype: str, length: int) -> list[dict[str, Any]]
     return [make_row(PREFILL, dtype, length, name, call, dense) for name, call in calls.items()]
 
 
+def refresh_period(config: HiPConfig) -> int:
+    """Decode steps after which everything has been selected anew: with an interval for each stage, the first, the longest."""
+    return config.decode_refresh if isinstance(config.decode_refresh, int) else config.decode_refresh[0]
+
+
 def measure_decode(plan: Plan, dtype: str, length: int) -> list[dict[str, Any]]:
     """Two rows per setting: amortised, and refreshed at every step. Times are per step."""
     variants = []
     for name, config in plan.settings.items():
         variants += [(AMORTISED, name, config), (REFRESHED, name, replace(config, decode_refresh=1))]
     # a run is a whole number of selections and of key blocks, so that each pays its share of both
-    counts = [lcm(config.decode_refresh, config.block_k) for _, _, config in variants]
+    counts = [lcm(refresh_period(config), config.block_k) for _, _, config in variants]
     most = max(counts)
     tensors = plan.random(dtype, length + most * (plan.repeats + 1), most)
     dense = Call(Steps(tensors, length, most, None))

@@ -52,6 +52,8 @@ def explain(model: nn.Module) -> Report:
     Raises:
         ValueError: the model does not attend through `hip` (or another name of ours).
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, allowed: a pretrained model")
     if not any(attends_by_us(module.config) for module in model.modules() if hasattr(module, "config")):
         used = text_config(model)._attn_implementation
         raise ValueError(f"model: got attn_implementation={used!r}, allowed: {' | '.join(NAMES)}")
