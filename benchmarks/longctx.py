@@ -17,6 +17,7 @@ import typer
 
 from hip_hf.eval import report
 from hip_hf.eval.documents import CHECKPOINT
+from hip_hf.eval.longctx import draw
 from hip_hf.eval.presets import settings_of
 from hip_hf.eval.publish import Results, Targets, model_name
 
@@ -109,7 +110,7 @@ def main(
                 })  # fmt: skip
                 bar.advance(task_bar)
     title = f"hip_longctx, {length:,} tokens, budget {budget}, {samples} samples a task, seed {seed}, 95 % intervals"
-    targets.publish(Results("longctx", title, rows, details, lambda document, file: None), cells)
+    targets.publish(Results("longctx", title, rows, details, draw), cells)
     caption = f"{title}; {model_name(model)}. Shares of right answers; hip_perplexity: perplexity."
     output.with_suffix(".md").write_text(markdown(rows, caption), encoding="utf-8")
 

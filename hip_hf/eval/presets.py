@@ -13,6 +13,7 @@ from hip_hf.methods import METHODS
 # What `--settings` may name; anything else is read as a JSON dict of `HiPConfig` fields.
 PRESETS: dict[str, dict[str, Any]] = {
     "defaults": {},
+    "quality": {"query_stride": 1, "beam": 16, "rescore": 16, "decode_refresh": 1},
     "beam1": {"beam": 1, "rescore": 1},
     "paper": {"representative": "middle", "score": "max", "query_stride": 4, "vote": "sampled", "beam": 1, "rescore": 1},
     "staged": {"method": "staged"},
