@@ -80,7 +80,7 @@ def main(
     register()
     from hip_hf.integration.lm_eval_model import HipLM
 
-    configs = settings_of(settings, tokens=length, budget=budget)
+    configs = settings_of(settings, tokens=length, checkpoint=model, budget=budget)
     metadata = {"max_seq_lengths": [length], "samples": samples, "data_seed": seed, "tokenizer": model}
     details = {
         "model": model_name(model), "length": length, "samples": samples, "data_seed": seed,
