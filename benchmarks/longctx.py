@@ -17,6 +17,7 @@ import typer
 
 from hip_hf.eval import report
 from hip_hf.eval.documents import CHECKPOINT
+from hip_hf.eval.longctx import draw
 from hip_hf.eval.presets import settings_of
 from hip_hf.eval.publish import Results, Targets, model_name
 
@@ -79,7 +80,7 @@ def main(
     register()
     from hip_hf.integration.lm_eval_model import HipLM
 
-    configs = settings_of(settings, tokens=length, budget=budget)
+    configs = settings_of(settings, tokens=length, checkpoint=model, budget=budget)
     metadata = {"max_seq_lengths": [length], "samples": samples, "data_seed": seed, "tokenizer": model}
     details = {
         "model": model_name(model), "length": length, "samples": samples, "data_seed": seed,
@@ -109,7 +110,7 @@ def main(
                 })  # fmt: skip
                 bar.advance(task_bar)
     title = f"hip_longctx, {length:,} tokens, budget {budget}, {samples} samples a task, seed {seed}, 95 % intervals"
-    targets.publish(Results("longctx", title, rows, details, lambda document, file: None), cells)
+    targets.publish(Results("longctx", title, rows, details, draw), cells)
     caption = f"{title}; {model_name(model)}. Shares of right answers; hip_perplexity: perplexity."
     output.with_suffix(".md").write_text(markdown(rows, caption), encoding="utf-8")
 

@@ -90,11 +90,18 @@ def draw_readings(file: Path, prompt: list[int], problems: list[AttentionProblem
     plots.readings(file, f"What query blocks read (first key head), {TOKENS:,} tokens", panels, len(prompt), marks, question)
 
 
+def outdated(file: Path) -> bool:
+    """Whether a file is missing, or older than the code that it is made by."""
+    sources = [*(ROOT / "hip_hf").rglob("*.py"), *(ROOT / "tests" / f"{name}.py" for name in ("supported", "families"))]
+    newest = max(source.stat().st_mtime for source in [*sources, Path(__file__)])
+    return not file.exists() or file.stat().st_mtime < newest
+
+
 def make_all(folder: Path) -> None:
-    """Everything that the pages include, in `folder`; what is there stays (remove the folder to make it anew)."""
+    """Everything that the pages include, in `folder`; what takes long stays while it is newer than the code."""
     folder.mkdir(exist_ok=True)
     logging.set_verbosity_error()
-    if not (folder / "tree.png").exists() or not (folder / "readings.png").exists():
+    if outdated(folder / "tree.png") or outdated(folder / "readings.png"):
         prompt, model, tokenizer, fact = prompt_and_model()
         problems = capture(model, torch.tensor([prompt]))
         draw_tree(folder / "tree.png", problems[LAYER])
@@ -102,7 +109,7 @@ def make_all(folder: Path) -> None:
     drawn = (("latency", latency.draw), ("fidelity", curves.draw), ("passkey", passkey.draw), ("memory", memory.draw))
     for name, draw in drawn:
         draw(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), folder / f"{name}.png")
-    if not (folder / "models.md").exists():
+    if outdated(folder / "models.md"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             (folder / "models.md").write_text(supported.page(), encoding="utf-8")

@@ -1,19 +1,25 @@
 """Tiny random models of the families that the integration tests run over."""
 
 import copy
+from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     Gemma2Config,
     GptOssConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -83,6 +89,29 @@ def make_model(family: str, implementation: str = "hip", **settings: object) -> 
     model.generation_config.eos_token_id = -1  # never generated: every run has its full length
     hip_hf.configure(model, **{**SPARSE, **settings})
     return model
+
+
+IMAGE = 90  # the token of an image's patches
+
+
+def make_llava(attention: Any) -> PreTrainedModel:
+    """A tiny LLaVA; `attention`: of all parts, or by the name of each part's config."""
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**_BASE), image_token_index=IMAGE)
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
+
+
+def make_qwen2_vl(attention: Any) -> PreTrainedModel:
+    """A tiny Qwen2-VL."""
+    vision = dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=4, spatial_merge_size=2)
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    ids = dict(image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
+    config = Qwen2VLConfig(text_config={**_BASE, "rope_parameters": rope}, vision_config=vision, **ids)
+    torch.manual_seed(0)
+    return Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attention)
 
 
 def make_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from helpers import assert_near, causal, eager, make_problem, make_qkv, read_mask, small, sparse
 from test_hyper import OPTIONS, weights
-from test_passkey import SMALL, run, save_checkpoint
+from test_memory_command import GROUPED
+from test_passkey import SMALL, refused, run, save_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlavaConfig
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
-from hip_hf.eval import fidelity, mass
+from hip_hf.eval import compare, fidelity, mass, passkey
 from hip_hf.eval.costs import SELECTION, block_cost, call_cost
 from hip_hf.eval.hardness import hardness, hardness_rows
 from hip_hf.eval.presets import PRESETS, as_many_keys, every, settings_of
@@ -219,9 +221,44 @@ def test_a_method_of_ones_own() -> None:
         METHODS.pop("even", None)
 
 
+def test_own_settings(tmp_path: Path) -> None:
+    """Those of the checkpoint's config, in a wrapper's language part as well; nothing else touches them."""
+    config = LlamaConfig(**GROUPED)
+    config.save_pretrained(tmp_path)
+    found = settings_of(["own"], checkpoint=str(tmp_path), budget=128, window=64)
+    assert found == {"own": HiPConfig()}
+    config.hip = {"budget": 256, "layers": {"1": {"budget": 64}}, "dense_layers": 1}
+    for saved in (config, LlavaConfig(text_config=config)):
+        saved.save_pretrained(tmp_path)
+        (own,) = settings_of(["own"], checkpoint=str(tmp_path), budget=128).values()
+        assert own == HiPConfig(budget=256, layers={1: {"budget": 64}}, dense_layers=1)
+    with pytest.raises(ValueError, match="no model here"):
+        settings_of(["own"])
+    assert "cannot load" in refused(passkey.main, str(tmp_path / "nowhere"), "--settings", "own")
+
+
+def test_own_settings_have_one_row(tmp_path: Path) -> None:
+    """Beside the others, at any number of budgets; and it is these settings that the model attends by."""
+    model, text = save_checkpoint(tmp_path)
+    own = {**SMALL, "dense_layers": 1, "dense_below": 0, "dense_tail": 0}
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hip": own}))
+    arguments = [model, "--document", text, "--tokens", "256", "--prompts", "1", "--measures", "perplexity", "--budgets", "32,64"]
+    sizes = json.dumps({name: value for name, value in SMALL.items() if name != "budget"})
+    report = run(compare.main, *arguments, "--settings", sizes, "--settings", "own")
+    assert [row["settings"] for row in report["rows"]] == [f"{sizes} @ 32", "own", f"{sizes} @ 64"]
+    assert report["configs"]["own"] == HiPConfig(**own).to_dict()
+    asked = ["--lengths", "200", "--depths", "1", "--samples", "1", "--settings", "own"]
+    (row, *_) = run(passkey.main, model, "--document", text, *asked)["rows"]
+    assert row["path_prefill"] == "1 dense (dense layer), 1 sparse"
+
+
 def test_all_presets() -> None:
     settings = settings_of(["dense", "all"], tokens=1000, budget=128)
     assert list(settings) == ["dense", *every()]
+    assert "quality" in settings
+    assert "own" not in settings
+    assert (settings["quality"].beam, settings["quality"].query_stride, settings["quality"].decode_refresh) == (16, 1, 1)
     assert settings["hyper"].options["min_seq_len"] < 1000
     assert all(config.budget == 128 for config in settings.values())
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from browser import Seen, broken_links, visit
+
+import hip_hf
 
 if not os.environ.get("CI"):  # where it must have run
     pytest.importorskip("sphinx", reason="pip install '.[docs]'")
@@ -25,6 +28,12 @@ def build(out: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(ROOT / "docs"), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_everything_public_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"auto(?:function|class):: hip_hf\.(\w+)$", reference, re.MULTILINE))
+    assert documented == set(hip_hf.__all__)
 
 
 def check_all_are_there(seen: dict[Path, Seen], built: Path) -> None:

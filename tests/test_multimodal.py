@@ -7,26 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import SPARSE
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
+from families import IMAGE, SPARSE, make_llava, make_qwen2_vl
+from transformers import PreTrainedModel
 
 import hip_hf
 from hip_hf import HiPCache
 
-IMAGE, VOCAB = 90, 100
 PATCHES = 16  # tokens of an image
-_TEXT: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=99,
-)  # fmt: skip
 Inputs = dict[str, torch.Tensor]
 
 
@@ -37,28 +24,10 @@ def prompt(tokens: int, before: list[int], after: list[int]) -> torch.Tensor:
     return torch.cat([ids[:, : tokens // 3], image, ids[:, tokens // 3 :]], dim=1)
 
 
-def make_llava(attention: Any) -> PreTrainedModel:
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**_TEXT), image_token_index=IMAGE)
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
-
-
 def llava_inputs() -> Inputs:
     ids = prompt(150, [], [])
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-
-def make_qwen(attention: Any) -> PreTrainedModel:
-    vision = dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=4, spatial_merge_size=2)
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    ids = dict(image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
-    config = Qwen2VLConfig(text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, **ids)
-    torch.manual_seed(0)
-    return Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attention)
 
 
 def qwen_inputs() -> Inputs:
@@ -72,7 +41,7 @@ def qwen_inputs() -> Inputs:
 
 MODELS: dict[str, tuple[Callable[[Any], PreTrainedModel], Callable[[], Inputs]]] = {
     "llava": (make_llava, llava_inputs),
-    "qwen2_vl": (make_qwen, qwen_inputs),
+    "qwen2_vl": (make_qwen2_vl, qwen_inputs),
 }
 HIP = {"text_config": "hip", "vision_config": "eager"}
 

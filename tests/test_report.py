@@ -15,7 +15,7 @@ from browser import broken_links, visit
 from test_passkey import SMALL, refused, run, save_checkpoint
 from typer.testing import CliRunner
 
-from hip_hf.eval import bundle, compare, fidelity, latency, passkey, perplexity
+from hip_hf.eval import bundle, compare, fidelity, latency, passkey, perplexity, report
 from hip_hf.eval.curves import AT
 
 SETTINGS = ["--settings", "dense", "--settings", json.dumps(SMALL)]
@@ -48,6 +48,19 @@ MEMORY = {
     "model": "a <b> & c",
     "machine": {"cpu": "x", "gpu": None},
 }
+# And of the benchmark of all tasks, which takes hours.
+LONGCTX = {
+    "command": "longctx",
+    "title": "hip_longctx, 4,096 tokens",
+    "rows": [
+        {"task": task, "settings": name, "value": value, "low": value / 2, "high": 2 * value, "samples": 10,
+         "read_prefill": 0.2, "read_decode": 0.1}
+        for task, value in (("hip_passkey", 0.5), ("hip_copying", 0.1), ("hip_perplexity", 40.0))
+        for name in ("dense", "defaults")
+    ],
+    "model": "the demo checkpoint",
+    "machine": {"cpu": "x", "gpu": None},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +76,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
         files = ["--output", str(folder / f"{name}.json"), "--report", str(folder / f"{name}.html")]
         found[name] = (folder / f"{name}.json", run(command.main, *given, *files))
     torch.set_num_threads(before)
-    (folder / "memory.json").write_text(json.dumps(MEMORY))
-    return {**found, "memory": (folder / "memory.json", MEMORY)}
+    for document in (MEMORY, LONGCTX):
+        file = folder / f"{document['command']}.json"
+        file.write_text(json.dumps(document))
+        found[str(document["command"])] = (file, document)
+    return found
 
 
 def test_documents_have_one_shape(saved: dict[str, tuple[Path, dict[str, Any]]]) -> None:
@@ -150,6 +166,15 @@ def test_the_browser_test_sees_what_is_broken(tmp_path: Path) -> None:
     assert any("nowhere.png" in what for what in seen.failed)
     assert any("boom" in what for what in seen.failed)
     assert [link.rpartition("/")[2] for link in broken_links({page: seen})] == ["gone.html", "page.html#gone (no such place)"]
+
+
+def test_a_table_that_no_terminal_shows_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {f"column_{i}": f"a value of {'n' * 20} {i}" for i in range(20)}
+    report.show("title", [row], False)
+    lines = capsys.readouterr().out.splitlines()
+    for wanted in (row.values(), (name.replace("_", " ") for name in row)):
+        text = list(wanted)
+        assert any(all(part in line for part in text) for line in lines)
 
 
 def test_refusals(tmp_path: Path, saved: dict[str, tuple[Path, dict[str, Any]]]) -> None:

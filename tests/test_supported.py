@@ -11,7 +11,7 @@ from supported import CHECKS, REFUSED, STATELESS, check_refused, names, page
 def test_model_type(name: str, check: str, threads: object) -> None:
     threads(1)  # type: ignore[operator]
     if check == "kept state" and name in STATELESS:
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="loses the way to its state"):
             CHECKS[check](name)
     else:
         CHECKS[check](name)
@@ -26,8 +26,8 @@ def test_the_page_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page is made of outcomes, not of names."""
 
     def fails(name: str) -> None:
-        raise AssertionError("no")
+        raise AssertionError("off by 3 | 4\nand more")
 
     monkeypatch.setattr("supported.names", lambda: ["llama"])
     monkeypatch.setattr("supported.CHECKS", {"good": lambda name: None, "bad": fails})
-    assert "| `llama` | yes | no: AssertionError |" in page()
+    assert "| `llama` | yes | no: off by 3 / 4 |" in page()

@@ -62,7 +62,10 @@ def test_yaml_files_name_what_there_is() -> None:
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={**META, "samples": 1})
     loaded = manager.load(["hip_longctx"])
     assert set(loaded["tasks"]) == {*GENERATORS, "hip_perplexity"}
+    better: dict[str, set[bool]] = {}
     for name, task in loaded["tasks"].items():
+        for metric, high in task.higher_is_better().items():
+            better.setdefault(metric, set()).add(high)
         assert task.config.custom_dataset is GENERATORS.get(name, language.perplexity)
         if name == "hip_perplexity":
             continue
@@ -73,6 +76,10 @@ def test_yaml_files_name_what_there_is() -> None:
         prompt, generation = request.args
         tokenizer = common.load_tokenizer(str(CHECKPOINT), "main", False)
         assert len(tokenizer(prompt).input_ids) + generation["max_gen_toks"] == doc["length"]
+    # else lm-eval warns of a group whose tasks do not agree, length by length
+    assert {metric: len(kinds) for metric, kinds in better.items()} == dict.fromkeys(better, 1)
+    assert better["nll_1024"] == {False}
+    assert better["1024"] == {True}
 
 
 def test_passkeys_are_notes_in_the_haystack(tmp_path: Path) -> None:
@@ -121,7 +128,7 @@ def test_perplexity_scores_the_same_words_after_more_and_more_text() -> None:
             assert 0.95 * length < count(row["context"] + row["target"]) <= length
             assert row["tokens"] == count(row["context"] + row["target"]) - count(row["context"])
     found = language.process_results({"tokens": 4, "max_length": 1024}, [(-6.0, False)])
-    assert found == {"nll": 1.5, "perplexity": 1.5, "1024": 1.5}
+    assert found == {"nll": 1.5, "perplexity": 1.5, "nll_1024": 1.5}
     assert language.exp_of_mean([1.0, 2.0]) == pytest.approx(math.exp(1.5))
 
 

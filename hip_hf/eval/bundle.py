@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.eval import compare, curves, latency, memory, page, passkey, perplexity, plots
+from hip_hf.eval import compare, curves, latency, longctx, memory, page, passkey, perplexity, plots
 from hip_hf.eval.publish import Draw, check_file, write
 
 PICTURES: dict[str, Draw] = {
@@ -18,6 +18,7 @@ PICTURES: dict[str, Draw] = {
     "latency": latency.draw,
     "memory": memory.draw,
     "compare": compare.draw,
+    "longctx": longctx.draw,  # of benchmarks/longctx.py
 }
 
 

@@ -16,7 +16,7 @@ from hip_hf.eval.cells import Cells
 from hip_hf.eval.curves import AT
 from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, digest, load_to_measure
 from hip_hf.eval.latency import parse_choice
-from hip_hf.eval.presets import HELP, settings_of, sizes
+from hip_hf.eval.presets import HELP, OWN, settings_of, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
 
 MEASURES = ("fidelity", "perplexity", "passkey")
@@ -139,8 +139,10 @@ def main(
         several = sizes(budgets)
         configs = {}
         for budget in several:
-            for name, config in settings_of(settings, tokens=tokens, budget=budget, sink=sink, window=window).items():
-                alone = len(several) == 1 or not captures(config)  # dense is the same at every budget
+            for name, config in settings_of(
+                settings, tokens=tokens, checkpoint=model, budget=budget, sink=sink, window=window
+            ).items():
+                alone = len(several) == 1 or not captures(config) or name == OWN  # the same at every budget
                 configs[name if alone else f"{name}{AT}{budget}"] = config
         targets = Targets(json, output, plot, report_file)
         if "perplexity" in chosen:

@@ -23,7 +23,7 @@ from hip_hf.eval.hardness import TITLE as HARDNESS
 from hip_hf.eval.hardness import Hardness, hardness, hardness_rows
 from hip_hf.eval.mass import Measured, measure, unsearched
 from hip_hf.eval.passkey import draw_facts
-from hip_hf.eval.presets import HELP, refuse_extension, settings_of, sizes
+from hip_hf.eval.presets import HELP, OWN, refuse_extension, settings_of, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference.sparse import DECODE_ROWS
@@ -234,8 +234,8 @@ def main(
         several = sizes(budgets) if budgets else [budget or (1024 if stress else 256)]
         configs = {}
         for size in several:
-            some = settings_of(settings, tokens=max(lengths), budget=size, sink=sink, window=window)
-            configs |= {f"{name}{AT}{size}" if budgets else name: config for name, config in some.items()}
+            some = settings_of(settings, tokens=max(lengths), checkpoint=model, budget=size, sink=sink, window=window)
+            configs |= {f"{name}{AT}{size}" if budgets and name != OWN else name: config for name, config in some.items()}
         refuse_extension(configs)
         if any(length % tokens for length in lengths):
             raise ValueError(f"--stress: got {stress}, allowed: multiples of --tokens {tokens}")

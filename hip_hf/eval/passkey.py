@@ -281,7 +281,7 @@ def main(
     try:
         counts = sizes(lengths)
         targets = Targets(json, output, plot, report_file)
-        configs = settings_of(settings, tokens=max(counts), budget=budget, sink=sink, window=window)
+        configs = settings_of(settings, tokens=max(counts), checkpoint=model, budget=budget, sink=sink, window=window)
         text = document.read_text(encoding="utf-8")
         plan = Plan(configs, counts, depths, samples, facts, batch, seed)
         details = {

@@ -197,7 +197,7 @@ def main(
         lengths = sizes(tokens)
         if len(lengths) > 1:
             raise ValueError(f"--tokens: got {tokens!r}, allowed: one length (its ranges of positions are shown)")
-        configs = settings_of(settings, tokens=lengths[0], budget=budget, sink=sink, window=window)
+        configs = settings_of(settings, tokens=lengths[0], checkpoint=model, budget=budget, sink=sink, window=window)
         plan = Plan(configs, lengths[0], texts, chunk)
         targets = Targets(json, output, plot, report_file)
         text = document.read_text(encoding="utf-8")

@@ -8,11 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from hip_hf.config import HiPConfig
+from hip_hf.eval.documents import cannot_load
+from hip_hf.integration.settings import read_settings
 from hip_hf.methods import METHODS
 
 # What `--settings` may name; anything else is read as a JSON dict of `HiPConfig` fields.
 PRESETS: dict[str, dict[str, Any]] = {
     "defaults": {},
+    "quality": {"query_stride": 1, "beam": 16, "rescore": 16, "decode_refresh": 1},
     "beam1": {"beam": 1, "rescore": 1},
     "paper": {"representative": "middle", "score": "max", "query_stride": 4, "vote": "sampled", "beam": 1, "rescore": 1},
     "staged": {"method": "staged"},
@@ -27,11 +30,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "streaming+delta": {"method": "streaming", "options": {"recent": True}, "delta": 64},
     "dense": {"method": "dense"},
 }
+# The settings that a model uses when it is loaded with attn_implementation="hip": those in its config, or `HiPConfig()`.
+OWN = "own"
 # Presets that `all` leaves out: the baseline, and what is only a cheaper search of the same method.
 LEFT_OUT = ("dense", "beam1")
 # Measure the method itself: every layer and row sparse, unless a row says otherwise.
 SPARSE = {"dense_layers": 0, "dense_tail": 0, "dense_below": 0}
-HELP = f"{' | '.join(PRESETS)} | all, or a JSON dict of HiPConfig fields; repeat for several rows."
+HELP = f"{' | '.join(PRESETS)} | {OWN} (the checkpoint's) | all, or a JSON dict of HiPConfig fields; repeat for several rows."
 
 
 def every() -> list[str]:
@@ -53,12 +58,34 @@ def as_many_keys(config: HiPConfig, tokens: int) -> dict[str, int]:
     return {"min_seq_len": leaf, "block_size": each, "sample_size": each}
 
 
+def own_settings(checkpoint: str | None) -> HiPConfig:
+    """The settings in a checkpoint's config.
+
+    Raises:
+        ValueError: there is no checkpoint, or its settings are invalid. typer.BadParameter: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    if checkpoint is None:
+        raise ValueError(f"--settings: got {OWN!r}, allowed: the others (there is no model here)")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise cannot_load(repr(checkpoint), error) from None
+    return read_settings(config.get_text_config(decoder=True))
+
+
 def settings_of(
-    names: Sequence[str], tokens: int | None = None, base: dict[str, Any] = SPARSE, **common: Any
+    names: Sequence[str],
+    tokens: int | None = None,
+    base: dict[str, Any] = SPARSE,
+    checkpoint: str | None = None,
+    **common: Any,
 ) -> dict[str, HiPConfig]:
     """Settings by the name they were given; fields in `common` (None: not given) hold for all that do not set them.
 
     `tokens`: length of the texts, by which the preset `hyper` is sized. `base`: fields that hold where nothing else is said.
+    `checkpoint`: whose settings `own` is, untouched by `base` and `common`.
 
     Raises:
         ValueError: neither a preset nor a JSON dict, or a field is unknown or out of range.
@@ -66,6 +93,9 @@ def settings_of(
     shared = {name: value for name, value in common.items() if value is not None}
     settings = {}
     for name in [one for given in names for one in (every() if given == "all" else [given])]:
+        if name == OWN:
+            settings[name] = own_settings(checkpoint)
+            continue
         fields = PRESETS.get(name, {"method": name} if name in METHODS else None)
         if fields is None:
             try:

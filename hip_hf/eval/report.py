@@ -16,6 +16,8 @@ from rich.table import Table
 
 import hip_hf
 
+# Columns of a table that no terminal shows (a file, a pipe): enough for all of it.
+WIDE = 1000
 # Progress and notes go to the error stream, so that `--json` on the output stream stays one document.
 notes = Console(stderr=True)
 
@@ -54,6 +56,8 @@ def show(title: str, rows: Sequence[dict[str, Any]], as_json: bool, **extra: Any
     for row in rows:
         table.add_row(*(cell(value) for value in row.values()))
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDE
     console.print(table)
     for name, value in extra.items():
         console.print(f"{name.replace('_', ' ')}: {cell(value)}", highlight=False)

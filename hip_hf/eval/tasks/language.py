@@ -61,7 +61,7 @@ def _context(plan: Any, words: Sequence[str], at: int, target: str, length: int)
 def process_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
     """The mean negative log-likelihood of a token, in nats; `exp` of it is the perplexity."""
     loss = -results[0][0] / doc["tokens"]
-    return {"nll": loss, "perplexity": loss, str(doc["max_length"]): loss}
+    return {"nll": loss, "perplexity": loss, f"nll_{doc['max_length']}": loss}
 
 
 def exp_of_mean(losses: Sequence[float]) -> float:
