@@ -4,8 +4,8 @@
 
 Each length has a process of its own: a tiny random model reads random tokens through `generate` into a `HiPCache`, and the
 process reads its own memory from the operating system. `cache_MiB`: the pages and summaries written; `spare_MiB`: those allocated
-beside them, untouched as yet; `extra_MiB`: what the peak was above the memory before and the cache, ids, masks and positions (some
-integers a token) included. Memory that is freed goes back to the system at once, so that the peak is of what lives (glibc).
+beside them, untouched as yet; `extra_MiB`: what the peak was above the memory before and the cache, ids, masks and positions
+(some integers a token) included. Memory that is freed goes back to the system at once, so that the peak is of what lives (glibc).
 """
 
 from __future__ import annotations

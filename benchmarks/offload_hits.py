@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hip_hf
 from hip_hf.cache.offload import Statistics
@@ -26,9 +26,11 @@ from hip_hf.eval.report import machine
 ASSETS = Path(hip_hf.__file__).parent / "assets"
 
 
-def decode(model: torch.nn.Module, cache: hip_hf.HiPCache, token: torch.Tensor, given: list[int] | None, count: int) -> Statistics:
-    """Statistics of `count` steps: over the tokens that are given, or greedily."""
-    for step in range(count):
+def decode(
+    model: PreTrainedModel, cache: hip_hf.HiPCache, token: torch.Tensor, given: list[int] | None, steps: int
+) -> Statistics:
+    """Statistics of the decode steps: over the tokens that are given, or greedily."""
+    for step in range(steps):
         token = model(token, past_key_values=cache).logits.argmax(-1)
         if given is not None:
             token = torch.tensor([[given[step]]])

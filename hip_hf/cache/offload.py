@@ -1,10 +1,10 @@
 """Pages in host memory or on disk, and the small device pools through which they are read (InfiniteHiP, section on offloading).
 
 A layer has a pool of `2 * device_pages` pages of keys per head, which the search (scoring blocks exactly) and attention share,
-and one of `device_pages` pages of values, which only attention reads. A pool replaces its least recently used pages. What attention
-reads, the search has mostly just looked at: each page of keys is held once for both. A page that is not there is fetched, never
-dropped, so results do not depend on the pools. Without a GPU the "device" is host memory as well, and everything below runs the
-same.
+and one of `device_pages` pages of values, which only attention reads. A pool replaces its least recently used pages. What
+attention reads, the search has mostly just looked at: each page of keys is held once for both. A page that is not there is
+fetched, never dropped, so results do not depend on the pools. Without a GPU the "device" is host memory as well, and everything
+below runs the same.
 """
 
 from __future__ import annotations
