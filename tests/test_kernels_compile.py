@@ -89,40 +89,6 @@ def test_the_pyramid_compiles_for_amd() -> None:
     assert {row["target"] for row in found} == {"gfx942"}
 
 
-def published() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())
-    return found
-
-
-def test_published_results_are_of_every_kernel_on_every_target() -> None:
-    document = published()
-    assert next(iter(document)) == "command"
-    assert document["failed"] == 0
-    assert [row for row in document["rows"] if row["problem"] or row["spilled"]] == []
-    code = """
-import json, torch
-from hip_hf.eval.kernels import DTYPES, TARGETS
-from hip_hf.kernels.budget import launches_of
-cells = [(t, d, x) for t in TARGETS for d in (64, 128, 256) for x in DTYPES.values()]
-print(json.dumps([[launch.name, t, d, str(x)[6:]] for t, d, x in cells for launch in launches_of(d, x, t)]))
-"""
-    done = process("-c", code)
-    assert done.returncode == 0, done.stderr
-    wanted = {tuple(cell) for cell in json.loads(done.stdout)}
-    assert len(wanted) > 40 * len(DOCUMENTED)
-    assert {(row["kernel"], row["target"], row["dim"], row["dtype"]) for row in document["rows"]} == wanted
-
-
-DOCUMENTED = ("select, prefill", "select, decode", "prefill", "decode", "backward, queries", "backward, keys", "delta, step")
-
-
-def test_the_documented_table_is_what_the_command_prints() -> None:
-    done = process("benchmarks/kernel_table.py")
-    assert done.returncode == 0, done.stderr
-    assert all(f"| {kernel} |" in done.stdout for kernel in DOCUMENTED)
-    assert done.stdout in (ROOT / "docs" / "performance.md").read_text()
-
-
 def test_a_problem_shows_in_the_table() -> None:
     from hip_hf.eval.kernels import summary
 

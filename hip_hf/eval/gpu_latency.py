@@ -342,11 +342,11 @@ def gpu_name(device: torch.device) -> str:
 
 
 def check(settings: Mapping[str, HiPConfig]) -> None:
-    """Raise for methods that have no kernels."""
+    """Raise for what is not timed: other methods have no kernels."""
     for config in settings.values():
         if config.method not in METHODS or config.delta is not None:
             what = config.method if config.delta is None else "Delta correction"
-            allowed = f"methods with kernels: {', '.join(METHODS)}"
+            allowed = f"{', '.join(METHODS)}, without Delta correction, which is not timed"
             raise typer.BadParameter(f"got {what!r}, allowed on a GPU: {allowed}", param_hint="--settings")
 
 

@@ -71,7 +71,7 @@ def main(
             key = (launch.name, target, dim, str(dtype), launch.kernel.cache_key)
             rows.append(cells.get(key, lambda: asdict(budget.spend(launch, target, dim, dtype))))  # noqa: B023 (called at once)
     failed = [row for row in rows if row["problem"]]
-    details = dict(failed=len(failed), triton=triton.__version__)
+    details = dict(failed=len(failed), **asked)
     title = f"kernels: {len(rows)} compiled with Triton {triton.__version__}, {len(failed)} with a problem"
     tables = {title: summary(rows), **({"problems": failed} if failed else {})}
     sink.publish(Results("kernels", title, rows, details), cells, tables)
