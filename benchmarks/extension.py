@@ -140,9 +140,9 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def main(
-    lengths: Annotated[str, typer.Option(help="Of the pass-key prompts.")] = "8K,32K,16K",
+    lengths: Annotated[str, typer.Option(help="Of the pass-key prompts.")] = "8K,32K",
     contexts: Annotated[str, typer.Option(help="Of the texts for perplexity.")] = "8K,16K,32K,64K",
-    samples: Annotated[int, typer.Option(min=1, help="Pass-key prompts of each length.")] = 22,
+    samples: Annotated[int, typer.Option(min=1, help="Pass-key prompts of each length.")] = 20,
     dense_samples: Annotated[int, typer.Option(min=1, help="The same for dense attention beyond the trained length.")] = 3,
     texts: Annotated[int, typer.Option(min=1, help="Texts for perplexity.")] = 4,
     budget: Annotated[int, typer.Option(help="Keys selected per query block.")] = 256,
