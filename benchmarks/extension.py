@@ -99,6 +99,7 @@ def draw(document: dict[str, Any], file: Path) -> None:
     for axis, kind, name in zip(axes, ("pass keys", "perplexity"), ("answers entirely right", "perplexity"), strict=True):
         for settings in document["configs"]:
             line = [row for row in document["rows"] if row["settings"] == settings and row["what"] == kind]
+            line.sort(key=lambda row: row["length"])
             x, y = [row["length"] for row in line], [row["value"] for row in line]
             axis.plot(x, y, marker="o", label=settings if settings == "dense" else f'extend="{settings}"')
             if kind == "pass keys":
@@ -139,10 +140,10 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def main(
-    lengths: Annotated[str, typer.Option(help="Of the pass-key prompts.")] = "8K,16K,32K",
+    lengths: Annotated[str, typer.Option(help="Of the pass-key prompts.")] = "8K,32K",
     contexts: Annotated[str, typer.Option(help="Of the texts for perplexity.")] = "8K,16K,32K,64K",
-    samples: Annotated[int, typer.Option(min=1, help="Pass-key prompts of each length.")] = 22,
-    dense_samples: Annotated[int, typer.Option(min=1, help="The same for dense attention beyond the trained length.")] = 6,
+    samples: Annotated[int, typer.Option(min=1, help="Pass-key prompts of each length.")] = 20,
+    dense_samples: Annotated[int, typer.Option(min=1, help="The same for dense attention beyond the trained length.")] = 3,
     texts: Annotated[int, typer.Option(min=1, help="Texts for perplexity.")] = 4,
     budget: Annotated[int, typer.Option(help="Keys selected per query block.")] = 256,
     output: Path = RESULTS / "extension.json",

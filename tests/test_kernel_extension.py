@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import make_batch, make_model
 from helpers import assert_near, make_problem, make_qkv, small
 from interpreter import DEVICE
 from kernel_cases import Case, make_case, spans_of
@@ -14,6 +15,7 @@ from test_extension import EXTENDED, positions
 from test_kernel_backend import NEAR, both, call, same
 from test_kernel_decode import scratch_for
 
+import hip_hf
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
 from hip_hf.kernels.decode import decode
@@ -191,3 +193,19 @@ def test_chunk_indexed_selection(rows: int, trained: int, fields: dict[str, Any]
 def test_chunk_indexed_partial_rotation(turns: dict[str, Any]) -> None:
     where = positions(64, chunk_indexed=True, **turns)
     both(*make_qkv(230, 40, heads=1), {**EXTENDED, "rescore": 2}, positions=where)
+
+
+def test_a_model_generates_the_same_from_pages() -> None:
+    """Beyond its trained length: a prompt, and steps on a `HiPCache`; both layers are chunk-indexed."""
+    batch, found = make_batch([150]), []
+    for backend in ("triton", "torch"):
+        model = make_model("llama", backend=backend)
+        model.config.max_position_embeddings = 96
+        hip_hf.configure(model, extend="streaming")
+        model.to(DEVICE if backend == "triton" else "cpu")
+        inputs = {name: x.to(model.device) for name, x in batch.items()}
+        with torch.no_grad():
+            out = model.generate(**inputs, do_sample=False, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+        assert {(row.path, row.reason, row.cache) for row in hip_hf.explain(model)} == {("sparse", "", "pages")}
+        found.append(torch.stack(out.logits).cpu())
+    assert_near(*found, 1e-4)
