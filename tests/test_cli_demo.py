@@ -242,8 +242,14 @@ def test_generate_reads_a_prompt_of_any_length_in_chunks(checkpoint: str, prompt
     given = (checkpoint, "--prompt-file", prompt, "--max-new-tokens", 4, "--set", "dense_layers=0", "--tokens", 2048)
     whole, parts = run_json(generate, *given), run_json(generate, *given, "--chunk", 256)
     assert whole["timing"]["prompt_tokens"] == parts["timing"]["prompt_tokens"] == 2048
-    assert whole["memory_mib"]["cache"] == pytest.approx(parts["memory_mib"]["cache"], rel=0.05)
+    # the same pages; summaries, an eighth as large, are in tables that may have room to grow
+    assert whole["memory_mib"]["cache"] == pytest.approx(parts["memory_mib"]["cache"], rel=1 / 8)
     assert (whole["chunk"], parts["chunk"]) == (None, 256)
+    # the same keys are read whatever the chunks, where the last rows of each are not dense
+    given = (*given, "--set", "dense_tail=0")
+    whole, parts = run_json(generate, *given), run_json(generate, *given, "--chunk", 256)
+    assert [row["share"] for row in parts["rows"]] == pytest.approx([row["share"] for row in whole["rows"]], rel=1e-9)
+    assert parts["rows"][0]["share"] < 0.7
     assert generate.lengthen([1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
     assert generate.lengthen([1, 2, 3], 2) == [1, 2]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +19,13 @@ from hip_hf.eval.resident import Meter, cache_mib
 from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.interface import NAMES
 from hip_hf.integration.settings import configure, text_config
+from hip_hf.reference.sparse import keys_seen
 
 
 @dataclass
 class Generated:
-    """New tokens, what they took, and `explain`'s rows after the prompt and after the last token."""
+    """New tokens, what they took, and `explain`'s rows after the prompt and after the last token. Those after a prompt that was
+    read in chunks have the share of keys read of all chunks."""
 
     ids: list[int] = field(default_factory=list)
     first_token_s: float = 0.0
@@ -67,6 +69,22 @@ def layers_of(model: Any) -> Report:
     return explain(model) if text_config(model)._attn_implementation in NAMES else Report()
 
 
+def over_chunks(reports: list[tuple[int, Report]]) -> Report:
+    """The last of the reports of a prompt's chunks, (rows, report) each, with the keys read of all chunks."""
+    if not reports:
+        return Report()
+    seen, at = [], 0
+    for rows, _ in reports:
+        seen.append(keys_seen(at, at + rows - 1, None))
+        at += rows
+    layers = Report()
+    for i, last in enumerate(reports[-1][1]):
+        shares = [report[i].share for _, report in reports]
+        read = [share * keys for share, keys in zip(shares, seen, strict=True) if share is not None]
+        layers.append(last if len(read) < len(seen) else replace(last, share=sum(read) / sum(seen)))
+    return layers
+
+
 def generate(
     model: Any, prompt: list[int], new_tokens: int, chunk: int | None = None, read: Callable[[int], None] = lambda rows: None
 ) -> Generated:
@@ -75,13 +93,16 @@ def generate(
     `chunk`: read the prompt so many tokens at a time, so that memory is that of the cache and of one chunk. `read` is told
     how many tokens each forward pass has read.
     """
-    result = Generated()
+    result, chunks = Generated(), list[tuple[int, Report]]()
 
     def note_prefill() -> None:
-        result.prefill = layers_of(model)
+        result.prefill = over_chunks(chunks)
 
     def note_rows(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        read(kwargs["input_ids"].shape[1])
+        rows = kwargs["input_ids"].shape[1]
+        read(rows)
+        if not clock.first:
+            chunks.append((rows, layers_of(model)))
 
     clock = Clock(note_prefill)
     ids = torch.tensor([prompt], device=model.device)
