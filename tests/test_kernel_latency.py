@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval import floors, gpu_latency, latency
+from hip_hf.eval.cells import Cells
 from hip_hf.eval.gpu_latency import Bench, Clock, Steps, measure
 from hip_hf.eval.latency import Plan, ours
 from hip_hf.eval.presets import sizes
@@ -79,6 +81,34 @@ def test_rows_of_every_phase() -> None:
     assert found["decode amortised"]["selecting"] == pytest.approx(chosen / 2 / found["decode amortised"]["hip_ms"])
     if DEVICE == "cpu":  # where cuDNN is not
         assert any(line.startswith("prefill, fp16: cudnn: ") for line in refused)
+
+
+def test_finished_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted run goes on where it stopped, and says the same of what was refused."""
+    output = tmp_path / "latency.json"
+    asked = plan(), ("decode",), [LENGTH, LENGTH + 8]
+    decode, done = Bench.decode, []
+
+    def stops(self: Bench, length: int) -> list[dict[str, Any]]:
+        if length in done or (length > LENGTH and not done[1:]):
+            done.append(length)
+            raise KeyboardInterrupt
+        done.append(length)
+        self.refused[f"at {length}"] = None
+        return decode(self, length)
+
+    monkeypatch.setattr(Bench, "decode", stops)
+    with pytest.raises(KeyboardInterrupt):
+        measure(*asked, cells=Cells(output, {}))
+    assert done == [LENGTH, LENGTH + 8]
+    done[:] = [0, 0]
+    cells = Cells(output, {})
+    kept = next(iter(cells.done.values()))
+    rows, refused = measure(*asked, cells=cells)
+    assert done == [0, 0, LENGTH + 8]
+    assert rows[: len(kept["rows"])] == kept["rows"]
+    assert {row["length"] for row in rows} == {LENGTH, LENGTH + 8}
+    assert {f"at {LENGTH}", f"at {LENGTH + 8}"} <= set(refused)
 
 
 def test_short_contexts_are_measured_as_what_they_are() -> None:

@@ -344,7 +344,7 @@ def main(
         raise typer.BadParameter(str(error)) from None
     with cells:
         if gpu:
-            rows, extra = on_gpu(plan, wanted, given)
+            rows, extra = on_gpu(plan, wanted, given, cells)
         else:
             with report.progress() as bar:
                 task = bar.add_task("", total=len(plan.dtypes) * (len(plan.prefill) + len(plan.decode)))
@@ -362,7 +362,9 @@ def main(
         print(line)
 
 
-def on_gpu(plan: Plan, phases: Sequence[str], lengths: Sequence[int] | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def on_gpu(
+    plan: Plan, phases: Sequence[str], lengths: Sequence[int] | None, cells: Cells
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of `gpu_latency`, and what PyTorch's backends refused."""
     from hip_hf.eval import gpu_latency
 
@@ -370,6 +372,6 @@ def on_gpu(plan: Plan, phases: Sequence[str], lengths: Sequence[int] | None) -> 
     with report.progress() as bar:
         task = bar.add_task("", total=None)
         rows, refused = gpu_latency.measure(
-            plan, phases, lengths or gpu_latency.LENGTHS, lambda what: bar.update(task, description=what)
+            plan, phases, lengths or gpu_latency.LENGTHS, lambda what: bar.update(task, description=what), cells
         )
     return rows, {"refused": refused}
