@@ -162,7 +162,7 @@ def main(
         cells = targets.cells("extension", **details, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    model, tokenizer, tokens = load_to_measure(str(CHECKPOINT), "cpu", text)
+    model, tokenizer, tokens = load_to_measure(str(CHECKPOINT), "cpu", text, "fp32")
     details["trained"] = model.config.max_position_embeddings
     rows = []
     with cells:
