@@ -108,7 +108,7 @@ def test_assisted_decoding_with_covering_budget_equals_eager():
 def test_assisted_decoding_follows_crop(monkeypatch):
     model = make_model("llama", decode_refresh=1)
     batch = make_batch([170])
-    kept = run(model, batch, assistant_model=perturbed_assistant())
+    kept = run(model, batch, assistant_model=perturbed_assistant(), past_key_values=hip_hf.HiPCache(model.config))
     assert hip_hf.explain(model)[1].cache == "pages"
     without_state(monkeypatch)
     assert torch.equal(run(model, batch, assistant_model=perturbed_assistant()), kept)

@@ -50,13 +50,13 @@ ROPES = {
 TURNED_BACK: dict[str, PreTrainedConfig] = {
     "gemma": GemmaConfig(**_BASE),
     "granite": GraniteConfig(**_BASE),
-    "olmo2": Olmo2Config(**_BASE),
     "phi3": Phi3Config(**_BASE, partial_rotary_factor=0.5),
     "starcoder2": Starcoder2Config(**_BASE),
     "stablelm": StableLmConfig(**_BASE, partial_rotary_factor=0.5),
 }
-if OlmoConfig.__annotations__.get("tie_word_embeddings") not in (int, "int"):  # of 5.4, which refuses its own default, a bool
-    TURNED_BACK["olmo"] = OlmoConfig(**_BASE)
+for _name, _olmo in (("olmo", OlmoConfig), ("olmo2", Olmo2Config)):
+    if _olmo.__annotations__["tie_word_embeddings"] not in (int, "int"):  # those of 5.4 refuse their own default, a bool
+        TURNED_BACK[_name] = _olmo(**_BASE)
 
 
 @pytest.fixture(autouse=True)
@@ -252,7 +252,7 @@ def test_caches_of_the_other_kind_are_refused(patched: bool) -> None:
 
 
 def test_other_caches_need_a_patcher() -> None:
-    model, batch = extended("olmo2"), make_batch([100])
+    model, batch = extended("granite"), make_batch([100])
     cache = DynamicCache()
     logits(model, batch, past_key_values=cache)
     with pytest.raises(ValueError, match=r"got a cache of rotated keys, allowed .* without a patcher: a HiPCache"):

@@ -257,6 +257,8 @@ def test_gradients_and_checkpointing_give_the_same_bits(family: str) -> None:
 def test_the_patcher_of_the_docs(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
     """The page on writing patchers has a whole one: run as it stands there."""
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    if Olmo2Config.__annotations__["tie_word_embeddings"] in (int, "int"):
+        pytest.skip("OLMo 2's config refuses its own default in Transformers 5.4")
     monkeypatch.setitem(PATCHED, "olmo2", Olmo2Config(**_BASE))
     model, batch = make_model("olmo2"), make_batch([90, 50])
     expected = logits(model, batch)
