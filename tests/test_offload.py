@@ -206,9 +206,9 @@ def test_a_full_disk_is_an_error_and_the_cache_intact(monkeypatch: pytest.Monkey
 
 
 def append_without_room(cache: HiPCache, what: int, limit: int) -> None:
-    """In a child process: append 128 MiB under a limit; 7 if that is a MemoryError and the cache is what it was."""
+    """In a child process: append 2 GiB (more than lies free) under a limit; 7: a MemoryError, and the cache is what it was."""
     before = [layer.keys for layer in cache.layers]
-    more = torch.zeros(1, 1, 1, 1).expand(1, 2, 2**20, 16)
+    more = torch.zeros(1, 1, 1, 1).expand(1, 2, 2**24, 16)
     resource.setrlimit(what, (limit, limit))
     try:
         cache.update(more, more, 1)
