@@ -213,16 +213,18 @@ def attend_kernel(
         # slots before `far` are too far for some rows and count as farthest, those before `shift` for all
         shift, far = tl.maximum(before + first + 1 - trained, 0), tl.maximum(before + last + 1 - trained, 0)
         earliest = own - trained + 1
-        farthest = tl.full([ROWS * GROUP_PADDED], trained - 1, tl.int32)
-        q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
-        for i in tl.range(low, tl.minimum((far + KEYS - 1) // KEYS, high), disable_licm=True):
-            acc, top, norm = _attend_keys(
-                acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, earliest, earliest - 1, shift, COS, SIN,
-                ids, start, sink_length, picked, window,
-                key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
-                scale, softcap, sliding, dim, dim_v,
-                BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, True, EVEN, ALIKE, PRECISION, 0,
-            )  # fmt: skip
+        stop = tl.minimum((far + KEYS - 1) // KEYS, high)
+        if low < stop:  # a scope of its own, so that loaded queries are not kept in registers for the second turn
+            farthest = tl.full([ROWS * GROUP_PADDED], trained - 1, tl.int32)
+            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
+            for i in tl.range(low, stop, disable_licm=True):
+                acc, top, norm = _attend_keys(
+                    acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, earliest, earliest - 1, shift, COS, SIN,
+                    ids, start, sink_length, picked, window,
+                    key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
+                    scale, softcap, sliding, dim, dim_v,
+                    BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, True, EVEN, ALIKE, PRECISION, 0,
+                )  # fmt: skip
         low = tl.maximum(low, shift // KEYS)
         q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
     else:
