@@ -7,7 +7,7 @@ query heads that share a selection, so each key and value is loaded once for all
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -258,9 +258,9 @@ def attend_kernel(
         tl.store(lse_ptr, lse, mask=real)
 
 
-def turning_tile(tile: Tile) -> Tile:
-    """Smaller: turning a tile of queries or keys takes four registers where its numbers take one."""
-    return replace(tile, rows=min(tile.rows, 64), keys=min(tile.keys, 32))
+def configuration(kernel: str, logits: Logits) -> str:
+    """Name in the table of launches: turning a tile of queries or keys takes four registers where its numbers take one."""
+    return kernel if logits.positions is None else f"{kernel} extended"
 
 
 def call_arguments(
@@ -277,7 +277,6 @@ def call_arguments(
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Grid and arguments of `attend_kernel`; with several splits, out `[splits, B, Hq, Tq, Dv]` and lse alike are partial."""
     heads, dim, dim_v = q.shape[1], q.shape[-1], kv.v.shape[-1]
-    tile = tile if logits.positions is None else turning_tile(tile)
     selected = reads.indices is not None
     lists = reads.indices.shape[1] if reads.indices is not None else kv.heads
     group = heads // lists
@@ -338,7 +337,7 @@ def prefill(
         out: `[B, Hq, Tq, Dv]`, q's dtype; rows outside every sequence are left as they are, as are those of lse.
         lse: fp32 `[B, Hq, Tq]`, natural logarithm, sinks included.
     """
-    tile = tile_of("prefill", target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
+    tile = tile_of(configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
     grid, arguments = call_arguments(q, kv, sequences, reads, logits, out, lse, tile)
     attend_kernel[grid](**arguments)
 
@@ -360,7 +359,7 @@ def strided_rows(
         out: `[S, Hq, ceil(max_rows / stride), Dv]`: row `i` of sequence `s` belongs to its query row `i * stride`.
         lse: fp32 `[S, Hq, ceil(max_rows / stride)]`.
     """
-    tile = tile_of("prefill", target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
+    tile = tile_of(configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
     grid, arguments = call_arguments(q, kv, sequences, dense_reads(), logits, out, lse, tile, stride=stride)
     attend_kernel[grid](**arguments)
 
@@ -371,7 +370,7 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     return [
         *prefill_launches(x, tile),
         *prefill_launches(example(dim, dtype, paged=True), tile),
-        *prefill_launches(extended(x), tile)[:1],
+        *prefill_launches(extended(x), tile_of("prefill extended", target, dim, dim, dtype))[:1],
     ]
 
 
