@@ -20,7 +20,7 @@ from hip_hf.kernels import budget
 from hip_hf.kernels.backward import key_launches, query_launches
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.decode import decode_launches
-from hip_hf.kernels.examples import Example, example
+from hip_hf.kernels.examples import Example, example, extended
 from hip_hf.kernels.hyper import square_launches
 from hip_hf.kernels.prefill import prefill_launches
 from hip_hf.kernels.tuning import Tile, target_of
@@ -31,6 +31,8 @@ TOKENS, DTYPE = 32768, torch.bfloat16
 LAUNCHES: dict[str, Callable[[Example, Tile], list[Launch]]] = {
     "prefill": prefill_launches,
     "decode": decode_launches,
+    "prefill extended": lambda x, tile: prefill_launches(extended(x), tile)[:1],
+    "decode extended": lambda x, tile: decode_launches(extended(x), tile)[:1],
     "backward queries": query_launches,
     "backward keys": key_launches,
     "hyper squares": square_launches,
@@ -39,6 +41,8 @@ WIDE = [(128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2), (64, 64, 8, 2), (64, 
 CANDIDATES = {
     "prefill": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "decode": [(16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
+    "prefill extended": [(64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 4, 2), (32, 32, 8, 1), (32, 32, 4, 1)],
+    "decode extended": [(16, 32, 4, 3), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
     "backward queries": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "hyper squares": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "backward keys": [
@@ -49,7 +53,7 @@ CANDIDATES = {
 
 
 # Sums in fp32 that a thread may keep, of its 255 registers.
-MOST_ACCUMULATORS = {"prefill": 64, "decode": 64, "backward queries": 64, "backward keys": 64, "hyper squares": 64}
+MOST_ACCUMULATORS = 64
 
 
 def accumulators(kernel: str, target: str, dim: int, tile: Tile) -> int:
@@ -60,7 +64,7 @@ def accumulators(kernel: str, target: str, dim: int, tile: Tile) -> int:
 
 def examples(kernel: str, dim: int, device: str = "meta") -> list[Example]:
     """What a configuration must serve; the first of them is timed."""
-    fields = dict(tokens=TOKENS, device=device, **(dict(rows=1, block_q=1) if kernel == "decode" else {}))
+    fields = dict(tokens=TOKENS, device=device, **(dict(rows=1, block_q=1) if kernel.startswith("decode") else {}))
     found = [example(dim, DTYPE, **fields)]
     if device == "meta" and kernel in ("prefill", "decode"):
         found.append(example(dim, DTYPE, paged=True, **fields))
@@ -87,7 +91,7 @@ def choose(kernel: str, target: str, dim: int, here: str) -> tuple[int, int, int
     """The configuration for one entry of the table; None if no candidate is fit."""
     good = []
     for values in CANDIDATES[kernel]:
-        if accumulators(kernel, target, dim, Tile(*values)) > MOST_ACCUMULATORS[kernel]:
+        if accumulators(kernel, target, dim, Tile(*values)) > MOST_ACCUMULATORS:
             continue  # it would spill, after a long time
         why = problems(kernel, target, dim, Tile(*values))
         print(f"{kernel}, {target}, D={dim}, {values}: {why[0] if why else 'fits'}", flush=True)

@@ -89,6 +89,13 @@ def test_the_pyramid_compiles_for_amd() -> None:
     assert {row["target"] for row in found} == {"gfx942"}
 
 
+def test_queries_turned_twice_are_not_kept_between_turns() -> None:
+    """They are loaded once for keys too far away and once for the rest; held in registers meanwhile, they would spill."""
+    (row,) = rows("--targets", "sm90", "--dims", "256", "--dtypes", "bf16", "--only", "prefill, extended")
+    assert row["path"] == "wgmma"
+    assert row["spilled"] == 0
+
+
 def test_a_problem_shows_in_the_table() -> None:
     from hip_hf.eval.kernels import summary
 

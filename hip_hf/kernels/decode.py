@@ -17,7 +17,7 @@ import triton.language as tl
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.examples import Example, example, extended
-from hip_hf.kernels.prefill import Logits, Reads, attend_kernel, call_arguments
+from hip_hf.kernels.prefill import Logits, Reads, attend_kernel, call_arguments, configuration
 from hip_hf.kernels.sequences import Sequences, load_sequence
 from hip_hf.kernels.tiles import LN2, LOG2E
 from hip_hf.kernels.tuning import MOST_SPLITS, Tile, processors, target_of, tile_of
@@ -113,7 +113,7 @@ def decode(
     """
     splits = scratch.out.shape[0]
     target, dim, dim_v = target_of(q), q.shape[-1], kv.v.shape[-1]
-    tile = tile_of("decode" if reads.block_q == 1 else "prefill", target, dim, dim_v, q.dtype)
+    tile = tile_of(configuration("decode" if reads.block_q == 1 else "prefill", logits), target, dim, dim_v, q.dtype)
     if splits == 1:
         grid, arguments = call_arguments(q, kv, sequences, reads, logits, out, lse, tile)
         attend_kernel[grid](**arguments)
@@ -128,7 +128,8 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     """What `hip-hf kernels` compiles."""
     tile = tile_of("decode", target, dim, dim, dtype)
     one, paged = (example(dim, dtype, paged, rows=1, block_q=1) for paged in (False, True))
-    return [*decode_launches(one, tile), *decode_launches(paged, tile), *decode_launches(extended(one), tile)[:1]]
+    turning = tile_of("decode extended", target, dim, dim, dtype)
+    return [*decode_launches(one, tile), *decode_launches(paged, tile), *decode_launches(extended(one), turning)[:1]]
 
 
 def decode_launches(x: Example, tile: Tile) -> list[Launch]:

@@ -7,7 +7,7 @@ query heads that share a selection, so each key and value is loaded once for all
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -213,16 +213,18 @@ def attend_kernel(
         # slots before `far` are too far for some rows and count as farthest, those before `shift` for all
         shift, far = tl.maximum(before + first + 1 - trained, 0), tl.maximum(before + last + 1 - trained, 0)
         earliest = own - trained + 1
-        farthest = tl.full([ROWS * GROUP_PADDED], trained - 1, tl.int32)
-        q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
-        for i in tl.range(low, tl.minimum((far + KEYS - 1) // KEYS, high), disable_licm=True):
-            acc, top, norm = _attend_keys(
-                acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, earliest, earliest - 1, shift, COS, SIN,
-                ids, start, sink_length, picked, window,
-                key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
-                scale, softcap, sliding, dim, dim_v,
-                BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, True, EVEN, ALIKE, PRECISION, 0,
-            )  # fmt: skip
+        stop = tl.minimum((far + KEYS - 1) // KEYS, high)
+        if low < stop:  # a scope of its own, so that loaded queries are not kept in registers for the second turn
+            farthest = tl.full([ROWS * GROUP_PADDED], trained - 1, tl.int32)
+            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
+            for i in tl.range(low, stop, disable_licm=True):
+                acc, top, norm = _attend_keys(
+                    acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, earliest, earliest - 1, shift, COS, SIN,
+                    ids, start, sink_length, picked, window,
+                    key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
+                    scale, softcap, sliding, dim, dim_v,
+                    BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, True, EVEN, ALIKE, PRECISION, 0,
+                )  # fmt: skip
         low = tl.maximum(low, shift // KEYS)
         q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
     else:
@@ -256,9 +258,9 @@ def attend_kernel(
         tl.store(lse_ptr, lse, mask=real)
 
 
-def turning_tile(tile: Tile) -> Tile:
-    """Smaller: turning a tile of queries or keys takes four registers where its numbers take one."""
-    return replace(tile, rows=min(tile.rows, 64), keys=min(tile.keys, 32))
+def configuration(kernel: str, logits: Logits) -> str:
+    """Name in the table of launches: turning a tile of queries or keys takes four registers where its numbers take one."""
+    return kernel if logits.positions is None else f"{kernel} extended"
 
 
 def call_arguments(
@@ -275,7 +277,6 @@ def call_arguments(
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Grid and arguments of `attend_kernel`; with several splits, out `[splits, B, Hq, Tq, Dv]` and lse alike are partial."""
     heads, dim, dim_v = q.shape[1], q.shape[-1], kv.v.shape[-1]
-    tile = tile if logits.positions is None else turning_tile(tile)
     selected = reads.indices is not None
     lists = reads.indices.shape[1] if reads.indices is not None else kv.heads
     group = heads // lists
@@ -336,7 +337,7 @@ def prefill(
         out: `[B, Hq, Tq, Dv]`, q's dtype; rows outside every sequence are left as they are, as are those of lse.
         lse: fp32 `[B, Hq, Tq]`, natural logarithm, sinks included.
     """
-    tile = tile_of("prefill", target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
+    tile = tile_of(configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
     grid, arguments = call_arguments(q, kv, sequences, reads, logits, out, lse, tile)
     attend_kernel[grid](**arguments)
 
@@ -358,7 +359,7 @@ def strided_rows(
         out: `[S, Hq, ceil(max_rows / stride), Dv]`: row `i` of sequence `s` belongs to its query row `i * stride`.
         lse: fp32 `[S, Hq, ceil(max_rows / stride)]`.
     """
-    tile = tile_of("prefill", target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
+    tile = tile_of(configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
     grid, arguments = call_arguments(q, kv, sequences, dense_reads(), logits, out, lse, tile, stride=stride)
     attend_kernel[grid](**arguments)
 
@@ -369,7 +370,7 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     return [
         *prefill_launches(x, tile),
         *prefill_launches(example(dim, dtype, paged=True), tile),
-        *prefill_launches(extended(x), tile)[:1],
+        *prefill_launches(extended(x), tile_of("prefill extended", target, dim, dim, dtype))[:1],
     ]
 
 

@@ -75,15 +75,15 @@ class SearchTile:
 
 def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int, indexed: bool) -> SearchTile:
     """Chosen so that nothing spills (`hip-hf kernels`), for `voters` voting rows. Only Hopper's matrix instructions leave room
-    for 64 rows at once. `indexed`: chunks are turned as they are loaded, which takes four registers where others take one."""
+    for 64 rows at once. `indexed`: chunks are turned as they are loaded, which takes four registers where others take one. With
+    16 warps the search stays off Blackwell's tensor memory, whose passes in Triton 3.7 fail on tiles of 16 rows."""
     if indexed:
-        return SearchTile(16, 16, 16, stages=1)
+        return SearchTile(16, 16, 16, warps=16 if target.startswith("sm10") else 8, stages=1)
     if dtype == torch.float32:
         wanted = SearchTile(16, 32, 32)
     elif target == "sm90":
         wanted = SearchTile(64, 64, 64) if dim % 128 == 0 else SearchTile(64, 32, 64)
     elif target.startswith("sm10"):
-        # with 16 warps it stays off the tensor memory, whose passes in Triton 3.7 fail on tiles of 16 rows
         wanted = SearchTile(32, 16, 64) if voters > 16 else SearchTile(16, 16, 16, warps=16)
     elif target.startswith("gfx"):
         wanted = SearchTile(32, 16, 32)
