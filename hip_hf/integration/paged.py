@@ -254,7 +254,8 @@ def ring_loses_tokens() -> bool:
     except ImportError:  # later ones index otherwise
         return False
     ring: Any = object.__new__(cache_manager.SlidingAttentionCacheAllocator)
-    ring.sliding_window, ring.block_size, ring.block_table, ring.sentinel_index, ring.trash_index = 4, 4, {"": [0]}, -1, -1
+    ring.sliding_window, ring.block_size, ring.block_table, ring.sentinel_index = 4, 4, {"": [0]}, -1
+    ring.trash_index = ring.write_trash_index = -1  # its name up to 5.12, and from 5.17 on
     held: dict[int, int] = {}
     seen = 0
     for new in (3, 6, 1, 1):
