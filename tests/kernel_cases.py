@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from helpers import assert_near, eager
+from helpers import assert_near, eager, make_problem, make_qkv
 from interpreter import DEVICE
 
+from hip_hf.attention import Result
+from hip_hf.attention import attend as attend_by_config
 from hip_hf.config import HiPConfig
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.prefill import Logits, Reads
@@ -206,3 +208,41 @@ def check(case: Case, out: torch.Tensor, lse: torch.Tensor | None, want: tuple[t
     assert_near(out.cpu().masked_fill(outside[..., None], 0), want[0].masked_fill(outside[..., None], 0), tolerance)
     if lse is not None:
         assert_near(lse.cpu().masked_fill(outside, 0), want[1].masked_fill(outside, 0), lse_tolerance, "lse")
+
+
+def call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: HiPConfig,
+    state: Any = None,
+    need_mask: bool = False,
+    **fields: Any,
+) -> Result:
+    """A sparse call with log-sum-exp; on `DEVICE` if the kernels serve it."""
+    device = DEVICE if config.backend == "triton" else "cpu"
+    sinks = fields.pop("sinks", None)
+    problem = make_problem(*(x.to(device) for x in (q, k, v)), **fields, sinks=None if sinks is None else sinks.to(device))
+    result = attend_by_config(problem, config, None, state, need_lse=True, need_mask=need_mask)
+    assert (result.path, result.reason) == ("sparse", "")
+    return result
+
+
+def assert_same(got: Result, want: Result, near: float) -> None:
+    """Output, log-sum-exp and share of keys read of two `call`s."""
+    assert_near(got.out.cpu(), want.out, near)
+    assert got.lse is not None
+    assert want.lse is not None
+    assert_near(got.lse.cpu(), want.lse, near, "lse")
+    assert got.share == want.share
+
+
+def assert_half_precision(triton: HiPConfig, torch_backend: HiPConfig) -> None:
+    """In fp16 the kernels are as exact as the torch backend in fp32, rounded."""
+    q, k, v = make_qkv(100, dim=64, dtype=torch.float16)
+    exact = call(*(x.double() for x in (q, k, v)), torch_backend).out
+    plain = call(*(x.float() for x in (q, k, v)), torch_backend).out.half()
+    got = call(q, k, v, triton).out
+    assert got.dtype == torch.float16
+    least = torch.finfo(torch.float16).eps * float(exact.abs().max())
+    assert_near(got.cpu(), exact, 2 * max(least, float((plain - exact).abs().max())))

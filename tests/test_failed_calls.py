@@ -145,14 +145,7 @@ def test_what_cannot_be_taken_back_is_said(kind: str, monkeypatch: pytest.Monkey
     model, ids = make_model("gemma2"), make_batch([PROMPT + STEPS])["input_ids"]
     cache = CACHES[kind](model.config)
     step(model, ids, cache, 0, PROMPT)
-
-    def exhausted(problem: Any, config: Any, layer: int, *args: Any) -> Any:
-        if layer == 1:
-            raise torch.OutOfMemoryError("no memory")
-        return attend(problem, config, layer, *args)
-
-    attend = interface.attend
-    monkeypatch.setattr(interface, "attend", exhausted)
+    exhaust(monkeypatch)
     message = (
         r"^past_key_values: got one whose layer 0 \(\w*SlidingWindowLayer\) has dropped .* \(no memory\), allowed: a new one"
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import kernel_cases
 import pytest
 import torch
 from helpers import assert_near, make_problem, make_qkv, small
@@ -12,7 +14,6 @@ from interpreter import DEVICE
 
 import hip_hf
 from hip_hf.attention import Result, attend
-from hip_hf.config import HiPConfig
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels
@@ -26,14 +27,8 @@ def one_thread(threads: Callable[[int], None]) -> None:
     threads(1)
 
 
-def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: HiPConfig, state: Any = None, **fields: Any) -> Result:
-    """A call with log-sum-exp and mask; on `DEVICE` if the kernels serve it."""
-    device = DEVICE if config.backend == "triton" else "cpu"
-    sinks = fields.pop("sinks", None)
-    problem = make_problem(*(x.to(device) for x in (q, k, v)), **fields, sinks=None if sinks is None else sinks.to(device))
-    result = attend(problem, config, None, state, need_lse=True, need_mask=True)
-    assert (result.path, result.reason) == ("sparse", "")
-    return result
+# The selections are compared as well.
+call = partial(kernel_cases.call, need_mask=True)
 
 
 def same(got: Result, want: Result) -> None:
@@ -42,11 +37,7 @@ def same(got: Result, want: Result) -> None:
     for name in ("counts", "first", "indices"):
         a, b = getattr(got.mask, name).cpu(), getattr(want.mask, name).cpu()
         assert torch.equal(a, b), f"{name}: {a[a != b]} is not {b[a != b]}"
-    assert_near(got.out.cpu(), want.out, NEAR)
-    assert got.lse is not None
-    assert want.lse is not None
-    assert_near(got.lse.cpu(), want.lse, NEAR, "lse")
-    assert got.share == want.share
+    kernel_cases.assert_same(got, want, NEAR)
 
 
 def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, Any], **fields: Any) -> None:

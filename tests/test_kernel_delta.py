@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_near, causal, eager, make_problem, make_qkv, small
+from helpers import assert_near, causal, eager, make_qkv, small
 from interpreter import DEVICE
+from kernel_cases import assert_half_precision, assert_same, call
 
 import hip_hf
-from hip_hf.attention import Result, attend
-from hip_hf.config import HiPConfig
 from hip_hf.kernels import delta
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.methods.delta import spread
@@ -44,25 +43,8 @@ def strides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return launched
 
 
-def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: HiPConfig, state: Any = None, **fields: Any) -> Result:
-    device = DEVICE if config.backend == "triton" else "cpu"
-    sinks = fields.pop("sinks", None)
-    problem = make_problem(*(x.to(device) for x in (q, k, v)), **fields, sinks=None if sinks is None else sinks.to(device))
-    result = attend(problem, config, None, state, need_lse=True)
-    assert (result.path, result.reason) == ("sparse", "")
-    return result
-
-
-def same(got: Result, want: Result) -> None:
-    assert_near(got.out.cpu(), want.out, NEAR)
-    assert got.lse is not None
-    assert want.lse is not None
-    assert_near(got.lse.cpu(), want.lse, NEAR, "lse")
-    assert got.share == want.share
-
-
 def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, Any], **fields: Any) -> None:
-    same(*(call(q, k, v, small(backend=backend, **config), **fields) for backend in ("triton", "torch")))
+    assert_same(*(call(q, k, v, small(backend=backend, **config), **fields) for backend in ("triton", "torch")), NEAR)
 
 
 HYPER = dict(method="hyper", options=dict(min_seq_len=32, block_size=8, sample_size=8))
@@ -101,7 +83,8 @@ def test_chunks_and_decode_go_on_with_what_was_kept(mode: str) -> None:
     def step(first: int, end: int, start: int = 21) -> None:
         tensors = (q[:, :, first:end], k[:, :, :end], v[:, :, :end])
         padding = [0, 21] if start == 21 else [start, start]
-        same(*(call(*tensors, small(backend=name, **fields), state, key_start=padding) for name, state in states.items()))
+        results = (call(*tensors, small(backend=name, **fields), state, key_start=padding) for name, state in states.items())
+        assert_same(*results, NEAR)
 
     for first, end in ((0, 60), (60, 101), (101, 130), *((at, at + 1) for at in range(130, 140))):
         step(first, end)
@@ -162,14 +145,8 @@ def test_differences_are_spread_over_rows(dtype: torch.dtype, interpolate: bool)
 
 def test_half_precision_is_as_exact_as_the_torch_backend() -> None:
     """Streaming reads the same keys whatever the dtype; the rest is rounding."""
-    q, k, v = make_qkv(100, dim=64, dtype=torch.float16)
-    config = dict(method="streaming", delta=16)
-    exact = call(*(x.double() for x in (q, k, v)), small(backend="torch", **config)).out
-    plain = call(*(x.float() for x in (q, k, v)), small(backend="torch", **config)).out.half()
-    got = call(q, k, v, small(backend="triton", **config)).out
-    assert got.dtype == torch.float16
-    least = torch.finfo(torch.float16).eps * float(exact.abs().max())
-    assert_near(got.cpu(), exact, 2 * max(least, float((plain - exact).abs().max())))
+    configs = (small(backend=backend, method="streaming", delta=16) for backend in ("triton", "torch"))
+    assert_half_precision(*configs)
 
 
 def test_a_compiled_graph_gives_what_eager_gives() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_near, make_problem, make_qkv, small
+from helpers import assert_near, make_qkv, small
 from interpreter import DEVICE
+from kernel_cases import assert_half_precision, assert_same, call
 
 import hip_hf
-from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
 from hip_hf.kernels import hyper
 from hip_hf.kernels.prefill import Logits
@@ -124,22 +124,8 @@ def test_squares(dtype: torch.dtype, dim: int, dv: int, group: int, softcap: flo
     assert torch.equal(out[:, rest[33:]].cpu(), before[0][:, rest[33:]])
 
 
-def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: HiPConfig, **fields: Any) -> Result:
-    device = DEVICE if config.backend == "triton" else "cpu"
-    sinks = fields.pop("sinks", None)
-    problem = make_problem(*(x.to(device) for x in (q, k, v)), **fields, sinks=None if sinks is None else sinks.to(device))
-    result = attend(problem, config, need_lse=True)
-    assert (result.path, result.reason) == ("sparse", "")
-    return result
-
-
 def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, Any], **fields: Any) -> None:
-    got, want = (call(q, k, v, config_of(backend, **config), **fields) for backend in ("triton", "torch"))
-    assert_near(got.out.cpu(), want.out, NEAR)
-    assert got.lse is not None
-    assert want.lse is not None
-    assert_near(got.lse.cpu(), want.lse, NEAR, "lse")
-    assert got.share == want.share
+    assert_same(*(call(q, k, v, config_of(backend, **config), **fields) for backend in ("triton", "torch")), NEAR)
 
 
 @pytest.mark.usefixtures("poison")
@@ -167,13 +153,7 @@ def test_a_batch_row_does_not_depend_on_the_others() -> None:
 
 
 def test_half_precision_is_as_exact_as_the_torch_backend() -> None:
-    q, k, v = make_qkv(100, dim=64, dtype=torch.float16)
-    exact = call(*(x.double() for x in (q, k, v)), config_of("torch")).out
-    plain = call(q.float(), k.float(), v.float(), config_of("torch")).out.half()
-    got = call(q, k, v, config_of()).out
-    assert got.dtype == torch.float16
-    least = torch.finfo(torch.float16).eps * float(exact.abs().max())
-    assert_near(got.cpu(), exact, 2 * max(least, float((plain - exact).abs().max())))
+    assert_half_precision(config_of(), config_of("torch"))
 
 
 def test_a_compiled_graph_gives_what_eager_gives() -> None:
