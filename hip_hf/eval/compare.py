@@ -14,10 +14,9 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval import fidelity, passkey, perplexity, plots, report
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.curves import AT
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, digest, load_to_measure
-from hip_hf.eval.latency import parse_choice
-from hip_hf.eval.presets import HELP, OWN, settings_of, sizes
-from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
+from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, check_length, digest, load_to_measure
+from hip_hf.eval.presets import HELP, OWN, parse_choice, settings_of, sizes
+from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 
 MEASURES = ("fidelity", "perplexity", "passkey")
 # What the table takes of a command's rows: {column: its name there}.
@@ -151,19 +150,12 @@ def main(
             raise ValueError("--settings: got dense attention alone, allowed: with --measures fidelity another one as well")
         text = document.read_text(encoding="utf-8")
         plan = dict(tokens=tokens, prompts=prompts, facts=facts, depths=depths, samples=samples, seed=seed)
-        details = {
-            "model": model_name(model),
-            "document": document.name,
-            "dtype": dtype,
-            **plan,
-            "configs": {name: config.to_dict() for name, config in configs.items()},
-        }
+        details = measured_on(model, document, dtype, configs, **plan)
         cells = targets.cells("compare", **details, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, ids = load_to_measure(model, device, text, dtype)
-    if len(ids) < tokens:
-        raise typer.BadParameter(f"--tokens: got {tokens}, allowed: at most the {len(ids)} of {document.name}")
+    check_length(tokens, ids, document)
     with cells, report.progress() as bar:
         try:
             rows = measure(loaded, tokenizer, ids, configs, chosen, plan, cells, bar)

@@ -121,6 +121,12 @@ def cannot_load(what: str, error: Exception) -> typer.BadParameter:
     return typer.BadParameter(f"cannot load {what}: {' '.join(str(error).split())}", param_hint="MODEL")
 
 
+def check_length(tokens: int, ids: list[int], document: Path) -> None:
+    """One line for a document of fewer tokens than are asked for."""
+    if len(ids) < tokens:
+        raise typer.BadParameter(f"--tokens: got {tokens}, allowed: at most the {len(ids)} of {document.name}")
+
+
 def load_to_measure(model: str, device: str, text: str, dtype: str) -> tuple[Any, Any, list[int]]:
     """What a measuring command begins with: the model on its device, dense at first, its tokenizer, and the text's tokens.
 

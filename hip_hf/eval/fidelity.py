@@ -18,13 +18,25 @@ from hip_hf.eval.capture import capture
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.costs import total
 from hip_hf.eval.curves import AT, draw
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, digest, load_to_measure, make_prompt, note, question
+from hip_hf.eval.documents import (
+    CHECKPOINT,
+    DOCUMENT,
+    NAMES,
+    Device,
+    Dtype,
+    check_length,
+    digest,
+    load_to_measure,
+    make_prompt,
+    note,
+    question,
+)
 from hip_hf.eval.hardness import TITLE as HARDNESS
 from hip_hf.eval.hardness import Hardness, hardness, hardness_rows
 from hip_hf.eval.mass import Measured, measure, unsearched
 from hip_hf.eval.passkey import draw_facts
 from hip_hf.eval.presets import HELP, OWN, refuse_extension, settings_of, sizes
-from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
+from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference.sparse import DECODE_ROWS
 
@@ -244,24 +256,14 @@ def main(
         targets = Targets(json, output, plot, report_file)
         text = document.read_text(encoding="utf-8")
         plan = Plan(configs, tokens, prompts, facts, lengths, rows if stress else None, seed)
-        details: dict[str, Any] = {
-            "model": model_name(model),
-            "document": document.name,
-            "dtype": dtype,
-            "prompts": prompts,
-            "facts": facts,
-            "seed": seed,
-            "query_rows": rows if stress else tokens,
-            "segment": tokens if stress else None,
-            "configs": {name: config.to_dict() for name, config in configs.items()},
-        }
+        shape = dict(query_rows=rows if stress else tokens, segment=tokens if stress else None)
+        details = measured_on(model, document, dtype, configs, prompts=prompts, facts=facts, seed=seed, **shape)
         cells = targets.cells("fidelity", **details, lengths=lengths, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, ids = load_to_measure(model, device, text, dtype)
     segments = prompts * plan.segments
-    if len(ids) < tokens:
-        raise typer.BadParameter(f"--tokens: got {tokens}, allowed: at most the {len(ids)} of {document}")
+    check_length(tokens, ids, document)
     if segments * tokens > len(ids):
         report.notes.print(
             f"{document.name} has {len(ids):,} tokens: the {segments} texts of {tokens:,} overlap, with other facts each"

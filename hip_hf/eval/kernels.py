@@ -10,18 +10,11 @@ import torch
 import typer
 
 from hip_hf.eval import report
+from hip_hf.eval.presets import parse_choice
 from hip_hf.eval.publish import Json, Output, Results, Targets
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _choice(name: str, text: str, allowed: tuple[str, ...]) -> list[str]:
-    chosen = [part.strip() for part in text.split(",")]
-    for value in chosen:
-        if value not in allowed:
-            raise typer.BadParameter(f"got {value!r}, allowed: {', '.join(allowed)}", param_hint=name)
-    return chosen
 
 
 def main(
@@ -33,11 +26,11 @@ def main(
     as_json: Json = False,
 ) -> None:
     """Compile every kernel for every GPU. Exit 1 if one spills, does not fit, or misses the tensor cores it should use."""
-    chosen = _choice("--targets", targets, TARGETS)
+    chosen = parse_choice(targets, TARGETS, "--targets")
     numbers = [int(dim) if dim.isdecimal() else 0 for dim in dims.split(",")]
     if not all(numbers):
         raise typer.BadParameter(f"got {dims!r}, allowed: positive integers, separated by commas", param_hint="--dims")
-    kinds = _choice("--dtypes", dtypes, tuple(DTYPES))
+    kinds = parse_choice(dtypes, tuple(DTYPES), "--dtypes")
     try:
         import triton
         from triton.runtime import JITFunction

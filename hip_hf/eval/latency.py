@@ -28,7 +28,7 @@ from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
 from hip_hf.eval import plots, report
 from hip_hf.eval.cells import Cells
-from hip_hf.eval.presets import HELP, refuse_extension, settings_of, sizes
+from hip_hf.eval.presets import HELP, parse_choice, refuse_extension, settings_of, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
@@ -279,15 +279,6 @@ def draw(document: dict[str, Any], file: Path) -> None:
         panels.setdefault(panel, {}).setdefault(label, []).append((row["length"], row["times_faster"]))
     conditions = document["title"].removeprefix(TITLE)
     plots.ratios(file, f"One attention call, hip against scaled_dot_product_attention\n{conditions}", panels)
-
-
-def parse_choice(text: str, allowed: Sequence[str], option: str) -> list[str]:
-    """A comma list of the names in `allowed`."""
-    chosen = [part.strip() for part in text.split(",")]
-    for name in chosen:
-        if name not in allowed:
-            raise typer.BadParameter(f"got {name!r}, allowed: {', '.join(allowed)}", param_hint=option)
-    return chosen
 
 
 def main(

@@ -20,7 +20,7 @@ from hip_hf.eval.documents import CHECKPOINT, cannot_load
 from hip_hf.eval.plots import pyplot, short
 from hip_hf.eval.presets import sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
-from hip_hf.eval.resident import MIB, Meter, memory_mib
+from hip_hf.eval.resident import MIB, Meter, memory_mib, summaries_bytes
 
 KINDS = ("dynamic", "static", "hip", "hip offloaded")
 CHUNK, STEPS = 2048, 16
@@ -52,8 +52,7 @@ def _device_bytes(cache: Any, resident: int) -> int:
     if getattr(cache, "offload_to", None) is None:
         return resident
     pools = [store.pool for layer in cache.paged for store in (layer.pool.keys, layer.pool.values)]
-    tables = [t for layer in cache.paged for row in layer.hip_state.rows.values() if row.pyramid for t in row.pyramid.levels]
-    return sum(x.numel() * x.element_size() for x in [*(pool.rows for pool in pools), *tables])
+    return sum(pool.rows.nbytes for pool in pools) + summaries_bytes(cache)
 
 
 def read_config(model: str) -> Any:

@@ -33,7 +33,7 @@ from hip_hf.eval.documents import (
     make_prompt,
 )
 from hip_hf.eval.presets import HELP, settings_of, sizes
-from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
+from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.integration.explain import Row, explain
 from hip_hf.integration.settings import configure
 
@@ -284,14 +284,7 @@ def main(
         configs = settings_of(settings, tokens=max(counts), checkpoint=model, budget=budget, sink=sink, window=window)
         text = document.read_text(encoding="utf-8")
         plan = Plan(configs, counts, depths, samples, facts, batch, seed)
-        details = {
-            "model": model_name(model),
-            "document": document.name,
-            "dtype": dtype,
-            "facts": facts,
-            "seed": seed,
-            "configs": {name: config.to_dict() for name, config in configs.items()},
-        }
+        details = measured_on(model, document, dtype, configs, facts=facts, seed=seed)
         cells = targets.cells("passkey", **details, samples=samples, batch=batch, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None

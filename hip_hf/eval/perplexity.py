@@ -22,10 +22,10 @@ from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig
 from hip_hf.eval import plots, report
 from hip_hf.eval.cells import Cells
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, Device, Dtype, digest, load_to_measure
+from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, Device, Dtype, check_length, digest, load_to_measure
 from hip_hf.eval.passkey import path_of, use
 from hip_hf.eval.presets import HELP, settings_of, sizes
-from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
+from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.integration.explain import explain
 
 # Tokens whose losses are kept as one sum: positions are counted, and intervals computed, in blocks of so many.
@@ -201,21 +201,12 @@ def main(
         plan = Plan(configs, lengths[0], texts, chunk)
         targets = Targets(json, output, plot, report_file)
         text = document.read_text(encoding="utf-8")
-        details = {
-            "model": model_name(model),
-            "document": document.name,
-            "dtype": dtype,
-            "tokens": plan.tokens,
-            "texts": texts,
-            "chunk": chunk,
-            "configs": {name: config.to_dict() for name, config in configs.items()},
-        }
+        details = measured_on(model, document, dtype, configs, tokens=plan.tokens, texts=texts, chunk=chunk)
         cells = targets.cells("perplexity", **details, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     loaded, _, ids = load_to_measure(model, device, text, dtype)
-    if len(ids) < plan.tokens:
-        raise typer.BadParameter(f"--tokens: got {plan.tokens}, allowed: at most the {len(ids)} of {document.name}")
+    check_length(plan.tokens, ids, document)
     with cells, report.progress() as progress:
         task = progress.add_task("texts", total=len(configs) * texts)
         rows = measure(loaded, ids, plan, cells, lambda: progress.advance(task))

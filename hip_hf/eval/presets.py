@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import typer
+
 from hip_hf.config import HiPConfig
 from hip_hf.eval.documents import cannot_load
 from hip_hf.integration.settings import read_settings
@@ -130,3 +132,12 @@ def sizes(text: str) -> list[int]:
     if min(counts) < 1:
         raise ValueError(f"got {text!r}, allowed: token counts like 8192 or 64K,1M")
     return counts
+
+
+def parse_choice(text: str, allowed: Sequence[str], option: str) -> list[str]:
+    """A comma list of the names in `allowed`. Raises typer.BadParameter for any other."""
+    chosen = [part.strip() for part in text.split(",")]
+    for name in chosen:
+        if name not in allowed:
+            raise typer.BadParameter(f"got {name!r}, allowed: {', '.join(allowed)}", param_hint=option)
+    return chosen

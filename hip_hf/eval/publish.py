@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hip_hf.config import HiPConfig
 from hip_hf.eval import page, plots, report
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.documents import CHECKPOINT
@@ -32,6 +33,12 @@ Draw = Callable[[dict[str, Any], Path], None]
 def model_name(model: str) -> str:
     """How results name a model: not by where the demo checkpoint happens to be installed."""
     return DEMO if model == str(CHECKPOINT) else model
+
+
+def measured_on(model: str, document: Path, dtype: str, configs: dict[str, HiPConfig], **own: Any) -> dict[str, Any]:
+    """What a result says it was measured on and with; `own`: what else its command was given."""
+    settings = {name: config.to_dict() for name, config in configs.items()}
+    return {"model": model_name(model), "document": document.name, "dtype": dtype, **own, "configs": settings}
 
 
 def check_file(option: str, file: Path | None) -> None:

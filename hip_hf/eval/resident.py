@@ -33,15 +33,16 @@ def count_peak_from_here() -> None:
         _CLEAR.write_text("5")
 
 
+def summaries_bytes(cache: Any) -> int:
+    """What the summaries of a `HiPCache` take."""
+    pyramids = [row.pyramid for layer in cache.paged for row in layer.hip_state.rows.values() if row.pyramid]
+    return sum(table.nbytes for pyramid in pyramids for table in pyramid.levels)
+
+
 def cache_mib(cache: Any) -> float:
     """What a `HiPCache` holds: pages in use, and the summaries beside them."""
-    total = 0
-    for layer in cache.paged:
-        if layer.pool is not None:
-            total += layer.pool.bytes(layer.pool.used)
-        tables = [t for row in layer.hip_state.rows.values() if row.pyramid for t in row.pyramid.levels]
-        total += sum(t.numel() * t.element_size() for t in tables)
-    return total / MIB
+    pages = sum(layer.pool.bytes(layer.pool.used) for layer in cache.paged if layer.pool is not None)
+    return (pages + summaries_bytes(cache)) / MIB
 
 
 class Meter:
