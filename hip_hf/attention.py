@@ -76,13 +76,18 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     return "", False
 
 
+def kernels_wanted(problem: AttentionProblem, config: HiPConfig) -> bool:
+    """Whether the kernels should serve where they can."""
+    return config.backend == "triton" or (config.backend == "auto" and problem.q.device.type == "cuda")
+
+
 def backend_of(problem: AttentionProblem, config: HiPConfig) -> tuple[str, str]:
     """`triton` or `torch`, for a call of the sparse path; and why it is torch where kernels could be expected.
 
     Raises:
         ValueError: the kernels were asked for by name and cannot serve.
     """
-    if config.backend == "torch" or (config.backend == "auto" and problem.q.device.type != "cuda"):
+    if not kernels_wanted(problem, config):
         return "torch", ""
     try:
         from hip_hf.kernels.backend import unsupported
@@ -164,8 +169,7 @@ def placed(problem: AttentionProblem) -> AttentionProblem:
 
 def dense_by_kernels(problem: AttentionProblem, config: HiPConfig) -> bool:
     """Whether dense attention at positions of ours is left to the kernels: PyTorch's own knows no such positions."""
-    wanted = config.backend == "triton" or (config.backend == "auto" and problem.q.device.type == "cuda")
-    if problem.positions is None or not wanted or isinstance(problem.k, PagedTensor):
+    if problem.positions is None or isinstance(problem.k, PagedTensor) or not kernels_wanted(problem, config):
         return False
     try:
         from hip_hf.kernels.backend import unsupported_tensors
@@ -176,8 +180,9 @@ def dense_by_kernels(problem: AttentionProblem, config: HiPConfig) -> bool:
 
 def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention: the output, and the log-sum-exp if asked for."""
-    if problem.positions is not None and not isinstance(problem.k, PagedTensor) and problem.longest <= problem.positions.trained:
-        problem = placed(problem) if problem.q.shape[2] > DECODE_ROWS else problem
+    prompt = problem.q.shape[2] > DECODE_ROWS and not isinstance(problem.k, PagedTensor)
+    if prompt and problem.positions is not None and problem.longest <= problem.positions.trained:
+        problem = placed(problem)
     if dense_by_kernels(problem, config):
         from hip_hf.kernels.backend import attend_densely
 

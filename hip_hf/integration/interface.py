@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hip_hf.attention import attend
 from hip_hf.integration import paged
 from hip_hf.integration.cache import cache_kind, install, state_of
-from hip_hf.integration.masks import check_mask, hip_mask, mask_spans, mask_window, narrowed, visible_rows
+from hip_hf.integration.masks import check_mask, hip_mask, holds_positions, mask_spans, mask_window, narrowed, visible_rows
 from hip_hf.integration.positions import extended, positions_of, turned_back
 from hip_hf.integration.settings import NO_ATTENTIONS, layer_settings
 from hip_hf.integration.undo import leaving_the_cache
@@ -72,8 +72,7 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     # a mask of integers is ours and says itself what is causal, whatever the layer says (the decoder of BigBird-Pegasus)
-    said = attention_mask is not None and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point())
-    if not is_causal and not said:
+    if not is_causal and (attention_mask is None or not holds_positions(attention_mask)):
         return _bidirectional(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs)
     settings = layer_settings(module, method)
     layer: Any = getattr(module, "layer_idx", None)

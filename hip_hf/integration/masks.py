@@ -184,9 +184,14 @@ def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
     return result
 
 
+def holds_positions(mask: torch.Tensor) -> bool:
+    """Whether it is of integers, as masks of ours are: others are boolean or of numbers to add."""
+    return not (mask.dtype == torch.bool or mask.is_floating_point())
+
+
 def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
     """A mask of ours for the first `keys` keys, with what was attached to it; any other as it is."""
-    if mask.shape[-1] <= keys or mask.dtype == torch.bool or mask.is_floating_point():
+    if mask.shape[-1] <= keys or not holds_positions(mask):
         return mask
     narrow = mask[..., :keys]
     for name in ("_hip_window", "_hip_spans"):

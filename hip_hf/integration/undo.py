@@ -65,20 +65,18 @@ def take_back(cache: Cache, rows: int, failed: int | None, tensors: tuple[torch.
         if length is None and failed is not None and index >= failed:
             continue  # a layer that keeps a running state, whose turn had not come
         if length is None or length > kept:
-            undo.append(_undo(layer, kept, rows, tensors if index == failed else None))
-            if undo[-1] is _impossible:
+            one = _undo(layer, kept, rows, tensors if index == failed else None)
+            if one is None:
                 what = f"got one whose layer {index} ({type(layer).__name__}) has dropped old tokens for a call that failed"
                 raise ValueError(f"past_key_values: {what} ({error}), allowed: a new one") from error
+            undo.append(one)
     for one in undo:
         one()
 
 
-def _impossible() -> None:
-    """Stands for what cannot be undone."""
-
-
-def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.Tensor] | None) -> Callable[[], None]:
-    """What brings a layer back to its first `kept` tokens. `tensors`: all that attention was given, where it is known."""
+def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.Tensor] | None) -> Callable[[], None] | None:
+    """What brings a layer back to its first `kept` tokens, or None if nothing can. `tensors`: all that attention was given,
+    where it is known."""
     from hip_hf.cache.hip_cache import PagedLayer
 
     def dynamic(keys: Any, values: Any) -> None:
@@ -116,4 +114,4 @@ def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.T
         return static
     if type(layer) is StaticSlidingWindowLayer and kept >= layer.max_cache_len and rows == 1:
         return rolled
-    return _impossible
+    return None
