@@ -12,6 +12,7 @@ from hip_hf.methods.base import BlockMask
 from hip_hf.paged import PagedTensor
 from hip_hf.problem import DTYPES, AttentionProblem, Span, check_finite, check_tensors, make_spans, newest
 from hip_hf.reference import dense
+from hip_hf.reference.gathered import attend_next, gathered_rows, new_keys
 from hip_hf.reference.gradients import Piece, learning, traced
 from hip_hf.reference.sparse import DECODE_ROWS, SparseAttention, tensors_of
 from hip_hf.reference.workers import compute_dtype
@@ -110,6 +111,11 @@ def attend(
 ) -> Result:
     """Attention of a validated problem. Rows outside every span give 0, and -inf as log-sum-exp."""
     config = config.for_layer(layer)
+    if state is not None and not need_mask and not kernels_wanted(problem, config):
+        rows = gathered_rows(problem, config, state)
+        if rows is not None:
+            out, lse = empty_outputs(problem, need_lse)
+            return Result(out, lse, None, "sparse", "", attend_next(problem, rows, new_keys(problem), out, lse))
     if problem.positions is not None and learning(problem):
         raise ValueError(f"extend: got {config.extend!r} where gradients are asked for, allowed: torch.no_grad(), or extend=None")
     reason, unsupported = dense_reason(problem, config, layer, state is None)

@@ -87,6 +87,8 @@ class SlabLane:
 class Store:
     """The slabs of one layer's keys (or values)."""
 
+    resident = True  # whether slabs are where attention computes
+
     def __init__(self, heads: int, dim: int, dtype: torch.dtype, device: torch.device, page: int) -> None:
         self.heads, self.dim, self.dtype, self.device, self.page = heads, dim, dtype, device, page
         self.slabs: list[torch.Tensor] = []
@@ -130,6 +132,10 @@ class Store:
 
     def write(self, table: BlockTable, first: int, x: torch.Tensor) -> None:
         """Tokens `[Hkv, n, D]` into a sequence, from its token `first` on."""
+        if x.shape[1] == 1:  # a step's token
+            slab, token = self.place(table.pages[first // self.page])
+            self.slabs[slab][:, token + first % self.page] = x[:, 0]
+            return
         at = 0
         for page, offset, count in self.pieces(table, first, first + x.shape[1]):
             slab, token = self.place(page)

@@ -41,6 +41,7 @@ class RowState:
     pyramid: Pyramid | None = None
     selection: Selection | None = None
     correction: Correction | None = None
+    gathered: Any = None  # what the steps under `selection` read (`Gathered` in `reference/gathered.py`)
     on_device: bool = False  # what was seen of it is in `DecodeState.device`
 
 
@@ -87,9 +88,11 @@ class DecodeState:
         for to, source in enumerate(indices):
             if source in self.rows:
                 row = self.rows[source]
-                if row.pyramid is not None and indices.count(source) > 1:
-                    row.pyramid.shared = True
                 rows[to] = replace(row)
+                if indices.count(source) > 1:
+                    rows[to].gathered = None  # it grows with every step, and they part
+                    if row.pyramid is not None:
+                        row.pyramid.shared = True
         self.rows = rows
         if self.device is not None:
             self.device.reorder(indices)

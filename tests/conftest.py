@@ -19,6 +19,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes share the cores; 
 
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.reference import dense, sparse, workers
+from hip_hf.reference.gathered import Gathered
 
 
 @pytest.fixture(autouse=True)
@@ -61,5 +62,6 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory and the workers' reused buffers hold NaN, so that nothing read before it is written goes unnoticed."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _spoilt(getattr(owner, name)))
-    for owner, name in ((sparse, "attend"), (sparse, "attend_range"), (dense, "attend_range"), (TreeSearch, "_search")):
+    works = ((sparse, "attend"), (sparse, "attend_range"), (dense, "attend_range"), (TreeSearch, "_search"))
+    for owner, name in (*works, (Gathered, "fill"), (Gathered, "attend")):
         monkeypatch.setattr(owner, name, _over_spoilt_buffers(getattr(owner, name)))

@@ -7,10 +7,12 @@ prompts); the last page is copied before one of them continues it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -291,9 +293,19 @@ class HiPCache(DynamicCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append to one layer. If there is no memory for that, the paged layers before it give up their new tokens as well."""
+        with self._all_or_none(layer_idx):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
+        """Append what fits to one paged layer as it is, like `update`, for a caller who does not ask for the rest."""
+        with self._all_or_none(layer_idx):
+            self.layers[layer_idx].append(key_states, value_states)  # type: ignore[union-attr]
+
+    @contextlib.contextmanager
+    def _all_or_none(self, layer_idx: int) -> Iterator[None]:
         layer = self.layers[layer_idx]
         try:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            yield
         except MemoryError:
             for other in self.layers[:layer_idx]:
                 if isinstance(other, PagedLayer) and isinstance(layer, PagedLayer):

@@ -150,6 +150,8 @@ class OffloadedStore(Store):
     `recent`: pages at a sequence's end, beside its first, that are brought to the device as they are written.
     """
 
+    resident = False
+
     def __init__(
         self, heads: int, dim: int, dtype: torch.dtype, device: torch.device, page: int, where: str, pages: int, recent: int
     ) -> None:

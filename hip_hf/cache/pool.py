@@ -88,7 +88,17 @@ class PagePool:
         Raises:
             MemoryError: there is no memory for more pages; nothing has changed.
         """
-        page, more = self.keys.page, keys.shape[2]
+        more = keys.shape[2]
+        # a step's token mostly finds room in a page of its sequence alone
+        if more > 1 or length % self.keys.page == 0 or any(self.shares[table.pages[-1]] > 1 for table in tables):
+            self._make_room(tables, length, more)
+        for row, table in enumerate(tables):
+            self.keys.write(table, length, keys[row])
+            self.values.write(table, length, values[row])
+
+    def _make_room(self, tables: list[BlockTable], length: int, more: int) -> None:
+        """Give sequences of `length` tokens pages of their own for `more` tokens each. Raises MemoryError as `append` does."""
+        page = self.keys.page
         partial = length // page if length % page else None  # index of the page to be continued
         total = -(-(length + more) // page)
         held: dict[int, int] = {}  # of each partial page, how many of these sequences still refer to it
@@ -110,6 +120,3 @@ class PagePool:
                 self.release([shared])
                 table.set([*table.pages[:-1], own])
             table.extend(new)
-        for row, table in enumerate(tables):
-            self.keys.write(table, length, keys[row])
-            self.values.write(table, length, values[row])

@@ -13,7 +13,8 @@ from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block, query_b
 from hip_hf.paged import KeyRows, PagedKeys, rows_of
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
-from hip_hf.reference.block_sparse import Tensors, attend, attend_range
+from hip_hf.reference.block_sparse import Tensors, attend, attend_range, store
+from hip_hf.reference.gathered import Gathered
 from hip_hf.reference.gradients import Piece
 from hip_hf.reference.workers import compute_dtype, run
 from hip_hf.state import DecodeState, RowState, Selection
@@ -26,6 +27,7 @@ DECODE_ROWS = 16
 # Query blocks that are searched together: enough to amortise Python, few enough to stay in cache.
 BLOCKS_AT_ONCE = 32
 FEWEST_BLOCKS = 4
+ALL = slice(None)
 
 
 def portions(heads: int, blocks: int, workers: int) -> list[tuple[int, slice]]:
@@ -177,6 +179,10 @@ class SparseAttention:
         else:
             for group in range(ids.shape[1]):
                 attend(t, heads, slice(group, group + 1), blocks, ids[:, group], self.config.block_k)
+        self._take_note(span, heads, blocks, ids)
+
+    def _take_note(self, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None) -> None:
+        """Put down what was read, for gradients and for the mask."""
         if self.pieces is not None:
             tail = span.rows if self.decoding else max(0, span.rows - self.config.dense_tail)
             self.pieces.append(Piece(span, heads, blocks, ids, self.config.block_k, tail))
@@ -209,8 +215,46 @@ class SparseAttention:
             if row is not None:
                 row.selection = Selection(selected[-1], blocks[-1].window, blocks[-1].first)
         for block, ids in zip(blocks, selected, strict=True):
-            self._attend(t, span, heads, [block], ids)
+            if span.rows == 1 and row is not None and self._gathers(t, row, steps):
+                self._attend_gathered(t, row, block, steps)
+                self._take_note(span, heads, [block], ids)
+            else:
+                self._attend(t, span, heads, [block], ids)
         self._count(blocks, span, span.rows)
+
+    def _gathers(self, t: Tensors, row: RowState, steps: int) -> bool:
+        """Whether what a selection reads is kept side by side for the steps that it serves. Not where it changes each step
+        (a sliding window), where heads of a group read keys of their own, and where device pools of a cache do the same."""
+        kept = row.selection
+        return (
+            steps > 1
+            and kept is not None
+            and kept.ids is not None
+            and kept.ids.shape[1] == 1
+            and t.sliding_window is None
+            and self.pieces is None
+            and (not isinstance(t.k, PagedKeys) or t.k.store.resident)
+            and (t.positions is None or self._room(steps) <= t.positions.trained)
+        )
+
+    def _room(self, steps: int) -> int:
+        """Most keys that a step reads under a selection for so many steps."""
+        size = self.config.block_k
+        return -(-self.config.sink // size) * size + self.budget * size + self.config.window + size + steps
+
+    def _attend_gathered(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> None:
+        kept = row.selection
+        assert kept is not None
+        if row.gathered is None:
+            row.gathered = Gathered(self._room(steps), t, self.config)
+        if row.gathered.holds(kept, block.last):
+            row.gathered.append(t.k[:, block.last : block.last + 1], t.v[:, block.last : block.last + 1], t.positions)
+        else:
+            refresh = self.config.decode_refresh
+            ends = [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)] if isinstance(refresh, list) else []
+            row.gathered.fill(t, kept, block, min([kept.position + steps, *ends]))
+        need_lse = t.lse is not None or t.sinks is not None
+        store(t, (ALL, ALL, ALL), *row.gathered.attend(t.q, t.scale, t.softcap, t.positions, need_lse))
 
     def _stages(self, t: Tensors, span: Span, row: RowState, block: QueryBlock, kept: Selection | None) -> Selection:
         """Select for one step, stage by stage: each has its own interval, and goes on from what the ones before it kept."""

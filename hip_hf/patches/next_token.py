@@ -1,0 +1,69 @@
+"""What most decode steps of a patched layer are: one token a sequence, for which nothing is selected, and all that it reads but
+its own key lies side by side already (`reference/gathered.py`).
+
+On this way the token goes straight into its page and into what is gathered: no handles to pages are made, none of the
+interface's questions is asked again, and the numbers are the interface's to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hip_hf.attention import kernels_wanted
+from hip_hf.cache.hip_cache import HiPCache, PagedLayer
+from hip_hf.config import HiPConfig
+from hip_hf.integration.interface import Call
+from hip_hf.integration.masks import holds_positions, mask_spans, mask_window
+from hip_hf.integration.positions import positions_of
+from hip_hf.integration.undo import leaving_the_cache
+from hip_hf.problem import AttentionProblem
+from hip_hf.reference.gathered import attend_next, gathered_rows
+from hip_hf.state import RowState
+
+
+def next_token(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: Any,
+    settings: HiPConfig,
+    unrotated: bool,
+) -> torch.Tensor | None:
+    """Append keys and values `[B, Hkv, 1, D]` to the layer's pages and attend: query `[B, Hq, 1, D]` -> `[B, 1, Hq, Dv]`.
+    None where the step is another: nothing has changed then."""
+    if torch.compiler.is_compiling() or not isinstance(cache, HiPCache) or mask is None or not holds_positions(mask):
+        return None
+    layer = cache.layers[module.layer_idx]
+    if not isinstance(layer, PagedLayer) or len(layer.tables) != len(query) or mask.shape[-1] != layer.length + 1:
+        return None
+    spans = mask_spans(mask, 1)
+    if mask_window(mask, None) is not None or spans is None or len(spans) < len(query):
+        return None
+    positions = positions_of(module, settings) if unrotated else None
+    problem = AttentionProblem(query, key, value, spans, module.scaling, positions=positions)
+    rows = None if kernels_wanted(problem, settings) else gathered_rows(problem, settings, layer.hip_state)
+    if rows is None:
+        return None
+    cache.append(key, value, module.layer_idx)
+    return _attend(module, query, key, value, problem, rows, settings)
+
+
+@leaving_the_cache
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    problem: AttentionProblem,
+    rows: list[RowState],
+    settings: HiPConfig,
+) -> torch.Tensor:
+    """Attention to what the cache now holds."""
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    share = attend_next(problem, rows, zip(key, value, strict=True), out, None)
+    module.__dict__["_hip_call"] = Call(settings.method, "sparse", "", share, "pages")
+    return out.transpose(1, 2)

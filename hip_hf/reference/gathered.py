@@ -1,0 +1,140 @@
+"""What the decode steps under one selection read, side by side: gathered at the first of them, one row longer at each other.
+
+A selection serves `decode_refresh` steps. Their sink and selected blocks are the same, and the window only grows by each step's
+own key; picking them out of the cache anew would cost a step more than its attention does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.methods.base import QueryBlock, squash
+from hip_hf.paged import block_index, rows_of
+from hip_hf.reference.block_sparse import Parts, Tensors, add_sinks
+from hip_hf.reference.gradients import learning
+from hip_hf.reference.workers import compute_dtype, scratch
+from hip_hf.rope import Positions
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+    from hip_hf.problem import AttentionProblem
+    from hip_hf.state import DecodeState, RowState, Selection
+
+
+class Gathered:
+    """Buffers `[Hkv, room, D]` and `[Hkv, room, Dv]` in the dtype that is multiplied in; the first `count` rows are keys and
+    values of sink, selected blocks and window, in this order. Under context extension keys are turned to their places in it."""
+
+    def __init__(self, room: int, t: Tensors, config: HiPConfig) -> None:
+        heads, dtype, device = t.k.shape[0], compute_dtype(t.q), t.q.device
+        with torch.inference_mode(False):  # they outlive the mode they were made in
+            self.k = torch.empty(heads, room, t.k.shape[-1], dtype=dtype, device=device)
+            self.v = torch.empty(heads, room, t.v.shape[-1], dtype=dtype, device=device)
+        self.config = config
+        self.selection: Selection | None = None  # that it was filled for
+        self.position = self.count = 0  # one past the last position in it; rows in use
+        self.until = 0  # position of the first step that is to select anew
+
+    def holds(self, selection: Selection | None, position: int) -> bool:
+        """Whether the step at `position` under `selection` has only to add its own key."""
+        return self.selection is not None and self.selection is selection and self.position == position
+
+    def serves(self, config: HiPConfig, selection: Selection | None, position: int) -> bool:
+        """Whether it holds the step at `position`, and nothing is to be selected for it under these settings."""
+        return self.config is config and position < self.until and self.holds(selection, position)
+
+    def fill(self, t: Tensors, selection: Selection, block: QueryBlock, until: int) -> None:
+        """Bring what the step `block` reads under `selection`, which holds `until` then."""
+        assert selection.ids is not None
+        self.selection = None  # until all is there
+        ids, size = selection.ids[:, 0], self.config.block_k
+        chosen = block_index(t.k, ids, size)[:, 0].unbind(0)
+        sink, picked = block.sink - block.start, ids.shape[2] * size
+        self.count = sink + picked + block.last + 1 - block.window
+        for name, x, into in (("k", t.k, self.k), ("v", t.v, self.v)):
+            parts = Parts(name, x, [block], sink, picked, size, self.count)
+            parts.fill(0, chosen)
+            into[:, : self.count] = parts.all
+        if t.positions is not None:
+            self.k[:, : self.count] = t.positions.rope.keys(self.k[:, : self.count], 0, t.positions.trained)
+        self.selection, self.position, self.until = selection, block.last + 1, until
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, positions: Positions | None) -> None:
+        """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position."""
+        if positions is not None:
+            key = positions.rope.keys(key.to(self.k.dtype), self.count, positions.trained)
+        at = slice(self.count, self.count + 1)
+        self.k[:, at], self.v[:, at] = key, value
+        self.count += 1
+        self.position += 1
+
+    def attend(
+        self, q: torch.Tensor, scale: float, softcap: float | None, positions: Positions | None, need_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of a query row `[Hkv, G, 1, D]`, which sits at the last position: output `[Hkv, G, 1, Dv]` in the dtype that
+        is multiplied in, and log-sum-exp `[Hkv, G, 1]`, without sinks, if asked for."""
+        query = q.to(self.k.dtype) * scale
+        if positions is not None:
+            query = positions.streaming(query, self.count)
+        k, v = self.k[:, : self.count], self.v[:, : self.count]
+        logits = scratch.take("logits", (*q.shape[:2], self.count), k)
+        torch.bmm(query[:, :, 0], k.transpose(1, 2), out=logits)
+        squash(logits, softcap)
+        lse = None
+        if need_lse:
+            lse = torch.logsumexp(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1, keepdim=True)
+        torch.softmax(logits, dim=-1, out=logits)
+        return torch.bmm(logits, v)[:, :, None], lse
+
+
+def gathered_rows(problem: AttentionProblem, config: HiPConfig, state: DecodeState) -> list[RowState] | None:
+    """Of a decode step that selects nothing and whose own keys alone are not yet gathered, as most steps are: what is kept of
+    each span's row. None where there is more to do."""
+    if problem.q.shape[2] > 1 or not problem.spans or learning(problem):
+        return None
+    rows = []
+    for span in problem.spans:
+        row = state.rows.get(span.batch)
+        if row is None or row.gathered is None or (row.key_start, row.position) != (span.key_start, span.position):
+            return None
+        if not row.gathered.serves(config, row.selection, span.position):
+            return None
+        rows.append(row)
+    return rows
+
+
+def new_keys(problem: AttentionProblem) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The last key `[Hkv, 1, D]` and value `[Hkv, 1, Dv]` of every span."""
+    for span in problem.spans:
+        key, value = (rows_of(x, span.batch, span.key_end - 1, span.key_end)[:, :] for x in (problem.k, problem.v))
+        yield key, value
+
+
+def attend_next(
+    problem: AttentionProblem,
+    rows: list[RowState],
+    new: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> float:
+    """The step that `gathered_rows` found, whose own keys and values are `new` (as `new_keys` gives them), into out
+    `[B, Hq, 1, Dv]` and lse. The share of the visible keys that was read."""
+    heads = (problem.k.shape[1], problem.groups)
+    q, outs = problem.q.unflatten(1, heads), out.unflatten(1, heads)
+    sinks = None if problem.sinks is None else problem.sinks.unflatten(0, heads)
+    read = visible = 0
+    for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
+        row.gathered.append(key, value, problem.positions)
+        need_lse = sinks is not None or lse is not None
+        one, total = row.gathered.attend(q[span.batch], problem.scale, problem.softcap, problem.positions, need_lse)
+        if sinks is not None:
+            add_sinks(one, total, sinks)
+        outs[span.batch] = one
+        if lse is not None:
+            lse[span.batch] = total.flatten(0, 1)
+        row.position = span.end
+        read, visible = read + row.gathered.count, visible + span.end
+    return read / visible
