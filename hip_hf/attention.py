@@ -175,7 +175,9 @@ def placed(problem: AttentionProblem) -> AttentionProblem:
 
 def dense_by_kernels(problem: AttentionProblem, config: HiPConfig) -> bool:
     """Whether dense attention at positions of ours is left to the kernels: PyTorch's own knows no such positions."""
-    if problem.positions is None or isinstance(problem.k, PagedTensor) or not kernels_wanted(problem, config):
+    if problem.positions is None or not kernels_wanted(problem, config):
+        return False
+    if any(isinstance(x, PagedTensor) and x.store.pages() is None for x in (problem.k, problem.v)):
         return False
     try:
         from hip_hf.kernels.backend import unsupported_tensors

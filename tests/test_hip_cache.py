@@ -197,6 +197,30 @@ def test_appending_copies_no_page_and_allocates_no_slab_per_token() -> None:
     assert len(layer.pool.keys.slabs) <= 3
 
 
+def test_for_the_kernels_pages_stay_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They grow by being copied, rarely; sequences that share pages keep them, and without memory nothing changes."""
+    cache = HiPCache(make_model("llama", backend="triton").config)
+    layer, plain, where = cache.paged[0], torch.zeros(2, 2, 0, 16), []
+    for count in (130, *[1] * 70, 300, *[1] * 10):
+        keys = torch.randn(2, 2, count, 16)
+        layer.update(keys, -keys)
+        if layer.length == 150:
+            layer.reorder_cache(torch.tensor([1, 1]))
+        plain = torch.cat([plain, keys], 2)
+        if layer.length == 150:
+            plain = plain[[1, 1]]
+        where.append(layer.pool.keys.slabs[0].data_ptr())
+        assert len(layer.pool.keys.slabs) == len(layer.pool.values.slabs) == 1
+    assert len(set(where)) <= 3
+    assert torch.equal(layer.keys, plain)
+    assert torch.equal(layer.values, -plain)
+    monkeypatch.setattr(layer.pool.values, "make_slab", lambda pages: torch.empty(10**15))
+    with pytest.raises(MemoryError, match="HiPCache: no room for"):
+        layer.update(torch.randn(2, 2, 5000, 16), torch.randn(2, 2, 5000, 16))
+    assert torch.equal(layer.keys, plain)
+    assert torch.equal(layer.values, -plain)
+
+
 def test_crop_means_what_it_means_in_this_version() -> None:
     cache, keys = filled()
     plain = DynamicLayer()

@@ -18,9 +18,11 @@ from test_kernel_decode import scratch_for
 import hip_hf
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
+from hip_hf.kernels import backend as kernels
+from hip_hf.kernels.backend import attend_densely
 from hip_hf.kernels.decode import decode
 from hip_hf.kernels.prefill import prefill
-from hip_hf.problem import Span
+from hip_hf.problem import AttentionProblem, Span
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels
@@ -195,17 +197,28 @@ def test_chunk_indexed_partial_rotation(turns: dict[str, Any]) -> None:
     both(*make_qkv(230, 40, heads=1), {**EXTENDED, "rescore": 2}, positions=where)
 
 
-def test_a_model_generates_the_same_from_pages() -> None:
-    """Beyond its trained length: a prompt, and steps on a `HiPCache`; both layers are chunk-indexed."""
-    batch, found = make_batch([150]), []
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_a_model_generates_the_same_from_pages(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond its trained length: a prompt, and steps on a `HiPCache`; both layers are chunk-indexed, or dense."""
+    batch, found, dense = make_batch([150]), [], []
+
+    def densely(problem: AttentionProblem, *args: Any) -> Any:
+        dense.append(type(problem.k).__name__)
+        return attend_densely(problem, *args)
+
+    monkeypatch.setattr(kernels, "attend_densely", densely)
     for backend in ("triton", "torch"):
         model = make_model("llama", backend=backend)
         model.config.max_position_embeddings = 96
-        hip_hf.configure(model, extend="streaming")
+        hip_hf.configure(model, extend="streaming", dense_below=0 if path == "sparse" else 1000)
         model.to(DEVICE if backend == "triton" else "cpu")
         inputs = {name: x.to(model.device) for name, x in batch.items()}
         with torch.no_grad():
             out = model.generate(**inputs, do_sample=False, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
-        assert {(row.path, row.reason, row.cache) for row in hip_hf.explain(model)} == {("sparse", "", "pages")}
+        assert {(row.path, row.cache) for row in hip_hf.explain(model)} == {(path, "pages")}
+        assert {row.reason for row in hip_hf.explain(model)} == (
+            {""} if path == "sparse" else {"context of 153 is below dense_below=1000"}
+        )
         found.append(torch.stack(out.logits).cpu())
     assert_near(*found, 1e-4)
+    assert dense == ([] if path == "sparse" else ["Tensor"] * 2 + ["PagedTensor"] * 6)

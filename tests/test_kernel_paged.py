@@ -116,6 +116,27 @@ def test_pages_in_several_pieces_go_to_torch_with_a_reason() -> None:
     assert_near(got.out.cpu(), want.out, NEAR)
 
 
+def test_a_cache_in_one_piece_grows_on_the_kernels() -> None:
+    """Its slab is replaced between two steps: the kernels go on with what they keep."""
+    q, k, v = make_qkv(PAGE * 6 + 3, heads=1)
+    stores = [Store(1, 16, torch.float32, torch.device(DEVICE), PAGE) for _ in "kv"]
+    pool, table, first = PagePool(*stores, one_piece=True), BlockTable(), PAGE * 6 - 3
+    state, twin = DecodeState(), DecodeState()
+    slabs = set()
+    for at, end in ((0, first), *((i, i + 1) for i in range(first, k.shape[2]))):
+        pool.append([table], at, k[:, :, at:end].to(DEVICE), v[:, :, at:end].to(DEVICE))
+        if end == first:  # leave room for nothing more than the last page
+            pool.allocate(len(pool.free))
+        pages = (PagedTensor(store, [table], end) for store in stores)
+        got = attend(make_problem(q[:, :, at:end].to(DEVICE), *pages), small(backend="triton"), None, state)
+        want = attend(make_problem(q[:, :, at:end], k[:, :, :end], v[:, :, :end]), small(backend="torch"), None, twin)
+        assert (got.path, got.reason) == ("sparse", "")
+        assert_near(got.out.cpu(), want.out, NEAR)
+        slabs.add(stores[0].slabs[0].data_ptr())
+    assert len(slabs) == 2
+    assert state.rows[0].on_device
+
+
 def test_hyper_attention_reads_no_pages() -> None:
     q, k, v = make_qkv(60)
     with pytest.raises(ValueError, match="hyper has no kernels for keys and values in pages"):

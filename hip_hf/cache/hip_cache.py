@@ -86,10 +86,12 @@ class PagedLayer(Stateful, DynamicLayer):
 
     def make_pool(self, keys: torch.Tensor, values: torch.Tensor) -> PagePool:
         """An empty pool for tensors like these."""
+        settings = read_settings(self.config)
         sizes = [(x.shape[1], x.shape[3], x.dtype, x.device, PAGE) for x in (keys, values)]
         if self.offload_to is None or self.device_pages is None:
-            return PagePool(*(Store(*size) for size in sizes))
-        recent = -(-read_settings(self.config).window // PAGE) + 2
+            one_piece = keys.device.type == "cuda" or settings.backend == "triton"
+            return PagePool(*(Store(*size) for size in sizes), one_piece=one_piece)
+        recent = -(-settings.window // PAGE) + 2
         pages = (2 * self.device_pages, self.device_pages)  # the search reads keys as well
         stores = (OffloadedStore(*size, self.offload_to, n, recent) for size, n in zip(sizes, pages, strict=True))
         return PagePool(*stores)

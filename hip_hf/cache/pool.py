@@ -17,11 +17,12 @@ MOST_SPARE = 256
 class PagePool:
     """Pages of a layer's keys and values, under the same numbers in both stores.
 
-    A page that several sequences refer to is never written: a sequence that appends to it gets a copy first.
+    A page that several sequences refer to is never written: a sequence that appends to it gets a copy first. `one_piece`: all
+    pages lie in one slab, which is copied when more are needed, for the kernels read them by one address.
     """
 
-    def __init__(self, keys: Store, values: Store) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Store, values: Store, one_piece: bool = False) -> None:
+        self.keys, self.values, self.one_piece = keys, values, one_piece
         self.shares: list[int] = []  # sequences that refer to each page
         self.free: list[int] = []  # a heap: the lowest page first, so that sequences stay in one piece
 
@@ -40,9 +41,12 @@ class PagePool:
         Raises:
             MemoryError: there is no memory for more; nothing has changed.
         """
-        if count > len(self.free):
+        missing = count - len(self.free)
+        if missing > 0:
             # by half of what there is, so that a growing sequence has few slabs
-            self._grow(max(count - len(self.free), min(len(self.shares) // 2, MOST_SPARE)))
+            if self.one_piece:  # also the first time: a slab that a prompt fills would be copied at the first step
+                missing += min((len(self.shares) + missing) // 2, MOST_SPARE)
+            self._grow(max(missing, min(len(self.shares) // 2, MOST_SPARE)))
         pages = [heapq.heappop(self.free) for _ in range(count)]
         for page in pages:
             self.shares[page] = 1
@@ -50,14 +54,20 @@ class PagePool:
 
     def _grow(self, count: int) -> None:
         first = len(self.shares)
+        stores = (self.keys, self.values)
         try:
-            slabs = [store.make_slab(count) for store in (self.keys, self.values)]
+            slabs = [store.make_slab(count + (first if self.one_piece else 0)) for store in stores]
         except (RuntimeError, OSError, MemoryError) as error:
             size = self.bytes(count)
             raise MemoryError(f"HiPCache: no room for {count} more pages ({size / 2**20:.0f} MiB): {error}") from error
-        for store, slab in zip((self.keys, self.values), slabs, strict=True):
-            store.slabs.append(slab)
-            store.bounds.append(first)
+        for store, slab in zip(stores, slabs, strict=True):
+            if self.one_piece:
+                for old in store.slabs:
+                    slab[:, : old.shape[1]] = old
+                store.slabs, store.bounds = [slab], [0]
+            else:
+                store.slabs.append(slab)
+                store.bounds.append(first)
         self.shares += [0] * count
         for page in range(first, first + count):
             heapq.heappush(self.free, page)
