@@ -22,7 +22,7 @@ from hip_hf.state import DecodeState
 # Where the sparse path starts to win over PyTorch's attention on a CPU, by the dtype it multiplies in, in prefill and in
 # decode, and in decode that selects at every step (`hip-hf latency`, docs/performance.md). PyTorch is no faster in bf16 than
 # in fp32; the sparse path is.
-DENSE_BELOW = {dtype: (2048, 2048, 2048) if dtype == torch.bfloat16 else (4096, 8192, 16384) for dtype in DTYPES}
+DENSE_BELOW = {dtype: (2048, 2048, 2048) if dtype == torch.bfloat16 else (4096, 4096, 16384) for dtype in DTYPES}
 # The same on a GPU. Not measured: from the model in docs/performance.md, where a decode step is bound by its launches.
 DENSE_BELOW_GPU = (16384, 65536, 65536)
 
