@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import hip_hf
 from hip_hf import attention
-from hip_hf.patches import next_token
+from hip_hf.integration import next_token
 from hip_hf.reference.gathered import Gathered, attend_next
 from hip_hf.reference.sparse import SparseAttention
 from hip_hf.state import DecodeState

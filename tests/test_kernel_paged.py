@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from families import make_batch, make_model
 from helpers import assert_near, make_problem, make_qkv, small
 from interpreter import DEVICE
 
+import hip_hf
 from hip_hf.attention import Result, attend
 from hip_hf.cache.pool import PagePool
+from hip_hf.integration.interface import attention_forward
 from hip_hf.integration.paged import TokenMajorStore
 from hip_hf.kernels.backend import keys_of
 from hip_hf.paged import BlockTable, PagedTensor, Store
+from hip_hf.patches import base
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels
@@ -135,6 +139,27 @@ def test_a_cache_in_one_piece_grows_on_the_kernels() -> None:
         slabs.add(stores[0].slabs[0].data_ptr())
     assert len(slabs) == 2
     assert state.rows[0].on_device
+
+
+def test_patched_layers_call_the_kernels_without_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once these have served the cache; to the bit what the interface gives."""
+    model = make_model("llama", backend="triton", decode_refresh=2).to(DEVICE)
+    ids, asked, outs = make_batch([84])["input_ids"].to(DEVICE), [], []
+
+    def interface(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args[1].shape[2])
+        return attention_forward(*args, **kwargs)
+
+    monkeypatch.setattr(base, "attention_forward", interface)
+    for patched in (False, True):
+        if patched:
+            hip_hf.patch(model)
+        with torch.no_grad():
+            cache = model(ids[:, :80], use_cache=True).past_key_values
+            outs.append(torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(80, 84)], 1))
+        assert {(row.path, row.reason, row.cache) for row in hip_hf.explain(model)} == {("sparse", "", "pages")}
+    assert torch.equal(*outs)
+    assert asked == [80, 80], "two layers: the prompt alone goes by the interface"
 
 
 def test_hyper_attention_reads_no_pages() -> None:

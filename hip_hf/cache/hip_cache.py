@@ -90,11 +90,11 @@ class PagedLayer(Stateful, DynamicLayer):
         sizes = [(x.shape[1], x.shape[3], x.dtype, x.device, PAGE) for x in (keys, values)]
         if self.offload_to is None or self.device_pages is None:
             one_piece = keys.device.type == "cuda" or settings.backend == "triton"
-            return PagePool(*(Store(*size) for size in sizes), one_piece=one_piece)
+            return PagePool(Store(*sizes[0]), Store(*sizes[1]), one_piece)
         recent = -(-settings.window // PAGE) + 2
-        pages = (2 * self.device_pages, self.device_pages)  # the search reads keys as well
-        stores = (OffloadedStore(*size, self.offload_to, n, recent) for size, n in zip(sizes, pages, strict=True))
-        return PagePool(*stores)
+        # the search reads keys as well
+        key_store = OffloadedStore(*sizes[0], self.offload_to, 2 * self.device_pages, recent)
+        return PagePool(key_store, OffloadedStore(*sizes[1], self.offload_to, self.device_pages, recent))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from hip_hf.integration.interface import NAMES, attention_forward
+from hip_hf.integration.next_token import next_token
 from hip_hf.integration.positions import UNROTATED, check_cache, extended
 from hip_hf.integration.settings import layer_settings
-from hip_hf.patches.next_token import next_token
 
 # In a patched layer's `__dict__`: its patcher, and the forward of its own that it had (accelerate's, another patch), or None.
 PATCHER, ORIGINAL = "_hip_patcher", "_hip_original"
@@ -74,12 +74,12 @@ def forward(
     if not unrotated:
         assert position_embeddings is not None
         query, key = sys.modules[type(self).__module__].apply_rotary_pos_emb(query, key, *position_embeddings)
+    setattr(key, UNROTATED, unrotated)
     if query.shape[2] == 1 and sliding is None and not self.training and not kwargs.get("output_attentions"):
         settings = layer_settings(self, NAMES[name])
         step = next_token(self, query, key, value, attention_mask, past_key_values, settings, unrotated)
         if step is not None:
             return self.o_proj(step.reshape(*hidden_states.shape[:-1], -1)), None
-    setattr(key, UNROTATED, unrotated)
     if past_key_values is not None:
         check_cache(past_key_values, self.layer_idx, unrotated)
         key, value = past_key_values.update(key, value, self.layer_idx)

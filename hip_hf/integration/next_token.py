@@ -1,17 +1,19 @@
-"""What most decode steps of a patched layer are: one token a sequence, for which nothing is selected, and all that it reads but
-its own key lies side by side already (`reference/gathered.py`).
+"""What most decode steps of a patched layer are: one token a sequence. None of the interface's questions is asked again, and the
+numbers are the interface's to the bit.
 
-On this way the token goes straight into its page and into what is gathered: no handles to pages are made, none of the
-interface's questions is asked again, and the numbers are the interface's to the bit.
+Where nothing is selected, and all that the step reads but its own key lies side by side already (`reference/gathered.py`), the
+token goes straight into its page and into what is gathered, without any handle to pages. Kernels that have served the cache
+before are called directly.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from hip_hf.attention import kernels_wanted
+from hip_hf.attention import attend, kernels_wanted
 from hip_hf.cache.hip_cache import HiPCache, PagedLayer
 from hip_hf.config import HiPConfig
 from hip_hf.integration.interface import Call
@@ -20,7 +22,7 @@ from hip_hf.integration.positions import positions_of
 from hip_hf.integration.undo import leaving_the_cache
 from hip_hf.problem import AttentionProblem
 from hip_hf.reference.gathered import attend_next, gathered_rows
-from hip_hf.state import RowState
+from hip_hf.state import DecodeState, RowState
 
 
 def next_token(
@@ -45,11 +47,16 @@ def next_token(
         return None
     positions = positions_of(module, settings) if unrotated else None
     problem = AttentionProblem(query, key, value, spans, module.scaling, positions=positions)
-    rows = None if kernels_wanted(problem, settings) else gathered_rows(problem, settings, layer.hip_state)
+    if kernels_wanted(problem, settings):
+        if layer.hip_state.device is None:  # the kernels have not served this cache so far: the interface says why
+            return None
+        key, value = cache.update(key, value, module.layer_idx)
+        return _attend(module, query, key, value, replace(problem, k=key, v=value), settings, layer.hip_state)
+    rows = gathered_rows(problem, settings, layer.hip_state)
     if rows is None:
         return None
     cache.append(key, value, module.layer_idx)
-    return _attend(module, query, key, value, problem, rows, settings)
+    return _attend_next(module, query, key, value, problem, rows, settings)
 
 
 @leaving_the_cache
@@ -59,10 +66,26 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     problem: AttentionProblem,
+    settings: HiPConfig,
+    state: DecodeState,
+) -> torch.Tensor:
+    """Attention to what the cache now holds."""
+    result = attend(problem, settings, module.layer_idx, state)
+    module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "pages")
+    return result.out.transpose(1, 2)
+
+
+@leaving_the_cache
+def _attend_next(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    problem: AttentionProblem,
     rows: list[RowState],
     settings: HiPConfig,
 ) -> torch.Tensor:
-    """Attention to what the cache now holds."""
+    """Attention to what is gathered and to the step's own key and value, which are in the cache already."""
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     share = attend_next(problem, rows, zip(key, value, strict=True), out, None)
     module.__dict__["_hip_call"] = Call(settings.method, "sparse", "", share, "pages")
