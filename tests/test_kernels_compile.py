@@ -96,6 +96,49 @@ def test_queries_turned_twice_are_not_kept_between_turns() -> None:
     assert row["spilled"] == 0
 
 
+RESUMED = """
+import sys
+from pathlib import Path
+from hip_hf.eval import kernels
+from hip_hf.kernels import budget, table
+
+done = []
+
+def spend(launch, target, dim, dtype):
+    if len(done) == most:
+        raise KeyboardInterrupt
+    done.append(launch.name)
+    return budget.Spent(launch.name, target, dim, str(dtype), registers=1)
+
+def run():
+    try:
+        kernels.main("sm90", "64", "bf16", "prefill", Path(sys.argv[1]), True)
+    except KeyboardInterrupt:
+        pass
+
+budget.spend, most = spend, 99
+names = [launch.name for launch in budget.launches_of(64, kernels.DTYPES["bf16"], "sm90") if "prefill" in launch.name]
+most = len(names) - 1
+run()
+assert done == names[:-1], done
+most = len(names)
+rows, keys, warps, stages = table.TILES["prefill"]["sm90"][64]
+table.TILES["prefill"]["sm90"][64] = (rows, keys, warps, stages + 1)
+again = [name for name in names if name in ("prefill", "prefill, all features")]
+done.clear()
+most = 99
+run()
+assert done == [*again, names[-1]], done
+print("resumed", len(again))
+"""
+
+
+def test_a_changed_launch_configuration_is_compiled_anew(tmp_path: Path) -> None:
+    """After an interruption, what was compiled with another entry of the launch table no longer counts; the rest does."""
+    done = process("-c", RESUMED, str(tmp_path / "kernels.json"))
+    assert done.stdout.splitlines()[-1:] == ["resumed 2"], done.stdout + done.stderr
+
+
 def test_a_problem_shows_in_the_table() -> None:
     from hip_hf.eval.kernels import summary
 

@@ -60,8 +60,8 @@ def main(
     rows = []
     with cells, report.progress() as progress:
         for launch, target, dim, dtype in progress.track(work, description="compiling"):
-            # what was compiled before an interruption counts only while the source is the same
-            key = (launch.name, target, dim, str(dtype), launch.kernel.cache_key)
+            # what was compiled before an interruption counts only while source and launch configuration are the same
+            key = (launch.name, target, dim, str(dtype), launch.compiled_from())
             rows.append(cells.get(key, lambda: asdict(budget.spend(launch, target, dim, dtype))))  # noqa: B023 (called at once)
     failed = [row for row in rows if row["problem"]]
     details = dict(failed=len(failed), **asked)

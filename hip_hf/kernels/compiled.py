@@ -49,3 +49,9 @@ class Launch:
     def stand_ins(self) -> dict[str, Any]:
         """The arguments with `Pointer`s for tensors."""
         return {name: Pointer(x.dtype) if isinstance(x, torch.Tensor) else x for name, x in self.arguments.items()}
+
+    def compiled_from(self) -> dict[str, Any]:
+        """All that the compiler is given, in JSON's types: the hash of the source, numbers, launch options, and of tensors the
+        dtype. Where it is the same, so is the program."""
+        given = {name: x if isinstance(x, int | float | str) else str(x.dtype) for name, x in self.arguments.items()}
+        return {"source": self.kernel.cache_key, **given}

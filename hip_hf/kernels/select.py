@@ -42,7 +42,8 @@ def write(indices, counts, entry, ids, total, BUDGET: tl.constexpr, OUT: tl.cons
     """The result: the first `total` of `ids` `[OUT]`, then zeros."""
     slots = tl.arange(0, OUT)
     tl.store(indices + entry * BUDGET + slots, tl.where(slots < total, ids, 0), mask=slots < BUDGET)
-    tl.store(counts + entry, total)
+    # by the first slot's thread: who stores a scalar would be kept in a register from the program's first store on
+    tl.store(counts + entry + slots, total + slots * 0, mask=slots == 0)
 
 
 @triton.jit
@@ -242,6 +243,7 @@ def select_kernel(
     ids, keys, total = keep_best(ids, keys, begins, left, ends - 1, right, LAST, M, KEPT_LAST)
     none = level * 0 + ABSENT
     if RESCORE:
+        batch, key_start, _, _, _ = load_sequence(sequences, stride_field, sequence)  # again, as below
         inside = tl.arange(0, KEPT_LAST) < total
         ids = tl.where(inside, ids, low)
         scores = score_blocks(

@@ -29,15 +29,14 @@ def sort_keys(scores, inside):
 def threshold(keys, left, right, count):
     """The largest int32 that at least `count` of `keys` `[M]` and the scalars `left` and `right` reach; `ABSENT` if fewer."""
     digits = tl.arange(0, 16)
-    found = left * 0
+    found = left * 0 + ABSENT  # the smallest int32: from there on every digit makes it larger, also the one with the sign
     for step in range(8):
         shift = 28 - 4 * step
-        lowest = tl.where(step == 0, -8, 0)  # the first digit carries the sign
-        at = found + ((digits + lowest) << shift)
+        at = found ^ (digits << shift)
         reach = tl.sum((keys[:, None] >= at[None, :]).to(tl.int32), 0)
         reach += (left >= at).to(tl.int32) + (right >= at).to(tl.int32)
         digit = tl.maximum(tl.sum((reach >= count).to(tl.int32), 0) - 1, 0)
-        found += (digit + lowest) << shift
+        found ^= digit << shift
     return found
 
 
