@@ -73,18 +73,18 @@ class SearchTile:
     stages: int = 2
 
 
-def search_tile(target: str, dim: int, dtype: torch.dtype, voters: int, indexed: bool) -> SearchTile:
-    """Chosen so that nothing spills (`hip-hf kernels`), for `voters` voting rows. Only Hopper's matrix instructions leave room
-    for 64 rows at once. `indexed`: chunks are turned as they are loaded, which takes four registers where others take one. With
-    16 warps the search stays off Blackwell's tensor memory, whose passes in Triton 3.7 fail on tiles of 16 rows."""
+def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool) -> SearchTile:
+    """Chosen so that nothing spills (`hip-hf kernels`). X
+    `indexed`: chunks are turned as they are loaded, which takes four registers where others take one. With 16 warps the search
+    stays off Blackwell's tensor memory, whose passes in Triton 3.7 fail on it."""
     if indexed:
         return SearchTile(16, 16, 16, warps=16 if target.startswith("sm10") else 8, stages=1)
     if dtype == torch.float32:
         wanted = SearchTile(16, 32, 32)
     elif target == "sm90":
-        wanted = SearchTile(64, 64, 64) if dim % 128 == 0 else SearchTile(64, 32, 64)
+        wanted = SearchTile(32, 64, 64) if dim % 128 == 0 else SearchTile(32, 32, 64)
     elif target.startswith("sm10"):
-        wanted = SearchTile(32, 16, 64) if voters > 16 else SearchTile(16, 16, 16, warps=16)
+        wanted = SearchTile(16, 16, 16, warps=16)
     elif target.startswith("gfx"):
         wanted = SearchTile(32, 16, 32)
     else:
@@ -117,7 +117,7 @@ def constants(
     parts, vectors = parts_and_vectors(config)
     voters = group if config.group_shared else 1
     samples = -(-block_q // config.query_stride)
-    shape = search_tile(target, dim, dtype, samples * voters, indexed)
+    shape = search_tile(target, dim, dtype, indexed)
     held = shape.rows * CANDIDATES // (2 if vectors > 1 else 1) // (2 * kept)
     rows = max(16, min(triton.next_power_of_2(samples * voters), shape.rows, held))
     return dict(
@@ -194,7 +194,8 @@ def select(
 
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """The search of the default settings in prefill and in decode, with 4 query heads per key head."""
+    """The search of the default settings in prefill and in decode, with 4 query heads per key head; in prefill also with 8, which
+    fill a tile of rows."""
     from hip_hf.config import HiPConfig
 
     config, found = HiPConfig(), []
@@ -207,10 +208,16 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
         stride_scratch=0, scale=dim**-0.5, sink=config.sink, window=config.window, sliding=0, refresh=config.decode_refresh,
     )  # fmt: skip
     like, indexed = torch.empty(0, dtype=dtype, device="meta"), replace(example_positions(dim), chunk_indexed=True)
-    for name, block_q, page_size in (("select, prefill", config.block_q, 0), ("select, decode", 1, 256)):
-        for suffix, positions in (("", None), (", chunk-indexed", indexed)):
-            fixed = constants(config, 4, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions is not None)
-            fixed |= chunk_rotation(positions, config, like)
-            arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
-            found.append(Launch(name + suffix, select_kernel, {**pointers, **numbers, **arguments}))
+    cases = [
+        ("select, prefill", config.block_q, 0, 4, None),
+        ("select, prefill, chunk-indexed", config.block_q, 0, 4, indexed),
+        ("select, prefill, groups of 8", config.block_q, 0, 8, None),
+        ("select, decode", 1, 256, 4, None),
+        ("select, decode, chunk-indexed", 1, 256, 4, indexed),
+    ]
+    for name, block_q, page_size, group, positions in cases:
+        fixed = constants(config, group, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions is not None)
+        fixed |= chunk_rotation(positions, config, like)
+        arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
+        found.append(Launch(name, select_kernel, {**pointers, **numbers, **arguments}))
     return found
