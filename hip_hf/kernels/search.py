@@ -74,17 +74,16 @@ class SearchTile:
 
 
 def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool) -> SearchTile:
-    """Chosen so that nothing spills (`hip-hf kernels`). X
-    `indexed`: chunks are turned as they are loaded, which takes four registers where others take one. With 16 warps the search
-    stays off Blackwell's tensor memory, whose passes in Triton 3.7 fail on it."""
-    if indexed:
-        return SearchTile(16, 16, 16, warps=16 if target.startswith("sm10") else 8, stages=1)
-    if dtype == torch.float32:
-        wanted = SearchTile(16, 32, 32)
-    elif target == "sm90":
+    """Chosen so that nothing spills in half precision (`hip-hf kernels`). fp32, and chunks that are turned as they are loaded
+    (`indexed`), take several registers where others take one. With 16 warps the search stays off Blackwell's tensor memory,
+    whose passes in Triton 3.7 fail on it."""
+    warps = 16 if target.startswith("sm10") else 8
+    if indexed or dtype == torch.float32:
+        return SearchTile(16, 16, 16, warps, stages=1)
+    if target == "sm90":
         wanted = SearchTile(32, 64, 64) if dim % 128 == 0 else SearchTile(32, 32, 64)
     elif target.startswith("sm10"):
-        wanted = SearchTile(16, 16, 16, warps=16)
+        wanted = SearchTile(16, 16, 16, warps)
     elif target.startswith("gfx"):
         wanted = SearchTile(32, 16, 32)
     else:
