@@ -26,7 +26,8 @@ from hip_hf.kernels.prefill import prefill_launches
 from hip_hf.kernels.tuning import Tile, target_of
 
 TABLE = Path(__file__).parents[1] / "hip_hf" / "kernels" / "table.py"
-TOKENS, DTYPE = 32768, torch.bfloat16
+# Launches of both dtypes share an entry; the first is timed.
+TOKENS, DTYPES = 32768, (torch.bfloat16, torch.float16)
 
 LAUNCHES: dict[str, Callable[[Example, Tile], list[Launch]]] = {
     "prefill": prefill_launches,
@@ -41,7 +42,7 @@ WIDE = [(128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2), (64, 64, 8, 2), (64, 
 CANDIDATES = {
     "prefill": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "decode": [(16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
-    "prefill extended": [(64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 4, 2), (32, 32, 8, 1), (32, 32, 4, 1)],
+    "prefill extended": [(64, 32, 8, 2), (64, 32, 8, 3), (64, 32, 8, 1), (64, 32, 4, 2), (32, 32, 8, 1), (32, 32, 4, 1)],
     "decode extended": [(16, 32, 4, 3), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
     "backward queries": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "hyper squares": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
@@ -62,28 +63,29 @@ def accumulators(kernel: str, target: str, dim: int, tile: Tile) -> int:
     return sums // (budget.gpu_target(target).warp_size * tile.warps)
 
 
-def examples(kernel: str, dim: int, device: str = "meta") -> list[Example]:
+def examples(kernel: str, dim: int, dtype: torch.dtype, device: str = "meta") -> list[Example]:
     """What a configuration must serve; the first of them is timed."""
     fields = dict(tokens=TOKENS, device=device, **(dict(rows=1, block_q=1) if kernel.startswith("decode") else {}))
-    found = [example(dim, DTYPE, **fields)]
+    found = [example(dim, dtype, **fields)]
     if device == "meta" and kernel in ("prefill", "decode"):
-        found.append(example(dim, DTYPE, paged=True, **fields))
+        found.append(example(dim, dtype, paged=True, **fields))
     return found
 
 
 def problems(kernel: str, target: str, dim: int, tile: Tile) -> list[str]:
     """What is wrong with a configuration, found by compiling; the first thing is enough."""
-    for x in examples(kernel, dim):
-        for launch in LAUNCHES[kernel](x, tile):
-            spent = budget.spend(launch, target, dim, DTYPE)
-            if spent.problem:
-                return [f"{spent.kernel}: {spent.problem}"]
+    for dtype in DTYPES:
+        for x in examples(kernel, dim, dtype):
+            for launch in LAUNCHES[kernel](x, tile):
+                spent = budget.spend(launch, target, dim, dtype)
+                if spent.problem:
+                    return [f"{spent.kernel}, {spent.dtype}: {spent.problem}"]
     return []
 
 
 def milliseconds(kernel: str, dim: int, tile: Tile) -> float:
     """Time of its first launch on the GPU of this machine."""
-    first = LAUNCHES[kernel](examples(kernel, dim, "cuda")[0], tile)[0]
+    first = LAUNCHES[kernel](examples(kernel, dim, DTYPES[0], "cuda")[0], tile)[0]
     return triton.testing.do_bench(lambda: first.kernel[first.grid](**first.arguments))
 
 
