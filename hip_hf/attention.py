@@ -29,7 +29,8 @@ DENSE_BELOW_GPU = (16384, 65536, 65536)
 
 @dataclass
 class Result:
-    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense, or why not by kernels."""
+    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense, or why not by kernels
+    or not corrected as asked."""
 
     out: torch.Tensor
     lse: torch.Tensor | None
@@ -135,7 +136,7 @@ def attend(
 
         call = run(problem, config, state, *empty_outputs(problem, need_lse), need_mask)
         share = call.reading.read / call.reading.visible
-        return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", "", share)
+        return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", methods.shortfall(problem, config), share)
     if state is not None and state.device is not None:
         state.leave_device()
     pieces: list[Piece] | None = [] if learning(problem) else None
@@ -145,7 +146,8 @@ def attend(
         sparse.pieces = pieces
     out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
     share = sparse.reading.read / sparse.reading.visible
-    return Result(out, lse if need_lse else None, sparse.mask, "sparse", why, share)
+    reasons = [reason for reason in (why, methods.shortfall(problem, config)) if reason]
+    return Result(out, lse if need_lse else None, sparse.mask, "sparse", "; ".join(reasons), share)
 
 
 def empty_outputs(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -16,6 +16,7 @@ from hip_hf.methods import METHODS, extends, options_type
 REPRESENTATIVES = ("blend", "mean", "minmax", "outliers", "middle", "first", "last")
 SCORES = ("mass", "max")
 VOTES = ("pooled", "sampled")
+DELTA_MODES = ("clusters", "step", "interpolate")
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -52,8 +53,10 @@ class HiPConfig:
         dense_layers: a count of first layers, or a list of layer indices, that stay dense.
         dense_below: contexts shorter than this go dense; None takes the backend's measured default, 0 means never.
         dense_tail: the last rows of each prefill call are computed densely.
-        delta: Delta correction: every so many rows one is dense, and lends its difference to the rows after it; None: off.
-        delta_mode: `step`, or `interpolate` between two dense rows (in prefill; not causal, it looks `delta` rows ahead).
+        delta: Delta correction: every so many rows one is dense, and corrects the rows after it; None: off.
+        delta_mode: `clusters` (each row estimates what it misses from clusters of keys; the dense rows correct what is left on
+            average), `step` (the paper: the last dense row's difference), or `interpolate` between two dense rows (in prefill;
+            not causal, it looks `delta` rows ahead).
         decode_refresh: decode steps that one selection serves, its own included; for `staged` also a list, one per stage.
         extend: None, or `streaming`: contexts longer than the model was trained for (models: patched families, and those whose
             keys can be turned back; `hip_attention`: with `positions`). `sink + budget + window` must fit in the trained length.
@@ -85,7 +88,7 @@ class HiPConfig:
     dense_below: int | None = None
     dense_tail: int = 64
     delta: int | None = None
-    delta_mode: str = "step"
+    delta_mode: str = "clusters"
     decode_refresh: int | list[int] = 8
     extend: str | None = None
     layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -117,6 +120,7 @@ class HiPConfig:
             "representative": REPRESENTATIVES,
             "score": SCORES,
             "vote": VOTES,
+            "delta_mode": DELTA_MODES,
             "backend": BACKENDS,
         }
         for name, allowed in choices.items():
@@ -124,8 +128,6 @@ class HiPConfig:
                 _fail(name, getattr(self, name), " | ".join(allowed))
         if self.delta is not None and (not _is_int(self.delta) or self.delta < 1):
             _fail("delta", self.delta, "None or an integer >= 1 (rows between dense ones)")
-        if self.delta_mode not in ("step", "interpolate"):
-            _fail("delta_mode", self.delta_mode, "step | interpolate")
         if self.extend not in (None, "streaming"):
             _fail("extend", self.extend, "None | streaming")
         if self.extend is not None and self.delta is not None:

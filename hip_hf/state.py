@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hip_hf.methods.missing import Clusters
 from hip_hf.methods.pyramid import Pyramid
 
 
@@ -25,11 +26,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Correction:
-    """Dense minus sparse attention at position `position` (Delta): `out` `[Hkv, G, Dv]`, `lse` `[Hkv, G]`, fp32 at least."""
+    """Dense minus sparse attention at position `position` (Delta): `out` `[Hkv, G, Dv]`, `lse` `[Hkv, G]`, fp32 at least.
+    In mode `clusters`, dense minus estimated attention: a mean up to there, what it weighs, and the clusters."""
 
     position: int
     out: torch.Tensor
     lse: torch.Tensor
+    weight: float = 1.0
+    clusters: Clusters | None = None
 
 
 @dataclass
@@ -82,7 +86,7 @@ class DecodeState:
                 row.position, row.selection, row.correction = kept, None, None
 
     def reorder(self, indices: torch.Tensor | list[int]) -> None:
-        """Batch row `b` continues what row `indices[b]` was. Copies refer to the same pyramid until one of them grows."""
+        """Batch row `b` continues what row `indices[b]` was. Copies refer to the same summaries until one of them grows."""
         indices = indices.tolist() if isinstance(indices, torch.Tensor) else list(indices)
         rows = {}
         for to, source in enumerate(indices):
@@ -93,6 +97,8 @@ class DecodeState:
                     rows[to].gathered = None  # it grows with every step, and they part
                     if row.pyramid is not None:
                         row.pyramid.shared = True
+                    if row.correction is not None and row.correction.clusters is not None:
+                        row.correction.clusters.shared = True
         self.rows = rows
         if self.device is not None:
             self.device.reorder(indices)

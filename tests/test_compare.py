@@ -94,7 +94,7 @@ def test_hypers_cost_is_that_of_an_instrumented_run(threads: Any) -> None:
 
 def test_deltas_cost_is_its_dense_rows() -> None:
     span = make_problem(*make_qkv(413)).spans[0]
-    plain, corrected = small(method="streaming"), small(method="streaming", delta=32)
+    plain, corrected = small(method="streaming"), small(method="streaming", delta=32, delta_mode="step")
     blocks = query_blocks(plain, span, False)
     costs = [call_cost(config, blocks[5:], 0, 413, 16, 16) for config in (plain, corrected)]
     dense = [p for p in range(0, 413, 32) if p >= blocks[5].first]

@@ -1,4 +1,4 @@
-"""Delta correction: the formula, row by row; anchors; decode; and that it corrects what changes slowly."""
+"""Delta correction, the modes as published: the formula, row by row; anchors; decode; and that it corrects what changes slowly."""
 
 from __future__ import annotations
 
@@ -61,11 +61,12 @@ def test_the_formula(mode: str, tokens: int, rows: int, start: int, gamma: int, 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"dense"}))
 @pytest.mark.parametrize("fields", [dict(), dict(softcap=2.0, sinks=True)])
-def test_gamma_1_is_dense(method: str, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("mode", ["clusters", "step"])
+def test_gamma_1_is_dense(method: str, mode: str, fields: dict[str, Any]) -> None:
     tensors = make_qkv(203, batch=2)
     given = {**fields, "sinks": torch.linspace(-2, 3, 4)} if fields else {}
     options = dict(min_seq_len=32, block_size=8, sample_size=8) if method == "hyper" else {}
-    config, state = small(method=method, options=options, delta=1), DecodeState()
+    config, state = small(method=method, options=options, delta=1, delta_mode=mode), DecodeState()
     got = attend(make_problem(*tensors, [0, 21], **given), config, None, state, need_lse=True)
     out, lse = eager(*tensors, causal(2, 203, 203, [0, 21]), **given)
     assert got.share == 1
@@ -86,7 +87,7 @@ def test_decode_goes_on_as_prefill_would(cut: int, threads: Any) -> None:
     passed an anchor: the rows in between have their own first row for anchor."""
     threads(1)  # a step is too small to share out
     q, k, v = make_qkv(160, batch=2, dtype=torch.float64)
-    config = small(delta=16, decode_refresh=1, block_q=1, query_stride=1)
+    config = small(delta=16, delta_mode="step", decode_refresh=1, block_q=1, query_stride=1)
     whole = attend(make_problem(q, k, v, [0, 5]), config, need_lse=True)
     state = DecodeState()
     attend(make_problem(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], [0, 5]), config, None, state)
@@ -104,7 +105,7 @@ def test_decode_goes_on_as_prefill_would(cut: int, threads: Any) -> None:
 
 def test_a_cropped_cache_forgets_the_correction() -> None:
     q, k, v = make_qkv(100, dtype=torch.float64)
-    config, state = small(delta=16, decode_refresh=1), DecodeState()
+    config, state = small(delta=16, delta_mode="step", decode_refresh=1), DecodeState()
     attend(make_problem(q[:, :, :90], k[:, :, :90], v[:, :, :90]), config, None, state)
     step = lambda at: attend(make_problem(q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1]), config, None, state)  # noqa: E731
     assert step(90).share == 1  # the first row of its group since the prefill: dense

@@ -51,9 +51,18 @@ CASES = {
     "oracle": Case("oracle"),
     "hyper": Case("hyper", EXACT, dict(options=HYPER), per_call=True, masked=False, sliding=False, decodes=False),
     "hip+delta": Case("hip", fields=dict(delta=16), masked=False),
+    "hip+delta by steps": Case("hip", fields=dict(delta=16, delta_mode="step"), masked=False),
     "hip+interpolated delta": Case("hip", fields=dict(delta=16, delta_mode="interpolate"), per_call=True, masked=False),
     "streaming+delta": Case("streaming", dict(window=1000), dict(delta=8), masked=False),
-    "hyper+delta": Case("hyper", EXACT, dict(options=HYPER, delta=16), per_call=True, masked=False, sliding=False, decodes=False),
+    "hyper+delta": Case(
+        "hyper",
+        EXACT,
+        dict(options=HYPER, delta=16, delta_mode="step"),
+        per_call=True,
+        masked=False,
+        sliding=False,
+        decodes=False,
+    ),
 }
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 FEATURES = [dict(), dict(softcap=2.0, scale=0.3), dict(sinks=True), dict(sliding_window=50)]

@@ -18,8 +18,9 @@ from hip_hf.config import HiPConfig
 from hip_hf.methods import hyper, selector_for, staged
 from hip_hf.methods.base import QueryBlock
 from hip_hf.methods.columns import ROWS_AT_ONCE
-from hip_hf.methods.delta import anchors
+from hip_hf.methods.delta import anchors, mode_of
 from hip_hf.methods.hip import sampled_rows, start_level
+from hip_hf.methods.missing import CLUSTERS
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.methods.quest import as_tree
 from hip_hf.reference.sparse import keys_seen
@@ -157,7 +158,7 @@ def call_cost(
     itemsize: int = 4,
 ) -> Cost:
     """Cost of the query blocks `blocks` of a call whose rows sit at `first` to `end - 1`: their own, their part of what is
-    done once for the call, and Delta's dense rows among theirs."""
+    done once for the call, and Delta's dense rows among theirs, with the clusters where its mode has them."""
     rows = sum(block.rows for block in blocks)
     if config.method == "hyper":
         cost = _hyper(config, blocks, first, end, dim, value_dim, itemsize)
@@ -166,12 +167,30 @@ def call_cost(
         flops, numbers = (n * rows // (end - first) for n in once(config, end - first, end, dim))
         cost += Cost(selection=flops, selection_bytes=numbers * itemsize)
     if config.delta is not None:
-        dense = [p for p in anchors(first, end, config.delta, None) if any(block.first <= p <= block.last for block in blocks)]
+        clustered = mode_of(config, sliding_window)[0] == "clusters"
+        if clustered:
+            blocks = [block for block in blocks if block.middle > selector_for(config).budget]
+            cost += _clusters(config, blocks, dim, value_dim, itemsize)
+        dense = anchors(first, end, config.delta, first if clustered else None)
+        dense = [p for p in dense if any(block.first <= p <= block.last for block in blocks)]
         seen = [keys_seen(p, p, sliding_window) for p in dense]
         # rows meet the keys a few at a time: about as many loads as a query block of them makes
         loads = sum(seen[:: config.block_q]) * (dim + value_dim) * itemsize
         cost += Cost(read=sum(seen), attention=sum(seen) * 2 * (dim + value_dim), attention_bytes=loads)
     return cost
+
+
+def _clusters(config: HiPConfig, blocks: Sequence[QueryBlock], dim: int, value_dim: int, itemsize: int) -> Cost:
+    """What Delta correction in mode `clusters` takes on top of its dense rows, for query blocks that leave keys out. Keys join
+    clusters once for a key head; they count as if once for each query head."""
+    blocks = [block for block in blocks if block.window - block.sink >= CLUSTERS]
+    if not blocks:
+        return Cost()
+    joined = blocks[-1].window - blocks[-1].sink
+    rows, numbers = sum(block.rows for block in blocks), CLUSTERS * (2 * dim + value_dim)
+    taken = len(blocks) * selector_for(config).budget * config.block_k  # keys that are taken out of the clusters
+    loads = joined * (2 * dim + value_dim) + taken * (dim + value_dim) + len(blocks) * numbers
+    return Cost(attention=2 * (rows * numbers + joined * CLUSTERS * dim), attention_bytes=loads * itemsize)
 
 
 def _hyper(

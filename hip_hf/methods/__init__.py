@@ -65,6 +65,11 @@ def selector_for(config: Any) -> Any:
     return selector(config)
 
 
+def selects(method: str) -> bool:
+    """Whether the method says which key blocks it reads."""
+    return hasattr(_module(method), "Selector")
+
+
 def extends(method: str) -> bool:
     """Whether the method works on keys that are not rotated: it compares those outside the window, and only with one another."""
     return method == "dense" or getattr(getattr(_module(method), "Selector", None), "extends", False)
@@ -88,3 +93,12 @@ def dense_reason(problem: Any, config: Any, layer: int | None, decoding: bool) -
     """Why the method itself asks for dense attention, and whether for want of support; an empty string if it does not."""
     own = getattr(_module(config.method), "dense_reason", None)
     return ("", False) if own is None else own(problem, config, layer, decoding)
+
+
+def shortfall(problem: Any, config: Any) -> str:
+    """What a call of the sparse path does otherwise than its settings say, and why; an empty string if nothing."""
+    if config.delta is None:
+        return ""
+    from hip_hf.methods.delta import mode_of
+
+    return mode_of(config, problem.sliding_window)[1]
