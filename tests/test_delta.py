@@ -1,4 +1,4 @@
-"""Delta correction, the modes as published: the formula, row by row; anchors; decode; and that it corrects what changes slowly."""
+"""Delta correction by steps, as published: the formula, row by row; anchors; decode; it corrects what changes slowly."""
 
 from __future__ import annotations
 

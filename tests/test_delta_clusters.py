@@ -120,6 +120,16 @@ def test_the_formulas(rows: int, start: int, config: dict[str, Any], fields: dic
     got = attend(make_problem(q, k, v, [start], **given), settings, need_lse=True, need_mask=True)
     assert (got.path, got.reason) == ("sparse", "")
     assert got.mask is not None
+    problem, gamma = make_problem(q, k, v, [start]), settings.delta
+    plain = attend(problem, replace(settings, delta=None, dense_tail=0))
+    (span,) = problem.spans
+    missed = dict.fromkeys(range(span.position, span.end), 0)  # keys that a row leaves out
+    for block in query_blocks(settings, span, False):
+        budget = settings.budget // 4 if settings.method != "streaming" or settings.options else 0
+        missed |= {p: 4 * max(0, block.middle - budget) for p in range(block.first, block.last + 1)}
+    tail = max(gamma, settings.dense_tail)
+    fewer = sum(n for p, n in missed.items() if p % gamma and p < span.end - tail)
+    assert got.share == pytest.approx(1 - (1 - plain.share) * fewer / sum(missed.values()))
     out, lse = written_down(q, k, v, settings, start, **given)
     real = slice(max(0, start - (tokens - rows)), None)
     assert_near(got.out[:, :, real], out[:, :, real], 1e-9)

@@ -120,11 +120,8 @@ class DeltaAttention:
             plans = [self._plan(span, row.correction) for span, row in zip(spans, rows, strict=True)]
             for plan, row, correction in zip(plans, rows, self.correct(plans), strict=True):
                 row.correction = correction
-                self._count(plan.at)
+                self.reading.read += sum(keys_seen(p, p, self.problem.sliding_window) for p in plan.at)
         self.reading.read = min(self.reading.read, self.reading.visible)
-
-    def _count(self, at: list[int]) -> None:
-        self.reading.read += sum(keys_seen(p, p, self.problem.sliding_window) for p in at)
 
     def _end(self, span: Span) -> int:
         """The position after the last row that is not dense for being one of the last."""
@@ -176,11 +173,14 @@ class DeltaAttention:
         t, (place, blocks) = tensors_of(self.problem, span, self.out, self.lse), self._blocks(span, row)
         if blocks:
             row.correction = self._correct_blocks(t, span, place, blocks, row.correction)
-        if tail := list(range(self._end(span), span.end)):
-            rows = slice(tail[0] - span.position, None)
+        end = self._end(span)
+        if end < span.end:
+            rows = slice(end - span.position, None)
             assert t.lse is not None
-            t.out[:, :, rows], t.lse[:, :, rows] = attend_positions(t, tail, span.position)
-            self._count(tail)
+            t.out[:, :, rows], t.lse[:, :, rows] = attend_positions(t, range(end, span.end), span.position)
+        for block in blocks:  # dense rows read what the others leave out
+            dense = sum(p >= end or p % self.gamma == 0 for p in range(block.first, block.last + 1))
+            self.reading.read += dense * (block.middle - self.inner.budget) * self.config.block_k
 
     def _correct_blocks(
         self, t: Tensors, span: Span, place: int, blocks: list[QueryBlock], kept: Correction | None
@@ -204,7 +204,6 @@ class DeltaAttention:
             estimated = self._estimated(t, span, rows, kept.clusters, place, run, enough)
             kept = _corrected(t, rows, estimated, index, exact, kept)
             place, done = place + len(run), done + len(own)
-        self._count(at)
         return kept if not at else replace(kept, position=at[-1])
 
     def _estimated(
