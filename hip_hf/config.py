@@ -15,7 +15,7 @@ from hip_hf.methods import METHODS, extends, options_type
 
 REPRESENTATIVES = ("blend", "mean", "minmax", "outliers", "middle", "first", "last")
 SCORES = ("mass", "max")
-VOTES = ("pooled", "sampled")
+VOTES = ("pooled", "clustered", "sampled")
 DELTA_MODES = ("clusters", "step", "interpolate")
 BACKENDS = ("auto", "torch", "triton")
 
@@ -40,7 +40,8 @@ class HiPConfig:
         block_q: query rows that share one selection.
         block_k: keys per block, the unit of selection.
         query_stride: so many rows of a query block cast one vote; counted back from its last row.
-        vote: `pooled` (the mean direction of these rows) or `sampled` (the last of them, the papers).
+        vote: `pooled` (the mean direction of these rows, neighbours), `clustered` (as many votes, each of rows that are alike) or
+            `sampled` (the last of these rows, the papers).
         sink: first keys of a row, always read (rounded up to `block_k`).
         window: keys before the query block, always read.
         group_shared: one selection per KV group instead of one per query head.

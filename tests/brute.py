@@ -15,16 +15,25 @@ import torch
 
 def votes(rows: torch.Tensor, stride: int, vote: str) -> list[torch.Tensor]:
     """The voting vectors `[heads, D]` of a query block's rows `[rows, heads, D]`, from the last row back."""
-    found = []
-    for last in range(len(rows) - 1, -1, -stride):
-        group = [rows[i] for i in range(max(0, last - stride + 1), last + 1)]
-        if vote == "sampled" or len(group) == 1:
-            found.append(rows[last])
-            continue
-        mean = sum(group) / len(group)
-        length = sum(row.square().sum(-1).sqrt() for row in group) / len(group)
-        found.append(mean / mean.square().sum(-1, keepdim=True).sqrt() * length[:, None])
-    return found
+    groups = [list(range(max(0, last - stride + 1), last + 1)) for last in range(len(rows) - 1, -1, -stride)]
+    if vote == "sampled" or stride == 1:
+        return [rows[group[-1]] for group in groups]
+    per_head = [_made(rows[:, head], groups, 2 if vote == "clustered" else 0) for head in range(rows.shape[1])]
+    return [torch.stack(each) for each in zip(*per_head, strict=True)]
+
+
+def _made(rows: torch.Tensor, groups: list[list[int]], rounds: int) -> list[torch.Tensor]:
+    """One head's votes: the mean direction of each group of rows at their mean length, after rounds of changing sides."""
+    first, lengths = groups, rows.square().sum(-1).sqrt()
+    for left in range(rounds, -1, -1):
+        means = [rows[group].mean(0) for group in groups]
+        directions = [mean / mean.square().sum().sqrt() for mean in means]
+        if not left:
+            return [direction * lengths[group].mean() for direction, group in zip(directions, groups, strict=True)]
+        # the last groups come first here: ties, of equal rows, go to the earlier rows' vote
+        nearest = [max(range(len(groups)), key=lambda n: (float(row @ directions[n]), n)) for row in rows]
+        groups = [[i for i, n in enumerate(nearest) if n == vote] or first[vote] for vote in range(len(groups))]
+    raise AssertionError
 
 
 Chunk = tuple[int, int]  # level, index: the keys [index * size, (index + 1) * size) with size = block_k << level

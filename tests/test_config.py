@@ -44,7 +44,7 @@ GOOD = [
     ("delta", 64),
     *[("representative", name) for name in ("blend", "mean", "minmax", "outliers", "middle", "first", "last")],
     *[("score", name) for name in ("mass", "max")],
-    *[("vote", name) for name in ("pooled", "sampled")],
+    *[("vote", name) for name in ("clustered", "pooled", "sampled")],
     *[("backend", name) for name in ("auto", "torch")],
     *[("delta_mode", name) for name in ("clusters", "step", "interpolate")],
     *[(name, 0) for name in ("sink", "window", "dense_tail", "dense_below", "seed", "dense_layers")],

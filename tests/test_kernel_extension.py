@@ -96,6 +96,7 @@ def test_a_decode_step_split_over_its_keys(splits: int, page_size: int, dtype: t
         (52, dict(dense_tail=50, group_shared=False)),
         (64, dict(method="streaming", dense_tail=5)),
         (64, dict(vote="sampled", query_stride=3)),
+        (64, dict(vote="clustered", query_stride=3)),
         (64, dict(vote="sampled", query_stride=1, rescore=3)),
         (64, dict(representative="outliers", query_stride=5)),
         (64, dict(score="max", rescore=2)),

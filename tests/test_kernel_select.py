@@ -156,7 +156,7 @@ def test_groups(groups: int, shared: bool) -> None:
 
 @pytest.mark.parametrize("fields", [
     dict(beam=1), dict(beam=3), dict(rescore=2), dict(rescore=8, beam=2), dict(rescore=3, score="max"), dict(query_stride=1),
-    dict(query_stride=5), dict(query_stride=5, vote="sampled"),
+    dict(query_stride=5), dict(query_stride=5, vote="clustered"), dict(query_stride=5, vote="sampled"),
     dict(query_stride=4, vote="sampled", score="max"), dict(block_k=1, budget=4),
     dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),
 ])  # fmt: skip

@@ -101,7 +101,7 @@ def test_same_blocks_for_every_shape_of_the_tree(beam: int, rescore: int, coarse
 
 @pytest.mark.parametrize("group_shared", [True, False])
 @pytest.mark.parametrize("query_stride", [1, 2, 3, 16, 40])
-@pytest.mark.parametrize("vote", ["pooled", "sampled"])
+@pytest.mark.parametrize("vote", ["clustered", "pooled", "sampled"])
 def test_same_blocks_for_every_choice_of_voters(query_stride: int, vote: str, group_shared: bool) -> None:
     check(small(query_stride=query_stride, vote=vote, group_shared=group_shared), 99, 99)
 
@@ -109,6 +109,20 @@ def test_same_blocks_for_every_choice_of_voters(query_stride: int, vote: str, gr
 def test_a_pooled_vote_of_equal_rows_is_one_of_them() -> None:
     row = torch.randn(3, 1, 8, dtype=torch.float64)
     assert torch.allclose(hip.pooled(row.expand(3, 11, 8), 4), row.expand(3, 3, 8), rtol=1e-12)
+
+
+def test_rows_that_look_for_the_same_thing_vote_together() -> None:
+    """Rows of two kinds, mixed: neighbours' means are of neither kind, clustered votes are the two kinds."""
+    kinds = 3 * torch.eye(8, dtype=torch.float64)[:2]
+    rows = kinds[[0, 1, 0, 0, 1, 0, 1, 1]]
+    votes = hip.pooled(rows, 4, rounds=2)
+    assert torch.allclose(votes, kinds, rtol=1e-12)
+    assert not torch.allclose(hip.pooled(rows, 4), kinds, rtol=0.1)
+
+
+def test_a_vote_that_all_rows_leave_keeps_its_first_ones() -> None:
+    rows = torch.ones(8, 4, dtype=torch.float64)
+    assert torch.allclose(hip.pooled(rows, 4, rounds=2), rows[:2], rtol=1e-12)
 
 
 def test_pooled_votes_are_finite_where_rows_cancel_out() -> None:

@@ -333,6 +333,8 @@ def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
     """Why the kernels cannot serve a call of the sparse path; empty if they can."""
     if config.method not in ("hip", "streaming", "hyper"):
         return f"method {config.method} has no kernels"
+    if config.method == "streaming" and config.method_options().recent:
+        return "streaming with `recent` has no kernels (without it, `window` may be as much longer)"
     if config.delta == 1:
         return "with delta=1 every row is dense, which has no kernels"
     if reason := unsupported_tensors(problem):

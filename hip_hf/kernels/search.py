@@ -123,7 +123,7 @@ def constants(
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
         RESCORE=rescore, SUCCESSORS=successors, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voters, ROWS=rows,
         TILES=-(-samples * voters // rows), SAMPLES=samples, STRIDE=config.query_stride, GROUP=voters,
-        MASS=config.score == "mass", POOLED=config.vote == "pooled" and config.query_stride > 1 and block_q > 1, DIM=dim,
+        MASS=config.score == "mass", POOLED=config.vote != "sampled" and config.query_stride > 1 and block_q > 1, DIM=dim,
         FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts,
         VECTORS=vectors, OUT=tile(budget), PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps,
         num_stages=shape.stages,

@@ -13,6 +13,7 @@ import triton.language as tl
 from hip_hf.kernels.compiled import Launch, Pointer
 from hip_hf.kernels.rotation import example_positions, placed_queries, rotation
 from hip_hf.kernels.sequences import Sequences, load_sequence, query_block, window_start
+from hip_hf.methods.hip import rounds_of
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -20,13 +21,25 @@ if TYPE_CHECKING:
 
 
 @triton.jit
+def vote_of(x, length, inside, owner, first, vote, eps):
+    """Mean direction `[WIDTH]` and mean length of the rows x `[ROWS, WIDTH]` of a vote, or, if it has none, of its first ones."""
+    own = inside & (owner == vote)
+    own = tl.where(tl.sum(own.to(tl.int32), 0) > 0, own, inside & (first == vote))
+    count = tl.sum(own.to(tl.float32), 0)
+    mean = tl.sum(tl.where(own[:, None], x, 0.0), 0) / count
+    size = tl.sum(tl.where(own, length, 0.0), 0) / count
+    norm = tl.maximum(tl.sqrt(tl.sum(mean * mean, 0)), eps * size)  # rows may cancel out
+    return mean * tl.where(norm > 0, 1.0 / norm, 0.0), size
+
+
+@triton.jit
 def pool_kernel(
     q, sequences, votes, COS, SIN, stride_qb, stride_qh, stride_qt, stride_field, eps, window, trained, scaling,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE: tl.constexpr, TAKEN: tl.constexpr, SAMPLES: tl.constexpr,
-    ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The votes of one query block, one head and one sequence, each of the last `TAKEN` of `STRIDE` rows. Grid: query blocks,
-    query heads, sequences."""
+    """The votes of one query block, one head and one sequence, each of the last `TAKEN` of `STRIDE` rows; with ROUNDS, all
+    rows are held, and so often go over to the vote they are nearest to. Grid: query blocks, query heads, sequences."""
     index, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, _, row_start, rows, position = load_sequence(sequences, stride_field, sequence)
     last_row, first, last = query_block(row_start, rows, position, index, BLOCK_Q)
@@ -37,8 +50,8 @@ def pool_kernel(
     entry = (sequence * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + index
     row, d = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     count = (last - first) // STRIDE + 1
-    for vote in range(count):
-        back = (count - 1 - vote) * STRIDE + row
+    for tile in range(1 if ROUNDS > 0 else count):  # of rows: all, or those of one vote
+        back = row if ROUNDS > 0 else (count - 1 - tile) * STRIDE + row
         inside = (row < TAKEN) & (back <= last - first)
         back = tl.where(inside, back, 0)
         pointers, here = q + (last_row - back).to(tl.int64) * stride_qt, inside[:, None] & (d < DIM)[None, :]
@@ -47,20 +60,29 @@ def pool_kernel(
             x = placed_queries(pointers, here, distance, d, COS, SIN, scaling, HALF)
         else:
             x = tl.load(pointers[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
-        pooled = tl.sum(inside.to(tl.float32), 0)
-        mean = tl.sum(x, 0) / pooled
-        length = tl.sum(tl.sqrt(tl.sum(x * x, 1)), 0) / pooled
-        own = tl.maximum(tl.sqrt(tl.sum(mean * mean, 0)), eps * length)  # rows may cancel out
-        x = mean * tl.where(own > 0, length / own, 0.0)
-        tl.store(votes + (entry * SAMPLES + vote) * DIM + d, x, mask=d < DIM)
+        length = tl.sqrt(tl.sum(x * x, 1))
+        start = count - 1 - back // STRIDE
+        owner = start
+        for _ in range(ROUNDS):
+            nearest, most = owner, tl.full([ROWS], float("-inf"), tl.float32)
+            for vote in range(count):
+                direction, _size = vote_of(x, length, inside, owner, start, vote, eps)
+                likeness = tl.sum(x * direction[None, :], 1)
+                nearest = tl.where(likeness > most, vote, nearest)
+                most = tl.maximum(likeness, most)
+            owner = nearest
+        for vote in range(0 if ROUNDS > 0 else tile, count if ROUNDS > 0 else tile + 1):
+            direction, size = vote_of(x, length, inside, owner, start, vote, eps)
+            tl.store(votes + (entry * SAMPLES + vote) * DIM + d, direction * size, mask=d < DIM)
 
 
 def constants(config: HiPConfig, block_q: int, dim: int) -> dict[str, int]:
     stride = config.query_stride
-    taken = stride if config.vote == "pooled" else 1
+    rounds = rounds_of(config) if 1 < stride < block_q else 0
+    taken = block_q if rounds else 1 if config.vote == "sampled" else stride
     return dict(
         BLOCK_Q=block_q, BLOCK_K=config.block_k, STRIDE=stride, TAKEN=taken, SAMPLES=-(-block_q // stride),
-        ROWS=triton.next_power_of_2(taken), DIM=dim, WIDTH=triton.next_power_of_2(dim),
+        ROWS=triton.next_power_of_2(taken), DIM=dim, WIDTH=triton.next_power_of_2(dim), ROUNDS=rounds,
     )  # fmt: skip
 
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _LOW_BITS = NO_CHUNK = 0xFFFFFFFF
 # Of the blocks that a decode step selects for the steps after it, one in so many follows one of the best.
 SUCCESSORS = 4
+# Rounds in which rows go over to the nearest vote: the first brings four fifths of what two do, a third next to nothing more.
+ROUNDS = 2
 # Bytes of summaries or keys that are gathered before they are scored: what is still in cache need not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
 
@@ -87,23 +89,40 @@ def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
     return range(block.row + (block.rows - 1) % config.query_stride, block.row + block.rows, config.query_stride)
 
 
-def pooled(q: torch.Tensor, size: int) -> torch.Tensor:
+def rounds_of(config: HiPConfig) -> int:
+    """How often rows change their votes."""
+    return ROUNDS if config.vote == "clustered" else 0
+
+
+def pooled(q: torch.Tensor, size: int, rounds: int = 0) -> torch.Tensor:
     """One vote for every `size` rows of a query block `[..., rows, D]`, counted back from the last, and one for what is left
     over: their mean direction, as long as the rows are on average. fp32 at least.
 
-    A vote that stands for all its rows finds what a sampled row finds with half as many votes, or fewer.
+    A vote that stands for all its rows finds what a sampled row finds with half as many votes, or fewer. In each of `rounds`
+    every row then goes over to the vote whose direction it is nearest to, and the votes are made anew (`vote="clustered"`):
+    rows that look for the same thing vote together. A vote that is left by all rows has those it had at first.
     """
     q = q.to(torch.promote_types(q.dtype, torch.float32))
-    left = q.shape[-2] % size
-    groups = q[..., left:, :].unflatten(-2, (-1, size))
-    mean, length = groups.mean(-2), torch.linalg.vector_norm(groups, dim=-1).mean(-1)
-    if left:
-        mean = torch.cat([q[..., :left, :].mean(-2, keepdim=True), mean], dim=-2)
-        first = torch.linalg.vector_norm(q[..., :left, :], dim=-1).mean(-1, keepdim=True)
-        length = torch.cat([first, length], dim=-1)
-    own, limits = torch.linalg.vector_norm(mean, dim=-1), torch.finfo(mean.dtype)
-    own = torch.maximum(own, limits.eps * length).clamp_min_(limits.tiny)  # rows may cancel out
-    return mean * (length / own)[..., None]
+    rows, count = q.shape[-2], -(-q.shape[-2] // size)
+    first = (torch.arange(rows, device=q.device) - rows).div(size, rounding_mode="floor") + count
+    votes = torch.arange(count, device=q.device)[:, None]
+    first = (votes == first).to(q.dtype)  # [votes, rows]
+    length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+    direction, size_of = _votes(q, length, first)
+    for _ in range(rounds if count > 1 else 0):
+        nearest = (q @ direction.transpose(-1, -2)).argmax(-1)
+        own = (votes == nearest[..., None, :]).to(q.dtype)
+        direction, size_of = _votes(q, length, torch.where(own.any(-1, keepdim=True), own, first))
+    return direction * size_of
+
+
+def _votes(q: torch.Tensor, length: torch.Tensor, members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean direction `[..., votes, D]` and mean length of the `members` `[..., votes, rows]`, ones and zeros."""
+    count = members.sum(-1, keepdim=True)
+    mean, size = members @ q / count, members @ length / count
+    own, limits = torch.linalg.vector_norm(mean, dim=-1, keepdim=True), torch.finfo(mean.dtype)
+    own = torch.maximum(own, limits.eps * size).clamp_min_(limits.tiny)  # rows may cancel out
+    return mean / own, size
 
 
 class Selector:
@@ -152,10 +171,10 @@ class TreeSearch:
     def _rows(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype."""
         config, rows, first = self.config, blocks[0].rows, blocks[0].row
-        if config.vote == "pooled" and config.query_stride > 1 and rows > 1:
+        if config.vote != "sampled" and config.query_stride > 1 and rows > 1:
             # query blocks of one call follow one another
             q = self.q[heads, :, first : first + len(blocks) * rows].unflatten(2, (-1, rows))
-            q = pooled(q, config.query_stride).mul_(self.scale).to(self.pyramid.dtype)
+            q = pooled(q, config.query_stride, rounds_of(config)).mul_(self.scale).to(self.pyramid.dtype)
         else:
             index = torch.tensor([list(sampled_rows(config, block)) for block in blocks], device=self.q.device)
             q = self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale  # [heads, G, P, R, D]
