@@ -125,6 +125,7 @@ def test_settings_of_different_geometry_are_measured_apart() -> None:
         {"representative": "blend", "rescore": 1},
         {"representative": "mean", "beam": 1, "query_stride": 5},
         {"coarsest": 8},
+        {"vote": "clustered", "query_stride": 5},
     ],
 )
 @pytest.mark.parametrize("tokens", [96, 413, 1005])

@@ -115,14 +115,14 @@ def test_rows_that_look_for_the_same_thing_vote_together() -> None:
     """Rows of two kinds, mixed: neighbours' means are of neither kind, clustered votes are the two kinds."""
     kinds = 3 * torch.eye(8, dtype=torch.float64)[:2]
     rows = kinds[[0, 1, 0, 0, 1, 0, 1, 1]]
-    votes = hip.pooled(rows, 4, rounds=2)
+    votes = hip.clustered(rows, 4)
     assert torch.allclose(votes, kinds, rtol=1e-12)
     assert not torch.allclose(hip.pooled(rows, 4), kinds, rtol=0.1)
 
 
 def test_a_vote_that_all_rows_leave_keeps_its_first_ones() -> None:
     rows = torch.ones(8, 4, dtype=torch.float64)
-    assert torch.allclose(hip.pooled(rows, 4, rounds=2), rows[:2], rtol=1e-12)
+    assert torch.allclose(hip.clustered(rows, 4), rows[:2], rtol=1e-12)
 
 
 def test_pooled_votes_are_finite_where_rows_cancel_out() -> None:

@@ -19,7 +19,7 @@ from hip_hf.methods import hyper, selector_for, staged
 from hip_hf.methods.base import QueryBlock
 from hip_hf.methods.columns import ROWS_AT_ONCE
 from hip_hf.methods.delta import anchors, mode_of
-from hip_hf.methods.hip import sampled_rows, start_level
+from hip_hf.methods.hip import ROUNDS, sampled_rows, start_level
 from hip_hf.methods.missing import CLUSTERS
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.methods.quest import as_tree
@@ -69,7 +69,9 @@ def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
         scored += candidates
     exact = min(config.rescore * budget, candidates) * config.block_k if config.rescore > 1 else 0
     numbers = scored * features + exact * dim
-    return voters * 2 * numbers, numbers
+    rounds = ROUNDS if config.vote == "clustered" and 1 < config.query_stride < block.rows else 0
+    changes = rounds * voters * block.rows * (4 * dim + 2)  # every row meets every vote, and is summed up in one
+    return voters * 2 * numbers + changes, numbers
 
 
 def _staged(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""Votes of query blocks, so many rows to a vote (`pooled` in `methods/hip.py` is the readable twin), and, under context
-extension, where they stand: as far from un-rotated keys as their rows are from the last key before the window (`voting` in
-`rope.py`)."""
+"""Votes of query blocks, so many rows to a vote (`pooled` and `clustered` in `methods/hip.py` are the readable twins), and,
+under context extension, where they stand: as far from un-rotated keys as their rows are from the last key before the window
+(`voting` in `rope.py`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from hip_hf.kernels.compiled import Launch, Pointer
 from hip_hf.kernels.rotation import example_positions, placed_queries, rotation
 from hip_hf.kernels.sequences import Sequences, load_sequence, query_block, window_start
-from hip_hf.methods.hip import rounds_of
+from hip_hf.methods.hip import ROUNDS
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -78,7 +78,7 @@ def pool_kernel(
 
 def constants(config: HiPConfig, block_q: int, dim: int) -> dict[str, int]:
     stride = config.query_stride
-    rounds = rounds_of(config) if 1 < stride < block_q else 0
+    rounds = ROUNDS if config.vote == "clustered" and 1 < stride < block_q else 0
     taken = block_q if rounds else 1 if config.vote == "sampled" else stride
     return dict(
         BLOCK_Q=block_q, BLOCK_K=config.block_k, STRIDE=stride, TAKEN=taken, SAMPLES=-(-block_q // stride),

@@ -89,40 +89,46 @@ def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
     return range(block.row + (block.rows - 1) % config.query_stride, block.row + block.rows, config.query_stride)
 
 
-def rounds_of(config: HiPConfig) -> int:
-    """How often rows change their votes."""
-    return ROUNDS if config.vote == "clustered" else 0
-
-
-def pooled(q: torch.Tensor, size: int, rounds: int = 0) -> torch.Tensor:
+def pooled(q: torch.Tensor, size: int) -> torch.Tensor:
     """One vote for every `size` rows of a query block `[..., rows, D]`, counted back from the last, and one for what is left
     over: their mean direction, as long as the rows are on average. fp32 at least.
 
-    A vote that stands for all its rows finds what a sampled row finds with half as many votes, or fewer. In each of `rounds`
-    every row then goes over to the vote whose direction it is nearest to, and the votes are made anew (`vote="clustered"`):
-    rows that look for the same thing vote together. A vote that is left by all rows has those it had at first.
+    A vote that stands for all its rows finds what a sampled row finds with half as many votes, or fewer.
     """
     q = q.to(torch.promote_types(q.dtype, torch.float32))
-    rows, count = q.shape[-2], -(-q.shape[-2] // size)
-    first = (torch.arange(rows, device=q.device) - rows).div(size, rounding_mode="floor") + count
-    votes = torch.arange(count, device=q.device)[:, None]
-    first = (votes == first).to(q.dtype)  # [votes, rows]
-    length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
-    direction, size_of = _votes(q, length, first)
-    for _ in range(rounds if count > 1 else 0):
-        nearest = (q @ direction.transpose(-1, -2)).argmax(-1)
-        own = (votes == nearest[..., None, :]).to(q.dtype)
-        direction, size_of = _votes(q, length, torch.where(own.any(-1, keepdim=True), own, first))
-    return direction * size_of
+    left = q.shape[-2] % size
+    groups = q[..., left:, :].unflatten(-2, (-1, size))
+    mean, length = groups.mean(-2), torch.linalg.vector_norm(groups, dim=-1).mean(-1)
+    if left:
+        mean = torch.cat([q[..., :left, :].mean(-2, keepdim=True), mean], dim=-2)
+        first = torch.linalg.vector_norm(q[..., :left, :], dim=-1).mean(-1, keepdim=True)
+        length = torch.cat([first, length], dim=-1)
+    own, limits = torch.linalg.vector_norm(mean, dim=-1), torch.finfo(mean.dtype)
+    own = torch.maximum(own, limits.eps * length).clamp_min_(limits.tiny)  # rows may cancel out
+    return mean * (length / own)[..., None]
 
 
-def _votes(q: torch.Tensor, length: torch.Tensor, members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean direction `[..., votes, D]` and mean length of the `members` `[..., votes, rows]`, ones and zeros."""
-    count = members.sum(-1, keepdim=True)
-    mean, size = members @ q / count, members @ length / count
-    own, limits = torch.linalg.vector_norm(mean, dim=-1, keepdim=True), torch.finfo(mean.dtype)
-    own = torch.maximum(own, limits.eps * size).clamp_min_(limits.tiny)  # rows may cancel out
-    return mean / own, size
+def clustered(q: torch.Tensor, size: int) -> torch.Tensor:
+    """As many votes as `pooled` makes of a query block `[..., rows, D]`, from which it begins: in each round every row goes over
+    to the vote whose direction it is nearest to, and the votes are made anew. So rows that look for the same thing vote
+    together. A vote that all rows leave is made of those that it had at first.
+    """
+    votes = pooled(q, size)
+    rows, count = q.shape[-2], votes.shape[-2]
+    if count == 1:
+        return votes
+    q, number = q.to(votes.dtype), torch.arange(count, device=q.device)[:, None]
+    first = number == (torch.arange(rows, device=q.device) - rows).div(size, rounding_mode="floor") + count
+    length, limits = torch.linalg.vector_norm(q, dim=-1, keepdim=True), torch.finfo(votes.dtype)
+    for _ in range(ROUNDS):
+        direction = votes / torch.linalg.vector_norm(votes, dim=-1, keepdim=True).clamp_min(limits.tiny)
+        own = number == (q @ direction.transpose(-1, -2)).argmax(-1)[..., None, :]  # [votes, rows]
+        own = torch.where(own.any(-1, keepdim=True), own, first).to(q.dtype)
+        members = own.sum(-1, keepdim=True)
+        mean, size_of = own @ q / members, own @ length / members
+        norm = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
+        votes = mean * (size_of / torch.maximum(norm, limits.eps * size_of).clamp_min_(limits.tiny))
+    return votes
 
 
 class Selector:
@@ -174,7 +180,8 @@ class TreeSearch:
         if config.vote != "sampled" and config.query_stride > 1 and rows > 1:
             # query blocks of one call follow one another
             q = self.q[heads, :, first : first + len(blocks) * rows].unflatten(2, (-1, rows))
-            q = pooled(q, config.query_stride, rounds_of(config)).mul_(self.scale).to(self.pyramid.dtype)
+            make = clustered if config.vote == "clustered" else pooled
+            q = make(q, config.query_stride).mul_(self.scale).to(self.pyramid.dtype)
         else:
             index = torch.tensor([list(sampled_rows(config, block)) for block in blocks], device=self.q.device)
             q = self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale  # [heads, G, P, R, D]
