@@ -147,6 +147,7 @@ def test_gradients() -> None:
         (dict(), torch.float64, "float64"),
         (dict(method="oracle"), torch.float32, "oracle"),
         (dict(budget=16384, beam=8), torch.float32, "beam"),
+        (dict(method="streaming", options=dict(recent=True)), torch.float32, "recent"),
     ],
 )
 def test_asked_for_by_name_it_serves_or_says_why_not(config: dict[str, Any], dtype: torch.dtype, why: str) -> None:
