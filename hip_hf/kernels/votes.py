@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.rope import Positions
 
+# Numbers of a tile of rows that a warp holds in registers at most, with what they are compared to.
+HELD = 1024
+
 
 @triton.jit
 def vote_of(x, length, inside, owner, first, vote, eps):
@@ -80,9 +83,10 @@ def constants(config: HiPConfig, block_q: int, dim: int) -> dict[str, int]:
     stride = config.query_stride
     rounds = ROUNDS if config.vote == "clustered" and 1 < stride < block_q else 0
     taken = block_q if rounds else 1 if config.vote == "sampled" else stride
+    rows, width = triton.next_power_of_2(taken), triton.next_power_of_2(dim)
     return dict(
         BLOCK_Q=block_q, BLOCK_K=config.block_k, STRIDE=stride, TAKEN=taken, SAMPLES=-(-block_q // stride),
-        ROWS=triton.next_power_of_2(taken), DIM=dim, WIDTH=triton.next_power_of_2(dim), ROUNDS=rounds,
+        ROWS=rows, DIM=dim, WIDTH=width, ROUNDS=rounds, num_warps=min(16, max(4, rows * width // HELD)),
     )  # fmt: skip
 
 
@@ -104,15 +108,15 @@ def votes_of(
 
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """With the default settings, over a contiguous prompt; the same on every target."""
+    """With the default settings, and clustered votes, over a contiguous prompt; the same on every target."""
     from hip_hf.config import HiPConfig
 
-    config = HiPConfig()
     pointers = {"q": Pointer(dtype), "votes": Pointer(dtype), "sequences": Pointer(torch.int32)}
     numbers = dict(stride_qb=32 * 4096 * dim, stride_qh=4096 * dim, stride_qt=dim, stride_field=1, eps=1e-7, window=512)
-    arguments = {**pointers, **numbers, **constants(config, config.block_q, dim)}
     like = torch.empty(0, dtype=dtype, device="meta")
-    return [
-        Launch(f"select, votes{suffix}", pool_kernel, {**arguments, **rotation(positions, 0, like)})
-        for suffix, positions in (("", None), (", extended", example_positions(dim)))
-    ]
+    found = []
+    for kind, config in (("votes", HiPConfig(vote="pooled")), ("clustered votes", HiPConfig(vote="clustered"))):
+        arguments = {**pointers, **numbers, **constants(config, config.block_q, dim)}
+        for suffix, positions in (("", None), (", extended", example_positions(dim))):
+            found.append(Launch(f"select, {kind}{suffix}", pool_kernel, {**arguments, **rotation(positions, 0, like)}))
+    return found
