@@ -1,8 +1,9 @@
 """Keys and values in pages: where they lie, and how attention reads them without gathering them all.
 
 A sequence's keys fill pages of `page` tokens, in the order of its block table. Pages live in *slabs*, `[Hkv, tokens, D]`, which
-are added as more are needed and never copied; page `p` is the tokens `p * page` to `(p + 1) * page - 1` of all slabs put end
-to end. Attention asks for contiguous ranges (sink, window, dense tiles) and for key blocks by index.
+are added as more are needed and not copied (for the kernels the only one is replaced by a larger copy); page `p` is the tokens
+`p * page` to `(p + 1) * page - 1` of all slabs put end to end. Attention asks for contiguous ranges (sink, window, dense tiles)
+and for key blocks by index.
 """
 
 from __future__ import annotations

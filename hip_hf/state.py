@@ -94,7 +94,8 @@ class DecodeState:
                 row = self.rows[source]
                 rows[to] = replace(row)
                 if indices.count(source) > 1:
-                    rows[to].gathered = None  # it grows with every step, and they part
+                    if indices.index(source) < to:
+                        rows[to].gathered = None  # it grows with every step: one of them keeps it
                     if row.pyramid is not None:
                         row.pyramid.shared = True
                     if row.correction is not None and row.correction.clusters is not None:
@@ -110,10 +111,13 @@ class DecodeState:
 
     def bind(self, config: Any, k: torch.Tensor) -> None:
         """Start afresh if the settings, or the kind of keys `[B, Hkv, T, D]`, are not those that the state was made with."""
-        owner = (config, k.shape[1], k.shape[3], k.dtype, k.device)
-        if self._owner != owner:
+        if not self.bound(config, k):
             self.reset()
-            self._owner = owner
+            self._owner = (config, k.shape[1], k.shape[3], k.dtype, k.device)
+
+    def bound(self, config: Any, k: torch.Tensor) -> bool:
+        """Whether it was made with these settings, for keys like k `[B, Hkv, T, D]`."""
+        return self._owner == (config, k.shape[1], k.shape[3], k.dtype, k.device)
 
     def row(self, batch: int, key_start: int, first: int, end: int) -> RowState:
         """State of a batch row whose call brings queries at positions `first` to `end - 1`."""

@@ -97,9 +97,9 @@ def test_as_exact_as_plain_attention(groups: int, dtype: torch.dtype, steps: lis
     assert len(steps) == 40 * 7 // 8
 
 
-def test_copies_part() -> None:
-    """Beams, repeated rows and copied states go on by themselves; a row that merely moves keeps what it has."""
-    twin = Twin(small(decode_refresh=16), [0, 5])
+def test_copies_part(steps: list[str]) -> None:
+    """Beams, repeated rows and copied states go on by themselves; one row keeps all, a copy gathers when it selects."""
+    twin = Twin(small(decode_refresh=8), [0, 5])
     twin.call(100)
     twin.call(1)
     first = twin.state.rows[0].gathered
@@ -107,15 +107,52 @@ def test_copies_part() -> None:
     twin.reorder([1, 0])
     assert twin.state.rows[1].gathered is first
     twin.repeat(2)
-    assert all(row.gathered is None for row in twin.state.rows.values())
-    for _ in range(3):
+    assert [row.gathered is None for row in twin.state.rows.values()] == [False, True, False, True]
+    assert twin.state.rows[2].gathered is first
+    for _ in range(6):
         twin.call(1)
-    mine = {id(row.gathered) for row in twin.state.rows.values()}
-    assert len(mine) == 4
+    assert twin.state.rows[1].gathered is None
+    for _ in range(4):
+        twin.call(1)
+    assert len({id(row.gathered) for row in twin.state.rows.values()} - {id(None)}) == 4
     other = copy.deepcopy(twin)
-    for _ in range(3):
-        twin.call(1)
-        other.call(1)
+    for one in (twin, other):
+        del steps[:]
+        for _ in range(3):
+            one.call(1)
+        assert len(steps) == 3
+
+
+def test_what_was_gathered_for_other_calls_is_not_read(steps: list[str]) -> None:
+    """Another sliding window, dtype or number of heads on the same state."""
+    config = small(decode_refresh=64)
+    q, k, v = make_qkv(140)
+    other = make_qkv(140, heads=1)
+
+    def step(state: DecodeState, at: int, tensors: Any = (q, k, v), **fields: Any) -> torch.Tensor:
+        q, k, v = tensors
+        call = (q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1])
+        return sparse(*call, config, state=state, need_mask=False, **fields).out
+
+    def begun() -> DecodeState:
+        state = DecodeState()
+        for at in (100, 101, 102):
+            step(state, at)
+        return state
+
+    assert len(steps) == 0
+    state = begun()
+    assert len(steps) == 2
+    far = [x.clone() for x in (q, k, v)]
+    far[2][:, :, :20] += 1000
+    near = step(copy.deepcopy(state), 103, sliding_window=80)
+    assert_near(step(state, 103, far, sliding_window=80), near, 1e-6)
+    state, doubles = begun(), tuple(x.double() for x in (q, k, v))
+    got = step(state, 103, doubles)
+    assert state.rows[0].gathered.k.dtype == torch.float64
+    assert_near(got, step(DecodeState(), 103, doubles), 1e-12)
+    assert_near(step(begun(), 103, other), step(DecodeState(), 103, other), 1e-6)
+    assert len(steps) == 6
 
 
 def test_memory_does_not_grow_with_the_context_nor_from_one_selection_to_the_next() -> None:
@@ -197,6 +234,22 @@ def test_patched_layers_leave_it_when_the_settings_change(steps: list[str]) -> N
     decode(model, ids, cache, PROMPT + 2, PROMPT + 3)
     assert steps == ["next_token"] * 2
     assert paths(model) == ["dense", "dense"]
+
+
+def test_patched_layers_refuse_what_the_interface_refuses(steps: list[str]) -> None:
+    """Tokens of another dtype than the cache's, or attention weights, asked for at a step that selects nothing."""
+    model, ids = make_model("llama", decode_refresh=REFRESH), make_batch([PROMPT + 9])["input_ids"]
+    hip_hf.patch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = filled(model, ids)
+        decode(model, ids, cache, PROMPT, PROMPT + 2)
+    assert len(steps) == 2
+    with pytest.raises(ValueError, match="value_states: got"):
+        decode(model, ids, cache, PROMPT + 2, PROMPT + 3)
+    with pytest.raises(ValueError, match="output_attentions: got True"), torch.autocast("cpu", torch.bfloat16):
+        decode(model, ids, cache, PROMPT + 2, PROMPT + 3, output_attentions=True)
+    assert cache.get_seq_length() == PROMPT + 2
+    assert len(steps) == 2
 
 
 @pytest.mark.parametrize("where", ["page", "attention"])

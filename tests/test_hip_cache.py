@@ -287,6 +287,30 @@ def test_running_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(again, model(ids[:, 40:], past_key_values=fresh).logits)
 
 
+def test_running_out_of_memory_behind_a_sliding_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives up its new tokens as well, or, where it has dropped old ones for them, the cache is said to be lost."""
+
+    def full(*args: torch.Tensor) -> None:
+        raise MemoryError("HiPCache: no room for more pages")
+
+    model = make_model("gemma2")  # a window of 24
+    ids = make_batch([130])["input_ids"]
+    for first, count, error, message in ((3, 9, MemoryError, "no room for"), (60, 60, ValueError, "layer 0 .* has dropped old")):
+        cache = HiPCache(model.config)
+        with torch.no_grad():
+            model(ids[:, :first], past_key_values=cache)
+            monkeypatch.setattr(cache.paged[0].pool, "append", full)
+            with pytest.raises(error, match=message):
+                model(ids[:, first : first + count], past_key_values=cache)
+            monkeypatch.undo()
+            if error is MemoryError:
+                assert [layer.get_seq_length() for layer in cache.layers] == [first, first]
+                fresh = HiPCache(model.config)
+                model(ids[:, :first], past_key_values=fresh)
+                again, want = (model(ids[:, first:], past_key_values=one).logits for one in (cache, fresh))
+                assert torch.equal(again, want)
+
+
 def test_bad_input() -> None:
     model = make_model("llama")
     with pytest.raises(ValueError, match="config: got HiPConfig, allowed: the model's config"):

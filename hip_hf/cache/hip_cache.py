@@ -24,6 +24,7 @@ from hip_hf.cache.pool import PAGE, PagePool
 from hip_hf.integration.cache import KIND, Stateful
 from hip_hf.integration.positions import UNROTATED, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
+from hip_hf.integration.undo import take_back
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 
 # Up to 5.12 `crop` takes the length to keep (or minus the number of tokens to remove); 0 empties the cache.
@@ -89,7 +90,7 @@ class PagedLayer(Stateful, DynamicLayer):
         settings = read_settings(self.config)
         sizes = [(x.shape[1], x.shape[3], x.dtype, x.device, PAGE) for x in (keys, values)]
         if self.offload_to is None or self.device_pages is None:
-            one_piece = keys.device.type == "cuda" or settings.backend == "triton"
+            one_piece = settings.backend == "triton" or (settings.backend == "auto" and keys.device.type == "cuda")
             return PagePool(Store(*sizes[0]), Store(*sizes[1]), one_piece)
         recent = -(-settings.window // PAGE) + 2
         # the search reads keys as well
@@ -107,7 +108,7 @@ class PagedLayer(Stateful, DynamicLayer):
                 Nothing has changed.
             MemoryError: no memory for more pages. Nothing has changed.
         """
-        self._check(key_states, value_states)
+        self.check(key_states, value_states)
         key_states, self.unrotated = self._as_kept(key_states)
         first = self.length == 0
         self.append(key_states, value_states)
@@ -146,7 +147,8 @@ class PagedLayer(Stateful, DynamicLayer):
             raise mixed_keys(bool(kept))
         return keys, bool(kept)
 
-    def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Raise ValueError for tensors that do not continue what is cached, or ask for gradients through it."""
         if self.length and torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
             allowed = "under torch.no_grad(), or all tokens in one call"
             raise ValueError(f"HiPCache: got keys that require gradients after {self.length} cached tokens, allowed: {allowed}")
@@ -294,24 +296,29 @@ class HiPCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to one layer. If there is no memory for that, the paged layers before it give up their new tokens as well."""
-        with self._all_or_none(layer_idx):
+        """Append to one layer. If there is no memory for that, the layers before it give up their new tokens as well.
+
+        Raises:
+            ValueError: there is no memory, and a sliding layer before it has forgotten what it held.
+        """
+        with self._all_or_none(layer_idx, key_states.shape[2]):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
-        """Append what fits to one paged layer as it is, like `update`, for a caller who does not ask for the rest."""
-        with self._all_or_none(layer_idx):
-            self.layers[layer_idx].append(key_states, value_states)  # type: ignore[union-attr]
+        """Append to one paged layer, as `update` does, for a caller who does not ask for the rest."""
+        layer: Any = self.layers[layer_idx]
+        layer.check(key_states, value_states)
+        with self._all_or_none(layer_idx, key_states.shape[2]):
+            layer.append(key_states, value_states)
 
     @contextlib.contextmanager
-    def _all_or_none(self, layer_idx: int) -> Iterator[None]:
-        layer = self.layers[layer_idx]
+    def _all_or_none(self, layer_idx: int, rows: int) -> Iterator[None]:
         try:
             yield
-        except MemoryError:
-            for other in self.layers[:layer_idx]:
-                if isinstance(other, PagedLayer) and isinstance(layer, PagedLayer):
-                    other.truncate(layer.length)
+        except MemoryError as error:
+            lengths: list[Any] = [getattr(layer, "get_seq_length", lambda: None)() for layer in self.layers]
+            if lengths[layer_idx] is not None and lengths[layer_idx] + rows in lengths[:layer_idx]:
+                take_back(self, rows, layer_idx, None, error)
             raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HiPCache:

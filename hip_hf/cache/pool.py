@@ -54,11 +54,11 @@ class PagePool:
 
     def _grow(self, count: int) -> None:
         first = len(self.shares)
-        stores = (self.keys, self.values)
+        stores, pages = (self.keys, self.values), count + (first if self.one_piece else 0)
         try:
-            slabs = [store.make_slab(count + (first if self.one_piece else 0)) for store in stores]
+            slabs = [store.make_slab(pages) for store in stores]
         except (RuntimeError, OSError, MemoryError) as error:
-            size = self.bytes(count)
+            size = self.bytes(pages)
             raise MemoryError(f"HiPCache: no room for {count} more pages ({size / 2**20:.0f} MiB): {error}") from error
         for store, slab in zip(stores, slabs, strict=True):
             if self.one_piece:

@@ -49,9 +49,11 @@ def _cache_of(module: nn.Module) -> Cache | None:
     return None
 
 
-def take_back(cache: Cache, rows: int, failed: int | None, tensors: tuple[torch.Tensor, torch.Tensor], error: Exception) -> None:
+def take_back(
+    cache: Cache, rows: int, failed: int | None, tensors: tuple[torch.Tensor, torch.Tensor] | None, error: Exception
+) -> None:
     """Take the last `rows` tokens from the layers that have got them already. `failed`: the layer whose attention raised
-    `error`, `tensors`: the keys and values `[B, Hkv, Tk, D]` that it was called with.
+    `error`, `tensors`: the keys and values `[B, Hkv, Tk, D]` that it was called with, if it came to that.
 
     Raises:
         ValueError: a layer has forgotten what it held before. Nothing has changed.

@@ -75,7 +75,8 @@ def forward(
         assert position_embeddings is not None
         query, key = sys.modules[type(self).__module__].apply_rotary_pos_emb(query, key, *position_embeddings)
     setattr(key, UNROTATED, unrotated)
-    if query.shape[2] == 1 and sliding is None and not self.training and not kwargs.get("output_attentions"):
+    asked = kwargs.get("output_attentions") or self.config.output_attentions  # the interface refuses it
+    if query.shape[2] == 1 and sliding is None and not self.training and not asked:
         settings = layer_settings(self, NAMES[name])
         step = next_token(self, query, key, value, attention_mask, past_key_values, settings, unrotated)
         if step is not None:

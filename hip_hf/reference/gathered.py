@@ -28,12 +28,11 @@ class Gathered:
     """Buffers `[Hkv, room, D]` and `[Hkv, room, Dv]` in the dtype that is multiplied in; the first `count` rows are keys and
     values of sink, selected blocks and window, in this order. Under context extension keys are turned to their places in it."""
 
-    def __init__(self, room: int, t: Tensors, config: HiPConfig) -> None:
+    def __init__(self, room: int, t: Tensors) -> None:
         heads, dtype, device = t.k.shape[0], compute_dtype(t.q), t.q.device
         with torch.inference_mode(False):  # they outlive the mode they were made in
             self.k = torch.empty(heads, room, t.k.shape[-1], dtype=dtype, device=device)
             self.v = torch.empty(heads, room, t.v.shape[-1], dtype=dtype, device=device)
-        self.config = config
         self.selection: Selection | None = None  # that it was filled for
         self.position = self.count = 0  # one past the last position in it; rows in use
         self.until = 0  # position of the first step that is to select anew
@@ -42,15 +41,15 @@ class Gathered:
         """Whether the step at `position` under `selection` has only to add its own key."""
         return self.selection is not None and self.selection is selection and self.position == position
 
-    def serves(self, config: HiPConfig, selection: Selection | None, position: int) -> bool:
-        """Whether it holds the step at `position`, and nothing is to be selected for it under these settings."""
-        return self.config is config and position < self.until and self.holds(selection, position)
+    def serves(self, selection: Selection | None, position: int) -> bool:
+        """Whether it holds the step at `position`, and nothing is to be selected for it."""
+        return position < self.until and self.holds(selection, position)
 
-    def fill(self, t: Tensors, selection: Selection, block: QueryBlock, until: int) -> None:
-        """Bring what the step `block` reads under `selection`, which holds `until` then."""
+    def fill(self, t: Tensors, selection: Selection, block: QueryBlock, size: int, until: int) -> None:
+        """Bring what the step `block` reads under `selection`, of key blocks of `size` keys, which holds `until` then."""
         assert selection.ids is not None
         self.selection = None  # until all is there
-        ids, size = selection.ids[:, 0], self.config.block_k
+        ids = selection.ids[:, 0]
         chosen = block_index(t.k, ids, size)[:, 0].unbind(0)
         sink, picked = block.sink - block.start, ids.shape[2] * size
         self.count = sink + picked + block.last + 1 - block.window
@@ -93,14 +92,16 @@ class Gathered:
 def gathered_rows(problem: AttentionProblem, config: HiPConfig, state: DecodeState) -> list[RowState] | None:
     """Of a decode step that selects nothing and whose own keys alone are not yet gathered, as most steps are: what is kept of
     each span's row. None where there is more to do."""
-    if problem.q.shape[2] > 1 or not problem.spans or learning(problem):
+    if problem.q.shape[2] > 1 or not problem.spans or problem.sliding_window is not None or learning(problem):
+        return None
+    if not state.bound(config, problem.k):
         return None
     rows = []
     for span in problem.spans:
         row = state.rows.get(span.batch)
         if row is None or row.gathered is None or (row.key_start, row.position) != (span.key_start, span.position):
             return None
-        if not row.gathered.serves(config, row.selection, span.position):
+        if not row.gathered.serves(row.selection, span.position):
             return None
         rows.append(row)
     return rows

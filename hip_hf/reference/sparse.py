@@ -215,20 +215,22 @@ class SparseAttention:
             if row is not None:
                 row.selection = Selection(selected[-1], blocks[-1].window, blocks[-1].first)
         for block, ids in zip(blocks, selected, strict=True):
-            if span.rows == 1 and row is not None and self._gathers(t, row, steps):
+            if span.rows == 1 and row is not None and self._gathers(t, row, block, steps):
                 self._attend_gathered(t, row, block, steps)
                 self._take_note(span, heads, [block], ids)
             else:
                 self._attend(t, span, heads, [block], ids)
         self._count(blocks, span, span.rows)
 
-    def _gathers(self, t: Tensors, row: RowState, steps: int) -> bool:
+    def _gathers(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
         """Whether what a selection reads is kept side by side for the steps that it serves. Not where it changes each step
-        (a sliding window), where heads of a group read keys of their own, and where device pools of a cache do the same."""
+        (a sliding window), where heads of a group read keys of their own, where device pools of a cache do the same, and for a
+        copy of a sequence that has none yet: until it selects for itself, it may soon be dropped again (beams)."""
         kept = row.selection
         return (
             steps > 1
             and kept is not None
+            and (row.gathered is not None or kept.position == block.last)
             and kept.ids is not None
             and kept.ids.shape[1] == 1
             and t.sliding_window is None
@@ -246,13 +248,13 @@ class SparseAttention:
         kept = row.selection
         assert kept is not None
         if row.gathered is None:
-            row.gathered = Gathered(self._room(steps), t, self.config)
+            row.gathered = Gathered(self._room(steps), t)
         if row.gathered.holds(kept, block.last):
             row.gathered.append(t.k[:, block.last : block.last + 1], t.v[:, block.last : block.last + 1], t.positions)
         else:
             refresh = self.config.decode_refresh
             ends = [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)] if isinstance(refresh, list) else []
-            row.gathered.fill(t, kept, block, min([kept.position + steps, *ends]))
+            row.gathered.fill(t, kept, block, self.config.block_k, min([kept.position + steps, *ends]))
         need_lse = t.lse is not None or t.sinks is not None
         store(t, (ALL, ALL, ALL), *row.gathered.attend(t.q, t.scale, t.softcap, t.positions, need_lse))
 
