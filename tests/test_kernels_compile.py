@@ -84,6 +84,24 @@ def test_what_is_wrong_with_a_kernel_is_found(tmp_path: Path) -> None:
     assert error.startswith("CompilationError")
 
 
+WIDE = """
+import torch
+from unittest.mock import patch
+from hip_hf import config
+from hip_hf.kernels import budget, search
+
+wide = config.HiPConfig(query_stride=1, beam=8, rescore=8)
+with patch("hip_hf.config.HiPConfig", lambda: wide):
+    launches = [x for x in search.launches(128, torch.bfloat16, "sm90") if x.name in ("select, prefill", "select, decode")]
+print(*[(x.arguments["M"], budget.spend(x, "sm90", 128, torch.bfloat16).problem) for x in launches], sep="|")
+"""
+
+
+def test_a_search_with_many_candidates_fits() -> None:
+    done = process("-c", WIDE)
+    assert done.stdout.strip() == "(1024, '')|(1024, '')", done.stderr
+
+
 def test_the_pyramid_compiles_for_amd() -> None:
     found = rows("--targets", "gfx942", "--dims", "64", "--dtypes", "fp16", "--only", "pyramid, blend")
     assert {row["target"] for row in found} == {"gfx942"}

@@ -73,14 +73,18 @@ class SearchTile:
     stages: int = 2
 
 
-def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool) -> SearchTile:
-    """Chosen so that nothing spills in half precision (`hip-hf kernels`). fp32, and chunks that are turned as they are loaded
-    (`indexed`), take several registers where others take one. With 16 warps the search stays off Blackwell's tensor memory,
-    whose passes in Triton 3.7 fail on it."""
+def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candidates: int) -> SearchTile:
+    """Chosen so that nothing spills in half precision (`hip-hf kernels`); with many `candidates`, all of whose logits are held,
+    in smaller steps. fp32, and chunks that are turned as they are loaded (`indexed`), take several registers where others take
+    one. With 16 warps the search stays off Blackwell's tensor memory, whose passes in Triton 3.7 fail on it."""
     warps = 16 if target.startswith("sm10") else 8
     if indexed or dtype == torch.float32:
         return SearchTile(16, 16, 16, warps, stages=1)
-    if target == "sm90":
+    if candidates > 2 * CANDIDATES and target.startswith("gfx"):
+        wanted = SearchTile(16, 16, 16, stages=1)
+    elif candidates > CANDIDATES and not target.startswith(("sm10", "gfx")):
+        wanted = SearchTile(16, 16, 32)
+    elif target == "sm90":
         wanted = SearchTile(32, 64, 64) if dim % 128 == 0 else SearchTile(32, 32, 64)
     elif target.startswith("sm10"):
         wanted = SearchTile(16, 16, 16, warps)
@@ -116,7 +120,7 @@ def constants(
     parts, vectors = parts_and_vectors(config)
     voters = group if config.group_shared else 1
     samples = -(-block_q // config.query_stride)
-    shape = search_tile(target, dim, dtype, indexed)
+    shape = search_tile(target, dim, dtype, indexed, 2 * kept)
     held = shape.rows * CANDIDATES // (2 if vectors > 1 else 1) // (2 * kept)
     rows = max(16, min(triton.next_power_of_2(samples * voters), shape.rows, held))
     return dict(
