@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.kernels.backend import attention_for, keys_of, logits_of, sequences_of
+from hip_hf.kernels.backend import attention_for, dense_rows, keys_of, logits_of, sequences_of
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.decode import Scratch, decode, splits_for
 from hip_hf.kernels.examples import example
@@ -25,6 +25,7 @@ from hip_hf.state import Correction
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.methods.delta import Plan
+    from hip_hf.reference.block_sparse import Tensors
 
 # Query rows of one program.
 ROWS = 32
@@ -95,6 +96,24 @@ class DeltaAttention(delta.DeltaAttention):
     @staticmethod
     def attention(config: HiPConfig) -> Any:
         return attention_for(config)
+
+    def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        problem = self.problem
+        if not at:
+            return super().dense(t, span, at)
+        if problem.q.shape[2] == 1:
+            out, lse = (x[span.batch] for x in self._first_rows([span]))
+        else:
+            rows, shape = sequences_of((part(span, at[0], at[-1] + 1),), self.out.device), (1, problem.q.shape[1], len(at))
+            outs = torch.empty(*shape, self.out.shape[3], dtype=torch.float32, device=self.out.device)
+            lses = torch.empty(shape, dtype=torch.float32, device=self.out.device)
+            strided_rows(problem.q, keys_of(problem), rows, logits_of(problem), self.gamma, outs, lses)
+            out, lse = outs[0], lses[0]
+        return out.unflatten(0, (-1, problem.groups)), lse.unflatten(0, (-1, problem.groups))
+
+    def attend_tail(self, t: Tensors, span: Span, end: int) -> None:
+        tails = [end - span.position]
+        dense_rows(self.problem, keys_of(self.problem), (span,), tails, logits_of(self.problem), self.out, self.lse)
 
     def correct(self, plans: list[Plan]) -> list[Correction | None]:
         problem, gamma = self.problem, self.gamma

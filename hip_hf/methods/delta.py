@@ -109,6 +109,17 @@ class DeltaAttention:
     def interpolating(self) -> bool:
         return self.mode == "interpolate" and not self.decoding
 
+    def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense attention of a span's rows at the anchors `at`, `gamma` apart: output `[Hkv, G, n, Dv]` and log-sum-exp
+        `[Hkv, G, n]`, in fp32 at least."""
+        return attend_positions(t, at, span.position)
+
+    def attend_tail(self, t: Tensors, span: Span, end: int) -> None:
+        """Dense attention of a span's rows from position `end` on."""
+        rows = slice(end - span.position, None)
+        assert t.lse is not None
+        t.out[:, :, rows], t.lse[:, :, rows] = attend_positions(t, range(end, span.end), span.position)
+
     def run(self, state: DecodeState | None) -> None:
         self.inner.run(state)
         spans = self.problem.spans
@@ -175,9 +186,7 @@ class DeltaAttention:
             row.correction = self._correct_blocks(t, span, place, blocks, row.correction)
         end = self._end(span)
         if end < span.end:
-            rows = slice(end - span.position, None)
-            assert t.lse is not None
-            t.out[:, :, rows], t.lse[:, :, rows] = attend_positions(t, range(end, span.end), span.position)
+            self.attend_tail(t, span, end)
         for block in blocks:  # dense rows read what the others leave out
             dense = sum(p >= end or p % self.gamma == 0 for p in range(block.first, block.last + 1))
             self.reading.read += dense * (block.middle - self.inner.budget) * self.config.block_k
@@ -194,7 +203,7 @@ class DeltaAttention:
         assert kept.clusters is not None
         kept.clusters.extend(t.k, blocks[-1].window)
         at = anchors(blocks[0].first, span.end, self.gamma, known=blocks[0].first)
-        dense = attend_positions(t, at, span.position)
+        dense = self.dense(t, span, at)
         done = 0
         for enough, run in alike(blocks):
             own = [p for p in at if run[0].first <= p <= run[-1].last]
