@@ -239,6 +239,17 @@ def block_index(keys: KeyRows, ids: torch.Tensor, block_k: int) -> torch.Tensor:
     return keys.store.index(keys.heads, keys.table, unit + keys.start // size, size)
 
 
+def pick(keys: KeyRows, ids: torch.Tensor, block_k: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The rows of the key blocks `ids` `[Hkv, n]`: `[Hkv, n * block_k, D]`, into `out` if there is one."""
+    heads, _, dim = keys.shape
+    if out is None:
+        out = torch.empty(heads, ids.shape[1] * block_k, dim, dtype=keys.dtype, device=keys.device)
+    if ids.shape[1]:
+        for lane, index, into in zip(lanes_of(keys, block_k), block_index(keys, ids, block_k), out, strict=True):
+            lane.take(index, into.view(-1, lane.width))
+    return out
+
+
 class PagedTensor(torch.Tensor):
     """What a paged cache hands to the attention function in place of keys (or values) `[B, Hkv, T, D]`.
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from helpers import assert_near, eager, make_problem, make_qkv
+from helpers import assert_near, eager, make_qkv, sparse
 from interpreter import DEVICE
 
 from hip_hf.attention import Result
-from hip_hf.attention import attend as attend_by_config
 from hip_hf.config import HiPConfig
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.prefill import Logits, Reads
@@ -222,9 +221,10 @@ def call(
     """A sparse call with log-sum-exp; on `DEVICE` if the kernels serve it."""
     device = DEVICE if config.backend == "triton" else "cpu"
     sinks = fields.pop("sinks", None)
-    problem = make_problem(*(x.to(device) for x in (q, k, v)), **fields, sinks=None if sinks is None else sinks.to(device))
-    result = attend_by_config(problem, config, None, state, need_lse=True, need_mask=need_mask)
-    assert (result.path, result.reason) == ("sparse", "")
+    tensors = (x.to(device) for x in (q, k, v))
+    fields["sinks"] = None if sinks is None else sinks.to(device)
+    result = sparse(*tensors, config, state=state, need_mask=need_mask, **fields)
+    assert result.reason == ""
     return result
 
 

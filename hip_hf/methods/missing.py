@@ -26,7 +26,7 @@ import torch
 
 from hip_hf.methods.base import BlockMask, QueryBlock, squash
 from hip_hf.methods.pyramid import MOST_SPARE
-from hip_hf.paged import KeyRows, block_index, lanes_of
+from hip_hf.paged import KeyRows, pick
 
 if TYPE_CHECKING:
     from hip_hf.reference.block_sparse import Tensors
@@ -91,7 +91,7 @@ class Clusters:
             self._ids = more
         self._ids[:, self.known : last] = ids
         ones = keys.new_ones(*keys.shape[:2], 1)
-        self._joined = self._joined + gathered(ids, torch.cat([keys, ones], dim=-1), CLUSTERS)
+        self._joined = self._joined + summed(ids, torch.cat([keys, ones], dim=-1), CLUSTERS)
         self.known = last
 
     def left(self, k: KeyRows, v: KeyRows, blocks: list[QueryBlock], chosen: Chosen) -> torch.Tensor:
@@ -106,7 +106,7 @@ class Clusters:
         ids = self._ids[:, first:last].long()
         bounds = torch.tensor(windows[:-1], device=self.device)
         block = torch.bucketize(torch.arange(first, last, device=self.device), bounds, right=True)  # of which a key is new
-        new = gathered(block * CLUSTERS + ids, rows, many * CLUSTERS).view(heads, many, CLUSTERS, -1)
+        new = summed(block * CLUSTERS + ids, rows, many * CLUSTERS).view(heads, many, CLUSTERS, -1)
         sums = new.cumsum(1).add_(self._sums[:, None])
         self._summed, self._sums = last, sums[:, -1].clone()
 
@@ -118,7 +118,7 @@ class Clusters:
         ids = self._ids.gather(1, at).long()
         rows *= chosen.valid.expand_as(chosen.ids).flatten(1).repeat_interleave(size, 1)[..., None]
         block = torch.arange(shares * many, device=self.device).repeat_interleave(count * size)
-        read = gathered(block * CLUSTERS + ids, rows, shares * many * CLUSTERS)
+        read = summed(block * CLUSTERS + ids, rows, shares * many * CLUSTERS)
         return sums[:, None] - read.view(heads, shares, many, CLUSTERS, -1)
 
     def _numbers(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -142,21 +142,11 @@ class Chosen:
         return cls(torch.where(valid, indices, low), valid, mask.block_k)
 
 
-def gathered(ids: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+def summed(ids: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
     """Sums `[heads, count, width]` of the rows `[heads, n, width]` that have the same id; ids `[heads, n]`, or `[n]`."""
     ids = ids.expand(rows.shape[:2])
     out = rows.new_zeros(len(rows), count, rows.shape[-1])
     return out.scatter_add_(1, ids[..., None].expand_as(rows), rows)
-
-
-def pick(x: KeyRows, ids: torch.Tensor, block_k: int) -> torch.Tensor:
-    """The keys (or values) of the key blocks `ids` `[Hkv, n]`: `[Hkv, n * block_k, D]`."""
-    heads, _, dim = x.shape
-    out = torch.empty(heads, ids.shape[1] * block_k, dim, dtype=x.dtype, device=x.device)
-    if ids.shape[1]:
-        for head, (lane, index) in enumerate(zip(lanes_of(x, block_k), block_index(x, ids, block_k), strict=True)):
-            lane.take(index, out[head].view(-1, lane.width))
-    return out
 
 
 def estimate(t: Tensors, block: QueryBlock, count: int, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -68,7 +68,7 @@ def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBloc
     logits = scratch.take("logits", (lanes, rows, keys), like)
     by_row = logits.view(lanes, groups, n, keys)
     own, future = by_row[..., keys - n :], _future(n, logits)
-    parts = [Parts(name, x, blocks, sink, picked, block_k, keys) for name, x in (("k", k), ("v", v))]
+    parts = [_Parts(name, x, blocks, sink, picked, block_k, keys) for name, x in (("k", k), ("v", v))]
     k_all, v_all = (scratch.take(part.name, tuple(part.all.shape), like) for part in parts)
     k_all = k_all.transpose(1, 2)
     if t.positions is not None:
@@ -101,10 +101,10 @@ def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBloc
         torch.bmm(logits, v_all, out=output)
     into = (heads, group, slice(first.row, first.row + count * n))
     out = outputs.view(count, lanes, groups, n, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
-    store(t, into, out, None if lse is None else lse.permute(1, 2, 0, 3).flatten(2, 3))
+    _store(t, into, out, None if lse is None else lse.permute(1, 2, 0, 3).flatten(2, 3))
 
 
-class Parts:
+class _Parts:
     """A buffer `[heads, sink + picked + window, D]` for the keys (or values) that one query block reads, and views of it."""
 
     def __init__(self, name: str, x: KeyRows, blocks: list[QueryBlock], sink: int, picked: int, block_k: int, keys: int) -> None:
@@ -146,7 +146,7 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     out, lse = parts[0]
     for more, weight in parts[1:]:
         lse = merge(out, lse, more, weight)
-    store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
+    _store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
 
 
 def _attend_tile(
@@ -180,7 +180,7 @@ def _attend_tile(
     return (out.to(dtype, copy=True) if merge else out), lse
 
 
-def store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:
+def _store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Write out and log-sum-exp; sinks are an extra logit, which scales the output by `sigmoid(lse - sink)`."""
     if t.sinks is not None:
         assert lse is not None
@@ -218,7 +218,7 @@ def _future(size: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int) -> torch.Tensor:
-    """Positions `[heads, keys]` of the keys that `Parts.fill` brings."""
+    """Positions `[heads, keys]` of the keys that `_Parts.fill` brings."""
     selected = (ids[..., None] * block_k + torch.arange(block_k, device=ids.device)).flatten(1)
     sink = torch.arange(block.start, block.sink, device=ids.device).expand(len(ids), -1)
     window = torch.arange(block.window, block.last + 1, device=ids.device).expand(len(ids), -1)

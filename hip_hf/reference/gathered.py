@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, squash
-from hip_hf.paged import block_index, rows_of
-from hip_hf.reference.block_sparse import Parts, Tensors, add_sinks
+from hip_hf.paged import pick, rows_of
+from hip_hf.reference.block_sparse import Tensors, add_sinks
 from hip_hf.reference.gradients import learning
 from hip_hf.reference.workers import compute_dtype, scratch
 from hip_hf.rope import Positions
@@ -49,14 +49,14 @@ class Gathered:
         """Bring what the step `block` reads under `selection`, of key blocks of `size` keys, which holds `until` then."""
         assert selection.ids is not None
         self.selection = None  # until all is there
-        ids = selection.ids[:, 0]
-        chosen = block_index(t.k, ids, size)[:, 0].unbind(0)
-        sink, picked = block.sink - block.start, ids.shape[2] * size
+        ids = selection.ids[:, 0, 0]
+        sink, picked = block.sink - block.start, ids.shape[1] * size
         self.count = sink + picked + block.last + 1 - block.window
         for name, x, into in (("k", t.k, self.k), ("v", t.v, self.v)):
-            parts = Parts(name, x, [block], sink, picked, size, self.count)
-            parts.fill(0, chosen)
-            into[:, : self.count] = parts.all
+            into[:, :sink] = x[:, block.start : block.sink]
+            middle = scratch.take(name, (len(into), picked, into.shape[2]), into.new_empty(0, dtype=x.dtype))
+            into[:, sink : sink + picked] = pick(x, ids, size, middle)
+            into[:, sink + picked : self.count] = x[:, block.window : block.last + 1]
         if t.positions is not None:
             self.k[:, : self.count] = t.positions.rope.keys(self.k[:, : self.count], 0, t.positions.trained)
         self.selection, self.position, self.until = selection, block.last + 1, until
@@ -71,10 +71,16 @@ class Gathered:
         self.position += 1
 
     def attend(
-        self, q: torch.Tensor, scale: float, softcap: float | None, positions: Positions | None, need_lse: bool
+        self,
+        q: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        positions: Positions | None,
+        need_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of a query row `[Hkv, G, 1, D]`, which sits at the last position: output `[Hkv, G, 1, Dv]` in the dtype that
-        is multiplied in, and log-sum-exp `[Hkv, G, 1]`, without sinks, if asked for."""
+        """Attention of a query row `[Hkv, G, 1, D]`, which sits at the last position, with sinks `[Hkv, G]`: output
+        `[Hkv, G, 1, Dv]` in the dtype that is multiplied in, and log-sum-exp `[Hkv, G, 1]` if asked for or with sinks."""
         query = q.to(self.k.dtype) * scale
         if positions is not None:
             query = positions.streaming(query, self.count)
@@ -83,10 +89,14 @@ class Gathered:
         torch.bmm(query[:, :, 0], k.transpose(1, 2), out=logits)
         squash(logits, softcap)
         lse = None
-        if need_lse:
+        if need_lse or sinks is not None:
             lse = torch.logsumexp(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1, keepdim=True)
         torch.softmax(logits, dim=-1, out=logits)
-        return torch.bmm(logits, v)[:, :, None], lse
+        out = torch.bmm(logits, v)[:, :, None]
+        if sinks is not None:
+            assert lse is not None
+            add_sinks(out, lse, sinks)
+        return out, lse
 
 
 def gathered_rows(problem: AttentionProblem, config: HiPConfig, state: DecodeState) -> list[RowState] | None:
@@ -129,11 +139,9 @@ def attend_next(
     read = visible = 0
     for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
         row.gathered.append(key, value, problem.positions)
-        need_lse = sinks is not None or lse is not None
-        one, total = row.gathered.attend(q[span.batch], problem.scale, problem.softcap, problem.positions, need_lse)
-        if sinks is not None:
-            add_sinks(one, total, sinks)
-        outs[span.batch] = one
+        outs[span.batch], total = row.gathered.attend(
+            q[span.batch], problem.scale, problem.softcap, sinks, problem.positions, lse is not None
+        )
         if lse is not None:
             lse[span.batch] = total.flatten(0, 1)
         row.position = span.end

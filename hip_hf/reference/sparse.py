@@ -13,7 +13,7 @@ from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block, query_b
 from hip_hf.paged import KeyRows, PagedKeys, rows_of
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
-from hip_hf.reference.block_sparse import Tensors, attend, attend_range, store
+from hip_hf.reference.block_sparse import Tensors, attend, attend_range
 from hip_hf.reference.gathered import Gathered
 from hip_hf.reference.gradients import Piece
 from hip_hf.reference.workers import compute_dtype, run
@@ -27,7 +27,6 @@ DECODE_ROWS = 16
 # Query blocks that are searched together: enough to amortise Python, few enough to stay in cache.
 BLOCKS_AT_ONCE = 32
 FEWEST_BLOCKS = 4
-ALL = slice(None)
 
 
 def portions(heads: int, blocks: int, workers: int) -> list[tuple[int, slice]]:
@@ -255,8 +254,9 @@ class SparseAttention:
             refresh = self.config.decode_refresh
             ends = [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)] if isinstance(refresh, list) else []
             row.gathered.fill(t, kept, block, self.config.block_k, min([kept.position + steps, *ends]))
-        need_lse = t.lse is not None or t.sinks is not None
-        store(t, (ALL, ALL, ALL), *row.gathered.attend(t.q, t.scale, t.softcap, t.positions, need_lse))
+        t.out[:], lse = row.gathered.attend(t.q, t.scale, t.softcap, t.sinks, t.positions, t.lse is not None)
+        if t.lse is not None:
+            t.lse[:] = lse
 
     def _stages(self, t: Tensors, span: Span, row: RowState, block: QueryBlock, kept: Selection | None) -> Selection:
         """Select for one step, stage by stage: each has its own interval, and goes on from what the ones before it kept."""
