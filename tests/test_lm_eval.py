@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -35,6 +36,16 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREA
 SETTINGS = {"budget": 64, "window": 64, "sink": 16, "dense_below": 0, "dense_tail": 0, "dense_layers": 0}
 META = {"max_seq_lengths": [700, 800], "samples": 3, "data_seed": 1}
 TASK = "hip_passkey"
+
+# What each of several processes says at its very end: registered first, it is called last.
+AT_EXIT = """
+import atexit, os, sys
+def end():
+    import torch.distributed
+    print("the group is", "open" if torch.distributed.is_initialized() else "closed", file=sys.stderr)
+if "RANK" in os.environ:
+    atexit.register(end)
+"""
 
 Answers = list[tuple[int, str, float]]
 
@@ -87,7 +98,7 @@ def hooked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for path, content in autoload.files().items():
         (site / path.name).write_text(content)
     # read as Python reads site-packages, in this process and its children
-    (site / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(site)!r})\n")
+    (site / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(site)!r})\n{AT_EXIT}")
     return {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
 
 
@@ -97,13 +108,14 @@ def command_line(out: Path) -> list[str]:
     return ["--model_args", fields, "--tasks", TASK, "--metadata", json.dumps(META), "--device", "cpu", *samples]
 
 
-def run(command: list[str], out: Path, env: dict[str, str]) -> tuple[dict[str, Any], Answers]:
-    """What a command wrote: results and answers."""
+def run(command: list[str], out: Path, env: dict[str, str]) -> tuple[dict[str, Any], Answers, str]:
+    """What a command wrote: results, answers, and to standard error."""
     done = subprocess.run([sys.executable, *command, *command_line(out)], cwd=out, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = out.rglob("results_*.json")
     (samples,) = out.rglob("samples_*.jsonl")
-    return json.loads(results.read_text()), answers_of([json.loads(line) for line in samples.read_text().splitlines()])
+    answers = answers_of([json.loads(line) for line in samples.read_text().splitlines()])
+    return json.loads(results.read_text()), answers, done.stderr
 
 
 def free_port() -> int:
@@ -135,7 +147,7 @@ def test_results_carry_settings_versions_and_keys_read(python_api: dict[str, Any
 
 def test_console_script_gives_the_same(python_api: dict[str, Any], tmp_path: Path) -> None:
     env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    results, answers = run(["-c", "from hip_hf.eval.cli import main; main()", "lm-eval"], tmp_path, env)
+    results, answers, _ = run(["-c", "from hip_hf.eval.cli import main; main()", "lm-eval"], tmp_path, env)
     assert scores_of(results) == scores_of(python_api)
     assert answers == answers_of(python_api["samples"][TASK])
     for part in ("config", "keys_read", "paths"):
@@ -143,7 +155,7 @@ def test_console_script_gives_the_same(python_api: dict[str, Any], tmp_path: Pat
 
 
 def test_autoload_gives_the_same(python_api: dict[str, Any], hooked: dict[str, str], tmp_path: Path) -> None:
-    results, answers = run(["-m", "lm_eval", "--model", "hip"], tmp_path, hooked)
+    results, answers, _ = run(["-m", "lm_eval", "--model", "hip"], tmp_path, hooked)
     assert scores_of(results) == scores_of(python_api)
     assert answers == answers_of(python_api["samples"][TASK])
 
@@ -154,7 +166,9 @@ def test_two_processes_give_the_same(python_api: dict[str, Any], hooked: dict[st
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
     launch += ["-m", "lm_eval", "--model", "hip"]
-    results, answers = run(launch, tmp_path, env)
+    results, answers, stderr = run(launch, tmp_path, env)
+    # a group left open aborts a process now and then while Python ends
+    assert re.findall("the group is (.*)", stderr) == ["closed"] * 2
     assert scores_of(results) == scores_of(python_api)
     assert answers == answers_of(python_api["samples"][TASK])
     info = results["config"]["hip"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import dataclasses
 from collections import Counter, defaultdict
 from importlib.metadata import version
@@ -116,6 +117,9 @@ class HipLM(HFLM):
             # HFLM shares the work among processes only where it sees several GPUs; without this each would do all of it
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
+        if hasattr(self, "accelerator"):
+            # lm-eval ends with the group open: a thread of it that lets go of a tensor while Python ends aborts the process
+            atexit.register(self.accelerator.state.destroy_process_group)
         self.read = KeysRead(self.model)
         self.model.register_forward_hook(self.read, with_kwargs=True)
 
