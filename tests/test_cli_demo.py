@@ -203,8 +203,9 @@ def test_memory_beyond_the_cache_is_that_of_a_chunk(checkpoint: str, text: Path)
         task = demo.prepare(checkpoint, text, tokens, make_facts(1, seed=0))
         memory = demo.in_own_process(demo.Run(checkpoint, "hip", task.prompts, 2, fields, chunk))["memory_mib"]
         beside[tokens, chunk] = memory["peak"] - memory["cache"]
-    assert beside[32768, 1024] < beside[8192, 1024] + 16
-    assert beside[32768, None] > beside[32768, 1024] + 64
+    noise = 16  # of what the system counts as a process's memory, in MiB
+    assert beside[32768, 1024] < beside[8192, 1024] + noise
+    assert beside[32768, None] > beside[32768, 1024] + 2 * noise
 
 
 # generate
