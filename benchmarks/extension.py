@@ -30,7 +30,7 @@ from hip_hf.eval.presets import settings_of, sizes
 from hip_hf.eval.publish import Results, Targets, model_name
 
 RESULTS = Path(__file__).parent / "results"
-SETTINGS = {"streaming": '{"extend": "streaming"}', "dense": "dense"}
+EXTENDED = '{"extend": "streaming"}'
 # Dense attention is quadratic, and has collapsed well before.
 DENSE_UP_TO = 32768
 # Tokens whose loss is measured, and tokens that are read at once.
@@ -101,7 +101,7 @@ def draw(document: dict[str, Any], file: Path) -> None:
             line = [row for row in document["rows"] if row["settings"] == settings and row["what"] == kind]
             line.sort(key=lambda row: row["length"])
             x, y = [row["length"] for row in line], [row["value"] for row in line]
-            axis.plot(x, y, marker="o", label=settings if settings == "dense" else f'extend="{settings}"')
+            axis.plot(x, y, marker="o", label=settings)
             if kind == "pass keys":
                 axis.fill_between(x, [row["low"] for row in line], [row["high"] for row in line], alpha=0.15)
         axis.axvline(document["trained"], color="grey", linestyle=":", label="trained length")
@@ -134,8 +134,7 @@ def markdown(document: dict[str, Any]) -> str:
                 else:
                     right = round(row["value"] * row["samples"])
                     texts.append(f"{right} of {row['samples']} [{row['low']:.0%}, {row['high']:.0%}]")
-            name = settings if settings == "dense" else f'`extend="{settings}"`'
-            lines.append(f"| {what}, {name} | {' | '.join(texts)} |")
+            lines.append(f"| {what}, {settings} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -143,17 +142,17 @@ def main(
     lengths: Annotated[str, typer.Option(help="Of the pass-key prompts.")] = "8K,32K",
     contexts: Annotated[str, typer.Option(help="Of the texts for perplexity.")] = "8K,16K,32K,64K",
     samples: Annotated[int, typer.Option(min=1, help="Pass-key prompts of each length.")] = 20,
-    dense_samples: Annotated[int, typer.Option(min=1, help="The same for dense attention beyond the trained length.")] = 3,
+    dense_samples: Annotated[int, typer.Option(min=1, help="The same for dense attention beyond the trained length.")] = 8,
     texts: Annotated[int, typer.Option(min=1, help="Texts for perplexity.")] = 4,
-    budget: Annotated[int, typer.Option(help="Keys selected per query block.")] = 256,
+    budgets: Annotated[str, typer.Option(help="Keys selected per query block.")] = "256,1024",
     output: Path = RESULTS / "extension.json",
 ) -> None:
     """Measure, draw, and write the table."""
     text = DOCUMENT.read_text(encoding="utf-8")
     try:
         plan = {"lengths": sizes(lengths), "contexts": sizes(contexts), "samples": samples, "dense_samples": dense_samples}
-        made = settings_of(list(SETTINGS.values()), budget=budget)
-        configs = {name: made[given] for name, given in SETTINGS.items()}
+        configs = {f"streaming, budget {budget}": settings_of([EXTENDED], budget=budget)[EXTENDED] for budget in sizes(budgets)}
+        configs |= settings_of(["dense"])
         details = {
             "model": model_name(str(CHECKPOINT)), "document": DOCUMENT.name, **plan, "texts": texts, "targets": TARGETS,
             "configs": {name: config.to_dict() for name, config in configs.items()},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from test_kernels_compile import ROOT, process
+
+from hip_hf.kernels.compiled import code_digest
 
 # What the command compiles unless it is asked for less.
 DIMS, DTYPES = [64, 128, 256], ["bf16", "fp16"]
@@ -14,15 +17,15 @@ LAUNCHES = """
 import json, sys
 from hip_hf.eval.kernels import DTYPES, TARGETS
 from hip_hf.kernels.budget import launches_of
+from hip_hf.kernels.compiled import code_digest
 dims, dtypes = json.loads(sys.argv[1])
 found = []
 for target in TARGETS:
     for dim in dims:
         for dtype in dtypes:
             for launch in launches_of(dim, DTYPES[dtype], target):
-                warps = launch.arguments.get("num_warps", 4)
-                found.append([launch.name, target, dim, str(DTYPES[dtype]).removeprefix("torch."), warps])
-print(json.dumps(found))
+                found.append([launch.name, target, dim, str(DTYPES[dtype]).removeprefix("torch."), launch.digest()])
+print(json.dumps({"code": code_digest(), "launches": found}))
 """
 
 
@@ -32,16 +35,30 @@ def published() -> dict[str, Any]:
 
 
 def test_published_results_are_of_every_kernel_on_every_target() -> None:
-    """Of each launch of today's table and its warps. Whether the sources are still those, the command says."""
+    """Of each launch of today's table with what the compiler is given, and of today's code."""
     document = published()
     assert next(iter(document)) == "command"
     assert (document["only"], document["dims"], document["dtypes"]) == ("", DIMS, DTYPES)
     done = process("-c", LAUNCHES, json.dumps([DIMS, DTYPES]))
     assert done.returncode == 0, done.stderr
-    wanted = [tuple(cell) for cell in json.loads(done.stdout)]
-    found = [tuple(row[name] for name in ("kernel", "target", "dim", "dtype", "warps")) for row in document["rows"]]
+    today = json.loads(done.stdout)
+    wanted = [tuple(cell) for cell in today["launches"]]
+    found = [tuple(row[name] for name in ("kernel", "target", "dim", "dtype", "launch")) for row in document["rows"]]
     assert len(wanted) > 1000
-    assert sorted(found) == sorted(wanted)
+    assert sorted(found) == sorted(wanted), "run `hip-hf kernels --output` again, then benchmarks/kernel_table.py"
+    assert document["code"] == today["code"], "run `hip-hf kernels --output` again, then benchmarks/kernel_table.py"
+
+
+def test_the_digest_is_of_code_alone(tmp_path: Path) -> None:
+    """A changed line or constant of a kernel makes another; comments, docstrings and code around the kernels do not."""
+
+    def digest(line: str = "return x + WIDE", constant: str = "16", said: str = "Doc.", around: str = "1") -> str:
+        kernel = f'@triton.jit\ndef one(x):\n    """{said}"""\n    {line}  # {said}\n'
+        (tmp_path / "one.py").write_text(f"WIDE = tl.constexpr({constant})\n{kernel}\ndef launch():\n    return {around}\n")
+        return code_digest(tmp_path)
+
+    assert digest() == digest(said="Another.") == digest(around="2")
+    assert len({digest(), digest(line="return x - WIDE"), digest(constant="32")}) == 3
 
 
 def test_published_results_have_no_problem() -> None:

@@ -36,6 +36,7 @@ def main(
         from triton.runtime import JITFunction
 
         from hip_hf.kernels import budget
+        from hip_hf.kernels.compiled import code_digest
         from hip_hf.kernels.topk import threshold
     except ImportError as error:
         report.notes.print(f"Triton cannot be imported: {error}")
@@ -64,7 +65,7 @@ def main(
             key = (launch.name, target, dim, str(dtype), launch.compiled_from())
             rows.append(cells.get(key, lambda: asdict(budget.spend(launch, target, dim, dtype))))  # noqa: B023 (called at once)
     failed = [row for row in rows if row["problem"]]
-    details = dict(failed=len(failed), **asked)
+    details = dict(failed=len(failed), code=code_digest(), **asked)
     title = f"kernels: {len(rows)} compiled with Triton {triton.__version__}, {len(failed)} with a problem"
     tables = {title: summary(rows), **({"problems": failed} if failed else {})}
     sink.publish(Results("kernels", title, rows, details), cells, tables)

@@ -40,12 +40,13 @@ MATRIX_ELSE = ("mma.sync",)
 class Spent:
     """What one kernel spends on one target. `shared` in bytes; `spilled` in bytes of stack a thread (NVIDIA) or registers
     (AMD); `matrix`: matrix instructions of the kind that the target is fast with; `path`: the fastest kind that is there.
-    `problem`: why it must not be released, or empty."""
+    `launch`: a name for what the compiler was given (`Launch.digest`). `problem`: why it must not be released, or empty."""
 
     kernel: str
     target: str
     dim: int
     dtype: str
+    launch: str
     shared: int = 0
     registers: int = 0
     spilled: int = 0
@@ -122,7 +123,7 @@ def _resources(binary: bytes) -> str:
 
 def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
     """Compile one launch for `target`; whatever the compiler says against it becomes its `problem`."""
-    row = Spent(launch.name, target, dim, str(dtype).removeprefix("torch."))
+    row = Spent(launch.name, target, dim, str(dtype).removeprefix("torch."), launch.digest())
     kernel = launch.kernel
     assert isinstance(kernel, triton.runtime.JITFunction), "compile outside the interpreter"
     start = time.perf_counter()
