@@ -175,11 +175,12 @@ def placed(problem: AttentionProblem) -> AttentionProblem:
     return replace(problem, q=q, k=k, positions=None)
 
 
-def dense_by_kernels(problem: AttentionProblem, config: HiPConfig) -> bool:
-    """Whether dense attention at positions of ours is left to the kernels: PyTorch's own knows no such positions."""
-    if problem.positions is None or not kernels_wanted(problem, config):
+def dense_by_kernels(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> bool:
+    """Whether dense attention is left to the kernels: where PyTorch's own cannot serve."""
+    if not kernels_wanted(problem, config) or dense.sdpa_serves(problem, need_lse):
         return False
-    if any(isinstance(x, PagedTensor) and x.store.pages() is None for x in (problem.k, problem.v)):
+    paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
+    if any(x.store.pages() is None for x in paged) or (paged and (len(paged) == 1 or learning(problem))):
         return False
     try:
         from hip_hf.kernels.backend import unsupported_tensors
@@ -193,8 +194,8 @@ def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -
     prompt = problem.q.shape[2] > DECODE_ROWS and not isinstance(problem.k, PagedTensor)
     if prompt and problem.positions is not None and problem.longest <= problem.positions.trained:
         problem = placed(problem)
-    if dense_by_kernels(problem, config):
-        from hip_hf.kernels.backend import attend_densely
+    if dense_by_kernels(problem, config, need_lse):
+        from hip_hf.kernels.dense import attend_densely
 
         return attend_densely(problem, *empty_outputs(problem, need_lse))
     if dense.sdpa_serves(problem, need_lse) and dense.alike(problem):

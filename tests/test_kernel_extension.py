@@ -18,9 +18,9 @@ from test_kernel_decode import scratch_for
 import hip_hf
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
-from hip_hf.kernels import backend as kernels
-from hip_hf.kernels.backend import attend_densely
+from hip_hf.kernels import dense as kernels
 from hip_hf.kernels.decode import decode
+from hip_hf.kernels.dense import attend_densely
 from hip_hf.kernels.prefill import prefill
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.state import DecodeState
@@ -148,9 +148,7 @@ def test_decode_with_a_state(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("trained", [24, 64, 131])
 def test_dense_rows_clamp_distances(splits: int, trained: int, poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows of a long call are the dense tail, split over their keys."""
-    from hip_hf.kernels import backend
-
-    monkeypatch.setattr(backend, "splits_for", lambda *_: splits)
+    monkeypatch.setattr(kernels, "splits_for", lambda *_, **__: splits)
     config = dict(extend="streaming", sink=4, window=8, budget=8, block_q=16, dense_tail=200)
     both(*make_qkv(131, 90), config, positions=positions(trained, scaling=1.2))
 
@@ -158,11 +156,9 @@ def test_dense_rows_clamp_distances(splits: int, trained: int, poison: None, mon
 @pytest.mark.parametrize("rows", [1, 7, 60])
 @pytest.mark.parametrize("trained", [24, 64, 200])
 def test_dense_layers(rows: int, trained: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the trained length, and in decode, they are the kernels' as well."""
-    from hip_hf.kernels import backend
-
-    served, original = [], backend.attend_densely
-    monkeypatch.setattr(backend, "attend_densely", lambda *args: served.append(1) or original(*args))
+    """They are the kernels' as well."""
+    served, original = [], kernels.attend_densely
+    monkeypatch.setattr(kernels, "attend_densely", lambda *args: served.append(1) or original(*args))
     tensors = make_qkv(131, rows, batch=2)
     found = []
     for name in ("triton", "torch"):
@@ -171,7 +167,7 @@ def test_dense_layers(rows: int, trained: int, monkeypatch: pytest.MonkeyPatch) 
         found.append(attend(problem, config, need_lse=True))
     assert_near(found[0].out.cpu(), found[1].out.cpu(), NEAR)
     assert_near(found[0].lse.cpu(), found[1].lse.cpu(), NEAR, "lse")
-    assert bool(served) == (rows <= 16 or trained < 131)
+    assert served == [1]
 
 
 @pytest.mark.parametrize("rows", [1, 90])

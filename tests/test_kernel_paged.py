@@ -16,7 +16,7 @@ from hip_hf.attention import Result, attend
 from hip_hf.cache.pool import PagePool
 from hip_hf.integration.interface import attention_forward
 from hip_hf.integration.paged import TokenMajorStore
-from hip_hf.kernels.backend import keys_of
+from hip_hf.kernels.dense import keys_of
 from hip_hf.paged import BlockTable, PagedTensor, Store
 from hip_hf.patches import base
 from hip_hf.state import DecodeState

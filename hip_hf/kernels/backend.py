@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from hip_hf.kernels import search
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.backward import Part, attention
 from hip_hf.kernels.decode import Scratch, decode, splits_for
+from hip_hf.kernels.dense import dense_rows, keys_of, logits_of, sequences_of
 from hip_hf.kernels.prefill import Logits, Reads, dense_reads, prefill
 from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.search import Selection, select
@@ -30,18 +30,10 @@ if TYPE_CHECKING:
 
 # A pyramid starts with room for this much more than its prompt (a share and a number of keys), and doubles when that is full.
 ROOM, LEAST_ROOM = 0.125, 4096
-# Spans whose descriptors stay on the device: a forward pass asks for the same ones in every layer.
-KEPT_DESCRIPTORS = 16
 # Kernels run on CPU tensors then.
 INTERPRETED = triton.knobs.runtime.interpret
 # The widest head whose tiles fit on every target.
 MOST_DIM = 256
-
-
-@lru_cache(maxsize=KEPT_DESCRIPTORS)
-def sequences_of(spans: tuple[Span, ...], device: torch.device) -> Sequences:
-    with torch.inference_mode(False):
-        return Sequences.of(spans, device)
 
 
 def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None:
@@ -50,20 +42,6 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
     if len(rows) < len(spans):
         return None
     return tuple(rows.get(b, Span(b, 0, 0, 0, 0, 0)) for b in range(batch))
-
-
-def logits_of(problem: AttentionProblem) -> Logits:
-    return Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks, problem.positions)
-
-
-def keys_of(problem: AttentionProblem) -> KeyValues:
-    """Keys and values of a call: contiguous, or pages in one piece of memory (`unsupported` says where they are not)."""
-    if not isinstance(problem.k, PagedTensor) or not isinstance(problem.v, PagedTensor):
-        return KeyValues(problem.k, problem.v)
-    k, v = problem.k.store.pages(), problem.v.store.pages()
-    assert k is not None
-    assert v is not None
-    return KeyValues(k, v, problem.k.block_table())
 
 
 def mask_heads(config: HiPConfig, problem: AttentionProblem) -> int:
@@ -266,6 +244,12 @@ class SparseAttention(sparse.SparseAttention):
             self.out, lse = attention(problem.q, problem.k, problem.v, self.logits, parts)
             self.lse = None if self.lse is None else lse
             return
+        if self.decoding:
+            reach = config.sink + config.budget + config.window
+            splits = splits_for(problem.q, problem.k.shape[1], len(spans), reach, self.sequences.max_rows)
+            scratch = Scratch.make(splits, problem.q, problem.v.shape[3])
+            decode(problem.q, self.kv, self.sequences, reads, self.logits, scratch, self.out, self.lse)
+            return
         prefill(problem.q, self.kv, parts[0].sequences, parts[0].reads, self.logits, self.out, self.lse)
         if len(parts) > 1:
             dense_rows(problem, self.kv, spans, self._tails(spans), self.logits, self.out, self.lse)
@@ -294,39 +278,6 @@ class SparseAttention(sparse.SparseAttention):
             count = len(self._blocks(span))
             self.mask.indices[span.batch, :, :count] = selection.indices[s, :, :count]
             self.mask.counts[span.batch, :, :count] = selection.counts[s, :, :count]
-
-
-def dense_rows(
-    problem: AttentionProblem,
-    kv: KeyValues,
-    spans: tuple[Span, ...],
-    tails: list[int],
-    logits: Logits,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """The rows from `tails` on of each span, densely, their keys split over the device: they are few and their keys are many."""
-    first = min(span.row_start + at for span, at in zip(spans, tails, strict=True) if span.rows)
-    moved = tuple(
-        Span(s.batch, s.key_start, s.key_end, s.row_start + at - first, s.row_end - first, s.position + at) if s.rows else s
-        for s, at in zip(spans, tails, strict=True)
-    )
-    q, out = problem.q[:, :, first:], out[:, :, first:]
-    lse = None if lse is None else lse[:, :, first:]
-    scratch = Scratch.make(splits_for(q, problem.k.shape[1], len(spans), problem.longest), q, problem.v.shape[3])
-    decode(q, kv, sequences_of(moved, q.device), dense_reads(), logits, scratch, out, lse)
-
-
-def attend_densely(
-    problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Dense attention, into out and lse; the keys of few rows are split over the device."""
-    kv, logits = keys_of(problem), logits_of(problem)
-    if problem.q.shape[2] <= sparse.DECODE_ROWS:
-        dense_rows(problem, kv, problem.spans, [0] * len(problem.spans), logits, out, lse)
-    else:
-        prefill(problem.q, kv, sequences_of(problem.spans, problem.q.device), dense_reads(), logits, out, lse)
-    return out, lse
 
 
 def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
@@ -385,5 +336,6 @@ def run(
 ) -> Any:
     """The sparse path of one call, into out and lse; where autograd follows, into new ones that it knows."""
     call = attention_for(config)(problem, config, out, lse, mask)
-    call.run(state)
+    with torch.cuda.device_of(problem.q):  # Triton launches on the current device
+        call.run(state)
     return call

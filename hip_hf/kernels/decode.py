@@ -17,10 +17,15 @@ import triton.language as tl
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.examples import Example, example, extended
-from hip_hf.kernels.prefill import Logits, Reads, attend_kernel, call_arguments, configuration
+from hip_hf.kernels.prefill import Logits, Reads, attend_kernel, call_arguments, configuration, rows_of
 from hip_hf.kernels.sequences import Sequences, load_sequence
 from hip_hf.kernels.tiles import LN2, LOG2E
 from hip_hf.kernels.tuning import MOST_SPLITS, Tile, processors, target_of, tile_of
+
+
+def kernel_of(block_q: int) -> str:
+    """Name in the table of launches: rows with a selection each, or query blocks of them."""
+    return "decode" if block_q == 1 else "prefill"
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,11 @@ class Scratch:
         )
 
 
-def splits_for(q: torch.Tensor, key_heads: int, sequences: int, keys: int) -> int:
+def splits_for(q: torch.Tensor, key_heads: int, sequences: int, keys: int, rows: int = 1, block_q: int = 1) -> int:
     """Into how many parts to split the `keys` that a row reads (dense: the capacity of the cache), a power of two:
-    enough to occupy the device, but no part below one tile."""
-    tile = tile_of("decode", target_of(q), q.shape[-1], q.shape[-1], q.dtype)
-    programs = sequences * key_heads * q.shape[2]
+    enough to occupy the device, but no part below one tile. `rows`: of the longest sequence, in query blocks of `block_q`."""
+    tile = tile_of(kernel_of(block_q), target_of(q), q.shape[-1], q.shape[-1], q.dtype)
+    programs = sequences * key_heads * -(-rows // min(block_q, rows_of(tile, q.shape[1] // key_heads, block_q)))
     most = min(MOST_SPLITS, -(-keys // tile.keys), max(1, 2 * processors(q) // programs))
     return 1 << (most.bit_length() - 1)
 
@@ -113,7 +118,7 @@ def decode(
     """
     splits = scratch.out.shape[0]
     target, dim, dim_v = target_of(q), q.shape[-1], kv.v.shape[-1]
-    tile = tile_of(configuration("decode" if reads.block_q == 1 else "prefill", logits), target, dim, dim_v, q.dtype)
+    tile = tile_of(configuration(kernel_of(reads.block_q), logits), target, dim, dim_v, q.dtype)
     if splits == 1:
         grid, arguments = call_arguments(q, kv, sequences, reads, logits, out, lse, tile)
         attend_kernel[grid](**arguments)

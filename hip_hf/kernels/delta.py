@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.kernels.backend import attention_for, dense_rows, keys_of, logits_of, sequences_of
+from hip_hf.kernels.backend import attention_for
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.decode import Scratch, decode, splits_for
+from hip_hf.kernels.dense import dense_rows, keys_of, logits_of, sequences_of
 from hip_hf.kernels.examples import example
 from hip_hf.kernels.prefill import dense_reads, strided_rows
 from hip_hf.kernels.sequences import Sequences, load_sequence, to_device

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from hip_hf.kernels.addressing import KeyValues
-from hip_hf.kernels.backend import dense_rows, sequences_of
 from hip_hf.kernels.compiled import Launch
+from hip_hf.kernels.dense import dense_rows, sequences_of
 from hip_hf.kernels.examples import Example, example
 from hip_hf.kernels.prefill import Logits, dense_reads, prefill
 from hip_hf.kernels.tiles import LN2, LOG2E, scaled

@@ -16,6 +16,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.backend import run
 from hip_hf.kernels.backward import Part, gradients
+from hip_hf.kernels.decode import Scratch, decode, splits_for
 from hip_hf.kernels.prefill import Logits, Reads, dense_reads, prefill
 from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.search import Selection
@@ -61,10 +62,11 @@ def select(
     fields = settings(config)
     sequences, kv = Sequences(table, q.shape[2], k.shape[2]), KeyValues(k, k)
     pyramid = KeyPyramid(fields, q.shape[0], k.shape[1], k.shape[3], k.shape[2], k.dtype, k.device)
-    pyramid.extend(kv, sequences, block_q, append=False)
     heads = k.shape[1] if fields.group_shared else q.shape[1]
     into = Selection.empty(fields, q.shape[0], heads, sequences.blocks(block_q), q.device)
-    search(q, pyramid.table, kv, sequences, fields, scale, softcap, sliding_window, block_q, into)
+    with torch.cuda.device_of(q):
+        pyramid.extend(kv, sequences, block_q, append=False)
+        search(q, pyramid.table, kv, sequences, fields, scale, softcap, sliding_window, block_q, into)
     return into.indices, into.counts
 
 
@@ -116,8 +118,17 @@ def attend(
     fp32 `[B, Hq, Tq]`; rows outside every sequence give 0 and -inf."""
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    for part in _parts(q, k, table, tail, indices, counts, config, block_q):
-        prefill(q, KeyValues(k, v), part.sequences, part.reads, Logits(scale, softcap, sliding_window, sinks), out, lse)
+    kv, logits = KeyValues(k, v), Logits(scale, softcap, sliding_window, sinks)
+    parts = _parts(q, k, table, tail, indices, counts, config, block_q)
+    with torch.cuda.device_of(q):
+        if q.shape[2] > DECODE_ROWS:
+            for part in parts:
+                prefill(q, kv, part.sequences, part.reads, logits, out, lse)
+        else:  # few rows are one part, and their keys are many
+            reads, fields = parts[0].reads, settings(config)
+            keys = k.shape[2] if block_q == 0 else fields.sink + fields.budget + fields.window
+            scratch = Scratch.make(splits_for(q, k.shape[1], q.shape[0], keys, q.shape[2], reads.block_q), q, v.shape[3])
+            decode(q, kv, parts[0].sequences, reads, logits, scratch, out, lse)
     return out, lse
 
 
@@ -149,7 +160,8 @@ def attend_backward(
     """Gradients of q, k, v and, where there are any, of the sinks (else an empty tensor)."""
     parts = _parts(q, k, table, tail, indices, counts, config, block_q)
     logits = Logits(scale, softcap, sliding_window, sinks)
-    *grads, of_sinks = gradients(q, k, v, logits, parts, out, lse, grad_out, grad_lse, sinks is not None)
+    with torch.cuda.device_of(q):
+        *grads, of_sinks = gradients(q, k, v, logits, parts, out, lse, grad_out, grad_lse, sinks is not None)
     return *grads, q.new_empty(0) if of_sinks is None else of_sinks
 
 

@@ -263,6 +263,12 @@ def configuration(kernel: str, logits: Logits) -> str:
     return kernel if logits.positions is None else f"{kernel} extended"
 
 
+def rows_of(tile: Tile, group: int, block_q: int) -> int:
+    """Query rows of a program that attends for `group` heads of each; tensor cores take 16 rows times heads at least."""
+    padded = triton.next_power_of_2(group)
+    return max(min(tile.rows // padded, triton.next_power_of_2(block_q)), 16 // padded, 1)
+
+
 def call_arguments(
     q: torch.Tensor,
     kv: KeyValues,
@@ -281,10 +287,7 @@ def call_arguments(
     lists = reads.indices.shape[1] if reads.indices is not None else kv.heads
     group = heads // lists
     padded = triton.next_power_of_2(group)
-    rows = max(1, tile.rows // padded)
-    if stride == 1:
-        rows = min(rows, triton.next_power_of_2(reads.block_q))
-    rows = max(rows, 16 // padded)  # the least that tensor cores take
+    rows = rows_of(tile, group, reads.block_q if stride == 1 else tile.rows)
     tiles = (
         sequences.blocks(reads.block_q) * -(-reads.block_q // rows) if stride == 1 else -(-sequences.max_rows // (stride * rows))
     )
@@ -296,7 +299,7 @@ def call_arguments(
         Q=q, K=kv.k, V=kv.v, OUT=out, LSE=q if lse is None else lse,
         INDICES=reads.indices if selected else sequences.table, COUNTS=reads.counts if selected else sequences.table,
         WINDOWS=sequences.table if reads.windows is None else reads.windows,
-        SINKS=q if logits.sinks is None else logits.sinks, SEQUENCES=sequences.table, TABLE=table,
+        SINKS=q if logits.sinks is None else logits.sinks.contiguous(), SEQUENCES=sequences.table, TABLE=table,
         **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride(), strict=False)),
         **dict(zip(("stride_kb", "stride_kh", "stride_kt"), kv.strides(kv.k), strict=True)),
         **dict(zip(("stride_vb", "stride_vh", "stride_vt"), kv.strides(kv.v), strict=True)),

@@ -174,6 +174,7 @@ def select_kernel(
         age = position - tl.load(made + entry)
         if (rows == 1) & (age >= 0) & (age < refresh):
             return
+        tl.debug_barrier()  # every thread has read the age before one of them makes it 0
         tl.store(made + entry, tl.where(rows == 1, first, NEVER))
     begin = window_start(first, window, BLOCK_K)
     tl.store(windows + entry, begin)
