@@ -2,8 +2,8 @@
 
     python benchmarks/extension.py
 
-Perplexity is that of the same tokens with more and more of the document before them, so that only the length changes; every
-layer and row is sparse under `extend`. Writes `benchmarks/results/extension.json`, `extension.png` and, for the documentation,
+Perplexity is that of the same tokens with more and more of the document before them, so that only the length changes; under
+`extend` every layer is sparse, and every row but those of `dense_tail`, where it is named. Writes `benchmarks/results/extension.json`, `extension.png` and, for the documentation,
 the table `extension.md`. A run that was interrupted goes on where it stopped.
 """
 
@@ -151,7 +151,11 @@ def main(
     text = DOCUMENT.read_text(encoding="utf-8")
     try:
         plan = {"lengths": sizes(lengths), "contexts": sizes(contexts), "samples": samples, "dense_samples": dense_samples}
-        configs = {f"streaming, budget {budget}": settings_of([EXTENDED], budget=budget)[EXTENDED] for budget in sizes(budgets)}
+        configs = {}
+        for tail in (0, HiPConfig().dense_tail):
+            for budget in sizes(budgets):
+                name = f"streaming, budget {budget}" + f", dense_tail {tail}" * bool(tail)
+                configs[name] = settings_of([EXTENDED], budget=budget, dense_tail=tail)[EXTENDED]
         configs |= settings_of(["dense"])
         details = {
             "model": model_name(str(CHECKPOINT)), "document": DOCUMENT.name, **plan, "texts": texts, "targets": TARGETS,

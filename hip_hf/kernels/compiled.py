@@ -72,7 +72,9 @@ def code_digest(folder: Path = Path(__file__).parent) -> str:
     code = hashlib.sha256()
     for file in sorted(folder.glob("*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and any(ast.unparse(one) == "triton.jit" for one in node.decorator_list):
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(one).startswith("triton.jit") for one in node.decorator_list
+            ):
                 if ast.get_docstring(node) is not None:
                     del node.body[0]
                 code.update(ast.unparse(node).encode())

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from hip_hf.kernels.addressing import token_offsets
 from hip_hf.kernels.scoring import chunk_rows
-from hip_hf.kernels.sequences import load_sequence
+from hip_hf.kernels.sequences import GROWING, load_sequence
 from hip_hf.kernels.summaries import blocks_needed
 
 
@@ -80,7 +80,7 @@ def make_chunk(
         write_chunk(table, means, chunk_rows(index, level), keys, present, mean, d, COUNT, N, DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def level_kernel(
     table,
     means,
@@ -124,7 +124,7 @@ def level_kernel(
                COUNT, N, BLOCK_K, PAGE_SIZE, DIM)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def append_outliers_kernel(
     table,
     means,

@@ -18,7 +18,7 @@ from hip_hf.kernels.addressing import KeyValues, token_offsets
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.examples import Example, example, extended
 from hip_hf.kernels.rotation import partner, placed_queries, rotation, turned
-from hip_hf.kernels.sequences import Sequences, always_read, load_sequence, query_block, window_start
+from hip_hf.kernels.sequences import GROWING, Sequences, always_read, load_sequence, query_block, window_start
 from hip_hf.kernels.tiles import LN2, LOG2E, key_positions, scaled, selected_keys
 from hip_hf.kernels.tuning import Tile, precision_of, target_of, tile_of
 from hip_hf.rope import Positions
@@ -118,7 +118,7 @@ def _attend_keys(
     return acc, new_top, norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def attend_kernel(
     Q, K, V, OUT, LSE, INDICES, COUNTS, WINDOWS, SINKS, SEQUENCES, TABLE, COS, SIN,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,

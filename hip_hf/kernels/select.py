@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from hip_hf.kernels.scoring import chunk_logits, chunk_rows, score_blocks, score_chunks, voting_rows
-from hip_hf.kernels.sequences import always_read, load_sequence, query_block, window_start
+from hip_hf.kernels.sequences import GROWING, always_read, load_sequence, query_block, window_start
 from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, with_successors
 
 # Candidates at the middle's edges are two at most; a tile of them is as small as matrix instructions allow.
@@ -137,7 +137,7 @@ def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
     return ids, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def select_kernel(
     q, table, k, block_table, sequences, scratch, indices, counts, windows, made,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,

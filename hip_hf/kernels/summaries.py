@@ -12,7 +12,7 @@ import triton.language as tl
 
 from hip_hf.kernels.addressing import token_offsets
 from hip_hf.kernels.scoring import chunk_rows
-from hip_hf.kernels.sequences import load_sequence, window_start
+from hip_hf.kernels.sequences import GROWING, load_sequence, window_start
 
 # Kinds of representative: what a state holds and how it merges.
 CENTRE = tl.constexpr(0)  # mean, lowest, highest
@@ -163,7 +163,7 @@ def build_tile(
     write_states(states, chunk_rows(root, 0), ((root + 1) << LEVELS) <= needed, d, x, y, z, DIM, KIND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def tiles_kernel(
     table,
     states,
@@ -208,7 +208,7 @@ def tiles_kernel(
                KIND, LEVELS, BLOCK_K, PAGE_SIZE, DIM, BD)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def append_kernel(
     table,
     states,
