@@ -4,7 +4,8 @@
 
 Perplexity is that of the same tokens with more and more of the document before them, so that only the length changes; under
 `extend` every layer is sparse, and every row but those of `dense_tail`, where it is named. Writes
-`benchmarks/results/extension.json`, `extension.png` and, for the documentation, the table `extension.md`. A run that was interrupted goes on where it stopped.
+`benchmarks/results/extension.json`, `extension.png` and, for the documentation, the table `extension.md`. A run that was
+interrupted goes on where it stopped.
 """
 
 from __future__ import annotations

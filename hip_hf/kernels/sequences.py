@@ -16,8 +16,8 @@ import triton.language as tl
 
 from hip_hf.problem import Span
 
-# Arguments that change as a context grows: Triton would compile anew where one becomes divisible by 16, in mid-generation.
-GROWING = ("blocks", "stride_table")
+# What changes as a context grows: Triton would compile anew where it becomes divisible by 16, in mid-generation.
+GROWING = ("stride_table",)
 FIELDS = ("batch", "key_start", "row_start", "rows", "position")
 
 
