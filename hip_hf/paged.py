@@ -17,6 +17,11 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host, copied without a wait."""
+    return (host if device.type == "cpu" else host.pin_memory()).to(device, non_blocking=True)
+
+
 class BlockTable:
     """The pages of one sequence, in order, and what is derived from them: as pages are added, from the new ones alone."""
 
@@ -41,7 +46,7 @@ class BlockTable:
         known = 0 if self._tensor is None or self._tensor.device != device else len(self._tensor)
         if known < len(self.pages) or self._tensor is None:
             with torch.inference_mode(False):
-                new = torch.tensor(self.pages[known:], dtype=torch.long, device=device)
+                new = to_device(torch.tensor(self.pages[known:], dtype=torch.long), device)
                 self._tensor = new if known == 0 or self._tensor is None else torch.cat([self._tensor, new])
         return self._tensor
 

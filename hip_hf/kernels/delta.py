@@ -18,8 +18,9 @@ from hip_hf.kernels.decode import Scratch, decode, splits_for
 from hip_hf.kernels.dense import dense_rows, keys_of, logits_of, sequences_of
 from hip_hf.kernels.examples import example
 from hip_hf.kernels.prefill import dense_reads, strided_rows
-from hip_hf.kernels.sequences import Sequences, load_sequence, to_device
+from hip_hf.kernels.sequences import Sequences, load_sequence
 from hip_hf.methods import delta
+from hip_hf.paged import to_device
 from hip_hf.problem import Span
 from hip_hf.state import Correction
 

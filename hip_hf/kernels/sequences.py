@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hip_hf.paged import to_device
 from hip_hf.problem import Span
 
 # What changes as a context grows: Triton would compile anew where it becomes divisible by 16, in mid-generation.
@@ -95,8 +96,3 @@ def always_read(first, window, sink_keys, sliding, BLOCK_K: tl.constexpr):
 def window_start(first, window_keys, BLOCK_K: tl.constexpr):
     """Where the window of a query block starts when it is laid out anew."""
     return tl.maximum(first - window_keys, 0) // BLOCK_K * BLOCK_K
-
-
-def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small tensor of the host, copied without a wait."""
-    return (host if device.type == "cpu" else host.pin_memory()).to(device, non_blocking=True)
