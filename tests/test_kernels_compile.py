@@ -173,3 +173,31 @@ def test_bad_arguments_are_named() -> None:
     assert "sm70" in errors
     code, _, errors = run("--only", "no such kernel", "--targets", "sm90", "--dims", "64", "--dtypes", "bf16")
     assert code == 1
+
+
+WIDTHS = """
+import torch
+from hip_hf.kernels.budget import compiling_for, launches_of
+
+launches = launches_of(64, torch.bfloat16, "sm90")
+paged = {x.kernel.fn.__name__: x for x in launches if "stride_table" in x.kernel.arg_names}
+widths = {name: x.kernel.params[x.kernel.arg_names.index("stride_table")] for name, x in paged.items()}
+print(*sorted(paged))
+print(*sorted(name for name, width in widths.items() if not width.do_not_specialize))
+attend, programs = paged["attend_kernel"], set()
+for width in (15, 16, 17):
+    with compiling_for("sm90"):
+        compiled = attend.kernel.warmup(grid=(1,), **{**attend.stand_ins(), "stride_table": width})
+    programs.add((compiled.result() if callable(getattr(compiled, "result", None)) else compiled).hash)
+print(len(programs))
+"""
+
+
+def test_a_growing_cache_compiles_nothing_anew() -> None:
+    """By its width: Triton would make other programs where it is divisible by 16."""
+    done = process("-c", WIDTHS)
+    assert done.returncode == 0, done.stderr
+    paged, specialised, programs = done.stdout.splitlines()
+    assert {"attend_kernel", "select_kernel", "append_kernel", "tiles_kernel"} <= set(paged.split())
+    assert specialised == ""
+    assert programs == "1"
