@@ -12,9 +12,10 @@ from helpers import assert_near, eager
 from interpreter import DEVICE
 from kernel_cases import Case, make_case, spans_of
 
-from hip_hf.kernels.backward import Inverted, Part, attention, invert
+from hip_hf.kernels.backward import Inverted, KeyTiles, Part, attention, invert
 from hip_hf.kernels.prefill import Logits, dense_reads
 from hip_hf.kernels.sequences import Sequences
+from hip_hf.kernels.tuning import Tile
 from hip_hf.problem import Span
 from hip_hf.reference.gradients import Gradients, Piece
 
@@ -127,10 +128,22 @@ def test_logits(fields: dict[str, Any]) -> None:
         dict(block_k=5, sink=7, window=11),
         dict(sink=400),
         dict(block_k=128, most=1),
+        dict(block_k=70, most=2),  # three tiles a block, the last of fewer keys
+        dict(block_k=96, most=2, dtype=torch.bfloat16),
     ],
 )
-def test_block_sizes(sizes: dict[str, int]) -> None:
-    run(make_case(spans_of((0, 301 if sizes.get("block_k") == 128 else 101, 87)), heads=1, **sizes), need_lse=False)
+def test_block_sizes(sizes: dict[str, Any]) -> None:
+    run(make_case(spans_of((0, 301 if sizes.get("block_k", 1) >= 70 else 101, 87)), heads=1, **sizes), need_lse=False)
+
+
+@pytest.mark.parametrize("block_k", [1, 5, 16, 64, 65, 100, 128, 256, 1000])
+@pytest.mark.parametrize("most", [32, 64])
+def test_tiles_of_keys_are_bounded(block_k: int, most: int) -> None:
+    """However large key blocks are: more keys would spill. Every key is in one tile, and no tile is empty."""
+    tiles = KeyTiles.of(block_k, Tile(64, most, 8, 1))
+    assert tiles.keys <= most
+    assert tiles.blocks == 1 or tiles.parts == 1
+    assert (tiles.parts - 1) * tiles.keys < tiles.blocks * block_k <= tiles.parts * tiles.keys
 
 
 def test_dense_rows_at_the_end_of_a_prompt() -> None:

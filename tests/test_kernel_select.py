@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import make_qkv, small
+from helpers import assert_near, make_qkv, small
 from interpreter import DEVICE
 
 from hip_hf.config import REPRESENTATIVES, HiPConfig
+from hip_hf.kernels import search
 from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.scoring import chunk_logits
 from hip_hf.kernels.search import Selection, select, unsupported
+from hip_hf.kernels.select import select_kernel
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.topk import threshold
 from hip_hf.methods import selector_for
@@ -168,6 +172,74 @@ def test_settings_of_the_search(fields: dict[str, Any]) -> None:
 def test_a_start_level_longer_than_a_tile(coarsest: int, fields: dict[str, Any]) -> None:
     case = Case(small(coarsest=coarsest, **fields), [whole(2311, 3)])
     case.check()
+
+
+class Launches:
+    """Stands in for the kernel; keeps the grid and the scratch's bytes of each launch."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[tuple[int, ...], int]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **fields: Any) -> None:
+            self.found.append((grid, arguments[5].nbytes))
+            select_kernel[grid](*arguments, **fields)
+
+        return launch
+
+
+@pytest.mark.parametrize(("keep", "programs"), [(False, 1), (False, 5), (True, 2)])
+def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch, keep: bool, programs: int) -> None:
+    """With scratch for fewer programs than there are, the search is several launches that find the same."""
+    spans = [whole(400, 1), whole(517, 1, 1)] if keep else [whole(400, 40), whole(517, 37, 1, 3)]
+    case = Case(small(coarsest=8, block_k=4, beam=1), spans, heads=2)
+    block_q = 1 if keep else case.config.block_q
+    whole_launch = case.run(block_q, case.empty(block_q, keep))
+    launches, bound = Launches(), programs * (520 // 8) * 4
+    monkeypatch.setattr(search, "select_kernel", launches)
+    monkeypatch.setattr(search, "MOST_SCRATCH", bound)
+    got = case.run(block_q, case.empty(block_q, keep))
+    for name in ("indices", "counts", "window"):
+        assert torch.equal(getattr(got, name), getattr(whole_launch, name)), name
+    total = got.counts.numel()
+    assert [grid for grid, _ in launches.found] == [(min(programs, total - i),) for i in range(0, total, programs)]
+    assert len(launches.found) > 1
+    assert all(size <= bound * (2 if keep else 1) for _, size in launches.found), "room to grow is a factor of two at most"
+
+
+def test_steps_share_their_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a sequence grows its steps allocate scratch anew only when that doubles."""
+    config, launches, kept = small(coarsest=4, beam=1, decode_refresh=1), Launches(), set()
+    monkeypatch.setattr(search, "select_kernel", launches)
+    step = lambda position: Case(config, [Span(0, 0, position + 1, 0, 1, position)])  # noqa: E731
+    into = step(200).empty(1, keep=True)
+    for position in range(300, 420, 7):
+        step(position).run(1, into)
+        assert into.scratch is not None
+        kept.add(into.scratch.data_ptr())
+    assert {size for _, size in launches.found} == {128 * 4}
+    assert len(kept) == 1
+
+
+@triton.jit
+def logits_kernel(table, rows, q, out, M: tl.constexpr, DIM: tl.constexpr):
+    inner = tl.arange(0, M)
+    found = chunk_logits(
+        table, tl.load(rows + inner), q, (inner * DIM).to(tl.int64), 1.0, 1, 0.0, M, M, DIM, DIM, 1, 1, "ieee", inner, q, q, 0
+    )
+    tl.store(out + inner[:, None] * M + inner[None, :], found)
+
+
+def test_a_table_of_more_than_4_billion_numbers() -> None:
+    """Rows beyond what 32 bits count; the memory between them is never touched."""
+    m, dim = 16, 64
+    far = 2**32 // dim
+    table = torch.empty(far + m, dim, dtype=torch.float16, device=DEVICE)
+    table[:m], table[far:] = torch.randn(2, m, dim)
+    rows = torch.cat([torch.arange(m // 2), far + torch.arange(m // 2)]).int().to(DEVICE)
+    q, out = torch.randn(m, dim).half().to(DEVICE), torch.full((m, m), torch.nan, device=DEVICE)
+    logits_kernel[(1,)](table, rows, q, out, M=m, DIM=dim)
+    assert_near(out.cpu(), (table[rows.long()].double() @ q.double().T).cpu(), 1e-4)
 
 
 @pytest.mark.parametrize("dim", [24, 64, 80])

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -100,6 +102,29 @@ print(*[(x.arguments["M"], budget.spend(x, "sm90", 128, torch.bfloat16).problem)
 def test_a_search_with_many_candidates_fits() -> None:
     done = process("-c", WIDE)
     assert done.stdout.strip() == "(1024, '')|(1024, '')", done.stderr
+
+
+LARGE_BLOCKS = """
+import sys
+from dataclasses import replace
+import torch
+from hip_hf.kernels import backward, budget
+from hip_hf.kernels.examples import example
+from hip_hf.kernels.tuning import tile_of
+
+target, block_k = sys.argv[1], int(sys.argv[2])
+x = example(128, torch.bfloat16)
+x = replace(x, reads=replace(x.reads, block_k=block_k))
+tile = tile_of("backward keys", target, 128, 128, torch.bfloat16)
+print(*[budget.spend(launch, target, 128, torch.bfloat16).problem for launch in backward.key_launches(x, tile)], sep="|")
+"""
+
+
+@pytest.mark.parametrize(("target", "block_k"), [("sm89", 256), ("gfx942", 128)])
+def test_gradients_of_large_key_blocks_fit(target: str, block_k: int) -> None:
+    """A tile of keys is a part of a block then: a whole block would spill, or not fit into shared memory."""
+    done = process("-c", LARGE_BLOCKS, target, str(block_k))
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
 
 
 def test_the_pyramid_compiles_for_amd() -> None:

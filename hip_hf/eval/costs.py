@@ -23,7 +23,7 @@ from hip_hf.methods.hip import ROUNDS, sampled_rows, start_level
 from hip_hf.methods.missing import CLUSTERS
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.methods.quest import as_tree
-from hip_hf.reference.sparse import keys_seen
+from hip_hf.reference.reading import block_read, keys_seen
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def block_cost(
     visible = keys_seen(block.first, block.last, sliding_window)
     middle = min(block.middle, budget) * config.block_k
     fixed = block.sink - block.start - block.window + middle
-    read = min(keys_seen(block.first, block.last, None) + block.rows * fixed, visible)
+    read = block_read(block, middle, sliding_window)
     selects = block.middle > budget or config.method == "h2o"
     known = SELECTION.get(config.method, lambda _, block, dim: selector.cost(block, dim))
     selection, numbers = known(config, block, dim) if selects else (0, 0)

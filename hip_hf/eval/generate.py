@@ -19,7 +19,7 @@ from hip_hf.eval.resident import Meter, cache_mib
 from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.interface import NAMES
 from hip_hf.integration.settings import configure, text_config
-from hip_hf.reference.sparse import keys_seen
+from hip_hf.reference.reading import keys_seen
 
 
 @dataclass

@@ -17,7 +17,6 @@ from hip_hf.kernels.prefill import Logits, Reads, dense_reads, prefill
 from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.search import Selection, select
 from hip_hf.kernels.sequences import Sequences
-from hip_hf.methods.base import QueryBlock
 from hip_hf.paged import PagedTensor
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import sparse
@@ -184,17 +183,19 @@ class SparseAttention(sparse.SparseAttention):
             self._rows(spans or problem.spans, kept)
         for span, tail in zip(problem.spans, self._tails(problem.spans), strict=True):
             row = None if kept is None or state is None else state.rows[span.batch]
-            self._count(self._counted(span, row), span, tail)
+            self._count(span, tail, self._kept_window(span, row))
 
-    def _counted(self, span: Span, row: RowState | None) -> list[QueryBlock]:
-        """The query blocks of a span as they were read. The host knows how old a selection is without asking the device."""
-        old = None if row is None else row.selection
-        if old is not None and span.rows == 1 and 0 <= span.position - old.position < self.config.decode_refresh:
-            return [self._laid(span, old.window)]
-        blocks = self._blocks(span)
-        if row is not None:
-            row.selection = Selected(None, blocks[0].window, span.position) if self.problem.q.shape[2] == 1 else None
-        return blocks
+    def _kept_window(self, span: Span, row: RowState | None) -> int | None:
+        """Where the window of a step starts whose selection is kept. The host knows how old it is without asking the device."""
+        if row is None:
+            return None
+        if self.problem.q.shape[2] > 1:
+            row.selection = None
+            return None
+        old = row.selection
+        if old is None or not 0 <= span.position - old.position < self.config.decode_refresh:
+            old = row.selection = Selected(None, self._blocks(span)[0].window, span.position)
+        return old.window
 
     def _device_state(self, state: DecodeState, spans: tuple[Span, ...]) -> DeviceState:
         """The state's tables, with room for the call's keys; rows that continue nothing start afresh."""

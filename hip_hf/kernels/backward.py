@@ -82,17 +82,31 @@ def query_gradient_arguments(
     return (tiles, arguments["lists"], sequences.count), arguments
 
 
-def key_tiles(part: Part, tile: Tile) -> tuple[int, int]:
-    """Key blocks in a tile of keys, at most 31, and tiles that cover every sequence."""
-    size = part.reads.block_k
-    per_tile = min(31, max(1, tile.keys // size))
-    return per_tile, -(-part.sequences.max_keys // (per_tile * size))
+@dataclass(frozen=True)
+class KeyTiles:
+    """Tiles of keys: `blocks` key blocks each, at most 31, or, where a block has more keys than a tile, `1 / parts` of one."""
+
+    blocks: int
+    parts: int
+    keys: int
+
+    @staticmethod
+    def of(block_k: int, tile: Tile) -> KeyTiles:
+        """For key blocks of `block_k` keys; no tile has more than `tile.keys`, for its sums stay in registers."""
+        blocks, parts = min(31, max(1, tile.keys // block_k)), -(-block_k // tile.keys)
+        return KeyTiles(blocks, parts, blocks * block_k if parts == 1 else -(-block_k // parts))
+
+    def lists(self, part: Part) -> int:
+        """Lists that cover every sequence: one for each tile, or for all parts of a block."""
+        return -(-part.sequences.max_keys // (self.blocks * part.reads.block_k))
 
 
 def inverted(part: Part, tile: Tile) -> Inverted | None:
     """A part's lists by tile of keys, where it has any."""
-    reads = part.reads
-    return None if reads.indices is None or reads.counts is None else invert(reads.indices, reads.counts, *key_tiles(part, tile))
+    reads, tiles = part.reads, KeyTiles.of(part.reads.block_k, tile)
+    if reads.indices is None or reads.counts is None:
+        return None
+    return invert(reads.indices, reads.counts, tiles.blocks, tiles.lists(part))
 
 
 def key_gradient_arguments(
@@ -102,17 +116,17 @@ def key_gradient_arguments(
     """Grid and arguments of `key_gradient_kernel`'s launches, one for dK and dV or one each; `lists` are those of `inverted`."""
     arguments = _shared_arguments(q, kv, part, logits, lse, grad_out, tile)
     reads, sequences = part.reads, part.sequences
-    per_tile, tiles = key_tiles(part, tile)
+    tiles = KeyTiles.of(reads.block_k, tile)
     nothing = sequences.table  # stands for what is not read
     lists = lists or Inverted(nothing, nothing, nothing)
     arguments |= dict(
         MEAN=mean, GRAD_K=grad_k, GRAD_V=grad_v, WHO=lists.who, WHAT=lists.what, OFFSETS=lists.offsets,
         **_three("dk", grad_k), **_three("dv", grad_v),
-        KEYS=max(16, triton.next_power_of_2(per_tile * reads.block_k)), TILE=per_tile * reads.block_k,
+        KEYS=max(16, triton.next_power_of_2(tiles.keys)), TILE=tiles.keys, PARTS=tiles.parts,
     )  # fmt: skip
     once = max(arguments["D"], arguments["DV"]) <= WIDEST_TOGETHER
     passes = [dict(OF_K=True, OF_V=True)] if once else [dict(OF_K=True, OF_V=False), dict(OF_K=False, OF_V=True)]
-    return (tiles, kv.heads, sequences.count), [arguments | each for each in passes]
+    return (tiles.lists(part) * tiles.parts, kv.heads, sequences.count), [arguments | each for each in passes]
 
 
 def attention(

@@ -119,7 +119,7 @@ class DeltaAttention(delta.DeltaAttention):
 
     def correct(self, plans: list[Plan]) -> list[Correction | None]:
         problem, gamma = self.problem, self.gamma
-        aligned = [[at for at in plan.at if at % gamma == 0] for plan in plans]
+        aligned = [plan.at[1:] if plan.at and plan.at[0] % gamma else plan.at for plan in plans]
         shape = (len(plans), problem.q.shape[1], 1 + max(map(len, aligned)))
         change = torch.empty(*shape, self.out.shape[3], dtype=torch.float32, device=self.out.device)
         change_lse = torch.empty(shape, dtype=torch.float32, device=self.out.device)

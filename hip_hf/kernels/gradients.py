@@ -178,16 +178,22 @@ def key_gradient_kernel(
     stride_lb, stride_lh, stride_lt, stride_sequences,
     lists, sink_keys, window_keys, dim, dim_v, scale, softcap, sliding,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, LISTS_PER_HEAD: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, LISTS_PER_HEAD: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, SELECTED: tl.constexpr,
     SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles of TILE <= KEYS keys, Hkv, sequences)`. Adds to GRAD_K and GRAD_V, which only this program writes;
-    OF_K and OF_V tell which, as both sums of a wide head are more than the registers hold."""
+    OF_K and OF_V tell which, as both sums of a wide head are more than the registers hold. A tile is whole key blocks, or one
+    of the PARTS of one."""
     tile, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
     end = position + rows
-    low = tile * TILE
+    if PARTS > 1:
+        low = tile // PARTS * BLOCK_K + tile % PARTS * TILE
+        high = (tile // PARTS + 1) * BLOCK_K  # rows read whole blocks
+    else:
+        low = tile * TILE
+        high = low + TILE
     if (low >= end) | (rows == 0):
         return
     batch = batch.to(tl.int64)
@@ -196,6 +202,8 @@ def key_gradient_kernel(
     row, member = m // GROUP_PADDED, m % GROUP_PADDED
     key = low + n
     real = (n < TILE) & (key < end)
+    if PARTS > 1:
+        real &= key < high
     key = tl.where(real, key, end)  # no row sees it
     token = (key_start + key).to(tl.int64)
     in_d, in_dv = real[:, None] & (d < dim)[None, :], real[:, None] & (dv < dim_v)[None, :]
@@ -205,7 +213,6 @@ def key_gradient_kernel(
     grad_k, grad_v = tl.zeros([KEYS, D], tl.float32), tl.zeros([KEYS, DV], tl.float32)
 
     # Rows that read the tile as sink or window: from the first that sees it to the last whose window reaches back to it.
-    high = low + TILE
     until = tl.minimum((high + window_keys + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q, end)
     if low < (sink_keys + BLOCK_K - 1) // BLOCK_K * BLOCK_K:
         until = end
@@ -226,7 +233,7 @@ def key_gradient_kernel(
                 BLOCK_Q, BLOCK_K, GROUP, D, DV, SOFTCAP, SLIDING, False, OF_K, OF_V, PRECISION,
             )  # fmt: skip
         if SELECTED:
-            entry = (sequence * lists + head_list).to(tl.int64) * tl.num_programs(0) + tile
+            entry = (sequence * lists + head_list).to(tl.int64) * (tl.num_programs(0) // PARTS) + tile // PARTS
             begin, stop = tl.load(OFFSETS + entry), tl.load(OFFSETS + entry + 1)
             for i in tl.range(0, ((stop - begin) * TILES).to(tl.int32), disable_licm=True):
                 who, bits = tl.load(WHO + begin + i // TILES), tl.load(WHAT + begin + i // TILES)

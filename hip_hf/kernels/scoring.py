@@ -77,8 +77,9 @@ def chunk_logits(
     are turned back by `back` `[M]` places (`methods/pyramid.py`)."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
-    # int32 offsets from a scalar: pointers of a whole tile would take twice the registers
-    within = (at * (VECTORS * PARTS * DIM))[:, None] + inner[None, :]
+    # a table may hold more than 2**31 numbers
+    at = at.to(tl.int64) * (VECTORS * PARTS * DIM)
+    within = at[:, None] + inner[None, :]
     within_q = offsets[None, :] + inner[:, None]
     best = tl.full([M, ROWS], -float("inf"), tl.float32)
     for vector in tl.static_range(VECTORS):
@@ -95,7 +96,7 @@ def chunk_logits(
                 a = tl.load(to_a, mask=(d + inner < DIM)[None, :], other=0.0)
                 b = tl.load(to_b, mask=(d + inner < DIM)[:, None], other=0.0)
             if HALF > 0:
-                to_other = table + (vector * PARTS + part) * DIM + (at * (VECTORS * PARTS * DIM))[:, None]
+                to_other = table + (vector * PARTS + part) * DIM + at[:, None]
                 to_other += partner(d + inner, HALF)[None, :]
                 other = tl.load(to_other, mask=(d + inner < DIM)[None, :], other=0.0)
                 a = turned_back(a, other, back, d + inner, cos, sin, part > 0, HALF).to(a.dtype)

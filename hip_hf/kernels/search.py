@@ -29,6 +29,9 @@ SMALLEST_TILE = 64
 CANDIDATES = 512
 # The most candidates of a level that a program can hold.
 MOST_CANDIDATES = 2048
+# Bytes of scratch at most, for start levels longer than a tile (`coarsest`). Where it does not serve all programs, they are
+# several launches, one after the other: of 65,536 candidates each 256 programs, more than an H200 runs at once.
+MOST_SCRATCH = 64 * 2**20
 
 
 def tile(count: int) -> int:
@@ -50,6 +53,7 @@ class Selection:
     counts: torch.Tensor
     window: torch.Tensor
     made: torch.Tensor | None = None
+    scratch: torch.Tensor | None = None
 
     @staticmethod
     def empty(config: HiPConfig, sequences: int, heads: int, blocks: int, device: torch.device, keep: bool = False) -> Selection:
@@ -59,6 +63,16 @@ class Selection:
         counts, window = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
         made = torch.full(shape, Selection.NEVER, dtype=torch.int32, device=device) if keep else None
         return Selection(indices, counts, window, made)
+
+    def scratch_for(self, count: int) -> torch.Tensor:
+        """Scratch of `count` numbers at least. Kept for decode steps, with room to grow: most of them allocate nothing."""
+        if self.made is None:
+            return torch.empty(count, dtype=torch.float32, device=self.counts.device)
+        if self.scratch is None or self.scratch.numel() < count:
+            with torch.inference_mode(False):
+                room = triton.next_power_of_2(count)
+                self.scratch = torch.empty(room, dtype=torch.float32, device=self.counts.device)
+        return self.scratch
 
 
 @dataclass(frozen=True)
@@ -178,22 +192,26 @@ def select(
     group = q.shape[1] // kv.heads
     shape, indexed = (group, q.shape[-1], q.dtype, block_q, sequences.max_keys), positions is not None and positions.chunk_indexed
     fixed = constants(config, *shape, target_of(q), into.made is not None, indexed)
+    programs = at_once = blocks * heads * sequences.count
     scratch, stride_scratch = into.counts, 0
     if fixed["LONG"]:
         stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])
-        scratch = torch.empty(sequences.count * heads * blocks, stride_scratch, dtype=torch.float32, device=q.device)
+        at_once = min(programs, max(1, MOST_SCRATCH // (stride_scratch * torch.float32.itemsize)))
+        scratch = into.scratch_for(at_once * stride_scratch)
     block_table, stride_table = kv.table()
     if positions is not None:
         fixed["POOLED"] = True  # votes are turned as they are made, also where a row votes for itself
     if fixed["POOLED"]:
         q = votes_of(q, sequences, config, block_q, positions)
-    select_kernel[(blocks, heads, sequences.count)](
-        q, table, kv.k, block_table, sequences.table, scratch, into.indices, into.counts, into.window,
-        into.counts if into.made is None else into.made, *q.stride()[:3], *kv.strides(kv.k), stride_table,
-        sequences.table.stride(0), table.stride(0), table.stride(1), stride_scratch, scale, config.sink, config.window,
-        sliding_window or 0, config.decode_refresh, steps_of(fixed), STATEFUL=into.made is not None, PAGE_SIZE=kv.page_size,
-        SOFTCAP=softcap or 0.0, **fixed, **chunk_rotation(positions, config, q),
-    )  # fmt: skip
+    rotations = chunk_rotation(positions, config, q)
+    for first in range(0, programs, max(1, at_once)):
+        select_kernel[(min(at_once, programs - first),)](
+            q, table, kv.k, block_table, sequences.table, scratch, into.indices, into.counts, into.window,
+            into.counts if into.made is None else into.made, *q.stride()[:3], *kv.strides(kv.k), stride_table,
+            sequences.table.stride(0), table.stride(0), table.stride(1), stride_scratch, blocks, heads, first, scale, config.sink,
+            config.window, sliding_window or 0, config.decode_refresh, steps_of(fixed), STATEFUL=into.made is not None,
+            PAGE_SIZE=kv.page_size, SOFTCAP=softcap or 0.0, **fixed, **rotations,
+        )  # fmt: skip
 
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
@@ -208,7 +226,8 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     numbers = dict(
         stride_qb=32 * 4096 * dim, stride_qh=4096 * dim, stride_qt=dim, stride_kb=8 * 4096 * dim, stride_kh=4096 * dim,
         stride_kt=dim, stride_table=256, stride_field=1, stride_sequence=8 * 512 * 2 * dim, stride_head=512 * 2 * dim,
-        stride_scratch=0, scale=dim**-0.5, sink=config.sink, window=config.window, sliding=0, refresh=config.decode_refresh,
+        stride_scratch=0, blocks=64, heads=8, first_program=0, scale=dim**-0.5,
+        sink=config.sink, window=config.window, sliding=0, refresh=config.decode_refresh,
     )  # fmt: skip
     like, indexed = torch.empty(0, dtype=dtype, device="meta"), replace(example_positions(dim), chunk_indexed=True)
     cases = [

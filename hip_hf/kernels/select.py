@@ -2,7 +2,7 @@
 
 One program per sequence, mask head and query block scores the start level, keeps the best, scores their children, down to
 single key blocks, and looks at the best of those exactly if asked. Candidates, scores and top-k never leave the chip; only a
-start level longer than a tile (`coarsest`) puts its scores into scratch.
+start level longer than a tile (`coarsest`) puts its scores into scratch, which the programs of one launch have (`search.py`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,17 @@ def places_back(end, ids, farthest):
 
 
 @triton.jit
-def entry_of(index, head, sequence):
-    """Where the results of this program lie."""
-    return (sequence * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + index
+def place_of(number, blocks):
+    """Where program `number` of all works: its query block, the longest searches first, and its row of mask head and sequence."""
+    row = number // blocks
+    return blocks - 1 - (number - row * blocks), row
+
+
+@triton.jit
+def entry_of(number, blocks):
+    """Where the results of program `number` lie."""
+    index, row = place_of(number, blocks)
+    return row.to(tl.int64) * blocks + index
 
 
 @triton.jit
@@ -137,11 +145,11 @@ def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
     return ids, total
 
 
-@triton.jit(do_not_specialize=GROWING)
+@triton.jit(do_not_specialize=[*GROWING, "stride_scratch", "blocks", "heads", "first_program"])
 def select_kernel(
     q, table, k, block_table, sequences, scratch, indices, counts, windows, made,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,
-    stride_scratch, scale, sink, window, sliding, refresh, steps, COS, SIN, farthest,
+    stride_scratch, blocks, heads, first_program, scale, sink, window, sliding, refresh, steps, COS, SIN, farthest,
     BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
     KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, SUCCESSORS: tl.constexpr, LONG: tl.constexpr,
     STATEFUL: tl.constexpr, POOLED: tl.constexpr,
@@ -150,7 +158,8 @@ def select_kernel(
     DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr, VECTORS: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One query block of one mask head of one sequence. Grid: query blocks, mask heads, sequences.
+    """One query block of one mask head of one sequence. Grid: as many of the `blocks` * `heads` * sequences as have scratch, from
+    `first_program` on; `blocks` query blocks and `heads` mask heads a sequence.
 
     `KEEP` chunks survive a level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts with
     at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
@@ -159,13 +168,13 @@ def select_kernel(
     `STRIDE` rows each. `HALF` > 0: chunk-indexed, at most `farthest` chunks away; so many pairs of a head's numbers turn.
     """
     STEP: tl.constexpr = 1 if POOLED else STRIDE
-    index = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest searches first
-    head = tl.program_id(1)
-    sequence = tl.program_id(2)
+    index, row = place_of(first_program + tl.program_id(0), blocks)
+    sequence = row // heads
+    head = row - sequence * heads
     batch, key_start, row_start, rows, position = load_sequence(sequences, stride_field, sequence)
     last_row, first, last = query_block(row_start, rows, position, index, BLOCK_Q)
     last_row += last - first
-    entry = entry_of(index, head, sequence)
+    entry = entry_of(first_program + tl.program_id(0), blocks)
     if first > last:
         write(indices, counts, entry, tl.arange(0, OUT), first * 0, BUDGET, OUT)
         tl.store(windows + entry, 0)
@@ -201,7 +210,7 @@ def select_kernel(
         level += 1
     begins, ends = ceil_shift(low, level), high >> level
     if LONG:
-        scratch += entry * stride_scratch
+        scratch += tl.program_id(0).to(tl.int64) * stride_scratch
         score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP,
                    M, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, level,
                    farthest, COS, SIN, HALF)  # fmt: skip
@@ -259,4 +268,4 @@ def select_kernel(
     elif RESCORE:
         ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, KEPT_LAST, OUT)
     # computed again: kept all the while, these addresses would take registers from the tiles
-    write(indices, counts, entry_of(index, head, sequence), ids, total, BUDGET, OUT)
+    write(indices, counts, entry_of(first_program + tl.program_id(0), blocks), ids, total, BUDGET, OUT)

@@ -22,6 +22,11 @@ class Tile:
     warps: int
     stages: int
 
+    @property
+    def held(self) -> int:
+        """Query rows, and keys and values of every stage: a measure of the shared memory that it takes."""
+        return self.rows + 2 * self.keys * self.stages
+
 
 # Small enough for fp32 on every target.
 FULL_PRECISION = Tile(32, 32, 4, 1)
@@ -48,19 +53,19 @@ def _age(target: str) -> int:
 def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
     """Configuration of `kernel` (a name in the table) for head dims as wide as the wider one.
 
-    A target that is not in the table gets the configuration of the closest older one of its maker.
+    A target that is not in the table gets the configuration of the closest older one of its maker; one that is older than all of
+    them, the smallest of its maker's.
     """
     from hip_hf.kernels.table import TILES
 
     if dtype == torch.float32:
         return FULL_PRECISION
-    known = TILES[kernel]
-    if target not in known:
-        older = [name for name in known if name[:2] == target[:2] and _age(name) <= _age(target)]
-        target = max(older, key=_age) if older else min(known)
-    dims = known[target]
-    width = max(dim, dim_v)
-    return Tile(*dims[min((d for d in dims if d >= width), default=max(dims))])
+    width, tiles = max(dim, dim_v), {}
+    for name, dims in TILES[kernel].items():
+        if name[:2] == target[:2]:
+            tiles[name] = Tile(*dims[min((d for d in dims if d >= width), default=max(dims))])
+    older = [name for name in tiles if _age(name) <= _age(target)]
+    return tiles[max(older, key=_age)] if older else min(tiles.values(), key=lambda tile: tile.held)
 
 
 def precision_of(x: torch.Tensor) -> str:

@@ -29,7 +29,8 @@ from hip_hf.methods import attention_for, selects
 from hip_hf.methods.missing import Chosen, Clusters, alike, estimate
 from hip_hf.reference.block_sparse import Tensors, merge
 from hip_hf.reference.exact import attend_positions
-from hip_hf.reference.sparse import DECODE_ROWS, keys_seen, tensors_of
+from hip_hf.reference.reading import keys_seen_at
+from hip_hf.reference.sparse import DECODE_ROWS, tensors_of
 from hip_hf.state import Correction, RowState
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class DeltaAttention:
             plans = [self._plan(span, row.correction) for span, row in zip(spans, rows, strict=True)]
             for plan, row, correction in zip(plans, rows, self.correct(plans), strict=True):
                 row.correction = correction
-                self.reading.read += sum(keys_seen(p, p, self.problem.sliding_window) for p in plan.at)
+                self.reading.read += keys_seen_at(plan.at, self.problem.sliding_window)
         self.reading.read = min(self.reading.read, self.reading.visible)
 
     def _end(self, span: Span) -> int:

@@ -18,7 +18,8 @@ from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
 from hip_hf.reference.block_sparse import Tensors, add_sinks, merge
 from hip_hf.reference.exact import attend_exact, rows_at_once, weigh
-from hip_hf.reference.sparse import Reading, keys_seen, tensors_of
+from hip_hf.reference.reading import Reading, keys_seen
+from hip_hf.reference.sparse import tensors_of
 from hip_hf.reference.workers import compute_dtype, run, scratch
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from hip_hf.reference import dense
 from hip_hf.reference.block_sparse import Tensors, attend, attend_range
 from hip_hf.reference.gathered import Gathered
 from hip_hf.reference.gradients import Piece
+from hip_hf.reference.reading import Blocks, Reading, block_read, keys_seen
 from hip_hf.reference.workers import compute_dtype, run
 from hip_hf.state import DecodeState, RowState, Selection
 
@@ -40,14 +41,6 @@ def portions(heads: int, blocks: int, workers: int) -> list[tuple[int, slice]]:
             units.append((head, slice(at, at + size)))
             at += size
     return units
-
-
-@dataclass
-class Reading:
-    """How many keys were read, and how many there were to read: both summed over query rows, per head."""
-
-    read: int = 0
-    visible: int = 0
 
 
 def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: torch.Tensor | None) -> Tensors:
@@ -77,14 +70,6 @@ def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: to
         sinks,
         problem.positions,
     )
-
-
-def keys_seen(first: int, last: int, sliding: int | None) -> int:
-    """Keys in sight of the rows at positions `first` to `last`, summed over the rows."""
-    if sliding is None:
-        return (last + 1) * (last + 2) // 2 - first * (first + 1) // 2
-    full = max(0, last - max(first, sliding) + 1)  # rows whose window is full
-    return full * sliding + (keys_seen(first, min(last, sliding - 1), None) if first < sliding else 0)
 
 
 class SparseAttention:
@@ -160,7 +145,7 @@ class SparseAttention:
         run(lambda unit: self._unit(t, search, span, *unit), units, t.q.device)
         if self.config.dense_tail:
             dense.attend_rows(t, tail, span, self.pieces)
-        self._count(blocks, span, tail)
+        self._count(span, tail)
 
     def _unit(self, t: Tensors, search: Any, span: Span, head: int, blocks: list[QueryBlock]) -> None:
         heads = slice(head, head + 1)
@@ -219,7 +204,7 @@ class SparseAttention:
                 self._take_note(span, heads, [block], ids)
             else:
                 self._attend(t, span, heads, [block], ids)
-        self._count(blocks, span, span.rows)
+        self._count(span, span.rows, blocks[0].window if span.rows == 1 else None)
 
     def _gathers(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
         """Whether what a selection reads is kept side by side for the steps that it serves. Not where it changes each step
@@ -279,17 +264,17 @@ class SparseAttention:
 
     # What was read.
 
-    def _count(self, blocks: list[QueryBlock], span: Span, tail: int) -> None:
-        for block in blocks:
-            visible = keys_seen(block.first, block.last, self.problem.sliding_window)
-            fixed = block.sink - block.start - block.window + min(block.middle, self.budget) * self.config.block_k
-            read = min(keys_seen(block.first, block.last, None) + block.rows * fixed, visible)
-            dense_rows = min(max(0, block.row + block.rows - tail), block.rows)
-            if dense_rows:
-                read = read * (block.rows - dense_rows) // block.rows
-                read += keys_seen(block.last + 1 - dense_rows, block.last, self.problem.sliding_window)
-            self.reading.read += read
-            self.reading.visible += visible
+    def _count(self, span: Span, dense: int, window: int | None = None) -> None:
+        """Rows from `dense` on are dense. `window`: where that of a span of one row starts."""
+        sliding = self.problem.sliding_window
+        self.reading.visible += keys_seen(span.position, span.end - 1, sliding)
+        if window is None:
+            size = 1 if self.decoding else self.config.block_q
+            blocks = Blocks(self.config, self.budget, span.position, span.end, size, sliding)
+            self.reading.read += blocks.read(span.position + dense)
+        else:
+            block = self._laid(span, window)
+            self.reading.read += block_read(block, min(block.middle, self.budget) * self.config.block_k, sliding)
 
     def _empty_mask(self) -> BlockMask:
         problem, config = self.problem, self.config

@@ -1,0 +1,115 @@
+"""The share of keys read, in closed form, against the plain sum over query blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hip_hf.config import HiPConfig
+from hip_hf.kernels import backend
+from hip_hf.methods import delta
+from hip_hf.methods.base import make_query_block, query_blocks
+from hip_hf.problem import AttentionProblem, Span
+from hip_hf.reference import reading, sparse
+from hip_hf.reference.reading import Blocks, keys_seen, keys_seen_at
+from hip_hf.state import RowState, Selection
+
+
+def plain(config: HiPConfig, span: Span, dense: int, per_row: bool, sliding: int | None, window: int | None = None) -> int:
+    """Keys read, query block by query block, row by row in the end; the span's rows from `dense` on are dense."""
+    budget, read = config.budget // config.block_k, 0
+    blocks = query_blocks(config, span, per_row, sliding)
+    if window is not None:
+        blocks = [make_query_block(config, 0, span.position, span.position, window, sliding)]
+    for block in blocks:
+        seen = [p + 1 if sliding is None else min(p + 1, sliding) for p in range(block.first, block.last + 1)]
+        fixed = block.sink - block.start - block.window + min(block.middle, budget) * config.block_k
+        own = min(sum(p + 1 + fixed for p in range(block.first, block.last + 1)), sum(seen))
+        sparse_rows = min(max(0, dense - block.row), block.rows)
+        read += own * sparse_rows // block.rows + sum(seen[sparse_rows:])
+    return read
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    position=st.integers(0, 700),
+    rows=st.integers(0, 900),
+    dense=st.integers(0, 900),
+    block_q=st.sampled_from([1, 2, 5, 16, 24, 64]),
+    block_k=st.sampled_from([1, 2, 3, 6, 16, 24, 40]),
+    blocks=st.integers(1, 6),
+    sink=st.integers(0, 90),
+    window=st.integers(0, 200),
+    sliding=st.none() | st.integers(1, 700),
+    per_row=st.booleans(),
+)
+def test_closed_form_is_the_plain_sum(
+    position: int, rows: int, dense: int, block_q: int, block_k: int, blocks: int, sink: int, window: int, sliding: int | None,
+    per_row: bool,
+) -> None:  # fmt: skip
+    config = HiPConfig(block_q=block_q, block_k=block_k, budget=blocks * block_k, sink=sink, window=window)
+    rows = min(rows, 16) if per_row else rows
+    dense, end = min(dense, rows), position + rows
+    span = Span(0, 0, end, 0, rows, position)
+    got = Blocks(config, blocks, position, end, 1 if per_row else block_q, sliding).read(position + dense)
+    assert got == plain(config, span, dense, per_row, sliding)
+    if rows:
+        assert keys_seen(position, end - 1, sliding) == plain(config, span, 0, per_row, sliding)
+
+
+@pytest.mark.parametrize("sliding", [None, 1, 60, 5000])
+def test_keys_seen_at_some_positions(sliding: int | None) -> None:
+    for at in ([], [0], [3, 64, 128, 192, 256], list(range(64, 9000, 64))):
+        assert keys_seen_at(at, sliding) == sum(keys_seen(p, p, sliding) for p in at)
+
+
+def call(module: type, tokens: int, rows: int, sliding: int | None = None, **fields: int) -> sparse.SparseAttention:
+    """A call on stand-ins without memory; the sparse path's bookkeeping looks at their shapes only."""
+    q, k = (torch.empty(1, 1, 1, 4).expand(1, 1, n, 4) for n in (rows, tokens))
+    span = Span(0, 0, tokens, 0, rows, tokens - rows)
+    return module(AttentionProblem(q, k, k, (span,), 1.0, sliding), HiPConfig(**fields), q, None, False)
+
+
+@pytest.mark.parametrize("sliding", [None, 4000])
+def test_a_million_tokens_are_counted_without_a_walk(monkeypatch: pytest.MonkeyPatch, sliding: int | None) -> None:
+    """By both backends' calls; query blocks are laid out one by one for what must be looked at singly, and no more."""
+    laid: list[int] = []
+
+    def lay(*arguments):  # type: ignore[no-untyped-def]
+        laid.append(arguments[2])
+        return make_query_block(*arguments)
+
+    one = call(backend.SparseAttention, 1 << 20, 1 << 20, sliding)
+    span = one.problem.spans[0]
+    want = plain(one.config, span, span.rows - one.config.dense_tail, False, sliding)
+    monkeypatch.setattr(reading, "make_query_block", lay)
+    monkeypatch.setattr(sparse, "make_query_block", lay)
+    one._count(span, span.rows - one.config.dense_tail, one._kept_window(span, None))
+    assert (one.reading.read, one.reading.visible) == (want, keys_seen(0, span.end - 1, sliding))
+    assert len(laid) < 20
+    corrected = delta.DeltaAttention(one.problem, HiPConfig(delta=64, delta_mode="step"), one.out, None, False)
+    plan = corrected._plan(span, None)
+    assert keys_seen_at(plan.at, sliding) == sum(keys_seen(p, p, sliding) for p in plan.at)
+
+
+@pytest.mark.parametrize("method", ["hip", "streaming"])
+def test_steps_on_a_kept_selection_count_its_window(method: str) -> None:
+    row, found, refresh = RowState(0), set(), 16
+    for tokens in range(3001, 3040):
+        one = call(backend.SparseAttention, tokens, 1, method=method, decode_refresh=refresh)
+        config, span = one.config, one.problem.spans[0]
+        window = one._kept_window(span, row)
+        one._count(span, 1, window)
+        made = 3000 + (tokens - 3001) // refresh * refresh
+        assert row.selection == Selection(None, window, made)
+        assert window == (made - config.window) // config.block_k * config.block_k
+        picked = config.budget if method == "hip" else 0
+        assert one.reading.read == config.sink + picked + tokens - window
+        assert one.reading.visible == tokens
+        found.add(window)
+    assert len(found) == 3
+    several = call(backend.SparseAttention, 3100, 3, method=method, decode_refresh=refresh)
+    assert several._kept_window(several.problem.spans[0], row) is None
+    assert row.selection is None
