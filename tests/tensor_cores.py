@@ -2,7 +2,8 @@
 
 TF32 has 11 significant bits. Triton's `tf32x3` splits fp32 operands into a TF32 number and what is left of it, and sums three
 products of these, the fourth, of both remainders, being dropped: 2^-22 of a product. The matrix units add four products at
-a time to a running sum that they cut off, not round, to fp32. Exponentials (`ex2.approx`) have 22 bits.
+a time to a running sum that they cut off, not round, to fp32. Exponentials (`ex2.approx`), and a softcap's tanh, which is
+made of them, have 22 bits.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class TensorCores(TorchDispatchMode):
             found = self._product(*args)
         elif name in (aten.addmm, aten.baddbmm, aten.baddbmm_, aten.addmm_):
             found = kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * self._product(*args[1:])
-        elif name in (aten.exp, aten._softmax):
+        elif name in (aten.exp, aten.exp_, aten.tanh, aten.tanh_, aten._softmax):
             exact = func(*args, **kwargs)
             return exact.copy_(torch.from_numpy(rounded(exact.detach().numpy(), BITS_OF_EXPONENTIALS)))
         else:

@@ -99,7 +99,7 @@ def test_query_heads_of_a_group_and_dtypes(groups: int, dtype: torch.dtype) -> N
     run(make_case(spans_of((0, 101, 101)), groups=groups, dtype=dtype))
 
 
-@pytest.mark.parametrize(("dim", "dv"), [(80, 80), (96, 64), (128, 128), (256, 256), (16, 40)])
+@pytest.mark.parametrize(("dim", "dv"), [(80, 80), (96, 64), (128, 128), (192, 128), (192, 192), (256, 256), (16, 40)])
 def test_head_dims(dim: int, dv: int) -> None:
     run(make_case(spans_of((0, 71, 71)), heads=1, dim=dim, dv=dv, window=16))
 
