@@ -28,13 +28,12 @@ def spans_of(*lengths: tuple[int, int, int]) -> list[Span]:
     return [Span(b, start, start + keys, 0, rows, keys - rows) for b, (start, keys, rows) in enumerate(lengths)]
 
 
-def same_precision(q: torch.Tensor, *dims: int) -> AbstractContextManager[Any]:
-    """In it plain PyTorch, by whose error kernels are measured, multiplies as they multiply operands like `q`: in fp32 on NVIDIA
-    GPUs by three products of TF32, everywhere else as always. `dims`: head dims."""
+def precisions(q: torch.Tensor, *dims: int) -> list[AbstractContextManager[Any]]:
+    """Ways for plain PyTorch, by whose largest error kernels are measured, to multiply operands like `q`: its own, and in fp32 on
+    NVIDIA GPUs that of the kernels, three products of TF32. `dims`: head dims."""
     on_gpu = DEVICE == "cuda" or Emulation.active
-    if on_gpu and q.dtype == torch.float32 and precision_of(q) == "tf32x3":
-        return TensorCores(dims)
-    return nullcontext()
+    tensor_cores = on_gpu and q.dtype == torch.float32 and precision_of(q) == "tf32x3"
+    return [nullcontext(), TensorCores(dims)] if tensor_cores else [nullcontext()]
 
 
 @dataclass
@@ -149,13 +148,15 @@ class Case:
         """
         fields = dict(scale=self.scale, softcap=self.fields.get("softcap"), sinks=self.fields.get("sinks"))
         exact = eager(self.q, self.k, self.v, visible, **fields)
-        with same_precision(self.q, self.q.shape[-1]):
-            plain = eager(self.q, self.k, self.v, visible, dtype=self.q.dtype, **fields)
-        real = visible.any(-1)
-        out, lse = (
-            2 * max(float((a.double() - b)[real].abs().max()), torch.finfo(dtype).eps * float(b[real].abs().max()))
-            for a, b, dtype in zip(plain, exact, (self.q.dtype, torch.float32), strict=True)
-        )
+        real, out, lse = visible.any(-1), 0.0, 0.0
+        for precision in precisions(self.q, self.q.shape[-1]):
+            with precision:
+                plain = eager(self.q, self.k, self.v, visible, dtype=self.q.dtype, **fields)
+            errors = (
+                2 * max(float((a.double() - b)[real].abs().max()), torch.finfo(dtype).eps * float(b[real].abs().max()))
+                for a, b, dtype in zip(plain, exact, (self.q.dtype, torch.float32), strict=True)
+            )
+            out, lse = map(max, (out, lse), errors)
         return out, lse
 
     def empty(self) -> tuple[torch.Tensor, torch.Tensor]:

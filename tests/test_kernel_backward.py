@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_near, eager
 from interpreter import DEVICE
-from kernel_cases import Case, make_case, same_precision, spans_of
+from kernel_cases import Case, make_case, precisions, spans_of
 
 from hip_hf.kernels.backward import Inverted, KeyTiles, Part, attention, invert
 from hip_hf.kernels.prefill import Logits, dense_reads
@@ -81,10 +81,12 @@ def run(case: Case, need_lse: bool = True) -> None:
     want = reference(case, grad_out, grad_lse)
     exact = plain(case, torch.float64, grad_out, grad_lse)
     # two PyTorch computations in the case's dtype: through the weights, and, as kernels do, from the output and lse
-    with same_precision(case.q, case.q.shape[-1], case.v.shape[-1]):
-        rough = [plain(case, case.q.dtype, grad_out, grad_lse)]
-        if case.q.dtype == torch.float32:
-            rough.append(reference(case, grad_out, grad_lse, torch.float32))
+    rough = []
+    for precision in precisions(case.q, case.q.shape[-1], case.v.shape[-1]):
+        with precision:
+            rough.append(plain(case, case.q.dtype, grad_out, grad_lse))
+            if case.q.dtype == torch.float32:
+                rough.append(reference(case, grad_out, grad_lse, torch.float32))
     for i, (name, a, b) in enumerate(zip(("q", "k", "v", "sinks"), got, want, strict=False)):
         error = max(float((grads[i].double() - exact[i]).abs().max()) for grads in rough)
         least = torch.finfo(case.q.dtype).eps * float(exact[i].abs().max())
