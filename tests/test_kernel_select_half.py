@@ -15,6 +15,7 @@ from test_kernel_select import Case, whole
 from hip_hf.config import HiPConfig
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.votes import votes_of
+from hip_hf.methods.base import QueryBlock
 from hip_hf.problem import Span
 
 pytestmark = pytest.mark.kernels
@@ -101,3 +102,34 @@ def test_votes(dtype: torch.dtype, vote: str) -> None:
             want = torch.stack(brute.votes(rows, config.query_stride, vote)[::-1], dim=1)
             found = got[s, :, n * samples : n * samples + want.shape[1]].double()
             assert ((found - want).abs() <= torch.finfo(dtype).eps * want.abs().amax(-1, keepdim=True)).all()
+
+
+@both_dtypes
+def test_half_precision_selects_what_scores_as_high(dtype: torch.dtype) -> None:
+    """Flat search, so that scores are comparable: what was kept weighs as much as the best in float64, but for rounding."""
+    config = small(representative="mean", coarsest=4, rescore=1, budget=64)
+    case = Case(config, [whole(701, 5)], dtype=dtype, needles={2: 300, 4: 500})
+    got = case.run(config.block_q)
+    plain = Case.__new__(Case)
+    plain.__dict__ |= case.__dict__ | dict(q=case.q.double(), k=case.k.double())
+    for (s, head, n), blocks in plain.expected(False).items():
+        chosen = got.indices[s, head, n, : got.counts[s, head, n]].tolist()
+        block = case.blocks(case.spans[s], False)[n]
+        scores = flat_scores(plain, head, block)
+        lost = sum(scores[i] for i in blocks) - sum(scores[i] for i in chosen)
+        halves = flat_scores(case, head, block)
+        rounding = max(abs(halves[i] - scores[i]) for i in scores)
+        assert lost <= 2 * rounding * len(blocks), (
+            f"head {head}, query block {n}: lost {lost} of {sum(scores[i] for i in blocks)}"
+        )
+        assert len(set(chosen)) == len(blocks)
+
+
+def flat_scores(case: Case, head: int, block: QueryBlock) -> dict[int, float]:
+    """Mass of every block of the middle by its mean key, computed in the tensors' own dtype."""
+    means = case.pyramid(case.spans[0]).levels[0][head, block.low : block.high].to(case.q.dtype)
+    group = case.q[0, head * case.groups : (head + 1) * case.groups]
+    rows = group[:, block.row : block.row + block.rows].transpose(0, 1)
+    votes = torch.cat(brute.votes(rows, case.config.query_stride, case.config.vote))
+    weights = torch.softmax(votes @ means.T * case.scale, dim=-1).sum(0)
+    return dict(zip(range(block.low, block.high), weights.tolist(), strict=True))

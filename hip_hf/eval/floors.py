@@ -14,6 +14,7 @@ from math import ceil, log2
 import torch
 
 from hip_hf.config import HiPConfig
+from hip_hf.kernels.prefill import rows_of
 from hip_hf.kernels.tuning import Tile, tile_of
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
@@ -49,9 +50,7 @@ class Shape:
 
     def row_tiles(self, kernel: str, block_q: int, lists: int) -> int:
         """Tiles into which `kernel` cuts the rows of a query block; each gathers its keys for itself."""
-        group = 1 << (self.query_heads // lists - 1).bit_length()
-        rows = min(self.tile(kernel).rows // group, 1 << (block_q - 1).bit_length())
-        return ceil(block_q / max(1, 16 // group, rows))
+        return ceil(block_q / rows_of(self.tile(kernel), self.query_heads // lists, block_q))
 
     def gathered(self, kernel: str, block_q: int, lists: int, keys: float) -> float:
         """Bytes of K and V that the tiles of a query block read, `keys` of them each."""
