@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from helpers import assert_near, eager, make_qkv, sparse
 from interpreter import DEVICE
+from tensor_cores import Emulation, TensorCores
 
 from hip_hf.attention import Result
 from hip_hf.config import HiPConfig
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.prefill import Logits, Reads
 from hip_hf.kernels.sequences import Sequences
+from hip_hf.kernels.tuning import precision_of
 from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference.block_sparse import attend, attend_range
@@ -23,6 +26,14 @@ from hip_hf.reference.sparse import tensors_of
 def spans_of(*lengths: tuple[int, int, int]) -> list[Span]:
     """One span per batch row from (first real key, keys, query rows): the queries are the last of the keys."""
     return [Span(b, start, start + keys, 0, rows, keys - rows) for b, (start, keys, rows) in enumerate(lengths)]
+
+
+def precisions(q: torch.Tensor, *dims: int) -> list[AbstractContextManager[Any]]:
+    """Ways for plain PyTorch, by whose largest error kernels are measured, to multiply operands like `q`: its own, and in fp32 on
+    NVIDIA GPUs that of the kernels, three products of TF32. `dims`: head dims."""
+    on_gpu = DEVICE == "cuda" or Emulation.active
+    tensor_cores = on_gpu and q.dtype == torch.float32 and precision_of(q) == "tf32x3"
+    return [nullcontext(), TensorCores(dims)] if tensor_cores else [nullcontext()]
 
 
 @dataclass
@@ -131,18 +142,21 @@ class Case:
         return out, lse
 
     def tolerances(self, visible: torch.Tensor) -> tuple[float, float]:
-        """Twice the error of plain attention in the case's own dtype, of out and of lse (fp32).
+        """Twice the error of plain attention in the case's own dtype and precision, of out and of lse (fp32).
 
         Few values may all round well by luck, so an error counts as one unit in the last place of the largest value at least.
         """
         fields = dict(scale=self.scale, softcap=self.fields.get("softcap"), sinks=self.fields.get("sinks"))
         exact = eager(self.q, self.k, self.v, visible, **fields)
-        plain = eager(self.q, self.k, self.v, visible, dtype=self.q.dtype, **fields)
-        real = visible.any(-1)
-        out, lse = (
-            2 * max(float((a.double() - b)[real].abs().max()), torch.finfo(dtype).eps * float(b[real].abs().max()))
-            for a, b, dtype in zip(plain, exact, (self.q.dtype, torch.float32), strict=True)
-        )
+        real, out, lse = visible.any(-1), 0.0, 0.0
+        for precision in precisions(self.q, self.q.shape[-1]):
+            with precision:
+                plain = eager(self.q, self.k, self.v, visible, dtype=self.q.dtype, **fields)
+            errors = (
+                2 * max(float((a.double() - b)[real].abs().max()), torch.finfo(dtype).eps * float(b[real].abs().max()))
+                for a, b, dtype in zip(plain, exact, (self.q.dtype, torch.float32), strict=True)
+            )
+            out, lse = map(max, (out, lse), errors)
         return out, lse
 
     def empty(self) -> tuple[torch.Tensor, torch.Tensor]:

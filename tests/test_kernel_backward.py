@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_near, eager
 from interpreter import DEVICE
-from kernel_cases import Case, make_case, spans_of
+from kernel_cases import Case, make_case, precisions, spans_of
 
 from hip_hf.kernels.backward import Inverted, KeyTiles, Part, attention, invert
 from hip_hf.kernels.prefill import Logits, dense_reads
@@ -81,9 +81,12 @@ def run(case: Case, need_lse: bool = True) -> None:
     want = reference(case, grad_out, grad_lse)
     exact = plain(case, torch.float64, grad_out, grad_lse)
     # two PyTorch computations in the case's dtype: through the weights, and, as kernels do, from the output and lse
-    rough = [plain(case, case.q.dtype, grad_out, grad_lse)]
-    if case.q.dtype == torch.float32:
-        rough.append(reference(case, grad_out, grad_lse, torch.float32))
+    rough = []
+    for precision in precisions(case.q, case.q.shape[-1], case.v.shape[-1]):
+        with precision:
+            rough.append(plain(case, case.q.dtype, grad_out, grad_lse))
+            if case.q.dtype == torch.float32:
+                rough.append(reference(case, grad_out, grad_lse, torch.float32))
     for i, (name, a, b) in enumerate(zip(("q", "k", "v", "sinks"), got, want, strict=False)):
         error = max(float((grads[i].double() - exact[i]).abs().max()) for grads in rough)
         least = torch.finfo(case.q.dtype).eps * float(exact[i].abs().max())
@@ -98,7 +101,7 @@ def test_query_heads_of_a_group_and_dtypes(groups: int, dtype: torch.dtype) -> N
     run(make_case(spans_of((0, 101, 101)), groups=groups, dtype=dtype))
 
 
-@pytest.mark.parametrize(("dim", "dv"), [(80, 80), (96, 64), (128, 128), (256, 256), (16, 40)])
+@pytest.mark.parametrize(("dim", "dv"), [(80, 80), (96, 64), (128, 128), (192, 128), (192, 192), (256, 256), (16, 40)])
 def test_head_dims(dim: int, dv: int) -> None:
     run(make_case(spans_of((0, 71, 71)), heads=1, dim=dim, dv=dv, window=16))
 

@@ -24,6 +24,13 @@ from hip_hf.eval.cells import Cells
 from hip_hf.eval.gpu_latency import Bench, Clock, Steps, measure
 from hip_hf.eval.latency import Plan, ours
 from hip_hf.eval.presets import sizes
+from hip_hf.kernels import prefill
+from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.backward import Part, query_gradient_arguments
+from hip_hf.kernels.prefill import Logits, dense_reads
+from hip_hf.kernels.sequences import Sequences
+from hip_hf.kernels.tuning import target_of
+from hip_hf.problem import Span
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels
@@ -205,3 +212,41 @@ def test_bad_arguments_are_named(arguments: tuple[str, str]) -> None:
 
 def test_lengths() -> None:
     assert sizes("8K, 1M,300") == [8192, 2**20, 300]
+
+
+def test_the_model_in_the_documentation_is_what_the_command_prints() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert floors.table(floors.rows(floors.LENGTHS, HiPConfig(), floors.Shape())) in page
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize(("dim", "dtype"), [(128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)])
+def test_the_model_counts_the_tiles_that_are_launched(group: int, dim: int, dtype: torch.dtype) -> None:
+    """Each tile of a query block gathers the block's keys: as many as programs of a head and query block, forward and for dQ."""
+    q, k = (torch.empty(1, heads, 128, dim, dtype=dtype, device=DEVICE) for heads in (2 * group, 2))
+    kv, sequences = KeyValues(k, k), Sequences.of([Span(0, 0, 128, 0, 128, 0)], q.device)
+    shape, lse = floors.Shape(2 * group, 2, dim, dtype.itemsize, target_of(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    for block_q in (64, 32):
+        reads = dense_reads(block_q)
+        (tiles, lists, _), _ = prefill.call_arguments(q, kv, sequences, reads, Logits(1.0), q, lse, shape.tile("prefill"))
+        assert (tiles, lists) == (sequences.blocks(block_q) * shape.row_tiles("prefill", block_q, 2), 2)
+        of_queries = (q, kv, Part(sequences, reads), Logits(1.0), q, lse, q, None, q, lse, shape.tile("backward queries"))
+        (tiles, lists, _), _ = query_gradient_arguments(*of_queries)
+        assert (tiles, lists) == (sequences.blocks(block_q) * shape.row_tiles("backward queries", block_q, 2), 2)
+
+
+def test_the_model_adds_up() -> None:
+    """By hand, for a small prompt: 4 query heads on 2 key heads of 16 numbers in 2 bytes, query blocks of 16 rows."""
+    shape = floors.Shape(4, 2, 16, 2)
+    assert shape.row_tiles("prefill", 16, 2) == 1
+    config = small(dense_tail=0)  # sink 4, budget 16, window 16, and the block's own 16
+    one = floors.prefill(320, config, shape)
+    assert one.flops == 4 * 320 * 4 * 52 * 16
+    assert one.bytes == 20 * 2 * 52 * 2 * 16 * 2 + 2 * 320 * 4 * 16 * 2
+    with_tail = floors.prefill(320, small(dense_tail=64), shape)
+    assert with_tail.flops == 4 * 4 * 16 * (256 * 52 + 64 * 320)
+    assert with_tail.bytes == 16 * 2 * 52 * 64 + 1 * 2 * 320 * 64 + 2 * 320 * 128
+    votes = floors.selection(320, config, shape).bytes - floors.selection(320, small(vote="sampled"), shape).bytes
+    assert votes == 320 * 128 * (1 + 1 / 2)  # all of q is read, and half as many votes are written; sampled rows are only read
+    a_head = floors.prefill(320, small(dense_tail=0, group_shared=False), shape)
+    assert a_head.bytes - one.bytes == 20 * 2 * 52 * 2 * 16 * 2  # two selections of a key head are two gathers

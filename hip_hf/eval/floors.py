@@ -1,34 +1,60 @@
 """Prints the analytical model of the GPU kernels (`docs/performance.md`): FLOPs, bytes, and the least time of each step.
 
-python benchmarks/floors.py [--lengths 8192,131072] [--json]
+python -m hip_hf.eval.floors [--lengths 8192,131072] [--key-heads 4] [--settings '{"rescore": 4}'] [--json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import ceil, log2
 
+import torch
+
 from hip_hf.config import HiPConfig
+from hip_hf.kernels.prefill import rows_of
+from hip_hf.kernels.tuning import Tile, tile_of
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
 GPUS = {"H200": (989.0, 4.8), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
+TARGETS = {"H200": "sm90", "A100": "sm80", "RTX 4090": "sm89"}
 LENGTHS = (8192, 32768, 131072, 1 << 20)
+# Rows of a query block where all keys are read (`kernels.prefill.dense_reads`).
+DENSE_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention layer: query and key heads, head dim, bytes of an element."""
+    """One attention layer: query and key heads, head dim, bytes of an element; `target`: whose launch configurations count."""
 
     query_heads: int = 32
     key_heads: int = 8
     dim: int = 128
     size: int = 2
+    target: str = TARGETS["H200"]
 
     @property
-    def groups(self) -> int:
-        return self.query_heads // self.key_heads
+    def row(self) -> int:
+        """Bytes of a query row of all heads."""
+        return self.query_heads * self.dim * self.size
+
+    def lists(self, config: HiPConfig) -> int:
+        """Selections of a query block."""
+        return self.key_heads if config.group_shared else self.query_heads
+
+    def tile(self, kernel: str) -> Tile:
+        dtype = torch.float32 if self.size == torch.float32.itemsize else torch.bfloat16
+        return tile_of(kernel, self.target, self.dim, self.dim, dtype)
+
+    def row_tiles(self, kernel: str, block_q: int, lists: int) -> int:
+        """Tiles into which `kernel` cuts the rows of a query block; each gathers its keys for itself."""
+        return ceil(block_q / rows_of(self.tile(kernel), self.query_heads // lists, block_q))
+
+    def gathered(self, kernel: str, block_q: int, lists: int, keys: float) -> float:
+        """Bytes of K and V that the tiles of a query block read, `keys` of them each."""
+        return self.row_tiles(kernel, block_q, lists) * lists * keys * 2 * self.dim * self.size
 
 
 @dataclass(frozen=True)
@@ -45,8 +71,12 @@ class Cost:
         return Cost(self.flops * count, self.bytes * count)
 
     def milliseconds(self, gpu: str) -> float:
-        teraflops, terabytes = GPUS[gpu]
-        return 1e3 * max(self.flops / (teraflops * 1e12), self.bytes / (terabytes * 1e12))
+        _, terabytes = GPUS[gpu]
+        return max(self.products(gpu), 1e3 * self.bytes / (terabytes * 1e12))
+
+    def products(self, gpu: str) -> float:
+        """Milliseconds of the matrix products alone: what is left if every gather is served by a cache."""
+        return 1e3 * self.flops / (GPUS[gpu][0] * 1e12)
 
 
 def levels(tokens: int, config: HiPConfig) -> int:
@@ -56,8 +86,9 @@ def levels(tokens: int, config: HiPConfig) -> int:
 
 
 def search(tokens: int, rows: int, config: HiPConfig, shape: Shape) -> Cost:
-    """Selection for one query block of `rows` voting rows and one key head."""
-    votes, candidates = rows * shape.groups, 2 * config.beam * config.budget // config.block_k
+    """One selection of a query block of `rows` voting rows, all votes of which fit into one tile."""
+    votes = rows * shape.query_heads // shape.lists(config)
+    candidates = 2 * config.beam * config.budget // config.block_k
     summaries = levels(tokens, config) * min(candidates, tokens // config.block_k)
     exact = min(config.rescore * config.budget, tokens) if config.rescore > 1 else 0
     flops = votes * (4 * summaries + 2 * exact) * shape.dim
@@ -65,10 +96,14 @@ def search(tokens: int, rows: int, config: HiPConfig, shape: Shape) -> Cost:
 
 
 def selection(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
-    """Selection of a whole prompt; its pyramid reads K once."""
+    """Selection of a whole prompt. Its pyramid reads K once; votes that stand for several rows are made of all of q."""
     rows = ceil(config.block_q / config.query_stride)
-    pyramid = Cost(0, tokens * shape.key_heads * shape.dim * shape.size * (1 + 4 / config.block_k))
-    return search(tokens, rows, config, shape).times(tokens / config.block_q * shape.key_heads) + pyramid
+    pyramid = tokens * shape.key_heads * shape.dim * shape.size * (1 + 4 / config.block_k)
+    votes = tokens / config.query_stride * shape.row
+    if config.vote != "sampled" and config.query_stride > 1:
+        votes += tokens * shape.row + votes
+    searches = tokens / config.block_q * shape.lists(config)
+    return search(tokens, rows, config, shape).times(searches) + Cost(0, pyramid + votes)
 
 
 def keys_read(tokens: int, config: HiPConfig) -> float:
@@ -76,29 +111,41 @@ def keys_read(tokens: int, config: HiPConfig) -> float:
     return min(config.sink + config.budget + config.window + config.block_q, tokens)
 
 
+def tail(tokens: int, config: HiPConfig) -> int:
+    """The last rows of a prompt, which read every key."""
+    return min(config.dense_tail, tokens)
+
+
+def by_rows(kernel: str, tokens: int, config: HiPConfig, shape: Shape, products: int, rows_moved: int) -> Cost:
+    """A kernel that goes through the keys of each query block, sparse rows and dense tail: `products` of a row and a key,
+    `rows_moved` times the bytes of all query rows."""
+    keys, dense = keys_read(tokens, config), tail(tokens, config)
+    pairs = (tokens - dense) * keys + dense * tokens
+    gather = (tokens - dense) / config.block_q * shape.gathered(kernel, config.block_q, shape.lists(config), keys)
+    gather += dense / DENSE_BLOCK * shape.gathered(kernel, DENSE_BLOCK, shape.key_heads, tokens)
+    return Cost(2 * products * pairs * shape.query_heads * shape.dim, gather + rows_moved * tokens * shape.row)
+
+
 def prefill(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
-    """Sparse attention of a prompt, forward: two products."""
-    keys = keys_read(tokens, config)
-    rows = 2 * tokens * shape.query_heads * shape.dim * shape.size  # q and out
-    gather = tokens / config.block_q * shape.key_heads * keys * 2 * shape.dim * shape.size
-    return Cost(4 * tokens * shape.query_heads * keys * shape.dim, rows + gather)
+    """Attention of a prompt, forward: two products; q and out."""
+    return by_rows("prefill", tokens, config, shape, products=2, rows_moved=2)
 
 
 def backward(tokens: int, config: HiPConfig, shape: Shape, shared: float = 2.0) -> Cost:
-    """Three products for dQ, four for dK and dV. `shared`: key blocks selected of each tile of four that is touched."""
-    keys, row = keys_read(tokens, config), shape.query_heads * shape.dim * shape.size
-    by_query = Cost(6 * tokens * shape.query_heads * keys * shape.dim, prefill(tokens, config, shape).bytes + 3 * tokens * row)
-    wide = keys + min(config.budget, tokens) * (4 / shared - 1)  # rows meet whole tiles
-    read = tokens * wide / (4 * config.block_k) * row * 2  # q and dO, once a tile
-    by_key = Cost(8 * tokens * shape.query_heads * wide * shape.dim, read)
-    return by_query + by_key
+    """Three products for dQ, four for dK and dV. `shared`: key blocks selected of each tile of keys that is touched."""
+    by_query = by_rows("backward queries", tokens, config, shape, products=3, rows_moved=4)  # q, dO, O, dQ
+    per_tile, dense = max(1, shape.tile("backward keys").keys // config.block_k), tail(tokens, config)
+    wide = keys_read(tokens, config) + min(config.budget, tokens) * (per_tile / shared - 1)  # rows meet whole tiles
+    pairs = (tokens - dense) * wide + dense * tokens
+    read = pairs / (per_tile * config.block_k) * shape.row * 2  # q and dO, once a tile
+    return by_query + Cost(8 * pairs * shape.query_heads * shape.dim, read)
 
 
 def decode(tokens: int, config: HiPConfig, shape: Shape, refresh: int) -> Cost:
     """One step of one sequence, a selection serving `refresh` steps."""
-    keys = min(config.sink + config.budget + config.window, tokens)
-    attend = Cost(4 * shape.query_heads * keys * shape.dim, shape.key_heads * keys * 2 * shape.dim * shape.size)
-    return attend + search(tokens, 1, config, shape).times(shape.key_heads / refresh)
+    keys, lists = min(config.sink + config.budget + config.window, tokens), shape.lists(config)
+    attend = Cost(4 * shape.query_heads * keys * shape.dim, shape.gathered("decode", 1, lists, keys))
+    return attend + search(tokens, 1, config, shape).times(lists / refresh)
 
 
 def dense_prefill(tokens: int, shape: Shape) -> Cost:
@@ -111,40 +158,53 @@ def dense_decode(tokens: int, shape: Shape) -> Cost:
 
 
 def rows(lengths: tuple[int, ...], config: HiPConfig, shape: Shape) -> list[dict[str, float | int | str]]:
-    """One row per step and length: TFLOP, GB, and milliseconds at least on each GPU."""
-    steps = {
-        "prefill: selection": lambda t: selection(t, config, shape),
-        "prefill: attention": lambda t: prefill(t, config, shape),
-        "prefill: dense": lambda t: dense_prefill(t, shape),
-        "backward": lambda t: backward(t, config, shape),
-        "backward: dense": lambda t: dense_prefill(t, shape).times(2.5),
-        "decode, amortised": lambda t: decode(t, config, shape, config.decode_refresh),
-        "decode, refreshed each step": lambda t: decode(t, config, shape, 1),
-        "decode: dense": lambda t: dense_decode(t, shape),
+    """One row per step and length: TFLOP, GB (both with the launch configurations of `shape`), and milliseconds at least on
+    each GPU, with its own. "prefill" is selection and attention, one after the other."""
+    steps: dict[str, Callable[[int, Shape], list[Cost]]] = {
+        "prefill": lambda t, s: [selection(t, config, s), prefill(t, config, s)],
+        "prefill: selection": lambda t, s: [selection(t, config, s)],
+        "prefill: attention": lambda t, s: [prefill(t, config, s)],
+        "prefill: dense": lambda t, s: [dense_prefill(t, s)],
+        "backward": lambda t, s: [backward(t, config, s)],
+        "backward: dense": lambda t, s: [dense_prefill(t, s).times(2.5)],
+        "decode, amortised": lambda t, s: [decode(t, config, s, config.decode_refresh)],
+        "decode, refreshed each step": lambda t, s: [decode(t, config, s, 1)],
+        "decode: dense": lambda t, s: [dense_decode(t, s)],
     }
     found = []
     for name, step in steps.items():
         for tokens in lengths:
-            cost = step(tokens)
-            times = {gpu: cost.milliseconds(gpu) for gpu in GPUS}
-            found.append({"step": name, "tokens": tokens, "TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9, **times})
+            cost = sum(step(tokens, shape), Cost(0, 0))
+            on = {gpu: step(tokens, replace(shape, target=TARGETS[gpu])) for gpu in GPUS}
+            times = {gpu: sum(part.milliseconds(gpu) for part in parts) for gpu, parts in on.items()}
+            spent = {"TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9, "H200 products": cost.products("H200")}
+            found.append({"step": name, "tokens": tokens, **spent, **times})
     return found
+
+
+def table(found: list[dict[str, float | int | str]]) -> str:
+    """`rows` as Markdown."""
+    lines = [f"| step | tokens | TFLOP | GB | {' | '.join(f'{gpu}, ms' for gpu in GPUS)} | H200, products alone, ms |"]
+    lines.append("|---" * (5 + len(GPUS)) + "|")
+    for row in found:
+        cells = [row["step"], f"{row['tokens']:,}", *(f"{row[name]:.3g}" for name in ("TFLOP", "GB", *GPUS, "H200 products"))]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
+    parser.add_argument("--key-heads", type=int, default=Shape.key_heads, choices=[1, 2, 4, 8, 16, 32], help="of 32 query heads")
+    parser.add_argument("--settings", type=json.loads, default={}, help="HiPConfig's fields as JSON")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    found = rows(tuple(map(int, given.lengths.split(","))), HiPConfig(), Shape())
+    shape = Shape(key_heads=given.key_heads)
+    found = rows(tuple(map(int, given.lengths.split(","))), HiPConfig.from_dict(given.settings), shape)
     if given.json:
         print(json.dumps(found, indent=1))
         return
-    print(f"| step | tokens | TFLOP | GB | {' | '.join(f'{gpu}, ms' for gpu in GPUS)} |")
-    print("|---" * (4 + len(GPUS)) + "|")
-    for row in found:
-        cells = [row["step"], f"{row['tokens']:,}", *(f"{row[name]:.3g}" for name in ("TFLOP", "GB", *GPUS))]
-        print(f"| {' | '.join(map(str, cells))} |")
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from hip_hf.kernels.backend import DeviceState, decode_step
 from hip_hf.kernels.prefill import Logits
 from hip_hf.kernels.search import select
 from hip_hf.kernels.sequences import Sequences
+from hip_hf.kernels.tuning import target_of
 from hip_hf.problem import AttentionProblem, Span, make_spans
 
 LENGTHS = [8192 * 2**i for i in range(8)]  # 8K to 1M
@@ -134,7 +135,8 @@ class Bench:
 
     @property
     def shape(self) -> floors.Shape:
-        return floors.Shape(self.plan.heads, self.plan.kv_heads, self.plan.head_dim, DTYPES[self.dtype].itemsize)
+        heads, size = (self.plan.heads, self.plan.kv_heads, self.plan.head_dim), DTYPES[self.dtype].itemsize
+        return floors.Shape(*heads, size, target_of(torch.empty(0, device=self.device)))
 
     def call(self, run: Run) -> Timed:
         return Timed(run, self.clock)
