@@ -28,7 +28,7 @@ def forwards(model: PreTrainedModel) -> list[Any]:
 
 
 def attention(model: PreTrainedModel) -> list[Any]:
-    return [module for module in model.modules() if base.PATCHER in module.__dict__]
+    return [module for module in model.modules() if base.patched(module) is not None]
 
 
 @pytest.fixture
@@ -224,8 +224,9 @@ def test_state_dict_deepcopy_and_save(tmp_path: Any) -> None:
     assert list(model.state_dict()) == names
     expected = logits(model, batch)
     other = copy.deepcopy(model)
+    assert len(attention(other)) == 2
     for module in attention(other):
-        assert module.forward.__self__ is module
+        assert module.forward.module is module
     model.lm_head.weight.data.zero_()
     assert torch.equal(logits(other, batch), expected)
     other.save_pretrained(tmp_path)
