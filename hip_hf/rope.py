@@ -172,6 +172,15 @@ class Positions:
             distance[block.row : block.row + block.rows] = (at - block.window + 1).clamp(max=self.trained - 1)
         return self.rope.queries(q, distance.to(q.device), self.trained)
 
+    def chunk_angles(
+        self, ids: torch.Tensor, end: torch.Tensor, farthest: int, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chunk-indexed selection: cosine and sine `[..., P, M, R / 2]` by which chunks `ids` `[..., P, M]` are turned back, a
+        position for each chunk up to the window, which begins at chunk `end` `[P]`; at most `farthest`."""
+        cos, sin = self.rope.tables(self.trained, like.dtype, like.device)
+        back = (end[:, None] - 1 - ids).clamp(min=0, max=farthest)
+        return cos[back], sin[back]
+
 
 def farthest_chunk(positions: Positions, config: HiPConfig) -> int:
     """Chunk-indexed selection: from this chunk on, counted back from the window, all are equally far."""
