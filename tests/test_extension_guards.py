@@ -267,3 +267,17 @@ def test_unpatch_leaves_a_model_without_a_patcher_alone() -> None:
     model = build(StableLmConfig(**SMALL), extend="streaming")
     hip_hf.unpatch(model)
     assert model.config.hip["extend"] == "streaming"
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_gaps_in_position_ids(patched: bool) -> None:
+    """As the README says: patched layers count keys; turned back, a gap stays one."""
+    model, batch = build(LlamaConfig(**SMALL), budget=104, extend="streaming"), make_batch([60])
+    if not patched:
+        turning_back(model)
+    gap = torch.cat([torch.arange(30), torch.arange(50, 80)])[None]
+    got = logits(model, batch, position_ids=gap)
+    model.set_attn_implementation("eager")
+    with_gap, without = (logits(model, batch, position_ids=ids) for ids in (gap, torch.arange(60)[None]))
+    assert not torch.allclose(with_gap, without, atol=1e-2)
+    same(got, without if patched else with_gap)
