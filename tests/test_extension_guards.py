@@ -281,3 +281,15 @@ def test_gaps_in_position_ids(patched: bool) -> None:
     with_gap, without = (logits(model, batch, position_ids=ids) for ids in (gap, torch.arange(60)[None]))
     assert not torch.allclose(with_gap, without, atol=1e-2)
     same(got, without if patched else with_gap)
+
+
+def test_the_guard_breaks_no_graph() -> None:
+    """It is around the updates of every cache in the process, those of models that attend otherwise included."""
+    model = build(LlamaConfig(**SMALL))
+    model.set_attn_implementation("sdpa")
+    cache, step = StaticCache(config=model.config, max_cache_len=TRAINED), {"input_ids": torch.tensor([[5]])}
+    logits(model, make_batch([60]), past_key_values=cache)
+    at = torch.tensor([[60]])
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    got = logits(whole, step, past_key_values=copy.deepcopy(cache), position_ids=at)
+    same(got, logits(model, step, past_key_values=cache, position_ids=at))
