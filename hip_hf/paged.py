@@ -46,7 +46,7 @@ class BlockTable:
         known = 0 if self._tensor is None or self._tensor.device != device else len(self._tensor)
         if known < len(self.pages) or self._tensor is None:
             with torch.inference_mode(False):
-                new = to_device(torch.tensor(self.pages[known:], dtype=torch.long), device)
+                new = to_device(torch.tensor(self.pages[known:], dtype=torch.long, device="cpu"), device)
                 self._tensor = new if known == 0 or self._tensor is None else torch.cat([self._tensor, new])
         return self._tensor
 

@@ -45,6 +45,10 @@ class Rope:
         self.scaling = float(scaling)
         self._tables: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def __reduce__(self) -> tuple[type[Rope], tuple[torch.Tensor, float]]:
+        """Copies and pickles make their tables anew."""
+        return Rope, (self.inv_freq, self.scaling)
+
     @property
     def dim(self) -> int:
         """Numbers of a head that turn."""
@@ -57,7 +61,7 @@ class Rope:
         if known is None or len(known[0]) < count:
             most = max(FEWEST_POSITIONS, 1 << (count - 1).bit_length())
             with torch.inference_mode(False), torch.no_grad():  # they outlive the mode they are made in
-                angles = torch.arange(most, dtype=torch.float64)[:, None] * self.inv_freq.double()
+                angles = torch.arange(most, dtype=torch.float64, device="cpu")[:, None] * self.inv_freq.double()
                 known = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
             self._tables[key] = known
         return known
@@ -80,7 +84,7 @@ class Rope:
     def unrotated(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """What the model rotated to the consecutive positions from `first` on, `[..., n, D]`, turned back."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        position = torch.arange(first, first + x.shape[-2], dtype=torch.float64)
+        position = torch.arange(first, first + x.shape[-2], dtype=torch.float64, device="cpu")
         angles = position[:, None] * self.inv_freq.double()  # no table: positions grow with the context
         cos, sin = angles.cos().to(x.device, dtype), angles.sin().to(x.device, dtype)
         out = turn(x.to(dtype), cos, sin, back=True)
@@ -162,11 +166,20 @@ class Positions:
 
     def voting(self, q: torch.Tensor, blocks: list[QueryBlock]) -> torch.Tensor:
         """Queries `[..., rows, D]` as they select: so far from un-rotated keys as each is from the last key before its window."""
-        distance = torch.zeros(q.shape[-2], dtype=torch.long)
+        distance = torch.zeros(q.shape[-2], dtype=torch.long, device="cpu")
         for block in blocks:
-            at = torch.arange(block.first, block.last + 1)
+            at = torch.arange(block.first, block.last + 1, device="cpu")
             distance[block.row : block.row + block.rows] = (at - block.window + 1).clamp(max=self.trained - 1)
         return self.rope.queries(q, distance.to(q.device), self.trained)
+
+    def chunk_angles(
+        self, ids: torch.Tensor, end: torch.Tensor, farthest: int, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chunk-indexed selection: cosine and sine `[..., P, M, R / 2]` by which chunks `ids` `[..., P, M]` are turned back, a
+        position for each chunk up to the window, which begins at chunk `end` `[P]`; at most `farthest`."""
+        cos, sin = self.rope.tables(self.trained, like.dtype, like.device)
+        back = (end[:, None] - 1 - ids).clamp(min=0, max=farthest)
+        return cos[back], sin[back]
 
 
 def farthest_chunk(positions: Positions, config: HiPConfig) -> int:

@@ -250,7 +250,7 @@ def test_selection_in_decode() -> None:
 def test_a_covering_budget_is_dense_attention_within_the_trained_length(method: str, tokens: int) -> None:
     config = small(**{**EXTENDED, "budget": 128, "window": 128}, method=method)
     q, k, v = make_qkv(tokens)
-    where = positions(512, True, scaling=1.1)
+    where = positions(512, scaling=1.1)
     got = hip_attention(q, k, v, config=config, positions=where)
     at = torch.arange(tokens)
     angles = at[:, None] * where.rope.inv_freq
@@ -280,8 +280,9 @@ def test_as_exact_as_the_model_in_its_dtype(method: str, dtype: torch.dtype) -> 
     assert_near(got, want, 2 * float((plain - want).abs().max()))
 
 
-@pytest.mark.parametrize("chunk_indexed", [True, False])
-@pytest.mark.parametrize("method", ["hip", "staged", "streaming"])
+@pytest.mark.parametrize(
+    ("method", "chunk_indexed"), [("hip", True), ("hip", False), ("staged", True), ("staged", False), ("streaming", False)]
+)
 def test_padding_chunks_and_steps_change_nothing(method: str, chunk_indexed: bool) -> None:
     """A padded row, a prompt in chunks and steps with kept state give what one call gives."""
     config = small(**EXTENDED, method=method, decode_refresh=1)

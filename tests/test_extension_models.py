@@ -32,6 +32,7 @@ from transformers import (
 
 import hip_hf
 from hip_hf.integration import positions
+from hip_hf.patches import base
 
 TRAINED = 128
 ROPES = {
@@ -76,6 +77,13 @@ def extended(family: str, **fields: Any) -> PreTrainedModel:
     return model
 
 
+def turning_back(model: PreTrainedModel) -> None:
+    """A model of a patched family, extended as those without a patcher are."""
+    for module in model.modules():
+        base.unpatch_layer(module)
+    assert not attention(model)
+
+
 def positions_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
@@ -114,7 +122,7 @@ def test_every_kind_of_rope(kind: str, patched: bool, monkeypatch: pytest.Monkey
     expected = logits(make_model("llama", "eager"), batch)
     model = extended("llama", budget=104)
     if not patched:
-        hip_hf.unpatch(model)
+        turning_back(model)
     same(logits(model, batch), expected)
     own, rope = model.model.rotary_emb, positions.rope_of(model.config)
     assert torch.equal(own.inv_freq, rope.inv_freq)
@@ -129,8 +137,7 @@ def test_keys_turned_back_are_the_keys_before_rotation(family: str, method: str)
     model = extended(family, method=method)
     assert attention(model)
     expected = logits(model, batch)
-    hip_hf.unpatch(model)
-    assert not attention(model)
+    turning_back(model)
     same(logits(model, batch), expected, 1e-3)
 
 

@@ -7,12 +7,10 @@ prompts); the last page is copied before one of them continues it.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,10 +20,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from hip_hf.cache.offload import OFFLOADS, OffloadedStore, Statistics, statistics
 from hip_hf.cache.pool import PAGE, PagePool
 from hip_hf.integration.cache import KIND, Stateful
-from hip_hf.integration.positions import UNROTATED, extends, mixed_keys, rope_of
+from hip_hf.integration.positions import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
-from hip_hf.integration.undo import take_back
+from hip_hf.integration.undo import all_or_none
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
+from hip_hf.rope import Rope
 
 # Up to 5.12 `crop` takes the length to keep (or minus the number of tokens to remove); 0 empties the cache.
 _CROP_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
@@ -53,6 +52,7 @@ class PagedLayer(Stateful, DynamicLayer):
         self.tables: list[BlockTable] = []
         self.length = 0
         self.unrotated = False  # whether the keys are as they were before RoPE
+        self.rope: Rope | None = None  # of the model, once keys have had to be turned back
         super().__init__()
 
     # `keys` and `values` are attributes of other layers; here they are gathered when asked for.
@@ -142,7 +142,10 @@ class PagedLayer(Stateful, DynamicLayer):
         are not patched are turned back."""
         kept = getattr(keys, UNROTATED, None)
         if kept is None and extends(self.config) and attends_by_us(self.config):
-            keys, kept = rope_of(self.config).unrotated(keys, self.length), True
+            if self.rope is None:
+                check_extension(read_settings(self.config), self.config)
+                self.rope = rope_of(self.config, keys.shape[-1])
+            keys, kept = self.rope.unrotated(keys, self.length), True
         if self.length and bool(kept) != self.unrotated:
             raise mixed_keys(bool(kept))
         return keys, bool(kept)
@@ -296,30 +299,20 @@ class HiPCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to one layer. If there is no memory for that, the layers before it give up their new tokens as well.
+        """Append to one layer. If that fails, the layers before it give up their new tokens as well.
 
         Raises:
-            ValueError: there is no memory, and a sliding layer before it has forgotten what it held.
+            MemoryError, ValueError: as `PagedLayer.update`; and where a sliding layer before it has forgotten what it held.
         """
-        with self._all_or_none(layer_idx, key_states.shape[2]):
+        with all_or_none(self, layer_idx, key_states.shape[2], MemoryError, ValueError):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Append to one paged layer, as `update` does, for a caller who does not ask for the rest."""
         layer: Any = self.layers[layer_idx]
         layer.check(key_states, value_states)
-        with self._all_or_none(layer_idx, key_states.shape[2]):
+        with all_or_none(self, layer_idx, key_states.shape[2], MemoryError):
             layer.append(key_states, value_states)
-
-    @contextlib.contextmanager
-    def _all_or_none(self, layer_idx: int, rows: int) -> Iterator[None]:
-        try:
-            yield
-        except MemoryError as error:
-            lengths: list[Any] = [getattr(layer, "get_seq_length", lambda: None)() for layer in self.layers]
-            if lengths[layer_idx] is not None and lengths[layer_idx] + rows in lengths[:layer_idx]:
-                take_back(self, rows, layer_idx, None, error)
-            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HiPCache:
         """A copy with pages of its own; the model's config stays the model's."""

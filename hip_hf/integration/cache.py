@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import DynamicCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
+from hip_hf.integration.positions import UNROTATED, check_cache
 from hip_hf.integration.settings import attends_by_us
 from hip_hf.paged import PagedTensor
 from hip_hf.state import DecodeState
@@ -94,8 +95,27 @@ def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
     return object.__new__(cls)
 
 
+def _guard_updates() -> None:
+    """Let no cache mix keys with and without rotation (context extension): those without are marked, by patched layers."""
+    update = Cache.update
+    if update.__name__ == "hip_update":
+        return
+
+    def hip_update(self: Any, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        unrotated = getattr(key_states, UNROTATED, False)
+        if unrotated or hasattr(self, UNROTATED):
+            from hip_hf.integration.undo import all_or_none  # which knows the layers above
+
+            with all_or_none(self, layer_idx, key_states.shape[2], ValueError):
+                check_cache(self, layer_idx, unrotated)
+        return update(self, key_states, value_states, layer_idx, *args, **kwargs)
+
+    Cache.update = hip_update  # type: ignore[method-assign]
+
+
 def install() -> None:
-    """Let caches made from a model's config be the ones above."""
+    """Let caches made from a model's config be the ones above, and all caches keep to one kind of keys."""
+    _guard_updates()
     mapping = getattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING", None)
     if mapping is not None and mapping.get("full_attention") is StaticLayer:
         mapping["full_attention"] = HiPStaticLayer

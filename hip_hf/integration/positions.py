@@ -66,45 +66,54 @@ def check_extension(settings: HiPConfig, config: Any) -> None:
         positions.check(settings.for_layer(layer))
 
 
-_ropes: dict[tuple[type, str, int], Rope] = {}
+_ropes: dict[tuple[bytes, float], Rope] = {}  # by the frequencies themselves: nothing else tells them apart for sure
 
 
-def rope_of(config: Any) -> Rope:
-    """The rotation of models with this text config, from the rotary embedding of their modeling file. The same object for all
-    layers of such models, for its tables.
+def rope_of(config: Any, head_dim: int | None = None) -> Rope:
+    """The rotation of models with this text config, from the rotary embedding of their modeling file, which is made anew: not
+    for every step. The same object for all that rotate alike, for its tables. `head_dim`: of what is to be turned.
 
     Raises:
-        ValueError: the file has none, or several.
+        ValueError: the config is of no model of Transformers, the file has no such class, or several, or it turns more numbers
+            than a head has.
     """
-    key = (type(config), repr(config.rope_parameters), config.max_position_embeddings)
-    if key not in _ropes:
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-        source = sys.modules[MODEL_MAPPING[type(config)].__module__]
-        found = [kind for name, kind in vars(source).items() if name.endswith("RotaryEmbedding") and isinstance(kind, type)]
-        if len(found) != 1:
-            raise ValueError(f"extend: {source.__name__} has {len(found)} rotary embeddings, allowed: one")
-        with torch.device("cpu"):
-            embedding: Any = found[0](config)
-        _ropes[key] = Rope(embedding.inv_freq, embedding.attention_scaling)
-    return _ropes[key]
+    known = next((kind for kind in type(config).__mro__ if kind in MODEL_MAPPING), None)
+    if known is None:
+        raise ValueError(f"extend: got a model with {type(config).__name__}, allowed: configs of Transformers' own models")
+    source = sys.modules[MODEL_MAPPING[known].__module__]
+    found = [kind for name, kind in vars(source).items() if name.endswith("RotaryEmbedding") and isinstance(kind, type)]
+    if len(found) != 1:
+        raise ValueError(f"extend: {source.__name__} has {len(found)} rotary embeddings, allowed: one")
+    with torch.device("cpu"):
+        embedding: Any = found[0](config)
+    rope = Rope(embedding.inv_freq, embedding.attention_scaling)
+    if head_dim is not None and rope.dim > head_dim:
+        raise ValueError(f"config: got a RoPE that turns {rope.dim} numbers of a head, allowed: up to its layers' {head_dim}")
+    return _ropes.setdefault((rope.inv_freq.numpy().tobytes(), rope.scaling), rope)
 
 
 def positions_of(module: Any, settings: HiPConfig) -> Positions:
-    """How the calls of an attention layer place queries and keys. Its tables are those of all layers of such models."""
+    """How the calls of an attention layer place queries and keys. Its tables are those of all layers of such models.
+
+    Raises:
+        ValueError: the model cannot be extended so, or its config is of longer heads than the layer has.
+    """
     kept = module.__dict__.get("_hip_positions")
     if kept is not None and kept[0] is settings:
         return kept[1]
     config = module.config
     check_extension(settings, config)
     layer = getattr(module, "layer_idx", None) or 0
-    positions = Positions(rope_of(config), config.max_position_embeddings, layer < CHUNK_INDEXED_LAYERS)
+    positions = Positions(rope_of(config, module.head_dim), config.max_position_embeddings, layer < CHUNK_INDEXED_LAYERS)
     module.__dict__["_hip_positions"] = (settings, positions)
     return positions
 
 
 def check_cache(cache: Any, layer: int, unrotated: bool) -> None:
-    """Note what kind of keys a layer of a cache gets from now on.
+    """Note what kind of keys a layer of a cache gets from now on. Asked at every update of a cache that ever got keys without
+    rotation, whichever layer of whichever model, patched or not, updates it (`integration/cache.py`).
 
     Raises:
         ValueError: it holds keys of the other kind.

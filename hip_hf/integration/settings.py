@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 from torch import nn
@@ -29,18 +30,28 @@ def read_settings(config: Any) -> HiPConfig:
 
 
 _valid: dict[str, Any] | None = None  # the last settings that were found to be so
+# the last that extend the context, with the model's config that they suit
+_fitting: tuple[weakref.ref[Any], dict[str, Any] | None] | None = None
 
 
 def check_config(config: Any) -> None:
-    """Raise ValueError, before a forward has touched anything, for a model config with invalid settings or with outputs that
-    we cannot give. Settings are parsed only when they are not the last ones that were."""
-    global _valid
+    """Raise ValueError, before a forward has touched anything, for a model config with invalid settings, with `extend` for a
+    model that cannot, or with outputs that we cannot give. Settings are looked at only when they are not the last ones that
+    were."""
+    global _valid, _fitting
     if getattr(config, "output_attentions", False):
         raise ValueError(NO_ATTENTIONS)
     raw = getattr(config, "hip", None)
-    if raw is not None and raw != _valid:
+    if raw is None:
+        return
+    if raw != _valid:
         read_settings(config)
         _valid = copy.deepcopy(dict(raw))
+    if raw.get("extend") is not None and (_fitting is None or _fitting[0]() is not config or _fitting[1] != raw):
+        from hip_hf.integration.positions import check_extension
+
+        check_extension(read_settings(config), config)
+        _fitting = weakref.ref(config), _valid
 
 
 def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> HiPConfig:
@@ -59,7 +70,7 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
             Nothing has changed then.
     """
     from hip_hf.integration.positions import check_extension
-    from hip_hf.patches.registry import patch_if_extended
+    from hip_hf.patches.registry import layers_to_extend, patch_layers
 
     target = text_config(model)
     if config is not None and not isinstance(config, HiPConfig):
@@ -74,8 +85,9 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
             if layer >= count:
                 raise ValueError(f"layer: got {layer}, allowed: 0 to {count - 1}, the layers of this model")
     check_extension(settings, target)
+    patched = [] if settings.extend is None else layers_to_extend(model)
     target.hip = settings.to_dict()
-    patch_if_extended(model)
+    patch_layers(patched)
     return settings
 
 

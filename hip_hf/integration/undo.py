@@ -7,9 +7,10 @@ other, it is looked up in the layer's own forward, which has it as a variable.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,6 +48,23 @@ def _cache_of(module: nn.Module) -> Cache | None:
                     return getattr(value, "self_attention_cache", value)  # of an encoder-decoder model
         frame = frame.f_back
     return None
+
+
+@contextlib.contextmanager
+def all_or_none(cache: Cache, layer_idx: int, rows: int, *errors: type[Exception]) -> Iterator[None]:
+    """Around what appends `rows` tokens to a layer of a cache: where that raises one of `errors`, the layers before it give up
+    their new tokens as well.
+
+    Raises:
+        ValueError: one of them has forgotten what it held before.
+    """
+    try:
+        yield
+    except errors as error:
+        lengths: list[Any] = [getattr(layer, "get_seq_length", lambda: None)() for layer in cache.layers]
+        if lengths[layer_idx] is not None and lengths[layer_idx] + rows in lengths[:layer_idx]:
+            take_back(cache, rows, layer_idx, None, error)
+        raise
 
 
 def take_back(

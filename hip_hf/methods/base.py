@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.paged import KeyRows
     from hip_hf.problem import Span
+    from hip_hf.rope import Positions
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Selector(Protocol):
 
     With an attribute `reads_pages` that is true, `bind` and the pyramid may get `PagedKeys`; else a cache in pages is gathered.
     With an attribute `extends` that is true, it works under context extension: `bind` then gets keys that are not rotated, and q
-    rotated as if all keys were just outside the window. What it binds may have `chunk_indexed(positions)` (`rope.py`).
+    rotated as if all keys were just outside the window. What it binds has `chunk_indexed(positions)`, the same for the first
+    layers, where chunks count their distance from the window (`rope.py`); `Unplaced` where nothing depends on that.
     """
 
     budget: int
@@ -98,6 +100,13 @@ class Selector(Protocol):
 
     def bind(self, q: torch.Tensor, keys: KeyRows, pyramid: Any, scale: float, softcap: float | None) -> Bound:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query block's middle."""
+
+
+class Unplaced:
+    """What bound rules share that look at no chunks, which could be placed."""
+
+    def chunk_indexed(self, positions: Positions) -> Any:
+        return self
 
 
 class Unsummarised:

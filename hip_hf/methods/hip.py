@@ -271,9 +271,7 @@ class TreeSearch:
     def _angles(self, ids: torch.Tensor, end: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine `[heads, P, M, R / 2]` by which chunks are turned back: a position for each chunk up to the window."""
         assert self.positions is not None
-        cos, sin = self.positions.rope.tables(self.positions.trained, like.dtype, like.device)
-        back = (end[:, None] - 1 - ids).clamp(min=0, max=farthest_chunk(self.positions, self.config))
-        return cos[back], sin[back]
+        return self.positions.chunk_angles(ids, end, farthest_chunk(self.positions, self.config), like)
 
     def _scores(
         self, heads: slice, level: int, features: torch.Tensor, ids: torch.Tensor, end: torch.Tensor, invalid: torch.Tensor

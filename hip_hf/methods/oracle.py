@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock, Unsummarised, squash
+from hip_hf.methods.base import QueryBlock, Unplaced, Unsummarised, squash
 from hip_hf.methods.hip import aggregate, best
 
 if TYPE_CHECKING:
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 class Selector(Unsummarised):
     """Scores every key of the middle, for every row (no sampling), by its share of the whole attention."""
 
-    extends = True  # every key then counts as just outside the window, the nearer ones too
+    extends = True  # every key then counts as just outside the window, the nearer ones too, in all layers
 
     def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Exhaustive:
         return Exhaustive(self.config, q, keys, scale, softcap)
 
 
 @dataclass(frozen=True)
-class Exhaustive:
+class Exhaustive(Unplaced):
     config: HiPConfig
     q: torch.Tensor
     keys: torch.Tensor

@@ -15,7 +15,7 @@ search. Nothing is summarised, so there is no pyramid; the first stage costs O(T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,11 @@ import torch
 from hip_hf.methods.base import QueryBlock
 from hip_hf.methods.hip import NO_CHUNK, aggregate, best
 from hip_hf.reference.workers import compute_dtype, scratch
+from hip_hf.rope import farthest_chunk, turn
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
+    from hip_hf.rope import Positions
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,12 @@ class StagedSearch:
     keys: torch.Tensor
     scale: float
     softcap: float | None
+    positions: Positions | None = None  # chunk-indexed, where the context is extended
+
+    def chunk_indexed(self, positions: Positions) -> StagedSearch:
+        """The search in which a chunk that is `n` chunks of its stage before the window counts as `n` keys farther away, all of
+        its keys alike."""
+        return replace(self, positions=positions)
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         """Sorted block indices `[heads, S, len(blocks), budget / block_k]`."""
@@ -174,7 +182,7 @@ class StagedSearch:
             else:
                 before = self.stages[i - 1].chunk // block_k
                 ids, missing = self._cut(results[-1].flatten(1, 2), before // size, first, end, -(-low // before), high // before)
-            scores = self._score(heads, blocks, stage, ids, missing)
+            scores = self._score(heads, blocks, stage, ids, missing, end)
             ids = best(scores, ids.masked_fill(missing, NO_CHUNK), stage.keep // stage.chunk).sort(dim=-1).values
             results.append(ids.unflatten(1, (shares, len(blocks))))
         return results
@@ -205,29 +213,45 @@ class StagedSearch:
         return (q.transpose(1, 2).flatten(2, 3) if self.config.group_shared else q.flatten(1, 2)).contiguous()
 
     def _score(
-        self, heads: slice, blocks: list[QueryBlock], stage: Stage, ids: torch.Tensor, missing: torch.Tensor
+        self,
+        heads: slice,
+        blocks: list[QueryBlock],
+        stage: Stage,
+        ids: torch.Tensor,
+        missing: torch.Tensor,
+        end: torch.Tensor,
     ) -> torch.Tensor:
-        """Scores `[heads, P, M]` of chunks by the best key that the descent meets."""
+        """Scores `[heads, P, M]` of chunks by the best key that the descent meets; `end` `[P]`: the chunk after the last one."""
         q, size = self._rows(heads, blocks, stage.query_stride), stage.chunk
+        angles = None
+        if self.positions is not None:
+            angles = self.positions.chunk_angles(ids, end, farthest_chunk(self.positions, self.config), q)
         at = ids.masked_fill(missing, 0) * size
         seen = None
         for _ in range(descent(stage, self.halvings)):
             size //= 2
             both = torch.stack([at, at + size], dim=-1)
-            logits = self._logits(heads, q, (both + size // 2).flatten(-2))
+            logits = self._logits(heads, q, (both + size // 2).flatten(-2), angles)
             nowhere = missing.repeat_interleave(2, -1)
             scores = aggregate(logits.clone(), self.config.score, self.softcap, nowhere).unflatten(-1, (-1, 2))
             at = torch.where(scores[..., 1] > scores[..., 0], both[..., 1], both[..., 0])
             better = logits.unflatten(-1, (-1, 2)).amax(-1)
             seen = better if seen is None else torch.maximum(seen, better)
         if seen is None:
-            seen = self._logits(heads, q, at + size // 2)
+            seen = self._logits(heads, q, at + size // 2, angles)
         return aggregate(seen, self.config.score, self.softcap, missing)
 
-    def _logits(self, heads: slice, q: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Logits `[heads, P, R, n]` of the voting rows for the keys at `position` `[heads, P, n]`."""
+    def _logits(
+        self, heads: slice, q: torch.Tensor, position: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """Logits `[heads, P, R, n]` of the voting rows for the keys at `position` `[heads, P, n]`, one or two of each chunk;
+        `angles` `[heads, P, M, R / 2]`: by which each chunk's keys are turned back."""
         keys = self.keys[heads]
         picked = scratch.take("picked", (*position.shape, keys.shape[-1]), keys)
         for head in range(len(keys)):
             torch.index_select(keys[head], 0, position[head].flatten(), out=picked[head].flatten(0, 1))
-        return q @ picked.to(q.dtype).transpose(2, 3)
+        picked = picked.to(q.dtype)
+        if angles is not None:
+            cos, sin = (x.repeat_interleave(position.shape[2] // x.shape[2], 2) for x in angles)
+            picked = turn(picked, cos, sin, back=True, out=scratch.take("turned", picked.shape, picked))
+        return q @ picked.transpose(2, 3)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock, Unsummarised
+from hip_hf.methods.base import QueryBlock, Unplaced, Unsummarised
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -40,7 +40,7 @@ class Selector(Unsummarised):
 
 
 @dataclass(frozen=True)
-class Latest:
+class Latest(Unplaced):
     """The last `budget` blocks of every middle."""
 
     shares: int

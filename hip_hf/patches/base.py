@@ -2,14 +2,14 @@
 
 A patched layer hands q and k to our attention before RoPE when the settings extend the context, and otherwise does what
 the original does, to the bit. Nothing is read from the interface's tables in between. Weights, submodules and parameters stay
-where they are; the only change to a layer is the function in its `forward`.
+where they are; the only change to a layer is what is called as its `forward` (and as its replica is made, for `nn.DataParallel`).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -18,11 +18,11 @@ from torch import nn
 
 from hip_hf.integration.interface import NAMES, attention_forward
 from hip_hf.integration.next_token import next_token
-from hip_hf.integration.positions import UNROTATED, check_cache, extended
+from hip_hf.integration.positions import UNROTATED, extended
 from hip_hf.integration.settings import layer_settings
 
-# In a patched layer's `__dict__`: its patcher, and the forward of its own that it had (accelerate's, another patch), or None.
-PATCHER, ORIGINAL = "_hip_patcher", "_hip_original"
+# Method of a module by which `nn.DataParallel` copies it.
+REPLICATE = "_replicate_for_data_parallel"
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,39 @@ def by_heads(module: Any, x: torch.Tensor) -> torch.Tensor:
     return x.view(*x.shape[:-1], -1, module.head_dim)
 
 
+@dataclass(eq=False)
+class PatchedForward:
+    """What stands for the forward of the layer `module`. `original`: the one that it had of its own (accelerate's, another
+    patch), None if that was its class's.
+
+    An object, since a bound method comes back from a pickle as the class's own.
+    """
+
+    module: nn.Module
+    patcher: Patcher
+    original: Callable[..., Any] | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return forward(self.module, self, *args, **kwargs)
+
+
+@dataclass(eq=False)
+class Replicate:
+    """Copies the layer `module` for another device: the copy's forward is of the copy."""
+
+    module: nn.Module
+
+    def __call__(self) -> Any:
+        replica: Any = type(self.module)._replicate_for_data_parallel(self.module)
+        ours = self.module.__dict__.get("forward")
+        if isinstance(ours, PatchedForward):
+            replica.__dict__["forward"] = replace(ours, module=replica)
+        return replica
+
+
 def forward(
     self: Any,
+    ours: PatchedForward,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_mask: torch.Tensor | None = None,
@@ -55,11 +86,11 @@ def forward(
     """The forward of a patched attention layer: hidden states `[B, T, hidden size]` -> the same, and None.
 
     Raises:
-        ValueError: the cache was filled under other settings of `extend`, or what `attention_forward` raises.
+        ValueError: what `attention_forward` raises, or the cache's `update`.
     """
     name = (self.config._attn_implementation or "").removeprefix("paged|")
     if name not in NAMES:
-        call = self.__dict__[ORIGINAL] or MethodType(type(self).forward, self)
+        call = ours.original or MethodType(type(self).forward, self)
         return call(
             hidden_states,
             position_embeddings=position_embeddings,
@@ -67,9 +98,8 @@ def forward(
             past_key_values=past_key_values,
             **kwargs,
         )
-    patcher: Patcher = self.__dict__[PATCHER]
-    query, key, value = patcher.project(self, hidden_states)
-    sliding = patcher.sliding_window(self)
+    query, key, value = ours.patcher.project(self, hidden_states)
+    sliding = ours.patcher.sliding_window(self)
     unrotated = extended(self, sliding)
     if not unrotated:
         assert position_embeddings is not None
@@ -82,7 +112,6 @@ def forward(
         if step is not None:
             return self.o_proj(step.reshape(*hidden_states.shape[:-1], -1)), None
     if past_key_values is not None:
-        check_cache(past_key_values, self.layer_idx, unrotated)
         key, value = past_key_values.update(key, value, self.layer_idx)
     out, _ = attention_forward(
         self,
@@ -105,26 +134,34 @@ def _slot(module: nn.Module) -> str:
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
+def patched(module: nn.Module) -> PatchedForward | None:
+    """What a layer's forward is replaced by; None if it is not."""
+    ours = module.__dict__.get(_slot(module))
+    return ours if isinstance(ours, PatchedForward) else None
+
+
 def patch_layer(module: nn.Module, patcher: Patcher) -> None:
     """Replace the forward of one attention layer. Harmless when called again."""
-    if PATCHER in module.__dict__:
+    if patched(module) is not None:
         return
     slot = _slot(module)
     own = module.__dict__.get(slot)
     plain = isinstance(own, MethodType) and own.__func__ is type(module).forward  # accelerate's copy of the class's own
-    module.__dict__[PATCHER] = patcher
-    module.__dict__[ORIGINAL] = None if plain else own
-    module.__dict__[slot] = MethodType(forward, module)
+    module.__dict__[slot] = PatchedForward(module, patcher, None if plain else own)
+    module.__dict__[REPLICATE] = Replicate(module)
 
 
-def unpatch_layer(module: nn.Module) -> None:
-    """Give one attention layer back the forward it had. Harmless where nothing was patched."""
-    if module.__dict__.pop(PATCHER, None) is None:
-        return
-    slot, own = _slot(module), module.__dict__.pop(ORIGINAL)
+def unpatch_layer(module: nn.Module) -> bool:
+    """Give one attention layer back the forward it had. Harmless where nothing was patched; whether something was."""
+    ours = patched(module)
+    if ours is None:
+        return False
+    slot, own = _slot(module), ours.original
     if own is None and slot == "_old_forward":
         own = MethodType(type(module).forward, module)
     if own is None:
         del module.__dict__[slot]
     else:
         module.__dict__[slot] = own
+    module.__dict__.pop(REPLICATE, None)
+    return True

@@ -15,4 +15,8 @@ def project(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return q, k, v
 
 
-PATCHERS = {"llama": Patcher("LlamaAttention", project, lambda module: None)}
+def sliding_window(module: Any) -> None:
+    """None: no layer slides."""
+
+
+PATCHERS = {"llama": Patcher("LlamaAttention", project, sliding_window)}

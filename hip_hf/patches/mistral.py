@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hip_hf.patches.base import Patcher
 from hip_hf.patches.llama import project
 
-PATCHERS = {"mistral": Patcher("MistralAttention", project, lambda module: getattr(module.config, "sliding_window", None))}
+
+def sliding_window(module: Any) -> int | None:
+    """The model's, None if it has none."""
+    return getattr(module.config, "sliding_window", None)
+
+
+PATCHERS = {"mistral": Patcher("MistralAttention", project, sliding_window)}

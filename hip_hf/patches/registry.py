@@ -31,7 +31,7 @@ BEFORE = "_hip_before"
 
 @dataclass(frozen=True)
 class Before:
-    """The model's attention name and settings (`config.hip`, None if there were none) before `patch`."""
+    """The attention's name and the settings (`config.hip`, None if there were none) of the model's text part before `patch`."""
 
     implementation: str | None
     settings: dict[str, Any] | None
@@ -59,8 +59,8 @@ def add_patcher(model_type: str, patcher: Patcher) -> None:
     _FAMILIES[model_type] = patcher
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The attention layers that the model's family patches.
+def _layers(model: nn.Module) -> list[tuple[nn.Module, Patcher]]:
+    """The attention layers of the model, with the patcher of its family.
 
     Raises:
         ValueError: the family has no patcher, or the model has no such layers.
@@ -74,25 +74,32 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     layers = [module for module in model.modules() if type(module).__name__ == patcher.attention]
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without {patcher.attention}, allowed: Transformers' own {kind}")
-    return layers
+    return [(layer, patcher) for layer in layers]
 
 
-def patch_layers(model: nn.Module) -> None:
-    """Replace the forwards of the model's attention layers and nothing else. Raises ValueError as `patch` does."""
+def patch_layers(layers: list[tuple[nn.Module, Patcher]]) -> None:
+    """Replace the forwards of attention layers, and nothing else."""
     from hip_hf.patches.base import patch_layer
 
-    layers = _layers(model)
-    patcher = patcher_for(text_config(model).model_type)
-    assert patcher is not None
-    for layer in layers:
+    for layer, patcher in layers:
         patch_layer(layer, patcher)
+
+
+def set_attention(model: nn.Module, name: str) -> None:
+    """Let the model's text part, and no other part of it, attend by `name`."""
+    target = text_config(model)
+    if target._attn_implementation == name:
+        return
+    config: Any = model.config
+    part = next((key for key in config.sub_configs if getattr(config, key, None) is target), "")
+    model.set_attn_implementation({part: name})  # type: ignore[operator]
 
 
 def patch(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> None:
     """Replace the attention forwards of a loaded model by ours; it attends by `hip` from then on.
 
     With `extend=None` logits are the same to the bit as with `attn_implementation="hip"`. Patching twice is harmless: forwards
-    stay, settings are set anew. Weights, hooks, adapters and `state_dict` are not touched.
+    stay, settings are set anew. Weights, hooks, adapters and `state_dict` are not touched, nor are parts besides the text's.
 
     Args:
         model: a Transformers model of one of the families in `hip_hf.patches.registry.families()`.
@@ -107,36 +114,42 @@ def patch(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> N
     if config is not None or fields:
         configure(model, config, **fields)
     if not attends_by_us(target):
-        model.set_attn_implementation("hip")  # type: ignore[operator]
-    patch_layers(model)
-    for layer in layers:  # where `unpatch` finds it, whichever part of the model it is given
+        set_attention(model, "hip")
+    patch_layers(layers)
+    for layer, _ in layers:  # where `unpatch` finds it, whichever part of the model it is given
         layer.__dict__.setdefault(BEFORE, before)
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo `patch`: forwards, the attention's name and the settings are again as they were before. Harmless a second time."""
+    """Give a model its own forwards back, whether `patch`, `configure(extend=...)` or its loading replaced them. The attention's
+    name and the settings are again as they were before `patch`, but for `extend`, which is None then: what extended the
+    context was the patch. Harmless a second time, and for a model that is not patched."""
     from hip_hf.patches.base import unpatch_layer
 
-    before = None
+    before, patched = None, False
     for module in model.modules():
         before = module.__dict__.pop(BEFORE, before)
-        unpatch_layer(module)
-    if before is None:
+        patched |= unpatch_layer(module)
+    if before is None and not patched:
         return
     target = text_config(model)
-    if before.settings is None:
+    settings = getattr(target, "hip", None) if before is None else before.settings
+    if settings is None:
         target.__dict__.pop("hip", None)
     else:
-        target.hip = before.settings
-    if before.implementation is not None and target._attn_implementation != before.implementation:
-        model.set_attn_implementation(before.implementation)  # type: ignore[operator]
+        target.hip = {**settings, "extend": None} if settings.get("extend") is not None else settings
+    if before is not None and before.implementation is not None:
+        set_attention(model, before.implementation)
 
 
-def patch_if_extended(model: nn.Module) -> None:
-    """Patch a model whose settings extend the context, if its family has a patcher. It may attend by us later on."""
-    config = text_config(model)
-    if config.model_type in _FAMILIES and extends(config):
-        patch_layers(model)
+def layers_to_extend(model: nn.Module) -> list[tuple[nn.Module, Patcher]]:
+    """The layers to patch for settings that extend the context, none where the family has no patcher. The model may attend by
+    us later on.
+
+    Raises:
+        ValueError: the model has not the layers of its family.
+    """
+    return _layers(model) if text_config(model).model_type in _FAMILIES else []
 
 
 def install() -> None:
@@ -148,7 +161,7 @@ def install() -> None:
     def hip_post_init(self: Any) -> None:
         made(self)
         configs = [self.config, *(getattr(self.config, name, None) for name in self.config.sub_configs)]
-        if any(getattr(config, "hip", None) is not None for config in configs):
-            patch_if_extended(self)
+        if any(getattr(config, "hip", None) is not None for config in configs) and extends(text_config(self)):
+            patch_layers(layers_to_extend(self))
 
     PreTrainedModel.post_init = hip_post_init  # type: ignore[method-assign]

@@ -129,8 +129,7 @@ class SparseAttention:
         if positions is None:
             return self.selector.bind(t.q, keys, pyramid, t.scale, t.softcap)
         bound = self.selector.bind(positions.voting(t.q, blocks), keys, pyramid, t.scale, t.softcap)
-        indexed = positions.chunk_indexed and hasattr(bound, "chunk_indexed")
-        return bound.chunk_indexed(positions) if indexed else bound
+        return bound.chunk_indexed(positions) if positions.chunk_indexed else bound
 
     # Prefill: units of (key head, a few query blocks), spread over the workers.
 
