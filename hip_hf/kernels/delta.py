@@ -134,7 +134,7 @@ class DeltaAttention(delta.DeltaAttention):
         if any(span.rows for span in spans):
             sequences, starts = sequences_of(spans, self.out.device), None
             if self.interpolating:
-                starts = to_device(torch.tensor([lead or 0 for lead in leads], dtype=torch.int32), self.out.device)
+                starts = to_device(torch.tensor([lead or 0 for lead in leads], dtype=torch.int32, device="cpu"), self.out.device)
             grid, arguments = spread_arguments(self.out, self.lse, change, change_lse, sequences, starts, gamma)
             spread_kernel[grid](**arguments)
         kept: list[Correction | None] = []

@@ -52,7 +52,7 @@ class Sequences:
         """
         spans = list(spans)
         rows = [[s.batch, s.key_start, s.row_start, s.rows, s.position] for s in spans]
-        table = to_device(torch.tensor(rows, dtype=torch.int32).view(-1, len(FIELDS)).t().contiguous(), device)
+        table = to_device(torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, len(FIELDS)).t().contiguous(), device)
         return Sequences(table, max((s.rows for s in spans), default=0), max((s.end for s in spans), default=0))
 
 
