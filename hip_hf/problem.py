@@ -39,6 +39,11 @@ class Span:
         """One past the position of the last query row; keys from here on are in nobody's sight."""
         return self.position + self.rows
 
+    def part(self, first: int, end: int) -> Span:
+        """The span with its query rows at positions `first` to `end - 1` only."""
+        row = self.row_start + first - self.position
+        return Span(self.batch, self.key_start, self.key_end, row, row + end - first, first)
+
 
 @dataclass(frozen=True)
 class AttentionProblem:

@@ -17,7 +17,7 @@ from test_kernel_paged import token_major
 
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
-from hip_hf.kernels import backend, decode, dense, prefill
+from hip_hf.kernels import decode, dense, prefill
 from hip_hf.kernels.table import TILES
 from hip_hf.problem import Span
 from hip_hf.reference import dense as reference
@@ -130,8 +130,8 @@ def test_scratch_is_for_the_tails_alone(ends: tuple[int, int], monkeypatch: pyte
 
 @pytest.mark.parametrize(("rows", "kept"), [(1, False), (4, False), (4, True), (16, True)])
 def test_a_few_rows_split_their_keys(rows: int, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    splits, original = [], backend.decode
-    monkeypatch.setattr(backend, "decode", lambda *args: splits.append(args[5].out.shape[0]) or original(*args))
+    splits, original = [], decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *args: splits.append(args[5].out.shape[0]) or original(*args))
     tensors = make_qkv(150, rows)
     results = [call(*tensors, small(backend=name), DecodeState() if kept else None) for name in ("triton", "torch")]
     assert_near(results[0].out.cpu(), results[1].out.cpu(), NEAR)

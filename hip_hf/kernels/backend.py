@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
+from hip_hf.attention import sparse_reach
 from hip_hf.kernels import search
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.backward import Part, attention
-from hip_hf.kernels.decode import Scratch, decode, splits_for
+from hip_hf.kernels.decode import Scratch, decode, decode_once, splits_for
 from hip_hf.kernels.dense import dense_rows, keys_of, logits_of, sequences_of
 from hip_hf.kernels.prefill import Logits, Reads, dense_reads, prefill
 from hip_hf.kernels.pyramid import KeyPyramid
@@ -68,7 +69,7 @@ class DeviceState:
                 pyramid = KeyPyramid(config, q.shape[0], k.shape[1], q.shape[3], capacity, k.dtype, k.device)
             selection = Selection.empty(config, q.shape[0], mask_heads(config, problem), 1, q.device, keep=True)
             one = q[:, :, :1]
-            reach = config.sink + config.budget + config.window + config.decode_refresh
+            reach = sparse_reach(config) + config.decode_refresh
             return DeviceState(pyramid, selection, Scratch.make(splits_for(one, k.shape[1], q.shape[0], reach), one, v.shape[3]))
 
     @property
@@ -246,10 +247,7 @@ class SparseAttention(sparse.SparseAttention):
             self.lse = None if self.lse is None else lse
             return
         if self.decoding:
-            reach = config.sink + config.budget + config.window
-            splits = splits_for(problem.q, problem.k.shape[1], len(spans), reach, self.sequences.max_rows)
-            scratch = Scratch.make(splits, problem.q, problem.v.shape[3])
-            decode(problem.q, self.kv, self.sequences, reads, self.logits, scratch, self.out, self.lse)
+            decode_once(problem.q, self.kv, self.sequences, reads, self.logits, sparse_reach(config), self.out, self.lse)
             return
         prefill(problem.q, self.kv, parts[0].sequences, parts[0].reads, self.logits, self.out, self.lse)
         if len(parts) > 1:
@@ -265,10 +263,8 @@ class SparseAttention(sparse.SparseAttention):
             return (Part(self.sequences, reads),)
         device, head, tail = self.problem.q.device, [], []
         for span, first in zip(spans, self._tails(spans), strict=True):
-            at = span.row_start + first
-            ends = (span.batch, span.key_start, span.key_end)
-            head.append(Span(*ends, span.row_start, at, span.position))
-            tail.append(Span(*ends, at, span.row_end, span.position + first))
+            head.append(span.part(span.position, span.position + first))
+            tail.append(span.part(span.position + first, span.end))
         return (Part(sequences_of(tuple(head), device), reads), Part(sequences_of(tuple(tail), device), dense_reads()))
 
     def _note_all(self, spans: tuple[Span, ...], selection: Selection) -> None:

@@ -129,6 +129,21 @@ def decode(
     combine_kernel[grid](**arguments)
 
 
+def decode_once(
+    q: torch.Tensor,
+    kv: KeyValues,
+    sequences: Sequences,
+    reads: Reads,
+    logits: Logits,
+    keys: int,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """`decode` where no scratch is kept, of rows that read up to `keys` keys."""
+    splits = splits_for(q, kv.heads, sequences.count, keys, sequences.max_rows, reads.block_q)
+    decode(q, kv, sequences, reads, logits, Scratch.make(splits, q, kv.v.shape[-1]), out, lse)
+
+
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     """What `hip-hf kernels` compiles."""
     tile = tile_of("decode", target, dim, dim, dtype)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from hip_hf.kernels.backend import attention_for
 from hip_hf.kernels.compiled import Launch
-from hip_hf.kernels.decode import Scratch, decode, splits_for
+from hip_hf.kernels.decode import decode_once
 from hip_hf.kernels.dense import dense_rows, keys_of, logits_of, sequences_of
 from hip_hf.kernels.examples import example
 from hip_hf.kernels.prefill import dense_reads, strided_rows
@@ -106,7 +106,7 @@ class DeltaAttention(delta.DeltaAttention):
         if problem.q.shape[2] == 1:
             out, lse = (x[span.batch] for x in self._first_rows([span]))
         else:
-            rows, shape = sequences_of((part(span, at[0], at[-1] + 1),), self.out.device), (1, problem.q.shape[1], len(at))
+            rows, shape = sequences_of((span.part(at[0], at[-1] + 1),), self.out.device), (1, problem.q.shape[1], len(at))
             outs = torch.empty(*shape, self.out.shape[3], dtype=torch.float32, device=self.out.device)
             lses = torch.empty(shape, dtype=torch.float32, device=self.out.device)
             strided_rows(problem.q, keys_of(problem), rows, logits_of(problem), self.gamma, outs, lses)
@@ -128,7 +128,7 @@ class DeltaAttention(delta.DeltaAttention):
             self._anchors(plans, aligned, change, change_lse)
         used = [lead is not None or bool(at) for lead, at in zip(leads, aligned, strict=True)]
         spans = tuple(
-            part(plan.span, plan.span.position, plan.end if some else plan.span.position)
+            plan.span.part(plan.span.position, plan.end if some else plan.span.position)
             for plan, some in zip(plans, used, strict=True)
         )
         if any(span.rows for span in spans):
@@ -176,16 +176,15 @@ class DeltaAttention(delta.DeltaAttention):
         out = torch.empty(*q.shape[:3], self.out.shape[3], dtype=torch.float32, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         rows = tuple(Span(span.batch, span.key_start, span.key_end, 0, 1, span.position) for span in spans)
-        scratch = Scratch.make(splits_for(q, problem.k.shape[1], len(rows), problem.longest), q, out.shape[3])
-        kv = keys_of(problem)
-        decode(q, kv, sequences_of(rows, q.device), dense_reads(1), logits_of(problem), scratch, out, lse)
+        sequences = sequences_of(rows, q.device)
+        decode_once(q, keys_of(problem), sequences, dense_reads(1), logits_of(problem), problem.longest, out, lse)
         return out, lse
 
     def _anchors(self, plans: list[Plan], aligned: list[list[int]], change: torch.Tensor, change_lse: torch.Tensor) -> None:
         """The differences at the positions `aligned`, into slots 1, 2, ...: one launch for all of them."""
         problem, gamma, out, lse = self.problem, self.gamma, self.out, self.lse
         spans = tuple(
-            part(plan.span, at[0], at[-1] + 1) if at else part(plan.span, plan.span.position, plan.span.position)
+            plan.span.part(at[0], at[-1] + 1) if at else plan.span.part(plan.span.position, plan.span.position)
             for plan, at in zip(plans, aligned, strict=True)
         )
         step = problem.q.shape[2] == 1  # its keys are many, so they are split over the device
@@ -200,12 +199,6 @@ class DeltaAttention(delta.DeltaAttention):
                 change[s, :, 1:], change_lse[s, :, 1:] = one[span.batch], one_lse[span.batch]
             change[s, :, 1 : 1 + len(at)] -= out[span.batch, :, rows]
             change_lse[s, :, 1 : 1 + len(at)] -= lse[span.batch, :, rows]
-
-
-def part(span: Span, first: int, end: int) -> Span:
-    """The span with its query rows at positions `first` to `end - 1` only."""
-    row = span.row_start + first - span.position
-    return Span(span.batch, span.key_start, span.key_end, row, row + end - first, first)
 
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:

@@ -51,11 +51,7 @@ def dense_rows(
 ) -> None:
     """The rows from `tails` on of each span, densely, their keys split over the device: they are few and their keys are many."""
     q, reads = problem.q, dense_reads()
-    left = [
-        Span(s.batch, s.key_start, s.key_end, s.row_start + at, s.row_end, s.position + at)
-        for s, at in zip(spans, tails, strict=True)
-        if at < s.rows
-    ]
+    left = [span.part(span.position + at, span.end) for span, at in zip(spans, tails, strict=True) if at < span.rows]
     most = max(span.rows for span in left)
     splits = splits_for(q, problem.k.shape[1], len(left), problem.longest, most, reads.block_q)
     if splits == 1:

@@ -12,11 +12,12 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from hip_hf.attention import sparse_reach
 from hip_hf.config import HiPConfig
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.backend import run
 from hip_hf.kernels.backward import Part, gradients
-from hip_hf.kernels.decode import Scratch, decode, splits_for
+from hip_hf.kernels.decode import decode_once
 from hip_hf.kernels.prefill import Logits, Reads, dense_reads, prefill
 from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.search import Selection
@@ -125,10 +126,8 @@ def attend(
             for part in parts:
                 prefill(q, kv, part.sequences, part.reads, logits, out, lse)
         else:  # few rows are one part, and their keys are many
-            reads, fields = parts[0].reads, settings(config)
-            keys = k.shape[2] if block_q == 0 else fields.sink + fields.budget + fields.window
-            scratch = Scratch.make(splits_for(q, k.shape[1], q.shape[0], keys, q.shape[2], reads.block_q), q, v.shape[3])
-            decode(q, kv, parts[0].sequences, reads, logits, scratch, out, lse)
+            keys = k.shape[2] if block_q == 0 else sparse_reach(settings(config))
+            decode_once(q, kv, parts[0].sequences, parts[0].reads, logits, keys, out, lse)
     return out, lse
 
 
