@@ -15,7 +15,7 @@ from hip_hf.eval import fidelity, passkey, perplexity, plots, report
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.curves import AT
 from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, check_length, digest, load_to_measure
-from hip_hf.eval.presets import HELP, OWN, parse_choice, settings_of, sizes
+from hip_hf.eval.presets import HELP, over_budgets, parse_choice, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 
 MEASURES = ("fidelity", "perplexity", "passkey")
@@ -135,14 +135,7 @@ def main(
     """Compare methods or settings on one checkpoint, every layer and row sparse unless settings say otherwise."""
     try:
         chosen = parse_choice(measures, MEASURES, "--measures")
-        several = sizes(budgets)
-        configs = {}
-        for budget in several:
-            for name, config in settings_of(
-                settings, tokens=tokens, checkpoint=model, budget=budget, sink=sink, window=window
-            ).items():
-                alone = len(several) == 1 or not captures(config) or name == OWN  # the same at every budget
-                configs[name if alone else f"{name}{AT}{budget}"] = config
+        configs = over_budgets(settings, sizes(budgets), tokens=tokens, checkpoint=model, sink=sink, window=window)
         targets = Targets(json, output, plot, report_file)
         if "perplexity" in chosen:
             perplexity.Plan(configs, tokens, prompts, chunk=tokens)
