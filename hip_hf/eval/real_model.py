@@ -7,11 +7,11 @@ once and kept as an ordinary fp32 checkpoint.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def fetch(folder: Path = FOLDER) -> bool:
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder: got {str(folder)!r}, which holds no complete model, allowed: a new or empty folder")
-    if importlib.util.find_spec("gguf") is None:
+    if find_spec("gguf") is None:
         raise SystemExit("gguf is missing: pip install 'hip-hf[eval]'")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.absolute().parent) as name:
