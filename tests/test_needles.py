@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from test_passkey import SMALL, TEXT, byte_tokenizer, refused, run, save_checkpoint
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from typer.testing import CliRunner
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval import needles
@@ -270,3 +272,15 @@ def test_budgets_are_in_the_names_where_there_are_several() -> None:
     assert list(several) == ["dense", "defaults @ 64", "defaults @ 128"]
     assert [config.budget for name, config in several.items() if name != "dense"] == [64, 128]
     assert list(over_budgets(["dense", "defaults"], [64])) == ["dense", "defaults"]
+
+
+def test_windows_that_overlap_are_told(tmp_path: Path, threads: Any) -> None:
+    threads(1)
+    model, text = save_checkpoint(tmp_path)
+    app = typer.Typer()
+    app.command()(needles.main)
+    given = [model, "--documents", text, "--facts", "1", "--settings", "dense", "--lengths", "1200", "--prompts"]
+    for prompts, told in (("2", False), ("3", True)):
+        result = CliRunner().invoke(app, [*given, prompts])
+        assert result.exit_code == 0, result.output
+        assert ("windows of the 3 prompts overlap" in " ".join(result.stderr.split())) == told

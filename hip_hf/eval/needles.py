@@ -358,6 +358,11 @@ def main(
         raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, _ = load_to_measure(model, device, "", dtype)
     tokens = {name: tokenizer.encode(text, add_special_tokens=False, verbose=False) for name, text in texts.items()}
+    for name, ids in tokens.items():
+        if prompts * max(counts) > len(ids):
+            report.notes.print(
+                f"{name} has {len(ids):,} tokens: the windows of the {prompts} prompts overlap, with other facts each"
+            )
 
     with cells, report.progress() as progress:
         task = progress.add_task("prompts", total=plan.cells(len(texts)))
