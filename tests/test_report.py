@@ -15,7 +15,7 @@ from browser import broken_links, visit
 from test_passkey import SMALL, refused, run, save_checkpoint
 from typer.testing import CliRunner
 
-from hip_hf.eval import bundle, compare, fidelity, latency, passkey, perplexity, report
+from hip_hf.eval import bundle, compare, fidelity, latency, needles, passkey, perplexity, report
 from hip_hf.eval.curves import AT
 
 SETTINGS = ["--settings", "dense", "--settings", json.dumps(SMALL)]
@@ -23,6 +23,7 @@ BLOCKS = json.dumps({name: value for name, value in SMALL.items() if name.starts
 # Small runs of the commands that measure; of `memory`, which starts processes, a document made by hand.
 RUNS: dict[str, tuple[Any, list[str], bool]] = {
     "passkey": (passkey, ["--lengths", "256", "--depths", "2", "--samples", "1", *SETTINGS], True),
+    "needles": (needles, ["--lengths", "400", "--prompts", "1", "--facts", "2", *SETTINGS], True),
     "perplexity": (perplexity, ["--tokens", "512", *SETTINGS], True),
     "fidelity": (fidelity, ["--tokens", "512", "--facts", "1", "--prompts", "1", *SETTINGS[2:]], True),
     "compare": (
@@ -72,7 +73,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
     model, text = save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     found = {}
     for name, (command, arguments, reads) in RUNS.items():
-        given = [model, "--document", text, *arguments] if reads else arguments
+        given = [model, "--documents" if command is needles else "--document", text, *arguments] if reads else arguments
         files = ["--output", str(folder / f"{name}.json"), "--report", str(folder / f"{name}.html")]
         found[name] = (folder / f"{name}.json", run(command.main, *given, *files))
     torch.set_num_threads(before)
@@ -121,6 +122,9 @@ def test_compare_has_a_row_for_each_setting(saved: dict[str, tuple[Path, dict[st
     assert all(0 < row["mass"] < 1 and row["perplexity"] > 1 for name, row in rows.items() if name != "dense")
     assert rows[f"streaming{AT}32"]["mass"] < rows[f"streaming{AT}64"]["mass"]
     assert all(row["samples"] == 1 for row in rows.values())
+    assert rows["dense"]["needle_ratio"] == 1
+    assert all(0 <= row["needle_answers"] <= row["needle_digits"] <= 1 < row["needle_nll"] for row in rows.values())
+    assert all(row["needle_ratio"] != 1 for name, row in rows.items() if name != "dense")
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -11,7 +11,7 @@ import typer
 from test_passkey import SMALL, refused, save_checkpoint
 from typer.testing import CliRunner
 
-from hip_hf.eval import compare, fidelity, latency, passkey, perplexity
+from hip_hf.eval import compare, fidelity, latency, needles, passkey, perplexity
 from hip_hf.eval.cells import SUFFIX, Cells
 
 
@@ -63,6 +63,7 @@ def test_without_an_output_nothing_is_written(tmp_path: Path, monkeypatch: pytes
 # Where each command measures a cell, and small runs of several cells.
 COMMANDS: dict[str, tuple[Any, tuple[Any, str], list[str]]] = {
     "passkey": (passkey, (passkey, "ask"), ["--lengths", "200,256", "--depths", "2", "--samples", "2", "--settings", "dense"]),
+    "needles": (needles, (needles, "ask"), ["--lengths", "400", "--prompts", "2", "--facts", "2", "--settings", "dense"]),
     "perplexity": (perplexity, (perplexity, "read_text"), ["--tokens", "512", "--settings", "dense"]),
     "fidelity": (fidelity, (fidelity, "measure_prompt"), ["--tokens", "512", "--prompts", "3", "--facts", "1"]),
     "compare": (
@@ -86,7 +87,7 @@ def test_an_interrupted_run_resumed_gives_the_same_file(
     threads(1)  # such small tensors only wait for each other
     command, (owner, measures), arguments = COMMANDS[name]
     model, text = save_checkpoint(tmp_path)
-    given = [model, "--document", text, *arguments, "--settings", json.dumps(SMALL)]
+    given = [model, "--documents" if command is needles else "--document", text, *arguments, "--settings", json.dumps(SMALL)]
     real, calls = getattr(owner, measures), []
 
     def counted(*args: Any) -> Any:

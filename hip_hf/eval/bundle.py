@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.eval import compare, curves, latency, longctx, memory, page, passkey, perplexity, plots
+from hip_hf.eval import compare, curves, latency, longctx, memory, needles, page, passkey, perplexity, plots
 from hip_hf.eval.publish import Draw, check_file, write
 
 PICTURES: dict[str, Draw] = {
     "passkey": passkey.draw,
+    "needles": needles.draw,
     "perplexity": perplexity.draw,
     "fidelity": curves.draw,
     "latency": latency.draw,

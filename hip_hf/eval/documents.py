@@ -51,15 +51,14 @@ def question(name: str) -> str:
     return f"\nWhat is the pass key of {name}? The pass key of {name} is"
 
 
-def make_prompt(tokenizer: Any, text: list[int], length: int, facts: list[Fact], ask: str) -> list[int]:
-    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and the question at its end.
+def hide(tokenizer: Any, text: list[int], length: int, facts: list[Fact], end: list[int]) -> list[int]:
+    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and `end` (token ids) after it.
 
     Raises:
-        ValueError: `text` is too short, or notes and question alone are longer than `length`.
+        ValueError: `text` is too short, or notes and `end` alone are longer than `length`.
     """
     encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
     notes = [(fact.depth, encode(note(fact.name, fact.key))) for fact in sorted(facts, key=lambda fact: fact.depth)]
-    end = encode(question(ask))
     room = length - len(end) - sum(len(ids) for _, ids in notes)
     if not 0 <= room <= len(text):
         raise ValueError(f"length: got {length}, allowed: {length - room} (notes and question) to {length - room + len(text)}")
@@ -70,6 +69,15 @@ def make_prompt(tokenizer: Any, text: list[int], length: int, facts: list[Fact],
         prompt += text[read:upto] + ids
         read = upto
     return prompt + text[read:room] + end
+
+
+def make_prompt(tokenizer: Any, text: list[int], length: int, facts: list[Fact], ask: str) -> list[int]:
+    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and the question at its end.
+
+    Raises:
+        ValueError: `text` is too short, or notes and question alone are longer than `length`.
+    """
+    return hide(tokenizer, text, length, facts, tokenizer.encode(question(ask), add_special_tokens=False))
 
 
 def answer_of(tokenizer: Any, ids: torch.Tensor | list[int]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from hip_hf.config import HiPConfig
+from hip_hf.eval.curves import AT
 from hip_hf.eval.documents import cannot_load
 from hip_hf.integration.settings import read_settings
 from hip_hf.methods import METHODS
@@ -114,6 +115,20 @@ def settings_of(
             config = replace(config, options=as_many_keys(config, tokens))
         settings[name] = config
     return settings
+
+
+def over_budgets(names: Sequence[str], budgets: Sequence[int], **others: Any) -> dict[str, HiPConfig]:
+    """`settings_of(names, **others)` with each of the budgets, which the names then tell. What no budget changes is there once.
+
+    Raises:
+        ValueError: as `settings_of` does.
+    """
+    configs = {}
+    for budget in budgets:
+        for name, config in settings_of(names, budget=budget, **others).items():
+            alone = len(budgets) == 1 or config.method == "dense" or name == OWN
+            configs[name if alone else f"{name}{AT}{budget}"] = config
+    return configs
 
 
 def refuse_extension(configs: dict[str, HiPConfig]) -> None:

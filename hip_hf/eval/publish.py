@@ -35,10 +35,10 @@ def model_name(model: str) -> str:
     return DEMO if model == str(CHECKPOINT) else model
 
 
-def measured_on(model: str, document: Path, dtype: str, configs: dict[str, HiPConfig], **own: Any) -> dict[str, Any]:
-    """What a result says it was measured on and with; `own`: what else its command was given."""
+def measured_on(model: str, document: Path | str, dtype: str, configs: dict[str, HiPConfig], **own: Any) -> dict[str, Any]:
+    """What a result says it was measured on and with; `document`: a file or a name; `own`: what else its command was given."""
     settings = {name: config.to_dict() for name, config in configs.items()}
-    return {"model": model_name(model), "document": document.name, "dtype": dtype, **own, "configs": settings}
+    return {"model": model_name(model), "document": Path(document).name, "dtype": dtype, **own, "configs": settings}
 
 
 def check_file(option: str, file: Path | None) -> None:

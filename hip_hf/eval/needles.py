@@ -1,0 +1,374 @@
+"""`hip-hf needles`: many facts in one document, all asked for at its end, in one forward pass per prompt and setting.
+
+The answers stand in the prompt (teacher forcing), so nothing is generated: each of their digits is held against what the
+model would have said before it read it. That is some ten times cheaper than generation, and a model that is too small to
+answer by itself still shows what it has found.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from platform import python_version
+from statistics import fmean
+from textwrap import fill
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hip_hf.config import HiPConfig
+from hip_hf.eval import plots, report
+from hip_hf.eval.cells import Cells
+from hip_hf.eval.curves import AT
+from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, Fact, digest, hide, load_to_measure, question
+from hip_hf.eval.passkey import draw_facts, path_of, use, wilson
+from hip_hf.eval.presets import HELP, over_budgets, sizes
+from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.integration.explain import explain
+
+NOVEL, CODE = "novel", "code"
+# The first share of a document holds no fact: what the sink reads anyway finds nothing there.
+FREE = 0.02
+# Rows whose logits are computed at once: with a vocabulary of 50,000 they take 100 MB, and those of 8K rows 1.6 GB.
+ROWS = 512
+# How many tokens show whether a model's logits are made as `logits_of` makes them, and how exactly.
+PROBE, TOLERANCE = 8, 1e-2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where a fact's answer stands in a prompt: `[positions]` of its tokens and how many digits each of them has."""
+
+    fact: Fact
+    positions: tuple[int, ...]
+    digits: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A document with facts hidden in it, of `document` tokens, and after it all questions with their answers."""
+
+    ids: list[int]
+    document: int
+    answers: list[Answer]
+
+
+def make_prompt(tokenizer: Any, text: list[int], length: int, facts: int, rng: random.Random) -> Prompt:
+    """A prompt of exactly `length` tokens from the beginning of `text` (token ids).
+
+    A fact lies at a random place in each equal part of the document, the first `FREE` of it left out. They are asked for in
+    another, random order.
+
+    Raises:
+        ValueError: `text` is too short, or notes and questions alone are longer than `length`.
+    """
+    encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
+    hidden = draw_facts(rng, [FREE + (1 - FREE) * (part + rng.random()) / facts for part in range(facts)])
+    end: list[int] = []
+    places = []
+    for fact in rng.sample(hidden, facts):
+        end += encode(question(fact.name))
+        tokens = encode(f" {fact.key}")
+        digits = [sum(char.isdigit() for char in tokenizer.decode([token])) for token in tokens]
+        places.append([(fact, len(end) + i, count) for i, count in enumerate(digits) if count])
+        end += tokens + encode(".")
+    document = length - len(end)
+    answers = [Answer(own[0][0], *zip(*((document + at, count) for _, at, count in own), strict=True)) for own in places]
+    return Prompt(hide(tokenizer, text, length, hidden, end), document, answers)
+
+
+def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of the decoder's last hidden states, fp32: `[rows, hidden size]` to `[rows, vocabulary]`."""
+    config = model.config.get_text_config(decoder=True)
+    logits = model.get_output_embeddings()(hidden).float()
+    logits = logits * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)  # Cohere, Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def hidden_of(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """The decoder's last hidden states of a prompt: `[tokens, hidden size]`."""
+    return model.get_decoder()(torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state[0]
+
+
+@torch.no_grad()
+def check_logits(model: Any, ids: Sequence[int]) -> None:
+    """Raise ValueError for a model whose logits are made in another way than `logits_of` knows."""
+    some = ids[:PROBE]
+    got = logits_of(model, hidden_of(model, some))
+    want = model(torch.tensor([some], device=model.device), use_cache=False).logits[0].float()
+    if not torch.allclose(got, want, atol=TOLERANCE * float(want.abs().max())):
+        kind = type(model).__name__
+        raise ValueError(f"MODEL: got a {kind}, allowed: models whose logits come from output embeddings, scaled or capped")
+
+
+@dataclass
+class Cell:
+    """What was counted with one setting: `nll` and `document_nll` are sums in nats, over `digits` and `tokens`."""
+
+    prompts: int = 0
+    answers: int = 0
+    exact: int = 0
+    digits: int = 0
+    right: int = 0
+    nll: float = 0.0
+    tokens: int = 0
+    document_nll: float = 0.0
+    read: list[float] = field(default_factory=list)  # a share of the keys for each prompt
+    paths: list[str] = field(default_factory=list)
+
+    def __add__(self, other: Cell) -> Cell:
+        return Cell(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def row(self, settings: str, length: int, document: str) -> dict[str, Any]:
+        """One row of the report."""
+        low, high = wilson(self.exact, self.answers)
+        return {
+            "settings": settings,
+            "length": length,
+            "document": document,
+            "digits": self.right / self.digits,
+            "answers_right": self.exact / self.answers,
+            "low": low,
+            "high": high,
+            "nll": self.nll / self.digits,
+            "perplexity": math.exp(self.document_nll / self.tokens),
+            "read": fmean(self.read),
+            "path": ", ".join(dict.fromkeys(self.paths)),
+            "prompts": self.prompts,
+            "answers": self.answers,
+        }
+
+
+def losses_of(model: Any, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every token but the first: its negative log-likelihood in nats (float64), and whether it is the likeliest; both
+    `[tokens - 1]`."""
+    targets = torch.tensor(prompt.ids[1:], device=model.device)
+    loss, right = [], []
+    for hidden, target in zip(hidden_of(model, prompt.ids)[:-1].split(ROWS), targets.split(ROWS), strict=True):
+        logits = logits_of(model, hidden)
+        loss.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").double().cpu())
+        right.append((logits.argmax(1) == target).cpu())
+    return torch.cat(loss), torch.cat(right)
+
+
+def verdicts(right: torch.Tensor, answers: Sequence[Answer]) -> list[list[bool]]:
+    """Whether each digit token of each answer is the likeliest. `right`: `[tokens - 1]`, of every token but the first."""
+    return [[bool(right[at - 1]) for at in answer.positions] for answer in answers]
+
+
+@torch.no_grad()
+def ask(model: Any, prompt: Prompt, config: HiPConfig) -> Cell:
+    """Read a prompt once, with these settings, and count what is right in it."""
+    sparse = use(model, config)
+    loss, right = losses_of(model, prompt)
+    said = verdicts(right, prompt.answers)
+    layers = explain(model) if sparse else []
+    shares = [layer.share for layer in layers if layer.share is not None]
+    document = loss[: prompt.document - 1]
+    return Cell(
+        prompts=1,
+        answers=len(said),
+        exact=sum(map(all, said)),
+        digits=sum(sum(answer.digits) for answer in prompt.answers),
+        right=sum(
+            count * good
+            for answer, verdict in zip(prompt.answers, said, strict=True)
+            for count, good in zip(answer.digits, verdict, strict=True)
+        ),
+        nll=sum(float(loss[at - 1]) for answer in prompt.answers for at in answer.positions),
+        tokens=len(document),
+        document_nll=float(document.sum()),
+        read=[fmean(shares) if shares else 1.0],
+        paths=[path_of(layers) if layers else "sdpa"],
+    )
+
+
+def count(model: Any, prompt: Prompt, config: HiPConfig) -> dict[str, Any]:
+    """`ask`, as JSON can hold it."""
+    return asdict(ask(model, prompt, config))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to ask: `prompts` documents of each kind and length, with `facts` facts each, the same whatever the settings."""
+
+    configs: dict[str, HiPConfig]
+    lengths: Sequence[int]
+    prompts: int = 8
+    facts: int = 8
+    seed: int = 0
+
+    @property
+    def dense(self) -> str | None:
+        """The name of the setting that the others are compared with: dense attention, if it is among them."""
+        return next((name for name, config in self.configs.items() if config.method == "dense"), None)
+
+    def cells(self, documents: int) -> int:
+        return len(self.configs) * len(self.lengths) * self.prompts * documents
+
+    def window(self, text: list[int], length: int, number: int, rng: random.Random) -> list[int]:
+        """The tokens of a prompt's document: a random part of its own share of the text; where a share is too short, windows
+        overlap and are evenly spread."""
+        share = len(text) // self.prompts
+        if share >= length:
+            start = number * share + rng.randrange(share - length + 1)
+        else:
+            start = (len(text) - length) * number // max(self.prompts - 1, 1)
+        return text[start : start + length]
+
+    def prompt(self, tokenizer: Any, text: list[int], length: int, number: int) -> Prompt:
+        """One of the prompts. Raises ValueError for a length that does not fit the text or the questions."""
+        if length > len(text):
+            raise ValueError(f"length: got {length}, allowed: at most the {len(text)} tokens of the document")
+        rng = random.Random(f"{self.seed} {length} {number}")
+        return make_prompt(tokenizer, self.window(text, length, number, rng), length, self.facts, rng)
+
+
+def against(row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]:
+    """What a row is beside that of dense attention: None without one."""
+    apart = lambda name: None if dense is None else row[name] - dense[name]  # noqa: E731
+    return {
+        "digits_minus_dense": apart("digits"),
+        "nll_minus_dense": apart("nll"),
+        "perplexity_over_dense": None if dense is None else row["perplexity"] / dense["perplexity"],
+    }
+
+
+def measure(
+    model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: Plan, cells: Cells,
+    advance: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of the report, of what `cells` has not yet: for each length and document (`texts` `{name: token ids}`) one for
+    each of the settings. Prompt goes by prompt, with all settings one after the other, so that they meet the same machine.
+
+    `advance` is called after each prompt and setting.
+
+    Raises:
+        ValueError: a length does not fit a text, or the model's logits are not known to be computed rightly.
+    """
+    check_logits(model, next(iter(texts.values())))
+    rows = []
+    for length, (document, text) in product(plan.lengths, texts.items()):
+        found = {name: Cell() for name in plan.configs}
+        for number in range(plan.prompts):
+            prompt = plan.prompt(tokenizer, text, length, number)
+            for name, config in plan.configs.items():
+                key = ("needles", config.to_dict(), length, document, number)
+                found[name] += Cell(**cells.get(key, partial(count, model, prompt, config)))
+                advance()
+        own = {name: cell.row(name, length, document) for name, cell in found.items()}
+        rows += [row | against(row, own.get(plan.dense)) for row in own.values()]
+    return rows
+
+
+def code() -> str:
+    """The source text of the standard library's modules that are single files, in the order of their names."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return "\n".join(file.read_text(encoding="utf-8") for file in files if file.stem in sys.stdlib_module_names)
+
+
+def read_documents(kinds: str) -> dict[str, str]:
+    """The texts of a comma list of `novel`, `code` and text files: `{name: text}`.
+
+    Raises:
+        ValueError: one is neither, cannot be read or has the name of another.
+    """
+    texts: dict[str, str] = {}
+    for kind in (part.strip() for part in kinds.split(",")):
+        name = kind if kind in (NOVEL, CODE) else Path(kind).name
+        if name in texts:
+            raise ValueError(f"--documents: got {name!r} twice, allowed: each name once")
+        try:
+            texts[name] = code() if kind == CODE else (DOCUMENT if kind == NOVEL else Path(kind)).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--documents: got {kind!r} ({error}), allowed: {NOVEL}, {CODE} or a text file") from None
+    return texts
+
+
+def draw(document: dict[str, Any], file: Path) -> None:
+    """Digits right against the share of keys read: a line over the budgets for each setting, length and document; dense
+    attention is a level."""
+    plt = plots.pyplot()
+    rows, configs = document["rows"], document["configs"]
+    figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    lines: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["settings"].partition(AT)[0], row["length"], row["document"]), []).append(row)
+    for i, ((name, length, text), own) in enumerate(lines.items()):
+        style = dict(color=f"C{i % 10}", label=fill(f"{name}, {plots.short(length)}, {text}", 44))
+        if configs[own[0]["settings"]]["method"] == "dense":
+            axis.axhline(own[0]["digits"], linewidth=1, linestyle=":", **style)
+        else:
+            points = sorted((row["read"], row["digits"]) for row in own)
+            axis.plot(*zip(*points, strict=True), marker="o", **style)
+    axis.set(xlabel="share of keys read", ylabel="digits right", ylim=(-0.03, 1.03))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axis.set_title(fill(document["title"], 100), fontsize=9)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Hub name or folder; default: the shipped demo checkpoint.")] = str(CHECKPOINT),
+    lengths: Annotated[str, typer.Option(help="Tokens of document, questions and answers, like 4096,8K.")] = "4096",
+    settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults"],  # noqa: B006
+    budgets: Annotated[str, typer.Option(help="Every setting with each of these budgets, like 256,1024.")] = "256",
+    sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
+    window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
+    documents: Annotated[
+        str, typer.Option(help=f"{NOVEL} (shipped), {CODE} (Python's standard library) or text files, like {NOVEL},{CODE}.")
+    ] = NOVEL,
+    prompts: Annotated[int, typer.Option(min=1, help="Documents of each length and kind.")] = 8,
+    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each document, all asked for.")] = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
+    seed: int = 0,
+    output: Output = None,
+    plot: Plot = None,
+    report_file: Report = None,
+    json: Json = False,
+) -> None:
+    """Hide many pass keys in a document, ask for all in one forward pass, answers included, and count digits that are right.
+
+    Every layer and row is sparse unless settings say otherwise. `perplexity` is that of the document, its notes included,
+    before the questions; `nll` that of an answer's digit, in nats. Differences and ratios are to dense attention on the same
+    prompts.
+    """
+    try:
+        counts = sizes(lengths)
+        targets = Targets(json, output, plot, report_file)
+        configs = over_budgets(settings, sizes(budgets), tokens=max(counts), checkpoint=model, sink=sink, window=window)
+        texts = read_documents(documents)
+        plan = Plan(configs, counts, prompts, facts, seed)
+        names = ", ".join(f"{name} of Python {python_version()}" if name == CODE else name for name in texts)
+        details = measured_on(model, names, dtype, configs, prompts=prompts, facts=facts, seed=seed)
+        request = dict(lengths=counts, device=device, texts={name: digest(text) for name, text in texts.items()})
+        cells = targets.cells("needles", **details, **request)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    loaded, tokenizer, _ = load_to_measure(model, device, "", dtype)
+    tokens = {name: tokenizer.encode(text, add_special_tokens=False, verbose=False) for name, text in texts.items()}
+    for name, ids in tokens.items():
+        if prompts * max(counts) > len(ids):
+            report.notes.print(
+                f"{name} has {len(ids):,} tokens: the windows of the {prompts} prompts overlap, with other facts each"
+            )
+
+    with cells, report.progress() as progress:
+        task = progress.add_task("prompts", total=plan.cells(len(texts)))
+        try:
+            rows = measure(loaded, tokenizer, tokens, plan, cells, lambda: progress.advance(task))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    title = f"Needles: digits right of {facts} pass keys asked for at once, answers with the 95 % interval; {names}"
+    targets.publish(Results("needles", title, rows, details, draw), cells)
