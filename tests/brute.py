@@ -26,19 +26,31 @@ def log_sum_exp(logits: list[float]) -> float:
     return most + math.log(sum(math.exp(x - most) for x in logits))
 
 
-def by_need(
+def always_read(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
-    sinks: list[float] | None = None, sliding: int | None = None, most: int = 256,
-) -> list[Vote]:  # fmt: skip
-    """Votes of the rows `[rows, heads, D]`, from position `first` on, that need the middle `[low, high)` most, which is estimated
-    from `most` of its keys. `logit(row, key)` scales and caps; `sinks`: an extra logit for each head."""
-    bk, (count, heads, _) = config.block_k, rows.shape
-    ids = [(row, head) for row in range(count) for head in range(heads)]
-    near = {}
-    for row, head in ids:
+    sinks: list[float] | None = None, sliding: int | None = None,
+) -> dict[tuple[int, int], float]:  # fmt: skip
+    """Log-sum-exp of each row and head of a query block over what it reads in any case."""
+    bk, (count, heads, _), near = config.block_k, rows.shape, {}
+    for row, head in ((row, head) for row in range(count) for head in range(heads)):
         seen = [*range(low * bk), *range(high * bk, first + row + 1)]
         seen = [at for at in seen if sliding is None or at > first + row - sliding]
         near[row, head] = log_sum_exp([logit(rows[row, head], keys[at]) for at in seen] + ([sinks[head]] if sinks else []))
+    return near
+
+
+def by_need(
+    config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
+    sinks: list[float] | None = None, sliding: int | None = None, most: int = 256,
+    near: dict[tuple[int, int], float] | None = None,
+) -> list[Vote]:  # fmt: skip
+    """Votes of the rows `[rows, heads, D]`, from position `first` on, that need the middle `[low, high)` most, which is estimated
+    from `most` of its keys. `logit(row, key)` scales and caps; `sinks`: an extra logit for each head; `near`: `always_read` where
+    that follows another rule."""
+    bk, (count, heads, _) = config.block_k, rows.shape
+    ids = [(row, head) for row in range(count) for head in range(heads)]
+    if near is None:
+        near = always_read(config, keys, rows, first, low, high, logit, sinks, sliding)
     allowed = heads if count == 1 else min(len(ids), max(1, math.ceil(heads * config.block_q / config.query_stride)))
     if allowed < len(ids):
         stride = 1
