@@ -43,7 +43,7 @@ def sample_level(config: HiPConfig, low: int, high: int, most: int) -> int:
 
 
 def sampled_keys(keys: KeyRows, first: int, end: int, level: int, dtype: torch.dtype) -> torch.Tensor:
-    """The middle key of each chunk `first` to `end - 1` of `2 ** level` keys: `[heads, end - first, D]` of keys `[heads, T, D]`."""
+    """Middle keys `[heads, end - first, D]` of the chunks `first` to `end - 1` of `2 ** level` keys; keys `[heads, T, D]`."""
     at = torch.arange(first, end, device=keys.device) << level
     at += (1 << level) >> 1
     return pick(keys, at.expand(keys.shape[0], -1), 1).to(dtype)
