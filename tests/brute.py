@@ -125,7 +125,7 @@ class Search:
             whole = log_sum_exp([values[r] for values in logits.values()] + others)
             for c, values in logits.items():
                 shares[c].append(math.exp(values[r] - whole))
-        return {c: max(values) for c, values in shares.items()}
+        return {c: sum(values) for c, values in shares.items()}
 
     def keep(self, scores: dict[int, float], count: int) -> list[int]:
         return sorted(scores, key=lambda i: (-scores[i], i))[:count]
@@ -143,7 +143,7 @@ class Search:
             for r, (_, near) in enumerate(self.votes):
                 whole = log_sum_exp([x for own in logits.values() for x in own[r]] + ([] if near is None else [near]))
                 shares.append(sum(math.exp(x - whole) for x in logits[i][r]))
-            score[i] = max(shares)
+            score[i] = sum(shares)
         return score
 
     def run(self) -> list[int]:
