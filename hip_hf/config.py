@@ -13,9 +13,9 @@ from typing import Any
 
 from hip_hf.methods import METHODS, extends, options_type
 
-REPRESENTATIVES = ("blend", "mean", "minmax", "outliers", "middle", "first", "last")
+REPRESENTATIVES = ("blend", "minmax", "middle")
 SCORES = ("mass", "max")
-VOTES = ("pooled", "clustered", "sampled")
+VOTES = ("need", "sampled")
 DELTA_MODES = ("clusters", "step", "interpolate")
 BACKENDS = ("auto", "torch", "triton")
 
@@ -39,15 +39,15 @@ class HiPConfig:
         budget: keys selected per query block, a multiple of `block_k`.
         block_q: query rows that share one selection.
         block_k: keys per block, the unit of selection.
-        query_stride: so many rows of a query block cast one vote; counted back from its last row.
-        vote: `pooled` (the mean direction of these rows, neighbours), `clustered` (as many votes, each of rows that are alike) or
-            `sampled` (the last of these rows, the papers).
+        query_stride: every `query_stride`-th row of a query block votes, or as many rows as that makes.
+        vote: who they are: `need` (the rows with the largest share of their attention between sink and window) or `sampled`
+            (every `query_stride`-th row, counted back from the block's last: the papers).
         sink: first keys of a row, always read (rounded up to `block_k`).
         window: keys before the query block, always read.
         group_shared: one selection per KV group instead of one per query head.
-        representative: what stands for a chunk of keys in the search: `blend` (centre and spread), `mean`,
-            `minmax`, `outliers` (the mean or any of a few keys far from it), `middle` (the HiP paper), `first`, `last`.
-        score: `mass` (softmax over the candidates, summed over rows) or `max` (best logit, the HiP paper).
+        representative: what stands for a chunk of keys in the search: `blend` (centre and spread), `minmax` (the bound
+            of its keys alone) or `middle` (its middle key: the HiP paper).
+        score: `mass` (the largest share of its attention that a voting row gives) or `max` (best logit, the HiP paper).
         beam: levels above the last keep `beam * budget` keys' worth of chunks.
         rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off.
         coarsest: largest chunk, in keys, that the search may start from; None starts from as few as possible.
@@ -75,8 +75,8 @@ class HiPConfig:
     budget: int = 1024
     block_q: int = 64
     block_k: int = 16
-    query_stride: int = 16
-    vote: str = "pooled"
+    query_stride: int = 8
+    vote: str = "need"
     sink: int = 64
     window: int = 512
     group_shared: bool = True

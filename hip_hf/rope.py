@@ -127,18 +127,28 @@ class Positions:
         rounding to blocks makes these more than was trained for."""
         return self.rope.queries(query, keys - query.shape[-2], self.trained) if keys <= self.trained else query
 
-    def streaming_logits(self, query: torch.Tensor, k: torch.Tensor, out: torch.Tensor) -> None:
-        """Logits of a query block, `[heads, G, rows, D]` from `streaming`, for the keys `[heads, keys, D]` that it reads, into
-        `out` `[heads, G * rows, keys]`."""
-        keys, rows = k.shape[1], query.shape[2]
-        if keys <= self.trained:
-            placed = self.rope.keys(k, 0, self.trained, out=scratch.take("placed", tuple(k.shape), k))
+    def streaming_logits(
+        self, query: torch.Tensor, k: torch.Tensor, places: list[tuple[int, int]], total: int, out: torch.Tensor
+    ) -> None:
+        """Logits of a query block, `[heads, G, rows, D]` from `streaming`, for some of the `total` keys that it reads, into `out`
+        `[heads, G * rows, n]`. The keys `[heads, n, D]` stand in `places`, ranges of the order in which they are read."""
+        rows, at = query.shape[2], 0
+        if total <= self.trained:
+            placed = scratch.take("placed", tuple(k.shape), k)
+            for first, end in places:
+                part = slice(at, at + end - first)
+                self.rope.keys(k[:, part], first, self.trained, out=placed[:, part])
+                at = part.stop
             torch.bmm(query.flatten(1, 2), placed.transpose(1, 2), out=out)
             return
-        first, last = keys - rows, keys - 1
-        bounds = sorted({0, *(cut for cut in self.cuts(first, last) if cut > 0), keys})
-        for at, end in pairwise(bounds):
-            self.dense_logits(query, k[:, at:end], first, last, at, out=out[..., at:end])
+        first_row, last_row = total - rows, total - 1
+        cuts = self.cuts(first_row, last_row)
+        for first, end in places:
+            bounds = sorted({first, *(cut for cut in cuts if first < cut < end), end})
+            for low, high in pairwise(bounds):
+                part = slice(at, at + high - low)
+                self.dense_logits(query, k[:, part], first_row, last_row, low, out=out[..., part])
+                at = part.stop
 
     def cuts(self, first: int, last: int) -> list[int]:
         """Where a row block, at `first` to `last`, finds keys that are too far for all of its rows, and for some of them:

@@ -13,27 +13,45 @@ from typing import Any
 import torch
 
 
-def votes(rows: torch.Tensor, stride: int, vote: str) -> list[torch.Tensor]:
-    """The voting vectors `[heads, D]` of a query block's rows `[rows, heads, D]`, from the last row back."""
-    groups = [list(range(max(0, last - stride + 1), last + 1)) for last in range(len(rows) - 1, -1, -stride)]
-    if vote == "sampled" or stride == 1:
-        return [rows[group[-1]] for group in groups]
-    per_head = [_made(rows[:, head], groups, 2 if vote == "clustered" else 0) for head in range(rows.shape[1])]
-    return [torch.stack(each) for each in zip(*per_head, strict=True)]
+Vote = tuple[torch.Tensor, float | None]  # a voting row, and the log-sum-exp of its logits for what it reads in any case
 
 
-def _made(rows: torch.Tensor, groups: list[list[int]], rounds: int) -> list[torch.Tensor]:
-    """One head's votes: the mean direction of each group of rows at their mean length, after rounds of changing sides."""
-    first, lengths = groups, rows.square().sum(-1).sqrt()
-    for left in range(rounds, -1, -1):
-        means = [rows[group].mean(0) for group in groups]
-        directions = [mean / mean.square().sum().sqrt() for mean in means]
-        if not left:
-            return [direction * lengths[group].mean() for direction, group in zip(directions, groups, strict=True)]
-        # the last groups come first here: ties, of equal rows, go to the earlier rows' vote
-        nearest = [max(range(len(groups)), key=lambda n: (float(row @ directions[n]), n)) for row in rows]
-        groups = [[i for i, n in enumerate(nearest) if n == vote] or first[vote] for vote in range(len(groups))]
-    raise AssertionError
+def sampled(rows: torch.Tensor, stride: int) -> list[Vote]:
+    """Votes of every `stride`-th of a query block's rows `[rows, heads, D]`, counted back from the last; all heads of each."""
+    return [(row, None) for last in range(len(rows) - 1, -1, -stride) for row in rows[last]]
+
+
+def log_sum_exp(logits: list[float]) -> float:
+    most = max(logits)
+    return most + math.log(sum(math.exp(x - most) for x in logits))
+
+
+def by_need(
+    config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
+    sinks: list[float] | None = None, sliding: int | None = None, most: int = 256,
+) -> list[Vote]:  # fmt: skip
+    """Votes of the rows `[rows, heads, D]`, from position `first` on, that need the middle `[low, high)` most, which is estimated
+    from `most` of its keys. `logit(row, key)` scales and caps; `sinks`: an extra logit for each head."""
+    bk, (count, heads, _) = config.block_k, rows.shape
+    ids = [(row, head) for row in range(count) for head in range(heads)]
+    near = {}
+    for row, head in ids:
+        seen = [*range(low * bk), *range(high * bk, first + row + 1)]
+        seen = [at for at in seen if sliding is None or at > first + row - sliding]
+        near[row, head] = log_sum_exp([logit(rows[row, head], keys[at]) for at in seen] + ([sinks[head]] if sinks else []))
+    allowed = heads if count == 1 else min(len(ids), max(1, math.ceil(heads * config.block_q / config.query_stride)))
+    if allowed < len(ids):
+        stride = 1
+        while len(sample := middles(low * bk, high * bk, stride)) > most:
+            stride *= 2
+        need = {(r, h): log_sum_exp([logit(rows[r, h], keys[at]) for at in sample]) - near[r, h] for r, h in ids}
+        ids = sorted(sorted(ids, key=lambda i: (-need[i], i))[:allowed])
+    return [(rows[row, head], near[row, head]) for row, head in ids]
+
+
+def middles(begin: int, end: int, stride: int) -> list[int]:
+    """The middle keys of the aligned chunks of `stride` keys that lie wholly in `[begin, end)`."""
+    return [at + stride // 2 for at in range(0, end, stride) if begin <= at and at + stride <= end]
 
 
 Chunk = tuple[int, int]  # level, index: the keys [index * size, (index + 1) * size) with size = block_k << level
@@ -41,19 +59,18 @@ Chunk = tuple[int, int]  # level, index: the keys [index * size, (index + 1) * s
 
 @dataclass
 class Search:
-    """One search: `config` (any object with its fields), the keys `[T, D]`, the voting rows `[R, D]`, and the middle
-    `[low, high)` in key blocks."""
+    """One search: `config` (any object with its fields), the keys `[T, D]`, the votes, and the middle `[low, high)` in key
+    blocks."""
 
     config: Any
     keys: torch.Tensor
-    rows: torch.Tensor
+    votes: list[Vote]
     low: int
     high: int
     scale: float
     softcap: float | None = None
     lasting: bool = False  # later decode steps will use the selection
     weight: float = 0.5
-    outliers: int = 4
 
     def size(self, level: int) -> int:
         return self.config.block_k * 2**level
@@ -80,15 +97,6 @@ class Search:
         start = self.start()
         return [(start, i) for i in self.complete(start)] + [(n, i) for n in range(start) for i in self.edges(n)]
 
-    def extremes(self, level: int, index: int) -> torch.Tensor:
-        """The chunk's outliers: of a block its keys farthest from their mean, above that of the halves' outliers."""
-        inside = self.keys[index * self.size(level) : (index + 1) * self.size(level)]
-        mean = inside.mean(0)
-        if level:
-            inside = torch.cat([self.extremes(level - 1, 2 * index), self.extremes(level - 1, 2 * index + 1)])
-        far = sorted(range(len(inside)), key=lambda j: -float((inside[j] - mean).square().sum()))
-        return inside[far[: self.outliers]]
-
     def logit(self, row: torch.Tensor, chunk: Chunk) -> float:
         """What a voting row makes of a chunk, through the chunk's representative."""
         level, index = chunk
@@ -96,13 +104,9 @@ class Search:
         mean = float(row @ inside.mean(0))
         bound = float(torch.maximum(row * inside.amax(0), row * inside.amin(0)).sum())
         by_name: dict[str, Callable[[], float]] = {
-            "mean": lambda: mean,
             "minmax": lambda: bound,
             "blend": lambda: (1 - self.weight) * mean + self.weight * bound,
-            "outliers": lambda: max(mean, *(float(row @ key) for key in self.extremes(level, index))),
             "middle": lambda: float(row @ inside[len(inside) // 2]),
-            "first": lambda: float(row @ inside[0]),
-            "last": lambda: float(row @ inside[-1]),
         }
         return self.capped(by_name[self.config.representative]())
 
@@ -110,29 +114,36 @@ class Search:
         logit = product * self.scale
         return logit if self.softcap is None else self.softcap * math.tanh(logit / self.softcap)
 
-    def scores(self, logits: dict[Any, list[float]]) -> dict[Any, float]:
-        """One score per candidate from its logits, one for each row."""
+    def scores(self, logits: dict[Any, list[float]], size: int) -> dict[Any, float]:
+        """One score per candidate, of `size` keys each, from its logits, one for each vote."""
         if self.config.score == "max":
             return {c: max(values) for c, values in logits.items()}
-        total = dict.fromkeys(logits, 0.0)
-        for r in range(len(self.rows)):
-            most = max(values[r] for values in logits.values())
-            weights = {c: math.exp(values[r] - most) for c, values in logits.items()}
-            norm = sum(weights.values())
-            for c, weight in weights.items():
-                total[c] += weight / norm
-        return total
+        shares: dict[Any, list[float]] = {c: [] for c in logits}
+        for r, (_, near) in enumerate(self.votes):
+            others = [] if near is None else [near - math.log(size)]
+            whole = log_sum_exp([values[r] for values in logits.values()] + others)
+            for c, values in logits.items():
+                shares[c].append(math.exp(values[r] - whole))
+        return {c: max(values) for c, values in shares.items()}
 
     def keep(self, scores: dict[int, float], count: int) -> list[int]:
         return sorted(scores, key=lambda i: (-scores[i], i))[:count]
 
     def exact(self, blocks: list[int]) -> dict[int, float]:
         """Scores of blocks by all of their keys."""
-        bk = self.config.block_k
-        logits = {(i, j): [self.capped(float(r @ self.keys[i * bk + j])) for r in self.rows] for i in blocks for j in range(bk)}
-        by_key = self.scores(logits)
-        join = max if self.config.score == "max" else sum
-        return {i: join(by_key[i, j] for j in range(bk)) for i in blocks}
+        bk, score = self.config.block_k, {}
+        logits = {
+            i: [[self.capped(float(row @ self.keys[i * bk + j])) for j in range(bk)] for row, _ in self.votes] for i in blocks
+        }
+        if self.config.score == "max":
+            return {i: max(max(own) for own in logits[i]) for i in blocks}
+        for i in blocks:
+            shares = []
+            for r, (_, near) in enumerate(self.votes):
+                whole = log_sum_exp([x for own in logits.values() for x in own[r]] + ([] if near is None else [near]))
+                shares.append(sum(math.exp(x - whole) for x in logits[i][r]))
+            score[i] = max(shares)
+        return score
 
     def run(self) -> list[int]:
         """The selected blocks."""
@@ -140,7 +151,8 @@ class Search:
         level = self.start()
         candidates = self.complete(level)
         while True:
-            scores = self.scores({i: [self.logit(row, (level, i)) for row in self.rows] for i in candidates})
+            logits = {i: [self.logit(row, (level, i)) for row, _ in self.votes] for i in candidates}
+            scores = self.scores(logits, self.size(level))
             if level == 0:
                 break
             kept = self.keep(scores, self.config.beam * budget)

@@ -43,9 +43,13 @@ def expected(
                 found[head, n] = list(range(low, high))
                 continue
             own_rows = torch.stack([queries[:, p - (keys - rows)] for p in block])
-            voting = torch.cat(brute.votes(own_rows, config.query_stride, config.vote))
-            options = config.options
-            search = brute.Search(config, own, voting, low, high, q.shape[-1] ** -0.5, softcap, lasting, **options)
+            weight, sample = (getattr(config.method_options(), name) for name in ("weight", "sample"))
+            search = brute.Search(config, own, [], low, high, q.shape[-1] ** -0.5, softcap, lasting, weight)
+            if config.vote == "sampled":
+                search.votes = brute.sampled(own_rows, config.query_stride)
+            else:
+                logit = lambda row, key, search=search: search.capped(float(row @ key))  # noqa: E731
+                search.votes = brute.by_need(config, own, own_rows, block[0], low, high, logit, most=sample)
             found[head, n] = search.run()
     return found
 
@@ -86,11 +90,6 @@ def test_same_blocks_for_every_weight(options: dict[str, float]) -> None:
     check(small(options=options, sink=0), 131, 20)
 
 
-@pytest.mark.parametrize("options", [{"outliers": 1}, {"outliers": 3}])
-def test_same_blocks_for_every_number_of_outliers(options: dict[str, int]) -> None:
-    check(small(options=options, representative="outliers"), 131, 20)
-
-
 @pytest.mark.parametrize("score", ["mass", "max"])
 @pytest.mark.parametrize("beam", [1, 2, 4])
 @pytest.mark.parametrize("rescore", [1, 2, 4])
@@ -101,35 +100,14 @@ def test_same_blocks_for_every_shape_of_the_tree(beam: int, rescore: int, coarse
 
 @pytest.mark.parametrize("group_shared", [True, False])
 @pytest.mark.parametrize("query_stride", [1, 2, 3, 16, 40])
-@pytest.mark.parametrize("vote", ["clustered", "pooled", "sampled"])
+@pytest.mark.parametrize("vote", ["need", "sampled"])
 def test_same_blocks_for_every_choice_of_voters(query_stride: int, vote: str, group_shared: bool) -> None:
     check(small(query_stride=query_stride, vote=vote, group_shared=group_shared), 99, 99)
 
 
-def test_a_pooled_vote_of_equal_rows_is_one_of_them() -> None:
-    row = torch.randn(3, 1, 8, dtype=torch.float64)
-    assert torch.allclose(hip.pooled(row.expand(3, 11, 8), 4), row.expand(3, 3, 8), rtol=1e-12)
-
-
-def test_rows_that_look_for_the_same_thing_vote_together() -> None:
-    """Rows of two kinds, mixed: neighbours' means are of neither kind, clustered votes are the two kinds."""
-    kinds = 3 * torch.eye(8, dtype=torch.float64)[:2]
-    rows = kinds[[0, 1, 0, 0, 1, 0, 1, 1]]
-    votes = hip.clustered(rows, 4)
-    assert torch.allclose(votes, kinds, rtol=1e-12)
-    assert not torch.allclose(hip.pooled(rows, 4), kinds, rtol=0.1)
-
-
-def test_a_vote_that_all_rows_leave_keeps_its_first_ones() -> None:
-    rows = torch.ones(8, 4, dtype=torch.float64)
-    assert torch.allclose(hip.clustered(rows, 4), rows[:2], rtol=1e-12)
-
-
-def test_pooled_votes_are_finite_where_rows_cancel_out() -> None:
-    row = torch.randn(2, 8)
-    votes = hip.pooled(torch.stack([row, -row], dim=-2), 2)
-    assert votes.shape == (2, 1, 8)
-    assert not votes.any()
+@pytest.mark.parametrize("sample", [2, 3, 16, 64, 1000])
+def test_same_blocks_for_every_sample_of_the_middle(sample: int) -> None:
+    check(small(options={"sample": sample}, query_stride=8), 163, 35)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 1), (1, 4), (2, 3)])

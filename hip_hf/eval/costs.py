@@ -19,8 +19,9 @@ from hip_hf.methods import hyper, selector_for, staged
 from hip_hf.methods.base import QueryBlock
 from hip_hf.methods.columns import ROWS_AT_ONCE
 from hip_hf.methods.delta import anchors, mode_of
-from hip_hf.methods.hip import ROUNDS, sampled_rows, start_level
+from hip_hf.methods.hip import sampled_rows, start_level
 from hip_hf.methods.missing import CLUSTERS
+from hip_hf.methods.need import sample_level, votes_of
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.methods.quest import as_tree
 from hip_hf.reference.reading import block_read, keys_seen
@@ -55,10 +56,9 @@ class Cost:
 
 
 def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
-    budget, voters = config.budget // config.block_k, len(sampled_rows(config, block))
-    options = config.method_options()
-    representative = make_representative(config.representative, options.weight, options.outliers)
-    features = representative.features(torch.empty(1, dim)).shape[-1] * representative.per_chunk
+    budget, options = config.budget // config.block_k, config.method_options()
+    representative = make_representative(config.representative, options.weight)
+    features = representative.features(torch.empty(1, dim)).shape[-1]
 
     level = start_level(config, block.low, block.high)
     candidates = (block.high >> level) - (-(-block.low >> level))
@@ -69,9 +69,14 @@ def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
         scored += candidates
     exact = min(config.rescore * budget, candidates) * config.block_k if config.rescore > 1 else 0
     numbers = scored * features + exact * dim
-    rounds = ROUNDS if config.vote == "clustered" and 1 < config.query_stride < block.rows else 0
-    changes = rounds * voters * block.rows * (4 * dim + 2)  # every row meets every vote, and is summed up in one
-    return voters * 2 * numbers + changes, numbers
+    if config.vote == "sampled":
+        return len(sampled_rows(config, block)) * 2 * numbers, numbers
+    # of one query head: a head among several that share a mask has as many votes as alone, on average
+    voters, sampled = votes_of(config, block.rows, 1), 0
+    if voters < block.rows:
+        at = sample_level(config, block.low, block.high, options.sample)
+        sampled = (block.high * config.block_k >> at) - (-(-block.low * config.block_k >> at))
+    return 2 * (voters * numbers + block.rows * sampled * dim), numbers + sampled * dim
 
 
 def _staged(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:

@@ -78,7 +78,8 @@ class Bound(Protocol):
         """Sorted indices int64 `[heads, S, len(blocks), budget]` of the key blocks that each query block reads.
 
         `heads` are key heads; `S` is 1 where the group shares its mask, else the number of query heads per key head.
-        Every given query block has a middle of more than `budget` blocks; smaller ones are read whole.
+        Every given query block has a middle of more than `budget` blocks; smaller ones are read whole. Where the selector
+        `asks_need`, a third argument: `near` `[heads, G, rows]`, log-sum-exp of the blocks' rows over what they always read.
         """
 
 
@@ -86,6 +87,7 @@ class Selector(Protocol):
     """A method: says which key blocks each query block reads. `budget`: blocks it picks at most.
 
     With an attribute `reads_pages` that is true, `bind` and the pyramid may get `PagedKeys`; else a cache in pages is gathered.
+    With an attribute `asks_need` that is true, its rule knows how much each row attends to what it always reads.
     With an attribute `extends` that is true, it works under context extension: `bind` then gets keys that are not rotated, and q
     rotated as if all keys were just outside the window. What it binds has `chunk_indexed(positions)`, the same for the first
     layers, where chunks count their distance from the window (`rope.py`); `Unplaced` where nothing depends on that.

@@ -16,6 +16,7 @@ With these, the candidates cover every block of the middle exactly once; no key 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, squash
+from hip_hf.methods.need import log_mass, sample_level, sampled_keys, votes_of
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.paged import KeyRows, block_index, lanes_of
 from hip_hf.reference.workers import scratch
@@ -35,24 +37,22 @@ if TYPE_CHECKING:
 _LOW_BITS = NO_CHUNK = 0xFFFFFFFF
 # Of the blocks that a decode step selects for the steps after it, one in so many follows one of the best.
 SUCCESSORS = 4
-# Rounds in which rows go over to the nearest vote: the first brings four fifths of what two do, a third next to nothing more.
-ROUNDS = 2
 # Bytes of summaries or keys that are gathered before they are scored: what is still in cache need not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
 class Options:
-    """`weight`: share of the bound in `blend`, 0 to 1. `outliers`: keys kept per chunk by `outliers`."""
+    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which a row's need is estimated."""
 
     weight: float = 0.5
-    outliers: int = 4
+    sample: int = 256
 
     def __post_init__(self) -> None:
         if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1:
             raise ValueError(f"HiPConfig.options['weight']: got {self.weight!r}, allowed: 0 to 1")
-        if type(self.outliers) is not int or self.outliers < 1:
-            raise ValueError(f"HiPConfig.options['outliers']: got {self.outliers!r}, allowed: an integer >= 1")
+        if type(self.sample) is not int or self.sample < 2:
+            raise ValueError(f"HiPConfig.options['sample']: got {self.sample!r}, allowed: an integer >= 2")
 
 
 def start_level(config: HiPConfig, low: int, high: int) -> int:
@@ -85,50 +85,8 @@ def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
-    """Every `query_stride`-th row, counted back from the last: these vote, or each with the rows up to the next one."""
+    """Every `query_stride`-th row, counted back from the last."""
     return range(block.row + (block.rows - 1) % config.query_stride, block.row + block.rows, config.query_stride)
-
-
-def pooled(q: torch.Tensor, size: int) -> torch.Tensor:
-    """One vote for every `size` rows of a query block `[..., rows, D]`, counted back from the last, and one for what is left
-    over: their mean direction, as long as the rows are on average. fp32 at least.
-
-    A vote that stands for all its rows finds what a sampled row finds with half as many votes, or fewer.
-    """
-    q = q.to(torch.promote_types(q.dtype, torch.float32))
-    left = q.shape[-2] % size
-    groups = q[..., left:, :].unflatten(-2, (-1, size))
-    mean, length = groups.mean(-2), torch.linalg.vector_norm(groups, dim=-1).mean(-1)
-    if left:
-        mean = torch.cat([q[..., :left, :].mean(-2, keepdim=True), mean], dim=-2)
-        first = torch.linalg.vector_norm(q[..., :left, :], dim=-1).mean(-1, keepdim=True)
-        length = torch.cat([first, length], dim=-1)
-    own, limits = torch.linalg.vector_norm(mean, dim=-1), torch.finfo(mean.dtype)
-    own = torch.maximum(own, limits.eps * length).clamp_min_(limits.tiny)  # rows may cancel out
-    return mean * (length / own)[..., None]
-
-
-def clustered(q: torch.Tensor, size: int) -> torch.Tensor:
-    """As many votes as `pooled` makes of a query block `[..., rows, D]`, from which it begins: in each round every row goes over
-    to the vote whose direction it is nearest to, and the votes are made anew. So rows that look for the same thing vote
-    together. A vote that all rows leave is made of those that it had at first.
-    """
-    votes = pooled(q, size)
-    rows, count = q.shape[-2], votes.shape[-2]
-    if count == 1:
-        return votes
-    q, number = q.to(votes.dtype), torch.arange(count, device=q.device)[:, None]
-    first = number == (torch.arange(rows, device=q.device) - rows).div(size, rounding_mode="floor") + count
-    length, limits = torch.linalg.vector_norm(q, dim=-1, keepdim=True), torch.finfo(votes.dtype)
-    for _ in range(ROUNDS):
-        direction = votes / torch.linalg.vector_norm(votes, dim=-1, keepdim=True).clamp_min(limits.tiny)
-        own = number == (q @ direction.transpose(-1, -2)).argmax(-1)[..., None, :]  # [votes, rows]
-        own = torch.where(own.any(-1, keepdim=True), own, first).to(q.dtype)
-        members = own.sum(-1, keepdim=True)
-        mean, size_of = own @ q / members, own @ length / members
-        norm = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
-        votes = mean * (size_of / torch.maximum(norm, limits.eps * size_of).clamp_min_(limits.tiny))
-    return votes
 
 
 class Selector:
@@ -141,7 +99,8 @@ class Selector:
         self.config = config
         self.budget = config.budget // config.block_k
         options = config.method_options()
-        self.representative: Representative = make_representative(config.representative, options.weight, options.outliers)
+        self.representative: Representative = make_representative(config.representative, options.weight)
+        self.asks_need = config.vote == "need"
 
     def make_pyramid(self, dtype: torch.dtype) -> Pyramid:
         return Pyramid(self.representative, self.config.block_k, dtype)
@@ -166,35 +125,66 @@ class TreeSearch:
         """The search in which a chunk that is `n` chunks of its level before the window counts as `n` keys farther away."""
         return replace(self, positions=positions)
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
-        """Sorted block indices `[heads, S, len(blocks), budget / block_k]`; `S` is 1 for a shared mask, else G."""
-        parts = []
-        shape_of = lambda block: (block.rows, start_level(self.config, block.low, block.high))  # noqa: E731
-        for (_, level), run in groupby(blocks, key=shape_of):
-            parts.append(self._search(heads, list(run), level))
+    def select(self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None = None) -> torch.Tensor:
+        """Sorted block indices `[heads, S, len(blocks), budget / block_k]`; `S` is 1 for a shared mask, else G.
+
+        `near` `[heads, G, rows]`: log-sum-exp of each row of `blocks` over sink, window and own block; for votes by need."""
+        parts, row = [], 0
+        most = self.config.method_options().sample
+
+        def alike(block: QueryBlock) -> tuple[int, int, int]:
+            levels = start_level(self.config, block.low, block.high), sample_level(self.config, block.low, block.high, most)
+            return (block.rows, *levels)
+
+        for (rows, level, sampled), run in groupby(blocks, key=alike):
+            some = list(run)
+            own = None if near is None else near[:, :, row : row + len(some) * rows]
+            parts.append(self._search(heads, some, level, *self._votes(heads, some, own, sampled)))
+            row += len(some) * rows
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def _rows(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
-        """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype."""
+    def _votes(
+        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None, level: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, and the log-sum-exp of what each always reads.
+        The need is estimated from the middle keys of chunks of `2 ** level` keys."""
         config, rows, first = self.config, blocks[0].rows, blocks[0].row
-        if config.vote != "sampled" and config.query_stride > 1 and rows > 1:
-            # query blocks of one call follow one another
-            q = self.q[heads, :, first : first + len(blocks) * rows].unflatten(2, (-1, rows))
-            make = clustered if config.vote == "clustered" else pooled
-            q = make(q, config.query_stride).mul_(self.scale).to(self.pyramid.dtype)
-        else:
+        if near is None:
             index = torch.tensor([list(sampled_rows(config, block)) for block in blocks], device=self.q.device)
-            q = self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale  # [heads, G, P, R, D]
-        if self.config.group_shared:
-            q = q.transpose(1, 2).flatten(2, 3)
-        else:
-            q = q.flatten(1, 2)
-        return q.contiguous()
+            return self._grouped(self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale), None
+        # query blocks of one call follow one another
+        q = self.q[heads, :, first : first + len(blocks) * rows].to(self.pyramid.dtype) * self.scale
+        q, near = self._grouped(q.unflatten(2, (-1, rows))), self._grouped(near.unflatten(2, (-1, rows, 1)))[..., 0]
+        count = votes_of(config, rows, q.shape[2] // rows)
+        if count == q.shape[2]:
+            return q, near
+        need = self._log_mass(heads, blocks, q, level).sub_(near)
+        chosen = best(need, torch.arange(q.shape[2], device=q.device).expand(need.shape), count).sort(dim=-1).values
+        return q.gather(2, chosen[..., None].expand(*chosen.shape, q.shape[-1])), near.gather(2, chosen)
 
-    def _search(self, heads: slice, blocks: list[QueryBlock], level: int) -> torch.Tensor:
+    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
+        """`[heads, G, P, R, n]` -> `[heads, S * P, rows of all heads that share a mask, n]`, by position."""
+        if self.config.group_shared:
+            return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        return x.flatten(1, 2).contiguous()
+
+    def _log_mass(self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int) -> torch.Tensor:
+        """Log-sum-exp `[heads, S * P, R]` of scaled queries `[heads, S * P, R, D]` over the sampled keys of each middle."""
+        size = self.config.block_k
+        spans = [(-(-block.low * size >> level), block.high * size >> level) for block in blocks]
+        start, stop = min(first for first, _ in spans), max(end for _, end in spans)
+        keys = sampled_keys(self.keys[heads], start, stop, level, q.dtype)
+        out = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        for i in range(q.shape[1]):
+            first, end = spans[i % len(blocks)]
+            out[:, i] = log_mass(q[:, i], keys[:, first - start : end - start], self.softcap)
+        return out
+
+    def _search(
+        self, heads: slice, blocks: list[QueryBlock], level: int, q: torch.Tensor, near: torch.Tensor | None
+    ) -> torch.Tensor:
         config, device = self.config, self.q.device
         budget = config.budget // config.block_k
-        q = self._rows(heads, blocks)
         features = self.representative.features(q)
         shares = q.shape[1] // len(blocks)
         low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)  # [P]
@@ -208,9 +198,9 @@ class TreeSearch:
         if self.positions is None:
             rows = self.pyramid.levels[level][heads, tile]
             logits = self._logits(features.flatten(1, 2), rows).view(*features.shape[:3], -1)
-            scores = self._aggregate(logits, invalid)
+            scores = self._aggregate(logits, invalid, near, level)
         else:  # the window of each query block is elsewhere
-            scores = self._scores(heads, level, features, ids, last, invalid)
+            scores = self._scores(heads, level, features, ids, last, invalid, near)
         ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         while level > 0:
@@ -230,12 +220,12 @@ class TreeSearch:
                 invalid = torch.cat([missing.repeat_interleave(2, -1), invalid.expand(*ids.shape[:2], 2)], dim=-1)
             children = torch.stack([2 * ids, 2 * ids + 1], dim=-1).flatten(-2)
             ids = torch.cat([children, edges.expand(*ids.shape[:2], 2)], dim=-1)
-            scores = self._scores(heads, level, features, ids, last, invalid)
+            scores = self._scores(heads, level, features, ids, last, invalid, near)
             ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         if config.rescore > 1:
             ids = best(scores, ids, config.rescore * budget).sort(dim=-1).values
-            scores = self._exact(heads, q, ids, high)
+            scores = self._exact(heads, q, ids, high, near)
         if blocks[0].lasting and config.decode_refresh != 1:  # which quest sets
             scores, ids = self._with_successors(scores, ids, high, budget // SUCCESSORS)
         ids = best(scores, ids, budget).sort(dim=-1).values
@@ -274,36 +264,44 @@ class TreeSearch:
         return self.positions.chunk_angles(ids, end, farthest_chunk(self.positions, self.config), like)
 
     def _scores(
-        self, heads: slice, level: int, features: torch.Tensor, ids: torch.Tensor, end: torch.Tensor, invalid: torch.Tensor
+        self,
+        heads: slice,
+        level: int,
+        features: torch.Tensor,
+        ids: torch.Tensor,
+        end: torch.Tensor,
+        invalid: torch.Tensor,
+        near: torch.Tensor | None,
     ) -> torch.Tensor:
         """Scores `[heads, P, M]` of the chunks `ids` that each of P query blocks has for itself; features `[heads, P, R, F]`.
 
-        `invalid`, `[P, m]` or `[heads, P, m]`, masks the last of them.
+        `invalid`, `[P, m]` or `[heads, P, m]`, masks the last of them; `near` as `_votes` gives it.
         """
         table, (lanes, count, rows, _) = self.pyramid.levels[level], features.shape
-        columns = ids.shape[-1] * self.representative.per_chunk
-        logits = scratch.take("logits", (lanes, count, rows, columns), features)
+        logits = scratch.take("logits", (lanes, count, rows, ids.shape[-1]), features)
         gathered = ids.shape[-1] * table.shape[-1] * table.itemsize
         size = max(1, GATHERED_AT_ONCE // gathered) if lanes == 1 else count  # all heads at once: a decode step's few rows
         for at in range(0, count, size):
             part = slice(at, at + size)
             summaries = self._gather(heads, level, ids[:, part], end[part])
             self._logits(features[:, part].flatten(0, 1), summaries.flatten(0, 1), out=logits[:, part].flatten(0, 1))
-        return self._aggregate(logits, invalid)
+        return self._aggregate(logits, invalid, near, level)
 
     def _logits(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits `[N, rows, M * per_chunk]` of features `[N, rows, F]` and summaries `[N, M, width]`."""
-        columns = b.shape[1] * self.representative.per_chunk
+        """Logits `[N, rows, M]` of features `[N, rows, F]` and summaries `[N, M, F]`."""
         if out is None:
-            out = scratch.take("logits", (len(a), a.shape[1], columns), a)
-        return torch.bmm(a, b.reshape(len(b), columns, -1).transpose(1, 2), out=out)
+            out = scratch.take("logits", (len(a), a.shape[1], b.shape[1]), a)
+        return torch.bmm(a, b.transpose(1, 2), out=out)
 
-    def _aggregate(self, logits: torch.Tensor, invalid: torch.Tensor) -> torch.Tensor:
-        if self.representative.per_chunk > 1:
-            logits = logits.unflatten(-1, (-1, self.representative.per_chunk)).amax(-1)
-        return aggregate(logits, self.config.score, self.softcap, invalid)
+    def _aggregate(self, logits: torch.Tensor, invalid: torch.Tensor, near: torch.Tensor | None, level: int) -> torch.Tensor:
+        if near is not None:
+            # a chunk's logit stands for each of its keys: what is read anyway counts as so many chunks
+            near = near - math.log(self.config.block_k << level)
+        return aggregate(logits, self.config.score, self.softcap, invalid, near)
 
-    def _exact(self, heads: slice, q: torch.Tensor, ids: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    def _exact(
+        self, heads: slice, q: torch.Tensor, ids: torch.Tensor, high: torch.Tensor, near: torch.Tensor | None
+    ) -> torch.Tensor:
         """Scores of key blocks `ids` `[heads, P, M]` by all their keys; `high` `[P]`: the block that the window begins with."""
         keys, size = self.keys[heads], self.config.block_k
         missing = ids == NO_CHUNK
@@ -328,16 +326,25 @@ class TreeSearch:
                     flat = turn(flat, cos, sin, back=True, out=scratch.take("turned", flat.shape, flat))
                 torch.bmm(q[:, item], flat.transpose(1, 2), out=logits[:, :, at * size : end * size])
             invalid = missing[:, item].repeat_interleave(size, -1)
-            per_key = aggregate(logits, self.config.score, self.softcap, invalid if invalid.any() else None)
-            per_block = per_key.unflatten(-1, (-1, size))
-            scores[:, item] = per_block.sum(-1) if self.config.score == "mass" else per_block.amax(-1)
+            own = None if near is None else near[:, item]
+            scores[:, item] = aggregate(logits, self.config.score, self.softcap, invalid if invalid.any() else None, own, size)
         return scores
 
 
-def aggregate(logits: torch.Tensor, score: str, softcap: float | None, invalid: torch.Tensor | None) -> torch.Tensor:
-    """Logits `[..., R, M]` of the voting rows -> one score per candidate `[..., M]`; overwrites `logits`.
+def aggregate(
+    logits: torch.Tensor,
+    score: str,
+    softcap: float | None,
+    invalid: torch.Tensor | None,
+    near: torch.Tensor | None = None,
+    size: int = 1,
+) -> torch.Tensor:
+    """Logits `[..., R, M]` of the voting rows -> one score per candidate, of `size` logits each, `[..., M / size]`; overwrites
+    `logits`.
 
-    `mass`: softmax over the candidates, summed over rows. `max`: best logit of any row (the HiP paper).
+    `mass`: the largest share of its attention that a row gives the candidate, by a softmax over all of them. With `near`
+    `[..., R]`, the log-sum-exp of what a row reads in any case, that takes part in the softmax: rows that need nothing far away
+    have no say. `max`: best logit of any row (the HiP paper).
     """
     squash(logits, softcap)
     if invalid is not None:
@@ -345,11 +352,21 @@ def aggregate(logits: torch.Tensor, score: str, softcap: float | None, invalid: 
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if score == "max":
         scores = logits.amax(-2).to(dtype)
+        scores = scores if size == 1 else scores.unflatten(-1, (-1, size)).amax(-1)
     else:
-        scores = torch.softmax(logits, dim=-1, out=logits).sum(-2, dtype=dtype)
+        highest = None if near is None else logits.amax(-1).to(dtype)
+        shares = torch.softmax(logits, dim=-1, out=logits)
+        shares = shares if size == 1 else shares.unflatten(-1, (-1, size)).sum(-1, dtype=dtype)
+        if near is not None:
+            assert highest is not None
+            # the highest logit's share is exp(highest - lse)
+            lse = highest - logits.amax(-1).to(dtype).log()
+            shares = shares * torch.sigmoid(lse - near).to(shares.dtype)[..., None]
+        scores = shares.amax(-2).to(dtype)
     # -inf is for candidates that do not exist; whatever overflowed is merely the worst, or the best
     limit = torch.finfo(torch.float32).max
     scores.nan_to_num_(nan=-limit, posinf=limit, neginf=-limit)
     if invalid is not None:
+        invalid = invalid if size == 1 else invalid.unflatten(-1, (-1, size))[..., 0]
         scores[..., scores.shape[-1] - invalid.shape[-1] :].masked_fill_(invalid, -torch.inf)
     return scores

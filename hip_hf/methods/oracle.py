@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, Unplaced, Unsummarised, squash
-from hip_hf.methods.hip import aggregate, best
+from hip_hf.methods.hip import best
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -43,7 +43,7 @@ class Exhaustive(Unplaced):
             future = position > torch.arange(block.first, block.last + 1, device=q.device)[:, None]
             logits.masked_fill_(future, -torch.inf)
             logits = logits.flatten(1, 2).unsqueeze(1) if config.group_shared else logits
-            mass = aggregate(logits, "mass", None, None)  # [H, S, keys]
+            mass = logits.softmax(-1).sum(-2)  # [H, S, keys]
             middle = mass[..., block.low * config.block_k : block.high * config.block_k]
             scores = middle.unflatten(-1, (-1, config.block_k)).sum(-1)
             ids = torch.arange(block.low, block.high, device=q.device).expand(scores.shape)

@@ -25,8 +25,6 @@ class Representative:
     in fp32 (fp64 for fp64 keys).
     """
 
-    per_chunk = 1  # logits per chunk, of which the largest counts
-
     def leaf(self, keys: torch.Tensor) -> torch.Tensor:
         """State of blocks: keys `[..., block_k, D]` -> `[..., S, D]`."""
         raise NotImplementedError
@@ -36,7 +34,7 @@ class Representative:
         raise NotImplementedError
 
     def row(self, state: torch.Tensor) -> torch.Tensor:
-        """What scoring reads: `[..., S, D]` -> `[..., per_chunk * F]`."""
+        """What scoring reads: `[..., S, D]` -> `[..., F]`."""
         return state.flatten(-2)
 
     def features(self, q: torch.Tensor) -> torch.Tensor:
@@ -50,22 +48,19 @@ class Representative:
         return out
 
 
-class Key(Representative):
-    """A single key: the `middle` one (the paper), the `first` or the `last`."""
-
-    def __init__(self, which: str) -> None:
-        self.which = which
+class MiddleKey(Representative):
+    """The middle key alone (the paper)."""
 
     def leaf(self, keys: torch.Tensor) -> torch.Tensor:
-        index = [0, keys.shape[-2] // 2, keys.shape[-2] - 1]
+        # the first key goes along: that of a right half is the middle key of the whole
+        index = [0, keys.shape[-2] // 2]
         return keys[..., index, :]
 
     def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        # the middle of the whole is the first key of the right half
-        return torch.stack([left[..., 0, :], right[..., 0, :], right[..., 2, :]], dim=-2)
+        return torch.stack([left[..., 0, :], right[..., 0, :]], dim=-2)
 
     def row(self, state: torch.Tensor) -> torch.Tensor:
-        return state[..., {"first": 0, "middle": 1, "last": 2}[self.which], :]
+        return state[..., 1, :]
 
 
 class CentreSpread(Representative):
@@ -113,51 +108,11 @@ class CentreSpread(Representative):
         return out
 
 
-class Mean(Representative):
-    """The mean key."""
-
-    def leaf(self, keys: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(keys.dtype, torch.float32)
-        return keys.sum(-2, keepdim=True, dtype=dtype) / keys.shape[-2]
-
-    def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return (left + right) / 2
-
-
-class Outliers(Representative):
-    """The mean key or any of the `count` keys farthest from it: the best of them counts."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.per_chunk = 1 + count
-
-    def _farthest(self, mean: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        distance = (keys - mean).square().sum(-1)
-        index = distance.topk(min(self.count, keys.shape[-2]), dim=-1).indices
-        far = keys.gather(-2, index[..., None].expand(*index.shape, keys.shape[-1]))
-        missing = self.count - far.shape[-2]
-        return torch.cat([mean, far, mean.expand(*mean.shape[:-2], missing, mean.shape[-1])], dim=-2)
-
-    def leaf(self, keys: torch.Tensor) -> torch.Tensor:
-        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        return self._farthest(keys.mean(-2, keepdim=True), keys)
-
-    def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        mean = (left[..., :1, :] + right[..., :1, :]) / 2
-        return self._farthest(mean, torch.cat([left[..., 1:, :], right[..., 1:, :]], dim=-2))
-
-
-def make_representative(name: str, weight: float, outliers: int) -> Representative:
+def make_representative(name: str, weight: float) -> Representative:
     """The representative of that name (`HiPConfig.representative`)."""
-    if name == "blend":
-        return CentreSpread(weight)
-    if name == "minmax":
-        return CentreSpread(1.0)
-    if name == "mean":
-        return Mean()
-    if name == "outliers":
-        return Outliers(outliers)
-    return Key(name)
+    if name == "middle":
+        return MiddleKey()
+    return CentreSpread(1.0 if name == "minmax" else weight)
 
 
 class Pyramid:

@@ -39,45 +39,81 @@ class Tensors:
     positions: Positions | None = None  # q and k are not rotated: here is where they go
 
 
+def alike(block: QueryBlock) -> tuple[int, int, int, int]:
+    """What query blocks have in common that `partial` serves together."""
+    return block.start, block.sink, block.rows, block.first - block.window
+
+
 def attend(t: Tensors, heads: slice, group: slice, blocks: list[QueryBlock], ids: torch.Tensor, block_k: int) -> None:
     """Sparse attention of query blocks, for the key heads `heads` and the query heads `group` of each.
 
     `ids` `[heads, len(blocks), n]`: the sorted key blocks that each query block reads between sink and window.
     """
     at = 0
-    for _, same in groupby(blocks, key=lambda block: (block.start, block.sink, block.rows, block.first - block.window)):
+    for _, same in groupby(blocks, key=alike):
         run = list(same)
-        _attend_alike(t, heads, group, run, ids[:, at : at + len(run)], block_k)
+        need_lse = t.lse is not None or t.sinks is not None
+        store_rows(t, heads, group, run, *partial(t, heads, group, run, ids[:, at : at + len(run)], block_k, need_lse))
         at += len(run)
 
 
-def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBlock], ids: torch.Tensor, block_k: int) -> None:
-    """`attend` for query blocks of one layout. Each step of its loop is a handful of operations on buffers and views
-    made once: the workers share the interpreter, and would wait for each other at every operation more."""
+def store_rows(
+    t: Tensors, heads: slice, group: slice, blocks: list[QueryBlock], out: torch.Tensor, lse: torch.Tensor | None
+) -> None:
+    """Write out `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` of query blocks that follow one another."""
+    _store(t, (heads, group, slice(blocks[0].row, blocks[-1].row + blocks[-1].rows)), out, lse)
+
+
+def partial(
+    t: Tensors,
+    heads: slice,
+    group: slice,
+    blocks: list[QueryBlock],
+    ids: torch.Tensor | None,
+    block_k: int,
+    need_lse: bool,
+    near: bool = True,
+    reserved: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of query blocks that are `alike` over a part of what they read: the key blocks `ids` `[heads, len(blocks), n]`
+    (None: none), and, if `near`, sink and window. Output `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` (without
+    attention sinks), in the dtype that is multiplied in and fp32 at least.
+
+    `reserved`: keys, selected later or before, that stand between sink and window where positions are given by the order of
+    what is read. Each step of the loop is a handful of operations on buffers and views made once: the workers share the
+    interpreter, and would wait for each other at every operation more.
+    """
     first, count = blocks[0], len(blocks)
     n, k, v = first.rows, t.k[heads], t.v[heads]
     q = t.q[heads, group, first.row : first.row + count * n]
     lanes, groups, _, dim = q.shape
     dtype, device = compute_dtype(q), q.device
+    if ids is None:
+        ids = torch.empty(lanes, count, 0, dtype=torch.long, device=device)
     sink, picked, window = first.sink - first.start, ids.shape[2] * block_k, first.last + 1 - first.window
+    total = sink + picked + reserved + window
+    places = [(0, sink + picked), (total - window, total)] if near else [(sink, sink + picked)]
+    if not near:
+        sink = window = 0
     keys, rows, like = sink + picked + window, groups * n, q.new_empty(0, dtype=dtype)
 
     queries = scratch.take("q", (count, lanes, groups, n, dim), like)
     torch.mul(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4), t.scale, out=queries)
-    outputs = scratch.take("out", (count, lanes, rows, v.shape[-1]), like)
+    outputs = scratch.take("near" if near else "out", (count, lanes, rows, v.shape[-1]), like)
     logits = scratch.take("logits", (lanes, rows, keys), like)
     by_row = logits.view(lanes, groups, n, keys)
     own, future = by_row[..., keys - n :], _future(n, logits)
-    parts = [_Parts(name, x, blocks, sink, picked, block_k, keys) for name, x in (("k", k), ("v", v))]
+    parts = [_Parts(name, x, blocks, sink, picked, window, block_k) for name, x in (("k", k), ("v", v))]
     k_all, v_all = (scratch.take(part.name, tuple(part.all.shape), like) for part in parts)
     k_all = k_all.transpose(1, 2)
     if t.positions is not None:
-        queries = t.positions.streaming(queries, keys)
-    positions = None if t.sliding_window is None else [_positions(block, ids[:, i], block_k) for i, block in enumerate(blocks)]
-    need_lse = t.lse is not None or t.sinks is not None
-    lse = (
-        torch.empty(count, lanes, groups, n, dtype=torch.promote_types(dtype, torch.float32), device=device) if need_lse else None
-    )
+        queries = t.positions.streaming(queries, total)
+    positions = None
+    if t.sliding_window is not None:
+        positions = [_positions(block, ids[:, i], block_k, near) for i, block in enumerate(blocks)]
+    lse = None
+    if need_lse:
+        lse = torch.empty(count, lanes, groups, n, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
     index = [row.unbind(0) for row in block_index(k, ids, block_k).unbind(1)]
     each = zip(blocks, queries.unbind(0), outputs.unbind(0), index, strict=True)
@@ -89,42 +125,58 @@ def _attend_alike(t: Tensors, heads: slice, group: slice, blocks: list[QueryBloc
         if t.positions is None:
             torch.bmm(query.flatten(1, 2), k_all, out=logits)
         else:
-            t.positions.streaming_logits(query, k_all.transpose(1, 2), out=logits)
+            t.positions.streaming_logits(query, k_all.transpose(1, 2), places, total, out=logits)
         squash(logits, t.softcap)
-        if n > 1:
+        if n > 1 and near:
             own.add_(future)
         if positions is not None:
             _mask_sliding(by_row, positions[i], block.first, t.sliding_window)
-        if lse is not None:
-            torch.logsumexp(by_row.to(lse.dtype), dim=-1, out=lse[i])
-        torch.softmax(logits, dim=-1, out=logits)
+        weigh_rows(by_row, None if lse is None else lse[i])
         torch.bmm(logits, v_all, out=output)
-    into = (heads, group, slice(first.row, first.row + count * n))
     out = outputs.view(count, lanes, groups, n, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
-    _store(t, into, out, None if lse is None else lse.permute(1, 2, 0, 3).flatten(2, 3))
+    return out, None if lse is None else lse.permute(1, 2, 0, 3).flatten(2, 3)
+
+
+def weigh_rows(logits: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Softmax of logits `[..., keys]` in place, and their log-sum-exp into `lse` `[...]` (fp32 at least) if that is wanted."""
+    if lse is None:
+        torch.softmax(logits, dim=-1, out=logits)
+    elif logits.dtype != lse.dtype:
+        torch.logsumexp(logits.to(lse.dtype), dim=-1, out=lse)
+        torch.softmax(logits, dim=-1, out=logits)
+    else:
+        torch.amax(logits, dim=-1, out=lse)
+        torch.softmax(logits, dim=-1, out=logits)
+        lse.sub_(logits.amax(-1).log_())  # the highest logit's weight is exp(highest - lse)
 
 
 class _Parts:
     """A buffer `[heads, sink + picked + window, D]` for the keys (or values) that one query block reads, and views of it."""
 
-    def __init__(self, name: str, x: KeyRows, blocks: list[QueryBlock], sink: int, picked: int, block_k: int, keys: int) -> None:
+    def __init__(
+        self, name: str, x: KeyRows, blocks: list[QueryBlock], sink: int, picked: int, window: int, block_k: int
+    ) -> None:
         heads, _, dim = x.shape
         first = blocks[0]
         self.name = name
-        self.all = scratch.take(name, (heads, keys, dim), x)
-        self.all[:, :sink] = x[:, first.start : first.sink]  # the same for every query block
+        self.all = scratch.take(name, (heads, sink + picked + window, dim), x)
+        self.all[:, :sink] = x[:, first.start : first.start + sink]  # the same for every query block
         self.lanes = lanes_of(x, block_k)
         into = [lane[sink : sink + picked] for lane in self.all]
         self.picked = [part.view(part.numel() // lane.width, lane.width) for part, lane in zip(into, self.lanes, strict=True)]
         self.window = self.all[:, sink + picked :]
-        windows = x[:, first.window : blocks[-1].last + 1].unfold(1, self.window.shape[1], first.rows)
-        self.windows = windows.transpose(2, 3).unbind(1)
+        self.windows = None
+        if window:
+            windows = x[:, first.window : blocks[-1].last + 1].unfold(1, window, first.rows)
+            self.windows = windows.transpose(2, 3).unbind(1)
 
     def fill(self, i: int, chosen: tuple[torch.Tensor, ...]) -> None:
         """Bring what the `i`-th query block reads: of each head the rows of its `chosen` key blocks, and the window."""
         for lane, index, into in zip(self.lanes, chosen, self.picked, strict=True):
-            lane.take(index, into)
-        self.window.copy_(self.windows[i])
+            if len(index):
+                lane.take(index, into)
+        if self.windows is not None:
+            self.window.copy_(self.windows[i])
 
 
 def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> None:
@@ -217,9 +269,11 @@ def _future(size: int, like: torch.Tensor) -> torch.Tensor:
     return _triangles[key]
 
 
-def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int) -> torch.Tensor:
+def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int, near: bool) -> torch.Tensor:
     """Positions `[heads, keys]` of the keys that `_Parts.fill` brings."""
     selected = (ids[..., None] * block_k + torch.arange(block_k, device=ids.device)).flatten(1)
+    if not near:
+        return selected
     sink = torch.arange(block.start, block.sink, device=ids.device).expand(len(ids), -1)
     window = torch.arange(block.window, block.last + 1, device=ids.device).expand(len(ids), -1)
     return torch.cat([sink, selected, window], dim=1)

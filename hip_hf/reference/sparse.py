@@ -13,7 +13,7 @@ from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block, query_b
 from hip_hf.paged import KeyRows, PagedKeys, rows_of
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
-from hip_hf.reference.block_sparse import Tensors, attend, attend_range
+from hip_hf.reference.block_sparse import Tensors, alike, attend, attend_range, merge, partial, store_rows
 from hip_hf.reference.gathered import Gathered
 from hip_hf.reference.gradients import Piece
 from hip_hf.reference.reading import Blocks, Reading, block_read, keys_seen
@@ -150,7 +150,39 @@ class SparseAttention:
         heads = slice(head, head + 1)
         for covered, group in groupby(blocks, key=lambda block: block.middle <= self.budget):
             run = list(group)
-            self._attend(t, span, heads, run, None if covered else search.select(heads, run))
+            if covered:
+                self._attend(t, span, heads, run, None)
+            elif not self._asks_need:
+                self._attend(t, span, heads, run, search.select(heads, run))
+            else:
+                for _, same in groupby(run, key=alike):
+                    self._attend_by_need(t, search, span, heads, list(same))
+
+    @property
+    def _asks_need(self) -> bool:
+        return getattr(self.selector, "asks_need", False)
+
+    def _near(self, t: Tensors, heads: slice, blocks: list[QueryBlock]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Attention of query blocks that are `alike` to what they always read: output and log-sum-exp, and the latter with the
+        attention sinks, which also take from what is left for the middle."""
+        size = self.config.block_k
+        out, lse = partial(t, heads, slice(None), blocks, None, size, True, reserved=self.budget * size)
+        assert lse is not None
+        sinks = None if t.sinks is None else t.sinks[heads, :, None].to(lse.dtype)
+        return out, lse, lse if sinks is None else torch.logaddexp(lse, sinks)
+
+    def _attend_by_need(self, t: Tensors, search: Any, span: Span, heads: slice, blocks: list[QueryBlock]) -> None:
+        """Attend to sink and window first: that tells who needs the middle. Then select, attend to that, and merge the two."""
+        out, lse, near = self._near(t, heads, blocks)
+        ids = search.select(heads, blocks, near)
+        for share in range(ids.shape[1]):
+            group = slice(None) if ids.shape[1] == 1 else slice(share, share + 1)
+            more, more_lse = partial(t, heads, group, blocks, ids[:, share], self.config.block_k, True, near=False)
+            assert more_lse is not None
+            some = out[:, group].to(more_lse.dtype)
+            whole = merge(some, lse[:, group], more.to(more_lse.dtype), more_lse)
+            store_rows(t, heads, group, blocks, some, whole)
+        self._take_note(span, heads, blocks, ids)
 
     def _attend(self, t: Tensors, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None) -> None:
         """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to the whole middle."""
@@ -194,7 +226,7 @@ class SparseAttention:
             if row is not None and span.rows == 1 and refresh != 1:
                 blocks = [replace(blocks[0], lasting=True)]
             search = self._search(t, row, blocks)
-            selected = [search.select(heads, [block]) if block.middle > self.budget else None for block in blocks]
+            selected = [self._selected(t, search, heads, block) if block.middle > self.budget else None for block in blocks]
             if row is not None:
                 row.selection = Selection(selected[-1], blocks[-1].window, blocks[-1].first)
         for block, ids in zip(blocks, selected, strict=True):
@@ -204,6 +236,12 @@ class SparseAttention:
             else:
                 self._attend(t, span, heads, [block], ids)
         self._count(span, span.rows, blocks[0].window if span.rows == 1 else None)
+
+    def _selected(self, t: Tensors, search: Any, heads: slice, block: QueryBlock) -> torch.Tensor:
+        """What a decode step's row selects, `[heads, S, 1, n]`."""
+        if not self._asks_need:
+            return search.select(heads, [block])
+        return search.select(heads, [block], self._near(t, heads, [block])[2])
 
     def _gathers(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
         """Whether what a selection reads is kept side by side for the steps that it serves. Not where it changes each step

@@ -1,0 +1,56 @@
+"""Votes by need: which query rows decide what their query block reads between sink and window.
+
+Most rows of a real model spend their attention on the first tokens and on their neighbours; a few look something up far away.
+Whoever asks all rows alike, or their mean, hears the many. The *need* of a row is the share of its attention that lies in the
+middle, `sigmoid(lse_middle - lse_near)`:
+
+    sink  [ . . . . middle . . . . ]  window, own block
+    \\______________________________________________/
+      lse_near: exact, over sink and window (attention computes it anyway)
+               lse_middle: estimated, from a sample of the middle's keys
+
+The rows of a query block with the largest need vote, each with its own query. Where all of them vote (decode), nothing is
+estimated: the search weighs every vote by its need (`aggregate` in `hip.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.methods.base import squash
+from hip_hf.paged import KeyRows, pick
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+
+def votes_of(config: HiPConfig, rows: int, heads: int) -> int:
+    """How many of `rows` query rows of `heads` heads, which share a selection, vote. A row that is alone (decode) votes with
+    all of its heads."""
+    if rows == 1:
+        return heads
+    return min(rows * heads, max(1, -(-heads * config.block_q // config.query_stride)))
+
+
+def sample_level(config: HiPConfig, low: int, high: int, most: int) -> int:
+    """The smallest level at which at most `most` chunks of `2 ** level` keys lie in the middle, blocks `low` to `high - 1`."""
+    level, first, end = 0, low * config.block_k, high * config.block_k
+    while (end >> level) - (-(-first >> level)) > most:
+        level += 1
+    return level
+
+
+def sampled_keys(keys: KeyRows, first: int, end: int, level: int, dtype: torch.dtype) -> torch.Tensor:
+    """The middle key of each chunk `first` to `end - 1` of `2 ** level` keys: `[heads, end - first, D]` of keys `[heads, T, D]`."""
+    at = torch.arange(first, end, device=keys.device) << level
+    at += (1 << level) >> 1
+    return pick(keys, at.expand(keys.shape[0], -1), 1).to(dtype)
+
+
+def log_mass(q: torch.Tensor, keys: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Log-sum-exp `[heads, R]` of the logits of scaled queries `[heads, R, D]` for keys `[heads, n, D]`, fp32 at least."""
+    logits = torch.bmm(q, keys.transpose(1, 2))
+    squash(logits, softcap)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1)
