@@ -157,7 +157,8 @@ def score_chunks(
     edge_scores = tl.full([EDGES], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
         offsets, voting, own = voting_rows(
-            tile, last_row, last, first, row_stride_h, row_stride_t, near, near_stride, ROWS, SAMPLES, STRIDE, GROUP, WEIGHED)  # fmt: skip
+            tile, last_row, last, first, row_stride_h, row_stride_t, near, near_stride, ROWS, SAMPLES, STRIDE, GROUP,
+            WEIGHED)  # fmt: skip
         if HAS_EDGES:
             edges = chunk_logits(
                 table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, ROWS, DIM, FEATURES, PARTS, PRECISION,
@@ -238,7 +239,8 @@ def score_blocks(
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
         offsets, voting, own = voting_rows(
-            tile, last_row, last, first, row_stride_h, row_stride_t, near, near_stride, ROWS, SAMPLES, STRIDE, GROUP, WEIGHED)  # fmt: skip
+            tile, last_row, last, first, row_stride_h, row_stride_t, near, near_stride, ROWS, SAMPLES, STRIDE, GROUP,
+            WEIGHED)  # fmt: skip
         top = own
         mass = tl.full([N, ROWS], 0.0 if MASS else -float("inf"), tl.float32)
         logits = tl.zeros([N, ROWS], tl.float32)

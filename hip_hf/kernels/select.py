@@ -90,7 +90,6 @@ def score_long(
     DIM: tl.constexpr,
     FEATURES: tl.constexpr,
     PARTS: tl.constexpr,
-   
     PRECISION: tl.constexpr,
     level,
     farthest,
@@ -223,9 +222,9 @@ def select_kernel(
     begins, ends = ceil_shift(low, level), high >> level
     if LONG:
         scratch += tl.program_id(0).to(tl.int64) * stride_scratch
-        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, near, stride_near, last_row, first, last, scale,
-                   steps, SOFTCAP, M, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, BLOCK_K, DIM, FEATURES, PARTS,
-                   PRECISION, level, farthest, COS, SIN, HALF)  # fmt: skip
+        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, near, stride_near, last_row, first, last,
+                   scale, steps, SOFTCAP, M, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, BLOCK_K, DIM, FEATURES,
+                   PARTS, PRECISION, level, farthest, COS, SIN, HALF)  # fmt: skip
         best, total = merge_long(scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2)
         ids = pair(best, best, M)
         inside = slot < total
@@ -236,7 +235,8 @@ def select_kernel(
         at = chunk_rows(tl.where(inside, ids, begins), level)
         scores, _ = score_chunks(
             table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, near, stride_near, last_row, first, last,
-            BLOCK_K << level, scale, steps, SOFTCAP, M, EDGES, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM, FEATURES, PARTS, PRECISION, False,
+            BLOCK_K << level, scale, steps, SOFTCAP, M, EDGES, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
+            FEATURES, PARTS, PRECISION, False,
             places_back(ends, ids, farthest), edge, COS, SIN, HALF)  # fmt: skip
     keys = sort_keys(scores, inside)
     left = level * 0 + ABSENT
@@ -254,7 +254,8 @@ def select_kernel(
         edge_inside = ((edge == 0) & (begins != 2 * was_begins)) | ((edge == 1) & (ends != 2 * was_ends))
         scores, edge_scores = score_chunks(
             table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, near, stride_near, last_row, first, last,
-            BLOCK_K << level, scale, steps, SOFTCAP, M, EDGES, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM, FEATURES, PARTS, PRECISION, True,
+            BLOCK_K << level, scale, steps, SOFTCAP, M, EDGES, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
+            FEATURES, PARTS, PRECISION, True,
             places_back(ends, ids, farthest), places_back(ends, tl.where(edge == 0, begins, ends - 1), farthest),
             COS, SIN, HALF)  # fmt: skip
         keys = sort_keys(scores, inside)
@@ -270,8 +271,8 @@ def select_kernel(
         ids = tl.where(inside, ids, low)
         scores = score_blocks(
             k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
-            stride_near, last_row, first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE, GROUP,
-            MASS, WEIGHED, DIM, FEATURES_LAST, PRECISION, places_back(high, ids, farthest), COS, SIN, HALF)  # fmt: skip
+            stride_near, last_row, first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE,
+            GROUP, MASS, WEIGHED, DIM, FEATURES_LAST, PRECISION, places_back(high, ids, farthest), COS, SIN, HALF)  # fmt: skip
         keys = sort_keys(scores, inside)
     if SUCCESSORS > 0:
         count = tl.where(rows == 1, SUCCESSORS, 0)

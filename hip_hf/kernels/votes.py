@@ -44,9 +44,7 @@ NEEDS = 64
 
 
 @triton.jit
-def count_votes(
-    rows, VOTERS: tl.constexpr, VOTES: tl.constexpr, STRIDE: tl.constexpr, SAMPLED: tl.constexpr
-):
+def count_votes(rows, VOTERS: tl.constexpr, VOTES: tl.constexpr, STRIDE: tl.constexpr, SAMPLED: tl.constexpr):
     """How many votes a query block of so many rows of `VOTERS` heads casts."""
     if SAMPLED:
         return VOTERS * ((rows - 1) // STRIDE + 1)
@@ -111,7 +109,7 @@ def need_kernel(
     last = tl.minimum(first + ROWS - 1, block_last)
     if first > last:
         return
-    if STATEFUL:
+    if STATEFUL:  # noqa: SIM102 (settled when the kernel is compiled)
         if still_serves(MADE + sequence * stride_made, position, rows, refresh):
             return
     begin = window_start(block_first, window_keys, BLOCK_K)
@@ -197,7 +195,8 @@ def need_kernel(
             top, norm = add_keys(
                 top, norm, q, k_base, at, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb, stride_kt,
                 TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
-        tl.store(NEED + to, (top + tl.log2(norm)) * LN2 - near, mask=real)
+        # a sample may be empty
+        tl.store(NEED + to, (top + tl.log2(tl.where(norm == 0.0, 1.0, norm))) * LN2 - near, mask=real)
 
 
 @triton.jit(do_not_specialize=["stride_near"])
@@ -220,7 +219,7 @@ def vote_kernel(
     first_row, first, last = query_block(row_start, rows, position, index, BLOCK_Q)
     if first > last:
         return
-    if STATEFUL:
+    if STATEFUL:  # noqa: SIM102 (settled when the kernel is compiled)
         if still_serves(MADE + sequence * stride_made, position, rows, refresh):
             return
     _, sink, window = always_read(first, window_start(first, window_keys, BLOCK_K), sink_keys, sliding, BLOCK_K)
@@ -286,9 +285,8 @@ class Voting:
         slots = voters * -(-block_q // config.query_stride) if sampled else max(votes, voters)
         ranked = not sampled and votes < rows
         stride = config.query_stride if sampled else 1
-        return Voting(
-            voters, votes, slots, stride, sampled, ranked, ranked or extended, not sampled and config.score == "mass"
-        )
+        weighed = not sampled and config.score == "mass"
+        return Voting(voters, votes, slots, stride, sampled, ranked, ranked or extended, weighed)
 
 
 def need_arguments(
