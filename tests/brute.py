@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-
 Vote = tuple[torch.Tensor, float | None]  # a voting row, and the log-sum-exp of its logits for what it reads in any case
 
 

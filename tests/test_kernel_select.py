@@ -18,18 +18,19 @@ from interpreter import DEVICE
 from hip_hf.config import REPRESENTATIVES, HiPConfig
 from hip_hf.kernels import search
 from hip_hf.kernels.addressing import KeyValues
-from hip_hf.kernels.scoring import chunk_logits
 from hip_hf.kernels.prefill import Logits
+from hip_hf.kernels.scoring import chunk_logits
 from hip_hf.kernels.search import Selection, select, unsupported
 from hip_hf.kernels.select import select_kernel
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.topk import threshold
 from hip_hf.kernels.votes import Voting, votes_of
-from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.methods import need, selector_for
+from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.methods.pyramid import Pyramid
 from hip_hf.problem import Span
+from hip_hf.rope import Positions
 
 pytestmark = pytest.mark.kernels
 
@@ -63,13 +64,14 @@ class Case:
 
     def __init__(
         self, config: HiPConfig, spans: list[Span], page_size: int = 0, softcap: float | None = None, sliding: int | None = None,
-        sinks: torch.Tensor | None = None, **shape: Any,
+        sinks: torch.Tensor | None = None, positions: Positions | None = None, **shape: Any,
     ) -> None:  # fmt: skip
         tokens = max(span.key_end for span in spans)
         rows = max(span.row_end for span in spans)
         self.q, self.k, self.v = make_qkv(tokens, rows, 1 + max(span.batch for span in spans), **{"heads": 1, **shape})
         self.config, self.spans, self.page_size = config, spans, page_size
         self.softcap, self.sliding, self.sinks, self.scale = softcap, sliding, sinks, self.q.shape[-1] ** -0.5
+        self.positions = positions
         self.heads = self.k.shape[1]
         self.groups = self.q.shape[1] // self.heads
         self.selector = selector_for(config)
@@ -176,7 +178,8 @@ class Case:
         return self.q.to(DEVICE), table, kv, Sequences.of(self.spans, torch.device(DEVICE))
 
     def logits(self) -> Logits:
-        return Logits(self.scale, self.softcap, self.sliding, None if self.sinks is None else self.sinks.to(DEVICE))
+        sinks = None if self.sinks is None else self.sinks.to(DEVICE)
+        return Logits(self.scale, self.softcap, self.sliding, sinks, self.positions)
 
     def empty(self, block_q: int, keep: bool = False) -> Selection:
         sequences = Sequences.of(self.spans, torch.device(DEVICE))
