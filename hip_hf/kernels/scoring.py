@@ -20,6 +20,18 @@ def chunk_rows(ids, level):
 
 
 @triton.jit
+def voters(
+    tile, last_row, last, first, ROWS: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """Head, row and validity of the `tile`-th `ROWS` voting rows: every `STRIDE`-th row of the query block, counted back from
+    its last, of each of the `GROUP` heads. What is not valid repeats the last row."""
+    index = tile * ROWS + tl.arange(0, ROWS)
+    head, sample = index // SAMPLES, index % SAMPLES
+    voting = (head < GROUP) & (sample * STRIDE <= last - first)
+    return tl.where(voting, head, 0), last_row - tl.where(voting, sample, 0) * STRIDE, voting
+
+
+@triton.jit
 def voting_rows(
     tile,
     last_row,
@@ -27,27 +39,36 @@ def voting_rows(
     first,
     stride_qh,
     stride_qt,
-    near,
-    stride_near,
     ROWS: tl.constexpr,
     SAMPLES: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
-    WEIGHED: tl.constexpr,
 ):
-    """Offsets (int64, from the group's first head), validity and `near` of the `tile`-th `ROWS` voting rows: every `STRIDE`-th
-    row of the query block, counted back from its last, of each of the `GROUP` heads. What is not valid repeats the last row;
-    what it finds near, or all rows if not `WEIGHED`, is -inf."""
-    index = tile * ROWS + tl.arange(0, ROWS)
-    head, sample = index // SAMPLES, index % SAMPLES
-    voting = (head < GROUP) & (sample * STRIDE <= last - first)
-    head = tl.where(voting, head, 0)
-    row = last_row - tl.where(voting, sample, 0) * STRIDE
-    if WEIGHED:
-        found = tl.load(near + head.to(tl.int64) * stride_near + row, mask=voting, other=-float("inf"))
-    else:
-        found = tl.full([ROWS], -float("inf"), tl.float32)
-    return head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qt, voting, found
+    """Offsets (int64, from the group's first head) and validity of voting rows."""
+    head, row, voting = voters(tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)
+    return head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qt, voting
+
+
+@triton.jit
+def near_share(
+    near,
+    stride_near,
+    top,
+    log_keys,
+    tile,
+    last_row,
+    last,
+    first,
+    ROWS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """What voting rows find `near`, as one more candidate of a softmax from whose logits `top` is subtracted. A candidate's
+    logit stands for each of its keys (`log_keys`). Loaded when it is needed: held, it would take registers from the tiles."""
+    head, row, voting = voters(tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)
+    found = tl.load(near + head.to(tl.int64) * stride_near + row, mask=voting, other=-float("inf"))
+    return tl.exp(found - log_keys - top)
 
 
 @triton.jit
@@ -156,9 +177,7 @@ def score_chunks(
     scores = tl.full([M], 0.0 if MASS else -float("inf"), tl.float32)
     edge_scores = tl.full([EDGES], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
-        offsets, voting, own = voting_rows(
-            tile, last_row, last, first, row_stride_h, row_stride_t, near, near_stride, ROWS, SAMPLES, STRIDE, GROUP,
-            WEIGHED)  # fmt: skip
+        offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
         if HAS_EDGES:
             edges = chunk_logits(
                 table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, ROWS, DIM, FEATURES, PARTS, PRECISION,
@@ -169,18 +188,17 @@ def score_chunks(
         logits = tl.where(inside[:, None], logits, -float("inf"))
         if MASS:
             top = tl.max(logits, 0)
-            if WEIGHED:  # a chunk's logit stands for each of its keys
-                own -= tl.log(keys.to(tl.float32))
-                top = tl.maximum(top, own)
             if HAS_EDGES:
                 top = tl.maximum(top, tl.max(edges, 0))
                 edges = tl.exp(edges - top[None, :])
             logits = tl.exp(logits - top[None, :])
             norm = tl.sum(logits, 0)
-            if WEIGHED:
-                norm += tl.exp(own - top)
             if HAS_EDGES:
                 norm += tl.sum(edges, 0)
+            if WEIGHED:
+                norm += near_share(
+                    near, near_stride, top, tl.log(keys.to(tl.float32)), tile, last_row, last, first, ROWS, SAMPLES, STRIDE,
+                    GROUP)  # fmt: skip
             weight = tl.where(voting, 1.0 / norm, 0.0)
             scores = tl.maximum(scores, tl.max(logits * weight[None, :], 1))
             if HAS_EDGES:
@@ -238,10 +256,8 @@ def score_blocks(
     inner = tl.arange(0, FEATURES)
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
-        offsets, voting, own = voting_rows(
-            tile, last_row, last, first, row_stride_h, row_stride_t, near, near_stride, ROWS, SAMPLES, STRIDE, GROUP,
-            WEIGHED)  # fmt: skip
-        top = own
+        offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
+        top = tl.full([ROWS], -float("inf"), tl.float32)
         mass = tl.full([N, ROWS], 0.0 if MASS else -float("inf"), tl.float32)
         logits = tl.zeros([N, ROWS], tl.float32)
         # one flat loop over keys of the blocks and parts of the head dim, so that loads run ahead across both
@@ -274,7 +290,8 @@ def score_blocks(
         if MASS:
             norm = tl.sum(mass, 0)
             if WEIGHED:
-                norm += tl.exp(own - top)
+                norm += near_share(
+                    near, near_stride, top, 0.0, tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)  # fmt: skip
             weight = tl.where(voting, 1.0 / norm, 0.0)
             scores = tl.maximum(scores, tl.max(mass * weight[None, :], 1))
         else:

@@ -83,10 +83,11 @@ class SearchTile:
     stages: int = 2
 
 
-def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candidates: int) -> SearchTile:
+def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candidates: int, votes: int) -> SearchTile:
     """Chosen so that nothing spills in half precision (`hip-hf kernels`); with many `candidates`, all of whose logits are held,
-    in smaller steps. fp32, and chunks that are turned as they are loaded (`indexed`), take several registers where others take
-    one. With 16 warps the search stays off Blackwell's tensor memory, whose passes in Triton 3.7 fail on it."""
+    or more `votes` than a tile has rows, in smaller steps. fp32, and chunks that are turned as they are loaded (`indexed`), take
+    several registers where others take one. With 16 warps the search stays off Blackwell's tensor memory, whose passes in
+    Triton 3.7 fail on it."""
     warps = 16 if target.startswith("sm10") else 8
     if indexed or dtype == torch.float32:
         return SearchTile(16, 16, 16, warps, stages=1)
@@ -102,6 +103,8 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
         wanted = SearchTile(32, 16, 32)
     else:
         wanted = SearchTile(32, 32, 32)
+    if votes > wanted.rows and target != "sm90":  # a loop over tiles, too
+        wanted = replace(wanted, features_last=16)
     divisor = dim & -dim  # a part of the head dim that is no divisor of it costs masks
     return replace(
         wanted,
@@ -130,7 +133,7 @@ def constants(
     voting = Voting.of(config, group, block_q, positions is not None)
     # votes that were put side by side are those of one head
     heads, samples = (1, voting.slots) if voting.chosen else (voting.voters, voting.slots // voting.voters)
-    shape = search_tile(target, dim, dtype, positions is not None and positions.chunk_indexed, 2 * kept)
+    shape = search_tile(target, dim, dtype, positions is not None and positions.chunk_indexed, 2 * kept, voting.slots)
     rows = max(16, min(triton.next_power_of_2(voting.slots), shape.rows, shape.rows * CANDIDATES // (2 * kept)))
     return dict(
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.kernels.scoring import chunk_logits, chunk_rows, score_blocks, score_chunks, voting_rows
+from hip_hf.kernels.scoring import chunk_logits, chunk_rows, near_share, score_blocks, score_chunks, voting_rows
 from hip_hf.kernels.sequences import GROWING, always_read, load_sequence, query_block, still_serves, window_start
 from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, with_successors
 from hip_hf.kernels.votes import count_votes
@@ -100,11 +100,9 @@ def score_long(
     """Scores of `count` chunks from `first` on into `scratch`, tile by tile: once for the rows' norms, once for the scores."""
     inner = tl.arange(0, M)
     for tile in range(TILES):
-        offsets, voting, own = voting_rows(
-            tile, last_row, block_last, block_first, stride_qh, stride_qt, near, stride_near, ROWS, SAMPLES, STRIDE, GROUP,
-            WEIGHED)  # fmt: skip
-        top = own - tl.log((BLOCK_K << level).to(tl.float32))
-        norm = tl.full([ROWS], 1.0 if WEIGHED else 0.0, tl.float32)
+        offsets, voting = voting_rows(tile, last_row, block_last, block_first, stride_qh, stride_qt, ROWS, SAMPLES, STRIDE, GROUP)
+        top = tl.full([ROWS], -float("inf"), tl.float32)
+        norm = tl.zeros([ROWS], tl.float32)
         if MASS:
             for at in range(0, count, M):
                 inside = at + inner < count
@@ -116,6 +114,10 @@ def score_long(
                 higher = tl.maximum(top, tl.max(logits, 0))
                 norm = norm * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[None, :]), 0)
                 top = higher
+            if WEIGHED:
+                norm += near_share(
+                    near, stride_near, top, tl.log((BLOCK_K << level).to(tl.float32)), tile, last_row, block_last, block_first,
+                    ROWS, SAMPLES, STRIDE, GROUP)  # fmt: skip
             norm = tl.where(voting, 1.0 / norm, 0.0)
         for at in range(0, count, M):
             inside = at + inner < count

@@ -9,7 +9,7 @@ places them: as far from un-rotated keys as they are from the last key before th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 # Numbers of the head dim that are copied at a time: the rows of all votes are held meanwhile.
 FEATURES = 16
+# Keys of a tile at least: what matrix instructions take.
+FEWEST_KEYS = 16
 # Of the needs of a query block, what a warp compares at a time in registers.
 NEEDS = 64
 
@@ -299,6 +301,8 @@ def need_arguments(
     # attention's tiles, which hold values besides
     kernel = configuration("decode" if block_q == 1 else "prefill", logits)
     shape = tile_of(kernel, target or target_of(q), dim, dim, q.dtype)
+    if logits.positions is not None:  # queries are turned three times, keys as well: what waits to be used must be little
+        shape = replace(shape, keys=max(FEWEST_KEYS, shape.keys // 2), stages=1)
     rows = rows_of(shape, group, block_q)
     table, stride_table = kv.table()
     arguments = dict(
