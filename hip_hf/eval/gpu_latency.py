@@ -161,7 +161,7 @@ class Bench:
         if phase == SELECTION:
             return floors.selection(length, config, shape)
         if phase == DECODE_SELECTION:
-            return floors.search(length, 1, config, shape).times(shape.key_heads)
+            return floors.refresh_step(length, config, shape)
         if phase == PREFILL:
             if path == "dense":
                 return floors.dense_prefill(length, shape)
