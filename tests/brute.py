@@ -27,7 +27,7 @@ def log_sum_exp(logits: list[float]) -> float:
 
 def by_need(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
-    sinks: list[float] | None = None, sliding: int | None = None, most: int = 256,
+    sinks: list[float] | None = None, sliding: int | None = None, most: int = 512,
 ) -> list[Vote]:  # fmt: skip
     """Votes of the rows `[rows, heads, D]`, from position `first` on, that need the middle `[low, high)` most, which is estimated
     from `most` of its keys. `logit(row, key)` scales and caps; `sinks`: an extra logit for each head."""
@@ -41,16 +41,17 @@ def by_need(
     allowed = heads if count == 1 else min(len(ids), max(1, math.ceil(heads * config.block_q / config.query_stride)))
     if allowed < len(ids):
         stride = 1
-        while len(sample := middles(low * bk, high * bk, stride)) > most:
+        while len(sample := spread(low * bk, high * bk, stride)) > most:
             stride *= 2
         need = {(r, h): log_sum_exp([logit(rows[r, h], keys[at]) for at in sample]) - near[r, h] for r, h in ids}
         ids = sorted(sorted(ids, key=lambda i: (-need[i], i))[:allowed])
     return [(rows[row, head], near[row, head]) for row, head in ids]
 
 
-def middles(begin: int, end: int, stride: int) -> list[int]:
-    """The middle keys of the aligned chunks of `stride` keys that lie wholly in `[begin, end)`."""
-    return [at + stride // 2 for at in range(0, end, stride) if begin <= at and at + stride <= end]
+def spread(begin: int, end: int, stride: int) -> list[int]:
+    """A key of each of the aligned chunks of `stride` keys that lie wholly in `[begin, end)`, each at another place in its chunk."""
+    chunks = [at // stride for at in range(0, end, stride) if begin <= at and at + stride <= end]
+    return [chunk * stride + chunk * 2654435761 % 2**32 * stride // 2**32 for chunk in chunks]
 
 
 Chunk = tuple[int, int]  # level, index: the keys [index * size, (index + 1) * size) with size = block_k << level

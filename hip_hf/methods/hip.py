@@ -46,7 +46,7 @@ class Options:
     """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which a row's need is estimated."""
 
     weight: float = 0.5
-    sample: int = 256
+    sample: int = 512
 
     def __post_init__(self) -> None:
         if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1:
@@ -147,7 +147,7 @@ class TreeSearch:
         self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None, level: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, and the log-sum-exp of what each always reads.
-        The need is estimated from the middle keys of chunks of `2 ** level` keys."""
+        The need is estimated from a key of each chunk of `2 ** level` keys."""
         config, rows, first = self.config, blocks[0].rows, blocks[0].row
         if near is None:
             index = torch.tensor([list(sampled_rows(config, block)) for block in blocks], device=self.q.device)
