@@ -68,7 +68,7 @@ def reference(case: Case, span: Span, block: QueryBlock, dtype: torch.dtype) -> 
         logits = torch.cat([logits, case.sinks.to(dtype)[:, None, None].expand(*logits.shape[:2], 1)], dim=-1)
     near = logits.to(torch.promote_types(dtype, torch.float32)).logsumexp(-1)
     stride, most = 1, case.config.method_options().sample
-    while len(sample := brute.middles(block.low * bk, block.high * bk, stride)) > most:
+    while len(sample := brute.spread(block.low * bk, block.high * bk, stride)) > most:
         stride *= 2
     distance = (row + 1 - block.window).clamp(max=trained - 1).expand(-1, len(sample))
     logits = logits_of(case, span, block, torch.tensor(sample), distance if case.positions else None, dtype)

@@ -33,12 +33,15 @@ from hip_hf.kernels.sequences import (
 from hip_hf.kernels.tiles import LN2, LOG2E, scaled
 from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, tile
 from hip_hf.kernels.tuning import precision_of, target_of, tile_of
+from hip_hf.methods import need as by_need
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
 # Numbers of the head dim that are copied at a time: the rows of all votes are held meanwhile.
 FEATURES = 16
+# Spreads the sample's places within their chunks.
+SPREAD = tl.constexpr(by_need.SPREAD)
 # Keys of a tile at least: what matrix instructions take.
 FEWEST_KEYS = 16
 # Of the needs of a query block, what a warp compares at a time in registers.
@@ -193,7 +196,8 @@ def need_kernel(
             q = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
         for i in range(chunk, ends, KEYS):
             inside = i + n < ends
-            at = ((i + n) << level) + ((1 << level) >> 1)
+            spread = ((i + n).to(tl.int64) * SPREAD & 0xFFFFFFFF) >> (32 - level)
+            at = ((i + n) << level) + spread.to(tl.int32)
             top, norm = add_keys(
                 top, norm, q, k_base, at, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb, stride_kt,
                 TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
