@@ -84,8 +84,8 @@ class HiPConfig:
     group_shared: bool = True
     representative: str = "blend"
     score: str = "mass"
-    beam: int = 4
-    rescore: int = 8
+    beam: int = 2
+    rescore: int = 3
     coarsest: int | None = None
     dense_layers: int | list[int] = 3
     dense_below: int | None = None
