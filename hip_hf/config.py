@@ -35,11 +35,12 @@ class HiPConfig:
     Args:
         method: a selector (`hip`, `staged`, `streaming`, `quest`, `vertical_slash`, `sample`, `h2o`, `oracle`), or an
             attention of its own (`hyper`, `dense`).
-        options: the method's own settings, validated by its dataclass (for `hip`: `hip_hf.methods.hip.Options`).
+        options: the method's own settings, validated by its dataclass (for `hip`: `weight` of the bound in `blend`, `sample`: the
+            most keys from which a row's need is estimated).
         budget: keys selected per query block, a multiple of `block_k`.
         block_q: query rows that share one selection.
         block_k: keys per block, the unit of selection.
-        query_stride: every `query_stride`-th row of a query block votes, or as many rows as that makes.
+        query_stride: every `query_stride`-th row of a query block, or as many rows as that makes, votes; in decode all heads do.
         vote: who they are: `need` (the rows with the largest share of their attention between sink and window) or `sampled`
             (every `query_stride`-th row, counted back from the block's last: the papers).
         sink: first keys of a row, always read (rounded up to `block_k`).
@@ -47,7 +48,8 @@ class HiPConfig:
         group_shared: one selection per KV group instead of one per query head.
         representative: what stands for a chunk of keys in the search: `blend` (centre and spread), `minmax` (the bound
             of its keys alone) or `middle` (its middle key: the HiP paper).
-        score: `mass` (the largest share of its attention that a voting row gives) or `max` (best logit, the HiP paper).
+        score: `mass` (the share of its attention that a voting row gives, after what it reads anyway, summed over rows) or
+            `max` (best logit: the HiP paper).
         beam: levels above the last keep `beam * budget` keys' worth of chunks.
         rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off.
         coarsest: largest chunk, in keys, that the search may start from; None starts from as few as possible.
@@ -82,8 +84,8 @@ class HiPConfig:
     group_shared: bool = True
     representative: str = "blend"
     score: str = "mass"
-    beam: int = 4
-    rescore: int = 8
+    beam: int = 2
+    rescore: int = 3
     coarsest: int | None = None
     dense_layers: int | list[int] = 3
     dense_below: int | None = None

@@ -25,19 +25,37 @@ def log_sum_exp(logits: list[float]) -> float:
     return most + math.log(sum(math.exp(x - most) for x in logits))
 
 
+def always_read(
+    config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
+    sinks: list[float] | None = None, sliding: int | None = None,
+) -> dict[tuple[int, int], float]:  # fmt: skip
+    """Log-sum-exp of each row of a query block `[rows, heads, D]`, which begins at position `first`, over what it reads in any
+    case: all but the middle `[low, high)`. `logit(row, key)` scales and caps; `sinks`: an extra logit for each head."""
+    bk, (count, heads, _), near = config.block_k, rows.shape, {}
+    for row, head in ((row, head) for row in range(count) for head in range(heads)):
+        seen = [*range(low * bk), *range(high * bk, first + row + 1)]
+        seen = [at for at in seen if sliding is None or at > first + row - sliding]
+        near[row, head] = log_sum_exp([logit(rows[row, head], keys[at]) for at in seen] + ([sinks[head]] if sinks else []))
+    return near
+
+
 def by_need(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
     sinks: list[float] | None = None, sliding: int | None = None, most: int = 512,
 ) -> list[Vote]:  # fmt: skip
-    """Votes of the rows `[rows, heads, D]`, from position `first` on, that need the middle `[low, high)` most, which is estimated
-    from `most` of its keys. `logit(row, key)` scales and caps; `sinks`: an extra logit for each head."""
+    """Votes of a query block's rows by their need; arguments as in `always_read` and `neediest`."""
+    near = always_read(config, keys, rows, first, low, high, logit, sinks, sliding)
+    return neediest(config, keys, rows, near, low, high, logit, most)
+
+
+def neediest(
+    config: Any, keys: torch.Tensor, rows: torch.Tensor, near: dict[tuple[int, int], float], low: int, high: int,
+    logit: Callable[..., float], most: int = 256,
+) -> list[Vote]:  # fmt: skip
+    """Votes of the rows `[rows, heads, D]` that need the middle `[low, high)` most, which is estimated from `most` of its keys.
+    `near`: log-sum-exp of each for what it reads in any case."""
     bk, (count, heads, _) = config.block_k, rows.shape
     ids = [(row, head) for row in range(count) for head in range(heads)]
-    near = {}
-    for row, head in ids:
-        seen = [*range(low * bk), *range(high * bk, first + row + 1)]
-        seen = [at for at in seen if sliding is None or at > first + row - sliding]
-        near[row, head] = log_sum_exp([logit(rows[row, head], keys[at]) for at in seen] + ([sinks[head]] if sinks else []))
     allowed = heads if count == 1 else min(len(ids), max(1, math.ceil(heads * config.block_q / config.query_stride)))
     if allowed < len(ids):
         stride = 1
@@ -124,7 +142,7 @@ class Search:
             whole = log_sum_exp([values[r] for values in logits.values()] + others)
             for c, values in logits.items():
                 shares[c].append(math.exp(values[r] - whole))
-        return {c: max(values) for c, values in shares.items()}
+        return {c: sum(values) for c, values in shares.items()}
 
     def keep(self, scores: dict[int, float], count: int) -> list[int]:
         return sorted(scores, key=lambda i: (-scores[i], i))[:count]
@@ -142,7 +160,7 @@ class Search:
             for r, (_, near) in enumerate(self.votes):
                 whole = log_sum_exp([x for own in logits.values() for x in own[r]] + ([] if near is None else [near]))
                 shares.append(sum(math.exp(x - whole) for x in logits[i][r]))
-            score[i] = max(shares)
+            score[i] = sum(shares)
         return score
 
     def run(self) -> list[int]:

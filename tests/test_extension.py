@@ -184,12 +184,9 @@ class Placed(brute.Search):
         low, high = self.box(level, index)
         mean, bound = at(inside.mean(0)), float(torch.maximum(row * high, row * low).sum())
         name = self.config.representative
-        if name == "outliers":
-            return self.capped(max(mean, *(at(key) for key in self.extremes(level, index))))
-        single = {"middle": len(inside) // 2, "first": 0, "last": -1}
-        if name in single:
-            return self.capped(at(inside[single[name]]))
-        weight = {"mean": 0.0, "minmax": 1.0, "blend": self.weight}[name]
+        if name == "middle":
+            return self.capped(at(inside[len(inside) // 2]))
+        weight = 1.0 if name == "minmax" else self.weight
         return self.capped((1 - weight) * mean + weight * bound)
 
     def exact(self, blocks: list[int]) -> dict[int, float]:
@@ -200,6 +197,22 @@ class Placed(brute.Search):
             return super().exact(blocks)
         finally:
             self.keys = keys
+
+
+def near_at_streaming_places(
+    config: HiPConfig, keys: torch.Tensor, rows: torch.Tensor, block: range, low: int, high: int, where: Positions
+) -> dict[tuple[int, int], float]:
+    """Log-sum-exp of a query block's rows `[rows, heads, D]` over sink and window, in the places where attention will put them:
+    with the keys that are yet to be selected in between."""
+    sink, window = low * config.block_k, high * config.block_k
+    skipped = window - sink - config.budget
+    near = {}
+    for i, at in enumerate(block):
+        distance = {key: at - skipped - key for key in range(sink)} | {key: at - key for key in range(window, at + 1)}
+        for head, row in enumerate(rows[i]):
+            logits = [product(row, keys[key], min(d, where.trained - 1), where.rope) for key, d in distance.items()]
+            near[i, head] = brute.log_sum_exp([x * DIM**-0.5 for x in logits])
+    return near
 
 
 def check_selection(config: HiPConfig, tokens: int, rows: int, where: Positions, **shape: Any) -> None:
@@ -214,9 +227,15 @@ def check_selection(config: HiPConfig, tokens: int, rows: int, where: Positions,
         own = [[turned(q[0, g, p - (tokens - rows)], distance(p), where.rope) for g in range(2)] for p in block]
         placed = torch.stack([torch.stack(heads) for heads in own])
         placed[..., : where.rope.dim] *= where.rope.scaling**2
-        voting = torch.cat(brute.votes(placed, config.query_stride, config.vote))
         chunks = farthest if where.chunk_indexed else None
-        search = Placed(config, k[0, 0], voting, low, high, DIM**-0.5, chunks=chunks, by=where.rope, **config.options)
+        search = Placed(config, k[0, 0], [], low, high, DIM**-0.5, chunks=chunks, by=where.rope)
+        if config.vote == "sampled":
+            search.votes = brute.sampled(placed, config.query_stride)
+        else:
+            rows_of = q[0, :, block[0] - (tokens - rows) : block[-1] + 1 - (tokens - rows)].transpose(0, 1)
+            near = near_at_streaming_places(config, k[0, 0], rows_of, block, low, high, where)
+            logit = lambda row, key, search=search: search.capped(float(row @ key))  # noqa: E731
+            search.votes = brute.neediest(config, k[0, 0], placed, near, low, high, logit, config.method_options().sample)
         assert got[0, n] == search.run(), f"query block {n}"
         searched += 1
     assert searched
@@ -226,6 +245,14 @@ def check_selection(config: HiPConfig, tokens: int, rows: int, where: Positions,
 @pytest.mark.parametrize("representative", REPRESENTATIVES)
 def test_selection_for_every_representative(representative: str, chunk_indexed: bool, poison: None) -> None:
     check_selection(small(**EXTENDED, representative=representative), 163, 35, positions(128, chunk_indexed))
+
+
+@pytest.mark.parametrize("chunk_indexed", [True, False])
+@pytest.mark.parametrize("trained", [40, 128])
+@pytest.mark.parametrize("fields", [{"vote": "sampled"}, {"query_stride": 8}, {"query_stride": 8, "options": {"sample": 4}}])
+def test_selection_for_choices_of_voters(fields: dict[str, Any], trained: int, chunk_indexed: bool, poison: None) -> None:
+    """40 positions are fewer than a row reads: there some of the sink counts as nearer than its place says."""
+    check_selection(small(**EXTENDED, **fields), 163, 35, positions(trained, chunk_indexed, scaling=1.2))
 
 
 @pytest.mark.parametrize("chunk_indexed", [True, False])

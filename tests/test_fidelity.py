@@ -121,11 +121,11 @@ def test_settings_of_different_geometry_are_measured_apart() -> None:
     [
         *VARIANTS[:6],  # the others: test_compare.py
         {"rescore": 3, "group_shared": False},
-        {"representative": "outliers", "options": {"outliers": 2}},
+        {"representative": "minmax", "options": {"sample": 8}},
         {"representative": "blend", "rescore": 1},
-        {"representative": "mean", "beam": 1, "query_stride": 5},
+        {"representative": "middle", "beam": 1, "query_stride": 4},  # 4 divides 32: every head has as many votes as alone
         {"coarsest": 8},
-        {"vote": "clustered", "query_stride": 5},
+        {"vote": "sampled", "query_stride": 5},
     ],
 )
 @pytest.mark.parametrize("tokens", [96, 413, 1005])

@@ -75,7 +75,7 @@ def test_the_meter_counts_storages_and_no_views() -> None:
         (dict(), 0),
         (dict(), 64),
         (dict(rescore=2, group_shared=False, query_stride=64), 0),
-        (dict(representative="outliers"), 0),
+        (dict(representative="middle"), 0),
         (dict(method="streaming"), 0),
     ],
 )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from brute import Search
-from helpers import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,11 +11,11 @@ from hip_hf.config import REPRESENTATIVES
 from hip_hf.methods import pyramid
 from hip_hf.methods.pyramid import Pyramid, make_representative
 
-WEIGHT, OUTLIERS = 0.25, 3
+WEIGHT = 0.25
 
 
 def build(name: str, keys: torch.Tensor, blocks: int, block_k: int = 4, dtype: torch.dtype | None = None) -> Pyramid:
-    made = Pyramid(make_representative(name, WEIGHT, OUTLIERS), block_k, dtype or keys.dtype)
+    made = Pyramid(make_representative(name, WEIGHT), block_k, dtype or keys.dtype)
     made.extend(keys, blocks)
     return made
 
@@ -33,17 +31,13 @@ def assert_same(got: Pyramid, want: Pyramid) -> None:
         assert torch.equal(a, b), f"level {level}: rows {(a != b).any(-1).nonzero().tolist()} differ"
 
 
-def direct_row(name: str, chunk: torch.Tensor, block_k: int) -> torch.Tensor:
+def direct_row(name: str, chunk: torch.Tensor) -> torch.Tensor:
     """The row of a chunk `[keys, D]` by the formulas, from its keys."""
     mean, low, high = chunk.mean(0), chunk.amin(0), chunk.amax(0)
     if name in ("blend", "minmax"):
         w = WEIGHT if name == "blend" else 1.0
         return torch.cat([(1 - w) * mean + w * (high + low) / 2, w * (high - low) / 2])
-    if name == "outliers":
-        level = (len(chunk) // block_k).bit_length() - 1
-        far = Search(small(block_k=block_k, budget=block_k), chunk, chunk, 0, 1, 1.0, outliers=OUTLIERS).extremes(level, 0)
-        return torch.cat([mean[None], far]).flatten()
-    return {"mean": mean, "first": chunk[0], "middle": chunk[len(chunk) // 2], "last": chunk[-1]}[name]
+    return chunk[len(chunk) // 2]
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVES)
@@ -57,7 +51,7 @@ def test_every_row_of_every_level_from_its_keys(name: str, block_k: int) -> None
         assert rows.shape[1] == keys.shape[1] // size
         for head in range(2):
             for i, row in enumerate(rows[head]):
-                want = direct_row(name, keys[head, i * size : (i + 1) * size], block_k)
+                want = direct_row(name, keys[head, i * size : (i + 1) * size])
                 torch.testing.assert_close(row, want, rtol=0, atol=1e-12, msg=lambda m, at=(level, i): f"chunk {at}: {m}")
 
 
@@ -149,8 +143,7 @@ def test_every_row_is_written(name: str) -> None:
 def logits(made: Pyramid, q: torch.Tensor, level: int) -> torch.Tensor:
     """What queries `[rows, D]` make of each chunk of a level of a pyramid of one head, `[rows, chunks]`."""
     rep = made.representative
-    rows = written(made)[level][0].unflatten(-1, (rep.per_chunk, -1))
-    return torch.einsum("rf,cpf->rcp", rep.features(q), rows).amax(-1)
+    return rep.features(q) @ written(made)[level][0].T
 
 
 # Few distinct values, so that equal ones, zeros and signs meet often; sizes that a sum keeps apart.
@@ -174,26 +167,7 @@ def test_minmax_bounds_every_key_of_its_chunk(numbers: list[float], query: list[
 def test_blend_lies_between_mean_and_bound() -> None:
     keys, q = torch.randn(1, 256, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
     for level in range(6):
-        mean, bound, blend = (logits(build(name, keys, 64), q, level) for name in ("mean", "minmax", "blend"))
+        bound, blend = (logits(build(name, keys, 64), q, level) for name in ("minmax", "blend"))
+        mean = q @ keys[0].unflatten(0, (-1, 4 << level)).mean(1).T
         torch.testing.assert_close(blend, (1 - WEIGHT) * mean + WEIGHT * bound)
         assert (mean <= bound + 1e-12).all()
-
-
-def test_an_outlier_is_never_worse_than_the_mean_and_never_better_than_the_best_key() -> None:
-    keys, q = torch.randn(1, 256, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
-    made = build("outliers", keys, 64)
-    for level in range(6):
-        best = (q @ keys[0].T).unflatten(1, (-1, 4 << level)).amax(-1)
-        got, mean = logits(made, q, level), logits(build("mean", keys, 64), q, level)
-        assert ((mean <= got + 1e-12) & (got <= best + 1e-12)).all()
-
-
-@pytest.mark.parametrize("count", [1, 4, 9])
-def test_a_lone_outlier_climbs_to_the_top(count: int) -> None:
-    """Also with fewer keys in a block than outliers asked for."""
-    keys = torch.randn(1, 64, 8) / 100
-    keys[0, 37] = 5.0
-    made = Pyramid(make_representative("outliers", WEIGHT, count), 4, torch.float32)
-    made.extend(keys, 16)
-    top = written(made)[-1][0, 0].view(1 + count, 8)
-    assert torch.equal(top[1], keys[0, 37])

@@ -75,7 +75,7 @@ def test_a_change_in_the_middle_of_decoding_starts_the_state_afresh():
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        hip_hf.configure(model, block_k=16, representative="mean")
+        hip_hf.configure(model, block_k=16, representative="minmax")
         actual = model(ids[:, :1], past_key_values=cache).logits
         fresh = DynamicCache(config=model.config)
         for layer, other in zip(fresh.layers, cache.layers, strict=True):

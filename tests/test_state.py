@@ -130,7 +130,7 @@ SETTINGS: list[dict[str, Any]] = [
     dict(decode_refresh=3),
     dict(decode_refresh=8),
     dict(decode_refresh=3, group_shared=False),
-    dict(decode_refresh=5, representative="outliers", rescore=2),
+    dict(decode_refresh=5, representative="minmax", rescore=2),
     dict(decode_refresh=5, representative="middle", score="max", block_k=2, budget=8),
     dict(decode_refresh=4, method="oracle"),
     dict(decode_refresh=4, method="streaming"),
@@ -295,7 +295,7 @@ def test_another_prompt_on_a_used_state_starts_afresh() -> None:
         assert_near(step.out, sparse(q[:, :, 100:101], k[:, :, :101], v[:, :, :101], small(), state=DecodeState()).out, 1e-6)
 
 
-@pytest.mark.parametrize("other", [dict(representative="mean"), dict(block_k=8), dict(budget=8), dict(options={"weight": 0.1})])
+@pytest.mark.parametrize("other", [dict(representative="minmax"), dict(block_k=8), dict(budget=8), dict(options={"weight": 0.1})])
 def test_other_settings_start_afresh(other: dict) -> None:
     q, k, v = make_qkv(120)
     state = DecodeState()

@@ -71,7 +71,7 @@ def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
     numbers = scored * features + exact * dim
     if config.vote == "sampled":
         return len(sampled_rows(config, block)) * 2 * numbers, numbers
-    # of one query head: a head among several that share a mask has as many votes as alone, on average
+    # of one query head: heads that share a mask have as many votes together as alone, but for rounding
     voters, sampled = votes_of(config, block.rows, 1), 0
     if voters < block.rows:
         at = sample_level(config, block.low, block.high, options.sample)

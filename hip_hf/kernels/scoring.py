@@ -171,8 +171,8 @@ def score_chunks(
     sin,
     HALF: tl.constexpr,
 ):
-    """Scores of the chunks `[M]` and the edges `[EDGES]`, of `keys` keys each, fp32: `mass`, the largest share of any row in a
-    softmax over all of them and (`WEIGHED`) what the row finds `near`, or the best logit. `at`: rows of the table, valid ones
+    """Scores of the chunks `[M]` and the edges `[EDGES]`, of `keys` keys each, fp32: `mass`, the rows' shares in a softmax
+    over all of them and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `at`: rows of the table, valid ones
     also where `inside` is false."""
     scores = tl.full([M], 0.0 if MASS else -float("inf"), tl.float32)
     edge_scores = tl.full([EDGES], 0.0 if MASS else -float("inf"), tl.float32)
@@ -200,9 +200,9 @@ def score_chunks(
                     near, near_stride, top, tl.log(keys.to(tl.float32)), tile, last_row, last, first, ROWS, SAMPLES, STRIDE,
                     GROUP)  # fmt: skip
             weight = tl.where(voting, 1.0 / norm, 0.0)
-            scores = tl.maximum(scores, tl.max(logits * weight[None, :], 1))
+            scores += tl.sum(logits * weight[None, :], 1)
             if HAS_EDGES:
-                edge_scores = tl.maximum(edge_scores, tl.max(edges * weight[None, :], 1))
+                edge_scores += tl.sum(edges * weight[None, :], 1)
         else:
             scores = tl.maximum(scores, tl.max(tl.where(voting[None, :], logits, -float("inf")), 1))
             if HAS_EDGES:
@@ -249,8 +249,8 @@ def score_blocks(
     sin,
     HALF: tl.constexpr,
 ):
-    """Scores `[N]` of key blocks `ids` by all their keys: `mass`, the largest share of any row in a softmax over all keys of all
-    the blocks and (`WEIGHED`) what the row finds `near`, or the best logit. `HALF` > 0: keys are turned back by `back` `[N]`
+    """Scores `[N]` of key blocks `ids` by all their keys: `mass`, the rows' shares in a softmax over all keys of all
+    the blocks and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `HALF` > 0: keys are turned back by `back` `[N]`
     places."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
@@ -293,7 +293,7 @@ def score_blocks(
                 norm += near_share(
                     near, near_stride, top, 0.0, tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)  # fmt: skip
             weight = tl.where(voting, 1.0 / norm, 0.0)
-            scores = tl.maximum(scores, tl.max(mass * weight[None, :], 1))
+            scores += tl.sum(mass * weight[None, :], 1)
         else:
             scores = tl.maximum(scores, tl.max(tl.where(voting[None, :], mass, -float("inf")), 1))
     return scores

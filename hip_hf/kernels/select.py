@@ -127,8 +127,8 @@ def score_long(
                 places_back(count, at + inner, farthest), cos, sin, HALF)  # fmt: skip
             to = scratch + at + inner
             if MASS:
-                scores = tl.max(tl.exp(logits - top[None, :]) * norm[None, :], 1)
-                scores = tl.maximum(scores, tl.load(to, mask=inside & (tile > 0), other=0.0))
+                scores = tl.sum(tl.exp(logits - top[None, :]) * norm[None, :], 1)
+                scores += tl.load(to, mask=inside & (tile > 0), other=0.0)
             else:
                 scores = tl.max(tl.where(voting[None, :], logits, -float("inf")), 1)
                 scores = tl.maximum(scores, tl.load(to, mask=inside & (tile > 0), other=-float("inf")))

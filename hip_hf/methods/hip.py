@@ -342,9 +342,9 @@ def aggregate(
     """Logits `[..., R, M]` of the voting rows -> one score per candidate, of `size` logits each, `[..., M / size]`; overwrites
     `logits`.
 
-    `mass`: the largest share of its attention that a row gives the candidate, by a softmax over all of them. With `near`
-    `[..., R]`, the log-sum-exp of what a row reads in any case, that takes part in the softmax: rows that need nothing far away
-    have no say. `max`: best logit of any row (the HiP paper).
+    `mass`: the share of its attention that a row gives the candidate, by a softmax over all of them, summed over rows. With
+    `near` `[..., R]`, the log-sum-exp of what a row reads in any case, that takes part in the softmax: rows that need nothing
+    far away have no say. `max`: best logit of any row (the HiP paper).
     """
     squash(logits, softcap)
     if invalid is not None:
@@ -362,7 +362,7 @@ def aggregate(
             # the highest logit's share is exp(highest - lse)
             lse = highest - logits.amax(-1).to(dtype).log()
             shares = shares * torch.sigmoid(lse - near).to(shares.dtype)[..., None]
-        scores = shares.amax(-2).to(dtype)
+        scores = shares.sum(-2, dtype=dtype)
     # -inf is for candidates that do not exist; whatever overflowed is merely the worst, or the best
     limit = torch.finfo(torch.float32).max
     scores.nan_to_num_(nan=-limit, posinf=limit, neginf=-limit)
