@@ -103,8 +103,8 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
         wanted = SearchTile(32, 16, 32)
     else:
         wanted = SearchTile(32, 32, 32)
-    if votes > wanted.rows and target != "sm90":  # a loop over tiles, too
-        wanted = replace(wanted, features_last=16)
+    if votes > wanted.rows:  # the loop over tiles takes registers as well
+        wanted = replace(wanted, features=32) if target == "sm90" else replace(wanted, features_last=16)
     divisor = dim & -dim  # a part of the head dim that is no divisor of it costs masks
     return replace(
         wanted,
