@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import make_batch, make_model, paths
-from helpers import assert_as_exact_as, assert_near, make_qkv, small, sparse
+from helpers import assert_near, eager, make_qkv, small, sparse
 from test_state import Twin
 from transformers import PreTrainedModel
 
@@ -77,10 +77,12 @@ def test_steps_that_select_nothing_add_their_own_key_alone(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_as_exact_as_plain_attention(groups: int, dtype: torch.dtype, steps: list[str], poison: None) -> None:
-    """Against float64 over the keys that the step read, with odd head dims and padding."""
+    """Against float64 over the keys that the steps read, with odd head dims and padding; the worst of all steps, since a single
+    row's plain error may be small by chance."""
     config, pads, tokens = small(decode_refresh=8), [0, 11], 140
     q, k, v = make_qkv(tokens, batch=2, groups=groups, dim=24, dv=40, dtype=dtype)
     state = DecodeState()
+    misses, plain_misses = [], []
     for at in range(100, tokens):
         fields = dict(key_start=pads, state=state, need_mask=False)
         got = sparse(q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1], config, **fields)
@@ -93,7 +95,11 @@ def test_as_exact_as_plain_attention(groups: int, dtype: torch.dtype, steps: lis
             for head in range(q.shape[1]):
                 chosen = torch.isin(place // config.block_k, kept.ids[head // groups, 0, 0])
                 read[b, head, 0] = (place >= 0) & ((place < config.sink) | (place >= kept.window) | chosen)
-        assert_as_exact_as(got.out, q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1], read)
+        own = (q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1], read)
+        (want, _), (plain, _) = eager(*own), eager(*own, dtype=dtype)
+        misses.append(float((got.out - want).abs().max()))
+        plain_misses.append(float((plain - want).abs().max()))
+    assert max(misses) <= 2 * max(plain_misses)
     assert len(steps) == 40 * 7 // 8
 
 
