@@ -48,8 +48,8 @@ class HiPConfig:
         group_shared: one selection per KV group instead of one per query head.
         representative: what stands for a chunk of keys in the search: `blend` (centre and spread), `minmax` (the bound
             of its keys alone) or `middle` (its middle key: the HiP paper).
-        score: `mass` (the largest share of its attention that a voting row gives, after what it reads anyway) or `max` (best
-            logit: the HiP paper).
+        score: `mass` (the share of its attention that a voting row gives, after what it reads anyway, summed over rows) or
+            `max` (best logit: the HiP paper).
         beam: levels above the last keep `beam * budget` keys' worth of chunks.
         rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off.
         coarsest: largest chunk, in keys, that the search may start from; None starts from as few as possible.
@@ -84,8 +84,8 @@ class HiPConfig:
     group_shared: bool = True
     representative: str = "blend"
     score: str = "mass"
-    beam: int = 4
-    rescore: int = 8
+    beam: int = 2
+    rescore: int = 3
     coarsest: int | None = None
     dense_layers: int | list[int] = 3
     dense_below: int | None = None

@@ -41,7 +41,7 @@ def always_read(
 
 def by_need(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
-    sinks: list[float] | None = None, sliding: int | None = None, most: int = 256,
+    sinks: list[float] | None = None, sliding: int | None = None, most: int = 512,
 ) -> list[Vote]:  # fmt: skip
     """Votes of a query block's rows by their need; arguments as in `always_read` and `neediest`."""
     near = always_read(config, keys, rows, first, low, high, logit, sinks, sliding)
@@ -59,16 +59,17 @@ def neediest(
     allowed = heads if count == 1 else min(len(ids), max(1, math.ceil(heads * config.block_q / config.query_stride)))
     if allowed < len(ids):
         stride = 1
-        while len(sample := middles(low * bk, high * bk, stride)) > most:
+        while len(sample := spread(low * bk, high * bk, stride)) > most:
             stride *= 2
         need = {(r, h): log_sum_exp([logit(rows[r, h], keys[at]) for at in sample]) - near[r, h] for r, h in ids}
         ids = sorted(sorted(ids, key=lambda i: (-need[i], i))[:allowed])
     return [(rows[row, head], near[row, head]) for row, head in ids]
 
 
-def middles(begin: int, end: int, stride: int) -> list[int]:
-    """The middle keys of the aligned chunks of `stride` keys that lie wholly in `[begin, end)`."""
-    return [at + stride // 2 for at in range(0, end, stride) if begin <= at and at + stride <= end]
+def spread(begin: int, end: int, stride: int) -> list[int]:
+    """A key of each of the aligned chunks of `stride` keys that lie wholly in `[begin, end)`, each at another place in its chunk."""
+    chunks = [at // stride for at in range(0, end, stride) if begin <= at and at + stride <= end]
+    return [chunk * stride + chunk * 2654435761 % 2**32 * stride // 2**32 for chunk in chunks]
 
 
 Chunk = tuple[int, int]  # level, index: the keys [index * size, (index + 1) * size) with size = block_k << level
@@ -141,7 +142,7 @@ class Search:
             whole = log_sum_exp([values[r] for values in logits.values()] + others)
             for c, values in logits.items():
                 shares[c].append(math.exp(values[r] - whole))
-        return {c: max(values) for c, values in shares.items()}
+        return {c: sum(values) for c, values in shares.items()}
 
     def keep(self, scores: dict[int, float], count: int) -> list[int]:
         return sorted(scores, key=lambda i: (-scores[i], i))[:count]
@@ -159,7 +160,7 @@ class Search:
             for r, (_, near) in enumerate(self.votes):
                 whole = log_sum_exp([x for own in logits.values() for x in own[r]] + ([] if near is None else [near]))
                 shares.append(sum(math.exp(x - whole) for x in logits[i][r]))
-            score[i] = max(shares)
+            score[i] = sum(shares)
         return score
 
     def run(self) -> list[int]:

@@ -25,7 +25,6 @@ DEFAULTS = {
     "group_shared": True,
     "representative": "blend",
     "score": "mass",
-    "beam": 4,
     "coarsest": None,
     "dense_layers": 3,
     "dense_below": None,
@@ -111,8 +110,9 @@ BAD = [
 def test_defaults_are_those_of_the_contract() -> None:
     config = HiPConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
-    # rescore, query_stride and vote: by measurement (docs/decisions.md)
-    assert {f.name for f in dataclasses.fields(HiPConfig)} == set(DEFAULTS) | {"rescore", "query_stride", "vote"}
+    # beam and rescore: by measurement (docs/decisions.md)
+    assert (config.vote, config.query_stride, config.beam, config.rescore) == ("need", 8, 2, 3)
+    assert {f.name for f in dataclasses.fields(HiPConfig)} == set(DEFAULTS) | {"beam", "rescore", "query_stride", "vote"}
 
 
 @pytest.mark.parametrize(("name", "value"), GOOD)

@@ -52,7 +52,7 @@ def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, An
         dict(dense_tail=21),
         dict(method="streaming", dense_tail=5),
         dict(group_shared=False, score="max", rescore=2),
-        dict(representative="outliers"),
+        dict(representative="middle", query_stride=5),
     ],
 )
 def test_prompt(config: dict[str, Any]) -> None:

@@ -101,9 +101,9 @@ def test_a_decode_step_split_over_its_keys(splits: int, page_size: int, dtype: t
         (52, dict(dense_tail=50, group_shared=False)),
         (64, dict(method="streaming", dense_tail=5)),
         (64, dict(vote="sampled", query_stride=3)),
-        (64, dict(vote="clustered", query_stride=3)),
+        (64, dict(query_stride=3, group_shared=False)),
         (64, dict(vote="sampled", query_stride=1, rescore=3)),
-        (64, dict(representative="outliers", query_stride=5)),
+        (64, dict(representative="middle", query_stride=5)),
         (64, dict(score="max", rescore=2)),
     ],
 )
@@ -183,7 +183,7 @@ def test_dense_layers(rows: int, trained: int, monkeypatch: pytest.MonkeyPatch) 
         (64, dict(rescore=3, group_shared=False)),
         (38, dict(rescore=2, score="max")),  # chunks are equally far almost at once
         (64, dict(coarsest=4, beam=1)),  # a start level longer than a tile
-        (64, dict(representative="outliers", rescore=2)),
+        (64, dict(query_stride=5, rescore=2)),
         (64, dict(representative="middle")),
         (64, dict(representative="minmax", vote="sampled", query_stride=3)),
     ],

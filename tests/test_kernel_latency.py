@@ -246,7 +246,11 @@ def test_the_model_adds_up() -> None:
     with_tail = floors.prefill(320, small(dense_tail=64), shape)
     assert with_tail.flops == 4 * 4 * 16 * (256 * 52 + 64 * 320)
     assert with_tail.bytes == 16 * 2 * 52 * 64 + 1 * 2 * 320 * 64 + 2 * 320 * 128
-    votes = floors.selection(320, config, shape).bytes - floors.selection(320, small(vote="sampled"), shape).bytes
-    assert votes == 320 * 128 * (1 + 1 / 2)  # all of q is read, and half as many votes are written; sampled rows are only read
+    # by need, of 36 keys that are always read and a sample of 256: half of the rows are copied; sampled rows are only read
+    votes = floors.votes(320, config, shape)
+    assert votes.flops == 2 * 320 * 4 * 292 * 16
+    assert votes.bytes == 20 * 2 * 292 * 32 + 320 * 128 * (1 + 2 / 2) + 320 * 4 * 4 * (3 + 2 / 2)
+    whole, sampled = (floors.selection(320, one, shape) for one in (config, small(vote="sampled")))
+    assert (whole.flops, whole.bytes) == (sampled.flops + votes.flops, sampled.bytes + votes.bytes)
     a_head = floors.prefill(320, small(dense_tail=0, group_shared=False), shape)
     assert a_head.bytes - one.bytes == 20 * 2 * 52 * 2 * 16 * 2  # two selections of a key head are two gathers

@@ -35,11 +35,12 @@ def test_operators_pass_the_checks_of_torch(sinks: bool) -> None:
     q, k, v = tensors()
     config = small(dense_tail=5)
     table, tail = ops.make_table(q, k, None, None, config.dense_tail)
-    chosen = (q, k, table, config.text, 0.25, None, None, config.block_q)
+    extra = torch.zeros(4, device=DEVICE) if sinks else None
+    chosen = (q, k, extra, table, config.text, 0.25, None, None, config.block_q)
     torch.library.opcheck(torch.ops.hip_hf.select.default, chosen)
     indices, counts = ops.select(*chosen)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    extra = torch.zeros(4, device=DEVICE, requires_grad=True) if sinks else None
+    extra = None if extra is None else extra.requires_grad_()
     rest = (extra, table, tail, indices, counts, config.text, 0.25, None, None, config.block_q)
     torch.library.opcheck(torch.ops.hip_hf.attend.default, (*leaves, *rest))
 

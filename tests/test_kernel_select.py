@@ -18,17 +18,19 @@ from interpreter import DEVICE
 from hip_hf.config import REPRESENTATIVES, HiPConfig
 from hip_hf.kernels import search
 from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.prefill import Logits
 from hip_hf.kernels.scoring import chunk_logits
 from hip_hf.kernels.search import Selection, select, unsupported
 from hip_hf.kernels.select import select_kernel
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.topk import threshold
-from hip_hf.kernels.votes import votes_of
-from hip_hf.methods import selector_for
+from hip_hf.kernels.votes import Voting, votes_of
+from hip_hf.methods import need, selector_for
 from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.methods.pyramid import Pyramid
 from hip_hf.problem import Span
+from hip_hf.rope import Positions
 
 pytestmark = pytest.mark.kernels
 
@@ -62,13 +64,14 @@ class Case:
 
     def __init__(
         self, config: HiPConfig, spans: list[Span], page_size: int = 0, softcap: float | None = None, sliding: int | None = None,
-        **shape: Any,
+        sinks: torch.Tensor | None = None, positions: Positions | None = None, **shape: Any,
     ) -> None:  # fmt: skip
         tokens = max(span.key_end for span in spans)
         rows = max(span.row_end for span in spans)
         self.q, self.k, self.v = make_qkv(tokens, rows, 1 + max(span.batch for span in spans), **{"heads": 1, **shape})
         self.config, self.spans, self.page_size = config, spans, page_size
-        self.softcap, self.sliding, self.scale = softcap, sliding, self.q.shape[-1] ** -0.5
+        self.softcap, self.sliding, self.sinks, self.scale = softcap, sliding, sinks, self.q.shape[-1] ** -0.5
+        self.positions = positions
         self.heads = self.k.shape[1]
         self.groups = self.q.shape[1] // self.heads
         self.selector = selector_for(config)
@@ -100,20 +103,46 @@ class Case:
             q, keys = q.double(), keys.double()
         return self.selector.bind(q[:, :, span.row_start : span.row_end], keys, pyramid, self.scale, self.softcap)
 
+    def near(self, span: Span, block: QueryBlock, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Log-sum-exp `[heads, G, rows]` of a query block's rows over what they always read, computed in `dtype`."""
+        row = span.row_start + block.row
+        q = self.q[span.batch, :, row : row + block.rows].unflatten(0, (self.heads, self.groups)).to(dtype)
+        keys, sinks = self.keys(span).to(dtype), self.sinks
+        logits = q @ keys[:, None].transpose(-1, -2) * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        key, position = torch.arange(keys.shape[1]), torch.arange(block.first, block.last + 1)[:, None]
+        seen = (key <= position) & ((key < block.sink) | (key >= block.window))
+        if self.sliding is not None:
+            seen &= key > position - self.sliding
+        logits = logits.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            sink = sinks.to(dtype).view(self.heads, self.groups, 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, sink], dim=-1)
+        return logits.logsumexp(-1)
+
+    def voted(self, s: int) -> tuple[torch.Tensor, torch.Tensor, Voting]:
+        """The kernels' votes of sequence `s`, `[heads, S, slots of all query blocks, D]`, and what each of them finds near."""
+        q, _, kv, sequences = self.arguments()
+        block_q = self.config.block_q
+        votes, near = votes_of(q, kv, sequences, self.config, self.logits(), block_q)
+        voting = Voting.of(self.config, self.groups, block_q, False)
+        assert voting.ranked
+        return votes[s].cpu().unflatten(0, (self.heads, -1)), near[s].cpu().unflatten(0, (self.heads, -1)), voting
+
     def voting(self, s: int, per_row: bool) -> AbstractContextManager[Any]:
         """In it the torch search over sequence `s`, if in half precision, has the kernels' votes (`votes.py`) for its own."""
         config, laid = self.config, self.blocks(self.spans[s], per_row)
-        if not self.half or per_row or config.vote == "sampled" or config.query_stride == 1:
+        if not self.half or per_row or not Voting.of(config, self.groups, config.block_q, False).ranked:
             return nullcontext()
-        sequences, samples = Sequences.of(self.spans, torch.device(DEVICE)), -(-config.block_q // config.query_stride)
-        votes = votes_of(self.q.to(DEVICE), sequences, config, config.block_q)[s].cpu().unflatten(0, (self.heads, self.groups))
+        votes, near, voting = self.voted(s)
 
-        def rows(search: TreeSearch, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+        def chosen(search: TreeSearch, heads: slice, blocks: list[QueryBlock], *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
             (n,) = (laid.index(block) for block in blocks)
-            own = votes[heads, :, n * samples : n * samples - (-laid[n].rows // config.query_stride)]
-            return search.scale * (own.flatten(1, 2)[:, None] if config.group_shared else own).double()
+            own = slice(n * voting.slots, n * voting.slots + need.votes_of(config, laid[n].rows, voting.voters))
+            return search.scale * votes[heads, :, own].double(), near[heads, :, own].double()
 
-        return patch.object(TreeSearch, "_rows", rows)
+        return patch.object(TreeSearch, "_votes", chosen)
 
     def expected(self, per_row: bool, keep: bool = False) -> dict[tuple[int, int, int], list[int]]:
         """Selected blocks by (sequence, mask head, query block); `keep`: selections of steps of one row serve later ones."""
@@ -130,7 +159,8 @@ class Case:
         for n, block in enumerate(self.blocks(span, per_row)):
             block = replace(block, lasting=keep and span.rows == 1 and self.config.decode_refresh > 1)
             if block.middle > self.selector.budget:
-                ids = bound.select(slice(0, self.heads), [block])[:, :, 0].flatten(0, 1)
+                near = self.near(span, block).to(bound.pyramid.dtype) if self.config.vote == "need" else None
+                ids = bound.select(slice(0, self.heads), [block], near)[:, :, 0].flatten(0, 1)
             else:
                 masks = self.heads * (1 if self.config.group_shared else self.groups)
                 ids = torch.arange(block.low, block.high).expand(masks, -1)
@@ -147,6 +177,10 @@ class Case:
             kv = KeyValues(self.k.to(DEVICE), self.v.to(DEVICE))
         return self.q.to(DEVICE), table, kv, Sequences.of(self.spans, torch.device(DEVICE))
 
+    def logits(self) -> Logits:
+        sinks = None if self.sinks is None else self.sinks.to(DEVICE)
+        return Logits(self.scale, self.softcap, self.sliding, sinks, self.positions)
+
     def empty(self, block_q: int, keep: bool = False) -> Selection:
         sequences = Sequences.of(self.spans, torch.device(DEVICE))
         masks = self.heads * (1 if self.config.group_shared else self.groups)
@@ -157,7 +191,7 @@ class Case:
 
     def run(self, block_q: int, into: Selection | None = None) -> Selection:
         into = self.empty(block_q) if into is None else into
-        select(*self.arguments(), self.config, self.scale, self.softcap, self.sliding, block_q, into)
+        select(*self.arguments(), self.config, self.logits(), block_q, into)
         return into
 
     def check(self, per_row: bool = False, keep: bool = False) -> None:
@@ -186,7 +220,7 @@ def whole(tokens: int, rows: int, batch: int = 0, key_start: int = 0) -> Span:
 
 @pytest.mark.parametrize(
     ("representative", "score"),
-    [*((name, "mass") for name in REPRESENTATIVES), ("blend", "max"), ("outliers", "max")],  # one vector a chunk, and several
+    [*((name, "mass") for name in REPRESENTATIVES), ("blend", "max"), ("middle", "max")],
 )
 def test_every_representative_and_score(representative: str, score: str) -> None:
     Case(small(representative=representative, score=score), [whole(331, 21)]).check()
@@ -199,8 +233,8 @@ def test_groups(groups: int, shared: bool) -> None:
 
 @pytest.mark.parametrize("fields", [
     dict(beam=1), dict(beam=3), dict(rescore=2), dict(rescore=8, beam=2), dict(rescore=3, score="max"), dict(query_stride=1),
-    dict(query_stride=5), dict(query_stride=5, vote="clustered"), dict(query_stride=5, vote="sampled"),
-    dict(query_stride=4, vote="sampled", score="max"), dict(block_k=1, budget=4),
+    dict(query_stride=5), dict(query_stride=40), dict(query_stride=40, score="max"), dict(query_stride=5, vote="sampled"),
+    dict(query_stride=5, options={"sample": 7}), dict(query_stride=4, vote="sampled", score="max"), dict(block_k=1, budget=4),
     dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),
 ])  # fmt: skip
 def test_settings_of_the_search(fields: dict[str, Any]) -> None:
@@ -264,7 +298,7 @@ def test_steps_share_their_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 def logits_kernel(table, rows, q, out, M: tl.constexpr, DIM: tl.constexpr):
     inner = tl.arange(0, M)
     found = chunk_logits(
-        table, tl.load(rows + inner), q, (inner * DIM).to(tl.int64), 1.0, 1, 0.0, M, M, DIM, DIM, 1, 1, "ieee", inner, q, q, 0
+        table, tl.load(rows + inner), q, (inner * DIM).to(tl.int64), 1.0, 1, 0.0, M, M, DIM, DIM, 1, "ieee", inner, q, q, 0
     )
     tl.store(out + inner[:, None] * M + inner[None, :], found)
 
@@ -296,8 +330,11 @@ def test_pages(page_size: int) -> None:
     Case(small(rescore=3), [whole(153, 10, 0, 3), whole(130, 10, 1, 0)], page_size=page_size, heads=2, groups=1).check()
 
 
-def test_softcap_and_sliding_window() -> None:
-    Case(small(rescore=2), [whole(300, 20)], softcap=2.0, sliding=200).check()
+@pytest.mark.parametrize("per_row", [False, True])
+def test_softcap_sliding_window_and_sinks(per_row: bool) -> None:
+    sinks = torch.randn(4) + 3
+    rows = 3 if per_row else 20
+    Case(small(rescore=2, query_stride=4), [whole(300, rows)], softcap=2.0, sliding=200, sinks=sinks, heads=2).check(per_row)
 
 
 def test_decode_rows_select_for_themselves() -> None:

@@ -9,12 +9,9 @@ import brute
 import pytest
 import torch
 from helpers import small
-from interpreter import DEVICE
 from test_kernel_select import Case, whole
 
 from hip_hf.config import HiPConfig
-from hip_hf.kernels.sequences import Sequences
-from hip_hf.kernels.votes import votes_of
 from hip_hf.methods.base import QueryBlock
 from hip_hf.problem import Span
 
@@ -34,9 +31,8 @@ def defaults(**fields: Any) -> HiPConfig:
 
 
 @both_dtypes
-@pytest.mark.parametrize("vote", ["pooled", "clustered"])
-def test_default_settings(dtype: torch.dtype, vote: str) -> None:
-    Case(defaults(vote=vote), [whole(3300, 70)], dtype=dtype, dim=64, groups=4).check()
+def test_default_settings(dtype: torch.dtype) -> None:
+    Case(defaults(), [whole(3300, 70)], dtype=dtype, dim=64, groups=4).check()
 
 
 @pytest.mark.parametrize("rows", [1, 37])
@@ -55,13 +51,13 @@ def test_default_settings_in_decode_over_pages(dtype: torch.dtype) -> None:
 @both_dtypes
 @pytest.mark.parametrize("dim", [96, 128, 192, 256])
 def test_head_dims(dtype: torch.dtype, dim: int) -> None:
-    Case(small(rescore=2, vote="clustered"), [whole(251, 9)], dtype=dtype, dim=dim).check()
+    Case(small(rescore=2), [whole(251, 9)], dtype=dtype, dim=dim).check()
 
 
 @pytest.mark.parametrize(("dtype", "fields"), [
-    (torch.bfloat16, dict(representative="mean", group_shared=False, rescore=8)),
+    (torch.bfloat16, dict(representative="middle", group_shared=False, rescore=8)),
     (torch.float16, dict(representative="minmax", score="max")),
-    (torch.bfloat16, dict(representative="outliers", rescore=2)),
+    (torch.bfloat16, dict(query_stride=1, rescore=2)),
     (torch.float16, dict(vote="sampled", rescore=3)),
     (torch.bfloat16, dict(coarsest=16, rescore=4)),
 ])  # fmt: skip
@@ -73,7 +69,7 @@ def test_other_settings_over_pages(dtype: torch.dtype, fields: dict[str, Any]) -
 @both_dtypes
 def test_the_comparison_would_see_coarser_numbers(dtype: torch.dtype) -> None:
     """Summaries of five bits lead to other blocks, where no exact look comes after them."""
-    case = Case(defaults(rescore=1), [whole(3300, 70)], dtype=dtype, dim=64, groups=4)
+    case = Case(defaults(rescore=1), [whole(3300, 200)], dtype=dtype, dim=64, groups=4)
     exact, pyramid = case.expected(False), case.pyramid
 
     def coarser(span: Span) -> Any:
@@ -88,26 +84,9 @@ def test_the_comparison_would_see_coarser_numbers(dtype: torch.dtype) -> None:
 
 
 @both_dtypes
-@pytest.mark.parametrize("vote", ["pooled", "clustered"])
-def test_votes(dtype: torch.dtype, vote: str) -> None:
-    """Each within twice what rounding to its dtype may take of the vote in float64."""
-    config, spans = small(vote=vote, query_stride=4), [whole(80, 45), whole(77, 33, 1, 2)]
-    case = Case(config, spans, dtype=dtype, dim=96, groups=3)
-    got = votes_of(case.q.to(DEVICE), Sequences.of(spans, torch.device(DEVICE)), config, config.block_q).cpu()
-    samples = config.block_q // config.query_stride
-    for s, span in enumerate(spans):
-        for n, block in enumerate(case.blocks(span, False)):
-            row = span.row_start + block.row
-            rows = case.q[span.batch, :, row : row + block.rows].double().transpose(0, 1)
-            want = torch.stack(brute.votes(rows, config.query_stride, vote)[::-1], dim=1)
-            found = got[s, :, n * samples : n * samples + want.shape[1]].double()
-            assert ((found - want).abs() <= torch.finfo(dtype).eps * want.abs().amax(-1, keepdim=True)).all()
-
-
-@both_dtypes
 def test_half_precision_selects_what_scores_as_high(dtype: torch.dtype) -> None:
     """Flat search, so that scores are comparable: what was kept weighs as much as the best in float64, but for rounding."""
-    config = small(representative="mean", coarsest=4, rescore=1, budget=64)
+    config = small(vote="sampled", options={"weight": 0}, coarsest=4, rescore=1, budget=64)
     case = Case(config, [whole(701, 5)], dtype=dtype, needles={2: 300, 4: 500})
     got = case.run(config.block_q)
     plain = Case.__new__(Case)
@@ -126,10 +105,11 @@ def test_half_precision_selects_what_scores_as_high(dtype: torch.dtype) -> None:
 
 
 def flat_scores(case: Case, head: int, block: QueryBlock) -> dict[int, float]:
-    """Mass of every block of the middle by its mean key, computed in the tensors' own dtype."""
-    means = case.pyramid(case.spans[0]).levels[0][head, block.low : block.high].to(case.q.dtype)
+    """Largest share of every block of the middle by its mean key, computed in the tensors' own dtype."""
+    levels = case.pyramid(case.spans[0]).levels
+    means = levels[0][head, block.low : block.high, : case.q.shape[-1]].to(case.q.dtype)
     group = case.q[0, head * case.groups : (head + 1) * case.groups]
     rows = group[:, block.row : block.row + block.rows].transpose(0, 1)
-    votes = torch.cat(brute.votes(rows, case.config.query_stride, case.config.vote))
-    weights = torch.softmax(votes @ means.T * case.scale, dim=-1).sum(0)
-    return dict(zip(range(block.low, block.high), weights.tolist(), strict=True))
+    votes = torch.stack([row for row, _ in brute.sampled(rows, case.config.query_stride)])
+    shares = torch.softmax(votes @ means.T * case.scale, dim=-1).amax(0)
+    return dict(zip(range(block.low, block.high), shares.tolist(), strict=True))

@@ -95,15 +95,42 @@ def search(tokens: int, rows: int, config: HiPConfig, shape: Shape) -> Cost:
     return Cost(flops, (2 * summaries + exact) * shape.dim * shape.size)
 
 
+def near_keys(tokens: int, config: HiPConfig, block_q: int) -> int:
+    """Keys that a query block reads in any case."""
+    return min(config.sink + config.window + block_q, tokens)
+
+
+def votes(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+    """Who votes in a prompt: q and keys, whatever every row reads and a sample of the rest, for what it finds near and its need;
+    the rows of the greatest need, copied."""
+    if config.vote == "sampled":
+        return Cost(0, 0)
+    keys = near_keys(tokens, config, config.block_q) + min(config.method_options().sample, tokens)
+    tiles = tokens / config.block_q * shape.row_tiles("prefill", config.block_q, shape.key_heads)
+    gather = tiles * shape.key_heads * keys * shape.dim * shape.size
+    # near and need are written and the latter read; near is read and written once more with the copies
+    numbers = (3 + 2 / config.query_stride) * tokens * shape.query_heads * torch.float32.itemsize
+    rows = tokens * shape.row * (1 + 2 / config.query_stride)
+    return Cost(2 * tokens * shape.query_heads * keys * shape.dim, gather + rows + numbers)
+
+
 def selection(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
-    """Selection of a whole prompt. Its pyramid reads K once; votes that stand for several rows are made of all of q."""
+    """Selection of a whole prompt. Its pyramid reads K once."""
     rows = ceil(config.block_q / config.query_stride)
     pyramid = tokens * shape.key_heads * shape.dim * shape.size * (1 + 4 / config.block_k)
-    votes = tokens / config.query_stride * shape.row
-    if config.vote != "sampled" and config.query_stride > 1:
-        votes += tokens * shape.row + votes
+    read = tokens / config.query_stride * shape.row
     searches = tokens / config.block_q * shape.lists(config)
-    return search(tokens, rows, config, shape).times(searches) + Cost(0, pyramid + votes)
+    found = search(tokens, rows, config, shape).times(searches) + Cost(0, pyramid + read)
+    return found + votes(tokens, config, shape)
+
+
+def refresh_step(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+    """The selection of a decode step: what its rows find near, if votes are by need, and the search."""
+    found = search(tokens, 1, config, shape).times(shape.lists(config))
+    if config.vote == "sampled":
+        return found
+    keys = near_keys(tokens, config, 1)
+    return found + Cost(2 * shape.query_heads * keys * shape.dim, shape.key_heads * keys * shape.dim * shape.size)
 
 
 def keys_read(tokens: int, config: HiPConfig) -> float:
@@ -145,7 +172,7 @@ def decode(tokens: int, config: HiPConfig, shape: Shape, refresh: int) -> Cost:
     """One step of one sequence, a selection serving `refresh` steps."""
     keys, lists = min(config.sink + config.budget + config.window, tokens), shape.lists(config)
     attend = Cost(4 * shape.query_heads * keys * shape.dim, shape.gathered("decode", 1, lists, keys))
-    return attend + search(tokens, 1, config, shape).times(lists / refresh)
+    return attend + refresh_step(tokens, config, shape).times(1 / refresh)
 
 
 def dense_prefill(tokens: int, shape: Shape) -> Cost:
@@ -159,10 +186,11 @@ def dense_decode(tokens: int, shape: Shape) -> Cost:
 
 def rows(lengths: tuple[int, ...], config: HiPConfig, shape: Shape) -> list[dict[str, float | int | str]]:
     """One row per step and length: TFLOP, GB (both with the launch configurations of `shape`), and milliseconds at least on
-    each GPU, with its own. "prefill" is selection and attention, one after the other."""
+    each GPU, with its own. "prefill" is selection, of which the votes are a part, and attention, one after the other."""
     steps: dict[str, Callable[[int, Shape], list[Cost]]] = {
         "prefill": lambda t, s: [selection(t, config, s), prefill(t, config, s)],
         "prefill: selection": lambda t, s: [selection(t, config, s)],
+        "prefill: votes": lambda t, s: [votes(t, config, s)],
         "prefill: attention": lambda t, s: [prefill(t, config, s)],
         "prefill: dense": lambda t, s: [dense_prefill(t, s)],
         "backward": lambda t, s: [backward(t, config, s)],

@@ -161,7 +161,7 @@ class Bench:
         if phase == SELECTION:
             return floors.selection(length, config, shape)
         if phase == DECODE_SELECTION:
-            return floors.search(length, 1, config, shape).times(shape.key_heads)
+            return floors.refresh_step(length, config, shape)
         if phase == PREFILL:
             if path == "dense":
                 return floors.dense_prefill(length, shape)
@@ -334,8 +334,7 @@ class Steps:
             else:
                 assert state.pyramid is not None
                 state.pyramid.extend(self.kv, self.sequences, 1, append=True)
-                table = state.pyramid.table
-                select(row, table, self.kv, self.sequences, self.config, self.logits.scale, None, None, 1, state.selection)
+                select(row, state.pyramid.table, self.kv, self.sequences, self.config, self.logits, 1, state.selection)
             position.add_(1)
         return self.out
 

@@ -156,8 +156,7 @@ def decode_step(
         keep_window(config, sequences, state.selection)
     else:
         state.pyramid.extend(kv, sequences, 1, append=True)
-        table, shape = state.pyramid.table, (logits.scale, logits.softcap, logits.sliding_window)
-        select(q, table, kv, sequences, config, *shape, 1, state.selection, logits.positions)
+        select(q, state.pyramid.table, kv, sequences, config, logits, 1, state.selection)
     decode(q, kv, sequences, reads_of(config, state.selection, 1), logits, state.scratch, out, lse)
 
 
@@ -232,10 +231,7 @@ class SparseAttention(sparse.SparseAttention):
                 shape = (len(spans), problem.k.shape[1], problem.q.shape[3], problem.longest)
                 pyramid = KeyPyramid(config, *shape, problem.k.dtype, problem.k.device)
             pyramid.extend(self.kv, self.sequences, block_q, append=self.decoding and kept is not None)
-            select(
-                problem.q, pyramid.table, self.kv, self.sequences, config, problem.scale, problem.softcap,
-                problem.sliding_window, block_q, selection, problem.positions,
-            )  # fmt: skip
+            select(problem.q, pyramid.table, self.kv, self.sequences, config, self.logits, block_q, selection)
         if kept is not None:
             for span in spans:
                 kept.select_anew(span.batch)

@@ -52,6 +52,7 @@ def make_table(
 def select(
     q: torch.Tensor,
     k: torch.Tensor,
+    sinks: torch.Tensor | None,
     table: torch.Tensor,
     config: str,
     scale: float,
@@ -67,12 +68,13 @@ def select(
     into = Selection.empty(fields, q.shape[0], heads, sequences.blocks(block_q), q.device)
     with torch.cuda.device_of(q):
         pyramid.extend(kv, sequences, block_q, append=False)
-        search(q, pyramid.table, kv, sequences, fields, scale, softcap, sliding_window, block_q, into)
+        logits = Logits(scale, softcap, sliding_window, sinks)
+        search(q, pyramid.table, kv, sequences, fields, logits, block_q, into)
     return into.indices, into.counts
 
 
 @select.register_fake
-def _(q, k, table, config, scale, softcap, sliding_window, block_q):  # type: ignore[no-untyped-def]
+def _(q, k, sinks, table, config, scale, softcap, sliding_window, block_q):  # type: ignore[no-untyped-def]
     fields = settings(config)
     heads = k.shape[1] if fields.group_shared else q.shape[1]
     shape = (q.shape[0], heads, Sequences(table, q.shape[2], k.shape[2]).blocks(block_q))
@@ -240,7 +242,8 @@ def attention(
     block_q = 0 if dense else 1 if decoding else config.block_q
     indices = counts = None
     if not dense and config.method == "hip":
-        indices, counts = select(q.detach(), k.detach(), table, text, scale, softcap, sliding_window, block_q)
+        detached = (None if x is None else x.detach() for x in (q, k, sinks))
+        indices, counts = select(*detached, table, text, scale, softcap, sliding_window, block_q)
     tails = None if dense or decoding or not config.dense_tail else tail
     out, lse = attend(q, k, v, sinks, table, tails, indices, counts, text, scale, softcap, sliding_window, block_q)
     return out, lse if need_lse else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
-from hip_hf.kernels import outliers, summaries
+from hip_hf.kernels import summaries
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.compiled import Launch, Pointer
 from hip_hf.kernels.sequences import Sequences
@@ -21,38 +21,32 @@ if TYPE_CHECKING:
 
 # A tile is 2 ** TILE_LEVELS blocks: what a program reads at once and keeps in registers.
 TILE_LEVELS = 5
-# Of the head dim, what a program takes; heads are as wide as they need for outliers, whose distances need it whole.
+# Of the head dim, what a program takes.
 DIM_AT_ONCE = 64
 KINDS = {
     "blend": summaries.CENTRE,
     "minmax": summaries.CENTRE,
-    "mean": summaries.MEAN,
-    "first": summaries.FIRST,
     "middle": summaries.MIDDLE,
-    "last": summaries.LAST,
 }
 
 
-def parts_and_vectors(config: HiPConfig) -> tuple[int, int]:
-    """Of a summary: vectors that are multiplied with q and |q|, and vectors of which the best counts."""
-    if config.representative == "outliers":
-        return 1, 1 + config.method_options().outliers
-    return (2, 1) if config.representative in ("blend", "minmax") else (1, 1)
+def parts_of(config: HiPConfig) -> int:
+    """Of a summary: vectors that are multiplied with q and |q|."""
+    return 1 if config.representative == "middle" else 2
 
 
 def _states_per_chunk(config: HiPConfig) -> int:
-    return {"blend": 3, "minmax": 3, "middle": 2}.get(config.representative, 1)
+    return 2 if config.representative == "middle" else 3
 
 
 def constants(config: HiPConfig, dim: int, block_q: int, append: bool) -> dict[str, Any]:
     """Compile-time arguments of the kernels of `config.representative`."""
-    # one program that does everything needs more registers than one that makes a tile
-    shape = dict(BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=dim, num_warps=8 if append else 4)
-    if config.representative == "outliers":
-        count = config.method_options().outliers
-        return shape | dict(COUNT=count, N=triton.next_power_of_2(max(config.block_k, 2 * count)), BD=triton.next_power_of_2(dim))
     kind = KINDS[config.representative].value
-    return shape | dict(KIND=kind, LEVELS=TILE_LEVELS, BD=min(DIM_AT_ONCE, triton.next_power_of_2(dim)))
+    return dict(
+        BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=dim, KIND=kind, LEVELS=TILE_LEVELS,
+        BD=min(DIM_AT_ONCE, triton.next_power_of_2(dim)),
+        num_warps=8 if append else 4,  # one program that does everything needs more registers than one that makes a tile
+    )  # fmt: skip
 
 
 class KeyPyramid:
@@ -68,11 +62,8 @@ class KeyPyramid:
     ) -> None:
         self.config, self.heads, self.dim, self.capacity = config, heads, dim, capacity
         blocks = max(1, capacity // config.block_k)
-        parts, vectors = parts_and_vectors(config)
-        self.outliers = config.representative == "outliers"
-        tiles = blocks if self.outliers else max(1, blocks >> TILE_LEVELS)
-        lanes = heads if self.outliers else heads * -(-dim // constants(config, dim, 1, False)["BD"])
-        self.table = torch.empty(sequences, heads, 2 * blocks, parts * vectors * dim, dtype=dtype, device=device)
+        tiles, lanes = max(1, blocks >> TILE_LEVELS), heads * -(-dim // constants(config, dim, 1, False)["BD"])
+        self.table = torch.empty(sequences, heads, 2 * blocks, parts_of(config) * dim, dtype=dtype, device=device)
         self.states = torch.empty(
             sequences, heads, 2 * tiles, _states_per_chunk(config) * dim, dtype=torch.float32, device=device
         )
@@ -105,13 +96,6 @@ class KeyPyramid:
         )  # fmt: skip
         fixed = constants(config, self.dim, block_q, append) | dict(PAGE_SIZE=kv.page_size)
         lanes, count = self.built.shape[1], sequences.count
-        if self.outliers:
-            level = 0
-            while not append and blocks >> level:
-                outliers.level_kernel[(blocks >> level, self.heads, count)](*arguments, level, **fixed)
-                level += 1
-            outliers.append_outliers_kernel[(lanes, count)](*arguments, BUILD=append, **fixed)
-            return
         weight = 1.0 if config.representative == "minmax" else config.method_options().weight
         if not append and blocks:
             summaries.tiles_kernel[(-(-blocks >> TILE_LEVELS), lanes, count)](*arguments, weight, **fixed)
@@ -119,23 +103,21 @@ class KeyPyramid:
 
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """The kernels of the default representative and of outliers, in prefill and in decode."""
+    """The kernels of the default settings, in prefill and in decode."""
     from hip_hf.config import HiPConfig
 
-    pointers = dict.fromkeys(("table", "k"), Pointer(dtype)) | dict.fromkeys(("states", "means"), Pointer(torch.float32))
+    config = HiPConfig()
+    pointers = dict.fromkeys(("table", "k"), Pointer(dtype)) | {"states": Pointer(torch.float32)}
     pointers |= dict.fromkeys(("built", "block_table", "sequences"), Pointer(torch.int32))
-    strides = ("sequence", "head", "state_sequence", "state_head", "mean_sequence", "mean_head", "kb", "kh", "kt", "table")
-    numbers = {f"stride_{name}": 1024 * dim for name in strides} | dict(stride_field=1, window=512, weight=0.5, level=3)
+    strides = ("sequence", "head", "state_sequence", "state_head", "kb", "kh", "kt", "table")
+    numbers = {f"stride_{name}": 1024 * dim for name in strides} | dict(stride_field=1, window=config.window, weight=0.5)
     found = []
-    for representative, kernels in (
-        ("blend", ((summaries.tiles_kernel, None), (summaries.append_kernel, True), (summaries.append_kernel, False))),
-        ("outliers", ((outliers.level_kernel, None), (outliers.append_outliers_kernel, True))),
+    for step, kernel, flags in (
+        ("tiles", summaries.tiles_kernel, dict(PAGE_SIZE=0)),
+        ("append", summaries.append_kernel, dict(PAGE_SIZE=256, BUILD=True)),
+        ("merge", summaries.append_kernel, dict(PAGE_SIZE=0, BUILD=False)),
     ):
-        for kernel, build in kernels:
-            fixed = constants(HiPConfig(representative=representative), dim, 1 if build else 64, bool(build))
-            flags = dict(PAGE_SIZE=256 if build else 0, **({} if build is None else dict(BUILD=build)))
-            given = {**pointers, **numbers, **fixed, **flags}
-            wanted = {name: given[name] for name in (*kernel.arg_names, "num_warps") if name in given}
-            step = "tiles" if build is None else "append" if build else "merge"
-            found.append(Launch(f"pyramid, {representative}, {step}", kernel, wanted))
+        append = flags.get("BUILD", False)
+        fixed = constants(config, dim, 1 if append else config.block_q, append)
+        found.append(Launch(f"pyramid, {config.representative}, {step}", kernel, {**pointers, **numbers, **fixed, **flags}))
     return found

@@ -1,7 +1,7 @@
 """Scores of candidates in the tree search: products with the voting query rows, and what the rows make of them together.
 
 Candidates are the long side of every tile, `[candidates, rows]`: so a few rows of decode and the many of prefill meet the
-same matrix instructions, and the sum over rows stays within a thread's neighbours.
+same matrix instructions, and the best of the rows stays within a thread's neighbours.
 """
 
 from __future__ import annotations
@@ -20,6 +20,18 @@ def chunk_rows(ids, level):
 
 
 @triton.jit
+def voters(
+    tile, last_row, last, first, ROWS: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """Head, row and validity of the `tile`-th `ROWS` voting rows: every `STRIDE`-th row of the query block, counted back from
+    its last, of each of the `GROUP` heads. What is not valid repeats the last row."""
+    index = tile * ROWS + tl.arange(0, ROWS)
+    head, sample = index // SAMPLES, index % SAMPLES
+    voting = (head < GROUP) & (sample * STRIDE <= last - first)
+    return tl.where(voting, head, 0), last_row - tl.where(voting, sample, 0) * STRIDE, voting
+
+
+@triton.jit
 def voting_rows(
     tile,
     last_row,
@@ -32,14 +44,31 @@ def voting_rows(
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Offsets (int64, from the group's first head) and validity of the `tile`-th `ROWS` voting rows: every `STRIDE`-th row
-    of the query block, counted back from its last, of each of the `GROUP` heads. What is not valid repeats the last row."""
-    index = tile * ROWS + tl.arange(0, ROWS)
-    head, sample = index // SAMPLES, index % SAMPLES
-    voting = (head < GROUP) & (sample * STRIDE <= last - first)
-    head = tl.where(voting, head, 0)
-    row = last_row - tl.where(voting, sample, 0) * STRIDE
+    """Offsets (int64, from the group's first head) and validity of voting rows."""
+    head, row, voting = voters(tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)
     return head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qt, voting
+
+
+@triton.jit
+def near_share(
+    near,
+    stride_near,
+    top,
+    log_keys,
+    tile,
+    last_row,
+    last,
+    first,
+    ROWS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """What voting rows find `near`, as one more candidate of a softmax from whose logits `top` is subtracted. A candidate's
+    logit stands for each of its keys (`log_keys`). Loaded when it is needed: held, it would take registers from the tiles."""
+    head, row, voting = voters(tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)
+    found = tl.load(near + head.to(tl.int64) * stride_near + row, mask=voting, other=-float("inf"))
+    return tl.exp(found - log_keys - top)
 
 
 @triton.jit
@@ -65,7 +94,6 @@ def chunk_logits(
     DIM: tl.constexpr,
     FEATURES: tl.constexpr,
     PARTS: tl.constexpr,
-    VECTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     back,
     cos,
@@ -73,41 +101,35 @@ def chunk_logits(
     HALF: tl.constexpr,
 ):
     """Logits `[M, ROWS]` of the chunks in the table's rows `at` `[M]`: `PARTS` 2 multiplies `[q, |q|]` with centre and
-    spread, `VECTORS` > 1 takes the best of a chunk's vectors. `FEATURES` numbers of the head dim at a time. `HALF` > 0: chunks
-    are turned back by `back` `[M]` places (`methods/pyramid.py`)."""
+    spread. `FEATURES` numbers of the head dim at a time. `HALF` > 0: chunks are turned back by `back` `[M]` places
+    (`methods/pyramid.py`)."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
     # a table may hold more than 2**31 numbers
-    at = at.to(tl.int64) * (VECTORS * PARTS * DIM)
+    at = at.to(tl.int64) * (PARTS * DIM)
     within = at[:, None] + inner[None, :]
     within_q = offsets[None, :] + inner[:, None]
-    best = tl.full([M, ROWS], -float("inf"), tl.float32)
-    for vector in tl.static_range(VECTORS):
-        acc = tl.zeros([M, ROWS], tl.float32)
-        for i in tl.range(steps, disable_licm=True):
-            part = i // CHUNKS
-            d = (i - part * CHUNKS) * FEATURES
-            to_a = table + (vector * PARTS + part) * DIM + d + within
-            to_b = q + d + within_q
-            if DIM % FEATURES == 0:
-                a = tl.load(to_a)
-                b = tl.load(to_b)
-            else:
-                a = tl.load(to_a, mask=(d + inner < DIM)[None, :], other=0.0)
-                b = tl.load(to_b, mask=(d + inner < DIM)[:, None], other=0.0)
-            if HALF > 0:
-                to_other = table + (vector * PARTS + part) * DIM + at[:, None]
-                to_other += partner(d + inner, HALF)[None, :]
-                other = tl.load(to_other, mask=(d + inner < DIM)[None, :], other=0.0)
-                a = turned_back(a, other, back, d + inner, cos, sin, part > 0, HALF).to(a.dtype)
-            if PARTS > 1:
-                b = tl.where(part > 0, tl.abs(b), b)
-            acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
-        if VECTORS > 1:
-            best = tl.maximum(best, acc)
+    acc = tl.zeros([M, ROWS], tl.float32)
+    for i in tl.range(steps, disable_licm=True):
+        part = i // CHUNKS
+        d = (i - part * CHUNKS) * FEATURES
+        to_a = table + part * DIM + d + within
+        to_b = q + d + within_q
+        if DIM % FEATURES == 0:
+            a = tl.load(to_a)
+            b = tl.load(to_b)
         else:
-            best = acc
-    return capped(best, scale, SOFTCAP)
+            a = tl.load(to_a, mask=(d + inner < DIM)[None, :], other=0.0)
+            b = tl.load(to_b, mask=(d + inner < DIM)[:, None], other=0.0)
+        if HALF > 0:
+            to_other = table + part * DIM + at[:, None]
+            to_other += partner(d + inner, HALF)[None, :]
+            other = tl.load(to_other, mask=(d + inner < DIM)[None, :], other=0.0)
+            a = turned_back(a, other, back, d + inner, cos, sin, part > 0, HALF).to(a.dtype)
+        if PARTS > 1:
+            b = tl.where(part > 0, tl.abs(b), b)
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
+    return capped(acc, scale, SOFTCAP)
 
 
 @triton.jit
@@ -120,9 +142,12 @@ def score_chunks(
     q,
     row_stride_h,
     row_stride_t,
+    near,
+    near_stride,
     last_row,
     first,
     last,
+    keys,
     scale,
     steps,
     SOFTCAP: tl.constexpr,
@@ -134,10 +159,10 @@ def score_chunks(
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
     MASS: tl.constexpr,
+    WEIGHED: tl.constexpr,
     DIM: tl.constexpr,
     FEATURES: tl.constexpr,
     PARTS: tl.constexpr,
-    VECTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_EDGES: tl.constexpr,
     back,
@@ -146,18 +171,19 @@ def score_chunks(
     sin,
     HALF: tl.constexpr,
 ):
-    """Scores of the chunks `[M]` and the edges `[EDGES]`, fp32: `mass`, a softmax over all of them summed over the rows, or the
-    best logit. `at`: rows of the table, valid ones also where `inside` is false."""
+    """Scores of the chunks `[M]` and the edges `[EDGES]`, of `keys` keys each, fp32: `mass`, the rows' shares in a softmax
+    over all of them and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `at`: rows of the table, valid ones
+    also where `inside` is false."""
     scores = tl.full([M], 0.0 if MASS else -float("inf"), tl.float32)
     edge_scores = tl.full([EDGES], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
         offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
         if HAS_EDGES:
             edges = chunk_logits(
-                table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION,
+                table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, ROWS, DIM, FEATURES, PARTS, PRECISION,
                 edge_back, cos, sin, HALF)  # fmt: skip
             edges = tl.where(edge_inside[:, None], edges, -float("inf"))
-        logits = chunk_logits(table, at, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION,
+        logits = chunk_logits(table, at, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, PRECISION,
                               back, cos, sin, HALF)  # fmt: skip
         logits = tl.where(inside[:, None], logits, -float("inf"))
         if MASS:
@@ -169,6 +195,10 @@ def score_chunks(
             norm = tl.sum(logits, 0)
             if HAS_EDGES:
                 norm += tl.sum(edges, 0)
+            if WEIGHED:
+                norm += near_share(
+                    near, near_stride, top, tl.log(keys.to(tl.float32)), tile, last_row, last, first, ROWS, SAMPLES, STRIDE,
+                    GROUP)  # fmt: skip
             weight = tl.where(voting, 1.0 / norm, 0.0)
             scores += tl.sum(logits * weight[None, :], 1)
             if HAS_EDGES:
@@ -194,6 +224,8 @@ def score_blocks(
     q,
     row_stride_h,
     row_stride_t,
+    near,
+    near_stride,
     last_row,
     first,
     last,
@@ -208,6 +240,7 @@ def score_blocks(
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
     MASS: tl.constexpr,
+    WEIGHED: tl.constexpr,
     DIM: tl.constexpr,
     FEATURES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -216,8 +249,9 @@ def score_blocks(
     sin,
     HALF: tl.constexpr,
 ):
-    """Scores `[N]` of key blocks `ids` by all their keys: `mass` over all keys of all the blocks, or the best logit. `HALF` > 0:
-    keys are turned back by `back` `[N]` places."""
+    """Scores `[N]` of key blocks `ids` by all their keys: `mass`, the rows' shares in a softmax over all keys of all
+    the blocks and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `HALF` > 0: keys are turned back by `back` `[N]`
+    places."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
@@ -254,7 +288,11 @@ def score_blocks(
                     mass = tl.maximum(mass, logits)
                 logits = tl.zeros([N, ROWS], tl.float32)
         if MASS:
-            weight = tl.where(voting, 1.0 / tl.sum(mass, 0), 0.0)
+            norm = tl.sum(mass, 0)
+            if WEIGHED:
+                norm += near_share(
+                    near, near_stride, top, 0.0, tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)  # fmt: skip
+            weight = tl.where(voting, 1.0 / norm, 0.0)
             scores += tl.sum(mass * weight[None, :], 1)
         else:
             scores = tl.maximum(scores, tl.max(tl.where(voting[None, :], mass, -float("inf")), 1))

@@ -10,12 +10,14 @@ import triton
 
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.compiled import Launch, Pointer
-from hip_hf.kernels.pyramid import parts_and_vectors
+from hip_hf.kernels.prefill import Logits
+from hip_hf.kernels.pyramid import parts_of
 from hip_hf.kernels.rotation import example_positions, rotation
 from hip_hf.kernels.select import NEVER, select_kernel
 from hip_hf.kernels.sequences import Sequences
+from hip_hf.kernels.topk import tile
 from hip_hf.kernels.tuning import target_of
-from hip_hf.kernels.votes import votes_of
+from hip_hf.kernels.votes import Voting, votes_of
 from hip_hf.methods.hip import SUCCESSORS
 from hip_hf.rope import farthest_chunk
 
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.rope import Positions
 
-# Tiles are powers of two; below this many candidates they would leave threads idle.
-SMALLEST_TILE = 64
 # Candidates of a level for which `SearchTile.rows` is meant: with more, a tile has fewer rows.
 CANDIDATES = 512
 # The most candidates of a level that a program can hold.
@@ -32,10 +32,6 @@ MOST_CANDIDATES = 2048
 # Bytes of scratch at most, for start levels longer than a tile (`coarsest`). Where it does not serve all programs, they are
 # several launches, one after the other: of 65,536 candidates each 256 programs, more than an H200 runs at once.
 MOST_SCRATCH = 64 * 2**20
-
-
-def tile(count: int) -> int:
-    return max(SMALLEST_TILE, triton.next_power_of_2(count))
 
 
 @dataclass
@@ -87,10 +83,11 @@ class SearchTile:
     stages: int = 2
 
 
-def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candidates: int) -> SearchTile:
+def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candidates: int, votes: int) -> SearchTile:
     """Chosen so that nothing spills in half precision (`hip-hf kernels`); with many `candidates`, all of whose logits are held,
-    in smaller steps. fp32, and chunks that are turned as they are loaded (`indexed`), take several registers where others take
-    one. With 16 warps the search stays off Blackwell's tensor memory, whose passes in Triton 3.7 fail on it."""
+    or more `votes` than a tile has rows, in smaller steps. fp32, and chunks that are turned as they are loaded (`indexed`), take
+    several registers where others take one. With 16 warps the search stays off Blackwell's tensor memory, whose passes in
+    Triton 3.7 fail on it."""
     warps = 16 if target.startswith("sm10") else 8
     if indexed or dtype == torch.float32:
         return SearchTile(16, 16, 16, warps, stages=1)
@@ -106,6 +103,8 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
         wanted = SearchTile(32, 16, 32)
     else:
         wanted = SearchTile(32, 32, 32)
+    if votes > wanted.rows:  # the loop over tiles takes registers as well
+        wanted = replace(wanted, features=32) if target == "sm90" else replace(wanted, features_last=16)
     divisor = dim & -dim  # a part of the head dim that is no divisor of it costs masks
     return replace(
         wanted,
@@ -116,10 +115,10 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
 
 def constants(
     config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str, stateful: bool,
-    indexed: bool = False,
+    positions: Positions | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compile-time arguments of the search. `group`: query heads per key head; `most_keys`: a bound on a sequence's keys;
-    `stateful`: decode steps whose selections are kept; `indexed`: chunk-indexed positions."""
+    `stateful`: decode steps whose selections are kept."""
     budget, bk = config.budget // config.block_k, config.block_k
     keep, most = config.beam * budget, 2 * config.beam * budget
     rescore = config.rescore > 1
@@ -131,20 +130,19 @@ def constants(
     kept, kept_last = tile(keep), tile(last)
     if long:
         kept = max(kept, kept_last)
-    parts, vectors = parts_and_vectors(config)
-    voters = group if config.group_shared else 1
-    samples = -(-block_q // config.query_stride)
-    shape = search_tile(target, dim, dtype, indexed, 2 * kept)
-    held = shape.rows * CANDIDATES // (2 if vectors > 1 else 1) // (2 * kept)
-    rows = max(16, min(triton.next_power_of_2(samples * voters), shape.rows, held))
+    voting = Voting.of(config, group, block_q, positions is not None)
+    # votes that were put side by side are those of one head
+    heads, samples = (1, voting.slots) if voting.chosen else (voting.voters, voting.slots // voting.voters)
+    shape = search_tile(target, dim, dtype, positions is not None and positions.chunk_indexed, 2 * kept, voting.slots)
+    rows = max(16, min(triton.next_power_of_2(voting.slots), shape.rows, shape.rows * CANDIDATES // (2 * kept)))
     return dict(
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
-        RESCORE=rescore, SUCCESSORS=successors, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voters, ROWS=rows,
-        TILES=-(-samples * voters // rows), SAMPLES=samples, STRIDE=config.query_stride, GROUP=voters,
-        MASS=config.score == "mass", POOLED=config.vote != "sampled" and config.query_stride > 1 and block_q > 1, DIM=dim,
-        FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts,
-        VECTORS=vectors, OUT=tile(budget), PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps,
-        num_stages=shape.stages,
+        RESCORE=rescore, SUCCESSORS=successors, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
+        ROWS=rows, TILES=-(-voting.slots // rows), SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
+        MASS=config.score == "mass", WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters, VOTES=voting.votes,
+        SPACING=voting.stride, SAMPLED=voting.sampled, DIM=dim, FEATURES=shape.features, FEATURES_LAST=shape.features_last,
+        PARTS=parts_of(config), OUT=tile(budget), PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
 
 
@@ -177,21 +175,17 @@ def select(
     kv: KeyValues,
     sequences: Sequences,
     config: HiPConfig,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
+    logits: Logits,
     block_q: int,
     into: Selection,
-    positions: Positions | None = None,
 ) -> None:
-    """Fill `into` for all query blocks of `block_q` rows (1 in decode). `positions`: q and k are not rotated.
+    """Fill `into` for all query blocks of `block_q` rows (1 in decode).
 
     q `[B, Hq, Tq, D]` fp16, bf16 or fp32; table `[S, Hkv, rows, width]` as `pyramid.py` makes it; nothing waits for the device.
     """
     blocks, heads = sequences.blocks(block_q), into.counts.shape[1]
-    group = q.shape[1] // kv.heads
-    shape, indexed = (group, q.shape[-1], q.dtype, block_q, sequences.max_keys), positions is not None and positions.chunk_indexed
-    fixed = constants(config, *shape, target_of(q), into.made is not None, indexed)
+    shape = (q.shape[1] // kv.heads, q.shape[-1], q.dtype, block_q, sequences.max_keys)
+    fixed = constants(config, *shape, target_of(q), into.made is not None, logits.positions)
     programs = at_once = blocks * heads * sequences.count
     scratch, stride_scratch = into.counts, 0
     if fixed["LONG"]:
@@ -199,18 +193,15 @@ def select(
         at_once = min(programs, max(1, MOST_SCRATCH // (stride_scratch * torch.float32.itemsize)))
         scratch = into.scratch_for(at_once * stride_scratch)
     block_table, stride_table = kv.table()
-    if positions is not None:
-        fixed["POOLED"] = True  # votes are turned as they are made, also where a row votes for itself
-    if fixed["POOLED"]:
-        q = votes_of(q, sequences, config, block_q, positions)
-    rotations = chunk_rotation(positions, config, q)
+    q, near = votes_of(q, kv, sequences, config, logits, block_q, into.made)
+    rotations = chunk_rotation(logits.positions, config, q)
     for first in range(0, programs, max(1, at_once)):
         select_kernel[(min(at_once, programs - first),)](
             q, table, kv.k, block_table, sequences.table, scratch, into.indices, into.counts, into.window,
-            into.counts if into.made is None else into.made, *q.stride()[:3], *kv.strides(kv.k), stride_table,
-            sequences.table.stride(0), table.stride(0), table.stride(1), stride_scratch, blocks, heads, first, scale, config.sink,
-            config.window, sliding_window or 0, config.decode_refresh, steps_of(fixed), STATEFUL=into.made is not None,
-            PAGE_SIZE=kv.page_size, SOFTCAP=softcap or 0.0, **fixed, **rotations,
+            into.counts if into.made is None else into.made, near, *q.stride()[:3], *kv.strides(kv.k), stride_table,
+            sequences.table.stride(0), table.stride(0), table.stride(1), near.shape[-1], stride_scratch, blocks, heads, first,
+            logits.scale, config.sink, config.window, logits.sliding_window or 0, config.decode_refresh, steps_of(fixed),
+            STATEFUL=into.made is not None, PAGE_SIZE=kv.page_size, SOFTCAP=logits.softcap or 0.0, **fixed, **rotations,
         )  # fmt: skip
 
 
@@ -220,13 +211,14 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     from hip_hf.config import HiPConfig
 
     config, found = HiPConfig(), []
-    pointers = dict.fromkeys(("q", "table", "k"), Pointer(dtype)) | {"scratch": Pointer(torch.float32)}
+    pointers = dict.fromkeys(("q", "table", "k"), Pointer(dtype))
+    pointers |= dict.fromkeys(("scratch", "near"), Pointer(torch.float32))
     integers = ("block_table", "sequences", "indices", "counts", "windows", "made")
     pointers |= dict.fromkeys(integers, Pointer(torch.int32))
     numbers = dict(
         stride_qb=32 * 4096 * dim, stride_qh=4096 * dim, stride_qt=dim, stride_kb=8 * 4096 * dim, stride_kh=4096 * dim,
         stride_kt=dim, stride_table=256, stride_field=1, stride_sequence=8 * 512 * 2 * dim, stride_head=512 * 2 * dim,
-        stride_scratch=0, blocks=64, heads=8, first_program=0, scale=dim**-0.5,
+        stride_near=4096, stride_scratch=0, blocks=64, heads=8, first_program=0, scale=dim**-0.5,
         sink=config.sink, window=config.window, sliding=0, refresh=config.decode_refresh,
     )  # fmt: skip
     like, indexed = torch.empty(0, dtype=dtype, device="meta"), replace(example_positions(dim), chunk_indexed=True)
@@ -238,7 +230,7 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
         ("select, decode, chunk-indexed", 1, 256, 4, indexed),
     ]
     for name, block_q, page_size, group, positions in cases:
-        fixed = constants(config, group, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions is not None)
+        fixed = constants(config, group, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions)
         fixed |= chunk_rotation(positions, config, like)
         arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
         found.append(Launch(name, select_kernel, {**pointers, **numbers, **arguments}))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.kernels.scoring import chunk_logits, chunk_rows, score_blocks, score_chunks, voting_rows
-from hip_hf.kernels.sequences import GROWING, always_read, load_sequence, query_block, window_start
+from hip_hf.kernels.scoring import chunk_logits, chunk_rows, near_share, score_blocks, score_chunks, voting_rows
+from hip_hf.kernels.sequences import GROWING, always_read, load_sequence, query_block, still_serves, window_start
 from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, with_successors
+from hip_hf.kernels.votes import count_votes
 
 # Candidates at the middle's edges are two at most; a tile of them is as small as matrix instructions allow.
 EDGES = tl.constexpr(16)
@@ -69,6 +70,8 @@ def score_long(
     q,
     stride_qh,
     stride_qt,
+    near,
+    stride_near,
     last_row,
     block_first,
     block_last,
@@ -82,10 +85,11 @@ def score_long(
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
     MASS: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     DIM: tl.constexpr,
     FEATURES: tl.constexpr,
     PARTS: tl.constexpr,
-    VECTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     level,
     farthest,
@@ -104,18 +108,22 @@ def score_long(
                 inside = at + inner < count
                 rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
                 logits = chunk_logits(
-                    table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION,
+                    table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, PRECISION,
                     places_back(count, at + inner, farthest), cos, sin, HALF)  # fmt: skip
                 logits = tl.where(inside[:, None], logits, -float("inf"))
                 higher = tl.maximum(top, tl.max(logits, 0))
                 norm = norm * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[None, :]), 0)
                 top = higher
+            if WEIGHED:
+                norm += near_share(
+                    near, stride_near, top, tl.log((BLOCK_K << level).to(tl.float32)), tile, last_row, block_last, block_first,
+                    ROWS, SAMPLES, STRIDE, GROUP)  # fmt: skip
             norm = tl.where(voting, 1.0 / norm, 0.0)
         for at in range(0, count, M):
             inside = at + inner < count
             rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
             logits = chunk_logits(
-                table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, VECTORS, PRECISION,
+                table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, PRECISION,
                 places_back(count, at + inner, farthest), cos, sin, HALF)  # fmt: skip
             to = scratch + at + inner
             if MASS:
@@ -145,17 +153,18 @@ def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
     return ids, total
 
 
-@triton.jit(do_not_specialize=[*GROWING, "stride_scratch", "blocks", "heads", "first_program"])
+@triton.jit(do_not_specialize=[*GROWING, "stride_near", "stride_scratch", "blocks", "heads", "first_program"])
 def select_kernel(
-    q, table, k, block_table, sequences, scratch, indices, counts, windows, made,
+    q, table, k, block_table, sequences, scratch, indices, counts, windows, made, near,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,
-    stride_scratch, blocks, heads, first_program, scale, sink, window, sliding, refresh, steps, COS, SIN, farthest,
+    stride_near, stride_scratch, blocks, heads, first_program, scale, sink, window, sliding, refresh, steps, COS, SIN, farthest,
     BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
     KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, SUCCESSORS: tl.constexpr, LONG: tl.constexpr,
-    STATEFUL: tl.constexpr, POOLED: tl.constexpr,
+    STATEFUL: tl.constexpr, CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr,
+    SPACING: tl.constexpr, SAMPLED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
-    DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr, VECTORS: tl.constexpr,
+    DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One query block of one mask head of one sequence. Grid: as many of the `blocks` * `heads` * sequences as have scratch, from
@@ -164,10 +173,11 @@ def select_kernel(
     `KEEP` chunks survive a level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts with
     at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
     a time, for after a step of several rows the next one selects anew. `SUCCESSORS`: so many blocks that follow the best ones
-    are kept in any case, in steps of one row. `POOLED`: `q` is `[S, Hq, blocks * SAMPLES, D]`, votes that `votes.py` made of
-    `STRIDE` rows each. `HALF` > 0: chunk-indexed, at most `farthest` chunks away; so many pairs of a head's numbers turn.
+    are kept in any case, in steps of one row. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the votes that `votes.py` put
+    side by side, of which it says what VOTERS, VOTES, SPACING and SAMPLED mean. `WEIGHED`: `near` is what every vote, or row of
+    a sequence, finds in any case. `HALF` > 0: chunk-indexed, at most `farthest` chunks away; so many pairs of a head's numbers
+    turn.
     """
-    STEP: tl.constexpr = 1 if POOLED else STRIDE
     index, row = place_of(first_program + tl.program_id(0), blocks)
     sequence = row // heads
     head = row - sequence * heads
@@ -180,8 +190,7 @@ def select_kernel(
         tl.store(windows + entry, 0)
         return
     if STATEFUL:
-        age = position - tl.load(made + entry)
-        if (rows == 1) & (age >= 0) & (age < refresh):
+        if still_serves(made + entry, position, rows, refresh):
             return
         tl.debug_barrier()  # every thread has read the age before one of them makes it 0
         tl.store(made + entry, tl.where(rows == 1, first, NEVER))
@@ -195,11 +204,15 @@ def select_kernel(
         return
 
     key_head = head // HEADS_PER_KEY
-    q += (sequence if POOLED else batch).to(tl.int64) * stride_qb + head.to(tl.int64) * GROUP * stride_qh
-    if POOLED:
+    q += (sequence if CHOSEN else batch).to(tl.int64) * stride_qb + head.to(tl.int64) * GROUP * stride_qh
+    near += row.to(tl.int64) * GROUP * stride_near
+    if CHOSEN:
         q += index.to(tl.int64) * SAMPLES * stride_qt
-        last_row = (last - first) // STRIDE
+        near += index.to(tl.int64) * SAMPLES
+        last_row = count_votes(last - first + 1, VOTERS, VOTES, SPACING, SAMPLED) - 1
         first, last = first - first, last_row
+    else:
+        near -= row_start
     table += sequence.to(tl.int64) * stride_sequence + key_head.to(tl.int64) * stride_head
     k += key_head.to(tl.int64) * stride_kh
     slot = tl.arange(0, M)
@@ -211,9 +224,9 @@ def select_kernel(
     begins, ends = ceil_shift(low, level), high >> level
     if LONG:
         scratch += tl.program_id(0).to(tl.int64) * stride_scratch
-        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP,
-                   M, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, level,
-                   farthest, COS, SIN, HALF)  # fmt: skip
+        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, near, stride_near, last_row, first, last,
+                   scale, steps, SOFTCAP, M, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, BLOCK_K, DIM, FEATURES,
+                   PARTS, PRECISION, level, farthest, COS, SIN, HALF)  # fmt: skip
         best, total = merge_long(scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2)
         ids = pair(best, best, M)
         inside = slot < total
@@ -223,8 +236,9 @@ def select_kernel(
         inside = ids < ends
         at = chunk_rows(tl.where(inside, ids, begins), level)
         scores, _ = score_chunks(
-            table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M, EDGES,
-            ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, False,
+            table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, near, stride_near, last_row, first, last,
+            BLOCK_K << level, scale, steps, SOFTCAP, M, EDGES, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
+            FEATURES, PARTS, PRECISION, False,
             places_back(ends, ids, farthest), edge, COS, SIN, HALF)  # fmt: skip
     keys = sort_keys(scores, inside)
     left = level * 0 + ABSENT
@@ -241,8 +255,9 @@ def select_kernel(
         edge_at = chunk_rows(tl.where(edge == 0, begins, ends - 1), level)
         edge_inside = ((edge == 0) & (begins != 2 * was_begins)) | ((edge == 1) & (ends != 2 * was_ends))
         scores, edge_scores = score_chunks(
-            table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, last_row, first, last, scale, steps, SOFTCAP, M,
-            EDGES, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM, FEATURES, PARTS, VECTORS, PRECISION, True,
+            table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, near, stride_near, last_row, first, last,
+            BLOCK_K << level, scale, steps, SOFTCAP, M, EDGES, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
+            FEATURES, PARTS, PRECISION, True,
             places_back(ends, ids, farthest), places_back(ends, tl.where(edge == 0, begins, ends - 1), farthest),
             COS, SIN, HALF)  # fmt: skip
         keys = sort_keys(scores, inside)
@@ -257,9 +272,9 @@ def select_kernel(
         inside = tl.arange(0, KEPT_LAST) < total
         ids = tl.where(inside, ids, low)
         scores = score_blocks(
-            k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, last_row,
-            first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STEP, GROUP, MASS, DIM,
-            FEATURES_LAST, PRECISION, places_back(high, ids, farthest), COS, SIN, HALF)  # fmt: skip
+            k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
+            stride_near, last_row, first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE,
+            GROUP, MASS, WEIGHED, DIM, FEATURES_LAST, PRECISION, places_back(high, ids, farthest), COS, SIN, HALF)  # fmt: skip
         keys = sort_keys(scores, inside)
     if SUCCESSORS > 0:
         count = tl.where(rows == 1, SUCCESSORS, 0)

@@ -96,3 +96,10 @@ def always_read(first, window, sink_keys, sliding, BLOCK_K: tl.constexpr):
 def window_start(first, window_keys, BLOCK_K: tl.constexpr):
     """Where the window of a query block starts when it is laid out anew."""
     return tl.maximum(first - window_keys, 0) // BLOCK_K * BLOCK_K
+
+
+@triton.jit
+def still_serves(made, position, rows, refresh):
+    """Whether the selection that was `made` for some position serves a step of one row at `position` as well."""
+    age = position - tl.load(made)
+    return (rows == 1) & (age >= 0) & (age < refresh)

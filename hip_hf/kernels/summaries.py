@@ -16,10 +16,7 @@ from hip_hf.kernels.sequences import GROWING, load_sequence, window_start
 
 # Kinds of representative: what a state holds and how it merges.
 CENTRE = tl.constexpr(0)  # mean, lowest, highest
-MEAN = tl.constexpr(1)
-FIRST = tl.constexpr(2)
-MIDDLE = tl.constexpr(3)  # first and middle key
-LAST = tl.constexpr(4)
+MIDDLE = tl.constexpr(1)  # first and middle key
 # Parents merged at a time above the tiles.
 PARENTS = tl.constexpr(16)
 
@@ -40,18 +37,11 @@ def halves(x, N: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def merged(xl, yl, zl, xr, yr, zr, KIND: tl.constexpr):
-    """State of a chunk from its halves' states. A kind that needs fewer than three parts repeats the first."""
+    """State of a chunk from its halves' states. Two parts repeat the first as a third."""
     if KIND == CENTRE:
         return (xl + xr) * 0.5, tl.minimum(yl, yr), tl.maximum(zl, zr)
-    elif KIND == MEAN:
-        mean = (xl + xr) * 0.5
-        return mean, mean, mean
-    elif KIND == FIRST:
-        return xl, xl, xl
-    elif KIND == MIDDLE:
-        return xl, xr, xl  # the middle of the whole is the first key of the right half
     else:
-        return xr, xr, xr
+        return xl, xr, xl  # the middle of the whole is the first key of the right half
 
 
 @triton.jit
@@ -64,33 +54,29 @@ def write_rows(table, ids, level, inside, d, x, y, z, weight, DIM: tl.constexpr,
     if KIND == CENTRE:
         tl.store(to, ((1 - weight) * x + 0.5 * weight * (z + y)).to(dtype), mask=inside)
         tl.store(to + DIM, (0.5 * weight * (z - y)).to(dtype), mask=inside)
-    elif KIND == MIDDLE:
-        tl.store(to, y.to(dtype), mask=inside)
     else:
-        tl.store(to, x.to(dtype), mask=inside)
+        tl.store(to, y.to(dtype), mask=inside)
 
 
 @triton.jit
 def write_states(states, rows, inside, d, x, y, z, DIM: tl.constexpr, KIND: tl.constexpr):
-    PARTS: tl.constexpr = 3 if KIND == CENTRE else 2 if KIND == MIDDLE else 1
+    PARTS: tl.constexpr = 3 if KIND == CENTRE else 2
     to = states + rows.to(tl.int64)[:, None] * (PARTS * DIM) + d[None, :]
     inside = inside[:, None] & (d < DIM)[None, :]
     tl.store(to, x, mask=inside)
-    if PARTS > 1:
-        tl.store(to + DIM, y, mask=inside)
+    tl.store(to + DIM, y, mask=inside)
     if PARTS > 2:
         tl.store(to + 2 * DIM, z, mask=inside)
 
 
 @triton.jit
 def read_states(states, rows, inside, d, DIM: tl.constexpr, KIND: tl.constexpr):
-    PARTS: tl.constexpr = 3 if KIND == CENTRE else 2 if KIND == MIDDLE else 1
+    PARTS: tl.constexpr = 3 if KIND == CENTRE else 2
     at = states + rows.to(tl.int64)[:, None] * (PARTS * DIM) + d[None, :]
     inside = inside[:, None] & (d < DIM)[None, :]
     x = tl.load(at, mask=inside, other=0.0)
-    y, z = x, x
-    if PARTS > 1:
-        y = tl.load(at + DIM, mask=inside, other=0.0)
+    y = tl.load(at + DIM, mask=inside, other=0.0)
+    z = x
     if PARTS > 2:
         z = tl.load(at + 2 * DIM, mask=inside, other=0.0)
     return x, y, z
@@ -127,30 +113,19 @@ def build_tile(
     x = tl.zeros([TILE, BD], tl.float32)
     y = tl.full([TILE, BD], float("inf"), tl.float32)
     z = tl.full([TILE, BD], -float("inf"), tl.float32)
-    if KIND <= MEAN:
+    if KIND == CENTRE:
         for j in range(BLOCK_K):
             at = token_offsets(first + j, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
             key = tl.load(k + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
             x += key
-            if KIND == CENTRE:
-                y = tl.minimum(y, key)
-                z = tl.maximum(z, key)
+            y = tl.minimum(y, key)
+            z = tl.maximum(z, key)
         x = x / BLOCK_K
     else:
-        at = token_offsets(
-            first + (BLOCK_K - 1 if KIND == LAST else 0),
-            inside,
-            batch,
-            stride_kb,
-            stride_kt,
-            block_table,
-            stride_table,
-            PAGE_SIZE,
-        )
+        at = token_offsets(first, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
         x = tl.load(k + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
-        if KIND == MIDDLE:
-            at = token_offsets(first + BLOCK_K // 2, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
-            y = tl.load(k + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
+        at = token_offsets(first + BLOCK_K // 2, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
+        y = tl.load(k + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
     write_rows(table, blocks, 0, inside, d, x, y, z, weight, DIM, KIND)
     for level in tl.static_range(1, LEVELS + 1):
         xl, xr = halves(x, TILE >> (level - 1), BD)

@@ -13,6 +13,12 @@ import triton.language as tl
 ABSENT = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
+# Tiles are powers of two; below this many candidates they would leave threads idle.
+SMALLEST_TILE = 64
+
+
+def tile(count: int) -> int:
+    return max(SMALLEST_TILE, triton.next_power_of_2(count))
 
 
 @triton.jit

@@ -46,7 +46,7 @@ class Options:
     """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which a row's need is estimated."""
 
     weight: float = 0.5
-    sample: int = 256
+    sample: int = 512
 
     def __post_init__(self) -> None:
         if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1:
@@ -147,7 +147,7 @@ class TreeSearch:
         self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None, level: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, and the log-sum-exp of what each always reads.
-        The need is estimated from the middle keys of chunks of `2 ** level` keys."""
+        The need is estimated from a key of each chunk of `2 ** level` keys."""
         config, rows, first = self.config, blocks[0].rows, blocks[0].row
         if near is None:
             index = torch.tensor([list(sampled_rows(config, block)) for block in blocks], device=self.q.device)
@@ -342,9 +342,9 @@ def aggregate(
     """Logits `[..., R, M]` of the voting rows -> one score per candidate, of `size` logits each, `[..., M / size]`; overwrites
     `logits`.
 
-    `mass`: the largest share of its attention that a row gives the candidate, by a softmax over all of them. With `near`
-    `[..., R]`, the log-sum-exp of what a row reads in any case, that takes part in the softmax: rows that need nothing far away
-    have no say. `max`: best logit of any row (the HiP paper).
+    `mass`: the share of its attention that a row gives the candidate, by a softmax over all of them, summed over rows. With
+    `near` `[..., R]`, the log-sum-exp of what a row reads in any case, that takes part in the softmax: rows that need nothing
+    far away have no say. `max`: best logit of any row (the HiP paper).
     """
     squash(logits, softcap)
     if invalid is not None:
@@ -362,7 +362,7 @@ def aggregate(
             # the highest logit's share is exp(highest - lse)
             lse = highest - logits.amax(-1).to(dtype).log()
             shares = shares * torch.sigmoid(lse - near).to(shares.dtype)[..., None]
-        scores = shares.amax(-2).to(dtype)
+        scores = shares.sum(-2, dtype=dtype)
     # -inf is for candidates that do not exist; whatever overflowed is merely the worst, or the best
     limit = torch.finfo(torch.float32).max
     scores.nan_to_num_(nan=-limit, posinf=limit, neginf=-limit)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
 
+# Knuth's multiplier, 2 ** 32 over the golden ratio: neighbouring chunks get offsets that are far apart.
+SPREAD = 2654435761
+
+
 def votes_of(config: HiPConfig, rows: int, heads: int) -> int:
     """How many of `rows` query rows of `heads` heads, which share a selection, vote. A row that is alone (decode) votes with
     all of its heads."""
@@ -43,9 +47,11 @@ def sample_level(config: HiPConfig, low: int, high: int, most: int) -> int:
 
 
 def sampled_keys(keys: KeyRows, first: int, end: int, level: int, dtype: torch.dtype) -> torch.Tensor:
-    """Middle keys `[heads, end - first, D]` of the chunks `first` to `end - 1` of `2 ** level` keys; keys `[heads, T, D]`."""
-    at = torch.arange(first, end, device=keys.device) << level
-    at += (1 << level) >> 1
+    """A key of each chunk `first` to `end - 1` of `2 ** level` keys: `[heads, end - first, D]` of keys `[heads, T, D]`.
+
+    Which one differs from chunk to chunk, so that no pattern in the text hides from the sample, but never changes."""
+    chunk = torch.arange(first, end, device=keys.device)
+    at = (chunk << level) + ((chunk * SPREAD & 0xFFFFFFFF) >> 32 - level)
     return pick(keys, at.expand(keys.shape[0], -1), 1).to(dtype)
 
 

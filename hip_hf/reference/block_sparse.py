@@ -99,7 +99,7 @@ def partial(
 
     queries = scratch.take("q", (count, lanes, groups, n, dim), like)
     torch.mul(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4), t.scale, out=queries)
-    outputs = scratch.take("near" if near else "out", (count, lanes, rows, v.shape[-1]), like)
+    outputs = scratch.take("out", (count, lanes, rows, v.shape[-1]), like)
     logits = scratch.take("logits", (lanes, rows, keys), like)
     by_row = logits.view(lanes, groups, n, keys)
     own, future = by_row[..., keys - n :], _future(n, logits)
@@ -131,23 +131,27 @@ def partial(
             own.add_(future)
         if positions is not None:
             _mask_sliding(by_row, positions[i], block.first, t.sliding_window)
-        weigh_rows(by_row, None if lse is None else lse[i])
-        torch.bmm(logits, v_all, out=output)
+        weigh_values(logits, v_all, output, None if lse is None else lse[i].view(lanes, rows))
     out = outputs.view(count, lanes, groups, n, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
     return out, None if lse is None else lse.permute(1, 2, 0, 3).flatten(2, 3)
 
 
-def weigh_rows(logits: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Softmax of logits `[..., keys]` in place, and their log-sum-exp into `lse` `[...]` (fp32 at least) if that is wanted."""
-    if lse is None:
-        torch.softmax(logits, dim=-1, out=logits)
-    elif logits.dtype != lse.dtype:
-        torch.logsumexp(logits.to(lse.dtype), dim=-1, out=lse)
-        torch.softmax(logits, dim=-1, out=logits)
+def weigh_values(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+    """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`, into `out` `[N, rows, Dv]`; their
+    log-sum-exp (fp32 at least) into `lse` `[N, rows]` if it is wanted."""
+    if logits.dtype in (torch.float32, torch.float64):
+        wide = logits
+    else:  # half precision is slow to exponentiate, and too coarse to sum up
+        wide = scratch.take("wide", tuple(logits.shape), logits.new_empty(0, dtype=torch.float32)).copy_(logits)
+    highest = wide.amax(-1, keepdim=True)
+    total = wide.sub_(highest).exp_().sum(-1, keepdim=True)
+    if wide is logits:
+        torch.bmm(logits, v, out=out)
+        out.div_(total)  # fewer numbers than the weights are
     else:
-        torch.amax(logits, dim=-1, out=lse)
-        torch.softmax(logits, dim=-1, out=logits)
-        lse.sub_(logits.amax(-1).log_())  # the highest logit's weight is exp(highest - lse)
+        torch.bmm(logits.copy_(wide.div_(total)), v, out=out)
+    if lse is not None:
+        torch.add(highest[..., 0], total[..., 0].log_(), out=lse)
 
 
 class _Parts:
@@ -219,17 +223,13 @@ def _attend_tile(
     if t.sliding_window is not None:
         position = torch.arange(first, end, device=query.device)[None]
         _mask_sliding(by_row, position, block.first, t.sliding_window)
-    lse, dtype = None, torch.promote_types(query.dtype, torch.float32)
-    if t.lse is not None or t.sinks is not None:
-        lse = torch.logsumexp(by_row.to(dtype), dim=-1)
-    elif merge:
-        highest = by_row.amax(-1).to(dtype)
-    torch.softmax(logits, dim=-1, out=logits)
-    if lse is None and merge:
-        lse = highest - by_row.amax(-1).to(dtype).log()  # the highest logit's weight is exp(highest - lse)
-    out = torch.bmm(logits, v, out=scratch.take("out", (lanes, groups * n, v.shape[-1]), k))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    need_lse = merge or t.lse is not None or t.sinks is not None
+    lse = torch.empty(lanes, groups * n, dtype=dtype, device=query.device) if need_lse else None
+    out = scratch.take("out", (lanes, groups * n, v.shape[-1]), k)
+    weigh_values(logits, v, out, lse)
     out = out.view(lanes, groups, n, -1)
-    return (out.to(dtype, copy=True) if merge else out), lse
+    return (out.to(dtype, copy=True) if merge else out), None if lse is None else lse.view(lanes, groups, n)
 
 
 def _store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:

@@ -169,7 +169,8 @@ class SparseAttention:
         out, lse = partial(t, heads, slice(None), blocks, None, size, True, reserved=self.budget * size)
         assert lse is not None
         sinks = None if t.sinks is None else t.sinks[heads, :, None].to(lse.dtype)
-        return out, lse, lse if sinks is None else torch.logaddexp(lse, sinks)
+        # a copy: the buffer is used again before the two parts of attention are merged
+        return out.clone(), lse, lse if sinks is None else torch.logaddexp(lse, sinks)
 
     def _attend_by_need(self, t: Tensors, search: Any, span: Span, heads: slice, blocks: list[QueryBlock]) -> None:
         """Attend to sink and window first: that tells who needs the middle. Then select, attend to that, and merge the two."""
