@@ -206,18 +206,18 @@ def test_a_step_on_a_kept_state_refuses_a_new_key_that_is_not_finite() -> None:
 def check_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every selection from now on must stay inside its query block's middle. Gives the list of their sizes."""
     sizes: list[int] = []
-    attend_to = SparseAttention._attend
+    take_note = SparseAttention._take_note  # of whatever has been read
 
-    def checked(self: SparseAttention, t: Any, span: Any, heads: Any, blocks: list[Any], ids: torch.Tensor | None) -> None:
+    def checked(self: SparseAttention, span: Any, heads: Any, blocks: list[Any], ids: torch.Tensor | None) -> None:
         for i, block in enumerate(blocks):
             if ids is not None:
                 chosen = ids[:, :, i]
                 sizes.append(chosen.shape[-1])
                 assert ((chosen >= block.low) & (chosen < block.high)).all(), f"{chosen} outside {block}"
                 assert (chosen.diff() > 0).all()
-        attend_to(self, t, span, heads, blocks, ids)
+        take_note(self, span, heads, blocks, ids)
 
-    monkeypatch.setattr(SparseAttention, "_attend", checked)
+    monkeypatch.setattr(SparseAttention, "_take_note", checked)
     return sizes
 
 

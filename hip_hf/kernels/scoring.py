@@ -250,8 +250,8 @@ def score_blocks(
     HALF: tl.constexpr,
 ):
     """Scores `[N]` of key blocks `ids` by all their keys: `mass`, the rows' shares in a softmax over all keys of all
-    the blocks and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `HALF` > 0: keys are turned back by `back` `[N]`
-    places."""
+    the blocks and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `HALF` > 0: keys are turned back by
+    `back` `[N]` places."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
