@@ -112,9 +112,15 @@ def test_bytes_of_a_query_block() -> None:
     assert cost.selection_bytes == 2 * block.middle * 32
     assert cost.dense_bytes == 2 * (block.last + 1) * 24
     assert cost.bytes_share == (cost.attention_bytes + cost.selection_bytes) / cost.dense_bytes
-    by_need = block_cost(replace(config, vote="need"), block, 16, 8, itemsize=2)
-    pairs = block.high * 2 - block.low * 2  # at most 256 of the 300 keys of the middle are asked: one of two
-    assert by_need.selection_bytes - cost.selection_bytes == 2 * pairs * 16
+
+
+def test_bytes_of_asking_who_needs_the_middle() -> None:
+    """Of 300 keys between sink and window at most 256 are asked: one of two."""
+    config = small(options={"sample": 256})
+    block = query_blocks(config, make_problem(*make_qkv(413)).spans[0], False)[20]
+    asking, not_asking = (block_cost(replace(config, vote=vote), block, 16, 8, itemsize=2) for vote in ("need", "sampled"))
+    assert block.middle * 4 == 300
+    assert asking.selection_bytes - not_asking.selection_bytes == 2 * 150 * 16
 
 
 def test_every_method_has_a_cost_and_a_preset() -> None:
