@@ -67,7 +67,7 @@ def neediest(
 
 
 def spread(begin: int, end: int, stride: int) -> list[int]:
-    """A key of each aligned chunk of `stride` keys that lies wholly in `[begin, end)`, each at another place in its chunk."""
+    """A key of each aligned chunk of `stride` keys that lies wholly in `[begin, end)`, at a place of its own."""
     chunks = [at // stride for at in range(0, end, stride) if begin <= at and at + stride <= end]
     return [chunk * stride + chunk * 2654435761 % 2**32 * stride // 2**32 for chunk in chunks]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,22 @@ def test_deltas_cost_is_its_dense_rows() -> None:
 
 
 def test_bytes_of_a_query_block() -> None:
-    config = small(method="quest")
+    config = small(method="quest", vote="sampled")
     block = query_blocks(config, make_problem(*make_qkv(413)).spans[0], False)[20]
     cost = block_cost(config, block, 16, 8, itemsize=2)
     assert cost.attention_bytes == 2 * (4 + 16 + block.last + 1 - block.window) * 24
     assert cost.selection_bytes == 2 * block.middle * 32
     assert cost.dense_bytes == 2 * (block.last + 1) * 24
     assert cost.bytes_share == (cost.attention_bytes + cost.selection_bytes) / cost.dense_bytes
+
+
+def test_bytes_of_asking_who_needs_the_middle() -> None:
+    """Of 300 keys between sink and window at most 256 are asked: one of two."""
+    config = small(options={"sample": 256})
+    block = query_blocks(config, make_problem(*make_qkv(413)).spans[0], False)[20]
+    asking, not_asking = (block_cost(replace(config, vote=vote), block, 16, 8, itemsize=2) for vote in ("need", "sampled"))
+    assert block.middle * 4 == 300
+    assert asking.selection_bytes - not_asking.selection_bytes == 2 * 150 * 16
 
 
 def test_every_method_has_a_cost_and_a_preset() -> None:

@@ -237,7 +237,7 @@ def test_settings_merge_over_the_checkpoint() -> None:
     lm = make_lm(budget=128)
     config = lm.model.config.hip
     assert config["budget"] == 128
-    assert config["query_stride"] == 16  # the checkpoint's
+    assert config["query_stride"] == 8  # the checkpoint's
     assert lm.model.config._attn_implementation == "hip"
 
 

@@ -113,7 +113,7 @@ def test_those_vote_who_need_most(
                 hidden = position[None] > torch.tensor([p for p, _ in at])[:, None]
                 near = logits.masked_fill(middle | hidden, -torch.inf).logsumexp(-1)
                 stride = 1
-                while len(some := brute.middles(low * 4, high * 4, stride)) > sample:
+                while len(some := brute.spread(low * 4, high * 4, stride)) > sample:
                     stride *= 2
                 need, estimate = (logits[:, keys].logsumexp(-1) - near for keys in (middle, some))
                 count = min(len(at), -(-len(heads) * 16 // 8))
