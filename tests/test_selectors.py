@@ -58,7 +58,7 @@ class Written:
 
     def aggregate(self, logits: torch.Tensor) -> torch.Tensor:
         """`[rows, candidates]` -> one score per candidate."""
-        return logits.amax(0) if self.score == "max" else logits.softmax(1).amax(0)
+        return logits.amax(0) if self.score == "max" else logits.softmax(1).sum(0)
 
     def descend(self, chunks: list[int], size: int) -> torch.Tensor:
         """Best logits `[rows, chunks]` met on the way down from each chunk."""

@@ -176,6 +176,10 @@ class SparseAttention:
         """Attend to sink and window first: that tells who needs the middle. Then select, attend to that, and merge the two."""
         out, lse, near = self._near(t, heads, blocks)
         ids = search.select(heads, blocks, near)
+        if self.pieces is not None:
+            # gradients are differences with the output, and would feel that half precision rounds both parts of it
+            self._attend(t, span, heads, blocks, ids)
+            return
         for share in range(ids.shape[1]):
             group = slice(None) if ids.shape[1] == 1 else slice(share, share + 1)
             more, more_lse = partial(t, heads, group, blocks, ids[:, share], self.config.block_k, True, near=False)
