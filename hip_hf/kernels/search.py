@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Candidates of a level for which `SearchTile.rows` is meant: with more, a tile has fewer rows.
 CANDIDATES = 512
+# Rows of votes that matrix instructions take at least; a decode step has fewer.
+FEWEST_ROWS = 16
 # The most candidates of a level that a program can hold.
 MOST_CANDIDATES = 2048
 # Bytes of scratch at most, for start levels longer than a tile (`coarsest`). Where it does not serve all programs, they are
@@ -90,7 +92,10 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
     Triton 3.7 fail on it."""
     warps = 16 if target.startswith("sm10") else 8
     if indexed or dtype == torch.float32:
-        return SearchTile(16, 16, 16, warps, stages=1)
+        # without tensor memory or wgmma, larger steps need fewer registers for where they are
+        larger = dtype != torch.float32 and not target.startswith(("sm90", "sm10", "gfx"))
+        features = 32 if larger else 16
+        return SearchTile(16, features, features, warps, stages=1)
     if candidates > 2 * CANDIDATES and target.startswith("gfx"):
         wanted = SearchTile(16, 16, 16, stages=1)
     elif candidates > CANDIDATES and not target.startswith(("sm10", "gfx")):
@@ -102,7 +107,8 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
     elif target.startswith("gfx"):
         wanted = SearchTile(32, 16, 32)
     else:
-        wanted = SearchTile(32, 32, 32)
+        # a decode step's search also keeps which blocks follow the best ones
+        wanted = SearchTile(32, 16, 16) if votes < FEWEST_ROWS else SearchTile(32, 32, 32)
     if votes > wanted.rows:  # the loop over tiles takes registers as well
         wanted = replace(wanted, features=32) if target == "sm90" else replace(wanted, features_last=16)
     divisor = dim & -dim  # a part of the head dim that is no divisor of it costs masks

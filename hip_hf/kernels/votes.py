@@ -21,15 +21,7 @@ from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.examples import Example, example, extended
 from hip_hf.kernels.prefill import Logits, configuration, rows_of
 from hip_hf.kernels.rotation import partner, placed_queries, rotation, turned
-from hip_hf.kernels.sequences import (
-    GROWING,
-    Sequences,
-    always_read,
-    load_sequence,
-    query_block,
-    still_serves,
-    window_start,
-)
+from hip_hf.kernels.sequences import GROWING, Sequences, always_read, load_sequence, query_block, still_serves, window_start
 from hip_hf.kernels.tiles import LN2, LOG2E, scaled
 from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, tile
 from hip_hf.kernels.tuning import precision_of, target_of, tile_of
