@@ -226,7 +226,7 @@ class Bench:
         calls, dense, searches = {}, {}, {}
         for name, config in plan.settings.items():
             if config.method == "hip" and not dense_reason(problem, config, None, False)[0]:
-                run = partial(ops.select, q, k, table, config.text, problem.scale, None, None, config.block_q)
+                run = partial(ops.select, q, k, None, table, config.text, problem.scale, None, None, config.block_q)
                 searches[name] = self.call(run)
             if "prefill" in phases:
                 calls[name] = self.call(partial(ours, q, k, v, config))

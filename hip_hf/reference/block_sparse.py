@@ -139,6 +139,9 @@ def partial(
 def weigh_values(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
     """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`, into `out` `[N, rows, Dv]`; their
     log-sum-exp (fp32 at least) into `lse` `[N, rows]` if it is wanted."""
+    if lse is None:
+        torch.bmm(torch.softmax(logits, dim=-1, out=logits), v, out=out)
+        return
     if logits.dtype in (torch.float32, torch.float64):
         wide = logits
     else:  # half precision is slow to exponentiate, and too coarse to sum up
@@ -150,8 +153,7 @@ def weigh_values(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: 
         out.div_(total)  # fewer numbers than the weights are
     else:
         torch.bmm(logits.copy_(wide.div_(total)), v, out=out)
-    if lse is not None:
-        torch.add(highest[..., 0], total[..., 0].log_(), out=lse)
+    torch.add(highest[..., 0], total[..., 0].log_(), out=lse)
 
 
 class _Parts:
@@ -223,13 +225,17 @@ def _attend_tile(
     if t.sliding_window is not None:
         position = torch.arange(first, end, device=query.device)[None]
         _mask_sliding(by_row, position, block.first, t.sliding_window)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    need_lse = merge or t.lse is not None or t.sinks is not None
-    lse = torch.empty(lanes, groups * n, dtype=dtype, device=query.device) if need_lse else None
-    out = scratch.take("out", (lanes, groups * n, v.shape[-1]), k)
-    weigh_values(logits, v, out, lse)
+    lse, dtype = None, torch.promote_types(query.dtype, torch.float32)
+    if t.lse is not None or t.sinks is not None:
+        lse = torch.logsumexp(by_row.to(dtype), dim=-1)
+    elif merge:
+        highest = by_row.amax(-1).to(dtype)
+    torch.softmax(logits, dim=-1, out=logits)
+    if lse is None and merge:
+        lse = highest - by_row.amax(-1).to(dtype).log()  # the highest logit's weight is exp(highest - lse)
+    out = torch.bmm(logits, v, out=scratch.take("out", (lanes, groups * n, v.shape[-1]), k))
     out = out.view(lanes, groups, n, -1)
-    return (out.to(dtype, copy=True) if merge else out), None if lse is None else lse.view(lanes, groups, n)
+    return (out.to(dtype, copy=True) if merge else out), lse
 
 
 def _store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from hip_hf.methods.base import QueryBlock, squash
 from hip_hf.paged import pick, rows_of
-from hip_hf.reference.block_sparse import Tensors, add_sinks
+from hip_hf.reference.block_sparse import Tensors, add_sinks, weigh_values
 from hip_hf.reference.gradients import learning
 from hip_hf.reference.workers import compute_dtype, scratch
 from hip_hf.rope import Positions
@@ -90,9 +90,10 @@ class Gathered:
         squash(logits, softcap)
         lse = None
         if need_lse or sinks is not None:
-            lse = torch.logsumexp(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1, keepdim=True)
-        torch.softmax(logits, dim=-1, out=logits)
-        out = torch.bmm(logits, v)[:, :, None]
+            lse = torch.empty(logits.shape[:2], dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+        out = torch.empty(*logits.shape[:2], v.shape[-1], dtype=logits.dtype, device=logits.device)
+        weigh_values(logits, v, out, lse)
+        out, lse = out[:, :, None], None if lse is None else lse[..., None]
         if sinks is not None:
             assert lse is not None
             add_sinks(out, lse, sinks)
