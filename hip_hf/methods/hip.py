@@ -27,7 +27,7 @@ from hip_hf.methods.base import QueryBlock, squash
 from hip_hf.methods.need import log_mass, sample_level, sampled_keys, votes_of
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.paged import KeyRows, block_index, lanes_of
-from hip_hf.reference.workers import scratch
+from hip_hf.reference.workers import scratch, widened
 from hip_hf.rope import Positions, farthest_chunk, turn
 
 if TYPE_CHECKING:
@@ -354,15 +354,14 @@ def aggregate(
         scores = logits.amax(-2).to(dtype)
         scores = scores if size == 1 else scores.unflatten(-1, (-1, size)).amax(-1)
     else:
-        highest = None if near is None else logits.amax(-1).to(dtype)
-        shares = torch.softmax(logits, dim=-1, out=logits)
-        shares = shares if size == 1 else shares.unflatten(-1, (-1, size)).sum(-1, dtype=dtype)
+        wide = widened(logits)
+        highest = wide.amax(-1, keepdim=True)
+        shares = wide.sub_(highest).exp_()
+        total = shares.sum(-1)
         if near is not None:
-            assert highest is not None
-            # the highest logit's share is exp(highest - lse)
-            lse = highest - logits.amax(-1).to(dtype).log()
-            shares = shares * torch.sigmoid(lse - near).to(shares.dtype)[..., None]
-        scores = shares.sum(-2, dtype=dtype)
+            total += torch.exp(near - highest[..., 0])
+        shares = shares if size == 1 else shares.unflatten(-1, (-1, size)).sum(-1)
+        scores = shares.mul_(total.reciprocal_()[..., None]).sum(-2)
     # -inf is for candidates that do not exist; whatever overflowed is merely the worst, or the best
     limit = torch.finfo(torch.float32).max
     scores.nan_to_num_(nan=-limit, posinf=limit, neginf=-limit)

@@ -21,6 +21,7 @@ import torch
 
 from hip_hf.methods.base import squash
 from hip_hf.paged import KeyRows, pick
+from hip_hf.reference.workers import scratch, widened
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -57,6 +58,8 @@ def sampled_keys(keys: KeyRows, first: int, end: int, level: int, dtype: torch.d
 
 def log_mass(q: torch.Tensor, keys: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """Log-sum-exp `[heads, R]` of the logits of scaled queries `[heads, R, D]` for keys `[heads, n, D]`, fp32 at least."""
-    logits = torch.bmm(q, keys.transpose(1, 2))
+    logits = torch.bmm(q, keys.transpose(1, 2), out=scratch.take("logits", (*q.shape[:2], keys.shape[1]), q))
     squash(logits, softcap)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1)
+    logits = widened(logits)
+    highest = logits.amax(-1, keepdim=True)
+    return logits.sub_(highest).exp_().sum(-1).log_().add_(highest[..., 0])

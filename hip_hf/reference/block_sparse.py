@@ -13,7 +13,7 @@ import torch
 
 from hip_hf.methods.base import QueryBlock, squash
 from hip_hf.paged import KeyRows, PagedKeys, block_index, lanes_of
-from hip_hf.reference.workers import compute_dtype, scratch
+from hip_hf.reference.workers import compute_dtype, scratch, widened
 from hip_hf.rope import Positions
 
 # A block of rows meets a long contiguous range in tiles whose logits are at most this many elements, to stay in cache.
@@ -142,10 +142,7 @@ def weigh_values(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: 
     if lse is None:
         torch.bmm(torch.softmax(logits, dim=-1, out=logits), v, out=out)
         return
-    if logits.dtype in (torch.float32, torch.float64):
-        wide = logits
-    else:  # half precision is slow to exponentiate, and too coarse to sum up
-        wide = scratch.take("wide", tuple(logits.shape), logits.new_empty(0, dtype=torch.float32)).copy_(logits)
+    wide = widened(logits)
     highest = wide.amax(-1, keepdim=True)
     total = wide.sub_(highest).exp_().sum(-1, keepdim=True)
     if wide is logits:

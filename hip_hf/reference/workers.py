@@ -38,6 +38,13 @@ class Scratch(threading.local):
 scratch = Scratch()
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """Itself in fp32 or fp64; half precision as a buffer in fp32, since that is slow to exponentiate and too coarse to sum up."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x
+    return scratch.take("wide", tuple(x.shape), x.new_empty(0, dtype=torch.float32)).copy_(x)
+
+
 class _Pool:
     """A pool of single-threaded workers for one process and one `torch.get_num_threads()`."""
 
