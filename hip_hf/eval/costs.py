@@ -21,7 +21,7 @@ from hip_hf.methods.columns import ROWS_AT_ONCE
 from hip_hf.methods.delta import anchors, mode_of
 from hip_hf.methods.hip import sampled_rows, start_level
 from hip_hf.methods.missing import CLUSTERS
-from hip_hf.methods.need import sample_level, votes_of
+from hip_hf.methods.need import sample_level, sampled_chunks, votes_of
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.methods.quest import as_tree
 from hip_hf.reference.reading import block_read, keys_seen
@@ -75,7 +75,8 @@ def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
     voters, sampled = votes_of(config, block.rows, 1), 0
     if voters < block.rows:
         at = sample_level(config, block.low, block.high, options.sample)
-        sampled = (block.high * config.block_k >> at) - (-(-block.low * config.block_k >> at))
+        first, end = sampled_chunks(config, block.low, block.high, at)
+        sampled = end - first
     return 2 * (voters * numbers + block.rows * sampled * dim), numbers + sampled * dim
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, squash
-from hip_hf.methods.need import log_mass, sample_level, sampled_keys, votes_of
+from hip_hf.methods.need import log_mass, sample_level, sampled_chunks, sampled_keys, votes_of
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.paged import KeyRows, block_index, lanes_of
 from hip_hf.reference.workers import scratch, widened
@@ -170,8 +170,7 @@ class TreeSearch:
 
     def _log_mass(self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int) -> torch.Tensor:
         """Log-sum-exp `[heads, S * P, R]` of scaled queries `[heads, S * P, R, D]` over the sampled keys of each middle."""
-        size = self.config.block_k
-        spans = [(-(-block.low * size >> level), block.high * size >> level) for block in blocks]
+        spans = [sampled_chunks(self.config, block.low, block.high, level) for block in blocks]
         start, stop = min(first for first, _ in spans), max(end for _, end in spans)
         keys = sampled_keys(self.keys[heads], start, stop, level, q.dtype)
         out = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)

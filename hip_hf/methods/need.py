@@ -39,12 +39,19 @@ def votes_of(config: HiPConfig, rows: int, heads: int) -> int:
     return min(rows * heads, max(1, -(-heads * config.block_q // config.query_stride)))
 
 
+def sampled_chunks(config: HiPConfig, low: int, high: int, level: int) -> tuple[int, int]:
+    """First and end of the chunks of `2 ** level` keys that lie in the middle, blocks `low` to `high - 1`."""
+    return -(-low * config.block_k >> level), high * config.block_k >> level
+
+
 def sample_level(config: HiPConfig, low: int, high: int, most: int) -> int:
     """The smallest level at which at most `most` chunks of `2 ** level` keys lie in the middle, blocks `low` to `high - 1`."""
-    level, first, end = 0, low * config.block_k, high * config.block_k
-    while (end >> level) - (-(-first >> level)) > most:
+    level = 0
+    while True:
+        first, end = sampled_chunks(config, low, high, level)
+        if end - first <= most:
+            return level
         level += 1
-    return level
 
 
 def sampled_keys(keys: KeyRows, first: int, end: int, level: int, dtype: torch.dtype) -> torch.Tensor:
