@@ -17,6 +17,8 @@ REPRESENTATIVES = ("blend", "minmax", "middle")
 SCORES = ("mass", "max")
 VOTES = ("need", "sampled")
 DELTA_MODES = ("clusters", "step", "interpolate")
+# Keys' worth of candidates that the search keeps, and that it scores exactly, where `beam` and `rescore` are None.
+BEAM_KEYS, RESCORE_KEYS = 2048, 3072
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -50,8 +52,10 @@ class HiPConfig:
             of its keys alone) or `middle` (its middle key: the HiP paper).
         score: `mass` (the share of its attention that a voting row gives, after what it reads anyway, summed over rows) or
             `max` (best logit: the HiP paper).
-        beam: levels above the last keep `beam * budget` keys' worth of chunks.
-        rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off.
+        beam: levels above the last keep `beam * budget` keys' worth of chunks; None: 2048 keys' worth, at least twice the budget.
+            What a search must look at to find an answer does not shrink with what is read afterwards.
+        rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off, None: 3072
+            keys', at least three times the budget.
         coarsest: largest chunk, in keys, that the search may start from; None starts from as few as possible.
         dense_layers: a count of first layers, or a list of layer indices, that stay dense.
         dense_below: contexts shorter than this go dense; None takes the backend's measured default, 0 means never.
@@ -84,8 +88,8 @@ class HiPConfig:
     group_shared: bool = True
     representative: str = "blend"
     score: str = "mass"
-    beam: int = 2
-    rescore: int = 3
+    beam: int | None = None
+    rescore: int | None = None
     coarsest: int | None = None
     dense_layers: int | list[int] = 3
     dense_below: int | None = None
@@ -139,12 +143,16 @@ class HiPConfig:
             _fail("group_shared", self.group_shared, "True or False")
 
     def _check_numbers(self) -> None:
-        at_least = dict(block_q=1, block_k=1, budget=1, query_stride=1, beam=1, rescore=1)
+        at_least = dict(block_q=1, block_k=1, budget=1, query_stride=1)
         at_least |= dict(sink=0, window=0, dense_tail=0, seed=0)
         for name, low in at_least.items():
             value = getattr(self, name)
             if not _is_int(value) or value < low:
                 _fail(name, value, f"an integer >= {low}")
+        for name in ("beam", "rescore"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                _fail(name, value, "None or an integer >= 1")
         self._check_refresh()
         if self.budget % self.block_k:
             _fail("budget", self.budget, f"a multiple of block_k={self.block_k}")
@@ -191,6 +199,25 @@ class HiPConfig:
                 self.for_layer(index)
             except ValueError as error:
                 raise ValueError(f"HiPConfig.layers[{index}]: {error}") from None
+
+    @property
+    def budget_blocks(self) -> int:
+        """Key blocks that a query block selects."""
+        return self.budget // self.block_k
+
+    @property
+    def beam_blocks(self) -> int:
+        """Chunks that a level of the search above the last one keeps."""
+        if self.beam is None:
+            return max(2 * self.budget_blocks, -(-BEAM_KEYS // self.block_k))
+        return self.beam * self.budget_blocks
+
+    @property
+    def rescore_blocks(self) -> int:
+        """Key blocks that the search scores with all their keys at its last level; 0: none are."""
+        if self.rescore is None:
+            return max(3 * self.budget_blocks, -(-RESCORE_KEYS // self.block_k))
+        return self.rescore * self.budget_blocks if self.rescore > 1 else 0
 
     def method_options(self) -> Any:
         """The method's own options as its dataclass."""

@@ -48,6 +48,7 @@ GOOD = [
     *[("delta_mode", name) for name in ("clusters", "step", "interpolate")],
     *[(name, 0) for name in ("sink", "window", "dense_tail", "dense_below", "seed", "dense_layers")],
     *[(name, 1) for name in ("block_q", "query_stride", "beam", "rescore", "decode_refresh")],
+    *[(name, None) for name in ("beam", "rescore")],
     ("budget", 16),
     ("budget", 16 * 77),
     ("coarsest", 16),
@@ -255,6 +256,23 @@ def test_layer_overrides() -> None:
 def test_a_bad_override_names_its_layer(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=r"HiPConfig\.layers\[7\]: " + re.escape(says)):
         HiPConfig(layers={1: {"budget": 32}, 7: fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept", "rescored"),
+    [
+        ({}, 128, 192),
+        ({"budget": 256}, 128, 192),  # what is looked at does not shrink with what is read
+        ({"budget": 16, "block_k": 8}, 256, 384),
+        ({"budget": 24, "block_k": 24}, 86, 128),
+        ({"budget": 4096}, 512, 768),
+        ({"budget": 256, "beam": 2, "rescore": 3}, 32, 48),
+        ({"budget": 256, "beam": 1, "rescore": 1}, 16, 0),
+    ],
+)
+def test_blocks_that_the_search_keeps_and_scores_exactly(fields: dict[str, Any], kept: int, rescored: int) -> None:
+    config = HiPConfig(**fields)
+    assert (config.beam_blocks, config.rescore_blocks) == (kept, rescored)
 
 
 def test_dense_layers_by_count_and_by_list() -> None:

@@ -56,7 +56,7 @@ class Cost:
 
 
 def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
-    budget, options = config.budget // config.block_k, config.method_options()
+    options = config.method_options()
     representative = make_representative(config.representative, options.weight)
     features = representative.features(torch.empty(1, dim)).shape[-1]
 
@@ -65,9 +65,9 @@ def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
     scored = candidates
     for _ in range(level):
         # the halves of what is kept, and a chunk at either edge of the middle
-        candidates = 2 * min(config.beam * budget, candidates) + 2
+        candidates = 2 * min(config.beam_blocks, candidates) + 2
         scored += candidates
-    exact = min(config.rescore * budget, candidates) * config.block_k if config.rescore > 1 else 0
+    exact = min(config.rescore_blocks, candidates) * config.block_k
     numbers = scored * features + exact * dim
     if config.vote == "sampled":
         return len(sampled_rows(config, block)) * 2 * numbers, numbers
@@ -96,7 +96,7 @@ def _oracle(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
 
 
 def _h2o(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
-    keys = block.sink + min(block.middle, config.budget // config.block_k) * config.block_k + block.last + 1 - block.window
+    keys = block.sink + min(block.middle, config.budget_blocks) * config.block_k + block.last + 1 - block.window
     return len(sampled_rows(config, block)) * keys * 2 * dim, keys * dim
 
 

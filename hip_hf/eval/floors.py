@@ -81,16 +81,16 @@ class Cost:
 
 def levels(tokens: int, config: HiPConfig) -> int:
     """Levels of the pyramid that a search over `tokens` keys scores."""
-    start = 2 * config.beam * config.budget
+    start = 2 * config.beam_blocks * config.block_k
     return 1 + max(0, ceil(log2(tokens / start)))
 
 
 def search(tokens: int, rows: int, config: HiPConfig, shape: Shape) -> Cost:
     """One selection of a query block of `rows` voting rows, all votes of which fit into one tile."""
     votes = rows * shape.query_heads // shape.lists(config)
-    candidates = 2 * config.beam * config.budget // config.block_k
+    candidates = 2 * config.beam_blocks
     summaries = levels(tokens, config) * min(candidates, tokens // config.block_k)
-    exact = min(config.rescore * config.budget, tokens) if config.rescore > 1 else 0
+    exact = min(config.rescore_blocks * config.block_k, tokens)
     flops = votes * (4 * summaries + 2 * exact) * shape.dim
     return Cost(flops, (2 * summaries + exact) * shape.dim * shape.size)
 

@@ -32,7 +32,7 @@ def searched_blocks(problem: AttentionProblem, config: HiPConfig) -> list[tuple[
     (span,) = problem.spans
     relative = Span(0, 0, span.keys, 0, span.rows, span.position)
     blocks = query_blocks(config, relative, problem.q.shape[2] <= DECODE_ROWS, problem.sliding_window)
-    return [(at, block) for at, block in enumerate(blocks) if block.middle > config.budget // config.block_k]
+    return [(at, block) for at, block in enumerate(blocks) if block.middle > config.budget_blocks]
 
 
 def probabilities(problem: AttentionProblem, head: int, block: QueryBlock) -> torch.Tensor:

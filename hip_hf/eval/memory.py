@@ -43,7 +43,7 @@ def _make_cache(kind: str, config: Any, length: int) -> Any:
     if kind == "hip":
         return HiPCache(config)
     settings = read_settings(config)
-    step = settings.budget // settings.block_k  # blocks that a step selects, at worst each in a page of its own
+    step = settings.budget_blocks  # blocks that a step selects, at worst each in a page of its own
     return HiPCache(config, offload="cpu", device_pages=max(step, length // PAGE // 8))
 
 

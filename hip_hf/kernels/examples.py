@@ -63,7 +63,7 @@ def example(
         kv = KeyValues(*(random(1, KEY_HEADS, tokens, dim) for _ in "kv"))
         logits = Logits(dim**-0.5)
     numbers, lists = integers(5, 1), (1, KEY_HEADS, -(-rows // block_q))
-    most = config.budget // config.block_k
+    most = config.budget_blocks
     counts, indices = integers(*lists), integers(*lists, most)
     windows = integers(1, rows) if block_q == 1 else None
     if device != "meta":

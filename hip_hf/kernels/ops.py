@@ -78,7 +78,7 @@ def _(q, k, sinks, table, config, scale, softcap, sliding_window, block_q):  # t
     fields = settings(config)
     heads = k.shape[1] if fields.group_shared else q.shape[1]
     shape = (q.shape[0], heads, Sequences(table, q.shape[2], k.shape[2]).blocks(block_q))
-    budget = fields.budget // fields.block_k
+    budget = fields.budget_blocks
     return q.new_empty(*shape, budget, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
 
 

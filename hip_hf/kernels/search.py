@@ -57,7 +57,7 @@ class Selection:
     def empty(config: HiPConfig, sequences: int, heads: int, blocks: int, device: torch.device, keep: bool = False) -> Selection:
         """Not filled yet; with `keep`, one that decode steps share (the first of them selects)."""
         shape = (sequences, heads, blocks)
-        indices = torch.empty(*shape, config.budget // config.block_k, dtype=torch.int32, device=device)
+        indices = torch.empty(*shape, config.budget_blocks, dtype=torch.int32, device=device)
         counts, window = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
         made = torch.full(shape, Selection.NEVER, dtype=torch.int32, device=device) if keep else None
         return Selection(indices, counts, window, made)
@@ -125,12 +125,12 @@ def constants(
 ) -> dict[str, Any]:  # fmt: skip
     """Compile-time arguments of the search. `group`: query heads per key head; `most_keys`: a bound on a sequence's keys;
     `stateful`: decode steps whose selections are kept."""
-    budget, bk = config.budget // config.block_k, config.block_k
-    keep, most = config.beam * budget, 2 * config.beam * budget
-    rescore = config.rescore > 1
+    budget, bk = config.budget_blocks, config.block_k
+    keep, most = config.beam_blocks, 2 * config.beam_blocks
+    rescore = config.rescore_blocks > 0
     # a selection that decode steps share reads on into the blocks after its best ones
     successors = budget // SUCCESSORS if stateful and config.decode_refresh != 1 else 0
-    last = min(config.rescore * budget, most + 2) if rescore else budget + successors
+    last = min(config.rescore_blocks, most + 2) if rescore else budget + successors
     limit = 30 if config.coarsest is None else (config.coarsest // bk).bit_length() - 1
     long = most_keys // (bk << limit) > most
     kept, kept_last = tile(keep), tile(last)
@@ -159,11 +159,10 @@ def steps_of(fixed: dict[str, Any]) -> int:
 
 def unsupported(config: HiPConfig) -> str:
     """Why the kernels cannot run this search; empty if they can."""
-    candidates = 2 * config.beam * config.budget // config.block_k
-    if candidates > MOST_CANDIDATES:
-        return f"beam * budget / block_k of {candidates // 2} is above {MOST_CANDIDATES // 2}"
-    if config.rescore * config.budget // config.block_k > MOST_CANDIDATES:
-        return f"rescore * budget / block_k of {config.rescore * config.budget // config.block_k} is above {MOST_CANDIDATES}"
+    if 2 * config.beam_blocks > MOST_CANDIDATES:
+        return f"beam * budget / block_k of {config.beam_blocks} is above {MOST_CANDIDATES // 2}"
+    if config.rescore_blocks > MOST_CANDIDATES:
+        return f"rescore * budget / block_k of {config.rescore_blocks} is above {MOST_CANDIDATES}"
     return ""
 
 

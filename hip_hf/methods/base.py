@@ -116,7 +116,7 @@ class Unsummarised:
 
     def __init__(self, config: HiPConfig) -> None:
         self.config = config
-        self.budget = config.budget // config.block_k
+        self.budget = config.budget_blocks
 
     def make_pyramid(self, dtype: torch.dtype) -> None:
         return None

@@ -67,4 +67,4 @@ class Columns:
     def _best(self, heads: slice, block: QueryBlock) -> torch.Tensor:
         scores = self.scores[heads, :, block.low : block.high]
         ids = torch.arange(block.low, block.high, device=scores.device).expand(scores.shape)
-        return best(scores, ids, self.config.budget // self.config.block_k)
+        return best(scores, ids, self.config.budget_blocks)

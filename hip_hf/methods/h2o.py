@@ -68,7 +68,7 @@ class Selector:
 
     def __init__(self, config: HiPConfig) -> None:
         self.config = config
-        self.budget = config.budget // config.block_k
+        self.budget = config.budget_blocks
 
     def make_pyramid(self, dtype: torch.dtype) -> History:
         return History(self.config.block_k)
@@ -106,11 +106,11 @@ class HeavyHitters:
         """The blocks that stay when the window moves on to where this query block has it, sorted."""
         if history.kept is None or history.joined > block.high:  # or the window has moved back, after a crop
             candidates = self._range(block.low, block.high)
-            if candidates.shape[-1] > self.config.budget // self.config.block_k:
+            if candidates.shape[-1] > self.config.budget_blocks:
                 self._accumulate(mass, block, candidates)
         else:
             candidates = torch.cat([history.kept, self._range(max(history.joined, block.low), block.high)], dim=-1)
-        return best(mass.gather(-1, candidates), candidates, self.config.budget // self.config.block_k).sort(dim=-1).values
+        return best(mass.gather(-1, candidates), candidates, self.config.budget_blocks).sort(dim=-1).values
 
     def _accumulate(self, mass: torch.Tensor, block: QueryBlock, kept: torch.Tensor) -> None:
         """Add the attention of the query block's voting rows to the mass of what they read."""

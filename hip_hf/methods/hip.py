@@ -56,8 +56,8 @@ class Options:
 
 
 def start_level(config: HiPConfig, low: int, high: int) -> int:
-    """The smallest level at which blocks `low` to `high` make at most `2 * beam * budget / block_k` chunks, or `coarsest`."""
-    most = 2 * config.beam * config.budget // config.block_k
+    """The smallest level at which blocks `low` to `high` make at most `2 * beam_blocks` chunks, or `coarsest`."""
+    most = 2 * config.beam_blocks
     limit = (config.coarsest // config.block_k).bit_length() - 1 if config.coarsest else high.bit_length()
     level = 0
     while level < limit and (high >> level) - _ceil_shift(low, level) > most:
@@ -97,7 +97,7 @@ class Selector:
 
     def __init__(self, config: HiPConfig) -> None:
         self.config = config
-        self.budget = config.budget // config.block_k
+        self.budget = config.budget_blocks
         options = config.method_options()
         self.representative: Representative = make_representative(config.representative, options.weight)
         self.asks_need = config.vote == "need"
@@ -183,7 +183,7 @@ class TreeSearch:
         self, heads: slice, blocks: list[QueryBlock], level: int, q: torch.Tensor, near: torch.Tensor | None
     ) -> torch.Tensor:
         config, device = self.config, self.q.device
-        budget = config.budget // config.block_k
+        budget = config.budget_blocks
         features = self.representative.features(q)
         shares = q.shape[1] // len(blocks)
         low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)  # [P]
@@ -203,7 +203,7 @@ class TreeSearch:
         ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         while level > 0:
-            count = config.beam * budget
+            count = config.beam_blocks
             ids = best(scores, ids, count)
             if min((b.high >> level) - (-(-b.low >> level)) for b in blocks) < count:
                 missing = ids == NO_CHUNK  # fewer chunks than the beam: what fills up must not count
@@ -222,8 +222,8 @@ class TreeSearch:
             scores = self._scores(heads, level, features, ids, last, invalid, near)
             ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
-        if config.rescore > 1:
-            ids = best(scores, ids, config.rescore * budget).sort(dim=-1).values
+        if config.rescore_blocks:
+            ids = best(scores, ids, config.rescore_blocks).sort(dim=-1).values
             scores = self._exact(heads, q, ids, high, near)
         if blocks[0].lasting and config.decode_refresh != 1:  # which quest sets
             scores, ids = self._with_successors(scores, ids, high, budget // SUCCESSORS)

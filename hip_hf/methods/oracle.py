@@ -47,5 +47,5 @@ class Exhaustive(Unplaced):
             middle = mass[..., block.low * config.block_k : block.high * config.block_k]
             scores = middle.unflatten(-1, (-1, config.block_k)).sum(-1)
             ids = torch.arange(block.low, block.high, device=q.device).expand(scores.shape)
-            parts.append(best(scores, ids, config.budget // config.block_k).sort(dim=-1).values)
+            parts.append(best(scores, ids, config.budget_blocks).sort(dim=-1).values)
         return torch.stack(parts, dim=2)

@@ -124,7 +124,7 @@ class Selector:
 
     def __init__(self, config: HiPConfig) -> None:
         self.config = config
-        self.budget = config.budget // config.block_k
+        self.budget = config.budget_blocks
         self.options = config.method_options()
         self.stages = stages_of(config, self.options)
 

@@ -68,7 +68,7 @@ class VerticalSlash(Columns):
     sums: torch.Tensor
 
     def _best(self, heads: slice, block: QueryBlock) -> torch.Tensor:
-        budget = self.config.budget // self.config.block_k
+        budget = self.config.budget_blocks
         columns = self.scores[heads, :, block.low : block.high]
         ids = torch.arange(block.low, block.high, device=columns.device).expand(columns.shape)
         vertical = best(columns, ids, round(self.config.method_options().vertical * budget))
