@@ -93,10 +93,6 @@ def test_kernels_link_never_shadows_the_distribution(tmp_path: Path) -> None:
     assert Path(run(code, ROOT, tmp_path, cwd=tmp_path).strip()) == real
 
 
-@pytest.mark.skipif(
-    Version(importlib.metadata.version("transformers")) < Version("5.11"),
-    reason="before 5.11 Transformers stumbles over any folder called `kernels` in the working directory",
-)
 def test_transformers_finds_the_same_kernels_from_the_root(tmp_path: Path) -> None:
     run(KERNELS_AVAILABLE, ROOT, cwd=tmp_path)
 
