@@ -61,7 +61,7 @@ class PagedLayer(Stateful, DynamicLayer):
             raise ValueError(f"keys, values: got {type(value).__name__}, allowed: `update` (the cache is in pages)")
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
         self.pool = self.make_pool(key_states, value_states)
         self.tables = [BlockTable() for _ in key_states]
         self.is_initialized = True
