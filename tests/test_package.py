@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import json
 import os
 import re
@@ -15,7 +14,6 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
-from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hip_hf"

@@ -24,6 +24,7 @@ from hip_hf.integration.undo import all_or_none
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 from hip_hf.rope import Rope
 
+
 class PagedLayer(Stateful, DynamicLayer):
     """One full-attention layer in pages. `config` is the model's: its attention decides what `update` returns."""
 
