@@ -261,7 +261,7 @@ def small_cache(tokens: int = 30, **options: Any) -> HiPCache:
     return cache
 
 
-@pytest.mark.parametrize("through", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["copied", "pickled"])
 @pytest.mark.parametrize("where", [None, "cpu", "disk"])
 def test_copies_and_pickles_go_on_by_themselves(where: str | None, through: Any) -> None:
     model = make_model("llama", decode_refresh=4)
