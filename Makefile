@@ -1,14 +1,28 @@
-# make test | test-gpu | demo | demo-llm | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-versions | test-gpu | demo | demo-llm | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The oldest and the newest Transformers: what `tests/versions` has requirements of.
+VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.*.*.txt)))
 
-.PHONY: test test-gpu demo demo-llm docs notebooks lint clean
+.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-gpu demo demo-llm docs notebooks lint clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# The tests that meet Transformers, with the oldest and the newest that are supported: each lies in a folder before the others.
+test-versions: $(VERSIONS:%=test-transformers-%)
+
+$(VERSIONS:%=test-transformers-%): test-transformers-%: build/transformers-%/.installed
+	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -c "import transformers; assert transformers.__version__ == '$*', transformers"
+	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal $$(cat tests/versions/files.txt)
+
+build/transformers-%/.installed: tests/versions/%.txt | $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
 
 # The kernel tests on a GPU, with the Python and the packages that are there: nothing is installed.
 test-gpu:

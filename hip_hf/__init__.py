@@ -4,6 +4,7 @@ import hip_hf
 model = AutoModelForCausalLM.from_pretrained("any/checkpoint", attn_implementation="hip")
 """
 
+from hip_hf import versions  # noqa: F401  first: it refuses a Transformers that is too old
 from hip_hf.attention import hip_attention
 from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig

@@ -5,14 +5,10 @@ import copy
 import pytest
 import torch
 from families import make_batch, make_model, paths
-from transformers import DynamicCache, StaticCache, cache_utils
+from transformers import DynamicCache, StaticCache
 
 import hip_hf
 from hip_hf.integration.cache import HiPStaticLayer
-
-# Older versions of Transformers have no place for our static layers: there decode on them is stateless (README, Limits).
-HAS_STATIC = hasattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING")
-static_keeps_state = pytest.mark.skipif(not HAS_STATIC, reason="this Transformers has no mapping of cache layers")
 
 
 def run(model, batch, **kwargs):
@@ -28,7 +24,7 @@ def without_state(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=static_keeps_state)])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_kept_state_equals_stateless_decode(family, cache, monkeypatch):
     model = make_model(family, decode_refresh=1)
     batch = make_batch([180, 131])
@@ -166,7 +162,7 @@ def test_crop_then_continue_equals_a_fresh_cache(removed):
         for at in range(200, 210):
             model(ids[:, at : at + 1], past_key_values=cache)
         length = 210 - removed
-        crop_to(cache, length)
+        cache.crop(-removed)
         assert cache.get_seq_length() == length
         fresh = DynamicCache(config=model.config)
         for layer, other in zip(fresh.layers, cache.layers, strict=True):
@@ -176,14 +172,6 @@ def test_crop_then_continue_equals_a_fresh_cache(removed):
             expected = model(ids[:, at : at + 1], past_key_values=fresh).logits
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     assert paths(model) == ["sparse", "sparse"]
-
-
-def crop_to(cache, length):
-    """Both meanings of `crop`: a target length, or from some version on a negative count of tokens."""
-    try:
-        cache.crop(length)
-    except ValueError:
-        cache.crop(length - cache.get_seq_length())
 
 
 def test_batch_operations_follow():
@@ -208,14 +196,13 @@ def test_batch_operations_follow():
             layer.hip_state = copy.deepcopy(other.hip_state)
             layer.hip_state.crop(mask.shape[1] - 1)
         other = copy.deepcopy(cache)
-        crop_to(other, mask.shape[1] - 1)
+        other.crop(-1)
         expected = model(step, attention_mask=mask, past_key_values=fresh).logits
         again = model(step, attention_mask=mask, past_key_values=other).logits
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
     assert actual.isfinite().all()
 
 
-@static_keeps_state
 def test_reset_starts_afresh():
     model = make_model("llama")
     ids = make_batch([200])["input_ids"]
@@ -229,7 +216,6 @@ def test_reset_starts_afresh():
     assert torch.equal(first, again)
 
 
-@static_keeps_state
 def test_static_layers_are_inert_for_other_attention():
     model = make_model("llama", "eager")
     batch = make_batch([80, 50])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import make_batch, make_model, paths
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hip_hf
@@ -90,13 +89,6 @@ def test_tokens_equal_the_dynamic_cache(family: str, beams: int, reference: Any,
     assert torch.equal(made.sequences, expected)
 
 
-# In old versions (5.4, 5.8) `generate` makes a bare cache, of no config, to verify candidates with, since sliding layers cannot
-# be cropped. 5.12 means to, and does not: it fails for models with such layers, whatever the attention.
-PREPARES = inspect.getsource(GenerationMixin._prepare_cache_for_generation)
-MAKES_BARE = '!= "dynamic_full"' in PREPARES
-CANNOT_VERIFY = "dynamic_full" in PREPARES and not MAKES_BARE
-
-
 @pytest.mark.usefixtures("nothing_gathered")
 @pytest.mark.parametrize(("reference", "refresh", "kind"), REFERENCES)
 @pytest.mark.parametrize("how", ["lookup", "assisted"])
@@ -105,21 +97,7 @@ def test_verified_candidates_equal_the_dynamic_cache(family: str, how: str, refe
     model = make_model(family, decode_refresh=refresh)
     batch, sparse = make_batch([110]), 2 - SLIDING.get(family, 0)
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 5} if how == "lookup" else {"assistant_model": make_model(family)}
-    if CANNOT_VERIFY and SLIDING.get(family):
-        for failing in (model, make_model(family, "eager")):
-            with pytest.raises(ValueError, match="Cannot `crop` a `DynamicSlidingWindowLayer`"):
-                generate(failing, batch, **options)
-        return
-    if MAKES_BARE:
-        if SLIDING.get(family) or reference is bare:  # what `generate` makes serves, without state
-            assert torch.equal(
-                generate(model, batch, **options), generate(model, batch, past_key_values=DynamicCache(), **options)
-            )
-            assert kinds(model) == ["stateless"] * sparse
-            return
-        found = generate(model, batch, past_key_values=HiPCache(model.config), **options)
-    else:
-        found = generate(model, batch, **options)
+    found = generate(model, batch, **options)
     assert kinds(model) == ["pages"] * sparse
     assert torch.equal(found, generate(model, batch, past_key_values=reference(model.config), **options))
     assert kinds(model) == [kind] * sparse
@@ -221,22 +199,35 @@ def test_for_the_kernels_pages_stay_in_one_piece(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(layer.values, -plain)
 
 
-def test_crop_means_what_it_means_in_this_version() -> None:
+def test_arguments_of_transformers_own_cache() -> None:
+    """Whoever makes a cache with all of them gets ours where they are at their defaults, and Transformers' own otherwise."""
+    config = make_model("llama").config
+    for others in (dict(offloading=False), dict(ddp_cache_data=None, offloading=False, offload_only_non_sliding=False)):
+        for made in (DynamicCache(config=config, **others), HiPCache(config=config, **others)):
+            assert type(made) is HiPCache
+            assert [type(layer) for layer in made.layers] == [hip_cache.PagedLayer] * 2
+    keys = torch.randn(1, 2, 5, 16)
+    own = DynamicCache([(keys, keys), (keys, keys)], config=config)
+    assert type(own) is type(DynamicCache(ddp_cache_data=[(keys, keys)] * 2, config=config)) is DynamicCache
+    assert type(DynamicCache.__new__(DynamicCache, config=config, offloading=True)) is DynamicCache  # made, it asks for a GPU
+    with pytest.raises(ValueError, match="offloading: got True, allowed: the defaults of `DynamicCache`"):
+        HiPCache(config, offloading=True)
+    with pytest.raises(ValueError, match="offlaod: got 'cpu', allowed"):
+        HiPCache(config, offlaod="cpu", device_pages=None)
+
+
+def test_crop_removes_as_many_tokens_as_transformers_does() -> None:
     cache, keys = filled()
     plain = DynamicLayer()
     plain.update(keys, -keys)
-    for count in (-7, 0, 20):
-        outcomes = []
+    for count in (-7, 0):
         for layer in (cache.layers[0], plain):
-            try:
-                layer.crop(count)
-                outcomes.append("")
-            except ValueError as error:
-                outcomes.append(type(error).__name__)
-        assert outcomes[0] == outcomes[1], count
-        assert cache.get_seq_length() == plain.get_seq_length()
-        if plain.get_seq_length():
-            assert torch.equal(cache.layers[0].keys, plain.keys)
+            layer.crop(count)
+        assert cache.get_seq_length() == 43
+        assert torch.equal(cache.layers[0].keys, plain.keys)
+    with pytest.raises(ValueError, match="tokens_to_remove: got 20, allowed: minus the number of tokens to remove, or 0"):
+        cache.layers[0].crop(20)
+    assert cache.get_seq_length() == 43
 
 
 def test_batch_operations_and_reset() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 from pathlib import Path
@@ -257,6 +259,27 @@ def small_cache(tokens: int = 30, **options: Any) -> HiPCache:
     for layer in cache.layers:
         layer.update(torch.randn(1, 2, tokens, 16), torch.randn(1, 2, tokens, 16))
     return cache
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["copied", "pickled"])
+@pytest.mark.parametrize("where", [None, "cpu", "disk"])
+def test_copies_and_pickles_go_on_by_themselves(where: str | None, through: Any) -> None:
+    model = make_model("llama", decode_refresh=4)
+    ids = make_batch([90])["input_ids"]
+    cache = HiPCache(model.config, offload=where, device_pages=where and 20)
+
+    def steps(of: HiPCache, *tokens: int) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([model(torch.tensor([[token]]), past_key_values=of).logits for token in tokens])
+
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    steps(cache, 5, 6)
+    other = through(cache)
+    assert [layer.offload_to for layer in other.paged] == [where] * 2
+    elsewhere = steps(other, 7, 8, 9)
+    assert cache.get_seq_length() == 92
+    assert torch.equal(steps(cache, 7, 8, 9), elsewhere)
 
 
 def test_broken_and_foreign_files_are_refused_and_change_nothing(tmp_path: Path) -> None:

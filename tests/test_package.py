@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import json
 import os
 import re
@@ -15,7 +14,6 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
-from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hip_hf"
@@ -93,10 +91,6 @@ def test_kernels_link_never_shadows_the_distribution(tmp_path: Path) -> None:
     assert Path(run(code, ROOT, tmp_path, cwd=tmp_path).strip()) == real
 
 
-@pytest.mark.skipif(
-    Version(importlib.metadata.version("transformers")) < Version("5.11"),
-    reason="before 5.11 Transformers stumbles over any folder called `kernels` in the working directory",
-)
 def test_transformers_finds_the_same_kernels_from_the_root(tmp_path: Path) -> None:
     run(KERNELS_AVAILABLE, ROOT, cwd=tmp_path)
 

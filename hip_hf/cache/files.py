@@ -41,23 +41,20 @@ def _model(cache: HiPCache) -> dict[str, Any]:
     return {name: getattr(cache.config, name, None) for name in names}
 
 
-def _tensors(cache: HiPCache) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:
-    shapes, dtypes = {}, {}
+def _tensors(cache: HiPCache) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape `[B, Hkv, T, D]` and dtype of all that the layers hold, as the file names it."""
     layers: list[Any] = cache.layers
-    for index, layer in enumerate(layers):
-        for name, shape in _shapes(layer).items():
-            shapes[f"{index}.{name}"], dtypes[f"{index}.{name}"] = torch.Size(shape), layer.dtype
-    return shapes, dtypes
+    return {f"{index}.{name}": held for index, layer in enumerate(layers) for name, held in _held(layer).items()}
 
 
-def _shapes(layer: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes `[B, Hkv, T, D]` of what a layer holds."""
+def _held(layer: Any) -> dict[str, tuple[torch.Size, torch.dtype]]:
     if not layer.is_initialized:
         return {}
     if _kind(layer) == "paged":
         stores = {"keys": layer.pool.keys, "values": layer.pool.values}
-        return {name: (len(layer.tables), store.heads, layer.length, store.dim) for name, store in stores.items()}
-    return {"keys": tuple(layer.keys.shape), "values": tuple(layer.values.shape)}
+        sizes = {name: torch.Size((len(layer.tables), store.heads, layer.length, store.dim)) for name, store in stores.items()}
+        return {name: (size, stores[name].dtype) for name, size in sizes.items()}
+    return {name: (x.shape, x.dtype) for name, x in (("keys", layer.keys), ("values", layer.values))}
 
 
 def _parts(layer: Any, name: str) -> Iterator[torch.Tensor]:
@@ -78,7 +75,7 @@ def save(cache: HiPCache, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     held: list[Any] = cache.layers
     kinds = [_kind(layer) for layer in held]
-    shapes, dtypes = _tensors(cache)
+    tensors = _tensors(cache)
     layers = [
         {"kind": kind, "length": int(layer.get_seq_length()), "unrotated": getattr(layer, "unrotated", False)}
         for kind, layer in zip(kinds, held, strict=True)
@@ -87,9 +84,9 @@ def save(cache: HiPCache, path: str | os.PathLike[str]) -> None:
         "__metadata__": {"format": FORMAT, "model": json.dumps(_model(cache)), "layers": json.dumps(layers)}
     }
     at = 0
-    for name, shape in shapes.items():
-        end = at + shape.numel() * dtypes[name].itemsize
-        header[name] = {"dtype": _DTYPES[dtypes[name]], "shape": list(shape), "data_offsets": [at, end]}
+    for name, (shape, dtype) in tensors.items():
+        end = at + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -97,7 +94,7 @@ def save(cache: HiPCache, path: str | os.PathLike[str]) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for name in shapes:
+            for name in tensors:
                 index, kind = name.split(".")
                 for part in _parts(cache.layers[int(index)], kind):
                     file.write(part.contiguous().cpu().flatten().view(torch.uint8).numpy().data)

@@ -8,8 +8,6 @@ prompts); the last page is copied before one of them continues it.
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import os
 from typing import Any
 
@@ -19,28 +17,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hip_hf.cache.offload import OFFLOADS, OffloadedStore, Statistics, statistics
 from hip_hf.cache.pool import PAGE, PagePool
-from hip_hf.integration.cache import KIND, Stateful
+from hip_hf.integration.cache import KIND, Stateful, at_defaults
 from hip_hf.integration.positions import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
 from hip_hf.integration.undo import all_or_none
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 from hip_hf.rope import Rope
-
-# Up to 5.12 `crop` takes the length to keep (or minus the number of tokens to remove); 0 empties the cache.
-_CROP_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
-
-
-@functools.cache
-def _crops_to_a_length() -> bool:
-    """Whether this Transformers takes a count > 0 as the length to keep; some that prefer the other meaning still do, with a
-    warning of theirs, which is hereby given."""
-    layer = DynamicLayer()
-    layer.update(torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2, 1))
-    try:
-        layer.crop(1)
-    except ValueError:
-        return False
-    return layer.get_seq_length() == 1
 
 
 class PagedLayer(Stateful, DynamicLayer):
@@ -80,7 +62,7 @@ class PagedLayer(Stateful, DynamicLayer):
             raise ValueError(f"keys, values: got {type(value).__name__}, allowed: `update` (the cache is in pages)")
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
         self.pool = self.make_pool(key_states, value_states)
         self.tables = [BlockTable() for _ in key_states]
         self.is_initialized = True
@@ -181,16 +163,14 @@ class PagedLayer(Stateful, DynamicLayer):
         self.hip_state.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove `-tokens_to_remove` tokens from the end. A count > 0 is the length to keep, and so is 0 up to 5.12.
+        """Remove `-tokens_to_remove` tokens from the end.
 
         Raises:
-            ValueError: a positive count where Transformers no longer takes one.
+            ValueError: a positive count, which Transformers has once taken for the length to keep.
         """
-        if tokens_to_remove > 0 and not _crops_to_a_length():
+        if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, allowed: minus the number of tokens to remove, or 0")
-        to_length = tokens_to_remove > 0 or (tokens_to_remove == 0 and _CROP_TO_LENGTH)
-        kept = tokens_to_remove if to_length else self.length + tokens_to_remove
-        self.truncate(max(0, kept))
+        self.truncate(max(0, self.length + tokens_to_remove))
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
@@ -230,6 +210,7 @@ class HiPCache(DynamicCache):
         offload: None; `cpu` keeps the pages in host memory, `disk` in a memory-mapped temporary file.
         device_pages: with `offload`, the pages of values that a layer holds on the device for every head; of keys, which the
             search reads as well as attention, it holds twice as many.
+        others: further arguments of `DynamicCache`, by name, each at its default: some models make their caches with all of them.
 
     Sliding-window layers keep their window, as in Transformers' own cache; linear-attention layers keep their state.
 
@@ -237,7 +218,9 @@ class HiPCache(DynamicCache):
         ValueError: arguments out of range.
     """
 
-    def __init__(self, config: PreTrainedConfig, *, offload: str | None = None, device_pages: int | None = None) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, *, offload: str | None = None, device_pages: int | None = None, **others: Any
+    ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config: got {type(config).__name__}, allowed: the model's config (`model.config`)")
         if offload is not None and offload not in OFFLOADS:
@@ -246,7 +229,10 @@ class HiPCache(DynamicCache):
             device_pages is not None and (type(device_pages) is not int or device_pages < 2)
         ):
             raise ValueError(f"device_pages: got {device_pages!r}, allowed: an integer >= 2 with `offload`, None without")
-        super().__init__(config=config)
+        if not at_defaults(others):
+            allowed = 'the defaults of `DynamicCache` (`offload="cpu"` keeps pages in host memory)'
+            raise ValueError(f"{', '.join(others)}: got {', '.join(map(repr, others.values()))}, allowed: {allowed}")
+        super().__init__(config=config, **others)
         self.config = config.get_text_config(decoder=True)
         self.offload_to, self.device_pages = offload, device_pages
         self.layers = [self.make_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]

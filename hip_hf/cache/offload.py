@@ -160,12 +160,15 @@ class OffloadedStore(Store):
         self.page_bytes = page * dim * dtype.itemsize  # of one head
         self.pool = DevicePool(self, pages)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a pickle holds: the pages, and how to make a store for them. The pool of a copy starts empty."""
+        sizes = (self.heads, self.dim, self.dtype, self.device, self.page, self.where, self.pool.pages, self.recent)
+        return refilled, (sizes, self.bounds, self.slabs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedStore:
-        """Host memory is copied; the pool starts empty."""
-        other = OffloadedStore(self.heads, self.dim, self.dtype, self.device, self.page, self.where, self.pool.pages, self.recent)
-        other.bounds = list(self.bounds)
-        other.slabs = [other.make_slab(slab.shape[1] // self.page).copy_(slab) for slab in self.slabs]
-        memo[id(self)] = other
+        """The pages go straight into the copy's own memory or file, not through a second copy of them in memory."""
+        make, parts = self.__reduce__()
+        memo[id(self)] = other = make(*parts)
         return other
 
     def for_search(self) -> SearchedStore:
@@ -219,6 +222,14 @@ class OffloadedStore(Store):
 
     def lanes(self, heads: slice, size: int) -> list[Any]:
         return [PoolLane(self.pool, head, size, "attention") for head in range(heads.start, heads.stop)]
+
+
+def refilled(sizes: tuple[Any, ...], bounds: list[int], slabs: list[torch.Tensor]) -> OffloadedStore:
+    """A store of these sizes with copies of these slabs `[Hkv, tokens, D]`."""
+    store = OffloadedStore(*sizes)
+    store.bounds = list(bounds)
+    store.slabs = [store.make_slab(slab.shape[1] // store.page).copy_(slab) for slab in slabs]
+    return store
 
 
 class SearchedStore(Store):

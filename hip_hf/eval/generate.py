@@ -20,6 +20,7 @@ from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.interface import NAMES
 from hip_hf.integration.settings import configure, text_config
 from hip_hf.reference.reading import keys_seen
+from hip_hf.versions import CACHE
 
 
 @dataclass
@@ -108,7 +109,7 @@ def generate(
     ids = torch.tensor([prompt], device=model.device)
     given: dict[str, Any] = {} if chunk is None else {"prefill_chunk_size": chunk}
     if text_config(model)._attn_implementation in NAMES:
-        given["past_key_values"] = HiPCache(model.config)
+        given[CACHE] = HiPCache(model.config)
     hook = model.register_forward_hook(note_rows, with_kwargs=True)
     meter = Meter(model.device)
     options = dict(max_new_tokens=new_tokens, do_sample=False, streamer=clock)
@@ -120,7 +121,7 @@ def generate(
         hook.remove()
     result.ids, result.first_token_s, result.decode_s = clock.generated, clock.first - clock.start, clock.last - clock.resumed
     result.decode = layers_of(model)
-    cache = given.get("past_key_values")
+    cache = given.get(CACHE)
     result.memory = {
         "cache": None if cache is None else cache_mib(cache),
         "peak": meter.peak_mib(),

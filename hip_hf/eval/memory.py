@@ -21,6 +21,7 @@ from hip_hf.eval.plots import pyplot, short
 from hip_hf.eval.presets import sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
 from hip_hf.eval.resident import MIB, Meter, memory_mib, summaries_bytes
+from hip_hf.versions import CACHE
 
 KINDS = ("dynamic", "static", "hip", "hip offloaded")
 CHUNK, STEPS = 2048, 16
@@ -82,7 +83,7 @@ def shapes_of(net: Any) -> list[tuple[torch.Size, torch.Size]]:
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    net(torch.tensor([[5]]), past_key_values=cache)
+    net(torch.tensor([[5]]), **{CACHE: cache})
     if len(cache.layers) != net.config.num_hidden_layers:
         raise ValueError(f"got {net.config.model_type!r}, allowed: models whose layers all keep keys and values")
     return [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
@@ -104,7 +105,7 @@ def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
 
     with torch.inference_mode():
         shapes = shapes_of(net)
-        net(torch.tensor([[5]]), past_key_values=_make_cache(kind, config, CHUNK))  # whatever is allocated once
+        net(torch.tensor([[5]]), **{CACHE: _make_cache(kind, config, CHUNK)})  # whatever is allocated once
         meter = Meter(torch.device("cpu"))
         cache = _make_cache(kind, config, length)
         for first in range(0, length, CHUNK):
@@ -112,7 +113,7 @@ def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
             for layer, (keys, values) in enumerate(shapes):
                 cache.update(random(keys, tokens), random(values, tokens), layer)
         for _ in range(STEPS):
-            net(torch.tensor([[5]]), past_key_values=cache)
+            net(torch.tensor([[5]]), **{CACHE: cache})
     now, peak = memory_mib("VmRSS"), meter.peak_mib()
     assert now is not None
     assert meter.before is not None

@@ -27,6 +27,7 @@ from hip_hf.eval.passkey import path_of, use
 from hip_hf.eval.presets import HELP, settings_of, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.integration.explain import explain
+from hip_hf.versions import CACHE
 
 # Tokens whose losses are kept as one sum: positions are counted, and intervals computed, in blocks of so many.
 BLOCK = 128
@@ -73,7 +74,7 @@ def losses(model: Any, text: Sequence[int], chunk: int) -> torch.Tensor:
     parts, before = [], None
     for start in range(0, len(text), chunk):
         some = ids[:, start : start + chunk]
-        logits = model(some, past_key_values=cache, use_cache=True).logits[0].float()
+        logits = model(some, use_cache=True, **{CACHE: cache}).logits[0].float()
         rows, targets = logits[:-1], some[0, 1:]
         if before is not None:
             rows, targets = torch.cat([before, rows]), some[0]

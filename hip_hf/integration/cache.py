@@ -1,11 +1,12 @@
 """How caches of Transformers carry a `DecodeState` along, so that it follows what happens to the cache.
 
 The dynamic cache of a model that attends by `hip` is a `HiPCache`; the full-attention layers of a static cache get a state
-beside them and behave exactly as before (Transformers 5.17 and later; before, static caches run stateless).
+beside them and behave exactly as before.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -79,13 +80,20 @@ def cache_kind(keys: torch.Tensor, rows: int) -> str:
     return "none" if keys.shape[2] == rows else "stateless"
 
 
+def at_defaults(arguments: dict[str, Any]) -> bool:
+    """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does not have say something."""
+    defaults = inspect.signature(DynamicCache.__init__).parameters
+    return all(name in defaults and defaults[name].default is value for name, value in arguments.items())
+
+
 def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
     """`DynamicCache.__new__`: the cache made from the config of a `hip` model, and from nothing else, is a `HiPCache`."""
     config = kwargs.get("config")
+    others = {name: value for name, value in kwargs.items() if name != "config"}
     if (
         cls is DynamicCache
         and not args
-        and len(kwargs) == 1
+        and at_defaults(others)
         and config is not None
         and attends_by_us(config.get_text_config(decoder=True))
     ):
@@ -116,7 +124,6 @@ def _guard_updates() -> None:
 def install() -> None:
     """Let caches made from a model's config be the ones above, and all caches keep to one kind of keys."""
     _guard_updates()
-    mapping = getattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING", None)
-    if mapping is not None and mapping.get("full_attention") is StaticLayer:
-        mapping["full_attention"] = HiPStaticLayer
+    if cache_utils.STATIC_LAYER_TYPE_MAPPING["full_attention"] is StaticLayer:
+        cache_utils.STATIC_LAYER_TYPE_MAPPING["full_attention"] = HiPStaticLayer
     DynamicCache.__new__ = _new_dynamic_cache  # type: ignore[method-assign]

@@ -78,7 +78,8 @@ def attention_forward(
     layer: Any = getattr(module, "layer_idx", None)
     if attention_mask is not None:
         attention_mask = narrowed(attention_mask, key.shape[2])
-    if kwargs.get("cache") is None and attention_mask is not None:
+    cache = paged.cache_of(key, kwargs)
+    if cache is None and attention_mask is not None:
         check_mask(attention_mask, query.shape, key.shape[2])
         sliding_window = mask_window(attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -87,12 +88,12 @@ def attention_forward(
     if unrotated or extended(module, sliding_window):
         positions = positions_of(module, settings)
         if not unrotated:
-            query, key = turned_back(positions, query, key, kwargs.get("cache"))
+            query, key = turned_back(positions, query, key, cache)
     problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux, positions)
-    if kwargs.get("cache") is not None:  # continuous batching: packed requests, whose mask says nothing we need
+    if cache is not None:  # continuous batching: packed requests, whose mask says nothing we need
         if sliding_window is None:
             problem = replace(problem, sliding_window=getattr(module, "sliding_window", None))
-        result = paged.continuous(problem, settings, layer, kwargs["cache"], kwargs)
+        result = paged.continuous(problem, settings, layer, cache, kwargs)
         module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "continuous batching")
         return result.out.transpose(1, 2).contiguous(), None
     why = _unsayable(attention_mask, query.shape[2])
@@ -175,9 +176,6 @@ def register() -> None:
     for name, method in NAMES.items():
         AttentionInterface.register(name, functools.partial(attention_forward, method=method))
         AttentionMaskInterface.register(name, hip_mask)
-        # what continuous batching calls them up to 5.18
-        AttentionInterface.register(f"paged|{name}", functools.partial(attention_forward, method=method))
-        AttentionMaskInterface.register(f"paged|{name}", hip_mask)
     from hip_hf.patches import registry
 
     install()

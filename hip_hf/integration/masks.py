@@ -21,6 +21,8 @@ PAD = torch.iinfo(torch.int32).max
 
 # Mask functions that `rel` can say, by the name Transformers gives them.
 _CAUSAL = {"causal_mask_function", "sliding_window_overlay", "packed_sequence_mask_function"}
+# Decoders that attend to their own keys and the encoder's at once, and append the boolean mask of the latter to ours.
+_EXTENDED = {"t5gemma2_decoder"}
 _ALLOWED = "a 2-D mask, or a boolean 4-D one"  # of masks that are not ours
 _WRAPPERS = {"and_masks": "mask_functions", "remap_positions_for_packed_sequence": "mask_function"}
 
@@ -58,8 +60,8 @@ def hip_mask(
 ) -> torch.Tensor:
     """The mask function registered with Transformers.
 
-    Returns `rel` (see above); for patterns that it cannot say (bidirectional, blockwise, chunked, a user's own) the boolean
-    `[B, 1, Tq, Tk]`, which makes the attention dense.
+    Returns `rel` (see above); for patterns that it cannot say (bidirectional, blockwise, chunked, a user's own, one that
+    the model extends) the boolean `[B, 1, Tq, Tk]`, which makes the attention dense.
 
     Raises:
         ValueError: the model does not route its attention through Transformers' attention interface, its settings are invalid,
@@ -72,7 +74,7 @@ def hip_mask(
         what = f"got shape {tuple(attention_mask.shape)} for a batch of {batch_size}"
         raise ValueError(f"attention_mask: {what}, allowed: one row of 0 and 1 for each row of the batch")
     parts = _parts(mask_function)
-    if use_vmap or not parts.keys() <= _CAUSAL:
+    if use_vmap or not parts.keys() <= _CAUSAL or getattr(config, "model_type", None) in _EXTENDED:
         # None would stand for "nothing is hidden" here, and for "causal" elsewhere: always a tensor
         kwargs["allow_is_causal_skip"] = False
         if "allow_is_bidirectional_skip" in kwargs:

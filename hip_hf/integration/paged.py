@@ -11,12 +11,13 @@ The cache's layout is not documented; it is found by inspection, and an unknown 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.abc
 import importlib.util
 import inspect
 import itertools
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,7 @@ from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 
 GATE = "transformers.generation.continuous_batching.continuous_api"
+CACHE_OF_KEYS = "_hip_paged_cache"  # attribute of a layer's new keys: the paged cache that was asked to take them
 
 
 class TokenMajorStore(Store):
@@ -94,9 +96,7 @@ def find_place(cache: Any, layer: int) -> Place:
         if cache.sliding_windows[layer] != 1:
             return Place("sliding_attention", group)
         return Place("full_attention", group, cache.block_size, cache.key_cache[index], cache.value_cache[index])
-    raise ValueError(
-        f"cache: got a {type(cache).__name__} of unknown layout, allowed: the paged cache of Transformers 5.4 to 5.23"
-    )
+    raise ValueError(f"cache: got {type(cache).__name__} of an unknown layout, allowed: Transformers' paged cache as tested")
 
 
 def _of_kind(value: Any, kind: str) -> list[int]:
@@ -120,7 +120,7 @@ def continuous(problem: AttentionProblem, config: HiPConfig, layer: int, cache: 
     else:
         k, v = problem.k, problem.v
         for stored, new in ((place.keys, k), (place.values, v)):
-            stored.index_copy_(0, write[: new.shape[2]].long(), new[0].transpose(0, 1))  # int32 in 5.4
+            stored.index_copy_(0, write[: new.shape[2]], new[0].transpose(0, 1))
     out, result = problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1]), None
     paths, shares, reason, unsupported = set(), [], "", False
     spans = [span for span in zip(_pairs(rows), _pairs(keys), strict=True) if span[0][0] < span[0][1]]
@@ -156,10 +156,11 @@ def _pairs(bounds: list[int]) -> list[tuple[int, int]]:
 
 def _ring(cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Keys and values of a sliding layer, past and new, `[1, Hkv, keys, D]`: the cache itself unrolls its ring buffers."""
-    if "read_index" in inspect.signature(cache.update).parameters:
-        found = cache.update(problem.k, problem.v, layer, kwargs["read_index"], kwargs["write_index"])
+    update = _updates[type(cache)]
+    if "read_index" in inspect.signature(update).parameters:  # up to 5.17
+        found = update(cache, problem.k, problem.v, layer, kwargs["read_index"], kwargs["write_index"])
     else:
-        found = cache.update(problem.k, problem.v, layer, dict(kwargs))
+        found = update(cache, problem.k, problem.v, layer, dict(kwargs))
     return [x.transpose(0, 1)[None] if x.ndim == 3 else x for x in found]
 
 
@@ -208,62 +209,62 @@ def _keep_state(cache: Any, layer: int, place: Place, pages: list[int], last: in
     _states(cache, layer)[last // place.page] = Kept(state, pages, place.keys[last].clone())
 
 
-# Transformers 5.19 and later admit only their own attentions to continuous batching, and others before swap ours for flash
-# attention where that is installed. The class is made long after `import hip_hf`, hence the hook on its module's import.
+# Transformers admits only its own attentions to continuous batching, or swaps ours for flash attention where that is installed.
+# The classes are made long after `import hip_hf`, hence the hook on their module's import.
+
+_updates: dict[type, Callable[..., Any]] = {}  # Transformers' class of paged caches, once it is imported, and its own `update`
+_packing = threading.local()  # `on` in the thread that runs the packed calls of a model of ours
 
 
 def open_gate(module: ModuleType) -> None:
-    """Let models that attend by us into continuous batching as they are; but not where it would lose their tokens."""
-    manager = module.ContinuousBatchingManager
-    if getattr(manager, "_hip_gate", False):
-        return
-    manager._hip_gate = True
-    made = manager.__init__
-    switch = getattr(manager, "switch_to_cb_friendly_attn", None)  # 5.4 has no gate: it calls us `paged|hip`
-
-    @functools.wraps(made)
-    def checked(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        _refuse_lossy_ring(model.config)
-        made(self, model, *args, **kwargs)
-
-    def switched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if attends_by_us(model.config) else switch(self, model, *args, **kwargs)  # type: ignore[misc]
-
-    manager.__init__ = checked
-    if switch is not None:
-        manager.switch_to_cb_friendly_attn = switched
-
-
-def _refuse_lossy_ring(config: Any) -> None:
-    """Raise ValueError for a model of ours with sliding layers where Transformers would lose tokens of them."""
-    config = config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
-    if slides and attends_by_us(config) and ring_loses_tokens():
-        raise ValueError(
-            f"continuous batching: got sliding layers ({config.model_type}) on Transformers {transformers.__version__}, whose "
-            "cache forgets tokens of theirs whatever the attention; allowed: Transformers 5.17 or later, or `generate`"
-        )
-
-
-@functools.cache
-def ring_loses_tokens() -> bool:
-    """Whether the ring buffers of sliding layers, as this Transformers indexes them, give back other tokens than the last."""
+    """Let models that attend by us into continuous batching as they are, with their new tokens left to our attention."""
     try:
-        cache_manager = importlib.import_module("transformers.generation.continuous_batching.cache_manager")
-    except ImportError:  # later ones index otherwise
-        return False
-    ring: Any = object.__new__(cache_manager.SlidingAttentionCacheAllocator)
-    ring.sliding_window, ring.block_size, ring.block_table, ring.sentinel_index = 4, 4, {"": [0]}, -1
-    ring.trash_index = ring.write_trash_index = -1  # its name up to 5.12, and from 5.17 on
-    held: dict[int, int] = {}
-    seen = 0
-    for new in (3, 6, 1, 1):
-        if [held.get(slot) for slot in ring.get_read_indices("", seen, new)[:-new]] != list(range(max(0, seen - 3), seen)):
-            return True
-        held |= zip(ring.get_write_indices("", seen, new), range(seen, seen + new), strict=True)
-        seen += new
-    return False
+        manager, cache = module.ContinuousBatchingManager, module.PagedAttentionCache
+        switch, loop, update = manager.switch_to_cb_friendly_attn, manager._run_generation_loop, cache.update
+    except AttributeError:  # a version that is not known: the gate stays shut, which is an error for models of ours
+        return
+    if cache in _updates:
+        return
+    _updates[cache] = update
+
+    @functools.wraps(switch)
+    def switched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return None if attends_by_us(model.config) else switch(self, model, *args, **kwargs)
+
+    @functools.wraps(loop)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _packing.on = True
+        return loop(self, *args, **kwargs)
+
+    @functools.wraps(update)
+    def left_to_attention(self: Any, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if not attends_by_us(self.config):
+            return update(self, key_states, value_states, layer_idx, *args, **kwargs)
+        setattr(key_states, CACHE_OF_KEYS, self)
+        return key_states, value_states
+
+    manager.switch_to_cb_friendly_attn, manager._run_generation_loop, cache.update = switched, run, left_to_attention
+
+
+def is_paged(value: Any) -> bool:
+    """Whether this is Transformers' paged cache."""
+    return isinstance(value, tuple(_updates))
+
+
+def cache_of(key: torch.Tensor, arguments: dict[str, Any]) -> Any:
+    """The paged cache behind a layer's call, None if it is of no continuous batching. `arguments`: the others of the attention
+    function. Up to Transformers 5.23 the cache is among them; later the layer itself updates it, and `key` knows.
+
+    Raises:
+        ValueError: packed requests have come in a way that is not known.
+    """
+    cache = getattr(key, CACHE_OF_KEYS, None) or next(filter(is_paged, arguments.values()), None)
+    if cache is None and getattr(_packing, "on", False):
+        raise ValueError(
+            f"continuous batching: Transformers {transformers.__version__} brings no paged cache that is known here; allowed: "
+            "`generate`, or a version that `hip_hf` was tested with"
+        )
+    return cache
 
 
 class _Hook(importlib.abc.MetaPathFinder):

@@ -95,7 +95,7 @@ def attends_by_us(config: Any) -> bool:
     """Whether a model with this text config attends by one of our registered functions."""
     from hip_hf.integration.interface import NAMES  # which imports the caches
 
-    return (getattr(config, "_attn_implementation", None) or "").removeprefix("paged|") in NAMES
+    return getattr(config, "_attn_implementation", None) in NAMES
 
 
 def layer_settings(module: nn.Module, method: str | None) -> HiPConfig:

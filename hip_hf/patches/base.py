@@ -8,16 +8,18 @@ where they are; the only change to a layer is what is called as its `forward` (a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from hip_hf.integration.interface import NAMES, attention_forward
 from hip_hf.integration.next_token import next_token
+from hip_hf.integration.paged import is_paged
 from hip_hf.integration.positions import UNROTATED, extended
 from hip_hf.integration.settings import layer_settings
 
@@ -80,24 +82,21 @@ def forward(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_mask: torch.Tensor | None = None,
-    past_key_values: Any = None,
+    *args: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The forward of a patched attention layer: hidden states `[B, T, hidden size]` -> the same, and None.
+    """The forward of a patched attention layer: hidden states `[B, T, hidden size]` -> the same, and None. The cache is found
+    among the other arguments by its type: its name is not the same in all versions of Transformers.
 
     Raises:
         ValueError: what `attention_forward` raises, or the cache's `update`.
     """
-    name = (self.config._attn_implementation or "").removeprefix("paged|")
+    name = self.config._attn_implementation or ""
     if name not in NAMES:
         call = ours.original or MethodType(type(self).forward, self)
-        return call(
-            hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        return call(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
+    cache = cache_among((*args, *kwargs.values()))
+    kwargs = {key: value for key, value in kwargs.items() if value is not cache}
     query, key, value = ours.patcher.project(self, hidden_states)
     sliding = ours.patcher.sliding_window(self)
     unrotated = extended(self, sliding)
@@ -108,11 +107,11 @@ def forward(
     asked = kwargs.get("output_attentions") or self.config.output_attentions  # the interface refuses it
     if query.shape[2] == 1 and sliding is None and not self.training and not asked:
         settings = layer_settings(self, NAMES[name])
-        step = next_token(self, query, key, value, attention_mask, past_key_values, settings, unrotated)
+        step = next_token(self, query, key, value, attention_mask, cache, settings, unrotated)
         if step is not None:
             return self.o_proj(step.reshape(*hidden_states.shape[:-1], -1)), None
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx)
     out, _ = attention_forward(
         self,
         query,
@@ -127,6 +126,20 @@ def forward(
         **kwargs,
     )
     return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), None
+
+
+def cache_among(values: Iterable[Any]) -> Any:
+    """The cache among the arguments of a layer, None if it has none.
+
+    Raises:
+        ValueError: something that looks like a cache, and is none of Transformers' own.
+    """
+    for value in values:
+        if isinstance(value, Cache) or is_paged(value):
+            return value
+        if hasattr(value, "get_seq_length"):
+            raise ValueError(f"cache: got {type(value).__name__}, allowed: a subclass of transformers.Cache")
+    return None
 
 
 def _slot(module: nn.Module) -> str:
