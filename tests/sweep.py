@@ -1,27 +1,26 @@
 """What is checked of every causal-LM and encoder-decoder type of the installed Transformers, and the table in the documentation.
 
-Each type is one of three: *equal* to eager attention in every check, *refused* by an error that says why, or it *cannot be built*
-or run here, for a reason that `CANNOT` or Transformers itself gives. `python tests/sweep.py FILE` runs all of them and writes
-what came out; `test_families.py` runs them (or a third of them) and compares with that file, from which the documentation
-makes its table.
+A type is *equal* to eager attention in every check that eager attention itself passes, or *refused* by an error that says why, or
+it *cannot be built* or run here, with the reason. `python tests/sweep.py` writes what came out of all types to `RECORD`, from
+which the documentation makes its table; `test_families.py` holds each type to it.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
-import sys
+import re
 import warnings
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from families import SPARSE
-from tiny_configs import HEAD_DIM, VOCAB, tiny_config, types
+from families import SPARSE, make_llava, make_qwen2_vl
+from tiny_configs import VOCAB, tiny_config, types
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -35,13 +34,30 @@ TOLERANCE = 1e-4
 # A multiple of the query block that leaves a last chunk of more rows than count as decode.
 CHUNK = 64
 COVERING = 512
+# What matrices are multiplied by: attention of a fresh initialisation is so flat that it hardly matters what is read.
+SHARPER = 4
 
-# Types that are in Transformers' lists and cannot run here.
-CANNOT: dict[str, str] = {}
-
-
-class Refused(Exception):
-    """The package refused the model."""
+# Wrappers of vision and language, here with text alone; `test_multimodal.py` shows them images.
+WRAPPERS: dict[str, Callable[[Any], PreTrainedModel]] = {"llava": make_llava, "qwen2_vl": make_qwen2_vl}
+# What is not so, by type and check, and why: it must be so, or else the entry is wrong.
+_CHUNKED, _BLOCKS = "layers of chunked attention are dense", "masks that let an image's tokens see one another are dense"
+_DENSE = ("prompt", "pruned", "kept state")
+LIMITS: dict[tuple[str, str], str] = {
+    ("minimax", "kept state"): "its cache is a class of its own",
+    ("moshi", "kept state"): "its cache drops old keys",
+    **{(name, check): _CHUNKED for name in ("llama4", "llama4_text") for check in _DENSE},
+    **{("gemma4_unified", check): _BLOCKS for check in _DENSE},
+}
+# Types whose eager model fails here, where its own error does not say why.
+CANNOT = {
+    "dots3_note": "its default config has settings for layers that a tiny model does not have",
+    "gemma4_assistant": "it reads the keys of another model",
+    "gemma4_unified_assistant": "it reads the keys of another model",
+    "musicgen": "Transformers' causal class is of its decoder's config",
+    "musicgen_melody": "Transformers' causal class is of its decoder's config",
+    "voxtral_realtime": "it does not run without sound",
+}
+RECORD = Path(__file__).resolve().parent.parent / "docs" / "families.json"
 
 
 class NotApplicable(Exception):
@@ -63,7 +79,6 @@ class Family:
 
     eager: PreTrainedModel
     ours: PreTrainedModel
-    kind: str
 
     def batch(self, lengths: list[int], right: bool = False) -> dict[str, torch.Tensor]:
         """Random prompts, padded on the left or right; those of an encoder-decoder are of both sides."""
@@ -76,8 +91,7 @@ class Family:
             mask[row, at] = 1
         batch = {"input_ids": ids, "attention_mask": mask}
         if self.decodes_apart:
-            batch |= {"decoder_input_ids": ids.flip(1) if right else ids, "decoder_attention_mask": mask}
-            batch["decoder_input_ids"] = ids
+            batch |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
         return batch
 
     @property
@@ -107,21 +121,21 @@ def first_line(error: BaseException) -> str:
 
 def names() -> list[tuple[str, str]]:
     """All types, with their kind."""
-    return [(kind, name) for kind in AUTO for name in types(kind)]
+    return [*((kind, name) for kind in AUTO for name in types(kind)), *(("wrapper", name) for name in WRAPPERS)]
 
 
 def build(kind: str, name: str, implementation: str) -> PreTrainedModel:
     """A tiny model of the type, with the same random weights at every call; sharp enough attention for what is read to matter."""
     torch.manual_seed(0)
-    model = AUTO[kind].from_config(tiny_config(name, kind), attn_implementation=implementation).eval()
+    if kind == "wrapper":
+        model = WRAPPERS[name]({"text_config": implementation, "vision_config": "eager"}).eval()
+    else:
+        model = AUTO[kind].from_config(tiny_config(name, kind), attn_implementation=implementation).eval()
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data.mul_(SHARPER)
     model.generation_config.eos_token_id = -1  # never generated: every run has its full length
     return model
-
-
-SHARPER = 4
 
 
 @torch.no_grad()
@@ -144,7 +158,7 @@ def check_prompt(family: Family) -> None:
     near(*family.both(lambda model: logits(model, batch)))
     rows = family.rows()
     assert rows, "no layer attends by hip"
-    dense = {row.reason for row in rows if row.path == "dense" and not row.reason.startswith("sliding window")}
+    dense = {row.reason for row in rows if row.path == "dense" and "sliding window" not in row.reason}
     assert not dense, f"dense: {', '.join(sorted(dense))}"
 
 
@@ -189,7 +203,7 @@ def check_pruned(family: Family) -> None:
     family.configure()
     batch = family.batch([300])
     got, want = family.both(lambda model: logits(model, batch))
-    rows = [row for row in family.rows() if not row.reason.startswith("sliding window")]
+    rows = [row for row in family.rows() if "sliding window" not in row.reason]
     if not rows:
         raise NotApplicable("sliding layers alone")
     assert all(row.path == "sparse" and row.share < 0.8 for row in rows), f"reads {[(row.share, row.reason) for row in rows]}"
@@ -200,7 +214,7 @@ def check_state(family: Family) -> None:
     """Decode keeps pyramids and selection: no step rereads all keys."""
     family.configure()
     generated(family.ours, family.batch(LENGTHS))
-    rows = [row for row in family.rows() if not row.reason.startswith("sliding window")]
+    rows = [row for row in family.rows() if "sliding window" not in row.reason]
     if not rows:
         raise NotApplicable("sliding layers alone")
     kinds = {row.cache for row in rows} - {"pages", "kept state"}
@@ -248,41 +262,93 @@ def run(kind: str, name: str) -> Outcome:
     """All checks of one type."""
     try:
         eager = build(kind, name, "eager")
-        logits(eager, Family(eager, eager, kind).batch(LENGTHS[:1]))
+    except Exception as error:
+        return Outcome("cannot be built", CANNOT.get(name, first_line(error)))
+    family = None
+    try:
+        family = Family(eager, build(kind, name, "hip"))
+    except Exception as error:
+        if is_refusal(error):
+            return Outcome("refused", first_line(error))
+        return Outcome("differs", first_line(error))
+    family.ours.load_state_dict(eager.state_dict())
+    batch = family.batch(LENGTHS[:1])
+    try:
+        logits(eager, batch)
     except Exception as error:
         return Outcome("cannot be built", CANNOT.get(name, first_line(error)))
     try:
-        ours = build(kind, name, "hip")
-        ours.load_state_dict(eager.state_dict())
-        family = Family(eager, ours, kind)
         family.configure(budget=COVERING)
-        logits(ours, family.batch(LENGTHS[:1]))
+        logits(family.ours, batch)
     except Exception as error:
         return Outcome("refused" if is_refusal(error) else "differs", first_line(error))
-    checks = {}
-    for title, check in CHECKS.items():
-        try:
-            check(family)
-            checks[title] = "yes"
-        except NotApplicable as why:
-            checks[title] = f"- {why}"
-        except Exception as error:
-            checks[title] = f"no: {first_line(error)}"
-    return Outcome("differs" if any(said.startswith("no:") for said in checks.values()) else "equal", "", checks)
+    checks = {title: outcome(name, title, family) for title in CHECKS}
+    return Outcome("differs" if any(said.startswith("differs") for said in checks.values()) else "equal", "", checks)
+
+
+def outcome(name: str, title: str, family: Family) -> str:
+    """`yes`, `-` with why the check says nothing of the type, `no` with a known reason, or `differs` with what is wrong."""
+    limit = LIMITS.get((name, title))
+    try:
+        CHECKS[title](family)
+    except NotApplicable as why:
+        return f"- {why}"
+    except Exception as error:
+        return f"no: {limit}" if limit else f"differs: {first_line(error)}"
+    return f"differs: it passes, but is listed as a limit: {limit}" if limit else "yes"
 
 
 def is_refusal(error: Exception) -> bool:
     """Whether it is an error of this package about its use, with what was got and what is allowed."""
-    return isinstance(error, ValueError) and ", allowed: " in str(error)
+    return isinstance(error, ValueError) and " allowed: " in str(error)
+
+
+def key(kind: str, name: str) -> str:
+    """What a type is called in the record."""
+    return name if kind == "causal" else f"{name} ({kind})"
+
+
+def read_record() -> dict[str, Any]:
+    return json.loads(RECORD.read_text(encoding="utf-8"))
+
+
+def page(record: dict[str, Any]) -> str:
+    """The table of the documentation, and below it the types that are refused or cannot be built, by their reasons."""
+    found = {name: Outcome(**outcome) for name, outcome in record["types"].items()}
+    kinds = Counter(outcome.kind for outcome in found.values())
+    totals = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    lines = [f"Transformers {record['transformers']}, PyTorch {record['torch']}, {len(found)} types: {totals}.", ""]
+    notes: dict[str, int] = {}
+    lines += [f"| model type | {' | '.join(CHECKS)} |", "|---|" + "---|" * len(CHECKS)]
+    for name, one in found.items():
+        if one.checks:
+            cells = [mark(said, notes) for said in one.checks.values()]
+            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {why}" for why, number in notes.items())]
+    for kind in kinds:
+        reasons: dict[str, list[str]] = {}
+        for name, one in found.items():
+            if one.kind == kind and one.reason:
+                # what differs between types of one reason is their name, and that of their layers
+                reason = re.sub(r"model type '\S+?'|^\w+: (?=\w+:)|\w+(?= passes)", "...", one.reason)
+                reasons.setdefault(reason, []).append(f"`{name}`")
+        if reasons:
+            lines += ["", f"### Types: {kind}", "", *(f"- {', '.join(names)}: {reason}" for reason, names in reasons.items())]
+    return "\n".join(lines) + "\n"
+
+
+def mark(said: str, notes: dict[str, int]) -> str:
+    """A cell: `yes`, or the number of the note that says why not, which is added to `notes`."""
+    if said == "yes":
+        return said
+    answer, why = ("n/a", said[2:]) if said.startswith("-") else said.split(": ", 1)
+    return f"{answer} ({notes.setdefault(why, len(notes) + 1)})"
 
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    import time
-    for kind, name in names():
-        if len(sys.argv) > 2 and name not in sys.argv[2:]: continue
-        t=time.time()
-        out = run(kind, name)
-        print(json.dumps([kind, name, round(time.time()-t,1), out.kind, out.reason, out.checks]), flush=True)
+    found = {key(*one): asdict(run(*one)) for one in names()}
+    record = {"transformers": version("transformers"), "torch": version("torch").split("+")[0], "types": found}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -69,6 +69,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note": {"text_config": _DOTS3},
     "dots3_note_text": _DOTS3,
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": _SHARING,
     "gemma4": {"text_config": _GEMMA4},
@@ -81,12 +82,16 @@ FIELDS: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
+    "minimax": {"sliding_window": None, "layer_types": ["full_attention", "linear_attention"]},
     "nemo_speechlm": {"word_timestamp_config": {"blank_token_id": 0}},
     "prophetnet": {"max_position_embeddings": 512},
     "qwen4_exp": {"text_config": _QSA},
     "qwen4_exp_text": _QSA,
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [64, 64]},
     "vibevoice_asr": {"acoustic_tokenizer_encoder_config": _VIBE, "semantic_tokenizer_encoder_config": _VIBE},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
     "zamba": _ZAMBA,
     "zamba2": _ZAMBA,
     "zaya": {"num_experts_per_tok": 1},
@@ -106,6 +111,8 @@ def _small(config: PreTrainedConfig) -> dict[str, Any]:
     kinds = sorted(set(fields.get("layer_types") or ()), key=lambda kind: (kind == "full_attention", kind))
     if len(kinds) > 1:
         small |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
+    elif "sliding_window" in small:  # of all layers: longer than what a pruned run reads, so that it prunes within
+        small["sliding_window"] = 200
     if "kv_lora_rank" in small:  # a head has its own keys, of which this many numbers are rotated
         small |= {"num_key_value_heads": HEADS, "head_dim": SIZES["qk_rope_head_dim"]}
     for name in config.sub_configs:
