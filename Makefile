@@ -1,14 +1,18 @@
-# make test | test-gpu | demo | demo-llm | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-families | test-gpu | demo | demo-llm | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-gpu demo demo-llm docs notebooks lint clean
+.PHONY: test test-families test-gpu demo demo-llm docs notebooks lint clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# Every model type of the installed Transformers; `make test` runs a third of them.
+test-families: $(INSTALLED)
+	$(BIN)/pytest tests/test_families.py --families all --numprocesses logical --dist worksteal
 
 # The kernel tests on a GPU, with the Python and the packages that are there: nothing is installed.
 test-gpu:

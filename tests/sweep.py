@@ -51,6 +51,7 @@ LIMITS: dict[tuple[str, str], str] = {
 # Types whose eager model fails here, where its own error does not say why.
 CANNOT = {
     "dots3_note": "its default config has settings for layers that a tiny model does not have",
+    "gemma3n": "its part for images needs timm",
     "gemma4_assistant": "it reads the keys of another model",
     "gemma4_unified_assistant": "it reads the keys of another model",
     "musicgen": "Transformers' causal class is of its decoder's config",
@@ -205,7 +206,7 @@ def check_pruned(family: Family) -> None:
     got, want = family.both(lambda model: logits(model, batch))
     rows = [row for row in family.rows() if "sliding window" not in row.reason]
     if not rows:
-        raise NotApplicable("sliding layers alone")
+        raise NotApplicable("all its layers slide")
     assert all(row.path == "sparse" and row.share < 0.8 for row in rows), f"reads {[(row.share, row.reason) for row in rows]}"
     assert float((got - want).abs().max() / want.abs().max()) > 10 * TOLERANCE, "nobody could tell"
 
@@ -216,7 +217,7 @@ def check_state(family: Family) -> None:
     generated(family.ours, family.batch(LENGTHS))
     rows = [row for row in family.rows() if "sliding window" not in row.reason]
     if not rows:
-        raise NotApplicable("sliding layers alone")
+        raise NotApplicable("all its layers slide")
     kinds = {row.cache for row in rows} - {"pages", "kept state"}
     assert not kinds, f"read from {', '.join(sorted(kinds))}"
 
@@ -330,7 +331,7 @@ def page(record: dict[str, Any]) -> str:
         for name, one in found.items():
             if one.kind == kind and one.reason:
                 # what differs between types of one reason is their name, and that of their layers
-                reason = re.sub(r"model type '\S+?'|^\w+: (?=\w+:)|\w+(?= passes)", "...", one.reason)
+                reason = re.sub(r"model type '\S+?'|\w+(?= passes)", "...", one.reason).removeprefix("ValueError: ")
                 reasons.setdefault(reason, []).append(f"`{name}`")
         if reasons:
             lines += ["", f"### Types: {kind}", "", *(f"- {', '.join(names)}: {reason}" for reason, names in reasons.items())]

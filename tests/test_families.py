@@ -1,4 +1,4 @@
-"""Every causal-LM and encoder-decoder type of the installed Transformers, by the checks that the documentation's table is made of.
+"""Every causal-LM and encoder-decoder type of the installed Transformers, by the checks that the documentation's table is of.
 
 `--families all` (`make test-families`) runs all types; a number, which is the default, a third of them, drawn with that seed.
 """
@@ -46,7 +46,9 @@ def test_what_differs_is_found_and_said(monkeypatch: pytest.MonkeyPatch, threads
     def fails(family: sweep.Family) -> None:
         raise AssertionError("off by 3\nand more")
 
-    monkeypatch.setattr(sweep, "CHECKS", {"good": lambda family: None, "known": fails, "bad": fails, "mended": lambda family: None})
+    monkeypatch.setattr(
+        sweep, "CHECKS", {"good": lambda family: None, "known": fails, "bad": fails, "mended": lambda family: None}
+    )
     monkeypatch.setattr(sweep, "LIMITS", {("llama", "known"): "a reason", ("llama", "mended"): "none"})
     outcome = sweep.run("causal", "llama")
     assert outcome.kind == "differs"

@@ -221,7 +221,7 @@ class PagedLayer(Stateful, DynamicLayer):
         self.hip_state.reorder(rows)
 
 
-class PagedHybridLayer(LinearAttentionLayer, PagedLayer):
+class PagedHybridLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, override]
     """A layer with full attention in pages and the running state of linear attention or of a convolution beside them.
 
     Args:
@@ -247,7 +247,7 @@ class PagedHybridLayer(LinearAttentionLayer, PagedLayer):
         LinearAttentionLayer.reset(self)
         PagedLayer.reset(self)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         LinearAttentionLayer.reorder_cache(self, beam_idx)
         PagedLayer.reorder_cache(self, beam_idx)
 

@@ -85,7 +85,7 @@ class HiPStaticLayer(Stateful, StaticLayer):
     """A preallocated full-attention cache layer with decode state."""
 
 
-class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer):
+class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer):  # type: ignore[misc, override]
     """The same with the running state of linear attention or of a convolution beside it."""
 
 

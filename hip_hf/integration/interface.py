@@ -75,14 +75,15 @@ def attention_forward(
     if not is_causal and (attention_mask is None or not holds_positions(attention_mask)):
         return _bidirectional(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs)
     settings = layer_settings(module, method)
-    layer = layer_index(module)
+    layer: Any = layer_index(module)
+    config: Any = module.config
     if attention_mask is not None:
         attention_mask = narrowed(attention_mask, key.shape[2])
     if kwargs.get("cache") is None and attention_mask is not None:
         check_mask(attention_mask, query.shape, key.shape[2])
         sliding_window = mask_window(attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    state = state_of(key, module.config.model_type)
+    state = state_of(key, config.model_type)
     kind, positions = cache_kind(key, state, query.shape[2]), None
     if unrotated or extended(module, sliding_window):
         positions = positions_of(module, settings)

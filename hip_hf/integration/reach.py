@@ -58,7 +58,8 @@ def _is_language_model(model: PreTrainedModel) -> bool:
     is given, may attend as they like."""
     kind = type(model.config)
     generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    return model.can_generate() or (generates and kind in MODEL_MAPPING and isinstance(model, MODEL_MAPPING[kind]))
+    whole: Any = MODEL_MAPPING[kind] if generates and kind in MODEL_MAPPING else ()
+    return model.can_generate() or isinstance(model, whole)
 
 
 def ignored(name: str | None, model_type: str) -> ValueError:
@@ -76,8 +77,8 @@ def check_class(model: PreTrainedModel, name: str | None) -> None:
     for key, table in vars(sys.modules[type(model).__module__]).items():
         if key.endswith(_CLASSES) and isinstance(table, dict) and name not in table:
             raise ValueError(
-                f"attn_implementation: got {name!r} for model type {model.config.model_type!r}, allowed: {' | '.join(table)} (a part "
-                'that is not of language may have one of these, and the language `hip`: {"text_config": "hip", ...})'
+                f"attn_implementation: got {name!r} for model type {model.config.model_type!r}, allowed: {' | '.join(table)} "
+                '(a part that is not of language may have one of these, and the language `hip`: {"text_config": "hip", ...})'
             )
 
 
@@ -91,8 +92,8 @@ def check_reach(model: PreTrainedModel, name: str | None) -> None:
         raise ignored(name, model.config.model_type)
     if type(text_config(model)) not in kinds:  # BLT, Qwen2.5-Omni
         raise ValueError(
-            f"attn_implementation: got {name!r} for model type {model.config.model_type!r}, whose layers do not read its text config, "
-            "so that no settings would reach them; allowed: `eager`, or `hip` for a part of it that is loaded by itself"
+            f"attn_implementation: got {name!r} for model type {model.config.model_type!r}, whose layers do not read its text "
+            "config, so that no settings would reach them; allowed: `eager`, or `hip` for a part of it that is loaded by itself"
         )
 
 
