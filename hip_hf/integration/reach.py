@@ -71,7 +71,7 @@ def ignored(name: str | None, model_type: str) -> ValueError:
 
 
 def check_class(model: PreTrainedModel, name: str | None) -> None:
-    """Raise ValueError, before its layers are made, for a model whose file picks attention classes from a table without `name`."""
+    """Raise ValueError, before layers are made, for a model whose file picks attention classes from a table without `name`."""
     if not is_ours(name):
         return
     for key, table in vars(sys.modules[type(model).__module__]).items():
