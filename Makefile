@@ -1,4 +1,4 @@
-# make test | test-versions | test-gpu | demo | demo-llm | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-versions | test-families | test-gpu | demo | demo-llm | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # The oldest and the newest Transformers: what `tests/versions` has requirements of.
 VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.*.*.txt)))
 
-.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-gpu demo demo-llm docs notebooks lint clean
+.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-families test-gpu demo demo-llm docs notebooks lint clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
@@ -23,6 +23,10 @@ build/transformers-%/.installed: tests/versions/%.txt | $(INSTALLED)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
+
+# Every model type of the installed Transformers; `make test` runs a third of them.
+test-families: $(INSTALLED)
+	$(BIN)/pytest tests/test_families.py --families all --numprocesses logical --dist worksteal
 
 # The kernel tests on a GPU, with the Python and the packages that are there: nothing is installed.
 test-gpu:

@@ -22,6 +22,10 @@ from hip_hf.reference import dense, sparse, workers
 from hip_hf.reference.gathered import Gathered
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--families", default="0", help="model types to sweep: all, or the seed by which a third of them is drawn")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random numbers in every run of a test."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from hip_hf.cache.offload import OFFLOADS, OffloadedStore, Statistics, statistics
 from hip_hf.cache.pool import PAGE, PagePool
@@ -201,6 +201,41 @@ class PagedLayer(Stateful, DynamicLayer):
         self.hip_state.reorder(rows)
 
 
+class PagedHybridLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, override]
+    """A layer with full attention in pages and the running state of linear attention or of a convolution beside them.
+
+    Args:
+        made: the layer that Transformers would use; it says which running states there are.
+    """
+
+    is_compileable = False
+
+    def __init__(self, made: LinearAttentionAndFullAttentionLayer, *args: Any) -> None:
+        PagedLayer.__init__(self, *args)
+        for name, value in vars(made).items():
+            if not hasattr(self, name):
+                setattr(self, name, value)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of the pages for keys and values, which come by position; of a running state, which comes by name."""
+        if args:
+            PagedLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        PagedLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        PagedLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        PagedLayer.crop(self, tokens_to_remove)
+
+
 class HiPCache(DynamicCache):
     """A Transformers cache in pages, for `past_key_values` of any model; what `generate` makes for a `hip` model.
 
@@ -235,11 +270,15 @@ class HiPCache(DynamicCache):
         super().__init__(config=config, **others)
         self.config = config.get_text_config(decoder=True)
         self.offload_to, self.device_pages = offload, device_pages
-        self.layers = [self.make_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers = [self.make_layer(layer) for layer in self.layers]
 
-    def make_layer(self) -> PagedLayer:
-        """An empty paged layer of this cache."""
-        return PagedLayer(self.config, self.offload_to, self.device_pages)
+    def make_layer(self, made: Any) -> Any:
+        """An empty layer in pages in place of the one that Transformers made; that one where it has no full attention."""
+        if type(made) is DynamicLayer:
+            return PagedLayer(self.config, self.offload_to, self.device_pages)
+        if type(made) is LinearAttentionAndFullAttentionLayer:
+            return PagedHybridLayer(made, self.config, self.offload_to, self.device_pages)
+        return made
 
     def statistics(self) -> Statistics:
         """Hits, misses and bytes moved of the device pools, by reader, over all layers.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hip_hf.integration.interface import NAMES, Call
-from hip_hf.integration.settings import attends_by_us, text_config
+from hip_hf.integration.reach import attention_layers, check_reach
+from hip_hf.integration.settings import attends_by_us, layer_index, text_config
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,19 @@ def explain(model: nn.Module) -> Report:
     """Rows per attention layer: method, path of the last call and why, share of keys read, kind of cache.
 
     Raises:
-        ValueError: the model does not attend through `hip` (or another name of ours).
+        ValueError: the model does not attend through `hip` (or another name of ours), or ignores it.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, allowed: a pretrained model")
     if not any(attends_by_us(module.config) for module in model.modules() if hasattr(module, "config")):
         used = text_config(model)._attn_implementation
         raise ValueError(f"model: got attn_implementation={used!r}, allowed: {' | '.join(NAMES)}")
-    rows = []
     for module in model.modules():
-        if "Attention" not in type(module).__name__ or not hasattr(module, "layer_idx"):
-            continue
-        layer: Any = module.layer_idx
+        if isinstance(module, PreTrainedModel):
+            check_reach(module, module.config._attn_implementation)
+    rows = []
+    for module in attention_layers(model):
+        layer = layer_index(module)
         call: Call | None = module.__dict__.get("_hip_call")
         if call is None:
             rows.append(Row(layer, "-", "not called", "", None, "-"))

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
-from hip_hf.integration import paged
+from hip_hf.integration import paged, reach
 from hip_hf.integration.cache import cache_kind, install, state_of
 from hip_hf.integration.masks import check_mask, hip_mask, holds_positions, mask_spans, mask_window, narrowed, visible_rows
 from hip_hf.integration.positions import extended, positions_of, turned_back
-from hip_hf.integration.settings import NO_ATTENTIONS, layer_settings
+from hip_hf.integration.settings import NO_ATTENTIONS, layer_index, layer_settings
 from hip_hf.integration.undo import leaving_the_cache
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.reference import dense
@@ -75,7 +75,8 @@ def attention_forward(
     if not is_causal and (attention_mask is None or not holds_positions(attention_mask)):
         return _bidirectional(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs)
     settings = layer_settings(module, method)
-    layer: Any = getattr(module, "layer_idx", None)
+    layer: Any = layer_index(module)
+    config: Any = module.config
     if attention_mask is not None:
         attention_mask = narrowed(attention_mask, key.shape[2])
     cache = paged.cache_of(key, kwargs)
@@ -83,8 +84,8 @@ def attention_forward(
         check_mask(attention_mask, query.shape, key.shape[2])
         sliding_window = mask_window(attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kind, positions = cache_kind(key, query.shape[2]), None
-    state = state_of(key)
+    state = state_of(key, config.model_type)
+    kind, positions = cache_kind(key, state, query.shape[2]), None
     if unrotated or extended(module, sliding_window):
         positions = positions_of(module, settings)
         if not unrotated:
@@ -180,4 +181,5 @@ def register() -> None:
 
     install()
     paged.install()
+    reach.install()
     registry.install()

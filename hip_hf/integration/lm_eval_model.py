@@ -18,6 +18,7 @@ import hip_hf
 from hip_hf.config import BACKENDS, HiPConfig
 from hip_hf.integration.interface import NAMES, Call
 from hip_hf.integration.lm_eval import UsageError
+from hip_hf.integration.reach import attention_layers
 from hip_hf.integration.settings import configure, read_settings, text_config
 from hip_hf.reference.sparse import DECODE_ROWS
 
@@ -60,9 +61,7 @@ class KeysRead:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [
-            module for module in model.modules() if hasattr(module, "layer_idx") and "Attention" in type(module).__name__
-        ]
+        self.layers = attention_layers(model)
         self.clear()
 
     def clear(self) -> None:

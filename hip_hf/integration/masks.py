@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
+from hip_hf.integration.reach import ignored
 from hip_hf.integration.settings import check_config
 from hip_hf.problem import Span
 
@@ -113,8 +114,8 @@ _foreign: dict[type, bool] = {}
 
 
 def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
-    """Raise ValueError for a model that accepts any attention name but ignores it (Bloom, MPT, ...), or changes masks
-    (DeepSeek-V4)."""
+    """Raise ValueError for a model that accepts any attention name but ignores it (Bloom, MPT, ...), changes masks
+    (DeepSeek-V4), or has layers that choose keys by themselves (DeepSeek-V3.2)."""
     if config is None:
         return
     if any("compressed" in kind for kind in getattr(config, "layer_types", None) or ()):
@@ -122,6 +123,8 @@ def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
             f"attn_implementation: got {config._attn_implementation!r} for model type {config.model_type!r} with compressed "
             "layers, which put compressed keys behind the others and extend the mask for them; allowed: `eager`"
         )
+    if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"indices: {config.model_type} passes the layer's own sparse indices, allowed: None")
     kind = type(config)
     if kind not in _foreign:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -130,11 +133,7 @@ def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
         can_set = getattr(model, "_can_set_attn_implementation", None)
         _foreign[kind] = can_set is not None and not can_set()
     if _foreign[kind]:
-        raise ValueError(
-            f"attn_implementation: got {config._attn_implementation!r} for model type {config.model_type!r}, which computes its "
-            "attention by itself and would ignore it; allowed: architectures built on Transformers' AttentionInterface "
-            "(Llama, Mistral, Qwen, Gemma, Phi, GPT-OSS, ...)"
-        )
+        raise ignored(config._attn_implementation, config.model_type)
 
 
 def packed_spans(sequence: torch.Tensor) -> tuple[Span, ...]:

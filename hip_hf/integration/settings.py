@@ -23,6 +23,13 @@ def text_config(model: nn.Module) -> Any:
     return found if any(found is part for part in (config, *vars(config).values())) else config
 
 
+def text_part(model: nn.Module) -> str:
+    """What the config of the language part is called in the model's config; empty where it is that config itself."""
+    config: Any = model.config
+    target = text_config(model)
+    return next((name for name in config.sub_configs if getattr(config, name, None) is target), "")
+
+
 def read_settings(config: Any) -> HiPConfig:
     """The settings in a model config; `HiPConfig()` where it has none. Raises ValueError if they are invalid."""
     raw = getattr(config, "hip", None)
@@ -91,11 +98,23 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
     return settings
 
 
-def attends_by_us(config: Any) -> bool:
-    """Whether a model with this text config attends by one of our registered functions."""
+def is_ours(name: Any) -> bool:
+    """Whether it is the name of one of our registered functions."""
     from hip_hf.integration.interface import NAMES  # which imports the caches
 
-    return getattr(config, "_attn_implementation", None) in NAMES
+    return isinstance(name, str) and name in NAMES
+
+
+def attends_by_us(config: Any) -> bool:
+    """Whether a model with this text config attends by one of our registered functions."""
+    return is_ours(getattr(config, "_attn_implementation", None))
+
+
+def layer_index(module: nn.Module) -> int | None:
+    """The index of an attention layer among the model's layers, None where it has none: a layer that several places share
+    (Zamba) has no index, or -1 (Zamba 2), and the rules for single layers do not apply to it."""
+    index = getattr(module, "layer_idx", None)
+    return index if isinstance(index, int) and index >= 0 else None
 
 
 def layer_settings(module: nn.Module, method: str | None) -> HiPConfig:
@@ -108,6 +127,6 @@ def layer_settings(module: nn.Module, method: str | None) -> HiPConfig:
     if method is not None and method != settings.method:
         fields = {key: value for key, value in settings.to_dict().items() if key != "options"}
         settings = HiPConfig.from_dict({**fields, "method": method})
-    settings = settings.for_layer(getattr(module, "layer_idx", None))
+    settings = settings.for_layer(layer_index(module))
     module.__dict__["_hip_settings"] = (None if raw is None else {**raw}, method, settings)
     return settings

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from hip_hf.integration.cache import HiPStaticLayer
+from hip_hf.integration.settings import layer_index
 
 
 def leaving_the_cache(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,7 +33,7 @@ def leaving_the_cache(attention: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             cache = _cache_of(module)
             if cache is not None:
-                take_back(cache, query.shape[2], getattr(module, "layer_idx", None), (key, value), error)
+                take_back(cache, query.shape[2], layer_index(module), (key, value), error)
             raise
 
     return called
@@ -119,7 +120,7 @@ def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.T
             x.copy_(x.roll(1, dims=2))
         layer.cumulative_length_int = kept
 
-    if isinstance(layer, PagedLayer):
+    if type(layer) is PagedLayer:  # one with a running state beside its pages cannot go back
         return functools.partial(layer.truncate, kept) if kept else layer.reset
     if type(layer) is DynamicLayer:
         return functools.partial(dynamic, layer.keys, layer.values)
