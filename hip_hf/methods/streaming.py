@@ -24,6 +24,11 @@ class Options:
             raise ValueError(f"HiPConfig.options['recent']: got {self.recent!r}, allowed: True or False")
 
 
+def selected_keys(config: HiPConfig) -> int:
+    """Keys beside sink and window that are read at most."""
+    return config.budget if config.method_options().recent else 0
+
+
 class Selector(Unsummarised):
     """Selects no block at all, or the last ones."""
 
@@ -32,8 +37,7 @@ class Selector(Unsummarised):
 
     def __init__(self, config: HiPConfig) -> None:
         super().__init__(config)
-        if not config.method_options().recent:
-            self.budget = 0
+        self.budget = selected_keys(config) // config.block_k
 
     def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Latest:
         return Latest(1 if self.config.group_shared else q.shape[1], self.budget, q.device)
