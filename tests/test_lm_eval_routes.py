@@ -21,7 +21,7 @@ from hip_hf.integration.lm_eval import MODEL
 FIRST = f"from lm_eval.api.registry import get_model; print(get_model('hf').__name__, get_model({MODEL!r}).__name__)"
 REGISTER = "from hip_hf.integration.lm_eval import register; register(); register()\n"
 TASKS = "import lm_eval.tasks\n"
-COMMAND = "from hip_hf.eval.cli import main; main()"
+COMMAND = "from hip_hf_cli import main; main()"
 # lm-eval's error names the model types that it knows.
 UNKNOWN = ["--model", "no-such-type", "--tasks", "hip_passkey", "--limit", "1"]
 
