@@ -47,7 +47,9 @@ def alone(problem: AttentionProblem, span: Span, config: HiPConfig) -> Result:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("fields", [dict(method=method) for method in METHODS] + [dict(delta=16), dict(delta=16, delta_mode="step")])
+@pytest.mark.parametrize(
+    "fields", [dict(method=method) for method in METHODS] + [dict(delta=16), dict(delta=16, delta_mode="step")]
+)
 def test_a_sequence_is_computed_as_it_is_alone(fields: dict[str, Any], side: str) -> None:
     """Output, log-sum-exp and selection; with settings that prune even the shortest."""
     config = small(**{**dict(budget=4, sink=0, window=0, dense_below=100, dense_tail=8), **fields})
@@ -66,7 +68,9 @@ def test_a_sequence_is_computed_as_it_is_alone(fields: dict[str, Any], side: str
             blocks = 0 if single.mask is None else single.mask.first.shape[1]
             assert (together.mask.first[span.batch, blocks:] == -1).all()
             if single.mask is not None:
-                for got, want in zip((together.mask.first, together.mask.counts), (single.mask.first, single.mask.counts), strict=True):
+                for got, want in zip(
+                    (together.mask.first, together.mask.counts), (single.mask.first, single.mask.counts), strict=True
+                ):
                     assert torch.equal(got[span.batch, ..., :blocks], want[0])
                 assert torch.equal(together.mask.indices[span.batch, :, :blocks], single.mask.indices[0])
         visible = sum(range(span.position + 1, span.end + 1))
@@ -109,12 +113,17 @@ def test_steps_on_a_kept_state_pass_the_threshold_one_by_one() -> None:
     both, single = DecodeState(), [DecodeState(), DecodeState()]
     for step in range(150 - steps, 150 + steps):
         first = 0 if step == 150 - steps else step
-        spans = [Span(b, start, step + 1, max(start - first, 0), step + 1 - first, max(first - start, 0)) for b, start in enumerate(starts)]
+        spans = [
+            Span(b, start, step + 1, max(start - first, 0), step + 1 - first, max(first - start, 0))
+            for b, start in enumerate(starts)
+        ]
         rows = q[:, :, first : step + 1]
         problem = AttentionProblem(rows, k[:, :, : step + 1], v[:, :, : step + 1], tuple(spans), q.shape[3] ** -0.5)
         together = attend(problem, config, state=both)
         for b, span in enumerate(spans):
-            one = replace(problem, q=rows[b : b + 1], k=problem.k[b : b + 1], v=problem.v[b : b + 1], spans=(replace(span, batch=0),))
+            one = replace(
+                problem, q=rows[b : b + 1], k=problem.k[b : b + 1], v=problem.v[b : b + 1], spans=(replace(span, batch=0),)
+            )
             assert_near(together.out[b], attend(one, config, state=single[b]).out[0], 1e-10, f"step {step}, sequence {b}")
 
 

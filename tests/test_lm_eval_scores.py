@@ -54,7 +54,9 @@ def test_scores_of_an_encoder_decoder_do_not_depend_on_the_batch() -> None:
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data.mul_(8)
-    asked = [(words, end, context[: len(context) // 2]) for words, context, end in requests(1000)]  # the long part is the decoder's
+    asked = [
+        (words, end, context[: len(context) // 2]) for words, context, end in requests(1000)
+    ]  # the long part is the decoder's
     fields = {**SETTINGS, "budget": 32, "window": 16, "dense_tail": 16}
     single, batch = (
         scores(HipLM(model, tokenizer=tokenizer, backend="seq2seq", batch_size=size, max_length=400, **fields), asked)

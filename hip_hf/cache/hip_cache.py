@@ -170,7 +170,9 @@ class PagedLayer(Stateful, DynamicLayer):
         if self.offload_to is None or self.device_pages is None:
             return
         settings = read_settings(self.config)
-        need = min(selected_keys(settings) // settings.block_k, -(-length // PAGE))  # at worst each block lies in a page of its own
+        need = min(
+            selected_keys(settings) // settings.block_k, -(-length // PAGE)
+        )  # at worst each block lies in a page of its own
         if self.device_pages < need:
             raise ValueError(f"device_pages: got {self.device_pages}, allowed: at least {need}, the pages one step may need")
 

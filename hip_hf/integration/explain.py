@@ -47,7 +47,9 @@ class Report(list[Row]):
         ]
         unmasked = max((row.unmasked for row in self), default=0)
         if unmasked:
-            lines.append(f"No padding mask arrived with the last batch of {unmasked}: padding, if there is any, was read as text.")
+            lines.append(
+                f"No padding mask arrived with the last batch of {unmasked}: padding, if there is any, was read as text."
+            )
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, Unplaced, Unsummarised
+from hip_hf.shown import shown
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -21,7 +22,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.recent, bool):
-            raise ValueError(f"HiPConfig.options['recent']: got {self.recent!r}, allowed: True or False")
+            raise ValueError(f"HiPConfig.options['recent']: got {shown(self.recent)}, allowed: True or False")
 
 
 def selected_keys(config: HiPConfig) -> int:
