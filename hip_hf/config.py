@@ -155,7 +155,7 @@ class HiPConfig:
             if getattr(self, name) not in allowed:
                 _fail(name, getattr(self, name), " | ".join(allowed))
         if self.delta is not None and (not _is_int(self.delta) or not 1 <= self.delta <= MOST):
-            _fail("delta", self.delta, f"None or an integer from 1 to {MOST} (rows between dense ones)")
+            _fail("delta", self.delta, f"None or an integer >= 1 (rows between dense ones), at most {MOST}")
         if self.extend not in (None, "streaming"):
             _fail("extend", self.extend, "None | streaming")
         if self.extend is not None and self.delta is not None:
@@ -169,7 +169,7 @@ class HiPConfig:
         for name, low in at_least.items():
             value, most = getattr(self, name), {"block_q": MOST_BLOCK_Q, "seed": MOST_SEED}.get(name, MOST)
             if not _is_int(value) or not low <= value <= most:
-                _fail(name, value, f"an integer from {low} to {most}")
+                _fail(name, value, f"an integer >= {low}, at most {most}")
         self._check_refresh()
         if self.budget % self.block_k:
             _fail("budget", self.budget, f"a multiple of block_k={self.block_k}")
@@ -178,18 +178,18 @@ class HiPConfig:
             if not 1 <= chunks <= MOST or self.coarsest % self.block_k or chunks & (chunks - 1):
                 _fail("coarsest", self.coarsest, f"None, or block_k={self.block_k} times a power of two, up to {MOST}")
         if self.dense_below is not None and (not _is_int(self.dense_below) or not 0 <= self.dense_below <= MOST):
-            _fail("dense_below", self.dense_below, f"None or an integer from 0 to {MOST}")
+            _fail("dense_below", self.dense_below, f"None or an integer >= 0, at most {MOST}")
         dense = self.dense_layers
         indices = [dense] if isinstance(dense, int) else dense
         if not isinstance(indices, (list, tuple)) or not all(_is_int(index) and 0 <= index <= MOST for index in indices):
-            _fail("dense_layers", dense, f"a count or a list of layer indices, from 0 to {MOST}")
+            _fail("dense_layers", dense, f"a count >= 0 or a list of layer indices >= 0, at most {MOST}")
         if not isinstance(dense, int):
             object.__setattr__(self, "dense_layers", list(dense))
 
     def _check_refresh(self) -> None:
         steps = self.decode_refresh if isinstance(self.decode_refresh, (list, tuple)) else [self.decode_refresh]
         if not steps or not all(_is_int(count) and 1 <= count <= MOST for count in steps):
-            _fail("decode_refresh", self.decode_refresh, f"an integer from 1 to {MOST}, or a list of them, one per stage")
+            _fail("decode_refresh", self.decode_refresh, f"an integer >= 1, at most {MOST}, or a list of them, one per stage")
         if any(before % count for before, count in pairwise(steps)):
             _fail("decode_refresh", self.decode_refresh, "a list in which every number divides the one before")
         if not isinstance(self.decode_refresh, int):
@@ -203,7 +203,7 @@ class HiPConfig:
             # Python refuses to read very long numbers
             index = int(key) if isinstance(key, str) and key.isdecimal() and len(key) <= len(str(MOST)) else key
             if not _is_int(index) or not 0 <= index <= MOST:
-                _fail("layers", key, f"layer indices from 0 to {MOST} as keys")
+                _fail("layers", key, f"layer indices >= 0 as keys, at most {MOST}")
             if not isinstance(fields, Mapping):
                 _fail("layers", fields, f"a mapping of fields for layer {index}")
             if {"layers", "extend"} & fields.keys():
