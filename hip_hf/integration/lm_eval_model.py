@@ -213,7 +213,7 @@ class HipLM(HFLM):
     ) -> torch.Tensor:
         """Logits of a batch of scored texts, padded on the right; with the mask, so that no row depends on the others."""
         if labels is None:
-            given = {"attention_mask": self._mask(inps)}
+            given: dict[str, Any] = {"attention_mask": self._mask(inps)}
         else:
             given = {"attention_mask": attn_mask, "labels": labels, "decoder_attention_mask": self._mask(labels)}
         dtype = self.mixed_precision_dtype
