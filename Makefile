@@ -1,4 +1,4 @@
-# make test | test-versions | test-families | test-gpu | demo | demo-llm | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-versions | test-families | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # The oldest and the newest Transformers: what `tests/versions` has requirements of.
 VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.*.*.txt)))
 
-.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-families test-gpu demo demo-llm docs notebooks lint clean
+.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-families test-gpu demo demo-llm docs notebooks lint package clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
@@ -51,6 +51,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Builds sdist and wheel, checks them with twine, and uses the wheel in an environment of its own. Nothing is kept.
+package: $(INSTALLED)
+	.ci/package $(BIN)/python
 
 $(INSTALLED): pyproject.toml setup.cfg constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time takes some minutes."

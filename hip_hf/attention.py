@@ -9,6 +9,7 @@ import torch
 from hip_hf import methods
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
+from hip_hf.mixed import Part, merged, parts_of
 from hip_hf.paged import PagedTensor
 from hip_hf.problem import DTYPES, AttentionProblem, Span, check_finite, check_tensors, make_spans, newest
 from hip_hf.reference import dense
@@ -43,7 +44,7 @@ class Result:
 
 def sparse_reach(config: HiPConfig) -> int:
     """Keys that the sparse path reads for a row at most: a context up to this long it reads whole."""
-    return config.sink + config.budget + config.window
+    return config.sink + methods.selected_keys(config) + config.window
 
 
 def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None, stateless: bool) -> tuple[str, bool]:
@@ -119,17 +120,33 @@ def attend(
             return Result(out, lse, None, "sparse", "", attend_next(problem, rows, new_keys(problem), out, lse))
     if problem.positions is not None and learning(problem):
         raise ValueError(f"extend: got {config.extend!r} where gradients are asked for, allowed: torch.no_grad(), or extend=None")
-    reason, unsupported = dense_reason(problem, config, layer, state is None)
     if not problem.spans:
         return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", 1.0)
-    if reason:
+    parts = parts_of(problem, lambda one: dense_reason(one, config, layer, state is None))
+    results = [_attend_part(part, config, state, need_lse, need_mask) for part in parts]
+    if len(parts) == 1:
+        return results[0]
+    out, lse, mask, share = merged(problem, parts, results)
+    reasons = []
+    for part, result in zip(parts, results, strict=True):
+        some = f"{len(part.problem.spans)} of {len(problem.spans)} sequences dense: " if part.reason else ""
+        reasons += [some + result.reason] * bool(result.reason)
+    # the first part is sparse: all that is dense is one part
+    reason, unsupported = "; ".join(dict.fromkeys(reasons)), any(result.unsupported for result in results)
+    return Result(out, lse, mask, "sparse", reason, share, unsupported)
+
+
+def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
+    """Attention of the sequences of a call that go the same way."""
+    problem = part.problem
+    if part.reason:
         if state is not None:
             for span in problem.spans:
                 row = state.row(span.batch, span.key_start, span.position, span.end)
                 row.selection = None
                 if row.on_device:
                     state.device.select_anew(span.batch)
-        return Result(*attend_dense(problem, config, need_lse), None, "dense", reason, 1.0, unsupported)
+        return Result(*attend_dense(problem, config, need_lse), None, "dense", part.reason, 1.0, part.unsupported)
     backend, why = backend_of(problem, config)
     if backend == "triton":
         from hip_hf.kernels.backend import run

@@ -21,6 +21,7 @@ from hip_hf.integration.cache import KIND, Stateful, at_defaults
 from hip_hf.integration.positions import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
 from hip_hf.integration.undo import all_or_none
+from hip_hf.methods import selected_keys
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 from hip_hf.rope import Rope
 
@@ -151,7 +152,8 @@ class PagedLayer(Stateful, DynamicLayer):
         if self.offload_to is None or self.device_pages is None:
             return
         settings = read_settings(self.config)
-        need = min(settings.budget_blocks, -(-length // PAGE))  # at worst each block lies in a page of its own
+        selected = selected_keys(settings) // settings.block_k
+        need = min(selected, -(-length // PAGE))  # at worst each block lies in a page of its own
         if self.device_pages < need:
             raise ValueError(f"device_pages: got {self.device_pages}, allowed: at least {need}, the pages one step may need")
 

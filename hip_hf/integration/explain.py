@@ -14,7 +14,8 @@ from hip_hf.integration.settings import attends_by_us, layer_index, text_config
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: its path is `sparse`, `dense` or `not called`; `share` is that of the visible keys which were read."""
+    """One layer: its path is `sparse`, `dense` or `not called`; `share` is that of the visible keys which were read. `unmasked`:
+    rows of the last batch if no padding mask arrived with it (0: one did, or there was a single row)."""
 
     layer: int | None
     method: str
@@ -22,6 +23,7 @@ class Row:
     reason: str
     share: float | None
     cache: str
+    unmasked: int = 0
 
 
 class Report(list[Row]):
@@ -44,6 +46,11 @@ class Report(list[Row]):
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]
         ]
+        unmasked = max((row.unmasked for row in self), default=0)
+        if unmasked:
+            lines.append(
+                f"No padding mask arrived with the last batch of {unmasked}: padding, if there is any, was read as text."
+            )
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
@@ -68,5 +75,5 @@ def explain(model: nn.Module) -> Report:
         if call is None:
             rows.append(Row(layer, "-", "not called", "", None, "-"))
         else:
-            rows.append(Row(layer, call.method, call.path, call.reason, call.share, call.cache))
+            rows.append(Row(layer, call.method, call.path, call.reason, call.share, call.cache, call.unmasked))
     return Report(rows)

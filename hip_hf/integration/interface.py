@@ -14,7 +14,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hip_hf.attention import attend
 from hip_hf.integration import paged, reach
 from hip_hf.integration.cache import cache_kind, install, state_of
-from hip_hf.integration.masks import check_mask, hip_mask, holds_positions, mask_spans, mask_window, narrowed, visible_rows
+from hip_hf.integration.masks import (
+    check_mask,
+    hip_mask,
+    holds_positions,
+    mask_spans,
+    mask_window,
+    narrowed,
+    unmasked_rows,
+    visible_rows,
+)
 from hip_hf.integration.positions import extended, positions_of, turned_back
 from hip_hf.integration.settings import NO_ATTENTIONS, layer_index, layer_settings
 from hip_hf.integration.undo import leaving_the_cache
@@ -34,13 +43,14 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Call:
-    """What the last call of a layer did; `explain` shows it."""
+    """What the last call of a layer did; `explain` shows it. `unmasked`: rows of a batch that came without a padding mask."""
 
     method: str
     path: str
     reason: str
     share: float
     cache: str
+    unmasked: int = 0
 
 
 @leaving_the_cache
@@ -111,7 +121,8 @@ def attention_forward(
         problem = replace(problem, spans=spans or ())
         result = attend(problem, settings, layer, state)
         out = result.out
-        call = Call(settings.method, result.path, result.reason, result.share, kind)
+        unmasked = unmasked_rows(attention_mask, len(query))
+        call = Call(settings.method, result.path, result.reason, result.share, kind, unmasked)
         if result.unsupported:
             _warn_once(layer, result.reason)
     module.__dict__["_hip_call"] = call

@@ -107,6 +107,7 @@ def hip_mask(
         mask = mask.long()  # not int32: without its spans it must not pass for an unpacked mask
         mask._hip_spans = {q_length: packed_spans(sequence.expand(batch_size, -1))}  # type: ignore[attr-defined]
     mask._hip_window = local_size  # type: ignore[attr-defined]
+    mask._hip_unmasked = batch_size if attention_mask is None and batch_size > 1 else 0  # type: ignore[attr-defined]
     return mask
 
 
@@ -195,7 +196,7 @@ def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
     if mask.shape[-1] <= keys or not holds_positions(mask):
         return mask
     narrow = mask[..., :keys]
-    for name in ("_hip_window", "_hip_spans"):
+    for name in ("_hip_window", "_hip_spans", "_hip_unmasked"):
         if hasattr(mask, name):
             setattr(narrow, name, getattr(mask, name))
     return narrow
@@ -214,6 +215,13 @@ def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
     elif mask.shape != (batch, 1, 1, keys):
         what = f"got a {mask.dtype} tensor of shape {tuple(mask.shape)} for {batch} rows of {keys} keys"
         raise ValueError(f"attention_mask: {what}, allowed: {_ALLOWED}")
+
+
+def unmasked_rows(mask: torch.Tensor | None, batch: int) -> int:
+    """How many rows of the batch nobody gave a padding mask for; 0 for a single one, which needs none."""
+    if mask is None:
+        return batch if batch > 1 else 0
+    return getattr(mask, "_hip_unmasked", 0)
 
 
 def mask_window(mask: torch.Tensor, given: int | None) -> int | None:

@@ -37,14 +37,14 @@ def read_settings(config: Any) -> HiPConfig:
 
 
 _valid: dict[str, Any] | None = None  # the last settings that were found to be so
-# the last that extend the context, with the model's config that they suit
+# the last that name layers or extend the context, with the model's config that they suit
 _fitting: tuple[weakref.ref[Any], dict[str, Any] | None] | None = None
 
 
 def check_config(config: Any) -> None:
-    """Raise ValueError, before a forward has touched anything, for a model config with invalid settings, with `extend` for a
-    model that cannot, or with outputs that we cannot give. Settings are looked at only when they are not the last ones that
-    were."""
+    """Raise ValueError, before a forward has touched anything, for a model config with invalid settings, with layers that the
+    model does not have, with `extend` for a model that cannot, or with outputs that we cannot give. Settings are looked at only
+    when they are not the last ones that were."""
     global _valid, _fitting
     if getattr(config, "output_attentions", False):
         raise ValueError(NO_ATTENTIONS)
@@ -54,11 +54,25 @@ def check_config(config: Any) -> None:
     if raw != _valid:
         read_settings(config)
         _valid = copy.deepcopy(dict(raw))
-    if raw.get("extend") is not None and (_fitting is None or _fitting[0]() is not config or _fitting[1] != raw):
+    of_model = raw.get("extend") is not None or raw.get("layers") or isinstance(raw.get("dense_layers"), (list, tuple))
+    if of_model and (_fitting is None or _fitting[0]() is not config or _fitting[1] != raw):
         from hip_hf.integration.positions import check_extension
 
-        check_extension(read_settings(config), config)
+        settings = read_settings(config)
+        check_layers(settings, config)
+        check_extension(settings, config)
         _fitting = weakref.ref(config), _valid
+
+
+def check_layers(settings: HiPConfig, config: Any) -> None:
+    """Raise ValueError if `settings` name layers that a model with this text config does not have."""
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if count is None:
+        return
+    named = [*settings.layers, *(settings.dense_layers if isinstance(settings.dense_layers, list) else [])]
+    for layer in named:
+        if layer >= count:
+            raise ValueError(f"layer: got {layer}, allowed: 0 to {count - 1}, the layers of this model")
 
 
 def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> HiPConfig:
@@ -85,12 +99,7 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
     settings = read_settings(target) if config is None else config
     if fields:
         settings = HiPConfig.from_dict({**settings.to_dict(), **fields})
-    count = getattr(target.get_text_config(decoder=True), "num_hidden_layers", None)
-    if count is not None:
-        named = list(settings.layers) + (settings.dense_layers if isinstance(settings.dense_layers, list) else [])
-        for layer in named:
-            if layer >= count:
-                raise ValueError(f"layer: got {layer}, allowed: 0 to {count - 1}, the layers of this model")
+    check_layers(settings, target)
     check_extension(settings, target)
     patched = [] if settings.extend is None else layers_to_extend(model)
     target.hip = settings.to_dict()

@@ -75,6 +75,15 @@ def extends(method: str) -> bool:
     return method == "dense" or getattr(getattr(_module(method), "Selector", None), "extends", False)
 
 
+def selected_keys(config: Any) -> int:
+    """Keys that are selected for a query block at most: the budget, where the method spends it."""
+    module = _module(config.method)
+    if module is None:
+        return 0
+    own = getattr(module, "selected_keys", None)
+    return config.budget if own is None else own(config)
+
+
 def attention_for(config: Any) -> Any:
     """The class that computes a sparse call: the method's own, or block-sparse attention over what its `Selector` selects;
     Delta correction around either."""

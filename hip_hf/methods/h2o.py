@@ -44,6 +44,11 @@ class History:
         self.mass: torch.Tensor | None = None
         self.kept: torch.Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of masses and of what is kept."""
+        return sum(table.nbytes for table in (self.mass, self.kept) if table is not None)
+
     def copy(self) -> History:
         other = History(self.block_k)
         other.blocks, other.joined, other.kept = self.blocks, self.joined, self.kept
