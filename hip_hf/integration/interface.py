@@ -65,7 +65,7 @@ def attention_forward(
     `unrotated`: query and key come from a patched layer, before RoPE.
 
     Raises:
-        ValueError: the layer asks for something that would be computed wrongly, or the mask is none of ours and not boolean.
+        ValueError: the layer asks for something that would be computed wrongly, or the mask does not fit.
             The cache is as it was.
     """
     _refuse(module, dropout, kwargs)
@@ -84,6 +84,8 @@ def attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kind, positions = cache_kind(key, query.shape[2]), None
     state = state_of(key)
+    if state is not None:
+        state = state.of_layer(layer)
     if unrotated or extended(module, sliding_window):
         positions = positions_of(module, settings)
         if not unrotated:
@@ -100,8 +102,7 @@ def attention_forward(
         raise ValueError(f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side")
     if why:
         assert attention_mask is not None
-        out = query.new_zeros(*query.shape[:3], value.shape[-1])
-        dense.masked(problem, visible_rows(attention_mask, sliding_window), out)
+        out, _ = dense.masked(problem, visible_rows(attention_mask, sliding_window, query.shape[2]))
         call = Call(settings.method, "dense", why, 1.0, kind)
         _warn_once(layer, why)
     else:
@@ -130,8 +131,8 @@ def _unsayable(mask: torch.Tensor | None, rows: int) -> str:
     """Why a mask cannot be said by spans, or an empty string."""
     if mask is None:
         return ""
-    if mask.dtype == torch.bool:
-        return "the mask is not causal, or the caller's own"
+    if not holds_positions(mask):
+        return "the mask is not causal, or not made by hip"
     return "padding in the middle of a row" if mask_spans(mask, rows) is None else ""
 
 
@@ -152,11 +153,9 @@ def _bidirectional(
 
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=False, **kwargs)
     seen = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device) if mask is None else mask
-    if seen.dtype != torch.bool:
-        raise ValueError(f"attention_mask: got {seen.dtype} for attention that is not causal, allowed: a boolean mask or None")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = query.new_zeros(*query.shape[:3], value.shape[-1])
-    dense.masked(AttentionProblem(query, key, value, (), scale, None, softcap, s_aux), visible_rows(seen, None), out)
+    problem = AttentionProblem(query, key, value, (), scale, None, softcap, s_aux)
+    out, _ = dense.masked(problem, visible_rows(seen, None, query.shape[2]))
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from hip_hf.integration.cache import HiPStaticLayer
 
@@ -32,7 +39,10 @@ def leaving_the_cache(attention: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             cache = _cache_of(module)
             if cache is not None:
-                take_back(cache, query.shape[2], getattr(module, "layer_idx", None), (key, value), error)
+                # a layer that reuses the keys of an earlier one may get the last rows only (Gemma 4)
+                positions = kwargs.get("position_ids")
+                rows = query.shape[2] if positions is None else positions.shape[-1]
+                take_back(cache, rows, getattr(module, "layer_idx", None), (key, value), error)
             raise
 
     return called
@@ -87,8 +97,8 @@ def take_back(
         if length is None or length > kept:
             one = _undo(layer, kept, rows, tensors if index == failed else None)
             if one is None:
-                what = f"got one whose layer {index} ({type(layer).__name__}) has dropped old tokens for a call that failed"
-                raise ValueError(f"past_key_values: {what} ({error}), allowed: a new one") from error
+                what = f"got one whose layer {index} ({type(layer).__name__}) cannot give up the tokens of the call that failed"
+                raise ValueError(f"{error}; past_key_values: {what}, allowed: a new one") from error
             undo.append(one)
     for one in undo:
         one()
@@ -123,6 +133,8 @@ def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.T
         return functools.partial(layer.truncate, kept) if kept else layer.reset
     if type(layer) is DynamicLayer:
         return functools.partial(dynamic, layer.keys, layer.values)
+    if isinstance(layer, DynamicIndexedLayer):
+        return functools.partial(layer.crop, -rows) if kept else layer.reset
     if type(layer) is DynamicSlidingWindowLayer:
         keys: Any
         for keys, values in ((layer.keys, layer.values), tensors or (layer.keys, layer.values)):
