@@ -19,7 +19,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 import hip_hf
 from hip_hf.integration.interface import attention_forward
-from hip_hf.integration.masks import PAD, hip_mask
+from hip_hf.integration.masks import LAST, PAD, hip_mask
 
 KEYS = 50
 
@@ -33,7 +33,7 @@ NOT_OURS: dict[str, torch.Tensor] = {
     "another batch": torch.arange(KEYS, dtype=torch.int32).expand(3, 1, 1, KEYS),
     "a mask for each head": torch.arange(KEYS, dtype=torch.int32).expand(1, 4, 1, KEYS),
     "too few numbers": torch.zeros(1, 1, KEYS, 30),
-    "packed longs": torch.tensor([-1] * 20 + [-3] * 30)[None, None, None],
+    "packed longs": torch.tensor([LAST] * 20 + [LAST + 2] * 30)[None, None, None],
     "too few boolean keys": torch.ones(1, 1, KEYS, 30, dtype=torch.bool),
     "too many boolean keys": torch.ones(1, 1, KEYS, 60, dtype=torch.bool),
     "other boolean rows": torch.ones(1, 1, 49, KEYS, dtype=torch.bool),

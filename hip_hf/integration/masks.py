@@ -1,13 +1,13 @@
 """Masks. Transformers asks for one per forward; ours is a row of key positions, O(T), that every layer reduces alike.
 
-`rel` int32 `[B, 1, 1, Tk]`: `rel[b, j]` is the position of key `j` relative to the last query row of the call, or `PAD` where
-key `j` is padding. Of `n` query rows, row `i` sees key `j` iff `rel <= i - (n - 1)` and, in a sliding window,
-`rel > i - (n - 1) - window`. Relative to the last row, because a model may go on with its last rows only (Gemma 4, whose last
-layers reuse earlier keys): the mask then still holds. Being 4-D it passes a second mask creation untouched; it carries padding,
-offsets and the unfilled slots of static caches.
+int32 `[B, 1, 1, Tk]`: `LAST` plus the position of each key relative to the last query row of the call, or `PAD` where a key is
+padding. Of `n` query rows, row `i` sees the keys up to `LAST + i - (n - 1)` and, in a sliding window, none further back than
+that. Counted from the last row, because a model may go on with its last rows only (Gemma 4, whose last layers reuse earlier
+keys): the mask then still holds. Counted from `LAST`, because a mask that a model adds numbers to must not pass for numbers to
+add. Being 4-D it passes a second mask creation untouched; it carries padding, offsets and the unfilled slots of static caches.
 
-The mask of sequences packed into rows is int64 of the same shape: -1 for the keys of a row's first sequence, -2 for those of its
-second, and so on. The query rows are those of the last keys.
+The mask of sequences packed into rows is int64 of the same shape: `LAST` for the keys of a row's first sequence, `LAST + 1` for
+those of its second, and so on. The query rows are those of the last keys.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 from hip_hf.integration.settings import check_config
-from hip_hf.problem import Span
+from hip_hf.problem import Span, tracing
 
 PAD = torch.iinfo(torch.int32).max
+LAST = 2**29  # far above any number that masks add, and any context
 
 # Mask functions that `rel` can say, by the name Transformers gives them.
 _CAUSAL = {"causal_mask_function", "sliding_window_overlay", "packed_sequence_mask_function"}
@@ -65,8 +66,9 @@ def hip_mask(
 ) -> torch.Tensor:
     """The mask function registered with Transformers.
 
-    Returns `rel` (see above); for patterns that it cannot say (bidirectional, blockwise, chunked, a user's own) the boolean
-    `[B, 1, Tq, Tk]`, which makes the attention dense.
+    Returns a row of key positions (see above); for patterns that it cannot say (bidirectional, blockwise, chunked, a user's
+    own), and for models that go on computing with their mask (Doge), the boolean `[B, 1, Tq, Tk]`, which makes the attention
+    dense.
 
     Raises:
         ValueError: the model does not route its attention through Transformers' attention interface, its settings are invalid,
@@ -79,7 +81,7 @@ def hip_mask(
         what = f"got shape {tuple(attention_mask.shape)} for a batch of {batch_size}"
         raise ValueError(f"attention_mask: {what}, allowed: one row of 0 and 1 for each row of the batch")
     parts = _parts(mask_function)
-    if use_vmap or not parts.keys() <= _CAUSAL:
+    if use_vmap or not parts.keys() <= _CAUSAL or _computes_with_it(config, q_length, parts, kwargs):
         # None would stand for "nothing is hidden" here, and for "causal" elsewhere: always a tensor
         kwargs["allow_is_causal_skip"] = False
         if "allow_is_bidirectional_skip" in kwargs:
@@ -102,16 +104,29 @@ def hip_mask(
         return mask
     if "packed_sequence_mask_function" in parts:
         sequence = _closed_over(parts["packed_sequence_mask_function"], "packed_sequence_mask")
-        mask = -1 - sequence.expand(batch_size, -1)[:, None, None, :]
+        mask = LAST + sequence.long().expand(batch_size, -1)[:, None, None, :]
     else:
-        rel = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - q_offset - (q_length - 1))
-        rel = rel.to(torch.int32).expand(batch_size, kv_length)
+        places = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - q_offset - (q_length - 1) + LAST)
+        places = places.to(torch.int32).expand(batch_size, kv_length)
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         if padding is not None:
-            rel = rel.masked_fill(~padding[:, kv_offset : kv_offset + kv_length].bool(), PAD)
-        mask = rel[:, None, None, :]
+            places = places.masked_fill(~padding[:, kv_offset : kv_offset + kv_length].bool(), PAD)
+        mask = places[:, None, None, :]
     mask._hip_window = local_size  # type: ignore[attr-defined]
     return mask
+
+
+# Known ones, by `model_type`: Doge does not say so before Transformers 5.21, the others may begin with a single token.
+_COMPUTES_WITH_IT = {"doge", "qwen4_exp_text", "t5gemma2_decoder"}
+_computing: set[type] = set()
+
+
+def _computes_with_it(config: PreTrainedConfig | None, rows: int, parts: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+    """Whether the model goes on computing with its mask: it asks Transformers for one in full, even where "causal" says all. For
+    a step on a static cache, and for packed sequences, Transformers itself asks: models are known by their prompts."""
+    if rows > 1 and not kwargs.get("allow_is_causal_skip", True) and "packed_sequence_mask_function" not in parts:
+        _computing.add(type(config))
+    return type(config) in _computing or getattr(config, "model_type", None) in _COMPUTES_WITH_IT
 
 
 _foreign: dict[type, bool] = {}
@@ -179,25 +194,25 @@ def _check_copy(mask: torch.Tensor) -> None:
     """Raise ValueError for a mask of integers `[B, 1, 1, Tk]` that does not hold what a copy of ours would."""
     values = mask[:, 0, 0].cpu()
     if mask.dtype == torch.int64:
-        ours = bool((values[:, 0] == -1).all()) and bool(((values.diff() == 0) | (values.diff() == -1)).all())
+        ours = bool((values[:, 0] == LAST).all()) and bool(((values.diff() == 0) | (values.diff() == 1)).all())
     else:
         origin = (values - torch.arange(values.shape[1], dtype=torch.int32))[values != PAD]
-        ours = mask.dtype == torch.int32 and (len(origin) == 0 or bool((origin == origin[0]).all()))
+        ours = mask.dtype == torch.int32 and (len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2))
     if not ours:
         raise ValueError(f"attention_mask: got a 4-D {mask.dtype} tensor {_maker(mask)}, allowed: {_ALLOWED}")
 
 
 def _padded_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
-    """The spans of `rel`, one for each batch row that has any, or None where one of them has a hole."""
-    rel = mask[:, 0, 0].cpu()
-    real = rel <= 0  # what is beyond the last query is in nobody's sight; padding is as well
+    """The spans of key positions, one for each batch row that has any, or None where one of them has a hole."""
+    place = mask[:, 0, 0].cpu() - LAST
+    real = place <= 0  # what is beyond the last query is in nobody's sight; padding is as well
     count = real.sum(-1).tolist()
     first = real.int().argmax(-1).tolist()
     spans: list[Span] = []
     for batch, (keys, start) in enumerate(zip(count, first, strict=True)):
         if keys == 0:
             continue
-        at, last = (int(rel[batch, slot]) + rows - 1 for slot in (start, start + keys - 1))  # rows, as the first one is 0
+        at, last = (int(place[batch, slot]) + rows - 1 for slot in (start, start + keys - 1))  # rows, as the first one is 0
         if last - at != keys - 1 or not bool(real[batch, start : start + keys].all()):
             return None
         row_start, row_end = max(0, at), min(rows, last + 1)
@@ -234,6 +249,9 @@ def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
     if not fits:
         what = f"got a {mask.dtype} tensor of shape {tuple(mask.shape)} {_maker(mask)} for {batch} rows of {keys} keys"
         raise ValueError(f"attention_mask: {what}, allowed: {allowed}")
+    if mask.is_floating_point() and not tracing() and not bool(mask.max() < LAST // 2):
+        what = f"got numbers up to {mask.max().item():g} {_maker(mask)} (which has computed with a mask of hip, if it made this one)"
+        raise ValueError(f"attention_mask: {what}, allowed: numbers to add to logits")
 
 
 def _maker(mask: torch.Tensor) -> str:
@@ -244,8 +262,9 @@ def _maker(mask: torch.Tensor) -> str:
         if frame.f_code is nn.Module._call_impl.__code__:
             given = [*frame.f_locals["args"], *frame.f_locals["kwargs"].values()]
         frame = frame.f_back
-    known = [each for x in given for each in (x.values() if isinstance(x, dict) else [x])]
-    return "of the caller's own" if any(x is mask for x in known) else "that the model made itself"
+    known = [each for x in given for each in (x.values() if isinstance(x, dict) else [x]) if type(each) is torch.Tensor]
+    memory = mask.untyped_storage().data_ptr()  # the layer may have got a part of it
+    return "of the caller's own" if any(x.untyped_storage().data_ptr() == memory for x in known) else "that the model made itself"
 
 
 def mask_window(mask: torch.Tensor, given: int | None) -> int | None:
@@ -260,13 +279,13 @@ def visible_rows(mask: torch.Tensor, window: int | None, count: int) -> Callable
         return lambda first, last: mask if mask.shape[2] == 1 else mask[:, :, first:last]
     keys = mask.shape[-1]
     if mask.dtype == torch.int64:
-        at = torch.arange(keys, device=mask.device) - (keys - 1)
+        at = torch.arange(keys, device=mask.device) + (LAST - (keys - 1))
         own = mask[..., keys - count :].transpose(2, 3)
     else:
         at, own = mask, None
 
     def rows(first: int, last: int) -> torch.Tensor:
-        row = torch.arange(first, last, device=mask.device)[:, None] - (count - 1)
+        row = torch.arange(first, last, device=mask.device)[:, None] + (LAST - (count - 1))
         seen = at <= row
         if window is not None:
             seen = seen & (at > row - window)
