@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicIndexedLayer,
@@ -25,6 +26,9 @@ from transformers.cache_utils import (
 )
 
 from hip_hf.integration.cache import HiPStaticLayer
+
+# Placeholders of layers that reuse the keys of others, in the versions of Transformers that have them.
+_HOLD_NOTHING: Any = getattr(cache_utils, "DummyLayer", ())
 
 
 def leaving_the_cache(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,6 +96,8 @@ def take_back(
         return
     undo: list[Callable[[], None]] = []
     for index, (layer, length) in enumerate(zip(cache.layers, lengths, strict=True)):
+        if isinstance(layer, _HOLD_NOTHING):
+            continue
         if length is None and failed is not None and index >= failed:
             continue  # a layer that keeps a running state, whose turn had not come
         if length is None or length > kept:
@@ -138,7 +144,7 @@ def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.T
     if type(layer) is DynamicSlidingWindowLayer:
         keys: Any
         for keys, values in ((layer.keys, layer.values), tensors or (layer.keys, layer.values)):
-            if keys.shape[2] - rows >= min(kept, layer.sliding_window - 1):
+            if not kept or keys.shape[2] - rows >= min(kept, layer.sliding_window - 1):
                 return functools.partial(dynamic, keys, values)
     if type(layer) in (StaticLayer, HiPStaticLayer):
         return static
