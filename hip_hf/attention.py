@@ -75,6 +75,10 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
         return "short context" if graph else f"context of {problem.longest} is below dense_below={below}", False
     if below and problem.longest <= sparse_reach(config):
         return "short context" if graph else f"the budget covers the context of {problem.longest}", False
+    anew = decoding and stateless and config.dense_below is None and problem.positions is None
+    if anew and problem.q.device.type == "cpu" and methods.summarises(config):
+        # both read all keys, and to summarise them costs more than to read the values too (docs/performance.md)
+        return "decode without kept state: to summarise all keys anew takes longer than to read them", False
     return "", False
 
 
@@ -287,7 +291,8 @@ def hip_attention(
         sliding_window: keys in sight of a row, itself included.
         softcap: logits become `softcap * tanh(logits / softcap)`.
         sinks: `[Hq]`, one extra logit per query head that takes part in the softmax.
-        state: kept between decode calls on a growing cache; without it the pyramid is rebuilt, O(T).
+        state: kept between decode calls on a growing cache; without it decode is dense by default (on a CPU), as rebuilding
+            the pyramid, O(T), takes longer.
         layer: index for the layer rules (`dense_layers`, `layers`); None: they do not apply.
         positions: with `config.extend`: q and k are not rotated, and this rotates them (InfiniteHiP's context extension).
 
