@@ -15,10 +15,10 @@ from hip_hf.attention import attend
 from hip_hf.integration import paged
 from hip_hf.integration.cache import cache_kind, install, state_of
 from hip_hf.integration.masks import check_mask, hip_mask, holds_positions, mask_spans, mask_window, narrowed, visible_rows
-from hip_hf.integration.positions import extended, positions_of, turned_back
+from hip_hf.integration.positions import extended, positions_of, refuse_followed, turned_back
 from hip_hf.integration.settings import NO_ATTENTIONS, layer_settings
 from hip_hf.integration.undo import leaving_the_cache
-from hip_hf.problem import AttentionProblem, make_spans
+from hip_hf.problem import AttentionProblem, make_spans, tracing
 from hip_hf.reference import dense
 
 # Registered names, and the method each of them forces (None: the one in the settings).
@@ -74,6 +74,9 @@ def attention_forward(
     # a mask of integers is ours and says itself what is causal, whatever the layer says (the decoder of BigBird-Pegasus)
     if not is_causal and (attention_mask is None or not holds_positions(attention_mask)):
         return _bidirectional(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs)
+    follower = tracing()
+    if follower:
+        return _followed(follower, module, query, key, value, attention_mask, scaling, sliding_window, softcap, s_aux)
     settings = layer_settings(module, method)
     layer: Any = getattr(module, "layer_idx", None)
     if attention_mask is not None:
@@ -101,8 +104,7 @@ def attention_forward(
     if why and positions is not None:
         raise ValueError(f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side")
     if why:
-        assert attention_mask is not None
-        out, _ = dense.masked(problem, visible_rows(attention_mask, sliding_window, query.shape[2]))
+        out, _ = dense.masked(problem, visible_rows(attention_mask, sliding_window, query.shape[2], key))
         call = Call(settings.method, "dense", why, 1.0, kind)
         _warn_once(layer, why)
     else:
@@ -136,6 +138,35 @@ def _unsayable(mask: torch.Tensor | None, rows: int) -> str:
     return "padding in the middle of a row" if mask_spans(mask, rows) is None else ""
 
 
+def _followed(
+    follower: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> tuple[torch.Tensor, None]:
+    """A call whose tensors `follower` follows (torch.export, torch.func), which could not follow a selection: it is dense, and
+    no number of a tensor is looked at."""
+    refuse_followed(module.config, follower)
+    if mask is not None:
+        mask = narrowed(mask, key.shape[2])
+        check_mask(mask, query.shape, key.shape[2])
+        sliding_window = mask_window(mask, sliding_window)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
+    out, _ = dense.masked(problem, visible_rows(mask, sliding_window, query.shape[2], key))
+    if follower != "torch.export":  # in which Python leaves no traces
+        why = f"{follower} follows the tensors, and could not follow a selection"
+        module.__dict__["_hip_call"] = Call("dense", "dense", why, 1.0, "none")
+        _warn_once(getattr(module, "layer_idx", None), why)
+    return out.transpose(1, 2).contiguous(), None
+
+
 def _bidirectional(
     module: nn.Module,
     query: torch.Tensor,
@@ -155,7 +186,7 @@ def _bidirectional(
     seen = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device) if mask is None else mask
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     problem = AttentionProblem(query, key, value, (), scale, None, softcap, s_aux)
-    out, _ = dense.masked(problem, visible_rows(seen, None, query.shape[2]))
+    out, _ = dense.masked(problem, visible_rows(seen, None, query.shape[2], key))
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.masking_utils import prepare_padding_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
+from hip_hf.integration.positions import refuse_followed
 from hip_hf.integration.settings import check_config
 from hip_hf.problem import Span, tracing
 
@@ -75,13 +76,16 @@ def hip_mask(
             or the padding mask has another number of rows than the batch. It is the first of us that a forward meets: no
             layer has touched the cache yet.
     """
-    refuse_foreign_model(config)
-    check_config(config)
+    refuse_followed(config, tracing())
+    exporting = torch.compiler.is_exporting()  # a graph of tensors alone, which looks at no settings and no functions
+    if not exporting:
+        refuse_foreign_model(config)
+        check_config(config)
     if attention_mask is not None and attention_mask.shape[0] != batch_size:
         what = f"got shape {tuple(attention_mask.shape)} for a batch of {batch_size}"
         raise ValueError(f"attention_mask: {what}, allowed: one row of 0 and 1 for each row of the batch")
-    parts = _parts(mask_function)
-    if use_vmap or not parts.keys() <= _CAUSAL or _computes_with_it(config, q_length, parts, kwargs):
+    parts = {} if exporting else _parts(mask_function)
+    if exporting or use_vmap or not parts.keys() <= _CAUSAL or _computes_with_it(config, q_length, parts, kwargs):
         # None would stand for "nothing is hidden" here, and for "causal" elsewhere: always a tensor
         kwargs["allow_is_causal_skip"] = False
         if "allow_is_bidirectional_skip" in kwargs:
@@ -272,15 +276,19 @@ def mask_window(mask: torch.Tensor, given: int | None) -> int | None:
     return getattr(mask, "_hip_window", given)
 
 
-def visible_rows(mask: torch.Tensor, window: int | None, count: int) -> Callable[[int, int], torch.Tensor]:
-    """What rows `first` to `last - 1` of `count` query rows see, for the dense path, of any mask: boolean, or (of a mask of
-    numbers) what is added to their logits, `[B, Hq or 1, last - first or 1, Tk]`."""
+def visible_rows(
+    mask: torch.Tensor | None, window: int | None, count: int, keys: torch.Tensor
+) -> Callable[[int, int], torch.Tensor]:
+    """What rows `first` to `last - 1` of `count` query rows see of keys `[B, Hkv, Tk, D]`, for the dense path: under any mask, or
+    (None) as the last rows. Boolean, or of a mask of numbers what is added to the logits, `[B, Hq or 1, last - first or 1, Tk]`."""
+    if mask is None:
+        mask = hip_mask(1, count, keys.shape[2], keys.shape[2] - count, 0, causal_mask_function, device=keys.device)
     if not holds_positions(mask):
         return lambda first, last: mask if mask.shape[2] == 1 else mask[:, :, first:last]
-    keys = mask.shape[-1]
+    length = mask.shape[-1]
     if mask.dtype == torch.int64:
-        at = torch.arange(keys, device=mask.device) + (LAST - (keys - 1))
-        own = mask[..., keys - count :].transpose(2, 3)
+        at = torch.arange(length, device=mask.device) + (LAST - (length - 1))
+        own = mask[..., length - count :].transpose(2, 3)
     else:
         at, own = mask, None
 
