@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
+import warnings
 from typing import Any
 
 import pytest
@@ -319,13 +320,48 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="key_states: got"):
         cache.update(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), 0)
     assert cache.get_seq_length() == 50
-    ids = make_batch([60])["input_ids"]
+
+
+@pytest.mark.parametrize("implementation", ["hip", "eager"])
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("budget", [32, 512])
+def test_decode_where_gradients_are_on(
+    budget: int, patched: bool, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers as under `no_grad`, one warning, and no gradient that lacks what went through the cache."""
+    monkeypatch.setattr("hip_hf.integration.cache._warned", False)
+    model, ids = make_model("llama", budget=budget), make_batch([200])["input_ids"]
+    if patched:
+        hip_hf.patch(model)
+    model.set_attn_implementation(implementation)
+    found: list[list[torch.Tensor]] = [[], []]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for on, logits in zip((True, False), found, strict=True):
+            cache = HiPCache(model.config)
+            with torch.set_grad_enabled(on):
+                for at, rows in ((0, 180), *((at, 1) for at in range(180, 200))):
+                    logits.append(model(ids[:, at : at + rows], past_key_values=cache).logits)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert len([one for one in said if "without their gradients" in str(one.message)]) == 1
+    found[0][0].sum().backward()  # the first call brought all its tokens
+    with pytest.raises(ValueError, match=r"^HiPCache: got a backward pass through attention to cached tokens.*, allowed: "):
+        found[0][-1].sum().backward()
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_frozen_layers_do_not_hide_that_gradients_are_lost(patched: bool) -> None:
+    """A prefix that is trained (as PEFT's prefix tuning does) before a model that is not: no layer's queries ask for gradients."""
+    model, ids = make_model("llama").requires_grad_(False), make_batch([20])["input_ids"]
+    if patched:
+        hip_hf.patch(model)
     cache = HiPCache(model.config)
-    model(ids[:, :40], past_key_values=cache).logits.sum().backward()
-    assert cache.get_seq_length() == 40
-    with pytest.raises(ValueError, match="require gradients after 40 cached tokens"):
-        model(ids[:, 40:], past_key_values=cache)
-    assert cache.layers[0].get_seq_length() == 40
+    for layer in range(2):
+        cache.update(torch.randn(1, 2, 9, 16, requires_grad=True), torch.randn(1, 2, 9, 16), layer)
+    with pytest.raises(ValueError, match=r"^HiPCache: got a backward pass through attention to cached tokens"):
+        model(ids, past_key_values=cache).logits.sum().backward()
+    cache.reset()
+    assert not model(ids, past_key_values=cache).logits.requires_grad
 
 
 def test_a_training_step_with_a_cache_has_the_gradients_of_one_without() -> None:

@@ -6,6 +6,7 @@ beside them and behave exactly as before (Transformers 5.17 and later; before, s
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from hip_hf.integration.settings import attends_by_us
 from hip_hf.paged import PagedTensor
 from hip_hf.state import DecodeState
 
-# Attributes of the returned keys, by which attention finds the state of their cache layer and `explain` its kind.
-STATE, KIND = "_hip_state", "_hip_kind"
+# Attributes of the returned keys, by which attention finds the state of their cache layer, `explain` its kind, and whether
+# gradients were asked for through what is cached.
+STATE, KIND, CUT_OFF = "_hip_state", "_hip_kind", "_hip_cut_off"
 
 
 class Stateful:
@@ -77,6 +79,31 @@ def cache_kind(keys: torch.Tensor, rows: int) -> str:
     if state_of(keys) is not None:
         return getattr(keys, KIND, "kept state")
     return "none" if keys.shape[2] == rows else "stateless"
+
+
+class _CutOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, tie):  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        what = "HiPCache: got a backward pass through attention to cached tokens, which are kept without their gradients"
+        raise ValueError(f"{what}, allowed: through a call that brings all tokens")
+
+
+_warned = False
+
+
+def cut_off(x: torch.Tensor) -> torch.Tensor:
+    """What was computed from cached tokens where gradients are asked for: a backward pass through it raises, rather than leave
+    out what goes through the cache. Warns once."""
+    global _warned
+    if not _warned:
+        _warned = True
+        text = "hip: a HiPCache keeps tokens without their gradients, so a backward pass through this call would raise"
+        warnings.warn(f"{text}. torch.no_grad() around it saves its memory.", stacklevel=2)
+    return _CutOff.apply(x, torch.zeros((), requires_grad=True))
 
 
 def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -13,16 +13,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
 from hip_hf.integration import paged
-from hip_hf.integration.cache import cache_kind, install, state_of
+from hip_hf.integration.cache import CUT_OFF, cache_kind, cut_off, install, state_of
+from hip_hf.integration.holes import attend_runs, few_before, mask_runs
 from hip_hf.integration.masks import check_mask, hip_mask, holds_positions, mask_spans, mask_window, narrowed, visible_rows
 from hip_hf.integration.positions import extended, positions_of, refuse_followed, turned_back
 from hip_hf.integration.settings import NO_ATTENTIONS, layer_settings
 from hip_hf.integration.undo import leaving_the_cache
+from hip_hf.paged import PagedTensor
 from hip_hf.problem import AttentionProblem, make_spans, tracing
 from hip_hf.reference import dense
 
 # Registered names, and the method each of them forces (None: the one in the settings).
 NAMES = {"hip": None, "streaming": "streaming", "hyper": "hyper"}
+
+_HOLES = "padding in the middle of a row"
 
 # Arguments of a layer that change what attention means, and that we would silently ignore.
 _REFUSED = {
@@ -45,6 +49,18 @@ class Call:
 
 @leaving_the_cache
 def attention_forward(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """See `_attention`; attention to a cache that has cut off its gradients says so to whoever asks for them."""
+    cached = isinstance(key, PagedTensor) and torch.is_grad_enabled()
+    if not cached or not (query.requires_grad or getattr(key, CUT_OFF, False)):
+        return _attention(module, query, key, *args, **kwargs)
+    with torch.no_grad():
+        out, _ = _attention(module, query, key, *args, **kwargs)
+    return cut_off(out), None
+
+
+def _attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -101,9 +117,13 @@ def attention_forward(
         module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "continuous batching")
         return result.out.transpose(1, 2).contiguous(), None
     why = _unsayable(attention_mask, query.shape[2])
+    runs = mask_runs(attention_mask, query.shape[2]) if why == _HOLES else []
     if why and positions is not None:
         raise ValueError(f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side")
-    if why:
+    if runs and few_before(problem, settings, runs):
+        result = attend_runs(problem, settings, layer, state, runs)
+        out, call = result.out, Call(settings.method, result.path, result.reason, result.share, kind)
+    elif why:
         out, _ = dense.masked(problem, visible_rows(attention_mask, sliding_window, query.shape[2], key))
         call = Call(settings.method, "dense", why, 1.0, kind)
         _warn_once(layer, why)
@@ -135,7 +155,7 @@ def _unsayable(mask: torch.Tensor | None, rows: int) -> str:
         return ""
     if not holds_positions(mask):
         return "the mask is not causal, or not made by hip"
-    return "padding in the middle of a row" if mask_spans(mask, rows) is None else ""
+    return _HOLES if mask_spans(mask, rows) is None else ""
 
 
 def _followed(
