@@ -79,7 +79,7 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
         return "short context" if graph else f"the budget covers the context of {problem.longest}", False
     anew = decoding and stateless and config.dense_below is None and problem.positions is None
     if anew and problem.q.device.type == "cpu" and methods.summarises(config):
-        # both read all keys, and to summarise them costs more than to read the values too (docs/performance.md)
+        # both read all keys, and to summarise them costs more than to read the values too (docs/decisions.md)
         return "decode without kept state: to summarise all keys anew takes longer than to read them", False
     return "", False
 
@@ -355,8 +355,7 @@ def hip_attention(
             raise ValueError(f"positions: got Positions under {follower}, which gets dense attention, allowed: None")
         problem = AttentionProblem(q, k, v, (), scale, sliding_window, softcap, sinks)
         out, lse = dense.masked(problem, _sight(problem, key_start, q_start), return_lse)
-        extra = ([lse] if return_lse else []) + ([None] if return_mask else [])
-        return (out, *extra) if extra else out
+        return (out, *((lse,) if return_lse else ()), *((None,) if return_mask else ())) if return_lse or return_mask else out
     if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
         problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)

@@ -313,7 +313,6 @@ def test_running_out_of_memory_behind_a_sliding_layer(monkeypatch: pytest.Monkey
 
 
 def test_bad_input() -> None:
-    model = make_model("llama")
     with pytest.raises(ValueError, match="config: got HiPConfig, allowed: the model's config"):
         HiPCache(hip_hf.HiPConfig())  # type: ignore[arg-type]
     cache, _ = filled()
@@ -325,9 +324,7 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize("implementation", ["hip", "eager"])
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("budget", [32, 512])
-def test_decode_where_gradients_are_on(
-    budget: int, patched: bool, implementation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decode_where_gradients_are_on(budget: int, patched: bool, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers as under `no_grad`, one warning, and no gradient that lacks what went through the cache."""
     monkeypatch.setattr("hip_hf.integration.cache._warned", False)
     model, ids = make_model("llama", budget=budget), make_batch([200])["input_ids"]
@@ -351,7 +348,7 @@ def test_decode_where_gradients_are_on(
 
 @pytest.mark.parametrize("patched", [False, True])
 def test_frozen_layers_do_not_hide_that_gradients_are_lost(patched: bool) -> None:
-    """A prefix that is trained (as PEFT's prefix tuning does) before a model that is not: no layer's queries ask for gradients."""
+    """A prefix that is trained, before a model that is not (PEFT's prefix tuning): no layer's queries ask for gradients."""
     model, ids = make_model("llama").requires_grad_(False), make_batch([20])["input_ids"]
     if patched:
         hip_hf.patch(model)

@@ -77,7 +77,9 @@ def test_a_mask_of_ours_that_a_model_has_added_to_is_found_out() -> None:
     module = make_model("llama").model.layers[0].self_attn
     q, k = torch.randn(1, 4, KEYS, 16), torch.randn(1, 2, KEYS, 16)
     mask = hip_mask(1, KEYS, KEYS, 0, 0, causal_mask_function)
-    with pytest.raises(ValueError, match=r"^attention_mask: got numbers up to 5\.\d+e\+08 .*which has computed with a mask of hip"):
+    with pytest.raises(
+        ValueError, match=r"^attention_mask: got numbers up to 5\.\d+e\+08 .*which has computed with a mask of hip"
+    ):
         attention_forward(module, q, k, k, mask + torch.randn(1, 1, KEYS, KEYS))
 
 
@@ -88,7 +90,9 @@ def test_the_error_says_who_made_the_mask(made: str) -> None:
         own = lambda module, args, kwargs: (args, {**kwargs, "attention_mask": wrong})  # noqa: E731
         model.model.layers[1].self_attn.register_forward_pre_hook(own, with_kwargs=True)
     whose = {"caller": "of the caller's own", "model": "that the model made itself"}[made]
-    with pytest.raises(ValueError, match=rf"^attention_mask: got a torch\.float32 tensor of shape \(1, 1, {KEYS}, 30\) {whose} for"):
+    with pytest.raises(
+        ValueError, match=rf"^attention_mask: got a torch\.float32 tensor of shape \(1, 1, {KEYS}, 30\) {whose} for"
+    ):
         model(ids, attention_mask=wrong if made == "caller" else None)
 
 
@@ -152,7 +156,9 @@ def test_doge_generates_as_eager_does() -> None:
 @pytest.mark.parametrize("implementation", ["hip", {"text_config": "hip", "vision_config": "eager"}])
 def test_mllama_with_an_image(implementation: Any) -> None:
     """Its cross-attention layers get a mask of numbers, which is none of the caller's."""
-    text = MllamaTextConfig(**{**_BASE, "num_hidden_layers": 3}, cross_attention_layers=[1], rope_parameters={"rope_type": "default"})
+    text = MllamaTextConfig(
+        **{**_BASE, "num_hidden_layers": 3}, cross_attention_layers=[1], rope_parameters={"rope_type": "default"}
+    )
     sizes = dict(hidden_size=32, intermediate_size=32, attention_heads=2, image_size=16, patch_size=8, vision_output_dim=64)
     layers = dict(num_hidden_layers=2, num_global_layers=1, intermediate_layers_indices=[0])
     vision = MllamaVisionConfig(**sizes, **layers, max_num_tiles=2, supported_aspect_ratios=[[1, 1], [1, 2]])

@@ -69,7 +69,13 @@ def test_generates_as_eager_does(name: str, options: dict[str, Any]) -> None:
     for implementation in ("hip", "eager"):
         model = make(name, implementation)
         out = model.generate(
-            **batch, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True, disable_compile=True, **options
+            **batch,
+            max_new_tokens=8,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            disable_compile=True,
+            **options,
         )
         found.append(torch.stack(out.logits))
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
@@ -81,9 +87,7 @@ def test_packed_sequences(keep: int) -> None:
     lengths = [50, 70, 20]
     ids = make_batch([sum(lengths)])["input_ids"]
     batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
-    got, want = (
-        logits(make("gemma4_text", one), batch, logits_to_keep=keep, use_cache=False) for one in ("hip", "eager")
-    )
+    got, want = (logits(make("gemma4_text", one), batch, logits_to_keep=keep, use_cache=False) for one in ("hip", "eager"))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
@@ -131,4 +135,6 @@ def test_a_failure_in_a_layer_of_few_rows_takes_back_the_whole_call(monkeypatch:
     assert [layer.get_seq_length() for layer in cache.layers[:2]] == [0, 0]
     monkeypatch.undo()
     got = logits(model, {"input_ids": ids}, past_key_values=cache, logits_to_keep=1)
-    torch.testing.assert_close(got, logits(make("gemma4_text", "eager"), {"input_ids": ids}, logits_to_keep=1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        got, logits(make("gemma4_text", "eager"), {"input_ids": ids}, logits_to_keep=1), atol=1e-4, rtol=1e-4
+    )

@@ -117,7 +117,7 @@ def _attention(
         module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "continuous batching")
         return result.out.transpose(1, 2).contiguous(), None
     why = _unsayable(attention_mask, query.shape[2])
-    runs = mask_runs(attention_mask, query.shape[2]) if why == _HOLES else []
+    runs = mask_runs(attention_mask, query.shape[2]) if attention_mask is not None and why == _HOLES else []
     if why and positions is not None:
         raise ValueError(f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side")
     if runs and few_before(problem, settings, runs):

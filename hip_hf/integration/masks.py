@@ -108,7 +108,7 @@ def hip_mask(
         return mask
     if "packed_sequence_mask_function" in parts:
         sequence = _closed_over(parts["packed_sequence_mask_function"], "packed_sequence_mask")
-        mask = LAST + sequence.long().expand(batch_size, -1)[:, None, None, :]
+        mask: Any = LAST + sequence.long().expand(batch_size, -1)[:, None, None, :]
     else:
         places = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - q_offset - (q_length - 1) + LAST)
         places = places.to(torch.int32).expand(batch_size, kv_length)
@@ -116,7 +116,7 @@ def hip_mask(
         if padding is not None:
             places = places.masked_fill(~padding[:, kv_offset : kv_offset + kv_length].bool(), PAD)
         mask = places[:, None, None, :]
-    mask._hip_window = local_size  # type: ignore[attr-defined]
+    mask._hip_window = local_size
     return mask
 
 
@@ -248,13 +248,17 @@ def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
         fits, allowed = mask.shape == (batch, 1, 1, keys), _ALLOWED
     else:
         want = (batch, heads, rows, keys)
-        fits = mask.ndim == 4 and mask.shape[3] == keys and all(got in (1, size) for got, size in zip(mask.shape, want, strict=True))
+        fits = (
+            mask.ndim == 4 and mask.shape[3] == keys and all(got in (1, size) for got, size in zip(mask.shape, want, strict=True))
+        )
         allowed = f"one that broadcasts to {want}"
     if not fits:
         what = f"got a {mask.dtype} tensor of shape {tuple(mask.shape)} {_maker(mask)} for {batch} rows of {keys} keys"
         raise ValueError(f"attention_mask: {what}, allowed: {allowed}")
     if mask.is_floating_point() and not tracing() and not bool(mask.max() < LAST // 2):
-        what = f"got numbers up to {mask.max().item():g} {_maker(mask)} (which has computed with a mask of hip, if it made this one)"
+        what = (
+            f"got numbers up to {mask.max().item():g} {_maker(mask)} (which has computed with a mask of hip, if it made this one)"
+        )
         raise ValueError(f"attention_mask: {what}, allowed: numbers to add to logits")
 
 
