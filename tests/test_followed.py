@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ def dense(family: str) -> Any:
     return make_model(family, method="dense")
 
 
-@pytest.mark.parametrize("padded, strict", [(True, False), (False, True)])
+@pytest.mark.parametrize(("padded", "strict"), [(True, False), (False, True)])
 def test_an_exported_model(padded: bool, strict: bool) -> None:
     """For prompts of any length, where its own length is not in the graph."""
     batch = make_batch([TOKENS, 90]) if padded else {"input_ids": make_batch([TOKENS, TOKENS])["input_ids"]}
@@ -68,8 +69,6 @@ def test_functional_gradients(family: str) -> None:
 
 
 def _nothing() -> Any:
-    import contextlib
-
     return contextlib.nullcontext()
 
 

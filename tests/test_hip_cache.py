@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from pathlib import Path
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest

@@ -108,16 +108,16 @@ def hip_mask(
         return mask
     if "packed_sequence_mask_function" in parts:
         sequence = _closed_over(parts["packed_sequence_mask_function"], "packed_sequence_mask")
-        mask: Any = LAST + sequence.long().expand(batch_size, -1)[:, None, None, :]
+        row: Any = LAST + sequence.long().expand(batch_size, -1)[:, None, None, :]
     else:
         places = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - q_offset - (q_length - 1) + LAST)
         places = places.to(torch.int32).expand(batch_size, kv_length)
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         if padding is not None:
             places = places.masked_fill(~padding[:, kv_offset : kv_offset + kv_length].bool(), PAD)
-        mask = places[:, None, None, :]
-    mask._hip_window = local_size
-    return mask
+        row = places[:, None, None, :]
+    row._hip_window = local_size
+    return row
 
 
 # Known ones, by `model_type`: Doge does not say so before Transformers 5.21, the others may begin with a single token.
@@ -284,7 +284,7 @@ def visible_rows(
     mask: torch.Tensor | None, window: int | None, count: int, keys: torch.Tensor
 ) -> Callable[[int, int], torch.Tensor]:
     """What rows `first` to `last - 1` of `count` query rows see of keys `[B, Hkv, Tk, D]`, for the dense path: under any mask, or
-    (None) as the last rows. Boolean, or of a mask of numbers what is added to the logits, `[B, Hq or 1, last - first or 1, Tk]`."""
+    (None) as the last rows. `[B, Hq or 1, last - first or 1, Tk]`: booleans, or what a mask of numbers adds to the logits."""
     if mask is None:
         mask = hip_mask(1, count, keys.shape[2], keys.shape[2] - count, 0, causal_mask_function, device=keys.device)
     if not holds_positions(mask):
