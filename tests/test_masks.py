@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 import hip_hf
 from hip_hf.integration.interface import attention_forward
-from hip_hf.integration.masks import PAD, hip_mask
+from hip_hf.integration.masks import LAST, PAD, hip_mask
 
 KEYS = 50
 
@@ -34,7 +34,8 @@ NOT_OURS: dict[str, torch.Tensor] = {
     "longs": torch.arange(KEYS)[None, None, None],
     "another batch": torch.arange(KEYS, dtype=torch.int32).expand(3, 1, 1, KEYS),
     "a mask for each head": torch.arange(KEYS, dtype=torch.int32).expand(1, 4, 1, KEYS),
-    "numbers": torch.zeros(1, 1, KEYS, KEYS),
+    "too few numbers": torch.zeros(1, 1, KEYS, 30),
+    "packed longs": torch.tensor([LAST] * 20 + [LAST + 2] * 30)[None, None, None],
     "too few boolean keys": torch.ones(1, 1, KEYS, 30, dtype=torch.bool),
     "too many boolean keys": torch.ones(1, 1, KEYS, 60, dtype=torch.bool),
     "other boolean rows": torch.ones(1, 1, 49, KEYS, dtype=torch.bool),
@@ -46,7 +47,7 @@ NOT_OURS: dict[str, torch.Tensor] = {
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_mask_that_is_not_ours_is_refused(family: str, name: str) -> None:
     model = make_model(family)
-    with pytest.raises(ValueError, match=r"^attention_mask: got .*, allowed: "), torch.no_grad():
+    with pytest.raises(ValueError, match=r"^attention_mask: got .* of the caller's own.*, allowed: "), torch.no_grad():
         model(make_batch([KEYS])["input_ids"], attention_mask=NOT_OURS[name])
 
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 
 from hip_hf.cache.offload import OFFLOADS, OffloadedStore, Statistics, statistics
 from hip_hf.cache.pool import PAGE, PagePool
-from hip_hf.integration.cache import KIND, Stateful, at_defaults
+from hip_hf.integration.cache import CUT_OFF, KIND, Stateful, at_defaults, cut_off
 from hip_hf.integration.positions import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
 from hip_hf.integration.undo import all_or_none
@@ -34,6 +34,7 @@ class PagedLayer(Stateful, DynamicLayer):
         self.pool: PagePool | None = None
         self.tables: list[BlockTable] = []
         self.length = 0
+        self.cut_off = False  # whether gradients were asked for through what is kept
         self.unrotated = False  # whether the keys are as they were before RoPE
         self.rope: Rope | None = None  # of the model, once keys have had to be turned back
         super().__init__()
@@ -86,9 +87,8 @@ class PagedLayer(Stateful, DynamicLayer):
         """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for attention of ours, else ordinary tensors.
 
         Raises:
-            ValueError: tensors that do not continue what is cached, or gradients asked for through cached tokens: only the
-                first tokens' may be, and they flow through this call alone; or keys of another `extend` than those cached.
-                Nothing has changed.
+            ValueError: tensors that do not continue what is cached, or keys of another `extend` than those cached. Nothing has
+                changed. (Gradients flow through the first tokens' call alone: a backward pass through a later one raises.)
             MemoryError: no memory for more pages. Nothing has changed.
         """
         self.check(key_states, value_states)
@@ -102,6 +102,8 @@ class PagedLayer(Stateful, DynamicLayer):
             keys, values = (PagedTensor(store, self.tables, self.length) for store in (self.pool.keys, self.pool.values))
         else:
             keys, values = (read_all(store, self.tables, self.length) for store in (self.pool.keys, self.pool.values))
+            if self.cut_off and torch.is_grad_enabled():
+                keys, values = cut_off(keys), cut_off(values)
         return self.stated(keys), values
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -110,12 +112,14 @@ class PagedLayer(Stateful, DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
+        self.cut_off |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         self.pool.append(self.tables, self.length, key_states.detach(), value_states.detach())
         self.length += key_states.shape[2]
 
     def stated(self, keys: torch.Tensor) -> torch.Tensor:
         keys = super().stated(keys)
         setattr(keys, KIND, "pages")
+        setattr(keys, CUT_OFF, self.cut_off)
         if self.unrotated:
             setattr(keys, UNROTATED, True)
         return keys
@@ -134,10 +138,7 @@ class PagedLayer(Stateful, DynamicLayer):
         return keys, bool(kept)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Raise ValueError for tensors that do not continue what is cached, or ask for gradients through it."""
-        if self.length and torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            allowed = "under torch.no_grad(), or all tokens in one call"
-            raise ValueError(f"HiPCache: got keys that require gradients after {self.length} cached tokens, allowed: {allowed}")
+        """Raise ValueError for tensors that do not continue what is cached."""
         if self.pool is None:
             return
         for name, x, store in (("key_states", keys, self.pool.keys), ("value_states", values, self.pool.values)):
@@ -161,7 +162,7 @@ class PagedLayer(Stateful, DynamicLayer):
         return self.length
 
     def reset(self) -> None:
-        self.pool, self.tables, self.length, self.is_initialized = None, [], 0, False
+        self.pool, self.tables, self.length, self.is_initialized, self.cut_off = None, [], 0, False, False
         self.hip_state.reset()
 
     def crop(self, tokens_to_remove: int) -> None:

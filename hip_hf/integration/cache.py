@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ REBUILT = (
     "minicpm3",
     "youtu",
 )
-# Attributes of the returned keys, by which attention finds the state of their cache layer and `explain` its kind.
-STATE, KIND = "_hip_state", "_hip_kind"
+# Attributes of the returned keys, by which attention finds the state of their cache layer, `explain` its kind, and whether
+# gradients were asked for through what is cached.
+STATE, KIND, CUT_OFF = "_hip_state", "_hip_kind", "_hip_cut_off"
 
 
 # Of each thread: `state` of the layer of a cache that was updated last, until attention has asked for it.
@@ -109,6 +111,29 @@ def at_defaults(arguments: dict[str, Any]) -> bool:
     """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does not have say something."""
     defaults = inspect.signature(DynamicCache.__init__).parameters
     return all(name in defaults and defaults[name].default is value for name, value in arguments.items())
+class _CutOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, tie):  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        what = "HiPCache: got a backward pass through attention to cached tokens, which are kept without their gradients"
+        raise ValueError(f"{what}, allowed: through a call that brings all tokens")
+
+
+_warned = False
+
+
+def cut_off(x: torch.Tensor) -> torch.Tensor:
+    """What was computed from cached tokens where gradients are asked for: a backward pass through it raises, rather than leave
+    out what goes through the cache. Warns once."""
+    global _warned
+    if not _warned:
+        _warned = True
+        text = "hip: a HiPCache keeps tokens without their gradients, so a backward pass through this call would raise"
+        warnings.warn(f"{text}. torch.no_grad() around it saves its memory.", stacklevel=2)
+    return _CutOff.apply(x, torch.zeros((), requires_grad=True))
 
 
 def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:

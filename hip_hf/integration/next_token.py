@@ -22,6 +22,7 @@ from hip_hf.integration.positions import positions_of
 from hip_hf.integration.undo import leaving_the_cache
 from hip_hf.problem import AttentionProblem
 from hip_hf.reference.gathered import attend_next, gathered_rows
+from hip_hf.reference.gradients import learning
 from hip_hf.state import DecodeState, RowState
 
 
@@ -47,6 +48,8 @@ def next_token(
         return None
     positions = positions_of(module, settings) if unrotated else None
     problem = AttentionProblem(query, key, value, spans, module.scaling, positions=positions)
+    if learning(problem) or (layer.cut_off and torch.is_grad_enabled()):
+        return None
     unmasked = unmasked_rows(mask, len(query))
     if kernels_wanted(problem, settings):
         if layer.hip_state.device is None:  # the kernels have not served this cache so far: the interface says why

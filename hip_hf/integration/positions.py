@@ -40,6 +40,13 @@ def extends(config: Any) -> bool:
     return isinstance(raw, dict) and raw.get("extend") is not None
 
 
+def refuse_followed(config: Any, follower: str) -> None:
+    """Raise ValueError if a model with this text config extends the context where `follower` follows its tensors."""
+    if follower and extends(config):
+        got = config.hip["extend"]
+        raise ValueError(f"extend: got {got!r} under {follower}, which gets dense attention, allowed: None")
+
+
 def extended(module: Any, sliding_window: int | None) -> bool:
     """Whether a layer's calls are placed by us. Sliding layers never look past what was trained, so they stay as they are."""
     return sliding_window is None and extends(module.config)

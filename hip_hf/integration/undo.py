@@ -15,10 +15,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers import cache_utils
+from transformers.cache_utils import (
+    Cache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from hip_hf.integration.cache import HiPStaticLayer
 from hip_hf.integration.settings import layer_index
+
+# Placeholders of layers that reuse the keys of others, in the versions of Transformers that have them.
+_HOLD_NOTHING: Any = getattr(cache_utils, "DummyLayer", ())
 
 
 def leaving_the_cache(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +44,10 @@ def leaving_the_cache(attention: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             cache = _cache_of(module)
             if cache is not None:
-                take_back(cache, query.shape[2], layer_index(module), (key, value), error)
+                # a layer that reuses the keys of an earlier one may get the last rows only (Gemma 4)
+                positions = kwargs.get("position_ids")
+                rows = query.shape[2] if positions is None else positions.shape[-1]
+                take_back(cache, rows, layer_index(module), (key, value), error)
             raise
 
     return called
@@ -83,13 +97,15 @@ def take_back(
         return
     undo: list[Callable[[], None]] = []
     for index, (layer, length) in enumerate(zip(cache.layers, lengths, strict=True)):
+        if isinstance(layer, _HOLD_NOTHING):
+            continue
         if length is None and failed is not None and index >= failed:
             continue  # a layer that keeps a running state, whose turn had not come
         if length is None or length > kept:
             one = _undo(layer, kept, rows, tensors if index == failed else None)
             if one is None:
-                what = f"got one whose layer {index} ({type(layer).__name__}) has dropped old tokens for a call that failed"
-                raise ValueError(f"past_key_values: {what} ({error}), allowed: a new one") from error
+                what = f"got one whose layer {index} ({type(layer).__name__}) cannot give up the tokens of the call that failed"
+                raise ValueError(f"{error}; past_key_values: {what}, allowed: a new one") from error
             undo.append(one)
     for one in undo:
         one()
@@ -124,10 +140,12 @@ def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.T
         return functools.partial(layer.truncate, kept) if kept else layer.reset
     if type(layer) is DynamicLayer:
         return functools.partial(dynamic, layer.keys, layer.values)
+    if isinstance(layer, DynamicIndexedLayer):
+        return functools.partial(layer.crop, -rows) if kept else layer.reset
     if type(layer) is DynamicSlidingWindowLayer:
         keys: Any
         for keys, values in ((layer.keys, layer.values), tensors or (layer.keys, layer.values)):
-            if keys.shape[2] - rows >= min(kept, layer.sliding_window - 1):
+            if not kept or keys.shape[2] - rows >= min(kept, layer.sliding_window - 1):
                 return functools.partial(dynamic, keys, values)
     if type(layer) in (StaticLayer, HiPStaticLayer):
         return static

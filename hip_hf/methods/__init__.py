@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class NoOptions:
@@ -68,6 +70,11 @@ def selector_for(config: Any) -> Any:
 def selects(method: str) -> bool:
     """Whether the method says which key blocks it reads."""
     return hasattr(_module(method), "Selector")
+
+
+def summarises(config: Any) -> bool:
+    """Whether the method of `config` keeps summaries of the keys, which decode without kept state must make anew."""
+    return selects(config.method) and selector_for(config).make_pyramid(torch.float32) is not None
 
 
 def extends(method: str) -> bool:
