@@ -1,0 +1,42 @@
+"""Fuzzing: calls and sequences of calls that nobody would think of, against plain attention in float64.
+
+A seeded subset runs with the other tests; `make fuzz` runs 100,000 cases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fuzz_cases import TOLERANCE, cases, configs, covers, expected, keys_read, selected_alone, shapes, tensor_arguments, tensors
+from helpers import assert_near
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hip_hf import hip_attention
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+@cases(0.45)
+@given(data=st.data())
+def test_one_call(data: Any) -> None:
+    shape, config = data.draw(shapes()), data.draw(configs())
+    q, k, v = data.draw(tensors(shape)).make()
+    call = tensor_arguments(shape)
+    out, lse, mask = hip_attention(q, k, v, config=config, return_lse=True, return_mask=True, **call)
+    assert out.dtype == q.dtype
+    bare = hip_attention(q, k, v, config=config, **call)
+    visible = shape.visible()
+    if not covers(config, shape.tokens):
+        if not selected_alone(config):  # an estimate
+            assert out.isfinite().all()
+            return
+        if mask is not None:
+            visible = keys_read(mask, config, q, k, shape)
+    want, want_lse = expected(q, k, v, shape, visible)
+    tolerance = TOLERANCE[shape.dtype]
+    assert_near(out, want, tolerance)
+    assert_near(lse, want_lse, tolerance, "lse")
+    assert_near(bare, want, tolerance, "without lse")
