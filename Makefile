@@ -1,10 +1,10 @@
-# make test | test-gpu | demo | demo-llm | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-gpu | fuzz | demo | demo-llm | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-gpu demo demo-llm docs notebooks lint clean
+.PHONY: test test-gpu fuzz demo demo-llm docs notebooks lint clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
@@ -13,6 +13,10 @@ test: $(INSTALLED)
 # The kernel tests on a GPU, with the Python and the packages that are there: nothing is installed.
 test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/test_kernel_*.py
+
+# 100,000 cases of the properties that `make test` tries on a few hundred; they differ from run to run.
+fuzz: $(INSTALLED)
+	$(BIN)/pytest tests/test_fuzz*.py --hypothesis-profile fuzz --hypothesis-show-statistics
 
 demo: $(INSTALLED)
 	$(BIN)/hip-hf demo

@@ -19,24 +19,24 @@ from hip_hf import hip_attention
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-@cases(0.45)
+@cases(0.5)
 @given(data=st.data())
 def test_one_call(data: Any) -> None:
     shape, config = data.draw(shapes()), data.draw(configs())
     q, k, v = data.draw(tensors(shape)).make()
     call = tensor_arguments(shape)
-    out, lse, mask = hip_attention(q, k, v, config=config, return_lse=True, return_mask=True, **call)
+    told = data.draw(st.booleans())
+    result = hip_attention(q, k, v, config=config, return_lse=told, return_mask=told, **tensor_arguments(shape))
+    out, lse, mask = result if told else (result, None, None)
     assert out.dtype == q.dtype
-    bare = hip_attention(q, k, v, config=config, **call)
     visible = shape.visible()
     if not covers(config, shape.tokens):
-        if not selected_alone(config):  # an estimate
+        if not told or not selected_alone(config):  # who knows what was read
             assert out.isfinite().all()
             return
-        if mask is not None:
+        if mask is not None:  # else it went dense
             visible = keys_read(mask, config, q, k, shape)
     want, want_lse = expected(q, k, v, shape, visible)
-    tolerance = TOLERANCE[shape.dtype]
-    assert_near(out, want, tolerance)
-    assert_near(lse, want_lse, tolerance, "lse")
-    assert_near(bare, want, tolerance, "without lse")
+    assert_near(out, want, TOLERANCE[shape.dtype])
+    if told:
+        assert_near(lse, want_lse, 3 * TOLERANCE[shape.dtype], "lse")  # of size 20

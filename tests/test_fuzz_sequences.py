@@ -98,7 +98,7 @@ class Sequence:
             visible = keys_read(told.mask, config, q, self.k, shape, windows)
         want, want_lse = expected(q, self.k, self.v, shape, visible)
         assert_near(told.out, want, tolerance)
-        assert_near(told.lse, want_lse, tolerance, "lse")
+        assert_near(told.lse, want_lse, 3 * tolerance, "lse")
         assert_near(paged.out, want, tolerance, "from pages")
         if config.decode_refresh == 1 and config.method in STATELESS_TOO and told.path == "sparse" and config.delta is None:
             alone = self.attend(q, self.k, self.v, None, False)
@@ -149,7 +149,7 @@ def steps(draw: Draw) -> list[tuple[str, Any]]:
     return found
 
 
-@cases(0.1)
+@cases(0.05)
 @given(data=st.data())
 def test_one_cache(data: Any) -> None:
     shape, config = data.draw(shapes(most=8)), data.draw(configs())

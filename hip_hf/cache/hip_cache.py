@@ -22,7 +22,7 @@ from hip_hf.cache.pool import PAGE, PagePool
 from hip_hf.integration.cache import KIND, Stateful
 from hip_hf.integration.positions import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
-from hip_hf.integration.undo import all_or_none
+from hip_hf.integration.undo import all_or_none, unfinished
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 from hip_hf.rope import Rope
 
@@ -51,6 +51,7 @@ class PagedLayer(Stateful, DynamicLayer):
         self.pool: PagePool | None = None
         self.tables: list[BlockTable] = []
         self.length = 0
+        self.appending = False  # or a call was interrupted while it did
         self.unrotated = False  # whether the keys are as they were before RoPE
         self.rope: Rope | None = None  # of the model, once keys have had to be turned back
         super().__init__()
@@ -123,12 +124,20 @@ class PagedLayer(Stateful, DynamicLayer):
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Keep `[B, Hkv, n, D]` as they are. Raises ValueError or MemoryError as `update` does."""
+        if self.appending:
+            raise unfinished("with tokens that are half there")
         self._check_device_pages(self.length + key_states.shape[2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
-        self.pool.append(self.tables, self.length, key_states.detach(), value_states.detach())
+        self.appending = True
+        try:
+            self.pool.append(self.tables, self.length, key_states.detach(), value_states.detach())
+        except MemoryError:  # nothing has changed
+            self.appending = False
+            raise
         self.length += key_states.shape[2]
+        self.appending = False
 
     def stated(self, keys: torch.Tensor) -> torch.Tensor:
         keys = super().stated(keys)
@@ -177,7 +186,7 @@ class PagedLayer(Stateful, DynamicLayer):
         return self.length
 
     def reset(self) -> None:
-        self.pool, self.tables, self.length, self.is_initialized = None, [], 0, False
+        self.pool, self.tables, self.length, self.is_initialized, self.appending = None, [], 0, False, False
         self.hip_state.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -304,14 +313,14 @@ class HiPCache(DynamicCache):
         Raises:
             MemoryError, ValueError: as `PagedLayer.update`; and where a sliding layer before it has forgotten what it held.
         """
-        with all_or_none(self, layer_idx, key_states.shape[2], MemoryError, ValueError):
+        with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Append to one paged layer, as `update` does, for a caller who does not ask for the rest."""
         layer: Any = self.layers[layer_idx]
         layer.check(key_states, value_states)
-        with all_or_none(self, layer_idx, key_states.shape[2], MemoryError):
+        with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
             layer.append(key_states, value_states)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HiPCache:
