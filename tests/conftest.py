@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, settings
 
 # `tests/test_fuzz.py` shares the cases of a profile between its properties; other tests say how many they want
 settings.register_profile("ci", max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-settings.register_profile("fuzz", settings.get_profile("ci"), max_examples=100_000, derandomize=False, database=None, print_blob=True)
+settings.register_profile(
+    "fuzz", settings.get_profile("ci"), max_examples=100_000, derandomize=False, database=None, print_blob=True
+)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernel tests run without a GPU

@@ -21,7 +21,9 @@ VOCAB, MOST = 32, 64
 @cache
 def models() -> tuple[PreTrainedModel, PreTrainedModel]:
     """A tiny Llama with `hip`, and the same with eager attention."""
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+    sizes = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4
+    )
     torch.manual_seed(0)
     eager = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=VOCAB, **sizes), attn_implementation="eager").eval()
     for parameter in eager.parameters():

@@ -112,7 +112,24 @@ def test_numbers_that_are_not_finite(data: Any) -> None:
     assert out.isfinite().flatten(2).all(-1)[~spoilt].all()
 
 
-ANYTHING = (None, True, -1, 0, 1, 3, 1 << 40, 1.5, float("nan"), float("inf"), "1", [], [0], torch.tensor(1), torch.zeros(2, 2), {})
+ANYTHING = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    1 << 40,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "1",
+    [],
+    [0],
+    torch.tensor(1),
+    torch.zeros(2, 2),
+    {},
+)
 
 
 @st.composite
@@ -124,7 +141,9 @@ def strange(draw: Draw) -> tuple[list[Any], dict[str, Any]]:
         shape = [draw(st.sampled_from(sizes)) for _ in range(4)] if draw(st.booleans()) else [1, 2, 17, 4]
         if draw(st.integers(0, 9)) == 9:
             shape = shape[: draw(st.integers(0, 3))] + [0] * draw(st.integers(0, 2))
-        dtype = draw(st.sampled_from([torch.float32] * 5 + [torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64]))
+        dtype = draw(
+            st.sampled_from([torch.float32] * 5 + [torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64])
+        )
         made.append(torch.ones(shape, dtype=dtype) if draw(st.integers(0, 19)) else draw(st.sampled_from(ANYTHING)))
     names = ("config", "scale", "key_start", "q_start", "sliding_window", "softcap", "sinks", "state", "layer", "positions")
     given_names = draw(st.lists(st.sampled_from(names), max_size=2, unique=True))

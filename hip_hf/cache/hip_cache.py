@@ -258,6 +258,8 @@ class HiPCache(DynamicCache):
         super().__init__(config=config)
         self.config = config.get_text_config(decoder=True)
         self.offload_to, self.device_pages = offload, device_pages
+        self._in_model = False  # whether a model uses it, which brings every layer the same tokens
+        self._last_update: tuple[int, int, int] | None = None  # layer, the tokens it held, and how many came
         self.layers = [self.make_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
     def make_layer(self) -> PagedLayer:
@@ -313,15 +315,33 @@ class HiPCache(DynamicCache):
         Raises:
             MemoryError, ValueError: as `PagedLayer.update`; and where a sliding layer before it has forgotten what it held.
         """
+        self._check_lengths(layer_idx, key_states.shape[2])
         with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Append to one paged layer, as `update` does, for a caller who does not ask for the rest."""
         layer: Any = self.layers[layer_idx]
+        self._check_lengths(layer_idx, key_states.shape[2])
         layer.check(key_states, value_states)
         with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
             layer.append(key_states, value_states)
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As in Transformers' own cache; a model asks for it at the beginning of every call."""
+        self._in_model, self._last_update = True, None
+        return super().get_mask_sizes(*args, **kwargs)
+
+    def _check_lengths(self, layer_idx: int, rows: int) -> None:
+        """Raise ValueError for a layer that does not hold what the one before it held when it got as many new tokens: a call of
+        the model was interrupted between the two, outside of attention, where nothing could take them back."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if not self._in_model or not isinstance(layer, DynamicLayer):
+            return
+        length, before = layer.get_seq_length(), self._last_update
+        if before is not None and before[0] < layer_idx and before[2] == rows and before[1] != length:
+            raise unfinished(f"whose layers hold {before[1]} and {length} tokens")
+        self._last_update = (layer_idx, length, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HiPCache:
         """A copy with pages of its own; the model's config stays the model's."""

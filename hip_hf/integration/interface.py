@@ -13,11 +13,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
 from hip_hf.integration import paged
-from hip_hf.integration.cache import KIND, cache_kind, install, state_of
+from hip_hf.integration.cache import cache_kind, install, state_of
 from hip_hf.integration.masks import check_mask, hip_mask, holds_positions, mask_spans, mask_window, narrowed, visible_rows
 from hip_hf.integration.positions import extended, positions_of, turned_back
 from hip_hf.integration.settings import NO_ATTENTIONS, layer_settings
-from hip_hf.integration.undo import leaving_the_cache, unfinished
+from hip_hf.integration.undo import leaving_the_cache
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.reference import dense
 
@@ -76,15 +76,13 @@ def attention_forward(
         return _bidirectional(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs)
     settings = layer_settings(module, method)
     layer: Any = getattr(module, "layer_idx", None)
-    kind, positions = cache_kind(key, query.shape[2]), None
     if attention_mask is not None:
-        if getattr(key, KIND, None) == "pages" and holds_positions(attention_mask) and attention_mask.shape[-1] > key.shape[2]:
-            raise unfinished(f"with {key.shape[2]} tokens in layer {layer}, for a mask of {attention_mask.shape[-1]}")
         attention_mask = narrowed(attention_mask, key.shape[2])
     if kwargs.get("cache") is None and attention_mask is not None:
         check_mask(attention_mask, query.shape, key.shape[2])
         sliding_window = mask_window(attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kind, positions = cache_kind(key, query.shape[2]), None
     state = state_of(key)
     if unrotated or extended(module, sliding_window):
         positions = positions_of(module, settings)

@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 from hip_hf.integration.settings import check_config
-from hip_hf.integration.undo import unfinished
 from hip_hf.problem import Span
 
 PAD = torch.iinfo(torch.int32).max
@@ -94,8 +93,6 @@ def hip_mask(
         )
         assert mask is not None  # neither skip was allowed
         return mask
-    if isinstance(q_offset, int) and kv_offset + kv_length < q_offset + q_length:
-        raise unfinished(f"with {kv_offset + kv_length} tokens in one layer and {q_offset + q_length} in another")
     rel = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - q_offset)
     rel = rel.to(torch.int32).expand(batch_size, kv_length)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
