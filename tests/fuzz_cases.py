@@ -29,6 +29,14 @@ def cases(share: float) -> Any:
     return settings(max_examples=count)
 
 
+def refused(call: Callable[[], Any]) -> tuple[Any, str]:
+    """What a call gives, or None and what its ValueError says."""
+    try:
+        return call(), ""
+    except ValueError as error:
+        return None, str(error)
+
+
 def contiguous(x: torch.Tensor) -> torch.Tensor:
     return x
 

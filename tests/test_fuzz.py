@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from fuzz_cases import TOLERANCE, cases, configs, covers, expected, keys_read, selected_alone, shapes, tensor_arguments, tensors
 from helpers import assert_near
 from hypothesis import given
@@ -24,7 +23,6 @@ pytestmark = pytest.mark.usefixtures("poison")
 def test_one_call(data: Any) -> None:
     shape, config = data.draw(shapes()), data.draw(configs())
     q, k, v = data.draw(tensors(shape)).make()
-    call = tensor_arguments(shape)
     told = data.draw(st.booleans())
     result = hip_attention(q, k, v, config=config, return_lse=told, return_mask=told, **tensor_arguments(shape))
     out, lse, mask = result if told else (result, None, None)

@@ -1,4 +1,6 @@
-"""Fuzzing: sequences of calls on one cache, which grows, is cut, and whose rows are reordered, against plain attention in float64.
+"""Fuzzing: sequences of calls on one cache, which grows, is cut, and whose rows are reordered.
+
+Everything is compared with plain attention in float64.
 
 Each step is computed twice: from plain tensors with a `DecodeState`, which tells what it read, and from a cache in pages.
 """

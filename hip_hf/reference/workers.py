@@ -88,8 +88,8 @@ def _get_pool(size: int) -> ThreadPoolExecutor:
 
 
 def run(task: Callable[[Item], None], items: Iterable[Item], device: torch.device) -> None:
-    """`task(item)` for every item: in parallel on a CPU with several threads, one after another elsewhere. Where one fails, or the
-    caller is interrupted, no other is running when the error arrives."""
+    """`task(item)` for every item: in parallel on a CPU with several threads, one after another elsewhere. Where one fails, or
+    the caller is interrupted, no other is running when the error arrives."""
     items = list(items)
     size = torch.get_num_threads()
     if device.type != "cpu" or size == 1 or len(items) == 1:
