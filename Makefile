@@ -1,4 +1,4 @@
-# make test | test-versions | test-families | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-versions | test-families | fuzz | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # The oldest and the newest Transformers: what `tests/versions` has requirements of.
 VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.*.*.txt)))
 
-.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-families test-gpu demo demo-llm docs notebooks lint package clean
+.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-families fuzz test-gpu demo demo-llm docs notebooks lint package clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
@@ -31,6 +31,10 @@ test-families: $(INSTALLED)
 # The kernel tests on a GPU, with the Python and the packages that are there: nothing is installed.
 test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/test_kernel_*.py
+
+# 100,000 cases of the properties that `make test` tries on a few hundred; they differ from run to run.
+fuzz: $(INSTALLED)
+	$(BIN)/pytest tests/test_fuzz*.py --hypothesis-profile fuzz --hypothesis-show-statistics
 
 demo: $(INSTALLED)
 	$(BIN)/hip-hf demo

@@ -117,8 +117,26 @@ def attend(
     need_lse: bool = False,
     need_mask: bool = False,
 ) -> Result:
-    """Attention of a validated problem. Rows outside every span give 0, and -inf as log-sum-exp."""
-    config = config.for_layer(layer)
+    """Attention of a validated problem. Rows outside every span give 0, and -inf as log-sum-exp.
+
+    Whatever fails or interrupts it, the state is never left half changed: it forgets all, and the next call starts afresh."""
+    try:
+        return _attend(problem, config.for_layer(layer), layer, state, need_lse, need_mask)
+    except BaseException as error:
+        if state is not None and not isinstance(error, ValueError):  # which refuses a call before it changes anything
+            state.reset()
+        raise
+
+
+def _attend(
+    problem: AttentionProblem,
+    config: HiPConfig,
+    layer: int | None,
+    state: DecodeState | None,
+    need_lse: bool,
+    need_mask: bool,
+) -> Result:
+    """`attend` with the settings of the layer."""
     if state is not None and not need_mask and not kernels_wanted(problem, config):
         rows = gathered_rows(problem, config, state)
         if rows is not None:

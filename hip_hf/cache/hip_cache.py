@@ -20,7 +20,7 @@ from hip_hf.cache.pool import PAGE, PagePool
 from hip_hf.integration.cache import CUT_OFF, KIND, Stateful, at_defaults, cut_off
 from hip_hf.integration.positions import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
-from hip_hf.integration.undo import all_or_none
+from hip_hf.integration.undo import all_or_none, unfinished
 from hip_hf.methods import selected_keys
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 from hip_hf.rope import Rope
@@ -35,6 +35,7 @@ class PagedLayer(Stateful, DynamicLayer):
         self.tables: list[BlockTable] = []
         self.length = 0
         self.cut_off = False  # whether gradients were asked for through what is kept
+        self.appending = False  # or a call was interrupted while it did
         self.unrotated = False  # whether the keys are as they were before RoPE
         self.rope: Rope | None = None  # of the model, once keys have had to be turned back
         super().__init__()
@@ -108,13 +109,21 @@ class PagedLayer(Stateful, DynamicLayer):
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Keep `[B, Hkv, n, D]` as they are. Raises ValueError or MemoryError as `update` does."""
+        if self.appending:
+            raise unfinished("with tokens that are half there")
         self._check_device_pages(self.length + key_states.shape[2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
         self.cut_off |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        self.pool.append(self.tables, self.length, key_states.detach(), value_states.detach())
+        self.appending = True
+        try:
+            self.pool.append(self.tables, self.length, key_states.detach(), value_states.detach())
+        except MemoryError:  # nothing has changed
+            self.appending = False
+            raise
         self.length += key_states.shape[2]
+        self.appending = False
 
     def stated(self, keys: torch.Tensor) -> torch.Tensor:
         keys = super().stated(keys)
@@ -162,7 +171,8 @@ class PagedLayer(Stateful, DynamicLayer):
         return self.length
 
     def reset(self) -> None:
-        self.pool, self.tables, self.length, self.is_initialized, self.cut_off = None, [], 0, False, False
+        self.pool, self.tables, self.length, self.is_initialized = None, [], 0, False
+        self.cut_off = self.appending = False
         self.hip_state.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -273,6 +283,8 @@ class HiPCache(DynamicCache):
         super().__init__(config=config, **others)
         self.config = config.get_text_config(decoder=True)
         self.offload_to, self.device_pages = offload, device_pages
+        self._in_model = False  # whether a model uses it, which brings every layer the same tokens
+        self._last_update: tuple[int, int, int] | None = None  # layer, the tokens it held, and how many came
         self.layers = [self.make_layer(layer) for layer in self.layers]
 
     def make_layer(self, made: Any) -> Any:
@@ -332,15 +344,33 @@ class HiPCache(DynamicCache):
         Raises:
             MemoryError, ValueError: as `PagedLayer.update`; and where a sliding layer before it has forgotten what it held.
         """
-        with all_or_none(self, layer_idx, key_states.shape[2], MemoryError, ValueError):
+        self._check_lengths(layer_idx, key_states.shape[2])
+        with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Append to one paged layer, as `update` does, for a caller who does not ask for the rest."""
         layer: Any = self.layers[layer_idx]
+        self._check_lengths(layer_idx, key_states.shape[2])
         layer.check(key_states, value_states)
-        with all_or_none(self, layer_idx, key_states.shape[2], MemoryError):
+        with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
             layer.append(key_states, value_states)
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As in Transformers' own cache; a model asks for it at the beginning of every call."""
+        self._in_model, self._last_update = True, None
+        return super().get_mask_sizes(*args, **kwargs)
+
+    def _check_lengths(self, layer_idx: int, rows: int) -> None:
+        """Raise ValueError for a layer that does not hold what the one before it held when it got as many new tokens: a call of
+        the model was interrupted between the two, outside of attention, where nothing could take them back."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if not self._in_model or not isinstance(layer, DynamicLayer):
+            return
+        length, before = layer.get_seq_length(), self._last_update
+        if before is not None and before[0] < layer_idx and before[2] == rows and before[1] != length:
+            raise unfinished(f"whose layers hold {before[1]} and {length} tokens")
+        self._last_update = (layer_idx, length, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HiPCache:
         """A copy with pages of its own; the model's config stays the model's."""

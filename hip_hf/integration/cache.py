@@ -111,6 +111,8 @@ def at_defaults(arguments: dict[str, Any]) -> bool:
     """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does not have say something."""
     defaults = inspect.signature(DynamicCache.__init__).parameters
     return all(name in defaults and defaults[name].default is value for name, value in arguments.items())
+
+
 class _CutOff(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tie):  # type: ignore[no-untyped-def]

@@ -32,6 +32,12 @@ from hip_hf.integration.settings import layer_index
 _HOLD_NOTHING: Any = getattr(cache_utils, "DummyLayer", ())
 
 
+def unfinished(what: str) -> ValueError:
+    """The error of going on with a cache that an interrupted call has left behind: outside of attention and of the cache's own
+    methods, nobody can take back what it had appended."""
+    return ValueError(f"past_key_values: got a cache {what}, as an interrupted call left it, allowed: a new one")
+
+
 def leaving_the_cache(attention: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates `attention(module, query, key, value, ...)` of a layer."""
 
@@ -41,7 +47,7 @@ def leaving_the_cache(attention: Callable[..., Any]) -> Callable[..., Any]:
             return attention(module, query, key, value, *args, **kwargs)
         try:
             return attention(module, query, key, value, *args, **kwargs)
-        except Exception as error:
+        except BaseException as error:
             cache = _cache_of(module)
             if cache is not None:
                 # a layer that reuses the keys of an earlier one may get the last rows only (Gemma 4)
@@ -66,7 +72,7 @@ def _cache_of(module: nn.Module) -> Cache | None:
 
 
 @contextlib.contextmanager
-def all_or_none(cache: Cache, layer_idx: int, rows: int, *errors: type[Exception]) -> Iterator[None]:
+def all_or_none(cache: Cache, layer_idx: int, rows: int, *errors: type[BaseException]) -> Iterator[None]:
     """Around what appends `rows` tokens to a layer of a cache: where that raises one of `errors`, the layers before it give up
     their new tokens as well.
 
@@ -83,7 +89,7 @@ def all_or_none(cache: Cache, layer_idx: int, rows: int, *errors: type[Exception
 
 
 def take_back(
-    cache: Cache, rows: int, failed: int | None, tensors: tuple[torch.Tensor, torch.Tensor] | None, error: Exception
+    cache: Cache, rows: int, failed: int | None, tensors: tuple[torch.Tensor, torch.Tensor] | None, error: BaseException
 ) -> None:
     """Take the last `rows` tokens from the layers that have got them already. `failed`: the layer whose attention raised
     `error`, `tensors`: the keys and values `[B, Hkv, Tk, D]` that it was called with, if it came to that.
@@ -103,6 +109,8 @@ def take_back(
             continue  # a layer that keeps a running state, whose turn had not come
         if length is None or length > kept:
             one = _undo(layer, kept, rows, tensors if index == failed else None)
+            if one is None and not isinstance(error, Exception):
+                return  # an interrupt stays one: the next call on the cache says what this one left behind
             if one is None:
                 what = f"got one whose layer {index} ({type(layer).__name__}) cannot give up the tokens of the call that failed"
                 raise ValueError(f"{error}; past_key_values: {what}, allowed: a new one") from error

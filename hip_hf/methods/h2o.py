@@ -99,7 +99,7 @@ class HeavyHitters:
             self.chosen[block.first] = history.kept = kept
             history.joined = block.high
             self._accumulate(mass, block, kept)
-        history.mass = mass
+        history.mass, history.blocks = mass, size  # of every key: whichever are cropped have had their part in it
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         return torch.stack([self.chosen[block.first][heads] for block in blocks], dim=2)

@@ -152,13 +152,18 @@ def attend_next(
     q, outs = problem.q.unflatten(1, heads), out.unflatten(1, heads)
     sinks = None if problem.sinks is None else problem.sinks.unflatten(0, heads)
     read = visible = 0
-    for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
-        row.gathered.append(key, value, problem.positions)
-        outs[span.batch], total = row.gathered.attend(
-            q[span.batch], problem.scale, problem.softcap, sinks, problem.positions, lse is not None
-        )
-        if lse is not None:
-            lse[span.batch] = total.flatten(0, 1)
-        row.position = span.end
-        read, visible = read + row.gathered.count, visible + span.end
+    try:
+        for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
+            row.gathered.append(key, value, problem.positions)
+            outs[span.batch], total = row.gathered.attend(
+                q[span.batch], problem.scale, problem.softcap, sinks, problem.positions, lse is not None
+            )
+            if lse is not None:
+                lse[span.batch] = total.flatten(0, 1)
+            row.position = span.end
+            read, visible = read + row.gathered.count, visible + span.end
+    except BaseException:  # also an interrupt: who knows how far a row has come
+        for row in rows:
+            row.gathered = None
+        raise
     return read / visible
