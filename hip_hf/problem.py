@@ -76,6 +76,8 @@ def tracing() -> str:
         return "torch.export"
     if torch.jit.is_tracing():
         return "torch.jit.trace"
+    if torch.compiler.is_compiling():  # which has interpreters of its own there
+        return ""
     return "torch.func" if torch._C._functorch.peek_interpreter_stack() is not None else ""
 
 

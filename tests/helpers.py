@@ -110,10 +110,13 @@ def read_mask(
     (batch, heads, rows, _), keys, bk = q.shape, k.shape[2], config.block_k
     row_at, key_at = positions(batch, rows, keys, key_start, q_start)
     sink = (config.sink + bk - 1) // bk * bk
-    decoding = rows <= DECODE_ROWS
     out = torch.zeros(batch, heads, rows, keys, dtype=torch.bool)
     for b in range(batch):
         row = max(0, -int(row_at[b, 0]))  # the first that is no padding
+        decoding = rows - row <= DECODE_ROWS
+        if (mask.first[b] < 0).all():  # this sequence is dense, others of the batch are not
+            out[b] = True
+            continue
         while row < rows:
             first, at = int(row_at[b, row]), key_at[b]
             size = 1 if decoding else config.block_q - first % config.block_q
@@ -126,8 +129,8 @@ def read_mask(
                 assert (chosen.diff() > 0).all(), f"blocks of query block {block} are not sorted and unique: {chosen}"
                 out[b, head, row : row + size] = always | torch.isin(at.div(bk, rounding_mode="floor"), chosen)
             row += size
-    if not decoding:
-        out[:, :, max(0, rows - config.dense_tail) :] = True
+        if not decoding:
+            out[b, :, max(0, rows - config.dense_tail) :] = True
     return out & causal(batch, rows, keys, key_start, q_start, sliding)
 
 

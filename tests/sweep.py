@@ -41,12 +41,16 @@ SHARPER = 4
 WRAPPERS: dict[str, Callable[[Any], PreTrainedModel]] = {"llava": make_llava, "qwen2_vl": make_qwen2_vl}
 # What is not so, by type and check, and why: it must be so, or else the entry is wrong.
 _CHUNKED, _BLOCKS = "layers of chunked attention are dense", "masks that let an image's tokens see one another are dense"
+_COMPUTES = "a model that goes on computing with its mask is dense"
+_MERGED = "its decoder attends to its own keys and the encoder's at once, which is dense"
 _DENSE = ("prompt", "pruned", "kept state")
 LIMITS: dict[tuple[str, str], str] = {
     ("minimax", "kept state"): "its cache is a class of its own",
     ("moshi", "kept state"): "its cache drops old keys",
     **{(name, check): _CHUNKED for name in ("llama4", "llama4_text") for check in _DENSE},
     **{("gemma4_unified", check): _BLOCKS for check in _DENSE},
+    **{("doge", check): _COMPUTES for check in _DENSE},
+    ("t5gemma2", "prompt"): _MERGED,
 }
 # Types whose eager model fails here, where its own error does not say why.
 CANNOT = {
@@ -334,7 +338,7 @@ def page(record: dict[str, Any]) -> str:
                 reason = re.sub(r"model type '\S+?'|\w+(?= passes)", "...", one.reason).removeprefix("ValueError: ")
                 reasons.setdefault(reason, []).append(f"`{name}`")
         if reasons:
-            lines += ["", f"### Types: {kind}", "", *(f"- {', '.join(names)}: {reason}" for reason, names in reasons.items())]
+            lines += ["", f"## Types: {kind}", "", *(f"- {', '.join(names)}: {reason}" for reason, names in reasons.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,7 @@ from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.reference import workers
 
 CHUNK = 128
-CONFIG = HiPConfig(block_k=4, budget=64, window=32, sink=16, dense_below=0, dense_tail=0)
+CONFIG = HiPConfig(block_k=4, budget=64, window=32, sink=16, beam=2, rescore=3, dense_below=0, dense_tail=0)
 
 
 @pytest.fixture(autouse=True)

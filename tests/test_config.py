@@ -111,8 +111,8 @@ BAD = [
 def test_defaults_are_those_of_the_contract() -> None:
     config = HiPConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
-    # beam and rescore: by measurement (docs/decisions.md)
-    assert (config.vote, config.query_stride, config.beam, config.rescore) == ("need", 8, 2, 3)
+    # beam and rescore: numbers of candidates, by measurement (docs/decisions.md)
+    assert (config.vote, config.query_stride, config.beam, config.rescore) == ("need", 8, None, None)
     assert {f.name for f in dataclasses.fields(HiPConfig)} == set(DEFAULTS) | {"beam", "rescore", "query_stride", "vote"}
 
 

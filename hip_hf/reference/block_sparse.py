@@ -246,11 +246,8 @@ def _store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse:
 def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> torch.Tensor:
     """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`; overwrites `more`. The merged
     log-sum-exp. Weights add up to 1 also where logits are so large that a log-sum-exp cannot tell how many there are."""
-    highest = torch.maximum(lse, more_lse)
-    share, more_share = torch.exp(lse - highest), torch.exp(more_lse - highest)
-    total = share + more_share
-    out.mul_((share / total)[..., None]).add_(more.mul_((more_share / total)[..., None]))
-    return highest.add_(total.log_())
+    out.lerp_(more, torch.sigmoid(more_lse - lse)[..., None])
+    return torch.logaddexp(lse, more_lse)
 
 
 def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
