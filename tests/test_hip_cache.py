@@ -200,6 +200,16 @@ def test_for_the_kernels_pages_stay_in_one_piece(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(layer.values, -plain)
 
 
+def test_a_crop_by_a_tensor_leaves_each_layer_a_length_of_its_own() -> None:
+    """As Transformers 5.17 crops in assisted decoding; a length that were a tensor would be the next call's as well."""
+    cache = HiPCache(make_model("llama").config)
+    for layer in range(len(cache.layers)):
+        cache.update(torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16), layer)
+    cache.crop(torch.tensor(-4))
+    assert [layer.get_seq_length() for layer in cache.layers] == [5] * len(cache.layers)
+    assert all(type(layer.get_seq_length()) is int for layer in cache.layers)
+
+
 def test_arguments_of_transformers_own_cache() -> None:
     """Whoever makes a cache with all of them gets ours where they are at their defaults, and Transformers' own otherwise."""
     config = make_model("llama").config

@@ -183,7 +183,7 @@ class PagedLayer(Stateful, DynamicLayer):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, allowed: minus the number of tokens to remove, or 0")
-        self.truncate(max(0, self.length + tokens_to_remove))
+        self.truncate(max(0, self.length + int(tokens_to_remove)))  # assisted decoding of 5.17 gives a tensor
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
