@@ -1,4 +1,4 @@
-# make test | test-versions | test-gpu | demo | demo-llm | docs | notebooks | lint | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-versions | test-families | fuzz | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # The oldest and the newest Transformers: what `tests/versions` has requirements of.
 VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.*.*.txt)))
 
-.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-gpu demo demo-llm docs notebooks lint clean
+.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-families fuzz test-gpu demo demo-llm docs notebooks lint package clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
@@ -24,9 +24,17 @@ build/transformers-%/.installed: tests/versions/%.txt | $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
 
+# Every model type of the installed Transformers; `make test` runs a third of them.
+test-families: $(INSTALLED)
+	$(BIN)/pytest tests/test_families.py --families all --numprocesses logical --dist worksteal
+
 # The kernel tests on a GPU, with the Python and the packages that are there: nothing is installed.
 test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/test_kernel_*.py
+
+# 100,000 cases of the properties that `make test` tries on a few hundred; they differ from run to run.
+fuzz: $(INSTALLED)
+	$(BIN)/pytest tests/test_fuzz*.py --hypothesis-profile fuzz --hypothesis-show-statistics
 
 demo: $(INSTALLED)
 	$(BIN)/hip-hf demo
@@ -47,6 +55,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Builds sdist and wheel, checks them with twine, and uses the wheel in an environment of its own. Nothing is kept.
+package: $(INSTALLED)
+	.ci/package $(BIN)/python
 
 $(INSTALLED): pyproject.toml setup.cfg constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time takes some minutes."

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import supported
+import sweep
 import torch
 from transformers.utils import logging
 
@@ -92,8 +91,7 @@ def draw_readings(file: Path, prompt: list[int], problems: list[AttentionProblem
 
 def outdated(file: Path) -> bool:
     """Whether a file is missing, or older than the code that it is made by."""
-    sources = [*(ROOT / "hip_hf").rglob("*.py"), *(ROOT / "tests" / f"{name}.py" for name in ("supported", "families"))]
-    newest = max(source.stat().st_mtime for source in [*sources, Path(__file__)])
+    newest = max(source.stat().st_mtime for source in [*(ROOT / "hip_hf").rglob("*.py"), Path(__file__)])
     return not file.exists() or file.stat().st_mtime < newest
 
 
@@ -109,7 +107,4 @@ def make_all(folder: Path) -> None:
     drawn = (("latency", latency.draw), ("fidelity", curves.draw), ("passkey", passkey.draw), ("memory", memory.draw))
     for name, draw in drawn:
         draw(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), folder / f"{name}.png")
-    if outdated(folder / "models.md"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            (folder / "models.md").write_text(supported.page(), encoding="utf-8")
+    (folder / "models.md").write_text(sweep.page(sweep.read_record()), encoding="utf-8")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from hip_hf import methods
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
+from hip_hf.mixed import Part, merged, parts_of
 from hip_hf.paged import PagedTensor
-from hip_hf.problem import DTYPES, AttentionProblem, Span, check_finite, check_tensors, make_spans, newest
+from hip_hf.problem import DTYPES, AttentionProblem, Span, check_finite, check_tensors, make_spans, newest, tracing
 from hip_hf.reference import dense
 from hip_hf.reference.gathered import attend_next, gathered_rows, new_keys
 from hip_hf.reference.gradients import Piece, learning, traced
@@ -43,7 +46,7 @@ class Result:
 
 def sparse_reach(config: HiPConfig) -> int:
     """Keys that the sparse path reads for a row at most: a context up to this long it reads whole."""
-    return config.sink + config.budget + config.window
+    return config.sink + methods.selected_keys(config) + config.window
 
 
 def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None, stateless: bool) -> tuple[str, bool]:
@@ -75,6 +78,10 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
         return "short context" if graph else f"context of {problem.longest} is below dense_below={below}", False
     if below and problem.longest <= sparse_reach(config):
         return "short context" if graph else f"the budget covers the context of {problem.longest}", False
+    anew = decoding and stateless and config.dense_below is None and problem.positions is None
+    if anew and problem.q.device.type == "cpu" and methods.summarises(config):
+        # both read all keys, and to summarise them costs more than to read the values too (docs/decisions.md)
+        return "decode without kept state: to summarise all keys anew takes longer than to read them", False
     return "", False
 
 
@@ -110,8 +117,26 @@ def attend(
     need_lse: bool = False,
     need_mask: bool = False,
 ) -> Result:
-    """Attention of a validated problem. Rows outside every span give 0, and -inf as log-sum-exp."""
-    config = config.for_layer(layer)
+    """Attention of a validated problem. Rows outside every span give 0, and -inf as log-sum-exp.
+
+    Whatever fails or interrupts it, the state is never left half changed: it forgets all, and the next call starts afresh."""
+    try:
+        return _attend(problem, config.for_layer(layer), layer, state, need_lse, need_mask)
+    except BaseException as error:
+        if state is not None and not isinstance(error, ValueError):  # which refuses a call before it changes anything
+            state.reset()
+        raise
+
+
+def _attend(
+    problem: AttentionProblem,
+    config: HiPConfig,
+    layer: int | None,
+    state: DecodeState | None,
+    need_lse: bool,
+    need_mask: bool,
+) -> Result:
+    """`attend` with the settings of the layer."""
     if state is not None and not need_mask and not kernels_wanted(problem, config):
         rows = gathered_rows(problem, config, state)
         if rows is not None:
@@ -119,17 +144,33 @@ def attend(
             return Result(out, lse, None, "sparse", "", attend_next(problem, rows, new_keys(problem), out, lse))
     if problem.positions is not None and learning(problem):
         raise ValueError(f"extend: got {config.extend!r} where gradients are asked for, allowed: torch.no_grad(), or extend=None")
-    reason, unsupported = dense_reason(problem, config, layer, state is None)
     if not problem.spans:
         return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", 1.0)
-    if reason:
+    parts = parts_of(problem, lambda one: dense_reason(one, config, layer, state is None))
+    results = [_attend_part(part, config, state, need_lse, need_mask) for part in parts]
+    if len(parts) == 1:
+        return results[0]
+    out, lse, mask, share = merged(problem, parts, results)
+    reasons = []
+    for part, result in zip(parts, results, strict=True):
+        some = f"{len(part.problem.spans)} of {len(problem.spans)} sequences dense: " if part.reason else ""
+        reasons += [some + result.reason] * bool(result.reason)
+    # the first part is sparse: all that is dense is one part
+    reason, unsupported = "; ".join(dict.fromkeys(reasons)), any(result.unsupported for result in results)
+    return Result(out, lse, mask, "sparse", reason, share, unsupported)
+
+
+def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
+    """Attention of the sequences of a call that go the same way."""
+    problem = part.problem
+    if part.reason:
         if state is not None:
             for span in problem.spans:
                 row = state.row(span.batch, span.key_start, span.position, span.end)
                 row.selection = None
                 if row.on_device:
                     state.device.select_anew(span.batch)
-        return Result(*attend_dense(problem, config, need_lse), None, "dense", reason, 1.0, unsupported)
+        return Result(*attend_dense(problem, config, need_lse), None, "dense", part.reason, 1.0, part.unsupported)
     backend, why = backend_of(problem, config)
     if backend == "triton":
         from hip_hf.kernels.backend import run
@@ -236,10 +277,29 @@ def _in_graph(
     return (out, lse) if need_lse else out
 
 
-def _check_sinks(sinks: torch.Tensor) -> None:
+def _sight(
+    problem: AttentionProblem, key_start: torch.Tensor | None, q_start: torch.Tensor | None
+) -> Callable[[int, int], torch.Tensor]:
+    """What rows `first` to `last - 1` see, boolean `[B or 1, 1, last - first, Tk]`, for `dense.masked`. Looks at no numbers."""
+    rows, keys, device = problem.q.shape[2], problem.k.shape[2], problem.q.device
+    begin: Any = 0 if key_start is None else torch.as_tensor(key_start, device=device)[:, None, None, None]
+    start: Any = keys - rows if q_start is None else torch.as_tensor(q_start, device=device)[:, None, None, None]
+    key = torch.arange(keys, device=device)
+
+    def sight(first: int, last: int) -> torch.Tensor:
+        row = torch.arange(first, last, device=device)[:, None] + start
+        seen = (key >= begin) & (key <= row)
+        if problem.sliding_window is not None:
+            seen = seen & (key > row - problem.sliding_window)
+        return seen if seen.ndim == 4 else seen[None, None]
+
+    return sight
+
+
+def _check_sinks(sinks: torch.Tensor, numbers: bool) -> None:
     if sinks.dtype not in DTYPES:
         raise ValueError(f"sinks.dtype: got {sinks.dtype}, allowed: float16, bfloat16, float32 or float64")
-    if sinks.device.type == "cpu" and not sinks.isfinite().all():
+    if numbers and sinks.device.type == "cpu" and not sinks.isfinite().all():
         raise ValueError(f"sinks: got {sinks.tolist()}, allowed: finite numbers")
 
 
@@ -287,7 +347,8 @@ def hip_attention(
         sliding_window: keys in sight of a row, itself included.
         softcap: logits become `softcap * tanh(logits / softcap)`.
         sinks: `[Hq]`, one extra logit per query head that takes part in the softmax.
-        state: kept between decode calls on a growing cache; without it the pyramid is rebuilt, O(T).
+        state: kept between decode calls on a growing cache; without it decode is dense by default (on a CPU), as rebuilding
+            the pyramid, O(T), takes longer.
         layer: index for the layer rules (`dense_layers`, `layers`); None: they do not apply.
         positions: with `config.extend`: q and k are not rotated, and this rotates them (InfiniteHiP's context extension).
 
@@ -317,12 +378,19 @@ def hip_attention(
         raise ValueError(f"state: got {type(state).__name__}, allowed: None or a DecodeState")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
         raise ValueError(f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}")
+    follower = tracing()
     if sinks is not None:
-        _check_sinks(sinks)
+        _check_sinks(sinks, numbers=not follower)
     _check_positions(positions, config, q.shape[3], sliding_window)
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"q.shape: got {q.shape[2]} query rows, allowed: at most the {k.shape[2]} keys")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if follower:
+        if positions is not None:
+            raise ValueError(f"positions: got Positions under {follower}, which gets dense attention, allowed: None")
+        problem = AttentionProblem(q, k, v, (), scale, sliding_window, softcap, sinks)
+        out, lse = dense.masked(problem, _sight(problem, key_start, q_start), return_lse)
+        return (out, *((lse,) if return_lse else ()), *((None,) if return_mask else ())) if return_lse or return_mask else out
     if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
         problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from hip_hf.methods import METHODS, extends, options_type
+from hip_hf.shown import shown
 
 REPRESENTATIVES = ("blend", "minmax", "middle")
 SCORES = ("mass", "max")
@@ -20,10 +21,31 @@ DELTA_MODES = ("clusters", "step", "interpolate")
 # Keys' worth of candidates that the search keeps, and that it scores exactly, where `beam` and `rescore` are None.
 BEAM_KEYS, RESCORE_KEYS = 2048, 3072
 BACKENDS = ("auto", "torch", "triton")
+# No size is larger: longer than any context, and sums of several still fit into the kernels' 32 bits.
+MOST = 2**28
+# A query block meets all its own keys at once, so memory grows with the square of its rows.
+MOST_BLOCK_Q = 1024
+# What `torch.Generator` takes for a seed.
+MOST_SEED = 2**63 - 1
+# Levels of lists and mappings in a setting: layers, fields, options, stages, numbers.
+MOST_NESTED = 5
 
 
 def _fail(name: str, value: object, allowed: str) -> None:
-    raise ValueError(f"HiPConfig.{name}: got {value!r}, allowed: {allowed}")
+    raise ValueError(f"HiPConfig.{name}: got {shown(value)}, allowed: {allowed}")
+
+
+def _check_parts(name: str, value: object, most: int | None = None, left: int = MOST_NESTED) -> None:
+    """Raise ValueError for a setting that is nested deeper than any is, which could not be copied, or with numbers beyond `most`
+    in it."""
+    if most is not None and isinstance(value, int) and abs(value) > most:
+        _fail(name, value, f"integers up to {most}")
+    if not isinstance(value, (Mapping, list, tuple)):
+        return
+    if not left:
+        _fail(name, value, f"at most {MOST_NESTED} levels of lists and mappings")
+    for part in value.values() if isinstance(value, Mapping) else value:
+        _check_parts(name, part, most, left - 1)
 
 
 def _is_int(value: object) -> bool:
@@ -66,7 +88,8 @@ class HiPConfig:
             not causal, it looks `delta` rows ahead).
         decode_refresh: decode steps that one selection serves, its own included; for `staged` also a list, one per stage.
         extend: None, or `streaming`: contexts longer than the model was trained for (models: patched families, and those whose
-            keys can be turned back; `hip_attention`: with `positions`). `sink + budget + window` must fit in the trained length.
+            keys can be turned back; `hip_attention`: with `positions`). What a row reads, `sink + budget + window` (no
+            budget for `streaming`), must fit in the trained length.
         layers: overrides for single layers, `{layer: {field: value}}`.
         backend: `auto` (kernels on a GPU where they can serve, else torch), `torch` (any device), `triton` (or an error).
 
@@ -107,6 +130,8 @@ class HiPConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        _check_parts("options", self.options, MOST)
+        _check_parts("layers", self.layers)
         self._check_choices()
         self._check_numbers()
         if not isinstance(self.options, Mapping):
@@ -133,8 +158,8 @@ class HiPConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 _fail(name, getattr(self, name), " | ".join(allowed))
-        if self.delta is not None and (not _is_int(self.delta) or self.delta < 1):
-            _fail("delta", self.delta, "None or an integer >= 1 (rows between dense ones)")
+        if self.delta is not None and (not _is_int(self.delta) or not 1 <= self.delta <= MOST):
+            _fail("delta", self.delta, f"None or an integer >= 1 (rows between dense ones), at most {MOST}")
         if self.extend not in (None, "streaming"):
             _fail("extend", self.extend, "None | streaming")
         if self.extend is not None and self.delta is not None:
@@ -146,33 +171,33 @@ class HiPConfig:
         at_least = dict(block_q=1, block_k=1, budget=1, query_stride=1)
         at_least |= dict(sink=0, window=0, dense_tail=0, seed=0)
         for name, low in at_least.items():
-            value = getattr(self, name)
-            if not _is_int(value) or value < low:
-                _fail(name, value, f"an integer >= {low}")
+            value, most = getattr(self, name), {"block_q": MOST_BLOCK_Q, "seed": MOST_SEED}.get(name, MOST)
+            if not _is_int(value) or not low <= value <= most:
+                _fail(name, value, f"an integer >= {low}, at most {most}")
         for name in ("beam", "rescore"):
             value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 1):
-                _fail(name, value, "None or an integer >= 1")
+            if value is not None and (not _is_int(value) or not 1 <= value <= MOST):
+                _fail(name, value, f"None or an integer >= 1, at most {MOST}")
         self._check_refresh()
         if self.budget % self.block_k:
             _fail("budget", self.budget, f"a multiple of block_k={self.block_k}")
         if self.coarsest is not None:
             chunks = self.coarsest // self.block_k if _is_int(self.coarsest) else 0
-            if chunks < 1 or self.coarsest % self.block_k or chunks & (chunks - 1):
-                _fail("coarsest", self.coarsest, f"None, or block_k={self.block_k} times a power of two")
-        if self.dense_below is not None and (not _is_int(self.dense_below) or self.dense_below < 0):
-            _fail("dense_below", self.dense_below, "None or an integer >= 0")
+            if not 1 <= chunks <= MOST or self.coarsest % self.block_k or chunks & (chunks - 1):
+                _fail("coarsest", self.coarsest, f"None, or block_k={self.block_k} times a power of two, up to {MOST}")
+        if self.dense_below is not None and (not _is_int(self.dense_below) or not 0 <= self.dense_below <= MOST):
+            _fail("dense_below", self.dense_below, f"None or an integer >= 0, at most {MOST}")
         dense = self.dense_layers
         indices = [dense] if isinstance(dense, int) else dense
-        if not isinstance(indices, (list, tuple)) or not all(_is_int(index) and index >= 0 for index in indices):
-            _fail("dense_layers", dense, "a count >= 0 or a list of layer indices >= 0")
+        if not isinstance(indices, (list, tuple)) or not all(_is_int(index) and 0 <= index <= MOST for index in indices):
+            _fail("dense_layers", dense, f"a count >= 0 or a list of layer indices >= 0, at most {MOST}")
         if not isinstance(dense, int):
             object.__setattr__(self, "dense_layers", list(dense))
 
     def _check_refresh(self) -> None:
         steps = self.decode_refresh if isinstance(self.decode_refresh, (list, tuple)) else [self.decode_refresh]
-        if not steps or not all(_is_int(count) and count >= 1 for count in steps):
-            _fail("decode_refresh", self.decode_refresh, "an integer >= 1, or a list of them, one per stage")
+        if not steps or not all(_is_int(count) and 1 <= count <= MOST for count in steps):
+            _fail("decode_refresh", self.decode_refresh, f"an integer >= 1, at most {MOST}, or a list of them, one per stage")
         if any(before % count for before, count in pairwise(steps)):
             _fail("decode_refresh", self.decode_refresh, "a list in which every number divides the one before")
         if not isinstance(self.decode_refresh, int):
@@ -183,9 +208,10 @@ class HiPConfig:
             _fail("layers", self.layers, "a mapping {layer index: {field: value}}")
         layers = {}
         for key, fields in self.layers.items():
-            index = int(key) if isinstance(key, str) and key.isdecimal() else key
-            if not _is_int(index) or index < 0:
-                _fail("layers", key, "layer indices >= 0 as keys")
+            # Python refuses to read very long numbers
+            index = int(key) if isinstance(key, str) and key.isdecimal() and len(key) <= len(str(MOST)) else key
+            if not _is_int(index) or not 0 <= index <= MOST:
+                _fail("layers", key, f"layer indices >= 0 as keys, at most {MOST}")
             if not isinstance(fields, Mapping):
                 _fail("layers", fields, f"a mapping of fields for layer {index}")
             if {"layers", "extend"} & fields.keys():
@@ -269,6 +295,7 @@ class HiPConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
+                label = shown(name).strip("'")
+                close = difflib.get_close_matches(label, known, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise ValueError(f"HiPConfig.{name}: unknown field with value {values[name]!r}{hint}, allowed: {known}")
+                raise ValueError(f"HiPConfig.{label}: unknown field with value {shown(values[name])}{hint}, allowed: {known}")

@@ -53,12 +53,17 @@ class BlockTable:
     def runs(self, bounds: list[int]) -> list[tuple[int, int, int]]:
         """Runs of neighbouring pages of one slab: (index in the table, first page, count). `bounds`: first page of each slab."""
         runs = self._runs
-        for i in range(sum(runs[-1][::2]) if runs else 0, len(self.pages)):
+        known = sum(runs[-1][::2]) if runs else 0
+        if known == len(self.pages):
+            return runs
+        runs = list(runs)  # several workers may ask at once
+        for i in range(known, len(self.pages)):
             page = self.pages[i]
             if runs and page == runs[-1][1] + runs[-1][2] and page not in bounds:
                 runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
             else:
                 runs.append((i, page, 1))
+        self._runs = runs
         return runs
 
 

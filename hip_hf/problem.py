@@ -70,6 +70,15 @@ class AttentionProblem:
         return max([span.end for span in self.spans] or [0])
 
 
+def tracing() -> str:
+    """What follows the tensors of this call and could not follow a selection, or an empty string: it gets dense attention."""
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    return "torch.func" if torch._C._functorch.peek_interpreter_stack() is not None else ""
+
+
 def _fail(name: str, value: object, allowed: str) -> None:
     raise ValueError(f"{name}: got {value}, allowed: {allowed}")
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hip_hf.methods import selected_keys
 from hip_hf.reference.workers import scratch
 
 if TYPE_CHECKING:
@@ -116,11 +117,15 @@ class Positions:
     chunk_indexed: bool = False
 
     def check(self, config: HiPConfig) -> None:
-        """Raise ValueError if what a row reads under `config` does not fit in the trained length."""
-        reach = -(-config.sink // config.block_k) * config.block_k + config.budget + config.window
+        """Raise ValueError if what a row reads under `config` does not fit in the trained length. Dense rows keep true distances
+        and need no room."""
+        if config.method == "dense":
+            return
+        selected = selected_keys(config)
+        reach = -(-config.sink // config.block_k) * config.block_k + selected + config.window
         if max(reach, config.block_q) > self.trained:
-            got = f"{reach} keys and block_q={config.block_q}"
-            raise ValueError(f"sink + budget + window: got {got}, allowed with `extend`: up to the trained {self.trained}")
+            got, names = f"{reach} keys and block_q={config.block_q}", "sink + budget + window" if selected else "sink + window"
+            raise ValueError(f"{names}: got {got}, allowed with `extend`: up to the trained {self.trained}")
 
     def streaming(self, query: torch.Tensor, keys: int) -> torch.Tensor:
         """Queries `[..., rows, D]` of a query block in their places, the last of the `keys` that it reads. As they are where

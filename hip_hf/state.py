@@ -58,12 +58,25 @@ class DecodeState:
 
     def __init__(self) -> None:
         self.rows: dict[int, RowState] = {}
+        self._layer: int | None = None  # the first that asked for its own
+        self._others: dict[int, DecodeState] = {}  # by the layers that read the same keys
         self.device: Any = None  # the kernels' tables (`DeviceState` in `kernels/backend.py`), for all rows
         self._owner: Any = None  # settings that the state was made with
+
+    def of_layer(self, layer: int | None) -> DecodeState:
+        """The state of one of the layers that read the same keys (Gemma 4 reuses those of earlier layers): each selects for
+        itself. They follow what happens to the cache with this one."""
+        if self._layer is None:
+            self._layer = layer
+        if layer is None or layer == self._layer:
+            return self
+        return self._others.setdefault(layer, DecodeState())
 
     def reset(self) -> None:
         """Forget everything."""
         self.rows, self.device = {}, None
+        for other in self._others.values():
+            other.reset()
 
     def leave_device(self) -> None:
         """The kernels serve no longer: what they keep goes, and the next step selects anew."""
@@ -74,6 +87,8 @@ class DecodeState:
 
     def crop(self, length: int) -> None:
         """The cache now holds `length` keys, padding included. The next step selects anew."""
+        for other in self._others.values():
+            other.crop(length)
         for batch, row in self.rows.items():
             kept = max(0, length - row.key_start)
             if kept < row.position:
@@ -103,6 +118,8 @@ class DecodeState:
         self.rows = rows
         if self.device is not None:
             self.device.reorder(indices)
+        for other in self._others.values():
+            other.reorder(indices)
 
     def repeat(self, repeats: int) -> None:
         """Every batch row becomes `repeats` neighbouring rows."""

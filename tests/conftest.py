@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernel tests run without a GPU
@@ -20,6 +21,16 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes share the cores; 
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.reference import dense, sparse, workers
 from hip_hf.reference.gathered import Gathered
+
+# `tests/test_fuzz*.py` share the cases of a profile between their properties; other tests say how many they want
+settings.register_profile("ci", max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+many = dict(max_examples=100_000, derandomize=False, database=None, print_blob=True)
+settings.register_profile("fuzz", settings.get_profile("ci"), **many)
+settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--families", default="0", help="model types to sweep: all, or the seed by which a third of them is drawn")
 
 
 @pytest.fixture(autouse=True)

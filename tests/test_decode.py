@@ -20,7 +20,7 @@ def without_state(monkeypatch):
     """Every call rebuilds pyramid and selection from the keys: the reference for what the kept state must give."""
     from hip_hf.integration import interface
 
-    monkeypatch.setattr(interface, "state_of", lambda keys: None)
+    monkeypatch.setattr(interface, "state_of", lambda keys, model_type: None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -66,7 +66,7 @@ def check_contents(seen: dict[Path, Seen]) -> None:
         assert name in by_name["api.html"].text
     models = by_name["models.html"].text
     assert "llama" in models
-    assert "Refused, with an error" in models
+    assert "Types: refused" in models
     for page, picture in (("how", "tree.png"), ("how", "readings.png"), ("evaluation", "passkey.png"), ("index", "latency.png")):
         assert any(picture in source and own > 500 for source, own, _ in by_name[f"{page}.html"].images)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import make_batch, make_model, paths
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from hip_hf import HiPCache
 from hip_hf.integration import interface
@@ -31,8 +31,8 @@ def int_mask(rows: int, keys: int) -> torch.Tensor:
 REFUSED: dict[str, tuple[Callable[[int, int], dict[str, Any]], str]] = {
     "output_attentions": (lambda rows, keys: dict(output_attentions=True), "output_attentions: got True, allowed: False"),
     "numbers": (
-        lambda rows, keys: dict(attention_mask=torch.zeros(1, 1, rows, keys)),
-        r"attention_mask: got a 4-D torch.float32",
+        lambda rows, keys: dict(attention_mask=torch.zeros(1, 1, rows, keys - 1)),
+        r"attention_mask: got a torch.float32 tensor of shape .* of the caller's own",
     ),
     "integers": (lambda rows, keys: dict(attention_mask=int_mask(rows, keys)), r"attention_mask: got a .*torch.int32 tensor of "),
     "batch": (
@@ -41,7 +41,7 @@ REFUSED: dict[str, tuple[Callable[[int, int], dict[str, Any]], str]] = {
     ),
     "boolean": (
         lambda rows, keys: dict(attention_mask=torch.ones(1, 1, rows, keys - 1, dtype=torch.bool)),
-        r"attention_mask: got a boolean mask of shape",
+        r"attention_mask: got a torch.bool tensor of shape .* of the caller's own",
     ),
     "settings": (lambda rows, keys: dict(), r"HiPConfig.budget: got 7, allowed: "),
 }
@@ -146,8 +146,30 @@ def test_what_cannot_be_taken_back_is_said(kind: str, monkeypatch: pytest.Monkey
     cache = CACHES[kind](model.config)
     step(model, ids, cache, 0, PROMPT)
     exhaust(monkeypatch)
-    message = (
-        r"^past_key_values: got one whose layer 0 \(\w*SlidingWindowLayer\) has dropped .* \(no memory\), allowed: a new one"
-    )
+    message = r"^no memory; past_key_values: got one whose layer 0 \(\w*SlidingWindowLayer\) cannot .*, allowed: a new one$"
     with pytest.raises(ValueError, match=message):
         step(model, ids, cache, PROMPT, 5)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "axk2"])
+def test_layers_that_select_by_themselves_are_refused_with_the_reason(family: str) -> None:
+    """And their cache, which also holds keys of their own search, is as it was: another attention goes on with it."""
+    sizes = dict(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    latent = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
+    index = dict(index_topk=16, index_n_heads=2, index_head_dim=16, num_key_value_heads=4, first_k_dense_replace=2)
+    experts = dict(n_routed_experts=4, moe_intermediate_size=32, num_experts_per_tok=2, n_group=1, topk_group=1)
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes, **latent, **index, **experts, **tokens)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), make_batch([40])["input_ids"]
+    caches = [DynamicCache(config=config) for _ in range(2)]
+    for cache in caches:
+        step(model, ids, cache, 0, 30)
+    model.set_attn_implementation("hip")
+    for cache, at in ((caches[0], 30), (DynamicCache(config=config), 0)):
+        with pytest.raises(ValueError, match=r"^indices: \w+Attention passes the layer's own sparse indices, allowed: None$"):
+            step(model, ids, cache, at, 5)
+        assert cache.get_seq_length() == at
+    model.set_attn_implementation("eager")
+    got, want = (step(model, ids, cache, 30, 5) for cache in caches)
+    assert torch.equal(got, want)

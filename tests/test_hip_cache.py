@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +287,7 @@ def test_running_out_of_memory_behind_a_sliding_layer(monkeypatch: pytest.Monkey
 
     model = make_model("gemma2")  # a window of 24
     ids = make_batch([130])["input_ids"]
-    for first, count, error, message in ((3, 9, MemoryError, "no room for"), (60, 60, ValueError, "layer 0 .* has dropped old")):
+    for first, count, error, message in ((3, 9, MemoryError, "no room for"), (60, 60, ValueError, "layer 0 .* cannot give up")):
         cache = HiPCache(model.config)
         with torch.no_grad():
             model(ids[:, :first], past_key_values=cache)
@@ -303,20 +304,52 @@ def test_running_out_of_memory_behind_a_sliding_layer(monkeypatch: pytest.Monkey
 
 
 def test_bad_input() -> None:
-    model = make_model("llama")
     with pytest.raises(ValueError, match="config: got HiPConfig, allowed: the model's config"):
         HiPCache(hip_hf.HiPConfig())  # type: ignore[arg-type]
     cache, _ = filled()
     with pytest.raises(ValueError, match="key_states: got"):
         cache.update(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), 0)
     assert cache.get_seq_length() == 50
-    ids = make_batch([60])["input_ids"]
+
+
+@pytest.mark.parametrize("implementation", ["hip", "eager"])
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("budget", [32, 512])
+def test_decode_where_gradients_are_on(budget: int, patched: bool, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers as under `no_grad`, one warning, and no gradient that lacks what went through the cache."""
+    monkeypatch.setattr("hip_hf.integration.cache._warned", False)
+    model, ids = make_model("llama", budget=budget), make_batch([200])["input_ids"]
+    if patched:
+        hip_hf.patch(model)
+    model.set_attn_implementation(implementation)
+    found: list[list[torch.Tensor]] = [[], []]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for on, logits in zip((True, False), found, strict=True):
+            cache = HiPCache(model.config)
+            with torch.set_grad_enabled(on):
+                for at, rows in ((0, 180), *((at, 1) for at in range(180, 200))):
+                    logits.append(model(ids[:, at : at + rows], past_key_values=cache).logits)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert len([one for one in said if "without their gradients" in str(one.message)]) == 1
+    found[0][0].sum().backward()  # the first call brought all its tokens
+    with pytest.raises(ValueError, match=r"^HiPCache: got a backward pass through attention to cached tokens.*, allowed: "):
+        found[0][-1].sum().backward()
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_frozen_layers_do_not_hide_that_gradients_are_lost(patched: bool) -> None:
+    """A prefix that is trained, before a model that is not (PEFT's prefix tuning): no layer's queries ask for gradients."""
+    model, ids = make_model("llama").requires_grad_(False), make_batch([20])["input_ids"]
+    if patched:
+        hip_hf.patch(model)
     cache = HiPCache(model.config)
-    model(ids[:, :40], past_key_values=cache).logits.sum().backward()
-    assert cache.get_seq_length() == 40
-    with pytest.raises(ValueError, match="require gradients after 40 cached tokens"):
-        model(ids[:, 40:], past_key_values=cache)
-    assert cache.layers[0].get_seq_length() == 40
+    for layer in range(2):
+        cache.update(torch.randn(1, 2, 9, 16, requires_grad=True), torch.randn(1, 2, 9, 16), layer)
+    with pytest.raises(ValueError, match=r"^HiPCache: got a backward pass through attention to cached tokens"):
+        model(ids, past_key_values=cache).logits.sum().backward()
+    cache.reset()
+    assert not model(ids, past_key_values=cache).logits.requires_grad
 
 
 def test_a_training_step_with_a_cache_has_the_gradients_of_one_without() -> None:

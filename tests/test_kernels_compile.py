@@ -22,7 +22,7 @@ def process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def run(*arguments: str) -> tuple[int, str, str]:
     """`hip-hf kernels`: exit status, output, errors."""
-    done = process("-c", "from hip_hf.eval.cli import main; main()", "kernels", *arguments)
+    done = process("-c", "from hip_hf_cli import main; main()", "kernels", *arguments)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -23,11 +23,12 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval import autoload, cli, harness
+from hip_hf.eval import autoload, harness
 from hip_hf.eval.documents import CHECKPOINT
 from hip_hf.eval.tasks.common import load_tokenizer
 from hip_hf.integration.lm_eval import UsageError, register
 from hip_hf.integration.lm_eval_model import HipLM, split_arguments
+from hip_hf_cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 # One thread: the tensors are so small that two would wait for each other.
@@ -147,7 +148,7 @@ def test_results_carry_settings_versions_and_keys_read(python_api: dict[str, Any
 
 def test_console_script_gives_the_same(python_api: dict[str, Any], tmp_path: Path) -> None:
     env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    results, answers, _ = run(["-c", "from hip_hf.eval.cli import main; main()", "lm-eval"], tmp_path, env)
+    results, answers, _ = run(["-c", "from hip_hf_cli import main; main()", "lm-eval"], tmp_path, env)
     assert scores_of(results) == scores_of(python_api)
     assert answers == answers_of(python_api["samples"][TASK])
     for part in ("config", "keys_read", "paths"):
@@ -371,7 +372,7 @@ def test_what_the_user_gives_wins() -> None:
 
 
 def command(*arguments: str) -> Any:
-    return CliRunner(env={"COLUMNS": "400", "TERM": "dumb"}).invoke(cli.app, ["lm-eval", *arguments])
+    return CliRunner(env={"COLUMNS": "400", "TERM": "dumb"}).invoke(app, ["lm-eval", *arguments])
 
 
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from families import _BASE, SPARSE, make_batch, make_model
+from families import _BASE, SPARSE, VOCAB, make_batch, make_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     BigBirdPegasusConfig,
-    BigBirdPegasusForConditionalGeneration,
+    BigBirdPegasusForCausalLM,
     OlmoeConfig,
 )
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 import hip_hf
 from hip_hf.integration.interface import attention_forward
-from hip_hf.integration.masks import PAD, hip_mask
+from hip_hf.integration.masks import LAST, PAD, hip_mask
 
 KEYS = 50
 
@@ -32,7 +34,8 @@ NOT_OURS: dict[str, torch.Tensor] = {
     "longs": torch.arange(KEYS)[None, None, None],
     "another batch": torch.arange(KEYS, dtype=torch.int32).expand(3, 1, 1, KEYS),
     "a mask for each head": torch.arange(KEYS, dtype=torch.int32).expand(1, 4, 1, KEYS),
-    "numbers": torch.zeros(1, 1, KEYS, KEYS),
+    "too few numbers": torch.zeros(1, 1, KEYS, 30),
+    "packed longs": torch.tensor([LAST] * 20 + [LAST + 2] * 30)[None, None, None],
     "too few boolean keys": torch.ones(1, 1, KEYS, 30, dtype=torch.bool),
     "too many boolean keys": torch.ones(1, 1, KEYS, 60, dtype=torch.bool),
     "other boolean rows": torch.ones(1, 1, 49, KEYS, dtype=torch.bool),
@@ -44,7 +47,7 @@ NOT_OURS: dict[str, torch.Tensor] = {
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_mask_that_is_not_ours_is_refused(family: str, name: str) -> None:
     model = make_model(family)
-    with pytest.raises(ValueError, match=r"^attention_mask: got .*, allowed: "), torch.no_grad():
+    with pytest.raises(ValueError, match=r"^attention_mask: got .* of the caller's own.*, allowed: "), torch.no_grad():
         model(make_batch([KEYS])["input_ids"], attention_mask=NOT_OURS[name])
 
 
@@ -131,22 +134,29 @@ def test_a_causal_mask_makes_a_layer_causal() -> None:
     assert module._hip_call.path == "sparse"
 
 
+BIGBIRD = BigBirdPegasusConfig(
+    vocab_size=VOCAB, encoder_layers=2, decoder_layers=2, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32,
+    encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=256,
+)  # fmt: skip
+
+
 def test_the_decoder_of_bigbird_pegasus() -> None:
     """Its self-attention calls itself not causal and gets a causal mask."""
     torch.manual_seed(0)
-    sizes = dict(d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=4, decoder_attention_heads=4)
-    config = BigBirdPegasusConfig(
-        vocab_size=64, encoder_layers=1, decoder_layers=2, attention_type="original_full", max_position_embeddings=256, **sizes
-    )
-    model = BigBirdPegasusForConditionalGeneration(config).eval()
+    model = BigBirdPegasusForCausalLM(copy.deepcopy(BIGBIRD)).eval()
     hip_hf.configure(model, **{**SPARSE, "budget": 512})
-    batch = dict(input_ids=torch.randint(3, 64, (2, 40)), decoder_input_ids=torch.randint(3, 64, (2, 150)))
-    batch["decoder_attention_mask"] = make_batch([150, 111])["attention_mask"]
-    real = batch["decoder_attention_mask"].bool()
+    batch = make_batch([150, 111])
+    real = batch["attention_mask"].bool()
     got, want = (logits(model, name, **batch)[real] for name in ("hip", "eager"))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     decoder = [layer.self_attn for layer in model.model.decoder.layers]
     assert [(module._hip_call.path, module._hip_call.reason) for module in decoder] == [("sparse", "")] * 2
+
+
+def test_masks_of_ours_never_reach_attention_of_its_own() -> None:
+    """The encoder of BigBird-Pegasus would add our boolean mask as numbers."""
+    with pytest.raises(ValueError, match=r"attn_implementation: got 'hip' for model type 'bigbird_pegasus'"):
+        AutoModelForSeq2SeqLM.from_config(copy.deepcopy(BIGBIRD), attn_implementation="hip")
 
 
 def test_compressed_layers_are_refused() -> None:
@@ -170,6 +180,6 @@ NAMED = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_attention_classes_by_name_have_none_of_ours(name: str) -> None:
-    """As the README says: Transformers itself refuses, while it makes the model."""
-    with pytest.raises(KeyError, match="hip"):
+    """They are refused before a layer is made, where Transformers would end in a `KeyError`."""
+    with pytest.raises(ValueError, match=rf"attn_implementation: got 'hip' for model type '{name}', allowed: eager"):
         AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=100, **NAMED[name]), attn_implementation="hip")

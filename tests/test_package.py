@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hip_hf"
 LINKS = ["eval", "kernels", "patches"]
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+COMMAND = ROOT / "hip_hf_cli.py"
+SOURCES = [COMMAND, *sorted(PACKAGE.rglob("*.py"))]
 IMPORT_MS = 50
 MAX_LINES = 400
 MACHINE_PATH = re.compile(r"(?<![\w.:/~])/(?:home|root|tmp|opt|usr|mnt|srv|var|Users)/\w")
@@ -102,7 +103,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(PACKAGE, source / "hip_hf", ignore=shutil.ignore_patterns("__pycache__"))
     for name in LINKS:
         (source / name).symlink_to((ROOT / name).readlink())
-    for path in [ROOT / "pyproject.toml", ROOT / "setup.cfg", ROOT / "LICENSE", *ROOT.glob("README.md")]:
+    for path in [COMMAND, ROOT / "pyproject.toml", ROOT / "setup.cfg", ROOT / "LICENSE", *ROOT.glob("README.md")]:
         shutil.copy(path, source)
     built = run("import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))", out, cwd=source).splitlines()[-1]
     return out / built
@@ -113,7 +114,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         names = set(archive.namelist())
         info = next(name for name in names if name.endswith(".dist-info/METADATA")).partition("/")[0]
         scripts = archive.read(f"{info}/entry_points.txt").decode()
-    assert {name.partition("/")[0] for name in names} == {"hip_hf", info}
+    assert {name.partition("/")[0] for name in names} == {"hip_hf", COMMAND.name, info}
     data = [path for kind in ("json", "safetensors", "txt", "md") for path in (PACKAGE / "assets").rglob(f"*.{kind}")]
     tasks = (PACKAGE / "eval" / "tasks").glob("*.yaml")
     assert len(data) > 5
@@ -121,7 +122,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert not missing
     assert not [name for name in names if "__pycache__" in name]
     assert f"{info}/licenses/LICENSE" in names
-    assert "hip-hf = hip_hf.eval.cli:main" in scripts
+    assert "hip-hf = hip_hf_cli:main" in scripts
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=place)

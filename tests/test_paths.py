@@ -72,10 +72,29 @@ def test_short_contexts_are_dense_by_default(rows: int, dtype: torch.dtype) -> N
 
     def at(tokens: int) -> Result:
         q, k, v = make_qkv(tokens, rows, dtype=dtype)
-        return attend(make_problem(q, k, v), small(**fields))
+        return attend(make_problem(q, k, v), small(**fields), state=DecodeState())
 
     assert at(limit - 1).reason == f"context of {limit - 1} is below dense_below={limit}"
     assert at(limit).path == "sparse"
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_decode_that_would_summarise_all_keys_anew_is_dense(rows: int) -> None:
+    """Unless its settings say from where on it is to be sparse, or its method keeps no summaries."""
+    fields = dict(budget=64, window=64)
+    q, k, v = make_qkv(max(DENSE_BELOW[torch.float32]) + 100, rows)
+
+    def call(state: DecodeState | None = None, **fields: Any) -> Result:
+        return attend(make_problem(q, k, v), small(**fields), state=state)
+
+    for method in ("hip", "quest"):
+        result = call(method=method, **fields, dense_below=None)
+        assert (result.path, result.unsupported) == ("dense", False)
+        assert result.reason == "decode without kept state: to summarise all keys anew takes longer than to read them"
+        assert_near(result.out, eager(q, k, v, causal(1, rows, k.shape[2]))[0])
+    assert call(method="streaming", **fields, dense_below=None).path == "sparse"
+    assert call(DecodeState(), **fields, dense_below=None).path == "sparse"
+    assert call(**fields, dense_below=100).path == "sparse"
 
 
 def test_the_longest_row_of_a_batch_decides() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hip_hf.paged import Store
 
@@ -28,7 +28,7 @@ _TOKENS_AT_ONCE = 4096
 def _kind(layer: Any) -> str:
     from hip_hf.cache.hip_cache import PagedLayer
 
-    if isinstance(layer, PagedLayer):
+    if type(layer) is PagedLayer:
         return "paged"
     if type(layer) is DynamicSlidingWindowLayer:
         return "sliding"
@@ -145,7 +145,7 @@ def load(cache: HiPCache, path: str | os.PathLike[str], device: torch.device) ->
 
 def _fresh(cache: HiPCache, layer: Any) -> Any:
     """An empty layer like this one."""
-    return cache.make_layer() if _kind(layer) == "paged" else DynamicSlidingWindowLayer(layer.sliding_window)
+    return cache.make_layer(DynamicLayer()) if _kind(layer) == "paged" else DynamicSlidingWindowLayer(layer.sliding_window)
 
 
 def _fill(layer: Any, keys: Any, values: Any, known: dict[str, Any], device: torch.device) -> None:

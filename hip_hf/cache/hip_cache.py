@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from hip_hf.cache.offload import OFFLOADS, OffloadedStore, Statistics, statistics
 from hip_hf.cache.pool import PAGE, PagePool
-from hip_hf.integration.cache import KIND, Stateful, at_defaults
+from hip_hf.integration.cache import CUT_OFF, KIND, Stateful, at_defaults, cut_off
 from hip_hf.integration.positions import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
-from hip_hf.integration.undo import all_or_none
+from hip_hf.integration.undo import all_or_none, unfinished
+from hip_hf.methods import selected_keys
 from hip_hf.paged import BlockTable, PagedTensor, Store, read_all
 from hip_hf.rope import Rope
 
@@ -33,6 +34,8 @@ class PagedLayer(Stateful, DynamicLayer):
         self.pool: PagePool | None = None
         self.tables: list[BlockTable] = []
         self.length = 0
+        self.cut_off = False  # whether gradients were asked for through what is kept
+        self.appending = False  # or a call was interrupted while it did
         self.unrotated = False  # whether the keys are as they were before RoPE
         self.rope: Rope | None = None  # of the model, once keys have had to be turned back
         super().__init__()
@@ -85,9 +88,8 @@ class PagedLayer(Stateful, DynamicLayer):
         """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for attention of ours, else ordinary tensors.
 
         Raises:
-            ValueError: tensors that do not continue what is cached, or gradients asked for through cached tokens: only the
-                first tokens' may be, and they flow through this call alone; or keys of another `extend` than those cached.
-                Nothing has changed.
+            ValueError: tensors that do not continue what is cached, or keys of another `extend` than those cached. Nothing has
+                changed. (Gradients flow through the first tokens' call alone: a backward pass through a later one raises.)
             MemoryError: no memory for more pages. Nothing has changed.
         """
         self.check(key_states, value_states)
@@ -101,20 +103,32 @@ class PagedLayer(Stateful, DynamicLayer):
             keys, values = (PagedTensor(store, self.tables, self.length) for store in (self.pool.keys, self.pool.values))
         else:
             keys, values = (read_all(store, self.tables, self.length) for store in (self.pool.keys, self.pool.values))
+            if self.cut_off and torch.is_grad_enabled():
+                keys, values = cut_off(keys), cut_off(values)
         return self.stated(keys), values
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Keep `[B, Hkv, n, D]` as they are. Raises ValueError or MemoryError as `update` does."""
+        if self.appending:
+            raise unfinished("with tokens that are half there")
         self._check_device_pages(self.length + key_states.shape[2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
-        self.pool.append(self.tables, self.length, key_states.detach(), value_states.detach())
+        self.cut_off |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        self.appending = True
+        try:
+            self.pool.append(self.tables, self.length, key_states.detach(), value_states.detach())
+        except MemoryError:  # nothing has changed
+            self.appending = False
+            raise
         self.length += key_states.shape[2]
+        self.appending = False
 
     def stated(self, keys: torch.Tensor) -> torch.Tensor:
         keys = super().stated(keys)
         setattr(keys, KIND, "pages")
+        setattr(keys, CUT_OFF, self.cut_off)
         if self.unrotated:
             setattr(keys, UNROTATED, True)
         return keys
@@ -133,10 +147,7 @@ class PagedLayer(Stateful, DynamicLayer):
         return keys, bool(kept)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Raise ValueError for tensors that do not continue what is cached, or ask for gradients through it."""
-        if self.length and torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            allowed = "under torch.no_grad(), or all tokens in one call"
-            raise ValueError(f"HiPCache: got keys that require gradients after {self.length} cached tokens, allowed: {allowed}")
+        """Raise ValueError for tensors that do not continue what is cached."""
         if self.pool is None:
             return
         for name, x, store in (("key_states", keys, self.pool.keys), ("value_states", values, self.pool.values)):
@@ -151,7 +162,8 @@ class PagedLayer(Stateful, DynamicLayer):
         if self.offload_to is None or self.device_pages is None:
             return
         settings = read_settings(self.config)
-        need = min(settings.budget_blocks, -(-length // PAGE))  # at worst each block lies in a page of its own
+        selected = selected_keys(settings) // settings.block_k
+        need = min(selected, -(-length // PAGE))  # at worst each block lies in a page of its own
         if self.device_pages < need:
             raise ValueError(f"device_pages: got {self.device_pages}, allowed: at least {need}, the pages one step may need")
 
@@ -160,6 +172,7 @@ class PagedLayer(Stateful, DynamicLayer):
 
     def reset(self) -> None:
         self.pool, self.tables, self.length, self.is_initialized = None, [], 0, False
+        self.cut_off = self.appending = False
         self.hip_state.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -201,6 +214,41 @@ class PagedLayer(Stateful, DynamicLayer):
         self.hip_state.reorder(rows)
 
 
+class PagedHybridLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, override]
+    """A layer with full attention in pages and the running state of linear attention or of a convolution beside them.
+
+    Args:
+        made: the layer that Transformers would use; it says which running states there are.
+    """
+
+    is_compileable = False
+
+    def __init__(self, made: LinearAttentionAndFullAttentionLayer, *args: Any) -> None:
+        PagedLayer.__init__(self, *args)
+        for name, value in vars(made).items():
+            if not hasattr(self, name):
+                setattr(self, name, value)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of the pages for keys and values, which come by position; of a running state, which comes by name."""
+        if args:
+            PagedLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        PagedLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        PagedLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        PagedLayer.crop(self, tokens_to_remove)
+
+
 class HiPCache(DynamicCache):
     """A Transformers cache in pages, for `past_key_values` of any model; what `generate` makes for a `hip` model.
 
@@ -235,11 +283,17 @@ class HiPCache(DynamicCache):
         super().__init__(config=config, **others)
         self.config = config.get_text_config(decoder=True)
         self.offload_to, self.device_pages = offload, device_pages
-        self.layers = [self.make_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self._in_model = False  # whether a model uses it, which brings every layer the same tokens
+        self._last_update: tuple[int, int, int] | None = None  # layer, the tokens it held, and how many came
+        self.layers = [self.make_layer(layer) for layer in self.layers]
 
-    def make_layer(self) -> PagedLayer:
-        """An empty paged layer of this cache."""
-        return PagedLayer(self.config, self.offload_to, self.device_pages)
+    def make_layer(self, made: Any) -> Any:
+        """An empty layer in pages in place of the one that Transformers made; that one where it has no full attention."""
+        if type(made) is DynamicLayer:
+            return PagedLayer(self.config, self.offload_to, self.device_pages)
+        if type(made) is LinearAttentionAndFullAttentionLayer:
+            return PagedHybridLayer(made, self.config, self.offload_to, self.device_pages)
+        return made
 
     def statistics(self) -> Statistics:
         """Hits, misses and bytes moved of the device pools, by reader, over all layers.
@@ -290,15 +344,33 @@ class HiPCache(DynamicCache):
         Raises:
             MemoryError, ValueError: as `PagedLayer.update`; and where a sliding layer before it has forgotten what it held.
         """
-        with all_or_none(self, layer_idx, key_states.shape[2], MemoryError, ValueError):
+        self._check_lengths(layer_idx, key_states.shape[2])
+        with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Append to one paged layer, as `update` does, for a caller who does not ask for the rest."""
         layer: Any = self.layers[layer_idx]
+        self._check_lengths(layer_idx, key_states.shape[2])
         layer.check(key_states, value_states)
-        with all_or_none(self, layer_idx, key_states.shape[2], MemoryError):
+        with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
             layer.append(key_states, value_states)
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As in Transformers' own cache; a model asks for it at the beginning of every call."""
+        self._in_model, self._last_update = True, None
+        return super().get_mask_sizes(*args, **kwargs)
+
+    def _check_lengths(self, layer_idx: int, rows: int) -> None:
+        """Raise ValueError for a layer that does not hold what the one before it held when it got as many new tokens: a call of
+        the model was interrupted between the two, outside of attention, where nothing could take them back."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if not self._in_model or not isinstance(layer, DynamicLayer):
+            return
+        length, before = layer.get_seq_length(), self._last_update
+        if before is not None and before[0] < layer_idx and before[2] == rows and before[1] != length:
+            raise unfinished(f"whose layers hold {before[1]} and {length} tokens")
+        self._last_update = (layer_idx, length, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HiPCache:
         """A copy with pages of its own; the model's config stays the model's."""

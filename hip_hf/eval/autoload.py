@@ -1,7 +1,8 @@
 """`hip-hf autoload`: let plain `lm_eval` and `accelerate launch -m lm_eval` of this environment know `hip`.
 
 lm-eval has no entry points, so two small files go into the environment's site-packages: a `.pth`, which Python reads when it
-starts, and the module it imports, a hook that calls `register` once something imports lm-eval. Other programs pay for neither.
+starts, and the module it imports: hooks that register `hip` once something imports lm-eval's models, and our tasks once something
+imports its tasks. Other programs pay for neither.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from importlib.machinery import PathFinder
 
 
 class _Loader(Loader):
-    def __init__(self, loader):
+    def __init__(self, loader, names):
         self.loader = loader
+        self.names = names
 
     def create_module(self, spec):
         return self.loader.create_module(spec)
@@ -36,26 +38,33 @@ class _Loader(Loader):
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         try:
-            from hip_hf.integration.lm_eval import register
+            from hip_hf.integration import lm_eval
         except ImportError as error:
             print(f"hip_hf_autoload: hip is not registered: {error}. `hip-hf autoload disable` removes this hook, "
                   f"as does deleting {__file__} and the .pth beside it", file=sys.stderr)
         else:
-            register()
+            for name in self.names:
+                getattr(lm_eval, name)()
 
 
 class _Finder(MetaPathFinder):
+    def __init__(self, module, *names):
+        self.module = module
+        self.names = names
+
     def find_spec(self, name, path=None, target=None):
-        if name != "lm_eval.tasks":
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self.names)
         return spec
 
 
-sys.meta_path.insert(0, _Finder())
+# whoever asks for a model type has imported one of the two: lm-eval imports its models only where no type is known yet
+sys.meta_path.insert(0, _Finder("lm_eval.models", "register_model"))
+sys.meta_path.insert(0, _Finder("lm_eval.tasks", "register_model", "register_tasks"))
 '''
 
 

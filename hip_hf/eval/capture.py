@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
-from hip_hf.integration.masks import hip_mask, mask_spans, mask_window
+from hip_hf.integration.masks import hip_mask, holds_positions, mask_spans, mask_window
 from hip_hf.integration.settings import text_config
 from hip_hf.problem import AttentionProblem, make_spans
 
@@ -39,7 +39,7 @@ def _record(
     if attention_mask is None:
         spans: tuple[Any, ...] | None = make_spans(query, key)
     else:
-        spans = None if attention_mask.dtype == torch.bool else mask_spans(attention_mask, query.shape[2])
+        spans = mask_spans(attention_mask, query.shape[2]) if holds_positions(attention_mask) else None
     if spans is None or not getattr(module, "is_causal", True):
         raise ValueError(f"model: {type(module).__name__} attends by a mask that is not causal, allowed: causal attention")
     if attention_mask is not None:

@@ -21,6 +21,7 @@ from hip_hf.eval import documents, generate, needles, real_model, report
 from hip_hf.eval.needles import Answer, Prompt
 from hip_hf.eval.passkey import digits_right
 from hip_hf.integration.explain import Report
+from hip_hf.integration.reach import attention_layers
 
 IMPLEMENTATIONS = ("sdpa", "hip")
 # The document's length where the model is made for so many tokens, and how many facts are in it.
@@ -59,15 +60,10 @@ def verdicts(question: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def layers_of(model: Any) -> list[torch.nn.Module]:
-    """The modules that are one to a layer and say which: a model's progress can be told by them."""
-    return [module for module in model.modules() if "Attention" in type(module).__name__ and hasattr(module, "layer_idx")]
-
-
 @torch.no_grad()
 def read(model: Any, tokenizer: Any, prompt: Prompt, advance: Callable[[], None]) -> Reading:
     """Read the prompt with the attention that is set; `advance` is called after each layer."""
-    hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in layers_of(model)]
+    hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in attention_layers(model)]  # one to a layer
     try:
         start = time.perf_counter()
         hidden = needles.hidden_of(model, prompt.ids)
@@ -128,7 +124,7 @@ def show(
     with report.progress() as bar:
         for attn in IMPLEMENTATIONS:
             net.set_attn_implementation(attn)
-            task = bar.add_task(f"reading {len(prompt.ids):,} tokens, layers, {attn}", total=len(layers_of(net)))
+            task = bar.add_task(f"reading {len(prompt.ids):,} tokens, layers, {attn}", total=len(attention_layers(net)))
             readings[attn] = read(net, tokenizer, prompt, lambda task=task: bar.advance(task))
     rows = [reading.row(attn, prompt.answers) for attn, reading in readings.items()]
     questions = [

@@ -36,7 +36,7 @@ def count_peak_from_here() -> None:
 def summaries_bytes(cache: Any) -> int:
     """What the summaries of a `HiPCache` take."""
     pyramids = [row.pyramid for layer in cache.paged for row in layer.hip_state.rows.values() if row.pyramid]
-    return sum(table.nbytes for pyramid in pyramids for table in pyramid.levels)
+    return sum(pyramid.nbytes for pyramid in pyramids)
 
 
 def cache_mib(cache: Any) -> float:

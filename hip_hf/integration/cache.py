@@ -7,19 +7,40 @@ beside them and behave exactly as before.
 from __future__ import annotations
 
 import inspect
+import threading
+import warnings
 from typing import Any
 
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionAndStaticFullAttentionLayer, StaticLayer
 
 from hip_hf.integration.positions import UNROTATED, check_cache
 from hip_hf.integration.settings import attends_by_us
 from hip_hf.paged import PagedTensor
 from hip_hf.state import DecodeState
 
-# Attributes of the returned keys, by which attention finds the state of their cache layer and `explain` its kind.
-STATE, KIND = "_hip_state", "_hip_kind"
+# Model types whose layers make the keys of attention out of what the cache returns, by a function of each cached token alone:
+# latent vectors are expanded (DeepSeek), heads are repeated (JetMoE). The state still follows the cache.
+REBUILT = (
+    "axk1",
+    "bailing_hybrid",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "jetmoe",
+    "kimi_linear",
+    "longcat_flash",
+    "minicpm3",
+    "youtu",
+)
+# Attributes of the returned keys, by which attention finds the state of their cache layer, `explain` its kind, and whether
+# gradients were asked for through what is cached.
+STATE, KIND, CUT_OFF = "_hip_state", "_hip_kind", "_hip_cut_off"
+
+
+# Of each thread: `state` of the layer of a cache that was updated last, until attention has asked for it.
+_newest = threading.local()
 
 
 class Stateful:
@@ -33,6 +54,7 @@ class Stateful:
         """The keys to return, with the state attached."""
         if not torch.compiler.is_compiling():
             setattr(keys, STATE, self.hip_state)
+            _newest.state = self.hip_state
         return keys
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,16 +88,21 @@ class HiPStaticLayer(Stateful, StaticLayer):
     """A preallocated full-attention cache layer with decode state."""
 
 
-def state_of(keys: torch.Tensor) -> DecodeState | None:
-    """The decode state of the cache layer that returned `keys`, if it has one."""
-    return getattr(keys, STATE, None)
+class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer):  # type: ignore[misc, override]
+    """The same with the running state of linear attention or of a convolution beside it."""
 
 
-def cache_kind(keys: torch.Tensor, rows: int) -> str:
+def state_of(keys: torch.Tensor, model_type: str) -> DecodeState | None:
+    """The decode state of the cache layer that returned `keys`, or what they were made of, if it has one."""
+    newest = _newest.__dict__.pop("state", None)
+    return getattr(keys, STATE, newest if model_type in REBUILT else None)
+
+
+def cache_kind(keys: torch.Tensor, state: DecodeState | None, rows: int) -> str:
     """How `explain` names the cache behind `keys`."""
     if isinstance(keys, PagedTensor):
         return "pages"
-    if state_of(keys) is not None:
+    if state is not None:
         return getattr(keys, KIND, "kept state")
     return "none" if keys.shape[2] == rows else "stateless"
 
@@ -84,6 +111,31 @@ def at_defaults(arguments: dict[str, Any]) -> bool:
     """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does not have say something."""
     defaults = inspect.signature(DynamicCache.__init__).parameters
     return all(name in defaults and defaults[name].default is value for name, value in arguments.items())
+
+
+class _CutOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, tie):  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        what = "HiPCache: got a backward pass through attention to cached tokens, which are kept without their gradients"
+        raise ValueError(f"{what}, allowed: through a call that brings all tokens")
+
+
+_warned = False
+
+
+def cut_off(x: torch.Tensor) -> torch.Tensor:
+    """What was computed from cached tokens where gradients are asked for: a backward pass through it raises, rather than leave
+    out what goes through the cache. Warns once."""
+    global _warned
+    if not _warned:
+        _warned = True
+        text = "hip: a HiPCache keeps tokens without their gradients, so a backward pass through this call would raise"
+        warnings.warn(f"{text}. torch.no_grad() around it saves its memory.", stacklevel=2)
+    return _CutOff.apply(x, torch.zeros((), requires_grad=True))
 
 
 def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +176,7 @@ def _guard_updates() -> None:
 def install() -> None:
     """Let caches made from a model's config be the ones above, and all caches keep to one kind of keys."""
     _guard_updates()
-    if cache_utils.STATIC_LAYER_TYPE_MAPPING["full_attention"] is StaticLayer:
-        cache_utils.STATIC_LAYER_TYPE_MAPPING["full_attention"] = HiPStaticLayer
+    ours = {StaticLayer: HiPStaticLayer, LinearAttentionAndStaticFullAttentionLayer: HiPHybridStaticLayer}
+    mapping = cache_utils.STATIC_LAYER_TYPE_MAPPING
+    mapping.update({name: ours[layer] for name, layer in mapping.items() if layer in ours})
     DynamicCache.__new__ = _new_dynamic_cache  # type: ignore[method-assign]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hip_hf.integration.interface import NAMES, Call
-from hip_hf.integration.settings import attends_by_us, text_config
+from hip_hf.integration.reach import attention_layers, check_reach
+from hip_hf.integration.settings import attends_by_us, layer_index, text_config
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: its path is `sparse`, `dense` or `not called`; `share` is that of the visible keys which were read."""
+    """One layer: its path is `sparse`, `dense` or `not called`; `share` is that of the visible keys which were read. `unmasked`:
+    rows of the last batch if no padding mask arrived with it (0: one did, or there was a single row)."""
 
     layer: int | None
     method: str
@@ -21,6 +23,7 @@ class Row:
     reason: str
     share: float | None
     cache: str
+    unmasked: int = 0
 
 
 class Report(list[Row]):
@@ -43,6 +46,11 @@ class Report(list[Row]):
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]
         ]
+        unmasked = max((row.unmasked for row in self), default=0)
+        if unmasked:
+            lines.append(
+                f"No padding mask arrived with the last batch of {unmasked}: padding, if there is any, was read as text."
+            )
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
@@ -50,21 +58,22 @@ def explain(model: nn.Module) -> Report:
     """Rows per attention layer: method, path of the last call and why, share of keys read, kind of cache.
 
     Raises:
-        ValueError: the model does not attend through `hip` (or another name of ours).
+        ValueError: the model does not attend through `hip` (or another name of ours), or ignores it.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, allowed: a pretrained model")
     if not any(attends_by_us(module.config) for module in model.modules() if hasattr(module, "config")):
         used = text_config(model)._attn_implementation
         raise ValueError(f"model: got attn_implementation={used!r}, allowed: {' | '.join(NAMES)}")
-    rows = []
     for module in model.modules():
-        if "Attention" not in type(module).__name__ or not hasattr(module, "layer_idx"):
-            continue
-        layer: Any = module.layer_idx
+        if isinstance(module, PreTrainedModel):
+            check_reach(module, module.config._attn_implementation)
+    rows = []
+    for module in attention_layers(model):
+        layer = layer_index(module)
         call: Call | None = module.__dict__.get("_hip_call")
         if call is None:
             rows.append(Row(layer, "-", "not called", "", None, "-"))
         else:
-            rows.append(Row(layer, call.method, call.path, call.reason, call.share, call.cache))
+            rows.append(Row(layer, call.method, call.path, call.reason, call.share, call.cache, call.unmasked))
     return Report(rows)

@@ -12,17 +12,30 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
-from hip_hf.integration import paged
-from hip_hf.integration.cache import cache_kind, install, state_of
-from hip_hf.integration.masks import check_mask, hip_mask, holds_positions, mask_spans, mask_window, narrowed, visible_rows
-from hip_hf.integration.positions import extended, positions_of, turned_back
-from hip_hf.integration.settings import NO_ATTENTIONS, layer_settings
+from hip_hf.integration import paged, reach
+from hip_hf.integration.cache import CUT_OFF, cache_kind, cut_off, install, state_of
+from hip_hf.integration.holes import attend_runs, few_before, mask_runs
+from hip_hf.integration.masks import (
+    check_mask,
+    hip_mask,
+    holds_positions,
+    mask_spans,
+    mask_window,
+    narrowed,
+    unmasked_rows,
+    visible_rows,
+)
+from hip_hf.integration.positions import extended, positions_of, refuse_followed, turned_back
+from hip_hf.integration.settings import NO_ATTENTIONS, layer_index, layer_settings
 from hip_hf.integration.undo import leaving_the_cache
-from hip_hf.problem import AttentionProblem, make_spans
+from hip_hf.paged import PagedTensor
+from hip_hf.problem import AttentionProblem, make_spans, tracing
 from hip_hf.reference import dense
 
 # Registered names, and the method each of them forces (None: the one in the settings).
 NAMES = {"hip": None, "streaming": "streaming", "hyper": "hyper"}
+
+_HOLES = "padding in the middle of a row"
 
 # Arguments of a layer that change what attention means, and that we would silently ignore.
 _REFUSED = {
@@ -34,17 +47,30 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Call:
-    """What the last call of a layer did; `explain` shows it."""
+    """What the last call of a layer did; `explain` shows it. `unmasked`: rows of a batch that came without a padding mask."""
 
     method: str
     path: str
     reason: str
     share: float
     cache: str
+    unmasked: int = 0
 
 
 @leaving_the_cache
 def attention_forward(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """See `_attention`; attention to a cache that has cut off its gradients says so to whoever asks for them."""
+    cached = isinstance(key, PagedTensor) and torch.is_grad_enabled()
+    if not cached or not (query.requires_grad or getattr(key, CUT_OFF, False)):
+        return _attention(module, query, key, *args, **kwargs)
+    with torch.no_grad():
+        out, _ = _attention(module, query, key, *args, **kwargs)
+    return cut_off(out), None
+
+
+def _attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -65,7 +91,7 @@ def attention_forward(
     `unrotated`: query and key come from a patched layer, before RoPE.
 
     Raises:
-        ValueError: the layer asks for something that would be computed wrongly, or the mask is none of ours and not boolean.
+        ValueError: the layer asks for something that would be computed wrongly, or the mask does not fit.
             The cache is as it was.
     """
     _refuse(module, dropout, kwargs)
@@ -74,8 +100,12 @@ def attention_forward(
     # a mask of integers is ours and says itself what is causal, whatever the layer says (the decoder of BigBird-Pegasus)
     if not is_causal and (attention_mask is None or not holds_positions(attention_mask)):
         return _bidirectional(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs)
+    follower = tracing()
+    if follower:
+        return _followed(follower, module, query, key, value, attention_mask, scaling, sliding_window, softcap, s_aux)
     settings = layer_settings(module, method)
-    layer: Any = getattr(module, "layer_idx", None)
+    layer: Any = layer_index(module)
+    config: Any = module.config
     if attention_mask is not None:
         attention_mask = narrowed(attention_mask, key.shape[2])
     cache = paged.cache_of(key, kwargs)
@@ -83,8 +113,10 @@ def attention_forward(
         check_mask(attention_mask, query.shape, key.shape[2])
         sliding_window = mask_window(attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kind, positions = cache_kind(key, query.shape[2]), None
-    state = state_of(key)
+    state = state_of(key, config.model_type)
+    kind, positions = cache_kind(key, state, query.shape[2]), None
+    if state is not None:
+        state = state.of_layer(layer)
     if unrotated or extended(module, sliding_window):
         positions = positions_of(module, settings)
         if not unrotated:
@@ -97,12 +129,14 @@ def attention_forward(
         module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "continuous batching")
         return result.out.transpose(1, 2).contiguous(), None
     why = _unsayable(attention_mask, query.shape[2])
+    runs = mask_runs(attention_mask, query.shape[2]) if attention_mask is not None and why == _HOLES else []
     if why and positions is not None:
         raise ValueError(f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side")
-    if why:
-        assert attention_mask is not None
-        out = query.new_zeros(*query.shape[:3], value.shape[-1])
-        dense.masked(problem, visible_rows(attention_mask, sliding_window), out)
+    if runs and few_before(problem, settings, runs):
+        result = attend_runs(problem, settings, layer, state, runs)
+        out, call = result.out, Call(settings.method, result.path, result.reason, result.share, kind)
+    elif why:
+        out, _ = dense.masked(problem, visible_rows(attention_mask, sliding_window, query.shape[2], key))
         call = Call(settings.method, "dense", why, 1.0, kind)
         _warn_once(layer, why)
     else:
@@ -110,7 +144,8 @@ def attention_forward(
         problem = replace(problem, spans=spans or ())
         result = attend(problem, settings, layer, state)
         out = result.out
-        call = Call(settings.method, result.path, result.reason, result.share, kind)
+        unmasked = unmasked_rows(attention_mask, len(query))
+        call = Call(settings.method, result.path, result.reason, result.share, kind, unmasked)
         if result.unsupported:
             _warn_once(layer, result.reason)
     module.__dict__["_hip_call"] = call
@@ -131,9 +166,38 @@ def _unsayable(mask: torch.Tensor | None, rows: int) -> str:
     """Why a mask cannot be said by spans, or an empty string."""
     if mask is None:
         return ""
-    if mask.dtype == torch.bool:
-        return "the mask is not causal, or the caller's own"
-    return "padding in the middle of a row" if mask_spans(mask, rows) is None else ""
+    if not holds_positions(mask):
+        return "the mask is not causal, or not made by hip"
+    return _HOLES if mask_spans(mask, rows) is None else ""
+
+
+def _followed(
+    follower: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> tuple[torch.Tensor, None]:
+    """A call whose tensors `follower` follows (torch.export, torch.func), which could not follow a selection: it is dense, and
+    no number of a tensor is looked at."""
+    refuse_followed(module.config, follower)
+    if mask is not None:
+        mask = narrowed(mask, key.shape[2])
+        check_mask(mask, query.shape, key.shape[2])
+        sliding_window = mask_window(mask, sliding_window)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
+    out, _ = dense.masked(problem, visible_rows(mask, sliding_window, query.shape[2], key))
+    if follower != "torch.export":  # in which Python leaves no traces
+        why = f"{follower} follows the tensors, and could not follow a selection"
+        module.__dict__["_hip_call"] = Call("dense", "dense", why, 1.0, "none")
+        _warn_once(getattr(module, "layer_idx", None), why)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _bidirectional(
@@ -153,11 +217,9 @@ def _bidirectional(
 
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=False, **kwargs)
     seen = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device) if mask is None else mask
-    if seen.dtype != torch.bool:
-        raise ValueError(f"attention_mask: got {seen.dtype} for attention that is not causal, allowed: a boolean mask or None")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = query.new_zeros(*query.shape[:3], value.shape[-1])
-    dense.masked(AttentionProblem(query, key, value, (), scale, None, softcap, s_aux), visible_rows(seen, None), out)
+    problem = AttentionProblem(query, key, value, (), scale, None, softcap, s_aux)
+    out, _ = dense.masked(problem, visible_rows(seen, None, query.shape[2], key))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -180,4 +242,5 @@ def register() -> None:
 
     install()
     paged.install()
+    reach.install()
     registry.install()

@@ -31,11 +31,23 @@ def register() -> None:
     Raises:
         ImportError: lm-eval is not installed.
     """
+    register_model()
+    register_tasks()
+
+
+def register_model() -> None:
+    """The first half of `register`: the model type, beside all of lm-eval's own."""
+    import lm_eval.models  # noqa: F401 - lm-eval imports it, for its own types, only where no type is registered yet
     from lm_eval.api.registry import model_registry
-    from lm_eval.tasks import TaskManager
 
     if MODEL not in model_registry:
         model_registry.register(MODEL, target="hip_hf.integration.lm_eval_model:HipLM")
+
+
+def register_tasks() -> None:
+    """The second half of `register`: the tasks."""
+    from lm_eval.tasks import TaskManager
+
     plain = TaskManager.__init__
     if getattr(plain, "_hip_tasks", False):
         return

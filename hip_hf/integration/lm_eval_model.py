@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import atexit
 import dataclasses
+import difflib
+import inspect
 from collections import Counter, defaultdict
 from importlib.metadata import version
 from typing import Any
@@ -18,11 +20,17 @@ import hip_hf
 from hip_hf.config import BACKENDS, HiPConfig
 from hip_hf.integration.interface import NAMES, Call
 from hip_hf.integration.lm_eval import UsageError
+from hip_hf.integration.reach import attention_layers
 from hip_hf.integration.settings import configure, read_settings, text_config
 from hip_hf.reference.sparse import DECODE_ROWS
 
 TRUNCATION = ("left", "middle")
 FIELDS = {field.name: field for field in dataclasses.fields(HiPConfig)}
+# From this ratio of `difflib` on an argument that nobody knows is taken for a mistyped one of ours. Lower ones are met by names
+# that Transformers' `from_pretrained` takes (`device_mesh`), which are listed nowhere.
+MISTYPED = 0.7
+# What lm-eval pads scored texts with, on the right and whatever the tokenizer's padding is.
+PADDING = 0
 
 
 def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -43,6 +51,18 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str
     return {name: value if name in ("method", "representative") else _value(value) for name, value in ours.items()}, theirs
 
 
+def refuse_mistyped(arguments: dict[str, Any], config: Any) -> None:
+    """Raise UsageError for an argument that is nearly one of ours, and neither one of lm-eval's model nor, in the model's
+    `config`, a setting of the model: it would end up in the model's constructor, or nowhere."""
+    theirs = inspect.signature(HFLM.__init__).parameters
+    for name, value in arguments.items():
+        if name in theirs or hasattr(config, name):
+            continue
+        close = difflib.get_close_matches(name, [*FIELDS, "prompt_truncation"], n=1, cutoff=MISTYPED)
+        if close:
+            raise UsageError(f"{name}: unknown model argument with value {value!r} (did you mean {close[0]!r}?)")
+
+
 def _value(text: Any) -> Any:
     """What a model argument says: lists, dicts and None come as text when the arguments were one string."""
     if not isinstance(text, str):
@@ -53,6 +73,14 @@ def _value(text: Any) -> Any:
         return text
 
 
+def _without_padding(ids: list[int]) -> tuple[int, ...]:
+    """Token ids up to the last that is not the one which lm-eval pads with."""
+    end = len(ids)
+    while end and ids[end - 1] == PADDING:
+        end -= 1
+    return tuple(ids[:end])
+
+
 class KeysRead:
     """A forward hook on the model that counts what its attention layers did: share of the visible keys read, and paths.
 
@@ -60,9 +88,7 @@ class KeysRead:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [
-            module for module in model.modules() if hasattr(module, "layer_idx") and "Attention" in type(module).__name__
-        ]
+        self.layers = attention_layers(model)
         self.clear()
 
     def clear(self) -> None:
@@ -102,7 +128,8 @@ class HipLM(HFLM):
         if prompt_truncation not in TRUNCATION:
             raise UsageError(f"prompt_truncation: got {prompt_truncation!r}, allowed: {' | '.join(TRUNCATION)}")
         self.prompt_truncation = prompt_truncation
-        self._fields, rest = split_arguments(arguments)
+        self._fields, self._rest = split_arguments(arguments)
+        rest = dict(self._rest)
         name = rest.pop("attn_implementation", "hip")
         if name not in NAMES:
             allowed = f"{' | '.join(NAMES)}; use the model type `hf` for others"
@@ -110,7 +137,9 @@ class HipLM(HFLM):
         if isinstance(pretrained, str):
             rest["attn_implementation"] = name
         else:
+            refuse_mistyped(self._rest, pretrained.config)
             pretrained.set_attn_implementation(name)
+        self._ends_in_padding: dict[tuple[int, ...], int] = {}
         super().__init__(pretrained, **rest)
         self.settings = self.use(**self._fields)
         if hasattr(self, "accelerator") and self.world_size == 1 and rest.get("tp_plan") is None:
@@ -133,6 +162,7 @@ class HipLM(HFLM):
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:
         super()._get_config(*args, **kwargs)
+        refuse_mistyped(self._rest, self._config)
         try:
             base = read_settings(self._config.get_text_config(decoder=True)).to_dict()
             HiPConfig.from_dict({**base, **self._fields})
@@ -153,7 +183,41 @@ class HipLM(HFLM):
         if self.prompt_truncation == "middle":
             longest = self.max_length + 1  # the last token is scored, not read
             requests = [(words, self._cut(context, longest - len(end)), end) for words, context, end in requests]
+        self._ends_in_padding = {}
+        for _, context, end in requests:
+            ids = self._read(context, end)
+            if ids and ids[-1] == PADDING:
+                text = _without_padding(ids)
+                self._ends_in_padding[text] = max(len(ids), self._ends_in_padding.get(text, 0))
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _read(self, context: list[int], end: list[int]) -> list[int]:
+        """The tokens that lm-eval gives the decoder for a request: a row of its batch, before it is padded."""
+        if self.backend == "seq2seq":
+            return end[-self.max_length :]
+        return (context + end)[-(self.max_length + 1) :][:-1]
+
+    def _mask(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which tokens of scored rows `[B, T]` are text: lm-eval knows, and does not tell its model. A row that ends in the
+        token which lm-eval pads with is told from a padded one by the requests; from another request's that goes on with
+        nothing but such tokens it is not."""
+        mask = torch.zeros_like(rows)
+        for real, ids in zip(mask, rows.tolist(), strict=True):
+            text = _without_padding(ids)
+            real[: self._ends_in_padding.get(text, len(text))] = 1
+        return mask
+
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits of a batch of scored texts, padded on the right; with the mask, so that no row depends on the others."""
+        if labels is None:
+            given: dict[str, Any] = {"attention_mask": self._mask(inps)}
+        else:
+            given = {"attention_mask": attn_mask, "labels": labels, "decoder_attention_mask": self._mask(labels)}
+        dtype = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, dtype, dtype is not None):
+            return self.model(inps, **given).logits
 
     @staticmethod
     def _cut(tokens: list[int], room: int) -> list[int]:

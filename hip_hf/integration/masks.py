@@ -1,29 +1,37 @@
 """Masks. Transformers asks for one per forward; ours is a row of key positions, O(T), that every layer reduces alike.
 
-`rel` int32 `[B, 1, 1, Tk]`: `rel[b, j]` is the position of key `j` relative to the first query row of the call, or `PAD` where
-key `j` is padding. Query row `i` sees key `j` iff `rel <= i` and, in a sliding window, `rel > i - window`. Being 4-D it
-passes a second mask creation untouched; it carries padding, offsets and the unfilled slots of static caches.
+int32 `[B, 1, 1, Tk]`: `LAST` plus the position of each key relative to the last query row of the call, or `PAD` where a key is
+padding. Of `n` query rows, row `i` sees the keys up to `LAST + i - (n - 1)` and, in a sliding window, none further back than
+that. Counted from the last row, because a model may go on with its last rows only (Gemma 4, whose last layers reuse earlier
+keys): the mask then still holds. Counted from `LAST`, because a mask that a model adds numbers to must not pass for numbers to
+add. Being 4-D it passes a second mask creation untouched; it carries padding, offsets and the unfilled slots of static caches.
+
+The mask of sequences packed into rows is int64 of the same shape: `LAST` for the keys of a row's first sequence, `LAST + 1` for
+those of its second, and so on. The query rows are those of the last keys.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
-from transformers.masking_utils import prepare_padding_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
+from hip_hf.integration.positions import refuse_followed
+from hip_hf.integration.reach import ignored
 from hip_hf.integration.settings import check_config
-from hip_hf.problem import Span
+from hip_hf.problem import Span, tracing
 
 PAD = torch.iinfo(torch.int32).max
+LAST = 2**29  # far above any number that masks add, and any context
 
 # Mask functions that `rel` can say, by the name Transformers gives them.
 _CAUSAL = {"causal_mask_function", "sliding_window_overlay", "packed_sequence_mask_function"}
-# Decoders that attend to their own keys and the encoder's at once, and append the boolean mask of the latter to ours.
-_EXTENDED = {"t5gemma2_decoder"}
-_ALLOWED = "a 2-D mask, or a boolean 4-D one"  # of masks that are not ours
+_ALLOWED = "a 2-D mask, or a 4-D one of booleans or of numbers to add"  # of masks that are not ours
 _WRAPPERS = {"and_masks": "mask_functions", "remap_positions_for_packed_sequence": "mask_function"}
 
 
@@ -60,21 +68,25 @@ def hip_mask(
 ) -> torch.Tensor:
     """The mask function registered with Transformers.
 
-    Returns `rel` (see above); for patterns that it cannot say (bidirectional, blockwise, chunked, a user's own, one that
-    the model extends) the boolean `[B, 1, Tq, Tk]`, which makes the attention dense.
+    Returns a row of key positions (see above); for patterns that it cannot say (bidirectional, blockwise, chunked, a user's
+    own), and for models that go on computing with their mask (Doge) or extend it (T5Gemma 2), the boolean `[B, 1, Tq, Tk]`,
+    which makes the attention dense.
 
     Raises:
         ValueError: the model does not route its attention through Transformers' attention interface, its settings are invalid,
             or the padding mask has another number of rows than the batch. It is the first of us that a forward meets: no
             layer has touched the cache yet.
     """
-    refuse_foreign_model(config)
-    check_config(config)
+    refuse_followed(config, tracing())
+    exporting = torch.compiler.is_exporting()  # a graph of tensors alone, which looks at no settings and no functions
+    if not exporting:
+        refuse_foreign_model(config)
+        check_config(config)
     if attention_mask is not None and attention_mask.shape[0] != batch_size:
         what = f"got shape {tuple(attention_mask.shape)} for a batch of {batch_size}"
         raise ValueError(f"attention_mask: {what}, allowed: one row of 0 and 1 for each row of the batch")
-    parts = _parts(mask_function)
-    if use_vmap or not parts.keys() <= _CAUSAL or getattr(config, "model_type", None) in _EXTENDED:
+    parts = {} if exporting else _parts(mask_function)
+    if exporting or use_vmap or not parts.keys() <= _CAUSAL or _computes_with_it(config, q_length, parts, kwargs):
         # None would stand for "nothing is hidden" here, and for "causal" elsewhere: always a tensor
         kwargs["allow_is_causal_skip"] = False
         if "allow_is_bidirectional_skip" in kwargs:
@@ -95,26 +107,40 @@ def hip_mask(
         )
         assert mask is not None  # neither skip was allowed
         return mask
-    rel = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - q_offset)
-    rel = rel.to(torch.int32).expand(batch_size, kv_length)
-    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if padding is not None:
-        rel = rel.masked_fill(~padding[:, kv_offset : kv_offset + kv_length].bool(), PAD)
-    mask = rel[:, None, None, :]
     if "packed_sequence_mask_function" in parts:
         sequence = _closed_over(parts["packed_sequence_mask_function"], "packed_sequence_mask")
-        mask = mask.long()  # not int32: without its spans it must not pass for an unpacked mask
-        mask._hip_spans = {q_length: packed_spans(sequence.expand(batch_size, -1))}  # type: ignore[attr-defined]
-    mask._hip_window = local_size  # type: ignore[attr-defined]
-    return mask
+        row: Any = LAST + sequence.long().expand(batch_size, -1)[:, None, None, :]
+    else:
+        places = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - q_offset - (q_length - 1) + LAST)
+        places = places.to(torch.int32).expand(batch_size, kv_length)
+        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        if padding is not None:
+            places = places.masked_fill(~padding[:, kv_offset : kv_offset + kv_length].bool(), PAD)
+        row = places[:, None, None, :]
+    row._hip_window = local_size
+    row._hip_unmasked = batch_size if attention_mask is None and batch_size > 1 else 0
+    return row
+
+
+# Known ones, by `model_type`: Doge does not say so before Transformers 5.21, the others may begin with a single token.
+_COMPUTES_WITH_IT = {"doge", "qwen4_exp_text", "t5gemma2_decoder"}
+_computing: set[type] = set()
+
+
+def _computes_with_it(config: PreTrainedConfig | None, rows: int, parts: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+    """Whether the model goes on computing with its mask: it asks Transformers for one in full, even where "causal" says all. For
+    a step on a static cache, and for packed sequences, Transformers itself asks: models are known by their prompts."""
+    if rows > 1 and not kwargs.get("allow_is_causal_skip", True) and "packed_sequence_mask_function" not in parts:
+        _computing.add(type(config))
+    return type(config) in _computing or getattr(config, "model_type", None) in _COMPUTES_WITH_IT
 
 
 _foreign: dict[type, bool] = {}
 
 
 def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
-    """Raise ValueError for a model that accepts any attention name but ignores it (Bloom, MPT, ...), or changes masks
-    (DeepSeek-V4)."""
+    """Raise ValueError for a model that accepts any attention name but ignores it (Bloom, MPT, ...), changes masks
+    (DeepSeek-V4), or has layers that choose keys by themselves (DeepSeek-V3.2)."""
     if config is None:
         return
     if any("compressed" in kind for kind in getattr(config, "layer_types", None) or ()):
@@ -122,6 +148,8 @@ def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
             f"attn_implementation: got {config._attn_implementation!r} for model type {config.model_type!r} with compressed "
             "layers, which put compressed keys behind the others and extend the mask for them; allowed: `eager`"
         )
+    if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"indices: {config.model_type} passes the layer's own sparse indices, allowed: None")
     kind = type(config)
     if kind not in _foreign:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -130,60 +158,71 @@ def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
         can_set = getattr(model, "_can_set_attn_implementation", None)
         _foreign[kind] = can_set is not None and not can_set()
     if _foreign[kind]:
-        raise ValueError(
-            f"attn_implementation: got {config._attn_implementation!r} for model type {config.model_type!r}, which computes its "
-            "attention by itself and would ignore it; allowed: architectures built on Transformers' AttentionInterface "
-            "(Llama, Mistral, Qwen, Gemma, Phi, GPT-OSS, ...)"
-        )
+        raise ignored(config._attn_implementation, config.model_type)
 
 
-def packed_spans(sequence: torch.Tensor) -> tuple[Span, ...]:
-    """Spans of sequences packed into rows: `sequence` `[B, T]` holds an id that changes where the next one starts."""
+def packed_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...]:
+    """Spans of sequences packed into batch rows, whose last `rows` keys are those of the query rows. `mask`: the int64 one."""
+    keys = mask.shape[-1]
     spans = []
-    for batch, ids in enumerate(sequence.tolist()):
+    for batch, ids in enumerate(mask[:, 0, 0].tolist()):
         start = 0
-        for at in range(1, len(ids) + 1):
-            if at == len(ids) or ids[at] != ids[start]:
-                spans.append(Span(batch, start, at, start, at, 0))
+        for at in range(1, keys + 1):
+            if at == keys or ids[at] != ids[start]:
+                row_start, row_end = max(0, start - (keys - rows)), at - (keys - rows)
+                if row_start < row_end:
+                    spans.append(Span(batch, start, at, row_start, row_end, row_start + keys - rows - start))
                 start = at
     return tuple(spans)
 
 
 def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
-    """Spans that `rel` stands for, or None where padding makes holes in a row. Worked out once per forward.
+    """Spans that a mask of ours stands for, or None where padding makes holes in a row. Worked out once per forward.
 
     Raises:
-        ValueError: a mask that is not ours, or that of a packed batch which has lost what it was made with.
+        ValueError: a mask of integers that is not ours.
     """
     known = getattr(mask, "_hip_spans", None)
     if known is not None and rows in known:
         return known[rows]
-    if mask.dtype != torch.int32:
-        what = f"got a 4-D {mask.dtype} tensor, the caller's own or a copy of a packed batch's mask"
-        raise ValueError(f"attention_mask: {what}, allowed: {_ALLOWED} (or that mask itself)")
-    rel = mask[:, 0, 0].cpu()
     if not hasattr(mask, "_hip_window"):  # a copy of ours, or not ours
-        origin = (rel - torch.arange(rel.shape[1], dtype=torch.int32))[rel != PAD]
-        if len(origin) and not bool((origin == origin[0]).all()):
-            raise ValueError(f"attention_mask: got a 4-D {mask.dtype} tensor of the caller's own, allowed: {_ALLOWED}")
-    real = rel < rows  # what is beyond the last query is in nobody's sight; padding is as well
-    count = real.sum(-1).tolist()
-    first = real.int().argmax(-1).tolist()
-    spans: list[Span] = []
-    holes = False
-    for batch, (keys, start) in enumerate(zip(count, first, strict=True)):
-        if keys == 0:
-            continue
-        at, last = int(rel[batch, start]), int(rel[batch, start + keys - 1])
-        holes |= last - at != keys - 1 or not bool(real[batch, start : start + keys].all())
-        row_start, row_end = max(0, at), min(rows, last + 1)
-        if row_start < row_end:
-            spans.append(Span(batch, start, start + keys, row_start, row_end, row_start - at))
-    result = None if holes else tuple(spans)
+        _check_copy(mask)
+    result = packed_spans(mask, rows) if mask.dtype == torch.int64 else _padded_spans(mask, rows)
     if known is None:
         known = mask._hip_spans = {}  # type: ignore[attr-defined]
     known[rows] = result
     return result
+
+
+def _check_copy(mask: torch.Tensor) -> None:
+    """Raise ValueError for a mask of integers `[B, 1, 1, Tk]` that does not hold what a copy of ours would."""
+    values = mask[:, 0, 0].cpu()
+    if mask.dtype == torch.int64:
+        ours = bool((values[:, 0] == LAST).all()) and bool(((values.diff() == 0) | (values.diff() == 1)).all())
+    else:
+        origin = (values - torch.arange(values.shape[1], dtype=torch.int32))[values != PAD]
+        ours = mask.dtype == torch.int32 and (len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2))
+    if not ours:
+        raise ValueError(f"attention_mask: got a 4-D {mask.dtype} tensor {_maker(mask)}, allowed: {_ALLOWED}")
+
+
+def _padded_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
+    """The spans of key positions, one for each batch row that has any, or None where one of them has a hole."""
+    place = mask[:, 0, 0].cpu() - LAST
+    real = place <= 0  # what is beyond the last query is in nobody's sight; padding is as well
+    count = real.sum(-1).tolist()
+    first = real.int().argmax(-1).tolist()
+    spans: list[Span] = []
+    for batch, (keys, start) in enumerate(zip(count, first, strict=True)):
+        if keys == 0:
+            continue
+        at, last = (int(place[batch, slot]) + rows - 1 for slot in (start, start + keys - 1))  # rows, as the first one is 0
+        if last - at != keys - 1 or not bool(real[batch, start : start + keys].all()):
+            return None
+        row_start, row_end = max(0, at), min(rows, last + 1)
+        if row_start < row_end:
+            spans.append(Span(batch, start, start + keys, row_start, row_end, row_start - at))
+    return tuple(spans)
 
 
 def holds_positions(mask: torch.Tensor) -> bool:
@@ -196,25 +235,51 @@ def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
     if mask.shape[-1] <= keys or not holds_positions(mask):
         return mask
     narrow = mask[..., :keys]
-    for name in ("_hip_window", "_hip_spans"):
+    for name in ("_hip_window", "_hip_spans", "_hip_unmasked"):
         if hasattr(mask, name):
             setattr(narrow, name, getattr(mask, name))
     return narrow
 
 
 def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
-    """Raise ValueError for a mask that does not fit a query of shape `[B, Hq, Tq, D]` and so many keys, or of numbers."""
+    """Raise ValueError for a mask that does not fit a query of shape `[B, Hq, Tq, D]` and so many keys. It says who made it."""
     batch, heads, rows, _ = query
-    if mask.is_floating_point():
-        raise ValueError(f"attention_mask: got a 4-D {mask.dtype} tensor, allowed: {_ALLOWED}")
-    if mask.dtype == torch.bool:
-        fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2] in (1, rows)
-        if not fits or mask.shape[3] != keys:
-            allowed = f"one that broadcasts to {(batch, heads, rows, keys)}"
-            raise ValueError(f"attention_mask: got a boolean mask of shape {tuple(mask.shape)}, allowed: {allowed}")
-    elif mask.shape != (batch, 1, 1, keys):
-        what = f"got a {mask.dtype} tensor of shape {tuple(mask.shape)} for {batch} rows of {keys} keys"
-        raise ValueError(f"attention_mask: {what}, allowed: {_ALLOWED}")
+    if holds_positions(mask):
+        fits, allowed = mask.shape == (batch, 1, 1, keys), _ALLOWED
+    else:
+        want = (batch, heads, rows, keys)
+        fits = (
+            mask.ndim == 4 and mask.shape[3] == keys and all(got in (1, size) for got, size in zip(mask.shape, want, strict=True))
+        )
+        allowed = f"one that broadcasts to {want}"
+    if not fits:
+        what = f"got a {mask.dtype} tensor of shape {tuple(mask.shape)} {_maker(mask)} for {batch} rows of {keys} keys"
+        raise ValueError(f"attention_mask: {what}, allowed: {allowed}")
+    if mask.is_floating_point() and not tracing() and not bool(mask.max() < LAST // 2):
+        what = (
+            f"got numbers up to {mask.max().item():g} {_maker(mask)} (which has computed with a mask of hip, if it made this one)"
+        )
+        raise ValueError(f"attention_mask: {what}, allowed: numbers to add to logits")
+
+
+def _maker(mask: torch.Tensor) -> str:
+    """Who made a mask that is not ours: the model's own code, unless the outermost module that is running was called with it."""
+    given: list[Any] = [mask]
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            given = [*frame.f_locals["args"], *frame.f_locals["kwargs"].values()]
+        frame = frame.f_back
+    known = [each for x in given for each in (x.values() if isinstance(x, dict) else [x]) if type(each) is torch.Tensor]
+    memory = mask.untyped_storage().data_ptr()  # the layer may have got a part of it
+    return "of the caller's own" if any(x.untyped_storage().data_ptr() == memory for x in known) else "that the model made itself"
+
+
+def unmasked_rows(mask: torch.Tensor | None, batch: int) -> int:
+    """How many rows of the batch nobody gave a padding mask for; 0 for a single one, which needs none."""
+    if mask is None:
+        return batch if batch > 1 else 0
+    return getattr(mask, "_hip_unmasked", 0)
 
 
 def mask_window(mask: torch.Tensor, given: int | None) -> int | None:
@@ -222,14 +287,27 @@ def mask_window(mask: torch.Tensor, given: int | None) -> int | None:
     return getattr(mask, "_hip_window", given)
 
 
-def visible_rows(mask: torch.Tensor, window: int | None) -> Callable[[int, int], torch.Tensor]:
-    """What rows `first` to `last - 1` see, `[B, 1, last - first, Tk]`, of a `rel` or boolean mask: for the dense path."""
-    if mask.dtype == torch.bool:
+def visible_rows(
+    mask: torch.Tensor | None, window: int | None, count: int, keys: torch.Tensor
+) -> Callable[[int, int], torch.Tensor]:
+    """What rows `first` to `last - 1` of `count` query rows see of keys `[B, Hkv, Tk, D]`, for the dense path: under any mask, or
+    (None) as the last rows. `[B, Hq or 1, last - first or 1, Tk]`: booleans, or what a mask of numbers adds to the logits."""
+    if mask is None:
+        mask = hip_mask(1, count, keys.shape[2], keys.shape[2] - count, 0, causal_mask_function, device=keys.device)
+    if not holds_positions(mask):
         return lambda first, last: mask if mask.shape[2] == 1 else mask[:, :, first:last]
+    length = mask.shape[-1]
+    if mask.dtype == torch.int64:
+        at = torch.arange(length, device=mask.device) + (LAST - (length - 1))
+        own = mask[..., length - count :].transpose(2, 3)
+    else:
+        at, own = mask, None
 
     def rows(first: int, last: int) -> torch.Tensor:
-        row = torch.arange(first, last, device=mask.device)[:, None]
-        seen = mask <= row
-        return seen if window is None else seen & (mask > row - window)
+        row = torch.arange(first, last, device=mask.device)[:, None] + (LAST - (count - 1))
+        seen = at <= row
+        if window is not None:
+            seen = seen & (at > row - window)
+        return seen if own is None else seen & (mask == own[:, :, first:last])
 
     return rows

@@ -17,11 +17,12 @@ from hip_hf.attention import attend, kernels_wanted
 from hip_hf.cache.hip_cache import HiPCache, PagedLayer
 from hip_hf.config import HiPConfig
 from hip_hf.integration.interface import Call
-from hip_hf.integration.masks import holds_positions, mask_spans, mask_window
+from hip_hf.integration.masks import holds_positions, mask_spans, mask_window, unmasked_rows
 from hip_hf.integration.positions import positions_of
 from hip_hf.integration.undo import leaving_the_cache
 from hip_hf.problem import AttentionProblem
 from hip_hf.reference.gathered import attend_next, gathered_rows
+from hip_hf.reference.gradients import learning
 from hip_hf.state import DecodeState, RowState
 
 
@@ -47,16 +48,19 @@ def next_token(
         return None
     positions = positions_of(module, settings) if unrotated else None
     problem = AttentionProblem(query, key, value, spans, module.scaling, positions=positions)
+    if learning(problem) or (layer.cut_off and torch.is_grad_enabled()):
+        return None
+    unmasked = unmasked_rows(mask, len(query))
     if kernels_wanted(problem, settings):
         if layer.hip_state.device is None:  # the kernels have not served this cache so far: the interface says why
             return None
         key, value = cache.update(key, value, module.layer_idx)
-        return _attend(module, query, key, value, replace(problem, k=key, v=value), settings, layer.hip_state)
+        return _attend(module, query, key, value, replace(problem, k=key, v=value), settings, layer.hip_state, unmasked)
     rows = gathered_rows(problem, settings, layer.hip_state)
     if rows is None:
         return None
     cache.append(key, value, module.layer_idx)
-    return _attend_next(module, query, key, value, problem, rows, settings)
+    return _attend_next(module, query, key, value, problem, rows, settings, unmasked)
 
 
 @leaving_the_cache
@@ -68,10 +72,11 @@ def _attend(
     problem: AttentionProblem,
     settings: HiPConfig,
     state: DecodeState,
+    unmasked: int,
 ) -> torch.Tensor:
     """Attention to what the cache now holds."""
     result = attend(problem, settings, module.layer_idx, state)
-    module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "pages")
+    module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "pages", unmasked)
     return result.out.transpose(1, 2)
 
 
@@ -84,9 +89,10 @@ def _attend_next(
     problem: AttentionProblem,
     rows: list[RowState],
     settings: HiPConfig,
+    unmasked: int,
 ) -> torch.Tensor:
     """Attention to what is gathered and to the step's own key and value, which are in the cache already."""
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     share = attend_next(problem, rows, zip(key, value, strict=True), out, None)
-    module.__dict__["_hip_call"] = Call(settings.method, "sparse", "", share, "pages")
+    module.__dict__["_hip_call"] = Call(settings.method, "sparse", "", share, "pages", unmasked)
     return out.transpose(1, 2)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hip_hf.config import HiPConfig
+from hip_hf.integration.settings import layer_index
 from hip_hf.rope import CHUNK_INDEXED_LAYERS, Positions, Rope
 
 # Kinds of RoPE whose angles are a fixed multiple of the position.
@@ -37,6 +38,13 @@ def extends(config: Any) -> bool:
     """Whether a model with this text config has settings that extend the context. Every layer asks at every step."""
     raw = getattr(config, "hip", None)
     return isinstance(raw, dict) and raw.get("extend") is not None
+
+
+def refuse_followed(config: Any, follower: str) -> None:
+    """Raise ValueError if a model with this text config extends the context where `follower` follows its tensors."""
+    if follower and extends(config):
+        got = config.hip["extend"]
+        raise ValueError(f"extend: got {got!r} under {follower}, which gets dense attention, allowed: None")
 
 
 def extended(module: Any, sliding_window: int | None) -> bool:
@@ -105,7 +113,7 @@ def positions_of(module: Any, settings: HiPConfig) -> Positions:
         return kept[1]
     config = module.config
     check_extension(settings, config)
-    layer = getattr(module, "layer_idx", None) or 0
+    layer = layer_index(module) or 0
     positions = Positions(rope_of(config, module.head_dim), config.max_position_embeddings, layer < CHUNK_INDEXED_LAYERS)
     module.__dict__["_hip_positions"] = (settings, positions)
     return positions

@@ -23,6 +23,13 @@ def text_config(model: nn.Module) -> Any:
     return found if any(found is part for part in (config, *vars(config).values())) else config
 
 
+def text_part(model: nn.Module) -> str:
+    """What the config of the language part is called in the model's config; empty where it is that config itself."""
+    config: Any = model.config
+    target = text_config(model)
+    return next((name for name in config.sub_configs if getattr(config, name, None) is target), "")
+
+
 def read_settings(config: Any) -> HiPConfig:
     """The settings in a model config; `HiPConfig()` where it has none. Raises ValueError if they are invalid."""
     raw = getattr(config, "hip", None)
@@ -30,14 +37,14 @@ def read_settings(config: Any) -> HiPConfig:
 
 
 _valid: dict[str, Any] | None = None  # the last settings that were found to be so
-# the last that extend the context, with the model's config that they suit
+# the last that name layers or extend the context, with the model's config that they suit
 _fitting: tuple[weakref.ref[Any], dict[str, Any] | None] | None = None
 
 
 def check_config(config: Any) -> None:
-    """Raise ValueError, before a forward has touched anything, for a model config with invalid settings, with `extend` for a
-    model that cannot, or with outputs that we cannot give. Settings are looked at only when they are not the last ones that
-    were."""
+    """Raise ValueError, before a forward has touched anything, for a model config with invalid settings, with layers that the
+    model does not have, with `extend` for a model that cannot, or with outputs that we cannot give. Settings are looked at only
+    when they are not the last ones that were."""
     global _valid, _fitting
     if getattr(config, "output_attentions", False):
         raise ValueError(NO_ATTENTIONS)
@@ -47,11 +54,25 @@ def check_config(config: Any) -> None:
     if raw != _valid:
         read_settings(config)
         _valid = copy.deepcopy(dict(raw))
-    if raw.get("extend") is not None and (_fitting is None or _fitting[0]() is not config or _fitting[1] != raw):
+    of_model = raw.get("extend") is not None or raw.get("layers") or isinstance(raw.get("dense_layers"), (list, tuple))
+    if of_model and (_fitting is None or _fitting[0]() is not config or _fitting[1] != raw):
         from hip_hf.integration.positions import check_extension
 
-        check_extension(read_settings(config), config)
+        settings = read_settings(config)
+        check_layers(settings, config)
+        check_extension(settings, config)
         _fitting = weakref.ref(config), _valid
+
+
+def check_layers(settings: HiPConfig, config: Any) -> None:
+    """Raise ValueError if `settings` name layers that a model with this text config does not have."""
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if count is None:
+        return
+    named = [*settings.layers, *(settings.dense_layers if isinstance(settings.dense_layers, list) else [])]
+    for layer in named:
+        if layer >= count:
+            raise ValueError(f"layer: got {layer}, allowed: 0 to {count - 1}, the layers of this model")
 
 
 def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> HiPConfig:
@@ -78,12 +99,7 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
     settings = read_settings(target) if config is None else config
     if fields:
         settings = HiPConfig.from_dict({**settings.to_dict(), **fields})
-    count = getattr(target.get_text_config(decoder=True), "num_hidden_layers", None)
-    if count is not None:
-        named = list(settings.layers) + (settings.dense_layers if isinstance(settings.dense_layers, list) else [])
-        for layer in named:
-            if layer >= count:
-                raise ValueError(f"layer: got {layer}, allowed: 0 to {count - 1}, the layers of this model")
+    check_layers(settings, target)
     check_extension(settings, target)
     patched = [] if settings.extend is None else layers_to_extend(model)
     target.hip = settings.to_dict()
@@ -91,11 +107,23 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
     return settings
 
 
-def attends_by_us(config: Any) -> bool:
-    """Whether a model with this text config attends by one of our registered functions."""
+def is_ours(name: Any) -> bool:
+    """Whether it is the name of one of our registered functions."""
     from hip_hf.integration.interface import NAMES  # which imports the caches
 
-    return getattr(config, "_attn_implementation", None) in NAMES
+    return isinstance(name, str) and name in NAMES
+
+
+def attends_by_us(config: Any) -> bool:
+    """Whether a model with this text config attends by one of our registered functions."""
+    return is_ours(getattr(config, "_attn_implementation", None))
+
+
+def layer_index(module: nn.Module) -> int | None:
+    """The index of an attention layer among the model's layers, None where it has none: a layer that several places share
+    (Zamba) has no index, or -1 (Zamba 2), and the rules for single layers do not apply to it."""
+    index = getattr(module, "layer_idx", None)
+    return index if isinstance(index, int) and index >= 0 else None
 
 
 def layer_settings(module: nn.Module, method: str | None) -> HiPConfig:
@@ -108,6 +136,6 @@ def layer_settings(module: nn.Module, method: str | None) -> HiPConfig:
     if method is not None and method != settings.method:
         fields = {key: value for key, value in settings.to_dict().items() if key != "options"}
         settings = HiPConfig.from_dict({**fields, "method": method})
-    settings = settings.for_layer(getattr(module, "layer_idx", None))
+    settings = settings.for_layer(layer_index(module))
     module.__dict__["_hip_settings"] = (None if raw is None else {**raw}, method, settings)
     return settings

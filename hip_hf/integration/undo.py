@@ -15,9 +15,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers import cache_utils
+from transformers.cache_utils import (
+    Cache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from hip_hf.integration.cache import HiPStaticLayer
+from hip_hf.integration.settings import layer_index
+
+# Placeholders of layers that reuse the keys of others, in the versions of Transformers that have them.
+_HOLD_NOTHING: Any = getattr(cache_utils, "DummyLayer", ())
+
+
+def unfinished(what: str) -> ValueError:
+    """The error of going on with a cache that an interrupted call has left behind: outside of attention and of the cache's own
+    methods, nobody can take back what it had appended."""
+    return ValueError(f"past_key_values: got a cache {what}, as an interrupted call left it, allowed: a new one")
 
 
 def leaving_the_cache(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,10 +47,13 @@ def leaving_the_cache(attention: Callable[..., Any]) -> Callable[..., Any]:
             return attention(module, query, key, value, *args, **kwargs)
         try:
             return attention(module, query, key, value, *args, **kwargs)
-        except Exception as error:
+        except BaseException as error:
             cache = _cache_of(module)
             if cache is not None:
-                take_back(cache, query.shape[2], getattr(module, "layer_idx", None), (key, value), error)
+                # a layer that reuses the keys of an earlier one may get the last rows only (Gemma 4)
+                positions = kwargs.get("position_ids")
+                rows = query.shape[2] if positions is None else positions.shape[-1]
+                take_back(cache, rows, layer_index(module), (key, value), error)
             raise
 
     return called
@@ -51,7 +72,7 @@ def _cache_of(module: nn.Module) -> Cache | None:
 
 
 @contextlib.contextmanager
-def all_or_none(cache: Cache, layer_idx: int, rows: int, *errors: type[Exception]) -> Iterator[None]:
+def all_or_none(cache: Cache, layer_idx: int, rows: int, *errors: type[BaseException]) -> Iterator[None]:
     """Around what appends `rows` tokens to a layer of a cache: where that raises one of `errors`, the layers before it give up
     their new tokens as well.
 
@@ -68,7 +89,7 @@ def all_or_none(cache: Cache, layer_idx: int, rows: int, *errors: type[Exception
 
 
 def take_back(
-    cache: Cache, rows: int, failed: int | None, tensors: tuple[torch.Tensor, torch.Tensor] | None, error: Exception
+    cache: Cache, rows: int, failed: int | None, tensors: tuple[torch.Tensor, torch.Tensor] | None, error: BaseException
 ) -> None:
     """Take the last `rows` tokens from the layers that have got them already. `failed`: the layer whose attention raised
     `error`, `tensors`: the keys and values `[B, Hkv, Tk, D]` that it was called with, if it came to that.
@@ -82,13 +103,17 @@ def take_back(
         return
     undo: list[Callable[[], None]] = []
     for index, (layer, length) in enumerate(zip(cache.layers, lengths, strict=True)):
+        if isinstance(layer, _HOLD_NOTHING):
+            continue
         if length is None and failed is not None and index >= failed:
             continue  # a layer that keeps a running state, whose turn had not come
         if length is None or length > kept:
             one = _undo(layer, kept, rows, tensors if index == failed else None)
+            if one is None and not isinstance(error, Exception):
+                return  # an interrupt stays one: the next call on the cache says what this one left behind
             if one is None:
-                what = f"got one whose layer {index} ({type(layer).__name__}) has dropped old tokens for a call that failed"
-                raise ValueError(f"past_key_values: {what} ({error}), allowed: a new one") from error
+                what = f"got one whose layer {index} ({type(layer).__name__}) cannot give up the tokens of the call that failed"
+                raise ValueError(f"{error}; past_key_values: {what}, allowed: a new one") from error
             undo.append(one)
     for one in undo:
         one()
@@ -119,14 +144,16 @@ def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.T
             x.copy_(x.roll(1, dims=2))
         layer.cumulative_length_int = kept
 
-    if isinstance(layer, PagedLayer):
+    if type(layer) is PagedLayer:  # one with a running state beside its pages cannot go back
         return functools.partial(layer.truncate, kept) if kept else layer.reset
     if type(layer) is DynamicLayer:
         return functools.partial(dynamic, layer.keys, layer.values)
+    if isinstance(layer, DynamicIndexedLayer):
+        return functools.partial(layer.crop, -rows) if kept else layer.reset
     if type(layer) is DynamicSlidingWindowLayer:
         keys: Any
         for keys, values in ((layer.keys, layer.values), tensors or (layer.keys, layer.values)):
-            if keys.shape[2] - rows >= min(kept, layer.sliding_window - 1):
+            if not kept or keys.shape[2] - rows >= min(kept, layer.sliding_window - 1):
                 return functools.partial(dynamic, keys, values)
     if type(layer) in (StaticLayer, HiPStaticLayer):
         return static

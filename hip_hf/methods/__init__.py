@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class NoOptions:
@@ -70,9 +72,23 @@ def selects(method: str) -> bool:
     return hasattr(_module(method), "Selector")
 
 
+def summarises(config: Any) -> bool:
+    """Whether the method of `config` keeps summaries of the keys, which decode without kept state must make anew."""
+    return selects(config.method) and selector_for(config).make_pyramid(torch.float32) is not None
+
+
 def extends(method: str) -> bool:
     """Whether the method works on keys that are not rotated: it compares those outside the window, and only with one another."""
     return method == "dense" or getattr(getattr(_module(method), "Selector", None), "extends", False)
+
+
+def selected_keys(config: Any) -> int:
+    """Keys that are selected for a query block at most: the budget, where the method spends it."""
+    module = _module(config.method)
+    if module is None:
+        return 0
+    own = getattr(module, "selected_keys", None)
+    return config.budget if own is None else own(config)
 
 
 def attention_for(config: Any) -> Any:

@@ -98,7 +98,8 @@ class Selector(Protocol):
     def __init__(self, config: HiPConfig) -> None: ...
 
     def make_pyramid(self, dtype: torch.dtype) -> Any:
-        """An empty pyramid of summaries in `dtype`, or None if the method keeps none."""
+        """An empty pyramid of summaries in `dtype`, or None if the method keeps none. It is asked for what `Pyramid` has
+        (`methods/pyramid.py`): `block_k`, `blocks`, `shared`, `nbytes`, `copy`, `writable`, `extend` and `truncate`."""
 
     def bind(self, q: torch.Tensor, keys: KeyRows, pyramid: Any, scale: float, softcap: float | None) -> Bound:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query block's middle."""

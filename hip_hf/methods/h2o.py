@@ -44,6 +44,11 @@ class History:
         self.mass: torch.Tensor | None = None
         self.kept: torch.Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of masses and of what is kept."""
+        return sum(table.nbytes for table in (self.mass, self.kept) if table is not None)
+
     def copy(self) -> History:
         other = History(self.block_k)
         other.blocks, other.joined, other.kept = self.blocks, self.joined, self.kept
@@ -94,7 +99,7 @@ class HeavyHitters:
             self.chosen[block.first] = history.kept = kept
             history.joined = block.high
             self._accumulate(mass, block, kept)
-        history.mass = mass
+        history.mass, history.blocks = mass, size  # of every key: whichever are cropped have had their part in it
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         return torch.stack([self.chosen[block.first][heads] for block in blocks], dim=2)

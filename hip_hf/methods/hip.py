@@ -29,6 +29,7 @@ from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.paged import KeyRows, block_index, lanes_of
 from hip_hf.reference.workers import scratch, widened
 from hip_hf.rope import Positions, farthest_chunk, turn
+from hip_hf.shown import shown
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -50,9 +51,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1:
-            raise ValueError(f"HiPConfig.options['weight']: got {self.weight!r}, allowed: 0 to 1")
+            raise ValueError(f"HiPConfig.options['weight']: got {shown(self.weight)}, allowed: 0 to 1")
         if type(self.sample) is not int or self.sample < 2:
-            raise ValueError(f"HiPConfig.options['sample']: got {self.sample!r}, allowed: an integer >= 2")
+            raise ValueError(f"HiPConfig.options['sample']: got {shown(self.sample)}, allowed: an integer >= 2")
 
 
 def start_level(config: HiPConfig, low: int, high: int) -> int:

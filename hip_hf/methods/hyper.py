@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hip_hf.shown import shown
+
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.problem import AttentionProblem
@@ -47,10 +49,10 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low or (high and value > high):
                 allowed = f"an integer >= {low}" if high is None else f"{low} to {high}"
-                raise ValueError(f"HiPConfig.options[{name!r}]: got {value!r}, allowed: {allowed}")
+                raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: {allowed}")
         layers = self.layers
         if layers is not None and not (isinstance(layers, (list, tuple)) and all(type(i) is int and i >= 0 for i in layers)):
-            raise ValueError(f"HiPConfig.options['layers']: got {layers!r}, allowed: None or a list of layer indices >= 0")
+            raise ValueError(f"HiPConfig.options['layers']: got {shown(layers)}, allowed: None or a list of layer indices >= 0")
 
 
 def attention() -> Any:

@@ -135,6 +135,11 @@ class Pyramid:
         """Complete chunks at `level`."""
         return self.blocks >> level
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the summaries."""
+        return sum(table.nbytes for table in self.levels)
+
     def copy(self) -> Pyramid:
         other = Pyramid(self.representative, self.block_k, self.dtype)
         other.blocks = self.blocks

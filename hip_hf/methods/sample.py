@@ -13,6 +13,7 @@ import torch
 
 from hip_hf.methods.base import Unsummarised
 from hip_hf.methods.columns import Columns, block_sums, probe
+from hip_hf.shown import shown
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, (int, float)) or not 0 < self.rows <= 1:
-            raise ValueError(f"HiPConfig.options['rows']: got {self.rows!r}, allowed: above 0, at most 1")
+            raise ValueError(f"HiPConfig.options['rows']: got {shown(self.rows)}, allowed: above 0, at most 1")
 
     def sampled(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
         """The rows to sample out of `rows`, evenly spaced; the last one is always there."""
-        stride = max(1, round(1 / self.rows))
+        stride = rows if self.rows * rows <= 1 else round(1 / self.rows)
         return torch.arange((rows - 1) % stride, rows, stride, device=device)
 
 

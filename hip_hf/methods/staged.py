@@ -25,6 +25,7 @@ from hip_hf.methods.base import QueryBlock
 from hip_hf.methods.hip import NO_CHUNK, aggregate, best
 from hip_hf.reference.workers import compute_dtype, scratch
 from hip_hf.rope import farthest_chunk, turn
+from hip_hf.shown import shown
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -41,7 +42,7 @@ class Stage:
 
 
 def _fail(name: str, value: Any, allowed: str) -> None:
-    raise ValueError(f"HiPConfig.options[{name!r}]: got {value!r}, allowed: {allowed}")
+    raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: {allowed}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Options:
             _fail("stages", self.stages, f"at last [block_k={config.block_k}, budget={config.budget}, ...]")
         refresh = config.decode_refresh
         if isinstance(refresh, list) and len(refresh) != len(stages):
-            raise ValueError(f"HiPConfig.decode_refresh: got {refresh!r}, allowed: an integer or {len(stages)}, one per stage")
+            raise ValueError(
+                f"HiPConfig.decode_refresh: got {shown(refresh)}, allowed: an integer or {len(stages)}, one per stage"
+            )
 
 
 def stages_of(config: HiPConfig, options: Options) -> list[Stage]:

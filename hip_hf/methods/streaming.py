@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, Unplaced, Unsummarised
+from hip_hf.shown import shown
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -21,7 +22,12 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.recent, bool):
-            raise ValueError(f"HiPConfig.options['recent']: got {self.recent!r}, allowed: True or False")
+            raise ValueError(f"HiPConfig.options['recent']: got {shown(self.recent)}, allowed: True or False")
+
+
+def selected_keys(config: HiPConfig) -> int:
+    """Keys beside sink and window that are read at most."""
+    return config.budget if config.method_options().recent else 0
 
 
 class Selector(Unsummarised):
@@ -32,8 +38,7 @@ class Selector(Unsummarised):
 
     def __init__(self, config: HiPConfig) -> None:
         super().__init__(config)
-        if not config.method_options().recent:
-            self.budget = 0
+        self.budget = selected_keys(config) // config.block_k
 
     def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Latest:
         return Latest(1 if self.config.group_shared else q.shape[1], self.budget, q.device)

@@ -16,6 +16,7 @@ import torch
 from hip_hf.methods.base import QueryBlock, Unsummarised
 from hip_hf.methods.columns import Columns, block_sums, probe
 from hip_hf.methods.hip import best
+from hip_hf.shown import shown
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -30,9 +31,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, int) or self.rows < 1:
-            raise ValueError(f"HiPConfig.options['rows']: got {self.rows!r}, allowed: an integer >= 1")
+            raise ValueError(f"HiPConfig.options['rows']: got {shown(self.rows)}, allowed: an integer >= 1")
         if not isinstance(self.vertical, (int, float)) or not 0 <= self.vertical <= 1:
-            raise ValueError(f"HiPConfig.options['vertical']: got {self.vertical!r}, allowed: 0 to 1")
+            raise ValueError(f"HiPConfig.options['vertical']: got {shown(self.vertical)}, allowed: 0 to 1")
 
 
 class Selector(Unsummarised):

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from hip_hf.config import HiPConfig
 from hip_hf.integration.positions import extends
-from hip_hf.integration.settings import attends_by_us, configure, text_config
+from hip_hf.integration.reach import check_reach
+from hip_hf.integration.settings import attends_by_us, configure, text_config, text_part
 
 if TYPE_CHECKING:
     from hip_hf.patches.base import Patcher
@@ -90,9 +91,7 @@ def set_attention(model: nn.Module, name: str) -> None:
     target = text_config(model)
     if target._attn_implementation == name:
         return
-    config: Any = model.config
-    part = next((key for key in config.sub_configs if getattr(config, key, None) is target), "")
-    model.set_attn_implementation({part: name})  # type: ignore[operator]
+    model.set_attn_implementation({text_part(model): name})  # type: ignore[operator]
 
 
 def patch(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> None:
@@ -153,7 +152,8 @@ def layers_to_extend(model: nn.Module) -> list[tuple[nn.Module, Patcher]]:
 
 
 def install() -> None:
-    """Let models be patched as they are made, where their settings ask for it. Harmless when called again."""
+    """Let models be looked at as they are made: refused where they would ignore us, patched where their settings ask for it.
+    Harmless when called again."""
     made = PreTrainedModel.post_init
     if made.__name__ == "hip_post_init":
         return
@@ -161,6 +161,8 @@ def install() -> None:
     def hip_post_init(self: Any) -> None:
         made(self)
         configs = [self.config, *(getattr(self.config, name, None) for name in self.config.sub_configs)]
+        if any(attends_by_us(config) for config in configs):
+            check_reach(self, text_config(self)._attn_implementation)
         if any(getattr(config, "hip", None) is not None for config in configs) and extends(text_config(self)):
             patch_layers(layers_to_extend(self))
 

@@ -98,11 +98,11 @@ def partial(
     keys, rows, like = sink + picked + window, groups * n, q.new_empty(0, dtype=dtype)
 
     queries = scratch.take("q", (count, lanes, groups, n, dim), like)
-    torch.mul(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4), t.scale, out=queries)
+    queries.copy_(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4)).mul_(t.scale)  # widened before it is scaled
     outputs = scratch.take("out", (count, lanes, rows, v.shape[-1]), like)
     logits = scratch.take("logits", (lanes, rows, keys), like)
     by_row = logits.view(lanes, groups, n, keys)
-    own, future = by_row[..., keys - n :], _future(n, logits)
+    own, future = by_row[..., keys - n :], _future(n, device)
     parts = [_Parts(name, x, blocks, sink, picked, window, block_k) for name, x in (("k", k), ("v", v))]
     k_all, v_all = (scratch.take(part.name, tuple(part.all.shape), like) for part in parts)
     k_all = k_all.transpose(1, 2)
@@ -128,7 +128,7 @@ def partial(
             t.positions.streaming_logits(query, k_all.transpose(1, 2), places, total, out=logits)
         squash(logits, t.softcap)
         if n > 1 and near:
-            own.add_(future)
+            own.masked_fill_(future, -torch.inf)
         if positions is not None:
             _mask_sliding(by_row, positions[i], block.first, t.sliding_window)
         weigh_values(logits, v_all, output, None if lse is None else lse[i].view(lanes, rows))
@@ -138,13 +138,15 @@ def partial(
 
 def weigh_values(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
     """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`, into `out` `[N, rows, Dv]`; their
-    log-sum-exp (fp32 at least) into `lse` `[N, rows]` if it is wanted."""
+    log-sum-exp (fp32 at least) into `lse` `[N, rows]` if it is wanted. A row whose logits have all overflowed to -inf weighs
+    nothing then beside what else it reads."""
     if lse is None:
         torch.bmm(torch.softmax(logits, dim=-1, out=logits), v, out=out)
         return
     wide = widened(logits)
-    highest = wide.amax(-1, keepdim=True)
-    total = wide.sub_(highest).exp_().sum(-1, keepdim=True)
+    limits = torch.finfo(wide.dtype)
+    highest = wide.amax(-1, keepdim=True).clamp_(min=limits.min)
+    total = wide.sub_(highest).exp_().sum(-1, keepdim=True).clamp_(min=limits.tiny)
     if wide is logits:
         torch.bmm(logits, v, out=out)
         out.div_(total)  # fewer numbers than the weights are
@@ -188,7 +190,7 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     lanes, groups, n, dim = q.shape
     like = q.new_empty(0, dtype=compute_dtype(q))
     query = scratch.take("q", (lanes, groups, n, dim), like)
-    torch.mul(q, t.scale, out=query)
+    query.copy_(q).mul_(t.scale)
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
     parts, end = [], block.last + 1
     cuts = [] if t.positions is None else t.positions.cuts(block.first, block.last)
@@ -218,19 +220,15 @@ def _attend_tile(
     squash(logits, t.softcap)
     by_row = logits.view(lanes, groups, n, end - first)
     if n > 1 and end == block.last + 1:
-        by_row[..., end - first - n :].add_(_future(n, logits))
+        by_row[..., end - first - n :].masked_fill_(_future(n, logits.device), -torch.inf)
     if t.sliding_window is not None:
         position = torch.arange(first, end, device=query.device)[None]
         _mask_sliding(by_row, position, block.first, t.sliding_window)
     lse, dtype = None, torch.promote_types(query.dtype, torch.float32)
-    if t.lse is not None or t.sinks is not None:
-        lse = torch.logsumexp(by_row.to(dtype), dim=-1)
-    elif merge:
-        highest = by_row.amax(-1).to(dtype)
-    torch.softmax(logits, dim=-1, out=logits)
-    if lse is None and merge:
-        lse = highest - by_row.amax(-1).to(dtype).log()  # the highest logit's weight is exp(highest - lse)
-    out = torch.bmm(logits, v, out=scratch.take("out", (lanes, groups * n, v.shape[-1]), k))
+    if t.lse is not None or t.sinks is not None or merge:
+        lse = torch.empty(lanes, groups, n, dtype=dtype, device=query.device)
+    out = scratch.take("out", (lanes, groups * n, v.shape[-1]), k)
+    weigh_values(logits, v, out, None if lse is None else lse.view(lanes, groups * n))
     out = out.view(lanes, groups, n, -1)
     return (out.to(dtype, copy=True) if merge else out), lse
 
@@ -247,10 +245,12 @@ def _store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse:
 
 def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> torch.Tensor:
     """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`; overwrites `more`. The merged
-    log-sum-exp."""
-    whole = torch.logaddexp(lse, more_lse)
-    out.mul_(torch.exp(lse - whole)[..., None]).add_(more.mul_(torch.exp(more_lse - whole)[..., None]))
-    return whole
+    log-sum-exp. Weights add up to 1 also where logits are so large that a log-sum-exp cannot tell how many there are."""
+    highest = torch.maximum(lse, more_lse)
+    share, more_share = torch.exp(lse - highest), torch.exp(more_lse - highest)
+    total = share + more_share
+    out.mul_((share / total)[..., None]).add_(more.mul_((more_share / total)[..., None]))
+    return highest.add_(total.log_())
 
 
 def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
@@ -260,15 +260,16 @@ def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None
     torch.logaddexp(lse, sink, out=lse)
 
 
-_triangles: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
+_triangles: dict[tuple[int, torch.device], torch.Tensor] = {}
 
 
-def _future(size: int, like: torch.Tensor) -> torch.Tensor:
-    """`[size, size]`, -inf where a row of a block may not see a later row's key, else 0."""
-    key = (size, like.dtype, like.device)
+def _future(size: int, device: torch.device) -> torch.Tensor:
+    """`[size, size]`: where a row of a block may not see a later row's key. Whatever its logit is, also infinite or NaN: nothing
+    that is added to it would hide that."""
+    key = (size, device)
     if key not in _triangles:
         with torch.inference_mode(False):
-            _triangles[key] = torch.full((size, size), -torch.inf, dtype=like.dtype, device=like.device).triu(1)
+            _triangles[key] = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
     return _triangles[key]
 
 

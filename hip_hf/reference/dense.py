@@ -78,29 +78,49 @@ def _range(x: torch.Tensor, span: Span, batch: slice) -> torch.Tensor:
 
 
 def masked(
-    problem: AttentionProblem, visible: Callable[[int, int], torch.Tensor], out: torch.Tensor, lse: torch.Tensor | None = None
-) -> None:
-    """Attention under an arbitrary mask, for what spans cannot say and for training; a few rows at a time.
+    problem: AttentionProblem, visible: Callable[[int, int], torch.Tensor], need_lse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention under an arbitrary mask, for what spans cannot say and for what traces tensors; a few rows at a time.
 
-    `visible(first, last)` tells what rows `first` to `last - 1` see, boolean `[B, 1, last - first, Tk]` (or 1 for a dimension
-    in which all is alike). A row that sees nothing gives 0 and -inf.
+    `visible(first, last)` tells what rows `first` to `last - 1` see, `[B, Hq, last - first, Tk]` (or 1 for a dimension in which
+    all is alike): booleans, or numbers that are added to the logits. Returns the output and, if asked for, the log-sum-exp. A
+    row that sees nothing (no True, or nothing above minus infinity) gives 0 and -inf.
     """
-    q, k, v = problem.q, problem.k.repeat_interleave(problem.groups, 1), problem.v.repeat_interleave(problem.groups, 1)
+    k, v = problem.k.repeat_interleave(problem.groups, 1), problem.v.repeat_interleave(problem.groups, 1)
+    rows = problem.q.shape[2]
+    # an exported graph may be for any number of rows
+    step = rows if torch.compiler.is_exporting() else max(1, LOGITS_AT_ONCE // (k.shape[0] * k.shape[1] * k.shape[2]))
+    if step >= rows:
+        return _masked_rows(problem, problem.q, k, v, visible(0, rows), need_lse)
+    parts = []
+    for at in range(0, rows, step):
+        end = min(at + step, rows)
+        parts.append(_masked_rows(problem, problem.q[:, :, at:end], k, v, visible(at, end), need_lse))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2) if need_lse else None
+
+
+def _masked_rows(
+    problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, need_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The query rows q under `mask`, with as many key heads as query heads. Without writes in place: `torch.func` allows none."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    step = max(1, LOGITS_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
-    for at in range(0, q.shape[2], step):
-        end = min(at + step, q.shape[2])
-        logits = (q[:, :, at:end] @ k.transpose(2, 3)).to(dtype) * problem.scale
-        if problem.softcap is not None:
-            logits = torch.tanh(logits / problem.softcap) * problem.softcap
-        seen = visible(at, end)
-        # finite, so that a row that sees nothing has no NaN in its gradient
-        logits = logits.masked_fill(~seen, torch.finfo(dtype).min)
-        if problem.sinks is not None:
-            sink = problem.sinks.to(dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-            logits = torch.cat([logits, sink], dim=-1)
-        weights = torch.softmax(logits, dim=-1)[..., : k.shape[2]].masked_fill(~seen, 0.0)
-        out[:, :, at:end] = weights.to(v.dtype) @ v
-        if lse is not None:
-            nothing = ~seen.any(-1) if problem.sinks is None else torch.zeros_like(seen[..., 0])
-            lse[:, :, at:end] = torch.logsumexp(logits, dim=-1).masked_fill(nothing, -torch.inf)
+    logits = (q @ k.transpose(2, 3)).to(dtype) * problem.scale
+    if problem.softcap is not None:
+        logits = torch.tanh(logits / problem.softcap) * problem.softcap
+    lowest = torch.finfo(dtype).min  # finite, so that a row that sees nothing has no NaN in its gradient
+    if mask.dtype == torch.bool:
+        seen = mask
+    else:
+        seen = mask != -torch.inf
+        logits = logits + mask.to(dtype).clamp(min=lowest)
+    logits = logits.masked_fill(~seen, lowest)
+    if problem.sinks is not None:
+        sink = problem.sinks.to(dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], dim=-1)
+    weights = torch.softmax(logits, dim=-1)[..., : k.shape[2]].masked_fill(~seen, 0.0)
+    out = weights.to(v.dtype) @ v
+    if not need_lse:
+        return out, None
+    nothing = ~seen.any(-1) if problem.sinks is None else torch.zeros_like(seen[..., 0])
+    return out, torch.logsumexp(logits, dim=-1).masked_fill(nothing, -torch.inf)

@@ -30,12 +30,20 @@ class Gathered:
 
     def __init__(self, room: int, t: Tensors) -> None:
         heads, dtype, device = t.k.shape[0], compute_dtype(t.q), t.q.device
-        with torch.inference_mode(False):  # they outlive the mode they were made in
-            self.k = torch.empty(heads, room, t.k.shape[-1], dtype=dtype, device=device)
-            self.v = torch.empty(heads, room, t.v.shape[-1], dtype=dtype, device=device)
         self.selection: Selection | None = None  # that it was filled for
         self.position = self.count = 0  # one past the last position in it; rows in use
+        self.k = torch.empty(heads, 0, t.k.shape[-1], dtype=dtype, device=device)
+        self.v = torch.empty(heads, 0, t.v.shape[-1], dtype=dtype, device=device)
+        self._take_room(room)
         self.until = 0  # position of the first step that is to select anew
+
+    def _take_room(self, room: int) -> None:
+        """Room for so many rows, those in use kept. What a selection reads grows with every step that it serves, and it may be
+        made to serve any number."""
+        with torch.inference_mode(False):  # they outlive the mode they were made in
+            self.k, self.v = (
+                torch.cat([x[:, : self.count], x.new_empty(len(x), room - self.count, x.shape[2])], 1) for x in (self.k, self.v)
+            )
 
     def holds(self, selection: Selection | None, position: int) -> bool:
         """Whether the step at `position` under `selection` has only to add its own key."""
@@ -51,7 +59,11 @@ class Gathered:
         self.selection = None  # until all is there
         ids = selection.ids[:, 0, 0]
         sink, picked = block.sink - block.start, ids.shape[1] * size
-        self.count = sink + picked + block.last + 1 - block.window
+        count = sink + picked + block.last + 1 - block.window
+        if count > self.k.shape[1]:
+            self.count = 0  # what was gathered is not needed
+            self._take_room(count)
+        self.count = count
         for name, x, into in (("k", t.k, self.k), ("v", t.v, self.v)):
             into[:, :sink] = x[:, block.start : block.sink]
             middle = scratch.take(name, (len(into), picked, into.shape[2]), into.new_empty(0, dtype=x.dtype))
@@ -65,6 +77,8 @@ class Gathered:
         """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position."""
         if positions is not None:
             key = positions.rope.keys(key.to(self.k.dtype), self.count, positions.trained)
+        if self.count == self.k.shape[1]:
+            self._take_room(2 * self.count)
         at = slice(self.count, self.count + 1)
         self.k[:, at], self.v[:, at] = key, value
         self.count += 1
@@ -138,13 +152,18 @@ def attend_next(
     q, outs = problem.q.unflatten(1, heads), out.unflatten(1, heads)
     sinks = None if problem.sinks is None else problem.sinks.unflatten(0, heads)
     read = visible = 0
-    for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
-        row.gathered.append(key, value, problem.positions)
-        outs[span.batch], total = row.gathered.attend(
-            q[span.batch], problem.scale, problem.softcap, sinks, problem.positions, lse is not None
-        )
-        if lse is not None:
-            lse[span.batch] = total.flatten(0, 1)
-        row.position = span.end
-        read, visible = read + row.gathered.count, visible + span.end
+    try:
+        for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
+            row.gathered.append(key, value, problem.positions)
+            outs[span.batch], total = row.gathered.attend(
+                q[span.batch], problem.scale, problem.softcap, sinks, problem.positions, lse is not None
+            )
+            if lse is not None:
+                lse[span.batch] = total.flatten(0, 1)
+            row.position = span.end
+            read, visible = read + row.gathered.count, visible + span.end
+    except BaseException:  # also an interrupt: who knows how far a row has come
+        for row in rows:
+            row.gathered = None
+        raise
     return read / visible

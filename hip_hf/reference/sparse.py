@@ -28,6 +28,8 @@ DECODE_ROWS = 16
 # Query blocks that are searched together: enough to amortise Python, few enough to stay in cache.
 BLOCKS_AT_ONCE = 32
 FEWEST_BLOCKS = 4
+# Steps under one selection that what it reads has room for before it must grow.
+STEPS_AT_FIRST = 64
 
 
 def portions(heads: int, blocks: int, workers: int) -> list[tuple[int, slice]]:
@@ -274,7 +276,7 @@ class SparseAttention:
         kept = row.selection
         assert kept is not None
         if row.gathered is None:
-            row.gathered = Gathered(self._room(steps), t)
+            row.gathered = Gathered(self._room(min(steps, STEPS_AT_FIRST)), t)
         if row.gathered.holds(kept, block.last):
             row.gathered.append(t.k[:, block.last : block.last + 1], t.v[:, block.last : block.last + 1], t.positions)
         else:

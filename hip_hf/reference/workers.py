@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from math import prod
 from typing import TypeVar
 
@@ -45,43 +45,51 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     return scratch.take("wide", tuple(x.shape), x.new_empty(0, dtype=torch.float32)).copy_(x)
 
 
-class _Pool:
-    """A pool of single-threaded workers for one process and one `torch.get_num_threads()`."""
+def _make_pool(size: int) -> ThreadPoolExecutor:
+    """A pool of single-threaded workers, for threads of `torch.get_num_threads()`."""
+    executor = ThreadPoolExecutor(size, thread_name_prefix="hip_hf")
+    barrier = threading.Barrier(size + 1)
 
-    def __init__(self, size: int) -> None:
-        self.size, self.pid = size, os.getpid()
-        self.executor = ThreadPoolExecutor(size, thread_name_prefix="hip_hf")
-        barrier = threading.Barrier(size + 1)
-
-        def settle() -> None:
-            # a thread's first operation would set it to the process's number of threads: have that over before
-            torch.get_num_threads()
-            torch.set_num_threads(1)
-            barrier.wait()
-
-        for _ in range(size):
-            self.executor.submit(settle)
+    def settle() -> None:
+        # a thread's first operation would set it to the process's number of threads: have that over before
+        torch.get_num_threads()
+        torch.set_num_threads(1)
         barrier.wait()
-        # threads started later would inherit the workers' setting: put it back
-        torch.set_num_threads(size)
+
+    for _ in range(size):
+        executor.submit(settle)
+    barrier.wait()
+    # threads started later would inherit the workers' setting: put it back
+    torch.set_num_threads(size)
+    return executor
 
 
-_pool: _Pool | None = None
+# By size: threads that call with different numbers of threads must not take each other's workers away.
+_pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
 
 
+def _forget_pools() -> None:
+    """In a forked process, whose parent's workers are not there, and whose lock may have been held."""
+    global _lock
+    _pools.clear()
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pools)
+
+
 def _get_pool(size: int) -> ThreadPoolExecutor:
-    global _pool
     with _lock:
-        if _pool is None or _pool.size != size or _pool.pid != os.getpid():
-            if _pool is not None and _pool.pid == os.getpid():
-                _pool.executor.shutdown(wait=False)
-            _pool = _Pool(size)
-        return _pool.executor
+        if size not in _pools:
+            _pools[size] = _make_pool(size)
+        return _pools[size]
 
 
 def run(task: Callable[[Item], None], items: Iterable[Item], device: torch.device) -> None:
-    """`task(item)` for every item: in parallel on a CPU with several threads, one after another elsewhere."""
+    """`task(item)` for every item: in parallel on a CPU with several threads, one after another elsewhere. Where one fails, or
+    the caller is interrupted, no other is running when the error arrives."""
     items = list(items)
     size = torch.get_num_threads()
     if device.type != "cpu" or size == 1 or len(items) == 1:
@@ -90,14 +98,24 @@ def run(task: Callable[[Item], None], items: Iterable[Item], device: torch.devic
                 task(item)
         return
 
+    futures: list[Future[None]]
     inference = torch.is_inference_mode_enabled()  # a thread's own, like the gradient mode
 
     def in_mode(item: Item) -> None:
         with torch.inference_mode(inference), torch.no_grad():
             task(item)
 
-    for future in [_get_pool(size).submit(in_mode, item) for item in items]:
-        future.result()
+    pool, futures = _get_pool(size), []
+    try:
+        for item in items:
+            futures.append(pool.submit(in_mode, item))
+        for future in futures:
+            future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        raise
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
