@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import resource
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ NOTICED = ("killed", "timeout", "segfault")
 KILLED = 0.85  # of the tried mutants of a file, at least
 MOST = 150  # mutants of a file that are tried
 SEED = 0
+MEMORY = 4 << 30  # bytes of address space: a mutant that loops for ever may fill a list meanwhile
 
 
 def sample(path: str, most: int) -> list[str]:
@@ -41,6 +43,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=MOST, help="mutants that are tried of each file")
     parser.add_argument("--only", default="", help="files whose path ends so")
     given = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)  # mutants are forked from this process: none of torch's threads may hold a lock then
     names = {path: sample(path, given.most) for path in config().only_mutate if path.endswith(given.only)}
     tried = [name for some in names.values() for name in some]
