@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -277,25 +275,6 @@ def _in_graph(
     return (out, lse) if need_lse else out
 
 
-def _sight(
-    problem: AttentionProblem, key_start: torch.Tensor | None, q_start: torch.Tensor | None
-) -> Callable[[int, int], torch.Tensor]:
-    """What rows `first` to `last - 1` see, boolean `[B or 1, 1, last - first, Tk]`, for `dense.masked`. Looks at no numbers."""
-    rows, keys, device = problem.q.shape[2], problem.k.shape[2], problem.q.device
-    begin: Any = 0 if key_start is None else torch.as_tensor(key_start, device=device)[:, None, None, None]
-    start: Any = keys - rows if q_start is None else torch.as_tensor(q_start, device=device)[:, None, None, None]
-    key = torch.arange(keys, device=device)
-
-    def sight(first: int, last: int) -> torch.Tensor:
-        row = torch.arange(first, last, device=device)[:, None] + start
-        seen = (key >= begin) & (key <= row)
-        if problem.sliding_window is not None:
-            seen = seen & (key > row - problem.sliding_window)
-        return seen if seen.ndim == 4 else seen[None, None]
-
-    return sight
-
-
 def _check_sinks(sinks: torch.Tensor, numbers: bool) -> None:
     if sinks.dtype not in DTYPES:
         raise ValueError(f"sinks.dtype: got {sinks.dtype}, allowed: float16, bfloat16, float32 or float64")
@@ -389,7 +368,7 @@ def hip_attention(
         if positions is not None:
             raise ValueError(f"positions: got Positions under {follower}, which gets dense attention, allowed: None")
         problem = AttentionProblem(q, k, v, (), scale, sliding_window, softcap, sinks)
-        out, lse = dense.masked(problem, _sight(problem, key_start, q_start), return_lse)
+        out, lse = dense.masked(problem, dense.sight(problem, key_start, q_start), return_lse)
         return (out, *((lse,) if return_lse else ()), *((None,) if return_mask else ())) if return_lse or return_mask else out
     if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])

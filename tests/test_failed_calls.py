@@ -167,7 +167,7 @@ def test_layers_that_select_by_themselves_are_refused_with_the_reason(family: st
         step(model, ids, cache, 0, 30)
     model.set_attn_implementation("hip")
     for cache, at in ((caches[0], 30), (DynamicCache(config=config), 0)):
-        with pytest.raises(ValueError, match=r"^indices: \w+Attention passes the layer's own sparse indices, allowed: None$"):
+        with pytest.raises(ValueError, match=r"^indices: \w+ passes the layer's own sparse indices, allowed: None$"):
             step(model, ids, cache, at, 5)
         assert cache.get_seq_length() == at
     model.set_attn_implementation("eager")

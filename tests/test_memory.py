@@ -123,7 +123,7 @@ def test_a_models_forward_allocates_a_constant_per_token(family: str, path: str)
 )
 def test_a_decode_step_allocates_nothing_that_grows(fields: dict, dtype: torch.dtype) -> None:
     """Searches, appends to the pyramid and reuse included; but not the rare step at which a table of it doubles."""
-    config = HiPConfig(block_k=4, budget=64, window=32, sink=16, dense_below=0, **fields)
+    config = HiPConfig(**{**dict(block_k=4, budget=64, window=32, sink=16, beam=2, rescore=3, dense_below=0), **fields})
     largest, total = {}, {}
     for tokens in (SHORT, LONG):
         q, k, v = make_qkv(tokens + 50, 1, heads=1, dtype=dtype)
@@ -148,7 +148,7 @@ def test_a_decode_step_allocates_nothing_that_grows(fields: dict, dtype: torch.d
 def test_a_decode_step_makes_no_copy_of_a_cache_slot_by_slot() -> None:
     """A static cache, of which the keys seen so far are a slice."""
     q, k, v = make_qkv(LONG, 1, batch=2, heads=1)
-    config, state = HiPConfig(budget=64, window=32, sink=16, rescore=1, dense_below=0), DecodeState()
+    config, state = HiPConfig(budget=64, window=32, sink=16, beam=2, rescore=1, dense_below=0), DecodeState()
     start = torch.tensor([0, 77])
     for at in range(SHORT, SHORT + 40):
         hip_attention(q, k, v, config=config, key_start=start, q_start=torch.tensor([at, at]), state=state)

@@ -85,7 +85,7 @@ class Twin:
                 fresh = sparse(q, self.k, self.v, self.config, self.starts, state=DecodeState(), **self.fields).mask
                 anew = read_mask(fresh, self.config, q, self.k, self.starts, sliding=self.fields.get("sliding_window"))
             read[b], self.kept[b] = anew[b], None
-            if q.shape[2] <= 16 and last >= 0:
+            if min(q.shape[2], last + 1) <= 16 and last >= 0:  # a step, for this sequence
                 row = int((fresh.first[b] == last).nonzero())
                 heads = [h * fresh.indices.shape[1] // q.shape[1] for h in range(q.shape[1])]
                 blocks = [fresh.indices[b, h, row, : fresh.counts[b, h, row]].long() for h in heads]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,3 +125,22 @@ def _masked_rows(
         return out, None
     nothing = ~seen.any(-1) if problem.sinks is None else torch.zeros_like(seen[..., 0])
     return out, torch.logsumexp(logits, dim=-1).masked_fill(nothing, -torch.inf)
+
+
+def sight(
+    problem: AttentionProblem, key_start: torch.Tensor | None, q_start: torch.Tensor | None
+) -> Callable[[int, int], torch.Tensor]:
+    """What rows `first` to `last - 1` see, boolean `[B or 1, 1, last - first, Tk]`, for `masked`. Looks at no numbers."""
+    rows, keys, device = problem.q.shape[2], problem.k.shape[2], problem.q.device
+    begin: Any = 0 if key_start is None else torch.as_tensor(key_start, device=device)[:, None, None, None]
+    start: Any = keys - rows if q_start is None else torch.as_tensor(q_start, device=device)[:, None, None, None]
+    key = torch.arange(keys, device=device)
+
+    def sight(first: int, last: int) -> torch.Tensor:
+        row = torch.arange(first, last, device=device)[:, None] + start
+        seen = (key >= begin) & (key <= row)
+        if problem.sliding_window is not None:
+            seen = seen & (key > row - problem.sliding_window)
+        return seen if seen.ndim == 4 else seen[None, None]
+
+    return sight
