@@ -1,12 +1,13 @@
-# make test | test-versions | test-families | fuzz | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-versions | test-families | fuzz | coverage | mutants | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+MEASURING := $(VENV)/.measuring
 # The oldest and the newest Transformers: what `tests/versions` has requirements of.
 VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.*.*.txt)))
 
-.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-families fuzz test-gpu demo demo-llm docs notebooks lint package clean
+.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-families fuzz coverage mutants test-gpu demo demo-llm docs notebooks lint package clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
@@ -27,6 +28,18 @@ build/transformers-%/.installed: tests/versions/%.txt | $(INSTALLED)
 # Every model type of the installed Transformers; `make test` runs a third of them.
 test-families: $(INSTALLED)
 	$(BIN)/pytest tests/test_families.py --families all --numprocesses logical --dist worksteal
+
+# The share of lines that the suite runs, which must be 90 %. Without a GPU the kernels run in the interpreter, and count.
+coverage: $(MEASURING)
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal --cov --cov-report=term:skip-covered
+
+# Small faults are put into a few files: the share that the tests notice must be 85 % of each. MUTANTS: options of tests/mutants.py.
+mutants: $(MEASURING)
+	$(BIN)/python tests/mutants.py $(MUTANTS)
+
+$(MEASURING): pyproject.toml constraints.txt $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[measuring]'
+	@touch $@
 
 # The kernel tests on a GPU, with the Python and the packages that are there: nothing is installed.
 test-gpu:
@@ -69,5 +82,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf .venv build dist docs/_generated *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist mutants .coverage docs/_generated *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -199,9 +199,11 @@ def _check_copy(mask: torch.Tensor) -> None:
     values = mask[:, 0, 0].cpu()
     if mask.dtype == torch.int64:
         ours = bool((values[:, 0] == LAST).all()) and bool(((values.diff() == 0) | (values.diff() == 1)).all())
-    else:
+    elif mask.dtype == torch.int32:
         origin = (values - torch.arange(values.shape[1], dtype=torch.int32))[values != PAD]
-        ours = mask.dtype == torch.int32 and (len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2))
+        ours = len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2)
+    else:
+        ours = False
     if not ours:
         raise ValueError(f"attention_mask: got a 4-D {mask.dtype} tensor {_maker(mask)}, allowed: {_ALLOWED}")
 
