@@ -338,7 +338,7 @@ def page(record: dict[str, Any]) -> str:
                 reason = re.sub(r"model type '\S+?'|\w+(?= passes)", "...", one.reason).removeprefix("ValueError: ")
                 reasons.setdefault(reason, []).append(f"`{name}`")
         if reasons:
-            lines += ["", f"## Types: {kind}", "", *(f"- {', '.join(names)}: {reason}" for reason, names in reasons.items())]
+            lines += ["", f"**Types: {kind}**", "", *(f"- {', '.join(names)}: {reason}" for reason, names in reasons.items())]
     return "\n".join(lines) + "\n"
 
 

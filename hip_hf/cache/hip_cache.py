@@ -367,7 +367,8 @@ class HiPCache(DynamicCache):
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not self._in_model or not isinstance(layer, DynamicLayer):
             return
-        length, before = layer.get_seq_length(), self._last_update
+        # of a sliding layer that assisted decoding of 5.17 has cropped it is a tensor, and changes in place
+        length, before = int(layer.get_seq_length()), self._last_update
         if before is not None and before[0] < layer_idx and before[2] == rows and before[1] != length:
             raise unfinished(f"whose layers hold {before[1]} and {length} tokens")
         self._last_update = (layer_idx, length, rows)
