@@ -146,7 +146,7 @@ def _attend(
         return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", 1.0)
     parts = parts_of(problem, lambda one: dense_reason(one, config, layer, state is None))
     results = [_attend_part(part, config, state, need_lse, need_mask) for part in parts]
-    if len(parts) == 1:
+    if len(parts) == 1 and parts[0].problem.q.shape == problem.q.shape:  # not only steps behind padding
         return results[0]
     out, lse, mask, share = merged(problem, parts, results)
     reasons = []

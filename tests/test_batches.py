@@ -10,7 +10,7 @@ import torch
 from families import make_batch, make_model
 from helpers import assert_near, make_qkv, small
 
-from hip_hf import explain
+from hip_hf import explain, hip_attention
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
 from hip_hf.methods import METHODS
@@ -168,3 +168,16 @@ def test_explain_says_that_no_mask_arrived() -> None:
         assert note in str(explain(model))
         model(batch["input_ids"][:1])  # a single text needs none
         assert note not in str(explain(model))
+
+
+def test_steps_that_are_all_padded_alike_have_a_row_for_each_query_row() -> None:
+    """All sequences of a call are steps of 16 rows, each behind a row of padding."""
+    q, k, v = make_qkv(67, 17, batch=2)
+    config, starts = small(), torch.tensor([51, 51])
+    out, lse = hip_attention(q, k, v, config=config, key_start=starts, return_lse=True)
+    alone, alone_lse = hip_attention(q[:, :, 1:], k[:, :, 51:], v[:, :, 51:], config=config, return_lse=True)
+    assert out.shape == q.shape
+    assert_near(out[:, :, 1:], alone)
+    assert_near(lse[:, :, 1:], alone_lse, 1e-5, "lse")
+    assert not out[:, :, 0].any()
+    assert (lse[:, :, 0] == -torch.inf).all()
