@@ -16,6 +16,7 @@ from hip_hf.integration.masks import LAST
 from hip_hf.paged import rows_of
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
+from hip_hf.reference.block_sparse import merge
 from hip_hf.state import DecodeState
 
 
@@ -66,12 +67,11 @@ def attend_runs(
         seen = sum(range(span.position + 1, span.end + 1))
         read, visible = read + result.share * seen, visible + seen
         rows = slice(span.row_start, span.row_end)
-        own, own_lse = result.out[span.batch, :, rows], result.lse[span.batch, :, rows]
+        own_lse = result.lse[span.batch, :, rows]
+        own = out[span.batch, :, rows].to(own_lse.dtype)
         for other in before(runs, span):
             more, more_lse = _whole(problem, span, other)
-            share = torch.sigmoid(more_lse - own_lse)[..., None]
-            own = ((1 - share) * own + share * more).to(out.dtype)
-            own_lse = torch.logaddexp(own_lse, more_lse)
+            own_lse = merge(own, own_lse, more.to(own.dtype), more_lse)
             read, visible = read + span.rows * other.keys, visible + span.rows * other.keys
         out[span.batch, :, rows] = own
     return replace(result, out=out, lse=None, share=read / visible if visible else 1.0)

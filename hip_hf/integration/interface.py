@@ -97,23 +97,24 @@ def _attention(
     _refuse(module, dropout, kwargs)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # a mask of integers is ours and says itself what is causal, whatever the layer says (the decoder of BigBird-Pegasus)
     if not is_causal and (attention_mask is None or not holds_positions(attention_mask)):
-        return _bidirectional(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs)
+        problem = AttentionProblem(query, key, value, (), scale, None, softcap, s_aux)
+        return _bidirectional(module, problem, attention_mask, scaling, kwargs)
     follower = tracing()
     if follower:
-        return _followed(follower, module, query, key, value, attention_mask, scaling, sliding_window, softcap, s_aux)
+        problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
+        return _followed(follower, module, problem, attention_mask)
     settings = layer_settings(module, method)
     layer: Any = layer_index(module)
-    config: Any = module.config
     if attention_mask is not None:
         attention_mask = narrowed(attention_mask, key.shape[2])
     cache = paged.cache_of(key, kwargs)
     if cache is None and attention_mask is not None:
         check_mask(attention_mask, query.shape, key.shape[2])
         sliding_window = mask_window(attention_mask, sliding_window)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    state = state_of(key, config.model_type)
+    state = state_of(key, module.config.model_type)  # type: ignore[union-attr, arg-type]
     kind, positions = cache_kind(key, state, query.shape[2]), None
     if state is not None:
         state = state.of_layer(layer)
@@ -136,7 +137,7 @@ def _attention(
         result = attend_runs(problem, settings, layer, state, runs)
         out, call = result.out, Call(settings.method, result.path, result.reason, result.share, kind)
     elif why:
-        out, _ = dense.masked(problem, visible_rows(attention_mask, sliding_window, query.shape[2], key))
+        out = _under(attention_mask, sliding_window, problem)
         call = Call(settings.method, "dense", why, 1.0, kind)
         _warn_once(layer, why)
     else:
@@ -171,56 +172,45 @@ def _unsayable(mask: torch.Tensor | None, rows: int) -> str:
     return _HOLES if mask_spans(mask, rows) is None else ""
 
 
+def _under(mask: torch.Tensor | None, window: int | None, problem: AttentionProblem) -> torch.Tensor:
+    """Dense attention `[B, Hq, Tq, Dv]` under any mask; None: the query rows are the last ones."""
+    return dense.masked(problem, visible_rows(mask, window, problem.q.shape[2], problem.k))[0]
+
+
 def _followed(
-    follower: str,
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
+    follower: str, module: nn.Module, problem: AttentionProblem, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, None]:
     """A call whose tensors `follower` follows (torch.export, torch.func), which could not follow a selection: it is dense, and
     no number of a tensor is looked at."""
     refuse_followed(module.config, follower)
+    window, keys = problem.sliding_window, problem.k.shape[2]
     if mask is not None:
-        mask = narrowed(mask, key.shape[2])
-        check_mask(mask, query.shape, key.shape[2])
-        sliding_window = mask_window(mask, sliding_window)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
-    out, _ = dense.masked(problem, visible_rows(mask, sliding_window, query.shape[2], key))
+        mask = narrowed(mask, keys)
+        check_mask(mask, problem.q.shape, keys)
+        window = mask_window(mask, window)
+    out = _under(mask, window, problem)
     if follower != "torch.export":  # in which Python leaves no traces
         why = f"{follower} follows the tensors, and could not follow a selection"
         module.__dict__["_hip_call"] = Call("dense", "dense", why, 1.0, "none")
-        _warn_once(getattr(module, "layer_idx", None), why)
+        _warn_once(layer_index(module), why)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _bidirectional(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    problem: AttentionProblem,
     mask: torch.Tensor | None,
     scaling: float | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     module.__dict__["_hip_call"] = Call("dense", "dense", "attention is not causal", 1.0, "none")
-    if softcap is None and s_aux is None:
+    q, k, v = problem.q, problem.k, problem.v
+    if problem.softcap is None and problem.sinks is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=False, **kwargs)
-    seen = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device) if mask is None else mask
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    problem = AttentionProblem(query, key, value, (), scale, None, softcap, s_aux)
-    out, _ = dense.masked(problem, visible_rows(seen, None, query.shape[2], key))
-    return out.transpose(1, 2).contiguous(), None
+        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=False, **kwargs)
+    seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
+    return _under(seen, None, problem).transpose(1, 2).contiguous(), None
 
 
 _warned: set[str] = set()

@@ -156,8 +156,8 @@ def _pairs(bounds: list[int]) -> list[tuple[int, int]]:
 
 def _ring(cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Keys and values of a sliding layer, past and new, `[1, Hkv, keys, D]`: the cache itself unrolls its ring buffers."""
-    update = _updates[type(cache)]
-    if "read_index" in inspect.signature(update).parameters:  # up to 5.17
+    update, indexed = _updates[type(cache)]
+    if indexed:
         found = update(cache, problem.k, problem.v, layer, kwargs["read_index"], kwargs["write_index"])
     else:
         found = update(cache, problem.k, problem.v, layer, dict(kwargs))
@@ -212,7 +212,8 @@ def _keep_state(cache: Any, layer: int, place: Place, pages: list[int], last: in
 # Transformers admits only its own attentions to continuous batching, or swaps ours for flash attention where that is installed.
 # The classes are made long after `import hip_hf`, hence the hook on their module's import.
 
-_updates: dict[type, Callable[..., Any]] = {}  # Transformers' class of paged caches, once it is imported, and its own `update`
+# Transformers' class of paged caches, once it is imported: its own `update`, and whether that takes indices (up to 5.17).
+_updates: dict[type, tuple[Callable[..., Any], bool]] = {}
 _packing = threading.local()  # `on` in the thread that runs the packed calls of a model of ours
 
 
@@ -225,7 +226,7 @@ def open_gate(module: ModuleType) -> None:
         return
     if cache in _updates:
         return
-    _updates[cache] = update
+    _updates[cache] = update, "read_index" in inspect.signature(update).parameters
 
     @functools.wraps(switch)
     def switched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

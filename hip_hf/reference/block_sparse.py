@@ -244,8 +244,8 @@ def _store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse:
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> torch.Tensor:
-    """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`. The merged
-    log-sum-exp. Weights add up to 1 also where logits are so large that a log-sum-exp cannot tell how many there are."""
+    """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`. The merged log-sum-exp. Weights add up
+    to 1 also where logits are so large that a log-sum-exp cannot tell how many there are."""
     out.lerp_(more, torch.sigmoid(more_lse - lse)[..., None])
     return torch.logaddexp(lse, more_lse)
 
