@@ -54,7 +54,9 @@ SPOILT = {f"one of {value}": one(value) for value in NOT_FINITE}
 
 def finite_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape, visible: torch.Tensor) -> torch.Tensor:
     """Rows `[B, Hq, Tq]` for which plain attention has numbers, and not by a hair: in fp32 for fp16, as PyTorch computes it, else
-    in their dtype; whether it scales before or after the product, and in whatever order it adds up."""
+    in their dtype; whether it scales before or after the product, and in whatever order it adds up. In bf16 only where all rows
+    of a KV head have numbers: with AMX, PyTorch's product of two bf16 matrices reads past the end of a row of 50 weights, and NaN
+    there, in the next row, spoils this one although it is multiplied by 0."""
     scale = 4 * shape.more.get("scale", q.shape[-1] ** -0.5)
     more = [shape.more.get(name) for name in ("softcap", "sinks")]
     finite = torch.ones(q.shape[:3], dtype=torch.bool)
@@ -66,6 +68,9 @@ def finite_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
                 keys = k.to(dtype).abs().repeat_interleave(shape.groups, 1)
                 logits = (q.to(dtype) * before).abs() @ keys.transpose(2, 3) * after
                 finite &= (logits.isfinite() | ~visible).all(-1)
+    if q.dtype == torch.bfloat16:
+        by_head = finite.unflatten(1, (-1, shape.groups))
+        finite = by_head.flatten(2).all(-1)[:, :, None, None].expand_as(by_head).flatten(1, 2)
     return finite
 
 
