@@ -18,11 +18,8 @@ from hip_hf.eval import documents, real_model, report
 from hip_hf_cli import app
 
 FILE = Path(__file__).parent / "results" / "chat.txt"
-TOKENS, NEW_TOKENS = 7900, 16  # the model was trained for 8,192, and the conversation needs some
-QUESTIONS = (
-    "What is the title of the novel above, and who wrote it?",
-    "Answer in one short sentence: Where does Sir Walter Elliot live?",
-)
+TOKENS, NEW_TOKENS = 7900, 32  # the model was trained for 8,192, and the conversation needs some
+QUESTIONS = ("Who is Elizabeth?", "Why does Sir Walter leave Kellynch Hall?", "Where do they move to?")
 
 
 def main(file: Path) -> None:
