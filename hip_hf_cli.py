@@ -27,6 +27,7 @@ _LM_EVAL = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 COMMANDS = {
     "demo": Command("demo", "Hide pass keys in a long document and ask for them: dense against pruned attention."),
     "generate": Command("generate", "Continue a prompt, greedily; timings and what each layer did go to the error stream."),
+    "chat": Command("chat", "Answer questions about a document, which is read once: each answer costs its new tokens only."),
     "explain": Command("explain", "Run one prompt of random tokens through a checkpoint and show each layer's path."),
     "passkey": Command(
         "passkey",

@@ -336,3 +336,22 @@ def test_a_full_disk_or_a_kill_during_save_leaves_the_old_file(limit: int | None
     small_cache().load(path)
     if limit is not None:  # an error cleans up after itself; a killed process cannot
         assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_made_of_something_else_is_refused_when_asked(tmp_path: Path) -> None:
+    cache, path = small_cache(), tmp_path / "cache"
+    made_of = {"tokens": [1, 2], "layers": {0: "dense"}}
+    cache.save(path, made_of=made_of)
+    before = cache.layers[0].keys
+    for other in ({**made_of, "tokens": [1, 3]}, {"layers": {0: "dense"}}, {}):
+        with pytest.raises(ValueError, match=r"got a cache made with tokens=\[1, 2\], allowed: tokens=(\[1, 3\]|None)"):
+            cache.load(path, made_of=other)
+    with pytest.raises(ValueError, match="got a cache made with seed=None, allowed: seed=0"):
+        cache.load(path, made_of={**made_of, "seed": 0})
+    for same in (made_of, None):
+        again = HiPCache(cache.config)
+        again.load(path, made_of=same)
+        assert torch.equal(again.layers[0].keys, before)
+    cache.save(path)
+    with pytest.raises(ValueError, match="got a cache made with tokens=None"):
+        cache.load(path, made_of=made_of)

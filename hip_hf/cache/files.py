@@ -70,7 +70,7 @@ def _parts(layer: Any, name: str) -> Iterator[torch.Tensor]:
                 yield Store.read(store, slice(head, head + 1), table, first, last)  # of an offloaded store past its pool
 
 
-def save(cache: HiPCache, path: str | os.PathLike[str]) -> None:
+def save(cache: HiPCache, path: str | os.PathLike[str], made_of: dict[str, Any]) -> None:
     """See `HiPCache.save`. Streams: no second copy of the cache is made."""
     path = Path(path)
     held: list[Any] = cache.layers
@@ -80,9 +80,8 @@ def save(cache: HiPCache, path: str | os.PathLike[str]) -> None:
         {"kind": kind, "length": int(layer.get_seq_length()), "unrotated": getattr(layer, "unrotated", False)}
         for kind, layer in zip(kinds, held, strict=True)
     ]
-    header: dict[str, Any] = {
-        "__metadata__": {"format": FORMAT, "model": json.dumps(_model(cache)), "layers": json.dumps(layers)}
-    }
+    facts = {"model": _model(cache), "layers": layers, "made_of": made_of}
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, **{name: json.dumps(fact) for name, fact in facts.items()}}}
     at = 0
     for name, (shape, dtype) in tensors.items():
         end = at + shape.numel() * dtype.itemsize
@@ -110,7 +109,15 @@ def _fail(path: Path, got: object, allowed: str) -> None:
     raise ValueError(f"path {str(path)!r}: got {got}, allowed: {allowed}")
 
 
-def load(cache: HiPCache, path: str | os.PathLike[str], device: torch.device) -> None:
+def _check_made_of(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ValueError where a file was made of something else, and name the first difference."""
+    wanted = json.loads(json.dumps(wanted))  # as it comes back from a file
+    for name in {**wanted, **saved}:
+        if saved.get(name) != wanted.get(name):
+            _fail(path, f"a cache made with {name}={saved.get(name)!r}", f"{name}={wanted.get(name)!r}")
+
+
+def load(cache: HiPCache, path: str | os.PathLike[str], device: torch.device, made_of: dict[str, Any] | None) -> None:
     """See `HiPCache.load`."""
     from safetensors import SafetensorError, safe_open
 
@@ -129,6 +136,8 @@ def load(cache: HiPCache, path: str | os.PathLike[str], device: torch.device) ->
             _fail(path, f"format {metadata.get('format')!r}", f"{FORMAT!r}")
         if json.loads(metadata["model"]) != _model(cache):
             _fail(path, f"a cache of {metadata['model']}", f"one of this model, {json.dumps(_model(cache))}")
+        if made_of is not None:
+            _check_made_of(path, json.loads(metadata.get("made_of", "{}")), made_of)
         saved = json.loads(metadata["layers"])
         kinds = [_kind(layer) for layer in cache.layers]
         if [layer["kind"] for layer in saved] != kinds:

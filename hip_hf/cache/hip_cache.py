@@ -306,10 +306,14 @@ class HiPCache(DynamicCache):
         pools = [layer.pool for layer in self.paged if layer.pool is not None]
         return statistics([store for pool in pools for store in (pool.keys, pool.values)])  # type: ignore[misc]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, made_of: dict[str, Any] | None = None) -> None:
         """Write the cache to one safetensors file, atomically: the file is the old one or the new one, whatever happens.
 
         Summaries are rebuilt from the keys when the cache is used again; a resumed decode selects anew at its first step.
+
+        Args:
+            made_of: what the contents were computed from, as JSON can say it (a digest of the tokens, settings ...). The file
+                keeps it for `load` to compare.
 
         Raises:
             ValueError: a layer that is neither full attention nor sliding-window.
@@ -317,19 +321,25 @@ class HiPCache(DynamicCache):
         """
         from hip_hf.cache.files import save
 
-        save(self, path)
+        save(self, path, made_of or {})
 
-    def load(self, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> None:
-        """Replace the contents by those of a file that `save` wrote; `device`: that of the model.
+    def load(
+        self, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", made_of: dict[str, Any] | None = None
+    ) -> None:
+        """Replace the contents by those of a file that `save` wrote.
+
+        Args:
+            device: that of the model.
+            made_of: what the contents must have been computed from, as it was given to `save`. None: anything.
 
         Raises:
-            ValueError: a truncated or foreign file, or one of another model. The cache is as it was.
+            ValueError: a truncated or foreign file, one of another model, or one made of something else. The cache is as it was.
             FileNotFoundError: there is no such file.
             MemoryError: no memory for its pages. The cache is as it was.
         """
         from hip_hf.cache.files import load
 
-        load(self, path, torch.device(device))
+        load(self, path, torch.device(device), made_of)
 
     @property
     def paged(self) -> list[PagedLayer]:

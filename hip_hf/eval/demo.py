@@ -173,10 +173,7 @@ def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fac
         config = AutoConfig.from_pretrained(checkpoint).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"cannot load {checkpoint!r}: {error}", param_hint="--checkpoint") from None
-    try:
-        text = tokenizer.encode(document.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"cannot read {str(document)!r}: {error}", param_hint="--document") from None
+    text = tokenizer.encode(documents.read_text(document, "--document"), add_special_tokens=False, verbose=False)
     new_tokens = max(len(tokenizer.encode(f" {fact.key}", add_special_tokens=False)) for fact in facts)
     longest = config.max_position_embeddings - new_tokens
     tokens = longest if tokens is None else tokens

@@ -129,6 +129,25 @@ def cannot_load(what: str, error: Exception) -> typer.BadParameter:
     return typer.BadParameter(f"cannot load {what}: {' '.join(str(error).split())}", param_hint="MODEL")
 
 
+def read_text(file: Path, option: str) -> str:
+    """The text of the file that an option names; one line for a file that is missing, no text or empty."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {str(file)!r}: {error}", param_hint=option) from None
+    if not text.strip():
+        raise typer.BadParameter(f"{str(file)!r} is empty", param_hint=option)
+    return text
+
+
+def tokens_of(tokenizer: Any, text: str, file: Path, option: str) -> list[int]:
+    """The token ids of a file's text, with those that the tokenizer puts around it; one line where there are none."""
+    ids = tokenizer(text, verbose=False).input_ids
+    if not ids:
+        raise typer.BadParameter(f"{str(file)!r} holds no token for this model", param_hint=option)
+    return ids
+
+
 def check_length(tokens: int, ids: list[int], document: Path) -> None:
     """One line for a document of fewer tokens than are asked for."""
     if len(ids) < tokens:

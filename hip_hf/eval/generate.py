@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from transformers.generation.streamers import BaseStreamer
 
 from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig
@@ -42,15 +43,18 @@ class Generated:
 
 
 class Clock:
-    """A streamer: `generate` hands it the prompt before it starts, and each token once it has it."""
+    """A streamer: `generate` hands it the prompt before it starts, and each token once it has it. `text`: another streamer, which
+    gets all that this one gets."""
 
-    def __init__(self, at_first: Callable[[], None]) -> None:
-        self.at_first = at_first
+    def __init__(self, at_first: Callable[[], None], text: BaseStreamer | None = None) -> None:
+        self.at_first, self.text = at_first, text
         self.generated: list[int] = []
         self.start = self.first = self.resumed = self.last = 0.0
 
     def put(self, ids: torch.Tensor) -> None:
         now = time.perf_counter()
+        if self.text is not None:
+            self.text.put(ids)
         if not self.start:
             self.start = time.perf_counter()
             return
@@ -62,7 +66,8 @@ class Clock:
             self.resumed = self.last = time.perf_counter()  # what `at_first` took is no decoding
 
     def end(self) -> None:
-        pass
+        if self.text is not None:
+            self.text.end()
 
 
 def layers_of(model: Any) -> Report:
@@ -70,11 +75,12 @@ def layers_of(model: Any) -> Report:
     return explain(model) if text_config(model)._attn_implementation in NAMES else Report()
 
 
-def over_chunks(reports: list[tuple[int, Report]]) -> Report:
-    """The last of the reports of a prompt's chunks, (rows, report) each, with the keys read of all chunks."""
+def over_chunks(reports: list[tuple[int, Report]], first: int) -> Report:
+    """The last of the reports of a prompt's chunks, (rows, report) each, with the keys read of all chunks. `first`: the position
+    of the first row."""
     if not reports:
         return Report()
-    seen, at = [], 0
+    seen, at = [], first
     for rows, _ in reports:
         seen.append(keys_seen(at, at + rows - 1, None))
         at += rows
@@ -87,17 +93,31 @@ def over_chunks(reports: list[tuple[int, Report]]) -> Report:
 
 
 def generate(
-    model: Any, prompt: list[int], new_tokens: int, chunk: int | None = None, read: Callable[[int], None] = lambda rows: None
+    model: Any,
+    prompt: list[int],
+    new_tokens: int,
+    chunk: int | None = None,
+    read: Callable[[int], None] = lambda rows: None,
+    cache: HiPCache | None = None,
+    text: BaseStreamer | None = None,
+    **options: Any,
 ) -> Generated:
-    """Greedy continuation of one prompt by at most `new_tokens` tokens.
+    """Continuation of one prompt by at most `new_tokens` tokens, greedy unless Transformers' `options` say otherwise.
 
-    `chunk`: read the prompt so many tokens at a time, so that memory is that of the cache and of one chunk. `read` is told
-    how many tokens each forward pass has read.
+    Args:
+        chunk: read the prompt so many tokens at a time, so that memory is that of the cache and of one chunk. What follows on
+            a cache that holds something already is read in one piece: Transformers 5.17 cannot go on in chunks.
+        read: is told how many tokens each forward pass has read.
+        cache: holds the prompt's first tokens, which are not read again; afterwards all but the last new token. None: a new one.
+        text: a streamer that gets the tokens as they come.
     """
+    if cache is None and text_config(model)._attn_implementation in NAMES:
+        cache = HiPCache(model.config)
+    held = 0 if cache is None else cache.get_seq_length()
     result, chunks = Generated(), list[tuple[int, Report]]()
 
     def note_prefill() -> None:
-        result.prefill = over_chunks(chunks)
+        result.prefill = over_chunks(chunks, held)
 
     def note_rows(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         rows = kwargs["input_ids"].shape[1]
@@ -105,23 +125,23 @@ def generate(
         if not clock.first:
             chunks.append((rows, layers_of(model)))
 
-    clock = Clock(note_prefill)
+    clock = Clock(note_prefill, text)
     ids = torch.tensor([prompt], device=model.device)
-    given: dict[str, Any] = {} if chunk is None else {"prefill_chunk_size": chunk}
-    if text_config(model)._attn_implementation in NAMES:
-        given[CACHE] = HiPCache(model.config)
+    given: dict[str, Any] = {"max_new_tokens": new_tokens, "streamer": clock, "do_sample": False, **options}
+    if chunk is not None and not held:
+        given["prefill_chunk_size"] = chunk
+    if cache is not None:
+        given[CACHE] = cache
     hook = model.register_forward_hook(note_rows, with_kwargs=True)
     meter = Meter(model.device)
-    options = dict(max_new_tokens=new_tokens, do_sample=False, streamer=clock)
     try:
         with torch.no_grad():
             # only generate knows when the prompt is through: the clock stops inside it, before the first decode step
-            model.generate(ids, attention_mask=torch.ones_like(ids), **options, **given)
+            model.generate(ids, attention_mask=torch.ones_like(ids), **given)
     finally:
         hook.remove()
     result.ids, result.first_token_s, result.decode_s = clock.generated, clock.first - clock.start, clock.last - clock.resumed
     result.decode = layers_of(model)
-    cache = given.get(CACHE)
     result.memory = {
         "cache": None if cache is None else cache_mib(cache),
         "peak": meter.peak_mib(),
@@ -172,17 +192,6 @@ def load(checkpoint: str, attn: str, fields: dict[str, Any], dtype: str = "auto"
     return model, tokenizer, settings
 
 
-def read_prompt(file: Path) -> str:
-    """The prompt's text; one line for a file that is missing, no text or empty."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"cannot read {str(file)!r}: {error}", param_hint="--prompt-file") from None
-    if not text.strip():
-        raise typer.BadParameter(f"{str(file)!r} is empty", param_hint="--prompt-file")
-    return text
-
-
 def print_layers(title: str, layers: Report) -> None:
     """`explain`'s table on the error stream, untouched by markup and line breaks."""
     if layers:
@@ -204,11 +213,9 @@ def main(
     """Continue a prompt, greedily; timings and what each layer did go to the error stream."""
     if set_ and attn not in NAMES:
         raise typer.BadParameter(f"settings apply to --attn {' | '.join(NAMES)}, got {attn!r}", param_hint="--set")
-    text, on = read_prompt(prompt_file), documents.check_device(device)
+    text, on = documents.read_text(prompt_file, "--prompt-file"), documents.check_device(device)
     net, tokenizer, settings = load(model, attn, parse_fields(set_ or []), dtype)
-    prompt = tokenizer(text, verbose=False).input_ids
-    if not prompt:
-        raise typer.BadParameter(f"{str(prompt_file)!r} holds no token for this model", param_hint="--prompt-file")
+    prompt = documents.tokens_of(tokenizer, text, prompt_file, "--prompt-file")
     if tokens is not None:
         prompt = lengthen(prompt, tokens)
     net.to(on)

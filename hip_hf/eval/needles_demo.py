@@ -113,10 +113,7 @@ def show(
 ) -> None:
     """The demo: tables, or one JSON document."""
     where = documents.check_device(device)
-    try:
-        text = document.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"cannot read {str(document)!r}: {error}", param_hint="--document") from None
+    text = documents.read_text(document, "--document")
     net, tokenizer, settings = generate.load(checkpoint_of(model), "hip", fields)
     prompt = prompt_of(net, tokenizer, text, tokens, facts, seed)
     net.to(where)

@@ -1,0 +1,308 @@
+"""`hip-hf chat`: questions about one document. It is read once, and each turn computes its new tokens only."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import inf
+from pathlib import Path
+from statistics import fmean
+from types import FrameType
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import StoppingCriteria, TextStreamer
+
+from hip_hf.cache.hip_cache import HiPCache
+from hip_hf.eval import documents, generate, report
+from hip_hf.eval.resident import cache_mib
+from hip_hf.integration.settings import read_settings, text_config
+from hip_hf.reference.sparse import DECODE_ROWS
+
+# For models without a chat template: a line for each turn, so an answer ends with its line.
+PLAIN = (
+    "{% for message in messages %}{{ 'User: ' if message['role'] == 'user' else 'Assistant:' }}{{ message['content'] }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+END_OF_LINE = "\n"
+# Two first questions that have no character in common: what stays is the document.
+PROBES = ("A", "?")
+# Tokens that are read at once: fewer are a decode step, in which each selects for itself. At 8K, 16 took 7 times as long as 22.
+SHORTEST_READING = DECODE_ROWS + 1
+# Elements of each tensor that stand for all of them: training changes nearly every one.
+WEIGHTS_LOOKED_AT = 16
+
+
+class Interrupt(StoppingCriteria):
+    """While it is entered, Ctrl-C ends the answer after the token that is being computed, so that every layer's cache holds the
+    same tokens. A second Ctrl-C is an ordinary one."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.full((len(ids),), self.asked, device=ids.device)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __enter__(self) -> Interrupt:
+        self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, its answer, and what that took."""
+
+    question: str
+    answer: str
+    interrupted: bool
+    tokens_read: int  # of the question and what the template puts around it; more where they are few, or the template rewrites
+    tokens_new: int
+    seconds: float  # from the question to the answer's end
+    first_token_s: float
+    tokens_per_s: float | None  # of decoding; None for a single token
+    keys_read: float | None  # share of the visible keys that the last forward pass read, mean of the layers
+    cache_tokens: int
+    cache_mib: float
+
+    def __str__(self) -> str:
+        """The line that is shown below an answer."""
+        speed = "" if self.tokens_per_s is None else f" at {self.tokens_per_s:.1f} a second"
+        keys = "" if self.keys_read is None else f", {self.keys_read:.0%} of the keys read"
+        return (
+            f"{self.seconds:.2f} s{' (interrupted)' if self.interrupted else ''}: {self.tokens_read:,} tokens read in "
+            f"{self.first_token_s:.2f} s, {self.tokens_new:,} new ones{speed}{keys}; "
+            f"cache: {self.cache_tokens:,} tokens, {self.cache_mib:,.0f} MiB"
+        )
+
+
+def shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+
+
+class Conversation:
+    """A document, what was asked and answered, and the cache that holds it.
+
+    The model's template renders the whole conversation anew at every turn. The cache keeps the tokens that this rendering begins
+    with, which are all it holds unless the template rewrites earlier turns (some drop a model's thoughts, or spaces), or unless
+    an answer's text is not spelt with the tokens that were generated.
+
+    Attributes:
+        cache: the `HiPCache`; `held`: the ids of exactly those tokens whose keys and values are in it.
+        document_ids: what every conversation about this document begins with.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, document: str, chunk: int | None = None) -> None:
+        self.model, self.tokenizer, self.document, self.chunk = model, tokenizer, document, chunk
+        self.plain = tokenizer.chat_template is None
+        self.cache, self.held = HiPCache(model.config), list[int]()
+        self.messages: list[dict[str, str]] = []
+        asked = [self.render([self._question(probe)]) for probe in PROBES]
+        ids = self.encode(asked[0][: shared(*asked)])
+        self.document_ids = ids[: shared(ids, self.encode(asked[0]))]  # before a question the last token may be another
+
+    def _question(self, question: str) -> dict[str, str]:
+        """The user's next message. The first holds the document: not every template has a place for a system's."""
+        return {"role": "user", "content": question if self.messages else f"{self.document}\n\n{question}"}
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The text of a conversation, up to where the next answer begins."""
+        template = PLAIN if self.plain else None
+        return self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a rendered text."""
+        return self.tokenizer(text, add_special_tokens=self.plain, verbose=False).input_ids  # a model's template has its own
+
+    def read_document(self, read: Callable[[int], None] = lambda rows: None) -> None:
+        """Fill the cache with the document; `read` is told how many tokens each forward pass has read."""
+        generate.generate(self.model, self.document_ids, 1, self.chunk, read, self.cache)
+        self.held = list(self.document_ids)
+
+    def made_of(self) -> dict[str, Any]:
+        """What the document's cache is computed from."""
+        ids, weights = torch.tensor(self.document_ids), hashlib.sha256()
+        for name, weight in self.model.named_parameters():
+            some = weight.detach().flatten()[:WEIGHTS_LOOKED_AT].cpu()
+            weights.update(f"{name} {weight.dtype} {tuple(weight.shape)} {some.tolist()}".encode())
+        settings = read_settings(text_config(self.model)).to_dict()
+        document = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+        return {"document": document, "weights": weights.hexdigest(), "chunk": self.chunk, **settings}
+
+    def save_document(self, path: Path) -> None:
+        """Write the cache, which holds the document and no question yet, to a file. Raises as `HiPCache.save` does."""
+        self.cache.save(path, made_of=self.made_of())
+
+    def load_document(self, path: Path) -> None:
+        """Fill the cache from a file that `save_document` wrote.
+
+        Raises:
+            ValueError: it is another document's, another model's, or was made with other settings. FileNotFoundError: no file.
+        """
+        self.cache.load(path, device=self.model.device, made_of=self.made_of())
+        self.held = list(self.document_ids)
+
+    def ask(self, question: str, max_new_tokens: int, text: TextStreamer | None = None, **options: Any) -> Turn:
+        """Answer a question, in at most so many tokens, greedily unless Transformers' `options` say otherwise. Ctrl-C ends the
+        answer; what there is of it then belongs to the conversation. `text` gets the tokens as they come."""
+        start = time.perf_counter()
+        messages = [*self.messages, self._question(question)]
+        prompt = self.encode(self.render(messages))
+        at_least = SHORTEST_READING if len(self.cache.paged) == len(self.cache.layers) else 1  # the others may not go back
+        self._keep(min(shared(self.held, prompt), max(0, len(prompt) - at_least)))
+        before = len(self.held)
+        if self.plain:
+            options = {**options, "stop_strings": END_OF_LINE, "tokenizer": self.tokenizer}
+        with Interrupt() as interrupt:
+            options["stopping_criteria"] = [interrupt]
+            result = generate.generate(self.model, prompt, max_new_tokens, self.chunk, cache=self.cache, text=text, **options)
+        self.held = (prompt + result.ids)[: self.cache.get_seq_length()]
+        answer = self.tokenizer.decode(result.ids, skip_special_tokens=True)
+        answer = answer.partition(END_OF_LINE)[0] if self.plain else answer
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        layers = result.prefill if result.tokens_per_s is None else result.decode
+        shares = [layer.share for layer in layers if layer.share is not None]
+        return Turn(
+            question,
+            answer.strip(),
+            interrupt.asked,
+            len(prompt) - before,
+            len(result.ids),
+            time.perf_counter() - start,
+            result.first_token_s,
+            result.tokens_per_s,
+            fmean(shares) if shares else None,
+            len(self.held),
+            cache_mib(self.cache),
+        )
+
+    def _keep(self, length: int) -> None:
+        """Crop the cache to its first `length` tokens; to none where a layer cannot go back so far (a sliding window that has
+        moved on, a running state), and then everything is read again."""
+        if length == len(self.held):
+            return
+        try:
+            self.cache.crop(length - len(self.held))
+        except RuntimeError:
+            self.cache, length = HiPCache(self.model.config), 0
+        del self.held[length:]
+
+
+def questions(given: list[str]) -> Iterator[str]:
+    """Those given; without any, what is typed at a prompt until the input ends (Ctrl-D), or the lines of a piped input."""
+    if not given and sys.stdin.isatty():
+        yield from typed()
+        return
+    for line in given or sys.stdin:
+        if question := line.strip():
+            report.notes.print(f"> {question}", markup=False, highlight=False, soft_wrap=True)
+            yield question
+
+
+def typed() -> Iterator[str]:
+    """Lines typed at a prompt. Ctrl-C there drops the line."""
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if question:
+            yield question
+
+
+def check_cache(talk: Conversation, file: Path) -> None:
+    """One line for a file that could not be written once the document has been read. Leaves nothing behind."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.absolute().parent) as folder:
+            talk.cache.save(Path(folder) / file.name)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"cannot write {str(file)!r}: {error}", param_hint="--cache") from None
+
+
+def fill(talk: Conversation, file: Path | None) -> bool:
+    """Get the document into the cache, from the file if there is one, else by reading it. Whether it was loaded."""
+    if file is not None and file.exists():
+        try:
+            talk.load_document(file)
+        except (OSError, ValueError) as error:
+            message = f"{error}; give another file, or delete it and the document is read again"
+            raise typer.BadParameter(message, param_hint="--cache") from None
+        return True
+    if file is not None:
+        check_cache(talk, file)
+    with report.progress() as bar:
+        task = bar.add_task("reading the document, tokens", total=len(talk.document_ids))
+        talk.read_document(lambda rows: bar.advance(task, rows))
+    return False
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Checkpoint: a hub name or a folder.")],
+    document: Annotated[Path, typer.Option(help="Text file to ask about.")],
+    question: Annotated[
+        list[str] | None,
+        typer.Option(help="Ask this; may be repeated. Without it: type questions, or pipe them in, one a line."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0: greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="File that keeps the document as it was read: loaded if it is there, else written.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
+    dtype: documents.Dtype = "auto",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Make the document so long: cut, or the text over again.")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Read the document so many tokens at a time.")] = 2048,
+    device: documents.Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document at the end instead of text.")] = False,
+) -> None:
+    """Answer questions about a document, which is read once: each answer costs its new tokens only."""
+    text, on = documents.read_text(document, "--document"), documents.check_device(device)
+    net, tokenizer, settings = generate.load(model, "hip", generate.parse_fields(set_ or []), dtype)
+    ids = documents.tokens_of(tokenizer, text, document, "--document")
+    if tokens is not None:
+        text = tokenizer.decode(generate.lengthen(ids, tokens), skip_special_tokens=True)
+    talk = Conversation(net.to(on), tokenizer, text, chunk)
+    start = time.perf_counter()
+    loaded = fill(talk, cache)
+    read_s, longest = time.perf_counter() - start, getattr(text_config(net), "max_position_embeddings", inf)
+    note(f"{document.name}: {len(talk.held):,} tokens {'loaded' if loaded else 'read'} in {read_s:.2f} s")
+    if cache is not None and not loaded:
+        talk.save_document(cache)
+    torch.manual_seed(seed)
+    options = {"do_sample": True, "temperature": temperature} if temperature else {}
+    turns = []
+    for asked in questions(question or []):
+        streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        turns.append(turn := talk.ask(asked, max_new_tokens, streamer, **options))
+        note(str(turn))
+        if settings.extend is None and turn.cache_tokens > longest:
+            note(f"longer than the {longest:,} tokens that the model is made for: --set extend=streaming --set dense_tail=0")
+    if as_json:
+        about = {"tokens": len(talk.document_ids), "loaded": loaded, "seconds": read_s}
+        rows = [asdict(turn) for turn in turns]
+        report.show(f"chat: {model}", rows, True, document=about, chunk=chunk, settings=settings.to_dict())
+
+
+def note(line: str) -> None:
+    """A line about the conversation, on the error stream."""
+    report.notes.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
