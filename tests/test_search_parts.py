@@ -182,12 +182,13 @@ def watched_buffers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[in
     return taken
 
 
-def test_all_stages_of_a_search_share_their_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "turned"), [(None, set()), (positions(64, True), {"turned"})], ids=["plain", "extended"])
+def test_all_stages_of_a_search_share_their_buffers(where: Any, turned: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker keeps does not add up over the levels, the need and the rescoring."""
-    search, blocks, near = make_search(small(rescore=2, query_stride=8), 163, 1, positions(64, True))
+    search, blocks, near = make_search(small(rescore=2, query_stride=8), 163, 1, where)
     taken = watched_buffers(monkeypatch)
     search.select(slice(0, 1), blocks, near)
-    assert {name for name, _ in taken} == {"summaries", "turned", "logits", "picked"}
+    assert {name for name, _ in taken} == {"summaries", "logits", "picked"} | turned
 
 
 # at once: summaries of query blocks, with 14 chunks of 2 * 16 numbers each; key blocks, of 4 * 16 numbers
@@ -229,12 +230,14 @@ def test_the_sample_has_a_key_of_each_chunk(level: int) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_the_mass_of_rows_whose_logits_are_far_apart(softcap: float | None) -> None:
+def test_the_mass_of_rows_whose_logits_are_far_apart(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     q, keys = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
     q[:, 0] *= 1000
     logits = q @ keys.transpose(1, 2)
     want = (logits if softcap is None else softcap * torch.tanh(logits / softcap)).logsumexp(-1)
+    taken = watched_buffers(monkeypatch)
     assert_near(log_mass(q, keys, softcap), want, 1e-9)
+    assert taken == [("logits", (2, 3, 5))], "the logits are in the worker's buffer"
 
 
 def test_the_mass_of_half_precision_is_summed_up_in_fp32() -> None:
