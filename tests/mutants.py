@@ -3,7 +3,7 @@ pyproject.toml names, tries a sample of each on the tests it names, lists the su
 
     make mutants                              # a sample of every file
     make mutants MUTANTS="--most 1000000"     # every mutant: hours
-    make mutants MUTANTS="--only need.py"
+    make mutants MUTANTS="--only need.py hip.py"
 
 Triton kernels are not mutated: mutmut leaves decorated functions alone.
 """
@@ -41,11 +41,11 @@ def sample(path: str, most: int) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--most", type=int, default=MOST, help="mutants that are tried of each file")
-    parser.add_argument("--only", default="", help="files whose path ends so")
+    parser.add_argument("--only", nargs="+", default=[""], help="files whose path ends so")
     given = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)  # mutants are forked from this process: none of torch's threads may hold a lock then
-    names = {path: sample(path, given.most) for path in config().only_mutate if path.endswith(given.only)}
+    names = {path: sample(path, given.most) for path in config().only_mutate if path.endswith(tuple(given.only))}
     tried = [name for some in names.values() for name in some]
     cli.main(["run", "--max-children", "1", *tried], standalone_mode=False)
 
@@ -57,7 +57,8 @@ def main() -> int:
         enough &= share >= KILLED
         for name in survivors:
             print(f"# {name}: {found[name]}\n{get_diff_for_mutant(name, path=path)}")
-        print(f"{path}: {len(some) - len(survivors)} of {len(some)} mutants killed, {share:.1%}")
+        hung = sum(found[name] == "timeout" for name in some)
+        print(f"{path}: {len(some) - len(survivors)} of {len(some)} mutants killed ({hung} by hanging), {share:.1%}")
     return 0 if enough else 1
 
 

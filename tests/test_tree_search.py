@@ -230,6 +230,8 @@ def test_the_dyadic_cover_of_any_middle(low: int, beam: int, coarsest: int | Non
         assert sorted(b for level, index in initial for b in blocks_of(level, index)) == list(range(low, high))
         assert all(len(twin.edges(level)) <= 2 for level in range(twin.start()))
         assert hip.start_level(config, low, high) == twin.start()
+        # there is always a whole beam to keep
+        assert all(len(twin.complete(level)) >= config.beam_blocks for level in range(1, twin.start() + 1))
 
 
 @pytest.mark.parametrize("sliding", [None, 60, 90])
@@ -284,6 +286,16 @@ def test_best_is_what_sorting_finds(scores: list[float], count: int, random: Any
     got = hip.best(torch.tensor(scores), torch.tensor(ids), count)
     rank = {i: (-s if s == s else torch.inf, i) for i, s in zip(ids, scores, strict=True)}
     assert sorted(got.tolist()) == sorted(sorted(ids, key=rank.__getitem__)[:count])
+
+
+def test_best_of_numbers_that_end_the_range() -> None:
+    """The same for NaN and -inf, and for both zeros: there the lower id is better."""
+    limit = torch.finfo(torch.float32).max
+    ranked = [torch.inf, limit, 2.0, 1.0, 0.0, -0.0, -1.0, -2.0, -limit, torch.nan, -torch.inf]
+    ids = [90, 80, 70, 60, 8, 9, 40, 30, 20, 1, 2]
+    for count in range(1, len(ids) + 2):
+        got = hip.best(torch.tensor(ranked[::-1]), torch.tensor(ids[::-1]), count)
+        assert sorted(got.tolist()) == sorted(ids[:count])
 
 
 def test_best_works_row_by_row() -> None:

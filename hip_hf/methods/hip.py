@@ -204,20 +204,13 @@ class TreeSearch:
         ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         while level > 0:
-            count = config.beam_blocks
-            ids = best(scores, ids, count)
-            if min((b.high >> level) - (-(-b.low >> level)) for b in blocks) < count:
-                missing = ids == NO_CHUNK  # fewer chunks than the beam: what fills up must not count
-                ids = ids.masked_fill(missing, 0)
-            else:
-                missing = None
+            # so many are there: one level below the start, each middle has more than twice as many, two of them at its edges
+            ids = best(scores, ids, config.beam_blocks)
             level -= 1
             was_first, was_last = first, last
             first, last = _ceil_shift(low, level), high >> level
             edges = torch.stack([first, last - 1], dim=-1)  # [P, 2]
             invalid = torch.stack([first == 2 * was_first, last == 2 * was_last], dim=-1)
-            if missing is not None:
-                invalid = torch.cat([missing.repeat_interleave(2, -1), invalid.expand(*ids.shape[:2], 2)], dim=-1)
             children = torch.stack([2 * ids, 2 * ids + 1], dim=-1).flatten(-2)
             ids = torch.cat([children, edges.expand(*ids.shape[:2], 2)], dim=-1)
             scores = self._scores(heads, level, features, ids, last, invalid, near)
@@ -275,7 +268,7 @@ class TreeSearch:
     ) -> torch.Tensor:
         """Scores `[heads, P, M]` of the chunks `ids` that each of P query blocks has for itself; features `[heads, P, R, F]`.
 
-        `invalid`, `[P, m]` or `[heads, P, m]`, masks the last of them; `near` as `_votes` gives it.
+        `invalid`, `[P, m]`, masks the last of them; `near` as `_votes` gives it.
         """
         table, (lanes, count, rows, _) = self.pyramid.levels[level], features.shape
         logits = scratch.take("logits", (lanes, count, rows, ids.shape[-1]), features)

@@ -36,7 +36,7 @@ def votes_of(config: HiPConfig, rows: int, heads: int) -> int:
     all of its heads."""
     if rows == 1:
         return heads
-    return min(rows * heads, max(1, -(-heads * config.block_q // config.query_stride)))
+    return min(rows * heads, -(-heads * config.block_q // config.query_stride))
 
 
 def sampled_chunks(config: HiPConfig, low: int, high: int, level: int) -> tuple[int, int]:
