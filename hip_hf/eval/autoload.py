@@ -20,7 +20,7 @@ HOOK = "hip_hf_autoload"
 ACTIONS = ("enable", "disable", "status")
 
 # Must not import hip_hf when Python starts: that would import torch into every program.
-SOURCE = '''"""Written by `hip-hf autoload enable`; `hip-hf autoload disable` removes it. Makes lm-eval and transformers serve know `hip`."""
+SOURCE = '''"""Written by `hip-hf autoload enable`; `hip-hf autoload disable` removes it. It makes other programs know `hip`."""
 
 import sys
 from importlib import import_module
@@ -91,7 +91,7 @@ def main(
     action: Annotated[str, typer.Argument(help=" | ".join(ACTIONS))] = "status",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Let plain lm_eval and transformers serve of this environment know `hip` (enable), take that back (disable), or say how it is."""
+    """Let plain lm_eval and transformers serve of this environment know `hip` (enable), stop that (disable), say how it is."""
     if action not in ACTIONS:
         raise typer.BadParameter(f"got {action!r}, allowed: {' | '.join(ACTIONS)}", param_hint="ACTION")
     try:

@@ -27,7 +27,7 @@ Longest = Annotated[
 
 
 def main(set_: Settings = None, max_model_len: Longest = None, **options: Any) -> None:
-    """Serve a model: chat, completions and responses as OpenAI's. Transformers' server; all options but two are its own."""
+    """Serve a model by OpenAI's API. This is Transformers' server; all options but the last two are its own."""
     if not is_serve_available():
         raise SystemExit(MISSING)
     attn = options[ATTN].removeprefix(integration.PREFIX)
