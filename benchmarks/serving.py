@@ -5,7 +5,7 @@
 Two servers (`hip-hf serve --continuous-batching`) are up side by side, one idle while the other is asked. Rounds alternate
 between them; each figure is the median over rounds, and the first token's over the clients of a round before. Every prompt
 begins with words of its own, so that no server has its keys from an earlier round. `tokens_per_s` is of all clients together,
-from the first request to the last token, the reading of the prompts included. A run that was interrupted goes on where it stopped.
+from the first request to the last token, prompts included. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -67,7 +67,14 @@ SERVING = {
     "command": "serving",
     "title": "hip-hf serve, smollm2",
     "rows": [
-        {"tokens": tokens, "clients": clients, "attention": name, "first_token_s": 2.0, "tokens_per_s": 8.0, "prompt_tokens": tokens}
+        {
+            "tokens": tokens,
+            "clients": clients,
+            "attention": name,
+            "first_token_s": 2.0,
+            "tokens_per_s": 8.0,
+            "prompt_tokens": tokens,
+        }
         for tokens in (2048, 8192)
         for clients in (1, 8)
         for name in ("sdpa", "hip")

@@ -124,7 +124,7 @@ def _blocks_hold(batching: Any) -> int | None:
 
 def tokens_in(cache: Any) -> int:
     """The longest sequence that Transformers' paged cache has room for, layers with a sliding window beside it included."""
-    if hasattr(cache, "cache_allocators"):  # from 5.20 on, or before: pools of sectors, each of which one kind of layer takes
+    if hasattr(cache, "cache_allocators"):  # sectors, each of which one kind of layer takes
 
         def too_long(tokens: int) -> bool:
             kinds = cache.cache_allocators.values()
@@ -134,8 +134,8 @@ def tokens_in(cache: Any) -> int:
     else:
 
         def too_long(tokens: int) -> bool:
-            # the scheduler takes a block more than it needs
-            return cache.blocks_needed(tokens // cache.block_size + 1, 0) > cache.num_blocks
+            # as many as the scheduler takes: one more than it needs
+            return cache.blocks_needed((tokens + 1) // cache.block_size + 1, 0) > cache.num_blocks
 
         most = cache.num_pages
     return bisect.bisect_left(range(most + 1), True, key=too_long) - 1
