@@ -45,7 +45,10 @@ def main(set_: Settings = None, max_model_len: Longest = None, **options: Any) -
         HiPConfig.from_dict(fields)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--set") from None
-    integration.register()
+    try:
+        integration.register()
+    except ImportError as error:
+        raise SystemExit(f"hip-hf serve: {error}") from None
     integration.limit_lengths(max_model_len)
     integration.explain_failures()
     if fields:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,15 @@ POLL_SECONDS = 0.01
 logger = logging.get_logger(__name__)
 
 
+def _module(name: str) -> Any:
+    """A module of Transformers' server, imported when it is needed.
+
+    Raises:
+        ImportError: this Transformers has no such module.
+    """
+    return importlib.import_module(f"transformers.cli.serving.{name}")
+
+
 def register() -> None:
     """Let the names that `hip_hf` registers be known to `transformers serve --attn-implementation`, which has a fixed list.
     Calling it again is harmless.
@@ -36,9 +46,8 @@ def register() -> None:
     Raises:
         ImportError: this Transformers has no server, or one that is not known here.
     """
-    from transformers.cli.serving.model_manager import ModelManager
-
-    validate = getattr(ModelManager, "_validate_args", None)
+    manager = _module("model_manager").ModelManager
+    validate = getattr(manager, "_validate_args", None)
     if validate is None:
         allowed = "allowed: the server of Transformers 5.17 to 5.24"
         raise ImportError(f"hip_hf: got Transformers {transformers.__version__}, whose server is not known here, {allowed}")
@@ -54,14 +63,13 @@ def register() -> None:
         validate(self)
         self.attn_implementation = name
 
-    ModelManager._validate_args = hip_validate_args
+    manager._validate_args = hip_validate_args
 
 
 def after_loading(configure: Callable[[Any], Any]) -> None:
     """Call `configure` with every model that the server loads."""
-    from transformers.cli.serving.model_manager import ModelManager
-
-    load = ModelManager._load_model
+    manager = _module("model_manager").ModelManager
+    load = manager._load_model
 
     @functools.wraps(load)
     def hip_load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +77,7 @@ def after_loading(configure: Callable[[Any], Any]) -> None:
         configure(model)
         return model
 
-    ModelManager._load_model = hip_load_model
+    manager._load_model = hip_load_model
 
 
 def limit_lengths(longest: int | None) -> None:
@@ -79,9 +87,8 @@ def limit_lengths(longest: int | None) -> None:
     `longest`: tokens of prompt and answer together. In continuous batching a request may never be longer than all blocks
     hold, whatever `longest` is.
     """
-    from transformers.cli.serving.utils import CBGenerateManager, GenerateManager
-
-    for manager in (GenerateManager, CBGenerateManager):
+    utils = _module("utils")
+    for manager in (utils.GenerateManager, utils.CBGenerateManager):
         for name in ("generate_streaming", "generate_non_streaming"):
             setattr(manager, name, _limited(getattr(manager, name), longest))
 
@@ -144,8 +151,7 @@ def tokens_in(cache: Any) -> int:
 def explain_failures() -> None:
     """Answer requests that fail with a status and a message where OpenAI's client looks for it. Transformers' server says
     `Internal Server Error` to most of them."""
-    from transformers.cli.serving import server
-
+    server = _module("server")
     build = server.build_server
 
     @functools.wraps(build)
@@ -154,7 +160,8 @@ def explain_failures() -> None:
         from starlette.exceptions import HTTPException
 
         app = build(*args, **kwargs)
-        for kind in (HTTPException, RequestValidationError, server.CBWorkerDeadError, *_bad_requests(), Exception):
+        dead = _module("utils").CBWorkerDeadError
+        for kind in (HTTPException, RequestValidationError, dead, *_bad_requests(), Exception):
             app.add_exception_handler(kind, _answer)
         return app
 
@@ -171,13 +178,12 @@ def _bad_requests() -> tuple[type[Exception], ...]:
 def _status_and_message(error: Exception) -> tuple[int, str]:
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
-    from transformers.cli.serving.server import CBWorkerDeadError
 
     if isinstance(error, HTTPException):
         return error.status_code, str(error.detail)
     if isinstance(error, RequestValidationError):
         return 422, "; ".join(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors())
-    if isinstance(error, CBWorkerDeadError):
+    if isinstance(error, _module("utils").CBWorkerDeadError):
         return 503, str(error)
     return 400 if isinstance(error, _bad_requests()) else 500, f"{type(error).__name__}: {error}"
 
