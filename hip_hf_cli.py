@@ -28,6 +28,10 @@ COMMANDS = {
     "demo": Command("demo", "Hide pass keys in a long document and ask for them: dense against pruned attention."),
     "generate": Command("generate", "Continue a prompt, greedily; timings and what each layer did go to the error stream."),
     "chat": Command("chat", "Answer questions about a document, which is read once: each answer costs its new tokens only."),
+    "serve": Command(
+        "serve",
+        "Serve a model by OpenAI's API. This is Transformers' server; all options but the last two are its own.",
+    ),
     "explain": Command("explain", "Run one prompt of random tokens through a checkpoint and show each layer's path."),
     "passkey": Command(
         "passkey",
@@ -58,7 +62,7 @@ COMMANDS = {
     ),
     "autoload": Command(
         "autoload",
-        "Let plain lm_eval of this environment know `hip` (enable), take that back (disable), or say how it is (status).",
+        "Let plain lm_eval and transformers serve of this environment know `hip` (enable), stop that (disable), say how it is.",
     ),
     "report": Command("bundle", "Bundle tables and pictures of saved results in one HTML page."),
     "lm-eval": Command(

@@ -91,6 +91,22 @@ def test_tokens_equal_the_ordinary_path(family: str, calls: list[tuple[str, int,
         assert (False, False) in kinds
 
 
+def test_nothing_is_kept_for_requests_that_are_done() -> None:
+    """Their summaries are as long as they were, and their last pages may wait long for another request."""
+    model, seen = make_model("llama", budget=1024), set[int]()
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+    with model.continuous_batching_context_manager(generation_config=config, continuous_batching_config=sizes) as manager:
+        names = [manager.add_request(prompt, max_new_tokens=8) for prompt in prompts()]
+        for _ in names:
+            assert manager.get_result(timeout=60) is not None
+            seen |= {id(kept.state) for states in manager.batch_processor.cache._hip_states.values() for kept in states.values()}
+        states = manager.batch_processor.cache._hip_states
+    assert len(states) == model.config.num_hidden_layers
+    assert seen  # of those that were still at work
+    assert not any(states.values())
+
+
 def test_prompts_share_a_prefix_and_go_their_own_ways(calls: list[tuple[str, int, int]]) -> None:
     """The pages of a prefix that was read before are read again, by requests that never wrote them."""
     prefix = make_batch([600], 7)["input_ids"][0].tolist()

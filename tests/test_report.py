@@ -62,6 +62,26 @@ LONGCTX = {
     "model": "the demo checkpoint",
     "machine": {"cpu": "x", "gpu": None},
 }  # fmt: skip
+# And of a served model under load.
+SERVING = {
+    "command": "serving",
+    "title": "hip-hf serve, smollm2",
+    "rows": [
+        {
+            "tokens": tokens,
+            "clients": clients,
+            "attention": name,
+            "first_token_s": 2.0,
+            "tokens_per_s": 8.0,
+            "prompt_tokens": tokens,
+        }
+        for tokens in (2048, 8192)
+        for clients in (1, 8)
+        for name in ("sdpa", "hip")
+    ],
+    "model": "smollm2",
+    "machine": {"cpu": "x", "gpu": None},
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +97,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
         files = ["--output", str(folder / f"{name}.json"), "--report", str(folder / f"{name}.html")]
         found[name] = (folder / f"{name}.json", run(command.main, *given, *files))
     torch.set_num_threads(before)
-    for document in (MEMORY, LONGCTX):
+    for document in (MEMORY, LONGCTX, SERVING):
         file = folder / f"{document['command']}.json"
         file.write_text(json.dumps(document))
         found[str(document["command"])] = (file, document)

@@ -1,8 +1,9 @@
-"""`hip-hf autoload`: let plain `lm_eval` and `accelerate launch -m lm_eval` of this environment know `hip`.
+"""`hip-hf autoload`: let plain `lm_eval`, `accelerate launch -m lm_eval` and `transformers serve` of this environment know `hip`.
 
-lm-eval has no entry points, so two small files go into the environment's site-packages: a `.pth`, which Python reads when it
-starts, and the module it imports: hooks that register `hip` once something imports lm-eval's models, and our tasks once something
-imports its tasks. Other programs pay for neither.
+Neither has entry points, so two small files go into the environment's site-packages: a `.pth`, which Python reads when it
+starts, and the module it imports: hooks that register `hip` once something imports lm-eval's models or the part of Transformers'
+server that loads models, and our tasks once something imports lm-eval's tasks. Other programs pay for none of them.
+`transformers chat` talks to such a server, and needs nothing itself.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ HOOK = "hip_hf_autoload"
 ACTIONS = ("enable", "disable", "status")
 
 # Must not import hip_hf when Python starts: that would import torch into every program.
-SOURCE = '''"""Written by `hip-hf autoload enable`; `hip-hf autoload disable` removes it. Makes lm-eval know `hip`."""
+SOURCE = '''"""Written by `hip-hf autoload enable`; `hip-hf autoload disable` removes it. It makes other programs know `hip`."""
 
 import sys
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
 
 
 class _Loader(Loader):
-    def __init__(self, loader, names):
+    def __init__(self, loader, integration, names):
         self.loader = loader
+        self.integration = integration
         self.names = names
 
     def create_module(self, spec):
@@ -38,18 +41,18 @@ class _Loader(Loader):
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         try:
-            from hip_hf.integration import lm_eval
+            integration = import_module(f"hip_hf.integration.{self.integration}")
+            for name in self.names:
+                getattr(integration, name)()
         except ImportError as error:
             print(f"hip_hf_autoload: hip is not registered: {error}. `hip-hf autoload disable` removes this hook, "
                   f"as does deleting {__file__} and the .pth beside it", file=sys.stderr)
-        else:
-            for name in self.names:
-                getattr(lm_eval, name)()
 
 
 class _Finder(MetaPathFinder):
-    def __init__(self, module, *names):
+    def __init__(self, module, integration, *names):
         self.module = module
+        self.integration = integration
         self.names = names
 
     def find_spec(self, name, path=None, target=None):
@@ -58,13 +61,14 @@ class _Finder(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.names)
+            spec.loader = _Loader(spec.loader, self.integration, self.names)
         return spec
 
 
 # whoever asks for a model type has imported one of the two: lm-eval imports its models only where no type is known yet
-sys.meta_path.insert(0, _Finder("lm_eval.models", "register_model"))
-sys.meta_path.insert(0, _Finder("lm_eval.tasks", "register_model", "register_tasks"))
+sys.meta_path.insert(0, _Finder("lm_eval.models", "lm_eval", "register_model"))
+sys.meta_path.insert(0, _Finder("lm_eval.tasks", "lm_eval", "register_model", "register_tasks"))
+sys.meta_path.insert(0, _Finder("transformers.cli.serving.model_manager", "serve", "register"))
 '''
 
 
@@ -87,7 +91,7 @@ def main(
     action: Annotated[str, typer.Argument(help=" | ".join(ACTIONS))] = "status",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Let plain lm_eval of this environment know `hip` (enable), take that back (disable), or say how it is (status)."""
+    """Let plain lm_eval and transformers serve of this environment know `hip` (enable), stop that (disable), say how it is."""
     if action not in ACTIONS:
         raise typer.BadParameter(f"got {action!r}, allowed: {' | '.join(ACTIONS)}", param_hint="ACTION")
     try:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.eval import compare, curves, latency, longctx, memory, needles, page, passkey, perplexity, plots
+from hip_hf.eval import compare, curves, latency, longctx, memory, needles, page, passkey, perplexity, plots, serving
 from hip_hf.eval.publish import Draw, check_file, write
 
 PICTURES: dict[str, Draw] = {
@@ -20,6 +20,7 @@ PICTURES: dict[str, Draw] = {
     "memory": memory.draw,
     "compare": compare.draw,
     "longctx": longctx.draw,  # of benchmarks/longctx.py
+    "serving": serving.draw,  # of benchmarks/serving.py
 }
 
 

@@ -204,6 +204,23 @@ def _kept_state(cache: Any, layer: int, place: Place, pages: list[int], last: in
     return kept.state
 
 
+def _forget_request(cache: Any, request: str) -> None:
+    """Drop what is kept by the pages of a request that leaves the cache. Its summaries are as long as the request was, and its
+    last page may wait long for another one."""
+    for layer, kept in cache.__dict__.get("_hip_states", {}).items():
+        for page in _pages_of(cache, layer, request):
+            kept.pop(page, None)
+
+
+def _pages_of(cache: Any, layer: int, request: str) -> list[int]:
+    """The pages of a request in a layer, as `BlockTable` counts them."""
+    if hasattr(cache, "layer_to_allocator"):
+        allocator = cache.layer_to_allocator[layer]
+        stride = allocator.block_physical_stride // allocator.tokens_per_page
+        return [block * stride for block in allocator.block_table.get(request, ())]
+    return cache.group_cache_managers[cache.layer_index_to_group_indices[layer][0]].block_table.get(request, [])
+
+
 def _keep_state(cache: Any, layer: int, place: Place, pages: list[int], last: int, state: DecodeState) -> None:
     assert place.keys is not None
     _states(cache, layer)[last // place.page] = Kept(state, pages, place.keys[last].clone())
@@ -221,7 +238,8 @@ def open_gate(module: ModuleType) -> None:
     """Let models that attend by us into continuous batching as they are, with their new tokens left to our attention."""
     try:
         manager, cache = module.ContinuousBatchingManager, module.PagedAttentionCache
-        switch, loop, update = manager.switch_to_cb_friendly_attn, manager._run_generation_loop, cache.update
+        switch, loop = manager.switch_to_cb_friendly_attn, manager._run_generation_loop
+        update, free = cache.update, cache.free_blocks
     except AttributeError:  # a version that is not known: the gate stays shut, which is an error for models of ours
         return
     if cache in _updates:
@@ -244,7 +262,13 @@ def open_gate(module: ModuleType) -> None:
         setattr(key_states, CACHE_OF_KEYS, self)
         return key_states, value_states
 
-    manager.switch_to_cb_friendly_attn, manager._run_generation_loop, cache.update = switched, run, left_to_attention
+    @functools.wraps(free)
+    def freed(self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+        _forget_request(self, request_id)
+        return free(self, request_id, *args, **kwargs)
+
+    manager.switch_to_cb_friendly_attn, manager._run_generation_loop = switched, run
+    cache.update, cache.free_blocks = left_to_attention, freed
 
 
 def is_paged(value: Any) -> bool:

@@ -1,0 +1,172 @@
+"""A model that another process of this machine serves, and clients that ask it: for measurements and tests."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+HOST = "127.0.0.1"
+HIP_HF = ("-c", "from hip_hf_cli import main; main()", "serve")  # `hip-hf serve`, whether or not the script is on the path
+START_SECONDS, POLL_SECONDS, STOP_SECONDS = 600, 0.1, 30
+NEW_TOKENS, LONG = 16, 10_000  # of an answer; of one that nobody waits for
+LOG_LINES = 30  # of a server that did not start, in the error
+
+
+class Served:
+    """A server that is up while the context is open.
+
+    Args:
+        model: checkpoint, by which clients name it, too.
+        options: of the command.
+        log: what the server prints goes to this file.
+        command: Python's arguments that run it.
+        environment: of the process; None: as this one's.
+
+    Raises:
+        RuntimeError: it ended, or was not up in ten minutes; with the end of what it printed.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *options: str,
+        log: Path,
+        command: Sequence[str] = HIP_HF,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model, self.log = model, log
+        self.arguments = [sys.executable, *command, model, "--host", HOST, "--port", "0", *options]
+        self.environment = environment
+
+    def __enter__(self) -> Served:
+        with self.log.open("w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(self.arguments, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
+        end = time.monotonic() + START_SECONDS
+        while (found := re.search(rf"running on (http://{re.escape(HOST)}:\d+)", self.printed())) is None:
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.stop()
+                raise RuntimeError("the server did not start:\n" + "\n".join(self.printed().splitlines()[-LOG_LINES:]))
+            time.sleep(POLL_SECONDS)
+        self.url = found.group(1)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def printed(self) -> str:
+        """What the server has printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def client(self, **options: Any) -> Any:
+        """OpenAI's own client, which tries nothing twice."""
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **options)
+
+    def resident_mib(self) -> float:
+        """Memory of the server's process."""
+        import psutil
+
+        return psutil.Process(self.process.pid).memory_info().rss / 2**20
+
+
+@dataclass
+class Answer:
+    """A streamed answer and when it came, in seconds after it was asked for."""
+
+    text: str = ""
+    first_token_s: float = 0.0
+    seconds: float = 0.0
+    usage: dict[str, int] = field(default_factory=dict)
+
+
+def greedy(new_tokens: int) -> dict[str, Any]:
+    """What a request says to get so many tokens, the likeliest each, whatever the checkpoint says."""
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": -1, "pad_token_id": 0}
+    return {"extra_body": {"generation_config": json.dumps(options)}}
+
+
+def complete(client: Any, model: str, prompt: str, new_tokens: int) -> Answer:
+    """Stream the continuation of a prompt by so many tokens."""
+    answer, start = Answer(), time.perf_counter()
+    for chunk in client.completions.create(model=model, prompt=prompt, stream=True, **greedy(new_tokens)):
+        if chunk.choices[0].text and not answer.text:
+            answer.first_token_s = time.perf_counter() - start
+        answer.text += chunk.choices[0].text
+        if chunk.usage is not None:
+            answer.usage = chunk.usage.model_dump()
+    answer.seconds = time.perf_counter() - start
+    return answer
+
+
+def complete_all(client: Any, model: str, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
+    """The same for several prompts at once, a client each."""
+    with ThreadPoolExecutor(len(prompts)) as clients:
+        return list(clients.map(lambda prompt: complete(client, model, prompt, new_tokens), prompts))
+
+
+def hang_up(client: Any, model: str, prompt: str) -> None:
+    """Ask for a long answer and leave after its first piece."""
+    with client.completions.create(model=model, prompt=prompt, stream=True, **greedy(LONG)) as stream:
+        next(stream)
+
+
+def soak(
+    server: Served, text: Callable[[int, int], str], requests: int, every: int, longest: int, refused: int, clients: int = 8
+) -> list[dict[str, Any]]:
+    """Ask for answers of all kinds, several at once, and note the server's memory before, and after every so many requests.
+
+    `text(tokens, seed)` makes prompts: up to `longest` tokens, and some of `refused`, which is more than the server takes.
+    `wrong` counts what a row of requests got that it should not have: an error, no error, or another answer to the same prompt.
+    """
+    from openai import APIStatusError
+
+    client, counts = server.client(), {"answered": 0, "hung_up": 0, "refused": 0, "wrong": 0}
+
+    def same() -> str:
+        return complete(client, server.model, text(longest // 2, 0), NEW_TOKENS).text
+
+    def ask(i: int) -> str:
+        prompt = text(random.Random(i).randint(1, longest), i)
+        try:
+            if i % 10 == 8:
+                client.completions.create(model=server.model, prompt=text(refused, i))
+            elif i % 10 == 9:
+                client.chat.completions.create(model=server.model, messages=[])
+            elif i % 5 == 2:
+                hang_up(client, server.model, prompt)
+                return "hung_up"
+            elif complete(client, server.model, prompt, NEW_TOKENS).usage["completion_tokens"] == NEW_TOKENS:
+                return "answered"
+        except APIStatusError as error:
+            return "refused" if error.status_code == 400 and i % 10 >= 8 else "wrong"
+        return "wrong"
+
+    expected, rows = same(), []
+    for first in range(0, requests + 1, every):
+        rows.append({"requests": first, **counts, "resident_MiB": server.resident_mib()})
+        if first < requests:
+            with ThreadPoolExecutor(clients) as threads:
+                for outcome in threads.map(ask, range(first, min(first + every, requests))):
+                    counts[outcome] += 1
+            counts["wrong"] += same() != expected
+    return rows

@@ -1,0 +1,197 @@
+"""Transformers' own server (`transformers serve`) knows `hip`.
+
+    from hip_hf.integration.serve import register
+
+    register()
+
+`hip-hf serve` calls `register` for you, and after `hip-hf autoload enable` so does every plain `transformers serve` of the
+environment. The rest of this file is for `hip-hf serve` alone: a limit to what one request may ask for, and a status and a
+message for every request that fails. Transformers (5.17 to 5.24) has neither: with continuous batching, a request that needs
+more than all blocks ends the worker, and with it every other request.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import importlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from transformers.utils import logging
+
+from hip_hf.integration.settings import is_ours
+
+PREFIX = "paged|"  # what a name begins with where continuous batching is meant; Transformers has ceased to need it
+POLL_SECONDS = 0.01
+
+logger = logging.get_logger(__name__)
+
+
+def _module(name: str) -> Any:
+    """A module of Transformers' server, imported when it is needed.
+
+    Raises:
+        ImportError: this Transformers has no such module.
+    """
+    return importlib.import_module(f"transformers.cli.serving.{name}")
+
+
+def register() -> None:
+    """Let the names that `hip_hf` registers be known to `transformers serve --attn-implementation`, which has a fixed list.
+    Calling it again is harmless.
+
+    Raises:
+        ImportError: this Transformers has no server, or one that is not known here.
+    """
+    manager = _module("model_manager").ModelManager
+    validate = getattr(manager, "_validate_args", None)
+    if validate is None:
+        allowed = "allowed: the server of Transformers 5.17 to 5.24"
+        raise ImportError(f"hip_hf: got Transformers {transformers.__version__}, whose server is not known here, {allowed}")
+    if validate.__name__ == "hip_validate_args":
+        return
+
+    def hip_validate_args(self: Any) -> None:
+        given = self.attn_implementation
+        name = given.removeprefix(PREFIX) if isinstance(given, str) else given
+        if not is_ours(name):
+            return validate(self)
+        self.attn_implementation = None  # all else is looked at as ever
+        validate(self)
+        self.attn_implementation = name
+
+    manager._validate_args = hip_validate_args
+
+
+def after_loading(configure: Callable[[Any], Any]) -> None:
+    """Call `configure` with every model that the server loads."""
+    manager = _module("model_manager").ModelManager
+    load = manager._load_model
+
+    @functools.wraps(load)
+    def hip_load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = load(self, *args, **kwargs)
+        configure(model)
+        return model
+
+    manager._load_model = hip_load_model
+
+
+def limit_lengths(longest: int | None) -> None:
+    """Answer 400 to an empty prompt, which continuous batching does not survive, and to one that leaves no room for an answer;
+    end an answer that has filled the room (`finish_reason` is `length`).
+
+    `longest`: tokens of prompt and answer together. In continuous batching a request may never be longer than all blocks
+    hold, whatever `longest` is.
+    """
+    utils = _module("utils")
+    for manager in (utils.GenerateManager, utils.CBGenerateManager):
+        for name in ("generate_streaming", "generate_non_streaming"):
+            setattr(manager, name, _limited(getattr(manager, name), longest))
+
+
+def _limited(method: Callable[..., Any], longest: int | None) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def hip_generate(self: Any, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any) -> Any:
+        ids = inputs["input_ids"]
+        prompt = len(ids) if isinstance(ids, list) else ids.shape[-1]
+        limits = [limit for limit in (longest, _blocks_hold(getattr(self, "_cb", None))) if limit is not None]
+        room = min(limits) - prompt if limits else None
+        if not prompt:
+            raise _refusal("prompt: got no tokens, allowed: one or more")
+        if room is not None and room < 1:
+            raise _refusal(f"prompt: got {prompt} tokens, allowed: at most {min(limits) - 1}, which leave room for an answer")
+        asked = gen_config.max_new_tokens
+        if asked is not None and asked < 1:
+            raise _refusal(f"max_tokens: got {asked}, allowed: 1 or more")
+        gen_config.max_new_tokens = min((tokens for tokens in (asked, room) if tokens is not None), default=None)
+        return method(self, model, processor, inputs, gen_config, *args, **kwargs)
+
+    return hip_generate
+
+
+def _refusal(why: str) -> Exception:
+    from fastapi import HTTPException
+
+    return HTTPException(status_code=400, detail=why)
+
+
+def _blocks_hold(batching: Any) -> int | None:
+    """Tokens that one request can have if no other has any; None without continuous batching, or if that has failed."""
+    if batching is None:
+        return None
+    # made by the thread that works with it, which the first request has just started
+    while batching.batch_processor is None and batching.background_thread_status.fatal_error is None:
+        time.sleep(POLL_SECONDS)
+    return None if batching.batch_processor is None else tokens_in(batching.batch_processor.cache)
+
+
+def tokens_in(cache: Any) -> int:
+    """The longest sequence that Transformers' paged cache has room for, layers with a sliding window beside it included."""
+    if hasattr(cache, "cache_allocators"):  # sectors, each of which one kind of layer takes
+
+        def too_long(tokens: int) -> bool:
+            kinds = cache.cache_allocators.values()
+            return sum(-(-kind.needs_new_blocks("", 0, tokens) // kind.blocks_per_sector) for kind in kinds) > cache.num_sectors
+
+        most = cache.max_tokens_read
+    else:
+
+        def too_long(tokens: int) -> bool:
+            # as many as the scheduler takes: one more than it needs
+            return cache.blocks_needed((tokens + 1) // cache.block_size + 1, 0) > cache.num_blocks
+
+        most = cache.num_pages
+    return bisect.bisect_left(range(most + 1), True, key=too_long) - 1
+
+
+def explain_failures() -> None:
+    """Answer requests that fail with a status and a message where OpenAI's client looks for it. Transformers' server says
+    `Internal Server Error` to most of them."""
+    server = _module("server")
+    build = server.build_server
+
+    @functools.wraps(build)
+    def hip_build_server(*args: Any, **kwargs: Any) -> Any:
+        from fastapi.exceptions import RequestValidationError
+        from starlette.exceptions import HTTPException
+
+        app = build(*args, **kwargs)
+        dead = _module("utils").CBWorkerDeadError
+        for kind in (HTTPException, RequestValidationError, dead, *_bad_requests(), Exception):
+            app.add_exception_handler(kind, _answer)
+        return app
+
+    server.build_server = hip_build_server
+
+
+def _bad_requests() -> tuple[type[Exception], ...]:
+    """What Python and the chat templates raise for a value that does not fit, such as messages without a role."""
+    from jinja2 import TemplateError
+
+    return AttributeError, IndexError, KeyError, TypeError, ValueError, TemplateError
+
+
+def _status_and_message(error: Exception) -> tuple[int, str]:
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+    if isinstance(error, HTTPException):
+        return error.status_code, str(error.detail)
+    if isinstance(error, RequestValidationError):
+        return 422, "; ".join(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors())
+    if isinstance(error, _module("utils").CBWorkerDeadError):
+        return 503, str(error)
+    return 400 if isinstance(error, _bad_requests()) else 500, f"{type(error).__name__}: {error}"
+
+
+async def _answer(request: Any, error: Exception) -> Any:
+    from fastapi.responses import JSONResponse
+
+    status, message = _status_and_message(error)
+    logger.warning(f"{request.url.path}: {status}, {message}")
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)
