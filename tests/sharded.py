@@ -99,13 +99,13 @@ def observe(model: PreTrainedModel, thorough: bool, folder: Path, rank: int) -> 
 
 def resumed(model: PreTrainedModel, batch: dict[str, torch.Tensor], folder: Path, rank: int) -> tuple[torch.Tensor, str]:
     """Greedy tokens after a cache was saved and loaded, and what is said to a process that loads another's."""
-    cache, last, mask = hip_hf.HiPCache(model.config), batch["input_ids"][:, -1:], batch["attention_mask"]
+    cache, (ids, mask) = hip_hf.HiPCache(model.config), batch.values()
     with torch.no_grad():
-        model(batch["input_ids"][:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+        model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
     cache.save(folder / f"{rank}.cache")
     other = hip_hf.HiPCache(model.config)
     other.load(folder / f"{rank}.cache")
-    found = tokens(model, {"input_ids": torch.cat([batch["input_ids"][:, :-1], last], 1), "attention_mask": mask}, past_key_values=other)
+    found = tokens(model, batch, past_key_values=other)
     if cache.shard is None:
         return found, ""
     torch.distributed.barrier()

@@ -6,7 +6,6 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ import torch
 from families import PATCHED, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
-
-import hip_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 # For up to four processes. A sliding window is longer than what is read: layers with one are sparse as well.
