@@ -9,6 +9,7 @@ FOLDER holds a checkpoint of each name. What process R saw is written to `FOLDER
 from __future__ import annotations
 
 import argparse
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--thorough", nargs="*", default=[])
     parser.add_argument("--lm-eval", action="store_true")
     asked = parser.parse_args()
+    atexit.register(note_group, asked.folder)  # the first to be registered is the last to be called
     seen: dict[str, Any] = {}
     for name in [*asked.quick, *asked.thorough]:
         plan = DistributedConfig(tp_plan="auto")
@@ -147,10 +149,17 @@ def main() -> None:
             asked.folder / name, distributed_config=plan, attn_implementation="hip"
         ).eval()
         seen[name] = observe(model, name in asked.thorough, asked.folder, torch.distributed.get_rank())
-    if asked.lm_eval:
+    rank = torch.distributed.get_rank()
+    if asked.lm_eval:  # whose model is to close the group as the process ends
         seen["lm_eval"] = evaluated(tp_plan="auto")
-    torch.save(seen, asked.folder / f"{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
+    else:
+        torch.distributed.destroy_process_group()
+    torch.save(seen, asked.folder / f"{rank}.pt")
+
+
+def note_group(folder: Path) -> None:
+    """Write whether the processes still belong to a group."""
+    (folder / "group").write_text("open" if torch.distributed.is_initialized() else "closed")
 
 
 if __name__ == "__main__":

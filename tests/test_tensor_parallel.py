@@ -63,9 +63,10 @@ def one(folder: Path) -> Seen:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[Seen]:
-    """What each of two processes saw."""
+    """What each of two processes saw, which lm-eval's model was the last to use."""
     quick = [name for name in HEADS if name not in THOROUGH]
     launch(2, sharded.__file__, folder, "--lm-eval", "--quick", *quick, "--thorough", *THOROUGH)
+    assert (folder / "group").read_text() == "closed"
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
