@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 import sharded
 import torch
-from families import PATCHED, make_model
+from families import PATCHED, SPARSE, make_model
+from test_real_model import fetched
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
+
+import hip_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 # For up to four processes. A sliding window is longer than what is read: layers with one are sparse as well.
@@ -89,7 +93,7 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", HEADS)
 def test_each_process_gives_the_logits_and_tokens_of_one(name: str, one: Seen, several: list[Seen]) -> None:
     expected = one[name]
-    assert expected["paths"] == ["sparse", "sparse"]
+    assert set(expected["paths"]) == {"sparse"}
     assert max(expected["share"]) < 0.9
     for seen in several:
         near(seen[name]["logits"], expected["logits"])
@@ -102,8 +106,8 @@ def test_each_process_gives_the_logits_and_tokens_of_one(name: str, one: Seen, s
 def test_each_key_head_selects_what_it_selects_in_one_process(name: str, one: Seen, several: list[Seen]) -> None:
     """Query heads vote for their group alone, and a group is in one process."""
     parts = zip(*(seen[name]["selected"] for seen in several), strict=True)
-    for together, expected in zip(map(torch.cat, parts, [1] * 2), one[name]["selected"], strict=True):
-        assert torch.equal(together, expected)
+    for layer, expected in zip(parts, one[name]["selected"], strict=True):
+        assert torch.equal(torch.cat(layer, 1), expected)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -166,3 +170,22 @@ def test_processes_that_do_not_divide_the_key_heads_are_refused(heads: int, proc
 def test_processes_that_divide_the_key_heads_are_taken() -> None:
     for processes in (1, 2, 3, 6):
         AutoModelForCausalLM.from_config(cut(6, processes), attn_implementation="hip")
+
+
+def test_a_real_model_in_as_many_processes_as_it_has_key_heads(tmp_path: Path) -> None:
+    """Of SmolLM2 the first layers, in float64: its logits are too large for single precision to agree in 1e-5."""
+    model, real = fetched(tmp_path / "fetched"), tmp_path / "real"
+    real.mkdir()
+    for file in model.iterdir():
+        (real / file.name).symlink_to(file)
+    config = json.loads((real / "config.json").read_text())
+    (real / "config.json").unlink()
+    config |= {"num_hidden_layers": 4, "dtype": "float64", "hip": hip_hf.HiPConfig(**SPARSE).to_dict()}
+    (real / "config.json").write_text(json.dumps(config))
+    launch(config["num_key_value_heads"], sharded.__file__, tmp_path, "--quick", "real")
+    several = [torch.load(tmp_path / f"{rank}.pt") for rank in range(config["num_key_value_heads"])]
+    whole = AutoModelForCausalLM.from_pretrained(real, attn_implementation="hip").eval()
+    one = {"real": sharded.observe(whole, False, tmp_path, 0)}
+    test_each_process_gives_the_logits_and_tokens_of_one("real", one, several)
+    test_each_key_head_selects_what_it_selects_in_one_process("real", one, several)
+    test_the_bytes_of_a_cache_are_shared_out("real", one, several)
