@@ -64,7 +64,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, config: HiPConfig) -> torch.Tensor
             continue
         square = Square(some.start, some.stop, others.start, others.stop)
         tiling = hyper.tile(square, options, q.device)
-        ranks = hyper.sampled_ranks(square, tiling.samples, k.shape[1], config.seed, q.device)
+        ranks = hyper.sampled_ranks(square, tiling.samples, config.seed, q.device)
         for head in range(q.shape[1]):
             of_q, of_k = gray_rank(q[0, head], directions), gray_rank(k[0, head // groups], directions)
             by_q = [i for _, i in sorted((of_q[i - position], i) for i in some)]
@@ -72,7 +72,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, config: HiPConfig) -> torch.Tensor
             for rank, i in enumerate(by_q):
                 start = int(tiling.starts[rank // tiling.rows])
                 own = by_k[start : start + tiling.size]
-                sampled = [by_k[r] for r in ranks[head // groups].tolist()]
+                sampled = [by_k[r] for r in ranks.tolist()]
                 out[head, i - position, own] += 1
                 for j in sampled:
                     if j not in own:

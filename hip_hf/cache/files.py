@@ -38,7 +38,9 @@ def _kind(layer: Any) -> str:
 def _model(cache: HiPCache) -> dict[str, Any]:
     """What must agree for a saved cache to make sense to a model."""
     names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return {name: getattr(cache.config, name, None) for name in names}
+    model = {name: getattr(cache.config, name, None) for name in names}
+    # of tensor parallelism, which heads are held; a whole cache does not say that it is
+    return model if cache.shard is None else {**model, "shard": list(cache.shard)}
 
 
 def _tensors(cache: HiPCache) -> dict[str, tuple[torch.Size, torch.dtype]]:

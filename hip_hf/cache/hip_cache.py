@@ -249,6 +249,14 @@ class PagedHybridLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, 
         PagedLayer.crop(self, tokens_to_remove)
 
 
+def shard_of(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Which part of a model's heads this process holds, and of how many parts, by the model's own config (not its text part's);
+    None for all of them."""
+    processes = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+    # the processes that share the heads of one model are neighbours
+    return None if processes == 1 else (torch.distributed.get_rank() % processes, processes)
+
+
 class HiPCache(DynamicCache):
     """A Transformers cache in pages, for `past_key_values` of any model; what `generate` makes for a `hip` model.
 
@@ -282,6 +290,7 @@ class HiPCache(DynamicCache):
             raise ValueError(f"{', '.join(others)}: got {', '.join(map(repr, others.values()))}, allowed: {allowed}")
         super().__init__(config=config, **others)
         self.config = config.get_text_config(decoder=True)
+        self.shard = shard_of(config)
         self.offload_to, self.device_pages = offload, device_pages
         self._in_model = False  # whether a model uses it, which brings every layer the same tokens
         self._last_update: tuple[int, int, int] | None = None  # layer, the tokens it held, and how many came
@@ -310,6 +319,7 @@ class HiPCache(DynamicCache):
         """Write the cache to one safetensors file, atomically: the file is the old one or the new one, whatever happens.
 
         Summaries are rebuilt from the keys when the cache is used again; a resumed decode selects anew at its first step.
+        With tensor parallelism each process saves the heads that it holds, to a file of its own.
 
         Args:
             made_of: what the contents were computed from, as JSON can say it (a digest of the tokens, settings ...). The file
@@ -333,7 +343,8 @@ class HiPCache(DynamicCache):
             made_of: what the contents must have been computed from, as it was given to `save`. None: anything.
 
         Raises:
-            ValueError: a truncated or foreign file, one of another model, or one made of something else. The cache is as it was.
+            ValueError: a truncated or foreign file, one of another model or of other heads, or one made of something else. The
+                cache is as it was.
             FileNotFoundError: there is no such file.
             MemoryError: no memory for its pages. The cache is as it was.
         """

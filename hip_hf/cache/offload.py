@@ -54,9 +54,9 @@ class DevicePool:
         self.traffic = {reader: Traffic() for reader in READERS}
         with torch.inference_mode(False):
             self.rows = torch.empty(store.heads, pages * store.page, store.dim, dtype=store.dtype, device=store.device)
-            self.held = torch.full((store.heads, pages), -1)  # page in each slot
-            self.used = torch.zeros(store.heads, pages, dtype=torch.long)  # when it was last asked for
-            self.slot = torch.full((store.heads, 0), -1)  # of each page
+            self.held = torch.full((store.heads, pages), -1, device="cpu")  # page in each slot
+            self.used = torch.zeros(store.heads, pages, dtype=torch.long, device="cpu")  # when it was last asked for
+            self.slot = torch.full((store.heads, 0), -1, device="cpu")  # of each page
 
     def slots(self, head: int, pages: torch.Tensor, reader: str) -> torch.Tensor:
         """Where the (distinct) pages lie in the pool, fetched if they did not.
@@ -83,7 +83,7 @@ class DevicePool:
     def _find(self, head: int, pages: torch.Tensor) -> torch.Tensor:
         known = self.slot.shape[1]
         if len(pages) and int(pages.max()) >= known:
-            more = torch.full((self.store.heads, int(pages.max()) + 1 + known), -1)
+            more = torch.full((self.store.heads, int(pages.max()) + 1 + known), -1, device="cpu")
             more[:, :known] = self.slot
             self.slot = more
         return self.slot[head, pages]
@@ -179,7 +179,7 @@ class OffloadedStore(Store):
         shape = (self.heads, pages * self.page, self.dim)
         with torch.inference_mode(False):
             if self.where == "cpu":
-                return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
+                return torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=self.device.type == "cuda")
             count = self.heads * pages * self.page * self.dim
             with tempfile.NamedTemporaryFile(prefix="hip_hf.") as file:  # lives on, nameless, while it is mapped
                 # reserve the space now: a full disk is an error here, and would be a crash at the first write
@@ -198,7 +198,7 @@ class OffloadedStore(Store):
                 at = end
             near = [0, *range(max(1, -(-last // page) - self.recent), -(-last // page))]
             if first % page == 0 or x.shape[1] > 1:  # else the page is there already
-                self.pool.prefetch(torch.tensor([table.pages[i] for i in near]))
+                self.pool.prefetch(torch.tensor([table.pages[i] for i in near], device="cpu"))
 
     def copy_page(self, source: int, to: int, tokens: int) -> None:
         super().copy_page(source, to, tokens)
@@ -212,7 +212,7 @@ class OffloadedStore(Store):
             self.pool.traffic["attention"].streamed += whole.numel() * whole.element_size()
             return whole.to(self.device)
         out = torch.empty(heads.stop - heads.start, last - first, self.dim, dtype=self.dtype, device=self.device)
-        token = torch.arange(first, last)
+        token = torch.arange(first, last, device="cpu")
         index, offset = token // self.page - first // self.page, token % self.page
         with self.lock:
             for lane, head in enumerate(range(heads.start, heads.stop)):

@@ -135,7 +135,7 @@ def cut_off(x: torch.Tensor) -> torch.Tensor:
         _warned = True
         text = "hip: a HiPCache keeps tokens without their gradients, so a backward pass through this call would raise"
         warnings.warn(f"{text}. torch.no_grad() around it saves its memory.", stacklevel=2)
-    return _CutOff.apply(x, torch.zeros((), requires_grad=True))
+    return _CutOff.apply(x, torch.zeros((), requires_grad=True, device=x.device))
 
 
 def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:

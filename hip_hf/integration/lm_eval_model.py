@@ -81,6 +81,12 @@ def _without_padding(ids: list[int]) -> tuple[int, ...]:
     return tuple(ids[:end])
 
 
+def _leave_group() -> None:
+    """Close the group of the processes that share a model's heads, unless somebody has."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class KeysRead:
     """A forward hook on the model that counts what its attention layers did: share of the visible keys read, and paths.
 
@@ -146,9 +152,11 @@ class HipLM(HFLM):
             # HFLM shares the work among processes only where it sees several GPUs; without this each would do all of it
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
+        # lm-eval ends with the group open: a thread of it that lets go of a tensor while Python ends aborts the process
         if hasattr(self, "accelerator"):
-            # lm-eval ends with the group open: a thread of it that lets go of a tensor while Python ends aborts the process
             atexit.register(self.accelerator.state.destroy_process_group)
+        elif rest.get("tp_plan") is not None:
+            atexit.register(_leave_group)
         self.read = KeysRead(self.model)
         self.model.register_forward_hook(self.read, with_kwargs=True)
 

@@ -200,7 +200,7 @@ def _check_copy(mask: torch.Tensor) -> None:
     if mask.dtype == torch.int64:
         ours = bool((values[:, 0] == LAST).all()) and bool(((values.diff() == 0) | (values.diff() == 1)).all())
     elif mask.dtype == torch.int32:
-        origin = (values - torch.arange(values.shape[1], dtype=torch.int32))[values != PAD]
+        origin = (values - torch.arange(values.shape[1], dtype=torch.int32, device=values.device))[values != PAD]
         ours = len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2)
     else:
         ours = False

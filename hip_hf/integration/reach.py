@@ -1,10 +1,12 @@
 """Which layers of a model ask Transformers for its attention function. A model whose language part has none would accept
-`hip` and ignore it: it is refused as it is made, and where `set_attn_implementation` asks for it."""
+`hip` and ignore it: it is refused as it is made, and where `set_attn_implementation` asks for it. So is one that is shared out
+among more processes than its key heads can be."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 from types import FunctionType
 from typing import Any
@@ -97,6 +99,29 @@ def check_reach(model: PreTrainedModel, name: str | None) -> None:
         )
 
 
+def check_heads(model: PreTrainedModel, name: str | None) -> None:
+    """Raise ValueError for tensor parallelism that would cut key heads into pieces. Transformers cuts them, and the first call
+    of the model then fails with sizes that do not say why."""
+    distributed = getattr(model.config, "distributed_config", None)
+    processes = getattr(distributed, "tp_size", None) or 1
+    if processes == 1 or not is_ours(name):
+        return
+    plan = dict(model.tp_plan or {})
+    if isinstance(distributed.tp_plan, dict):
+        plan |= distributed.tp_plan
+    for path, module in model.named_modules():
+        style = plan.get(re.sub(r"\d+", "*", f"{path}.k_proj"))
+        if style != "colwise" or not hasattr(module, "head_dim"):
+            continue
+        heads = module.k_proj.out_features // module.head_dim
+        if heads % processes:
+            allowed = " | ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+            raise ValueError(
+                f"tp_size: got {processes} processes for the {heads} key heads of {type(model).__name__}, allowed: {allowed} "
+                "(each process holds whole heads)"
+            )
+
+
 def install() -> None:
     """Let models be looked at before their layers are made, and as their attention is set. (The look at the layers that were
     made is in `patches/registry.py`.) Harmless when called again."""
@@ -113,6 +138,7 @@ def install() -> None:
         if isinstance(asked, dict):
             asked = asked.get(text_part(self), asked.get(""))
         check_reach(self, asked)
+        check_heads(self, asked)
         change(self, attn_implementation, *args, **kwargs)
 
     PreTrainedModel._check_and_adjust_attn_implementation = hip_adjust  # type: ignore[method-assign]

@@ -66,16 +66,18 @@ class Level:
             [s.first - position, s.rows, s.key_first, s.keys, t.rows, t.size, t.samples]
             for s, t in zip(squares, tilings, strict=True)
         ]
-        starts = torch.zeros(len(squares), max(len(t.starts) for t in tilings), dtype=torch.int32)
-        samples = torch.zeros(len(squares), heads, max(1, max(t.samples for t in tilings)), dtype=torch.int32)
+        starts = torch.zeros(len(squares), max(len(t.starts) for t in tilings), dtype=torch.int32, device=cpu)
+        most = max(1, max(t.samples for t in tilings))
+        samples = torch.zeros(len(squares), heads, most, dtype=torch.int32, device=cpu)
         for i, (s, t) in enumerate(zip(squares, tilings, strict=True)):
             starts[i, : len(t.starts)] = t.starts
-            samples[i, :, : t.samples] = sampled_ranks(s, t.samples, heads, seed, cpu)
-        table = torch.tensor(rows, dtype=torch.int32).t().contiguous()
+            samples[i, :, : t.samples] = sampled_ranks(s, t.samples, seed, cpu)
+        table = torch.tensor(rows, dtype=torch.int32, device=cpu).t().contiguous()
         bounds = [
             [x for s in squares for x in ends(s)] for ends in (lambda s: (s.first, s.end), lambda s: (s.key_first, s.key_end))
         ]
-        host = (table, starts, samples, torch.tensor(bounds[0]) - position, torch.tensor(bounds[1]))
+        row_bounds, key_bounds = (torch.tensor(x, device=cpu) for x in bounds)
+        host = (table, starts, samples, row_bounds - position, key_bounds)
         return Level(*(_to(x, device) for x in host), max(t.rows for t in tilings))
 
     def order(self, codes: torch.Tensor, bounds: torch.Tensor, bits: int) -> torch.Tensor:

@@ -257,7 +257,7 @@ def _corrected(
 def fading(count: int, weight: float, like: torch.Tensor) -> tuple[torch.Tensor, float]:
     """How much the mean of before, of this weight, and `count` new differences weigh in the mean after none of them, after the
     first, and so on: `[count + 1, 1 + count]`, in dtype and device of `like`. And what the last mean weighs."""
-    after = torch.arange(count + 1, dtype=torch.float64)
+    after = torch.arange(count + 1, dtype=torch.float64, device="cpu")
     age = after[:, None] - after
     weights = torch.where(age >= 0, DECAY ** age.clamp(min=0), 0.0)
     weights[:, 0] *= weight

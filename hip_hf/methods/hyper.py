@@ -151,8 +151,8 @@ def tile(square: Square, options: Options, device: torch.device) -> Tiling:
 
 def projections(options: Options, dim: int, seed: int, device: torch.device) -> torch.Tensor:
     """Random directions `[dim, lsh_num_projs]`, fp32; the same for all heads and for queries and keys."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(dim, options.lsh_num_projs, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(dim, options.lsh_num_projs, generator=generator, device="cpu").to(device)
 
 
 def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -165,13 +165,13 @@ def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     return code
 
 
-def sampled_ranks(square: Square, samples: int, heads: int, seed: int, device: torch.device) -> torch.Tensor:
-    """Ranks of the sampled keys in the sorted order, int64 `[heads, samples]`: each key once at most, its own draw for every
-    head and square, the same whatever else is in the batch."""
+def sampled_ranks(square: Square, samples: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Ranks of the sampled keys in the sorted order, int64 `[samples]`: each key once at most, its own draw for every square,
+    the same whatever else is in the batch. All heads share it, so that a process which holds some of them draws the same;
+    each head has an order of its own, so they sample different keys."""
     place = (square.first * 1_000_003 + square.key_first) * 1_000_003 + square.key_end
-    generator = torch.Generator().manual_seed((seed * 1_000_033 + place) % 2**63)
-    draws = [torch.randperm(square.keys, generator=generator)[:samples] for _ in range(heads)]
-    return torch.stack(draws).to(device)
+    generator = torch.Generator("cpu").manual_seed((seed * 1_000_033 + place) % 2**63)
+    return torch.randperm(square.keys, generator=generator, device="cpu")[:samples].to(device)
 
 
 def flops(options: Options, first: int, end: int, dim: int, value_dim: int, since: int = 0) -> tuple[int, int, int]:

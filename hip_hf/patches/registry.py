@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hip_hf.config import HiPConfig
 from hip_hf.integration.positions import extends
-from hip_hf.integration.reach import check_reach
+from hip_hf.integration.reach import check_heads, check_reach
 from hip_hf.integration.settings import attends_by_us, configure, text_config, text_part
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ def install() -> None:
         configs = [self.config, *(getattr(self.config, name, None) for name in self.config.sub_configs)]
         if any(attends_by_us(config) for config in configs):
             check_reach(self, text_config(self)._attn_implementation)
+            check_heads(self, text_config(self)._attn_implementation)
         if any(getattr(config, "hip", None) is not None for config in configs) and extends(text_config(self)):
             patch_layers(layers_to_extend(self))
 

@@ -34,10 +34,12 @@ class Piece:
         """Of the keys that the query heads `share` of key head `head` read in query block `i`; relative to the span."""
         block = self.blocks[i]
         if self.ids is None:
-            return torch.arange(block.start, block.last + 1)
+            return torch.arange(block.start, block.last + 1, device="cpu")
         chosen = self.ids[head - self.heads.start, share, i].cpu()
-        picked = (chosen[:, None] * self.block_k + torch.arange(self.block_k)).flatten()
-        return torch.cat([torch.arange(block.start, block.sink), picked, torch.arange(block.window, block.last + 1)])
+        picked = (chosen[:, None] * self.block_k + torch.arange(self.block_k, device="cpu")).flatten()
+        always = ((block.start, block.sink), (block.window, block.last + 1))
+        sink, window = (torch.arange(first, end, device="cpu") for first, end in always)
+        return torch.cat([sink, picked, window])
 
 
 def learning(problem: AttentionProblem) -> bool:

@@ -34,7 +34,7 @@ BLOCKS_IN_PRODUCT = 2
 @dataclass(frozen=True)
 class Orders:
     """A square's rows and keys by hash: positions `[Hkv, G, rows]` and `[Hkv, keys]`, and the ranks of the sampled keys
-    `[Hkv, samples]`."""
+    `[samples]`."""
 
     square: Square
     tiling: Tiling
@@ -105,7 +105,7 @@ class HyperAttention:
         rows = rows[..., square.first - span.position : square.end - span.position]
         keys = keys[..., square.key_first : square.key_end]
         tiling = tile(square, self.options, keys.device)
-        samples = sampled_ranks(square, tiling.samples, len(keys), self.config.seed, keys.device)
+        samples = sampled_ranks(square, tiling.samples, self.config.seed, keys.device)
         by_hash = [x.argsort(dim=-1, stable=True) for x in (rows, keys)]
         return Orders(square, tiling, by_hash[0] + square.first, by_hash[1] + square.key_first, samples)
 
@@ -143,7 +143,7 @@ def attend_square(t: Tensors, span: Span, order: Orders, head: int, group: int, 
     tiling, q, dtype = order.tiling, t.q[head, group], compute_dtype(t.q)
     starts = tiling.starts[at : at + BLOCKS_AT_ONCE]
     index = order.rows[head, group, at * tiling.rows : (at + len(starts)) * tiling.rows] - span.position
-    ranks = order.samples[head]
+    ranks = order.samples
     own = order.keys[head, starts[:, None] + torch.arange(tiling.size, device=q.device)]  # [blocks, size]
     counted = (ranks >= starts[:, None]) & (ranks < starts[:, None] + tiling.size)
     bias = torch.zeros(counted.shape, dtype=dtype, device=q.device)

@@ -330,7 +330,7 @@ class SparseAttention:
         first = torch.full((batch, most), -1, dtype=torch.int32, device=device)
         for span in problem.spans:
             at = [block.first for block in self._blocks(span)]
-            first[span.batch, : len(at)] = torch.tensor(at, dtype=torch.int32)
+            first[span.batch, : len(at)] = torch.tensor(at, dtype=torch.int32, device=device)
         return BlockMask(indices, counts, first, config.block_q, config.block_k)
 
     def _note(self, span: Span, heads: slice, block: QueryBlock, ids: torch.Tensor | None) -> None:
