@@ -250,8 +250,7 @@ class PagedHybridLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, 
 
 
 def shard_of(config: PreTrainedConfig) -> tuple[int, int] | None:
-    """Which part of a model's heads this process holds, and of how many parts, by the model's own config (not its text part's);
-    None for all of them."""
+    """Which part of a model's heads this process holds, and of how many, by its own config, not its text part's; None: all."""
     processes = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
     # the processes that share the heads of one model are neighbours
     return None if processes == 1 else (torch.distributed.get_rank() % processes, processes)
@@ -322,8 +321,7 @@ class HiPCache(DynamicCache):
         With tensor parallelism each process saves the heads that it holds, to a file of its own.
 
         Args:
-            made_of: what the contents were computed from, as JSON can say it (a digest of the tokens, settings ...). The file
-                keeps it for `load` to compare.
+            made_of: what the contents were computed from (a digest of the tokens, settings ...), as JSON; `load` compares it.
 
         Raises:
             ValueError: a layer that is neither full attention nor sliding-window.
@@ -343,8 +341,7 @@ class HiPCache(DynamicCache):
             made_of: what the contents must have been computed from, as it was given to `save`. None: anything.
 
         Raises:
-            ValueError: a truncated or foreign file, one of another model or of other heads, or one made of something else. The
-                cache is as it was.
+            ValueError: a broken or foreign file, of another model or other heads, or made of something else. The cache is as it was.
             FileNotFoundError: there is no such file.
             MemoryError: no memory for its pages. The cache is as it was.
         """
