@@ -341,7 +341,7 @@ class HiPCache(DynamicCache):
             made_of: what the contents must have been computed from, as it was given to `save`. None: anything.
 
         Raises:
-            ValueError: a broken or foreign file, of another model or other heads, or made of something else. The cache is as it was.
+            ValueError: a broken or foreign file, of another model or heads, or made of something else. The cache is as it was.
             FileNotFoundError: there is no such file.
             MemoryError: no memory for its pages. The cache is as it was.
         """
