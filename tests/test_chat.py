@@ -230,6 +230,14 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 # Ctrl-C
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler: what a shell starts in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def pressed(model: PreTrainedModel, *passes: int) -> Iterator[None]:
     """Ctrl-C in the middle of these forward passes."""
@@ -263,7 +271,7 @@ def test_an_interrupt_ends_the_answer_and_the_conversation_goes_on(at: int) -> N
     check_held(one, prompt)
 
 
-def test_a_second_interrupt_is_not_held_back() -> None:
+def test_a_second_interrupt_is_not_held_back(ctrl_c: None) -> None:
     model, before = word_model(), signal.getsignal(signal.SIGINT)
     one = talk(model)
     with pytest.raises(KeyboardInterrupt), pressed(model, 2), pressed(model, 2):
