@@ -70,9 +70,17 @@ class AttentionProblem:
         return max([span.end for span in self.spans] or [0])
 
 
+def exporting() -> bool:
+    """Whether torch.export makes a graph of this call."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    # PyTorch 2.6 cannot be asked. An export compiles without Dynamo there, except a strict one, which it cannot make of a model.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def tracing() -> str:
     """What follows the tensors of this call and could not follow a selection, or an empty string: it gets dense attention."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return "torch.export"
     if torch.jit.is_tracing():
         return "torch.jit.trace"

@@ -126,3 +126,18 @@ def test_extension_is_refused() -> None:
         ValueError, match=r"^extend: got 'streaming' under torch\.func, which gets dense attention, allowed: None"
     ):
         grad(lambda w: functional_call(model, w, (ids,), {"use_cache": False}).logits.sum())(weights)
+
+
+def test_an_export_is_found_out_where_pytorch_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with PyTorch 2.6, which has no `torch.compiler.is_exporting`."""
+    monkeypatch.delattr(torch.compiler, "is_exporting", raising=False)
+    config = HiPConfig(budget=16, block_k=4, sink=4, window=16, dense_below=0)
+
+    class Attention(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+            return hip_attention(q, k, v, config=config)
+
+    program = torch.export.export(Attention(), make_qkv(100), strict=False)
+    q, k, v = make_qkv(100)
+    assert_near(program.module()(q, k, v), eager(q, k, v, causal(1, 100, 100))[0])
+    assert not torch.equal(Attention()(q, k, v), program.module()(q, k, v))  # outside of it the selection is followed
