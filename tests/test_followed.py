@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from families import make_batch, make_model
-from helpers import assert_near, causal, eager, make_qkv
+from helpers import assert_near, causal, eager, make_qkv, small
 from torch.func import functional_call, grad, jvp, vmap
 
 import hip_hf
 from hip_hf import HiPConfig, hip_attention
+from hip_hf.problem import exporting
 
 FAMILIES = ["llama", "gemma2", "gpt_oss"]
 TOKENS = 150  # of which the settings would read half
@@ -128,16 +129,24 @@ def test_extension_is_refused() -> None:
         grad(lambda w: functional_call(model, w, (ids,), {"use_cache": False}).logits.sum())(weights)
 
 
+class Attention(torch.nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return hip_attention(q, k, v, config=small())
+
+
+def test_an_exported_operation() -> None:
+    program = torch.export.export(Attention(), make_qkv(100), strict=False)
+    given = make_qkv(100)
+    want, _ = eager(*given, causal(1, 100, 100))
+    assert_near(program.module()(*given), want)
+    assert not torch.allclose(Attention()(*given).double(), want, atol=1e-3)  # outside of the graph the selection is followed
+
+
 def test_an_export_is_found_out_where_pytorch_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with PyTorch 2.6, which has no `torch.compiler.is_exporting`."""
     monkeypatch.delattr(torch.compiler, "is_exporting", raising=False)
-    config = HiPConfig(budget=16, block_k=4, sink=4, window=16, dense_below=0)
-
-    class Attention(torch.nn.Module):
-        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-            return hip_attention(q, k, v, config=config)
-
-    program = torch.export.export(Attention(), make_qkv(100), strict=False)
-    q, k, v = make_qkv(100)
-    assert_near(program.module()(q, k, v), eager(q, k, v, causal(1, 100, 100))[0])
-    assert not torch.equal(Attention()(q, k, v), program.module()(q, k, v))  # outside of it the selection is followed
+    assert not exporting()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert exporting()
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    assert not exporting()  # torch.compile
