@@ -72,9 +72,11 @@ class AttentionProblem:
 
 def exporting() -> bool:
     """Whether torch.export makes a graph of this call."""
-    if hasattr(torch.compiler, "is_exporting"):
-        return torch.compiler.is_exporting()
-    # PyTorch 2.6 cannot be asked. An export compiles without Dynamo there, except a strict one, which it cannot make of a model.
+    # The flag, not `torch.compiler.is_exporting()`, which PyTorch 2.7 to 2.11 answer with yes in any graph of torch.compile.
+    exports: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    if exports is not None:
+        return exports
+    # PyTorch 2.6 has no such flag. An export compiles without Dynamo there, except a strict one, which it cannot make of a model.
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 

@@ -143,10 +143,15 @@ def test_an_exported_operation() -> None:
 
 
 def test_an_export_is_found_out_where_pytorch_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with PyTorch 2.6, which has no `torch.compiler.is_exporting`."""
-    monkeypatch.delattr(torch.compiler, "is_exporting", raising=False)
+    """As with PyTorch 2.6, which has no flag for it."""
+    monkeypatch.delattr(torch.compiler, "_is_exporting_flag", raising=False)
     assert not exporting()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert exporting()
     monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
     assert not exporting()  # torch.compile
+
+
+def test_a_compiled_call_is_no_export() -> None:
+    """Whatever PyTorch says there: up to 2.11 a compiled graph was dense attention for it, whatever the settings."""
+    assert torch.compile(lambda x: x + exporting(), fullgraph=True, backend="eager")(torch.zeros(1)) == 0
