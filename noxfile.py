@@ -1,44 +1,81 @@
-"""Every supported version of Transformers, PyTorch and Python, each in an environment of its own.
+"""Every supported version of Transformers, PyTorch and Python together.
 
-    pip install nox && nox            # the whole grid: gigabytes and hours; `nox --list` names the sessions
-    nox -k 5.17.0 -- tests            # one version; what follows `--` goes to pytest in place of the files below
+    pip install nox uv && nox           # the whole grid, and a table of what passed; `nox --list` names the sessions
+    nox -k "3.12 and 2.11.0" -- tests   # one Python and PyTorch; what follows `--` goes to pytest in place of the grid's tests
+    nox -s table                        # the table of what has been tried so far
 
-A session needs its Python to be installed, and fails without it. PyTorch is what pip finds: on a machine without a GPU
-`PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu` and a version like 2.13.0+cpu save gigabytes.
+A session makes an environment of one Python and one PyTorch and tries the versions of Transformers in it, one after the other:
+all of them with the newest PyTorch, the newest of them with an older one. The grid's tests (tests/versions/grid.txt) are a few
+that meet each border to Transformers, PyTorch and Python; `-- $(cat tests/versions/files.txt)` runs more, `-- tests` all.
+
+A session needs its Python to be installed, and fails without it. PyTorch is what the installer finds: builds for CPUs, from
+an index that has them or a folder of wheels, save gigabytes. With `uv` the environments share their files.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nox
 
 nox.options.error_on_missing_interpreters = True
+nox.options.default_venv_backend = "uv|virtualenv"
 
-# The tests that meet Transformers: models, caches, continuous batching, patched layers.
-FILES = Path("tests/versions/files.txt").read_text().split()
+TESTS = Path("tests/versions/grid.txt").read_text().splitlines()
 # Of Transformers, the oldest that serves, two between, and the newest, with the Pythons that each takes.
 TRANSFORMERS = {"5.17.0": 10, "5.20.0": 10, "5.23.0": 11, "5.24.0": 11}
 PYTHONS = range(10, 14)  # minor versions
-TORCH = ("2.6.0", "2.11.0", "2.13.0")
+TORCH = ("2.13.0", "2.11.0", "2.6.0")
+NO_KERNELS = ("2.6.0",)  # bring a Triton (3.2) that is too old for the kernels
 REQUIRED = ("pytest", "hypothesis")
+RESULTS = Path("build/grid")
 
 
-def check(session: nox.Session, transformers: str, torch: str) -> None:
-    session.install("-e", ".", *REQUIRED, f"transformers=={transformers}", f"torch=={torch}")
-    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or FILES))
+def result(python: str, transformers: str, torch: str) -> Path:
+    return RESULTS / f"python-{python}-transformers-{transformers}-torch-{torch}.xml"
+
+
+def count(tried: Path) -> str:
+    """How many tests passed and how many did not; a dash for a run that has left no result."""
+    if not tried.exists():
+        return "-"
+    suite = ElementTree.parse(tried).getroot()[0]
+    number = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    failed = number["failures"] + number["errors"]
+    passed = f"{number['tests'] - failed - number['skipped']} passed"
+    return ", ".join([passed, *(f"{number[name]} {name}" for name in ("failures", "errors", "skipped") if number[name])])
 
 
 @nox.session
-@nox.parametrize("python,transformers", [(f"3.{p}", t) for t, first in TRANSFORMERS.items() for p in PYTHONS if p >= first])
-def transformers(session: nox.Session, transformers: str) -> None:
-    """Each version of Transformers with each Python that it takes."""
-    check(session, transformers, TORCH[-1])
+@nox.parametrize("python,torch", [(f"3.{python}", torch) for torch in TORCH for python in PYTHONS])
+def grid(session: nox.Session, torch: str) -> None:
+    """One Python and one PyTorch with each version of Transformers that they are tried with."""
+    python = str(session.python)
+    versions = [version for version, first in TRANSFORMERS.items() if int(python.partition(".")[2]) >= first]
+    tests = session.posargs or [test for test in TESTS if torch not in NO_KERNELS or not test.startswith("tests/test_kernel")]
+    session.install("-e", ".", *REQUIRED, f"torch=={torch}")
+    failed = []
+    for version in versions if torch == TORCH[0] else versions[-1:]:
+        tried = result(python, version, torch)
+        tried.unlink(missing_ok=True)
+        session.install(f"transformers=={version}")
+        try:
+            session.run("python", "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={tried}", *tests)
+        except nox.command.CommandFailed:  # the other versions are tried all the same
+            failed.append(version)
+    if failed:
+        session.error(f"failed with Transformers {', '.join(failed)}")
 
 
-@nox.session
-@nox.parametrize("python,torch", [(f"3.{p}", t) for t in TORCH for p in PYTHONS])
-def torch(session: nox.Session, torch: str) -> None:
-    """Each version of PyTorch with each Python, and the newest Transformers that this Python takes."""
-    newest = [version for version, first in TRANSFORMERS.items() if session.python >= f"3.{first}"][-1]
-    check(session, newest, torch)
+@nox.session(python=False)
+def table(session: nox.Session) -> None:
+    """What passed and failed in the last run of each cell, as a table in Markdown."""
+    pythons = [f"3.{python}" for python in PYTHONS]
+    print("| Transformers | PyTorch |", *(f"Python {python} |" for python in pythons))
+    print("|---|---|" + "---|" * len(pythons))
+    for torch in TORCH:
+        for version in TRANSFORMERS:
+            cells = [count(result(python, version, torch)) for python in pythons]
+            if set(cells) != {"-"}:
+                print(f"| {version} | {torch} |", *(f"{cell} |" for cell in cells))

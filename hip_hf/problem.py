@@ -70,9 +70,19 @@ class AttentionProblem:
         return max([span.end for span in self.spans] or [0])
 
 
+def exporting() -> bool:
+    """Whether torch.export makes a graph of this call."""
+    # The flag, not `torch.compiler.is_exporting()`, which PyTorch 2.7 to 2.11 answer with yes in any graph of torch.compile.
+    exports: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    if exports is not None:
+        return exports
+    # PyTorch 2.6 has no such flag. An export compiles without Dynamo there, except a strict one, which it cannot make of a model.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def tracing() -> str:
     """What follows the tensors of this call and could not follow a selection, or an empty string: it gets dense attention."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return "torch.export"
     if torch.jit.is_tracing():
         return "torch.jit.trace"

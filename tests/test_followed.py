@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from families import make_batch, make_model
-from helpers import assert_near, causal, eager, make_qkv
+from helpers import assert_near, causal, eager, make_qkv, small
 from torch.func import functional_call, grad, jvp, vmap
 
 import hip_hf
 from hip_hf import HiPConfig, hip_attention
+from hip_hf.problem import exporting
 
 FAMILIES = ["llama", "gemma2", "gpt_oss"]
 TOKENS = 150  # of which the settings would read half
@@ -126,3 +127,31 @@ def test_extension_is_refused() -> None:
         ValueError, match=r"^extend: got 'streaming' under torch\.func, which gets dense attention, allowed: None"
     ):
         grad(lambda w: functional_call(model, w, (ids,), {"use_cache": False}).logits.sum())(weights)
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return hip_attention(q, k, v, config=small())
+
+
+def test_an_exported_operation() -> None:
+    program = torch.export.export(Attention(), make_qkv(100), strict=False)
+    given = make_qkv(100)
+    want, _ = eager(*given, causal(1, 100, 100))
+    assert_near(program.module()(*given), want)
+    assert not torch.allclose(Attention()(*given).double(), want, atol=1e-3)  # outside of the graph the selection is followed
+
+
+def test_an_export_is_found_out_where_pytorch_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with PyTorch 2.6, which has no flag for it."""
+    monkeypatch.delattr(torch.compiler, "_is_exporting_flag", raising=False)
+    assert not exporting()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert exporting()
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    assert not exporting()  # torch.compile
+
+
+def test_a_compiled_call_is_no_export() -> None:
+    """Whatever PyTorch says there: up to 2.11 a compiled graph was dense attention for it, whatever the settings."""
+    assert torch.compile(lambda x: x + exporting(), fullgraph=True, backend="eager")(torch.zeros(1)) == 0

@@ -200,7 +200,7 @@ def test_a_packed_prompt_does_not_mark_a_model_that_computes_with_its_mask(monke
 
 
 def test_an_export_gets_the_mask_in_full_and_looks_at_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    monkeypatch.setattr(masks, "exporting", lambda: True)
     config: Any = PreTrainedConfig()
     config.hip = {"no such": "setting"}
     got = hip_mask(2, 5, KEYS, KEYS - 5, 0, causal_mask_function, config=config)

@@ -61,6 +61,13 @@ def test_the_requirement_is_what_the_import_asks_for() -> None:
     assert Version(pinned.partition("==")[2].partition(";")[0]).release[:2] <= versions.NEWEST
 
 
+def test_the_tests_of_the_grid_exist() -> None:
+    """Or every cell of it would fail for a test that was renamed."""
+    for line in (ROOT / "tests" / "versions" / "grid.txt").read_text().splitlines():
+        path, _, name = line.partition("::")
+        assert f"def {name.partition('[')[0]}" in (ROOT / path).read_text()
+
+
 def patched() -> tuple[PreTrainedModel, list[Any]]:
     model = make_model("llama")
     hip_hf.patch(model)

@@ -24,7 +24,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 from hip_hf.integration.positions import refuse_followed
 from hip_hf.integration.reach import ignored
 from hip_hf.integration.settings import check_config
-from hip_hf.problem import Span, tracing
+from hip_hf.problem import Span, exporting, tracing
 
 PAD = torch.iinfo(torch.int32).max
 LAST = 2**29  # far above any number that masks add, and any context
@@ -78,15 +78,15 @@ def hip_mask(
             layer has touched the cache yet.
     """
     refuse_followed(config, tracing())
-    exporting = torch.compiler.is_exporting()  # a graph of tensors alone, which looks at no settings and no functions
-    if not exporting:
+    exported = exporting()  # a graph of tensors alone, which looks at no settings and no functions
+    if not exported:
         refuse_foreign_model(config)
         check_config(config)
     if attention_mask is not None and attention_mask.shape[0] != batch_size:
         what = f"got shape {tuple(attention_mask.shape)} for a batch of {batch_size}"
         raise ValueError(f"attention_mask: {what}, allowed: one row of 0 and 1 for each row of the batch")
-    parts = {} if exporting else _parts(mask_function)
-    if exporting or use_vmap or not parts.keys() <= _CAUSAL or _computes_with_it(config, q_length, parts, kwargs):
+    parts = {} if exported else _parts(mask_function)
+    if exported or use_vmap or not parts.keys() <= _CAUSAL or _computes_with_it(config, q_length, parts, kwargs):
         # None would stand for "nothing is hidden" here, and for "causal" elsewhere: always a tensor
         kwargs["allow_is_causal_skip"] = False
         if "allow_is_bidirectional_skip" in kwargs:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from hip_hf.methods.base import QueryBlock
 from hip_hf.paged import PagedTensor
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.problem import AttentionProblem, Span, exporting
 from hip_hf.reference.block_sparse import LOGITS_AT_ONCE, Tensors, attend_range
 from hip_hf.reference.gradients import Piece
 from hip_hf.reference.workers import run
@@ -90,7 +90,7 @@ def masked(
     k, v = problem.k.repeat_interleave(problem.groups, 1), problem.v.repeat_interleave(problem.groups, 1)
     rows = problem.q.shape[2]
     # an exported graph may be for any number of rows
-    step = rows if torch.compiler.is_exporting() else max(1, LOGITS_AT_ONCE // (k.shape[0] * k.shape[1] * k.shape[2]))
+    step = rows if exporting() else max(1, LOGITS_AT_ONCE // (k.shape[0] * k.shape[1] * k.shape[2]))
     if step >= rows:
         return _masked_rows(problem, problem.q, k, v, visible(0, rows), need_lse)
     parts = []
