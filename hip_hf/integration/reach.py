@@ -102,7 +102,7 @@ def check_reach(model: PreTrainedModel, name: str | None) -> None:
 def check_heads(model: PreTrainedModel, name: str | None) -> None:
     """Raise ValueError for tensor parallelism that would cut key heads into pieces. Transformers cuts them, and the first call
     of the model then fails with sizes that do not say why."""
-    distributed = getattr(model.config, "distributed_config", None)
+    distributed: Any = getattr(model.config, "distributed_config", None)
     processes = getattr(distributed, "tp_size", None) or 1
     if processes == 1 or not is_ours(name):
         return
