@@ -72,7 +72,7 @@ class AttentionProblem:
 
 def exporting() -> bool:
     """Whether torch.export makes a graph of this call."""
-    # The flag, not `torch.compiler.is_exporting()`, which PyTorch 2.7 to 2.11 answer with yes in any graph of torch.compile.
+    # The flag, not `torch.compiler.is_exporting()`, which PyTorch 2.11 answers with yes in any graph of torch.compile.
     exports: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
     if exports is not None:
         return exports

@@ -153,5 +153,5 @@ def test_an_export_is_found_out_where_pytorch_cannot_be_asked(monkeypatch: pytes
 
 
 def test_a_compiled_call_is_no_export() -> None:
-    """Whatever PyTorch says there: up to 2.11 a compiled graph was dense attention for it, whatever the settings."""
+    """Whatever PyTorch says there: with 2.11 a compiled graph was dense attention, whatever the settings."""
     assert torch.compile(lambda x: x + exporting(), fullgraph=True, backend="eager")(torch.zeros(1)) == 0
