@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import sharded
 import torch
 from families import PATCHED, SPARSE, make_model
+from processes import launch
 from test_real_model import fetched
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
@@ -30,15 +29,6 @@ THOROUGH = ("llama", "qwen3_moe")
 TOLERANCE = 1e-5
 
 Seen = dict[str, dict[str, Any]]
-
-
-def launch(processes: int, *arguments: object) -> None:
-    """Run a script of the tests in several processes, which meet on a free port of this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import trained
 from families import make_model
-from test_tensor_parallel import launch
+from processes import launch
 
 # Losses as `Trainer` logs them, and sums in another order.
 TOLERANCE = 1e-4
