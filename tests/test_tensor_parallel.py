@@ -19,7 +19,6 @@ from transformers.distributed import DistributedConfig
 
 import hip_hf
 
-ROOT = Path(__file__).resolve().parent.parent
 # For up to four processes. A sliding window is longer than what is read: layers with one are sparse as well.
 HEADS: dict[str, dict[str, Any]] = {
     name: {"num_attention_heads": 8, "num_key_value_heads": 4} for name in ("llama", "qwen3", "qwen3_moe", "mistral")
