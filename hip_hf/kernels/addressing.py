@@ -45,11 +45,28 @@ class KeyValues:
 
 
 @triton.jit
+def page_of(slots, batch, block_table, stride_table, PAGE_SIZE: tl.constexpr):
+    """The pages that `offsets_in` asks for, of tokens in `slots` that are all there (int32, counted from the batch row's first
+    slot: `key_start` plus position). `PAGE_SIZE` 0: keys are contiguous, and a batch row is one page."""
+    if PAGE_SIZE > 0:
+        return tl.load(block_table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE)
+    else:
+        return batch
+
+
+@triton.jit
+def offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE: tl.constexpr):
+    """int64 offsets, from a head's first element, of the tokens in `slots` that lie in `page`."""
+    if PAGE_SIZE > 0:
+        slots = slots % PAGE_SIZE
+    return page.to(tl.int64) * stride_batch + slots.to(tl.int64) * stride_token
+
+
+@triton.jit
 def token_offsets(slots, inside, batch, stride_batch, stride_token, block_table, stride_table, PAGE_SIZE: tl.constexpr):
-    """int64 offsets, from a head's first element, of the tokens in `slots` (int32, counted from the batch row's first
-    slot: `key_start` plus position). `PAGE_SIZE` 0: contiguous. Where `inside` is false no page is looked up."""
+    """The same for any `slots`: where `inside` is false no page is looked up."""
     if PAGE_SIZE > 0:
         page = tl.load(block_table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE, mask=inside, other=0)
-        return page.to(tl.int64) * stride_batch + (slots % PAGE_SIZE).to(tl.int64) * stride_token
     else:
-        return batch.to(tl.int64) * stride_batch + slots.to(tl.int64) * stride_token
+        page = batch
+    return offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE)
