@@ -45,11 +45,11 @@ class KeyValues:
 
 
 @triton.jit
-def page_of(slots, batch, block_table, stride_table, PAGE_SIZE: tl.constexpr):
-    """The pages that `offsets_in` asks for, of tokens in `slots` that are all there (int32, counted from the batch row's first
-    slot: `key_start` plus position). `PAGE_SIZE` 0: keys are contiguous, and a batch row is one page."""
+def page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE: tl.constexpr):
+    """The pages that `offsets_in` asks for, of tokens in `slots` (int32, counted from the batch row's first slot: `key_start` plus
+    position). Where `inside` is false no page is looked up. `PAGE_SIZE` 0: keys are contiguous, and a batch row is one page."""
     if PAGE_SIZE > 0:
-        return tl.load(block_table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE)
+        return tl.load(block_table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE, mask=inside, other=0)
     else:
         return batch
 
@@ -64,9 +64,6 @@ def offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE: tl.constexpr)
 
 @triton.jit
 def token_offsets(slots, inside, batch, stride_batch, stride_token, block_table, stride_table, PAGE_SIZE: tl.constexpr):
-    """The same for any `slots`: where `inside` is false no page is looked up."""
-    if PAGE_SIZE > 0:
-        page = tl.load(block_table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE, mask=inside, other=0)
-    else:
-        page = batch
+    """int64 offsets, from a head's first element, of the tokens in `slots`, with their pages looked up at once."""
+    page = page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE)
     return offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE)

@@ -83,7 +83,7 @@ def _attend_tiles(
     slots = tl.minimum(low * KEYS + n, end - 1)
     blocks = listed_blocks(slots, ids, sink_length, picked, BLOCK_K)
     position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
-    page = page_of(key_start + position, batch, block_table, stride_table, PAGE_SIZE)
+    page = page_of(key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE)
     slots = tl.minimum((low + 1) * KEYS + n, end - 1)
     blocks = listed_blocks(slots, ids, sink_length, picked, BLOCK_K)
     for i in tl.range(low, high, disable_licm=DISABLE_LICM):
@@ -120,11 +120,10 @@ def _attend_tiles(
             v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
-        position = key_positions(
-            tl.minimum(slots + KEYS, end - 1), blocks, start, sink_length, picked, window, BLOCK_K
-        )
-        page = page_of(key_start + position, batch, block_table, stride_table, PAGE_SIZE)
-        blocks = listed_blocks(tl.minimum(slots + 2 * KEYS, end - 1), ids, sink_length, picked, BLOCK_K)
+        slots = tl.minimum(slots + KEYS, end - 1)
+        position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
+        page = page_of(key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE)
+        blocks = listed_blocks(tl.minimum((i + 2) * KEYS + n, end - 1), ids, sink_length, picked, BLOCK_K)
     return acc, top, norm
 
 
