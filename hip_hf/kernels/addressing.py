@@ -46,8 +46,8 @@ class KeyValues:
 
 @triton.jit
 def page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE: tl.constexpr):
-    """The pages that `offsets_in` asks for, of tokens in `slots` (int32, counted from the batch row's first slot: `key_start` plus
-    position). Where `inside` is false no page is looked up. `PAGE_SIZE` 0: keys are contiguous, and a batch row is one page."""
+    """The pages that `offsets_in` asks for, of tokens in `slots` (int32, counted from the batch row's first slot: `key_start`
+    plus position). Where `inside` is false no page is looked up. `PAGE_SIZE` 0: keys are contiguous, a batch row is one page."""
     if PAGE_SIZE > 0:
         return tl.load(block_table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE, mask=inside, other=0)
     else:
