@@ -137,7 +137,8 @@ def serialised(ptx: str, machine_code: str) -> bool:
 
 def in_flight(ttgir: str) -> int:
     """Asynchronous loads that are left in flight at the waits of a loop with matrix products: the fewest of all such loops."""
-    fewest, inside = [], list[tuple[str, list[str]]]()  # of the loops around a line: their indentation and their lines
+    fewest: list[int] = []
+    inside: list[tuple[str, list[str]]] = []  # of the loops around a line: their indentation and their lines
     for line in ttgir.splitlines():
         if inside and line.startswith(f"{inside[-1][0]}}}"):
             text = "\n".join(inside.pop()[1])

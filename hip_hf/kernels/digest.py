@@ -54,9 +54,9 @@ class _Anonymous(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Arguments that are given by name to another function of a kernel count by their place."""
-        called = self.known.get(node.func.id) if isinstance(node.func, ast.Name) else None
-        if isinstance(getattr(called, "fn", None), FunctionType):
-            places = list(inspect.signature(called.fn).parameters)
+        called = getattr(self.known.get(node.func.id), "fn", None) if isinstance(node.func, ast.Name) else None
+        if isinstance(called, FunctionType):
+            places = list(inspect.signature(called).parameters)
             for keyword in node.keywords:
                 keyword.arg = keyword.arg and f"_{places.index(keyword.arg)}"
         return self.generic_visit(node)
