@@ -152,7 +152,7 @@ def spend(launch, target, dim, dtype):
     if len(done) == most:
         raise KeyboardInterrupt
     done.append(launch.name)
-    return budget.Spent(launch.name, target, dim, str(dtype), launch.digest(), registers=1)
+    return budget.Spent(launch.name, target, dim, str(dtype), launch.code(), launch.digest(), registers=1)
 
 def run():
     try:
