@@ -1,4 +1,4 @@
-# make test | test-versions | test-families | fuzz | coverage | mutants | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-versions | test-races | test-families | fuzz | coverage | mutants | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ MEASURING := $(VENV)/.measuring
 # The oldest and the newest Transformers: what `tests/versions` has requirements of.
 VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.*.*.txt)))
 
-.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-families fuzz coverage mutants test-gpu demo demo-llm docs notebooks lint package clean
+.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-races test-families fuzz coverage mutants test-gpu demo demo-llm docs notebooks lint package clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
@@ -24,6 +24,12 @@ build/transformers-%/.installed: tests/versions/%.txt | $(INSTALLED)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
+
+# Kernel tests in a harsher interpreter (tests/sanitizer.py), without a GPU. RACES: which; all: RACES=tests/test_kernel_*.py
+RACES ?= $$(cat tests/races.txt)
+SEED ?= 0
+test-races: $(INSTALLED)
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest $(RACES) --races $(SEED) --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Every model type of the installed Transformers; `make test` runs a third of them.
 test-families: $(INSTALLED)

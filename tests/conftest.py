@@ -33,7 +33,7 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", default="0", help="model types to sweep: all, or the seed by which a third of them is drawn")
-    parser.addoption("--races", type=int, help="seed: kernels run in a harsher interpreter (`tests/sanitizer.py`), which needs no GPU")
+    parser.addoption("--races", type=int, help="seed: kernels run in a harsher interpreter (`tests/sanitizer.py`)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

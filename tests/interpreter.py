@@ -1,7 +1,8 @@
 """Kernel tests without a GPU: Triton's interpreter, made right for bf16 and quicker.
 
 The interpreter keeps bf16 as uint16 and computes on the raw bits; here every operation lifts it to fp32 and rounds the result
-to nearest even, as hardware does. Integers of 32 bits and fewer that wrap raise an error. `DEVICE` is where the kernel tests run: natively where there is a GPU, else interpreted.
+to nearest even, as hardware does. Integers of 32 bits and fewer that wrap raise an error. `DEVICE` is where the kernel tests
+run: natively where there is a GPU, else interpreted.
 """
 
 from __future__ import annotations

@@ -35,6 +35,13 @@ class Fault(AssertionError):
     """An access that would leave the process in an unknown state: the kernel cannot go on."""
 
 
+def scratch_of(arguments: dict[str, Any]) -> tuple[str, ...]:
+    """Arguments of a launch whose contents it must not expect: scores of long start levels, and decode's partial results."""
+    if arguments.get("LONG"):
+        return ("scratch",)
+    return ("OUT", "LSE") if "Q" in arguments and arguments.get("SPLITS", 1) > 1 else ()
+
+
 @dataclass(frozen=True)
 class Origin:
     """The tensor that a pointer was made from: address of its first element, size of an element, and its dimensions in bytes
@@ -156,9 +163,7 @@ class Sanitizer:
         for name, x in arguments.items():
             if isinstance(x, torch.Tensor):
                 self.names[x.data_ptr()].append(name)
-        # scratch, whose contents no launch may expect: that of long start levels, and decode's partial results
-        scratch = ["scratch"] if arguments.get("LONG") else ["OUT", "LSE"] if arguments.get("SPLITS", 1) > 1 and "Q" in arguments else []
-        for name in scratch:
+        for name in scratch_of(arguments):
             spoil(arguments[name])
         self.loads: dict[int, list[Access]] = defaultdict(list)
         self.stores: dict[int, list[Access]] = defaultdict(list)
@@ -245,7 +250,8 @@ class Sanitizer:
             origin = origins[0]
             element = (int(addresses[outside][0]) - origin.first) / size
             lengths = " ".join(f"{length} (step {step // size})" for length, step in origin.dims) or "1"
-            text = f"{kind} out of range: element {element:g} of {origin.names}, which has dimensions {lengths}: {self._place(lines())}"
+            what = f"{kind} out of range: element {element:g} of {origin.names}, which has dimensions {lengths}"
+            text = f"{what}: {self._place(lines())}"
             self.found.setdefault((kind, lines()), text)
             raise Fault(text)
         values = None

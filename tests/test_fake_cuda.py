@@ -76,7 +76,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, device_guards: None) -> Iterator[l
 
 
 def qkv(rows: int, keys: int) -> list[torch.Tensor]:
-    return [torch.randn(2, heads, count, 64, dtype=torch.bfloat16, device=GPU) for heads, count in ((4, rows), (2, keys), (2, keys))]
+    shapes = (2, 4, rows, 64), (2, 2, keys, 64), (2, 2, keys, 64)
+    return [torch.randn(shape, dtype=torch.bfloat16, device=GPU) for shape in shapes]
 
 
 def test_the_mode_notices() -> None:
