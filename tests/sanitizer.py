@@ -11,6 +11,7 @@ Two things it cannot see: what is wrong at sizes that no test has, and whether k
 
 from __future__ import annotations
 
+import ctypes
 import random
 import zlib
 from collections import defaultdict
@@ -58,6 +59,10 @@ class Origin:
         size = x.element_size()
         dims = [(length, step * size) for length, step in zip(x.shape, x.stride(), strict=True) if length != 1 and step]
         dims.sort(key=lambda dim: -dim[1])
+        for i in range(len(dims) - 1, 0, -1):  # two that follow each other without a gap are one
+            (outer, long), (inner, short) = dims[i - 1 : i + 1]
+            if long == inner * short:
+                dims[i - 1 : i + 1] = [(outer * inner, short)]
         return Origin(names, x.data_ptr(), size, tuple(dims), x.untyped_storage().data_ptr())
 
     def holds(self, addresses: np.ndarray) -> np.ndarray:
@@ -73,43 +78,30 @@ class Origin:
 
 @dataclass(frozen=True)
 class Access:
-    """Elements that one instruction of one program loads or stores. `pointers`: also of masked lanes; `values`: stored bits."""
+    """What one instruction of one program loads or stores."""
 
-    addresses: np.ndarray
-    size: int
     program: int
     lines: Lines
-    pointers: np.ndarray
-    values: np.ndarray | None = None
-
-    def meets(self, other: Access) -> bool:
-        """Whether another thread may be at the same place. Tensors of the same pointers are laid out alike, so that each thread
-        meets its own elements; of a scalar all threads load what one stores."""
-        if self.pointers.size > 1 and np.array_equal(self.pointers, other.pointers):
-            return False
-        common, mine, its = np.intersect1d(self.addresses, other.addresses, return_indices=True)
-        if self.values is None or other.values is None:
-            return common.size > 0
-        return bool((self.values[mine] != other.values[its]).any())
 
 
-class Flat:
-    """Accesses to one storage, place by place, a place being as large as the smallest element."""
+class Shadow:
+    """What a launch did to each place of one storage; a place is as large as the smallest element. Numbers are those of accesses,
+    0: none. `stored`: the last that stored; `loaded`: the last that loaded, `mixed`: where that was not by the same pointers as
+    before; `readers`: the program that loads, from 1 on, or `SEVERAL`."""
 
-    def __init__(self, accesses: list[Access], size: int) -> None:
-        self.accesses = accesses
-        steps = [(a.addresses[:, None] + np.arange(0, a.size, size)).ravel() for a in accesses]
-        self.which = np.repeat(np.arange(len(accesses)), [len(places) for places in steps])
-        self.places = np.concatenate(steps)
-        self.programs = np.array([a.program for a in accesses])[self.which]
-        if accesses[0].values is not None:
-            self.values = np.concatenate([np.ascontiguousarray(a.values).view(f"u{size}") for a in accesses])
+    SEVERAL = np.iinfo(np.int32).max
 
-    def sort(self) -> Flat:
-        order = np.argsort(self.places, kind="stable")
-        for name in ("which", "places", "programs", "values"):
-            setattr(self, name, getattr(self, name)[order])
-        return self
+    def __init__(self, x: torch.Tensor, size: int) -> None:
+        storage = x.untyped_storage()
+        self.first, self.size = storage.data_ptr(), size
+        count = storage.nbytes() // size
+        self.memory = np.frombuffer((ctypes.c_uint8 * (count * size)).from_address(self.first), f"u{size}")
+        self.stored, self.loaded, self.mixed, self.readers = (np.zeros(count, np.int32) for _ in range(4))
+
+    def places(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """The places of elements at the addresses."""
+        first = (addresses - self.first) // self.size
+        return first if size == self.size else (first[:, None] + np.arange(size // self.size)).ravel()
 
 
 class Sanitizer:
@@ -118,7 +110,6 @@ class Sanitizer:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.found: dict[Any, str] = {}
-        self.launches = 0
 
     def __enter__(self) -> Sanitizer:
         self.patch = pytest.MonkeyPatch()
@@ -129,7 +120,6 @@ class Sanitizer:
         def launched(grid: Any, *args: Any, **kwargs: Any) -> None:
             self._begin({**dict(zip(grid.arg_names, args, strict=False)), **kwargs})
             executor(grid, *args, **kwargs)
-            self._compare_programs()
 
         def converted(x: Any) -> Any:
             made = convert(x)
@@ -158,15 +148,19 @@ class Sanitizer:
         self.patch.setattr(owner, name, lambda *args, **kwargs: wrapper(original, *args, **kwargs))
 
     def _begin(self, arguments: dict[str, Any]) -> None:
-        self.launches += 1
         self.names: dict[int, list[str]] = defaultdict(list)
         for name, x in arguments.items():
             if isinstance(x, torch.Tensor):
                 self.names[x.data_ptr()].append(name)
         for name in scratch_of(arguments):
             spoil(arguments[name])
-        self.loads: dict[int, list[Access]] = defaultdict(list)
-        self.stores: dict[int, list[Access]] = defaultdict(list)
+        tensors: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for x in arguments.values():
+            if isinstance(x, torch.Tensor) and x.numel():
+                tensors[x.untyped_storage().data_ptr()].append(x)
+        self.shadows = {at: Shadow(xs[0], min(x.element_size() for x in xs)) for at, xs in tensors.items()}
+        self.accesses = [Access(0, ())]  # their numbers begin with 1
+        self.programs_of = np.zeros(1024, np.int32)  # by the number of an access
 
     # order of programs
 
@@ -181,12 +175,12 @@ class Sanitizer:
     def _set_grid_idx(self, original: Any, builder: Any, *_: int) -> None:
         self.program = next(self.next)
         original(builder, *self.order[self.program])
-        self._barrier(None)
+        self._barrier()
 
-    def _barrier(self, original: Any, *builder: Any) -> None:
-        """What this program accessed since the last one, by storage."""
-        self.loaded: dict[int, list[Access]] = defaultdict(list)
-        self.stored: dict[int, list[Access]] = defaultdict(list)
+    def _barrier(self, *_: Any) -> None:
+        """What was accessed up to here is done; of later accesses, the pointers are kept by number."""
+        self.done = len(self.accesses) - 1
+        self.pointers: dict[int, np.ndarray] = {}
 
     # origins of pointers
 
@@ -208,42 +202,62 @@ class Sanitizer:
     # accesses
 
     def _masked_load(self, original: Any, builder: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        storage, access = self._access("load", pointers, mask)
-        self._compare_threads("loads what another thread stored", access, self.stored[storage])
-        self.loaded[storage].append(access)
-        self.loads[storage].append(access)
+        shadow, places, _ = self._access("load", pointers, mask)
+        number, before, recent = len(self.accesses) - 1, shadow.stored[places], shadow.loaded[places]
+        self._compare_programs("a program reads what another writes", before, before > 0)
+        self._compare_threads("loads what another thread stored", before)
+        for other in np.unique(recent[recent > self.done]):
+            if self._differ(other):
+                shadow.mixed[places[recent == other]] = number
+        shadow.loaded[places] = number
+        readers = shadow.readers[places]
+        own = self.program + 1
+        shadow.readers[places] = np.where((readers == 0) | (readers == own), own, Shadow.SEVERAL)
         return original(builder, pointers, mask, *rest, **named)
 
     def _masked_store(self, original: Any, builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        storage, access = self._access("store", pointers, mask, value)
-        self._compare_threads("stores over what another thread loads", access, self.loaded[storage])
-        self._compare_threads("stores over what another thread stored", access, self.stored[storage])
-        order = np.argsort(access.addresses, kind="stable")
-        places, values = access.addresses[order], access.values[order]
-        if ((places[1:] == places[:-1]) & (values[1:] != values[:-1])).any():
-            self._note("one store writes two values to one place", access)
-        self.stored[storage].append(access)
-        self.stores[storage].append(access)
+        shadow, places, values = self._access("store", pointers, mask, value)
+        self._store(shadow, places, shadow.memory[places] != values)
+        order = np.argsort(places, kind="stable")
+        at, bits = places[order], values[order]
+        if ((at[1:] == at[:-1]) & (bits[1:] != bits[:-1])).any():
+            self._note("one store writes two values to one place", len(self.accesses) - 1)
+        before, mixed = shadow.loaded[places], shadow.mixed[places]
+        self._compare_threads("stores over what another thread loads", before)
+        for other in np.unique(mixed[mixed > self.done])[:1]:
+            self._note("stores over what another thread loads with no barrier between", len(self.accesses) - 1, other)
         return original(builder, pointers, value, mask, *rest, **named)
 
     def _atomic_rmw(self, original: Any, builder: Any, kind: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        storage, access = self._access("atomic", pointers, mask, value)
-        self.stores[storage].append(access)
+        shadow, places, _ = self._access("atomic", pointers, mask, value)
+        self._store(shadow, places, np.ones(places.shape, bool))
         return original(builder, kind, pointers, value, mask, *rest)
 
     def _atomic_cas(self, original: Any, builder: Any, pointers: Any, compared: Any, value: Any, *rest: Any) -> Any:
-        storage, access = self._access("atomic", pointers, TensorHandle(np.ones(1, bool), compared.dtype), value)
-        self.stores[storage].append(access)
+        shadow, places, _ = self._access("atomic", pointers, TensorHandle(np.ones(1, bool), compared.dtype), value)
+        self._store(shadow, places, np.ones(places.shape, bool))
         return original(builder, pointers, compared, value, *rest)
 
-    def _access(self, kind: str, pointers: Any, mask: Any, value: Any = None) -> tuple[int, Access]:
-        """The storage, and what is accessed of it; raises if any of that is outside of the pointer's tensor."""
-        shape = pointers.data.shape
+    def _store(self, shadow: Shadow, places: np.ndarray, changes: np.ndarray) -> None:
+        """`changes`: where the value is not the one that is there."""
+        before, readers = shadow.stored[places], shadow.readers[places]
+        atomic = self.programs_of[before] == ATOMIC
+        self._compare_programs("two programs write different values to one place", before, (before > 0) & (changes | atomic))
+        self._compare_threads("stores over what another thread stored", np.where(changes, before, 0))
+        others = (readers != 0) & (readers != self.accesses[-1].program + 1)
+        for other in shadow.loaded[places[others]][:1]:
+            self._note("a program reads what another writes", int(other), len(self.accesses) - 1)
+        shadow.stored[places] = len(self.accesses) - 1
+
+    def _access(self, kind: str, pointers: Any, mask: Any, value: Any = None) -> tuple[Shadow, np.ndarray, Any]:
+        """The storage and the places in it that are accessed, and the bits to be stored, place by place; raises if an address is
+        outside of the pointer's tensor."""
+        shape, at = pointers.data.shape, lines()
         chosen = np.broadcast_to(np.asarray(mask.data, bool), shape)
         addresses = pointers.data[chosen].view(np.int64)
         origins = pointers.attr.get("origins", ())
         if not origins:
-            raise Fault(f"{kind} through a pointer of unknown origin: {self._place(lines())}")
+            raise Fault(f"{kind} through a pointer of unknown origin: {self._place(at)}")
         size = origins[0].size
         outside = ~np.logical_or.reduce([origin.holds(addresses) for origin in origins])
         if outside.any():
@@ -251,52 +265,44 @@ class Sanitizer:
             element = (int(addresses[outside][0]) - origin.first) / size
             lengths = " ".join(f"{length} (step {step // size})" for length, step in origin.dims) or "1"
             what = f"{kind} out of range: element {element:g} of {origin.names}, which has dimensions {lengths}"
-            text = f"{what}: {self._place(lines())}"
-            self.found.setdefault((kind, lines()), text)
+            text = f"{what}: {self._place(at)}"
+            self.found.setdefault((kind, at), text)
             raise Fault(text)
-        values = None
+        number = len(self.accesses)
+        self.accesses.append(Access(ATOMIC if kind == "atomic" else self.program, at))
+        if number == len(self.programs_of):
+            self.programs_of = np.concatenate([self.programs_of, np.zeros_like(self.programs_of)])
+        self.programs_of[number] = self.accesses[-1].program
+        self.pointers[number] = pointers.data
+        shadow, values = self.shadows[origins[0].storage], None
         if value is not None:
             bits = np.ascontiguousarray(np.broadcast_to(value.data, shape)[chosen])
-            values = bits.view(f"u{size}") if bits.itemsize == size else bits.astype(f"u{size}")
-        program = ATOMIC if kind == "atomic" else self.program
-        return origins[0].storage, Access(addresses, size, program, lines(), pointers.data, values)
+            values = (bits if bits.itemsize == size else bits.astype(f"u{size}")).view(f"u{shadow.size}")
+        return shadow, shadow.places(addresses, size), values
 
-    # what is wrong
+    # what is wrong with the last one
 
-    def _compare_threads(self, what: str, access: Access, before: list[Access]) -> None:
-        for other in before:
-            if access.meets(other):
-                self._note(f"{what} with no barrier between", access, other)
+    def _differ(self, other: int) -> bool:
+        """Whether another thread may be at a place that both access. Tensors of the same pointers are laid out alike: each thread
+        meets its own elements. Of a scalar all threads load what one stores."""
+        mine, its = self.pointers[len(self.accesses) - 1], self.pointers[other]
+        return mine.size == 1 or not np.array_equal(mine, its)
 
-    def _compare_programs(self) -> None:
-        for storage, stored in self.stores.items():
-            loaded = self.loads[storage]
-            size = min(access.size for access in [*stored, *loaded])
-            stores = Flat(stored, size).sort()
-            starts = np.flatnonzero(np.diff(stores.places, prepend=-1))
-            if not starts.size:
-                continue
-            lowest, highest = (f.reduceat(stores.programs, starts) for f in (np.minimum, np.maximum))
-            differ = np.minimum.reduceat(stores.values, starts) != np.maximum.reduceat(stores.values, starts)
-            for at in np.flatnonzero((lowest != highest) & (differ | (lowest == ATOMIC)))[:1]:
-                group = slice(starts[at], None)
-                one = int(stores.which[group][0])
-                other = int(stores.which[group][np.argmax(stores.programs[group] != stores.programs[group][0])])
-                self._note("two programs write different values to one place", stored[one], stored[other])
-            if loaded:
-                loads, places = Flat(loaded, size), stores.places[starts]
-                index = np.minimum(np.searchsorted(places, loads.places), len(places) - 1)
-                others = (lowest[index] != loads.programs) | (highest[index] != loads.programs)
-                for at in np.flatnonzero((places[index] == loads.places) & others)[:1]:
-                    group = slice(starts[index[at]], None)
-                    other = int(stores.which[group][np.argmax(stores.programs[group] != loads.programs[at])])
-                    self._note("a program reads what another writes", loaded[int(loads.which[at])], stored[other])
+    def _compare_threads(self, what: str, before: np.ndarray) -> None:
+        for other in np.unique(before[before > self.done]):
+            if self._differ(other):
+                self._note(f"{what} with no barrier between", len(self.accesses) - 1, other)
+
+    def _compare_programs(self, what: str, before: np.ndarray, which: np.ndarray) -> None:
+        for other in before[which & (self.programs_of[before] != self.accesses[-1].program)][:1]:
+            self._note(what, len(self.accesses) - 1, other)
 
     def _place(self, at: Lines, program: int | None = None) -> str:
         index = self.program if program is None else program
         return described(at, self.order[index]) if index != ATOMIC else described(at, ("any",)) + " (atomic)"
 
-    def _note(self, what: str, *accesses: Access) -> None:
+    def _note(self, what: str, *numbers: int) -> None:
+        accesses = [self.accesses[number] for number in numbers]
         places = [self._place(access.lines, access.program) for access in accesses]
         self.found.setdefault((what, *(access.lines for access in accesses)), f"{what}: {'; and '.join(places)}")
 
@@ -306,7 +312,6 @@ class Plugin:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.launches = 0
 
     @pytest.hookimpl(wrapper=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> Iterator[None]:
