@@ -1,4 +1,4 @@
-# make test | test-versions | test-tritons | test-families | fuzz | coverage | mutants | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-versions | test-tritons | test-races | test-families | fuzz | coverage | mutants | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.*.*.txt)))
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 TRITON_TARGETS := sm80,sm90,sm100,gfx942
 
-.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-tritons $(TRITONS:%=test-triton-%) test-families fuzz coverage mutants test-gpu demo demo-llm docs notebooks lint package clean
+.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-tritons $(TRITONS:%=test-triton-%) test-races test-families fuzz coverage mutants test-gpu demo demo-llm docs notebooks lint package clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
@@ -39,6 +39,12 @@ build/triton-%/.installed: | $(INSTALLED)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
 	@touch $@
+
+# Kernel tests in a harsher interpreter (tests/sanitizer.py), without a GPU. RACES: which; all: RACES=tests/test_kernel_*.py
+RACES ?= $$(cat tests/races.txt)
+SEED ?= 0
+test-races: $(INSTALLED)
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest $(RACES) --races $(SEED) --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Every model type of the installed Transformers; `make test` runs a third of them.
 test-families: $(INSTALLED)
