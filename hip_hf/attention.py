@@ -30,8 +30,7 @@ DENSE_BELOW_GPU = (16384, 65536, 65536)
 
 @dataclass
 class Result:
-    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense, or why not by kernels
-    or not corrected as asked."""
+    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense, or not corrected as asked."""
 
     out: torch.Tensor
     lse: torch.Tensor | None
@@ -80,6 +79,9 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     if anew and problem.q.device.type == "cpu" and methods.summarises(config):
         # both read all keys, and to summarise them costs more than to read the values too (docs/decisions.md)
         return "decode without kept state: to summarise all keys anew takes longer than to read them", False
+    if config.backend == "auto" and kernels_wanted(problem, config) and not offloaded(problem):
+        why, said = no_kernels(problem, config)
+        return why and f"no kernels: {why}", bool(why) and not said
     return "", False
 
 
@@ -88,23 +90,47 @@ def kernels_wanted(problem: AttentionProblem, config: HiPConfig) -> bool:
     return config.backend == "triton" or (config.backend == "auto" and problem.q.device.type == "cuda")
 
 
-def backend_of(problem: AttentionProblem, config: HiPConfig) -> tuple[str, str]:
-    """`triton` or `torch`, for a call of the sparse path; and why it is torch where kernels could be expected.
+def offloaded(problem: AttentionProblem) -> bool:
+    """Whether keys lie where kernels do not reach: a cache was asked to keep them in host memory or on disk, and only the torch
+    backend reads through its pools. Dense attention would bring all of them to the device at every step."""
+    return isinstance(problem.k, PagedTensor) and not problem.k.store.resident
+
+
+def no_kernels(problem: AttentionProblem, config: HiPConfig, densely: bool = False) -> tuple[str, bool]:
+    """Why the kernels cannot serve a call, or (`auto`) are not to be trusted with it; empty if they can. And whether there was a
+    warning of it, as of all that is not for want of support. `densely`: the call is dense, whatever the method."""
+    from hip_hf.kernels import trust  # which imports no Triton
+
+    device = problem.q.device
+    why = trust.lacking(device)
+    if not why:
+        from hip_hf.kernels.backend import unsupported, unsupported_tensors
+
+        why = unsupported_tensors(problem) if densely else unsupported(problem, config)
+        if why or config.backend == "triton":
+            return why, False
+        parts = trust.parts_of(None if densely else config, learning(problem), problem.positions is not None)
+        # sizes in a graph that is being compiled may be any
+        dims = None if torch.compiler.is_compiling() else (problem.q.shape[3], problem.v.shape[3], problem.groups)
+        why = trust.failing(device, problem.q.dtype, dims, parts, config.text)
+    if why and config.backend == "auto":
+        trust.warn_once(why)
+    return why, bool(why)
+
+
+def backend_of(problem: AttentionProblem, config: HiPConfig) -> str:
+    """`triton` or `torch`, for a call of the sparse path. With `auto` the torch backend serves tensors on a GPU only for an
+    offloaded cache; without kernels such a call is dense, as `dense_reason` has said already.
 
     Raises:
         ValueError: the kernels were asked for by name and cannot serve.
     """
-    if not kernels_wanted(problem, config):
-        return "torch", ""
-    try:
-        from hip_hf.kernels.backend import unsupported
-    except ImportError as error:
-        why = f"triton cannot be imported ({error})"
-    else:
-        why = unsupported(problem, config)
-    if why and config.backend == "triton":
+    if not kernels_wanted(problem, config) or (config.backend == "auto" and offloaded(problem)):
+        return "torch"
+    why = no_kernels(problem, config)[0] if config.backend == "triton" else ""
+    if why:
         raise ValueError(f"HiPConfig.backend: got 'triton', allowed here: auto | torch ({why})")
-    return ("torch", f"torch backend: {why}") if why else ("triton", "")
+    return "triton"
 
 
 def attend(
@@ -169,13 +195,8 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
                 if row.on_device:
                     state.device.select_anew(span.batch)
         return Result(*attend_dense(problem, config, need_lse), None, "dense", part.reason, 1.0, part.unsupported)
-    backend, why = backend_of(problem, config)
-    if backend == "triton":
-        from hip_hf.kernels.backend import run
-
-        call = run(problem, config, state, *empty_outputs(problem, need_lse), need_mask)
-        share = call.reading.read / call.reading.visible
-        return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", methods.shortfall(problem, config), share)
+    if backend_of(problem, config) == "triton":
+        return _attend_by_kernels(part, config, state, need_lse, need_mask)
     if state is not None and state.device is not None:
         state.leave_device()
     pieces: list[Piece] | None = [] if learning(problem) else None
@@ -185,8 +206,30 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
         sparse.pieces = pieces
     out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
     share = sparse.reading.read / sparse.reading.visible
-    reasons = [reason for reason in (why, methods.shortfall(problem, config)) if reason]
-    return Result(out, lse if need_lse else None, sparse.mask, "sparse", "; ".join(reasons), share)
+    return Result(out, lse if need_lse else None, sparse.mask, "sparse", methods.shortfall(problem, config), share)
+
+
+def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
+    """Attention of a part that the kernels serve. Where Triton refuses them after all, because these settings ask for more than the
+    device has, it and all later ones are dense with `auto`."""
+    from triton.errors import TritonError
+
+    from hip_hf.kernels import trust
+    from hip_hf.kernels.backend import run
+
+    problem = part.problem
+    try:
+        call = run(problem, config, state, *empty_outputs(problem, need_lse), need_mask)
+    except TritonError as error:
+        if config.backend != "auto":
+            raise
+        why = trust.refuse(problem.q.device, config.text, error)
+        trust.warn_once(why)
+        if state is not None:
+            state.reset()
+        return _attend_part(replace(part, reason=f"no kernels: {why}"), config, state, need_lse, need_mask)
+    share = call.reading.read / call.reading.visible
+    return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", methods.shortfall(problem, config), share)
 
 
 def empty_outputs(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -221,11 +264,7 @@ def dense_by_kernels(problem: AttentionProblem, config: HiPConfig, need_lse: boo
     paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
     if any(x.store.pages() is None for x in paged) or (paged and (len(paged) == 1 or learning(problem))):
         return False
-    try:
-        from hip_hf.kernels.backend import unsupported_tensors
-    except ImportError:
-        return False
-    return not unsupported_tensors(problem)
+    return not no_kernels(problem, config, densely=True)[0]
 
 
 def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -373,7 +412,7 @@ def hip_attention(
     if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
         problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
-        if backend_of(problem, config)[0] == "triton":
+        if kernels_wanted(problem, config) and not no_kernels(problem, config)[0]:
             return _in_graph(problem, config, layer, key_start, q_start, return_lse)
     spans = make_spans(q, k, key_start, q_start)
     if q.device.type == "cpu":
