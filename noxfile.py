@@ -3,7 +3,8 @@
     pip install nox && nox            # the whole grid: gigabytes and hours; `nox --list` names the sessions
     nox -k 5.17.0 -- tests            # one version; what follows `--` goes to pytest in place of the files below
 
-A session needs its Python to be installed, and fails without it. PyTorch is what pip finds: on a machine without a GPU
+A session needs its Python to be installed, and fails without it. PyTorch is what pip finds; versions before 2.10 must be builds
+without CUDA, whose Triton is older than 3.6. On a machine without a GPU
 `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu` and a version like 2.13.0+cpu save gigabytes.
 """
 
