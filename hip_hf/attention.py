@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hip_hf import methods
+from hip_hf import backend_choice, methods
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
 from hip_hf.mixed import Part, merged, parts_of
@@ -79,58 +79,10 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     if anew and problem.q.device.type == "cpu" and methods.summarises(config):
         # both read all keys, and to summarise them costs more than to read the values too (docs/decisions.md)
         return "decode without kept state: to summarise all keys anew takes longer than to read them", False
-    if config.backend == "auto" and kernels_wanted(problem, config) and not offloaded(problem):
-        why, said = no_kernels(problem, config)
+    if config.backend == "auto" and backend_choice.kernels_wanted(problem, config) and not backend_choice.offloaded(problem):
+        why, said = backend_choice.no_kernels(problem, config)
         return why and f"no kernels: {why}", bool(why) and not said
     return "", False
-
-
-def kernels_wanted(problem: AttentionProblem, config: HiPConfig) -> bool:
-    """Whether the kernels should serve where they can."""
-    return config.backend == "triton" or (config.backend == "auto" and problem.q.device.type == "cuda")
-
-
-def offloaded(problem: AttentionProblem) -> bool:
-    """Whether keys lie where kernels do not reach: a cache was asked to keep them in host memory or on disk, and only the torch
-    backend reads through its pools. Dense attention would bring all of them to the device at every step."""
-    return isinstance(problem.k, PagedTensor) and not problem.k.store.resident
-
-
-def no_kernels(problem: AttentionProblem, config: HiPConfig, densely: bool = False) -> tuple[str, bool]:
-    """Why the kernels cannot serve a call, or (`auto`) are not to be trusted with it; empty if they can. And whether there was a
-    warning of it, as of all that is not for want of support. `densely`: the call is dense, whatever the method."""
-    from hip_hf.kernels import trust  # which imports no Triton
-
-    device = problem.q.device
-    why = trust.lacking(device)
-    if not why:
-        from hip_hf.kernels.backend import unsupported, unsupported_tensors
-
-        why = unsupported_tensors(problem) if densely else unsupported(problem, config)
-        if why or config.backend == "triton":
-            return why, False
-        parts = trust.parts_of(None if densely else config, learning(problem), problem.positions is not None)
-        # sizes in a graph that is being compiled may be any
-        dims = None if torch.compiler.is_compiling() else (problem.q.shape[3], problem.v.shape[3], problem.groups)
-        why = trust.failing(device, problem.q.dtype, dims, parts, config.text)
-    if why and config.backend == "auto":
-        trust.warn_once(why)
-    return why, bool(why)
-
-
-def backend_of(problem: AttentionProblem, config: HiPConfig) -> str:
-    """`triton` or `torch`, for a call of the sparse path. With `auto` the torch backend serves tensors on a GPU only for an
-    offloaded cache; without kernels such a call is dense, as `dense_reason` has said already.
-
-    Raises:
-        ValueError: the kernels were asked for by name and cannot serve.
-    """
-    if not kernels_wanted(problem, config) or (config.backend == "auto" and offloaded(problem)):
-        return "torch"
-    why = no_kernels(problem, config)[0] if config.backend == "triton" else ""
-    if why:
-        raise ValueError(f"HiPConfig.backend: got 'triton', allowed here: auto | torch ({why})")
-    return "triton"
 
 
 def attend(
@@ -161,7 +113,7 @@ def _attend(
     need_mask: bool,
 ) -> Result:
     """`attend` with the settings of the layer."""
-    if state is not None and not need_mask and not kernels_wanted(problem, config):
+    if state is not None and not need_mask and not backend_choice.kernels_wanted(problem, config):
         rows = gathered_rows(problem, config, state)
         if rows is not None:
             out, lse = empty_outputs(problem, need_lse)
@@ -195,7 +147,7 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
                 if row.on_device:
                     state.device.select_anew(span.batch)
         return Result(*attend_dense(problem, config, need_lse), None, "dense", part.reason, 1.0, part.unsupported)
-    if backend_of(problem, config) == "triton":
+    if backend_choice.backend_of(problem, config) == "triton":
         return _attend_by_kernels(part, config, state, need_lse, need_mask)
     if state is not None and state.device is not None:
         state.leave_device()
@@ -210,8 +162,8 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
 
 
 def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
-    """Attention of a part that the kernels serve. Where Triton refuses them after all, because these settings ask for more than the
-    device has, it and all later ones are dense with `auto`."""
+    """Attention of a part that the kernels serve. Where Triton refuses them after all, because these settings ask for more than
+    the device has, it and all later ones are dense with `auto`."""
     from triton.errors import TritonError
 
     from hip_hf.kernels import trust
@@ -259,12 +211,12 @@ def placed(problem: AttentionProblem) -> AttentionProblem:
 
 def dense_by_kernels(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> bool:
     """Whether dense attention is left to the kernels: where PyTorch's own cannot serve."""
-    if not kernels_wanted(problem, config) or dense.sdpa_serves(problem, need_lse):
+    if not backend_choice.kernels_wanted(problem, config) or dense.sdpa_serves(problem, need_lse):
         return False
     paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
     if any(x.store.pages() is None for x in paged) or (paged and (len(paged) == 1 or learning(problem))):
         return False
-    return not no_kernels(problem, config, densely=True)[0]
+    return not backend_choice.no_kernels(problem, config, densely=True)[0]
 
 
 def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -412,7 +364,7 @@ def hip_attention(
     if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
         problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
-        if kernels_wanted(problem, config) and not no_kernels(problem, config)[0]:
+        if backend_choice.kernels_wanted(problem, config) and not backend_choice.no_kernels(problem, config)[0]:
             return _in_graph(problem, config, layer, key_start, q_start, return_lse)
     spans = make_spans(q, k, key_start, q_start)
     if q.device.type == "cpu":

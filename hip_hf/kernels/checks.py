@@ -1,8 +1,8 @@
 """What `hip-hf doctor` and the self-test run: every kernel on small problems, against the torch backend in float64. The torch
 backend in other dtypes is checked alike.
 
-Keys that a search must find are *planted*: they match all queries so much better than the others that the blocks to select are the
-same in every precision. What remains between the two backends is then rounding.
+Keys that a search must find are *planted*: they match all queries so much better than the others that the blocks to select are
+the same in every precision. What remains between the two backends is then rounding.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.rope import Positions, Rope
 from hip_hf.state import DecodeState
 
-# Errors are counted in the rounding of the tensors' dtype: of outputs and gradients relative to the largest, of logarithms as they
-# are. Tensor cores round weights and differences of gradients to the dtype; fp32 is made of three products of TF32.
+# Errors are counted in the rounding of the tensors' dtype: of outputs and gradients relative to the largest, of logarithms as
+# they are. Tensor cores round weights and differences of gradients to the dtype; fp32 is made of three products of TF32.
 ALLOWED = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 128.0}
 # Key heads, so that one head's numbers cannot pass for another's.
 KEY_HEADS = 2
@@ -115,7 +115,7 @@ class Trial:
         return [x.to(self.device) for x in tensors]
 
     def same(self, name: str, got: torch.Tensor, want: torch.Tensor, absolute: bool = False) -> None:
-        """Take note of how far `got` is from `want`. What is not a number, or in one of them alone infinite, is infinitely far."""
+        """Take note of how far `got` is from `want`. NaN, and what is infinite in one of them alone, is infinitely far."""
         got, want = got.detach().double().cpu(), want.detach().double()
         miss = torch.where(got == want, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf).max()
         size = 1.0 if absolute else float(want[want.isfinite()].abs().max())
@@ -274,7 +274,8 @@ CHECKS: dict[str, tuple[str, Callable[[Trial], None]]] = {
 
 
 def check(name: str, heads: Heads, device: torch.device, config: HiPConfig, backend: str = "triton") -> Found:
-    """Run one of `CHECKS` on a backend. What it raises becomes its `problem`, but for want of memory, which says nothing of the kernels.
+    """Run one of `CHECKS` on a backend. What it raises becomes its `problem`, but for want of memory, which says nothing of the
+    kernels.
 
     Raises:
         torch.OutOfMemoryError: the device's memory is full.

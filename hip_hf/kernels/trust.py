@@ -1,8 +1,8 @@
 """Whether kernels are to be trusted: what they need is there, and a self-test has passed on this very device.
 
-`backend="auto"` asks before every sparse call. The self-test (`checks.py`) runs once for each device, kind of heads and part of the
-kernels, and what has passed is kept in a file: for this device, driver, these versions and this code. Nothing here imports Triton
-before it is known to be new enough.
+`backend="auto"` asks before every sparse call. The self-test (`checks.py`) runs once for each device, kind of heads and part of
+the kernels, and what has passed is kept in a file: for this device, driver, these versions and this code. Nothing here imports
+more of Triton before it is known to be new enough.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def parts_of(config: HiPConfig | None, learning: bool, extended: bool) -> tuple[
 def failing(
     device: torch.device, dtype: torch.dtype, dims: tuple[int, int, int] | None, parts: tuple[str, ...], settings: str
 ) -> str:
-    """Why kernels are not to be trusted with a call: they failed the self-test, Triton refused them with these settings, or the test
-    cannot run now. Empty if they are.
+    """Why kernels are not to be trusted with a call: they failed the self-test, Triton refused them with these settings, or the
+    test cannot run now. Empty if they are.
 
     `dims`: head dims of keys and of values, and query heads per key head; None: of a graph that is being compiled, which may be
     for any.

@@ -86,7 +86,7 @@ def grouped_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 
 
 def takes_groups(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether PyTorch has attention for such heads in groups that never holds all logits: on GPUs that is FlashAttention alone."""
+    """Whether PyTorch has attention for such heads in groups that never holds all logits: on GPUs FlashAttention alone."""
     if q.device.type != "cuda":
         return True
     if q.dtype not in (torch.float16, torch.bfloat16) or not q.shape[3] == v.shape[3] <= FLASH_DIM:
