@@ -58,7 +58,7 @@ def main(
         raise typer.BadParameter(str(error)) from None
     on = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     missing = lacking(on)
-    rows = [row for name, found in tried(on, kinds, not missing) for row in [row_of(name, found)]]
+    rows = [row_of(label, found) for label, found in tried(on, kinds, not missing)]
     speed = timed(on, kinds[0], tokens)
     about = facts(on, missing)
     failed = [row for row in rows if row["problem"]]
@@ -66,7 +66,9 @@ def main(
     tables = {
         "machine": [{"what": name, "is": value} for name, value in about.items()],
         title: [{name: value for name, value in row.items() if failed or name not in ("problem", "instead")} for row in rows],
-        f"one attention call of {tokens} tokens against PyTorch's, {latency_shape(on)}": latency.lines_of(speed),
+        f"one attention call of {tokens} tokens against PyTorch's, {latency_shape(on)}": latency.lines_of(
+            speed, whole=device == "cuda"
+        ),
     }
     targets.publish(Results("doctor", title, rows, dict(about=about, failed=len(failed), speed=speed)), tables=tables)
     if failed:
