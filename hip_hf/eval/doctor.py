@@ -63,12 +63,11 @@ def main(
     about = facts(on, missing)
     failed = [row for row in rows if row["problem"]]
     title = f"doctor: {len(rows)} checks, {len(failed)} failed"
+    timings = f"one attention call of {tokens} tokens against PyTorch's, {latency_shape(on)}"
     tables = {
         "machine": [{"what": name, "is": value} for name, value in about.items()],
         title: [{name: value for name, value in row.items() if failed or name not in ("problem", "instead")} for row in rows],
-        f"one attention call of {tokens} tokens against PyTorch's, {latency_shape(on)}": latency.lines_of(
-            speed, whole=device == "cuda"
-        ),
+        timings: latency.lines_of(speed, whole=device == "cuda"),
     }
     targets.publish(Results("doctor", title, rows, dict(about=about, failed=len(failed), speed=speed)), tables=tables)
     if failed:
