@@ -91,7 +91,8 @@ class HiPConfig:
             keys can be turned back; `hip_attention`: with `positions`). What a row reads, `sink + budget + window` (no
             budget for `streaming`), must fit in the trained length.
         layers: overrides for single layers, `{layer: {field: value}}`.
-        backend: `auto` (kernels on a GPU where they can serve, else torch), `torch` (any device), `triton` (or an error).
+        backend: `auto` (on a GPU kernels, or dense attention where these cannot serve or fail their self-test; else torch),
+            `torch` (any device), `triton` (kernels without a self-test, or an error).
 
     `from_dict` and `dataclasses.replace` validate as the constructor does.
 

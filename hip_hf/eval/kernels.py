@@ -14,6 +14,7 @@ import typer
 from hip_hf.eval import report
 from hip_hf.eval.presets import parse_choice
 from hip_hf.eval.publish import Json, Output, Results, Targets
+from hip_hf.kernels import trust
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,15 +36,15 @@ def main(
     if not all(numbers):
         raise typer.BadParameter(f"got {dims!r}, allowed: positive integers, separated by commas", param_hint="--dims")
     kinds = parse_choice(dtypes, tuple(DTYPES), "--dtypes")
-    try:
-        import triton
-        from triton.runtime import JITFunction
+    if why := trust.old_triton():
+        report.notes.print(f"{why}.")
+        raise typer.Exit(1)
+    import triton
+    from triton.runtime import JITFunction
 
-        from hip_hf.kernels import budget
-        from hip_hf.kernels.topk import threshold
-    except ImportError as error:
-        report.notes.print(f"Triton cannot be imported: {error}")
-        raise typer.Exit(1) from None
+    from hip_hf.kernels import budget
+    from hip_hf.kernels.topk import threshold
+
     if not isinstance(threshold, JITFunction):
         report.notes.print("Triton interprets instead of compiling (TRITON_INTERPRET is set): unset it.")
         raise typer.Exit(1)

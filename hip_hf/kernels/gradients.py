@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.kernels.sequences import always_read, load_sequence, query_block, window_start
+from hip_hf.kernels.sequences import GROWING, always_read, load_sequence, query_block, window_start
 from hip_hf.kernels.tiles import key_positions, listed_blocks, scaled_with_slope, selected_keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def query_gradient_kernel(
     Q, K, V, OUT, LSE, GRAD_OUT, GRAD_LSE, GRAD_Q, MEAN, INDICES, COUNTS, SEQUENCES,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
@@ -150,7 +150,7 @@ def _key_gradients(
     return grad_k, grad_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def key_gradient_kernel(
     Q, K, V, LSE, GRAD_OUT, MEAN, GRAD_K, GRAD_V, WHO, WHAT, OFFSETS, SEQUENCES,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
