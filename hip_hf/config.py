@@ -144,8 +144,7 @@ class HiPConfig:
             allowed = " | ".join(method for method in METHODS if extends(method))
             _fail("method", self.method, f"with `extend`: {allowed}")
         self._check_layers()
-        # graphs that are compiled carry the settings as text
-        object.__setattr__(self, "text", json.dumps(self.to_dict()))
+        object.__setattr__(self, "_text", json.dumps(self.to_dict()))
 
     def _check_choices(self) -> None:
         choices = {
@@ -238,6 +237,11 @@ class HiPConfig:
         if self.beam is None:
             return max(2 * self.budget_blocks, -(-BEAM_KEYS // self.block_k))
         return self.beam * self.budget_blocks
+
+    @property
+    def text(self) -> str:
+        """The settings as JSON: what graphs that are compiled carry, and what names them."""
+        return self._text  # type: ignore[attr-defined]
 
     @property
     def rescore_blocks(self) -> int:

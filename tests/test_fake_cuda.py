@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hip_hf import HiPConfig, hip_attention
 from hip_hf.integration import interface, next_token
-from hip_hf.kernels import dense, tuning
+from hip_hf.kernels import dense, trust, tuning
 from hip_hf.kernels.backward import Part, gradients
 from hip_hf.kernels.prefill import Logits, Reads
 from hip_hf.kernels.sequences import Sequences
@@ -68,6 +68,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, device_guards: None) -> Iterator[l
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", run)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda host: host)
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+    monkeypatch.setattr(trust, "_lacking", lambda _: "")
     monkeypatch.setattr(tuning, "_target", lambda _: "sm90")
     monkeypatch.setattr(tuning, "_processors", lambda _: 132)
     with FakeTensorMode(), NothingIsFetched():

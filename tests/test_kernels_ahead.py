@@ -1,5 +1,5 @@
-"""`hip-hf kernels` finds tensor cores that wait for each instruction, and loops that load nothing ahead: on a small kernel that is
-wrong. Prefill is not."""
+"""`hip-hf kernels` finds tensor cores that wait for each instruction, and loops that load nothing ahead: on a small kernel that
+is wrong. Prefill is not."""
 
 from __future__ import annotations
 
