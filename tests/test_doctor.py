@@ -11,9 +11,11 @@ import torch
 from interpreter import DEVICE
 from typer.testing import CliRunner
 
+from hip_hf.config import HiPConfig
 from hip_hf.eval import doctor
 from hip_hf.kernels import backend, checks, dense, trust
 from hip_hf.kernels.compiled import MODULES
+from hip_hf.methods.hip import SUCCESSORS
 from hip_hf_cli import app
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="what stands for a GPU here is the interpreter")
@@ -99,6 +101,33 @@ def test_bad_arguments_are_named() -> None:
         done = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["doctor", *arguments])
         assert done.exit_code == 2
         assert name in done.output
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dim", "groups"), [(128, 4), (64, 1), (32, 7)])
+def test_what_is_to_be_selected_is_no_matter_of_rounding(
+    monkeypatch: pytest.MonkeyPatch, dim: int, groups: int, dtype: torch.dtype
+) -> None:
+    """With the settings and heads of models: half precision finds the blocks that float64 finds, in a decode step also those that
+    take the places of the worst."""
+    decode_steps, attend = [], checks.attend
+
+    def attended(problem: Any, *rest: Any) -> Any:
+        result = attend(problem, *rest)
+        if problem.q.shape[2] == 1 and result.mask is not None:
+            decode_steps.append(result.mask.indices)
+        return result
+
+    monkeypatch.setattr(checks, "attend", attended)
+    heads, config = checks.Heads(dtype, dim, dim, groups), HiPConfig(dense_below=0)
+    for name in ("prompt", "decode", "pages", "delta", "extended"):
+        found = checks.check(name, heads, torch.device("cpu"), config, "torch")
+        assert not found.problem, name
+    assert config.budget_blocks // SUCCESSORS == 16
+    for selected in decode_steps:
+        ends = (selected[..., 1:] - selected[..., :-1] > 1).sum(-1) + 1
+        assert (ends == 16).all()
+        assert selected.shape[-1] == 64
 
 
 def test_errors_that_are_no_numbers_count() -> None:
