@@ -26,8 +26,8 @@ from hip_hf.state import DecodeState
 # Errors are counted in the rounding of the tensors' dtype: of outputs and gradients relative to the largest, of logarithms as
 # they are. Tensor cores round weights and differences of gradients to the dtype; fp32 is made of three products of TF32.
 ALLOWED = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 128.0}
-# The torch backend, as plain PyTorch, rounds logits to the half precision that it multiplies in, and kernels do not: of those here,
-# which are less than 16, by half of 8 times that rounding.
+# The torch backend, as plain PyTorch, rounds logits to the half precision that it multiplies in, and kernels do not. Those here
+# are less than 16: by half of 8 times that rounding.
 OF_LOGITS = 4.0
 # Key heads, so that one head's numbers cannot pass for another's.
 KEY_HEADS = 2
