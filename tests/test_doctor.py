@@ -130,6 +130,14 @@ def test_what_is_to_be_selected_is_no_matter_of_rounding(
         assert selected.shape[-1] == 64
 
 
+def test_decode_by_kernels_passes_with_the_settings_of_models() -> None:
+    """The self-test on a GPU runs with the defaults, in bf16; here heads are smaller."""
+    heads = checks.Heads(torch.bfloat16, 32, 32, 2)
+    found = checks.check("decode", heads, torch.device("cpu"), HiPConfig(dense_below=0))
+    assert not found.problem
+    assert found.error > 0
+
+
 def test_errors_that_are_no_numbers_count() -> None:
     """A result with NaN, or infinite in another place, is wrong however large what is allowed."""
     trial = checks.Trial(checks.Heads(dtype=torch.float32), torch.device("cpu"), doctor.SMALL)
