@@ -25,6 +25,9 @@ class Command:
 # its arguments, --help among them, are lm-eval's
 _LM_EVAL = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 COMMANDS = {
+    "doctor": Command(
+        "doctor", "Try every kernel on this machine: what works, how fast, and what to set if something does not. Exit 1 if so."
+    ),
     "demo": Command("demo", "Hide pass keys in a long document and ask for them: dense against pruned attention."),
     "generate": Command("generate", "Continue a prompt, greedily; timings and what each layer did go to the error stream."),
     "chat": Command("chat", "Answer questions about a document, which is read once: each answer costs its new tokens only."),

@@ -9,7 +9,8 @@ all of them with the newest PyTorch, the newest of them with an older one. The g
 that meet each border to Transformers, PyTorch and Python; `-- $(cat tests/versions/files.txt)` runs more, `-- tests` all.
 
 A session needs its Python to be installed, and fails without it. PyTorch is what the installer finds: builds for CPUs, from
-an index that has them or a folder of wheels, save gigabytes. With `uv` the environments share their files.
+an index that has them or a folder of wheels, save gigabytes. With `uv` the environments share their files. Versions
+before 2.10 must be builds without CUDA: those with CUDA insist on a Triton that is older than the 3.6 that we ask for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TESTS = Path("tests/versions/grid.txt").read_text().splitlines()
 TRANSFORMERS = {"5.17.0": 10, "5.20.0": 10, "5.23.0": 11, "5.24.0": 11}
 PYTHONS = range(10, 14)  # minor versions
 TORCH = ("2.13.0", "2.11.0", "2.6.0")
-NO_KERNELS = ("2.6.0",)  # bring a Triton (3.2) that is too old for the kernels
+NO_KERNELS = ("2.6.0",)  # belong to a Triton (3.2) that is too old for the kernels
 REQUIRED = ("pytest", "hypothesis")
 RESULTS = Path("build/grid")
 

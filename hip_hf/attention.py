@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hip_hf import methods
+from hip_hf import backend_choice, methods
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
 from hip_hf.mixed import Part, merged, parts_of
@@ -30,8 +30,7 @@ DENSE_BELOW_GPU = (16384, 65536, 65536)
 
 @dataclass
 class Result:
-    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense, or why not by kernels
-    or not corrected as asked."""
+    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense, or not corrected as asked."""
 
     out: torch.Tensor
     lse: torch.Tensor | None
@@ -80,31 +79,10 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     if anew and problem.q.device.type == "cpu" and methods.summarises(config):
         # both read all keys, and to summarise them costs more than to read the values too (docs/decisions.md)
         return "decode without kept state: to summarise all keys anew takes longer than to read them", False
+    if config.backend == "auto" and backend_choice.kernels_wanted(problem, config) and not backend_choice.offloaded(problem):
+        why, said = backend_choice.no_kernels(problem, config)
+        return why and f"no kernels: {why}", bool(why) and not said
     return "", False
-
-
-def kernels_wanted(problem: AttentionProblem, config: HiPConfig) -> bool:
-    """Whether the kernels should serve where they can."""
-    return config.backend == "triton" or (config.backend == "auto" and problem.q.device.type == "cuda")
-
-
-def backend_of(problem: AttentionProblem, config: HiPConfig) -> tuple[str, str]:
-    """`triton` or `torch`, for a call of the sparse path; and why it is torch where kernels could be expected.
-
-    Raises:
-        ValueError: the kernels were asked for by name and cannot serve.
-    """
-    if not kernels_wanted(problem, config):
-        return "torch", ""
-    try:
-        from hip_hf.kernels.backend import unsupported
-    except ImportError as error:
-        why = f"triton cannot be imported ({error})"
-    else:
-        why = unsupported(problem, config)
-    if why and config.backend == "triton":
-        raise ValueError(f"HiPConfig.backend: got 'triton', allowed here: auto | torch ({why})")
-    return ("torch", f"torch backend: {why}") if why else ("triton", "")
 
 
 def attend(
@@ -135,7 +113,7 @@ def _attend(
     need_mask: bool,
 ) -> Result:
     """`attend` with the settings of the layer."""
-    if state is not None and not need_mask and not kernels_wanted(problem, config):
+    if state is not None and not need_mask and not backend_choice.kernels_wanted(problem, config):
         rows = gathered_rows(problem, config, state)
         if rows is not None:
             out, lse = empty_outputs(problem, need_lse)
@@ -169,13 +147,8 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
                 if row.on_device:
                     state.device.select_anew(span.batch)
         return Result(*attend_dense(problem, config, need_lse), None, "dense", part.reason, 1.0, part.unsupported)
-    backend, why = backend_of(problem, config)
-    if backend == "triton":
-        from hip_hf.kernels.backend import run
-
-        call = run(problem, config, state, *empty_outputs(problem, need_lse), need_mask)
-        share = call.reading.read / call.reading.visible
-        return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", methods.shortfall(problem, config), share)
+    if backend_choice.backend_of(problem, config) == "triton":
+        return _attend_by_kernels(part, config, state, need_lse, need_mask)
     if state is not None and state.device is not None:
         state.leave_device()
     pieces: list[Piece] | None = [] if learning(problem) else None
@@ -185,8 +158,30 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
         sparse.pieces = pieces
     out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
     share = sparse.reading.read / sparse.reading.visible
-    reasons = [reason for reason in (why, methods.shortfall(problem, config)) if reason]
-    return Result(out, lse if need_lse else None, sparse.mask, "sparse", "; ".join(reasons), share)
+    return Result(out, lse if need_lse else None, sparse.mask, "sparse", methods.shortfall(problem, config), share)
+
+
+def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
+    """Attention of a part that the kernels serve. Where Triton refuses them after all, because these settings ask for more than
+    the device has, it and all later ones are dense with `auto`."""
+    from triton.errors import TritonError
+
+    from hip_hf.kernels import trust
+    from hip_hf.kernels.backend import run
+
+    problem = part.problem
+    try:
+        call = run(problem, config, state, *empty_outputs(problem, need_lse), need_mask)
+    except TritonError as error:
+        if config.backend != "auto":
+            raise
+        why = trust.refuse(problem.q.device, config.text, error)
+        trust.warn_once(why)
+        if state is not None:
+            state.reset()
+        return _attend_part(replace(part, reason=f"no kernels: {why}"), config, state, need_lse, need_mask)
+    share = call.reading.read / call.reading.visible
+    return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", methods.shortfall(problem, config), share)
 
 
 def empty_outputs(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -216,16 +211,12 @@ def placed(problem: AttentionProblem) -> AttentionProblem:
 
 def dense_by_kernels(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> bool:
     """Whether dense attention is left to the kernels: where PyTorch's own cannot serve."""
-    if not kernels_wanted(problem, config) or dense.sdpa_serves(problem, need_lse):
+    if not backend_choice.kernels_wanted(problem, config) or dense.sdpa_serves(problem, need_lse):
         return False
     paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
     if any(x.store.pages() is None for x in paged) or (paged and (len(paged) == 1 or learning(problem))):
         return False
-    try:
-        from hip_hf.kernels.backend import unsupported_tensors
-    except ImportError:
-        return False
-    return not unsupported_tensors(problem)
+    return not backend_choice.no_kernels(problem, config, densely=True)[0]
 
 
 def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -373,7 +364,7 @@ def hip_attention(
     if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
         problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
-        if backend_of(problem, config)[0] == "triton":
+        if backend_choice.kernels_wanted(problem, config) and not backend_choice.no_kernels(problem, config)[0]:
             return _in_graph(problem, config, layer, key_start, q_start, return_lse)
     spans = make_spans(q, k, key_start, q_start)
     if q.device.type == "cpu":

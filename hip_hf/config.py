@@ -91,7 +91,8 @@ class HiPConfig:
             keys can be turned back; `hip_attention`: with `positions`). What a row reads, `sink + budget + window` (no
             budget for `streaming`), must fit in the trained length.
         layers: overrides for single layers, `{layer: {field: value}}`.
-        backend: `auto` (kernels on a GPU where they can serve, else torch), `torch` (any device), `triton` (or an error).
+        backend: `auto` (on a GPU kernels, or dense attention where these cannot serve or fail their self-test; else torch),
+            `torch` (any device), `triton` (kernels without a self-test, or an error).
 
     `from_dict` and `dataclasses.replace` validate as the constructor does.
 
@@ -143,8 +144,7 @@ class HiPConfig:
             allowed = " | ".join(method for method in METHODS if extends(method))
             _fail("method", self.method, f"with `extend`: {allowed}")
         self._check_layers()
-        # graphs that are compiled carry the settings as text
-        object.__setattr__(self, "text", json.dumps(self.to_dict()))
+        object.__setattr__(self, "_text", json.dumps(self.to_dict()))
 
     def _check_choices(self) -> None:
         choices = {
@@ -237,6 +237,11 @@ class HiPConfig:
         if self.beam is None:
             return max(2 * self.budget_blocks, -(-BEAM_KEYS // self.block_k))
         return self.beam * self.budget_blocks
+
+    @property
+    def text(self) -> str:
+        """The settings as JSON: what graphs that are compiled carry, and what names them."""
+        return self._text  # type: ignore[attr-defined]
 
     @property
     def rescore_blocks(self) -> int:

@@ -164,7 +164,9 @@ class Store:
 
     def pages(self) -> torch.Tensor | None:
         """All pages as one view `[pages, page, Hkv, D]`, by their numbers; None if they are not one piece of device memory."""
-        return self.slabs[0].unflatten(1, (-1, self.page)).permute(1, 2, 0, 3) if len(self.slabs) == 1 else None
+        if not self.resident or len(self.slabs) != 1:
+            return None
+        return self.slabs[0].unflatten(1, (-1, self.page)).permute(1, 2, 0, 3)
 
     def unit(self, start: int, block: int) -> int:
         """Tokens that are picked together, of key blocks of `block` tokens which begin at token `start`."""

@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes share the cores; tests of threads set their own number
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
+from poison import spoil_fresh_memory
+
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.reference import dense, sparse, workers
 from hip_hf.reference.gathered import Gathered
@@ -31,6 +33,15 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", default="0", help="model types to sweep: all, or the seed by which a third of them is drawn")
+    parser.addoption("--races", type=int, help="seed: kernels run in a harsher interpreter (`tests/sanitizer.py`)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seed = config.getoption("races")
+    if seed is not None:
+        from sanitizer import Plugin  # imports triton, which must know by now that it interprets
+
+        config.pluginmanager.register(Plugin(seed))
 
 
 @pytest.fixture(autouse=True)
@@ -48,15 +59,6 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def _spoilt(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @wraps(make)
-    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = make(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    return made
-
-
 def _over_spoilt_buffers(work: Callable[..., Any], in_use: str | None = None) -> Callable[..., Any]:
     @wraps(work)
     def done(*args: Any, **kwargs: Any) -> Any:
@@ -71,8 +73,7 @@ def _over_spoilt_buffers(work: Callable[..., Any], in_use: str | None = None) ->
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory and the workers' reused buffers hold NaN, so that nothing read before it is written goes unnoticed."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, _spoilt(getattr(owner, name)))
+    spoil_fresh_memory(monkeypatch)
     works = ((sparse, "attend"), (sparse, "attend_range"), (dense, "attend_range"), (sparse.SparseAttention, "_near"))
     for owner, name in (*works, (Gathered, "fill"), (Gathered, "attend")):
         monkeypatch.setattr(owner, name, _over_spoilt_buffers(getattr(owner, name)))

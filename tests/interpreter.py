@@ -1,11 +1,15 @@
 """Kernel tests without a GPU: Triton's interpreter, made right for bf16 and quicker.
 
 The interpreter keeps bf16 as uint16 and computes on the raw bits; here every operation lifts it to fp32 and rounds the result
-to nearest even, as hardware does. `DEVICE` is where the kernel tests run: natively where there is a GPU, else interpreted.
+to nearest even, as hardware does. Integers of 32 bits and fewer that wrap raise an error. `DEVICE` is where the kernel tests
+run: natively where there is a GPU, else interpreted.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,33 @@ def lifted(handle: Any) -> np.ndarray:
     return lift(handle.data) if is_bf16(handle) else handle.data
 
 
+Lines = tuple[tuple[CodeType, int], ...]
+
+
+def lines() -> Lines:
+    """Where the interpreter is in a kernel: functions and their lines, from the inside out."""
+    code = {function.__code__ for function in interpreter.InterpretedFunction.rewritten_fn.values()}
+    found, frame = [], sys._getframe()
+    while frame is not None:
+        if frame.f_code in code:
+            found.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(found)
+
+
+def described(at: Lines, program: tuple[int, ...]) -> str:
+    """For reports: which program of which kernel, and its lines from the inside out."""
+    calls = " < ".join(f"{Path(code.co_filename).name}:{line} {code.co_name}" for code, line in at)
+    return f"program {program} of {at[-1][0].co_name if at else 'a kernel'}, {calls}"
+
+
+def _whole(narrow: np.ndarray, left: np.ndarray, right: np.ndarray, op: Any) -> None:
+    """Triton's own check of this takes many more operations, and does not say where it was."""
+    if (narrow != op(left.astype(np.int64), right.astype(np.int64))).any():
+        at = described(lines(), interpreter.interpreter_builder.grid_idx)
+        raise OverflowError(f"{narrow.dtype} overflow: {op.__name__} of {left.max()} and {right.max()} at most wraps, {at}")
+
+
 def _repair_operations() -> None:
     binary, unary, cast, dot, fma = Builder.binary_op, Builder.unary_op, Builder.cast_impl, Builder.create_dot, Builder.create_fma
 
@@ -47,7 +78,10 @@ def _repair_operations() -> None:
 
     def binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:
         if not (is_bf16(left) or is_bf16(right)):
-            return binary(self, left, right, op)
+            found = binary(self, left, right, op)
+            if op in (np.add, np.subtract, np.multiply) and found.data.dtype.kind in "iu" and found.data.itemsize < 8:
+                _whole(found.data, left.data, right.data, op)
+            return found
         with np.errstate(all="ignore"):
             return store(op(lifted(left), lifted(right)))
 
@@ -131,5 +165,5 @@ if DEVICE == "cpu":
     _refuse_bf16(interpreter.ScanOps, "scan")
     _repair_index()
     _patch_once()
-    # int32 offsets that wrap must not go unnoticed
-    object.__setattr__(interpreter.interpreter_builder.options, "debug", True)
+    for option, value in (("debug", True), ("sanitize_overflow", False)):  # `device_assert` holds; for overflow see above
+        object.__setattr__(interpreter.interpreter_builder.options, option, value)

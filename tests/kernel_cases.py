@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from helpers import assert_near, eager, make_qkv, sparse
 from interpreter import DEVICE
-from tensor_cores import Emulation, TensorCores
+from tensor_cores import Emulation, Reordered, TensorCores
 
 from hip_hf.attention import Result
 from hip_hf.config import HiPConfig
@@ -22,6 +22,9 @@ from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference.block_sparse import attend, attend_range
 from hip_hf.reference.sparse import tensors_of
 
+# Orders of summation in which plain PyTorch is measured.
+ORDERS = 8
+
 
 def spans_of(*lengths: tuple[int, int, int]) -> list[Span]:
     """One span per batch row from (first real key, keys, query rows): the queries are the last of the keys."""
@@ -29,11 +32,17 @@ def spans_of(*lengths: tuple[int, int, int]) -> list[Span]:
 
 
 def precisions(q: torch.Tensor, *dims: int) -> list[AbstractContextManager[Any]]:
-    """Ways for plain PyTorch, by whose largest error kernels are measured, to multiply operands like `q`: its own, and in fp32 on
-    NVIDIA GPUs that of the kernels, three products of TF32. `dims`: head dims."""
+    """Ways for plain PyTorch, by whose largest error kernels are measured, to multiply operands like `q`: its own, in several
+    orders of summation, and in fp32 on NVIDIA GPUs that of the kernels, three products of TF32. `dims`: head dims.
+
+    One order is one draw: its largest error is by luck up to four times that of another, so twice the error of one would refuse
+    kernels that are as exact, a processor here and a processor there (docs/decisions.md).
+    """
     on_gpu = DEVICE == "cuda" or Emulation.active
-    tensor_cores = on_gpu and q.dtype == torch.float32 and precision_of(q) == "tf32x3"
-    return [nullcontext(), TensorCores(dims)] if tensor_cores else [nullcontext()]
+    seeds = range(ORDERS - 1)
+    if on_gpu and q.dtype == torch.float32 and precision_of(q) == "tf32x3":
+        return [nullcontext(), TensorCores(dims), *(TensorCores(dims, seed=seed) for seed in seeds)]
+    return [nullcontext(), *map(Reordered, seeds)]
 
 
 @dataclass

@@ -42,11 +42,12 @@ def rounded(x: np.ndarray, bits: int) -> np.ndarray:
 def _add(acc: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """acc + a @ b by the matrix units; operands are taken as they are."""
     a, b = a.astype(np.float64), b.astype(np.float64)
+    total, beyond_fp32 = acc.astype(np.float64), np.int64((1 << 52 - 23) - 1)
     for i in range(0, a.shape[-1], AT_ONCE):
-        exact = acc.astype(np.float64) + a[..., i : i + AT_ONCE] @ b[..., i : i + AT_ONCE, :]
-        acc = exact.astype(np.float32)
-        acc = np.where(np.abs(acc) > np.abs(exact), np.nextafter(acc, np.float32(0)), acc)
-    return acc
+        total += a[..., i : i + AT_ONCE] @ b[..., i : i + AT_ONCE, :]
+        bits = total.view(np.int64)
+        bits &= ~beyond_fp32
+    return total.astype(np.float32)
 
 
 def product(a: np.ndarray, b: np.ndarray, terms: int = 3, bits: int = BITS_OF_TF32) -> np.ndarray:
@@ -59,18 +60,47 @@ def product(a: np.ndarray, b: np.ndarray, terms: int = 3, bits: int = BITS_OF_TF
     return _add(small, a_high, b_high)
 
 
-class TensorCores(TorchDispatchMode):
-    """Plain PyTorch's fp32 products, forward and backward, are made as `product` does, and exponentials have 22 bits.
+class Reordered(TorchDispatchMode):
+    """Plain PyTorch, forward and backward, with the terms of each product summed in a random order; seed None: as they come."""
+
+    def __init__(self, seed: int | None) -> None:
+        super().__init__()
+        self.random = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b
+
+    def _reordered(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if self.random is None:
+            return self.product(a, b)
+        order = torch.randperm(a.shape[-1], generator=self.random)
+        return self.product(a[..., order], b[..., order, :])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket
+        if name in (aten.mm, aten.bmm):
+            found = self._reordered(*args)
+        elif name in (aten.addmm, aten.baddbmm, aten.baddbmm_, aten.addmm_):
+            found = kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * self._reordered(*args[1:])
+        else:
+            assert name not in (aten.mv, aten.dot, aten.addmv), f"{name}: a product that is made in the usual way"
+            return func(*args, **kwargs)
+        into = args[0] if name in (aten.baddbmm_, aten.addmm_) else kwargs.get("out")
+        return found if into is None else into.copy_(found)
+
+
+class TensorCores(Reordered):
+    """Plain PyTorch's fp32 products are made as `product` does, and exponentials have 22 bits.
 
     As the kernels do, it makes a product over the head dim (one of `dims`) in one go, others a tile of keys or rows at a time.
     """
 
-    def __init__(self, dims: tuple[int, ...], terms: int = 3, bits: int = BITS_OF_TF32) -> None:
-        super().__init__()
+    def __init__(self, dims: tuple[int, ...], terms: int = 3, bits: int = BITS_OF_TF32, seed: int | None = None) -> None:
+        super().__init__(seed)
         self.dims, self.terms, self.bits = dims, terms, bits
         self.count = 0  # products made
 
-    def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         step = a.shape[-1] if a.shape[-1] in self.dims else FULL_PRECISION.keys
         x, y = a.detach().numpy(), b.detach().numpy()
         found = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
@@ -84,19 +114,10 @@ class TensorCores(TorchDispatchMode):
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         if not tensors or tensors[0].dtype != torch.float32:
             return func(*args, **kwargs)
-        name = func.overloadpacket
-        if name in (aten.mm, aten.bmm):
-            found = self._product(*args)
-        elif name in (aten.addmm, aten.baddbmm, aten.baddbmm_, aten.addmm_):
-            found = kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * self._product(*args[1:])
-        elif name in (aten.exp, aten.exp_, aten.tanh, aten.tanh_, aten._softmax):
+        if func.overloadpacket in (aten.exp, aten.exp_, aten.tanh, aten.tanh_, aten._softmax):
             exact = func(*args, **kwargs)
             return exact.copy_(torch.from_numpy(rounded(exact.detach().numpy(), BITS_OF_EXPONENTIALS)))
-        else:
-            assert name not in (aten.mv, aten.dot, aten.addmv), f"{name}: a product that is not made as tensor cores make it"
-            return func(*args, **kwargs)
-        into = args[0] if name in (aten.baddbmm_, aten.addmm_) else kwargs.get("out")
-        return found if into is None else into.copy_(found)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class Emulation:

@@ -105,6 +105,24 @@ def test_decode_with_a_state(config: dict[str, Any]) -> None:
     same(*got)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_state_reordered_under_inference_mode_lives_on_outside(backend: str) -> None:
+    q, k, v = make_qkv(60, batch=2, heads=1)
+    config, state = small(backend=backend), DecodeState()
+
+    def step(first: int, end: int) -> None:
+        call(q[:, :, first:end], k[:, :, :end], v[:, :, :end], config, state)
+
+    with torch.inference_mode():
+        step(0, 50)
+        step(50, 51)
+        state.reorder([1, 1])
+    with torch.no_grad():
+        step(51, 52)
+        state.crop(40)
+        step(40, 41)
+
+
 def test_a_state_grows_beyond_its_first_room(monkeypatch: pytest.MonkeyPatch) -> None:
     from hip_hf.kernels import backend
 
@@ -160,7 +178,7 @@ def test_asked_for_by_name_it_serves_or_says_why_not(config: dict[str, Any], dty
 def test_auto_takes_the_kernels_on_a_gpu_and_says_when_it_cannot() -> None:
     q, k, v = (x.to(DEVICE) for x in make_qkv(100, 20, dtype=torch.float64))
     result = attend(make_problem(q, k, v), small())
-    assert result.reason == "torch backend: float64 has no kernels"
+    assert (result.path, result.reason) == ("dense", "no kernels: float64 has no kernels")
     result = attend(make_problem(q.float(), k.float(), v.float()), small())
     assert result.reason == ""
 

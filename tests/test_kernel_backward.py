@@ -85,7 +85,7 @@ def run(case: Case, need_lse: bool = True) -> None:
     for precision in precisions(case.q, case.q.shape[-1], case.v.shape[-1]):
         with precision:
             rough.append(plain(case, case.q.dtype, grad_out, grad_lse))
-            if case.q.dtype == torch.float32:
+            if case.q.dtype == torch.float32 and not getattr(precision, "random", None):  # slow: in the usual order alone
                 rough.append(reference(case, grad_out, grad_lse, torch.float32))
     for i, (name, a, b) in enumerate(zip(("q", "k", "v", "sinks"), got, want, strict=False)):
         error = max(float((grads[i].double() - exact[i]).abs().max()) for grads in rough)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import small
 from interpreter import DEVICE
+from kernel_cases import precisions
 from test_extension import positions
 from test_kernel_select import Case, whole
 
@@ -111,14 +112,17 @@ def check(case: Case, ranks_exactly: bool = True) -> None:
             searched += 1
             rows = slice(block.first - span.position, block.last + 1 - span.position)
             written[s, :, rows] = True
-            exact, rough = (reference(case, span, block, dtype) for dtype in (torch.float64, case.q.dtype))
+            exact, rough = reference(case, span, block, torch.float64), []
+            for precision in precisions(case.q, case.q.shape[-1]):
+                with precision:
+                    rough.append(reference(case, span, block, case.q.dtype))
             estimated = len(voters(exact[1], config)) < exact[1].numel()
             got = (near[s, :, rows], need[s, :, rows])
-            for name, mine, want, same in zip(errors, got, exact, rough, strict=True):
+            for name, mine, want, *same in zip(errors, got, exact, *rough, strict=True):
                 if name == "near" or estimated:
                     least = torch.finfo(torch.float32).eps * float(want.abs().max())
                     errors[name].append(float((mine.double() - want).abs().max()))
-                    plain[name].append(max(least, float((same.double() - want).abs().max())))
+                    plain[name].append(max(least, *(float((one.double() - want).abs().max()) for one in same)))
             ranks = exact[1] if ranks_exactly else got[1].double()
             for mask_head in range(votes.shape[1]):
                 own = slice(mask_head * voting.voters, (mask_head + 1) * voting.voters)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from test_kernels_compile import ROOT, process
 
-from hip_hf.kernels.compiled import code_digest
+from hip_hf.kernels.digest import code_digest
 
 # What was compiled and published: not yet all that the command compiles unless it is asked for less (docs/performance.md).
 TARGETS, DIMS, DTYPES = ["sm80", "sm90", "gfx942"], [64, 128], ["bf16"]
@@ -17,15 +18,15 @@ LAUNCHES = """
 import json, sys
 from hip_hf.eval.kernels import DTYPES
 from hip_hf.kernels.budget import launches_of
-from hip_hf.kernels.compiled import code_digest
 targets, dims, dtypes = json.loads(sys.argv[1])
 found = []
 for target in targets:
     for dim in dims:
         for dtype in dtypes:
             for launch in launches_of(dim, DTYPES[dtype], target):
-                found.append([launch.name, target, dim, str(DTYPES[dtype]).removeprefix("torch."), launch.digest()])
-print(json.dumps({"code": code_digest(), "launches": found}))
+                kind = str(DTYPES[dtype]).removeprefix("torch.")
+                found.append([launch.name, target, dim, kind, launch.code(), launch.digest()])
+print(json.dumps(found))
 """
 
 
@@ -35,30 +36,67 @@ def published() -> dict[str, Any]:
 
 
 def test_published_results_are_of_every_kernel_on_every_target() -> None:
-    """Of each launch of today's table with what the compiler is given, and of today's code."""
+    """Of each launch of today's table with what the compiler is given, and of today's code of its kernel."""
     document = published()
     assert next(iter(document)) == "command"
     assert (document["only"], document["targets"], document["dims"], document["dtypes"]) == ("", TARGETS, DIMS, DTYPES)
     done = process("-c", LAUNCHES, json.dumps([TARGETS, DIMS, DTYPES]))
     assert done.returncode == 0, done.stderr
-    today = json.loads(done.stdout)
-    wanted = [tuple(cell) for cell in today["launches"]]
-    found = [tuple(row[name] for name in ("kernel", "target", "dim", "dtype", "launch")) for row in document["rows"]]
+    wanted = [tuple(cell) for cell in json.loads(done.stdout)]
+    found = [tuple(row[name] for name in ("kernel", "target", "dim", "dtype", "code", "launch")) for row in document["rows"]]
     assert len(wanted) > 200
     assert sorted(found) == sorted(wanted), "run `hip-hf kernels --output` again, then benchmarks/kernel_table.py"
-    assert document["code"] == today["code"], "run `hip-hf kernels --output` again, then benchmarks/kernel_table.py"
 
 
-def test_the_digest_is_of_code_alone(tmp_path: Path) -> None:
-    """A changed line or constant of a kernel makes another; comments, docstrings and code around the kernels do not."""
+CODE = """
+import triton
+import triton.language as tl
+WIDE = tl.constexpr({constant})
 
-    def digest(line: str = "return x + WIDE", constant: str = "16", said: str = "Doc.", around: str = "1") -> str:
-        kernel = f'@triton.jit(do_not_specialize=[])\ndef one(x):\n    """{said}"""\n    {line}  # {said}\n'
-        (tmp_path / "one.py").write_text(f"WIDE = tl.constexpr({constant})\n{kernel}\ndef launch():\n    return {around}\n")
-        return code_digest(tmp_path)
+@triton.jit
+def inner({name}, N):
+    \"\"\"{said}\"\"\"
+    return {line}  # {said}
 
-    assert digest() == digest(said="Another.") == digest(around="2")
-    assert len({digest(), digest(line="return x - WIDE"), digest(constant="32")}) == 3
+@triton.jit
+def outer({name}, OUT: tl.constexpr):
+    {local} = inner({name} + 1, N=OUT)
+    return {local}
+"""
+
+
+def digest_of(file: Path, **changed: str) -> str:
+    text = dict(constant="16", name="x", said="Doc.", line="{name} + WIDE * N", local="found") | changed
+    file.write_text(CODE.format(**text | {"line": text["line"].format(name=text["name"])}))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return code_digest(module.outer)
+
+
+def test_the_digest_of_a_kernel_is_of_the_code_that_it_uses(tmp_path: Path) -> None:
+    """A changed line or constant, also of a function that it calls, makes another; comments, docstrings and names do not."""
+    same = [dict(), dict(said="Another."), dict(name="value"), dict(local="other")]
+    names = {digest_of(tmp_path / f"same{number}.py", **changed) for number, changed in enumerate(same)}
+    assert len(names) == 1
+    others = [dict(constant="32"), dict(line="{name} - WIDE * N"), dict(line="N + WIDE * {name}")]
+    others_names = [digest_of(tmp_path / f"other{number}.py", **changed) for number, changed in enumerate(others)]
+    assert len({*names, *others_names}) == 4
+
+
+def test_results_of_the_same_code_are_kept(tmp_path: Path) -> None:
+    """With the same Triton, and where nothing was wrong with them."""
+    from hip_hf.eval.kernels import compiled_before
+
+    names = ("kernel", "target", "dim", "dtype", "code", "launch")
+    row = dict(kernel="a", target="sm90", dim=64, dtype="bfloat16", code="c", launch="l", problem="")
+    file = tmp_path / "kernels.json"
+    assert compiled_before(file, "3") == {}
+    file.write_text(json.dumps({"triton": "3", "rows": [row, {**row, "launch": "m", "problem": "spills"}]}))
+    assert compiled_before(file, "3") == {tuple(row[name] for name in names): row}
+    assert compiled_before(file, "4") == {}
 
 
 def test_published_results_have_no_problem() -> None:

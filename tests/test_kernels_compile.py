@@ -152,7 +152,7 @@ def spend(launch, target, dim, dtype):
     if len(done) == most:
         raise KeyboardInterrupt
     done.append(launch.name)
-    return budget.Spent(launch.name, target, dim, str(dtype), launch.digest(), registers=1)
+    return budget.Spent(launch.name, target, dim, str(dtype), launch.code(), launch.digest(), registers=1)
 
 def run():
     try:
@@ -217,6 +217,45 @@ for width in (15, 16, 17):
     programs.add((compiled.result() if callable(getattr(compiled, "result", None)) else compiled).hash)
 print(len(programs))
 """
+
+
+LENGTHS = """
+import importlib
+from functools import partial
+import torch
+from hip_hf.kernels import examples
+from hip_hf.kernels.compiled import MODULES
+
+SETTINGS = ("sliding",)  # the example's window is as long as its prompt; a model's never changes
+examples.QUERY_HEADS, examples.KEY_HEADS = 3, 1  # strides between sequences are not divisible by 16 thanks to the heads
+
+def kinds(tokens):
+    # what Triton makes a program of its own for: constants, and of other numbers whether they are 1 or divisible by 16
+    found = {}
+    for name in MODULES:
+        module = importlib.import_module(name)
+        if hasattr(module, "example"):
+            module.example = partial(examples.example, tokens=tokens)
+        for launch in module.launches(64, torch.bfloat16, "sm90"):
+            for parameter in launch.kernel.params:
+                value = launch.arguments.get(parameter.name)
+                if isinstance(value, int) and not parameter.do_not_specialize and parameter.name not in SETTINGS:
+                    kind = value if parameter.is_constexpr or value == 1 else value % 16 == 0
+                    found[launch.kernel.fn.__name__, launch.name, parameter.name] = kind
+    return found
+
+before = kinds(4096)
+for tokens in (4097, 4111, 8192):
+    after = kinds(tokens)
+    assert before.keys() == after.keys() and len(after) > 500
+    print(tokens, sorted({(key[0], key[2]) for key in before if before[key] != after[key]}))
+"""
+
+
+def test_prompts_of_other_lengths_compile_nothing_anew() -> None:
+    done = process("-c", LENGTHS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["4097 []", "4111 []", "8192 []"]
 
 
 def test_a_growing_cache_compiles_nothing_anew() -> None:

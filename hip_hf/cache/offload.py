@@ -235,6 +235,8 @@ def refilled(sizes: tuple[Any, ...], bounds: list[int], slabs: list[torch.Tensor
 class SearchedStore(Store):
     """What the search sees of an offloaded store."""
 
+    resident = False
+
     def __init__(self, store: OffloadedStore) -> None:
         super().__init__(store.heads, store.dim, store.dtype, store.device, store.page)
         self.store, self.slabs, self.bounds = store, store.slabs, store.bounds

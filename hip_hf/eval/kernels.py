@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,6 +14,7 @@ import typer
 from hip_hf.eval import report
 from hip_hf.eval.presets import parse_choice
 from hip_hf.eval.publish import Json, Output, Results, Targets
+from hip_hf.kernels import trust
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,22 +28,23 @@ def main(
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Compile every kernel for every GPU. Exit 1 if one spills, does not fit, or misses the tensor cores it should use."""
+    """Compile every kernel for every GPU. Exit 1 if one spills, does not fit, misses the tensor cores it should use or waits for
+    each of their instructions, or has three stages and fetches nothing ahead. What --output holds is kept where code, launch and
+    Triton are the same."""
     chosen = parse_choice(targets, TARGETS, "--targets")
     numbers = [int(dim) if dim.isdecimal() else 0 for dim in dims.split(",")]
     if not all(numbers):
         raise typer.BadParameter(f"got {dims!r}, allowed: positive integers, separated by commas", param_hint="--dims")
     kinds = parse_choice(dtypes, tuple(DTYPES), "--dtypes")
-    try:
-        import triton
-        from triton.runtime import JITFunction
+    if why := trust.old_triton():
+        report.notes.print(f"{why}.")
+        raise typer.Exit(1)
+    import triton
+    from triton.runtime import JITFunction
 
-        from hip_hf.kernels import budget
-        from hip_hf.kernels.compiled import code_digest
-        from hip_hf.kernels.topk import threshold
-    except ImportError as error:
-        report.notes.print(f"Triton cannot be imported: {error}")
-        raise typer.Exit(1) from None
+    from hip_hf.kernels import budget
+    from hip_hf.kernels.topk import threshold
+
     if not isinstance(threshold, JITFunction):
         report.notes.print("Triton interprets instead of compiling (TRITON_INTERPRET is set): unset it.")
         raise typer.Exit(1)
@@ -58,19 +62,31 @@ def main(
         cells = sink.cells("kernels", **asked)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    rows = []
+    rows, before = [], compiled_before(output, triton.__version__)
     with cells, report.progress() as progress:
         for launch, target, dim, dtype in progress.track(work, description="compiling"):
-            # what was compiled before an interruption counts only while source and launch configuration are the same
-            key = (launch.name, target, dim, str(dtype), launch.compiled_from())
-            rows.append(cells.get(key, lambda: asdict(budget.spend(launch, target, dim, dtype))))  # noqa: B023 (called at once)
+            # what was compiled before counts only while code and launch configuration are the same
+            key = (launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
+            spend = lambda: before.get(key) or asdict(budget.spend(launch, target, dim, dtype))  # noqa: B023, E731 (called at once)
+            rows.append(cells.get(key, spend))
     failed = [row for row in rows if row["problem"]]
-    details = dict(failed=len(failed), code=code_digest(), **asked)
+    details = dict(failed=len(failed), **asked)
     title = f"kernels: {len(rows)} compiled with Triton {triton.__version__}, {len(failed)} with a problem"
     tables = {title: summary(rows), **({"problems": failed} if failed else {})}
     sink.publish(Results("kernels", title, rows, details), cells, tables)
     if failed or not rows:
         raise typer.Exit(1)
+
+
+def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Rows without a problem in an earlier `output` of this command with the same Triton, by what they were compiled from."""
+    if output is None or not output.exists():
+        return {}
+    document = json.loads(output.read_text(encoding="utf-8"))
+    if document.get("triton") != version:
+        return {}
+    names = ("kernel", "target", "dim", "dtype", "code", "launch")
+    return {tuple(row[name] for name in names): row for row in document["rows"] if not row["problem"]}
 
 
 def _grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

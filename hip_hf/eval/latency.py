@@ -30,6 +30,7 @@ from hip_hf.eval import plots, report
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.presets import HELP, parse_choice, refuse_extension, settings_of, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets
+from hip_hf.kernels import trust
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 
@@ -304,6 +305,8 @@ def main(
     gpu = device == "cuda"
     if gpu and not torch.cuda.is_available():
         raise typer.BadParameter("got 'cuda', allowed here: cpu (torch sees no GPU)", param_hint="--device")
+    if gpu and (why := trust.lacking(torch.device(device))):
+        raise typer.BadParameter(f"got 'cuda', allowed here: cpu ({why})", param_hint="--device")
     heads, kv_heads = heads or (32 if gpu else 8), kv_heads or (8 if gpu else 2)
     if heads % kv_heads:
         raise typer.BadParameter(f"got {heads} query heads, allowed: a multiple of {kv_heads} key heads", param_hint="--heads")

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from hip_hf.attention import attend, kernels_wanted
+from hip_hf.attention import attend
+from hip_hf.backend_choice import kernels_wanted
 from hip_hf.cache.hip_cache import HiPCache, PagedLayer
 from hip_hf.config import HiPConfig
 from hip_hf.integration.interface import Call

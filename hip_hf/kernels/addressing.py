@@ -45,11 +45,25 @@ class KeyValues:
 
 
 @triton.jit
-def token_offsets(slots, inside, batch, stride_batch, stride_token, block_table, stride_table, PAGE_SIZE: tl.constexpr):
-    """int64 offsets, from a head's first element, of the tokens in `slots` (int32, counted from the batch row's first
-    slot: `key_start` plus position). `PAGE_SIZE` 0: contiguous. Where `inside` is false no page is looked up."""
+def page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE: tl.constexpr):
+    """The pages that `offsets_in` asks for, of tokens in `slots` (int32, counted from the batch row's first slot: `key_start`
+    plus position). Where `inside` is false no page is looked up. `PAGE_SIZE` 0: keys are contiguous, a batch row is one page."""
     if PAGE_SIZE > 0:
-        page = tl.load(block_table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE, mask=inside, other=0)
-        return page.to(tl.int64) * stride_batch + (slots % PAGE_SIZE).to(tl.int64) * stride_token
+        return tl.load(block_table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE, mask=inside, other=0)
     else:
-        return batch.to(tl.int64) * stride_batch + slots.to(tl.int64) * stride_token
+        return batch
+
+
+@triton.jit
+def offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE: tl.constexpr):
+    """int64 offsets, from a head's first element, of the tokens in `slots` that lie in `page`."""
+    if PAGE_SIZE > 0:
+        slots = slots % PAGE_SIZE
+    return page.to(tl.int64) * stride_batch + slots.to(tl.int64) * stride_token
+
+
+@triton.jit
+def token_offsets(slots, inside, batch, stride_batch, stride_token, block_table, stride_table, PAGE_SIZE: tl.constexpr):
+    """int64 offsets, from a head's first element, of the tokens in `slots`, with their pages looked up at once."""
+    page = page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE)
+    return offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE)

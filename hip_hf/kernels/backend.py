@@ -100,6 +100,7 @@ class DeviceState:
         assert self.selection.made is not None
         self.selection.made[batch].fill_(Selection.NEVER)
 
+    @torch.inference_mode(False)  # it outlives the mode it is reordered in
     def reorder(self, indices: list[int]) -> None:
         """Batch row `b` continues what row `indices[b]` was."""
         index = torch.tensor(indices, device=self.selection.counts.device)

@@ -34,18 +34,25 @@ SHARED = {
 INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mfma": r"\bv_mfma", "mma.sync": r"\bmma\.sync"}
 MATRIX = {"sm90": ("wgmma", "mma.sync"), "sm100": ("tcgen05", "mma.sync"), "gfx942": ("mfma",)}
 MATRIX_ELSE = ("mma.sync",)
+# A product of matrices in Triton's own code for NVIDIA.
+PRODUCT = r"\btt\.dot |\bttng\.(warp_group_dot|tc_gen5_mma) "
+# Fewer buffers than this may all be waited for before the next load.
+STAGES_AHEAD = 3
 
 
 @dataclass
 class Spent:
     """What one kernel spends on one target. `shared` in bytes; `spilled` in bytes of stack a thread (NVIDIA) or registers
     (AMD); `matrix`: matrix instructions of the kind that the target is fast with; `path`: the fastest kind that is there.
-    `launch`: a name for what the compiler was given (`Launch.digest`). `problem`: why it must not be released, or empty."""
+    `ahead`: asynchronous loads that are left in flight while a loop multiplies, the fewest of all loops; None where fewer than
+    three stages were asked for, and on AMD. `code` and `launch`: names for what was compiled (`Launch.code`, `Launch.digest`).
+    `problem`: why it must not be released, or empty."""
 
     kernel: str
     target: str
     dim: int
     dtype: str
+    code: str
     launch: str
     shared: int = 0
     registers: int = 0
@@ -53,6 +60,7 @@ class Spent:
     warps: int = 0
     matrix: int = 0
     path: str = ""
+    ahead: int | None = None
     seconds: float = 0.0
     problem: str = ""
 
@@ -112,18 +120,40 @@ def _first(pattern: str, text: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def _resources(binary: bytes) -> str:
-    """What a program for NVIDIA's GPUs says of itself."""
+def _told(tool: str, *arguments: str, binary: bytes) -> str:
+    """What one of NVIDIA's tools tells of a compiled program."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        command = [getattr(triton.knobs.nvidia, tool).path, *arguments, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def serialised(ptx: str, machine_code: str) -> bool:
+    """Whether the tensor cores of sm90 wait more often than they were told to: ptxas makes them wait after each of their
+    instructions (it calls that C7515) where it cannot tell that nothing else touches the sums meanwhile."""
+    return machine_code.count("WARPGROUP.DEPBAR") > len(re.findall(r"wgmma\.wait_group", ptx))
+
+
+def in_flight(ttgir: str) -> int:
+    """Asynchronous loads that are left in flight at the waits of a loop with matrix products: the fewest of all such loops."""
+    fewest: list[int] = []
+    inside: list[tuple[str, list[str]]] = []  # of the loops around a line: their indentation and their lines
+    for line in ttgir.splitlines():
+        if inside and line.startswith(f"{inside[-1][0]}}}"):
+            text = "\n".join(inside.pop()[1])
+            if re.search(PRODUCT, text):
+                fewest.append(min(map(int, re.findall(r"async_wait\b.*\bnum = (\d+)", text)), default=0))
+        elif re.search(r"\bscf\.for\b", line):
+            inside.append((line[: len(line) - len(line.lstrip())], []))
+        elif inside:
+            inside[-1][1].append(line)
+    return min(fewest, default=0)
 
 
 def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
     """Compile one launch for `target`; whatever the compiler says against it becomes its `problem`."""
-    row = Spent(launch.name, target, dim, str(dtype).removeprefix("torch."), launch.digest())
+    row = Spent(launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
     kernel = launch.kernel
     assert isinstance(kernel, triton.runtime.JITFunction), "compile outside the interpreter"
     start = time.perf_counter()
@@ -132,17 +162,29 @@ def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
             compiled = kernel.warmup(grid=(1,), **launch.stand_ins())
             compiled = compiled.result() if callable(getattr(compiled, "result", None)) else compiled
         _read(row, compiled)
+        row.problem = _fault(row, launch, compiled)
     except Exception as error:  # the compiler's own: it has no common type
         row.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         return row
     row.seconds = round(time.perf_counter() - start, 2)
-    if row.spilled:
-        row.problem = "spills"
-    elif row.shared > SHARED[target]:
-        row.problem = f"does not fit into {SHARED[target]} bytes of shared memory"
-    elif launch.tensor_cores and not row.matrix:
-        row.problem = "no tensor cores"
     return row
+
+
+def _fault(row: Spent, launch: Launch, compiled: Any) -> str:
+    """Why the compiled launch must not be released, or nothing."""
+    if row.spilled:
+        return "spills"
+    if row.shared > SHARED[row.target]:
+        return f"does not fit into {SHARED[row.target]} bytes of shared memory"
+    if launch.tensor_cores and not row.matrix:
+        return "no tensor cores"
+    if row.path == "wgmma" and serialised(compiled.asm["ptx"], _told("nvdisasm", "-c", binary=compiled.asm["cubin"])):
+        return "tensor cores wait for each instruction"
+    if gpu_target(row.target).backend == "cuda" and launch.arguments.get("num_stages", 1) >= STAGES_AHEAD:
+        row.ahead = in_flight(compiled.asm["ttgir"])
+        if not row.ahead:
+            return "loads nothing ahead"
+    return ""
 
 
 def _read(row: Spent, compiled: Any) -> None:
@@ -152,7 +194,7 @@ def _read(row: Spent, compiled: Any) -> None:
         row.registers, row.spilled = _first(r"\.vgpr_count:\s+(\d+)", text), _first(r"\.vgpr_spill_count:\s+(\d+)", text)
     else:
         text = compiled.asm["ptx"]
-        usage = _resources(compiled.asm["cubin"])
+        usage = _told("cuobjdump", "-res-usage", binary=compiled.asm["cubin"])
         row.registers, row.spilled = _first(r"REG:(\d+)", usage), _first(r"STACK:(\d+)", usage)
     assert row.registers, "the binary says nothing of registers"
     found = {name: len(re.findall(INSTRUCTIONS[name], text)) for name in MATRIX.get(row.target, MATRIX_ELSE)}

@@ -6,15 +6,14 @@ dim and dtype, made by the same code that launches them. `MODULES` names the mod
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from hip_hf.kernels.digest import code_digest, name_of
 
 # import paths of the modules that have `launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]`;
 # `target` is one of "sm80", ..., "sm120", "gfx942", because launch configurations may depend on it
@@ -55,29 +54,17 @@ class Launch:
         return {name: Pointer(x.dtype) if isinstance(x, torch.Tensor) else x for name, x in self.arguments.items()}
 
     def given(self) -> dict[str, Any]:
-        """What the compiler is given beside the source, in JSON's types: numbers, launch options, and of tensors the dtype."""
-        return {name: x if isinstance(x, int | float | str) else str(x.dtype) for name, x in self.arguments.items()}
+        """What the compiler is given beside the code, in JSON's types: numbers, launch options, and of tensors the dtype.
+        Arguments of the kernel by their place: their names do not count."""
+        places = {name: str(place) for place, name in enumerate(self.kernel.arg_names)}
+        return {
+            places.get(name, name): x if isinstance(x, int | float | str) else str(x.dtype) for name, x in self.arguments.items()
+        }
 
     def digest(self) -> str:
         """A name for what is `given`."""
-        return hashlib.sha256(json.dumps(self.given(), sort_keys=True).encode()).hexdigest()[:12]
+        return name_of(json.dumps(self.given(), sort_keys=True))
 
-    def compiled_from(self) -> dict[str, Any]:
-        """All that the compiler is given: where it is the same, so is the program."""
-        return {"source": self.kernel.cache_key, **self.given()}
-
-
-def code_digest(folder: Path = Path(__file__).parent) -> str:
-    """A name for the code of all kernels in `folder`: their functions and constants; comments and docstrings may change."""
-    code = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and any(
-                ast.unparse(one).startswith("triton.jit") for one in node.decorator_list
-            ):
-                if ast.get_docstring(node) is not None:
-                    del node.body[0]
-                code.update(ast.unparse(node).encode())
-            elif isinstance(node, ast.Assign) and "tl.constexpr" in ast.unparse(node.value):
-                code.update(ast.unparse(node).encode())
-    return code.hexdigest()
+    def code(self) -> str:
+        """A name for the code. Where it is the same, and so is what is `given`, so is the program."""
+        return code_digest(self.kernel)

@@ -18,7 +18,7 @@ from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.examples import Example, example, extended
 from hip_hf.kernels.prefill import Logits, Reads, attend_kernel, call_arguments, configuration, rows_of
-from hip_hf.kernels.sequences import Sequences, load_sequence
+from hip_hf.kernels.sequences import GROWING, Sequences, load_sequence
 from hip_hf.kernels.tiles import LN2, LOG2E
 from hip_hf.kernels.tuning import MOST_SPLITS, Tile, processors, target_of, tile_of
 
@@ -54,7 +54,7 @@ def splits_for(q: torch.Tensor, key_heads: int, sequences: int, keys: int, rows:
     return 1 << (most.bit_length() - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def combine_kernel(
     PARTS, PART_LSE, OUT, LSE, SEQUENCES,
     stride_ps, stride_pb, stride_ph, stride_pt, stride_ms, stride_mb, stride_mh, stride_mt,

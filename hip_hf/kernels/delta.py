@@ -18,7 +18,7 @@ from hip_hf.kernels.decode import decode_once
 from hip_hf.kernels.dense import dense_rows, keys_of, logits_of, sequences_of
 from hip_hf.kernels.examples import example
 from hip_hf.kernels.prefill import dense_reads, strided_rows
-from hip_hf.kernels.sequences import Sequences, load_sequence
+from hip_hf.kernels.sequences import GROWING, Sequences, load_sequence
 from hip_hf.methods import delta
 from hip_hf.paged import to_device
 from hip_hf.problem import Span
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ROWS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def spread_kernel(
     OUT, LSE, CHANGE, CHANGE_LSE, SEQUENCES, LEADS,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt,

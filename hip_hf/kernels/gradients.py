@@ -5,46 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.kernels.sequences import always_read, load_sequence, query_block, window_start
-from hip_hf.kernels.tiles import key_positions, scaled_with_slope, selected_keys
+from hip_hf.kernels.sequences import GROWING, always_read, load_sequence, query_block, window_start
+from hip_hf.kernels.tiles import key_positions, listed_blocks, scaled_with_slope, selected_keys
 
 
-@triton.jit
-def _query_gradient(
-    acc, q, grad_out, lse, mean, k_base, v_base, slots, end, row_at, ids, start, sink_length, picked, window,
-    key_start, stride_kt, stride_vt, scale, softcap, sliding, dim, dim_v,
-    BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr,
-    MASKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dQ, not yet scaled, after one more tile of keys."""
-    d, dv = tl.arange(0, D), tl.arange(0, DV)
-    position = key_positions(slots, ids, start, sink_length, picked, window, BLOCK_K)
-    inside = slots < end
-    token = (key_start + position).to(tl.int64)
-    k_ptr, v_ptr = k_base + (token * stride_kt)[:, None] + d[None, :], v_base + (token * stride_vt)[:, None] + dv[None, :]
-    if MASKED:
-        k = tl.load(k_ptr, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
-        v = tl.load(v_ptr, mask=inside[:, None] & (dv < dim_v)[None, :], other=0.0)
-    elif EVEN:
-        k = tl.load(k_ptr)
-        v = tl.load(v_ptr)
-    else:
-        k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
-        v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
-    logits, slope = scaled_with_slope(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
-    weights = tl.exp(logits - lse[:, None])
-    if MASKED:
-        seen = slots[None, :] <= (sink_length + picked - window + row_at)[:, None]
-        if SLIDING:
-            seen &= position[None, :] > row_at[:, None] - sliding
-        weights = tl.where(seen, weights, 0.0)
-    grad = weights * (tl.dot(grad_out, tl.trans(v), input_precision=PRECISION) - mean[:, None])
-    if SOFTCAP:
-        grad = grad * slope
-    return tl.dot(grad.to(k.dtype), k, acc, input_precision=PRECISION)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def query_gradient_kernel(
     Q, K, V, OUT, LSE, GRAD_OUT, GRAD_LSE, GRAD_Q, MEAN, INDICES, COUNTS, SEQUENCES,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
@@ -101,18 +66,33 @@ def query_gradient_kernel(
     k_base, v_base = K + batch * stride_kb + key_head * stride_kh, V + batch * stride_vb + key_head * stride_vh
     acc = tl.zeros([ROWS * GROUP_PADDED, D], tl.float32)
     n = tl.arange(0, KEYS)
-    for i in range(0, clear):
-        acc = _query_gradient(
-            acc, q, grad_out, lse, mean, k_base, v_base, i * KEYS + n, end, row_at, ids, start, sink_length, picked, window,
-            key_start, stride_kt, stride_vt, scale, softcap, sliding, dim, dim_v,
-            BLOCK_K, D, DV, SOFTCAP, SLIDING, False, EVEN, PRECISION,
-        )  # fmt: skip
-    for i in range(clear, tiles):
-        acc = _query_gradient(
-            acc, q, grad_out, lse, mean, k_base, v_base, i * KEYS + n, end, row_at, ids, start, sink_length, picked, window,
-            key_start, stride_kt, stride_vt, scale, softcap, sliding, dim, dim_v,
-            BLOCK_K, D, DV, SOFTCAP, SLIDING, True, EVEN, PRECISION,
-        )  # fmt: skip
+    # as in `prefill.py`, the blocks of a tile are looked up two tiles ahead, and slots after the last one repeat it
+    blocks = listed_blocks(tl.minimum(n, end - 1), ids, sink_length, picked, BLOCK_K)
+    position = key_positions(tl.minimum(n, end - 1), blocks, start, sink_length, picked, window, BLOCK_K)
+    blocks = listed_blocks(tl.minimum(KEYS + n, end - 1), ids, sink_length, picked, BLOCK_K)
+    for i in range(0, tiles):
+        slots = i * KEYS + n
+        token = (key_start + position).to(tl.int64)
+        k_ptr, v_ptr = k_base + (token * stride_kt)[:, None] + d[None, :], v_base + (token * stride_vt)[:, None] + dv[None, :]
+        if EVEN:
+            k = tl.load(k_ptr)
+            v = tl.load(v_ptr)
+        else:
+            k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
+            v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
+        logits, slope = scaled_with_slope(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+        weights = tl.exp(logits - lse[:, None])
+        if i >= clear:
+            seen = slots[None, :] <= (before + row_at)[:, None]
+            if SLIDING:
+                seen &= position[None, :] > row_at[:, None] - sliding
+            weights = tl.where(seen, weights, 0.0)
+        grad = weights * (tl.dot(grad_out, tl.trans(v), input_precision=PRECISION) - mean[:, None])
+        if SOFTCAP:
+            grad = grad * slope
+        acc = tl.dot(grad.to(k.dtype), k, acc, input_precision=PRECISION)
+        position = key_positions(tl.minimum(slots + KEYS, end - 1), blocks, start, sink_length, picked, window, BLOCK_K)
+        blocks = listed_blocks(tl.minimum(slots + 2 * KEYS, end - 1), ids, sink_length, picked, BLOCK_K)
     dq_ptr = GRAD_Q + (batch * stride_dqb + head * stride_dqh + at * stride_dqt)[:, None] + d[None, :]
     tl.store(dq_ptr, (acc * scale).to(GRAD_Q.dtype.element_ty), mask=in_d)
 
@@ -170,7 +150,7 @@ def _key_gradients(
     return grad_k, grad_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def key_gradient_kernel(
     Q, K, V, LSE, GRAD_OUT, MEAN, GRAD_K, GRAD_V, WHO, WHAT, OFFSETS, SEQUENCES,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,

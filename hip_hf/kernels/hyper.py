@@ -22,6 +22,7 @@ from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.dense import dense_rows, sequences_of
 from hip_hf.kernels.examples import Example, example
 from hip_hf.kernels.prefill import Logits, dense_reads, prefill
+from hip_hf.kernels.sequences import GROWING
 from hip_hf.kernels.tiles import LN2, LOG2E, scaled
 from hip_hf.kernels.tuning import Tile, full_precision, precision_of, target_of, tile_of
 from hip_hf.methods.hyper import Options, Square, projections, sampled_ranks, split, tile
@@ -105,7 +106,7 @@ def levels_of(
         return tuple(Level.of(level, first, options, seed, heads, device) for level in levels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*GROWING, "stride_ch"])
 def hash_kernel(
     X, DIRECTIONS, CODES, stride_h, stride_t, stride_ch, count, dim, steps,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
@@ -153,7 +154,7 @@ def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     return codes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def square_kernel(
     Q, K, V, OUT, LSE, ROW_ORDER, KEY_ORDER, TABLE, STARTS, SAMPLES,
     stride_qh, stride_qt, stride_kh, stride_kt, stride_vh, stride_vt, stride_oh, stride_ot, stride_lh, stride_lt,

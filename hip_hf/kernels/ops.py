@@ -10,7 +10,6 @@ import json
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from hip_hf.attention import sparse_reach
 from hip_hf.config import HiPConfig
@@ -24,6 +23,7 @@ from hip_hf.kernels.search import Selection
 from hip_hf.kernels.search import select as search
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.problem import AttentionProblem, make_spans
+from hip_hf.reference.dense import grouped_sdpa
 from hip_hf.reference.sparse import DECODE_ROWS
 
 
@@ -233,9 +233,7 @@ def attention(
     table, tail = make_table(q, k, key_start, q_start, config.dense_tail)
     plain = key_start is None and q_start is None and sliding_window is None and softcap is None and sinks is None
     if dense and plain and not need_lse and q.shape[2] in (1, k.shape[2]):
-        causal = q.shape[2] > 1
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal, enable_gqa=q.shape[1] > k.shape[1])
-        return out, None
+        return grouped_sdpa(q, k, v, scale, q.shape[2] > 1), None
     if not dense and (config.method == "hyper" or config.delta is not None):
         out, lse = prompt(q, k, v, sinks, key_start, q_start, text, scale, softcap, sliding_window)
         return out, lse if need_lse else None

@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.kernels.addressing import KeyValues, token_offsets
+from hip_hf.kernels.addressing import KeyValues, offsets_in, page_of
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.examples import Example, example, extended
 from hip_hf.kernels.rotation import partner, placed_queries, rotation, turned
 from hip_hf.kernels.sequences import GROWING, Sequences, always_read, load_sequence, query_block, window_start
-from hip_hf.kernels.tiles import LN2, LOG2E, key_positions, scaled, selected_keys
+from hip_hf.kernels.tiles import LN2, LOG2E, key_positions, listed_blocks, scaled, selected_keys
 from hip_hf.kernels.tuning import Tile, precision_of, target_of, tile_of
 from hip_hf.rope import Positions
 
@@ -63,59 +63,68 @@ def dense_reads(block_q: int = 64) -> Reads:
 
 
 @triton.jit
-def _attend_keys(
-    acc, top, norm, q, k_base, v_base, slots, end, row_at, earliest, latest, shift, cos, sin,
+def _attend_tiles(
+    acc, top, norm, q, k_base, v_base, low, high, clear, end, row_at, earliest, latest, shift, cos, sin,
     ids, start, sink_length, picked, window,
     key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, block_table, stride_table,
     scale, softcap, sliding, dim, dim_v,
-    BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_K: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, EVEN: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, DISABLE_LICM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: the online softmax's sums after it. A row sees the slots up to its `latest` one; HALF > 0: from
-    its `earliest` one on, and keys are turned to the places `slots - shift`."""
-    d, dv = tl.arange(0, D), tl.arange(0, DV)
-    position = key_positions(slots, ids, start, sink_length, picked, window, BLOCK_K)
-    inside = slots < end
-    k_at = token_offsets(key_start + position, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
-    if ALIKE:
-        v_at = k_at
-    else:
-        v_at = token_offsets(key_start + position, inside, batch, stride_vb, stride_vt, block_table, stride_table, PAGE_SIZE)
-    k_ptr, v_ptr = k_base + k_at[:, None] + d[None, :], v_base + v_at[:, None] + dv[None, :]
-    if MASKED:
-        k = tl.load(k_ptr, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
-    elif EVEN:
-        k = tl.load(k_ptr)
-    else:
-        k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
-    if HALF > 0:
-        other = tl.load(k_base + k_at[:, None] + partner(d, HALF)[None, :], mask=inside[:, None] & (d < dim)[None, :], other=0.0)
-        k = turned(k, other, tl.maximum(slots - shift, 0), d, cos, sin, HALF).to(k.dtype)
-    logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
-    if MASKED:
-        seen = slots[None, :] <= latest[:, None]
-        if SLIDING:
-            seen &= position[None, :] > row_at[:, None] - sliding
-        logits = tl.where(seen, logits, float("-inf"))
-    if HALF > 0:
-        logits = tl.where(slots[None, :] >= earliest[:, None], logits, float("-inf"))
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    if MASKED or HALF > 0:  # a row may have seen nothing yet
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    else:
-        base = new_top
-    shrink = tl.exp2(top - base)
-    weights = tl.exp2(logits - base[:, None])
-    norm = norm * shrink + tl.sum(weights, 1)
-    if MASKED:
-        v = tl.load(v_ptr, mask=inside[:, None] & (dv < dim_v)[None, :], other=0.0)
-    elif EVEN:
-        v = tl.load(v_ptr)
-    else:
-        v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_top, norm
+    """Tiles `low` to `high - 1` of KEYS slots each: the online softmax's sums after them. From tile `clear` on, a row sees the
+    slots up to its `latest` one; HALF > 0: always from its `earliest` one on, and keys are turned to `slots - shift`.
+
+    Where a tile's keys lie is found one tile ahead, and which blocks they belong to two tiles ahead. So no key waits for an
+    index of the same turn, which is what lets the compiler fetch keys and values stages ahead, without waiting for products.
+    For the same reason there is one loop, with masks behind a branch, and slots after the last one repeat it.
+    """
+    d, dv, n = tl.arange(0, D), tl.arange(0, DV), tl.arange(0, KEYS)
+    slots = tl.minimum(low * KEYS + n, end - 1)
+    blocks = listed_blocks(slots, ids, sink_length, picked, BLOCK_K)
+    position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
+    page = page_of(key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE)
+    slots = tl.minimum((low + 1) * KEYS + n, end - 1)
+    blocks = listed_blocks(slots, ids, sink_length, picked, BLOCK_K)
+    for i in tl.range(low, high, disable_licm=DISABLE_LICM):
+        k_at = offsets_in(page, key_start + position, stride_kb, stride_kt, PAGE_SIZE)
+        if ALIKE:
+            v_at = k_at
+        else:
+            v_at = offsets_in(page, key_start + position, stride_vb, stride_vt, PAGE_SIZE)
+        k_ptr, v_ptr = k_base + k_at[:, None] + d[None, :], v_base + v_at[:, None] + dv[None, :]
+        slots = i * KEYS + n
+        if EVEN:
+            k = tl.load(k_ptr)
+        else:
+            k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
+        if HALF > 0:
+            other = tl.load(k_base + k_at[:, None] + partner(d, HALF)[None, :], mask=(d < dim)[None, :], other=0.0)
+            k = turned(k, other, tl.maximum(slots - shift, 0), d, cos, sin, HALF).to(k.dtype)
+        logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+        if i >= clear:
+            seen = slots[None, :] <= latest[:, None]
+            if SLIDING:
+                seen &= position[None, :] > row_at[:, None] - sliding
+            logits = tl.where(seen, logits, float("-inf"))
+        if HALF > 0:
+            logits = tl.where(slots[None, :] >= earliest[:, None], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen nothing yet
+        shrink = tl.exp2(top - base)
+        weights = tl.exp2(logits - base[:, None])
+        norm = norm * shrink + tl.sum(weights, 1)
+        if EVEN:
+            v = tl.load(v_ptr)
+        else:
+            v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+        slots = tl.minimum(slots + KEYS, end - 1)
+        position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
+        page = page_of(key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE)
+        blocks = listed_blocks(tl.minimum((i + 2) * KEYS + n, end - 1), ids, sink_length, picked, BLOCK_K)
+    return acc, top, norm
 
 
 @triton.jit(do_not_specialize=GROWING)
@@ -207,7 +216,6 @@ def attend_kernel(
 
     key_head = (head_list // LISTS_PER_HEAD).to(tl.int64)
     k_base, v_base = K + key_head * stride_kh, V + key_head * stride_vh
-    n = tl.arange(0, KEYS)
     own = before + row_at
     if HALF > 0:
         # slots before `far` are too far for some rows and count as farthest, those before `shift` for all
@@ -217,36 +225,27 @@ def attend_kernel(
         if low < stop:  # a scope of its own, so that loaded queries are not kept in registers for the second turn
             farthest = tl.full([ROWS * GROUP_PADDED], trained - 1, tl.int32)
             q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
-            for i in tl.range(low, stop, disable_licm=True):
-                acc, top, norm = _attend_keys(
-                    acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, earliest, earliest - 1, shift, COS, SIN,
-                    ids, start, sink_length, picked, window,
-                    key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
-                    scale, softcap, sliding, dim, dim_v,
-                    BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, True, EVEN, ALIKE, PRECISION, 0,
-                )  # fmt: skip
+            acc, top, norm = _attend_tiles(
+                acc, top, norm, q, k_base, v_base, low, stop, 0, end, row_at, earliest, earliest - 1, shift, COS, SIN,
+                ids, start, sink_length, picked, window,
+                key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
+                scale, softcap, sliding, dim, dim_v,
+                BLOCK_K, KEYS, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN, ALIKE, PRECISION, 0, True,
+            )  # fmt: skip
+        # By 1, or 0 by 0. Otherwise the next turn's sums are registers that hold either zeros or this turn's sums, and ptxas lets
+        # the tensor cores wait for each of their instructions (C7515).
+        acc *= tl.exp2(top - tl.where(top == float("-inf"), 0.0, top))[:, None]
         low = tl.maximum(low, shift // KEYS)
         q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
     else:
         shift, earliest = 0, own
-    middle = tl.maximum(tl.minimum(clear, high), low)
-    for i in tl.range(low, middle, disable_licm=HALF > 0):
-        acc, top, norm = _attend_keys(
-            acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, earliest, own, shift, COS, SIN,
-            ids, start, sink_length, picked, window,
-            key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
-            scale, softcap, sliding, dim, dim_v,
-            BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, False, EVEN, ALIKE, PRECISION, HALF,
-        )  # fmt: skip
-    for i in tl.range(middle, high, disable_licm=HALF > 0):
-        acc, top, norm = _attend_keys(
-            acc, top, norm, q, k_base, v_base, i * KEYS + n, end, row_at, earliest, own, shift, COS, SIN,
-            ids, start, sink_length, picked, window,
-            key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
-            scale, softcap, sliding, dim, dim_v,
-            BLOCK_K, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, True, EVEN, ALIKE, PRECISION, HALF,
-        )  # fmt: skip
-
+    acc, top, norm = _attend_tiles(
+        acc, top, norm, q, k_base, v_base, low, high, clear, end, row_at, earliest, own, shift, COS, SIN,
+        ids, start, sink_length, picked, window,
+        key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
+        scale, softcap, sliding, dim, dim_v,
+        BLOCK_K, KEYS, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN, ALIKE, PRECISION, HALF, HALF > 0,
+    )  # fmt: skip
     nothing = norm == 0.0
     out = acc / tl.where(nothing, 1.0, norm)[:, None]
     to = (out_row + row).to(tl.int64)

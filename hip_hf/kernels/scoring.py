@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.kernels.addressing import token_offsets
+from hip_hf.kernels.addressing import offsets_in, page_of
 from hip_hf.kernels.rotation import partner, turned_back
 
 
@@ -260,13 +260,17 @@ def score_blocks(
         top = tl.full([ROWS], -float("inf"), tl.float32)
         mass = tl.full([N, ROWS], 0.0 if MASS else -float("inf"), tl.float32)
         logits = tl.zeros([N, ROWS], tl.float32)
+        # a step's pages are looked up in the step before: keys that waited for them could not be fetched ahead
+        slots = key_start + ids * BLOCK_K
+        page = page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE)
         # one flat loop over keys of the blocks and parts of the head dim, so that loads run ahead across both
         for i in tl.range(BLOCK_K * CHUNKS, disable_licm=True):
             key = i // CHUNKS
             part = i - key * CHUNKS
             d = part * FEATURES + inner
-            slots = key_start + ids * BLOCK_K + key
-            at = token_offsets(slots, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
+            at = offsets_in(page, slots + key, stride_kb, stride_kt, PAGE_SIZE)
+            following = tl.minimum((i + 1) // CHUNKS, BLOCK_K - 1)
+            page = page_of(slots + following, inside, batch, block_table, stride_table, PAGE_SIZE)
             if DIM % FEATURES == 0:
                 a = tl.load(k + at[:, None] + d[None, :])
                 b = tl.load(q + offsets[None, :] + d[:, None])

@@ -101,7 +101,8 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
     elif candidates > CANDIDATES and not target.startswith(("sm10", "gfx")):
         wanted = SearchTile(16, 16, 32)
     elif target == "sm90":
-        wanted = SearchTile(32, 64, 64) if dim % 128 == 0 else SearchTile(32, 32, 64)
+        # steps of half the size leave room for four in flight: with two, each is waited for before the next is asked for
+        wanted = SearchTile(32, 32, 32, stages=4)
     elif target.startswith("sm10"):
         wanted = SearchTile(16, 16, 16, warps)
     elif target.startswith("gfx"):
@@ -110,7 +111,7 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
         # a decode step's search also keeps which blocks follow the best ones
         wanted = SearchTile(32, 16, 16) if votes < FEWEST_ROWS else SearchTile(32, 32, 32)
     if votes > wanted.rows:  # the loop over tiles takes registers as well
-        wanted = replace(wanted, features=32) if target == "sm90" else replace(wanted, features_last=16)
+        wanted = wanted if target == "sm90" else replace(wanted, features_last=16)
     divisor = dim & -dim  # a part of the head dim that is no divisor of it costs masks
     return replace(
         wanted,

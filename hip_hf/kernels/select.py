@@ -153,7 +153,7 @@ def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
     return ids, total
 
 
-@triton.jit(do_not_specialize=[*GROWING, "stride_near", "stride_scratch", "blocks", "heads", "first_program"])
+@triton.jit(do_not_specialize=[*GROWING, "stride_near", "stride_scratch", "heads", "first_program"])
 def select_kernel(
     q, table, k, block_table, sequences, scratch, indices, counts, windows, made, near,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,

@@ -17,8 +17,12 @@ import triton.language as tl
 from hip_hf.paged import to_device
 from hip_hf.problem import Span
 
-# What changes as a context grows: Triton would compile anew where it becomes divisible by 16, in mid-generation.
-GROWING = ("stride_table",)
+# What changes with the length of a prompt or as a context grows: Triton would compile anew where it becomes divisible by 16. None
+# of it is the stride of anything that is read in vectors.
+GROWING = (
+    *("stride_table", "blocks", "count", "stride_ls", "stride_lb", "stride_lh", "stride_ms", "stride_mb", "stride_mh"),
+    *("stride_rows", "stride_keys", "stride_starts"),
+)
 FIELDS = ("batch", "key_start", "row_start", "rows", "position")
 
 

@@ -233,7 +233,7 @@ def append_kernel(
         for tile in range(done >> LEVELS, (needed + (1 << LEVELS) - 1) >> LEVELS):
             build_tile(table, states, k, tile, needed, key_start, batch, stride_kb, stride_kt, block_table, stride_table, d,
                        weight, KIND, LEVELS, BLOCK_K, PAGE_SIZE, DIM, BD)  # fmt: skip
-        tl.debug_barrier()  # roots are read back by other threads than wrote them
+    tl.debug_barrier()  # every thread has read `built`, and roots are read back by other threads than wrote them
     up = 1
     while (needed >> (LEVELS + up)) > 0:
         parents = needed >> (LEVELS + up)

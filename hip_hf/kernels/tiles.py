@@ -15,14 +15,20 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def key_positions(slots, ids, start, sink_length, picked, window, BLOCK_K: tl.constexpr):
+def listed_blocks(slots, ids, sink_length, picked, BLOCK_K: tl.constexpr):
+    """The key blocks that `slots` of a query block's list belong to, as far as they are selected ones (`key_positions`)."""
+    inner = slots - sink_length
+    return tl.load(ids + inner // BLOCK_K, mask=(inner >= 0) & (inner < picked), other=0)
+
+
+@triton.jit
+def key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K: tl.constexpr):
     """Positions of the keys at `slots` of a query block's list: the sink `[start, start + sink_length)`, `picked` keys of
-    the blocks in `ids`, then the window from `window` on."""
+    the selected blocks, then the window from `window` on. `blocks`: what `listed_blocks` says of the slots."""
     inner = slots - sink_length
     chosen = (inner >= 0) & (inner < picked)
-    block = tl.load(ids + inner // BLOCK_K, mask=chosen, other=0)
     fixed = tl.where(inner < 0, start + slots, window + inner - picked)
-    return tl.where(chosen, block * BLOCK_K + inner % BLOCK_K, fixed)
+    return tl.where(chosen, blocks * BLOCK_K + inner % BLOCK_K, fixed)
 
 
 @triton.jit

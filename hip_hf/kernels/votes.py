@@ -299,6 +299,8 @@ def need_arguments(
     shape = tile_of(kernel, target or target_of(q), dim, dim, q.dtype)
     if logits.positions is not None:  # queries are turned three times, keys as well: what waits to be used must be little
         shape = replace(shape, keys=max(FEWEST_KEYS, shape.keys // 2), stages=1)
+    elif kv.page_size:  # keys wait for the number of their page, which is looked up in the same turn
+        shape = replace(shape, stages=min(shape.stages, 2))
     rows = rows_of(shape, group, block_q)
     table, stride_table = kv.table()
     arguments = dict(

@@ -17,6 +17,8 @@ from hip_hf.reference.workers import run
 
 # Rows that meet all their keys at once in the block-by-block path.
 ROWS_AT_ONCE = 64
+# What FlashAttention takes: head dims, and on NVIDIA's GPUs compute capabilities.
+FLASH_DIM, FLASH_CAPABILITY = 256, (8, 0)
 
 
 def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, slice, QueryBlock]]:
@@ -68,7 +70,29 @@ def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> t
     """PyTorch's attention of a span's rows to its keys, for the batch rows `batch`: `[batch, Hq, rows, Dv]`."""
     q = problem.q[batch, :, span.row_start : span.row_end]
     k, v = (_range(x, span, batch) for x in (problem.k, problem.v))
-    return F.scaled_dot_product_attention(q, k, v, scale=problem.scale, is_causal=span.rows > 1, enable_gqa=problem.groups > 1)
+    return grouped_sdpa(q, k, v, problem.scale, span.rows > 1)
+
+
+def grouped_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+    """PyTorch's attention of q `[B, Hq, T, D]` to k `[B, Hkv, T, D]` and v. Where it would make all logits at once only because
+    heads share keys, a call for each member of the groups."""
+    groups = q.shape[1] // k.shape[1]
+    if groups == 1 or takes_groups(q, v):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal, enable_gqa=groups > 1)
+    members = q.unflatten(1, (-1, groups)).unbind(2)
+    return torch.stack(
+        [F.scaled_dot_product_attention(one, k, v, scale=scale, is_causal=causal) for one in members], dim=2
+    ).flatten(1, 2)
+
+
+def takes_groups(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether PyTorch has attention for such heads in groups that never holds all logits: on GPUs FlashAttention alone."""
+    if q.device.type != "cuda":
+        return True
+    if q.dtype not in (torch.float16, torch.bfloat16) or not q.shape[3] == v.shape[3] <= FLASH_DIM:
+        return False
+    # a graph that is being compiled is for kernels of ours, which ask as much of the device
+    return torch.compiler.is_compiling() or torch.cuda.get_device_capability(q.device) >= FLASH_CAPABILITY
 
 
 def _range(x: torch.Tensor, span: Span, batch: slice) -> torch.Tensor:

@@ -1,0 +1,155 @@
+"""Calls through the kernels with tensors that say they are on a GPU and hold nothing: none is on the wrong device, and the host
+waits for none. Launches are noted, not made."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interpreter import DEVICE, interpreter
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hip_hf import HiPConfig, hip_attention
+from hip_hf.integration import interface, next_token
+from hip_hf.kernels import dense, trust, tuning
+from hip_hf.kernels.backward import Part, gradients
+from hip_hf.kernels.prefill import Logits, Reads
+from hip_hf.kernels.sequences import Sequences
+from hip_hf.problem import Span
+from hip_hf.state import DecodeState
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the same calls run with numbers in them")
+
+GPU = torch.device("cuda", 0)
+# Every call is sparse, by kernels.
+FIELDS = dict(backend="triton", dense_below=0, dense_layers=0, budget=64, sink=16, window=32, dense_tail=16)
+
+
+class NothingIsFetched(TorchDispatchMode):
+    """Refuses copies from the GPU to the host; that of a number, or a shape that depends on numbers, fake tensors refuse."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.device.type == "cpu":
+            fetched = [x for x in args if isinstance(x, torch.Tensor) and x.device.type == "cuda"]
+            assert not fetched, f"{func} copies from the GPU to the host, which waits for it"
+        return found
+
+
+@pytest.fixture
+def device_guards() -> Iterator[None]:
+    """What PyTorch asks to switch the current device: where it is built without CUDA, the CPU's guards, which do nothing."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    cpu, cuda = 0, 1  # `c10::DeviceType`
+    guards = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    before = guards[cuda]
+    guards[cuda] = before or guards[cpu]
+    yield
+    guards[cuda] = before
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, device_guards: None) -> Iterator[list[str]]:
+    """The kernels that were launched."""
+    noted: list[str] = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        for name, x in {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}.items():
+            assert not isinstance(x, torch.Tensor) or x.device == GPU, f"{name} of {kernel.__name__} is on {x.device}"
+        noted.append(kernel.__name__)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", run)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda host: host)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+    monkeypatch.setattr(trust, "_lacking", lambda _: "")
+    monkeypatch.setattr(tuning, "_target", lambda _: "sm90")
+    monkeypatch.setattr(tuning, "_processors", lambda _: 132)
+    with FakeTensorMode(), NothingIsFetched():
+        yield noted
+    dense.sequences_of.cache_clear()  # what is kept from call to call would be of no use to others
+
+
+def qkv(rows: int, keys: int) -> list[torch.Tensor]:
+    shapes = (2, 4, rows, 64), (2, 2, keys, 64), (2, 2, keys, 64)
+    return [torch.randn(shape, dtype=torch.bfloat16, device=GPU) for shape in shapes]
+
+
+def test_the_mode_notices() -> None:
+    with FakeTensorMode():
+        x = torch.zeros(3, device=GPU)
+        with pytest.raises(AssertionError, match="copies from the GPU"), NothingIsFetched():
+            x.cpu()
+        with pytest.raises(DataDependentOutputException):
+            x.sum().item()
+        with pytest.raises(RuntimeError, match="device"):
+            x + torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, {"tiles_kernel", "append_kernel", "select_kernel", "attend_kernel"}),
+        ({"method": "streaming"}, {"attend_kernel"}),
+        ({"delta": 16, "delta_mode": "interpolate"}, {"select_kernel", "attend_kernel", "spread_kernel"}),
+        ({"method": "hyper"}, {"attend_kernel"}),
+    ],
+    ids=str,
+)
+def test_a_prompt(launches: list[str], fields: dict[str, Any], said: set[str]) -> None:
+    out = hip_attention(*qkv(500, 500), config=HiPConfig(**{**FIELDS, **fields}))
+    assert out.device == GPU
+    assert said <= set(launches)
+
+
+def test_a_prompt_and_steps_on_a_state(launches: list[str]) -> None:
+    state, config = DecodeState(), HiPConfig(**FIELDS)
+    q, k, v = qkv(500, 500)
+    hip_attention(q, k, v, config=config, state=state)
+    launches.clear()
+    for step in range(2):
+        q, k, v = qkv(1, 501 + step)
+        assert hip_attention(q, k, v, config=config, state=state).device == GPU
+        assert {"append_kernel", "select_kernel", "attend_kernel"} <= set(launches)
+
+
+def test_gradients(launches: list[str]) -> None:
+    """Without autograd's engine, which asks the device for its streams."""
+    q, k, v = qkv(300, 300)
+    sequences = Sequences.of([Span(b, 0, 300, 0, 300, 0) for b in range(2)], GPU)
+    numbers = torch.zeros(2, 2, 19, 4, dtype=torch.int32, device=GPU)
+    part = Part(sequences, Reads(16, 16, 16, 32, numbers, numbers[..., 0].contiguous()))
+    lse, sinks = torch.zeros(q.shape[:3], device=GPU), torch.zeros(4, device=GPU)
+    found = gradients(q, k, v, Logits(0.125, sinks=sinks), (part,), q, lse, q, None, need_sinks=True)
+    assert all(x.device == GPU for x in found)
+    assert set(launches) == {"query_gradient_kernel", "key_gradient_kernel"}
+
+
+def test_a_model(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill and decode steps of a Llama. What the mask says is the one thing that a forward reads on the host."""
+
+    def whole(mask: torch.Tensor, rows: int) -> tuple[Span, ...]:
+        keys = mask.shape[-1]
+        return (Span(0, 0, keys, 0, rows, keys - rows),)
+
+    for module in (interface, next_token):
+        monkeypatch.setattr(module, "mask_spans", whole)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    config.hip = FIELDS
+    config._attn_implementation = "hip"
+    with torch.device(GPU), torch.no_grad():
+        model = LlamaForCausalLM(config).eval()
+        cache = model(torch.zeros(1, 400, dtype=torch.long)).past_key_values
+        assert launches.count("attend_kernel") >= 2
+        for _ in range(2):
+            launches.clear()
+            assert model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache).logits.device == GPU
+            assert launches.count("attend_kernel") == 2
