@@ -20,12 +20,13 @@ from hip_hf.reference.workers import compute_dtype
 from hip_hf.rope import Positions
 from hip_hf.state import DecodeState
 
-# Where the sparse path starts to win over PyTorch's attention on a CPU, by the dtype it multiplies in, in prefill and in
-# decode, and in decode that selects at every step (`hip-hf latency`, docs/performance.md). PyTorch is no faster in bf16 than
-# in fp32; the sparse path is.
-DENSE_BELOW = {dtype: (2048, 2048, 2048) if dtype == torch.bfloat16 else (4096, 4096, 16384) for dtype in DTYPES}
+# Where the sparse path starts to win over dense attention on a CPU, by the dtype it multiplies in, in prefill and in decode,
+# in decode that selects at every step (`hip-hf latency`, docs/performance.md), and in a call of a few rows, which each select:
+# dense, they read the keys together (2 to 16 rows break even at 20K to 50K keys). PyTorch is no faster in bf16 than in fp32;
+# the sparse path is.
+DENSE_BELOW = {dtype: (2048, 2048, 2048, 16384) if dtype == torch.bfloat16 else (4096, 4096, 16384, 16384) for dtype in DTYPES}
 # The same on a GPU. Not measured: from the model in docs/performance.md, where a decode step is bound by its launches.
-DENSE_BELOW_GPU = (16384, 65536, 65536)
+DENSE_BELOW_GPU = (16384, 65536, 65536, 65536)
 
 
 @dataclass
@@ -69,7 +70,9 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     below = config.dense_below
     if below is None:
         lengths = DENSE_BELOW_GPU if problem.q.device.type == "cuda" else DENSE_BELOW[compute_dtype(problem.q)]
-        below = lengths[decoding + (decoding and config.decode_refresh == 1)]
+        several = max((span.rows for span in problem.spans), default=0) > 1
+        # candidates of assisted decoding go the way of plain decoding where they are to give its very tokens
+        below = lengths[0 if not decoding else 2 if config.decode_refresh == 1 else 3 if several else 1]
     graph = torch.compiler.is_compiling()  # which cannot put numbers into text
     if problem.longest < below:
         return "short context" if graph else f"context of {problem.longest} is below dense_below={below}", False

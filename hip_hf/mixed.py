@@ -45,15 +45,16 @@ def parts_of(problem: AttentionProblem, reason_of: Callable[[AttentionProblem], 
     `reason_of`: why a problem must be dense, or an empty string; and whether for want of support.
     """
     most = problem.q.shape[2]
-    known: dict[tuple[int, tuple[int, int]], tuple[str, bool]] = {}
+    known: dict[tuple[int, int, tuple[int, int]], tuple[str, bool]] = {}
     found: dict[tuple[int, int] | None, list[tuple[Span, tuple[str, bool]]]] = {}
     for span in problem.spans:
         # a step of a few rows, in a call that has more of them for other sequences
         few = span.rows <= DECODE_ROWS < most
         rows = (span.row_start, span.row_end) if few else (0, most)
-        if (span.end, rows) not in known:
-            known[span.end, rows] = reason_of(_cut(problem, (span,), *rows))
-        why = known[span.end, rows]
+        like = span.end, span.rows, rows
+        if like not in known:
+            known[like] = reason_of(_cut(problem, (span,), *rows))
+        why = known[like]
         found.setdefault(None if why[0] else rows, []).append((span, why))
     parts = []
     for of, members in sorted(found.items(), key=lambda item: item[0] is None):

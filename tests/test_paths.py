@@ -64,11 +64,11 @@ def test_reasons_to_be_sparse(arguments: dict) -> None:
     assert (result.path, result.reason, result.unsupported) == ("sparse", "", False)
 
 
-@pytest.mark.parametrize("rows", [17, 1, 16])
+@pytest.mark.parametrize(("rows", "refresh", "which"), [(17, 8, 0), (1, 8, 1), (1, 1, 2), (16, 1, 2), (2, 8, 3), (16, 8, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_short_contexts_are_dense_by_default(rows: int, dtype: torch.dtype) -> None:
-    fields = dict(budget=64, window=64, dense_below=None)
-    limit = DENSE_BELOW[compute_dtype(torch.empty(0, dtype=dtype))][rows <= 16]
+def test_short_contexts_are_dense_by_default(rows: int, refresh: int, which: int, dtype: torch.dtype) -> None:
+    fields = dict(budget=64, window=64, dense_below=None, decode_refresh=refresh)
+    limit = DENSE_BELOW[compute_dtype(torch.empty(0, dtype=dtype))][which]
 
     def at(tokens: int) -> Result:
         q, k, v = make_qkv(tokens, rows, dtype=dtype)

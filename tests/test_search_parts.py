@@ -194,19 +194,29 @@ def test_all_stages_of_a_search_share_their_buffers(where: Any, turned: set[str]
 # at once: summaries of query blocks, with 14 chunks of 2 * 16 numbers each; key blocks, of 4 * 16 numbers
 @pytest.mark.parametrize(
     ("most", "heads", "summaries", "keys"),
-    [(1, 1, 1, 1), (5 * 512 + 511, 1, 1, 5), (2 * 14 * 256 + 255, 1, 2, 12), (1 << 20, 1, 3, 12), (1, 2, 3, 1)],
+    [
+        (1, 1, 1, 1),
+        (5 * 512 + 511, 1, 1, 5),
+        (2 * 14 * 256 + 255, 1, 2, 12),
+        (1 << 20, 1, 3, 12),
+        (1, 2, 1, 1),
+        (1 << 20, 2, 3, 12),
+    ],
 )
 def test_as_much_is_gathered_at_once_as_allowed(
     most: int, heads: int, summaries: int, keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At least a query block, or a key block; with both heads, all summaries: those are a decode step's few rows."""
-    monkeypatch.setattr(hip, "GATHERED_AT_ONCE", most)
+    """At least a query block, or a key block, of one head; of both heads where all fits (a decode step's few rows)."""
     search, blocks, near = make_search(small(rescore=4, budget=12), 131, heads)
     run = blocks[-4:-1]  # of one start level
+    wanted = search.select(slice(0, heads), run, near[:, :, -51:-3])
+    monkeypatch.setattr(hip, "GATHERED_AT_ONCE", most)
     taken = watched_buffers(monkeypatch)
-    search.select(slice(0, heads), run, near[:, :, -51:-3])
-    pieces = [shape[1] for name, shape in taken if name == "summaries"]
-    assert pieces == [*[summaries] * (3 // summaries), *[3 % summaries] * (3 % summaries > 0)]
+    assert torch.equal(search.select(slice(0, heads), run, near[:, :, -51:-3]), wanted)
+    pieces = [shape[:2] for name, shape in taken if name == "summaries"]
+    each = heads if summaries == 3 else 1
+    counts = [*[summaries] * (3 // summaries), *[3 % summaries] * (3 % summaries > 0)]
+    assert pieces == [(each, count) for count in counts] * (heads // each)
     assert {math.prod(shape) // (heads * 64) for name, shape in taken if name == "picked"} == {keys}
 
 

@@ -23,7 +23,6 @@ from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.eval import documents, generate, report
 from hip_hf.eval.resident import cache_mib
 from hip_hf.integration.settings import read_settings, text_config
-from hip_hf.reference.sparse import DECODE_ROWS
 
 # For models without a chat template: a line for each turn, so an answer ends with its line.
 PLAIN = (
@@ -34,8 +33,6 @@ PLAIN = (
 END_OF_LINE = "\n"
 # Two first questions that have no character in common: what stays is the document.
 PROBES = ("A", "?")
-# Tokens that are read at once: fewer are a decode step, in which each selects for itself. At 8K, 16 took 7 times as long as 22.
-SHORTEST_READING = DECODE_ROWS + 1
 # Elements of each tensor that stand for all of them: training changes nearly every one.
 WEIGHTS_LOOKED_AT = 16
 
@@ -69,7 +66,7 @@ class Turn:
     question: str
     answer: str
     interrupted: bool
-    tokens_read: int  # of the question and what the template puts around it; more where they are few, or the template rewrites
+    tokens_read: int  # of the question and what the template puts around it; more where the template rewrites
     tokens_new: int
     seconds: float  # from the question to the answer's end
     first_token_s: float
@@ -163,8 +160,7 @@ class Conversation:
         start = time.perf_counter()
         messages = [*self.messages, self._question(question)]
         prompt = self.encode(self.render(messages))
-        at_least = SHORTEST_READING if len(self.cache.paged) == len(self.cache.layers) else 1  # the others may not go back
-        self._keep(min(shared(self.held, prompt), max(0, len(prompt) - at_least)))
+        self._keep(min(shared(self.held, prompt), len(prompt) - 1))  # something must be read, to be answered
         before = len(self.held)
         if self.plain:
             options = {**options, "stop_strings": END_OF_LINE, "tokenizer": self.tokenizer}

@@ -270,14 +270,18 @@ class TreeSearch:
 
         `invalid`, `[P, m]`, masks the last of them; `near` as `_votes` gives it.
         """
-        table, (lanes, count, rows, _) = self.pyramid.levels[level], features.shape
-        logits = scratch.take("logits", (lanes, count, rows, ids.shape[-1]), features)
-        gathered = ids.shape[-1] * table.shape[-1] * table.itemsize
-        size = max(1, GATHERED_AT_ONCE // gathered) if lanes == 1 else count  # all heads at once: a decode step's few rows
-        for at in range(0, count, size):
-            part = slice(at, at + size)
-            summaries = self._gather(heads, level, ids[:, part], end[part])
-            self._logits(features[:, part].flatten(0, 1), summaries.flatten(0, 1), out=logits[:, part].flatten(0, 1))
+        table, (heads_here, count, rows, _) = self.pyramid.levels[level], features.shape
+        logits = scratch.take("logits", (heads_here, count, rows, ids.shape[-1]), features)
+        size = max(1, GATHERED_AT_ONCE // (ids.shape[-1] * table.shape[-1] * table.itemsize))
+        # all heads of a decode step's row at once, of which there is little; of more rows head by head
+        each = heads_here if count == 1 or heads_here * count <= size else 1
+        for head in range(0, heads_here, each):
+            some, lane = slice(heads.start + head, heads.start + head + each), slice(head, head + each)
+            for at in range(0, count, size):
+                part = slice(at, at + size)
+                summaries = self._gather(some, level, ids[lane, part], end[part])
+                into = logits[lane, part].flatten(0, 1)
+                self._logits(features[lane, part].flatten(0, 1), summaries.flatten(0, 1), out=into)
         return self._aggregate(logits, invalid, near, level)
 
     def _logits(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -45,6 +45,15 @@ def portions(heads: int, blocks: int, workers: int) -> list[tuple[int, slice]]:
     return units
 
 
+def together(blocks: list[QueryBlock]) -> list[QueryBlock]:
+    """Rows that follow one another, those with the same sink and window in one query block: what they read but for the middle."""
+    joined = []
+    for _, group in groupby(blocks, key=lambda block: (block.start, block.sink, block.window)):
+        same = list(group)
+        joined.append(replace(same[0], last=same[-1].last))
+    return joined
+
+
 def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: torch.Tensor | None) -> Tensors:
     """The part of the problem's tensors that is the span, heads grouped by key head."""
     rows = slice(span.row_start, span.row_end)
@@ -182,6 +191,16 @@ class SparseAttention:
             # gradients are differences with the output, and would feel that half precision rounds both parts of it
             self._attend(t, span, heads, blocks, ids)
             return
+        self._attend_middle(t, heads, blocks, ids, out, lse)
+        self._take_note(span, heads, blocks, ids)
+
+    def _attend_middle(
+        self, t: Tensors, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        """Attend to what was selected, and merge that with the rest, `out` and `lse` as `_near` gives them."""
+        if not ids.shape[3]:  # a method that selects nothing
+            store_rows(t, heads, slice(None), blocks, out, lse)
+            return
         for share in range(ids.shape[1]):
             group = slice(None) if ids.shape[1] == 1 else slice(share, share + 1)
             more, more_lse = partial(t, heads, group, blocks, ids[:, share], self.config.block_k, True, near=False)
@@ -189,7 +208,6 @@ class SparseAttention:
             some = out[:, group].to(more_lse.dtype)
             whole = merge(some, lse[:, group], more.to(more_lse.dtype), more_lse)
             store_rows(t, heads, group, blocks, some, whole)
-        self._take_note(span, heads, blocks, ids)
 
     def _attend(self, t: Tensors, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None) -> None:
         """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to the whole middle."""
@@ -215,40 +233,73 @@ class SparseAttention:
     # Decode: all heads of a row at once; a selection serves `decode_refresh` steps.
 
     def _decode(self, t: Tensors, span: Span, row: RowState | None) -> None:
+        if span.rows > 1:
+            self._decode_rows(t, span, row)
+            return
         heads = slice(0, t.k.shape[0])
         kept = row.selection if row is not None else None
         refresh = self.config.decode_refresh
         steps = refresh if isinstance(refresh, int) else refresh[0]
-        if span.rows == 1 and kept is not None and span.position - kept.position < steps:
-            blocks = [self._laid(span, kept.window)]
+        if kept is not None and span.position - kept.position < steps:
+            block = self._laid(span, kept.window)
             if kept.stages and row is not None:
-                kept = row.selection = self._stages(t, span, row, blocks[0], kept)
-            selected = [kept.ids]
-        elif span.rows == 1 and isinstance(refresh, list) and row is not None:
-            blocks = self._blocks(span)
-            row.selection = self._stages(t, span, row, blocks[0], None)
-            selected = [row.selection.ids]
+                kept = row.selection = self._stages(t, span, row, block, kept)
+            ids = kept.ids
+        elif isinstance(refresh, list) and row is not None:
+            (block,) = self._blocks(span)
+            row.selection = self._stages(t, span, row, block, None)
+            ids = row.selection.ids
         else:
-            blocks = self._blocks(span)
-            if row is not None and span.rows == 1 and refresh != 1:
-                blocks = [replace(blocks[0], lasting=True)]
-            search = self._search(t, row, blocks)
-            selected = [self._selected(t, search, heads, block) if block.middle > self.budget else None for block in blocks]
+            (block,) = self._blocks(span)
+            if row is not None and refresh != 1:
+                block = replace(block, lasting=True)
+            search, ids = self._search(t, row, [block]), None
+            if block.middle > self.budget:
+                ids = self._selected(search, heads, [block], self._near(t, heads, [block])[2] if self._asks_need else None)
             if row is not None:
-                row.selection = Selection(selected[-1], blocks[-1].window, blocks[-1].first)
-        for block, ids in zip(blocks, selected, strict=True):
-            if span.rows == 1 and row is not None and self._gathers(t, row, block, steps):
-                self._attend_gathered(t, row, block, steps)
-                self._take_note(span, heads, [block], ids)
-            else:
-                self._attend(t, span, heads, [block], ids)
-        self._count(span, span.rows, blocks[0].window if span.rows == 1 else None)
+                row.selection = Selection(ids, block.window, block.first)
+        if row is not None and self._gathers(t, row, block, steps):
+            self._attend_gathered(t, row, block, steps)
+            self._take_note(span, heads, [block], ids)
+        else:
+            self._attend(t, span, heads, [block], ids)
+        self._count(span, span.rows, block.window)
 
-    def _selected(self, t: Tensors, search: Any, heads: slice, block: QueryBlock) -> torch.Tensor:
-        """What a decode step's row selects, `[heads, S, 1, n]`."""
-        if not self._asks_need:
-            return search.select(heads, [block])
-        return search.select(heads, [block], self._near(t, heads, [block])[2])
+    def _decode_rows(self, t: Tensors, span: Span, row: RowState | None) -> None:
+        """A few rows at once: each selects for itself, and as little as possible is done row by row."""
+        heads, blocks, ids = slice(0, t.k.shape[0]), self._blocks(span), None
+        search = self._search(t, row, blocks)
+        for covered, group in groupby(blocks, key=lambda block: block.middle <= self.budget):
+            some, ids = list(group), None
+            if not covered:
+                ids = self._attend_each(t, search, span, heads, some)
+                continue
+            for block in together(some):
+                attend_range(t, heads, slice(None), block)
+            self._take_note(span, heads, some, None)
+        if row is not None:
+            row.selection = Selection(None if ids is None else ids[:, :, -1:], blocks[-1].window, blocks[-1].first)
+        self._count(span, span.rows)
+
+    def _attend_each(self, t: Tensors, search: Any, span: Span, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+        """Attention of rows that each select for themselves, and what they select."""
+        # each row's sink and window are those of its neighbours, but for the neighbours' own keys
+        parts = [self._near(t, heads, [block]) for block in together(blocks)]
+        out, lse, near = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+        ids = self._selected(search, heads, blocks, near)
+        if self.pieces is not None:
+            self._attend(t, span, heads, blocks, ids)
+            return ids
+        # where positions are given by the order of what is read, each row has another one
+        for at, some in enumerate([blocks] if t.positions is None else [[block] for block in blocks]):
+            rows = slice(at, at + len(some))
+            self._attend_middle(t, heads, some, ids[:, :, rows], out[:, :, rows], lse[:, :, rows])
+        self._take_note(span, heads, blocks, ids)
+        return ids
+
+    def _selected(self, search: Any, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None) -> torch.Tensor:
+        """What rows select for themselves, `[heads, S, len(blocks), n]`; `near`: as `_near` gives it."""
+        return search.select(heads, blocks, near) if self._asks_need else search.select(heads, blocks)
 
     def _gathers(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
         """Whether what a selection reads is kept side by side for the steps that it serves. Not where it changes each step
