@@ -36,7 +36,7 @@ def problem(kernel, target, **arguments):
 
 
 def printed(tmp_path: Path, line: str) -> str:
-    script = tmp_path / "kernels.py"  # the compiler reads the source
+    script = tmp_path / "wrong_kernel.py"  # the compiler reads the source; Transformers imports what is named `kernels`
     script.write_text(KERNELS + line)
     done = process(str(script))
     assert done.returncode == 0, done.stderr

@@ -28,9 +28,10 @@ def main(
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Compile every kernel for every GPU. Exit 1 if one spills, does not fit, misses the tensor cores it should use or waits for
-    each of their instructions, or has three stages and fetches nothing ahead. What --output holds is kept where code, launch and
-    Triton are the same."""
+    """Compile every kernel for every GPU. Exit 1 if one spills, does not fit, or misses the tensor cores it should use.
+
+    Also if these wait for each of their instructions, or if a kernel has three stages and fetches nothing ahead. What --output
+    holds is kept where code, launch and Triton are the same."""
     chosen = parse_choice(targets, TARGETS, "--targets")
     numbers = [int(dim) if dim.isdecimal() else 0 for dim in dims.split(",")]
     if not all(numbers):
