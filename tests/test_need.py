@@ -288,13 +288,13 @@ def test_what_is_always_read_is_weighed_in_the_places_of_attention(
     """36 and 52 positions are fewer than a row reads."""
     config, where = small(**EXTENDED, decode_refresh=1), positions(trained, chunk_indexed, scaling=1.2)
     q, k, v = make_qkv(163, rows, heads=1, dtype=torch.float64)
-    seen: dict[int, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}  # by the row's position: rows that select for themselves come together, too
     real = SparseAttention._near
 
     def noted(self: SparseAttention, t: Any, heads: slice, blocks: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         out, lse, near = real(self, t, heads, blocks)
         for block, own in zip(blocks, near.split([block.rows for block in blocks], 2), strict=True):
-            seen[block.first] = own[0].clone()
+            seen.update(zip(range(block.first, block.last + 1), own[0].unbind(1), strict=True))
         return out, lse, near
 
     monkeypatch.setattr(SparseAttention, "_near", noted)
@@ -303,7 +303,7 @@ def test_what_is_always_read_is_weighed_in_the_places_of_attention(
         own = q[0, :, block[0] - (163 - rows) : block[-1] + 1 - (163 - rows)].transpose(0, 1)
         want = near_at_streaming_places(config, k[0, 0], own, block, low, high, where)
         expected_near = torch.tensor([[want[i, head] for i in range(len(block))] for head in range(2)], dtype=torch.float64)
-        assert_near(seen[block[0]], expected_near, 1e-9, f"rows {block}")
+        assert_near(torch.stack([seen[at] for at in block], 1), expected_near, 1e-9, f"rows {block}")
 
 
 @pytest.mark.parametrize("given", FEATURES)
