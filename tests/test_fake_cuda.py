@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from interpreter import DEVICE, interpreter
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hip_hf import HiPConfig, hip_attention
 from hip_hf.integration import interface, next_token
@@ -61,8 +63,10 @@ def launches(monkeypatch: pytest.MonkeyPatch, device_guards: None) -> Iterator[l
     noted: list[str] = []
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        for name, x in {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}.items():
-            assert not isinstance(x, torch.Tensor) or x.device == GPU, f"{name} of {kernel.__name__} is on {x.device}"
+        given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+        where = {name: x.device for name, x in given.items() if isinstance(x, torch.Tensor)}
+        assert len(set(where.values())) == 1, f"{kernel.__name__} has tensors on {where}"
+        assert GPU.type in str(where), f"{kernel.__name__} has tensors on {where}"
         noted.append(kernel.__name__)
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", run)
@@ -131,25 +135,63 @@ def test_gradients(launches: list[str]) -> None:
     assert set(launches) == {"query_gradient_kernel", "key_gradient_kernel"}
 
 
-def test_a_model(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill and decode steps of a Llama. What the mask says is the one thing that a forward reads on the host."""
+def whole(mask: torch.Tensor, rows: int) -> tuple[Span, ...]:
+    """The span of one row without padding."""
+    keys = mask.shape[-1]
+    return (Span(0, 0, keys, 0, rows, keys - rows),)
 
-    def whole(mask: torch.Tensor, rows: int) -> tuple[Span, ...]:
-        keys = mask.shape[-1]
-        return (Span(0, 0, keys, 0, rows, keys - rows),)
 
-    for module in (interface, next_token):
-        monkeypatch.setattr(module, "mask_spans", whole)
+def llama() -> LlamaConfig:
     config = LlamaConfig(
         vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     config.hip = FIELDS
     config._attn_implementation = "hip"
+    return config
+
+
+def tensors(x: Any) -> Iterator[torch.Tensor]:
+    """All that an object, and what it holds, keeps."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, (list, tuple, dict)):
+        for part in x.values() if isinstance(x, dict) else x:
+            yield from tensors(part)
+    elif type(x).__module__.startswith("hip_hf") and hasattr(x, "__dict__"):
+        yield from tensors(vars(x))
+
+
+def test_a_model(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill and decode steps of a Llama. What the mask says is the one thing that a forward reads on the host."""
+    for module in (interface, next_token):
+        monkeypatch.setattr(module, "mask_spans", whole)
     with torch.device(GPU), torch.no_grad():
-        model = LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(llama()).eval()
         cache = model(torch.zeros(1, 400, dtype=torch.long)).past_key_values
         assert launches.count("attend_kernel") >= 2
         for _ in range(2):
             launches.clear()
             assert model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache).logits.device == GPU
             assert launches.count("attend_kernel") == 2
+
+
+def test_a_model_whose_layers_lie_on_two_devices(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `device_map` lays them, by its hooks: what a layer keeps lies where the layer is, and no launch meets both devices."""
+    for module in (interface, next_token):
+        monkeypatch.setattr(module, "mask_spans", whole)
+    other, config = torch.device("cuda", 1), llama()
+    with torch.device(GPU), torch.no_grad():
+        model = LlamaForCausalLM(config).eval()
+        with torch.device(other):
+            model.model.layers[1] = LlamaDecoderLayer(config, 1).eval()
+        for module, device in ((model.model.layers[1], other), (model.model.norm, GPU)):
+            add_hook_to_module(module, AlignDevicesHook(execution_device=device))
+        cache = model(torch.zeros(1, 400, dtype=torch.long)).past_key_values
+        for _ in range(2):
+            launches.clear()
+            assert model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache).logits.device == GPU
+            assert launches.count("attend_kernel") == 2
+    for layer, device in zip(cache.layers, (GPU, other), strict=True):
+        found = list(tensors(layer))
+        assert len(found) > 2
+        assert {x.device for x in found} == {device}
