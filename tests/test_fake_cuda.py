@@ -104,7 +104,7 @@ def test_the_mode_notices() -> None:
         ({"delta": 16, "delta_mode": "interpolate"}, {"select_kernel", "attend_kernel", "spread_kernel"}),
         ({"method": "hyper"}, {"attend_kernel"}),
     ],
-    ids=str,
+    ids=["hip", "streaming", "interpolate", "hyper"],
 )
 def test_a_prompt(launches: list[str], fields: dict[str, Any], said: set[str]) -> None:
     out = hip_attention(*qkv(500, 500), config=HiPConfig(**{**FIELDS, **fields}))
