@@ -78,6 +78,8 @@ def _lacking(device: torch.device) -> str:
     why = old_triton()
     if why or device.type != "cuda":
         return why
+    import triton
+
     try:
         properties = torch.cuda.get_device_properties(device)
     except (AssertionError, RuntimeError) as error:
@@ -89,7 +91,7 @@ def _lacking(device: torch.device) -> str:
     elif (properties.major, properties.minor) < OLDEST_CAPABILITY:
         oldest = ".".join(map(str, OLDEST_CAPABILITY))
         return f"{properties.name} has compute capability {properties.major}.{properties.minor}, {oldest} or later is needed"
-    compiler = os.environ.get("CC")
+    compiler = triton.knobs.build.cc  # what CC names
     if not (shutil.which(compiler.split()[0]) if compiler else any(map(shutil.which, COMPILERS))):
         return f"Triton needs a C compiler ({' or '.join(COMPILERS)}, or what CC names), and there is none"
     return ""
