@@ -1,4 +1,4 @@
-"""What errors show of a value that they refuse."""
+"""What errors show of a value that they refuse, and what is shown of an error."""
 
 from __future__ import annotations
 
@@ -19,3 +19,9 @@ class _Short(reprlib.Repr):
 
 
 shown = _Short().repr
+
+
+def said(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"

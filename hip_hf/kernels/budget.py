@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from hip_hf.kernels.compiled import MODULES, Launch
+from hip_hf.shown import said
 
 KILOBYTE = 1024
 # Shared memory that a program may have, in bytes, and the matrix instruction to expect.
@@ -164,7 +165,7 @@ def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
         _read(row, compiled)
         row.problem = _fault(row, launch, compiled)
     except Exception as error:  # the compiler's own: it has no common type
-        row.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        row.problem = said(error)
         return row
     row.seconds = round(time.perf_counter() - start, 2)
     return row

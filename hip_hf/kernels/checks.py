@@ -21,6 +21,7 @@ from hip_hf.methods.hip import SUCCESSORS
 from hip_hf.paged import BlockTable, PagedTensor, Store
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.rope import Positions, Rope
+from hip_hf.shown import said
 from hip_hf.state import DecodeState
 
 # Errors are counted in the rounding of the tensors' dtype: of outputs and gradients relative to the largest, of logarithms as
@@ -307,8 +308,7 @@ def check(name: str, heads: Heads, device: torch.device, config: HiPConfig, back
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers, drivers and launches have no common type
-        text = str(error).strip().splitlines()
-        found.error, found.problem = float("inf"), f"{type(error).__name__}: {text[0] if text else 'no message'}"
+        found.error, found.problem = float("inf"), said(error)
     else:
         found.error = trial.error
         if not trial.error <= 1:

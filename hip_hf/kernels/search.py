@@ -110,8 +110,8 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
     else:
         # a decode step's search also keeps which blocks follow the best ones
         wanted = SearchTile(32, 16, 16) if votes < FEWEST_ROWS else SearchTile(32, 32, 32)
-    if votes > wanted.rows:  # the loop over tiles takes registers as well
-        wanted = wanted if target == "sm90" else replace(wanted, features_last=16)
+    if votes > wanted.rows and target != "sm90":  # the loop over tiles takes registers as well
+        wanted = replace(wanted, features_last=16)
     divisor = dim & -dim  # a part of the head dim that is no divisor of it costs masks
     return replace(
         wanted,

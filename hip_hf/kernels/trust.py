@@ -27,6 +27,7 @@ import hip_hf
 from hip_hf.config import HiPConfig
 from hip_hf.kernels import checks
 from hip_hf.kernels.checks import Found, Heads
+from hip_hf.shown import said
 
 OLDEST_TRITON = (3, 6)
 # Compute capability of Ampere: matrix units for bf16 and TF32, and copies that run beside the work.
@@ -129,12 +130,6 @@ def refuse(device: torch.device, settings: str, error: Exception) -> str:
     """From now on no kernels with these settings: Triton could not compile or launch them. Returns the reason."""
     why = _refused[device, settings] = f"Triton refuses the kernels with these settings ({said(error)})"
     return why
-
-
-def said(error: Exception) -> str:
-    """The first line of an error."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 @torch.compiler.assume_constant_result
