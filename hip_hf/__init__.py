@@ -9,12 +9,23 @@ from hip_hf.attention import hip_attention
 from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig
 from hip_hf.integration.explain import explain
-from hip_hf.integration.interface import register
+from hip_hf.integration.interface import register, unregister
 from hip_hf.integration.settings import configure
 from hip_hf.patches.registry import patch, unpatch
 from hip_hf.state import DecodeState
 
 __version__ = "0.1.0"
-__all__ = ["DecodeState", "HiPCache", "HiPConfig", "configure", "explain", "hip_attention", "patch", "register", "unpatch"]
+__all__ = [
+    "DecodeState",
+    "HiPCache",
+    "HiPConfig",
+    "configure",
+    "explain",
+    "hip_attention",
+    "patch",
+    "register",
+    "unpatch",
+    "unregister",
+]
 
 register()

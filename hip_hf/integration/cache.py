@@ -15,6 +15,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionAndStaticFullAttentionLayer, StaticLayer
 
+from hip_hf.integration.changes import set_attribute, set_item
 from hip_hf.integration.positions import UNROTATED, check_cache
 from hip_hf.integration.settings import attends_by_us
 from hip_hf.paged import PagedTensor
@@ -138,6 +139,11 @@ def cut_off(x: torch.Tensor) -> torch.Tensor:
     return _CutOff.apply(x, torch.zeros((), requires_grad=True, device=x.device))
 
 
+def _new_object(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """What Python does for a class without a `__new__`."""
+    return object.__new__(cls)
+
+
 def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
     """`DynamicCache.__new__`: the cache made from the config of a `hip` model, and from nothing else, is a `HiPCache`."""
     config = kwargs.get("config")
@@ -170,7 +176,7 @@ def _guard_updates() -> None:
                 check_cache(self, layer_idx, unrotated)
         return update(self, key_states, value_states, layer_idx, *args, **kwargs)
 
-    Cache.update = hip_update  # type: ignore[method-assign]
+    set_attribute(Cache, "update", hip_update)
 
 
 def install() -> None:
@@ -178,5 +184,10 @@ def install() -> None:
     _guard_updates()
     ours = {StaticLayer: HiPStaticLayer, LinearAttentionAndStaticFullAttentionLayer: HiPHybridStaticLayer}
     mapping = cache_utils.STATIC_LAYER_TYPE_MAPPING
-    mapping.update({name: ours[layer] for name, layer in mapping.items() if layer in ours})
-    DynamicCache.__new__ = _new_dynamic_cache  # type: ignore[method-assign]
+    for name, layer in list(mapping.items()):
+        if layer in ours:
+            set_item(mapping, name, ours[layer])
+    if "__new__" not in vars(DynamicCache):
+        # what a class once had in this place cannot be deleted: `object.__new__` would refuse all arguments ever after
+        DynamicCache.__new__ = _new_object  # type: ignore[method-assign]
+    set_attribute(DynamicCache, "__new__", _new_dynamic_cache)

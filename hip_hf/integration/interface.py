@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
-from hip_hf.integration import paged, reach
+from hip_hf.integration import changes, paged, reach
 from hip_hf.integration.cache import CUT_OFF, cache_kind, cut_off, install, state_of
 from hip_hf.integration.holes import attend_runs, few_before, mask_runs
 from hip_hf.integration.masks import (
@@ -223,14 +223,31 @@ def _warn_once(layer: int | None, reason: str) -> None:
         warnings.warn(text, stacklevel=4)
 
 
+def _forget_names() -> None:
+    """Transformers has no public way to take a name back."""
+    for name in NAMES:
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+
+
 def register() -> None:
     """Make the names in `NAMES` known to Transformers. Importing `hip_hf` has done so already; calling it again is harmless."""
     for name, method in NAMES.items():
         AttentionInterface.register(name, functools.partial(attention_forward, method=method))
         AttentionMaskInterface.register(name, hip_mask)
+    changes.at_undo(_forget_names)
     from hip_hf.patches import registry
 
     install()
     paged.install()
     reach.install()
     registry.install()
+
+
+def unregister() -> None:
+    """Take back all that `register` and `hip_hf.integration.serve` have changed in Transformers, which then knows no `hip`.
+
+    Models that attend by `hip` cannot be called until `register` is called again; `unpatch` gives back the forwards of those
+    that were patched. What something else has put in the place of a change of ours stays there. Harmless a second time.
+    """
+    changes.undo()

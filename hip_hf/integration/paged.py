@@ -27,6 +27,7 @@ import transformers
 
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
+from hip_hf.integration.changes import at_undo, set_attribute
 from hip_hf.integration.settings import attends_by_us
 from hip_hf.paged import BlockTable, Lane, PagedTensor, Store
 from hip_hf.problem import AttentionProblem, make_spans
@@ -267,8 +268,11 @@ def open_gate(module: ModuleType) -> None:
         _forget_request(self, request_id)
         return free(self, request_id, *args, **kwargs)
 
-    manager.switch_to_cb_friendly_attn, manager._run_generation_loop = switched, run
-    cache.update, cache.free_blocks = left_to_attention, freed
+    at_undo(lambda: _updates.clear())
+    set_attribute(manager, "switch_to_cb_friendly_attn", switched)
+    set_attribute(manager, "_run_generation_loop", run)
+    set_attribute(cache, "update", left_to_attention)
+    set_attribute(cache, "free_blocks", freed)
 
 
 def is_paged(value: Any) -> bool:
@@ -316,6 +320,7 @@ def install() -> None:
         return
     module = sys.modules.get(GATE)
     if module is None:
-        sys.meta_path.insert(0, _Hook())
+        sys.meta_path.insert(0, hook := _Hook())
+        at_undo(lambda: sys.meta_path.remove(hook) if hook in sys.meta_path else None)
     else:
         open_gate(module)

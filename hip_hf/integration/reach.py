@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from hip_hf.integration.changes import set_attribute
 from hip_hf.integration.settings import is_ours, text_config, text_part
 
 # The table of attention functions, as modeling files call it.
@@ -141,5 +142,5 @@ def install() -> None:
         check_heads(self, asked)
         change(self, attn_implementation, *args, **kwargs)
 
-    PreTrainedModel._check_and_adjust_attn_implementation = hip_adjust  # type: ignore[method-assign]
-    PreTrainedModel.set_attn_implementation = hip_set  # type: ignore[method-assign]
+    set_attribute(PreTrainedModel, "_check_and_adjust_attn_implementation", hip_adjust)
+    set_attribute(PreTrainedModel, "set_attn_implementation", hip_set)

@@ -7,7 +7,7 @@
 `hip-hf serve` calls `register` for you, and after `hip-hf autoload enable` so does every plain `transformers serve` of the
 environment. The rest of this file is for `hip-hf serve` alone: a limit to what one request may ask for, and a status and a
 message for every request that fails. Transformers (5.17 to 5.24) has neither: with continuous batching, a request that needs
-more than all blocks ends the worker, and with it every other request.
+more than all blocks ends the worker, and with it every other request. `hip_hf.unregister` takes all of it back.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import transformers
 from transformers.utils import logging
 
+from hip_hf.integration.changes import set_attribute
 from hip_hf.integration.settings import is_ours
 
 PREFIX = "paged|"  # what a name begins with where continuous batching is meant; Transformers has ceased to need it
@@ -63,7 +64,7 @@ def register() -> None:
         validate(self)
         self.attn_implementation = name
 
-    manager._validate_args = hip_validate_args
+    set_attribute(manager, "_validate_args", hip_validate_args)
 
 
 def after_loading(configure: Callable[[Any], Any]) -> None:
@@ -77,7 +78,7 @@ def after_loading(configure: Callable[[Any], Any]) -> None:
         configure(model)
         return model
 
-    manager._load_model = hip_load_model
+    set_attribute(manager, "_load_model", hip_load_model)
 
 
 def limit_lengths(longest: int | None) -> None:
@@ -90,7 +91,7 @@ def limit_lengths(longest: int | None) -> None:
     utils = _module("utils")
     for manager in (utils.GenerateManager, utils.CBGenerateManager):
         for name in ("generate_streaming", "generate_non_streaming"):
-            setattr(manager, name, _limited(getattr(manager, name), longest))
+            set_attribute(manager, name, _limited(getattr(manager, name), longest))
 
 
 def _limited(method: Callable[..., Any], longest: int | None) -> Callable[..., Any]:
@@ -165,7 +166,7 @@ def explain_failures() -> None:
             app.add_exception_handler(kind, _answer)
         return app
 
-    server.build_server = hip_build_server
+    set_attribute(server, "build_server", hip_build_server)
 
 
 def _bad_requests() -> tuple[type[Exception], ...]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hip_hf.config import HiPConfig
+from hip_hf.integration.changes import set_attribute
 from hip_hf.integration.positions import extends
 from hip_hf.integration.reach import check_heads, check_reach
 from hip_hf.integration.settings import attends_by_us, configure, text_config, text_part
@@ -167,4 +168,4 @@ def install() -> None:
         if any(getattr(config, "hip", None) is not None for config in configs) and extends(text_config(self)):
             patch_layers(layers_to_extend(self))
 
-    PreTrainedModel.post_init = hip_post_init  # type: ignore[method-assign]
+    set_attribute(PreTrainedModel, "post_init", hip_post_init)
