@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +20,6 @@ from openai import APIStatusError, OpenAI
 from test_real_model import fetched
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.cli.serving import server as server_module
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import CBGenerateManager, GenerateManager
 from typer.testing import CliRunner
 
 import hip_hf
@@ -43,6 +42,7 @@ MODES = {
     ],
 }  # fmt: skip
 LENGTHS = [3, 40, 500, 17, 260, 1100, 90, 8]
+TRANSFORMERS = ("-c", "from transformers.cli.transformers import app; app()")  # its command
 TIMEOUT = 300.0  # of a request that must be answered
 HANG_UPS = 20
 SOON = 60.0  # less than the answers of those who hung up would take
@@ -171,6 +171,18 @@ def test_eight_clients_at_once(client: OpenAI, server: Served, mode: str, checkp
     assert found == expected
 
 
+def test_transformers_chat_streams_the_answer_to_a_terminal(server: Served, mode: str, checkpoint: Path, tmp_path: Path) -> None:
+    """As the documentation has it: what is typed goes to `hip-hf serve`, and comes back as `generate` answers."""
+    text = words(9)
+    (expected,) = generated(checkpoint, [f"{text} "], 6, **SETTINGS[mode])
+    arguments = [*TRANSFORMERS, "chat", server.model, server.url, "do_sample=False", "max_new_tokens=6"]
+    typed, env = f"{text}\nN\n!exit\n", environment()  # no, the answer need not go on
+    del env["HF_HUB_OFFLINE"]  # which would keep it from this machine, too
+    done = subprocess.run([sys.executable, *arguments], input=typed, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert expected in " ".join(done.stdout.split())
+
+
 # What goes wrong
 
 
@@ -243,21 +255,17 @@ def test_many_requests_leave_no_memory_behind(server: Served) -> None:
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def refused() -> Iterator[Callable[..., str]]:
     """What `hip-hf serve` says to arguments that it does not take; what it changes in Transformers is undone."""
-    changed = [(ModelManager, "_validate_args"), (ModelManager, "_load_model"), (server_module, "build_server")]
-    changed += [
-        (manager, name) for manager in (GenerateManager, CBGenerateManager) for name in vars(manager) if "streaming" in name
-    ]
-    for owner, name in changed:
-        monkeypatch.setattr(owner, name, getattr(owner, name))
 
     def run(*arguments: str) -> str:
         done = CliRunner(env={"COLUMNS": "400", "TERM": "dumb"}).invoke(app, ["serve", *arguments])
         assert done.exit_code == 2, done.output
         return " ".join(done.output.split())
 
-    return run
+    yield run
+    hip_hf.unregister()
+    hip_hf.register()
 
 
 def test_mistakes_are_one_line(refused: Callable[..., str], checkpoint: Path) -> None:
@@ -278,7 +286,7 @@ def test_plain_transformers_serve_after_autoload(checkpoint: Path, tmp_path: Pat
     (site / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(site)!r})\n")
     env = environment()
     env["PYTHONPATH"] = os.pathsep.join([str(site), env["PYTHONPATH"]])
-    command = ["-c", "from transformers.cli.transformers import app; app()", "serve"]
+    command = [*TRANSFORMERS, "serve"]
     attention = ["--attn-implementation", "paged|hip"]
     with Served(str(checkpoint), *attention, log=tmp_path / "log", command=command, environment=env) as plain:
         text = words(400)
