@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from test_kernels_compile import ROOT, process
 
 from hip_hf.kernels.digest import code_digest
@@ -97,6 +98,18 @@ def test_results_of_the_same_code_are_kept(tmp_path: Path) -> None:
     file.write_text(json.dumps({"triton": "3", "rows": [row, {**row, "launch": "m", "problem": "spills"}]}))
     assert compiled_before(file, "3") == {tuple(row[name] for name in names): row}
     assert compiled_before(file, "4") == {}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"rows": [', b"\xff", b"[]", b'{"triton": "3"}', b'{"triton": "3", "rows": [{"kernel": "a"}]}']
+)
+def test_an_output_that_is_no_result_of_kernels_is_refused(content: bytes, tmp_path: Path) -> None:
+    from hip_hf.eval.kernels import compiled_before
+
+    file = tmp_path / "kernels.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"--output: got '.*kernels.json', which is no result of this command, allowed: "):
+        compiled_before(file, "3")
 
 
 def test_published_results_have_no_problem() -> None:

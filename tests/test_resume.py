@@ -47,9 +47,20 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
         file.write_text(whole[:-cut])
         assert list(Cells(output, {}).done) == ['["one"]']
         assert file.read_text() == "".join(line + "\n" for line in whole.splitlines()[:-1])
-    file.write_text("something else\n")
-    with pytest.raises(ValueError, match="no file of finished cells"):
-        Cells(output, {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"something else\n", b"[]\n", b'{"request": 1}\n', b'{"request": {}}\n[1]\n', b'{"request": {}}\n{"a\n', b"\xff\n"],
+)
+def test_a_file_that_is_none_of_finished_cells_is_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / f"out.json{SUFFIX}"
+    file.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"--output: got 'out.json.partial', which is no file of finished cells, allowed: .* remove"
+    ):
+        Cells(tmp_path / "out.json", {})
+    assert file.read_bytes() == content
 
 
 def test_without_an_output_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,18 +31,17 @@ class Cells:
             self._read(self.file)
 
     def _read(self, file: Path) -> None:
-        first, *rest = file.read_text(encoding="utf-8").split("\n")
         allowed = f"the run that it began as, or none: remove {file.name!r} to start anew"
         try:
-            before = json.loads(first)["request"]
-        except (ValueError, KeyError, TypeError):
+            first, *rest = file.read_text(encoding="utf-8").split("\n")
+            before = dict(json.loads(first)["request"])
+            done = dict(json.loads(line) for line in rest[:-1])  # what follows the last line break was cut off
+        except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"--output: got {file.name!r}, which is no file of finished cells, allowed: {allowed}") from None
         if before != self.request:
             names = sorted(name for name in before.keys() | self.request if before.get(name) != self.request.get(name))
             raise ValueError(f"--output: got finished cells of a run with other {', '.join(names)}, allowed: {allowed}")
-        for line in rest[:-1]:  # what follows the last line break was cut off
-            key, value = json.loads(line)
-            self.done[key] = value
+        self.done = done
         self._write(file)
 
     def _write(self, file: Path) -> None:

@@ -60,10 +60,10 @@ def main(
     asked = dict(targets=chosen, dims=numbers, dtypes=kinds, only=only, triton=triton.__version__)
     try:
         sink = Targets(as_json, output)
-        cells = sink.cells("kernels", **asked)
+        before, cells = compiled_before(output, triton.__version__), sink.cells("kernels", **asked)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    rows, before = [], compiled_before(output, triton.__version__)
+    rows = []
     with cells, report.progress() as progress:
         for launch, target, dim, dtype in progress.track(work, description="compiling"):
             # what was compiled before counts only while code and launch configuration are the same
@@ -80,14 +80,21 @@ def main(
 
 
 def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Rows without a problem in an earlier `output` of this command with the same Triton, by what they were compiled from."""
+    """Rows without a problem in an earlier `output` of this command with the same Triton, by what they were compiled from.
+
+    Raises:
+        ValueError: the file is there, and this command has not written it.
+    """
     if output is None or not output.exists():
         return {}
-    document = json.loads(output.read_text(encoding="utf-8"))
-    if document.get("triton") != version:
-        return {}
     names = ("kernel", "target", "dim", "dtype", "code", "launch")
-    return {tuple(row[name] for name in names): row for row in document["rows"] if not row["problem"]}
+    try:
+        document = json.loads(output.read_text(encoding="utf-8"))
+        found = {tuple(row[name] for name in names): row for row in document["rows"] if not row["problem"]}
+        return found if document["triton"] == version else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        allowed = "what hip-hf kernels --output has written, or a file that is not there"
+        raise ValueError(f"--output: got {str(output)!r}, which is no result of this command, allowed: {allowed}") from None
 
 
 def _grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
