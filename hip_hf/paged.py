@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import gcd, inf
 from typing import Any
 
@@ -225,9 +226,15 @@ class PagedKeys:
         """The same keys as a search reads them."""
         return replace(self, store=self.store.for_search())
 
+    def borders(self, first: int, last: int) -> list[int]:
+        """The tokens between `first` and `last - 1` at which another piece of memory begins. Where there are none, reading the
+        range copies nothing."""
+        counts = [count for _, _, count in self.store.pieces(self.table, self.start + first, self.start + last)]
+        return [first + length for length in accumulate(counts[:-1])]
+
     def in_one_piece(self, first: int, last: int) -> bool:
         """Whether reading tokens `first` to `last - 1` copies nothing."""
-        return len(self.store.pieces(self.table, self.start + first, self.start + last)) <= 1
+        return not self.borders(first, last)
 
 
 KeyRows = torch.Tensor | PagedKeys  # `[Hkv, T, D]`

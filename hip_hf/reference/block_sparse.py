@@ -18,8 +18,9 @@ from hip_hf.rope import Positions
 
 # A block of rows meets a long contiguous range in tiles whose logits are at most this many elements, to stay in cache.
 LOGITS_AT_ONCE = 1 << 20
-# Keys of a contiguous range that lie in several pieces are brought together this many at a time.
-KEYS_AT_ONCE = 4096
+# Keys of a contiguous range that lie in several pieces are read where they lie if a piece has so many keys on average; shorter
+# ones are brought together, so many keys at a time.
+KEYS_OF_A_PIECE, KEYS_AT_ONCE = 512, 4096
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,11 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
     parts, end = [], block.last + 1
     cuts = [] if t.positions is None else t.positions.cuts(block.first, block.last)
-    if isinstance(t.k, PagedKeys) and not t.k.in_one_piece(block.start, end):
-        tile = max(n, min(tile, KEYS_AT_ONCE))
+    if isinstance(t.k, PagedKeys) and (borders := t.k.borders(block.start, end)):
+        if (end - block.start) // (len(borders) + 1) >= KEYS_OF_A_PIECE:
+            cuts = [*cuts, *(border for border in borders if border <= end - n)]
+        else:
+            tile = max(n, min(tile, KEYS_AT_ONCE))
     while end > block.start:  # from the last key down, so that the rows' own keys are whole in one tile
         first = max([block.start, end - tile, *(cut for cut in cuts if cut < end)])
         parts.append(_attend_tile(t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start))

@@ -22,14 +22,16 @@ FLASH_DIM, FLASH_CAPABILITY = 256, (8, 0)
 
 
 def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, slice, QueryBlock]]:
-    """Arguments of `attend_range` for a dense computation of the query rows from `first` on."""
-    tasks = []
+    """Arguments of `attend_range` for a dense computation of the query rows from `first` on: head by head, a single row for all
+    heads at once, which takes as little as the operations that it is made of."""
+    tasks, lanes = [], t.q.shape[0]
+    heads = [slice(0, lanes)] if span.rows == 1 else [slice(head, head + 1) for head in range(lanes)]
     for row in range(first, span.rows, ROWS_AT_ONCE):
         last = min(row + ROWS_AT_ONCE, span.rows) - 1
         position = span.position + row
         start = 0 if t.sliding_window is None else max(0, position - t.sliding_window + 1)
         block = QueryBlock(row, position, span.position + last, start, start, 0, 0, start)
-        tasks += [(slice(head, head + 1), slice(None), block) for head in range(t.q.shape[0])]
+        tasks += [(some, slice(None), block) for some in heads]
     return tasks
 
 

@@ -66,8 +66,11 @@ class Gathered:
         self.count = count
         for name, x, into in (("k", t.k, self.k), ("v", t.v, self.v)):
             into[:, :sink] = x[:, block.start : block.sink]
-            middle = scratch.take(name, (len(into), picked, into.shape[2]), into.new_empty(0, dtype=x.dtype))
-            into[:, sink : sink + picked] = pick(x, ids, size, middle)
+            middle = into[:, sink : sink + picked]
+            if x.dtype == into.dtype:
+                pick(x, ids, size, middle)
+            else:
+                middle.copy_(pick(x, ids, size, scratch.take(name, tuple(middle.shape), into.new_empty(0, dtype=x.dtype))))
             into[:, sink + picked : self.count] = x[:, block.window : block.last + 1]
         if t.positions is not None:
             self.k[:, : self.count] = t.positions.rope.keys(self.k[:, : self.count], 0, t.positions.trained)
