@@ -55,7 +55,7 @@ def main(
     model: str,
     tasks: str = "hip_passkey",
     length: Annotated[int, typer.Option(min=256, help="Tokens of a prompt.")] = 2048,
-    samples: Annotated[int, typer.Option(min=1, help="Prompts.")] = 8,
+    samples: Annotated[int, typer.Option(min=PROCESSES, help="Prompts: each process needs one.")] = 8,
     settings: Annotated[str, typer.Option(help="Model arguments.")] = "budget=256,dense_below=0",
     cores: Annotated[int, typer.Option(min=PROCESSES, help="Threads of all processes together.")] = PROCESSES,
     rounds: Annotated[int, typer.Option(min=1)] = 3,

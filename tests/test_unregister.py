@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,21 @@ def test_all_that_was_changed_is_taken_back(found: dict[str, list[str]], turn: i
 
 def test_caches_can_be_made_as_before(found: dict[str, list[str]]) -> None:
     assert found["caches"] == ["DynamicCache", "DynamicCache"]
+
+
+def test_what_somebody_has_wrapped_since_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hip_hf.integration import changes
+
+    monkeypatch.setattr(changes, "_undo", [])
+    theirs = SimpleNamespace(wrapped=1, kept=1)
+    for name in ("wrapped", "kept", "new"):
+        changes.set_attribute(theirs, name, 2)
+    table = {"wrapped": 1, "kept": 1}
+    for name in ("wrapped", "kept", "new"):
+        changes.set_item(table, name, 2)
+    theirs.wrapped = table["wrapped"] = 3
+    changes.undo()
+    assert vars(theirs) == table == {"wrapped": 3, "kept": 1}
 
 
 if __name__ == "__main__":

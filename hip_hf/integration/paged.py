@@ -268,7 +268,7 @@ def open_gate(module: ModuleType) -> None:
         _forget_request(self, request_id)
         return free(self, request_id, *args, **kwargs)
 
-    at_undo(lambda: _updates.clear())
+    at_undo(_updates.clear)
     set_attribute(manager, "switch_to_cb_friendly_attn", switched)
     set_attribute(manager, "_run_generation_loop", run)
     set_attribute(cache, "update", left_to_attention)
