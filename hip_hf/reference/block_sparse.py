@@ -7,7 +7,6 @@ softcap, sinks, sliding windows, a few rows against a long cache): a dense block
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 
@@ -43,19 +42,6 @@ class Tensors:
 def alike(block: QueryBlock) -> tuple[int, int, int, int]:
     """What query blocks have in common that `partial` serves together."""
     return block.start, block.sink, block.rows, block.first - block.window
-
-
-def attend(t: Tensors, heads: slice, group: slice, blocks: list[QueryBlock], ids: torch.Tensor, block_k: int) -> None:
-    """Sparse attention of query blocks, for the key heads `heads` and the query heads `group` of each.
-
-    `ids` `[heads, len(blocks), n]`: the sorted key blocks that each query block reads between sink and window.
-    """
-    at = 0
-    for _, same in groupby(blocks, key=alike):
-        run = list(same)
-        need_lse = t.lse is not None or t.sinks is not None
-        store_rows(t, heads, group, run, *partial(t, heads, group, run, ids[:, at : at + len(run)], block_k, need_lse))
-        at += len(run)
 
 
 def store_rows(
@@ -103,7 +89,7 @@ def partial(
     outputs = scratch.take("out", (count, lanes, rows, v.shape[-1]), like)
     logits = scratch.take("logits", (lanes, rows, keys), like)
     by_row = logits.view(lanes, groups, n, keys)
-    own, future = by_row[..., keys - n :], _future(n, device)
+    own, unseen = by_row[..., keys - n :], future(n, device)
     parts = [_Parts(name, x, blocks, sink, picked, window, block_k) for name, x in (("k", k), ("v", v))]
     k_all, v_all = (scratch.take(part.name, tuple(part.all.shape), like) for part in parts)
     k_all = k_all.transpose(1, 2)
@@ -129,7 +115,7 @@ def partial(
             t.positions.streaming_logits(query, k_all.transpose(1, 2), places, total, out=logits)
         squash(logits, t.softcap)
         if n > 1 and near:
-            own.masked_fill_(future, -torch.inf)
+            own.masked_fill_(unseen, -torch.inf)
         if positions is not None:
             _mask_sliding(by_row, positions[i], block.first, t.sliding_window)
         weigh_values(logits, v_all, output, None if lse is None else lse[i].view(lanes, rows))
@@ -224,7 +210,7 @@ def _attend_tile(
     squash(logits, t.softcap)
     by_row = logits.view(lanes, groups, n, end - first)
     if n > 1 and end == block.last + 1:
-        by_row[..., end - first - n :].masked_fill_(_future(n, logits.device), -torch.inf)
+        by_row[..., end - first - n :].masked_fill_(future(n, logits.device), -torch.inf)
     if t.sliding_window is not None:
         position = torch.arange(first, end, device=query.device)[None]
         _mask_sliding(by_row, position, block.first, t.sliding_window)
@@ -264,7 +250,7 @@ def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None
 _triangles: dict[tuple[int, torch.device], torch.Tensor] = {}
 
 
-def _future(size: int, device: torch.device) -> torch.Tensor:
+def future(size: int, device: torch.device) -> torch.Tensor:
     """`[size, size]`: where a row of a block may not see a later row's key. Whatever its logit is, also infinite or NaN: nothing
     that is added to it would hide that."""
     key = (size, device)

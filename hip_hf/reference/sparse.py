@@ -13,7 +13,8 @@ from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block, query_b
 from hip_hf.paged import KeyRows, PagedKeys, rows_of
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
-from hip_hf.reference.block_sparse import Tensors, alike, attend, attend_range, merge, partial, store_rows
+from hip_hf.reference.block_sparse import Tensors, alike, attend_range, merge, store_rows
+from hip_hf.reference.fused import attend, partial
 from hip_hf.reference.gathered import Gathered
 from hip_hf.reference.gradients import Piece
 from hip_hf.reference.reading import Blocks, Reading, block_read, keys_seen
