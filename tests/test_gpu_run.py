@@ -243,8 +243,8 @@ except ValueError as error:
 
 
 def test_pieces_of_steps(tmp_path: Path) -> None:
-    """A test that fails is a wrong number; a model that is not there is skipped; every kernel test belongs to a half; a piece that
-    fails leaves the others; a folder belongs to one machine."""
+    """A test that fails is a wrong number; a model that is not there is skipped; every kernel test belongs to a half; a piece
+    that fails leaves the others; a folder belongs to one machine."""
     (tmp_path / "test_of_two.py").write_text("def test_good():\n    pass\n\ndef test_bad():\n    assert 1 == 2, 'far off'\n")
     done = script(tmp_path, "-c", PIECES, str(tmp_path))
     assert done.returncode == 0, done.stderr
