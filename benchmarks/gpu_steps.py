@@ -97,10 +97,10 @@ class Sizes:
 # The same steps on a machine without a GPU: kernels by Triton's interpreter, which does not know bf16.
 DRY = Sizes(
     device="cpu", dtype="fp16", checks=("fp32",), parts=(checks.GRADIENTS,), heads=2, kv_heads=1, dim=16,
-    config={**doctor.SIZES, **dict(block_k=4, backend="triton", beam=2, rescore=2, decode_refresh=2)},
-    prefill=(128, 192), decode=(96,), batches=(1, 2), repeats=1,
+    config=dict(doctor.SIZES, backend="triton", beam=2, rescore=2, decode_refresh=2),
+    prefill=(128, 192), decode=(96,), batches=(2,), repeats=1,
     tests=(("test_kernel_rule.py",), ("test_kernel_tuning.py",)), processes=1,
-    kernels=("prefill", "decode"), candidates=1, tuned=64, tune_repeats=1,
+    kernels=("prefill",), candidates=2, tuned=64, tune_repeats=1,
     model=documents.CHECKPOINT, model_dtype="fp32", prompt=512, budget=64, new_tokens=2,
 )  # fmt: skip
 
