@@ -246,7 +246,8 @@ class Bench:
         dense = {name: self.call(captured(run, self.device)) for name, run in runs.items()}
         calls, alone, made = {}, {}, dict[str, Steps]()
         for key, config in variants.items():
-            problem = AttentionProblem(q[:, :, :1], k, v, make_spans(q[:, :, :1], k), plan.head_dim**-0.5)
+            tensors = q[:, :, :1], k[:, :, :length], v[:, :, :length]
+            problem = AttentionProblem(*tensors, make_spans(*tensors[:2]), plan.head_dim**-0.5)
             reason, _ = dense_reason(problem, config, None, False)
             if reason:
                 calls[key] = self.call(captured(dense_steps, self.device))
