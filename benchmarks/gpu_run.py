@@ -171,6 +171,7 @@ def main() -> None:
     own = [sys.executable, str(Path(__file__).resolve()), str(given.folder), "--serve", *(["--dry-run"] if given.dry_run else [])]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, **({"TRITON_INTERPRET": "1"} if given.dry_run else {})}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the worker is stopped on the way out
     # on a CPU, which others may use as well, only the whole has a limit
     steps = [replace(step, limit=60 * given.minutes) for step in STEPS] if given.dry_run else STEPS
     sys.exit(run(given.folder, steps, own, given.minutes, environment))
