@@ -12,9 +12,9 @@ import argparse
 import pprint
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
-import triton
 
 from hip_hf.kernels import budget
 from hip_hf.kernels.backward import key_launches, query_launches
@@ -28,6 +28,7 @@ from hip_hf.kernels.tuning import Tile, target_of
 TABLE = Path(__file__).parents[1] / "hip_hf" / "kernels" / "table.py"
 # Launches of both dtypes share an entry; the first is timed.
 TOKENS, DTYPES = 32768, (torch.bfloat16, torch.float16)
+REPEATS = 20
 
 LAUNCHES: dict[str, Callable[[Example, Tile], list[Launch]]] = {
     "prefill": prefill_launches,
@@ -67,9 +68,9 @@ def accumulators(kernel: str, target: str, dim: int, tile: Tile) -> int:
     return sums // (budget.gpu_target(target).warp_size * tile.warps)
 
 
-def examples(kernel: str, dim: int, dtype: torch.dtype, device: str = "meta") -> list[Example]:
+def examples(kernel: str, dim: int, dtype: torch.dtype, device: str = "meta", tokens: int = TOKENS) -> list[Example]:
     """What a configuration must serve; the first of them is timed."""
-    fields = dict(tokens=TOKENS, device=device, **(dict(rows=1, block_q=1) if kernel.startswith("decode") else {}))
+    fields = dict(tokens=tokens, device=device, **(dict(rows=1, block_q=1) if kernel.startswith("decode") else {}))
     found = [example(dim, dtype, **fields)]
     if device == "meta" and kernel in ("prefill", "decode"):
         found.append(example(dim, dtype, paged=True, **fields))
@@ -87,10 +88,28 @@ def problems(kernel: str, target: str, dim: int, tile: Tile) -> list[str]:
     return []
 
 
-def milliseconds(kernel: str, dim: int, tile: Tile) -> float:
-    """Time of its first launch on the GPU of this machine."""
-    first = LAUNCHES[kernel](examples(kernel, dim, DTYPES[0], "cuda")[0], tile)[0]
-    return triton.testing.do_bench(lambda: first.kernel[first.grid](**first.arguments))
+def milliseconds(
+    kernel: str,
+    dim: int,
+    tiles: list[Tile],
+    device: str = "cuda",
+    dtype: torch.dtype = DTYPES[0],
+    tokens: int = TOKENS,
+    repeats: int = REPEATS,
+) -> list[float]:
+    """What the first launch takes with each of the configurations: medians of interleaved runs."""
+    from hip_hf.eval.gpu_runs import Clock, Timed
+    from hip_hf.eval.latency import interleave
+
+    x, clock = examples(kernel, dim, dtype, device, tokens)[0], Clock(torch.device(device))
+
+    def timed(tile: Tile) -> Timed:
+        first = LAUNCHES[kernel](x, tile)[0]
+        return Timed(lambda: first.kernel[first.grid](**first.arguments), clock)
+
+    calls = [timed(tile) for tile in tiles]
+    interleave(calls, repeats)
+    return [1000 * median(call.seconds) for call in calls]
 
 
 def choose(kernel: str, target: str, dim: int, here: str) -> tuple[int, int, int, int] | None:
@@ -109,7 +128,7 @@ def choose(kernel: str, target: str, dim: int, here: str) -> tuple[int, int, int
         return None
     if target != here:
         return good[0]
-    times = {values: milliseconds(kernel, dim, Tile(*values)) for values in good}
+    times = dict(zip(good, milliseconds(kernel, dim, [Tile(*values) for values in good]), strict=True))
     print(f"{kernel}, {target}, D={dim}: " + ", ".join(f"{values} {time:.3f} ms" for values, time in times.items()))
     return min(times, key=lambda values: times[values])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ pytestmark = pytest.mark.kernels
 
 LENGTH = 72
 COLUMNS = (
-    "phase dtype length settings hip_ms sdpa_ms sdpa times_faster tokens_per_s tflops gb_per_s over_floor selecting peak_gb "
-    "sdpa_peak_gb path reason runs"
+    "phase dtype batch length settings hip_ms sdpa_ms sdpa times_faster tokens_per_s tflops gb_per_s over_floor selecting "
+    "peak_gb sdpa_peak_gb path reason runs"
 )
 
 
@@ -88,6 +89,37 @@ def test_rows_of_every_phase() -> None:
     assert found["decode amortised"]["selecting"] == pytest.approx(chosen / 2 / found["decode amortised"]["hip_ms"])
     if DEVICE == "cpu":  # where cuDNN is not
         assert any(line.startswith("prefill, fp16: cudnn: ") for line in refused)
+
+
+def test_decode_of_a_batch_in_graphs_and_launched() -> None:
+    """Every row of the batch counts, in tokens and in the model's work."""
+    one, three = (by_phase(measure(plan(batch=batch), ("decode", "launched"), [LENGTH])[0]) for batch in (1, 3))
+    phases = ["decode amortised", "decode refreshed"]
+    assert list(three) == [*phases, "decode selection", *(f"{phase}, launched" for phase in phases)]
+    for phase, row in three.items():
+        assert (row["batch"], row["path"]) == (3, "sparse")
+        assert row["tokens_per_s"] == pytest.approx(3000 / row["hip_ms"])
+        assert row["tflops"] * row["hip_ms"] == pytest.approx(3 * one[phase]["tflops"] * one[phase]["hip_ms"])
+        assert (row["sdpa_ms"] is None) == (phase == "decode selection")
+
+
+def test_backends_that_are_not_asked_for_are_no_baselines() -> None:
+    (row,), refused = measure(plan(), ("prefill",), [LENGTH], backends=())
+    assert (row["sdpa"], row["sdpa_ms"], refused) == ("-", None, [])
+
+
+def test_a_baseline_that_takes_the_probe_and_not_the_call_drops_out() -> None:
+    bench = Bench(plan(), "fp16", Clock(torch.device(DEVICE)))
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("full\nof it")
+
+    dense = {"flash": bench.call(full), "cudnn": bench.call(lambda: None)}
+    ours = bench.call(lambda: None)
+    bench.time("prefill", dense, [ours])
+    assert list(dense) == ["cudnn"]
+    assert [len(call.seconds) for call in (dense["cudnn"], ours)] == [1, 1]
+    assert list(bench.refused) == ["prefill, fp16: flash: full"]
 
 
 def test_finished_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,20 +186,23 @@ def test_a_backend_that_refuses_is_named() -> None:
     assert list(bench.refused) == [f"prefill, fp16: {name}: No available kernel." for name in ("flash", "cudnn")]
 
 
-@pytest.mark.parametrize("refresh", [1, 2])
-def test_steps_give_what_decode_gives_each_time_they_run(refresh: int) -> None:
-    """The steps of a run are those of generation after a prompt; a second run repeats the first."""
+@pytest.mark.parametrize(("refresh", "batch"), [(1, 1), (2, 1), (2, 3)])
+def test_steps_give_what_decode_gives_each_time_they_run(refresh: int, batch: int) -> None:
+    """The steps of a run are those of generation after a prompt; a second run repeats the first, also after others with the same
+    state."""
     length, count, config = 100, 5, kernels(decode_refresh=refresh)
-    q, k, v = plan().random("fp32", length + count, count, torch.device(DEVICE))
+    q, k, v = plan(batch=batch).random("fp32", length + count, count, torch.device(DEVICE))
     state = DecodeState()
-    before = torch.zeros(1, q.shape[1], length, q.shape[3], device=q.device)
+    before = torch.zeros(batch, q.shape[1], length, q.shape[3], device=q.device)
     ours(before, k[:, :, :length], v[:, :, :length], config, state)
     for step in range(count):
         end = length + step + 1
         want = ours(q[:, :, step : step + 1], k[:, :, :end], v[:, :, :end], config, state)
         assert (want.path, want.reason) == ("sparse", "")
     steps = Steps(q, k, v, length, count, config)
-    for _ in range(2):
+    others = Steps(q, k, v, length, count, replace(config, decode_refresh=4), attend=False, state=steps.state)
+    for between in (lambda: None, others):
+        between()
         assert_near(steps().cpu(), want.out.cpu(), 1e-6)
 
 
@@ -214,9 +249,14 @@ def test_lengths() -> None:
     assert sizes("8K, 1M,300") == [8192, 2**20, 300]
 
 
-def test_the_model_in_the_documentation_is_what_the_command_prints() -> None:
+def test_the_table_in_the_documentation_is_what_the_command_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what was measured, where the results of a GPU are there."""
+    monkeypatch.setattr("sys.argv", ["floors"])
+    floors.main()
     page = (Path(__file__).resolve().parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert floors.table(floors.rows(floors.LENGTHS, HiPConfig(), floors.Shape())) in page
+    assert capsys.readouterr().out in page
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])

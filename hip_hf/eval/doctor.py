@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ GIB = 2**30
 SMALL_HEADS = Heads(dim=32, dim_v=32, groups=2)
 SIZES = dict(budget=32, block_q=32, block_k=8, sink=8, window=24, dense_tail=8, dense_below=0)
 SMALL = HiPConfig(**SIZES, beam=2, rescore=2, decode_refresh=2)
+PARTS = tuple(dict.fromkeys(part for part, _ in checks.CHECKS.values()))
 # What to set where a part fails. With `auto` calls that need it are dense already.
 INSTEAD = {
     checks.SPARSE: 'backend="torch" (slower), or attn_implementation="sdpa"',
@@ -84,7 +85,7 @@ def lacking(device: torch.device) -> str:
     return "" if INTERPRETED else "kernels run on a GPU, and none is tried here (TRITON_INTERPRET=1 interprets them)"
 
 
-def tried(device: torch.device, kinds: list[str], kernels: bool) -> Iterator[tuple[str, Found]]:
+def tried(device: torch.device, kinds: list[str], kernels: bool, parts: Sequence[str] = PARTS) -> Iterator[tuple[str, Found]]:
     """What was found, with a name for backend and heads: of the kernels where they can run, and without a GPU, or in place of the
     kernels, of the torch backend."""
     gpu = device.type == "cuda"
@@ -99,7 +100,7 @@ def tried(device: torch.device, kinds: list[str], kernels: bool) -> Iterator[tup
     with report.progress() as progress:
         for backend, of, kind in progress.track(work, description="trying"):
             label = f"{'kernels' if backend == 'triton' else 'torch'}, {kind}, D={of.dim}"
-            for part in dict.fromkeys(part for part, _ in checks.CHECKS.values()):
+            for part in parts:
                 found = trust.self_test(device, of, part, config, backend)
                 if gpu and backend == "triton":  # what models ask before they use kernels
                     trust.note(device, of, part, found)

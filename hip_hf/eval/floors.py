@@ -1,15 +1,18 @@
-"""Prints the analytical model of the GPU kernels (`docs/performance.md`): FLOPs, bytes, and the least time of each step.
+"""Prints the table of the GPU kernels (`docs/performance.md`): FLOPs, bytes, floor and model of each step, and what was measured.
 
-python -m hip_hf.eval.floors [--lengths 8192,131072] [--key-heads 4] [--settings '{"rescore": 4}'] [--json]
+python -m hip_hf.eval.floors [--gpu A100] [--lengths 8192,131072] [--key-heads 4] [--settings '{"rescore": 4}'] [--json]
+                             [--measured FOLDER/summary.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import ceil, log2
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,11 +21,25 @@ from hip_hf.kernels.prefill import rows_of
 from hip_hf.kernels.tuning import Tile, tile_of
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
-GPUS = {"H200": (989.0, 4.8), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
-TARGETS = {"H200": "sm90", "A100": "sm80", "RTX 4090": "sm89"}
+GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
+TARGETS = {"H200": "sm90", "H100": "sm90", "A100": "sm80", "RTX 4090": "sm89"}
 LENGTHS = (8192, 32768, 131072, 1 << 20)
 # Rows of a query block where all keys are read (`kernels.prefill.dense_reads`).
 DENSE_BLOCK = 64
+# Where the summary of `benchmarks/gpu_run.py` is put once there is one.
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_run.json"
+# What `gpu_run` calls a step: the phase of a call, and whose milliseconds.
+CALLS = {
+    "prefill": ("prefill", "hip_ms"),
+    "prefill: selection": ("selection", "hip_ms"),
+    "prefill: dense": ("prefill", "sdpa_ms"),
+    "decode, amortised": ("decode amortised", "hip_ms"),
+    "decode, refreshed each step": ("decode refreshed", "hip_ms"),
+    "decode: dense": ("decode amortised", "sdpa_ms"),
+}
+NOTHING: Mapping[tuple[str, int], float] = {}
+# The kernels that are a step of a prompt, in its profile.
+KERNELS = {"prefill: votes": ("need_kernel", "vote_kernel"), "prefill: attention": ("attend_kernel",)}
 
 
 @dataclass(frozen=True)
@@ -184,55 +201,90 @@ def dense_decode(tokens: int, shape: Shape) -> Cost:
     return Cost(4 * shape.query_heads * tokens * shape.dim, shape.key_heads * tokens * 2 * shape.dim * shape.size)
 
 
-def rows(lengths: tuple[int, ...], config: HiPConfig, shape: Shape) -> list[dict[str, float | int | str]]:
-    """One row per step and length: TFLOP, GB (both with the launch configurations of `shape`), and milliseconds at least on
-    each GPU, with its own. "prefill" is selection, of which the votes are a part, and attention, one after the other."""
-    steps: dict[str, Callable[[int, Shape], list[Cost]]] = {
-        "prefill": lambda t, s: [selection(t, config, s), prefill(t, config, s)],
-        "prefill: selection": lambda t, s: [selection(t, config, s)],
-        "prefill: votes": lambda t, s: [votes(t, config, s)],
-        "prefill: attention": lambda t, s: [prefill(t, config, s)],
-        "prefill: dense": lambda t, s: [dense_prefill(t, s)],
-        "backward": lambda t, s: [backward(t, config, s)],
-        "backward: dense": lambda t, s: [dense_prefill(t, s).times(2.5)],
-        "decode, amortised": lambda t, s: [decode(t, config, s, config.decode_refresh)],
-        "decode, refreshed each step": lambda t, s: [decode(t, config, s, 1)],
-        "decode: dense": lambda t, s: [dense_decode(t, s)],
+def prompt_once(tokens: int, shape: Shape, queries: int, keys: int) -> Cost:
+    """Bytes of as many tensors like q and like K of a prompt, each moved once."""
+    return Cost(0, tokens * (queries * shape.query_heads + keys * shape.key_heads) * shape.dim * shape.size)
+
+
+def rows(
+    lengths: tuple[int, ...],
+    config: HiPConfig,
+    shape: Shape,
+    gpu: str = "H200",
+    measured: Mapping[tuple[str, int], float] = NOTHING,
+) -> list[dict[str, float | int | str | None]]:
+    """One row per step and length: TFLOP, GB, and milliseconds on `gpu`. "prefill" is selection, of which the votes are a part,
+    and attention, one after the other.
+
+    `floor`: products, or every tensor moved once; `model`: products, or all gathers from memory. `measured`: milliseconds by step
+    and length.
+    """
+    # costs, one after the other; and the tensors that must be moved (None: what is gathered is read once anyway)
+    steps: dict[str, tuple[Callable[[int], list[Cost]], tuple[int, int] | None]] = {
+        "prefill": (lambda t: [selection(t, config, shape), prefill(t, config, shape)], (2, 2)),
+        "prefill: selection": (lambda t: [selection(t, config, shape)], (1, 1)),
+        "prefill: votes": (lambda t: [votes(t, config, shape)], (1, 1)),
+        "prefill: attention": (lambda t: [prefill(t, config, shape)], (2, 2)),
+        "prefill: dense": (lambda t: [dense_prefill(t, shape)], (2, 2)),
+        "backward": (lambda t: [backward(t, config, shape)], (4, 4)),
+        "backward: dense": (lambda t: [dense_prefill(t, shape).times(2.5)], (4, 4)),
+        "decode, amortised": (lambda t: [decode(t, config, shape, config.decode_refresh)], None),
+        "decode, refreshed each step": (lambda t: [decode(t, config, shape, 1)], None),
+        "decode: dense": (lambda t: [dense_decode(t, shape)], None),
     }
     found = []
-    for name, step in steps.items():
+    for name, (step, tensors) in steps.items():
         for tokens in lengths:
-            cost = sum(step(tokens, shape), Cost(0, 0))
-            on = {gpu: step(tokens, replace(shape, target=TARGETS[gpu])) for gpu in GPUS}
-            times = {gpu: sum(part.milliseconds(gpu) for part in parts) for gpu, parts in on.items()}
-            spent = {"TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9, "H200 products": cost.products("H200")}
-            found.append({"step": name, "tokens": tokens, **spent, **times})
+            parts = step(tokens)
+            cost, model = sum(parts, Cost(0, 0)), sum(part.milliseconds(gpu) for part in parts)
+            least = cost if tensors is None else Cost(cost.flops, prompt_once(tokens, shape, *tensors).bytes)
+            own = {"step": name, "tokens": tokens, "TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9}
+            times = {"floor": least.milliseconds(gpu), "model": model, "measured": measured.get((name, tokens))}
+            found.append({**own, **times})
     return found
 
 
-def table(found: list[dict[str, float | int | str]]) -> str:
+def measured_in(document: dict[str, Any]) -> tuple[str, dict[tuple[str, int], float]]:
+    """Of a summary of `benchmarks/gpu_run.py`: the GPU, and milliseconds by step and length, of one sequence."""
+    steps = {step["step"]: step for step in document["steps"]}
+    calls = [row for name in ("prefill", "decode") for row in steps[name]["rows"] if "phase" in row and row["batch"] == 1]
+    found: dict[tuple[str, int], float] = {}
+    for name, (phase, column) in CALLS.items():
+        found |= {(name, row["length"]): row[column] for row in calls if row["phase"] == phase and row[column] is not None}
+    for row in steps["profile"]["rows"]:
+        for name, kernels in KERNELS.items():
+            if row["what"] == "prompt" and row["part"] in kernels:
+                found[name, row["length"]] = found.get((name, row["length"]), 0.0) + row["ms"]
+    device = steps["prefill"]["machine"].get("device", "")
+    return next((gpu for gpu in GPUS if gpu in device), "H200"), found
+
+
+def table(found: list[dict[str, float | int | str | None]], gpu: str = "H200") -> str:
     """`rows` as Markdown."""
-    lines = [f"| step | tokens | TFLOP | GB | {' | '.join(f'{gpu}, ms' for gpu in GPUS)} | H200, products alone, ms |"]
-    lines.append("|---" * (5 + len(GPUS)) + "|")
+    times = ("floor", "model", "measured")
+    lines = [f"| {gpu} | tokens | TFLOP | GB | {' | '.join(f'{name}, ms' for name in times)} |", "|---" * 7 + "|"]
     for row in found:
-        cells = [row["step"], f"{row['tokens']:,}", *(f"{row[name]:.3g}" for name in ("TFLOP", "GB", *GPUS, "H200 products"))]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        figures = ["" if row[name] is None else f"{row[name]:.3g}" for name in ("TFLOP", "GB", *times)]
+        lines.append(f"| {row['step']} | {row['tokens']:,} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", choices=GPUS, help="default: the one of the figures, else H200")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--key-heads", type=int, default=Shape.key_heads, choices=[1, 2, 4, 8, 16, 32], help="of 32 query heads")
     parser.add_argument("--settings", type=json.loads, default={}, help="HiPConfig's fields as JSON")
+    parser.add_argument("--measured", type=Path, default=MEASURED, help="summary.json of benchmarks/gpu_run.py")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    shape = Shape(key_heads=given.key_heads)
-    found = rows(tuple(map(int, given.lengths.split(","))), HiPConfig.from_dict(given.settings), shape)
-    if given.json:
-        print(json.dumps(found, indent=1))
-        return
-    print(table(found))
+    there = given.measured.exists()
+    on, measured = measured_in(json.loads(given.measured.read_text(encoding="utf-8"))) if there else ("H200", {})
+    gpu = given.gpu or on
+    shape = Shape(key_heads=given.key_heads, target=TARGETS[gpu])
+    lengths = tuple(map(int, given.lengths.split(",")))
+    found = rows(lengths, HiPConfig.from_dict(given.settings), shape, gpu, measured if gpu == on else {})
+    print(json.dumps(found, indent=1) if given.json else table(found, gpu))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Prefill is one causal call over the whole context, `selection` what finds its key blocks, `backward` the gradients of q, k and v.
 Decode steps run from CUDA graphs on both sides, since a step is shorter than what launching it takes: a graph holds as many
 steps as make whole selections and key blocks, which share selections as in generation (*amortised*) or not (*refreshed*).
+*Launched* are as many steps without a graph, ours through all that a model's layer calls: what the host takes is in them.
 Times are those of the device's own events, its second-level cache emptied before each run. Without a GPU everything runs the
 same on a CPU, by its clock and without graphs (the kernels by Triton's interpreter): to be tested, not to be believed.
 """
@@ -20,84 +21,29 @@ import torch
 import typer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hip_hf.attention import Result, dense_reason
+from hip_hf.attention import dense_reason
 from hip_hf.config import HiPConfig
-from hip_hf.eval import floors, plots
+from hip_hf.eval import floors, latency, plots
 from hip_hf.eval.cells import Cells
-from hip_hf.eval.latency import AMORTISED, DTYPES, PREFILL, REFRESHED, Call, Plan, interleave, ours, refresh_period, sdpa, wall
+from hip_hf.eval.gpu_runs import Clock, Run, Steps, Timed, captured
+from hip_hf.eval.latency import AMORTISED, DTYPES, PREFILL, REFRESHED, Plan, interleave, ours, refresh_period, sdpa
 from hip_hf.kernels import ops
-from hip_hf.kernels.addressing import KeyValues
-from hip_hf.kernels.backend import DeviceState, decode_step
-from hip_hf.kernels.prefill import Logits
-from hip_hf.kernels.search import select
-from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.tuning import target_of
-from hip_hf.problem import AttentionProblem, Span, make_spans
+from hip_hf.problem import AttentionProblem, make_spans
 
 LENGTHS = [8192 * 2**i for i in range(8)]  # 8K to 1M
 METHODS = ("hip", "streaming", "hyper", "dense")  # hyper decodes densely
 BACKWARD, SELECTION, DECODE_SELECTION = "backward", "selection", "decode selection"
+# Of a decode step without a graph, after the name of its phase.
+LAUNCHED = ", launched"
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-# Larger than any second-level cache.
-FLUSHED = 2**28
 # Enough of a call to know whether a backend takes it.
 PROBE = 256
-
-Run = Callable[[], Any]
-
-
-class Clock:
-    """Seconds and result of a run on `device`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.flushed = torch.empty(FLUSHED if self.cuda else 0, dtype=torch.int8, device=device)
-
-    def __call__(self, run: Run) -> tuple[float, Any]:
-        if not self.cuda:
-            return wall(run)
-        self.flushed.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        result = run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000, result
-
-    def peak(self, run: Run) -> float | None:
-        """GB that a run takes beyond what was there before it, its result included; None without a GPU."""
-        if not self.cuda:
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
-
-
-def captured(run: Run, device: torch.device) -> Run:
-    """`run` as a CUDA graph where there is a GPU; it must have compiled everything when it ran before."""
-    run()
-    if device.type != "cuda":
-        return run
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def within(backend: SDPBackend, run: Run) -> Any:
     with sdpa_kernel(backend):
         return run()
-
-
-class Timed(Call):
-    """`said`: path, and reason for a dense one. `peak`: GB that the call takes."""
-
-    said: tuple[str, str] = ("sparse", "")
-    peak: float | None = None
 
 
 @dataclass
@@ -122,11 +68,12 @@ class Measured:
 
 @dataclass
 class Bench:
-    """What is the same for all lengths."""
+    """What is the same for all lengths. `backends`: which of PyTorch's are baselines."""
 
     plan: Plan
     dtype: str
     clock: Clock
+    backends: Sequence[str] = tuple(BACKENDS)
     refused: dict[str, None] = field(default_factory=dict)  # what PyTorch's backends said, in order
 
     @property
@@ -144,17 +91,25 @@ class Bench:
     def baselines(self, what: str, probe: Run, run: Run) -> dict[str, Run]:
         """The run by each of PyTorch's backends that takes the `probe`, a small call of its kind."""
         runs = {}
-        for name, backend in BACKENDS.items():
+        for name in self.backends:
             try:
-                within(backend, probe)
+                within(BACKENDS[name], probe)
             except RuntimeError as error:
-                self.refused[f"{what}, {self.dtype}: {name}: {str(error).strip().splitlines()[0]}"] = None
+                self.refuse(what, name, error)
             else:
-                runs[name] = partial(within, backend, run)
+                runs[name] = partial(within, BACKENDS[name], run)
         return runs
+
+    def refuse(self, what: str, name: str, error: Exception) -> None:
+        self.refused[f"{what}, {self.dtype}: {name}: {str(error).strip().splitlines()[0]}"] = None
 
     def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> floors.Cost | None:
         """FLOPs and bytes of a step by the model in docs/performance.md, which knows `hip` and dense attention."""
+        one = self.cost_of_one(phase, length, config, path)
+        return one and one.times(self.plan.batch)
+
+    def cost_of_one(self, phase: str, length: int, config: HiPConfig, path: str) -> floors.Cost | None:
+        """The same, of one sequence of the batch."""
         shape = self.shape
         if path == "sparse" and config.method != "hip":
             return None
@@ -188,13 +143,14 @@ class Bench:
                 {
                     "phase": measured.phase,
                     "dtype": self.dtype,
+                    "batch": self.plan.batch,
                     "length": measured.length,
                     "settings": name,
                     "hip_ms": 1000 * seconds,
                     "sdpa_ms": None if dense is None else 1000 * dense,
                     "sdpa": "-" if best is None else best[0],
                     "times_faster": None if dense is None else dense / seconds,
-                    "tokens_per_s": measured.tokens / seconds,
+                    "tokens_per_s": self.plan.batch * measured.tokens / seconds,
                     "tflops": None if cost is None else cost.flops / seconds / 1e12,
                     "gb_per_s": None if cost is None else cost.bytes / seconds / 1e9,
                     "over_floor": None if least is None else 1000 * seconds / least,
@@ -208,14 +164,15 @@ class Bench:
             )
         return found
 
-    def time(self, calls: Sequence[Timed]) -> None:
-        """Interleaved, then each once more for its memory."""
-        interleave(calls, self.plan.repeats)
-        for call in calls:
-            if isinstance(call.result, Result):
-                call.said = call.result.path, call.result.reason
-            call.result = None
-            call.peak = self.clock.peak(call.run)
+    def time(self, what: str, dense: dict[str, Timed], calls: Sequence[Timed]) -> None:
+        """All interleaved; a baseline that takes the probe and not the call drops out."""
+        for name, call in list(dense.items()):
+            try:
+                call.first(self.plan.repeats, self.plan.enough)
+            except RuntimeError as error:
+                self.refuse(what, name, error)
+                del dense[name]
+        interleave([*dense.values(), *calls], self.plan.repeats, self.plan.enough)
 
     def prefill(self, length: int, phases: Sequence[str]) -> Iterable[dict[str, Any]]:
         """Rows of prefill and of its selection."""
@@ -233,7 +190,7 @@ class Bench:
         if "prefill" in phases:
             probe = partial(sdpa, *(x[:, :, :PROBE] for x in (q, k, v)))
             dense = {name: self.call(run) for name, run in self.baselines(PREFILL, probe, partial(sdpa, q, k, v)).items()}
-        self.time([*dense.values(), *calls.values(), *searches.values()])
+        self.time(PREFILL, dense, [*calls.values(), *searches.values()])
         once, taken = dict.fromkeys(plan.settings, 1), {name: median(call.seconds) for name, call in searches.items()}
         yield from self.rows(Measured(PREFILL, length, calls, dense, once, tokens=length), plan.settings, taken)
         if "selection" in phases:
@@ -261,18 +218,22 @@ class Bench:
                 result = ours(*leaves, config)
                 calls[name] = self.call(partial(pull, result.out, leaves, grad))
                 calls[name].said = result.path, result.reason
-        self.time([*dense.values(), *calls.values()])
+        self.time(BACKWARD, dense, list(calls.values()))
         measured = Measured(BACKWARD, length, calls, dense, dict.fromkeys(plan.settings, 1), tokens=length)
         return self.rows(measured, plan.settings, {})
+
+    def variants(self) -> tuple[dict[tuple[str, str], HiPConfig], dict[tuple[str, str], int]]:
+        """Settings by phase and name, and how many steps make a run of them: whole selections and key blocks."""
+        found: dict[tuple[str, str], HiPConfig] = {}
+        for name, config in self.plan.settings.items():
+            found[AMORTISED, name] = config
+            found[REFRESHED, name] = replace(config, decode_refresh=1)
+        return found, {key: lcm(refresh_period(config), config.block_k) for key, config in found.items()}
 
     def decode(self, length: int) -> list[dict[str, Any]]:
         """Rows of decode steps, amortised and refreshed, and of a step's selection."""
         plan = self.plan
-        variants: dict[tuple[str, str], HiPConfig] = {}
-        for name, config in plan.settings.items():
-            variants[AMORTISED, name] = config
-            variants[REFRESHED, name] = replace(config, decode_refresh=1)
-        counts = {key: lcm(refresh_period(config), config.block_k) for key, config in variants.items()}
+        variants, counts = self.variants()
         most = max(counts.values())
         q, k, v = plan.random(self.dtype, length + most, most, self.device)
 
@@ -283,60 +244,55 @@ class Bench:
 
         runs = self.baselines("decode", partial(sdpa, q[:, :, :1], k[:, :, :PROBE], v[:, :, :PROBE]), dense_steps)
         dense = {name: self.call(captured(run, self.device)) for name, run in runs.items()}
-        calls, alone = {}, {}
+        calls, alone, made = {}, {}, dict[str, Steps]()
         for key, config in variants.items():
-            problem = AttentionProblem(q[:, :, :1], k, v, (Span(0, 0, length, 0, 1, length - 1),), plan.head_dim**-0.5)
+            tensors = q[:, :, :1], k[:, :, :length], v[:, :, :length]
+            problem = AttentionProblem(*tensors, make_spans(*tensors[:2]), plan.head_dim**-0.5)
             reason, _ = dense_reason(problem, config, None, False)
-            steps = dense_steps if reason else Steps(q, k, v, length, counts[key], config)
-            calls[key] = self.call(captured(steps, self.device))
-            calls[key].said = ("dense", reason) if reason else ("sparse", "")
-            if key[0] == REFRESHED and not reason and config.method == "hip":
-                alone[key[1]] = self.call(captured(Steps(q, k, v, length, counts[key], config, attend=False), self.device))
-        self.time([*dense.values(), *calls.values(), *alone.values()])
+            if reason:
+                calls[key] = self.call(captured(dense_steps, self.device))
+                calls[key].said = ("dense", reason)
+                continue
+            own = Steps(q, k, v, length, counts[key], config, state=made[key[1]].state if key[1] in made else None)
+            made[key[1]] = own  # the keys are summarised once
+            calls[key] = self.call(captured(own, self.device))
+            if key[0] == REFRESHED and config.method == "hip":
+                select_only = Steps(q, k, v, length, counts[key], config, attend=False, state=own.state)
+                alone[key[1]] = self.call(captured(select_only, self.device))
+        self.time("decode", dense, [*calls.values(), *alone.values()])
         seconds = {name: median(call.seconds) / counts[REFRESHED, name] for name, call in alone.items()}
-        rows = []
-        for phase in (AMORTISED, REFRESHED):
-            mine = {name: call for (kind, name), call in calls.items() if kind == phase}
-            configs = {name: config for (kind, name), config in variants.items() if kind == phase}
-            steps = {name: counts[phase, name] if mine[name].said[0] == "sparse" else most for name in mine}
-            shares = {name: taken / refresh_period(configs[name]) for name, taken in seconds.items()}
-            rows += self.rows(Measured(phase, length, mine, dense, steps, most), configs, shares)
+        rows = self.decode_rows(length, "", calls, dense, seconds)
         steps = {name: counts[REFRESHED, name] for name in alone}
         return rows + self.rows(Measured(DECODE_SELECTION, length, alone, {}, steps), plan.settings, seconds)
 
+    def launched(self, length: int) -> list[dict[str, Any]]:
+        """Rows of decode steps without graphs, on a cache that grows from run to run."""
+        plan = self.plan
+        variants, counts = self.variants()
+        most = max(counts.values())
+        tensors = plan.random(self.dtype, length + most * (plan.repeats + 1), most, self.device)
+        probe = partial(sdpa, tensors[0][:, :, :1], *(x[:, :, :PROBE] for x in tensors[1:]))
+        dense = {}
+        for backend in self.baselines("launched", probe, probe):
+            dense[backend] = self.call(partial(within, BACKENDS[backend], latency.Steps(tensors, length, most, None)))
+        calls = {key: self.call(latency.Steps(tensors, length, counts[key], config)) for key, config in variants.items()}
+        self.time("launched", dense, list(calls.values()))
+        return self.decode_rows(length, LAUNCHED, calls, dense, {})
 
-class Steps:
-    """`count` decode steps on a cache of `length` keys, from where the prompt left it, at each call again: nothing here
-    depends on what the device has done before, so a CUDA graph can hold it. `attend` False: summaries and selection only."""
-
-    def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, count: int, config: HiPConfig, attend: bool = True
-    ) -> None:
-        self.q, self.kv, self.length, self.count, self.config, self.attend = q, KeyValues(k, v), length, count, config, attend
-        capacity = k.shape[2]
-        self.logits = Logits(q.shape[3] ** -0.5)
-        problem = AttentionProblem(q[:, :, :1], k, v, (Span(0, 0, capacity, 0, 1, capacity - 1),), self.logits.scale)
-        self.state = DeviceState.make(config, problem, capacity)
-        if self.state.pyramid is not None:
-            prompt = Sequences.of([Span(0, 0, length, 0, length, 0)], q.device)
-            self.state.pyramid.extend(self.kv, prompt, config.block_q, append=False)
-        self.sequences = Sequences.of([Span(0, 0, capacity, 0, 1, length)], q.device)
-        self.out = torch.empty(1, q.shape[1], 1, v.shape[3], dtype=q.dtype, device=q.device)
-
-    def __call__(self) -> torch.Tensor:
-        position, state = self.sequences.table[4], self.state
-        position.fill_(self.length)
-        state.crop(0, self.length)
-        for step in range(self.count):
-            row = self.q[:, :, step : step + 1]
-            if self.attend:
-                decode_step(row, self.kv, self.sequences, self.config, self.logits, state, self.out)
-            else:
-                assert state.pyramid is not None
-                state.pyramid.extend(self.kv, self.sequences, 1, append=True)
-                select(row, state.pyramid.table, self.kv, self.sequences, self.config, self.logits, 1, state.selection)
-            position.add_(1)
-        return self.out
+    def decode_rows(
+        self, length: int, how: str, calls: dict[tuple[str, str], Timed], dense: dict[str, Timed], seconds: dict[str, float]
+    ) -> list[dict[str, Any]]:
+        """Rows of the `variants`. `how`: added to the name of a phase. `seconds`: a selection's, by settings."""
+        variants, counts = self.variants()
+        most, rows = max(counts.values()), []
+        for phase in (AMORTISED, REFRESHED):
+            mine = {name: call for (kind, name), call in calls.items() if kind == phase}
+            configs = {name: config for (kind, name), config in variants.items() if kind == phase}
+            in_graph = not how  # where a dense call is the baseline's
+            steps = {name: most if in_graph and call.said[0] == "dense" else counts[phase, name] for name, call in mine.items()}
+            shares = {name: taken / refresh_period(configs[name]) for name, taken in seconds.items()}
+            rows += self.rows(Measured(phase + how, length, mine, dense, steps, most), configs, shares)
+        return rows
 
 
 def gpu_name(device: torch.device) -> str:
@@ -358,15 +314,16 @@ def measure(
     lengths: Sequence[int],
     started: Callable[[str], None] = lambda what: None,
     cells: Cells | None = None,
+    backends: Sequence[str] = tuple(BACKENDS),
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of everything that `cells` has not yet, and which of PyTorch's backends refused what."""
+    """Rows of everything that `cells` has not yet, and which of PyTorch's `backends` refused what."""
     cells = cells or Cells(None, {})
     rows: list[dict[str, Any]] = []
     refused: dict[str, None] = {}
-    kinds = {"prefill": {"prefill", "selection"}, "decode": {"decode"}, "backward": {"backward"}}
+    kinds = {"prefill": {"prefill", "selection"}, **{name: {name} for name in ("decode", "launched", "backward")}}
     for dtype in plan.dtypes:
-        bench = Bench(plan, dtype, Clock(plan.device))
-        run = {"prefill": partial(bench.prefill, phases=phases), "decode": bench.decode, "backward": bench.backward}
+        bench = Bench(plan, dtype, Clock(plan.device), backends)
+        run = {name: getattr(bench, name) for name in kinds} | {"prefill": partial(bench.prefill, phases=phases)}
         for kind in (kind for kind, asked in kinds.items() if asked & set(phases)):
             for length in lengths:
                 started(f"{kind}, {dtype}, {plots.short(length)} tokens")
@@ -378,7 +335,7 @@ def measure(
                         torch.cuda.empty_cache()
                     return {"rows": found, "refused": list(bench.refused)}
 
-                found = cells.get((kind, dtype, length, sorted(phases)), work)
+                found = cells.get((kind, dtype, plan.batch, length, sorted(phases)), work)
                 rows += found["rows"]
                 refused |= dict.fromkeys(found["refused"])
     return rows, list(refused)

@@ -44,13 +44,13 @@ FIT_RANGE = (16384, 131072)
 CPU = torch.device("cpu")
 # A first run of this many seconds needs no warm-up before it, and counts.
 NO_WARM_UP = 10.0
-# Runs of one call that are longer than this together are not repeated further.
+# Runs of one call that are longer than this together, in seconds, are not repeated further.
 ENOUGH = 60.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. `settings` has a name for each; `repeats` is for calls that are not slow."""
+    """What to measure. `settings` has a name for each; `repeats` is for calls that are not slow: `enough` seconds of one are."""
 
     prefill: Sequence[int] = tuple(PREFILL_LENGTHS)
     decode: Sequence[int] = tuple(DECODE_LENGTHS)
@@ -62,25 +62,27 @@ class Plan:
     repeats: int = 5
     seed: int = 0
     device: torch.device = CPU
+    batch: int = 1
+    enough: float = ENOUGH
 
     def random(
         self, dtype: str, length: int, rows: int, device: torch.device = CPU
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q `[1, heads, rows, head_dim]`, and k and v of `length` tokens, drawn where they are used."""
+        """q `[batch, heads, rows, head_dim]`, and k and v of `length` tokens, drawn where they are used."""
         generator = torch.Generator(device).manual_seed(self.seed)
         shapes = ((self.heads, rows), (self.kv_heads, length), (self.kv_heads, length))
         drawn = torch.float32 if device == CPU else DTYPES[dtype]  # as fp32 a long one would not fit beside the others
-        draw = [
-            torch.randn(1, *x, self.head_dim, generator=generator, device=device, dtype=drawn).to(DTYPES[dtype]) for x in shapes
-        ]
-        return draw[0], draw[1], draw[2]
+        options = dict(generator=generator, device=device, dtype=drawn)
+        q, k, v = (torch.randn(self.batch, *x, self.head_dim, **options).to(DTYPES[dtype]) for x in shapes)
+        return q, k, v
 
     @property
     def conditions(self) -> str:
         """Shapes and machine, in words."""
         on = report.machine()
         where = f"{on['cpu']}, {on['threads']} threads" if self.device == CPU else on["gpu"] or f"interpreted on {on['cpu']}"
-        return f"B=1, {self.heads} query heads, {self.kv_heads} key heads, D={self.head_dim}; {where}, torch {on['torch']}"
+        heads = f"{self.heads} query heads, {self.kv_heads} key heads"
+        return f"B={self.batch}, {heads}, D={self.head_dim}; {where}, torch {on['torch']}"
 
 
 def wall(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -96,7 +98,7 @@ class Call:
     def __init__(self, run: Callable[[], Any], clock: Callable[[Callable[[], Any]], tuple[float, Any]] = wall) -> None:
         self.run, self.clock = run, clock
         self.seconds: list[float] = []
-        self.wanted = 1
+        self.wanted = 0  # not known before the first run
         self.result: Any = None
 
     def once(self) -> float:
@@ -104,18 +106,19 @@ class Call:
         seconds, self.result = self.clock(self.run)
         return seconds
 
-    def first(self, repeats: int) -> None:
+    def first(self, repeats: int, enough: float = ENOUGH) -> None:
         """The run that says how many are worth it: a warm-up, or if it was long, the first that counts."""
         taken = self.once()
-        self.wanted = max(1, min(repeats, int(ENOUGH / taken)))
+        self.wanted = max(1, min(repeats, int(enough / taken)))
         if taken >= NO_WARM_UP:
             self.seconds.append(taken)
 
 
-def interleave(calls: Sequence[Call], repeats: int) -> None:
+def interleave(calls: Sequence[Call], repeats: int, enough: float = ENOUGH) -> None:
     """Run the calls in turn, until each has as many runs as it wants."""
     for call in calls:
-        call.first(repeats)
+        if not call.wanted:
+            call.first(repeats, enough)
     while waiting := [call for call in calls if len(call.seconds) < call.wanted]:
         for call in waiting:
             call.seconds.append(call.once())
@@ -286,7 +289,9 @@ def main(
     lengths: Annotated[
         str | None, typer.Option(help="Comma list such as 8K,1M. Default: 1K to 128K, decode from 8K; on a GPU 8K to 1M.")
     ] = None,
-    phases: Annotated[str | None, typer.Option(help="prefill, decode; on a GPU also backward, selection. Default: all.")] = None,
+    phases: Annotated[
+        str | None, typer.Option(help="prefill, decode; on a GPU also launched (decode without graphs), backward, selection.")
+    ] = None,
     dtypes: Annotated[str | None, typer.Option(help="Of bf16, fp32, fp16. Default: bf16,fp32; on a GPU bf16.")] = None,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["defaults"],  # noqa: B006
     heads: Annotated[int | None, typer.Option(help="Query heads. Default: 8; on a GPU 32.", min=1)] = None,
@@ -310,7 +315,7 @@ def main(
     heads, kv_heads = heads or (32 if gpu else 8), kv_heads or (8 if gpu else 2)
     if heads % kv_heads:
         raise typer.BadParameter(f"got {heads} query heads, allowed: a multiple of {kv_heads} key heads", param_hint="--heads")
-    known = ("prefill", "decode", "backward", "selection") if gpu else ("prefill", "decode")
+    known = ("prefill", "decode", "launched", "backward", "selection") if gpu else ("prefill", "decode")
     wanted = parse_choice(phases or ",".join(known), known, "--phases")
     try:
         given = None if lengths is None else sizes(lengths)

@@ -1,0 +1,375 @@
+"""What each step of `gpu_run.py` measures, in a process of its own. Where something fails, the rest of the step goes on.
+
+Every figure is a row, kept as soon as it is measured; `wrong` of a row says which number is not what it must be.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from itertools import chain, product, zip_longest
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import tune
+from gpu_run import MACHINE, SKIPPED
+from torch.autograd import DeviceType
+
+from hip_hf.attention import sparse_reach
+from hip_hf.config import HiPConfig
+from hip_hf.eval import doctor, documents, gpu_latency, latency, needles, plots, real_model
+from hip_hf.eval.cells import Cells
+from hip_hf.eval.generate import generate
+from hip_hf.eval.gpu_runs import Clock, Timed
+from hip_hf.eval.latency import DTYPES, Plan, interleave, ours, sdpa
+from hip_hf.eval.passkey import use
+from hip_hf.eval.presets import over_budgets
+from hip_hf.eval.publish import write
+from hip_hf.kernels import checks, trust
+from hip_hf.kernels.tuning import Tile, target_of, tile_of
+from hip_hf.shown import said
+
+ROOT = Path(__file__).resolve().parents[1]
+Rows = list[dict[str, Any]]
+
+# Kernel tests that need no GPU. Of the others, those of what every call with the default settings runs come first: they are
+# also the quicker half. A new file belongs to the second.
+NO_GPU = ("test_kernel_results.py", "test_kernel_rule.py", "test_kernel_tuning.py")
+NAMES = ("prefill", "decode", "pyramid", "need", "select_half", "dense", "paged", "ops")
+FIRST = tuple(f"test_kernel_{name}.py" for name in NAMES)
+EVERY = sorted(file.name for file in (ROOT / "tests").glob("test_kernel_*.py"))
+SECOND = tuple(name for name in EVERY if name not in NO_GPU and name not in FIRST)
+# Products of a row's numbers in half precision miss by less than so many of its units, as a share of the row.
+UNITS = 2.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: of attention calls in `dtype` on `device`, of the first and the second half of the tests, and of a model.
+
+    `checks`, `parts`: dtypes and parts of the kernels that `doctor` tries. `candidates`: of the launch table, of each of the
+    `kernels`, for a call of `tuned` tokens.
+    """
+
+    device: str = "cuda:0"
+    dtype: str = "bf16"
+    checks: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    parts: tuple[str, ...] = doctor.PARTS
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    config: dict[str, Any] = field(default_factory=lambda: dict(backend="triton", dense_below=0))
+    prefill: tuple[int, ...] = (8192, 32768, 131072, 1 << 20)
+    decode: tuple[int, ...] = (131072, 1 << 20)
+    batches: tuple[int, ...] = (1, 16)
+    repeats: int = 5
+    tests: tuple[tuple[str, ...], tuple[str, ...]] = (FIRST, SECOND)
+    processes: int = 14
+    kernels: tuple[str, ...] = ("prefill", "decode", "backward keys")
+    candidates: int = 16
+    tuned: int = tune.TOKENS
+    tune_repeats: int = tune.REPEATS
+    model: Path = ROOT / real_model.FOLDER
+    model_dtype: str = "bf16"
+    prompt: int = 8192
+    budget: int = 1024
+    new_tokens: int = 64
+
+    @property
+    def settings(self) -> HiPConfig:
+        return HiPConfig(**self.config)
+
+    def plan(self, **fields: Any) -> Plan:
+        shape = dict(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, repeats=self.repeats)
+        # a dense prompt of a million tokens takes some 15 s: its first run counts, and there is no other
+        own = dict(dtypes=[self.dtype], settings={"hip": self.settings}, device=torch.device(self.device), enough=5.0)
+        return Plan(**{**shape, **own, **fields})
+
+
+# The same steps on a machine without a GPU: kernels by Triton's interpreter, which does not know bf16.
+DRY = Sizes(
+    device="cpu", dtype="fp16", checks=("fp32",), parts=(checks.GRADIENTS,), heads=2, kv_heads=1, dim=16,
+    config=dict(doctor.SIZES, backend="triton", beam=2, rescore=2, decode_refresh=2),
+    prefill=(128, 192), decode=(96,), batches=(2,), repeats=1,
+    tests=(("test_kernel_rule.py",), ("test_kernel_tuning.py",)), processes=1,
+    kernels=("prefill",), candidates=2, tuned=64, tune_repeats=1,
+    model=documents.CHECKPOINT, model_dtype="fp32", prompt=512, budget=64, new_tokens=2,
+)  # fmt: skip
+
+
+class Skipped(Exception):
+    """Why a step measures nothing here."""
+
+
+class Run:
+    """What a step is given: the sizes, and `cells`, which hold the rows as they come (`{"rows": [...]}` each)."""
+
+    def __init__(self, step: str, folder: Path, sizes: Sizes) -> None:
+        self.sizes, self.device = sizes, torch.device(sizes.device)
+        sizes_said = {name: str(value) for name, value in asdict(sizes).items() if name != "model"}
+        self.cells = Cells(folder / f"{step}.json", {"step": step, "sizes": sizes_said})
+        self.failed: list[str] = []
+
+    def piece(self, name: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns; None if it fails, which is noted."""
+        try:
+            return work()
+        except Exception as error:
+            traceback.print_exc()
+            self.failed.append(f"{name}: {said(error)}")
+            return None
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def keep(self, name: str, work: Callable[[], Rows]) -> Rows | None:
+        """The rows of a piece, measured now or before."""
+        return self.piece(name, lambda: self.cells.get((name,), lambda: {"rows": work()})["rows"])
+
+    def latency(self, plan: Plan, phase: Sequence[str], length: int, **options: Any) -> Rows | None:
+        name = f"{phase[0]}, {plots.short(length)} tokens, batch {plan.batch}"
+        return self.piece(name, lambda: gpu_latency.measure(plan, phase, [length], cells=self.cells, **options)[0])
+
+
+def doctor_step(run: Run) -> None:
+    """Every kernel against float64, in each dtype."""
+    missing = doctor.lacking(run.device)
+    if missing:
+        raise RuntimeError(missing)
+
+    def checked(kind: str, part: str) -> Rows:
+        rows = [doctor.row_of(label, found) for label, found in doctor.tried(run.device, [kind], True, [part])]
+        return [{**row, "wrong": row["problem"]} for row in rows]
+
+    for kind, part in product(run.sizes.checks, run.sizes.parts):
+        run.keep(f"{kind}, {part}", partial(checked, kind, part))
+
+
+class Outcomes:
+    """A plug-in of pytest that keeps how each test went as soon as it is known; its workers (xdist) report to it."""
+
+    def __init__(self, cells: Cells) -> None:
+        self.cells = cells
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when != "call" and report.passed:
+            return  # it was set up or torn down
+        crash = getattr(report.longrepr, "reprcrash", None)
+        why = str(crash.message if crash else report.longrepr).strip().partition("\n")[0] if report.failed else ""
+        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "wrong": why}
+        self.cells.get((report.nodeid, report.when), lambda: {"rows": [row]})
+
+
+def tests_step(run: Run, half: int) -> None:
+    """Half of the kernel tests, in several processes where pytest-xdist is there."""
+    import pytest
+
+    names = run.sizes.tests[half]
+    known = {cell["rows"][0]["test"] for cell in run.cells.done.values()}
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+    options += [part for test in known for part in ("--deselect", test)]
+    if find_spec("xdist") and run.sizes.processes > 1:
+        options += ["--numprocesses", str(run.sizes.processes), "--dist", "worksteal"]
+    code = pytest.main([*options, *(str(ROOT / "tests" / name) for name in names)], plugins=[Outcomes(run.cells)])
+    ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, *([pytest.ExitCode.NO_TESTS_COLLECTED] if known else []))
+    if code not in ended:
+        raise RuntimeError(f"pytest ended with {code!r}")
+
+
+@torch.no_grad()
+def agreement(plan: Plan, length: int) -> Rows:
+    """Rows that read every key against dense attention, at sizes that no test has: the first ones, and the last."""
+    (dtype,), (config,) = plan.dtypes, plan.settings.values()
+    q, k, v = plan.random(dtype, length, length, plan.device)
+    result = ours(q, k, v, config)
+    first = min(sparse_reach(config) - config.budget, length)
+    pairs = {"first": (result.out[:, :, :first], sdpa(q[:, :, :first], k[:, :, :first], v[:, :, :first]))}
+    pairs["last"] = (result.out[:, :, -1:], sdpa(q[:, :, -1:], k, v))
+    allowed = UNITS * torch.finfo(DTYPES[dtype]).eps
+    rows = []
+    for name, (got, want) in pairs.items():
+        error = float((got - want).norm(dtype=torch.float32) / want.norm(dtype=torch.float32))
+        wrong = "" if error <= allowed else f"the {name} rows of {length} tokens miss dense attention by {error:.3g}"
+        rows.append({"rows": name, "length": length, "error": error, "allowed": allowed, "path": result.path, "wrong": wrong})
+    if not torch.isfinite(result.out).all():
+        rows[0]["wrong"] = f"not every number of {length} tokens is finite"
+    return rows
+
+
+def prefill_step(run: Run) -> None:
+    """Prompts and their selection against the faster of FlashAttention and cuDNN; of the longest against the one that was faster
+    before, since each takes some 15 s there."""
+    lengths, plan, backends = run.sizes.prefill, run.sizes.plan(), tuple(gpu_latency.BACKENDS)
+    for length in lengths:
+        run.keep(f"agreement, {plots.short(length)}", partial(agreement, plan, length))
+        found = run.latency(plan, ("prefill", "selection"), length, backends=backends)
+        if found and length == lengths[-2] and found[0]["sdpa"] in backends:
+            backends = (found[0]["sdpa"],)
+
+
+def decode_step(run: Run) -> None:
+    """Decode steps in CUDA graphs and launched one by one, of one sequence and of many."""
+    for batch, length in product(run.sizes.batches, run.sizes.decode):
+        for phase in ("decode", "launched"):
+            run.latency(run.sizes.plan(batch=batch), (phase,), length)
+
+
+@torch.no_grad()
+def parts_of(what: str, length: int, device: torch.device, work: Callable[[], Any], steps: int, repeats: int) -> Rows:
+    """Where the time of a call goes, in milliseconds a step: the whole by the device's clock, what the host takes until it has
+    launched everything, each kernel, and what is left between them. Without a GPU operators stand for kernels."""
+    cuda = device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    timed = Timed(work, Clock(device))
+    interleave([timed], repeats)
+    wait()
+    start = time.perf_counter()
+    work()
+    host = time.perf_counter() - start
+    wait()
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        work()
+        wait()
+    of = DeviceType.CUDA if cuda else DeviceType.CPU
+    events = [event for event in profiler.key_averages() if event.device_type == of]
+    spent = {event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6 for event in events}
+    whole, kernels, launches = median(timed.seconds), sum(spent.values()), sum(event.count for event in events)
+    parts = [("whole", None, whole), ("host", None, host), ("kernels", launches, kernels), ("gaps", None, whole - kernels)]
+    parts += sorted(((event.key, event.count, spent[event.key]) for event in events), key=lambda part: -part[2])
+    own = dict(what=what, length=length)
+    return [{**own, "part": name, "launches": n and n / steps, "ms": 1000 * seconds / steps} for name, n, seconds in parts]
+
+
+def profile_step(run: Run) -> None:
+    """A layer's attention in a prompt, and in decode steps without a graph."""
+    sizes, plan = run.sizes, run.sizes.plan()
+    count = math.lcm(latency.refresh_period(sizes.settings), sizes.settings.block_k)
+    runs = sizes.repeats + 3  # one to warm up, one for the host, one for the profiler
+
+    def prompt(length: int) -> Rows:
+        tensors = plan.random(sizes.dtype, length, length, plan.device)
+        return parts_of("prompt", length, plan.device, partial(ours, *tensors, sizes.settings), 1, sizes.repeats)
+
+    def steps(length: int) -> Rows:
+        tensors = plan.random(sizes.dtype, length + runs * count, count, plan.device)
+        work = latency.Steps(tensors, length, count, sizes.settings)
+        return parts_of("decode", length, plan.device, work, count, sizes.repeats)
+
+    for length in sizes.prefill:
+        run.keep(f"prompt, {plots.short(length)}", partial(prompt, length))
+    for length in sizes.decode:
+        run.keep(f"decode, {plots.short(length)}", partial(steps, length))
+
+
+def tune_step(run: Run) -> None:
+    """Candidates of the launch table beside what it holds, kernel by kernel in turn, those first that `tune.py` prefers."""
+    sizes, dtype = run.sizes, DTYPES[run.sizes.dtype]
+    target = target_of(torch.empty(0, device=run.device))
+
+    def timed(kernel: str, tile: Tile, present: Tile) -> Rows:
+        row = {"kernel": kernel, "tile": str(tile), "present": str(present), "ms": None, "present_ms": None, "problem": ""}
+        try:
+            call = dict(device=sizes.device, dtype=dtype, tokens=sizes.tuned, repeats=sizes.tune_repeats)
+            row["ms"], row["present_ms"] = tune.milliseconds(kernel, sizes.dim, [tile, present], **call)
+        except Exception as error:  # one that does not fit is an answer, too
+            row["problem"] = said(error)
+        return [row]
+
+    todo = []
+    for kernel in sizes.kernels:
+        present = tile_of(kernel, target, sizes.dim, sizes.dim, dtype)
+        tiles = [Tile(*values) for values in tune.CANDIDATES[kernel]]
+        fit = [t for t in tiles if t != present and tune.accumulators(kernel, target, sizes.dim, t) <= tune.MOST_ACCUMULATORS]
+        todo.append([(kernel, tile, present) for tile in fit[: sizes.candidates]])
+    for kernel, tile, present in filter(None, chain.from_iterable(zip_longest(*todo))):
+        run.keep(f"{kernel}, {tile}", partial(timed, kernel, tile, present))
+
+
+class Forward(Timed):
+    """A model's pass over a prompt; its attention is set before the clock starts."""
+
+    def __init__(self, model: Any, ids: Sequence[int], config: HiPConfig, clock: Clock) -> None:
+        super().__init__(partial(needles.hidden_of, model, ids), clock)
+        self.model, self.config = model, config
+
+    def once(self) -> float:
+        use(self.model, self.config)
+        return super().once()
+
+
+@torch.no_grad()
+def model_step(run: Run) -> None:
+    """A real model: pass keys that it reads, what a prompt takes, and greedy generation, dense and sparse."""
+    sizes, name = run.sizes, str(run.sizes.model)
+    if not real_model.is_complete(sizes.model):
+        raise Skipped(f"there is no model in {real_model.FOLDER}, which does not travel with the tree by itself")
+    loaded, tokenizer, _ = documents.load_to_measure(name, sizes.device, "", sizes.model_dtype)
+    text = tokenizer.encode(documents.DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
+    configs = over_budgets(["dense", "defaults"], [sizes.budget], tokens=sizes.prompt, checkpoint=name)
+    plan = needles.Plan(configs, [sizes.prompt], prompts=1)
+    prompt = plan.prompt(tokenizer, text, sizes.prompt, 0)
+
+    def speed() -> Rows:
+        calls = {name: Forward(loaded, prompt.ids, config, Clock(run.device)) for name, config in configs.items()}
+        interleave(list(calls.values()), sizes.repeats)
+        rows = []
+        for name, config in configs.items():
+            use(loaded, config)
+            for _ in range(2):  # the first compiles
+                result = generate(loaded, prompt.ids, sizes.new_tokens)
+            own = dict(settings=name, length=sizes.prompt, prompt_ms=1000 * median(calls[name].seconds))
+            rows.append({**own, "tokens_per_s": result.tokens_per_s, "runs": len(calls[name].seconds)})
+        return rows
+
+    def quality() -> Rows:
+        rows = needles.measure(loaded, tokenizer, {needles.NOVEL: text}, plan, Cells(None, {}))
+        return [{**row, "wrong": "" if math.isfinite(row["nll"]) else f"{row['settings']}: nll is {row['nll']}"} for row in rows]
+
+    run.keep("quality", quality)
+    run.keep("speed", speed)
+
+
+STEPS: dict[str, Callable[[Run], None]] = {
+    "doctor": doctor_step,
+    "tests": partial(tests_step, half=0),
+    "prefill": prefill_step,
+    "decode": decode_step,
+    "profile": profile_step,
+    "more_tests": partial(tests_step, half=1),
+    "tune": tune_step,
+    "model": model_step,
+}
+
+
+def settle(folder: Path, device: torch.device) -> None:
+    """Put down the machine, versions and kernels of a run. Raises ValueError for a folder that belongs to others."""
+    file, about = folder / MACHINE, {**doctor.facts(device, doctor.lacking(device)), "code": trust.code()}
+    about = json.loads(json.dumps(about))
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else about
+    if before != about:
+        names = sorted(name for name in before.keys() | about if before.get(name) != about.get(name))
+        raise ValueError(f"FOLDER: got {str(folder)!r} with figures of another {', '.join(names)}, allowed: a new folder")
+    write(file, json.dumps(about, indent=1) + "\n")
+
+
+def take(name: str, folder: Path, sizes: Sizes) -> int:
+    """Do a step, whose rows are kept in its cells: the exit status of its process. The last line of its output says why."""
+    try:
+        run = Run(name, folder, sizes)
+        settle(folder, run.device)
+        STEPS[name](run)
+    except Skipped as why:
+        print(why)
+        return SKIPPED
+    if run.failed:
+        print("; ".join(run.failed))
+    return 1 if run.failed else 0
