@@ -108,6 +108,14 @@ class DecodeState:
             if row.on_device:
                 row.on_device, row.selection = False, None
 
+    def select_anew(self, batch: int) -> None:
+        """The selection that the batch row's steps share serves no longer."""
+        row = self.rows.get(batch)
+        if row is not None:
+            row.selection = None
+        if self.device is not None:
+            self.device.select_anew(batch)
+
     def crop(self, length: int) -> None:
         """The cache now holds `length` keys, padding included. The next step selects anew."""
         for other in self._others.values():

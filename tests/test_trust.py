@@ -55,7 +55,8 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(trust, "folder", lambda: tmp_path / "passed")
     for known in ("_verdicts", "_refused"):
         monkeypatch.setattr(trust, known, {})
-    monkeypatch.setattr(trust, "_warned", set())
+    for known in ("_warned", "_passed"):
+        monkeypatch.setattr(trust, known, set())
     trust._lacking.cache_clear()
     yield
     trust._lacking.cache_clear()
