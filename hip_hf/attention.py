@@ -185,9 +185,7 @@ def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None,
     return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", methods.shortfall(problem, config), share)
 
 
-def empty_outputs(
-    problem: AttentionProblem, need_lse: bool, by_tokens: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def empty_outputs(problem: AttentionProblem, need_lse: bool, by_tokens: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Where the output and the log-sum-exp are written: 0 and -inf where no span has the row, else uninitialised.
 
     `by_tokens`: the output, `[B, Hq, Tq, Dv]` as always, has all heads of a token side by side in memory, as models want them:

@@ -120,7 +120,7 @@ _KEPT_ROWS = 16
 
 
 @lru_cache(maxsize=_KEPT_ROWS)
-def _row_numbers(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def row_numbers(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         return to_device(torch.tensor(rows, device="cpu"), device)
 
@@ -215,7 +215,7 @@ class Store:
         """The next token of each sequence, `[B, Hkv, 1, D]`, at its `position`, into pages that are one slab: one operation."""
         offset = position % self.page
         rows = tuple(table.pages[position // self.page] * self.page + offset for table in tables)
-        self._one_slab()[2].index_copy_(1, _row_numbers(rows, self.device), x.transpose(0, 1))
+        self._one_slab()[2].index_copy_(1, row_numbers(rows, self.device), x.transpose(0, 1))
 
     def unit(self, start: int, block: int) -> int:
         """Tokens that are picked together, of key blocks of `block` tokens which begin at token `start`."""

@@ -89,6 +89,16 @@ def test_what_has_passed_serves(self_test: SelfTest) -> None:
     assert self_test.asked == ["sparse"]
 
 
+def test_what_has_passed_is_not_asked_for_again(self_test: SelfTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer asks at every step."""
+    call()
+    monkeypatch.setattr(trust, "verdict", lambda *asked: pytest.fail("asked again"))
+    assert call().path == "sparse"
+    why = trust.refuse(torch.device(DEVICE), small().text, RuntimeError("no room"))
+    with pytest.warns(UserWarning, match="no room"):
+        assert call().reason == f"no kernels: {why}"
+
+
 def test_each_part_is_tested_when_a_call_needs_it(self_test: SelfTest) -> None:
     call()
     call(method="hyper", options=dict(min_seq_len=64))

@@ -157,9 +157,7 @@ def decode_step(
     decode(q, kv, sequences, reads_of(config, state.selection, 1), logits, state.scratch, out, lse)
 
 
-def refresh(
-    q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, state: DeviceState
-) -> None:
+def refresh(q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, state: DeviceState) -> None:
     """The first part of a `decode_step`, which changes nothing where each selection still serves."""
     if state.pyramid is None:
         keep_window(config, sequences, state.selection)
