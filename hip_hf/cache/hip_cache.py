@@ -116,8 +116,7 @@ class PagedLayer(Stateful, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            self.cut_off = True
-            key_states, value_states = key_states.detach(), value_states.detach()
+            self.cut_off, key_states, value_states = True, key_states.detach(), value_states.detach()
         self.appending = True
         try:
             self.pool.append(self.tables, self.length, key_states, value_states)
