@@ -207,6 +207,10 @@ class Store:
             self._views = slab, slab.unflatten(1, (-1, self.page)).permute(1, 2, 0, 3), slab.unsqueeze(2)
         return self._views
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without views: those that come back from a pickle would be copies of what they are views of."""
+        return {**vars(self), "_views": None}
+
     def replace(self, slab: torch.Tensor) -> None:
         """All pages now lie in this slab, a copy of what there was."""
         self.slabs, self.bounds, self._views = [slab], [0], None

@@ -113,8 +113,8 @@ class DecodeState:
         row = self.rows.get(batch)
         if row is not None:
             row.selection = None
-        if self.device is not None:
-            self.device.select_anew(batch)
+            if row.on_device:
+                self.device.select_anew(batch)
 
     def crop(self, length: int) -> None:
         """The cache now holds `length` keys, padding included. The next step selects anew."""

@@ -6,6 +6,8 @@ Kernels are not run where calls are counted: the host does not look at what they
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -208,3 +210,15 @@ def test_what_a_padding_mask_says_is_read_once() -> None:
         ]
     assert counted["aten._local_scalar_dense.default"] == 0
     assert counted["aten._to_copy.default"] == 1  # of slots, to another dtype
+
+
+def test_a_pickled_cache_writes_where_it_reads() -> None:
+    """Views of pages are kept from step to step, and would come back as copies."""
+    cache, new = HiPCache(llama().config), torch.randn(1, 2, 1, 32)
+    cache.update(torch.randn(1, 2, 5, 32), torch.randn(1, 2, 5, 32), 0)
+    cache.update(torch.randn(1, 2, 1, 32), torch.randn(1, 2, 1, 32), 0)
+    for other in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
+        other.update(new, new, 0)
+        assert torch.equal(other.layers[0].keys[:, :, -1:], new)
+        assert torch.equal(other.layers[0].pool.keys.pages()[0, 6], new[0, :, 0])
+        assert cache.get_seq_length() == 6

@@ -123,8 +123,7 @@ class PagedLayer(Stateful, DynamicLayer):
         except MemoryError:  # nothing has changed
             self.appending = False
             raise
-        self.length += key_states.shape[2]
-        self.appending = False
+        self.length, self.appending = self.length + key_states.shape[2], False
 
     def stated(self, keys: torch.Tensor) -> torch.Tensor:
         keys = super().stated(keys)
