@@ -98,7 +98,7 @@ def layer(
         mask = mask.view_as(mask)
         if unmasked is not None:
             mask._hip_window, mask._hip_unmasked = sliding_window, unmasked  # type: ignore[attr-defined]
-    fields = dict(scaling=scale, sliding_window=sliding_window, softcap=softcap, s_aux=sinks, is_causal=is_causal)
+    fields: dict[str, Any] = dict(scaling=scale, sliding_window=sliding_window, softcap=softcap, s_aux=sinks, is_causal=is_causal)
     return attend_layer(_layers[number], query, key, value, mask, **fields, method=method, unrotated=unrotated)[0]
 
 
