@@ -145,10 +145,8 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
     if part.reason:
         if state is not None:
             for span in problem.spans:
-                row = state.row(span.batch, span.key_start, span.position, span.end)
-                row.selection = None
-                if row.on_device:
-                    state.device.select_anew(span.batch)
+                state.row(span.batch, span.key_start, span.position, span.end)
+                state.select_anew(span.batch)
         return Result(*attend_dense(problem, config, need_lse), None, "dense", part.reason, 1.0, part.unsupported)
     if backend_choice.backend_of(problem, config) == "triton":
         return _attend_by_kernels(part, config, state, need_lse, need_mask)
@@ -174,7 +172,7 @@ def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None,
 
     problem = part.problem
     try:
-        call = run(problem, config, state, *empty_outputs(problem, need_lse), need_mask)
+        call = run(problem, config, state, *empty_outputs(problem, need_lse, by_tokens=True), need_mask)
     except TritonError as error:
         if config.backend != "auto":
             raise
@@ -187,12 +185,15 @@ def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None,
     return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", methods.shortfall(problem, config), share)
 
 
-def empty_outputs(problem: AttentionProblem, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Where the output and the log-sum-exp are written: 0 and -inf where no span has the row, else uninitialised."""
+def empty_outputs(problem: AttentionProblem, need_lse: bool, by_tokens: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where the output and the log-sum-exp are written: 0 and -inf where no span has the row, else uninitialised.
+
+    `by_tokens`: the output, `[B, Hq, Tq, Dv]` as always, has all heads of a token side by side in memory, as models want them:
+    they need no copy."""
     q = problem.q
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_empty(*q.shape[:3], problem.v.shape[-1])
-    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device) if need_lse else None
+    (batch, heads, rows, _), dim = q.shape, problem.v.shape[-1]
+    out = q.new_empty(batch, rows, heads, dim).transpose(1, 2) if by_tokens else q.new_empty(batch, heads, rows, dim)
+    lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device) if need_lse else None
     if sum(span.rows for span in problem.spans) < q.shape[0] * q.shape[2]:
         out.zero_()
         if lse is not None:
@@ -230,7 +231,7 @@ def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -
     if dense_by_kernels(problem, config, need_lse):
         from hip_hf.kernels.dense import attend_densely
 
-        return attend_densely(problem, *empty_outputs(problem, need_lse))
+        return attend_densely(problem, *empty_outputs(problem, need_lse, by_tokens=True))
     if dense.sdpa_serves(problem, need_lse) and dense.alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None
     if dense.sdpa_serves(problem, need_lse):

@@ -45,6 +45,8 @@ def parts_of(problem: AttentionProblem, reason_of: Callable[[AttentionProblem], 
     `reason_of`: why a problem must be dense, or an empty string; and whether for want of support.
     """
     most = problem.q.shape[2]
+    if len(problem.spans) == 1 and (most <= DECODE_ROWS or problem.spans[0].rows > DECODE_ROWS):
+        return [Part(problem, 0, *reason_of(problem))]
     known: dict[tuple[int, int, tuple[int, int]], tuple[str, bool]] = {}
     found: dict[tuple[int, int] | None, list[tuple[Span, tuple[str, bool]]]] = {}
     for span in problem.spans:

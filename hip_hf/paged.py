@@ -8,9 +8,10 @@ and for key blocks by index.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import lru_cache
 from math import gcd, inf
 from typing import Any
 
@@ -21,6 +22,9 @@ from torch.utils._pytree import tree_map_only
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A small tensor of the host, copied without a wait."""
     return (host if device.type == "cpu" else host.pin_memory()).to(device, non_blocking=True)
+
+
+_versions = itertools.count()  # of block tables: each change makes a new one
 
 
 class BlockTable:
@@ -35,12 +39,15 @@ class BlockTable:
     def set(self, pages: list[int]) -> None:
         """Replace the pages."""
         self.pages = pages
+        self.version = next(_versions)
         self._tensor: torch.Tensor | None = None
+        self._stacked: tuple[list[int], torch.Tensor] | None = None  # of a batch whose first table this is, by versions
         self._runs: list[tuple[int, int, int]] = []
 
     def extend(self, pages: list[int]) -> None:
         """Add pages at the end."""
         self.pages += pages
+        self.version = next(_versions)
 
     def tensor(self, device: torch.device) -> torch.Tensor:
         """The pages, int64 `[len]`."""
@@ -50,6 +57,18 @@ class BlockTable:
                 new = to_device(torch.tensor(self.pages[known:], dtype=torch.long, device="cpu"), device)
                 self._tensor = new if known == 0 or self._tensor is None else torch.cat([self._tensor, new])
         return self._tensor
+
+    @staticmethod
+    def stacked(tables: list[BlockTable], device: torch.device) -> torch.Tensor:
+        """The pages of every sequence of a batch, int64 `[B, most pages]`; what follows a sequence's last one is 0."""
+        versions = [table.version for table in tables]
+        known = tables[0]._stacked
+        if known is None or known[0] != versions or known[1].device != device:
+            with torch.inference_mode(False):
+                each = [table.tensor(device) for table in tables]
+                whole = each[0][None] if len(each) == 1 else torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
+            known = tables[0]._stacked = versions, whole
+        return known[1]
 
     def runs(self, bounds: list[int]) -> list[tuple[int, int, int]]:
         """Runs of neighbouring pages of one slab: (index in the table, first page, count). `bounds`: first page of each slab."""
@@ -96,6 +115,16 @@ class SlabLane:
             at += count
 
 
+# Steps of a model's layers, which mostly have their pages alike, and of a few models in turn.
+_KEPT_ROWS = 16
+
+
+@lru_cache(maxsize=_KEPT_ROWS)
+def row_numbers(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return to_device(torch.tensor(rows, device="cpu"), device)
+
+
 class Store:
     """The slabs of one layer's keys (or values)."""
 
@@ -105,6 +134,8 @@ class Store:
         self.heads, self.dim, self.dtype, self.device, self.page = heads, dim, dtype, device, page
         self.slabs: list[torch.Tensor] = []
         self.bounds: list[int] = []  # first page of each slab
+        # the only slab, and views of it: pages `[pages, page, Hkv, D]`, and tokens `[Hkv, tokens, 1, D]`
+        self._views: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def bytes(self, pages: int) -> int:
         """Size of so many pages."""
@@ -167,7 +198,28 @@ class Store:
         """All pages as one view `[pages, page, Hkv, D]`, by their numbers; None if they are not one piece of device memory."""
         if not self.resident or len(self.slabs) != 1:
             return None
-        return self.slabs[0].unflatten(1, (-1, self.page)).permute(1, 2, 0, 3)
+        return self._one_slab()[1]
+
+    def _one_slab(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The only slab and its views, made once: a view takes the host longer than a step's whole bookkeeping."""
+        (slab,) = self.slabs
+        if self._views is None or self._views[0] is not slab:
+            self._views = slab, slab.unflatten(1, (-1, self.page)).permute(1, 2, 0, 3), slab.unsqueeze(2)
+        return self._views
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without views: those that come back from a pickle would be copies of what they are views of."""
+        return {**vars(self), "_views": None}
+
+    def replace(self, slab: torch.Tensor) -> None:
+        """All pages now lie in this slab, a copy of what there was."""
+        self.slabs, self.bounds, self._views = [slab], [0], None
+
+    def write_step(self, tables: list[BlockTable], position: int, x: torch.Tensor) -> None:
+        """The next token of each sequence, `[B, Hkv, 1, D]`, at its `position`, into pages that are one slab: one operation."""
+        offset = position % self.page
+        rows = tuple(table.pages[position // self.page] * self.page + offset for table in tables)
+        self._one_slab()[2].index_copy_(1, row_numbers(rows, self.device), x.transpose(0, 1))
 
     def unit(self, start: int, block: int) -> int:
         """Tokens that are picked together, of key blocks of `block` tokens which begin at token `start`."""
@@ -230,7 +282,7 @@ class PagedKeys:
         """The tokens between `first` and `last - 1` at which another piece of memory begins. Where there are none, reading the
         range copies nothing."""
         counts = [count for _, _, count in self.store.pieces(self.table, self.start + first, self.start + last)]
-        return [first + length for length in accumulate(counts[:-1])]
+        return [first + length for length in itertools.accumulate(counts[:-1])]
 
     def in_one_piece(self, first: int, last: int) -> bool:
         """Whether reading tokens `first` to `last - 1` copies nothing."""
@@ -293,8 +345,7 @@ class PagedTensor(torch.Tensor):
 
     def block_table(self) -> torch.Tensor:
         """The pages of every sequence, int64 `[B, most pages]`; what follows a sequence's last one is 0."""
-        tables = [table.tensor(self.device) for table in self.tables]
-        return tables[0][None] if len(tables) == 1 else torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
+        return BlockTable.stacked(self.tables, self.device)
 
     def dense(self) -> torch.Tensor:
         """The ordinary tensor; a view where there is one sequence in one piece."""

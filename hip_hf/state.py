@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +51,15 @@ class RowState:
     on_device: bool = False  # what was seen of it is in `DecodeState.device`
 
 
+_count = itertools.count()
+_states: weakref.WeakValueDictionary[int, DecodeState] = weakref.WeakValueDictionary()
+
+
+def numbered_state(number: torch.Tensor) -> DecodeState:
+    """The state with this number, int64 `[]` on the host."""
+    return _states[int(number)]
+
+
 class DecodeState:
     """Kept by the caller between `hip_attention` calls on a growing cache, one per layer.
 
@@ -62,6 +73,18 @@ class DecodeState:
         self._others: dict[int, DecodeState] = {}  # by the layers that read the same keys
         self.device: Any = None  # the kernels' tables (`DeviceState` in `kernels/backend.py`), for all rows
         self._owner: Any = None  # settings that the state was made with
+        self._take_number()
+
+    def _take_number(self) -> None:
+        """Be known by a number to graphs of `torch.compile`. In a tensor: as a number it would be a constant of the graph."""
+        number = next(_count)
+        self.number = torch.tensor(number, device="cpu")
+        _states[number] = self
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        """A copy has a number of its own."""
+        self.__dict__.update(kept)
+        self._take_number()
 
     def of_layer(self, layer: int | None) -> DecodeState:
         """The state of one of the layers that read the same keys (Gemma 4 reuses those of earlier layers): each selects for
@@ -84,6 +107,14 @@ class DecodeState:
         for row in self.rows.values():
             if row.on_device:
                 row.on_device, row.selection = False, None
+
+    def select_anew(self, batch: int) -> None:
+        """The selection that the batch row's steps share serves no longer."""
+        row = self.rows.get(batch)
+        if row is not None:
+            row.selection = None
+            if row.on_device:
+                self.device.select_anew(batch)
 
     def crop(self, length: int) -> None:
         """The cache now holds `length` keys, padding included. The next step selects anew."""

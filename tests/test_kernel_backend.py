@@ -14,6 +14,7 @@ from interpreter import DEVICE
 
 import hip_hf
 from hip_hf.attention import Result, attend
+from hip_hf.kernels.search import Selection
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels
@@ -217,3 +218,25 @@ def test_a_captured_step_serves_a_growing_sequence() -> None:
         replayed = out.clone()
         decode_step(row, kv, sequences, config, logits, state, out)
         assert torch.equal(out, replayed), position
+
+
+def test_the_host_knows_how_old_selections_are_as_the_device_does() -> None:
+    """Steps launch nothing for selections that still serve, so the two must not differ, whatever happens in between."""
+    config = small(backend="triton", decode_refresh=3)
+    q, k, v = (x.to(DEVICE) for x in make_qkv(110, batch=2))
+    state, key_start = DecodeState(), torch.tensor([0, 13])
+    calls, at = [], 0
+    for rows in (80, 1, 1, 1, 1, 3, 1, 1, -5, 1, 1, 1):
+        at += rows
+        if rows < 0:
+            state.crop(at)
+        else:
+            now = q[:, :, at - rows : at], k[:, :, :at], v[:, :, :at]
+            got = hip_hf.hip_attention(*now, config=config, key_start=key_start, state=state)
+            assert got.isfinite().all()
+        made = [int(row[0, 0]) for row in state.device.selection.made]
+        for batch, row in state.rows.items():
+            assert row.on_device
+            assert made[batch] == (Selection.NEVER if row.selection is None else row.selection.position)
+        calls.append(made[0])
+    assert calls == [Selection.NEVER, 80, 80, 80, 83, Selection.NEVER, 87, 87, Selection.NEVER, 84, 84, 84]

@@ -55,7 +55,8 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(trust, "folder", lambda: tmp_path / "passed")
     for known in ("_verdicts", "_refused"):
         monkeypatch.setattr(trust, known, {})
-    monkeypatch.setattr(trust, "_warned", set())
+    for known in ("_warned", "_passed"):
+        monkeypatch.setattr(trust, known, set())
     trust._lacking.cache_clear()
     yield
     trust._lacking.cache_clear()
@@ -86,6 +87,16 @@ def test_what_has_passed_serves(self_test: SelfTest) -> None:
         result = call()
     assert (result.path, result.reason) == ("sparse", "")
     assert self_test.asked == ["sparse"]
+
+
+def test_what_has_passed_is_not_asked_for_again(self_test: SelfTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer asks at every step."""
+    call()
+    monkeypatch.setattr(trust, "verdict", lambda *asked: pytest.fail("asked again"))
+    assert call().path == "sparse"
+    why = trust.refuse(torch.device(DEVICE), small().text, RuntimeError("no room"))
+    with pytest.warns(UserWarning, match="no room"):
+        assert call().reason == f"no kernels: {why}"
 
 
 def test_each_part_is_tested_when_a_call_needs_it(self_test: SelfTest) -> None:

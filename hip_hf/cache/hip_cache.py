@@ -115,15 +115,15 @@ class PagedLayer(Stateful, DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
-        self.cut_off |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            self.cut_off, key_states, value_states = True, key_states.detach(), value_states.detach()
         self.appending = True
         try:
-            self.pool.append(self.tables, self.length, key_states.detach(), value_states.detach())
+            self.pool.append(self.tables, self.length, key_states, value_states)
         except MemoryError:  # nothing has changed
             self.appending = False
             raise
-        self.length += key_states.shape[2]
-        self.appending = False
+        self.length, self.appending = self.length + key_states.shape[2], False
 
     def stated(self, keys: torch.Tensor) -> torch.Tensor:
         keys = super().stated(keys)

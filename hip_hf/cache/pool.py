@@ -64,7 +64,7 @@ class PagePool:
             if self.one_piece:
                 for old in store.slabs:
                     slab[:, : old.shape[1]] = old
-                store.slabs, store.bounds = [slab], [0]
+                store.replace(slab)
             else:
                 store.slabs.append(slab)
                 store.bounds.append(first)
@@ -102,6 +102,10 @@ class PagePool:
         # a step's token mostly finds room in a page of its sequence alone
         if more > 1 or length % self.keys.page == 0 or any(self.shares[table.pages[-1]] > 1 for table in tables):
             self._make_room(tables, length, more)
+        if self.one_piece and more == 1:
+            self.keys.write_step(tables, length, keys)
+            self.values.write_step(tables, length, values)
+            return
         for row, table in enumerate(tables):
             self.keys.write(table, length, keys[row])
             self.values.write(table, length, values[row])

@@ -38,6 +38,8 @@ REBUILT = (
 # Attributes of the returned keys, by which attention finds the state of their cache layer, `explain` its kind, and whether
 # gradients were asked for through what is cached.
 STATE, KIND, CUT_OFF = "_hip_state", "_hip_kind", "_hip_cut_off"
+# The same for a graph of `torch.compile`, which knows a state by its number.
+NUMBER = "_hip_number"
 
 
 # Of each thread: `state` of the layer of a cache that was updated last, until attention has asked for it.
@@ -53,7 +55,9 @@ class Stateful:
 
     def stated(self, keys: torch.Tensor) -> torch.Tensor:
         """The keys to return, with the state attached."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            setattr(keys, NUMBER, self.hip_state.number)
+        else:
             setattr(keys, STATE, self.hip_state)
             _newest.state = self.hip_state
         return keys

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
-from hip_hf.integration import changes, paged, reach
+from hip_hf.integration import changes, in_graph, paged, reach
 from hip_hf.integration.cache import CUT_OFF, cache_kind, cut_off, install, state_of
 from hip_hf.integration.holes import attend_runs, few_before, mask_runs
 from hip_hf.integration.masks import (
@@ -61,16 +61,16 @@ class Call:
 def attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """See `_attention`; attention to a cache that has cut off its gradients says so to whoever asks for them."""
+    """See `attend_layer`; attention to a cache that has cut off its gradients says so to whoever asks for them."""
     cached = isinstance(key, PagedTensor) and torch.is_grad_enabled()
     if not cached or not (query.requires_grad or getattr(key, CUT_OFF, False)):
-        return _attention(module, query, key, *args, **kwargs)
+        return attend_layer(module, query, key, *args, **kwargs)
     with torch.no_grad():
-        out, _ = _attention(module, query, key, *args, **kwargs)
+        out, _ = attend_layer(module, query, key, *args, **kwargs)
     return cut_off(out), None
 
 
-def _attention(
+def attend_layer(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -106,11 +106,14 @@ def _attention(
     if follower:
         problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
         return _followed(follower, module, problem, attention_mask)
+    cache = paged.cache_of(key, kwargs)
+    if cache is None and in_graph.serves(query, key):
+        given = (scaling, sliding_window, softcap, s_aux, is_causal, method, unrotated)
+        return in_graph.attention(module, query, key, value, attention_mask, *given), None
     settings = layer_settings(module, method)
     layer: Any = layer_index(module)
     if attention_mask is not None:
         attention_mask = narrowed(attention_mask, key.shape[2])
-    cache = paged.cache_of(key, kwargs)
     if cache is None and attention_mask is not None:
         check_mask(attention_mask, query.shape, key.shape[2])
         sliding_window = mask_window(attention_mask, sliding_window)

@@ -42,6 +42,8 @@ def _closed_over(function: Callable[..., Any], name: str) -> Any:
 
 def _parts(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """The elementary mask functions that `function` intersects, by name."""
+    if function is causal_mask_function:  # a graph that is being compiled could not read the name
+        return {"causal_mask_function": function}
     name = function.__qualname__.split(".")[0]
     if name not in _WRAPPERS:
         return {name: function}
@@ -119,6 +121,12 @@ def hip_mask(
         row = places[:, None, None, :]
     row._hip_window = local_size
     row._hip_unmasked = batch_size if attention_mask is None and batch_size > 1 else 0
+    plain = attention_mask is None and isinstance(q_offset, int) and "packed_sequence_mask_function" not in parts
+    if plain and not torch.compiler.is_compiling():
+        # without padding all is known, and nothing needs to be read
+        end = min(kv_length, q_offset + q_length - kv_offset)
+        place = kv_offset - q_offset - (q_length - 1)
+        row._hip_known = [[max(0, end), 0, max(0, end), place, place + end - 1]] * batch_size
     return row
 
 
@@ -210,21 +218,30 @@ def _check_copy(mask: torch.Tensor) -> None:
 
 def _padded_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
     """The spans of key positions, one for each batch row that has any, or None where one of them has a hole."""
-    place = mask[:, 0, 0].cpu() - LAST
-    real = place <= 0  # what is beyond the last query is in nobody's sight; padding is as well
-    count = real.sum(-1).tolist()
-    first = real.int().argmax(-1).tolist()
+    known = getattr(mask, "_hip_known", None)
     spans: list[Span] = []
-    for batch, (keys, start) in enumerate(zip(count, first, strict=True)):
+    for batch, (keys, start, end, place, last_place) in enumerate(_extents(mask) if known is None else known):
         if keys == 0:
             continue
-        at, last = (int(place[batch, slot]) + rows - 1 for slot in (start, start + keys - 1))  # rows, as the first one is 0
-        if last - at != keys - 1 or not bool(real[batch, start : start + keys].all()):
+        at, last = place + rows - 1, last_place + rows - 1  # rows, as the first one is 0
+        if last - at != keys - 1 or end - start != keys:
             return None
         row_start, row_end = max(0, at), min(rows, last + 1)
         if row_start < row_end:
             spans.append(Span(batch, start, start + keys, row_start, row_end, row_start - at))
     return tuple(spans)
+
+
+def _extents(mask: torch.Tensor) -> list[list[int]]:
+    """Of each batch row: its keys in sight, the slot of the first of them and that behind the last, and the places of these two
+    relative to the last query row. Worked out where the mask is; the host waits once, for a few numbers."""
+    places = mask[:, 0, 0]
+    real = places <= LAST  # what is beyond the last query is in nobody's sight; padding is as well
+    slots = torch.arange(places.shape[1], dtype=torch.int32, device=mask.device)
+    first = torch.where(real, slots, places.shape[1] - 1).amin(-1, keepdim=True)
+    last = torch.where(real, slots, 0).amax(-1, keepdim=True)
+    ends = places.gather(1, torch.cat([first, last], dim=1).long()) - LAST
+    return torch.cat([real.sum(-1, keepdim=True, dtype=torch.int32), first, last + 1, ends], dim=1).tolist()
 
 
 def holds_positions(mask: torch.Tensor) -> bool:
@@ -237,7 +254,7 @@ def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
     if mask.shape[-1] <= keys or not holds_positions(mask):
         return mask
     narrow = mask[..., :keys]
-    for name in ("_hip_window", "_hip_spans", "_hip_unmasked"):
+    for name in ("_hip_window", "_hip_spans", "_hip_unmasked"):  # not `_hip_known`, which counts all keys
         if hasattr(mask, name):
             setattr(narrow, name, getattr(mask, name))
     return narrow

@@ -153,12 +153,17 @@ def decode_step(
     advanced on the device: nothing here depends on it on the host. Launches and shapes are the same at every step, and all memory
     is there before, so a CUDA graph can hold it.
     """
+    refresh(q, kv, sequences, config, logits, state)
+    decode(q, kv, sequences, reads_of(config, state.selection, 1), logits, state.scratch, out, lse)
+
+
+def refresh(q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, state: DeviceState) -> None:
+    """The first part of a `decode_step`, which changes nothing where each selection still serves."""
     if state.pyramid is None:
         keep_window(config, sequences, state.selection)
     else:
         state.pyramid.extend(kv, sequences, 1, append=True)
         select(q, state.pyramid.table, kv, sequences, config, logits, 1, state.selection)
-    decode(q, kv, sequences, reads_of(config, state.selection, 1), logits, state.scratch, out, lse)
 
 
 class SparseAttention(sparse.SparseAttention):
@@ -177,26 +182,33 @@ class SparseAttention(sparse.SparseAttention):
         self.sequences = sequences_of(spans or problem.spans, problem.q.device)
         self.logits = logits_of(problem)
         self.kv = keys_of(problem)
-        if kept is not None and problem.q.shape[2] == 1 and not learning(problem):
-            decode_step(problem.q, self.kv, self.sequences, config, self.logits, kept, self.out, self.lse)
+        windows: list[int | None] = [None] * len(problem.spans)
+        if state is not None and kept is not None and problem.q.shape[2] == 1 and not learning(problem):
+            windows = self._step(state, kept)
             self._note_all(spans or problem.spans, kept.selection)
         else:
-            self._rows(spans or problem.spans, kept)
-        for span, tail in zip(problem.spans, self._tails(problem.spans), strict=True):
-            row = None if kept is None or state is None else state.rows[span.batch]
-            self._count(span, tail, self._kept_window(span, row))
+            self._rows(spans or problem.spans, state, kept)
+        for span, tail, window in zip(problem.spans, self._tails(problem.spans), windows, strict=True):
+            self._count(span, tail, window)
 
-    def _kept_window(self, span: Span, row: RowState | None) -> int | None:
-        """Where the window of a step starts whose selection is kept. The host knows how old it is without asking the device."""
-        if row is None:
-            return None
-        if self.problem.q.shape[2] > 1:
-            row.selection = None
-            return None
-        old = row.selection
-        if old is None or not 0 <= span.position - old.position < self.config.decode_refresh:
-            old = row.selection = Selected(None, self._blocks(span)[0].window, span.position)
-        return old.window
+    def _step(self, state: DecodeState, kept: DeviceState) -> list[int | None]:
+        """A decode step of one row. Returns where the window of each span starts. How old selections are is known to the host as
+        well as to the device: while all of them serve, nothing is launched for them."""
+        problem, config = self.problem, self.config
+        windows: list[int | None] = []
+        serve = True
+        for span in problem.spans:
+            row = state.rows[span.batch]
+            old = row.selection
+            if old is None or not 0 <= span.position - old.position < config.decode_refresh:
+                old = row.selection = Selected(None, self._blocks(span)[0].window, span.position)
+                serve = False
+            windows.append(old.window)
+        if not serve:
+            refresh(problem.q, self.kv, self.sequences, config, self.logits, kept)
+        reads = reads_of(config, kept.selection, 1)
+        decode(problem.q, self.kv, self.sequences, reads, self.logits, kept.scratch, self.out, self.lse)
+        return windows
 
     def _device_state(self, state: DecodeState, spans: tuple[Span, ...]) -> DeviceState:
         """The state's tables, with room for the call's keys; rows that continue nothing start afresh."""
@@ -217,10 +229,10 @@ class SparseAttention(sparse.SparseAttention):
         for batch, row in rows.items():
             if not row.on_device:
                 state.device.crop(batch, 0)
-                row.on_device = True
+                row.on_device, row.selection = True, None
         return state.device
 
-    def _rows(self, spans: tuple[Span, ...], kept: DeviceState | None) -> None:
+    def _rows(self, spans: tuple[Span, ...], state: DecodeState | None, kept: DeviceState | None) -> None:
         """Prefill, and decode of several rows or without a state: select for every query block of the call, and attend."""
         problem, config = self.problem, self.config
         block_q = 1 if self.decoding else config.block_q
@@ -233,9 +245,9 @@ class SparseAttention(sparse.SparseAttention):
                 pyramid = KeyPyramid(config, *shape, problem.k.dtype, problem.k.device)
             pyramid.extend(self.kv, self.sequences, block_q, append=self.decoding and kept is not None)
             select(problem.q, pyramid.table, self.kv, self.sequences, config, self.logits, block_q, selection)
-        if kept is not None:
+        if state is not None and kept is not None:
             for span in spans:
-                kept.select_anew(span.batch)
+                state.select_anew(span.batch)
         self._note_all(spans, selection)
         reads = reads_of(config, selection, block_q)
         parts = self._parts(spans, reads)

@@ -20,7 +20,7 @@ from hip_hf.kernels.examples import Example, example, extended
 from hip_hf.kernels.prefill import Logits, Reads, attend_kernel, call_arguments, configuration, rows_of
 from hip_hf.kernels.sequences import GROWING, Sequences, load_sequence
 from hip_hf.kernels.tiles import LN2, LOG2E
-from hip_hf.kernels.tuning import MOST_SPLITS, Tile, processors, target_of, tile_of
+from hip_hf.kernels.tuning import MOST_SPLITS, Tile, power_of_two, processors, target_of, tile_of
 
 
 def kernel_of(block_q: int) -> str:
@@ -96,7 +96,7 @@ def combine_arguments(
         **dict(zip(("stride_ob", "stride_oh", "stride_ot"), out.stride(), strict=False)),
         **dict(zip(("stride_lb", "stride_lh", "stride_lt"), (0, 0, 0) if lse is None else lse.stride(), strict=True)),
         stride_sequences=sequences.table.stride(0), dim_v=dim_v,
-        SPLITS=scratch.out.shape[0], DV=triton.next_power_of_2(dim_v), HAS_LSE=lse is not None, num_warps=4,
+        SPLITS=scratch.out.shape[0], DV=power_of_two(dim_v), HAS_LSE=lse is not None, num_warps=4,
     )  # fmt: skip
     return (sequences.max_rows, out.shape[1], sequences.count), arguments
 

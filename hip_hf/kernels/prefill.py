@@ -20,7 +20,7 @@ from hip_hf.kernels.examples import Example, example, extended
 from hip_hf.kernels.rotation import partner, placed_queries, rotation, turned
 from hip_hf.kernels.sequences import GROWING, Sequences, always_read, load_sequence, query_block, window_start
 from hip_hf.kernels.tiles import LN2, LOG2E, key_positions, listed_blocks, scaled, selected_keys
-from hip_hf.kernels.tuning import Tile, precision_of, target_of, tile_of
+from hip_hf.kernels.tuning import Tile, power_of_two, precision_of, target_of, tile_of
 from hip_hf.rope import Positions
 
 # A window that reaches back to the first key of any sequence: dense attention.
@@ -264,8 +264,8 @@ def configuration(kernel: str, logits: Logits) -> str:
 
 def rows_of(tile: Tile, group: int, block_q: int) -> int:
     """Query rows of a program that attends for `group` heads of each; tensor cores take 16 rows times heads at least."""
-    padded = triton.next_power_of_2(group)
-    return max(min(tile.rows // padded, triton.next_power_of_2(block_q)), 16 // padded, 1)
+    padded = power_of_two(group)
+    return max(min(tile.rows // padded, power_of_two(block_q)), 16 // padded, 1)
 
 
 def call_arguments(
@@ -285,12 +285,12 @@ def call_arguments(
     selected = reads.indices is not None
     lists = reads.indices.shape[1] if reads.indices is not None else kv.heads
     group = heads // lists
-    padded = triton.next_power_of_2(group)
+    padded = power_of_two(group)
     rows = rows_of(tile, group, reads.block_q if stride == 1 else tile.rows)
     tiles = (
         sequences.blocks(reads.block_q) * -(-reads.block_q // rows) if stride == 1 else -(-sequences.max_rows // (stride * rows))
     )
-    wide, wide_v = (max(16, triton.next_power_of_2(x)) for x in (dim, dim_v))
+    wide, wide_v = (max(16, power_of_two(x)) for x in (dim, dim_v))
     table, stride_table = kv.table()
     of_out = out.stride() if splits > 1 else (0, *out.stride())
     of_lse = (0, 0, 0, 0) if lse is None else lse.stride() if splits > 1 else (0, *lse.stride())

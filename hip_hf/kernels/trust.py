@@ -40,6 +40,8 @@ DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version
 
 # (device, heads, part) -> why the self-test failed, or an empty string.
 _verdicts: dict[tuple[torch.device, Heads, str], str] = {}
+# What `failing` was asked and had nothing against: each layer asks it at every step.
+_passed: set[tuple[Any, ...]] = set()
 # (device, settings) -> why Triton refused a call with them.
 _refused: dict[tuple[torch.device, str], str] = {}
 _warned: set[str] = set()
@@ -100,11 +102,17 @@ def _lacking(device: torch.device) -> str:
 
 def parts_of(config: HiPConfig | None, learning: bool, extended: bool) -> tuple[str, ...]:
     """The parts of the kernels that a call needs; without settings it is dense."""
+    hyper, delta = config is not None and config.method == "hyper", config is not None and config.delta is not None
+    return _needed(learning, hyper, delta, extended)
+
+
+@functools.cache
+def _needed(learning: bool, hyper: bool, delta: bool, extended: bool) -> tuple[str, ...]:
     wanted = {
         checks.SPARSE: True,
         checks.GRADIENTS: learning,
-        checks.HYPER: config is not None and config.method == "hyper",
-        checks.DELTA: config is not None and config.delta is not None,
+        checks.HYPER: hyper,
+        checks.DELTA: delta,
         checks.EXTENDED: extended,
     }
     return tuple(part for part, needed in wanted.items() if needed)
@@ -120,14 +128,21 @@ def failing(
     `dims`: head dims of keys and of values, and query heads per key head; None: of a graph that is being compiled, which may be
     for any.
     """
+    asked = device, dtype, dims, parts, settings
+    if asked in _passed:
+        return ""
     if why := _refused.get((device, settings)):
         return why
     heads = Heads(dtype) if dims is None else Heads(dtype, *dims)
-    return next((why for part in parts if (why := verdict(device, heads, part))), "")
+    why = next((why for part in parts if (why := verdict(device, heads, part))), "")
+    if not why:
+        _passed.add(asked)
+    return why
 
 
 def refuse(device: torch.device, settings: str, error: Exception) -> str:
     """From now on no kernels with these settings: Triton could not compile or launch them. Returns the reason."""
+    _passed.clear()
     why = _refused[device, settings] = f"Triton refuses the kernels with these settings ({said(error)})"
     return why
 
@@ -170,6 +185,7 @@ def note(device: torch.device, heads: Heads, part: str, found: list[Found]) -> s
     why = f"the self-test of the kernels failed ({'; '.join(wrong)})" if wrong else ""
     _verdicts[device, heads, part] = why
     if wrong:
+        _passed.clear()
         _forget(device, heads, part)
     else:
         _remember(device, heads, part)

@@ -28,6 +28,11 @@ class Tile:
         return self.rows + 2 * self.keys * self.stages
 
 
+def power_of_two(number: int) -> int:
+    """The lowest power of two that is not below `number`. (Triton's own, called on the host, unwraps its arguments first.)"""
+    return 1 << max(0, number - 1).bit_length()
+
+
 # Small enough for fp32 on every target.
 FULL_PRECISION = Tile(32, 32, 4, 1)
 
@@ -50,6 +55,7 @@ def _age(target: str) -> int:
     return int(target[3:], 16) if target.startswith("gfx") else int(target[2:])
 
 
+@functools.cache
 def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
     """Configuration of `kernel` (a name in the table) for head dims as wide as the wider one.
 

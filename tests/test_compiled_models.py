@@ -1,0 +1,126 @@
+"""Models in `torch.compile`: attention breaks no graph, and gives what it gives without one, with the state beside the cache."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import make_batch, make_model, paths
+from transformers import CompileConfig, PreTrainedModel, StaticCache
+
+import hip_hf
+from hip_hf.state import _states
+
+PROMPT, STEPS, REFRESH = 120, 5, 2
+IDS = make_batch([PROMPT])["input_ids"]
+
+
+@pytest.fixture(autouse=True)
+def afresh(threads: Callable[[int], None]) -> Iterator[None]:
+    threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def filled(model: PreTrainedModel, **batch: torch.Tensor) -> StaticCache:
+    """A static cache with room for more than the prompt that it holds."""
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 40)
+    with torch.no_grad():
+        model(**(batch or {"input_ids": IDS}), past_key_values=cache)
+    return cache
+
+
+def compiled(model: PreTrainedModel) -> Any:
+    """The model as one graph, traced whole but not lowered: that needs a C++ compiler. A second one would be an error."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def once(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        assert len(graphs) == 1, "compiled again"
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    return torch.compile(model, backend=once, fullgraph=True)
+
+
+def decoded(model: PreTrainedModel, forward: Any, cache: StaticCache) -> tuple[list[torch.Tensor], list[int]]:
+    """Logits of some steps, and for which position each of them had selected."""
+    logits, selected = [], []
+    for step in range(STEPS):
+        with torch.no_grad():
+            logits.append(forward(IDS[:, step : step + 1], past_key_values=cache).logits)
+        assert paths(model) == ["sparse", "sparse"]
+        assert {row.cache for row in hip_hf.explain(model)} == {"kept state"}
+        selected += {layer.hip_state.rows[0].selection.position for layer in cache.layers}
+    return logits, selected
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.kernels)])
+def test_attention_breaks_no_graph(backend: str, patched: bool) -> None:
+    model = make_model("llama", backend=backend)
+    if patched:
+        hip_hf.patch(model)
+    cache = filled(model)
+    with torch.no_grad():
+        found = torch._dynamo.explain(lambda ids: model(ids, past_key_values=cache).logits)(IDS[:, :1])
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+    assert [node.target for node in found.graphs[0].graph.nodes].count(torch.ops.hip_hf.layer.default) == 2
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.kernels)])
+def test_a_compiled_step_gives_what_a_plain_one_gives(backend: str) -> None:
+    """It is sparse, and selects anew when that is due. The graph serves every cache of its shape."""
+    model = make_model("llama", backend=backend, decode_refresh=REFRESH)
+    forward = compiled(model)
+    for _ in range(2):
+        got, selected = decoded(model, forward, filled(model))
+        want, expected = decoded(model, model, filled(model))
+        assert all(map(torch.equal, got, want))
+        assert selected == expected == [PROMPT + step // REFRESH * REFRESH for step in range(STEPS)]
+
+
+def test_a_copy_of_a_cache_goes_on_by_itself() -> None:
+    model = make_model("llama", decode_refresh=REFRESH)
+    forward, cache = compiled(model), filled(model)
+    other = copy.deepcopy(cache)
+    want, _ = decoded(model, forward, cache)
+    got, _ = decoded(model, forward, other)
+    assert all(map(torch.equal, got, want))
+
+
+def test_a_compiled_step_reads_padding() -> None:
+    model, batch = make_model("llama"), make_batch([PROMPT, 71])
+    step = {"input_ids": torch.tensor([[5], [6]]), "position_ids": torch.tensor([[PROMPT], [71]])}
+    step["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        got = compiled(model)(**step, past_key_values=filled(model, **batch)).logits
+        want = model(**step, past_key_values=filled(model, **batch)).logits
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_generation_that_compiles_its_steps(family: str) -> None:
+    """Its masks are made outside of the graph, for sliding windows as well."""
+    model = make_model(family, decode_refresh=REFRESH)
+    graph = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    graph._compile_all_devices = True
+    fixed = dict(do_sample=False, max_new_tokens=STEPS, cache_implementation="static")
+    want = model.generate(IDS, **fixed, disable_compile=True)
+    assert torch.equal(model.generate(IDS, **fixed, compile_config=graph), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_numbers_keep_no_state_alive() -> None:
+    gc.collect()
+    before = len(_states)
+    state = hip_hf.DecodeState()
+    assert len(_states) == before + 1
+    del state
+    gc.collect()
+    assert len(_states) == before

@@ -1,0 +1,224 @@
+"""What the host does for a layer and step beside the kernels: launches, tensor operations and Python calls have upper limits, and
+nothing waits for the device.
+
+Kernels are not run where calls are counted: the host does not look at what they give.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from interpreter import DEVICE, interpreter
+from test_fake_cuda import GPU, device_guards, launches  # noqa: F401  # fixtures
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+import hip_hf
+from hip_hf.cache.hip_cache import HiPCache
+from hip_hf.integration import interface, masks
+from hip_hf.patches import base
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the same calls run with numbers in them")
+
+PROMPT = 400
+# Every call is sparse, by kernels; every second step selects anew.
+FIELDS = dict(backend="triton", dense_below=0, dense_layers=0, budget=64, sink=16, window=32, dense_tail=16, decode_refresh=2)
+
+# Kept steps attend in parts and combine them. The others first extend the pyramid, weigh the votes and select.
+KEPT_LAUNCHES, SELECTING_LAUNCHES = 2, 5
+# A prompt's pyramid and its votes take two each; then selection, attention, and the dense tail with its combination.
+PROMPT_LAUNCHES = 8
+# Of a kept step, views included: keys and values turned and written (4), the windows' starts, the output made and turned twice.
+KEPT_OPERATIONS = 8
+# A selecting one makes room for votes besides.
+SELECTING_OPERATIONS = 9
+# Measured on Python 3.11, and a twentieth more: versions differ in what they call. Attention of PyTorch's own, with its cache,
+# takes some 30. A sequence more may add this much.
+KEPT_CALLS, SELECTING_CALLS, CALLS_A_SEQUENCE = 460, 700, 95
+
+
+@dataclass
+class Counted:
+    """Of a layer and step."""
+
+    launches: int = 0
+    operations: Counter[str] = field(default_factory=Counter)
+    calls: int = 0
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches PyTorch's dispatcher."""
+
+    def __init__(self, into: Counter[str]) -> None:
+        super().__init__()
+        self.into = into
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.into[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting(counted: Counted, calls: bool) -> Iterator[None]:
+    """Counts Python calls or else operations: a mode that sees each operation makes calls of its own."""
+
+    def called(frame: Any, event: str, argument: Any) -> None:
+        counted.calls += event in ("call", "c_call")
+
+    if not calls:
+        with Operations(counted.operations):
+            yield
+        return
+    sys.setprofile(called)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+class Meter:
+    """Counts what one layer of a model does in its cache and in attention."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, layer: Any) -> None:
+        self.now, self.by_calls, self.in_layer, self.inside = Counted(), False, False, False
+        monkeypatch.setattr(interpreter.InterpretedFunction, "run", lambda kernel, *args, **kwargs: self._launched())
+        for owner, name in ((HiPCache, "update"), (StaticCache, "update"), (interface, "attend_layer"), (base, "next_token")):
+            monkeypatch.setattr(owner, name, self._around(getattr(owner, name)))
+        layer.register_forward_pre_hook(lambda *_: setattr(self, "in_layer", True))
+        layer.register_forward_hook(lambda *_: setattr(self, "in_layer", False))
+
+    def _launched(self) -> None:
+        self.now.launches += self.inside
+
+    def _around(self, work: Any) -> Any:
+        def done(*args: Any, **kwargs: Any) -> Any:
+            if self.inside or not self.in_layer:
+                return work(*args, **kwargs)
+            self.inside = True
+            try:
+                with counting(self.now, self.by_calls):
+                    return work(*args, **kwargs)
+            finally:
+                self.inside = False
+
+        return done
+
+    def of(self, step: Any, calls: bool = False) -> Counted:
+        """What a forward of the model adds."""
+        self.now, self.by_calls = Counted(), calls
+        with torch.no_grad():
+            step()
+        return self.now
+
+
+def llama(**fields: Any) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    config.hip = {**FIELDS, **fields}
+    config._attn_implementation = "hip"
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["plain", "patched", "static"])
+def test_a_layer_and_step(kind: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    if kind == "patched":
+        hip_hf.patch(model)
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 100) if kind == "static" else HiPCache(model.config)
+    meter = Meter(monkeypatch, model.model.layers[1].self_attn)
+
+    def step(rows: int = 1) -> Any:
+        return lambda: model(torch.zeros(batch, rows, dtype=torch.long), past_key_values=cache)
+
+    prompt = meter.of(step(PROMPT))
+    assert prompt.launches == PROMPT_LAUNCHES
+    first = meter.of(step())
+    assert first.launches == SELECTING_LAUNCHES
+    # these are the same whatever the batch, but for the first step after a prompt, which makes the block table
+    of_cache = sum(meter.of(step()).operations[name] for name in ("aten.arange.default", "aten.add.Tensor", "aten.add_.Tensor"))
+    selecting, kept = meter.of(step()), meter.of(step())
+    assert (selecting.launches, kept.launches) == (SELECTING_LAUNCHES, KEPT_LAUNCHES)
+    assert selecting.operations.total() - of_cache <= SELECTING_OPERATIONS, selecting.operations
+    assert kept.operations.total() - of_cache <= KEPT_OPERATIONS, kept.operations
+    assert of_cache == (3 if kind == "static" else 0)  # Transformers' own
+    selecting, kept = meter.of(step(), calls=True), meter.of(step(), calls=True)
+    more = (batch - 1) * CALLS_A_SEQUENCE
+    assert selecting.calls <= SELECTING_CALLS + more
+    assert kept.calls <= KEPT_CALLS + more
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "patched"])
+def test_nothing_waits_for_the_device(
+    kind: str,
+    padded: bool,
+    launches: list[str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither a prompt, nor a step that selects, nor one that does not. What a padding mask says is read once a forward: a few
+    numbers a sequence. (`generate` of Transformers waits once a step as well, to see whether all sequences have ended.)"""
+    starts, read = [0, 37], []
+
+    def extents(mask: torch.Tensor) -> list[list[int]]:
+        """In place of `_extents`, which has no numbers to read here."""
+        read.append(mask.shape[-1])
+        return [[read[-1] - start, start, read[-1], start - (read[-1] - 1), 0] for start in starts]
+
+    monkeypatch.setattr(masks, "_extents", extents)
+    with torch.device(GPU), torch.no_grad():
+        model, cache = llama(), None
+        if kind == "patched":
+            hip_hf.patch(model)
+        for keys, rows, launched in (
+            (PROMPT, PROMPT, PROMPT_LAUNCHES),
+            (PROMPT + 1, 1, SELECTING_LAUNCHES),
+            (PROMPT + 2, 1, KEPT_LAUNCHES),
+            (PROMPT + 3, 1, SELECTING_LAUNCHES),
+        ):
+            launches.clear()
+            read.clear()
+            given = {"attention_mask": torch.ones(len(starts), keys, dtype=torch.long)} if padded else {}
+            out = model(torch.zeros(len(starts), rows, dtype=torch.long), past_key_values=cache, **given)
+            cache = out.past_key_values
+            assert out.logits.device == GPU
+            assert len(launches) == 2 * launched
+            assert read == [keys] * padded
+
+
+def test_what_a_padding_mask_says_is_read_once() -> None:
+    """The numbers that the test above stands in for, and the wait."""
+    padding = torch.ones(3, 9, dtype=torch.long)
+    padding[0, :4], padding[1] = 0, 0
+    mask = masks.hip_mask(3, 2, 9, 7, 0, masks.causal_mask_function, padding)
+    counted: Counter[str] = Counter()
+    with Operations(counted):
+        assert masks._extents(mask) == [
+            [5, 4, 9, -4, 0],
+            [0, 8, 1, masks.PAD - masks.LAST, masks.PAD - masks.LAST],
+            [9, 0, 9, -8, 0],
+        ]
+    assert counted["aten._local_scalar_dense.default"] == 0
+    assert counted["aten._to_copy.default"] == 1  # of slots, to another dtype
+
+
+def test_a_pickled_cache_writes_where_it_reads() -> None:
+    """Views of pages are kept from step to step, and would come back as copies."""
+    cache, new = HiPCache(llama().config), torch.randn(1, 2, 1, 32)
+    cache.update(torch.randn(1, 2, 5, 32), torch.randn(1, 2, 5, 32), 0)
+    cache.update(torch.randn(1, 2, 1, 32), torch.randn(1, 2, 1, 32), 0)
+    for other in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
+        other.update(new, new, 0)
+        assert torch.equal(other.layers[0].keys[:, :, -1:], new)
+        assert torch.equal(other.layers[0].pool.keys.pages()[0, 6], new[0, :, 0])
+        assert cache.get_seq_length() == 6
