@@ -165,16 +165,14 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
 def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
     """Attention of a part that the kernels serve. Where Triton refuses them after all, because these settings ask for more than
     the device has, it and all later ones are dense with `auto`."""
-    from triton.errors import TritonError
-
     from hip_hf.kernels import trust
     from hip_hf.kernels.backend import run
 
     problem = part.problem
     try:
         call = run(problem, config, state, *empty_outputs(problem, need_lse, by_tokens=True), need_mask)
-    except TritonError as error:
-        if config.backend != "auto":
+    except Exception as error:
+        if config.backend != "auto" or not trust.refuses(error):
             raise
         why = trust.refuse(problem.q.device, config.text, error)
         trust.warn_once(why)

@@ -95,6 +95,17 @@ def test_a_bad_kernel_is_found(monkeypatch: pytest.MonkeyPatch, only_dense: None
     assert "attn_implementation" in kernel_row["instead"]
 
 
+def test_a_kernel_that_fails_when_it_is_timed_hides_nothing(monkeypatch: pytest.MonkeyPatch, only_dense: None) -> None:
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(doctor, "timed", fails)
+    code, document = run()
+    assert code == 1
+    assert document["about"]["timings"] == "none: RuntimeError: an illegal memory access"
+    assert [row["works"] for row in document["rows"]] == ["yes", "yes"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bad_arguments_are_named() -> None:
     for arguments, name in ((["--device", "cuda"], "no GPU"), (["--dtypes", "fp8"], "fp8"), (["--length", "long"], "long")):

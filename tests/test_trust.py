@@ -18,6 +18,7 @@ import torch
 from helpers import assert_near, make_problem, make_qkv, small
 from interpreter import DEVICE
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.errors import TritonError
 
 import hip_hf
 from hip_hf import backend_choice
@@ -136,16 +137,18 @@ def test_wrong_numbers_go_dense_from_the_first_call_on(monkeypatch: pytest.Monke
     assert_near(results[0].out.cpu(), by_torch(), 1e-6)
 
 
-def test_a_launch_that_triton_refuses_goes_dense(monkeypatch: pytest.MonkeyPatch, self_test: SelfTest) -> None:
-    """The self-test knows the default settings; others may ask for more than the device has. The state goes on."""
-    from triton.errors import TritonError
+REFUSALS = (TritonError("out of resource: shared memory"), RuntimeError("Triton Error [CUDA]: out of resource: shared memory"))
 
+
+@pytest.mark.parametrize("error", REFUSALS, ids=["compiler", "driver"])
+def test_a_launch_that_triton_refuses_goes_dense(monkeypatch: pytest.MonkeyPatch, self_test: SelfTest, error: Exception) -> None:
+    """The self-test knows the default settings; others may ask for more than the device has. The state goes on."""
     run, tried = backend.run, []
 
     def refused(problem: AttentionProblem, config: Any, *rest: Any) -> Any:
         tried.append(config.budget)
         if config.budget == 16:
-            raise TritonError("out of resource: shared memory")
+            raise error
         return run(problem, config, *rest)
 
     monkeypatch.setattr(backend, "run", refused)
@@ -158,12 +161,19 @@ def test_a_launch_that_triton_refuses_goes_dense(monkeypatch: pytest.MonkeyPatch
         step = attend(make_problem(q[:, :, 100:], k, v), small(), None, state)
     assert tried == [16]
     assert result.path == step.path == "dense"
-    assert "Triton refuses the kernels with these settings (TritonError: out of resource" in step.reason
+    assert f"Triton refuses the kernels with these settings ({type(error).__name__}: {error}" in step.reason
     want = attend(make_problem(q[:, :, 100:], k, v), small(method="dense", backend="torch")).out
     assert_near(step.out.cpu(), want.cpu(), 1e-6)
     assert call(budget=32).path == "sparse"
-    with pytest.raises(TritonError):
+    with pytest.raises(type(error)):
         call(backend="triton")
+
+
+def test_other_errors_of_a_call_are_not_hidden(monkeypatch: pytest.MonkeyPatch, self_test: SelfTest) -> None:
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no error of Triton's")):
+        monkeypatch.setattr(backend, "run", lambda *args, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error), match=str(error)):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ _count = itertools.count()
 _layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
-# The operator reads the mask on the host: a CUDA graph must be made of what is before and behind it.
-_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+# The operator reads the mask on the host: a CUDA graph must be made of what is before and behind it. Before PyTorch 2.9 there is
+# no such tag, and an operator takes none.
+_TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 # Dynamo calls the function, and the answer is a constant of the graph, guarded by the layer's identity.
@@ -69,7 +70,7 @@ def attention(
     return layer(query, key, value, mask, sinks, state, number_of(module), *rest)
 
 
-@torch.library.custom_op("hip_hf::layer", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("hip_hf::layer", mutates_args=(), **_TAGS)
 def layer(
     query: torch.Tensor,
     key: torch.Tensor,

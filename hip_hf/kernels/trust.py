@@ -128,11 +128,11 @@ def failing(
     `dims`: head dims of keys and of values, and query heads per key head; None: of a graph that is being compiled, which may be
     for any.
     """
+    if why := _refused.get((device, settings)):
+        return why
     asked = device, dtype, dims, parts, settings
     if asked in _passed:
         return ""
-    if why := _refused.get((device, settings)):
-        return why
     heads = Heads(dtype) if dims is None else Heads(dtype, *dims)
     why = next((why for part in parts if (why := verdict(device, heads, part))), "")
     if not why:
@@ -140,9 +140,15 @@ def failing(
     return why
 
 
+def refuses(error: Exception) -> bool:
+    """Whether an error says that Triton could not compile or launch a kernel. Those of its driver have no type of their own."""
+    from triton.errors import TritonError
+
+    return isinstance(error, TritonError) or str(error).startswith("Triton Error [")
+
+
 def refuse(device: torch.device, settings: str, error: Exception) -> str:
     """From now on no kernels with these settings: Triton could not compile or launch them. Returns the reason."""
-    _passed.clear()
     why = _refused[device, settings] = f"Triton refuses the kernels with these settings ({said(error)})"
     return why
 
