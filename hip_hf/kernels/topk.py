@@ -33,11 +33,8 @@ def sort_keys(scores, inside):
 
 @triton.jit
 def threshold(keys, left, right, count):
-    """A number that tells the `count` largest of `keys` `[M]` and the scalars `left` and `right` from the rest: no more than those
-    reach it, or it is the `count`-th largest itself; `ABSENT` if there are fewer.
-
-    Mostly half of the digits settle it. Fixed at half, equals would be cut at random places (docs/decisions.md).
-    """
+    """A number that tells the `count` largest of `keys` `[M]` and of the scalars `left` and `right` from the rest: either just
+    those reach it, or it is the `count`-th largest itself; `ABSENT` if there are fewer."""
     digits = tl.arange(0, 16)
     found = left * 0 + ABSENT  # the smallest int32: from there on every digit makes it larger, also the one with the sign
     shift = left * 0 + 28
