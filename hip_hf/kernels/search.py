@@ -57,6 +57,7 @@ class Selection:
     window: torch.Tensor
     made: torch.Tensor | None = None
     scratch: torch.Tensor | None = None
+    shared: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @staticmethod
     def empty(config: HiPConfig, sequences: int, heads: int, blocks: int, device: torch.device, keep: bool = False) -> Selection:
@@ -76,6 +77,19 @@ class Selection:
                 room = triton.next_power_of_2(count)
                 self.scratch = torch.empty(room, dtype=torch.float32, device=self.counts.device)
         return self.scratch
+
+    def shared_for(self, fixed: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What programs that share a search leave for the launch that chooses, kept for all steps: the blocks that are `listed`,
+        int32, and what was `found` in their keys, fp32 (`select.py`)."""
+        if self.shared is None:
+            programs, listed = self.counts.numel(), fixed["KEPT_LAST"]
+            numbers = fixed["LOOKS"] * fixed["TILES"] * (listed + 1) * fixed["NARROW"]
+            with torch.inference_mode(False):
+                self.shared = (
+                    torch.empty(programs * listed, dtype=torch.int32, device=self.counts.device),
+                    torch.empty(programs * numbers, dtype=torch.float32, device=self.counts.device),
+                )
+        return self.shared
 
 
 @dataclass(frozen=True)
@@ -161,11 +175,6 @@ def constants(
     )  # fmt: skip
 
 
-def shared_numbers(fixed: dict[str, Any]) -> tuple[int, int]:
-    """Of a search that is shared: blocks that it lists, and numbers that its programs leave for the launch that chooses."""
-    return fixed["KEPT_LAST"], fixed["LOOKS"] * fixed["TILES"] * (fixed["KEPT_LAST"] + 1) * fixed["NARROW"]
-
-
 def choosing(fixed: dict[str, Any]) -> dict[str, Any]:
     """Compile-time arguments of `choose_kernel`, from those of the search."""
     return {name: fixed[name] for name in choose_kernel.arg_names if name in fixed} | dict(num_warps=CHOOSING_WARPS)
@@ -226,9 +235,7 @@ def select(
         at_once = min(programs, max(1, MOST_SCRATCH // (stride_scratch * torch.float32.itemsize)))
         scratch = into.scratch_for(at_once * stride_scratch)
     if fixed["LOOKS"] > 1:
-        ids, found = (programs * numbers for numbers in shared_numbers(fixed))
-        scratch = into.scratch_for(ids + found)
-        listed, scratch = scratch[:ids].view(torch.int32), scratch[ids : ids + found]
+        listed, scratch = into.shared_for(fixed)
     block_table, stride_table = kv.table()
     q, near = votes_of(q, kv, sequences, config, logits, block_q, into.made)
     rotations = chunk_rotation(logits.positions, config, q)
