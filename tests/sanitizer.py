@@ -40,6 +40,8 @@ def scratch_of(arguments: dict[str, Any]) -> tuple[str, ...]:
     """Arguments of a launch whose contents it must not expect: scores of long start levels, and decode's partial results."""
     if arguments.get("LONG"):
         return ("scratch",)
+    if "scratch" in arguments and arguments["LOOKS"] > 1:
+        return ("scratch", "listed")
     return ("OUT", "LSE") if "Q" in arguments and arguments.get("SPLITS", 1) > 1 else ()
 
 

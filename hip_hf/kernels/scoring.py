@@ -211,93 +211,88 @@ def score_chunks(
 
 
 @triton.jit
-def score_blocks(
-    k,
-    ids,
-    inside,
-    key_start,
-    batch,
-    stride_kb,
-    stride_kt,
-    block_table,
-    stride_table,
-    q,
-    row_stride_h,
-    row_stride_t,
-    near,
-    near_stride,
-    last_row,
-    first,
-    last,
-    scale,
-    SOFTCAP: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    MASS: tl.constexpr,
+def block_masses(
+    k, ids, inside, first_key, keys, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, offsets, scale,
+    SOFTCAP: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    MASS: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin, HALF: tl.constexpr,
+):  # fmt: skip
+    """What voting rows find in `keys` keys, from number `first_key` on, of each of the key blocks `ids` `[N]`: `[N, ROWS]` and
+    `[ROWS]`. For `mass`, sums of exponentials, and the rows' greatest logits, which were subtracted; else the best logits, and
+    minus infinity. `HALF` > 0: keys are turned back by `back` `[N]` places."""
+    CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
+    inner = tl.arange(0, FEATURES)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    mass = tl.full([N, ROWS], 0.0 if MASS else -float("inf"), tl.float32)
+    logits = tl.zeros([N, ROWS], tl.float32)
+    # a step's pages are looked up in the step before: keys that waited for them could not be fetched ahead
+    slots = key_start + ids * BLOCK_K + first_key
+    page = page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE)
+    # one flat loop over keys of the blocks and parts of the head dim, so that loads run ahead across both
+    for i in tl.range(keys * CHUNKS, disable_licm=True):
+        key = i // CHUNKS
+        part = i - key * CHUNKS
+        d = part * FEATURES + inner
+        at = offsets_in(page, slots + key, stride_kb, stride_kt, PAGE_SIZE)
+        following = tl.minimum((i + 1) // CHUNKS, keys - 1)
+        page = page_of(slots + following, inside, batch, block_table, stride_table, PAGE_SIZE)
+        if DIM % FEATURES == 0:
+            a = tl.load(k + at[:, None] + d[None, :])
+            b = tl.load(q + offsets[None, :] + d[:, None])
+        else:
+            a = tl.load(k + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+            b = tl.load(q + offsets[None, :] + d[:, None], mask=(d < DIM)[:, None], other=0.0)
+        if HALF > 0:
+            other = tl.load(k + at[:, None] + partner(d, HALF)[None, :], mask=(d < DIM)[None, :], other=0.0)
+            a = turned_back(a, other, back, d, cos, sin, False, HALF).to(a.dtype)
+        logits = tl.dot(a, b, logits, input_precision=PRECISION)
+        if part == CHUNKS - 1:
+            logits = tl.where(inside[:, None], capped(logits, scale, SOFTCAP), -float("inf"))
+            if MASS:
+                # one maximum per row for all blocks: what it lets underflow would weigh nothing in the softmax either
+                higher = tl.maximum(top, tl.max(logits, 0))
+                mass = mass * tl.exp(top - higher)[None, :] + tl.exp(logits - higher[None, :])
+                top = higher
+            else:
+                mass = tl.maximum(mass, logits)
+            logits = tl.zeros([N, ROWS], tl.float32)
+    return mass, top
+
+
+@triton.jit
+def add_masses(
+    scores, mass, top, near, near_stride, tile, last_row, last, first, voting,
+    ROWS: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     WEIGHED: tl.constexpr,
-    DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    back,
-    cos,
-    sin,
-    HALF: tl.constexpr,
-):
+):  # fmt: skip
+    """Scores `[N]` of key blocks after a tile of rows that found `mass` `[N, ROWS]` in all their keys and, of `mass`, `top`."""
+    if MASS:
+        norm = tl.sum(mass, 0)
+        if WEIGHED:
+            norm += near_share(near, near_stride, top, 0.0, tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)
+        weight = tl.where(voting, 1.0 / norm, 0.0)
+        return scores + tl.sum(mass * weight[None, :], 1)
+    else:
+        return tl.maximum(scores, tl.max(tl.where(voting[None, :], mass, -float("inf")), 1))
+
+
+@triton.jit
+def score_blocks(
+    k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, row_stride_h, row_stride_t, near,
+    near_stride, last_row, first, last, scale,
+    SOFTCAP: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
+    WEIGHED: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin, HALF: tl.constexpr,
+):  # fmt: skip
     """Scores `[N]` of key blocks `ids` by all their keys: `mass`, the rows' shares in a softmax over all keys of all
     the blocks and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `HALF` > 0: keys are turned back by
     `back` `[N]` places."""
-    CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
-    inner = tl.arange(0, FEATURES)
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
         offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
-        top = tl.full([ROWS], -float("inf"), tl.float32)
-        mass = tl.full([N, ROWS], 0.0 if MASS else -float("inf"), tl.float32)
-        logits = tl.zeros([N, ROWS], tl.float32)
-        # a step's pages are looked up in the step before: keys that waited for them could not be fetched ahead
-        slots = key_start + ids * BLOCK_K
-        page = page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE)
-        # one flat loop over keys of the blocks and parts of the head dim, so that loads run ahead across both
-        for i in tl.range(BLOCK_K * CHUNKS, disable_licm=True):
-            key = i // CHUNKS
-            part = i - key * CHUNKS
-            d = part * FEATURES + inner
-            at = offsets_in(page, slots + key, stride_kb, stride_kt, PAGE_SIZE)
-            following = tl.minimum((i + 1) // CHUNKS, BLOCK_K - 1)
-            page = page_of(slots + following, inside, batch, block_table, stride_table, PAGE_SIZE)
-            if DIM % FEATURES == 0:
-                a = tl.load(k + at[:, None] + d[None, :])
-                b = tl.load(q + offsets[None, :] + d[:, None])
-            else:
-                a = tl.load(k + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
-                b = tl.load(q + offsets[None, :] + d[:, None], mask=(d < DIM)[:, None], other=0.0)
-            if HALF > 0:
-                other = tl.load(k + at[:, None] + partner(d, HALF)[None, :], mask=(d < DIM)[None, :], other=0.0)
-                a = turned_back(a, other, back, d, cos, sin, False, HALF).to(a.dtype)
-            logits = tl.dot(a, b, logits, input_precision=PRECISION)
-            if part == CHUNKS - 1:
-                logits = tl.where(inside[:, None], capped(logits, scale, SOFTCAP), -float("inf"))
-                if MASS:
-                    # one maximum per row for all blocks: what it lets underflow would weigh nothing in the softmax either
-                    higher = tl.maximum(top, tl.max(logits, 0))
-                    mass = mass * tl.exp(top - higher)[None, :] + tl.exp(logits - higher[None, :])
-                    top = higher
-                else:
-                    mass = tl.maximum(mass, logits)
-                logits = tl.zeros([N, ROWS], tl.float32)
-        if MASS:
-            norm = tl.sum(mass, 0)
-            if WEIGHED:
-                norm += near_share(
-                    near, near_stride, top, 0.0, tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)  # fmt: skip
-            weight = tl.where(voting, 1.0 / norm, 0.0)
-            scores += tl.sum(mass * weight[None, :], 1)
-        else:
-            scores = tl.maximum(scores, tl.max(tl.where(voting[None, :], mass, -float("inf")), 1))
+        mass, top = block_masses(
+            k, ids, inside, 0, BLOCK_K, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, offsets, scale,
+            SOFTCAP, N, BLOCK_K, PAGE_SIZE, ROWS, MASS, DIM, FEATURES, PRECISION, back, cos, sin, HALF)  # fmt: skip
+        scores = add_masses(
+            scores, mass, top, near, near_stride, tile, last_row, last, first, voting, ROWS, SAMPLES, STRIDE, GROUP, MASS,
+            WEIGHED)  # fmt: skip
     return scores

@@ -9,6 +9,7 @@ import torch
 import triton
 
 from hip_hf.kernels.addressing import KeyValues
+from hip_hf.kernels.choose import choose_kernel
 from hip_hf.kernels.compiled import Launch, Pointer
 from hip_hf.kernels.prefill import Logits
 from hip_hf.kernels.pyramid import parts_of
@@ -16,7 +17,7 @@ from hip_hf.kernels.rotation import example_positions, rotation
 from hip_hf.kernels.select import NEVER, select_kernel
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.topk import tile
-from hip_hf.kernels.tuning import target_of
+from hip_hf.kernels.tuning import processors, target_of
 from hip_hf.kernels.votes import Voting, votes_of
 from hip_hf.methods.hip import SUCCESSORS
 from hip_hf.rope import farthest_chunk
@@ -34,6 +35,10 @@ MOST_CANDIDATES = 2048
 # Bytes of scratch at most, for start levels longer than a tile (`coarsest`). Where it does not serve all programs, they are
 # several launches, one after the other: of 65,536 candidates each 256 programs, more than an H200 runs at once.
 MOST_SCRATCH = 64 * 2**20
+# Programs that share the exact look of a decode step's search at most: what more of them save, putting it together takes.
+MOST_LOOKS = 8
+# Warps of a program that puts it together.
+CHOOSING_WARPS = 4
 
 
 @dataclass
@@ -52,6 +57,7 @@ class Selection:
     window: torch.Tensor
     made: torch.Tensor | None = None
     scratch: torch.Tensor | None = None
+    shared: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @staticmethod
     def empty(config: HiPConfig, sequences: int, heads: int, blocks: int, device: torch.device, keep: bool = False) -> Selection:
@@ -71,6 +77,19 @@ class Selection:
                 room = triton.next_power_of_2(count)
                 self.scratch = torch.empty(room, dtype=torch.float32, device=self.counts.device)
         return self.scratch
+
+    def shared_for(self, fixed: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What programs that share a search leave for the launch that chooses, kept for all steps: the blocks that are `listed`,
+        int32, and what was `found` in their keys, fp32 (`select.py`)."""
+        if self.shared is None:
+            programs, listed = self.counts.numel(), fixed["KEPT_LAST"]
+            numbers = fixed["LOOKS"] * fixed["TILES"] * (listed + 1) * fixed["NARROW"]
+            with torch.inference_mode(False):
+                self.shared = (
+                    torch.empty(programs * listed, dtype=torch.int32, device=self.counts.device),
+                    torch.empty(programs * numbers, dtype=torch.float32, device=self.counts.device),
+                )
+        return self.shared
 
 
 @dataclass(frozen=True)
@@ -122,10 +141,10 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
 
 def constants(
     config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str, stateful: bool,
-    positions: Positions | None = None,
+    positions: Positions | None = None, looks: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Compile-time arguments of the search. `group`: query heads per key head; `most_keys`: a bound on a sequence's keys;
-    `stateful`: decode steps whose selections are kept."""
+    `stateful`: decode steps whose selections are kept; `looks`: programs that may share an exact look."""
     budget, bk = config.budget_blocks, config.block_k
     keep, most = config.beam_blocks, 2 * config.beam_blocks
     rescore = config.rescore_blocks > 0
@@ -142,7 +161,10 @@ def constants(
     heads, samples = (1, voting.slots) if voting.chosen else (voting.voters, voting.slots // voting.voters)
     shape = search_tile(target, dim, dtype, positions is not None and positions.chunk_indexed, 2 * kept, voting.slots)
     rows = max(16, min(triton.next_power_of_2(voting.slots), shape.rows, shape.rows * CANDIDATES // (2 * kept)))
+    if not (stateful and rescore) or long:
+        looks = 1
     return dict(
+        LOOKS=looks, NARROW=min(rows, triton.next_power_of_2(voting.slots)),
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
         RESCORE=rescore, SUCCESSORS=successors, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
         ROWS=rows, TILES=-(-voting.slots // rows), SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
@@ -153,9 +175,22 @@ def constants(
     )  # fmt: skip
 
 
+def choosing(fixed: dict[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments of `choose_kernel`, from those of the search."""
+    return {name: fixed[name] for name in choose_kernel.arg_names if name in fixed} | dict(num_warps=CHOOSING_WARPS)
+
+
 def steps_of(fixed: dict[str, Any]) -> int:
     """Steps of a product with a summary. Told at run time: unrolled, the loop would not fit into the registers."""
     return fixed["PARTS"] * -(-fixed["DIM"] // fixed["FEATURES"])
+
+
+def looks_for(programs: int, block_k: int, at_once: int) -> int:
+    """How many programs share each of so many searches on a device that runs `at_once`: a power of two, so that few kernels are
+    compiled, less what would have no key of a block to look at."""
+    looks = 1 << max(0, min(MOST_LOOKS, block_k, at_once // max(1, programs)).bit_length() - 1)
+    each = -(-block_k // looks)
+    return -(-block_k // each)
 
 
 def unsupported(config: HiPConfig) -> str:
@@ -190,36 +225,45 @@ def select(
     q `[B, Hq, Tq, D]` fp16, bf16 or fp32; table `[S, Hkv, rows, width]` as `pyramid.py` makes it; nothing waits for the device.
     """
     blocks, heads = sequences.blocks(block_q), into.counts.shape[1]
-    shape = (q.shape[1] // kv.heads, q.shape[-1], q.dtype, block_q, sequences.max_keys)
-    fixed = constants(config, *shape, target_of(q), into.made is not None, logits.positions)
     programs = at_once = blocks * heads * sequences.count
-    scratch, stride_scratch = into.counts, 0
+    looks = looks_for(programs, config.block_k, processors(q))
+    shape = (q.shape[1] // kv.heads, q.shape[-1], q.dtype, block_q, sequences.max_keys)
+    fixed = constants(config, *shape, target_of(q), into.made is not None, logits.positions, looks)
+    scratch, listed, stride_scratch = into.counts, into.counts, 0
     if fixed["LONG"]:
         stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])
         at_once = min(programs, max(1, MOST_SCRATCH // (stride_scratch * torch.float32.itemsize)))
         scratch = into.scratch_for(at_once * stride_scratch)
+    if fixed["LOOKS"] > 1:
+        listed, scratch = into.shared_for(fixed)
     block_table, stride_table = kv.table()
     q, near = votes_of(q, kv, sequences, config, logits, block_q, into.made)
     rotations = chunk_rotation(logits.positions, config, q)
+    made, settings = into.counts if into.made is None else into.made, (config.sink, config.window, logits.sliding_window or 0)
     for first in range(0, programs, max(1, at_once)):
-        select_kernel[(min(at_once, programs - first),)](
+        select_kernel[(min(at_once, programs - first), fixed["LOOKS"])](
             q, table, kv.k, block_table, sequences.table, scratch, into.indices, into.counts, into.window,
-            into.counts if into.made is None else into.made, near, *q.stride()[:3], *kv.strides(kv.k), stride_table,
+            made, near, listed, *q.stride()[:3], *kv.strides(kv.k), stride_table,
             sequences.table.stride(0), table.stride(0), table.stride(1), near.shape[-1], stride_scratch, blocks, heads, first,
-            logits.scale, config.sink, config.window, logits.sliding_window or 0, config.decode_refresh, steps_of(fixed),
+            logits.scale, *settings, config.decode_refresh, steps_of(fixed),
             STATEFUL=into.made is not None, PAGE_SIZE=kv.page_size, SOFTCAP=logits.softcap or 0.0, **fixed, **rotations,
+        )  # fmt: skip
+    if fixed["LOOKS"] > 1:
+        choose_kernel[(programs,)](
+            listed, scratch, sequences.table, near, into.indices, into.counts, into.window, made, sequences.table.stride(0),
+            near.shape[-1], blocks, heads, *settings, config.decode_refresh, **choosing(fixed),
         )  # fmt: skip
 
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     """The search of the default settings in prefill and in decode, with 4 query heads per key head; in prefill also with 8, which
-    fill a tile of rows."""
+    fill a tile of rows, in decode also shared by several programs."""
     from hip_hf.config import HiPConfig
 
     config, found = HiPConfig(), []
     pointers = dict.fromkeys(("q", "table", "k"), Pointer(dtype))
     pointers |= dict.fromkeys(("scratch", "near"), Pointer(torch.float32))
-    integers = ("block_table", "sequences", "indices", "counts", "windows", "made")
+    integers = ("block_table", "sequences", "indices", "counts", "windows", "made", "listed")
     pointers |= dict.fromkeys(integers, Pointer(torch.int32))
     numbers = dict(
         stride_qb=32 * 4096 * dim, stride_qh=4096 * dim, stride_qt=dim, stride_kb=8 * 4096 * dim, stride_kh=4096 * dim,
@@ -229,15 +273,21 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     )  # fmt: skip
     like, indexed = torch.empty(0, dtype=dtype, device="meta"), replace(example_positions(dim), chunk_indexed=True)
     cases = [
-        ("select, prefill", config.block_q, 0, 4, None),
-        ("select, prefill, chunk-indexed", config.block_q, 0, 4, indexed),
-        ("select, prefill, groups of 8", config.block_q, 0, 8, None),
-        ("select, decode", 1, 256, 4, None),
-        ("select, decode, chunk-indexed", 1, 256, 4, indexed),
+        ("select, prefill", config.block_q, 0, 4, None, 1),
+        ("select, prefill, chunk-indexed", config.block_q, 0, 4, indexed, 1),
+        ("select, prefill, groups of 8", config.block_q, 0, 8, None, 1),
+        ("select, decode", 1, 256, 4, None, 1),
+        ("select, decode, chunk-indexed", 1, 256, 4, indexed, 1),
+        ("select, decode, shared", 1, 256, 4, None, MOST_LOOKS),
+        ("select, decode, shared, chunk-indexed", 1, 256, 4, indexed, MOST_LOOKS),
     ]
-    for name, block_q, page_size, group, positions in cases:
-        fixed = constants(config, group, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions)
+    for name, block_q, page_size, group, positions, looks in cases:
+        fixed = constants(config, group, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions, looks)
         fixed |= chunk_rotation(positions, config, like)
         arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
         found.append(Launch(name, select_kernel, {**pointers, **numbers, **arguments}))
+        if looks > 1 and positions is None:
+            given = {name: x for name, x in (pointers | numbers).items() if name in choose_kernel.arg_names}
+            given["found"] = pointers["scratch"]
+            found.append(Launch("select, decode, choice", choose_kernel, {**given, **choosing(fixed)}))
     return found

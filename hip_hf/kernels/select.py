@@ -3,6 +3,8 @@
 One program per sequence, mask head and query block scores the start level, keeps the best, scores their children, down to
 single key blocks, and looks at the best of those exactly if asked. Candidates, scores and top-k never leave the chip; only a
 start level longer than a tile (`coarsest`) puts its scores into scratch, which the programs of one launch have (`search.py`).
+In decode steps of few sequences several programs search for the same and share the exact look, and another launch chooses
+(`choose.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.kernels.scoring import chunk_logits, chunk_rows, near_share, score_blocks, score_chunks, voting_rows
+from hip_hf.kernels.scoring import block_masses, chunk_logits, chunk_rows, near_share, score_blocks, score_chunks, voting_rows
 from hip_hf.kernels.sequences import GROWING, always_read, load_sequence, query_block, still_serves, window_start
 from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, with_successors
 from hip_hf.kernels.votes import count_votes
@@ -53,6 +55,44 @@ def write(indices, counts, entry, ids, total, BUDGET: tl.constexpr, OUT: tl.cons
     tl.store(indices + entry * BUDGET + slots, tl.where(slots < total, ids, 0), mask=slots < BUDGET)
     # by the first slot's thread: who stores a scalar would be kept in a register from the program's first store on
     tl.store(counts + entry + slots, total + slots * 0, mask=slots == 0)
+
+
+@triton.jit
+def lay_out(first, window, sink, sliding, BLOCK_K: tl.constexpr):
+    """Of a query block whose first row is at `first`: where its window starts, and its middle's blocks `low` to `high`."""
+    begin = window_start(first, window, BLOCK_K)
+    _, sink_end, window_at = always_read(first, begin, sink, sliding, BLOCK_K)
+    return begin, sink_end // BLOCK_K, window_at // BLOCK_K
+
+
+@triton.jit
+def votes_near(
+    near, row, index, row_start, last_row, first, last, stride_near,
+    CHOSEN: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, SPACING: tl.constexpr, SAMPLED: tl.constexpr,
+    SAMPLES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """What the votes of a query block find near, and their rows: a pointer; the last row, and the first and last as positions."""
+    near += row.to(tl.int64) * GROUP * stride_near
+    if CHOSEN:
+        last_row = count_votes(last - first + 1, VOTERS, VOTES, SPACING, SAMPLED) - 1
+        return near + index.to(tl.int64) * SAMPLES, last_row, first - first, last_row
+    else:
+        return near - row_start, last_row, first, last
+
+
+@triton.jit
+def keep_blocks(
+    ids, keys, total, rows, low, high,
+    BUDGET: tl.constexpr, SUCCESSORS: tl.constexpr, RESCORE: tl.constexpr, N: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """The blocks to read, `[OUT]`, and how many count, of `ids` `[N]`, of which `total` count, the best of the last level."""
+    none = low * 0 + ABSENT
+    if SUCCESSORS > 0:
+        ids, keys = with_successors(ids, keys, total, high, tl.where(rows == 1, SUCCESSORS, 0), N)
+        ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, 2 * N, OUT)
+    elif RESCORE:
+        ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, N, OUT)
+    return ids, total
 
 
 @triton.jit
@@ -155,7 +195,7 @@ def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*GROWING, "stride_near", "stride_scratch", "heads", "first_program"])
 def select_kernel(
-    q, table, k, block_table, sequences, scratch, indices, counts, windows, made, near,
+    q, table, k, block_table, sequences, scratch, indices, counts, windows, made, near, listed,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,
     stride_near, stride_scratch, blocks, heads, first_program, scale, sink, window, sliding, refresh, steps, COS, SIN, farthest,
     BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
@@ -165,10 +205,11 @@ def select_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr,
+    LOOKS: tl.constexpr, NARROW: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One query block of one mask head of one sequence. Grid: as many of the `blocks` * `heads` * sequences as have scratch, from
-    `first_program` on; `blocks` query blocks and `heads` mask heads a sequence.
+    `first_program` on, and `LOOKS`; `blocks` query blocks and `heads` mask heads a sequence.
 
     `KEEP` chunks survive a level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts with
     at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
@@ -176,7 +217,10 @@ def select_kernel(
     are kept in any case, in steps of one row. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the votes that `votes.py` put
     side by side, of which it says what VOTERS, VOTES, SPACING and SAMPLED mean. `WEIGHED`: `near` is what every vote, or row of
     a sequence, finds in any case. `HALF` > 0: chunk-indexed, at most `farthest` chunks away; so many pairs of a head's numbers
-    turn.
+    turn. `LOOKS` > 1: so many programs search, all for the same, and each looks at a share of the keys of each of the last
+    blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none; what `NARROW` rows of each tile, those
+    that may vote, found in their keys into `scratch`, fp32 `[programs, LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last place
+    what was subtracted. All else is left to `choose.py`.
     """
     index, row = place_of(first_program + tl.program_id(0), blocks)
     sequence = row // heads
@@ -186,33 +230,31 @@ def select_kernel(
     last_row += last - first
     entry = entry_of(first_program + tl.program_id(0), blocks)
     if first > last:
-        write(indices, counts, entry, tl.arange(0, OUT), first * 0, BUDGET, OUT)
-        tl.store(windows + entry, 0)
+        if LOOKS == 1:
+            write(indices, counts, entry, tl.arange(0, OUT), first * 0, BUDGET, OUT)
+            tl.store(windows + entry, 0)
         return
     if STATEFUL:
         if still_serves(made + entry, position, rows, refresh):
             return
-        tl.debug_barrier()  # every thread has read the age before one of them makes it 0
-        tl.store(made + entry, tl.where(rows == 1, first, NEVER))
-    begin = window_start(first, window, BLOCK_K)
-    tl.store(windows + entry, begin)
-    _, sink_end, window_at = always_read(first, begin, sink, sliding, BLOCK_K)
-    low = sink_end // BLOCK_K
-    high = window_at // BLOCK_K
+        if LOOKS == 1:
+            tl.debug_barrier()  # every thread has read the age before one of them makes it 0
+            tl.store(made + entry, tl.where(rows == 1, first, NEVER))
+    begin, low, high = lay_out(first, window, sink, sliding, BLOCK_K)
+    if LOOKS == 1:
+        tl.store(windows + entry, begin)
     if high - low <= BUDGET:
-        write(indices, counts, entry, low + tl.arange(0, OUT), high - low, BUDGET, OUT)
+        if LOOKS == 1:
+            write(indices, counts, entry, low + tl.arange(0, OUT), high - low, BUDGET, OUT)
         return
 
     key_head = head // HEADS_PER_KEY
     q += (sequence if CHOSEN else batch).to(tl.int64) * stride_qb + head.to(tl.int64) * GROUP * stride_qh
-    near += row.to(tl.int64) * GROUP * stride_near
     if CHOSEN:
         q += index.to(tl.int64) * SAMPLES * stride_qt
-        near += index.to(tl.int64) * SAMPLES
-        last_row = count_votes(last - first + 1, VOTERS, VOTES, SPACING, SAMPLED) - 1
-        first, last = first - first, last_row
-    else:
-        near -= row_start
+    near, last_row, first, last = votes_near(
+        near, row, index, row_start, last_row, first, last, stride_near, CHOSEN, VOTERS, VOTES, SPACING, SAMPLED, SAMPLES,
+        GROUP)  # fmt: skip
     table += sequence.to(tl.int64) * stride_sequence + key_head.to(tl.int64) * stride_head
     k += key_head.to(tl.int64) * stride_kh
     slot = tl.arange(0, M)
@@ -266,21 +308,34 @@ def select_kernel(
         right = tl.sum(tl.where(edge == 1, edge_keys, 0), 0)
 
     ids, keys, total = keep_best(ids, keys, begins, left, ends - 1, right, LAST, M, KEPT_LAST)
-    none = level * 0 + ABSENT
     if RESCORE:
         batch, key_start, _, _, _ = load_sequence(sequences, stride_field, sequence)  # again, as below
-        inside = tl.arange(0, KEPT_LAST) < total
+        slot = tl.arange(0, KEPT_LAST)
+        inside = slot < total
         ids = tl.where(inside, ids, low)
-        scores = score_blocks(
-            k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
-            stride_near, last_row, first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE,
-            GROUP, MASS, WEIGHED, DIM, FEATURES_LAST, PRECISION, places_back(high, ids, farthest), COS, SIN, HALF)  # fmt: skip
-        keys = sort_keys(scores, inside)
-    if SUCCESSORS > 0:
-        count = tl.where(rows == 1, SUCCESSORS, 0)
-        ids, keys = with_successors(ids, keys, total, high, count, KEPT_LAST)
-        ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, 2 * KEPT_LAST, OUT)
-    elif RESCORE:
-        ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, KEPT_LAST, OUT)
-    # computed again: kept all the while, these addresses would take registers from the tiles
-    write(indices, counts, entry_of(first_program + tl.program_id(0), blocks), ids, total, BUDGET, OUT)
+        back = places_back(high, ids, farthest)
+        if LOOKS > 1:
+            look = tl.program_id(1)
+            EACH: tl.constexpr = (BLOCK_K + LOOKS - 1) // LOOKS
+            number = tl.program_id(0).to(tl.int64)
+            tl.store(listed + number * KEPT_LAST + slot, tl.where(inside, ids, -1), mask=look + slot * 0 == 0)
+            lane = tl.arange(0, ROWS)
+            for tile in range(TILES):
+                offsets = voting_rows(tile, last_row, last, first, stride_qh, stride_qt, ROWS, SAMPLES, STRIDE, GROUP)[0]
+                mass, top = block_masses(
+                    k, ids, inside, look * EACH, tl.minimum(EACH, BLOCK_K - look * EACH), key_start, batch, stride_kb, stride_kt,
+                    block_table, stride_table, q, offsets, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, MASS, DIM,
+                    FEATURES_LAST, PRECISION, back, COS, SIN, HALF)  # fmt: skip
+                to = scratch + ((number * LOOKS + look) * TILES + tile) * ((KEPT_LAST + 1) * NARROW) + lane
+                tl.store(to[None, :] + slot[:, None] * NARROW, mass, mask=(slot[:, None] >= 0) & (lane < NARROW)[None, :])
+                tl.store(to + KEPT_LAST * NARROW, top, mask=lane < NARROW)
+        else:
+            scores = score_blocks(
+                k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
+                stride_near, last_row, first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE,
+                GROUP, MASS, WEIGHED, DIM, FEATURES_LAST, PRECISION, back, COS, SIN, HALF)  # fmt: skip
+            keys = sort_keys(scores, inside)
+    if LOOKS == 1:
+        ids, total = keep_blocks(ids, keys, total, rows, low, high, BUDGET, SUCCESSORS, RESCORE, KEPT_LAST, OUT)
+        # computed again: kept all the while, these addresses would take registers from the tiles
+        write(indices, counts, entry_of(first_program + tl.program_id(0), blocks), ids, total, BUDGET, OUT)

@@ -33,16 +33,21 @@ def sort_keys(scores, inside):
 
 @triton.jit
 def threshold(keys, left, right, count):
-    """The largest int32 that at least `count` of `keys` `[M]` and the scalars `left` and `right` reach; `ABSENT` if fewer."""
+    """A number that tells the `count` largest of `keys` `[M]` and of the scalars `left` and `right` from the rest: either just
+    those reach it, or it is the `count`-th largest itself; `ABSENT` if there are fewer."""
     digits = tl.arange(0, 16)
     found = left * 0 + ABSENT  # the smallest int32: from there on every digit makes it larger, also the one with the sign
-    for step in range(8):
-        shift = 28 - 4 * step
+    shift = left * 0 + 28
+    reached = count - 1
+    while (shift >= 0) & (reached != count):
         at = found ^ (digits << shift)
         reach = tl.sum((keys[:, None] >= at[None, :]).to(tl.int32), 0)
         reach += (left >= at).to(tl.int32) + (right >= at).to(tl.int32)
-        digit = tl.maximum(tl.sum((reach >= count).to(tl.int32), 0) - 1, 0)
+        enough = reach >= count
+        digit = tl.maximum(tl.sum(enough.to(tl.int32), 0) - 1, 0)
+        reached = tl.min(tl.where(enough, reach, HIGHEST), 0)
         found ^= digit << shift
+        shift -= 4
     return found
 
 

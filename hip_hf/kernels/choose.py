@@ -1,0 +1,85 @@
+"""The end of a search that several programs shared (`select.py`): one per search puts together what they found, and chooses.
+
+A launch of its own, so that no program waits for another, and sums are always made in the same order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hip_hf.kernels.scoring import add_masses, voters
+from hip_hf.kernels.select import NEVER, entry_of, keep_blocks, lay_out, place_of, votes_near, write
+from hip_hf.kernels.sequences import GROWING, load_sequence, query_block, still_serves
+from hip_hf.kernels.topk import sort_keys
+
+
+@triton.jit
+def merged_masses(
+    found, number, tile, LOOKS: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, MASS: tl.constexpr
+):  # fmt: skip
+    """What the rows of a tile found in all keys of a search's blocks, as `block_masses` says of those of one look."""
+    slot, lane = tl.arange(0, N), tl.arange(0, ROWS)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    mass = tl.full([N, ROWS], 0.0 if MASS else -float("inf"), tl.float32)
+    for look in range(LOOKS):
+        at = found + ((number * LOOKS + look) * TILES + tile) * ((N + 1) * ROWS) + lane
+        more = tl.load(at[None, :] + slot[:, None] * ROWS)
+        if MASS:
+            level = tl.load(at + N * ROWS)
+            higher = tl.maximum(top, level)
+            mass = mass * tl.exp(top - higher)[None, :] + more * tl.exp(level - higher)[None, :]
+            top = higher
+        else:
+            mass = tl.maximum(mass, more)
+    return mass, top
+
+
+@triton.jit(do_not_specialize=[*GROWING, "stride_near", "heads"])
+def choose_kernel(
+    listed, found, sequences, near, indices, counts, windows, made,
+    stride_field, stride_near, blocks, heads, sink, window, sliding, refresh,
+    BUDGET: tl.constexpr, SUCCESSORS: tl.constexpr, LOOKS: tl.constexpr, NARROW: tl.constexpr, TILES: tl.constexpr,
+    CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, SPACING: tl.constexpr,
+    SAMPLED: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEPT_LAST: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """The selection of a query block, from the blocks `listed` and what was `found` in their keys (scratch of `select_kernel`,
+    whose other arguments these are). Nothing changes where a selection is kept. Grid: `blocks` * `heads` * sequences."""
+    number = tl.program_id(0)
+    index, row = place_of(number, blocks)
+    _, _, row_start, rows, position = load_sequence(sequences, stride_field, row // heads)
+    last_row, first, last = query_block(row_start, rows, position, index, BLOCK_Q)
+    last_row += last - first
+    entry = entry_of(number, blocks)
+    if first > last:
+        write(indices, counts, entry, tl.arange(0, OUT), first * 0, BUDGET, OUT)
+        tl.store(windows + entry, 0)
+        return
+    if still_serves(made + entry, position, rows, refresh):
+        return
+    tl.debug_barrier()  # every thread has read the age before one of them makes it 0
+    tl.store(made + entry, tl.where(rows == 1, first, NEVER))
+    begin, low, high = lay_out(first, window, sink, sliding, BLOCK_K)
+    tl.store(windows + entry, begin)
+    if high - low <= BUDGET:
+        write(indices, counts, entry, low + tl.arange(0, OUT), high - low, BUDGET, OUT)
+        return
+
+    near, last_row, first, last = votes_near(
+        near, row, index, row_start, last_row, first, last, stride_near, CHOSEN, VOTERS, VOTES, SPACING, SAMPLED, SAMPLES,
+        GROUP)  # fmt: skip
+    number = number.to(tl.int64)
+    ids = tl.load(listed + number * KEPT_LAST + tl.arange(0, KEPT_LAST))
+    inside = ids >= 0
+    scores = tl.full([KEPT_LAST], 0.0 if MASS else -float("inf"), tl.float32)
+    for tile in range(TILES):
+        mass, top = merged_masses(found, number, tile, LOOKS, TILES, KEPT_LAST, NARROW, MASS)
+        voting = voters(tile, last_row, last, first, NARROW, SAMPLES, STRIDE, GROUP)[2]
+        scores = add_masses(
+            scores, mass, top, near, stride_near, tile, last_row, last, first, voting, NARROW, SAMPLES, STRIDE, GROUP, MASS,
+            WEIGHED)  # fmt: skip
+    keys = sort_keys(scores, inside)
+    total = tl.sum(inside.to(tl.int32), 0)
+    ids, total = keep_blocks(ids, keys, total, rows, low, high, BUDGET, SUCCESSORS, True, KEPT_LAST, OUT)
+    write(indices, counts, entry, ids, total, BUDGET, OUT)
