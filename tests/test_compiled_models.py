@@ -13,7 +13,10 @@ from families import make_batch, make_model, paths
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 import hip_hf
+from hip_hf.integration import in_graph
 from hip_hf.state import _states
+
+pytestmark = pytest.mark.skipif(not in_graph._TAGS, reason="PyTorch before 2.9 breaks graphs at attention")
 
 PROMPT, STEPS, REFRESH = 120, 5, 2
 IDS = make_batch([PROMPT])["input_ids"]

@@ -33,8 +33,8 @@ PROMPT = 400
 # Every call is sparse, by kernels; every second step selects anew.
 FIELDS = dict(backend="triton", dense_below=0, dense_layers=0, budget=64, sink=16, window=32, dense_tail=16, decode_refresh=2)
 
-# Kept steps attend in parts and combine them. The others first extend the pyramid, weigh the votes and select.
-KEPT_LAUNCHES, SELECTING_LAUNCHES = 2, 5
+# Kept steps attend in parts and combine them. The others first extend the pyramid, weigh the votes, search and choose.
+KEPT_LAUNCHES, SELECTING_LAUNCHES = 2, 6
 # A prompt's pyramid and its votes take two each; then selection, attention, and the dense tail with its combination.
 PROMPT_LAUNCHES = 8
 # Of a kept step, views included: keys and values turned and written (4), the windows' starts, the output made and turned twice.

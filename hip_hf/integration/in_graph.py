@@ -23,8 +23,8 @@ _count = itertools.count()
 _layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
-# The operator reads the mask on the host: a CUDA graph must be made of what is before and behind it. Before PyTorch 2.9 there is
-# no such tag, and an operator takes none.
+# The operator reads the mask on the host: a CUDA graph must be made of what is before and behind it. PyTorch 2.6 has no such tag,
+# and its compiler takes no layer for a constant: graphs break at attention there.
 _TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
@@ -41,7 +41,7 @@ def number_of(module: nn.Module) -> int:
 def serves(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether a call is part of a graph that `torch.compile` makes, and the operator can stand for it: nobody asks for gradients,
     and the keys `[B, Hkv, Tk, D]` are an ordinary tensor."""
-    if not torch.compiler.is_compiling() or exporting() or isinstance(key, PagedTensor):
+    if not torch.compiler.is_compiling() or exporting() or isinstance(key, PagedTensor) or not _TAGS:
         return False
     return not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
 
