@@ -1,6 +1,6 @@
 """What a forward of continuous batching brings: which requests, in which pages, and whose kept state still holds.
 
-All of it is on the device. It is read once a forward, for all layers, in as many waits as there are kinds of it: three.
+All of it is on the device. It is read once a forward, for all layers and requests, in three waits.
 
 The cache's layout is not documented; it is found by inspection, and an unknown one raises instead of computing garbage.
 """
@@ -88,6 +88,7 @@ class Kept:
 
 
 def states_of(cache: Any, layer: int) -> dict[int, Kept]:
+    """What is kept for a layer, by the page of a request's last token."""
     return cache.__dict__.setdefault("_hip_states", {}).setdefault(layer, {})
 
 
@@ -128,13 +129,13 @@ def _fetch(parts: list[torch.Tensor]) -> list[Any]:
 
 def _read_requests(places: dict[int, Place], kwargs: dict[str, Any]) -> dict[str, list[Request]]:
     """The requests that bring tokens, by kind of attention (a padded call has others behind them)."""
-    kinds = {place.kind: kwargs["cu_seq_lens_k"] for place in places.values()}
-    bounds = [kwargs["cu_seq_lens_q"], *(x[kind] if isinstance(x, dict) else x for kind, x in kinds.items())]
+    kinds, keys = list(dict.fromkeys(place.kind for place in places.values())), kwargs["cu_seq_lens_k"]
+    bounds = [kwargs["cu_seq_lens_q"], *(keys[kind] if isinstance(keys, dict) else keys for kind in kinds)]
     fetched = iter(_fetch(bounds))
-    rows, *keys = [list(itertools.pairwise(itertools.islice(fetched, len(x)))) for x in bounds]
+    rows, *lengths = [list(itertools.pairwise(itertools.islice(fetched, len(x)))) for x in bounds]
     return {
         kind: [Request(*row, *key) for row, key in zip(rows, each, strict=True) if row[0] < row[1]]
-        for kind, each in zip(kinds, keys, strict=True)
+        for kind, each in zip(kinds, lengths, strict=True)
     }
 
 
