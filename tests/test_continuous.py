@@ -8,18 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from families import make_batch, make_model
+from families import FAMILIES, PATCHED, make_batch, make_model
 from helpers import assert_near, make_problem, make_qkv, small
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import hip_hf
 from hip_hf.attention import attend
-from hip_hf.integration import paged
+from hip_hf.integration import packed, paged
 from hip_hf.problem import AttentionProblem
 
 LENGTHS = [40, 7, 85, 23, 61, 12, 150, 33]
 PAGE = 16
+
+# Bounds of requests, their pages, and whether the keys of their last tokens are still what they were.
+READS_A_FORWARD = 3
 
 
 def prompts() -> list[list[int]]:
@@ -91,6 +96,92 @@ def test_tokens_equal_the_ordinary_path(family: str, calls: list[tuple[str, int,
         assert (False, False) in kinds
 
 
+class Operations(TorchDispatchMode):
+    """Operations whose result depends on numbers that a device holds: the host waits for it."""
+
+    WAITING = ("_local_scalar_dense", "equal", "nonzero", "_unique2", "unique_dim", "masked_select")
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.seen += [name] * (name in self.WAITING)
+        return func(*args, **(kwargs or {}))
+
+
+class Methods(TorchFunctionMode):
+    """Copies to the host, which on a CPU are no operations."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += [func.__name__] * (func.__name__ in ("tolist", "cpu", "numpy"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[str]]]:
+    """Of every call of a layer: the layer, its requests, and what it read on the host, attention and Transformers aside."""
+    done: list[tuple[int, int, list[str]]] = []
+    ours = paged.continuous
+
+    def counted(problem: Any, config: Any, layer: int, cache: Any, kwargs: dict[str, Any]) -> Any:
+        seen: list[str] = []
+        with Operations(seen), Methods(seen):
+            result = ours(problem, config, layer, cache, kwargs)
+        done.append((layer, len(kwargs["cu_seq_lens_q"]) - 1, seen))
+        return result
+
+    def aside(work: Any) -> Any:
+        def quiet(*args: Any, **kwargs: Any) -> Any:
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                return work(*args, **kwargs)
+
+        return quiet
+
+    monkeypatch.setattr(paged, "continuous", counted)
+    monkeypatch.setattr(paged, "attend", aside(attend))
+    monkeypatch.setattr(paged, "_ring", aside(paged._ring))
+    return done
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", 2), ("llama", 5), ("gemma2", 4)])
+def test_host_reads_are_as_few_whatever_the_layers_and_requests(
+    family: str, layers: int, reads: list[tuple[int, int, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FAMILIES[family].to_dict() | {"num_hidden_layers": layers, "layer_types": None}
+    monkeypatch.setitem(PATCHED, family, type(FAMILIES[family])(**config))
+    batched(make_model(family, budget=1024), prompts(), new=4)
+    forwards = [reads[i : i + layers] for i in range(0, len(reads), layers)]
+    assert all([layer for layer, _, _ in forward] == list(range(layers)) for forward in forwards)
+    assert max(requests for _, requests, _ in reads) > READS_A_FORWARD
+    for forward in forwards:
+        seen = [name for _, _, names in forward for name in names]
+        assert 0 < len(seen) <= READS_A_FORWARD, seen
+
+
+def test_requests_that_were_evicted_go_on(calls: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than the cache holds: some lose their pages to others, and come back to other pages."""
+    gone: list[str] = []
+    forget = paged._forget_request
+
+    def forgotten(cache: Any, request: str) -> None:
+        gone.append(request)
+        forget(cache, request)
+
+    monkeypatch.setattr(paged, "_forget_request", forgotten)
+    given, new = [prompt[:30] for prompt in prompts()[::2]], 40
+    model = make_model("llama", budget=1024)
+    page = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # up to 5.17
+    assert batched(model, given, new, **{page: PAGE}, num_blocks=12) == alone(model, given, new)
+    assert len(gone) > len(given)  # freed more often than they ended
+    assert {path for path, _, _ in calls} == {"sparse"}
+
+
 def test_nothing_is_kept_for_requests_that_are_done() -> None:
     """Their summaries are as long as they were, and their last pages may wait long for another request."""
     model, seen = make_model("llama", budget=1024), set[int]()
@@ -133,35 +224,41 @@ def test_generate_by_name_goes_through_pages(calls: list[tuple[str, int, int]]) 
 
 def test_a_cache_of_unknown_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="cache: got object of an unknown layout"):
-        paged.find_place(object(), 0)
+        packed.find_place(object(), 0)
 
 
 class Pages:
-    """A layer of Transformers' paged cache, and requests that write to it. Keys and values are as given, to be looked up."""
+    """Layers of Transformers' paged cache, and requests that write to it. Keys and values are as given, to be looked up.
 
-    def __init__(self, pages: int = 40) -> None:
-        self.keys, self.values = (torch.full((pages * PAGE, 2, 8), torch.nan, dtype=torch.float64) for _ in range(2))
-        allocator = SimpleNamespace(
-            layer_type="full_attention", index=0, tokens_per_page=PAGE, _kv_token_views={0: (self.keys, self.values)}
-        )
-        self.cache = SimpleNamespace(layer_to_allocator={0: allocator})
+    Bounds come in buffers that every call fills anew, as Transformers' do, padded with requests that bring nothing."""
+
+    def __init__(self, pages: int = 40, layers: int = 1) -> None:
+        shape = layers, pages * PAGE, 2, 8
+        self.stored = [torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2)]
+        self.keys, self.values = (x[0] for x in self.stored)
+        views = dict(enumerate(zip(*self.stored, strict=True)))
+        allocator = SimpleNamespace(layer_type="full_attention", index=0, tokens_per_page=PAGE, _kv_token_views=views)
+        self.cache = SimpleNamespace(layer_to_allocator=dict.fromkeys(views, allocator))
         self.config = small(decode_refresh=4, dense_layers=0)
+        self.rows, self.lengths = (torch.empty(5, dtype=torch.int32) for _ in range(2))
 
-    def call(self, *requests: tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    def call(self, *requests: tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor], layer: int = 0) -> list[torch.Tensor]:
         """Pages, q `[1, 4, new, 8]`, and all keys and values `[1, 2, T, 8]` of each request; the outputs."""
-        read, write, rows, keys = [], [], [0], [0]
-        for pages, q, k, _ in requests:
+        read, write = [], []
+        self.rows.zero_()
+        self.lengths.zero_()
+        for i, (pages, q, k, _) in enumerate(requests):
             tokens = [page * PAGE + offset for page in pages for offset in range(PAGE)][: k.shape[2]]
             read += tokens
             write += tokens[k.shape[2] - q.shape[2] :]
-            rows.append(rows[-1] + q.shape[2])
-            keys.append(keys[-1] + k.shape[2])
+            self.rows[i + 1 :] += q.shape[2]
+            self.lengths[i + 1 :] += k.shape[2]
         q = torch.cat([q for _, q, _, _ in requests], 2)
         k, v = (torch.cat([r[i][:, :, r[i].shape[2] - r[1].shape[2] :] for r in requests], 2) for i in (2, 3))
         problem = AttentionProblem(q, k, v, (), q.shape[-1] ** -0.5, None, None, None)
         indices = {"read_index": [torch.tensor(read)], "write_index": [torch.tensor(write)]}
-        lengths = {"cu_seq_lens_q": torch.tensor(rows), "cu_seq_lens_k": {"full_attention": torch.tensor(keys)}}
-        out = paged.continuous(problem, self.config, 0, self.cache, {**indices, **lengths}).out
+        lengths = {"cu_seq_lens_q": self.rows, "cu_seq_lens_k": {"full_attention": self.lengths}}
+        out = paged.continuous(problem, self.config, layer, self.cache, {**indices, **lengths}).out
         return list(out.split([q.shape[2] for _, q, _, _ in requests], 2))
 
 
@@ -237,3 +334,16 @@ def test_state_dies_with_its_page(through: str) -> None:
     (out,) = there.call(part([*pages, 9], b, 128, 129))
     q, k, v = (x[:, :, :129] for x in b)
     assert_near(out, stateless(there, q, k, v, 1), 1e-12)
+
+
+def test_a_forward_that_stopped_halfway_says_nothing_of_the_next() -> None:
+    """Told apart by its layers where the tensors are the same, and by its tensors where it begins above."""
+    there, a, b = Pages(layers=2), request(64), request(80)
+    there.call(part([0, 1, 2, 3], a, 0, 64))
+    for layer in (0, 1):
+        if layer:
+            there.rows = there.rows.clone()
+        (out,) = there.call(part([9, 4, 8, 5, 7], b, 0, 80), layer=layer)
+        assert_near(out, stateless(there, *b, 80), 1e-12)
+        assert torch.equal(there.stored[0][layer, 7 * PAGE : 8 * PAGE], b[1][0, :, 64:80].transpose(0, 1))
+        there.call(part([0, 1, 2, 3], a, 0, 64))

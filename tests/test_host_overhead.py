@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hip_hf
 from hip_hf.cache.hip_cache import HiPCache
-from hip_hf.integration import interface, masks
+from hip_hf.config import HiPConfig
+from hip_hf.integration import interface, masks, packed, paged
 from hip_hf.patches import base
+from hip_hf.problem import AttentionProblem
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the same calls run with numbers in them")
 
@@ -194,6 +197,49 @@ def test_nothing_waits_for_the_device(
             assert out.logits.device == GPU
             assert len(launches) == 2 * launched
             assert read == [keys] * padded
+
+
+def test_continuous_batching_waits_three_times_a_forward(
+    launches: list[str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For the bounds of two requests, their pages, and the marks of both layers: of whole prompts, and of tokens after them."""
+    page, told = 64, []
+    pages = [[2 * i + request for i in range(PROMPT // page + 1)] for request in range(2)]
+
+    def step(before: int, new: int, *numbers: list[int]) -> list[int]:
+        """A forward over these lengths; how many numbers it asked for, fetch by fetch, in place of which it gets `numbers`."""
+        left = iter(numbers)
+        told.clear()
+
+        def fetch(parts: list[torch.Tensor]) -> list[int]:
+            found = next(left, [])
+            assert sum(map(len, parts)) == len(found)
+            told.append(len(found))
+            return found
+
+        monkeypatch.setattr(packed, "_fetch", fetch)
+        indices = {
+            name: [torch.zeros(2 * n, dtype=torch.long)] for name, n in (("read_index", before + new), ("write_index", new))
+        }
+        bounds = torch.zeros(3, dtype=torch.int32)
+        given = {**indices, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        for layer in range(2):
+            q, k, v = (torch.randn(1, heads, 2 * new, 32, dtype=torch.bfloat16) for heads in (4, 2, 2))
+            problem = AttentionProblem(q, k, v, (), 0.125, None, None, None)
+            assert paged.continuous(problem, HiPConfig(**FIELDS), layer, cache, given).path == "sparse"
+        return list(told)
+
+    with torch.device(GPU), torch.no_grad():
+        stored = {layer: tuple(torch.zeros(20 * page, 2, 32, dtype=torch.bfloat16) for _ in range(2)) for layer in range(2)}
+        allocator = SimpleNamespace(layer_type="full_attention", index=0, tokens_per_page=page, _kv_token_views=stored)
+        cache = SimpleNamespace(layer_to_allocator=dict.fromkeys(stored, allocator))
+        firsts = [number * page for request in pages for number in request]
+        prompts = [0, PROMPT, 2 * PROMPT]
+        assert step(0, PROMPT, [*prompts, *prompts], firsts) == [6, len(firsts), 0]
+        for keys in (PROMPT + 1, PROMPT + 2):
+            assert step(keys - 1, 1, [0, 1, 2, 0, keys, 2 * keys], firsts, [1] * 4) == [6, len(firsts), 4]
+    assert launches
 
 
 def test_what_a_padding_mask_says_is_read_once() -> None:

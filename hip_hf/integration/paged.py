@@ -4,8 +4,6 @@ A call brings the new tokens of several requests, packed into one row: whole pro
 Each request attends by itself, to keys picked out of its pages; nothing is gathered. Decode state is kept with the cache, by the
 page that holds a request's last token, and believed only by who has the same pages, with the same key for that token (pages
 are also copied and restored behind our back). A call that writes to a page ends the state of whoever had it.
-
-The cache's layout is not documented; it is found by inspection, and an unknown one raises instead of computing garbage.
 """
 
 from __future__ import annotations
@@ -14,11 +12,10 @@ import functools
 import importlib.abc
 import importlib.util
 import inspect
-import itertools
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +25,7 @@ import transformers
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
 from hip_hf.integration.changes import at_undo, set_attribute
+from hip_hf.integration.packed import Forward, Kept, Place, find_place, forward_of, states_of
 from hip_hf.integration.settings import attends_by_us
 from hip_hf.paged import BlockTable, Lane, PagedTensor, Store
 from hip_hf.problem import AttentionProblem, make_spans
@@ -69,41 +67,6 @@ class TokenMajorStore(Store):
         return [Lane(self.slabs[0].view(-1, self.dim))] * (heads.stop - heads.start)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a layer's tokens are in the cache. `keys` and `values` `[tokens, Hkv, D]` are None for a ring buffer (sliding)."""
-
-    kind: str
-    group: int
-    page: int = 0
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-
-
-def find_place(cache: Any, layer: int) -> Place:
-    """The layout of a layer.
-
-    Raises:
-        ValueError: a cache of an unknown kind.
-    """
-    if hasattr(cache, "layer_to_allocator"):
-        allocator = cache.layer_to_allocator[layer]
-        if allocator.layer_type != "full_attention":
-            return Place(allocator.layer_type, allocator.index)
-        keys, values = allocator._kv_token_views[layer]
-        return Place(allocator.layer_type, allocator.index, allocator.tokens_per_page, keys, values)
-    if hasattr(cache, "layer_index_to_group_indices"):
-        group, index = cache.layer_index_to_group_indices[layer]
-        if cache.sliding_windows[layer] != 1:
-            return Place("sliding_attention", group)
-        return Place("full_attention", group, cache.block_size, cache.key_cache[index], cache.value_cache[index])
-    raise ValueError(f"cache: got {type(cache).__name__} of an unknown layout, allowed: Transformers' paged cache as tested")
-
-
-def _of_kind(value: Any, kind: str) -> list[int]:
-    return (value[kind] if isinstance(value, dict) else value).tolist()
-
-
 def continuous(problem: AttentionProblem, config: HiPConfig, layer: int, cache: Any, kwargs: dict[str, Any]) -> Result:
     """Attention of packed requests: q, k and v of `problem` hold the new tokens, `[1, H, new tokens, D]`.
 
@@ -112,47 +75,39 @@ def continuous(problem: AttentionProblem, config: HiPConfig, layer: int, cache: 
     """
     if kwargs.get("block_table") is not None:
         raise ValueError("block_table: got a table, allowed: None (the decode path of flash attention)")
-    place = find_place(cache, layer)
-    rows = _of_kind(kwargs["cu_seq_lens_q"], place.kind)
-    keys = _of_kind(kwargs["cu_seq_lens_k"], place.kind)
-    read, write = (kwargs[name][place.group] for name in ("read_index", "write_index"))
+    place, forward = find_place(cache, layer), forward_of(cache, layer, kwargs)
+    requests = forward.requests[place.kind]
     if place.keys is None or place.values is None:
         k, v = _ring(cache, problem, layer, kwargs)
     else:
         k, v = problem.k, problem.v
+        write = kwargs["write_index"][place.group]
         for stored, new in ((place.keys, k), (place.values, v)):
             stored.index_copy_(0, write[: new.shape[2]], new[0].transpose(0, 1))
     out, result = problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1]), None
     paths, shares, reason, unsupported = set(), [], "", False
-    spans = [span for span in zip(_pairs(rows), _pairs(keys), strict=True) if span[0][0] < span[0][1]]
-    tables, states = _tables_and_states(cache, layer, place, spans, read, write) if place.keys is not None else ([], [])
-    for i, ((row, row_end), (key, key_end)) in enumerate(spans):
-        q, count = problem.q[:, :, row:row_end], key_end - key
+    states = _states_before(cache, layer, place, forward) if place.keys is not None else []
+    for i, request in enumerate(requests):
+        q = problem.q[:, :, request.row : request.row_end]
         own: tuple[torch.Tensor, torch.Tensor]
-        state = None
         if place.keys is None or place.values is None:
-            own = k[:, :, key:key_end], v[:, :, key:key_end]
+            own = k[:, :, request.key : request.key_end], v[:, :, request.key : request.key_end]
+        elif request.before:
+            table = [forward.tables[place.group][i]]
+            own = tuple(PagedTensor(TokenMajorStore(x, place.page), table, request.keys) for x in (place.keys, place.values))  # type: ignore[assignment]
         else:
-            state = states[i]
-            if count == row_end - row:
-                own = k[:, :, row:row_end], v[:, :, row:row_end]
-            else:
-                table = [BlockTable(tables[i])]
-                own = tuple(PagedTensor(TokenMajorStore(x, place.page), table, count) for x in (place.keys, place.values))  # type: ignore[assignment]
+            own = k[:, :, request.row : request.row_end], v[:, :, request.row : request.row_end]
         one = replace(problem, q=q, k=own[0], v=own[1], spans=make_spans(q, own[0]))
+        state = states[i] if states else None
         result = attend(one, config, layer, state)
-        out[:, :, row:row_end] = result.out
+        out[:, :, request.row : request.row_end] = result.out
         if state is not None:
-            _keep_state(cache, layer, place, tables[i], int(write[row_end - 1]), state)
+            _keep_state(cache, layer, place, forward.tables[place.group][i], request.keys, state)
         paths.add(result.path)
         shares.append(result.share)
         reason, unsupported = result.reason or reason, result.unsupported or unsupported
     path = "sparse" if "sparse" in paths else "dense"
     return Result(out, None, None, path, reason, sum(shares) / max(1, len(shares)), unsupported)
-
-
-def _pairs(bounds: list[int]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(bounds))
 
 
 def _ring(cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -165,44 +120,23 @@ def _ring(cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, A
     return [x.transpose(0, 1)[None] if x.ndim == 3 else x for x in found]
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A request's state, its pages, and the key `[Hkv, D]` of its last token."""
-
-    state: DecodeState
-    pages: list[int]
-    mark: torch.Tensor
-
-
-def _states(cache: Any, layer: int) -> dict[int, Kept]:
-    return cache.__dict__.setdefault("_hip_states", {}).setdefault(layer, {})
-
-
-Spans = list[tuple[tuple[int, int], tuple[int, int]]]
-
-
-def _tables_and_states(
-    cache: Any, layer: int, place: Place, spans: Spans, read: torch.Tensor, write: torch.Tensor
-) -> tuple[list[list[int]], list[DecodeState]]:
-    """The pages and the state of each request; what else was kept by pages that this call writes to is forgotten."""
-    tables, states = [], []
-    for (row, row_end), (key, key_end) in spans:
-        before = key_end - key - (row_end - row)
-        tokens = read[key:key_end] if before else write[row:row_end]
-        tables.append((tokens[:: place.page] // place.page).tolist())
-        states.append(_kept_state(cache, layer, place, tables[-1], int(tokens[before - 1])) if before else DecodeState())
-    for page in (write[: spans[-1][0][1]] // place.page).unique().tolist():
-        _states(cache, layer).pop(page, None)
-    return tables, states
-
-
-def _kept_state(cache: Any, layer: int, place: Place, pages: list[int], last: int) -> DecodeState:
-    """The state of the request with these pages whose last token before this call is in row `last`; else a new one."""
-    kept = _states(cache, layer).pop(last // place.page, None)
-    assert place.keys is not None
-    if kept is None or pages[: len(kept.pages)] != kept.pages or not torch.equal(place.keys[last], kept.mark):
-        return DecodeState()
-    return kept.state
+def _states_before(cache: Any, layer: int, place: Place, forward: Forward) -> list[DecodeState]:
+    """The state of each request, a new one where none is believed. What else was kept by pages that this call writes to is
+    forgotten."""
+    kept, states = states_of(cache, layer), []
+    requests, tables = forward.requests[place.kind], forward.tables[place.group]
+    for one, table in zip(requests, tables, strict=True):
+        found = kept.pop(table.pages[(one.before - 1) // place.page], None) if one.before else None
+        believed = (
+            found is not None
+            and table.pages[: len(found.pages)] == found.pages
+            and (layer, place.row(table, one.before - 1)) in forward.unchanged
+        )
+        states.append(found.state if found is not None and believed else DecodeState())
+    for one, table in zip(requests, tables, strict=True):
+        for page in table.pages[one.before // place.page :]:
+            kept.pop(page, None)
+    return states
 
 
 def _forget_request(cache: Any, request: str) -> None:
@@ -222,9 +156,10 @@ def _pages_of(cache: Any, layer: int, request: str) -> list[int]:
     return cache.group_cache_managers[cache.layer_index_to_group_indices[layer][0]].block_table.get(request, [])
 
 
-def _keep_state(cache: Any, layer: int, place: Place, pages: list[int], last: int, state: DecodeState) -> None:
+def _keep_state(cache: Any, layer: int, place: Place, table: BlockTable, tokens: int, state: DecodeState) -> None:
     assert place.keys is not None
-    _states(cache, layer)[last // place.page] = Kept(state, pages, place.keys[last].clone())
+    mark = place.keys[place.row(table, tokens - 1)].clone()
+    states_of(cache, layer)[table.pages[-1]] = Kept(state, table.pages, mark)
 
 
 # Transformers admits only its own attentions to continuous batching, or swaps ours for flash attention where that is installed.
