@@ -44,6 +44,10 @@ PROMPT_LAUNCHES = 8
 KEPT_OPERATIONS = 8
 # A selecting one makes room for votes besides.
 SELECTING_OPERATIONS = 9
+# A kept step makes its output and nothing else. (Transformers' static cache makes a position of its own.)
+KEPT_ALLOCATIONS = 1
+# A prompt sets up states, pyramid, votes and selection for all of its rows; a sequence more adds its part of the pages.
+PROMPT_OPERATIONS, OPERATIONS_A_SEQUENCE = 45, 15
 # Measured on Python 3.11, and a twentieth more: versions differ in what they call. Attention of PyTorch's own, with its cache,
 # takes some 30. A sequence more may add this much.
 KEPT_CALLS, SELECTING_CALLS, CALLS_A_SEQUENCE = 460, 700, 95
@@ -56,6 +60,12 @@ class Counted:
     launches: int = 0
     operations: Counter[str] = field(default_factory=Counter)
     calls: int = 0
+
+    @property
+    def allocations(self) -> int:
+        """Tensors that were made, views not counted."""
+        made = ("empty", "zeros", "ones", "full", "arange", "clone", "copy", "cat", "stack")
+        return sum(count for name, count in self.operations.items() if name.split(".")[1].removeprefix("new_").startswith(made))
 
 
 class Operations(TorchDispatchMode):
@@ -146,6 +156,7 @@ def test_a_layer_and_step(kind: str, batch: int, monkeypatch: pytest.MonkeyPatch
 
     prompt = meter.of(step(PROMPT))
     assert prompt.launches == PROMPT_LAUNCHES
+    assert prompt.operations.total() <= PROMPT_OPERATIONS + (batch - 1) * OPERATIONS_A_SEQUENCE, prompt.operations
     first = meter.of(step())
     assert first.launches == SELECTING_LAUNCHES
     # these are the same whatever the batch, but for the first step after a prompt, which makes the block table
@@ -155,6 +166,7 @@ def test_a_layer_and_step(kind: str, batch: int, monkeypatch: pytest.MonkeyPatch
     assert selecting.operations.total() - of_cache <= SELECTING_OPERATIONS, selecting.operations
     assert kept.operations.total() - of_cache <= KEPT_OPERATIONS, kept.operations
     assert of_cache == (3 if kind == "static" else 0)  # Transformers' own
+    assert kept.allocations == KEPT_ALLOCATIONS + (kind == "static"), kept.operations
     selecting, kept = meter.of(step(), calls=True), meter.of(step(), calls=True)
     more = (batch - 1) * CALLS_A_SEQUENCE
     assert selecting.calls <= SELECTING_CALLS + more
