@@ -13,7 +13,7 @@ from families import make_batch, make_model, paths
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 import hip_hf
-from hip_hf.integration import in_graph
+from hip_hf.integration import in_graph, masks
 from hip_hf.state import _states
 
 pytestmark = pytest.mark.skipif(not in_graph._TAGS, reason="PyTorch before 2.9 breaks graphs at attention")
@@ -96,14 +96,32 @@ def test_a_copy_of_a_cache_goes_on_by_itself() -> None:
     assert all(map(torch.equal, got, want))
 
 
-def test_a_compiled_step_reads_padding() -> None:
-    model, batch = make_model("llama"), make_batch([PROMPT, 71])
-    step = {"input_ids": torch.tensor([[5], [6]]), "position_ids": torch.tensor([[PROMPT], [71]])}
+def padded_step(*lengths: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Two prompts, padded on the left, and what the step after them is called with."""
+    batch = make_batch(list(lengths))
+    step = {"input_ids": torch.tensor([[5], [6]]), "position_ids": torch.tensor(lengths)[:, None]}
     step["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
-    with torch.no_grad():
-        got = compiled(model)(**step, past_key_values=filled(model, **batch)).logits
-        want = model(**step, past_key_values=filled(model, **batch)).logits
-    assert torch.equal(got, want)
+    return batch, step
+
+
+def test_a_compiled_step_reads_padding_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once a layer: on a GPU the host waits for what it reads. Each forward reads anew, also of a second model between."""
+    waits = []
+    monkeypatch.setattr(masks, "_extents", lambda mask, own=masks._extents: waits.append(1) or own(mask))
+    models = [make_model("llama"), make_model("qwen3")]
+    forwards = [compiled(model) for model in models]
+    for model in models:  # what stands in its masks' functions is known by then
+        filled(model)
+    for lengths in ((PROMPT, 71), (PROMPT, 93), (PROMPT, 71)):
+        batch, step = padded_step(*lengths)
+        for model, forward in zip(models, forwards, strict=True):
+            with torch.no_grad():
+                want = model(**step, past_key_values=filled(model, **batch)).logits
+                cache = filled(model, **batch)
+                waits.clear()
+                got = forward(**step, past_key_values=cache).logits
+            assert len(waits) == 1
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

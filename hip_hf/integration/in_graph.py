@@ -8,6 +8,7 @@ graph serves every cache of its shape.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from hip_hf.integration.cache import NUMBER, STATE
+from hip_hf.integration.settings import layer_index
 from hip_hf.paged import PagedTensor
 from hip_hf.problem import exporting
 from hip_hf.state import numbered_state
@@ -26,6 +28,31 @@ _numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary(
 # The operator reads the mask on the host: a CUDA graph must be made of what is before and behind it. PyTorch 2.6 has no such tag,
 # and its compiler takes no layer for a constant: graphs break at attention there.
 _TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+class _Forward(threading.local):
+    """What the layers of a forward share: the spans that their masks stand for, so that the host waits for these once.
+
+    A graph gives each layer tensors of its own, in memory that later forwards use again: masks are known by their memory, and a
+    forward begins with a layer that is of another model, or not behind the last one.
+    """
+
+    def __init__(self) -> None:
+        self.config: Any = None
+        self.last: int | None = None
+        self.spans: dict[tuple[Any, ...], dict[int, Any]] = {}
+
+    def spans_of(self, module: nn.Module, mask: torch.Tensor) -> dict[int, Any]:
+        """By number of query rows, for `mask_spans` to read and to add to."""
+        layer = layer_index(module)
+        goes_on = self.config is module.config and layer is not None and self.last is not None and self.last < layer
+        self.config, self.last = module.config, layer
+        if not goes_on:
+            self.spans = {}
+        return self.spans.setdefault((mask.data_ptr(), mask.dtype, mask.shape, mask.stride()), {})
+
+
+_forward = _Forward()
 
 
 # Dynamo calls the function, and the answer is a constant of the graph, guarded by the layer's identity.
@@ -99,6 +126,7 @@ def layer(
         mask = mask.view_as(mask)
         if unmasked is not None:
             mask._hip_window, mask._hip_unmasked = sliding_window, unmasked  # type: ignore[attr-defined]
+            mask._hip_spans = _forward.spans_of(_layers[number], mask)  # type: ignore[attr-defined]
     fields: dict[str, Any] = dict(scaling=scale, sliding_window=sliding_window, softcap=softcap, s_aux=sinks, is_causal=is_causal)
     return attend_layer(_layers[number], query, key, value, mask, **fields, method=method, unrotated=unrotated)[0]
 
