@@ -86,7 +86,7 @@ def test_a_million_tokens_are_counted_without_a_walk(monkeypatch: pytest.MonkeyP
     want = plain(one.config, span, span.rows - one.config.dense_tail, False, sliding)
     monkeypatch.setattr(reading, "make_query_block", lay)
     monkeypatch.setattr(sparse, "make_query_block", lay)
-    one._count(span, span.rows - one.config.dense_tail, one._kept_window(span, None))
+    one._count(span, span.rows - one.config.dense_tail)
     assert (one.reading.read, one.reading.visible) == (want, keys_seen(0, span.end - 1, sliding))
     assert len(laid) < 20
     corrected = delta.DeltaAttention(one.problem, HiPConfig(delta=64, delta_mode="step"), one.out, None, False)
@@ -100,9 +100,11 @@ def test_steps_on_a_kept_selection_count_its_window(method: str) -> None:
     for tokens in range(3001, 3040):
         one = call(backend.SparseAttention, tokens, 1, method=method, decode_refresh=refresh)
         config, span = one.config, one.problem.spans[0]
-        window = one._kept_window(span, row)
-        one._count(span, 1, window)
         made = 3000 + (tokens - 3001) // refresh * refresh
+        assert one._serves(span, row) == (made < tokens - 1)
+        assert row.selection is not None
+        window = row.selection.window
+        one._count(span, 1, window)
         assert row.selection == Selection(None, window, made)
         assert window == (made - config.window) // config.block_k * config.block_k
         picked = config.budget if method == "hip" else 0
@@ -110,6 +112,3 @@ def test_steps_on_a_kept_selection_count_its_window(method: str) -> None:
         assert one.reading.visible == tokens
         found.add(window)
     assert len(found) == 3
-    several = call(backend.SparseAttention, 3100, 3, method=method, decode_refresh=refresh)
-    assert several._kept_window(several.problem.spans[0], row) is None
-    assert row.selection is None

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
-from hip_hf.integration import changes, in_graph, paged, reach
+from hip_hf.integration import changes, paged, reach
 from hip_hf.integration.cache import CUT_OFF, cache_kind, cut_off, install, state_of
 from hip_hf.integration.holes import attend_runs, few_before, mask_runs
 from hip_hf.integration.masks import (
@@ -107,9 +107,12 @@ def attend_layer(
         problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
         return _followed(follower, module, problem, attention_mask)
     cache = paged.cache_of(key, kwargs)
-    if cache is None and in_graph.serves(query, key):
-        given = (scaling, sliding_window, softcap, s_aux, is_causal, method, unrotated)
-        return in_graph.attention(module, query, key, value, attention_mask, *given), None
+    if cache is None and torch.compiler.is_compiling():
+        from hip_hf.integration import in_graph  # an operator takes long to register
+
+        if in_graph.serves(query, key):
+            given = (scaling, sliding_window, softcap, s_aux, is_causal, method, unrotated)
+            return in_graph.attention(module, query, key, value, attention_mask, *given), None
     settings = layer_settings(module, method)
     layer: Any = layer_index(module)
     if attention_mask is not None:

@@ -195,20 +195,21 @@ class SparseAttention(sparse.SparseAttention):
         """A decode step of one row. Returns where the window of each span starts. How old selections are is known to the host as
         well as to the device: while all of them serve, nothing is launched for them."""
         problem, config = self.problem, self.config
-        windows: list[int | None] = []
-        serve = True
-        for span in problem.spans:
-            row = state.rows[span.batch]
-            old = row.selection
-            if old is None or not 0 <= span.position - old.position < config.decode_refresh:
-                old = row.selection = Selected(None, self._blocks(span)[0].window, span.position)
-                serve = False
-            windows.append(old.window)
-        if not serve:
+        rows = [state.rows[span.batch] for span in problem.spans]
+        serve = [self._serves(span, row) for span, row in zip(problem.spans, rows, strict=True)]
+        if not all(serve):
             refresh(problem.q, self.kv, self.sequences, config, self.logits, kept)
         reads = reads_of(config, kept.selection, 1)
         decode(problem.q, self.kv, self.sequences, reads, self.logits, kept.scratch, self.out, self.lse)
-        return windows
+        return [None if row.selection is None else row.selection.window for row in rows]
+
+    def _serves(self, span: Span, row: RowState) -> bool:
+        """Whether the selection of a batch row still serves. If not, the one that this step makes takes its place."""
+        old = row.selection
+        if old is not None and 0 <= span.position - old.position < self.config.decode_refresh:
+            return True
+        row.selection = Selected(None, self._blocks(span)[0].window, span.position)
+        return False
 
     def _device_state(self, state: DecodeState, spans: tuple[Span, ...]) -> DeviceState:
         """The state's tables, with room for the call's keys; rows that continue nothing start afresh."""
