@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import compress, product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ COMPILERS = ("gcc", "clang")
 # Where the drivers of the two makers say which they are.
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
 
+# Whether a call learns, is of HyperAttention, with Delta correction, extended -> the parts of the kernels that it needs.
+_PARTS = {
+    flags: (checks.SPARSE, *compress((checks.GRADIENTS, checks.HYPER, checks.DELTA, checks.EXTENDED), flags))
+    for flags in product((False, True), repeat=4)
+}
 # (device, heads, part) -> why the self-test failed, or an empty string.
 _verdicts: dict[tuple[torch.device, Heads, str], str] = {}
 # What `failing` was asked and had nothing against: each layer asks it at every step.
@@ -103,19 +109,7 @@ def _lacking(device: torch.device) -> str:
 def parts_of(config: HiPConfig | None, learning: bool, extended: bool) -> tuple[str, ...]:
     """The parts of the kernels that a call needs; without settings it is dense."""
     hyper, delta = config is not None and config.method == "hyper", config is not None and config.delta is not None
-    return _needed(learning, hyper, delta, extended)
-
-
-@functools.cache
-def _needed(learning: bool, hyper: bool, delta: bool, extended: bool) -> tuple[str, ...]:
-    wanted = {
-        checks.SPARSE: True,
-        checks.GRADIENTS: learning,
-        checks.HYPER: hyper,
-        checks.DELTA: delta,
-        checks.EXTENDED: extended,
-    }
-    return tuple(part for part, needed in wanted.items() if needed)
+    return _PARTS[learning, hyper, delta, extended]
 
 
 @torch.compiler.assume_constant_result
