@@ -36,6 +36,10 @@ class BlockTable:
     def __len__(self) -> int:
         return len(self.pages)
 
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        """A copy, maybe of another process, whose versions say nothing here."""
+        self.__dict__.update(kept, version=next(_versions), _stacked=None)
+
     def set(self, pages: list[int]) -> None:
         """Replace the pages."""
         self.pages = pages

@@ -7,6 +7,7 @@ Kernels are not run where calls are counted: the host does not look at what they
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import pickle
 import subprocess
@@ -27,9 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hip_hf
+from hip_hf import paged as paged_keys
 from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig
 from hip_hf.integration import interface, masks, packed, paged
+from hip_hf.paged import BlockTable
 from hip_hf.patches import base
 from hip_hf.problem import AttentionProblem
 
@@ -314,3 +317,14 @@ def test_a_pickled_cache_writes_where_it_reads() -> None:
         assert torch.equal(other.layers[0].keys[:, :, -1:], new)
         assert torch.equal(other.layers[0].pool.keys.pages()[0, 6], new[0, :, 0])
         assert cache.get_seq_length() == 6
+
+
+def test_a_pickle_of_another_process_knows_no_stacked_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There tables are counted from the beginning, and another one may have the number that stands in it."""
+    first, second = BlockTable([3, 4]), BlockTable([5])
+    BlockTable.stacked([first, second], torch.device("cpu"))
+    kept = pickle.dumps(first)
+    monkeypatch.setattr(paged_keys, "_versions", itertools.count(second.version))
+    other, new = pickle.loads(kept), BlockTable([9])
+    new.version = second.version
+    assert BlockTable.stacked([other, new], torch.device("cpu")).tolist() == [[3, 4], [9, 0]]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch.autograd.function import once_differentiable
 
 from hip_hf.kernels.addressing import KeyValues
@@ -22,7 +21,7 @@ from hip_hf.kernels.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.kernels.inversion import Inverted, invert
 from hip_hf.kernels.prefill import Logits, Reads, prefill
 from hip_hf.kernels.sequences import Sequences
-from hip_hf.kernels.tuning import Tile, precision_of, target_of, tile_of
+from hip_hf.kernels.tuning import Tile, power_of_two, precision_of, target_of, tile_of
 
 # The widest head whose dK and dV are summed in one pass: both sums stay in registers.
 WIDEST_TOGETHER = 128
@@ -46,9 +45,9 @@ def _shared_arguments(
     heads, dim, dim_v, reads = q.shape[1], q.shape[-1], kv.v.shape[-1], part.reads
     lists = kv.heads if reads.indices is None else reads.indices.shape[1]
     group = heads // lists
-    padded = triton.next_power_of_2(group)
-    rows = max(1, 16 // padded, min(tile.rows // padded, triton.next_power_of_2(reads.block_q)))
-    wide, wide_v = (max(16, triton.next_power_of_2(x)) for x in (dim, dim_v))
+    padded = power_of_two(group)
+    rows = max(1, 16 // padded, min(tile.rows // padded, power_of_two(reads.block_q)))
+    wide, wide_v = (max(16, power_of_two(x)) for x in (dim, dim_v))
     return dict(
         Q=q, K=kv.k, V=kv.v, LSE=lse, GRAD_OUT=grad_out, SEQUENCES=part.sequences.table,
         **_three("q", q), **_three("k", kv.k), **_three("v", kv.v), **_three("g", grad_out), **_three("l", lse),
@@ -122,7 +121,7 @@ def key_gradient_arguments(
     arguments |= dict(
         MEAN=mean, GRAD_K=grad_k, GRAD_V=grad_v, WHO=lists.who, WHAT=lists.what, OFFSETS=lists.offsets,
         **_three("dk", grad_k), **_three("dv", grad_v),
-        KEYS=max(16, triton.next_power_of_2(tiles.keys)), TILE=tiles.keys, PARTS=tiles.parts,
+        KEYS=max(16, power_of_two(tiles.keys)), TILE=tiles.keys, PARTS=tiles.parts,
     )  # fmt: skip
     once = max(arguments["D"], arguments["DV"]) <= WIDEST_TOGETHER
     passes = [dict(OF_K=True, OF_V=True)] if once else [dict(OF_K=True, OF_V=False), dict(OF_K=False, OF_V=True)]

@@ -19,6 +19,7 @@ from hip_hf.kernels.dense import dense_rows, keys_of, logits_of, sequences_of
 from hip_hf.kernels.examples import example
 from hip_hf.kernels.prefill import dense_reads, strided_rows
 from hip_hf.kernels.sequences import GROWING, Sequences, load_sequence
+from hip_hf.kernels.tuning import power_of_two
 from hip_hf.methods import delta
 from hip_hf.paged import to_device
 from hip_hf.problem import Span
@@ -87,7 +88,7 @@ def spread_arguments(
         **dict(zip(("stride_cs", "stride_ch", "stride_cn"), change.stride(), strict=False)),
         **dict(zip(("stride_ds", "stride_dh", "stride_dn"), change_lse.stride(), strict=True)),
         stride_sequences=sequences.table.stride(0), gamma=gamma, dim_v=out.shape[-1],
-        INTERPOLATE=leads is not None, ROWS=ROWS, DV=triton.next_power_of_2(out.shape[-1]),
+        INTERPOLATE=leads is not None, ROWS=ROWS, DV=power_of_two(out.shape[-1]),
     )  # fmt: skip
     return (-(-sequences.max_rows // ROWS), out.shape[1], sequences.count), arguments
 

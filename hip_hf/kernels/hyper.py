@@ -24,7 +24,7 @@ from hip_hf.kernels.examples import Example, example
 from hip_hf.kernels.prefill import Logits, dense_reads, prefill
 from hip_hf.kernels.sequences import GROWING
 from hip_hf.kernels.tiles import LN2, LOG2E, scaled
-from hip_hf.kernels.tuning import Tile, full_precision, precision_of, target_of, tile_of
+from hip_hf.kernels.tuning import Tile, full_precision, power_of_two, precision_of, target_of, tile_of
 from hip_hf.methods.hyper import Options, Square, projections, sampled_ranks, split, tile
 from hip_hf.problem import Span
 from hip_hf.reference import hyper as reference
@@ -147,7 +147,7 @@ def hash_arguments(x: torch.Tensor, directions: torch.Tensor, codes: torch.Tenso
 def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     """As `methods.hyper.hashes`, for vectors `[H, n, D]` of stride 1 in D, reading each once: int32 `[H, n]`."""
     bits = directions.shape[1]
-    padded = torch.nn.functional.pad(directions, (0, max(16, triton.next_power_of_2(bits)) - bits))
+    padded = torch.nn.functional.pad(directions, (0, max(16, power_of_two(bits)) - bits))
     codes = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
     grid, arguments = hash_arguments(x, padded, codes)
     hash_kernel[grid](**arguments)
@@ -235,9 +235,9 @@ def square_arguments(
     """Grid and arguments of `square_kernel`: q `[Hq, n, D]`, k `[Hkv, T, D]`, v, out fp32 `[Hq, n, Dv]`, lse fp32 `[Hq, n]` of a
     span, and the orders of its rows and keys."""
     dim, dim_v = q.shape[-1], v.shape[-1]
-    rows = max(16, min(shape.rows, triton.next_power_of_2(level.block_rows)))
+    rows = max(16, min(shape.rows, power_of_two(level.block_rows)))
     tiles = -(-level.block_rows // rows)
-    wide, wide_v = (max(16, triton.next_power_of_2(x)) for x in (dim, dim_v))
+    wide, wide_v = (max(16, power_of_two(x)) for x in (dim, dim_v))
     arguments = dict(
         Q=q, K=k, V=v, OUT=out, LSE=lse, ROW_ORDER=orders[0], KEY_ORDER=orders[1],
         TABLE=level.table, STARTS=level.starts, SAMPLES=level.samples,

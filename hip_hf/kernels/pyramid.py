@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 
 from hip_hf.kernels import summaries
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.compiled import Launch, Pointer
 from hip_hf.kernels.sequences import Sequences
+from hip_hf.kernels.tuning import power_of_two
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -44,7 +44,7 @@ def constants(config: HiPConfig, dim: int, block_q: int, append: bool) -> dict[s
     kind = KINDS[config.representative].value
     return dict(
         BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=dim, KIND=kind, LEVELS=TILE_LEVELS,
-        BD=min(DIM_AT_ONCE, triton.next_power_of_2(dim)),
+        BD=min(DIM_AT_ONCE, power_of_two(dim)),
         num_warps=8 if append else 4,  # one program that does everything needs more registers than one that makes a tile
     )  # fmt: skip
 

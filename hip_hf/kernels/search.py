@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import triton
 
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.choose import choose_kernel
@@ -17,7 +16,7 @@ from hip_hf.kernels.rotation import example_positions, rotation
 from hip_hf.kernels.select import NEVER, select_kernel
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.topk import tile
-from hip_hf.kernels.tuning import processors, target_of
+from hip_hf.kernels.tuning import power_of_two, processors, target_of
 from hip_hf.kernels.votes import Voting, votes_of
 from hip_hf.methods.hip import SUCCESSORS
 from hip_hf.rope import farthest_chunk
@@ -74,7 +73,7 @@ class Selection:
             return torch.empty(count, dtype=torch.float32, device=self.counts.device)
         if self.scratch is None or self.scratch.numel() < count:
             with torch.inference_mode(False):
-                room = triton.next_power_of_2(count)
+                room = power_of_two(count)
                 self.scratch = torch.empty(room, dtype=torch.float32, device=self.counts.device)
         return self.scratch
 
@@ -160,11 +159,11 @@ def constants(
     # votes that were put side by side are those of one head
     heads, samples = (1, voting.slots) if voting.chosen else (voting.voters, voting.slots // voting.voters)
     shape = search_tile(target, dim, dtype, positions is not None and positions.chunk_indexed, 2 * kept, voting.slots)
-    rows = max(16, min(triton.next_power_of_2(voting.slots), shape.rows, shape.rows * CANDIDATES // (2 * kept)))
+    rows = max(16, min(power_of_two(voting.slots), shape.rows, shape.rows * CANDIDATES // (2 * kept)))
     if not (stateful and rescore) or long:
         looks = 1
     return dict(
-        LOOKS=looks, NARROW=min(rows, triton.next_power_of_2(voting.slots)),
+        LOOKS=looks, NARROW=min(rows, power_of_two(voting.slots)),
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
         RESCORE=rescore, SUCCESSORS=successors, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
         ROWS=rows, TILES=-(-voting.slots // rows), SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,

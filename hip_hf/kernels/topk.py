@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hip_hf.kernels.tuning import power_of_two
+
 # Finite scores are at least -FLT_MAX, so no sort key of a real candidate is this.
 ABSENT = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
@@ -18,7 +20,7 @@ SMALLEST_TILE = 64
 
 
 def tile(count: int) -> int:
-    return max(SMALLEST_TILE, triton.next_power_of_2(count))
+    return max(SMALLEST_TILE, power_of_two(count))
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from hip_hf.kernels.rotation import partner, placed_queries, rotation, turned
 from hip_hf.kernels.sequences import GROWING, Sequences, always_read, load_sequence, query_block, still_serves, window_start
 from hip_hf.kernels.tiles import LN2, LOG2E, scaled
 from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, tile
-from hip_hf.kernels.tuning import precision_of, target_of, tile_of
+from hip_hf.kernels.tuning import power_of_two, precision_of, target_of, tile_of
 from hip_hf.methods import need as by_need
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def need_arguments(
         sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
         SAMPLE=config.method_options().sample, VOTERS=voting.voters, VOTES=voting.votes, RANKED=voting.ranked,
         STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, ROWS=rows, KEYS=shape.keys, GROUP=group,
-        GROUP_PADDED=triton.next_power_of_2(group), D=max(16, triton.next_power_of_2(dim)), PAGE_SIZE=kv.page_size,
+        GROUP_PADDED=power_of_two(group), D=max(16, power_of_two(dim)), PAGE_SIZE=kv.page_size,
         HAS_SINKS=logits.sinks is not None, SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
         PRECISION=precision_of(q), **rotation(logits.positions, rows + shape.keys, q),
         num_warps=shape.warps, num_stages=shape.stages,

@@ -90,7 +90,7 @@ def partial(
     logits = scratch.take("logits", (lanes, rows, keys), like)
     by_row = logits.view(lanes, groups, n, keys)
     own, unseen = by_row[..., keys - n :], future(n, device)
-    parts = [_Parts(name, x, blocks, sink, picked, window, block_k) for name, x in (("k", k), ("v", v))]
+    parts = [Parts(name, x, blocks, sink, picked, window, block_k) for name, x in (("k", k), ("v", v))]
     k_all, v_all = (scratch.take(part.name, tuple(part.all.shape), like) for part in parts)
     k_all = k_all.transpose(1, 2)
     if t.positions is not None:
@@ -142,7 +142,7 @@ def weigh_values(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: 
     torch.add(highest[..., 0], total[..., 0].log_(), out=lse)
 
 
-class _Parts:
+class Parts:
     """A buffer `[heads, sink + picked + window, D]` for the keys (or values) that one query block reads, and views of it."""
 
     def __init__(
@@ -261,7 +261,7 @@ def future(size: int, device: torch.device) -> torch.Tensor:
 
 
 def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int, near: bool) -> torch.Tensor:
-    """Positions `[heads, keys]` of the keys that `_Parts.fill` brings."""
+    """Positions `[heads, keys]` of the keys that `Parts.fill` brings."""
     selected = (ids[..., None] * block_k + torch.arange(block_k, device=ids.device)).flatten(1)
     if not near:
         return selected

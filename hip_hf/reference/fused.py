@@ -13,9 +13,9 @@ from itertools import groupby
 import torch
 
 from hip_hf.methods.base import QueryBlock
-from hip_hf.paged import block_index, lanes_of
+from hip_hf.paged import block_index
 from hip_hf.reference import block_sparse
-from hip_hf.reference.block_sparse import Tensors, alike, future, merge, store_rows, weigh_values
+from hip_hf.reference.block_sparse import Parts, Tensors, alike, future, merge, store_rows, weigh_values
 from hip_hf.reference.workers import compute_dtype, scratch
 
 # Output and log-sum-exp of `[B, H, rows, D]` and `[B, H, keys, D]`: what `scaled_dot_product_attention` calls on a CPU.
@@ -64,7 +64,7 @@ def partial(
 
     parts = []
     if ids is not None and ids.shape[2]:
-        parts.append(_selected(t, heads, query, ids, block_k))
+        parts.append(_selected(t, heads, query, blocks, ids, block_k))
     if near:
         parts.append(_own(t, heads, query, blocks))
         if first.first > first.window:
@@ -89,26 +89,18 @@ def _windows(x: torch.Tensor, size: int, step: int) -> torch.Tensor:
 
 
 def _selected(
-    t: Tensors, heads: slice, query: torch.Tensor, ids: torch.Tensor, block_k: int
+    t: Tensors, heads: slice, query: torch.Tensor, blocks: list[QueryBlock], ids: torch.Tensor, block_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to the key blocks that each query block selected, which are brought together one query block after another."""
-    k, v = t.k[heads], t.v[heads]
     count, lanes, rows, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     out = scratch.take("out", tuple(query.shape), query.new_empty(0, dtype=wide))
     lse = torch.empty(count, lanes, rows, dtype=wide)
-    picked = [scratch.take(name, (lanes, ids.shape[2] * block_k, x.shape[-1]), x) for name, x in (("k", k), ("v", v))]
-    sources = [lanes_of(x, block_k) for x in (k, v)]
-    into = [
-        [part.view(part.numel() // lane.width, lane.width) for part, lane in zip(x, own, strict=True)]
-        for x, own in zip(picked, sources, strict=True)
-    ]
-    index = [row.unbind(0) for row in block_index(k, ids, block_k).unbind(1)]
-    for i, chosen in enumerate(index):
-        for own, rows_of_it in zip(sources, into, strict=True):
-            for lane, which, place in zip(own, chosen, rows_of_it, strict=True):
-                lane.take(which, place)
-        out[i : i + 1], lse[i : i + 1] = _attend(query[i : i + 1], picked[0][None], picked[1][None], t.scale)
+    k, v = (Parts(name, x[heads], blocks, 0, ids.shape[2] * block_k, 0, block_k) for name, x in (("k", t.k), ("v", t.v)))
+    for i, index in enumerate(block_index(t.k[heads], ids, block_k).unbind(1)):
+        for part in (k, v):
+            part.fill(i, index.unbind(0))
+        out[i : i + 1], lse[i : i + 1] = _attend(query[i : i + 1], k.all[None], v.all[None], t.scale)
     return out, lse
 
 
