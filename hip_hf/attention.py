@@ -20,11 +20,14 @@ from hip_hf.reference.workers import compute_dtype
 from hip_hf.rope import Positions
 from hip_hf.state import DecodeState
 
+# With AMX PyTorch's own attention is four times as fast in bf16 as without, the sparse path less than twice.
+BF16_PROMPTS = 24576 if torch.cpu._is_amx_tile_supported() else 2048
 # Where the sparse path starts to win over dense attention on a CPU, by the dtype it multiplies in, in prefill and in decode,
 # in decode that selects at every step (`hip-hf latency`, docs/performance.md), and in a call of a few rows, which each select:
-# dense, they read the keys together (2 to 16 rows break even at 20K to 50K keys). PyTorch is no faster in bf16 than in fp32;
-# the sparse path is.
-DENSE_BELOW = {dtype: (2048, 2048, 2048, 16384) if dtype == torch.bfloat16 else (4096, 4096, 16384, 16384) for dtype in DTYPES}
+# dense, they read the keys together (2 to 16 rows break even at 20K to 50K keys).
+DENSE_BELOW = {
+    dtype: (BF16_PROMPTS, 2048, 2048, 16384) if dtype == torch.bfloat16 else (8192, 4096, 16384, 16384) for dtype in DTYPES
+}
 # The same on a GPU. Not measured: from the model in docs/performance.md, where a decode step is bound by its launches.
 DENSE_BELOW_GPU = (16384, 65536, 65536, 65536)
 
