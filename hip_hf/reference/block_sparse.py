@@ -48,7 +48,7 @@ def store_rows(
     t: Tensors, heads: slice, group: slice, blocks: list[QueryBlock], out: torch.Tensor, lse: torch.Tensor | None
 ) -> None:
     """Write out `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` of query blocks that follow one another."""
-    _store(t, (heads, group, slice(blocks[0].row, blocks[-1].row + blocks[-1].rows)), out, lse)
+    store(t, (heads, group, slice(blocks[0].row, blocks[-1].row + blocks[-1].rows)), out, lse)
 
 
 def partial(
@@ -181,11 +181,7 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
     parts, end = [], block.last + 1
     cuts = [] if t.positions is None else t.positions.cuts(block.first, block.last)
-    if isinstance(t.k, PagedKeys) and (borders := t.k.borders(block.start, end)):
-        if (end - block.start) // (len(borders) + 1) >= KEYS_OF_A_PIECE:
-            cuts = [*cuts, *(border for border in borders if border <= end - n)]
-        else:
-            tile = max(n, min(tile, KEYS_AT_ONCE))
+    cuts = [*cuts, *(cut for cut in cuts_of(t.k, block.start, end) if cut <= end - n)]
     while end > block.start:  # from the last key down, so that the rows' own keys are whole in one tile
         first = max([block.start, end - tile, *(cut for cut in cuts if cut < end)])
         parts.append(_attend_tile(t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start))
@@ -193,7 +189,16 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     out, lse = parts[0]
     for more, weight in parts[1:]:
         lse = merge(out, lse, more, weight)
-    _store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
+    store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
+
+
+def cuts_of(k: KeyRows, start: int, end: int) -> list[int]:
+    """Where a read of the keys `start` to `end - 1` is cut: at the borders of its pieces in memory, which are read where they
+    lie, or, if these are short, so many keys at a time, which are brought together."""
+    borders = k.borders(start, end) if isinstance(k, PagedKeys) else []
+    if borders and (end - start) // (len(borders) + 1) < KEYS_OF_A_PIECE:
+        return list(range(start + KEYS_AT_ONCE, end, KEYS_AT_ONCE))
+    return borders
 
 
 def _attend_tile(
@@ -223,7 +228,7 @@ def _attend_tile(
     return (out.to(dtype, copy=True) if merge else out), lse
 
 
-def _store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:
+def store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Write out and log-sum-exp; sinks are an extra logit, which scales the output by `sigmoid(lse - sink)`."""
     if t.sinks is not None:
         assert lse is not None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hip_hf.methods.base import QueryBlock
 from hip_hf.paged import PagedTensor
 from hip_hf.problem import AttentionProblem, Span, exporting
+from hip_hf.reference import fused
 from hip_hf.reference.block_sparse import LOGITS_AT_ONCE, Tensors, attend_range
 from hip_hf.reference.gradients import Piece
 from hip_hf.reference.workers import run
@@ -36,11 +37,15 @@ def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, slice, 
 
 
 def attend_rows(t: Tensors, first: int, span: Span, pieces: list[Piece] | None = None) -> None:
-    """The query rows of a span from `first` on, block by block. What they read is added to `pieces`, for the gradients."""
+    """The query rows of a span from `first` on, through PyTorch's fused attention where that serves, else block by block. What
+    they read is added to `pieces`, for the gradients."""
     tasks = range_tasks(t, first, span)
     if pieces is not None:
         pieces += [Piece(span, heads, [block], None, 1, span.rows) for heads, _, block in tasks]
-    run(lambda task: attend_range(t, *task), tasks, t.q.device)
+    if fused.serves_rows(t, span):
+        fused.attend_rows(t, first, span)
+    else:
+        run(lambda task: attend_range(t, *task), tasks, t.q.device)
 
 
 def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:

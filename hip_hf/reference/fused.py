@@ -1,21 +1,23 @@
-"""Attention of whole query blocks in bf16, through PyTorch's fused attention for CPUs, which also returns the log-sum-exp.
+"""Attention of query blocks in bf16, and dense attention of rows after others, through PyTorch's fused attention for CPUs.
 
-It exponentiates products in fp32 before they leave the cache, where `partial` in `block_sparse` writes them in bf16, widens them
+Unlike `scaled_dot_product_attention` it returns the log-sum-exp, too, so that two parts of what rows read can be merged. It
+exponentiates products in fp32 before they leave the cache, where `partial` in `block_sparse` writes them in bf16, widens them
 and rounds the weights again: as long as the products themselves take. It knows no softcap, no sliding windows and no positions
-of ours, and is no faster in fp32: those are left to `partial`, which gives the same. What the rows of a block may not see of one
-another is masked by hand, since the fused attention adds its mask, and NaN would shine through.
+of ours, and gains query blocks nothing in fp32: those are left to `partial`, which gives the same. What the rows of a query
+block may not see of one another is masked by hand, since the fused attention adds its mask, and NaN would shine through.
 """
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 
 from hip_hf.methods.base import QueryBlock
 from hip_hf.paged import block_index
+from hip_hf.problem import Span
 from hip_hf.reference import block_sparse
-from hip_hf.reference.block_sparse import Parts, Tensors, alike, future, merge, store_rows, weigh_values
+from hip_hf.reference.block_sparse import Parts, Tensors, alike, cuts_of, future, merge, store, store_rows, weigh_values
 from hip_hf.reference.workers import compute_dtype, scratch
 
 # Output and log-sum-exp of `[B, H, rows, D]` and `[B, H, keys, D]`: what `scaled_dot_product_attention` calls on a CPU.
@@ -26,6 +28,30 @@ def serves(t: Tensors, block: QueryBlock) -> bool:
     """Whether query blocks such as this one go through the fused attention. A single row gains nothing by it."""
     plain = t.softcap is None and t.sliding_window is None and t.positions is None and t.q.shape[-1] == t.v.shape[-1]
     return plain and block.rows > 1 and t.q.device.type == "cpu" and compute_dtype(t.q) == torch.bfloat16
+
+
+def serves_rows(t: Tensors, span: Span) -> bool:
+    """Whether dense attention of a span's rows goes through the fused attention."""
+    within = t.sliding_window is None or t.sliding_window >= span.end
+    plain = t.softcap is None and within and t.positions is None and t.q.shape[-1] == t.v.shape[-1]
+    return plain and span.rows > 1 and t.q.device.type == "cpu" and compute_dtype(t.q) == t.q.dtype == t.k.dtype
+
+
+def attend_rows(t: Tensors, first: int, span: Span) -> None:
+    """Dense attention of the query rows of a span from `first` on: to all keys before them, and to their own up to themselves.
+    PyTorch's own would need a mask of rows times keys, which takes it half as long again."""
+    rows, at = slice(first, span.rows), span.position + first
+    q = t.q[:, :, rows]
+
+    def keys(start: int, end: int) -> list[torch.Tensor]:
+        return [x[:, start:end][:, None].expand(-1, q.shape[1], -1, -1) for x in (t.k, t.v)]
+
+    out, lse = attention(q, *keys(at, span.end), is_causal=True, scale=t.scale)
+    out = out.to(lse.dtype)
+    for start, end in pairwise([0, *cuts_of(t.k, 0, at), at] if at else []):
+        before, before_lse = attention(q, *keys(start, end), scale=t.scale)
+        lse = merge(out, lse, before.to(lse.dtype), before_lse)
+    store(t, (slice(None), slice(None), rows), out, lse)
 
 
 def attend(t: Tensors, heads: slice, group: slice, blocks: list[QueryBlock], ids: torch.Tensor, block_k: int) -> None:
