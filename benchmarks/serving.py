@@ -72,6 +72,7 @@ def main(
     rounds: int = 3,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass, of all requests together.")] = 2048,
     continuous_batching: bool = True,
+    dtype: Annotated[str, typer.Option(help="What the model computes in; auto: as it was saved.")] = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig, for `hip`.")] = None,
     as_json: Json = False,
     output: Output = None,
@@ -81,7 +82,8 @@ def main(
     sizes, counts = ([int(part) for part in given.split(",")] for given in (lengths, clients))
     details = {
         "model": model_name(Path(model).name), "lengths": sizes, "clients": counts, "new_tokens": new_tokens, "rounds": rounds,
-        "batch_tokens": batch_tokens, "continuous_batching": continuous_batching, "set": set_ or [],
+        "batch_tokens": batch_tokens, "continuous_batching": continuous_batching,
+        "dtype": dtype, "set": set_ or [],
     }  # fmt: skip
     try:
         targets = Targets(as_json, output, plot)
@@ -100,7 +102,7 @@ def main(
         servers = {}
         for name in ATTENTIONS:
             own = settings if name == "hip" else []
-            options = ["--attn-implementation", name, *batching, *own]
+            options = ["--attn-implementation", name, "--dtype", dtype, *batching, *own]
             servers[name] = stack.enter_context(Served(model, *options, log=folder / name))
             ask(servers[name], prompts(tokenizer, ids, min(sizes), "first of all", 1), 2)  # what is made once
         stack.enter_context(cells)
@@ -121,7 +123,7 @@ def main(
         {"tokens": tokens, "clients": count, "attention": name, **{key: median(one[key] for one in all_) for key in all_[0]}}
         for (tokens, count, name), all_ in found.items()
     ]
-    title = f"hip-hf serve, {details['model']}: median of {rounds} rounds, {new_tokens} new tokens a request"
+    title = f"hip-hf serve, {details['model']}, {dtype}: median of {rounds} rounds, {new_tokens} new tokens a request"
     ratios = compare(rows)
     tables = {title: rows, "hip, as times of sdpa": ratios}
     targets.publish(Results("serving", title, rows, {**details, "ratios": ratios}, draw), cells, tables)
