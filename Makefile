@@ -1,4 +1,4 @@
-# make test | test-versions | test-tritons | test-races | test-families | fuzz | coverage | mutants | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-versions | test-tritons | test-races | test-tensor-cores | test-families | fuzz | coverage | mutants | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,9 +8,11 @@ MEASURING := $(VENV)/.measuring
 VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.*.*.txt)))
 # Every Triton that is supported, and the GPUs that each compiles for.
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
-TRITON_TARGETS := sm80,sm90,sm100,gfx942
+TRITON_TARGETS ?= sm80,sm90,sm100,gfx942
+# Of their kernels those with this in their name; empty: all.
+TRITON_KERNELS ?= prefill
 
-.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-tritons $(TRITONS:%=test-triton-%) test-races test-families fuzz coverage mutants test-gpu demo demo-llm docs notebooks lint package clean
+.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-tritons $(TRITONS:%=test-triton-%) test-races test-tensor-cores test-families fuzz coverage mutants test-gpu demo demo-llm docs notebooks lint package clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
@@ -28,12 +30,12 @@ build/transformers-%/.installed: tests/versions/%.txt | $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
 
-# The kernels of prompts, compiled by every Triton for every kind of GPU, without one.
+# Kernels, compiled by every Triton for every kind of GPU, without one.
 test-tritons: $(TRITONS:%=test-triton-%)
 
 $(TRITONS:%=test-triton-%): test-triton-%: build/triton-%/.installed
 	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -c "import triton; assert triton.__version__ == '$*', triton.__version__"
-	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/hip-hf kernels --targets $(TRITON_TARGETS) --dims 128 --dtypes bf16 --only prefill
+	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/hip-hf kernels --targets $(TRITON_TARGETS) --dims 128 --dtypes bf16 --only '$(TRITON_KERNELS)'
 
 build/triton-%/.installed: | $(INSTALLED)
 	rm -rf $(@D)
@@ -45,6 +47,11 @@ RACES ?= $$(cat tests/races.txt)
 SEED ?= 0
 test-races: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest $(RACES) --races $(SEED) --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# All kernel tests with the arithmetic of NVIDIA's tensor cores (tests/tensor_cores.py), without a GPU: what `make test-gpu` would
+# say of their tolerances. `make test-races` computes so as well.
+test-tensor-cores: $(INSTALLED)
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest tests/test_kernel_*.py --tensor-cores --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Every model type of the installed Transformers; `make test` runs a third of them.
 test-families: $(INSTALLED)

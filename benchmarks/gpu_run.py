@@ -18,7 +18,7 @@ once; a dense prompt of 1M tokens takes 15), and the limits. The sum is below ei
     decode            55     90  at 128K and 1M keys, 1 and 16 sequences, in graphs and launched
     profile           30     50  where a layer's time goes: kernels, gaps, host
     more_tests        70    110  the other kernel tests
-    tune              50     60  candidates of the launch table
+    tune              50     60  other launches of attention and selection
     model             40     60  a real model at 8K tokens, where runs/smollm2 is there
 
 Exit status: 1 if a number was wrong, else 3 if something is missing, else 0.

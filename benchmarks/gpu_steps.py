@@ -34,7 +34,7 @@ from hip_hf.eval.passkey import use
 from hip_hf.eval.presets import over_budgets
 from hip_hf.eval.publish import write
 from hip_hf.kernels import checks, trust
-from hip_hf.kernels.tuning import Tile, target_of, tile_of
+from hip_hf.kernels.tuning import target_of
 from hip_hf.shown import said
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,8 +55,8 @@ UNITS = 2.0
 class Sizes:
     """What is measured: of attention calls in `dtype` on `device`, of the first and the second half of the tests, and of a model.
 
-    `checks`, `parts`: dtypes and parts of the kernels that `doctor` tries. `candidates`: of the launch table, of each of the
-    `kernels`, for a call of `tuned` tokens.
+    `checks`, `parts`: dtypes and parts of the kernels that `doctor` tries. `candidates`: other launches of each of the `kernels`,
+    for a call of `tuned` tokens.
     """
 
     device: str = "cuda:0"
@@ -73,7 +73,7 @@ class Sizes:
     repeats: int = 5
     tests: tuple[tuple[str, ...], tuple[str, ...]] = (FIRST, SECOND)
     processes: int = 14
-    kernels: tuple[str, ...] = ("prefill", "decode", "backward keys")
+    kernels: tuple[str, ...] = ("prefill", "search", "decode search", "votes", "decode")
     candidates: int = 16
     tuned: int = tune.TOKENS
     tune_repeats: int = tune.REPEATS
@@ -100,7 +100,7 @@ DRY = Sizes(
     config=dict(doctor.SIZES, backend="triton", beam=2, rescore=2, decode_refresh=2),
     prefill=(128, 192), decode=(96,), batches=(2,), repeats=1,
     tests=(("test_kernel_rule.py",), ("test_kernel_tuning.py",)), processes=1,
-    kernels=("prefill",), candidates=2, tuned=64, tune_repeats=1,
+    kernels=("prefill", "search", "decode search", "votes"), candidates=1, tuned=64, tune_repeats=1,
     model=documents.CHECKPOINT, model_dtype="fp32", prompt=512, budget=64, new_tokens=2,
 )  # fmt: skip
 
@@ -271,11 +271,11 @@ def profile_step(run: Run) -> None:
 
 
 def tune_step(run: Run) -> None:
-    """Candidates of the launch table beside what it holds, kernel by kernel in turn, those first that `tune.py` prefers."""
+    """Other launches of attention and selection beside today's, kernel by kernel in turn, those first that `tune.py` prefers."""
     sizes, dtype = run.sizes, DTYPES[run.sizes.dtype]
     target = target_of(torch.empty(0, device=run.device))
 
-    def timed(kernel: str, tile: Tile, present: Tile) -> Rows:
+    def timed(kernel: str, tile: Any, present: Any) -> Rows:
         row = {"kernel": kernel, "tile": str(tile), "present": str(present), "ms": None, "present_ms": None, "problem": ""}
         try:
             call = dict(device=sizes.device, dtype=dtype, tokens=sizes.tuned, repeats=sizes.tune_repeats)
@@ -286,10 +286,9 @@ def tune_step(run: Run) -> None:
 
     todo = []
     for kernel in sizes.kernels:
-        present = tile_of(kernel, target, sizes.dim, sizes.dim, dtype)
-        tiles = [Tile(*values) for values in tune.CANDIDATES[kernel]]
-        fit = [t for t in tiles if t != present and tune.accumulators(kernel, target, sizes.dim, t) <= tune.MOST_ACCUMULATORS]
-        todo.append([(kernel, tile, present) for tile in fit[: sizes.candidates]])
+        present = tune.present(kernel, target, sizes.dim, dtype)
+        others = [tile for tile in tune.candidates(kernel, target, sizes.dim) if tile != present]
+        todo.append([(kernel, tile, present) for tile in others[: sizes.candidates]])
     for kernel, tile, present in filter(None, chain.from_iterable(zip_longest(*todo))):
         run.keep(f"{kernel}, {tile}", partial(timed, kernel, tile, present))
 

@@ -4,6 +4,7 @@
 
 Candidates stand in order of preference. Those that spill, do not fit, or miss the tensor cores drop out, which is found
 by compiling, without a GPU. Where the machine has a GPU of the target, the fastest of the rest is taken, else the first.
+What the launches of a selection are is said by `search.py`: `gpu_run.py` times others beside them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import argparse
 import pprint
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
+from hip_hf.config import HiPConfig
 from hip_hf.kernels import budget
 from hip_hf.kernels.backward import key_launches, query_launches
 from hip_hf.kernels.compiled import Launch
@@ -23,7 +27,10 @@ from hip_hf.kernels.decode import decode_launches
 from hip_hf.kernels.examples import Example, example, extended
 from hip_hf.kernels.hyper import square_launches
 from hip_hf.kernels.prefill import prefill_launches
-from hip_hf.kernels.tuning import Tile, target_of
+from hip_hf.kernels.pyramid import KeyPyramid
+from hip_hf.kernels.search import SearchTile, Selection, constants, select
+from hip_hf.kernels.tuning import Tile, target_of, tile_of
+from hip_hf.kernels.votes import need_arguments, need_kernel
 
 TABLE = Path(__file__).parents[1] / "hip_hf" / "kernels" / "table.py"
 # Launches of both dtypes share an entry; the first is timed.
@@ -56,7 +63,16 @@ CANDIDATES = {
         (16, 32, 4, 1), (16, 16, 4, 1),
     ],
 }  # fmt: skip
-
+# Launches of a selection: the look at what a prompt's rows find near, its search, and that of a decode step with its choice.
+SELECTIONS: dict[str, list[Tile] | list[SearchTile]] = {
+    "votes": [Tile(*values) for values in WIDE],
+    "search": [
+        SearchTile(32, 32, 32, stages=4), SearchTile(32, 32, 32, stages=3), SearchTile(32, 32, 64, stages=3),
+        SearchTile(32, 64, 64, stages=2), SearchTile(32, 64, 64, stages=3), SearchTile(16, 32, 32, stages=4),
+        SearchTile(16, 64, 64, stages=3), SearchTile(32, 32, 32, 4, 4), SearchTile(32, 32, 32, 16, 4),
+    ],
+}  # fmt: skip
+SELECTIONS["decode search"] = SELECTIONS["search"]
 
 # Sums in fp32 that a thread may keep, of its 255 registers.
 MOST_ACCUMULATORS = 64
@@ -88,26 +104,65 @@ def problems(kernel: str, target: str, dim: int, tile: Tile) -> list[str]:
     return []
 
 
+def present(kernel: str, target: str, dim: int, dtype: torch.dtype) -> Tile | SearchTile:
+    """What is launched today, in a call like those of `examples`."""
+    if "search" not in kernel:
+        return tile_of("prefill" if kernel == "votes" else kernel, target, dim, dim, dtype)
+    x = examples(kernel, dim, dtype)[0]
+    fixed = constants(HiPConfig(), x.q.shape[1] // x.kv.heads, dim, dtype, x.reads.block_q, TOKENS, target, "decode" in kernel)
+    return SearchTile(fixed["ROWS"], fixed["FEATURES"], fixed["FEATURES_LAST"], fixed["num_warps"], fixed["num_stages"])
+
+
+def candidates(kernel: str, target: str, dim: int) -> list[Tile] | list[SearchTile]:
+    """Launches to try, the most promising first."""
+    if kernel in SELECTIONS:
+        return SELECTIONS[kernel]
+    tiles = [Tile(*values) for values in CANDIDATES[kernel]]
+    return [tile for tile in tiles if accumulators(kernel, target, dim, tile) <= MOST_ACCUMULATORS]
+
+
+def selecting(kernel: str, x: Example, tiles: list[Any]) -> list[Callable[[], None]]:
+    """Calls of a part of the selection with each of the launches; a step's selects anew each time."""
+    config, stateful = HiPConfig(), x.reads.block_q == 1
+    if kernel == "votes":
+        near, need = (x.q.new_empty(1, *x.q.shape[1:3], dtype=torch.float32) for _ in range(2))
+        call = (x.q, x.kv, x.sequences, config, x.logits, x.reads.block_q, None, near, need)
+        launches = [need_arguments(*call, shape=tile) for tile in tiles]
+        return [partial(need_kernel[grid], **arguments) for grid, arguments in launches]
+    pyramid = KeyPyramid(config, 1, x.kv.heads, x.q.shape[-1], x.sequences.max_keys, x.q.dtype, x.q.device)
+    pyramid.extend(x.kv, x.sequences, x.reads.block_q, append=False)
+    blocks = x.sequences.blocks(x.reads.block_q)
+    into = Selection.empty(config, 1, x.kv.heads, blocks, x.q.device, keep=stateful)
+
+    def call_select(tile: SearchTile) -> None:
+        if into.made is not None:
+            into.made.fill_(Selection.NEVER)
+        select(x.q, pyramid.table, x.kv, x.sequences, config, x.logits, x.reads.block_q, into, tile)
+
+    return [partial(call_select, tile) for tile in tiles]
+
+
 def milliseconds(
     kernel: str,
     dim: int,
-    tiles: list[Tile],
+    tiles: list[Any],
     device: str = "cuda",
     dtype: torch.dtype = DTYPES[0],
     tokens: int = TOKENS,
     repeats: int = REPEATS,
 ) -> list[float]:
-    """What the first launch takes with each of the configurations: medians of interleaved runs."""
+    """What the first launch, or a part of the selection, takes with each of the configurations: medians of interleaved runs."""
     from hip_hf.eval.gpu_runs import Clock, Timed
     from hip_hf.eval.latency import interleave
 
     x, clock = examples(kernel, dim, dtype, device, tokens)[0], Clock(torch.device(device))
 
-    def timed(tile: Tile) -> Timed:
-        first = LAUNCHES[kernel](x, tile)[0]
-        return Timed(lambda: first.kernel[first.grid](**first.arguments), clock)
-
-    calls = [timed(tile) for tile in tiles]
+    if kernel in SELECTIONS:
+        works = selecting(kernel, x, tiles)
+    else:
+        launches = [LAUNCHES[kernel](x, tile)[0] for tile in tiles]
+        works = [partial(launch.kernel[launch.grid], **launch.arguments) for launch in launches]
+    calls = [Timed(work, clock) for work in works]
     interleave(calls, repeats)
     return [1000 * median(call.seconds) for call in calls]
 

@@ -34,6 +34,7 @@ settings.load_profile("ci")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", default="0", help="model types to sweep: all, or the seed by which a third of them is drawn")
     parser.addoption("--races", type=int, help="seed: kernels run in a harsher interpreter (`tests/sanitizer.py`)")
+    parser.addoption("--tensor-cores", action="store_true", help="fp32 as NVIDIA GPUs compute it (`tests/tensor_cores.py`)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,6 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from sanitizer import Plugin  # imports triton, which must know by now that it interprets
 
         config.pluginmanager.register(Plugin(seed))
+    if config.getoption("tensor_cores"):
+        from tensor_cores import Plugin as Emulating
+
+        config.pluginmanager.register(Emulating())
 
 
 @pytest.fixture(autouse=True)

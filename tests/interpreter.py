@@ -132,6 +132,12 @@ def _repair_index() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _copy_nothing() -> None:
+    """Tensors are where they are interpreted; all of their storage would be copied onto itself after each launch."""
+    interpreter.GridExecutor._init_args_hst = lambda self, args, named: (args, named)
+    interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
+
+
 def _patch_once() -> None:
     """Each call of a jit function from another patches `triton.language` anew, about 1 ms; once per launch is enough."""
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
@@ -164,6 +170,7 @@ if DEVICE == "cpu":
     _refuse_bf16(interpreter.ReduceOps, "reduction")
     _refuse_bf16(interpreter.ScanOps, "scan")
     _repair_index()
+    _copy_nothing()
     _patch_once()
     for option, value in (("debug", True), ("sanitize_overflow", False)):  # `device_assert` holds; for overflow see above
         object.__setattr__(interpreter.interpreter_builder.options, option, value)

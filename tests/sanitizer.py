@@ -1,12 +1,13 @@
 """A harsher interpreter for the kernel tests (`make test-races`): what only a GPU would show, found on a CPU.
 
-Programs of a launch run in random or in reversed order. Fresh memory and scratch hold NaN or numbers far out of range. Each
-access is held to the tensor that its pointer was made from, elements between a view's rows not being part of it. Two programs
-must not write different values to one place, nor one of them read what another writes; inside a program a barrier must stand
-between what one thread writes and another accesses. fp32 products are those of NVIDIA's tensor cores (`tensor_cores.py`), and
-integers must not wrap (`interpreter.py`).
+Programs of a launch run in random or in reversed order. Fresh memory, and what a launch must not expect of earlier ones
+(`stale.py`), hold NaN or numbers far out of range. Each access is held to the tensor that its pointer was made from, elements
+between a view's rows not being part of it. Two programs must not write different values to one place, nor one of them read
+what another writes; inside a program a barrier must stand between what one thread writes and another accesses. fp32 products
+are those of NVIDIA's tensor cores (`tensor_cores.py`), and integers must not wrap (`interpreter.py`).
 
-Two things it cannot see: what is wrong at sizes that no test has, and whether kernels that wait for each other by atomics do.
+What it cannot see: whether kernels that wait for each other by atomics do, and what is wrong at sizes that no test has.
+Offsets at real sizes are those of `test_real_sizes.py`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import numpy as np
 import pytest
 import torch
 from interpreter import Builder, Lines, TensorHandle, described, interpreter, lines
-from poison import spoil, spoil_fresh_memory
+from poison import spoil_fresh_memory
+from stale import spoil_stale
 from tensor_cores import Emulation
+from vast import zeros
 
 # Stands for whichever program: atomics may come in any order among themselves.
 ATOMIC = -1
@@ -36,13 +39,11 @@ class Fault(AssertionError):
     """An access that would leave the process in an unknown state: the kernel cannot go on."""
 
 
-def scratch_of(arguments: dict[str, Any]) -> tuple[str, ...]:
-    """Arguments of a launch whose contents it must not expect: scores of long start levels, and decode's partial results."""
-    if arguments.get("LONG"):
-        return ("scratch",)
-    if "scratch" in arguments and arguments["LOOKS"] > 1:
-        return ("scratch", "listed")
-    return ("OUT", "LSE") if "Q" in arguments and arguments.get("SPLITS", 1) > 1 else ()
+def last_of(grid: tuple[int, ...], blocks: int) -> list[tuple[int, ...]]:
+    """The last program of a grid, whose offsets are the largest, and of its last `blocks` the one that comes first: it works at
+    the end of the last sequence (`place_of`)."""
+    ends = [length - 1 for length in grid]
+    return list(dict.fromkeys([tuple(ends), (max(0, grid[0] - blocks), *ends[1:])] if blocks else [tuple(ends)]))
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Shadow:
         self.first, self.size = storage.data_ptr(), size
         count = storage.nbytes() // size
         self.memory = np.frombuffer((ctypes.c_uint8 * (count * size)).from_address(self.first), f"u{size}")
-        self.stored, self.loaded, self.mixed, self.readers = (np.zeros(count, np.int32) for _ in range(4))
+        self.stored, self.loaded, self.mixed, self.readers = (zeros(count, np.int32) for _ in range(4))
 
     def places(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """The places of elements at the addresses."""
@@ -109,18 +110,28 @@ class Shadow:
 class Sanitizer:
     """While it is entered, kernels run so. `found`: each fault once, the first time that it was met."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, last: bool = False) -> None:
+        """`last`: of each launch only those programs whose offsets are the largest (`last_of`); memory is left as it is."""
         self.random = random.Random(seed)
+        self.last = last
         self.found: dict[Any, str] = {}
 
     def __enter__(self) -> Sanitizer:
         self.patch = pytest.MonkeyPatch()
-        spoil_fresh_memory(self.patch)
+        if not self.last:
+            spoil_fresh_memory(self.patch)
         Emulation.start(self.patch)
         executor, convert = interpreter.GridExecutor.__call__, interpreter._implicit_cvt
 
         def launched(grid: Any, *args: Any, **kwargs: Any) -> None:
-            self._begin({**dict(zip(grid.arg_names, args, strict=False)), **kwargs})
+            arguments = {**dict(zip(grid.arg_names, args, strict=False)), **kwargs}
+            self._begin(arguments)
+            if not self.last:
+                spoil_stale(grid.fn.__name__, arguments)
+            else:
+                self.grid = (*grid.grid, 1, 1)[:3]
+                self.programs = last_of(self.grid, arguments.get("blocks", 0))
+                grid.grid = (len(self.programs),)
             executor(grid, *args, **kwargs)
 
         def converted(x: Any) -> Any:
@@ -154,8 +165,6 @@ class Sanitizer:
         for name, x in arguments.items():
             if isinstance(x, torch.Tensor):
                 self.names[x.data_ptr()].append(name)
-        for name in scratch_of(arguments):
-            spoil(arguments[name])
         tensors: dict[int, list[torch.Tensor]] = defaultdict(list)
         for x in arguments.values():
             if isinstance(x, torch.Tensor) and x.numel():
@@ -167,8 +176,11 @@ class Sanitizer:
     # order of programs
 
     def _set_grid_dim(self, original: Any, builder: Any, *shape: int) -> None:
+        if self.last:
+            shape = self.grid
+        else:
+            self.programs = [tuple(map(int, at)) for at in np.ndindex(shape)]
         original(builder, *shape)
-        self.programs = [tuple(map(int, at)) for at in np.ndindex(shape)]
         self.order = list(reversed(self.programs))
         if self.random.random() < 0.5:
             self.random.shuffle(self.order)

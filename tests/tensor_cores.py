@@ -8,6 +8,7 @@ made of them, have 22 bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -149,3 +150,13 @@ class Emulation:
         monkeypatch.setattr(Builder, "create_dot", create_dot)
         for name in ("create_exp2", "create_exp"):
             monkeypatch.setattr(Builder, name, coarse(getattr(Builder, name)))
+
+
+class Plugin:
+    """Runs each test so."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_pyfunc_call(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            Emulation.start(patch)
+            return (yield)

@@ -172,7 +172,7 @@ def test_a_dry_run_measures_everything(tmp_path: Path) -> None:
         assert {row["outcome"] for row in rows[name]} == {"passed"}
     check_calls(rows)
     check_parts(rows["profile"])
-    assert [row["kernel"] for row in rows["tune"]] == ["prefill", "prefill"]
+    assert [row["kernel"] for row in rows["tune"]] == ["prefill", "search", "decode search", "votes"]
     assert all(
         row["ms"] > 0 and row["present_ms"] > 0 and row["tile"] != row["present"] and not row["problem"] for row in rows["tune"]
     )

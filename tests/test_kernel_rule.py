@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers import eager
-from tensor_cores import Reordered
+from tensor_cores import Emulation, Plugin, Reordered
 from test_kernel_decode import step
 
 
@@ -20,3 +21,13 @@ def test_pytorch_itself_keeps_it_in_other_orders_of_summation() -> None:
             out, _ = eager(case.q, case.k, case.v, visible, dtype=torch.float32, **fields)
         broken += bool((out.double() - exact).abs().max() > tolerance)
     assert broken <= len(orders) // 20
+
+
+def test_each_test_computes_as_tensor_cores_do_if_asked_to() -> None:
+    """`--tensor-cores` holds while a test runs, and not after it."""
+    before, test = Emulation.active, Plugin().pytest_pyfunc_call()
+    next(test)
+    assert Emulation.active
+    with pytest.raises(StopIteration):
+        test.send(None)
+    assert Emulation.active == before

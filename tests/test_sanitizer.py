@@ -178,15 +178,57 @@ def test_programs_run_in_random_and_in_reversed_order() -> None:
     assert (0, 1, 2, 3) not in orders, "a seed that draws it proves nothing"
 
 
-def test_fresh_memory_and_scratch_are_spoilt() -> None:
-    scratch = torch.zeros(4)
+def test_fresh_memory_is_spoilt_once_and_scratch_before_each_launch() -> None:
+    scratch, out = torch.zeros(4), numbers(1)
     with Sanitizer(0):
         assert torch.empty(3).isnan().all()
         assert (torch.empty_like(numbers(3)) == FAR).all()
-        keep_scratch[(1,)](scratch, numbers(1), LONG=True)
-    assert scratch.isnan().all()
+        for _ in range(2):
+            scratch.zero_()
+            keep_scratch[(1,)](scratch, out, LONG=True)
+            assert scratch.isnan().all()
 
 
 @triton.jit
 def keep_scratch(scratch, out, LONG: tl.constexpr):
     tl.store(out, 1)
+
+
+@triton.jit
+def select_kernel(sequences, indices, counts, windows, made, refresh, first_program, LOOKS: tl.constexpr, STATEFUL: tl.constexpr):
+    """Which forgets to select."""
+
+
+@pytest.mark.parametrize("stateful", [True, False])
+def test_selections_of_earlier_launches_are_spoilt_where_they_are_made_anew(stateful: bool) -> None:
+    """Of five sequences at position 9: kept, too old, made for a later position, after a step of two rows, and made just now."""
+    made = torch.tensor([7, 5, 10, 9, 9], dtype=torch.int32).view(5, 1, 1)
+    sequences = torch.tensor([[0] * 5, [0] * 5, [0] * 5, [1, 1, 1, 2, 1], [9] * 5], dtype=torch.int32)
+    counts, windows, indices = torch.ones(5, 1, 1).int(), torch.ones(5, 1, 1).int(), torch.ones(5, 1, 1, 2).int()
+    with Sanitizer(0):
+        select_kernel[(5,)](sequences, indices, counts, windows, made, 4, 0, LOOKS=1, STATEFUL=stateful)
+    kept = [True, False, False, False, True] if stateful else [False] * 5
+    for x in (counts, windows, indices):
+        assert (x.view(5, -1)[:, 0] == 1).tolist() == kept
+        assert ((x == 1) | (x == FAR)).all()
+
+
+@triton.jit
+def append_kernel(table, states, built, BUILD: tl.constexpr, LEVELS: tl.constexpr):
+    """Which forgets to build."""
+
+
+@pytest.mark.parametrize("build", [True, False])
+def test_summaries_of_chunks_that_are_not_built_are_spoilt(build: bool) -> None:
+    """Of five blocks, in tiles of two: blocks, pairs, a four, and of the roots that of the first two tiles, and their parent's.
+    A launch that only merges finds what tiles were built by the one before."""
+    table, states, built = torch.zeros(1, 1, 16, 3), torch.zeros(1, 1, 8, 2), torch.tensor([[5]], dtype=torch.int32)
+    with Sanitizer(0):
+        append_kernel[(1,)](table, states, built, BUILD=build, LEVELS=1)
+    if not build:
+        assert not table.isnan().any()
+        assert not states.isnan().any()
+        return
+    blocks, pairs, fours = [0, 2, 4, 6, 8], [1, 5], [3]
+    assert (~table[0, 0].isnan().any(1)).nonzero().flatten().tolist() == sorted([*blocks, *pairs, *fours])
+    assert (~states[0, 0].isnan().any(1)).nonzero().flatten().tolist() == [0, 1, 2]

@@ -287,6 +287,21 @@ def test_full_memory_says_nothing_of_the_kernels(self_test: SelfTest) -> None:
     assert trust.verdict(CPU, Heads(), checks.SPARSE) == ""
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_check_says_if_the_gpu_is_lost_to_the_process(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an access out of range each call of CUDA repeats the error, until the process ends."""
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setitem(checks.CHECKS, "prompt", (checks.SPARSE, fail))
+    monkeypatch.setattr(torch.cuda, "synchronize", (lambda device: None) if answers else fail)
+    problem = checks.check("prompt", Heads(), GPU, SMALL).problem
+    assert "illegal memory access" in problem
+    assert ("this process can use the GPU no more" in problem) == (not answers)
+
+
 def test_one_thread_tests_and_the_others_wait(self_test: SelfTest) -> None:
     threads = [threading.Thread(target=trust.verdict, args=(CPU, Heads(), checks.SPARSE)) for _ in range(8)]
     for thread in threads:

@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from hip_hf.kernels import wgmma
 from hip_hf.kernels.compiled import MODULES, Launch
 from hip_hf.shown import said
 
@@ -35,8 +36,13 @@ SHARED = {
 INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mfma": r"\bv_mfma", "mma.sync": r"\bmma\.sync"}
 MATRIX = {"sm90": ("wgmma", "mma.sync"), "sm100": ("tcgen05", "mma.sync"), "gfx942": ("mfma",)}
 MATRIX_ELSE = ("mma.sync",)
+# Where the machine code of sm90 waits for its tensor cores.
+WAIT = "WARPGROUP.DEPBAR"
 # A product of matrices in Triton's own code for NVIDIA.
 PRODUCT = r"\btt\.dot |\bttng\.(warp_group_dot|tc_gen5_mma) "
+# Loads that run beside the work, in that code; from so many stages on there must be some.
+COPY = r"\basync_copy_global_to_local\b|\basync_tma_(copy|gather)"
+STAGES_COPIED = 2
 # Fewer buffers than this may all be waited for before the next load.
 STAGES_AHEAD = 3
 
@@ -45,6 +51,8 @@ STAGES_AHEAD = 3
 class Spent:
     """What one kernel spends on one target. `shared` in bytes; `spilled` in bytes of stack a thread (NVIDIA) or registers
     (AMD); `matrix`: matrix instructions of the kind that the target is fast with; `path`: the fastest kind that is there.
+    `per_wait`: instructions of sm90's tensor cores for each time that the program waits for them; None where there are none.
+    `uncopied`: loops that multiply what no load has fetched beside the work; None where one stage was asked for, and on AMD.
     `ahead`: asynchronous loads that are left in flight while a loop multiplies, the fewest of all loops; None where fewer than
     three stages were asked for, and on AMD. `code` and `launch`: names for what was compiled (`Launch.code`, `Launch.digest`).
     `problem`: why it must not be released, or empty."""
@@ -61,6 +69,8 @@ class Spent:
     warps: int = 0
     matrix: int = 0
     path: str = ""
+    per_wait: float | None = None
+    uncopied: int | None = None
     ahead: int | None = None
     seconds: float = 0.0
     problem: str = ""
@@ -133,23 +143,28 @@ def _told(tool: str, *arguments: str, binary: bytes) -> str:
 def serialised(ptx: str, machine_code: str) -> bool:
     """Whether the tensor cores of sm90 wait more often than they were told to: ptxas makes them wait after each of their
     instructions (it calls that C7515) where it cannot tell that nothing else touches the sums meanwhile."""
-    return machine_code.count("WARPGROUP.DEPBAR") > len(re.findall(r"wgmma\.wait_group", ptx))
+    return machine_code.count(WAIT) > len(re.findall(r"wgmma\.wait_group", ptx))
 
 
-def in_flight(ttgir: str) -> int:
-    """Asynchronous loads that are left in flight at the waits of a loop with matrix products: the fewest of all such loops."""
-    fewest: list[int] = []
+def product_loops(ttgir: str) -> list[str]:
+    """The loops with matrix products."""
+    found: list[str] = []
     inside: list[tuple[str, list[str]]] = []  # of the loops around a line: their indentation and their lines
     for line in ttgir.splitlines():
         if inside and line.startswith(f"{inside[-1][0]}}}"):
             text = "\n".join(inside.pop()[1])
             if re.search(PRODUCT, text):
-                fewest.append(min(map(int, re.findall(r"async_wait\b.*\bnum = (\d+)", text)), default=0))
+                found.append(text)
         elif re.search(r"\bscf\.for\b", line):
             inside.append((line[: len(line) - len(line.lstrip())], []))
         elif inside:
             inside[-1][1].append(line)
-    return min(fewest, default=0)
+    return found
+
+
+def in_flight(loops: Sequence[str]) -> int:
+    """Asynchronous loads that are left in flight at the waits of a loop: the fewest of all `loops`."""
+    return min((min(map(int, re.findall(r"async_wait\b.*\bnum = (\d+)", text)), default=0) for text in loops), default=0)
 
 
 def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
@@ -179,11 +194,20 @@ def _fault(row: Spent, launch: Launch, compiled: Any) -> str:
         return f"does not fit into {SHARED[row.target]} bytes of shared memory"
     if launch.tensor_cores and not row.matrix:
         return "no tensor cores"
-    if row.path == "wgmma" and serialised(compiled.asm["ptx"], _told("nvdisasm", "-c", binary=compiled.asm["cubin"])):
-        return "tensor cores wait for each instruction"
-    if gpu_target(row.target).backend == "cuda" and launch.arguments.get("num_stages", 1) >= STAGES_AHEAD:
-        row.ahead = in_flight(compiled.asm["ttgir"])
-        if not row.ahead:
+    if row.path == "wgmma":
+        machine_code = _told("nvdisasm", "-c", binary=compiled.asm["cubin"])
+        row.per_wait = round(machine_code.count("HGMMA") / max(1, machine_code.count(WAIT)), 2)
+        if wgmma.touched(compiled.asm["ptx"]):
+            return "touches what the tensor cores work on"
+        if serialised(compiled.asm["ptx"], machine_code):
+            return "tensor cores wait for each instruction"
+    stages = launch.arguments.get("num_stages", 1)
+    if gpu_target(row.target).backend == "cuda" and stages >= STAGES_COPIED:
+        loops = product_loops(compiled.asm["ttgir"])
+        row.uncopied = sum(not re.search(COPY, text) for text in loops)
+        if stages >= STAGES_AHEAD:
+            row.ahead = in_flight(loops)
+        if row.ahead == 0 or row.uncopied == len(loops):
             return "loads nothing ahead"
     return ""
 

@@ -293,6 +293,18 @@ CHECKS: dict[str, tuple[str, Callable[[Trial], None]]] = {
 }
 
 
+def lost(device: torch.device) -> str:
+    """What to say where the process can use a GPU no more: a kernel that reads or writes outside of its tensors leaves it no
+    context, so that even dense attention fails there until it ends. Empty where the device still answers."""
+    if device.type != "cuda":
+        return ""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return ' (this process can use the GPU no more: start anew with backend="torch" or method="dense")'
+    return ""
+
+
 def check(name: str, heads: Heads, device: torch.device, config: HiPConfig, backend: str = "triton") -> Found:
     """Run one of `CHECKS` on a backend. What it raises becomes its `problem`, but for want of memory, which says nothing of the
     kernels.
@@ -308,7 +320,7 @@ def check(name: str, heads: Heads, device: torch.device, config: HiPConfig, back
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers, drivers and launches have no common type
-        found.error, found.problem = float("inf"), said(error)
+        found.error, found.problem = float("inf"), said(error) + lost(device)
     else:
         found.error = trial.error
         if not trial.error <= 1:

@@ -130,20 +130,22 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
         wanted = SearchTile(32, 16, 16) if votes < FEWEST_ROWS else SearchTile(32, 32, 32)
     if votes > wanted.rows and target != "sm90":  # the loop over tiles takes registers as well
         wanted = replace(wanted, features_last=16)
-    divisor = dim & -dim  # a part of the head dim that is no divisor of it costs masks
-    return replace(
-        wanted,
-        features=max(16, min(wanted.features, divisor)),
-        features_last=max(16, min(wanted.features_last, divisor)),
-    )
+    return fitted(wanted, dim)
+
+
+def fitted(tile: SearchTile, dim: int) -> SearchTile:
+    """With parts of the head dim that divide it: others cost masks."""
+    features, features_last = (max(16, min(part, dim & -dim)) for part in (tile.features, tile.features_last))
+    return replace(tile, features=features, features_last=features_last)
 
 
 def constants(
     config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str, stateful: bool,
-    positions: Positions | None = None, looks: int = 1,
+    positions: Positions | None = None, looks: int = 1, shape: SearchTile | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compile-time arguments of the search. `group`: query heads per key head; `most_keys`: a bound on a sequence's keys;
-    `stateful`: decode steps whose selections are kept; `looks`: programs that may share an exact look."""
+    `stateful`: decode steps whose selections are kept; `looks`: programs that may share an exact look; `shape`: its launch, if
+    not what `search_tile` gives."""
     budget, bk = config.budget_blocks, config.block_k
     keep, most = config.beam_blocks, 2 * config.beam_blocks
     rescore = config.rescore_blocks > 0
@@ -158,7 +160,8 @@ def constants(
     voting = Voting.of(config, group, block_q, positions is not None)
     # votes that were put side by side are those of one head
     heads, samples = (1, voting.slots) if voting.chosen else (voting.voters, voting.slots // voting.voters)
-    shape = search_tile(target, dim, dtype, positions is not None and positions.chunk_indexed, 2 * kept, voting.slots)
+    indexed = positions is not None and positions.chunk_indexed
+    shape = fitted(shape, dim) if shape else search_tile(target, dim, dtype, indexed, 2 * kept, voting.slots)
     rows = max(16, min(power_of_two(voting.slots), shape.rows, shape.rows * CANDIDATES // (2 * kept)))
     if not (stateful and rescore) or long:
         looks = 1
@@ -218,16 +221,17 @@ def select(
     logits: Logits,
     block_q: int,
     into: Selection,
+    shape: SearchTile | None = None,
 ) -> None:
-    """Fill `into` for all query blocks of `block_q` rows (1 in decode).
+    """Fill `into` for all query blocks of `block_q` rows (1 in decode). `shape`: a launch to try.
 
     q `[B, Hq, Tq, D]` fp16, bf16 or fp32; table `[S, Hkv, rows, width]` as `pyramid.py` makes it; nothing waits for the device.
     """
     blocks, heads = sequences.blocks(block_q), into.counts.shape[1]
     programs = at_once = blocks * heads * sequences.count
     looks = looks_for(programs, config.block_k, processors(q))
-    shape = (q.shape[1] // kv.heads, q.shape[-1], q.dtype, block_q, sequences.max_keys)
-    fixed = constants(config, *shape, target_of(q), into.made is not None, logits.positions, looks)
+    call = (q.shape[1] // kv.heads, q.shape[-1], q.dtype, block_q, sequences.max_keys)
+    fixed = constants(config, *call, target_of(q), into.made is not None, logits.positions, looks, shape)
     scratch, listed, stride_scratch = into.counts, into.counts, 0
     if fixed["LONG"]:
         stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])

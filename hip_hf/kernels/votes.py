@@ -24,7 +24,7 @@ from hip_hf.kernels.rotation import partner, placed_queries, rotation, turned
 from hip_hf.kernels.sequences import GROWING, Sequences, always_read, load_sequence, query_block, still_serves, window_start
 from hip_hf.kernels.tiles import LN2, LOG2E, scaled
 from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, tile
-from hip_hf.kernels.tuning import power_of_two, precision_of, target_of, tile_of
+from hip_hf.kernels.tuning import Tile, power_of_two, precision_of, target_of, tile_of
 from hip_hf.methods import need as by_need
 
 if TYPE_CHECKING:
@@ -289,14 +289,14 @@ class Voting:
 
 def need_arguments(
     q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, block_q: int,
-    made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, target: str | None = None,
+    made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, target: str | None = None, shape: Tile | None = None,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
-    """Grid and arguments of `need_kernel`. `made`: as a `Selection` keeps it; `target`: not that of q's device."""
+    """Grid and arguments of `need_kernel`. `made`: as a `Selection` keeps it; `target`, `shape`: not those of q's device."""
     dim, group = q.shape[-1], q.shape[1] // kv.heads
     voting = Voting.of(config, group, block_q, logits.positions is not None)
     # attention's tiles, which hold values besides
     kernel = configuration("decode" if block_q == 1 else "prefill", logits)
-    shape = tile_of(kernel, target or target_of(q), dim, dim, q.dtype)
+    shape = shape or tile_of(kernel, target or target_of(q), dim, dim, q.dtype)
     if logits.positions is not None:  # queries are turned three times, keys as well: what waits to be used must be little
         shape = replace(shape, keys=max(FEWEST_KEYS, shape.keys // 2), stages=1)
     elif kv.page_size:  # keys wait for the number of their page, which is looked up in the same turn
