@@ -362,6 +362,8 @@ class HiPCache(DynamicCache):
         Raises:
             MemoryError, ValueError: as `PagedLayer.update`; and where a sliding layer before it has forgotten what it held.
         """
+        if torch.compiler.is_compiling():
+            return _update_outside_of_graphs(self, key_states, value_states, layer_idx, *args, **kwargs)
         self._check_lengths(layer_idx, key_states.shape[2])
         with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -398,3 +400,7 @@ class HiPCache(DynamicCache):
         memo[id(self)] = other
         other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return other
+
+
+# A graph breaks here, rather than at each place within that Dynamo cannot follow: pages are laid out on the host.
+_update_outside_of_graphs = torch.compiler.disable(HiPCache.update)

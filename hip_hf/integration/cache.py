@@ -55,10 +55,10 @@ class Stateful:
 
     def stated(self, keys: torch.Tensor) -> torch.Tensor:
         """The keys to return, with the state attached."""
+        setattr(keys, STATE, self.hip_state)
         if torch.compiler.is_compiling():
             setattr(keys, NUMBER, self.hip_state.number)
         else:
-            setattr(keys, STATE, self.hip_state)
             _newest.state = self.hip_state
         return keys
 

@@ -113,6 +113,10 @@ def attend_layer(
         if in_graph.serves(query, key):
             given = (scaling, sliding_window, softcap, s_aux, is_causal, method, unrotated)
             return in_graph.attention(module, query, key, value, attention_mask, *given), None
+    if torch.compiler.is_compiling():
+        fields: dict[str, Any] = dict(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
+        fields |= dict(is_causal=is_causal, method=method, unrotated=unrotated, **kwargs)
+        return _outside_of_graphs(module, query, key, value, attention_mask, **fields)
     settings = layer_settings(module, method)
     layer: Any = layer_index(module)
     if attention_mask is not None:
@@ -157,6 +161,10 @@ def attend_layer(
             _warn_once(layer, result.reason)
     module.__dict__["_hip_call"] = call
     return out.transpose(1, 2).contiguous(), None
+
+
+# A graph breaks here, rather than at each place within that Dynamo cannot follow.
+_outside_of_graphs = torch.compiler.disable(attention_forward)
 
 
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
