@@ -48,10 +48,16 @@ def _way(
     device: torch.device,
     rest: tuple[float, int | None, float | None],
 ) -> tuple[str, bool]:
-    """The layer's settings, whose text is `raw`, for a cache of `keys` slots, and whether they are dense for all that it can
-    hold; no settings where the kernels do not serve such a step."""
+    """The layer's settings, as text, and whether they are dense for all that a cache of `keys` slots can hold; no text where the
+    kernels do not serve such a step.
+
+    Args:
+        raw: the settings in the model's config, for the graph to be guarded by.
+        heads: of queries and of keys. dims: of keys and of values. rest: scale, sliding window and softcap.
+    """
     settings = layer_settings(module, method)
-    q, k, v = (torch.empty(1, h, 1, d, dtype=dtype, device=device) for h, d in zip((*heads, heads[1]), (dims[0], *dims), strict=True))
+    shapes = (heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1])
+    q, k, v = (torch.empty(1, count, 1, dim, dtype=dtype, device=device) for count, dim in shapes)
     problem = AttentionProblem(q, k, v, (Span(0, 0, keys, 0, 1, keys - 1),), *rest)
     if not kernels_wanted(problem, settings) or settings.extend is not None:
         return "", False
@@ -75,7 +81,7 @@ def step(
 ) -> torch.Tensor | None:
     """Attention of one query row a sequence, `[B, 1, Hq, Dv]`; NaN for a sequence with a hole. None where the host has to decide:
     the cache is not a static one, the kernels do not serve it, or have not done so with a prompt of its length so far."""
-    if not hasattr(key, NUMBER) or query.shape[2] != 1 or mask.dtype != torch.int32:
+    if getattr(key, NUMBER, None) is None or query.shape[2] != 1 or mask.dtype != torch.int32:
         return None
     rest = (query.shape[3] ** -0.5 if scale is None else scale, sliding_window, softcap)
     heads, dims = (query.shape[1], key.shape[1]), (query.shape[3], value.shape[3])

@@ -73,7 +73,7 @@ def serves(query: torch.Tensor, key: torch.Tensor) -> bool:
         return False
     if hasattr(key, KIND):  # of a `HiPCache`, which tells a graph of no number
         return False
-    return not (hasattr(key, NUMBER) and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
+    return not (getattr(key, NUMBER, None) is not None and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
 
 
 def attention(
@@ -95,7 +95,7 @@ def attention(
     if ours:
         sliding_window = mask._hip_window  # type: ignore[union-attr]
     unmasked = mask._hip_unmasked if ours else None  # type: ignore[union-attr]
-    learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks))
     if ours and is_causal and not unrotated and not learning:
         out = step(module, query, key, value, mask, sinks, scale, sliding_window, softcap, method)  # type: ignore[arg-type]
         if out is not None:
@@ -203,8 +203,8 @@ def layer_backward(
     unrotated: bool,
     unmasked: int | None,
 ) -> list[torch.Tensor]:
-    """Gradients of query, key, value and, where there are any, sinks, from that of what `layer` gave, which is computed once more:
-    a graph could not keep what it has selected."""
+    """Gradients of query, key, value and, where there are any, sinks, from that of what `layer` gave. This is computed once more:
+    a graph could not keep what was selected."""
     said = None
     if mask is not None:
         mask = mask.view_as(mask)

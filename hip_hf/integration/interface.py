@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
 from hip_hf.integration import changes, paged, reach
-from hip_hf.integration.cache import CUT_OFF, cache_kind, cut_off, install, state_of
+from hip_hf.integration.cache import CUT_OFF, cache_kind, cut_off, install, outside_of_graphs, state_of
 from hip_hf.integration.holes import attend_runs, few_before, mask_runs
 from hip_hf.integration.masks import (
     check_mask,
@@ -116,7 +116,7 @@ def attend_layer(
     if torch.compiler.is_compiling():
         fields: dict[str, Any] = dict(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
         fields |= dict(is_causal=is_causal, method=method, unrotated=unrotated, **kwargs)
-        return _outside_of_graphs(module, query, key, value, attention_mask, **fields)
+        return outside_of_graphs(attention_forward, module, query, key, value, attention_mask, **fields)
     settings = layer_settings(module, method)
     layer: Any = layer_index(module)
     if attention_mask is not None:
@@ -161,10 +161,6 @@ def attend_layer(
             _warn_once(layer, result.reason)
     module.__dict__["_hip_call"] = call
     return out.transpose(1, 2).contiguous(), None
-
-
-# A graph breaks here, rather than at each place within that Dynamo cannot follow.
-_outside_of_graphs = torch.compiler.disable(attention_forward)
 
 
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
