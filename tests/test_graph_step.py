@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="the models of this file are on the CPU, where only the interpreter runs kernels"),
 ]
 
-LENGTHS, STEPS, REFRESH = [64, 37], 4, 2
+LENGTHS, ROOM, STEPS, REFRESH = [64, 37], 16, 4, 2
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +64,13 @@ def test_a_step_is_the_same_launches_whatever_is_due(launches: list[tuple[Any, .
     forward = torch.compile(model, backend=once, fullgraph=True)
     batch, caches = make_batch(LENGTHS), []
     for _ in range(2):
-        caches.append(StaticCache(config=model.config, max_cache_len=LENGTHS[0] + 16))
+        caches.append(StaticCache(config=model.config, max_cache_len=LENGTHS[0] + ROOM))
         with torch.no_grad():
             model(**batch, past_key_values=caches[-1])
     assert paths(model) == ["dense", "sparse"]
-    mask, seen = batch["attention_mask"], []
+    # of all slots: a mask that grows would be a graph that is made anew
+    mask, seen = torch.cat([batch["attention_mask"], torch.ones(2, ROOM, dtype=torch.long)], dim=1), []
     for step in range(STEPS + 1):
-        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
         given = {"input_ids": torch.tensor([[5 + step], [6 + step]]), "attention_mask": mask}
         given["position_ids"] = torch.tensor(LENGTHS)[:, None] + step
         with torch.no_grad():
