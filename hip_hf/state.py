@@ -95,6 +95,16 @@ class DecodeState:
             return self
         return self._others.setdefault(layer, DecodeState())
 
+    def known(self, layer: int | None) -> DecodeState | None:
+        """What `of_layer` would give, if the layer has asked before."""
+        return self if layer is None or layer == self._layer else self._others.get(layer)
+
+    def stepping(self, text: str, batch: int) -> bool:
+        """Whether all that a step of `batch` rows needs is on the device, made with the settings of this `text`."""
+        if self.device is None or not self.device.even or len(self.rows) != batch or self.device.batch != batch:
+            return False
+        return self._owner[0].text == text and all(row.on_device for row in self.rows.values())
+
     def reset(self) -> None:
         """Forget everything."""
         self.rows, self.device = {}, None
@@ -122,9 +132,9 @@ class DecodeState:
             other.crop(length)
         for batch, row in self.rows.items():
             kept = max(0, length - row.key_start)
+            if row.on_device:  # whose steps in a graph have not come to be known here
+                self.device.crop(batch, kept)
             if kept < row.position:
-                if row.on_device:
-                    self.device.crop(batch, kept)
                 if row.pyramid is not None and row.pyramid.blocks * row.pyramid.block_k > kept:
                     if row.pyramid.shared:
                         row.pyramid = row.pyramid.copy()

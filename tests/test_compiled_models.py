@@ -58,8 +58,16 @@ def decoded(model: PreTrainedModel, forward: Any, cache: StaticCache) -> tuple[l
             logits.append(forward(IDS[:, step : step + 1], past_key_values=cache).logits)
         assert paths(model) == ["sparse", "sparse"]
         assert {row.cache for row in hip_hf.explain(model)} == {"kept state"}
-        selected += {layer.hip_state.rows[0].selection.position for layer in cache.layers}
+        selected += {made_for(layer.hip_state) for layer in cache.layers}
     return logits, selected
+
+
+def made_for(state: hip_hf.DecodeState) -> int:
+    """The position that the selection was made for; where kernels keep it the device knows, and the host need not."""
+    if state.device is None:
+        return state.rows[0].selection.position
+    (position,) = set(state.device.selection.made.flatten().tolist())
+    return position
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
@@ -72,7 +80,8 @@ def test_attention_breaks_no_graph(backend: str, patched: bool) -> None:
     with torch.no_grad():
         found = torch._dynamo.explain(lambda ids: model(ids, past_key_values=cache).logits)(IDS[:, :1])
     assert (found.graph_count, found.graph_break_count) == (1, 0)
-    assert [node.target for node in found.graphs[0].graph.nodes].count(torch.ops.hip_hf.layer.default) == 2
+    operator = torch.ops.hip_hf.layer if backend == "torch" else torch.ops.hip_hf.decode_step
+    assert [node.target for node in found.graphs[0].graph.nodes].count(operator.default) == 2
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.kernels)])
@@ -85,6 +94,61 @@ def test_a_compiled_step_gives_what_a_plain_one_gives(backend: str) -> None:
         want, expected = decoded(model, model, filled(model))
         assert all(map(torch.equal, got, want))
         assert selected == expected == [PROMPT + step // REFRESH * REFRESH for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_compiled_prompt_gives_what_a_plain_one_gives(chunks: int) -> None:
+    """It is sparse, all at once or in chunks, and a later step goes on from it. No settings had been looked at before."""
+    model = make_model("llama", decode_refresh=REFRESH)
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True)
+    caches = [StaticCache(config=model.config, max_cache_len=PROMPT + 40) for _ in range(2)]
+    for ids in IDS.chunk(chunks, dim=1):
+        with torch.no_grad():
+            got = forward(ids, past_key_values=caches[0]).logits
+            assert paths(model) == ["sparse", "sparse"]
+            want = model(ids, past_key_values=caches[1]).logits
+        assert torch.equal(got, want)
+    assert [layer.hip_state.rows[0].position for layer in caches[0].layers] == [PROMPT, PROMPT]
+    assert torch.equal(*(model(IDS[:, :1], past_key_values=cache).logits for cache in caches))
+
+
+def test_settings_are_looked_at_as_a_graph_is_made() -> None:
+    model = make_model("llama")
+    model.config.hip["budget"] = -3
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT)
+    with pytest.raises(Exception, match=r"HiPConfig.budget: got -3, allowed"):
+        torch.compile(model, backend="eager")(IDS, past_key_values=cache)
+    assert not cache.layers[0].is_initialized
+
+
+@pytest.mark.parametrize("settings", [{}, {"delta": 16}], ids=["sparse", "dense where gradients are asked for"])
+def test_gradients_break_no_graph(settings: dict[str, Any]) -> None:
+    """They are those without a graph, to the bit; padding is read in the backward pass as well."""
+    model, batch = make_model("llama", **settings), make_batch([PROMPT, 71])
+
+    def learnt(forward: Any) -> tuple[torch.Tensor, ...]:
+        model.zero_grad()
+        logits = forward(**batch, use_cache=False).logits
+        (logits * batch["attention_mask"][..., None]).square().sum().backward()
+        return logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())
+
+    got = learnt(compiled(model))
+    assert paths(model) == [("dense" if settings else "sparse")] * 2
+    assert all(map(torch.equal, got, learnt(model)))
+
+
+def test_a_hip_cache_breaks_graphs_a_known_number_of_times() -> None:
+    """Where it is updated: four frames of each layer are left for that. More would be places within that Dynamo cannot follow."""
+    model = make_model("llama")
+    cache, other = (hip_hf.HiPCache(model.config) for _ in range(2))
+    with torch.no_grad():
+        found = torch._dynamo.explain(lambda ids: model(ids, past_key_values=cache).logits)(IDS)
+        assert found.graph_break_count == 4 * 2
+        assert all("outside_of_graphs" in reason.reason for reason in found.break_reasons)
+        model(IDS, past_key_values=other)
+        step = torch.compile(model, backend="eager")(IDS[:, :1], past_key_values=cache).logits
+        assert paths(model) == ["sparse", "sparse"]
+        assert torch.equal(step, model(IDS[:, :1], past_key_values=other).logits)
 
 
 def test_a_copy_of_a_cache_goes_on_by_itself() -> None:

@@ -28,10 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hip_hf
+from hip_hf import DecodeState, hip_attention
 from hip_hf import paged as paged_keys
 from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig
 from hip_hf.integration import interface, masks, packed, paged
+from hip_hf.integration.graph_step import table_of
+from hip_hf.kernels import ops
 from hip_hf.paged import BlockTable
 from hip_hf.patches import base
 from hip_hf.problem import AttentionProblem
@@ -211,7 +214,7 @@ def test_python_calls(batch: int) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind", ["plain", "patched"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_waits_for_the_device(
     kind: str,
     padded: bool,
@@ -219,17 +222,19 @@ def test_nothing_waits_for_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither a prompt, nor a step that selects, nor one that does not. What a padding mask says is read once a forward: a few
-    numbers a sequence. (`generate` of Transformers waits once a step as well, to see whether all sequences have ended.)"""
-    starts, read = [0, 37], []
+    numbers a sequence, and so is how far a static cache is filled. (`generate` of Transformers waits once a step as well, to see
+    whether all sequences have ended.)"""
+    starts, read, slots = [0, 37 * padded], [], PROMPT + 100
 
     def extents(mask: torch.Tensor) -> list[list[int]]:
         """In place of `_extents`, which has no numbers to read here."""
         read.append(mask.shape[-1])
-        return [[read[-1] - start, start, read[-1], start - (read[-1] - 1), 0] for start in starts]
+        return [[keys - start, start, keys, start - (keys - 1), 0] for start in starts]
 
     monkeypatch.setattr(masks, "_extents", extents)
     with torch.device(GPU), torch.no_grad():
-        model, cache = llama(), None
+        model = llama()
+        cache = StaticCache(config=model.config, max_cache_len=slots) if kind == "static" else None
         if kind == "patched":
             hip_hf.patch(model)
         for keys, rows, launched in (
@@ -245,7 +250,23 @@ def test_nothing_waits_for_the_device(
             cache = out.past_key_values
             assert out.logits.device == GPU
             assert len(launches) == 2 * launched
-            assert read == [keys] * padded
+            asked = padded or (kind == "static" and rows == 1)
+            assert read == [slots if kind == "static" else keys] * asked
+
+
+def test_a_step_for_a_cuda_graph_waits_for_nothing(launches: list[str]) -> None:  # noqa: F811
+    """Not for its mask either. It launches what a step that selects does."""
+    config, state, batch = HiPConfig(**FIELDS), DecodeState(), 2
+    with torch.device(GPU), torch.no_grad():
+        q, k, v = (torch.randn(batch, heads, PROMPT, 32, dtype=torch.bfloat16) for heads in (4, 2, 2))
+        hip_attention(q, k, v, config=config, state=state)
+        launches.clear()
+        mask = torch.ones(batch, PROMPT, dtype=torch.long)
+        table, _ = table_of(masks.hip_mask(batch, 1, PROMPT, PROMPT - 1, 0, masks.causal_mask_function, mask, device=GPU))
+        run = ops.decode_step._init_fn  # a fake tensor would not get beyond the operator
+        out = run(q[:, :, -1:], k, v, None, table, *state.device.tensors(), config.text, 0.125, None, None)
+    assert out.shape == (batch, 1, 4, 32)
+    assert len(launches) == SELECTING_LAUNCHES
 
 
 def test_continuous_batching_waits_three_times_a_forward(

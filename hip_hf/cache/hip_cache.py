@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 
 from hip_hf.cache.offload import OFFLOADS, OffloadedStore, Statistics, statistics
 from hip_hf.cache.pool import PAGE, PagePool
-from hip_hf.integration.cache import CUT_OFF, KIND, Stateful, at_defaults, cut_off
+from hip_hf.integration.cache import CUT_OFF, KIND, Stateful, at_defaults, cut_off, outside_of_graphs
 from hip_hf.integration.positions import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
 from hip_hf.integration.undo import all_or_none, unfinished
@@ -39,8 +39,6 @@ class PagedLayer(Stateful, DynamicLayer):
         self.unrotated = False  # whether the keys are as they were before RoPE
         self.rope: Rope | None = None  # of the model, once keys have had to be turned back
         super().__init__()
-
-    # `keys` and `values` are attributes of other layers; here they are gathered when asked for.
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -362,6 +360,8 @@ class HiPCache(DynamicCache):
         Raises:
             MemoryError, ValueError: as `PagedLayer.update`; and where a sliding layer before it has forgotten what it held.
         """
+        if torch.compiler.is_compiling():
+            return outside_of_graphs(HiPCache.update, self, key_states, value_states, layer_idx, *args, **kwargs)
         self._check_lengths(layer_idx, key_states.shape[2])
         with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)

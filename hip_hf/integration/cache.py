@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,10 +56,10 @@ class Stateful:
 
     def stated(self, keys: torch.Tensor) -> torch.Tensor:
         """The keys to return, with the state attached."""
+        setattr(keys, STATE, self.hip_state)
         if torch.compiler.is_compiling():
             setattr(keys, NUMBER, self.hip_state.number)
         else:
-            setattr(keys, STATE, self.hip_state)
             _newest.state = self.hip_state
         return keys
 
@@ -110,6 +111,12 @@ def cache_kind(keys: torch.Tensor, state: DecodeState | None, rows: int) -> str:
     if state is not None:
         return getattr(keys, KIND, "kept state")
     return "none" if keys.shape[2] == rows else "stateless"
+
+
+@torch.compiler.disable
+def outside_of_graphs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function in whose place a graph of `torch.compile` breaks, rather than wherever in it Dynamo cannot go on."""
+    return function(*args, **kwargs)
 
 
 def at_defaults(arguments: dict[str, Any]) -> bool:

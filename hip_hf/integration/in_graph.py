@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hip_hf.integration.cache import NUMBER, STATE
+from hip_hf.integration.cache import KIND, NUMBER, STATE
+from hip_hf.integration.graph_step import step
 from hip_hf.integration.settings import layer_index
 from hip_hf.paged import PagedTensor
 from hip_hf.problem import exporting
@@ -66,11 +67,13 @@ def number_of(module: nn.Module) -> int:
 
 
 def serves(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether a call is part of a graph that `torch.compile` makes, and the operator can stand for it: nobody asks for gradients,
-    and the keys `[B, Hkv, Tk, D]` are an ordinary tensor."""
+    """Whether a call is part of a graph that `torch.compile` makes, and the operator can stand for it: the keys `[B, Hkv, Tk, D]`
+    are an ordinary tensor, and nobody asks for gradients through a cache."""
     if not torch.compiler.is_compiling() or exporting() or isinstance(key, PagedTensor) or not _TAGS:
         return False
-    return not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
+    if hasattr(key, KIND):  # of a `HiPCache`, which tells a graph of no number
+        return False
+    return not (getattr(key, NUMBER, None) is not None and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
 
 
 def attention(
@@ -92,9 +95,14 @@ def attention(
     if ours:
         sliding_window = mask._hip_window  # type: ignore[union-attr]
     unmasked = mask._hip_unmasked if ours else None  # type: ignore[union-attr]
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks))
+    if ours and is_causal and not unrotated and not learning:
+        out = step(module, query, key, value, mask, sinks, scale, sliding_window, softcap, method)  # type: ignore[arg-type]
+        if out is not None:
+            return out
     state = getattr(key, NUMBER, None)
     rest = (scale, sliding_window, softcap, is_causal, method, unrotated, unmasked)
-    return layer(query, key, value, mask, sinks, state, number_of(module), *rest)
+    return layer(query, key, value, mask, sinks, state, learning, number_of(module), *rest)
 
 
 @torch.library.custom_op("hip_hf::layer", mutates_args=(), **_TAGS)
@@ -105,6 +113,7 @@ def layer(
     mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
     state: torch.Tensor | None,
+    learning: bool,
     number: int,
     scale: float | None,
     sliding_window: int | None,
@@ -115,23 +124,118 @@ def layer(
     unmasked: int | None,
 ) -> torch.Tensor:
     """Attention of the layer with this `number`: `[B, Tq, Hq, Dv]`. `state`: int64, the number of its cache's state, on the host.
-    `unmasked`: of a mask of ours what it says (`masks.py`), else None."""
-    from hip_hf.integration.interface import attend_layer
-
-    # other objects: what is attached to them, and worked out from it, is of this call, though a graph may use tensors again
+    `learning`: gradients will be asked for. `unmasked`: of a mask of ours what it says (`masks.py`), else None."""
+    # another object: what is attached to it is of this call, though a graph may use tensors again
     key = key.view_as(key)
     if state is not None:
         setattr(key, STATE, numbered_state(state))
+    said = None
     if mask is not None:
         mask = mask.view_as(mask)
         if unmasked is not None:
-            mask._hip_window, mask._hip_unmasked = sliding_window, unmasked  # type: ignore[attr-defined]
-            mask._hip_spans = _forward.spans_of(_layers[number], mask)  # type: ignore[attr-defined]
+            said = sliding_window, unmasked, _forward.spans_of(_layers[number], mask)
+    rest = (said, scale, sliding_window, softcap, is_causal, method, unrotated)
+    if learning:  # some methods go another way then, and the backward pass goes the same
+        return _followed(number, query, key, value, mask, sinks, *rest)[0].detach()
+    return _attend(number, query, key, value, mask, sinks, *rest)
+
+
+def _attend(
+    number: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    said: tuple[int | None, int, dict[int, Any]] | None,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    is_causal: bool | None,
+    method: str | None,
+    unrotated: bool,
+) -> torch.Tensor:
+    """`layer` outside of a graph. `said`: what is attached to a mask of ours, in the order of `masks.hip_mask`."""
+    from hip_hf.integration.interface import attend_layer
+
+    if said is not None:
+        mask._hip_window, mask._hip_unmasked, mask._hip_spans = said  # type: ignore[union-attr]
     fields: dict[str, Any] = dict(scaling=scale, sliding_window=sliding_window, softcap=softcap, s_aux=sinks, is_causal=is_causal)
     return attend_layer(_layers[number], query, key, value, mask, **fields, method=method, unrotated=unrotated)[0]
+
+
+def _followed(
+    number: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    *rest: Any,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`_attend`, followed by autograd, from which an operator's own computations are hidden otherwise; and what of query, key,
+    value and sinks there is, as autograd knows it."""
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+        given = [x.detach().requires_grad_() for x in (query, key, value, sinks) if x is not None]
+        return _attend(number, *given[:3], mask, None if sinks is None else given[3], *rest), given
 
 
 @layer.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
     batch, heads, rows, _ = query.shape
     return query.new_empty(batch, rows, heads, value.shape[-1])
+
+
+@torch.library.custom_op("hip_hf::layer_backward", mutates_args=(), **_TAGS)
+def layer_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    number: int,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    is_causal: bool | None,
+    method: str | None,
+    unrotated: bool,
+    unmasked: int | None,
+) -> list[torch.Tensor]:
+    """Gradients of query, key, value and, where there are any, sinks, from that of what `layer` gave. This is computed once more:
+    a graph could not keep what was selected."""
+    said = None
+    if mask is not None:
+        mask = mask.view_as(mask)
+        said = None if unmasked is None else (sliding_window, unmasked, {})
+    rest = (said, scale, sliding_window, softcap, is_causal, method, unrotated)
+    grads = torch.autograd.grad(*_followed(number, query, key, value, mask, sinks, *rest), grad)
+    return [x.contiguous() for x in grads]  # in memory as the graph expects them
+
+
+@layer_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    *rest: Any,
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape) for x in (query, key, value, sinks) if x is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    query, key, value, mask, sinks, _, _, *ctx.rest = inputs  # without a state: `serves`
+    ctx.save_for_backward(query, key, value, mask, sinks)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, mask, sinks = ctx.saved_tensors
+    grads = layer_backward(grad, query, key, value, mask, sinks, *ctx.rest)
+    return (*grads[:3], None, None if sinks is None else grads[3], None, None, *[None] * len(ctx.rest))
+
+
+layer.register_autograd(_backward, setup_context=_save)

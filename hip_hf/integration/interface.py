@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hip_hf.attention import attend
 from hip_hf.integration import changes, paged, reach
-from hip_hf.integration.cache import CUT_OFF, cache_kind, cut_off, install, state_of
+from hip_hf.integration.cache import CUT_OFF, cache_kind, cut_off, install, outside_of_graphs, state_of
 from hip_hf.integration.holes import attend_runs, few_before, mask_runs
 from hip_hf.integration.masks import (
     check_mask,
@@ -113,6 +113,10 @@ def attend_layer(
         if in_graph.serves(query, key):
             given = (scaling, sliding_window, softcap, s_aux, is_causal, method, unrotated)
             return in_graph.attention(module, query, key, value, attention_mask, *given), None
+    if torch.compiler.is_compiling():
+        fields: dict[str, Any] = dict(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
+        fields |= dict(is_causal=is_causal, method=method, unrotated=unrotated, **kwargs)
+        return outside_of_graphs(attention_forward, module, query, key, value, attention_mask, **fields)
     settings = layer_settings(module, method)
     layer: Any = layer_index(module)
     if attention_mask is not None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from hip_hf.config import HiPConfig
@@ -45,12 +47,18 @@ def check_config(config: Any) -> None:
     """Raise ValueError, before a forward has touched anything, for a model config with invalid settings, with layers that the
     model does not have, with `extend` for a model that cannot, or with outputs that we cannot give. Settings are looked at only
     when they are not the last ones that were."""
-    global _valid, _fitting
     if getattr(config, "output_attentions", False):
         raise ValueError(NO_ATTENTIONS)
     raw = getattr(config, "hip", None)
-    if raw is None:
-        return
+    if raw is not None:
+        _check_settings(config, raw)
+
+
+# Dynamo calls the function when it makes a graph, which is guarded by the config's identity and by what its settings say.
+@torch.compiler.assume_constant_result
+def _check_settings(config: Any, raw: Mapping[str, Any]) -> None:
+    """`check_config` of the settings `raw`."""
+    global _valid, _fitting
     if raw != _valid:
         read_settings(config)
         _valid = copy.deepcopy(dict(raw))

@@ -52,12 +52,14 @@ def mask_heads(config: HiPConfig, problem: AttentionProblem) -> int:
 class DeviceState:
     """What decode keeps on the device for the `batch` rows of a cache. `pyramid` None: the method searches nothing.
 
-    Kernels read and write it in place, so the steps on it can be captured in a CUDA graph and replayed.
+    Kernels read and write it in place, so the steps on it can be captured in a CUDA graph and replayed. `even`: in the last call
+    that the host saw all rows ended at the same slot, so that a batch is padded on the left if at all.
     """
 
     pyramid: KeyPyramid | None
     selection: Selection
     scratch: Scratch
+    even: bool = False
 
     @staticmethod
     def make(config: HiPConfig, problem: AttentionProblem, capacity: int) -> DeviceState:
@@ -66,11 +68,22 @@ class DeviceState:
         with torch.inference_mode(False):  # it outlives the mode it is made in
             pyramid = None
             if config.method == "hip":
-                pyramid = KeyPyramid(config, q.shape[0], k.shape[1], q.shape[3], capacity, k.dtype, k.device)
+                pyramid = KeyPyramid.empty(config, q.shape[0], k.shape[1], q.shape[3], capacity, k.dtype, k.device)
             selection = Selection.empty(config, q.shape[0], mask_heads(config, problem), 1, q.device, keep=True)
             one = q[:, :, :1]
             reach = sparse_reach(config) + config.decode_refresh
-            return DeviceState(pyramid, selection, Scratch.make(splits_for(one, k.shape[1], q.shape[0], reach), one, v.shape[3]))
+            scratch = Scratch.make(splits_for(one, k.shape[1], q.shape[0], reach), one, v.shape[3])
+            made = DeviceState(pyramid, selection, scratch)
+            for x in made.tensors():  # graphs of `torch.compile` need not copy them to write to them
+                torch._dynamo.mark_static_address(x, guard=False)
+            return made
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What kernels write to, and later steps read: of the pyramid, if there is one, then of the selection."""
+        pyramid, selection = self.pyramid, self.selection
+        assert selection.made is not None
+        summaries = () if pyramid is None else (pyramid.table, pyramid.states, pyramid.built)
+        return *summaries, selection.indices, selection.counts, selection.window, selection.made
 
     @property
     def batch(self) -> int:
@@ -78,11 +91,11 @@ class DeviceState:
 
     @property
     def capacity(self) -> int:
-        return 0 if self.pyramid is None else self.pyramid.capacity
+        return 0 if self.pyramid is None else self.pyramid.blocks * self.pyramid.config.block_k
 
     def holds(self, keys: int) -> bool:
         """Whether there is room for a row of so many keys."""
-        return self.pyramid is None or keys <= self.pyramid.capacity
+        return self.pyramid is None or keys // self.pyramid.config.block_k <= self.pyramid.blocks
 
     def take(self, old: DeviceState) -> None:
         """Go on where a smaller one was."""
@@ -231,6 +244,7 @@ class SparseAttention(sparse.SparseAttention):
             if not row.on_device:
                 state.device.crop(batch, 0)
                 row.on_device, row.selection = True, None
+        state.device.even = len({span.key_start + span.end for span in spans}) == 1
         return state.device
 
     def _rows(self, spans: tuple[Span, ...], state: DecodeState | None, kept: DeviceState | None) -> None:
@@ -243,7 +257,7 @@ class SparseAttention(sparse.SparseAttention):
             pyramid = None if kept is None else kept.pyramid
             if pyramid is None:
                 shape = (len(spans), problem.k.shape[1], problem.q.shape[3], problem.longest)
-                pyramid = KeyPyramid(config, *shape, problem.k.dtype, problem.k.device)
+                pyramid = KeyPyramid.empty(config, *shape, problem.k.dtype, problem.k.device)
             pyramid.extend(self.kv, self.sequences, block_q, append=self.decoding and kept is not None)
             select(problem.q, pyramid.table, self.kv, self.sequences, config, self.logits, block_q, selection)
         if state is not None and kept is not None:

@@ -1,7 +1,7 @@
 """The kernels as PyTorch operators, so that `torch.compile(fullgraph=True)` sees one node for the search and one for attention.
 
-Sequences come as a table on the device (`Sequences.table`), so nothing is read back while a graph runs. Decode on a kept state
-stays outside of compiled graphs: its launches are few, and a CUDA graph holds them (`backend.decode_step`).
+Sequences come as a table on the device (`Sequences.table`), so nothing is read back while a graph runs. A decode step writes to
+what it is given of the state that is kept: a CUDA graph can hold it, and does the same for each step.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 
 from hip_hf.attention import sparse_reach
 from hip_hf.config import HiPConfig
+from hip_hf.kernels import backend
 from hip_hf.kernels.addressing import KeyValues
-from hip_hf.kernels.backend import run
+from hip_hf.kernels.backend import DeviceState, run
 from hip_hf.kernels.backward import Part, gradients
-from hip_hf.kernels.decode import decode_once
+from hip_hf.kernels.decode import Scratch, decode_once, splits_for
 from hip_hf.kernels.prefill import Logits, Reads, dense_reads, prefill
 from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.search import Selection
@@ -63,7 +64,7 @@ def select(
     """Key blocks of every query block: indices `[B, H, N, budget / block_k]` and counts `[B, H, N]`, int32 (`Selection`)."""
     fields = settings(config)
     sequences, kv = Sequences(table, q.shape[2], k.shape[2]), KeyValues(k, k)
-    pyramid = KeyPyramid(fields, q.shape[0], k.shape[1], k.shape[3], k.shape[2], k.dtype, k.device)
+    pyramid = KeyPyramid.empty(fields, q.shape[0], k.shape[1], k.shape[3], k.shape[2], k.dtype, k.device)
     heads = k.shape[1] if fields.group_shared else q.shape[1]
     into = Selection.empty(fields, q.shape[0], heads, sequences.blocks(block_q), q.device)
     with torch.cuda.device_of(q):
@@ -170,6 +171,44 @@ def attend_backward(
 def _(grad_out, grad_lse, q, k, v, sinks, out, lse, *rest):  # type: ignore[no-untyped-def]
     like = [torch.empty_like(x) for x in (q, k, v)]
     return *like, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+
+
+@torch.library.custom_op(
+    "hip_hf::decode_step", mutates_args=("summaries", "states", "built", "indices", "counts", "window", "made")
+)
+def decode_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    table: torch.Tensor,
+    summaries: torch.Tensor,
+    states: torch.Tensor,
+    built: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    window: torch.Tensor,
+    made: torch.Tensor,
+    config: str,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """`backend.decode_step` on the tensors of a `DeviceState`: `[B, 1, Hq, Dv]`, as layers of models want it; 0 where a sequence
+    has no row."""
+    fields = settings(config)
+    out = q.new_zeros(q.shape[0], 1, q.shape[1], v.shape[3])
+    scratch = Scratch.make(splits_for(q, k.shape[1], q.shape[0], sparse_reach(fields) + fields.decode_refresh), q, v.shape[3])
+    state = DeviceState(KeyPyramid(fields, summaries, states, built), Selection(indices, counts, window, made), scratch)
+    sequences, logits = Sequences(table, 1, k.shape[2]), Logits(scale, softcap, sliding_window, sinks)
+    with torch.cuda.device_of(q):
+        backend.decode_step(q, KeyValues(k, v), sequences, fields, logits, state, out.transpose(1, 2))
+    return out
+
+
+@decode_step.register_fake
+def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]

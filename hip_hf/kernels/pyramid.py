@@ -6,6 +6,7 @@ and appending wait for nothing and can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,25 +50,44 @@ def constants(config: HiPConfig, dim: int, block_q: int, append: bool) -> dict[s
     )  # fmt: skip
 
 
+@dataclass
 class KeyPyramid:
-    """Summaries of the first `built` key blocks of each sequence and key head, for up to `capacity` keys a sequence.
+    """Summaries of the first `built` key blocks of each sequence and key head.
 
     `table` `[S, Hkv, rows, width]`, in the keys' dtype: chunk `i` of level `l` is row `((2 * i + 1) << l) - 1`.
     `states` fp32 `[S, Hkv, rows, state]`: what parents are merged from. `built` int32 `[S, lanes]`, one entry per program that
     extends it. Memory: about `2 * width / (block_k * D)` of the keys'.
     """
 
-    def __init__(
-        self, config: HiPConfig, sequences: int, heads: int, dim: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.config, self.heads, self.dim, self.capacity = config, heads, dim, capacity
+    config: HiPConfig
+    table: torch.Tensor
+    states: torch.Tensor
+    built: torch.Tensor
+
+    @staticmethod
+    def empty(
+        config: HiPConfig, sequences: int, heads: int, dim: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> KeyPyramid:
+        """Nothing is built yet; for up to `capacity` keys a sequence."""
         blocks = max(1, capacity // config.block_k)
         tiles, lanes = max(1, blocks >> TILE_LEVELS), heads * -(-dim // constants(config, dim, 1, False)["BD"])
-        self.table = torch.empty(sequences, heads, 2 * blocks, parts_of(config) * dim, dtype=dtype, device=device)
-        self.states = torch.empty(
-            sequences, heads, 2 * tiles, _states_per_chunk(config) * dim, dtype=torch.float32, device=device
+        states = (sequences, heads, 2 * tiles, _states_per_chunk(config) * dim)
+        return KeyPyramid(
+            config,
+            torch.empty(sequences, heads, 2 * blocks, parts_of(config) * dim, dtype=dtype, device=device),
+            torch.empty(states, dtype=torch.float32, device=device),
+            torch.zeros(sequences, lanes, dtype=torch.int32, device=device),
         )
-        self.built = torch.zeros(sequences, lanes, dtype=torch.int32, device=device)
+
+    @property
+    def dim(self) -> int:
+        """Of the keys' heads."""
+        return self.table.shape[3] // parts_of(self.config)
+
+    @property
+    def blocks(self) -> int:
+        """Key blocks of a sequence that there is room for."""
+        return self.table.shape[2] // 2
 
     def truncate(self, blocks: int | torch.Tensor) -> None:
         """Forget all but the first `blocks` blocks (of every sequence, or an int32 tensor `[S]`). Nothing waits."""
