@@ -56,6 +56,10 @@ class _Forward(threading.local):
 _forward = _Forward()
 
 
+# What is attached to a mask of ours, in the order of `masks.hip_mask`: its window, what it says of rows, and spans.
+Said = tuple[int | None, int, dict[int, Any]] | None
+
+
 # Dynamo calls the function, and the answer is a constant of the graph, guarded by the layer's identity.
 @torch.compiler.assume_constant_result
 def number_of(module: nn.Module) -> int:
@@ -129,15 +133,15 @@ def layer(
     key = key.view_as(key)
     if state is not None:
         setattr(key, STATE, numbered_state(state))
-    said = None
+    said: Said = None
     if mask is not None:
         mask = mask.view_as(mask)
         if unmasked is not None:
             said = sliding_window, unmasked, _forward.spans_of(_layers[number], mask)
-    rest = (said, scale, sliding_window, softcap, is_causal, method, unrotated)
+    rest = (scale, sliding_window, softcap, is_causal, method, unrotated)
     if learning:  # some methods go another way then, and the backward pass goes the same
-        return _followed(number, query, key, value, mask, sinks, *rest)[0].detach()
-    return _attend(number, query, key, value, mask, sinks, *rest)
+        return _followed(number, query, key, value, mask, sinks, said, rest)[0].detach()
+    return _attend(number, query, key, value, mask, sinks, said, rest)
 
 
 def _attend(
@@ -147,19 +151,15 @@ def _attend(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    said: tuple[int | None, int, dict[int, Any]] | None,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    is_causal: bool | None,
-    method: str | None,
-    unrotated: bool,
+    said: Said,
+    rest: tuple[Any, ...],
 ) -> torch.Tensor:
-    """`layer` outside of a graph. `said`: what is attached to a mask of ours, in the order of `masks.hip_mask`."""
+    """`layer` outside of a graph. `rest`: what `layer` is given from `scale` on, but for `unmasked`."""
     from hip_hf.integration.interface import attend_layer
 
     if said is not None:
         mask._hip_window, mask._hip_unmasked, mask._hip_spans = said  # type: ignore[union-attr]
+    scale, sliding_window, softcap, is_causal, method, unrotated = rest
     fields: dict[str, Any] = dict(scaling=scale, sliding_window=sliding_window, softcap=softcap, s_aux=sinks, is_causal=is_causal)
     return attend_layer(_layers[number], query, key, value, mask, **fields, method=method, unrotated=unrotated)[0]
 
@@ -171,13 +171,15 @@ def _followed(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    *rest: Any,
+    said: Said,
+    rest: tuple[Any, ...],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """`_attend`, followed by autograd, from which an operator's own computations are hidden otherwise; and what of query, key,
     value and sinks there is, as autograd knows it."""
     with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
         given = [x.detach().requires_grad_() for x in (query, key, value, sinks) if x is not None]
-        return _attend(number, *given[:3], mask, None if sinks is None else given[3], *rest), given
+        query, key, value = given[:3]
+        return _attend(number, query, key, value, mask, None if sinks is None else given[3], said, rest), given
 
 
 @layer.register_fake
@@ -205,12 +207,12 @@ def layer_backward(
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value and, where there are any, sinks, from that of what `layer` gave. This is computed once more:
     a graph could not keep what was selected."""
-    said = None
+    said: Said = None
     if mask is not None:
         mask = mask.view_as(mask)
         said = None if unmasked is None else (sliding_window, unmasked, {})
-    rest = (said, scale, sliding_window, softcap, is_causal, method, unrotated)
-    grads = torch.autograd.grad(*_followed(number, query, key, value, mask, sinks, *rest), grad)
+    rest = (scale, sliding_window, softcap, is_causal, method, unrotated)
+    grads = torch.autograd.grad(*_followed(number, query, key, value, mask, sinks, said, rest), grad)
     return [x.contiguous() for x in grads]  # in memory as the graph expects them
 
 
