@@ -69,6 +69,10 @@ class KeyPyramid:
         )
         self.built = torch.zeros(sequences, lanes, dtype=torch.int32, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        return self.table.nbytes + self.states.nbytes + self.built.nbytes
+
     def truncate(self, blocks: int | torch.Tensor) -> None:
         """Forget all but the first `blocks` blocks (of every sequence, or an int32 tensor `[S]`). Nothing waits."""
         limit = blocks[:, None] if isinstance(blocks, torch.Tensor) else blocks
