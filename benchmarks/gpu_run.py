@@ -15,7 +15,7 @@ once; a dense prompt of 1M tokens takes 15), and the limits. The sum is below ei
     doctor            60     90  every kernel against float64
     tests             60     90  kernel tests: the kernels of every call
     prefill           75    110  8K to 1M tokens against FlashAttention or cuDNN; at every length exact rows against dense ones
-    decode            55     90  at 128K and 1M keys, 1 and 16 sequences, in graphs and launched
+    decode            55     90  at 128K and 1M keys, 1 and 16 sequences or as many as fit, in graphs and launched
     profile           30     50  where a layer's time goes: kernels, gaps, host
     more_tests        70    110  the other kernel tests
     tune              50     60  other launches of attention and selection

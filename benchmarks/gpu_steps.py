@@ -10,7 +10,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, product, zip_longest
@@ -34,6 +34,8 @@ from hip_hf.eval.passkey import use
 from hip_hf.eval.presets import over_budgets
 from hip_hf.eval.publish import write
 from hip_hf.kernels import checks, trust
+from hip_hf.kernels.backend import ROOM
+from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.tuning import target_of
 from hip_hf.shown import said
 
@@ -49,6 +51,8 @@ EVERY = sorted(file.name for file in (ROOT / "tests").glob("test_kernel_*.py"))
 SECOND = tuple(name for name in EVERY if name not in NO_GPU and name not in FIRST)
 # Products of a row's numbers in half precision miss by less than so many of its units, as a share of the row.
 UNITS = 2.0
+# Bytes of a GPU that decode steps leave free beside what grows with the batch: workspaces, graphs, what is cut into pieces.
+SPARE = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -215,11 +219,27 @@ def prefill_step(run: Run) -> None:
             backends = (found[0]["sdpa"],)
 
 
+def free_bytes(device: torch.device) -> float:
+    """Of the GPU's memory; without one nobody counts."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def fitting(plan: Plan, length: int, free: float) -> int:
+    """The largest batch, up to the plan's and at least one, whose decode steps at `length` keys fit into so many bytes: keys and
+    values, and the summaries of two kept states (amortised and refreshed, which are there at a time without graphs)."""
+    (dtype,), (config,) = (DTYPES[name] for name in plan.dtypes), plan.settings.values()
+    pyramid = KeyPyramid(config, 1, plan.kv_heads, plan.head_dim, int(length * (1 + ROOM)), dtype, torch.device("meta"))
+    keys_and_values = 2 * plan.kv_heads * plan.head_dim * dtype.itemsize * length
+    return int(max(1, min(plan.batch, (free - SPARE) // (keys_and_values + 2 * pyramid.nbytes))))
+
+
 def decode_step(run: Run) -> None:
-    """Decode steps in CUDA graphs and launched one by one, of one sequence and of many."""
+    """Decode steps in CUDA graphs and launched one by one, of one sequence and of as many as are asked for and fit."""
     for batch, length in product(run.sizes.batches, run.sizes.decode):
+        plan = run.sizes.plan(batch=batch)
+        plan = replace(plan, batch=fitting(plan, length, free_bytes(run.device)))
         for phase in ("decode", "launched"):
-            run.latency(run.sizes.plan(batch=batch), (phase,), length)
+            run.latency(plan, (phase,), length)
 
 
 @torch.no_grad()

@@ -1,16 +1,17 @@
 """What models do, whole or with their heads shared out among processes: each process of `torchrun` saves what it saw, for
 `test_tensor_parallel.py` to compare.
 
-    torchrun --nproc-per-node 2 tests/sharded.py FOLDER [--quick NAME ...] [--thorough NAME ...] [--lm-eval]
+    torchrun --nproc-per-node 2 tests/sharded.py FOLDER [--thorough] [--cut NAME] NAME ...
 
-FOLDER holds a checkpoint of each name. What process R saw is written to `FOLDER/R.pt`.
+FOLDER holds a checkpoint of each name. What process R saw is written to `FOLDER/R.pt`; `--cut`: what is said to a checkpoint
+whose heads cannot be shared out.
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ from hip_hf.cache.hip_cache import PagedLayer
 from hip_hf.integration import interface
 
 LENGTHS = [203, 150, 117]
+KEPT = 32  # of each prompt, the last tokens whose logits are compared; what is selected is compared for all
 NEW = 8
 HYPER = {"method": "hyper", "options": {"min_seq_len": 32, "block_size": 16, "sample_size": 16}}
-CHECKPOINT = str(Path(hip_hf.__file__).parent / "assets" / "checkpoint")
-QUESTIONS = ["The pass key of amber is 48213. Remember it.\n" * copies for copies in (20, 9)]
+QUESTIONS = ["The pass key of amber is 48213. Remember it.\n" * copies for copies in (12, 9)]
 
 
 @contextmanager
@@ -53,10 +54,10 @@ def selections() -> Iterator[list[torch.Tensor]]:
 
 
 def logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of the tokens that are no padding, `[tokens, vocabulary]`."""
-    mask = batch["attention_mask"]
+    """`[sequences, KEPT, vocabulary]`."""
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        return model(**batch, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=False).logits[mask.bool()]
+        return model(**batch, position_ids=positions, use_cache=False, logits_to_keep=KEPT).logits
 
 
 def tokens(model: PreTrainedModel, batch: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
@@ -110,48 +111,59 @@ def resumed(model: PreTrainedModel, batch: dict[str, torch.Tensor], folder: Path
     if cache.shard is None:
         return found, ""
     torch.distributed.barrier()
+    return found, said_to(lambda: other.load(folder / f"{(rank + 1) % torch.distributed.get_world_size()}.cache"))
+
+
+def said_to(bad: Callable[[], Any]) -> str:
+    """The error of what must not work."""
     try:
-        other.load(folder / f"{1 - rank}.cache")
+        bad()
     except ValueError as error:
-        return found, str(error)
-    return found, "nothing"
+        return str(error)
+    return "nothing"
 
 
-def evaluated(**arguments: Any) -> dict[str, Any]:
+def evaluated(checkpoint: Path, **arguments: Any) -> dict[str, Any]:
     """What lm-eval's model says, by a prompt and by a score."""
     from lm_eval.api.instance import Instance
 
     from hip_hf.integration.lm_eval_model import HipLM
 
-    lm = HipLM(CHECKPOINT, device="cpu", **{**SPARSE, **arguments})
+    lm = HipLM(str(checkpoint), device="cpu", **{**SPARSE, **arguments})
     until = {"until": ["."], "max_gen_toks": NEW, "do_sample": False}
     asked = [Instance("generate_until", {}, (text + "The pass key of amber is", until), 0) for text in QUESTIONS]
     scored = [Instance("loglikelihood", {}, (text + "The pass key of amber is", " 48213"), 0) for text in QUESTIONS]
     return {
         "answers": lm.generate_until(asked, disable_tqdm=True),
         "scores": torch.tensor([score for score, _ in lm.loglikelihood(scored, disable_tqdm=True)]),
-        "read": lm.read.summary(),
+        "evaluated_paths": lm.read.summary()["paths"],
     }
+
+
+def shared_out(checkpoint: Path) -> PreTrainedModel:
+    """A checkpoint with its heads shared out among the processes."""
+    plan = DistributedConfig(tp_plan="auto")
+    return AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=plan, attn_implementation="hip").eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--quick", nargs="*", default=[])
-    parser.add_argument("--thorough", nargs="*", default=[])
-    parser.add_argument("--lm-eval", action="store_true")
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--thorough", action="store_true")
+    parser.add_argument("--cut")
     asked = parser.parse_args()
     atexit.register(note_group, asked.folder)  # the first to be registered is the last to be called
     seen: dict[str, Any] = {}
-    for name in [*asked.quick, *asked.thorough]:
-        plan = DistributedConfig(tp_plan="auto")
-        model = AutoModelForCausalLM.from_pretrained(
-            asked.folder / name, distributed_config=plan, attn_implementation="hip"
-        ).eval()
-        seen[name] = observe(model, name in asked.thorough, asked.folder, torch.distributed.get_rank())
+    for name in asked.names:
+        model = shared_out(asked.folder / name)
+        seen[name] = observe(model, asked.thorough, asked.folder, torch.distributed.get_rank())
+    if asked.cut:
+        seen["cut"] = said_to(lambda: shared_out(asked.folder / asked.cut))
     rank = torch.distributed.get_rank()
-    if asked.lm_eval:  # whose model is to close the group as the process ends
-        seen["lm_eval"] = evaluated(tp_plan="auto")
+    if asked.thorough:  # lm-eval's models are to close the group as the process ends
+        for name in asked.names:
+            seen[name] |= evaluated(asked.folder / name, tp_plan="auto")
     else:
         torch.distributed.destroy_process_group()
     torch.save(seen, asked.folder / f"{rank}.pt")

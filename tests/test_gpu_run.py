@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from ast import literal_eval
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -233,6 +234,13 @@ run = gpu_steps.Run("pieces", folder, sizes)
 run.keep("one", lambda: [{"figure": 1}])
 run.keep("two", lambda: 1 // 0)
 run.keep("three", lambda: [{"figure": 3}])
+sized = gpu_steps.Run("sized", folder, gpu_steps.Sizes())
+gpu_steps.free_bytes, asked = lambda device: 78 << 30, []
+sized.latency = lambda plan, phase, length: asked.append((plan.batch, length, *phase))
+gpu_steps.decode_step(sized)
+print(asked)
+plan = gpu_steps.Sizes().plan(batch=16)
+print([gpu_steps.fitting(plan, 1 << 20, free * 2**30) for free in (139, 80, 40, 1, float("inf"))])
 print(run.failed, [value["rows"][0]["figure"] for value in run.cells.done.values()])
 (folder / "machine.json").write_text('{"cpu": "another"}')
 try:
@@ -244,12 +252,16 @@ except ValueError as error:
 
 def test_pieces_of_steps(tmp_path: Path) -> None:
     """A test that fails is a wrong number; a model that is not there is skipped; every kernel test belongs to a half; a piece
-    that fails leaves the others; a folder belongs to one machine."""
+    that fails leaves the others; decode steps have as many sequences as fit, each of 5.2 GiB at a million keys; a folder belongs
+    to one machine."""
     (tmp_path / "test_of_two.py").write_text("def test_good():\n    pass\n\ndef test_bad():\n    assert 1 == 2, 'far off'\n")
     done = script(tmp_path, "-c", PIECES, str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-4:-2] == ["[0, 3]", "True"]
+    assert lines[-6:-4] == ["[0, 3]", "True"]
+    wanted = [(1, 131072), (1, 1 << 20), (16, 131072), (14, 1 << 20)]
+    assert literal_eval(lines[-4]) == [(*call, phase) for call in wanted for phase in ("decode", "launched")]
+    assert lines[-3] == "[16, 14, 7, 1, 16]"
     assert lines[-2] == "['two: ZeroDivisionError: integer division or modulo by zero'] [1, 3]"
     assert "with figures of another" in lines[-1]
     assert "cpu" in lines[-1]

@@ -4,137 +4,125 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sharded
 import torch
-from families import PATCHED, SPARSE, make_model
+from families import PATCHED, SPARSE, VOCAB, make_model
 from processes import launch
 from test_real_model import fetched
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.distributed import DistributedConfig
 
 import hip_hf
 
-# For up to four processes. A sliding window is longer than what is read: layers with one are sparse as well.
-HEADS: dict[str, dict[str, Any]] = {
-    name: {"num_attention_heads": 8, "num_key_value_heads": 4} for name in ("llama", "qwen3", "qwen3_moe", "mistral")
-}
-HEADS["mistral"]["sliding_window"] = 120
-THOROUGH = ("llama", "qwen3_moe")
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}  # for two or four processes
+# A sliding window is longer than what is read: layers with one are sparse as well.
+TINY: dict[str, dict[str, Any]] = {"llama": {}, "qwen3": {}, "qwen3_moe": {}, "mistral": {"sliding_window": 120}}
+REAL, CUT = "real", "cut"  # folders
+REAL_LAYERS = 2
 TOLERANCE = 1e-5
+# What is compared within the tolerance; all else is equal.
+NEAR = ("logits", "patched", "extended", "hyper", "scores")
 
-Seen = dict[str, dict[str, Any]]
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of each family."""
-    where = tmp_path_factory.mktemp("sharded")
+def save_tiny(folder: Path) -> None:
+    """A checkpoint of each family, whose tokenizer knows the words of lm-eval's questions; and one with three key heads."""
+    words = dict.fromkeys(["<pad>", "<s>", "<unk>", *" ".join([*sharded.QUESTIONS, "48213"]).split()])
+    vocabulary = [*words, *(f"w{i}" for i in range(VOCAB - 1 - len(words))), "</s>"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(pad_token="<pad>", bos_token="<s>", unk_token="<unk>", eos_token="</s>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     with pytest.MonkeyPatch.context() as patch:
-        for name, fields in HEADS.items():
+        for name, fields in TINY.items():
             config = copy.deepcopy(PATCHED[name])
-            for field, value in fields.items():
+            for field, value in {**HEADS, **fields}.items():
                 setattr(config, field, value)
             patch.setitem(PATCHED, name, config)
-            patch.setitem(sys.modules["families"].FAMILIES, name, config)
             model = make_model(name)
             model.generation_config.eos_token_id = None
-            model.save_pretrained(where / name)
-    return where
+            model.save_pretrained(folder / name)
+            fast.save_pretrained(folder / name)
+    AutoModelForCausalLM.from_config(cut(3, 1)).save_pretrained(folder / CUT)
 
 
-@pytest.fixture(scope="module")
-def one(folder: Path) -> Seen:
-    """What each model does in this process alone."""
-    models = {name: AutoModelForCausalLM.from_pretrained(folder / name, attn_implementation="hip").eval() for name in HEADS}
-    return {name: sharded.observe(model, name in THOROUGH, folder, 0) for name, model in models.items()}
+def save_real(folder: Path) -> None:
+    """Of SmolLM2 the first layers, in float64: its logits are too large for single precision to agree in 1e-5."""
+    model, real = fetched(folder / "fetched"), folder / REAL
+    real.mkdir()
+    for file in model.iterdir():
+        (real / file.name).symlink_to(file)
+    config = json.loads((real / "config.json").read_text())
+    (real / "config.json").unlink()
+    config |= {"num_hidden_layers": REAL_LAYERS, "dtype": "float64", "hip": hip_hf.HiPConfig(**SPARSE).to_dict()}
+    (real / "config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture(scope="module")
-def two(folder: Path) -> list[Seen]:
-    """What each of two processes saw, which lm-eval's model was the last to use."""
-    quick = [name for name in HEADS if name not in THOROUGH]
-    launch(2, sharded.__file__, folder, "--lm-eval", "--quick", *quick, "--thorough", *THOROUGH)
-    assert (folder / "group").read_text() == "closed"
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def keeps(what: str, whole: Any, parts: list[Any]) -> bool:
+    """Whether each of the processes has what one process has: a cache its part of the bytes, and the heads of all together are
+    one's. (Query heads vote for their group alone, and a group is in one process.)"""
+    count = len(parts)
+    if what == "bytes":
+        return all(part * count == whole for part in parts)
+    if what == "selected":
+        layers = zip(*parts, strict=True)
+        return all(torch.equal(torch.cat(layer, 1), expected) for layer, expected in zip(layers, whole, strict=True))
+    if what == "refused":  # a saved cache is not taken for that of other heads
+        said = [(f'"shard": [{(rank + 1) % count}, {count}]', f'"shard": [{rank}, {count}]') for rank in range(count)]
+        halves = [part.split("allowed") for part in parts]
+        return all(got in half[0] and allowed in half[1] for half, (got, allowed) in zip(halves, said, strict=True))
+    if what in NEAR:
+        return all(torch.allclose(part, whole, atol=TOLERANCE, rtol=0) for part in parts)
+    if what == "share":
+        return all(part == pytest.approx(whole) for part in parts)
+    if isinstance(whole, torch.Tensor):
+        return all(torch.equal(part, whole) for part in parts)
+    return all(part == whole for part in parts)
 
 
-@pytest.fixture(scope="module")
-def four(folder: Path) -> list[Seen]:
-    launch(4, sharded.__file__, folder, "--quick", *HEADS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+THOROUGH = "--thorough"
+# By the number of processes: what is saved, the models, and options. Without `THOROUGH` only logits, greedy tokens of left-padded
+# prompts, what is selected and a cache's bytes are compared. The real model has three key heads.
+RUNS: dict[int, tuple[Callable[[Path], None], list[str], list[str]]] = {
+    2: (save_tiny, list(TINY), [THOROUGH, "--cut", CUT]),
+    3: (save_real, [REAL], [THOROUGH]),
+    4: (save_tiny, list(TINY), ["--cut", CUT]),
+}
 
 
-@pytest.fixture(params=[2, 4])
-def several(request: pytest.FixtureRequest) -> list[Seen]:
-    found: list[Seen] = request.getfixturevalue({2: "two", 4: "four"}[request.param])
-    return found
-
-
-def near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_each_process_gives_the_logits_and_tokens_of_one(name: str, one: Seen, several: list[Seen]) -> None:
-    expected = one[name]
-    assert set(expected["paths"]) == {"sparse"}
-    assert max(expected["share"]) < 0.9
-    for seen in several:
-        near(seen[name]["logits"], expected["logits"])
-        assert torch.equal(seen[name]["tokens"], expected["tokens"])
-        assert seen[name]["paths"] == expected["paths"]
-        assert seen[name]["share"] == pytest.approx(expected["share"])
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_each_key_head_selects_what_it_selects_in_one_process(name: str, one: Seen, several: list[Seen]) -> None:
-    """Query heads vote for their group alone, and a group is in one process."""
-    parts = zip(*(seen[name]["selected"] for seen in several), strict=True)
-    for layer, expected in zip(parts, one[name]["selected"], strict=True):
-        assert torch.equal(torch.cat(layer, 1), expected)
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_the_bytes_of_a_cache_are_shared_out(name: str, one: Seen, several: list[Seen]) -> None:
-    assert [seen[name]["bytes"] * len(several) for seen in several] == [one[name]["bytes"]] * len(several)
-
-
-@pytest.mark.parametrize("what", ["patched", "extended", "hyper"])
-@pytest.mark.parametrize("name", THOROUGH)
-def test_other_ways_give_the_logits_of_one(name: str, what: str, one: Seen, two: list[Seen]) -> None:
-    for seen in two:
-        near(seen[name][what], one[name][what])
-    if what != "patched":
-        assert not torch.allclose(one[name][what], one[name]["logits"], atol=1e-2)
-
-
-@pytest.mark.parametrize("what", ["batched", "static", "patched_tokens", "extended_tokens", "resumed"])
-@pytest.mark.parametrize("name", THOROUGH)
-def test_other_ways_give_the_tokens_of_one(name: str, what: str, one: Seen, two: list[Seen]) -> None:
-    expected = torch.as_tensor(one[name][what])
-    for seen in two:
-        assert torch.equal(torch.as_tensor(seen[name][what]), expected)
-
-
-@pytest.mark.parametrize("name", THOROUGH)
-def test_a_saved_cache_is_not_taken_for_that_of_other_heads(name: str, two: list[Seen]) -> None:
-    for rank, seen in enumerate(two):
-        assert f'"shard": [{1 - rank}, 2]' in seen[name]["refused"].split("allowed")[0]
-        assert f'"shard": [{rank}, 2]' in seen[name]["refused"].split("allowed")[1]
-
-
-def test_lm_eval_scores_as_in_one_process(two: list[Seen]) -> None:
-    expected = sharded.evaluated()
-    assert list(expected["read"]["paths"]["prefill"]) == ["sparse"]
-    for seen in two:
-        near(seen["lm_eval"]["scores"], expected["scores"])
-        assert seen["lm_eval"]["answers"] == expected["answers"]
-        assert seen["lm_eval"]["read"]["paths"] == expected["read"]["paths"]
+@pytest.mark.parametrize("processes", RUNS)
+def test_several_processes_do_what_one_does(processes: int, tmp_path: Path) -> None:
+    """Logits and greedy tokens: of left-padded prompts, through a cache in pages, a static one and one that was saved, in
+    continuous batching, patched, extended, by a method that draws, in lm-eval."""
+    save, names, options = RUNS[processes]
+    thorough = THOROUGH in options
+    save(tmp_path)
+    launch(processes, sharded.__file__, tmp_path, *names, *options)
+    several = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
+    broken = []
+    for name in names:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, attn_implementation="hip").eval()
+        one = sharded.observe(model, thorough, tmp_path, 0)
+        assert set(one["paths"]) == {"sparse"}
+        assert max(one["share"]) < 0.9
+        if thorough:
+            one |= sharded.evaluated(tmp_path / name)
+            assert list(one["evaluated_paths"]["prefill"]) == ["sparse"]
+            # within a sliding window nothing needs to be extended
+            for what in ("hyper", *(() if getattr(model.config, "sliding_window", None) else ("extended",))):
+                assert not torch.allclose(one[what], one["logits"], atol=1e-2), what
+        broken += [(name, what) for what in one if not keeps(what, one[what], [seen[name][what] for seen in several])]
+    assert broken == []
+    if CUT in several[0]:
+        assert {seen[CUT].partition(" (")[0] for seen in several} == {
+            f"tp_size: got {processes} processes for the 3 key heads of LlamaModel, allowed: 1 | 3"
+        }
+    assert (tmp_path / "group").read_text() == "closed"
 
 
 def cut(heads: int, processes: int) -> LlamaConfig:
@@ -159,22 +147,3 @@ def test_processes_that_do_not_divide_the_key_heads_are_refused(heads: int, proc
 def test_processes_that_divide_the_key_heads_are_taken() -> None:
     for processes in (1, 2, 3, 6):
         AutoModelForCausalLM.from_config(cut(6, processes), attn_implementation="hip")
-
-
-def test_a_real_model_in_as_many_processes_as_it_has_key_heads(tmp_path: Path) -> None:
-    """Of SmolLM2 the first layers, in float64: its logits are too large for single precision to agree in 1e-5."""
-    model, real = fetched(tmp_path / "fetched"), tmp_path / "real"
-    real.mkdir()
-    for file in model.iterdir():
-        (real / file.name).symlink_to(file)
-    config = json.loads((real / "config.json").read_text())
-    (real / "config.json").unlink()
-    config |= {"num_hidden_layers": 4, "dtype": "float64", "hip": hip_hf.HiPConfig(**SPARSE).to_dict()}
-    (real / "config.json").write_text(json.dumps(config))
-    launch(config["num_key_value_heads"], sharded.__file__, tmp_path, "--quick", "real")
-    several = [torch.load(tmp_path / f"{rank}.pt") for rank in range(config["num_key_value_heads"])]
-    whole = AutoModelForCausalLM.from_pretrained(real, attn_implementation="hip").eval()
-    one = {"real": sharded.observe(whole, False, tmp_path, 0)}
-    test_each_process_gives_the_logits_and_tokens_of_one("real", one, several)
-    test_each_key_head_selects_what_it_selects_in_one_process("real", one, several)
-    test_the_bytes_of_a_cache_are_shared_out("real", one, several)

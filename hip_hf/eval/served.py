@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import subprocess
@@ -19,6 +20,7 @@ HOST = "127.0.0.1"
 HIP_HF = ("-c", "from hip_hf_cli import main; main()", "serve")  # `hip-hf serve`, whether or not the script is on the path
 START_SECONDS, POLL_SECONDS, STOP_SECONDS = 600, 0.1, 30
 NEW_TOKENS, LONG = 16, 10_000  # of an answer; of one that nobody waits for
+PATIENCE = 3600.0  # seconds between two pieces of an answer: eight long prompts may be read first, one after the other
 LOG_LINES = 30  # of a server that did not start, in the error
 
 
@@ -131,22 +133,34 @@ def hang_up(client: Any, model: str, prompt: str) -> None:
 
 
 def soak(
-    server: Served, text: Callable[[int, int], str], requests: int, every: int, longest: int, refused: int, clients: int = 8
+    server: Served,
+    text: Callable[[int, int], str],
+    generated: Callable[[str], str],
+    requests: int,
+    every: int,
+    longest: int,
+    refused: int,
+    clients: int = 8,
 ) -> list[dict[str, Any]]:
     """Ask for answers of all kinds, several at once, and note the server's memory before, and after every so many requests.
 
-    `text(tokens, seed)` makes prompts: up to `longest` tokens, and some of `refused`, which is more than the server takes.
-    `wrong` counts what a row of requests got that it should not have: an error, no error, or another answer to the same prompt.
+    `text(tokens, seed)` makes prompts. A tenth have `longest` tokens; the logarithms of the others' lengths are spread evenly, so
+    that most are short. Some have `refused` tokens, which is more than the server takes. `generated(prompt)` is the right answer,
+    greedy and of `NEW_TOKENS` tokens: it is asked for after each row's requests, while the server has nothing to do.
+
+    In a row all counts are of the requests so far. `wrong` got what they should not have: an error, no error, or, asked again
+    alone, another answer than the first time. `other` answers are not `generated`. `most_tokens`: of an answered prompt.
     """
     from openai import APIStatusError
 
-    client, counts = server.client(), {"answered": 0, "hung_up": 0, "refused": 0, "wrong": 0}
+    client, most = server.client(timeout=PATIENCE), 0
+    counts = {"answered": 0, "hung_up": 0, "refused": 0, "wrong": 0, "other": 0}
 
     def same() -> str:
-        return complete(client, server.model, text(longest // 2, 0), NEW_TOKENS).text
+        return complete(client, server.model, text(-(-longest // 8), 0), NEW_TOKENS).text
 
-    def ask(i: int) -> str:
-        prompt = text(random.Random(i).randint(1, longest), i)
+    def ask(i: int) -> tuple[str, str, Answer | None]:
+        prompt = text(longest if i % 10 == 0 else math.ceil(longest ** random.Random(i).random()), i)
         try:
             if i % 10 == 8:
                 client.completions.create(model=server.model, prompt=text(refused, i))
@@ -154,19 +168,25 @@ def soak(
                 client.chat.completions.create(model=server.model, messages=[])
             elif i % 5 == 2:
                 hang_up(client, server.model, prompt)
-                return "hung_up"
-            elif complete(client, server.model, prompt, NEW_TOKENS).usage["completion_tokens"] == NEW_TOKENS:
-                return "answered"
+                return "hung_up", prompt, None
+            else:
+                answer = complete(client, server.model, prompt, NEW_TOKENS)
+                if answer.usage["completion_tokens"] == NEW_TOKENS:
+                    return "answered", prompt, answer
         except APIStatusError as error:
-            return "refused" if error.status_code == 400 and i % 10 >= 8 else "wrong"
-        return "wrong"
+            return "refused" if error.status_code == 400 and i % 10 >= 8 else "wrong", prompt, None
+        return "wrong", prompt, None
 
-    expected, rows = same(), []
+    first_answer, rows = same(), []
     for first in range(0, requests + 1, every):
-        rows.append({"requests": first, **counts, "resident_MiB": server.resident_mib()})
+        rows.append({"requests": first, **counts, "most_tokens": most, "resident_MiB": server.resident_mib()})
         if first < requests:
             with ThreadPoolExecutor(clients) as threads:
-                for outcome in threads.map(ask, range(first, min(first + every, requests))):
-                    counts[outcome] += 1
-            counts["wrong"] += same() != expected
+                found = list(threads.map(ask, range(first, min(first + every, requests))))
+            counts["wrong"] += same() != first_answer
+            for outcome, prompt, answer in found:
+                counts[outcome] += 1
+                if answer is not None:
+                    counts["other"] += answer.text != generated(prompt)
+                    most = max(most, answer.usage["prompt_tokens"])
     return rows

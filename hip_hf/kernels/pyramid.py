@@ -89,6 +89,10 @@ class KeyPyramid:
         """Key blocks of a sequence that there is room for."""
         return self.table.shape[2] // 2
 
+    @property
+    def nbytes(self) -> int:
+        return self.table.nbytes + self.states.nbytes + self.built.nbytes
+
     def truncate(self, blocks: int | torch.Tensor) -> None:
         """Forget all but the first `blocks` blocks (of every sequence, or an int32 tensor `[S]`). Nothing waits."""
         limit = blocks[:, None] if isinstance(blocks, torch.Tensor) else blocks
