@@ -228,7 +228,7 @@ def fitting(plan: Plan, length: int, free: float) -> int:
     """The largest batch, up to the plan's and at least one, whose decode steps at `length` keys fit into so many bytes: keys and
     values, and the summaries of two kept states (amortised and refreshed, which are there at a time without graphs)."""
     (dtype,), (config,) = (DTYPES[name] for name in plan.dtypes), plan.settings.values()
-    pyramid = KeyPyramid(config, 1, plan.kv_heads, plan.head_dim, int(length * (1 + ROOM)), dtype, torch.device("meta"))
+    pyramid = KeyPyramid.empty(config, 1, plan.kv_heads, plan.head_dim, int(length * (1 + ROOM)), dtype, torch.device("meta"))
     keys_and_values = 2 * plan.kv_heads * plan.head_dim * dtype.itemsize * length
     return int(max(1, min(plan.batch, (free - SPARE) // (keys_and_values + 2 * pyramid.nbytes))))
 

@@ -129,7 +129,7 @@ def selecting(kernel: str, x: Example, tiles: list[Any]) -> list[Callable[[], No
         call = (x.q, x.kv, x.sequences, config, x.logits, x.reads.block_q, None, near, need)
         launches = [need_arguments(*call, shape=tile) for tile in tiles]
         return [partial(need_kernel[grid], **arguments) for grid, arguments in launches]
-    pyramid = KeyPyramid(config, 1, x.kv.heads, x.q.shape[-1], x.sequences.max_keys, x.q.dtype, x.q.device)
+    pyramid = KeyPyramid.empty(config, 1, x.kv.heads, x.q.shape[-1], x.sequences.max_keys, x.q.dtype, x.q.device)
     pyramid.extend(x.kv, x.sequences, x.reads.block_q, append=False)
     blocks = x.sequences.blocks(x.reads.block_q)
     into = Selection.empty(config, 1, x.kv.heads, blocks, x.q.device, keep=stateful)

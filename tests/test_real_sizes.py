@@ -88,7 +88,7 @@ def reads(blocks: int) -> Reads:
 
 def pyramid(kv: KeyValues, rows: Sequences, block_q: int) -> KeyPyramid:
     """All but its last blocks have been built before."""
-    found = KeyPyramid(CONFIG, BATCH, KEY_HEADS, DIM, TOKENS, DTYPE, torch.device("cpu"))
+    found = KeyPyramid.empty(CONFIG, BATCH, KEY_HEADS, DIM, TOKENS, DTYPE, torch.device("cpu"))
     found.built.fill_(NEEDED - 1)
     found.extend(kv, rows, block_q, append=block_q == 1)
     assert found.built[-1, -1] >= NEEDED
