@@ -26,6 +26,7 @@ IDS = make_batch([PROMPT])["input_ids"]
 def afresh(threads: Callable[[int], None]) -> Iterator[None]:
     threads(1)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # which are the process's
     yield
     torch._dynamo.reset()
 
