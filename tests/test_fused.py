@@ -150,6 +150,13 @@ def test_dense_rows_whose_keys_lie_in_pages(heard, monkeypatch):
     assert_as_exact_as(result.out, q, k, v, causal(1, 37, 131))
 
 
+def test_dense_rows_whose_numbers_lie_apart(heard):
+    q, k, v = (x.mT.contiguous().mT for x in make_qkv(131, 37))
+    result = attend(make_problem(q, k, v), small(method="dense"))
+    assert len(heard) == 2
+    assert_as_exact_as(result.out, q, k, v, causal(1, 37, 131))
+
+
 def test_dense_rows_do_not_feel_the_future(heard):
     q, k, v = make_qkv(131, 37)
     before = attend(make_problem(q, k, v), small(method="dense")).out

@@ -42,6 +42,7 @@ def attend_rows(t: Tensors, first: int, span: Span) -> None:
     PyTorch's own would need a mask of rows times keys, which takes it half as long again."""
     rows, at = slice(first, span.rows), span.position + first
     q = t.q[:, :, rows]
+    q = q if q.stride(-1) == 1 else q.contiguous()  # which the operator takes for granted; keys and values are so
 
     def keys(start: int, end: int) -> list[torch.Tensor]:
         return [x[:, start:end][:, None].expand(-1, q.shape[1], -1, -1) for x in (t.k, t.v)]
