@@ -36,12 +36,19 @@ def make_case(rows: int, count: int, sink: int, window: int, dtype: torch.dtype 
 
 
 @pytest.fixture
-def served(monkeypatch):
-    """Every dtype goes through the fused attention; how often it is called."""
+def heard(monkeypatch):
+    """How often the fused attention is called; bf16 counts as fast."""
     calls = []
-    monkeypatch.setattr(fused, "serves", lambda t, block: True)
+    monkeypatch.setattr(workers, "_fast_bf16", lambda: True)
     monkeypatch.setattr(fused, "attention", lambda *args, own=fused.attention, **more: calls.append(1) or own(*args, **more))
     return calls
+
+
+@pytest.fixture
+def served(monkeypatch, heard):
+    """Every dtype goes through the fused attention; how often it is called."""
+    monkeypatch.setattr(fused, "serves", lambda t, block: True)
+    return heard
 
 
 @pytest.mark.parametrize(("rows", "count"), [(16, 3), (7, 1), (2, 2)])
@@ -83,15 +90,12 @@ def test_rows_of_a_block_do_not_see_each_others_future(served, worst):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_prompts_in_bf16_take_it_and_others_do_not(monkeypatch, dtype):
+def test_prompts_in_bf16_take_it_and_others_do_not(heard, dtype):
     """Also where the processor has no instructions for bf16, which only a real run asks for."""
-    calls = []
-    monkeypatch.setattr(workers, "_fast_bf16", lambda: True)
-    monkeypatch.setattr(fused, "attention", lambda *args, own=fused.attention, **more: calls.append(1) or own(*args, **more))
     q, k, v = (torch.randn(1, heads, 700, 32, generator=torch.Generator().manual_seed(heads)).to(dtype) for heads in (4, 2, 2))
     config = HiPConfig(budget=64, window=64, sink=16, dense_below=0, dense_tail=0, dense_layers=0)
     got = hip_hf.hip_attention(q, k, v, config=config)
-    assert bool(calls) == (dtype == torch.bfloat16)
+    assert bool(heard) == (dtype == torch.bfloat16)
     assert got.isfinite().all()
 
 
@@ -102,15 +106,6 @@ def test_what_it_does_not_know_goes_without(monkeypatch, field):
     q, k, v = (torch.randn(1, heads, 700, 32, generator=torch.Generator().manual_seed(heads)).bfloat16() for heads in (4, 2, 2))
     config = HiPConfig(budget=64, window=64, sink=16, dense_below=0, dense_tail=0, dense_layers=0)
     assert hip_hf.hip_attention(q, k, v, config=config, **field).isfinite().all()
-
-
-@pytest.fixture
-def heard(monkeypatch):
-    """How often the fused attention is called; bf16 counts as fast."""
-    calls = []
-    monkeypatch.setattr(workers, "_fast_bf16", lambda: True)
-    monkeypatch.setattr(fused, "attention", lambda *args, own=fused.attention, **more: calls.append(1) or own(*args, **more))
-    return calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -134,52 +134,43 @@ def layer(
     if state is not None:
         setattr(key, STATE, numbered_state(state))
     said: Said = None
-    if mask is not None:
-        mask = mask.view_as(mask)
-        if unmasked is not None:
-            said = sliding_window, unmasked, _forward.spans_of(_layers[number], mask)
+    if mask is not None and unmasked is not None:
+        said = sliding_window, unmasked, _forward.spans_of(_layers[number], mask)
+    given = _given(query, key, value, sinks)
     rest = (scale, sliding_window, softcap, is_causal, method, unrotated)
     if learning:  # some methods go another way then, and the backward pass goes the same
-        return _followed(number, query, key, value, mask, sinks, said, rest)[0].detach()
-    return _attend(number, query, key, value, mask, sinks, said, rest)
+        return _followed(number, given, mask, said, rest)[0].detach()
+    return _attend(number, given, mask, said, rest)
 
 
-def _attend(
-    number: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    said: Said,
-    rest: tuple[Any, ...],
-) -> torch.Tensor:
-    """`layer` outside of a graph. `rest`: what `layer` is given from `scale` on, but for `unmasked`."""
+def _given(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    """What there is of query, key, value and sinks: what has gradients."""
+    return [x for x in tensors if x is not None]
+
+
+def _attend(number: int, given: list[torch.Tensor], mask: torch.Tensor | None, said: Said, rest: tuple[Any, ...]) -> torch.Tensor:
+    """`layer` outside of a graph, of the tensors `_given`. `rest`: what `layer` is given from `scale` on, but for `unmasked`."""
     from hip_hf.integration.interface import attend_layer
 
-    if said is not None:
-        mask._hip_window, mask._hip_unmasked, mask._hip_spans = said  # type: ignore[union-attr]
+    query, key, value, *sinks = given
+    if mask is not None:
+        mask = mask.view_as(mask)  # another object, as `key` is
+        if said is not None:
+            mask._hip_window, mask._hip_unmasked, mask._hip_spans = said  # type: ignore[attr-defined]
     scale, sliding_window, softcap, is_causal, method, unrotated = rest
-    fields: dict[str, Any] = dict(scaling=scale, sliding_window=sliding_window, softcap=softcap, s_aux=sinks, is_causal=is_causal)
-    return attend_layer(_layers[number], query, key, value, mask, **fields, method=method, unrotated=unrotated)[0]
+    fields: dict[str, Any] = dict(scaling=scale, sliding_window=sliding_window, softcap=softcap, is_causal=is_causal)
+    fields |= dict(s_aux=sinks[0] if sinks else None, method=method, unrotated=unrotated)
+    return attend_layer(_layers[number], query, key, value, mask, **fields)[0]
 
 
 def _followed(
-    number: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    said: Said,
-    rest: tuple[Any, ...],
+    number: int, given: list[torch.Tensor], mask: torch.Tensor | None, said: Said, rest: tuple[Any, ...]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`_attend`, followed by autograd, from which an operator's own computations are hidden otherwise; and what of query, key,
-    value and sinks there is, as autograd knows it."""
+    """`_attend`, followed by autograd, from which an operator's own computations are hidden otherwise; and the tensors as
+    autograd knows them."""
     with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-        given = [x.detach().requires_grad_() for x in (query, key, value, sinks) if x is not None]
-        query, key, value = given[:3]
-        return _attend(number, query, key, value, mask, None if sinks is None else given[3], said, rest), given
+        followed = [x.detach().requires_grad_() for x in given]
+        return _attend(number, followed, mask, said, rest), followed
 
 
 @layer.register_fake
@@ -207,12 +198,9 @@ def layer_backward(
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value and, where there are any, sinks, from that of what `layer` gave. This is computed once more:
     a graph could not keep what was selected."""
-    said: Said = None
-    if mask is not None:
-        mask = mask.view_as(mask)
-        said = None if unmasked is None else (sliding_window, unmasked, {})
+    said: Said = None if unmasked is None else (sliding_window, unmasked, {})
     rest = (scale, sliding_window, softcap, is_causal, method, unrotated)
-    grads = torch.autograd.grad(*_followed(number, query, key, value, mask, sinks, said, rest), grad)
+    grads = torch.autograd.grad(*_followed(number, _given(query, key, value, sinks), mask, said, rest), grad)
     return [x.contiguous() for x in grads]  # in memory as the graph expects them
 
 
@@ -226,7 +214,7 @@ def _(
     sinks: torch.Tensor | None,
     *rest: Any,
 ) -> list[torch.Tensor]:
-    return [x.new_empty(x.shape) for x in (query, key, value, sinks) if x is not None]
+    return [x.new_empty(x.shape) for x in _given(query, key, value, sinks)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -107,13 +107,12 @@ def attend_layer(
         problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
         return _followed(follower, module, problem, attention_mask)
     cache = paged.cache_of(key, kwargs)
-    if cache is None and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         from hip_hf.integration import in_graph  # an operator takes long to register
 
-        if in_graph.serves(query, key):
+        if cache is None and in_graph.serves(query, key):
             given = (scaling, sliding_window, softcap, s_aux, is_causal, method, unrotated)
             return in_graph.attention(module, query, key, value, attention_mask, *given), None
-    if torch.compiler.is_compiling():
         fields: dict[str, Any] = dict(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
         fields |= dict(is_causal=is_causal, method=method, unrotated=unrotated, **kwargs)
         return outside_of_graphs(attention_forward, module, query, key, value, attention_mask, **fields)

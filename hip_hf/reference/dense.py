@@ -39,12 +39,15 @@ def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, slice, 
 def attend_rows(t: Tensors, first: int, span: Span, pieces: list[Piece] | None = None) -> None:
     """The query rows of a span from `first` on, through PyTorch's fused attention where that serves, else block by block. What
     they read is added to `pieces`, for the gradients."""
+    served = fused.serves_rows(t, span)
+    if served:
+        fused.attend_rows(t, first, span)
+        if pieces is None:
+            return
     tasks = range_tasks(t, first, span)
     if pieces is not None:
         pieces += [Piece(span, heads, [block], None, 1, span.rows) for heads, _, block in tasks]
-    if fused.serves_rows(t, span):
-        fused.attend_rows(t, first, span)
-    else:
+    if not served:
         run(lambda task: attend_range(t, *task), tasks, t.q.device)
 
 

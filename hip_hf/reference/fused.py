@@ -24,17 +24,21 @@ from hip_hf.reference.workers import compute_dtype, scratch
 attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
+def knows(t: Tensors, rows: int) -> bool:
+    """Whether it can attend for so many rows, but for what a sliding window hides. A single row gains nothing by it."""
+    plain = t.softcap is None and t.positions is None and t.q.shape[-1] == t.v.shape[-1]
+    return plain and rows > 1 and t.q.device.type == "cpu"
+
+
 def serves(t: Tensors, block: QueryBlock) -> bool:
-    """Whether query blocks such as this one go through the fused attention. A single row gains nothing by it."""
-    plain = t.softcap is None and t.sliding_window is None and t.positions is None and t.q.shape[-1] == t.v.shape[-1]
-    return plain and block.rows > 1 and t.q.device.type == "cpu" and compute_dtype(t.q) == torch.bfloat16
+    """Whether query blocks such as this one go through the fused attention."""
+    return knows(t, block.rows) and t.sliding_window is None and compute_dtype(t.q) == torch.bfloat16
 
 
 def serves_rows(t: Tensors, span: Span) -> bool:
     """Whether dense attention of a span's rows goes through the fused attention."""
     within = t.sliding_window is None or t.sliding_window >= span.end
-    plain = t.softcap is None and within and t.positions is None and t.q.shape[-1] == t.v.shape[-1]
-    return plain and span.rows > 1 and t.q.device.type == "cpu" and compute_dtype(t.q) == t.q.dtype == t.k.dtype
+    return knows(t, span.rows) and within and compute_dtype(t.q) == t.q.dtype == t.k.dtype
 
 
 def attend_rows(t: Tensors, first: int, span: Span) -> None:
