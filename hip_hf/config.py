@@ -19,7 +19,7 @@ SCORES = ("mass", "max")
 VOTES = ("need", "sampled")
 DELTA_MODES = ("clusters", "step", "interpolate")
 # Keys' worth of candidates that the search keeps, and that it scores exactly, where `beam` and `rescore` are None.
-BEAM_KEYS, RESCORE_KEYS = 2048, 3072
+BEAM_KEYS, RESCORE_KEYS = 2048, 4096
 BACKENDS = ("auto", "torch", "triton")
 # No size is larger: longer than any context, and sums of several still fit into the kernels' 32 bits.
 MOST = 2**28
@@ -60,7 +60,7 @@ class HiPConfig:
         method: a selector (`hip`, `staged`, `streaming`, `quest`, `vertical_slash`, `sample`, `h2o`, `oracle`), or an
             attention of its own (`hyper`, `dense`).
         options: the method's own settings, validated by its dataclass (for `hip`: `weight` of the bound in `blend`, `sample`: the
-            most keys from which a row's need is estimated).
+            most keys from which a row's need is estimated, `descent`: one in so many votes by need walks the tree).
         budget: keys selected per query block, a multiple of `block_k`.
         block_q: query rows that share one selection.
         block_k: keys per block, the unit of selection.
@@ -76,7 +76,7 @@ class HiPConfig:
             `max` (best logit: the HiP paper).
         beam: levels above the last keep `beam * budget` keys' worth of chunks; None: 2048 keys' worth, at least twice the budget.
             What a search must look at to find an answer does not shrink with what is read afterwards.
-        rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off, None: 3072
+        rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off, None: 4096
             keys', at least three times the budget.
         coarsest: largest chunk, in keys, that the search may start from; None starts from as few as possible.
         dense_layers: a count of first layers, or a list of layer indices, that stay dense.

@@ -42,28 +42,37 @@ def always_read(
 def by_need(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
     sinks: list[float] | None = None, sliding: int | None = None, most: int = 512,
-) -> list[Vote]:  # fmt: skip
-    """Votes of a query block's rows by their need; arguments as in `always_read` and `neediest`."""
+) -> tuple[list[Vote], int | None]:  # fmt: skip
+    """Votes of a query block's rows by their need; arguments and result as of `always_read` and `neediest`."""
     near = always_read(config, keys, rows, first, low, high, logit, sinks, sliding)
     return neediest(config, keys, rows, near, low, high, logit, most)
 
 
 def neediest(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, near: dict[tuple[int, int], float], low: int, high: int,
-    logit: Callable[..., float], most: int = 256,
-) -> list[Vote]:  # fmt: skip
+    logit: Callable[..., float], most: int = 512,
+) -> tuple[list[Vote], int | None]:  # fmt: skip
     """Votes of the rows `[rows, heads, D]` that need the middle `[low, high)` most, which is estimated from `most` of its keys.
-    `near`: log-sum-exp of each for what it reads in any case."""
+    So many of them, the first, walk the tree (None: all, for all rows vote). `near`: log-sum-exp of each for what it reads in
+    any case."""
     bk, (count, heads, _) = config.block_k, rows.shape
     ids = [(row, head) for row in range(count) for head in range(heads)]
     allowed = heads if count == 1 else min(len(ids), max(1, math.ceil(heads * config.block_q / config.query_stride)))
+    walking = None
     if allowed < len(ids):
         stride = 1
         while len(sample := spread(low * bk, high * bk, stride)) > most:
             stride *= 2
         need = {(r, h): log_sum_exp([logit(rows[r, h], keys[at]) for at in sample]) - near[r, h] for r, h in ids}
-        ids = sorted(sorted(ids, key=lambda i: (-need[i], i))[:allowed])
-    return [(rows[row, head], near[row, head]) for row, head in ids]
+        ids = sorted(ids, key=lambda i: (-need[i], i))
+        walking = walkers(config, allowed)
+        ids = sorted(ids[:walking]) + sorted(ids[walking:allowed])
+    return [(rows[row, head], near[row, head]) for row, head in ids], walking
+
+
+def walkers(config: Any, votes: int) -> int:
+    """How many of the votes of rows chosen by need walk the tree: the others only score what is found with all its keys."""
+    return math.ceil(votes / config.method_options().descent) if config.rescore > 1 else votes
 
 
 def spread(begin: int, end: int, stride: int) -> list[int]:
@@ -89,6 +98,7 @@ class Search:
     softcap: float | None = None
     lasting: bool = False  # later decode steps will use the selection
     weight: float = 0.5
+    walking: int | None = None  # so many of the votes, the first, walk the tree; None: all
 
     def size(self, level: int) -> int:
         return self.config.block_k * 2**level
@@ -132,12 +142,12 @@ class Search:
         logit = product * self.scale
         return logit if self.softcap is None else self.softcap * math.tanh(logit / self.softcap)
 
-    def scores(self, logits: dict[Any, list[float]], size: int) -> dict[Any, float]:
-        """One score per candidate, of `size` keys each, from its logits, one for each vote."""
+    def scores(self, logits: dict[Any, list[float]], size: int, votes: list[Vote]) -> dict[Any, float]:
+        """One score per candidate, of `size` keys each, from its logits, one for each of `votes`."""
         if self.config.score == "max":
             return {c: max(values) for c, values in logits.items()}
         shares: dict[Any, list[float]] = {c: [] for c in logits}
-        for r, (_, near) in enumerate(self.votes):
+        for r, (_, near) in enumerate(votes):
             others = [] if near is None else [near - math.log(size)]
             whole = log_sum_exp([values[r] for values in logits.values()] + others)
             for c, values in logits.items():
@@ -169,8 +179,9 @@ class Search:
         level = self.start()
         candidates = self.complete(level)
         while True:
-            logits = {i: [self.logit(row, (level, i)) for row, _ in self.votes] for i in candidates}
-            scores = self.scores(logits, self.size(level))
+            walking = self.votes[: self.walking]
+            logits = {i: [self.logit(row, (level, i)) for row, _ in walking] for i in candidates}
+            scores = self.scores(logits, self.size(level), walking)
             if level == 0:
                 break
             kept = self.keep(scores, self.config.beam * budget)

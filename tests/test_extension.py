@@ -235,7 +235,8 @@ def check_selection(config: HiPConfig, tokens: int, rows: int, where: Positions,
             rows_of = q[0, :, block[0] - (tokens - rows) : block[-1] + 1 - (tokens - rows)].transpose(0, 1)
             near = near_at_streaming_places(config, k[0, 0], rows_of, block, low, high, where)
             logit = lambda row, key, search=search: search.capped(float(row @ key))  # noqa: E731
-            search.votes = brute.neediest(config, k[0, 0], placed, near, low, high, logit, config.method_options().sample)
+            given = (near, low, high, logit, config.method_options().sample)
+            search.votes, search.walking = brute.neediest(config, k[0, 0], placed, *given)
         assert got[0, n] == search.run(), f"query block {n}"
         searched += 1
     assert searched

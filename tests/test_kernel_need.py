@@ -86,11 +86,15 @@ def needs(case: Case, block_q: int, made: torch.Tensor | None = None) -> tuple[t
 
 
 def voters(need: torch.Tensor, config: HiPConfig) -> list[tuple[int, int]]:
-    """The rows and heads that vote, of need `[heads, rows]`: as (row, head), in order."""
+    """The rows and heads that vote, of need `[heads, rows]`: as (row, head), in order, those that walk the tree first."""
     heads, rows = need.shape
     ids = [(row, head) for row in range(rows) for head in range(heads)]
     count = heads if rows == 1 else max(1, math.ceil(heads * config.block_q / config.query_stride))
-    return sorted(sorted(ids, key=lambda i: (-float(need[i[1], i[0]]), i))[:count])
+    if count >= len(ids):
+        return ids
+    ids = sorted(ids, key=lambda i: (-float(need[i[1], i[0]]), i))
+    walking = brute.walkers(config, count)
+    return sorted(ids[:walking]) + sorted(ids[walking:count])
 
 
 def check(case: Case, ranks_exactly: bool = True) -> None:
@@ -244,7 +248,11 @@ def test_ties_go_to_the_lower_row_and_then_head(heads: int) -> None:
 def test_the_description_once_more() -> None:
     """Who votes, by the loops of `brute.py`."""
     case = Case(
-        small(query_stride=8, options={"sample": 9}), [whole(131, 35)], groups=2, softcap=5.0, sinks=torch.tensor([1.0, 2])
+        small(query_stride=4, rescore=2, options={"sample": 9, "descent": 3}),
+        [whole(131, 35)],
+        groups=2,
+        softcap=5.0,
+        sinks=torch.tensor([1.0, 2]),
     )
     q, _, kv, sequences = case.arguments()
     votes, near = (x.cpu() for x in votes_of(q, kv, sequences, case.config, case.logits(), 16))
@@ -255,7 +263,7 @@ def test_the_description_once_more() -> None:
 
     for n, block in enumerate(case.blocks(span, False)):
         rows = case.q[0, :, block.row : block.row + block.rows].double().transpose(0, 1)
-        want = brute.by_need(
+        want, _ = brute.by_need(
             case.config, case.keys(span)[0].double(), rows, block.first, block.low, block.high, logit, [1.0, 2.0], most=9
         )
         at = slice(n * slots, n * slots + len(want))

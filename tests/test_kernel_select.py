@@ -136,10 +136,12 @@ class Case:
             return nullcontext()
         votes, near, voting = self.voted(s)
 
-        def chosen(search: TreeSearch, heads: slice, blocks: list[QueryBlock], *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def chosen(search: TreeSearch, heads: slice, blocks: list[QueryBlock], *_: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
             (n,) = (laid.index(block) for block in blocks)
-            own = slice(n * voting.slots, n * voting.slots + need.votes_of(config, laid[n].rows, voting.voters))
-            return search.scale * votes[heads, :, own].double(), near[heads, :, own].double()
+            count = need.votes_of(config, laid[n].rows, voting.voters)
+            own = slice(n * voting.slots, n * voting.slots + count)
+            walking = voting.walkers if count < voting.voters * laid[n].rows else count
+            return search.scale * votes[heads, :, own].double(), near[heads, :, own].double(), walking
 
         return patch.object(TreeSearch, "_votes", chosen)
 

@@ -60,7 +60,7 @@ def expected(
             else:
                 logit = lambda row, key, search=search: search.capped(float(row @ key))  # noqa: E731
                 given = (block[0], low, high, logit, own_sinks, sliding, sample)
-                search.votes = brute.by_need(config, own, own_rows, *given)
+                search.votes, search.walking = brute.by_need(config, own, own_rows, *given)
             found[head, n] = search.run()
     return found
 
@@ -119,6 +119,12 @@ def test_same_blocks_for_every_choice_of_voters(query_stride: int, vote: str, gr
 @pytest.mark.parametrize("sample", [2, 3, 16, 64, 1000])
 def test_same_blocks_for_every_sample_of_the_middle(sample: int) -> None:
     check(small(options={"sample": sample}, query_stride=8), 163, 35)
+
+
+@pytest.mark.parametrize("descent", [1, 2, 3, 8, 100])
+@pytest.mark.parametrize("query_stride", [1, 2, 5])
+def test_same_blocks_for_every_share_of_votes_that_walk_the_tree(query_stride: int, descent: int) -> None:
+    check(small(options={"descent": descent}, query_stride=query_stride, rescore=2, beam=1), 163, 35)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 1), (1, 4), (2, 3)])

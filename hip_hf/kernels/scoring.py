@@ -150,11 +150,11 @@ def score_chunks(
     keys,
     scale,
     steps,
+    tiles,
     SOFTCAP: tl.constexpr,
     M: tl.constexpr,
     EDGES: tl.constexpr,
     ROWS: tl.constexpr,
-    TILES: tl.constexpr,
     SAMPLES: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -176,7 +176,7 @@ def score_chunks(
     also where `inside` is false."""
     scores = tl.full([M], 0.0 if MASS else -float("inf"), tl.float32)
     edge_scores = tl.full([EDGES], 0.0 if MASS else -float("inf"), tl.float32)
-    for tile in range(TILES):
+    for tile in range(tiles):
         offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
         if HAS_EDGES:
             edges = chunk_logits(

@@ -15,7 +15,7 @@ import triton.language as tl
 from hip_hf.kernels.scoring import block_masses, chunk_logits, chunk_rows, near_share, score_blocks, score_chunks, voting_rows
 from hip_hf.kernels.sequences import GROWING, always_read, load_sequence, query_block, still_serves, window_start
 from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, with_successors
-from hip_hf.kernels.votes import count_votes
+from hip_hf.kernels.votes import count_votes, count_walkers
 
 # Candidates at the middle's edges are two at most; a tile of them is as small as matrix instructions allow.
 EDGES = tl.constexpr(16)
@@ -117,10 +117,10 @@ def score_long(
     block_last,
     scale,
     steps,
+    tiles,
     SOFTCAP: tl.constexpr,
     M: tl.constexpr,
     ROWS: tl.constexpr,
-    TILES: tl.constexpr,
     SAMPLES: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -139,7 +139,7 @@ def score_long(
 ):
     """Scores of `count` chunks from `first` on into `scratch`, tile by tile: once for the rows' norms, once for the scores."""
     inner = tl.arange(0, M)
-    for tile in range(TILES):
+    for tile in range(tiles):
         offsets, voting = voting_rows(tile, last_row, block_last, block_first, stride_qh, stride_qt, ROWS, SAMPLES, STRIDE, GROUP)
         top = tl.full([ROWS], -float("inf"), tl.float32)
         norm = tl.zeros([ROWS], tl.float32)
@@ -201,7 +201,7 @@ def select_kernel(
     BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
     KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, SUCCESSORS: tl.constexpr, LONG: tl.constexpr,
     STATEFUL: tl.constexpr, CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr,
-    SPACING: tl.constexpr, SAMPLED: tl.constexpr,
+    WALKERS: tl.constexpr, SPACING: tl.constexpr, SAMPLED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr,
@@ -215,12 +215,12 @@ def select_kernel(
     at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
     a time, for after a step of several rows the next one selects anew. `SUCCESSORS`: so many blocks that follow the best ones
     are kept in any case, in steps of one row. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the votes that `votes.py` put
-    side by side, of which it says what VOTERS, VOTES, SPACING and SAMPLED mean. `WEIGHED`: `near` is what every vote, or row of
-    a sequence, finds in any case. `HALF` > 0: chunk-indexed, at most `farthest` chunks away; so many pairs of a head's numbers
-    turn. `LOOKS` > 1: so many programs search, all for the same, and each looks at a share of the keys of each of the last
-    blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none; what `NARROW` rows of each tile, those
-    that may vote, found in their keys into `scratch`, fp32 `[programs, LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last place
-    what was subtracted. All else is left to `choose.py`.
+    side by side, of which it says what VOTERS, VOTES, WALKERS, SPACING and SAMPLED mean. `WEIGHED`: `near` is what every vote,
+    or row of a sequence, finds in any case. `HALF` > 0: chunk-indexed, at most `farthest` chunks away; so many pairs of a head's
+    numbers turn. `LOOKS` > 1: so many programs search, all for the same, and each looks at a share of the keys of each of the
+    last blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none; what `NARROW` rows of each tile, those
+    that may vote, found in their keys into `scratch`, fp32 `[programs, LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last
+    place what was subtracted. All else is left to `choose.py`.
     """
     index, row = place_of(first_program + tl.program_id(0), blocks)
     sequence = row // heads
@@ -250,11 +250,19 @@ def select_kernel(
 
     key_head = head // HEADS_PER_KEY
     q += (sequence if CHOSEN else batch).to(tl.int64) * stride_qb + head.to(tl.int64) * GROUP * stride_qh
+    own_rows = last - first + 1
     if CHOSEN:
         q += index.to(tl.int64) * SAMPLES * stride_qt
     near, last_row, first, last = votes_near(
         near, row, index, row_start, last_row, first, last, stride_near, CHOSEN, VOTERS, VOTES, SPACING, SAMPLED, SAMPLES,
         GROUP)  # fmt: skip
+    # of the votes, the first walk the tree, and all look at the keys that these find
+    walking_row, walking, tiles = last_row, last, TILES
+    if CHOSEN:
+        walking = count_walkers(last + 1, own_rows, VOTERS, WALKERS) - 1
+        walking_row = walking
+        if TILES > 1:
+            tiles = walking // ROWS + 1
     table += sequence.to(tl.int64) * stride_sequence + key_head.to(tl.int64) * stride_head
     k += key_head.to(tl.int64) * stride_kh
     slot = tl.arange(0, M)
@@ -266,8 +274,8 @@ def select_kernel(
     begins, ends = ceil_shift(low, level), high >> level
     if LONG:
         scratch += tl.program_id(0).to(tl.int64) * stride_scratch
-        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, near, stride_near, last_row, first, last,
-                   scale, steps, SOFTCAP, M, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, BLOCK_K, DIM, FEATURES,
+        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, near, stride_near, walking_row, first, walking,
+                   scale, steps, tiles, SOFTCAP, M, ROWS, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, BLOCK_K, DIM, FEATURES,
                    PARTS, PRECISION, level, farthest, COS, SIN, HALF)  # fmt: skip
         best, total = merge_long(scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2)
         ids = pair(best, best, M)
@@ -278,8 +286,8 @@ def select_kernel(
         inside = ids < ends
         at = chunk_rows(tl.where(inside, ids, begins), level)
         scores, _ = score_chunks(
-            table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, near, stride_near, last_row, first, last,
-            BLOCK_K << level, scale, steps, SOFTCAP, M, EDGES, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
+            table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, near, stride_near, walking_row, first, walking,
+            BLOCK_K << level, scale, steps, tiles, SOFTCAP, M, EDGES, ROWS, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
             FEATURES, PARTS, PRECISION, False,
             places_back(ends, ids, farthest), edge, COS, SIN, HALF)  # fmt: skip
     keys = sort_keys(scores, inside)
@@ -297,8 +305,8 @@ def select_kernel(
         edge_at = chunk_rows(tl.where(edge == 0, begins, ends - 1), level)
         edge_inside = ((edge == 0) & (begins != 2 * was_begins)) | ((edge == 1) & (ends != 2 * was_ends))
         scores, edge_scores = score_chunks(
-            table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, near, stride_near, last_row, first, last,
-            BLOCK_K << level, scale, steps, SOFTCAP, M, EDGES, ROWS, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
+            table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, near, stride_near, walking_row, first, walking,
+            BLOCK_K << level, scale, steps, tiles, SOFTCAP, M, EDGES, ROWS, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
             FEATURES, PARTS, PRECISION, True,
             places_back(ends, ids, farthest), places_back(ends, tl.where(edge == 0, begins, ends - 1), farthest),
             COS, SIN, HALF)  # fmt: skip

@@ -23,7 +23,7 @@ from hip_hf.kernels.prefill import Logits, configuration, rows_of
 from hip_hf.kernels.rotation import partner, placed_queries, rotation, turned
 from hip_hf.kernels.sequences import GROWING, Sequences, always_read, load_sequence, query_block, still_serves, window_start
 from hip_hf.kernels.tiles import LN2, LOG2E, scaled
-from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, tile
+from hip_hf.kernels.topk import ABSENT, keep_best, kept_of, sort_keys, tile
 from hip_hf.kernels.tuning import Tile, power_of_two, precision_of, target_of, tile_of
 from hip_hf.methods import need as by_need
 
@@ -47,6 +47,12 @@ def count_votes(rows, VOTERS: tl.constexpr, VOTES: tl.constexpr, STRIDE: tl.cons
         return VOTERS * ((rows - 1) // STRIDE + 1)
     else:
         return tl.where(rows == 1, VOTERS, tl.minimum(VOTERS * rows, VOTES))
+
+
+@triton.jit
+def count_walkers(votes, rows, VOTERS: tl.constexpr, WALKERS: tl.constexpr):
+    """How many of the `votes` of a query block of so many rows walk the tree: all, where all rows vote."""
+    return tl.where(votes < VOTERS * rows, tl.minimum(WALKERS, votes), votes)
 
 
 @triton.jit
@@ -202,15 +208,16 @@ def vote_kernel(
     Q, NEAR, NEED, VOTED, VOTED_NEAR, SEQUENCES, MADE, COS, SIN,
     stride_qb, stride_qh, stride_qt, stride_near, stride_sequences, stride_made,
     sink_keys, window_keys, refresh, sliding, trained, scaling,
-    BUDGET: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr,
-    N: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, SAMPLED: tl.constexpr, WEIGHED: tl.constexpr,
+    BUDGET: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, WALKERS: tl.constexpr, STRIDE: tl.constexpr,
+    SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, SAMPLED: tl.constexpr, WEIGHED: tl.constexpr,
     STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
     """The votes of one query block and mask head: `VOTED` `[S, H, blocks * SLOTS, D]`, and (`WEIGHED`) their `VOTED_NEAR` fp32
     `[S, H, blocks * SLOTS]`. Grid: query blocks, mask heads, sequences. As in `need_kernel`, nothing where nothing is searched.
 
-    Rows of the greatest need (`RANKED`), every `STRIDE`-th (`SAMPLED`), or all. HALF > 0: turned to where they select.
+    Rows of the greatest need (`RANKED`, of these the neediest `WALKERS` first), every `STRIDE`-th (`SAMPLED`), or all. HALF > 0:
+    turned to where they select.
     """
     index, mask_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, _, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
@@ -229,18 +236,24 @@ def vote_kernel(
     lane = entry * VOTERS * stride_near + (first - position)
     slot = tl.arange(0, KEPT)
     inside = slot < total
-    ids = slot
+    ids, place = slot, slot
     if RANKED:
         every = tl.arange(0, N)  # by position, then by head
         there = every < own_rows * VOTERS
         need = tl.load(NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + every // VOTERS, mask=there, other=0.0)
         none = first * 0 + ABSENT
-        ids, _, _ = keep_best(every, sort_keys(need, there), first, none, first, none, total, N, KEPT)
+        keys = sort_keys(need, there)
+        ids, _, _ = keep_best(every, keys, first, none, first, none, total, N, KEPT)
+        walking = count_walkers(total, own_rows, VOTERS, WALKERS)
+        walks, _, _ = kept_of(keys, none, none, walking)
+        walks = tl.where(inside, tl.gather(walks, tl.where(inside, ids, 0), 0), 0)
+        before = tl.cumsum(walks, 0)  # with the slot itself
+        place = tl.where(walks > 0, before - 1, walking + slot - before)
     ids = tl.where(inside, ids, 0)
     row, member = ids // VOTERS, ids % VOTERS
     if SAMPLED:
         row = tl.where(inside, own_rows - 1 - row * STRIDE, 0)
-    to = (entry * tl.num_programs(0) + index) * SLOTS + slot
+    to = (entry * tl.num_programs(0) + index) * SLOTS + place
     if WEIGHED:
         near = tl.load(NEAR + lane + member.to(tl.int64) * stride_near + row, mask=inside, other=0.0)
         tl.store(VOTED_NEAR + to, near, mask=inside)
@@ -261,13 +274,14 @@ def vote_kernel(
 class Voting:
     """Who votes in a search: settled by settings and shapes alone.
 
-    `voters`: query heads that share a selection. `votes`: of a full query block. `slots`: room for those of any. `ranked`:
-    rows are chosen by need. `chosen`: votes are put side by side for the search, else it reads the queries themselves.
-    `weighed`: the search counts how much a row finds near.
+    `voters`: query heads that share a selection. `votes`: of a full query block, of which `walkers` walk the tree. `slots`: room
+    for those of any. `ranked`: rows are chosen by need. `chosen`: votes are put side by side for the search, else it reads the
+    queries themselves. `weighed`: the search counts how much a row finds near.
     """
 
     voters: int
     votes: int
+    walkers: int
     slots: int
     stride: int
     sampled: bool
@@ -284,7 +298,8 @@ class Voting:
         ranked = not sampled and votes < rows
         stride = config.query_stride if sampled else 1
         weighed = not sampled and config.score == "mass"
-        return Voting(voters, votes, slots, stride, sampled, ranked, ranked or extended, weighed)
+        walkers = by_need.walkers_of(config, votes) if ranked else slots
+        return Voting(voters, votes, walkers, slots, stride, sampled, ranked, ranked or extended, weighed)
 
 
 def need_arguments(
@@ -335,7 +350,8 @@ def vote_arguments(
         stride_near=near.shape[-1], stride_sequences=sequences.table.stride(0),
         stride_made=0 if made is None else made.stride(0), sink_keys=config.sink, window_keys=config.window,
         refresh=config.decode_refresh, sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
-        VOTERS=voting.voters, VOTES=voting.votes, STRIDE=voting.stride, SLOTS=voting.slots, N=needs, KEPT=tile(voting.slots),
+        VOTERS=voting.voters, VOTES=voting.votes, WALKERS=voting.walkers, STRIDE=voting.stride, SLOTS=voting.slots, N=needs,
+        KEPT=tile(voting.slots),
         RANKED=voting.ranked, SAMPLED=voting.sampled, WEIGHED=voting.weighed, STATEFUL=made is not None, BLOCK_Q=block_q,
         BLOCK_K=config.block_k, DIM=q.shape[-1], FEATURES=FEATURES, **rotation(logits.positions, 0, q),
         num_warps=min(16, max(4, needs // NEEDS)),

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, squash
-from hip_hf.methods.need import log_mass, sample_level, sampled_chunks, sampled_keys, votes_of
+from hip_hf.methods.need import log_mass, sample_level, sampled_chunks, sampled_keys, votes_of, walkers_of
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.paged import KeyRows, block_index, lanes_of
 from hip_hf.reference.workers import scratch, widened
@@ -44,16 +44,20 @@ GATHERED_AT_ONCE = 1 << 21
 
 @dataclass(frozen=True)
 class Options:
-    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which a row's need is estimated."""
+    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which a row's need is estimated.
+    `descent`: of the votes by need, one in so many walks the tree, the neediest; all of them score what these find."""
 
     weight: float = 0.5
     sample: int = 512
+    descent: int = 2
 
     def __post_init__(self) -> None:
         if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1:
             raise ValueError(f"HiPConfig.options['weight']: got {shown(self.weight)}, allowed: 0 to 1")
-        if type(self.sample) is not int or self.sample < 2:
-            raise ValueError(f"HiPConfig.options['sample']: got {shown(self.sample)}, allowed: an integer >= 2")
+        for name, least in (("sample", 2), ("descent", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: an integer >= {least}")
 
 
 def start_level(config: HiPConfig, low: int, high: int) -> int:
@@ -146,22 +150,26 @@ class TreeSearch:
 
     def _votes(
         self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None, level: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, and the log-sum-exp of what each always reads.
-        The need is estimated from a key of each chunk of `2 ** level` keys."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, the log-sum-exp of what each always reads, and
+        how many of them, the first, walk the tree. The need is estimated from a key of each chunk of `2 ** level` keys."""
         config, rows, first = self.config, blocks[0].rows, blocks[0].row
         if near is None:
             index = torch.tensor([list(sampled_rows(config, block)) for block in blocks], device=self.q.device)
-            return self._grouped(self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale), None
+            q = self._grouped(self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale)
+            return q, None, q.shape[2]
         # query blocks of one call follow one another
         q = self.q[heads, :, first : first + len(blocks) * rows].to(self.pyramid.dtype) * self.scale
         q, near = self._grouped(q.unflatten(2, (-1, rows))), self._grouped(near.unflatten(2, (-1, rows, 1)))[..., 0]
         count = votes_of(config, rows, q.shape[2] // rows)
         if count == q.shape[2]:
-            return q, near
+            return q, near, count
         need = self._log_mass(heads, blocks, q, level).sub_(near)
-        chosen = best(need, torch.arange(q.shape[2], device=q.device).expand(need.shape), count).sort(dim=-1).values
-        return q.gather(2, chosen[..., None].expand(*chosen.shape, q.shape[-1])), near.gather(2, chosen)
+        every, walking = torch.arange(q.shape[2], device=q.device).expand(need.shape), walkers_of(config, count)
+        chosen, walkers = best(need, every, count).sort(dim=-1).values, best(need, every, walking)
+        walks = (chosen[..., None] == walkers[..., None, :]).any(-1)
+        chosen = chosen.gather(-1, walks.int().argsort(dim=-1, descending=True, stable=True))
+        return q.gather(2, chosen[..., None].expand(*chosen.shape, q.shape[-1])), near.gather(2, chosen), walking
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         """`[heads, G, P, R, n]` -> `[heads, S * P, rows of all heads that share a mask, n]`, by position."""
@@ -181,11 +189,13 @@ class TreeSearch:
         return out
 
     def _search(
-        self, heads: slice, blocks: list[QueryBlock], level: int, q: torch.Tensor, near: torch.Tensor | None
+        self, heads: slice, blocks: list[QueryBlock], level: int, q: torch.Tensor, near: torch.Tensor | None, walking: int
     ) -> torch.Tensor:
+        """`q`, `near` and `walking` as `_votes` gives them."""
         config, device = self.config, self.q.device
         budget = config.budget_blocks
-        features = self.representative.features(q)
+        features = self.representative.features(q[:, :, :walking])
+        near_walking = None if near is None else near[:, :, :walking]
         shares = q.shape[1] // len(blocks)
         low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)  # [P]
         high = torch.tensor([block.high for block in blocks], device=device).repeat(shares)
@@ -198,9 +208,9 @@ class TreeSearch:
         if self.positions is None:
             rows = self.pyramid.levels[level][heads, tile]
             logits = self._logits(features.flatten(1, 2), rows).view(*features.shape[:3], -1)
-            scores = self._aggregate(logits, invalid, near, level)
+            scores = self._aggregate(logits, invalid, near_walking, level)
         else:  # the window of each query block is elsewhere
-            scores = self._scores(heads, level, features, ids, last, invalid, near)
+            scores = self._scores(heads, level, features, ids, last, invalid, near_walking)
         ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         while level > 0:
@@ -213,7 +223,7 @@ class TreeSearch:
             invalid = torch.stack([first == 2 * was_first, last == 2 * was_last], dim=-1)
             children = torch.stack([2 * ids, 2 * ids + 1], dim=-1).flatten(-2)
             ids = torch.cat([children, edges.expand(*ids.shape[:2], 2)], dim=-1)
-            scores = self._scores(heads, level, features, ids, last, invalid, near)
+            scores = self._scores(heads, level, features, ids, last, invalid, near_walking)
             ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         if config.rescore_blocks:

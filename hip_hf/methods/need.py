@@ -39,6 +39,11 @@ def votes_of(config: HiPConfig, rows: int, heads: int) -> int:
     return min(rows * heads, -(-heads * config.block_q // config.query_stride))
 
 
+def walkers_of(config: HiPConfig, votes: int) -> int:
+    """How many of so many votes by need walk the tree: all, where nothing is scored again at its end."""
+    return -(-votes // config.method_options().descent) if config.rescore_blocks else votes
+
+
 def sampled_chunks(config: HiPConfig, low: int, high: int, level: int) -> tuple[int, int]:
     """First and end of the chunks of `2 ** level` keys that lie in the middle, blocks `low` to `high - 1`."""
     return -(-low * config.block_k >> level), high * config.block_k >> level
