@@ -17,7 +17,8 @@ from test_extension import positions
 from test_kernel_select import Case, whole
 
 from hip_hf.config import HiPConfig
-from hip_hf.kernels.votes import Voting, need_arguments, need_kernel, votes_of
+from hip_hf.kernels.votes import need_arguments, need_kernel, votes_of
+from hip_hf.kernels.voting import Voting
 from hip_hf.methods.base import QueryBlock
 from hip_hf.problem import Span
 

@@ -23,7 +23,8 @@ from hip_hf.kernels.scoring import chunk_logits
 from hip_hf.kernels.search import Selection, select, unsupported
 from hip_hf.kernels.select import select_kernel
 from hip_hf.kernels.sequences import Sequences
-from hip_hf.kernels.votes import Voting, votes_of
+from hip_hf.kernels.votes import votes_of
+from hip_hf.kernels.voting import Voting
 from hip_hf.methods import need, selector_for
 from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.methods.hip import TreeSearch

@@ -19,6 +19,7 @@ import torch
 from hip_hf.config import HiPConfig
 from hip_hf.kernels.prefill import rows_of
 from hip_hf.kernels.tuning import Tile, tile_of
+from hip_hf.methods.need import walkers_of
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
 GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
@@ -102,13 +103,12 @@ def levels(tokens: int, config: HiPConfig) -> int:
     return 1 + max(0, ceil(log2(tokens / start)))
 
 
-def search(tokens: int, rows: int, config: HiPConfig, shape: Shape) -> Cost:
-    """One selection of a query block of `rows` voting rows, all votes of which fit into one tile."""
-    votes = rows * shape.query_heads // shape.lists(config)
+def search(tokens: int, votes: int, walking: int, config: HiPConfig, shape: Shape) -> Cost:
+    """One selection by so many votes, all of which fit into one tile, of which so many are `walking` the tree."""
     candidates = 2 * config.beam_blocks
     summaries = levels(tokens, config) * min(candidates, tokens // config.block_k)
     exact = min(config.rescore_blocks * config.block_k, tokens)
-    flops = votes * (4 * summaries + 2 * exact) * shape.dim
+    flops = (walking * 4 * summaries + votes * 2 * exact) * shape.dim
     return Cost(flops, (2 * summaries + exact) * shape.dim * shape.size)
 
 
@@ -133,17 +133,20 @@ def votes(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
 
 def selection(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
     """Selection of a whole prompt. Its pyramid reads K once."""
-    rows = ceil(config.block_q / config.query_stride)
+    heads = shape.query_heads // shape.lists(config)
+    rows = heads * ceil(config.block_q / config.query_stride)
+    walking = walkers_of(config, rows) if config.vote == "need" and rows < heads * config.block_q else rows
     pyramid = tokens * shape.key_heads * shape.dim * shape.size * (1 + 4 / config.block_k)
     read = tokens / config.query_stride * shape.row
     searches = tokens / config.block_q * shape.lists(config)
-    found = search(tokens, rows, config, shape).times(searches) + Cost(0, pyramid + read)
+    found = search(tokens, rows, walking, config, shape).times(searches) + Cost(0, pyramid + read)
     return found + votes(tokens, config, shape)
 
 
 def refresh_step(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
     """The selection of a decode step: what its rows find near, if votes are by need, and the search."""
-    found = search(tokens, 1, config, shape).times(shape.lists(config))
+    heads = shape.query_heads // shape.lists(config)
+    found = search(tokens, heads, heads, config, shape).times(shape.lists(config))
     if config.vote == "sampled":
         return found
     keys = near_keys(tokens, config, 1)

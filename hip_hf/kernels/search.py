@@ -17,7 +17,8 @@ from hip_hf.kernels.select import NEVER, select_kernel
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.topk import tile
 from hip_hf.kernels.tuning import power_of_two, processors, target_of
-from hip_hf.kernels.votes import Voting, votes_of
+from hip_hf.kernels.votes import votes_of
+from hip_hf.kernels.voting import Voting
 from hip_hf.methods.hip import SUCCESSORS
 from hip_hf.rope import farthest_chunk
 
@@ -172,9 +173,8 @@ def constants(
         ROWS=rows, TILES=-(-voting.slots // rows), SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
         MASS=config.score == "mass", WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters, VOTES=voting.votes,
         WALKERS=voting.walkers, SPACING=voting.stride, SAMPLED=voting.sampled, DIM=dim, FEATURES=shape.features,
-        FEATURES_LAST=shape.features_last,
-        PARTS=parts_of(config), OUT=tile(budget), PRECISION="ieee" if dtype == torch.float32 else "tf32",
-        num_warps=shape.warps, num_stages=shape.stages,
+        FEATURES_LAST=shape.features_last, PARTS=parts_of(config), OUT=tile(budget),
+        PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from hip_hf.kernels.scoring import block_masses, chunk_logits, chunk_rows, near_share, score_blocks, score_chunks, voting_rows
 from hip_hf.kernels.sequences import GROWING, always_read, load_sequence, query_block, still_serves, window_start
 from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, with_successors
-from hip_hf.kernels.votes import count_votes, count_walkers
+from hip_hf.kernels.voting import count_votes, count_walkers
 
 # Candidates at the middle's edges are two at most; a tile of them is as small as matrix instructions allow.
 EDGES = tl.constexpr(16)
@@ -218,8 +218,8 @@ def select_kernel(
     side by side, of which it says what VOTERS, VOTES, WALKERS, SPACING and SAMPLED mean. `WEIGHED`: `near` is what every vote,
     or row of a sequence, finds in any case. `HALF` > 0: chunk-indexed, at most `farthest` chunks away; so many pairs of a head's
     numbers turn. `LOOKS` > 1: so many programs search, all for the same, and each looks at a share of the keys of each of the
-    last blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none; what `NARROW` rows of each tile, those
-    that may vote, found in their keys into `scratch`, fp32 `[programs, LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last
+    last blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none; what `NARROW` rows of each tile,
+    those that may vote, found in their keys into `scratch`, fp32 `[programs, LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last
     place what was subtracted. All else is left to `choose.py`.
     """
     index, row = place_of(first_program + tl.program_id(0), blocks)

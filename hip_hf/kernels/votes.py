@@ -9,7 +9,7 @@ places them: as far from un-rotated keys as they are from the last key before th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from hip_hf.kernels.sequences import GROWING, Sequences, always_read, load_seque
 from hip_hf.kernels.tiles import LN2, LOG2E, scaled
 from hip_hf.kernels.topk import ABSENT, keep_best, kept_of, sort_keys, tile
 from hip_hf.kernels.tuning import Tile, power_of_two, precision_of, target_of, tile_of
+from hip_hf.kernels.voting import Voting, count_votes, count_walkers
 from hip_hf.methods import need as by_need
 
 if TYPE_CHECKING:
@@ -38,21 +39,6 @@ SPREAD = tl.constexpr(by_need.SPREAD)
 FEWEST_KEYS = 16
 # Of the needs of a query block, what a warp compares at a time in registers.
 NEEDS = 64
-
-
-@triton.jit
-def count_votes(rows, VOTERS: tl.constexpr, VOTES: tl.constexpr, STRIDE: tl.constexpr, SAMPLED: tl.constexpr):
-    """How many votes a query block of so many rows of `VOTERS` heads casts."""
-    if SAMPLED:
-        return VOTERS * ((rows - 1) // STRIDE + 1)
-    else:
-        return tl.where(rows == 1, VOTERS, tl.minimum(VOTERS * rows, VOTES))
-
-
-@triton.jit
-def count_walkers(votes, rows, VOTERS: tl.constexpr, WALKERS: tl.constexpr):
-    """How many of the `votes` of a query block of so many rows walk the tree: all, where all rows vote."""
-    return tl.where(votes < VOTERS * rows, tl.minimum(WALKERS, votes), votes)
 
 
 @triton.jit
@@ -242,11 +228,9 @@ def vote_kernel(
         there = every < own_rows * VOTERS
         need = tl.load(NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + every // VOTERS, mask=there, other=0.0)
         none = first * 0 + ABSENT
-        keys = sort_keys(need, there)
-        ids, _, _ = keep_best(every, keys, first, none, first, none, total, N, KEPT)
+        ids, needs, _ = keep_best(every, sort_keys(need, there), first, none, first, none, total, N, KEPT)
         walking = count_walkers(total, own_rows, VOTERS, WALKERS)
-        walks, _, _ = kept_of(keys, none, none, walking)
-        walks = tl.where(inside, tl.gather(walks, tl.where(inside, ids, 0), 0), 0)
+        walks, _, _ = kept_of(needs, none, none, walking)
         before = tl.cumsum(walks, 0)  # with the slot itself
         place = tl.where(walks > 0, before - 1, walking + slot - before)
     ids = tl.where(inside, ids, 0)
@@ -268,38 +252,6 @@ def vote_kernel(
         else:
             x = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
         tl.store(VOTED + to[:, None] * DIM + d[None, :], x.to(VOTED.dtype.element_ty), mask=here)
-
-
-@dataclass(frozen=True)
-class Voting:
-    """Who votes in a search: settled by settings and shapes alone.
-
-    `voters`: query heads that share a selection. `votes`: of a full query block, of which `walkers` walk the tree. `slots`: room
-    for those of any. `ranked`: rows are chosen by need. `chosen`: votes are put side by side for the search, else it reads the
-    queries themselves. `weighed`: the search counts how much a row finds near.
-    """
-
-    voters: int
-    votes: int
-    walkers: int
-    slots: int
-    stride: int
-    sampled: bool
-    ranked: bool
-    chosen: bool
-    weighed: bool
-
-    @staticmethod
-    def of(config: HiPConfig, group: int, block_q: int, extended: bool) -> Voting:
-        voters, sampled = group if config.group_shared else 1, config.vote == "sampled"
-        rows = voters * block_q
-        votes = min(rows, max(1, -(-rows // config.query_stride))) if block_q > 1 else voters
-        slots = voters * -(-block_q // config.query_stride) if sampled else max(votes, voters)
-        ranked = not sampled and votes < rows
-        stride = config.query_stride if sampled else 1
-        weighed = not sampled and config.score == "mass"
-        walkers = by_need.walkers_of(config, votes) if ranked else slots
-        return Voting(voters, votes, walkers, slots, stride, sampled, ranked, ranked or extended, weighed)
 
 
 def need_arguments(
@@ -351,10 +303,9 @@ def vote_arguments(
         stride_made=0 if made is None else made.stride(0), sink_keys=config.sink, window_keys=config.window,
         refresh=config.decode_refresh, sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
         VOTERS=voting.voters, VOTES=voting.votes, WALKERS=voting.walkers, STRIDE=voting.stride, SLOTS=voting.slots, N=needs,
-        KEPT=tile(voting.slots),
-        RANKED=voting.ranked, SAMPLED=voting.sampled, WEIGHED=voting.weighed, STATEFUL=made is not None, BLOCK_Q=block_q,
-        BLOCK_K=config.block_k, DIM=q.shape[-1], FEATURES=FEATURES, **rotation(logits.positions, 0, q),
-        num_warps=min(16, max(4, needs // NEEDS)),
+        KEPT=tile(voting.slots), RANKED=voting.ranked, SAMPLED=voting.sampled, WEIGHED=voting.weighed,
+        STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=q.shape[-1], FEATURES=FEATURES,
+        **rotation(logits.positions, 0, q), num_warps=min(16, max(4, needs // NEEDS)),
     )  # fmt: skip
     return (sequences.blocks(block_q), q.shape[1] // voting.voters, sequences.count), arguments
 

@@ -49,7 +49,7 @@ class Options:
 
     weight: float = 0.5
     sample: int = 512
-    descent: int = 2
+    descent: int = 4
 
     def __post_init__(self) -> None:
         if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1:
@@ -166,9 +166,10 @@ class TreeSearch:
             return q, near, count
         need = self._log_mass(heads, blocks, q, level).sub_(near)
         every, walking = torch.arange(q.shape[2], device=q.device).expand(need.shape), walkers_of(config, count)
-        chosen, walkers = best(need, every, count).sort(dim=-1).values, best(need, every, walking)
-        walks = (chosen[..., None] == walkers[..., None, :]).any(-1)
-        chosen = chosen.gather(-1, walks.int().argsort(dim=-1, descending=True, stable=True))
+        chosen = best(need, every, count).sort(dim=-1).values
+        walkers = best(need.gather(-1, chosen), every[..., :count], walking)
+        walks = torch.zeros_like(chosen).scatter_(-1, walkers, 1)
+        chosen = chosen.gather(-1, walks.argsort(dim=-1, descending=True, stable=True))
         return q.gather(2, chosen[..., None].expand(*chosen.shape, q.shape[-1])), near.gather(2, chosen), walking
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
