@@ -19,7 +19,7 @@ SCORES = ("mass", "max")
 VOTES = ("need", "sampled")
 DELTA_MODES = ("clusters", "step", "interpolate")
 # Keys' worth of candidates that the search keeps, and that it scores exactly, where `beam` and `rescore` are None.
-BEAM_KEYS, RESCORE_KEYS = 4096, 5120
+BEAM_KEYS, RESCORE_KEYS = 2048, 4096
 BACKENDS = ("auto", "torch", "triton")
 # No size is larger: longer than any context, and sums of several still fit into the kernels' 32 bits.
 MOST = 2**28
@@ -74,9 +74,9 @@ class HiPConfig:
             of its keys alone) or `middle` (its middle key: the HiP paper).
         score: `mass` (the share of its attention that a voting row gives, after what it reads anyway, summed over rows) or
             `max` (best logit: the HiP paper).
-        beam: levels above the last keep `beam * budget` keys' worth of chunks; None: 4096 keys' worth, at least twice the budget.
+        beam: levels above the last keep `beam * budget` keys' worth of chunks; None: 2048 keys' worth, at least twice the budget.
             What a search must look at to find an answer does not shrink with what is read afterwards.
-        rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off, None: 5120
+        rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off, None: 4096
             keys', at least three times the budget.
         coarsest: largest chunk, in keys, that the search may start from; None starts from as few as possible.
         dense_layers: a count of first layers, or a list of layer indices, that stay dense.

@@ -58,9 +58,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], torch.Tens
     seen: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
     search = TreeSearch._search
 
-    def noted(self: TreeSearch, heads: slice, blocks: list, level: int, q: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    def noted(self: TreeSearch, heads: slice, blocks: list, level: int, q: torch.Tensor, near: Any, walking: int) -> torch.Tensor:
         seen.append(([block.first for block in blocks], q.clone(), near.clone()))
-        return search(self, heads, blocks, level, q, near)
+        return search(self, heads, blocks, level, q, near, walking)
 
     monkeypatch.setattr(TreeSearch, "_search", noted)
     return seen
@@ -87,8 +87,8 @@ def test_ties_go_to_the_earlier_row_then_to_the_lower_head(monkeypatch: pytest.M
 def test_those_vote_who_need_most(
     sample: int, exact: bool, group_shared: bool, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
 ) -> None:
-    """By all keys of the middle, or by a sample of them, and then by another choice of rows."""
-    config = small(**FEW, group_shared=group_shared, options={"sample": sample})
+    """By all keys of the middle, or by a sample of them, and then by another choice of rows; the neediest half walks the tree."""
+    config = small(**FEW, rescore=2, group_shared=group_shared, options={"sample": sample})
     q, k, v = make_qkv(331, 75, heads=2, groups=3, dtype=torch.float64)
     seen = watched(monkeypatch)
     threads(1)  # searches in order: head by head
@@ -117,9 +117,11 @@ def test_those_vote_who_need_most(
                     stride *= 2
                 need, estimate = (logits[:, keys].logsumexp(-1) - near for keys in (middle, some))
                 count = min(len(at), -(-len(heads) * 16 // 8))
-                by_all, by_some = (sorted(x.argsort(descending=True)[:count].tolist()) for x in (need, estimate))
-                assert torch.equal(got[head, share, block[0]], rows[by_some]), (head, share, block)
-                differs |= by_all != by_some
+                by_all, by_some = (x.argsort(descending=True)[:count].tolist() for x in (need, estimate))
+                walking = brute.walkers(config, count) if count < len(at) else count
+                placed = sorted(by_some[:walking]) + sorted(by_some[walking:])
+                assert torch.equal(got[head, share, block[0]], rows[placed]), (head, share, block)
+                differs |= set(by_all) != set(by_some)
     assert differs != exact
 
 

@@ -49,7 +49,7 @@ class Options:
 
     weight: float = 0.5
     sample: int = 512
-    descent: int = 4
+    descent: int = 2
 
     def __post_init__(self) -> None:
         if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1:
