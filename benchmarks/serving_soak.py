@@ -1,7 +1,7 @@
 """Many requests of all kinds to one served model, eight at once: does its memory grow, is an answer not `generate`'s, does one
 fail?
 
-    python benchmarks/serving_soak.py runs/smollm2 [--requests 500] [--no-continuous-batching] [--output FILE]
+    python benchmarks/serving_soak.py runs/smollm2 [--requests 500] [--no-continuous-batching] [--set dense_below=0] [--output FILE]
 
 Six of ten requests want an answer, two hang up in the middle of a long one, the others are refused: a prompt that does not fit,
 a chat without messages. Every answer is compared with that of `generate` in this process, which takes as long again. The server's
@@ -22,8 +22,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.eval import documents
-from hip_hf.eval.generate import generate, lengthen
+from hip_hf.eval import documents, generate
+from hip_hf.eval.generate import lengthen
 from hip_hf.eval.publish import Json, Output, Results, Targets
 from hip_hf.eval.served import NEW_TOKENS, Served, soak
 
@@ -38,11 +38,12 @@ def main(
     clients: Annotated[int, typer.Option(min=1)] = 8,
     batch_tokens: int = 2048,
     continuous_batching: bool = True,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
     """Ask, and print the table."""
-    net, tokenizer = documents.load(model, "hip", "auto")
+    net, tokenizer, _ = generate.load(model, "hip", generate.parse_fields(set_ or []), "auto")
     net.generation_config.eos_token_id = None  # every answer has its full length
     ids = tokenizer.encode(documents.DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
     room = 2 * longest  # two of the longest at once, or many short ones: the others wait
@@ -53,11 +54,13 @@ def main(
         return str(tokenizer.decode(lengthen(ids[start:], tokens)))
 
     def generated(prompt: str) -> str:
-        made = generate(net, tokenizer.encode(prompt, verbose=False), NEW_TOKENS)
+        made = generate.generate(net, tokenizer.encode(prompt, verbose=False), NEW_TOKENS)
         return str(tokenizer.decode(made.ids, skip_special_tokens=True))
 
     details: dict[str, Any] = {"model": Path(model).name, "longest": longest, "clients": clients, "batch_tokens": batch_tokens}
+    details["set"] = set_ or []
     options = ["--max-model-len", str(room), *(batching if continuous_batching else [])]
+    options += [option for pair in set_ or [] for option in ("--set", pair)]
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder, Served(model, *options, log=Path(folder) / "log") as server:
         rows = soak(server, text, generated, requests, every, longest, 2 * room, clients)

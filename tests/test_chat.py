@@ -283,6 +283,28 @@ def test_a_second_interrupt_is_not_held_back(ctrl_c: None) -> None:
 # what is shown
 
 
+@pytest.mark.parametrize("at", [1, 2, 4])  # the prompt, the first token of the answer, a later one
+def test_an_answer_that_fails_costs_the_conversation_nothing(at: int) -> None:
+    """Nor is anything that had been read by then taken for something else."""
+
+    class Broken(TextStreamer):
+        left = at
+
+        def put(self, value: torch.Tensor) -> None:
+            self.left -= 1
+            if not self.left:
+                raise OSError("no space left on device")
+
+    one = talk(word_model(**ALL_READ))
+    one.ask(QUESTIONS[0], NEW)
+    with pytest.raises(OSError, match="no space left"):
+        one.ask(QUESTIONS[1], NEW, Broken(one.tokenizer))
+    assert {layer.get_seq_length() for layer in one.cache.layers} == {len(one.held)}
+    prompt, wanted = afresh(one, QUESTIONS[2])
+    assert one.ask(QUESTIONS[2], NEW).answer == wanted
+    check_held(one, prompt)
+
+
 def test_the_line_below_an_answer_is_right() -> None:
     model = word_model()
     one = talk(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -223,6 +224,20 @@ def test_a_prompt_that_does_not_fit_is_refused(
         assert list(others) == expected
     assert error.value.status_code == 400
     assert f"prompt: got {tokens or 'no'} tokens, allowed:" in error.value.message
+
+
+@pytest.mark.parametrize(("length", "made"), [(13, 3), (10, None), (3, None)])
+def test_a_length_of_prompt_and_answer_together_is_kept_to(client: OpenAI, server: Served, length: int, made: int | None) -> None:
+    """`max_length` of a request's generation settings: with continuous batching Transformers' server knows none."""
+    settings = {"max_length": length, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    asked = dict(model=server.model, prompt=words(10), extra_body={"generation_config": json.dumps(settings)})
+    if made is None:
+        says = f"max_length: got {length}, allowed: more than the prompt's 10 tokens"
+        with pytest.raises(APIStatusError, match=says) as error:
+            client.completions.create(**asked)
+        assert error.value.status_code == 400
+    else:
+        assert client.completions.create(**asked).usage.completion_tokens == made
 
 
 def test_an_answer_ends_where_there_is_no_more_room(client: OpenAI, server: Served, mode: str) -> None:

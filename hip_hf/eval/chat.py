@@ -164,9 +164,14 @@ class Conversation:
         before = len(self.held)
         if self.plain:
             options = {**options, "stop_strings": END_OF_LINE, "tokenizer": self.tokenizer}
-        with Interrupt() as interrupt:
-            options["stopping_criteria"] = [interrupt]
-            result = generate.generate(self.model, prompt, max_new_tokens, self.chunk, cache=self.cache, text=text, **options)
+        try:
+            with Interrupt() as interrupt:
+                options["stopping_criteria"] = [interrupt]
+                result = generate.generate(self.model, prompt, max_new_tokens, self.chunk, cache=self.cache, text=text, **options)
+        except BaseException:
+            self.held = list(prompt)  # or the first of them; which tokens the answer had is not known
+            self._keep(min(self.cache.get_seq_length(), len(prompt)))
+            raise
         self.held = (prompt + result.ids)[: self.cache.get_seq_length()]
         answer = self.tokenizer.decode(result.ids, skip_special_tokens=True)
         answer = answer.partition(END_OF_LINE)[0] if self.plain else answer
@@ -190,10 +195,10 @@ class Conversation:
     def _keep(self, length: int) -> None:
         """Crop the cache to its first `length` tokens; to none where a layer cannot go back so far (a sliding window that has
         moved on, a running state), and then everything is read again."""
-        if length == len(self.held):
-            return
+        there = self.cache.get_seq_length()
         try:
-            self.cache.crop(length - len(self.held))
+            if length < there:
+                self.cache.crop(length - there)
         except RuntimeError:
             self.cache, length = HiPCache(self.model.config), 0
         del self.held[length:]

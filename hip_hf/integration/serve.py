@@ -108,6 +108,10 @@ def _limited(method: Callable[..., Any], longest: int | None) -> Callable[..., A
         asked = gen_config.max_new_tokens
         if asked is not None and asked < 1:
             raise _refusal(f"max_tokens: got {asked}, allowed: 1 or more")
+        if asked is None and gen_config.max_length is not None:  # of prompt and answer together
+            asked = gen_config.max_length - prompt
+            if asked < 1:
+                raise _refusal(f"max_length: got {gen_config.max_length}, allowed: more than the prompt's {prompt} tokens")
         gen_config.max_new_tokens = min((tokens for tokens in (asked, room) if tokens is not None), default=None)
         return method(self, model, processor, inputs, gen_config, *args, **kwargs)
 
@@ -124,8 +128,8 @@ def _blocks_hold(batching: Any) -> int | None:
     """Tokens that one request can have if no other has any; None without continuous batching, or if that has failed."""
     if batching is None:
         return None
-    # made by the thread that works with it, which the first request has just started
-    while batching.batch_processor is None and batching.background_thread_status.fatal_error is None:
+    # made by the thread that works with it, which the first request has just started; nobody can be served before
+    while batching.batch_processor is None and batching.background_thread_status.fatal_error is None and batching.is_running():
         time.sleep(POLL_SECONDS)
     return None if batching.batch_processor is None else tokens_in(batching.batch_processor.cache)
 
