@@ -1,7 +1,7 @@
 """Many requests of all kinds to one served model, eight at once: does its memory grow, is an answer not `generate`'s, does one
 fail?
 
-    python benchmarks/serving_soak.py runs/smollm2 [--requests 500] [--no-continuous-batching] [--set dense_below=0] [--output FILE]
+    python benchmarks/serving_soak.py runs/smollm2 [--requests 500] [--no-continuous-batching] [--set budget=128] [--output FILE]
 
 Six of ten requests want an answer, two hang up in the middle of a long one, the others are refused: a prompt that does not fit,
 a chat without messages. Every answer is compared with that of `generate` in this process, which takes as long again. The server's
