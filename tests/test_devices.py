@@ -151,7 +151,7 @@ def test_layers_whose_weights_wait_on_disk(family: str, how: str, tmp_path: Path
     changes = {"patched": hip_hf.patch, "extended": lambda model: hip_hf.configure(model, extend="streaming")}
     whole = make_model(family)
     whole.save_pretrained(tmp_path)
-    room = {"cpu": 9 * sum(weight.nbytes for weight in whole.parameters()) // 10}
+    room = {"cpu": 97 * sum(weight.nbytes for weight in whole.parameters()) // 100}
     given = dict(device_map="auto", max_memory=room, offload_folder=tmp_path / "offloaded", attn_implementation="hip")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, **given)
     for each in (whole, model):
@@ -160,7 +160,7 @@ def test_layers_whose_weights_wait_on_disk(family: str, how: str, tmp_path: Path
     with elsewhere():
         assert torch.equal(conversation(model, hip_hf.HiPCache(model.config)), expected)
     assert paths(model) == ["sparse", "sparse"]
-    assert model.model.layers[-1].self_attn.k_proj.weight.device.type == "meta"
+    assert [layer.self_attn.k_proj.weight.device.type for layer in model.model.layers] == ["cpu", "meta"]
 
 
 def test_draws_do_not_depend_on_the_default_device() -> None:
