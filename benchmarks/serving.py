@@ -24,7 +24,7 @@ from hip_hf.eval import report
 from hip_hf.eval.documents import DOCUMENT
 from hip_hf.eval.generate import lengthen
 from hip_hf.eval.publish import Json, Output, Plot, Results, Targets, model_name
-from hip_hf.eval.served import Served, complete_all
+from hip_hf.eval.served import Served, complete_all, settings_options
 from hip_hf.eval.serving import draw
 
 ATTENTIONS = ("sdpa", "hip")
@@ -95,7 +95,7 @@ def main(
     blocks = max(counts) * (-(-(max(sizes) + new_tokens) // PAGE) + 1)
     room = ["--cb-num-blocks", str(blocks), "--cb-block-size", str(PAGE), "--cb-max-batch-tokens", str(batch_tokens)]
     batching = ["--continuous-batching", *room] if continuous_batching else []
-    settings = [option for pair in set_ or [] for option in ("--set", pair)]
+    settings = settings_options(set_ or [])
     found: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -25,7 +25,7 @@ import typer
 from hip_hf.eval import documents, generate
 from hip_hf.eval.generate import lengthen
 from hip_hf.eval.publish import Json, Output, Results, Targets
-from hip_hf.eval.served import NEW_TOKENS, Served, soak
+from hip_hf.eval.served import NEW_TOKENS, Served, settings_options, soak
 
 PAGE = 256  # tokens
 
@@ -59,8 +59,7 @@ def main(
 
     details: dict[str, Any] = {"model": Path(model).name, "longest": longest, "clients": clients, "batch_tokens": batch_tokens}
     details["set"] = set_ or []
-    options = ["--max-model-len", str(room), *(batching if continuous_batching else [])]
-    options += [option for pair in set_ or [] for option in ("--set", pair)]
+    options = ["--max-model-len", str(room), *(batching if continuous_batching else []), *settings_options(set_ or [])]
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder, Served(model, *options, log=Path(folder) / "log") as server:
         rows = soak(server, text, generated, requests, every, longest, 2 * room, clients)

@@ -1,7 +1,7 @@
 """What models do, whole or with their heads shared out among processes: each process of `torchrun` saves what it saw, for
 `test_tensor_parallel.py` to compare.
 
-    torchrun --nproc-per-node 2 tests/sharded.py FOLDER [--thorough] [--cut NAME] NAME ...
+    torchrun --nproc-per-node 2 tests/sharded.py FOLDER [--cut NAME] NAME ...
 
 FOLDER holds a checkpoint of each name. What process R saw is written to `FOLDER/R.pt`; `--cut`: what is said to a checkpoint
 whose heads cannot be shared out.
@@ -72,7 +72,7 @@ def held(layer: CacheLayerMixin) -> int:
     return layer.keys.nbytes + layer.values.nbytes
 
 
-def observe(model: PreTrainedModel, thorough: bool, folder: Path, rank: int) -> dict[str, Any]:
+def observe(model: PreTrainedModel, folder: Path, rank: int) -> dict[str, Any]:
     """What must not depend on the number of processes, and the bytes of a cache, which must."""
     several = make_batch(LENGTHS)
     cache = hip_hf.HiPCache(model.config)
@@ -83,8 +83,6 @@ def observe(model: PreTrainedModel, thorough: bool, folder: Path, rank: int) -> 
     seen["share"] = [row.share for row in hip_hf.explain(model)]
     seen["tokens"] = tokens(model, several, past_key_values=cache)
     seen["bytes"] = sum(map(held, cache.layers))
-    if not thorough:
-        return seen
     seen["batched"] = batched(model, [make_batch([n])["input_ids"][0].tolist() for n in LENGTHS], NEW)
     seen["static"] = tokens(model, several, cache_implementation="static")
     hip_hf.patch(model)
@@ -150,22 +148,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="+")
-    parser.add_argument("--thorough", action="store_true")
     parser.add_argument("--cut")
     asked = parser.parse_args()
     atexit.register(note_group, asked.folder)  # the first to be registered is the last to be called
     seen: dict[str, Any] = {}
     for name in asked.names:
         model = shared_out(asked.folder / name)
-        seen[name] = observe(model, asked.thorough, asked.folder, torch.distributed.get_rank())
+        seen[name] = observe(model, asked.folder, torch.distributed.get_rank())
     if asked.cut:
         seen["cut"] = said_to(lambda: shared_out(asked.folder / asked.cut))
     rank = torch.distributed.get_rank()
-    if asked.thorough:  # lm-eval's models are to close the group as the process ends
-        for name in asked.names:
-            seen[name] |= evaluated(asked.folder / name, tp_plan="auto")
-    else:
-        torch.distributed.destroy_process_group()
+    for name in asked.names:  # these models are to close the group as the process ends
+        seen[name] |= evaluated(asked.folder / name, tp_plan="auto")
     torch.save(seen, asked.folder / f"{rank}.pt")
 
 

@@ -280,9 +280,6 @@ def test_a_second_interrupt_is_not_held_back(ctrl_c: None) -> None:
     assert not one.messages
 
 
-# what is shown
-
-
 @pytest.mark.parametrize("at", [1, 2, 4])  # the prompt, the first token of the answer, a later one
 def test_an_answer_that_fails_costs_the_conversation_nothing(at: int) -> None:
     """Nor is anything that had been read by then taken for something else."""
@@ -303,6 +300,9 @@ def test_an_answer_that_fails_costs_the_conversation_nothing(at: int) -> None:
     prompt, wanted = afresh(one, QUESTIONS[2])
     assert one.ask(QUESTIONS[2], NEW).answer == wanted
     check_held(one, prompt)
+
+
+# what is shown
 
 
 def test_the_line_below_an_answer_is_right() -> None:

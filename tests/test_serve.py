@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import hip_hf
 from hip_hf.eval import autoload, documents, real_model
-from hip_hf.eval.served import NEW_TOKENS, Served, complete_all, soak
+from hip_hf.eval.served import NEW_TOKENS, Served, complete_all, settings_options, soak
 from hip_hf_cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ TRANSFORMERS = ("-c", "from transformers.cli.transformers import app; app()")  #
 TIMEOUT = 300.0  # of a request that must be answered
 HANG_UPS = 20
 SOON = 60.0  # less than the answers of those who hung up would take
-REAL_LENGTHS = [100, 130, 170, 250, 350, 500, 700, 900]
+REAL_LENGTHS = [100, 130, 170, 250, 350, 500, 900, 8000]
 REAL_TOKENS = 8
 
 
@@ -58,7 +58,7 @@ def environment() -> dict[str, str]:
 
 
 def options_of(settings: dict[str, int]) -> list[str]:
-    return [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]
+    return settings_options(f"{name}={value}" for name, value in settings.items())
 
 
 def words(count: int, seed: int = 0) -> str:
@@ -317,15 +317,16 @@ def test_plain_transformers_serve_after_autoload(checkpoint: Path, tmp_path: Pat
 
 
 def test_real_model_answers_eight_clients_as_generate_does(tmp_path: Path) -> None:
-    """Prompts that are all read at once attend as in `generate`, the sparse ones too."""
+    """Prompts that are all read at once attend as in `generate`, the two that are pruned too: dense, these get other answers."""
     folder = fetched(tmp_path / real_model.NAME)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(documents.DOCUMENT.read_text(encoding="utf-8"), verbose=False).input_ids
     texts = [tokenizer.decode(ids[100 * i : 100 * i + length]) for i, length in enumerate(REAL_LENGTHS)]
-    settings = {"dense_below": REAL_LENGTHS[-1] // 2}
+    settings = {"dense_below": REAL_LENGTHS[-2] - 200, "budget": 128, "window": 64}
     room = ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", str(2 * sum(REAL_LENGTHS))]
     with Served(str(folder), *room, *options_of(settings), log=tmp_path / "log", environment=environment()) as real:
         found = complete_all(real.client(timeout=TIMEOUT), real.model, texts, REAL_TOKENS)
     expected = generated(folder, texts, REAL_TOKENS, **settings)
     assert [made.text for made in found] == expected
+    assert generated(folder, texts[-2:-1], REAL_TOKENS, "sdpa") != expected[-2:-1]
     assert {made.usage["completion_tokens"] for made in found} == {REAL_TOKENS}

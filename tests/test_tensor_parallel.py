@@ -85,12 +85,10 @@ def keeps(what: str, whole: Any, parts: list[Any]) -> bool:
     return all(part == whole for part in parts)
 
 
-THOROUGH = "--thorough"
-# By the number of processes: what is saved, the models, and options. Without `THOROUGH` only logits, greedy tokens of left-padded
-# prompts, what is selected and a cache's bytes are compared. The real model has three key heads.
+# By the number of processes: what is saved, the models, and options. The real model has three key heads.
 RUNS: dict[int, tuple[Callable[[Path], None], list[str], list[str]]] = {
-    2: (save_tiny, list(TINY), [THOROUGH, "--cut", CUT]),
-    3: (save_real, [REAL], [THOROUGH]),
+    2: (save_tiny, list(TINY), ["--cut", CUT]),
+    3: (save_real, [REAL], []),
     4: (save_tiny, list(TINY), ["--cut", CUT]),
 }
 
@@ -100,22 +98,20 @@ def test_several_processes_do_what_one_does(processes: int, tmp_path: Path) -> N
     """Logits and greedy tokens: of left-padded prompts, through a cache in pages, a static one and one that was saved, in
     continuous batching, patched, extended, by a method that draws, in lm-eval."""
     save, names, options = RUNS[processes]
-    thorough = THOROUGH in options
     save(tmp_path)
     launch(processes, sharded.__file__, tmp_path, *names, *options)
     several = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     broken = []
     for name in names:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name, attn_implementation="hip").eval()
-        one = sharded.observe(model, thorough, tmp_path, 0)
+        one = sharded.observe(model, tmp_path, 0)
         assert set(one["paths"]) == {"sparse"}
         assert max(one["share"]) < 0.9
-        if thorough:
-            one |= sharded.evaluated(tmp_path / name)
-            assert list(one["evaluated_paths"]["prefill"]) == ["sparse"]
-            # within a sliding window nothing needs to be extended
-            for what in ("hyper", *(() if getattr(model.config, "sliding_window", None) else ("extended",))):
-                assert not torch.allclose(one[what], one["logits"], atol=1e-2), what
+        one |= sharded.evaluated(tmp_path / name)
+        assert list(one["evaluated_paths"]["prefill"]) == ["sparse"]
+        # within a sliding window nothing needs to be extended
+        for what in ("hyper", *(() if getattr(model.config, "sliding_window", None) else ("extended",))):
+            assert not torch.allclose(one[what], one["logits"], atol=1e-2), what
         broken += [(name, what) for what in one if not keeps(what, one[what], [seen[name][what] for seen in several])]
     assert broken == []
     if CUT in several[0]:

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,11 @@ START_SECONDS, POLL_SECONDS, STOP_SECONDS = 600, 0.1, 30
 NEW_TOKENS, LONG = 16, 10_000  # of an answer; of one that nobody waits for
 PATIENCE = 3600.0  # seconds between two pieces of an answer: eight long prompts may be read first, one after the other
 LOG_LINES = 30  # of a server that did not start, in the error
+
+
+def settings_options(settings: Iterable[str]) -> list[str]:
+    """Options of `hip-hf serve` for settings of the form `field=value`."""
+    return [option for one in settings for option in ("--set", one)]
 
 
 class Served:
