@@ -64,6 +64,12 @@ def neediest(
         while len(sample := spread(low * bk, high * bk, stride)) > most:
             stride *= 2
         need = {(r, h): log_sum_exp([logit(rows[r, h], keys[at]) for at in sample]) - near[r, h] for r, h in ids}
+        if 2 * allowed <= len(ids):  # of two rows in a row one is out
+            for r, h in ids:
+                if r % 2 and need[r, h] > need[r - 1, h]:
+                    need[r - 1, h] = -math.inf
+                elif r % 2:
+                    need[r, h] = -math.inf
         ids = sorted(ids, key=lambda i: (-need[i], i))
         walking = walkers(config, allowed)
         ids = sorted(ids[:walking]) + sorted(ids[walking:allowed])
@@ -188,7 +194,9 @@ class Search:
             level -= 1
             candidates = [half for i in kept for half in (2 * i, 2 * i + 1)] + self.edges(level)
         if self.config.rescore > 1:
-            scores = self.exact(self.keep(scores, self.config.rescore * budget))
+            found = self.exact(self.keep(scores, self.config.rescore * budget))
+            onward = self.config.method_options().onward if self.config.score == "mass" else 0
+            scores = {i: score + onward * found.get(i - 1, 0) for i, score in found.items()}
         if self.lasting:  # a quarter of the blocks follow the best ones: a copy reads on
             for i in self.keep(scores, budget // 4):
                 if i + 1 < self.high:

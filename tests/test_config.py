@@ -261,10 +261,10 @@ def test_a_bad_override_names_its_layer(fields: dict[str, Any], says: str) -> No
 @pytest.mark.parametrize(
     ("fields", "kept", "rescored"),
     [
-        ({}, 128, 256),
-        ({"budget": 256}, 128, 256),  # what is looked at does not shrink with what is read
-        ({"budget": 16, "block_k": 8}, 256, 512),
-        ({"budget": 24, "block_k": 24}, 86, 171),
+        ({}, 256, 256),
+        ({"budget": 256}, 256, 256),  # what is looked at does not shrink with what is read
+        ({"budget": 16, "block_k": 8}, 512, 512),
+        ({"budget": 24, "block_k": 24}, 171, 171),
         ({"budget": 4096}, 512, 768),
         ({"budget": 256, "beam": 2, "rescore": 3}, 32, 48),
         ({"budget": 256, "beam": 1, "rescore": 1}, 16, 0),

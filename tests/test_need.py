@@ -18,6 +18,7 @@ from test_tree_search import expected, layout, selected
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
 from hip_hf.methods.hip import TreeSearch
+from hip_hf.methods.need import keep_needier_of_pairs
 from hip_hf.problem import Span
 from hip_hf.reference import workers
 from hip_hf.reference.sparse import SparseAttention
@@ -67,7 +68,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], torch.Tens
 
 
 def test_ties_go_to_the_earlier_row_then_to_the_lower_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight of four rows and two heads need the middle alike, in numbers that float arithmetic keeps exact; four may vote."""
+    """Eight of four rows and two heads need the middle alike, in numbers that float arithmetic keeps exact; four may vote, of two
+    rows that follow one another the earlier one."""
     config = small(block_q=4, query_stride=2, options={"sample": 2})
     q, k = torch.zeros(1, 2, 104, 16, dtype=torch.float64), torch.zeros(1, 1, 104, 16, dtype=torch.float64)
     for head in range(2):
@@ -78,7 +80,7 @@ def test_ties_go_to_the_earlier_row_then_to_the_lower_head(monkeypatch: pytest.M
     seen = watched(monkeypatch)
     sparse(q[:, :, 84:], k, k, config)
     ((votes, near),) = [(votes[0, -1], near[0, -1]) for first, votes, near in seen if first[-1] == 100]
-    assert [int(vote[:8].argmax()) for vote in votes] == [0, 1, 2, 3]
+    assert [int(vote[:8].argmax()) for vote in votes] == [0, 1, 4, 5]
     assert len(set(near.tolist())) == 1
 
 
@@ -117,12 +119,28 @@ def test_those_vote_who_need_most(
                     stride *= 2
                 need, estimate = (logits[:, keys].logsumexp(-1) - near for keys in (middle, some))
                 count = min(len(at), -(-len(heads) * 16 // 8))
+                if 2 * count <= len(at):  # of two rows that follow one another one is out
+                    for i in range(len(at) - len(heads)):
+                        j = i + len(heads)
+                        if i // len(heads) % 2 == 0:
+                            need[i if need[j] > need[i] else j] = -torch.inf
+                            estimate[i if estimate[j] > estimate[i] else j] = -torch.inf
                 by_all, by_some = (x.argsort(descending=True)[:count].tolist() for x in (need, estimate))
                 walking = brute.walkers(config, count) if count < len(at) else count
                 placed = sorted(by_some[:walking]) + sorted(by_some[walking:])
                 assert torch.equal(got[head, share, block[0]], rows[placed]), (head, share, block)
                 differs |= set(by_all) != set(by_some)
     assert differs != exact
+
+
+def test_of_two_rows_that_follow_one_another_the_needier_votes() -> None:
+    need = torch.tensor([[3.0, 1.0], [2.0, 4.0], [0.0, 5.0], [0.0, 5.0], [-1.0, 2.0]], dtype=torch.float64)
+    out = -torch.inf
+    want = torch.tensor([[3.0, out], [out, 4.0], [0.0, 5.0], [out, out], [-1.0, 2.0]], dtype=torch.float64)
+    for votes in (5, 6):
+        got = need.flatten().clone()
+        keep_needier_of_pairs(got, 2, votes)
+        assert torch.equal(got.view(5, 2), want if votes == 5 else need)
 
 
 # However the call is made.

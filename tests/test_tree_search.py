@@ -268,10 +268,29 @@ def test_ties_break_by_position() -> None:
     q, k, v = make_qkv(300, 1, dtype=torch.float64)
     q, k = torch.ones_like(q), torch.ones_like(k)
     for score, representative in itertools.product(("mass", "max"), REPRESENTATIVES):
-        config = small(score=score, representative=representative, sink=12, rescore=2)
+        config = small(score=score, representative=representative, sink=12, rescore=2, options={"onward": 0})
         first = config.sink // config.block_k
         got = selected(config, q, k, v)
         assert got == {(head, 0): list(range(first, first + 4)) for head in range(2)}, (score, representative)
+
+
+def test_a_block_that_follows_a_good_one_is_better_than_a_lone_one() -> None:
+    scores, ids = torch.tensor([[0.4, 0.1, 0.2, 0.1, 0.0]]), torch.tensor([[3, 4, 9, hip.NO_CHUNK - 1, hip.NO_CHUNK]])
+    hip.read_on(scores, ids, 0.5)
+    torch.testing.assert_close(scores, torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.0]]))
+
+
+def test_what_a_row_looks_up_is_read_on_into_the_next_block() -> None:
+    """Two rows need block 9; one of them, a little less, block 20, and none block 10."""
+    q, k, v = make_qkv(300, 1)
+    k.zero_(), q.zero_()
+    q[..., 0], k[:, :, 9 * 4 : 10 * 4, 0], k[:, :, 20 * 4 : 21 * 4, 0] = 8.0, 8.0, 7.0
+    blocks = {}
+    for onward in (0.0, 0.3):
+        config = small(budget=8, sink=4, rescore=30, beam=30, options={"onward": onward})
+        assert config.block_k == 4
+        blocks[onward] = set(map(tuple, selected(config, q, k, v).values()))
+    assert blocks == {0.0: {(9, 20)}, 0.3: {(9, 10)}}
 
 
 def test_the_same_call_selects_the_same_blocks() -> None:

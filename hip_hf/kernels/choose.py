@@ -11,7 +11,7 @@ import triton.language as tl
 from hip_hf.kernels.scoring import add_masses, voters
 from hip_hf.kernels.select import NEVER, entry_of, keep_blocks, lay_out, place_of, votes_near, write
 from hip_hf.kernels.sequences import GROWING, load_sequence, query_block, still_serves
-from hip_hf.kernels.topk import sort_keys
+from hip_hf.kernels.topk import read_on, sort_keys
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def choose_kernel(
     BUDGET: tl.constexpr, SUCCESSORS: tl.constexpr, LOOKS: tl.constexpr, NARROW: tl.constexpr, TILES: tl.constexpr,
     CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, SPACING: tl.constexpr,
     SAMPLED: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEPT_LAST: tl.constexpr, OUT: tl.constexpr,
+    ONWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEPT_LAST: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """The selection of a query block, from the blocks `listed` and what was `found` in their keys (scratch of `select_kernel`,
     whose other arguments these are). Nothing changes where a selection is kept. Grid: `blocks` * `heads` * sequences."""
@@ -79,7 +79,9 @@ def choose_kernel(
         scores = add_masses(
             scores, mass, top, near, stride_near, tile, last_row, last, first, voting, NARROW, SAMPLES, STRIDE, GROUP, MASS,
             WEIGHED)  # fmt: skip
-    keys = sort_keys(scores, inside)
     total = tl.sum(inside.to(tl.int32), 0)
+    if ONWARD > 0:
+        scores = read_on(scores, ids, total, ONWARD, KEPT_LAST)
+    keys = sort_keys(scores, inside)
     ids, total = keep_blocks(ids, keys, total, rows, low, high, BUDGET, SUCCESSORS, True, KEPT_LAST, OUT)
     write(indices, counts, entry, ids, total, BUDGET, OUT)

@@ -153,6 +153,7 @@ def constants(
     # a selection that decode steps share reads on into the blocks after its best ones
     successors = budget // SUCCESSORS if stateful and config.decode_refresh != 1 else 0
     last = min(config.rescore_blocks, most + 2) if rescore else budget + successors
+    onward = float(config.method_options().onward) if config.score == "mass" else 0.0
     limit = 30 if config.coarsest is None else (config.coarsest // bk).bit_length() - 1
     long = most_keys // (bk << limit) > most
     kept, kept_last = tile(keep), tile(last)
@@ -171,7 +172,7 @@ def constants(
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
         RESCORE=rescore, SUCCESSORS=successors, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
         ROWS=rows, TILES=-(-voting.slots // rows), SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
-        MASS=config.score == "mass", WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters, VOTES=voting.votes,
+        MASS=config.score == "mass", ONWARD=onward, WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters, VOTES=voting.votes,
         WALKERS=voting.walkers, SPACING=voting.stride, SAMPLED=voting.sampled, DIM=dim, FEATURES=shape.features,
         FEATURES_LAST=shape.features_last, PARTS=parts_of(config), OUT=tile(budget),
         PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps, num_stages=shape.stages,

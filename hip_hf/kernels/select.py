@@ -14,7 +14,7 @@ import triton.language as tl
 
 from hip_hf.kernels.scoring import block_masses, chunk_logits, chunk_rows, near_share, score_blocks, score_chunks, voting_rows
 from hip_hf.kernels.sequences import GROWING, always_read, load_sequence, query_block, still_serves, window_start
-from hip_hf.kernels.topk import ABSENT, keep_best, sort_keys, with_successors
+from hip_hf.kernels.topk import ABSENT, keep_best, read_on, sort_keys, with_successors
 from hip_hf.kernels.voting import count_votes, count_walkers
 
 # Candidates at the middle's edges are two at most; a tile of them is as small as matrix instructions allow.
@@ -205,7 +205,7 @@ def select_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr,
-    LOOKS: tl.constexpr, NARROW: tl.constexpr,
+    LOOKS: tl.constexpr, NARROW: tl.constexpr, ONWARD: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One query block of one mask head of one sequence. Grid: as many of the `blocks` * `heads` * sequences as have scratch, from
@@ -342,6 +342,8 @@ def select_kernel(
                 k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
                 stride_near, last_row, first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE,
                 GROUP, MASS, WEIGHED, DIM, FEATURES_LAST, PRECISION, back, COS, SIN, HALF)  # fmt: skip
+            if ONWARD > 0:
+                scores = read_on(scores, ids, total, ONWARD, KEPT_LAST)
             keys = sort_keys(scores, inside)
     if LOOKS == 1:
         ids, total = keep_blocks(ids, keys, total, rows, low, high, BUDGET, SUCCESSORS, RESCORE, KEPT_LAST, OUT)

@@ -89,6 +89,16 @@ def keep_best(ids, keys, left_id, left, right_id, right, count, M: tl.constexpr,
 
 
 @triton.jit
+def read_on(scores, ids, total, share, N: tl.constexpr):
+    """Scores `[N]` of sorted blocks `ids`, of which `total` count, each with a share of that of the block before it, if that is
+    there (`methods/hip.py`)."""
+    slot = tl.arange(0, N)
+    before = tl.maximum(slot - 1, 0)
+    follows = (slot > 0) & (slot < total) & (tl.gather(ids, before, 0) + 1 == ids)
+    return scores + tl.where(follows, tl.gather(scores, before, 0) * share, 0.0)
+
+
+@triton.jit
 def with_successors(ids, keys, total, high, count, N: tl.constexpr):
     """Candidates `[2 * N]` and their sort keys, by position: `ids` `[N]`, of which `total` count, and the blocks that follow the
     best `count` of them below `high`, these with the highest key there is.

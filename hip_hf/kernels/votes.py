@@ -227,6 +227,13 @@ def vote_kernel(
         every = tl.arange(0, N)  # by position, then by head
         there = every < own_rows * VOTERS
         need = tl.load(NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + every // VOTERS, mask=there, other=0.0)
+        if own_rows * VOTERS >= 2 * total:  # as `keep_needier_of_pairs` in `methods/need.py`
+            other = every // VOTERS ^ 1
+            paired = there & (other < own_rows)
+            others = tl.load(NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + other, mask=paired, other=0.0)
+            odd = other < every // VOTERS
+            needier = tl.where(odd, need, others) > tl.where(odd, others, need)  # the later of the two
+            need = tl.where(paired & (odd != needier), float("-inf"), need)
         none = first * 0 + ABSENT
         ids, needs, _ = keep_best(every, sort_keys(need, there), first, none, first, none, total, N, KEPT)
         walking = count_walkers(total, own_rows, VOTERS, WALKERS)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, squash
-from hip_hf.methods.need import log_mass, sample_level, sampled_chunks, sampled_keys, votes_of, walkers_of
+from hip_hf.methods.need import keep_needier_of_pairs, log_mass, sample_level, sampled_chunks, sampled_keys, votes_of, walkers_of
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.paged import KeyRows, block_index, lanes_of
 from hip_hf.reference.workers import scratch, widened
@@ -45,15 +45,19 @@ GATHERED_AT_ONCE = 1 << 21
 @dataclass(frozen=True)
 class Options:
     """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which a row's need is estimated.
-    `descent`: of the votes by need, one in so many walks the tree, the neediest; all of them score what these find."""
+    `descent`: of the votes by need, one in so many walks the tree, the neediest; all of them score what these find. `onward`: the
+    share of a block's score, by the mass in its keys, that the block after it gets as well, 0 to 1."""
 
     weight: float = 0.5
     sample: int = 512
     descent: int = 2
+    onward: float = 0.3
 
     def __post_init__(self) -> None:
-        if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1:
-            raise ValueError(f"HiPConfig.options['weight']: got {shown(self.weight)}, allowed: 0 to 1")
+        for name in ("weight", "onward"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: 0 to 1")
         for name, least in (("sample", 2), ("descent", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -87,6 +91,15 @@ def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     packed = (bits.long() << 32) | (_LOW_BITS - ids)
     return _LOW_BITS - (packed.topk(count, sorted=False).values & _LOW_BITS)
+
+
+def read_on(scores: torch.Tensor, ids: torch.Tensor, share: float) -> None:
+    """Add to the score of each block a share of that of the block before it, if that is there; both `[..., M]`, ids sorted.
+
+    What a row looks up seldom ends with a block, and only the first of the rows that read it need be among the votes.
+    """
+    follows = (ids[..., 1:] - ids[..., :-1] == 1) & (ids[..., 1:] != NO_CHUNK)
+    scores[..., 1:] += torch.where(follows, scores[..., :-1] * share, 0.0)
 
 
 def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
@@ -165,6 +178,7 @@ class TreeSearch:
         if count == q.shape[2]:
             return q, near, count
         need = self._log_mass(heads, blocks, q, level).sub_(near)
+        keep_needier_of_pairs(need, q.shape[2] // rows, count)
         every, walking = torch.arange(q.shape[2], device=q.device).expand(need.shape), walkers_of(config, count)
         chosen = best(need, every, count).sort(dim=-1).values
         walkers = best(need.gather(-1, chosen), every[..., :count], walking)
@@ -230,6 +244,8 @@ class TreeSearch:
         if config.rescore_blocks:
             ids = best(scores, ids, config.rescore_blocks).sort(dim=-1).values
             scores = self._exact(heads, q, ids, high, near)
+            if config.score == "mass":
+                read_on(scores, ids, config.method_options().onward)
         if blocks[0].lasting and config.decode_refresh != 1:  # which quest sets
             scores, ids = self._with_successors(scores, ids, high, budget // SUCCESSORS)
         ids = best(scores, ids, budget).sort(dim=-1).values

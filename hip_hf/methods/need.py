@@ -9,7 +9,7 @@ middle, `sigmoid(lse_middle - lse_near)`:
       lse_near: exact, over sink and window (attention computes it anyway)
                lse_middle: estimated, from a sample of the middle's keys
 
-The rows of a query block with the largest need vote, each with its own query. Where all of them vote (decode), nothing is
+The rows of a query block with the largest need vote, each with its own query; of two that follow one another only one does. Where all of them vote (decode), nothing is
 estimated: the search weighs every vote by its need (`aggregate` in `hip.py`).
 """
 
@@ -42,6 +42,21 @@ def votes_of(config: HiPConfig, rows: int, heads: int) -> int:
 def walkers_of(config: HiPConfig, votes: int) -> int:
     """How many of so many votes by need walk the tree: all, where nothing is scored again at its end."""
     return -(-votes // config.method_options().descent) if config.rescore_blocks else votes
+
+
+def keep_needier_of_pairs(need: torch.Tensor, heads: int, votes: int) -> None:
+    """Set the need of the less needy of every two rows of a head that follow one another to minus infinity, the later one's where
+    they are alike: what a model reads token by token, it looks up in one place, and another row may look elsewhere.
+
+    `need` `[..., rows * heads]`, by position. Nothing is changed where half of the rows are fewer than `votes`."""
+    if 2 * votes > need.shape[-1]:
+        return
+    rows = need.unflatten(-1, (-1, heads))
+    later = rows[..., 1::2, :]
+    earlier = rows[..., 0::2, :][..., : later.shape[-2], :]
+    needier = later > earlier
+    earlier.masked_fill_(needier, -torch.inf)
+    later.masked_fill_(~needier, -torch.inf)
 
 
 def sampled_chunks(config: HiPConfig, low: int, high: int, level: int) -> tuple[int, int]:
