@@ -64,16 +64,19 @@ def neediest(
         while len(sample := spread(low * bk, high * bk, stride)) > most:
             stride *= 2
         need = {(r, h): log_sum_exp([logit(rows[r, h], keys[at]) for at in sample]) - near[r, h] for r, h in ids}
-        if 2 * allowed <= len(ids):  # of two rows in a row one is out
-            for r, h in ids:
-                if r % 2 and need[r, h] > need[r - 1, h]:
-                    need[r - 1, h] = -math.inf
-                elif r % 2:
-                    need[r, h] = -math.inf
+        need = without_pairs(need, allowed)
         ids = sorted(ids, key=lambda i: (-need[i], i))
         walking = walkers(config, allowed)
         ids = sorted(ids[:walking]) + sorted(ids[walking:allowed])
     return [(rows[row, head], near[row, head]) for row, head in ids], walking
+
+
+def without_pairs(need: dict[tuple[int, int], float], votes: int) -> dict[tuple[int, int], float]:
+    """Needs of (row, head): of two rows in a row of a head one is out, if enough are left for so many votes."""
+    if 2 * votes > len(need):
+        return need
+    out = {(r, h) if x <= need[r - 1, h] else (r - 1, h) for (r, h), x in need.items() if r % 2}
+    return {i: -math.inf if i in out else x for i, x in need.items()}
 
 
 def walkers(config: Any, votes: int) -> int:

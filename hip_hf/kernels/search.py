@@ -114,7 +114,7 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
         # without tensor memory or wgmma, larger steps need fewer registers for where they are
         larger = dtype != torch.float32 and not target.startswith(("sm90", "sm10", "gfx"))
         features = 32 if larger else 16
-        return SearchTile(16, features, features, warps, stages=1)
+        return SearchTile(16, features, 16, warps, stages=1)
     if candidates > 2 * CANDIDATES and target.startswith("gfx"):
         wanted = SearchTile(16, 16, 16, stages=1)
     elif candidates > CANDIDATES and not target.startswith(("sm10", "gfx")):
@@ -128,7 +128,7 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
         wanted = SearchTile(32, 16, 32)
     else:
         # a decode step's search also keeps which blocks follow the best ones
-        wanted = SearchTile(32, 16, 16) if votes < FEWEST_ROWS else SearchTile(32, 32, 32)
+        wanted = SearchTile(32, 16 if candidates < CANDIDATES else 32, 16) if votes < FEWEST_ROWS else SearchTile(32, 32, 32)
     if votes > wanted.rows and target != "sm90":  # the loop over tiles takes registers as well
         wanted = replace(wanted, features_last=16)
     return fitted(wanted, dim)
