@@ -231,8 +231,8 @@ def test_votes_are_turned_to_where_they_select(block_q: int) -> None:
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_ties_go_to_the_lower_row_and_then_head(heads: int) -> None:
-    """A sink that outweighs everything: all rows need alike. Without it, those that see fewer keys need more, all heads alike. Of two
-    rows that follow one another only the first votes."""
+    """A sink that outweighs everything: all rows need alike. Without it, those that see fewer keys need more, all heads alike. Of
+    two rows that follow one another only the first votes."""
     for sinks in (torch.full((heads,), 1e8), None):
         case = Case(small(query_stride=4), [whole(131, 16 + 131 % 16)], groups=heads, sinks=sinks)
         case.q[:] = torch.arange(case.q.shape[2])[:, None] * 1e-3 if sinks is not None else 0.0

@@ -16,7 +16,7 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.methods import hyper, selector_for, staged
-from hip_hf.methods.base import QueryBlock
+from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.methods.columns import ROWS_AT_ONCE
 from hip_hf.methods.delta import anchors, mode_of
 from hip_hf.methods.hip import sampled_rows, start_level
@@ -24,6 +24,7 @@ from hip_hf.methods.missing import CLUSTERS
 from hip_hf.methods.need import sample_level, sampled_chunks, votes_of, walkers_of
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.methods.quest import as_tree
+from hip_hf.problem import Span
 from hip_hf.reference.reading import block_read, keys_seen
 
 
@@ -189,6 +190,15 @@ def call_cost(
         loads = sum(seen[:: config.block_q]) * (dim + value_dim) * itemsize
         cost += Cost(read=sum(seen), attention=sum(seen) * 2 * (dim + value_dim), attention_bytes=loads)
     return cost
+
+
+def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> Cost:
+    """Cost of a prompt that a sparse layer without a sliding window reads at once. Shares of it hardly depend on the head dim.
+
+    Raises:
+        ValueError: the method is `dense`.
+    """
+    return call_cost(config, query_blocks(config, Span(0, 0, tokens, 0, tokens, 0), False), 0, tokens, dim, dim)
 
 
 def _clusters(config: HiPConfig, blocks: Sequence[QueryBlock], dim: int, value_dim: int, itemsize: int) -> Cost:

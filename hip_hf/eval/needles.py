@@ -27,6 +27,7 @@ import typer
 from hip_hf.config import HiPConfig
 from hip_hf.eval import plots, report
 from hip_hf.eval.cells import Cells
+from hip_hf.eval.costs import prompt_cost
 from hip_hf.eval.curves import AT
 from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, Fact, digest, hide, load_to_measure, question
 from hip_hf.eval.passkey import draw_facts, path_of, use, wilson
@@ -243,6 +244,14 @@ def against(row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]
     }
 
 
+def flops(config: HiPConfig, length: int) -> dict[str, Any]:
+    """What a prompt costs a sparse layer in FLOPs: selection over attention, and both over dense attention."""
+    if config.method == "dense":
+        return {"selection_over_attention": None, "flops_over_dense": 1.0}
+    cost = prompt_cost(config, length)
+    return {"selection_over_attention": cost.selection / cost.attention, "flops_over_dense": cost.share}
+
+
 def measure(
     model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: Plan, cells: Cells,
     advance: Callable[[], None] = lambda: None,
@@ -266,7 +275,7 @@ def measure(
                 found[name] += Cell(**cells.get(key, partial(count, model, prompt, config)))
                 advance()
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
-        rows += [row | against(row, own.get(plan.dense)) for row in own.values()]
+        rows += [row | against(row, own.get(plan.dense)) | flops(plan.configs[name], length) for name, row in own.items()]
     return rows
 
 

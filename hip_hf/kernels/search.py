@@ -114,7 +114,7 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
         # without tensor memory or wgmma, larger steps need fewer registers for where they are
         larger = dtype != torch.float32 and not target.startswith(("sm90", "sm10", "gfx"))
         features = 32 if larger else 16
-        return SearchTile(16, features, 16, warps, stages=1)
+        return SearchTile(16, features, features if votes < FEWEST_ROWS else 16, warps, stages=1)
     if candidates > 2 * CANDIDATES and target.startswith("gfx"):
         wanted = SearchTile(16, 16, 16, stages=1)
     elif candidates > CANDIDATES and not target.startswith(("sm10", "gfx")):
@@ -172,9 +172,9 @@ def constants(
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
         RESCORE=rescore, SUCCESSORS=successors, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
         ROWS=rows, TILES=-(-voting.slots // rows), SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
-        MASS=config.score == "mass", ONWARD=onward, WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters, VOTES=voting.votes,
-        WALKERS=voting.walkers, SPACING=voting.stride, SAMPLED=voting.sampled, DIM=dim, FEATURES=shape.features,
-        FEATURES_LAST=shape.features_last, PARTS=parts_of(config), OUT=tile(budget),
+        MASS=config.score == "mass", ONWARD=onward, WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters,
+        VOTES=voting.votes, WALKERS=voting.walkers, SPACING=voting.stride, SAMPLED=voting.sampled, DIM=dim,
+        FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts_of(config), OUT=tile(budget),
         PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
 

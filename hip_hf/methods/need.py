@@ -9,8 +9,8 @@ middle, `sigmoid(lse_middle - lse_near)`:
       lse_near: exact, over sink and window (attention computes it anyway)
                lse_middle: estimated, from a sample of the middle's keys
 
-The rows of a query block with the largest need vote, each with its own query; of two that follow one another only one does. Where all of them vote (decode), nothing is
-estimated: the search weighs every vote by its need (`aggregate` in `hip.py`).
+The rows of a query block with the largest need vote, each with its own query; of two that follow one another only one does. Where
+all of them vote (decode), nothing is estimated: the search weighs every vote by its need (`aggregate` in `hip.py`).
 """
 
 from __future__ import annotations
