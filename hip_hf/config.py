@@ -18,8 +18,9 @@ REPRESENTATIVES = ("blend", "minmax", "middle")
 SCORES = ("mass", "max")
 VOTES = ("need", "sampled")
 DELTA_MODES = ("clusters", "step", "interpolate")
-# Keys' worth of candidates that the search keeps at a level, and scores exactly at its end, where `beam` and `rescore` are None.
-SEARCHED_KEYS = 4096
+# Keys' worth of candidates that the search keeps at a level, and scores exactly at its end, where `beam` and `rescore` are None;
+# and the most chunks that these make of smaller blocks.
+SEARCHED_KEYS, SEARCHED_CHUNKS = 4096, 1024
 BACKENDS = ("auto", "torch", "triton")
 # No size is larger: longer than any context, and sums of several still fit into the kernels' 32 bits.
 MOST = 2**28
@@ -60,8 +61,8 @@ class HiPConfig:
         method: a selector (`hip`, `staged`, `streaming`, `quest`, `vertical_slash`, `sample`, `h2o`, `oracle`), or an
             attention of its own (`hyper`, `dense`).
         options: the method's own settings, validated by its dataclass (for `hip`: `weight` of the bound in `blend`, `sample`: the
-            most keys from which a row's need is estimated, `descent`: one in so many votes by need walks the tree,
-            `onward`: the share of a block's score that the block after it gets as well).
+            most keys from which a row's need is estimated; and with `rescore`, `descent`: one in so many votes by need walks the
+            tree, `onward`: the share of a block's `mass` that the block after it gets as well).
         budget: keys selected per query block, a multiple of `block_k`.
         block_q: query rows that share one selection.
         block_k: keys per block, the unit of selection.
@@ -75,7 +76,8 @@ class HiPConfig:
             of its keys alone) or `middle` (its middle key: the HiP paper).
         score: `mass` (the share of its attention that a voting row gives, after what it reads anyway, summed over rows) or
             `max` (best logit: the HiP paper).
-        beam: levels above the last keep `beam * budget` keys' worth of chunks; None: 4096 keys' worth, at least twice the budget.
+        beam: levels above the last keep `beam * budget` keys' worth of chunks; None: 4096 keys' worth or
+            1024 chunks, at least twice the budget.
             What a search must look at to find an answer does not shrink with what is read afterwards.
         rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off, None: 4096
             keys', at least three times the budget.
@@ -236,7 +238,7 @@ class HiPConfig:
     def beam_blocks(self) -> int:
         """Chunks that a level of the search above the last one keeps."""
         if self.beam is None:
-            return max(2 * self.budget_blocks, -(-SEARCHED_KEYS // self.block_k))
+            return max(2 * self.budget_blocks, min(SEARCHED_CHUNKS, -(-SEARCHED_KEYS // self.block_k)))
         return self.beam * self.budget_blocks
 
     @property

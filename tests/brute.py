@@ -72,10 +72,11 @@ def neediest(
 
 
 def without_pairs(need: dict[tuple[int, int], float], votes: int) -> dict[tuple[int, int], float]:
-    """Needs of (row, head): of two rows in a row of a head one is out, if enough are left for so many votes."""
+    """Needs of (row, head): of every two rows one is out, for each head, if enough are left for so many votes."""
     if 2 * votes > len(need):
         return need
-    out = {(r, h) if x <= need[r - 1, h] else (r - 1, h) for (r, h), x in need.items() if r % 2}
+    loser = lambda r, h: r - 1 if need[r, h] > need[r - 1, h] or math.isnan(need[r - 1, h]) else r  # noqa: E731
+    out = {(loser(r, h), h) for r, h in need if r % 2}
     return {i: -math.inf if i in out else x for i, x in need.items()}
 
 

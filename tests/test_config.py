@@ -173,6 +173,14 @@ def test_from_dict_refuses_unknown_fields_with_a_hint() -> None:
         ("hip", {"sample": True}, "integer >= 2"),
         ("hip", {"sample": 1}, ">= 2"),
         ("hip", {"sample": 2.0}, "integer"),
+        ("hip", {"descent": 0}, "integer >= 1"),
+        ("hip", {"descent": True}, "integer >= 1"),
+        ("hip", {"descent": 1.5}, "integer"),
+        ("hip", {"onward": -0.1}, "0 to 1"),
+        ("hip", {"onward": 1.1}, "0 to 1"),
+        ("hip", {"onward": float("nan")}, "0 to 1"),
+        ("hip", {"onward": True}, "0 to 1"),
+        ("hip", {"onward": "0.3"}, "0 to 1"),
         ("streaming", {"weight": 0.5}, "recent"),
         ("streaming", {"recent": 1}, "True or False"),
         ("vertical_slash", {"vertical": 1.1}, "0 to 1"),
@@ -264,6 +272,7 @@ def test_a_bad_override_names_its_layer(fields: dict[str, Any], says: str) -> No
         ({}, 256, 256),
         ({"budget": 256}, 256, 256),  # what is looked at does not shrink with what is read
         ({"budget": 16, "block_k": 8}, 512, 512),
+        ({"block_k": 2}, 1024, 2048),  # more candidates than kernels hold
         ({"budget": 24, "block_k": 24}, 171, 171),
         ({"budget": 4096}, 512, 768),
         ({"budget": 256, "beam": 2, "rescore": 3}, 32, 48),

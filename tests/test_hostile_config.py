@@ -33,7 +33,7 @@ def nested(depth: int) -> Any:
 SIZES = ["budget", "block_q", "block_k", "query_stride", "sink", "window", "beam", "rescore", "coarsest", "dense_layers"]
 SIZES += ["dense_below", "dense_tail", "delta", "decode_refresh", "seed"]
 OPTIONS: dict[str, dict[str, Any]] = {
-    "hip": {"sample": HUGE},
+    "hip": {"sample": HUGE, "descent": HUGE},
     "hyper": {"block_size": HUGE},
     "vertical_slash": {"rows": HUGE},
     "staged": {"halvings": HUGE},

@@ -233,11 +233,22 @@ def test_groups(groups: int, shared: bool) -> None:
     Case(small(group_shared=shared), [whole(283, 17)], groups=groups).check()
 
 
+@pytest.mark.parametrize(
+    ("groups", "fields"), [(7, {}), (8, {}), (8, dict(options={"descent": 8})), (7, dict(coarsest=4, beam=4))]
+)
+def test_fewer_tiles_of_votes_walk_than_look(groups: int, fields: dict[str, Any]) -> None:
+    case = Case(small(rescore=3, query_stride=2, **fields), [whole(683, 35)], groups=groups)
+    voting = Voting.of(case.config, groups, case.config.block_q, False)
+    assert voting.walkers < voting.votes > 16
+    case.check()
+
+
 @pytest.mark.parametrize("fields", [
     dict(beam=1), dict(beam=3), dict(rescore=2), dict(rescore=8, beam=2), dict(rescore=3, score="max"), dict(query_stride=1),
     dict(query_stride=5), dict(query_stride=40), dict(query_stride=40, score="max"), dict(query_stride=5, vote="sampled"),
-    dict(query_stride=5, options={"sample": 7}), dict(query_stride=4, vote="sampled", score="max"), dict(block_k=1, budget=4),
-    dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),
+    dict(query_stride=5, options={"sample": 7}), dict(rescore=4, query_stride=4, options={"onward": 0, "descent": 3}),
+    dict(rescore=4, query_stride=4, options={"onward": 1, "descent": 1}), dict(query_stride=4, vote="sampled", score="max"),
+    dict(block_k=1, budget=4), dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),
 ])  # fmt: skip
 def test_settings_of_the_search(fields: dict[str, Any]) -> None:
     Case(small(**fields), [whole(299, 19)]).check()

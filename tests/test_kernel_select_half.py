@@ -26,8 +26,8 @@ def one_thread(threads: Callable[[int], None]) -> None:
 
 
 def defaults(**fields: Any) -> HiPConfig:
-    """The default settings with a quarter of the budget, so that a search of 3,000 keys starts two levels up."""
-    return HiPConfig(**{**dict(budget=256, dense_below=0), **fields})
+    """The default settings with a quarter of the budget and fewer candidates: a search of 3,000 keys starts two levels up."""
+    return HiPConfig(**{**dict(budget=256, beam=2, rescore=3, dense_below=0), **fields})
 
 
 @both_dtypes
@@ -37,7 +37,7 @@ def test_default_settings(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("rows", [1, 37])
 def test_the_whole_budget(rows: int) -> None:
-    """Nothing smaller than a user would have: from 512 candidates of four blocks each down to 64 blocks of 1,000."""
+    """Nothing smaller than a user would have: 512 candidates at a level, 64 blocks of 1,000 at the end."""
     case = Case(HiPConfig(dense_below=0), [whole(17000, rows)], dtype=torch.bfloat16, dim=128, groups=4)
     case.check(per_row=rows == 1, keep=rows == 1)
 

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from interpreter import DEVICE
 
-from hip_hf.kernels.topk import threshold
+from hip_hf.kernels.topk import read_on, threshold
+from hip_hf.methods import hip
 
 pytestmark = pytest.mark.kernels
 
@@ -43,3 +44,23 @@ def test_the_threshold_is_found_by_as_few_digits_as_settle_it() -> None:
     on = (keys + 12345).to(DEVICE)
     threshold_kernel[(len(counts),)](on[:64].clone(), on[64:].clone(), out, counts.to(DEVICE), M=64)
     assert out.tolist() == [66 << 24, 27 << 24, 0]
+
+
+@triton.jit
+def read_on_kernel(ids, scores, out, total, share: tl.constexpr, N: tl.constexpr):
+    slot = tl.arange(0, N)
+    tl.store(out + slot, read_on(tl.load(scores + slot), tl.load(ids + slot), total, share, N))
+
+
+def test_a_block_gets_a_share_of_the_score_of_the_block_before_it() -> None:
+    """As the torch backend has it: not across a gap, not from what does not count, nothing of what has overflowed."""
+    ids = torch.tensor([3, 4, 5, 9, 11, 12, 13, 14], dtype=torch.int32)
+    scores = torch.tensor([0.5, 0.25, torch.nan, 0.125, 1.0, -3e38, 2.0, 4.0])
+    for total in (8, 6):
+        out = torch.full((8,), torch.nan, device=DEVICE)
+        read_on_kernel[(1,)](ids.to(DEVICE), scores.to(DEVICE), out, total, 0.5, 8)
+        want = scores.nan_to_num(nan=-3e38)
+        hip.read_on(want[:total], ids[:total].long(), 0.5)
+        torch.testing.assert_close(out.cpu().nan_to_num(nan=-3e38), want)
+    assert want[:2].tolist() == [0.5, 0.5]
+    assert want[3:6].tolist() == [0.125, 1.0, pytest.approx(-3e38)]

@@ -25,7 +25,7 @@ from hip_hf.reference.sparse import SparseAttention
 from hip_hf.state import DecodeState
 
 # A block has 16 rows; with this stride and two heads, 4 of 32 vote.
-FEW = dict(query_stride=8)
+FEW = dict(query_stride=8, rescore=2)
 
 
 # The rule, against its plain twin.
@@ -38,7 +38,7 @@ FEW = dict(query_stride=8)
 @pytest.mark.parametrize("rows", [35, 29, 5, 1])
 def test_same_blocks_with_every_feature(given: dict[str, Any], groups: int, group_shared: bool, rows: int) -> None:
     """163 keys: the last query block is short, and with 29 rows the first one, too. Up to 16 rows, each is a block of its own."""
-    config = small(**FEW, group_shared=group_shared, decode_refresh=1, rescore=2)
+    config = small(**FEW, group_shared=group_shared, decode_refresh=1)
     q, k, v = make_qkv(163, rows, heads=1, groups=groups, dtype=torch.float64)
     fields, sliding = features(given, q)
     state = DecodeState() if sliding else None  # without one, decode within a sliding window goes dense
@@ -90,7 +90,7 @@ def test_those_vote_who_need_most(
     sample: int, exact: bool, group_shared: bool, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
 ) -> None:
     """By all keys of the middle, or by a sample of them, and then by another choice of rows; the neediest half walks the tree."""
-    config = small(**FEW, rescore=2, group_shared=group_shared, options={"sample": sample})
+    config = small(**FEW, group_shared=group_shared, options={"sample": sample})
     q, k, v = make_qkv(331, 75, heads=2, groups=3, dtype=torch.float64)
     seen = watched(monkeypatch)
     threads(1)  # searches in order: head by head
@@ -141,6 +141,9 @@ def test_of_two_rows_that_follow_one_another_the_needier_votes() -> None:
         got = need.flatten().clone()
         keep_needier_of_pairs(got, 2, votes)
         assert torch.equal(got.view(5, 2), want if votes == 5 else need)
+    broken = torch.tensor([torch.nan, 1.0, 2.0, torch.nan])
+    keep_needier_of_pairs(broken, 1, 2)
+    assert broken.tolist() == [out, 1.0, 2.0, out]
 
 
 # However the call is made.
@@ -207,7 +210,7 @@ def test_packed_sequences_give_what_each_gives_alone() -> None:
 @pytest.mark.parametrize("cuts", [[64], [48, 80, 208]])
 @pytest.mark.parametrize("kept", [True, False])
 def test_chunks_give_what_one_call_gives(cuts: list[int], kept: bool) -> None:
-    config = small(**FEW, options={"sample": 8}, rescore=2)
+    config = small(**FEW, options={"sample": 8})
     q, k, v = make_qkv(251, groups=3, dtype=torch.float64)
     whole, state = sparse(q, k, v, config), DecodeState() if kept else None
     for first, end in zip([0, *cuts], [*cuts, 251], strict=True):
@@ -256,7 +259,7 @@ def mostly_near(rows: int, needy: list[int], groups: int = 2) -> tuple[torch.Ten
 @pytest.mark.parametrize("few", [3, 1])
 def test_rows_that_attend_near_them_do_not_change_the_selection(few: int, group_shared: bool) -> None:
     """Fewer rows than may vote need the middle: also such of the others as vote have no say."""
-    config = small(**FEW, group_shared=group_shared, sink=8, rescore=2)
+    config = small(**FEW, group_shared=group_shared, sink=8)
     needy = [2, 7, 11][:few]
     q, k, v = mostly_near(12, needy)
     q = torch.cat([torch.randn(1, 2, 16, 16, dtype=torch.float64), q], 2)  # by themselves, 12 rows would be decode

@@ -196,7 +196,7 @@ def test_command(tmp_path: Path, threads: Any) -> None:
         assert row["digits_minus_dense"] == row["digits"] - dense["digits"]
         assert row["nll_minus_dense"] == row["nll"] - dense["nll"] != 0
         assert row["perplexity_over_dense"] == row["perplexity"] / dense["perplexity"] != 1
-    assert (dense["selection_over_attention"], dense["flops_over_dense"]) == (None, 1)
+    assert (dense["selection_over_attention"], dense["flops_over_dense"]) == (None, None)
     assert small["selection_over_attention"] > large["selection_over_attention"] > 0
     assert small["read"] < small["flops_over_dense"] < small["read"] * (1 + 2 * small["selection_over_attention"])
     assert printed["configs"][f"{json.dumps(sizes)} @ 32"]["dense_tail"] == 0

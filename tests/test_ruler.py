@@ -253,7 +253,7 @@ def test_answers_and_scores_agree(theirs: Any, monkeypatch: pytest.MonkeyPatch, 
         mine.append({**vars(prompt), "max_length": doc["max_length"]})
     # the checkpoint finds none of the numbers: scores above zero take a word that it says in some of its answers
     for doc in (*found, *mine):
-        doc["outputs"] = [*doc["outputs"], "called"]
+        doc["outputs"] = [*doc["outputs"], "mint"]
     lm = HipLM(str(CHECKPOINT), device="cpu", budget=128, window=64, dense_layers=0, dense_below=0, dense_tail=0)
     answers, scores = [], []
     for config, rows, score in zip(files_of("hip_niah_single"), (mine, found), (common, theirs), strict=True):

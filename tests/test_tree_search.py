@@ -281,7 +281,7 @@ def test_a_block_that_follows_a_good_one_is_better_than_a_lone_one() -> None:
 
 
 def test_what_a_row_looks_up_is_read_on_into_the_next_block() -> None:
-    """Two rows need block 9; one of them, a little less, block 20, and none block 10."""
+    """All rows need block 9 most, block 20 a little less, and nobody block 10, which follows block 9."""
     q, k, v = make_qkv(300, 1)
     k.zero_(), q.zero_()
     q[..., 0], k[:, :, 9 * 4 : 10 * 4, 0], k[:, :, 20 * 4 : 21 * 4, 0] = 8.0, 8.0, 7.0

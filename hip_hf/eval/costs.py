@@ -192,12 +192,11 @@ def call_cost(
     return cost
 
 
-def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> Cost:
+def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> Cost | None:
     """Cost of a prompt that a sparse layer without a sliding window reads at once. Shares of it hardly depend on the head dim.
-
-    Raises:
-        ValueError: the method is `dense`.
-    """
+    None for a method that was added without a `cost`."""
+    if config.method not in (*SELECTION, "hyper") and not hasattr(selector_for(config), "cost"):
+        return None
     return call_cost(config, query_blocks(config, Span(0, 0, tokens, 0, tokens, 0), False), 0, tokens, dim, dim)
 
 

@@ -244,12 +244,14 @@ def against(row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]
     }
 
 
-def flops(config: HiPConfig, length: int) -> dict[str, Any]:
-    """What a prompt costs a sparse layer in FLOPs: selection over attention, and both over dense attention."""
-    if config.method == "dense":
-        return {"selection_over_attention": None, "flops_over_dense": 1.0}
-    cost = prompt_cost(config, length)
-    return {"selection_over_attention": cost.selection / cost.attention, "flops_over_dense": cost.share}
+def flops(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
+    """What a prompt costs a sparse layer in FLOPs: selection over attention, and both over dense attention. None where no layer is
+    sparse by its `path`, or a method does not tell."""
+    cost = prompt_cost(config, length) if "sparse" in path else None
+    return {
+        "selection_over_attention": cost and cost.selection / cost.attention,
+        "flops_over_dense": cost and cost.share,
+    }
 
 
 def measure(
@@ -275,7 +277,8 @@ def measure(
                 found[name] += Cell(**cells.get(key, partial(count, model, prompt, config)))
                 advance()
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
-        rows += [row | against(row, own.get(plan.dense)) | flops(plan.configs[name], length) for name, row in own.items()]
+        for name, row in own.items():
+            rows.append(row | against(row, own.get(plan.dense)) | flops(plan.configs[name], length, row["path"]))
     return rows
 
 
@@ -350,8 +353,8 @@ def main(
     """Hide many pass keys in a document, ask for all in one forward pass, answers included, and count digits that are right.
 
     Every layer and row is sparse unless settings say otherwise. `perplexity` is that of the document, its notes included,
-    before the questions; `nll` that of an answer's digit, in nats. Differences and ratios are to dense attention on the same
-    prompts.
+    before the questions; `nll` that of an answer's digit, in nats. Differences and ratios to dense are to dense
+    attention on the same prompts; FLOPs are those of a layer that is sparse.
     """
     try:
         counts = sizes(lengths)

@@ -33,8 +33,8 @@ OF_LOGITS = 4.0
 # Key heads, so that one head's numbers cannot pass for another's.
 KEY_HEADS = 2
 # What planted keys and the middle's others add to a logit; elsewhere it is 0, so that sink and window keep a share that shows.
-# A decode step puts successors of the strong blocks in the place of the weak ones. Differences are several times that by which
-# the random keys of two blocks differ.
+# Of two weak blocks the one after a strong one is read, by its share of what that has or as its successor. Differences are
+# several times that by which the random keys of two blocks differ.
 STRONG, PLANTED, WEAK, OTHERS = 4.0, 2.0, 0.0, -3.0
 # Neighbouring blocks that are planted together: a search that starts from larger chunks sees them as a quarter of one at least.
 PLANTED_TOGETHER = 4
@@ -93,7 +93,8 @@ class Trial:
     def keys(self) -> int:
         """So many that the levels of a search above the last one keep half of the middle, not aligned to anything."""
         config = self.config
-        return config.sink + config.window + 2 * max(config.beam_blocks, config.budget_blocks) * config.block_k + REST
+        blocks = 2 * max(config.beam_blocks, config.budget_blocks) + 1
+        return config.sink + config.window + blocks * config.block_k + REST
 
     def plain(self, rows: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q `[1, Hq, rows, D]`, k and v."""
@@ -102,8 +103,9 @@ class Trial:
         return q, k, self.normal(1, KEY_HEADS, keys, heads.dim_v)
 
     def planted(self, rows: int, keys: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same with the budget's worth of planted keys between the key `first` and the window. Neighbouring blocks begin with
-        a weak one and end with a strong one, as many of each as a decode step takes successors."""
+        """The same with the budget's worth of planted keys between the key `first` and the window. Neighbouring blocks begin
+        with a weak one and end with a strong one, as many of each as a decode step takes successors; another weak one follows,
+        which takes the place of the first."""
         config, heads = self.config, self.heads
         q, k, v = self.plain(rows, keys)
         # in the second half of the head, which context extension does not turn here
@@ -120,14 +122,15 @@ class Trial:
         low = -(-max(first, config.sink) // config.block_k)
         runs = max(1, config.budget_blocks // PLANTED_TOGETHER)
         each = config.budget_blocks // runs
-        last = (keys - rows - config.window - config.block_q) // config.block_k - each
+        last = (keys - rows - config.window - config.block_q) // config.block_k - each - 1
         logits[config.sink : keys - config.window] = OTHERS
         for run in range(runs):
             blocks = torch.full((each,), PLANTED, device="cpu")
             if run < config.budget_blocks // SUCCESSORS:
                 blocks[0], blocks[-1] = WEAK, STRONG
+                blocks = torch.cat([blocks, blocks[:1]])
             at = (low + (last - low) * run // max(1, runs - 1)) * config.block_k
-            logits[at : at + each * config.block_k] = blocks.repeat_interleave(config.block_k)
+            logits[at : at + len(blocks) * config.block_k] = blocks.repeat_interleave(config.block_k)
         return along(q, 1.0), along(k, logits), v
 
     def on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:

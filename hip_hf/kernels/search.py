@@ -114,6 +114,7 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
         # without tensor memory or wgmma, larger steps need fewer registers for where they are
         larger = dtype != torch.float32 and not target.startswith(("sm90", "sm10", "gfx"))
         features = 32 if larger else 16
+        # a prompt's exact look holds the offsets of 256 blocks besides
         return SearchTile(16, features, features if votes < FEWEST_ROWS else 16, warps, stages=1)
     if candidates > 2 * CANDIDATES and target.startswith("gfx"):
         wanted = SearchTile(16, 16, 16, stages=1)
@@ -127,7 +128,8 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
     elif target.startswith("gfx"):
         wanted = SearchTile(32, 16, 32)
     else:
-        # a decode step's search also keeps which blocks follow the best ones
+        # a decode step's search also keeps which blocks follow the best ones; with many candidates larger steps at the levels
+        # take fewer registers, for fewer addresses
         wanted = SearchTile(32, 16 if candidates < CANDIDATES else 32, 16) if votes < FEWEST_ROWS else SearchTile(32, 32, 32)
     if votes > wanted.rows and target != "sm90":  # the loop over tiles takes registers as well
         wanted = replace(wanted, features_last=16)

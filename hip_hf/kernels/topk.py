@@ -95,7 +95,8 @@ def read_on(scores, ids, total, share, N: tl.constexpr):
     slot = tl.arange(0, N)
     before = tl.maximum(slot - 1, 0)
     follows = (slot > 0) & (slot < total) & (tl.gather(ids, before, 0) + 1 == ids)
-    return scores + tl.where(follows, tl.gather(scores, before, 0) * share, 0.0)
+    found = tl.gather(scores, before, 0)
+    return scores + tl.where(follows & (found > 0.0), found * share, 0.0)
 
 
 @triton.jit

@@ -232,7 +232,8 @@ def vote_kernel(
             paired = there & (other < own_rows)
             others = tl.load(NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + other, mask=paired, other=0.0)
             odd = other < every // VOTERS
-            needier = tl.where(odd, need, others) > tl.where(odd, others, need)  # the later of the two
+            earlier = tl.where(odd, others, need)
+            needier = (tl.where(odd, need, others) > earlier) | (earlier != earlier)  # the later of the two
             need = tl.where(paired & (odd != needier), float("-inf"), need)
         none = first * 0 + ABSENT
         ids, needs, _ = keep_best(every, sort_keys(need, there), first, none, first, none, total, N, KEPT)

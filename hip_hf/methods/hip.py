@@ -96,10 +96,11 @@ def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
 def read_on(scores: torch.Tensor, ids: torch.Tensor, share: float) -> None:
     """Add to the score of each block a share of that of the block before it, if that is there; both `[..., M]`, ids sorted.
 
-    What a row looks up seldom ends with a block, and only the first of the rows that read it need be among the votes.
+    What a row looks up need not end with a block, and the rows that read the rest of it need not be among the votes. What has
+    overflowed has a negative score, and nothing to share.
     """
     follows = (ids[..., 1:] - ids[..., :-1] == 1) & (ids[..., 1:] != NO_CHUNK)
-    scores[..., 1:] += torch.where(follows, scores[..., :-1] * share, 0.0)
+    scores[..., 1:] += torch.where(follows, scores[..., :-1].clamp(min=0) * share, 0.0)
 
 
 def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:

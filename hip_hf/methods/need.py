@@ -9,8 +9,8 @@ middle, `sigmoid(lse_middle - lse_near)`:
       lse_near: exact, over sink and window (attention computes it anyway)
                lse_middle: estimated, from a sample of the middle's keys
 
-The rows of a query block with the largest need vote, each with its own query; of two that follow one another only one does. Where
-all of them vote (decode), nothing is estimated: the search weighs every vote by its need (`aggregate` in `hip.py`).
+The rows of a query block with the largest need vote, one of every two at most, each with its own query. Where all of them vote
+(decode), nothing is estimated: the search weighs every vote by its need (`aggregate` in `hip.py`).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def walkers_of(config: HiPConfig, votes: int) -> int:
 
 
 def keep_needier_of_pairs(need: torch.Tensor, heads: int, votes: int) -> None:
-    """Set the need of the less needy of every two rows of a head that follow one another to minus infinity, the later one's where
-    they are alike: what a model reads token by token, it looks up in one place, and another row may look elsewhere.
+    """Take a query block's rows two by two, and set the need of the less needy one to minus infinity, of the later one where they
+    are alike, for each head: what a model reads token by token, it looks up in one place, and another row may look elsewhere.
 
     `need` `[..., rows * heads]`, by position. Nothing is changed where half of the rows are fewer than `votes`."""
     if 2 * votes > need.shape[-1]:
@@ -54,7 +54,7 @@ def keep_needier_of_pairs(need: torch.Tensor, heads: int, votes: int) -> None:
     rows = need.unflatten(-1, (-1, heads))
     later = rows[..., 1::2, :]
     earlier = rows[..., 0::2, :][..., : later.shape[-2], :]
-    needier = later > earlier
+    needier = (later > earlier) | earlier.isnan()
     earlier.masked_fill_(needier, -torch.inf)
     later.masked_fill_(~needier, -torch.inf)
 

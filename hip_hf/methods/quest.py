@@ -1,7 +1,7 @@
 """Quest (arXiv 2406.10774): every key block is scored by the largest `q . k` that its element-wise minimum and maximum allow.
 
 That is the tree search without a tree: the bound as representative, every block a candidate. O(T / block_k) per query
-block. Quest itself selects in decode only; here prefill does, too, with the voting rows and the score of the settings.
+block. Quest itself selects in decode only; here prefill does, too, with the votes and the score of the settings.
 """
 
 from __future__ import annotations
