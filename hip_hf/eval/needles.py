@@ -245,8 +245,8 @@ def against(row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]
 
 
 def flops(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
-    """What a prompt costs a sparse layer in FLOPs: selection over attention, and both over dense attention. None where no layer is
-    sparse by its `path`, or a method does not tell."""
+    """What a prompt costs a sparse layer in FLOPs: selection over attention, and both over dense attention. None where no layer
+    is sparse by its `path`, or a method does not tell."""
     cost = prompt_cost(config, length) if "sparse" in path else None
     return {
         "selection_over_attention": cost and cost.selection / cost.attention,
