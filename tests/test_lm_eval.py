@@ -379,6 +379,8 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """`longbench` needs packages that few have."""
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setitem(sys.modules, "jieba", None)
+    for name in [name for name in sys.modules if "longbench" in name]:  # of a test that had stand-ins for the packages
+        monkeypatch.delitem(sys.modules, name)
     done = command("--preset", "longbench", "--model_args", f"pretrained={CHECKPOINT}", "--device", "cpu")
     assert isinstance(done.exception, SystemExit), done.exception
     said = str(done.exception.code)
