@@ -76,9 +76,9 @@ class HiPConfig:
             of its keys alone) or `middle` (its middle key: the HiP paper).
         score: `mass` (the share of its attention that a voting row gives, after what it reads anyway, summed over rows) or
             `max` (best logit: the HiP paper).
-        beam: levels above the last keep `beam * budget` keys' worth of chunks; None: 4096 keys' worth or
-            1024 chunks, at least twice the budget.
-            What a search must look at to find an answer does not shrink with what is read afterwards.
+        beam: levels above the last keep `beam * budget` keys' worth of chunks; None: 4096 keys' worth or 1024
+            chunks, at least twice the budget. What a search must look at to find an answer does not shrink with what is read
+            afterwards.
         rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off, None: 4096
             keys', at least three times the budget.
         coarsest: largest chunk, in keys, that the search may start from; None starts from as few as possible.

@@ -19,7 +19,7 @@ import torch
 from hip_hf.config import HiPConfig
 from hip_hf.kernels.prefill import rows_of
 from hip_hf.kernels.tuning import Tile, tile_of
-from hip_hf.methods.need import walkers_of
+from hip_hf.kernels.voting import Voting
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
 GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
@@ -133,13 +133,11 @@ def votes(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
 
 def selection(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
     """Selection of a whole prompt. Its pyramid reads K once."""
-    heads = shape.query_heads // shape.lists(config)
-    rows = heads * ceil(config.block_q / config.query_stride)
-    walking = walkers_of(config, rows) if config.vote == "need" and rows < heads * config.block_q else rows
+    voting = Voting.of(config, shape.query_heads // shape.key_heads, config.block_q, False)
     pyramid = tokens * shape.key_heads * shape.dim * shape.size * (1 + 4 / config.block_k)
     read = tokens / config.query_stride * shape.row
     searches = tokens / config.block_q * shape.lists(config)
-    found = search(tokens, rows, walking, config, shape).times(searches) + Cost(0, pyramid + read)
+    found = search(tokens, voting.slots, voting.walkers, config, shape).times(searches) + Cost(0, pyramid + read)
     return found + votes(tokens, config, shape)
 
 

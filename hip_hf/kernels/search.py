@@ -19,7 +19,7 @@ from hip_hf.kernels.topk import tile
 from hip_hf.kernels.tuning import power_of_two, processors, target_of
 from hip_hf.kernels.votes import votes_of
 from hip_hf.kernels.voting import Voting
-from hip_hf.methods.hip import SUCCESSORS
+from hip_hf.methods.hip import SUCCESSORS, onward_of
 from hip_hf.rope import farthest_chunk
 
 if TYPE_CHECKING:
@@ -155,7 +155,6 @@ def constants(
     # a selection that decode steps share reads on into the blocks after its best ones
     successors = budget // SUCCESSORS if stateful and config.decode_refresh != 1 else 0
     last = min(config.rescore_blocks, most + 2) if rescore else budget + successors
-    onward = float(config.method_options().onward) if config.score == "mass" else 0.0
     limit = 30 if config.coarsest is None else (config.coarsest // bk).bit_length() - 1
     long = most_keys // (bk << limit) > most
     kept, kept_last = tile(keep), tile(last)
@@ -174,7 +173,7 @@ def constants(
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
         RESCORE=rescore, SUCCESSORS=successors, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
         ROWS=rows, TILES=-(-voting.slots // rows), SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
-        MASS=config.score == "mass", ONWARD=onward, WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters,
+        MASS=config.score == "mass", ONWARD=onward_of(config), WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters,
         VOTES=voting.votes, WALKERS=voting.walkers, SPACING=voting.stride, SAMPLED=voting.sampled, DIM=dim,
         FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts_of(config), OUT=tile(budget),
         PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps, num_stages=shape.stages,

@@ -93,6 +93,11 @@ def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
     return _LOW_BITS - (packed.topk(count, sorted=False).values & _LOW_BITS)
 
 
+def onward_of(config: HiPConfig) -> float:
+    """The share of a block's score that the block after it gets as well: none of best logits, which are no shares."""
+    return float(config.method_options().onward) if config.score == "mass" else 0.0
+
+
 def read_on(scores: torch.Tensor, ids: torch.Tensor, share: float) -> None:
     """Add to the score of each block a share of that of the block before it, if that is there; both `[..., M]`, ids sorted.
 
@@ -245,8 +250,7 @@ class TreeSearch:
         if config.rescore_blocks:
             ids = best(scores, ids, config.rescore_blocks).sort(dim=-1).values
             scores = self._exact(heads, q, ids, high, near)
-            if config.score == "mass":
-                read_on(scores, ids, config.method_options().onward)
+            read_on(scores, ids, onward_of(config))
         if blocks[0].lasting and config.decode_refresh != 1:  # which quest sets
             scores, ids = self._with_successors(scores, ids, high, budget // SUCCESSORS)
         ids = best(scores, ids, budget).sort(dim=-1).values
