@@ -25,7 +25,7 @@ from torch.autograd import DeviceType
 
 from hip_hf.attention import sparse_reach
 from hip_hf.config import HiPConfig
-from hip_hf.eval import doctor, documents, gpu_latency, latency, needles, plots, real_model
+from hip_hf.eval import doctor, documents, gpu_latency, latency, losses, needles, plots, real_model
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.generate import generate
 from hip_hf.eval.gpu_runs import Clock, Timed
@@ -317,7 +317,7 @@ class Forward(Timed):
     """A model's pass over a prompt; its attention is set before the clock starts."""
 
     def __init__(self, model: Any, ids: Sequence[int], config: HiPConfig, clock: Clock) -> None:
-        super().__init__(partial(needles.hidden_of, model, ids), clock)
+        super().__init__(partial(losses.hidden_of, model, ids), clock)
         self.model, self.config = model, config
 
     def once(self) -> float:

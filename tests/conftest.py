@@ -79,9 +79,9 @@ def _over_spoilt_buffers(work: Callable[..., Any], in_use: str | None = None) ->
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory and the workers' reused buffers hold NaN, so that nothing read before it is written goes unnoticed."""
     spoil_fresh_memory(monkeypatch)
-    works = ((sparse, "attend"), (sparse, "attend_range"), (dense, "attend_range"), (sparse.SparseAttention, "_near"))
+    works = ((sparse, "attend_range"), (dense, "attend_range"), (sparse.SparseAttention, "_near"))
     for owner, name in (*works, (Gathered, "fill"), (Gathered, "attend")):
         monkeypatch.setattr(owner, name, _over_spoilt_buffers(getattr(owner, name)))
-    # what was read of sink and window waits in a buffer until the rest has been selected and read
-    for owner, name in ((TreeSearch, "_search"), (sparse, "partial")):
+    # the logits of sink and window wait in a buffer until the rest has been selected and read
+    for owner, name in ((TreeSearch, "_search"), (sparse, "attend"), (sparse, "partial")):
         monkeypatch.setattr(owner, name, _over_spoilt_buffers(getattr(owner, name), in_use="near"))

@@ -14,7 +14,7 @@ from hip_hf.config import REPRESENTATIVES, HiPConfig
 from hip_hf.methods import pyramid
 from hip_hf.methods.base import make_query_block
 from hip_hf.problem import make_spans
-from hip_hf.reference import block_sparse, dense, fused, workers
+from hip_hf.reference import block_sparse, dense, workers
 from hip_hf.reference import sparse as sparse_module
 from hip_hf.reference.sparse import tensors_of
 from hip_hf.state import DecodeState
@@ -109,7 +109,7 @@ def test_selecting_every_middle_block_is_dense_attention(given: dict, heads: sli
     for first in range(0, tokens, 16):
         block = make_query_block(config, first, first, first + 15, None, sliding)
         ids = torch.arange(block.low, block.high).expand(heads.stop - heads.start, 1, -1)
-        fused.attend(t, heads, slice(None), [block], ids, config.block_k)
+        block_sparse.attend(t, heads, slice(None), [block], ids, config.block_k)
     own = slice(2 * heads.start, 2 * heads.stop)
     want, want_lse = eager(q, k, v, causal(1, tokens, tokens, sliding=sliding), **fields)
     assert_near(out[:, own], want[:, own])

@@ -17,8 +17,9 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 from typer.testing import CliRunner
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval import needles
+from hip_hf.eval import losses, needles
 from hip_hf.eval.documents import CHECKPOINT, DIGITS, DOCUMENT, Fact, load, note, question
+from hip_hf.eval.losses import Steps
 from hip_hf.eval.needles import Answer, Cell, Plan, Prompt
 from hip_hf.eval.presets import over_budgets, settings_of
 
@@ -117,10 +118,10 @@ def test_logits_and_losses_are_those_of_the_shipped_checkpoint() -> None:
     """Chunks of rows make what the whole model makes, and the dense row is what can be counted by hand."""
     model, tokenizer = load(CHECKPOINT, "sdpa")
     text = tokenizer.encode(DOCUMENT.read_text(), add_special_tokens=False, verbose=False)
-    prompt = needles.make_prompt(tokenizer, text, 3 * needles.ROWS - 7, 6, random.Random(0))
+    prompt = needles.make_prompt(tokenizer, text, 3 * losses.ROWS - 7, 6, random.Random(0))
     with torch.no_grad():
         logits = model(torch.tensor([prompt.ids])).logits[0]
-        loss, right = needles.losses_of(model, prompt)
+        loss, right = losses.losses_of(model, prompt.ids)
     want = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(prompt.ids[1:]), reduction="none")
     torch.testing.assert_close(loss.float(), want, atol=1e-4, rtol=1e-4)
     assert right.tolist() == (logits[:-1].argmax(1) == torch.tensor(prompt.ids[1:])).tolist()
@@ -147,8 +148,8 @@ def test_scaled_and_capped_logits_are_the_models_own(model: Any) -> None:
     net = model().eval()
     ids = torch.randint(1, 257, (1, 50))
     with torch.no_grad():
-        torch.testing.assert_close(needles.logits_of(net, needles.hidden_of(net, ids[0].tolist())), net(ids).logits[0])
-    needles.check_logits(net, ids[0].tolist())
+        torch.testing.assert_close(losses.logits_of(net, losses.hidden_of(net, ids[0].tolist())), net(ids).logits[0])
+    losses.check_logits(net, ids[0].tolist())
 
 
 def test_logits_that_are_made_in_an_unknown_way_are_refused() -> None:
@@ -163,7 +164,7 @@ def test_logits_that_are_made_in_an_unknown_way_are_refused() -> None:
 
     net.forward = louder
     with pytest.raises(ValueError, match="got a GraniteForCausalLM, allowed: models whose logits"):
-        needles.check_logits(net, list(range(1, 20)))
+        losses.check_logits(net, list(range(1, 20)))
 
 
 def test_command(tmp_path: Path, threads: Any) -> None:
@@ -223,10 +224,46 @@ def test_everything_read_counts_as_dense(tmp_path: Path) -> None:
     assert hip.document_nll == pytest.approx(dense.document_nll, rel=1e-5)
 
 
+def test_decode_steps_that_read_everything_say_what_one_pass_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load(save_checkpoint(tmp_path)[0], "sdpa")
+    prompts = [needles.make_prompt(tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(i)) for i in (0, 1)]
+    configs = settings_of([json.dumps(dict(budget=budget, window=16, sink=8)) for budget in (1024, 32)]).values()
+    read, steps = [], Steps(model)
+    own = Steps._read
+    monkeypatch.setattr(Steps, "_read", lambda self, ids: read.append(len(ids)) or own(self, ids))
+    for prompt in prompts:
+        wide, narrow = (needles.ask(model, prompt, config, steps) for config in configs)
+        dense = needles.ask(model, prompt, HiPConfig(method="dense"))
+        assert wide.paths == narrow.paths == ["sparse"]
+        assert narrow.read[0] < 0.3 < wide.read[0] == 1
+        assert (wide.right, wide.exact) == (dense.right, dense.exact)
+        assert wide.nll == pytest.approx(dense.nll, rel=1e-5)
+        assert narrow.nll != pytest.approx(dense.nll, rel=1e-4)
+        for cell in (wide, narrow):  # the document is read densely
+            assert cell.document_nll == pytest.approx(dense.document_nll, rel=1e-5)
+    answers = [600 - prompt.document for prompt in prompts]
+    documents = [prompt.document for prompt in prompts]
+    assert read == [documents[0], *[1] * 2 * answers[0], documents[1], *[1] * 2 * answers[1]]  # once for both settings
+
+
+def test_command_by_decode_steps(tmp_path: Path, threads: Any) -> None:
+    threads(1)
+    model, text = save_checkpoint(tmp_path)
+    given = ["--documents", text, "--lengths", "400", "--prompts", "1", "--facts", "2", "--settings", "dense", "--decode"]
+    printed = run(needles.main, model, *given, "--settings", json.dumps(SMALL))
+    assert printed["decode"] is True
+    dense, sparse = printed["rows"]
+    assert (dense["path"], sparse["path"]) == ("dense (method is dense)", "sparse")
+    assert sparse["perplexity_over_dense"] == 1
+    assert sparse["nll"] != dense["nll"]
+    assert "flops_over_dense" not in sparse
+
+
 def test_all_settings_are_measured_on_a_prompt_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, str]] = []
 
-    def ask(model: Any, prompt: Prompt, config: HiPConfig) -> Cell:
+    def ask(model: Any, prompt: Prompt, config: HiPConfig, steps: Steps | None) -> Cell:
+        assert steps is None
         seen.append((prompt.ids[0], config.method))
         return Cell(1, 1, 1, 5, 5, 1.0, 10, 1.0, [1.0], ["sdpa"])
 

@@ -30,6 +30,7 @@ from hip_hf.eval.cells import Cells
 from hip_hf.eval.costs import prompt_cost
 from hip_hf.eval.curves import AT
 from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, Fact, digest, hide, load_to_measure, question
+from hip_hf.eval.losses import Steps, check_logits, losses_of
 from hip_hf.eval.passkey import draw_facts, path_of, use, wilson
 from hip_hf.eval.presets import HELP, over_budgets, sizes
 from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
@@ -38,10 +39,6 @@ from hip_hf.integration.explain import explain
 NOVEL, CODE = "novel", "code"
 # The first share of a document holds no fact: what the sink reads anyway finds nothing there.
 FREE = 0.02
-# Rows whose logits are computed at once: with a vocabulary of 50,000 they take 100 MB, and those of 8K rows 1.6 GB.
-ROWS = 512
-# How many tokens show whether a model's logits are made as `logits_of` makes them, and how exactly.
-PROBE, TOLERANCE = 8, 1e-2
 
 
 @dataclass(frozen=True)
@@ -86,31 +83,6 @@ def make_prompt(tokenizer: Any, text: list[int], length: int, facts: int, rng: r
     return Prompt(hide(tokenizer, text, length, hidden, end), document, answers)
 
 
-def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of the decoder's last hidden states, fp32: `[rows, hidden size]` to `[rows, vocabulary]`."""
-    config = model.config.get_text_config(decoder=True)
-    logits = model.get_output_embeddings()(hidden).float()
-    logits = logits * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)  # Cohere, Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def hidden_of(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    """The decoder's last hidden states of a prompt: `[tokens, hidden size]`."""
-    return model.get_decoder()(torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state[0]
-
-
-@torch.no_grad()
-def check_logits(model: Any, ids: Sequence[int]) -> None:
-    """Raise ValueError for a model whose logits are made in another way than `logits_of` knows."""
-    some = ids[:PROBE]
-    got = logits_of(model, hidden_of(model, some))
-    want = model(torch.tensor([some], device=model.device), use_cache=False).logits[0].float()
-    if not torch.allclose(got, want, atol=TOLERANCE * float(want.abs().max())):
-        kind = type(model).__name__
-        raise ValueError(f"MODEL: got a {kind}, allowed: models whose logits come from output embeddings, scaled or capped")
-
-
 @dataclass
 class Cell:
     """What was counted with one setting: `nll` and `document_nll` are sums in nats, over `digits` and `tokens`."""
@@ -149,30 +121,19 @@ class Cell:
         }
 
 
-def losses_of(model: Any, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every token but the first: its negative log-likelihood in nats (float64), and whether it is the likeliest; both
-    `[tokens - 1]`."""
-    targets = torch.tensor(prompt.ids[1:], device=model.device)
-    loss, right = [], []
-    for hidden, target in zip(hidden_of(model, prompt.ids)[:-1].split(ROWS), targets.split(ROWS), strict=True):
-        logits = logits_of(model, hidden)
-        loss.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").double().cpu())
-        right.append((logits.argmax(1) == target).cpu())
-    return torch.cat(loss), torch.cat(right)
-
-
 def verdicts(right: torch.Tensor, answers: Sequence[Answer]) -> list[list[bool]]:
     """Whether each digit token of each answer is the likeliest. `right`: `[tokens - 1]`, of every token but the first."""
     return [[bool(right[at - 1]) for at in answer.positions] for answer in answers]
 
 
 @torch.no_grad()
-def ask(model: Any, prompt: Prompt, config: HiPConfig) -> Cell:
-    """Read a prompt once, with these settings, and count what is right in it."""
+def ask(model: Any, prompt: Prompt, config: HiPConfig, steps: Steps | None = None) -> Cell:
+    """Read a prompt once, with these settings, and count what is right in it; by `steps`: what comes after the document token by
+    token."""
     sparse = use(model, config)
-    loss, right = losses_of(model, prompt)
+    loss, right = losses_of(model, prompt.ids) if steps is None else steps.losses_of(prompt.ids, prompt.document, config)
     said = verdicts(right, prompt.answers)
-    layers = explain(model) if sparse else []
+    layers = explain(model) if sparse or steps is not None else []
     shares = [layer.share for layer in layers if layer.share is not None]
     document = loss[: prompt.document - 1]
     return Cell(
@@ -193,20 +154,22 @@ def ask(model: Any, prompt: Prompt, config: HiPConfig) -> Cell:
     )
 
 
-def count(model: Any, prompt: Prompt, config: HiPConfig) -> dict[str, Any]:
+def count(model: Any, prompt: Prompt, config: HiPConfig, steps: Steps | None) -> dict[str, Any]:
     """`ask`, as JSON can hold it."""
-    return asdict(ask(model, prompt, config))
+    return asdict(ask(model, prompt, config, steps))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to ask: `prompts` documents of each kind and length, with `facts` facts each, the same whatever the settings."""
+    """What to ask: `prompts` documents of each kind and length, with `facts` facts each, the same whatever the settings.
+    `decode`: documents are read densely, and what comes after them by decode steps."""
 
     configs: dict[str, HiPConfig]
     lengths: Sequence[int]
     prompts: int = 8
     facts: int = 8
     seed: int = 0
+    decode: bool = False
 
     @property
     def dense(self) -> str | None:
@@ -267,18 +230,19 @@ def measure(
         ValueError: a length does not fit a text, or the model's logits are not known to be computed rightly.
     """
     check_logits(model, next(iter(texts.values())))
-    rows = []
+    rows, steps = [], Steps(model) if plan.decode else None
     for length, (document, text) in product(plan.lengths, texts.items()):
         found = {name: Cell() for name in plan.configs}
         for number in range(plan.prompts):
             prompt = plan.prompt(tokenizer, text, length, number)
             for name, config in plan.configs.items():
                 key = ("needles", config.to_dict(), length, document, number)
-                found[name] += Cell(**cells.get(key, partial(count, model, prompt, config)))
+                found[name] += Cell(**cells.get(key, partial(count, model, prompt, config, steps)))
                 advance()
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
         for name, row in own.items():
-            rows.append(row | against(row, own.get(plan.dense)) | flops(plan.configs[name], length, row["path"]))
+            cost = {} if plan.decode else flops(plan.configs[name], length, row["path"])
+            rows.append(row | against(row, own.get(plan.dense)) | cost)
     return rows
 
 
@@ -342,6 +306,9 @@ def main(
     ] = NOVEL,
     prompts: Annotated[int, typer.Option(min=1, help="Documents of each length and kind.")] = 8,
     facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each document, all asked for.")] = 8,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Read the documents by dense attention, questions and answers token by token.")
+    ] = False,
     device: Device = "cpu",
     dtype: Dtype = "fp32",
     seed: int = 0,
@@ -361,9 +328,9 @@ def main(
         targets = Targets(json, output, plot, report_file)
         configs = over_budgets(settings, sizes(budgets), tokens=max(counts), checkpoint=model, sink=sink, window=window)
         texts = read_documents(documents)
-        plan = Plan(configs, counts, prompts, facts, seed)
+        plan = Plan(configs, counts, prompts, facts, seed, decode)
         names = ", ".join(f"{name} of Python {python_version()}" if name == CODE else name for name in texts)
-        details = measured_on(model, names, dtype, configs, prompts=prompts, facts=facts, seed=seed)
+        details = measured_on(model, names, dtype, configs, prompts=prompts, facts=facts, seed=seed, decode=decode)
         request = dict(lengths=counts, device=device, texts={name: digest(text) for name, text in texts.items()})
         cells = targets.cells("needles", **details, **request)
     except ValueError as error:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import typer
 
-from hip_hf.eval import documents, generate, needles, real_model, report
+from hip_hf.eval import documents, generate, losses, needles, real_model, report
 from hip_hf.eval.needles import Answer, Prompt
 from hip_hf.eval.passkey import digits_right
 from hip_hf.integration.explain import Report
@@ -66,15 +66,15 @@ def read(model: Any, tokenizer: Any, prompt: Prompt, advance: Callable[[], None]
     hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in attention_layers(model)]  # one to a layer
     try:
         start = time.perf_counter()
-        hidden = needles.hidden_of(model, prompt.ids)
-        int(needles.logits_of(model, hidden[-1:]).argmax())  # the first token is there
+        hidden = losses.hidden_of(model, prompt.ids)
+        int(losses.logits_of(model, hidden[-1:]).argmax())  # the first token is there
         seconds = time.perf_counter() - start
     finally:
         for hook in hooks:
             hook.remove()
     answers = []
     for answer in prompt.answers:
-        tokens = needles.logits_of(model, hidden[torch.tensor(answer.positions) - 1]).argmax(1).tolist()
+        tokens = losses.logits_of(model, hidden[torch.tensor(answer.positions) - 1]).argmax(1).tolist()
         said = [tokenizer.decode([token]).strip() for token in tokens]
         places = zip(said, answer.digits, strict=True)
         answers.append("".join(text if text.isdigit() and len(text) == count else NO_DIGIT * count for text, count in places))
@@ -102,7 +102,7 @@ def prompt_of(model: Any, tokenizer: Any, text: str, tokens: int | None, facts: 
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     try:
         prompt = needles.make_prompt(tokenizer, ids, tokens, facts, random.Random(seed))
-        needles.check_logits(model, prompt.ids)
+        losses.check_logits(model, prompt.ids)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return prompt

@@ -7,6 +7,7 @@ softcap, sinks, sliding windows, a few rows against a long cache): a dense block
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -51,6 +52,99 @@ def store_rows(
     store(t, (heads, group, slice(blocks[0].row, blocks[-1].row + blocks[-1].rows)), out, lse)
 
 
+class Logits:
+    """Logits of query blocks that are `alike`, one query block after another, over a part of what they read: the key blocks
+    `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and window.
+
+    `reserved`: keys, selected later, that stand between sink and window where positions are given by the order of what is read.
+    Each step is a handful of operations on buffers and views made once: the workers share the interpreter, and would wait for
+    each other at every operation more.
+    """
+
+    def __init__(
+        self,
+        t: Tensors,
+        heads: slice,
+        group: slice,
+        blocks: list[QueryBlock],
+        ids: torch.Tensor | None,
+        block_k: int,
+        near: bool = True,
+        reserved: int = 0,
+    ) -> None:
+        first, count = blocks[0], len(blocks)
+        n, k = first.rows, t.k[heads]
+        q = t.q[heads, group, first.row : first.row + count * n]
+        self.t, self.blocks, self.near = t, blocks, near
+        self.lanes, self.groups, _, dim = q.shape
+        self.rows, self.count = self.groups * n, count
+        if ids is None:
+            ids = torch.empty(self.lanes, count, 0, dtype=torch.long, device=q.device)
+        sink, picked, window = first.sink - first.start, ids.shape[2] * block_k, first.last + 1 - first.window
+        self.total = sink + picked + reserved + window
+        self.places = [(0, sink + picked), (self.total - window, self.total)] if near else [(sink, sink + picked)]
+        if not near:
+            sink = window = 0
+        self.sink, self.picked, self.window, self.keys = sink, picked, window, sink + picked + window
+
+        self.like = q.new_empty(0, dtype=compute_dtype(q))
+        self.queries = scratch.take("q", (count, self.lanes, self.groups, n, dim), self.like)
+        self.queries.copy_(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4)).mul_(t.scale)  # widened before it is scaled
+        if t.positions is not None:
+            self.queries = t.positions.streaming(self.queries, self.total)
+        self.chosen = [row.unbind(0) for row in block_index(k, ids, block_k).unbind(1)]
+        self.part = Parts("k", k, blocks, sink, picked, window, block_k)
+        self.k = scratch.take("k", tuple(self.part.all.shape), self.like)
+        self.unseen = future(n, q.device)
+        self.at = None
+        if t.sliding_window is not None:
+            self.at = [_positions(block, ids[:, i], block_k, near) for i, block in enumerate(blocks)]
+
+    def fill(self, i: int, logits: torch.Tensor) -> None:
+        """Logits `[heads, G * rows, keys]` of the `i`-th query block: capped, what a row may not see masked."""
+        t, block, n = self.t, self.blocks[i], self.blocks[0].rows
+        self.part.fill(i, self.chosen[i])
+        if self.part.all.dtype != self.k.dtype:
+            self.k.copy_(self.part.all)
+        if t.positions is None:
+            torch.bmm(self.queries[i].flatten(1, 2), self.k.transpose(1, 2), out=logits)
+        else:
+            t.positions.streaming_logits(self.queries[i], self.k, self.places, self.total, out=logits)
+        squash(logits, t.softcap)
+        if n == 1 and self.at is None:
+            return
+        by_row = logits.unflatten(1, (self.groups, n))
+        if n > 1 and self.near:
+            by_row[..., self.keys - n :].masked_fill_(self.unseen, -torch.inf)
+        if self.at is not None:
+            assert t.sliding_window is not None
+            _mask_sliding(by_row, self.at[i], block.first, t.sliding_window)
+
+    def by_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`[len(blocks), heads, G * rows, ...]` -> `[heads, G, len(blocks) * rows, ...]`."""
+        return x.unflatten(2, (self.groups, -1)).transpose(0, 1).transpose(1, 2).flatten(2, 3)
+
+    @property
+    def lse_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.like.dtype, torch.float32)
+
+
+def near_logits(
+    t: Tensors, heads: slice, blocks: list[QueryBlock], block_k: int, reserved: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `[len(blocks), heads, G * rows, sink + window]` of query blocks that are `alike` for what they always read, and the
+    log-sum-exp `[heads, G, len(blocks) * rows]` of each row, in fp32 at least. `reserved`: see `Logits`."""
+    of = Logits(t, heads, slice(None), blocks, None, block_k, reserved=reserved)
+    logits = scratch.take("near", (of.count, of.lanes, of.rows, of.keys), of.like)
+    lse = torch.empty(of.count, of.lanes, of.rows, dtype=of.lse_dtype, device=of.like.device)
+    wide = scratch.take("wide", tuple(logits.shape[1:]), lse)
+    for i in range(of.count):
+        of.fill(i, logits[i])
+        highest, total = exponentiate(wide.copy_(logits[i]))
+        torch.add(highest[..., 0], total[..., 0].log_(), out=lse[i])
+    return logits, of.by_rows(lse)
+
+
 def partial(
     t: Tensors,
     heads: slice,
@@ -60,67 +154,58 @@ def partial(
     block_k: int,
     need_lse: bool,
     near: bool = True,
-    reserved: int = 0,
+    known: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of query blocks that are `alike` over a part of what they read: the key blocks `ids` `[heads, len(blocks), n]`
     (None: none), and, if `near`, sink and window. Output `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` (without
-    attention sinks), in the dtype that is multiplied in and fp32 at least.
+    attention sinks), in the dtype that is multiplied in and fp32 at least. `known`: the logits of sink and window, as
+    `near_logits` gives them, of these heads."""
+    of = Logits(t, heads, group, blocks, ids, block_k, near=near and known is None)
+    v, keys = t.v[heads], of.keys
+    sink, window = of.sink, of.window
+    if known is not None:
+        sink, window = blocks[0].sink - blocks[0].start, blocks[0].last + 1 - blocks[0].window
+        keys = sink + of.picked + window
+    values = Parts("v", v, blocks, sink, of.picked, window, block_k)
+    v_all = scratch.take("v", tuple(values.all.shape), of.like)
+    outputs = scratch.take("out", (of.count, of.lanes, of.rows, v.shape[-1]), of.like)
+    logits = scratch.take("logits", (of.lanes, of.rows, keys), of.like)
+    selected = logits if known is None else logits[..., sink : sink + of.picked]
+    lse = torch.empty(of.count, of.lanes, of.rows, dtype=of.lse_dtype, device=of.like.device) if need_lse else None
+    for i in range(of.count):
+        values.fill(i, of.chosen[i])
+        if values.all.dtype != v_all.dtype:
+            v_all.copy_(values.all)
+        if of.keys:
+            of.fill(i, selected)
+        if known is not None:
+            logits[..., :sink] = known[i][..., :sink]
+            logits[..., sink + of.picked :] = known[i][..., sink:]
+        weigh_values(logits, v_all, outputs[i], None if lse is None else lse[i])
+    return of.by_rows(outputs), None if lse is None else of.by_rows(lse)
 
-    `reserved`: keys, selected later or before, that stand between sink and window where positions are given by the order of
-    what is read. Each step of the loop is a handful of operations on buffers and views made once: the workers share the
-    interpreter, and would wait for each other at every operation more.
+
+def attend(
+    t: Tensors,
+    heads: slice,
+    group: slice,
+    blocks: list[QueryBlock],
+    ids: torch.Tensor,
+    block_k: int,
+    known: torch.Tensor | None = None,
+) -> None:
+    """Sparse attention of query blocks, for the key heads `heads` and the query heads `group` of each.
+
+    `ids` `[heads, len(blocks), n]`: the sorted key blocks that each query block reads between sink and window. `known`: the
+    logits of these, of query blocks that are `alike`.
     """
-    first, count = blocks[0], len(blocks)
-    n, k, v = first.rows, t.k[heads], t.v[heads]
-    q = t.q[heads, group, first.row : first.row + count * n]
-    lanes, groups, _, dim = q.shape
-    dtype, device = compute_dtype(q), q.device
-    if ids is None:
-        ids = torch.empty(lanes, count, 0, dtype=torch.long, device=device)
-    sink, picked, window = first.sink - first.start, ids.shape[2] * block_k, first.last + 1 - first.window
-    total = sink + picked + reserved + window
-    places = [(0, sink + picked), (total - window, total)] if near else [(sink, sink + picked)]
-    if not near:
-        sink = window = 0
-    keys, rows, like = sink + picked + window, groups * n, q.new_empty(0, dtype=dtype)
-
-    queries = scratch.take("q", (count, lanes, groups, n, dim), like)
-    queries.copy_(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4)).mul_(t.scale)  # widened before it is scaled
-    outputs = scratch.take("out", (count, lanes, rows, v.shape[-1]), like)
-    logits = scratch.take("logits", (lanes, rows, keys), like)
-    by_row = logits.view(lanes, groups, n, keys)
-    own, unseen = by_row[..., keys - n :], future(n, device)
-    parts = [Parts(name, x, blocks, sink, picked, window, block_k) for name, x in (("k", k), ("v", v))]
-    k_all, v_all = (scratch.take(part.name, tuple(part.all.shape), like) for part in parts)
-    k_all = k_all.transpose(1, 2)
-    if t.positions is not None:
-        queries = t.positions.streaming(queries, total)
-    positions = None
-    if t.sliding_window is not None:
-        positions = [_positions(block, ids[:, i], block_k, near) for i, block in enumerate(blocks)]
-    lse = None
-    if need_lse:
-        lse = torch.empty(count, lanes, groups, n, dtype=torch.promote_types(dtype, torch.float32), device=device)
-
-    index = [row.unbind(0) for row in block_index(k, ids, block_k).unbind(1)]
-    each = zip(blocks, queries.unbind(0), outputs.unbind(0), index, strict=True)
-    for i, (block, query, output, chosen) in enumerate(each):
-        for part, whole in zip(parts, (k_all, v_all), strict=True):
-            part.fill(i, chosen)
-            if part.all.dtype != dtype:
-                (whole if part.name == "v" else k_all.transpose(1, 2)).copy_(part.all)
-        if t.positions is None:
-            torch.bmm(query.flatten(1, 2), k_all, out=logits)
-        else:
-            t.positions.streaming_logits(query, k_all.transpose(1, 2), places, total, out=logits)
-        squash(logits, t.softcap)
-        if n > 1 and near:
-            own.masked_fill_(unseen, -torch.inf)
-        if positions is not None:
-            _mask_sliding(by_row, positions[i], block.first, t.sliding_window)
-        weigh_values(logits, v_all, output, None if lse is None else lse[i].view(lanes, rows))
-    out = outputs.view(count, lanes, groups, n, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
-    return out, None if lse is None else lse.permute(1, 2, 0, 3).flatten(2, 3)
+    at = 0
+    for _, same in groupby(blocks, key=alike):
+        run = list(same)
+        need_lse = t.lse is not None or t.sinks is not None
+        some = ids[:, at : at + len(run)]
+        store_rows(t, heads, group, run, *partial(t, heads, group, run, some, block_k, need_lse, known=known))
+        at += len(run)
 
 
 def weigh_values(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
@@ -131,15 +216,20 @@ def weigh_values(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: 
         torch.bmm(torch.softmax(logits, dim=-1, out=logits), v, out=out)
         return
     wide = widened(logits)
-    limits = torch.finfo(wide.dtype)
-    highest = wide.amax(-1, keepdim=True).clamp_(min=limits.min)
-    total = wide.sub_(highest).exp_().sum(-1, keepdim=True).clamp_(min=limits.tiny)
+    highest, total = exponentiate(wide)
     if wide is logits:
         torch.bmm(logits, v, out=out)
         out.div_(total)  # fewer numbers than the weights are
     else:
         torch.bmm(logits.copy_(wide.div_(total)), v, out=out)
     torch.add(highest[..., 0], total[..., 0].log_(), out=lse)
+
+
+def exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exponentials of logits `[..., keys]`, in their place, over each row's highest; that and their sum, both `[..., 1]`."""
+    limits = torch.finfo(logits.dtype)
+    highest = logits.amax(-1, keepdim=True).clamp_(min=limits.min)
+    return highest, logits.sub_(highest).exp_().sum(-1, keepdim=True).clamp_(min=limits.tiny)
 
 
 class Parts:

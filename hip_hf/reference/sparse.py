@@ -13,8 +13,7 @@ from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block, query_b
 from hip_hf.paged import KeyRows, PagedKeys, rows_of
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
-from hip_hf.reference.block_sparse import Tensors, alike, attend_range, merge, store_rows
-from hip_hf.reference.fused import attend, partial
+from hip_hf.reference.block_sparse import Tensors, alike, attend, attend_range, merge, near_logits, partial, store_rows
 from hip_hf.reference.gathered import Gathered
 from hip_hf.reference.gradients import Piece
 from hip_hf.reference.reading import Blocks, Reading, block_read, keys_seen
@@ -174,52 +173,38 @@ class SparseAttention:
     def _asks_need(self) -> bool:
         return getattr(self.selector, "asks_need", False)
 
-    def _near(self, t: Tensors, heads: slice, blocks: list[QueryBlock]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Attention of query blocks that are `alike` to what they always read: output and log-sum-exp, and the latter with the
-        attention sinks, which also take from what is left for the middle."""
+    def _near(self, t: Tensors, heads: slice, blocks: list[QueryBlock]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of query blocks that are `alike` for what they always read, as `near_logits` gives them, and the log-sum-exp
+        `[heads, G, rows]` of these and the attention sinks, which also take from what is left for the middle."""
         size = self.config.block_k
-        out, lse = partial(t, heads, slice(None), blocks, None, size, True, reserved=self.budget * size)
-        assert lse is not None
-        sinks = None if t.sinks is None else t.sinks[heads, :, None].to(lse.dtype)
-        # a copy: the buffer is used again before the two parts of attention are merged
-        return out.clone(), lse, lse if sinks is None else torch.logaddexp(lse, sinks)
+        logits, lse = near_logits(t, heads, blocks, size, reserved=self.budget * size)
+        return logits, lse if t.sinks is None else torch.logaddexp(lse, t.sinks[heads, :, None].to(lse.dtype))
 
     def _attend_by_need(self, t: Tensors, search: Any, span: Span, heads: slice, blocks: list[QueryBlock]) -> None:
-        """Attend to sink and window first: that tells who needs the middle. Then select, attend to that, and merge the two."""
-        out, lse, near = self._near(t, heads, blocks)
-        ids = search.select(heads, blocks, near)
-        if self.pieces is not None:
-            # gradients are differences with the output, and would feel that half precision rounds both parts of it
-            self._attend(t, span, heads, blocks, ids)
-            return
-        self._attend_middle(t, heads, blocks, ids, out, lse)
-        self._take_note(span, heads, blocks, ids)
+        """Multiply with sink and window first: that tells who needs the middle. Then select, and attend to all of it."""
+        logits, near = self._near(t, heads, blocks)
+        self._attend(t, span, heads, blocks, search.select(heads, blocks, near), logits)
 
-    def _attend_middle(
-        self, t: Tensors, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    def _attend(
+        self,
+        t: Tensors,
+        span: Span,
+        heads: slice,
+        blocks: list[QueryBlock],
+        ids: torch.Tensor | None,
+        known: torch.Tensor | None = None,
     ) -> None:
-        """Attend to what was selected, and merge that with the rest, `out` and `lse` as `_near` gives them."""
-        if not ids.shape[3]:  # a method that selects nothing
-            store_rows(t, heads, slice(None), blocks, out, lse)
-            return
-        for share in range(ids.shape[1]):
-            group = slice(None) if ids.shape[1] == 1 else slice(share, share + 1)
-            more, more_lse = partial(t, heads, group, blocks, ids[:, share], self.config.block_k, True, near=False)
-            assert more_lse is not None
-            some = out[:, group].to(more_lse.dtype)
-            whole = merge(some, lse[:, group], more.to(more_lse.dtype), more_lse)
-            store_rows(t, heads, group, blocks, some, whole)
-
-    def _attend(self, t: Tensors, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None) -> None:
-        """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to the whole middle."""
+        """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to the whole middle. `known`: logits as
+        `_near` gives them."""
         if ids is None:
             for block in blocks:
                 attend_range(t, heads, slice(None), block)
         elif ids.shape[1] == 1:
-            attend(t, heads, slice(None), blocks, ids[:, 0], self.config.block_k)
+            attend(t, heads, slice(None), blocks, ids[:, 0], self.config.block_k, known)
         else:
-            for group in range(ids.shape[1]):
-                attend(t, heads, slice(group, group + 1), blocks, ids[:, group], self.config.block_k)
+            each = [None] * ids.shape[1] if known is None else known.chunk(ids.shape[1], dim=2)
+            for group, own in enumerate(each):
+                attend(t, heads, slice(group, group + 1), blocks, ids[:, group], self.config.block_k, own)
         self._take_note(span, heads, blocks, ids)
 
     def _take_note(self, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None) -> None:
@@ -256,7 +241,7 @@ class SparseAttention:
                 block = replace(block, lasting=True)
             search, ids = self._search(t, row, [block]), None
             if block.middle > self.budget:
-                ids = self._selected(search, heads, [block], self._near(t, heads, [block])[2] if self._asks_need else None)
+                ids = self._selected(search, heads, [block], self._near(t, heads, [block])[1] if self._asks_need else None)
             if row is not None:
                 row.selection = Selection(ids, block.window, block.first)
         if row is not None and self._gathers(t, row, block, steps):
@@ -285,16 +270,31 @@ class SparseAttention:
     def _attend_each(self, t: Tensors, search: Any, span: Span, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         """Attention of rows that each select for themselves, and what they select."""
         # each row's sink and window are those of its neighbours, but for the neighbours' own keys
-        parts = [self._near(t, heads, [block]) for block in together(blocks)]
-        out, lse, near = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+        size, everyone = self.config.block_k, slice(None)
+        outs, lses, nears = [], [], []
+        for block in together(blocks):
+            logits, near = self._near(t, heads, [block])
+            out, lse = partial(t, heads, everyone, [block], None, size, True, known=logits)
+            assert lse is not None
+            outs.append(out.to(lse.dtype, copy=True))
+            lses.append(lse)
+            nears.append(near)
+        out, lse, near = (torch.cat(x, dim=2) for x in (outs, lses, nears))
         ids = self._selected(search, heads, blocks, near)
         if self.pieces is not None:
+            # gradients are differences with the output, and would feel that half precision rounds both parts of it
             self._attend(t, span, heads, blocks, ids)
             return ids
         # where positions are given by the order of what is read, each row has another one
-        for at, some in enumerate([blocks] if t.positions is None else [[block] for block in blocks]):
+        runs = [blocks] if t.positions is None else [[block] for block in blocks]
+        for at, some in enumerate(runs if ids.shape[3] else []):
             rows = slice(at, at + len(some))
-            self._attend_middle(t, heads, some, ids[:, :, rows], out[:, :, rows], lse[:, :, rows])
+            for share in range(ids.shape[1]):
+                group = everyone if ids.shape[1] == 1 else slice(share, share + 1)
+                more, more_lse = partial(t, heads, group, some, ids[:, share, rows], size, True, near=False)
+                assert more_lse is not None
+                lse[:, group, rows] = merge(out[:, group, rows], lse[:, group, rows], more.to(lse.dtype), more_lse)
+        store_rows(t, heads, everyone, blocks, out, lse)
         self._take_note(span, heads, blocks, ids)
         return ids
 
