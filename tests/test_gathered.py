@@ -161,6 +161,34 @@ def test_what_was_gathered_for_other_calls_is_not_read(steps: list[str]) -> None
     assert len(steps) == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_are_no_longer_read_leave_nothing_behind(dtype: torch.dtype, steps: list[str]) -> None:
+    """Rows of the buffers that are not in use are multiplied, too: a value that was infinite or NaN there must be gone."""
+    config = small(decode_refresh=64)
+    q, k, v = make_qkv(140, dtype=dtype)
+    spoilt = v.clone()
+    spoilt[:, :, 103:] = torch.tensor([torch.nan, torch.inf]).repeat(v.shape[-1])[: v.shape[-1]].to(dtype)
+
+    def step(state: DecodeState, at: int, values: torch.Tensor) -> torch.Tensor:
+        call = (q[:, :, at : at + 1], k[:, :, : at + 1], values[:, :, : at + 1])
+        return sparse(*call, config, state=state, need_mask=False).out
+
+    state = DecodeState()
+    for at in range(100, 130):
+        step(state, at, spoilt)
+    room = state.rows[0].gathered.k.shape[1]
+    state.crop(100)
+    for at in (100, 101, 102, 103):
+        got = step(state, at, v)
+    assert state.rows[0].gathered.count < state.rows[0].gathered.k.shape[1] == room
+    fresh = DecodeState()
+    for at in (100, 101, 102, 103):
+        want = step(fresh, at, v)
+    assert got.isfinite().all()
+    assert_near(got, want, 1e-6 if dtype == torch.float32 else 1e-2)
+    assert len(steps) == 29 + 3 + 3
+
+
 def test_memory_does_not_grow_with_the_context_nor_from_one_selection_to_the_next() -> None:
     config = small(decode_refresh=REFRESH)
     twin = Twin(config, [0])

@@ -23,10 +23,14 @@ if TYPE_CHECKING:
     from hip_hf.problem import AttentionProblem
     from hip_hf.state import DecodeState, RowState, Selection
 
+# A buffer that is full grows by one in so many of its rows, and by so many at least.
+GROWTH = 8
+
 
 class Gathered:
     """Buffers `[Hkv, room, D]` and `[Hkv, room, Dv]` in the dtype that is multiplied in; the first `count` rows are keys and
-    values of sink, selected blocks and window, in this order. Under context extension keys are turned to their places in it."""
+    values of sink, selected blocks and window, in this order, values behind them are zero. Under context extension
+    keys are turned to their places in it."""
 
     def __init__(self, room: int, t: Tensors) -> None:
         heads, dtype, device = t.k.shape[0], compute_dtype(t.q), t.q.device
@@ -42,7 +46,7 @@ class Gathered:
         made to serve any number."""
         with torch.inference_mode(False):  # they outlive the mode they were made in
             self.k, self.v = (
-                torch.cat([x[:, : self.count], x.new_empty(len(x), room - self.count, x.shape[2])], 1) for x in (self.k, self.v)
+                torch.cat([x[:, : self.count], x.new_zeros(len(x), room - self.count, x.shape[2])], 1) for x in (self.k, self.v)
             )
 
     def holds(self, selection: Selection | None, position: int) -> bool:
@@ -72,6 +76,7 @@ class Gathered:
             else:
                 middle.copy_(pick(x, ids, size, scratch.take(name, tuple(middle.shape), into.new_empty(0, dtype=x.dtype))))
             into[:, sink + picked : self.count] = x[:, block.window : block.last + 1]
+        self.v[:, self.count :] = 0  # else what they held before, were it infinite or NaN, would count though it weighs nothing
         if t.positions is not None:
             self.k[:, : self.count] = t.positions.rope.keys(self.k[:, : self.count], 0, t.positions.trained)
         self.selection, self.position, self.until = selection, block.last + 1, until
@@ -81,7 +86,7 @@ class Gathered:
         if positions is not None:
             key = positions.rope.keys(key.to(self.k.dtype), self.count, positions.trained)
         if self.count == self.k.shape[1]:
-            self._take_room(2 * self.count)
+            self._take_room(self.count + max(self.count // GROWTH, GROWTH))
         at = slice(self.count, self.count + 1)
         self.k[:, at], self.v[:, at] = key, value
         self.count += 1
@@ -101,15 +106,17 @@ class Gathered:
         query = q.to(self.k.dtype) * scale
         if positions is not None:
             query = positions.streaming(query, self.count)
-        k, v = self.k[:, : self.count], self.v[:, : self.count]
-        logits = scratch.take("logits", (*q.shape[:2], self.count), k)
-        torch.bmm(query[:, :, 0], k.transpose(1, 2), out=logits)
+        # All rows of the buffers, also those not in use: in half precision a part would be copied before it is multiplied, and
+        # each new length would have a kernel made for it.
+        logits = scratch.take("logits", (*q.shape[:2], self.k.shape[1]), self.k)
+        torch.bmm(query[:, :, 0], self.k.transpose(1, 2), out=logits)
         squash(logits, softcap)
+        logits[..., self.count :] = -torch.inf
         lse = None
         if need_lse or sinks is not None:
             lse = torch.empty(logits.shape[:2], dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-        out = torch.empty(*logits.shape[:2], v.shape[-1], dtype=logits.dtype, device=logits.device)
-        weigh_values(logits, v, out, lse)
+        out = torch.empty(*logits.shape[:2], self.v.shape[-1], dtype=logits.dtype, device=logits.device)
+        weigh_values(logits, self.v, out, lse)
         out, lse = out[:, :, None], None if lse is None else lse[..., None]
         if sinks is not None:
             assert lse is not None
