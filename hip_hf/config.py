@@ -123,7 +123,7 @@ class HiPConfig:
     dense_tail: int = 64
     delta: int | None = None
     delta_mode: str = "clusters"
-    decode_refresh: int | list[int] = 8
+    decode_refresh: int | list[int] = 4
     extend: str | None = None
     layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     backend: str = "auto"

@@ -106,7 +106,6 @@ class Search:
     high: int
     scale: float
     softcap: float | None = None
-    lasting: bool = False  # later decode steps will use the selection
     weight: float = 0.5
     walking: int | None = None  # so many of the votes, the first, walk the tree; None: all
 
@@ -201,10 +200,6 @@ class Search:
             found = self.exact(self.keep(scores, self.config.rescore * budget))
             onward = self.config.method_options().onward if self.config.score == "mass" else 0
             scores = {i: score + onward * found.get(i - 1, 0) for i, score in found.items()}
-        if self.lasting:  # a quarter of the blocks follow the best ones: a copy reads on
-            for i in self.keep(scores, budget // 4):
-                if i + 1 < self.high:
-                    scores[i + 1] = math.inf
         return sorted(self.keep(scores, budget))
 
 

@@ -31,7 +31,7 @@ DEFAULTS = {
     "dense_tail": 64,
     "delta": None,
     "delta_mode": "clusters",
-    "decode_refresh": 8,
+    "decode_refresh": 4,
     "extend": None,
     "layers": {},
     "backend": "auto",

@@ -15,7 +15,6 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval import doctor
 from hip_hf.kernels import backend, checks, dense, trust
 from hip_hf.kernels.compiled import MODULES
-from hip_hf.methods.hip import SUCCESSORS
 from hip_hf_cli import app
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="what stands for a GPU here is the interpreter")
@@ -134,7 +133,7 @@ def test_what_is_to_be_selected_is_no_matter_of_rounding(
     for name in ("prompt", "decode", "pages", "delta", "extended"):
         found = checks.check(name, heads, torch.device("cpu"), config, "torch")
         assert not found.problem, name
-    assert config.budget_blocks // SUCCESSORS == 16
+    assert config.budget_blocks // checks.PLANTED_TOGETHER == 16
     for selected in decode_steps:
         ends = (selected[..., 1:] - selected[..., :-1] > 1).sum(-1) + 1
         assert (ends == 16).all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -146,20 +145,19 @@ class Case:
 
         return patch.object(TreeSearch, "_votes", chosen)
 
-    def expected(self, per_row: bool, keep: bool = False) -> dict[tuple[int, int, int], list[int]]:
-        """Selected blocks by (sequence, mask head, query block); `keep`: selections of steps of one row serve later ones."""
+    def expected(self, per_row: bool) -> dict[tuple[int, int, int], list[int]]:
+        """Selected blocks by (sequence, mask head, query block)."""
         found: dict[tuple[int, int, int], list[int]] = {}
         for s in range(len(self.spans)):
             with self.voting(s, per_row):
-                found |= self._expected(s, per_row, keep)
+                found |= self._expected(s, per_row)
         return found
 
-    def _expected(self, s: int, per_row: bool, keep: bool) -> dict[tuple[int, int, int], list[int]]:
+    def _expected(self, s: int, per_row: bool) -> dict[tuple[int, int, int], list[int]]:
         found = {}
         span = self.spans[s]
         bound = self.search(span)
         for n, block in enumerate(self.blocks(span, per_row)):
-            block = replace(block, lasting=keep and span.rows == 1 and self.config.decode_refresh > 1)
             if block.middle > self.selector.budget:
                 near = self.near(span, block).to(bound.pyramid.dtype) if self.config.vote == "need" else None
                 ids = bound.select(slice(0, self.heads), [block], near)[:, :, 0].flatten(0, 1)
@@ -198,7 +196,7 @@ class Case:
 
     def check(self, per_row: bool = False, keep: bool = False) -> None:
         block_q = 1 if per_row else self.config.block_q
-        got, want = self.run(block_q, self.empty(block_q, keep)), self.expected(per_row, keep)
+        got, want = self.run(block_q, self.empty(block_q, keep)), self.expected(per_row)
         counts, indices, window = got.counts.cpu(), got.indices.cpu(), got.window.cpu()
         wrong = {}
         for (s, head, n), blocks in want.items():

@@ -62,7 +62,6 @@ def test_query_blocks_by_the_written_rules(per_row: bool, sizes: dict[str, Any],
         assert groups == sorted(set(groups)), "rows of one aligned group are in one block"
         for block in blocks:
             check(block, sizes, None, sliding)
-            assert not block.lasting
 
 
 @pytest.mark.parametrize("sliding", [None, 9])

@@ -1,4 +1,4 @@
-"""Parts of the tree search by themselves: scores from logits, gathering piece by piece, the successors of the best, the sample
+"""Parts of the tree search by themselves: scores from logits, gathering piece by piece, the sample
 of the need, options; and that a call selects for each query block what it would select for it alone."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from test_tree_search import check, selected
 from hip_hf.config import HiPConfig
 from hip_hf.methods import hip, need
 from hip_hf.methods.base import QueryBlock, query_blocks
-from hip_hf.methods.hip import NO_CHUNK, Options, Selector, TreeSearch, aggregate, best
+from hip_hf.methods.hip import Options, Selector, TreeSearch, aggregate
 from hip_hf.methods.need import log_mass, sampled_chunks, sampled_keys
 from hip_hf.problem import Span
 
@@ -257,23 +257,7 @@ def test_the_mass_of_half_precision_is_summed_up_in_fp32() -> None:
     assert_near(got, (q @ keys.transpose(1, 2)).double().logsumexp(-1), 1e-5)
 
 
-# Successors, options.
-
-
-def test_successors_take_the_first_places() -> None:
-    """Of the best two: 4's is there already, 7's is not. 9 is the last before the window: its successor is outside."""
-    config = small(decode_refresh=8)
-    search = Selector(config).bind(*(torch.empty(1, 1, 1, 4), torch.empty(1, 10, 4)), None, 1.0, None)  # type: ignore[arg-type]
-    ids = torch.tensor([[[2, 4, 5, 7, NO_CHUNK]], [[2, 9, 5, 1, NO_CHUNK]]])
-    scores = torch.tensor([[[1.0, 9.0, 2.0, 8.0, -torch.inf]], [[1.0, 9.0, 8.0, 2.0, -torch.inf]]])
-    new_scores, new_ids = search._with_successors(scores, ids, torch.tensor([10]), 2)
-    taken = [sorted(best(new_scores[n, 0], new_ids[n, 0], 2).tolist()) for n in range(2)]
-    assert taken[0] == [5, 8]
-    assert taken[1] == [6, 9], "one successor, and the best of all"
-    for n in range(2):
-        real = [i for i, s in zip(new_ids[n, 0].tolist(), new_scores[n, 0].tolist(), strict=True) if s > -math.inf]
-        assert len(real) == len(set(real)), "none twice"
-        assert NO_CHUNK not in real
+# Options.
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,11 @@ def expected(
     q: torch.Tensor,
     k: torch.Tensor,
     softcap: float | None = None,
-    lasting: bool = False,
     scale: float | None = None,
     sliding: int | None = None,
     sinks: torch.Tensor | None = None,
 ) -> dict[tuple[int, int], list[int]]:
-    """Selected blocks by (head of the mask, query block); `lasting`: later decode steps will use them."""
+    """Selected blocks by (head of the mask, query block)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     groups, rows, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     found = {}
@@ -54,7 +53,7 @@ def expected(
                 continue
             own_rows = torch.stack([queries[:, p - (keys - rows)] for p in block])
             weight, sample = (getattr(config.method_options(), name) for name in ("weight", "sample"))
-            search = brute.Search(config, own, [], low, high, scale, softcap, lasting, weight)
+            search = brute.Search(config, own, [], low, high, scale, softcap, weight)
             if config.vote == "sampled":
                 search.votes = brute.sampled(own_rows, config.query_stride)
             else:
@@ -80,7 +79,7 @@ def check(
     """`keep`: with a state, so that a step of one row selects for the steps after it."""
     q, k, v = make_qkv(tokens, rows, dtype=torch.float64, **shape)
     got = selected(config, q, k, v, softcap=softcap, state=DecodeState() if keep else None)
-    want = expected(config, q, k, softcap, lasting=keep and rows == 1 and config.decode_refresh > 1)
+    want = expected(config, q, k, softcap)
     wrong = {key: (got.get(key), want[key]) for key in want if got.get(key) != want[key]}
     assert not wrong, f"(head, query block): (got, want) {wrong}"
     assert got.keys() == want.keys()
@@ -364,15 +363,16 @@ def test_a_needle_is_found(depth: int, rows: int, representative: str) -> None:
 
 
 @pytest.mark.parametrize("representative", ["blend", "minmax"])
-def test_a_selection_that_serves_several_steps_reads_on(representative: str) -> None:
+@pytest.mark.parametrize("onward", [0.3, 0.0])
+def test_a_selection_that_serves_several_steps_reads_on(representative: str, onward: float) -> None:
     """The needle is the last key of block 25; what a copy needs next is in block 26, which nothing points to."""
     q, k, v = make_qkv(1000, 1, needles={0: 26 * 16 - 1})
-    for refresh in (1, 8):
-        config = small(block_k=16, budget=64, representative=representative, decode_refresh=refresh, beam=1)
-        blocks = set(selected(config, q, k, v, state=DecodeState())[0, 0])
+    for refresh in (1, 4):
+        fields = dict(representative=representative, decode_refresh=refresh, beam=16, rescore=16, options={"onward": onward})
+        blocks = set(selected(small(block_k=16, budget=64, **fields), q, k, v, state=DecodeState())[0, 0])
         assert len(blocks) == 4
         assert 25 in blocks
-        assert (26 in blocks) == (refresh == 8)
+        assert (26 in blocks) == (onward > 0)
 
 
 @pytest.mark.parametrize("group_shared", [True, False])

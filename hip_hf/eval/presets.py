@@ -21,7 +21,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"query_stride": 1, "beam": 16, "rescore": 16, "decode_refresh": 1},
     "beam1": {"beam": 1, "rescore": 1},
     "true_need": {"options": {"sample": 1 << 28}},  # every key of the middle: what the estimate is measured by
-    "paper": {"representative": "middle", "score": "max", "query_stride": 4, "vote": "sampled", "beam": 1, "rescore": 1},
+    "paper": {
+        "representative": "middle",
+        "score": "max",
+        "query_stride": 4,
+        "vote": "sampled",
+        "beam": 1,
+        "rescore": 1,
+        "decode_refresh": 8,
+    },
     "staged": {"method": "staged"},
     "quest": {"method": "quest"},
     "vertical_slash": {"method": "vertical_slash"},

@@ -17,7 +17,6 @@ import torch
 
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
-from hip_hf.methods.hip import SUCCESSORS
 from hip_hf.paged import BlockTable, PagedTensor, Store
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.rope import Positions, Rope
@@ -33,7 +32,7 @@ OF_LOGITS = 4.0
 # Key heads, so that one head's numbers cannot pass for another's.
 KEY_HEADS = 2
 # What planted keys and the middle's others add to a logit; elsewhere it is 0, so that sink and window keep a share that shows.
-# Of two weak blocks the one after a strong one is read, by its share of what that has or as its successor. Differences are
+# Of two weak blocks the one after a strong one is read, by its share of what that has. Differences are
 # several times that by which the random keys of two blocks differ.
 STRONG, PLANTED, WEAK, OTHERS = 4.0, 2.0, 0.0, -3.0
 # Neighbouring blocks that are planted together: a search that starts from larger chunks sees them as a quarter of one at least.
@@ -104,8 +103,7 @@ class Trial:
 
     def planted(self, rows: int, keys: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same with the budget's worth of planted keys between the key `first` and the window. Neighbouring blocks begin
-        with a weak one and end with a strong one, as many of each as a decode step takes successors; another weak one follows,
-        which takes the place of the first."""
+        with a weak one and end with a strong one; another weak one follows, which takes the place of the first."""
         config, heads = self.config, self.heads
         q, k, v = self.plain(rows, keys)
         # in the second half of the head, which context extension does not turn here
@@ -126,7 +124,7 @@ class Trial:
         logits[config.sink : keys - config.window] = OTHERS
         for run in range(runs):
             blocks = torch.full((each,), PLANTED, device="cpu")
-            if run < config.budget_blocks // SUCCESSORS:
+            if each > 1:
                 blocks[0], blocks[-1] = WEAK, STRONG
                 blocks = torch.cat([blocks, blocks[:1]])
             at = (low + (last - low) * run // max(1, runs - 1)) * config.block_k

@@ -39,7 +39,7 @@ def merged_masses(
 def choose_kernel(
     listed, found, sequences, near, indices, counts, windows, made,
     stride_field, stride_near, blocks, heads, sink, window, sliding, refresh,
-    BUDGET: tl.constexpr, SUCCESSORS: tl.constexpr, LOOKS: tl.constexpr, NARROW: tl.constexpr, TILES: tl.constexpr,
+    BUDGET: tl.constexpr, LOOKS: tl.constexpr, NARROW: tl.constexpr, TILES: tl.constexpr,
     CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, SPACING: tl.constexpr,
     SAMPLED: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     ONWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEPT_LAST: tl.constexpr, OUT: tl.constexpr,
@@ -83,5 +83,5 @@ def choose_kernel(
     if ONWARD > 0:
         scores = read_on(scores, ids, total, ONWARD, KEPT_LAST)
     keys = sort_keys(scores, inside)
-    ids, total = keep_blocks(ids, keys, total, rows, low, high, BUDGET, SUCCESSORS, True, KEPT_LAST, OUT)
+    ids, total = keep_blocks(ids, keys, total, low, BUDGET, True, KEPT_LAST, OUT)
     write(indices, counts, entry, ids, total, BUDGET, OUT)

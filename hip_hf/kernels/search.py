@@ -19,7 +19,7 @@ from hip_hf.kernels.topk import tile
 from hip_hf.kernels.tuning import power_of_two, processors, target_of
 from hip_hf.kernels.votes import votes_of
 from hip_hf.kernels.voting import Voting
-from hip_hf.methods.hip import SUCCESSORS, onward_of
+from hip_hf.methods.hip import onward_of
 from hip_hf.rope import farthest_chunk
 
 if TYPE_CHECKING:
@@ -152,9 +152,7 @@ def constants(
     budget, bk = config.budget_blocks, config.block_k
     keep, most = config.beam_blocks, 2 * config.beam_blocks
     rescore = config.rescore_blocks > 0
-    # a selection that decode steps share reads on into the blocks after its best ones
-    successors = budget // SUCCESSORS if stateful and config.decode_refresh != 1 else 0
-    last = min(config.rescore_blocks, most + 2) if rescore else budget + successors
+    last = min(config.rescore_blocks, most + 2) if rescore else budget
     limit = 30 if config.coarsest is None else (config.coarsest // bk).bit_length() - 1
     long = most_keys // (bk << limit) > most
     kept, kept_last = tile(keep), tile(last)
@@ -171,7 +169,7 @@ def constants(
     return dict(
         LOOKS=looks, NARROW=min(rows, power_of_two(voting.slots)),
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
-        RESCORE=rescore, SUCCESSORS=successors, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
+        RESCORE=rescore, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
         ROWS=rows, TILES=-(-voting.slots // rows), SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
         MASS=config.score == "mass", ONWARD=onward_of(config), WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters,
         VOTES=voting.votes, WALKERS=voting.walkers, SPACING=voting.stride, SAMPLED=voting.sampled, DIM=dim,

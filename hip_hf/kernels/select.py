@@ -14,7 +14,7 @@ import triton.language as tl
 
 from hip_hf.kernels.scoring import block_masses, chunk_logits, chunk_rows, near_share, score_blocks, score_chunks, voting_rows
 from hip_hf.kernels.sequences import GROWING, always_read, load_sequence, query_block, still_serves, window_start
-from hip_hf.kernels.topk import ABSENT, keep_best, read_on, sort_keys, with_successors
+from hip_hf.kernels.topk import ABSENT, keep_best, read_on, sort_keys
 from hip_hf.kernels.voting import count_votes, count_walkers
 
 # Candidates at the middle's edges are two at most; a tile of them is as small as matrix instructions allow.
@@ -82,15 +82,11 @@ def votes_near(
 
 @triton.jit
 def keep_blocks(
-    ids, keys, total, rows, low, high,
-    BUDGET: tl.constexpr, SUCCESSORS: tl.constexpr, RESCORE: tl.constexpr, N: tl.constexpr, OUT: tl.constexpr,
+    ids, keys, total, low, BUDGET: tl.constexpr, RESCORE: tl.constexpr, N: tl.constexpr, OUT: tl.constexpr
 ):  # fmt: skip
     """The blocks to read, `[OUT]`, and how many count, of `ids` `[N]`, of which `total` count, the best of the last level."""
     none = low * 0 + ABSENT
-    if SUCCESSORS > 0:
-        ids, keys = with_successors(ids, keys, total, high, tl.where(rows == 1, SUCCESSORS, 0), N)
-        ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, 2 * N, OUT)
-    elif RESCORE:
+    if RESCORE:
         ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, N, OUT)
     return ids, total
 
@@ -199,7 +195,7 @@ def select_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,
     stride_near, stride_scratch, blocks, heads, first_program, scale, sink, window, sliding, refresh, steps, COS, SIN, farthest,
     BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
-    KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, SUCCESSORS: tl.constexpr, LONG: tl.constexpr,
+    KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, LONG: tl.constexpr,
     STATEFUL: tl.constexpr, CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr,
     WALKERS: tl.constexpr, SPACING: tl.constexpr, SAMPLED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
@@ -213,13 +209,13 @@ def select_kernel(
 
     `KEEP` chunks survive a level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts with
     at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
-    a time, for after a step of several rows the next one selects anew. `SUCCESSORS`: so many blocks that follow the best ones
-    are kept in any case, in steps of one row. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the votes that `votes.py` put
-    side by side, of which it says what VOTERS, VOTES, WALKERS, SPACING and SAMPLED mean. `WEIGHED`: `near` is what every vote,
-    or row of a sequence, finds in any case. `HALF` > 0: chunk-indexed, at most `farthest` chunks away; so many pairs of a head's
-    numbers turn. `LOOKS` > 1: so many programs search, all for the same, and each looks at a share of the keys of each of the
-    last blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none; what `NARROW` rows of each tile,
-    those that may vote, found in their keys into `scratch`, fp32 `[programs, LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last
+    a time, for after a step of several rows the next one selects anew. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the
+    votes that `votes.py` put side by side, of which it says what VOTERS, VOTES, WALKERS, SPACING and SAMPLED mean. `WEIGHED`:
+    `near` is what every vote, or row of a sequence, finds in any case. `HALF` > 0: chunk-indexed, at most `farthest` chunks away;
+    so many pairs of a head's numbers turn. `LOOKS` > 1: so many programs search, all for the same, and each looks at a share of
+    the keys of each of the last blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none; what
+    `NARROW` rows of each tile, those that may vote, found in their keys into `scratch`, fp32
+    `[programs, LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last
     place what was subtracted. All else is left to `choose.py`.
     """
     index, row = place_of(first_program + tl.program_id(0), blocks)
@@ -346,6 +342,6 @@ def select_kernel(
                 scores = read_on(scores, ids, total, ONWARD, KEPT_LAST)
             keys = sort_keys(scores, inside)
     if LOOKS == 1:
-        ids, total = keep_blocks(ids, keys, total, rows, low, high, BUDGET, SUCCESSORS, RESCORE, KEPT_LAST, OUT)
+        ids, total = keep_blocks(ids, keys, total, low, BUDGET, RESCORE, KEPT_LAST, OUT)
         # computed again: kept all the while, these addresses would take registers from the tiles
         write(indices, counts, entry_of(first_program + tl.program_id(0), blocks), ids, total, BUDGET, OUT)

@@ -97,22 +97,3 @@ def read_on(scores, ids, total, share, N: tl.constexpr):
     follows = (slot > 0) & (slot < total) & (tl.gather(ids, before, 0) + 1 == ids)
     found = tl.gather(scores, before, 0)
     return scores + tl.where(follows & (found > 0.0), found * share, 0.0)
-
-
-@triton.jit
-def with_successors(ids, keys, total, high, count, N: tl.constexpr):
-    """Candidates `[2 * N]` and their sort keys, by position: `ids` `[N]`, of which `total` count, and the blocks that follow the
-    best `count` of them below `high`, these with the highest key there is.
-
-    A decode step's selection serves the next steps too. What a model copies, it reads on: from the end of a block into the
-    next one, which has no mass before.
-    """
-    slot = tl.arange(0, N)
-    none = total * 0 + ABSENT
-    chosen, _, _ = kept_of(keys, none, none, count)
-    before, after = tl.maximum(slot - 1, 0), tl.minimum(slot + 1, N - 1)
-    known = (slot > 0) & (slot < total) & (tl.gather(chosen, before, 0) > 0) & (tl.gather(ids, before, 0) + 1 == ids)
-    followed = (slot + 1 < total) & (tl.gather(ids, after, 0) == ids + 1)
-    missing = (chosen > 0) & (slot < total) & ~followed & (ids + 1 < high)
-    own = tl.where(known, HIGHEST, keys)
-    return tl.reshape(tl.join(ids, ids + 1), (2 * N,)), tl.reshape(tl.join(own, tl.where(missing, HIGHEST, ABSENT)), (2 * N,))

@@ -30,7 +30,6 @@ class QueryBlock:
     low: int
     high: int
     window: int
-    lasting: bool = False  # a decode step whose selection will serve the steps after it
 
     @property
     def rows(self) -> int:

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 # Ids are packed into the low half of the sort keys of `best`; the largest of them stands for "no chunk".
 _LOW_BITS = NO_CHUNK = 0xFFFFFFFF
-# Of the blocks that a decode step selects for the steps after it, one in so many follows one of the best.
-SUCCESSORS = 4
 # Bytes of summaries or keys that are gathered before they are scored: what is still in cache need not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
 
@@ -214,7 +212,6 @@ class TreeSearch:
     ) -> torch.Tensor:
         """`q`, `near` and `walking` as `_votes` gives them."""
         config, device = self.config, self.q.device
-        budget = config.budget_blocks
         features = self.representative.features(q[:, :, :walking])
         near_walking = None if near is None else near[:, :, :walking]
         shares = q.shape[1] // len(blocks)
@@ -251,25 +248,8 @@ class TreeSearch:
             ids = best(scores, ids, config.rescore_blocks).sort(dim=-1).values
             scores = self._exact(heads, q, ids, high, near)
             read_on(scores, ids, onward_of(config))
-        if blocks[0].lasting and config.decode_refresh != 1:  # which quest sets
-            scores, ids = self._with_successors(scores, ids, high, budget // SUCCESSORS)
-        ids = best(scores, ids, budget).sort(dim=-1).values
+        ids = best(scores, ids, config.budget_blocks).sort(dim=-1).values
         return ids.unflatten(1, (shares, len(blocks)))
-
-    def _with_successors(
-        self, scores: torch.Tensor, ids: torch.Tensor, high: torch.Tensor, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The candidates, with the blocks that follow the best `count` of them in the first places.
-
-        A decode step's selection serves the next steps too. What a model copies, it reads on: from the end of a block
-        into the next one, which has no mass before.
-        """
-        after = best(scores, ids, count) + 1
-        outside = after >= high[:, None]  # in the window, or the successor of nothing
-        after = after.masked_fill(outside, NO_CHUNK)
-        known = (ids.unsqueeze(-1) == after.unsqueeze(-2)).any(-1)
-        scores = torch.cat([scores.masked_fill(known, -torch.inf), torch.where(outside, -torch.inf, torch.inf)], dim=-1)
-        return scores, torch.cat([ids, after], dim=-1)
 
     def _gather(self, heads: slice, level: int, ids: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`; `end` `[P]`: the chunk after the last one."""

@@ -237,8 +237,6 @@ class SparseAttention:
             ids = row.selection.ids
         else:
             (block,) = self._blocks(span)
-            if row is not None and refresh != 1:
-                block = replace(block, lasting=True)
             search, ids = self._search(t, row, [block]), None
             if block.middle > self.budget:
                 ids = self._selected(search, heads, [block], self._near(t, heads, [block])[1] if self._asks_need else None)
