@@ -19,8 +19,7 @@ from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.tuning import precision_of
 from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.problem import AttentionProblem, Span
-from hip_hf.reference.block_sparse import attend_range
-from hip_hf.reference.fused import attend
+from hip_hf.reference.block_sparse import attend, attend_range
 from hip_hf.reference.sparse import tensors_of
 
 # Orders of summation in which plain PyTorch is measured.
