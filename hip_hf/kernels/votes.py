@@ -54,6 +54,18 @@ def near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING: 
 
 
 @triton.jit
+def sampled_at(slots, end, chunk, level, low, whole, outliers, BLOCK_K: tl.constexpr):
+    """Where the keys of a sample lie, as `sampled_keys` in `methods/need.py` lays it out: of each chunk of `2 ** level` blocks,
+    from `chunk` on, one at random and its outlier; of a `whole` middle all keys, from block `low` on."""
+    ids = chunk + slots // 2
+    outlying = (slots < end) & (slots % 2 == 1) & (whole == 0)
+    outlier = outlier_position(tl.load(outliers + chunk_rows(ids, level), mask=outlying, other=0))
+    size = ids.to(tl.int64) * 0 + BLOCK_K << level
+    spread = (ids.to(tl.int64) * SPREAD & 0xFFFFFFFF) * size >> 32
+    return tl.where(whole, low * BLOCK_K + slots, tl.where(outlying, outlier, (ids * size + spread).to(tl.int32)))
+
+
+@triton.jit
 def add_keys(
     top, norm, q, k_base, position, inside, seen, place, cos, sin, key_start, batch, stride_kb, stride_kt,
     block_table, stride_table, scale, softcap, dim,
@@ -176,7 +188,6 @@ def need_kernel(
             level += 1
         chunk = (low + (1 << level) - 1) >> level
         ends = tl.where(whole, (high - low) * BLOCK_K, ((high >> level) - chunk) * 2)
-        size = (low * 0 + BLOCK_K).to(tl.int64) << level
         outliers = OUTLIERS + (sequence * tl.num_programs(1) + key_head).to(tl.int64) * stride_outliers
         voting = block_last - block_first + 1
         # where all rows vote nothing is to be estimated
@@ -186,16 +197,13 @@ def need_kernel(
         if HALF > 0:
             distance = tl.minimum(row_at + 1 - window, trained - 1)
             q = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
+        # found a tile ahead, so that no key waits for a number of the same turn
+        at = sampled_at(n, ends, chunk, level, low, whole, outliers, BLOCK_K)
         for i in range(0, ends, KEYS):
-            inside = i + n < ends
-            ids = chunk + (i + n) // 2
-            spread = (ids.to(tl.int64) * SPREAD & 0xFFFFFFFF) * size >> 32
-            picks = inside & ((i + n) % 2 == 1) & (whole == 0)
-            outlier = tl.load(outliers + chunk_rows(ids, level), mask=picks, other=0)
-            at = tl.where(picks, outlier_position(outlier), (ids * size + spread).to(tl.int32))
-            at = tl.where(whole, low * BLOCK_K + i + n, at)
+            inside, at_now = i + n < ends, at
+            at = sampled_at(i + KEYS + n, ends, chunk, level, low, whole, outliers, BLOCK_K)
             top, norm = add_keys(
-                top, norm, q, k_base, at, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb, stride_kt,
+                top, norm, q, k_base, at_now, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb, stride_kt,
                 TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
         # a sample may be empty
         tl.store(NEED + to, (top + tl.log2(tl.where(norm == 0.0, 1.0, norm))) * LN2 - near, mask=real)
