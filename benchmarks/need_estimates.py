@@ -64,6 +64,7 @@ def outliers(keys: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def sampled(size: int) -> Estimate:
+    """What `hip` does: at 8,192 tokens a key of each 16."""
     return lambda q, keys: (lse(q, random_keys(keys, size)), keys.shape[1] // size)
 
 
@@ -72,7 +73,7 @@ def outlying(size: int) -> Estimate:
 
 
 def both(size: int) -> Estimate:
-    """What `hip` does, but for whole chunks of key blocks: a key at random and the outlier of each chunk."""
+    """A key at random and the outlier of each chunk."""
     return lambda q, keys: (lse(q, torch.cat([random_keys(keys, size), outliers(keys, size)], 1)), 2 * (keys.shape[1] // size))
 
 

@@ -26,7 +26,6 @@ from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.decode import decode_launches
 from hip_hf.kernels.examples import Example, example, extended
 from hip_hf.kernels.hyper import square_launches
-from hip_hf.kernels.outliers import outliers_of
 from hip_hf.kernels.prefill import prefill_launches
 from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.search import SearchTile, Selection, constants, select
@@ -127,8 +126,7 @@ def selecting(kernel: str, x: Example, tiles: list[Any]) -> list[Callable[[], No
     config, stateful = HiPConfig(), x.reads.block_q == 1
     if kernel == "votes":
         near, need = (x.q.new_empty(1, *x.q.shape[1:3], dtype=torch.float32) for _ in range(2))
-        outliers = outliers_of(x.kv, x.sequences, config, x.reads.block_q, x.q.shape[-1])
-        call = (x.q, x.kv, x.sequences, config, x.logits, x.reads.block_q, None, near, need, outliers)
+        call = (x.q, x.kv, x.sequences, config, x.logits, x.reads.block_q, None, near, need)
         launches = [need_arguments(*call, shape=tile) for tile in tiles]
         return [partial(need_kernel[grid], **arguments) for grid, arguments in launches]
     pyramid = KeyPyramid.empty(config, 1, x.kv.heads, x.q.shape[-1], x.sequences.max_keys, x.q.dtype, x.q.device)

@@ -60,7 +60,9 @@ def neediest(
     allowed = heads if count == 1 else min(len(ids), max(1, math.ceil(heads * config.block_q / config.query_stride)))
     walking = None
     if allowed < len(ids):
-        sample = sample_of(keys, low, high, bk, most)
+        stride = 1
+        while len(sample := spread(low * bk, high * bk, stride)) > most:
+            stride *= 2
         need = {(r, h): log_sum_exp([logit(rows[r, h], keys[at]) for at in sample]) - near[r, h] for r, h in ids}
         need = without_pairs(need, allowed)
         ids = sorted(ids, key=lambda i: (-need[i], i))
@@ -83,28 +85,10 @@ def walkers(config: Any, votes: int) -> int:
     return math.ceil(votes / config.method_options().descent) if config.rescore > 1 else votes
 
 
-def sample_of(keys: torch.Tensor, low: int, high: int, bk: int, most: int) -> list[int]:
-    """At most `most` keys of the middle, blocks `low` to `high - 1` of `bk` keys: all, or of each aligned chunk of blocks that
-    lies wholly in it one at a place of its own, and its outlier."""
-    if (high - low) * bk <= most:
-        return list(range(low * bk, high * bk))
-    size = 1  # blocks of a chunk
-    while 2 * len(chunks := [i for i in range(high // size) if i * size >= low]) > most:
-        size *= 2
-    found = []
-    for chunk in chunks:
-        inside = range(chunk * size * bk, (chunk + 1) * size * bk)
-        found += [inside[chunk * 2654435761 % 2**32 * len(inside) // 2**32], outlier(keys, inside, bk)]
-    return found
-
-
-def outlier(keys: torch.Tensor, inside: range, bk: int) -> int:
-    """The key that is farthest from the mean of its block, of those `inside`; the first of equal ones."""
-    away = {}
-    for at in inside:
-        block = keys[at // bk * bk : at // bk * bk + bk].to(torch.promote_types(keys.dtype, torch.float32))
-        away[at] = float((keys[at] - block.mean(0)).square().sum().float())
-    return max(inside, key=lambda at: (away[at], -at))
+def spread(begin: int, end: int, stride: int) -> list[int]:
+    """A key of each aligned chunk of `stride` keys that lies wholly in `[begin, end)`, at a place of its own."""
+    chunks = [at // stride for at in range(0, end, stride) if begin <= at and at + stride <= end]
+    return [chunk * stride + chunk * 2654435761 % 2**32 * stride // 2**32 for chunk in chunks]
 
 
 Chunk = tuple[int, int]  # level, index: the keys [index * size, (index + 1) * size) with size = block_k << level

@@ -148,7 +148,7 @@ def options(method: str, block_k: int, budget: int) -> list[dict[str, Any]]:
     """Some of the options of a method."""
     stages = [[2 * block_k, 2 * budget, 3], [block_k, budget, 1]]
     some: dict[str, list[dict[str, Any]]] = {
-        "hip": [{"weight": 1.0, "sample": 4}, {"sample": 5, "descent": 3, "onward": 1}, {"descent": 1, "onward": 0}],
+        "hip": [{"weight": 1.0, "sample": 2}, {"sample": 5, "descent": 3, "onward": 1}, {"descent": 1, "onward": 0}],
         "staged": [{"stages": stages}, {"stages": stages[1:], "halvings": 0}],
         "streaming": [{"recent": True}],
         "vertical_slash": [{"rows": 3, "vertical": 0.0}, {"vertical": 1.0}],

@@ -17,7 +17,6 @@ from test_extension import positions
 from test_kernel_select import Case, whole
 
 from hip_hf.config import HiPConfig
-from hip_hf.kernels.outliers import outliers_of
 from hip_hf.kernels.votes import need_arguments, need_kernel, votes_of
 from hip_hf.kernels.voting import Voting
 from hip_hf.methods.base import QueryBlock
@@ -46,12 +45,10 @@ def turned(q: torch.Tensor, distance: torch.Tensor, case: Case) -> torch.Tensor:
 def logits_of(
     case: Case, span: Span, block: QueryBlock, at: torch.Tensor, distance: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Logits `[Hq, rows, keys]` of a query block for the keys at positions `at`, of each key head its own if they differ;
-    `distance`: how far each is, if that is ours."""
+    """Logits `[Hq, rows, keys]` of a query block for the keys at positions `at`; `distance`: how far each is, if that is ours."""
     row = span.row_start + block.row
     q = case.q[span.batch, :, row : row + block.rows].to(dtype)
-    keys = torch.stack([own[some] for own, some in zip(case.keys(span), at.expand(case.heads, -1), strict=True)])
-    keys = keys.to(dtype).repeat_interleave(case.groups, 0)
+    keys = case.keys(span)[:, at].to(dtype).repeat_interleave(case.groups, 0)
     if distance is None:
         logits = q @ keys.transpose(-1, -2)
     else:
@@ -72,11 +69,11 @@ def reference(case: Case, span: Span, block: QueryBlock, dtype: torch.dtype) -> 
     if case.sinks is not None:
         logits = torch.cat([logits, case.sinks.to(dtype)[:, None, None].expand(*logits.shape[:2], 1)], dim=-1)
     near = logits.to(torch.promote_types(dtype, torch.float32)).logsumexp(-1)
-    most = case.config.method_options().sample
-    keys = case.keys(span)
-    sample = torch.tensor([brute.sample_of(own, block.low, block.high, bk, most) for own in keys])  # of each key head
-    distance = (row + 1 - block.window).clamp(max=trained - 1).expand(-1, sample.shape[1])
-    logits = logits_of(case, span, block, sample, distance if case.positions else None, dtype)
+    stride, most = 1, case.config.method_options().sample
+    while len(sample := brute.spread(block.low * bk, block.high * bk, stride)) > most:
+        stride *= 2
+    distance = (row + 1 - block.window).clamp(max=trained - 1).expand(-1, len(sample))
+    logits = logits_of(case, span, block, torch.tensor(sample), distance if case.positions else None, dtype)
     return near, logits.to(near.dtype).logsumexp(-1) - near
 
 
@@ -84,8 +81,7 @@ def needs(case: Case, block_q: int, made: torch.Tensor | None = None) -> tuple[t
     """What the kernel writes into near and need, over NaN."""
     q, _, kv, sequences = case.arguments()
     near, need = (torch.full((sequences.count, q.shape[1], sequences.max_rows), torch.nan, device=DEVICE) for _ in range(2))
-    outliers = outliers_of(kv, sequences, case.config, block_q, q.shape[-1])
-    grid, arguments = need_arguments(q, kv, sequences, case.config, case.logits(), block_q, made, near, need, outliers)
+    grid, arguments = need_arguments(q, kv, sequences, case.config, case.logits(), block_q, made, near, need)
     need_kernel[grid](**arguments)
     return near.cpu(), need.cpu()
 
@@ -179,7 +175,7 @@ def test_head_dims(dim: int, poison: None) -> None:
 
 @pytest.mark.parametrize("fields", [
     dict(block_q=7, query_stride=3), dict(query_stride=16), dict(query_stride=1000), dict(query_stride=2), dict(sink=0, window=0),
-    dict(sink=9, window=5), dict(block_k=6, budget=12), dict(options={"sample": 4}), dict(options={"sample": 5}),
+    dict(sink=9, window=5), dict(block_k=6, budget=12), dict(options={"sample": 2}), dict(options={"sample": 5}),
     dict(score="max"),
 ])  # fmt: skip
 def test_settings(fields: dict[str, Any], poison: None) -> None:

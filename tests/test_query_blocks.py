@@ -11,7 +11,7 @@ from helpers import small
 
 from hip_hf.methods.base import QueryBlock, make_query_block, query_blocks, squash
 from hip_hf.methods.hip import sampled_rows
-from hip_hf.methods.need import sample_level, votes_of
+from hip_hf.methods.need import sample_level, sampled_chunks, votes_of
 from hip_hf.problem import Span
 
 SIZES: list[dict[str, Any]] = [
@@ -104,15 +104,17 @@ def test_how_many_rows_vote() -> None:
 
 @pytest.mark.parametrize("block_k", [1, 3, 4])
 def test_the_sample_of_a_middle_is_as_fine_as_allowed(block_k: int) -> None:
-    for low, high, most in itertools.product((0, 1, 5), (6, 40, 41), (4, 7, 64)):
-        config = small(block_k=block_k, budget=2 * block_k, options={"sample": most})
+    config = small(block_k=block_k, budget=2 * block_k)
+    for low, high, most in itertools.product((0, 1, 5), (6, 40, 41), (2, 7, 64)):
+        inside = range(low * block_k, high * block_k)
 
-        def chunks(level: int, low: int = low, high: int = high) -> list[int]:
-            """The chunks of `2 ** level` blocks that lie wholly in the middle."""
-            return [i for i in range(high) if low <= i << level and (i + 1) << level <= high]
+        def chunks(level: int, inside: range = inside) -> list[int]:
+            """The chunks of `2 ** level` keys that lie wholly in the middle."""
+            every = range((inside.stop >> level) + 1)
+            return [i for i in every if inside.start <= i << level and (i + 1) << level <= inside.stop]
 
-        level = sample_level(config, low, high)
-        assert (level is None) == ((high - low) * block_k <= most)
-        if level is not None:
-            assert 2 <= 2 * len(chunks(level)) <= most
-            assert level == 0 or 2 * len(chunks(level - 1)) > most
+        level = sample_level(config, low, high, most)
+        assert len(chunks(level)) <= most
+        assert level == 0 or len(chunks(level - 1)) > most
+        first, end = sampled_chunks(config, low, high, level)
+        assert list(range(first, end)) == chunks(level)

@@ -19,7 +19,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.methods import hip, need
 from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.methods.hip import Options, Selector, TreeSearch, aggregate
-from hip_hf.methods.need import log_mass, sample_level, sampled_keys
+from hip_hf.methods.need import log_mass, sampled_chunks, sampled_keys
 from hip_hf.problem import Span
 
 LIMIT = torch.finfo(torch.float32).max
@@ -230,21 +230,13 @@ def test_half_precision_selects_what_its_numbers_select() -> None:
 # The need.
 
 
-@pytest.mark.parametrize(("level", "most"), [(None, 60), (0, 30), (1, 10), (2, 4)])
-def test_the_sample_has_two_keys_of_each_chunk(level: int | None, most: int) -> None:
-    """Of key blocks 2 to 11, in half precision; the first number of a key is its own position."""
-    keys = torch.randn(2, 50, 8).half()
-    keys[..., 0] = torch.arange(50) / 1024
-    config = small(options={"sample": most})
-    assert sample_level(config, 2, 12) == level
-    pyramid = Selector(config).make_pyramid(torch.float32)
-    pyramid.extend(keys, 12)
-    got = sampled_keys(keys, pyramid.outliers, 2, 12, level, config.block_k, torch.float32)
+@pytest.mark.parametrize("level", [0, 1, 3])
+def test_the_sample_has_a_key_of_each_chunk(level: int) -> None:
+    """Of key blocks 2 to 10; the key is its own position."""
+    keys = torch.arange(100, dtype=torch.float16).view(2, 50, 1)
+    got = sampled_keys(keys, *sampled_chunks(small(), 2, 11, level), level, torch.float32)
     assert got.dtype == torch.float32
-    for head in range(2):
-        want = brute.sample_of(keys[head], 2, 12, config.block_k, most)
-        assert (got[head, :, 0] * 1024).tolist() == want
-        assert len(want) == (40 if level is None else 2 * len([i for i in range(12 >> level) if i << level >= 2]))
+    assert torch.equal(got, keys[:, brute.spread(8, 44, 1 << level)].float())
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -275,11 +267,11 @@ def test_the_mass_of_half_precision_is_summed_up_in_fp32() -> None:
         ({"weight": 1.01}, "HiPConfig.options['weight']: got 1.01, allowed: 0 to 1"),
         ({"weight": True}, "HiPConfig.options['weight']: got True, allowed: 0 to 1"),
         ({"weight": "1"}, "HiPConfig.options['weight']: got '1', allowed: 0 to 1"),
-        ({"sample": 3}, "HiPConfig.options['sample']: got 3, allowed: an integer >= 4"),
-        ({"sample": 4.0}, "HiPConfig.options['sample']: got 4.0, allowed: an integer >= 4"),
+        ({"sample": 1}, "HiPConfig.options['sample']: got 1, allowed: an integer >= 2"),
+        ({"sample": 4.0}, "HiPConfig.options['sample']: got 4.0, allowed: an integer >= 2"),
     ],
 )
 def test_bad_options(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
         Options(**values)
-    assert (Options(weight=0, sample=4), Options(weight=1)) == (Options(0, 4), Options(1, 512))
+    assert (Options(weight=0, sample=2), Options(weight=1)) == (Options(0, 2), Options(1, 512))

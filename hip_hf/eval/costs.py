@@ -21,7 +21,7 @@ from hip_hf.methods.columns import ROWS_AT_ONCE
 from hip_hf.methods.delta import anchors, mode_of
 from hip_hf.methods.hip import sampled_rows, start_level
 from hip_hf.methods.missing import CLUSTERS
-from hip_hf.methods.need import sample_level, votes_of, walkers_of
+from hip_hf.methods.need import sample_level, sampled_chunks, votes_of, walkers_of
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.methods.quest import as_tree
 from hip_hf.problem import Span
@@ -77,11 +77,9 @@ def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
     walkers = voters
     if voters < block.rows:
         walkers = walkers_of(config, voters)
-        level = sample_level(config, block.low, block.high)
-        if level is None:
-            sampled = (block.high - block.low) * config.block_k
-        else:
-            sampled = 2 * ((block.high >> level) - -(-block.low >> level))
+        at = sample_level(config, block.low, block.high, options.sample)
+        first, end = sampled_chunks(config, block.low, block.high, at)
+        sampled = end - first
     products = walkers * walked + voters * looked + block.rows * sampled * dim
     return 2 * products, walked + looked + sampled * dim
 

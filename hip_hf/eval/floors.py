@@ -40,7 +40,7 @@ CALLS = {
 }
 NOTHING: Mapping[tuple[str, int], float] = {}
 # The kernels that are a step of a prompt, in its profile.
-KERNELS = {"prefill: votes": ("outliers_kernel", "need_kernel", "vote_kernel"), "prefill: attention": ("attend_kernel",)}
+KERNELS = {"prefill: votes": ("need_kernel", "vote_kernel"), "prefill: attention": ("attend_kernel",)}
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,6 @@ def votes(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
     gather = tiles * shape.key_heads * keys * shape.dim * shape.size
     # near and need are written and the latter read; near is read and written once more with the copies
     numbers = (3 + 2 / config.query_stride) * tokens * shape.query_heads * torch.float32.itemsize
-    # all keys are read once for outliers, whose numbers are written and of each two read again
-    numbers += tokens * shape.key_heads * (shape.dim * shape.size + 4 * torch.int64.itemsize / config.block_k)
     rows = tokens * shape.row * (1 + 2 / config.query_stride)
     return Cost(2 * tokens * shape.query_heads * keys * shape.dim, gather + rows + numbers)
 

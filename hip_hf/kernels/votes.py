@@ -19,10 +19,8 @@ import triton.language as tl
 from hip_hf.kernels.addressing import KeyValues, token_offsets
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.examples import Example, example, extended
-from hip_hf.kernels.outliers import outlier_launch, outlier_position, outliers_of
 from hip_hf.kernels.prefill import Logits, configuration, rows_of
 from hip_hf.kernels.rotation import partner, placed_queries, rotation, turned
-from hip_hf.kernels.scoring import chunk_rows
 from hip_hf.kernels.sequences import GROWING, Sequences, always_read, load_sequence, query_block, still_serves, window_start
 from hip_hf.kernels.tiles import LN2, LOG2E, scaled
 from hip_hf.kernels.topk import ABSENT, keep_best, kept_of, sort_keys, tile
@@ -54,18 +52,6 @@ def near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING: 
 
 
 @triton.jit
-def sampled_at(slots, end, chunk, level, low, whole, outliers, BLOCK_K: tl.constexpr):
-    """Where the keys of a sample lie, as `sampled_keys` in `methods/need.py` lays it out: of each chunk of `2 ** level` blocks,
-    from `chunk` on, one at random and its outlier; of a `whole` middle all keys, from block `low` on."""
-    ids = chunk + slots // 2
-    outlying = (slots < end) & (slots % 2 == 1) & (whole == 0)
-    outlier = outlier_position(tl.load(outliers + chunk_rows(ids, level), mask=outlying, other=0))
-    size = ids.to(tl.int64) * 0 + BLOCK_K << level
-    spread = (ids.to(tl.int64) * SPREAD & 0xFFFFFFFF) * size >> 32
-    return tl.where(whole, low * BLOCK_K + slots, tl.where(outlying, outlier, (ids * size + spread).to(tl.int32)))
-
-
-@triton.jit
 def add_keys(
     top, norm, q, k_base, position, inside, seen, place, cos, sin, key_start, batch, stride_kb, stride_kt,
     block_table, stride_table, scale, softcap, dim,
@@ -87,11 +73,10 @@ def add_keys(
     return new_top, norm * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
 
 
-@triton.jit(do_not_specialize=[*GROWING, "stride_near", "stride_outliers"])
+@triton.jit(do_not_specialize=[*GROWING, "stride_near"])
 def need_kernel(
-    Q, K, NEAR, NEED, OUTLIERS, SINKS, SEQUENCES, TABLE, MADE, COS, SIN,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_near, stride_outliers, stride_sequences,
-    stride_table, stride_made,
+    Q, K, NEAR, NEED, SINKS, SEQUENCES, TABLE, MADE, COS, SIN,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_near, stride_sequences, stride_table, stride_made,
     sink_keys, window_keys, refresh, dim, scale, softcap, sliding, trained, scaling,
     BUDGET: tl.constexpr, SAMPLE: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, RANKED: tl.constexpr,
     STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -102,8 +87,8 @@ def need_kernel(
     block and the `GROUP` heads of a key head. Grid: tiles, key heads, sequences.
 
     Nothing is written where nothing is searched: the middle has up to `BUDGET` blocks, or (`STATEFUL`) a selection is kept.
-    `SAMPLE`: keys of the middle at most; `OUTLIERS`: as `outliers_of` gives them. HALF > 0: so many pairs of a head's numbers
-    turn, sink and window to where attention has them, with the keys of `BUDGET` blocks in between (`rope.py`).
+    `SAMPLE`: keys of the middle at most. HALF > 0: so many pairs of a head's numbers turn, sink and window to where attention
+    has them, with the keys of `BUDGET` blocks in between (`rope.py`).
     """
     TILES: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS
     number, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -180,30 +165,25 @@ def need_kernel(
     tl.store(NEAR + to, near, mask=real)
 
     if RANKED:
-        # as `sampled_keys` in `methods/need.py`
-        low, high = sink // BLOCK_K, window // BLOCK_K
-        whole = (high - low) * BLOCK_K <= SAMPLE
+        low, high = sink // BLOCK_K * BLOCK_K, window // BLOCK_K * BLOCK_K
         level = low * 0
-        while ((high >> level) - ((low + (1 << level) - 1) >> level)) * 2 > tl.where(whole, 2 * high, SAMPLE):
+        while (high >> level) - ((low + (1 << level) - 1) >> level) > SAMPLE:
             level += 1
-        chunk = (low + (1 << level) - 1) >> level
-        ends = tl.where(whole, (high - low) * BLOCK_K, ((high >> level) - chunk) * 2)
-        outliers = OUTLIERS + (sequence * tl.num_programs(1) + key_head).to(tl.int64) * stride_outliers
+        chunk, ends = (low + (1 << level) - 1) >> level, high >> level
         voting = block_last - block_first + 1
         # where all rows vote nothing is to be estimated
-        ends = tl.where(count_votes(voting, VOTERS, VOTES, 1, False) < VOTERS * voting, ends, 0)
+        ends = tl.where(count_votes(voting, VOTERS, VOTES, 1, False) < VOTERS * voting, ends, chunk)
         top = tl.full([ROWS * GROUP_PADDED], float("-inf"), tl.float32)
         norm = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
         if HALF > 0:
             distance = tl.minimum(row_at + 1 - window, trained - 1)
             q = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
-        # found a tile ahead, so that no key waits for a number of the same turn
-        at = sampled_at(n, ends, chunk, level, low, whole, outliers, BLOCK_K)
-        for i in range(0, ends, KEYS):
-            inside, at_now = i + n < ends, at
-            at = sampled_at(i + KEYS + n, ends, chunk, level, low, whole, outliers, BLOCK_K)
+        for i in range(chunk, ends, KEYS):
+            inside = i + n < ends
+            spread = ((i + n).to(tl.int64) * SPREAD & 0xFFFFFFFF) >> (32 - level)
+            at = ((i + n) << level) + spread.to(tl.int32)
             top, norm = add_keys(
-                top, norm, q, k_base, at_now, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb, stride_kt,
+                top, norm, q, k_base, at, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb, stride_kt,
                 TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
         # a sample may be empty
         tl.store(NEED + to, (top + tl.log2(tl.where(norm == 0.0, 1.0, norm))) * LN2 - near, mask=real)
@@ -284,8 +264,7 @@ def vote_kernel(
 
 def need_arguments(
     q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, block_q: int,
-    made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, outliers: torch.Tensor, target: str | None = None,
-    shape: Tile | None = None,
+    made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, target: str | None = None, shape: Tile | None = None,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
     """Grid and arguments of `need_kernel`. `made`: as a `Selection` keeps it; `target`, `shape`: not those of q's device."""
     dim, group = q.shape[-1], q.shape[1] // kv.heads
@@ -300,12 +279,11 @@ def need_arguments(
     rows = rows_of(shape, group, block_q)
     table, stride_table = kv.table()
     arguments = dict(
-        Q=q, K=kv.k, NEAR=near, NEED=need, OUTLIERS=outliers, SINKS=q if logits.sinks is None else logits.sinks.contiguous(),
+        Q=q, K=kv.k, NEAR=near, NEED=need, SINKS=q if logits.sinks is None else logits.sinks.contiguous(),
         SEQUENCES=sequences.table, TABLE=table, MADE=sequences.table if made is None else made,
         **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride(), strict=False)),
         **dict(zip(("stride_kb", "stride_kh", "stride_kt"), kv.strides(kv.k), strict=True)),
-        stride_near=near.shape[-1], stride_outliers=outliers.stride(1), stride_sequences=sequences.table.stride(0),
-        stride_table=stride_table,
+        stride_near=near.shape[-1], stride_sequences=sequences.table.stride(0), stride_table=stride_table,
         stride_made=0 if made is None else made.stride(0), sink_keys=config.sink, window_keys=config.window,
         refresh=config.decode_refresh, dim=dim, scale=logits.scale, softcap=logits.softcap or 1.0,
         sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
@@ -355,8 +333,7 @@ def votes_of(
     if voting.weighed or voting.ranked:
         near = q.new_empty(sequences.count, q.shape[1], sequences.max_rows, dtype=torch.float32)
         need = torch.empty_like(near) if voting.ranked else near
-        outliers = outliers_of(kv, sequences, config, block_q, q.shape[-1]) if voting.ranked else near
-        grid, arguments = need_arguments(q, kv, sequences, config, logits, block_q, made, near, need, outliers)
+        grid, arguments = need_arguments(q, kv, sequences, config, logits, block_q, made, near, need)
         need_kernel[grid](**arguments)
     if not voting.chosen:
         return q, near
@@ -373,7 +350,6 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     step, paged = (example(dim, dtype, at, rows=1, block_q=1) for at in (False, True))
     return [
         *vote_launches(prompt, target),
-        outlier_launch(prompt),
         *vote_launches(example(dim, dtype, paged=True), target)[:1],
         *vote_launches(extended(prompt), target),
         *vote_launches(step, target)[:1],
@@ -390,8 +366,7 @@ def vote_launches(x: Example, target: str) -> list[Launch]:
     voting = Voting.of(config, x.q.shape[1] // x.kv.heads, x.reads.block_q, True)
     made = x.numbers if decode else None
     call = (config, x.logits, x.reads.block_q, made, x.lse, x.lse)
-    outliers = torch.empty(1, x.kv.heads, 2, dtype=torch.int64, device=x.q.device)
-    grid, need = need_arguments(x.q, x.kv, x.sequences, *call, outliers, target=target)
+    grid, need = need_arguments(x.q, x.kv, x.sequences, *call, target=target)
     vote_grid, vote = vote_arguments(x.q, voting, x.sequences, *call, x.q, x.lse)
     suffix = f"{', decode' if decode else ''}{x.suffix}"
     return [

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, squash
-from hip_hf.methods.need import keep_needier_of_pairs, log_mass, sample_level, sampled_keys, votes_of, walkers_of
+from hip_hf.methods.need import keep_needier_of_pairs, log_mass, sample_level, sampled_chunks, sampled_keys, votes_of, walkers_of
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.paged import KeyRows, block_index, lanes_of
 from hip_hf.reference.workers import scratch, widened
@@ -42,9 +42,9 @@ GATHERED_AT_ONCE = 1 << 21
 
 @dataclass(frozen=True)
 class Options:
-    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which a row's need is estimated,
-    two of each chunk. `descent`: of the votes by need, one in so many walks the tree, the neediest; all of them score what these
-    find. `onward`: the share of a block's score, by the mass in its keys, that the block after it gets as well, 0 to 1."""
+    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which a row's need is estimated.
+    `descent`: of the votes by need, one in so many walks the tree, the neediest; all of them score what these find. `onward`: the
+    share of a block's score, by the mass in its keys, that the block after it gets as well, 0 to 1."""
 
     weight: float = 0.5
     sample: int = 512
@@ -56,7 +56,7 @@ class Options:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value <= 1:
                 raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: 0 to 1")
-        for name, least in (("sample", 4), ("descent", 1)):
+        for name, least in (("sample", 2), ("descent", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: an integer >= {least}")
@@ -125,7 +125,7 @@ class Selector:
         self.asks_need = config.vote == "need"
 
     def make_pyramid(self, dtype: torch.dtype) -> Pyramid:
-        return Pyramid(self.representative, self.config.block_k, dtype, self.asks_need)
+        return Pyramid(self.representative, self.config.block_k, dtype)
 
     def bind(self, q: torch.Tensor, keys: KeyRows, pyramid: Pyramid, scale: float, softcap: float | None) -> TreeSearch:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every block searched."""
@@ -152,10 +152,11 @@ class TreeSearch:
 
         `near` `[heads, G, rows]`: log-sum-exp of each row of `blocks` over sink, window and own block; for votes by need."""
         parts, row = [], 0
+        most = self.config.method_options().sample
 
-        def alike(block: QueryBlock) -> tuple[int, int, int | None]:
-            middle = block.low, block.high
-            return block.rows, start_level(self.config, *middle), sample_level(self.config, *middle)
+        def alike(block: QueryBlock) -> tuple[int, int, int]:
+            levels = start_level(self.config, block.low, block.high), sample_level(self.config, block.low, block.high, most)
+            return (block.rows, *levels)
 
         for (rows, level, sampled), run in groupby(blocks, key=alike):
             some = list(run)
@@ -165,10 +166,10 @@ class TreeSearch:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _votes(
-        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None, level: int | None
+        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None, level: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, the log-sum-exp of what each always reads, and
-        how many of them, the first, walk the tree. `level`: of the sample from which the need is estimated."""
+        how many of them, the first, walk the tree. The need is estimated from a key of each chunk of `2 ** level` keys."""
         config, rows, first = self.config, blocks[0].rows, blocks[0].row
         if near is None:
             index = torch.tensor([list(sampled_rows(config, block)) for block in blocks], device=self.q.device)
@@ -195,20 +196,15 @@ class TreeSearch:
             return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
         return x.flatten(1, 2).contiguous()
 
-    def _log_mass(self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int | None) -> torch.Tensor:
+    def _log_mass(self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int) -> torch.Tensor:
         """Log-sum-exp `[heads, S * P, R]` of scaled queries `[heads, S * P, R, D]` over the sampled keys of each middle."""
-        low, high, size = min(b.low for b in blocks), max(b.high for b in blocks), self.config.block_k
-        outliers = [table[heads] for table in self.pyramid.outliers]
-        keys = sampled_keys(self.keys[heads], outliers, low, high, level, size, q.dtype)
-
-        def place(block: int) -> int:
-            return (block - low) * size if level is None else 2 * (-(-block >> level) - -(-low >> level))
-
+        spans = [sampled_chunks(self.config, block.low, block.high, level) for block in blocks]
+        start, stop = min(first for first, _ in spans), max(end for _, end in spans)
+        keys = sampled_keys(self.keys[heads], start, stop, level, q.dtype)
         out = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         for i in range(q.shape[1]):
-            block = blocks[i % len(blocks)]
-            end = block.high if level is None else block.high >> level << level
-            out[:, i] = log_mass(q[:, i], keys[:, place(block.low) : place(end)], self.softcap)
+            first, end = spans[i % len(blocks)]
+            out[:, i] = log_mass(q[:, i], keys[:, first - start : end - start], self.softcap)
         return out
 
     def _search(

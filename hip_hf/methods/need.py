@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import squash
-from hip_hf.methods.pyramid import outlier_position
 from hip_hf.paged import KeyRows, pick
 from hip_hf.reference.workers import scratch, widened
 
@@ -60,33 +59,28 @@ def keep_needier_of_pairs(need: torch.Tensor, heads: int, votes: int) -> None:
     later.masked_fill_(~needier, -torch.inf)
 
 
-def sample_level(config: HiPConfig, low: int, high: int) -> int | None:
-    """The smallest level at which chunks of `2 ** level` key blocks, whole within the middle, blocks `low` to `high - 1`, are at
-    most half of `sample`. None where the middle has no more than `sample` keys: they are the sample."""
-    most = config.method_options().sample
-    if (high - low) * config.block_k <= most:
-        return None
+def sampled_chunks(config: HiPConfig, low: int, high: int, level: int) -> tuple[int, int]:
+    """First and end of the chunks of `2 ** level` keys that lie in the middle, blocks `low` to `high - 1`."""
+    return -(-low * config.block_k >> level), high * config.block_k >> level
+
+
+def sample_level(config: HiPConfig, low: int, high: int, most: int) -> int:
+    """The smallest level at which at most `most` chunks of `2 ** level` keys lie in the middle, blocks `low` to `high - 1`."""
     level = 0
-    while 2 * ((high >> level) - -(-low >> level)) > most:
+    while True:
+        first, end = sampled_chunks(config, low, high, level)
+        if end - first <= most:
+            return level
         level += 1
-    return level
 
 
-def sampled_keys(
-    keys: KeyRows, outliers: list[torch.Tensor], low: int, high: int, level: int | None, block_k: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The sample of a middle, blocks `low` to `high - 1`, of keys `[heads, T, D]`: all keys (level None), or two of each chunk of
-    `2 ** level` blocks, one after the other: `[heads, n, D]`. `outliers`: as `Pyramid` keeps them, of these heads.
+def sampled_keys(keys: KeyRows, first: int, end: int, level: int, dtype: torch.dtype) -> torch.Tensor:
+    """A key of each chunk `first` to `end - 1` of `2 ** level` keys: `[heads, end - first, D]` of keys `[heads, T, D]`.
 
-    One of the two is the chunk's outlier: what a row looks up differs from what is around it. Where the other one lies differs
-    from chunk to chunk, so that no pattern in the text hides from the sample, but never changes."""
-    if level is None:
-        return keys[:, low * block_k : high * block_k].to(dtype)
-    first, end, size = -(-low >> level), high >> level, block_k << level
+    Which one differs from chunk to chunk, so that no pattern in the text hides from the sample, but never changes."""
     chunk = torch.arange(first, end, device=keys.device)
-    at = chunk * size + ((chunk * SPREAD & 0xFFFFFFFF) * size >> 32)
-    at = torch.stack([at.expand(keys.shape[0], -1), outlier_position(outliers[level][:, first:end])], dim=-1)
-    return pick(keys, at.flatten(1), 1).to(dtype)
+    at = (chunk << level) + ((chunk * SPREAD & 0xFFFFFFFF) >> 32 - level)
+    return pick(keys, at.expand(keys.shape[0], -1), 1).to(dtype)
 
 
 def log_mass(q: torch.Tensor, keys: torch.Tensor, softcap: float | None) -> torch.Tensor:

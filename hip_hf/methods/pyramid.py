@@ -16,8 +16,6 @@ from hip_hf.rope import turn
 BLOCKS_AT_ONCE = 2048
 # Rows that a full table is given at most beyond what is asked for: what waits to be used does not grow with the context.
 MOST_SPARE = 1024
-# The low half of an outlier's number: positions, turned round, so that the first of equally far keys counts as the farthest.
-LOW_BITS = 0xFFFFFFFF
 
 
 class Representative:
@@ -117,33 +115,14 @@ def make_representative(name: str, weight: float) -> Representative:
     return CentreSpread(1.0 if name == "minmax" else weight)
 
 
-def farthest(blocks: torch.Tensor, first: int) -> torch.Tensor:
-    """Of each key block the *outlier*, the key that lies farthest from the block's mean, the first of equal ones: keys
-    `[..., n, block_k, D]` of blocks from `first` on -> int64 `[..., n]`, which sort by distance (of these squared, in fp32)."""
-    dtype = torch.promote_types(blocks.dtype, torch.float32)
-    away = blocks.to(dtype) - blocks.mean(-2, keepdim=True, dtype=dtype)
-    distance = away.square_().sum(-1).float()
-    at = torch.arange(first * blocks.shape[-2], (first + blocks.shape[-3]) * blocks.shape[-2], device=blocks.device)
-    bits = (distance.view(torch.int32) & 0x7FFFFFFF).long()  # NaN has a sign
-    return (bits << 32 | LOW_BITS - at.view(blocks.shape[-3:-1])).amax(-1)
-
-
-def outlier_position(outliers: torch.Tensor) -> torch.Tensor:
-    """Where the keys lie that `farthest` gives."""
-    return LOW_BITS - (outliers & LOW_BITS)
-
-
 class Pyramid:
     """Summaries of the first `blocks` key blocks of one span, for all its key heads.
 
     `levels[l]` is `[Hkv, capacity, width]`, of which the first `blocks >> l` rows are written. `dtype` is that of
-    the rows: the dtype in which the backend multiplies. `outliers[l]` is int64 `[Hkv, capacity]`, of each chunk the outlier that
-    is farthest from its block's mean (`farthest`), if they are wanted.
+    the rows: the dtype in which the backend multiplies.
     """
 
-    def __init__(self, representative: Representative, block_k: int, dtype: torch.dtype, with_outliers: bool = False) -> None:
-        self.with_outliers = with_outliers
-        self.outliers: list[torch.Tensor] = []
+    def __init__(self, representative: Representative, block_k: int, dtype: torch.dtype) -> None:
         self.representative = representative
         self.block_k = block_k
         self.dtype = dtype
@@ -159,13 +138,12 @@ class Pyramid:
     @property
     def nbytes(self) -> int:
         """Memory of the summaries."""
-        return sum(table.nbytes for table in [*self.levels, *self.outliers])
+        return sum(table.nbytes for table in self.levels)
 
     def copy(self) -> Pyramid:
-        other = Pyramid(self.representative, self.block_k, self.dtype, self.with_outliers)
+        other = Pyramid(self.representative, self.block_k, self.dtype)
         other.blocks = self.blocks
         other.levels = [table.clone() for table in self.levels]
-        other.outliers = [table.clone() for table in self.outliers]
         other._last = list(self._last)
         return other
 
@@ -193,9 +171,19 @@ class Pyramid:
         return state
 
     def _write(self, level: int, first: int, states: torch.Tensor) -> None:
-        write_rows(self.levels, level, first, self.representative.row(states).to(self.dtype))
-        if level == len(self._last):
+        rows = self.representative.row(states)
+        heads, count, width = rows.shape
+        if level == len(self.levels):
+            self.levels.append(rows.new_empty(heads, 0, width, dtype=self.dtype))
             self._last.append(None)
+        if first + count > self.levels[level].shape[1]:
+            # exact at first, when the prompt is read; then with room to spare, so that a token seldom copies a table
+            old = self.levels[level]
+            capacity = first + count + min(first, MOST_SPARE)
+            with torch.inference_mode(False):  # a table outlives the mode it was made in
+                self.levels[level] = torch.empty(heads, capacity, width, dtype=self.dtype, device=rows.device)
+            self.levels[level][:, :first] = old[:, :first]
+        self.levels[level][:, first : first + count] = rows
 
     def extend(self, keys: KeyRows, blocks: int) -> None:
         """Append until `blocks` blocks are summarised. `keys` is the span's `[Hkv, T, D]`, all of it."""
@@ -203,10 +191,7 @@ class Pyramid:
             self._append(keys, min(blocks, self.blocks + BLOCKS_AT_ONCE))
 
     def _append(self, keys: KeyRows, blocks: int) -> None:
-        new = self._blocks_of(keys, self.blocks, blocks)
-        if self.with_outliers:
-            self._append_outliers(farthest(new, self.blocks))
-        states = self.representative.leaf(new)
+        states = self.representative.leaf(self._blocks_of(keys, self.blocks, blocks))
         first, level = self.blocks, 0
         while states.shape[1]:
             self._write(level, first, states)
@@ -220,27 +205,3 @@ class Pyramid:
             states = self.representative.merge(states[:, 0 : 2 * pairs : 2], states[:, 1 : 2 * pairs : 2])
             first, level = first // 2, level + 1
         self.blocks = blocks
-
-    def _append_outliers(self, found: torch.Tensor) -> None:
-        first, level = self.blocks, 0
-        while found.shape[1]:
-            write_rows(self.outliers, level, first, found)
-            start, end = first & ~1, first + found.shape[1]
-            pairs = self.outliers[level][:, start : end & ~1]
-            found = torch.maximum(pairs[:, 0::2], pairs[:, 1::2])
-            first, level = start // 2, level + 1
-
-
-def write_rows(tables: list[torch.Tensor], level: int, first: int, rows: torch.Tensor) -> None:
-    """Write rows `[Hkv, n, ...]` from row `first` of the table of a level on, which is made or grows."""
-    heads, count, *rest = rows.shape
-    if level == len(tables):
-        tables.append(rows.new_empty(heads, 0, *rest))
-    if first + count > tables[level].shape[1]:
-        # exact at first, when the prompt is read; then with room to spare, so that a token seldom copies a table
-        old = tables[level]
-        capacity = first + count + min(first, MOST_SPARE)
-        with torch.inference_mode(False):  # a table outlives the mode it was made in
-            tables[level] = torch.empty(heads, capacity, *rest, dtype=rows.dtype, device=rows.device)
-        tables[level][:, :first] = old[:, :first]
-    tables[level][:, first : first + count] = rows
