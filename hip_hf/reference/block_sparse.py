@@ -18,6 +18,8 @@ from hip_hf.rope import Positions
 
 # A block of rows meets a long contiguous range in tiles whose logits are at most this many elements, to stay in cache.
 LOGITS_AT_ONCE = 1 << 20
+# Bytes of logits for sink and window that wait for a selection at most, in each worker: a part of what stays in cache.
+NEAR_AT_ONCE = 1 << 22
 # Keys of a contiguous range that lie in several pieces are read where they lie if a piece has so many keys on average; shorter
 # ones are brought together, so many keys at a time.
 KEYS_OF_A_PIECE, KEYS_AT_ONCE = 512, 4096
@@ -127,6 +129,14 @@ class Logits:
     @property
     def lse_dtype(self) -> torch.dtype:
         return torch.promote_types(self.like.dtype, torch.float32)
+
+
+def in_parts(t: Tensors, blocks: list[QueryBlock]) -> list[slice]:
+    """Parts of query blocks that are `alike` whose `near_logits` may wait together."""
+    first = blocks[0]
+    keys = first.sink - first.start + first.last + 1 - first.window
+    size = max(1, NEAR_AT_ONCE // (t.q.shape[1] * first.rows * keys * compute_dtype(t.q).itemsize))
+    return [slice(at, at + size) for at in range(0, len(blocks), size)]
 
 
 def near_logits(

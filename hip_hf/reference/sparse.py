@@ -13,7 +13,7 @@ from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block, query_b
 from hip_hf.paged import KeyRows, PagedKeys, rows_of
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
-from hip_hf.reference.block_sparse import Tensors, alike, attend, attend_range, merge, near_logits, partial, store_rows
+from hip_hf.reference.block_sparse import Tensors, alike, attend, attend_range, in_parts, merge, near_logits, partial, store_rows
 from hip_hf.reference.gathered import Gathered
 from hip_hf.reference.gradients import Piece
 from hip_hf.reference.reading import Blocks, Reading, block_read, keys_seen
@@ -167,7 +167,9 @@ class SparseAttention:
                 self._attend(t, span, heads, run, search.select(heads, run))
             else:
                 for _, same in groupby(run, key=alike):
-                    self._attend_by_need(t, search, span, heads, list(same))
+                    some = list(same)
+                    for part in in_parts(t, some):
+                        self._attend_by_need(t, search, span, heads, some[part])
 
     @property
     def _asks_need(self) -> bool:
