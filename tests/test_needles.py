@@ -229,8 +229,8 @@ def test_decode_steps_that_read_everything_say_what_one_pass_says(tmp_path: Path
     prompts = [needles.make_prompt(tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(i)) for i in (0, 1)]
     configs = settings_of([json.dumps(dict(budget=budget, window=16, sink=8)) for budget in (1024, 32)]).values()
     read, steps = [], Steps(model)
-    own = Steps._read
-    monkeypatch.setattr(Steps, "_read", lambda self, ids: read.append(len(ids)) or own(self, ids))
+    own = Steps._ahead
+    monkeypatch.setattr(Steps, "_ahead", lambda self, ids: read.append(len(ids)) or own(self, ids))
     for prompt in prompts:
         wide, narrow = (needles.ask(model, prompt, config, steps) for config in configs)
         dense = needles.ask(model, prompt, HiPConfig(method="dense"))
@@ -244,6 +244,29 @@ def test_decode_steps_that_read_everything_say_what_one_pass_says(tmp_path: Path
     answers = [600 - prompt.document for prompt in prompts]
     documents = [prompt.document for prompt in prompts]
     assert read == [documents[0], *[1] * 2 * answers[0], documents[1], *[1] * 2 * answers[1]]  # once for both settings
+
+
+def test_documents_are_read_densely_whatever_the_settings(tmp_path: Path) -> None:
+    model, tokenizer = load(save_checkpoint(tmp_path)[0], "sdpa")
+    prompt = needles.make_prompt(tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(0))
+    staged = {"method": "staged", "budget": 32, "decode_refresh": [4, 2], "options": {"stages": [[64, 64, 2], [16, 32, 1]]}}
+    some = {"budget": 32, "layers": {"1": {"method": "streaming"}}}
+    configs = settings_of([json.dumps(dict(fields, window=16, sink=8)) for fields in (staged, some)]).values()
+    dense = needles.ask(model, prompt, HiPConfig(method="dense"))
+    for config in configs:  # each the first to be asked about a document
+        assert needles.ask(model, prompt, config, Steps(model)).document_nll == pytest.approx(dense.document_nll, rel=1e-5)
+
+
+def test_a_cache_that_cannot_go_back_reads_the_document_again() -> None:
+    net = Gemma2ForCausalLM(Gemma2Config(**TINY, sliding_window=64)).eval()
+    ids = torch.randint(1, 257, (300,)).tolist()
+    config = next(iter(settings_of(['{"budget": 1024, "window": 16, "sink": 8}']).values()))
+    steps = Steps(net)
+    with torch.no_grad():
+        first, second = (steps.losses_of(ids, 250, config) for _ in range(2))
+        want = losses.losses_of(net, ids)
+    for got in (first, second):
+        torch.testing.assert_close(got[0], want[0], atol=1e-4, rtol=1e-4)
 
 
 def test_command_by_decode_steps(tmp_path: Path, threads: Any) -> None:

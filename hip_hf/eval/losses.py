@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,28 +60,38 @@ def compare(model: Any, hidden: torch.Tensor, targets: Sequence[int]) -> tuple[t
 
 class Steps:
     """Losses of prompts whose documents are read by dense attention, and what comes after them token by token: a decode step's
-    selection serves the next ones, too. A document is read once for all settings that are asked about it one after another."""
+    selection serves the next ones, too. A document is read once for all settings that are asked about it one after another, where
+    the cache can go back to its end."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.cache: HiPCache | None = None
-        self.document: list[int] = []
+        self.read: tuple[Any, ...] = ()  # what the cache's document was read with
         self.hidden = torch.empty(0)
 
     def losses_of(self, ids: Sequence[int], document: int, config: HiPConfig) -> tuple[torch.Tensor, torch.Tensor]:
         """As `losses_of`; the first `document` tokens are read at once."""
         self.model.set_attn_implementation("hip")
-        text = list(ids[:document])
-        if self.cache is None or text != self.document:
-            configure(self.model, replace(config, method="dense", options={}))
-            self.cache, self.document = HiPCache(config=self.model.config), text
-            self.hidden = self._read(text)
-        else:
-            self.cache.crop(document - self.cache.get_seq_length())
+        wanted = (list(ids[:document]), config.extend, config.backend)  # un-rotated keys serve no other settings
+        if self.read != wanted or not self._back_to(document):
+            self.read = ()
+            configure(self.model, HiPConfig(method="dense", extend=config.extend, backend=config.backend))
+            self.cache = HiPCache(config=self.model.config)
+            self.hidden = self._ahead(ids[:document])
+            self.read = wanted
         configure(self.model, config)
-        steps = [self._read([token]) for token in ids[document:]]
+        steps = [self._ahead([token]) for token in ids[document:]]
         return compare(self.model, torch.cat([self.hidden, *steps])[:-1], ids[1:])
 
-    def _read(self, ids: list[int]) -> torch.Tensor:
-        tokens = torch.tensor([ids], device=self.model.device)
+    def _back_to(self, document: int) -> bool:
+        """Take back what came after the document; False where that cannot be: a sliding layer has forgotten keys meanwhile."""
+        assert self.cache is not None
+        try:
+            self.cache.crop(document - self.cache.get_seq_length())
+        except RuntimeError:
+            return False
+        return True
+
+    def _ahead(self, ids: Sequence[int]) -> torch.Tensor:
+        tokens = torch.tensor([list(ids)], device=self.model.device)
         return self.model.get_decoder()(tokens, past_key_values=self.cache, use_cache=True).last_hidden_state[0]

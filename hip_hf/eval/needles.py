@@ -317,7 +317,8 @@ def main(
     report_file: Report = None,
     json: Json = False,
 ) -> None:
-    """Hide many pass keys in a document, ask for all in one forward pass, answers included, and count digits that are right.
+    """Hide many pass keys in a document, ask for all in one forward pass (with `--decode`: by decode steps), answers
+    included, and count digits that are right.
 
     Every layer and row is sparse unless settings say otherwise. `perplexity` is that of the document, its notes included,
     before the questions; `nll` that of an answer's digit, in nats. Differences and ratios to dense are to dense

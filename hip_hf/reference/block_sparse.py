@@ -207,21 +207,22 @@ def attend(
     """Sparse attention of query blocks, for the key heads `heads` and the query heads `group` of each.
 
     `ids` `[heads, len(blocks), n]`: the sorted key blocks that each query block reads between sink and window. `known`: the
-    logits of these, of query blocks that are `alike`.
+    logits of sink and window, of query blocks that are `alike`.
     """
     at = 0
     for _, same in groupby(blocks, key=alike):
         run = list(same)
         need_lse = t.lse is not None or t.sinks is not None
         some = ids[:, at : at + len(run)]
-        store_rows(t, heads, group, run, *partial(t, heads, group, run, some, block_k, need_lse, known=known))
+        known_some = None if known is None else known[at : at + len(run)]
+        store_rows(t, heads, group, run, *partial(t, heads, group, run, some, block_k, need_lse, known=known_some))
         at += len(run)
 
 
 def weigh_values(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
     """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`, into `out` `[N, rows, Dv]`; their
-    log-sum-exp (fp32 at least) into `lse` `[N, rows]` if it is wanted. A row whose logits have all overflowed to -inf weighs
-    nothing then beside what else it reads."""
+    log-sum-exp (fp32 at least) into `lse` `[N, rows]` if it is wanted. Then a row whose logits have all overflowed to -inf
+    weighs nothing beside what else it reads, and is no NaN."""
     if lse is None:
         torch.bmm(torch.softmax(logits, dim=-1, out=logits), v, out=out)
         return

@@ -38,6 +38,7 @@ class Gathered:
         self.position = self.count = 0  # one past the last position in it; rows in use
         self.k = torch.empty(heads, 0, t.k.shape[-1], dtype=dtype, device=device)
         self.v = torch.empty(heads, 0, t.v.shape[-1], dtype=dtype, device=device)
+        self.first = room
         self._take_room(room)
         self.until = 0  # position of the first step that is to select anew
 
@@ -64,9 +65,9 @@ class Gathered:
         ids = selection.ids[:, 0, 0]
         sink, picked = block.sink - block.start, ids.shape[1] * size
         count = sink + picked + block.last + 1 - block.window
-        if count > self.k.shape[1]:
+        if not count <= self.k.shape[1] <= count + max(self.first, count // GROWTH):
             self.count = 0  # what was gathered is not needed
-            self._take_room(count)
+            self._take_room(max(count, self.first))
         self.count = count
         for name, x, into in (("k", t.k, self.k), ("v", t.v, self.v)):
             into[:, :sink] = x[:, block.start : block.sink]
