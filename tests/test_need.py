@@ -20,7 +20,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.methods.need import keep_needier_of_pairs
 from hip_hf.problem import Span
-from hip_hf.reference import workers
+from hip_hf.reference import block_sparse, workers
 from hip_hf.reference.sparse import SparseAttention
 from hip_hf.state import DecodeState
 
@@ -348,3 +348,26 @@ def test_the_parts_merge_to_attention_over_the_keys_of_the_mask(
     (_, want), (_, plain) = (eager(q, k, v, read, dtype=of, **fields) for of in (torch.float64, dtype))
     rounding = torch.finfo(got.lse.dtype).eps * float(want.abs().max())
     assert_near(got.lse, want, 2 * float((plain - want).abs().max()) + rounding, "lse")
+
+
+@pytest.mark.parametrize("given", FEATURES)
+@pytest.mark.parametrize("group_shared", [True, False])
+def test_logits_wait_for_the_selection_in_parts(
+    group_shared: bool, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, poison: None
+) -> None:
+    """Those of one query block at a time, and of all of a unit's."""
+    config = small(**FEW, group_shared=group_shared)
+    q, k, v = make_qkv(331, 331, heads=2, groups=3, dtype=torch.float64)
+    fields, sliding = features(given, q)
+    results = []
+    for size in (1, block_sparse.NEAR_AT_ONCE):
+        monkeypatch.setattr(block_sparse, "NEAR_AT_ONCE", size)
+        results.append(sparse(q, k, v, config, sliding_window=sliding, **fields))
+    one, other = results
+    assert one.mask is not None
+    assert other.mask is not None
+    assert torch.equal(one.mask.indices, other.mask.indices)
+    assert_near(one.out, other.out, 1e-12)
+    assert one.lse is not None
+    assert other.lse is not None
+    assert_near(one.lse, other.lse, 1e-12, "lse")
