@@ -107,17 +107,19 @@ class Gathered:
         query = q.to(self.k.dtype) * scale
         if positions is not None:
             query = positions.streaming(query, self.count)
-        # All rows of the buffers, also those not in use: in half precision a part would be copied before it is multiplied, and
+        # In half precision all rows of the buffers, also those not in use: a part would be copied before it is multiplied, and
         # each new length would have a kernel made for it.
-        logits = scratch.take("logits", (*q.shape[:2], self.k.shape[1]), self.k)
-        torch.bmm(query[:, :, 0], self.k.transpose(1, 2), out=logits)
+        rows = self.k.shape[1] if self.k.dtype == torch.bfloat16 else self.count
+        k, v = self.k[:, :rows], self.v[:, :rows]
+        logits = scratch.take("logits", (*q.shape[:2], rows), k)
+        torch.bmm(query[:, :, 0], k.transpose(1, 2), out=logits)
         squash(logits, softcap)
         logits[..., self.count :] = -torch.inf
         lse = None
         if need_lse or sinks is not None:
             lse = torch.empty(logits.shape[:2], dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-        out = torch.empty(*logits.shape[:2], self.v.shape[-1], dtype=logits.dtype, device=logits.device)
-        weigh_values(logits, self.v, out, lse)
+        out = torch.empty(*logits.shape[:2], v.shape[-1], dtype=logits.dtype, device=logits.device)
+        weigh_values(logits, v, out, lse)
         out, lse = out[:, :, None], None if lse is None else lse[..., None]
         if sinks is not None:
             assert lse is not None
