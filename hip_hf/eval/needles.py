@@ -317,9 +317,9 @@ def main(
     report_file: Report = None,
     json: Json = False,
 ) -> None:
-    """Hide many pass keys in a document, ask for all in one forward pass (with `--decode`: by decode steps), answers
-    included, and count digits that are right.
+    """Hide many pass keys in a document, ask for all in one forward pass, answers included, and count digits that are right.
 
+    With `--decode` the document is read first, and what comes after it by decode steps.
     Every layer and row is sparse unless settings say otherwise. `perplexity` is that of the document, its notes included,
     before the questions; `nll` that of an answer's digit, in nats. Differences and ratios to dense are to dense
     attention on the same prompts; FLOPs are those of a layer that is sparse.
