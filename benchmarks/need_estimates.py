@@ -33,6 +33,7 @@ from hip_hf.eval.report import machine
 from hip_hf.methods.base import QueryBlock
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.methods.need import SPREAD, keep_needier_of_pairs, votes_of
+from hip_hf.methods.pyramid import make_representative
 
 # Of a prompt, the first part that is not looked at: its middles are short.
 SKIPPED = 0.25
@@ -94,12 +95,11 @@ def gaussian(size: int) -> Estimate:
 
 def centre_spread(size: int) -> Estimate:
     """The summaries that the tree is searched by."""
+    blend = make_representative("blend", HiPConfig().method_options().weight)
 
     def estimate(q: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, int]:
-        chunks = chunked(keys, size)
-        low, high = chunks.amin(2), chunks.amax(2)
-        summaries = torch.cat([chunks.mean(2) / 2 + (low + high) / 4, (high - low) / 4], -1)
-        return lse(torch.cat([q, q.abs()], -1), summaries), 2 * summaries.shape[1]
+        summaries = blend.row(blend.leaf(chunked(keys, size)))
+        return lse(blend.features(q), summaries), 2 * summaries.shape[1]
 
     return estimate
 

@@ -54,6 +54,11 @@ def store_rows(
     store(t, (heads, group, slice(blocks[0].row, blocks[-1].row + blocks[-1].rows)), out, lse)
 
 
+def always_read(block: QueryBlock) -> tuple[int, int]:
+    """Keys of the sink, and of the window up to the block's own last one, which a query block reads in any case."""
+    return block.sink - block.start, block.last + 1 - block.window
+
+
 class Logits:
     """Logits of query blocks that are `alike`, one query block after another, over a part of what they read: the key blocks
     `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and window.
@@ -82,12 +87,12 @@ class Logits:
         self.rows, self.count = self.groups * n, count
         if ids is None:
             ids = torch.empty(self.lanes, count, 0, dtype=torch.long, device=q.device)
-        sink, picked, window = first.sink - first.start, ids.shape[2] * block_k, first.last + 1 - first.window
+        (sink, window), picked = always_read(first), ids.shape[2] * block_k
         self.total = sink + picked + reserved + window
         self.places = [(0, sink + picked), (self.total - window, self.total)] if near else [(sink, sink + picked)]
         if not near:
             sink = window = 0
-        self.sink, self.picked, self.window, self.keys = sink, picked, window, sink + picked + window
+        self.picked, self.keys = picked, sink + picked + window
 
         self.like = q.new_empty(0, dtype=compute_dtype(q))
         self.queries = scratch.take("q", (count, self.lanes, self.groups, n, dim), self.like)
@@ -133,9 +138,8 @@ class Logits:
 
 def in_parts(t: Tensors, blocks: list[QueryBlock]) -> list[slice]:
     """Parts of query blocks that are `alike` whose `near_logits` may wait together."""
-    first = blocks[0]
-    keys = first.sink - first.start + first.last + 1 - first.window
-    size = max(1, NEAR_AT_ONCE // (t.q.shape[1] * first.rows * keys * compute_dtype(t.q).itemsize))
+    logits = t.q.shape[1] * blocks[0].rows * sum(always_read(blocks[0]))
+    size = max(1, NEAR_AT_ONCE // (logits * compute_dtype(t.q).itemsize))
     return [slice(at, at + size) for at in range(0, len(blocks), size)]
 
 
@@ -171,15 +175,11 @@ def partial(
     attention sinks), in the dtype that is multiplied in and fp32 at least. `known`: the logits of sink and window, as
     `near_logits` gives them, of these heads."""
     of = Logits(t, heads, group, blocks, ids, block_k, near=near and known is None)
-    v, keys = t.v[heads], of.keys
-    sink, window = of.sink, of.window
-    if known is not None:
-        sink, window = blocks[0].sink - blocks[0].start, blocks[0].last + 1 - blocks[0].window
-        keys = sink + of.picked + window
+    v, (sink, window) = t.v[heads], always_read(blocks[0]) if near else (0, 0)
     values = Parts("v", v, blocks, sink, of.picked, window, block_k)
     v_all = scratch.take("v", tuple(values.all.shape), of.like)
     outputs = scratch.take("out", (of.count, of.lanes, of.rows, v.shape[-1]), of.like)
-    logits = scratch.take("logits", (of.lanes, of.rows, keys), of.like)
+    logits = scratch.take("logits", (of.lanes, of.rows, sink + of.picked + window), of.like)
     selected = logits if known is None else logits[..., sink : sink + of.picked]
     lse = torch.empty(of.count, of.lanes, of.rows, dtype=of.lse_dtype, device=of.like.device) if need_lse else None
     for i in range(of.count):

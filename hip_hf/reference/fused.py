@@ -1,7 +1,7 @@
 """Dense attention of rows after others, through PyTorch's fused attention for CPUs.
 
 Unlike `scaled_dot_product_attention` it returns the log-sum-exp, too, so that two parts of what rows read can be merged: all
-keys before them, and their own. It knows no softcap, no sliding windows and no positions of ours.
+keys before them, and their own. It knows no softcap, no sliding window that hides anything and no positions of ours.
 """
 
 from __future__ import annotations
@@ -18,16 +18,12 @@ from hip_hf.reference.workers import compute_dtype
 attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def knows(t: Tensors, rows: int) -> bool:
-    """Whether it can attend for so many rows, but for what a sliding window hides. A single row gains nothing by it."""
-    plain = t.softcap is None and t.positions is None and t.q.shape[-1] == t.v.shape[-1]
-    return plain and rows > 1 and t.q.device.type == "cpu"
-
-
 def serves_rows(t: Tensors, span: Span) -> bool:
-    """Whether dense attention of a span's rows goes through the fused attention."""
+    """Whether dense attention of a span's rows goes through the fused attention. A single row gains nothing by it."""
+    plain = t.softcap is None and t.positions is None and t.q.shape[-1] == t.v.shape[-1]
     within = t.sliding_window is None or t.sliding_window >= span.end
-    return knows(t, span.rows) and within and compute_dtype(t.q) == t.q.dtype == t.k.dtype
+    alike = compute_dtype(t.q) == t.q.dtype == t.k.dtype
+    return plain and within and alike and span.rows > 1 and t.q.device.type == "cpu"
 
 
 def attend_rows(t: Tensors, first: int, span: Span) -> None:

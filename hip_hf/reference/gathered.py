@@ -107,14 +107,15 @@ class Gathered:
         query = q.to(self.k.dtype) * scale
         if positions is not None:
             query = positions.streaming(query, self.count)
-        # In half precision all rows of the buffers, also those not in use: a part would be copied before it is multiplied, and
-        # each new length would have a kernel made for it.
+        # In bf16 all rows of the buffers, also those not in use: a part would be copied before it is multiplied, and each new
+        # length would have a kernel made for it.
         rows = self.k.shape[1] if self.k.dtype == torch.bfloat16 else self.count
         k, v = self.k[:, :rows], self.v[:, :rows]
         logits = scratch.take("logits", (*q.shape[:2], rows), k)
         torch.bmm(query[:, :, 0], k.transpose(1, 2), out=logits)
         squash(logits, softcap)
-        logits[..., self.count :] = -torch.inf
+        if rows > self.count:
+            logits[..., self.count :] = -torch.inf
         lse = None
         if need_lse or sinks is not None:
             lse = torch.empty(logits.shape[:2], dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)

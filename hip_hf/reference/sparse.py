@@ -274,17 +274,19 @@ class SparseAttention:
         outs, lses, nears = [], [], []
         for block in together(blocks):
             logits, near = self._near(t, heads, [block])
+            nears.append(near)
+            if self.pieces is not None:
+                continue
             out, lse = partial(t, heads, everyone, [block], None, size, True, known=logits)
             assert lse is not None
             outs.append(out.to(lse.dtype, copy=True))
             lses.append(lse)
-            nears.append(near)
-        out, lse, near = (torch.cat(x, dim=2) for x in (outs, lses, nears))
-        ids = self._selected(search, heads, blocks, near)
+        ids = self._selected(search, heads, blocks, torch.cat(nears, dim=2))
         if self.pieces is not None:
             # gradients are differences with the output, and would feel that half precision rounds both parts of it
             self._attend(t, span, heads, blocks, ids)
             return ids
+        out, lse = torch.cat(outs, dim=2), torch.cat(lses, dim=2)
         # where positions are given by the order of what is read, each row has another one
         runs = [blocks] if t.positions is None else [[block] for block in blocks]
         for at, some in enumerate(runs if ids.shape[3] else []):
