@@ -41,7 +41,7 @@ def always_read(
 
 def by_need(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
-    sinks: list[float] | None = None, sliding: int | None = None, most: int = 512,
+    sinks: list[float] | None = None, sliding: int | None = None, most: int = 1024,
 ) -> tuple[list[Vote], int | None]:  # fmt: skip
     """Votes of a query block's rows by their need; arguments and result as of `always_read` and `neediest`."""
     near = always_read(config, keys, rows, first, low, high, logit, sinks, sliding)
@@ -50,34 +50,29 @@ def by_need(
 
 def neediest(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, near: dict[tuple[int, int], float], low: int, high: int,
-    logit: Callable[..., float], most: int = 512,
+    logit: Callable[..., float], most: int = 1024,
 ) -> tuple[list[Vote], int | None]:  # fmt: skip
-    """Votes of the rows `[rows, heads, D]` that need the middle `[low, high)` most, which is estimated from `most` of its keys.
-    So many of them, the first, walk the tree (None: all, for all rows vote). `near`: log-sum-exp of each for what it reads in
-    any case."""
+    """Votes of the rows `[rows, heads, D]` that need the middle `[low, high)` most: for which the best of `most` of its keys
+    stands out most from what they read in any case. So many of them, the first, walk the tree (None: all, for all that may vote
+    do). `near`: log-sum-exp of each for what it reads in any case."""
     bk, (count, heads, _) = config.block_k, rows.shape
-    ids = [(row, head) for row in range(count) for head in range(heads)]
+    ids = [(row, head) for row in asked(config, count) for head in range(heads)]
     allowed = heads if count == 1 else min(len(ids), max(1, math.ceil(heads * config.block_q / config.query_stride)))
     walking = None
     if allowed < len(ids):
         stride = 1
         while len(sample := spread(low * bk, high * bk, stride)) > most:
             stride *= 2
-        need = {(r, h): log_sum_exp([logit(rows[r, h], keys[at]) for at in sample]) - near[r, h] for r, h in ids}
-        need = without_pairs(need, allowed)
+        need = {(r, h): max(logit(rows[r, h], keys[at]) for at in sample) - near[r, h] for r, h in ids}
         ids = sorted(ids, key=lambda i: (-need[i], i))
         walking = walkers(config, allowed)
         ids = sorted(ids[:walking]) + sorted(ids[walking:allowed])
     return [(rows[row, head], near[row, head]) for row, head in ids], walking
 
 
-def without_pairs(need: dict[tuple[int, int], float], votes: int) -> dict[tuple[int, int], float]:
-    """Needs of (row, head): of every two rows one is out, for each head, if enough are left for so many votes."""
-    if 2 * votes > len(need):
-        return need
-    loser = lambda r, h: r - 1 if need[r, h] > need[r - 1, h] or math.isnan(need[r - 1, h]) else r  # noqa: E731
-    out = {(loser(r, h), h) for r, h in need if r % 2}
-    return {i: -math.inf if i in out else x for i, x in need.items()}
+def asked(config: Any, rows: int) -> list[int]:
+    """Of so many rows of a query block every second one, counted back from the last; all, if every row is to vote."""
+    return sorted(range(rows - 1, -1, -1 if config.query_stride == 1 else -2))
 
 
 def walkers(config: Any, votes: int) -> int:

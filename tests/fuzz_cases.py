@@ -180,7 +180,7 @@ def configs(draw: Draw, methods: tuple[str, ...] = tuple(METHODS), covers: bool 
     )
     if method in ("hip", "staged", "quest", "vertical_slash", "sample", "h2o"):
         fields |= dict(
-            query_stride=draw(st.sampled_from([1, 3, 40])),
+            query_stride=draw(st.sampled_from([1, 2, 3, 40])),
             vote=draw(st.sampled_from(VOTES)),
             representative=draw(st.sampled_from(REPRESENTATIVES)),
             score=draw(st.sampled_from(SCORES)),

@@ -20,7 +20,7 @@ Starts = list[int] | None
 def small(**fields: Any) -> HiPConfig:
     """Settings at which the sparse path runs on a few hundred keys: four selected blocks of four keys."""
     sizes = dict(budget=16, block_q=16, block_k=4, sink=4, window=16, dense_below=0, dense_tail=0)
-    search = dict(representative="blend", query_stride=2, beam=2, rescore=1)  # whatever the defaults are
+    search = dict(representative="blend", query_stride=4, beam=2, rescore=1)  # whatever the defaults are
     return HiPConfig(**{**sizes, **search, **fields})
 
 

@@ -140,15 +140,18 @@ def test_the_formulas(rows: int, start: int, config: dict[str, Any], fields: dic
     ("method", "dtype"), [("streaming", torch.float32), ("hip", torch.float32), ("streaming", torch.bfloat16)]
 )
 def test_it_corrects_what_depends_on_the_query(method: str, dtype: torch.dtype) -> None:
-    """The error falls by more than half, where the last dense row's difference makes it larger."""
-    q, k, v = clustered(600, dtype)
-    want = eager(q, k, v, causal(1, 600, 600))[0]
+    """The error falls by more than half, where the last dense row's difference makes it larger; over several draws, of which one
+    says little."""
     settings = [dict(), dict(delta=32), dict(delta=32, delta_mode="step")]
-    plain, clusters, step = (
-        float((attend(make_problem(q, k, v), small(method=method, **fields)).out - want).norm()) for fields in settings
-    )
-    assert clusters < plain / 2
-    assert step > plain
+    errors = torch.zeros(len(settings))
+    for _ in range(4):
+        q, k, v = clustered(600, dtype)
+        want = eager(q, k, v, causal(1, 600, 600))[0]
+        outs = [attend(make_problem(q, k, v), small(method=method, **fields)).out for fields in settings]
+        errors += torch.tensor([float((out - want).norm()) for out in outs])
+    plain, clusters, step = errors.tolist()
+    assert clusters < plain / 2, errors
+    assert step > plain, errors
 
 
 @pytest.mark.parametrize("config", [dict(), dict(method="streaming"), dict(method="oracle", group_shared=False)])

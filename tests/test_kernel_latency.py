@@ -286,10 +286,15 @@ def test_the_model_adds_up() -> None:
     with_tail = floors.prefill(320, small(dense_tail=64), shape)
     assert with_tail.flops == 4 * 4 * 16 * (256 * 52 + 64 * 320)
     assert with_tail.bytes == 16 * 2 * 52 * 64 + 1 * 2 * 320 * 64 + 2 * 320 * 128
-    # by need, of 36 keys that are always read and a sample of 256: half of the rows are copied; sampled rows are only read
+    # by need, of half of the rows with 36 keys that are always read and a sample of 256: a quarter of all rows are copied;
+    # sampled rows are only read
     votes = floors.votes(320, config, shape)
-    assert votes.flops == 2 * 320 * 4 * 292 * 16
-    assert votes.bytes == 20 * 2 * 292 * 32 + 320 * 128 * (1 + 2 / 2) + 320 * 4 * 4 * (3 + 2 / 2)
+    assert votes.flops == 320 * 4 * 292 * 16
+    assert votes.bytes == 20 * 2 * 292 * 32 + 320 * 128 * (1 / 2 + 2 / 4) + 320 * 4 * 4 * (3 / 2 + 2 / 4)
+    # with `query_stride=2` all that are asked vote, and are read where they lie
+    unranked = floors.votes(320, small(query_stride=2), shape)
+    assert unranked.flops == 320 * 4 * 36 * 16
+    assert unranked.bytes == 20 * 2 * 36 * 32 + 320 * 128 / 2 + 320 * 4 * 4 * 1
     whole, sampled = (floors.selection(320, one, shape) for one in (config, small(vote="sampled")))
     assert (whole.flops, whole.bytes) == (sampled.flops + votes.flops, sampled.bytes + votes.bytes)
     a_head = floors.prefill(320, small(dense_tail=0, group_shared=False), shape)

@@ -10,7 +10,7 @@ from typing import Any
 import brute
 import pytest
 import torch
-from helpers import small
+from helpers import assert_near, small
 from interpreter import DEVICE
 from kernel_cases import precisions
 from test_extension import positions
@@ -74,7 +74,7 @@ def reference(case: Case, span: Span, block: QueryBlock, dtype: torch.dtype) -> 
         stride *= 2
     distance = (row + 1 - block.window).clamp(max=trained - 1).expand(-1, len(sample))
     logits = logits_of(case, span, block, torch.tensor(sample), distance if case.positions else None, dtype)
-    return near, logits.to(near.dtype).logsumexp(-1) - near
+    return near, logits.to(near.dtype).amax(-1) - near
 
 
 def needs(case: Case, block_q: int, made: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,12 +89,11 @@ def needs(case: Case, block_q: int, made: torch.Tensor | None = None) -> tuple[t
 def voters(need: torch.Tensor, config: HiPConfig) -> list[tuple[int, int]]:
     """The rows and heads that vote, of need `[heads, rows]`: as (row, head), in order, those that walk the tree first."""
     heads, rows = need.shape
-    ids = [(row, head) for row in range(rows) for head in range(heads)]
+    ids = [(row, head) for row in brute.asked(config, rows) for head in range(heads)]
     count = heads if rows == 1 else max(1, math.ceil(heads * config.block_q / config.query_stride))
     if count >= len(ids):
         return ids
-    left = brute.without_pairs({(row, head): float(need[head, row]) for row, head in ids}, count)
-    ids = sorted(ids, key=lambda i: (-left[i], i))
+    ids = sorted(ids, key=lambda i: (-need[i[1], i[0]], i))
     walking = brute.walkers(config, count)
     return sorted(ids[:walking]) + sorted(ids[walking:count])
 
@@ -116,18 +115,19 @@ def check(case: Case, ranks_exactly: bool = True) -> None:
             if block.middle <= config.budget // config.block_k:
                 continue
             searched += 1
+            asked = torch.tensor(brute.asked(config, block.rows))
             rows = slice(block.first - span.position, block.last + 1 - span.position)
-            written[s, :, rows] = True
+            written[s, :, block.first - span.position + asked] = True
             exact, rough = reference(case, span, block, torch.float64), []
             for precision in precisions(case.q, case.q.shape[-1]):
                 with precision:
                     rough.append(reference(case, span, block, case.q.dtype))
-            estimated = len(voters(exact[1], config)) < exact[1].numel()
+            estimated = len(voters(exact[1], config)) < exact[1][:, asked].numel()
             got = (near[s, :, rows], need[s, :, rows])
             for name, mine, want, *same in zip(errors, got, exact, *rough, strict=True):
                 if name == "near" or estimated:
                     least = torch.finfo(torch.float32).eps * float(want.abs().max())
-                    errors[name].append(float((mine.double() - want).abs().max()))
+                    errors[name].append(float((mine.double() - want)[:, asked].abs().max()))
                     plain[name].append(max(least, *(float((one.double() - want).abs().max()) for one in same)))
             ranks = exact[1] if ranks_exactly else got[1].double()
             for mask_head in range(votes.shape[1]):
@@ -174,7 +174,7 @@ def test_head_dims(dim: int, poison: None) -> None:
 
 
 @pytest.mark.parametrize("fields", [
-    dict(block_q=7, query_stride=3), dict(query_stride=16), dict(query_stride=1000), dict(query_stride=2), dict(sink=0, window=0),
+    dict(block_q=7, query_stride=3), dict(query_stride=16), dict(query_stride=1000), dict(query_stride=3), dict(sink=0, window=0),
     dict(sink=9, window=5), dict(block_k=6, budget=12), dict(options={"sample": 2}), dict(options={"sample": 5}),
     dict(score="max"),
 ])  # fmt: skip
@@ -189,6 +189,19 @@ def test_settings(fields: dict[str, Any], poison: None) -> None:
     votes, wanted = (votes_of(q, kv, sequences, one.config, one.logits(), 16)[0] for one in (case, by_mass))
     count = 12 * 2  # the two whole blocks at the end
     assert torch.equal(votes[:, :, -count:], wanted[:, :, -count:]), "who votes does not depend on the score"
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_where_all_that_are_asked_vote_they_are_read_where_they_lie(stride: int, poison: None) -> None:
+    case = Case(small(query_stride=stride), [whole(151, 29)], groups=3)
+    q, _, kv, sequences = case.arguments()
+    votes, found = votes_of(q, kv, sequences, case.config, case.logits(), 16)
+    assert votes is q
+    for block in case.blocks(case.spans[0], False):
+        if block.middle > case.config.budget // case.config.block_k:
+            exact, _ = reference(case, case.spans[0], block, torch.float64)
+            asked = torch.tensor(brute.asked(case.config, block.rows))
+            assert_near(found[0, :, block.row + asked].cpu(), exact[:, asked], 1e-5)
 
 
 @pytest.mark.parametrize("page_size", [0, 16, 7])
@@ -231,21 +244,20 @@ def test_votes_are_turned_to_where_they_select(block_q: int) -> None:
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_ties_go_to_the_lower_row_and_then_head(heads: int) -> None:
-    """A sink that outweighs everything: all rows need alike. Without it, those that see fewer keys need more, all heads alike. Of
-    two rows that follow one another only the first votes."""
+    """A sink that outweighs everything: all rows need alike. Without it, those that see fewer keys need more, all heads alike.
+    Every second row is asked."""
     for sinks in (torch.full((heads,), 1e8), None):
         case = Case(small(query_stride=4), [whole(131, 16 + 131 % 16)], groups=heads, sinks=sinks)
         case.q[:] = torch.arange(case.q.shape[2])[:, None] * 1e-3 if sinks is not None else 0.0
         q, _, kv, sequences = case.arguments()
         near, need = needs(case, 16)
         votes, found = (x.cpu() for x in votes_of(q, kv, sequences, case.config, case.logits(), 16))
-        count = 4 * heads
-        first = votes[0, 0, :count]
-        want = torch.stack([case.q[0, i % heads, 2 * (i // heads)] for i in range(count)])
-        assert torch.equal(first, want)
-        assert torch.equal(found[0, 0, :count], torch.stack([near[0, i % heads, 2 * (i // heads)] for i in range(count)]))
+        ids = [(2 * i + 1, head) for i in range(4) for head in range(heads)]
+        first = votes[0, 0, : len(ids)]
+        assert torch.equal(first, torch.stack([case.q[0, head, row] for row, head in ids]))
+        assert torch.equal(found[0, 0, : len(ids)], torch.stack([near[0, head, row] for row, head in ids]))
         if sinks is not None:
-            assert (need[0, :, :16] == need[0, 0, 0]).all()
+            assert (need[0, :, 1:16:2] == need[0, 0, 1]).all()
 
 
 def test_the_description_once_more() -> None:

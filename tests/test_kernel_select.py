@@ -140,7 +140,7 @@ class Case:
             (n,) = (laid.index(block) for block in blocks)
             count = need.votes_of(config, laid[n].rows, voting.voters)
             own = slice(n * voting.slots, n * voting.slots + count)
-            walking = voting.walkers if count < voting.voters * laid[n].rows else count
+            walking = voting.walkers if count < voting.voters * len(need.asked_rows(config, laid[n].rows)) else count
             return search.scale * votes[heads, :, own].double(), near[heads, :, own].double(), walking
 
         return patch.object(TreeSearch, "_votes", chosen)
@@ -235,7 +235,7 @@ def test_groups(groups: int, shared: bool) -> None:
     ("groups", "fields"), [(7, {}), (8, {}), (8, dict(options={"descent": 8})), (7, dict(coarsest=4, beam=4))]
 )
 def test_fewer_tiles_of_votes_walk_than_look(groups: int, fields: dict[str, Any]) -> None:
-    case = Case(small(rescore=3, query_stride=2, **fields), [whole(683, 35)], groups=groups)
+    case = Case(small(rescore=3, query_stride=3, **fields), [whole(683, 35)], groups=groups)
     voting = Voting.of(case.config, groups, case.config.block_q, False)
     assert voting.walkers < voting.votes > 16
     case.check()
@@ -243,7 +243,8 @@ def test_fewer_tiles_of_votes_walk_than_look(groups: int, fields: dict[str, Any]
 
 @pytest.mark.parametrize("fields", [
     dict(beam=1), dict(beam=3), dict(rescore=2), dict(rescore=8, beam=2), dict(rescore=3, score="max"), dict(query_stride=1),
-    dict(query_stride=5), dict(query_stride=40), dict(query_stride=40, score="max"), dict(query_stride=5, vote="sampled"),
+    dict(query_stride=2), dict(query_stride=2, block_q=5, group_shared=False), dict(query_stride=5), dict(query_stride=40),
+    dict(query_stride=40, score="max"), dict(query_stride=5, vote="sampled"),
     dict(query_stride=5, options={"sample": 7}), dict(rescore=4, query_stride=4, options={"onward": 0, "descent": 3}),
     dict(rescore=4, query_stride=4, options={"onward": 1, "descent": 1}), dict(query_stride=4, vote="sampled", score="max"),
     dict(block_k=1, budget=4), dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),

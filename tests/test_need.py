@@ -18,7 +18,7 @@ from test_tree_search import expected, layout, selected
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
 from hip_hf.methods.hip import TreeSearch
-from hip_hf.methods.need import keep_needier_of_pairs
+from hip_hf.methods.need import asked_rows
 from hip_hf.problem import Span
 from hip_hf.reference import block_sparse, workers
 from hip_hf.reference.sparse import SparseAttention
@@ -68,9 +68,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], torch.Tens
 
 
 def test_ties_go_to_the_earlier_row_then_to_the_lower_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight of four rows and two heads need the middle alike, in numbers that float arithmetic keeps exact; four may vote, of two
-    rows that follow one another the earlier one."""
-    config = small(block_q=4, query_stride=2, options={"sample": 2})
+    """Two of four rows are asked, and need the middle alike with both heads, in numbers that float arithmetic keeps exact; two
+    may vote."""
+    config = small(block_q=4, query_stride=4, options={"sample": 2})
     q, k = torch.zeros(1, 2, 104, 16, dtype=torch.float64), torch.zeros(1, 1, 104, 16, dtype=torch.float64)
     for head in range(2):
         for row in range(4):
@@ -80,7 +80,7 @@ def test_ties_go_to_the_earlier_row_then_to_the_lower_head(monkeypatch: pytest.M
     seen = watched(monkeypatch)
     sparse(q[:, :, 84:], k, k, config)
     ((votes, near),) = [(votes[0, -1], near[0, -1]) for first, votes, near in seen if first[-1] == 100]
-    assert [int(vote[:8].argmax()) for vote in votes] == [0, 1, 4, 5]
+    assert [int(vote[:8].argmax()) for vote in votes] == [2, 3]
     assert len(set(near.tolist())) == 1
 
 
@@ -89,7 +89,8 @@ def test_ties_go_to_the_earlier_row_then_to_the_lower_head(monkeypatch: pytest.M
 def test_those_vote_who_need_most(
     sample: int, exact: bool, group_shared: bool, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
 ) -> None:
-    """By all keys of the middle, or by a sample of them, and then by another choice of rows; the neediest half walks the tree."""
+    """By the best of all keys of the middle, or of a sample of them, and then by another choice of rows; the neediest half walks
+    the tree."""
     config = small(**FEW, group_shared=group_shared, options={"sample": sample})
     q, k, v = make_qkv(331, 75, heads=2, groups=3, dtype=torch.float64)
     seen = watched(monkeypatch)
@@ -107,7 +108,7 @@ def test_those_vote_who_need_most(
         for share in range(1 if group_shared else 3):
             heads = range(3 * head, 3 * head + 3) if group_shared else [3 * head + share]
             for block, low, high in layout(config, 75, 331):
-                at = [(p, h) for p in block for h in heads]
+                at = [(block[row], h) for row in brute.asked(config, len(block)) for h in heads]
                 rows = torch.stack([q[0, h, p - 256] for p, h in at]) / 4
                 logits = rows @ k[0, head].T
                 position = torch.arange(331)
@@ -117,14 +118,8 @@ def test_those_vote_who_need_most(
                 stride = 1
                 while len(some := brute.spread(low * 4, high * 4, stride)) > sample:
                     stride *= 2
-                need, estimate = (logits[:, keys].logsumexp(-1) - near for keys in (middle, some))
+                need, estimate = (logits[:, keys].amax(-1) - near for keys in (middle, some))
                 count = min(len(at), -(-len(heads) * 16 // 8))
-                if 2 * count <= len(at):  # of two rows that follow one another one is out
-                    for i in range(len(at) - len(heads)):
-                        j = i + len(heads)
-                        if i // len(heads) % 2 == 0:
-                            need[i if need[j] > need[i] else j] = -torch.inf
-                            estimate[i if estimate[j] > estimate[i] else j] = -torch.inf
                 by_all, by_some = (x.argsort(descending=True)[:count].tolist() for x in (need, estimate))
                 walking = brute.walkers(config, count) if count < len(at) else count
                 placed = sorted(by_some[:walking]) + sorted(by_some[walking:])
@@ -133,17 +128,9 @@ def test_those_vote_who_need_most(
     assert differs != exact
 
 
-def test_of_two_rows_that_follow_one_another_the_needier_votes() -> None:
-    need = torch.tensor([[3.0, 1.0], [2.0, 4.0], [0.0, 5.0], [0.0, 5.0], [-1.0, 2.0]], dtype=torch.float64)
-    out = -torch.inf
-    want = torch.tensor([[3.0, out], [out, 4.0], [0.0, 5.0], [out, out], [-1.0, 2.0]], dtype=torch.float64)
-    for votes in (5, 6):
-        got = need.flatten().clone()
-        keep_needier_of_pairs(got, 2, votes)
-        assert torch.equal(got.view(5, 2), want if votes == 5 else need)
-    broken = torch.tensor([torch.nan, 1.0, 2.0, torch.nan])
-    keep_needier_of_pairs(broken, 1, 2)
-    assert broken.tolist() == [out, 1.0, 2.0, out]
+@pytest.mark.parametrize(("stride", "rows", "want"), [(8, 6, [1, 3, 5]), (2, 5, [0, 2, 4]), (1, 3, [0, 1, 2]), (8, 1, [0])])
+def test_every_second_row_is_asked(stride: int, rows: int, want: list[int]) -> None:
+    assert list(asked_rows(small(query_stride=stride), rows)) == want
 
 
 # However the call is made.
@@ -260,7 +247,7 @@ def mostly_near(rows: int, needy: list[int], groups: int = 2) -> tuple[torch.Ten
 def test_rows_that_attend_near_them_do_not_change_the_selection(few: int, group_shared: bool) -> None:
     """Fewer rows than may vote need the middle: also such of the others as vote have no say."""
     config = small(**FEW, group_shared=group_shared, sink=8)
-    needy = [2, 7, 11][:few]
+    needy = [3, 7, 11][:few]  # of those that are asked
     q, k, v = mostly_near(12, needy)
     q = torch.cat([torch.randn(1, 2, 16, 16, dtype=torch.float64), q], 2)  # by themselves, 12 rows would be decode
     want = selected(config, q, k, v)
@@ -284,10 +271,10 @@ def test_heads_that_attend_near_them_do_not_change_the_selection_of_a_decode_ste
         assert selected(config, q, k, v) == alone
 
 
-@pytest.mark.parametrize("row", [20, 45])
+@pytest.mark.parametrize("row", [21, 45])
 @pytest.mark.parametrize("head", [0, 1])
 def test_a_single_row_finds_what_it_looks_for(row: int, head: int) -> None:
-    """One of 128; the rows that vote by their place are 7, 15, ..., 63."""
+    """One of 64 that are asked; the rows that vote by their place are 7, 15, ..., 63."""
     fields = dict(block_q=64, block_k=16, budget=32, sink=16, window=64, query_stride=8, rescore=2)
     q, k, v = make_qkv(1088, 64, heads=1, dtype=torch.float64)
     k[..., NEAR:] = 0

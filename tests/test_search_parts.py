@@ -19,7 +19,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.methods import hip, need
 from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.methods.hip import Options, Selector, TreeSearch, aggregate
-from hip_hf.methods.need import log_mass, sampled_chunks, sampled_keys
+from hip_hf.methods.need import highest, sampled_chunks, sampled_keys
 from hip_hf.problem import Span
 
 LIMIT = torch.finfo(torch.float32).max
@@ -240,21 +240,17 @@ def test_the_sample_has_a_key_of_each_chunk(level: int) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_the_mass_of_rows_whose_logits_are_far_apart(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, keys = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_highest_logit_of_each_row(softcap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, keys = torch.randn(2, 3, 8, dtype=dtype), torch.randn(2, 5, 8, dtype=dtype)
     q[:, 0] *= 1000
-    logits = q @ keys.transpose(1, 2)
-    want = (logits if softcap is None else softcap * torch.tanh(logits / softcap)).logsumexp(-1)
+    logits = (q @ keys.transpose(1, 2)).double()
+    want = (logits if softcap is None else softcap * torch.tanh(logits / softcap)).amax(-1)
     taken = watched_buffers(monkeypatch)
-    assert_near(log_mass(q, keys, softcap), want, 1e-9)
+    got = highest(q, keys, softcap)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert_near(got, want, 1e-9 if dtype == torch.float64 else 1e-5)
     assert taken == [("logits", (2, 3, 5))], "the logits are in the worker's buffer"
-
-
-def test_the_mass_of_half_precision_is_summed_up_in_fp32() -> None:
-    q, keys = torch.randn(2, 3, 8, dtype=torch.bfloat16), torch.randn(2, 500, 8, dtype=torch.bfloat16)
-    got = log_mass(q, keys, None)
-    assert got.dtype == torch.float32
-    assert_near(got, (q @ keys.transpose(1, 2)).double().logsumexp(-1), 1e-5)
 
 
 # Options.
@@ -274,4 +270,4 @@ def test_the_mass_of_half_precision_is_summed_up_in_fp32() -> None:
 def test_bad_options(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
         Options(**values)
-    assert (Options(weight=0, sample=2), Options(weight=1)) == (Options(0, 2), Options(1, 512))
+    assert (Options(weight=0, sample=2), Options(weight=1)) == (Options(0, 2), Options(1, 1024))

@@ -38,7 +38,7 @@ def as_set(mask: BlockMask, head: int, block: int) -> set[int]:
 def test_staged_with_one_halving_a_stage_is_the_tree(score: str, shared: bool, beam: int, tokens: int, rows: int) -> None:
     tensors = make_qkv(tokens, rows)
     common = dict(representative="middle", score=score, vote="sampled", group_shared=shared, decode_refresh=1)
-    tree = small(beam=beam, **common)
+    tree = small(beam=beam, query_stride=2, **common)
     top = max(
         hip.start_level(tree, b // 4, (p - 16) // 4) for p in range(tokens - rows, tokens) for b in (4,)
     )  # where the tree begins: some query blocks of the call may begin a level lower, by their own count

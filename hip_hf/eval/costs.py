@@ -21,7 +21,7 @@ from hip_hf.methods.columns import ROWS_AT_ONCE
 from hip_hf.methods.delta import anchors, mode_of
 from hip_hf.methods.hip import sampled_rows, start_level
 from hip_hf.methods.missing import CLUSTERS
-from hip_hf.methods.need import sample_level, sampled_chunks, votes_of, walkers_of
+from hip_hf.methods.need import asked_rows, sample_level, sampled_chunks, votes_of, walkers_of
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.methods.quest import as_tree
 from hip_hf.problem import Span
@@ -73,14 +73,14 @@ def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
     if config.vote == "sampled":
         return len(sampled_rows(config, block)) * 2 * (walked + looked), walked + looked
     # of one query head: heads that share a mask have as many votes together as alone, but for rounding
-    voters, sampled = votes_of(config, block.rows, 1), 0
+    asked, voters, sampled = len(asked_rows(config, block.rows)), votes_of(config, block.rows, 1), 0
     walkers = voters
-    if voters < block.rows:
+    if voters < asked:
         walkers = walkers_of(config, voters)
         at = sample_level(config, block.low, block.high, options.sample)
         first, end = sampled_chunks(config, block.low, block.high, at)
         sampled = end - first
-    products = walkers * walked + voters * looked + block.rows * sampled * dim
+    products = walkers * walked + voters * looked + asked * sampled * dim
     return 2 * products, walked + looked + sampled * dim
 
 

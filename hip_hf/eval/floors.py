@@ -20,6 +20,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.kernels.prefill import rows_of
 from hip_hf.kernels.tuning import Tile, tile_of
 from hip_hf.kernels.voting import Voting
+from hip_hf.methods.need import asked_rows
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
 GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
@@ -118,17 +119,21 @@ def near_keys(tokens: int, config: HiPConfig, block_q: int) -> int:
 
 
 def votes(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
-    """Who votes in a prompt: q and keys, whatever every row reads and a sample of the rest, for what it finds near and its need;
-    the rows of the greatest need, copied."""
-    if config.vote == "sampled":
+    """Who votes in a prompt: of the rows that are asked, q, keys that they read in any case and a sample of the rest, for what
+    they find near and their need; the rows of the greatest need, copied."""
+    voting = Voting.of(config, shape.query_heads // shape.key_heads, config.block_q, False)
+    if not (voting.weighed or voting.ranked):
         return Cost(0, 0)
-    keys = near_keys(tokens, config, config.block_q) + min(config.method_options().sample, tokens)
-    tiles = tokens / config.block_q * shape.row_tiles("prefill", config.block_q, shape.key_heads)
+    asked, sample = len(asked_rows(config, config.block_q)), config.method_options().sample if voting.ranked else 0
+    keys, share = near_keys(tokens, config, config.block_q) + min(sample, tokens), asked / config.block_q
+    tiles = tokens / config.block_q * shape.row_tiles("prefill", asked, shape.key_heads)
     gather = tiles * shape.key_heads * keys * shape.dim * shape.size
     # near and need are written and the latter read; near is read and written once more with the copies
-    numbers = (3 + 2 / config.query_stride) * tokens * shape.query_heads * torch.float32.itemsize
-    rows = tokens * shape.row * (1 + 2 / config.query_stride)
-    return Cost(2 * tokens * shape.query_heads * keys * shape.dim, gather + rows + numbers)
+    numbers, rows = (
+        (3 * share + 2 / config.query_stride, share + 2 / config.query_stride) if voting.ranked else (2 * share, share)
+    )
+    moved = tokens * (rows * shape.row + numbers * shape.query_heads * torch.float32.itemsize)
+    return Cost(2 * tokens * share * shape.query_heads * keys * shape.dim, gather + moved)
 
 
 def selection(tokens: int, config: HiPConfig, shape: Shape) -> Cost:

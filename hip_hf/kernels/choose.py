@@ -41,7 +41,7 @@ def choose_kernel(
     stride_field, stride_near, blocks, heads, sink, window, sliding, refresh,
     BUDGET: tl.constexpr, LOOKS: tl.constexpr, NARROW: tl.constexpr, TILES: tl.constexpr,
     CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, SPACING: tl.constexpr,
-    SAMPLED: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
+    SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     ONWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEPT_LAST: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """The selection of a query block, from the blocks `listed` and what was `found` in their keys (scratch of `select_kernel`,
@@ -67,8 +67,8 @@ def choose_kernel(
         return
 
     near, last_row, first, last = votes_near(
-        near, row, index, row_start, last_row, first, last, stride_near, CHOSEN, VOTERS, VOTES, SPACING, SAMPLED, SAMPLES,
-        GROUP)  # fmt: skip
+        near, row, index, row_start, last_row, first, last, stride_near, CHOSEN, VOTERS, VOTES, SPACING, SAMPLES, GROUP
+    )
     number = number.to(tl.int64)
     ids = tl.load(listed + number * KEPT_LAST + tl.arange(0, KEPT_LAST))
     inside = ids >= 0

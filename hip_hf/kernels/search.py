@@ -172,7 +172,7 @@ def constants(
         RESCORE=rescore, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
         ROWS=rows, TILES=-(-voting.slots // rows), SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
         MASS=config.score == "mass", ONWARD=onward_of(config), WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters,
-        VOTES=voting.votes, WALKERS=voting.walkers, SPACING=voting.stride, SAMPLED=voting.sampled, DIM=dim,
+        VOTES=voting.votes, WALKERS=voting.walkers, SPACING=voting.stride, DIM=dim,
         FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts_of(config), OUT=tile(budget),
         PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Votes by need: the rows of a query block that vote in its search, and how much they find without it (`methods/hip.py` is the
 readable twin).
 
-`need_kernel` goes through what every row reads in any case, sink and window, and through a sample of the keys in between: the
-log-sum-exp of the first (`near`) says how much is found, that of the second less the first how much a row *needs* the middle.
+`need_kernel` goes through what a row that may vote reads in any case, sink and window, and through a sample of the keys in
+between: the log-sum-exp of the first (`near`) says how much it finds, the highest logit of the second less that how much it
+*needs* the middle.
 `vote_kernel` puts the rows of the greatest need side by side, where the search reads them. Under context extension it also
 places them: as far from un-rotated keys as they are from the last key before the window (`voting` in `rope.py`).
 """
@@ -25,7 +26,7 @@ from hip_hf.kernels.sequences import GROWING, Sequences, always_read, load_seque
 from hip_hf.kernels.tiles import LN2, LOG2E, scaled
 from hip_hf.kernels.topk import ABSENT, keep_best, kept_of, sort_keys, tile
 from hip_hf.kernels.tuning import Tile, power_of_two, precision_of, target_of, tile_of
-from hip_hf.kernels.voting import Voting, count_votes, count_walkers
+from hip_hf.kernels.voting import Voting, count_asked, count_votes, count_walkers
 from hip_hf.methods import need as by_need
 
 if TYPE_CHECKING:
@@ -52,13 +53,13 @@ def near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING: 
 
 
 @triton.jit
-def add_keys(
-    top, norm, q, k_base, position, inside, seen, place, cos, sin, key_start, batch, stride_kb, stride_kt,
-    block_table, stride_table, scale, softcap, dim,
+def key_logits(
+    q, k_base, position, inside, seen, place, cos, sin, key_start, batch, stride_kb, stride_kt, block_table, stride_table,
+    scale, softcap, dim,
     D: tl.constexpr, PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The greatest logit of each row and its sum of exponentials, base 2, after the keys at `position` that it has `seen`.
-    HALF > 0: keys are turned to their `place`."""
+    """Logits, base 2, of the keys at `position`: -inf where a row has not `seen` them. HALF > 0: keys are turned to their
+    `place`."""
     d = tl.arange(0, D)
     at = token_offsets(key_start + position, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
     there = inside[:, None] & (d < dim)[None, :]
@@ -67,7 +68,12 @@ def add_keys(
         other = tl.load(k_base + at[:, None] + partner(d, HALF)[None, :], mask=there, other=0.0)
         k = turned(k, other, place, d, cos, sin, HALF).to(k.dtype)
     logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
-    logits = tl.where(seen, logits, float("-inf"))
+    return tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
+def add_logits(top, norm, logits):
+    """The greatest logit of each row and its sum of exponentials, base 2, after more of them."""
     new_top = tl.maximum(top, tl.max(logits, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen nothing yet
     return new_top, norm * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
@@ -78,25 +84,27 @@ def need_kernel(
     Q, K, NEAR, NEED, SINKS, SEQUENCES, TABLE, MADE, COS, SIN,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_near, stride_sequences, stride_table, stride_made,
     sink_keys, window_keys, refresh, dim, scale, softcap, sliding, trained, scaling,
-    BUDGET: tl.constexpr, SAMPLE: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, RANKED: tl.constexpr,
-    STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BUDGET: tl.constexpr, SAMPLE: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, STRIDE: tl.constexpr,
+    RANKED: tl.constexpr, STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """`NEAR` and, if the rows are to be `RANKED` by it, `NEED`, fp32 `[S, Hq, rows]`, of a tile of `ROWS` query rows of a query
-    block and the `GROUP` heads of a key head. Grid: tiles, key heads, sequences.
+    """`NEAR` and, if the rows are to be `RANKED` by it, `NEED`, fp32 `[S, Hq, rows]`, of a tile of `ROWS` rows of a query
+    block that may vote, every `STRIDE`-th, and the `GROUP` heads of a key head. Grid: tiles, key heads, sequences.
 
     Nothing is written where nothing is searched: the middle has up to `BUDGET` blocks, or (`STATEFUL`) a selection is kept.
     `SAMPLE`: keys of the middle at most. HALF > 0: so many pairs of a head's numbers turn, sink and window to where attention
     has them, with the keys of `BUDGET` blocks in between (`rope.py`).
     """
-    TILES: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS
+    ASKED: tl.constexpr = (BLOCK_Q + STRIDE - 1) // STRIDE
+    TILES: tl.constexpr = (ASKED + ROWS - 1) // ROWS
     number, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
     block_row, block_first, block_last = query_block(row_start, rows, position, number // TILES, BLOCK_Q)
-    first = block_first + number % TILES * ROWS
-    last = tl.minimum(first + ROWS - 1, block_last)
-    if first > last:
+    own_rows = block_last - block_first + 1
+    first = block_first + (own_rows - 1) % STRIDE + number % TILES * (ROWS * STRIDE)
+    last = tl.minimum(first + (ROWS - 1) * STRIDE, block_last)
+    if (own_rows < 1) | (first > last):
         return
     if STATEFUL:  # noqa: SIM102 (settled when the kernel is compiled)
         if still_serves(MADE + sequence * stride_made, position, rows, refresh):
@@ -106,9 +114,9 @@ def need_kernel(
     if window // BLOCK_K - sink // BLOCK_K <= BUDGET:
         return
 
-    # Tile row m is query row m // GROUP_PADDED of head m % GROUP_PADDED.
+    # Tile row m is the tile's row m // GROUP_PADDED of head m % GROUP_PADDED.
     m = tl.arange(0, ROWS * GROUP_PADDED)
-    row_at, member = first + m // GROUP_PADDED, m % GROUP_PADDED
+    row_at, member = first + m // GROUP_PADDED * STRIDE, m % GROUP_PADDED
     real = (row_at <= last) & (member < GROUP)
     head = key_head * GROUP + member
     d, n = tl.arange(0, D), tl.arange(0, KEYS)
@@ -140,26 +148,29 @@ def need_kernel(
                 at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
                 place = slots + tl.where(slots < sink_length, 0, gap)
                 seen &= place[None, :] < earliest[:, None]
-                top, norm = add_keys(
-                    top, norm, q, k_base, at, slots < end, seen, place, COS, SIN, key_start, batch, stride_kb, stride_kt,
-                    TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
+                logits = key_logits(
+                    q, k_base, at, slots < end, seen, place, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE,
+                    stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
+                top, norm = add_logits(top, norm, logits)
         q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
         for i in tl.range(0, end, KEYS, disable_licm=True):
             slots = i + n
             at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
             place = slots + tl.where(slots < sink_length, 0, gap)
             seen &= place[None, :] >= earliest[:, None]
-            top, norm = add_keys(
-                top, norm, q, k_base, at, slots < end, seen, tl.maximum(place - shift, 0), COS, SIN, key_start, batch, stride_kb,
-                stride_kt, TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, HALF)  # fmt: skip
+            logits = key_logits(
+                q, k_base, at, slots < end, seen, tl.maximum(place - shift, 0), COS, SIN, key_start, batch, stride_kb, stride_kt,
+                TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, HALF)  # fmt: skip
+            top, norm = add_logits(top, norm, logits)
     else:
         q = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
         for i in range(0, end, KEYS):
             slots = i + n
             at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
-            top, norm = add_keys(
-                top, norm, q, k_base, at, slots < end, seen, slots, COS, SIN, key_start, batch, stride_kb, stride_kt,
-                TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
+            logits = key_logits(
+                q, k_base, at, slots < end, seen, slots, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE, stride_table,
+                scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
+            top, norm = add_logits(top, norm, logits)
     near = (top + tl.log2(norm)) * LN2
     to = (sequence * tl.num_programs(1) * GROUP + head).to(tl.int64) * stride_near + (row_at - position)
     tl.store(NEAR + to, near, mask=real)
@@ -170,11 +181,10 @@ def need_kernel(
         while (high >> level) - ((low + (1 << level) - 1) >> level) > SAMPLE:
             level += 1
         chunk, ends = (low + (1 << level) - 1) >> level, high >> level
-        voting = block_last - block_first + 1
-        # where all rows vote nothing is to be estimated
-        ends = tl.where(count_votes(voting, VOTERS, VOTES, 1, False) < VOTERS * voting, ends, chunk)
+        asked = count_asked(own_rows, VOTERS, STRIDE)
+        # where all of them vote nothing is to be estimated
+        ends = tl.where(count_votes(own_rows, VOTERS, VOTES, STRIDE) < asked, ends, chunk)
         top = tl.full([ROWS * GROUP_PADDED], float("-inf"), tl.float32)
-        norm = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
         if HALF > 0:
             distance = tl.minimum(row_at + 1 - window, trained - 1)
             q = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
@@ -182,11 +192,11 @@ def need_kernel(
             inside = i + n < ends
             spread = ((i + n).to(tl.int64) * SPREAD & 0xFFFFFFFF) >> (32 - level)
             at = ((i + n) << level) + spread.to(tl.int32)
-            top, norm = add_keys(
-                top, norm, q, k_base, at, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb, stride_kt,
-                TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
-        # a sample may be empty
-        tl.store(NEED + to, (top + tl.log2(tl.where(norm == 0.0, 1.0, norm))) * LN2 - near, mask=real)
+            logits = key_logits(
+                q, k_base, at, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE, stride_table,
+                scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
+            top = tl.maximum(top, tl.max(logits, 1))
+        tl.store(NEED + to, top * LN2 - near, mask=real)
 
 
 @triton.jit(do_not_specialize=["stride_near"])
@@ -195,14 +205,14 @@ def vote_kernel(
     stride_qb, stride_qh, stride_qt, stride_near, stride_sequences, stride_made,
     sink_keys, window_keys, refresh, sliding, trained, scaling,
     BUDGET: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, WALKERS: tl.constexpr, STRIDE: tl.constexpr,
-    SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, SAMPLED: tl.constexpr, WEIGHED: tl.constexpr,
+    SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, WEIGHED: tl.constexpr,
     STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
     """The votes of one query block and mask head: `VOTED` `[S, H, blocks * SLOTS, D]`, and (`WEIGHED`) their `VOTED_NEAR` fp32
     `[S, H, blocks * SLOTS]`. Grid: query blocks, mask heads, sequences. As in `need_kernel`, nothing where nothing is searched.
 
-    Rows of the greatest need (`RANKED`, of these the neediest `WALKERS` first), every `STRIDE`-th (`SAMPLED`), or all. HALF > 0:
+    Of every `STRIDE`-th row those of the greatest need (`RANKED`; of these the neediest `WALKERS` first), or all. HALF > 0:
     turned to where they select.
     """
     index, mask_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -217,34 +227,26 @@ def vote_kernel(
     if window // BLOCK_K - sink // BLOCK_K <= BUDGET:
         return
     own_rows = last - first + 1
-    total = count_votes(own_rows, VOTERS, VOTES, STRIDE, SAMPLED)
+    total = count_votes(own_rows, VOTERS, VOTES, STRIDE)
     entry = (sequence * tl.num_programs(1) + mask_head).to(tl.int64)
     lane = entry * VOTERS * stride_near + (first - position)
     slot = tl.arange(0, KEPT)
     inside = slot < total
+    skipped = (own_rows - 1) % STRIDE  # rows before the first that may vote
     ids, place = slot, slot
     if RANKED:
         every = tl.arange(0, N)  # by position, then by head
-        there = every < own_rows * VOTERS
-        need = tl.load(NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + every // VOTERS, mask=there, other=0.0)
-        if own_rows * VOTERS >= 2 * total:  # as `keep_needier_of_pairs` in `methods/need.py`
-            other = every // VOTERS ^ 1
-            paired = there & (other < own_rows)
-            others = tl.load(NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + other, mask=paired, other=0.0)
-            odd = other < every // VOTERS
-            earlier = tl.where(odd, others, need)
-            needier = (tl.where(odd, need, others) > earlier) | (earlier != earlier)  # the later of the two
-            need = tl.where(paired & (odd != needier), float("-inf"), need)
+        there = every < count_asked(own_rows, VOTERS, STRIDE)
+        at = skipped + every // VOTERS * STRIDE
+        need = tl.load(NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + at, mask=there, other=0.0)
         none = first * 0 + ABSENT
         ids, needs, _ = keep_best(every, sort_keys(need, there), first, none, first, none, total, N, KEPT)
-        walking = count_walkers(total, own_rows, VOTERS, WALKERS)
+        walking = count_walkers(total, own_rows, VOTERS, STRIDE, WALKERS)
         walks, _, _ = kept_of(needs, none, none, walking)
         before = tl.cumsum(walks, 0)  # with the slot itself
         place = tl.where(walks > 0, before - 1, walking + slot - before)
     ids = tl.where(inside, ids, 0)
-    row, member = ids // VOTERS, ids % VOTERS
-    if SAMPLED:
-        row = tl.where(inside, own_rows - 1 - row * STRIDE, 0)
+    row, member = skipped + ids // VOTERS * STRIDE, ids % VOTERS
     to = (entry * tl.num_programs(0) + index) * SLOTS + place
     if WEIGHED:
         near = tl.load(NEAR + lane + member.to(tl.int64) * stride_near + row, mask=inside, other=0.0)
@@ -276,7 +278,8 @@ def need_arguments(
         shape = replace(shape, keys=max(FEWEST_KEYS, shape.keys // 2), stages=1)
     elif kv.page_size:  # keys wait for the number of their page, which is looked up in the same turn
         shape = replace(shape, stages=min(shape.stages, 2))
-    rows = rows_of(shape, group, block_q)
+    asked = -(-block_q // voting.stride)
+    rows = rows_of(shape, group, asked)
     table, stride_table = kv.table()
     arguments = dict(
         Q=q, K=kv.k, NEAR=near, NEED=need, SINKS=q if logits.sinks is None else logits.sinks.contiguous(),
@@ -287,14 +290,14 @@ def need_arguments(
         stride_made=0 if made is None else made.stride(0), sink_keys=config.sink, window_keys=config.window,
         refresh=config.decode_refresh, dim=dim, scale=logits.scale, softcap=logits.softcap or 1.0,
         sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
-        SAMPLE=config.method_options().sample, VOTERS=voting.voters, VOTES=voting.votes, RANKED=voting.ranked,
-        STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, ROWS=rows, KEYS=shape.keys, GROUP=group,
-        GROUP_PADDED=power_of_two(group), D=max(16, power_of_two(dim)), PAGE_SIZE=kv.page_size,
+        SAMPLE=config.method_options().sample, VOTERS=voting.voters, VOTES=voting.votes, STRIDE=voting.stride,
+        RANKED=voting.ranked, STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, ROWS=rows, KEYS=shape.keys,
+        GROUP=group, GROUP_PADDED=power_of_two(group), D=max(16, power_of_two(dim)), PAGE_SIZE=kv.page_size,
         HAS_SINKS=logits.sinks is not None, SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
-        PRECISION=precision_of(q), **rotation(logits.positions, rows + shape.keys, q),
+        PRECISION=precision_of(q), **rotation(logits.positions, rows * voting.stride + shape.keys, q),
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
-    return (sequences.blocks(block_q) * -(-block_q // rows), kv.heads, sequences.count), arguments
+    return (sequences.blocks(block_q) * -(-asked // rows), kv.heads, sequences.count), arguments
 
 
 def vote_arguments(
@@ -302,7 +305,7 @@ def vote_arguments(
     made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, voted: torch.Tensor, voted_near: torch.Tensor,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
     """Grid and arguments of `vote_kernel`."""
-    needs = tile(voting.voters * block_q)
+    needs = tile(voting.voters * -(-block_q // voting.stride))
     arguments = dict(
         Q=q, NEAR=near, NEED=need, VOTED=voted, VOTED_NEAR=voted_near, SEQUENCES=sequences.table,
         MADE=sequences.table if made is None else made,
@@ -311,7 +314,7 @@ def vote_arguments(
         stride_made=0 if made is None else made.stride(0), sink_keys=config.sink, window_keys=config.window,
         refresh=config.decode_refresh, sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
         VOTERS=voting.voters, VOTES=voting.votes, WALKERS=voting.walkers, STRIDE=voting.stride, SLOTS=voting.slots, N=needs,
-        KEPT=tile(voting.slots), RANKED=voting.ranked, SAMPLED=voting.sampled, WEIGHED=voting.weighed,
+        KEPT=tile(voting.slots), RANKED=voting.ranked, WEIGHED=voting.weighed,
         STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=q.shape[-1], FEATURES=FEATURES,
         **rotation(logits.positions, 0, q), num_warps=min(16, max(4, needs // NEEDS)),
     )  # fmt: skip

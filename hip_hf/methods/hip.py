@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, squash
-from hip_hf.methods.need import keep_needier_of_pairs, log_mass, sample_level, sampled_chunks, sampled_keys, votes_of, walkers_of
+from hip_hf.methods.need import asked_rows, highest, sample_level, sampled_chunks, sampled_keys, votes_of, walkers_of
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.paged import KeyRows, block_index, lanes_of
 from hip_hf.reference.workers import scratch, widened
@@ -47,7 +47,7 @@ class Options:
     share of a block's score, by the mass in its keys, that the block after it gets as well, 0 to 1."""
 
     weight: float = 0.5
-    sample: int = 512
+    sample: int = 1024
     descent: int = 2
     onward: float = 0.3
 
@@ -176,13 +176,15 @@ class TreeSearch:
             q = self._grouped(self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale)
             return q, None, q.shape[2]
         # query blocks of one call follow one another
-        q = self.q[heads, :, first : first + len(blocks) * rows].to(self.pyramid.dtype) * self.scale
-        q, near = self._grouped(q.unflatten(2, (-1, rows))), self._grouped(near.unflatten(2, (-1, rows, 1)))[..., 0]
-        count = votes_of(config, rows, q.shape[2] // rows)
+        q = self.q[heads, :, first : first + len(blocks) * rows].unflatten(2, (-1, rows))
+        voters = q.shape[1] if config.group_shared else 1
+        count, asked = votes_of(config, rows, voters), asked_rows(config, rows)
+        some = slice(asked.start, asked.stop, asked.step)
+        q = self._grouped(q[:, :, :, some].to(self.pyramid.dtype) * self.scale)
+        near = self._grouped(near.unflatten(2, (-1, rows, 1))[:, :, :, some])[..., 0]
         if count == q.shape[2]:
             return q, near, count
-        need = self._log_mass(heads, blocks, q, level).sub_(near)
-        keep_needier_of_pairs(need, q.shape[2] // rows, count)
+        need = self._highest(heads, blocks, q, level).sub_(near)
         every, walking = torch.arange(q.shape[2], device=q.device).expand(need.shape), walkers_of(config, count)
         chosen = best(need, every, count).sort(dim=-1).values
         walkers = best(need.gather(-1, chosen), every[..., :count], walking)
@@ -196,15 +198,15 @@ class TreeSearch:
             return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
         return x.flatten(1, 2).contiguous()
 
-    def _log_mass(self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int) -> torch.Tensor:
-        """Log-sum-exp `[heads, S * P, R]` of scaled queries `[heads, S * P, R, D]` over the sampled keys of each middle."""
+    def _highest(self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int) -> torch.Tensor:
+        """Largest logit `[heads, S * P, R]` of scaled queries `[heads, S * P, R, D]` for the sampled keys of each middle."""
         spans = [sampled_chunks(self.config, block.low, block.high, level) for block in blocks]
         start, stop = min(first for first, _ in spans), max(end for _, end in spans)
         keys = sampled_keys(self.keys[heads], start, stop, level, q.dtype)
         out = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         for i in range(q.shape[1]):
             first, end = spans[i % len(blocks)]
-            out[:, i] = log_mass(q[:, i], keys[:, first - start : end - start], self.softcap)
+            out[:, i] = highest(q[:, i], keys[:, first - start : end - start], self.softcap)
         return out
 
     def _search(
@@ -364,11 +366,11 @@ def aggregate(
         scores = scores if size == 1 else scores.unflatten(-1, (-1, size)).amax(-1)
     else:
         wide = widened(logits)
-        highest = wide.amax(-1, keepdim=True)
-        shares = wide.sub_(highest).exp_()
+        largest = wide.amax(-1, keepdim=True)
+        shares = wide.sub_(largest).exp_()
         total = shares.sum(-1)
         if near is not None:
-            total += torch.exp(near - highest[..., 0])
+            total += torch.exp(near - largest[..., 0])
         shares = shares if size == 1 else shares.unflatten(-1, (-1, size)).sum(-1)
         scores = shares.mul_(total.reciprocal_()[..., None]).sum(-2)
     # -inf is for candidates that do not exist; whatever overflowed is merely the worst, or the best

@@ -1,16 +1,17 @@
 """Votes by need: which query rows decide what their query block reads between sink and window.
 
 Most rows of a real model spend their attention on the first tokens and on their neighbours; a few look something up far away.
-Whoever asks all rows alike, or their mean, hears the many. The *need* of a row is the share of its attention that lies in the
-middle, `sigmoid(lse_middle - lse_near)`:
+Whoever asks all rows alike, or their mean, hears the many. The *need* of a row is how far a key of the middle stands out from
+all that the row reads in any case, `highest - lse_near`:
 
     sink  [ . . . . middle . . . . ]  window, own block
     \\______________________________________________/
-      lse_near: exact, over sink and window (attention computes it anyway)
-               lse_middle: estimated, from a sample of the middle's keys
+      lse_near: log-sum-exp over sink and window, exact (attention computes it anyway)
+               highest: the largest logit among a sample of the middle's keys
 
-The rows of a query block with the largest need vote, one of every two at most, each with its own query. Where all of them vote
-(decode), nothing is estimated: the search weighs every vote by its need (`aggregate` in `hip.py`).
+Of every second row of a query block those with the largest need vote, each with its own query. Where all of these vote (decode,
+short blocks, `query_stride` of 1 and 2), nothing is estimated: the search weighs every vote by what it finds near (`aggregate`
+in `hip.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from hip_hf.methods.base import squash
 from hip_hf.paged import KeyRows, pick
-from hip_hf.reference.workers import scratch, widened
+from hip_hf.reference.workers import scratch
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -29,34 +30,28 @@ if TYPE_CHECKING:
 
 # Knuth's multiplier, 2 ** 32 over the golden ratio: neighbouring chunks get offsets that are far apart.
 SPREAD = 2654435761
+# One row in so many is asked for its need.
+ASKED = 2
+
+
+def asked_rows(config: HiPConfig, rows: int) -> range:
+    """Which of a query block's `rows` rows are asked for their need, and may vote: every second one, counted back from the last,
+    for what one row looks up the next one reads on; all of them with `query_stride=1`."""
+    step = min(config.query_stride, ASKED)
+    return range((rows - 1) % step, rows, step)
 
 
 def votes_of(config: HiPConfig, rows: int, heads: int) -> int:
-    """How many of `rows` query rows of `heads` heads, which share a selection, vote. A row that is alone (decode) votes with
-    all of its heads."""
+    """How many votes a query block of `rows` rows casts, whose `heads` heads share a selection: no more than are asked. A row
+    that is alone (decode) votes with all of its heads."""
     if rows == 1:
         return heads
-    return min(rows * heads, -(-heads * config.block_q // config.query_stride))
+    return min(len(asked_rows(config, rows)) * heads, -(-heads * config.block_q // config.query_stride))
 
 
 def walkers_of(config: HiPConfig, votes: int) -> int:
     """How many of so many votes by need walk the tree: all, where nothing is scored again at its end."""
     return -(-votes // config.method_options().descent) if config.rescore_blocks else votes
-
-
-def keep_needier_of_pairs(need: torch.Tensor, heads: int, votes: int) -> None:
-    """Take a query block's rows two by two, and set the need of the less needy one to minus infinity, of the later one where they
-    are alike, for each head: what a model reads token by token, it looks up in one place, and another row may look elsewhere.
-
-    `need` `[..., rows * heads]`, by position. Nothing is changed where half of the rows are fewer than `votes`."""
-    if 2 * votes > need.shape[-1]:
-        return
-    rows = need.unflatten(-1, (-1, heads))
-    later = rows[..., 1::2, :]
-    earlier = rows[..., 0::2, :][..., : later.shape[-2], :]
-    needier = (later > earlier) | earlier.isnan()
-    earlier.masked_fill_(needier, -torch.inf)
-    later.masked_fill_(~needier, -torch.inf)
 
 
 def sampled_chunks(config: HiPConfig, low: int, high: int, level: int) -> tuple[int, int]:
@@ -83,10 +78,9 @@ def sampled_keys(keys: KeyRows, first: int, end: int, level: int, dtype: torch.d
     return pick(keys, at.expand(keys.shape[0], -1), 1).to(dtype)
 
 
-def log_mass(q: torch.Tensor, keys: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Log-sum-exp `[heads, R]` of the logits of scaled queries `[heads, R, D]` for keys `[heads, n, D]`, fp32 at least."""
+def highest(q: torch.Tensor, keys: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Largest logit `[heads, R]`, fp32 at least, of scaled queries `[heads, R, D]` for keys `[heads, n, D]`."""
     logits = torch.bmm(q, keys.transpose(1, 2), out=scratch.take("logits", (*q.shape[:2], keys.shape[1]), q))
-    squash(logits, softcap)
-    logits = widened(logits)
-    highest = logits.amax(-1, keepdim=True)
-    return logits.sub_(highest).exp_().sum(-1).log_().add_(highest[..., 0])
+    most = logits.amax(-1).to(torch.promote_types(q.dtype, torch.float32))
+    squash(most, softcap)  # keeps the order
+    return most
