@@ -4,7 +4,7 @@
                                                [--output FILE]
 
 One dense forward pass for each of the prompts of `hip-hf needles`; then every layer selects for the rows of questions and
-answers by each of the settings, from the same queries and keys. That is some fifty times cheaper than `hip-hf needles`, and free
+answers by each of the settings, from the same queries and keys. That is some twenty times cheaper than `hip-hf needles`, and free
 of what one layer's errors do to the next: good for comparing, while only needles tell what answers are left. Of the rows
 that say a digit of an answer, over all layers and heads:
 
@@ -37,7 +37,7 @@ from hip_hf.eval.needles import Plan, Prompt, read_documents
 from hip_hf.eval.presets import over_budgets
 from hip_hf.eval.report import machine
 from hip_hf.methods import hip, need
-from hip_hf.methods.base import QueryBlock, make_query_block
+from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block
 from hip_hf.methods.need import SPREAD
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.problem import AttentionProblem, Span
@@ -170,11 +170,11 @@ def last_rows(problem: AttentionProblem, start: int) -> AttentionProblem:
     return replace(problem, q=problem.q[:, :, start:], spans=(Span(0, 0, keys, 0, keys - start, start),))
 
 
-def seen_by(problem: AttentionProblem, config: HiPConfig, head: int, at: int, block: QueryBlock, result: Any) -> torch.Tensor:
+def seen_by(problem: AttentionProblem, mask: BlockMask, head: int, at: int, block: QueryBlock) -> torch.Tensor:
     """Which keys, from the first to the block's last, a query block reads, for the query heads of a key head: `[G, keys]`."""
-    ids = chosen(problem, result.mask, head, at)
+    ids = chosen(problem, mask, head, at)
     seen = torch.zeros(problem.groups, block.last + 1, dtype=torch.bool)
-    keys = (ids[..., None] * config.block_k + torch.arange(config.block_k)).flatten(1)
+    keys = (ids[..., None] * mask.block_k + torch.arange(mask.block_k)).flatten(1)
     seen.scatter_(1, keys, True)
     seen[:, : block.sink], seen[:, block.window :] = True, True
     return seen
@@ -196,9 +196,10 @@ def add(
     result = attend(problem, config, need_mask=True)
     if result.path != "sparse":
         raise ValueError(f"settings: got {config} ({result.reason}), allowed: settings by which this prompt is sparse")
+    assert result.mask is not None
     heads = range(problem.k.shape[1])
     for at, block in searched_blocks(problem, config):
-        seen = torch.stack([seen_by(problem, config, head, at, block, result) for head in heads])
+        seen = torch.stack([seen_by(problem, result.mask, head, at, block) for head in heads])
         for digit, ((row, facts), own) in enumerate(zip(marks, attention, strict=True)):
             if block.first <= row <= block.last:
                 read = own * seen[:, :, : row + 1]

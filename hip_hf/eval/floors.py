@@ -20,7 +20,6 @@ from hip_hf.config import HiPConfig
 from hip_hf.kernels.prefill import rows_of
 from hip_hf.kernels.tuning import Tile, tile_of
 from hip_hf.kernels.voting import Voting
-from hip_hf.methods.need import asked_rows
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
 GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
@@ -124,14 +123,13 @@ def votes(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
     voting = Voting.of(config, shape.query_heads // shape.key_heads, config.block_q, False)
     if not (voting.weighed or voting.ranked):
         return Cost(0, 0)
-    asked, sample = len(asked_rows(config, config.block_q)), config.method_options().sample if voting.ranked else 0
-    keys, share = near_keys(tokens, config, config.block_q) + min(sample, tokens), asked / config.block_q
-    tiles = tokens / config.block_q * shape.row_tiles("prefill", asked, shape.key_heads)
+    sample, share = config.method_options().sample if voting.ranked else 0, voting.asked / config.block_q
+    keys = near_keys(tokens, config, config.block_q) + min(sample, tokens)
+    tiles = tokens / config.block_q * shape.row_tiles("prefill", voting.asked, shape.key_heads)
     gather = tiles * shape.key_heads * keys * shape.dim * shape.size
     # near and need are written and the latter read; near is read and written once more with the copies
-    numbers, rows = (
-        (3 * share + 2 / config.query_stride, share + 2 / config.query_stride) if voting.ranked else (2 * share, share)
-    )
+    copies = 2 / config.query_stride if voting.ranked else 0
+    numbers, rows = (3 if voting.ranked else 2) * share + copies, share + copies
     moved = tokens * (rows * shape.row + numbers * shape.query_heads * torch.float32.itemsize)
     return Cost(2 * tokens * share * shape.query_heads * keys * shape.dim, gather + moved)
 

@@ -278,8 +278,7 @@ def need_arguments(
         shape = replace(shape, keys=max(FEWEST_KEYS, shape.keys // 2), stages=1)
     elif kv.page_size:  # keys wait for the number of their page, which is looked up in the same turn
         shape = replace(shape, stages=min(shape.stages, 2))
-    asked = -(-block_q // voting.stride)
-    rows = rows_of(shape, group, asked)
+    rows = rows_of(shape, group, voting.asked)
     table, stride_table = kv.table()
     arguments = dict(
         Q=q, K=kv.k, NEAR=near, NEED=need, SINKS=q if logits.sinks is None else logits.sinks.contiguous(),
@@ -297,7 +296,7 @@ def need_arguments(
         PRECISION=precision_of(q), **rotation(logits.positions, rows * voting.stride + shape.keys, q),
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
-    return (sequences.blocks(block_q) * -(-asked // rows), kv.heads, sequences.count), arguments
+    return (sequences.blocks(block_q) * -(-voting.asked // rows), kv.heads, sequences.count), arguments
 
 
 def vote_arguments(
@@ -305,7 +304,7 @@ def vote_arguments(
     made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, voted: torch.Tensor, voted_near: torch.Tensor,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
     """Grid and arguments of `vote_kernel`."""
-    needs = tile(voting.voters * -(-block_q // voting.stride))
+    needs = tile(voting.voters * voting.asked)
     arguments = dict(
         Q=q, NEAR=near, NEED=need, VOTED=voted, VOTED_NEAR=voted_near, SEQUENCES=sequences.table,
         MADE=sequences.table if made is None else made,

@@ -36,10 +36,10 @@ def count_walkers(votes, rows, VOTERS: tl.constexpr, STRIDE: tl.constexpr, WALKE
 class Voting:
     """Who votes in a search: settled by settings and shapes alone.
 
-    `voters`: query heads that share a selection. Every `stride`-th row may vote, counted back from a query block's last.
-    `votes`: of a full query block, of which `walkers` walk the tree. `slots`: room for those of any. `ranked`: rows are chosen
-    by need. `chosen`: votes are put side by side for the search, else it reads the queries themselves. `weighed`: the search
-    counts how much a row finds near.
+    `voters`: query heads that share a selection. Every `stride`-th row may vote, counted back from a query block's last: `asked`
+    of a full one. `votes`: of a full query block, of which `walkers` walk the tree. `slots`: room for those of any. `ranked`:
+    rows are chosen by need. `chosen`: votes are put side by side for the search, else it reads the queries themselves. `weighed`:
+    the search counts how much a row finds near.
     """
 
     voters: int
@@ -47,6 +47,7 @@ class Voting:
     walkers: int
     slots: int
     stride: int
+    asked: int
     ranked: bool
     chosen: bool
     weighed: bool
@@ -55,10 +56,10 @@ class Voting:
     def of(config: HiPConfig, group: int, block_q: int, extended: bool) -> Voting:
         voters, by_need = group if config.group_shared else 1, config.vote == "need"
         stride = asked_rows(config, block_q).step if by_need else config.query_stride
-        asked = voters * -(-block_q // stride)
-        votes = votes_of(config, block_q, voters) if by_need else asked
+        asked = -(-block_q // stride)
+        votes = votes_of(config, block_q, voters) if by_need else voters * asked
         slots = max(votes, voters)
-        ranked = votes < asked
+        ranked = votes < voters * asked
         weighed = by_need and config.score == "mass"
         walkers = walkers_of(config, votes) if ranked else slots
-        return Voting(voters, votes, walkers, slots, stride, ranked, ranked or extended, weighed)
+        return Voting(voters, votes, walkers, slots, stride, asked, ranked, ranked or extended, weighed)
