@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_run import DONE, MACHINE, SKIPPED
+from gpu_run import DONE, MACHINE
 
 from hip_hf.eval.cells import SUFFIX
 from hip_hf.eval.publish import write
@@ -16,7 +16,7 @@ from hip_hf.eval.report import markdown
 
 # Exit statuses of a run: a number was wrong; or not every step is done.
 WRONG, MISSING = 1, 3
-OUT_OF_TIME, NO_TIME, FAILED, LEFT_OUT = "out of time", "no time left", "failed", "skipped"
+OUT_OF_TIME, NO_TIME, FAILED = "out of time", "no time left", "failed"
 # Columns of the summary; a table whose rows have none of a line's first column has its own.
 COLUMNS = (
     ("phase", "batch", "length", "hip_ms", "sdpa_ms", "sdpa", "times_faster", "over_floor", "selecting", "path", "runs"),
@@ -38,7 +38,7 @@ def note(folder: Path, name: str, code: int | None, seconds: float | None, limit
     """Write the record of a step. `code`: its exit status, None if it was stopped; `seconds` None: it did not begin."""
     machine, log = folder / MACHINE, folder / f"{name}.log"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    states = {0: DONE, SKIPPED: LEFT_OUT, None: NO_TIME if seconds is None else OUT_OF_TIME}
+    states = {0: DONE, None: NO_TIME if seconds is None else OUT_OF_TIME}
     state, last = states.get(code, FAILED), text.strip().rpartition("\n")[2]
     errors = {DONE: "", NO_TIME: f"{max(limit, 0):.0f} s were left", OUT_OF_TIME: f"stopped after {limit:.0f} s"}
     record = {
@@ -70,7 +70,7 @@ def status(folder: Path, names: Sequence[str]) -> int:
     records = records_of(folder, names)
     if any(map(wrong_in, records)):
         return WRONG
-    whole = len(records) == len(names) and all(record["state"] in (DONE, LEFT_OUT) for record in records)
+    whole = len(records) == len(names) and all(record["state"] == DONE for record in records)
     return 0 if whole else MISSING
 
 

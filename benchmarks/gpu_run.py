@@ -18,8 +18,9 @@ once; a dense prompt of 1M tokens takes 15), and the limits. The sum is below ei
     decode            55     90  at 128K and 1M keys, 1 and 16 sequences or as many as fit, in graphs and launched
     profile           30     50  where a layer's time goes: kernels, gaps, host
     more_tests        70    110  the other kernel tests
+    backward          20     40  gradients at 8K and 32K tokens
     tune              50     60  other launches of attention and selection
-    model             40     60  a real model at 8K tokens, where runs/smollm2 is there
+    model             40     60  the model of runs/smollm2 at 8K tokens; where it is not there, a Llama of random weights at 32K
 
 Exit status: 1 if a number was wrong, else 3 if something is missing, else 0.
 """
@@ -48,8 +49,6 @@ LEAST = 10.0
 DONE = "done"
 # In the folder: what its figures depend on besides what is measured.
 MACHINE = "machine.json"
-# Exit status of a step that measures nothing here.
-SKIPPED = 3
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Step:
 
 STEPS = (
     Step("doctor", 90), Step("tests", 90), Step("prefill", 110), Step("decode", 90), Step("profile", 50), Step("more_tests", 110),
-    Step("tune", 60), Step("model", 60),
+    Step("backward", 40), Step("tune", 60), Step("model", 60),
 )  # fmt: skip
 
 
@@ -146,7 +145,7 @@ def run(
                 code, seconds = worker.take(step.name, limit)
             records.note(folder, step.name, code, seconds, limit)
             print(records.summarise(folder, names), flush=True)
-            if seconds is not None and code not in (0, SKIPPED):  # whatever is wrong with the device is over with the process
+            if seconds is not None and code != 0:  # whatever is wrong with the device is over with the process
                 worker.stop()
                 worker = Worker(command, environment)
     finally:
@@ -163,9 +162,10 @@ def main() -> None:
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT))  # nothing need be installed
     if given.serve:
+        import gpu_sizes
         import gpu_steps
 
-        sizes = gpu_steps.DRY if given.dry_run else gpu_steps.Sizes()
+        sizes = gpu_sizes.DRY if given.dry_run else gpu_sizes.Sizes()
         serve(given.folder, lambda name: gpu_steps.take(name, given.folder, sizes))
         return
     own = [sys.executable, str(Path(__file__).resolve()), str(given.folder), "--serve", *(["--dry-run"] if given.dry_run else [])]

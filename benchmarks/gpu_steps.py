@@ -10,7 +10,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, product, zip_longest
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import tune
-from gpu_run import MACHINE, SKIPPED
+from gpu_run import MACHINE
+from gpu_sizes import ROOT, Sizes
 from torch.autograd import DeviceType
 
 from hip_hf.attention import sparse_reach
@@ -33,84 +34,18 @@ from hip_hf.eval.latency import DTYPES, Plan, interleave, ours, sdpa
 from hip_hf.eval.passkey import use
 from hip_hf.eval.presets import over_budgets
 from hip_hf.eval.publish import write
-from hip_hf.kernels import checks, trust
+from hip_hf.kernels import trust
 from hip_hf.kernels.backend import ROOM
 from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.tuning import target_of
 from hip_hf.shown import said
 
-ROOT = Path(__file__).resolve().parents[1]
 Rows = list[dict[str, Any]]
 
-# Kernel tests that need no GPU. Of the others, those of what every call with the default settings runs come first: they are
-# also the quicker half. A new file belongs to the second.
-NO_GPU = ("test_kernel_results.py", "test_kernel_rule.py", "test_kernel_tuning.py")
-NAMES = ("prefill", "decode", "pyramid", "need", "select_half", "dense", "paged", "ops")
-FIRST = tuple(f"test_kernel_{name}.py" for name in NAMES)
-EVERY = sorted(file.name for file in (ROOT / "tests").glob("test_kernel_*.py"))
-SECOND = tuple(name for name in EVERY if name not in NO_GPU and name not in FIRST)
 # Products of a row's numbers in half precision miss by less than so many of its units, as a share of the row.
 UNITS = 2.0
 # Bytes of a GPU that decode steps leave free beside what grows with the batch: workspaces, graphs, what is cut into pieces.
 SPARE = 2 << 30
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured: of attention calls in `dtype` on `device`, of the first and the second half of the tests, and of a model.
-
-    `checks`, `parts`: dtypes and parts of the kernels that `doctor` tries. `candidates`: other launches of each of the `kernels`,
-    for a call of `tuned` tokens.
-    """
-
-    device: str = "cuda:0"
-    dtype: str = "bf16"
-    checks: tuple[str, ...] = ("bf16", "fp16", "fp32")
-    parts: tuple[str, ...] = doctor.PARTS
-    heads: int = 32
-    kv_heads: int = 8
-    dim: int = 128
-    config: dict[str, Any] = field(default_factory=lambda: dict(backend="triton", dense_below=0))
-    prefill: tuple[int, ...] = (8192, 32768, 131072, 1 << 20)
-    decode: tuple[int, ...] = (131072, 1 << 20)
-    batches: tuple[int, ...] = (1, 16)
-    repeats: int = 5
-    tests: tuple[tuple[str, ...], tuple[str, ...]] = (FIRST, SECOND)
-    processes: int = 14
-    kernels: tuple[str, ...] = ("prefill", "search", "decode search", "votes", "decode")
-    candidates: int = 16
-    tuned: int = tune.TOKENS
-    tune_repeats: int = tune.REPEATS
-    model: Path = ROOT / real_model.FOLDER
-    model_dtype: str = "bf16"
-    prompt: int = 8192
-    budget: int = 1024
-    new_tokens: int = 64
-
-    @property
-    def settings(self) -> HiPConfig:
-        return HiPConfig(**self.config)
-
-    def plan(self, **fields: Any) -> Plan:
-        shape = dict(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, repeats=self.repeats)
-        # a dense prompt of a million tokens takes some 15 s: its first run counts, and there is no other
-        own = dict(dtypes=[self.dtype], settings={"hip": self.settings}, device=torch.device(self.device), enough=5.0)
-        return Plan(**{**shape, **own, **fields})
-
-
-# The same steps on a machine without a GPU: kernels by Triton's interpreter, which does not know bf16.
-DRY = Sizes(
-    device="cpu", dtype="fp16", checks=("fp32",), parts=(checks.GRADIENTS,), heads=2, kv_heads=1, dim=16,
-    config=dict(doctor.SIZES, backend="triton", beam=2, rescore=2, decode_refresh=2),
-    prefill=(128, 192), decode=(96,), batches=(2,), repeats=1,
-    tests=(("test_kernel_rule.py",), ("test_kernel_tuning.py",)), processes=1,
-    kernels=("prefill", "search", "decode search", "votes"), candidates=1, tuned=64, tune_repeats=1,
-    model=documents.CHECKPOINT, model_dtype="fp32", prompt=512, budget=64, new_tokens=2,
-)  # fmt: skip
-
-
-class Skipped(Exception):
-    """Why a step measures nothing here."""
 
 
 class Run:
@@ -242,6 +177,12 @@ def decode_step(run: Run) -> None:
             run.latency(plan, (phase,), length)
 
 
+def backward_step(run: Run) -> None:
+    """Gradients of prompts, the forward pass before them not counted."""
+    for length in run.sizes.backward:
+        run.latency(run.sizes.plan(), ("backward",), length)
+
+
 @torch.no_grad()
 def parts_of(what: str, length: int, device: torch.device, work: Callable[[], Any], steps: int, repeats: int) -> Rows:
     """Where the time of a call goes, in milliseconds a step: the whole by the device's clock, what the host takes until it has
@@ -325,36 +266,54 @@ class Forward(Timed):
         return super().once()
 
 
+def random_model(sizes: Sizes, device: torch.device) -> Any:
+    """A Llama whose weights are drawn: what it says means nothing, what it takes does."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    with device:
+        config = LlamaConfig(**sizes.shape)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=DTYPES[sizes.model_dtype])
+    model.generation_config.eos_token_id = None  # every run has as many tokens
+    return model.eval()
+
+
+def speed(run: Run, loaded: Any, ids: Sequence[int], configs: dict[str, HiPConfig], weights: str) -> Rows:
+    """What a prompt takes, and greedy generation, with each of the settings."""
+    calls = {name: Forward(loaded, ids, config, Clock(run.device)) for name, config in configs.items()}
+    interleave(list(calls.values()), run.sizes.repeats)
+    rows = []
+    for name, config in configs.items():
+        use(loaded, config)
+        for _ in range(2):  # the first compiles
+            result = generate(loaded, list(ids), run.sizes.new_tokens)
+        own = dict(weights=weights, settings=name, length=len(ids), prompt_ms=1000 * median(calls[name].seconds))
+        rows.append({**own, "tokens_per_s": result.tokens_per_s, "runs": len(calls[name].seconds)})
+    return rows
+
+
 @torch.no_grad()
 def model_step(run: Run) -> None:
-    """A real model: pass keys that it reads, what a prompt takes, and greedy generation, dense and sparse."""
+    """A real model: pass keys that it reads, what a prompt takes, and greedy generation, dense and sparse. Where its file did not
+    travel with the tree, the times of one with random weights."""
     sizes, name = run.sizes, str(run.sizes.model)
     if not real_model.is_complete(sizes.model):
-        raise Skipped(f"there is no model in {real_model.FOLDER}, which does not travel with the tree by itself")
+        length = sizes.prefill[1]
+        configs = over_budgets(["dense", "defaults"], [sizes.budget], tokens=length, checkpoint="")
+        ids = torch.randint(sizes.shape["vocab_size"], (length,), generator=torch.Generator().manual_seed(0)).tolist()
+        run.keep("speed", lambda: speed(run, random_model(sizes, run.device), ids, configs, "random"))
+        return
     loaded, tokenizer, _ = documents.load_to_measure(name, sizes.device, "", sizes.model_dtype)
     text = tokenizer.encode(documents.DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
     configs = over_budgets(["dense", "defaults"], [sizes.budget], tokens=sizes.prompt, checkpoint=name)
     plan = needles.Plan(configs, [sizes.prompt], prompts=1)
     prompt = plan.prompt(tokenizer, text, sizes.prompt, 0)
 
-    def speed() -> Rows:
-        calls = {name: Forward(loaded, prompt.ids, config, Clock(run.device)) for name, config in configs.items()}
-        interleave(list(calls.values()), sizes.repeats)
-        rows = []
-        for name, config in configs.items():
-            use(loaded, config)
-            for _ in range(2):  # the first compiles
-                result = generate(loaded, prompt.ids, sizes.new_tokens)
-            own = dict(settings=name, length=sizes.prompt, prompt_ms=1000 * median(calls[name].seconds))
-            rows.append({**own, "tokens_per_s": result.tokens_per_s, "runs": len(calls[name].seconds)})
-        return rows
-
     def quality() -> Rows:
         rows = needles.measure(loaded, tokenizer, {needles.NOVEL: text}, plan, Cells(None, {}))
         return [{**row, "wrong": "" if math.isfinite(row["nll"]) else f"{row['settings']}: nll is {row['nll']}"} for row in rows]
 
     run.keep("quality", quality)
-    run.keep("speed", speed)
+    run.keep("speed", lambda: speed(run, loaded, prompt.ids, configs, sizes.model.name))
 
 
 STEPS: dict[str, Callable[[Run], None]] = {
@@ -364,6 +323,7 @@ STEPS: dict[str, Callable[[Run], None]] = {
     "decode": decode_step,
     "profile": profile_step,
     "more_tests": partial(tests_step, half=1),
+    "backward": backward_step,
     "tune": tune_step,
     "model": model_step,
 }
@@ -382,13 +342,9 @@ def settle(folder: Path, device: torch.device) -> None:
 
 def take(name: str, folder: Path, sizes: Sizes) -> int:
     """Do a step, whose rows are kept in its cells: the exit status of its process. The last line of its output says why."""
-    try:
-        run = Run(name, folder, sizes)
-        settle(folder, run.device)
-        STEPS[name](run)
-    except Skipped as why:
-        print(why)
-        return SKIPPED
+    run = Run(name, folder, sizes)
+    settle(folder, run.device)
+    STEPS[name](run)
     if run.failed:
         print("; ".join(run.failed))
     return 1 if run.failed else 0

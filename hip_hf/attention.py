@@ -233,9 +233,11 @@ def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -
         from hip_hf.kernels.dense import attend_densely
 
         return attend_densely(problem, *empty_outputs(problem, need_lse, by_tokens=True))
-    if dense.sdpa_serves(problem, need_lse) and dense.alike(problem):
+    masks = problem.q.device.type == "cuda" and not backend_choice.offloaded(problem)
+    served = dense.sdpa_serves_masked(problem, need_lse) if masks else dense.sdpa_serves(problem, need_lse)
+    if served and dense.alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None
-    if dense.sdpa_serves(problem, need_lse):
+    if served:
         out, _ = empty_outputs(problem, False)
         for span in problem.spans:
             batch = slice(span.batch, span.batch + 1)

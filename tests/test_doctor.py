@@ -62,6 +62,12 @@ def test_every_kernel_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["phase"] for row in document["speed"]] == ["prefill", "decode amortised", "decode refreshed"]
 
 
+def test_what_is_timed_is_sparse(only_dense: None) -> None:
+    """Also where models are dense by default because the context is short."""
+    speed = run("--length", "3K")[1]["speed"]
+    assert [row["path"] for row in speed] == ["sparse"] * 3
+
+
 def test_without_the_interpreter_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, only_dense: None) -> None:
     monkeypatch.setattr(backend, "INTERPRETED", False)
     code, document = run()

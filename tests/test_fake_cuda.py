@@ -125,6 +125,30 @@ def test_a_prompt_and_steps_on_a_state(launches: list[str]) -> None:
         assert {"append_kernel", "select_kernel", "attend_kernel"} <= set(launches)
 
 
+class Counted(TorchDispatchMode):
+    """Counts operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", [None, 1000], ids=["chunk", "sliding window"])
+def test_where_kernels_are_not_trusted_dense_attention_takes_few_operators(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """Not a thousand and more: block by block and head by head is for the CPU."""
+    monkeypatch.setattr(trust, "_lacking", lambda _: "there is no C compiler")
+    monkeypatch.setattr(trust, "_warned", set())
+    with pytest.warns(UserWarning, match="no C compiler"), Counted() as counted:
+        out = hip_attention(*qkv(2000, 9000), config=HiPConfig(**{**FIELDS, "backend": "auto"}), sliding_window=window)
+    assert out.device == GPU
+    assert not launches
+    assert counted.count < 200
+
+
 def test_gradients(launches: list[str]) -> None:
     """Without autograd's engine, which asks the device for its streams."""
     q, k, v = qkv(300, 300)

@@ -35,7 +35,7 @@ WORKER = f"""
 import os, sys, time
 from pathlib import Path
 sys.path[:0] = [{str(BENCHMARKS)!r}]
-from gpu_run import SKIPPED, serve
+from gpu_run import serve
 folder = Path(sys.argv[1])
 
 def row(name, text):
@@ -58,7 +58,7 @@ def take(name):
     if name == "in part":
         print("decode: OutOfMemoryError: full")
         return 1
-    return SKIPPED if name == "skipped" else 0
+    return 0
 
 serve(folder, take)
 """
@@ -76,7 +76,7 @@ def taken(folder: Path) -> list[tuple[str, str]]:
 
 
 def test_a_step_that_fails_leaves_what_it_has_and_the_next_one_begins(tmp_path: Path) -> None:
-    code, records = take(tmp_path, ("good", "fails", "dies", "in part", "skipped", "last"))
+    code, records = take(tmp_path, ("good", "fails", "dies", "in part", "next", "last"))
     assert code == gpu_records.MISSING
     found = {name: (record["state"], record["error"]) for name, record in records.items()}
     assert found == {
@@ -84,14 +84,14 @@ def test_a_step_that_fails_leaves_what_it_has_and_the_next_one_begins(tmp_path: 
         "fails": ("failed", "ValueError: no such figure"),
         "dies": ("failed", "Illegal instruction"),
         "in part": ("failed", "decode: OutOfMemoryError: full"),
-        "skipped": ("skipped", "exit status 3"),
+        "next": ("done", ""),
         "last": ("done", ""),
     }
     assert all(len(record["rows"]) == 1 and record["seconds"] > 0 for record in records.values())
     process = dict(taken(tmp_path))
     assert process["good"] == process["fails"]
-    assert len({process[name] for name in ("fails", "dies", "in_part", "skipped")}) == 4  # a new one after each failure
-    assert process["skipped"] == process["last"]
+    assert len({process[name] for name in ("fails", "dies", "in_part", "next")}) == 4  # a new one after each failure
+    assert process["next"] == process["last"]
     text = (tmp_path / "summary.md").read_text()
     assert "| fails | failed |" in text
     assert text.count("| figure | wrong |") == 6
@@ -195,12 +195,13 @@ def check_calls(rows: dict[str, list[dict[str, Any]]]) -> None:
         (length, name, "sparse") for length in (128, 192) for name in ("first", "last")
     ]
     assert all(0 <= row["error"] <= row["allowed"] for row in agreeing)
-    calls = [row for name in ("prefill", "decode") for row in rows[name] if "hip_ms" in row]
+    calls = [row for name in ("prefill", "decode", "backward") for row in rows[name] if "hip_ms" in row]
     graphed = ["decode amortised", "decode refreshed"]
     steps = [*graphed, "decode selection", *(f"{phase}, launched" for phase in graphed)]
     assert [(row["phase"], row["batch"], row["length"]) for row in calls] == [
         *((phase, 1, length) for length in (128, 192) for phase in ("prefill", "selection")),
         *((phase, 2, 96) for phase in steps),
+        ("backward", 1, 128),
     ]
     for row in calls:
         assert (row["path"], row["hip_ms"] > 0) == ("sparse", True)
@@ -225,21 +226,21 @@ PIECES = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-import gpu_steps
+import gpu_sizes, gpu_steps
 folder = Path(sys.argv[1])
-sizes = replace(gpu_steps.DRY, tests=((str(folder / "test_of_two.py"),), ()), model=folder)
+sizes = replace(gpu_sizes.DRY, tests=((str(folder / "test_of_two.py"),), ()), model=folder)
 print([gpu_steps.take(name, folder, sizes) for name in ("tests", "model")])
-print(sorted((*gpu_steps.FIRST, *gpu_steps.SECOND, *gpu_steps.NO_GPU)) == gpu_steps.EVERY)
+print(sorted((*gpu_sizes.FIRST, *gpu_sizes.SECOND, *gpu_sizes.NO_GPU)) == gpu_sizes.EVERY)
 run = gpu_steps.Run("pieces", folder, sizes)
 run.keep("one", lambda: [{"figure": 1}])
 run.keep("two", lambda: 1 // 0)
 run.keep("three", lambda: [{"figure": 3}])
-sized = gpu_steps.Run("sized", folder, gpu_steps.Sizes())
+sized = gpu_steps.Run("sized", folder, gpu_sizes.Sizes())
 gpu_steps.free_bytes, asked = lambda device: 78 << 30, []
 sized.latency = lambda plan, phase, length: asked.append((plan.batch, length, *phase))
 gpu_steps.decode_step(sized)
 print(asked)
-plan = gpu_steps.Sizes().plan(batch=16)
+plan = gpu_sizes.Sizes().plan(batch=16)
 print([gpu_steps.fitting(plan, 1 << 20, free * 2**30) for free in (139, 80, 40, 1, float("inf"))])
 print(run.failed, [value["rows"][0]["figure"] for value in run.cells.done.values()])
 (folder / "machine.json").write_text('{"cpu": "another"}')
@@ -251,14 +252,14 @@ except ValueError as error:
 
 
 def test_pieces_of_steps(tmp_path: Path) -> None:
-    """A test that fails is a wrong number; a model that is not there is skipped; every kernel test belongs to a half; a piece
-    that fails leaves the others; decode steps have as many sequences as fit, each of 5.2 GiB at a million keys; a folder belongs
-    to one machine."""
+    """A test that fails is a wrong number; where the model is not there, another is timed; every kernel test belongs to a half; a
+    piece that fails leaves the others; decode steps have as many sequences as fit, each of 5.2 GiB at a million keys; a folder
+    belongs to one machine."""
     (tmp_path / "test_of_two.py").write_text("def test_good():\n    pass\n\ndef test_bad():\n    assert 1 == 2, 'far off'\n")
     done = script(tmp_path, "-c", PIECES, str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-6:-4] == ["[0, 3]", "True"]
+    assert lines[-6:-4] == ["[0, 0]", "True"]
     wanted = [(1, 131072), (1, 1 << 20), (16, 131072), (14, 1 << 20)]
     assert literal_eval(lines[-4]) == [(*call, phase) for call in wanted for phase in ("decode", "launched")]
     assert lines[-3] == "[16, 14, 7, 1, 16]"
@@ -271,6 +272,11 @@ def test_pieces_of_steps(tmp_path: Path) -> None:
         ("test_bad", "failed", True),
     ]
     assert "far off" in rows[1]["wrong"]
+    rows = gpu_records.rows_of(tmp_path, "model")
+    assert [(row["weights"], row["settings"], row["length"]) for row in rows] == [
+        ("random", name, 192) for name in ("dense", "defaults")
+    ]
+    assert all(row["prompt_ms"] > 0 and row["tokens_per_s"] > 0 for row in rows)
 
 
 def test_rows_are_those_of_finished_cells(tmp_path: Path) -> None:

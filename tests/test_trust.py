@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_near, make_problem, make_qkv, small
+from helpers import assert_near, causal, eager, make_problem, make_qkv, small
 from interpreter import DEVICE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.errors import TritonError
@@ -395,3 +395,16 @@ def test_grouped_heads_that_pytorch_would_give_all_logits(monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             patch.setattr(dense, "takes_groups", lambda q, v: False)
             assert_near(dense.grouped_sdpa(q, k, v, 0.3, rows > 1), want, 1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize(("rows", "at_once"), [(70, 1 << 28), (70, 1000), (1, 1 << 28)])
+def test_masks_for_pytorchs_attention(monkeypatch: pytest.MonkeyPatch, rows: int, at_once: int, window: int | None) -> None:
+    """What a GPU is given where kernels are not trusted: chunks of prompts and sliding windows, a few rows at a time."""
+    monkeypatch.setattr(dense, "MASKED_AT_ONCE", at_once)
+    q, k, v = make_qkv(200, rows, batch=2)
+    problem = make_problem(q, k, v, sliding_window=window)
+    assert dense.sdpa_serves_masked(problem, need_lse=False)
+    assert dense.sdpa_serves(problem, need_lse=False) == (rows == 1 and window is None)
+    visible = causal(2, rows, 200, sliding=window)
+    assert_near(dense.sdpa(problem, problem.spans[0]), eager(q, k, v, visible)[0])

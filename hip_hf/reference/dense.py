@@ -18,6 +18,8 @@ from hip_hf.reference.workers import run
 
 # Rows that meet all their keys at once in the block-by-block path.
 ROWS_AT_ONCE = 64
+# Of a mask for PyTorch's attention on a GPU: so many booleans at a time.
+MASKED_AT_ONCE = 1 << 28
 # What FlashAttention takes: head dims, and on NVIDIA's GPUs compute capabilities.
 FLASH_DIM, FLASH_CAPABILITY = 256, (8, 0)
 
@@ -53,11 +55,21 @@ def attend_rows(t: Tensors, first: int, span: Span, pieces: list[Piece] | None =
 
 def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
     """Whether PyTorch's attention can compute the problem without a mask."""
-    if need_lse or problem.positions is not None or problem.softcap is not None or problem.sinks is not None:
+    if not sdpa_serves_masked(problem, need_lse):
         return False
-    if problem.sliding_window is not None and problem.sliding_window < problem.longest:
-        return False
-    return all((span.rows == 1 or span.position == 0) and _in_one_piece(problem, span) for span in problem.spans)
+    return not any(needs_mask(problem, span) for span in problem.spans) and all(_in_one_piece(problem, span) for span in problem.spans)
+
+
+def sdpa_serves_masked(problem: AttentionProblem, need_lse: bool) -> bool:
+    """Whether PyTorch's attention can compute the problem with a mask where it `needs_mask`. On a GPU that is far fewer launches
+    than block by block; a CPU has `fused`."""
+    return not need_lse and problem.positions is None and problem.softcap is None and problem.sinks is None
+
+
+def needs_mask(problem: AttentionProblem, span: Span) -> bool:
+    """Whether rows of the span see other keys than all up to their own, from the first on: a chunk of a prompt, or a window."""
+    cut = problem.sliding_window is not None and problem.sliding_window < problem.longest
+    return cut or (span.rows > 1 and span.position > 0)
 
 
 def _in_one_piece(problem: AttentionProblem, span: Span) -> bool:
@@ -80,23 +92,36 @@ def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> t
     """PyTorch's attention of a span's rows to its keys, for the batch rows `batch`: `[batch, Hq, rows, Dv]`."""
     q = problem.q[batch, :, span.row_start : span.row_end]
     k, v = (_range(x, span, batch) for x in (problem.k, problem.v))
-    return grouped_sdpa(q, k, v, problem.scale, span.rows > 1)
+    if not needs_mask(problem, span):
+        return grouped_sdpa(q, k, v, problem.scale, span.rows > 1)
+    step, outs = max(1, MASKED_AT_ONCE // span.end), []
+    for row in range(0, span.rows, step):
+        some, first = q[:, :, row : row + step], span.position + row
+        end = first + some.shape[2]
+        begin = 0 if problem.sliding_window is None else max(0, first - problem.sliding_window + 1)
+        at, key = (torch.arange(*ends, device=q.device) for ends in ((first, end), (begin, end)))
+        seen = key <= at[:, None]
+        if problem.sliding_window is not None:
+            seen &= key > at[:, None] - problem.sliding_window
+        outs.append(grouped_sdpa(some, k[:, :, begin:end], v[:, :, begin:end], problem.scale, False, seen))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
-def grouped_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
-    """PyTorch's attention of q `[B, Hq, T, D]` to k `[B, Hkv, T, D]` and v. Where it would make all logits at once only because
-    heads share keys, a call for each member of the groups."""
-    groups = q.shape[1] // k.shape[1]
-    if groups == 1 or takes_groups(q, v):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal, enable_gqa=groups > 1)
+def grouped_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """PyTorch's attention of q `[B, Hq, T, D]` to k `[B, Hkv, T, D]` and v, under the mask `seen` if there is one. Where it would
+    make all logits at once only because heads share keys, a call for each member of the groups."""
+    groups, options = q.shape[1] // k.shape[1], dict(attn_mask=seen, scale=scale, is_causal=causal)
+    if groups == 1 or (seen is None and takes_groups(q, v)):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=groups > 1, **options)
     members = q.unflatten(1, (-1, groups)).unbind(2)
-    return torch.stack(
-        [F.scaled_dot_product_attention(one, k, v, scale=scale, is_causal=causal) for one in members], dim=2
-    ).flatten(1, 2)
+    return torch.stack([F.scaled_dot_product_attention(one, k, v, **options) for one in members], dim=2).flatten(1, 2)
 
 
 def takes_groups(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether PyTorch has attention for such heads in groups that never holds all logits: on GPUs FlashAttention alone."""
+    """Whether PyTorch has attention without a mask for such heads in groups that never holds all logits: on GPUs FlashAttention
+    alone."""
     if q.device.type != "cuda":
         return True
     if q.dtype not in (torch.float16, torch.bfloat16) or not q.shape[3] == v.shape[3] <= FLASH_DIM:
