@@ -69,21 +69,22 @@ def summed(x, N: tl.constexpr, TIMES: tl.constexpr):
         held += tl.cumsum(held, 0)
     tl.store(x + at, held)
 
-def problem(n, target, tensor_cores=False):
+def problem(n, target, tensor_cores=False, spills=0):
     launch = Launch("summed", summed, dict(x=Pointer(torch.float32), N=n, TIMES=4, num_warps=1), tensor_cores)
-    return budget.spend(launch, target, n, torch.float32).problem
+    return budget.spend(launch, target, n, torch.float32, spills).problem
 
-print(problem(64, "sm90"), problem(64, "sm90", True), problem(16384, "sm90"), problem(24, "sm90"), sep="|")
+print(problem(64, "sm90"), problem(64, "sm90", True), problem(16384, "sm90"), problem(16384, "sm90", spills=1 << 20),
+      problem(24, "sm90"), sep="|")
 """
 
 
 def test_what_is_wrong_with_a_kernel_is_found(tmp_path: Path) -> None:
-    """The check can fail: a kernel without matrix instructions, one that spills, one that does not compile."""
+    """The check can fail: a kernel without matrix instructions, one that spills more than it may, one that does not compile."""
     script = tmp_path / "hungry.py"  # the compiler reads the source
     script.write_text(HUNGRY)
     done = process(str(script))
-    fine, cores, spills, error = done.stdout.strip().split("|")
-    assert (fine, cores, spills) == ("", "no tensor cores", "spills")
+    fine, cores, spills, allowed, error = done.stdout.strip().split("|")
+    assert (fine, cores, spills, allowed) == ("", "no tensor cores", "spills", "")
     assert error.startswith("CompilationError")
 
 
@@ -148,7 +149,7 @@ from hip_hf.kernels import budget, table, tuning
 
 done = []
 
-def spend(launch, target, dim, dtype):
+def spend(launch, target, dim, dtype, spills):
     if len(done) == most:
         raise KeyboardInterrupt
     done.append(launch.name)
@@ -156,7 +157,7 @@ def spend(launch, target, dim, dtype):
 
 def run():
     try:
-        kernels.main("sm90", "64", "bf16", "prefill", Path(sys.argv[1]), True)
+        kernels.main("sm90", "64", "bf16", "prefill", 0, Path(sys.argv[1]), True)
     except KeyboardInterrupt:
         pass
 

@@ -25,6 +25,7 @@ def main(
     dims: Annotated[str, typer.Option(help="Head dims.")] = "64,128,256",
     dtypes: Annotated[str, typer.Option(help="Of bf16, fp16.")] = "bf16,fp16",
     only: Annotated[str, typer.Option(help="Only kernels with this in their name.")] = "",
+    spills: Annotated[int, typer.Option(min=0, help="Bytes of stack (AMD: registers) that a kernel may spill.")] = 0,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
@@ -57,20 +58,21 @@ def main(
         for launch in budget.launches_of(dim, DTYPES[kind], target)
         if only in launch.name
     ]
-    asked = dict(targets=chosen, dims=numbers, dtypes=kinds, only=only, triton=triton.__version__)
+    asked = dict(targets=chosen, dims=numbers, dtypes=kinds, only=only, spills=spills, triton=triton.__version__)
     try:
         sink = Targets(as_json, output)
         before, cells = compiled_before(output, triton.__version__), sink.cells("kernels", **asked)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     columns = {field.name for field in fields(budget.Spent)}
-    before = {key: row for key, row in before.items() if row.keys() == columns}  # others were told less of themselves
+    # others were told less of themselves, or were allowed more
+    before = {key: row for key, row in before.items() if row.keys() == columns and row["spilled"] <= spills}
     rows = []
     with cells, report.progress() as progress:
         for launch, target, dim, dtype in progress.track(work, description="compiling"):
             # what was compiled before counts only while code and launch configuration are the same
             key = (launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
-            spend = lambda: before.get(key) or asdict(budget.spend(launch, target, dim, dtype))  # noqa: B023, E731 (called at once)
+            spend = lambda: before.get(key) or asdict(budget.spend(launch, target, dim, dtype, spills))  # noqa: B023, E731 (called at once)
             rows.append(cells.get(key, spend))
     failed = [row for row in rows if row["problem"]]
     details = dict(failed=len(failed), **asked)

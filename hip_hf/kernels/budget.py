@@ -167,8 +167,9 @@ def in_flight(loops: Sequence[str]) -> int:
     return min((min(map(int, re.findall(r"async_wait\b.*\bnum = (\d+)", text)), default=0) for text in loops), default=0)
 
 
-def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
-    """Compile one launch for `target`; whatever the compiler says against it becomes its `problem`."""
+def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype, spills: int = 0) -> Spent:
+    """Compile one launch for `target`; whatever the compiler says against it becomes its `problem`, and if more than `spills` is
+    spilled."""
     row = Spent(launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
     kernel = launch.kernel
     assert isinstance(kernel, triton.runtime.JITFunction), "compile outside the interpreter"
@@ -178,7 +179,7 @@ def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
             compiled = kernel.warmup(grid=(1,), **launch.stand_ins())
             compiled = compiled.result() if callable(getattr(compiled, "result", None)) else compiled
         _read(row, compiled)
-        row.problem = _fault(row, launch, compiled)
+        row.problem = _fault(row, launch, compiled, spills)
     except Exception as error:  # the compiler's own: it has no common type
         row.problem = said(error)
         return row
@@ -186,9 +187,9 @@ def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype) -> Spent:
     return row
 
 
-def _fault(row: Spent, launch: Launch, compiled: Any) -> str:
+def _fault(row: Spent, launch: Launch, compiled: Any, spills: int) -> str:
     """Why the compiled launch must not be released, or nothing."""
-    if row.spilled:
+    if row.spilled > spills:
         return "spills"
     if row.shared > SHARED[row.target]:
         return f"does not fit into {SHARED[row.target]} bytes of shared memory"
