@@ -35,7 +35,8 @@ def turned(q: torch.Tensor, distance: torch.Tensor, case: Case) -> torch.Tensor:
     assert case.positions is not None
     rope = case.positions.rope
     half = rope.dim // 2
-    angles = distance[..., None] * rope.inv_freq.double()
+    wide = torch.promote_types(q.dtype, torch.float32)  # angles of half precision are no angles
+    angles = distance[..., None].to(wide) * rope.inv_freq.to(wide)
     cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
     q = q[:, :, None].expand(*q.shape[:2], distance.shape[1], -1)
     a, b, rest = q[..., :half], q[..., half : 2 * half], q[..., 2 * half :]
@@ -163,9 +164,11 @@ def test_prompts(rows: int, groups: int, shared: bool, poison: None) -> None:
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("fields", [dict(), dict(softcap=3.0), dict(sliding=70), dict(sinks=True)])
-def test_dtypes_and_logits(dtype: torch.dtype, fields: dict[str, Any], poison: None) -> None:
-    sinks = torch.randn(6) + 2 if fields.pop("sinks", None) else None
-    check(Case(small(query_stride=5), [whole(163, 37)], dtype=dtype, heads=2, groups=3, dim=64, sinks=sinks, **fields))
+@pytest.mark.parametrize("shared", [True, False])
+def test_dtypes_and_logits(shared: bool, fields: dict[str, Any], dtype: torch.dtype, poison: None) -> None:
+    sinks = torch.randn(6) + 2 if fields.get("sinks") else None
+    fields = {name: value for name, value in fields.items() if name != "sinks"}
+    check(Case(small(query_stride=5, group_shared=shared), [whole(163, 37)], dtype=dtype, heads=2, groups=3, dim=64, sinks=sinks, **fields))
 
 
 @pytest.mark.parametrize("dim", [24, 80, 96, 256])
@@ -218,6 +221,14 @@ def test_extension(trained: int, turns: dict[str, Any], chunk_indexed: bool, poi
     """Sink and window at the places that attention gives them, too far or not; the sample as far as the window's edge."""
     where = positions(trained, chunk_indexed=chunk_indexed, **turns)
     check(Case(small(query_stride=4), [whole(163, 37, 0, 5)], groups=3, positions=where))
+
+
+@pytest.mark.parametrize("given", [dict(softcap=3.0), dict(sinks=True), dict(group_shared=False)])
+def test_extension_with_every_feature(given: dict[str, Any], poison: None) -> None:
+    config = small(query_stride=4, group_shared=given.get("group_shared", True))
+    sinks = torch.randn(3) + 2 if given.get("sinks") else None
+    where = positions(40, chunk_indexed=True)
+    check(Case(config, [whole(163, 37)], groups=3, positions=where, sinks=sinks, softcap=given.get("softcap")))
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -166,8 +166,10 @@ def test_left_padding_changes_nothing(rows: int, group_shared: bool) -> None:
     assert masks_alike(got, alone)
 
 
-def spans_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: HiPConfig, spans: list[Span], mask: bool) -> Result:
-    result = attend(replace(make_problem(q, k, v), spans=tuple(spans)), config, need_lse=True, need_mask=mask)
+def spans_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: HiPConfig, spans: list[Span], mask: bool, **fields: Any
+) -> Result:
+    result = attend(replace(make_problem(q, k, v, **fields), spans=tuple(spans)), config, need_lse=True, need_mask=mask)
     assert result.path == "sparse"
     return result
 
@@ -184,24 +186,31 @@ def test_rows_of_padding_on_the_right_never_vote(real: int) -> None:
     assert masks_alike(got, alone)
 
 
-def test_packed_sequences_give_what_each_gives_alone() -> None:
-    config, cuts = small(**FEW), [0, 131, 300, 383]
+@pytest.mark.parametrize("given", FEATURES)
+@pytest.mark.parametrize("group_shared", [True, False])
+def test_packed_sequences_give_what_each_gives_alone(group_shared: bool, given: dict[str, Any]) -> None:
+    config, cuts = small(**FEW, group_shared=group_shared), [0, 131, 300, 383]
     q, k, v = make_qkv(383, groups=3, dtype=torch.float64)
+    fields, sliding = features(given, q)
     parts = list(pairwise(cuts))
-    got = spans_of(q, k, v, config, [Span(0, first, end, first, end, 0) for first, end in parts], False)
+    spans = [Span(0, first, end, first, end, 0) for first, end in parts]
+    got = spans_of(q, k, v, config, spans, False, sliding_window=sliding, **fields)
     for first, end in parts:
-        alone = sparse(*(x[:, :, first:end] for x in (q, k, v)), config)
+        alone = sparse(*(x[:, :, first:end] for x in (q, k, v)), config, sliding_window=sliding, **fields)
         assert_rows_alike(got, alone, slice(first, end))
 
 
 @pytest.mark.parametrize("cuts", [[64], [48, 80, 208]])
-@pytest.mark.parametrize("kept", [True, False])
-def test_chunks_give_what_one_call_gives(cuts: list[int], kept: bool) -> None:
-    config = small(**FEW, options={"sample": 8})
+@pytest.mark.parametrize("given", FEATURES)
+@pytest.mark.parametrize(("kept", "group_shared"), [(True, True), (False, True), (True, False)])
+def test_chunks_give_what_one_call_gives(cuts: list[int], kept: bool, group_shared: bool, given: dict[str, Any]) -> None:
+    config = small(**FEW, group_shared=group_shared, options={"sample": 8})
     q, k, v = make_qkv(251, groups=3, dtype=torch.float64)
-    whole, state = sparse(q, k, v, config), DecodeState() if kept else None
+    fields, sliding = features(given, q)
+    whole, state = sparse(q, k, v, config, sliding_window=sliding, **fields), DecodeState() if kept else None
     for first, end in zip([0, *cuts], [*cuts, 251], strict=True):
-        part = sparse(q[:, :, first:end], k[:, :, :end], v[:, :, :end], config, state=state)
+        keys = (x[:, :, :end] for x in (k, v))
+        part = sparse(q[:, :, first:end], *keys, config, state=state, sliding_window=sliding, **fields)
         assert_near(part.out, whole.out[:, :, first:end], 1e-12)
         assert part.mask is not None
         assert whole.mask is not None

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from hip_hf.kernels.addressing import offsets_in, page_of
 from hip_hf.kernels.rotation import partner, turned_back
+from hip_hf.kernels.tiles import tanh
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def capped(logits, scale, SOFTCAP: tl.constexpr):
     """Scaled, and with `SOFTCAP` > 0 squashed to `SOFTCAP * tanh(logits / SOFTCAP)`."""
     logits *= scale
     if SOFTCAP > 0:
-        logits = SOFTCAP * (2.0 * tl.sigmoid(2.0 * logits / SOFTCAP) - 1.0)
+        logits = SOFTCAP * tanh(logits / SOFTCAP)
     return logits
 
 
