@@ -168,7 +168,8 @@ def test_prompts(rows: int, groups: int, shared: bool, poison: None) -> None:
 def test_dtypes_and_logits(shared: bool, fields: dict[str, Any], dtype: torch.dtype, poison: None) -> None:
     sinks = torch.randn(6) + 2 if fields.get("sinks") else None
     fields = {name: value for name, value in fields.items() if name != "sinks"}
-    check(Case(small(query_stride=5, group_shared=shared), [whole(163, 37)], dtype=dtype, heads=2, groups=3, dim=64, sinks=sinks, **fields))
+    config = small(query_stride=5, group_shared=shared)
+    check(Case(config, [whole(163, 37)], dtype=dtype, heads=2, groups=3, dim=64, sinks=sinks, **fields))
 
 
 @pytest.mark.parametrize("dim", [24, 80, 96, 256])

@@ -125,7 +125,7 @@ def row_of(label: str, found: Found) -> dict[str, Any]:
 
 
 def timed(device: torch.device, kind: str, tokens: int) -> list[dict[str, Any]]:
-    """Rows of a prompt and of decode steps with the default settings, but sparse at any length: what is asked is how fast they are."""
+    """Rows of a prompt and of decode steps with the default settings, sparse at any length, for that is what is to be timed."""
     settings = {"defaults": HiPConfig(dense_below=0)}
     plan = Plan((tokens,), (tokens,), (kind,), settings, repeats=REPEATS, device=device, **SHAPE[device.type])
     if device.type == "cpu":

@@ -57,7 +57,7 @@ def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
     """Whether PyTorch's attention can compute the problem without a mask."""
     if not sdpa_serves_masked(problem, need_lse):
         return False
-    return not any(needs_mask(problem, span) for span in problem.spans) and all(_in_one_piece(problem, span) for span in problem.spans)
+    return all(not needs_mask(problem, span) and _in_one_piece(problem, span) for span in problem.spans)
 
 
 def sdpa_serves_masked(problem: AttentionProblem, need_lse: bool) -> bool:
