@@ -26,6 +26,7 @@ from hip_hf.kernels.prefill import Logits, Reads
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.paged import row_numbers
 from hip_hf.problem import Span
+from hip_hf.rope import Positions, Rope
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the same calls run with numbers in them")
@@ -104,9 +105,10 @@ def test_the_mode_notices() -> None:
         ({}, {"tiles_kernel", "append_kernel", "select_kernel", "attend_kernel"}),
         ({"method": "streaming"}, {"attend_kernel"}),
         ({"delta": 16, "delta_mode": "interpolate"}, {"select_kernel", "attend_kernel", "spread_kernel"}),
+        ({"delta": 16, "delta_mode": "step"}, {"select_kernel", "attend_kernel"}),
         ({"method": "hyper"}, {"attend_kernel"}),
     ],
-    ids=["hip", "streaming", "interpolate", "hyper"],
+    ids=["hip", "streaming", "interpolate", "step", "hyper"],
 )
 def test_a_prompt(launches: list[str], fields: dict[str, Any], said: set[str]) -> None:
     out = hip_attention(*qkv(500, 500), config=HiPConfig(**{**FIELDS, **fields}))
@@ -114,14 +116,16 @@ def test_a_prompt(launches: list[str], fields: dict[str, Any], said: set[str]) -
     assert said <= set(launches)
 
 
-def test_a_prompt_and_steps_on_a_state(launches: list[str]) -> None:
-    state, config = DecodeState(), HiPConfig(**FIELDS)
+@pytest.mark.parametrize("extended", [False, True])
+def test_a_prompt_and_steps_on_a_state(launches: list[str], extended: bool) -> None:
+    state, config = DecodeState(), HiPConfig(**FIELDS, extend="streaming" if extended else None)
+    where = Positions(Rope(torch.ones(32), 1.0), 300) if extended else None
     q, k, v = qkv(500, 500)
-    hip_attention(q, k, v, config=config, state=state)
+    hip_attention(q, k, v, config=config, state=state, positions=where)
     launches.clear()
     for step in range(2):
         q, k, v = qkv(1, 501 + step)
-        assert hip_attention(q, k, v, config=config, state=state).device == GPU
+        assert hip_attention(q, k, v, config=config, state=state, positions=where).device == GPU
         assert {"append_kernel", "select_kernel", "attend_kernel"} <= set(launches)
 
 

@@ -18,6 +18,7 @@ import torch
 from helpers import assert_near, causal, eager, make_problem, make_qkv, small
 from interpreter import DEVICE
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM
 from triton.errors import TritonError
 
 import hip_hf
@@ -25,6 +26,8 @@ from hip_hf import backend_choice
 from hip_hf.attention import Result, attend
 from hip_hf.cache.offload import OffloadedStore
 from hip_hf.eval.doctor import SMALL, SMALL_HEADS
+from hip_hf.integration.explain import explain
+from hip_hf.integration.settings import configure
 from hip_hf.kernels import backend, checks, trust
 from hip_hf.kernels.checks import Found, Heads
 from hip_hf.paged import BlockTable, PagedTensor
@@ -395,6 +398,19 @@ def test_grouped_heads_that_pytorch_would_give_all_logits(monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             patch.setattr(dense, "takes_groups", lambda q, v: False)
             assert_near(dense.grouped_sdpa(q, k, v, 0.3, rows > 1), want, 1e-6)
+
+
+def test_explain_says_why_a_model_is_dense(self_test: SelfTest) -> None:
+    self_test.found = WRONG
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    )
+    model.set_attn_implementation("hip")
+    configure(model, small(dense_layers=0))
+    with torch.no_grad(), pytest.warns(UserWarning, match="the self-test of the kernels failed"):
+        model(torch.arange(100)[None] % 64)
+    for row in explain(model):
+        assert (row.path, row.reason) == ("dense", f"no kernels: the self-test of the kernels failed (prompt: {WRONG.problem})")
 
 
 @pytest.mark.parametrize("window", [None, 37])
