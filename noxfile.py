@@ -2,6 +2,7 @@
 
     pip install nox uv && nox           # the whole grid, and a table of what passed; `nox --list` names the sessions
     nox -k "3.12 and 2.11.0" -- tests   # one Python and PyTorch; what follows `--` goes to pytest in place of the grid's tests
+    nox -s lent-3.12                    # the oldest of them together, and Triton 3.6: what a lent GPU comes with
     nox -s table                        # the table of what has been tried so far
 
 A session makes an environment of one Python and one PyTorch and tries the versions of Transformers in it, one after the other:
@@ -30,6 +31,8 @@ PYTHONS = range(10, 14)  # minor versions
 TORCH = ("2.13.0", "2.11.0", "2.6.0")
 NO_KERNELS = ("2.6.0",)  # belong to a Triton (3.2) that is too old for the kernels
 REQUIRED = ("pytest", "hypothesis")
+# The interpreter of this Triton does not take the arrays of newer numpy.
+LENT = ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0", "numpy<2.4")
 RESULTS = Path("build/grid")
 
 
@@ -67,6 +70,13 @@ def grid(session: nox.Session, torch: str) -> None:
             failed.append(version)
     if failed:
         session.error(f"failed with Transformers {', '.join(failed)}")
+
+
+@nox.session(python=["3.11", "3.12"])
+def lent(session: nox.Session) -> None:
+    """All that `benchmarks/gpu_run.py` does, on a CPU with tiny shapes, with the versions that a lent GPU comes with."""
+    session.install("-e", ".", *REQUIRED, *LENT)
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or ["tests/test_gpu_run.py"]))
 
 
 @nox.session(python=False)
