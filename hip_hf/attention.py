@@ -224,6 +224,12 @@ def dense_by_kernels(problem: AttentionProblem, config: HiPConfig, need_lse: boo
     return not backend_choice.no_kernels(problem, config, densely=True)[0]
 
 
+def takes_masks(problem: AttentionProblem) -> bool:
+    """Whether PyTorch's attention is given masks where it needs them: on a GPU, unless a backward pass would keep as many numbers
+    as there are logits, or all keys of an offloaded cache would have to be brought together."""
+    return problem.q.device.type == "cuda" and not (learning(problem) or backend_choice.offloaded(problem))
+
+
 def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention: the output, and the log-sum-exp if asked for."""
     prompt = problem.q.shape[2] > DECODE_ROWS and not isinstance(problem.k, PagedTensor)
@@ -233,8 +239,7 @@ def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -
         from hip_hf.kernels.dense import attend_densely
 
         return attend_densely(problem, *empty_outputs(problem, need_lse, by_tokens=True))
-    masks = problem.q.device.type == "cuda" and not backend_choice.offloaded(problem)
-    served = dense.sdpa_serves_masked(problem, need_lse) if masks else dense.sdpa_serves(problem, need_lse)
+    served = dense.sdpa_serves_masked(problem, need_lse) if takes_masks(problem) else dense.sdpa_serves(problem, need_lse)
     if served and dense.alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None
     if served:

@@ -150,7 +150,7 @@ def test_where_kernels_are_not_trusted_dense_attention_takes_few_operators(
         out = hip_attention(*qkv(2000, 9000), config=HiPConfig(**{**FIELDS, "backend": "auto"}), sliding_window=window)
     assert out.device == GPU
     assert not launches
-    assert counted.count < 200
+    assert counted.count < 300
 
 
 def test_gradients(launches: list[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_near, causal, eager, make_problem, make_qkv, small
+from helpers import assert_near, make_problem, make_qkv, small
 from interpreter import DEVICE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,7 +32,6 @@ from hip_hf.kernels import backend, checks, trust
 from hip_hf.kernels.checks import Found, Heads
 from hip_hf.paged import BlockTable, PagedTensor
 from hip_hf.problem import AttentionProblem
-from hip_hf.reference import dense
 from hip_hf.state import DecodeState
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -379,27 +378,6 @@ def test_a_compiled_graph_asks_once_when_it_is_made(self_test: SelfTest) -> None
     assert self_test.asked == ["sparse"]
 
 
-def test_grouped_heads_that_pytorch_would_give_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp32, with values of another width, or before Ampere, it has none for groups of heads on a GPU but the plain one."""
-
-    def takes(dtype: torch.dtype, dim: int, dim_v: int, capability: tuple[int, int] = (9, 0)) -> bool:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        q, v = (SimpleNamespace(device=GPU, dtype=dtype, shape=(1, 1, 1, width)) for width in (dim, dim_v))
-        return dense.takes_groups(q, v)
-
-    assert takes(torch.bfloat16, 128, 128)
-    assert not takes(torch.float32, 128, 128)
-    assert not takes(torch.bfloat16, 192, 128)
-    assert not takes(torch.bfloat16, 512, 512)
-    assert not takes(torch.float16, 128, 128, (7, 5))
-    for rows in (40, 1):
-        q, k, v = make_qkv(40, rows, batch=2, heads=2, groups=3)
-        want = dense.grouped_sdpa(q, k, v, 0.3, rows > 1)
-        with monkeypatch.context() as patch:
-            patch.setattr(dense, "takes_groups", lambda q, v: False)
-            assert_near(dense.grouped_sdpa(q, k, v, 0.3, rows > 1), want, 1e-6)
-
-
 def test_explain_says_why_a_model_is_dense(self_test: SelfTest) -> None:
     self_test.found = WRONG
     model = LlamaForCausalLM(
@@ -411,16 +389,3 @@ def test_explain_says_why_a_model_is_dense(self_test: SelfTest) -> None:
         model(torch.arange(100)[None] % 64)
     for row in explain(model):
         assert (row.path, row.reason) == ("dense", f"no kernels: the self-test of the kernels failed (prompt: {WRONG.problem})")
-
-
-@pytest.mark.parametrize("window", [None, 37])
-@pytest.mark.parametrize(("rows", "at_once"), [(70, 1 << 28), (70, 1000), (1, 1 << 28)])
-def test_masks_for_pytorchs_attention(monkeypatch: pytest.MonkeyPatch, rows: int, at_once: int, window: int | None) -> None:
-    """What a GPU is given where kernels are not trusted: chunks of prompts and sliding windows, a few rows at a time."""
-    monkeypatch.setattr(dense, "MASKED_AT_ONCE", at_once)
-    q, k, v = make_qkv(200, rows, batch=2)
-    problem = make_problem(q, k, v, sliding_window=window)
-    assert dense.sdpa_serves_masked(problem, need_lse=False)
-    assert dense.sdpa_serves(problem, need_lse=False) == (rows == 1 and window is None)
-    visible = causal(2, rows, 200, sliding=window)
-    assert_near(dense.sdpa(problem, problem.spans[0]), eager(q, k, v, visible)[0])

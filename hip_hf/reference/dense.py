@@ -1,4 +1,4 @@
-"""Dense attention, torch backend: PyTorch's own where it can serve, else block by block. Never a `T x T` tensor."""
+"""Dense attention, torch backend: PyTorch's own where it can serve, else block by block. Never all logits at once."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hip_hf.reference.workers import run
 
 # Rows that meet all their keys at once in the block-by-block path.
 ROWS_AT_ONCE = 64
-# Of a mask for PyTorch's attention on a GPU: so many booleans at a time.
-MASKED_AT_ONCE = 1 << 28
+# With a mask PyTorch's attention on a GPU computes so many logits of a group's member at a time.
+LOGITS_ON_GPU = 1 << 27
 # What FlashAttention takes: head dims, and on NVIDIA's GPUs compute capabilities.
 FLASH_DIM, FLASH_CAPABILITY = 256, (8, 0)
 
@@ -57,19 +57,15 @@ def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
     """Whether PyTorch's attention can compute the problem without a mask."""
     if not sdpa_serves_masked(problem, need_lse):
         return False
-    return all(not needs_mask(problem, span) and _in_one_piece(problem, span) for span in problem.spans)
+    if problem.sliding_window is not None and problem.sliding_window < problem.longest:
+        return False
+    return all((span.rows == 1 or span.position == 0) and _in_one_piece(problem, span) for span in problem.spans)
 
 
 def sdpa_serves_masked(problem: AttentionProblem, need_lse: bool) -> bool:
-    """Whether PyTorch's attention can compute the problem with a mask where it `needs_mask`. On a GPU that is far fewer launches
-    than block by block; a CPU has `fused`."""
+    """Whether PyTorch's attention can compute the problem with a mask where rows see other keys than all up to their own: chunks
+    of prompts, and sliding windows. On a GPU that is far fewer launches than block by block; a CPU has `fused`."""
     return not need_lse and problem.positions is None and problem.softcap is None and problem.sinks is None
-
-
-def needs_mask(problem: AttentionProblem, span: Span) -> bool:
-    """Whether rows of the span see other keys than all up to their own, from the first on: a chunk of a prompt, or a window."""
-    cut = problem.sliding_window is not None and problem.sliding_window < problem.longest
-    return cut or (span.rows > 1 and span.position > 0)
 
 
 def _in_one_piece(problem: AttentionProblem, span: Span) -> bool:
@@ -91,19 +87,24 @@ def alike(problem: AttentionProblem) -> bool:
 def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> torch.Tensor:
     """PyTorch's attention of a span's rows to its keys, for the batch rows `batch`: `[batch, Hq, rows, Dv]`."""
     q = problem.q[batch, :, span.row_start : span.row_end]
-    k, v = (_range(x, span, batch) for x in (problem.k, problem.v))
-    if not needs_mask(problem, span):
+    begin = 0 if problem.sliding_window is None else max(0, span.position - problem.sliding_window + 1)
+    k, v = (_range(x, span, batch, begin) for x in (problem.k, problem.v))
+    if span.rows == 1 or (span.position == 0 and (problem.sliding_window or span.end) >= span.end):
         return grouped_sdpa(q, k, v, problem.scale, span.rows > 1)
-    step, outs = max(1, MASKED_AT_ONCE // span.end), []
+    # PyTorch may hold the logits of as many rows as it is given a mask for
+    step, outs = max(1, LOGITS_ON_GPU // (span.end * len(k) * k.shape[1])), []
+    if problem.sliding_window is not None:
+        step = min(step, max(problem.sliding_window, ROWS_AT_ONCE))  # more rows would multiply what none of them sees
     for row in range(0, span.rows, step):
         some, first = q[:, :, row : row + step], span.position + row
         end = first + some.shape[2]
-        begin = 0 if problem.sliding_window is None else max(0, first - problem.sliding_window + 1)
-        at, key = (torch.arange(*ends, device=q.device) for ends in ((first, end), (begin, end)))
+        low = begin if problem.sliding_window is None else max(0, first - problem.sliding_window + 1)
+        at, key = (torch.arange(*ends, device=q.device) for ends in ((first, end), (low, end)))
         seen = key <= at[:, None]
         if problem.sliding_window is not None:
             seen &= key > at[:, None] - problem.sliding_window
-        outs.append(grouped_sdpa(some, k[:, :, begin:end], v[:, :, begin:end], problem.scale, False, seen))
+        keys = slice(low - begin, end - begin)
+        outs.append(grouped_sdpa(some, k[:, :, keys], v[:, :, keys], problem.scale, False, seen))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
@@ -130,8 +131,9 @@ def takes_groups(q: torch.Tensor, v: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or torch.cuda.get_device_capability(q.device) >= FLASH_CAPABILITY
 
 
-def _range(x: torch.Tensor, span: Span, batch: slice) -> torch.Tensor:
-    first, last = span.key_start, span.key_start + span.end
+def _range(x: torch.Tensor, span: Span, batch: slice, begin: int) -> torch.Tensor:
+    """A span's keys (or values) from position `begin` on, `[batch, Hkv, end - begin, D]`."""
+    first, last = span.key_start + begin, span.key_start + span.end
     if isinstance(x, PagedTensor):
         return x.rows(span.batch, first, last)[:, :][None]
     return x[batch, :, first:last]
