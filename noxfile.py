@@ -2,7 +2,7 @@
 
     pip install nox uv && nox           # the whole grid, and a table of what passed; `nox --list` names the sessions
     nox -k "3.12 and 2.11.0" -- tests   # one Python and PyTorch; what follows `--` goes to pytest in place of the grid's tests
-    nox -s lent-3.12                    # the oldest of them together, and Triton 3.6: what a lent GPU comes with
+    nox -s lent-3.12                    # the versions that a lent GPU comes with, together
     nox -s table                        # the table of what has been tried so far
 
 A session makes an environment of one Python and one PyTorch and tries the versions of Transformers in it, one after the other:

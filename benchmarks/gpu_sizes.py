@@ -39,7 +39,8 @@ class Sizes:
     """What is measured: of attention calls in `dtype` on `device`, of the first and the second half of the tests, and of a model.
 
     `checks`, `parts`: dtypes and parts of the kernels that `doctor` tries. `candidates`: other launches of each of the `kernels`,
-    for a call of `tuned` tokens. `shape`: of a Llama with random weights, which is timed where `model` is not there.
+    for a call of `tuned` tokens. `shape`: of a Llama with random weights, which is timed with a `long_prompt` where `model` is
+    not there.
     """
 
     device: str = "cuda:0"
@@ -65,6 +66,7 @@ class Sizes:
     model_dtype: str = "bf16"
     shape: dict[str, Any] = field(default_factory=lambda: LLAMA_8B)
     prompt: int = 8192
+    long_prompt: int = 32768
     budget: int = 1024
     new_tokens: int = 64
 
@@ -86,5 +88,5 @@ DRY = Sizes(
     prefill=(128, 192), decode=(96,), backward=(128,), batches=(2,), repeats=1,
     tests=(("test_kernel_rule.py",), ("test_kernel_tuning.py",)), processes=1,
     kernels=("prefill", "search", "decode search", "votes"), candidates=1, tuned=64, tune_repeats=1,
-    model=documents.CHECKPOINT, model_dtype="fp32", shape=TINY, prompt=512, budget=64, new_tokens=2,
+    model=documents.CHECKPOINT, model_dtype="fp32", shape=TINY, prompt=512, long_prompt=192, budget=64, new_tokens=2,
 )  # fmt: skip

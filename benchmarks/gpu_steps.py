@@ -277,18 +277,28 @@ def random_model(sizes: Sizes, device: torch.device) -> Any:
     return model.eval()
 
 
-def speed(run: Run, loaded: Any, ids: Sequence[int], configs: dict[str, HiPConfig], weights: str) -> Rows:
-    """What a prompt takes, and greedy generation, with each of the settings."""
-    calls = {name: Forward(loaded, ids, config, Clock(run.device)) for name, config in configs.items()}
-    interleave(list(calls.values()), run.sizes.repeats)
-    rows = []
-    for name, config in configs.items():
-        use(loaded, config)
+def speed(run: Run, loaded: Any, ids: Sequence[int], every: HiPConfig, weights: str) -> None:
+    """What a prompt takes, and greedy generation: dense, with the default settings, and with all layers and rows sparse."""
+    configs = {"dense": HiPConfig(method="dense"), "defaults": HiPConfig(), "all sparse": every}
+    own = dict(weights=weights, length=len(ids))
+
+    def prompts() -> Rows:
+        calls = {name: Forward(loaded, ids, config, Clock(run.device)) for name, config in configs.items()}
+        interleave(list(calls.values()), run.sizes.repeats)
+        return [
+            {**own, "settings": name, "prompt_ms": 1000 * median(call.seconds), "runs": len(call.seconds)}
+            for name, call in calls.items()
+        ]
+
+    def generation(name: str) -> Rows:
+        use(loaded, configs[name])
         for _ in range(2):  # the first compiles
             result = generate(loaded, list(ids), run.sizes.new_tokens)
-        own = dict(weights=weights, settings=name, length=len(ids), prompt_ms=1000 * median(calls[name].seconds))
-        rows.append({**own, "tokens_per_s": result.tokens_per_s, "runs": len(calls[name].seconds)})
-    return rows
+        return [{**own, "settings": name, "tokens_per_s": result.tokens_per_s}]
+
+    run.keep(f"prompt, {weights}", prompts)
+    for name in configs:
+        run.keep(f"generation, {weights}, {name}", partial(generation, name))
 
 
 @torch.no_grad()
@@ -297,10 +307,9 @@ def model_step(run: Run) -> None:
     travel with the tree, the times of one with random weights."""
     sizes, name = run.sizes, str(run.sizes.model)
     if not real_model.is_complete(sizes.model):
-        length = sizes.prefill[1]
-        configs = over_budgets(["dense", "defaults"], [sizes.budget], tokens=length, checkpoint="")
-        ids = torch.randint(sizes.shape["vocab_size"], (length,), generator=torch.Generator().manual_seed(0)).tolist()
-        run.keep("speed", lambda: speed(run, random_model(sizes, run.device), ids, configs, "random"))
+        (every,) = over_budgets(["defaults"], [sizes.budget], tokens=sizes.long_prompt, checkpoint="").values()
+        drawn = torch.randint(sizes.shape["vocab_size"], (sizes.long_prompt,), generator=torch.Generator().manual_seed(0))
+        speed(run, random_model(sizes, run.device), drawn.tolist(), every, "random")
         return
     loaded, tokenizer, _ = documents.load_to_measure(name, sizes.device, "", sizes.model_dtype)
     text = tokenizer.encode(documents.DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
@@ -313,7 +322,7 @@ def model_step(run: Run) -> None:
         return [{**row, "wrong": "" if math.isfinite(row["nll"]) else f"{row['settings']}: nll is {row['nll']}"} for row in rows]
 
     run.keep("quality", quality)
-    run.keep("speed", lambda: speed(run, loaded, prompt.ids, configs, sizes.model.name))
+    speed(run, loaded, prompt.ids, configs["defaults"], sizes.model.name)
 
 
 STEPS: dict[str, Callable[[Run], None]] = {

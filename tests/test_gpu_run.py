@@ -177,9 +177,7 @@ def test_a_dry_run_measures_everything(tmp_path: Path) -> None:
     assert all(
         row["ms"] > 0 and row["present_ms"] > 0 and row["tile"] != row["present"] and not row["problem"] for row in rows["tune"]
     )
-    by_setting = {row["settings"]: row for row in rows["model"] if "prompt_ms" in row}
-    assert list(by_setting) == ["dense", "defaults"]
-    assert all(row["prompt_ms"] > 0 and row["tokens_per_s"] > 0 and row["length"] == 512 for row in by_setting.values())
+    check_model([row for row in rows["model"] if "weights" in row], "checkpoint", 512)
     quality = {row["settings"]: row for row in rows["model"] if "digits" in row}
     assert quality["dense"]["path"] == "sdpa"
     assert quality["defaults"]["path"] == "sparse"
@@ -206,6 +204,14 @@ def check_calls(rows: dict[str, list[dict[str, Any]]]) -> None:
     for row in calls:
         assert (row["path"], row["hip_ms"] > 0) == ("sparse", True)
         assert "selection" in row["phase"] or row["times_faster"] == pytest.approx(row["sdpa_ms"] / row["hip_ms"])
+
+
+def check_model(rows: list[dict[str, Any]], weights: str, length: int) -> None:
+    """A prompt, and then generation, with each of the settings."""
+    names = ["dense", "defaults", "all sparse"]
+    assert {(row["weights"], row["length"]) for row in rows} == {(weights, length)}
+    assert [row["settings"] for row in rows if row.get("prompt_ms", 0) > 0] == names
+    assert [row["settings"] for row in rows if row.get("tokens_per_s", 0) > 0] == names
 
 
 def check_parts(rows: list[dict[str, Any]]) -> None:
@@ -273,10 +279,7 @@ def test_pieces_of_steps(tmp_path: Path) -> None:
     ]
     assert "far off" in rows[1]["wrong"]
     rows = gpu_records.rows_of(tmp_path, "model")
-    assert [(row["weights"], row["settings"], row["length"]) for row in rows] == [
-        ("random", name, 192) for name in ("dense", "defaults")
-    ]
-    assert all(row["prompt_ms"] > 0 and row["tokens_per_s"] > 0 for row in rows)
+    check_model(rows, "random", 192)
 
 
 def test_rows_are_those_of_finished_cells(tmp_path: Path) -> None:
@@ -304,6 +307,7 @@ def test_what_was_measured_stands_in_the_table_of_the_kernels() -> None:
             call("decode amortised", 16, 7.0),
             call("decode refreshed, launched", 1, 8.0),
         ],
+        "backward": [call("backward", 1, 3.0)],
         "profile": [part("need_kernel", 0.125), part("vote_kernel", 0.0625), part("attend_kernel", 0.75), part("gaps", 3.0)],
     }
     machine = {"device": "NVIDIA H100 80GB HBM3"}
@@ -312,7 +316,7 @@ def test_what_was_measured_stands_in_the_table_of_the_kernels() -> None:
     assert gpu == "H100"
     assert {name: ms for (name, _), ms in measured.items()} == {
         "prefill": 1.0, "prefill: selection": 0.25, "prefill: dense": 10.0, "decode, amortised": 0.5, "decode: dense": 5.0,
-        "prefill: votes": 0.1875, "prefill: attention": 0.75,
+        "prefill: votes": 0.1875, "prefill: attention": 0.75, "backward": 3.0, "backward: dense": 30.0,
     }  # fmt: skip
     rows = floors.rows((8192, 32768), HiPConfig(), floors.Shape(target="sm90"), gpu, measured)
     assert {row["step"]: row["measured"] for row in rows if row["measured"] is not None and row["tokens"] == 8192} == {

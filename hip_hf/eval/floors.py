@@ -37,6 +37,8 @@ CALLS = {
     "decode, amortised": ("decode amortised", "hip_ms"),
     "decode, refreshed each step": ("decode refreshed", "hip_ms"),
     "decode: dense": ("decode amortised", "sdpa_ms"),
+    "backward": ("backward", "hip_ms"),
+    "backward: dense": ("backward", "sdpa_ms"),
 }
 NOTHING: Mapping[tuple[str, int], float] = {}
 # The kernels that are a step of a prompt, in its profile.
@@ -251,7 +253,8 @@ def rows(
 def measured_in(document: dict[str, Any]) -> tuple[str, dict[tuple[str, int], float]]:
     """Of a summary of `benchmarks/gpu_run.py`: the GPU, and milliseconds by step and length, of one sequence."""
     steps = {step["step"]: step for step in document["steps"]}
-    calls = [row for name in ("prefill", "decode") for row in steps[name]["rows"] if "phase" in row and row["batch"] == 1]
+    rows = [row for name in ("prefill", "decode", "backward") for row in steps[name]["rows"]]
+    calls = [row for row in rows if "phase" in row and row["batch"] == 1]
     found: dict[tuple[str, int], float] = {}
     for name, (phase, column) in CALLS.items():
         found |= {(name, row["length"]): row[column] for row in calls if row["phase"] == phase and row[column] is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,8 +73,7 @@ def main(
         for launch, target, dim, dtype in progress.track(work, description="compiling"):
             # what was compiled before counts only while code and launch configuration are the same
             key = (launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
-            spend = lambda: before.get(key) or asdict(budget.spend(launch, target, dim, dtype, spills))  # noqa: B023, E731 (called at once)
-            rows.append(cells.get(key, spend))
+            rows.append(cells.get(key, partial(known_or_compiled, before.get(key), launch, target, dim, dtype, spills)))
     failed = [row for row in rows if row["problem"]]
     details = dict(failed=len(failed), **asked)
     title = f"kernels: {len(rows)} compiled with Triton {triton.__version__}, {len(failed)} with a problem"
@@ -81,6 +81,13 @@ def main(
     sink.publish(Results("kernels", title, rows, details), cells, tables)
     if failed or not rows:
         raise typer.Exit(1)
+
+
+def known_or_compiled(known: dict[str, Any] | None, *what: Any) -> dict[str, Any]:
+    """The row of a launch. `what`: what `budget.spend` is given."""
+    from hip_hf.kernels import budget
+
+    return known or asdict(budget.spend(*what))
 
 
 def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], dict[str, Any]]:

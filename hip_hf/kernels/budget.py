@@ -190,7 +190,7 @@ def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype, spills: int
 def _fault(row: Spent, launch: Launch, compiled: Any, spills: int) -> str:
     """Why the compiled launch must not be released, or nothing."""
     if row.spilled > spills:
-        return "spills"
+        return f"spills {row.spilled}, allowed {spills}"
     if row.shared > SHARED[row.target]:
         return f"does not fit into {SHARED[row.target]} bytes of shared memory"
     if launch.tensor_cores and not row.matrix:
