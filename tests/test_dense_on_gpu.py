@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_near, causal, eager, make_problem, make_qkv
+from test_kernel_paged import token_major
 
 from hip_hf import attention
 from hip_hf.attention import attend_dense
 from hip_hf.config import HiPConfig
-from hip_hf.paged import BlockTable, PagedTensor, Store
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference import dense
 
@@ -69,18 +69,6 @@ def test_no_more_logits_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(seen) == shapes
 
 
-def paged(x: torch.Tensor) -> PagedTensor:
-    """The same keys in pages of two sequences in turn."""
-    batch, heads, tokens, dim = x.shape
-    store = Store(heads, dim, x.dtype, x.device, 16)
-    pages = -(-tokens // 16)
-    store.slabs, store.bounds = [store.make_slab(batch * pages)], [0]
-    tables = [BlockTable(list(range(b, batch * pages, batch))) for b in range(batch)]
-    for table, own in zip(tables, x, strict=True):
-        store.write(table, 0, own)
-    return PagedTensor(store, tables, tokens)
-
-
 # Of 160 keys and the last 100 rows.
 SPANS = {
     "left padding": (Span(0, 0, 160, 0, 100, 60), Span(1, 81, 160, 21, 100, 0)),
@@ -99,7 +87,9 @@ def test_every_kind_of_batch_equals_block_by_block(
     problem = replace(make_problem(q, k, v, sliding_window=window), spans=SPANS[spans])
     want, _ = attend_dense(problem, HiPConfig(method="dense"), False)
     if pages:
-        problem = replace(problem, k=paged(k), v=paged(v))
+        pages_of_k, pages_of_v = token_major(k, v, 30)
+        problem = replace(problem, k=pages_of_k, v=pages_of_v)
+        assert not all(dense._in_one_piece(problem, span) for span in problem.spans)
     asked: list[AttentionProblem] = []
 
     def takes_masks(given: AttentionProblem) -> bool:
@@ -116,7 +106,8 @@ def test_every_kind_of_batch_equals_block_by_block(
 
 def test_who_is_given_masks() -> None:
     """On a GPU; not where gradients are kept, nor where a cache is offloaded, nor a CPU, which has fused attention."""
-    keys = paged(make_qkv(40)[1])
+    _, k, v = make_qkv(40)
+    keys, _ = token_major(k, v, 10)
 
     def takes(device: str, resident: bool = True, learning: bool = False) -> bool:
         keys.store.resident = resident

@@ -23,8 +23,7 @@ from typing import Any
 import pytest
 import torch
 from interpreter import DEVICE, interpreter
-from test_fake_cuda import GPU, device_guards, launches  # noqa: F401  # fixtures
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_fake_cuda import GPU, Operations, device_guards, launches  # noqa: F401  # fixtures
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hip_hf
@@ -75,18 +74,6 @@ class Counted:
         """Tensors that were made, views not counted."""
         made = ("empty", "zeros", "ones", "full", "arange", "clone", "copy", "cat", "stack")
         return sum(count for name, count in self.operations.items() if name.split(".")[1].removeprefix("new_").startswith(made))
-
-
-class Operations(TorchDispatchMode):
-    """Counts what reaches PyTorch's dispatcher."""
-
-    def __init__(self, into: Counter[str]) -> None:
-        super().__init__()
-        self.into = into
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.into[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

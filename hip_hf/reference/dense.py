@@ -87,22 +87,19 @@ def alike(problem: AttentionProblem) -> bool:
 def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> torch.Tensor:
     """PyTorch's attention of a span's rows to its keys, for the batch rows `batch`: `[batch, Hq, rows, Dv]`."""
     q = problem.q[batch, :, span.row_start : span.row_end]
-    begin = 0 if problem.sliding_window is None else max(0, span.position - problem.sliding_window + 1)
+    window = problem.sliding_window or span.end  # one as wide as that hides nothing
+    begin = max(0, span.position - window + 1)
     k, v = (_range(x, span, batch, begin) for x in (problem.k, problem.v))
-    if span.rows == 1 or (span.position == 0 and (problem.sliding_window or span.end) >= span.end):
+    if span.rows == 1 or (span.position == 0 and window >= span.end):
         return grouped_sdpa(q, k, v, problem.scale, span.rows > 1)
-    # PyTorch may hold the logits of as many rows as it is given a mask for
-    step, outs = max(1, LOGITS_ON_GPU // (span.end * len(k) * k.shape[1])), []
-    if problem.sliding_window is not None:
-        step = min(step, max(problem.sliding_window, ROWS_AT_ONCE))  # more rows would multiply what none of them sees
+    # PyTorch may hold the logits of all rows of a mask; more rows than a window would multiply what none of them sees
+    step, outs = min(max(1, LOGITS_ON_GPU // (span.end * len(k) * k.shape[1])), max(window, ROWS_AT_ONCE)), []
     for row in range(0, span.rows, step):
         some, first = q[:, :, row : row + step], span.position + row
         end = first + some.shape[2]
-        low = begin if problem.sliding_window is None else max(0, first - problem.sliding_window + 1)
+        low = max(0, first - window + 1)
         at, key = (torch.arange(*ends, device=q.device) for ends in ((first, end), (low, end)))
-        seen = key <= at[:, None]
-        if problem.sliding_window is not None:
-            seen &= key > at[:, None] - problem.sliding_window
+        seen = (key <= at[:, None]) & (key > at[:, None] - window)
         keys = slice(low - begin, end - begin)
         outs.append(grouped_sdpa(some, k[:, :, keys], v[:, :, keys], problem.scale, False, seen))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
