@@ -11,8 +11,8 @@ TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 TRITON_TARGETS ?= sm80,sm90,sm100,gfx942
 # Of their kernels those with this in their name; empty: all.
 TRITON_KERNELS ?= prefill
-# Launches are chosen so that on sm80, sm90 and gfx942 nothing spills with the tested Triton (`benchmarks/results/kernels.json`);
-# elsewhere a kernel may spill so many bytes a thread.
+# Launches are chosen so that nothing spills with the tested Triton (`benchmarks/results/kernels.json`); with others a kernel may
+# spill so many bytes a thread.
 TRITON_SPILLS ?= 96
 
 .PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-tritons $(TRITONS:%=test-triton-%) test-races test-tensor-cores test-families fuzz coverage mutants test-gpu demo demo-llm docs notebooks lint package clean

@@ -16,7 +16,7 @@ once; a dense prompt of 1M tokens takes 15), and the limits. The sum is below ei
     tests             60     90  kernel tests: the kernels of every call
     prefill           75    110  8K to 1M tokens against FlashAttention or cuDNN; at every length exact rows against dense ones
     decode            55     90  at 128K and 1M keys, 1 and 16 sequences or as many as fit, in graphs and launched
-    profile           30     50  where a layer's time goes: kernels, gaps, host
+    profile           40     60  where a layer's time goes: kernels, gaps, host
     more_tests        70    110  the other kernel tests
     backward          20     40  gradients at 8K and 32K tokens
     tune              50     60  other launches of attention and selection
@@ -60,7 +60,7 @@ class Step:
 
 
 STEPS = (
-    Step("doctor", 90), Step("tests", 90), Step("prefill", 110), Step("decode", 90), Step("profile", 50), Step("more_tests", 110),
+    Step("doctor", 90), Step("tests", 90), Step("prefill", 110), Step("decode", 90), Step("profile", 60), Step("more_tests", 110),
     Step("backward", 40), Step("tune", 60), Step("model", 60),
 )  # fmt: skip
 

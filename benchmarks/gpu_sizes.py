@@ -38,9 +38,9 @@ TINY = dict(
 class Sizes:
     """What is measured: of attention calls in `dtype` on `device`, of the first and the second half of the tests, and of a model.
 
-    `checks`, `parts`: dtypes and parts of the kernels that `doctor` tries. `candidates`: other launches of each of the `kernels`,
-    for a call of `tuned` tokens. `shape`: of a Llama with random weights, which is timed with a `long_prompt` where `model` is
-    not there.
+    `checks`, `parts`: dtypes and parts of the kernels that `doctor` tries. `hyper`: HyperAttention's options. `candidates`: other
+    launches of each of the `kernels`, for a call of `tuned` tokens. `shape`: of a Llama with random weights, which is timed with
+    a `long_prompt` where `model` is not there.
     """
 
     device: str = "cuda:0"
@@ -54,6 +54,7 @@ class Sizes:
     prefill: tuple[int, ...] = (8192, 32768, 131072, 1 << 20)
     decode: tuple[int, ...] = (131072, 1 << 20)
     backward: tuple[int, ...] = (8192, 32768)
+    hyper: dict[str, int] = field(default_factory=dict)
     batches: tuple[int, ...] = (1, 16)
     repeats: int = 5
     tests: tuple[tuple[str, ...], tuple[str, ...]] = (FIRST, SECOND)
@@ -85,7 +86,7 @@ class Sizes:
 DRY = Sizes(
     device="cpu", dtype="fp16", checks=("fp32",), parts=(checks.GRADIENTS,), heads=2, kv_heads=1, dim=16,
     config=dict(doctor.SIZES, backend="triton", beam=2, rescore=2, decode_refresh=2),
-    prefill=(128, 192), decode=(96,), backward=(128,), batches=(2,), repeats=1,
+    prefill=(128, 192), decode=(96,), backward=(128,), hyper=checks.HYPER_SIZES, batches=(2,), repeats=1,
     tests=(("test_kernel_rule.py",), ("test_kernel_tuning.py",)), processes=1,
     kernels=("prefill", "search", "decode search", "votes"), candidates=1, tuned=64, tune_repeats=1,
     model=documents.CHECKPOINT, model_dtype="fp32", shape=TINY, prompt=512, long_prompt=192, budget=64, new_tokens=2,

@@ -26,7 +26,7 @@ from torch.autograd import DeviceType
 
 from hip_hf.attention import sparse_reach
 from hip_hf.config import HiPConfig
-from hip_hf.eval import doctor, documents, gpu_latency, latency, losses, needles, plots, real_model
+from hip_hf.eval import doctor, documents, floors, gpu_latency, latency, losses, needles, plots, real_model
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.generate import generate
 from hip_hf.eval.gpu_runs import Clock, Timed
@@ -211,14 +211,21 @@ def parts_of(what: str, length: int, device: torch.device, work: Callable[[], An
 
 
 def profile_step(run: Run) -> None:
-    """A layer's attention in a prompt, and in decode steps without a graph."""
+    """A layer's attention in a prompt, and in decode steps without a graph; then what fewer calls need."""
     sizes, plan = run.sizes, run.sizes.plan()
     count = math.lcm(latency.refresh_period(sizes.settings), sizes.settings.block_k)
     runs = sizes.repeats + 3  # one to warm up, one for the host, one for the profiler
 
-    def prompt(length: int) -> Rows:
+    def prompt(length: int, what: str = "prompt", settings: HiPConfig = sizes.settings) -> Rows:
         tensors = plan.random(sizes.dtype, length, length, plan.device)
-        return parts_of("prompt", length, plan.device, partial(ours, *tensors, sizes.settings), 1, sizes.repeats)
+        return parts_of(what, length, plan.device, partial(ours, *tensors, settings), 1, sizes.repeats)
+
+    def gradients(length: int) -> Rows:
+        leaves = [x.requires_grad_() for x in plan.random(sizes.dtype, length, length, plan.device)]
+        with torch.enable_grad():
+            out = ours(*leaves, sizes.settings).out
+        pull = partial(torch.autograd.grad, out, leaves, torch.ones_like(out), retain_graph=True)
+        return parts_of("gradients", length, plan.device, pull, 1, sizes.repeats)
 
     def steps(length: int) -> Rows:
         tensors = plan.random(sizes.dtype, length + runs * count, count, plan.device)
@@ -229,6 +236,11 @@ def profile_step(run: Run) -> None:
         run.keep(f"prompt, {plots.short(length)}", partial(prompt, length))
     for length in sizes.decode:
         run.keep(f"decode, {plots.short(length)}", partial(steps, length))
+    fewer = {"hyper": dict(method="hyper", options=sizes.hyper), "delta": dict(delta=floors.GAMMA, delta_mode="step")}
+    for what, fields in fewer.items():
+        length = sizes.prefill[1]
+        run.keep(f"{what}, {plots.short(length)}", partial(prompt, length, what, replace(sizes.settings, **fields)))
+    run.keep(f"gradients, {plots.short(sizes.backward[-1])}", partial(gradients, sizes.backward[-1]))
 
 
 def tune_step(run: Run) -> None:

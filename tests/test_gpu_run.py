@@ -217,7 +217,8 @@ def check_model(rows: list[dict[str, Any]], weights: str, length: int) -> None:
 def check_parts(rows: list[dict[str, Any]]) -> None:
     """Prompt and decode step: what is not in the parts is between them."""
     calls = dict.fromkeys((row["what"], row["length"]) for row in rows)
-    assert list(calls) == [("prompt", 128), ("prompt", 192), ("decode", 96)]
+    fewer = [("hyper", 192), ("delta", 192), ("gradients", 128)]
+    assert list(calls) == [("prompt", 128), ("prompt", 192), ("decode", 96), *fewer]
     for call in calls:
         whole, host, kernels, gaps, *parts = [row for row in rows if (row["what"], row["length"]) == call]
         assert [row["part"] for row in (whole, host, kernels, gaps)] == ["whole", "host", "kernels", "gaps"]
@@ -297,8 +298,8 @@ def test_what_was_measured_stands_in_the_table_of_the_kernels() -> None:
     def call(phase: str, batch: int, ms: float) -> dict[str, Any]:
         return {"phase": phase, "batch": batch, "length": 8192, "hip_ms": ms, "sdpa_ms": 10 * ms}
 
-    def part(name: str, ms: float) -> dict[str, Any]:
-        return {"what": "prompt", "length": 8192, "part": name, "launches": 1, "ms": ms}
+    def part(what: str, name: str, ms: float) -> dict[str, Any]:
+        return {"what": what, "length": 8192, "part": name, "launches": 1, "ms": ms}
 
     steps = {
         "prefill": [{"rows": "last", "length": 8192, "error": 0.0}, call("prefill", 1, 1.0), call("selection", 1, 0.25)],
@@ -308,7 +309,15 @@ def test_what_was_measured_stands_in_the_table_of_the_kernels() -> None:
             call("decode refreshed, launched", 1, 8.0),
         ],
         "backward": [call("backward", 1, 3.0)],
-        "profile": [part("need_kernel", 0.125), part("vote_kernel", 0.0625), part("attend_kernel", 0.75), part("gaps", 3.0)],
+        "profile": [
+            part("prompt", "need_kernel", 0.125),
+            part("prompt", "attend_kernel", 0.75),
+            part("prompt", "gaps", 3.0),
+            part("decode", "attend_kernel", 0.002),
+            part("gradients", "key_gradient_kernel", 2.0),
+            part("hyper", "square_kernel", 4.0),
+            part("delta", "spread_kernel", 5.0),
+        ],
     }
     machine = {"device": "NVIDIA H100 80GB HBM3"}
     document = {"steps": [{"step": name, "machine": machine, "rows": rows} for name, rows in steps.items()]}
@@ -316,15 +325,22 @@ def test_what_was_measured_stands_in_the_table_of_the_kernels() -> None:
     assert gpu == "H100"
     assert {name: ms for (name, _), ms in measured.items()} == {
         "prefill": 1.0, "prefill: selection": 0.25, "prefill: dense": 10.0, "decode, amortised": 0.5, "decode: dense": 5.0,
-        "prefill: votes": 0.1875, "prefill: attention": 0.75, "backward": 3.0, "backward: dense": 30.0,
+        "prefill: need_kernel": 0.125, "prefill: attend_kernel": 0.75, "backward": 3.0, "backward: dense": 30.0,
+        "decode: attend_kernel": 0.002, "backward: key_gradient_kernel": 2.0, "hyper: square_kernel": 4.0,
+        "delta: spread_kernel": 5.0,
     }  # fmt: skip
     rows = floors.rows((8192, 32768), HiPConfig(), floors.Shape(target="sm90"), gpu, measured)
     assert {row["step"]: row["measured"] for row in rows if row["measured"] is not None and row["tokens"] == 8192} == {
         name: ms for (name, _), ms in measured.items()
     }
     assert all(0 < row["floor"] <= row["model"] for row in rows)
-    assert [row["measured"] for row in rows if row["tokens"] == 32768] == [None] * 10
-    assert floors.table(rows, gpu).splitlines()[2].endswith("| 1 |")
+    assert all(row["measured"] is None for row in rows if row["tokens"] == 32768)
+    first = floors.table(rows, gpu).splitlines()[2].split(" | ")
+    assert [cell.count("/") for cell in first[1:]] == [2, 2]
+    assert (first[0], first[1].endswith("/ 1"), first[2].endswith("/ |")) == ("| prefill", True, True)
+
+
+def test_every_kernel_of_a_profile_has_a_row_in_the_table() -> None:
     launches = [launch for module in MODULES for launch in import_module(module).launches(64, torch.bfloat16, "sm90")]
-    names = {launch.kernel.fn.__name__ for launch in launches}
-    assert {name for kernels in floors.KERNELS.values() for name in kernels} <= names
+    rows = {name.partition(": ")[2] for name in floors.kernels(HiPConfig(), floors.Shape())}
+    assert {launch.kernel.fn.__name__ for launch in launches} == rows

@@ -20,9 +20,10 @@ import typer
 from typer.testing import CliRunner
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval import floors, gpu_latency, latency
+from hip_hf.eval import floors, gpu_latency, kernel_costs, latency
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.gpu_latency import Bench, Clock, Steps, measure
+from hip_hf.eval.kernel_costs import Cost
 from hip_hf.eval.latency import Plan, ours
 from hip_hf.eval.presets import sizes
 from hip_hf.kernels import prefill
@@ -79,8 +80,8 @@ def test_rows_of_every_phase() -> None:
             assert row["sdpa"] in ("flash", "cudnn")
             assert row["times_faster"] == pytest.approx(row["sdpa_ms"] / row["hip_ms"])
         assert (row["peak_gb"] is None) == (DEVICE == "cpu")
-    shape, config = floors.Shape(2, 1, 16, 2), kernels()
-    cost = floors.prefill(LENGTH, config, shape) + floors.selection(LENGTH, config, shape)
+    shape, config = kernel_costs.Shape(2, 1, 16, 2), kernels()
+    cost = kernel_costs.prefill(LENGTH, config, shape) + kernel_costs.selection(LENGTH, config, shape)
     assert found["prefill"]["tflops"] == pytest.approx(cost.flops / found["prefill"]["hip_ms"] / 1e9)
     assert found["prefill"]["gb_per_s"] == pytest.approx(cost.bytes / found["prefill"]["hip_ms"] / 1e6)
     assert found["prefill"]["selecting"] == pytest.approx(found["selection"]["hip_ms"] / found["prefill"]["hip_ms"])
@@ -265,7 +266,8 @@ def test_the_model_counts_the_tiles_that_are_launched(group: int, dim: int, dtyp
     """Each tile of a query block gathers the block's keys: as many as programs of a head and query block, forward and for dQ."""
     q, k = (torch.empty(1, heads, 128, dim, dtype=dtype, device=DEVICE) for heads in (2 * group, 2))
     kv, sequences = KeyValues(k, k), Sequences.of([Span(0, 0, 128, 0, 128, 0)], q.device)
-    shape, lse = floors.Shape(2 * group, 2, dim, dtype.itemsize, target_of(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    shape = kernel_costs.Shape(2 * group, 2, dim, dtype.itemsize, target_of(q))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     for block_q in (64, 32):
         reads = dense_reads(block_q)
         (tiles, lists, _), _ = prefill.call_arguments(q, kv, sequences, reads, Logits(1.0), q, lse, shape.tile("prefill"))
@@ -277,25 +279,27 @@ def test_the_model_counts_the_tiles_that_are_launched(group: int, dim: int, dtyp
 
 def test_the_model_adds_up() -> None:
     """By hand, for a small prompt: 4 query heads on 2 key heads of 16 numbers in 2 bytes, query blocks of 16 rows."""
-    shape = floors.Shape(4, 2, 16, 2)
+    shape = kernel_costs.Shape(4, 2, 16, 2)
     assert shape.row_tiles("prefill", 16, 2) == 1
     config = small(dense_tail=0, options={"sample": 256})  # sink 4, budget 16, window 16, and the block's own 16
-    one = floors.prefill(320, config, shape)
+    one = kernel_costs.prefill(320, config, shape)
     assert one.flops == 4 * 320 * 4 * 52 * 16
     assert one.bytes == 20 * 2 * 52 * 2 * 16 * 2 + 2 * 320 * 4 * 16 * 2
-    with_tail = floors.prefill(320, small(dense_tail=64), shape)
+    with_tail = kernel_costs.prefill(320, small(dense_tail=64), shape)
     assert with_tail.flops == 4 * 4 * 16 * (256 * 52 + 64 * 320)
     assert with_tail.bytes == 16 * 2 * 52 * 64 + 1 * 2 * 320 * 64 + 2 * 320 * 128
     # by need, of half of the rows with 36 keys that are always read and a sample of 256: a quarter of all rows are copied;
     # sampled rows are only read
-    votes = floors.votes(320, config, shape)
-    assert votes.flops == 320 * 4 * 292 * 16
-    assert votes.bytes == 20 * 2 * 292 * 32 + 320 * 128 * (1 / 2 + 2 / 4) + 320 * 4 * 4 * (3 / 2 + 2 / 4)
+    need, vote = kernel_costs.need(320, config, shape), kernel_costs.vote(320, config, shape)
+    assert need == Cost(320 * 4 * 292 * 16, 20 * 2 * 292 * 32 + 320 * 128 / 2 + 320 * 4 * 4 * 2 / 2)
+    assert vote == Cost(0, 320 * 128 * 2 / 4 + 320 * 4 * 4 * (1 / 2 + 2 / 4))
     # with `query_stride=2` all that are asked vote, and are read where they lie
-    unranked = floors.votes(320, small(query_stride=2), shape)
-    assert unranked.flops == 320 * 4 * 36 * 16
-    assert unranked.bytes == 20 * 2 * 36 * 32 + 320 * 128 / 2 + 320 * 4 * 4 * 1
-    whole, sampled = (floors.selection(320, one, shape) for one in (config, small(vote="sampled")))
-    assert (whole.flops, whole.bytes) == (sampled.flops + votes.flops, sampled.bytes + votes.bytes)
-    a_head = floors.prefill(320, small(dense_tail=0, group_shared=False), shape)
+    unranked = small(query_stride=2)
+    assert kernel_costs.need(320, unranked, shape) == Cost(320 * 4 * 36 * 16, 20 * 2 * 36 * 32 + 320 * 128 / 2 + 320 * 4 * 4 / 2)
+    assert kernel_costs.vote(320, unranked, shape) == Cost(0, 0)
+    # the search reads the votes; by need also what they find near
+    whole, sampled = (kernel_costs.selection(320, one, shape) for one in (config, small(vote="sampled")))
+    assert whole.flops == sampled.flops + need.flops
+    assert whole.bytes == sampled.bytes + need.bytes + vote.bytes + 320 / 4 * 4 * 4
+    a_head = kernel_costs.prefill(320, small(dense_tail=0, group_shared=False), shape)
     assert a_head.bytes - one.bytes == 20 * 2 * 52 * 2 * 16 * 2  # two selections of a key head are two gathers

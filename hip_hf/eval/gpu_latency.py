@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hip_hf.attention import dense_reason
 from hip_hf.config import HiPConfig
-from hip_hf.eval import floors, latency, plots
+from hip_hf.eval import kernel_costs, latency, plots
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.gpu_runs import Clock, Run, Steps, Timed, captured
 from hip_hf.eval.latency import AMORTISED, DTYPES, PREFILL, REFRESHED, Plan, interleave, ours, refresh_period, sdpa
@@ -81,9 +81,9 @@ class Bench:
         return self.plan.device
 
     @property
-    def shape(self) -> floors.Shape:
+    def shape(self) -> kernel_costs.Shape:
         heads, size = (self.plan.heads, self.plan.kv_heads, self.plan.head_dim), DTYPES[self.dtype].itemsize
-        return floors.Shape(*heads, size, target_of(torch.empty(0, device=self.device)))
+        return kernel_costs.Shape(*heads, size, target_of(torch.empty(0, device=self.device)))
 
     def call(self, run: Run) -> Timed:
         return Timed(run, self.clock)
@@ -103,30 +103,30 @@ class Bench:
     def refuse(self, what: str, name: str, error: Exception) -> None:
         self.refused[f"{what}, {self.dtype}: {name}: {str(error).strip().splitlines()[0]}"] = None
 
-    def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> floors.Cost | None:
+    def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> kernel_costs.Cost | None:
         """FLOPs and bytes of a step by the model in docs/performance.md, which knows `hip` and dense attention."""
         one = self.cost_of_one(phase, length, config, path)
         return one and one.times(self.plan.batch)
 
-    def cost_of_one(self, phase: str, length: int, config: HiPConfig, path: str) -> floors.Cost | None:
+    def cost_of_one(self, phase: str, length: int, config: HiPConfig, path: str) -> kernel_costs.Cost | None:
         """The same, of one sequence of the batch."""
         shape = self.shape
         if path == "sparse" and config.method != "hip":
             return None
         if phase == SELECTION:
-            return floors.selection(length, config, shape)
+            return kernel_costs.selection(length, config, shape)
         if phase == DECODE_SELECTION:
-            return floors.refresh_step(length, config, shape)
+            return kernel_costs.refresh_step(length, config, shape)
         if phase == PREFILL:
             if path == "dense":
-                return floors.dense_prefill(length, shape)
-            return floors.prefill(length, config, shape) + floors.selection(length, config, shape)
+                return kernel_costs.dense_prefill(length, shape)
+            return kernel_costs.prefill(length, config, shape) + kernel_costs.selection(length, config, shape)
         if phase == BACKWARD:
-            dense = floors.dense_prefill(length, shape).times(2.5)
-            return dense if path == "dense" else floors.backward(length, config, shape)
+            dense = kernel_costs.dense_prefill(length, shape).times(2.5)
+            return dense if path == "dense" else kernel_costs.backward(length, config, shape)
         if path == "dense":
-            return floors.dense_decode(length, shape)
-        return floors.decode(length, config, shape, refresh_period(config))
+            return kernel_costs.dense_decode(length, shape)
+        return kernel_costs.decode(length, config, shape, refresh_period(config))
 
     def rows(self, measured: Measured, configs: dict[str, HiPConfig], selections: dict[str, float]) -> list[dict[str, Any]]:
         """Rows of the report. `selections`: seconds of a step that go to selection."""
@@ -138,7 +138,7 @@ class Bench:
             seconds = measured.seconds(call, steps)
             dense = None if best is None else measured.seconds(best[1], measured.dense_steps)
             cost = self.cost(measured.phase, measured.length, config, path)
-            least = next((cost.milliseconds(gpu) for gpu in floors.GPUS if cost and gpu in gpu_name(self.device)), None)
+            least = next((cost.milliseconds(gpu) for gpu in kernel_costs.GPUS if cost and gpu in gpu_name(self.device)), None)
             found.append(
                 {
                     "phase": measured.phase,

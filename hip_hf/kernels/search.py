@@ -111,11 +111,9 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
     Triton 3.7 fail on it."""
     warps = 16 if target.startswith("sm10") else 8
     if indexed or dtype == torch.float32:
-        # without tensor memory or wgmma, larger steps need fewer registers for where they are
-        larger = dtype != torch.float32 and not target.startswith(("sm90", "sm10", "gfx"))
-        features = 32 if larger else 16
-        # a prompt's exact look holds the offsets of 256 blocks besides
-        return SearchTile(16, features, features if votes < FEWEST_ROWS else 16, warps, stages=1)
+        # with 16 warps a step's search spills with one stage, a prompt's with two
+        stages = 2 if warps > 8 and indexed and votes < FEWEST_ROWS else 1
+        return SearchTile(16, 16, 16, warps, stages)
     if candidates > 2 * CANDIDATES and target.startswith("gfx"):
         wanted = SearchTile(16, 16, 16, stages=1)
     elif candidates > CANDIDATES and not target.startswith(("sm10", "gfx")):
