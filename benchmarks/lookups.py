@@ -9,8 +9,9 @@ of what one layer's errors do to the next: good for comparing, while only needle
 that say a digit of an answer, over all layers and heads:
 
 `facts`: of the attention that they give to that fact's digits in the document, the share that is read. `lost`: the share of the
-digits of which less than 0.7 is read. `missed`: the share of all their attention that is not read. `cost`: the FLOPs of
-selection over those of attention, for a whole prompt.
+digits of which less than 0.7 is read. `missed`: the share of all their attention that is not read. Of all rows of questions and
+answers, names as well: `links`, the share that is read of all attention of a tenth and more to a single key between sink and
+window. `cost`: the FLOPs of selection over those of attention, for a whole prompt.
 """
 
 from __future__ import annotations
@@ -53,8 +54,11 @@ SETTINGS = (
 )  # fmt: skip
 # A digit of whose lookups less is read counts as lost.
 ENOUGH = 0.7
+# So much attention to a single key is a lookup.
+LOOKUP = 0.1
 # Query blocks begin at multiples of this many rows, whatever their size.
 ALIGNED = 256
+MEASURES = ("facts", "lost", "missed", "links")
 # What queries `[heads, R, D]` would find among the keys of a middle `[heads, n, D]`: `[heads, R]`, a logarithm.
 Estimate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -138,19 +142,22 @@ ESTIMATES: dict[str, tuple[Estimate, int, int]] = {
 
 @dataclass
 class Kept:
-    """Sums over layers and heads. `facts`: attention to a fact's digits, `[digits]`, all and what is read of it; `missed`: what
-    is not read of all attention."""
+    """Sums over layers and heads: attention to a fact's digits, `[digits]`, `all` and what is `read`; what is `missed` of all
+    attention of so many `rows`; all attention that looks up a key between sink and window, and what is read of that."""
 
     all: torch.Tensor
     read: torch.Tensor
     missed: float = 0.0
     rows: int = 0
+    links: float = 0.0
+    links_read: float = 0.0
 
     def measure(self) -> dict[str, float]:
         return {
             "facts": float(self.read.sum() / self.all.sum()),
             "lost": float((self.read < ENOUGH * self.all).double().mean()),
             "missed": self.missed / self.rows,
+            "links": self.links_read / self.links,
         }
 
 
@@ -189,8 +196,26 @@ def attention_of(
     return [torch.stack([probabilities(problem, head, row)[:, 0] for head in heads]) for row in rows]
 
 
+def links_of(problem: AttentionProblem, config: HiPConfig, start: int, first: int) -> tuple[torch.Tensor, ...]:
+    """All dense attention of `LOOKUP` and more to a key by the rows from `first` on: key head, query head of the group, row, key,
+    and how much, a number for each."""
+    heads, parts = range(problem.k.shape[1]), []
+    for row in range(first, problem.k.shape[2], ALIGNED):
+        last = min(row + ALIGNED, problem.k.shape[2]) - 1
+        block = make_query_block(config, row - start, row, last, None, None)
+        found = torch.stack([probabilities(problem, head, block) for head in heads])
+        head, group, at, key = (found >= LOOKUP).nonzero(as_tuple=True)
+        parts.append((head, group, at + row, key, found[head, group, at, key]))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
 def add(
-    kept: Kept, problem: AttentionProblem, config: HiPConfig, marks: list[tuple[int, list[int]]], attention: list[torch.Tensor]
+    kept: Kept,
+    problem: AttentionProblem,
+    config: HiPConfig,
+    marks: list[tuple[int, list[int]]],
+    attention: list[torch.Tensor],
+    links: tuple[torch.Tensor, ...],
 ) -> None:
     """Add a layer."""
     result = attend(problem, config, need_mask=True)
@@ -200,9 +225,13 @@ def add(
     heads = range(problem.k.shape[1])
     for at, block in searched_blocks(problem, config):
         seen = torch.stack([seen_by(problem, result.mask, head, at, block) for head in heads])
-        for digit, ((row, facts), own) in enumerate(zip(marks, attention, strict=True)):
-            if block.first <= row <= block.last:
-                read = own * seen[:, :, : row + 1]
+        head, group, row, key, much = links
+        mine = (row >= block.first) & (row <= block.last) & (key >= block.sink) & (key < block.window)
+        kept.links += float(much[mine].sum())
+        kept.links_read += float((much[mine] * seen[head[mine], group[mine], key[mine]]).sum())
+        for digit, ((said_at, facts), own) in enumerate(zip(marks, attention, strict=True)):
+            if block.first <= said_at <= block.last:
+                read = own * seen[:, :, : said_at + 1]
                 kept.all[digit] += own[:, :, facts].sum()
                 kept.read[digit] += read[:, :, facts].sum()
                 kept.missed += float((own - read).sum())
@@ -241,8 +270,9 @@ def measure(model: Any, tokenizer: Any, plan: Plan, documents: dict[str, str], c
                     kept.append(Kept(*(torch.zeros(len(marks), dtype=torch.float64) for _ in range(2))))
             for problem in problems:
                 attention = attention_of(problem, config, start, marks)
+                links = links_of(problem, config, start, prompt.document)
                 for name, one in plan.configs.items():
-                    add(settings[name][-1], problem, one, marks, attention)
+                    add(settings[name][-1], problem, one, marks, attention, links)
                 for name, (estimate, step, _) in ESTIMATES.items():
                     new = by(estimate, step)
                     with (
@@ -250,9 +280,9 @@ def measure(model: Any, tokenizer: Any, plan: Plan, documents: dict[str, str], c
                         mock.patch.object(hip, "asked_rows", new["asked"]),
                         mock.patch.object(need, "asked_rows", new["asked"]),
                     ):
-                        add(estimates[name][-1], problem, config, marks, attention)
+                        add(estimates[name][-1], problem, config, marks, attention, links)
             bar.update()
-    mean = lambda some: {name: sum(one.measure()[name] for one in some) / len(some) for name in ("facts", "lost", "missed")}  # noqa: E731
+    mean = lambda some: {name: sum(one.measure()[name] for one in some) / len(some) for name in MEASURES}  # noqa: E731
     costs = {name: prompt_cost(one, length) for name, one in plan.configs.items()}
     return {
         "settings": [
@@ -278,12 +308,13 @@ def main() -> None:
     model, tokenizer = load(given.model, "sdpa")
     plan = Plan(configs, [given.length], given.prompts)
     tables = measure(model, tokenizer, plan, read_documents(given.documents), config)
-    print("| settings | facts | lost | missed | selection / attention |\n|---|---|---|---|---|")
+    figures = lambda row: " | ".join(f"{row[name]:.3f}" for name in MEASURES)  # noqa: E731
+    print(f"| settings | {' | '.join(MEASURES)} | selection / attention |\n|---|---|---|---|---|---|")
     for row in tables["settings"]:
-        print(f"| `{row['settings']}` | {row['facts']:.3f} | {row['lost']:.3f} | {row['missed']:.3f} | {row['cost']:.2f} |")
-    print("\n| need by | keys a row | facts | lost | missed |\n|---|---|---|---|---|")
+        print(f"| `{row['settings']}` | {figures(row)} | {row['cost']:.2f} |")
+    print(f"\n| need by | keys a row | {' | '.join(MEASURES)} |\n|---|---|---|---|---|---|")
     for row in tables["estimates"]:
-        print(f"| {row['estimate']} | {row['keys']} | {row['facts']:.3f} | {row['lost']:.3f} | {row['missed']:.3f} |")
+        print(f"| {row['estimate']} | {row['keys']} | {figures(row)} |")
     if given.output:
         named = {name: one.to_dict() for name, one in configs.items()}
         request = {"command": "lookups", **vars(given), "output": None, "configs": named}
