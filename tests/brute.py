@@ -103,7 +103,6 @@ class Search:
     softcap: float | None = None
     weight: float = 0.5
     walking: int | None = None  # so many of the votes, the first, walk the tree; None: all
-    alone: bool = False  # the query block is a row of its own: blocks that follow good ones are read as well
 
     def size(self, level: int) -> int:
         return self.config.block_k * 2**level
@@ -194,7 +193,7 @@ class Search:
             candidates = [half for i in kept for half in (2 * i, 2 * i + 1)] + self.edges(level)
         if self.config.rescore > 1:
             found = self.exact(self.keep(scores, self.config.rescore * budget))
-            onward = self.config.method_options().onward if self.alone and self.config.score == "mass" else 0
+            onward = self.config.method_options().onward if self.config.score == "mass" else 0
             scores = {i: score + onward * found.get(i - 1, 0) for i, score in found.items()}
         return sorted(self.keep(scores, budget))
 

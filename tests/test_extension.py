@@ -228,8 +228,7 @@ def check_selection(config: HiPConfig, tokens: int, rows: int, where: Positions,
         placed = torch.stack([torch.stack(heads) for heads in own])
         placed[..., : where.rope.dim] *= where.rope.scaling**2
         chunks = farthest if where.chunk_indexed else None
-        alone = len(block) == 1
-        search = Placed(config, k[0, 0], [], low, high, DIM**-0.5, alone=alone, chunks=chunks, by=where.rope)
+        search = Placed(config, k[0, 0], [], low, high, DIM**-0.5, chunks=chunks, by=where.rope)
         if config.vote == "sampled":
             search.votes = brute.sampled(placed, config.query_stride)
         else:

@@ -53,7 +53,7 @@ def expected(
                 continue
             own_rows = torch.stack([queries[:, p - (keys - rows)] for p in block])
             weight, sample = (getattr(config.method_options(), name) for name in ("weight", "sample"))
-            search = brute.Search(config, own, [], low, high, scale, softcap, weight, alone=len(block) == 1)
+            search = brute.Search(config, own, [], low, high, scale, softcap, weight)
             if config.vote == "sampled":
                 search.votes = brute.sampled(own_rows, config.query_stride)
             else:
@@ -279,11 +279,9 @@ def test_a_block_that_follows_a_good_one_is_better_than_a_lone_one() -> None:
     torch.testing.assert_close(scores, torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.0]]))
 
 
-@pytest.mark.parametrize("rows", [1, 40])
-def test_what_a_step_looks_up_is_read_on_into_the_next_block(rows: int) -> None:
-    """All rows need block 9 most, block 20 a little less, and nobody block 10, which follows block 9. The query blocks of a prompt
-    have rows of their own that read the rest of what others look up."""
-    q, k, v = make_qkv(300, rows)
+def test_what_a_row_looks_up_is_read_on_into_the_next_block() -> None:
+    """All rows need block 9 most, block 20 a little less, and nobody block 10, which follows block 9."""
+    q, k, v = make_qkv(300, 1)
     k.zero_(), q.zero_()
     q[..., 0], k[:, :, 9 * 4 : 10 * 4, 0], k[:, :, 20 * 4 : 21 * 4, 0] = 8.0, 8.0, 7.0
     blocks = {}
@@ -291,7 +289,7 @@ def test_what_a_step_looks_up_is_read_on_into_the_next_block(rows: int) -> None:
         config = small(budget=8, sink=4, rescore=30, beam=30, options={"onward": onward})
         assert config.block_k == 4
         blocks[onward] = set(map(tuple, selected(config, q, k, v).values()))
-    assert blocks == {0.0: {(9, 20)}, 0.3: {(9, 10)} if rows == 1 else {(9, 20)}}
+    assert blocks == {0.0: {(9, 20)}, 0.3: {(9, 10)}}
 
 
 def test_the_same_call_selects_the_same_blocks() -> None:

@@ -32,9 +32,9 @@ OF_LOGITS = 4.0
 # Key heads, so that one head's numbers cannot pass for another's.
 KEY_HEADS = 2
 # What planted keys and the middle's others add to a logit; elsewhere it is 0, so that sink and window keep a share that shows.
-# A prompt reads the weak block; a step the faint one, which follows a strong one and gets a share of what that has. Differences
-# are several times that by which the random keys of two blocks differ.
-STRONG, PLANTED, WEAK, FAINT, OTHERS = 4.0, 2.0, 0.0, -1.0, -3.0
+# Of two weak blocks the one after a strong one is read, by its share of what that has. Differences are
+# several times that by which the random keys of two blocks differ.
+STRONG, PLANTED, WEAK, OTHERS = 4.0, 2.0, 0.0, -3.0
 # Neighbouring blocks that are planted together: a search that starts from larger chunks sees them as a quarter of one at least.
 PLANTED_TOGETHER = 4
 # Query rows of a prompt beyond its first query block and its dense tail; not aligned to anything.
@@ -103,7 +103,7 @@ class Trial:
 
     def planted(self, rows: int, keys: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same with the budget's worth of planted keys between the key `first` and the window. Neighbouring blocks begin
-        with a weak one and end with a strong one; a faint one follows, which takes the place of the first in decode."""
+        with a weak one and end with a strong one; another weak one follows, which takes the place of the first."""
         config, heads = self.config, self.heads
         q, k, v = self.plain(rows, keys)
         # in the second half of the head, which context extension does not turn here
@@ -126,7 +126,7 @@ class Trial:
             blocks = torch.full((each,), PLANTED, device="cpu")
             if each > 1:
                 blocks[0], blocks[-1] = WEAK, STRONG
-                blocks = torch.cat([blocks, torch.full((1,), FAINT, device="cpu")])
+                blocks = torch.cat([blocks, blocks[:1]])
             at = (low + (last - low) * run // max(1, runs - 1)) * config.block_k
             logits[at : at + len(blocks) * config.block_k] = blocks.repeat_interleave(config.block_k)
         return along(q, 1.0), along(k, logits), v

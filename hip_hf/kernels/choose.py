@@ -66,7 +66,6 @@ def choose_kernel(
         write(indices, counts, entry, low + tl.arange(0, OUT), high - low, BUDGET, OUT)
         return
 
-    own_rows = last - first + 1
     near, last_row, first, last = votes_near(
         near, row, index, row_start, last_row, first, last, stride_near, CHOSEN, VOTERS, VOTES, SPACING, SAMPLES, GROUP
     )
@@ -82,7 +81,7 @@ def choose_kernel(
             WEIGHED)  # fmt: skip
     total = tl.sum(inside.to(tl.int32), 0)
     if ONWARD > 0:
-        scores = read_on(scores, ids, total, tl.where(own_rows == 1, ONWARD, 0.0), KEPT_LAST)
+        scores = read_on(scores, ids, total, ONWARD, KEPT_LAST)
     keys = sort_keys(scores, inside)
     ids, total = keep_blocks(ids, keys, total, low, BUDGET, True, KEPT_LAST, OUT)
     write(indices, counts, entry, ids, total, BUDGET, OUT)

@@ -339,7 +339,7 @@ def select_kernel(
                 stride_near, last_row, first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE,
                 GROUP, MASS, WEIGHED, DIM, FEATURES_LAST, PRECISION, back, COS, SIN, HALF)  # fmt: skip
             if ONWARD > 0:
-                scores = read_on(scores, ids, total, tl.where(own_rows == 1, ONWARD, 0.0), KEPT_LAST)
+                scores = read_on(scores, ids, total, ONWARD, KEPT_LAST)
             keys = sort_keys(scores, inside)
     if LOOKS == 1:
         ids, total = keep_blocks(ids, keys, total, low, BUDGET, RESCORE, KEPT_LAST, OUT)

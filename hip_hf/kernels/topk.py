@@ -90,7 +90,7 @@ def keep_best(ids, keys, left_id, left, right_id, right, count, M: tl.constexpr,
 
 @triton.jit
 def read_on(scores, ids, total, share, N: tl.constexpr):
-    """Scores `[N]` of sorted blocks `ids`, of which `total` count, each with a `share` of that of the block before it, if that is
+    """Scores `[N]` of sorted blocks `ids`, of which `total` count, each with a share of that of the block before it, if that is
     there (`methods/hip.py`)."""
     slot = tl.arange(0, N)
     before = tl.maximum(slot - 1, 0)

@@ -43,8 +43,8 @@ GATHERED_AT_ONCE = 1 << 21
 @dataclass(frozen=True)
 class Options:
     """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which a row's need is estimated.
-    `descent`: of the votes by need, one in so many walks the tree, the neediest; all of them score what these find. `onward`: in
-    decode, the share of a block's score, by the mass in its keys, that the block after it gets as well, 0 to 1."""
+    `descent`: of the votes by need, one in so many walks the tree, the neediest; all of them score what these find. `onward`: the
+    share of a block's score, by the mass in its keys, that the block after it gets as well, 0 to 1."""
 
     weight: float = 0.5
     sample: int = 1024
@@ -99,8 +99,8 @@ def onward_of(config: HiPConfig) -> float:
 def read_on(scores: torch.Tensor, ids: torch.Tensor, share: float) -> None:
     """Add to the score of each block a share of that of the block before it, if that is there; both `[..., M]`, ids sorted.
 
-    What a row looks up need not end with a block, and the steps that read the rest of it are still to come. What has overflowed
-    has a negative score, and nothing to share.
+    What a row looks up need not end with a block, and the rows that read the rest of it need not be among the votes. What has
+    overflowed has a negative score, and nothing to share.
     """
     follows = (ids[..., 1:] - ids[..., :-1] == 1) & (ids[..., 1:] != NO_CHUNK)
     scores[..., 1:] += torch.where(follows, scores[..., :-1].clamp(min=0) * share, 0.0)
@@ -249,8 +249,7 @@ class TreeSearch:
         if config.rescore_blocks:
             ids = best(scores, ids, config.rescore_blocks).sort(dim=-1).values
             scores = self._exact(heads, q, ids, high, near)
-            if blocks[0].rows == 1:
-                read_on(scores, ids, onward_of(config))
+            read_on(scores, ids, onward_of(config))
         ids = best(scores, ids, config.budget_blocks).sort(dim=-1).values
         return ids.unflatten(1, (shares, len(blocks)))
 
