@@ -238,7 +238,7 @@ def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -
     if dense_by_kernels(problem, config, need_lse):
         from hip_hf.kernels.dense import attend_densely
 
-        return attend_densely(problem, *empty_outputs(problem, need_lse, by_tokens=True))
+        return attend_densely(problem, config, *empty_outputs(problem, need_lse, by_tokens=True))
     served = dense.sdpa_serves_masked(problem, need_lse) if takes_masks(problem) else dense.sdpa_serves(problem, need_lse)
     if served and dense.alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from hip_hf.config import HiPConfig
 from hip_hf.paged import PagedTensor
 from hip_hf.problem import AttentionProblem
@@ -35,8 +33,7 @@ def no_kernels(problem: AttentionProblem, config: HiPConfig, densely: bool = Fal
         if why or config.backend == "triton":
             return why, False
         parts = trust.parts_of(None if densely else config, learning(problem), problem.positions is not None)
-        # sizes in a graph that is being compiled may be any
-        dims = None if torch.compiler.is_compiling() else (problem.q.shape[3], problem.v.shape[3], problem.groups)
+        dims = problem.q.shape[3], problem.v.shape[3], problem.groups  # a graph that is being compiled is then for these alone
         why = trust.failing(device, problem.q.dtype, dims, parts, config.text)
     if why and config.backend == "auto":
         trust.warn_once(why)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from interpreter import DEVICE
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval import doctor
-from hip_hf.kernels import backend, checks, dense, trust
+from hip_hf.kernels import backend, checks, dense, trust, tuning
 from hip_hf.kernels.compiled import MODULES
 from hip_hf_cli import app
 
@@ -112,6 +114,27 @@ def test_a_kernel_that_fails_when_it_is_timed_hides_nothing(monkeypatch: pytest.
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_it_says_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`benchmarks/gpu_run.py` asks for it before every step. The tensors hold nothing."""
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=150 << 30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    tuning._target.cache_clear()
+    with FakeTensorMode():
+        found = doctor.facts(torch.device("cuda", 0), "")
+        monkeypatch.setattr(card, "major", 11)
+        tuning._target.cache_clear()
+        newer = doctor.facts(torch.device("cuda", 0), "")
+    tuning._target.cache_clear()
+    assert (found["device"], found["memory_gib"], found["capability"], found["kernels"]) == (
+        "NVIDIA H200",
+        150.0,
+        "9.0",
+        "can run",
+    )
+    assert (found["target"], found["launch_table"]) == ("sm90", "of this target")
+    assert (newer["target"], newer["launch_table"]) == ("sm110", "of the closest older target")
+
+
 def test_bad_arguments_are_named() -> None:
     for arguments, name in ((["--device", "cuda"], "no GPU"), (["--dtypes", "fp8"], "fp8"), (["--length", "long"], "long")):
         done = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["doctor", *arguments])

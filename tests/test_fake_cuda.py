@@ -23,6 +23,7 @@ from hip_hf import HiPConfig, hip_attention
 from hip_hf.integration import interface, next_token
 from hip_hf.kernels import dense, trust, tuning
 from hip_hf.kernels.backward import Part, gradients
+from hip_hf.kernels.checks import HYPER_SIZES
 from hip_hf.kernels.prefill import Logits, Reads
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.paged import row_numbers
@@ -119,7 +120,7 @@ def test_the_mode_notices() -> None:
         ({"method": "streaming"}, {"attend_kernel"}),
         ({"delta": 16, "delta_mode": "interpolate"}, {"select_kernel", "attend_kernel", "spread_kernel"}),
         ({"delta": 16, "delta_mode": "step"}, {"select_kernel", "attend_kernel"}),
-        ({"method": "hyper"}, {"attend_kernel"}),
+        ({"method": "hyper", "options": HYPER_SIZES}, {"attend_kernel", "hash_kernel", "square_kernel"}),
     ],
     ids=["hip", "streaming", "interpolate", "step", "hyper"],
 )

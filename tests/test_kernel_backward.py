@@ -12,6 +12,7 @@ from helpers import assert_near, eager
 from interpreter import DEVICE
 from kernel_cases import Case, make_case, precisions, spans_of
 
+from hip_hf.config import HiPConfig
 from hip_hf.kernels.backward import Inverted, KeyTiles, Part, attention, invert
 from hip_hf.kernels.prefill import Logits, dense_reads
 from hip_hf.kernels.sequences import Sequences
@@ -71,7 +72,7 @@ def run(case: Case, need_lse: bool = True) -> None:
     if logits.sinks is not None:
         logits = replace(logits, sinks=logits.sinks.clone().requires_grad_())
         inputs.append(logits.sinks)
-    out, lse = attention(*inputs[:3], logits, (Part(case.sequences(), case.reads()),))
+    out, lse = attention(*inputs[:3], logits, (Part(case.sequences(), case.reads()),), HiPConfig())
     assert (out[~visible] == 0).all()
     assert (lse[~visible] == -torch.inf).all()
     total = (out * grad_out.to(DEVICE)).sum()
@@ -164,7 +165,7 @@ def test_dense_rows_at_the_end_of_a_prompt() -> None:
     )
     inputs = [x.to(DEVICE, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
     grad_out = torch.randn(case.q.shape)
-    out, _ = attention(*inputs, case.logits(), parts)
+    out, _ = attention(*inputs, case.logits(), parts, HiPConfig())
     got = torch.autograd.grad((out * grad_out.to(DEVICE)).sum(), inputs)
     for name, a, b in zip("qkv", got, reference(case, grad_out, None), strict=True):
         assert_near(a.cpu(), b, 1e-4, f"gradient of {name}")
@@ -175,7 +176,7 @@ def test_gradients_repeat_bit_by_bit() -> None:
     inputs = [x.to(DEVICE, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
     found = []
     for _ in range(2):
-        out, _ = attention(*inputs, case.logits(), (Part(case.sequences(), case.reads()),))
+        out, _ = attention(*inputs, case.logits(), (Part(case.sequences(), case.reads()),), HiPConfig())
         found.append(torch.autograd.grad(out.float().square().sum(), inputs))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -183,7 +184,9 @@ def test_gradients_repeat_bit_by_bit() -> None:
 def test_only_what_asks_gets_gradients() -> None:
     case = make_case(spans_of((0, 60, 60)))
     v = case.v.to(DEVICE, copy=True).requires_grad_()
-    out, _ = attention(case.q.to(DEVICE), case.k.to(DEVICE), v, Logits(case.scale), (Part(case.sequences(), case.reads()),))
+    out, _ = attention(
+        case.q.to(DEVICE), case.k.to(DEVICE), v, Logits(case.scale), (Part(case.sequences(), case.reads()),), HiPConfig()
+    )
     out.sum().backward()
     assert v.grad.isfinite().all()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,24 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 import typer
+from triton.runtime.interpreter import GridExecutor
 from typer.testing import CliRunner
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval import floors, gpu_latency, kernel_costs, latency
 from hip_hf.eval.cells import Cells
 from hip_hf.eval.gpu_latency import Bench, Clock, Steps, measure
-from hip_hf.eval.kernel_costs import Cost
+from hip_hf.eval.kernel_costs import NO_COST, Cost
 from hip_hf.eval.latency import Plan, ours
 from hip_hf.eval.presets import sizes
 from hip_hf.kernels import prefill
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.backward import Part, query_gradient_arguments
+from hip_hf.kernels.decode import splits_for
 from hip_hf.kernels.prefill import Logits, dense_reads
 from hip_hf.kernels.sequences import Sequences
-from hip_hf.kernels.tuning import target_of
+from hip_hf.kernels.tuning import processors, target_of
+from hip_hf.methods import hyper
 from hip_hf.problem import Span
 from hip_hf.state import DecodeState
 
@@ -81,7 +85,7 @@ def test_rows_of_every_phase() -> None:
             assert row["times_faster"] == pytest.approx(row["sdpa_ms"] / row["hip_ms"])
         assert (row["peak_gb"] is None) == (DEVICE == "cpu")
     shape, config = kernel_costs.Shape(2, 1, 16, 2), kernels()
-    cost = kernel_costs.prefill(LENGTH, config, shape) + kernel_costs.selection(LENGTH, config, shape)
+    cost = kernel_costs.total(kernel_costs.prompt_kernels(LENGTH, config, shape))
     assert found["prefill"]["tflops"] == pytest.approx(cost.flops / found["prefill"]["hip_ms"] / 1e9)
     assert found["prefill"]["gb_per_s"] == pytest.approx(cost.bytes / found["prefill"]["hip_ms"] / 1e6)
     assert found["prefill"]["selecting"] == pytest.approx(found["selection"]["hip_ms"] / found["prefill"]["hip_ms"])
@@ -250,23 +254,16 @@ def test_lengths() -> None:
     assert sizes("8K, 1M,300") == [8192, 2**20, 300]
 
 
-def test_the_table_in_the_documentation_is_what_the_command_prints(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With what was measured, where the results of a GPU are there."""
-    monkeypatch.setattr("sys.argv", ["floors"])
-    floors.main()
-    page = (Path(__file__).resolve().parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert capsys.readouterr().out in page
-
-
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
 @pytest.mark.parametrize(("dim", "dtype"), [(128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)])
 def test_the_model_counts_the_tiles_that_are_launched(group: int, dim: int, dtype: torch.dtype) -> None:
-    """Each tile of a query block gathers the block's keys: as many as programs of a head and query block, forward and for dQ."""
+    """Each tile of a query block gathers the block's keys: as many as programs of a head and query block, forward and for dQ. Few
+    rows are split as they would be."""
     q, k = (torch.empty(1, heads, 128, dim, dtype=dtype, device=DEVICE) for heads in (2 * group, 2))
     kv, sequences = KeyValues(k, k), Sequences.of([Span(0, 0, 128, 0, 128, 0)], q.device)
-    shape = kernel_costs.Shape(2 * group, 2, dim, dtype.itemsize, target_of(q))
+    shape = kernel_costs.Shape(2 * group, 2, dim, dtype.itemsize, target_of(q), processors(q), sequences=3)
+    for call in ((100, 1, 1), (1604, 1, 1), (1 << 20, 1, 1), (1 << 20, 64, 64), (1 << 20, 5, 64)):
+        assert shape.splits(*call) == splits_for(q, 2, 3, *call)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     for block_q in (64, 32):
         reads = dense_reads(block_q)
@@ -277,17 +274,67 @@ def test_the_model_counts_the_tiles_that_are_launched(group: int, dim: int, dtyp
         assert (tiles, lists) == (sequences.blocks(block_q) * shape.row_tiles("backward queries", block_q, 2), 2)
 
 
+Launched = list[tuple[str, tuple[int, ...], dict[str, Any]]]
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> Launched:
+    """Names, grids and named arguments of the kernels that `run` launches."""
+    found: Launched = []
+    execute = GridExecutor.__call__
+
+    def noted(self: GridExecutor, *args: Any, **named: Any) -> Any:
+        found.append((self.fn.__name__, self.grid, named))
+        return execute(self, *args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", noted)
+        run()
+    return found
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="launches are read from the interpreter")
+def test_the_model_has_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kind of call: the kernels, who shares a search or a row's keys, and how many rows are merged."""
+    config, shape = kernels(rescore=2, dense_tail=16), kernel_costs.Shape(4, 2, 16, 4)
+    options = dict(lsh_num_projs=4, block_size=16, sample_size=16, min_seq_len=64)
+    fields = {"prefill": {}, "hyper": dict(method="hyper", options=options), "delta": dict(delta=32, delta_mode="step")}
+    q, k, v = plan(heads=4, kv_heads=2).random("fp32", 160, 160, torch.device(DEVICE))
+    found = {name: launched(monkeypatch, partial(ours, q, k, v, replace(config, **own))) for name, own in fields.items()}
+    leaves, state = [x.clone().requires_grad_() for x in (q, k, v)], DecodeState()
+    out = ours(*leaves, config).out.sum()
+    found["backward"] = launched(monkeypatch, out.backward)
+    ours(q[:, :, :159], k[:, :, :159], v[:, :, :159], config, state)
+    found["decode"] = launched(monkeypatch, partial(ours, q[:, :, 159:], k, v, config, state))
+    costs = {name: cost for name, (cost,) in floors.kernels(160, config, shape, hyper.Options(**options), 32).items()}
+    assert {f"{name}: {kernel}" for name, calls in found.items() for kernel, _, _ in calls} == costs.keys()
+    assert NO_COST not in costs.values()
+    for call, block_q in (("prefill", 16), ("decode", 1)):
+        (search,) = (named for kernel, _, named in found[call] if kernel == "select_kernel")
+        expected = kernel_costs.launch(160, config, shape, block_q)
+        assert {name: search[name] for name in expected} == expected
+    for call in ("prefill", "hyper", "delta", "decode"):
+        ((rows, heads, _), named) = next(x[1:] for x in found[call] if x[0] == "combine_kernel")
+        assert costs[f"{call}: combine_kernel"] == Cost(0, rows * heads * (named["SPLITS"] * 17 * 4 + 16 * 4))
+    # what is called is the sum of its kernels
+    called, bench = floors.calls(160, config, shape), Bench(plan(heads=4, kv_heads=2), "fp32", Clock(torch.device(DEVICE)))
+    for call, name in {"prefill": "prefill", "backward": "backward", "decode": "decode, amortised"}.items():
+        own = sum((cost for kernel, cost in costs.items() if kernel.startswith(f"{call}: ")), NO_COST)
+        assert sum(called[name], NO_COST) == own == bench.cost(floors.CALLS[name][0], 160, config, "sparse")
+
+
 def test_the_model_adds_up() -> None:
     """By hand, for a small prompt: 4 query heads on 2 key heads of 16 numbers in 2 bytes, query blocks of 16 rows."""
     shape = kernel_costs.Shape(4, 2, 16, 2)
     assert shape.row_tiles("prefill", 16, 2) == 1
     config = small(dense_tail=0, options={"sample": 256})  # sink 4, budget 16, window 16, and the block's own 16
-    one = kernel_costs.prefill(320, config, shape)
+    one = kernel_costs.attention(320, config, shape)
     assert one.flops == 4 * 320 * 4 * 52 * 16
     assert one.bytes == 20 * 2 * 52 * 2 * 16 * 2 + 2 * 320 * 4 * 16 * 2
-    with_tail = kernel_costs.prefill(320, small(dense_tail=64), shape)
-    assert with_tail.flops == 4 * 4 * 16 * (256 * 52 + 64 * 320)
-    assert with_tail.bytes == 16 * 2 * 52 * 64 + 1 * 2 * 320 * 64 + 2 * 320 * 128
+    # four programs share the 320 keys of the tail: each reads q, and leaves 17 numbers in fp32 of each row and head
+    with_tail = kernel_costs.prompt_kernels(320, small(dense_tail=64), shape)
+    assert with_tail["attend_kernel"].flops == 4 * 4 * 16 * (256 * 52 + 64 * 320)
+    assert with_tail["attend_kernel"].bytes == 16 * 2 * 52 * 64 + 2 * 320 * 64 + 2 * 256 * 128 + 64 * 4 * (128 + 4 * 17 * 4)
+    assert with_tail["combine_kernel"] == Cost(0, 64 * (4 * 4 * 17 * 4 + 128))
     # by need, of half of the rows with 36 keys that are always read and a sample of 256: a quarter of all rows are copied;
     # sampled rows are only read
     need, vote = kernel_costs.need(320, config, shape), kernel_costs.vote(320, config, shape)
@@ -296,10 +343,58 @@ def test_the_model_adds_up() -> None:
     # with `query_stride=2` all that are asked vote, and are read where they lie
     unranked = small(query_stride=2)
     assert kernel_costs.need(320, unranked, shape) == Cost(320 * 4 * 36 * 16, 20 * 2 * 36 * 32 + 320 * 128 / 2 + 320 * 4 * 4 / 2)
-    assert kernel_costs.vote(320, unranked, shape) == Cost(0, 0)
+    assert kernel_costs.vote(320, unranked, shape) == NO_COST
     # the search reads the votes; by need also what they find near
-    whole, sampled = (kernel_costs.selection(320, one, shape) for one in (config, small(vote="sampled")))
+    whole, sampled = (
+        kernel_costs.total(kernel_costs.selection_kernels(320, one, shape)) for one in (config, small(vote="sampled"))
+    )
     assert whole.flops == sampled.flops + need.flops
     assert whole.bytes == sampled.bytes + need.bytes + vote.bytes + 320 / 4 * 4 * 4
-    a_head = kernel_costs.prefill(320, small(dense_tail=0, group_shared=False), shape)
+    a_head = kernel_costs.attention(320, small(dense_tail=0, group_shared=False), shape)
     assert a_head.bytes - one.bytes == 20 * 2 * 52 * 2 * 16 * 2  # two selections of a key head are two gathers
+    # 80 blocks of 4 keys: of a tile of 32 become 63 chunks of two vectors and a state of three in fp32, and one above
+    assert kernel_costs.pyramid(320, config, shape) == Cost(0, 80 * 2 * (4 * 32 + 63 / 32 * 64 + 3 * 64 / 32))
+    assert kernel_costs.merges(80, config, shape) == Cost(0, 80 / 32 * 2 * (64 + 3 * 3 * 64))
+    gradient = kernel_costs.query_gradients(320, config, shape)
+    assert gradient == Cost(6 * 320 * 4 * 52 * 16, 20 * 2 * 52 * 64 + 4 * 320 * 128)
+    # tiles of 64 keys, 16 blocks, of which two are selected: each of the other 8 pairs for nothing, 164 keys in place of 52
+    gradient = kernel_costs.key_gradients(320, config, shape)
+    assert gradient == Cost(8 * 320 * 4 * 164 * 16, 320 * 164 / 64 * 2 * 128)
+
+
+def test_the_search_adds_up() -> None:
+    """By hand: at 320 keys 4 levels of 16 chunks of two vectors are scored, and 8 blocks of 4 keys exactly."""
+    config, search = small(rescore=2), kernel_costs.search
+    # a head's votes are 4, of which half walk: 8 and 4 of two heads in one tile of 16 rows, 64 and 32 of 16 heads in two and one
+    assert search(320, config, kernel_costs.Shape(4, 2, 16), 16) == Cost(2 * (4 * 128 + 8 * 32) * 16, (128 + 32) * 32)
+    assert search(320, config, kernel_costs.Shape(32, 2, 16), 16) == Cost(2 * (32 * 128 + 64 * 32) * 16, (128 + 2 * 32) * 32)
+    # every row of 4 heads votes, and walks
+    every = search(320, small(rescore=2, query_stride=1), kernel_costs.Shape(8, 2, 16), 16)
+    assert every == Cost(2 * 64 * (128 + 32) * 16, 2 * (128 + 32) * 32)
+    assert search(320, small(), kernel_costs.Shape(4, 2, 16), 16) == Cost(2 * 8 * 128 * 16, 128 * 32)  # nothing exactly
+
+
+def test_a_decode_step_adds_up() -> None:
+    """By hand: one row of 4 query heads on 2 key heads of 16 numbers in 4 bytes, whose tiles are 32 keys."""
+    config, shape = small(rescore=2), kernel_costs.Shape(4, 2, 16, 4)
+    # 21 keys in any case; q, and a number of each head
+    need = kernel_costs.step_need
+    assert need(320, config, shape) == Cost(2 * 4 * 21 * 16, 2 * 21 * 64 + 256 + 4 * 4)
+    assert need(320, small(vote="sampled"), shape) == need(320, small(score="max"), shape) == NO_COST
+    # as many programs as a block has keys share each of 2 searches: all read 4 levels, each a quarter of 32 keys; they leave 64
+    # places of blocks and, in 65, what two votes found
+    left, search = 64 * 4 + 4 * 65 * 2 * 4, kernel_costs.step_search
+    moved = 2 * ((4 * 128 + 32) * 64 + left) + 4 * 256
+    assert search(320, config, shape) == Cost(2 * 2 * 2 * (4 * 128 + 32) * 16, moved)
+    assert kernel_costs.choice(320, config, shape) == Cost(0, 2 * left)
+    alone = replace(shape, processors=1)
+    assert search(320, config, alone) == Cost(2 * 2 * 2 * (128 + 32) * 16, 2 * (128 + 32) * 64 + 256)
+    assert kernel_costs.choice(320, config, alone) == NO_COST
+    # 36 keys, and up to 4 more before the next selection, are two tiles for two programs; each leaves 17 numbers of a head
+    attention = kernel_costs.step_attention
+    assert attention(320, config, shape) == Cost(4 * 4 * 36 * 16, 2 * 36 * 128 + 2 * (256 + 4 * 17 * 4))
+    assert attention(320, config, alone).bytes == 2 * 36 * 128 + 2 * 256
+    # a tile has 16.5 blocks on average when one is completed, which are 975 / 32 chunks: of each of 32 tiles 2 n - ones(n)
+    chunks = sum(2 * n - bin(n).count("1") for n in range(1, 33)) / 32
+    written = chunks * 128 + 3 * 64 / 32 + (128 + 3 * 3 * 64) / 32  # and the root's state, and what lies above it
+    assert kernel_costs.step_kernels(320, config, shape, 4)["append_kernel"] == Cost(0, 2 * (16.5 * 4 * 64 + written) / 4)

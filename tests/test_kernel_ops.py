@@ -81,3 +81,15 @@ def test_tables_are_those_of_the_spans() -> None:
     assert torch.equal(whole, Sequences.of(spans, torch.device("cpu")).table)
     assert (whole[3] - tail[3] == tail[2] - whole[2]).all()
     assert tail[3].tolist() == [4, 4, 4, 1]
+
+
+@pytest.mark.parametrize("way", ["plain", "learning", "compiled", "compiled, learning", "hyper, compiled"])
+def test_a_prompts_output_has_all_heads_of_a_token_side_by_side(way: str) -> None:
+    """As models go on with it: they would copy any other."""
+    given = [x.requires_grad_("learning" in way) for x in tensors()]
+    config = small(backend="triton", dense_below=0, **(dict(method="hyper") if "hyper" in way else {}))
+    attention = compiled(config=config) if "compiled" in way else lambda *args: hip_hf.hip_attention(*args, config=config)
+    out = attention(*given)
+    assert out.shape == given[0].shape
+    assert out.transpose(1, 2).is_contiguous()
+    assert not out.is_contiguous()

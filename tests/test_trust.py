@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -28,7 +28,7 @@ from hip_hf.cache.offload import OffloadedStore
 from hip_hf.eval.doctor import SMALL, SMALL_HEADS
 from hip_hf.integration.explain import explain
 from hip_hf.integration.settings import configure
-from hip_hf.kernels import backend, checks, trust
+from hip_hf.kernels import backend, backward, checks, ops, trust
 from hip_hf.kernels.checks import Found, Heads
 from hip_hf.paged import BlockTable, PagedTensor
 from hip_hf.problem import AttentionProblem
@@ -43,9 +43,11 @@ class SelfTest:
 
     def __init__(self, found: Found | BaseException) -> None:
         self.found, self.asked = found, []
+        self.heads: list[Heads] = []
 
     def __call__(self, device: torch.device, heads: Heads, part: str) -> list[Found]:
         self.asked.append(part)
+        self.heads.append(heads)
         if isinstance(self.found, BaseException):
             raise self.found
         return [self.found]
@@ -139,6 +141,18 @@ def test_wrong_numbers_go_dense_from_the_first_call_on(monkeypatch: pytest.Monke
     assert_near(results[0].out.cpu(), by_torch(), 1e-6)
 
 
+def refused_launch(*args: Any, **kwargs: Any) -> None:
+    raise TritonError("out of resource: shared memory")
+
+
+class Refusing:
+    """Stands for a kernel that does not fit on the device."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return refused_launch
+
+
+refusing = Refusing()
 REFUSALS = (TritonError("out of resource: shared memory"), RuntimeError("Triton Error [CUDA]: out of resource: shared memory"))
 
 
@@ -169,6 +183,44 @@ def test_a_launch_that_triton_refuses_goes_dense(monkeypatch: pytest.MonkeyPatch
     assert call(budget=32).path == "sparse"
     with pytest.raises(type(error)):
         call(backend="triton")
+
+
+def test_a_backward_pass_that_triton_refuses_says_so_and_later_calls_go_dense(
+    monkeypatch: pytest.MonkeyPatch, self_test: SelfTest
+) -> None:
+    """The forward pass is over: this call cannot go dense any more."""
+    monkeypatch.setattr(backward, "query_gradient_kernel", refusing)
+    tensors = [x.to(DEVICE).requires_grad_() for x in make_qkv(100, 20)]
+    with pytest.raises(RuntimeError, match=r"out of resource: shared memory.*From now on such calls are dense"):
+        attend(make_problem(*tensors), small()).out.sum().backward()
+    with pytest.warns(UserWarning, match="Triton refuses"):
+        result = attend(make_problem(*tensors), small())
+    assert result.path == "dense"
+    result.out.sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in tensors)
+    with pytest.raises(TritonError):  # by name there is no other way
+        attend(make_problem(*tensors), small(backend="triton")).out.sum().backward()
+
+
+def test_a_compiled_graph_that_triton_refuses_says_so_and_the_next_one_is_dense(
+    monkeypatch: pytest.MonkeyPatch, self_test: SelfTest
+) -> None:
+    monkeypatch.setattr(ops, "prefill", refused_launch)
+    q, k, v = (x.to(DEVICE) for x in make_qkv(64, 20))
+    config = small()
+
+    def compiled(whole: bool) -> torch.Tensor:
+        torch._dynamo.reset()
+        attention = lambda q, k, v: hip_hf.hip_attention(q, k, v, config=config)  # noqa: E731
+        with torch.no_grad():
+            return torch.compile(attention, backend="eager", fullgraph=whole)(q, k, v)
+
+    with pytest.raises(RuntimeError, match=r"out of resource: shared memory.*compiled graphs anew"):
+        compiled(whole=True)
+    with pytest.warns(UserWarning, match="Triton refuses"):
+        out = compiled(whole=False)  # what is dense without kernels looks at its numbers
+    dense = hip_hf.hip_attention(q.cpu(), k.cpu(), v.cpu(), config=small(method="dense", backend="torch"))
+    assert_near(out.cpu(), dense, 1e-6)
 
 
 def test_other_errors_of_a_call_are_not_hidden(monkeypatch: pytest.MonkeyPatch, self_test: SelfTest) -> None:
@@ -376,6 +428,7 @@ def test_a_compiled_graph_asks_once_when_it_is_made(self_test: SelfTest) -> None
         want = hip_hf.hip_attention(q, k, v, config=replace(config, backend="torch"))
     assert_near(got.cpu(), want.cpu(), 2e-5)
     assert self_test.asked == ["sparse"]
+    assert self_test.heads == [Heads(q.dtype, q.shape[3], v.shape[3], q.shape[1] // k.shape[1])]
 
 
 def test_explain_says_why_a_model_is_dense(self_test: SelfTest) -> None:

@@ -28,7 +28,7 @@ from hip_hf.eval.cells import Cells
 from hip_hf.eval.gpu_runs import Clock, Run, Steps, Timed, captured
 from hip_hf.eval.latency import AMORTISED, DTYPES, PREFILL, REFRESHED, Plan, interleave, ours, refresh_period, sdpa
 from hip_hf.kernels import ops
-from hip_hf.kernels.tuning import target_of
+from hip_hf.kernels.tuning import processors, target_of
 from hip_hf.problem import AttentionProblem, make_spans
 
 LENGTHS = [8192 * 2**i for i in range(8)]  # 8K to 1M
@@ -83,7 +83,8 @@ class Bench:
     @property
     def shape(self) -> kernel_costs.Shape:
         heads, size = (self.plan.heads, self.plan.kv_heads, self.plan.head_dim), DTYPES[self.dtype].itemsize
-        return kernel_costs.Shape(*heads, size, target_of(torch.empty(0, device=self.device)))
+        like = torch.empty(0, device=self.device)
+        return kernel_costs.Shape(*heads, size, target_of(like), processors(like), self.plan.batch)
 
     def call(self, run: Run) -> Timed:
         return Timed(run, self.clock)
@@ -114,19 +115,19 @@ class Bench:
         if path == "sparse" and config.method != "hip":
             return None
         if phase == SELECTION:
-            return kernel_costs.selection(length, config, shape)
+            return kernel_costs.total(kernel_costs.selection_kernels(length, config, shape))
         if phase == DECODE_SELECTION:
-            return kernel_costs.refresh_step(length, config, shape)
+            return kernel_costs.total(kernel_costs.refresh_kernels(length, config, shape))
         if phase == PREFILL:
             if path == "dense":
                 return kernel_costs.dense_prefill(length, shape)
-            return kernel_costs.prefill(length, config, shape) + kernel_costs.selection(length, config, shape)
+            return kernel_costs.total(kernel_costs.prompt_kernels(length, config, shape))
         if phase == BACKWARD:
             dense = kernel_costs.dense_prefill(length, shape).times(2.5)
-            return dense if path == "dense" else kernel_costs.backward(length, config, shape)
+            return dense if path == "dense" else kernel_costs.total(kernel_costs.gradient_kernels(length, config, shape))
         if path == "dense":
             return kernel_costs.dense_decode(length, shape)
-        return kernel_costs.decode(length, config, shape, refresh_period(config))
+        return kernel_costs.total(kernel_costs.step_kernels(length, config, shape, refresh_period(config)))
 
     def rows(self, measured: Measured, configs: dict[str, HiPConfig], selections: dict[str, float]) -> list[dict[str, Any]]:
         """Rows of the report. `selections`: seconds of a step that go to selection."""
@@ -138,7 +139,8 @@ class Bench:
             seconds = measured.seconds(call, steps)
             dense = None if best is None else measured.seconds(best[1], measured.dense_steps)
             cost = self.cost(measured.phase, measured.length, config, path)
-            least = next((cost.milliseconds(gpu) for gpu in kernel_costs.GPUS if cost and gpu in gpu_name(self.device)), None)
+            gpu = kernel_costs.gpu_of(gpu_name(self.device))
+            least = cost.milliseconds(gpu) if cost and gpu else None
             found.append(
                 {
                     "phase": measured.phase,

@@ -267,7 +267,7 @@ class SparseAttention(sparse.SparseAttention):
         reads = reads_of(config, selection, block_q)
         parts = self._parts(spans, reads)
         if learning(problem):
-            self.out, lse = attention(problem.q, problem.k, problem.v, self.logits, parts)
+            self.out, lse = attention(problem.q, problem.k, problem.v, self.logits, parts, config)
             self.lse = None if self.lse is None else lse
             return
         if self.decoding:

@@ -9,11 +9,12 @@ device (`invert`), without waiting for it. Gradients flow through the keys that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from hip_hf.kernels import trust
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.compiled import Launch
 from hip_hf.kernels.examples import Example, example
@@ -22,6 +23,9 @@ from hip_hf.kernels.inversion import Inverted, invert
 from hip_hf.kernels.prefill import Logits, Reads, prefill
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.tuning import Tile, power_of_two, precision_of, target_of, tile_of
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
 
 # The widest head whose dK and dV are summed in one pass: both sums stay in registers.
 WIDEST_TOGETHER = 128
@@ -129,14 +133,15 @@ def key_gradient_arguments(
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logits: Logits, parts: tuple[Part, ...]
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logits: Logits, parts: tuple[Part, ...], config: HiPConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`prefill` that autograd knows: q `[B, Hq, Tq, D]`, k, v -> out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`.
 
     `parts` must not share rows; rows in none of them give 0 and -inf. q, k, v and `logits.sinks` get gradients, also
-    those of lse. The last dimension of q, k and v must have stride 1.
+    those of lse. The last dimension of q, k and v must have stride 1. `config`: the settings of the call, for what Triton may
+    refuse of its backward pass.
     """
-    return _Attention.apply(q, k, v, logits.sinks, logits, parts)
+    return _Attention.apply(q, k, v, logits.sinks, logits, parts, config)
 
 
 def gradients(
@@ -176,14 +181,15 @@ def gradients(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, logits, parts):  # type: ignore[no-untyped-def]
-        out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    def forward(ctx, q, k, v, sinks, logits, parts, config):  # type: ignore[no-untyped-def]
+        batch, heads, rows, _ = q.shape
+        out = q.new_zeros(batch, rows, heads, v.shape[-1]).transpose(1, 2)  # as models want it, without a copy
         lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
         for part in parts:
             prefill(q, KeyValues(k, v), part.sequences, part.reads, logits, out, lse)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.set_materialize_grads(False)
-        ctx.logits, ctx.parts = (logits.scale, logits.softcap, logits.sliding_window), parts
+        ctx.logits, ctx.parts, ctx.config = (logits.scale, logits.softcap, logits.sliding_window), parts, config
         return out, lse
 
     @staticmethod
@@ -191,8 +197,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
         q, k, v, sinks, out, lse = ctx.saved_tensors
         need = ctx.needs_input_grad
-        grads = gradients(q, k, v, Logits(*ctx.logits, sinks), ctx.parts, out, lse, grad_out, grad_lse, need[3])
-        return *(x if need[i] else None for i, x in enumerate(grads)), None, None
+        with trust.noting_refusals(q.device, ctx.config):
+            grads = gradients(q, k, v, Logits(*ctx.logits, sinks), ctx.parts, out, lse, grad_out, grad_lse, need[3])
+        return *(x if need[i] else None for i, x in enumerate(grads)), None, None, None
 
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:

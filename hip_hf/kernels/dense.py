@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from hip_hf.kernels.sequences import Sequences
 from hip_hf.paged import PagedTensor
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.reference.gradients import learning
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
 
 # Spans whose descriptors stay on the device: a forward pass asks for the same ones in every layer.
 KEPT_DESCRIPTORS = 16
@@ -67,7 +71,7 @@ def dense_rows(
 
 
 def attend_densely(
-    problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor | None
+    problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention, into out and lse, or into new ones where autograd follows; the keys of few rows are split over the
     device."""
@@ -75,7 +79,7 @@ def attend_densely(
         kv, logits = keys_of(problem), logits_of(problem)
         if learning(problem):
             part = Part(sequences_of(problem.spans, problem.q.device), dense_reads())
-            out, learnt = attention(problem.q, problem.k, problem.v, logits, (part,))
+            out, learnt = attention(problem.q, problem.k, problem.v, logits, (part,), config)
             return out, None if lse is None else learnt
         dense_rows(problem, kv, problem.spans, [0] * len(problem.spans), logits, out, lse)
     return out, lse

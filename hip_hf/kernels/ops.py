@@ -7,13 +7,15 @@ what it is given of the state that is kept: a CUDA graph can hold it, and does t
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 
 from hip_hf.attention import sparse_reach
 from hip_hf.config import HiPConfig
-from hip_hf.kernels import backend
+from hip_hf.kernels import backend, trust
 from hip_hf.kernels.addressing import KeyValues
 from hip_hf.kernels.backend import DeviceState, run
 from hip_hf.kernels.backward import Part, gradients
@@ -49,6 +51,18 @@ def make_table(
     return whole, torch.stack([index, first, row + skipped, rows - row - skipped, position + skipped])
 
 
+def by_tokens(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """An output `[B, Hq, Tq, Dv]` that is not filled yet, all heads of a token side by side: models need no copy of it."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+@contextmanager
+def launching(q: torch.Tensor, config: HiPConfig) -> Iterator[None]:
+    """On the device of q; a graph that is made already cannot go dense where Triton refuses a launch."""
+    with torch.cuda.device_of(q), trust.noting_refusals(q.device, config):
+        yield
+
+
 @torch.library.custom_op("hip_hf::select", mutates_args=())
 def select(
     q: torch.Tensor,
@@ -67,7 +81,7 @@ def select(
     pyramid = KeyPyramid.empty(fields, q.shape[0], k.shape[1], k.shape[3], k.shape[2], k.dtype, k.device)
     heads = k.shape[1] if fields.group_shared else q.shape[1]
     into = Selection.empty(fields, q.shape[0], heads, sequences.blocks(block_q), q.device)
-    with torch.cuda.device_of(q):
+    with launching(q, fields):
         pyramid.extend(kv, sequences, block_q, append=False)
         logits = Logits(scale, softcap, sliding_window, sinks)
         search(q, pyramid.table, kv, sequences, fields, logits, block_q, into)
@@ -120,23 +134,24 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to sink, window and the blocks of `indices`; the rows of `tail` read everything. Out `[B, Hq, Tq, Dv]` and lse
     fp32 `[B, Hq, Tq]`; rows outside every sequence give 0 and -inf."""
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    out = by_tokens(q, v).zero_()
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
     kv, logits = KeyValues(k, v), Logits(scale, softcap, sliding_window, sinks)
     parts = _parts(q, k, table, tail, indices, counts, config, block_q)
-    with torch.cuda.device_of(q):
+    fields = settings(config)
+    with launching(q, fields):
         if q.shape[2] > DECODE_ROWS:
             for part in parts:
                 prefill(q, kv, part.sequences, part.reads, logits, out, lse)
         else:  # few rows are one part, and their keys are many
-            keys = k.shape[2] if block_q == 0 else sparse_reach(settings(config))
+            keys = k.shape[2] if block_q == 0 else sparse_reach(fields)
             decode_once(q, kv, parts[0].sequences, parts[0].reads, logits, keys, out, lse)
     return out, lse
 
 
 @attend.register_fake
 def _(q, k, v, sinks, table, tail, indices, counts, config, scale, softcap, sliding_window, block_q):  # type: ignore[no-untyped-def]
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return by_tokens(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("hip_hf::attend_backward", mutates_args=())
@@ -162,7 +177,7 @@ def attend_backward(
     """Gradients of q, k, v and, where there are any, of the sinks (else an empty tensor)."""
     parts = _parts(q, k, table, tail, indices, counts, config, block_q)
     logits = Logits(scale, softcap, sliding_window, sinks)
-    with torch.cuda.device_of(q):
+    with launching(q, settings(config)):
         *grads, of_sinks = gradients(q, k, v, logits, parts, out, lse, grad_out, grad_lse, sinks is not None)
     return *grads, q.new_empty(0) if of_sinks is None else of_sinks
 
@@ -201,7 +216,7 @@ def decode_step(
     scratch = Scratch.make(splits_for(q, k.shape[1], q.shape[0], sparse_reach(fields) + fields.decode_refresh), q, v.shape[3])
     state = DeviceState(KeyPyramid(fields, summaries, states, built), Selection(indices, counts, window, made), scratch)
     sequences, logits = Sequences(table, 1, k.shape[2]), Logits(scale, softcap, sliding_window, sinks)
-    with torch.cuda.device_of(q):
+    with launching(q, fields):
         backend.decode_step(q, KeyValues(k, v), sequences, fields, logits, state, out.transpose(1, 2))
     return out
 
@@ -240,17 +255,19 @@ def prompt(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """HyperAttention or Delta correction of a prompt: out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`. Leaves and anchors depend
     on its length, so `key_start` and `q_start`, where given, are read by the host: it waits for them."""
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    out = by_tokens(q, v).zero_()
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
     problem = AttentionProblem(q, k, v, make_spans(q, k, key_start, q_start), scale, sliding_window, softcap, sinks)
+    fields = settings(config)
     if problem.spans:
-        run(problem, settings(config), None, out, lse, False)
+        with launching(q, fields):
+            run(problem, fields, None, out, lse, False)
     return out, lse
 
 
 @prompt.register_fake
 def _(q, k, v, sinks, key_start, q_start, config, scale, softcap, sliding_window):  # type: ignore[no-untyped-def]
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return by_tokens(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def attention(

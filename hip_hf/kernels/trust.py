@@ -15,8 +15,8 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import compress, product
 from pathlib import Path
@@ -113,21 +113,18 @@ def parts_of(config: HiPConfig | None, learning: bool, extended: bool) -> tuple[
 
 
 @torch.compiler.assume_constant_result
-def failing(
-    device: torch.device, dtype: torch.dtype, dims: tuple[int, int, int] | None, parts: tuple[str, ...], settings: str
-) -> str:
+def failing(device: torch.device, dtype: torch.dtype, dims: tuple[int, int, int], parts: tuple[str, ...], settings: str) -> str:
     """Why kernels are not to be trusted with a call: they failed the self-test, Triton refused them with these settings, or the
     test cannot run now. Empty if they are.
 
-    `dims`: head dims of keys and of values, and query heads per key head; None: of a graph that is being compiled, which may be
-    for any.
+    `dims`: head dims of keys and of values, and query heads per key head.
     """
     if why := _refused.get((device, settings)):
         return why
     asked = device, dtype, dims, parts, settings
     if asked in _passed:
         return ""
-    heads = Heads(dtype) if dims is None else Heads(dtype, *dims)
+    heads = Heads(dtype, *dims)
     why = next((why for part in parts if (why := verdict(device, heads, part))), "")
     if not why:
         _passed.add(asked)
@@ -145,6 +142,19 @@ def refuse(device: torch.device, settings: str, error: Exception) -> str:
     """From now on no kernels with these settings: Triton could not compile or launch them. Returns the reason."""
     why = _refused[device, settings] = f"Triton refuses the kernels with these settings ({said(error)})"
     return why
+
+
+@contextmanager
+def noting_refusals(device: torch.device, settings: HiPConfig) -> Iterator[None]:
+    """Where it is too late to go dense, in a backward pass or a compiled graph: what Triton refuses inside is an error that says
+    so, and with `auto` later calls with these settings are dense."""
+    try:
+        yield
+    except Exception as error:
+        if settings.backend != "auto" or not refuses(error):
+            raise
+        why = refuse(device, settings.text, error)
+        raise RuntimeError(f"hip: {why}. From now on such calls are dense: make it again, compiled graphs anew.") from error
 
 
 @torch.compiler.assume_constant_result
