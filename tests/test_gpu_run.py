@@ -149,7 +149,8 @@ def script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python in a process that lacks what a lent machine lacks, with Triton's interpreter and no GPU."""
     for name in ABSENT:
         (folder / f"{name}.py").write_text("raise ImportError('it is not here')\n")
-    path = os.pathsep.join([str(folder), str(ROOT), str(BENCHMARKS)])
+    # a lent machine's Transformers, where the suite is run with that one
+    path = os.pathsep.join([str(folder), str(ROOT), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
     others = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**others, "PYTHONPATH": path, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
