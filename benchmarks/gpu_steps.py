@@ -211,7 +211,7 @@ def parts_of(what: str, length: int, device: torch.device, work: Callable[[], An
 
 
 def profile_step(run: Run) -> None:
-    """A layer's attention in a prompt, and in decode steps without a graph; then what fewer calls need."""
+    """A layer's attention in a prompt, and in decode steps without a graph; then HyperAttention, Delta and gradients."""
     sizes, plan = run.sizes, run.sizes.plan()
     count = math.lcm(latency.refresh_period(sizes.settings), sizes.settings.block_k)
     runs = sizes.repeats + 3  # one to warm up, one for the host, one for the profiler
@@ -236,8 +236,8 @@ def profile_step(run: Run) -> None:
         run.keep(f"prompt, {plots.short(length)}", partial(prompt, length))
     for length in sizes.decode:
         run.keep(f"decode, {plots.short(length)}", partial(steps, length))
-    fewer = {"hyper": dict(method="hyper", options=sizes.hyper), "delta": dict(delta=floors.GAMMA, delta_mode="step")}
-    for what, fields in fewer.items():
+    others = {"hyper": dict(method="hyper", options=sizes.hyper), "delta": dict(delta=floors.GAMMA, delta_mode="step")}
+    for what, fields in others.items():
         length = sizes.prefill[1]
         run.keep(f"{what}, {plots.short(length)}", partial(prompt, length, what, replace(sizes.settings, **fields)))
     run.keep(f"gradients, {plots.short(sizes.backward[-1])}", partial(gradients, sizes.backward[-1]))

@@ -222,10 +222,9 @@ def add(
     if result.path != "sparse":
         raise ValueError(f"settings: got {config} ({result.reason}), allowed: settings by which this prompt is sparse")
     assert result.mask is not None
-    heads = range(problem.k.shape[1])
+    heads, (head, group, row, key, much) = range(problem.k.shape[1]), links
     for at, block in searched_blocks(problem, config):
-        seen = torch.stack([seen_by(problem, result.mask, head, at, block) for head in heads])
-        head, group, row, key, much = links
+        seen = torch.stack([seen_by(problem, result.mask, each, at, block) for each in heads])
         mine = (row >= block.first) & (row <= block.last) & (key >= block.sink) & (key < block.window)
         kept.links += float(much[mine].sum())
         kept.links_read += float((much[mine] * seen[head[mine], group[mine], key[mine]]).sum())

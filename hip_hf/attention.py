@@ -11,7 +11,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
 from hip_hf.mixed import Part, merged, parts_of
 from hip_hf.paged import PagedTensor
-from hip_hf.problem import DTYPES, AttentionProblem, Span, check_finite, check_tensors, make_spans, newest, tracing
+from hip_hf.problem import DTYPES, AttentionProblem, Span, by_tokens, check_finite, check_tensors, make_spans, newest, tracing
 from hip_hf.reference import dense
 from hip_hf.reference.gathered import attend_next, gathered_rows, new_keys
 from hip_hf.reference.gradients import Piece, learning, traced
@@ -173,7 +173,7 @@ def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None,
 
     problem = part.problem
     try:
-        call = run(problem, config, state, *empty_outputs(problem, need_lse, by_tokens=True), need_mask)
+        call = run(problem, config, state, *empty_outputs(problem, need_lse, for_models=True), need_mask)
     except Exception as error:
         if config.backend != "auto" or not trust.refuses(error):
             raise
@@ -186,14 +186,14 @@ def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None,
     return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", methods.shortfall(problem, config), share)
 
 
-def empty_outputs(problem: AttentionProblem, need_lse: bool, by_tokens: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+def empty_outputs(
+    problem: AttentionProblem, need_lse: bool, for_models: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Where the output and the log-sum-exp are written: 0 and -inf where no span has the row, else uninitialised.
 
-    `by_tokens`: the output, `[B, Hq, Tq, Dv]` as always, has all heads of a token side by side in memory, as models want them:
-    they need no copy."""
-    q = problem.q
-    (batch, heads, rows, _), dim = q.shape, problem.v.shape[-1]
-    out = q.new_empty(batch, rows, heads, dim).transpose(1, 2) if by_tokens else q.new_empty(batch, heads, rows, dim)
+    `for_models`: the output lies by tokens (`problem.by_tokens`)."""
+    q, dim = problem.q, problem.v.shape[-1]
+    out = by_tokens(q, dim) if for_models else q.new_empty(*q.shape[:3], dim)
     lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device) if need_lse else None
     if sum(span.rows for span in problem.spans) < q.shape[0] * q.shape[2]:
         out.zero_()
@@ -238,7 +238,7 @@ def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -
     if dense_by_kernels(problem, config, need_lse):
         from hip_hf.kernels.dense import attend_densely
 
-        return attend_densely(problem, config, *empty_outputs(problem, need_lse, by_tokens=True))
+        return attend_densely(problem, config, *empty_outputs(problem, need_lse, for_models=True))
     served = dense.sdpa_serves_masked(problem, need_lse) if takes_masks(problem) else dense.sdpa_serves(problem, need_lse)
     if served and dense.alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None

@@ -11,6 +11,13 @@ from hip_hf.rope import Positions
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def by_tokens(q: torch.Tensor, dim: int) -> torch.Tensor:
+    """An output of `dim` numbers a row for q `[B, Hq, Tq, D]`, not filled yet: `[B, Hq, Tq, dim]` as always, with all heads of a
+    token side by side in memory. Models go on with it so, and need no copy."""
+    batch, heads, rows, _ = q.shape
+    return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Span:
     """One real sequence inside a batch row: its keys, its query rows, and where they sit.

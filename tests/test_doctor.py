@@ -113,7 +113,6 @@ def test_a_kernel_that_fails_when_it_is_timed_hides_nothing(monkeypatch: pytest.
     assert [row["works"] for row in document["rows"]] == ["yes", "yes"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_it_says_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`benchmarks/gpu_run.py` asks for it before every step. The tensors hold nothing."""
     card = SimpleNamespace(name="NVIDIA H200", total_memory=150 << 30, major=9, minor=0)
@@ -125,16 +124,13 @@ def test_what_it_says_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         tuning._target.cache_clear()
         newer = doctor.facts(torch.device("cuda", 0), "")
     tuning._target.cache_clear()
-    assert (found["device"], found["memory_gib"], found["capability"], found["kernels"]) == (
-        "NVIDIA H200",
-        150.0,
-        "9.0",
-        "can run",
-    )
+    said = tuple(found[name] for name in ("device", "memory_gib", "capability", "kernels"))
+    assert said == ("NVIDIA H200", 150.0, "9.0", "can run")
     assert (found["target"], found["launch_table"]) == ("sm90", "of this target")
     assert (newer["target"], newer["launch_table"]) == ("sm110", "of the closest older target")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bad_arguments_are_named() -> None:
     for arguments, name in ((["--device", "cuda"], "no GPU"), (["--dtypes", "fp8"], "fp8"), (["--length", "long"], "long")):
         done = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["doctor", *arguments])

@@ -152,7 +152,6 @@ class Refusing:
         return refused_launch
 
 
-refusing = Refusing()
 REFUSALS = (TritonError("out of resource: shared memory"), RuntimeError("Triton Error [CUDA]: out of resource: shared memory"))
 
 
@@ -189,7 +188,7 @@ def test_a_backward_pass_that_triton_refuses_says_so_and_later_calls_go_dense(
     monkeypatch: pytest.MonkeyPatch, self_test: SelfTest
 ) -> None:
     """The forward pass is over: this call cannot go dense any more."""
-    monkeypatch.setattr(backward, "query_gradient_kernel", refusing)
+    monkeypatch.setattr(backward, "query_gradient_kernel", Refusing())
     tensors = [x.to(DEVICE).requires_grad_() for x in make_qkv(100, 20)]
     with pytest.raises(RuntimeError, match=r"out of resource: shared memory.*From now on such calls are dense"):
         attend(make_problem(*tensors), small()).out.sum().backward()

@@ -20,7 +20,7 @@ import torch
 from hip_hf.config import HiPConfig
 from hip_hf.eval import kernel_costs as costs
 from hip_hf.eval.kernel_costs import GPUS, PROCESSORS, TARGETS, Cost, Shape, gpu_of
-from hip_hf.kernels.tuning import power_of_two
+from hip_hf.kernels.hyper import rows_of_square
 from hip_hf.methods import hyper
 
 LENGTHS = (8192, 32768, 131072, 1 << 20)
@@ -42,10 +42,6 @@ NOTHING: Mapping[tuple[str, int], float] = {}
 PROFILED = {"prompt": "prefill", "gradients": "backward", "decode": "decode", "hyper": "hyper", "delta": "delta"}
 # Rows between the dense ones where Delta correction is timed: the paper's.
 GAMMA = 64
-# Rows of a tile of HyperAttention's squares at least (`kernels.hyper.square_arguments`).
-FEWEST_ROWS = 16
-# FLOPs of the gradients of dense attention, of those of its forward pass.
-BACKWARD = 2.5
 # The tensors like q and like K that must be moved at least; of what is not here, what one program a head would move.
 TENSORS = {
     "prefill": (2, 2), "prefill: selection": (1, 1), "prefill: dense": (2, 2), "backward": (4, 4), "backward: dense": (4, 4),
@@ -76,7 +72,7 @@ def squares(tokens: int, options: hyper.Options, shape: Shape) -> Cost:
     found, cpu = costs.NO_COST, torch.device("cpu")
     for square in (square for level in hyper.split(0, tokens, options.min_seq_len)[1] for square in level):
         own = hyper.tile(square, options, cpu)
-        keys, rows = own.size + own.samples, max(FEWEST_ROWS, min(shape.tile("hyper squares").rows, power_of_two(own.rows)))
+        keys, rows = own.size + own.samples, rows_of_square(shape.tile("hyper squares"), own.rows)
         gather = len(own.starts) * ceil(own.rows / rows) * shape.query_heads * keys * 2 * shape.dim * shape.size
         moved = gather + square.rows * (shape.row + 2 * shape.result)
         found += Cost(4 * square.rows * keys * shape.query_heads * shape.dim, moved)
@@ -124,7 +120,7 @@ def calls(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, list[Cost]]
         "prefill: selection": [*costs.selection_kernels(*call).values()],
         "prefill: dense": [costs.dense_prefill(tokens, shape)],
         "backward": [*costs.gradient_kernels(*call).values()],
-        "backward: dense": [costs.dense_prefill(tokens, shape).times(BACKWARD)],
+        "backward: dense": [costs.dense_gradients(tokens, shape)],
         "decode, amortised": [*costs.step_kernels(*call, config.decode_refresh).values()],
         "decode, refreshed each step": [*costs.step_kernels(*call, 1).values()],
         "decode: dense": [costs.dense_decode(tokens, shape)],

@@ -123,8 +123,9 @@ class Bench:
                 return kernel_costs.dense_prefill(length, shape)
             return kernel_costs.total(kernel_costs.prompt_kernels(length, config, shape))
         if phase == BACKWARD:
-            dense = kernel_costs.dense_prefill(length, shape).times(2.5)
-            return dense if path == "dense" else kernel_costs.total(kernel_costs.gradient_kernels(length, config, shape))
+            if path == "dense":
+                return kernel_costs.dense_gradients(length, shape)
+            return kernel_costs.total(kernel_costs.gradient_kernels(length, config, shape))
         if path == "dense":
             return kernel_costs.dense_decode(length, shape)
         return kernel_costs.total(kernel_costs.step_kernels(length, config, shape, refresh_period(config)))

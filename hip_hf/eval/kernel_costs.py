@@ -14,11 +14,11 @@ import torch
 
 from hip_hf.attention import sparse_reach
 from hip_hf.config import HiPConfig
-from hip_hf.kernels.decode import kernel_of
-from hip_hf.kernels.prefill import rows_of
+from hip_hf.kernels.decode import kernel_of, splits_of
+from hip_hf.kernels.prefill import dense_reads, rows_of
 from hip_hf.kernels.pyramid import TILE_LEVELS, parts_of
 from hip_hf.kernels.search import constants, looks_for
-from hip_hf.kernels.tuning import MOST_SPLITS, Tile, tile_of
+from hip_hf.kernels.tuning import Tile, tile_of
 from hip_hf.kernels.voting import Voting
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
@@ -26,8 +26,8 @@ GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 
 TARGETS = {"H200": "sm90", "H100": "sm90", "A100": "sm80", "RTX 4090": "sm89"}
 # Streaming multiprocessors (of an H100 those of the SXM module, as the figures above).
 PROCESSORS = {"H200": 132, "H100": 132, "A100": 108, "RTX 4090": 128}
-# Rows of a query block where all keys are read (`kernels.prefill.dense_reads`).
-DENSE_BLOCK = 64
+# Rows of a query block where all keys are read.
+DENSE_BLOCK = dense_reads().block_q
 # Bytes of a number in fp32: partial results, states of summaries, log-sum-exps, hashes.
 WIDE = torch.float32.itemsize
 
@@ -90,10 +90,8 @@ class Shape:
 
     def splits(self, keys: int, rows: int = 1, block_q: int = 1) -> int:
         """Programs that share the `keys` of a tile of so many rows of each sequence (`kernels.decode.splits_for`)."""
-        kernel = kernel_of(block_q)
-        tiles = ceil(rows / min(block_q, self.rows(kernel, block_q, self.key_heads)))
-        idle = max(1, 2 * self.processors // (self.sequences * self.key_heads * tiles))
-        return 1 << (min(MOST_SPLITS, ceil(keys / self.tile(kernel).keys), idle).bit_length() - 1)
+        tile, heads = self.tile(kernel_of(block_q)), self.sequences * self.key_heads
+        return splits_of(tile, self.group, heads, keys, rows, block_q, self.processors)
 
     def rows_moved(self, rows: float, splits: int) -> float:
         """Bytes of query rows whose keys so many programs share: q, which each reads, and the output or each one's part of it."""
@@ -369,6 +367,11 @@ def step_kernels(tokens: int, config: HiPConfig, shape: Shape, refresh: int) -> 
 def dense_prefill(tokens: int, shape: Shape) -> Cost:
     row = (2 * shape.query_heads + 2 * shape.key_heads) * shape.dim * shape.size
     return Cost(2 * tokens * tokens * shape.query_heads * shape.dim, tokens * row)
+
+
+def dense_gradients(tokens: int, shape: Shape) -> Cost:
+    """Five products, where the forward pass has two."""
+    return dense_prefill(tokens, shape).times(5 / 2)
 
 
 def dense_decode(tokens: int, shape: Shape) -> Cost:

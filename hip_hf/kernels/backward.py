@@ -23,6 +23,7 @@ from hip_hf.kernels.inversion import Inverted, invert
 from hip_hf.kernels.prefill import Logits, Reads, prefill
 from hip_hf.kernels.sequences import Sequences
 from hip_hf.kernels.tuning import Tile, power_of_two, precision_of, target_of, tile_of
+from hip_hf.problem import by_tokens
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -182,8 +183,7 @@ def gradients(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, logits, parts, config):  # type: ignore[no-untyped-def]
-        batch, heads, rows, _ = q.shape
-        out = q.new_zeros(batch, rows, heads, v.shape[-1]).transpose(1, 2)  # as models want it, without a copy
+        out = by_tokens(q, v.shape[-1]).zero_()
         lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
         for part in parts:
             prefill(q, KeyValues(k, v), part.sequences, part.reads, logits, out, lse)

@@ -49,8 +49,13 @@ def splits_for(q: torch.Tensor, key_heads: int, sequences: int, keys: int, rows:
     """Into how many parts to split the `keys` that a row reads (dense: the capacity of the cache), a power of two:
     enough to occupy the device, but no part below one tile. `rows`: of the longest sequence, in query blocks of `block_q`."""
     tile = tile_of(kernel_of(block_q), target_of(q), q.shape[-1], q.shape[-1], q.dtype)
-    programs = sequences * key_heads * -(-rows // min(block_q, rows_of(tile, q.shape[1] // key_heads, block_q)))
-    most = min(MOST_SPLITS, -(-keys // tile.keys), max(1, 2 * processors(q) // programs))
+    return splits_of(tile, q.shape[1] // key_heads, sequences * key_heads, keys, rows, block_q, processors(q))
+
+
+def splits_of(tile: Tile, group: int, heads: int, keys: int, rows: int, block_q: int, at_once: int) -> int:
+    """The same of a tile for `group` query heads, of so many key `heads` in all, on a device with `at_once` processors."""
+    programs = heads * -(-rows // min(block_q, rows_of(tile, group, block_q)))
+    most = min(MOST_SPLITS, -(-keys // tile.keys), max(1, 2 * at_once // programs))
     return 1 << (most.bit_length() - 1)
 
 

@@ -74,7 +74,7 @@ def attend_densely(
     problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention, into out and lse, or into new ones where autograd follows; the keys of few rows are split over the
-    device."""
+    device. `config`: the settings of the call, as in `backward.attention`."""
     with torch.cuda.device_of(problem.q):
         kv, logits = keys_of(problem), logits_of(problem)
         if learning(problem):

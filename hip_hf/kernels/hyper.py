@@ -228,6 +228,11 @@ def square_kernel(
     tl.store(lse_ptr, (top + tl.log2(norm)) * LN2, mask=real)
 
 
+def rows_of_square(shape: Tile, block_rows: int) -> int:
+    """Rows that a program of `square_kernel` takes, of blocks of so many; tensor cores take 16 at least."""
+    return max(16, min(shape.rows, power_of_two(block_rows)))
+
+
 def square_arguments(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     orders: tuple[torch.Tensor, torch.Tensor], level: Level, logits: Logits, shape: Tile,
@@ -235,7 +240,7 @@ def square_arguments(
     """Grid and arguments of `square_kernel`: q `[Hq, n, D]`, k `[Hkv, T, D]`, v, out fp32 `[Hq, n, Dv]`, lse fp32 `[Hq, n]` of a
     span, and the orders of its rows and keys."""
     dim, dim_v = q.shape[-1], v.shape[-1]
-    rows = max(16, min(shape.rows, power_of_two(level.block_rows)))
+    rows = rows_of_square(shape, level.block_rows)
     tiles = -(-level.block_rows // rows)
     wide, wide_v = (max(16, power_of_two(x)) for x in (dim, dim_v))
     arguments = dict(

@@ -25,7 +25,7 @@ from hip_hf.kernels.pyramid import KeyPyramid
 from hip_hf.kernels.search import Selection
 from hip_hf.kernels.search import select as search
 from hip_hf.kernels.sequences import Sequences
-from hip_hf.problem import AttentionProblem, make_spans
+from hip_hf.problem import AttentionProblem, by_tokens, make_spans
 from hip_hf.reference.dense import grouped_sdpa
 from hip_hf.reference.sparse import DECODE_ROWS
 
@@ -49,11 +49,6 @@ def make_table(
     skipped = (rows - row - tail).clamp(min=0)
     whole = torch.stack([index, first, row, rows - row, position])
     return whole, torch.stack([index, first, row + skipped, rows - row - skipped, position + skipped])
-
-
-def by_tokens(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """An output `[B, Hq, Tq, Dv]` that is not filled yet, all heads of a token side by side: models need no copy of it."""
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
 @contextmanager
@@ -134,7 +129,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to sink, window and the blocks of `indices`; the rows of `tail` read everything. Out `[B, Hq, Tq, Dv]` and lse
     fp32 `[B, Hq, Tq]`; rows outside every sequence give 0 and -inf."""
-    out = by_tokens(q, v).zero_()
+    out = by_tokens(q, v.shape[3]).zero_()
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
     kv, logits = KeyValues(k, v), Logits(scale, softcap, sliding_window, sinks)
     parts = _parts(q, k, table, tail, indices, counts, config, block_q)
@@ -151,7 +146,7 @@ def attend(
 
 @attend.register_fake
 def _(q, k, v, sinks, table, tail, indices, counts, config, scale, softcap, sliding_window, block_q):  # type: ignore[no-untyped-def]
-    return by_tokens(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return by_tokens(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("hip_hf::attend_backward", mutates_args=())
@@ -255,7 +250,7 @@ def prompt(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """HyperAttention or Delta correction of a prompt: out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`. Leaves and anchors depend
     on its length, so `key_start` and `q_start`, where given, are read by the host: it waits for them."""
-    out = by_tokens(q, v).zero_()
+    out = by_tokens(q, v.shape[3]).zero_()
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
     problem = AttentionProblem(q, k, v, make_spans(q, k, key_start, q_start), scale, sliding_window, softcap, sinks)
     fields = settings(config)
@@ -267,7 +262,7 @@ def prompt(
 
 @prompt.register_fake
 def _(q, k, v, sinks, key_start, q_start, config, scale, softcap, sliding_window):  # type: ignore[no-untyped-def]
-    return by_tokens(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return by_tokens(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def attention(
