@@ -177,9 +177,16 @@ class Search:
             score[i] = sum(shares)
         return score
 
+    def read_on(self, found: dict[int, float]) -> dict[int, float]:
+        """Each block's score, with a share of that of the block before it."""
+        onward = self.config.method_options().onward if self.config.score == "mass" else 0
+        return {i: score + onward * found.get(i - 1, 0) for i, score in found.items()}
+
     def run(self) -> list[int]:
         """The selected blocks."""
         budget = self.config.budget // self.config.block_k
+        if self.config.rescore > 1 and self.high - self.low <= 2 * self.config.beam * budget:
+            return sorted(self.keep(self.read_on(self.exact(list(range(self.low, self.high)))), budget))
         level = self.start()
         candidates = self.complete(level)
         while True:
@@ -192,9 +199,7 @@ class Search:
             level -= 1
             candidates = [half for i in kept for half in (2 * i, 2 * i + 1)] + self.edges(level)
         if self.config.rescore > 1:
-            found = self.exact(self.keep(scores, self.config.rescore * budget))
-            onward = self.config.method_options().onward if self.config.score == "mass" else 0
-            scores = {i: score + onward * found.get(i - 1, 0) for i, score in found.items()}
+            scores = self.read_on(self.exact(self.keep(scores, self.config.rescore * budget)))
         return sorted(self.keep(scores, budget))
 
 

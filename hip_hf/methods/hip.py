@@ -72,6 +72,12 @@ def start_level(config: HiPConfig, low: int, high: int) -> int:
     return level
 
 
+def looked_at_whole(config: HiPConfig, low: int, high: int) -> bool:
+    """Whether blocks `low` to `high` are few enough to score all of them with all their keys, without a descent: no more than a
+    search starts with."""
+    return config.rescore_blocks > 0 and high - low <= 2 * config.beam_blocks
+
+
 def _ceil_shift(x, level: int):  # type: ignore[no-untyped-def]  # of an int or a tensor
     return -(-x >> level)
 
@@ -154,14 +160,16 @@ class TreeSearch:
         parts, row = [], 0
         most = self.config.method_options().sample
 
-        def alike(block: QueryBlock) -> tuple[int, int, int]:
-            levels = start_level(self.config, block.low, block.high), sample_level(self.config, block.low, block.high, most)
-            return (block.rows, *levels)
+        def alike(block: QueryBlock) -> tuple[int, int, int | None]:
+            whole = looked_at_whole(self.config, block.low, block.high)
+            level = None if whole else start_level(self.config, block.low, block.high)
+            return block.rows, sample_level(self.config, block.low, block.high, most), level
 
-        for (rows, level, sampled), run in groupby(blocks, key=alike):
+        for (rows, sampled, level), run in groupby(blocks, key=alike):
             some = list(run)
             own = None if near is None else near[:, :, row : row + len(some) * rows]
-            parts.append(self._search(heads, some, level, *self._votes(heads, some, own, sampled)))
+            votes = self._votes(heads, some, own, sampled)
+            parts.append(self._whole(heads, some, *votes[:2]) if level is None else self._search(heads, some, level, *votes))
             row += len(some) * rows
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -251,6 +259,18 @@ class TreeSearch:
             scores = self._exact(heads, q, ids, high, near)
             read_on(scores, ids, onward_of(config))
         ids = best(scores, ids, config.budget_blocks).sort(dim=-1).values
+        return ids.unflatten(1, (shares, len(blocks)))
+
+    def _whole(self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, near: torch.Tensor | None) -> torch.Tensor:
+        """As `_search`, of middles that are looked at whole."""
+        shares, device = q.shape[1] // len(blocks), self.q.device
+        low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)[:, None]  # [P, 1]
+        high = torch.tensor([block.high for block in blocks], device=device).repeat(shares)
+        ids = low + torch.arange(max(block.high - block.low for block in blocks), device=device)
+        ids = ids.masked_fill(ids >= high[:, None], NO_CHUNK).expand(q.shape[0], -1, -1)
+        scores = self._exact(heads, q, ids, high, near)
+        read_on(scores, ids, onward_of(self.config))
+        ids = best(scores, ids, self.config.budget_blocks).sort(dim=-1).values
         return ids.unflatten(1, (shares, len(blocks)))
 
     def _gather(self, heads: slice, level: int, ids: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
