@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hip_hf
-from hip_hf.methods import hip
+from hip_hf.methods import hip, ranking
 
 ASSETS = Path(hip_hf.__file__).parent / "assets"
 DIGITS, BITS = 8, 4
@@ -27,7 +27,7 @@ class Counter:
     """Stands for `best`: what `beam` chunks are kept of is counted."""
 
     def __init__(self, beam: int) -> None:
-        self.beam, self.best = beam, hip.best
+        self.beam, self.best = beam, ranking.best
         self.selections = self.changed = self.digits = 0
 
     def __call__(self, scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:

@@ -253,6 +253,19 @@ def test_settings_of_the_search(fields: dict[str, Any]) -> None:
     Case(small(**fields), [whole(299, 19)]).check()
 
 
+@pytest.mark.parametrize(("fields", "shape"), [
+    (dict(), dict()), (dict(score="max"), dict()), (dict(vote="sampled"), dict()), (dict(group_shared=False), dict()),
+    (dict(query_stride=1), dict(groups=7)), (dict(coarsest=4, beam=4), dict()), (dict(block_k=6, budget=18), dict(page_size=7)),
+    (dict(beam=20), dict(softcap=2.0, sliding=200, sinks=torch.ones(2))), (dict(), dict(dim=80, dtype=torch.float16)),
+])  # fmt: skip
+def test_short_middles_are_looked_at_whole(fields: dict[str, Any], shape: dict[str, Any]) -> None:
+    """Of one call, some; in a second sequence, which is padded, all."""
+    case = Case(small(**{"rescore": 3, "beam": 5, **fields}), [whole(299, 299), whole(130, 19, 1, 13)], **shape)
+    middles = [b.middle for span in case.spans for b in case.blocks(span, False) if b.middle > case.selector.budget]
+    assert min(middles) <= 2 * case.config.beam_blocks
+    case.check()
+
+
 @pytest.mark.parametrize(("coarsest", "fields"), [(4, dict()), (16, dict()), (4, dict(score="max")), (16, dict(rescore=4))])
 def test_a_start_level_longer_than_a_tile(coarsest: int, fields: dict[str, Any]) -> None:
     case = Case(small(coarsest=coarsest, **fields), [whole(2311, 3)])

@@ -9,7 +9,7 @@ import triton.language as tl
 from interpreter import DEVICE
 
 from hip_hf.kernels.topk import read_on, threshold
-from hip_hf.methods import hip
+from hip_hf.methods import ranking
 
 pytestmark = pytest.mark.kernels
 
@@ -60,7 +60,7 @@ def test_a_block_gets_a_share_of_the_score_of_the_block_before_it() -> None:
         out = torch.full((8,), torch.nan, device=DEVICE)
         read_on_kernel[(1,)](ids.to(DEVICE), scores.to(DEVICE), out, total, 0.5, 8)
         want = scores.nan_to_num(nan=-3e38)
-        hip.read_on(want[:total], ids[:total].long(), 0.5)
+        ranking.read_on(want[:total], ids[:total].long(), 0.5)
         torch.testing.assert_close(out.cpu().nan_to_num(nan=-3e38), want)
     assert want[:2].tolist() == [0.5, 0.5]
     assert want[3:6].tolist() == [0.125, 1.0, pytest.approx(-3e38)]

@@ -10,8 +10,8 @@ import torch
 from helpers import small
 
 from hip_hf.methods.base import QueryBlock, make_query_block, query_blocks, squash
-from hip_hf.methods.hip import sampled_rows
 from hip_hf.methods.need import sample_level, sampled_chunks, votes_of
+from hip_hf.methods.ranking import sampled_rows
 from hip_hf.problem import Span
 
 SIZES: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hip_hf.config import REPRESENTATIVES, HiPConfig
-from hip_hf.methods import hip
+from hip_hf.methods import hip, ranking
 from hip_hf.state import DecodeState
 
 
@@ -108,6 +108,41 @@ def test_same_blocks_for_every_shape_of_the_tree(beam: int, rescore: int, coarse
     check(small(beam=beam, rescore=rescore, coarsest=coarsest, score=score, budget=8), 163, 19)
 
 
+@pytest.mark.parametrize("score", ["mass", "max"])
+@pytest.mark.parametrize("fields", [
+    dict(), dict(group_shared=False), dict(vote="sampled"), dict(coarsest=4), dict(block_k=3, budget=12),
+    dict(options={"onward": 1}),
+])  # fmt: skip
+def test_same_blocks_where_short_middles_are_looked_at_whole(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], score: str
+) -> None:
+    """Those of up to 16 blocks, twice `beam`; the longer ones of the same call are walked through."""
+    middles: dict[str, list[int]] = {}
+    for name in ("_whole", "_search"):
+        original = getattr(hip.TreeSearch, name)
+
+        def count(self: Any, heads: Any, blocks: list, *rest: Any, name: str = name, original: Any = original) -> torch.Tensor:
+            middles.setdefault(name, []).extend(block.middle for block in blocks)
+            return original(self, heads, blocks, *rest)
+
+        monkeypatch.setattr(hip.TreeSearch, name, count)
+    check(small(rescore=2, score=score, **fields), 150, 120)
+    assert max(middles["_whole"]) <= 16 < min(middles["_search"]), middles
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_nothing_hides_a_key_of_a_short_middle(rows: int) -> None:
+    """The summaries of eleven blocks promise much that is in none of their keys; only one block has what all rows look for."""
+    q, k, v = make_qkv(84, rows, dtype=torch.float64)
+    q.zero_()[..., :2] = 1.0
+    k.zero_()
+    k[:, :, 4:48:2, :2], k[:, :, 5:48:2, :2] = torch.tensor([90.0, -90.0]).double(), torch.tensor([-90.0, 90.0]).double()
+    k[:, :, 49, :2] = 30.0
+    for rescore, found in ((1, False), (2, True)):
+        blocks = selected(small(rescore=rescore), q, k, v)
+        assert all((49 // 4 in some) == found for some in blocks.values()), (rescore, blocks)
+
+
 @pytest.mark.parametrize("group_shared", [True, False])
 @pytest.mark.parametrize("query_stride", [1, 2, 3, 16, 40])
 @pytest.mark.parametrize("vote", ["need", "sampled"])
@@ -182,7 +217,7 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ids: list[torch.Tensor] = []
-        original = hip.best
+        original = ranking.best
 
         def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
             self.ids.append(ids.clone())
@@ -216,7 +251,7 @@ def test_the_first_candidates_cover_every_middle_block_once(
     covered: list[int] = []
     for i, (level, ids) in enumerate(recorder.levels()):
         for index in (ids if i == 0 else ids[..., -2:]).flatten().tolist():
-            if index != hip.NO_CHUNK:
+            if index != ranking.NO_CHUNK:
                 covered += blocks_of(level, index)
     assert sorted(covered) == list(range(low, high))
     twin = brute.Search(config, k[0, 0], [], low, high, 1.0)
@@ -254,7 +289,7 @@ def test_no_candidate_reaches_out_of_the_middle(
         oldest = 0 if sliding is None else max(0, position - sliding + 1)
         low = max(-(-config.sink // config.block_k), oldest // config.block_k)
         for level, ids in recorder.levels():
-            for index in set(ids.flatten().tolist()) - {hip.NO_CHUNK}:
+            for index in set(ids.flatten().tolist()) - {ranking.NO_CHUNK}:
                 inside = blocks_of(level, index)
                 assert low <= inside.start < inside.stop <= window, f"level {level}: {inside} leaves {low} to {window}"
 
@@ -274,8 +309,8 @@ def test_ties_break_by_position() -> None:
 
 
 def test_a_block_that_follows_a_good_one_is_better_than_a_lone_one() -> None:
-    scores, ids = torch.tensor([[0.4, 0.1, 0.2, 0.1, 0.0]]), torch.tensor([[3, 4, 9, hip.NO_CHUNK - 1, hip.NO_CHUNK]])
-    hip.read_on(scores, ids, 0.5)
+    scores, ids = torch.tensor([[0.4, 0.1, 0.2, 0.1, 0.0]]), torch.tensor([[3, 4, 9, ranking.NO_CHUNK - 1, ranking.NO_CHUNK]])
+    ranking.read_on(scores, ids, 0.5)
     torch.testing.assert_close(scores, torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.0]]))
 
 
@@ -307,7 +342,7 @@ def test_the_same_call_selects_the_same_blocks() -> None:
 @settings(max_examples=300, deadline=None)
 def test_best_is_what_sorting_finds(scores: list[float], count: int, random: Any) -> None:
     ids = random.sample(range(2**32 - 1), len(scores))
-    got = hip.best(torch.tensor(scores), torch.tensor(ids), count)
+    got = ranking.best(torch.tensor(scores), torch.tensor(ids), count)
     rank = {i: (-s if s == s else torch.inf, i) for i, s in zip(ids, scores, strict=True)}
     assert sorted(got.tolist()) == sorted(sorted(ids, key=rank.__getitem__)[:count])
 
@@ -318,13 +353,13 @@ def test_best_of_numbers_that_end_the_range() -> None:
     ranked = [torch.inf, limit, 2.0, 1.0, 0.0, -0.0, -1.0, -2.0, -limit, torch.nan, -torch.inf]
     ids = [90, 80, 70, 60, 8, 9, 40, 30, 20, 1, 2]
     for count in range(1, len(ids) + 2):
-        got = hip.best(torch.tensor(ranked[::-1]), torch.tensor(ids[::-1]), count)
+        got = ranking.best(torch.tensor(ranked[::-1]), torch.tensor(ids[::-1]), count)
         assert sorted(got.tolist()) == sorted(ids[:count])
 
 
 def test_best_works_row_by_row() -> None:
     scores, ids = torch.randn(2, 3, 50), torch.randint(1000, (2, 3, 50)) * 50 + torch.arange(50)
-    got = hip.best(scores, ids, 7).sort().values
+    got = ranking.best(scores, ids, 7).sort().values
     want = ids.gather(-1, scores.topk(7).indices).sort().values
     assert torch.equal(got, want)
 

@@ -19,11 +19,12 @@ from hip_hf.methods import hyper, selector_for, staged
 from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.methods.columns import ROWS_AT_ONCE
 from hip_hf.methods.delta import anchors, mode_of
-from hip_hf.methods.hip import sampled_rows, start_level
+from hip_hf.methods.hip import looked_at_whole, start_level
 from hip_hf.methods.missing import CLUSTERS
 from hip_hf.methods.need import asked_rows, sample_level, sampled_chunks, votes_of, walkers_of
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.methods.quest import as_tree
+from hip_hf.methods.ranking import sampled_rows
 from hip_hf.problem import Span
 from hip_hf.reference.reading import block_read, keys_seen
 
@@ -63,13 +64,14 @@ def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
 
     level = start_level(config, block.low, block.high)
     candidates = (block.high >> level) - (-(-block.low >> level))
-    scored = candidates
+    scored, exact = candidates, config.rescore_blocks
     for _ in range(level):
         # the halves of what is kept, and a chunk at either edge of the middle
         candidates = 2 * min(config.beam_blocks, candidates) + 2
         scored += candidates
-    exact = min(config.rescore_blocks, candidates) * config.block_k
-    walked, looked = scored * features, exact * dim
+    if looked_at_whole(config, block.low, block.high):
+        scored, exact = 0, candidates
+    walked, looked = scored * features, min(exact, candidates) * config.block_k * dim
     if config.vote == "sampled":
         return len(sampled_rows(config, block)) * 2 * (walked + looked), walked + looked
     # of one query head: heads that share a mask have as many votes together as alone, but for rounding

@@ -20,6 +20,7 @@ from hip_hf.kernels.pyramid import TILE_LEVELS, parts_of
 from hip_hf.kernels.search import constants, looks_for
 from hip_hf.kernels.tuning import Tile, tile_of
 from hip_hf.kernels.voting import Voting
+from hip_hf.methods.hip import looked_at_whole
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
 GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
@@ -139,12 +140,16 @@ def launch(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> dict[s
 
 def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> Cost:
     """One selection. Every tile of votes, of which the first walk the tree, reads what it scores anew; programs that share a
-    search read a part of the keys each, and the summaries all of them."""
+    search read a part of the keys each, and the summaries all of them. A short middle is looked at whole."""
     fixed = launch(tokens, config, shape, block_q)
     votes, walkers, looks = fixed["SAMPLES"] * fixed["GROUP"], fixed["WALKERS"], fixed["LOOKS"]
-    summaries = looks * fixed["PARTS"] * levels(tokens, config) * min(fixed["MOST"], tokens // config.block_k)
-    exact = min(fixed["LAST"] * config.block_k, tokens) if fixed["RESCORE"] else 0
-    gathered = ceil(walkers / fixed["ROWS"]) * summaries + fixed["TILES"] * exact
+    low = -(-config.sink // config.block_k)
+    if looked_at_whole(config, low, high := max(low, (tokens - config.window) // config.block_k)):
+        summaries, exact, tiles = 0, (high - low) * config.block_k, fixed["TILES_WHOLE"]
+    else:
+        summaries = looks * fixed["PARTS"] * levels(tokens, config) * min(fixed["MOST"], tokens // config.block_k)
+        exact, tiles = min(fixed["LAST"] * config.block_k, tokens) if fixed["RESCORE"] else 0, fixed["TILES"]
+    gathered = ceil(walkers / fixed["ROWS"]) * summaries + tiles * exact
     return Cost(2 * (walkers * summaries + votes * exact) * shape.dim, gathered * shape.dim * shape.size + found(fixed))
 
 
@@ -152,8 +157,7 @@ def found(fixed: dict[str, Any]) -> int:
     """Bytes that the programs which share a search leave for the one that chooses: blocks, and what is in their keys."""
     if fixed["LOOKS"] == 1:
         return 0
-    listed = fixed["KEPT_LAST"]
-    return listed * torch.int32.itemsize + fixed["LOOKS"] * fixed["TILES"] * (listed + 1) * fixed["NARROW"] * WIDE
+    return fixed["KEPT_LAST"] * torch.int32.itemsize + fixed["FOUND"] * WIDE
 
 
 def near_keys(tokens: int, config: HiPConfig, block_q: int) -> int:

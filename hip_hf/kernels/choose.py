@@ -9,21 +9,20 @@ import triton
 import triton.language as tl
 
 from hip_hf.kernels.scoring import add_masses, voters
-from hip_hf.kernels.select import NEVER, entry_of, keep_blocks, lay_out, place_of, votes_near, write
+from hip_hf.kernels.select import NEVER, entry_of, lay_out, place_of, votes_near, write, write_best
 from hip_hf.kernels.sequences import GROWING, load_sequence, query_block, still_serves
-from hip_hf.kernels.topk import read_on, sort_keys
 
 
 @triton.jit
 def merged_masses(
-    found, number, tile, LOOKS: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, MASS: tl.constexpr
+    found, tile, LOOKS: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, MASS: tl.constexpr
 ):  # fmt: skip
     """What the rows of a tile found in all keys of a search's blocks, as `block_masses` says of those of one look."""
     slot, lane = tl.arange(0, N), tl.arange(0, ROWS)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     mass = tl.full([N, ROWS], 0.0 if MASS else -float("inf"), tl.float32)
     for look in range(LOOKS):
-        at = found + ((number * LOOKS + look) * TILES + tile) * ((N + 1) * ROWS) + lane
+        at = found + (look * TILES + tile) * ((N + 1) * ROWS) + lane
         more = tl.load(at[None, :] + slot[:, None] * ROWS)
         if MASS:
             level = tl.load(at + N * ROWS)
@@ -35,14 +34,33 @@ def merged_masses(
     return mass, top
 
 
+@triton.jit
+def choose(
+    ids, total, low, found, near, stride_near, last_row, last, first, indices, counts, entry, N: tl.constexpr,
+    BUDGET: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr, TILES: tl.constexpr, NARROW: tl.constexpr,
+    SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr, WEIGHED: tl.constexpr,
+    ONWARD: tl.constexpr,
+):  # fmt: skip
+    """Write the best of the blocks `ids` `[N]`, of which `total` count, by what was `found` in their keys."""
+    scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
+    for tile in range(TILES):
+        mass, top = merged_masses(found, tile, LOOKS, TILES, N, NARROW, MASS)
+        voting = voters(tile, last_row, last, first, NARROW, SAMPLES, STRIDE, GROUP)[2]
+        scores = add_masses(
+            scores, mass, top, near, stride_near, tile, last_row, last, first, voting, NARROW, SAMPLES, STRIDE, GROUP, MASS,
+            WEIGHED)  # fmt: skip
+    write_best(ids, scores, total, low, indices, counts, entry, N, BUDGET, OUT, ONWARD)
+
+
 @triton.jit(do_not_specialize=[*GROWING, "stride_near", "heads"])
 def choose_kernel(
     listed, found, sequences, near, indices, counts, windows, made,
     stride_field, stride_near, blocks, heads, sink, window, sliding, refresh,
-    BUDGET: tl.constexpr, LOOKS: tl.constexpr, NARROW: tl.constexpr, TILES: tl.constexpr,
+    BUDGET: tl.constexpr, MOST: tl.constexpr, M: tl.constexpr, KEPT_LAST: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr,
+    TILES: tl.constexpr, NARROW: tl.constexpr, TILES_WHOLE: tl.constexpr, NARROW_WHOLE: tl.constexpr, FOUND: tl.constexpr,
     CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, SPACING: tl.constexpr,
     SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
-    ONWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEPT_LAST: tl.constexpr, OUT: tl.constexpr,
+    ONWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The selection of a query block, from the blocks `listed` and what was `found` in their keys (scratch of `select_kernel`,
     whose other arguments these are). Nothing changes where a selection is kept. Grid: `blocks` * `heads` * sequences."""
@@ -70,18 +88,13 @@ def choose_kernel(
         near, row, index, row_start, last_row, first, last, stride_near, CHOSEN, VOTERS, VOTES, SPACING, SAMPLES, GROUP
     )
     number = number.to(tl.int64)
-    ids = tl.load(listed + number * KEPT_LAST + tl.arange(0, KEPT_LAST))
-    inside = ids >= 0
-    scores = tl.full([KEPT_LAST], 0.0 if MASS else -float("inf"), tl.float32)
-    for tile in range(TILES):
-        mass, top = merged_masses(found, number, tile, LOOKS, TILES, KEPT_LAST, NARROW, MASS)
-        voting = voters(tile, last_row, last, first, NARROW, SAMPLES, STRIDE, GROUP)[2]
-        scores = add_masses(
-            scores, mass, top, near, stride_near, tile, last_row, last, first, voting, NARROW, SAMPLES, STRIDE, GROUP, MASS,
-            WEIGHED)  # fmt: skip
-    total = tl.sum(inside.to(tl.int32), 0)
-    if ONWARD > 0:
-        scores = read_on(scores, ids, total, ONWARD, KEPT_LAST)
-    keys = sort_keys(scores, inside)
-    ids, total = keep_blocks(ids, keys, total, low, BUDGET, True, KEPT_LAST, OUT)
-    write(indices, counts, entry, ids, total, BUDGET, OUT)
+    found += number * FOUND
+    if high - low <= MOST:
+        choose(
+            low + tl.arange(0, M), high - low, low, found, near, stride_near, last_row, last, first, indices, counts, entry, M,
+            BUDGET, OUT, LOOKS, TILES_WHOLE, NARROW_WHOLE, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD)  # fmt: skip
+    else:
+        ids = tl.load(listed + number * KEPT_LAST + tl.arange(0, KEPT_LAST))
+        choose(
+            ids, tl.sum((ids >= 0).to(tl.int32), 0), low, found, near, stride_near, last_row, last, first, indices, counts, entry,
+            KEPT_LAST, BUDGET, OUT, LOOKS, TILES, NARROW, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD)  # fmt: skip

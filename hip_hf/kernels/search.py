@@ -83,11 +83,10 @@ class Selection:
         int32, and what was `found` in their keys, fp32 (`select.py`)."""
         if self.shared is None:
             programs, listed = self.counts.numel(), fixed["KEPT_LAST"]
-            numbers = fixed["LOOKS"] * fixed["TILES"] * (listed + 1) * fixed["NARROW"]
             with torch.inference_mode(False):
                 self.shared = (
                     torch.empty(programs * listed, dtype=torch.int32, device=self.counts.device),
-                    torch.empty(programs * numbers, dtype=torch.float32, device=self.counts.device),
+                    torch.empty(programs * fixed["FOUND"], dtype=torch.float32, device=self.counts.device),
                 )
         return self.shared
 
@@ -161,14 +160,20 @@ def constants(
     heads, samples = (1, voting.slots) if voting.chosen else (voting.voters, voting.slots // voting.voters)
     indexed = positions is not None and positions.chunk_indexed
     shape = fitted(shape, dim) if shape else search_tile(target, dim, dtype, indexed, 2 * kept, voting.slots)
-    rows = max(16, min(power_of_two(voting.slots), shape.rows, shape.rows * CANDIDATES // (2 * kept)))
+    rows = max(FEWEST_ROWS, min(power_of_two(voting.slots), shape.rows, shape.rows * CANDIDATES // (2 * kept)))
+    # of a whole middle as many logits are held at once
+    rows_whole = max(FEWEST_ROWS, rows * kept_last // (2 * kept))
+    (tiles, narrow), (tiles_whole, narrow_whole) = (
+        (-(-voting.slots // count), min(count, power_of_two(voting.slots))) for count in (rows, rows_whole)
+    )
     if not (stateful and rescore) or long:
         looks = 1
     return dict(
-        LOOKS=looks, NARROW=min(rows, power_of_two(voting.slots)),
+        LOOKS=looks, NARROW=narrow, ROWS_WHOLE=rows_whole, TILES_WHOLE=tiles_whole, NARROW_WHOLE=narrow_whole,
+        FOUND=looks * max(tiles * (kept_last + 1) * narrow, tiles_whole * (2 * kept + 1) * narrow_whole),
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
         RESCORE=rescore, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
-        ROWS=rows, TILES=-(-voting.slots // rows), SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
+        ROWS=rows, TILES=tiles, SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
         MASS=config.score == "mass", ONWARD=onward_of(config), WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters,
         VOTES=voting.votes, WALKERS=voting.walkers, SPACING=voting.stride, DIM=dim,
         FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts_of(config), OUT=tile(budget),

@@ -81,14 +81,55 @@ def votes_near(
 
 
 @triton.jit
-def keep_blocks(
-    ids, keys, total, low, BUDGET: tl.constexpr, RESCORE: tl.constexpr, N: tl.constexpr, OUT: tl.constexpr
+def look(
+    ids, total, low, high, indices, counts, entry, listed, found, share, k, key_start, batch, stride_kb, stride_kt,
+    block_table, stride_table, q, stride_qh, stride_qt, near, stride_near, last_row, first, last, scale, farthest, cos, sin,
+    SOFTCAP: tl.constexpr, N: tl.constexpr, BUDGET: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr, LIST: tl.constexpr,
+    BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NARROW: tl.constexpr,
+    SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr, WEIGHED: tl.constexpr,
+    ONWARD: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The blocks to read, `[OUT]`, and how many count, of `ids` `[N]`, of which `total` count, the best of the last level."""
+    """The end of a search: all votes look at all keys of the blocks `ids` `[N]`, sorted, of which `total` count, and the best are
+    written. `LOOKS` > 1: they look at the `share`-th part of each block's keys; what is `found`, and with `LIST` which blocks
+    they are, is left to `choose.py`."""
+    slot = tl.arange(0, N)
+    inside = slot < total
+    ids = tl.where(inside, ids, low)
+    back = places_back(high, ids, farthest)
+    if LOOKS > 1:
+        EACH: tl.constexpr = (BLOCK_K + LOOKS - 1) // LOOKS
+        if LIST:
+            tl.store(listed + slot, tl.where(inside, ids, -1), mask=share + slot * 0 == 0)
+        lane = tl.arange(0, ROWS)
+        for tile in range(TILES):
+            offsets = voting_rows(tile, last_row, last, first, stride_qh, stride_qt, ROWS, SAMPLES, STRIDE, GROUP)[0]
+            mass, top = block_masses(
+                k, ids, inside, share * EACH, tl.minimum(EACH, BLOCK_K - share * EACH), key_start, batch, stride_kb, stride_kt,
+                block_table, stride_table, q, offsets, scale, SOFTCAP, N, BLOCK_K, PAGE_SIZE, ROWS, MASS, DIM, FEATURES,
+                PRECISION, back, cos, sin, HALF)  # fmt: skip
+            to = found + (share * TILES + tile) * ((N + 1) * NARROW) + lane
+            tl.store(to[None, :] + slot[:, None] * NARROW, mass, mask=(slot[:, None] >= 0) & (lane < NARROW)[None, :])
+            tl.store(to + N * NARROW, top, mask=lane < NARROW)
+    else:
+        scores = score_blocks(
+            k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
+            stride_near, last_row, first, last, scale, SOFTCAP, N, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE, GROUP,
+            MASS, WEIGHED, DIM, FEATURES, PRECISION, back, cos, sin, HALF)  # fmt: skip
+        write_best(ids, scores, total, low, indices, counts, entry, N, BUDGET, OUT, ONWARD)
+
+
+@triton.jit
+def write_best(
+    ids, scores, total, low, indices, counts, entry,
+    N: tl.constexpr, BUDGET: tl.constexpr, OUT: tl.constexpr, ONWARD: tl.constexpr,
+):  # fmt: skip
+    """The result: the best of the blocks `ids` `[N]`, sorted, of which `total` count, by the `scores` of all their keys."""
+    if ONWARD > 0:
+        scores = read_on(scores, ids, total, ONWARD, N)
     none = low * 0 + ABSENT
-    if RESCORE:
-        ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, N, OUT)
-    return ids, total
+    keys = sort_keys(scores, tl.arange(0, N) < total)
+    ids, _, total = keep_best(ids, keys, low, none, low, none, BUDGET, N, OUT)
+    write(indices, counts, entry, ids, total, BUDGET, OUT)
 
 
 @triton.jit
@@ -201,22 +242,24 @@ def select_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr,
-    LOOKS: tl.constexpr, NARROW: tl.constexpr, ONWARD: tl.constexpr,
+    LOOKS: tl.constexpr, NARROW: tl.constexpr, ROWS_WHOLE: tl.constexpr, TILES_WHOLE: tl.constexpr, NARROW_WHOLE: tl.constexpr,
+    FOUND: tl.constexpr, ONWARD: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One query block of one mask head of one sequence. Grid: as many of the `blocks` * `heads` * sequences as have scratch, from
     `first_program` on, and `LOOKS`; `blocks` query blocks and `heads` mask heads a sequence.
 
-    `KEEP` chunks survive a level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts with
-    at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at
-    a time, for after a step of several rows the next one selects anew. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the
+    A middle of at most `MOST` blocks is looked at whole. Of a longer one, `KEEP` chunks survive a level, `LAST` blocks the last
+    one (more than `BUDGET` only to be rescored); the search starts with at most `MOST` chunks, or at level `LIMIT`.
+    `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at a time, for after a step of several rows the
+    next one selects anew. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the
     votes that `votes.py` put side by side, of which it says what VOTERS, VOTES, WALKERS and SPACING mean. `WEIGHED`:
     `near` is what every vote, or row of a sequence, finds in any case. `HALF` > 0: chunk-indexed, at most `farthest` chunks away;
     so many pairs of a head's numbers turn. `LOOKS` > 1: so many programs search, all for the same, and each looks at a share of
-    the keys of each of the last blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none; what
-    `NARROW` rows of each tile, those that may vote, found in their keys into `scratch`, fp32
-    `[programs, LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last
-    place what was subtracted. All else is left to `choose.py`.
+    the keys of each of the last blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none (not those
+    of a whole middle); what `NARROW` rows of each tile, those that may vote, found in their keys into the `FOUND` numbers of a
+    program's `scratch`, fp32 `[LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last place what was subtracted; of a whole middle
+    `[LOOKS, TILES_WHOLE, M + 1, NARROW_WHOLE]`. All else is left to `choose.py`.
     """
     index, row = place_of(first_program + tl.program_id(0), blocks)
     sequence = row // heads
@@ -259,8 +302,19 @@ def select_kernel(
         walking_row = walking
         if TILES > 1:
             tiles = walking // ROWS + 1
-    table += sequence.to(tl.int64) * stride_sequence + key_head.to(tl.int64) * stride_head
     k += key_head.to(tl.int64) * stride_kh
+    # two conditions in one would be asked at run time, and this compiled in any case
+    if RESCORE:  # noqa: SIM102
+        if high - low <= MOST:
+            number = tl.program_id(0).to(tl.int64)
+            look(
+                low + tl.arange(0, M), high - low, low, high, indices, counts, entry, listed, scratch + number * FOUND,
+                tl.program_id(1), k, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt,
+                near, stride_near, last_row, first, last, scale, farthest, COS, SIN, SOFTCAP, M, BUDGET, OUT, LOOKS, False,
+                BLOCK_K, PAGE_SIZE, ROWS_WHOLE, TILES_WHOLE, NARROW_WHOLE, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD, DIM,
+                FEATURES_LAST, PRECISION, HALF)  # fmt: skip
+            return
+    table += sequence.to(tl.int64) * stride_sequence + key_head.to(tl.int64) * stride_head
     slot = tl.arange(0, M)
     edge = tl.arange(0, EDGES)
 
@@ -311,37 +365,17 @@ def select_kernel(
         left = tl.sum(tl.where(edge == 0, edge_keys, 0), 0)
         right = tl.sum(tl.where(edge == 1, edge_keys, 0), 0)
 
-    ids, keys, total = keep_best(ids, keys, begins, left, ends - 1, right, LAST, M, KEPT_LAST)
+    ids, _, total = keep_best(ids, keys, begins, left, ends - 1, right, LAST, M, KEPT_LAST)
+    # computed again: kept all the while, these addresses would take registers from the tiles
+    entry = entry_of(first_program + tl.program_id(0), blocks)
     if RESCORE:
-        batch, key_start, _, _, _ = load_sequence(sequences, stride_field, sequence)  # again, as below
-        slot = tl.arange(0, KEPT_LAST)
-        inside = slot < total
-        ids = tl.where(inside, ids, low)
-        back = places_back(high, ids, farthest)
-        if LOOKS > 1:
-            look = tl.program_id(1)
-            EACH: tl.constexpr = (BLOCK_K + LOOKS - 1) // LOOKS
-            number = tl.program_id(0).to(tl.int64)
-            tl.store(listed + number * KEPT_LAST + slot, tl.where(inside, ids, -1), mask=look + slot * 0 == 0)
-            lane = tl.arange(0, ROWS)
-            for tile in range(TILES):
-                offsets = voting_rows(tile, last_row, last, first, stride_qh, stride_qt, ROWS, SAMPLES, STRIDE, GROUP)[0]
-                mass, top = block_masses(
-                    k, ids, inside, look * EACH, tl.minimum(EACH, BLOCK_K - look * EACH), key_start, batch, stride_kb, stride_kt,
-                    block_table, stride_table, q, offsets, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, MASS, DIM,
-                    FEATURES_LAST, PRECISION, back, COS, SIN, HALF)  # fmt: skip
-                to = scratch + ((number * LOOKS + look) * TILES + tile) * ((KEPT_LAST + 1) * NARROW) + lane
-                tl.store(to[None, :] + slot[:, None] * NARROW, mass, mask=(slot[:, None] >= 0) & (lane < NARROW)[None, :])
-                tl.store(to + KEPT_LAST * NARROW, top, mask=lane < NARROW)
-        else:
-            scores = score_blocks(
-                k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
-                stride_near, last_row, first, last, scale, SOFTCAP, KEPT_LAST, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE,
-                GROUP, MASS, WEIGHED, DIM, FEATURES_LAST, PRECISION, back, COS, SIN, HALF)  # fmt: skip
-            if ONWARD > 0:
-                scores = read_on(scores, ids, total, ONWARD, KEPT_LAST)
-            keys = sort_keys(scores, inside)
-    if LOOKS == 1:
-        ids, total = keep_blocks(ids, keys, total, low, BUDGET, RESCORE, KEPT_LAST, OUT)
-        # computed again: kept all the while, these addresses would take registers from the tiles
-        write(indices, counts, entry_of(first_program + tl.program_id(0), blocks), ids, total, BUDGET, OUT)
+        batch, key_start, _, _, _ = load_sequence(sequences, stride_field, sequence)
+        number = tl.program_id(0).to(tl.int64)
+        look(
+            ids, total, low, high, indices, counts, entry, listed + number * KEPT_LAST, scratch + number * FOUND,
+            tl.program_id(1), k, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
+            stride_near, last_row, first, last, scale, farthest, COS, SIN, SOFTCAP, KEPT_LAST, BUDGET, OUT, LOOKS, True, BLOCK_K,
+            PAGE_SIZE, ROWS, TILES, NARROW, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD, DIM, FEATURES_LAST, PRECISION,
+            HALF)  # fmt: skip
+    else:
+        write(indices, counts, entry, ids, total, BUDGET, OUT)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, squash
-from hip_hf.methods.hip import best
+from hip_hf.methods.ranking import best
 from hip_hf.reference.workers import run
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, query_blocks, squash
-from hip_hf.methods.hip import best, sampled_rows
+from hip_hf.methods.ranking import best, sampled_rows
 from hip_hf.problem import Span
 from hip_hf.reference.sparse import DECODE_ROWS
 

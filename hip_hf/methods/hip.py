@@ -23,19 +23,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock, squash
+from hip_hf.methods.base import QueryBlock
 from hip_hf.methods.need import asked_rows, highest, sample_level, sampled_chunks, sampled_keys, votes_of, walkers_of
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
+from hip_hf.methods.ranking import NO_CHUNK, aggregate, best, read_on, sampled_rows
 from hip_hf.paged import KeyRows, block_index, lanes_of
-from hip_hf.reference.workers import scratch, widened
+from hip_hf.reference.workers import scratch
 from hip_hf.rope import Positions, farthest_chunk, turn
 from hip_hf.shown import shown
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-# Ids are packed into the low half of the sort keys of `best`; the largest of them stands for "no chunk".
-_LOW_BITS = NO_CHUNK = 0xFFFFFFFF
 # Bytes of summaries or keys that are gathered before they are scored: what is still in cache need not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
 
@@ -82,39 +81,9 @@ def _ceil_shift(x, level: int):  # type: ignore[no-untyped-def]  # of an int or 
     return -(-x >> level)
 
 
-def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` ids with the highest scores, in no order. Ties go to the lower id; NaN counts as lowest.
-
-    scores `[..., M]`, compared in fp32; ids int64 `[..., M]` below 2**32.
-    """
-    if count >= ids.shape[-1]:
-        return ids
-    # A float's bits, negative ones flipped, sort like the float; the id below them breaks ties.
-    scores = torch.nan_to_num(scores.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    bits = scores.add_(0.0).view(torch.int32)  # adding 0 makes -0 the same as 0
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    packed = (bits.long() << 32) | (_LOW_BITS - ids)
-    return _LOW_BITS - (packed.topk(count, sorted=False).values & _LOW_BITS)
-
-
 def onward_of(config: HiPConfig) -> float:
     """The share of a block's score that the block after it gets as well: none of best logits, which are no shares."""
     return float(config.method_options().onward) if config.score == "mass" else 0.0
-
-
-def read_on(scores: torch.Tensor, ids: torch.Tensor, share: float) -> None:
-    """Add to the score of each block a share of that of the block before it, if that is there; both `[..., M]`, ids sorted.
-
-    What a row looks up need not end with a block, and the rows that read the rest of it need not be among the votes. What has
-    overflowed has a negative score, and nothing to share.
-    """
-    follows = (ids[..., 1:] - ids[..., :-1] == 1) & (ids[..., 1:] != NO_CHUNK)
-    scores[..., 1:] += torch.where(follows, scores[..., :-1].clamp(min=0) * share, 0.0)
-
-
-def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
-    """Every `query_stride`-th row, counted back from the last."""
-    return range(block.row + (block.rows - 1) % config.query_stride, block.row + block.rows, config.query_stride)
 
 
 class Selector:
@@ -262,16 +231,24 @@ class TreeSearch:
         return ids.unflatten(1, (shares, len(blocks)))
 
     def _whole(self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, near: torch.Tensor | None) -> torch.Tensor:
-        """As `_search`, of middles that are looked at whole."""
-        shares, device = q.shape[1] // len(blocks), self.q.device
-        low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)[:, None]  # [P, 1]
-        high = torch.tensor([block.high for block in blocks], device=device).repeat(shares)
-        ids = low + torch.arange(max(block.high - block.low for block in blocks), device=device)
-        ids = ids.masked_fill(ids >= high[:, None], NO_CHUNK).expand(q.shape[0], -1, -1)
-        scores = self._exact(heads, q, ids, high, near)
-        read_on(scores, ids, onward_of(self.config))
-        ids = best(scores, ids, self.config.budget_blocks).sort(dim=-1).values
-        return ids.unflatten(1, (shares, len(blocks)))
+        """As `_search`, of middles that are looked at whole: their keys are read as they lie."""
+        config, size, device = self.config, self.config.block_k, self.q.device
+        first, end = min(block.low for block in blocks), max(block.high for block in blocks)
+        ids, keys = torch.arange(first, end, device=device), self.keys[heads, first * size : end * size].to(q.dtype)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.full((*q.shape[:2], end - first), -torch.inf, dtype=dtype, device=device)
+        for item in range(q.shape[1]):
+            block = blocks[item % len(blocks)]
+            some = slice(block.low - first, block.high - first)
+            own = keys[:, some.start * size : some.stop * size]
+            own = self._turned(own, ids[None, some], torch.tensor(block.high, device=device))
+            logits = scratch.take("logits", (len(q), q.shape[2], own.shape[1]), q)
+            torch.bmm(q[:, item], own.transpose(1, 2), out=logits)
+            found = None if near is None else near[:, item]
+            scores[:, item, some] = aggregate(logits, config.score, self.softcap, None, found, size)
+        read_on(scores, ids.expand(scores.shape), onward_of(config))
+        chosen = best(scores, ids.expand(scores.shape), config.budget_blocks)  # there are more in every middle
+        return chosen.sort(dim=-1).values.unflatten(1, (-1, len(blocks)))
 
     def _gather(self, heads: slice, level: int, ids: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`; `end` `[P]`: the chunk after the last one."""
@@ -350,53 +327,18 @@ class TreeSearch:
                 flat = picked[:, : (end - at) * units]
                 for head, lane in enumerate(lanes):
                     lane.take(index[head, item, at * units : end * units], flat[head])
-                flat = flat.reshape(len(ids), -1, dim).to(q.dtype)
-                if self.positions is not None:
-                    angles = self._angles(ids[:, item : item + 1, at:end], high[item : item + 1], flat)
-                    cos, sin = (x[:, 0].repeat_interleave(size, 1) for x in angles)  # a block's keys turn alike
-                    flat = turn(flat, cos, sin, back=True, out=scratch.take("turned", flat.shape, flat))
+                flat = self._turned(flat.reshape(len(ids), -1, dim).to(q.dtype), ids[:, item, at:end], high[item])
                 torch.bmm(q[:, item], flat.transpose(1, 2), out=logits[:, :, at * size : end * size])
             invalid = missing[:, item].repeat_interleave(size, -1)
             own = None if near is None else near[:, item]
             scores[:, item] = aggregate(logits, self.config.score, self.softcap, invalid if invalid.any() else None, own, size)
         return scores
 
-
-def aggregate(
-    logits: torch.Tensor,
-    score: str,
-    softcap: float | None,
-    invalid: torch.Tensor | None,
-    near: torch.Tensor | None = None,
-    size: int = 1,
-) -> torch.Tensor:
-    """Logits `[..., R, M]` of the voting rows -> one score per candidate, of `size` logits each, `[..., M / size]`; overwrites
-    `logits`.
-
-    `mass`: the share of its attention that a row gives the candidate, by a softmax over all of them, summed over rows. With
-    `near` `[..., R]`, the log-sum-exp of what a row reads in any case, that takes part in the softmax: rows that need nothing
-    far away have no say. `max`: best logit of any row (the HiP paper).
-    """
-    squash(logits, softcap)
-    if invalid is not None:
-        logits[..., logits.shape[-1] - invalid.shape[-1] :].masked_fill_(invalid.unsqueeze(-2), -torch.inf)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    if score == "max":
-        scores = logits.amax(-2).to(dtype)
-        scores = scores if size == 1 else scores.unflatten(-1, (-1, size)).amax(-1)
-    else:
-        wide = widened(logits)
-        largest = wide.amax(-1, keepdim=True)
-        shares = wide.sub_(largest).exp_()
-        total = shares.sum(-1)
-        if near is not None:
-            total += torch.exp(near - largest[..., 0])
-        shares = shares if size == 1 else shares.unflatten(-1, (-1, size)).sum(-1)
-        scores = shares.mul_(total.reciprocal_()[..., None]).sum(-2)
-    # -inf is for candidates that do not exist; whatever overflowed is merely the worst, or the best
-    limit = torch.finfo(torch.float32).max
-    scores.nan_to_num_(nan=-limit, posinf=limit, neginf=-limit)
-    if invalid is not None:
-        invalid = invalid if size == 1 else invalid.unflatten(-1, (-1, size))[..., 0]
-        scores[..., scores.shape[-1] - invalid.shape[-1] :].masked_fill_(invalid, -torch.inf)
-    return scores
+    def _turned(self, keys: torch.Tensor, ids: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """Keys `[heads, M * block_k, D]` of the blocks `ids` `[heads, M]`, as a query block whose window begins with block `high`
+        sees them."""
+        if self.positions is None:
+            return keys
+        angles = self._angles(ids[:, None], high[None], keys)
+        cos, sin = (x[:, 0].repeat_interleave(self.config.block_k, 1) for x in angles)  # a block's keys turn alike
+        return turn(keys, cos, sin, back=True, out=scratch.take("turned", keys.shape, keys))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, Unplaced, Unsummarised, squash
-from hip_hf.methods.hip import best
+from hip_hf.methods.ranking import best
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig

@@ -15,7 +15,7 @@ import torch
 
 from hip_hf.methods.base import QueryBlock, Unsummarised
 from hip_hf.methods.columns import Columns, block_sums, probe
-from hip_hf.methods.hip import best
+from hip_hf.methods.ranking import best
 from hip_hf.shown import shown
 
 if TYPE_CHECKING:
