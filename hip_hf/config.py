@@ -79,8 +79,9 @@ class HiPConfig:
         beam: levels above the last keep `beam * budget` keys' worth of chunks; None: 4096 keys' worth or 1024
             chunks, at least twice the budget. What a search must look at to find an answer does not shrink with what is read
             afterwards.
-        rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys; 1 is off, None: 4096
-            keys', at least three times the budget.
+        rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys, and where there are no
+            more blocks than the search starts with (twice what `beam` keeps), all of them; 1 is off, None: 4096 keys', at least
+            three times the budget.
         coarsest: largest chunk, in keys, that the search may start from; None starts from as few as possible.
         dense_layers: a count of first layers, or a list of layer indices, that stay dense.
         dense_below: contexts shorter than this go dense; None takes the backend's measured default, 0 means never.

@@ -110,9 +110,10 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
     Triton 3.7 fail on it."""
     warps = 16 if target.startswith("sm10") else 8
     if indexed or dtype == torch.float32:
-        # with 16 warps a step's search spills with one stage, a prompt's with two
-        stages = 2 if warps > 8 and indexed and votes < FEWEST_ROWS else 1
-        return SearchTile(16, 16, 16, warps, stages)
+        if warps > 8 and indexed:  # with 16 warps a step's search spills with one stage, a prompt's in any case
+            warps, stages = (warps, 2) if votes < FEWEST_ROWS else (8, 1)
+            return SearchTile(16, 16, 16, warps, stages)
+        return SearchTile(16, 16, 16, warps, stages=1)
     if candidates > 2 * CANDIDATES and target.startswith("gfx"):
         wanted = SearchTile(16, 16, 16, stages=1)
     elif candidates > CANDIDATES and not target.startswith(("sm10", "gfx")):

@@ -12,6 +12,9 @@ Only complete chunks that lie wholly inside the *middle* (what is between sink a
 `high`) are candidates, so no summary holds a key that the block may not see. Where a coarse chunk would straddle an
 edge of the middle, its child stands in its place at the child's level: at most one at either end of each level.
 With these, the candidates cover every block of the middle exactly once; no key is overlooked.
+
+With `rescore`, the best blocks of level 0 are judged again by all of their keys. A search that would start at level 0 needs no
+summaries: it looks at all keys of the middle.
 """
 
 from __future__ import annotations
