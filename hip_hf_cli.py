@@ -67,9 +67,9 @@ COMMANDS = {
         "autoload",
         "Let plain lm_eval and transformers serve of this environment know `hip` (enable), stop that (disable), say how it is.",
     ),
-    "report": Command("bundle", "Bundle tables and pictures of saved results in one HTML page."),
+    "report": Command("report_page", "Bundle tables and pictures of saved results in one HTML page."),
     "lm-eval": Command(
-        "harness",
+        "lm_eval",
         "lm-eval with the model type `hip` (the default here), our tasks (`hip_longctx`) and `--preset`; all else is lm-eval's.",
         _LM_EVAL,
     ),

@@ -14,7 +14,8 @@ import torch
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from hip_hf.eval import documents, real_model, report
+from hip_hf.eval.measure import documents, real_model
+from hip_hf.eval.reporting import report
 from hip_hf_cli import app
 
 FILE = Path(__file__).parent / "results" / "chat.txt"

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import hip_hf
-from hip_hf.eval.report import machine
+from hip_hf.eval.reporting.report import machine
 
 CHECKPOINT = Path(hip_hf.__file__).parent / "assets" / "checkpoint"
 PARTS = 8

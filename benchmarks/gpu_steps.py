@@ -25,19 +25,21 @@ from gpu_sizes import ROOT, Sizes
 from torch.autograd import DeviceType
 
 from hip_hf.attention import sparse_reach
+from hip_hf.backends.triton import trust
+from hip_hf.backends.triton.common.tuning import target_of
+from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
+from hip_hf.backends.triton.sparse import ROOM
 from hip_hf.config import HiPConfig
-from hip_hf.eval import doctor, documents, floors, gpu_latency, latency, losses, needles, plots, real_model
-from hip_hf.eval.cells import Cells
+from hip_hf.eval import doctor, gpu_latency, latency, needles
 from hip_hf.eval.generate import generate
-from hip_hf.eval.gpu_runs import Clock, Timed
 from hip_hf.eval.latency import DTYPES, Plan, interleave, ours, sdpa
+from hip_hf.eval.measure import documents, losses, real_model, roofline
+from hip_hf.eval.measure.gpu_runs import Clock, Timed
 from hip_hf.eval.passkey import use
-from hip_hf.eval.presets import over_budgets
-from hip_hf.eval.publish import write
-from hip_hf.kernels import trust
-from hip_hf.kernels.backend import ROOM
-from hip_hf.kernels.pyramid import KeyPyramid
-from hip_hf.kernels.tuning import target_of
+from hip_hf.eval.reporting import plots
+from hip_hf.eval.reporting.presets import over_budgets
+from hip_hf.eval.reporting.publish import write
+from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.shown import said
 
 Rows = list[dict[str, Any]]
@@ -236,7 +238,7 @@ def profile_step(run: Run) -> None:
         run.keep(f"prompt, {plots.short(length)}", partial(prompt, length))
     for length in sizes.decode:
         run.keep(f"decode, {plots.short(length)}", partial(steps, length))
-    others = {"hyper": dict(method="hyper", options=sizes.hyper), "delta": dict(delta=floors.GAMMA, delta_mode="step")}
+    others = {"hyper": dict(method="hyper", options=sizes.hyper), "delta": dict(delta=roofline.GAMMA, delta_mode="step")}
     for what, fields in others.items():
         length = sizes.prefill[1]
         run.keep(f"{what}, {plots.short(length)}", partial(prompt, length, what, replace(sizes.settings, **fields)))

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hip_hf.eval.report import markdown
+from hip_hf.eval.reporting.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
 

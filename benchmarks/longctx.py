@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.eval import report
-from hip_hf.eval.documents import CHECKPOINT
 from hip_hf.eval.longctx import draw
-from hip_hf.eval.presets import settings_of
-from hip_hf.eval.publish import Results, Targets, model_name
+from hip_hf.eval.measure.documents import CHECKPOINT
+from hip_hf.eval.reporting import report
+from hip_hf.eval.reporting.presets import settings_of
+from hip_hf.eval.reporting.publish import Results, Targets, model_name
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = [
@@ -75,10 +75,10 @@ def main(
     output: Path = RESULTS / "longctx.json",
 ) -> None:
     """Evaluate, and write the table."""
-    from hip_hf.integration.lm_eval import register
+    from hip_hf.integration.lm_eval.registration import register
 
     register()
-    from hip_hf.integration.lm_eval_model import HipLM
+    from hip_hf.integration.lm_eval.model import HipLM
 
     configs = settings_of(settings, tokens=length, checkpoint=model, budget=budget)
     metadata = {"max_seq_lengths": [length], "samples": samples, "data_seed": seed, "tokenizer": model}

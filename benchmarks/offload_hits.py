@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import hip_hf
 from hip_hf.cache.offload import Statistics
 from hip_hf.cache.pool import PAGE
-from hip_hf.eval.report import machine
+from hip_hf.eval.reporting.report import machine
 
 ASSETS = Path(hip_hf.__file__).parent / "assets"
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import hip_hf
 from hip_hf.config import HiPConfig
-from hip_hf.eval.report import machine
+from hip_hf.eval.reporting.report import machine
 
 LAYERS, PARTS = 32, 20
 # Steps that a selection serves: the default, and more than are measured.

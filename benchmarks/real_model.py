@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.eval import real_model
+from hip_hf.eval.measure import real_model
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 

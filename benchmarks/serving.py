@@ -20,11 +20,11 @@ from typing import Annotated, Any
 import typer
 from transformers import AutoTokenizer
 
-from hip_hf.eval import report
-from hip_hf.eval.documents import DOCUMENT
 from hip_hf.eval.generate import lengthen
-from hip_hf.eval.publish import Json, Output, Plot, Results, Targets, model_name
-from hip_hf.eval.served import Served, complete_all, settings_options
+from hip_hf.eval.measure.documents import DOCUMENT
+from hip_hf.eval.measure.served import Served, complete_all, settings_options
+from hip_hf.eval.reporting import report
+from hip_hf.eval.reporting.publish import Json, Output, Plot, Results, Targets, model_name
 from hip_hf.eval.serving import draw
 
 ATTENTIONS = ("sdpa", "hip")

@@ -22,10 +22,11 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.eval import documents, generate
+from hip_hf.eval import generate
 from hip_hf.eval.generate import lengthen
-from hip_hf.eval.publish import Json, Output, Results, Targets
-from hip_hf.eval.served import NEW_TOKENS, Served, settings_options, soak
+from hip_hf.eval.measure import documents
+from hip_hf.eval.measure.served import NEW_TOKENS, Served, settings_options, soak
+from hip_hf.eval.reporting.publish import Json, Output, Results, Targets
 
 PAGE = 256  # tokens
 

@@ -1,4 +1,4 @@
-"""How many digits of its scores the search needs, and what it would keep by the upper half of them (`hip_hf/kernels/topk.py`).
+"""How many digits of its scores the search needs, and what it would keep by the upper half of them (`selection/topk.py`).
 
     python benchmarks/top_k_digits.py [--model FOLDER] [--length 32768]
 

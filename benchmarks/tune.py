@@ -1,4 +1,4 @@
-"""Writes `hip_hf/kernels/table.py`: launch configurations of the attention kernels per architecture and head dim.
+"""Writes `backends/triton/common/tuning_table.py`: launch configurations of attention kernels by architecture and head dim.
 
     python benchmarks/tune.py [--targets sm90,sm80] [--dims 64,128,256]
 
@@ -19,20 +19,20 @@ from typing import Any
 
 import torch
 
+from hip_hf.backends.triton.attention.backward import key_launches, query_launches
+from hip_hf.backends.triton.attention.decode import decode_launches
+from hip_hf.backends.triton.attention.prefill import prefill_launches
+from hip_hf.backends.triton.common.tuning import Tile, target_of, tile_of
+from hip_hf.backends.triton.compile import budget
+from hip_hf.backends.triton.compile.examples import Example, example, extended
+from hip_hf.backends.triton.compile.launches import Launch
+from hip_hf.backends.triton.hyper import square_launches
+from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
+from hip_hf.backends.triton.selection.search import SearchTile, Selection, constants, select
+from hip_hf.backends.triton.selection.votes import need_arguments, need_kernel
 from hip_hf.config import HiPConfig
-from hip_hf.kernels import budget
-from hip_hf.kernels.backward import key_launches, query_launches
-from hip_hf.kernels.compiled import Launch
-from hip_hf.kernels.decode import decode_launches
-from hip_hf.kernels.examples import Example, example, extended
-from hip_hf.kernels.hyper import square_launches
-from hip_hf.kernels.prefill import prefill_launches
-from hip_hf.kernels.pyramid import KeyPyramid
-from hip_hf.kernels.search import SearchTile, Selection, constants, select
-from hip_hf.kernels.tuning import Tile, target_of, tile_of
-from hip_hf.kernels.votes import need_arguments, need_kernel
 
-TABLE = Path(__file__).parents[1] / "hip_hf" / "kernels" / "table.py"
+TABLE = Path(__file__).parents[1] / "hip_hf" / "backends" / "triton" / "common" / "tuning_table.py"
 # Launches of both dtypes share an entry; the first is timed.
 TOKENS, DTYPES = 32768, (torch.bfloat16, torch.float16)
 REPEATS = 20
@@ -152,8 +152,8 @@ def milliseconds(
     repeats: int = REPEATS,
 ) -> list[float]:
     """What the first launch, or a part of the selection, takes with each of the configurations: medians of interleaved runs."""
-    from hip_hf.eval.gpu_runs import Clock, Timed
     from hip_hf.eval.latency import interleave
+    from hip_hf.eval.measure.gpu_runs import Clock, Timed
 
     x, clock = examples(kernel, dim, dtype, device, tokens)[0], Clock(torch.device(device))
 
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--dims", default="64,128,256")
     parser.add_argument("--kernels", default=",".join(LAUNCHES))
     given = parser.parse_args()
-    from hip_hf.kernels.table import TILES
+    from hip_hf.backends.triton.common.tuning_table import TILES
 
     missing = []
     here = target_of(torch.empty(0, device="cuda")) if torch.cuda.is_available() else ""

@@ -11,8 +11,10 @@ import sweep
 import torch
 from transformers.utils import logging
 
-from hip_hf.eval import curves, demo, documents, latency, memory, passkey, plots
-from hip_hf.eval.capture import capture
+from hip_hf.eval import demo, latency, memory, passkey
+from hip_hf.eval.measure import curves, documents
+from hip_hf.eval.measure.capture import capture
+from hip_hf.eval.reporting import plots
 from hip_hf.methods.base import make_query_block
 from hip_hf.methods.hip import Selector, TreeSearch
 from hip_hf.problem import AttentionProblem

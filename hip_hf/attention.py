@@ -6,19 +6,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hip_hf import backend_choice, methods
+from hip_hf import methods
+from hip_hf.backends import choice
+from hip_hf.backends.mixed import Part, merged, parts_of
+from hip_hf.backends.torch import dense
+from hip_hf.backends.torch.backward import Piece, learning, traced
+from hip_hf.backends.torch.decode_buffer import attend_next, gathered_rows, new_keys
+from hip_hf.backends.torch.sparse import DECODE_ROWS, SparseAttention, tensors_of
+from hip_hf.cache.pages import PagedTensor
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import BlockMask
-from hip_hf.mixed import Part, merged, parts_of
-from hip_hf.paged import PagedTensor
 from hip_hf.problem import DTYPES, AttentionProblem, Span, by_tokens, check_finite, check_tensors, make_spans, newest, tracing
-from hip_hf.reference import dense
-from hip_hf.reference.gathered import attend_next, gathered_rows, new_keys
-from hip_hf.reference.gradients import Piece, learning, traced
-from hip_hf.reference.sparse import DECODE_ROWS, SparseAttention, tensors_of
-from hip_hf.reference.workers import compute_dtype
 from hip_hf.rope import Positions
 from hip_hf.state import DecodeState
+from hip_hf.workers import compute_dtype
 
 # With AMX PyTorch's own attention is four times as fast in bf16 as without, the sparse path less than twice.
 BF16_PROMPTS = 24576 if torch.cpu._is_amx_tile_supported() else 2048
@@ -85,8 +86,8 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     if anew and problem.q.device.type == "cpu" and methods.summarises(config):
         # both read all keys, and to summarise them costs more than to read the values too (docs/decisions.md)
         return "decode without kept state: to summarise all keys anew takes longer than to read them", False
-    if config.backend == "auto" and backend_choice.kernels_wanted(problem, config) and not backend_choice.offloaded(problem):
-        why, said = backend_choice.no_kernels(problem, config)
+    if config.backend == "auto" and choice.kernels_wanted(problem, config) and not choice.offloaded(problem):
+        why, said = choice.no_kernels(problem, config)
         return why and f"no kernels: {why}", bool(why) and not said
     return "", False
 
@@ -119,7 +120,7 @@ def _attend(
     need_mask: bool,
 ) -> Result:
     """`attend` with the settings of the layer."""
-    if state is not None and not need_mask and not backend_choice.kernels_wanted(problem, config):
+    if state is not None and not need_mask and not choice.kernels_wanted(problem, config):
         rows = gathered_rows(problem, config, state)
         if rows is not None:
             out, lse = empty_outputs(problem, need_lse)
@@ -151,7 +152,7 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
                 state.row(span.batch, span.key_start, span.position, span.end)
                 state.select_anew(span.batch)
         return Result(*attend_dense(problem, config, need_lse), None, "dense", part.reason, 1.0, part.unsupported)
-    if backend_choice.backend_of(problem, config) == "triton":
+    if choice.backend_of(problem, config) == "triton":
         return _attend_by_kernels(part, config, state, need_lse, need_mask)
     if state is not None and state.device is not None:
         state.leave_device()
@@ -168,8 +169,8 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
 def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
     """Attention of a part that the kernels serve. Where Triton refuses them after all, because these settings ask for more than
     the device has, it and all later ones are dense with `auto`."""
-    from hip_hf.kernels import trust
-    from hip_hf.kernels.backend import run
+    from hip_hf.backends.triton import trust
+    from hip_hf.backends.triton.sparse import run
 
     problem = part.problem
     try:
@@ -216,18 +217,18 @@ def placed(problem: AttentionProblem) -> AttentionProblem:
 
 def dense_by_kernels(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> bool:
     """Whether dense attention is left to the kernels: where PyTorch's own cannot serve."""
-    if not backend_choice.kernels_wanted(problem, config) or dense.sdpa_serves(problem, need_lse):
+    if not choice.kernels_wanted(problem, config) or dense.sdpa_serves(problem, need_lse):
         return False
     paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
     if any(x.store.pages() is None for x in paged) or (paged and (len(paged) == 1 or learning(problem))):
         return False
-    return not backend_choice.no_kernels(problem, config, densely=True)[0]
+    return not choice.no_kernels(problem, config, densely=True)[0]
 
 
 def takes_masks(problem: AttentionProblem) -> bool:
     """Whether PyTorch's attention is given masks where it needs them: on a GPU, unless a backward pass would keep as many numbers
     as there are logits, or all keys of an offloaded cache would have to be brought together."""
-    return problem.q.device.type == "cuda" and not (learning(problem) or backend_choice.offloaded(problem))
+    return problem.q.device.type == "cuda" and not (learning(problem) or choice.offloaded(problem))
 
 
 def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -236,7 +237,7 @@ def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -
     if prompt and problem.positions is not None and problem.longest <= problem.positions.trained:
         problem = placed(problem)
     if dense_by_kernels(problem, config, need_lse):
-        from hip_hf.kernels.dense import attend_densely
+        from hip_hf.backends.triton.dense import attend_densely
 
         return attend_densely(problem, config, *empty_outputs(problem, need_lse, for_models=True))
     served = dense.sdpa_serves_masked(problem, need_lse) if takes_masks(problem) else dense.sdpa_serves(problem, need_lse)
@@ -269,7 +270,7 @@ def _in_graph(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
     """`hip_attention` by operators that a compiled graph can hold. They read lengths on the device, so the choice between
     sparse and dense looks at the shapes alone, and nothing looks for NaN."""
-    from hip_hf.kernels import ops
+    from hip_hf.backends.triton import ops
 
     config = config.for_layer(layer)
     dense = bool(dense_reason(problem, config, layer, True)[0])
@@ -376,7 +377,7 @@ def hip_attention(
     if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
         problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
-        if backend_choice.kernels_wanted(problem, config) and not backend_choice.no_kernels(problem, config)[0]:
+        if choice.kernels_wanted(problem, config) and not choice.no_kernels(problem, config)[0]:
             return _in_graph(problem, config, layer, key_start, q_start, return_lse)
     spans = make_spans(q, k, key_start, q_start)
     if q.device.type == "cpu":

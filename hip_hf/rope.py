@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods import selected_keys
-from hip_hf.reference.workers import scratch
+from hip_hf.workers import scratch
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hip_hf.methods.missing import Clusters
+from hip_hf.backends.torch.clusters import Clusters
 from hip_hf.methods.pyramid import Pyramid
 
 
@@ -47,7 +47,7 @@ class RowState:
     pyramid: Pyramid | None = None
     selection: Selection | None = None
     correction: Correction | None = None
-    gathered: Any = None  # what the steps under `selection` read (`Gathered` in `reference/gathered.py`)
+    gathered: Any = None  # what the steps under `selection` read (`Gathered` in `backends/torch/decode_buffer.py`)
     on_device: bool = False  # what was seen of it is in `DecodeState.device`
 
 
@@ -71,7 +71,7 @@ class DecodeState:
         self.rows: dict[int, RowState] = {}
         self._layer: int | None = None  # the first that asked for its own
         self._others: dict[int, DecodeState] = {}  # by the layers that read the same keys
-        self.device: Any = None  # the kernels' tables (`DeviceState` in `kernels/backend.py`), for all rows
+        self.device: Any = None  # the kernels' tables (`DeviceState` in `backends/triton/sparse.py`), for all rows
         self._owner: Any = None  # settings that the state was made with
         self._take_number()
 

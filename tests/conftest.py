@@ -20,9 +20,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes share the cores; 
 
 from poison import spoil_fresh_memory
 
+from hip_hf import workers
+from hip_hf.backends.torch import dense, sparse
+from hip_hf.backends.torch.decode_buffer import Gathered
 from hip_hf.methods.hip import TreeSearch
-from hip_hf.reference import dense, sparse, workers
-from hip_hf.reference.gathered import Gathered
 
 # `tests/test_fuzz*.py` share the cases of a profile between their properties; other tests say how many they want
 settings.register_profile("ci", max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))

@@ -25,8 +25,8 @@ from transformers.distributed import DistributedConfig
 
 import hip_hf
 from hip_hf.attention import Result, attend
-from hip_hf.cache.hip_cache import PagedLayer
-from hip_hf.integration import interface
+from hip_hf.integration import attention_function
+from hip_hf.integration.hip_cache import PagedLayer
 
 LENGTHS = [203, 150, 117]
 KEPT = 32  # of each prompt, the last tokens whose logits are compared; what is selected is compared for all
@@ -46,11 +46,11 @@ def selections() -> Iterator[list[torch.Tensor]]:
             seen.append(result.mask.indices)
         return result
 
-    interface.attend = watched
+    attention_function.attend = watched
     try:
         yield seen
     finally:
-        interface.attend = attend
+        attention_function.attend = attend
 
 
 def logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -125,7 +125,7 @@ def evaluated(checkpoint: Path, **arguments: Any) -> dict[str, Any]:
     """What lm-eval's model says, by a prompt and by a score."""
     from lm_eval.api.instance import Instance
 
-    from hip_hf.integration.lm_eval_model import HipLM
+    from hip_hf.integration.lm_eval.model import HipLM
 
     lm = HipLM(str(checkpoint), device="cpu", **{**SPARSE, **arguments})
     until = {"until": ["."], "max_gen_toks": NEW, "do_sample": False}

@@ -17,7 +17,7 @@ import torch
 from interpreter import Builder, TensorHandle
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hip_hf.kernels.tuning import FULL_PRECISION
+from hip_hf.backends.triton.common.tuning import FULL_PRECISION
 
 BITS_OF_TF32 = 11
 BITS_OF_BF16 = 8

@@ -12,8 +12,8 @@ from helpers import make_problem, make_qkv, small
 
 from hip_hf import DecodeState, hip_attention
 from hip_hf.attention import attend
+from hip_hf.backends.torch.sparse import SparseAttention
 from hip_hf.config import REPRESENTATIVES
-from hip_hf.reference.sparse import SparseAttention
 
 Shape = tuple[int, ...]
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hip_hf import workers
+from hip_hf.backends.torch.block_sparse import Tensors, near_logits, partial
 from hip_hf.methods.base import QueryBlock
-from hip_hf.reference import workers
-from hip_hf.reference.block_sparse import Tensors, near_logits, partial
 
 GROUPS, SIZE, DIM = 3, 8, 16
 ALL = slice(None)

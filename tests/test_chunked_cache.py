@@ -12,13 +12,13 @@ from families import make_batch, make_model, paths
 from test_memory import Allocations, allocations
 from transformers import LlamaConfig
 
-from hip_hf import HiPCache, HiPConfig
+from hip_hf import HiPCache, HiPConfig, workers
 from hip_hf.attention import attend
-from hip_hf.cache import hip_cache, pool
+from hip_hf.cache import pool
+from hip_hf.cache.pages import PagedTensor
+from hip_hf.integration import hip_cache
 from hip_hf.methods import pyramid
-from hip_hf.paged import PagedTensor
 from hip_hf.problem import AttentionProblem, make_spans
-from hip_hf.reference import workers
 
 CHUNK = 128
 CONFIG = HiPConfig(block_k=4, budget=64, window=32, sink=16, beam=2, rescore=3, dense_below=0, dense_tail=0)

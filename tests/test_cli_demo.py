@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 from hip_hf import configure
 from hip_hf.assets.train import build_tokenizer
-from hip_hf.eval import demo, documents, explain, generate, needles, needles_demo, plots, real_model
+from hip_hf.eval import demo, explain, generate, needles, needles_demo
 from hip_hf.eval.demo import kinds_read, make_facts, position_of
+from hip_hf.eval.measure import documents, real_model
+from hip_hf.eval.reporting import plots
 from hip_hf.problem import AttentionProblem, make_spans
 
 SETTINGS = dict(budget=64, window=32, sink=16, block_q=32, dense_layers=1, dense_below=0, dense_tail=32)

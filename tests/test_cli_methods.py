@@ -10,7 +10,7 @@ from test_cli_demo import checkpoint, run_json, text  # noqa: F401 - the first a
 
 from hip_hf import HiPCache
 from hip_hf.eval import demo, generate
-from hip_hf.eval.resident import cache_mib
+from hip_hf.eval.measure.memory_meter import cache_mib
 from hip_hf.methods import METHODS
 
 # Those whose summaries of keys are kept with the cache.

@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import hip_hf
 from hip_hf.attention import attend
-from hip_hf.integration import packed, paged
+from hip_hf.integration import continuous_batching, packed
 from hip_hf.problem import AttentionProblem
 
 LENGTHS = [40, 7, 85, 23, 61, 12, 150, 33]
@@ -76,7 +76,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
         seen.append((result.path, problem.q.shape[2], problem.k.shape[2]))
         return result
 
-    monkeypatch.setattr(paged, "attend", watched)
+    monkeypatch.setattr(continuous_batching, "attend", watched)
     return seen
 
 
@@ -127,7 +127,7 @@ class Methods(TorchFunctionMode):
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[str]]]:
     """Of every call of a layer: the layer, its requests, and what it read on the host, attention and Transformers aside."""
     done: list[tuple[int, int, list[str]]] = []
-    ours = paged.continuous
+    ours = continuous_batching.continuous
 
     def counted(problem: Any, config: Any, layer: int, cache: Any, kwargs: dict[str, Any]) -> Any:
         seen: list[str] = []
@@ -143,9 +143,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[str]]]:
 
         return quiet
 
-    monkeypatch.setattr(paged, "continuous", counted)
-    monkeypatch.setattr(paged, "attend", aside(attend))
-    monkeypatch.setattr(paged, "_ring", aside(paged._ring))
+    monkeypatch.setattr(continuous_batching, "continuous", counted)
+    monkeypatch.setattr(continuous_batching, "attend", aside(attend))
+    monkeypatch.setattr(continuous_batching, "_ring", aside(continuous_batching._ring))
     return done
 
 
@@ -167,13 +167,13 @@ def test_host_reads_are_as_few_whatever_the_layers_and_requests(
 def test_requests_that_were_evicted_go_on(calls: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than the cache holds: some lose their pages to others, and come back to other pages."""
     gone: list[str] = []
-    forget = paged._forget_request
+    forget = continuous_batching._forget_request
 
     def forgotten(cache: Any, request: str) -> None:
         gone.append(request)
         forget(cache, request)
 
-    monkeypatch.setattr(paged, "_forget_request", forgotten)
+    monkeypatch.setattr(continuous_batching, "_forget_request", forgotten)
     given, new = [prompt[:30] for prompt in prompts()[::2]], 40
     model = make_model("llama", budget=1024)
     page = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # up to 5.17
@@ -258,7 +258,7 @@ class Pages:
         problem = AttentionProblem(q, k, v, (), q.shape[-1] ** -0.5, None, None, None)
         indices = {"read_index": [torch.tensor(read)], "write_index": [torch.tensor(write)]}
         lengths = {"cu_seq_lens_q": self.rows, "cu_seq_lens_k": {"full_attention": self.lengths}}
-        out = paged.continuous(problem, self.config, layer, self.cache, {**indices, **lengths}).out
+        out = continuous_batching.continuous(problem, self.config, layer, self.cache, {**indices, **lengths}).out
         return list(out.split([q.shape[2] for _, q, _, _ in requests], 2))
 
 

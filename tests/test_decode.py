@@ -8,7 +8,7 @@ from families import make_batch, make_model, paths
 from transformers import DynamicCache, StaticCache
 
 import hip_hf
-from hip_hf.integration.cache import HiPStaticLayer
+from hip_hf.integration.cache_layers import HiPStaticLayer
 
 
 def run(model, batch, **kwargs):
@@ -18,9 +18,9 @@ def run(model, batch, **kwargs):
 
 def without_state(monkeypatch):
     """Every call rebuilds pyramid and selection from the keys: the reference for what the kept state must give."""
-    from hip_hf.integration import interface
+    from hip_hf.integration import attention_function
 
-    monkeypatch.setattr(interface, "state_of", lambda keys, model_type: None)
+    monkeypatch.setattr(attention_function, "state_of", lambda keys, model_type: None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -66,7 +66,7 @@ def test_beam_search_with_covering_budget_equals_eager():
 
 def test_prompt_lookup_gives_the_tokens_of_plain_decoding(monkeypatch):
     """Several rows are verified at once, each selecting for itself; rejected ones are cropped away again."""
-    from hip_hf.reference import sparse
+    from hip_hf.backends.torch import sparse
 
     model = make_model("llama", decode_refresh=1)
     batch = make_batch([200])

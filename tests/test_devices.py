@@ -15,10 +15,11 @@ from helpers import make_qkv, small
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 import hip_hf
-from hip_hf.integration import positions
-from hip_hf.kernels.hyper import Level
+from hip_hf import workers
+from hip_hf.backends.torch import block_sparse
+from hip_hf.backends.triton.hyper import Level
+from hip_hf.integration import extension
 from hip_hf.methods import hyper
-from hip_hf.reference import block_sparse, workers
 
 HYPER: dict[str, Any] = {"method": "hyper", "options": {"min_seq_len": 24, "block_size": 16, "sample_size": 10}}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -42,7 +43,7 @@ def one_thread(threads: Callable[[int], None]) -> None:
 def elsewhere() -> Iterator[None]:
     """A tensor that is made without a device holds nothing, and fails beside those that do. What is kept for all calls is made
     anew."""
-    for kept in (positions._ropes, block_sparse._triangles, workers.scratch.buffers):
+    for kept in (extension._ropes, block_sparse._triangles, workers.scratch.buffers):
         kept.clear()
     before = torch.get_default_device()
     torch.set_default_device("meta")

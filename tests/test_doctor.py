@@ -13,10 +13,11 @@ from interpreter import DEVICE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
+from hip_hf.backends.triton import checks, dense, sparse, trust
+from hip_hf.backends.triton.common import tuning
+from hip_hf.backends.triton.compile.launches import MODULES
 from hip_hf.config import HiPConfig
 from hip_hf.eval import doctor
-from hip_hf.kernels import backend, checks, dense, trust, tuning
-from hip_hf.kernels.compiled import MODULES
 from hip_hf_cli import app
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="what stands for a GPU here is the interpreter")
@@ -71,7 +72,7 @@ def test_what_is_timed_is_sparse(only_dense: None) -> None:
 
 
 def test_without_the_interpreter_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, only_dense: None) -> None:
-    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(sparse, "INTERPRETED", False)
     code, document = run()
     assert code == 0
     assert [row["backend"] for row in document["rows"]] == ["torch, fp32, D=32"]

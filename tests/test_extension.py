@@ -130,7 +130,7 @@ def test_dense_rows_clamp_distances(rows: int, trained: int, poison: None) -> No
 
 
 def test_dense_tiles_are_cut_where_keys_become_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hip_hf.reference import block_sparse
+    from hip_hf.backends.torch import block_sparse
 
     q, k, v = make_qkv(131, 40, dtype=torch.float64)
     problem = make_problem(q, k, v, positions=positions(50))

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import hip_hf
-from hip_hf.integration import positions
+from hip_hf.integration import extension
 
 EXTENDED = {**SPARSE, "extend": "streaming"}
 
@@ -65,15 +65,15 @@ def test_models_with_heads_of_other_sizes_in_one_process(dims: tuple[int, int], 
         if not patched:
             turning_back(model)
         same(logits(model, batch), expected)
-        assert positions.rope_of(model.config).dim == dim
+        assert extension.rope_of(model.config).dim == dim
 
 
 @pytest.mark.parametrize("factors", [(0.5, 0.25), (0.25, 0.5)])
 def test_models_that_turn_parts_of_other_sizes_in_one_process(factors: tuple[float, float]) -> None:
     for factor in factors:
         config = StableLmConfig(**SMALL, partial_rotary_factor=factor)
-        assert positions.rope_of(config).dim == 16 * factor
-    assert positions.rope_of(config) is positions.rope_of(copy.deepcopy(config))
+        assert extension.rope_of(config).dim == 16 * factor
+    assert extension.rope_of(config) is extension.rope_of(copy.deepcopy(config))
 
 
 @pytest.mark.parametrize("patched", [True, False])
@@ -190,7 +190,7 @@ def test_a_config_of_no_model_of_transformers_is_refused() -> None:
 
     config = Foreign(rope_parameters={"rope_type": "default", "rope_theta": 1e4}, max_position_embeddings=TRAINED)
     with pytest.raises(ValueError, match="extend: got a model with Foreign, allowed: configs of Transformers' own models"):
-        positions.check_extension(hip_hf.HiPConfig(**EXTENDED), config)
+        extension.check_extension(hip_hf.HiPConfig(**EXTENDED), config)
 
 
 def test_configure_that_finds_no_layers_changes_nothing() -> None:
@@ -228,7 +228,7 @@ def test_a_default_device_elsewhere(patched: bool, request: pytest.FixtureReques
     model = copy.deepcopy(model)  # without what was kept of the first run
     for module in model.modules():
         module.__dict__.pop("_hip_positions", None)
-    positions._ropes.clear()
+    extension._ropes.clear()
     cache = hip_hf.HiPCache(model.config)
     request.getfixturevalue("elsewhere")
     assert torch.equal(logits(model, batch, past_key_values=cache), expected[0])

@@ -31,8 +31,8 @@ from transformers import (
 )
 
 import hip_hf
-from hip_hf.integration import positions
-from hip_hf.patches import base
+from hip_hf.integration import extension
+from hip_hf.integration.patches import base
 
 TRAINED = 128
 ROPES = {
@@ -123,7 +123,7 @@ def test_every_kind_of_rope(kind: str, patched: bool, monkeypatch: pytest.Monkey
     if not patched:
         turning_back(model)
     same(logits(model, batch), expected)
-    own, rope = model.model.rotary_emb, positions.rope_of(model.config)
+    own, rope = model.model.rotary_emb, extension.rope_of(model.config)
     assert torch.equal(own.inv_freq, rope.inv_freq)
     assert own.attention_scaling == rope.scaling
 
@@ -219,8 +219,8 @@ def test_continuous_batching_needs_a_patcher() -> None:
     model = extended("phi3")
     module, query = model.model.layers[0].self_attn, torch.zeros(1, 4, 2, 16)
     with pytest.raises(ValueError, match="continuous batching without a patcher"):
-        positions.turned_back(
-            positions.positions_of(module, hip_hf.HiPConfig(**SPARSE, extend="streaming")), query, query, object()
+        extension.turned_back(
+            extension.positions_of(module, hip_hf.HiPConfig(**SPARSE, extend="streaming")), query, query, object()
         )
 
 

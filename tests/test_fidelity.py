@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
-from hip_hf.eval import fidelity, mass
-from hip_hf.eval.capture import DENSE, capture
-from hip_hf.eval.costs import block_cost, total
+from hip_hf.eval import fidelity
+from hip_hf.eval.measure import mass
+from hip_hf.eval.measure.capture import DENSE, capture
+from hip_hf.eval.measure.costs import block_cost, total
 from hip_hf.methods.base import query_blocks
 from hip_hf.problem import AttentionProblem
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from helpers import assert_as_exact_as, assert_near, causal, eager, make_problem, make_qkv, small
 
+from hip_hf import workers
 from hip_hf.attention import attend
+from hip_hf.backends.torch import block_sparse, fused
+from hip_hf.cache.pages import BlockTable, PagedTensor, Store
 from hip_hf.cache.pool import PagePool
-from hip_hf.paged import BlockTable, PagedTensor, Store
-from hip_hf.reference import block_sparse, fused, workers
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from hip_hf import DecodeState
 from hip_hf.attention import Result, attend
-from hip_hf.cache.hip_cache import PagedLayer
 from hip_hf.cache.offload import OffloadedStore
+from hip_hf.cache.pages import Store
 from hip_hf.cache.pool import PagePool
 from hip_hf.config import HiPConfig
-from hip_hf.paged import Store
+from hip_hf.integration.hip_cache import PagedLayer
 
 pytestmark = pytest.mark.usefixtures("poison")
 

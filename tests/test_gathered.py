@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 import hip_hf
 from hip_hf import attention
-from hip_hf.integration import next_token
-from hip_hf.reference.gathered import Gathered, attend_next
-from hip_hf.reference.sparse import SparseAttention
+from hip_hf.backends.torch.decode_buffer import Gathered, attend_next
+from hip_hf.backends.torch.sparse import SparseAttention
+from hip_hf.integration import decode_fast_path
 from hip_hf.state import DecodeState
 
 PROMPT, REFRESH = 200, 4
@@ -29,7 +29,7 @@ PROMPT, REFRESH = 200, 4
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Who took the short way, in order."""
     seen: list[str] = []
-    for module in (attention, next_token):
+    for module in (attention, decode_fast_path):
 
         def counted(*args: Any, name: str = module.__name__, **kwargs: Any) -> float:
             seen.append(name.rpartition(".")[2])

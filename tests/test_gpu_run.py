@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from hip_hf.backends.triton.compile.launches import MODULES
 from hip_hf.config import HiPConfig
-from hip_hf.eval import floors
-from hip_hf.eval.cells import Cells
-from hip_hf.eval.kernel_costs import NO_COST, Cost, Shape
-from hip_hf.kernels.compiled import MODULES
+from hip_hf.eval.measure import roofline
+from hip_hf.eval.measure.kernel_costs import NO_COST, Cost, Shape
+from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.methods import hyper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -324,7 +324,7 @@ def test_what_was_measured_stands_in_the_table_of_the_kernels() -> None:
     }
     machine = {"device": "NVIDIA H100 80GB HBM3"}
     document = {"steps": [{"step": name, "machine": machine, "rows": rows} for name, rows in steps.items()]}
-    gpu, measured = floors.measured_in(document)
+    gpu, measured = roofline.measured_in(document)
     assert gpu == "H100"
     assert {name: ms for (name, _), ms in measured.items()} == {
         "prefill": 1.0, "prefill: selection": 0.25, "prefill: dense": 10.0, "decode, amortised": 0.5, "decode: dense": 5.0,
@@ -332,7 +332,7 @@ def test_what_was_measured_stands_in_the_table_of_the_kernels() -> None:
         "decode: attend_kernel": 0.002, "backward: key_gradient_kernel": 2.0, "hyper: square_kernel": 4.0,
         "delta: spread_kernel": 5.0,
     }  # fmt: skip
-    rows = floors.rows((8192, 32768), HiPConfig(), Shape(target="sm90"), gpu, measured)
+    rows = roofline.rows((8192, 32768), HiPConfig(), Shape(target="sm90"), gpu, measured)
     assert {row["step"]: row["measured"] for row in rows if row["measured"] is not None and row["tokens"] == 8192} == {
         name: ms for (name, _), ms in measured.items()
     }
@@ -340,7 +340,7 @@ def test_what_was_measured_stands_in_the_table_of_the_kernels() -> None:
     # one program alone leaves nothing to be merged
     assert {row["step"].partition(": ")[2] for row in rows if not row["floor"]} == {"choose_kernel", "combine_kernel"}
     assert all(row["measured"] is None for row in rows if row["tokens"] == 32768)
-    first = floors.table(rows, gpu).splitlines()[2].split(" | ")
+    first = roofline.table(rows, gpu).splitlines()[2].split(" | ")
     assert [cell.count("/") for cell in first[1:]] == [2, 2]
     assert (first[0], first[1].endswith("/ 1"), first[2].endswith("/ |")) == ("| prefill", True, True)
 
@@ -351,15 +351,15 @@ def test_of_a_run_that_was_cut_the_table_takes_what_there_is(tmp_path: Path) -> 
     document = json.loads((tmp_path / "summary.json").read_text())
     assert [step["machine"] for step in document["steps"]] == [None, None]
     with pytest.raises(ValueError, match="got None, allowed: one of H200, H100, A100, RTX 4090"):
-        floors.measured_in(document)
+        roofline.measured_in(document)
     row = {"phase": "prefill", "batch": 1, "length": 8192, "hip_ms": 1.0, "sdpa_ms": None}
     for device, gpu in (("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA H200", "H200")):
         document["steps"][1] |= {"machine": {"device": device}, "rows": [row]}
-        assert floors.measured_in(document) == (gpu, {("prefill", 8192): 1.0})
+        assert roofline.measured_in(document) == (gpu, {("prefill", 8192): 1.0})
     for device in ("NVIDIA L40S", "NVIDIA GH200 480GB"):
         document["steps"][1]["machine"] = {"device": device}
         with pytest.raises(ValueError, match=f"got '{device}', allowed"):
-            floors.measured_in(document)
+            roofline.measured_in(document)
 
 
 def test_the_table_in_the_documentation_is_what_the_command_prints(
@@ -367,7 +367,7 @@ def test_the_table_in_the_documentation_is_what_the_command_prints(
 ) -> None:
     """With what was measured, where the results of a GPU are there."""
     monkeypatch.setattr("sys.argv", ["floors"])
-    floors.main()
+    roofline.main()
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out in page
 
@@ -375,18 +375,18 @@ def test_the_table_in_the_documentation_is_what_the_command_prints(
 def test_other_methods_add_up() -> None:
     """By hand, at 256 tokens: four leaves of 64, squares of 128 and twice 64 rows, each with 16 keys of its own and 16 others."""
     options, shape = hyper.Options(4, 16, 16, 64), Shape(4, 2, 16, 2)
-    assert floors.hashing(256, options, shape) == Cost(2 * 256 * 6 * 16 * 4, 256 * 6 * (32 + 4))
-    assert floors.hashing(64, options, shape) == NO_COST
+    assert roofline.hashing(256, options, shape) == Cost(2 * 256 * 6 * 16 * 4, 256 * 6 * (32 + 4))
+    assert roofline.hashing(64, options, shape) == NO_COST
     pairs, result = 4 * 64 * 64 // 2, 4 * 17 * 4
-    assert floors.leaves(256, options, shape) == Cost(4 * pairs * 4 * 16, pairs / 64 * 2 * 64 + 256 * (128 + result))
-    assert floors.squares(256, options, shape) == Cost(4 * 256 * 32 * 4 * 16, 16 * 4 * 32 * 64 + 256 * (128 + 2 * result))
+    assert roofline.leaves(256, options, shape) == Cost(4 * pairs * 4 * 16, pairs / 64 * 2 * 64 + 256 * (128 + result))
+    assert roofline.squares(256, options, shape) == Cost(4 * 256 * 32 * 4 * 16, 16 * 4 * 32 * 64 + 256 * (128 + 2 * result))
     pairs = 256 * 256 // 2 // 16  # of every 16th row, 64 of which make a tile
-    assert floors.anchors(256, 16, shape) == Cost(4 * pairs * 4 * 16, pairs / 64 * 2 * 64 + 16 * (128 + result))
-    assert floors.anchors(256, 16, Shape(2, 2, 16, 2)).bytes == pairs / 128 * 2 * 64 + 16 * (64 + result / 2)
-    assert floors.spreading(256, shape) == Cost(0, 2 * 256 * (128 + 4 * 4))
+    assert roofline.anchors(256, 16, shape) == Cost(4 * pairs * 4 * 16, pairs / 64 * 2 * 64 + 16 * (128 + result))
+    assert roofline.anchors(256, 16, Shape(2, 2, 16, 2)).bytes == pairs / 128 * 2 * 64 + 16 * (64 + result / 2)
+    assert roofline.spreading(256, shape) == Cost(0, 2 * 256 * (128 + 4 * 4))
 
 
 def test_every_kernel_of_a_profile_has_a_row_in_the_table() -> None:
     launches = [launch for module in MODULES for launch in import_module(module).launches(64, torch.bfloat16, "sm90")]
-    rows = {name.partition(": ")[2] for name in floors.kernels(8192, HiPConfig(), Shape())}
+    rows = {name.partition(": ")[2] for name in roofline.kernels(8192, HiPConfig(), Shape())}
     assert {launch.kernel.fn.__name__ for launch in launches} == rows

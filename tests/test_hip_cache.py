@@ -15,9 +15,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hip_hf
 from hip_hf import HiPCache
-from hip_hf.cache import hip_cache
-from hip_hf.integration.cache import Stateful
-from hip_hf.paged import PagedTensor
+from hip_hf.cache.pages import PagedTensor
+from hip_hf.integration import hip_cache
+from hip_hf.integration.cache_layers import Stateful
 
 FAMILIES = ("llama", "mistral", "mistral_full", "qwen3", "gemma2")
 SLIDING = {"mistral": 2, "gemma2": 1}  # of two layers; these are dense, and keep their window themselves
@@ -329,7 +329,7 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize("budget", [32, 512])
 def test_decode_where_gradients_are_on(budget: int, patched: bool, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers as under `no_grad`, one warning, and no gradient that lacks what went through the cache."""
-    monkeypatch.setattr("hip_hf.integration.cache._warned", False)
+    monkeypatch.setattr("hip_hf.integration.cache_layers._warned", False)
     model, ids = make_model("llama", budget=budget), make_batch([200])["input_ids"]
     if patched:
         hip_hf.patch(model)

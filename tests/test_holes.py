@@ -11,7 +11,7 @@ from helpers import assert_near, eager
 from transformers.masking_utils import causal_mask_function
 
 import hip_hf
-from hip_hf.integration.interface import attention_forward
+from hip_hf.integration.attention_function import attention_forward
 from hip_hf.integration.masks import hip_mask
 
 VIRTUAL, KEYS = 9, 180

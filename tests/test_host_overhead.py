@@ -28,14 +28,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hip_hf
 from hip_hf import DecodeState, hip_attention
-from hip_hf import paged as paged_keys
-from hip_hf.cache.hip_cache import HiPCache
+from hip_hf.backends.triton import ops
+from hip_hf.cache import pages as paged_keys
+from hip_hf.cache.pages import BlockTable
 from hip_hf.config import HiPConfig
-from hip_hf.integration import interface, masks, packed, paged
+from hip_hf.integration import attention_function, continuous_batching, masks, packed
 from hip_hf.integration.graph_step import table_of
-from hip_hf.kernels import ops
-from hip_hf.paged import BlockTable
-from hip_hf.patches import base
+from hip_hf.integration.hip_cache import HiPCache
+from hip_hf.integration.patches import base
 from hip_hf.problem import AttentionProblem
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the same calls run with numbers in them")
@@ -100,7 +100,12 @@ class Meter:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, layer: Any) -> None:
         self.now, self.by_calls, self.in_layer, self.inside = Counted(), False, False, False
         monkeypatch.setattr(interpreter.InterpretedFunction, "run", lambda kernel, *args, **kwargs: self._launched())
-        for owner, name in ((HiPCache, "update"), (StaticCache, "update"), (interface, "attend_layer"), (base, "next_token")):
+        for owner, name in (
+            (HiPCache, "update"),
+            (StaticCache, "update"),
+            (attention_function, "attend_layer"),
+            (base, "next_token"),
+        ):
             monkeypatch.setattr(owner, name, self._around(getattr(owner, name)))
         layer.register_forward_pre_hook(lambda *_: setattr(self, "in_layer", True))
         layer.register_forward_hook(lambda *_: setattr(self, "in_layer", False))
@@ -284,7 +289,7 @@ def test_continuous_batching_waits_three_times_a_forward(
         for layer in range(2):
             q, k, v = (torch.randn(1, heads, 2 * new, 32, dtype=torch.bfloat16) for heads in (4, 2, 2))
             problem = AttentionProblem(q, k, v, (), 0.125, None, None, None)
-            assert paged.continuous(problem, HiPConfig(**FIELDS), layer, cache, given).path == "sparse"
+            assert continuous_batching.continuous(problem, HiPConfig(**FIELDS), layer, cache, given).path == "sparse"
         return list(told)
 
     with torch.device(GPU), torch.no_grad():

@@ -16,7 +16,7 @@ from families import SPARSE, make_batch, make_model
 import hip_hf
 from hip_hf import HiPConfig, hip_attention
 from hip_hf.config import MOST, MOST_BLOCK_Q
-from hip_hf.eval.documents import CHECKPOINT
+from hip_hf.eval.measure.documents import CHECKPOINT
 
 ROOT = Path(__file__).resolve().parent.parent
 HUGE = 2**70

@@ -9,14 +9,15 @@ import pytest
 import torch
 from helpers import assert_as_exact_as, assert_near, causal, eager, make_problem, make_qkv, read_mask, small, sparse
 
+from hip_hf import workers
 from hip_hf.attention import attend
+from hip_hf.backends.torch import block_sparse, dense
+from hip_hf.backends.torch import sparse as sparse_module
+from hip_hf.backends.torch.sparse import tensors_of
 from hip_hf.config import REPRESENTATIVES, HiPConfig
 from hip_hf.methods import pyramid
 from hip_hf.methods.base import make_query_block
 from hip_hf.problem import make_spans
-from hip_hf.reference import block_sparse, dense, workers
-from hip_hf.reference import sparse as sparse_module
-from hip_hf.reference.sparse import tensors_of
 from hip_hf.state import DecodeState
 
 # tokens, dtype, (key heads, query heads for each), head dim of v, pad tokens of the second batch row

@@ -22,8 +22,7 @@ from fuzz_cases import refused
 from helpers import make_qkv, small
 from transformers import PreTrainedModel
 
-from hip_hf import DecodeState, HiPCache, hip_attention
-from hip_hf.reference import workers
+from hip_hf import DecodeState, HiPCache, hip_attention, workers
 
 PROMPT, POINTS = 100, 15  # tokens; places in a call where it is interrupted
 FILES = ("hip_hf", "transformers/models", "transformers/cache_utils")

@@ -14,7 +14,7 @@ from interpreter import DEVICE
 
 import hip_hf
 from hip_hf.attention import Result, attend
-from hip_hf.kernels.search import Selection
+from hip_hf.backends.triton.selection.search import Selection
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels
@@ -42,7 +42,7 @@ def same(got: Result, want: Result) -> None:
 
 
 def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, Any], **fields: Any) -> None:
-    got, want = (call(q, k, v, small(backend=backend, **config), **fields) for backend in ("triton", "torch"))
+    got, want = (call(q, k, v, small(backend=sparse, **config), **fields) for sparse in ("triton", "torch"))
     same(got, want)
 
 
@@ -76,8 +76,8 @@ def test_decode_with_a_state(config: dict[str, Any]) -> None:
 
     def step(first: int, end: int, kept: bool = True) -> None:
         results = []
-        for backend, state in states.items():
-            settings = small(backend=backend, decode_refresh=3, **config)
+        for sparse, state in states.items():
+            settings = small(backend=sparse, decode_refresh=3, **config)
             results.append(call(q[:, :, first:end], k[:, :, :end], v[:, :, :end], settings, state, key_start=[0, 21]))
         if kept:
             same(*results)
@@ -100,16 +100,16 @@ def test_decode_with_a_state(config: dict[str, Any]) -> None:
         state.reorder([1, 1])
     q, k, v = (x[[1, 1]] for x in (q, k, v))
     got = []
-    for backend, state in states.items():
-        settings = small(backend=backend, decode_refresh=3, **config)
+    for sparse, state in states.items():
+        settings = small(backend=sparse, decode_refresh=3, **config)
         got.append(call(q[:, :, 101:102], k[:, :, :102], v[:, :, :102], settings, state, key_start=[21, 21]))
     same(*got)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_a_state_reordered_under_inference_mode_lives_on_outside(backend: str) -> None:
+def test_a_state_reordered_under_inference_mode_lives_on_outside(sparse: str) -> None:
     q, k, v = make_qkv(60, batch=2, heads=1)
-    config, state = small(backend=backend), DecodeState()
+    config, state = small(backend=sparse), DecodeState()
 
     def step(first: int, end: int) -> None:
         call(q[:, :, first:end], k[:, :, :end], v[:, :, :end], config, state)
@@ -125,10 +125,10 @@ def test_a_state_reordered_under_inference_mode_lives_on_outside(backend: str) -
 
 
 def test_a_state_grows_beyond_its_first_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hip_hf.kernels import backend
+    from hip_hf.backends.triton import sparse
 
-    monkeypatch.setattr(backend, "ROOM", 0.0)
-    monkeypatch.setattr(backend, "LEAST_ROOM", 1)
+    monkeypatch.setattr(sparse, "ROOM", 0.0)
+    monkeypatch.setattr(sparse, "LEAST_ROOM", 1)
     q, k, v = make_qkv(150)
     states = {"triton": DecodeState(), "torch": DecodeState()}
     capacities = set()
@@ -148,10 +148,10 @@ def test_decode_without_a_state() -> None:
 def test_gradients() -> None:
     q, k, v = make_qkv(120, 50)
     grads = []
-    for backend in ("triton", "torch"):
-        device = DEVICE if backend == "triton" else "cpu"
+    for sparse in ("triton", "torch"):
+        device = DEVICE if sparse == "triton" else "cpu"
         leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
-        out, lse = hip_hf.hip_attention(*leaves, config=small(backend=backend, dense_tail=9), return_lse=True)
+        out, lse = hip_hf.hip_attention(*leaves, config=small(backend=sparse, dense_tail=9), return_lse=True)
         torch.manual_seed(3)
         weight = torch.randn(out.shape).to(device)
         ((out * weight).sum() + lse.sum()).backward()
@@ -187,10 +187,10 @@ def test_auto_takes_the_kernels_on_a_gpu_and_says_when_it_cannot() -> None:
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
 def test_a_captured_step_serves_a_growing_sequence() -> None:
     """One graph, replayed while only numbers on the device change, gives what step after step gives."""
-    from hip_hf.kernels.addressing import KeyValues
-    from hip_hf.kernels.backend import DeviceState, decode_step
-    from hip_hf.kernels.prefill import Logits
-    from hip_hf.kernels.sequences import Sequences
+    from hip_hf.backends.triton.attention.prefill import Logits
+    from hip_hf.backends.triton.common.addressing import KeyValues
+    from hip_hf.backends.triton.common.sequences import Sequences
+    from hip_hf.backends.triton.sparse import DeviceState, decode_step
     from hip_hf.problem import Span
 
     config = small(decode_refresh=3, backend="triton")

@@ -12,13 +12,13 @@ from helpers import assert_near, eager
 from interpreter import DEVICE
 from kernel_cases import Case, make_case, precisions, spans_of
 
+from hip_hf.backends.torch.backward import Gradients, Piece
+from hip_hf.backends.triton.attention.backward import Inverted, KeyTiles, Part, attention, invert
+from hip_hf.backends.triton.attention.prefill import Logits, dense_reads
+from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.tuning import Tile
 from hip_hf.config import HiPConfig
-from hip_hf.kernels.backward import Inverted, KeyTiles, Part, attention, invert
-from hip_hf.kernels.prefill import Logits, dense_reads
-from hip_hf.kernels.sequences import Sequences
-from hip_hf.kernels.tuning import Tile
 from hip_hf.problem import Span
-from hip_hf.reference.gradients import Gradients, Piece
 
 
 @pytest.fixture(autouse=True)

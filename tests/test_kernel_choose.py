@@ -1,4 +1,4 @@
-"""Searches of decode steps whose exact look several programs share (`kernels/choose.py`), against the torch search."""
+"""Searches of decode steps whose exact look several programs share (`selection/choose.py`), against the torch search."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from helpers import small
 from interpreter import DEVICE
 from test_kernel_select import Case, whole
 
+from hip_hf.backends.triton.selection import search
+from hip_hf.backends.triton.selection.search import MOST_LOOKS, Selection, constants, looks_for
 from hip_hf.config import HiPConfig
-from hip_hf.kernels import search
-from hip_hf.kernels.search import MOST_LOOKS, Selection, constants, looks_for
 from hip_hf.problem import Span
 
 pytestmark = pytest.mark.kernels

@@ -12,8 +12,8 @@ from helpers import assert_near
 from interpreter import DEVICE
 from kernel_cases import Case, check, make_case, spans_of
 
-from hip_hf.kernels.decode import Scratch, decode, splits_for
-from hip_hf.kernels.prefill import dense_reads, prefill
+from hip_hf.backends.triton.attention.decode import Scratch, decode, splits_for
+from hip_hf.backends.triton.attention.prefill import dense_reads, prefill
 from hip_hf.methods.base import QueryBlock, make_query_block
 from hip_hf.problem import Span
 

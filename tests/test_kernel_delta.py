@@ -12,9 +12,9 @@ from interpreter import DEVICE
 from kernel_cases import assert_half_precision, assert_same, call
 
 import hip_hf
-from hip_hf.kernels import delta
-from hip_hf.kernels.sequences import Sequences
-from hip_hf.methods.delta import spread
+from hip_hf.backends.torch.delta import spread
+from hip_hf.backends.triton import delta
+from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.problem import Span
 from hip_hf.state import DecodeState
 

@@ -16,11 +16,12 @@ from test_kernel_backend import NEAR, both, call
 from test_kernel_paged import token_major
 
 from hip_hf.attention import Result, attend
+from hip_hf.backends.torch import dense as reference
+from hip_hf.backends.triton import dense
+from hip_hf.backends.triton.attention import decode, prefill
+from hip_hf.backends.triton.common.tuning_table import TILES
 from hip_hf.config import HiPConfig
-from hip_hf.kernels import decode, dense, prefill
-from hip_hf.kernels.table import TILES
 from hip_hf.problem import Span
-from hip_hf.reference import dense as reference
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels

@@ -17,11 +17,11 @@ from test_kernel_decode import scratch_for
 
 import hip_hf
 from hip_hf.attention import attend
+from hip_hf.backends.triton import dense as kernels
+from hip_hf.backends.triton.attention.decode import decode
+from hip_hf.backends.triton.attention.prefill import prefill
+from hip_hf.backends.triton.dense import attend_densely
 from hip_hf.config import HiPConfig
-from hip_hf.kernels import dense as kernels
-from hip_hf.kernels.decode import decode
-from hip_hf.kernels.dense import attend_densely
-from hip_hf.kernels.prefill import prefill
 from hip_hf.problem import AttentionProblem, Span
 from hip_hf.state import DecodeState
 

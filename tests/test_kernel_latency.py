@@ -21,20 +21,21 @@ import typer
 from triton.runtime.interpreter import GridExecutor
 from typer.testing import CliRunner
 
+from hip_hf.backends.triton.attention import prefill
+from hip_hf.backends.triton.attention.backward import Part, query_gradient_arguments
+from hip_hf.backends.triton.attention.decode import splits_for
+from hip_hf.backends.triton.attention.prefill import Logits, dense_reads
+from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval import floors, gpu_latency, kernel_costs, latency
-from hip_hf.eval.cells import Cells
+from hip_hf.eval import gpu_latency, latency
 from hip_hf.eval.gpu_latency import Bench, Clock, Steps, measure
-from hip_hf.eval.kernel_costs import NO_COST, Cost
 from hip_hf.eval.latency import Plan, ours
-from hip_hf.eval.presets import sizes
-from hip_hf.kernels import prefill
-from hip_hf.kernels.addressing import KeyValues
-from hip_hf.kernels.backward import Part, query_gradient_arguments
-from hip_hf.kernels.decode import splits_for
-from hip_hf.kernels.prefill import Logits, dense_reads
-from hip_hf.kernels.sequences import Sequences
-from hip_hf.kernels.tuning import processors, target_of
+from hip_hf.eval.measure import kernel_costs, roofline
+from hip_hf.eval.measure.kernel_costs import NO_COST, Cost
+from hip_hf.eval.reporting.presets import sizes
+from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.methods import hyper
 from hip_hf.problem import Span
 from hip_hf.state import DecodeState
@@ -305,7 +306,7 @@ def test_the_model_has_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None
     found["backward"] = launched(monkeypatch, out.backward)
     ours(q[:, :, :159], k[:, :, :159], v[:, :, :159], config, state)
     found["decode"] = launched(monkeypatch, partial(ours, q[:, :, 159:], k, v, config, state))
-    costs = {name: cost for name, (cost,) in floors.kernels(160, config, shape, hyper.Options(**options), 32).items()}
+    costs = {name: cost for name, (cost,) in roofline.kernels(160, config, shape, hyper.Options(**options), 32).items()}
     assert {f"{name}: {kernel}" for name, calls in found.items() for kernel, _, _ in calls} == costs.keys()
     assert NO_COST not in costs.values()
     for call, block_q in (("prefill", 16), ("decode", 1)):
@@ -316,10 +317,10 @@ def test_the_model_has_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None
         ((rows, heads, _), named) = next(x[1:] for x in found[call] if x[0] == "combine_kernel")
         assert costs[f"{call}: combine_kernel"] == Cost(0, rows * heads * (named["SPLITS"] * 17 * 4 + 16 * 4))
     # what is called is the sum of its kernels
-    called, bench = floors.calls(160, config, shape), Bench(plan(heads=4, kv_heads=2), "fp32", Clock(torch.device(DEVICE)))
+    called, bench = roofline.calls(160, config, shape), Bench(plan(heads=4, kv_heads=2), "fp32", Clock(torch.device(DEVICE)))
     for call, name in {"prefill": "prefill", "backward": "backward", "decode": "decode, amortised"}.items():
         own = sum((cost for kernel, cost in costs.items() if kernel.startswith(f"{call}: ")), NO_COST)
-        assert sum(called[name], NO_COST) == own == bench.cost(floors.CALLS[name][0], 160, config, "sparse")
+        assert sum(called[name], NO_COST) == own == bench.cost(roofline.CALLS[name][0], 160, config, "sparse")
 
 
 def test_the_model_adds_up() -> None:

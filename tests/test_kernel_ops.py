@@ -11,7 +11,7 @@ from helpers import assert_near, make_qkv, small
 from interpreter import DEVICE
 
 import hip_hf
-from hip_hf.kernels import ops
+from hip_hf.backends.triton import ops
 
 pytestmark = pytest.mark.kernels
 
@@ -71,7 +71,7 @@ def test_a_compiled_graph_reads_padding_on_the_device() -> None:
 
 
 def test_tables_are_those_of_the_spans() -> None:
-    from hip_hf.kernels.sequences import Sequences
+    from hip_hf.backends.triton.common.sequences import Sequences
     from hip_hf.problem import make_spans
 
     q, k, _ = make_qkv(50, 20, batch=4)

@@ -13,12 +13,12 @@ from interpreter import DEVICE
 
 import hip_hf
 from hip_hf.attention import Result, attend
+from hip_hf.backends.triton.dense import keys_of
+from hip_hf.cache.pages import BlockTable, PagedTensor, Store
 from hip_hf.cache.pool import PagePool
-from hip_hf.integration.interface import attention_forward
-from hip_hf.integration.paged import TokenMajorStore
-from hip_hf.kernels.dense import keys_of
-from hip_hf.paged import BlockTable, PagedTensor, Store
-from hip_hf.patches import base
+from hip_hf.integration.attention_function import attention_forward
+from hip_hf.integration.continuous_batching import TokenMajorStore
+from hip_hf.integration.patches import base
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels

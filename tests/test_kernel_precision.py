@@ -16,7 +16,8 @@ from interpreter import DEVICE
 from kernel_cases import check, make_case, spans_of
 from tensor_cores import BITS_OF_BF16, BITS_OF_TF32, Emulation, TensorCores, cut, product, rounded
 
-from hip_hf.kernels import backward, hyper, prefill
+from hip_hf.backends.triton import hyper
+from hip_hf.backends.triton.attention import backward, prefill
 
 pytestmark = pytest.mark.kernels
 

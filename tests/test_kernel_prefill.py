@@ -11,7 +11,7 @@ from helpers import assert_near
 from interpreter import DEVICE
 from kernel_cases import Case, check, make_case, spans_of
 
-from hip_hf.kernels.prefill import dense_reads, prefill, strided_rows
+from hip_hf.backends.triton.attention.prefill import dense_reads, prefill, strided_rows
 from hip_hf.problem import Span
 
 

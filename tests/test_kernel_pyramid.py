@@ -9,10 +9,10 @@ import torch
 from helpers import small
 from interpreter import DEVICE
 
+from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.config import REPRESENTATIVES, HiPConfig
-from hip_hf.kernels.addressing import KeyValues
-from hip_hf.kernels.pyramid import KeyPyramid
-from hip_hf.kernels.sequences import Sequences
 from hip_hf.methods import selector_for
 from hip_hf.problem import Span
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_kernels_compile import ROOT, process
 
-from hip_hf.kernels.digest import code_digest
+from hip_hf.backends.triton.compile.digest import code_digest
 
 # What was compiled and published: not yet all that the command compiles unless it is asked for less (docs/performance.md).
 TARGETS, DIMS, DTYPES = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942"], [64, 128], ["bf16"]
@@ -18,7 +18,7 @@ TARGETS, DIMS, DTYPES = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx9
 LAUNCHES = """
 import json, sys
 from hip_hf.eval.kernels import DTYPES
-from hip_hf.kernels.budget import launches_of
+from hip_hf.backends.triton.compile.budget import launches_of
 targets, dims, dtypes = json.loads(sys.argv[1])
 found = []
 for target in targets:

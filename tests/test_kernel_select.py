@@ -14,16 +14,16 @@ import triton.language as tl
 from helpers import assert_near, make_qkv, small
 from interpreter import DEVICE
 
+from hip_hf.backends.triton.attention.prefill import Logits
+from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.selection import search
+from hip_hf.backends.triton.selection.scoring import chunk_logits
+from hip_hf.backends.triton.selection.search import Selection, select, unsupported
+from hip_hf.backends.triton.selection.select import select_kernel
+from hip_hf.backends.triton.selection.votes import votes_of
+from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import REPRESENTATIVES, HiPConfig
-from hip_hf.kernels import search
-from hip_hf.kernels.addressing import KeyValues
-from hip_hf.kernels.prefill import Logits
-from hip_hf.kernels.scoring import chunk_logits
-from hip_hf.kernels.search import Selection, select, unsupported
-from hip_hf.kernels.select import select_kernel
-from hip_hf.kernels.sequences import Sequences
-from hip_hf.kernels.votes import votes_of
-from hip_hf.kernels.voting import Voting
 from hip_hf.methods import need, selector_for
 from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.methods.hip import TreeSearch

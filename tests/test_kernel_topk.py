@@ -1,4 +1,4 @@
-"""The best of a program's candidates (`kernels/topk.py`)."""
+"""The best of a program's candidates (`backends/triton/selection/topk.py`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from interpreter import DEVICE
 
-from hip_hf.kernels.topk import read_on, threshold
+from hip_hf.backends.triton.selection.topk import read_on, threshold
 from hip_hf.methods import ranking
 
 pytestmark = pytest.mark.kernels

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hip_hf.kernels.table import TILES
-from hip_hf.kernels.tuning import Tile, tile_of
+from hip_hf.backends.triton.common.tuning import Tile, tile_of
+from hip_hf.backends.triton.common.tuning_table import TILES
 
 
 def tile(kernel: str, target: str, width: int) -> Tile:

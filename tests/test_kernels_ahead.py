@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from test_kernels_compile import process
 
-from hip_hf.kernels.wgmma import touched
+from hip_hf.backends.triton.compile.wgmma import touched
 
 KERNELS = """
 import sys
 import torch, triton, triton.language as tl
-from hip_hf.kernels import budget
-from hip_hf.kernels.compiled import Launch, Pointer
+from hip_hf.backends.triton.compile import budget
+from hip_hf.backends.triton.compile.launches import Launch, Pointer
 
 @triton.jit
 def gathered(X, Y, IDS, OUT, steps, N: tl.constexpr, CARRIED: tl.constexpr):
@@ -59,7 +59,7 @@ def printed(tmp_path: Path, line: str) -> str:
 WITHOUT_A_WAIT = """
 import subprocess, tempfile
 from pathlib import Path
-from hip_hf.kernels import wgmma
+from hip_hf.backends.triton.compile import wgmma
 
 def ptxas(ptx):
     # the machine code, and what the assembler says of it
@@ -138,7 +138,8 @@ def test_two_stages_that_load_nothing_ahead_are_found(tmp_path: Path) -> None:
 
 PREFILL = """
 import torch
-from hip_hf.kernels import budget, prefill
+from hip_hf.backends.triton.compile import budget
+from hip_hf.backends.triton.attention import prefill
 
 (launch,) = [x for x in prefill.launches(64, torch.bfloat16, "sm90") if x.name == "prefill"]
 row = budget.spend(launch, "sm90", 64, torch.bfloat16)

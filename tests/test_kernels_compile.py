@@ -59,8 +59,8 @@ def test_all_kernels_compile() -> None:
 
 HUNGRY = """
 import torch, triton, triton.language as tl
-from hip_hf.kernels import budget
-from hip_hf.kernels.compiled import Launch, Pointer
+from hip_hf.backends.triton.compile import budget
+from hip_hf.backends.triton.compile.launches import Launch, Pointer
 
 @triton.jit
 def summed(x, N: tl.constexpr, TIMES: tl.constexpr):
@@ -94,7 +94,8 @@ WIDE = """
 import torch
 from unittest.mock import patch
 from hip_hf import config
-from hip_hf.kernels import budget, search
+from hip_hf.backends.triton.compile import budget
+from hip_hf.backends.triton.selection import search
 
 wide = config.HiPConfig(query_stride=1, beam=8, rescore=8)
 with patch("hip_hf.config.HiPConfig", lambda: wide):
@@ -112,9 +113,10 @@ LARGE_BLOCKS = """
 import sys
 from dataclasses import replace
 import torch
-from hip_hf.kernels import backward, budget
-from hip_hf.kernels.examples import example
-from hip_hf.kernels.tuning import tile_of
+from hip_hf.backends.triton.attention import backward
+from hip_hf.backends.triton.compile import budget
+from hip_hf.backends.triton.compile.examples import example
+from hip_hf.backends.triton.common.tuning import tile_of
 
 target, block_k = sys.argv[1], int(sys.argv[2])
 x = example(128, torch.bfloat16)
@@ -147,7 +149,8 @@ RESUMED = """
 import sys
 from pathlib import Path
 from hip_hf.eval import kernels
-from hip_hf.kernels import budget, table, tuning
+from hip_hf.backends.triton.compile import budget
+from hip_hf.backends.triton.common import tuning_table, tuning
 
 done = []
 
@@ -220,7 +223,7 @@ def test_bad_arguments_are_named() -> None:
 
 WIDTHS = """
 import torch
-from hip_hf.kernels.budget import compiling_for, launches_of
+from hip_hf.backends.triton.compile.budget import compiling_for, launches_of
 
 launches = launches_of(64, torch.bfloat16, "sm90")
 paged = {x.kernel.fn.__name__: x for x in launches if "stride_table" in x.kernel.arg_names}
@@ -240,8 +243,8 @@ LENGTHS = """
 import importlib
 from functools import partial
 import torch
-from hip_hf.kernels import examples
-from hip_hf.kernels.compiled import MODULES
+from hip_hf.backends.triton.compile import examples
+from hip_hf.backends.triton.compile.launches import MODULES
 
 SETTINGS = ("sliding",)  # the example's window is as long as its prompt; a model's never changes
 examples.QUERY_HEADS, examples.KEY_HEADS = 3, 1  # strides between sequences are not divisible by 16 thanks to the heads

@@ -23,11 +23,12 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval import autoload, harness
-from hip_hf.eval.documents import CHECKPOINT
+from hip_hf.eval import autoload
+from hip_hf.eval import lm_eval as command
+from hip_hf.eval.measure.documents import CHECKPOINT
 from hip_hf.eval.tasks.common import load_tokenizer
-from hip_hf.integration.lm_eval import UsageError, register
-from hip_hf.integration.lm_eval_model import HipLM, split_arguments
+from hip_hf.integration.lm_eval.model import HipLM, split_arguments
+from hip_hf.integration.lm_eval.registration import UsageError, register
 from hip_hf_cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -339,16 +340,16 @@ def known() -> set[str]:
     return set(TaskManager().all_tasks)
 
 
-@pytest.mark.parametrize("preset", harness.PRESETS)
+@pytest.mark.parametrize("preset", command.PRESETS)
 def test_presets_become_arguments_of_lm_eval(preset: str, known: set[str]) -> None:
     """lm-eval's own parser reads them, and its tasks are there."""
     from lm_eval._cli import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     user = ["--preset", preset, "--model_args", "pretrained=some/model,budget=512", "--metadata", "samples=3", "--limit", "2"]
-    arguments = harness.arguments_for(user)
+    arguments = command.arguments_for(user)
     config = EvaluatorConfig.from_cli(HarnessCLI()._parser.parse_args(arguments))
-    wanted = harness.PRESETS[preset]
+    wanted = command.PRESETS[preset]
     assert config.model == "hip"
     assert config.tasks == list(wanted.tasks)
     assert config.model_args == {**wanted.model_args, "pretrained": "some/model", "budget": 512}
@@ -358,17 +359,17 @@ def test_presets_become_arguments_of_lm_eval(preset: str, known: set[str]) -> No
 
 
 def test_what_the_user_gives_wins() -> None:
-    arguments = harness.arguments_for(["--preset=longbench", "-t", "longbench_lcc", "--model_args", "prompt_truncation=left"])
+    arguments = command.arguments_for(["--preset=longbench", "-t", "longbench_lcc", "--model_args", "prompt_truncation=left"])
     assert arguments.count("-t") == 1
     assert "--tasks" not in arguments
     assert arguments.index("prompt_truncation=left") > arguments.index(json.dumps({"prompt_truncation": "middle"}))
-    assert harness.arguments_for(["--model", "hf", "--tasks", "x"]) == ["run", "--model", "hf", "--tasks", "x"]
-    assert harness.arguments_for(["--config", "x.yaml"]) == ["run", "--config", "x.yaml"]
-    assert harness.arguments_for(["ls", "tasks"]) == ["ls", "tasks"]
+    assert command.arguments_for(["--model", "hf", "--tasks", "x"]) == ["run", "--model", "hf", "--tasks", "x"]
+    assert command.arguments_for(["--config", "x.yaml"]) == ["run", "--config", "x.yaml"]
+    assert command.arguments_for(["ls", "tasks"]) == ["ls", "tasks"]
     with pytest.raises(UsageError, match="--preset: got 'nonsense', allowed: longctx"):
-        harness.arguments_for(["--preset", "nonsense"])
+        command.arguments_for(["--preset", "nonsense"])
     with pytest.raises(UsageError, match="--preset: got it with another model type"):
-        harness.arguments_for(["--preset", "longbench", "--model", "hf"])
+        command.arguments_for(["--preset", "longbench", "--model", "hf"])
 
 
 def command(*arguments: str) -> Any:

@@ -16,7 +16,7 @@ import huggingface_hub.constants
 from test_lm_eval import command
 from test_ruler import theirs  # noqa: F401 - a fixture
 
-from hip_hf.eval.documents import CHECKPOINT
+from hip_hf.eval.measure.documents import CHECKPOINT
 
 
 @pytest.fixture(autouse=True)

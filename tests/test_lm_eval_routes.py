@@ -15,11 +15,11 @@ pytest.importorskip("lm_eval")
 from lm_eval.models import MODEL_MAPPING
 from test_lm_eval import ENVIRONMENT, ROOT, hooked  # noqa: F401 - `hooked` is a fixture
 
-from hip_hf.integration.lm_eval import MODEL
+from hip_hf.integration.lm_eval.registration import MODEL
 
 # What is asked for first decides what is loaded.
 FIRST = f"from lm_eval.api.registry import get_model; print(get_model('hf').__name__, get_model({MODEL!r}).__name__)"
-REGISTER = "from hip_hf.integration.lm_eval import register; register(); register()\n"
+REGISTER = "from hip_hf.integration.lm_eval.registration import register; register(); register()\n"
 TASKS = "import lm_eval.tasks\n"
 COMMAND = "from hip_hf_cli import main; main()"
 # lm-eval's error names the model types that it knows.

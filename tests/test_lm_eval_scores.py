@@ -14,9 +14,9 @@ from lm_eval.models.huggingface import HFLM
 from test_lm_eval import SETTINGS, make_lm, offline_and_on_one_thread  # noqa: F401 - the last is a fixture for all
 from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
-from hip_hf.eval.documents import CHECKPOINT
-from hip_hf.integration.lm_eval import UsageError
-from hip_hf.integration.lm_eval_model import PADDING, HipLM
+from hip_hf.eval.measure.documents import CHECKPOINT
+from hip_hf.integration.lm_eval.model import PADDING, HipLM
+from hip_hf.integration.lm_eval.registration import UsageError
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 import hip_hf
-from hip_hf.integration.interface import attention_forward
+from hip_hf.integration.attention_function import attention_forward
 from hip_hf.integration.masks import LAST, PAD, hip_mask
 
 KEYS = 50

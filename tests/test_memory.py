@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hip_hf
+from hip_hf import workers
 from hip_hf.attention import attend, hip_attention
 from hip_hf.config import HiPConfig
-from hip_hf.reference import workers
 from hip_hf.state import DecodeState
 
 SHORT, LONG = 16384, 32768

@@ -17,11 +17,12 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 from typer.testing import CliRunner
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval import losses, needles
-from hip_hf.eval.documents import CHECKPOINT, DIGITS, DOCUMENT, Fact, load, note, question
-from hip_hf.eval.losses import Steps
+from hip_hf.eval import needles
+from hip_hf.eval.measure import losses
+from hip_hf.eval.measure.documents import CHECKPOINT, DIGITS, DOCUMENT, Fact, load, note, question
+from hip_hf.eval.measure.losses import Steps
 from hip_hf.eval.needles import Answer, Cell, Plan, Prompt
-from hip_hf.eval.presets import over_budgets, settings_of
+from hip_hf.eval.reporting.presets import over_budgets, settings_of
 
 TINY = dict(
     vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 import hip_hf
 from hip_hf import HiPCache
-from hip_hf.cache import hip_cache, offload
-from hip_hf.paged import BlockTable
+from hip_hf.cache import offload
+from hip_hf.cache.pages import BlockTable
+from hip_hf.integration import hip_cache
 
 
 @pytest.fixture(autouse=True)

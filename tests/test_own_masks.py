@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 import hip_hf
-from hip_hf.integration.interface import attention_forward
+from hip_hf.integration.attention_function import attention_forward
 from hip_hf.integration.masks import hip_mask
 
 KEYS = 120

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval import passkey
-from hip_hf.eval.documents import DIGITS, NAMES, Fact, load, note, question
-from hip_hf.eval.presets import settings_of, sizes
+from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact, load, note, question
+from hip_hf.eval.reporting.presets import settings_of, sizes
 
 TEXT = "It is a truth universally acknowledged, that a text must be filled with words. " * 40
 SMALL = {"budget": 32, "block_q": 16, "block_k": 8, "sink": 8, "window": 16}
@@ -211,7 +211,7 @@ def test_settings_and_sizes() -> None:
 
 def test_the_shipped_checkpoint_answers() -> None:
     """Dense and pruned to a tenth of the keys; and it is small."""
-    from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, load
+    from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, load
 
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 8 * 2**20
     model, tokenizer = load(CHECKPOINT, "sdpa")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Olmo2Config, PreTrainedModel
 
 import hip_hf
-from hip_hf.patches import base, registry
+from hip_hf.integration.patches import base, registry
 
 
 def logits(model: PreTrainedModel, batch: dict[str, torch.Tensor], **fields: Any) -> torch.Tensor:

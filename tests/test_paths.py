@@ -10,8 +10,8 @@ from helpers import assert_as_exact_as, assert_near, causal, eager, make_problem
 
 from hip_hf import DecodeState, HiPConfig, hip_attention
 from hip_hf.attention import DENSE_BELOW, Result, attend
-from hip_hf.reference.sparse import keys_seen
-from hip_hf.reference.workers import compute_dtype
+from hip_hf.backends.torch.sparse import keys_seen
+from hip_hf.workers import compute_dtype
 
 
 def call(tokens: int, rows: int | None = None, layer: int | None = None, given: dict | None = None, **fields: Any) -> Result:

@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hip_hf import HiPCache, HiPConfig
 from hip_hf.attention import attend
-from hip_hf.paged import Store
+from hip_hf.backends.torch import block_sparse
+from hip_hf.cache.pages import Store
 from hip_hf.problem import AttentionProblem, make_spans
-from hip_hf.reference import block_sparse
 
 DENSE = HiPConfig(method="dense")
 TOKENS = (640, 256, 200)  # of each piece, and a few rows at the end

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hip_hf.backends.torch import delta, keys_read, sparse
+from hip_hf.backends.torch.keys_read import Blocks, keys_seen, keys_seen_at
+from hip_hf.backends.triton import sparse as kernels
 from hip_hf.config import HiPConfig
-from hip_hf.kernels import backend
-from hip_hf.methods import delta
 from hip_hf.methods.base import make_query_block, query_blocks
 from hip_hf.problem import AttentionProblem, Span
-from hip_hf.reference import reading, sparse
-from hip_hf.reference.reading import Blocks, keys_seen, keys_seen_at
 from hip_hf.state import RowState, Selection
 
 
@@ -81,10 +80,10 @@ def test_a_million_tokens_are_counted_without_a_walk(monkeypatch: pytest.MonkeyP
         laid.append(arguments[2])
         return make_query_block(*arguments)
 
-    one = call(backend.SparseAttention, 1 << 20, 1 << 20, sliding)
+    one = call(kernels.SparseAttention, 1 << 20, 1 << 20, sliding)
     span = one.problem.spans[0]
     want = plain(one.config, span, span.rows - one.config.dense_tail, False, sliding)
-    monkeypatch.setattr(reading, "make_query_block", lay)
+    monkeypatch.setattr(keys_read, "make_query_block", lay)
     monkeypatch.setattr(sparse, "make_query_block", lay)
     one._count(span, span.rows - one.config.dense_tail)
     assert (one.reading.read, one.reading.visible) == (want, keys_seen(0, span.end - 1, sliding))
@@ -98,7 +97,7 @@ def test_a_million_tokens_are_counted_without_a_walk(monkeypatch: pytest.MonkeyP
 def test_steps_on_a_kept_selection_count_its_window(method: str) -> None:
     row, found, refresh = RowState(0), set(), 16
     for tokens in range(3001, 3040):
-        one = call(backend.SparseAttention, tokens, 1, method=method, decode_refresh=refresh)
+        one = call(kernels.SparseAttention, tokens, 1, method=method, decode_refresh=refresh)
         config, span = one.config, one.problem.spans[0]
         made = 3000 + (tokens - 3001) // refresh * refresh
         assert one._serves(span, row) == (made < tokens - 1)

@@ -15,7 +15,8 @@ import torch
 from test_passkey import byte_tokenizer, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hip_hf.eval import needles, real_model
+from hip_hf.eval import needles
+from hip_hf.eval.measure import real_model
 
 ROOT = Path(__file__).resolve().parent.parent
 # What was measured: 0.91 of the digits with dense attention, and the same with a vote of every row.

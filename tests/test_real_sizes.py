@@ -15,20 +15,22 @@ from interpreter import DEVICE, interpreter
 from sanitizer import Sanitizer, last_of
 from vast import Vast
 
+from hip_hf.backends.triton import hyper
+from hip_hf.backends.triton.attention import prefill
+from hip_hf.backends.triton.attention.backward import Part, key_gradient_arguments, query_gradient_arguments
+from hip_hf.backends.triton.attention.decode import Scratch, decode
+from hip_hf.backends.triton.attention.inversion import Inverted
+from hip_hf.backends.triton.attention.prefill import Logits, Reads
+from hip_hf.backends.triton.common import addressing
+from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.tuning import Tile, tile_of
+from hip_hf.backends.triton.compile.examples import example
+from hip_hf.backends.triton.delta import spread_arguments, spread_kernel
+from hip_hf.backends.triton.gradients import key_gradient_kernel, query_gradient_kernel
+from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
+from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.config import HiPConfig
-from hip_hf.kernels import addressing, hyper, prefill
-from hip_hf.kernels.addressing import KeyValues
-from hip_hf.kernels.backward import Part, key_gradient_arguments, query_gradient_arguments
-from hip_hf.kernels.decode import Scratch, decode
-from hip_hf.kernels.delta import spread_arguments, spread_kernel
-from hip_hf.kernels.examples import example
-from hip_hf.kernels.gradients import key_gradient_kernel, query_gradient_kernel
-from hip_hf.kernels.inversion import Inverted
-from hip_hf.kernels.prefill import Logits, Reads
-from hip_hf.kernels.pyramid import KeyPyramid
-from hip_hf.kernels.search import Selection, select
-from hip_hf.kernels.sequences import Sequences
-from hip_hf.kernels.tuning import Tile, tile_of
 from hip_hf.problem import Span
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it is the interpreter that finds numbers that wrap")

@@ -15,8 +15,9 @@ from browser import broken_links, visit
 from test_passkey import SMALL, refused, run, save_checkpoint
 from typer.testing import CliRunner
 
-from hip_hf.eval import bundle, compare, fidelity, latency, needles, passkey, perplexity, report
-from hip_hf.eval.curves import AT
+from hip_hf.eval import compare, fidelity, latency, needles, passkey, perplexity
+from hip_hf.eval.measure.curves import AT
+from hip_hf.eval.reporting import report, report_page
 
 SETTINGS = ["--settings", "dense", "--settings", json.dumps(SMALL)]
 BLOCKS = json.dumps({name: value for name, value in SMALL.items() if name.startswith("block")})
@@ -105,7 +106,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
 
 
 def test_documents_have_one_shape(saved: dict[str, tuple[Path, dict[str, Any]]]) -> None:
-    assert set(saved) == set(bundle.PICTURES)
+    assert set(saved) == set(report_page.PICTURES)
     for name, (file, printed) in saved.items():
         assert json.loads(file.read_text()) == printed
         assert printed["command"] == name
@@ -120,7 +121,7 @@ def test_every_axis_has_a_label(
     drawn: list[matplotlib.figure.Figure] = []
     save = matplotlib.figure.Figure.savefig
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
-    for name, draw in bundle.PICTURES.items():
+    for name, draw in report_page.PICTURES.items():
         drawn.clear()
         draw(saved[name][1], tmp_path / f"{name}.png")
         (figure,) = drawn
@@ -162,7 +163,7 @@ def test_a_browser_shows_the_page_of_a_run(name: str, saved: dict[str, tuple[Pat
 
 def test_report_bundles_results_in_one_page(saved: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path) -> None:
     app = typer.Typer()
-    app.command()(bundle.main)
+    app.command()(report_page.main)
     page = tmp_path / "all.html"
     files = [str(file) for file, _ in saved.values()]
     result = CliRunner().invoke(app, [*files, "--output", str(page), "--title", "Everything <measured>"])
@@ -203,11 +204,11 @@ def test_a_table_that_no_terminal_shows_is_not_cut(capsys: pytest.CaptureFixture
 
 def test_refusals(tmp_path: Path, saved: dict[str, tuple[Path, dict[str, Any]]]) -> None:
     file, other = str(saved["passkey"][0]), tmp_path / "other.json"
-    assert "hip-hf passkey" in refused(bundle.main, str(tmp_path / "gone.json"))
+    assert "hip-hf passkey" in refused(report_page.main, str(tmp_path / "gone.json"))
     for text in ("{", "[]", '{"rows": []}', '{"command": "passkey", "rows": []}', '{"command": "demo", "rows": [1]}'):
         other.write_text(text)
-        assert "RESULTS" in refused(bundle.main, file, str(other))
-    assert "--output" in refused(bundle.main, file, "--output", str(tmp_path))
+        assert "RESULTS" in refused(report_page.main, file, str(other))
+    assert "--output" in refused(report_page.main, file, "--output", str(tmp_path))
     assert "--measures" in refused(compare.main, "--measures", "speed")
     assert "dense attention alone" in refused(compare.main, "--settings", "dense")
     assert "multiple of 128" in refused(compare.main, "--tokens", "1000")

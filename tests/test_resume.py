@@ -12,7 +12,7 @@ from test_passkey import SMALL, refused, save_checkpoint
 from typer.testing import CliRunner
 
 from hip_hf.eval import compare, fidelity, latency, needles, passkey, perplexity
-from hip_hf.eval.cells import SUFFIX, Cells
+from hip_hf.eval.reporting.resumable import SUFFIX, Cells
 
 
 def test_cells_are_measured_once_and_refuse_another_request(tmp_path: Path) -> None:

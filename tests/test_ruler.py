@@ -23,10 +23,10 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 from test_tasks import docs
 
-from hip_hf.eval.documents import CHECKPOINT
+from hip_hf.eval.measure.documents import CHECKPOINT
 from hip_hf.eval.tasks import common, ruler
-from hip_hf.integration.lm_eval import TASKS
-from hip_hf.integration.lm_eval_model import HipLM
+from hip_hf.integration.lm_eval.model import HipLM
+from hip_hf.integration.lm_eval.registration import TASKS
 
 
 @pytest.fixture(scope="module")

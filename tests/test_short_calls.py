@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 
 from hip_hf import HiPCache
 from hip_hf.attention import attend
+from hip_hf.backends.torch import sparse as sparse_path
 from hip_hf.methods.hip import TreeSearch
-from hip_hf.reference import sparse as sparse_path
 from hip_hf.state import DecodeState
 
 TOKENS = 160

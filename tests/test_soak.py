@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from transformers import LlamaConfig
 
-from hip_hf.cache import hip_cache
-from hip_hf.cache.hip_cache import HiPCache, PagedLayer
+from hip_hf.integration import hip_cache
+from hip_hf.integration.hip_cache import HiPCache, PagedLayer
 
 HEADS, DIM, PAGE = 2, 4, 8
 SMALL = dict(num_hidden_layers=1, hip={"window": 16, "sink": 8, "budget": 16, "rescore": 1})

@@ -363,7 +363,7 @@ def test_other_keys_start_afresh() -> None:
 
 def test_static_cache_layers_hand_every_operation_to_their_state() -> None:
     """By content: which batch row holds which pyramid, and how far it goes."""
-    from hip_hf.integration.cache import HiPStaticLayer
+    from hip_hf.integration.cache_layers import HiPStaticLayer
 
     def filled() -> tuple[Any, list[Any]]:
         layer = HiPStaticLayer(max_cache_len=64)

@@ -15,9 +15,9 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("datasets")
 
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, note
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, note
 from hip_hf.eval.tasks import common, language, notes, retrieval, ruler
-from hip_hf.integration.lm_eval import TASKS, UsageError
+from hip_hf.integration.lm_eval.registration import TASKS, UsageError
 
 LENGTHS = [1024, 1500]
 META: dict[str, Any] = {"pretrained": str(CHECKPOINT), "max_seq_lengths": LENGTHS, "samples": 2}

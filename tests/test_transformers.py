@@ -151,9 +151,9 @@ def test_holes_in_the_padding_mask_go_dense_with_one_warning():
     with torch.no_grad():
         expected = model(**batch).logits
     model.set_attn_implementation("hip")
-    from hip_hf.integration import interface
+    from hip_hf.integration import attention_function
 
-    interface._warned.clear()
+    attention_function._warned.clear()
     with pytest.warns(UserWarning, match="padding in the middle") as caught, torch.no_grad():
         actual = model(**batch).logits
     assert len(caught) == 1
@@ -219,7 +219,7 @@ def test_output_attentions_and_dropout_are_refused():
 
 
 def test_position_bias_and_sparse_indices_are_refused():
-    from hip_hf.integration.interface import attention_forward
+    from hip_hf.integration.attention_function import attention_forward
 
     model = make_model("llama")
     q, k = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
@@ -230,7 +230,7 @@ def test_position_bias_and_sparse_indices_are_refused():
 
 
 def test_bidirectional_attention_goes_to_pytorch():
-    from hip_hf.integration.interface import attention_forward
+    from hip_hf.integration.attention_function import attention_forward
 
     module = make_model("llama").model.layers[0].self_attn
     q, k = torch.randn(1, 4, 30, 16), torch.randn(1, 2, 30, 16)
@@ -242,7 +242,7 @@ def test_bidirectional_attention_goes_to_pytorch():
 
 
 def test_bidirectional_attention_keeps_softcap_and_sinks():
-    from hip_hf.integration.interface import attention_forward
+    from hip_hf.integration.attention_function import attention_forward
 
     module = make_model("llama").model.layers[0].self_attn
     q, k, sinks = torch.randn(1, 4, 30, 16), torch.randn(1, 2, 30, 16), torch.randn(4)

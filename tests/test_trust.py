@@ -22,15 +22,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from triton.errors import TritonError
 
 import hip_hf
-from hip_hf import backend_choice
 from hip_hf.attention import Result, attend
+from hip_hf.backends import choice
+from hip_hf.backends.triton import checks, ops, sparse, trust
+from hip_hf.backends.triton.attention import backward
+from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.cache.offload import OffloadedStore
+from hip_hf.cache.pages import BlockTable, PagedTensor
 from hip_hf.eval.doctor import SMALL, SMALL_HEADS
 from hip_hf.integration.explain import explain
 from hip_hf.integration.settings import configure
-from hip_hf.kernels import backend, backward, checks, ops, trust
-from hip_hf.kernels.checks import Found, Heads
-from hip_hf.paged import BlockTable, PagedTensor
 from hip_hf.problem import AttentionProblem
 from hip_hf.state import DecodeState
 
@@ -56,7 +57,7 @@ class SelfTest:
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A process that knows nothing, and calls as if their tensors were on a GPU."""
-    monkeypatch.setattr(backend_choice, "kernels_wanted", lambda problem, config: config.backend != "torch")
+    monkeypatch.setattr(choice, "kernels_wanted", lambda problem, config: config.backend != "torch")
     monkeypatch.setattr(trust, "folder", lambda: tmp_path / "passed")
     for known in ("_verdicts", "_refused"):
         monkeypatch.setattr(trust, known, {})
@@ -117,7 +118,7 @@ def test_each_part_is_tested_when_a_call_needs_it(self_test: SelfTest) -> None:
 
 def test_wrong_numbers_go_dense_from_the_first_call_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is wrong on this device: no result of it reaches a caller, and there is one warning."""
-    prefill, ran = backend.prefill, []
+    prefill, ran = sparse.prefill, []
 
     def wrong(q: torch.Tensor, kv: Any, sequences: Any, reads: Any, logits: Any, out: torch.Tensor, lse: Any = None) -> None:
         prefill(q, kv, sequences, reads, logits, out, lse)
@@ -127,7 +128,7 @@ def test_wrong_numbers_go_dense_from_the_first_call_on(monkeypatch: pytest.Monke
         ran.append(part)
         return [checks.check("prompt", replace(SMALL_HEADS, dtype=torch.float32), device, replace(SMALL, dense_tail=0))]
 
-    monkeypatch.setattr(backend, "prefill", wrong)
+    monkeypatch.setattr(sparse, "prefill", wrong)
     monkeypatch.setattr(trust, "self_test", run)
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="hip: attention is dense where kernels would serve: the self-test") as said:
@@ -158,7 +159,7 @@ REFUSALS = (TritonError("out of resource: shared memory"), RuntimeError("Triton 
 @pytest.mark.parametrize("error", REFUSALS, ids=["compiler", "driver"])
 def test_a_launch_that_triton_refuses_goes_dense(monkeypatch: pytest.MonkeyPatch, self_test: SelfTest, error: Exception) -> None:
     """The self-test knows the default settings; others may ask for more than the device has. The state goes on."""
-    run, tried = backend.run, []
+    run, tried = sparse.run, []
 
     def refused(problem: AttentionProblem, config: Any, *rest: Any) -> Any:
         tried.append(config.budget)
@@ -166,7 +167,7 @@ def test_a_launch_that_triton_refuses_goes_dense(monkeypatch: pytest.MonkeyPatch
             raise error
         return run(problem, config, *rest)
 
-    monkeypatch.setattr(backend, "run", refused)
+    monkeypatch.setattr(sparse, "run", refused)
     q, k, v = (x.to(DEVICE) for x in make_qkv(101))
     state = DecodeState()
     with pytest.warns(UserWarning, match="out of resource"):
@@ -224,7 +225,7 @@ def test_a_compiled_graph_that_triton_refuses_says_so_and_the_next_one_is_dense(
 
 def test_other_errors_of_a_call_are_not_hidden(monkeypatch: pytest.MonkeyPatch, self_test: SelfTest) -> None:
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no error of Triton's")):
-        monkeypatch.setattr(backend, "run", lambda *args, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(sparse, "run", lambda *args, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(type(error), match=str(error)):
             call()
 
@@ -410,7 +411,7 @@ def test_an_offloaded_cache_is_read_by_the_torch_backend(self_test: SelfTest) ->
         assert store.for_search().pages() is None
         paged.append(PagedTensor(store, [table], 96))
     problem = replace(make_problem(q, k, v), k=paged[0], v=paged[1])
-    assert backend_choice.backend_of(problem, small()) == "torch"
+    assert choice.backend_of(problem, small()) == "torch"
     result = attend(problem, small(), None, DecodeState())
     assert (result.path, result.reason) == ("sparse", "")
     assert self_test.asked == []

@@ -18,7 +18,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import hip_hf
 from hip_hf import versions
-from hip_hf.integration import paged
+from hip_hf.integration import continuous_batching
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORT_AS = """
@@ -105,12 +105,12 @@ def test_packed_requests_that_come_in_an_unknown_way_are_an_error(monkeypatch: p
     """As if Transformers handed them over as it did not before: without that they would pass for one long prompt."""
     model, given = make_model("llama", budget=1024), prompts()[:2]
     assert [len(made) for made in batched(model, given, 3)] == [3, 3]
-    cache = paged.cache_of
+    cache = continuous_batching.cache_of
 
     def hidden(key: torch.Tensor, arguments: dict[str, Any]) -> Any:
-        return cache(key.clone(), {name: value for name, value in arguments.items() if not paged.is_paged(value)})
+        return cache(key.clone(), {name: value for name, value in arguments.items() if not continuous_batching.is_paged(value)})
 
-    monkeypatch.setattr(paged, "cache_of", hidden)
+    monkeypatch.setattr(continuous_batching, "cache_of", hidden)
     found = model.generate_batch(given, continuous_batching_config=ContinuousBatchingConfig(num_blocks=64), progress_bar=False)
     for request in found.values():
         assert not request.generated_tokens

@@ -24,7 +24,7 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hip_hf.eval.documents import NAMES, note, question
+from hip_hf.eval.measure.documents import NAMES, note, question
 
 VOCAB = 1024
 LENGTH = 8192

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hip_hf.paged import Store
+from hip_hf.cache.pages import Store
 
 if TYPE_CHECKING:
-    from hip_hf.cache.hip_cache import HiPCache
+    from hip_hf.integration.hip_cache import HiPCache
 
 FORMAT = "hip_hf.cache.1"
 # What safetensors calls the dtypes that a cache may have.
@@ -26,7 +26,7 @@ _TOKENS_AT_ONCE = 4096
 
 
 def _kind(layer: Any) -> str:
-    from hip_hf.cache.hip_cache import PagedLayer
+    from hip_hf.integration.hip_cache import PagedLayer
 
     if type(layer) is PagedLayer:
         return "paged"

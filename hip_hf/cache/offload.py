@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hip_hf.paged import BlockTable, Store
+from hip_hf.cache.pages import BlockTable, Store
 
 OFFLOADS = ("cpu", "disk")
 READERS = ("search", "attention")

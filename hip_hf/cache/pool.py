@@ -6,7 +6,7 @@ import heapq
 
 import torch
 
-from hip_hf.paged import BlockTable, Store
+from hip_hf.cache.pages import BlockTable, Store
 
 # Tokens per page: small, so that what is selected fills few device pages beyond itself when the cache is offloaded.
 PAGE = 64

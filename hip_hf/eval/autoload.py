@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.eval import report
+from hip_hf.eval.reporting import report
 
 HOOK = "hip_hf_autoload"
 ACTIONS = ("enable", "disable", "status")

@@ -19,9 +19,11 @@ import torch
 import typer
 from transformers import StoppingCriteria, TextStreamer
 
-from hip_hf.cache.hip_cache import HiPCache
-from hip_hf.eval import documents, generate, report
-from hip_hf.eval.resident import cache_mib
+from hip_hf.eval import generate
+from hip_hf.eval.measure import documents
+from hip_hf.eval.measure.memory_meter import cache_mib
+from hip_hf.eval.reporting import report
+from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.integration.settings import read_settings, text_config
 
 # For models without a chat template: a line for each turn, so an answer ends with its line.

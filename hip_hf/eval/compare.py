@@ -11,12 +11,13 @@ import typer
 from rich.progress import Progress
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval import fidelity, needles, passkey, perplexity, plots, report
-from hip_hf.eval.cells import Cells
-from hip_hf.eval.curves import AT
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, check_length, digest, load_to_measure
-from hip_hf.eval.presets import HELP, over_budgets, parse_choice, sizes
-from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval import fidelity, needles, passkey, perplexity
+from hip_hf.eval.measure.curves import AT
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, check_length, digest, load_to_measure
+from hip_hf.eval.reporting import plots, report
+from hip_hf.eval.reporting.presets import HELP, over_budgets, parse_choice, sizes
+from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.reporting.resumable import Cells
 
 MEASURES = ("fidelity", "perplexity", "passkey", "needles")
 # What the table takes of a command's rows: {column: its name there}.

@@ -19,11 +19,13 @@ import typer
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
-from hip_hf.eval import documents, generate, needles_demo, plots, real_model, report
-from hip_hf.eval.capture import capture
-from hip_hf.eval.documents import DIGITS, NAMES, Fact
+from hip_hf.eval import generate, needles_demo
+from hip_hf.eval.measure import documents, real_model
+from hip_hf.eval.measure.capture import capture
+from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact
+from hip_hf.eval.measure.memory_meter import memory_mib
 from hip_hf.eval.needles_demo import IMPLEMENTATIONS, verdicts
-from hip_hf.eval.resident import memory_mib
+from hip_hf.eval.reporting import plots, report
 from hip_hf.integration.explain import Report
 from hip_hf.methods.base import query_blocks
 from hip_hf.problem import AttentionProblem

@@ -1,4 +1,4 @@
-"""`hip-hf doctor`: what a user runs first. Versions and device, every check of `kernels/checks.py`, and two timings."""
+"""`hip-hf doctor`: what a user runs first. Versions and device, every check of `backends/triton/checks.py`, and two timings."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from hip_hf.backends.triton import checks, trust
+from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.config import HiPConfig
-from hip_hf.eval import latency, report
+from hip_hf.eval import latency
 from hip_hf.eval.latency import DTYPES, Plan
-from hip_hf.eval.presets import parse_choice, sizes
-from hip_hf.eval.publish import Json, Output, Results, Targets
-from hip_hf.kernels import checks, trust
-from hip_hf.kernels.checks import Found, Heads
+from hip_hf.eval.reporting import report
+from hip_hf.eval.reporting.presets import parse_choice, sizes
+from hip_hf.eval.reporting.publish import Json, Output, Results, Targets
 from hip_hf.shown import said
 
 GIB = 2**30
@@ -84,7 +85,7 @@ def lacking(device: torch.device) -> str:
     why = trust.old_triton() if device.type == "cpu" else trust.lacking(device)
     if why or device.type == "cuda":
         return why
-    from hip_hf.kernels.backend import INTERPRETED
+    from hip_hf.backends.triton.sparse import INTERPRETED
 
     return "" if INTERPRETED else "kernels run on a GPU, and none is tried here (TRITON_INTERPRET=1 interprets them)"
 
@@ -165,8 +166,8 @@ def facts(device: torch.device, missing: str) -> dict[str, Any]:
 
 def launch_table(device: torch.device) -> dict[str, Any]:
     """Triton's target, and whether it has launch configurations of its own."""
-    from hip_hf.kernels.table import TILES
-    from hip_hf.kernels.tuning import target_of
+    from hip_hf.backends.triton.common.tuning import target_of
+    from hip_hf.backends.triton.common.tuning_table import TILES
 
     target = target_of(torch.empty(0, device=device))
     own = all(target in targets for targets in TILES.values())

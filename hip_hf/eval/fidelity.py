@@ -12,13 +12,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from hip_hf.backends.torch.sparse import DECODE_ROWS
 from hip_hf.config import HiPConfig
-from hip_hf.eval import report
-from hip_hf.eval.capture import capture
-from hip_hf.eval.cells import Cells
-from hip_hf.eval.costs import total
-from hip_hf.eval.curves import AT, draw
-from hip_hf.eval.documents import (
+from hip_hf.eval.measure.capture import capture
+from hip_hf.eval.measure.costs import total
+from hip_hf.eval.measure.curves import AT, draw
+from hip_hf.eval.measure.documents import (
     CHECKPOINT,
     DOCUMENT,
     NAMES,
@@ -31,14 +30,15 @@ from hip_hf.eval.documents import (
     note,
     question,
 )
-from hip_hf.eval.hardness import TITLE as HARDNESS
-from hip_hf.eval.hardness import Hardness, hardness, hardness_rows
-from hip_hf.eval.mass import Measured, measure, unsearched
+from hip_hf.eval.measure.hyper_assumptions import TITLE as HARDNESS
+from hip_hf.eval.measure.hyper_assumptions import Hardness, hardness, hardness_rows
+from hip_hf.eval.measure.mass import Measured, measure, unsearched
 from hip_hf.eval.passkey import draw_facts
-from hip_hf.eval.presets import HELP, OWN, refuse_extension, settings_of, sizes
-from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.reporting import report
+from hip_hf.eval.reporting.presets import HELP, OWN, refuse_extension, settings_of, sizes
+from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.problem import AttentionProblem, Span
-from hip_hf.reference.sparse import DECODE_ROWS
 
 
 def summary(settings: str, layer: int | str, keys: int, parts: Sequence[Measured]) -> dict[str, Any]:

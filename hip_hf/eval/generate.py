@@ -13,14 +13,15 @@ import torch
 import typer
 from transformers.generation.streamers import BaseStreamer
 
-from hip_hf.cache.hip_cache import HiPCache
+from hip_hf.backends.torch.keys_read import keys_seen
 from hip_hf.config import HiPConfig
-from hip_hf.eval import documents, report
-from hip_hf.eval.resident import Meter, cache_mib
+from hip_hf.eval.measure import documents
+from hip_hf.eval.measure.memory_meter import Meter, cache_mib
+from hip_hf.eval.reporting import report
+from hip_hf.integration.attention_function import NAMES
 from hip_hf.integration.explain import Report, explain
-from hip_hf.integration.interface import NAMES
+from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.integration.settings import configure, text_config
-from hip_hf.reference.reading import keys_seen
 from hip_hf.versions import CACHE
 
 

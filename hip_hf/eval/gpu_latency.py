@@ -22,13 +22,15 @@ import typer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hip_hf.attention import dense_reason
+from hip_hf.backends.triton import ops
+from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval import kernel_costs, latency, plots
-from hip_hf.eval.cells import Cells
-from hip_hf.eval.gpu_runs import Clock, Run, Steps, Timed, captured
+from hip_hf.eval import latency
 from hip_hf.eval.latency import AMORTISED, DTYPES, PREFILL, REFRESHED, Plan, interleave, ours, refresh_period, sdpa
-from hip_hf.kernels import ops
-from hip_hf.kernels.tuning import processors, target_of
+from hip_hf.eval.measure import kernel_costs
+from hip_hf.eval.measure.gpu_runs import Clock, Run, Steps, Timed, captured
+from hip_hf.eval.reporting import plots
+from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.problem import AttentionProblem, make_spans
 
 LENGTHS = [8192 * 2**i for i in range(8)]  # 8K to 1M

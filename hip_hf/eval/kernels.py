@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from hip_hf.eval import report
-from hip_hf.eval.presets import parse_choice
-from hip_hf.eval.publish import Json, Output, Results, Targets
-from hip_hf.kernels import trust
+from hip_hf.backends.triton import trust
+from hip_hf.eval.reporting import report
+from hip_hf.eval.reporting.presets import parse_choice
+from hip_hf.eval.reporting.publish import Json, Output, Results, Targets
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,8 +45,8 @@ def main(
     import triton
     from triton.runtime import JITFunction
 
-    from hip_hf.kernels import budget
-    from hip_hf.kernels.topk import threshold
+    from hip_hf.backends.triton.compile import budget
+    from hip_hf.backends.triton.selection.topk import threshold
 
     if not isinstance(threshold, JITFunction):
         report.notes.print("Triton interprets instead of compiling (TRITON_INTERPRET is set): unset it.")
@@ -85,7 +85,7 @@ def main(
 
 def known_or_compiled(known: dict[str, Any] | None, *what: Any) -> dict[str, Any]:
     """The row of a launch. `what`: what `budget.spend` is given."""
-    from hip_hf.kernels import budget
+    from hip_hf.backends.triton.compile import budget
 
     return known or asdict(budget.spend(*what))
 

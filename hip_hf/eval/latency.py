@@ -25,12 +25,12 @@ import torch.nn.functional as F
 import typer
 
 from hip_hf.attention import Result, attend
+from hip_hf.backends.triton import trust
 from hip_hf.config import HiPConfig
-from hip_hf.eval import plots, report
-from hip_hf.eval.cells import Cells
-from hip_hf.eval.presets import HELP, parse_choice, refuse_extension, settings_of, sizes
-from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets
-from hip_hf.kernels import trust
+from hip_hf.eval.reporting import plots, report
+from hip_hf.eval.reporting.presets import HELP, parse_choice, refuse_extension, settings_of, sizes
+from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets
+from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 

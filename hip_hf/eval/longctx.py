@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from hip_hf.eval.plots import pyplot
+from hip_hf.eval.reporting.plots import pyplot
 
 PERPLEXITY = "hip_perplexity"
 

@@ -15,12 +15,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from hip_hf.eval import report
-from hip_hf.eval.documents import CHECKPOINT, cannot_load
-from hip_hf.eval.plots import pyplot, short
-from hip_hf.eval.presets import sizes
-from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, model_name
-from hip_hf.eval.resident import MIB, Meter, memory_mib, summaries_bytes
+from hip_hf.eval.measure.documents import CHECKPOINT, cannot_load
+from hip_hf.eval.measure.memory_meter import MIB, Meter, memory_mib, summaries_bytes
+from hip_hf.eval.reporting import report
+from hip_hf.eval.reporting.plots import pyplot, short
+from hip_hf.eval.reporting.presets import sizes
+from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, model_name
 from hip_hf.versions import CACHE
 
 KINDS = ("dynamic", "static", "hip", "hip offloaded")

@@ -25,15 +25,26 @@ import torch
 import typer
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval import plots, report
-from hip_hf.eval.cells import Cells
-from hip_hf.eval.costs import prompt_cost
-from hip_hf.eval.curves import AT
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, NAMES, Device, Dtype, Fact, digest, hide, load_to_measure, question
-from hip_hf.eval.losses import Steps, check_logits, losses_of
+from hip_hf.eval.measure.costs import prompt_cost
+from hip_hf.eval.measure.curves import AT
+from hip_hf.eval.measure.documents import (
+    CHECKPOINT,
+    DOCUMENT,
+    NAMES,
+    Device,
+    Dtype,
+    Fact,
+    digest,
+    hide,
+    load_to_measure,
+    question,
+)
+from hip_hf.eval.measure.losses import Steps, check_logits, losses_of
 from hip_hf.eval.passkey import draw_facts, path_of, use, wilson
-from hip_hf.eval.presets import HELP, over_budgets, sizes
-from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.reporting import plots, report
+from hip_hf.eval.reporting.presets import HELP, over_budgets, sizes
+from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.integration.explain import explain
 
 NOVEL, CODE = "novel", "code"

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 import typer
 
-from hip_hf.eval import documents, generate, losses, needles, real_model, report
+from hip_hf.eval import generate, needles
+from hip_hf.eval.measure import documents, losses, real_model
 from hip_hf.eval.needles import Answer, Prompt
 from hip_hf.eval.passkey import digits_right
+from hip_hf.eval.reporting import report
 from hip_hf.integration.explain import Report
 from hip_hf.integration.reach import attention_layers
 

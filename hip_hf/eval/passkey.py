@@ -17,9 +17,7 @@ import torch
 import typer
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval import plots, report
-from hip_hf.eval.cells import Cells
-from hip_hf.eval.documents import (
+from hip_hf.eval.measure.documents import (
     CHECKPOINT,
     DIGITS,
     DOCUMENT,
@@ -32,8 +30,10 @@ from hip_hf.eval.documents import (
     load_to_measure,
     make_prompt,
 )
-from hip_hf.eval.presets import HELP, settings_of, sizes
-from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.reporting import plots, report
+from hip_hf.eval.reporting.presets import HELP, settings_of, sizes
+from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.integration.explain import Row, explain
 from hip_hf.integration.settings import configure
 

@@ -18,15 +18,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from hip_hf.cache.hip_cache import HiPCache
 from hip_hf.config import HiPConfig
-from hip_hf.eval import plots, report
-from hip_hf.eval.cells import Cells
-from hip_hf.eval.documents import CHECKPOINT, DOCUMENT, Device, Dtype, check_length, digest, load_to_measure
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, Device, Dtype, check_length, digest, load_to_measure
 from hip_hf.eval.passkey import path_of, use
-from hip_hf.eval.presets import HELP, settings_of, sizes
-from hip_hf.eval.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.reporting import plots, report
+from hip_hf.eval.reporting.presets import HELP, settings_of, sizes
+from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.integration.explain import explain
+from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.versions import CACHE
 
 # Tokens whose losses are kept as one sum: positions are counted, and intervals computed, in blocks of so many.

@@ -10,10 +10,10 @@ from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval import documents
 from hip_hf.eval.generate import parse_fields
+from hip_hf.eval.measure import documents
 from hip_hf.integration import serve as integration
-from hip_hf.integration.interface import NAMES
+from hip_hf.integration.attention_function import NAMES
 from hip_hf.integration.settings import configure
 
 MISSING = "hip-hf serve: the server is not installed (pip install 'hip-hf[serve]')"

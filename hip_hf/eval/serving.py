@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from hip_hf.eval.plots import pyplot, short
+from hip_hf.eval.reporting.plots import pyplot, short
 
 PANELS = {"first_token_s": "seconds to the first token", "tokens_per_s": "new tokens a second, of all clients"}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from hip_hf.integration.interface import NAMES, Call
+from hip_hf.integration.attention_function import NAMES, Call
 from hip_hf.integration.reach import attention_layers, check_reach
 from hip_hf.integration.settings import attends_by_us, layer_index, text_config
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from hip_hf.attention import dense_reason
-from hip_hf.backend_choice import kernels_wanted, no_kernels
-from hip_hf.integration.cache import NUMBER, STATE
+from hip_hf.backends.choice import kernels_wanted, no_kernels
+from hip_hf.integration.cache_layers import NUMBER, STATE
 from hip_hf.integration.masks import LAST
 from hip_hf.integration.settings import layer_index, layer_settings
 from hip_hf.problem import AttentionProblem, Span
@@ -23,7 +23,7 @@ from hip_hf.problem import AttentionProblem, Span
 
 def table_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The sequences of a mask of ours, int32 `[B, 1, 1, Tk]`, in a call of one query row each: a table as in
-    `kernels/sequences.py`, and `[B]` whether padding makes a hole, which no table can say. Tensor operations only."""
+    `triton/common/sequences.py`, and `[B]` whether padding makes a hole, which no table can say. Tensor operations only."""
     places = mask[:, 0, 0]
     real = places <= LAST  # what is beyond the query is in nobody's sight; padding is as well
     slots = torch.arange(places.shape[1], dtype=torch.int32, device=mask.device)
@@ -89,7 +89,7 @@ def step(
     text, dense = _way(module, method, raw, heads, dims, key.shape[2], query.dtype, query.device, rest)
     if not text:
         return None
-    from hip_hf.kernels import ops  # which imports Triton
+    from hip_hf.backends.triton import ops  # which imports Triton
 
     if dense:
         table, holes = table_of(mask[..., : key.shape[2]])

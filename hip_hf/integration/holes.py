@@ -11,12 +11,12 @@ from dataclasses import replace
 import torch
 
 from hip_hf.attention import Result, attend, sparse_reach
+from hip_hf.backends.torch import dense
+from hip_hf.backends.torch.block_sparse import merge
+from hip_hf.cache.pages import rows_of
 from hip_hf.config import HiPConfig
 from hip_hf.integration.masks import LAST
-from hip_hf.paged import rows_of
 from hip_hf.problem import AttentionProblem, Span
-from hip_hf.reference import dense
-from hip_hf.reference.block_sparse import merge
 from hip_hf.state import DecodeState
 
 

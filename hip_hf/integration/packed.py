@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hip_hf.paged import BlockTable
+from hip_hf.cache.pages import BlockTable
 from hip_hf.state import DecodeState
 
 FORWARD = "_hip_forward"  # attribute of a paged cache: the forward that it serves, or served last

@@ -125,7 +125,7 @@ def check_heads(model: PreTrainedModel, name: str | None) -> None:
 
 def install() -> None:
     """Let models be looked at before their layers are made, and as their attention is set. (The look at the layers that were
-    made is in `patches/registry.py`.) Harmless when called again."""
+    made is in `integration/patches/registry.py`.) Harmless when called again."""
     adjust, change = PreTrainedModel._check_and_adjust_attn_implementation, PreTrainedModel.set_attn_implementation
     if adjust.__name__ == "hip_adjust":
         return

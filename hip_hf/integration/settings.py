@@ -64,7 +64,7 @@ def _check_settings(config: Any, raw: Mapping[str, Any]) -> None:
         _valid = copy.deepcopy(dict(raw))
     of_model = raw.get("extend") is not None or raw.get("layers") or isinstance(raw.get("dense_layers"), (list, tuple))
     if of_model and (_fitting is None or _fitting[0]() is not config or _fitting[1] != raw):
-        from hip_hf.integration.positions import check_extension
+        from hip_hf.integration.extension import check_extension
 
         settings = read_settings(config)
         check_layers(settings, config)
@@ -98,8 +98,8 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
         ValueError: unknown or out-of-range fields, layers that the model does not have, or `extend` for a model that cannot.
             Nothing has changed then.
     """
-    from hip_hf.integration.positions import check_extension
-    from hip_hf.patches.registry import layers_to_extend, patch_layers
+    from hip_hf.integration.extension import check_extension
+    from hip_hf.integration.patches.registry import layers_to_extend, patch_layers
 
     target = text_config(model)
     if config is not None and not isinstance(config, HiPConfig):
@@ -117,7 +117,7 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
 
 def is_ours(name: Any) -> bool:
     """Whether it is the name of one of our registered functions."""
-    from hip_hf.integration.interface import NAMES  # which imports the caches
+    from hip_hf.integration.attention_function import NAMES  # which imports the caches
 
     return isinstance(name, str) and name in NAMES
 

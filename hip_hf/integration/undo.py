@@ -25,7 +25,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from hip_hf.integration.cache import HiPStaticLayer
+from hip_hf.integration.cache_layers import HiPStaticLayer
 from hip_hf.integration.settings import layer_index
 
 # Placeholders of layers that reuse the keys of others, in the versions of Transformers that have them.
@@ -122,7 +122,7 @@ def take_back(
 def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.Tensor] | None) -> Callable[[], None] | None:
     """What brings a layer back to its first `kept` tokens, or None if nothing can. `tensors`: all that attention was given,
     where it is known."""
-    from hip_hf.cache.hip_cache import PagedLayer
+    from hip_hf.integration.hip_cache import PagedLayer
 
     def dynamic(keys: Any, values: Any) -> None:
         layer.keys, layer.values = (keys[:, :, :-rows], values[:, :, :-rows]) if kept else (None, None)

@@ -95,12 +95,12 @@ def attention_for(config: Any) -> Any:
     """The class that computes a sparse call: the method's own, or block-sparse attention over what its `Selector` selects;
     Delta correction around either."""
     if config.delta is not None:
-        from hip_hf.methods.delta import DeltaAttention
+        from hip_hf.backends.torch.delta import DeltaAttention
 
         return DeltaAttention
     if hasattr(module := _module(config.method), "attention"):
         return module.attention()
-    from hip_hf.reference.sparse import SparseAttention
+    from hip_hf.backends.torch.sparse import SparseAttention
 
     return SparseAttention
 
@@ -115,6 +115,6 @@ def shortfall(problem: Any, config: Any) -> str:
     """What a call of the sparse path does otherwise than its settings say, and why; an empty string if nothing."""
     if config.delta is None:
         return ""
-    from hip_hf.methods.delta import mode_of
+    from hip_hf.backends.torch.delta import mode_of
 
     return mode_of(config, problem.sliding_window)[1]

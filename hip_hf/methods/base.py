@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from hip_hf.cache.pages import KeyRows
     from hip_hf.config import HiPConfig
-    from hip_hf.paged import KeyRows
     from hip_hf.problem import Span
     from hip_hf.rope import Positions
 

@@ -10,7 +10,7 @@ import torch
 
 from hip_hf.methods.base import QueryBlock, squash
 from hip_hf.methods.ranking import best
-from hip_hf.reference.workers import run
+from hip_hf.workers import run
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig

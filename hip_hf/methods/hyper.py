@@ -57,7 +57,7 @@ class Options:
 
 def attention() -> Any:
     """The class that computes a call."""
-    from hip_hf.reference.hyper import HyperAttention
+    from hip_hf.backends.torch.hyper import HyperAttention
 
     return HyperAttention
 

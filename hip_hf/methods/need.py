@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hip_hf.cache.pages import KeyRows, pick
 from hip_hf.methods.base import squash
-from hip_hf.paged import KeyRows, pick
-from hip_hf.reference.workers import scratch
+from hip_hf.workers import scratch
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from hip_hf.paged import KeyRows
+from hip_hf.cache.pages import KeyRows
 from hip_hf.rope import turn
 
 # Summaries are computed for this many blocks at a time, so that temporaries stay in cache.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.methods.base import QueryBlock, squash
-from hip_hf.reference.workers import widened
+from hip_hf.workers import widened
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig

@@ -23,9 +23,9 @@ import torch
 
 from hip_hf.methods.base import QueryBlock
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best
-from hip_hf.reference.workers import compute_dtype, scratch
 from hip_hf.rope import farthest_chunk, turn
 from hip_hf.shown import shown
+from hip_hf.workers import compute_dtype, scratch
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig

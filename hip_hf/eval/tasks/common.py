@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hip_hf.eval.documents import DOCUMENT, NAMES
-from hip_hf.integration.lm_eval import UsageError
+from hip_hf.eval.measure.documents import DOCUMENT, NAMES
+from hip_hf.integration.lm_eval.registration import UsageError
 
 SYNTHETIC = "synthetic"
 # or a clause of one: the finer the units, the closer prompts come to their length

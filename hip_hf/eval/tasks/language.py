@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hip_hf.eval.tasks.common import SYNTHETIC, read_plan
-from hip_hf.integration.lm_eval import UsageError
+from hip_hf.integration.lm_eval.registration import UsageError
 
 TARGET_WORDS = 128
 

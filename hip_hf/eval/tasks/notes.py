@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from hip_hf.eval.documents import DIGITS, NAMES, note, question
+from hip_hf.eval.measure.documents import DIGITS, NAMES, note, question
 from hip_hf.eval.tasks.common import Prompt, build, draw_sentences, insert, read_plan, scatter
 
 ANSWER_TOKENS = 16

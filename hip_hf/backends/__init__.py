@@ -1,0 +1,1 @@
+"""What computes attention: the torch backend and the Triton kernels."""

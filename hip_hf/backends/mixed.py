@@ -1,0 +1,110 @@
+"""Batches whose sequences differ: each is computed as it would be alone, so that no result depends on what else is in the batch.
+
+Whether a call goes dense depends on the length of a context, and whether it is a decode step on the number of query rows. Padded
+batches hold sequences of many lengths: those that go the same way are one *part*, and each part is an attention problem of its
+own. Nearly all calls are one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.backends.torch.keys_read import keys_seen
+from hip_hf.backends.torch.sparse import DECODE_ROWS
+from hip_hf.methods.base import BlockMask
+from hip_hf.problem import AttentionProblem, Span
+
+if TYPE_CHECKING:
+    from hip_hf.attention import Result
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences of a batch that go the same way. `problem` has all batch rows, of the query rows those from `first` on; `reason`:
+    why they are dense, of the longest of them, or an empty string; `unsupported`: whether for want of support."""
+
+    problem: AttentionProblem
+    first: int
+    reason: str
+    unsupported: bool
+
+    @property
+    def visible(self) -> int:
+        """Pairs of a query row and a key in its sight."""
+        window = self.problem.sliding_window
+        return sum(keys_seen(span.position, span.end - 1, window) for span in self.problem.spans)
+
+
+def parts_of(problem: AttentionProblem, reason_of: Callable[[AttentionProblem], tuple[str, bool]]) -> list[Part]:
+    """The parts of a call, the sparse ones first: these may start a state afresh, and the dense ones only move it on.
+
+    `reason_of`: why a problem must be dense, or an empty string; and whether for want of support.
+    """
+    most = problem.q.shape[2]
+    if len(problem.spans) == 1 and (most <= DECODE_ROWS or problem.spans[0].rows > DECODE_ROWS):
+        return [Part(problem, 0, *reason_of(problem))]
+    known: dict[tuple[int, int, tuple[int, int]], tuple[str, bool]] = {}
+    found: dict[tuple[int, int] | None, list[tuple[Span, tuple[str, bool]]]] = {}
+    for span in problem.spans:
+        # a step of a few rows, in a call that has more of them for other sequences
+        few = span.rows <= DECODE_ROWS < most
+        rows = (span.row_start, span.row_end) if few else (0, most)
+        like = span.end, span.rows, rows
+        if like not in known:
+            known[like] = reason_of(_cut(problem, (span,), *rows))
+        why = known[like]
+        found.setdefault(None if why[0] else rows, []).append((span, why))
+    parts = []
+    for of, members in sorted(found.items(), key=lambda item: item[0] is None):
+        first, end = of or (0, most)
+        spans = tuple(span for span, _ in members)
+        _, why = max(members, key=lambda member: member[0].end)
+        parts.append(Part(_cut(problem, spans, first, end), first, *why))
+    return parts
+
+
+def _cut(problem: AttentionProblem, spans: tuple[Span, ...], first: int, end: int) -> AttentionProblem:
+    """The problem of some spans, of its query rows only those from `first` to `end - 1`."""
+    if (first, end) == (0, problem.q.shape[2]):
+        return replace(problem, spans=spans)
+    moved = tuple(replace(span, row_start=span.row_start - first, row_end=span.row_end - first) for span in spans)
+    return replace(problem, q=problem.q[:, :, first:end], spans=moved)
+
+
+def merged(
+    problem: AttentionProblem, parts: Sequence[Part], results: Sequence[Result]
+) -> tuple[torch.Tensor, torch.Tensor | None, BlockMask | None, float]:
+    """Output, log-sum-exp, mask and share of keys read of the whole call. Sequences of other parts are zero in each output."""
+    rows = [slice(part.first, part.first + part.problem.q.shape[2]) for part in parts]
+    first = results[0]
+    out = first.out.new_zeros(*problem.q.shape[:3], first.out.shape[3])
+    lse = None if first.lse is None else first.lse.new_full(problem.q.shape[:3], -torch.inf)
+    for at, result in zip(rows, results, strict=True):
+        out[:, :, at] += result.out
+        if lse is not None and result.lse is not None:
+            lse[:, :, at] = torch.maximum(lse[:, :, at].clone(), result.lse)
+    visible = [part.visible for part in parts]
+    share = sum(count * result.share for count, result in zip(visible, results, strict=True)) / sum(visible)
+    masks = [(part, result.mask) for part, result in zip(parts, results, strict=True) if result.mask is not None]
+    return out, lse, _merged_masks(masks), share
+
+
+def _merged_masks(masks: list[tuple[Part, BlockMask]]) -> BlockMask | None:
+    """One mask with every batch row as its own part has it; dense ones have no query blocks."""
+    if not masks:
+        return None
+    most = max((mask for _, mask in masks), key=lambda mask: mask.first.shape[1])
+    whole = replace(
+        most, indices=torch.zeros_like(most.indices), counts=torch.zeros_like(most.counts), first=torch.full_like(most.first, -1)
+    )
+    for part, mask in masks:
+        count = mask.first.shape[1]
+        for batch in {span.batch for span in part.problem.spans}:
+            whole.indices[batch, :, :count] = mask.indices[batch]
+            whole.counts[batch, :, :count] = mask.counts[batch]
+            whole.first[batch, :count] = mask.first[batch]
+    return whole

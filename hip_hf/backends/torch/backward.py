@@ -1,0 +1,164 @@
+"""Gradients of block-sparse attention, torch backend. Memory stays O(T): weights are recomputed, query block by query block.
+
+Gradients flow through the keys and values that were read. The selection itself is a choice, not a function of the
+tensors: nothing flows through it, as in HiP (arXiv 2406.09827, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE
+from hip_hf.methods.base import QueryBlock
+from hip_hf.problem import AttentionProblem, Span
+from hip_hf.workers import run
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a few query blocks of a span read, for the key heads `heads`: sink, window and the key blocks `ids`
+    `[heads, S, len(blocks), n]` of `block_k` keys, or (None) all from `QueryBlock.start` on. Rows from `rows` on do not count."""
+
+    span: Span
+    heads: slice
+    blocks: list[QueryBlock]
+    ids: torch.Tensor | None
+    block_k: int
+    rows: int
+
+    def positions(self, head: int, share: int, i: int) -> torch.Tensor:
+        """Of the keys that the query heads `share` of key head `head` read in query block `i`; relative to the span."""
+        block = self.blocks[i]
+        if self.ids is None:
+            return torch.arange(block.start, block.last + 1, device="cpu")
+        chosen = self.ids[head - self.heads.start, share, i].cpu()
+        picked = (chosen[:, None] * self.block_k + torch.arange(self.block_k, device="cpu")).flatten()
+        always = ((block.start, block.sink), (block.window, block.last + 1))
+        sink, window = (torch.arange(first, end, device="cpu") for first, end in always)
+        return torch.cat([sink, picked, window])
+
+
+def learning(problem: AttentionProblem) -> bool:
+    """Whether autograd wants to know about the call."""
+    tensors = (problem.q, problem.k, problem.v, problem.sinks)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def traced(
+    problem: AttentionProblem,
+    compute: Callable[[], None],
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    pieces: list[Piece] | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run `compute`, which fills out `[B, Hq, Tq, Dv]`, lse `[B, Hq, Tq]` and `pieces`; give out and lse as autograd is to
+    know them. `pieces` None: nobody asks for gradients."""
+    if pieces is None:
+        compute()
+        return out, lse
+    return _Attention.apply(problem.q, problem.k, problem.v, problem.sinks, problem, compute, out, lse, pieces)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, problem, compute, out, lse, pieces):  # type: ignore[no-untyped-def]
+        compute()
+        # as the workers finished: sums must not depend on that
+        pieces.sort(key=lambda piece: (piece.span.batch, piece.span.row_start, piece.heads.start, piece.blocks[0].row))
+        out, lse = out.view_as(out), lse.view_as(lse)  # of their own: autograd must not take them for inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.pieces, ctx.spans = pieces, problem.spans
+        ctx.logits = (problem.scale, problem.sliding_window, problem.softcap)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        problem = AttentionProblem(q, k, v, ctx.spans, *ctx.logits, sinks)
+        grads = Gradients(problem, out, lse, grad_out, grad_lse)
+        run(lambda head: grads.add(ctx.pieces, head), range(k.shape[1]), q.device)
+        need = ctx.needs_input_grad
+        found = [x.to(q.dtype) if need[i] else None for i, x in enumerate((grads.q, grads.k, grads.v))]
+        return *found, grads.sinks().to(sinks.dtype) if need[3] else None, *[None] * 5
+
+
+class Gradients:
+    """Gradients of q, k, v `[B, heads, tokens, dim]` as they are summed up, in fp32 or float64."""
+
+    def __init__(
+        self,
+        problem: AttentionProblem,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad_out: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+    ) -> None:
+        self.problem, self.lse, self.grad_out = problem, lse, grad_out
+        # the softmax's gradient subtracts from each weight's gradient their mean under the weights
+        self.mean = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        if grad_lse is not None:
+            self.mean = self.mean - grad_lse
+        self.q, self.k, self.v = (torch.zeros_like(x, dtype=lse.dtype) for x in (problem.q, problem.k, problem.v))
+
+    def sinks(self) -> torch.Tensor:
+        """Gradient of the sink logits `[Hq]`: each has a weight, and a value of zero."""
+        assert self.problem.sinks is not None
+        total = torch.zeros_like(self.problem.sinks, dtype=self.lse.dtype)
+        for span in self.problem.spans:
+            rows = slice(span.row_start, span.row_end)
+            weights = torch.exp(self.problem.sinks.to(total.dtype)[:, None] - self.lse[span.batch, :, rows])
+            total -= (weights * self.mean[span.batch, :, rows]).sum(-1)
+        return total
+
+    def add(self, pieces: list[Piece], head: int) -> None:
+        """Everything of one key head."""
+        groups = self.problem.groups
+        for piece in pieces:
+            if not piece.heads.start <= head < piece.heads.stop:
+                continue
+            shares = 1 if piece.ids is None else piece.ids.shape[1]
+            for share in range(shares):
+                first = head * groups + share
+                heads = slice(first, first + groups // shares)
+                for i, block in enumerate(piece.blocks):
+                    self._add(piece, block, head, heads, piece.positions(head, share, i))
+
+    def _add(self, piece: Piece, block: QueryBlock, head: int, heads: slice, positions: torch.Tensor) -> None:
+        """One query block: `heads` are its query heads, `positions` the keys they read, each once."""
+        problem, span = self.problem, piece.span
+        count = min(block.rows, piece.rows - block.row)
+        if count <= 0:
+            return
+        positions = positions.to(self.q.device)
+        row = torch.arange(block.first, block.first + count, device=self.q.device)[:, None]
+        rows = slice(span.row_start + block.row, span.row_start + block.row + count)
+        at, dtype = (span.batch, heads, rows), self.lse.dtype
+        q, grad_out = problem.q[at].to(dtype), self.grad_out[at].to(dtype)  # [G, rows, D]
+        lse, mean = self.lse[at][..., None], self.mean[at][..., None]
+        for part in positions.split(max(1, LOGITS_AT_ONCE // (q.shape[0] * count))):
+            index = span.key_start + part
+            k, v = (x[span.batch, head].index_select(0, index).to(dtype) for x in (problem.k, problem.v))
+            logits, slope = q @ k.T * problem.scale, None
+            if problem.softcap is not None:
+                logits = torch.tanh(logits / problem.softcap)
+                slope = 1 - logits.square()
+                logits = logits * problem.softcap
+            hidden = part > row
+            if problem.sliding_window is not None:
+                hidden |= part <= row - problem.sliding_window
+            weights = torch.exp(logits.masked_fill(hidden, -torch.inf) - lse)
+            grad = weights * (grad_out @ v.T - mean)
+            if slope is not None:
+                grad = grad * slope
+            grad = grad * problem.scale
+            self.q[at] += grad @ k
+            # each key once in a call, so the order of the sums is that of the calls
+            self.k[span.batch, head].index_add_(0, index, torch.einsum("grn,grd->nd", grad, q))
+            self.v[span.batch, head].index_add_(0, index, torch.einsum("grn,grd->nd", weights, grad_out))

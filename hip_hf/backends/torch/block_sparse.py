@@ -1,0 +1,383 @@
+"""Block-sparse attention, torch backend: exact attention of each query block over the keys it reads.
+
+One routine serves sparse prefill, decode and everything dense that PyTorch's own attention cannot do (log-sum-exp,
+softcap, sinks, sliding windows, a few rows against a long cache): a dense block merely reads one contiguous range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from hip_hf.cache.pages import KeyRows, PagedKeys, block_index, lanes_of
+from hip_hf.methods.base import QueryBlock, squash
+from hip_hf.rope import Positions
+from hip_hf.workers import compute_dtype, scratch, widened
+
+# A block of rows meets a long contiguous range in tiles whose logits are at most this many elements, to stay in cache.
+LOGITS_AT_ONCE = 1 << 20
+# Bytes of logits for sink and window that wait for a selection at most, in each worker: a part of what stays in cache.
+NEAR_AT_ONCE = 1 << 22
+# Keys of a contiguous range that lie in several pieces are read where they lie if a piece has so many keys on average; shorter
+# ones are brought together, so many keys at a time.
+KEYS_OF_A_PIECE, KEYS_AT_ONCE = 512, 4096
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """One span's tensors: q `[Hkv, G, rows, D]`, k `[Hkv, T, D]`, v `[Hkv, T, Dv]`, out `[Hkv, G, rows, Dv]`,
+    lse `[Hkv, G, rows]` or None, sinks `[Hkv, G]` or None. Rows of k and v are contiguous, or in pages."""
+
+    q: torch.Tensor
+    k: KeyRows
+    v: KeyRows
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    positions: Positions | None = None  # q and k are not rotated: here is where they go
+
+
+def alike(block: QueryBlock) -> tuple[int, int, int, int]:
+    """What query blocks have in common that `partial` serves together."""
+    return block.start, block.sink, block.rows, block.first - block.window
+
+
+def store_rows(
+    t: Tensors, heads: slice, group: slice, blocks: list[QueryBlock], out: torch.Tensor, lse: torch.Tensor | None
+) -> None:
+    """Write out `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` of query blocks that follow one another."""
+    store(t, (heads, group, slice(blocks[0].row, blocks[-1].row + blocks[-1].rows)), out, lse)
+
+
+def always_read(block: QueryBlock) -> tuple[int, int]:
+    """Keys of the sink, and of the window up to the block's own last one, which a query block reads in any case."""
+    return block.sink - block.start, block.last + 1 - block.window
+
+
+class Logits:
+    """Logits of query blocks that are `alike`, one query block after another, over a part of what they read: the key blocks
+    `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and window.
+
+    `reserved`: keys, selected later, that stand between sink and window where positions are given by the order of what is read.
+    Each step is a handful of operations on buffers and views made once: the workers share the interpreter, and would wait for
+    each other at every operation more.
+    """
+
+    def __init__(
+        self,
+        t: Tensors,
+        heads: slice,
+        group: slice,
+        blocks: list[QueryBlock],
+        ids: torch.Tensor | None,
+        block_k: int,
+        near: bool = True,
+        reserved: int = 0,
+    ) -> None:
+        first, count = blocks[0], len(blocks)
+        n, k = first.rows, t.k[heads]
+        q = t.q[heads, group, first.row : first.row + count * n]
+        self.t, self.blocks, self.near = t, blocks, near
+        self.lanes, self.groups, _, dim = q.shape
+        self.rows, self.count = self.groups * n, count
+        if ids is None:
+            ids = torch.empty(self.lanes, count, 0, dtype=torch.long, device=q.device)
+        (sink, window), picked = always_read(first), ids.shape[2] * block_k
+        self.total = sink + picked + reserved + window
+        self.places = [(0, sink + picked), (self.total - window, self.total)] if near else [(sink, sink + picked)]
+        if not near:
+            sink = window = 0
+        self.picked, self.keys = picked, sink + picked + window
+
+        self.like = q.new_empty(0, dtype=compute_dtype(q))
+        self.queries = scratch.take("q", (count, self.lanes, self.groups, n, dim), self.like)
+        self.queries.copy_(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4)).mul_(t.scale)  # widened before it is scaled
+        if t.positions is not None:
+            self.queries = t.positions.streaming(self.queries, self.total)
+        self.chosen = [row.unbind(0) for row in block_index(k, ids, block_k).unbind(1)]
+        self.part = Parts("k", k, blocks, sink, picked, window, block_k)
+        self.k = scratch.take("k", tuple(self.part.all.shape), self.like)
+        self.unseen = future(n, q.device)
+        self.at = None
+        if t.sliding_window is not None:
+            self.at = [_positions(block, ids[:, i], block_k, near) for i, block in enumerate(blocks)]
+
+    def fill(self, i: int, logits: torch.Tensor) -> None:
+        """Logits `[heads, G * rows, keys]` of the `i`-th query block: capped, what a row may not see masked."""
+        t, block, n = self.t, self.blocks[i], self.blocks[0].rows
+        self.part.fill(i, self.chosen[i])
+        if self.part.all.dtype != self.k.dtype:
+            self.k.copy_(self.part.all)
+        if t.positions is None:
+            torch.bmm(self.queries[i].flatten(1, 2), self.k.transpose(1, 2), out=logits)
+        else:
+            t.positions.streaming_logits(self.queries[i], self.k, self.places, self.total, out=logits)
+        squash(logits, t.softcap)
+        if n == 1 and self.at is None:
+            return
+        by_row = logits.unflatten(1, (self.groups, n))
+        if n > 1 and self.near:
+            by_row[..., self.keys - n :].masked_fill_(self.unseen, -torch.inf)
+        if self.at is not None:
+            assert t.sliding_window is not None
+            _mask_sliding(by_row, self.at[i], block.first, t.sliding_window)
+
+    def by_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`[len(blocks), heads, G * rows, ...]` -> `[heads, G, len(blocks) * rows, ...]`."""
+        return x.unflatten(2, (self.groups, -1)).transpose(0, 1).transpose(1, 2).flatten(2, 3)
+
+    @property
+    def lse_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.like.dtype, torch.float32)
+
+
+def in_parts(t: Tensors, blocks: list[QueryBlock]) -> list[slice]:
+    """Parts of query blocks that are `alike` whose `near_logits` may wait together."""
+    logits = t.q.shape[1] * blocks[0].rows * sum(always_read(blocks[0]))
+    size = max(1, NEAR_AT_ONCE // (logits * compute_dtype(t.q).itemsize))
+    return [slice(at, at + size) for at in range(0, len(blocks), size)]
+
+
+def near_logits(
+    t: Tensors, heads: slice, blocks: list[QueryBlock], block_k: int, reserved: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `[len(blocks), heads, G * rows, sink + window]` of query blocks that are `alike` for what they always read, and the
+    log-sum-exp `[heads, G, len(blocks) * rows]` of each row, in fp32 at least. `reserved`: see `Logits`."""
+    of = Logits(t, heads, slice(None), blocks, None, block_k, reserved=reserved)
+    logits = scratch.take("near", (of.count, of.lanes, of.rows, of.keys), of.like)
+    lse = torch.empty(of.count, of.lanes, of.rows, dtype=of.lse_dtype, device=of.like.device)
+    wide = scratch.take("wide", tuple(logits.shape[1:]), lse)
+    for i in range(of.count):
+        of.fill(i, logits[i])
+        highest, total = exponentiate(wide.copy_(logits[i]))
+        torch.add(highest[..., 0], total[..., 0].log_(), out=lse[i])
+    return logits, of.by_rows(lse)
+
+
+def partial(
+    t: Tensors,
+    heads: slice,
+    group: slice,
+    blocks: list[QueryBlock],
+    ids: torch.Tensor | None,
+    block_k: int,
+    need_lse: bool,
+    near: bool = True,
+    known: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of query blocks that are `alike` over a part of what they read: the key blocks `ids` `[heads, len(blocks), n]`
+    (None: none), and, if `near`, sink and window. Output `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` (without
+    attention sinks), in the dtype that is multiplied in and fp32 at least. `known`: the logits of sink and window, as
+    `near_logits` gives them, of these heads."""
+    of = Logits(t, heads, group, blocks, ids, block_k, near=near and known is None)
+    v, (sink, window) = t.v[heads], always_read(blocks[0]) if near else (0, 0)
+    values = Parts("v", v, blocks, sink, of.picked, window, block_k)
+    v_all = scratch.take("v", tuple(values.all.shape), of.like)
+    outputs = scratch.take("out", (of.count, of.lanes, of.rows, v.shape[-1]), of.like)
+    logits = scratch.take("logits", (of.lanes, of.rows, sink + of.picked + window), of.like)
+    selected = logits if known is None else logits[..., sink : sink + of.picked]
+    lse = torch.empty(of.count, of.lanes, of.rows, dtype=of.lse_dtype, device=of.like.device) if need_lse else None
+    for i in range(of.count):
+        values.fill(i, of.chosen[i])
+        if values.all.dtype != v_all.dtype:
+            v_all.copy_(values.all)
+        if of.keys:
+            of.fill(i, selected)
+        if known is not None:
+            logits[..., :sink] = known[i][..., :sink]
+            logits[..., sink + of.picked :] = known[i][..., sink:]
+        weigh_values(logits, v_all, outputs[i], None if lse is None else lse[i])
+    return of.by_rows(outputs), None if lse is None else of.by_rows(lse)
+
+
+def attend(
+    t: Tensors,
+    heads: slice,
+    group: slice,
+    blocks: list[QueryBlock],
+    ids: torch.Tensor,
+    block_k: int,
+    known: torch.Tensor | None = None,
+) -> None:
+    """Sparse attention of query blocks, for the key heads `heads` and the query heads `group` of each.
+
+    `ids` `[heads, len(blocks), n]`: the sorted key blocks that each query block reads between sink and window. `known`: the
+    logits of sink and window, of query blocks that are `alike`.
+    """
+    at = 0
+    for _, same in groupby(blocks, key=alike):
+        run = list(same)
+        need_lse = t.lse is not None or t.sinks is not None
+        some = ids[:, at : at + len(run)]
+        known_some = None if known is None else known[at : at + len(run)]
+        store_rows(t, heads, group, run, *partial(t, heads, group, run, some, block_k, need_lse, known=known_some))
+        at += len(run)
+
+
+def weigh_values(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+    """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`, into `out` `[N, rows, Dv]`; their
+    log-sum-exp (fp32 at least) into `lse` `[N, rows]` if it is wanted. Then a row whose logits have all overflowed to -inf
+    weighs nothing beside what else it reads, and is no NaN."""
+    if lse is None:
+        torch.bmm(torch.softmax(logits, dim=-1, out=logits), v, out=out)
+        return
+    wide = widened(logits)
+    highest, total = exponentiate(wide)
+    if wide is logits:
+        torch.bmm(logits, v, out=out)
+        out.div_(total)  # fewer numbers than the weights are
+    else:
+        torch.bmm(logits.copy_(wide.div_(total)), v, out=out)
+    torch.add(highest[..., 0], total[..., 0].log_(), out=lse)
+
+
+def exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exponentials of logits `[..., keys]`, in their place, over each row's highest; that and their sum, both `[..., 1]`."""
+    limits = torch.finfo(logits.dtype)
+    highest = logits.amax(-1, keepdim=True).clamp_(min=limits.min)
+    return highest, logits.sub_(highest).exp_().sum(-1, keepdim=True).clamp_(min=limits.tiny)
+
+
+class Parts:
+    """A buffer `[heads, sink + picked + window, D]` for the keys (or values) that one query block reads, and views of it."""
+
+    def __init__(
+        self, name: str, x: KeyRows, blocks: list[QueryBlock], sink: int, picked: int, window: int, block_k: int
+    ) -> None:
+        heads, _, dim = x.shape
+        first = blocks[0]
+        self.name = name
+        self.all = scratch.take(name, (heads, sink + picked + window, dim), x)
+        self.all[:, :sink] = x[:, first.start : first.start + sink]  # the same for every query block
+        self.lanes = lanes_of(x, block_k)
+        into = [lane[sink : sink + picked] for lane in self.all]
+        self.picked = [part.view(part.numel() // lane.width, lane.width) for part, lane in zip(into, self.lanes, strict=True)]
+        self.window = self.all[:, sink + picked :]
+        self.windows = None
+        if window:
+            windows = x[:, first.window : blocks[-1].last + 1].unfold(1, window, first.rows)
+            self.windows = windows.transpose(2, 3).unbind(1)
+
+    def fill(self, i: int, chosen: tuple[torch.Tensor, ...]) -> None:
+        """Bring what the `i`-th query block reads: of each head the rows of its `chosen` key blocks, and the window."""
+        for lane, index, into in zip(self.lanes, chosen, self.picked, strict=True):
+            if len(index):
+                lane.take(index, into)
+        if self.windows is not None:
+            self.window.copy_(self.windows[i])
+
+
+def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> None:
+    """Attention of one query block to every key from `block.start` on, read where it lies; tile by tile if they are many."""
+    q = t.q[heads, group, block.row : block.row + block.rows]
+    lanes, groups, n, dim = q.shape
+    like = q.new_empty(0, dtype=compute_dtype(q))
+    query = scratch.take("q", (lanes, groups, n, dim), like)
+    query.copy_(q).mul_(t.scale)
+    tile = max(n, LOGITS_AT_ONCE // (groups * n))
+    parts, end = [], block.last + 1
+    cuts = [] if t.positions is None else t.positions.cuts(block.first, block.last)
+    cuts = [*cuts, *(cut for cut in cuts_of(t.k, block.start, end) if cut <= end - n)]
+    while end > block.start:  # from the last key down, so that the rows' own keys are whole in one tile
+        first = max([block.start, end - tile, *(cut for cut in cuts if cut < end)])
+        parts.append(_attend_tile(t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start))
+        end = first
+    out, lse = parts[0]
+    for more, weight in parts[1:]:
+        lse = merge(out, lse, more, weight)
+    store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
+
+
+def cuts_of(k: KeyRows, start: int, end: int) -> list[int]:
+    """Where a read of the keys `start` to `end - 1` is cut: at the borders of its pieces in memory, which are read where they
+    lie, or, if these are short, so many keys at a time, which are brought together."""
+    borders = k.borders(start, end) if isinstance(k, PagedKeys) else []
+    if borders and (end - start) // (len(borders) + 1) < KEYS_OF_A_PIECE:
+        return list(range(start + KEYS_AT_ONCE, end, KEYS_AT_ONCE))
+    return borders
+
+
+def _attend_tile(
+    t: Tensors, heads: slice, query: torch.Tensor, block: QueryBlock, first: int, end: int, merge: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention to the keys `first` to `end - 1`, and the log-sum-exp if the caller or a `merge` with other tiles needs it."""
+    lanes, groups, n, _ = query.shape
+    k, v = (x[heads, first:end].to(query.dtype) for x in (t.k, t.v))
+    logits = scratch.take("logits", (lanes, groups * n, end - first), k)
+    if t.positions is None:
+        torch.bmm(query.flatten(1, 2), k.transpose(1, 2), out=logits)
+    else:
+        t.positions.dense_logits(query, k, block.first, block.last, first, out=logits)
+    squash(logits, t.softcap)
+    by_row = logits.view(lanes, groups, n, end - first)
+    if n > 1 and end == block.last + 1:
+        by_row[..., end - first - n :].masked_fill_(future(n, logits.device), -torch.inf)
+    if t.sliding_window is not None:
+        position = torch.arange(first, end, device=query.device)[None]
+        _mask_sliding(by_row, position, block.first, t.sliding_window)
+    lse, dtype = None, torch.promote_types(query.dtype, torch.float32)
+    if t.lse is not None or t.sinks is not None or merge:
+        lse = torch.empty(lanes, groups, n, dtype=dtype, device=query.device)
+    out = scratch.take("out", (lanes, groups * n, v.shape[-1]), k)
+    weigh_values(logits, v, out, None if lse is None else lse.view(lanes, groups * n))
+    out = out.view(lanes, groups, n, -1)
+    return (out.to(dtype, copy=True) if merge else out), lse
+
+
+def store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Write out and log-sum-exp; sinks are an extra logit, which scales the output by `sigmoid(lse - sink)`."""
+    if t.sinks is not None:
+        assert lse is not None
+        add_sinks(out, lse, t.sinks[into[0], into[1]])
+    t.out[into] = out
+    if t.lse is not None:
+        t.lse[into] = lse
+
+
+def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> torch.Tensor:
+    """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`. The merged log-sum-exp. Weights add up
+    to 1 also where logits are so large that a log-sum-exp cannot tell how many there are."""
+    out.lerp_(more, torch.sigmoid(more_lse - lse)[..., None])
+    return torch.logaddexp(lse, more_lse)
+
+
+def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
+    """Let the extra logits `sinks` `[Hkv, G]` take part in a softmax: changes out `[Hkv, G, n, Dv]` and lse `[Hkv, G, n]`."""
+    sink = sinks[..., None].to(lse.dtype)
+    out.mul_(torch.sigmoid(lse - sink)[..., None])
+    torch.logaddexp(lse, sink, out=lse)
+
+
+_triangles: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+
+def future(size: int, device: torch.device) -> torch.Tensor:
+    """`[size, size]`: where a row of a block may not see a later row's key. Whatever its logit is, also infinite or NaN: nothing
+    that is added to it would hide that."""
+    key = (size, device)
+    if key not in _triangles:
+        with torch.inference_mode(False):
+            _triangles[key] = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+    return _triangles[key]
+
+
+def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int, near: bool) -> torch.Tensor:
+    """Positions `[heads, keys]` of the keys that `Parts.fill` brings."""
+    selected = (ids[..., None] * block_k + torch.arange(block_k, device=ids.device)).flatten(1)
+    if not near:
+        return selected
+    sink = torch.arange(block.start, block.sink, device=ids.device).expand(len(ids), -1)
+    window = torch.arange(block.window, block.last + 1, device=ids.device).expand(len(ids), -1)
+    return torch.cat([sink, selected, window], dim=1)
+
+
+def _mask_sliding(logits: torch.Tensor, position: torch.Tensor, first: int, window: int) -> None:
+    """Hide from each row the keys that have left its window; logits `[heads, G, rows, keys]`, position `[heads or 1, keys]`."""
+    row = torch.arange(first, first + logits.shape[2], device=logits.device)[:, None]
+    # finite, so that a row that sees nothing of a tile gets a log-sum-exp that counts for nothing, and no NaN
+    logits.masked_fill_((position[:, None] <= row - window)[:, None], torch.finfo(logits.dtype).min)

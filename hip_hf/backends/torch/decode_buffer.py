@@ -1,0 +1,183 @@
+"""What the decode steps under one selection read, side by side: gathered at the first of them, one row longer at each other.
+
+A selection serves `decode_refresh` steps. Their sink and selected blocks are the same, and the window only grows by each step's
+own key; picking them out of the cache anew would cost a step more than its attention does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.backends.torch.backward import learning
+from hip_hf.backends.torch.block_sparse import Tensors, add_sinks, weigh_values
+from hip_hf.cache.pages import pick, rows_of
+from hip_hf.methods.base import QueryBlock, squash
+from hip_hf.rope import Positions
+from hip_hf.workers import compute_dtype, scratch
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+    from hip_hf.problem import AttentionProblem
+    from hip_hf.state import DecodeState, RowState, Selection
+
+# A buffer that is full grows by one in so many of its rows, and by so many at least.
+GROWTH = 8
+
+
+class Gathered:
+    """Buffers `[Hkv, room, D]` and `[Hkv, room, Dv]` in the dtype that is multiplied in; the first `count` rows are keys and
+    values of sink, selected blocks and window, in this order, values behind them are zero. Under context extension
+    keys are turned to their places in it."""
+
+    def __init__(self, room: int, t: Tensors) -> None:
+        heads, dtype, device = t.k.shape[0], compute_dtype(t.q), t.q.device
+        self.selection: Selection | None = None  # that it was filled for
+        self.position = self.count = 0  # one past the last position in it; rows in use
+        self.k = torch.empty(heads, 0, t.k.shape[-1], dtype=dtype, device=device)
+        self.v = torch.empty(heads, 0, t.v.shape[-1], dtype=dtype, device=device)
+        self.first = room
+        self._take_room(room)
+        self.until = 0  # position of the first step that is to select anew
+
+    def _take_room(self, room: int) -> None:
+        """Room for so many rows, those in use kept. What a selection reads grows with every step that it serves, and it may be
+        made to serve any number."""
+        with torch.inference_mode(False):  # they outlive the mode they were made in
+            self.k, self.v = (
+                torch.cat([x[:, : self.count], x.new_zeros(len(x), room - self.count, x.shape[2])], 1) for x in (self.k, self.v)
+            )
+
+    def holds(self, selection: Selection | None, position: int) -> bool:
+        """Whether the step at `position` under `selection` has only to add its own key."""
+        return self.selection is not None and self.selection is selection and self.position == position
+
+    def serves(self, selection: Selection | None, position: int) -> bool:
+        """Whether it holds the step at `position`, and nothing is to be selected for it."""
+        return position < self.until and self.holds(selection, position)
+
+    def fill(self, t: Tensors, selection: Selection, block: QueryBlock, size: int, until: int) -> None:
+        """Bring what the step `block` reads under `selection`, of key blocks of `size` keys, which holds `until` then."""
+        assert selection.ids is not None
+        self.selection = None  # until all is there
+        ids = selection.ids[:, 0, 0]
+        sink, picked = block.sink - block.start, ids.shape[1] * size
+        count = sink + picked + block.last + 1 - block.window
+        if not count <= self.k.shape[1] <= count + max(self.first, count // GROWTH):
+            self.count = 0  # what was gathered is not needed
+            self._take_room(max(count, self.first))
+        self.count = count
+        for name, x, into in (("k", t.k, self.k), ("v", t.v, self.v)):
+            into[:, :sink] = x[:, block.start : block.sink]
+            middle = into[:, sink : sink + picked]
+            if x.dtype == into.dtype:
+                pick(x, ids, size, middle)
+            else:
+                middle.copy_(pick(x, ids, size, scratch.take(name, tuple(middle.shape), into.new_empty(0, dtype=x.dtype))))
+            into[:, sink + picked : self.count] = x[:, block.window : block.last + 1]
+        self.v[:, self.count :] = 0  # else what they held before, were it infinite or NaN, would count though it weighs nothing
+        if t.positions is not None:
+            self.k[:, : self.count] = t.positions.rope.keys(self.k[:, : self.count], 0, t.positions.trained)
+        self.selection, self.position, self.until = selection, block.last + 1, until
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, positions: Positions | None) -> None:
+        """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position."""
+        if positions is not None:
+            key = positions.rope.keys(key.to(self.k.dtype), self.count, positions.trained)
+        if self.count == self.k.shape[1]:
+            self._take_room(self.count + max(self.count // GROWTH, GROWTH))
+        at = slice(self.count, self.count + 1)
+        self.k[:, at], self.v[:, at] = key, value
+        self.count += 1
+        self.position += 1
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        positions: Positions | None,
+        need_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of a query row `[Hkv, G, 1, D]`, which sits at the last position, with sinks `[Hkv, G]`: output
+        `[Hkv, G, 1, Dv]` in the dtype that is multiplied in, and log-sum-exp `[Hkv, G, 1]` if asked for or with sinks."""
+        query = q.to(self.k.dtype) * scale
+        if positions is not None:
+            query = positions.streaming(query, self.count)
+        # In bf16 all rows of the buffers, also those not in use: a part would be copied before it is multiplied, and each new
+        # length would have a kernel made for it.
+        rows = self.k.shape[1] if self.k.dtype == torch.bfloat16 else self.count
+        k, v = self.k[:, :rows], self.v[:, :rows]
+        logits = scratch.take("logits", (*q.shape[:2], rows), k)
+        torch.bmm(query[:, :, 0], k.transpose(1, 2), out=logits)
+        squash(logits, softcap)
+        if rows > self.count:
+            logits[..., self.count :] = -torch.inf
+        lse = None
+        if need_lse or sinks is not None:
+            lse = torch.empty(logits.shape[:2], dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+        out = torch.empty(*logits.shape[:2], v.shape[-1], dtype=logits.dtype, device=logits.device)
+        weigh_values(logits, v, out, lse)
+        out, lse = out[:, :, None], None if lse is None else lse[..., None]
+        if sinks is not None:
+            assert lse is not None
+            add_sinks(out, lse, sinks)
+        return out, lse
+
+
+def gathered_rows(problem: AttentionProblem, config: HiPConfig, state: DecodeState) -> list[RowState] | None:
+    """Of a decode step that selects nothing and whose own keys alone are not yet gathered, as most steps are: what is kept of
+    each span's row. None where there is more to do."""
+    if problem.q.shape[2] > 1 or not problem.spans or problem.sliding_window is not None or learning(problem):
+        return None
+    if not state.bound(config, problem.k):
+        return None
+    rows = []
+    for span in problem.spans:
+        row = state.rows.get(span.batch)
+        if row is None or row.gathered is None or (row.key_start, row.position) != (span.key_start, span.position):
+            return None
+        if not row.gathered.serves(row.selection, span.position):
+            return None
+        rows.append(row)
+    return rows
+
+
+def new_keys(problem: AttentionProblem) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The last key `[Hkv, 1, D]` and value `[Hkv, 1, Dv]` of every span."""
+    for span in problem.spans:
+        key, value = (rows_of(x, span.batch, span.key_end - 1, span.key_end)[:, :] for x in (problem.k, problem.v))
+        yield key, value
+
+
+def attend_next(
+    problem: AttentionProblem,
+    rows: list[RowState],
+    new: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> float:
+    """The step that `gathered_rows` found, whose own keys and values are `new` (as `new_keys` gives them), into out
+    `[B, Hq, 1, Dv]` and lse. The share of the visible keys that was read."""
+    heads = (problem.k.shape[1], problem.groups)
+    q, outs = problem.q.unflatten(1, heads), out.unflatten(1, heads)
+    sinks = None if problem.sinks is None else problem.sinks.unflatten(0, heads)
+    read = visible = 0
+    try:
+        for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
+            row.gathered.append(key, value, problem.positions)
+            outs[span.batch], total = row.gathered.attend(
+                q[span.batch], problem.scale, problem.softcap, sinks, problem.positions, lse is not None
+            )
+            if lse is not None:
+                lse[span.batch] = total.flatten(0, 1)
+            row.position = span.end
+            read, visible = read + row.gathered.count, visible + span.end
+    except BaseException:  # also an interrupt: who knows how far a row has come
+        for row in rows:
+            row.gathered = None
+        raise
+    return read / visible

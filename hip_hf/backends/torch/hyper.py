@@ -1,0 +1,200 @@
+"""HyperAttention, torch backend: exact leaves, then the squares level by level, merged by log-sum-exp.
+
+Own block and sample of a block of rows stand side by side in one buffer and meet in one softmax. Large temporaries are
+the workers' buffers; what grows with T are the results, the hashes and the orders of one level.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from hip_hf.backends.torch import dense
+from hip_hf.backends.torch.block_sparse import Tensors, add_sinks, merge
+from hip_hf.backends.torch.dense_rows import attend_exact, rows_at_once, weigh
+from hip_hf.backends.torch.keys_read import Reading, keys_seen
+from hip_hf.backends.torch.sparse import tensors_of
+from hip_hf.methods.base import squash
+from hip_hf.methods.hyper import Leaf, Square, Tiling, flops, hashes, projections, sampled_ranks, split, tile
+from hip_hf.problem import AttentionProblem, Span
+from hip_hf.workers import compute_dtype, run, scratch
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+    from hip_hf.state import DecodeState
+
+# Query blocks that one worker takes at a time, and how many of them meet their keys in one product.
+BLOCKS_AT_ONCE = 32
+BLOCKS_IN_PRODUCT = 2
+
+
+@dataclass(frozen=True)
+class Orders:
+    """A square's rows and keys by hash: positions `[Hkv, G, rows]` and `[Hkv, keys]`, and the ranks of the sampled keys
+    `[samples]`."""
+
+    square: Square
+    tiling: Tiling
+    rows: torch.Tensor
+    keys: torch.Tensor
+    samples: torch.Tensor
+
+
+class HyperAttention:
+    """One call: problem, settings and results."""
+
+    def __init__(
+        self, problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None, mask: bool
+    ) -> None:
+        self.problem, self.config, self.out, self.lse = problem, config, out, lse
+        self.options = config.method_options()
+        self.reading = Reading()
+        self.mask = None  # there are no key blocks to speak of
+
+    def run(self, state: DecodeState | None) -> None:
+        self.note(state)
+        for span in self.problem.spans:
+            t = tensors_of(self.problem, span, self.out, self.lse)
+            # of a cache in pages gathered: keys are sorted, and read in that order, all of them
+            t = replace(t, k=t.k[:, :], v=t.v[:, :])
+            self._span(t, span)
+            tail = self.tail(span)
+            if tail < span.rows:
+                dense.attend_rows(t, tail, span)
+
+    def tail(self, span: Span) -> int:
+        """The first of the span's rows that are computed densely."""
+        return max(0, span.rows - self.config.dense_tail)
+
+    def note(self, state: DecodeState | None) -> None:
+        """What the call means for the state, and how many keys it reads."""
+        if state is not None:
+            state.bind(self.config, self.problem.k)
+        for span in self.problem.spans:
+            if state is not None:
+                state.row(span.batch, span.key_start, span.position, span.end).selection = None
+            tail = self.tail(span)
+            read = flops(self.options, span.position, span.position + tail, 1, 1)[2] if tail else 0
+            self.reading.read += read + keys_seen(span.position + tail, span.end - 1, None)
+            self.reading.visible += keys_seen(span.position, span.end - 1, None)
+
+    def _span(self, t: Tensors, span: Span) -> None:
+        dtype = torch.promote_types(t.q.dtype, torch.float32)
+        shape = (*t.q.shape[:3], t.v.shape[-1])
+        out = t.out if t.out.dtype == dtype else torch.zeros(shape, dtype=dtype, device=t.q.device)
+        lse = t.lse if t.lse is not None else torch.zeros(shape[:3], dtype=dtype, device=t.q.device)
+        parts = replace(t, out=out, lse=lse, sinks=None)
+        leaves, levels = split(span.position, span.end, self.options.min_seq_len)
+        run(lambda task: attend_leaf(parts, span, *task), leaf_tasks(parts, leaves), t.q.device)
+        if levels:
+            directions = projections(self.options, t.q.shape[-1], self.config.seed, t.q.device)
+            codes = hashes(t.q, directions), hashes(t.k, directions)
+        for level in levels:
+            orders = [self._order(square, codes, span) for square in level]
+            run(lambda task: attend_square(parts, span, *task), square_tasks(parts, orders), t.q.device)
+        if t.sinks is not None:
+            add_sinks(out, lse, t.sinks)
+        if out is not t.out:
+            t.out.copy_(out)
+
+    def _order(self, square: Square, codes: tuple[torch.Tensor, torch.Tensor], span: Span) -> Orders:
+        rows, keys = codes
+        rows = rows[..., square.first - span.position : square.end - span.position]
+        keys = keys[..., square.key_first : square.key_end]
+        tiling = tile(square, self.options, keys.device)
+        samples = sampled_ranks(square, tiling.samples, self.config.seed, keys.device)
+        by_hash = [x.argsort(dim=-1, stable=True) for x in (rows, keys)]
+        return Orders(square, tiling, by_hash[0] + square.first, by_hash[1] + square.key_first, samples)
+
+
+def leaf_tasks(t: Tensors, leaves: list[Leaf]) -> list[tuple[int, int, int, int]]:
+    """Arguments of `attend_leaf`: a key head, and where some of a leaf's rows begin and end, and its keys begin."""
+    tasks = []
+    rows = rows_at_once(t.q.shape[1])
+    for leaf in leaves:
+        for first in range(leaf.first, leaf.end, rows):
+            tasks += [(head, first, min(first + rows, leaf.end), leaf.start) for head in range(t.q.shape[0])]
+    return tasks
+
+
+def attend_leaf(t: Tensors, span: Span, head: int, first: int, end: int, start: int) -> None:
+    """Exact attention of the rows at positions `first` to `end - 1` to the keys from `start` on, into `out` and `lse`."""
+    rows = slice(first - span.position, end - span.position)
+    t.out[head, :, rows], t.lse[head, :, rows] = attend_exact(t, head, rows, range(first, end), start)
+
+
+def square_tasks(t: Tensors, orders: list[Orders]) -> list[tuple[Orders, int, int, int]]:
+    """Arguments of `attend_square`: a square, a key head, one of its query heads, and the first of some query blocks."""
+    heads, groups = t.q.shape[:2]
+    return [
+        (order, head, group, at)
+        for order in orders
+        for head in range(heads)
+        for group in range(groups)
+        for at in range(0, len(order.tiling.starts), BLOCKS_AT_ONCE)
+    ]
+
+
+def attend_square(t: Tensors, span: Span, order: Orders, head: int, group: int, at: int) -> None:
+    """Attend from some query blocks of a square to their own blocks and to the sample, and merge that into `out` and `lse`."""
+    tiling, q, dtype = order.tiling, t.q[head, group], compute_dtype(t.q)
+    starts = tiling.starts[at : at + BLOCKS_AT_ONCE]
+    index = order.rows[head, group, at * tiling.rows : (at + len(starts)) * tiling.rows] - span.position
+    ranks = order.samples
+    own = order.keys[head, starts[:, None] + torch.arange(tiling.size, device=q.device)]  # [blocks, size]
+    counted = (ranks >= starts[:, None]) & (ranks < starts[:, None] + tiling.size)
+    bias = torch.zeros(counted.shape, dtype=dtype, device=q.device)
+    if tiling.samples:
+        bias.add_(math.log(order.square.keys / tiling.samples)).masked_fill_(counted, -torch.inf)
+
+    whole = len(index) // tiling.rows
+    cuts = [(i, min(BLOCKS_IN_PRODUCT, whole - i), tiling.rows) for i in range(0, whole, BLOCKS_IN_PRODUCT)]
+    if len(index) % tiling.rows:
+        cuts.append((whole, 1, len(index) % tiling.rows))
+    for first, count, rows in cuts:
+        where = index[first * tiling.rows :][: count * rows]
+        blocks = slice(first, first + count)
+        out, lse = _attend_own(t, head, q, where.view(count, rows), own[blocks], order.keys[head, ranks], bias[blocks], dtype)
+        _merge(t.out[head, group], t.lse[head, group], where, out, lse)
+
+
+def _attend_own(
+    t: Tensors,
+    head: int,
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    own: torch.Tensor,
+    sampled: torch.Tensor,
+    bias: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[blocks * rows, Dv]` and log-sum-exp of the rows `rows` `[blocks, rows]` over their own keys `own`
+    `[blocks, size]` and the keys `sampled` `[S]`, of which `bias` `[blocks, S]` is added to the logits."""
+    count, size = own.shape
+    keys = size + len(sampled)
+    query = _bring("q", q, rows, (count, rows.shape[1]), dtype).mul_(t.scale)
+    index = torch.cat([own, sampled.expand(count, -1)], dim=1)
+    k, v = (_bring(name, x[head], index, (count, keys), dtype) for name, x in (("k", t.k), ("v", t.v)))
+    logits = scratch.take("logits", (count, rows.shape[1], keys), query)
+    torch.bmm(query, k.transpose(1, 2), out=logits)
+    squash(logits, t.softcap)
+    logits[..., size:].add_(bias[:, None])
+    out, lse = weigh(logits, v)
+    return out.flatten(0, 1), lse.flatten()
+
+
+def _bring(name: str, x: torch.Tensor, index: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The rows `index` of `x` `[rows, D]` as a buffer `[*shape, D]` in `dtype`."""
+    raw = scratch.take(name, (*shape, x.shape[-1]), x)
+    torch.index_select(x, 0, index.reshape(-1), out=raw.flatten(0, 1))
+    return raw if raw.dtype == dtype else scratch.take(name, raw.shape, raw.new_empty(0, dtype=dtype)).copy_(raw)
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, where: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
+    """Merge a partial result for the rows `where` into `out` `[rows, Dv]` and `lse` `[rows]`."""
+    whole = out[where]
+    lse[where] = merge(whole, lse[where], more, more_lse)
+    out[where] = whole

@@ -1,0 +1,410 @@
+"""The sparse path, torch backend: per query block, select key blocks and attend to them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hip_hf.backends.torch import dense
+from hip_hf.backends.torch.backward import Piece
+from hip_hf.backends.torch.block_sparse import (
+    Tensors,
+    alike,
+    attend,
+    attend_range,
+    in_parts,
+    merge,
+    near_logits,
+    partial,
+    store_rows,
+)
+from hip_hf.backends.torch.decode_buffer import Gathered
+from hip_hf.backends.torch.keys_read import Blocks, Reading, block_read, keys_seen
+from hip_hf.cache.pages import KeyRows, PagedKeys, rows_of
+from hip_hf.methods import selector_for
+from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block, query_blocks
+from hip_hf.problem import AttentionProblem, Span
+from hip_hf.state import DecodeState, RowState, Selection
+from hip_hf.workers import compute_dtype, run
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+# A call with at most this many query rows is a decode step: every row selects for itself.
+DECODE_ROWS = 16
+# Query blocks that are searched together: enough to amortise Python, few enough to stay in cache.
+BLOCKS_AT_ONCE = 32
+FEWEST_BLOCKS = 4
+# Steps under one selection that what it reads has room for before it must grow.
+STEPS_AT_FIRST = 64
+
+
+def portions(heads: int, blocks: int, workers: int) -> list[tuple[int, slice]]:
+    """Cuts `heads` times `blocks` query blocks into units of work, small at the end so that no worker waits long for another."""
+    units = []
+    for head in range(heads):
+        at = 0
+        while at < blocks:
+            left = (heads - head) * blocks - at
+            size = min(BLOCKS_AT_ONCE, max(FEWEST_BLOCKS, left // (4 * workers)), blocks - at)
+            units.append((head, slice(at, at + size)))
+            at += size
+    return units
+
+
+def together(blocks: list[QueryBlock]) -> list[QueryBlock]:
+    """Rows that follow one another, those with the same sink and window in one query block: what they read but for the middle."""
+    joined = []
+    for _, group in groupby(blocks, key=lambda block: (block.start, block.sink, block.window)):
+        same = list(group)
+        joined.append(replace(same[0], last=same[-1].last))
+    return joined
+
+
+def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: torch.Tensor | None) -> Tensors:
+    """The part of the problem's tensors that is the span, heads grouped by key head."""
+    rows = slice(span.row_start, span.row_end)
+    heads = problem.k.shape[1]
+
+    def grouped(x: torch.Tensor) -> torch.Tensor:
+        return x[span.batch].unflatten(0, (heads, problem.groups))[:, :, rows]
+
+    def packed(x: torch.Tensor) -> KeyRows:
+        x = rows_of(x, span.batch, span.key_start, span.key_start + span.end)
+        if isinstance(x, PagedKeys):
+            return x
+        return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+    sinks = None if problem.sinks is None else problem.sinks.unflatten(0, (heads, problem.groups))
+    return Tensors(
+        grouped(problem.q),
+        packed(problem.k),
+        packed(problem.v),
+        grouped(out),
+        None if lse is None else grouped(lse),
+        problem.scale,
+        problem.sliding_window,
+        problem.softcap,
+        sinks,
+        problem.positions,
+    )
+
+
+class SparseAttention:
+    """One call of the sparse path: problem, settings and results."""
+
+    def __init__(
+        self,
+        problem: AttentionProblem,
+        config: HiPConfig,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        mask: bool,
+    ) -> None:
+        self.problem, self.config, self.out, self.lse = problem, config, out, lse
+        self.selector = selector_for(config)
+        self.budget = self.selector.budget
+        self.reading = Reading()
+        self.mask = self._empty_mask() if mask else None
+        self.pieces: list[Piece] | None = None  # a list to put down what was read, where gradients are wanted
+
+    @property
+    def decoding(self) -> bool:
+        return self.problem.q.shape[2] <= DECODE_ROWS
+
+    def run(self, state: DecodeState | None) -> None:
+        if state is not None:
+            state.bind(self.config, self.problem.k)
+        for span in self.problem.spans:
+            row = None if state is None else state.row(span.batch, span.key_start, span.position, span.end)
+            t = tensors_of(self.problem, span, self.out, self.lse)
+            if self.decoding:
+                self._decode(t, span, row)
+            else:
+                self._prefill(t, span, row)
+
+    def _blocks(self, span: Span) -> list[QueryBlock]:
+        relative = Span(span.batch, 0, span.keys, 0, span.rows, span.position)
+        return query_blocks(self.config, relative, self.decoding, self.problem.sliding_window)
+
+    def _search(self, t: Tensors, row: RowState | None, blocks: list[QueryBlock]) -> Any:
+        """The selection rule bound to the span, its pyramid extended to what the query blocks need."""
+        pyramid = row.pyramid if row is not None else None
+        keys = source = t.k
+        if isinstance(t.k, PagedKeys):
+            keys = t.k.for_search()
+            if not getattr(self.selector, "reads_pages", False):
+                keys = source = keys[:, :]  # gathered: O(T) a selection
+        if pyramid is None:
+            pyramid = self.selector.make_pyramid(compute_dtype(t.k))
+        if pyramid is not None:
+            needed = max((block.high for block in blocks if block.middle > self.budget), default=0)
+            pyramid = pyramid.writable(needed)
+            pyramid.extend(source, needed)
+        if row is not None:
+            row.pyramid = pyramid
+        positions = t.positions
+        if positions is None:
+            return self.selector.bind(t.q, keys, pyramid, t.scale, t.softcap)
+        bound = self.selector.bind(positions.voting(t.q, blocks), keys, pyramid, t.scale, t.softcap)
+        return bound.chunk_indexed(positions) if positions.chunk_indexed else bound
+
+    # Prefill: units of (key head, a few query blocks), spread over the workers.
+
+    def _prefill(self, t: Tensors, span: Span, row: RowState | None) -> None:
+        blocks = self._blocks(span)
+        tail = max(0, span.rows - self.config.dense_tail)
+        search = self._search(t, row, blocks)
+        if row is not None:
+            row.selection = None
+        sparse = [block for block in blocks if block.row < tail or self.mask is not None]
+        units = [(head, sparse[part]) for head, part in portions(t.k.shape[0], len(sparse), torch.get_num_threads())]
+        run(lambda unit: self._unit(t, search, span, *unit), units, t.q.device)
+        if self.config.dense_tail:
+            dense.attend_rows(t, tail, span, self.pieces)
+        self._count(span, tail)
+
+    def _unit(self, t: Tensors, search: Any, span: Span, head: int, blocks: list[QueryBlock]) -> None:
+        heads = slice(head, head + 1)
+        for covered, group in groupby(blocks, key=lambda block: block.middle <= self.budget):
+            run = list(group)
+            if covered:
+                self._attend(t, span, heads, run, None)
+            elif not self._asks_need:
+                self._attend(t, span, heads, run, search.select(heads, run))
+            else:
+                for _, same in groupby(run, key=alike):
+                    some = list(same)
+                    for part in in_parts(t, some):
+                        self._attend_by_need(t, search, span, heads, some[part])
+
+    @property
+    def _asks_need(self) -> bool:
+        return getattr(self.selector, "asks_need", False)
+
+    def _near(self, t: Tensors, heads: slice, blocks: list[QueryBlock]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of query blocks that are `alike` for what they always read, as `near_logits` gives them, and the log-sum-exp
+        `[heads, G, rows]` of these and the attention sinks, which also take from what is left for the middle."""
+        size = self.config.block_k
+        logits, lse = near_logits(t, heads, blocks, size, reserved=self.budget * size)
+        return logits, lse if t.sinks is None else torch.logaddexp(lse, t.sinks[heads, :, None].to(lse.dtype))
+
+    def _attend_by_need(self, t: Tensors, search: Any, span: Span, heads: slice, blocks: list[QueryBlock]) -> None:
+        """Multiply with sink and window first: that tells who needs the middle. Then select, and attend to all of it."""
+        logits, near = self._near(t, heads, blocks)
+        self._attend(t, span, heads, blocks, search.select(heads, blocks, near), logits)
+
+    def _attend(
+        self,
+        t: Tensors,
+        span: Span,
+        heads: slice,
+        blocks: list[QueryBlock],
+        ids: torch.Tensor | None,
+        known: torch.Tensor | None = None,
+    ) -> None:
+        """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to the whole middle. `known`: logits as
+        `_near` gives them."""
+        if ids is None:
+            for block in blocks:
+                attend_range(t, heads, slice(None), block)
+        elif ids.shape[1] == 1:
+            attend(t, heads, slice(None), blocks, ids[:, 0], self.config.block_k, known)
+        else:
+            each = [None] * ids.shape[1] if known is None else known.chunk(ids.shape[1], dim=2)
+            for group, own in enumerate(each):
+                attend(t, heads, slice(group, group + 1), blocks, ids[:, group], self.config.block_k, own)
+        self._take_note(span, heads, blocks, ids)
+
+    def _take_note(self, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None) -> None:
+        """Put down what was read, for gradients and for the mask."""
+        if self.pieces is not None:
+            tail = span.rows if self.decoding else max(0, span.rows - self.config.dense_tail)
+            self.pieces.append(Piece(span, heads, blocks, ids, self.config.block_k, tail))
+        if self.mask is not None:
+            for i, block in enumerate(blocks):
+                self._note(span, heads, block, None if ids is None else ids[:, :, i])
+
+    # Decode: all heads of a row at once; a selection serves `decode_refresh` steps.
+
+    def _decode(self, t: Tensors, span: Span, row: RowState | None) -> None:
+        if span.rows > 1:
+            self._decode_rows(t, span, row)
+            return
+        heads = slice(0, t.k.shape[0])
+        kept = row.selection if row is not None else None
+        refresh = self.config.decode_refresh
+        steps = refresh if isinstance(refresh, int) else refresh[0]
+        if kept is not None and span.position - kept.position < steps:
+            block = self._laid(span, kept.window)
+            if kept.stages and row is not None:
+                kept = row.selection = self._stages(t, span, row, block, kept)
+            ids = kept.ids
+        elif isinstance(refresh, list) and row is not None:
+            (block,) = self._blocks(span)
+            row.selection = self._stages(t, span, row, block, None)
+            ids = row.selection.ids
+        else:
+            (block,) = self._blocks(span)
+            search, ids = self._search(t, row, [block]), None
+            if block.middle > self.budget:
+                ids = self._selected(search, heads, [block], self._near(t, heads, [block])[1] if self._asks_need else None)
+            if row is not None:
+                row.selection = Selection(ids, block.window, block.first)
+        if row is not None and self._gathers(t, row, block, steps):
+            self._attend_gathered(t, row, block, steps)
+            self._take_note(span, heads, [block], ids)
+        else:
+            self._attend(t, span, heads, [block], ids)
+        self._count(span, span.rows, block.window)
+
+    def _decode_rows(self, t: Tensors, span: Span, row: RowState | None) -> None:
+        """A few rows at once: each selects for itself, and as little as possible is done row by row."""
+        heads, blocks, ids = slice(0, t.k.shape[0]), self._blocks(span), None
+        search = self._search(t, row, blocks)
+        for covered, group in groupby(blocks, key=lambda block: block.middle <= self.budget):
+            some, ids = list(group), None
+            if not covered:
+                ids = self._attend_each(t, search, span, heads, some)
+                continue
+            for block in together(some):
+                attend_range(t, heads, slice(None), block)
+            self._take_note(span, heads, some, None)
+        if row is not None:
+            row.selection = Selection(None if ids is None else ids[:, :, -1:], blocks[-1].window, blocks[-1].first)
+        self._count(span, span.rows)
+
+    def _attend_each(self, t: Tensors, search: Any, span: Span, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+        """Attention of rows that each select for themselves, and what they select."""
+        # each row's sink and window are those of its neighbours, but for the neighbours' own keys
+        size, everyone = self.config.block_k, slice(None)
+        outs, lses, nears = [], [], []
+        for block in together(blocks):
+            logits, near = self._near(t, heads, [block])
+            nears.append(near)
+            if self.pieces is not None:
+                continue
+            out, lse = partial(t, heads, everyone, [block], None, size, True, known=logits)
+            assert lse is not None
+            outs.append(out.to(lse.dtype, copy=True))
+            lses.append(lse)
+        ids = self._selected(search, heads, blocks, torch.cat(nears, dim=2))
+        if self.pieces is not None:
+            # gradients are differences with the output, and would feel that half precision rounds both parts of it
+            self._attend(t, span, heads, blocks, ids)
+            return ids
+        out, lse = torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+        # where positions are given by the order of what is read, each row has another one
+        runs = [blocks] if t.positions is None else [[block] for block in blocks]
+        for at, some in enumerate(runs if ids.shape[3] else []):
+            rows = slice(at, at + len(some))
+            for share in range(ids.shape[1]):
+                group = everyone if ids.shape[1] == 1 else slice(share, share + 1)
+                more, more_lse = partial(t, heads, group, some, ids[:, share, rows], size, True, near=False)
+                assert more_lse is not None
+                lse[:, group, rows] = merge(out[:, group, rows], lse[:, group, rows], more.to(lse.dtype), more_lse)
+        store_rows(t, heads, everyone, blocks, out, lse)
+        self._take_note(span, heads, blocks, ids)
+        return ids
+
+    def _selected(self, search: Any, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None) -> torch.Tensor:
+        """What rows select for themselves, `[heads, S, len(blocks), n]`; `near`: as `_near` gives it."""
+        return search.select(heads, blocks, near) if self._asks_need else search.select(heads, blocks)
+
+    def _gathers(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
+        """Whether what a selection reads is kept side by side for the steps that it serves. Not where it changes each step
+        (a sliding window), where heads of a group read keys of their own, where device pools of a cache do the same, and for a
+        copy of a sequence that has none yet: until it selects for itself, it may soon be dropped again (beams)."""
+        kept = row.selection
+        return (
+            steps > 1
+            and kept is not None
+            and (row.gathered is not None or kept.position == block.last)
+            and kept.ids is not None
+            and kept.ids.shape[1] == 1
+            and t.sliding_window is None
+            and self.pieces is None
+            and (not isinstance(t.k, PagedKeys) or t.k.store.resident)
+            and (t.positions is None or self._room(steps) <= t.positions.trained)
+        )
+
+    def _room(self, steps: int) -> int:
+        """Most keys that a step reads under a selection for so many steps."""
+        size = self.config.block_k
+        return -(-self.config.sink // size) * size + self.budget * size + self.config.window + size + steps
+
+    def _attend_gathered(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> None:
+        kept = row.selection
+        assert kept is not None
+        if row.gathered is None:
+            row.gathered = Gathered(self._room(min(steps, STEPS_AT_FIRST)), t)
+        if row.gathered.holds(kept, block.last):
+            row.gathered.append(t.k[:, block.last : block.last + 1], t.v[:, block.last : block.last + 1], t.positions)
+        else:
+            refresh = self.config.decode_refresh
+            ends = [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)] if isinstance(refresh, list) else []
+            row.gathered.fill(t, kept, block, self.config.block_k, min([kept.position + steps, *ends]))
+        t.out[:], lse = row.gathered.attend(t.q, t.scale, t.softcap, t.sinks, t.positions, t.lse is not None)
+        if t.lse is not None:
+            t.lse[:] = lse
+
+    def _stages(self, t: Tensors, span: Span, row: RowState, block: QueryBlock, kept: Selection | None) -> Selection:
+        """Select for one step, stage by stage: each has its own interval, and goes on from what the ones before it kept."""
+        if block.middle <= self.budget:
+            return Selection(None, block.window, span.position)
+        intervals: list[int] = self.config.decode_refresh  # type: ignore[assignment]
+        known = [] if kept is None else list(zip(kept.stages, intervals, strict=True))
+        valid = [stage for stage, steps in known if span.position - stage[1] < steps]
+        if kept is not None and len(valid) == len(known):
+            return kept
+        if self.problem.sliding_window is not None:
+            valid = []  # the middle's beginning has moved
+        search = self._search(t, row, [block])
+        results = search.resume(slice(0, t.k.shape[0]), [block], [ids for ids, _ in valid])
+        stages = [*valid, *((ids, span.position) for ids in results[len(valid) :])]
+        return Selection(results[-1], block.window, stages[0][1], tuple(stages))
+
+    def _laid(self, span: Span, window: int) -> QueryBlock:
+        return make_query_block(self.config, 0, span.position, span.position, window, self.problem.sliding_window)
+
+    # What was read.
+
+    def _count(self, span: Span, dense: int, window: int | None = None) -> None:
+        """Rows from `dense` on are dense. `window`: where that of a span of one row starts."""
+        sliding = self.problem.sliding_window
+        self.reading.visible += keys_seen(span.position, span.end - 1, sliding)
+        if window is None:
+            size = 1 if self.decoding else self.config.block_q
+            blocks = Blocks(self.config, self.budget, span.position, span.end, size, sliding)
+            self.reading.read += blocks.read(span.position + dense)
+        else:
+            block = self._laid(span, window)
+            self.reading.read += block_read(block, min(block.middle, self.budget) * self.config.block_k, sliding)
+
+    def _empty_mask(self) -> BlockMask:
+        problem, config = self.problem, self.config
+        batch, device = problem.q.shape[0], problem.q.device
+        most = max(len(self._blocks(span)) for span in problem.spans)
+        heads = problem.k.shape[1] * (1 if config.group_shared else problem.groups)
+        indices = torch.zeros(batch, heads, most, self.budget, dtype=torch.int32, device=device)
+        counts = torch.zeros(batch, heads, most, dtype=torch.int32, device=device)
+        first = torch.full((batch, most), -1, dtype=torch.int32, device=device)
+        for span in problem.spans:
+            at = [block.first for block in self._blocks(span)]
+            first[span.batch, : len(at)] = torch.tensor(at, dtype=torch.int32, device=device)
+        return BlockMask(indices, counts, first, config.block_q, config.block_k)
+
+    def _note(self, span: Span, heads: slice, block: QueryBlock, ids: torch.Tensor | None) -> None:
+        assert self.mask is not None
+        size = 1 if self.decoding else self.config.block_q
+        at = block.first // size - span.position // size
+        if ids is None:
+            ids = torch.arange(block.low, block.high, device=self.out.device).expand(heads.stop - heads.start, 1, -1)
+        shares = 1 if self.config.group_shared else self.problem.groups
+        ids = ids.expand(-1, shares, -1).flatten(0, 1)
+        into = slice(heads.start * shares, heads.stop * shares)
+        self.mask.indices[span.batch, into, at, : ids.shape[1]] = ids.int()
+        self.mask.counts[span.batch, into, at] = ids.shape[1]

@@ -1,0 +1,387 @@
+"""Block-sparse flash attention over index lists (HiP, arXiv 2406.09827, section 3.2). Reference: `torch/block_sparse.py`.
+
+One kernel serves sparse prefill, decode (`decode.py` splits the keys and combines), dense rows and dense rows at a
+stride (Delta correction, arXiv 2505.11254). A program attends for a tile of `ROWS` query rows of one query block times the
+query heads that share a selection, so each key and value is loaded once for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from hip_hf.backends.triton.common.addressing import KeyValues, offsets_in, page_of
+from hip_hf.backends.triton.common.rotation import partner, placed_queries, rotation, turned
+from hip_hf.backends.triton.common.sequences import GROWING, Sequences, always_read, load_sequence, query_block, window_start
+from hip_hf.backends.triton.common.tiles import LN2, LOG2E, key_positions, listed_blocks, scaled, selected_keys
+from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
+from hip_hf.backends.triton.compile.examples import Example, example, extended
+from hip_hf.backends.triton.compile.launches import Launch
+from hip_hf.rope import Positions
+
+# A window that reaches back to the first key of any sequence: dense attention.
+EVERYTHING = 2**30
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What every query row reads.
+
+    `indices` int32 `[S, H', Nq, n]`: sorted key blocks between sink and window, of which `counts` int32 `[S, H', Nq]`
+    count; `H'` is Hkv where the group shares a selection, else Hq; None: sink and window only. `sink` and `window` in
+    keys. `windows` int32 `[S, Nq]`, rows at any stride: where the window starts, if it is not laid out anew (decode
+    between refreshes).
+    """
+
+    block_q: int
+    block_k: int
+    sink: int
+    window: int
+    indices: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    windows: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How products become logits. `sinks` `[Hq]`: one extra logit per query head. `positions`: q and k are not rotated."""
+
+    scale: float
+    softcap: float | None = None
+    sliding_window: int | None = None
+    sinks: torch.Tensor | None = None
+    positions: Positions | None = None
+
+
+def dense_reads(block_q: int = 64) -> Reads:
+    """Every key up to the row itself."""
+    return Reads(block_q, 16, 0, EVERYTHING)
+
+
+@triton.jit
+def _attend_tiles(
+    acc, top, norm, q, k_base, v_base, low, high, clear, end, row_at, earliest, latest, shift, cos, sin,
+    ids, start, sink_length, picked, window,
+    key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, block_table, stride_table,
+    scale, softcap, sliding, dim, dim_v,
+    BLOCK_K: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, EVEN: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, DISABLE_LICM: tl.constexpr,
+):  # fmt: skip
+    """Tiles `low` to `high - 1` of KEYS slots each: the online softmax's sums after them. From tile `clear` on, a row sees the
+    slots up to its `latest` one; HALF > 0: always from its `earliest` one on, and keys are turned to `slots - shift`.
+
+    Where a tile's keys lie is found one tile ahead, and which blocks they belong to two tiles ahead. So no key waits for an
+    index of the same turn, which is what lets the compiler fetch keys and values stages ahead, without waiting for products.
+    For the same reason there is one loop, with masks behind a branch, and slots after the last one repeat it.
+    """
+    d, dv, n = tl.arange(0, D), tl.arange(0, DV), tl.arange(0, KEYS)
+    slots = tl.minimum(low * KEYS + n, end - 1)
+    blocks = listed_blocks(slots, ids, sink_length, picked, BLOCK_K)
+    position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
+    page = page_of(key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE)
+    slots = tl.minimum((low + 1) * KEYS + n, end - 1)
+    blocks = listed_blocks(slots, ids, sink_length, picked, BLOCK_K)
+    for i in tl.range(low, high, disable_licm=DISABLE_LICM):
+        k_at = offsets_in(page, key_start + position, stride_kb, stride_kt, PAGE_SIZE)
+        if ALIKE:
+            v_at = k_at
+        else:
+            v_at = offsets_in(page, key_start + position, stride_vb, stride_vt, PAGE_SIZE)
+        k_ptr, v_ptr = k_base + k_at[:, None] + d[None, :], v_base + v_at[:, None] + dv[None, :]
+        slots = i * KEYS + n
+        if EVEN:
+            k = tl.load(k_ptr)
+        else:
+            k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
+        if HALF > 0:
+            other = tl.load(k_base + k_at[:, None] + partner(d, HALF)[None, :], mask=(d < dim)[None, :], other=0.0)
+            k = turned(k, other, tl.maximum(slots - shift, 0), d, cos, sin, HALF).to(k.dtype)
+        logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+        if i >= clear:
+            seen = slots[None, :] <= latest[:, None]
+            if SLIDING:
+                seen &= position[None, :] > row_at[:, None] - sliding
+            logits = tl.where(seen, logits, float("-inf"))
+        if HALF > 0:
+            logits = tl.where(slots[None, :] >= earliest[:, None], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen nothing yet
+        shrink = tl.exp2(top - base)
+        weights = tl.exp2(logits - base[:, None])
+        norm = norm * shrink + tl.sum(weights, 1)
+        if EVEN:
+            v = tl.load(v_ptr)
+        else:
+            v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+        slots = tl.minimum(slots + KEYS, end - 1)
+        position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
+        page = page_of(key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE)
+        blocks = listed_blocks(tl.minimum((i + 2) * KEYS + n, end - 1), ids, sink_length, picked, BLOCK_K)
+    return acc, top, norm
+
+
+@triton.jit(do_not_specialize=GROWING)
+def attend_kernel(
+    Q, K, V, OUT, LSE, INDICES, COUNTS, WINDOWS, SINKS, SEQUENCES, TABLE, COS, SIN,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_os, stride_ob, stride_oh, stride_ot, stride_ls, stride_lb, stride_lh, stride_lt,
+    stride_sequences, stride_table,
+    blocks, lists, most, kept, sink_keys, window_keys, dim, dim_v, scale, softcap, sliding, trained, scaling,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STRIDE: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, LISTS_PER_HEAD: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, EVEN: tl.constexpr, ALIKE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    SELECTED: tl.constexpr, KEPT_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Grid `(tiles, lists * SPLITS, sequences)`; a list is the heads that share a selection.
+
+    STRIDE 1: query rows as they come, in query blocks of BLOCK_Q. STRIDE > 1: rows 0, STRIDE, 2 STRIDE, ... of each
+    sequence, written side by side into row `sequence` of the output. HALF > 0: so many pairs of a head's numbers are turned,
+    to places counted along the list of slots, and no row is farther than `trained - 1` from a key (`rope.py`).
+    """
+    tile = tl.program_id(0)
+    head_list, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
+    sequence = tl.program_id(2)
+    batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
+
+    # The tile's rows: positions `first`, `first + STRIDE`, ... up to `last`; the query block begins at `block_first`.
+    if STRIDE > 1:
+        tile = tl.num_programs(0) - 1 - tile  # the longest first
+        block = tile
+        block_first = position
+        first = position + tile * (ROWS * STRIDE)
+        last = tl.minimum(first + (ROWS - 1) * STRIDE, position + rows - 1)
+        query_row, out_row, out_batch = row_start + tile * (ROWS * STRIDE), tile * ROWS, sequence
+    else:
+        TILES: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS
+        block = tile // TILES
+        block_row, block_first, block_last = query_block(row_start, rows, position, block, BLOCK_Q)
+        first = block_first + tile % TILES * ROWS
+        last = tl.minimum(first + ROWS - 1, block_last)
+        query_row = block_row + tile % TILES * ROWS
+        out_row, out_batch = query_row, batch
+    if first > last:
+        return
+
+    # Tile row m is query row m // GROUP_PADDED of head m % GROUP_PADDED.
+    m = tl.arange(0, ROWS * GROUP_PADDED)
+    row, member = m // GROUP_PADDED, m % GROUP_PADDED
+    row_at = first + row * STRIDE
+    real = (row_at <= last) & (member < GROUP)
+    head = (head_list * GROUP + member).to(tl.int64)
+    d, dv = tl.arange(0, D), tl.arange(0, DV)
+    q_ptr = Q + batch.to(tl.int64) * stride_qb + head * stride_qh + (query_row + row * STRIDE).to(tl.int64) * stride_qt
+    here = real[:, None] & (d < dim)[None, :]
+    if HALF == 0:
+        q = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
+
+    if KEPT_WINDOW:
+        window = tl.load(WINDOWS + sequence * kept + block)
+    else:
+        window = window_start(block_first, window_keys, BLOCK_K)
+    if STRIDE > 1:
+        start, sink, window = always_read(first, 0, 0, sliding, BLOCK_K)
+    else:
+        start, sink, window = always_read(block_first, window, sink_keys, sliding, BLOCK_K)
+    sink_length = sink - start
+    ids, picked = selected_keys(INDICES, COUNTS, sequence, head_list, block, lists, blocks, most, BLOCK_K, SELECTED)
+
+    # In front of the window and up to its first row, every row of the tile sees every slot.
+    before = sink_length + picked - window
+    clear, end = (before + first + 1) // KEYS, before + last + 1
+    if SLIDING:
+        clear = 0
+    tiles = (end + KEYS - 1) // KEYS
+    if SPLITS > 1:
+        share = (tiles + SPLITS - 1) // SPLITS
+        low = tl.minimum(split * share, tiles)
+        high = tl.minimum(low + share, tiles)
+    else:
+        low, high = 0, tiles
+
+    top = tl.full([ROWS * GROUP_PADDED], float("-inf"), tl.float32)
+    norm = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
+    acc = tl.zeros([ROWS * GROUP_PADDED, DV], tl.float32)
+    if HAS_SINKS:
+        extra = tl.load(SINKS + head, mask=member < GROUP, other=0.0).to(tl.float32) * LOG2E
+        top = tl.where(split == 0, extra, top)  # once, not in every split
+        norm = tl.where(split == 0, 1.0, norm)
+
+    key_head = (head_list // LISTS_PER_HEAD).to(tl.int64)
+    k_base, v_base = K + key_head * stride_kh, V + key_head * stride_vh
+    own = before + row_at
+    if HALF > 0:
+        # slots before `far` are too far for some rows and count as farthest, those before `shift` for all
+        shift, far = tl.maximum(before + first + 1 - trained, 0), tl.maximum(before + last + 1 - trained, 0)
+        earliest = own - trained + 1
+        stop = tl.minimum((far + KEYS - 1) // KEYS, high)
+        if low < stop:  # a scope of its own, so that loaded queries are not kept in registers for the second turn
+            farthest = tl.full([ROWS * GROUP_PADDED], trained - 1, tl.int32)
+            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
+            acc, top, norm = _attend_tiles(
+                acc, top, norm, q, k_base, v_base, low, stop, 0, end, row_at, earliest, earliest - 1, shift, COS, SIN,
+                ids, start, sink_length, picked, window,
+                key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
+                scale, softcap, sliding, dim, dim_v,
+                BLOCK_K, KEYS, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN, ALIKE, PRECISION, 0, True,
+            )  # fmt: skip
+        # By 1, or 0 by 0. Otherwise the next turn's sums are registers that hold either zeros or this turn's sums, and ptxas lets
+        # the tensor cores wait for each of their instructions (C7515).
+        acc *= tl.exp2(top - tl.where(top == float("-inf"), 0.0, top))[:, None]
+        low = tl.maximum(low, shift // KEYS)
+        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
+    else:
+        shift, earliest = 0, own
+    acc, top, norm = _attend_tiles(
+        acc, top, norm, q, k_base, v_base, low, high, clear, end, row_at, earliest, own, shift, COS, SIN,
+        ids, start, sink_length, picked, window,
+        key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
+        scale, softcap, sliding, dim, dim_v,
+        BLOCK_K, KEYS, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN, ALIKE, PRECISION, HALF, HALF > 0,
+    )  # fmt: skip
+    nothing = norm == 0.0
+    out = acc / tl.where(nothing, 1.0, norm)[:, None]
+    to = (out_row + row).to(tl.int64)
+    out_ptr = OUT + split.to(tl.int64) * stride_os + out_batch.to(tl.int64) * stride_ob + head * stride_oh + to * stride_ot
+    tl.store(out_ptr[:, None] + dv[None, :], out.to(OUT.dtype.element_ty), mask=real[:, None] & (dv < dim_v)[None, :])
+    if HAS_LSE:
+        lse = tl.where(nothing, float("-inf"), (top + tl.log2(tl.where(nothing, 1.0, norm))) * LN2)
+        lse_ptr = LSE + split.to(tl.int64) * stride_ls + out_batch.to(tl.int64) * stride_lb + head * stride_lh + to * stride_lt
+        tl.store(lse_ptr, lse, mask=real)
+
+
+def configuration(kernel: str, logits: Logits) -> str:
+    """Name in the table of launches: turning a tile of queries or keys takes four registers where its numbers take one."""
+    return kernel if logits.positions is None else f"{kernel} extended"
+
+
+def rows_of(tile: Tile, group: int, block_q: int) -> int:
+    """Query rows of a program that attends for `group` heads of each; tensor cores take 16 rows times heads at least."""
+    padded = power_of_two(group)
+    return max(min(tile.rows // padded, power_of_two(block_q)), 16 // padded, 1)
+
+
+def call_arguments(
+    q: torch.Tensor,
+    kv: KeyValues,
+    sequences: Sequences,
+    reads: Reads,
+    logits: Logits,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    tile: Tile,
+    splits: int = 1,
+    stride: int = 1,
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Grid and arguments of `attend_kernel`; with several splits, out `[splits, B, Hq, Tq, Dv]` and lse alike are partial."""
+    heads, dim, dim_v = q.shape[1], q.shape[-1], kv.v.shape[-1]
+    selected = reads.indices is not None
+    lists = reads.indices.shape[1] if reads.indices is not None else kv.heads
+    group = heads // lists
+    padded = power_of_two(group)
+    rows = rows_of(tile, group, reads.block_q if stride == 1 else tile.rows)
+    tiles = (
+        sequences.blocks(reads.block_q) * -(-reads.block_q // rows) if stride == 1 else -(-sequences.max_rows // (stride * rows))
+    )
+    wide, wide_v = (max(16, power_of_two(x)) for x in (dim, dim_v))
+    table, stride_table = kv.table()
+    of_out = out.stride() if splits > 1 else (0, *out.stride())
+    of_lse = (0, 0, 0, 0) if lse is None else lse.stride() if splits > 1 else (0, *lse.stride())
+    arguments = dict(
+        Q=q, K=kv.k, V=kv.v, OUT=out, LSE=q if lse is None else lse,
+        INDICES=reads.indices if selected else sequences.table, COUNTS=reads.counts if selected else sequences.table,
+        WINDOWS=sequences.table if reads.windows is None else reads.windows,
+        SINKS=q if logits.sinks is None else logits.sinks.contiguous(), SEQUENCES=sequences.table, TABLE=table,
+        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride(), strict=False)),
+        **dict(zip(("stride_kb", "stride_kh", "stride_kt"), kv.strides(kv.k), strict=True)),
+        **dict(zip(("stride_vb", "stride_vh", "stride_vt"), kv.strides(kv.v), strict=True)),
+        **dict(zip(("stride_os", "stride_ob", "stride_oh", "stride_ot"), of_out, strict=False)),
+        **dict(zip(("stride_ls", "stride_lb", "stride_lh", "stride_lt"), of_lse, strict=True)),
+        stride_sequences=sequences.table.stride(0), stride_table=stride_table,
+        lists=lists, blocks=reads.indices.shape[2] if reads.indices is not None else 0,
+        most=reads.indices.shape[3] if reads.indices is not None else 0,
+        kept=0 if reads.windows is None else reads.windows.stride(0),
+        sink_keys=reads.sink, window_keys=reads.window, dim=dim, dim_v=dim_v,
+        scale=logits.scale, softcap=logits.softcap or 1.0, sliding=logits.sliding_window or 0,
+        BLOCK_Q=reads.block_q, BLOCK_K=reads.block_k, ROWS=rows, KEYS=tile.keys, STRIDE=stride,
+        GROUP=group, GROUP_PADDED=padded, LISTS_PER_HEAD=lists // kv.heads, SPLITS=splits,
+        D=wide, DV=wide_v, EVEN=wide == dim and wide_v == dim_v, ALIKE=kv.strides(kv.k) == kv.strides(kv.v),
+        PAGE_SIZE=kv.page_size,
+        SELECTED=selected, KEPT_WINDOW=reads.windows is not None, HAS_SINKS=logits.sinks is not None, HAS_LSE=lse is not None,
+        SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
+        PRECISION=precision_of(q), **rotation(logits.positions, rows * stride + tile.keys, q),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return (tiles, lists * splits, sequences.count), arguments
+
+
+def prefill(
+    q: torch.Tensor,
+    kv: KeyValues,
+    sequences: Sequences,
+    reads: Reads,
+    logits: Logits,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Attention of every query row of every sequence to what it reads, into `out` and `lse`.
+
+    Args:
+        q: `[B, Hq, Tq, D]`, any strides but 1 in the last; fp16, bf16 or fp32.
+        kv: keys `[B, Hkv, T, D]` and values `[B, Hkv, T, Dv]` of q's dtype, or pages of them.
+        out: `[B, Hq, Tq, Dv]`, q's dtype; rows outside every sequence are left as they are, as are those of lse.
+        lse: fp32 `[B, Hq, Tq]`, natural logarithm, sinks included.
+    """
+    tile = tile_of(configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
+    grid, arguments = call_arguments(q, kv, sequences, reads, logits, out, lse, tile)
+    attend_kernel[grid](**arguments)
+
+
+def strided_rows(
+    q: torch.Tensor,
+    kv: KeyValues,
+    sequences: Sequences,
+    logits: Logits,
+    stride: int,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Dense attention of rows 0, `stride`, 2 `stride`, ... of every sequence, in one launch (Delta Attention, arXiv 2505.11254).
+
+    Args:
+        q, kv: as in `prefill`.
+        stride: at least 2; 1 is `prefill` with `dense_reads()`.
+        out: `[S, Hq, ceil(max_rows / stride), Dv]`: row `i` of sequence `s` belongs to its query row `i * stride`.
+        lse: fp32 `[S, Hq, ceil(max_rows / stride)]`.
+    """
+    tile = tile_of(configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
+    grid, arguments = call_arguments(q, kv, sequences, dense_reads(), logits, out, lse, tile, stride=stride)
+    attend_kernel[grid](**arguments)
+
+
+def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
+    """What `hip-hf kernels` compiles."""
+    tile, x = tile_of("prefill", target, dim, dim, dtype), example(dim, dtype)
+    return [
+        *prefill_launches(x, tile),
+        *prefill_launches(example(dim, dtype, paged=True), tile),
+        *prefill_launches(extended(x), tile_of("prefill extended", target, dim, dim, dtype))[:1],
+    ]
+
+
+def prefill_launches(x: Example, tile: Tile) -> list[Launch]:
+    """Launches of `attend_kernel` for a prompt: sparse, and dense rows at a stride."""
+    args = (x.logits, x.out, x.lse, tile)
+    sparse = call_arguments(x.q, x.kv, x.sequences, x.reads, *args)
+    strided = call_arguments(x.q, x.kv, x.sequences, dense_reads(), *args, stride=64)
+    return [
+        Launch(f"{name}{x.suffix}", attend_kernel, arguments, True, grid)
+        for name, (grid, arguments) in (("prefill", sparse), ("dense rows at a stride", strided))
+    ]

@@ -1,0 +1,330 @@
+"""What `hip-hf doctor` and the self-test run: every kernel on small problems, against the torch backend in float64. The torch
+backend in other dtypes is checked alike.
+
+Keys that a search must find are *planted*: they match all queries so much better than the others of the middle that the blocks
+to select are the same in every precision. What remains between the two backends is then rounding. A decode step's selection also
+takes what follows its best blocks, in place of its worst: which these are must not be a matter of rounding either.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from hip_hf.attention import Result, attend
+from hip_hf.cache.pages import BlockTable, PagedTensor, Store
+from hip_hf.config import HiPConfig
+from hip_hf.problem import AttentionProblem, make_spans
+from hip_hf.rope import Positions, Rope
+from hip_hf.shown import said
+from hip_hf.state import DecodeState
+
+# Errors are counted in the rounding of the tensors' dtype: of outputs and gradients relative to the largest, of logarithms as
+# they are. Tensor cores round weights and differences of gradients to the dtype; fp32 is made of three products of TF32.
+ALLOWED = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 128.0}
+# The torch backend, as plain PyTorch, rounds logits to the half precision that it multiplies in, and kernels do not. Those here
+# are less than 16: by half of 8 times that rounding.
+OF_LOGITS = 4.0
+# Key heads, so that one head's numbers cannot pass for another's.
+KEY_HEADS = 2
+# What planted keys and the middle's others add to a logit; elsewhere it is 0, so that sink and window keep a share that shows.
+# Of two weak blocks the one after a strong one is read, by its share of what that has. Differences are
+# several times that by which the random keys of two blocks differ.
+STRONG, PLANTED, WEAK, OTHERS = 4.0, 2.0, 0.0, -3.0
+# Neighbouring blocks that are planted together: a search that starts from larger chunks sees them as a quarter of one at least.
+PLANTED_TOGETHER = 4
+# Query rows of a prompt beyond its first query block and its dense tail; not aligned to anything.
+REST = 5
+# A few rows without a kept state: a decode step of several.
+FEW_ROWS = 3
+PAGE = 64
+# HyperAttention at sizes at which a short prompt is split twice.
+HYPER_SIZES = dict(min_seq_len=128, block_size=32, sample_size=32, lsh_num_projs=4)
+HYPER_TOKENS = 400
+SOFTCAP = 20.0
+ROPE_BASE = 10000.0
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What of a call decides which programs Triton makes for it: dtype, head dims of keys and of values, query heads per key
+    head."""
+
+    dtype: torch.dtype = torch.bfloat16
+    dim: int = 128
+    dim_v: int = 128
+    groups: int = 4
+
+
+@dataclass
+class Found:
+    """The error of a check as a multiple of what is allowed (at most 1 is right), of its worst result; `problem`: what went wrong
+    besides, or what was wrong."""
+
+    name: str
+    part: str
+    error: float = 0.0
+    problem: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Trial:
+    """One check in progress: random numbers, and the worst error so far of `backend` on `device`."""
+
+    heads: Heads
+    device: torch.device
+    config: HiPConfig
+    backend: str = "triton"
+    error: float = 0.0
+    worst: str = ""
+    random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Random numbers that are the same in the tensors' dtype and in float64."""
+        return torch.randn(shape, generator=self.random, dtype=torch.float32, device="cpu").to(self.heads.dtype)
+
+    @property
+    def keys(self) -> int:
+        """So many that the levels of a search above the last one keep half of the middle, not aligned to anything."""
+        config = self.config
+        blocks = 2 * max(config.beam_blocks, config.budget_blocks) + 1
+        return config.sink + config.window + blocks * config.block_k + REST
+
+    def plain(self, rows: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q `[1, Hq, rows, D]`, k and v."""
+        heads = self.heads
+        q, k = self.normal(1, KEY_HEADS * heads.groups, rows, heads.dim), self.normal(1, KEY_HEADS, keys, heads.dim)
+        return q, k, self.normal(1, KEY_HEADS, keys, heads.dim_v)
+
+    def planted(self, rows: int, keys: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same with the budget's worth of planted keys between the key `first` and the window. Neighbouring blocks begin
+        with a weak one and end with a strong one; another weak one follows, which takes the place of the first."""
+        config, heads = self.config, self.heads
+        q, k, v = self.plain(rows, keys)
+        # in the second half of the head, which context extension does not turn here
+        direction = torch.zeros(heads.dim, dtype=torch.float32, device="cpu")
+        direction[heads.dim // 2 :] = (2 / heads.dim) ** 0.5
+        strength = heads.dim**0.25
+
+        def along(x: torch.Tensor, size: float | torch.Tensor) -> torch.Tensor:
+            """x with that size in the direction, in place of a random one."""
+            x = x.float()
+            return (x + (strength * size - x @ direction)[..., None] * direction).to(heads.dtype)
+
+        logits = torch.zeros(keys, device="cpu")
+        low = -(-max(first, config.sink) // config.block_k)
+        runs = max(1, config.budget_blocks // PLANTED_TOGETHER)
+        each = config.budget_blocks // runs
+        last = (keys - rows - config.window - config.block_q) // config.block_k - each - 1
+        logits[config.sink : keys - config.window] = OTHERS
+        for run in range(runs):
+            blocks = torch.full((each,), PLANTED, device="cpu")
+            if each > 1:
+                blocks[0], blocks[-1] = WEAK, STRONG
+                blocks = torch.cat([blocks, blocks[:1]])
+            at = (low + (last - low) * run // max(1, runs - 1)) * config.block_k
+            logits[at : at + len(blocks) * config.block_k] = blocks.repeat_interleave(config.block_k)
+        return along(q, 1.0), along(k, logits), v
+
+    def on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [x.to(self.device) for x in tensors]
+
+    def same(self, name: str, got: torch.Tensor, want: torch.Tensor, absolute: bool = False) -> None:
+        """Take note of how far `got` is from `want`. NaN, and what is infinite in one of them alone, is infinitely far."""
+        got, want = got.detach().double().cpu(), want.detach().double()
+        miss = torch.where(got == want, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf).max()
+        size = 1.0 if absolute else float(want[want.isfinite()].abs().max())
+        dtype = self.heads.dtype
+        allowed = ALLOWED[dtype] + OF_LOGITS * (self.backend == "torch" and dtype != torch.float32)
+        self._note(name, float(miss) / (size * torch.finfo(dtype).eps * allowed))
+
+    def _note(self, name: str, error: float) -> None:
+        if error > self.error:
+            self.error, self.worst = error, name
+
+    def both(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        config: HiPConfig,
+        states: tuple[DecodeState, DecodeState] | None = None,
+        pages: bool = False,
+        mask: bool = True,
+        **fields: Any,
+    ) -> None:
+        """Compare a call with the torch backend's in float64: output, log-sum-exp, and the selection."""
+        ours, theirs = states or (None, None)
+        scale = q.shape[-1] ** -0.5
+        tensors: list[torch.Tensor] = self.on_device(q, k, v)
+        problem = AttentionProblem(*tensors, make_spans(q, k), scale, **fields)
+        if pages:
+            count = -(-k.shape[2] // PAGE)
+            table = BlockTable(torch.randperm(count, generator=self.random, device="cpu").tolist())
+            problem = replace(problem, k=in_pages(tensors[1], table), v=in_pages(tensors[2], table))
+        fields = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
+        if "sinks" in fields:
+            problem = replace(problem, sinks=fields["sinks"].to(self.device, self.heads.dtype))
+        exact = AttentionProblem(q.double(), k.double(), v.double(), make_spans(q, k), scale, **fields)
+        got = attend(problem, replace(config, backend=self.backend), None, ours, True, mask)
+        want = attend(exact, replace(config, backend="torch"), None, theirs, True, mask)
+        self.compare(got, want)
+
+    def compare(self, got: Result, want: Result) -> None:
+        assert got.lse is not None
+        assert want.lse is not None
+        assert got.path == want.path, got.reason
+        self.same("out", got.out, want.out)
+        self.same("log-sum-exp", got.lse, want.lse, absolute=True)
+        if got.mask is None or want.mask is None:
+            return
+        counts = got.mask.counts.cpu()
+        there = torch.arange(got.mask.indices.shape[-1], device="cpu") < counts[..., None]
+        differ = (got.mask.indices.cpu() != want.mask.indices) & there
+        if not torch.equal(counts, want.mask.counts) or differ.any():
+            self._note("selected blocks", float("inf"))
+
+
+def in_pages(x: torch.Tensor, table: BlockTable) -> PagedTensor:
+    """Keys (or values) `[1, H, T, D]` in the pages of `table`."""
+    _, heads, tokens, dim = x.shape
+    store = Store(heads, dim, x.dtype, x.device, PAGE)
+    store.slabs, store.bounds = [store.make_slab(len(table))], [0]
+    store.write(table, 0, x[0])
+    return PagedTensor(store, [table], tokens)
+
+
+def prompt(trial: Trial) -> None:
+    """Pyramid, selection and attention of a prompt's last rows, its dense tail among them."""
+    config = trial.config
+    trial.both(*trial.planted(config.block_q + config.dense_tail + REST, trial.keys), config)
+
+
+def decode(trial: Trial) -> None:
+    """A prompt and steps on a kept state, until the selection has been made anew and kept again."""
+    config, keys = trial.config, trial.keys
+    assert isinstance(config.decode_refresh, int)
+    steps = config.decode_refresh + 2
+    rows = config.block_q + steps
+    q, k, v = trial.planted(rows, keys)
+    states, end = (DecodeState(), DecodeState()), keys - steps
+    trial.both(q[:, :, : config.block_q], k[:, :, :end], v[:, :, :end], config, states)
+    for at in range(config.block_q, rows):
+        end += 1
+        trial.both(q[:, :, at : at + 1], k[:, :, :end], v[:, :, :end], config, states)
+
+
+def pages(trial: Trial) -> None:
+    """Keys in pages, with all that changes logits: a prompt, and a step of a few rows."""
+    config, keys = trial.config, trial.keys
+    fields = dict(softcap=SOFTCAP, sliding_window=keys - 2 * config.block_q, sinks=trial.normal(KEY_HEADS * trial.heads.groups))
+    q, k, v = trial.planted(config.block_q + config.dense_tail + REST, keys, first=4 * config.block_q)
+    trial.both(q, k, v, config, pages=True, **fields)
+    trial.both(q[:, :, -FEW_ROWS:], k, v, config, pages=True, **fields)
+
+
+def dense(trial: Trial) -> None:
+    """Dense attention where PyTorch's own does not serve."""
+    config = replace(trial.config, method="dense")
+    q, k, v = trial.plain(trial.config.block_q, trial.keys)
+    for rows in (trial.config.block_q, 1):
+        trial.both(q[:, :, -rows:], k, v, config, mask=False, softcap=SOFTCAP)
+
+
+def gradients(trial: Trial) -> None:
+    """Gradients of q, k, v and sinks through the selection's attention and the dense tail."""
+    config, heads = trial.config, trial.heads
+    q, k, v = trial.planted(config.block_q + config.dense_tail + REST, trial.keys)
+    sinks = trial.normal(q.shape[1])
+    weight, weight_lse = trial.normal(*q.shape[:3], heads.dim_v), trial.normal(*q.shape[:3])
+    grads = []
+    with torch.enable_grad():
+        exact = (torch.device("cpu"), torch.float64, "torch")
+        for device, dtype, backend in ((trial.device, heads.dtype, trial.backend), exact):
+            leaves = [x.to(device, dtype).detach().requires_grad_() for x in (q, k, v, sinks)]
+            problem = AttentionProblem(*leaves[:3], make_spans(q, k), heads.dim**-0.5, sinks=leaves[3])
+            result = attend(problem, replace(config, backend=backend), None, None, True)
+            assert result.lse is not None
+            into = [weight.to(device, result.out.dtype), weight_lse.to(device, result.lse.dtype)]
+            grads.append(torch.autograd.grad([result.out, result.lse], leaves, into))
+    for name, got, want in zip(("q", "k", "v", "sinks"), *grads, strict=True):
+        trial.same(f"gradient of {name}", got, want)
+
+
+def hyper(trial: Trial) -> None:
+    """HyperAttention: hashes, leaves and squares."""
+    config = replace(trial.config, method="hyper", options=HYPER_SIZES)
+    trial.both(*trial.plain(HYPER_TOKENS, HYPER_TOKENS), config, mask=False)
+
+
+def delta(trial: Trial) -> None:
+    """Delta correction in steps: dense rows at a stride, and what they correct."""
+    config = trial.config
+    q, k, v = trial.planted(2 * config.block_q + config.dense_tail + REST, trial.keys)
+    trial.both(q, k, v, replace(config, delta=config.block_q // 2, delta_mode="step"))
+
+
+def extended(trial: Trial) -> None:
+    """Context extension: queries and keys turned as they are read, of a prompt, of a step, and of dense rows."""
+    config = replace(trial.config, extend="streaming")
+    frequencies = ROPE_BASE ** -torch.linspace(0, 1, max(1, trial.heads.dim // 4), dtype=torch.float32, device="cpu")
+    reach = config.sink + config.budget + config.window + 2 * config.block_q
+    positions = Positions(Rope(frequencies), reach)
+    q, k, v = trial.planted(config.block_q + config.dense_tail + REST, trial.keys)
+    for rows in (q.shape[2], FEW_ROWS):
+        trial.both(q[:, :, -rows:], k, v, config, positions=positions)
+
+
+# What depends on which kernels: a call asks for those of its parts.
+SPARSE, GRADIENTS, HYPER, DELTA, EXTENDED = "sparse", "gradients", "hyper", "delta", "extended"
+CHECKS: dict[str, tuple[str, Callable[[Trial], None]]] = {
+    "prompt": (SPARSE, prompt),
+    "decode": (SPARSE, decode),
+    "pages": (SPARSE, pages),
+    "dense": (SPARSE, dense),
+    "gradients": (GRADIENTS, gradients),
+    "hyper": (HYPER, hyper),
+    "delta": (DELTA, delta),
+    "extended": (EXTENDED, extended),
+}
+
+
+def lost(device: torch.device) -> str:
+    """What to say where the process can use a GPU no more: a kernel that reads or writes outside of its tensors leaves it no
+    context, so that even dense attention fails there until it ends. Empty where the device still answers."""
+    if device.type != "cuda":
+        return ""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return ' (this process can use the GPU no more: start anew with backend="torch" or method="dense")'
+    return ""
+
+
+def check(name: str, heads: Heads, device: torch.device, config: HiPConfig, backend: str = "triton") -> Found:
+    """Run one of `CHECKS` on a backend. What it raises becomes its `problem`, but for want of memory, which says nothing of the
+    kernels.
+
+    Raises:
+        torch.OutOfMemoryError: the device's memory is full.
+    """
+    part, compare = CHECKS[name]
+    trial, start = Trial(heads, device, config, backend), time.perf_counter()
+    found = Found(name, part)
+    try:
+        compare(trial)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers, drivers and launches have no common type
+        found.error, found.problem = float("inf"), said(error) + lost(device)
+    else:
+        found.error = trial.error
+        if not trial.error <= 1:
+            found.problem = f"{trial.worst}: {trial.error:.3g} times the error that is allowed"
+    found.seconds = time.perf_counter() - start
+    return found

@@ -1,0 +1,109 @@
+"""What the kernels are told about a call: which sequences there are, where their rows and keys lie, and the query blocks.
+
+All of it is read on the device, so no launch waits for the host; the grid is fixed from `max_rows` and programs
+without work return at once. Everything inside a sequence is relative to its first real key (`Span` in `problem.py`):
+padding enters no block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from hip_hf.cache.pages import to_device
+from hip_hf.problem import Span
+
+# What changes with the length of a prompt or as a context grows: Triton would compile anew where it becomes divisible by 16. None
+# of it is the stride of anything that is read in vectors.
+GROWING = (
+    *("stride_table", "blocks", "count", "stride_ls", "stride_lb", "stride_lh", "stride_ms", "stride_mb", "stride_mh"),
+    *("stride_rows", "stride_keys", "stride_starts"),
+)
+FIELDS = ("batch", "key_start", "row_start", "rows", "position")
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The real sequences of a call.
+
+    `table` int32 `[5, S]`, on the device: of each sequence its `batch` row (or row of the block table), the slot
+    `key_start` of its first key, the row `row_start` of its first query, its number of query `rows` (0: nothing to
+    do), and the `position` of the first of them, counted from the first key. `max_rows` and `max_keys` are bounds
+    known to the host: they fix grids and scratch.
+    """
+
+    table: torch.Tensor
+    max_rows: int
+    max_keys: int
+
+    @property
+    def count(self) -> int:
+        return self.table.shape[1]
+
+    def blocks(self, block_q: int) -> int:
+        """Query blocks of a sequence at most; aligned to positions, so the first may be cut. `block_q` 1: every row."""
+        return self.max_rows if block_q == 1 else -(-(self.max_rows - 1) // block_q) + 1
+
+    @staticmethod
+    def of(spans: Iterable[Span], device: torch.device) -> Sequences:
+        """From spans that the host knows: one small copy to the device, no wait.
+
+        `max_keys` is the end of the longest span's rows, `max_rows` the most rows of a span.
+        """
+        spans = list(spans)
+        rows = [[s.batch, s.key_start, s.row_start, s.rows, s.position] for s in spans]
+        table = to_device(torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, len(FIELDS)).t().contiguous(), device)
+        return Sequences(table, max((s.rows for s in spans), default=0), max((s.end for s in spans), default=0))
+
+
+@triton.jit
+def load_sequence(sequences, stride_field, index):
+    """Of sequence `index`: batch, key_start, row_start, rows, position; int32 scalars."""
+    at = sequences + index
+    batch = tl.load(at)
+    key_start = tl.load(at + stride_field)
+    row_start = tl.load(at + 2 * stride_field)
+    rows = tl.load(at + 3 * stride_field)
+    position = tl.load(at + 4 * stride_field)
+    return batch, key_start, row_start, rows, position
+
+
+@triton.jit
+def query_block(row_start, rows, position, index, BLOCK_Q: tl.constexpr):
+    """The `index`-th query block of a sequence: its first row in the query tensor, and positions of its first and last
+    row. Empty (`first > last`) where the sequence has fewer."""
+    low = (position // BLOCK_Q + index) * BLOCK_Q
+    first = tl.maximum(low, position)
+    last = tl.minimum(low + BLOCK_Q, position + rows) - 1
+    return row_start + first - position, first, last
+
+
+@triton.jit
+def always_read(first, window, sink_keys, sliding, BLOCK_K: tl.constexpr):
+    """What a query block whose first row is at `first` always reads: the sink `[start, sink)` and the window
+    `[window, ...]`; the middle is key blocks `sink // BLOCK_K` to `window // BLOCK_K - 1` (`QueryBlock` in `methods/base.py`).
+
+    `window` is where the window starts if no sliding window cuts it (`window_start`, or, in decode, what the selection kept);
+    `sliding` 0 means no sliding window.
+    """
+    start = tl.where(sliding > 0, tl.maximum(first - sliding + 1, 0) // BLOCK_K * BLOCK_K, 0)
+    window = tl.maximum(window, start)
+    sink = tl.minimum(tl.maximum((sink_keys + BLOCK_K - 1) // BLOCK_K * BLOCK_K, start), window)
+    return start, sink, window
+
+
+@triton.jit
+def window_start(first, window_keys, BLOCK_K: tl.constexpr):
+    """Where the window of a query block starts when it is laid out anew."""
+    return tl.maximum(first - window_keys, 0) // BLOCK_K * BLOCK_K
+
+
+@triton.jit
+def still_serves(made, position, rows, refresh):
+    """Whether the selection that was `made` for some position serves a step of one row at `position` as well."""
+    age = position - tl.load(made)
+    return (rows == 1) & (age >= 0) & (age < refresh)

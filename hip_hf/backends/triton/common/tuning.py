@@ -1,0 +1,94 @@
+"""Launch configurations per architecture and head dim: a table (`table.py`), written by `benchmarks/tune.py`."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+# Parts into which the keys of a row are split at most, a power of two: what one program of the combine step takes.
+MOST_SPLITS = 64
+# Streaming multiprocessors (compute units) assumed where there is no device to ask: an H200's.
+PROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A launch: `rows` of a tile of queries (query rows times heads of the group), `keys` per step, warps, pipeline stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def held(self) -> int:
+        """Query rows, and keys and values of every stage: a measure of the shared memory that it takes."""
+        return self.rows + 2 * self.keys * self.stages
+
+
+def power_of_two(number: int) -> int:
+    """The lowest power of two that is not below `number`. (Triton's own, called on the host, unwraps its arguments first.)"""
+    return 1 << max(0, number - 1).bit_length()
+
+
+# Small enough for fp32 on every target.
+FULL_PRECISION = Tile(32, 32, 4, 1)
+
+
+def target_of(x: torch.Tensor) -> str:
+    """The compilation target of the device that `x` is on: "sm90", "gfx942", ...; CPUs (the interpreter) count as "sm90"."""
+    return _target(x.device.index) if x.device.type == "cuda" else "sm90"
+
+
+@functools.cache
+def _target(index: int | None) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+def _age(target: str) -> int:
+    """Targets of one maker in order of their age: "sm90" before "sm100", "gfx90a" before "gfx942"."""
+    return int(target[3:], 16) if target.startswith("gfx") else int(target[2:])
+
+
+@functools.cache
+def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
+    """Configuration of `kernel` (a name in the table) for head dims as wide as the wider one.
+
+    A target that is not in the table gets the configuration of the closest older one of its maker; one that is older than all of
+    them, the smallest of its maker's.
+    """
+    from hip_hf.backends.triton.common.tuning_table import TILES
+
+    if dtype == torch.float32:
+        return FULL_PRECISION
+    width, tiles = max(dim, dim_v), {}
+    for name, dims in TILES[kernel].items():
+        if name[:2] == target[:2]:
+            tiles[name] = Tile(*dims[min((d for d in dims if d >= width), default=max(dims))])
+    older = [name for name in tiles if _age(name) <= _age(target)]
+    return tiles[max(older, key=_age)] if older else min(tiles.values(), key=lambda tile: tile.held)
+
+
+def precision_of(x: torch.Tensor) -> str:
+    """How `tl.dot` multiplies operands like `x`. fp32 must stay fp32."""
+    return "tf32" if x.dtype != torch.float32 else full_precision("gfx" if torch.version.hip else "sm")
+
+
+def full_precision(target: str) -> str:
+    """fp32 products on `target`: three of tf32 where matrix units know no fp32."""
+    return "ieee" if target.startswith("gfx") else "tf32x3"
+
+
+@functools.cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(x: torch.Tensor) -> int:
+    """Streaming multiprocessors of the device that `x` is on."""
+    return _processors(x.device.index) if x.device.type == "cuda" else PROCESSORS

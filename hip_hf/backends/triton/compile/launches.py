@@ -1,0 +1,74 @@
+"""How a kernel module says what to compile: for `hip-hf kernels`, which compiles everything for every GPU without having one.
+
+Each kernel module has a function `launches(dim, dtype)` that returns the `Launch`es that users would meet with that head
+dim and dtype, made by the same code that launches them. `MODULES` names the modules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hip_hf.backends.triton.compile.digest import code_digest, name_of
+
+# import paths of the modules that have `launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]`;
+# `target` is one of "sm80", ..., "sm120", "gfx942", because launch configurations may depend on it
+MODULES = tuple(
+    f"hip_hf.backends.triton.{name}"
+    for name in (
+        "pyramid.pyramid", "selection.votes", "selection.search", "attention.prefill", "attention.decode", "attention.backward",
+        "hyper", "delta",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Stands for a tensor of `dtype` where nothing is launched; 16-byte aligned, as torch's allocator gives."""
+
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return 0
+
+    def ptr_range(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compilation: `kernel` (a `triton.jit` function) with `arguments` by name, as at its launch: tensors or `Pointer`s,
+    numbers as they are (divisibility by 16 is specialised), constexprs, `num_warps`, `num_stages`.
+
+    `tensor_cores`: whether it must use matrix instructions. `grid`: where it can be launched as well.
+    """
+
+    name: str
+    kernel: Any
+    arguments: Mapping[str, Any]
+    tensor_cores: bool = False
+    grid: tuple[int, ...] | None = None
+
+    def stand_ins(self) -> dict[str, Any]:
+        """The arguments with `Pointer`s for tensors."""
+        return {name: Pointer(x.dtype) if isinstance(x, torch.Tensor) else x for name, x in self.arguments.items()}
+
+    def given(self) -> dict[str, Any]:
+        """What the compiler is given beside the code, in JSON's types: numbers, launch options, and of tensors the dtype.
+        Arguments of the kernel by their place: their names do not count."""
+        places = {name: str(place) for place, name in enumerate(self.kernel.arg_names)}
+        return {
+            places.get(name, name): x if isinstance(x, int | float | str) else str(x.dtype) for name, x in self.arguments.items()
+        }
+
+    def digest(self) -> str:
+        """A name for what is `given`."""
+        return name_of(json.dumps(self.given(), sort_keys=True))
+
+    def code(self) -> str:
+        """A name for the code. Where it is the same, and so is what is `given`, so is the program."""
+        return code_digest(self.kernel)

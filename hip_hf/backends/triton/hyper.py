@@ -1,0 +1,345 @@
+"""HyperAttention on a GPU (arXiv 2310.05869): hashing, and the squares of a level in one launch. Reference: `torch/hyper.py`.
+
+The exact leaves are short causal prompts, so the prefill kernel computes them; sorting by hash is `torch.sort`, a radix
+sort of few bits. What is left is here: a kernel that hashes rows as it reads them once, and one that attends from sorted
+rows to the keys of their own block and to the sample, gathered through the order without a sorted copy of K and V, and
+merges that into the rows' running output and log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from hip_hf.backends.torch import hyper as reference
+from hip_hf.backends.triton.attention.prefill import Logits, dense_reads, prefill
+from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.sequences import GROWING
+from hip_hf.backends.triton.common.tiles import LN2, LOG2E, scaled
+from hip_hf.backends.triton.common.tuning import Tile, full_precision, power_of_two, precision_of, target_of, tile_of
+from hip_hf.backends.triton.compile.examples import Example, example
+from hip_hf.backends.triton.compile.launches import Launch
+from hip_hf.backends.triton.dense import dense_rows, sequences_of
+from hip_hf.methods.hyper import Options, Square, projections, sampled_ranks, split, tile
+from hip_hf.problem import Span
+from hip_hf.state import DecodeState
+
+# Plans that stay on the device: a forward pass asks for the same ones in every layer.
+KEPT_PLANS = 16
+# Rows of a program that hashes, and numbers of the head dim per step.
+HASHED_ROWS, HASHED_FEATURES = 64, 32
+FIELDS = ("first", "rows", "key_first", "keys", "block_rows", "size", "samples")
+
+
+@dataclass(frozen=True)
+class Level:
+    """The squares of one level, on the device; rows are counted from the first query row, keys from the first key.
+
+    `table` int32 `[7, squares]`: of each its `first` row and number of `rows`, its `key_first` and number of `keys`, the
+    `block_rows` of a query block, the `size` of an own block and the number of `samples`. `starts` int32 `[squares, blocks]`:
+    the rank at which each query block's own block starts. `samples` int32 `[squares, Hkv, most]`: ranks of sampled keys.
+    `row_bounds`, `key_bounds` `[2 * squares]`: where squares start and end, ascending.
+    """
+
+    table: torch.Tensor
+    starts: torch.Tensor
+    samples: torch.Tensor
+    row_bounds: torch.Tensor
+    key_bounds: torch.Tensor
+    block_rows: int  # of the square where they are most
+
+    @property
+    def squares(self) -> int:
+        return self.table.shape[1]
+
+    @staticmethod
+    def of(squares: Sequence[Square], position: int, options: Options, seed: int, heads: int, device: torch.device) -> Level:
+        """For squares of a span whose first row is at `position`."""
+        cpu = torch.device("cpu")
+        tilings = [tile(square, options, cpu) for square in squares]
+        rows = [
+            [s.first - position, s.rows, s.key_first, s.keys, t.rows, t.size, t.samples]
+            for s, t in zip(squares, tilings, strict=True)
+        ]
+        starts = torch.zeros(len(squares), max(len(t.starts) for t in tilings), dtype=torch.int32, device=cpu)
+        most = max(1, max(t.samples for t in tilings))
+        samples = torch.zeros(len(squares), heads, most, dtype=torch.int32, device=cpu)
+        for i, (s, t) in enumerate(zip(squares, tilings, strict=True)):
+            starts[i, : len(t.starts)] = t.starts
+            samples[i, :, : t.samples] = sampled_ranks(s, t.samples, seed, cpu)
+        table = torch.tensor(rows, dtype=torch.int32, device=cpu).t().contiguous()
+        bounds = [
+            [x for s in squares for x in ends(s)] for ends in (lambda s: (s.first, s.end), lambda s: (s.key_first, s.key_end))
+        ]
+        row_bounds, key_bounds = (torch.tensor(x, device=cpu) for x in bounds)
+        host = (table, starts, samples, row_bounds - position, key_bounds)
+        return Level(*(_to(x, device) for x in host), max(t.rows for t in tilings))
+
+    def order(self, codes: torch.Tensor, bounds: torch.Tensor, bits: int) -> torch.Tensor:
+        """Tokens of each square by their hashes `codes` `[H, n]`: int64 `[H, n]`, in which a square's tokens stand where the
+        square does. Ties keep their order."""
+        kinds = ((torch.int16, 15), (torch.int32, 31), (torch.int64, 63))  # fewer bits are fewer passes
+        dtype = next(kind for kind, held in kinds if bits + (2 * self.squares).bit_length() <= held)
+        at = torch.bucketize(torch.arange(codes.shape[1], device=codes.device), bounds, right=True)
+        return codes.to(dtype).add_((at << bits).to(dtype)).argsort(dim=-1, stable=True)
+
+
+def _to(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor on the device, without waiting for it."""
+    return (x.pin_memory() if device.type != "cpu" else x).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=KEPT_PLANS)
+def levels_of(
+    first: int, end: int, least: int, block_size: int, sample_size: int, seed: int, heads: int, device: torch.device
+) -> tuple[Level, ...]:
+    """The levels of squares for rows at positions `first` to `end - 1`, with their samples for `heads` key heads."""
+    options = Options(block_size=block_size, sample_size=sample_size, min_seq_len=least)
+    with torch.inference_mode(False):
+        levels = split(first, end, least)[1]
+        return tuple(Level.of(level, first, options, seed, heads, device) for level in levels)
+
+
+@triton.jit(do_not_specialize=[*GROWING, "stride_ch"])
+def hash_kernel(
+    X, DIRECTIONS, CODES, stride_h, stride_t, stride_ch, count, dim, steps,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid `(tiles of rows, heads)`. DIRECTIONS fp32 `[dim, BITS]`, zero in columns that are no bit of the hash. CODES int32: the
+    rank of the signs in Gray code."""
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = row < count
+    bit, inner = tl.arange(0, BITS), tl.arange(0, FEATURES)
+    x_ptr = X + head * stride_h + row.to(tl.int64)[:, None] * stride_t
+    acc = tl.zeros([ROWS, BITS], tl.float32)
+    for i in range(steps):
+        d = i * FEATURES + inner
+        x = tl.load(x_ptr + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
+        w = tl.load(DIRECTIONS + d[:, None] * BITS + bit[None, :], mask=(d < dim)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    code = tl.sum((acc > 0).to(tl.int32) << bit[None, :], 1)
+    code ^= code >> 16
+    code ^= code >> 8
+    code ^= code >> 4
+    code ^= code >> 2
+    code ^= code >> 1
+    tl.store(CODES + head * stride_ch + row, code, mask=real)
+
+
+def hash_arguments(x: torch.Tensor, directions: torch.Tensor, codes: torch.Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and arguments of `hash_kernel` for vectors `[H, n, D]`."""
+    heads, count, dim = x.shape
+    arguments = dict(
+        X=x, DIRECTIONS=directions, CODES=codes, stride_h=x.stride(0), stride_t=x.stride(1), stride_ch=codes.stride(0),
+        count=count, dim=dim, steps=-(-dim // HASHED_FEATURES),
+        ROWS=HASHED_ROWS, FEATURES=HASHED_FEATURES, BITS=directions.shape[1], PRECISION=precision_of(directions), num_warps=4,
+    )  # fmt: skip
+    return (-(-count // HASHED_ROWS), heads), arguments
+
+
+def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """As `methods.hyper.hashes`, for vectors `[H, n, D]` of stride 1 in D, reading each once: int32 `[H, n]`."""
+    bits = directions.shape[1]
+    padded = torch.nn.functional.pad(directions, (0, max(16, power_of_two(bits)) - bits))
+    codes = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
+    grid, arguments = hash_arguments(x, padded, codes)
+    hash_kernel[grid](**arguments)
+    return codes
+
+
+@triton.jit(do_not_specialize=GROWING)
+def square_kernel(
+    Q, K, V, OUT, LSE, ROW_ORDER, KEY_ORDER, TABLE, STARTS, SAMPLES,
+    stride_qh, stride_qt, stride_kh, stride_kt, stride_vh, stride_vt, stride_oh, stride_ot, stride_lh, stride_lt,
+    stride_rows, stride_keys, stride_field, stride_starts, stride_square, stride_samples,
+    dim, dim_v, scale, softcap,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    EVEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid `(blocks * TILES, Hq, squares)`: ROWS sorted rows of a query block of a square and a query head. All pointers are at a
+    span's first row and key. OUT fp32 and LSE hold what the rows have so far; each row is in one square of a level."""
+    block, part = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    head, square = tl.program_id(1), tl.program_id(2)
+    first, rows = tl.load(TABLE + square), tl.load(TABLE + stride_field + square)
+    key_first, keys = tl.load(TABLE + 2 * stride_field + square), tl.load(TABLE + 3 * stride_field + square)
+    block_rows, size = tl.load(TABLE + 4 * stride_field + square), tl.load(TABLE + 5 * stride_field + square)
+    samples = tl.load(TABLE + 6 * stride_field + square)
+    inner = part * ROWS + tl.arange(0, ROWS)
+    rank = block * block_rows + inner
+    real = (inner < block_rows) & (rank < rows)
+    if (part * ROWS >= block_rows) | (block * block_rows + part * ROWS >= rows):
+        return
+
+    key_head = head // GROUP
+    d, dv, n = tl.arange(0, D), tl.arange(0, DV), tl.arange(0, KEYS)
+    row = tl.load(ROW_ORDER + head.to(tl.int64) * stride_rows + first + rank, mask=real, other=0)
+    q_ptr = Q + head.to(tl.int64) * stride_qh + row * stride_qt
+    q = tl.load(q_ptr[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
+    start = tl.load(STARTS + square * stride_starts + block)
+    drawn_ptr = SAMPLES + square.to(tl.int64) * stride_square + key_head * stride_samples
+    order = KEY_ORDER + key_head.to(tl.int64) * stride_keys + key_first
+    k_base, v_base = K + key_head.to(tl.int64) * stride_kh, V + key_head.to(tl.int64) * stride_vh
+    bias = tl.log2(keys.to(tl.float32) / tl.maximum(samples, 1).to(tl.float32))  # a sampled key counts for so many
+
+    # the online softmax goes on from what the row has: that is the merge
+    lse_ptr = LSE + head.to(tl.int64) * stride_lh + row * stride_lt
+    out_ptr = OUT + (head.to(tl.int64) * stride_oh + row * stride_ot)[:, None] + dv[None, :]
+    if EVEN:
+        inside = real[:, None]
+    else:
+        inside = real[:, None] & (dv < dim_v)[None, :]
+    top = tl.load(lse_ptr, mask=real, other=0.0) * LOG2E
+    norm = tl.full([ROWS], 1.0, tl.float32)
+    acc = tl.load(out_ptr, mask=inside, other=0.0)
+    # the own block, then the sample, as one list of slots
+    for i in range(0, (size + samples + KEYS - 1) // KEYS):
+        slot = i * KEYS + n
+        own = slot < size
+        drawn = tl.load(drawn_ptr + slot - size, mask=(slot >= size) & (slot < size + samples), other=0)
+        others = (slot >= size) & (slot < size + samples) & ((drawn < start) | (drawn >= start + size))
+        # what is neither repeats a key of the own block, with no weight
+        token = tl.load(order + tl.where(others, drawn, start + tl.where(own, slot, 0)))
+        k_ptr, v_ptr = k_base + (token * stride_kt)[:, None] + d[None, :], v_base + (token * stride_vt)[:, None] + dv[None, :]
+        if EVEN:
+            k = tl.load(k_ptr)
+        else:
+            k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
+        logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+        logits += tl.where(own, 0.0, tl.where(others, bias, float("-inf")))[None, :]
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        shrink = tl.exp2(top - new_top)
+        weights = tl.exp2(logits - new_top[:, None])
+        norm = norm * shrink + tl.sum(weights, 1)
+        if EVEN:
+            v = tl.load(v_ptr)
+        else:
+            v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+
+    tl.store(out_ptr, acc / norm[:, None], mask=inside)
+    tl.store(lse_ptr, (top + tl.log2(norm)) * LN2, mask=real)
+
+
+def rows_of_square(shape: Tile, block_rows: int) -> int:
+    """Rows that a program of `square_kernel` takes, of blocks of so many; tensor cores take 16 at least."""
+    return max(16, min(shape.rows, power_of_two(block_rows)))
+
+
+def square_arguments(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    orders: tuple[torch.Tensor, torch.Tensor], level: Level, logits: Logits, shape: Tile,
+) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
+    """Grid and arguments of `square_kernel`: q `[Hq, n, D]`, k `[Hkv, T, D]`, v, out fp32 `[Hq, n, Dv]`, lse fp32 `[Hq, n]` of a
+    span, and the orders of its rows and keys."""
+    dim, dim_v = q.shape[-1], v.shape[-1]
+    rows = rows_of_square(shape, level.block_rows)
+    tiles = -(-level.block_rows // rows)
+    wide, wide_v = (max(16, power_of_two(x)) for x in (dim, dim_v))
+    arguments = dict(
+        Q=q, K=k, V=v, OUT=out, LSE=lse, ROW_ORDER=orders[0], KEY_ORDER=orders[1],
+        TABLE=level.table, STARTS=level.starts, SAMPLES=level.samples,
+        stride_qh=q.stride(0), stride_qt=q.stride(1), stride_kh=k.stride(0), stride_kt=k.stride(1),
+        stride_vh=v.stride(0), stride_vt=v.stride(1), stride_oh=out.stride(0), stride_ot=out.stride(1),
+        stride_lh=lse.stride(0), stride_lt=lse.stride(1), stride_rows=orders[0].stride(0), stride_keys=orders[1].stride(0),
+        stride_field=level.table.stride(0), stride_starts=level.starts.stride(0),
+        stride_square=level.samples.stride(0), stride_samples=level.samples.stride(1),
+        dim=dim, dim_v=dim_v, scale=logits.scale, softcap=logits.softcap or 1.0,
+        ROWS=rows, KEYS=shape.keys, TILES=tiles, GROUP=q.shape[0] // k.shape[0], D=wide, DV=wide_v,
+        EVEN=wide == dim and wide_v == dim_v, SOFTCAP=logits.softcap is not None, PRECISION=precision_of(q),
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return (level.starts.shape[1] * tiles, q.shape[0], level.squares), arguments
+
+
+def attend_squares(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    orders: tuple[torch.Tensor, torch.Tensor], level: Level, logits: Logits,
+) -> None:  # fmt: skip
+    """Merge the squares of a level into out and lse (`square_arguments` says their shapes)."""
+    shape = tile_of("hyper squares", target_of(q), q.shape[-1], v.shape[-1], q.dtype)
+    grid, arguments = square_arguments(q, k, v, out, lse, orders, level, logits, shape)
+    square_kernel[grid](**arguments)
+
+
+class HyperAttention(reference.HyperAttention):
+    """One call on a GPU: a launch for all leaves of all sequences, then one per sequence and level."""
+
+    def run(self, state: DecodeState | None) -> None:
+        problem, spans = self.problem, self.problem.spans
+        self.note(state)
+        logits, kv = Logits(problem.scale, problem.softcap, None, problem.sinks), KeyValues(problem.k, problem.v)
+        # rows are merged level after level, so they are kept in fp32 meanwhile
+        out = self.out if self.out.dtype == torch.float32 else self.out.to(torch.float32)
+        lse = torch.full(out.shape[:3], -torch.inf, device=out.device) if self.lse is None else self.lse
+        leaves = tuple(leaf for span in spans for leaf in self._leaves(span))
+        prefill(problem.q, kv, sequences_of(leaves, out.device), dense_reads(), logits, out, lse)
+        for span in spans:
+            self._squares(span, out, lse, logits)
+        if out is not self.out:
+            self.out.copy_(out)
+        tails = [self.tail(span) for span in spans]
+        if any(tail < span.rows for tail, span in zip(tails, spans, strict=True)):
+            dense_rows(problem, kv, spans, tails, logits, self.out, self.lse)
+
+    def _leaves(self, span: Span) -> list[Span]:
+        """The exact parts of a span, as short prompts."""
+        leaves = split(span.position, span.end, self.options.min_seq_len)[0]
+        row = span.row_start - span.position
+        return [
+            Span(span.batch, span.key_start + x.start, span.key_start + x.end, row + x.first, row + x.end, x.first - x.start)
+            for x in leaves
+        ]
+
+    def _squares(self, span: Span, out: torch.Tensor, lse: torch.Tensor, logits: Logits) -> None:
+        problem, o = self.problem, self.options
+        rows, keys = slice(span.row_start, span.row_end), slice(span.key_start, span.key_start + span.end)
+        q, k, v = problem.q[span.batch, :, rows], problem.k[span.batch, :, keys], problem.v[span.batch, :, keys]
+        levels = levels_of(
+            span.position, span.end, o.min_seq_len, o.block_size, o.sample_size, self.config.seed, k.shape[0], q.device
+        )
+        if not levels:
+            return
+        directions = projections(o, q.shape[2], self.config.seed, q.device)
+        codes = hashes(q, directions), hashes(k, directions)
+        for level in levels:
+            bounds = level.row_bounds, level.key_bounds
+            orders = tuple(level.order(x, ends, o.lsh_num_projs) for x, ends in zip(codes, bounds, strict=True))
+            attend_squares(q, k, v, out[span.batch, :, rows], lse[span.batch, :, rows], orders, level, logits)
+
+
+def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
+    """What `hip-hf kernels` compiles: the hash, and the squares with and without softcap."""
+    x = example(dim, dtype)
+    return [hash_launch(x, target), *square_launches(x, tile_of("hyper squares", target, dim, dim, dtype))]
+
+
+def square_launches(x: Example, shape: Tile) -> list[Launch]:
+    """`square_kernel` with and without softcap."""
+    capped = replace(x, logits=replace(x.logits, softcap=50.0))
+    return [square_launch("hyper, squares", x, shape), square_launch("hyper, squares, softcap", capped, shape)]
+
+
+def hash_launch(x: Example, target: str) -> Launch:
+    """`hash_kernel` of a prompt's queries."""
+    directions = torch.empty(x.q.shape[-1], 16, device=x.q.device)
+    grid, arguments = hash_arguments(x.q[0], directions, x.numbers.new_empty(x.q.shape[1:3]))
+    return Launch("hyper, hash", hash_kernel, arguments | dict(PRECISION=full_precision(target)), grid=grid)
+
+
+def square_launch(name: str, x: Example, shape: Tile) -> Launch:
+    """`square_kernel` of one square, half a prompt against the other half, at the paper's sizes."""
+    tokens, device = x.q.shape[2], x.q.device
+    square = Square(tokens // 2, tokens, 0, tokens // 2)
+    level = Level.of([square], 0, Options(), 0, x.kv.heads, torch.device("cpu"))
+    orders = tuple(torch.empty(heads, tokens, dtype=torch.int64, device=device) for heads in (x.q.shape[1], x.kv.heads))
+    out = torch.empty(x.out.shape[1:], device=device)
+    grid, arguments = square_arguments(x.q[0], x.kv.k[0], x.kv.v[0], out, x.lse[0], orders, level, x.logits, shape)
+    return Launch(name, square_kernel, arguments, True, grid)

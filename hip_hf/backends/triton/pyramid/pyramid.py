@@ -1,0 +1,147 @@
+"""The pyramid of chunk summaries on a GPU: one flat table per key head, built in one pass over the keys and extended in place.
+
+Rows are laid out in order (`summaries.py`), capacity is fixed, and how far it reaches is read and written on the device: building
+and appending wait for nothing and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.tuning import power_of_two
+from hip_hf.backends.triton.compile.launches import Launch, Pointer
+from hip_hf.backends.triton.pyramid import summaries
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+# A tile is 2 ** TILE_LEVELS blocks: what a program reads at once and keeps in registers.
+TILE_LEVELS = 5
+# Of the head dim, what a program takes.
+DIM_AT_ONCE = 64
+KINDS = {
+    "blend": summaries.CENTRE,
+    "minmax": summaries.CENTRE,
+    "middle": summaries.MIDDLE,
+}
+
+
+def parts_of(config: HiPConfig) -> int:
+    """Of a summary: vectors that are multiplied with q and |q|."""
+    return 1 if config.representative == "middle" else 2
+
+
+def _states_per_chunk(config: HiPConfig) -> int:
+    return 2 if config.representative == "middle" else 3
+
+
+def constants(config: HiPConfig, dim: int, block_q: int, append: bool) -> dict[str, Any]:
+    """Compile-time arguments of the kernels of `config.representative`."""
+    kind = KINDS[config.representative].value
+    return dict(
+        BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=dim, KIND=kind, LEVELS=TILE_LEVELS,
+        BD=min(DIM_AT_ONCE, power_of_two(dim)),
+        num_warps=8 if append else 4,  # one program that does everything needs more registers than one that makes a tile
+    )  # fmt: skip
+
+
+@dataclass
+class KeyPyramid:
+    """Summaries of the first `built` key blocks of each sequence and key head.
+
+    `table` `[S, Hkv, rows, width]`, in the keys' dtype: chunk `i` of level `l` is row `((2 * i + 1) << l) - 1`.
+    `states` fp32 `[S, Hkv, rows, state]`: what parents are merged from. `built` int32 `[S, lanes]`, one entry per program that
+    extends it. Memory: about `2 * width / (block_k * D)` of the keys'.
+    """
+
+    config: HiPConfig
+    table: torch.Tensor
+    states: torch.Tensor
+    built: torch.Tensor
+
+    @staticmethod
+    def empty(
+        config: HiPConfig, sequences: int, heads: int, dim: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> KeyPyramid:
+        """Nothing is built yet; for up to `capacity` keys a sequence."""
+        blocks = max(1, capacity // config.block_k)
+        tiles, lanes = max(1, blocks >> TILE_LEVELS), heads * -(-dim // constants(config, dim, 1, False)["BD"])
+        states = (sequences, heads, 2 * tiles, _states_per_chunk(config) * dim)
+        return KeyPyramid(
+            config,
+            torch.empty(sequences, heads, 2 * blocks, parts_of(config) * dim, dtype=dtype, device=device),
+            torch.empty(states, dtype=torch.float32, device=device),
+            torch.zeros(sequences, lanes, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def dim(self) -> int:
+        """Of the keys' heads."""
+        return self.table.shape[3] // parts_of(self.config)
+
+    @property
+    def blocks(self) -> int:
+        """Key blocks of a sequence that there is room for."""
+        return self.table.shape[2] // 2
+
+    @property
+    def nbytes(self) -> int:
+        return self.table.nbytes + self.states.nbytes + self.built.nbytes
+
+    def truncate(self, blocks: int | torch.Tensor) -> None:
+        """Forget all but the first `blocks` blocks (of every sequence, or an int32 tensor `[S]`). Nothing waits."""
+        limit = blocks[:, None] if isinstance(blocks, torch.Tensor) else blocks
+        self.built.clamp_(max=limit)
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Sequence `i` continues what sequence `index[i]` was; int64 `[S']`. Copies the table, as the cache copies its keys."""
+        self.table, self.states, self.built = (x.index_select(0, index) for x in (self.table, self.states, self.built))
+
+    def take(self, old: KeyPyramid) -> None:
+        """Go on where a pyramid of smaller capacity was; rows keep their places."""
+        self.table[:, :, : old.table.shape[2]] = old.table
+        self.states[:, :, : old.states.shape[2]] = old.states
+        self.built.copy_(old.built)
+
+    def extend(self, kv: KeyValues, sequences: Sequences, block_q: int, append: bool) -> None:
+        """Reach as far as the call's query blocks of `block_q` rows need. `append`: few keys are new (decode), so one launch
+        does it all; otherwise tiles are built side by side."""
+        config, blocks = self.config, sequences.max_keys // self.config.block_k
+        block_table, stride_table = kv.table()
+        arguments = (
+            self.table, self.states, self.built, kv.k, block_table, sequences.table, self.table.stride(0), self.table.stride(1),
+            self.states.stride(0), self.states.stride(1), *kv.strides(kv.k), stride_table, sequences.table.stride(0),
+            config.window,
+        )  # fmt: skip
+        fixed = constants(config, self.dim, block_q, append) | dict(PAGE_SIZE=kv.page_size)
+        lanes, count = self.built.shape[1], sequences.count
+        weight = 1.0 if config.representative == "minmax" else config.method_options().weight
+        if not append and blocks:
+            summaries.tiles_kernel[(-(-blocks >> TILE_LEVELS), lanes, count)](*arguments, weight, **fixed)
+        summaries.append_kernel[(lanes, count)](*arguments, weight, BUILD=append, **fixed)
+
+
+def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
+    """The kernels of the default settings, in prefill and in decode."""
+    from hip_hf.config import HiPConfig
+
+    config = HiPConfig()
+    pointers = dict.fromkeys(("table", "k"), Pointer(dtype)) | {"states": Pointer(torch.float32)}
+    pointers |= dict.fromkeys(("built", "block_table", "sequences"), Pointer(torch.int32))
+    strides = ("sequence", "head", "state_sequence", "state_head", "kb", "kh", "kt", "table")
+    numbers = {f"stride_{name}": 1024 * dim for name in strides} | dict(stride_field=1, window=config.window, weight=0.5)
+    found = []
+    for step, kernel, flags in (
+        ("tiles", summaries.tiles_kernel, dict(PAGE_SIZE=0)),
+        ("append", summaries.append_kernel, dict(PAGE_SIZE=256, BUILD=True)),
+        ("merge", summaries.append_kernel, dict(PAGE_SIZE=0, BUILD=False)),
+    ):
+        append = flags.get("BUILD", False)
+        fixed = constants(config, dim, 1 if append else config.block_q, append)
+        found.append(Launch(f"pyramid, {config.representative}, {step}", kernel, {**pointers, **numbers, **fixed, **flags}))
+    return found

@@ -1,0 +1,385 @@
+"""Votes by need: the rows of a query block that vote in its search, and how much they find without it (`methods/hip.py` is the
+readable twin).
+
+`need_kernel` goes through what a row that may vote reads in any case, sink and window, and through a sample of the keys in
+between: the log-sum-exp of the first (`near`) says how much it finds, the highest logit of the second less that how much it
+*needs* the middle.
+`vote_kernel` puts the rows of the greatest need side by side, where the search reads them. Under context extension it also
+places them: as far from un-rotated keys as they are from the last key before the window (`voting` in `rope.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from hip_hf.backends.triton.attention.prefill import Logits, configuration, rows_of
+from hip_hf.backends.triton.common.addressing import KeyValues, token_offsets
+from hip_hf.backends.triton.common.rotation import partner, placed_queries, rotation, turned
+from hip_hf.backends.triton.common.sequences import (
+    GROWING,
+    Sequences,
+    always_read,
+    load_sequence,
+    query_block,
+    still_serves,
+    window_start,
+)
+from hip_hf.backends.triton.common.tiles import LN2, LOG2E, scaled
+from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
+from hip_hf.backends.triton.compile.examples import Example, example, extended
+from hip_hf.backends.triton.compile.launches import Launch
+from hip_hf.backends.triton.selection.topk import ABSENT, keep_best, kept_of, sort_keys, tile
+from hip_hf.backends.triton.selection.voting import Voting, count_asked, count_votes, count_walkers
+from hip_hf.methods import need as by_need
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+# Numbers of the head dim that are copied at a time: the rows of all votes are held meanwhile.
+FEATURES = 16
+# Spreads the sample's places within their chunks.
+SPREAD = tl.constexpr(by_need.SPREAD)
+# Keys of a tile at least: what matrix instructions take.
+FEWEST_KEYS = 16
+# Of the needs of a query block, what a warp compares at a time in registers.
+NEEDS = 64
+
+
+@triton.jit
+def near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING: tl.constexpr):
+    """Of the list `[sink | window]`: positions of the keys at `slots`, and which of the rows at `row_at` see them."""
+    position = tl.where(slots < sink_length, start + slots, window + slots - sink_length)
+    seen = (slots < end)[None, :] & (position[None, :] <= row_at[:, None])
+    if SLIDING:
+        seen &= position[None, :] > row_at[:, None] - sliding
+    return position, seen
+
+
+@triton.jit
+def key_logits(
+    q, k_base, position, inside, seen, place, cos, sin, key_start, batch, stride_kb, stride_kt, block_table, stride_table,
+    scale, softcap, dim,
+    D: tl.constexpr, PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Logits, base 2, of the keys at `position`: -inf where a row has not `seen` them. HALF > 0: keys are turned to their
+    `place`."""
+    d = tl.arange(0, D)
+    at = token_offsets(key_start + position, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
+    there = inside[:, None] & (d < dim)[None, :]
+    k = tl.load(k_base + at[:, None] + d[None, :], mask=there, other=0.0)
+    if HALF > 0:
+        other = tl.load(k_base + at[:, None] + partner(d, HALF)[None, :], mask=there, other=0.0)
+        k = turned(k, other, place, d, cos, sin, HALF).to(k.dtype)
+    logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    return tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
+def add_logits(top, norm, logits):
+    """The greatest logit of each row and its sum of exponentials, base 2, after more of them."""
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen nothing yet
+    return new_top, norm * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+
+
+@triton.jit(do_not_specialize=[*GROWING, "stride_near"])
+def need_kernel(
+    Q, K, NEAR, NEED, SINKS, SEQUENCES, TABLE, MADE, COS, SIN,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_near, stride_sequences, stride_table, stride_made,
+    sink_keys, window_keys, refresh, dim, scale, softcap, sliding, trained, scaling,
+    BUDGET: tl.constexpr, SAMPLE: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, STRIDE: tl.constexpr,
+    RANKED: tl.constexpr, STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """`NEAR` and, if the rows are to be `RANKED` by it, `NEED`, fp32 `[S, Hq, rows]`, of a tile of `ROWS` rows of a query
+    block that may vote, every `STRIDE`-th, and the `GROUP` heads of a key head. Grid: tiles, key heads, sequences.
+
+    Nothing is written where nothing is searched: the middle has up to `BUDGET` blocks, or (`STATEFUL`) a selection is kept.
+    `SAMPLE`: keys of the middle at most. HALF > 0: so many pairs of a head's numbers turn, sink and window to where attention
+    has them, with the keys of `BUDGET` blocks in between (`rope.py`).
+    """
+    ASKED: tl.constexpr = (BLOCK_Q + STRIDE - 1) // STRIDE
+    TILES: tl.constexpr = (ASKED + ROWS - 1) // ROWS
+    number, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
+    block_row, block_first, block_last = query_block(row_start, rows, position, number // TILES, BLOCK_Q)
+    own_rows = block_last - block_first + 1
+    first = block_first + (own_rows - 1) % STRIDE + number % TILES * (ROWS * STRIDE)
+    last = tl.minimum(first + (ROWS - 1) * STRIDE, block_last)
+    if (own_rows < 1) | (first > last):
+        return
+    if STATEFUL:  # noqa: SIM102 (settled when the kernel is compiled)
+        if still_serves(MADE + sequence * stride_made, position, rows, refresh):
+            return
+    begin = window_start(block_first, window_keys, BLOCK_K)
+    start, sink, window = always_read(block_first, begin, sink_keys, sliding, BLOCK_K)
+    if window // BLOCK_K - sink // BLOCK_K <= BUDGET:
+        return
+
+    # Tile row m is the tile's row m // GROUP_PADDED of head m % GROUP_PADDED.
+    m = tl.arange(0, ROWS * GROUP_PADDED)
+    row_at, member = first + m // GROUP_PADDED * STRIDE, m % GROUP_PADDED
+    real = (row_at <= last) & (member < GROUP)
+    head = key_head * GROUP + member
+    d, n = tl.arange(0, D), tl.arange(0, KEYS)
+    query_row = block_row + row_at - block_first
+    q_ptr = Q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + query_row.to(tl.int64) * stride_qt
+    here = real[:, None] & (d < dim)[None, :]
+    k_base = K + key_head.to(tl.int64) * stride_kh
+    sink_length = sink - start
+    end = sink_length + last - window + 1
+    top = tl.full([ROWS * GROUP_PADDED], float("-inf"), tl.float32)
+    norm = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
+    if HAS_SINKS:
+        top = tl.load(SINKS + head, mask=member < GROUP, other=0.0).to(tl.float32) * LOG2E
+        norm += 1.0
+
+    if HALF > 0:
+        # as in `prefill.py`, but for the places of the selected keys, which nobody takes
+        gap: tl.constexpr = BUDGET * BLOCK_K
+        before = sink_length + gap - window
+        own = before + row_at
+        earliest = own - trained + 1
+        shift, far = tl.maximum(before + first + 1 - trained, 0), tl.maximum(before + last + 1 - trained, 0)
+        stop = tl.minimum(far, sink_length) + tl.maximum(far - sink_length - gap, 0)
+        if stop > 0:
+            farthest = tl.full([ROWS * GROUP_PADDED], trained - 1, tl.int32)
+            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
+            for i in tl.range(0, stop, KEYS, disable_licm=True):
+                slots = i + n
+                at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
+                place = slots + tl.where(slots < sink_length, 0, gap)
+                seen &= place[None, :] < earliest[:, None]
+                logits = key_logits(
+                    q, k_base, at, slots < end, seen, place, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE,
+                    stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
+                top, norm = add_logits(top, norm, logits)
+        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
+        for i in tl.range(0, end, KEYS, disable_licm=True):
+            slots = i + n
+            at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
+            place = slots + tl.where(slots < sink_length, 0, gap)
+            seen &= place[None, :] >= earliest[:, None]
+            logits = key_logits(
+                q, k_base, at, slots < end, seen, tl.maximum(place - shift, 0), COS, SIN, key_start, batch, stride_kb, stride_kt,
+                TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, HALF)  # fmt: skip
+            top, norm = add_logits(top, norm, logits)
+    else:
+        q = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
+        for i in range(0, end, KEYS):
+            slots = i + n
+            at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
+            logits = key_logits(
+                q, k_base, at, slots < end, seen, slots, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE, stride_table,
+                scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
+            top, norm = add_logits(top, norm, logits)
+    near = (top + tl.log2(norm)) * LN2
+    to = (sequence * tl.num_programs(1) * GROUP + head).to(tl.int64) * stride_near + (row_at - position)
+    tl.store(NEAR + to, near, mask=real)
+
+    if RANKED:
+        low, high = sink // BLOCK_K * BLOCK_K, window // BLOCK_K * BLOCK_K
+        level = low * 0
+        while (high >> level) - ((low + (1 << level) - 1) >> level) > SAMPLE:
+            level += 1
+        chunk, ends = (low + (1 << level) - 1) >> level, high >> level
+        asked = count_asked(own_rows, VOTERS, STRIDE)
+        # where all of them vote nothing is to be estimated
+        ends = tl.where(count_votes(own_rows, VOTERS, VOTES, STRIDE) < asked, ends, chunk)
+        top = tl.full([ROWS * GROUP_PADDED], float("-inf"), tl.float32)
+        if HALF > 0:
+            distance = tl.minimum(row_at + 1 - window, trained - 1)
+            q = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
+        for i in range(chunk, ends, KEYS):
+            inside = i + n < ends
+            spread = ((i + n).to(tl.int64) * SPREAD & 0xFFFFFFFF) >> (32 - level)
+            at = ((i + n) << level) + spread.to(tl.int32)
+            logits = key_logits(
+                q, k_base, at, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE, stride_table,
+                scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
+            top = tl.maximum(top, tl.max(logits, 1))
+        tl.store(NEED + to, top * LN2 - near, mask=real)
+
+
+@triton.jit(do_not_specialize=["stride_near"])
+def vote_kernel(
+    Q, NEAR, NEED, VOTED, VOTED_NEAR, SEQUENCES, MADE, COS, SIN,
+    stride_qb, stride_qh, stride_qt, stride_near, stride_sequences, stride_made,
+    sink_keys, window_keys, refresh, sliding, trained, scaling,
+    BUDGET: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, WALKERS: tl.constexpr, STRIDE: tl.constexpr,
+    SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, WEIGHED: tl.constexpr,
+    STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """The votes of one query block and mask head: `VOTED` `[S, H, blocks * SLOTS, D]`, and (`WEIGHED`) their `VOTED_NEAR` fp32
+    `[S, H, blocks * SLOTS]`. Grid: query blocks, mask heads, sequences. As in `need_kernel`, nothing where nothing is searched.
+
+    Of every `STRIDE`-th row those of the greatest need (`RANKED`; of these the neediest `WALKERS` first), or all. HALF > 0:
+    turned to where they select.
+    """
+    index, mask_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, _, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
+    first_row, first, last = query_block(row_start, rows, position, index, BLOCK_Q)
+    if first > last:
+        return
+    if STATEFUL:  # noqa: SIM102 (settled when the kernel is compiled)
+        if still_serves(MADE + sequence * stride_made, position, rows, refresh):
+            return
+    _, sink, window = always_read(first, window_start(first, window_keys, BLOCK_K), sink_keys, sliding, BLOCK_K)
+    if window // BLOCK_K - sink // BLOCK_K <= BUDGET:
+        return
+    own_rows = last - first + 1
+    total = count_votes(own_rows, VOTERS, VOTES, STRIDE)
+    entry = (sequence * tl.num_programs(1) + mask_head).to(tl.int64)
+    lane = entry * VOTERS * stride_near + (first - position)
+    slot = tl.arange(0, KEPT)
+    inside = slot < total
+    skipped = (own_rows - 1) % STRIDE  # rows before the first that may vote
+    ids, place = slot, slot
+    if RANKED:
+        every = tl.arange(0, N)  # by position, then by head
+        there = every < count_asked(own_rows, VOTERS, STRIDE)
+        at = skipped + every // VOTERS * STRIDE
+        need = tl.load(NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + at, mask=there, other=0.0)
+        none = first * 0 + ABSENT
+        ids, needs, _ = keep_best(every, sort_keys(need, there), first, none, first, none, total, N, KEPT)
+        walking = count_walkers(total, own_rows, VOTERS, STRIDE, WALKERS)
+        walks, _, _ = kept_of(needs, none, none, walking)
+        before = tl.cumsum(walks, 0)  # with the slot itself
+        place = tl.where(walks > 0, before - 1, walking + slot - before)
+    ids = tl.where(inside, ids, 0)
+    row, member = skipped + ids // VOTERS * STRIDE, ids % VOTERS
+    to = (entry * tl.num_programs(0) + index) * SLOTS + place
+    if WEIGHED:
+        near = tl.load(NEAR + lane + member.to(tl.int64) * stride_near + row, mask=inside, other=0.0)
+        tl.store(VOTED_NEAR + to, near, mask=inside)
+    head = mask_head * VOTERS + member
+    q_ptr = Q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + (first_row + row).to(tl.int64) * stride_qt
+    distance = tl.minimum(first + row + 1 - window, trained - 1)
+    for part in range(0, DIM, FEATURES):
+        d = part + tl.arange(0, FEATURES)
+        here = inside[:, None] & (d < DIM)[None, :]
+        if HALF > 0:
+            x = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, HALF)
+        else:
+            x = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
+        tl.store(VOTED + to[:, None] * DIM + d[None, :], x.to(VOTED.dtype.element_ty), mask=here)
+
+
+def need_arguments(
+    q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, block_q: int,
+    made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, target: str | None = None, shape: Tile | None = None,
+) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
+    """Grid and arguments of `need_kernel`. `made`: as a `Selection` keeps it; `target`, `shape`: not those of q's device."""
+    dim, group = q.shape[-1], q.shape[1] // kv.heads
+    voting = Voting.of(config, group, block_q, logits.positions is not None)
+    # attention's tiles, which hold values besides
+    kernel = configuration("decode" if block_q == 1 else "prefill", logits)
+    shape = shape or tile_of(kernel, target or target_of(q), dim, dim, q.dtype)
+    if logits.positions is not None:  # queries are turned three times, keys as well: what waits to be used must be little
+        shape = replace(shape, keys=max(FEWEST_KEYS, shape.keys // 2), stages=1)
+    elif kv.page_size:  # keys wait for the number of their page, which is looked up in the same turn
+        shape = replace(shape, stages=min(shape.stages, 2))
+    rows = rows_of(shape, group, voting.asked)
+    table, stride_table = kv.table()
+    arguments = dict(
+        Q=q, K=kv.k, NEAR=near, NEED=need, SINKS=q if logits.sinks is None else logits.sinks.contiguous(),
+        SEQUENCES=sequences.table, TABLE=table, MADE=sequences.table if made is None else made,
+        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride(), strict=False)),
+        **dict(zip(("stride_kb", "stride_kh", "stride_kt"), kv.strides(kv.k), strict=True)),
+        stride_near=near.shape[-1], stride_sequences=sequences.table.stride(0), stride_table=stride_table,
+        stride_made=0 if made is None else made.stride(0), sink_keys=config.sink, window_keys=config.window,
+        refresh=config.decode_refresh, dim=dim, scale=logits.scale, softcap=logits.softcap or 1.0,
+        sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
+        SAMPLE=config.method_options().sample, VOTERS=voting.voters, VOTES=voting.votes, STRIDE=voting.stride,
+        RANKED=voting.ranked, STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, ROWS=rows, KEYS=shape.keys,
+        GROUP=group, GROUP_PADDED=power_of_two(group), D=max(16, power_of_two(dim)), PAGE_SIZE=kv.page_size,
+        HAS_SINKS=logits.sinks is not None, SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
+        PRECISION=precision_of(q), **rotation(logits.positions, rows * voting.stride + shape.keys, q),
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return (sequences.blocks(block_q) * -(-voting.asked // rows), kv.heads, sequences.count), arguments
+
+
+def vote_arguments(
+    q: torch.Tensor, voting: Voting, sequences: Sequences, config: HiPConfig, logits: Logits, block_q: int,
+    made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, voted: torch.Tensor, voted_near: torch.Tensor,
+) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
+    """Grid and arguments of `vote_kernel`."""
+    needs = tile(voting.voters * voting.asked)
+    arguments = dict(
+        Q=q, NEAR=near, NEED=need, VOTED=voted, VOTED_NEAR=voted_near, SEQUENCES=sequences.table,
+        MADE=sequences.table if made is None else made,
+        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride(), strict=False)),
+        stride_near=near.shape[-1], stride_sequences=sequences.table.stride(0),
+        stride_made=0 if made is None else made.stride(0), sink_keys=config.sink, window_keys=config.window,
+        refresh=config.decode_refresh, sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
+        VOTERS=voting.voters, VOTES=voting.votes, WALKERS=voting.walkers, STRIDE=voting.stride, SLOTS=voting.slots, N=needs,
+        KEPT=tile(voting.slots), RANKED=voting.ranked, WEIGHED=voting.weighed,
+        STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=q.shape[-1], FEATURES=FEATURES,
+        **rotation(logits.positions, 0, q), num_warps=min(16, max(4, needs // NEEDS)),
+    )  # fmt: skip
+    return (sequences.blocks(block_q), q.shape[1] // voting.voters, sequences.count), arguments
+
+
+def votes_of(
+    q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, block_q: int,
+    made: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What the search reads as its queries, and fp32 how much they find near, of query blocks that search; elsewhere
+    nothing is written.
+
+    Either the votes `[S, H, blocks * slots, D]`, those of a query block in its first slots, with near `[S, H, blocks * slots]`;
+    or q `[B, Hq, Tq, D]` itself with near `[S, Hq, rows]`, from the first row of each sequence on (`Voting`).
+    """
+    voting = Voting.of(config, q.shape[1] // kv.heads, block_q, logits.positions is not None)
+    near = need = q  # stand-ins that no kernel reads
+    if voting.weighed or voting.ranked:
+        near = q.new_empty(sequences.count, q.shape[1], sequences.max_rows, dtype=torch.float32)
+        need = torch.empty_like(near) if voting.ranked else near
+        grid, arguments = need_arguments(q, kv, sequences, config, logits, block_q, made, near, need)
+        need_kernel[grid](**arguments)
+    if not voting.chosen:
+        return q, near
+    shape = (sequences.count, q.shape[1] // voting.voters, sequences.blocks(block_q) * voting.slots)
+    voted, voted_near = q.new_empty(*shape, q.shape[-1]), near.new_empty(shape) if voting.weighed else near
+    grid, arguments = vote_arguments(q, voting, sequences, config, logits, block_q, made, near, need, voted, voted_near)
+    vote_kernel[grid](**arguments)
+    return voted, voted_near
+
+
+def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
+    """What `hip-hf kernels` compiles: votes of a prompt, and what a step's rows find near."""
+    prompt = example(dim, dtype)
+    step, paged = (example(dim, dtype, at, rows=1, block_q=1) for at in (False, True))
+    return [
+        *vote_launches(prompt, target),
+        *vote_launches(example(dim, dtype, paged=True), target)[:1],
+        *vote_launches(extended(prompt), target),
+        *vote_launches(step, target)[:1],
+        *vote_launches(paged, target)[:1],
+        *vote_launches(extended(step), target),
+    ]
+
+
+def vote_launches(x: Example, target: str) -> list[Launch]:
+    """Launches of `need_kernel` and `vote_kernel` for a call like `x`, with the default settings."""
+    from hip_hf.config import HiPConfig
+
+    config, decode = HiPConfig(), x.reads.block_q == 1
+    voting = Voting.of(config, x.q.shape[1] // x.kv.heads, x.reads.block_q, True)
+    made = x.numbers if decode else None
+    call = (config, x.logits, x.reads.block_q, made, x.lse, x.lse)
+    grid, need = need_arguments(x.q, x.kv, x.sequences, *call, target=target)
+    vote_grid, vote = vote_arguments(x.q, voting, x.sequences, *call, x.q, x.lse)
+    suffix = f"{', decode' if decode else ''}{x.suffix}"
+    return [
+        Launch(f"select, need{suffix}", need_kernel, need, not decode, grid),
+        Launch(f"select, votes{suffix}", vote_kernel, vote, False, vote_grid),
+    ]

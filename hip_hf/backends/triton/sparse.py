@@ -1,0 +1,362 @@
+"""The sparse path on a GPU, the counterpart of `torch/sparse.py`: a handful of launches per call, none of which waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+
+from hip_hf.attention import sparse_reach
+from hip_hf.backends.torch import sparse
+from hip_hf.backends.torch.backward import learning
+from hip_hf.backends.triton.attention.backward import Part, attention
+from hip_hf.backends.triton.attention.decode import Scratch, decode, decode_once, splits_for
+from hip_hf.backends.triton.attention.prefill import Logits, Reads, dense_reads, prefill
+from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.dense import dense_rows, keys_of, logits_of, sequences_of
+from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
+from hip_hf.backends.triton.selection import search
+from hip_hf.backends.triton.selection.search import Selection, select
+from hip_hf.cache.pages import PagedTensor
+from hip_hf.problem import AttentionProblem, Span
+from hip_hf.state import DecodeState, RowState
+from hip_hf.state import Selection as Selected
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+
+# A pyramid starts with room for this much more than its prompt (a share and a number of keys), and doubles when that is full.
+ROOM, LEAST_ROOM = 0.125, 4096
+# Kernels run on CPU tensors then.
+INTERPRETED = triton.knobs.runtime.interpret
+# The widest head whose tiles fit on every target.
+MOST_DIM = 256
+
+
+def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None:
+    """One span per batch row, in order, empty ones where a row has none; None if rows are packed."""
+    rows = {span.batch: span for span in spans}
+    if len(rows) < len(spans):
+        return None
+    return tuple(rows.get(b, Span(b, 0, 0, 0, 0, 0)) for b in range(batch))
+
+
+def mask_heads(config: HiPConfig, problem: AttentionProblem) -> int:
+    return problem.k.shape[1] * (1 if config.group_shared else problem.groups)
+
+
+@dataclass
+class DeviceState:
+    """What decode keeps on the device for the `batch` rows of a cache. `pyramid` None: the method searches nothing.
+
+    Kernels read and write it in place, so the steps on it can be captured in a CUDA graph and replayed. `even`: in the last call
+    that the host saw all rows ended at the same slot, so that a batch is padded on the left if at all.
+    """
+
+    pyramid: KeyPyramid | None
+    selection: Selection
+    scratch: Scratch
+    even: bool = False
+
+    @staticmethod
+    def make(config: HiPConfig, problem: AttentionProblem, capacity: int) -> DeviceState:
+        """For up to `capacity` keys a row, of the shapes, dtype and device of `problem`."""
+        q, k, v = problem.q, problem.k, problem.v
+        with torch.inference_mode(False):  # it outlives the mode it is made in
+            pyramid = None
+            if config.method == "hip":
+                pyramid = KeyPyramid.empty(config, q.shape[0], k.shape[1], q.shape[3], capacity, k.dtype, k.device)
+            selection = Selection.empty(config, q.shape[0], mask_heads(config, problem), 1, q.device, keep=True)
+            one = q[:, :, :1]
+            reach = sparse_reach(config) + config.decode_refresh
+            scratch = Scratch.make(splits_for(one, k.shape[1], q.shape[0], reach), one, v.shape[3])
+            made = DeviceState(pyramid, selection, scratch)
+            for x in made.tensors():  # graphs of `torch.compile` need not copy them to write to them
+                torch._dynamo.mark_static_address(x, guard=False)
+            return made
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What kernels write to, and later steps read: of the pyramid, if there is one, then of the selection."""
+        pyramid, selection = self.pyramid, self.selection
+        assert selection.made is not None
+        summaries = () if pyramid is None else (pyramid.table, pyramid.states, pyramid.built)
+        return *summaries, selection.indices, selection.counts, selection.window, selection.made
+
+    @property
+    def batch(self) -> int:
+        return self.selection.counts.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.pyramid is None else self.pyramid.blocks * self.pyramid.config.block_k
+
+    def holds(self, keys: int) -> bool:
+        """Whether there is room for a row of so many keys."""
+        return self.pyramid is None or keys // self.pyramid.config.block_k <= self.pyramid.blocks
+
+    def take(self, old: DeviceState) -> None:
+        """Go on where a smaller one was."""
+        if self.pyramid is not None and old.pyramid is not None:
+            self.pyramid.take(old.pyramid)
+        self.selection = old.selection
+
+    def crop(self, batch: int, keys: int) -> None:
+        """Of the batch row's keys the first `keys` are left; its next step selects anew."""
+        self.select_anew(batch)
+        if self.pyramid is not None:
+            self.pyramid.built[batch].clamp_(max=keys // self.pyramid.config.block_k)
+
+    def select_anew(self, batch: int) -> None:
+        assert self.selection.made is not None
+        self.selection.made[batch].fill_(Selection.NEVER)
+
+    @torch.inference_mode(False)  # it outlives the mode it is reordered in
+    def reorder(self, indices: list[int]) -> None:
+        """Batch row `b` continues what row `indices[b]` was."""
+        index = torch.tensor(indices, device=self.selection.counts.device)
+        if self.pyramid is not None:
+            self.pyramid.reorder(index)
+        old, scratch = self.selection, self.scratch
+        made = None if old.made is None else old.made[index]
+        self.selection = Selection(old.indices[index], old.counts[index], old.window[index], made)
+        shape = (scratch.out.shape[0], len(indices), *scratch.out.shape[2:])
+        self.scratch = Scratch(scratch.out.new_empty(shape), scratch.lse.new_empty(shape[:-1]))
+
+
+def reads_of(config: HiPConfig, selection: Selection, block_q: int) -> Reads:
+    """What the query blocks of a selection read."""
+    searched = config.method == "hip"
+    return Reads(
+        block_q,
+        config.block_k,
+        config.sink,
+        config.window,
+        selection.indices if searched else None,
+        selection.counts if searched else None,
+        None if selection.made is None else selection.window[:, 0],
+    )
+
+
+def keep_window(config: HiPConfig, sequences: Sequences, selection: Selection) -> None:
+    """For a method that selects nothing, what the search does on the side: the window's start stays between refreshes."""
+    made, window, position = selection.made, selection.window, sequences.table[4][:, None, None]
+    assert made is not None
+    old = (position < made) | (position - made >= config.decode_refresh)
+    made.copy_(torch.where(old, position, made))
+    anew = (position - config.window).clamp(min=0) // config.block_k * config.block_k
+    window.copy_(torch.where(old, anew, window))
+
+
+def decode_step(
+    q: torch.Tensor,
+    kv: KeyValues,
+    sequences: Sequences,
+    config: HiPConfig,
+    logits: Logits,
+    state: DeviceState,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """One query row of each batch row: extend the pyramid, select if the selection is `decode_refresh` steps old, attend.
+
+    q `[B, Hq, 1, D]`, out `[B, Hq, 1, Dv]`, lse fp32 `[B, Hq, 1]`. `sequences` has one entry per batch row, whose position may be
+    advanced on the device: nothing here depends on it on the host. Launches and shapes are the same at every step, and all memory
+    is there before, so a CUDA graph can hold it.
+    """
+    refresh(q, kv, sequences, config, logits, state)
+    decode(q, kv, sequences, reads_of(config, state.selection, 1), logits, state.scratch, out, lse)
+
+
+def refresh(q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, state: DeviceState) -> None:
+    """The first part of a `decode_step`, which changes nothing where each selection still serves."""
+    if state.pyramid is None:
+        keep_window(config, sequences, state.selection)
+    else:
+        state.pyramid.extend(kv, sequences, 1, append=True)
+        select(q, state.pyramid.table, kv, sequences, config, logits, 1, state.selection)
+
+
+class SparseAttention(sparse.SparseAttention):
+    """One call of the sparse path on a GPU."""
+
+    lse: torch.Tensor | None
+
+    def run(self, state: DecodeState | None) -> None:
+        problem, config = self.problem, self.config
+        if state is not None:
+            state.bind(config, problem.k)
+        spans = by_batch_row(problem.spans, problem.q.shape[0])
+        kept = None
+        if state is not None and spans is not None:
+            kept = self._device_state(state, spans)
+        self.sequences = sequences_of(spans or problem.spans, problem.q.device)
+        self.logits = logits_of(problem)
+        self.kv = keys_of(problem)
+        windows: list[int | None] = [None] * len(problem.spans)
+        if state is not None and kept is not None and problem.q.shape[2] == 1 and not learning(problem):
+            windows = self._step(state, kept)
+            self._note_all(spans or problem.spans, kept.selection)
+        else:
+            self._rows(spans or problem.spans, state, kept)
+        for span, tail, window in zip(problem.spans, self._tails(problem.spans), windows, strict=True):
+            self._count(span, tail, window)
+
+    def _step(self, state: DecodeState, kept: DeviceState) -> list[int | None]:
+        """A decode step of one row. Returns where the window of each span starts. How old selections are is known to the host as
+        well as to the device: while all of them serve, nothing is launched for them."""
+        problem, config = self.problem, self.config
+        rows = [state.rows[span.batch] for span in problem.spans]
+        serve = [self._serves(span, row) for span, row in zip(problem.spans, rows, strict=True)]
+        if not all(serve):
+            refresh(problem.q, self.kv, self.sequences, config, self.logits, kept)
+        reads = reads_of(config, kept.selection, 1)
+        decode(problem.q, self.kv, self.sequences, reads, self.logits, kept.scratch, self.out, self.lse)
+        return [None if row.selection is None else row.selection.window for row in rows]
+
+    def _serves(self, span: Span, row: RowState) -> bool:
+        """Whether the selection of a batch row still serves. If not, the one that this step makes takes its place."""
+        old = row.selection
+        if old is not None and 0 <= span.position - old.position < self.config.decode_refresh:
+            return True
+        row.selection = Selected(None, self._blocks(span)[0].window, span.position)
+        return False
+
+    def _device_state(self, state: DecodeState, spans: tuple[Span, ...]) -> DeviceState:
+        """The state's tables, with room for the call's keys; rows that continue nothing start afresh."""
+        problem = self.problem
+        rows: dict[int, RowState] = {s.batch: state.row(s.batch, s.key_start, s.position, s.end) for s in spans if s.rows}
+        old = state.device
+        if old is None or old.batch != problem.q.shape[0]:
+            old = None
+            for row in rows.values():
+                row.on_device = False
+        if old is None or not old.holds(problem.longest):
+            # room to grow: a new table costs O(T), so it must be rare
+            room = problem.longest + max(int(problem.longest * ROOM), LEAST_ROOM)
+            capacity = max(room, problem.k.shape[2], 0 if old is None else 2 * old.capacity)
+            state.device = DeviceState.make(self.config, problem, capacity)
+            if old is not None:
+                state.device.take(old)
+        for batch, row in rows.items():
+            if not row.on_device:
+                state.device.crop(batch, 0)
+                row.on_device, row.selection = True, None
+        state.device.even = len({span.key_start + span.end for span in spans}) == 1
+        return state.device
+
+    def _rows(self, spans: tuple[Span, ...], state: DecodeState | None, kept: DeviceState | None) -> None:
+        """Prefill, and decode of several rows or without a state: select for every query block of the call, and attend."""
+        problem, config = self.problem, self.config
+        block_q = 1 if self.decoding else config.block_q
+        blocks = self.sequences.blocks(block_q)
+        selection = Selection.empty(config, len(spans), mask_heads(config, problem), blocks, problem.q.device)
+        if config.method == "hip":
+            pyramid = None if kept is None else kept.pyramid
+            if pyramid is None:
+                shape = (len(spans), problem.k.shape[1], problem.q.shape[3], problem.longest)
+                pyramid = KeyPyramid.empty(config, *shape, problem.k.dtype, problem.k.device)
+            pyramid.extend(self.kv, self.sequences, block_q, append=self.decoding and kept is not None)
+            select(problem.q, pyramid.table, self.kv, self.sequences, config, self.logits, block_q, selection)
+        if state is not None and kept is not None:
+            for span in spans:
+                state.select_anew(span.batch)
+        self._note_all(spans, selection)
+        reads = reads_of(config, selection, block_q)
+        parts = self._parts(spans, reads)
+        if learning(problem):
+            self.out, lse = attention(problem.q, problem.k, problem.v, self.logits, parts, config)
+            self.lse = None if self.lse is None else lse
+            return
+        if self.decoding:
+            decode_once(problem.q, self.kv, self.sequences, reads, self.logits, sparse_reach(config), self.out, self.lse)
+            return
+        prefill(problem.q, self.kv, parts[0].sequences, parts[0].reads, self.logits, self.out, self.lse)
+        if len(parts) > 1:
+            dense_rows(problem, self.kv, spans, self._tails(spans), self.logits, self.out, self.lse)
+
+    def _tails(self, spans: tuple[Span, ...]) -> list[int]:
+        """Of each span, the first of the rows that are computed densely."""
+        return [span.rows if self.decoding else max(0, span.rows - self.config.dense_tail) for span in spans]
+
+    def _parts(self, spans: tuple[Span, ...], reads: Reads) -> tuple[Part, ...]:
+        """The rows that select, and the dense ones at the end of each prompt."""
+        if self.decoding or not self.config.dense_tail:
+            return (Part(self.sequences, reads),)
+        device, head, tail = self.problem.q.device, [], []
+        for span, first in zip(spans, self._tails(spans), strict=True):
+            head.append(span.part(span.position, span.position + first))
+            tail.append(span.part(span.position + first, span.end))
+        return (Part(sequences_of(tuple(head), device), reads), Part(sequences_of(tuple(tail), device), dense_reads()))
+
+    def _note_all(self, spans: tuple[Span, ...], selection: Selection) -> None:
+        """Put down in the mask what was selected."""
+        if self.mask is None or self.config.method != "hip":
+            return
+        for s, span in enumerate(spans):
+            count = len(self._blocks(span))
+            self.mask.indices[span.batch, :, :count] = selection.indices[s, :, :count]
+            self.mask.counts[span.batch, :, :count] = selection.counts[s, :, :count]
+
+
+def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
+    """Why the kernels cannot serve a call of the sparse path; empty if they can."""
+    if config.method not in ("hip", "streaming", "hyper"):
+        return f"method {config.method} has no kernels"
+    if config.method == "streaming" and config.method_options().recent:
+        return "streaming with `recent` has no kernels (without it, `window` may be as much longer)"
+    if config.delta == 1:
+        return "with delta=1 every row is dense, which has no kernels"
+    if reason := unsupported_tensors(problem):
+        return reason
+    paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
+    if paged and (len(paged) == 1 or config.method == "hyper"):
+        return f"method {config.method} has no kernels for keys and values in pages"
+    if any(x.store.pages() is None for x in paged):
+        return "the cache's pages are not one piece of device memory"
+    return search.unsupported(config) if config.method == "hip" else ""
+
+
+def unsupported_tensors(problem: AttentionProblem) -> str:
+    """Why the kernels cannot serve tensors like these; empty if they can."""
+    q, k, v = problem.q, problem.k, problem.v
+    if q.device.type != "cuda" and not INTERPRETED:
+        return f"kernels run on a GPU, the tensors are on {q.device}"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{q.dtype} has no kernels".replace("torch.", "")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.shape[3] > MOST_DIM:
+            return f"head dim {x.shape[3]} of {name} is above {MOST_DIM}"
+        if x.stride(3) != 1:
+            return f"the last dimension of {name} is not contiguous"
+    return ""
+
+
+def attention_for(config: HiPConfig) -> Any:
+    """The class that computes a sparse call, as `methods.attention_for` on a CPU."""
+    if config.delta is not None:
+        from hip_hf.backends.triton.delta import DeltaAttention  # which uses this module, as the next one
+
+        return DeltaAttention
+    if config.method == "hyper":
+        from hip_hf.backends.triton.hyper import HyperAttention
+
+        return HyperAttention
+    return SparseAttention
+
+
+def run(
+    problem: AttentionProblem,
+    config: HiPConfig,
+    state: DecodeState | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    mask: bool,
+) -> Any:
+    """The sparse path of one call, into out and lse; where autograd follows, into new ones that it knows."""
+    call = attention_for(config)(problem, config, out, lse, mask)
+    with torch.cuda.device_of(problem.q):  # Triton launches on the current device
+        call.run(state)
+    return call

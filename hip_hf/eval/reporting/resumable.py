@@ -1,0 +1,75 @@
+"""Finished cells of a run that may be interrupted: kept in a file beside its output, until the run is complete."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hip_hf.eval.reporting import report
+
+SUFFIX = ".partial"
+
+
+class Cells:
+    """What a run has measured so far, one JSON line per cell in `OUTPUT.partial`; in memory only if there is no output.
+
+    `request`: everything the cells depend on. A file of another request is refused, not mixed in. A line that was cut off
+    when the run was killed is dropped. As a context manager it says, after an interruption, where the cells are.
+
+    Raises:
+        ValueError: the file belongs to another request, or is none of ours.
+    """
+
+    def __init__(self, output: Path | None, request: dict[str, Any]) -> None:
+        self.file = None if output is None else output.with_name(output.name + SUFFIX)
+        self.request = json.loads(json.dumps(request))  # as it will be read
+        self.done: dict[str, Any] = {}
+        if self.file is not None and self.file.exists():
+            self._read(self.file)
+
+    def _read(self, file: Path) -> None:
+        allowed = f"the run that it began as, or none: remove {file.name!r} to start anew"
+        try:
+            first, *rest = file.read_text(encoding="utf-8").split("\n")
+            before = dict(json.loads(first)["request"])
+            done = dict(json.loads(line) for line in rest[:-1])  # what follows the last line break was cut off
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"--output: got {file.name!r}, which is no file of finished cells, allowed: {allowed}") from None
+        if before != self.request:
+            names = sorted(name for name in before.keys() | self.request if before.get(name) != self.request.get(name))
+            raise ValueError(f"--output: got finished cells of a run with other {', '.join(names)}, allowed: {allowed}")
+        self.done = done
+        self._write(file)
+
+    def _write(self, file: Path) -> None:
+        """The file from its beginning, whole lines only."""
+        lines = [{"request": self.request}, *([key, value] for key, value in self.done.items())]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def get(self, key: tuple[Any, ...], work: Callable[[], Any]) -> Any:
+        """What was measured for `key` before, or what `work` returns now: anything that JSON can hold."""
+        name = json.dumps(key)
+        if name not in self.done:
+            value = json.loads(json.dumps(work()))
+            if self.file is not None:
+                if not self.file.exists():
+                    self._write(self.file)
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([name, value]) + "\n")
+            self.done[name] = value
+        return self.done[name]
+
+    def finish(self) -> None:
+        """Remove the file: the output is written."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+    def __enter__(self) -> Cells:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None and self.file is not None and self.file.exists():
+            report.notes.print(f"{len(self.done)} finished cells are kept in {self.file}: the same command goes on from there")

@@ -1,0 +1,204 @@
+"""How caches of Transformers carry a `DecodeState` along, so that it follows what happens to the cache.
+
+The dynamic cache of a model that attends by `hip` is a `HiPCache`; the full-attention layers of a static cache get a state
+beside them and behave exactly as before.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionAndStaticFullAttentionLayer, StaticLayer
+
+from hip_hf.cache.pages import PagedTensor
+from hip_hf.integration.changes import set_attribute, set_item
+from hip_hf.integration.extension import UNROTATED, check_cache
+from hip_hf.integration.settings import attends_by_us
+from hip_hf.state import DecodeState
+
+# Model types whose layers make the keys of attention out of what the cache returns, by a function of each cached token alone:
+# latent vectors are expanded (DeepSeek), heads are repeated (JetMoE). The state still follows the cache.
+REBUILT = (
+    "axk1",
+    "bailing_hybrid",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "jetmoe",
+    "kimi_linear",
+    "longcat_flash",
+    "minicpm3",
+    "youtu",
+)
+# Attributes of the returned keys, by which attention finds the state of their cache layer, `explain` its kind, and whether
+# gradients were asked for through what is cached.
+STATE, KIND, CUT_OFF = "_hip_state", "_hip_kind", "_hip_cut_off"
+# The same for a graph of `torch.compile`, which knows a state by its number.
+NUMBER = "_hip_number"
+
+
+# Of each thread: `state` of the layer of a cache that was updated last, until attention has asked for it.
+_newest = threading.local()
+
+
+class Stateful:
+    """Mixin: a cache layer with a `DecodeState`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hip_state = DecodeState()
+
+    def stated(self, keys: torch.Tensor) -> torch.Tensor:
+        """The keys to return, with the state attached."""
+        setattr(keys, STATE, self.hip_state)
+        if torch.compiler.is_compiling():
+            setattr(keys, NUMBER, self.hip_state.number)
+        else:
+            _newest.state = self.hip_state
+        return keys
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(*args, **kwargs)  # type: ignore[misc]
+        return self.stated(keys), values
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.hip_state.reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.hip_state.reorder(beam_idx)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        self.hip_state.crop(int(self.get_seq_length()))  # type: ignore[attr-defined]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.hip_state.repeat(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self.hip_state.reorder(indices)
+
+
+class HiPStaticLayer(Stateful, StaticLayer):
+    """A preallocated full-attention cache layer with decode state."""
+
+
+class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer):  # type: ignore[misc, override]
+    """The same with the running state of linear attention or of a convolution beside it."""
+
+
+def state_of(keys: torch.Tensor, model_type: str) -> DecodeState | None:
+    """The decode state of the cache layer that returned `keys`, or what they were made of, if it has one."""
+    newest = _newest.__dict__.pop("state", None)
+    return getattr(keys, STATE, newest if model_type in REBUILT else None)
+
+
+def cache_kind(keys: torch.Tensor, state: DecodeState | None, rows: int) -> str:
+    """How `explain` names the cache behind `keys`."""
+    if isinstance(keys, PagedTensor):
+        return "pages"
+    if state is not None:
+        return getattr(keys, KIND, "kept state")
+    return "none" if keys.shape[2] == rows else "stateless"
+
+
+@torch.compiler.disable
+def outside_of_graphs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function in whose place a graph of `torch.compile` breaks, rather than wherever in it Dynamo cannot go on."""
+    return function(*args, **kwargs)
+
+
+def at_defaults(arguments: dict[str, Any]) -> bool:
+    """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does not have say something."""
+    defaults = inspect.signature(DynamicCache.__init__).parameters
+    return all(name in defaults and defaults[name].default is value for name, value in arguments.items())
+
+
+class _CutOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, tie):  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        what = "HiPCache: got a backward pass through attention to cached tokens, which are kept without their gradients"
+        raise ValueError(f"{what}, allowed: through a call that brings all tokens")
+
+
+_warned = False
+
+
+def cut_off(x: torch.Tensor) -> torch.Tensor:
+    """What was computed from cached tokens where gradients are asked for: a backward pass through it raises, rather than leave
+    out what goes through the cache. Warns once."""
+    global _warned
+    if not _warned:
+        _warned = True
+        text = "hip: a HiPCache keeps tokens without their gradients, so a backward pass through this call would raise"
+        warnings.warn(f"{text}. torch.no_grad() around it saves its memory.", stacklevel=2)
+    return _CutOff.apply(x, torch.zeros((), requires_grad=True, device=x.device))
+
+
+def _new_object(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """What Python does for a class without a `__new__`."""
+    return object.__new__(cls)
+
+
+def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """`DynamicCache.__new__`: the cache made from the config of a `hip` model, and from nothing else, is a `HiPCache`."""
+    config = kwargs.get("config")
+    others = {name: value for name, value in kwargs.items() if name != "config"}
+    if (
+        cls is DynamicCache
+        and not args
+        and at_defaults(others)
+        and config is not None
+        and attends_by_us(config.get_text_config(decoder=True))
+    ):
+        from hip_hf.integration.hip_cache import HiPCache
+
+        cls = HiPCache
+    return object.__new__(cls)
+
+
+def _guard_updates() -> None:
+    """Let no cache mix keys with and without rotation (context extension): those without are marked, by patched layers."""
+    update = Cache.update
+    if update.__name__ == "hip_update":
+        return
+
+    def hip_update(self: Any, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        unrotated = getattr(key_states, UNROTATED, False)
+        if unrotated or hasattr(self, UNROTATED):
+            from hip_hf.integration.undo import all_or_none  # which knows the layers above
+
+            with all_or_none(self, layer_idx, key_states.shape[2], ValueError):
+                check_cache(self, layer_idx, unrotated)
+        return update(self, key_states, value_states, layer_idx, *args, **kwargs)
+
+    set_attribute(Cache, "update", hip_update)
+
+
+def install() -> None:
+    """Let caches made from a model's config be the ones above, and all caches keep to one kind of keys."""
+    _guard_updates()
+    ours = {StaticLayer: HiPStaticLayer, LinearAttentionAndStaticFullAttentionLayer: HiPHybridStaticLayer}
+    mapping = cache_utils.STATIC_LAYER_TYPE_MAPPING
+    for name, layer in list(mapping.items()):
+        if layer in ours:
+            set_item(mapping, name, ours[layer])
+    if "__new__" not in vars(DynamicCache):
+        # what a class once had in this place cannot be deleted: `object.__new__` would refuse all arguments ever after
+        DynamicCache.__new__ = _new_object  # type: ignore[method-assign]
+    set_attribute(DynamicCache, "__new__", _new_dynamic_cache)

@@ -1,0 +1,99 @@
+"""What most decode steps of a patched layer are: one token a sequence. None of the interface's questions is asked again, and the
+numbers are the interface's to the bit.
+
+Where nothing is selected, and all that the step reads but its own key lies side by side already (`torch/decode_buffer.py`), the
+token goes straight into its page and into what is gathered, without any handle to pages. Kernels that have served the cache
+before are called directly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hip_hf.attention import attend
+from hip_hf.backends.choice import kernels_wanted
+from hip_hf.backends.torch.backward import learning
+from hip_hf.backends.torch.decode_buffer import attend_next, gathered_rows
+from hip_hf.config import HiPConfig
+from hip_hf.integration.attention_function import Call
+from hip_hf.integration.extension import positions_of
+from hip_hf.integration.hip_cache import HiPCache, PagedLayer
+from hip_hf.integration.masks import holds_positions, mask_spans, mask_window, unmasked_rows
+from hip_hf.integration.undo import leaving_the_cache
+from hip_hf.problem import AttentionProblem
+from hip_hf.state import DecodeState, RowState
+
+
+def next_token(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: Any,
+    settings: HiPConfig,
+    unrotated: bool,
+) -> torch.Tensor | None:
+    """Append keys and values `[B, Hkv, 1, D]` to the layer's pages and attend: query `[B, Hq, 1, D]` -> `[B, 1, Hq, Dv]`.
+    None where the step is another: nothing has changed then."""
+    if torch.compiler.is_compiling() or not isinstance(cache, HiPCache) or mask is None or not holds_positions(mask):
+        return None
+    layer = cache.layers[module.layer_idx]
+    if not isinstance(layer, PagedLayer) or len(layer.tables) != len(query) or mask.shape[-1] != layer.length + 1:
+        return None
+    spans = mask_spans(mask, 1)
+    if mask_window(mask, None) is not None or spans is None or len(spans) < len(query):
+        return None
+    positions = positions_of(module, settings) if unrotated else None
+    problem = AttentionProblem(query, key, value, spans, module.scaling, positions=positions)
+    if learning(problem) or (layer.cut_off and torch.is_grad_enabled()):
+        return None
+    unmasked = unmasked_rows(mask, len(query))
+    if kernels_wanted(problem, settings):
+        if layer.hip_state.device is None:  # the kernels have not served this cache so far: the interface says why
+            return None
+        key, value = cache.update(key, value, module.layer_idx)
+        return _attend(module, query, key, value, replace(problem, k=key, v=value), settings, layer.hip_state, unmasked)
+    rows = gathered_rows(problem, settings, layer.hip_state)
+    if rows is None:
+        return None
+    cache.append(key, value, module.layer_idx)
+    return _attend_next(module, query, key, value, problem, rows, settings, unmasked)
+
+
+@leaving_the_cache
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    problem: AttentionProblem,
+    settings: HiPConfig,
+    state: DecodeState,
+    unmasked: int,
+) -> torch.Tensor:
+    """Attention to what the cache now holds."""
+    result = attend(problem, settings, module.layer_idx, state)
+    module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "pages", unmasked)
+    return result.out.transpose(1, 2)
+
+
+@leaving_the_cache
+def _attend_next(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    problem: AttentionProblem,
+    rows: list[RowState],
+    settings: HiPConfig,
+    unmasked: int,
+) -> torch.Tensor:
+    """Attention to what is gathered and to the step's own key and value, which are in the cache already."""
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    share = attend_next(problem, rows, zip(key, value, strict=True), out, None)
+    module.__dict__["_hip_call"] = Call(settings.method, "sparse", "", share, "pages", unmasked)
+    return out.transpose(1, 2)

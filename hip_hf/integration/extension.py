@@ -1,0 +1,160 @@
+"""Context extension in models: which layers it concerns, what is known of their RoPE, and caches of un-rotated keys.
+
+Two ways to un-rotated keys. A patched layer (`patches`) hands them over. For some other families, whose RoPE is known
+to be of Llama's layout with nothing after it, what the layer rotated is turned back as it comes: queries in the attention
+function, keys as a `HiPCache` stores them. A constant missing in these positions (padding) turns both alike: no product changes.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from hip_hf.config import HiPConfig
+from hip_hf.integration.settings import layer_index
+from hip_hf.rope import CHUNK_INDEXED_LAYERS, Positions, Rope
+
+# Kinds of RoPE whose angles are a fixed multiple of the position.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_NOT_FIXED = {
+    "dynamic": "its frequencies change with the length of the text",
+    "longrope": "its frequencies switch with the length of the text",
+}
+# Families without a patcher whose rotated keys can be turned back (tests/test_extension_models.py tries each).
+TURNED_BACK = ("gemma", "granite", "olmo", "olmo2", "phi3", "starcoder2", "stablelm")
+_NOT_TURNED_BACK = {
+    "hunyuan_v1_dense": "it normalises q and k after RoPE",
+    "hunyuan_v1_moe": "it normalises q and k after RoPE",
+    "smollm3": "some of its layers have no RoPE",
+    "cohere2": "some of its layers have no RoPE",
+}
+# Attribute of keys that are not rotated; of caches, by layer, whether theirs are.
+UNROTATED = "_hip_unrotated"
+
+
+def extends(config: Any) -> bool:
+    """Whether a model with this text config has settings that extend the context. Every layer asks at every step."""
+    raw = getattr(config, "hip", None)
+    return isinstance(raw, dict) and raw.get("extend") is not None
+
+
+def refuse_followed(config: Any, follower: str) -> None:
+    """Raise ValueError if a model with this text config extends the context where `follower` follows its tensors."""
+    if follower and extends(config):
+        got = config.hip["extend"]
+        raise ValueError(f"extend: got {got!r} under {follower}, which gets dense attention, allowed: None")
+
+
+def extended(module: Any, sliding_window: int | None) -> bool:
+    """Whether a layer's calls are placed by us. Sliding layers never look past what was trained, so they stay as they are."""
+    return sliding_window is None and extends(module.config)
+
+
+def check_extension(settings: HiPConfig, config: Any) -> None:
+    """Raise ValueError, with the reason, if `settings` extend the context and a model with this text config cannot."""
+    from hip_hf.integration.patches.registry import families
+
+    if settings.extend is None:
+        return
+    field = f"HiPConfig.extend: got {settings.extend!r}, allowed for this model: None"
+    kind = config.model_type
+    if kind not in (*families(), *TURNED_BACK):
+        why = _NOT_TURNED_BACK.get(kind, "its layout of RoPE is not known")
+        known = " | ".join((*families(), *TURNED_BACK))
+        raise ValueError(f"{field} ({kind} has no patcher, and its keys cannot be turned back: {why}; known are {known})")
+    rope = getattr(config, "rope_parameters", None)
+    name = rope.get("rope_type", "default") if isinstance(rope, dict) else None
+    if name not in ROPE_TYPES:
+        why = _NOT_FIXED.get(name or "", f"known are {' | '.join(ROPE_TYPES)}")
+        raise ValueError(f"{field} (RoPE of type {name!r}: {why})")
+    positions = Positions(rope_of(config), config.max_position_embeddings)
+    for layer in (None, *settings.layers):
+        positions.check(settings.for_layer(layer))
+
+
+_ropes: dict[tuple[bytes, float], Rope] = {}  # by the frequencies themselves: nothing else tells them apart for sure
+
+
+def rope_of(config: Any, head_dim: int | None = None) -> Rope:
+    """The rotation of models with this text config, from the rotary embedding of their modeling file, which is made anew: not
+    for every step. The same object for all that rotate alike, for its tables. `head_dim`: of what is to be turned.
+
+    Raises:
+        ValueError: the config is of no model of Transformers, the file has no such class, or several, or it turns more numbers
+            than a head has.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    known = next((kind for kind in type(config).__mro__ if kind in MODEL_MAPPING), None)
+    if known is None:
+        raise ValueError(f"extend: got a model with {type(config).__name__}, allowed: configs of Transformers' own models")
+    source = sys.modules[MODEL_MAPPING[known].__module__]
+    found = [kind for name, kind in vars(source).items() if name.endswith("RotaryEmbedding") and isinstance(kind, type)]
+    if len(found) != 1:
+        raise ValueError(f"extend: {source.__name__} has {len(found)} rotary embeddings, allowed: one")
+    with torch.device("cpu"):
+        embedding: Any = found[0](config)
+    rope = Rope(embedding.inv_freq, embedding.attention_scaling)
+    if head_dim is not None and rope.dim > head_dim:
+        raise ValueError(f"config: got a RoPE that turns {rope.dim} numbers of a head, allowed: up to its layers' {head_dim}")
+    return _ropes.setdefault((rope.inv_freq.numpy().tobytes(), rope.scaling), rope)
+
+
+def positions_of(module: Any, settings: HiPConfig) -> Positions:
+    """How the calls of an attention layer place queries and keys. Its tables are those of all layers of such models.
+
+    Raises:
+        ValueError: the model cannot be extended so, or its config is of longer heads than the layer has.
+    """
+    kept = module.__dict__.get("_hip_positions")
+    if kept is not None and kept[0] is settings:
+        return kept[1]
+    config = module.config
+    check_extension(settings, config)
+    layer = layer_index(module) or 0
+    positions = Positions(rope_of(config, module.head_dim), config.max_position_embeddings, layer < CHUNK_INDEXED_LAYERS)
+    module.__dict__["_hip_positions"] = (settings, positions)
+    return positions
+
+
+def check_cache(cache: Any, layer: int, unrotated: bool) -> None:
+    """Note what kind of keys a layer of a cache gets from now on. Asked at every update of a cache that ever got keys without
+    rotation, whichever layer of whichever model, patched or not, updates it (`integration/cache_layers.py`).
+
+    Raises:
+        ValueError: it holds keys of the other kind.
+    """
+    if hasattr(cache, "layers") and layer < len(cache.layers) and hasattr(cache.layers[layer], "unrotated"):
+        return  # a layer in pages looks itself
+    kept = cache.__dict__.setdefault(UNROTATED, {})
+    if kept.get(layer) == unrotated:
+        return
+    if kept.get(layer, False) != unrotated and cache.get_seq_length(layer) > 0:
+        raise mixed_keys(unrotated)
+    kept[layer] = unrotated
+
+
+def mixed_keys(unrotated: bool) -> ValueError:
+    """The error of adding keys of one kind (`unrotated` or not) to a cache with those of the other."""
+    now, before = ("'streaming'", None) if unrotated else (None, "'streaming'")
+    allowed = f"with extend={now} an empty one, or one filled so"
+    return ValueError(f"past_key_values: got a cache filled with extend={before}, allowed: {allowed}")
+
+
+def turned_back(positions: Positions, query: torch.Tensor, key: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of a layer that rotates them itself, un-rotated: all the keys where this call brought them, else those
+    of a `HiPCache`, which has turned them back when they came.
+
+    Raises:
+        ValueError: keys in a cache of another kind.
+    """
+    first = key.shape[2] - query.shape[2]
+    if cache is not None:
+        raise ValueError("extend: got continuous batching without a patcher, allowed: a patched family")
+    if not getattr(key, UNROTATED, False):
+        if first:
+            raise ValueError("past_key_values: got a cache of rotated keys, allowed with `extend` without a patcher: a HiPCache")
+        key = positions.rope.unrotated(key, 0)
+    return positions.rope.unrotated(query, first), key

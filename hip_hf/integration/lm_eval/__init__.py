@@ -1,0 +1,1 @@
+"""Our attention in lm-eval."""

@@ -1,0 +1,61 @@
+"""lm-eval knows `hip`: the model type, the tasks of this package and the attention names.
+
+    from hip_hf.integration.lm_eval.registration import register
+
+    register()
+    lm_eval.simple_evaluate(model="hip", model_args={"pretrained": "any/checkpoint", "budget": 512}, tasks=["hip_longctx"])
+
+`hip-hf lm-eval` calls `register` for you, and after `hip-hf autoload enable` so does every plain `lm_eval` of the environment.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+TASKS = Path(__file__).parents[2] / "eval" / "tasks"
+MODEL = "hip"
+
+
+class UsageError(ValueError):
+    """What a user can get wrong in model arguments and metadata; the command shows its message and no traceback."""
+
+
+def register() -> None:
+    """Make lm-eval know the model type `hip` and the tasks in `hip_hf/eval/tasks`. Calling it again is harmless.
+
+    lm-eval has no entry points for plugins. Its model registry takes names at run time; its task manager takes folders
+    only as an argument of the caller's, to which this adds ours.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+    """
+    register_model()
+    register_tasks()
+
+
+def register_model() -> None:
+    """The first half of `register`: the model type, beside all of lm-eval's own."""
+    import lm_eval.models  # noqa: F401 - lm-eval imports it, for its own types, only where no type is registered yet
+    from lm_eval.api.registry import model_registry
+
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target="hip_hf.integration.lm_eval.model:HipLM")
+
+
+def register_tasks() -> None:
+    """The second half of `register`: the tasks."""
+    from lm_eval.tasks import TaskManager
+
+    plain = TaskManager.__init__
+    if getattr(plain, "_hip_tasks", False):
+        return
+
+    @functools.wraps(plain)
+    def with_our_tasks(self: Any, verbosity: Any = None, include_path: Any = None, *args: Any, **kwargs: Any) -> None:
+        given = [] if not include_path else include_path if isinstance(include_path, (list, tuple)) else [include_path]
+        plain(self, verbosity, [TASKS, *given], *args, **kwargs)
+
+    with_our_tasks._hip_tasks = True  # type: ignore[attr-defined]
+    TaskManager.__init__ = with_our_tasks
