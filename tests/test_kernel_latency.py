@@ -388,6 +388,10 @@ def test_a_decode_step_adds_up() -> None:
     moved = 2 * ((4 * 128 + 32) * 64 + left) + 4 * 256
     assert search(320, config, shape) == Cost(2 * 2 * 2 * (4 * 128 + 32) * 16, moved)
     assert kernel_costs.choice(320, config, shape) == Cost(0, 2 * left)
+    # of 76 keys the 15 blocks between sink and window are looked at whole: no summary, no list, room for 16 blocks in 128 places
+    whole = 4 * 129 * 2 * 4
+    assert search(80, config, shape) == Cost(2 * 2 * 2 * 60 * 16, 2 * (60 * 64 + whole) + 4 * 256)
+    assert kernel_costs.choice(80, config, shape) == Cost(0, 2 * whole)
     alone = replace(shape, processors=1)
     assert search(320, config, alone) == Cost(2 * 2 * 2 * (128 + 32) * 16, 2 * (128 + 32) * 64 + 256)
     assert kernel_costs.choice(320, config, alone) == NO_COST

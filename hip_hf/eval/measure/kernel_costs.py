@@ -143,21 +143,31 @@ def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> Cost:
     search read a part of the keys each, and the summaries all of them. A short middle is looked at whole."""
     fixed = launch(tokens, config, shape, block_q)
     votes, walkers, looks = fixed["SAMPLES"] * fixed["GROUP"], fixed["WALKERS"], fixed["LOOKS"]
-    low = -(-config.sink // config.block_k)
-    if looked_at_whole(config, low, high := max(low, (tokens - config.window) // config.block_k)):
-        summaries, exact, tiles = 0, (high - low) * config.block_k, fixed["TILES_WHOLE"]
+    if whole := whole_middle(tokens, config):
+        summaries, exact, tiles = 0, whole, fixed["TILES_WHOLE"]
     else:
         summaries = looks * fixed["PARTS"] * levels(tokens, config) * min(fixed["MOST"], tokens // config.block_k)
         exact, tiles = min(fixed["LAST"] * config.block_k, tokens) if fixed["RESCORE"] else 0, fixed["TILES"]
     gathered = ceil(walkers / fixed["ROWS"]) * summaries + tiles * exact
-    return Cost(2 * (walkers * summaries + votes * exact) * shape.dim, gathered * shape.dim * shape.size + found(fixed))
+    return Cost(2 * (walkers * summaries + votes * exact) * shape.dim, gathered * shape.dim * shape.size + found(fixed, whole))
 
 
-def found(fixed: dict[str, Any]) -> int:
-    """Bytes that the programs which share a search leave for the one that chooses: blocks, and what is in their keys."""
+def whole_middle(tokens: int, config: HiPConfig) -> int:
+    """Keys of a middle that is looked at whole; 0 if it is walked through."""
+    low = -(-config.sink // config.block_k)
+    high = max(low, (tokens - config.window) // config.block_k)
+    return (high - low) * config.block_k if looked_at_whole(config, low, high) else 0
+
+
+def found(fixed: dict[str, Any], whole: int) -> int:
+    """Bytes that the programs which share a search leave for the one that chooses: blocks, unless that is the `whole` middle, and
+    what is in their keys."""
     if fixed["LOOKS"] == 1:
         return 0
-    return fixed["KEPT_LAST"] * torch.int32.itemsize + fixed["FOUND"] * WIDE
+    listed = 0 if whole else fixed["KEPT_LAST"] * torch.int32.itemsize
+    names = ("M", "TILES_WHOLE", "NARROW_WHOLE") if whole else ("KEPT_LAST", "TILES", "NARROW")
+    blocks, tiles, narrow = (fixed[name] for name in names)
+    return listed + fixed["LOOKS"] * tiles * (blocks + 1) * narrow * WIDE
 
 
 def near_keys(tokens: int, config: HiPConfig, block_q: int) -> int:
@@ -335,7 +345,7 @@ def step_search(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
 
 def choice(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
     """What the programs that share a search have found in the keys of each block, read again."""
-    return Cost(0, shape.lists(config) * found(launch(tokens, config, shape, 1)))
+    return Cost(0, shape.lists(config) * found(launch(tokens, config, shape, 1), whole_middle(tokens, config)))
 
 
 def step_splits(config: HiPConfig, shape: Shape) -> int:
