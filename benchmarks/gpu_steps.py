@@ -24,7 +24,6 @@ from gpu_run import MACHINE
 from gpu_sizes import ROOT, Sizes
 from torch.autograd import DeviceType
 
-from hip_hf.attention import sparse_reach
 from hip_hf.backends.triton import trust
 from hip_hf.backends.triton.common.tuning import target_of
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
@@ -40,6 +39,7 @@ from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.presets import over_budgets
 from hip_hf.eval.reporting.publish import write
 from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.registry import sparse_reach
 from hip_hf.shown import said
 
 Rows = list[dict[str, Any]]

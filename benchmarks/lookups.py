@@ -37,11 +37,11 @@ from hip_hf.eval.measure.mass import chosen, probabilities, searched_blocks
 from hip_hf.eval.needles import Plan, Prompt, read_documents
 from hip_hf.eval.reporting.presets import over_budgets
 from hip_hf.eval.reporting.report import machine
+from hip_hf.geometry import BlockMask, QueryBlock, Span, make_query_block
 from hip_hf.methods import hip, need
-from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block
 from hip_hf.methods.need import SPREAD
 from hip_hf.methods.pyramid import make_representative
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.problem import AttentionProblem
 
 SETTINGS = (
     "{}", '{"options": {"onward": 0}}', '{"options": {"onward": 0.15}}', '{"options": {"onward": 0.5}}',

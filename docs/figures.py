@@ -15,7 +15,7 @@ from hip_hf.eval import demo, latency, memory, passkey
 from hip_hf.eval.measure import curves, documents
 from hip_hf.eval.measure.capture import capture
 from hip_hf.eval.reporting import plots
-from hip_hf.methods.base import make_query_block
+from hip_hf.geometry import make_query_block
 from hip_hf.methods.hip import Selector, TreeSearch
 from hip_hf.problem import AttentionProblem
 

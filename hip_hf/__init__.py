@@ -13,12 +13,13 @@ from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.integration.patches.registry import patch, unpatch
 from hip_hf.integration.settings import configure
 from hip_hf.state import DecodeState
+from hip_hf.versions import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "DecodeState",
     "HiPCache",
     "HiPConfig",
+    "__version__",
     "configure",
     "explain",
     "hip_attention",

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from hip_hf import methods
+from hip_hf import registry
 from hip_hf.backends import choice
+from hip_hf.backends.base import Result, has_gradients, pick
+from hip_hf.backends.delta import shortfall
 from hip_hf.backends.mixed import Part, merged, parts_of
+from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch import dense
-from hip_hf.backends.torch.backward import Piece, learning, traced
+from hip_hf.backends.torch.backward import Piece, traced
 from hip_hf.backends.torch.decode_buffer import attend_next, gathered_rows, new_keys
-from hip_hf.backends.torch.sparse import DECODE_ROWS, SparseAttention, tensors_of
+from hip_hf.backends.torch.dispatch import EXECUTORS
+from hip_hf.backends.triton import checks
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.config import HiPConfig
-from hip_hf.methods.base import BlockMask
-from hip_hf.problem import DTYPES, AttentionProblem, Span, by_tokens, check_finite, check_tensors, make_spans, newest, tracing
+from hip_hf.geometry import DECODE_ROWS, BlockMask, Span
+from hip_hf.problem import DTYPES, AttentionProblem, by_tokens, check_finite, check_tensors, make_spans, newest, tracing
 from hip_hf.rope import Positions
 from hip_hf.state import DecodeState
 from hip_hf.workers import compute_dtype
@@ -33,37 +37,19 @@ DENSE_BELOW = {
 DENSE_BELOW_GPU = (16384, 65536, 65536, 65536)
 
 
-@dataclass
-class Result:
-    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense, or not corrected as asked."""
-
-    out: torch.Tensor
-    lse: torch.Tensor | None
-    mask: BlockMask | None
-    path: str
-    reason: str
-    share: float  # of the visible keys, how many were read
-    unsupported: bool = False  # dense because the sparse path lacks something, not because it was asked for
-
-
-def sparse_reach(config: HiPConfig) -> int:
-    """Keys that the sparse path reads for a row at most: a context up to this long it reads whole."""
-    return config.sink + methods.selected_keys(config) + config.window
-
-
 def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None, stateless: bool) -> tuple[str, bool]:
     """Why this call must be dense, or an empty string; and whether that is for want of support. The only such decision."""
     if config.method == "dense":
         return "method is dense", False
     if config.is_dense_layer(layer):
         return "dense layer", False
-    if problem.sliding_window is not None and problem.sliding_window <= sparse_reach(config):
+    if problem.sliding_window is not None and problem.sliding_window <= registry.sparse_reach(config):
         return f"sliding window of {problem.sliding_window} is within the sparse set", False
     decoding = problem.q.shape[2] <= DECODE_ROWS
-    reason, unsupported = methods.dense_reason(problem, config, layer, decoding)
+    reason, unsupported = registry.dense_reason(problem, config, layer, decoding)
     if reason:
         return reason, unsupported
-    if learning(problem) and methods.attention_for(config) is not SparseAttention:
+    if problem.needs_grad and not has_gradients(config):
         what = f"method {config.method}" if config.delta is None else "Delta correction"
         return f"{what} has no gradients", True
     if decoding and stateless and config.delta is not None:
@@ -80,10 +66,10 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     graph = torch.compiler.is_compiling()  # which cannot put numbers into text
     if problem.longest < below:
         return "short context" if graph else f"context of {problem.longest} is below dense_below={below}", False
-    if below and problem.longest <= sparse_reach(config):
+    if below and problem.longest <= registry.sparse_reach(config):
         return "short context" if graph else f"the budget covers the context of {problem.longest}", False
     anew = decoding and stateless and config.dense_below is None and problem.positions is None
-    if anew and problem.q.device.type == "cpu" and methods.summarises(config):
+    if anew and problem.q.device.type == "cpu" and registry.summarises(config):
         # both read all keys, and to summarise them costs more than to read the values too (docs/decisions.md)
         return "decode without kept state: to summarise all keys anew takes longer than to read them", False
     if config.backend == "auto" and choice.kernels_wanted(problem, config) and not choice.offloaded(problem):
@@ -125,7 +111,7 @@ def _attend(
         if rows is not None:
             out, lse = empty_outputs(problem, need_lse)
             return Result(out, lse, None, "sparse", "", attend_next(problem, rows, new_keys(problem), out, lse))
-    if problem.positions is not None and learning(problem):
+    if problem.positions is not None and problem.needs_grad:
         raise ValueError(f"extend: got {config.extend!r} where gradients are asked for, allowed: torch.no_grad(), or extend=None")
     if not problem.spans:
         return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", 1.0)
@@ -156,21 +142,21 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
         return _attend_by_kernels(part, config, state, need_lse, need_mask)
     if state is not None and state.device is not None:
         state.leave_device()
-    pieces: list[Piece] | None = [] if learning(problem) else None
+    pieces: list[Piece] | None = [] if problem.needs_grad else None
     out, lse = empty_outputs(problem, need_lse or pieces is not None)
-    sparse = methods.attention_for(config)(problem, config, out, lse, need_mask)
+    sparse = pick(EXECUTORS, config)(problem, config, out, lse, need_mask)
     if pieces is not None:
         sparse.pieces = pieces
     out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
     share = sparse.reading.read / sparse.reading.visible
-    return Result(out, lse if need_lse else None, sparse.mask, "sparse", methods.shortfall(problem, config), share)
+    return Result(out, lse if need_lse else None, sparse.mask, "sparse", shortfall(problem, config), share)
 
 
 def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
     """Attention of a part that the kernels serve. Where Triton refuses them after all, because these settings ask for more than
     the device has, it and all later ones are dense with `auto`."""
     from hip_hf.backends.triton import trust
-    from hip_hf.backends.triton.sparse import run
+    from hip_hf.backends.triton.dispatch import run
 
     problem = part.problem
     try:
@@ -184,7 +170,7 @@ def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None,
             state.reset()
         return _attend_part(replace(part, reason=f"no kernels: {why}"), config, state, need_lse, need_mask)
     share = call.reading.read / call.reading.visible
-    return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", methods.shortfall(problem, config), share)
+    return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", shortfall(problem, config), share)
 
 
 def empty_outputs(
@@ -220,7 +206,7 @@ def dense_by_kernels(problem: AttentionProblem, config: HiPConfig, need_lse: boo
     if not choice.kernels_wanted(problem, config) or dense.sdpa_serves(problem, need_lse):
         return False
     paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
-    if any(x.store.pages() is None for x in paged) or (paged and (len(paged) == 1 or learning(problem))):
+    if any(x.store.pages() is None for x in paged) or (paged and (len(paged) == 1 or problem.needs_grad)):
         return False
     return not choice.no_kernels(problem, config, densely=True)[0]
 
@@ -228,7 +214,7 @@ def dense_by_kernels(problem: AttentionProblem, config: HiPConfig, need_lse: boo
 def takes_masks(problem: AttentionProblem) -> bool:
     """Whether PyTorch's attention is given masks where it needs them: on a GPU, unless a backward pass would keep as many numbers
     as there are logits, or all keys of an offloaded cache would have to be brought together."""
-    return problem.q.device.type == "cuda" and not (learning(problem) or choice.offloaded(problem))
+    return problem.q.device.type == "cuda" and not (problem.needs_grad or choice.offloaded(problem))
 
 
 def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -249,7 +235,7 @@ def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -
             batch = slice(span.batch, span.batch + 1)
             out[batch, :, span.row_start : span.row_end] = dense.sdpa(problem, span, batch)
         return out, None
-    pieces: list[Piece] | None = [] if learning(problem) else None
+    pieces: list[Piece] | None = [] if problem.needs_grad else None
     out, lse = empty_outputs(problem, need_lse or pieces is not None)
 
     def compute() -> None:
@@ -391,3 +377,6 @@ def hip_attention(
         return result.out
     extra = ([result.lse] if return_lse else []) + ([result.mask] if return_mask else [])
     return (result.out, *extra)
+
+
+checks.attend = attend  # a self-test compares whole calls, and is asked for by what decides below this module who serves one

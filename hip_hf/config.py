@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from hip_hf.methods import METHODS, extends, options_type
+from hip_hf.registry import METHODS, extends, options_type
 from hip_hf.shown import shown
 
 REPRESENTATIVES = ("blend", "minmax", "middle")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hip_hf.geometry import Span
 from hip_hf.rope import Positions
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -16,40 +17,6 @@ def by_tokens(q: torch.Tensor, dim: int) -> torch.Tensor:
     token side by side in memory. Models go on with it so, and need no copy."""
     batch, heads, rows, _ = q.shape
     return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class Span:
-    """One real sequence inside a batch row: its keys, its query rows, and where they sit.
-
-    Padding, packing and unfilled cache slots are all said by spans; whatever lies outside every span is never
-    read and its output is zero. Positions are relative to the span: its first key is token 0.
-    """
-
-    batch: int
-    key_start: int
-    key_end: int
-    row_start: int
-    row_end: int
-    position: int  # of query row `row_start`
-
-    @property
-    def keys(self) -> int:
-        return self.key_end - self.key_start
-
-    @property
-    def rows(self) -> int:
-        return self.row_end - self.row_start
-
-    @property
-    def end(self) -> int:
-        """One past the position of the last query row; keys from here on are in nobody's sight."""
-        return self.position + self.rows
-
-    def part(self, first: int, end: int) -> Span:
-        """The span with its query rows at positions `first` to `end - 1` only."""
-        row = self.row_start + first - self.position
-        return Span(self.batch, self.key_start, self.key_end, row, row + end - first, first)
 
 
 @dataclass(frozen=True)
@@ -70,6 +37,12 @@ class AttentionProblem:
     def groups(self) -> int:
         """Query heads per key head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd wants to know about the call."""
+        tensors = (self.q, self.k, self.v, self.sinks)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
     @property
     def longest(self) -> int:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods import selected_keys
+from hip_hf.registry import selected_keys
 from hip_hf.workers import scratch
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
-    from hip_hf.methods.base import QueryBlock
+    from hip_hf.geometry import QueryBlock
 
 # Layers before this one select with chunk-indexed positions (InfiniteHiP, appendix; its first three layers).
 CHUNK_INDEXED_LAYERS = 3

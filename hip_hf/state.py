@@ -5,12 +5,38 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from hip_hf.backends.torch.clusters import Clusters
-from hip_hf.methods.pyramid import Pyramid
+
+class Shareable(Protocol):
+    """What several batch rows may refer to (beam search): whoever changes it makes a copy first if it is `shared`."""
+
+    shared: bool
+
+
+class Summaries(Shareable, Protocol):
+    """What a selector keeps of the keys it has seen, the first `blocks` key blocks of `block_k` keys (`methods/pyramid.py`)."""
+
+    block_k: int
+    blocks: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the summaries."""
+
+    def copy(self) -> Any:
+        """An independent copy."""
+
+    def writable(self, blocks: int) -> Any:
+        """Itself, or a copy where others refer to it and blocks will be appended to reach `blocks`."""
+
+    def extend(self, keys: Any, blocks: int) -> None:
+        """Summarise the keys `[Hkv, T, D]` up to `blocks` blocks."""
+
+    def truncate(self, blocks: int) -> None:
+        """Forget all but the first `blocks` blocks."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +61,7 @@ class Correction:
     out: torch.Tensor
     lse: torch.Tensor
     weight: float = 1.0
-    clusters: Clusters | None = None
+    clusters: Shareable | None = None  # `Clusters` of `backends/clusters.py`
 
 
 @dataclass
@@ -44,7 +70,7 @@ class RowState:
 
     key_start: int
     position: int = 0  # one past the last key position seen
-    pyramid: Pyramid | None = None
+    pyramid: Summaries | None = None
     selection: Selection | None = None
     correction: Correction | None = None
     gathered: Any = None  # what the steps under `selection` read (`Gathered` in `backends/torch/decode_buffer.py`)

@@ -7,6 +7,8 @@ import warnings
 import transformers
 from packaging.version import Version
 
+__version__ = "0.1.0"  # of hip_hf
+
 OLDEST, NEWEST = (5, 17), (5, 24)  # major and minor of the oldest that serves, and of the newest that the tests ran with
 
 

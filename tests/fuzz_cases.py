@@ -12,9 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from hip_hf.config import DELTA_MODES, REPRESENTATIVES, SCORES, VOTES, HiPConfig
-from hip_hf.methods import METHODS, selects
-from hip_hf.methods.base import BlockMask
+from hip_hf.geometry import BlockMask
 from hip_hf.problem import DTYPES
+from hip_hf.registry import METHODS, selects
 
 # How far a result in each dtype may be from float64: values are of size 1, and rounding the output alone gives half a unit of it.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}

@@ -8,7 +8,7 @@ import torch
 
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
-from hip_hf.methods.base import BlockMask
+from hip_hf.geometry import BlockMask
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 

@@ -12,15 +12,15 @@ from interpreter import DEVICE
 from tensor_cores import Emulation, Reordered, TensorCores
 
 from hip_hf.attention import Result
+from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch.block_sparse import attend, attend_range
-from hip_hf.backends.torch.sparse import tensors_of
 from hip_hf.backends.triton.attention.prefill import Logits, Reads
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import precision_of
 from hip_hf.config import HiPConfig
-from hip_hf.methods.base import QueryBlock, query_blocks
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import QueryBlock, Span, query_blocks
+from hip_hf.problem import AttentionProblem
 
 # Orders of summation in which plain PyTorch is measured.
 ORDERS = 8

@@ -13,8 +13,9 @@ from helpers import assert_near, make_qkv, small
 from hip_hf import explain, hip_attention
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
-from hip_hf.methods import METHODS
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import Span
+from hip_hf.problem import AttentionProblem
+from hip_hf.registry import METHODS
 from hip_hf.state import DecodeState
 
 WIDTH = 200

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hip_hf import workers
-from hip_hf.backends.torch.block_sparse import Tensors, near_logits, partial
-from hip_hf.methods.base import QueryBlock
+from hip_hf.backends.tensors import Tensors
+from hip_hf.backends.torch.block_sparse import near_logits, partial
+from hip_hf.geometry import QueryBlock
 
 GROUPS, SIZE, DIM = 3, 8, 16
 ALL = slice(None)

@@ -11,7 +11,7 @@ from test_cli_demo import checkpoint, run_json, text  # noqa: F401 - the first a
 from hip_hf import HiPCache
 from hip_hf.eval import demo, generate
 from hip_hf.eval.measure.memory_meter import cache_mib
-from hip_hf.methods import METHODS
+from hip_hf.registry import METHODS
 
 # Those whose summaries of keys are kept with the cache.
 SUMMARISED = ("hip", "quest", "h2o")

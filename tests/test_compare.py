@@ -19,15 +19,15 @@ from transformers import LlamaConfig, LlavaConfig
 
 from hip_hf.attention import attend
 from hip_hf.backends.torch.dense_rows import rows_at_once
-from hip_hf.backends.torch.sparse import keys_seen
 from hip_hf.config import HiPConfig
 from hip_hf.eval import compare, fidelity, passkey
 from hip_hf.eval.measure import mass
 from hip_hf.eval.measure.costs import SELECTION, block_cost, call_cost
 from hip_hf.eval.measure.hyper_assumptions import hardness, hardness_rows
 from hip_hf.eval.reporting.presets import PRESETS, as_many_keys, every, settings_of
-from hip_hf.methods import METHODS, add_method, hyper
-from hip_hf.methods.base import query_blocks
+from hip_hf.geometry import keys_seen, query_blocks
+from hip_hf.methods import hyper
+from hip_hf.registry import METHODS, add_method
 
 
 def counted(problem: Any, config: HiPConfig) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hip_hf import HiPConfig
-from hip_hf.methods import METHODS
+from hip_hf.registry import METHODS
 
 DEFAULTS = {
     "method": "hip",

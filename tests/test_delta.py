@@ -9,8 +9,8 @@ import torch
 from helpers import assert_near, causal, eager, make_problem, make_qkv, small
 
 from hip_hf.attention import attend
-from hip_hf.backends.torch.delta import anchors
-from hip_hf.methods import METHODS
+from hip_hf.backends.delta import anchors
+from hip_hf.registry import METHODS
 from hip_hf.state import DecodeState
 
 

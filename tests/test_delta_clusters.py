@@ -13,9 +13,9 @@ import torch
 from helpers import assert_near, causal, eager, make_problem, make_qkv, small
 
 from hip_hf.attention import attend
-from hip_hf.backends.torch.clusters import CLUSTERS
+from hip_hf.backends.clusters import CLUSTERS
 from hip_hf.eval.measure.costs import call_cost
-from hip_hf.methods.base import query_blocks
+from hip_hf.geometry import query_blocks
 from hip_hf.state import DecodeState
 
 

@@ -15,7 +15,8 @@ from hip_hf import attention
 from hip_hf.attention import attend_dense
 from hip_hf.backends.torch import dense
 from hip_hf.config import HiPConfig
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import Span
+from hip_hf.problem import AttentionProblem
 
 
 def test_grouped_heads_that_pytorch_would_give_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ from hip_hf.backends.triton.checks import HYPER_SIZES
 from hip_hf.backends.triton.common import tuning
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.cache.pages import row_numbers
+from hip_hf.geometry import Span
 from hip_hf.integration import attention_function, decode_fast_path
-from hip_hf.problem import Span
 from hip_hf.rope import Positions, Rope
 from hip_hf.state import DecodeState
 

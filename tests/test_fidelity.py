@@ -22,7 +22,7 @@ from hip_hf.eval import fidelity
 from hip_hf.eval.measure import mass
 from hip_hf.eval.measure.capture import DENSE, capture
 from hip_hf.eval.measure.costs import block_cost, total
-from hip_hf.methods.base import query_blocks
+from hip_hf.geometry import query_blocks
 from hip_hf.problem import AttentionProblem
 
 VARIANTS = [

@@ -8,7 +8,7 @@ from test_fuzz_sequences import make_layer
 
 from hip_hf import DecodeState, HiPConfig, hip_attention
 from hip_hf.attention import attend
-from hip_hf.backends.torch.block_sparse import merge
+from hip_hf.backends.tensors import merge
 
 
 def test_half_precision_is_widened_before_it_is_scaled() -> None:

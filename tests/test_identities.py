@@ -11,12 +11,12 @@ from helpers import assert_as_exact_as, assert_near, causal, eager, make_problem
 
 from hip_hf import workers
 from hip_hf.attention import attend
+from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch import block_sparse, dense
 from hip_hf.backends.torch import sparse as sparse_module
-from hip_hf.backends.torch.sparse import tensors_of
 from hip_hf.config import REPRESENTATIVES, HiPConfig
+from hip_hf.geometry import make_query_block
 from hip_hf.methods import pyramid
-from hip_hf.methods.base import make_query_block
 from hip_hf.problem import make_spans
 from hip_hf.state import DecodeState
 

@@ -191,7 +191,7 @@ def test_a_captured_step_serves_a_growing_sequence() -> None:
     from hip_hf.backends.triton.common.addressing import KeyValues
     from hip_hf.backends.triton.common.sequences import Sequences
     from hip_hf.backends.triton.sparse import DeviceState, decode_step
-    from hip_hf.problem import Span
+    from hip_hf.geometry import Span
 
     config = small(decode_refresh=3, backend="triton")
     q, k, v = (x.to(DEVICE) for x in make_qkv(200))

@@ -18,7 +18,7 @@ from hip_hf.backends.triton.attention.prefill import Logits, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import Tile
 from hip_hf.config import HiPConfig
-from hip_hf.problem import Span
+from hip_hf.geometry import Span
 
 
 @pytest.fixture(autouse=True)

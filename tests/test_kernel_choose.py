@@ -13,7 +13,7 @@ from test_kernel_select import Case, whole
 from hip_hf.backends.triton.selection import search
 from hip_hf.backends.triton.selection.search import MOST_LOOKS, Selection, constants, looks_for
 from hip_hf.config import HiPConfig
-from hip_hf.problem import Span
+from hip_hf.geometry import Span
 
 pytestmark = pytest.mark.kernels
 

@@ -14,8 +14,7 @@ from kernel_cases import Case, check, make_case, spans_of
 
 from hip_hf.backends.triton.attention.decode import Scratch, decode, splits_for
 from hip_hf.backends.triton.attention.prefill import dense_reads, prefill
-from hip_hf.methods.base import QueryBlock, make_query_block
-from hip_hf.problem import Span
+from hip_hf.geometry import QueryBlock, Span, make_query_block
 
 
 @pytest.fixture(autouse=True)

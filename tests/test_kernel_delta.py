@@ -15,7 +15,7 @@ import hip_hf
 from hip_hf.backends.torch.delta import spread
 from hip_hf.backends.triton import delta
 from hip_hf.backends.triton.common.sequences import Sequences
-from hip_hf.problem import Span
+from hip_hf.geometry import Span
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels

@@ -22,7 +22,8 @@ from hip_hf.backends.triton.attention.decode import decode
 from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.dense import attend_densely
 from hip_hf.config import HiPConfig
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import Span
+from hip_hf.problem import AttentionProblem
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels

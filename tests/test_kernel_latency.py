@@ -36,8 +36,8 @@ from hip_hf.eval.measure import kernel_costs, roofline
 from hip_hf.eval.measure.kernel_costs import NO_COST, Cost
 from hip_hf.eval.reporting.presets import sizes
 from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.geometry import Span
 from hip_hf.methods import hyper
-from hip_hf.problem import Span
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels

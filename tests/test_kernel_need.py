@@ -19,8 +19,7 @@ from test_kernel_select import Case, whole
 from hip_hf.backends.triton.selection.votes import need_arguments, need_kernel, votes_of
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
-from hip_hf.methods.base import QueryBlock
-from hip_hf.problem import Span
+from hip_hf.geometry import QueryBlock, Span
 
 pytestmark = pytest.mark.kernels
 

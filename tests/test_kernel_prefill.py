@@ -12,7 +12,7 @@ from interpreter import DEVICE
 from kernel_cases import Case, check, make_case, spans_of
 
 from hip_hf.backends.triton.attention.prefill import dense_reads, prefill, strided_rows
-from hip_hf.problem import Span
+from hip_hf.geometry import Span
 
 
 @pytest.fixture(autouse=True)

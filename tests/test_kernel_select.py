@@ -24,11 +24,11 @@ from hip_hf.backends.triton.selection.select import select_kernel
 from hip_hf.backends.triton.selection.votes import votes_of
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import REPRESENTATIVES, HiPConfig
-from hip_hf.methods import need, selector_for
-from hip_hf.methods.base import QueryBlock, query_blocks
+from hip_hf.geometry import QueryBlock, Span, query_blocks
+from hip_hf.methods import need
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.methods.pyramid import Pyramid
-from hip_hf.problem import Span
+from hip_hf.registry import selector_for
 from hip_hf.rope import Positions
 
 pytestmark = pytest.mark.kernels

@@ -12,8 +12,7 @@ from helpers import small
 from test_kernel_select import Case, whole
 
 from hip_hf.config import HiPConfig
-from hip_hf.methods.base import QueryBlock
-from hip_hf.problem import Span
+from hip_hf.geometry import QueryBlock, Span
 
 pytestmark = pytest.mark.kernels
 

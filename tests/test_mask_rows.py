@@ -20,6 +20,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from hip_hf.geometry import Span
 from hip_hf.integration import masks
 from hip_hf.integration.masks import (
     LAST,
@@ -33,7 +34,6 @@ from hip_hf.integration.masks import (
     unmasked_rows,
     visible_rows,
 )
-from hip_hf.problem import Span
 
 KEYS = 24
 

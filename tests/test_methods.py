@@ -18,7 +18,7 @@ from helpers import DECODE_ROWS, Starts, assert_as_exact_as, assert_near, causal
 import hip_hf
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
-from hip_hf.methods import METHODS
+from hip_hf.registry import METHODS
 from hip_hf.state import DecodeState
 
 

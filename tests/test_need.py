@@ -20,9 +20,9 @@ from hip_hf.attention import Result, attend
 from hip_hf.backends.torch import block_sparse
 from hip_hf.backends.torch.sparse import SparseAttention
 from hip_hf.config import HiPConfig
+from hip_hf.geometry import Span
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.methods.need import asked_rows
-from hip_hf.problem import Span
 from hip_hf.state import DecodeState
 
 # A block has 16 rows; with this stride and two heads, 4 of 32 vote.

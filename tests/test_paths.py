@@ -10,7 +10,7 @@ from helpers import assert_as_exact_as, assert_near, causal, eager, make_problem
 
 from hip_hf import DecodeState, HiPConfig, hip_attention
 from hip_hf.attention import DENSE_BELOW, Result, attend
-from hip_hf.backends.torch.sparse import keys_seen
+from hip_hf.geometry import keys_seen
 from hip_hf.workers import compute_dtype
 
 

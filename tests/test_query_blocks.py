@@ -9,10 +9,9 @@ import pytest
 import torch
 from helpers import small
 
-from hip_hf.methods.base import QueryBlock, make_query_block, query_blocks, squash
+from hip_hf.geometry import QueryBlock, Span, make_query_block, query_blocks
 from hip_hf.methods.need import sample_level, sampled_chunks, votes_of
-from hip_hf.methods.ranking import sampled_rows
-from hip_hf.problem import Span
+from hip_hf.methods.ranking import sampled_rows, squash
 
 SIZES: list[dict[str, Any]] = [
     dict(block_k=1, budget=2, sink=0, window=0),

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hip_hf.backends.torch import delta, keys_read, sparse
-from hip_hf.backends.torch.keys_read import Blocks, keys_seen, keys_seen_at
+from hip_hf.backends import keys_read
+from hip_hf.backends.keys_read import Blocks
+from hip_hf.backends.torch import delta, sparse
 from hip_hf.backends.triton import sparse as kernels
 from hip_hf.config import HiPConfig
-from hip_hf.methods.base import make_query_block, query_blocks
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import Span, keys_seen, keys_seen_at, make_query_block, query_blocks
+from hip_hf.problem import AttentionProblem
 from hip_hf.state import RowState, Selection
 
 

@@ -31,7 +31,7 @@ from hip_hf.backends.triton.gradients import key_gradient_kernel, query_gradient
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.config import HiPConfig
-from hip_hf.problem import Span
+from hip_hf.geometry import Span
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it is the interpreter that finds numbers that wrap")
 

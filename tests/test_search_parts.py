@@ -16,12 +16,11 @@ from test_extension import check_selection, positions
 from test_tree_search import check, selected
 
 from hip_hf.config import HiPConfig
+from hip_hf.geometry import QueryBlock, Span, query_blocks
 from hip_hf.methods import hip, need
-from hip_hf.methods.base import QueryBlock, query_blocks
 from hip_hf.methods.hip import Options, Selector, TreeSearch
 from hip_hf.methods.need import highest, sampled_chunks, sampled_keys
 from hip_hf.methods.ranking import aggregate
-from hip_hf.problem import Span
 
 LIMIT = torch.finfo(torch.float32).max
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 import hip_hf
 from hip_hf import HiPCache, HiPConfig, explain, hip_attention
-from hip_hf.methods import METHODS, selected_keys
+from hip_hf.registry import METHODS, selected_keys
 
 HUGE = 64 * TRAINED
 

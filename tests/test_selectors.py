@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
+from hip_hf.geometry import BlockMask, QueryBlock
 from hip_hf.methods import hip, quest, staged
-from hip_hf.methods.base import BlockMask, QueryBlock
 from hip_hf.state import DecodeState
 
 

@@ -15,7 +15,7 @@ from helpers import assert_near, eager, make_problem, make_qkv, read_mask, small
 
 from hip_hf.attention import attend, hip_attention
 from hip_hf.config import HiPConfig
-from hip_hf.methods.base import BlockMask
+from hip_hf.geometry import BlockMask
 from hip_hf.methods.hip import Selector
 from hip_hf.state import DecodeState
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hip_hf.backends.torch.backward import learning
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.config import HiPConfig
 from hip_hf.problem import AttentionProblem
@@ -32,7 +31,7 @@ def no_kernels(problem: AttentionProblem, config: HiPConfig, densely: bool = Fal
         why = unsupported_tensors(problem) if densely else unsupported(problem, config)
         if why or config.backend == "triton":
             return why, False
-        parts = trust.parts_of(None if densely else config, learning(problem), problem.positions is not None)
+        parts = trust.parts_of(None if densely else config, problem.needs_grad, problem.positions is not None)
         dims = problem.q.shape[3], problem.v.shape[3], problem.groups  # a graph that is being compiled is then for these alone
         why = trust.failing(device, problem.q.dtype, dims, parts, config.text)
     if why and config.backend == "auto":

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.backends.torch.keys_read import keys_seen
-from hip_hf.backends.torch.sparse import DECODE_ROWS
-from hip_hf.methods.base import BlockMask
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import DECODE_ROWS, BlockMask, Span, keys_seen
+from hip_hf.problem import AttentionProblem
 
 if TYPE_CHECKING:
-    from hip_hf.attention import Result
+    from hip_hf.backends.base import Result
 
 
 @dataclass(frozen=True)

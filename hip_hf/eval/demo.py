@@ -26,8 +26,8 @@ from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact
 from hip_hf.eval.measure.memory_meter import memory_mib
 from hip_hf.eval.needles_demo import IMPLEMENTATIONS, verdicts
 from hip_hf.eval.reporting import plots, report
+from hip_hf.geometry import query_blocks
 from hip_hf.integration.explain import Report
-from hip_hf.methods.base import query_blocks
 from hip_hf.problem import AttentionProblem
 
 # Facts that are asked for where nothing else is said, each with a prompt of its own.

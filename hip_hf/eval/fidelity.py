@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from hip_hf.backends.torch.sparse import DECODE_ROWS
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import capture
 from hip_hf.eval.measure.costs import total
@@ -38,7 +37,8 @@ from hip_hf.eval.reporting import report
 from hip_hf.eval.reporting.presets import HELP, OWN, refuse_extension, settings_of, sizes
 from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.eval.reporting.resumable import Cells
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import DECODE_ROWS, Span
+from hip_hf.problem import AttentionProblem
 
 
 def summary(settings: str, layer: int | str, keys: int, parts: Sequence[Measured]) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import torch
 import typer
 from transformers.generation.streamers import BaseStreamer
 
-from hip_hf.backends.torch.keys_read import keys_seen
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import documents
 from hip_hf.eval.measure.memory_meter import Meter, cache_mib
 from hip_hf.eval.reporting import report
+from hip_hf.geometry import keys_seen
 from hip_hf.integration.attention_function import NAMES
 from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.hip_cache import HiPCache

@@ -36,7 +36,7 @@ def _make_cache(kind: str, config: Any, length: int) -> Any:
     from hip_hf import HiPCache
     from hip_hf.cache.pool import PAGE
     from hip_hf.integration.settings import read_settings
-    from hip_hf.methods import selected_keys
+    from hip_hf.registry import selected_keys
 
     if kind == "dynamic":
         return DynamicCache(config=config)

@@ -15,7 +15,6 @@ import torch
 
 from hip_hf.attention import attend
 from hip_hf.backends.choice import kernels_wanted
-from hip_hf.backends.torch.backward import learning
 from hip_hf.backends.torch.decode_buffer import attend_next, gathered_rows
 from hip_hf.config import HiPConfig
 from hip_hf.integration.attention_function import Call
@@ -49,7 +48,7 @@ def next_token(
         return None
     positions = positions_of(module, settings) if unrotated else None
     problem = AttentionProblem(query, key, value, spans, module.scaling, positions=positions)
-    if learning(problem) or (layer.cut_off and torch.is_grad_enabled()):
+    if problem.needs_grad or (layer.cut_off and torch.is_grad_enabled()):
         return None
     unmasked = unmasked_rows(mask, len(query))
     if kernels_wanted(problem, settings):

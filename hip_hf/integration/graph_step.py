@@ -15,10 +15,11 @@ from torch import nn
 
 from hip_hf.attention import dense_reason
 from hip_hf.backends.choice import kernels_wanted, no_kernels
+from hip_hf.geometry import Span
 from hip_hf.integration.cache_layers import NUMBER, STATE
 from hip_hf.integration.masks import LAST
 from hip_hf.integration.settings import layer_index, layer_settings
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.problem import AttentionProblem
 
 
 def table_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

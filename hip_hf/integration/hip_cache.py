@@ -22,7 +22,7 @@ from hip_hf.integration.cache_layers import CUT_OFF, KIND, Stateful, at_defaults
 from hip_hf.integration.extension import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.settings import attends_by_us, read_settings
 from hip_hf.integration.undo import all_or_none, unfinished
-from hip_hf.methods import selected_keys
+from hip_hf.registry import selected_keys
 from hip_hf.rope import Rope
 
 

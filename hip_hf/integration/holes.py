@@ -10,13 +10,15 @@ from dataclasses import replace
 
 import torch
 
-from hip_hf.attention import Result, attend, sparse_reach
+from hip_hf.attention import Result, attend
+from hip_hf.backends.tensors import merge
 from hip_hf.backends.torch import dense
-from hip_hf.backends.torch.block_sparse import merge
 from hip_hf.cache.pages import rows_of
 from hip_hf.config import HiPConfig
+from hip_hf.geometry import Span
 from hip_hf.integration.masks import LAST
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.problem import AttentionProblem
+from hip_hf.registry import sparse_reach
 from hip_hf.state import DecodeState
 
 

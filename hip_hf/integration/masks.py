@@ -21,10 +21,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
+from hip_hf.geometry import Span
 from hip_hf.integration.extension import refuse_followed
 from hip_hf.integration.reach import ignored
 from hip_hf.integration.settings import check_config
-from hip_hf.problem import Span, exporting, tracing
+from hip_hf.problem import exporting, tracing
 
 PAD = torch.iinfo(torch.int32).max
 LAST = 2**29  # far above any number that masks add, and any context

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -10,64 +9,8 @@ import torch
 if TYPE_CHECKING:
     from hip_hf.cache.pages import KeyRows
     from hip_hf.config import HiPConfig
-    from hip_hf.problem import Span
+    from hip_hf.geometry import QueryBlock
     from hip_hf.rope import Positions
-
-
-@dataclass(frozen=True)
-class QueryBlock:
-    """Query rows that share a selection, and what they always read. Everything is relative to the span.
-
-    The rows sit at positions `first` to `last`. They read the sink `[start, sink)`, the window `[window, last]`, and of
-    the *middle*, the key blocks `low` to `high - 1` between the two, those that are selected.
-    """
-
-    row: int
-    first: int
-    last: int
-    start: int
-    sink: int
-    low: int
-    high: int
-    window: int
-
-    @property
-    def rows(self) -> int:
-        return self.last - self.first + 1
-
-    @property
-    def middle(self) -> int:
-        return self.high - self.low
-
-
-def make_query_block(config: HiPConfig, row: int, first: int, last: int, window: int | None, sliding: int | None) -> QueryBlock:
-    """Lay out one query block. `window` overrides where the window starts (decode keeps it between refreshes)."""
-    bk = config.block_k
-    # keys before `start` are beyond the sliding window for every row
-    start = 0 if sliding is None else max(0, first - sliding + 1) // bk * bk
-    if window is None:
-        window = max(0, first - config.window) // bk * bk
-    window = max(window, start)
-    sink = min(max(-(-config.sink // bk) * bk, start), window)
-    return QueryBlock(row, first, last, start, sink, sink // bk, window // bk, window)
-
-
-def query_blocks(config: HiPConfig, span: Span, per_row: bool, sliding: int | None = None) -> list[QueryBlock]:
-    """The query blocks of a span, aligned to positions; `per_row` (decode) makes every row its own block."""
-    size = 1 if per_row else config.block_q
-    blocks, position = [], span.position
-    while position < span.end:
-        last = min((position // size + 1) * size, span.end) - 1
-        row = span.row_start + position - span.position
-        blocks.append(make_query_block(config, row, position, last, None, sliding))
-        position = last + 1
-    return blocks
-
-
-def squash(logits: torch.Tensor, softcap: float | None) -> None:
-    """`softcap * tanh(logits / softcap)`, in place; None: nothing."""
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
 
 
 class Bound(Protocol):
@@ -120,19 +63,3 @@ class Unsummarised:
 
     def make_pyramid(self, dtype: torch.dtype) -> None:
         return None
-
-
-@dataclass
-class BlockMask:
-    """Which key blocks each query block reads between sink and window.
-
-    `indices` int32 `[B, H, Nq, budget / block_k]`, sorted, of which the first `counts` int32 `[B, H, Nq]` count; block `i`
-    holds the keys `i * block_k` to `(i + 1) * block_k - 1` of the row, counted from its first real key. `H` is Hkv with a
-    shared mask, else Hq. `first` int32 `[B, Nq]`: position of the query block's first row, -1 where the row has no such block.
-    """
-
-    indices: torch.Tensor
-    counts: torch.Tensor
-    first: torch.Tensor
-    block_q: int
-    block_k: int

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock, squash
-from hip_hf.methods.ranking import best
+from hip_hf.geometry import QueryBlock
+from hip_hf.methods.ranking import best, squash
 from hip_hf.workers import run
 
 if TYPE_CHECKING:

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.backends.torch.sparse import DECODE_ROWS
-from hip_hf.methods.base import QueryBlock, query_blocks, squash
-from hip_hf.methods.ranking import best, sampled_rows
-from hip_hf.problem import Span
+from hip_hf.geometry import DECODE_ROWS, QueryBlock, Span, query_blocks
+from hip_hf.methods.ranking import best, sampled_rows, squash
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig

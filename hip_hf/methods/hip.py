@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.cache.pages import KeyRows, block_index, lanes_of
-from hip_hf.methods.base import QueryBlock
+from hip_hf.geometry import QueryBlock
 from hip_hf.methods.need import asked_rows, highest, sample_level, sampled_chunks, sampled_keys, votes_of, walkers_of
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best, read_on, sampled_rows

@@ -20,7 +20,7 @@ cache. The paper's quality figures hold when only some layers are replaced: henc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -53,13 +53,6 @@ class Options:
         layers = self.layers
         if layers is not None and not (isinstance(layers, (list, tuple)) and all(type(i) is int and i >= 0 for i in layers)):
             raise ValueError(f"HiPConfig.options['layers']: got {shown(layers)}, allowed: None or a list of layer indices >= 0")
-
-
-def attention() -> Any:
-    """The class that computes a call."""
-    from hip_hf.backends.torch.hyper import HyperAttention
-
-    return HyperAttention
 
 
 def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None, decoding: bool) -> tuple[str, bool]:

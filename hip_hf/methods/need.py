@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.cache.pages import KeyRows, pick
-from hip_hf.methods.base import squash
+from hip_hf.methods.ranking import squash
 from hip_hf.workers import scratch
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock, Unplaced, Unsummarised, squash
-from hip_hf.methods.ranking import best
+from hip_hf.geometry import QueryBlock
+from hip_hf.methods.base import Unplaced, Unsummarised
+from hip_hf.methods.ranking import best, squash
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig

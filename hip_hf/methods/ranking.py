@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock, squash
+from hip_hf.geometry import QueryBlock
 from hip_hf.workers import widened
 
 if TYPE_CHECKING:
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 # Ids are packed into the low half of the sort keys of `best`; the largest of them stands for "no chunk".
 _LOW_BITS = NO_CHUNK = 0xFFFFFFFF
+
+
+def squash(logits: torch.Tensor, softcap: float | None) -> None:
+    """`softcap * tanh(logits / softcap)`, in place; None: nothing."""
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hip_hf.methods.base import QueryBlock
+from hip_hf.geometry import QueryBlock
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best
 from hip_hf.rope import farthest_chunk, turn
 from hip_hf.shown import shown

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock, Unplaced, Unsummarised
+from hip_hf.geometry import QueryBlock
+from hip_hf.methods.base import Unplaced, Unsummarised
 from hip_hf.shown import shown
 
 if TYPE_CHECKING:

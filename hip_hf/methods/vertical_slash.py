@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.methods.base import QueryBlock, Unsummarised
+from hip_hf.geometry import QueryBlock
+from hip_hf.methods.base import Unsummarised
 from hip_hf.methods.columns import Columns, block_sums, probe
 from hip_hf.methods.ranking import best
 from hip_hf.shown import shown

@@ -13,8 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE
-from hip_hf.methods.base import QueryBlock
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import QueryBlock, Span
+from hip_hf.problem import AttentionProblem
 from hip_hf.workers import run
 
 
@@ -40,12 +40,6 @@ class Piece:
         always = ((block.start, block.sink), (block.window, block.last + 1))
         sink, window = (torch.arange(first, end, device="cpu") for first, end in always)
         return torch.cat([sink, picked, window])
-
-
-def learning(problem: AttentionProblem) -> bool:
-    """Whether autograd wants to know about the call."""
-    tensors = (problem.q, problem.k, problem.v, problem.sinks)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def traced(

@@ -6,14 +6,14 @@ softcap, sinks, sliding windows, a few rows against a long cache): a dense block
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
+from hip_hf.backends.tensors import Tensors, merge
 from hip_hf.cache.pages import KeyRows, PagedKeys, block_index, lanes_of
-from hip_hf.methods.base import QueryBlock, squash
-from hip_hf.rope import Positions
+from hip_hf.geometry import QueryBlock
+from hip_hf.methods.ranking import squash
 from hip_hf.workers import compute_dtype, scratch, widened
 
 # A block of rows meets a long contiguous range in tiles whose logits are at most this many elements, to stay in cache.
@@ -23,23 +23,6 @@ NEAR_AT_ONCE = 1 << 22
 # Keys of a contiguous range that lie in several pieces are read where they lie if a piece has so many keys on average; shorter
 # ones are brought together, so many keys at a time.
 KEYS_OF_A_PIECE, KEYS_AT_ONCE = 512, 4096
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """One span's tensors: q `[Hkv, G, rows, D]`, k `[Hkv, T, D]`, v `[Hkv, T, Dv]`, out `[Hkv, G, rows, Dv]`,
-    lse `[Hkv, G, rows]` or None, sinks `[Hkv, G]` or None. Rows of k and v are contiguous, or in pages."""
-
-    q: torch.Tensor
-    k: KeyRows
-    v: KeyRows
-    out: torch.Tensor
-    lse: torch.Tensor | None
-    scale: float
-    sliding_window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-    positions: Positions | None = None  # q and k are not rotated: here is where they go
 
 
 def alike(block: QueryBlock) -> tuple[int, int, int, int]:
@@ -337,13 +320,6 @@ def store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: 
     t.out[into] = out
     if t.lse is not None:
         t.lse[into] = lse
-
-
-def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> torch.Tensor:
-    """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`. The merged log-sum-exp. Weights add up
-    to 1 also where logits are so large that a log-sum-exp cannot tell how many there are."""
-    out.lerp_(more, torch.sigmoid(more_lse - lse)[..., None])
-    return torch.logaddexp(lse, more_lse)
 
 
 def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:

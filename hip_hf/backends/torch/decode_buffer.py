@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.backends.torch.backward import learning
-from hip_hf.backends.torch.block_sparse import Tensors, add_sinks, weigh_values
+from hip_hf.backends.tensors import Tensors
+from hip_hf.backends.torch.block_sparse import add_sinks, weigh_values
 from hip_hf.cache.pages import pick, rows_of
-from hip_hf.methods.base import QueryBlock, squash
+from hip_hf.geometry import QueryBlock
+from hip_hf.methods.ranking import squash
 from hip_hf.rope import Positions
 from hip_hf.workers import compute_dtype, scratch
 
@@ -131,7 +132,7 @@ class Gathered:
 def gathered_rows(problem: AttentionProblem, config: HiPConfig, state: DecodeState) -> list[RowState] | None:
     """Of a decode step that selects nothing and whose own keys alone are not yet gathered, as most steps are: what is kept of
     each span's row. None where there is more to do."""
-    if problem.q.shape[2] > 1 or not problem.spans or problem.sliding_window is not None or learning(problem):
+    if problem.q.shape[2] > 1 or not problem.spans or problem.sliding_window is not None or problem.needs_grad:
         return None
     if not state.bound(config, problem.k):
         return None

@@ -6,22 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from hip_hf.backends.sdpa import grouped_sdpa
+from hip_hf.backends.tensors import Tensors
 from hip_hf.backends.torch import fused
 from hip_hf.backends.torch.backward import Piece
-from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, Tensors, attend_range
+from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, attend_range
 from hip_hf.cache.pages import PagedTensor
-from hip_hf.methods.base import QueryBlock
-from hip_hf.problem import AttentionProblem, Span, exporting
+from hip_hf.geometry import QueryBlock, Span
+from hip_hf.problem import AttentionProblem, exporting
 from hip_hf.workers import run
 
 # Rows that meet all their keys at once in the block-by-block path.
 ROWS_AT_ONCE = 64
 # With a mask PyTorch's attention on a GPU computes so many logits of a group's member at a time.
 LOGITS_ON_GPU = 1 << 27
-# What FlashAttention takes: head dims, and on NVIDIA's GPUs compute capabilities.
-FLASH_DIM, FLASH_CAPABILITY = 256, (8, 0)
 
 
 def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, slice, QueryBlock]]:
@@ -103,29 +102,6 @@ def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> t
         keys = slice(low - begin, end - begin)
         outs.append(grouped_sdpa(some, k[:, :, keys], v[:, :, keys], problem.scale, False, seen))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-
-
-def grouped_sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, seen: torch.Tensor | None = None
-) -> torch.Tensor:
-    """PyTorch's attention of q `[B, Hq, T, D]` to k `[B, Hkv, T, D]` and v, under the mask `seen` if there is one. Where it would
-    make all logits at once only because heads share keys, a call for each member of the groups."""
-    groups, options = q.shape[1] // k.shape[1], dict(attn_mask=seen, scale=scale, is_causal=causal)
-    if groups == 1 or (seen is None and takes_groups(q, v)):
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=groups > 1, **options)
-    members = q.unflatten(1, (-1, groups)).unbind(2)
-    return torch.stack([F.scaled_dot_product_attention(one, k, v, **options) for one in members], dim=2).flatten(1, 2)
-
-
-def takes_groups(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether PyTorch has attention without a mask for such heads in groups that never holds all logits: on GPUs FlashAttention
-    alone."""
-    if q.device.type != "cuda":
-        return True
-    if q.dtype not in (torch.float16, torch.bfloat16) or not q.shape[3] == v.shape[3] <= FLASH_DIM:
-        return False
-    # a graph that is being compiled is for kernels of ours, which ask as much of the device
-    return torch.compiler.is_compiling() or torch.cuda.get_device_capability(q.device) >= FLASH_CAPABILITY
 
 
 def _range(x: torch.Tensor, span: Span, batch: slice, begin: int) -> torch.Tensor:

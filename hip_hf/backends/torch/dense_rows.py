@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, Tensors, add_sinks, merge
-from hip_hf.methods.base import squash
+from hip_hf.backends.tensors import Tensors, merge
+from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, add_sinks
+from hip_hf.methods.ranking import squash
 from hip_hf.workers import compute_dtype, run, scratch
 
 # Rows, of all query heads of a group together, that meet their keys at once.

@@ -10,8 +10,9 @@ from itertools import pairwise
 
 import torch
 
-from hip_hf.backends.torch.block_sparse import Tensors, cuts_of, merge, store
-from hip_hf.problem import Span
+from hip_hf.backends.tensors import Tensors, merge
+from hip_hf.backends.torch.block_sparse import cuts_of, store
+from hip_hf.geometry import Span
 from hip_hf.workers import compute_dtype
 
 # Output and log-sum-exp of `[B, H, rows, D]` and `[B, H, keys, D]`: what `scaled_dot_product_attention` calls on a CPU.

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hip_hf.backends.base import HyperCall
+from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.backends.torch import dense
-from hip_hf.backends.torch.block_sparse import Tensors, add_sinks, merge
+from hip_hf.backends.torch.block_sparse import add_sinks
 from hip_hf.backends.torch.dense_rows import attend_exact, rows_at_once, weigh
-from hip_hf.backends.torch.keys_read import Reading, keys_seen
-from hip_hf.backends.torch.sparse import tensors_of
-from hip_hf.methods.base import squash
-from hip_hf.methods.hyper import Leaf, Square, Tiling, flops, hashes, projections, sampled_ranks, split, tile
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import Span
+from hip_hf.methods.hyper import Leaf, Square, Tiling, hashes, projections, sampled_ranks, split, tile
+from hip_hf.methods.ranking import squash
 from hip_hf.workers import compute_dtype, run, scratch
 
 if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
     from hip_hf.state import DecodeState
 
 # Query blocks that one worker takes at a time, and how many of them meet their keys in one product.
@@ -43,16 +42,8 @@ class Orders:
     samples: torch.Tensor
 
 
-class HyperAttention:
-    """One call: problem, settings and results."""
-
-    def __init__(
-        self, problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None, mask: bool
-    ) -> None:
-        self.problem, self.config, self.out, self.lse = problem, config, out, lse
-        self.options = config.method_options()
-        self.reading = Reading()
-        self.mask = None  # there are no key blocks to speak of
+class HyperAttention(HyperCall):
+    """One call on any device, by PyTorch's operations."""
 
     def run(self, state: DecodeState | None) -> None:
         self.note(state)
@@ -64,22 +55,6 @@ class HyperAttention:
             tail = self.tail(span)
             if tail < span.rows:
                 dense.attend_rows(t, tail, span)
-
-    def tail(self, span: Span) -> int:
-        """The first of the span's rows that are computed densely."""
-        return max(0, span.rows - self.config.dense_tail)
-
-    def note(self, state: DecodeState | None) -> None:
-        """What the call means for the state, and how many keys it reads."""
-        if state is not None:
-            state.bind(self.config, self.problem.k)
-        for span in self.problem.spans:
-            if state is not None:
-                state.row(span.batch, span.key_start, span.position, span.end).selection = None
-            tail = self.tail(span)
-            read = flops(self.options, span.position, span.position + tail, 1, 1)[2] if tail else 0
-            self.reading.read += read + keys_seen(span.position + tail, span.end - 1, None)
-            self.reading.visible += keys_seen(span.position, span.end - 1, None)
 
     def _span(self, t: Tensors, span: Span) -> None:
         dtype = torch.promote_types(t.q.dtype, torch.float32)

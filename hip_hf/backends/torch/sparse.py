@@ -8,33 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hip_hf.backends.base import BlockSparseCall
+from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.backends.torch import dense
 from hip_hf.backends.torch.backward import Piece
-from hip_hf.backends.torch.block_sparse import (
-    Tensors,
-    alike,
-    attend,
-    attend_range,
-    in_parts,
-    merge,
-    near_logits,
-    partial,
-    store_rows,
-)
+from hip_hf.backends.torch.block_sparse import alike, attend, attend_range, in_parts, near_logits, partial, store_rows
 from hip_hf.backends.torch.decode_buffer import Gathered
-from hip_hf.backends.torch.keys_read import Blocks, Reading, block_read, keys_seen
-from hip_hf.cache.pages import KeyRows, PagedKeys, rows_of
-from hip_hf.methods import selector_for
-from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block, query_blocks
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.cache.pages import PagedKeys
+from hip_hf.geometry import QueryBlock, Span
 from hip_hf.state import DecodeState, RowState, Selection
 from hip_hf.workers import compute_dtype, run
 
 if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
+    pass
 
-# A call with at most this many query rows is a decode step: every row selects for itself.
-DECODE_ROWS = 16
 # Query blocks that are searched together: enough to amortise Python, few enough to stay in cache.
 BLOCKS_AT_ONCE = 32
 FEWEST_BLOCKS = 4
@@ -64,56 +51,8 @@ def together(blocks: list[QueryBlock]) -> list[QueryBlock]:
     return joined
 
 
-def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: torch.Tensor | None) -> Tensors:
-    """The part of the problem's tensors that is the span, heads grouped by key head."""
-    rows = slice(span.row_start, span.row_end)
-    heads = problem.k.shape[1]
-
-    def grouped(x: torch.Tensor) -> torch.Tensor:
-        return x[span.batch].unflatten(0, (heads, problem.groups))[:, :, rows]
-
-    def packed(x: torch.Tensor) -> KeyRows:
-        x = rows_of(x, span.batch, span.key_start, span.key_start + span.end)
-        if isinstance(x, PagedKeys):
-            return x
-        return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
-
-    sinks = None if problem.sinks is None else problem.sinks.unflatten(0, (heads, problem.groups))
-    return Tensors(
-        grouped(problem.q),
-        packed(problem.k),
-        packed(problem.v),
-        grouped(out),
-        None if lse is None else grouped(lse),
-        problem.scale,
-        problem.sliding_window,
-        problem.softcap,
-        sinks,
-        problem.positions,
-    )
-
-
-class SparseAttention:
-    """One call of the sparse path: problem, settings and results."""
-
-    def __init__(
-        self,
-        problem: AttentionProblem,
-        config: HiPConfig,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        mask: bool,
-    ) -> None:
-        self.problem, self.config, self.out, self.lse = problem, config, out, lse
-        self.selector = selector_for(config)
-        self.budget = self.selector.budget
-        self.reading = Reading()
-        self.mask = self._empty_mask() if mask else None
-        self.pieces: list[Piece] | None = None  # a list to put down what was read, where gradients are wanted
-
-    @property
-    def decoding(self) -> bool:
-        return self.problem.q.shape[2] <= DECODE_ROWS
+class SparseAttention(BlockSparseCall):
+    """One call of the sparse path on any device, by PyTorch's operations."""
 
     def run(self, state: DecodeState | None) -> None:
         if state is not None:
@@ -125,10 +64,6 @@ class SparseAttention:
                 self._decode(t, span, row)
             else:
                 self._prefill(t, span, row)
-
-    def _blocks(self, span: Span) -> list[QueryBlock]:
-        relative = Span(span.batch, 0, span.keys, 0, span.rows, span.position)
-        return query_blocks(self.config, relative, self.decoding, self.problem.sliding_window)
 
     def _search(self, t: Tensors, row: RowState | None, blocks: list[QueryBlock]) -> Any:
         """The selection rule bound to the span, its pyramid extended to what the query blocks need."""
@@ -366,36 +301,6 @@ class SparseAttention:
         results = search.resume(slice(0, t.k.shape[0]), [block], [ids for ids, _ in valid])
         stages = [*valid, *((ids, span.position) for ids in results[len(valid) :])]
         return Selection(results[-1], block.window, stages[0][1], tuple(stages))
-
-    def _laid(self, span: Span, window: int) -> QueryBlock:
-        return make_query_block(self.config, 0, span.position, span.position, window, self.problem.sliding_window)
-
-    # What was read.
-
-    def _count(self, span: Span, dense: int, window: int | None = None) -> None:
-        """Rows from `dense` on are dense. `window`: where that of a span of one row starts."""
-        sliding = self.problem.sliding_window
-        self.reading.visible += keys_seen(span.position, span.end - 1, sliding)
-        if window is None:
-            size = 1 if self.decoding else self.config.block_q
-            blocks = Blocks(self.config, self.budget, span.position, span.end, size, sliding)
-            self.reading.read += blocks.read(span.position + dense)
-        else:
-            block = self._laid(span, window)
-            self.reading.read += block_read(block, min(block.middle, self.budget) * self.config.block_k, sliding)
-
-    def _empty_mask(self) -> BlockMask:
-        problem, config = self.problem, self.config
-        batch, device = problem.q.shape[0], problem.q.device
-        most = max(len(self._blocks(span)) for span in problem.spans)
-        heads = problem.k.shape[1] * (1 if config.group_shared else problem.groups)
-        indices = torch.zeros(batch, heads, most, self.budget, dtype=torch.int32, device=device)
-        counts = torch.zeros(batch, heads, most, dtype=torch.int32, device=device)
-        first = torch.full((batch, most), -1, dtype=torch.int32, device=device)
-        for span in problem.spans:
-            at = [block.first for block in self._blocks(span)]
-            first[span.batch, : len(at)] = torch.tensor(at, dtype=torch.int32, device=device)
-        return BlockMask(indices, counts, first, config.block_q, config.block_k)
 
     def _note(self, span: Span, heads: slice, block: QueryBlock, ids: torch.Tensor | None) -> None:
         assert self.mask is not None

@@ -1,4 +1,4 @@
-"""Delta correction (arXiv 2505.11254) on a GPU. Reference: `backends/torch/delta.py`.
+"""Delta correction (arXiv 2505.11254) on a GPU. Reference: `torch/delta.py`.
 
 The anchors of all sequences are one launch of the prefill kernel at a stride. A second kernel brings their differences to
 the rows, in place: output and log-sum-exp are read and written once, and nothing as long as the prompt is allocated.
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.backends.torch import delta
+from hip_hf.backends.delta import DeltaCall
 from hip_hf.backends.triton.attention.decode import decode_once
 from hip_hf.backends.triton.attention.prefill import dense_reads, strided_rows
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
@@ -20,15 +20,13 @@ from hip_hf.backends.triton.common.tuning import power_of_two
 from hip_hf.backends.triton.compile.examples import example
 from hip_hf.backends.triton.compile.launches import Launch
 from hip_hf.backends.triton.dense import dense_rows, keys_of, logits_of, sequences_of
-from hip_hf.backends.triton.sparse import attention_for
 from hip_hf.cache.pages import to_device
-from hip_hf.problem import Span
+from hip_hf.geometry import Span
 from hip_hf.state import Correction
 
 if TYPE_CHECKING:
-    from hip_hf.backends.torch.block_sparse import Tensors
-    from hip_hf.backends.torch.delta import Plan
-    from hip_hf.config import HiPConfig
+    from hip_hf.backends.delta import Plan
+    from hip_hf.backends.tensors import Tensors
 
 # Query rows of one program.
 ROWS = 32
@@ -93,17 +91,14 @@ def spread_arguments(
     return (-(-sequences.max_rows // ROWS), out.shape[1], sequences.count), arguments
 
 
-class DeltaAttention(delta.DeltaAttention):
+class DeltaAttention(DeltaCall):
     """One call on a GPU: the other attention's launches, one for the anchors, one that spreads their differences."""
-
-    @staticmethod
-    def attention(config: HiPConfig) -> Any:
-        return attention_for(config)
 
     def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         problem = self.problem
         if not at:
-            return super().dense(t, span, at)
+            shape = (*t.q.shape[:2], 0)
+            return t.out.new_empty(*shape, t.out.shape[3], dtype=torch.float32), t.out.new_empty(shape, dtype=torch.float32)
         if problem.q.shape[2] == 1:
             out, lse = (x[span.batch] for x in self._first_rows([span]))
         else:

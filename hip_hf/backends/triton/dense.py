@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.backends.torch.backward import learning
 from hip_hf.backends.triton.attention.backward import Part, attention
 from hip_hf.backends.triton.attention.decode import Scratch, decode, splits_for
 from hip_hf.backends.triton.attention.prefill import Logits, dense_reads, prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.cache.pages import PagedTensor
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import Span
+from hip_hf.problem import AttentionProblem
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -77,7 +77,7 @@ def attend_densely(
     device. `config`: the settings of the call, as in `backward.attention`."""
     with torch.cuda.device_of(problem.q):
         kv, logits = keys_of(problem), logits_of(problem)
-        if learning(problem):
+        if problem.needs_grad:
             part = Part(sequences_of(problem.spans, problem.q.device), dense_reads())
             out, learnt = attention(problem.q, problem.k, problem.v, logits, (part,), config)
             return out, None if lse is None else learnt

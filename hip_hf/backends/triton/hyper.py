@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.backends.torch import hyper as reference
+from hip_hf.backends.base import HyperCall
 from hip_hf.backends.triton.attention.prefill import Logits, dense_reads, prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.sequences import GROWING
@@ -26,8 +26,8 @@ from hip_hf.backends.triton.common.tuning import Tile, full_precision, power_of_
 from hip_hf.backends.triton.compile.examples import Example, example
 from hip_hf.backends.triton.compile.launches import Launch
 from hip_hf.backends.triton.dense import dense_rows, sequences_of
+from hip_hf.geometry import Span
 from hip_hf.methods.hyper import Options, Square, projections, sampled_ranks, split, tile
-from hip_hf.problem import Span
 from hip_hf.state import DecodeState
 
 # Plans that stay on the device: a forward pass asks for the same ones in every layer.
@@ -269,7 +269,7 @@ def attend_squares(
     square_kernel[grid](**arguments)
 
 
-class HyperAttention(reference.HyperAttention):
+class HyperAttention(HyperCall):
     """One call on a GPU: a launch for all leaves of all sequences, then one per sequence and level."""
 
     def run(self, state: DecodeState | None) -> None:

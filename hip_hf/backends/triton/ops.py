@@ -13,21 +13,22 @@ from functools import lru_cache
 
 import torch
 
-from hip_hf.attention import sparse_reach
-from hip_hf.backends.torch.dense import grouped_sdpa
-from hip_hf.backends.torch.sparse import DECODE_ROWS
+from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.triton import sparse, trust
 from hip_hf.backends.triton.attention.backward import Part, gradients
 from hip_hf.backends.triton.attention.decode import Scratch, decode_once, splits_for
 from hip_hf.backends.triton.attention.prefill import Logits, Reads, dense_reads, prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.dispatch import run
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import Selection
 from hip_hf.backends.triton.selection.search import select as search
-from hip_hf.backends.triton.sparse import DeviceState, run
+from hip_hf.backends.triton.sparse import DeviceState
 from hip_hf.config import HiPConfig
+from hip_hf.geometry import DECODE_ROWS
 from hip_hf.problem import AttentionProblem, by_tokens, make_spans
+from hip_hf.registry import sparse_reach
 
 
 @lru_cache(maxsize=64)

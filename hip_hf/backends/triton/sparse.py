@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 
-from hip_hf.attention import sparse_reach
-from hip_hf.backends.torch import sparse
-from hip_hf.backends.torch.backward import learning
+from hip_hf.backends.base import BlockSparseCall
 from hip_hf.backends.triton.attention.backward import Part, attention
 from hip_hf.backends.triton.attention.decode import Scratch, decode, decode_once, splits_for
 from hip_hf.backends.triton.attention.prefill import Logits, Reads, dense_reads, prefill
@@ -21,7 +19,9 @@ from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection import search
 from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.cache.pages import PagedTensor
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import Span
+from hip_hf.problem import AttentionProblem
+from hip_hf.registry import sparse_reach
 from hip_hf.state import DecodeState, RowState
 from hip_hf.state import Selection as Selected
 
@@ -179,7 +179,7 @@ def refresh(q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPCon
         select(q, state.pyramid.table, kv, sequences, config, logits, 1, state.selection)
 
 
-class SparseAttention(sparse.SparseAttention):
+class SparseAttention(BlockSparseCall):
     """One call of the sparse path on a GPU."""
 
     lse: torch.Tensor | None
@@ -196,7 +196,7 @@ class SparseAttention(sparse.SparseAttention):
         self.logits = logits_of(problem)
         self.kv = keys_of(problem)
         windows: list[int | None] = [None] * len(problem.spans)
-        if state is not None and kept is not None and problem.q.shape[2] == 1 and not learning(problem):
+        if state is not None and kept is not None and problem.q.shape[2] == 1 and not problem.needs_grad:
             windows = self._step(state, kept)
             self._note_all(spans or problem.spans, kept.selection)
         else:
@@ -266,7 +266,7 @@ class SparseAttention(sparse.SparseAttention):
         self._note_all(spans, selection)
         reads = reads_of(config, selection, block_q)
         parts = self._parts(spans, reads)
-        if learning(problem):
+        if problem.needs_grad:
             self.out, lse = attention(problem.q, problem.k, problem.v, self.logits, parts, config)
             self.lse = None if self.lse is None else lse
             return
@@ -332,31 +332,3 @@ def unsupported_tensors(problem: AttentionProblem) -> str:
         if x.stride(3) != 1:
             return f"the last dimension of {name} is not contiguous"
     return ""
-
-
-def attention_for(config: HiPConfig) -> Any:
-    """The class that computes a sparse call, as `methods.attention_for` on a CPU."""
-    if config.delta is not None:
-        from hip_hf.backends.triton.delta import DeltaAttention  # which uses this module, as the next one
-
-        return DeltaAttention
-    if config.method == "hyper":
-        from hip_hf.backends.triton.hyper import HyperAttention
-
-        return HyperAttention
-    return SparseAttention
-
-
-def run(
-    problem: AttentionProblem,
-    config: HiPConfig,
-    state: DecodeState | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    mask: bool,
-) -> Any:
-    """The sparse path of one call, into out and lse; where autograd follows, into new ones that it knows."""
-    call = attention_for(config)(problem, config, out, lse, mask)
-    with torch.cuda.device_of(problem.q):  # Triton launches on the current device
-        call.run(state)
-    return call

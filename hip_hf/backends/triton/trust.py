@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-import hip_hf
 from hip_hf.backends.triton import checks
 from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.config import HiPConfig
 from hip_hf.shown import said
+from hip_hf.versions import __version__
 
 OLDEST_TRITON = (3, 6)
 # Compute capability of Ampere: matrix units for bf16 and TF32, and copies that run beside the work.
@@ -262,7 +262,7 @@ def identity(device: torch.device) -> dict[str, Any]:
         "driver": [*drivers(), torch.version.cuda, torch.version.hip],
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "hip_hf": hip_hf.__version__,
+        "hip_hf": __version__,
         "code": code(),
     }
 

@@ -14,19 +14,18 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from hip_hf.backends.torch.clusters import CLUSTERS
-from hip_hf.backends.torch.delta import anchors, mode_of
-from hip_hf.backends.torch.keys_read import block_read, keys_seen
+from hip_hf.backends.clusters import CLUSTERS
+from hip_hf.backends.delta import anchors, mode_of
 from hip_hf.config import HiPConfig
-from hip_hf.methods import hyper, selector_for, staged
-from hip_hf.methods.base import QueryBlock, query_blocks
+from hip_hf.geometry import QueryBlock, Span, block_read, keys_seen, query_blocks
+from hip_hf.methods import hyper, staged
 from hip_hf.methods.columns import ROWS_AT_ONCE
 from hip_hf.methods.hip import looked_at_whole, start_level
 from hip_hf.methods.need import asked_rows, sample_level, sampled_chunks, votes_of, walkers_of
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.methods.quest import as_tree
 from hip_hf.methods.ranking import sampled_rows
-from hip_hf.problem import Span
+from hip_hf.registry import selector_for
 
 
 @dataclass(frozen=True)

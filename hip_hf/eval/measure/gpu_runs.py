@@ -18,7 +18,8 @@ from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.backends.triton.sparse import DeviceState, decode_step
 from hip_hf.config import HiPConfig
 from hip_hf.eval.latency import Call, wall
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import Span
+from hip_hf.problem import AttentionProblem
 
 # Larger than any second-level cache.
 FLUSHED = 2**28

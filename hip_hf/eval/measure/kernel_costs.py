@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from hip_hf.attention import sparse_reach
 from hip_hf.backends.triton.attention.decode import kernel_of, splits_of
 from hip_hf.backends.triton.attention.prefill import dense_reads, rows_of
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
@@ -21,6 +20,7 @@ from hip_hf.backends.triton.selection.search import constants, looks_for
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
 from hip_hf.methods.hip import looked_at_whole
+from hip_hf.registry import sparse_reach
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
 GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}

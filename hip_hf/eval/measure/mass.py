@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from hip_hf.attention import attend, dense_reason
-from hip_hf.backends.torch.sparse import DECODE_ROWS
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import DENSE
 from hip_hf.eval.measure.costs import Cost, call_cost
 from hip_hf.eval.reporting.presets import SPARSE
-from hip_hf.methods.base import BlockMask, QueryBlock, query_blocks, squash
-from hip_hf.problem import AttentionProblem, Span
+from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, query_blocks
+from hip_hf.methods.ranking import squash
+from hip_hf.problem import AttentionProblem
 
 # The fields that say which blocks there are to choose from, and how many may be chosen.
 GEOMETRY = ("block_q", "block_k", "sink", "window", "budget", "group_shared")

@@ -13,7 +13,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.curves import AT
 from hip_hf.eval.measure.documents import cannot_load
 from hip_hf.integration.settings import read_settings
-from hip_hf.methods import METHODS
+from hip_hf.registry import METHODS
 
 # What `--settings` may name; anything else is read as a JSON dict of `HiPConfig` fields.
 PRESETS: dict[str, dict[str, Any]] = {

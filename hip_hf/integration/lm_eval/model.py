@@ -17,8 +17,8 @@ from lm_eval.models.utils import truncate_tokens
 from torch import nn
 
 import hip_hf
-from hip_hf.backends.torch.sparse import DECODE_ROWS
 from hip_hf.config import BACKENDS, HiPConfig
+from hip_hf.geometry import DECODE_ROWS
 from hip_hf.integration.attention_function import NAMES, Call
 from hip_hf.integration.lm_eval.registration import UsageError
 from hip_hf.integration.reach import attention_layers

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from hip_hf.cache.pages import to_device
-from hip_hf.problem import Span
+from hip_hf.geometry import Span
 
 # What changes with the length of a prompt or as a context grows: Triton would compile anew where it becomes divisible by 16. None
 # of it is the stride of anything that is read in vectors.

@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.cache.pages import KeyRows, pick
-from hip_hf.methods.base import BlockMask, QueryBlock, squash
+from hip_hf.geometry import BlockMask, QueryBlock
 from hip_hf.methods.pyramid import MOST_SPARE
+from hip_hf.methods.ranking import squash
 
 if TYPE_CHECKING:
-    from hip_hf.backends.torch.block_sparse import Tensors
+    from hip_hf.backends.tensors import Tensors
 
 # Clusters of one key head. The demo's output error (streaming, budget 256: 0.259) falls to 0.122 with 64 of them, to 0.117 with
 # 128, and they cost a row as much as so many times 1.5 keys.

@@ -3,13 +3,11 @@ query blocks, and every layer asks."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
 
-from hip_hf.methods.base import QueryBlock, make_query_block
+from hip_hf.geometry import block_read, keys_seen, make_query_block
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -21,26 +19,6 @@ class Reading:
 
     read: int = 0
     visible: int = 0
-
-
-def keys_seen(first: int, last: int, sliding: int | None) -> int:
-    """Keys in sight of the rows at positions `first` to `last`, summed over the rows."""
-    if sliding is None:
-        return (last + 1) * (last + 2) // 2 - first * (first + 1) // 2
-    full = max(0, last - max(first, sliding) + 1)  # rows whose window is full
-    return full * sliding + (keys_seen(first, min(last, sliding - 1), None) if first < sliding else 0)
-
-
-def keys_seen_at(positions: Sequence[int], sliding: int | None) -> int:
-    """Keys in sight of the rows at ascending `positions`, summed over them."""
-    growing = len(positions) if sliding is None else bisect_left(positions, sliding)
-    return sum(positions[:growing]) + growing + (len(positions) - growing) * (sliding or 0)
-
-
-def block_read(block: QueryBlock, picked: int, sliding: int | None) -> int:
-    """Keys that the rows of a query block read, summed over the rows; `picked`: keys of its middle."""
-    fixed = block.sink - block.start - block.window + picked
-    return min(keys_seen(block.first, block.last, None) + block.rows * fixed, keys_seen(block.first, block.last, sliding))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""What a backend offers: executors, one for each kind of attention, and what those of all backends share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from hip_hf.backends.keys_read import Blocks, Reading
+from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, block_read, keys_seen, make_query_block, query_blocks
+from hip_hf.methods.hyper import flops
+from hip_hf.problem import AttentionProblem
+from hip_hf.registry import selector_for
+
+if TYPE_CHECKING:
+    from hip_hf.config import HiPConfig
+    from hip_hf.state import DecodeState
+
+
+class Executor(Protocol):
+    """Computes one call of the sparse path into `out` `[B, Hq, Tq, Dv]` and, if given, `lse` `[B, Hq, Tq]`."""
+
+    reading: Reading
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    pieces: list[Any] | None  # put down what was read here, where gradients are wanted (`has_gradients`)
+
+    @property
+    def mask(self) -> BlockMask | None:
+        """The key blocks that were read, where that was asked for and the method selects any."""
+
+    def run(self, state: DecodeState | None) -> None:
+        """Compute the call; `state` is what decode steps keep, and follows."""
+
+
+@dataclass
+class Result:
+    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense, or not corrected as asked."""
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    mask: BlockMask | None
+    path: str
+    reason: str
+    share: float  # of the visible keys, how many were read
+    unsupported: bool = False  # dense because the sparse path lacks something, not because it was asked for
+
+
+def kind_of(config: HiPConfig) -> str:
+    """The kind of attention that settings ask for: `delta` (a correction of another kind), `hyper` or `block_sparse`."""
+    return "delta" if config.delta is not None else "hyper" if config.method == "hyper" else "block_sparse"
+
+
+def has_gradients(config: HiPConfig) -> bool:
+    """Whether gradients can flow through the attention that settings ask for."""
+    return kind_of(config) == "block_sparse"
+
+
+def pick(executors: Mapping[str, Callable[..., Executor]], config: HiPConfig) -> Callable[..., Executor]:
+    """What makes the executor of a call, from `(problem, config, out, lse, mask)`: one of a backend's `executors`, by kind."""
+    found = executors[kind_of(config)]
+    return found if config.delta is None else partial(found, pick(executors, replace(config, delta=None)))
+
+
+class BlockSparseCall:
+    """A call in which every query block reads what a selector picks: problem, settings and results."""
+
+    def __init__(
+        self,
+        problem: AttentionProblem,
+        config: HiPConfig,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        mask: bool,
+    ) -> None:
+        self.problem, self.config, self.out, self.lse = problem, config, out, lse
+        self.selector = selector_for(config)
+        self.budget = self.selector.budget
+        self.reading = Reading()
+        self.mask = self._empty_mask() if mask else None
+        self.pieces: list[Any] | None = None  # a list to put down what was read, where gradients are wanted
+
+    @property
+    def decoding(self) -> bool:
+        return self.problem.q.shape[2] <= DECODE_ROWS
+
+    def _blocks(self, span: Span) -> list[QueryBlock]:
+        relative = Span(span.batch, 0, span.keys, 0, span.rows, span.position)
+        return query_blocks(self.config, relative, self.decoding, self.problem.sliding_window)
+
+    def _laid(self, span: Span, window: int) -> QueryBlock:
+        return make_query_block(self.config, 0, span.position, span.position, window, self.problem.sliding_window)
+
+    def _count(self, span: Span, dense: int, window: int | None = None) -> None:
+        """Rows from `dense` on are dense. `window`: where that of a span of one row starts."""
+        sliding = self.problem.sliding_window
+        self.reading.visible += keys_seen(span.position, span.end - 1, sliding)
+        if window is None:
+            size = 1 if self.decoding else self.config.block_q
+            blocks = Blocks(self.config, self.budget, span.position, span.end, size, sliding)
+            self.reading.read += blocks.read(span.position + dense)
+        else:
+            block = self._laid(span, window)
+            self.reading.read += block_read(block, min(block.middle, self.budget) * self.config.block_k, sliding)
+
+    def _empty_mask(self) -> BlockMask:
+        problem, config = self.problem, self.config
+        batch, device = problem.q.shape[0], problem.q.device
+        most = max(len(self._blocks(span)) for span in problem.spans)
+        heads = problem.k.shape[1] * (1 if config.group_shared else problem.groups)
+        indices = torch.zeros(batch, heads, most, self.budget, dtype=torch.int32, device=device)
+        counts = torch.zeros(batch, heads, most, dtype=torch.int32, device=device)
+        first = torch.full((batch, most), -1, dtype=torch.int32, device=device)
+        for span in problem.spans:
+            at = [block.first for block in self._blocks(span)]
+            first[span.batch, : len(at)] = torch.tensor(at, dtype=torch.int32, device=device)
+        return BlockMask(indices, counts, first, config.block_q, config.block_k)
+
+
+class HyperCall:
+    """A call of HyperAttention: problem, settings and results."""
+
+    pieces: list[Any] | None = None  # there are no gradients
+
+    def __init__(
+        self, problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None, mask: bool
+    ) -> None:
+        self.problem, self.config, self.out, self.lse = problem, config, out, lse
+        self.options = config.method_options()
+        self.reading = Reading()
+        self.mask = None  # there are no key blocks to speak of
+
+    def tail(self, span: Span) -> int:
+        """The first of the span's rows that are computed densely."""
+        return max(0, span.rows - self.config.dense_tail)
+
+    def note(self, state: DecodeState | None) -> None:
+        """What the call means for the state, and how many keys it reads."""
+        if state is not None:
+            state.bind(self.config, self.problem.k)
+        for span in self.problem.spans:
+            if state is not None:
+                state.row(span.batch, span.key_start, span.position, span.end).selection = None
+            tail = self.tail(span)
+            read = flops(self.options, span.position, span.position + tail, 1, 1)[2] if tail else 0
+            self.reading.read += read + keys_seen(span.position + tail, span.end - 1, None)
+            self.reading.visible += keys_seen(span.position, span.end - 1, None)

@@ -1,0 +1,65 @@
+"""One sequence's part of a call's tensors, and merging of partial results: for every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hip_hf.cache.pages import KeyRows, PagedKeys, rows_of
+from hip_hf.geometry import Span
+from hip_hf.problem import AttentionProblem
+from hip_hf.rope import Positions
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """One span's tensors: q `[Hkv, G, rows, D]`, k `[Hkv, T, D]`, v `[Hkv, T, Dv]`, out `[Hkv, G, rows, Dv]`,
+    lse `[Hkv, G, rows]` or None, sinks `[Hkv, G]` or None. Rows of k and v are contiguous, or in pages."""
+
+    q: torch.Tensor
+    k: KeyRows
+    v: KeyRows
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    positions: Positions | None = None  # q and k are not rotated: here is where they go
+
+
+def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: torch.Tensor | None) -> Tensors:
+    """The part of the problem's tensors that is the span, heads grouped by key head."""
+    rows = slice(span.row_start, span.row_end)
+    heads = problem.k.shape[1]
+
+    def grouped(x: torch.Tensor) -> torch.Tensor:
+        return x[span.batch].unflatten(0, (heads, problem.groups))[:, :, rows]
+
+    def packed(x: torch.Tensor) -> KeyRows:
+        rows = rows_of(x, span.batch, span.key_start, span.key_start + span.end)
+        if isinstance(rows, PagedKeys):
+            return rows
+        return rows if rows.stride(-1) == 1 and rows.stride(-2) == rows.shape[-1] else rows.contiguous()
+
+    sinks = None if problem.sinks is None else problem.sinks.unflatten(0, (heads, problem.groups))
+    return Tensors(
+        grouped(problem.q),
+        packed(problem.k),
+        packed(problem.v),
+        grouped(out),
+        None if lse is None else grouped(lse),
+        problem.scale,
+        problem.sliding_window,
+        problem.softcap,
+        sinks,
+        problem.positions,
+    )
+
+
+def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> torch.Tensor:
+    """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`. The merged log-sum-exp. Weights add up
+    to 1 also where logits are so large that a log-sum-exp cannot tell how many there are."""
+    out.lerp_(more, torch.sigmoid(more_lse - lse)[..., None])
+    return torch.logaddexp(lse, more_lse)
