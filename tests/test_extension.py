@@ -189,12 +189,12 @@ class Placed(brute.Search):
         weight = 1.0 if name == "minmax" else self.weight
         return self.capped((1 - weight) * mean + weight * bound)
 
-    def exact(self, blocks: list[int]) -> dict[int, float]:
+    def judged(self, blocks: list[int]) -> dict[int, float]:
         keys, size = self.keys, self.config.block_k
         parts = [self.turn(key, self.back(0, j // size)) if j // size in blocks else key for j, key in enumerate(keys)]
         self.keys = torch.stack(parts)
         try:
-            return super().exact(blocks)
+            return super().judged(blocks)
         finally:
             self.keys = keys
 

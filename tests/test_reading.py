@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hip_hf.backends import keys_read
+from hip_hf.backends import base, keys_read
 from hip_hf.backends.keys_read import Blocks
 from hip_hf.backends.torch import delta, sparse
 from hip_hf.backends.triton import sparse as kernels
@@ -85,11 +85,12 @@ def test_a_million_tokens_are_counted_without_a_walk(monkeypatch: pytest.MonkeyP
     span = one.problem.spans[0]
     want = plain(one.config, span, span.rows - one.config.dense_tail, False, sliding)
     monkeypatch.setattr(keys_read, "make_query_block", lay)
-    monkeypatch.setattr(sparse, "make_query_block", lay)
+    monkeypatch.setattr(base, "make_query_block", lay)
     one._count(span, span.rows - one.config.dense_tail)
     assert (one.reading.read, one.reading.visible) == (want, keys_seen(0, span.end - 1, sliding))
     assert len(laid) < 20
-    corrected = delta.DeltaAttention(one.problem, HiPConfig(delta=64, delta_mode="step"), one.out, None, False)
+    settings = HiPConfig(delta=64, delta_mode="step")
+    corrected = delta.DeltaAttention(sparse.SparseAttention, one.problem, settings, one.out, None, False)
     plan = corrected._plan(span, None)
     assert keys_seen_at(plan.at, sliding) == sum(keys_seen(p, p, sliding) for p in plan.at)
 

@@ -255,7 +255,7 @@ def test_the_first_candidates_cover_every_middle_block_once(
                 covered += blocks_of(level, index)
     assert sorted(covered) == list(range(low, high))
     twin = brute.Search(config, k[0, 0], [], low, high, 1.0)
-    assert sorted(b for level, index in twin.initial() for b in blocks_of(level, index)) == list(range(low, high))
+    assert sorted(b for level, index in brute.initial(twin) for b in blocks_of(level, index)) == list(range(low, high))
     assert len(recorder.ids) == twin.start() + 1
 
 
@@ -266,7 +266,7 @@ def test_the_dyadic_cover_of_any_middle(low: int, beam: int, coarsest: int | Non
     config = small(block_k=1, budget=2, beam=beam, coarsest=coarsest)
     for high in range(low + 3, low + 140):
         twin = brute.Search(config, torch.empty(0, 1), [], low, high, 1.0)
-        initial = twin.initial()
+        initial = brute.initial(twin)
         assert sorted(b for level, index in initial for b in blocks_of(level, index)) == list(range(low, high))
         assert all(len(twin.edges(level)) <= 2 for level in range(twin.start()))
         assert hip.start_level(config, low, high) == twin.start()
