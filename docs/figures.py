@@ -28,7 +28,11 @@ ROOT = HERE.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TOKENS, FACTS = 4096, 1
 LAYER = 2
-# Rows of the table of a real model's answers, as the result's files name them, and the figures of both documents in it.
+# The table of a real model's answers: its columns, its rows as the results name them, and the figures that are of each document.
+ANSWER_COLUMNS = (
+    "tokens, settings", "document", "keys read", "digits right", "answers right", "digits' NLL", "perplexity, times dense",
+    "selection / attention",
+)  # fmt: skip
 ANSWERS = {"dense": "dense", "defaults @ 1024": "defaults (`budget=1024`)", "defaults @ 256": "`budget=256`"}
 FIGURES = (("digits", 3), ("answers_right", 2), ("nll", 3))
 SMALL = dict(budget=128, window=256, sink=64, dense_tail=0, dense_below=0)
@@ -99,31 +103,20 @@ def draw_readings(file: Path, prompt: list[int], problems: list[AttentionProblem
     plots.readings(file, f"What query blocks read (first key head), {TOKENS:,} tokens", panels, len(prompt), marks, question)
 
 
-def answers(results: Path = RESULTS) -> str:
+def answers() -> str:
     """The table of a real model's answers, of both documents, as the README shows it."""
-    lines = [
-        "| tokens, settings | document | keys read | digits right | answers right | digits' NLL | perplexity, times dense | selection / attention |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for length, *files in ((4096, "needles_4k", "needles_code_4k"), (8192, "needles", "needles_code")):
-        documents = [json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in files]
+    lines = [f"| {' | '.join(ANSWER_COLUMNS)} |", "|---" * len(ANSWER_COLUMNS) + "|"]
+    for length, *names in ((4096, "needles_4k", "needles_code_4k"), (8192, "needles", "needles_code")):
+        files = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
         for settings, title in ANSWERS.items():
-            rows = [
-                row
-                for document in documents
-                for row in document["rows"]
-                if (row["settings"], row["length"]) == (settings, length)
-            ]
-            assert len(rows) == len(files), (settings, length)
-            cells = [
-                f"{length:,}, {title}",
-                " / ".join(row["document"] for row in rows),
-                f"{rows[0]['read']:.0%}".replace("%", " %"),
-            ]
+            rows = [next(row for row in file["rows"] if row["settings"] == settings) for file in files]
+            cells = [f"{length:,}, {title}", " / ".join(row["document"] for row in rows), f"{100 * rows[0]['read']:.0f} %"]
             cells += [" / ".join(f"{row[name]:.{digits}f}" for row in rows) for name, digits in FIGURES]
-            dense = settings == "dense"
-            cells += ["" if dense else " / ".join(f"{row['perplexity_over_dense']:.3f}" for row in rows)]
-            cells += ["" if dense else f"{rows[0]['selection_over_attention']:.2f}"]
+            if settings == "dense":
+                cells += ["", ""]
+            else:
+                cells += [" / ".join(f"{row['perplexity_over_dense']:.3f}" for row in rows)]
+                cells += [f"{rows[0]['selection_over_attention']:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
