@@ -64,6 +64,16 @@ def test_every_page_is_written_where_it_stands() -> None:
     assert [page.name for page in DOCS.glob("*.md") if cut.search(page.read_text(encoding="utf-8"))] == []
 
 
+def test_every_file_that_a_page_names_is_there() -> None:
+    places = (ROOT, ROOT / "hip_hf", ROOT / "benchmarks" / "results")
+    named = set()
+    for page in [ROOT / "README.md", *DOCS.glob("*.md")]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        named |= set(re.findall(r"`([\w.-]+/[\w/.-]+\.\w+|\w+\.json)`", text))
+    assert len(named) > 50
+    assert sorted(name for name in named if not any((place / name).exists() for place in places)) == []
+
+
 @pytest.mark.parametrize("kind", [hip_hf.HiPConfig, Options], ids=lambda kind: kind.__name__)
 def test_all_settings_are_documented_with_their_defaults(kind: type) -> None:
     page = (DOCS / "settings.md").read_text(encoding="utf-8")
