@@ -1,4 +1,4 @@
-"""Sphinx settings. Figures and the page of supported models are made by our own code while the documentation is built."""
+"""Sphinx settings. `figures.py` makes pictures, and tables of results and supported models, while the documentation is built."""
 
 from __future__ import annotations
 

@@ -1,8 +1,12 @@
-"""The documentation's figures and tables, from the package's own code, its checkpoint and the saved results."""
+"""The documentation's figures and tables, from the package's own code, its checkpoint and the saved results.
+
+`PYTHONPATH=tests python docs/figures.py` draws the README's picture again.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,18 @@ from hip_hf.geometry import make_query_block
 from hip_hf.methods.hip import Selector, TreeSearch
 from hip_hf.problem import AttentionProblem
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TOKENS, FACTS = 4096, 1
 LAYER = 2
+# The table of a real model's answers: its columns, its rows as the results name them, and the figures that are of each document.
+ANSWER_COLUMNS = (
+    "tokens, settings", "document", "keys read", "digits right", "answers right", "digits' NLL", "perplexity, times dense",
+    "selection / attention",
+)  # fmt: skip
+ANSWERS = {"dense": "dense", "defaults @ 1024": "defaults (`budget=1024`)", "defaults @ 256": "`budget=256`"}
+FIGURES = (("digits", 3), ("answers_right", 2), ("nll", 3))
 SMALL = dict(budget=128, window=256, sink=64, dense_tail=0, dense_below=0)
 
 
@@ -91,6 +103,36 @@ def draw_readings(file: Path, prompt: list[int], problems: list[AttentionProblem
     plots.readings(file, f"What query blocks read (first key head), {TOKENS:,} tokens", panels, len(prompt), marks, question)
 
 
+def answers() -> str:
+    """The table of a real model's answers, of both documents, as the README shows it."""
+    lines = [f"| {' | '.join(ANSWER_COLUMNS)} |", "|---" * len(ANSWER_COLUMNS) + "|"]
+    for length, *names in ((4096, "needles_4k", "needles_code_4k"), (8192, "needles", "needles_code")):
+        files = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+        for settings, title in ANSWERS.items():
+            rows = [next(row for row in file["rows"] if row["settings"] == settings) for file in files]
+            cells = [f"{length:,}, {title}", " / ".join(row["document"] for row in rows), f"{100 * rows[0]['read']:.0f} %"]
+            cells += [" / ".join(f"{row[name]:.{digits}f}" for row in rows) for name, digits in FIGURES]
+            if settings == "dense":
+                cells += ["", ""]
+            else:
+                cells += [" / ".join(f"{row['perplexity_over_dense']:.3f}" for row in rows)]
+                cells += [f"{rows[0]['selection_over_attention']:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def machines() -> str:
+    """A table of the machines and versions that saved results say they were measured with."""
+    lines = ["| results | processor | threads | Python | PyTorch | Transformers |", "|---|---|---|---|---|---|"]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for file in sorted(RESULTS.glob("*.json")):
+        machine = json.loads(file.read_text(encoding="utf-8"))["machine"]
+        key = tuple(str(machine[name]) for name in ("cpu", "threads", "python", "torch", "transformers"))
+        groups.setdefault(key, []).append(f"`{file.name}`")
+    lines += [f"| {', '.join(files)} | {' | '.join(key)} |" for key, files in groups.items()]
+    return "\n".join(lines) + "\n"
+
+
 def outdated(file: Path) -> bool:
     """Whether a file is missing, or older than the code that it is made by."""
     newest = max(source.stat().st_mtime for source in [*(ROOT / "hip_hf").rglob("*.py"), Path(__file__)])
@@ -109,4 +151,11 @@ def make_all(folder: Path) -> None:
     drawn = (("latency", latency.draw), ("fidelity", curves.draw), ("passkey", passkey.draw), ("memory", memory.draw))
     for name, draw in drawn:
         draw(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), folder / f"{name}.png")
+    (folder / "answers.md").write_text(answers(), encoding="utf-8")
+    (folder / "machines.md").write_text(machines(), encoding="utf-8")
     (folder / "models.md").write_text(sweep.page(sweep.read_record()), encoding="utf-8")
+
+
+if __name__ == "__main__":  # the README's picture, anew
+    make_all(HERE / "_generated")
+    shutil.copy(HERE / "_generated" / "readings.png", HERE / "readings.png")

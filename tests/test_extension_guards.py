@@ -271,7 +271,7 @@ def test_unpatch_leaves_a_model_without_a_patcher_alone() -> None:
 
 @pytest.mark.parametrize("patched", [True, False])
 def test_gaps_in_position_ids(patched: bool) -> None:
-    """As the README says: patched layers count keys; turned back, a gap stays one."""
+    """As docs/extension.md says: patched layers count keys; turned back, a gap stays one."""
     model, batch = build(LlamaConfig(**SMALL), budget=104, extend="streaming"), make_batch([60])
     if not patched:
         turning_back(model)
