@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hip_hf import configure
-from hip_hf.assets.train import build_tokenizer
 from hip_hf.eval import demo, explain, generate, needles, needles_demo
 from hip_hf.eval.demo import kinds_read, make_facts, position_of
 from hip_hf.eval.measure import documents, real_model
 from hip_hf.eval.reporting import plots
 from hip_hf.problem import AttentionProblem, make_spans
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+build_tokenizer = import_module("train").build_tokenizer
 
 SETTINGS = dict(budget=64, window=32, sink=16, block_q=32, dense_layers=1, dense_below=0, dense_tail=32)
 LENGTH = 1024

@@ -1,9 +1,9 @@
 """Train the demo checkpoint: a tiny Llama that answers pass-key questions over real documents.
 
-    python -m hip_hf.assets.train --text novels/ --out run/ [--device cuda]
+    python benchmarks/train.py --text novels/ --out run/ [--device cuda]
 
 Interrupt it at any time: the same command resumes from the last save. `--text` is a folder of plain-text
-files; the shipped weights used five novels by Jane Austen (public domain), see checkpoint/README.md.
+files; the shipped weights used five novels by Jane Austen (public domain), see hip_hf/assets/checkpoint/README.md.
 
 The curriculum follows how retrieval forms in small transformers: first copying (random segments that repeat
 after random gaps), then named notes in real text, at growing lengths. Short stages spread their positions
