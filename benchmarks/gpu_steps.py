@@ -30,11 +30,11 @@ from hip_hf.backends.triton.common.tuning import target_of
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.sparse import ROOM
 from hip_hf.config import HiPConfig
-from hip_hf.eval import doctor, gpu_latency, latency, needles
+from hip_hf.eval import doctor, gpu_latency, needles
 from hip_hf.eval.generate import generate
-from hip_hf.eval.latency import DTYPES, Plan, interleave, ours, sdpa
-from hip_hf.eval.measure import documents, losses, real_model, roofline
+from hip_hf.eval.measure import documents, losses, real_model, roofline, timing
 from hip_hf.eval.measure.gpu_runs import Clock, Timed
+from hip_hf.eval.measure.timing import DTYPES, Plan, interleave, ours, sdpa
 from hip_hf.eval.passkey import use
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.presets import over_budgets
@@ -215,7 +215,7 @@ def parts_of(what: str, length: int, device: torch.device, work: Callable[[], An
 def profile_step(run: Run) -> None:
     """A layer's attention in a prompt, and in decode steps without a graph; then HyperAttention, Delta and gradients."""
     sizes, plan = run.sizes, run.sizes.plan()
-    count = math.lcm(latency.refresh_period(sizes.settings), sizes.settings.block_k)
+    count = math.lcm(timing.refresh_period(sizes.settings), sizes.settings.block_k)
     runs = sizes.repeats + 3  # one to warm up, one for the host, one for the profiler
 
     def prompt(length: int, what: str = "prompt", settings: HiPConfig = sizes.settings) -> Rows:
@@ -231,7 +231,7 @@ def profile_step(run: Run) -> None:
 
     def steps(length: int) -> Rows:
         tensors = plan.random(sizes.dtype, length + runs * count, count, plan.device)
-        work = latency.Steps(tensors, length, count, sizes.settings)
+        work = timing.Steps(tensors, length, count, sizes.settings)
         return parts_of("decode", length, plan.device, work, count, sizes.repeats)
 
     for length in sizes.prefill:

@@ -31,9 +31,9 @@ from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.config import HiPConfig
 from hip_hf.eval import gpu_latency, latency
 from hip_hf.eval.gpu_latency import Bench, Clock, Steps, measure
-from hip_hf.eval.latency import Plan, ours
-from hip_hf.eval.measure import kernel_costs, roofline
+from hip_hf.eval.measure import kernel_costs, roofline, timing
 from hip_hf.eval.measure.kernel_costs import NO_COST, Cost
+from hip_hf.eval.measure.timing import Plan, ours
 from hip_hf.eval.reporting.presets import sizes
 from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.methods import hyper
@@ -229,8 +229,8 @@ def test_the_command_prints_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the command line on, with the machine's device in place of the one asked for."""
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch, "device", lambda name: latency.CPU)
-        monkeypatch.setattr(latency.report, "machine", lambda: {"cpu": "a CPU", "threads": 1, "gpu": None, "torch": "2"})
+        monkeypatch.setattr(torch, "device", lambda name: timing.CPU)
+        monkeypatch.setattr(timing.report, "machine", lambda: {"cpu": "a CPU", "threads": 1, "gpu": None, "torch": "2"})
     shape = ("--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--repeats", "1", "--lengths", str(LENGTH))
     fields = {key: value for key, value in kernels().to_dict().items() if value != HiPConfig().to_dict()[key]}
     result = run("--device", "cuda", "--phases", "prefill,selection", *shape, "--settings", json.dumps(fields), "--json")

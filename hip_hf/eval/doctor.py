@@ -13,7 +13,7 @@ from hip_hf.backends.triton import checks, trust
 from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.config import HiPConfig
 from hip_hf.eval import latency
-from hip_hf.eval.latency import DTYPES, Plan
+from hip_hf.eval.measure.timing import DTYPES, Plan
 from hip_hf.eval.reporting import report
 from hip_hf.eval.reporting.presets import parse_choice, sizes
 from hip_hf.eval.reporting.publish import Json, Output, Results, Targets

@@ -25,10 +25,9 @@ from hip_hf.attention import dense_reason
 from hip_hf.backends.triton import ops
 from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval import latency
-from hip_hf.eval.latency import AMORTISED, DTYPES, PREFILL, REFRESHED, Plan, interleave, ours, refresh_period, sdpa
-from hip_hf.eval.measure import kernel_costs
+from hip_hf.eval.measure import kernel_costs, timing
 from hip_hf.eval.measure.gpu_runs import Clock, Run, Steps, Timed, captured
+from hip_hf.eval.measure.timing import AMORTISED, DTYPES, PREFILL, REFRESHED, Plan, interleave, ours, refresh_period, sdpa
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.problem import AttentionProblem, make_spans
@@ -279,8 +278,8 @@ class Bench:
         probe = partial(sdpa, tensors[0][:, :, :1], *(x[:, :, :PROBE] for x in tensors[1:]))
         dense = {}
         for backend in self.baselines("launched", probe, probe):
-            dense[backend] = self.call(partial(within, BACKENDS[backend], latency.Steps(tensors, length, most, None)))
-        calls = {key: self.call(latency.Steps(tensors, length, counts[key], config)) for key, config in variants.items()}
+            dense[backend] = self.call(partial(within, BACKENDS[backend], timing.Steps(tensors, length, most, None)))
+        calls = {key: self.call(timing.Steps(tensors, length, counts[key], config)) for key, config in variants.items()}
         self.time("launched", dense, list(calls.values()))
         return self.decode_rows(length, LAUNCHED, calls, dense, {})
 
