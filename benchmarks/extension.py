@@ -22,12 +22,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from hip_hf.cli.inputs import load_to_measure
+from hip_hf.cli.presets import settings_of, sizes
+from hip_hf.cli.publish import Results, Targets, model_name
 from hip_hf.config import HiPConfig
-from hip_hf.eval import passkey
-from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, digest, load_to_measure
+from hip_hf.eval.measure import passkey
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, digest
 from hip_hf.eval.reporting import plots, report
-from hip_hf.eval.reporting.presets import settings_of, sizes
-from hip_hf.eval.reporting.publish import Results, Targets, model_name
 from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.integration.hip_cache import HiPCache
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpu_run import DONE, MACHINE
 
-from hip_hf.eval.reporting.publish import write
+from hip_hf.cli.publish import write
 from hip_hf.eval.reporting.report import markdown
 from hip_hf.eval.reporting.resumable import SUFFIX
 

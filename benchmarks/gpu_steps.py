@@ -29,16 +29,16 @@ from hip_hf.backends.triton import trust
 from hip_hf.backends.triton.common.tuning import target_of
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.sparse import ROOM
+from hip_hf.cli.inputs import load_to_measure
+from hip_hf.cli.presets import over_budgets
+from hip_hf.cli.publish import write
 from hip_hf.config import HiPConfig
-from hip_hf.eval import doctor, gpu_latency, needles
-from hip_hf.eval.generate import generate
-from hip_hf.eval.measure import documents, losses, real_model, roofline, timing
+from hip_hf.eval.measure import doctor, documents, gpu_latency, losses, needles, real_model, roofline, timing
+from hip_hf.eval.measure.generate import generate
 from hip_hf.eval.measure.gpu_runs import Clock, Timed
+from hip_hf.eval.measure.passkey import use
 from hip_hf.eval.measure.timing import DTYPES, Plan, interleave, ours, sdpa
-from hip_hf.eval.passkey import use
 from hip_hf.eval.reporting import plots
-from hip_hf.eval.reporting.presets import over_budgets
-from hip_hf.eval.reporting.publish import write
 from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.shown import said
 
@@ -325,7 +325,7 @@ def model_step(run: Run) -> None:
         drawn = torch.randint(sizes.shape["vocab_size"], (sizes.long_prompt,), generator=torch.Generator().manual_seed(0))
         speed(run, random_model(sizes, run.device), drawn.tolist(), every, "random")
         return
-    loaded, tokenizer, _ = documents.load_to_measure(name, sizes.device, "", sizes.model_dtype)
+    loaded, tokenizer, _ = load_to_measure(name, sizes.device, "", sizes.model_dtype)
     text = tokenizer.encode(documents.DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
     configs = over_budgets(["dense", "defaults"], [sizes.budget], tokens=sizes.prompt, checkpoint=name)
     plan = needles.Plan(configs, [sizes.prompt], prompts=1)

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hip_hf.cli.publish import Json, Output, Results, Targets, model_name
 from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.publish import Json, Output, Results, Targets, model_name
 
 PROCESSES = 2
 LAUNCH = [

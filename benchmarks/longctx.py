@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.eval.longctx import draw
+from hip_hf.cli.presets import settings_of
+from hip_hf.cli.publish import Results, Targets, model_name
 from hip_hf.eval.measure.documents import CHECKPOINT
 from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.presets import settings_of
-from hip_hf.eval.reporting.publish import Results, Targets, model_name
+from hip_hf.eval.reporting.pictures.longctx import draw
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = [

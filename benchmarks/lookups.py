@@ -29,13 +29,13 @@ import torch
 from tqdm import tqdm
 
 from hip_hf.attention import attend
+from hip_hf.cli.presets import over_budgets
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import capture
 from hip_hf.eval.measure.costs import prompt_cost
 from hip_hf.eval.measure.documents import load
 from hip_hf.eval.measure.mass import chosen, probabilities, searched_blocks
-from hip_hf.eval.needles import Plan, Prompt, read_documents
-from hip_hf.eval.reporting.presets import over_budgets
+from hip_hf.eval.measure.needles import Plan, Prompt, read_documents
 from hip_hf.eval.reporting.report import machine
 from hip_hf.methods import hip, need
 from hip_hf.methods.base import BlockMask, QueryBlock, make_query_block

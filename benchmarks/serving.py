@@ -20,12 +20,12 @@ from typing import Annotated, Any
 import typer
 from transformers import AutoTokenizer
 
-from hip_hf.eval.generate import lengthen
+from hip_hf.cli.publish import Json, Output, Plot, Results, Targets, model_name
 from hip_hf.eval.measure.documents import DOCUMENT
+from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.measure.served import Served, complete_all, settings_options
 from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.publish import Json, Output, Plot, Results, Targets, model_name
-from hip_hf.eval.serving import draw
+from hip_hf.eval.reporting.pictures.serving import draw
 
 ATTENTIONS = ("sdpa", "hip")
 PAGE = 256  # tokens

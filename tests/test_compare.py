@@ -20,12 +20,14 @@ from transformers import LlamaConfig, LlavaConfig
 from hip_hf.attention import attend
 from hip_hf.backends.torch.dense_rows import rows_at_once
 from hip_hf.backends.torch.sparse import keys_seen
+from hip_hf.cli import compare as compare_command
+from hip_hf.cli import fidelity as fidelity_command
+from hip_hf.cli import passkey as passkey_command
+from hip_hf.cli.presets import PRESETS, as_many_keys, every, settings_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval import compare, fidelity, passkey
 from hip_hf.eval.measure import mass
 from hip_hf.eval.measure.costs import SELECTION, block_cost, call_cost
 from hip_hf.eval.measure.hyper_assumptions import hardness, hardness_rows
-from hip_hf.eval.reporting.presets import PRESETS, as_many_keys, every, settings_of
 from hip_hf.methods import METHODS, add_method, hyper
 from hip_hf.methods.base import query_blocks
 
@@ -245,7 +247,7 @@ def test_own_settings(tmp_path: Path) -> None:
         assert own == HiPConfig(budget=256, layers={1: {"budget": 64}}, dense_layers=1)
     with pytest.raises(ValueError, match="no model here"):
         settings_of(["own"])
-    assert "cannot load" in refused(passkey.main, str(tmp_path / "nowhere"), "--settings", "own")
+    assert "cannot load" in refused(passkey_command.main, str(tmp_path / "nowhere"), "--settings", "own")
 
 
 def test_own_settings_have_one_row(tmp_path: Path) -> None:
@@ -256,11 +258,11 @@ def test_own_settings_have_one_row(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "hip": own}))
     arguments = [model, "--document", text, "--tokens", "256", "--prompts", "1", "--measures", "perplexity", "--budgets", "32,64"]
     sizes = json.dumps({name: value for name, value in SMALL.items() if name != "budget"})
-    report = run(compare.main, *arguments, "--settings", sizes, "--settings", "own")
+    report = run(compare_command.main, *arguments, "--settings", sizes, "--settings", "own")
     assert [row["settings"] for row in report["rows"]] == [f"{sizes} @ 32", "own", f"{sizes} @ 64"]
     assert report["configs"]["own"] == HiPConfig(**own).to_dict()
     asked = ["--lengths", "200", "--depths", "1", "--samples", "1", "--settings", "own"]
-    (row, *_) = run(passkey.main, model, "--document", text, *asked)["rows"]
+    (row, *_) = run(passkey_command.main, model, "--document", text, *asked)["rows"]
     assert row["path_prefill"] == "1 dense (dense layer), 1 sparse"
 
 
@@ -281,7 +283,7 @@ def test_command_with_several_budgets(tmp_path: Path) -> None:
     names.append(json.dumps({**sizes, "method": "hyper", "options": {"min_seq_len": 64, "block_size": 16, "sample_size": 16}}))
     picture = tmp_path / "curves.png"
     arguments = [model, "--document", text, "--tokens", "512", "--facts", "2", "--prompts", "1", "--budgets", "32,64"]
-    report = run(fidelity.main, *arguments, *[x for name in names for x in ("--settings", name)], "--plot", str(picture))
+    report = run(fidelity_command.main, *arguments, *[x for name in names for x in ("--settings", name)], "--plot", str(picture))
     rows = {row["settings"]: row for row in report["rows"] if row["layer"] == "all"}
     assert list(rows) == [f"{name} @ {budget}" for budget in (32, 64) for name in names]
     quest, streaming, hyper_ = ([rows[f"{name} @ {budget}"] for budget in (32, 64)] for name in names)

@@ -28,13 +28,13 @@ from hip_hf.backends.triton.attention.prefill import Logits, dense_reads
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import processors, target_of
+from hip_hf.cli import latency as latency_command
+from hip_hf.cli.presets import sizes
 from hip_hf.config import HiPConfig
-from hip_hf.eval import gpu_latency, latency
-from hip_hf.eval.gpu_latency import Bench, Clock, Steps, measure
-from hip_hf.eval.measure import kernel_costs, roofline, timing
+from hip_hf.eval.measure import gpu_latency, kernel_costs, roofline, timing
+from hip_hf.eval.measure.gpu_latency import Bench, Clock, Steps, measure
 from hip_hf.eval.measure.kernel_costs import NO_COST, Cost
 from hip_hf.eval.measure.timing import Plan, ours
-from hip_hf.eval.reporting.presets import sizes
 from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.methods import hyper
 from hip_hf.problem import Span
@@ -214,7 +214,7 @@ def test_steps_give_what_decode_gives_each_time_they_run(refresh: int, batch: in
 
 def run(*arguments: str) -> Any:
     app = typer.Typer()
-    app.command()(latency.main)
+    app.command()(latency_command.main)
     return CliRunner().invoke(app, arguments)
 
 

@@ -11,10 +11,10 @@ import typer
 from helpers import small
 from typer.testing import CliRunner
 
+from hip_hf.cli import latency as latency_command
 from hip_hf.config import HiPConfig
-from hip_hf.eval import latency
-from hip_hf.eval.latency import exponents, fit_exponent, measure
 from hip_hf.eval.measure import timing
+from hip_hf.eval.measure.latency import exponents, fit_exponent, measure
 from hip_hf.eval.measure.timing import Call, Plan, Steps, interleave
 from hip_hf.methods.hip import TreeSearch
 
@@ -29,7 +29,7 @@ def plan(**fields: Any) -> Plan:
 
 def run(*arguments: str) -> Any:
     app = typer.Typer()
-    app.command()(latency.main)
+    app.command()(latency_command.main)
     return CliRunner().invoke(app, arguments)
 
 

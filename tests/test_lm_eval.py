@@ -22,9 +22,9 @@ pytest.importorskip("lm_eval")
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 
+from hip_hf.cli import autoload
+from hip_hf.cli import lm_eval as command
 from hip_hf.config import HiPConfig
-from hip_hf.eval import autoload
-from hip_hf.eval import lm_eval as command
 from hip_hf.eval.measure.documents import CHECKPOINT
 from hip_hf.eval.tasks.common import load_tokenizer
 from hip_hf.integration.lm_eval.model import HipLM, split_arguments

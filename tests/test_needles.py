@@ -16,13 +16,14 @@ from test_passkey import SMALL, TEXT, byte_tokenizer, refused, run, save_checkpo
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 from typer.testing import CliRunner
 
+from hip_hf.cli import needles as needles_command
+from hip_hf.cli.presets import over_budgets, settings_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval import needles
-from hip_hf.eval.measure import losses
+from hip_hf.eval.measure import losses, needles
 from hip_hf.eval.measure.documents import CHECKPOINT, DIGITS, DOCUMENT, Fact, load, note, question
 from hip_hf.eval.measure.losses import Steps
-from hip_hf.eval.needles import Answer, Cell, Plan, Prompt
-from hip_hf.eval.reporting.presets import over_budgets, settings_of
+from hip_hf.eval.measure.needles import Answer, Cell, Plan, Prompt
+from hip_hf.eval.reporting.resumable import Cells
 
 TINY = dict(
     vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -178,7 +179,7 @@ def test_command(tmp_path: Path, threads: Any) -> None:
     pytest.importorskip("matplotlib")
     picture, saved, page = tmp_path / "curve.png", tmp_path / "rows.json", tmp_path / "page.html"
     files = ["--plot", str(picture), "--output", str(saved), "--report", str(page)]
-    printed = run(needles.main, *arguments, "--budgets", "32,64", *files)
+    printed = run(needles_command.main, *arguments, "--budgets", "32,64", *files)
     rows = printed["rows"]
     assert json.loads(saved.read_text())["rows"] == rows
     assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -208,7 +209,7 @@ def test_without_dense_there_is_nothing_to_compare_with(tmp_path: Path, threads:
     threads(1)
     model, text = save_checkpoint(tmp_path)
     given = ["--documents", text, "--lengths", "400", "--prompts", "1", "--facts", "1", "--settings", json.dumps(SMALL)]
-    (row,) = run(needles.main, model, *given)["rows"]
+    (row,) = run(needles_command.main, model, *given)["rows"]
     assert row["digits_minus_dense"] is row["nll_minus_dense"] is row["perplexity_over_dense"] is None
 
 
@@ -274,7 +275,7 @@ def test_command_by_decode_steps(tmp_path: Path, threads: Any) -> None:
     threads(1)
     model, text = save_checkpoint(tmp_path)
     given = ["--documents", text, "--lengths", "400", "--prompts", "1", "--facts", "2", "--settings", "dense", "--decode"]
-    printed = run(needles.main, model, *given, "--settings", json.dumps(SMALL))
+    printed = run(needles_command.main, model, *given, "--settings", json.dumps(SMALL))
     assert printed["decode"] is True
     dense, sparse = printed["rows"]
     assert (dense["path"], sparse["path"]) == ("dense (method is dense)", "sparse")
@@ -295,7 +296,7 @@ def test_all_settings_are_measured_on_a_prompt_before_the_next(monkeypatch: pyte
     monkeypatch.setattr(needles, "check_logits", lambda *args: None)
     monkeypatch.setattr(Plan, "prompt", lambda self, tokenizer, text, length, number: Prompt([number], 1, []))
     plan = Plan(settings_of(["dense", "defaults"]), [100], prompts=2, facts=1)
-    needles.measure(None, None, {"text": []}, plan, needles.Cells(None, {}))
+    needles.measure(None, None, {"text": []}, plan, Cells(None, {}))
     assert seen == [(0, "dense"), (0, "hip"), (1, "dense"), (1, "hip")]
 
 
@@ -312,15 +313,15 @@ def test_all_settings_are_measured_on_a_prompt_before_the_next(monkeypatch: pyte
     ],
 )
 def test_refusals_before_the_model_loads(arguments: list[str], what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needles, "load_to_measure", lambda *args: pytest.fail("the model was loaded"))
-    assert what in refused(needles.main, *arguments)
+    monkeypatch.setattr(needles_command, "load_to_measure", lambda *args: pytest.fail("the model was loaded"))
+    assert what in refused(needles_command.main, *arguments)
 
 
 def test_lengths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     given = [model, "--documents", text, "--settings", json.dumps(SMALL)]
-    assert "length: got 100000, allowed: at most the" in refused(needles.main, *given, "--lengths", "100000")
-    assert "notes and question" in refused(needles.main, *given, "--lengths", "300")
+    assert "length: got 100000, allowed: at most the" in refused(needles_command.main, *given, "--lengths", "100000")
+    assert "notes and question" in refused(needles_command.main, *given, "--lengths", "300")
 
 
 def test_code_is_the_standard_librarys() -> None:
@@ -342,7 +343,7 @@ def test_windows_that_overlap_are_told(tmp_path: Path, threads: Any) -> None:
     threads(1)
     model, text = save_checkpoint(tmp_path)
     app = typer.Typer()
-    app.command()(needles.main)
+    app.command()(needles_command.main)
     given = [model, "--documents", text, "--facts", "1", "--settings", "dense", "--lengths", "1200", "--prompts"]
     for prompts, told in (("2", False), ("3", True)):
         result = CliRunner().invoke(app, [*given, prompts])

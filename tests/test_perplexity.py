@@ -12,8 +12,8 @@ import torch
 from families import VOCAB, make_model
 from test_passkey import SMALL, refused, run, save_checkpoint
 
-from hip_hf.eval import perplexity
-from hip_hf.eval.perplexity import BLOCK, Plan, interval, losses, make_row, read_text
+from hip_hf.cli import perplexity as perplexity_command
+from hip_hf.eval.measure.perplexity import BLOCK, Plan, interval, losses, make_row, read_text
 
 TEXT = torch.randint(3, VOCAB - 1, (512,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -79,7 +79,7 @@ def test_command(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     picture = tmp_path / "ppl.png"
     arguments = [model, "--document", text, "--tokens", "1K", "--chunk", "256", "--plot", str(picture)]
-    shown = run(perplexity.main, *arguments, "--settings", "dense", "--settings", json.dumps(SMALL))
+    shown = run(perplexity_command.main, *arguments, "--settings", "dense", "--settings", json.dumps(SMALL))
     rows = shown["rows"]
     assert [(row["from"], row["to"]) for row in rows[:5]] == [(0, 1024), (0, 128), (128, 256), (256, 512), (512, 1024)]
     dense, sparse = rows[0], rows[5]
@@ -108,4 +108,4 @@ def test_command(tmp_path: Path) -> None:
 )
 def test_refusals(arguments: tuple[str, ...], what: str, tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
-    assert what in " ".join(refused(perplexity.main, model, "--document", text, *arguments).split())
+    assert what in " ".join(refused(perplexity_command.main, model, "--document", text, *arguments).split())

@@ -11,7 +11,9 @@ import typer
 from test_passkey import SMALL, refused, save_checkpoint
 from typer.testing import CliRunner
 
-from hip_hf.eval import compare, fidelity, latency, needles, passkey, perplexity
+from hip_hf.cli import compare, fidelity, latency, needles, passkey, perplexity
+from hip_hf.eval import measure
+from hip_hf.eval.measure import latency as measured
 from hip_hf.eval.reporting.resumable import SUFFIX, Cells
 
 
@@ -73,13 +75,17 @@ def test_without_an_output_nothing_is_written(tmp_path: Path, monkeypatch: pytes
 
 # Where each command measures a cell, and small runs of several cells.
 COMMANDS: dict[str, tuple[Any, tuple[Any, str], list[str]]] = {
-    "passkey": (passkey, (passkey, "ask"), ["--lengths", "200,256", "--depths", "2", "--samples", "2", "--settings", "dense"]),
-    "needles": (needles, (needles, "ask"), ["--lengths", "400", "--prompts", "2", "--facts", "2", "--settings", "dense"]),
-    "perplexity": (perplexity, (perplexity, "read_text"), ["--tokens", "512", "--settings", "dense"]),
-    "fidelity": (fidelity, (fidelity, "measure_prompt"), ["--tokens", "512", "--prompts", "3", "--facts", "1"]),
+    "passkey": (
+        passkey,
+        (measure.passkey, "ask"),
+        ["--lengths", "200,256", "--depths", "2", "--samples", "2", "--settings", "dense"],
+    ),
+    "needles": (needles, (measure.needles, "ask"), ["--lengths", "400", "--prompts", "2", "--facts", "2", "--settings", "dense"]),
+    "perplexity": (perplexity, (measure.perplexity, "read_text"), ["--tokens", "512", "--settings", "dense"]),
+    "fidelity": (fidelity, (measure.fidelity, "measure_prompt"), ["--tokens", "512", "--prompts", "3", "--facts", "1"]),
     "compare": (
         compare,
-        (passkey, "ask"),
+        (measure.passkey, "ask"),
         ["--tokens", "512", "--prompts", "1", "--facts", "1", "--depths", "2", "--samples", "1", "--settings", "dense"],
     ),
 }
@@ -135,7 +141,7 @@ def test_an_interrupted_run_resumed_gives_the_same_file(
 def test_latency_keeps_finished_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = ["--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--repeats", "1", "--dtypes", "fp32", "--phases", "prefill"]
     output = tmp_path / "latency.json"
-    real, lengths = latency.measure_prefill, []
+    real, lengths = measured.measure_prefill, []
 
     def measure(plan: Any, dtype: str, length: int) -> Any:
         if length == 512 and lengths == [256]:
@@ -143,7 +149,7 @@ def test_latency_keeps_finished_lengths(tmp_path: Path, monkeypatch: pytest.Monk
         lengths.append(length)
         return real(plan, dtype, length)
 
-    monkeypatch.setattr(latency, "measure_prefill", measure)
+    monkeypatch.setattr(measured, "measure_prefill", measure)
     given = [*shape, "--lengths", "256,512", "--output", str(output)]
     assert invoke(latency, given).exit_code != 0
     first = json.loads((tmp_path / f"latency.json{SUFFIX}").read_text().splitlines()[1])[1]

@@ -19,10 +19,11 @@ from hip_hf.backends.torch.sparse import DECODE_ROWS
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import DENSE
 from hip_hf.eval.measure.costs import Cost, call_cost
-from hip_hf.eval.reporting.presets import SPARSE
 from hip_hf.methods.base import BlockMask, QueryBlock, query_blocks, squash
 from hip_hf.problem import AttentionProblem, Span
 
+# Settings that measure the method itself: every layer and row sparse.
+SPARSE = {"dense_layers": 0, "dense_tail": 0, "dense_below": 0}
 # The fields that say which blocks there are to choose from, and how many may be chosen.
 GEOMETRY = ("block_q", "block_k", "sink", "window", "budget", "group_shared")
 

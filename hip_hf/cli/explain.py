@@ -8,8 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from hip_hf.eval import generate
-from hip_hf.eval.measure.documents import Dtype
+from hip_hf.cli.inputs import Dtype, load, parse_fields
 from hip_hf.eval.reporting import report
 from hip_hf.integration.attention_function import NAMES
 from hip_hf.integration.explain import explain
@@ -28,7 +27,7 @@ def main(
     """Run one prompt of random tokens through a checkpoint and show each layer's path."""
     if attn not in NAMES:
         raise typer.BadParameter(f"got {attn!r}, allowed: {' | '.join(NAMES)}", param_hint="--attn")
-    net, _, settings = generate.load(model, attn, generate.parse_fields(set_ or []), dtype)
+    net, _, settings = load(model, attn, parse_fields(set_ or []), dtype)
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(text_config(net).vocab_size, (1, tokens), generator=random)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`hip-hf memory`: what each kind of cache takes, at which lengths.
+"""What each kind of cache takes, at which lengths.
 
 Each figure comes from a process of its own: it fills the cache of a model with random keys, a chunk at a time as chunked
 prefill does, decodes a few tokens, and reads its own memory from the operating system.
@@ -8,19 +8,11 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
-from hip_hf.eval.measure.documents import CHECKPOINT, cannot_load
 from hip_hf.eval.measure.memory_meter import MIB, Meter, memory_mib, summaries_bytes
-from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.plots import pyplot, short
-from hip_hf.eval.reporting.presets import sizes
-from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, model_name
 from hip_hf.versions import CACHE
 
 KINDS = ("dynamic", "static", "hip", "hip offloaded")
@@ -129,59 +121,7 @@ def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
     }
 
 
-def draw(document: dict[str, Any], file: Path) -> None:
-    """Peak and device memory against the length."""
-    rows = document["rows"]
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, name in zip(axes, ("peak_MiB", "device_MiB"), strict=True):
-        for kind in KINDS:
-            points = [(row["length"], row[name]) for row in rows if row["cache"] == kind]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=kind)
-        lengths = sorted({row["length"] for row in rows})
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xticks(lengths, [short(length) for length in lengths])
-        axis.set_xlabel("context length (tokens)")
-        axis.set_ylabel(name.replace("_", " memory, "))
-        axis.grid(which="both", alpha=0.25)
-        axis.legend(fontsize=8)
-    figure.savefig(file, dpi=140)
-    plt.close(figure)
-
-
-def main(
-    model: Annotated[str, typer.Argument(help="Checkpoint whose shape is taken; its weights are not.")] = str(CHECKPOINT),
-    lengths: Annotated[str, typer.Option(help="Comma-separated; K stands for 1024.")] = "8K,32K,128K",
-    output: Output = None,
-    plot: Plot = None,
-    report_file: Report = None,
-    as_json: Json = False,
-) -> None:
-    """Memory of a dynamic, a static, a paged and an offloaded cache (pools: an eighth, or what a step needs)."""
-    if not Path("/proc/self/clear_refs").exists():
-        raise SystemExit("hip-hf memory reads /proc, which this system does not have (allowed: Linux)")
-    try:
-        counts = sizes(lengths)
-        targets = Targets(as_json, output, plot, report_file)
-        cells = targets.cells("memory", model=model_name(model))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    try:
-        config = read_config(model)
-    except (OSError, ValueError) as error:
-        raise cannot_load(repr(model), error) from None
-
-    def in_own_process(kind: str, length: int) -> dict[str, Any]:
-        with multiprocessing.get_context("spawn").Pool(1) as fresh:
-            return fresh.apply(measure, (kind, config, length))
-
-    rows = []
-    with cells, report.progress() as bar:
-        task = bar.add_task("caches", total=len(counts) * len(KINDS))
-        for length in counts:
-            for kind in KINDS:
-                rows.append(cells.get((kind, length), partial(in_own_process, kind, length)))
-                bar.advance(task)
-    targets.publish(Results("memory", "Memory of caches", rows, {"model": model_name(model)}, draw), cells)
+def in_own_process(kind: str, config: Any, length: int) -> dict[str, Any]:
+    """`measure` in a process that has done nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        return fresh.apply(measure, (kind, config, length))

@@ -9,9 +9,10 @@ from typing import Any
 
 import typer
 
+from hip_hf.cli.inputs import cannot_load
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.curves import AT
-from hip_hf.eval.measure.documents import cannot_load
+from hip_hf.eval.measure.mass import SPARSE
+from hip_hf.eval.reporting.report import AT
 from hip_hf.integration.settings import read_settings
 from hip_hf.methods import METHODS
 
@@ -46,8 +47,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 OWN = "own"
 # Presets that `all` leaves out: the baseline, and what is only a cheaper search of the same method.
 LEFT_OUT = ("dense", "beam1")
-# Measure the method itself: every layer and row sparse, unless a row says otherwise.
-SPARSE = {"dense_layers": 0, "dense_tail": 0, "dense_below": 0}
 HELP = f"{' | '.join(PRESETS)} | {OWN} (the checkpoint's) | all, or a JSON dict of HiPConfig fields; repeat for several rows."
 
 

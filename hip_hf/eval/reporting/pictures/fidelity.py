@@ -8,9 +8,7 @@ from textwrap import fill
 from typing import Any
 
 from hip_hf.eval.reporting.plots import pyplot
-
-# Joins the name of a setting and its budget where there are several budgets.
-AT = " @ "
+from hip_hf.eval.reporting.report import AT
 
 
 def draw(document: dict[str, Any], file: Path) -> None:

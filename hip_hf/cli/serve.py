@@ -9,9 +9,8 @@ import typer
 from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
+from hip_hf.cli.inputs import cannot_load, parse_fields
 from hip_hf.config import HiPConfig
-from hip_hf.eval.generate import parse_fields
-from hip_hf.eval.measure import documents
 from hip_hf.integration import serve as integration
 from hip_hf.integration.attention_function import NAMES
 from hip_hf.integration.settings import configure
@@ -56,7 +55,7 @@ def main(set_: Settings = None, max_model_len: Longest = None, **options: Any) -
     try:
         Serve(**options)
     except (OSError, ValueError) as error:
-        raise documents.cannot_load(f"{options[MODEL]!r} with {attn!r}", error) from None
+        raise cannot_load(f"{options[MODEL]!r} with {attn!r}", error) from None
 
 
 def _signature() -> inspect.Signature:

@@ -6,48 +6,30 @@ full length; the times are the medians over the questions, which leaves out what
 
 from __future__ import annotations
 
-import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, median
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from hip_hf.attention import attend
+from hip_hf.cli import inputs, needles_demo
+from hip_hf.cli.generate import memory_line, print_layers
+from hip_hf.cli.needles_demo import verdicts
 from hip_hf.config import HiPConfig
-from hip_hf.eval import generate, needles_demo
-from hip_hf.eval.measure import documents, real_model
-from hip_hf.eval.measure.capture import capture
-from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact
-from hip_hf.eval.measure.memory_meter import memory_mib
-from hip_hf.eval.needles_demo import IMPLEMENTATIONS, verdicts
+from hip_hf.eval.measure import demo, documents, real_model
+from hip_hf.eval.measure.demo import Run, make_facts, question_row, row_of
+from hip_hf.eval.measure.documents import NAMES, Fact
+from hip_hf.eval.measure.generate import lengthen
+from hip_hf.eval.measure.needles_demo import FACTS as AT_ONCE
+from hip_hf.eval.measure.needles_demo import IMPLEMENTATIONS
 from hip_hf.eval.reporting import plots, report
-from hip_hf.integration.explain import Report
-from hip_hf.methods.base import query_blocks
-from hip_hf.problem import AttentionProblem
 
 # Facts that are asked for where nothing else is said, each with a prompt of its own.
 FACTS = 3
 # What JSON calls the rows of `explain` after the prompt and after the last decode step.
 EXPLAINED = {"explain": "prefill", "explain_decode": "decode"}
-_KIND = {name: index for index, name in enumerate(plots.KINDS)}
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one process does: answer the prompts through one attention implementation."""
-
-    checkpoint: str
-    attn: str
-    prompts: list[list[int]]
-    new_tokens: int
-    fields: dict[str, Any]
-    chunk: int | None = None  # read the prompts so many tokens at a time
-    device: str = "cpu"
 
 
 def load(run: Run, attn: str) -> tuple[Any, Any, HiPConfig]:
@@ -55,30 +37,16 @@ def load(run: Run, attn: str) -> tuple[Any, Any, HiPConfig]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return generate.load(run.checkpoint, attn, run.fields)
+    return inputs.load(run.checkpoint, attn, run.fields)
 
 
 def answer(run: Run) -> dict[str, Any]:
     """Answers and measurements of one implementation; call it in a fresh process."""
     model, tokenizer, _ = load(run, run.attn)
     model.to(run.device)
-    loaded = memory_mib("VmRSS")
     with report.progress() as bar:
         task = bar.add_task(f"tokens, {run.attn}", total=sum(map(len, run.prompts)) + len(run.prompts) * (run.new_tokens - 1))
-        read = lambda rows: bar.advance(task, rows)  # noqa: E731
-        results = [generate.generate(model, prompt, run.new_tokens, run.chunk, read) for prompt in run.prompts]
-    rates = [result.tokens_per_s for result in results if result.tokens_per_s is not None]
-    return {
-        "answers": [documents.answer_of(tokenizer, result.ids) for result in results],
-        "texts": [tokenizer.decode(result.ids).strip() for result in results],
-        "first_token_s": median(result.first_token_s for result in results),
-        "tokens_per_s": median(rates) if rates else None,
-        "loaded_mib": loaded,
-        "peak_mib": memory_mib("VmHWM"),
-        "memory_mib": results[-1].memory,
-        "prefill": results[-1].prefill,
-        "decode": results[-1].decode,
-    }
+        return demo.answer(model, tokenizer, run, lambda rows: bar.advance(task, rows))
 
 
 def in_own_process(run: Run) -> dict[str, Any]:
@@ -87,71 +55,15 @@ def in_own_process(run: Run) -> dict[str, Any]:
         return pool.submit(answer, run).result()
 
 
-def make_facts(count: int, seed: int) -> list[Fact]:
-    """Facts spread over the document: one at a random place in each `1 / count` of it."""
-    rng = random.Random(seed)
-    names = rng.sample(NAMES, count)
-    return [Fact(name, "".join(rng.choices("0123456789", k=DIGITS)), (i + rng.random()) / count) for i, name in enumerate(names)]
-
-
-def position_of(tokenizer: Any, prompt: list[int], fact: Fact) -> int:
-    """Where the fact's note begins in the prompt."""
-    ids = tokenizer.encode(documents.note(fact.name, fact.key), add_special_tokens=False)
-    return next(at for at in range(len(prompt)) if prompt[at : at + len(ids)] == ids)
-
-
-def kinds_read(problem: AttentionProblem, config: HiPConfig, layer: int) -> tuple[torch.Tensor, str]:
-    """What the first key head's query blocks read in prefill, `[query blocks, key blocks]` of `plots.KINDS` (-1: the
-    future), and the path in words."""
-    result = attend(problem, config, layer, need_mask=True)
-    config = config.for_layer(layer)
-    span, size = problem.spans[0], config.block_k
-    blocks = query_blocks(config, span, per_row=False, sliding=problem.sliding_window)
-    kinds = torch.full((len(blocks), -(-span.keys // size)), -1, dtype=torch.int8)
-    for i, block in enumerate(blocks):
-        dense = result.mask is None or block.row >= span.rows - config.dense_tail
-        row = kinds[i]
-        row[block.start // size : block.last // size + 1] = _KIND["read densely" if dense else "not read"]
-        if result.mask is None:
-            continue
-        row[block.start // size : block.sink // size] = _KIND["sink"]
-        row[block.window // size : block.last // size + 1] = _KIND["window"]
-        row[result.mask.indices[0, 0, i, : result.mask.counts[0, 0, i]].long()] = _KIND["selected"]
-    path = f"sparse, {result.share:.0%} of the keys read" if result.path == "sparse" else f"dense: {result.reason}"
-    return kinds, path
-
-
 def draw(file: Path, run: Run, fact: Fact) -> None:
     """The picture of who reads what in the first prompt, computed from the dense model's queries and keys."""
     model, tokenizer, settings = load(run, "sdpa")
     prompt = run.prompts[0]
-    panels = []
-    with torch.no_grad():
-        for layer, problem in enumerate(capture(model, torch.tensor([prompt]))):
-            kinds, path = kinds_read(problem, settings, layer)
-            at = settings.for_layer(layer)
-            panels.append(plots.Panel(f"layer {layer}: {path}", kinds, at.block_q, at.block_k))
-    marks = {fact.name: position_of(tokenizer, prompt, fact)}
+    panels = demo.panels(model, prompt, settings)
+    marks = {fact.name: demo.position_of(tokenizer, prompt, fact)}
     question = len(prompt) - len(tokenizer.encode(documents.question(fact.name), add_special_tokens=False))
     title = f"Key blocks that each query block reads (first key head), {len(prompt)} tokens; asked for: {fact.name}"
     plots.readings(file, title, panels, len(prompt), marks, question)
-
-
-def row_of(attn: str, measured: dict[str, Any], facts: list[Fact]) -> dict[str, Any]:
-    """The line of the table for one implementation; `keys_read` is the prompt's, `above_model_mib` the peak's part that
-    came on top of the loaded model."""
-    right = sum(given == fact.key for given, fact in zip(measured["answers"], facts, strict=True))
-    layers: Report = measured["prefill"]
-    loaded, peak = measured["loaded_mib"], measured["peak_mib"]
-    return {
-        "attention": attn,
-        "right": f"{right}/{len(facts)}",
-        "first_token_s": measured["first_token_s"],
-        "tokens_per_s": measured["tokens_per_s"],
-        "peak_mib": peak,
-        "above_model_mib": None if loaded is None or peak is None else peak - loaded,
-        "keys_read": fmean(layer.share for layer in layers if layer.share is not None) if layers else 1.0,
-    }
 
 
 @dataclass(frozen=True)
@@ -175,12 +87,12 @@ def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fac
         config = AutoConfig.from_pretrained(checkpoint).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"cannot load {checkpoint!r}: {error}", param_hint="--checkpoint") from None
-    text = tokenizer.encode(documents.read_text(document, "--document"), add_special_tokens=False, verbose=False)
+    text = tokenizer.encode(inputs.read_text(document, "--document"), add_special_tokens=False, verbose=False)
     new_tokens = max(len(tokenizer.encode(f" {fact.key}", add_special_tokens=False)) for fact in facts)
     longest = config.max_position_embeddings - new_tokens
     tokens = longest if tokens is None else tokens
     if tokens > max(longest, len(text)) and text:
-        text = generate.lengthen(text, tokens)
+        text = lengthen(text, tokens)
     try:
         prompts = [documents.make_prompt(tokenizer, text, tokens, [fact], fact.name) for fact in facts]
     except ValueError as error:
@@ -205,9 +117,9 @@ def show_long(run: Run, facts: list[Fact], as_json: bool) -> None:
         report.show(title, [row], True, **details, **layers)
         return
     report.show(title, [row], False)
-    report.notes.print(generate.memory_line(measured["memory_mib"]), highlight=False)
-    generate.print_layers("hip, prompt", measured["prefill"])
-    generate.print_layers("hip, last decode step", measured["decode"])
+    report.notes.print(memory_line(measured["memory_mib"]), highlight=False)
+    print_layers("hip, prompt", measured["prefill"])
+    print_layers("hip, last decode step", measured["decode"])
 
 
 def main(
@@ -225,12 +137,12 @@ def main(
         typer.Option(help="Length of a prompt; default: the model's full length. Beyond it: hip alone.", min=1),
     ] = None,
     chunk: Annotated[int, typer.Option(help="Beyond the model's length, read so many tokens at a time.", min=1)] = 8192,
-    device: documents.Device = "cpu",
+    device: inputs.Device = "cpu",
     facts: Annotated[
         int | None,
         typer.Option(
             help=f"Pass keys to hide and to ask for; default: {FACTS}, each in a document of its own, with --model "
-            f"{needles_demo.FACTS} in one.",
+            f"{AT_ONCE} in one.",
             min=1,
             max=len(NAMES),
         ),
@@ -244,15 +156,15 @@ def main(
     if model is not None:
         if checkpoint != str(documents.CHECKPOINT):
             raise typer.BadParameter(f"got {model!r} beside --checkpoint, allowed: one of them", param_hint="--model")
-        asked_at_once = needles_demo.FACTS if facts is None else facts
-        needles_demo.show(model, document, tokens, asked_at_once, generate.parse_fields(set_ or []), device, seed, as_json)
+        asked_at_once = AT_ONCE if facts is None else facts
+        needles_demo.show(model, document, tokens, asked_at_once, inputs.parse_fields(set_ or []), device, seed, as_json)
         return
     facts = FACTS if facts is None else facts
-    documents.check_device(device)
+    inputs.check_device(device)
     hidden = make_facts(facts, seed)
     asked = prepare(checkpoint, document, tokens, hidden)
     prompts, new_tokens = asked.prompts, asked.new_tokens
-    fields = generate.parse_fields(set_ or [])
+    fields = inputs.parse_fields(set_ or [])
     if asked.beyond:
         show_long(Run(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device), hidden[:1], as_json)
         return
@@ -278,11 +190,5 @@ def main(
         return
     report.show("What was hidden, and what was answered", [verdicts(row) for row in questions], False)
     report.show(title, rows, False, picture=str(picture))
-    generate.print_layers("hip, prompt", layers)
-    generate.print_layers("hip, last decode step", decode)
-
-
-def question_row(index: int, fact: Fact, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A fact and what each implementation answered: the digits, or where it gave none, what it said instead."""
-    said = {attn: measured[attn]["answers"][index] or measured[attn]["texts"][index] for attn in IMPLEMENTATIONS}
-    return {"pass_key_of": fact.name, "depth": fact.depth, "hidden": fact.key, **said}
+    print_layers("hip, prompt", layers)
+    print_layers("hip, last decode step", decode)

@@ -66,8 +66,8 @@ class _Finder(MetaPathFinder):
 
 
 # whoever asks for a model type has imported one of the two: lm-eval imports its models only where no type is known yet
-sys.meta_path.insert(0, _Finder("lm_eval.models", "lm_eval", "register_model"))
-sys.meta_path.insert(0, _Finder("lm_eval.tasks", "lm_eval", "register_model", "register_tasks"))
+sys.meta_path.insert(0, _Finder("lm_eval.models", "lm_eval.registration", "register_model"))
+sys.meta_path.insert(0, _Finder("lm_eval.tasks", "lm_eval.registration", "register_model", "register_tasks"))
 sys.meta_path.insert(0, _Finder("transformers.cli.serving.model_manager", "serve", "register"))
 '''
 

@@ -1,23 +1,19 @@
-"""`hip-hf doctor`: what a user runs first. Versions and device, every check of `backends/triton/checks.py`, and two timings."""
+"""What works on this machine: versions and device, every check of `backends/triton/checks.py`, and two timings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from hip_hf.backends.triton import checks, trust
 from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.config import HiPConfig
-from hip_hf.eval import latency
+from hip_hf.eval.measure import latency
 from hip_hf.eval.measure.timing import DTYPES, Plan
 from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.presets import parse_choice, sizes
-from hip_hf.eval.reporting.publish import Json, Output, Results, Targets
-from hip_hf.shown import said
 
 GIB = 2**30
 # Heads and settings that are tried on a machine without a GPU: what the interpreter does in seconds.
@@ -33,51 +29,9 @@ INSTEAD = {
     checks.DELTA: 'delta=None, or backend="torch"',
     checks.EXTENDED: 'extend=None, or backend="torch"',
 }
-# Tokens of the timed calls, and their heads: Llama 3.1 8B's, on a CPU an eighth of them.
-LENGTH = {"cuda": 32768, "cpu": 8192}
+# Heads of the timed calls: those of Llama 3.1 8B, on a CPU an eighth of them.
 SHAPE = {"cuda": dict(heads=32, kv_heads=8), "cpu": dict(heads=4, kv_heads=1)}
 REPEATS = 3
-
-
-def main(
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where PyTorch sees a GPU.")] = None,
-    dtypes: Annotated[str | None, typer.Option(help="Of bf16, fp16, fp32. Default: all; on a CPU bf16,fp32.")] = None,
-    length: Annotated[str | None, typer.Option(help="Tokens of the timed calls, such as 16K. Default: 32K; on a CPU 8K.")] = None,
-    output: Output = None,
-    as_json: Json = False,
-) -> None:
-    """Try every kernel on this machine: what works, how fast, and what to set if something does not. Exit 1 if so."""
-    there = torch.cuda.is_available()
-    device = device or ("cuda" if there else "cpu")
-    parse_choice(device, ("cuda", "cpu"), "--device")
-    if device == "cuda" and not there:
-        raise typer.BadParameter("got 'cuda', allowed here: cpu (torch sees no GPU)", param_hint="--device")
-    default = "bf16,fp16,fp32" if device == "cuda" else "bf16,fp32"
-    kinds = parse_choice(dtypes or default, tuple(DTYPES), "--dtypes")
-    try:
-        tokens = LENGTH[device] if length is None else sizes(length)[0]
-        targets = Targets(as_json, output)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    on = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    missing = lacking(on)
-    rows = [row_of(label, found) for label, found in tried(on, kinds, not missing)]
-    about, speed = facts(on, missing), []
-    try:
-        speed = timed(on, kinds[0], tokens)
-    except Exception as error:  # whatever a bad kernel does there, what was found so far must be seen
-        about["timings"] = f"none: {said(error)}"
-    failed = [row for row in rows if row["problem"]]
-    title = f"doctor: {len(rows)} checks, {len(failed)} failed"
-    timings = f"one attention call of {tokens} tokens, sparse at any length, against PyTorch's, {latency_shape(on)}"
-    tables = {
-        "machine": [{"what": name, "is": value} for name, value in about.items()],
-        title: [{name: value for name, value in row.items() if failed or name not in ("problem", "instead")} for row in rows],
-        timings: latency.lines_of(speed, whole=device == "cuda"),
-    }
-    targets.publish(Results("doctor", title, rows, dict(about=about, failed=len(failed), speed=speed)), tables=tables)
-    if failed or "timings" in about:
-        raise typer.Exit(1)
 
 
 def lacking(device: torch.device) -> str:
@@ -133,7 +87,7 @@ def timed(device: torch.device, kind: str, tokens: int) -> list[dict[str, Any]]:
         return latency.measure(plan)
     if trust.lacking(device):
         return []
-    from hip_hf.eval import gpu_latency
+    from hip_hf.eval.measure import gpu_latency
 
     return gpu_latency.measure(plan, ("prefill", "decode"), (tokens,))[0]
 

@@ -1,4 +1,4 @@
-"""`hip-hf passkey`: hide a pass key at every depth of a long document, ask for it, and count the answers that are right."""
+"""Hide a pass key at every depth of a long document, ask for it, and count the answers that are right."""
 
 from __future__ import annotations
 
@@ -8,31 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from statistics import NormalDist, fmean
-from textwrap import fill
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.documents import (
-    CHECKPOINT,
-    DIGITS,
-    DOCUMENT,
-    NAMES,
-    Device,
-    Dtype,
-    Fact,
-    answer_of,
-    digest,
-    load_to_measure,
-    make_prompt,
-)
-from hip_hf.eval.reporting import plots, report
-from hip_hf.eval.reporting.presets import HELP, settings_of, sizes
-from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact, answer_of, make_prompt
 from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.integration.explain import Row, explain
 from hip_hf.integration.settings import configure
@@ -229,72 +211,3 @@ def measure(
             rows.append(sum(counted.values(), Cell()).row(name, length, None))
             rows += [cell.row(name, length, place) for place, cell in counted.items()]
     return rows
-
-
-def draw(document: dict[str, Any], file: Path) -> None:
-    """The heat map: accuracy by depth, a line for every length and setting."""
-    pyplot = plots.pyplot()
-    cells = [row for row in document["rows"] if row["depth"] != "all"]
-    lines = list(dict.fromkeys((row["settings"], row["length"]) for row in cells))
-    depths = list(dict.fromkeys(row["depth"] for row in cells))
-    grid = [[math.nan] * len(depths) for _ in lines]
-    for row in cells:
-        grid[lines.index((row["settings"], row["length"]))][depths.index(row["depth"])] = row["accuracy"]
-    labels = [fill(f"{name}, {length:,}", 44) for name, length in lines]
-    longest = max(len(line) for label in labels for line in label.split("\n"))
-    size = (3 + 0.6 * len(depths) + 0.09 * longest, 1.5 + sum(0.5 + 0.2 * label.count("\n") for label in labels))
-    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(depths)), depths)
-    axes.set_yticks(range(len(lines)), labels)
-    axes.set_xlabel("depth of the pass key (0: beginning of the document)")
-    axes.set_ylabel("settings, length in tokens")
-    for y, line in enumerate(grid):
-        for x, value in enumerate(line):
-            axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
-    figure.colorbar(image, label="answers entirely right")
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
-
-
-def main(
-    model: Annotated[str, typer.Argument(help="Hub name or folder; default: the shipped demo checkpoint.")] = str(CHECKPOINT),
-    lengths: Annotated[str, typer.Option(help="Tokens of document, question and answer, like 4096,8K.")] = "8192",
-    depths: Annotated[int, typer.Option(min=1, help="Evenly spaced depths, from beginning to end.")] = 11,
-    samples: Annotated[int, typer.Option(min=1, help="Prompts for each length and depth.")] = 10,
-    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each document; one is asked for.")] = 1,
-    settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults"],  # noqa: B006
-    budget: Annotated[int | None, typer.Option(help="Keys selected per query block.")] = None,
-    sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
-    window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
-    document: Annotated[Path, typer.Option(help="Plain text to hide the keys in.")] = DOCUMENT,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 4,
-    device: Device = "cpu",
-    dtype: Dtype = "fp32",
-    seed: int = 0,
-    output: Output = None,
-    plot: Plot = None,
-    report_file: Report = None,
-    json: Json = False,
-) -> None:
-    """Hide pass keys in long documents and count right answers, every layer and row sparse unless settings say otherwise."""
-    try:
-        counts = sizes(lengths)
-        targets = Targets(json, output, plot, report_file)
-        configs = settings_of(settings, tokens=max(counts), checkpoint=model, budget=budget, sink=sink, window=window)
-        text = document.read_text(encoding="utf-8")
-        plan = Plan(configs, counts, depths, samples, facts, batch, seed)
-        details = measured_on(model, document, dtype, configs, facts=facts, seed=seed)
-        cells = targets.cells("passkey", **details, samples=samples, batch=batch, device=device, text=digest(text))
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
-    loaded, tokenizer, tokens = load_to_measure(model, device, text, dtype)
-
-    with cells, report.progress() as progress:
-        task = progress.add_task("pass keys", total=plan.cells)
-        try:
-            rows = measure(loaded, tokenizer, tokens, plan, cells, lambda: progress.advance(task))
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    title = f"Pass keys: answers entirely right, with the 95 % interval ({facts} fact{'s' * (facts > 1)} per document)"
-    targets.publish(Results("passkey", title, rows, details, draw), cells)

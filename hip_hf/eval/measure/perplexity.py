@@ -1,4 +1,4 @@
-"""`hip-hf perplexity`: how well a checkpoint predicts a text, by position, with each of several settings.
+"""How well a checkpoint predicts a text, by position, with each of several settings.
 
 A text is read a chunk at a time into a `HiPCache`, as chunked prefill reads a prompt, so memory is that of the cache and of
 one chunk and the length is limited by patience alone. Every token but the first of a text is predicted once.
@@ -10,20 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import NormalDist, fmean, stdev
-from textwrap import fill
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, Device, Dtype, check_length, digest, load_to_measure
-from hip_hf.eval.passkey import path_of, use
-from hip_hf.eval.reporting import plots, report
-from hip_hf.eval.reporting.presets import HELP, settings_of, sizes
-from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.measure.passkey import path_of, use
 from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.integration.explain import explain
 from hip_hf.integration.hip_cache import HiPCache
@@ -146,70 +139,3 @@ def measure(
         ranges = [(0, plan.tokens), *zip([0, *plan.edges[:-1]], plan.edges, strict=True)]
         rows += [make_row(name, start, end, plan.tokens, found, first) for start, end in dict.fromkeys(ranges)]
     return rows
-
-
-def draw(document: dict[str, Any], file: Path) -> None:
-    """Perplexity of each range of positions, a line per setting."""
-    plt = plots.pyplot()
-    rows = document["rows"]
-    whole = max(row["to"] for row in rows)
-    parts = [row for row in rows if (row["from"], row["to"]) != (0, whole)] or rows
-    ranges = sorted({(row["from"], row["to"]) for row in parts})
-    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
-    for name in dict.fromkeys(row["settings"] for row in parts):
-        own = {(row["from"], row["to"]): row for row in parts if row["settings"] == name}
-        heights = [own[span]["perplexity"] for span in ranges]
-        bars = [[abs((own[span][side] or height) - height) for span, height in zip(ranges, heights, strict=True)]
-                for side in ("low", "high")]  # fmt: skip
-        axis.errorbar(range(len(ranges)), heights, yerr=bars, marker="o", capsize=3, label=fill(name, 44))
-    axis.set_xticks(range(len(ranges)), [f"{plots.short(start)} to {plots.short(end)}" for start, end in ranges])
-    axis.set_xlabel("position in the text (tokens)")
-    axis.set_ylabel("perplexity, with the 95 % interval")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    axis.set_title("\n".join(fill(line, 100) for line in document["title"].split("\n")), fontsize=9)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-
-
-def main(
-    model: Annotated[str, typer.Argument(help="Hub name or folder; default: the shipped demo checkpoint.")] = str(CHECKPOINT),
-    tokens: Annotated[str, typer.Option(help="Length of each text, like 8192 or 128K.")] = "8K",
-    texts: Annotated[int, typer.Option(min=1, help="Texts, evenly spread over the document.")] = 2,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens read at a time.")] = 2048,
-    settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults"],  # noqa: B006
-    budget: Annotated[int | None, typer.Option(help="Keys selected per query block.")] = None,
-    sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
-    window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
-    document: Annotated[Path, typer.Option(help="Plain text to predict.")] = DOCUMENT,
-    device: Device = "cpu",
-    dtype: Dtype = "fp32",
-    output: Output = None,
-    plot: Plot = None,
-    report_file: Report = None,
-    json: Json = False,
-) -> None:
-    """Perplexity of a local text by position, every layer and row sparse unless settings say otherwise.
-
-    `ratio` compares with the first of the settings, on the same tokens. The 95 % intervals take blocks of 128 tokens as
-    independent.
-    """
-    try:
-        lengths = sizes(tokens)
-        if len(lengths) > 1:
-            raise ValueError(f"--tokens: got {tokens!r}, allowed: one length (its ranges of positions are shown)")
-        configs = settings_of(settings, tokens=lengths[0], checkpoint=model, budget=budget, sink=sink, window=window)
-        plan = Plan(configs, lengths[0], texts, chunk)
-        targets = Targets(json, output, plot, report_file)
-        text = document.read_text(encoding="utf-8")
-        details = measured_on(model, document, dtype, configs, tokens=plan.tokens, texts=texts, chunk=chunk)
-        cells = targets.cells("perplexity", **details, device=device, text=digest(text))
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
-    loaded, _, ids = load_to_measure(model, device, text, dtype)
-    check_length(plan.tokens, ids, document)
-    with cells, report.progress() as progress:
-        task = progress.add_task("texts", total=len(configs) * texts)
-        rows = measure(loaded, ids, plan, cells, lambda: progress.advance(task))
-    title = f"Perplexity by position: {texts} text{'s' * (texts > 1)} of {plan.tokens:,} tokens, ratio to {next(iter(configs))}"
-    targets.publish(Results("perplexity", title, rows, details, draw), cells)

@@ -7,50 +7,19 @@ first token.
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import torch
 import typer
 
-from hip_hf.eval import generate, needles
-from hip_hf.eval.measure import documents, losses, real_model
-from hip_hf.eval.needles import Answer, Prompt
-from hip_hf.eval.passkey import digits_right
+from hip_hf.cli import inputs
+from hip_hf.cli.generate import print_layers
+from hip_hf.eval.measure import losses, needles, real_model
+from hip_hf.eval.measure.needles import Prompt
+from hip_hf.eval.measure.needles_demo import IMPLEMENTATIONS, TOKENS, read
 from hip_hf.eval.reporting import report
-from hip_hf.integration.explain import Report
 from hip_hf.integration.reach import attention_layers
-
-IMPLEMENTATIONS = ("sdpa", "hip")
-# The document's length where the model is made for so many tokens, and how many facts are in it.
-TOKENS, FACTS = 8192, 8
-# What stands for a digit in whose place a model says something else.
-NO_DIGIT = "?"
-
-
-@dataclass
-class Reading:
-    """What one attention made of the prompt: an answer for each fact, and `explain`'s rows (none for PyTorch's)."""
-
-    answers: list[str]
-    first_token_s: float
-    layers: Report = field(default_factory=Report)
-
-    def row(self, attn: str, asked: Sequence[Answer]) -> dict[str, Any]:
-        """The line of the table for this attention."""
-        keys = [answer.fact.key for answer in asked]
-        shares = [layer.share for layer in self.layers if layer.share is not None]
-        return {
-            "attention": attn,
-            "right": f"{sum(map(str.__eq__, self.answers, keys))}/{len(keys)}",
-            "digits": sum(map(digits_right, self.answers, keys)) / sum(map(len, keys)),
-            "first_token_s": self.first_token_s,
-            "keys_read": fmean(shares) if shares else 1.0,
-        }
 
 
 def verdicts(question: dict[str, Any]) -> dict[str, Any]:
@@ -60,27 +29,6 @@ def verdicts(question: dict[str, Any]) -> dict[str, Any]:
         **question,
         **{attn: f"{given} ({'right' if given == question['hidden'] else 'wrong'})" for attn, given in said.items()},
     }
-
-
-@torch.no_grad()
-def read(model: Any, tokenizer: Any, prompt: Prompt, advance: Callable[[], None]) -> Reading:
-    """Read the prompt with the attention that is set; `advance` is called after each layer."""
-    hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in attention_layers(model)]  # one to a layer
-    try:
-        start = time.perf_counter()
-        hidden = losses.hidden_of(model, prompt.ids)
-        int(losses.logits_of(model, hidden[-1:]).argmax())  # the first token is there
-        seconds = time.perf_counter() - start
-    finally:
-        for hook in hooks:
-            hook.remove()
-    answers = []
-    for answer in prompt.answers:
-        tokens = losses.logits_of(model, hidden[torch.tensor(answer.positions) - 1]).argmax(1).tolist()
-        said = [tokenizer.decode([token]).strip() for token in tokens]
-        places = zip(said, answer.digits, strict=True)
-        answers.append("".join(text if text.isdigit() and len(text) == count else NO_DIGIT * count for text, count in places))
-    return Reading(answers, seconds, generate.layers_of(model))
 
 
 def checkpoint_of(model: str) -> str:
@@ -114,9 +62,9 @@ def show(
     model: str, document: Path, tokens: int | None, facts: int, fields: dict[str, Any], device: str, seed: int, as_json: bool
 ) -> None:
     """The demo: tables, or one JSON document."""
-    where = documents.check_device(device)
-    text = documents.read_text(document, "--document")
-    net, tokenizer, settings = generate.load(checkpoint_of(model), "hip", fields)
+    where = inputs.check_device(device)
+    text = inputs.read_text(document, "--document")
+    net, tokenizer, settings = inputs.load(checkpoint_of(model), "hip", fields)
     prompt = prompt_of(net, tokenizer, text, tokens, facts, seed)
     net.to(where)
     readings = {}
@@ -143,4 +91,4 @@ def show(
         return
     report.show("What was hidden, and what each attention would have answered", [verdicts(row) for row in questions], False)
     report.show(title, rows, False)
-    generate.print_layers("hip, prompt", layers)
+    print_layers("hip, prompt", layers)

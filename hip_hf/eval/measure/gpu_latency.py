@@ -10,7 +10,7 @@ same on a CPU, by its clock and without graphs (the kernels by Triton's interpre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import lcm
@@ -18,7 +18,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import typer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hip_hf.attention import dense_reason
@@ -301,15 +300,6 @@ class Bench:
 
 def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def check(settings: Mapping[str, HiPConfig]) -> None:
-    """Raise for what is not timed: other methods have no kernels."""
-    for config in settings.values():
-        if config.method not in METHODS or config.delta is not None:
-            what = config.method if config.delta is None else "Delta correction"
-            allowed = f"{', '.join(METHODS)}, without Delta correction, which is not timed"
-            raise typer.BadParameter(f"got {what!r}, allowed on a GPU: {allowed}", param_hint="--settings")
 
 
 def measure(

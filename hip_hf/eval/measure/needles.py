@@ -1,4 +1,4 @@
-"""`hip-hf needles`: many facts in one document, all asked for at its end, in one forward pass per prompt and setting.
+"""Many facts in one document, all asked for at its end, in one forward pass per prompt and setting.
 
 The answers stand in the prompt (teacher forcing), so nothing is generated: each of their digits is held against what the
 model would have said before it read it. That is some ten times cheaper than generation, and a model that is too small to
@@ -16,34 +16,16 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from platform import python_version
 from statistics import fmean
-from textwrap import fill
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.costs import prompt_cost
-from hip_hf.eval.measure.curves import AT
-from hip_hf.eval.measure.documents import (
-    CHECKPOINT,
-    DOCUMENT,
-    NAMES,
-    Device,
-    Dtype,
-    Fact,
-    digest,
-    hide,
-    load_to_measure,
-    question,
-)
+from hip_hf.eval.measure.documents import DOCUMENT, Fact, hide, question
 from hip_hf.eval.measure.losses import Steps, check_logits, losses_of
-from hip_hf.eval.passkey import draw_facts, path_of, use, wilson
-from hip_hf.eval.reporting import plots, report
-from hip_hf.eval.reporting.presets import HELP, over_budgets, sizes
-from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.eval.measure.passkey import draw_facts, path_of, use, wilson
 from hip_hf.eval.reporting.resumable import Cells
 from hip_hf.integration.explain import explain
 
@@ -279,87 +261,3 @@ def read_documents(kinds: str) -> dict[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--documents: got {kind!r} ({error}), allowed: {NOVEL}, {CODE} or a text file") from None
     return texts
-
-
-def draw(document: dict[str, Any], file: Path) -> None:
-    """Digits right against the share of keys read: a line over the budgets for each setting, length and document; dense
-    attention is a level."""
-    plt = plots.pyplot()
-    rows, configs = document["rows"], document["configs"]
-    figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    lines: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault((row["settings"].partition(AT)[0], row["length"], row["document"]), []).append(row)
-    for i, ((name, length, text), own) in enumerate(lines.items()):
-        style = dict(color=f"C{i % 10}", label=fill(f"{name}, {plots.short(length)}, {text}", 44))
-        if configs[own[0]["settings"]]["method"] == "dense":
-            axis.axhline(own[0]["digits"], linewidth=1, linestyle=":", **style)
-        else:
-            points = sorted((row["read"], row["digits"]) for row in own)
-            axis.plot(*zip(*points, strict=True), marker="o", **style)
-    axis.set(xlabel="share of keys read", ylabel="digits right", ylim=(-0.03, 1.03))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    axis.set_title(fill(document["title"], 100), fontsize=9)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-
-
-def main(
-    model: Annotated[str, typer.Argument(help="Hub name or folder; default: the shipped demo checkpoint.")] = str(CHECKPOINT),
-    lengths: Annotated[str, typer.Option(help="Tokens of document, questions and answers, like 4096,8K.")] = "4096",
-    settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults"],  # noqa: B006
-    budgets: Annotated[str, typer.Option(help="Every setting with each of these budgets, like 256,1024.")] = "256",
-    sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
-    window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
-    documents: Annotated[
-        str, typer.Option(help=f"{NOVEL} (shipped), {CODE} (Python's standard library) or text files, like {NOVEL},{CODE}.")
-    ] = NOVEL,
-    prompts: Annotated[int, typer.Option(min=1, help="Documents of each length and kind.")] = 8,
-    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each document, all asked for.")] = 8,
-    decode: Annotated[
-        bool, typer.Option("--decode", help="Read the documents by dense attention, questions and answers token by token.")
-    ] = False,
-    device: Device = "cpu",
-    dtype: Dtype = "fp32",
-    seed: int = 0,
-    output: Output = None,
-    plot: Plot = None,
-    report_file: Report = None,
-    json: Json = False,
-) -> None:
-    """Hide many pass keys in a document, ask for all in one forward pass, answers included, and count digits that are right.
-
-    With `--decode` the document is read first, and what comes after it by decode steps.
-    Every layer and row is sparse unless settings say otherwise. `perplexity` is that of the document, its notes included,
-    before the questions; `nll` that of an answer's digit, in nats. Differences and ratios to dense are to dense
-    attention on the same prompts; FLOPs are those of a layer that is sparse.
-    """
-    try:
-        counts = sizes(lengths)
-        targets = Targets(json, output, plot, report_file)
-        configs = over_budgets(settings, sizes(budgets), tokens=max(counts), checkpoint=model, sink=sink, window=window)
-        texts = read_documents(documents)
-        plan = Plan(configs, counts, prompts, facts, seed, decode)
-        names = ", ".join(f"{name} of Python {python_version()}" if name == CODE else name for name in texts)
-        details = measured_on(model, names, dtype, configs, prompts=prompts, facts=facts, seed=seed, decode=decode)
-        request = dict(lengths=counts, device=device, texts={name: digest(text) for name, text in texts.items()})
-        cells = targets.cells("needles", **details, **request)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    loaded, tokenizer, _ = load_to_measure(model, device, "", dtype)
-    tokens = {name: tokenizer.encode(text, add_special_tokens=False, verbose=False) for name, text in texts.items()}
-    for name, ids in tokens.items():
-        if prompts * max(counts) > len(ids):
-            report.notes.print(
-                f"{name} has {len(ids):,} tokens: the windows of the {prompts} prompts overlap, with other facts each"
-            )
-
-    with cells, report.progress() as progress:
-        task = progress.add_task("prompts", total=plan.cells(len(texts)))
-        try:
-            rows = measure(loaded, tokenizer, tokens, plan, cells, lambda: progress.advance(task))
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    title = f"Needles: digits right of {facts} pass keys asked for at once, answers with the 95 % interval; {names}"
-    targets.publish(Results("needles", title, rows, details, draw), cells)

@@ -8,22 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.eval import compare, latency, longctx, memory, needles, passkey, perplexity, serving
-from hip_hf.eval.measure import curves
+from hip_hf.cli.publish import check_file, write
 from hip_hf.eval.reporting import page, plots
-from hip_hf.eval.reporting.publish import Draw, check_file, write
-
-PICTURES: dict[str, Draw] = {
-    "passkey": passkey.draw,
-    "needles": needles.draw,
-    "perplexity": perplexity.draw,
-    "fidelity": curves.draw,
-    "latency": latency.draw,
-    "memory": memory.draw,
-    "compare": compare.draw,
-    "longctx": longctx.draw,  # of benchmarks/longctx.py
-    "serving": serving.draw,  # of benchmarks/serving.py
-}
+from hip_hf.eval.reporting.pictures import PICTURES
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -1,27 +1,21 @@
-"""`hip-hf generate`: continue a prompt with any checkpoint, and say how long it took and what attention did."""
+"""Continue a prompt with any checkpoint, and say how long it took and what attention did."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-import typer
 from transformers.generation.streamers import BaseStreamer
 
 from hip_hf.backends.torch.keys_read import keys_seen
-from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import documents
 from hip_hf.eval.measure.memory_meter import Meter, cache_mib
-from hip_hf.eval.reporting import report
 from hip_hf.integration.attention_function import NAMES
 from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.hip_cache import HiPCache
-from hip_hf.integration.settings import configure, text_config
+from hip_hf.integration.settings import text_config
 from hip_hf.versions import CACHE
 
 
@@ -151,99 +145,6 @@ def generate(
     return result
 
 
-def memory_line(memory: dict[str, float | None]) -> str:
-    """The memory of a run in words."""
-    parts = []
-    for name, words in (("cache", "the cache"), ("peak", "the host's peak"), ("device_peak", "the device's peak")):
-        if (value := memory[name]) is not None:
-            parts.append(f"{words} {value:,.0f} MiB")
-    return f"memory on top of the model: {', '.join(parts)}" if parts else "memory: this system does not say"
-
-
 def lengthen(ids: list[int], tokens: int) -> list[int]:
     """Exactly `tokens` of a text's token ids; from its beginning again where it ends."""
     return (ids * -(-tokens // len(ids)))[:tokens]
-
-
-def parse_fields(pairs: list[str]) -> dict[str, Any]:
-    """`field=value` settings; values are JSON where they can be read as such, else text."""
-    fields = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"got {pair!r}, allowed: field=value, such as budget=512", param_hint="--set")
-        try:
-            fields[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name.strip()] = value.strip()
-    return fields
-
-
-def load(checkpoint: str, attn: str, fields: dict[str, Any], dtype: str = "auto") -> tuple[Any, Any, HiPConfig]:
-    """Model, tokenizer and the settings that hold; one line instead of a traceback for what a user can get wrong."""
-    weights = documents.check_dtype(dtype)
-    try:
-        model, tokenizer = documents.load(checkpoint, attn, weights)
-    except (OSError, ValueError) as error:
-        raise documents.cannot_load(f"{checkpoint!r} with {attn!r}", error) from None
-    try:
-        settings = configure(model, **fields)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--set") from None
-    return model, tokenizer, settings
-
-
-def print_layers(title: str, layers: Report) -> None:
-    """`explain`'s table on the error stream, untouched by markup and line breaks."""
-    if layers:
-        report.notes.print(f"\n{title}\n{layers}", highlight=False, markup=False, soft_wrap=True)
-
-
-def main(
-    model: Annotated[str, typer.Argument(help="Checkpoint: a hub name or a folder.")],
-    prompt_file: Annotated[Path, typer.Option(help="Text file to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    attn: Annotated[str, typer.Option(help="Attention implementation: hip, streaming, sdpa, eager ...")] = "hip",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
-    dtype: documents.Dtype = "auto",
-    tokens: Annotated[int | None, typer.Option(min=1, help="Make the prompt so long: cut, or the text over again.")] = None,
-    chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt so many tokens at a time.")] = None,
-    device: documents.Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
-) -> None:
-    """Continue a prompt, greedily; timings and what each layer did go to the error stream."""
-    if set_ and attn not in NAMES:
-        raise typer.BadParameter(f"settings apply to --attn {' | '.join(NAMES)}, got {attn!r}", param_hint="--set")
-    text, on = documents.read_text(prompt_file, "--prompt-file"), documents.check_device(device)
-    net, tokenizer, settings = load(model, attn, parse_fields(set_ or []), dtype)
-    prompt = documents.tokens_of(tokenizer, text, prompt_file, "--prompt-file")
-    if tokens is not None:
-        prompt = lengthen(prompt, tokens)
-    net.to(on)
-    with report.progress() as bar:
-        task = bar.add_task("tokens", total=len(prompt) + max_new_tokens - 1)
-        result = generate(net, prompt, max_new_tokens, chunk, lambda rows: bar.advance(task, rows))
-    answer = tokenizer.decode(result.ids, skip_special_tokens=True)
-    rate = result.tokens_per_s
-    if as_json:
-        timing = {"first_token_s": result.first_token_s, "decode_s": result.decode_s, "decode_tokens_per_s": rate}
-        counts = {"prompt_tokens": len(prompt), "new_tokens": len(result.ids)}
-        report.show(
-            f"generate: {model}, {attn}",
-            [asdict(row) for row in result.prefill],
-            True,
-            text=answer,
-            timing={**counts, **timing},
-            chunk=chunk,
-            memory_mib=result.memory,
-            decode_rows=[asdict(row) for row in result.decode],
-            settings=settings.to_dict() if attn in NAMES else None,
-        )
-        return
-    print(answer)
-    speed = "" if rate is None else f", then {rate:.1f} tokens/s"
-    counts = f"{attn}, {len(prompt)} prompt tokens and {len(result.ids)} new ones"
-    report.notes.print(f"{counts}: the first after {result.first_token_s:.2f} s{speed}", highlight=False, soft_wrap=True)
-    report.notes.print(memory_line(result.memory), highlight=False, soft_wrap=True)
-    print_layers("prompt", result.prefill)
-    print_layers("last decode step", result.decode if rate is not None else Report())

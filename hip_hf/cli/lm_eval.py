@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from hip_hf.eval.measure.network import causes, network_error
+from hip_hf.cli.network import causes, network_error
 from hip_hf.eval.reporting import report
 from hip_hf.integration.lm_eval.registration import MODEL, UsageError, register
 
