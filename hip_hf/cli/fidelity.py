@@ -11,6 +11,7 @@ from hip_hf.backends.torch.sparse import DECODE_ROWS
 from hip_hf.cli.inputs import Device, Dtype, check_length, load_to_measure
 from hip_hf.cli.presets import HELP, OWN, refuse_extension, settings_of, sizes
 from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, digest
 from hip_hf.eval.measure.fidelity import Plan, measure_all
 from hip_hf.eval.measure.hyper_assumptions import TITLE as HARDNESS
@@ -46,7 +47,7 @@ def main(
     try:
         lengths = sizes(stress) if stress else [tokens]
         several = sizes(budgets) if budgets else [budget or (1024 if stress else 256)]
-        configs = {}
+        configs: dict[str, HiPConfig] = {}
         for size in several:
             some = settings_of(settings, tokens=max(lengths), checkpoint=model, budget=size, sink=sink, window=window)
             configs |= {f"{name}{AT}{size}" if budgets and name != OWN else name: config for name, config in some.items()}

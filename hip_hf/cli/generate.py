@@ -58,13 +58,13 @@ def main(
     rate = result.tokens_per_s
     if as_json:
         timing = {"first_token_s": result.first_token_s, "decode_s": result.decode_s, "decode_tokens_per_s": rate}
-        counts = {"prompt_tokens": len(prompt), "new_tokens": len(result.ids)}
+        tokens_of = {"prompt_tokens": len(prompt), "new_tokens": len(result.ids)}
         report.show(
             f"generate: {model}, {attn}",
             [asdict(row) for row in result.prefill],
             True,
             text=answer,
-            timing={**counts, **timing},
+            timing={**tokens_of, **timing},
             chunk=chunk,
             memory_mib=result.memory,
             decode_rows=[asdict(row) for row in result.decode],

@@ -109,8 +109,8 @@ def main(
             rows, extra = on_gpu(plan, wanted, given, cells)
         else:
             with report.progress() as bar:
-                task = bar.add_task("", total=len(plan.dtypes) * (len(plan.prefill) + len(plan.decode)))
-                todo = iter(range(bar.tasks[0].total))
+                total = len(plan.dtypes) * (len(plan.prefill) + len(plan.decode))
+                task, todo = bar.add_task("", total=total), iter(range(total))
                 rows = measure(plan, cells, lambda what: bar.update(task, description=what, completed=next(todo)))
             extra = {"exponents": exponents(rows)}
     title = f"{TITLE}{plan.conditions}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def show(
         for attn in IMPLEMENTATIONS:
             net.set_attn_implementation(attn)
             task = bar.add_task(f"reading {len(prompt.ids):,} tokens, layers, {attn}", total=len(attention_layers(net)))
-            readings[attn] = read(net, tokenizer, prompt, lambda task=task: bar.advance(task))
+            readings[attn] = read(net, tokenizer, prompt, partial(bar.advance, task))
     rows = [reading.row(attn, prompt.answers) for attn, reading in readings.items()]
     questions = [
         {

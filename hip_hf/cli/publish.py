@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,7 +97,7 @@ class Targets:
         return Cells(self.output, {"command": command, **request, "machine": report.machine()})
 
     def publish(
-        self, result: Results, cells: Cells | None = None, tables: dict[str, Sequence[dict[str, Any]]] | None = None
+        self, result: Results, cells: Cells | None = None, tables: Mapping[str, Sequence[dict[str, Any]]] | None = None
     ) -> None:
         """Show a result and write its files; `tables` `{title: rows}` are shown to people instead of all rows."""
         document = result.document()

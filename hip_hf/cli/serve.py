@@ -70,4 +70,4 @@ def _signature() -> inspect.Signature:
     return inspect.Signature([*(parameter.replace(**changed.get(parameter.name, {})) for parameter in theirs), *own])
 
 
-main.__signature__ = _signature()
+vars(main)["__signature__"] = _signature()

@@ -40,7 +40,7 @@ class Interrupt(StoppingCriteria):
     def __init__(self) -> None:
         self.asked = False
 
-    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((len(ids),), self.asked, device=ids.device)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -19,7 +19,7 @@ GIB = 2**30
 # Heads and settings that are tried on a machine without a GPU: what the interpreter does in seconds.
 SMALL_HEADS = Heads(dim=32, dim_v=32, groups=2)
 SIZES = dict(budget=32, block_q=32, block_k=8, sink=8, window=24, dense_tail=8, dense_below=0)
-SMALL = HiPConfig(**SIZES, beam=2, rescore=2, decode_refresh=2)
+SMALL = HiPConfig.from_dict({**SIZES, "beam": 2, "rescore": 2, "decode_refresh": 2})
 PARTS = tuple(dict.fromkeys(part for part, _ in checks.CHECKS.values()))
 # What to set where a part fails. With `auto` calls that need it are dense already.
 INSTEAD = {

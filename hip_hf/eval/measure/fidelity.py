@@ -58,7 +58,9 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row of all layers: means (of the share of the oracle: a ratio of means), but the lowest of what is already a lowest."""
-    row = {name: value if isinstance(value, str) else mean([r[name] for r in rows]) for name, value in rows[0].items()}
+    row: dict[str, Any] = {
+        name: value if isinstance(value, str) else mean([r[name] for r in rows]) for name, value in rows[0].items()
+    }
     row |= {name: min(r[name] for r in rows) for name in ("worst_layer", "low_5pct", "worst_head")}
     return row | {"of_oracle": row["mass"] / row["oracle"], "keys": rows[0]["keys"], "layer": "all"}
 
@@ -166,8 +168,7 @@ def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: Plan, pr
         for name, part in zip(plan.configs, measure(problem, list(plan.configs.values()), layer), strict=True):
             parts.append([keys, name, layer, part.save()])
         if hyper and plan.rows is None:
-            found = hardness(problem, hyper[0])
-            hard.append([layer, {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in vars(found).items()}])
+            hard.append([layer, hardness(problem, hyper[0]).save()])
     return {"parts": parts, "hard": hard, "skipped": list(skipped.items())}
 
 
@@ -189,8 +190,7 @@ def measure_all(
         for keys, name, layer, part in saved["parts"]:
             all_found.parts.setdefault((keys, name, layer), []).append(Measured.read(part))
         for layer, values in saved["hard"]:
-            tensors = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in values.items()}
-            all_found.hard.setdefault(layer, []).append(Hardness(**tensors))
+            all_found.hard.setdefault(layer, []).append(Hardness.read(values))
         all_found.skipped |= dict(saved["skipped"])
         advance()
     if not all_found.parts:

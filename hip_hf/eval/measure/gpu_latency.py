@@ -91,7 +91,7 @@ class Bench:
 
     def baselines(self, what: str, probe: Run, run: Run) -> dict[str, Run]:
         """The run by each of PyTorch's backends that takes the `probe`, a small call of its kind."""
-        runs = {}
+        runs: dict[str, Run] = {}
         for name in self.backends:
             try:
                 within(BACKENDS[name], probe)
@@ -202,10 +202,10 @@ class Bench:
     def backward(self, length: int) -> list[dict[str, Any]]:
         """Rows of the gradients alone; the forward pass before them is not timed."""
         plan = self.plan
-        leaves = [x.requires_grad_() for x in plan.random(self.dtype, length, length, self.device)]
-        grad = torch.ones_like(leaves[0])
+        q, k, v = leaves = tuple(x.requires_grad_() for x in plan.random(self.dtype, length, length, self.device))
+        grad = torch.ones_like(q)
 
-        def pull(out: torch.Tensor, into: list[torch.Tensor], by: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def pull(out: torch.Tensor, into: Sequence[torch.Tensor], by: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(out, into, by, retain_graph=True)
 
         small = [x.detach()[:, :, :PROBE].requires_grad_() for x in leaves]
@@ -218,7 +218,7 @@ class Bench:
             dense = {name: self.call(make()) for name, make in runs.items()}
             calls = {}
             for name, config in plan.settings.items():
-                result = ours(*leaves, config)
+                result = ours(q, k, v, config)
                 calls[name] = self.call(partial(pull, result.out, leaves, grad))
                 calls[name].said = result.path, result.reason
         self.time(BACKWARD, dense, list(calls.values()))

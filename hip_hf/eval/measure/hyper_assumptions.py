@@ -33,6 +33,16 @@ class Hardness:
     row_ratio: torch.Tensor
     keys: int
 
+    def save(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
+
+    @classmethod
+    def read(cls, saved: dict[str, Any]) -> Hardness:
+        """What `save` made this from."""
+        norms, past_sink, ratios = (torch.tensor(saved[name]) for name in ("column_norm", "column_norm_past_sink", "row_ratio"))
+        return cls(norms, past_sink, ratios, saved["keys"])
+
 
 def hardness(problem: AttentionProblem, config: HiPConfig) -> Hardness:
     """The two quantities for a problem of one span that begins at position 0."""
@@ -58,7 +68,8 @@ def hardness(problem: AttentionProblem, config: HiPConfig) -> Hardness:
         rest = torch.cat(light)
         past = columns[min(config.sink, middle - 1) :]
         results.append((float(columns.max()), float(past.max()), float(rest.max() - rest.min()) / math.log(10)))
-    return Hardness(*(torch.tensor(values) for values in zip(*results, strict=True)), keys=middle)
+    norms, past_sink, ratios = (torch.tensor(values) for values in zip(*results, strict=True))
+    return Hardness(norms, past_sink, ratios, middle)
 
 
 def hardness_rows(layers: Mapping[int, Sequence[Hardness]]) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ class Measured:
 
 def same_choice(config: HiPConfig) -> HiPConfig:
     """The oracle that chooses as many of the same blocks."""
-    return HiPConfig(method="oracle", **SPARSE, **{name: getattr(config, name) for name in GEOMETRY})
+    return HiPConfig.from_dict({"method": "oracle", **SPARSE, **{name: getattr(config, name) for name in GEOMETRY}})
 
 
 def unsearched(problem: AttentionProblem, configs: Iterable[HiPConfig], layer: int | None) -> str:

@@ -74,12 +74,18 @@ def shapes_of(net: Any) -> list[tuple[torch.Size, torch.Size]]:
         ValueError: not every layer keeps keys and values.
     """
     from transformers import DynamicCache
+    from transformers.cache_utils import CacheLayerMixin
 
     cache = DynamicCache()
     net(torch.tensor([[5]]), **{CACHE: cache})
-    if len(cache.layers) != net.config.num_hidden_layers:
+    shapes = [
+        (layer.keys.shape, layer.values.shape)
+        for layer in cache.layers
+        if isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
+    ]
+    if len(shapes) != net.config.num_hidden_layers:
         raise ValueError(f"got {net.config.model_type!r}, allowed: models whose layers all keep keys and values")
-    return [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+    return shapes
 
 
 def measure(kind: str, config: Any, length: int) -> dict[str, Any]:

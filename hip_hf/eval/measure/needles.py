@@ -235,7 +235,7 @@ def measure(
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
         for name, row in own.items():
             cost = {} if plan.decode else flops(plan.configs[name], length, row["path"])
-            rows.append(row | against(row, own.get(plan.dense)) | cost)
+            rows.append(row | against(row, own[plan.dense] if plan.dense is not None else None) | cost)
     return rows
 
 

@@ -127,7 +127,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The rows of the report: for each of the settings all positions, then each range of them. `advance` is called after
     each text and setting. `read`, the share of keys read, is that of the last chunk."""
-    rows, first = [], []
+    rows = []
+    first: list[dict[str, Any]] = []
     for name, config in plan.configs.items():
         sparse = use(model, config)
         found = []

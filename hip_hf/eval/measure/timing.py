@@ -55,8 +55,10 @@ class Plan:
         generator = torch.Generator(device).manual_seed(self.seed)
         shapes = ((self.heads, rows), (self.kv_heads, length), (self.kv_heads, length))
         drawn = torch.float32 if device == CPU else DTYPES[dtype]  # as fp32 a long one would not fit beside the others
-        options = dict(generator=generator, device=device, dtype=drawn)
-        q, k, v = (torch.randn(self.batch, *x, self.head_dim, **options).to(DTYPES[dtype]) for x in shapes)
+        q, k, v = (
+            torch.randn(self.batch, *x, self.head_dim, generator=generator, device=device, dtype=drawn).to(DTYPES[dtype])
+            for x in shapes
+        )
         return q, k, v
 
     @property
