@@ -1,4 +1,4 @@
-"""The comparison of methods: costs by instrumented runs, hyper's mass and hardness by brute force, presets, curves."""
+"""The comparison of methods: costs by instrumented runs, hyper's mass and assumptions by brute force, presets, curves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hip_hf.cli.presets import PRESETS, as_many_keys, every, settings_of
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import mass
 from hip_hf.eval.measure.costs import SELECTION, block_cost, call_cost
-from hip_hf.eval.measure.hyper_assumptions import hardness, hardness_rows
+from hip_hf.eval.measure.hyper_assumptions import assumption_rows, measure_assumptions
 from hip_hf.methods import METHODS, add_method, hyper
 from hip_hf.methods.base import query_blocks
 
@@ -153,10 +153,10 @@ def test_mass_of_hyper_is_that_of_what_it_reads_exactly() -> None:
     assert torch.equal(measured[1].mass, mass.measure(problem, configs[1:])[0].mass)
 
 
-def test_hardness_by_brute_force() -> None:
+def test_hyper_assumptions_by_brute_force() -> None:
     q, k, v = make_qkv(100, heads=1, groups=2)
     config = small(method="hyper", options=dict(min_seq_len=50, block_size=10, sample_size=5))
-    got = hardness(make_problem(q, k, v), config)
+    got = measure_assumptions(make_problem(q, k, v), config)
     logits = (q[0, :, 50:] @ k[0, :, :50].repeat_interleave(2, 0).transpose(1, 2) / 4).double()
     p = logits.softmax(-1)
     own = weights(q, k, small(method="hyper", options=dict(min_seq_len=50, block_size=10, sample_size=0)))[:, 50:, :50] > 0
@@ -165,22 +165,22 @@ def test_hardness_by_brute_force() -> None:
     assert_near(got.column_norm, p.square().sum(1).amax(-1), 1e-6)
     assert_near(got.column_norm_past_sink, p.square().sum(1)[:, 4:].amax(-1), 1e-6)
     assert_near(got.row_ratio, (light.amax(-1) / light.amin(-1)).log10(), 1e-5)
-    (row,) = hardness_rows({3: [got, got]})
+    (row,) = assumption_rows({3: [got, got]})
     assert row["layer"] == 3
     assert row["uniform"] == 1 / 50
     assert row["column_norm"] == pytest.approx(float(got.column_norm.max()))
 
 
-def test_hardness_knows_easy_from_hard() -> None:
+def test_hyper_assumptions_tell_easy_from_hard() -> None:
     config = small(method="hyper", options=dict(min_seq_len=50, block_size=10, sample_size=5))
     q, k, v = make_qkv(200, heads=1, groups=1)
-    even = hardness(make_problem(0 * q, k, v), config)
+    even = measure_assumptions(make_problem(0 * q, k, v), config)
     assert float(even.column_norm[0]) == pytest.approx(1 / 100)
     assert float(even.row_ratio[0]) == pytest.approx(0, abs=1e-5)
     k[:, :, 30] = 0
     k[:, :, 30, 0] = 100
     q[..., 0] = 10
-    one = hardness(make_problem(q, k, v), config)
+    one = measure_assumptions(make_problem(q, k, v), config)
     assert float(one.column_norm[0]) == pytest.approx(100, rel=1e-3)  # all rows look at one key
 
 
@@ -292,5 +292,5 @@ def test_command_with_several_budgets(tmp_path: Path) -> None:
     assert streaming[0]["overlap"] == 0
     assert hyper_[0]["overlap"] is None
     assert all(0 < row["mass"] < 1 and math.isfinite(row["error"]) for row in rows.values())
-    assert [row["layer"] for row in report["hardness"]] == [0, 1]
+    assert [row["layer"] for row in report["hyper_assumptions"]] == [0, 1]
     assert picture.read_bytes()[:4] == b"\x89PNG"

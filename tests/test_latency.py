@@ -15,16 +15,16 @@ from hip_hf.cli import latency as latency_command
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import timing
 from hip_hf.eval.measure.latency import exponents, fit_exponent, measure
-from hip_hf.eval.measure.timing import Call, Plan, Steps, interleave
+from hip_hf.eval.measure.timing import Call, GrowingSteps, TimingPlan, interleave
 from hip_hf.methods.hip import TreeSearch
 
 COLUMNS = "phase dtype length settings hip_ms sdpa_ms times_faster path reason keys_read runs sdpa_runs"
 SMALL = {key: value for key, value in small().to_dict().items() if value != HiPConfig().to_dict()[key]}
 
 
-def plan(**fields: Any) -> Plan:
+def plan(**fields: Any) -> TimingPlan:
     given = dict(prefill=[256], decode=[256], dtypes=["fp32"], heads=4, kv_heads=2, head_dim=16, repeats=2)
-    return Plan(**{**given, "settings": {"small": small()}, **fields})
+    return TimingPlan(**{**given, "settings": {"small": small()}, **fields})
 
 
 def run(*arguments: str) -> Any:
@@ -89,7 +89,7 @@ def test_decode_searches_as_often_as_the_settings_say(refresh: int, searches: in
     searched = []
     select = TreeSearch.select
     monkeypatch.setattr(TreeSearch, "select", lambda self, *args: searched.append(1) or select(self, *args))
-    steps = Steps(plan().random("fp32", 256 + 12, 12), 256, 12, small(decode_refresh=refresh))
+    steps = GrowingSteps(plan().random("fp32", 256 + 12, 12), 256, 12, small(decode_refresh=refresh))
     result = steps()
     assert result is not None
     assert result.path == "sparse"

@@ -13,7 +13,7 @@ from families import VOCAB, make_model
 from test_passkey import SMALL, refused, run, save_checkpoint
 
 from hip_hf.cli import perplexity as perplexity_command
-from hip_hf.eval.measure.perplexity import BLOCK, Plan, interval, losses, make_row, read_text
+from hip_hf.eval.measure.perplexity import BLOCK, PerplexityPlan, interval, losses, make_row, read_text
 
 TEXT = torch.randint(3, VOCAB - 1, (512,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -69,10 +69,10 @@ def test_rows_weigh_tokens_and_compare_on_the_same_ones() -> None:
 
 
 def test_ranges_of_positions_double() -> None:
-    assert Plan({}, 8192).edges == [1024, 2048, 4096, 8192]
-    assert Plan({}, 384).edges == [384]
-    assert Plan({}, 512).edges == [128, 256, 512]
-    assert Plan({}, 1024, texts=3).text(list(range(2000)), 2)[0] == 976
+    assert PerplexityPlan({}, 8192).edges == [1024, 2048, 4096, 8192]
+    assert PerplexityPlan({}, 384).edges == [384]
+    assert PerplexityPlan({}, 512).edges == [128, 256, 512]
+    assert PerplexityPlan({}, 1024, texts=3).text(list(range(2000)), 2)[0] == 976
 
 
 def test_command(tmp_path: Path) -> None:

@@ -44,21 +44,21 @@ def main(
         configs = over_budgets(settings, sizes(budgets), tokens=tokens, checkpoint=model, sink=sink, window=window)
         targets = Targets(json, output, plot, report_file)
         if "perplexity" in chosen:
-            perplexity.Plan(configs, tokens, prompts, chunk=tokens)
+            perplexity.PerplexityPlan(configs, tokens, prompts, chunk=tokens)
         if "fidelity" in chosen and not any(captures(config) for config in configs.values()):
             raise ValueError("--settings: got dense attention alone, allowed: with --measures fidelity another one as well")
         text = document.read_text(encoding="utf-8")
         plan = dict(tokens=tokens, prompts=prompts, facts=facts, depths=depths, samples=samples, seed=seed)
         details = measured_on(model, document, dtype, configs, **plan)
-        cells = targets.cells("compare", **details, device=device, text=digest(text))
+        kept = targets.kept("compare", **details, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, ids = load_to_measure(model, device, text, dtype)
     check_length(tokens, ids, document)
-    with cells, report.progress() as bar:
+    with kept, report.progress() as bar:
         try:
-            rows = measure(loaded, tokenizer, ids, configs, chosen, plan, cells, bar)
+            rows = measure(loaded, tokenizer, ids, configs, chosen, plan, kept, bar)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     title = f"Methods and settings side by side, {tokens:,} tokens; pass keys and perplexity ratios with 95 % intervals"
-    targets.publish(Results("compare", title, rows, details, draw), cells)
+    targets.publish(Results("compare", title, rows, details, draw), kept)

@@ -13,9 +13,9 @@ from hip_hf.cli.presets import HELP, OWN, refuse_extension, settings_of, sizes
 from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, digest
-from hip_hf.eval.measure.fidelity import Plan, measure_all
-from hip_hf.eval.measure.hyper_assumptions import TITLE as HARDNESS
-from hip_hf.eval.measure.hyper_assumptions import hardness_rows
+from hip_hf.eval.measure.fidelity import FidelityPlan, measure_all
+from hip_hf.eval.measure.hyper_assumptions import TITLE as ASSUMPTIONS
+from hip_hf.eval.measure.hyper_assumptions import assumption_rows
 from hip_hf.eval.reporting import report
 from hip_hf.eval.reporting.pictures.fidelity import draw
 from hip_hf.eval.reporting.report import AT
@@ -58,10 +58,10 @@ def main(
             raise ValueError(f"--rows: got {rows}, allowed: {DECODE_ROWS + 1} to --tokens {tokens}")
         targets = Targets(json, output, plot, report_file)
         text = document.read_text(encoding="utf-8")
-        plan = Plan(configs, tokens, prompts, facts, lengths, rows if stress else None, seed)
+        plan = FidelityPlan(configs, tokens, prompts, facts, lengths, rows if stress else None, seed)
         shape = dict(query_rows=rows if stress else tokens, segment=tokens if stress else None)
         details = measured_on(model, document, dtype, configs, prompts=prompts, facts=facts, seed=seed, **shape)
-        cells = targets.cells("fidelity", **details, lengths=lengths, device=device, text=digest(text))
+        kept = targets.kept("fidelity", **details, lengths=lengths, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, ids = load_to_measure(model, device, text, dtype)
@@ -71,10 +71,10 @@ def main(
         report.notes.print(
             f"{document.name} has {len(ids):,} tokens: the {segments} texts of {tokens:,} overlap, with other facts each"
         )
-    with cells, report.progress() as progress:
+    with kept, report.progress() as progress:
         task = progress.add_task("texts", total=prompts)
         try:
-            found = measure_all(loaded, tokenizer, ids, plan, cells, lambda: progress.advance(task))
+            found = measure_all(loaded, tokenizer, ids, plan, kept, lambda: progress.advance(task))
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     for layer, reason in found.skipped.items():
@@ -83,6 +83,6 @@ def main(
     title = f"Share of dense attention captured on searched rows, {what}; FLOPs per query row and head, cost as a share of dense"
     layered, table = found.rows(lengths, list(configs))
     tables = {title: layered if per_layer else table}
-    if found.hard:
-        details["hardness"] = tables[HARDNESS] = hardness_rows(found.hard)
-    targets.publish(Results("fidelity", title, layered, details, draw), cells, tables)
+    if found.assumptions:
+        details["hyper_assumptions"] = tables[ASSUMPTIONS] = assumption_rows(found.assumptions)
+    targets.publish(Results("fidelity", title, layered, details, draw), kept, tables)

@@ -41,15 +41,15 @@ def main(
     try:
         sink = Targets(as_json, output)
         before = kernels.compiled_before(output, triton.__version__)
-        cells = sink.cells("kernels", **asked)
+        kept = sink.kept("kernels", **asked)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    with cells, report.progress() as progress:
-        rows = kernels.measure(progress.track(work, description="compiling"), before, spills, cells)
+    with kept, report.progress() as progress:
+        rows = kernels.measure(progress.track(work, description="compiling"), before, spills, kept)
     failed = [row for row in rows if row["problem"]]
     details = dict(failed=len(failed), **asked)
     title = f"kernels: {len(rows)} compiled with Triton {triton.__version__}, {len(failed)} with a problem"
     tables = {title: kernels.summary(rows), **({"problems": failed} if failed else {})}
-    sink.publish(Results("kernels", title, rows, details), cells, tables)
+    sink.publish(Results("kernels", title, rows, details), kept, tables)
     if failed or not rows:
         raise typer.Exit(1)

@@ -13,10 +13,10 @@ from hip_hf.cli.presets import HELP, parse_choice, refuse_extension, settings_of
 from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.latency import exponents, measure
-from hip_hf.eval.measure.timing import DECODE_LENGTHS, DTYPES, PREFILL_LENGTHS, Plan
+from hip_hf.eval.measure.timing import DECODE_LENGTHS, DTYPES, PREFILL_LENGTHS, TimingPlan
 from hip_hf.eval.reporting import plots, report
 from hip_hf.eval.reporting.pictures.latency import TITLE, draw
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 
 
 def lines_of(rows: list[dict[str, Any]], whole: bool = False) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--lengths") from None
     try:
-        plan = Plan(
+        plan = TimingPlan(
             prefill=(given or PREFILL_LENGTHS) if "prefill" in wanted else (),
             decode=(given or DECODE_LENGTHS) if "decode" in wanted else (),
             dtypes=parse_choice(dtypes or ("bf16" if gpu else "bf16,fp32"), tuple(DTYPES), "--dtypes"),
@@ -101,20 +101,20 @@ def main(
         configs = {name: config.to_dict() for name, config in plan.settings.items()}
         targets = Targets(as_json, output, plot, report_file)
         shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, repeats=repeats, seed=seed, device=device)
-        cells = targets.cells("latency", configs=configs, **shape)
+        kept = targets.kept("latency", configs=configs, **shape)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    with cells:
+    with kept:
         if gpu:
-            rows, extra = on_gpu(plan, wanted, given, cells)
+            rows, extra = on_gpu(plan, wanted, given, kept)
         else:
             with report.progress() as bar:
                 total = len(plan.dtypes) * (len(plan.prefill) + len(plan.decode))
                 task, todo = bar.add_task("", total=total), iter(range(total))
-                rows = measure(plan, cells, lambda what: bar.update(task, description=what, completed=next(todo)))
+                rows = measure(plan, kept, lambda what: bar.update(task, description=what, completed=next(todo)))
             extra = {"exponents": exponents(rows)}
     title = f"{TITLE}{plan.conditions}"
-    targets.publish(Results("latency", title, rows, {**extra, "configs": configs}, draw), cells, {title: lines_of(rows, gpu)})
+    targets.publish(Results("latency", title, rows, {**extra, "configs": configs}, draw), kept, {title: lines_of(rows, gpu)})
     if as_json:
         return
     print_reasons(rows)
@@ -136,7 +136,7 @@ def check_timed(settings: Mapping[str, HiPConfig]) -> None:
 
 
 def on_gpu(
-    plan: Plan, phases: Sequence[str], lengths: Sequence[int] | None, cells: Cells
+    plan: TimingPlan, phases: Sequence[str], lengths: Sequence[int] | None, kept: Resumable
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of `gpu_latency`, and what PyTorch's backends refused."""
     from hip_hf.eval.measure import gpu_latency
@@ -145,6 +145,6 @@ def on_gpu(
     with report.progress() as bar:
         task = bar.add_task("", total=None)
         rows, refused = gpu_latency.measure(
-            plan, phases, lengths or gpu_latency.LENGTHS, lambda what: bar.update(task, description=what), cells
+            plan, phases, lengths or gpu_latency.LENGTHS, lambda what: bar.update(task, description=what), kept
         )
     return rows, {"refused": refused}

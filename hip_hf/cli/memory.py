@@ -31,7 +31,7 @@ def main(
     try:
         counts = sizes(lengths)
         targets = Targets(as_json, output, plot, report_file)
-        cells = targets.cells("memory", model=model_name(model))
+        kept = targets.kept("memory", model=model_name(model))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     try:
@@ -39,10 +39,10 @@ def main(
     except (OSError, ValueError) as error:
         raise cannot_load(repr(model), error) from None
     rows = []
-    with cells, report.progress() as bar:
+    with kept, report.progress() as bar:
         task = bar.add_task("caches", total=len(counts) * len(KINDS))
         for length in counts:
             for kind in KINDS:
-                rows.append(cells.get((kind, length), partial(in_own_process, kind, config, length)))
+                rows.append(kept.get((kind, length), partial(in_own_process, kind, config, length)))
                 bar.advance(task)
-    targets.publish(Results("memory", "Memory of caches", rows, {"model": model_name(model)}, draw), cells)
+    targets.publish(Results("memory", "Memory of caches", rows, {"model": model_name(model)}, draw), kept)

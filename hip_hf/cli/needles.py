@@ -11,7 +11,7 @@ from hip_hf.cli.inputs import Device, Dtype, load_to_measure
 from hip_hf.cli.presets import HELP, over_budgets, sizes
 from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.eval.measure.documents import CHECKPOINT, NAMES, digest
-from hip_hf.eval.measure.needles import CODE, NOVEL, Plan, measure, read_documents
+from hip_hf.eval.measure.needles import CODE, NOVEL, NeedlesPlan, measure, read_documents
 from hip_hf.eval.reporting import report
 from hip_hf.eval.reporting.pictures.needles import draw
 
@@ -51,11 +51,11 @@ def main(
         targets = Targets(json, output, plot, report_file)
         configs = over_budgets(settings, sizes(budgets), tokens=max(counts), checkpoint=model, sink=sink, window=window)
         texts = read_documents(documents)
-        plan = Plan(configs, counts, prompts, facts, seed, decode)
+        plan = NeedlesPlan(configs, counts, prompts, facts, seed, decode)
         names = ", ".join(f"{name} of Python {python_version()}" if name == CODE else name for name in texts)
         details = measured_on(model, names, dtype, configs, prompts=prompts, facts=facts, seed=seed, decode=decode)
         request = dict(lengths=counts, device=device, texts={name: digest(text) for name, text in texts.items()})
-        cells = targets.cells("needles", **details, **request)
+        kept = targets.kept("needles", **details, **request)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, _ = load_to_measure(model, device, "", dtype)
@@ -66,11 +66,11 @@ def main(
                 f"{name} has {len(ids):,} tokens: the windows of the {prompts} prompts overlap, with other facts each"
             )
 
-    with cells, report.progress() as progress:
-        task = progress.add_task("prompts", total=plan.cells(len(texts)))
+    with kept, report.progress() as progress:
+        task = progress.add_task("prompts", total=plan.pieces(len(texts)))
         try:
-            rows = measure(loaded, tokenizer, tokens, plan, cells, lambda: progress.advance(task))
+            rows = measure(loaded, tokenizer, tokens, plan, kept, lambda: progress.advance(task))
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     title = f"Needles: digits right of {facts} pass keys asked for at once, answers with the 95 % interval; {names}"
-    targets.publish(Results("needles", title, rows, details, draw), cells)
+    targets.publish(Results("needles", title, rows, details, draw), kept)

@@ -17,7 +17,7 @@ import typer
 from hip_hf.cli import inputs
 from hip_hf.cli.generate import print_layers
 from hip_hf.eval.measure import losses, needles, real_model
-from hip_hf.eval.measure.needles import Prompt
+from hip_hf.eval.measure.needles import NeedlesPrompt
 from hip_hf.eval.measure.needles_demo import IMPLEMENTATIONS, TOKENS, read
 from hip_hf.eval.reporting import report
 from hip_hf.integration.reach import attention_layers
@@ -43,7 +43,7 @@ def checkpoint_of(model: str) -> str:
     return str(real_model.FOLDER)
 
 
-def prompt_of(model: Any, tokenizer: Any, text: str, tokens: int | None, facts: int, seed: int) -> Prompt:
+def prompt_of(model: Any, tokenizer: Any, text: str, tokens: int | None, facts: int, seed: int) -> NeedlesPrompt:
     """The prompt; `tokens`: its length, None: `TOKENS`, or as many as the model is made for."""
     longest = model.config.get_text_config(decoder=True).max_position_embeddings
     tokens = min(TOKENS, longest) if tokens is None else tokens

@@ -11,7 +11,7 @@ from hip_hf.cli.inputs import Device, Dtype, load_to_measure
 from hip_hf.cli.presets import HELP, settings_of, sizes
 from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, digest
-from hip_hf.eval.measure.passkey import Plan, measure
+from hip_hf.eval.measure.passkey import PasskeyPlan, measure
 from hip_hf.eval.reporting import report
 from hip_hf.eval.reporting.pictures.passkey import draw
 
@@ -42,18 +42,18 @@ def main(
         targets = Targets(json, output, plot, report_file)
         configs = settings_of(settings, tokens=max(counts), checkpoint=model, budget=budget, sink=sink, window=window)
         text = document.read_text(encoding="utf-8")
-        plan = Plan(configs, counts, depths, samples, facts, batch, seed)
+        plan = PasskeyPlan(configs, counts, depths, samples, facts, batch, seed)
         details = measured_on(model, document, dtype, configs, facts=facts, seed=seed)
-        cells = targets.cells("passkey", **details, samples=samples, batch=batch, device=device, text=digest(text))
+        kept = targets.kept("passkey", **details, samples=samples, batch=batch, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, tokens = load_to_measure(model, device, text, dtype)
 
-    with cells, report.progress() as progress:
-        task = progress.add_task("pass keys", total=plan.cells)
+    with kept, report.progress() as progress:
+        task = progress.add_task("pass keys", total=plan.pieces)
         try:
-            rows = measure(loaded, tokenizer, tokens, plan, cells, lambda: progress.advance(task))
+            rows = measure(loaded, tokenizer, tokens, plan, kept, lambda: progress.advance(task))
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     title = f"Pass keys: answers entirely right, with the 95 % interval ({facts} fact{'s' * (facts > 1)} per document)"
-    targets.publish(Results("passkey", title, rows, details, draw), cells)
+    targets.publish(Results("passkey", title, rows, details, draw), kept)

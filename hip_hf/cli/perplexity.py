@@ -11,7 +11,7 @@ from hip_hf.cli.inputs import Device, Dtype, check_length, load_to_measure
 from hip_hf.cli.presets import HELP, settings_of, sizes
 from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, digest
-from hip_hf.eval.measure.perplexity import Plan, measure
+from hip_hf.eval.measure.perplexity import PerplexityPlan, measure
 from hip_hf.eval.reporting import report
 from hip_hf.eval.reporting.pictures.perplexity import draw
 
@@ -43,17 +43,17 @@ def main(
         if len(lengths) > 1:
             raise ValueError(f"--tokens: got {tokens!r}, allowed: one length (its ranges of positions are shown)")
         configs = settings_of(settings, tokens=lengths[0], checkpoint=model, budget=budget, sink=sink, window=window)
-        plan = Plan(configs, lengths[0], texts, chunk)
+        plan = PerplexityPlan(configs, lengths[0], texts, chunk)
         targets = Targets(json, output, plot, report_file)
         text = document.read_text(encoding="utf-8")
         details = measured_on(model, document, dtype, configs, tokens=plan.tokens, texts=texts, chunk=chunk)
-        cells = targets.cells("perplexity", **details, device=device, text=digest(text))
+        kept = targets.kept("perplexity", **details, device=device, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     loaded, _, ids = load_to_measure(model, device, text, dtype)
     check_length(plan.tokens, ids, document)
-    with cells, report.progress() as progress:
+    with kept, report.progress() as progress:
         task = progress.add_task("texts", total=len(configs) * texts)
-        rows = measure(loaded, ids, plan, cells, lambda: progress.advance(task))
+        rows = measure(loaded, ids, plan, kept, lambda: progress.advance(task))
     title = f"Perplexity by position: {texts} text{'s' * (texts > 1)} of {plan.tokens:,} tokens, ratio to {next(iter(configs))}"
-    targets.publish(Results("perplexity", title, rows, details, draw), cells)
+    targets.publish(Results("perplexity", title, rows, details, draw), kept)

@@ -14,7 +14,7 @@ import typer
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.documents import CHECKPOINT
 from hip_hf.eval.reporting import page, plots, report
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 
 # What results call the checkpoint that comes with the package.
 DEMO = "the demo checkpoint"
@@ -92,12 +92,12 @@ class Targets:
         if self.plot is not None or self.report is not None:
             plots.pyplot()
 
-    def cells(self, command: str, **request: Any) -> Cells:
-        """The finished cells of this request, on this machine."""
-        return Cells(self.output, {"command": command, **request, "machine": report.machine()})
+    def kept(self, command: str, **request: Any) -> Resumable:
+        """The finished measurements of this request, on this machine."""
+        return Resumable(self.output, {"command": command, **request, "machine": report.machine()})
 
     def publish(
-        self, result: Results, cells: Cells | None = None, tables: Mapping[str, Sequence[dict[str, Any]]] | None = None
+        self, result: Results, kept: Resumable | None = None, tables: Mapping[str, Sequence[dict[str, Any]]] | None = None
     ) -> None:
         """Show a result and write its files; `tables` `{title: rows}` are shown to people instead of all rows."""
         document = result.document()
@@ -107,8 +107,8 @@ class Targets:
             result.draw(document, self.plot)
         if self.report is not None and result.draw is not None:
             write(self.report, page.render(result.title, [(document, result.draw)]))
-        if cells is not None:
-            cells.finish()
+        if kept is not None:
+            kept.finish()
         if self.as_json:
             print(json.dumps(document, indent=1))
             return

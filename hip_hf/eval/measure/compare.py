@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import fidelity, needles, passkey, perplexity
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 
 MEASURES = ("fidelity", "perplexity", "passkey", "needles")
 # What the table takes of a command's rows: {column: its name there}.
@@ -41,33 +41,33 @@ def counter(bar: Progress | None, what: str, total: int) -> Callable[[], None]:
 
 def measure(
     model: Any, tokenizer: Any, ids: list[int], configs: dict[str, HiPConfig], measures: list[str], plan: dict[str, int],
-    cells: Cells | None = None, bar: Progress | None = None,
+    kept: Resumable | None = None, bar: Progress | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each of the settings. `plan`: tokens, prompts, facts, depths, samples, seed."""
-    cells = cells or Cells(None, {})
+    kept = kept or Resumable(None, {})
     tokens, prompts, seed = plan["tokens"], plan["prompts"], plan["seed"]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     if "fidelity" in measures:
         chosen = {name: config for name, config in configs.items() if captures(config)}
-        texts = fidelity.Plan(chosen, tokens, prompts, plan["facts"], seed=seed)
+        texts = fidelity.FidelityPlan(chosen, tokens, prompts, plan["facts"], seed=seed)
         advance = counter(bar, "fidelity", prompts)
-        all_found = fidelity.measure_all(model, tokenizer, ids, texts, cells, advance)
+        all_found = fidelity.measure_all(model, tokenizer, ids, texts, kept, advance)
         _, rows = all_found.rows([tokens], list(chosen))
         found["fidelity"] = {row["settings"]: row for row in rows}
     if "perplexity" in measures:
-        reading = perplexity.Plan(configs, tokens, prompts, chunk=tokens)
+        reading = perplexity.PerplexityPlan(configs, tokens, prompts, chunk=tokens)
         advance = counter(bar, "perplexity", len(configs) * prompts)
-        rows = perplexity.measure(model, ids, reading, cells, advance)
+        rows = perplexity.measure(model, ids, reading, kept, advance)
         found["perplexity"] = {row["settings"]: row for row in rows if (row["from"], row["to"]) == (0, tokens)}
     if "passkey" in measures:
-        asking = passkey.Plan(configs, [tokens], plan["depths"], plan["samples"], seed=seed)
-        advance = counter(bar, "pass keys", asking.cells)
-        rows = passkey.measure(model, tokenizer, ids, asking, cells, advance)
+        asking = passkey.PasskeyPlan(configs, [tokens], plan["depths"], plan["samples"], seed=seed)
+        advance = counter(bar, "pass keys", asking.pieces)
+        rows = passkey.measure(model, tokenizer, ids, asking, kept, advance)
         found["passkey"] = {row["settings"]: row for row in rows if row["depth"] == "all"}
     if "needles" in measures:
-        hunt = needles.Plan(configs, [tokens], prompts, plan["facts"], seed)
-        advance = counter(bar, "needles", hunt.cells(1))
-        rows = needles.measure(model, tokenizer, {"document": ids}, hunt, cells, advance)
+        hunt = needles.NeedlesPlan(configs, [tokens], prompts, plan["facts"], seed)
+        advance = counter(bar, "needles", hunt.pieces(1))
+        rows = needles.measure(model, tokenizer, {"document": ids}, hunt, kept, advance)
         found["needles"] = {row["settings"]: row for row in rows}
     table = []
     for name in configs:

@@ -12,7 +12,7 @@ from hip_hf.backends.triton import checks, trust
 from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import latency
-from hip_hf.eval.measure.timing import DTYPES, Plan
+from hip_hf.eval.measure.timing import DTYPES, TimingPlan
 from hip_hf.eval.reporting import report
 
 GIB = 2**30
@@ -82,7 +82,7 @@ def row_of(label: str, found: Found) -> dict[str, Any]:
 def timed(device: torch.device, kind: str, tokens: int) -> list[dict[str, Any]]:
     """Rows of a prompt and of decode steps with the default settings, sparse at any length, for that is what is to be timed."""
     settings = {"defaults": HiPConfig(dense_below=0)}
-    plan = Plan((tokens,), (tokens,), (kind,), settings, repeats=REPEATS, device=device, **SHAPE[device.type])
+    plan = TimingPlan((tokens,), (tokens,), (kind,), settings, repeats=REPEATS, device=device, **SHAPE[device.type])
     if device.type == "cpu":
         return latency.measure(plan)
     if trust.lacking(device):

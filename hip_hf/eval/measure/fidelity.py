@@ -14,14 +14,14 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import capture
 from hip_hf.eval.measure.costs import total
 from hip_hf.eval.measure.documents import make_prompt, note, question
-from hip_hf.eval.measure.hyper_assumptions import Hardness, hardness
-from hip_hf.eval.measure.mass import Measured, measure, unsearched
+from hip_hf.eval.measure.hyper_assumptions import HyperAssumptions, measure_assumptions
+from hip_hf.eval.measure.mass import MeasuredMass, measure, unsearched
 from hip_hf.eval.measure.passkey import draw_facts
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.problem import AttentionProblem, Span
 
 
-def summary(settings: str, layer: int | str, keys: int, parts: Sequence[Measured]) -> dict[str, Any]:
+def summary(settings: str, layer: int | str, keys: int, parts: Sequence[MeasuredMass]) -> dict[str, Any]:
     """One row of the report, from what was measured on several prompts (of one layer)."""
     mass, oracle = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("mass", "oracle"))
     weight = torch.cat([part.rows for part in parts]).double()
@@ -97,7 +97,7 @@ def end_to_end(segments: Sequence[AttentionProblem], rows: int) -> AttentionProb
 
 
 @dataclass(frozen=True)
-class Plan:
+class FidelityPlan:
     """What to measure on: `prompts` texts of `tokens` tokens; with `stress` segments of such texts end to end, to each of
     the `lengths`, and only the last `rows` query rows."""
 
@@ -122,10 +122,10 @@ class Plan:
 
 @dataclass
 class Found:
-    """What was measured: by (keys, settings, layer), how hard each layer is for `hyper`, and which layers were left out."""
+    """What was measured, by (keys, settings, layer); what `hyper` assumes of each layer; which layers were left out, and why."""
 
-    parts: dict[tuple[int, str, int], list[Measured]] = field(default_factory=dict)
-    hard: dict[int, list[Hardness]] = field(default_factory=dict)
+    parts: dict[tuple[int, str, int], list[MeasuredMass]] = field(default_factory=dict)
+    assumptions: dict[int, list[HyperAssumptions]] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
 
     def rows(self, lengths: Sequence[int], names: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -141,7 +141,7 @@ class Found:
 
 
 def problems_of(
-    read: Callable[[int], list[AttentionProblem]], plan: Plan, prompt: int
+    read: Callable[[int], list[AttentionProblem]], plan: FidelityPlan, prompt: int
 ) -> Iterator[tuple[int, int, AttentionProblem]]:
     """Keys, layer and problem of everything to measure on one prompt; in the stress test at every length."""
     if plan.rows is None:
@@ -157,9 +157,9 @@ def problems_of(
             yield length, layer, end_to_end(parts, plan.rows)
 
 
-def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: Plan, prompt: int) -> dict[str, Any]:
+def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: FidelityPlan, prompt: int) -> dict[str, Any]:
     """Everything of one prompt, as JSON can hold it."""
-    parts, hard, skipped = [], [], {}
+    parts, assumptions, skipped = [], [], {}
     hyper = [config for config in plan.configs.values() if config.method == "hyper"]
     for keys, layer, problem in problems_of(read, plan, prompt):
         if reason := unsearched(problem, plan.configs.values(), layer):
@@ -168,14 +168,14 @@ def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: Plan, pr
         for name, part in zip(plan.configs, measure(problem, list(plan.configs.values()), layer), strict=True):
             parts.append([keys, name, layer, part.save()])
         if hyper and plan.rows is None:
-            hard.append([layer, hardness(problem, hyper[0]).save()])
-    return {"parts": parts, "hard": hard, "skipped": list(skipped.items())}
+            assumptions.append([layer, measure_assumptions(problem, hyper[0]).save()])
+    return {"parts": parts, "assumptions": assumptions, "skipped": list(skipped.items())}
 
 
 def measure_all(
-    model: Any, tokenizer: Any, ids: list[int], plan: Plan, cells: Cells, advance: Callable[[], None] = lambda: None
+    model: Any, tokenizer: Any, ids: list[int], plan: FidelityPlan, kept: Resumable, advance: Callable[[], None] = lambda: None
 ) -> Found:
-    """What is in `cells`, and what is not yet; `advance` is called after each prompt.
+    """What is in `kept`, and what is not yet; `advance` is called after each prompt.
 
     Raises:
         ValueError: there are too many facts for the texts, or nothing to search.
@@ -186,11 +186,11 @@ def measure_all(
 
     all_found = Found()
     for prompt in range(plan.prompts):
-        saved = cells.get(("fidelity", prompt), partial(measure_prompt, read, plan, prompt))
+        saved = kept.get(("fidelity", prompt), partial(measure_prompt, read, plan, prompt))
         for keys, name, layer, part in saved["parts"]:
-            all_found.parts.setdefault((keys, name, layer), []).append(Measured.read(part))
-        for layer, values in saved["hard"]:
-            all_found.hard.setdefault(layer, []).append(Hardness.read(values))
+            all_found.parts.setdefault((keys, name, layer), []).append(MeasuredMass.read(part))
+        for layer, values in saved["assumptions"]:
+            all_found.assumptions.setdefault(layer, []).append(HyperAssumptions.read(values))
         all_found.skipped |= dict(saved["skipped"])
         advance()
     if not all_found.parts:

@@ -37,7 +37,7 @@ class Generated:
         return (len(self.ids) - 1) / self.decode_s if len(self.ids) > 1 else None
 
 
-class Clock:
+class TokenClock:
     """A streamer: `generate` hands it the prompt before it starts, and each token once it has it. `text`: another streamer, which
     gets all that this one gets."""
 
@@ -120,7 +120,7 @@ def generate(
         if not clock.first:
             chunks.append((rows, layers_of(model)))
 
-    clock = Clock(note_prefill, text)
+    clock = TokenClock(note_prefill, text)
     ids = torch.tensor([prompt], device=model.device)
     given: dict[str, Any] = {"max_new_tokens": new_tokens, "streamer": clock, "do_sample": False, **options}
     if chunk is not None and not held:

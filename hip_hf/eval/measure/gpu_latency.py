@@ -25,10 +25,10 @@ from hip_hf.backends.triton import ops
 from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import kernel_costs, timing
-from hip_hf.eval.measure.gpu_runs import Clock, Run, Steps, Timed, captured
-from hip_hf.eval.measure.timing import AMORTISED, DTYPES, PREFILL, REFRESHED, Plan, interleave, ours, refresh_period, sdpa
+from hip_hf.eval.measure.gpu_runs import CapturedSteps, DeviceClock, Run, Timed, captured
+from hip_hf.eval.measure.timing import AMORTISED, DTYPES, PREFILL, REFRESHED, TimingPlan, interleave, ours, refresh_period, sdpa
 from hip_hf.eval.reporting import plots
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.problem import AttentionProblem, make_spans
 
 LENGTHS = [8192 * 2**i for i in range(8)]  # 8K to 1M
@@ -47,7 +47,7 @@ def within(backend: SDPBackend, run: Run) -> Any:
 
 
 @dataclass
-class Measured:
+class MeasuredRuns:
     """Runs of one phase and length: `ours` by settings, `dense` by backend; a run is `steps` steps of `tokens` tokens each."""
 
     phase: str
@@ -70,9 +70,9 @@ class Measured:
 class Bench:
     """What is the same for all lengths. `backends`: which of PyTorch's are baselines."""
 
-    plan: Plan
+    plan: TimingPlan
     dtype: str
-    clock: Clock
+    clock: DeviceClock
     backends: Sequence[str] = tuple(BACKENDS)
     refused: dict[str, None] = field(default_factory=dict)  # what PyTorch's backends said, in order
 
@@ -130,7 +130,7 @@ class Bench:
             return kernel_costs.dense_decode(length, shape)
         return kernel_costs.total(kernel_costs.step_kernels(length, config, shape, refresh_period(config)))
 
-    def rows(self, measured: Measured, configs: dict[str, HiPConfig], selections: dict[str, float]) -> list[dict[str, Any]]:
+    def rows(self, measured: MeasuredRuns, configs: dict[str, HiPConfig], selections: dict[str, float]) -> list[dict[str, Any]]:
         """Rows of the report. `selections`: seconds of a step that go to selection."""
         best = measured.best()
         found = []
@@ -195,9 +195,9 @@ class Bench:
             dense = {name: self.call(run) for name, run in self.baselines(PREFILL, probe, partial(sdpa, q, k, v)).items()}
         self.time(PREFILL, dense, [*calls.values(), *searches.values()])
         once, taken = dict.fromkeys(plan.settings, 1), {name: median(call.seconds) for name, call in searches.items()}
-        yield from self.rows(Measured(PREFILL, length, calls, dense, once, tokens=length), plan.settings, taken)
+        yield from self.rows(MeasuredRuns(PREFILL, length, calls, dense, once, tokens=length), plan.settings, taken)
         if "selection" in phases:
-            yield from self.rows(Measured(SELECTION, length, searches, {}, once, tokens=length), plan.settings, taken)
+            yield from self.rows(MeasuredRuns(SELECTION, length, searches, {}, once, tokens=length), plan.settings, taken)
 
     def backward(self, length: int) -> list[dict[str, Any]]:
         """Rows of the gradients alone; the forward pass before them is not timed."""
@@ -222,7 +222,7 @@ class Bench:
                 calls[name] = self.call(partial(pull, result.out, leaves, grad))
                 calls[name].said = result.path, result.reason
         self.time(BACKWARD, dense, list(calls.values()))
-        measured = Measured(BACKWARD, length, calls, dense, dict.fromkeys(plan.settings, 1), tokens=length)
+        measured = MeasuredRuns(BACKWARD, length, calls, dense, dict.fromkeys(plan.settings, 1), tokens=length)
         return self.rows(measured, plan.settings, {})
 
     def variants(self) -> tuple[dict[tuple[str, str], HiPConfig], dict[tuple[str, str], int]]:
@@ -247,7 +247,7 @@ class Bench:
 
         runs = self.baselines("decode", partial(sdpa, q[:, :, :1], k[:, :, :PROBE], v[:, :, :PROBE]), dense_steps)
         dense = {name: self.call(captured(run, self.device)) for name, run in runs.items()}
-        calls, alone, made = {}, {}, dict[str, Steps]()
+        calls, alone, made = {}, {}, dict[str, CapturedSteps]()
         for key, config in variants.items():
             tensors = q[:, :, :1], k[:, :, :length], v[:, :, :length]
             problem = AttentionProblem(*tensors, make_spans(*tensors[:2]), plan.head_dim**-0.5)
@@ -256,17 +256,17 @@ class Bench:
                 calls[key] = self.call(captured(dense_steps, self.device))
                 calls[key].said = ("dense", reason)
                 continue
-            own = Steps(q, k, v, length, counts[key], config, state=made[key[1]].state if key[1] in made else None)
+            own = CapturedSteps(q, k, v, length, counts[key], config, state=made[key[1]].state if key[1] in made else None)
             made[key[1]] = own  # the keys are summarised once
             calls[key] = self.call(captured(own, self.device))
             if key[0] == REFRESHED and config.method == "hip":
-                select_only = Steps(q, k, v, length, counts[key], config, attend=False, state=own.state)
+                select_only = CapturedSteps(q, k, v, length, counts[key], config, attend=False, state=own.state)
                 alone[key[1]] = self.call(captured(select_only, self.device))
         self.time("decode", dense, [*calls.values(), *alone.values()])
         seconds = {name: median(call.seconds) / counts[REFRESHED, name] for name, call in alone.items()}
         rows = self.decode_rows(length, "", calls, dense, seconds)
         steps = {name: counts[REFRESHED, name] for name in alone}
-        return rows + self.rows(Measured(DECODE_SELECTION, length, alone, {}, steps), plan.settings, seconds)
+        return rows + self.rows(MeasuredRuns(DECODE_SELECTION, length, alone, {}, steps), plan.settings, seconds)
 
     def launched(self, length: int) -> list[dict[str, Any]]:
         """Rows of decode steps without graphs, on a cache that grows from run to run."""
@@ -277,8 +277,8 @@ class Bench:
         probe = partial(sdpa, tensors[0][:, :, :1], *(x[:, :, :PROBE] for x in tensors[1:]))
         dense = {}
         for backend in self.baselines("launched", probe, probe):
-            dense[backend] = self.call(partial(within, BACKENDS[backend], timing.Steps(tensors, length, most, None)))
-        calls = {key: self.call(timing.Steps(tensors, length, counts[key], config)) for key, config in variants.items()}
+            dense[backend] = self.call(partial(within, BACKENDS[backend], timing.GrowingSteps(tensors, length, most, None)))
+        calls = {key: self.call(timing.GrowingSteps(tensors, length, counts[key], config)) for key, config in variants.items()}
         self.time("launched", dense, list(calls.values()))
         return self.decode_rows(length, LAUNCHED, calls, dense, {})
 
@@ -294,7 +294,7 @@ class Bench:
             in_graph = not how  # where a dense call is the baseline's
             steps = {name: most if in_graph and call.said[0] == "dense" else counts[phase, name] for name, call in mine.items()}
             shares = {name: taken / refresh_period(configs[name]) for name, taken in seconds.items()}
-            rows += self.rows(Measured(phase + how, length, mine, dense, steps, most), configs, shares)
+            rows += self.rows(MeasuredRuns(phase + how, length, mine, dense, steps, most), configs, shares)
         return rows
 
 
@@ -303,20 +303,20 @@ def gpu_name(device: torch.device) -> str:
 
 
 def measure(
-    plan: Plan,
+    plan: TimingPlan,
     phases: Sequence[str],
     lengths: Sequence[int],
     started: Callable[[str], None] = lambda what: None,
-    cells: Cells | None = None,
+    kept: Resumable | None = None,
     backends: Sequence[str] = tuple(BACKENDS),
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of everything that `cells` has not yet, and which of PyTorch's `backends` refused what."""
-    cells = cells or Cells(None, {})
+    """Rows of everything that `kept` has not yet, and which of PyTorch's `backends` refused what."""
+    kept = kept or Resumable(None, {})
     rows: list[dict[str, Any]] = []
     refused: dict[str, None] = {}
     kinds = {"prefill": {"prefill", "selection"}, **{name: {name} for name in ("decode", "launched", "backward")}}
     for dtype in plan.dtypes:
-        bench = Bench(plan, dtype, Clock(plan.device), backends)
+        bench = Bench(plan, dtype, DeviceClock(plan.device), backends)
         run = {name: getattr(bench, name) for name in kinds} | {"prefill": partial(bench.prefill, phases=phases)}
         for kind in (kind for kind, asked in kinds.items() if asked & set(phases)):
             for length in lengths:
@@ -329,7 +329,7 @@ def measure(
                         torch.cuda.empty_cache()
                     return {"rows": found, "refused": list(bench.refused)}
 
-                found = cells.get((kind, dtype, plan.batch, length, sorted(phases)), work)
+                found = kept.get((kind, dtype, plan.batch, length, sorted(phases)), work)
                 rows += found["rows"]
                 refused |= dict.fromkeys(found["refused"])
     return rows, list(refused)

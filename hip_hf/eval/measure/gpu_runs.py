@@ -26,7 +26,7 @@ FLUSHED = 2**28
 Run = Callable[[], Any]
 
 
-class Clock:
+class DeviceClock:
     """Seconds and result of a run on `device`. `peak`: GB that the last run took beyond what was there before it, its result
     included; None without a GPU."""
 
@@ -53,7 +53,7 @@ class Clock:
 class Timed(Call):
     """`said`: path, and reason for a dense one. `peak`: GB that the call takes. No result is kept."""
 
-    clock: Clock
+    clock: DeviceClock
     said: tuple[str, str] = ("sparse", "")
     peak: float | None = None
 
@@ -78,7 +78,7 @@ def captured(run: Run, device: torch.device) -> Run:
     return graph.replay
 
 
-class Steps:
+class CapturedSteps:
     """`count` decode steps of each row of a batch on a cache of `length` keys, from where the prompt left it, at each call again:
     nothing here depends on what the device has done before, so a CUDA graph can hold it.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hip_hf.backends.triton import trust
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,9 +46,9 @@ def launches(targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[str],
 
 
 def measure(
-    work: Iterable[tuple[Any, ...]], before: dict[tuple[Any, ...], dict[str, Any]], spills: int, cells: Cells
+    work: Iterable[tuple[Any, ...]], before: dict[tuple[Any, ...], dict[str, Any]], spills: int, kept: Resumable
 ) -> list[dict[str, Any]]:
-    """A row for each of the launches in `work`: from `cells`, from `before` (see `compiled_before`), or compiled now."""
+    """A row for each of the launches in `work`: from `kept`, from `before` (see `compiled_before`), or compiled now."""
     from hip_hf.backends.triton.compile import budget
 
     columns = {field.name for field in fields(budget.Spent)}
@@ -58,7 +58,7 @@ def measure(
     for launch, target, dim, dtype in work:
         # what was compiled before counts only while code and launch configuration are the same
         key = (launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
-        rows.append(cells.get(key, partial(known_or_compiled, before.get(key), launch, target, dim, dtype, spills)))
+        rows.append(kept.get(key, partial(known_or_compiled, before.get(key), launch, target, dim, dtype, spills)))
     return rows
 
 

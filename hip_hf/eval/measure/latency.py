@@ -25,20 +25,20 @@ from hip_hf.eval.measure.timing import (
     PREFILL,
     REFRESHED,
     Call,
-    Plan,
-    Steps,
+    GrowingSteps,
+    TimingPlan,
     interleave,
     ours,
     refresh_period,
     sdpa,
 )
 from hip_hf.eval.reporting import plots
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 
 FIT_RANGE = (16384, 131072)
 
 
-def measure_prefill(plan: Plan, dtype: str, length: int) -> list[dict[str, Any]]:
+def measure_prefill(plan: TimingPlan, dtype: str, length: int) -> list[dict[str, Any]]:
     """One row per setting, all against the same runs of PyTorch's attention."""
     q, k, v = plan.random(dtype, length, length)
     dense = Call(partial(sdpa, q, k, v))
@@ -47,7 +47,7 @@ def measure_prefill(plan: Plan, dtype: str, length: int) -> list[dict[str, Any]]
     return [make_row(PREFILL, dtype, length, name, call, dense) for name, call in calls.items()]
 
 
-def measure_decode(plan: Plan, dtype: str, length: int) -> list[dict[str, Any]]:
+def measure_decode(plan: TimingPlan, dtype: str, length: int) -> list[dict[str, Any]]:
     """Two rows per setting: amortised, and refreshed at every step. Times are per step."""
     variants = []
     for name, config in plan.settings.items():
@@ -56,8 +56,8 @@ def measure_decode(plan: Plan, dtype: str, length: int) -> list[dict[str, Any]]:
     counts = [lcm(refresh_period(config), config.block_k) for _, _, config in variants]
     most = max(counts)
     tensors = plan.random(dtype, length + most * (plan.repeats + 1), most)
-    dense = Call(Steps(tensors, length, most, None))
-    calls = [Call(Steps(tensors, length, count, config)) for count, (_, _, config) in zip(counts, variants, strict=True)]
+    dense = Call(GrowingSteps(tensors, length, most, None))
+    calls = [Call(GrowingSteps(tensors, length, count, config)) for count, (_, _, config) in zip(counts, variants, strict=True)]
     interleave([dense, *calls], plan.repeats)
     rows = []
     for (phase, name, _), call, count in zip(variants, calls, counts, strict=True):
@@ -86,9 +86,11 @@ def make_row(
     }
 
 
-def measure(plan: Plan, cells: Cells | None = None, started: Callable[[str], None] = lambda what: None) -> list[dict[str, Any]]:
-    """Rows of everything in the plan that `cells` has not yet; `started` is told what comes next."""
-    cells = cells or Cells(None, {})
+def measure(
+    plan: TimingPlan, kept: Resumable | None = None, started: Callable[[str], None] = lambda what: None
+) -> list[dict[str, Any]]:
+    """Rows of everything in the plan that `kept` has not yet; `started` is told what comes next."""
+    kept = kept or Resumable(None, {})
     phases = (("prefill", plan.prefill, measure_prefill), ("decode", plan.decode, measure_decode))
     rows = []
     with torch.no_grad():
@@ -96,7 +98,7 @@ def measure(plan: Plan, cells: Cells | None = None, started: Callable[[str], Non
             for dtype in plan.dtypes:
                 for length in lengths:
                     started(f"{phase}, {dtype}, {plots.short(length)} tokens")
-                    rows += cells.get((phase, dtype, length), partial(run, plan, dtype, length))
+                    rows += kept.get((phase, dtype, length), partial(run, plan, dtype, length))
     return rows
 
 

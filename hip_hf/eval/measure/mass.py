@@ -104,7 +104,7 @@ def overlap(problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]],
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredMass:
     """One setting in one layer on one prompt: mass `[Hq, blocks]` and rows `[blocks]` of its searched query blocks;
     the squared norms of the output's error and of the dense output; the overlap with the oracle's blocks; the cost."""
 
@@ -123,7 +123,7 @@ class Measured:
         return {**tensors, **plain, "cost": vars(self.cost)}
 
     @classmethod
-    def read(cls, saved: dict[str, Any]) -> Measured:
+    def read(cls, saved: dict[str, Any]) -> MeasuredMass:
         """What `save` made."""
         mass, oracle = (torch.tensor(saved[name], dtype=torch.float64) for name in ("mass", "oracle"))
         made = {"mass": mass, "oracle": oracle, "rows": torch.tensor(saved["rows"]), "cost": Cost(**saved["cost"])}
@@ -147,7 +147,7 @@ def unsearched(problem: AttentionProblem, configs: Iterable[HiPConfig], layer: i
     return ""
 
 
-def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int | None = None) -> list[Measured]:
+def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int | None = None) -> list[MeasuredMass]:
     """What each setting captures of one layer's attention.
 
     Raises:
@@ -158,7 +158,7 @@ def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int 
     by_geometry: dict[tuple[Any, ...], list[int]] = {}
     for i, config in enumerate(configs):
         by_geometry.setdefault(tuple(getattr(config, name) for name in GEOMETRY), []).append(i)
-    measured: dict[int, Measured] = {}
+    measured: dict[int, MeasuredMass] = {}
     for members in by_geometry.values():
         blocks = searched_blocks(problem, configs[members[0]])
         results = [attend(problem, configs[i], layer, need_mask=True) for i in members]
@@ -182,5 +182,5 @@ def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int 
             error = (result.out[:, :, at].double() - exact).square().sum()
             cost = call_cost(configs[i], [block for _, block in blocks], span.position, span.end, *dims)
             share = None if result.mask is None else overlap(problem, blocks, result.mask, best)
-            measured[i] = Measured(own, oracle, rows, float(error), float(exact.square().sum()), share, cost)
+            measured[i] = MeasuredMass(own, oracle, rows, float(error), float(exact.square().sum()), share, cost)
     return [measured[i] for i in range(len(configs))]

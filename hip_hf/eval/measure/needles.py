@@ -24,9 +24,9 @@ import torch
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.costs import prompt_cost
 from hip_hf.eval.measure.documents import DOCUMENT, Fact, hide, question
-from hip_hf.eval.measure.losses import Steps, check_logits, losses_of
+from hip_hf.eval.measure.losses import StepLosses, check_logits, losses_of
 from hip_hf.eval.measure.passkey import draw_facts, path_of, use, wilson
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.integration.explain import explain
 
 NOVEL, CODE = "novel", "code"
@@ -35,7 +35,7 @@ FREE = 0.02
 
 
 @dataclass(frozen=True)
-class Answer:
+class NeedlesAnswer:
     """Where a fact's answer stands in a prompt: `[positions]` of its tokens and how many digits each of them has."""
 
     fact: Fact
@@ -44,15 +44,15 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class NeedlesPrompt:
     """A document with facts hidden in it, of `document` tokens, and after it all questions with their answers."""
 
     ids: list[int]
     document: int
-    answers: list[Answer]
+    answers: list[NeedlesAnswer]
 
 
-def make_prompt(tokenizer: Any, text: list[int], length: int, facts: int, rng: random.Random) -> Prompt:
+def make_prompt(tokenizer: Any, text: list[int], length: int, facts: int, rng: random.Random) -> NeedlesPrompt:
     """A prompt of exactly `length` tokens from the beginning of `text` (token ids).
 
     A fact lies at a random place in each equal part of the document, the first `FREE` of it left out. They are asked for in
@@ -72,12 +72,12 @@ def make_prompt(tokenizer: Any, text: list[int], length: int, facts: int, rng: r
         places.append([(fact, len(end) + i, count) for i, count in enumerate(digits) if count])
         end += tokens + encode(".")
     document = length - len(end)
-    answers = [Answer(own[0][0], *zip(*((document + at, count) for _, at, count in own), strict=True)) for own in places]
-    return Prompt(hide(tokenizer, text, length, hidden, end), document, answers)
+    answers = [NeedlesAnswer(own[0][0], *zip(*((document + at, count) for _, at, count in own), strict=True)) for own in places]
+    return NeedlesPrompt(hide(tokenizer, text, length, hidden, end), document, answers)
 
 
 @dataclass
-class Cell:
+class NeedlesCounts:
     """What was counted with one setting: `nll` and `document_nll` are sums in nats, over `digits` and `tokens`."""
 
     prompts: int = 0
@@ -91,8 +91,8 @@ class Cell:
     read: list[float] = field(default_factory=list)  # a share of the keys for each prompt
     paths: list[str] = field(default_factory=list)
 
-    def __add__(self, other: Cell) -> Cell:
-        return Cell(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+    def __add__(self, other: NeedlesCounts) -> NeedlesCounts:
+        return NeedlesCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
     def row(self, settings: str, length: int, document: str) -> dict[str, Any]:
         """One row of the report."""
@@ -114,13 +114,13 @@ class Cell:
         }
 
 
-def verdicts(right: torch.Tensor, answers: Sequence[Answer]) -> list[list[bool]]:
+def verdicts(right: torch.Tensor, answers: Sequence[NeedlesAnswer]) -> list[list[bool]]:
     """Whether each digit token of each answer is the likeliest. `right`: `[tokens - 1]`, of every token but the first."""
     return [[bool(right[at - 1]) for at in answer.positions] for answer in answers]
 
 
 @torch.no_grad()
-def ask(model: Any, prompt: Prompt, config: HiPConfig, steps: Steps | None = None) -> Cell:
+def ask(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None = None) -> NeedlesCounts:
     """Read a prompt once, with these settings, and count what is right in it; by `steps`: what comes after the document token by
     token."""
     sparse = use(model, config)
@@ -129,7 +129,7 @@ def ask(model: Any, prompt: Prompt, config: HiPConfig, steps: Steps | None = Non
     layers = explain(model) if sparse or steps is not None else []
     shares = [layer.share for layer in layers if layer.share is not None]
     document = loss[: prompt.document - 1]
-    return Cell(
+    return NeedlesCounts(
         prompts=1,
         answers=len(said),
         exact=sum(map(all, said)),
@@ -147,13 +147,13 @@ def ask(model: Any, prompt: Prompt, config: HiPConfig, steps: Steps | None = Non
     )
 
 
-def count(model: Any, prompt: Prompt, config: HiPConfig, steps: Steps | None) -> dict[str, Any]:
+def count(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None) -> dict[str, Any]:
     """`ask`, as JSON can hold it."""
     return asdict(ask(model, prompt, config, steps))
 
 
 @dataclass(frozen=True)
-class Plan:
+class NeedlesPlan:
     """What to ask: `prompts` documents of each kind and length, with `facts` facts each, the same whatever the settings.
     `decode`: documents are read densely, and what comes after them by decode steps."""
 
@@ -169,7 +169,7 @@ class Plan:
         """The name of the setting that the others are compared with: dense attention, if it is among them."""
         return next((name for name, config in self.configs.items() if config.method == "dense"), None)
 
-    def cells(self, documents: int) -> int:
+    def pieces(self, documents: int) -> int:
         return len(self.configs) * len(self.lengths) * self.prompts * documents
 
     def window(self, text: list[int], length: int, number: int, rng: random.Random) -> list[int]:
@@ -182,7 +182,7 @@ class Plan:
             start = (len(text) - length) * number // max(self.prompts - 1, 1)
         return text[start : start + length]
 
-    def prompt(self, tokenizer: Any, text: list[int], length: int, number: int) -> Prompt:
+    def prompt(self, tokenizer: Any, text: list[int], length: int, number: int) -> NeedlesPrompt:
         """One of the prompts. Raises ValueError for a length that does not fit the text or the questions."""
         if length > len(text):
             raise ValueError(f"length: got {length}, allowed: at most the {len(text)} tokens of the document")
@@ -211,10 +211,10 @@ def flops(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
 
 
 def measure(
-    model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: Plan, cells: Cells,
+    model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: NeedlesPlan, kept: Resumable,
     advance: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of the report, of what `cells` has not yet: for each length and document (`texts` `{name: token ids}`) one for
+    """The rows of the report, of what `kept` has not yet: for each length and document (`texts` `{name: token ids}`) one for
     each of the settings. Prompt goes by prompt, with all settings one after the other, so that they meet the same machine.
 
     `advance` is called after each prompt and setting.
@@ -223,14 +223,14 @@ def measure(
         ValueError: a length does not fit a text, or the model's logits are not known to be computed rightly.
     """
     check_logits(model, next(iter(texts.values())))
-    rows, steps = [], Steps(model) if plan.decode else None
+    rows, steps = [], StepLosses(model) if plan.decode else None
     for length, (document, text) in product(plan.lengths, texts.items()):
-        found = {name: Cell() for name in plan.configs}
+        found = {name: NeedlesCounts() for name in plan.configs}
         for number in range(plan.prompts):
             prompt = plan.prompt(tokenizer, text, length, number)
             for name, config in plan.configs.items():
                 key = ("needles", config.to_dict(), length, document, number)
-                found[name] += Cell(**cells.get(key, partial(count, model, prompt, config, steps)))
+                found[name] += NeedlesCounts(**kept.get(key, partial(count, model, prompt, config, steps)))
                 advance()
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
         for name, row in own.items():

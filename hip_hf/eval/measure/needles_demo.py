@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hip_hf.eval.measure import generate, losses
-from hip_hf.eval.measure.needles import Answer, Prompt
+from hip_hf.eval.measure.needles import NeedlesAnswer, NeedlesPrompt
 from hip_hf.eval.measure.passkey import digits_right
 from hip_hf.integration.explain import Report
 from hip_hf.integration.reach import attention_layers
@@ -31,7 +31,7 @@ class Reading:
     first_token_s: float
     layers: Report = field(default_factory=Report)
 
-    def row(self, attn: str, asked: Sequence[Answer]) -> dict[str, Any]:
+    def row(self, attn: str, asked: Sequence[NeedlesAnswer]) -> dict[str, Any]:
         """The line of the table for this attention."""
         keys = [answer.fact.key for answer in asked]
         shares = [layer.share for layer in self.layers if layer.share is not None]
@@ -45,7 +45,7 @@ class Reading:
 
 
 @torch.no_grad()
-def read(model: Any, tokenizer: Any, prompt: Prompt, advance: Callable[[], None]) -> Reading:
+def read(model: Any, tokenizer: Any, prompt: NeedlesPrompt, advance: Callable[[], None]) -> Reading:
     """Read the prompt with the attention that is set; `advance` is called after each layer."""
     hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in attention_layers(model)]  # one to a layer
     try:

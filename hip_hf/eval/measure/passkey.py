@@ -15,7 +15,7 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact, answer_of, make_prompt
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.integration.explain import Row, explain
 from hip_hf.integration.settings import configure
 
@@ -78,7 +78,7 @@ def path_of(rows: list[Row]) -> str:
 
 
 @dataclass
-class Cell:
+class PasskeyCounts:
     """What was counted at one length and depth with one setting."""
 
     samples: int = 0
@@ -92,12 +92,12 @@ class Cell:
         self.exact += answer == key
         self.digits += digits_right(answer, key)
 
-    def __add__(self, other: Cell) -> Cell:
+    def __add__(self, other: PasskeyCounts) -> PasskeyCounts:
         counts = (self.samples + other.samples, self.exact + other.exact, self.digits + other.digits)
-        return Cell(*counts, self.prefill + other.prefill, self.decode + other.decode)
+        return PasskeyCounts(*counts, self.prefill + other.prefill, self.decode + other.decode)
 
     @classmethod
-    def read(cls, saved: dict[str, Any]) -> Cell:
+    def read(cls, saved: dict[str, Any]) -> PasskeyCounts:
         """The cell that `asdict` made this from."""
         rows = {phase: [Row(**row) for row in saved[phase]] for phase in ("prefill", "decode")}
         return cls(**{**saved, **rows})
@@ -134,7 +134,7 @@ def use(model: Any, config: HiPConfig) -> bool:
     return sparse
 
 
-def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse: bool) -> Cell:
+def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse: bool) -> PasskeyCounts:
     """Generate the answers of a batch of prompts of one length, greedily, and count what is right."""
     ids = torch.tensor([prompt for prompt, _ in samples], device=model.device)
     witness = Witness(model)
@@ -147,7 +147,7 @@ def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse
         pad_token_id=pad,
         logits_processor=[witness] if sparse else [],
     )
-    cell = Cell(prefill=list(witness.prefill), decode=list(witness.decode))
+    cell = PasskeyCounts(prefill=list(witness.prefill), decode=list(witness.decode))
     for tokens, (_, key) in zip(out[:, ids.shape[1] :], samples, strict=True):
         cell.add(answer_of(tokenizer, tokens)[:DIGITS], key)
     return cell
@@ -159,7 +159,7 @@ def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PasskeyPlan:
     """What to ask: `samples` prompts for each setting, length and depth, the same ones whatever the settings."""
 
     configs: dict[str, HiPConfig]
@@ -176,7 +176,7 @@ class Plan:
         return [i / (self.depths - 1) for i in range(self.depths)] if self.depths > 1 else [0.5]
 
     @property
-    def cells(self) -> int:
+    def pieces(self) -> int:
         return len(self.configs) * len(self.lengths) * self.depths
 
     def prompts(self, tokenizer: Any, text: list[int], length: int, place: float) -> list[tuple[list[int], str]]:
@@ -186,9 +186,9 @@ class Plan:
 
 
 def measure(
-    model: Any, tokenizer: Any, text: list[int], plan: Plan, cells: Cells, advance: Callable[[], None] = lambda: None
+    model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable, advance: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
-    """The rows of the report, of what `cells` has not yet; `advance` is called after each setting, length and depth.
+    """The rows of the report, of what `kept` has not yet; `advance` is called after each setting, length and depth.
 
     Raises:
         ValueError: a length does not fit the text.
@@ -201,13 +201,13 @@ def measure(
             def count(place: float, length: int = length, sparse: bool = sparse) -> dict[str, Any]:
                 prompts = plan.prompts(tokenizer, text, length, place)
                 answers = [ask(model, tokenizer, some, sparse) for some in batches(iter(prompts), plan.batch)]
-                return asdict(sum(answers, Cell()))
+                return asdict(sum(answers, PasskeyCounts()))
 
             counted = {}
             for place in plan.places:
                 key = ("passkey", config.to_dict(), length, place)
-                counted[place] = Cell.read(cells.get(key, partial(count, place)))
+                counted[place] = PasskeyCounts.read(kept.get(key, partial(count, place)))
                 advance()
-            rows.append(sum(counted.values(), Cell()).row(name, length, None))
+            rows.append(sum(counted.values(), PasskeyCounts()).row(name, length, None))
             rows += [cell.row(name, length, place) for place, cell in counted.items()]
     return rows

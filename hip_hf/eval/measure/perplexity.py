@@ -17,7 +17,7 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.passkey import path_of, use
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.integration.explain import explain
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.versions import CACHE
@@ -28,7 +28,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Plan:
+class PerplexityPlan:
     """What to read: `texts` windows of `tokens` tokens, evenly spread over the document, `chunk` tokens at a time.
 
     Raises:
@@ -123,7 +123,7 @@ def make_row(
 
 
 def measure(
-    model: Any, ids: list[int], plan: Plan, cells: Cells, advance: Callable[[], None] = lambda: None
+    model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable, advance: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
     """The rows of the report: for each of the settings all positions, then each range of them. `advance` is called after
     each text and setting. `read`, the share of keys read, is that of the last chunk."""
@@ -134,7 +134,7 @@ def measure(
         found = []
         for number in range(plan.texts):
             work = partial(read_text, model, plan.text(ids, number), plan.chunk, sparse)
-            found.append(cells.get(("perplexity", config.to_dict(), plan.tokens, number), work))
+            found.append(kept.get(("perplexity", config.to_dict(), plan.tokens, number), work))
             advance()
         first = first or found
         ranges = [(0, plan.tokens), *zip([0, *plan.edges[:-1]], plan.edges, strict=True)]

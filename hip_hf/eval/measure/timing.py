@@ -32,7 +32,7 @@ ENOUGH = 60.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class TimingPlan:
     """What to measure. `settings` has a name for each; `repeats` is for calls that are not slow: `enough` seconds of one are."""
 
     prefill: Sequence[int] = tuple(PREFILL_LENGTHS)
@@ -119,7 +119,7 @@ def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: HiPConfig, s
     return attend(AttentionProblem(q, k, v, make_spans(q, k), q.shape[-1] ** -0.5), config, state=state)
 
 
-class Steps:
+class GrowingSteps:
     """`count` decode steps a run, on a cache that holds `length` keys at the first: each step's keys are a view of one
     buffer, so that growing it copies nothing. Every run goes on where the one before ended."""
 
