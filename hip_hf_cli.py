@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 @dataclass(frozen=True)
 class Command:
-    """A module of `hip_hf.eval` with a function `main`, and the first sentence of that function's docstring."""
+    """A module of `hip_hf.cli` with a function `main`, and the first sentence of that function's docstring."""
 
     module: str
     help: str
@@ -89,7 +89,7 @@ def load(name: str) -> Any:
     """The command with its options and arguments, which are those of its function."""
     command = COMMANDS[name]
     own = typer.Typer(add_completion=False)
-    own.command(name, context_settings=command.context)(importlib.import_module(f"hip_hf.eval.{command.module}").main)
+    own.command(name, context_settings=command.context)(importlib.import_module(f"hip_hf.cli.{command.module}").main)
     return typer.main.get_command(own)
 
 

@@ -22,13 +22,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from hip_hf.cli.inputs import load_to_measure
+from hip_hf.cli.presets import settings_of, sizes
+from hip_hf.cli.publish import Results, Targets, model_name
 from hip_hf.config import HiPConfig
-from hip_hf.eval import passkey
-from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, digest, load_to_measure
+from hip_hf.eval.measure import passkey
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, digest
 from hip_hf.eval.reporting import plots, report
-from hip_hf.eval.reporting.presets import settings_of, sizes
-from hip_hf.eval.reporting.publish import Results, Targets, model_name
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.integration.hip_cache import HiPCache
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,9 +71,9 @@ def ask(model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length
 
 
 def measure(
-    model: Any, tokenizer: Any, tokens: list[int], plan: dict[str, Any], configs: dict[str, HiPConfig], cells: Cells
+    model: Any, tokenizer: Any, tokens: list[int], plan: dict[str, Any], configs: dict[str, HiPConfig], kept: Resumable
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the report, of what `cells` has not yet."""
+    """The rows of the report, of what `kept` has not yet."""
     row: dict[str, Any]
     for name, config in configs.items():
         for length in plan["contexts"]:
@@ -81,15 +82,15 @@ def measure(
             losses = []
             for end in ends_of(len(tokens), plan["texts"]):
                 text = tokens[end - length : end]
-                losses.append(cells.get(("perplexity", name, length, end), partial(loss_of, model, config, text)))
+                losses.append(kept.get(("perplexity", name, length, end), partial(loss_of, model, config, text)))
             row = {"what": "perplexity", "settings": name, "length": length, "value": math.exp(sum(losses) / len(losses))}
             yield row | {"low": None, "high": None, "digits": None, "samples": len(losses)}
         for length in plan["lengths"]:
             far = name == "dense" and length > plan["trained"]
-            cell = passkey.Cell()
+            cell = passkey.PasskeyCounts()
             for number in range(plan["dense_samples"] if far else plan["samples"]):
                 work = partial(ask, model, tokenizer, config, tokens, length, number)
-                cell += passkey.Cell.read(cells.get(("pass keys", name, length, number), work))
+                cell += passkey.PasskeyCounts.read(kept.get(("pass keys", name, length, number), work))
             counted = cell.row(name, length, None)
             row = {"what": "pass keys", "settings": name, "length": length, "value": counted["accuracy"]}
             yield row | {key: counted[key] for key in ("low", "high", "digits", "samples")}
@@ -164,19 +165,19 @@ def main(
             "configs": {name: config.to_dict() for name, config in configs.items()},
         }  # fmt: skip
         targets = Targets(output=output, plot=output.with_suffix(".png"))
-        cells = targets.cells("extension", **details, text=digest(text))
+        kept = targets.kept("extension", **details, text=digest(text))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     model, tokenizer, tokens = load_to_measure(str(CHECKPOINT), "cpu", text, "fp32")
     details["trained"] = model.config.max_position_embeddings
     rows = []
-    with cells:
-        for row in measure(model, tokenizer, tokens, details, configs, cells):
+    with kept:
+        for row in measure(model, tokenizer, tokens, details, configs, kept):
             report.notes.print(row)
             rows.append(row)
     title = f"Context extension, {details['model']}, trained for {details['trained']:,} tokens; pass keys with 95 % intervals"
     result = Results("extension", title, rows, details, draw)
-    targets.publish(result, cells)
+    targets.publish(result, kept)
     output.with_suffix(".md").write_text(markdown(result.document()), encoding="utf-8")
 
 

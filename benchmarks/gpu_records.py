@@ -10,7 +10,7 @@ from typing import Any
 
 from gpu_run import DONE, MACHINE
 
-from hip_hf.eval.reporting.publish import write
+from hip_hf.cli.publish import write
 from hip_hf.eval.reporting.report import markdown
 from hip_hf.eval.reporting.resumable import SUFFIX
 
@@ -28,7 +28,7 @@ SMALL_PART = 0.01
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What a step has measured so far: the rows of its finished cells (`hip_hf/eval/reporting/resumable.py`)."""
+    """What a step has measured so far: the rows of its finished measurements (`hip_hf/eval/reporting/resumable.py`)."""
     file = folder / f"{name}.json{SUFFIX}"
     whole = file.read_text(encoding="utf-8").split("\n")[1:-1] if file.exists() else []
     return [row for line in whole for row in json.loads(line)[1]["rows"]]

@@ -11,9 +11,8 @@ import tune
 
 from hip_hf.backends.triton import checks
 from hip_hf.config import HiPConfig
-from hip_hf.eval import doctor
-from hip_hf.eval.latency import Plan
-from hip_hf.eval.measure import documents, real_model
+from hip_hf.eval.measure import doctor, documents, real_model
+from hip_hf.eval.measure.timing import TimingPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,11 +75,11 @@ class Sizes:
     def settings(self) -> HiPConfig:
         return HiPConfig(**self.config)
 
-    def plan(self, **fields: Any) -> Plan:
+    def plan(self, **fields: Any) -> TimingPlan:
         shape = dict(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, repeats=self.repeats)
         # a dense prompt of a million tokens takes some 15 s: its first run counts, and there is no other
         own = dict(dtypes=[self.dtype], settings={"hip": self.settings}, device=torch.device(self.device), enough=5.0)
-        return Plan(**{**shape, **own, **fields})
+        return TimingPlan(**{**shape, **own, **fields})
 
 
 # The same steps on a machine without a GPU: kernels by Triton's interpreter, which does not know bf16.

@@ -28,17 +28,17 @@ from hip_hf.backends.triton import trust
 from hip_hf.backends.triton.common.tuning import target_of
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.sparse import ROOM
+from hip_hf.cli.inputs import load_to_measure
+from hip_hf.cli.presets import over_budgets
+from hip_hf.cli.publish import write
 from hip_hf.config import HiPConfig
-from hip_hf.eval import doctor, gpu_latency, latency, needles
-from hip_hf.eval.generate import generate
-from hip_hf.eval.latency import DTYPES, Plan, interleave, ours, sdpa
-from hip_hf.eval.measure import documents, losses, real_model, roofline
-from hip_hf.eval.measure.gpu_runs import Clock, Timed
-from hip_hf.eval.passkey import use
+from hip_hf.eval.measure import doctor, documents, gpu_latency, losses, needles, real_model, roofline, timing
+from hip_hf.eval.measure.generate import generate
+from hip_hf.eval.measure.gpu_runs import DeviceClock, Timed
+from hip_hf.eval.measure.passkey import use
+from hip_hf.eval.measure.timing import DTYPES, TimingPlan, interleave, ours, sdpa
 from hip_hf.eval.reporting import plots
-from hip_hf.eval.reporting.presets import over_budgets
-from hip_hf.eval.reporting.publish import write
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.registry import sparse_reach
 from hip_hf.shown import said
 
@@ -51,12 +51,12 @@ SPARE = 2 << 30
 
 
 class Run:
-    """What a step is given: the sizes, and `cells`, which hold the rows as they come (`{"rows": [...]}` each)."""
+    """What a step is given: the sizes, and `kept`, which hold the rows as they come (`{"rows": [...]}` each)."""
 
     def __init__(self, step: str, folder: Path, sizes: Sizes) -> None:
         self.sizes, self.device = sizes, torch.device(sizes.device)
         sizes_said = {name: str(value) for name, value in asdict(sizes).items() if name != "model"}
-        self.cells = Cells(folder / f"{step}.json", {"step": step, "sizes": sizes_said})
+        self.kept = Resumable(folder / f"{step}.json", {"step": step, "sizes": sizes_said})
         self.failed: list[str] = []
 
     def piece(self, name: str, work: Callable[[], Any]) -> Any:
@@ -73,11 +73,11 @@ class Run:
 
     def keep(self, name: str, work: Callable[[], Rows]) -> Rows | None:
         """The rows of a piece, measured now or before."""
-        return self.piece(name, lambda: self.cells.get((name,), lambda: {"rows": work()})["rows"])
+        return self.piece(name, lambda: self.kept.get((name,), lambda: {"rows": work()})["rows"])
 
-    def latency(self, plan: Plan, phase: Sequence[str], length: int, **options: Any) -> Rows | None:
+    def latency(self, plan: TimingPlan, phase: Sequence[str], length: int, **options: Any) -> Rows | None:
         name = f"{phase[0]}, {plots.short(length)} tokens, batch {plan.batch}"
-        return self.piece(name, lambda: gpu_latency.measure(plan, phase, [length], cells=self.cells, **options)[0])
+        return self.piece(name, lambda: gpu_latency.measure(plan, phase, [length], kept=self.kept, **options)[0])
 
 
 def doctor_step(run: Run) -> None:
@@ -97,8 +97,8 @@ def doctor_step(run: Run) -> None:
 class Outcomes:
     """A plug-in of pytest that keeps how each test went as soon as it is known; its workers (xdist) report to it."""
 
-    def __init__(self, cells: Cells) -> None:
-        self.cells = cells
+    def __init__(self, kept: Resumable) -> None:
+        self.kept = kept
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when != "call" and report.passed:
@@ -106,7 +106,7 @@ class Outcomes:
         crash = getattr(report.longrepr, "reprcrash", None)
         why = str(crash.message if crash else report.longrepr).strip().partition("\n")[0] if report.failed else ""
         row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "wrong": why}
-        self.cells.get((report.nodeid, report.when), lambda: {"rows": [row]})
+        self.kept.get((report.nodeid, report.when), lambda: {"rows": [row]})
 
 
 def tests_step(run: Run, half: int) -> None:
@@ -114,19 +114,19 @@ def tests_step(run: Run, half: int) -> None:
     import pytest
 
     names = run.sizes.tests[half]
-    known = {cell["rows"][0]["test"] for cell in run.cells.done.values()}
+    known = {cell["rows"][0]["test"] for cell in run.kept.done.values()}
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     options += [part for test in known for part in ("--deselect", test)]
     if find_spec("xdist") and run.sizes.processes > 1:
         options += ["--numprocesses", str(run.sizes.processes), "--dist", "worksteal"]
-    code = pytest.main([*options, *(str(ROOT / "tests" / name) for name in names)], plugins=[Outcomes(run.cells)])
+    code = pytest.main([*options, *(str(ROOT / "tests" / name) for name in names)], plugins=[Outcomes(run.kept)])
     ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, *([pytest.ExitCode.NO_TESTS_COLLECTED] if known else []))
     if code not in ended:
         raise RuntimeError(f"pytest ended with {code!r}")
 
 
 @torch.no_grad()
-def agreement(plan: Plan, length: int) -> Rows:
+def agreement(plan: TimingPlan, length: int) -> Rows:
     """Rows that read every key against dense attention, at sizes that no test has: the first ones, and the last."""
     (dtype,), (config,) = plan.dtypes, plan.settings.values()
     q, k, v = plan.random(dtype, length, length, plan.device)
@@ -161,7 +161,7 @@ def free_bytes(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
-def fitting(plan: Plan, length: int, free: float) -> int:
+def fitting(plan: TimingPlan, length: int, free: float) -> int:
     """The largest batch, up to the plan's and at least one, whose decode steps at `length` keys fit into so many bytes: keys and
     values, and the summaries of two kept states (amortised and refreshed, which are there at a time without graphs)."""
     (dtype,), (config,) = (DTYPES[name] for name in plan.dtypes), plan.settings.values()
@@ -191,7 +191,7 @@ def parts_of(what: str, length: int, device: torch.device, work: Callable[[], An
     launched everything, each kernel, and what is left between them. Without a GPU operators stand for kernels."""
     cuda = device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
-    timed = Timed(work, Clock(device))
+    timed = Timed(work, DeviceClock(device))
     interleave([timed], repeats)
     wait()
     start = time.perf_counter()
@@ -215,7 +215,7 @@ def parts_of(what: str, length: int, device: torch.device, work: Callable[[], An
 def profile_step(run: Run) -> None:
     """A layer's attention in a prompt, and in decode steps without a graph; then HyperAttention, Delta and gradients."""
     sizes, plan = run.sizes, run.sizes.plan()
-    count = math.lcm(latency.refresh_period(sizes.settings), sizes.settings.block_k)
+    count = math.lcm(timing.refresh_period(sizes.settings), sizes.settings.block_k)
     runs = sizes.repeats + 3  # one to warm up, one for the host, one for the profiler
 
     def prompt(length: int, what: str = "prompt", settings: HiPConfig = sizes.settings) -> Rows:
@@ -231,7 +231,7 @@ def profile_step(run: Run) -> None:
 
     def steps(length: int) -> Rows:
         tensors = plan.random(sizes.dtype, length + runs * count, count, plan.device)
-        work = latency.Steps(tensors, length, count, sizes.settings)
+        work = timing.GrowingSteps(tensors, length, count, sizes.settings)
         return parts_of("decode", length, plan.device, work, count, sizes.repeats)
 
     for length in sizes.prefill:
@@ -271,7 +271,7 @@ def tune_step(run: Run) -> None:
 class Forward(Timed):
     """A model's pass over a prompt; its attention is set before the clock starts."""
 
-    def __init__(self, model: Any, ids: Sequence[int], config: HiPConfig, clock: Clock) -> None:
+    def __init__(self, model: Any, ids: Sequence[int], config: HiPConfig, clock: DeviceClock) -> None:
         super().__init__(partial(losses.hidden_of, model, ids), clock)
         self.model, self.config = model, config
 
@@ -297,7 +297,7 @@ def speed(run: Run, loaded: Any, ids: Sequence[int], every: HiPConfig, weights: 
     own = dict(weights=weights, length=len(ids))
 
     def prompts() -> Rows:
-        calls = {name: Forward(loaded, ids, config, Clock(run.device)) for name, config in configs.items()}
+        calls = {name: Forward(loaded, ids, config, DeviceClock(run.device)) for name, config in configs.items()}
         interleave(list(calls.values()), run.sizes.repeats)
         return [
             {**own, "settings": name, "prompt_ms": 1000 * median(call.seconds), "runs": len(call.seconds)}
@@ -325,14 +325,14 @@ def model_step(run: Run) -> None:
         drawn = torch.randint(sizes.shape["vocab_size"], (sizes.long_prompt,), generator=torch.Generator().manual_seed(0))
         speed(run, random_model(sizes, run.device), drawn.tolist(), every, "random")
         return
-    loaded, tokenizer, _ = documents.load_to_measure(name, sizes.device, "", sizes.model_dtype)
+    loaded, tokenizer, _ = load_to_measure(name, sizes.device, "", sizes.model_dtype)
     text = tokenizer.encode(documents.DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
     configs = over_budgets(["dense", "defaults"], [sizes.budget], tokens=sizes.prompt, checkpoint=name)
-    plan = needles.Plan(configs, [sizes.prompt], prompts=1)
+    plan = needles.NeedlesPlan(configs, [sizes.prompt], prompts=1)
     prompt = plan.prompt(tokenizer, text, sizes.prompt, 0)
 
     def quality() -> Rows:
-        rows = needles.measure(loaded, tokenizer, {needles.NOVEL: text}, plan, Cells(None, {}))
+        rows = needles.measure(loaded, tokenizer, {needles.NOVEL: text}, plan, Resumable(None, {}))
         return [{**row, "wrong": "" if math.isfinite(row["nll"]) else f"{row['settings']}: nll is {row['nll']}"} for row in rows]
 
     run.keep("quality", quality)
@@ -364,7 +364,7 @@ def settle(folder: Path, device: torch.device) -> None:
 
 
 def take(name: str, folder: Path, sizes: Sizes) -> int:
-    """Do a step, whose rows are kept in its cells: the exit status of its process. The last line of its output says why."""
+    """Do a step, whose rows are kept as they come: the exit status of its process. The last line of its output says why."""
     run = Run(name, folder, sizes)
     settle(folder, run.device)
     STEPS[name](run)

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hip_hf.cli.publish import Json, Output, Results, Targets, model_name
 from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.publish import Json, Output, Results, Targets, model_name
 
 PROCESSES = 2
 LAUNCH = [
@@ -70,15 +70,15 @@ def main(
     details = {"model": model_name(Path(model).name), "tasks": tasks, "settings": settings, "rounds": rounds, **metadata}
     try:
         targets = Targets(as_json, output)
-        cells = targets.cells("lm_eval_processes", cores=cores, **details)
+        kept = targets.kept("lm_eval_processes", cores=cores, **details)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     found: dict[tuple[int, int], list[dict[str, Any]]] = {way: [] for way in ways}
-    with cells, report.progress() as bar:
+    with kept, report.progress() as bar:
         task = bar.add_task("commands", total=rounds * len(ways))
         for turn in range(rounds):
             for way in ways:
-                found[way].append(cells.get((turn, *way), lambda: evaluate(*way, arguments)))  # noqa: B023 (called at once)
+                found[way].append(kept.get((turn, *way), lambda: evaluate(*way, arguments)))  # noqa: B023 (called at once)
                 bar.advance(task)
     scores = [one["scores"] for some in found.values() for one in some]
     if any(other != scores[0] for other in scores):
@@ -90,7 +90,7 @@ def main(
         for (processes, threads), spent in seconds.items()
     ]
     title = f"lm-eval of {details['model']}, {tasks}, {length} tokens: {len(scores)} commands with the same scores"
-    targets.publish(Results("lm_eval_processes", title, rows, {**details, "scores": scores[0]}), cells)
+    targets.publish(Results("lm_eval_processes", title, rows, {**details, "scores": scores[0]}), kept)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.eval.longctx import draw
+from hip_hf.cli.presets import settings_of
+from hip_hf.cli.publish import Results, Targets, model_name
 from hip_hf.eval.measure.documents import CHECKPOINT
 from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.presets import settings_of
-from hip_hf.eval.reporting.publish import Results, Targets, model_name
+from hip_hf.eval.reporting.pictures.longctx import draw
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = [
@@ -88,12 +88,12 @@ def main(
     }  # fmt: skip
     try:
         targets = Targets(output=output)
-        cells = targets.cells("longctx", **details)
+        kept = targets.kept("longctx", **details)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     lm = HipLM(model, device="cpu", max_length=length)
     rows = []
-    with cells, report.progress() as bar:
+    with kept, report.progress() as bar:
         task_bar = bar.add_task("tasks", total=len(configs) * len(tasks.split(",")))
         for task in tasks.split(","):
             for name, config in configs.items():
@@ -102,7 +102,7 @@ def main(
                     lm.use(config)
                     return evaluate(lm, task, metadata)
 
-                found = cells.get((task, name), work)
+                found = kept.get((task, name), work)
                 value, low, high = interval(found["scores"], task == "hip_perplexity")
                 rows.append({
                     "task": task, "settings": name, "value": value, "low": low, "high": high, "samples": len(found["scores"]),
@@ -110,7 +110,7 @@ def main(
                 })  # fmt: skip
                 bar.advance(task_bar)
     title = f"hip_longctx, {length:,} tokens, budget {budget}, {samples} samples a task, seed {seed}, 95 % intervals"
-    targets.publish(Results("longctx", title, rows, details, draw), cells)
+    targets.publish(Results("longctx", title, rows, details, draw), kept)
     caption = f"{title}; {model_name(model)}. Shares of right answers; hip_perplexity: perplexity."
     output.with_suffix(".md").write_text(markdown(rows, caption), encoding="utf-8")
 

@@ -29,13 +29,13 @@ import torch
 from tqdm import tqdm
 
 from hip_hf.attention import attend
+from hip_hf.cli.presets import over_budgets
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import capture
 from hip_hf.eval.measure.costs import prompt_cost
 from hip_hf.eval.measure.documents import load
 from hip_hf.eval.measure.mass import chosen, probabilities, searched_blocks
-from hip_hf.eval.needles import Plan, Prompt, read_documents
-from hip_hf.eval.reporting.presets import over_budgets
+from hip_hf.eval.measure.needles import NeedlesPlan, NeedlesPrompt, read_documents
 from hip_hf.eval.reporting.report import machine
 from hip_hf.geometry import BlockMask, QueryBlock, Span, make_query_block
 from hip_hf.methods import hip, need
@@ -161,7 +161,7 @@ class Kept:
         }
 
 
-def marks_of(prompt: Prompt) -> list[tuple[int, list[int]]]:
+def marks_of(prompt: NeedlesPrompt) -> list[tuple[int, list[int]]]:
     """For each digit token of an answer: the row that says it, and where its fact's digits stand in the document."""
     marks = []
     for answer in prompt.answers:
@@ -252,7 +252,7 @@ def by(estimate: Estimate, step: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def measure(model: Any, tokenizer: Any, plan: Plan, documents: dict[str, str], config: HiPConfig) -> dict[str, Any]:
+def measure(model: Any, tokenizer: Any, plan: NeedlesPlan, documents: dict[str, str], config: HiPConfig) -> dict[str, Any]:
     """Rows of the two tables."""
     (length,) = plan.lengths
     settings: dict[str, list[Kept]] = {name: [] for name in plan.configs}
@@ -305,7 +305,7 @@ def main() -> None:
     configs = over_budgets(given.settings or SETTINGS, [given.budget], tokens=given.length, checkpoint=given.model)
     (config,) = over_budgets(["{}"], [given.budget], tokens=given.length, checkpoint=given.model).values()
     model, tokenizer = load(given.model, "sdpa")
-    plan = Plan(configs, [given.length], given.prompts)
+    plan = NeedlesPlan(configs, [given.length], given.prompts)
     tables = measure(model, tokenizer, plan, read_documents(given.documents), config)
     figures = lambda row: " | ".join(f"{row[name]:.3f}" for name in MEASURES)  # noqa: E731
     print(f"| settings | {' | '.join(MEASURES)} | selection / attention |\n|---|---|---|---|---|---|")

@@ -20,12 +20,12 @@ from typing import Annotated, Any
 import typer
 from transformers import AutoTokenizer
 
-from hip_hf.eval.generate import lengthen
+from hip_hf.cli.publish import Json, Output, Plot, Results, Targets, model_name
 from hip_hf.eval.measure.documents import DOCUMENT
+from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.measure.served import Served, complete_all, settings_options
 from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.publish import Json, Output, Plot, Results, Targets, model_name
-from hip_hf.eval.serving import draw
+from hip_hf.eval.reporting.pictures.serving import draw
 
 ATTENTIONS = ("sdpa", "hip")
 PAGE = 256  # tokens
@@ -87,7 +87,7 @@ def main(
     }  # fmt: skip
     try:
         targets = Targets(as_json, output, plot)
-        cells = targets.cells("serving", **details)
+        kept = targets.kept("serving", **details)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -105,7 +105,7 @@ def main(
             options = ["--attn-implementation", name, "--dtype", dtype, *batching, *own]
             servers[name] = stack.enter_context(Served(model, *options, log=folder / name))
             ask(servers[name], prompts(tokenizer, ids, min(sizes), "first of all", 1), 2)  # what is made once
-        stack.enter_context(cells)
+        stack.enter_context(kept)
         bar = stack.enter_context(report.progress())
         task = bar.add_task("rounds", total=len(sizes) * len(counts) * rounds * len(ATTENTIONS))
         for tokens in sizes:
@@ -117,7 +117,7 @@ def main(
                         def work(name: str = name, texts: list[str] = texts) -> dict[str, Any]:
                             return ask(servers[name], texts, new_tokens)
 
-                        found.setdefault((tokens, count, name), []).append(cells.get((tokens, count, i, name), work))
+                        found.setdefault((tokens, count, name), []).append(kept.get((tokens, count, i, name), work))
                         bar.advance(task)
     rows = [
         {"tokens": tokens, "clients": count, "attention": name, **{key: median(one[key] for one in all_) for key in all_[0]}}
@@ -126,7 +126,7 @@ def main(
     title = f"hip-hf serve, {details['model']}, {dtype}: median of {rounds} rounds, {new_tokens} new tokens a request"
     ratios = compare(rows)
     tables = {title: rows, "hip, as times of sdpa": ratios}
-    targets.publish(Results("serving", title, rows, {**details, "ratios": ratios}, draw), cells, tables)
+    targets.publish(Results("serving", title, rows, {**details, "ratios": ratios}, draw), kept, tables)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.eval import generate
-from hip_hf.eval.generate import lengthen
-from hip_hf.eval.measure import documents
+from hip_hf.cli import inputs
+from hip_hf.cli.publish import Json, Output, Results, Targets
+from hip_hf.eval.measure import documents, generate
+from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.measure.served import NEW_TOKENS, Served, settings_options, soak
-from hip_hf.eval.reporting.publish import Json, Output, Results, Targets
 
 PAGE = 256  # tokens
 
@@ -44,7 +44,7 @@ def main(
     output: Output = None,
 ) -> None:
     """Ask, and print the table."""
-    net, tokenizer, _ = generate.load(model, "hip", generate.parse_fields(set_ or []), "auto")
+    net, tokenizer, _ = inputs.load(model, "hip", inputs.parse_fields(set_ or []), "auto")
     net.generation_config.eos_token_id = None  # every answer has its full length
     ids = tokenizer.encode(documents.DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
     room = 2 * longest  # two of the longest at once, or many short ones: the others wait

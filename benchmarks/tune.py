@@ -152,10 +152,10 @@ def milliseconds(
     repeats: int = REPEATS,
 ) -> list[float]:
     """What the first launch, or a part of the selection, takes with each of the configurations: medians of interleaved runs."""
-    from hip_hf.eval.latency import interleave
-    from hip_hf.eval.measure.gpu_runs import Clock, Timed
+    from hip_hf.eval.measure.gpu_runs import DeviceClock, Timed
+    from hip_hf.eval.measure.timing import interleave
 
-    x, clock = examples(kernel, dim, dtype, device, tokens)[0], Clock(torch.device(device))
+    x, clock = examples(kernel, dim, dtype, device, tokens)[0], DeviceClock(torch.device(device))
 
     if kernel in SELECTIONS:
         works = selecting(kernel, x, tiles)

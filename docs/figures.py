@@ -15,10 +15,11 @@ import sweep
 import torch
 from transformers.utils import logging
 
-from hip_hf.eval import demo, latency, memory, passkey
-from hip_hf.eval.measure import curves, documents
+from hip_hf.config import HiPConfig
+from hip_hf.eval.measure import demo, documents
 from hip_hf.eval.measure.capture import capture
 from hip_hf.eval.reporting import plots
+from hip_hf.eval.reporting.pictures import PICTURES
 from hip_hf.geometry import make_query_block
 from hip_hf.methods.hip import Selector, TreeSearch
 from hip_hf.problem import AttentionProblem
@@ -59,7 +60,7 @@ def prompt_and_model() -> tuple[list[int], Any, Any, Any]:
 
 def draw_tree(file: Path, problem: AttentionProblem) -> None:
     """The search of one query block: the candidates of each level, and the blocks that it keeps."""
-    config = demo.HiPConfig(**SMALL, beam=1, rescore=1)
+    config = HiPConfig(**SMALL, beam=1, rescore=1)
     selector = Selector(config)
     span = problem.spans[0]
     first = span.end // config.block_q * config.block_q - config.block_q
@@ -93,7 +94,7 @@ def draw_tree(file: Path, problem: AttentionProblem) -> None:
 
 def draw_readings(file: Path, prompt: list[int], problems: list[AttentionProblem], tokenizer: Any, fact: Any) -> None:
     """Which key blocks each query block reads, in two layers."""
-    config = demo.HiPConfig(**SMALL)
+    config = HiPConfig(**SMALL)
     panels = []
     for layer in (1, LAYER):
         kinds, path = demo.kinds_read(problems[layer], config, layer=None)  # type: ignore[arg-type]
@@ -148,9 +149,8 @@ def make_all(folder: Path) -> None:
         problems = capture(model, torch.tensor([prompt]))
         draw_tree(folder / "tree.png", problems[LAYER])
         draw_readings(folder / "readings.png", prompt, problems, tokenizer, fact)
-    drawn = (("latency", latency.draw), ("fidelity", curves.draw), ("passkey", passkey.draw), ("memory", memory.draw))
-    for name, draw in drawn:
-        draw(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), folder / f"{name}.png")
+    for name in ("latency", "fidelity", "passkey", "memory"):
+        PICTURES[name](json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), folder / f"{name}.png")
     (folder / "answers.md").write_text(answers(), encoding="utf-8")
     (folder / "machines.md").write_text(machines(), encoding="utf-8")
     (folder / "models.md").write_text(sweep.page(sweep.read_record()), encoding="utf-8")

@@ -20,8 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
 
 from hip_hf import explain
-from hip_hf.eval import chat, generate
-from hip_hf.eval.chat import Conversation
+from hip_hf.cli import chat
+from hip_hf.eval.measure import generate
+from hip_hf.eval.measure.chat import Conversation
 
 # A turn is `<s> user ... </s>` or `<s> assistant ... </s>`, a token a word.
 TEMPLATE = (

@@ -12,8 +12,9 @@ from test_chat import DOCUMENT, NEW, QUESTIONS, talk, word_model, word_tokenizer
 from typer.testing import CliRunner
 
 from hip_hf import HiPCache
-from hip_hf.eval import chat, generate
-from hip_hf.eval.chat import Conversation
+from hip_hf.cli import chat
+from hip_hf.eval.measure import generate
+from hip_hf.eval.measure.chat import Conversation
 from hip_hf_cli import app
 
 LONGEST = 200

@@ -56,7 +56,7 @@ def test_the_list_of_commands_imports_nothing_heavy() -> None:
 def test_a_command_is_what_the_list_says(name: str) -> None:
     """Its help begins alike, and it has the function's parameters."""
     command = COMMANDS[name]
-    function = importlib.import_module(f"hip_hf.eval.{command.module}").main
+    function = importlib.import_module(f"hip_hf.cli.{command.module}").main
     assert inspect.getdoc(function).splitlines()[0] == command.help
     shown = invoke(name, "--help")
     assert command.help in shown
@@ -66,7 +66,7 @@ def test_a_command_is_what_the_list_says(name: str) -> None:
 
 def test_lm_eval_is_what_the_list_says() -> None:
     command = COMMANDS["lm-eval"]
-    function = importlib.import_module(f"hip_hf.eval.{command.module}").main
+    function = importlib.import_module(f"hip_hf.cli.{command.module}").main
     assert inspect.getdoc(function).splitlines()[0] == command.help
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hip_hf import configure
-from hip_hf.assets.train import build_tokenizer
-from hip_hf.eval import demo, explain, generate, needles, needles_demo
-from hip_hf.eval.demo import kinds_read, make_facts, position_of
+from hip_hf.cli import demo, explain, generate, inputs, needles_demo
 from hip_hf.eval.measure import documents, real_model
+from hip_hf.eval.measure.demo import Run, kinds_read, make_facts, position_of
+from hip_hf.eval.measure.generate import lengthen
+from hip_hf.eval.measure.needles import make_prompt
+from hip_hf.eval.measure.needles_demo import NO_DIGIT, read
 from hip_hf.eval.reporting import plots
 from hip_hf.problem import AttentionProblem, make_spans
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+build_tokenizer = import_module("train").build_tokenizer
 
 SETTINGS = dict(budget=64, window=32, sink=16, block_q=32, dense_layers=1, dense_below=0, dense_tail=32)
 LENGTH = 1024
@@ -131,7 +137,7 @@ def test_demo_hides_each_fact_where_it_says(checkpoint: str, text: Path) -> None
     facts = make_facts(3, seed=1)
     assert facts == make_facts(3, seed=1) != make_facts(3, seed=2)
     assert [int(3 * fact.depth) for fact in facts] == [0, 1, 2]
-    task, tokenizer = demo.prepare(checkpoint, text, 600, facts), generate.load(checkpoint, "sdpa", {})[1]
+    task, tokenizer = demo.prepare(checkpoint, text, 600, facts), inputs.load(checkpoint, "sdpa", {})[1]
     assert (task.new_tokens, task.beyond) == (6, False)
     for prompt, asked in zip(task.prompts, facts, strict=True):
         assert len(prompt) == 600
@@ -144,7 +150,7 @@ def test_demo_hides_each_fact_where_it_says(checkpoint: str, text: Path) -> None
 
 
 def test_kinds_read_counts_what_attention_counts(checkpoint: str) -> None:
-    settings = generate.load(checkpoint, "sdpa", {})[2]
+    settings = inputs.load(checkpoint, "sdpa", {})[2]
     q, k = torch.randn(1, 4, 512, 16), torch.randn(1, 2, 512, 16)
     problem = AttentionProblem(q, k, k, make_spans(q, k), 0.25)
     kinds, path = kinds_read(problem, settings, layer=1)
@@ -204,7 +210,7 @@ def test_memory_beyond_the_cache_is_that_of_a_chunk(checkpoint: str, text: Path)
     beside = {}
     for tokens, chunk in ((8192, 1024), (32768, 1024), (32768, None)):
         task = demo.prepare(checkpoint, text, tokens, make_facts(1, seed=0))
-        memory = demo.in_own_process(demo.Run(checkpoint, "hip", task.prompts, 2, fields, chunk))["memory_mib"]
+        memory = demo.in_own_process(Run(checkpoint, "hip", task.prompts, 2, fields, chunk))["memory_mib"]
         beside[tokens, chunk] = memory["peak"] - memory["cache"]
     noise = 16  # of what the system counts as a process's memory, in MiB
     assert beside[32768, 1024] < beside[8192, 1024] + noise
@@ -254,8 +260,8 @@ def test_generate_reads_a_prompt_of_any_length_in_chunks(checkpoint: str, prompt
     whole, parts = run_json(generate, *given), run_json(generate, *given, "--chunk", 256)
     assert [row["share"] for row in parts["rows"]] == pytest.approx([row["share"] for row in whole["rows"]], rel=1e-9)
     assert parts["rows"][0]["share"] < 0.7
-    assert generate.lengthen([1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
-    assert generate.lengthen([1, 2, 3], 2) == [1, 2]
+    assert lengthen([1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
+    assert lengthen([1, 2, 3], 2) == [1, 2]
 
 
 def test_generate_says_what_memory_it_took(checkpoint: str, prompt: Path) -> None:
@@ -347,17 +353,17 @@ def test_demo_of_a_model_prints_tables(checkpoint: str, text: Path) -> None:
 
 def test_demo_says_what_the_model_says(checkpoint: str, text: Path) -> None:
     """Against the logits of the whole model; and where it says no digit, there is none."""
-    net, tokenizer, _ = generate.load(checkpoint, "sdpa", {})
+    net, tokenizer, _ = inputs.load(checkpoint, "sdpa", {})
     ids = tokenizer.encode(text.read_text(), add_special_tokens=False, verbose=False)
-    prompt = needles.make_prompt(tokenizer, ids, 600, 4, random.Random(0))
+    prompt = make_prompt(tokenizer, ids, 600, 4, random.Random(0))
     steps: list[int] = []
-    reading = needles_demo.read(net, tokenizer, prompt, lambda: steps.append(1))
+    reading = read(net, tokenizer, prompt, lambda: steps.append(1))
     assert len(steps) == 2  # layers
     with torch.no_grad():
         said = net(torch.tensor([prompt.ids])).logits[0].argmax(1)
     for answer, given in zip(prompt.answers, reading.answers, strict=True):
         words = [tokenizer.decode([said[at - 1]]).strip() for at in answer.positions]
-        assert given == "".join(word if word.isdigit() and len(word) == 1 else needles_demo.NO_DIGIT for word in words)
+        assert given == "".join(word if word.isdigit() and len(word) == 1 else NO_DIGIT for word in words)
 
 
 def test_the_real_model_is_fetched_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,9 @@ import pytest
 from test_cli_demo import checkpoint, run_json, text  # noqa: F401 - the first and the last are fixtures
 
 from hip_hf import HiPCache
-from hip_hf.eval import demo, generate
+from hip_hf.cli import demo
+from hip_hf.cli import generate as command
+from hip_hf.eval.measure import generate
 from hip_hf.eval.measure.memory_meter import cache_mib
 from hip_hf.registry import METHODS
 
@@ -30,7 +32,7 @@ def test_every_method(
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(text.read_text()[:2000])
     setting = ("--set", f"method={method}")
-    made = run_json(generate, checkpoint, "--prompt-file", prompt, "--max-new-tokens", 3, *setting)
+    made = run_json(command, checkpoint, "--prompt-file", prompt, "--max-new-tokens", 3, *setting)
     assert made["memory_mib"]["cache"] == cache_mib(caches[0])
     pages = sum(layer.pool.bytes(layer.pool.used) for layer in caches[0].paged) / 2**20
     assert (made["memory_mib"]["cache"] > pages) == (method in SUMMARISED)

@@ -1,4 +1,4 @@
-"""The comparison of methods: costs by instrumented runs, hyper's mass and hardness by brute force, presets, curves."""
+"""The comparison of methods: costs by instrumented runs, hyper's mass and assumptions by brute force, presets, curves."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from transformers import LlamaConfig, LlavaConfig
 
 from hip_hf.attention import attend
 from hip_hf.backends.torch.dense_rows import rows_at_once
+from hip_hf.backends.torch.sparse import keys_seen
+from hip_hf.cli import compare as compare_command
+from hip_hf.cli import fidelity as fidelity_command
+from hip_hf.cli import passkey as passkey_command
+from hip_hf.cli.presets import PRESETS, as_many_keys, every, settings_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval import compare, fidelity, passkey
 from hip_hf.eval.measure import mass
 from hip_hf.eval.measure.costs import SELECTION, block_cost, call_cost
-from hip_hf.eval.measure.hyper_assumptions import hardness, hardness_rows
-from hip_hf.eval.reporting.presets import PRESETS, as_many_keys, every, settings_of
-from hip_hf.geometry import keys_seen, query_blocks
+from hip_hf.eval.measure.hyper_assumptions import assumption_rows, measure_assumptions
+from hip_hf.geometry import query_blocks
 from hip_hf.methods import hyper
 from hip_hf.registry import METHODS, add_method
 
@@ -151,10 +154,10 @@ def test_mass_of_hyper_is_that_of_what_it_reads_exactly() -> None:
     assert torch.equal(measured[1].mass, mass.measure(problem, configs[1:])[0].mass)
 
 
-def test_hardness_by_brute_force() -> None:
+def test_hyper_assumptions_by_brute_force() -> None:
     q, k, v = make_qkv(100, heads=1, groups=2)
     config = small(method="hyper", options=dict(min_seq_len=50, block_size=10, sample_size=5))
-    got = hardness(make_problem(q, k, v), config)
+    got = measure_assumptions(make_problem(q, k, v), config)
     logits = (q[0, :, 50:] @ k[0, :, :50].repeat_interleave(2, 0).transpose(1, 2) / 4).double()
     p = logits.softmax(-1)
     own = weights(q, k, small(method="hyper", options=dict(min_seq_len=50, block_size=10, sample_size=0)))[:, 50:, :50] > 0
@@ -163,22 +166,22 @@ def test_hardness_by_brute_force() -> None:
     assert_near(got.column_norm, p.square().sum(1).amax(-1), 1e-6)
     assert_near(got.column_norm_past_sink, p.square().sum(1)[:, 4:].amax(-1), 1e-6)
     assert_near(got.row_ratio, (light.amax(-1) / light.amin(-1)).log10(), 1e-5)
-    (row,) = hardness_rows({3: [got, got]})
+    (row,) = assumption_rows({3: [got, got]})
     assert row["layer"] == 3
     assert row["uniform"] == 1 / 50
     assert row["column_norm"] == pytest.approx(float(got.column_norm.max()))
 
 
-def test_hardness_knows_easy_from_hard() -> None:
+def test_hyper_assumptions_tell_easy_from_hard() -> None:
     config = small(method="hyper", options=dict(min_seq_len=50, block_size=10, sample_size=5))
     q, k, v = make_qkv(200, heads=1, groups=1)
-    even = hardness(make_problem(0 * q, k, v), config)
+    even = measure_assumptions(make_problem(0 * q, k, v), config)
     assert float(even.column_norm[0]) == pytest.approx(1 / 100)
     assert float(even.row_ratio[0]) == pytest.approx(0, abs=1e-5)
     k[:, :, 30] = 0
     k[:, :, 30, 0] = 100
     q[..., 0] = 10
-    one = hardness(make_problem(q, k, v), config)
+    one = measure_assumptions(make_problem(q, k, v), config)
     assert float(one.column_norm[0]) == pytest.approx(100, rel=1e-3)  # all rows look at one key
 
 
@@ -245,7 +248,7 @@ def test_own_settings(tmp_path: Path) -> None:
         assert own == HiPConfig(budget=256, layers={1: {"budget": 64}}, dense_layers=1)
     with pytest.raises(ValueError, match="no model here"):
         settings_of(["own"])
-    assert "cannot load" in refused(passkey.main, str(tmp_path / "nowhere"), "--settings", "own")
+    assert "cannot load" in refused(passkey_command.main, str(tmp_path / "nowhere"), "--settings", "own")
 
 
 def test_own_settings_have_one_row(tmp_path: Path) -> None:
@@ -256,11 +259,11 @@ def test_own_settings_have_one_row(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "hip": own}))
     arguments = [model, "--document", text, "--tokens", "256", "--prompts", "1", "--measures", "perplexity", "--budgets", "32,64"]
     sizes = json.dumps({name: value for name, value in SMALL.items() if name != "budget"})
-    report = run(compare.main, *arguments, "--settings", sizes, "--settings", "own")
+    report = run(compare_command.main, *arguments, "--settings", sizes, "--settings", "own")
     assert [row["settings"] for row in report["rows"]] == [f"{sizes} @ 32", "own", f"{sizes} @ 64"]
     assert report["configs"]["own"] == HiPConfig(**own).to_dict()
     asked = ["--lengths", "200", "--depths", "1", "--samples", "1", "--settings", "own"]
-    (row, *_) = run(passkey.main, model, "--document", text, *asked)["rows"]
+    (row, *_) = run(passkey_command.main, model, "--document", text, *asked)["rows"]
     assert row["path_prefill"] == "1 dense (dense layer), 1 sparse"
 
 
@@ -281,7 +284,7 @@ def test_command_with_several_budgets(tmp_path: Path) -> None:
     names.append(json.dumps({**sizes, "method": "hyper", "options": {"min_seq_len": 64, "block_size": 16, "sample_size": 16}}))
     picture = tmp_path / "curves.png"
     arguments = [model, "--document", text, "--tokens", "512", "--facts", "2", "--prompts", "1", "--budgets", "32,64"]
-    report = run(fidelity.main, *arguments, *[x for name in names for x in ("--settings", name)], "--plot", str(picture))
+    report = run(fidelity_command.main, *arguments, *[x for name in names for x in ("--settings", name)], "--plot", str(picture))
     rows = {row["settings"]: row for row in report["rows"] if row["layer"] == "all"}
     assert list(rows) == [f"{name} @ {budget}" for budget in (32, 64) for name in names]
     quest, streaming, hyper_ = ([rows[f"{name} @ {budget}"] for budget in (32, 64)] for name in names)
@@ -290,5 +293,5 @@ def test_command_with_several_budgets(tmp_path: Path) -> None:
     assert streaming[0]["overlap"] == 0
     assert hyper_[0]["overlap"] is None
     assert all(0 < row["mass"] < 1 and math.isfinite(row["error"]) for row in rows.values())
-    assert [row["layer"] for row in report["hardness"]] == [0, 1]
+    assert [row["layer"] for row in report["hyper_assumptions"]] == [0, 1]
     assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -17,7 +17,7 @@ from hip_hf.backends.triton import checks, dense, sparse, trust
 from hip_hf.backends.triton.common import tuning
 from hip_hf.backends.triton.compile.launches import MODULES
 from hip_hf.config import HiPConfig
-from hip_hf.eval import doctor
+from hip_hf.eval.measure import doctor
 from hip_hf_cli import app
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="what stands for a GPU here is the interpreter")

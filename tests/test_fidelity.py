@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from hip_hf.attention import attend
+from hip_hf.cli import fidelity as fidelity_command
 from hip_hf.config import HiPConfig
-from hip_hf.eval import fidelity
-from hip_hf.eval.measure import mass
+from hip_hf.eval.measure import fidelity, mass
 from hip_hf.eval.measure.capture import DENSE, capture
 from hip_hf.eval.measure.costs import block_cost, total
 from hip_hf.geometry import query_blocks
@@ -223,7 +223,7 @@ def test_command(tmp_path: Path) -> None:
     oracle = json.dumps({**SMALL, "method": "oracle"})
     arguments = [model, "--document", text, "--tokens", "512", "--facts", "2", "--settings", settings, "--settings", oracle]
     saved = tmp_path / "rows.json"
-    printed = run(fidelity.main, *arguments, "--no-per-layer", "--output", str(saved))
+    printed = run(fidelity_command.main, *arguments, "--no-per-layer", "--output", str(saved))
     rows = printed["rows"]
     assert json.loads(saved.read_text())["rows"] == rows
     assert [(row["settings"], row["layer"]) for row in rows] == [(s, n) for s in (settings, oracle) for n in ("all", 0, 1)]
@@ -238,7 +238,7 @@ def test_command(tmp_path: Path) -> None:
     assert rows[0]["read"] < 0.5
     # the table may leave the layers out, the file may not
     app = typer.Typer()
-    app.command()(fidelity.main)
+    app.command()(fidelity_command.main)
     table = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments, "--no-per-layer", "--output", str(saved)]).stdout
     assert len([line for line in table.splitlines() if "512" in line and "all" in line]) == 2
     assert json.loads(saved.read_text())["rows"] == rows
@@ -261,7 +261,7 @@ def test_command_stress(tmp_path: Path) -> None:
         "--rows",
         "64",
     ]
-    rows = run(fidelity.main, *arguments, "--settings", json.dumps(SMALL))["rows"]
+    rows = run(fidelity_command.main, *arguments, "--settings", json.dumps(SMALL))["rows"]
     assert [(row["keys"], row["layer"]) for row in rows] == [(keys, n) for keys in (1024, 2048) for n in ("all", 0, 1)]
     assert rows[0]["read"] > rows[3]["read"]
 
@@ -269,13 +269,13 @@ def test_command_stress(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     base = [model, "--document", text, "--tokens", "512", "--facts", "1"]
-    assert "multiples" in refused(fidelity.main, *base, "--stress", "1000")
-    assert "--rows" in refused(fidelity.main, *base, "--stress", "1K", "--rows", "8")
-    assert "covers" in refused(fidelity.main, *base, "--budget", "1024")
-    assert "dense" in refused(fidelity.main, *base, "--settings", "dense")
-    assert "extend" in refused(fidelity.main, *base, "--settings", '{"extend": "streaming"}')
-    assert "--facts" in refused(fidelity.main, *base, "--facts", "8", "--budget", "64")
-    assert "--tokens" in refused(fidelity.main, model, "--document", text, "--tokens", "100000")
+    assert "multiples" in refused(fidelity_command.main, *base, "--stress", "1000")
+    assert "--rows" in refused(fidelity_command.main, *base, "--stress", "1K", "--rows", "8")
+    assert "covers" in refused(fidelity_command.main, *base, "--budget", "1024")
+    assert "dense" in refused(fidelity_command.main, *base, "--settings", "dense")
+    assert "extend" in refused(fidelity_command.main, *base, "--settings", '{"extend": "streaming"}')
+    assert "--facts" in refused(fidelity_command.main, *base, "--facts", "8", "--budget", "64")
+    assert "--tokens" in refused(fidelity_command.main, model, "--document", text, "--tokens", "100000")
 
 
 def test_all_layers_together() -> None:

@@ -20,7 +20,7 @@ from hip_hf.backends.triton.compile.launches import MODULES
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import roofline
 from hip_hf.eval.measure.kernel_costs import NO_COST, Cost, Shape
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.methods import hyper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,7 +252,7 @@ gpu_steps.decode_step(sized)
 print(asked)
 plan = gpu_sizes.Sizes().plan(batch=16)
 print([gpu_steps.fitting(plan, 1 << 20, free * 2**30) for free in (139, 80, 40, 1, float("inf"))])
-print(run.failed, [value["rows"][0]["figure"] for value in run.cells.done.values()])
+print(run.failed, [value["rows"][0]["figure"] for value in run.kept.done.values()])
 (folder / "machine.json").write_text('{"cpu": "another"}')
 try:
     gpu_steps.take("prefill", folder, sizes)
@@ -287,9 +287,9 @@ def test_pieces_of_steps(tmp_path: Path) -> None:
 
 
 def test_rows_are_those_of_finished_cells(tmp_path: Path) -> None:
-    cells = Cells(tmp_path / "step.json", {})
-    cells.get(("a",), lambda: {"rows": [{"x": 1}, {"x": 2}], "refused": []})
-    cells.get(("b",), lambda: {"rows": [{"x": 3}]})
+    kept = Resumable(tmp_path / "step.json", {})
+    kept.get(("a",), lambda: {"rows": [{"x": 1}, {"x": 2}], "refused": []})
+    kept.get(("b",), lambda: {"rows": [{"x": 3}]})
     (tmp_path / "step.json.partial").open("a").write('["cut off')
     assert [row["x"] for row in gpu_records.rows_of(tmp_path, "step")] == [1, 2, 3]
     assert gpu_records.rows_of(tmp_path, "other") == []
@@ -366,7 +366,7 @@ def test_the_table_in_the_documentation_is_what_the_command_prints(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With what was measured, where the results of a GPU are there."""
-    monkeypatch.setattr("sys.argv", ["floors"])
+    monkeypatch.setattr("sys.argv", ["roofline"])
     roofline.main()
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out in page

@@ -28,14 +28,14 @@ from hip_hf.backends.triton.attention.prefill import Logits, dense_reads
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import processors, target_of
+from hip_hf.cli import latency as latency_command
+from hip_hf.cli.presets import sizes
 from hip_hf.config import HiPConfig
-from hip_hf.eval import gpu_latency, latency
-from hip_hf.eval.gpu_latency import Bench, Clock, Steps, measure
-from hip_hf.eval.latency import Plan, ours
-from hip_hf.eval.measure import kernel_costs, roofline
+from hip_hf.eval.measure import gpu_latency, kernel_costs, roofline, timing
+from hip_hf.eval.measure.gpu_latency import Bench, CapturedSteps, DeviceClock, measure
 from hip_hf.eval.measure.kernel_costs import NO_COST, Cost
-from hip_hf.eval.reporting.presets import sizes
-from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.eval.measure.timing import TimingPlan, ours
+from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.geometry import Span
 from hip_hf.methods import hyper
 from hip_hf.state import DecodeState
@@ -58,9 +58,9 @@ def kernels(**fields: Any) -> HiPConfig:
     return small(backend="triton", **{"decode_refresh": 2, **fields})
 
 
-def plan(**fields: Any) -> Plan:
+def plan(**fields: Any) -> TimingPlan:
     shape = dict(heads=2, kv_heads=1, head_dim=16, repeats=1, device=torch.device(DEVICE), dtypes=["fp16"])
-    return Plan(**{**shape, "settings": {"small": kernels()}, **fields})
+    return TimingPlan(**{**shape, "settings": {"small": kernels()}, **fields})
 
 
 def by_phase(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -115,7 +115,7 @@ def test_backends_that_are_not_asked_for_are_no_baselines() -> None:
 
 
 def test_a_baseline_that_takes_the_probe_and_not_the_call_drops_out() -> None:
-    bench = Bench(plan(), "fp16", Clock(torch.device(DEVICE)))
+    bench = Bench(plan(), "fp16", DeviceClock(torch.device(DEVICE)))
 
     def full() -> None:
         raise torch.OutOfMemoryError("full\nof it")
@@ -144,14 +144,14 @@ def test_finished_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Bench, "decode", stops)
     with pytest.raises(KeyboardInterrupt):
-        measure(*asked, cells=Cells(output, {}))
+        measure(*asked, kept=Resumable(output, {}))
     assert done == [LENGTH, LENGTH + 8]
     done[:] = [0, 0]
-    cells = Cells(output, {})
-    kept = next(iter(cells.done.values()))
-    rows, refused = measure(*asked, cells=cells)
+    kept = Resumable(output, {})
+    measured = next(iter(kept.done.values()))
+    rows, refused = measure(*asked, kept=kept)
     assert done == [0, 0, LENGTH + 8]
-    assert rows[: len(kept["rows"])] == kept["rows"]
+    assert rows[: len(measured["rows"])] == measured["rows"]
     assert {row["length"] for row in rows} == {LENGTH, LENGTH + 8}
     assert {f"at {LENGTH}", f"at {LENGTH + 8}"} <= set(refused)
 
@@ -172,18 +172,18 @@ def test_a_method_without_a_model_has_no_figures_from_it() -> None:
 
 
 def test_the_faster_baseline_is_the_one_that_counts() -> None:
-    bench = Bench(plan(), "fp16", Clock(torch.device(DEVICE)))
+    bench = Bench(plan(), "fp16", DeviceClock(torch.device(DEVICE)))
     calls = {name: bench.call(lambda: None) for name in ("ours", "flash", "cudnn")}
     for name, seconds in (("ours", [2.0]), ("flash", [6.0, 9.0, 7.0]), ("cudnn", [8.0, 5.0, 5.5])):
         calls[name].seconds = seconds
     dense = {name: calls[name] for name in ("flash", "cudnn")}
-    measured = gpu_latency.Measured("prefill", 4096, {"small": calls["ours"]}, dense, {"small": 1}, tokens=4096)
+    measured = gpu_latency.MeasuredRuns("prefill", 4096, {"small": calls["ours"]}, dense, {"small": 1}, tokens=4096)
     (row,) = bench.rows(measured, {"small": kernels()}, {"small": 0.5})
     assert (row["sdpa"], row["sdpa_ms"], row["times_faster"], row["selecting"]) == ("cudnn", 5500.0, 2.75, 0.25)
 
 
 def test_a_backend_that_refuses_is_named() -> None:
-    bench = Bench(plan(), "fp16", Clock(torch.device(DEVICE)))
+    bench = Bench(plan(), "fp16", DeviceClock(torch.device(DEVICE)))
 
     def probe() -> None:
         raise RuntimeError("No available kernel.\nMore of it.")
@@ -205,8 +205,8 @@ def test_steps_give_what_decode_gives_each_time_they_run(refresh: int, batch: in
         end = length + step + 1
         want = ours(q[:, :, step : step + 1], k[:, :, :end], v[:, :, :end], config, state)
         assert (want.path, want.reason) == ("sparse", "")
-    steps = Steps(q, k, v, length, count, config)
-    others = Steps(q, k, v, length, count, replace(config, decode_refresh=4), attend=False, state=steps.state)
+    steps = CapturedSteps(q, k, v, length, count, config)
+    others = CapturedSteps(q, k, v, length, count, replace(config, decode_refresh=4), attend=False, state=steps.state)
     for between in (lambda: None, others):
         between()
         assert_near(steps().cpu(), want.out.cpu(), 1e-6)
@@ -214,7 +214,7 @@ def test_steps_give_what_decode_gives_each_time_they_run(refresh: int, batch: in
 
 def run(*arguments: str) -> Any:
     app = typer.Typer()
-    app.command()(latency.main)
+    app.command()(latency_command.main)
     return CliRunner().invoke(app, arguments)
 
 
@@ -229,8 +229,8 @@ def test_the_command_prints_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the command line on, with the machine's device in place of the one asked for."""
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch, "device", lambda name: latency.CPU)
-        monkeypatch.setattr(latency.report, "machine", lambda: {"cpu": "a CPU", "threads": 1, "gpu": None, "torch": "2"})
+        monkeypatch.setattr(torch, "device", lambda name: timing.CPU)
+        monkeypatch.setattr(timing.report, "machine", lambda: {"cpu": "a CPU", "threads": 1, "gpu": None, "torch": "2"})
     shape = ("--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--repeats", "1", "--lengths", str(LENGTH))
     fields = {key: value for key, value in kernels().to_dict().items() if value != HiPConfig().to_dict()[key]}
     result = run("--device", "cuda", "--phases", "prefill,selection", *shape, "--settings", json.dumps(fields), "--json")
@@ -317,7 +317,10 @@ def test_the_model_has_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None
         ((rows, heads, _), named) = next(x[1:] for x in found[call] if x[0] == "combine_kernel")
         assert costs[f"{call}: combine_kernel"] == Cost(0, rows * heads * (named["SPLITS"] * 17 * 4 + 16 * 4))
     # what is called is the sum of its kernels
-    called, bench = roofline.calls(160, config, shape), Bench(plan(heads=4, kv_heads=2), "fp32", Clock(torch.device(DEVICE)))
+    called, bench = (
+        roofline.calls(160, config, shape),
+        Bench(plan(heads=4, kv_heads=2), "fp32", DeviceClock(torch.device(DEVICE))),
+    )
     for call, name in {"prefill": "prefill", "backward": "backward", "decode": "decode, amortised"}.items():
         own = sum((cost for kernel, cost in costs.items() if kernel.startswith(f"{call}: ")), NO_COST)
         assert sum(called[name], NO_COST) == own == bench.cost(roofline.CALLS[name][0], 160, config, "sparse")

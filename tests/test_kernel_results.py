@@ -17,7 +17,7 @@ TARGETS, DIMS, DTYPES = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx9
 
 LAUNCHES = """
 import json, sys
-from hip_hf.eval.kernels import DTYPES
+from hip_hf.eval.measure.kernels import DTYPES
 from hip_hf.backends.triton.compile.budget import launches_of
 targets, dims, dtypes = json.loads(sys.argv[1])
 found = []
@@ -89,7 +89,7 @@ def test_the_digest_of_a_kernel_is_of_the_code_that_it_uses(tmp_path: Path) -> N
 
 def test_results_of_the_same_code_are_kept(tmp_path: Path) -> None:
     """With the same Triton, and where nothing was wrong with them."""
-    from hip_hf.eval.kernels import compiled_before
+    from hip_hf.eval.measure.kernels import compiled_before
 
     names = ("kernel", "target", "dim", "dtype", "code", "launch")
     row = dict(kernel="a", target="sm90", dim=64, dtype="bfloat16", code="c", launch="l", problem="")
@@ -104,7 +104,7 @@ def test_results_of_the_same_code_are_kept(tmp_path: Path) -> None:
     "content", [b"", b'{"rows": [', b"\xff", b"[]", b'{"triton": "3"}', b'{"triton": "3", "rows": [{"kernel": "a"}]}']
 )
 def test_an_output_that_is_no_result_of_kernels_is_refused(content: bytes, tmp_path: Path) -> None:
-    from hip_hf.eval.kernels import compiled_before
+    from hip_hf.eval.measure.kernels import compiled_before
 
     file = tmp_path / "kernels.json"
     file.write_bytes(content)

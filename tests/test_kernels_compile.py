@@ -148,7 +148,8 @@ def test_queries_turned_twice_are_not_kept_between_turns() -> None:
 RESUMED = """
 import sys
 from pathlib import Path
-from hip_hf.eval import kernels
+from hip_hf.cli import kernels
+from hip_hf.eval.measure.kernels import DTYPES
 from hip_hf.backends.triton.compile import budget
 from hip_hf.backends.triton.common import tuning_table, tuning
 
@@ -168,7 +169,7 @@ def run(spills=0):
         pass
 
 budget.spend, most, spilled = spend, 99, 0
-names = [launch.name for launch in budget.launches_of(64, kernels.DTYPES["bf16"], "sm90") if "prefill" in launch.name]
+names = [launch.name for launch in budget.launches_of(64, DTYPES["bf16"], "sm90") if "prefill" in launch.name]
 most = len(names) - 1
 run()
 assert done == names[:-1], done
@@ -204,7 +205,7 @@ def test_a_changed_launch_configuration_is_compiled_anew(tmp_path: Path) -> None
 
 
 def test_a_problem_shows_in_the_table() -> None:
-    from hip_hf.eval.kernels import summary
+    from hip_hf.eval.measure.kernels import summary
 
     row = dict(kernel="a", target="sm90", dim=64, dtype="bfloat16", shared=2048, registers=9, spilled=0, path="wgmma", problem="")
     worse = {**row, "dim": 128, "shared": 1024, "registers": 255, "spilled": 40, "path": "", "problem": "spills"}

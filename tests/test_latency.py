@@ -11,23 +11,25 @@ import typer
 from helpers import small
 from typer.testing import CliRunner
 
+from hip_hf.cli import latency as latency_command
 from hip_hf.config import HiPConfig
-from hip_hf.eval import latency
-from hip_hf.eval.latency import Call, Plan, Steps, exponents, fit_exponent, interleave, measure
+from hip_hf.eval.measure import timing
+from hip_hf.eval.measure.latency import exponents, fit_exponent, measure
+from hip_hf.eval.measure.timing import Call, GrowingSteps, TimingPlan, interleave
 from hip_hf.methods.hip import TreeSearch
 
 COLUMNS = "phase dtype length settings hip_ms sdpa_ms times_faster path reason keys_read runs sdpa_runs"
 SMALL = {key: value for key, value in small().to_dict().items() if value != HiPConfig().to_dict()[key]}
 
 
-def plan(**fields: Any) -> Plan:
+def plan(**fields: Any) -> TimingPlan:
     given = dict(prefill=[256], decode=[256], dtypes=["fp32"], heads=4, kv_heads=2, head_dim=16, repeats=2)
-    return Plan(**{**given, "settings": {"small": small()}, **fields})
+    return TimingPlan(**{**given, "settings": {"small": small()}, **fields})
 
 
 def run(*arguments: str) -> Any:
     app = typer.Typer()
-    app.command()(latency.main)
+    app.command()(latency_command.main)
     return CliRunner().invoke(app, arguments)
 
 
@@ -75,7 +77,7 @@ def test_runs_alternate_and_slow_calls_are_repeated_less(monkeypatch: pytest.Mon
 
         return Call(work)
 
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     calls = [make("hour", 3600), make("half a minute", 30), make("instant", 0.001)]
     interleave(calls, 3)
     assert [len(call.seconds) for call in calls] == [1, 2, 3]  # the last was warmed up first
@@ -87,7 +89,7 @@ def test_decode_searches_as_often_as_the_settings_say(refresh: int, searches: in
     searched = []
     select = TreeSearch.select
     monkeypatch.setattr(TreeSearch, "select", lambda self, *args: searched.append(1) or select(self, *args))
-    steps = Steps(plan().random("fp32", 256 + 12, 12), 256, 12, small(decode_refresh=refresh))
+    steps = GrowingSteps(plan().random("fp32", 256 + 12, 12), 256, 12, small(decode_refresh=refresh))
     result = steps()
     assert result is not None
     assert result.path == "sparse"
@@ -98,10 +100,10 @@ def test_decode_searches_as_often_as_the_settings_say(refresh: int, searches: in
 def test_decode_of_stages_runs_over_the_longest_interval() -> None:
     """Each stage has an interval of its own."""
     config = small(method="staged", options={"stages": [[8, 64, 2], [4, 16, 2]]}, decode_refresh=[8, 4])
-    assert latency.refresh_period(config) == 8
-    assert latency.refresh_period(small(decode_refresh=3)) == 3
+    assert timing.refresh_period(config) == 8
+    assert timing.refresh_period(small(decode_refresh=3)) == 3
     phases = [(row["phase"], row["path"]) for row in measure(plan(prefill=[], settings={"staged": config}))]
-    assert phases == [(latency.AMORTISED, "sparse"), (latency.REFRESHED, "sparse")]
+    assert phases == [(timing.AMORTISED, "sparse"), (timing.REFRESHED, "sparse")]
 
 
 def test_random_tensors_are_seeded() -> None:

@@ -22,9 +22,9 @@ pytest.importorskip("lm_eval")
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 
+from hip_hf.cli import autoload
+from hip_hf.cli import lm_eval as lm_eval_command
 from hip_hf.config import HiPConfig
-from hip_hf.eval import autoload
-from hip_hf.eval import lm_eval as command
 from hip_hf.eval.measure.documents import CHECKPOINT
 from hip_hf.eval.tasks.common import load_tokenizer
 from hip_hf.integration.lm_eval.model import HipLM, split_arguments
@@ -340,16 +340,16 @@ def known() -> set[str]:
     return set(TaskManager().all_tasks)
 
 
-@pytest.mark.parametrize("preset", command.PRESETS)
+@pytest.mark.parametrize("preset", lm_eval_command.PRESETS)
 def test_presets_become_arguments_of_lm_eval(preset: str, known: set[str]) -> None:
     """lm-eval's own parser reads them, and its tasks are there."""
     from lm_eval._cli import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     user = ["--preset", preset, "--model_args", "pretrained=some/model,budget=512", "--metadata", "samples=3", "--limit", "2"]
-    arguments = command.arguments_for(user)
+    arguments = lm_eval_command.arguments_for(user)
     config = EvaluatorConfig.from_cli(HarnessCLI()._parser.parse_args(arguments))
-    wanted = command.PRESETS[preset]
+    wanted = lm_eval_command.PRESETS[preset]
     assert config.model == "hip"
     assert config.tasks == list(wanted.tasks)
     assert config.model_args == {**wanted.model_args, "pretrained": "some/model", "budget": 512}
@@ -359,17 +359,19 @@ def test_presets_become_arguments_of_lm_eval(preset: str, known: set[str]) -> No
 
 
 def test_what_the_user_gives_wins() -> None:
-    arguments = command.arguments_for(["--preset=longbench", "-t", "longbench_lcc", "--model_args", "prompt_truncation=left"])
+    arguments = lm_eval_command.arguments_for(
+        ["--preset=longbench", "-t", "longbench_lcc", "--model_args", "prompt_truncation=left"]
+    )
     assert arguments.count("-t") == 1
     assert "--tasks" not in arguments
     assert arguments.index("prompt_truncation=left") > arguments.index(json.dumps({"prompt_truncation": "middle"}))
-    assert command.arguments_for(["--model", "hf", "--tasks", "x"]) == ["run", "--model", "hf", "--tasks", "x"]
-    assert command.arguments_for(["--config", "x.yaml"]) == ["run", "--config", "x.yaml"]
-    assert command.arguments_for(["ls", "tasks"]) == ["ls", "tasks"]
+    assert lm_eval_command.arguments_for(["--model", "hf", "--tasks", "x"]) == ["run", "--model", "hf", "--tasks", "x"]
+    assert lm_eval_command.arguments_for(["--config", "x.yaml"]) == ["run", "--config", "x.yaml"]
+    assert lm_eval_command.arguments_for(["ls", "tasks"]) == ["ls", "tasks"]
     with pytest.raises(UsageError, match="--preset: got 'nonsense', allowed: longctx"):
-        command.arguments_for(["--preset", "nonsense"])
+        lm_eval_command.arguments_for(["--preset", "nonsense"])
     with pytest.raises(UsageError, match="--preset: got it with another model type"):
-        command.arguments_for(["--preset", "longbench", "--model", "hf"])
+        lm_eval_command.arguments_for(["--preset", "longbench", "--model", "hf"])
 
 
 def command(*arguments: str) -> Any:

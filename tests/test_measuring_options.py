@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_passkey import SMALL, refused, run, save_checkpoint
 
-from hip_hf.eval import compare, fidelity, memory, needles, passkey, perplexity
+from hip_hf.cli import compare, fidelity, memory, needles, passkey, perplexity
 from hip_hf.eval.measure import documents
 
 SETTINGS = ["--settings", json.dumps(SMALL)]

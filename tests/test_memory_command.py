@@ -16,7 +16,9 @@ from test_passkey import refused
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlavaConfig, PreTrainedConfig
 from typer.testing import CliRunner
 
-from hip_hf.eval import memory
+from hip_hf.cli import memory as memory_command
+from hip_hf.eval.measure import memory
+from hip_hf.eval.measure.documents import CHECKPOINT
 
 COLUMNS = {"cache", "length", "bytes_per_token", "resident_MiB", "peak_MiB", "device_MiB"}
 
@@ -32,7 +34,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(*arguments: str) -> Any:
     app = typer.Typer()
-    app.command()(memory.main)
+    app.command()(memory_command.main)
     return CliRunner().invoke(app, arguments)
 
 
@@ -51,7 +53,7 @@ def test_rows_table_json_and_plot(tmp_path: Path) -> None:
 
 def test_an_offloaded_cache_has_its_pools_and_summaries_on_the_device() -> None:
     pages, heads, dim, layers = 16, 2, 64, 4  # an eighth of 128 pages, and as many blocks as a step selects
-    found = memory.measure("hip offloaded", memory.read_config(str(memory.CHECKPOINT)), 8192)["device_MiB"] * 2**20
+    found = memory.measure("hip offloaded", memory.read_config(str(CHECKPOINT)), 8192)["device_MiB"] * 2**20
     pools = 3 * layers * heads * pages * 64 * dim * 4  # keys, values, searched keys; fp32
     blocks = (8192 - 512) // 16  # up to the window
     summaries = sum(blocks >> level for level in range(blocks.bit_length())) * layers * heads * 2 * dim * 4
@@ -97,9 +99,9 @@ def test_command_on_families(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_it_cannot_build_is_refused(tmp_path: Path) -> None:
-    assert "cannot load" in refused(memory.main, str(tmp_path))
+    assert "cannot load" in refused(memory_command.main, str(tmp_path))
     CLIPVisionConfig().save_pretrained(tmp_path)
-    assert "cannot load" in refused(memory.main, str(tmp_path))
+    assert "cannot load" in refused(memory_command.main, str(tmp_path))
 
 
 def test_layers_without_keys_are_refused() -> None:

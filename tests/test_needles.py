@@ -16,13 +16,14 @@ from test_passkey import SMALL, TEXT, byte_tokenizer, refused, run, save_checkpo
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 from typer.testing import CliRunner
 
+from hip_hf.cli import needles as needles_command
+from hip_hf.cli.presets import over_budgets, settings_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval import needles
-from hip_hf.eval.measure import losses
+from hip_hf.eval.measure import losses, needles
 from hip_hf.eval.measure.documents import CHECKPOINT, DIGITS, DOCUMENT, Fact, load, note, question
-from hip_hf.eval.measure.losses import Steps
-from hip_hf.eval.needles import Answer, Cell, Plan, Prompt
-from hip_hf.eval.reporting.presets import over_budgets, settings_of
+from hip_hf.eval.measure.losses import StepLosses
+from hip_hf.eval.measure.needles import NeedlesAnswer, NeedlesCounts, NeedlesPlan, NeedlesPrompt
+from hip_hf.eval.reporting.resumable import Resumable
 
 TINY = dict(
     vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -72,7 +73,7 @@ def test_questions_come_in_another_order_and_can_be_repeated() -> None:
 
 
 def test_windows_are_disjoint_where_the_text_is_long_enough() -> None:
-    plan, text = Plan({}, [100], prompts=4), list(range(1000))
+    plan, text = NeedlesPlan({}, [100], prompts=4), list(range(1000))
     windows = [plan.window(text, 200, number, random.Random(number)) for number in range(4)]
     assert all(len(window) == 200 for window in windows)
     assert len({token for window in windows for token in window}) == 800
@@ -100,10 +101,10 @@ class Knowing:
 def test_digits_are_counted_right() -> None:
     """Two answers of two tokens; one digit of the second, of a token of three digits, is wrong."""
     ids = [1, 2, 3, 4, 5, 6, 7, 8]
-    answers = [Answer(Fact("a", "34", 0), (2, 3), (1, 1)), Answer(Fact("b", "6778", 0), (5, 6), (1, 3))]
+    answers = [NeedlesAnswer(Fact("a", "34", 0), (2, 3), (1, 1)), NeedlesAnswer(Fact("b", "6778", 0), (5, 6), (1, 3))]
     said = [0, 3, 4, 0, 6, 0, 0, 0]  # after each token: right for positions 2, 3 and 5, wrong for 6
     logits = torch.nn.functional.one_hot(torch.tensor(said), 10).float()
-    cell = needles.ask(Knowing(logits), Prompt(ids, 2, answers), HiPConfig(method="dense"))
+    cell = needles.ask(Knowing(logits), NeedlesPrompt(ids, 2, answers), HiPConfig(method="dense"))
     assert (cell.prompts, cell.answers, cell.exact, cell.digits, cell.right) == (1, 2, 1, 6, 3)
     right, wrong = (-math.log(math.exp(good) / (math.e + 9)) for good in (1, 0))
     assert cell.nll == pytest.approx(3 * right + wrong)
@@ -178,7 +179,7 @@ def test_command(tmp_path: Path, threads: Any) -> None:
     pytest.importorskip("matplotlib")
     picture, saved, page = tmp_path / "curve.png", tmp_path / "rows.json", tmp_path / "page.html"
     files = ["--plot", str(picture), "--output", str(saved), "--report", str(page)]
-    printed = run(needles.main, *arguments, "--budgets", "32,64", *files)
+    printed = run(needles_command.main, *arguments, "--budgets", "32,64", *files)
     rows = printed["rows"]
     assert json.loads(saved.read_text())["rows"] == rows
     assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -208,7 +209,7 @@ def test_without_dense_there_is_nothing_to_compare_with(tmp_path: Path, threads:
     threads(1)
     model, text = save_checkpoint(tmp_path)
     given = ["--documents", text, "--lengths", "400", "--prompts", "1", "--facts", "1", "--settings", json.dumps(SMALL)]
-    (row,) = run(needles.main, model, *given)["rows"]
+    (row,) = run(needles_command.main, model, *given)["rows"]
     assert row["digits_minus_dense"] is row["nll_minus_dense"] is row["perplexity_over_dense"] is None
 
 
@@ -229,9 +230,9 @@ def test_decode_steps_that_read_everything_say_what_one_pass_says(tmp_path: Path
     model, tokenizer = load(save_checkpoint(tmp_path)[0], "sdpa")
     prompts = [needles.make_prompt(tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(i)) for i in (0, 1)]
     configs = settings_of([json.dumps(dict(budget=budget, window=16, sink=8)) for budget in (1024, 32)]).values()
-    read, steps = [], Steps(model)
-    own = Steps._ahead
-    monkeypatch.setattr(Steps, "_ahead", lambda self, ids: read.append(len(ids)) or own(self, ids))
+    read, steps = [], StepLosses(model)
+    own = StepLosses._ahead
+    monkeypatch.setattr(StepLosses, "_ahead", lambda self, ids: read.append(len(ids)) or own(self, ids))
     for prompt in prompts:
         wide, narrow = (needles.ask(model, prompt, config, steps) for config in configs)
         dense = needles.ask(model, prompt, HiPConfig(method="dense"))
@@ -255,14 +256,14 @@ def test_documents_are_read_densely_whatever_the_settings(tmp_path: Path) -> Non
     configs = settings_of([json.dumps(dict(fields, window=16, sink=8)) for fields in (staged, some)]).values()
     dense = needles.ask(model, prompt, HiPConfig(method="dense"))
     for config in configs:  # each the first to be asked about a document
-        assert needles.ask(model, prompt, config, Steps(model)).document_nll == pytest.approx(dense.document_nll, rel=1e-5)
+        assert needles.ask(model, prompt, config, StepLosses(model)).document_nll == pytest.approx(dense.document_nll, rel=1e-5)
 
 
 def test_a_cache_that_cannot_go_back_reads_the_document_again() -> None:
     net = Gemma2ForCausalLM(Gemma2Config(**TINY, sliding_window=64)).eval()
     ids = torch.randint(1, 257, (300,)).tolist()
     config = next(iter(settings_of(['{"budget": 1024, "window": 16, "sink": 8}']).values()))
-    steps = Steps(net)
+    steps = StepLosses(net)
     with torch.no_grad():
         first, second = (steps.losses_of(ids, 250, config) for _ in range(2))
         want = losses.losses_of(net, ids)
@@ -274,7 +275,7 @@ def test_command_by_decode_steps(tmp_path: Path, threads: Any) -> None:
     threads(1)
     model, text = save_checkpoint(tmp_path)
     given = ["--documents", text, "--lengths", "400", "--prompts", "1", "--facts", "2", "--settings", "dense", "--decode"]
-    printed = run(needles.main, model, *given, "--settings", json.dumps(SMALL))
+    printed = run(needles_command.main, model, *given, "--settings", json.dumps(SMALL))
     assert printed["decode"] is True
     dense, sparse = printed["rows"]
     assert (dense["path"], sparse["path"]) == ("dense (method is dense)", "sparse")
@@ -286,16 +287,16 @@ def test_command_by_decode_steps(tmp_path: Path, threads: Any) -> None:
 def test_all_settings_are_measured_on_a_prompt_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, str]] = []
 
-    def ask(model: Any, prompt: Prompt, config: HiPConfig, steps: Steps | None) -> Cell:
+    def ask(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None) -> NeedlesCounts:
         assert steps is None
         seen.append((prompt.ids[0], config.method))
-        return Cell(1, 1, 1, 5, 5, 1.0, 10, 1.0, [1.0], ["sdpa"])
+        return NeedlesCounts(1, 1, 1, 5, 5, 1.0, 10, 1.0, [1.0], ["sdpa"])
 
     monkeypatch.setattr(needles, "ask", ask)
     monkeypatch.setattr(needles, "check_logits", lambda *args: None)
-    monkeypatch.setattr(Plan, "prompt", lambda self, tokenizer, text, length, number: Prompt([number], 1, []))
-    plan = Plan(settings_of(["dense", "defaults"]), [100], prompts=2, facts=1)
-    needles.measure(None, None, {"text": []}, plan, needles.Cells(None, {}))
+    monkeypatch.setattr(NeedlesPlan, "prompt", lambda self, tokenizer, text, length, number: NeedlesPrompt([number], 1, []))
+    plan = NeedlesPlan(settings_of(["dense", "defaults"]), [100], prompts=2, facts=1)
+    needles.measure(None, None, {"text": []}, plan, Resumable(None, {}))
     assert seen == [(0, "dense"), (0, "hip"), (1, "dense"), (1, "hip")]
 
 
@@ -312,15 +313,15 @@ def test_all_settings_are_measured_on_a_prompt_before_the_next(monkeypatch: pyte
     ],
 )
 def test_refusals_before_the_model_loads(arguments: list[str], what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needles, "load_to_measure", lambda *args: pytest.fail("the model was loaded"))
-    assert what in refused(needles.main, *arguments)
+    monkeypatch.setattr(needles_command, "load_to_measure", lambda *args: pytest.fail("the model was loaded"))
+    assert what in refused(needles_command.main, *arguments)
 
 
 def test_lengths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     given = [model, "--documents", text, "--settings", json.dumps(SMALL)]
-    assert "length: got 100000, allowed: at most the" in refused(needles.main, *given, "--lengths", "100000")
-    assert "notes and question" in refused(needles.main, *given, "--lengths", "300")
+    assert "length: got 100000, allowed: at most the" in refused(needles_command.main, *given, "--lengths", "100000")
+    assert "notes and question" in refused(needles_command.main, *given, "--lengths", "300")
 
 
 def test_code_is_the_standard_librarys() -> None:
@@ -342,7 +343,7 @@ def test_windows_that_overlap_are_told(tmp_path: Path, threads: Any) -> None:
     threads(1)
     model, text = save_checkpoint(tmp_path)
     app = typer.Typer()
-    app.command()(needles.main)
+    app.command()(needles_command.main)
     given = [model, "--documents", text, "--facts", "1", "--settings", "dense", "--lengths", "1200", "--prompts"]
     for prompts, told in (("2", False), ("3", True)):
         result = CliRunner().invoke(app, [*given, prompts])

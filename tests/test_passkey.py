@@ -15,10 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from hip_hf.cli import passkey as passkey_command
+from hip_hf.cli.presets import settings_of, sizes
 from hip_hf.config import HiPConfig
-from hip_hf.eval import passkey
+from hip_hf.eval.measure import passkey
 from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact, load, note, question
-from hip_hf.eval.reporting.presets import settings_of, sizes
+from hip_hf.integration.explain import explain
 
 TEXT = "It is a truth universally acknowledged, that a text must be filled with words. " * 40
 SMALL = {"budget": 32, "block_q": 16, "block_k": 8, "sink": 8, "window": 16}
@@ -153,7 +155,7 @@ def test_command(tmp_path: Path, threads: Any) -> None:
         arguments += ["--settings", fields]
     picture, saved = tmp_path / "map.png", tmp_path / "rows.json"
     pytest.importorskip("matplotlib")
-    printed = run(passkey.main, *arguments, "--plot", str(picture), "--output", str(saved))
+    printed = run(passkey_command.main, *arguments, "--plot", str(picture), "--output", str(saved))
     assert json.loads(saved.read_text())["rows"] == printed["rows"]
     assert picture.stat().st_size > 1000
     rows = printed["rows"]
@@ -182,17 +184,17 @@ def test_everything_read_answers_as_dense(tmp_path: Path) -> None:
         generate = lambda ids: loaded.generate(ids, max_new_tokens=6, do_sample=False)  # noqa: E731
         cells.append(generate(torch.tensor([prompt for prompt, _ in samples])))
         if sparse:
-            assert {row.path for row in passkey.explain(loaded)} == {"sparse"}
+            assert {row.path for row in explain(loaded)} == {"sparse"}
     assert torch.equal(*cells)
 
 
 def test_refusals(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
-    said = refused(passkey.main, model, "--document", text, "--lengths", "32")
+    said = refused(passkey_command.main, model, "--document", text, "--lengths", "32")
     assert "length" in said
-    assert "budget" in refused(passkey.main, model, "--document", text, "--settings", '{"budget": 17}')
-    assert "nonsense" in refused(passkey.main, model, "--document", text, "--settings", "nonsense")
-    assert "8192 or 64K" in refused(passkey.main, model, "--document", text, "--lengths", "many")
+    assert "budget" in refused(passkey_command.main, model, "--document", text, "--settings", '{"budget": 17}')
+    assert "nonsense" in refused(passkey_command.main, model, "--document", text, "--settings", "nonsense")
+    assert "8192 or 64K" in refused(passkey_command.main, model, "--document", text, "--lengths", "many")
 
 
 def test_settings_and_sizes() -> None:

@@ -12,8 +12,8 @@ import torch
 from families import VOCAB, make_model
 from test_passkey import SMALL, refused, run, save_checkpoint
 
-from hip_hf.eval import perplexity
-from hip_hf.eval.perplexity import BLOCK, Plan, interval, losses, make_row, read_text
+from hip_hf.cli import perplexity as perplexity_command
+from hip_hf.eval.measure.perplexity import BLOCK, PerplexityPlan, interval, losses, make_row, read_text
 
 TEXT = torch.randint(3, VOCAB - 1, (512,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -69,17 +69,17 @@ def test_rows_weigh_tokens_and_compare_on_the_same_ones() -> None:
 
 
 def test_ranges_of_positions_double() -> None:
-    assert Plan({}, 8192).edges == [1024, 2048, 4096, 8192]
-    assert Plan({}, 384).edges == [384]
-    assert Plan({}, 512).edges == [128, 256, 512]
-    assert Plan({}, 1024, texts=3).text(list(range(2000)), 2)[0] == 976
+    assert PerplexityPlan({}, 8192).edges == [1024, 2048, 4096, 8192]
+    assert PerplexityPlan({}, 384).edges == [384]
+    assert PerplexityPlan({}, 512).edges == [128, 256, 512]
+    assert PerplexityPlan({}, 1024, texts=3).text(list(range(2000)), 2)[0] == 976
 
 
 def test_command(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     picture = tmp_path / "ppl.png"
     arguments = [model, "--document", text, "--tokens", "1K", "--chunk", "256", "--plot", str(picture)]
-    shown = run(perplexity.main, *arguments, "--settings", "dense", "--settings", json.dumps(SMALL))
+    shown = run(perplexity_command.main, *arguments, "--settings", "dense", "--settings", json.dumps(SMALL))
     rows = shown["rows"]
     assert [(row["from"], row["to"]) for row in rows[:5]] == [(0, 1024), (0, 128), (128, 256), (256, 512), (512, 1024)]
     dense, sparse = rows[0], rows[5]
@@ -108,4 +108,4 @@ def test_command(tmp_path: Path) -> None:
 )
 def test_refusals(arguments: tuple[str, ...], what: str, tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
-    assert what in " ".join(refused(perplexity.main, model, "--document", text, *arguments).split())
+    assert what in " ".join(refused(perplexity_command.main, model, "--document", text, *arguments).split())

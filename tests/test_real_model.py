@@ -15,7 +15,7 @@ import torch
 from test_passkey import byte_tokenizer, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hip_hf.eval import needles
+from hip_hf.cli import needles as needles_command
 from hip_hf.eval.measure import real_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def fetched(folder: Path) -> Path:
 
 def test_hip_finds_what_dense_attention_finds(tmp_path: Path) -> None:
     model = fetched(tmp_path / real_model.NAME)
-    printed = run(needles.main, str(model), *ASKED, "--settings", "dense", "--settings", "defaults")
+    printed = run(needles_command.main, str(model), *ASKED, "--settings", "dense", "--settings", "defaults")
     dense, hip = printed["rows"]
     assert (dense["path"], dense["answers"]) == ("sdpa", PROMPTS * FACTS)
     assert dense["digits"] >= DENSE_DIGITS

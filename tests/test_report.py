@@ -15,9 +15,10 @@ from browser import broken_links, visit
 from test_passkey import SMALL, refused, run, save_checkpoint
 from typer.testing import CliRunner
 
-from hip_hf.eval import compare, fidelity, latency, needles, passkey, perplexity
-from hip_hf.eval.measure.curves import AT
-from hip_hf.eval.reporting import report, report_page
+from hip_hf.cli import compare, fidelity, latency, needles, passkey, perplexity, report_page
+from hip_hf.eval.reporting import report
+from hip_hf.eval.reporting.pictures import PICTURES
+from hip_hf.eval.reporting.report import AT
 
 SETTINGS = ["--settings", "dense", "--settings", json.dumps(SMALL)]
 BLOCKS = json.dumps({name: value for name, value in SMALL.items() if name.startswith("block")})
@@ -106,7 +107,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
 
 
 def test_documents_have_one_shape(saved: dict[str, tuple[Path, dict[str, Any]]]) -> None:
-    assert set(saved) == set(report_page.PICTURES)
+    assert set(saved) == set(PICTURES)
     for name, (file, printed) in saved.items():
         assert json.loads(file.read_text()) == printed
         assert printed["command"] == name
@@ -121,7 +122,7 @@ def test_every_axis_has_a_label(
     drawn: list[matplotlib.figure.Figure] = []
     save = matplotlib.figure.Figure.savefig
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
-    for name, draw in report_page.PICTURES.items():
+    for name, draw in PICTURES.items():
         drawn.clear()
         draw(saved[name][1], tmp_path / f"{name}.png")
         (figure,) = drawn

@@ -1,4 +1,4 @@
-"""Finished cells: kept through an interruption, refused to another run, gone when the result is written."""
+"""Finished measurements: kept through an interruption, refused to another run, gone when the result is written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import typer
 from test_passkey import SMALL, refused, save_checkpoint
 from typer.testing import CliRunner
 
-from hip_hf.eval import compare, fidelity, latency, needles, passkey, perplexity
-from hip_hf.eval.reporting.resumable import SUFFIX, Cells
+from hip_hf.cli import compare, fidelity, latency, needles, passkey, perplexity
+from hip_hf.eval import measure
+from hip_hf.eval.measure import latency as measured
+from hip_hf.eval.reporting.resumable import SUFFIX, Resumable
 
 
 def test_cells_are_measured_once_and_refuse_another_request(tmp_path: Path) -> None:
@@ -22,30 +24,30 @@ def test_cells_are_measured_once_and_refuse_another_request(tmp_path: Path) -> N
         calls.append(value)
         return value
 
-    with Cells(output, {"seed": 0}) as cells:
-        assert cells.get(("a", 1), lambda: work({"x": 0.1})) == {"x": 0.1}
-        assert cells.get(("a", 2), lambda: work([1 / 3])) == [1 / 3]
-    again = Cells(output, {"seed": 0})
+    with Resumable(output, {"seed": 0}) as kept:
+        assert kept.get(("a", 1), lambda: work({"x": 0.1})) == {"x": 0.1}
+        assert kept.get(("a", 2), lambda: work([1 / 3])) == [1 / 3]
+    again = Resumable(output, {"seed": 0})
     assert again.get(("a", 1), lambda: work("not again")) == {"x": 0.1}
     assert again.get(("a", 2), lambda: work("not again")) == [1 / 3]
     assert calls == [{"x": 0.1}, [1 / 3]]
     with pytest.raises(ValueError, match="other seed"):
-        Cells(output, {"seed": 1})
+        Resumable(output, {"seed": 1})
     again.finish()
     assert list(tmp_path.iterdir()) == []
-    Cells(output, {"seed": 1})
+    Resumable(output, {"seed": 1})
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
-    cells = Cells(output, {})
+    kept = Resumable(output, {})
     for name in ("one", "two"):
-        cells.get((name,), lambda: {"value": 12345})
+        kept.get((name,), lambda: {"value": 12345})
     file = tmp_path / f"out.json{SUFFIX}"
     whole = file.read_text()
     for cut in range(1, len(whole.splitlines()[-1]) + 1):
         file.write_text(whole[:-cut])
-        assert list(Cells(output, {}).done) == ['["one"]']
+        assert list(Resumable(output, {}).done) == ['["one"]']
         assert file.read_text() == "".join(line + "\n" for line in whole.splitlines()[:-1])
 
 
@@ -57,29 +59,33 @@ def test_a_file_that_is_none_of_finished_cells_is_refused(content: bytes, tmp_pa
     file = tmp_path / f"out.json{SUFFIX}"
     file.write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"--output: got 'out.json.partial', which is no file of finished cells, allowed: .* remove"
+        ValueError, match=r"--output: got 'out.json.partial', which is no file of finished measurements, allowed: .* remove"
     ):
-        Cells(tmp_path / "out.json", {})
+        Resumable(tmp_path / "out.json", {})
     assert file.read_bytes() == content
 
 
 def test_without_an_output_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cells = Cells(None, {})
-    assert [cells.get(("a",), lambda: 1), cells.get(("a",), lambda: 2)] == [1, 1]
-    cells.finish()
+    kept = Resumable(None, {})
+    assert [kept.get(("a",), lambda: 1), kept.get(("a",), lambda: 2)] == [1, 1]
+    kept.finish()
     assert list(tmp_path.iterdir()) == []
 
 
-# Where each command measures a cell, and small runs of several cells.
+# Where each command takes a measurement, and small runs of several.
 COMMANDS: dict[str, tuple[Any, tuple[Any, str], list[str]]] = {
-    "passkey": (passkey, (passkey, "ask"), ["--lengths", "200,256", "--depths", "2", "--samples", "2", "--settings", "dense"]),
-    "needles": (needles, (needles, "ask"), ["--lengths", "400", "--prompts", "2", "--facts", "2", "--settings", "dense"]),
-    "perplexity": (perplexity, (perplexity, "read_text"), ["--tokens", "512", "--settings", "dense"]),
-    "fidelity": (fidelity, (fidelity, "measure_prompt"), ["--tokens", "512", "--prompts", "3", "--facts", "1"]),
+    "passkey": (
+        passkey,
+        (measure.passkey, "ask"),
+        ["--lengths", "200,256", "--depths", "2", "--samples", "2", "--settings", "dense"],
+    ),
+    "needles": (needles, (measure.needles, "ask"), ["--lengths", "400", "--prompts", "2", "--facts", "2", "--settings", "dense"]),
+    "perplexity": (perplexity, (measure.perplexity, "read_text"), ["--tokens", "512", "--settings", "dense"]),
+    "fidelity": (fidelity, (measure.fidelity, "measure_prompt"), ["--tokens", "512", "--prompts", "3", "--facts", "1"]),
     "compare": (
         compare,
-        (passkey, "ask"),
+        (measure.passkey, "ask"),
         ["--tokens", "512", "--prompts", "1", "--facts", "1", "--depths", "2", "--samples", "1", "--settings", "dense"],
     ),
 }
@@ -135,7 +141,7 @@ def test_an_interrupted_run_resumed_gives_the_same_file(
 def test_latency_keeps_finished_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = ["--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--repeats", "1", "--dtypes", "fp32", "--phases", "prefill"]
     output = tmp_path / "latency.json"
-    real, lengths = latency.measure_prefill, []
+    real, lengths = measured.measure_prefill, []
 
     def measure(plan: Any, dtype: str, length: int) -> Any:
         if length == 512 and lengths == [256]:
@@ -143,7 +149,7 @@ def test_latency_keeps_finished_lengths(tmp_path: Path, monkeypatch: pytest.Monk
         lengths.append(length)
         return real(plan, dtype, length)
 
-    monkeypatch.setattr(latency, "measure_prefill", measure)
+    monkeypatch.setattr(measured, "measure_prefill", measure)
     given = [*shape, "--lengths", "256,512", "--output", str(output)]
     assert invoke(latency, given).exit_code != 0
     first = json.loads((tmp_path / f"latency.json{SUFFIX}").read_text().splitlines()[1])[1]

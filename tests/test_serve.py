@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 import hip_hf
-from hip_hf.eval import autoload
+from hip_hf.cli import autoload
 from hip_hf.eval.measure import documents, real_model
 from hip_hf.eval.measure.served import NEW_TOKENS, Served, complete_all, settings_options, soak
 from hip_hf_cli import app

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
@@ -51,7 +51,9 @@ def _record(
 
 
 @torch.no_grad()
-def capture(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> list[AttentionProblem]:
+def capture(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> list[AttentionProblem]:
     """The attention problem of each layer, in layer order, of a dense forward over `input_ids` without a cache.
 
     The model's own attention implementation is back in place afterwards, also after an error.
@@ -68,7 +70,7 @@ def capture(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Ten
     config._attn_implementation = NAME
     try:
         # the base model computes no logits
-        model.base_model(input_ids, attention_mask=attention_mask, use_cache=False)
+        getattr(model, model.base_model_prefix, model)(input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         config._attn_implementation = before
         _problems.reset(token)

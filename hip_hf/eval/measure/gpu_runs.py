@@ -17,7 +17,7 @@ from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.backends.triton.sparse import DeviceState, decode_step
 from hip_hf.config import HiPConfig
-from hip_hf.eval.latency import Call, wall
+from hip_hf.eval.measure.timing import Call, wall
 from hip_hf.geometry import Span
 from hip_hf.problem import AttentionProblem
 
@@ -27,7 +27,7 @@ FLUSHED = 2**28
 Run = Callable[[], Any]
 
 
-class Clock:
+class DeviceClock:
     """Seconds and result of a run on `device`. `peak`: GB that the last run took beyond what was there before it, its result
     included; None without a GPU."""
 
@@ -54,7 +54,7 @@ class Clock:
 class Timed(Call):
     """`said`: path, and reason for a dense one. `peak`: GB that the call takes. No result is kept."""
 
-    clock: Clock
+    clock: DeviceClock
     said: tuple[str, str] = ("sparse", "")
     peak: float | None = None
 
@@ -79,7 +79,7 @@ def captured(run: Run, device: torch.device) -> Run:
     return graph.replay
 
 
-class Steps:
+class CapturedSteps:
     """`count` decode steps of each row of a batch on a cache of `length` keys, from where the prompt left it, at each call again:
     nothing here depends on what the device has done before, so a CUDA graph can hold it.
 

@@ -1,4 +1,6 @@
-"""How hard a layer is for HyperAttention: the two quantities that its guarantee rests on (arXiv 2310.05869, section 2).
+"""Whether a layer meets the assumptions of HyperAttention: the two quantities that its guarantee rests on.
+
+The paper is arXiv 2310.05869, section 2.
 
 Measured on the largest square of a text, the second half's queries against the first half's keys, whose attention `P` is
 normalised over those keys. `column_norm`: the largest squared norm of a column of `P`; 1/n if all keys count alike, up to
@@ -21,11 +23,11 @@ from hip_hf.config import HiPConfig
 from hip_hf.methods.hyper import Square, hashes, projections, tile
 from hip_hf.problem import AttentionProblem
 
-TITLE = "Hardness for hyper, worst head: largest column norm of normalised attention; row ratio without heavy entries (10^x)"
+TITLE = "Assumptions of hyper, worst head: largest column norm of normalised attention; row ratio without heavy entries (10^x)"
 
 
 @dataclass(frozen=True)
-class Hardness:
+class HyperAssumptions:
     """Of one layer's query heads, each `[Hq]`."""
 
     column_norm: torch.Tensor
@@ -33,8 +35,18 @@ class Hardness:
     row_ratio: torch.Tensor
     keys: int
 
+    def save(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
 
-def hardness(problem: AttentionProblem, config: HiPConfig) -> Hardness:
+    @classmethod
+    def read(cls, saved: dict[str, Any]) -> HyperAssumptions:
+        """What `save` made this from."""
+        norms, past_sink, ratios = (torch.tensor(saved[name]) for name in ("column_norm", "column_norm_past_sink", "row_ratio"))
+        return cls(norms, past_sink, ratios, saved["keys"])
+
+
+def measure_assumptions(problem: AttentionProblem, config: HiPConfig) -> HyperAssumptions:
     """The two quantities for a problem of one span that begins at position 0."""
     (span,) = problem.spans
     middle, options, groups = span.end // 2, config.method_options(), problem.groups
@@ -58,10 +70,11 @@ def hardness(problem: AttentionProblem, config: HiPConfig) -> Hardness:
         rest = torch.cat(light)
         past = columns[min(config.sink, middle - 1) :]
         results.append((float(columns.max()), float(past.max()), float(rest.max() - rest.min()) / math.log(10)))
-    return Hardness(*(torch.tensor(values) for values in zip(*results, strict=True)), keys=middle)
+    norms, past_sink, ratios = (torch.tensor(values) for values in zip(*results, strict=True))
+    return HyperAssumptions(norms, past_sink, ratios, middle)
 
 
-def hardness_rows(layers: Mapping[int, Sequence[Hardness]]) -> list[dict[str, Any]]:
+def assumption_rows(layers: Mapping[int, Sequence[HyperAssumptions]]) -> list[dict[str, Any]]:
     """Rows of the report: each layer's worst head, mean over the texts."""
     names = ("column_norm", "column_norm_past_sink", "row_ratio")
     return [

@@ -19,6 +19,7 @@ from hip_hf.backends.triton.pyramid.pyramid import TILE_LEVELS, parts_of
 from hip_hf.backends.triton.selection.search import constants, looks_for
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
+from hip_hf.eval.measure.timing import refresh_period
 from hip_hf.methods.hip import looked_at_whole
 from hip_hf.registry import sparse_reach
 
@@ -350,7 +351,7 @@ def choice(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
 
 def step_splits(config: HiPConfig, shape: Shape) -> int:
     """Programs that share the keys of a decode step's row: scratch is made for a row just before a new selection."""
-    return shape.splits(sparse_reach(config) + config.decode_refresh)
+    return shape.splits(sparse_reach(config) + refresh_period(config))
 
 
 def step_attention(tokens: int, config: HiPConfig, shape: Shape) -> Cost:

@@ -58,7 +58,7 @@ def compare(model: Any, hidden: torch.Tensor, targets: Sequence[int]) -> tuple[t
     return torch.cat(loss), torch.cat(right)
 
 
-class Steps:
+class StepLosses:
     """Losses of prompts whose documents are read by dense attention, and what comes after them token by token: a decode step's
     selection serves the next ones, too. A document is read once for all settings that are asked about it one after another, where
     the cache can go back to its end."""

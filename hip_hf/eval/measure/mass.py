@@ -18,11 +18,12 @@ from hip_hf.attention import attend, dense_reason
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import DENSE
 from hip_hf.eval.measure.costs import Cost, call_cost
-from hip_hf.eval.reporting.presets import SPARSE
 from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, query_blocks
 from hip_hf.methods.ranking import squash
 from hip_hf.problem import AttentionProblem
 
+# Settings that measure the method itself: every layer and row sparse.
+SPARSE = {"dense_layers": 0, "dense_tail": 0, "dense_below": 0}
 # The fields that say which blocks there are to choose from, and how many may be chosen.
 GEOMETRY = ("block_q", "block_k", "sink", "window", "budget", "group_shared")
 
@@ -103,7 +104,7 @@ def overlap(problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]],
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredMass:
     """One setting in one layer on one prompt: mass `[Hq, blocks]` and rows `[blocks]` of its searched query blocks;
     the squared norms of the output's error and of the dense output; the overlap with the oracle's blocks; the cost."""
 
@@ -122,7 +123,7 @@ class Measured:
         return {**tensors, **plain, "cost": vars(self.cost)}
 
     @classmethod
-    def read(cls, saved: dict[str, Any]) -> Measured:
+    def read(cls, saved: dict[str, Any]) -> MeasuredMass:
         """What `save` made."""
         mass, oracle = (torch.tensor(saved[name], dtype=torch.float64) for name in ("mass", "oracle"))
         made = {"mass": mass, "oracle": oracle, "rows": torch.tensor(saved["rows"]), "cost": Cost(**saved["cost"])}
@@ -131,7 +132,7 @@ class Measured:
 
 def same_choice(config: HiPConfig) -> HiPConfig:
     """The oracle that chooses as many of the same blocks."""
-    return HiPConfig(method="oracle", **SPARSE, **{name: getattr(config, name) for name in GEOMETRY})
+    return HiPConfig.from_dict({"method": "oracle", **SPARSE, **{name: getattr(config, name) for name in GEOMETRY}})
 
 
 def unsearched(problem: AttentionProblem, configs: Iterable[HiPConfig], layer: int | None) -> str:
@@ -146,7 +147,7 @@ def unsearched(problem: AttentionProblem, configs: Iterable[HiPConfig], layer: i
     return ""
 
 
-def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int | None = None) -> list[Measured]:
+def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int | None = None) -> list[MeasuredMass]:
     """What each setting captures of one layer's attention.
 
     Raises:
@@ -157,7 +158,7 @@ def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int 
     by_geometry: dict[tuple[Any, ...], list[int]] = {}
     for i, config in enumerate(configs):
         by_geometry.setdefault(tuple(getattr(config, name) for name in GEOMETRY), []).append(i)
-    measured: dict[int, Measured] = {}
+    measured: dict[int, MeasuredMass] = {}
     for members in by_geometry.values():
         blocks = searched_blocks(problem, configs[members[0]])
         results = [attend(problem, configs[i], layer, need_mask=True) for i in members]
@@ -181,5 +182,5 @@ def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int 
             error = (result.out[:, :, at].double() - exact).square().sum()
             cost = call_cost(configs[i], [block for _, block in blocks], span.position, span.end, *dims)
             share = None if result.mask is None else overlap(problem, blocks, result.mask, best)
-            measured[i] = Measured(own, oracle, rows, float(error), float(exact.square().sum()), share, cost)
+            measured[i] = MeasuredMass(own, oracle, rows, float(error), float(exact.square().sum()), share, cost)
     return [measured[i] for i in range(len(configs))]

@@ -21,6 +21,7 @@ from hip_hf.backends.triton.hyper import rows_of_square
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import kernel_costs as costs
 from hip_hf.eval.measure.kernel_costs import GPUS, PROCESSORS, TARGETS, Cost, Shape, gpu_of
+from hip_hf.eval.measure.timing import refresh_period
 from hip_hf.methods import hyper
 
 LENGTHS = (8192, 32768, 131072, 1 << 20)
@@ -38,6 +39,7 @@ CALLS = {
     "backward: dense": ("backward", "sdpa_ms"),
 }
 NOTHING: Mapping[tuple[str, int], float] = {}
+Row = dict[str, float | int | str | None]
 # What the profile of `gpu_run` calls that whose kernels are rows of the table.
 PROFILED = {"prompt": "prefill", "gradients": "backward", "decode": "decode", "hyper": "hyper", "delta": "delta"}
 # Rows between the dense ones where Delta correction is timed: the paper's.
@@ -121,7 +123,7 @@ def calls(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, list[Cost]]
         "prefill: dense": [costs.dense_prefill(tokens, shape)],
         "backward": [*costs.gradient_kernels(*call).values()],
         "backward: dense": [costs.dense_gradients(tokens, shape)],
-        "decode, amortised": [*costs.step_kernels(*call, config.decode_refresh).values()],
+        "decode, amortised": [*costs.step_kernels(*call, refresh_period(config)).values()],
         "decode, refreshed each step": [*costs.step_kernels(*call, 1).values()],
         "decode: dense": [costs.dense_decode(tokens, shape)],
     }
@@ -136,7 +138,7 @@ def kernels(
     by_call = {
         "prefill": costs.prompt_kernels(*call),
         "backward": costs.gradient_kernels(*call),
-        "decode": costs.step_kernels(*call, config.decode_refresh),
+        "decode": costs.step_kernels(*call, refresh_period(config)),
         "hyper": hyper_kernels(tokens, config, options or hyper.Options(), shape),
         "delta": delta_kernels(tokens, config, gamma, shape),
     }
@@ -149,13 +151,13 @@ def rows(
     shape: Shape,
     gpu: str = "H200",
     measured: Mapping[tuple[str, int], float] = NOTHING,
-) -> list[dict[str, float | int | str | None]]:
+) -> list[Row]:
     """One row per call or kernel, and length: TFLOP, GB, and milliseconds on `gpu`.
 
     `floor`: products, or every tensor moved once, and in decode each key and summary by one program; `model`: products, or all
     gathers from memory. `measured`: milliseconds by name and length.
     """
-    alone, found = replace(shape, processors=1), []
+    alone, found = replace(shape, processors=1), list[Row]()
     by_length = {tokens: calls(tokens, config, shape) | kernels(tokens, config, shape) for tokens in lengths}
     unshared = {tokens: calls(tokens, config, alone) | kernels(tokens, config, alone) for tokens in lengths}
     for name in by_length[lengths[0]]:
@@ -165,8 +167,8 @@ def rows(
             least = sum(unshared[tokens][name], costs.NO_COST)
             if name in TENSORS:
                 least = Cost(cost.flops, costs.prompt_once(tokens, shape, *TENSORS[name]).bytes)
-            own = {"step": name, "tokens": tokens, "TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9}
-            times = {"floor": least.milliseconds(gpu), "model": model, "measured": measured.get((name, tokens))}
+            own: Row = {"step": name, "tokens": tokens, "TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9}
+            times: Row = {"floor": least.milliseconds(gpu), "model": model, "measured": measured.get((name, tokens))}
             found.append({**own, **times})
     return found
 

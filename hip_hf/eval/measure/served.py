@@ -97,7 +97,7 @@ class Served:
 
 
 @dataclass
-class Answer:
+class ServedAnswer:
     """A streamed answer and when it came, in seconds after it was asked for."""
 
     text: str = ""
@@ -112,9 +112,9 @@ def greedy(new_tokens: int) -> dict[str, Any]:
     return {"extra_body": {"generation_config": json.dumps(options)}}
 
 
-def complete(client: Any, model: str, prompt: str, new_tokens: int) -> Answer:
+def complete(client: Any, model: str, prompt: str, new_tokens: int) -> ServedAnswer:
     """Stream the continuation of a prompt by so many tokens."""
-    answer, start = Answer(), time.perf_counter()
+    answer, start = ServedAnswer(), time.perf_counter()
     for chunk in client.completions.create(model=model, prompt=prompt, stream=True, **greedy(new_tokens)):
         if chunk.choices[0].text and not answer.text:
             answer.first_token_s = time.perf_counter() - start
@@ -125,7 +125,7 @@ def complete(client: Any, model: str, prompt: str, new_tokens: int) -> Answer:
     return answer
 
 
-def complete_all(client: Any, model: str, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
+def complete_all(client: Any, model: str, prompts: Sequence[str], new_tokens: int) -> list[ServedAnswer]:
     """The same for several prompts at once, a client each."""
     with ThreadPoolExecutor(len(prompts)) as clients:
         return list(clients.map(lambda prompt: complete(client, model, prompt, new_tokens), prompts))
@@ -164,7 +164,7 @@ def soak(
     def same() -> str:
         return complete(client, server.model, text(-(-longest // 8), 0), NEW_TOKENS).text
 
-    def ask(i: int) -> tuple[str, str, Answer | None]:
+    def ask(i: int) -> tuple[str, str, ServedAnswer | None]:
         prompt = text(longest if i % 10 == 0 else math.ceil(longest ** random.Random(i).random()), i)
         try:
             if i % 10 == 8:

@@ -1,1 +1,1 @@
-"""How results are shown and kept."""
+"""How results are shown and kept: tables and JSON (`report`), pictures, pages, and runs that can be resumed (`resumable`)."""

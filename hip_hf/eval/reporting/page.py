@@ -43,5 +43,7 @@ def section(document: dict[str, Any], draw: Callable[[dict[str, Any], Path], Non
 
 def render(title: str, documents: Sequence[tuple[dict[str, Any], Callable[[dict[str, Any], Path], None]]]) -> str:
     """The page: a section for each (document, function that draws it)."""
-    environment = Environment(loader=PackageLoader("hip_hf.eval", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("hip_hf.eval.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.get_template("page.html").render(title=title, sections=[section(*pair) for pair in documents])

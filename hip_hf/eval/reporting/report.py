@@ -16,6 +16,8 @@ from rich.table import Table
 
 import hip_hf
 
+# Joins the name of a setting and its budget where there are several budgets.
+AT = " @ "
 # Columns of a table that no terminal shows (a file, a pipe): enough for all of it.
 WIDE = 1000
 # Progress and notes go to the error stream, so that `--json` on the output stream stays one document.

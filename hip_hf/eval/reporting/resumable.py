@@ -1,4 +1,4 @@
-"""Finished cells of a run that may be interrupted: kept in a file beside its output, until the run is complete."""
+"""Finished measurements of a run that may be interrupted: kept in a file beside its output, until the run is complete."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hip_hf.eval.reporting import report
 SUFFIX = ".partial"
 
 
-class Cells:
-    """What a run has measured so far, one JSON line per cell in `OUTPUT.partial`; in memory only if there is no output.
+class Resumable:
+    """What a run has measured so far: a JSON line for each measurement in `OUTPUT.partial`, or in memory if there is no output.
 
-    `request`: everything the cells depend on. A file of another request is refused, not mixed in. A line that was cut off
-    when the run was killed is dropped. As a context manager it says, after an interruption, where the cells are.
+    `request` is everything that the measurements depend on. A file of another request is refused and not mixed in. A line that
+    was cut off when the run was killed is dropped. As a context manager it says, after an interruption, where the file is.
 
     Raises:
         ValueError: the file belongs to another request, or is none of ours.
@@ -37,10 +37,12 @@ class Cells:
             before = dict(json.loads(first)["request"])
             done = dict(json.loads(line) for line in rest[:-1])  # what follows the last line break was cut off
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"--output: got {file.name!r}, which is no file of finished cells, allowed: {allowed}") from None
+            raise ValueError(
+                f"--output: got {file.name!r}, which is no file of finished measurements, allowed: {allowed}"
+            ) from None
         if before != self.request:
             names = sorted(name for name in before.keys() | self.request if before.get(name) != self.request.get(name))
-            raise ValueError(f"--output: got finished cells of a run with other {', '.join(names)}, allowed: {allowed}")
+            raise ValueError(f"--output: got finished measurements of a run with other {', '.join(names)}, allowed: {allowed}")
         self.done = done
         self._write(file)
 
@@ -67,9 +69,11 @@ class Cells:
         if self.file is not None:
             self.file.unlink(missing_ok=True)
 
-    def __enter__(self) -> Cells:
+    def __enter__(self) -> Resumable:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None and self.file is not None and self.file.exists():
-            report.notes.print(f"{len(self.done)} finished cells are kept in {self.file}: the same command goes on from there")
+            report.notes.print(
+                f"{len(self.done)} finished measurements are kept in {self.file}: the same command goes on from there"
+            )

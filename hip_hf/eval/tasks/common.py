@@ -37,7 +37,7 @@ Make = Callable[[random.Random, int, int], Prompt]
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskPlan:
     """What metadata asks for."""
 
     lengths: tuple[int, ...]
@@ -64,7 +64,7 @@ def _count(name: str, value: Any, low: int) -> int:
     return value
 
 
-def read_plan(metadata: dict[str, Any]) -> Plan:
+def read_plan(metadata: dict[str, Any]) -> TaskPlan:
     """The plan in a task's metadata, which lm-eval fills with the model arguments as well; what is not ours is theirs.
 
     Raises:
@@ -77,7 +77,7 @@ def read_plan(metadata: dict[str, Any]) -> Plan:
     name = metadata.get("tokenizer") or metadata.get("pretrained")
     if not isinstance(name, str):
         raise UsageError(f"tokenizer: got {name!r}, allowed: a name or folder (metadata `tokenizer` or `pretrained`)")
-    return Plan(
+    return TaskPlan(
         lengths=tuple(_count("max_seq_lengths", length, 1) for length in lengths),
         samples=_count("samples", metadata.get("samples", 50), 1),
         seed=_count("data_seed", metadata.get("data_seed", 0), 0),

@@ -1,0 +1,127 @@
+"""`hip-hf chat`: questions about one document. It is read once, and each turn computes its new tokens only."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from math import inf
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import TextStreamer
+
+from hip_hf.cli import inputs
+from hip_hf.eval.measure.chat import Conversation
+from hip_hf.eval.measure.generate import lengthen
+from hip_hf.eval.reporting import report
+from hip_hf.integration.settings import text_config
+
+
+def questions(given: list[str]) -> Iterator[str]:
+    """Those given; without any, what is typed at a prompt until the input ends (Ctrl-D), or the lines of a piped input."""
+    if not given and sys.stdin.isatty():
+        yield from typed()
+        return
+    for line in given or sys.stdin:
+        if question := line.strip():
+            report.notes.print(f"> {question}", markup=False, highlight=False, soft_wrap=True)
+            yield question
+
+
+def typed() -> Iterator[str]:
+    """Lines typed at a prompt. Ctrl-C there drops the line."""
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if question:
+            yield question
+
+
+def check_cache(talk: Conversation, file: Path) -> None:
+    """One line for a file that could not be written once the document has been read. Leaves nothing behind."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.absolute().parent) as folder:
+            talk.cache.save(Path(folder) / file.name)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"cannot write {str(file)!r}: {error}", param_hint="--cache") from None
+
+
+def fill(talk: Conversation, file: Path | None) -> bool:
+    """Get the document into the cache, from the file if there is one, else by reading it. Whether it was loaded."""
+    if file is not None and file.exists():
+        try:
+            talk.load_document(file)
+        except (OSError, ValueError) as error:
+            message = f"{error}; give another file, or delete it and the document is read again"
+            raise typer.BadParameter(message, param_hint="--cache") from None
+        return True
+    if file is not None:
+        check_cache(talk, file)
+    with report.progress() as bar:
+        task = bar.add_task("reading the document, tokens", total=len(talk.document_ids))
+        talk.read_document(lambda rows: bar.advance(task, rows))
+    return False
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Checkpoint: a hub name or a folder.")],
+    document: Annotated[Path, typer.Option(help="Text file to ask about.")],
+    question: Annotated[
+        list[str] | None,
+        typer.Option(help="Ask this; may be repeated. Without it: type questions, or pipe them in, one a line."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0: greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="File that keeps the document as it was read: loaded if it is there, else written.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
+    dtype: inputs.Dtype = "auto",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Make the document so long: cut, or the text over again.")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Read the document so many tokens at a time.")] = 2048,
+    device: inputs.Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document at the end instead of text.")] = False,
+) -> None:
+    """Answer questions about a document, which is read once: each answer costs its new tokens only."""
+    text, on = inputs.read_text(document, "--document"), inputs.check_device(device)
+    net, tokenizer, settings = inputs.load(model, "hip", inputs.parse_fields(set_ or []), dtype)
+    ids = inputs.tokens_of(tokenizer, text, document, "--document")
+    if tokens is not None:
+        text = tokenizer.decode(lengthen(ids, tokens), skip_special_tokens=True)
+    talk = Conversation(net.to(on), tokenizer, text, chunk)
+    start = time.perf_counter()
+    loaded = fill(talk, cache)
+    read_s, longest = time.perf_counter() - start, getattr(text_config(net), "max_position_embeddings", inf)
+    note(f"{document.name}: {len(talk.held):,} tokens {'loaded' if loaded else 'read'} in {read_s:.2f} s")
+    if cache is not None and not loaded:
+        talk.save_document(cache)
+    torch.manual_seed(seed)
+    options = {"do_sample": True, "temperature": temperature} if temperature else {}
+    turns = []
+    for asked in questions(question or []):
+        streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        turns.append(turn := talk.ask(asked, max_new_tokens, streamer, **options))
+        note(str(turn))
+        if settings.extend is None and turn.cache_tokens > longest:
+            note(f"longer than the {longest:,} tokens that the model is made for: --set extend=streaming --set dense_tail=0")
+    if as_json:
+        about = {"tokens": len(talk.document_ids), "loaded": loaded, "seconds": read_s}
+        rows = [asdict(turn) for turn in turns]
+        report.show(f"chat: {model}", rows, True, document=about, chunk=chunk, settings=settings.to_dict())
+
+
+def note(line: str) -> None:
+    """A line about the conversation, on the error stream."""
+    report.notes.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

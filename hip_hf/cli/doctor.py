@@ -1,0 +1,59 @@
+"""The command `hip-hf doctor`, which a user runs first: its options, and how its result is published."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+from hip_hf.cli import latency
+from hip_hf.cli.presets import parse_choice, sizes
+from hip_hf.cli.publish import Json, Output, Results, Targets
+from hip_hf.eval.measure import doctor
+from hip_hf.eval.measure.timing import DTYPES
+from hip_hf.shown import said
+
+# Tokens of the timed calls.
+LENGTH = {"cuda": 32768, "cpu": 8192}
+
+
+def main(
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where PyTorch sees a GPU.")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="Of bf16, fp16, fp32. Default: all; on a CPU bf16,fp32.")] = None,
+    length: Annotated[str | None, typer.Option(help="Tokens of the timed calls, such as 16K. Default: 32K; on a CPU 8K.")] = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Try every kernel on this machine: what works, how fast, and what to set if something does not. Exit 1 if so."""
+    there = torch.cuda.is_available()
+    device = device or ("cuda" if there else "cpu")
+    parse_choice(device, ("cuda", "cpu"), "--device")
+    if device == "cuda" and not there:
+        raise typer.BadParameter("got 'cuda', allowed here: cpu (torch sees no GPU)", param_hint="--device")
+    default = "bf16,fp16,fp32" if device == "cuda" else "bf16,fp32"
+    kinds = parse_choice(dtypes or default, tuple(DTYPES), "--dtypes")
+    try:
+        tokens = LENGTH[device] if length is None else sizes(length)[0]
+        targets = Targets(as_json, output)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    on = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    missing = doctor.lacking(on)
+    rows = [doctor.row_of(label, found) for label, found in doctor.tried(on, kinds, not missing)]
+    about, speed = doctor.facts(on, missing), []
+    try:
+        speed = doctor.timed(on, kinds[0], tokens)
+    except Exception as error:  # whatever a bad kernel does there, what was found so far must be seen
+        about["timings"] = f"none: {said(error)}"
+    failed = [row for row in rows if row["problem"]]
+    title = f"doctor: {len(rows)} checks, {len(failed)} failed"
+    timings = f"one attention call of {tokens} tokens, sparse at any length, against PyTorch's, {doctor.latency_shape(on)}"
+    tables = {
+        "machine": [{"what": name, "is": value} for name, value in about.items()],
+        title: [{name: value for name, value in row.items() if failed or name not in ("problem", "instead")} for row in rows],
+        timings: latency.lines_of(speed, whole=device == "cuda"),
+    }
+    targets.publish(Results("doctor", title, rows, dict(about=about, failed=len(failed), speed=speed)), tables=tables)
+    if failed or "timings" in about:
+        raise typer.Exit(1)

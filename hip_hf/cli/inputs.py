@@ -1,0 +1,111 @@
+"""What several commands take: device, dtype, settings and files, and one line for the user where one of them is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hip_hf.cli.network import network_error
+from hip_hf.config import HiPConfig
+from hip_hf.eval.measure import documents
+from hip_hf.integration.settings import configure
+
+# `auto`: as the checkpoint was saved.
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda ...")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (as saved), fp32, bf16 or fp16.")]
+
+
+def check_device(device: str) -> torch.device:
+    """The device; one line for a name that there is not."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"got {device!r} ({reason}), allowed: a device of this machine", param_hint="--device") from None
+
+
+def check_dtype(dtype: str) -> Any:
+    """The dtype that `load` takes; one line for another name."""
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"got {dtype!r}, allowed: {' | '.join(DTYPES)}", param_hint="--dtype")
+    return DTYPES[dtype]
+
+
+def cannot_load(what: str, error: Exception) -> typer.BadParameter:
+    """One line for a checkpoint that cannot be loaded; a missing network is named as such."""
+    if (said := network_error(error)) is not None:
+        where = "without a network use the folder of a checkpoint"
+        return typer.BadParameter(f"cannot reach the Hugging Face Hub for {what}: {said}; {where}", param_hint="MODEL")
+    return typer.BadParameter(f"cannot load {what}: {' '.join(str(error).split())}", param_hint="MODEL")
+
+
+def read_text(file: Path, option: str) -> str:
+    """The text of the file that an option names; one line for a file that is missing, no text or empty."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {str(file)!r}: {error}", param_hint=option) from None
+    if not text.strip():
+        raise typer.BadParameter(f"{str(file)!r} is empty", param_hint=option)
+    return text
+
+
+def tokens_of(tokenizer: Any, text: str, file: Path, option: str) -> list[int]:
+    """The token ids of a file's text, with those that the tokenizer puts around it; one line where there are none."""
+    ids = tokenizer(text, verbose=False).input_ids
+    if not ids:
+        raise typer.BadParameter(f"{str(file)!r} holds no token for this model", param_hint=option)
+    return ids
+
+
+def check_length(tokens: int, ids: list[int], document: Path) -> None:
+    """One line for a document of fewer tokens than are asked for."""
+    if len(ids) < tokens:
+        raise typer.BadParameter(f"--tokens: got {tokens}, allowed: at most the {len(ids)} of {document.name}")
+
+
+def load_to_measure(model: str, device: str, text: str, dtype: str) -> tuple[Any, Any, list[int]]:
+    """What a measuring command begins with: the model on its device, dense at first, its tokenizer, and the text's tokens.
+
+    Raises:
+        typer.BadParameter: there is no such device or dtype, or the model cannot be loaded.
+    """
+    where, weights = check_device(device), check_dtype(dtype)
+    try:
+        loaded, tokenizer = documents.load(model, "sdpa", weights)
+    except (OSError, ValueError) as error:
+        raise cannot_load(repr(model), error) from None
+    return loaded.to(where), tokenizer, tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def parse_fields(pairs: list[str]) -> dict[str, Any]:
+    """`field=value` settings; values are JSON where they can be read as such, else text."""
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"got {pair!r}, allowed: field=value, such as budget=512", param_hint="--set")
+        try:
+            fields[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name.strip()] = value.strip()
+    return fields
+
+
+def load(checkpoint: str, attn: str, fields: dict[str, Any], dtype: str = "auto") -> tuple[Any, Any, HiPConfig]:
+    """Model, tokenizer and the settings that hold; one line instead of a traceback for what a user can get wrong."""
+    weights = check_dtype(dtype)
+    try:
+        model, tokenizer = documents.load(checkpoint, attn, weights)
+    except (OSError, ValueError) as error:
+        raise cannot_load(f"{checkpoint!r} with {attn!r}", error) from None
+    try:
+        settings = configure(model, **fields)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from None
+    return model, tokenizer, settings

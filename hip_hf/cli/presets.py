@@ -1,0 +1,166 @@
+"""Settings and lengths as the measuring commands take them on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import typer
+
+from hip_hf.cli.inputs import cannot_load
+from hip_hf.config import HiPConfig
+from hip_hf.eval.measure.mass import SPARSE
+from hip_hf.eval.reporting.report import AT
+from hip_hf.integration.settings import read_settings
+from hip_hf.registry import METHODS
+
+# What `--settings` may name; anything else is read as a JSON dict of `HiPConfig` fields.
+PRESETS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "quality": {"query_stride": 1, "beam": 16, "rescore": 16, "decode_refresh": 1},
+    "beam1": {"beam": 1, "rescore": 1},
+    "true_need": {"options": {"sample": 1 << 28}},  # every key of the middle: what the estimate is measured by
+    "paper": {
+        "representative": "middle",
+        "score": "max",
+        "query_stride": 4,
+        "vote": "sampled",
+        "beam": 1,
+        "rescore": 1,
+        "decode_refresh": 8,
+    },
+    "staged": {"method": "staged"},
+    "quest": {"method": "quest"},
+    "vertical_slash": {"method": "vertical_slash"},
+    "sample": {"method": "sample"},
+    "h2o": {"method": "h2o"},
+    "streaming": {"method": "streaming", "options": {"recent": True}},
+    "hyper": {"method": "hyper"},  # sized to read about as many keys as the others
+    "oracle": {"method": "oracle"},
+    "delta": {"delta": 64},
+    "streaming+delta": {"method": "streaming", "options": {"recent": True}, "delta": 64},
+    "dense": {"method": "dense"},
+}
+# The settings that a model uses when it is loaded with attn_implementation="hip": those in its config, or `HiPConfig()`.
+OWN = "own"
+# Presets that `all` leaves out: the baseline, and what is only a cheaper search of the same method.
+LEFT_OUT = ("dense", "beam1")
+HELP = f"{' | '.join(PRESETS)} | {OWN} (the checkpoint's) | all, or a JSON dict of HiPConfig fields; repeat for several rows."
+
+
+def every() -> list[str]:
+    """All presets as rows of a comparison, and methods that were added to ours."""
+    added = METHODS.keys() - {fields.get("method", "hip") for fields in PRESETS.values()}
+    return [name for name in PRESETS if name not in LEFT_OUT] + sorted(added)
+
+
+def as_many_keys(config: HiPConfig, tokens: int) -> dict[str, int]:
+    """Options of `hyper` with which a row of a text of `tokens` reads about as many keys, on average, as `config` says.
+
+    A row meets half a leaf, and in half of the levels an own block and a sample, which are made alike.
+    """
+    keys = config.sink + config.budget + config.window + config.block_q // 2
+    leaf, levels = tokens, 0
+    while leaf > keys:
+        leaf, levels = -(-leaf // 2), levels + 1
+    each = max(1, (keys - leaf // 2) // max(levels, 1))
+    return {"min_seq_len": leaf, "block_size": each, "sample_size": each}
+
+
+def own_settings(checkpoint: str | None) -> HiPConfig:
+    """The settings in a checkpoint's config.
+
+    Raises:
+        ValueError: there is no checkpoint, or its settings are invalid. typer.BadParameter: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    if checkpoint is None:
+        raise ValueError(f"--settings: got {OWN!r}, allowed: the others (there is no model here)")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise cannot_load(repr(checkpoint), error) from None
+    return read_settings(config.get_text_config(decoder=True))
+
+
+def settings_of(
+    names: Sequence[str],
+    tokens: int | None = None,
+    base: dict[str, Any] = SPARSE,
+    checkpoint: str | None = None,
+    **common: Any,
+) -> dict[str, HiPConfig]:
+    """Settings by the name they were given; fields in `common` (None: not given) hold for all that do not set them.
+
+    `tokens`: length of the texts, by which the preset `hyper` is sized. `base`: fields that hold where nothing else is said.
+    `checkpoint`: whose settings `own` is, untouched by `base` and `common`.
+
+    Raises:
+        ValueError: neither a preset nor a JSON dict, or a field is unknown or out of range.
+    """
+    shared = {name: value for name, value in common.items() if value is not None}
+    settings = {}
+    for name in [one for given in names for one in (every() if given == "all" else [given])]:
+        if name == OWN:
+            settings[name] = own_settings(checkpoint)
+            continue
+        fields = PRESETS.get(name, {"method": name} if name in METHODS else None)
+        if fields is None:
+            try:
+                fields = json.loads(name)
+            except json.JSONDecodeError:
+                fields = None
+        if not isinstance(fields, dict):
+            raise ValueError(f"--settings: got {name!r}, allowed: {HELP}")
+        try:
+            config = HiPConfig.from_dict({**base, **shared, **fields})
+        except ValueError as error:
+            raise ValueError(f"--settings {name}: {error}") from None
+        if name == "hyper" and tokens is not None:
+            config = replace(config, options=as_many_keys(config, tokens))
+        settings[name] = config
+    return settings
+
+
+def over_budgets(names: Sequence[str], budgets: Sequence[int], **others: Any) -> dict[str, HiPConfig]:
+    """`settings_of(names, **others)` with each of the budgets, which the names then tell. What no budget changes is there once.
+
+    Raises:
+        ValueError: as `settings_of` does.
+    """
+    configs = {}
+    for budget in budgets:
+        for name, config in settings_of(names, budget=budget, **others).items():
+            alone = len(budgets) == 1 or config.method == "dense" or name == OWN
+            configs[name if alone else f"{name}{AT}{budget}"] = config
+    return configs
+
+
+def refuse_extension(configs: dict[str, HiPConfig]) -> None:
+    """Raise ValueError for settings that extend the context, where queries and keys were rotated by a model."""
+    for config in configs.values():
+        if config.extend is not None:
+            raise ValueError(f"--settings extend: got {config.extend!r}, allowed: None (`hip-hf passkey` measures it in a model)")
+
+
+def sizes(text: str) -> list[int]:
+    """Token counts from a list like `4096,64K,1M`. Raises ValueError for anything else."""
+    units, counts = {"K": 1024, "M": 1024**2}, []
+    for part in (part.strip().upper() for part in text.split(",")):
+        digits = part[:-1] if part[-1:] in units else part
+        counts.append(int(digits) * units.get(part[-1:], 1) if digits.isdecimal() else 0)
+    if min(counts) < 1:
+        raise ValueError(f"got {text!r}, allowed: token counts like 8192 or 64K,1M")
+    return counts
+
+
+def parse_choice(text: str, allowed: Sequence[str], option: str) -> list[str]:
+    """A comma list of the names in `allowed`. Raises typer.BadParameter for any other."""
+    chosen = [part.strip() for part in text.split(",")]
+    for name in chosen:
+        if name not in allowed:
+            raise typer.BadParameter(f"got {name!r}, allowed: {', '.join(allowed)}", param_hint=option)
+    return chosen

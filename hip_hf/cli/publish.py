@@ -1,0 +1,116 @@
+"""How the measuring commands hand over their results: a table or JSON, a result file, a picture, a page of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hip_hf.config import HiPConfig
+from hip_hf.eval.measure.documents import CHECKPOINT
+from hip_hf.eval.reporting import page, plots, report
+from hip_hf.eval.reporting.resumable import Resumable
+
+# What results call the checkpoint that comes with the package.
+DEMO = "the demo checkpoint"
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", help="Write the JSON document to this file. If interrupted, the same command goes on from there."),
+]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the results into this PNG file.")]
+Report = Annotated[Path | None, typer.Option("--report", help="Write table and picture to this HTML file, which needs no other.")]
+
+Draw = Callable[[dict[str, Any], Path], None]
+
+
+def model_name(model: str) -> str:
+    """How results name a model: not by where the demo checkpoint happens to be installed."""
+    return DEMO if model == str(CHECKPOINT) else model
+
+
+def measured_on(model: str, document: Path | str, dtype: str, configs: dict[str, HiPConfig], **own: Any) -> dict[str, Any]:
+    """What a result says it was measured on and with; `document`: a file or a name; `own`: what else its command was given."""
+    settings = {name: config.to_dict() for name, config in configs.items()}
+    return {"model": model_name(model), "document": Path(document).name, "dtype": dtype, **own, "configs": settings}
+
+
+def check_file(option: str, file: Path | None) -> None:
+    """Raise ValueError, before the work, for a file that could not be written after it."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ValueError(f"{option}: got {str(file)!r}, allowed: a file in a folder that exists")
+
+
+def write(file: Path, text: str) -> None:
+    """Write a whole file or none of it."""
+    part = file.with_name(file.name + ".tmp")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a command measured: `rows` with the same keys, and `details` that hold for all (`model` among them).
+
+    `draw(document, file)` makes the picture from the document that is printed and saved; None: there is no picture.
+    """
+
+    command: str
+    title: str
+    rows: Sequence[dict[str, Any]]
+    details: dict[str, Any]
+    draw: Draw | None = None
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document."""
+        own = {"command": self.command, "title": self.title, "rows": list(self.rows)}
+        return {**own, **self.details, "machine": report.machine()}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where the results go, as the options say.
+
+    Raises:
+        ValueError: one of the files could not be written. SystemExit: matplotlib is missing, and there is something to draw.
+    """
+
+    as_json: bool = False
+    output: Path | None = None
+    plot: Path | None = None
+    report: Path | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("output", "plot", "report"):
+            check_file(f"--{option}", getattr(self, option))
+        if self.plot is not None or self.report is not None:
+            plots.pyplot()
+
+    def kept(self, command: str, **request: Any) -> Resumable:
+        """The finished measurements of this request, on this machine."""
+        return Resumable(self.output, {"command": command, **request, "machine": report.machine()})
+
+    def publish(
+        self, result: Results, kept: Resumable | None = None, tables: Mapping[str, Sequence[dict[str, Any]]] | None = None
+    ) -> None:
+        """Show a result and write its files; `tables` `{title: rows}` are shown to people instead of all rows."""
+        document = result.document()
+        if self.output is not None:
+            write(self.output, json.dumps(document, indent=1) + "\n")
+        if self.plot is not None and result.draw is not None:
+            result.draw(document, self.plot)
+        if self.report is not None and result.draw is not None:
+            write(self.report, page.render(result.title, [(document, result.draw)]))
+        if kept is not None:
+            kept.finish()
+        if self.as_json:
+            print(json.dumps(document, indent=1))
+            return
+        for title, rows in (tables or {result.title: result.rows}).items():
+            report.show(title, rows, False)

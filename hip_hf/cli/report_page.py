@@ -1,0 +1,44 @@
+"""`hip-hf report`: one page of several saved results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hip_hf.cli.publish import check_file, write
+from hip_hf.eval.reporting import page, plots
+from hip_hf.eval.reporting.pictures import PICTURES
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A saved document.
+
+    Raises:
+        ValueError: it cannot be read, or none of our commands wrote it.
+    """
+    allowed = f"what hip-hf {' | '.join(PICTURES)} --output has written"
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"RESULTS: got {str(file)!r} ({error}), allowed: {allowed}") from None
+    if not isinstance(document, dict) or document.get("command") not in PICTURES or not document.get("rows"):
+        raise ValueError(f"RESULTS: got {str(file)!r}, allowed: {allowed}")
+    return document
+
+
+def main(
+    results: Annotated[list[Path], typer.Argument(help="Files that --output has written.")],
+    output: Annotated[Path, typer.Option(help="The HTML file, which needs no other.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="The page's title.")] = "hip-hf report",
+) -> None:
+    """Bundle tables and pictures of saved results in one HTML page."""
+    plots.pyplot()
+    try:
+        check_file("--output", output)
+        documents = [read(file) for file in results]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    write(output, page.render(title, [(document, PICTURES[document["command"]]) for document in documents]))

@@ -1,0 +1,125 @@
+"""Pass keys hidden in a long document, asked for with dense and with pruned attention: the measuring part of `hip-hf demo`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from hip_hf.attention import attend
+from hip_hf.config import HiPConfig
+from hip_hf.eval.measure import documents, generate
+from hip_hf.eval.measure.capture import capture
+from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact
+from hip_hf.eval.measure.memory_meter import memory_mib
+from hip_hf.eval.measure.needles_demo import IMPLEMENTATIONS
+from hip_hf.eval.reporting import plots
+from hip_hf.geometry import query_blocks
+from hip_hf.integration.explain import Report
+from hip_hf.problem import AttentionProblem
+
+_KIND = {name: index for index, name in enumerate(plots.KINDS)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one process does: answer the prompts through one attention implementation."""
+
+    checkpoint: str
+    attn: str
+    prompts: list[list[int]]
+    new_tokens: int
+    fields: dict[str, Any]
+    chunk: int | None = None  # read the prompts so many tokens at a time
+    device: str = "cpu"
+
+
+def answer(model: Any, tokenizer: Any, run: Run, read: Callable[[int], None]) -> dict[str, Any]:
+    """Answers and measurements of one implementation, whose peak of memory is right where the process has done nothing else.
+    `read` is told how many tokens each forward pass has read."""
+    loaded = memory_mib("VmRSS")
+    results = [generate.generate(model, prompt, run.new_tokens, run.chunk, read) for prompt in run.prompts]
+    rates = [result.tokens_per_s for result in results if result.tokens_per_s is not None]
+    return {
+        "answers": [documents.answer_of(tokenizer, result.ids) for result in results],
+        "texts": [tokenizer.decode(result.ids).strip() for result in results],
+        "first_token_s": median(result.first_token_s for result in results),
+        "tokens_per_s": median(rates) if rates else None,
+        "loaded_mib": loaded,
+        "peak_mib": memory_mib("VmHWM"),
+        "memory_mib": results[-1].memory,
+        "prefill": results[-1].prefill,
+        "decode": results[-1].decode,
+    }
+
+
+def make_facts(count: int, seed: int) -> list[Fact]:
+    """Facts spread over the document: one at a random place in each `1 / count` of it."""
+    rng = random.Random(seed)
+    names = rng.sample(NAMES, count)
+    return [Fact(name, "".join(rng.choices("0123456789", k=DIGITS)), (i + rng.random()) / count) for i, name in enumerate(names)]
+
+
+def position_of(tokenizer: Any, prompt: list[int], fact: Fact) -> int:
+    """Where the fact's note begins in the prompt."""
+    ids = tokenizer.encode(documents.note(fact.name, fact.key), add_special_tokens=False)
+    return next(at for at in range(len(prompt)) if prompt[at : at + len(ids)] == ids)
+
+
+def kinds_read(problem: AttentionProblem, config: HiPConfig, layer: int) -> tuple[torch.Tensor, str]:
+    """What the first key head's query blocks read in prefill, `[query blocks, key blocks]` of `plots.KINDS` (-1: the
+    future), and the path in words."""
+    result = attend(problem, config, layer, need_mask=True)
+    config = config.for_layer(layer)
+    span, size = problem.spans[0], config.block_k
+    blocks = query_blocks(config, span, per_row=False, sliding=problem.sliding_window)
+    kinds = torch.full((len(blocks), -(-span.keys // size)), -1, dtype=torch.int8)
+    for i, block in enumerate(blocks):
+        dense = result.mask is None or block.row >= span.rows - config.dense_tail
+        row = kinds[i]
+        row[block.start // size : block.last // size + 1] = _KIND["read densely" if dense else "not read"]
+        if result.mask is None:
+            continue
+        row[block.start // size : block.sink // size] = _KIND["sink"]
+        row[block.window // size : block.last // size + 1] = _KIND["window"]
+        row[result.mask.indices[0, 0, i, : result.mask.counts[0, 0, i]].long()] = _KIND["selected"]
+    path = f"sparse, {result.share:.0%} of the keys read" if result.path == "sparse" else f"dense: {result.reason}"
+    return kinds, path
+
+
+@torch.no_grad()
+def panels(model: Any, prompt: list[int], settings: HiPConfig) -> list[plots.Panel]:
+    """Who reads what in a prompt, a panel for each layer, computed from the queries and keys of a model that attends densely."""
+    found = []
+    for layer, problem in enumerate(capture(model, torch.tensor([prompt]))):
+        kinds, path = kinds_read(problem, settings, layer)
+        at = settings.for_layer(layer)
+        found.append(plots.Panel(f"layer {layer}: {path}", kinds, at.block_q, at.block_k))
+    return found
+
+
+def row_of(attn: str, measured: dict[str, Any], facts: list[Fact]) -> dict[str, Any]:
+    """The line of the table for one implementation; `keys_read` is the prompt's, `above_model_mib` the peak's part that
+    came on top of the loaded model."""
+    right = sum(given == fact.key for given, fact in zip(measured["answers"], facts, strict=True))
+    layers: Report = measured["prefill"]
+    loaded, peak = measured["loaded_mib"], measured["peak_mib"]
+    return {
+        "attention": attn,
+        "right": f"{right}/{len(facts)}",
+        "first_token_s": measured["first_token_s"],
+        "tokens_per_s": measured["tokens_per_s"],
+        "peak_mib": peak,
+        "above_model_mib": None if loaded is None or peak is None else peak - loaded,
+        "keys_read": fmean(layer.share for layer in layers if layer.share is not None) if layers else 1.0,
+    }
+
+
+def question_row(index: int, fact: Fact, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A fact and what each implementation answered: the digits, or where it gave none, what it said instead."""
+    said = {attn: measured[attn]["answers"][index] or measured[attn]["texts"][index] for attn in IMPLEMENTATIONS}
+    return {"pass_key_of": fact.name, "depth": fact.depth, "hidden": fact.key, **said}

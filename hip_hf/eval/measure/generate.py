@@ -1,0 +1,150 @@
+"""Continue a prompt with any checkpoint, and say how long it took and what attention did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from hip_hf.eval.measure.memory_meter import Meter, cache_mib
+from hip_hf.geometry import keys_seen
+from hip_hf.integration.attention_function import NAMES
+from hip_hf.integration.explain import Report, explain
+from hip_hf.integration.hip_cache import HiPCache
+from hip_hf.integration.settings import text_config
+from hip_hf.versions import CACHE
+
+
+@dataclass
+class Generated:
+    """New tokens, what they took, and `explain`'s rows after the prompt and after the last token. Those after a prompt that was
+    read in chunks have the share of keys read of all chunks."""
+
+    ids: list[int] = field(default_factory=list)
+    first_token_s: float = 0.0
+    decode_s: float = 0.0  # for all tokens but the first
+    prefill: Report = field(default_factory=Report)
+    decode: Report = field(default_factory=Report)
+    memory: dict[str, float | None] = field(default_factory=dict)  # MiB, on top of the loaded model
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of decode; None if there was no step to time."""
+        return (len(self.ids) - 1) / self.decode_s if len(self.ids) > 1 else None
+
+
+class TokenClock:
+    """A streamer: `generate` hands it the prompt before it starts, and each token once it has it. `text`: another streamer, which
+    gets all that this one gets."""
+
+    def __init__(self, at_first: Callable[[], None], text: BaseStreamer | None = None) -> None:
+        self.at_first, self.text = at_first, text
+        self.generated: list[int] = []
+        self.start = self.first = self.resumed = self.last = 0.0
+
+    def put(self, ids: torch.Tensor) -> None:
+        now = time.perf_counter()
+        if self.text is not None:
+            self.text.put(ids)
+        if not self.start:
+            self.start = time.perf_counter()
+            return
+        self.generated += ids.flatten().tolist()
+        self.last = now
+        if not self.first:
+            self.first = now
+            self.at_first()
+            self.resumed = self.last = time.perf_counter()  # what `at_first` took is no decoding
+
+    def end(self) -> None:
+        if self.text is not None:
+            self.text.end()
+
+
+def layers_of(model: Any) -> Report:
+    """`explain(model)`; empty for an attention that is not ours."""
+    return explain(model) if text_config(model)._attn_implementation in NAMES else Report()
+
+
+def over_chunks(reports: list[tuple[int, Report]], first: int) -> Report:
+    """The last of the reports of a prompt's chunks, (rows, report) each, with the keys read of all chunks. `first`: the position
+    of the first row."""
+    if not reports:
+        return Report()
+    seen, at = [], first
+    for rows, _ in reports:
+        seen.append(keys_seen(at, at + rows - 1, None))
+        at += rows
+    layers = Report()
+    for i, last in enumerate(reports[-1][1]):
+        shares = [report[i].share for _, report in reports]
+        read = [share * keys for share, keys in zip(shares, seen, strict=True) if share is not None]
+        layers.append(last if len(read) < len(seen) else replace(last, share=sum(read) / sum(seen)))
+    return layers
+
+
+def generate(
+    model: Any,
+    prompt: list[int],
+    new_tokens: int,
+    chunk: int | None = None,
+    read: Callable[[int], None] = lambda rows: None,
+    cache: HiPCache | None = None,
+    text: BaseStreamer | None = None,
+    **options: Any,
+) -> Generated:
+    """Continuation of one prompt by at most `new_tokens` tokens, greedy unless Transformers' `options` say otherwise.
+
+    Args:
+        chunk: read the prompt so many tokens at a time, so that memory is that of the cache and of one chunk. What follows on
+            a cache that holds something already is read in one piece: Transformers 5.17 cannot go on in chunks.
+        read: is told how many tokens each forward pass has read.
+        cache: holds the prompt's first tokens, which are not read again; afterwards all but the last new token. None: a new one.
+        text: a streamer that gets the tokens as they come.
+    """
+    if cache is None and text_config(model)._attn_implementation in NAMES:
+        cache = HiPCache(model.config)
+    held = 0 if cache is None else cache.get_seq_length()
+    result, chunks = Generated(), list[tuple[int, Report]]()
+
+    def note_prefill() -> None:
+        result.prefill = over_chunks(chunks, held)
+
+    def note_rows(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        rows = kwargs["input_ids"].shape[1]
+        read(rows)
+        if not clock.first:
+            chunks.append((rows, layers_of(model)))
+
+    clock = TokenClock(note_prefill, text)
+    ids = torch.tensor([prompt], device=model.device)
+    given: dict[str, Any] = {"max_new_tokens": new_tokens, "streamer": clock, "do_sample": False, **options}
+    if chunk is not None and not held:
+        given["prefill_chunk_size"] = chunk
+    if cache is not None:
+        given[CACHE] = cache
+    hook = model.register_forward_hook(note_rows, with_kwargs=True)
+    meter = Meter(model.device)
+    try:
+        with torch.no_grad():
+            # only generate knows when the prompt is through: the clock stops inside it, before the first decode step
+            model.generate(ids, attention_mask=torch.ones_like(ids), **given)
+    finally:
+        hook.remove()
+    result.ids, result.first_token_s, result.decode_s = clock.generated, clock.first - clock.start, clock.last - clock.resumed
+    result.decode = layers_of(model)
+    result.memory = {
+        "cache": None if cache is None else cache_mib(cache),
+        "peak": meter.peak_mib(),
+        "device_peak": meter.device_peak_mib(),
+    }
+    return result
+
+
+def lengthen(ids: list[int], tokens: int) -> list[int]:
+    """Exactly `tokens` of a text's token ids; from its beginning again where it ends."""
+    return (ids * -(-tokens // len(ids)))[:tokens]

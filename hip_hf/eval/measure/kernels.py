@@ -1,0 +1,111 @@
+"""What every GPU kernel would spend on every GPU, without having one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hip_hf.backends.triton import trust
+from hip_hf.eval.reporting.resumable import Resumable
+
+TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def why_not() -> str:
+    """Why nothing can be compiled here; empty if it can."""
+    if why := trust.old_triton():
+        return f"{why}."
+    from triton.runtime import JITFunction
+
+    from hip_hf.backends.triton.selection.topk import threshold
+
+    if not isinstance(threshold, JITFunction):
+        return "Triton interprets instead of compiling (TRITON_INTERPRET is set): unset it."
+    return ""
+
+
+def launches(targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[str], only: str) -> list[tuple[Any, ...]]:
+    """Launch, target, head dim and dtype of everything to compile: the kernels that have `only` in their name."""
+    from hip_hf.backends.triton.compile import budget
+
+    return [
+        (launch, target, dim, DTYPES[kind])
+        for target in targets
+        for dim in dims
+        for kind in dtypes
+        for launch in budget.launches_of(dim, DTYPES[kind], target)
+        if only in launch.name
+    ]
+
+
+def measure(
+    work: Iterable[tuple[Any, ...]], before: dict[tuple[Any, ...], dict[str, Any]], spills: int, kept: Resumable
+) -> list[dict[str, Any]]:
+    """A row for each of the launches in `work`: from `kept`, from `before` (see `compiled_before`), or compiled now."""
+    from hip_hf.backends.triton.compile import budget
+
+    columns = {field.name for field in fields(budget.Spent)}
+    # others were told less of themselves, or were allowed more
+    before = {key: row for key, row in before.items() if row.keys() == columns and row["spilled"] <= spills}
+    rows = []
+    for launch, target, dim, dtype in work:
+        # what was compiled before counts only while code and launch configuration are the same
+        key = (launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
+        rows.append(kept.get(key, partial(known_or_compiled, before.get(key), launch, target, dim, dtype, spills)))
+    return rows
+
+
+def known_or_compiled(known: dict[str, Any] | None, *what: Any) -> dict[str, Any]:
+    """The row of a launch. `what`: what `budget.spend` is given."""
+    from hip_hf.backends.triton.compile import budget
+
+    return known or asdict(budget.spend(*what))
+
+
+def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Rows without a problem in an earlier `output` of this command with the same Triton, by what they were compiled from.
+
+    Raises:
+        ValueError: the file is there, and this command has not written it.
+    """
+    if output is None or not output.exists():
+        return {}
+    names = ("kernel", "target", "dim", "dtype", "code", "launch")
+    try:
+        document = json.loads(output.read_text(encoding="utf-8"))
+        found = {tuple(row[name] for name in names): row for row in document["rows"] if not row["problem"]}
+        return found if document["triton"] == version else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        allowed = "what hip-hf kernels --output has written, or a file that is not there"
+        raise ValueError(f"--output: got {str(output)!r}, which is no result of this command, allowed: {allowed}") from None
+
+
+def _grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["kernel"], row["target"]), []).append(row)
+    return found
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each kernel and target the most that it spends, over head dims and dtypes; shared memory in KB."""
+    return [
+        dict(
+            kernel=kernel,
+            target=target,
+            compiled=len(some),
+            registers=max(row["registers"] for row in some),
+            shared=max(row["shared"] for row in some) / 1024,
+            spilled=max(row["spilled"] for row in some),
+            path=" | ".join(dict.fromkeys(row["path"] for row in some if row["path"])),
+            problem="; ".join(dict.fromkeys(row["problem"] for row in some if row["problem"])),
+        )
+        for (kernel, target), some in _grouped(rows).items()
+    ]

@@ -1,0 +1,133 @@
+"""What each kind of cache takes, at which lengths.
+
+Each figure comes from a process of its own: it fills the cache of a model with random keys, a chunk at a time as chunked
+prefill does, decodes a few tokens, and reads its own memory from the operating system.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+from typing import Any
+
+import torch
+
+from hip_hf.eval.measure.memory_meter import MIB, Meter, memory_mib, summaries_bytes
+from hip_hf.versions import CACHE
+
+KINDS = ("dynamic", "static", "hip", "hip offloaded")
+CHUNK, STEPS = 2048, 16
+# What is built of a model has no more than `SMALL` of these.
+LEFT_OUT = ("vocab_size", "intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
+SMALL = 64
+
+
+def _make_cache(kind: str, config: Any, length: int) -> Any:
+    from transformers import DynamicCache, StaticCache
+
+    from hip_hf import HiPCache
+    from hip_hf.cache.pool import PAGE
+    from hip_hf.integration.settings import read_settings
+    from hip_hf.registry import selected_keys
+
+    if kind == "dynamic":
+        return DynamicCache(config=config)
+    if kind == "static":
+        return StaticCache(config=config, max_cache_len=length + STEPS)
+    if kind == "hip":
+        return HiPCache(config)
+    settings = read_settings(config)
+    step = selected_keys(settings) // settings.block_k  # blocks that a step selects, at worst each in a page of its own
+    return HiPCache(config, offload="cpu", device_pages=max(step, length // PAGE // 8))
+
+
+def _device_bytes(cache: Any, resident: int) -> int:
+    """What has to be on the device: everything, or the pools of an offloaded cache and the summaries."""
+    if getattr(cache, "offload_to", None) is None:
+        return resident
+    pools = [store.pool for layer in cache.paged for store in (layer.pool.keys, layer.pool.values)]
+    return sum(pool.rows.nbytes for pool in pools) + summaries_bytes(cache)
+
+
+def read_config(model: str) -> Any:
+    """The config of a checkpoint's language part, without what has no share in its cache: feed-forward layers and vocabulary.
+
+    Raises:
+        OSError or ValueError: there is no such checkpoint, or none with a decoder that Transformers can build.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+    for name in LEFT_OUT:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, SMALL)
+    config.pad_token_id = None  # it may lie outside the small vocabulary
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
+    return config
+
+
+def shapes_of(net: Any) -> list[tuple[torch.Size, torch.Size]]:
+    """Keys and values `[1, Hkv, 1, D]` that each layer gives its cache for one token: families name their sizes differently.
+
+    Raises:
+        ValueError: not every layer keeps keys and values.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import CacheLayerMixin
+
+    cache = DynamicCache()
+    net(torch.tensor([[5]]), **{CACHE: cache})
+    shapes = [
+        (layer.keys.shape, layer.values.shape)
+        for layer in cache.layers
+        if isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
+    ]
+    if len(shapes) != net.config.num_hidden_layers:
+        raise ValueError(f"got {net.config.model_type!r}, allowed: models whose layers all keep keys and values")
+    return shapes
+
+
+def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
+    """One row of the table, measured in the calling process. `config`: as `read_config` gives it."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.max_position_embeddings = max(config.max_position_embeddings, length + STEPS)
+    net = AutoModelForCausalLM.from_config(config).eval()
+    if kind.startswith("hip"):
+        net.set_attn_implementation("hip")
+    config = net.config
+
+    def random(shape: torch.Size, tokens: int) -> torch.Tensor:
+        return torch.randn(1, shape[1], tokens, shape[3], dtype=net.dtype)
+
+    with torch.inference_mode():
+        shapes = shapes_of(net)
+        net(torch.tensor([[5]]), **{CACHE: _make_cache(kind, config, CHUNK)})  # whatever is allocated once
+        meter = Meter(torch.device("cpu"))
+        cache = _make_cache(kind, config, length)
+        for first in range(0, length, CHUNK):
+            tokens = min(CHUNK, length - first)
+            for layer, (keys, values) in enumerate(shapes):
+                cache.update(random(keys, tokens), random(values, tokens), layer)
+        for _ in range(STEPS):
+            net(torch.tensor([[5]]), **{CACHE: cache})
+    now, peak = memory_mib("VmRSS"), meter.peak_mib()
+    assert now is not None
+    assert meter.before is not None
+    resident = int((now - meter.before) * MIB)
+    return {
+        "cache": kind,
+        "length": length,
+        "bytes_per_token": resident / length,
+        "resident_MiB": resident / MIB,
+        "peak_MiB": peak,
+        "device_MiB": _device_bytes(cache, resident) / MIB,
+    }
+
+
+def in_own_process(kind: str, config: Any, length: int) -> dict[str, Any]:
+    """`measure` in a process that has done nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        return fresh.apply(measure, (kind, config, length))

@@ -1,0 +1,263 @@
+"""Many facts in one document, all asked for at its end, in one forward pass per prompt and setting.
+
+The answers stand in the prompt (teacher forcing), so nothing is generated: each of their digits is held against what the
+model would have said before it read it. That is some ten times cheaper than generation, and a model that is too small to
+answer by itself still shows what it has found.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from hip_hf.config import HiPConfig
+from hip_hf.eval.measure.costs import prompt_cost
+from hip_hf.eval.measure.documents import DOCUMENT, Fact, hide, question
+from hip_hf.eval.measure.losses import StepLosses, check_logits, losses_of
+from hip_hf.eval.measure.passkey import draw_facts, path_of, use, wilson
+from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.integration.explain import explain
+
+NOVEL, CODE = "novel", "code"
+# The first share of a document holds no fact: what the sink reads anyway finds nothing there.
+FREE = 0.02
+
+
+@dataclass(frozen=True)
+class NeedlesAnswer:
+    """Where a fact's answer stands in a prompt: `[positions]` of its tokens and how many digits each of them has."""
+
+    fact: Fact
+    positions: tuple[int, ...]
+    digits: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NeedlesPrompt:
+    """A document with facts hidden in it, of `document` tokens, and after it all questions with their answers."""
+
+    ids: list[int]
+    document: int
+    answers: list[NeedlesAnswer]
+
+
+def make_prompt(tokenizer: Any, text: list[int], length: int, facts: int, rng: random.Random) -> NeedlesPrompt:
+    """A prompt of exactly `length` tokens from the beginning of `text` (token ids).
+
+    A fact lies at a random place in each equal part of the document, the first `FREE` of it left out. They are asked for in
+    another, random order.
+
+    Raises:
+        ValueError: `text` is too short, or notes and questions alone are longer than `length`.
+    """
+    encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
+    hidden = draw_facts(rng, [FREE + (1 - FREE) * (part + rng.random()) / facts for part in range(facts)])
+    end: list[int] = []
+    places = []
+    for fact in rng.sample(hidden, facts):
+        end += encode(question(fact.name))
+        tokens = encode(f" {fact.key}")
+        digits = [sum(char.isdigit() for char in tokenizer.decode([token])) for token in tokens]
+        places.append([(fact, len(end) + i, count) for i, count in enumerate(digits) if count])
+        end += tokens + encode(".")
+    document = length - len(end)
+    answers = [NeedlesAnswer(own[0][0], *zip(*((document + at, count) for _, at, count in own), strict=True)) for own in places]
+    return NeedlesPrompt(hide(tokenizer, text, length, hidden, end), document, answers)
+
+
+@dataclass
+class NeedlesCounts:
+    """What was counted with one setting: `nll` and `document_nll` are sums in nats, over `digits` and `tokens`."""
+
+    prompts: int = 0
+    answers: int = 0
+    exact: int = 0
+    digits: int = 0
+    right: int = 0
+    nll: float = 0.0
+    tokens: int = 0
+    document_nll: float = 0.0
+    read: list[float] = field(default_factory=list)  # a share of the keys for each prompt
+    paths: list[str] = field(default_factory=list)
+
+    def __add__(self, other: NeedlesCounts) -> NeedlesCounts:
+        return NeedlesCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def row(self, settings: str, length: int, document: str) -> dict[str, Any]:
+        """One row of the report."""
+        low, high = wilson(self.exact, self.answers)
+        return {
+            "settings": settings,
+            "length": length,
+            "document": document,
+            "digits": self.right / self.digits,
+            "answers_right": self.exact / self.answers,
+            "low": low,
+            "high": high,
+            "nll": self.nll / self.digits,
+            "perplexity": math.exp(self.document_nll / self.tokens),
+            "read": fmean(self.read),
+            "path": ", ".join(dict.fromkeys(self.paths)),
+            "prompts": self.prompts,
+            "answers": self.answers,
+        }
+
+
+def verdicts(right: torch.Tensor, answers: Sequence[NeedlesAnswer]) -> list[list[bool]]:
+    """Whether each digit token of each answer is the likeliest. `right`: `[tokens - 1]`, of every token but the first."""
+    return [[bool(right[at - 1]) for at in answer.positions] for answer in answers]
+
+
+@torch.no_grad()
+def ask(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None = None) -> NeedlesCounts:
+    """Read a prompt once, with these settings, and count what is right in it; by `steps`: what comes after the document token by
+    token."""
+    sparse = use(model, config)
+    loss, right = losses_of(model, prompt.ids) if steps is None else steps.losses_of(prompt.ids, prompt.document, config)
+    said = verdicts(right, prompt.answers)
+    layers = explain(model) if sparse or steps is not None else []
+    shares = [layer.share for layer in layers if layer.share is not None]
+    document = loss[: prompt.document - 1]
+    return NeedlesCounts(
+        prompts=1,
+        answers=len(said),
+        exact=sum(map(all, said)),
+        digits=sum(sum(answer.digits) for answer in prompt.answers),
+        right=sum(
+            count * good
+            for answer, verdict in zip(prompt.answers, said, strict=True)
+            for count, good in zip(answer.digits, verdict, strict=True)
+        ),
+        nll=sum(float(loss[at - 1]) for answer in prompt.answers for at in answer.positions),
+        tokens=len(document),
+        document_nll=float(document.sum()),
+        read=[fmean(shares) if shares else 1.0],
+        paths=[path_of(layers) if layers else "sdpa"],
+    )
+
+
+def count(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None) -> dict[str, Any]:
+    """`ask`, as JSON can hold it."""
+    return asdict(ask(model, prompt, config, steps))
+
+
+@dataclass(frozen=True)
+class NeedlesPlan:
+    """What to ask: `prompts` documents of each kind and length, with `facts` facts each, the same whatever the settings.
+    `decode`: documents are read densely, and what comes after them by decode steps."""
+
+    configs: dict[str, HiPConfig]
+    lengths: Sequence[int]
+    prompts: int = 8
+    facts: int = 8
+    seed: int = 0
+    decode: bool = False
+
+    @property
+    def dense(self) -> str | None:
+        """The name of the setting that the others are compared with: dense attention, if it is among them."""
+        return next((name for name, config in self.configs.items() if config.method == "dense"), None)
+
+    def pieces(self, documents: int) -> int:
+        return len(self.configs) * len(self.lengths) * self.prompts * documents
+
+    def window(self, text: list[int], length: int, number: int, rng: random.Random) -> list[int]:
+        """The tokens of a prompt's document: a random part of its own share of the text; where a share is too short, windows
+        overlap and are evenly spread."""
+        share = len(text) // self.prompts
+        if share >= length:
+            start = number * share + rng.randrange(share - length + 1)
+        else:
+            start = (len(text) - length) * number // max(self.prompts - 1, 1)
+        return text[start : start + length]
+
+    def prompt(self, tokenizer: Any, text: list[int], length: int, number: int) -> NeedlesPrompt:
+        """One of the prompts. Raises ValueError for a length that does not fit the text or the questions."""
+        if length > len(text):
+            raise ValueError(f"length: got {length}, allowed: at most the {len(text)} tokens of the document")
+        rng = random.Random(f"{self.seed} {length} {number}")
+        return make_prompt(tokenizer, self.window(text, length, number, rng), length, self.facts, rng)
+
+
+def against(row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]:
+    """What a row is beside that of dense attention: None without one."""
+    apart = lambda name: None if dense is None else row[name] - dense[name]  # noqa: E731
+    return {
+        "digits_minus_dense": apart("digits"),
+        "nll_minus_dense": apart("nll"),
+        "perplexity_over_dense": None if dense is None else row["perplexity"] / dense["perplexity"],
+    }
+
+
+def flops(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
+    """What a prompt costs a sparse layer in FLOPs: selection over attention, and both over dense attention. None where no layer
+    is sparse by its `path`, or a method does not tell."""
+    cost = prompt_cost(config, length) if "sparse" in path else None
+    return {
+        "selection_over_attention": cost and cost.selection / cost.attention,
+        "flops_over_dense": cost and cost.share,
+    }
+
+
+def measure(
+    model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: NeedlesPlan, kept: Resumable,
+    advance: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of the report, of what `kept` has not yet: for each length and document (`texts` `{name: token ids}`) one for
+    each of the settings. Prompt goes by prompt, with all settings one after the other, so that they meet the same machine.
+
+    `advance` is called after each prompt and setting.
+
+    Raises:
+        ValueError: a length does not fit a text, or the model's logits are not known to be computed rightly.
+    """
+    check_logits(model, next(iter(texts.values())))
+    rows, steps = [], StepLosses(model) if plan.decode else None
+    for length, (document, text) in product(plan.lengths, texts.items()):
+        found = {name: NeedlesCounts() for name in plan.configs}
+        for number in range(plan.prompts):
+            prompt = plan.prompt(tokenizer, text, length, number)
+            for name, config in plan.configs.items():
+                key = ("needles", config.to_dict(), length, document, number)
+                found[name] += NeedlesCounts(**kept.get(key, partial(count, model, prompt, config, steps)))
+                advance()
+        own = {name: cell.row(name, length, document) for name, cell in found.items()}
+        for name, row in own.items():
+            cost = {} if plan.decode else flops(plan.configs[name], length, row["path"])
+            rows.append(row | against(row, own[plan.dense] if plan.dense is not None else None) | cost)
+    return rows
+
+
+def code() -> str:
+    """The source text of the standard library's modules that are single files, in the order of their names."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return "\n".join(file.read_text(encoding="utf-8") for file in files if file.stem in sys.stdlib_module_names)
+
+
+def read_documents(kinds: str) -> dict[str, str]:
+    """The texts of a comma list of `novel`, `code` and text files: `{name: text}`.
+
+    Raises:
+        ValueError: one is neither, cannot be read or has the name of another.
+    """
+    texts: dict[str, str] = {}
+    for kind in (part.strip() for part in kinds.split(",")):
+        name = kind if kind in (NOVEL, CODE) else Path(kind).name
+        if name in texts:
+            raise ValueError(f"--documents: got {name!r} twice, allowed: each name once")
+        try:
+            texts[name] = code() if kind == CODE else (DOCUMENT if kind == NOVEL else Path(kind)).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--documents: got {kind!r} ({error}), allowed: {NOVEL}, {CODE} or a text file") from None
+    return texts

@@ -1,0 +1,213 @@
+"""Hide a pass key at every depth of a long document, ask for it, and count the answers that are right."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from statistics import NormalDist, fmean
+from typing import Any
+
+import torch
+
+from hip_hf.config import HiPConfig
+from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact, answer_of, make_prompt
+from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.integration.explain import Row, explain
+from hip_hf.integration.settings import configure
+
+# An answer is a space and one token per digit; tokenizers that need fewer stop earlier or say more, which is cut off.
+ANSWER_TOKENS = DIGITS + 1
+
+
+def draw_facts(rng: random.Random, depths: list[float]) -> list[Fact]:
+    """A fact with its own name and key for each depth."""
+    keys = ["".join(rng.choices("0123456789", k=DIGITS)) for _ in depths]
+    return [Fact(*fact) for fact in zip(rng.sample(NAMES, len(depths)), keys, depths, strict=True)]
+
+
+def make_sample(
+    tokenizer: Any, text: list[int], length: int, depth: float, facts: int, rng: random.Random
+) -> tuple[list[int], str]:
+    """A prompt that leaves room for its answer within `length` tokens, and the key that it asks for.
+
+    The document is a random window of `text`. `facts - 1` other facts are hidden at random depths.
+    """
+    room = length - ANSWER_TOKENS
+    start = rng.randrange(max(len(text) - room, 0) + 1)
+    hidden = draw_facts(rng, [depth, *(rng.random() for _ in range(facts - 1))])
+    return make_prompt(tokenizer, text[start : start + room], room, hidden, hidden[0].name), hidden[0].key
+
+
+def digits_right(answer: str, key: str) -> int:
+    """How many digits of the key the answer has in their place."""
+    return sum(a == b for a, b in zip(answer, key, strict=False))
+
+
+def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's confidence interval of a proportion."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre, spread = right + z * z / 2, z * math.sqrt(right * (count - right) / count + z * z / 4)
+    return (centre - spread) / (count + z * z), (centre + spread) / (count + z * z)
+
+
+@dataclass
+class Witness:
+    """A logits processor that changes nothing: it asks `explain` what the attention did, in prefill and in decode."""
+
+    model: Any
+    prefill: list[Row] = field(default_factory=list)
+    decode: list[Row] = field(default_factory=list)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self.prefill:
+            self.prefill = explain(self.model)
+        else:
+            self.decode = explain(self.model)
+        return scores
+
+
+def path_of(rows: list[Row]) -> str:
+    """`sparse`, `dense`, or how many layers went which way and why."""
+    kinds = [row.path if row.path == "sparse" else f"{row.path} ({row.reason})" for row in rows]
+    counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    return next(iter(counts), "-") if len(counts) <= 1 else ", ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
+@dataclass
+class PasskeyCounts:
+    """What was counted at one length and depth with one setting."""
+
+    samples: int = 0
+    exact: int = 0
+    digits: int = 0
+    prefill: list[Row] = field(default_factory=list)
+    decode: list[Row] = field(default_factory=list)
+
+    def add(self, answer: str, key: str) -> None:
+        self.samples += 1
+        self.exact += answer == key
+        self.digits += digits_right(answer, key)
+
+    def __add__(self, other: PasskeyCounts) -> PasskeyCounts:
+        counts = (self.samples + other.samples, self.exact + other.exact, self.digits + other.digits)
+        return PasskeyCounts(*counts, self.prefill + other.prefill, self.decode + other.decode)
+
+    @classmethod
+    def read(cls, saved: dict[str, Any]) -> PasskeyCounts:
+        """The cell that `asdict` made this from."""
+        rows = {phase: [Row(**row) for row in saved[phase]] for phase in ("prefill", "decode")}
+        return cls(**{**saved, **rows})
+
+    def row(self, settings: str, length: int, depth: float | None) -> dict[str, Any]:
+        """One row of the report; no `depth` means all of them."""
+        low, high = wilson(self.exact, self.samples)
+        shares = [[row.share for row in rows if row.share is not None] for rows in (self.prefill, self.decode)]
+        read = [fmean(share) if share else 1.0 for share in shares]
+        caches = ", ".join(dict.fromkeys(row.cache for row in self.decode))
+        return {
+            "settings": settings,
+            "length": length,
+            "depth": "all" if depth is None else f"{depth:.2f}",
+            "accuracy": self.exact / self.samples,
+            "low": low,
+            "high": high,
+            "digits": self.digits / (self.samples * DIGITS),
+            "samples": self.samples,
+            "read_prefill": read[0],
+            "read_decode": read[1],
+            "path_prefill": path_of(self.prefill) if self.prefill else "sdpa",
+            "path_decode": path_of(self.decode) if self.decode else "sdpa",
+            "cache": caches or "-",
+        }
+
+
+def use(model: Any, config: HiPConfig) -> bool:
+    """Let the model attend by these settings; `dense` goes through PyTorch's SDPA. Whether `explain` has something to say."""
+    sparse = config.method != "dense"
+    model.set_attn_implementation("hip" if sparse else "sdpa")
+    if sparse:
+        configure(model, config)
+    return sparse
+
+
+def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse: bool) -> PasskeyCounts:
+    """Generate the answers of a batch of prompts of one length, greedily, and count what is right."""
+    ids = torch.tensor([prompt for prompt, _ in samples], device=model.device)
+    witness = Witness(model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+        pad_token_id=pad,
+        logits_processor=[witness] if sparse else [],
+    )
+    cell = PasskeyCounts(prefill=list(witness.prefill), decode=list(witness.decode))
+    for tokens, (_, key) in zip(out[:, ids.shape[1] :], samples, strict=True):
+        cell.add(answer_of(tokenizer, tokens)[:DIGITS], key)
+    return cell
+
+
+def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+@dataclass(frozen=True)
+class PasskeyPlan:
+    """What to ask: `samples` prompts for each setting, length and depth, the same ones whatever the settings."""
+
+    configs: dict[str, HiPConfig]
+    lengths: Sequence[int]
+    depths: int = 11
+    samples: int = 10
+    facts: int = 1
+    batch: int = 4
+    seed: int = 0
+
+    @property
+    def places(self) -> list[float]:
+        """Evenly spaced depths."""
+        return [i / (self.depths - 1) for i in range(self.depths)] if self.depths > 1 else [0.5]
+
+    @property
+    def pieces(self) -> int:
+        return len(self.configs) * len(self.lengths) * self.depths
+
+    def prompts(self, tokenizer: Any, text: list[int], length: int, place: float) -> list[tuple[list[int], str]]:
+        """Prompts and keys of one length and depth. Raises ValueError for a length that does not fit the text."""
+        draws = [random.Random(f"{self.seed} {length} {place:.6f} {i}") for i in range(self.samples)]
+        return [make_sample(tokenizer, text, length, place, self.facts, rng) for rng in draws]
+
+
+def measure(
+    model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable, advance: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """The rows of the report, of what `kept` has not yet; `advance` is called after each setting, length and depth.
+
+    Raises:
+        ValueError: a length does not fit the text.
+    """
+    rows = []
+    for name, config in plan.configs.items():
+        sparse = use(model, config)
+        for length in plan.lengths:
+
+            def count(place: float, length: int = length, sparse: bool = sparse) -> dict[str, Any]:
+                prompts = plan.prompts(tokenizer, text, length, place)
+                answers = [ask(model, tokenizer, some, sparse) for some in batches(iter(prompts), plan.batch)]
+                return asdict(sum(answers, PasskeyCounts()))
+
+            counted = {}
+            for place in plan.places:
+                key = ("passkey", config.to_dict(), length, place)
+                counted[place] = PasskeyCounts.read(kept.get(key, partial(count, place)))
+                advance()
+            rows.append(sum(counted.values(), PasskeyCounts()).row(name, length, None))
+            rows += [cell.row(name, length, place) for place, cell in counted.items()]
+    return rows
