@@ -45,7 +45,7 @@ def main(
     import triton
     from triton.runtime import JITFunction
 
-    from hip_hf.backends.triton.compile import budget
+    from hip_hf.backends.triton.compile import budget, catalogue
     from hip_hf.backends.triton.selection.topk import threshold
 
     if not isinstance(threshold, JITFunction):
@@ -56,7 +56,7 @@ def main(
         for target in chosen
         for dim in numbers
         for kind in kinds
-        for launch in budget.launches_of(dim, DTYPES[kind], target)
+        for launch in catalogue.launches_of(dim, DTYPES[kind], target)
         if only in launch.name
     ]
     asked = dict(targets=chosen, dims=numbers, dtypes=kinds, only=only, spills=spills, triton=triton.__version__)

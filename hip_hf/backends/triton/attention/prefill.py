@@ -19,8 +19,6 @@ from hip_hf.backends.triton.common.rotation import partner, placed_queries, rota
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, always_read, load_sequence, query_block, window_start
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E, key_positions, listed_blocks, scaled, selected_keys
 from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
-from hip_hf.backends.triton.compile.examples import Example, example, extended
-from hip_hf.backends.triton.compile.launches import Launch
 from hip_hf.rope import Positions
 
 # A window that reaches back to the first key of any sequence: dense attention.
@@ -364,24 +362,3 @@ def strided_rows(
     tile = tile_of(configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
     grid, arguments = call_arguments(q, kv, sequences, dense_reads(), logits, out, lse, tile, stride=stride)
     attend_kernel[grid](**arguments)
-
-
-def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """What `hip-hf kernels` compiles."""
-    tile, x = tile_of("prefill", target, dim, dim, dtype), example(dim, dtype)
-    return [
-        *prefill_launches(x, tile),
-        *prefill_launches(example(dim, dtype, paged=True), tile),
-        *prefill_launches(extended(x), tile_of("prefill extended", target, dim, dim, dtype))[:1],
-    ]
-
-
-def prefill_launches(x: Example, tile: Tile) -> list[Launch]:
-    """Launches of `attend_kernel` for a prompt: sparse, and dense rows at a stride."""
-    args = (x.logits, x.out, x.lse, tile)
-    sparse = call_arguments(x.q, x.kv, x.sequences, x.reads, *args)
-    strided = call_arguments(x.q, x.kv, x.sequences, dense_reads(), *args, stride=64)
-    return [
-        Launch(f"{name}{x.suffix}", attend_kernel, arguments, True, grid)
-        for name, (grid, arguments) in (("prefill", sparse), ("dense rows at a stride", strided))
-    ]
