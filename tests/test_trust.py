@@ -24,7 +24,7 @@ from triton.errors import TritonError
 import hip_hf
 from hip_hf.attention import Result, attend
 from hip_hf.backends import choice
-from hip_hf.backends.triton import checks, ops, sparse, trust
+from hip_hf.backends.triton import checks, dispatch, ops, sparse, trust
 from hip_hf.backends.triton.attention import backward
 from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.cache.offload import OffloadedStore
@@ -159,7 +159,7 @@ REFUSALS = (TritonError("out of resource: shared memory"), RuntimeError("Triton 
 @pytest.mark.parametrize("error", REFUSALS, ids=["compiler", "driver"])
 def test_a_launch_that_triton_refuses_goes_dense(monkeypatch: pytest.MonkeyPatch, self_test: SelfTest, error: Exception) -> None:
     """The self-test knows the default settings; others may ask for more than the device has. The state goes on."""
-    run, tried = sparse.run, []
+    run, tried = dispatch.run, []
 
     def refused(problem: AttentionProblem, config: Any, *rest: Any) -> Any:
         tried.append(config.budget)
@@ -167,7 +167,7 @@ def test_a_launch_that_triton_refuses_goes_dense(monkeypatch: pytest.MonkeyPatch
             raise error
         return run(problem, config, *rest)
 
-    monkeypatch.setattr(sparse, "run", refused)
+    monkeypatch.setattr(dispatch, "run", refused)
     q, k, v = (x.to(DEVICE) for x in make_qkv(101))
     state = DecodeState()
     with pytest.warns(UserWarning, match="out of resource"):
@@ -225,7 +225,7 @@ def test_a_compiled_graph_that_triton_refuses_says_so_and_the_next_one_is_dense(
 
 def test_other_errors_of_a_call_are_not_hidden(monkeypatch: pytest.MonkeyPatch, self_test: SelfTest) -> None:
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no error of Triton's")):
-        monkeypatch.setattr(sparse, "run", lambda *args, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(dispatch, "run", lambda *args, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(type(error), match=str(error)):
             call()
 

@@ -14,7 +14,8 @@ import triton.language as tl
 
 from hip_hf.backends.delta import DeltaCall
 from hip_hf.backends.triton.attention.decode import decode_once
-from hip_hf.backends.triton.attention.prefill import dense_reads, strided_rows
+from hip_hf.backends.triton.attention.prefill import strided_rows
+from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
 from hip_hf.backends.triton.common.tuning import power_of_two
 from hip_hf.backends.triton.dense import dense_rows, keys_of, logits_of, sequences_of

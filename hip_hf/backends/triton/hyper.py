@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from hip_hf.backends.base import HyperCall
-from hip_hf.backends.triton.attention.prefill import Logits, dense_reads, prefill
+from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits, dense_reads
 from hip_hf.backends.triton.common.sequences import GROWING
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E, scaled
 from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of

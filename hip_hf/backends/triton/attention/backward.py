@@ -15,12 +15,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hip_hf.backends.triton import trust
+from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.backends.triton.attention.inversion import Inverted, invert
-from hip_hf.backends.triton.attention.prefill import Logits, Reads, prefill
+from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits, Reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
-from hip_hf.backends.triton.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.problem import by_tokens
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.attention.prefill import Logits, Reads, attend_kernel, call_arguments, configuration, rows_of
+from hip_hf.backends.triton.attention.prefill import attend_kernel, call_arguments
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits, Reads, configuration, rows_of
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E
 from hip_hf.backends.triton.common.tuning import MOST_SPLITS, Tile, power_of_two, processors, target_of, tile_of

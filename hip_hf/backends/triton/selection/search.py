@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from hip_hf.backends.triton.attention.prefill import Logits
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.backends.triton.common.rotation import rotation
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import power_of_two, processors, target_of

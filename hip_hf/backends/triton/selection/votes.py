@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.attention.prefill import Logits, configuration, rows_of
 from hip_hf.backends.triton.common.addressing import KeyValues, token_offsets
+from hip_hf.backends.triton.common.arguments import Logits, configuration, rows_of
 from hip_hf.backends.triton.common.rotation import partner, placed_queries, rotation, turned
 from hip_hf.backends.triton.common.sequences import (
     GROWING,

@@ -6,12 +6,13 @@ import torch
 
 from hip_hf.backends.triton.attention.backward import Part, inverted, key_gradient_arguments, query_gradient_arguments
 from hip_hf.backends.triton.attention.decode import Scratch, combine_arguments, combine_kernel
+from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.backends.triton.attention.inversion import Inverted
-from hip_hf.backends.triton.attention.prefill import attend_kernel, call_arguments, dense_reads
+from hip_hf.backends.triton.attention.prefill import attend_kernel, call_arguments
+from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
 from hip_hf.backends.triton.compile.examples import Example, example, extended
 from hip_hf.backends.triton.compile.launch import Launch
-from hip_hf.backends.triton.gradients import key_gradient_kernel, query_gradient_kernel
 
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
