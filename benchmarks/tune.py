@@ -19,14 +19,12 @@ from typing import Any
 
 import torch
 
-from hip_hf.backends.triton.attention.backward import key_launches, query_launches
-from hip_hf.backends.triton.attention.decode import decode_launches
-from hip_hf.backends.triton.attention.prefill import prefill_launches
 from hip_hf.backends.triton.common.tuning import Tile, target_of, tile_of
 from hip_hf.backends.triton.compile import budget
 from hip_hf.backends.triton.compile.examples import Example, example, extended
-from hip_hf.backends.triton.compile.launches import Launch
-from hip_hf.backends.triton.hyper import square_launches
+from hip_hf.backends.triton.compile.launch import Launch
+from hip_hf.backends.triton.compile.launches.attention import decode_launches, key_launches, prefill_launches, query_launches
+from hip_hf.backends.triton.compile.launches.hyper import square_launches
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import SearchTile, Selection, constants, select
 from hip_hf.backends.triton.selection.votes import need_arguments, need_kernel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from typer.testing import CliRunner
 
 from hip_hf.backends.triton import checks, dense, sparse, trust
 from hip_hf.backends.triton.common import tuning
-from hip_hf.backends.triton.compile.launches import MODULES
+from hip_hf.backends.triton.compile.catalogue import launches_of
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import doctor
 from hip_hf_cli import app
@@ -37,11 +36,7 @@ def only_dense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kernels() -> dict[int, str]:
     """Every kernel that is launched: those of the modules that say what to compile."""
-    found = {}
-    for module in MODULES:
-        for launch in importlib.import_module(module).launches(64, torch.float32, "sm90"):
-            found[id(launch.kernel)] = launch.kernel.fn.__name__
-    return found
+    return {id(launch.kernel): launch.kernel.fn.__name__ for launch in launches_of(64, torch.float32, "sm90")}
 
 
 def test_every_kernel_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from hip_hf import HiPConfig, hip_attention
 from hip_hf.backends.triton import dense, trust
 from hip_hf.backends.triton.attention.backward import Part, gradients
-from hip_hf.backends.triton.attention.prefill import Logits, Reads
 from hip_hf.backends.triton.checks import HYPER_SIZES
 from hip_hf.backends.triton.common import tuning
+from hip_hf.backends.triton.common.arguments import Logits, Reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.cache.pages import row_numbers
 from hip_hf.geometry import Span

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from hip_hf.backends.triton.compile.launches import MODULES
+from hip_hf.backends.triton.compile.catalogue import launches_of
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import roofline
 from hip_hf.eval.measure.kernel_costs import NO_COST, Cost, Shape
@@ -387,6 +387,5 @@ def test_other_methods_add_up() -> None:
 
 
 def test_every_kernel_of_a_profile_has_a_row_in_the_table() -> None:
-    launches = [launch for module in MODULES for launch in import_module(module).launches(64, torch.bfloat16, "sm90")]
     rows = {name.partition(": ")[2] for name in roofline.kernels(8192, HiPConfig(), Shape())}
-    assert {launch.kernel.fn.__name__ for launch in launches} == rows
+    assert {launch.kernel.fn.__name__ for launch in launches_of(64, torch.bfloat16, "sm90")} == rows

@@ -14,7 +14,7 @@ from kernel_cases import Case, make_case, precisions, spans_of
 
 from hip_hf.backends.torch.backward import Gradients, Piece
 from hip_hf.backends.triton.attention.backward import Inverted, KeyTiles, Part, attention, invert
-from hip_hf.backends.triton.attention.prefill import Logits, dense_reads
+from hip_hf.backends.triton.common.arguments import Logits, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import Tile
 from hip_hf.config import HiPConfig

@@ -13,7 +13,8 @@ from interpreter import DEVICE
 from kernel_cases import Case, check, make_case, spans_of
 
 from hip_hf.backends.triton.attention.decode import Scratch, decode, splits_for
-from hip_hf.backends.triton.attention.prefill import dense_reads, prefill
+from hip_hf.backends.triton.attention.prefill import prefill
+from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.geometry import QueryBlock, Span, make_query_block
 
 

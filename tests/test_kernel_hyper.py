@@ -14,7 +14,7 @@ from kernel_cases import assert_half_precision, assert_same, call, precisions
 
 import hip_hf
 from hip_hf.backends.triton import hyper
-from hip_hf.backends.triton.attention.prefill import Logits
+from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.config import HiPConfig
 from hip_hf.methods.hyper import Options, Square, projections, tile
 from hip_hf.methods.hyper import hashes as wanted_hashes

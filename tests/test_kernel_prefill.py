@@ -11,7 +11,8 @@ from helpers import assert_near
 from interpreter import DEVICE
 from kernel_cases import Case, check, make_case, spans_of
 
-from hip_hf.backends.triton.attention.prefill import dense_reads, prefill, strided_rows
+from hip_hf.backends.triton.attention.prefill import prefill, strided_rows
+from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.geometry import Span
 
 

@@ -18,7 +18,7 @@ TARGETS, DIMS, DTYPES = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx9
 LAUNCHES = """
 import json, sys
 from hip_hf.eval.measure.kernels import DTYPES
-from hip_hf.backends.triton.compile.budget import launches_of
+from hip_hf.backends.triton.compile.catalogue import launches_of
 targets, dims, dtypes = json.loads(sys.argv[1])
 found = []
 for target in targets:

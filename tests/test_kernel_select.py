@@ -14,8 +14,8 @@ import triton.language as tl
 from helpers import assert_near, make_qkv, small
 from interpreter import DEVICE
 
-from hip_hf.backends.triton.attention.prefill import Logits
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.selection import search
 from hip_hf.backends.triton.selection.scoring import chunk_logits

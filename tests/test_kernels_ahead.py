@@ -14,7 +14,7 @@ KERNELS = """
 import sys
 import torch, triton, triton.language as tl
 from hip_hf.backends.triton.compile import budget
-from hip_hf.backends.triton.compile.launches import Launch, Pointer
+from hip_hf.backends.triton.compile.launch import Launch, Pointer
 
 @triton.jit
 def gathered(X, Y, IDS, OUT, steps, N: tl.constexpr, CARRIED: tl.constexpr):
@@ -139,9 +139,9 @@ def test_two_stages_that_load_nothing_ahead_are_found(tmp_path: Path) -> None:
 PREFILL = """
 import torch
 from hip_hf.backends.triton.compile import budget
-from hip_hf.backends.triton.attention import prefill
+from hip_hf.backends.triton.compile.launches import attention
 
-(launch,) = [x for x in prefill.launches(64, torch.bfloat16, "sm90") if x.name == "prefill"]
+(launch,) = [x for x in attention.launches_of_prefill(64, torch.bfloat16, "sm90") if x.name == "prefill"]
 row = budget.spend(launch, "sm90", 64, torch.bfloat16)
 print(row.problem, row.path, row.ahead, row.uncopied, row.per_wait > 1)
 """

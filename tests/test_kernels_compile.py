@@ -60,7 +60,7 @@ def test_all_kernels_compile() -> None:
 HUNGRY = """
 import torch, triton, triton.language as tl
 from hip_hf.backends.triton.compile import budget
-from hip_hf.backends.triton.compile.launches import Launch, Pointer
+from hip_hf.backends.triton.compile.launch import Launch, Pointer
 
 @triton.jit
 def summed(x, N: tl.constexpr, TIMES: tl.constexpr):
@@ -95,11 +95,12 @@ import torch
 from unittest.mock import patch
 from hip_hf import config
 from hip_hf.backends.triton.compile import budget
-from hip_hf.backends.triton.selection import search
+from hip_hf.backends.triton.compile.launches import selection
 
 wide = config.HiPConfig(query_stride=1, beam=8, rescore=8)
-with patch("hip_hf.config.HiPConfig", lambda: wide):
-    launches = [x for x in search.launches(128, torch.bfloat16, "sm90") if x.name in ("select, prefill", "select, decode")]
+with patch.object(selection, "HiPConfig", lambda: wide):
+    launches = selection.launches_of_search(128, torch.bfloat16, "sm90")
+launches = [x for x in launches if x.name in ("select, prefill", "select, decode")]
 print(*[(x.arguments["M"], budget.spend(x, "sm90", 128, torch.bfloat16).problem) for x in launches], sep="|")
 """
 
@@ -113,16 +114,16 @@ LARGE_BLOCKS = """
 import sys
 from dataclasses import replace
 import torch
-from hip_hf.backends.triton.attention import backward
 from hip_hf.backends.triton.compile import budget
 from hip_hf.backends.triton.compile.examples import example
+from hip_hf.backends.triton.compile.launches import attention
 from hip_hf.backends.triton.common.tuning import tile_of
 
 target, block_k = sys.argv[1], int(sys.argv[2])
 x = example(128, torch.bfloat16)
 x = replace(x, reads=replace(x.reads, block_k=block_k))
 tile = tile_of("backward keys", target, 128, 128, torch.bfloat16)
-print(*[budget.spend(launch, target, 128, torch.bfloat16).problem for launch in backward.key_launches(x, tile)], sep="|")
+print(*[budget.spend(launch, target, 128, torch.bfloat16).problem for launch in attention.key_launches(x, tile)], sep="|")
 """
 
 
@@ -150,7 +151,7 @@ import sys
 from pathlib import Path
 from hip_hf.cli import kernels
 from hip_hf.eval.measure.kernels import DTYPES
-from hip_hf.backends.triton.compile import budget
+from hip_hf.backends.triton.compile import budget, catalogue
 from hip_hf.backends.triton.common import tuning_table, tuning
 
 done = []
@@ -169,13 +170,13 @@ def run(spills=0):
         pass
 
 budget.spend, most, spilled = spend, 99, 0
-names = [launch.name for launch in budget.launches_of(64, DTYPES["bf16"], "sm90") if "prefill" in launch.name]
+names = [launch.name for launch in catalogue.launches_of(64, DTYPES["bf16"], "sm90") if "prefill" in launch.name]
 most = len(names) - 1
 run()
 assert done == names[:-1], done
 most = len(names)
-rows, keys, warps, stages = table.TILES["prefill"]["sm90"][64]
-table.TILES["prefill"]["sm90"][64] = (rows, keys, warps, stages + 1)
+rows, keys, warps, stages = tuning_table.TILES["prefill"]["sm90"][64]
+tuning_table.TILES["prefill"]["sm90"][64] = (rows, keys, warps, stages + 1)
 tuning.tile_of.cache_clear()
 again = [name for name in names if name in ("prefill", "prefill, all features")]
 done.clear()
@@ -224,7 +225,8 @@ def test_bad_arguments_are_named() -> None:
 
 WIDTHS = """
 import torch
-from hip_hf.backends.triton.compile.budget import compiling_for, launches_of
+from hip_hf.backends.triton.compile.budget import compiling_for
+from hip_hf.backends.triton.compile.catalogue import launches_of
 
 launches = launches_of(64, torch.bfloat16, "sm90")
 paged = {x.kernel.fn.__name__: x for x in launches if "stride_table" in x.kernel.arg_names}
@@ -241,11 +243,10 @@ print(len(programs))
 
 
 LENGTHS = """
-import importlib
 from functools import partial
 import torch
 from hip_hf.backends.triton.compile import examples
-from hip_hf.backends.triton.compile.launches import MODULES
+from hip_hf.backends.triton.compile.catalogue import MODULES
 
 SETTINGS = ("sliding",)  # the example's window is as long as its prompt; a model's never changes
 examples.QUERY_HEADS, examples.KEY_HEADS = 3, 1  # strides between sequences are not divisible by 16 thanks to the heads
@@ -253,8 +254,7 @@ examples.QUERY_HEADS, examples.KEY_HEADS = 3, 1  # strides between sequences are
 def kinds(tokens):
     # what Triton makes a program of its own for: constants, and of other numbers whether they are 1 or divisible by 16
     found = {}
-    for name in MODULES:
-        module = importlib.import_module(name)
+    for module in MODULES:
         if hasattr(module, "example"):
             module.example = partial(examples.example, tokens=tokens)
         for launch in module.launches(64, torch.bfloat16, "sm90"):

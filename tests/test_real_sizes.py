@@ -15,19 +15,19 @@ from interpreter import DEVICE, interpreter
 from sanitizer import Sanitizer, last_of
 from vast import Vast
 
-from hip_hf.backends.triton import hyper
 from hip_hf.backends.triton.attention import prefill
 from hip_hf.backends.triton.attention.backward import Part, key_gradient_arguments, query_gradient_arguments
 from hip_hf.backends.triton.attention.decode import Scratch, decode
+from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.backends.triton.attention.inversion import Inverted
-from hip_hf.backends.triton.attention.prefill import Logits, Reads
 from hip_hf.backends.triton.common import addressing
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits, Reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
 from hip_hf.backends.triton.compile.examples import example
+from hip_hf.backends.triton.compile.launches.hyper import hash_launch, square_launches
 from hip_hf.backends.triton.delta import spread_arguments, spread_kernel
-from hip_hf.backends.triton.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.config import HiPConfig
@@ -156,7 +156,7 @@ def test_gradients() -> None:
 def test_hyper_and_delta() -> None:
     x = example(DIM, DTYPE, tokens=TOKENS, device="cpu")
     x.q[0, -1, -1] = 1
-    launches = [hyper.hash_launch(x, "sm90"), *hyper.square_launches(x, tile_of("hyper squares", "sm90", DIM, DIM, DTYPE))]
+    launches = [hash_launch(x, "sm90"), *square_launches(x, tile_of("hyper squares", "sm90", DIM, DIM, DTYPE))]
     launches[0].arguments["DIRECTIONS"].fill_(1)
     for launch in launches:
         for name in ("ROW_ORDER", "KEY_ORDER"):

@@ -14,11 +14,10 @@ import triton.language as tl
 
 from hip_hf.backends.delta import DeltaCall
 from hip_hf.backends.triton.attention.decode import decode_once
-from hip_hf.backends.triton.attention.prefill import dense_reads, strided_rows
+from hip_hf.backends.triton.attention.prefill import strided_rows
+from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
 from hip_hf.backends.triton.common.tuning import power_of_two
-from hip_hf.backends.triton.compile.examples import example
-from hip_hf.backends.triton.compile.launches import Launch
 from hip_hf.backends.triton.dense import dense_rows, keys_of, logits_of, sequences_of
 from hip_hf.cache.pages import to_device
 from hip_hf.geometry import Span
@@ -195,15 +194,3 @@ class DeltaAttention(DeltaCall):
                 change[s, :, 1:], change_lse[s, :, 1:] = one[span.batch], one_lse[span.batch]
             change[s, :, 1 : 1 + len(at)] -= out[span.batch, :, rows]
             change_lse[s, :, 1 : 1 + len(at)] -= lse[span.batch, :, rows]
-
-
-def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """What `hip-hf kernels` compiles: a prompt's rows, both modes; the same on every target."""
-    x = example(dim, dtype)
-    change = torch.empty(1, x.q.shape[1], 65, dim, device=x.q.device)
-    found = []
-    for name, leads in (("delta, step", None), ("delta, interpolate", x.numbers)):
-        call = (x.out, x.lse, change, change[..., 0], x.sequences, leads, 64)
-        grid, arguments = spread_arguments(*call)
-        found.append(Launch(name, spread_kernel, arguments, grid=grid))
-    return found

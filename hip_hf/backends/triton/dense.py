@@ -10,8 +10,9 @@ import torch
 
 from hip_hf.backends.triton.attention.backward import Part, attention
 from hip_hf.backends.triton.attention.decode import Scratch, decode, splits_for
-from hip_hf.backends.triton.attention.prefill import Logits, dense_reads, prefill
+from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.geometry import Span

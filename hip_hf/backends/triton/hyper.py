@@ -9,7 +9,7 @@ merges that into the rows' running output and log-sum-exp.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,13 +18,12 @@ import triton
 import triton.language as tl
 
 from hip_hf.backends.base import HyperCall
-from hip_hf.backends.triton.attention.prefill import Logits, dense_reads, prefill
+from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits, dense_reads
 from hip_hf.backends.triton.common.sequences import GROWING
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E, scaled
-from hip_hf.backends.triton.common.tuning import Tile, full_precision, power_of_two, precision_of, target_of, tile_of
-from hip_hf.backends.triton.compile.examples import Example, example
-from hip_hf.backends.triton.compile.launches import Launch
+from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
 from hip_hf.backends.triton.dense import dense_rows, sequences_of
 from hip_hf.geometry import Span
 from hip_hf.methods.hyper import Options, Square, projections, sampled_ranks, split, tile
@@ -313,33 +312,3 @@ class HyperAttention(HyperCall):
             bounds = level.row_bounds, level.key_bounds
             orders = tuple(level.order(x, ends, o.lsh_num_projs) for x, ends in zip(codes, bounds, strict=True))
             attend_squares(q, k, v, out[span.batch, :, rows], lse[span.batch, :, rows], orders, level, logits)
-
-
-def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """What `hip-hf kernels` compiles: the hash, and the squares with and without softcap."""
-    x = example(dim, dtype)
-    return [hash_launch(x, target), *square_launches(x, tile_of("hyper squares", target, dim, dim, dtype))]
-
-
-def square_launches(x: Example, shape: Tile) -> list[Launch]:
-    """`square_kernel` with and without softcap."""
-    capped = replace(x, logits=replace(x.logits, softcap=50.0))
-    return [square_launch("hyper, squares", x, shape), square_launch("hyper, squares, softcap", capped, shape)]
-
-
-def hash_launch(x: Example, target: str) -> Launch:
-    """`hash_kernel` of a prompt's queries."""
-    directions = torch.empty(x.q.shape[-1], 16, device=x.q.device)
-    grid, arguments = hash_arguments(x.q[0], directions, x.numbers.new_empty(x.q.shape[1:3]))
-    return Launch("hyper, hash", hash_kernel, arguments | dict(PRECISION=full_precision(target)), grid=grid)
-
-
-def square_launch(name: str, x: Example, shape: Tile) -> Launch:
-    """`square_kernel` of one square, half a prompt against the other half, at the paper's sizes."""
-    tokens, device = x.q.shape[2], x.q.device
-    square = Square(tokens // 2, tokens, 0, tokens // 2)
-    level = Level.of([square], 0, Options(), 0, x.kv.heads, torch.device("cpu"))
-    orders = tuple(torch.empty(heads, tokens, dtype=torch.int64, device=device) for heads in (x.q.shape[1], x.kv.heads))
-    out = torch.empty(x.out.shape[1:], device=device)
-    grid, arguments = square_arguments(x.q[0], x.kv.k[0], x.kv.v[0], out, x.lse[0], orders, level, x.logits, shape)
-    return Launch(name, square_kernel, arguments, True, grid)

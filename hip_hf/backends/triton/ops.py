@@ -17,8 +17,9 @@ from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.triton import sparse, trust
 from hip_hf.backends.triton.attention.backward import Part, gradients
 from hip_hf.backends.triton.attention.decode import Scratch, decode_once, splits_for
-from hip_hf.backends.triton.attention.prefill import Logits, Reads, dense_reads, prefill
+from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.dispatch import run
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid

@@ -11,8 +11,9 @@ import triton
 from hip_hf.backends.base import BlockSparseCall
 from hip_hf.backends.triton.attention.backward import Part, attention
 from hip_hf.backends.triton.attention.decode import Scratch, decode, decode_once, splits_for
-from hip_hf.backends.triton.attention.prefill import Logits, Reads, dense_reads, prefill
+from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.dense import dense_rows, keys_of, logits_of, sequences_of
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from hip_hf.attention import Result
-from hip_hf.backends.triton.attention.prefill import Logits
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.backends.triton.sparse import DeviceState, decode_step

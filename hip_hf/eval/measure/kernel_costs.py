@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hip_hf.backends.triton.attention.decode import kernel_of, splits_of
-from hip_hf.backends.triton.attention.prefill import dense_reads, rows_of
+from hip_hf.backends.triton.common.arguments import dense_reads, rows_of
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
 from hip_hf.backends.triton.pyramid.pyramid import TILE_LEVELS, parts_of
 from hip_hf.backends.triton.selection.search import constants, looks_for

@@ -24,6 +24,10 @@ def why_not() -> str:
         return f"{why}."
     from triton.runtime import JITFunction
 
+<<<<<<< HEAD:hip_hf/eval/measure/kernels.py
+=======
+    from hip_hf.backends.triton.compile import budget, catalogue
+>>>>>>> e17edea:hip_hf/eval/kernels.py
     from hip_hf.backends.triton.selection.topk import threshold
 
     if not isinstance(threshold, JITFunction):
@@ -33,14 +37,21 @@ def why_not() -> str:
 
 def launches(targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[str], only: str) -> list[tuple[Any, ...]]:
     """Launch, target, head dim and dtype of everything to compile: the kernels that have `only` in their name."""
-    from hip_hf.backends.triton.compile import budget
+    from hip_hf.backends.triton.compile import catalogue
 
     return [
         (launch, target, dim, DTYPES[kind])
+<<<<<<< HEAD:hip_hf/eval/measure/kernels.py
         for target in targets
         for dim in dims
         for kind in dtypes
         for launch in budget.launches_of(dim, DTYPES[kind], target)
+=======
+        for target in chosen
+        for dim in numbers
+        for kind in kinds
+        for launch in catalogue.launches_of(dim, DTYPES[kind], target)
+>>>>>>> e17edea:hip_hf/eval/kernels.py
         if only in launch.name
     ]
 

@@ -15,14 +15,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hip_hf.backends.triton import trust
+from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.backends.triton.attention.inversion import Inverted, invert
-from hip_hf.backends.triton.attention.prefill import Logits, Reads, prefill
+from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits, Reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
-from hip_hf.backends.triton.compile.examples import Example, example
-from hip_hf.backends.triton.compile.launches import Launch
-from hip_hf.backends.triton.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.problem import by_tokens
 
 if TYPE_CHECKING:
@@ -200,29 +199,3 @@ class _Attention(torch.autograd.Function):
         with trust.noting_refusals(q.device, ctx.config):
             grads = gradients(q, k, v, Logits(*ctx.logits, sinks), ctx.parts, out, lse, grad_out, grad_lse, need[3])
         return *(x if need[i] else None for i, x in enumerate(grads)), None, None, None
-
-
-def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """What `hip-hf kernels` compiles: both kernels for a prompt."""
-    shape = (target, dim, dim, dtype)
-    return [
-        *query_launches(example(dim, dtype), tile_of("backward queries", *shape)),
-        *key_launches(example(dim, dtype), tile_of("backward keys", *shape)),
-    ]
-
-
-def query_launches(x: Example, tile: Tile) -> list[Launch]:
-    """Launches of `query_gradient_kernel`."""
-    part, mean = Part(x.sequences, x.reads), torch.empty_like(x.lse)
-    grad_q = torch.empty_like(x.q)
-    launch = query_gradient_arguments(x.q, x.kv, part, x.logits, x.out, x.lse, x.out, None, grad_q, mean, tile)
-    return [Launch("backward, queries", query_gradient_kernel, launch[1], True, launch[0])]
-
-
-def key_launches(x: Example, tile: Tile) -> list[Launch]:
-    """Launches of `key_gradient_kernel`."""
-    part, grads = Part(x.sequences, x.reads), (torch.empty_like(x.kv.k), torch.empty_like(x.kv.v))
-    lists = inverted(part, tile) if x.q.device.type != "meta" else Inverted(x.numbers, x.numbers, x.numbers.long())
-    grid, passes = key_gradient_arguments(x.q, x.kv, part, x.logits, x.lse, x.out, x.lse, *grads, lists, tile)
-    names = ["backward, keys"] if len(passes) == 1 else ["backward, keys: dK", "backward, keys: dV"]
-    return [Launch(name, key_gradient_kernel, each, True, grid) for name, each in zip(names, passes, strict=True)]

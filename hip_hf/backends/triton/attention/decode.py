@@ -14,13 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.attention.prefill import Logits, Reads, attend_kernel, call_arguments, configuration, rows_of
+from hip_hf.backends.triton.attention.prefill import attend_kernel, call_arguments
 from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import Logits, Reads, configuration, rows_of
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E
 from hip_hf.backends.triton.common.tuning import MOST_SPLITS, Tile, power_of_two, processors, target_of, tile_of
-from hip_hf.backends.triton.compile.examples import Example, example, extended
-from hip_hf.backends.triton.compile.launches import Launch
 
 
 def kernel_of(block_q: int) -> str:
@@ -147,22 +146,3 @@ def decode_once(
     """`decode` where no scratch is kept, of rows that read up to `keys` keys."""
     splits = splits_for(q, kv.heads, sequences.count, keys, sequences.max_rows, reads.block_q)
     decode(q, kv, sequences, reads, logits, Scratch.make(splits, q, kv.v.shape[-1]), out, lse)
-
-
-def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """What `hip-hf kernels` compiles."""
-    tile = tile_of("decode", target, dim, dim, dtype)
-    one, paged = (example(dim, dtype, paged, rows=1, block_q=1) for paged in (False, True))
-    turning = tile_of("decode extended", target, dim, dim, dtype)
-    return [*decode_launches(one, tile), *decode_launches(paged, tile), *decode_launches(extended(one), turning)[:1]]
-
-
-def decode_launches(x: Example, tile: Tile) -> list[Launch]:
-    """Launches of a decode step: its attention and its combination."""
-    scratch = Scratch.make(16, x.q, x.kv.v.shape[-1])
-    parts = call_arguments(x.q, x.kv, x.sequences, x.reads, x.logits, scratch.out, scratch.lse, tile, 16)
-    whole = combine_arguments(scratch, x.sequences, x.out, x.lse)
-    return [
-        Launch(f"decode{x.suffix}", attend_kernel, parts[1], False, parts[0]),
-        Launch(f"decode, combine{x.suffix}", combine_kernel, whole[1], False, whole[0]),
-    ]

@@ -7,7 +7,6 @@ query heads that share a selection, so each key and value is loaded once for all
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,51 +14,11 @@ import triton
 import triton.language as tl
 
 from hip_hf.backends.triton.common.addressing import KeyValues, offsets_in, page_of
+from hip_hf.backends.triton.common.arguments import Logits, Reads, configuration, dense_reads, rows_of
 from hip_hf.backends.triton.common.rotation import partner, placed_queries, rotation, turned
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, always_read, load_sequence, query_block, window_start
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E, key_positions, listed_blocks, scaled, selected_keys
 from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
-from hip_hf.backends.triton.compile.examples import Example, example, extended
-from hip_hf.backends.triton.compile.launches import Launch
-from hip_hf.rope import Positions
-
-# A window that reaches back to the first key of any sequence: dense attention.
-EVERYTHING = 2**30
-
-
-@dataclass(frozen=True)
-class Reads:
-    """What every query row reads.
-
-    `indices` int32 `[S, H', Nq, n]`: sorted key blocks between sink and window, of which `counts` int32 `[S, H', Nq]`
-    count; `H'` is Hkv where the group shares a selection, else Hq; None: sink and window only. `sink` and `window` in
-    keys. `windows` int32 `[S, Nq]`, rows at any stride: where the window starts, if it is not laid out anew (decode
-    between refreshes).
-    """
-
-    block_q: int
-    block_k: int
-    sink: int
-    window: int
-    indices: torch.Tensor | None = None
-    counts: torch.Tensor | None = None
-    windows: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Logits:
-    """How products become logits. `sinks` `[Hq]`: one extra logit per query head. `positions`: q and k are not rotated."""
-
-    scale: float
-    softcap: float | None = None
-    sliding_window: int | None = None
-    sinks: torch.Tensor | None = None
-    positions: Positions | None = None
-
-
-def dense_reads(block_q: int = 64) -> Reads:
-    """Every key up to the row itself."""
-    return Reads(block_q, 16, 0, EVERYTHING)
 
 
 @triton.jit
@@ -257,17 +216,6 @@ def attend_kernel(
         tl.store(lse_ptr, lse, mask=real)
 
 
-def configuration(kernel: str, logits: Logits) -> str:
-    """Name in the table of launches: turning a tile of queries or keys takes four registers where its numbers take one."""
-    return kernel if logits.positions is None else f"{kernel} extended"
-
-
-def rows_of(tile: Tile, group: int, block_q: int) -> int:
-    """Query rows of a program that attends for `group` heads of each; tensor cores take 16 rows times heads at least."""
-    padded = power_of_two(group)
-    return max(min(tile.rows // padded, power_of_two(block_q)), 16 // padded, 1)
-
-
 def call_arguments(
     q: torch.Tensor,
     kv: KeyValues,
@@ -364,24 +312,3 @@ def strided_rows(
     tile = tile_of(configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
     grid, arguments = call_arguments(q, kv, sequences, dense_reads(), logits, out, lse, tile, stride=stride)
     attend_kernel[grid](**arguments)
-
-
-def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """What `hip-hf kernels` compiles."""
-    tile, x = tile_of("prefill", target, dim, dim, dtype), example(dim, dtype)
-    return [
-        *prefill_launches(x, tile),
-        *prefill_launches(example(dim, dtype, paged=True), tile),
-        *prefill_launches(extended(x), tile_of("prefill extended", target, dim, dim, dtype))[:1],
-    ]
-
-
-def prefill_launches(x: Example, tile: Tile) -> list[Launch]:
-    """Launches of `attend_kernel` for a prompt: sparse, and dense rows at a stride."""
-    args = (x.logits, x.out, x.lse, tile)
-    sparse = call_arguments(x.q, x.kv, x.sequences, x.reads, *args)
-    strided = call_arguments(x.q, x.kv, x.sequences, dense_reads(), *args, stride=64)
-    return [
-        Launch(f"{name}{x.suffix}", attend_kernel, arguments, True, grid)
-        for name, (grid, arguments) in (("prefill", sparse), ("dense rows at a stride", strided))
-    ]

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.rope import Positions, Rope
+from hip_hf.rope import Positions
 
 
 @triton.jit
@@ -65,8 +65,3 @@ def rotation(positions: Positions | None, beyond: int, stand_in: torch.Tensor) -
     rope = positions.rope
     cos, sin = rope.tables(positions.trained + beyond, torch.float32, stand_in.device)
     return dict(COS=cos, SIN=sin, trained=positions.trained, scaling=rope.scaling**2, HALF=rope.dim // 2)
-
-
-def example_positions(dim: int) -> Positions:
-    """Of a model whose whole head turns, for compiling kernels."""
-    return Positions(Rope(torch.ones(dim // 2)), 1024)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import re
 import subprocess
 import tempfile
@@ -18,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from hip_hf.backends.triton.compile import wgmma
-from hip_hf.backends.triton.compile.launches import MODULES, Launch
+from hip_hf.backends.triton.compile.launch import Launch
 from hip_hf.shown import said
 
 KILOBYTE = 1024
@@ -119,11 +118,6 @@ def compiling_for(name: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(RuntimeError):  # without a GPU Triton 3.7 has no driver to go back to
             driver.reset_active()
-
-
-def launches_of(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """Every launch of every kernel module."""
-    return [launch for module in MODULES for launch in importlib.import_module(module).launches(dim, dtype, target)]
 
 
 def _first(pattern: str, text: str) -> int:

@@ -4,14 +4,14 @@ default settings."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.rotation import example_positions
+from hip_hf.backends.triton.common.arguments import Logits, Reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.config import HiPConfig
+from hip_hf.rope import Positions, Rope
 
 QUERY_HEADS, KEY_HEADS, PAGE_SIZE = 32, 8, 256
 
@@ -26,8 +26,8 @@ class Example:
     q: torch.Tensor
     kv: KeyValues
     sequences: Sequences
-    reads: Any
-    logits: Any
+    reads: Reads
+    logits: Logits
     out: torch.Tensor
     lse: torch.Tensor
     numbers: torch.Tensor
@@ -45,8 +45,6 @@ def example(
 ) -> Example:
     """`rows` (default: all) query rows of head dim `dim` at the end of `tokens` keys. `paged`: pages, and every feature of
     the logits."""
-    from hip_hf.backends.triton.attention.prefill import Logits, Reads
-
     rows, config = rows or tokens, HiPConfig()
 
     def random(*shape: int) -> torch.Tensor:
@@ -84,6 +82,11 @@ def example(
     return Example(q, kv, Sequences(numbers, rows, tokens), reads, logits, out, lse, numbers, suffix)
 
 
+def example_positions(dim: int) -> Positions:
+    """Positions of a model that rotates whole heads of `dim` numbers."""
+    return Positions(Rope(torch.ones(dim // 2)), 1024)
+
+
 def extended(x: Example) -> Example:
-    """The call under context extension."""
+    """The same call under context extension."""
     return replace(x, logits=replace(x.logits, positions=example_positions(x.q.shape[-1])), suffix=f"{x.suffix}, extended")

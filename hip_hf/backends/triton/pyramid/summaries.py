@@ -12,13 +12,18 @@ import triton.language as tl
 
 from hip_hf.backends.triton.common.addressing import token_offsets
 from hip_hf.backends.triton.common.sequences import GROWING, load_sequence, window_start
-from hip_hf.backends.triton.selection.scoring import chunk_rows
 
 # Kinds of representative: what a state holds and how it merges.
 CENTRE = tl.constexpr(0)  # mean, lowest, highest
 MIDDLE = tl.constexpr(1)  # first and middle key
 # Parents merged at a time above the tiles.
 PARENTS = tl.constexpr(16)
+
+
+@triton.jit
+def chunk_rows(ids, level):
+    """Where chunks lie in the table: level by level interleaved in order, so that a growing table never moves a row."""
+    return ((2 * ids + 1) << level) - 1
 
 
 @triton.jit

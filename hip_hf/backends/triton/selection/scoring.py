@@ -15,12 +15,6 @@ from hip_hf.backends.triton.common.tiles import tanh
 
 
 @triton.jit
-def chunk_rows(ids, level):
-    """Where chunks lie in the table: level by level interleaved in order, so that a growing table never moves a row."""
-    return ((2 * ids + 1) << level) - 1
-
-
-@triton.jit
 def voters(
     tile, last_row, last, first, ROWS: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip

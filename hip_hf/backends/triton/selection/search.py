@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from hip_hf.backends.triton.attention.prefill import Logits
 from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.rotation import example_positions, rotation
+from hip_hf.backends.triton.common.arguments import Logits
+from hip_hf.backends.triton.common.rotation import rotation
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import power_of_two, processors, target_of
-from hip_hf.backends.triton.compile.launches import Launch, Pointer
 from hip_hf.backends.triton.pyramid.pyramid import parts_of
 from hip_hf.backends.triton.selection.choose import choose_kernel
 from hip_hf.backends.triton.selection.select import NEVER, select_kernel
@@ -261,41 +260,3 @@ def select(
             listed, scratch, sequences.table, near, into.indices, into.counts, into.window, made, sequences.table.stride(0),
             near.shape[-1], blocks, heads, *settings, config.decode_refresh, **choosing(fixed),
         )  # fmt: skip
-
-
-def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """The search of the default settings in prefill and in decode, with 4 query heads per key head; in prefill also with 8, which
-    fill a tile of rows, in decode also shared by several programs."""
-    from hip_hf.config import HiPConfig
-
-    config, found = HiPConfig(), []
-    pointers = dict.fromkeys(("q", "table", "k"), Pointer(dtype))
-    pointers |= dict.fromkeys(("scratch", "near"), Pointer(torch.float32))
-    integers = ("block_table", "sequences", "indices", "counts", "windows", "made", "listed")
-    pointers |= dict.fromkeys(integers, Pointer(torch.int32))
-    numbers = dict(
-        stride_qb=32 * 4096 * dim, stride_qh=4096 * dim, stride_qt=dim, stride_kb=8 * 4096 * dim, stride_kh=4096 * dim,
-        stride_kt=dim, stride_table=256, stride_field=1, stride_sequence=8 * 512 * 2 * dim, stride_head=512 * 2 * dim,
-        stride_near=4096, stride_scratch=0, blocks=64, heads=8, first_program=0, scale=dim**-0.5,
-        sink=config.sink, window=config.window, sliding=0, refresh=config.decode_refresh,
-    )  # fmt: skip
-    like, indexed = torch.empty(0, dtype=dtype, device="meta"), replace(example_positions(dim), chunk_indexed=True)
-    cases = [
-        ("select, prefill", config.block_q, 0, 4, None, 1),
-        ("select, prefill, chunk-indexed", config.block_q, 0, 4, indexed, 1),
-        ("select, prefill, groups of 8", config.block_q, 0, 8, None, 1),
-        ("select, decode", 1, 256, 4, None, 1),
-        ("select, decode, chunk-indexed", 1, 256, 4, indexed, 1),
-        ("select, decode, shared", 1, 256, 4, None, MOST_LOOKS),
-        ("select, decode, shared, chunk-indexed", 1, 256, 4, indexed, MOST_LOOKS),
-    ]
-    for name, block_q, page_size, group, positions, looks in cases:
-        fixed = constants(config, group, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions, looks)
-        fixed |= chunk_rotation(positions, config, like)
-        arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
-        found.append(Launch(name, select_kernel, {**pointers, **numbers, **arguments}))
-        if looks > 1 and positions is None:
-            given = {name: x for name, x in (pointers | numbers).items() if name in choose_kernel.arg_names}
-            given["found"] = pointers["scratch"]
-            found.append(Launch("select, decode, choice", choose_kernel, {**given, **choosing(fixed)}))
-    return found

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from hip_hf.backends.triton.common.sequences import GROWING, always_read, load_sequence, query_block, still_serves, window_start
+from hip_hf.backends.triton.pyramid.summaries import chunk_rows
 from hip_hf.backends.triton.selection.scoring import (
     block_masses,
     chunk_logits,
-    chunk_rows,
     near_share,
     score_blocks,
     score_chunks,

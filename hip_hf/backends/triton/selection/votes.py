@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.attention.prefill import Logits, configuration, rows_of
 from hip_hf.backends.triton.common.addressing import KeyValues, token_offsets
+from hip_hf.backends.triton.common.arguments import Logits, configuration, rows_of
 from hip_hf.backends.triton.common.rotation import partner, placed_queries, rotation, turned
 from hip_hf.backends.triton.common.sequences import (
     GROWING,
@@ -31,8 +31,6 @@ from hip_hf.backends.triton.common.sequences import (
 )
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E, scaled
 from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
-from hip_hf.backends.triton.compile.examples import Example, example, extended
-from hip_hf.backends.triton.compile.launches import Launch
 from hip_hf.backends.triton.selection.topk import ABSENT, keep_best, kept_of, sort_keys, tile
 from hip_hf.backends.triton.selection.voting import Voting, count_asked, count_votes, count_walkers
 from hip_hf.methods import need as by_need
@@ -352,34 +350,3 @@ def votes_of(
     grid, arguments = vote_arguments(q, voting, sequences, config, logits, block_q, made, near, need, voted, voted_near)
     vote_kernel[grid](**arguments)
     return voted, voted_near
-
-
-def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """What `hip-hf kernels` compiles: votes of a prompt, and what a step's rows find near."""
-    prompt = example(dim, dtype)
-    step, paged = (example(dim, dtype, at, rows=1, block_q=1) for at in (False, True))
-    return [
-        *vote_launches(prompt, target),
-        *vote_launches(example(dim, dtype, paged=True), target)[:1],
-        *vote_launches(extended(prompt), target),
-        *vote_launches(step, target)[:1],
-        *vote_launches(paged, target)[:1],
-        *vote_launches(extended(step), target),
-    ]
-
-
-def vote_launches(x: Example, target: str) -> list[Launch]:
-    """Launches of `need_kernel` and `vote_kernel` for a call like `x`, with the default settings."""
-    from hip_hf.config import HiPConfig
-
-    config, decode = HiPConfig(), x.reads.block_q == 1
-    voting = Voting.of(config, x.q.shape[1] // x.kv.heads, x.reads.block_q, True)
-    made = x.numbers if decode else None
-    call = (config, x.logits, x.reads.block_q, made, x.lse, x.lse)
-    grid, need = need_arguments(x.q, x.kv, x.sequences, *call, target=target)
-    vote_grid, vote = vote_arguments(x.q, voting, x.sequences, *call, x.q, x.lse)
-    suffix = f"{', decode' if decode else ''}{x.suffix}"
-    return [
-        Launch(f"select, need{suffix}", need_kernel, need, not decode, grid),
-        Launch(f"select, votes{suffix}", vote_kernel, vote, False, vote_grid),
-    ]

@@ -1,8 +1,4 @@
-"""How a kernel module says what to compile: for `hip-hf kernels`, which compiles everything for every GPU without having one.
-
-Each kernel module has a function `launches(dim, dtype)` that returns the `Launch`es that users would meet with that head
-dim and dtype, made by the same code that launches them. `MODULES` names the modules.
-"""
+"""One compilation of a kernel, which `hip-hf kernels` makes for every GPU without having one and `benchmarks/tune.py` times."""
 
 from __future__ import annotations
 
@@ -14,16 +10,6 @@ from typing import Any
 import torch
 
 from hip_hf.backends.triton.compile.digest import code_digest, name_of
-
-# import paths of the modules that have `launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]`;
-# `target` is one of "sm80", ..., "sm120", "gfx942", because launch configurations may depend on it
-MODULES = tuple(
-    f"hip_hf.backends.triton.{name}"
-    for name in (
-        "pyramid.pyramid", "selection.votes", "selection.search", "attention.prefill", "attention.decode", "attention.backward",
-        "hyper", "delta",
-    )
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
