@@ -32,7 +32,7 @@ from transformers import (
 
 import hip_hf
 from hip_hf.integration import extension
-from hip_hf.integration.patches import base
+from hip_hf.integration.patches import forward
 
 TRAINED = 128
 ROPES = {
@@ -79,7 +79,7 @@ def extended(family: str, **fields: Any) -> PreTrainedModel:
 def turning_back(model: PreTrainedModel) -> None:
     """A model of a patched family, extended as those without a patcher are."""
     for module in model.modules():
-        base.unpatch_layer(module)
+        forward.unpatch_layer(module)
     assert not attention(model)
 
 

@@ -11,7 +11,7 @@ from families import make_batch, make_model, paths
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from hip_hf import HiPCache
-from hip_hf.integration import attention_function
+from hip_hf.integration import layer_attention
 
 PROMPT, STEPS = 200, 9  # steps enough for a selection to be kept, and made anew
 
@@ -80,8 +80,8 @@ def exhaust(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("no memory")
         return attend(problem, config, layer, *args)
 
-    attend = attention_function.attend
-    monkeypatch.setattr(attention_function, "attend", exhausted)
+    attend = layer_attention.attend
+    monkeypatch.setattr(layer_attention, "attend", exhausted)
 
 
 @pytest.mark.parametrize("name", REFUSED)

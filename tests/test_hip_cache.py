@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import hip_hf
 from hip_hf import HiPCache
 from hip_hf.cache.pages import PagedTensor
-from hip_hf.integration import hip_cache
+from hip_hf.integration import paged_layer
 from hip_hf.integration.cache_layers import Stateful
 
 FAMILIES = ("llama", "mistral", "mistral_full", "qwen3", "gemma2")
@@ -27,7 +27,7 @@ CHECKPOINT = Path(hip_hf.__file__).parent / "assets" / "checkpoint"
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many pages for short contexts, of a size that key blocks straddle."""
-    monkeypatch.setattr(hip_cache, "PAGE", 20)
+    monkeypatch.setattr(paged_layer, "PAGE", 20)
 
 
 class ConcatenatingLayer(Stateful, DynamicLayer):
@@ -218,7 +218,7 @@ def test_arguments_of_transformers_own_cache() -> None:
     for others in (dict(offloading=False), dict(ddp_cache_data=None, offloading=False, offload_only_non_sliding=False)):
         for made in (DynamicCache(config=config, **others), HiPCache(config=config, **others)):
             assert type(made) is HiPCache
-            assert [type(layer) for layer in made.layers] == [hip_cache.PagedLayer] * 2
+            assert [type(layer) for layer in made.layers] == [paged_layer.PagedLayer] * 2
     keys = torch.randn(1, 2, 5, 16)
     own = DynamicCache([(keys, keys), (keys, keys)], config=config)
     assert type(own) is type(DynamicCache(ddp_cache_data=[(keys, keys)] * 2, config=config)) is DynamicCache
@@ -376,7 +376,7 @@ def test_a_training_step_with_a_cache_has_the_gradients_of_one_without() -> None
 
 def test_sliding_layers_keep_their_window() -> None:
     cache = HiPCache(make_model("gemma2").config)
-    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, hip_cache.PagedLayer]
+    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, paged_layer.PagedLayer]
 
 
 def test_a_handle_is_the_ordinary_tensor_to_everyone_else() -> None:

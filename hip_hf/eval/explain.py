@@ -11,8 +11,8 @@ import typer
 from hip_hf.eval import generate
 from hip_hf.eval.measure.documents import Dtype
 from hip_hf.eval.reporting import report
-from hip_hf.integration.attention_function import NAMES
 from hip_hf.integration.explain import explain
+from hip_hf.integration.names import NAMES
 from hip_hf.integration.settings import text_config
 
 

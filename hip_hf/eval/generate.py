@@ -18,10 +18,11 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import documents
 from hip_hf.eval.measure.memory_meter import Meter, cache_mib
 from hip_hf.eval.reporting import report
-from hip_hf.integration.attention_function import NAMES
+from hip_hf.integration.api import configure
 from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.hip_cache import HiPCache
-from hip_hf.integration.settings import configure, text_config
+from hip_hf.integration.names import NAMES
+from hip_hf.integration.settings import text_config
 from hip_hf.versions import CACHE
 
 

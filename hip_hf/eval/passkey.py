@@ -34,8 +34,8 @@ from hip_hf.eval.reporting import plots, report
 from hip_hf.eval.reporting.presets import HELP, settings_of, sizes
 from hip_hf.eval.reporting.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.eval.reporting.resumable import Cells
+from hip_hf.integration.api import configure
 from hip_hf.integration.explain import Row, explain
-from hip_hf.integration.settings import configure
 
 # An answer is a space and one token per digit; tokenizers that need fewer stop earlier or say more, which is cut off.
 ANSWER_TOKENS = DIGITS + 1

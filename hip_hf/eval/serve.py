@@ -13,8 +13,8 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.generate import parse_fields
 from hip_hf.eval.measure import documents
 from hip_hf.integration import serve as integration
-from hip_hf.integration.attention_function import NAMES
-from hip_hf.integration.settings import configure
+from hip_hf.integration.api import configure
+from hip_hf.integration.names import NAMES
 
 MISSING = "hip-hf serve: the server is not installed (pip install 'hip-hf[serve]')"
 # What Transformers' command has under these names is asked for otherwise: a model must be named, and attends by `hip`.

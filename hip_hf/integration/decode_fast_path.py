@@ -18,10 +18,11 @@ from hip_hf.backends.choice import kernels_wanted
 from hip_hf.backends.torch.backward import learning
 from hip_hf.backends.torch.decode_buffer import attend_next, gathered_rows
 from hip_hf.config import HiPConfig
-from hip_hf.integration.attention_function import Call
 from hip_hf.integration.extension import positions_of
-from hip_hf.integration.hip_cache import HiPCache, PagedLayer
+from hip_hf.integration.hip_cache import HiPCache
+from hip_hf.integration.layer_attention import Call
 from hip_hf.integration.masks import holds_positions, mask_spans, mask_window, unmasked_rows
+from hip_hf.integration.paged_layer import PagedLayer
 from hip_hf.integration.undo import leaving_the_cache
 from hip_hf.problem import AttentionProblem
 from hip_hf.state import DecodeState, RowState

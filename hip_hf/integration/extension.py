@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hip_hf.config import HiPConfig
+from hip_hf.integration.patches.families import families
 from hip_hf.integration.settings import layer_index
 from hip_hf.rope import CHUNK_INDEXED_LAYERS, Positions, Rope
 
@@ -54,8 +55,6 @@ def extended(module: Any, sliding_window: int | None) -> bool:
 
 def check_extension(settings: HiPConfig, config: Any) -> None:
     """Raise ValueError, with the reason, if `settings` extend the context and a model with this text config cannot."""
-    from hip_hf.integration.patches.registry import families
-
     if settings.extend is None:
         return
     field = f"HiPConfig.extend: got {settings.extend!r}, allowed for this model: None"

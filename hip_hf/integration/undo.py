@@ -122,7 +122,6 @@ def take_back(
 def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.Tensor] | None) -> Callable[[], None] | None:
     """What brings a layer back to its first `kept` tokens, or None if nothing can. `tensors`: all that attention was given,
     where it is known."""
-    from hip_hf.integration.hip_cache import PagedLayer
 
     def dynamic(keys: Any, values: Any) -> None:
         layer.keys, layer.values = (keys[:, :, :-rows], values[:, :, :-rows]) if kept else (None, None)
@@ -144,7 +143,7 @@ def _undo(layer: Any, kept: int, rows: int, tensors: tuple[torch.Tensor, torch.T
             x.copy_(x.roll(1, dims=2))
         layer.cumulative_length_int = kept
 
-    if type(layer) is PagedLayer:  # one with a running state beside its pages cannot go back
+    if getattr(layer, "kind", "") == "paged":  # one with a running state beside its pages cannot go back
         return functools.partial(layer.truncate, kept) if kept else layer.reset
     if type(layer) is DynamicLayer:
         return functools.partial(dynamic, layer.keys, layer.values)
