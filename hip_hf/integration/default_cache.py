@@ -6,14 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionAndStaticFullAttentionLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, LinearAttentionAndStaticFullAttentionLayer, StaticLayer
 
 from hip_hf.integration.cache_layers import HiPHybridStaticLayer, HiPStaticLayer, at_defaults
 from hip_hf.integration.changes import set_attribute, set_item
-from hip_hf.integration.extension import UNROTATED, check_cache
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.integration.names import attends_by_us
-from hip_hf.integration.undo import all_or_none
 
 
 def _new_object(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -36,25 +34,8 @@ def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
     return object.__new__(cls)
 
 
-def _guard_updates() -> None:
-    """Let no cache mix keys with and without rotation (context extension): those without are marked, by patched layers."""
-    update = Cache.update
-    if update.__name__ == "hip_update":
-        return
-
-    def hip_update(self: Any, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        unrotated = getattr(key_states, UNROTATED, False)
-        if unrotated or hasattr(self, UNROTATED):
-            with all_or_none(self, layer_idx, key_states.shape[2], ValueError):
-                check_cache(self, layer_idx, unrotated)
-        return update(self, key_states, value_states, layer_idx, *args, **kwargs)
-
-    set_attribute(Cache, "update", hip_update)
-
-
 def install() -> None:
-    """Let caches made from a model's config be the ones above, and all caches keep to one kind of keys."""
-    _guard_updates()
+    """Let caches made from a model's config be these."""
     ours = {StaticLayer: HiPStaticLayer, LinearAttentionAndStaticFullAttentionLayer: HiPHybridStaticLayer}
     mapping = cache_utils.STATIC_LAYER_TYPE_MAPPING
     for name, layer in list(mapping.items()):

@@ -20,7 +20,8 @@ from transformers import Cache
 from hip_hf.integration.attention_function import attention_forward
 from hip_hf.integration.continuous_batching import is_paged
 from hip_hf.integration.decode_fast_path import next_token
-from hip_hf.integration.extension import UNROTATED, extended
+from hip_hf.integration.extension import UNROTATED, extended, other_cache, positions_of
+from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.integration.names import NAMES
 from hip_hf.integration.patches.base import Patcher
 from hip_hf.integration.settings import layer_settings
@@ -80,9 +81,11 @@ def forward(
         return call(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
     cache = cache_among((*args, *kwargs.values()))
     kwargs = {key: value for key, value in kwargs.items() if value is not cache}
-    query, key, value = ours.patcher.project(self, hidden_states)
     sliding = ours.patcher.sliding_window(self)
     unrotated = extended(self, sliding)
+    if unrotated:
+        _check_extended(self, cache, NAMES[name])
+    query, key, value = ours.patcher.project(self, hidden_states)
     if not unrotated:
         assert position_embeddings is not None
         query, key = sys.modules[type(self).__module__].apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -109,6 +112,15 @@ def forward(
         **kwargs,
     )
     return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), None
+
+
+def _check_extended(module: Any, cache: Any, method: str | None) -> None:
+    """Raise ValueError, before anything is cached, for a cache that would mix keys with and without rotation unnoticed, and for
+    a layer that cannot extend the context."""
+    if cache is not None and not isinstance(cache, HiPCache) and not is_paged(cache):
+        raise other_cache(f"a {type(cache).__name__}", module.config.hip["extend"])
+    if not torch.compiler.is_compiling():  # in a graph, attention itself looks at the layer
+        positions_of(module, layer_settings(module, method))
 
 
 def cache_among(values: Iterable[Any]) -> Any:
