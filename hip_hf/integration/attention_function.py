@@ -9,19 +9,26 @@ from torch import nn
 
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.integration import continuous_batching
-from hip_hf.integration.cache_layers import CUT_OFF, cut_off, outside_of_graphs
+from hip_hf.integration.cache_layers import CUT_OFF, cut_off, outside_of_graphs, spoil
 from hip_hf.integration.layer_attention import attend_layer, is_bidirectional, refuse
-from hip_hf.integration.undo import leaving_the_cache
 from hip_hf.problem import tracing
 
 
-@leaving_the_cache
 def attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """See `attend_layer`; attention to a cache that has cut off its gradients says so to whoever asks for them."""
+    """See `attend_layer`. A `HiPCache` has the call's tokens already: where attention fails, it is told, and is unusable then."""
     if torch.compiler.is_compiling():
         return _compiled(module, query, key, *args, **kwargs)
+    try:
+        return _attend(module, query, key, *args, **kwargs)
+    except BaseException as error:
+        spoil(key, module.config.model_type, error)  # type: ignore[union-attr, arg-type]
+        raise
+
+
+def _attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """See `attend_layer`; attention to a cache that has cut off its gradients says so to whoever asks for them."""
     cached = isinstance(key, PagedTensor) and torch.is_grad_enabled()
     if not cached or not (query.requires_grad or getattr(key, CUT_OFF, False)):
         return attend_layer(module, query, key, *args, **kwargs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +36,14 @@ REBUILT = (
 # Attributes of the returned keys, by which attention finds the state of their cache layer, `explain` its kind, and whether
 # gradients were asked for through what is cached.
 STATE, KIND, CUT_OFF = "_hip_state", "_hip_kind", "_hip_cut_off"
+# And the `HiPCache` that returned them, to be told where the call fails.
+CACHE = "_hip_cache"
 # The same for a graph of `torch.compile`, which knows a state by its number.
 NUMBER = "_hip_number"
 
 
-# Of each thread: `state` of the layer of a cache that was updated last, until attention has asked for it.
+# Of each thread: `state` of the layer of a cache that was updated last, until attention has asked for it; and a weak reference to
+# the `HiPCache` that was updated last.
 _newest = threading.local()
 
 
@@ -98,6 +102,29 @@ def state_of(keys: torch.Tensor, model_type: str) -> DecodeState | None:
     """The decode state of the cache layer that returned `keys`, or what they were made of, if it has one."""
     newest = _newest.__dict__.pop("state", None)
     return getattr(keys, STATE, newest if model_type in REBUILT else None)
+
+
+def unusable(what: str) -> ValueError:
+    """The error of going on with a cache that a call has left with a part of its tokens."""
+    return ValueError(f"past_key_values: got a cache {what}, allowed: `reset()` before it is used again, or a new one")
+
+
+def returned_by(cache: Any, keys: torch.Tensor) -> None:
+    """Note which `HiPCache` returned `keys`."""
+    setattr(keys, CACHE, cache)
+    _newest.cache = weakref.ref(cache)
+
+
+def spoil(keys: torch.Tensor, model_type: str, error: BaseException) -> None:
+    """Tell the `HiPCache` that returned `keys` `[B, Hkv, T, D]`, or what they were made of, if one did, that attention
+    to them has failed with `error`."""
+    cache: Any = getattr(keys, CACHE, None)
+    if cache is None and model_type in REBUILT:
+        cache = getattr(_newest, "cache", lambda: None)()
+        if cache is not None and cache.get_seq_length() != keys.shape[2]:  # of another call
+            return
+    if cache is not None:
+        cache.spoil(error)
 
 
 def cache_kind(keys: torch.Tensor, state: DecodeState | None, rows: int) -> str:

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from hip_hf.cache.offload import OFFLOADS, Statistics, statistics
 from hip_hf.integration import cache_files
-from hip_hf.integration.cache_layers import at_defaults, outside_of_graphs
+from hip_hf.integration.cache_layers import at_defaults, outside_of_graphs, returned_by, unusable
 from hip_hf.integration.paged_layer import PagedHybridLayer, PagedLayer
-from hip_hf.integration.undo import all_or_none, unfinished
 
 
 def shard_of(config: PreTrainedConfig) -> tuple[int, int] | None:
@@ -65,7 +64,9 @@ class HiPCache(DynamicCache):
         self.shard = shard_of(config)
         self.offload_to, self.device_pages = offload, device_pages
         self._in_model = False  # whether a model uses it, which brings every layer the same tokens
-        self._last_update: tuple[int, int, int] | None = None  # layer, the tokens it held, and how many came
+        # of the model's present call the last update: layer, the tokens it held, and how many came
+        self._last_update: tuple[int, int, int] | None = None
+        self._spoiled: str | None = None  # which call has left it with a part of its tokens, if one has
         self.layers = [self.make_layer(layer) for layer in self.layers]
 
     def make_layer(self, made: Any) -> Any:
@@ -97,9 +98,10 @@ class HiPCache(DynamicCache):
             made_of: what the contents were computed from (a digest of the tokens, settings ...), as JSON; `load` compares it.
 
         Raises:
-            ValueError: a layer that is neither full attention nor sliding-window.
+            ValueError: a layer that is neither full attention nor sliding-window, or a cache on which a call has failed.
             OSError: the disk is full or `path` cannot be written.
         """
+        self._check_usable()
         cache_files.save(self, path, made_of or {})
 
     def load(
@@ -117,6 +119,7 @@ class HiPCache(DynamicCache):
             MemoryError: no memory for its pages. The cache is as it was.
         """
         cache_files.load(self, path, torch.device(device), made_of)
+        self._last_update = self._spoiled = None
 
     @property
     def paged(self) -> list[PagedLayer]:
@@ -126,41 +129,83 @@ class HiPCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to one layer. If that fails, the layers before it give up their new tokens as well.
+        """Append to one layer. If that fails where other layers have the call's tokens already, the cache is unusable.
 
         Raises:
-            MemoryError, ValueError: as `PagedLayer.update`; and where a sliding layer before it has forgotten what it held.
+            MemoryError, ValueError: as `PagedLayer.update`; and of a cache that is unusable.
         """
         if torch.compiler.is_compiling():
             return outside_of_graphs(HiPCache.update, self, key_states, value_states, layer_idx, *args, **kwargs)
-        self._check_lengths(layer_idx, key_states.shape[2])
-        with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        now = self._check(layer_idx, key_states.shape[2])
+        try:
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except BaseException as error:
+            self._failed(layer_idx, error)
+            raise
+        self._last_update = now
+        returned_by(self, keys)
+        return keys, values
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Append to one paged layer, as `update` does, for a caller who does not ask for the rest."""
         layer: Any = self.layers[layer_idx]
-        self._check_lengths(layer_idx, key_states.shape[2])
-        layer.check(key_states, value_states)
-        with all_or_none(self, layer_idx, key_states.shape[2], BaseException):
+        now = self._check(layer_idx, key_states.shape[2])
+        try:
+            layer.check(key_states, value_states)
             layer.append(key_states, value_states)
+        except BaseException as error:
+            self._failed(layer_idx, error)
+            raise
+        self._last_update = now
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """As in Transformers' own cache; a model asks for it at the beginning of every call."""
+        """As in Transformers' own cache; a model asks for it at the beginning of every call.
+
+        Raises:
+            ValueError: the cache is unusable. No layer has been touched yet.
+        """
+        self._check_usable()
         self._in_model, self._last_update = True, None
         return super().get_mask_sizes(*args, **kwargs)
 
-    def _check_lengths(self, layer_idx: int, rows: int) -> None:
-        """Raise ValueError for a layer that does not hold what the one before it held when it got as many new tokens: a call of
-        the model was interrupted between the two, outside of attention, where nothing could take them back."""
+    def reset(self) -> None:
+        """Forget everything: the cache is as a new one."""
+        super().reset()
+        self._last_update = self._spoiled = None
+
+    def spoil(self, error: BaseException) -> None:
+        """Be unusable until `reset`: a call of the model has failed with `error` after layers got its tokens."""
+        self._spoiled = f"that holds a part of a call which failed ({type(error).__name__})"
+
+    def _check_usable(self) -> None:
+        """Raise ValueError if a call has failed on this cache."""
+        if self._spoiled is not None:
+            raise unusable(self._spoiled)
+
+    def _failed(self, layer_idx: int, error: BaseException) -> None:
+        """Note that an update of a layer has failed. That layer is as it was, unless it was interrupted while it appended."""
+        layers: list[Any] = self.layers[: layer_idx + 1]
+        running = self._in_model and any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+        if self._last_update is not None or running or any(getattr(layer, "appending", False) for layer in layers):
+            self.spoil(error)
+
+    def _check(self, layer_idx: int, rows: int) -> tuple[int, int, int] | None:
+        """The layer, the tokens that it holds and those that come, for the next layer to compare with; None outside of a model.
+
+        Raises:
+            ValueError: the cache is unusable: a call has failed on it, or was interrupted between two layers, so that this one
+                does not hold what the one before it held when it got as many new tokens.
+        """
+        self._check_usable()
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not self._in_model or not isinstance(layer, DynamicLayer):
-            return
+            return self._last_update
         # of a sliding layer that assisted decoding of 5.17 has cropped it is a tensor, and changes in place
         length, before = int(layer.get_seq_length()), self._last_update
         if before is not None and before[0] < layer_idx and before[2] == rows and before[1] != length:
-            raise unfinished(f"whose layers hold {before[1]} and {length} tokens")
-        self._last_update = (layer_idx, length, rows)
+            self._spoiled = f"whose layers hold {before[1]} and {length} tokens, as an interrupted call left them"
+            self._check_usable()
+        return layer_idx, length, rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HiPCache:
         """A copy with pages of its own; the model's config stays the model's."""

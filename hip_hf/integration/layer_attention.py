@@ -72,7 +72,6 @@ def attend_layer(
 
     Raises:
         ValueError: the layer asks for something that would be computed wrongly, or the mask does not fit.
-            The cache is as it was.
     """
     refuse(module, dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -11,11 +11,10 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 from hip_hf.cache.offload import OffloadedStore
 from hip_hf.cache.pages import BlockTable, PagedTensor, Store, read_all
 from hip_hf.cache.pool import PAGE, PagePool
-from hip_hf.integration.cache_layers import CUT_OFF, KIND, Stateful, cut_off
+from hip_hf.integration.cache_layers import CUT_OFF, KIND, Stateful, cut_off, unusable
 from hip_hf.integration.extension import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.names import attends_by_us
 from hip_hf.integration.settings import read_settings
-from hip_hf.integration.undo import unfinished
 from hip_hf.methods import selected_keys
 from hip_hf.rope import Rope
 
@@ -104,7 +103,7 @@ class PagedLayer(Stateful, DynamicLayer):
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Keep `[B, Hkv, n, D]` as they are. Raises ValueError or MemoryError as `update` does."""
         if self.appending:
-            raise unfinished("with tokens that are half there")
+            raise unusable("with tokens that are half there")
         self._check_device_pages(self.length + key_states.shape[2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

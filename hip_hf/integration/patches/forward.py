@@ -22,6 +22,7 @@ from hip_hf.integration.continuous_batching import is_paged
 from hip_hf.integration.decode_fast_path import next_token
 from hip_hf.integration.extension import UNROTATED, extended, other_cache, positions_of
 from hip_hf.integration.hip_cache import HiPCache
+from hip_hf.integration.layer_attention import refuse
 from hip_hf.integration.names import NAMES
 from hip_hf.integration.patches.base import Patcher
 from hip_hf.integration.settings import layer_settings
@@ -81,6 +82,8 @@ def forward(
         return call(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
     cache = cache_among((*args, *kwargs.values()))
     kwargs = {key: value for key, value in kwargs.items() if value is not cache}
+    dropout = self.attention_dropout if self.training else 0.0
+    refuse(self, dropout, kwargs)
     sliding = ours.patcher.sliding_window(self)
     unrotated = extended(self, sliding)
     if unrotated:
@@ -90,8 +93,7 @@ def forward(
         assert position_embeddings is not None
         query, key = sys.modules[type(self).__module__].apply_rotary_pos_emb(query, key, *position_embeddings)
     setattr(key, UNROTATED, unrotated)
-    asked = kwargs.get("output_attentions") or self.config.output_attentions  # the interface refuses it
-    if query.shape[2] == 1 and sliding is None and not self.training and not asked:
+    if query.shape[2] == 1 and sliding is None and not self.training:
         settings = layer_settings(self, NAMES[name])
         step = next_token(self, query, key, value, attention_mask, cache, settings, unrotated)
         if step is not None:
@@ -104,7 +106,7 @@ def forward(
         key,
         value,
         attention_mask,
-        dropout=self.attention_dropout if self.training else 0.0,
+        dropout=dropout,
         scaling=self.scaling,
         sliding_window=sliding,
         method=NAMES[name],
