@@ -7,11 +7,9 @@ model = AutoModelForCausalLM.from_pretrained("any/checkpoint", attn_implementati
 from hip_hf import versions  # noqa: F401  first: it refuses a Transformers that is too old
 from hip_hf.attention import hip_attention
 from hip_hf.config import HiPConfig
-from hip_hf.integration.attention_function import register, unregister
+from hip_hf.integration.api import configure, patch, register, unpatch, unregister
 from hip_hf.integration.explain import explain
 from hip_hf.integration.hip_cache import HiPCache
-from hip_hf.integration.patches.registry import patch, unpatch
-from hip_hf.integration.settings import configure
 from hip_hf.state import DecodeState
 from hip_hf.versions import __version__
 

@@ -25,8 +25,8 @@ from transformers.distributed import DistributedConfig
 
 import hip_hf
 from hip_hf.attention import Result, attend
-from hip_hf.integration import attention_function
-from hip_hf.integration.hip_cache import PagedLayer
+from hip_hf.integration import layer_attention
+from hip_hf.integration.paged_layer import PagedLayer
 
 LENGTHS = [203, 150, 117]
 KEPT = 32  # of each prompt, the last tokens whose logits are compared; what is selected is compared for all
@@ -46,11 +46,11 @@ def selections() -> Iterator[list[torch.Tensor]]:
             seen.append(result.mask.indices)
         return result
 
-    attention_function.attend = watched
+    layer_attention.attend = watched
     try:
         yield seen
     finally:
-        attention_function.attend = attend
+        layer_attention.attend = attend
 
 
 def logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from hip_hf import HiPCache, HiPConfig, workers
 from hip_hf.attention import attend
 from hip_hf.cache import pool
 from hip_hf.cache.pages import PagedTensor
-from hip_hf.integration import hip_cache
+from hip_hf.integration import paged_layer
 from hip_hf.methods import pyramid
 from hip_hf.problem import AttentionProblem, make_spans
 
@@ -33,7 +33,7 @@ def in_this_thread(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("chunk", [32, 50])
 def test_generate_in_chunks_gives_the_tokens_of_one_shot(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a covering budget at any chunk; left-padded, pages smaller than the chunks."""
-    monkeypatch.setattr(hip_cache, "PAGE", 24)
+    monkeypatch.setattr(paged_layer, "PAGE", 24)
     model = make_model("llama", budget=1024)
     batch = make_batch([120, 87])
     with torch.no_grad():
@@ -100,11 +100,11 @@ def test_what_waits_to_be_used_is_bounded(first: int, monkeypatch: pytest.Monkey
             assert table.shape[1] - summaries.count(level) <= min(pyramid.MOST_SPARE, max(1, summaries.count(level)))
 
 
-def layer_of(tokens: int) -> hip_cache.PagedLayer:
+def layer_of(tokens: int) -> paged_layer.PagedLayer:
     """A paged layer of one key head that holds random keys and has seen two chunks attended to."""
     config = LlamaConfig(num_hidden_layers=1)
     config._attn_implementation = "hip"
-    layer: hip_cache.PagedLayer = HiPCache(config).paged[0]
+    layer: paged_layer.PagedLayer = HiPCache(config).paged[0]
     x = torch.randn(1, 1, tokens - 3 * CHUNK, 16)
     layer.update(x, x)
     for _ in range(2):
@@ -112,14 +112,14 @@ def layer_of(tokens: int) -> hip_cache.PagedLayer:
     return layer
 
 
-def new_tokens(layer: hip_cache.PagedLayer, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def new_tokens(layer: paged_layer.PagedLayer, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(1, 1, count, 16)
     keys, values = layer.update(x, x)
     assert isinstance(keys, PagedTensor)
     return keys, values
 
 
-def attention(layer: hip_cache.PagedLayer, keys: torch.Tensor, values: torch.Tensor) -> Callable[[], None]:
+def attention(layer: paged_layer.PagedLayer, keys: torch.Tensor, values: torch.Tensor) -> Callable[[], None]:
     """The attention call of the newest tokens; it must be sparse."""
     q = torch.randn(1, 2, layer.length - seen(layer), 16)
     problem = AttentionProblem(q, keys, values, make_spans(q, keys), 0.25)
@@ -130,7 +130,7 @@ def attention(layer: hip_cache.PagedLayer, keys: torch.Tensor, values: torch.Ten
     return call
 
 
-def seen(layer: hip_cache.PagedLayer) -> int:
+def seen(layer: paged_layer.PagedLayer) -> int:
     row = layer.hip_state.rows.get(0)
     return layer.length - CHUNK if row is None else row.position
 

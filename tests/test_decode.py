@@ -18,9 +18,9 @@ def run(model, batch, **kwargs):
 
 def without_state(monkeypatch):
     """Every call rebuilds pyramid and selection from the keys: the reference for what the kept state must give."""
-    from hip_hf.integration import attention_function
+    from hip_hf.integration import layer_attention
 
-    monkeypatch.setattr(attention_function, "state_of", lambda keys, model_type: None)
+    monkeypatch.setattr(layer_attention, "state_of", lambda keys, model_type: None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

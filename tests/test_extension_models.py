@@ -27,12 +27,11 @@ from transformers import (
     SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
-    StaticCache,
 )
 
 import hip_hf
 from hip_hf.integration import extension
-from hip_hf.integration.patches import base
+from hip_hf.integration.patches import forward
 
 TRAINED = 128
 ROPES = {
@@ -79,7 +78,7 @@ def extended(family: str, **fields: Any) -> PreTrainedModel:
 def turning_back(model: PreTrainedModel) -> None:
     """A model of a patched family, extended as those without a patcher are."""
     for module in model.modules():
-        base.unpatch_layer(module)
+        forward.unpatch_layer(module)
     assert not attention(model)
 
 
@@ -160,13 +159,12 @@ def test_padded_rows_equal_their_unpadded_runs(family: str, fields: dict[str, An
         same(together[row, -length:], single[0])
 
 
-@pytest.mark.parametrize("cache", [DynamicCache, StaticCache, hip_hf.HiPCache])
 @pytest.mark.parametrize("fields", [{}, {"method": "dense"}])
-def test_chunks_equal_one_call(cache: Any, fields: dict[str, Any]) -> None:
+def test_chunks_equal_one_call(fields: dict[str, Any]) -> None:
     model = extended("llama", **fields)
     batch = make_batch([304])
     once = logits(model, batch)
-    past = cache(config=model.config, **({"max_cache_len": 320} if cache is StaticCache else {}))
+    past = hip_hf.HiPCache(model.config)
     parts = []
     for start in range(0, 304, 80):
         end = min(start + 80, 304)
@@ -182,15 +180,16 @@ def generated(model: PreTrainedModel, batch: dict[str, torch.Tensor], **fields: 
         return model.generate(**batch, **{**generation, **fields})
 
 
-@pytest.mark.parametrize("fields", [{}, {"method": "dense"}])
-def test_every_cache_generates_the_same(fields: dict[str, Any]) -> None:
-    model, batch = extended("llama", decode_refresh=1, **fields), make_batch([203, 150])
+def test_the_cache_generates_what_no_cache_does() -> None:
+    """Dense: without a cache, rows select with their query block."""
+    model, batch = extended("llama", method="dense"), make_batch([203, 150])
     expected = generated(model, batch)
     assert {row.cache for row in hip_hf.explain(model)} == {"pages"}
-    for cache in ({"cache_implementation": "static"}, {"past_key_values": DynamicCache()}, {"use_cache": False}):
-        if fields or "use_cache" not in cache:  # without a cache, rows select with their query block
-            for a, b in zip(generated(model, batch, **cache).logits, expected.logits, strict=True):
-                same(a, b)
+    for a, b in zip(generated(model, batch, use_cache=False).logits, expected.logits, strict=True):
+        same(a, b)
+    for other in ({"cache_implementation": "static"}, {"past_key_values": DynamicCache()}):
+        with pytest.raises(ValueError, match=r"past_key_values: got a \w+Cache, allowed with extend='streaming': a HiPCache"):
+            generated(model, batch, **other)
 
 
 def test_offloaded_pages_generate_the_same() -> None:
@@ -238,14 +237,12 @@ def test_caches_of_the_other_kind_are_refused(patched: bool) -> None:
     model, batch = make_model("llama"), make_batch([100])
     if patched:
         hip_hf.patch(model)
-    caches = [hip_hf.HiPCache(model.config)] + [DynamicCache()] * patched
-    for cache in caches:
-        generated(model, batch, past_key_values=cache)
-        model.config.hip["extend"] = "streaming"
-        with pytest.raises(ValueError, match="filled with extend=None, allowed: with extend='streaming' an empty one"):
-            logits(model, make_batch([3]), past_key_values=cache)
-        model.config.hip["extend"] = None
-        cache.reset() if isinstance(cache, hip_hf.HiPCache) else None
+    cache = hip_hf.HiPCache(model.config)
+    generated(model, batch, past_key_values=cache)
+    model.config.hip["extend"] = "streaming"
+    with pytest.raises(ValueError, match="filled with extend=None, allowed: with extend='streaming' an empty one"):
+        logits(model, make_batch([3]), past_key_values=cache)
+    model.config.hip["extend"] = None
     hip_hf.patch(model, extend="streaming")
     cache = hip_hf.HiPCache(model.config)
     logits(model, batch, past_key_values=cache)
@@ -256,11 +253,11 @@ def test_caches_of_the_other_kind_are_refused(patched: bool) -> None:
     logits(model, batch, past_key_values=cache)
 
 
-def test_other_caches_need_a_patcher() -> None:
+def test_another_cache_is_refused_where_it_brings_keys() -> None:
     model, batch = extended("granite"), make_batch([100])
     cache = DynamicCache()
     logits(model, batch, past_key_values=cache)
-    with pytest.raises(ValueError, match=r"got a cache of rotated keys, allowed .* without a patcher: a HiPCache"):
+    with pytest.raises(ValueError, match=r"got another one, whose keys are rotated, allowed with extend='streaming': a HiPCache"):
         logits(model, make_batch([3]), past_key_values=cache)
 
 

@@ -1,17 +1,20 @@
-"""A call of a model that fails changes nothing: the next step on its cache is that of a cache which never met the failure."""
+"""A call of a model that fails: what is known before any layer changes no cache; what fails later leaves a `HiPCache` that
+says so at its next use, and is as a new one after `reset`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import make_batch, make_model, paths
+from sweep import build
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
-from hip_hf import HiPCache
-from hip_hf.integration import attention_function
+from hip_hf import HiPCache, patch
+from hip_hf.integration import decode_fast_path, layer_attention
 
 PROMPT, STEPS = 200, 9  # steps enough for a selection to be kept, and made anew
 
@@ -26,6 +29,9 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 def int_mask(rows: int, keys: int) -> torch.Tensor:
     return torch.ones(keys, keys, dtype=torch.int32).tril()[None, None, -rows:]
 
+
+USED = r"^past_key_values: got a cache .*, allowed: `reset\(\)` before it is used again, or a new one$"
+EARLY = ("batch", "settings")  # of `REFUSED`: what the mask function knows
 
 # what is wrong with a call of so many rows that sees so many keys, and what the error says
 REFUSED: dict[str, tuple[Callable[[int, int], dict[str, Any]], str]] = {
@@ -72,23 +78,25 @@ def fail(model: PreTrainedModel, name: str, ids: torch.Tensor, cache: Any, at: i
     model.config.hip = before
 
 
-def exhaust(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on there is no memory for the attention of layer 1."""
+def exhaust(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """From now on there is no memory for the attention of the layer `failing`."""
 
     def exhausted(problem: Any, config: Any, layer: int, *args: Any) -> Any:
-        if layer == 1:
+        if layer == failing:
             raise torch.OutOfMemoryError("no memory")
         return attend(problem, config, layer, *args)
 
-    attend = attention_function.attend
-    monkeypatch.setattr(attention_function, "attend", exhausted)
+    attend = layer_attention.attend
+    monkeypatch.setattr(layer_attention, "attend", exhausted)
+    monkeypatch.setattr(decode_fast_path, "attend", exhausted)
+    monkeypatch.setattr(decode_fast_path, "gathered_rows", lambda *args: None)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", EARLY)
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_refused_step_leaves_the_cache(family: str, kind: str, name: str) -> None:
-    """Gemma 2's first layer slides, and has dropped tokens for the step."""
+def test_a_step_that_is_refused_before_any_layer_leaves_the_cache(family: str, kind: str, name: str) -> None:
+    """Gemma 2's first layer slides."""
     model, ids = make_model(family), make_batch([PROMPT + STEPS])["input_ids"]
     caches = [CACHES[kind](model.config) for _ in range(2)]
     for cache in caches:
@@ -98,9 +106,9 @@ def test_a_refused_step_leaves_the_cache(family: str, kind: str, name: str) -> N
     check_steps(model, ids, *caches, PROMPT + 1)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", EARLY)
 @pytest.mark.parametrize("kind", CACHES)
-def test_a_refused_prompt_leaves_an_empty_cache(kind: str, name: str) -> None:
+def test_a_prompt_that_is_refused_before_any_layer_leaves_an_empty_cache(kind: str, name: str) -> None:
     """Which then takes any prompt, also of another batch size."""
     model, ids = make_model("llama"), make_batch([PROMPT + STEPS, PROMPT + STEPS])["input_ids"]
     cache, twin = (CACHES[kind](model.config) for _ in range(2))
@@ -110,45 +118,95 @@ def test_a_refused_prompt_leaves_an_empty_cache(kind: str, name: str) -> None:
     check_steps(model, ids, cache, twin, PROMPT)
 
 
-@pytest.mark.parametrize("kind", CACHES)
+def check_unusable(model: PreTrainedModel, ids: torch.Tensor, cache: HiPCache, path: Path) -> None:
+    """The cache says so, before any layer, until it is reset: then it is as a new one, also for another batch size."""
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=USED):
+            step(model, ids, cache, int(cache.get_seq_length()))
+    with pytest.raises(ValueError, match=USED):
+        cache.save(path)
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths
+    cache.reset()
+    twin, ids = CACHES["paged"](model.config), ids.expand(2, -1)
+    assert torch.equal(step(model, ids, cache, 0, PROMPT), step(model, ids, twin, 0, PROMPT))
+    check_steps(model, ids, cache, twin, PROMPT)
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name not in EARLY])
+@pytest.mark.parametrize("kind", ["paged", "offloaded"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_is_refused_later_leaves_a_cache_that_says_so(family: str, kind: str, name: str, tmp_path: Path) -> None:
+    model, ids = make_model(family), make_batch([PROMPT + STEPS])["input_ids"]
+    cache = CACHES[kind](model.config)
+    step(model, ids, cache, 0, PROMPT)
+    fail(model, name, ids, cache, PROMPT)
+    check_unusable(model, ids, cache, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_a_later_layer_that_fails(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers before it give up their new tokens as well, whatever the error."""
-    model, ids = make_model("llama"), make_batch([PROMPT + STEPS])["input_ids"]
-    caches = [CACHES[kind](model.config) for _ in range(2)]
-    for cache in caches:
-        step(model, ids, cache, 0, PROMPT)
-
-    exhaust(monkeypatch)
+@pytest.mark.parametrize(("family", "patched"), [("llama", False), ("llama", True), ("gemma2", False)])
+def test_a_layer_that_fails(
+    family: str, rows: int, patched: bool, failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any layer, also the last one, with any error."""
+    model, ids = make_model(family), make_batch([PROMPT + STEPS])["input_ids"]
+    if patched:
+        patch(model)
+    cache = HiPCache(model.config)
+    step(model, ids, cache, 0, PROMPT)
+    exhaust(monkeypatch, failing)
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-        step(model, ids, caches[0], PROMPT, rows)
+        step(model, ids, cache, PROMPT, rows)
     monkeypatch.undo()
-    check_steps(model, ids, *caches, PROMPT)
+    check_unusable(model, ids, cache, tmp_path / "cache")
 
 
-def test_dropout_is_refused_without_a_trace() -> None:
+@pytest.mark.parametrize("name", ["deepseek_v3", "jetmoe", "falcon_h1", "zamba2"])
+def test_a_layer_fails_whose_keys_are_made_anew_or_that_also_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys are not those that the cache returned; there is a running state beside them."""
+    model, ids = build("causal", name, "hip"), make_batch([60])["input_ids"]
+    cache = HiPCache(model.config)
+    want = step(model, ids, cache, 0, 40)
+
+    def exhausted(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(layer_attention, "attend", exhausted)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        step(model, ids, cache, 40)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=USED):
+        step(model, ids, cache, 40)
+    cache.reset()
+    assert torch.equal(step(model, ids, cache, 0, 40), want)
+
+
+def test_a_file_gives_an_unusable_cache_its_contents_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = make_model("llama"), make_batch([PROMPT + STEPS])["input_ids"]
-    caches = [HiPCache(model.config) for _ in range(2)]
-    for cache in caches:
-        step(model, ids, cache, 0, PROMPT)
+    cache, twin = HiPCache(model.config), HiPCache(model.config)
+    step(model, ids, cache, 0, PROMPT)
+    cache.save(tmp_path / "cache")
+    twin.load(tmp_path / "cache")
+    exhaust(monkeypatch, 1)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        step(model, ids, cache, PROMPT)
+    monkeypatch.undo()
+    cache.load(tmp_path / "cache")
+    check_steps(model, ids, cache, twin, PROMPT)
+
+
+def test_dropout_is_refused(tmp_path: Path) -> None:
+    model, ids = make_model("llama"), make_batch([PROMPT + STEPS])["input_ids"]
+    cache = HiPCache(model.config)
+    step(model, ids, cache, 0, PROMPT)
     model.train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(ValueError, match=r"^dropout: got 0\.1, allowed: 0"):
-        step(model, ids, caches[0], PROMPT)
-    check_steps(model.eval(), ids, *caches, PROMPT)
-
-
-@pytest.mark.parametrize("kind", ["paged", "static"])
-def test_what_cannot_be_taken_back_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma 2's second layer fails, and its first, which slides, no longer has what five new tokens pushed out."""
-    model, ids = make_model("gemma2"), make_batch([PROMPT + STEPS])["input_ids"]
-    cache = CACHES[kind](model.config)
-    step(model, ids, cache, 0, PROMPT)
-    exhaust(monkeypatch)
-    message = r"^no memory; past_key_values: got one whose layer 0 \(\w*SlidingWindowLayer\) cannot .*, allowed: a new one$"
-    with pytest.raises(ValueError, match=message):
-        step(model, ids, cache, PROMPT, 5)
+        step(model, ids, cache, PROMPT)
+    check_unusable(model.eval(), ids, cache, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "axk2"])

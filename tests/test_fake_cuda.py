@@ -28,7 +28,7 @@ from hip_hf.backends.triton.common.arguments import Logits, Reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.cache.pages import row_numbers
 from hip_hf.geometry import Span
-from hip_hf.integration import attention_function, decode_fast_path
+from hip_hf.integration import decode_fast_path, layer_attention
 from hip_hf.rope import Positions, Rope
 from hip_hf.state import DecodeState
 
@@ -199,7 +199,7 @@ def tensors(x: Any) -> Iterator[torch.Tensor]:
 
 def test_a_model(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill and decode steps of a Llama. What the mask says is the one thing that a forward reads on the host."""
-    for module in (attention_function, decode_fast_path):
+    for module in (decode_fast_path, layer_attention):
         monkeypatch.setattr(module, "mask_spans", whole)
     with torch.device(GPU), torch.no_grad():
         model = LlamaForCausalLM(llama()).eval()
@@ -213,7 +213,7 @@ def test_a_model(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_whose_layers_lie_on_two_devices(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As `device_map` lays them, by its hooks: what a layer keeps lies where the layer is, and no launch meets both devices."""
-    for module in (attention_function, decode_fast_path):
+    for module in (decode_fast_path, layer_attention):
         monkeypatch.setattr(module, "mask_spans", whole)
     other, config = torch.device("cuda", 1), llama()
     with torch.device(GPU), torch.no_grad():

@@ -23,7 +23,7 @@ from hip_hf.cache.offload import OffloadedStore
 from hip_hf.cache.pages import Store
 from hip_hf.cache.pool import PagePool
 from hip_hf.config import HiPConfig
-from hip_hf.integration.hip_cache import PagedLayer
+from hip_hf.integration.paged_layer import PagedLayer
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -35,7 +35,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.integration import attention_function, continuous_batching, masks, packed
 from hip_hf.integration.graph_step import table_of
 from hip_hf.integration.hip_cache import HiPCache
-from hip_hf.integration.patches import base
+from hip_hf.integration.patches import forward
 from hip_hf.problem import AttentionProblem
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the same calls run with numbers in them")
@@ -104,7 +104,7 @@ class Meter:
             (HiPCache, "update"),
             (StaticCache, "update"),
             (attention_function, "attend_layer"),
-            (base, "next_token"),
+            (forward, "next_token"),
         ):
             monkeypatch.setattr(owner, name, self._around(getattr(owner, name)))
         layer.register_forward_pre_hook(lambda *_: setattr(self, "in_layer", True))

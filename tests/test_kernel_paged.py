@@ -18,7 +18,7 @@ from hip_hf.cache.pages import BlockTable, PagedTensor, Store
 from hip_hf.cache.pool import PagePool
 from hip_hf.integration.attention_function import attention_forward
 from hip_hf.integration.continuous_batching import TokenMajorStore
-from hip_hf.integration.patches import base
+from hip_hf.integration.patches import forward
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels
@@ -150,7 +150,7 @@ def test_patched_layers_call_the_kernels_without_the_interface(monkeypatch: pyte
         asked.append(args[1].shape[2])
         return attention_forward(*args, **kwargs)
 
-    monkeypatch.setattr(base, "attention_forward", interface)
+    monkeypatch.setattr(forward, "attention_forward", interface)
     for patched in (False, True):
         if patched:
             hip_hf.patch(model)

@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 )
 
 from hip_hf.geometry import Span
-from hip_hf.integration import masks
+from hip_hf.integration import masks, model_checks
 from hip_hf.integration.masks import (
     LAST,
     PAD,
@@ -340,14 +340,14 @@ def test_numbers_that_were_made_of_a_mask_of_ours() -> None:
 
 def refusal(config: Any) -> str:
     try:
-        masks.refuse_foreign_model(config)
+        model_checks.refuse_foreign_model(config)
     except ValueError as error:
         return str(error)
     return ""
 
 
 def test_models_that_ignore_the_mask_or_change_it_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "_foreign", {})  # what other tests found out
+    monkeypatch.setattr(model_checks, "_foreign", {})  # what other tests found out
     bloom, llama = (AutoConfig.for_model(name, attn_implementation="hip") for name in ("bloom", "llama"))
     assert refusal(bloom).startswith("attn_implementation: got 'hip' for model type 'bloom', whose language part does not ask")
     assert refusal(bloom) == refusal(AutoConfig.for_model("bloom", attn_implementation="hip")), (

@@ -22,12 +22,12 @@ import hip_hf
 from hip_hf import HiPCache
 from hip_hf.cache import offload
 from hip_hf.cache.pages import BlockTable
-from hip_hf.integration import hip_cache
+from hip_hf.integration import paged_layer
 
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hip_cache, "PAGE", 8)
+    monkeypatch.setattr(paged_layer, "PAGE", 8)
 
 
 def decoded(model: PreTrainedModel, cache: HiPCache, lengths: list[int], steps: int = 8, chunk: int = 1000) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Olmo2Config, PreTrainedModel
 
 import hip_hf
-from hip_hf.integration.patches import base, registry
+from hip_hf.integration.patches import families, forward
 
 
 def logits(model: PreTrainedModel, batch: dict[str, torch.Tensor], **fields: Any) -> torch.Tensor:
@@ -28,20 +28,20 @@ def forwards(model: PreTrainedModel) -> list[Any]:
 
 
 def attention(model: PreTrainedModel) -> list[Any]:
-    return [module for module in model.modules() if base.patched(module) is not None]
+    return [module for module in model.modules() if forward.patched(module) is not None]
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The attention classes whose patched forward ran."""
     seen: list[str] = []
-    original = base.forward
+    original = forward.forward
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(type(self).__name__)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(base, "forward", counted)
+    monkeypatch.setattr(forward, "forward", counted)
     return seen
 
 
@@ -64,7 +64,7 @@ def test_same_bits_as_the_registered_attention(family: str, calls: list[str]) ->
     hip_hf.patch(model)
     actual = run()
     assert len(calls) == 2 * (1 + 2 * 9)
-    assert set(calls) == {registry.patcher_for(model.config.model_type).attention}
+    assert set(calls) == {families.patcher_for(model.config.model_type).attention}
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -80,7 +80,7 @@ def test_same_bits_in_continuous_batching(family: str, calls: list[str]) -> None
     assert not calls
     hip_hf.patch(model)
     assert batched(model, given, new=3) == tokens
-    assert set(calls) == {registry.patcher_for(model.config.model_type).attention}
+    assert set(calls) == {families.patcher_for(model.config.model_type).attention}
     assert len(seen) == len(expected) > 3
     for a, b in zip(seen, expected, strict=True):
         assert torch.equal(a, b)
@@ -265,7 +265,7 @@ def test_gradients_and_checkpointing_give_the_same_bits(family: str) -> None:
 
 def test_the_patcher_of_the_docs(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
     """The page on writing patchers has a whole one: run as it stands there."""
-    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
     monkeypatch.setitem(PATCHED, "olmo2", Olmo2Config(**_BASE))
     model, batch = make_model("olmo2"), make_batch([90, 50])
     expected = logits(model, batch)
@@ -275,7 +275,7 @@ def test_the_patcher_of_the_docs(monkeypatch: pytest.MonkeyPatch, calls: list[st
     assert len(page.splitlines()) < 80
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(code, {})
-    assert "olmo2" in registry.families()
+    assert "olmo2" in families.families()
     hip_hf.patch(model)
     assert torch.equal(logits(model, batch), expected)
     assert calls == ["Olmo2Attention"] * 2
@@ -284,6 +284,6 @@ def test_the_patcher_of_the_docs(monkeypatch: pytest.MonkeyPatch, calls: list[st
 
 
 def test_patcher_files_are_short() -> None:
-    for path in Path(registry.__file__).parent.glob("*.py"):
-        if path.stem not in ("base", "registry"):
+    for path in Path(families.__file__).parent.glob("*.py"):
+        if path.stem not in ("forward", "registry"):
             assert len(path.read_text().splitlines()) < 80, path.name

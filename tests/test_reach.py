@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaConfig, PreTrainedModel
 
 import hip_hf
-from hip_hf.integration import attention_function
-from hip_hf.integration.hip_cache import PagedHybridLayer
+from hip_hf.integration import layer_attention
+from hip_hf.integration.paged_layer import PagedHybridLayer
 
 IGNORE = ["openai-gpt", "cpmant", "xlnet", "reformer", "mamba", "rwkv"]
 
@@ -109,7 +109,7 @@ def test_state_of_hybrid_layers_and_of_rebuilt_keys(name: str, cache: str, monke
     kept, rows = run()
     paged = cache == "dynamic" and name not in ("deepseek_v3", "jetmoe")
     assert rows == {("sparse", "pages" if paged else "kept state")}
-    monkeypatch.setattr(attention_function, "state_of", lambda keys, model_type: None)
+    monkeypatch.setattr(layer_attention, "state_of", lambda keys, model_type: None)
     torch.testing.assert_close(kept, run()[0], atol=1e-4, rtol=1e-4)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hip_hf
 from hip_hf import HiPCache
-from hip_hf.integration import attention_function
+from hip_hf.integration import layer_attention
 
 _SHARED: dict[str, Any] = dict(
     num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=24
@@ -105,8 +105,8 @@ def test_each_layer_keeps_its_own_selection(monkeypatch: pytest.MonkeyPatch) -> 
             rows[layer] = state.rows[0].selection
         return result
 
-    attend = attention_function.attend
-    monkeypatch.setattr(attention_function, "attend", watched)
+    attend = layer_attention.attend
+    monkeypatch.setattr(layer_attention, "attend", watched)
     for at in range(180, 192):
         logits(model, {"input_ids": ids[:, at : at + 1]}, past_key_values=cache)
     assert made_for.count(False) == 4, "two layers, two selections each in 12 steps"
@@ -118,7 +118,7 @@ def test_each_layer_keeps_its_own_selection(monkeypatch: pytest.MonkeyPatch) -> 
     assert [state.rows[0].position for state in states] == [182] * 2
 
 
-def test_a_failure_in_a_layer_of_few_rows_takes_back_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_a_layer_that_reuses_keys_reaches_their_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has one query row, where the layers before it have cached 40 tokens."""
     model, ids = make("gemma4_text"), make_batch([100])["input_ids"]
     cache = HiPCache(model.config)
@@ -128,12 +128,14 @@ def test_a_failure_in_a_layer_of_few_rows_takes_back_the_whole_call(monkeypatch:
             raise torch.OutOfMemoryError("no memory")
         return attend(problem, config, layer, *args)
 
-    attend = attention_function.attend
-    monkeypatch.setattr(attention_function, "attend", exhausted)
+    attend = layer_attention.attend
+    monkeypatch.setattr(layer_attention, "attend", exhausted)
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         logits(model, {"input_ids": ids[:, :40]}, past_key_values=cache, logits_to_keep=1)
-    assert [layer.get_seq_length() for layer in cache.layers[:2]] == [0, 0]
     monkeypatch.undo()
+    with pytest.raises(ValueError, match="got a cache that holds a part of a call which failed"):
+        logits(model, {"input_ids": ids[:, :40]}, past_key_values=cache)
+    cache.reset()
     got = logits(model, {"input_ids": ids}, past_key_values=cache, logits_to_keep=1)
     torch.testing.assert_close(
         got, logits(make("gemma4_text", "eager"), {"input_ids": ids}, logits_to_keep=1), atol=1e-4, rtol=1e-4

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from transformers import LlamaConfig
 
-from hip_hf.integration import hip_cache
-from hip_hf.integration.hip_cache import HiPCache, PagedLayer
+from hip_hf.integration import paged_layer
+from hip_hf.integration.hip_cache import HiPCache
+from hip_hf.integration.paged_layer import PagedLayer
 
 HEADS, DIM, PAGE = 2, 4, 8
 SMALL = dict(num_hidden_layers=1, hip={"window": 16, "sink": 8, "budget": 16, "rescore": 1})
@@ -67,11 +68,11 @@ class Twin:
 class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.before, hip_cache.PAGE = hip_cache.PAGE, PAGE
+        self.before, paged_layer.PAGE = paged_layer.PAGE, PAGE
         self.twin = Twin(3)
 
     def teardown(self) -> None:
-        hip_cache.PAGE = self.before
+        paged_layer.PAGE = self.before
 
     @rule(count=st.integers(1, 40))
     def append(self, count: int) -> None:
@@ -96,7 +97,7 @@ TestMachine.settings = settings(max_examples=30, stateful_step_count=30, deadlin
 
 @pytest.mark.parametrize("offload", [None, "cpu"])
 def test_ten_thousand_steps(offload: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hip_cache, "PAGE", PAGE)
+    monkeypatch.setattr(paged_layer, "PAGE", PAGE)
     chance, twin = random.Random(0), Twin(3, offload)
     sizes = []
     for step in range(10_000):

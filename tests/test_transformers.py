@@ -151,9 +151,9 @@ def test_holes_in_the_padding_mask_go_dense_with_one_warning():
     with torch.no_grad():
         expected = model(**batch).logits
     model.set_attn_implementation("hip")
-    from hip_hf.integration import attention_function
+    from hip_hf.integration import layer_attention
 
-    attention_function._warned.clear()
+    layer_attention._warned.clear()
     with pytest.warns(UserWarning, match="padding in the middle") as caught, torch.no_grad():
         actual = model(**batch).logits
     assert len(caught) == 1

@@ -30,8 +30,8 @@ from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.cache.offload import OffloadedStore
 from hip_hf.cache.pages import BlockTable, PagedTensor
 from hip_hf.eval.measure.doctor import SMALL, SMALL_HEADS
+from hip_hf.integration.api import configure
 from hip_hf.integration.explain import explain
-from hip_hf.integration.settings import configure
 from hip_hf.problem import AttentionProblem
 from hip_hf.state import DecodeState
 

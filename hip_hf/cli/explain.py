@@ -10,8 +10,8 @@ import typer
 
 from hip_hf.cli.inputs import Dtype, load, parse_fields
 from hip_hf.eval.reporting import report
-from hip_hf.integration.attention_function import NAMES
 from hip_hf.integration.explain import explain
+from hip_hf.integration.names import NAMES
 from hip_hf.integration.settings import text_config
 
 

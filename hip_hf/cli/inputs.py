@@ -12,7 +12,7 @@ import typer
 from hip_hf.cli.network import network_error
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import documents
-from hip_hf.integration.settings import configure
+from hip_hf.integration.api import configure
 
 # `auto`: as the checkpoint was saved.
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

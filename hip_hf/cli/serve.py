@@ -12,8 +12,8 @@ from transformers.utils.import_utils import is_serve_available
 from hip_hf.cli.inputs import cannot_load, parse_fields
 from hip_hf.config import HiPConfig
 from hip_hf.integration import serve as integration
-from hip_hf.integration.attention_function import NAMES
-from hip_hf.integration.settings import configure
+from hip_hf.integration.api import configure
+from hip_hf.integration.names import NAMES
 
 MISSING = "hip-hf serve: the server is not installed (pip install 'hip-hf[serve]')"
 # What Transformers' command has under these names is asked for otherwise: a model must be named, and attends by `hip`.

@@ -1,66 +1,33 @@
-"""The attention functions registered with Transformers: a call of a layer becomes an `AttentionProblem`."""
+"""The attention function registered with Transformers: a call of a layer goes on as it is, or in a graph of `torch.compile`."""
 
 from __future__ import annotations
 
-import functools
-import warnings
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from hip_hf.attention import attend
-from hip_hf.backends.torch import dense
 from hip_hf.cache.pages import PagedTensor
-from hip_hf.integration import changes, continuous_batching, reach
-from hip_hf.integration.cache_layers import CUT_OFF, cache_kind, cut_off, install, outside_of_graphs, state_of
-from hip_hf.integration.extension import extended, positions_of, refuse_followed, turned_back
-from hip_hf.integration.holes import attend_runs, few_before, mask_runs
-from hip_hf.integration.masks import (
-    check_mask,
-    hip_mask,
-    holds_positions,
-    mask_spans,
-    mask_window,
-    narrowed,
-    unmasked_rows,
-    visible_rows,
-)
-from hip_hf.integration.settings import NO_ATTENTIONS, layer_index, layer_settings
-from hip_hf.integration.undo import leaving_the_cache
-from hip_hf.problem import AttentionProblem, make_spans, tracing
-
-# Registered names, and the method each of them forces (None: the one in the settings).
-NAMES = {"hip": None, "streaming": "streaming", "hyper": "hyper"}
-
-_HOLES = "padding in the middle of a row"
-
-# Arguments of a layer that change what attention means, and that we would silently ignore.
-_REFUSED = {
-    "position_bias": "a learned position bias",
-    "indices": "the layer's own sparse indices",
-    "block_indices": "the layer's own sparse indices",
-}
+from hip_hf.integration import continuous_batching
+from hip_hf.integration.cache_layers import CUT_OFF, cut_off, outside_of_graphs, spoil
+from hip_hf.integration.layer_attention import attend_layer, is_bidirectional, refuse
+from hip_hf.problem import tracing
 
 
-@dataclass(frozen=True)
-class Call:
-    """What the last call of a layer did; `explain` shows it. `unmasked`: rows of a batch that came without a padding mask."""
-
-    method: str
-    path: str
-    reason: str
-    share: float
-    cache: str
-    unmasked: int = 0
-
-
-@leaving_the_cache
 def attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
+    """See `attend_layer`. A `HiPCache` has the call's tokens already: where attention fails, it is told, and is unusable then."""
+    if torch.compiler.is_compiling():
+        return _compiled(module, query, key, *args, **kwargs)
+    try:
+        return _attend(module, query, key, *args, **kwargs)
+    except BaseException as error:
+        spoil(key, module.config.model_type, error)  # type: ignore[union-attr, arg-type]
+        raise
+
+
+def _attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
     """See `attend_layer`; attention to a cache that has cut off its gradients says so to whoever asks for them."""
     cached = isinstance(key, PagedTensor) and torch.is_grad_enabled()
     if not cached or not (query.requires_grad or getattr(key, CUT_OFF, False)):
@@ -70,7 +37,7 @@ def attention_forward(
     return cut_off(out), None
 
 
-def attend_layer(
+def _compiled(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -86,177 +53,17 @@ def attend_layer(
     unrotated: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer: query `[B, Hq, Tq, D]`, key and value `[B, Hkv, Tk, D]` -> `[B, Tq, Hq, Dv]`.
+    """`attention_forward` while a graph is being made: an operator of the graph, or a call at which the graph breaks. What is
+    dense whatever the settings say (bidirectional, `torch.export`) is made of tensor operations, which any graph can hold."""
+    fields: dict[str, Any] = dict(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
+    fields |= dict(is_causal=is_causal, method=method, unrotated=unrotated, **kwargs)
+    if is_bidirectional(module, attention_mask, is_causal) or tracing():
+        return attend_layer(module, query, key, value, attention_mask, dropout, **fields)
+    refuse(module, dropout, kwargs)
+    from hip_hf.integration import in_graph  # an operator takes long to register
 
-    `unrotated`: query and key come from a patched layer, before RoPE.
-
-    Raises:
-        ValueError: the layer asks for something that would be computed wrongly, or the mask does not fit.
-            The cache is as it was.
-    """
-    _refuse(module, dropout, kwargs)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # a mask of integers is ours and says itself what is causal, whatever the layer says (the decoder of BigBird-Pegasus)
-    if not is_causal and (attention_mask is None or not holds_positions(attention_mask)):
-        problem = AttentionProblem(query, key, value, (), scale, None, softcap, s_aux)
-        return _bidirectional(module, problem, attention_mask, scaling, kwargs)
-    follower = tracing()
-    if follower:
-        problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
-        return _followed(follower, module, problem, attention_mask)
-    cache = continuous_batching.cache_of(key, kwargs)
-    if torch.compiler.is_compiling():
-        from hip_hf.integration import in_graph  # an operator takes long to register
-
-        if cache is None and in_graph.serves(query, key):
-            given = (scaling, sliding_window, softcap, s_aux, is_causal, method, unrotated)
-            return in_graph.attention(module, query, key, value, attention_mask, *given), None
-        fields: dict[str, Any] = dict(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
-        fields |= dict(is_causal=is_causal, method=method, unrotated=unrotated, **kwargs)
-        return outside_of_graphs(attention_forward, module, query, key, value, attention_mask, **fields)
-    settings = layer_settings(module, method)
-    layer: Any = layer_index(module)
-    if attention_mask is not None:
-        attention_mask = narrowed(attention_mask, key.shape[2])
-    if cache is None and attention_mask is not None:
-        check_mask(attention_mask, query.shape, key.shape[2])
-        sliding_window = mask_window(attention_mask, sliding_window)
-    state = state_of(key, module.config.model_type)  # type: ignore[union-attr, arg-type]
-    kind, positions = cache_kind(key, state, query.shape[2]), None
-    if state is not None:
-        state = state.of_layer(layer)
-    if unrotated or extended(module, sliding_window):
-        positions = positions_of(module, settings)
-        if not unrotated:
-            query, key = turned_back(positions, query, key, cache)
-    problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux, positions)
-    if cache is not None:  # continuous batching: packed requests, whose mask says nothing we need
-        if sliding_window is None:
-            problem = replace(problem, sliding_window=getattr(module, "sliding_window", None))
-        result = continuous_batching.continuous(problem, settings, layer, cache, kwargs)
-        module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "continuous batching")
-        return result.out.transpose(1, 2).contiguous(), None
-    why = _unsayable(attention_mask, query.shape[2])
-    runs = mask_runs(attention_mask, query.shape[2]) if attention_mask is not None and why == _HOLES else []
-    if why and positions is not None:
-        raise ValueError(f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side")
-    if runs and few_before(problem, settings, runs):
-        result = attend_runs(problem, settings, layer, state, runs)
-        out, call = result.out, Call(settings.method, result.path, result.reason, result.share, kind)
-    elif why:
-        out = _under(attention_mask, sliding_window, problem)
-        call = Call(settings.method, "dense", why, 1.0, kind)
-        _warn_once(layer, why)
-    else:
-        spans = make_spans(query, key) if attention_mask is None else mask_spans(attention_mask, query.shape[2])
-        problem = replace(problem, spans=spans or ())
-        result = attend(problem, settings, layer, state)
-        out = result.out
-        unmasked = unmasked_rows(attention_mask, len(query))
-        call = Call(settings.method, result.path, result.reason, result.share, kind, unmasked)
-        if result.unsupported:
-            _warn_once(layer, result.reason)
-    module.__dict__["_hip_call"] = call
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    if dropout:
-        raise ValueError(f"dropout: got {dropout}, allowed: 0 (sparse attention has no attention dropout)")
-    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-        raise ValueError(NO_ATTENTIONS)
-    for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: {type(module).__name__} passes {what}, allowed: None")
-
-
-def _unsayable(mask: torch.Tensor | None, rows: int) -> str:
-    """Why a mask cannot be said by spans, or an empty string."""
-    if mask is None:
-        return ""
-    if not holds_positions(mask):
-        return "the mask is not causal, or not made by hip"
-    return _HOLES if mask_spans(mask, rows) is None else ""
-
-
-def _under(mask: torch.Tensor | None, window: int | None, problem: AttentionProblem) -> torch.Tensor:
-    """Dense attention `[B, Hq, Tq, Dv]` under any mask; None: the query rows are the last ones."""
-    return dense.masked(problem, visible_rows(mask, window, problem.q.shape[2], problem.k))[0]
-
-
-def _followed(
-    follower: str, module: nn.Module, problem: AttentionProblem, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, None]:
-    """A call whose tensors `follower` follows (torch.export, torch.func), which could not follow a selection: it is dense, and
-    no number of a tensor is looked at."""
-    refuse_followed(module.config, follower)
-    window, keys = problem.sliding_window, problem.k.shape[2]
-    if mask is not None:
-        mask = narrowed(mask, keys)
-        check_mask(mask, problem.q.shape, keys)
-        window = mask_window(mask, window)
-    out = _under(mask, window, problem)
-    if follower != "torch.export":  # in which Python leaves no traces
-        why = f"{follower} follows the tensors, and could not follow a selection"
-        module.__dict__["_hip_call"] = Call("dense", "dense", why, 1.0, "none")
-        _warn_once(layer_index(module), why)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _bidirectional(
-    module: nn.Module,
-    problem: AttentionProblem,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, None]:
-    module.__dict__["_hip_call"] = Call("dense", "dense", "attention is not causal", 1.0, "none")
-    q, k, v = problem.q, problem.k, problem.v
-    if problem.softcap is None and problem.sinks is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=False, **kwargs)
-    seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
-    return _under(seen, None, problem).transpose(1, 2).contiguous(), None
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(layer: int | None, reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
-        text = f"hip: layer {layer} was computed densely: {reason}. hip_hf.explain(model) shows every layer's path."
-        warnings.warn(text, stacklevel=4)
-
-
-def _forget_names() -> None:
-    """Transformers has no public way to take a name back."""
-    for name in NAMES:
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
-
-
-def register() -> None:
-    """Make the names in `NAMES` known to Transformers. Importing `hip_hf` has done so already; calling it again is harmless."""
-    for name, method in NAMES.items():
-        AttentionInterface.register(name, functools.partial(attention_forward, method=method))
-        AttentionMaskInterface.register(name, hip_mask)
-    changes.at_undo(_forget_names)
-    from hip_hf.integration.patches import registry
-
-    install()
-    continuous_batching.install()
-    reach.install()
-    registry.install()
-
-
-def unregister() -> None:
-    """Take back all that `register` and `hip_hf.integration.serve` have changed in Transformers, which then knows no `hip`.
-
-    Models that attend by `hip` cannot be called until `register` is called again; `unpatch` gives back the forwards of those
-    that were patched. What something else has put in the place of a change of ours stays there. Harmless a second time.
-    """
-    changes.undo()
+    if continuous_batching.cache_of(key, kwargs) is None and in_graph.serves(query, key):
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        given = (scaling, sliding_window, softcap, s_aux, causal, method, unrotated)
+        return in_graph.attention(module, query, key, value, attention_mask, *given), None
+    return outside_of_graphs(attention_forward, module, query, key, value, attention_mask, dropout, **fields)

@@ -9,17 +9,14 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionAndStaticFullAttentionLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, LinearAttentionAndStaticFullAttentionLayer, StaticLayer
 
 from hip_hf.cache.pages import PagedTensor
-from hip_hf.integration.changes import set_attribute, set_item
-from hip_hf.integration.extension import UNROTATED, check_cache
-from hip_hf.integration.settings import attends_by_us
 from hip_hf.state import DecodeState
 
 # Model types whose layers make the keys of attention out of what the cache returns, by a function of each cached token alone:
@@ -39,11 +36,14 @@ REBUILT = (
 # Attributes of the returned keys, by which attention finds the state of their cache layer, `explain` its kind, and whether
 # gradients were asked for through what is cached.
 STATE, KIND, CUT_OFF = "_hip_state", "_hip_kind", "_hip_cut_off"
+# And the `HiPCache` that returned them, to be told where the call fails.
+CACHE = "_hip_cache"
 # The same for a graph of `torch.compile`, which knows a state by its number.
 NUMBER = "_hip_number"
 
 
-# Of each thread: `state` of the layer of a cache that was updated last, until attention has asked for it.
+# Of each thread: `state` of the layer of a cache that was updated last, until attention has asked for it; and a weak reference to
+# the `HiPCache` that was updated last.
 _newest = threading.local()
 
 
@@ -104,6 +104,29 @@ def state_of(keys: torch.Tensor, model_type: str) -> DecodeState | None:
     return getattr(keys, STATE, newest if model_type in REBUILT else None)
 
 
+def unusable(what: str) -> ValueError:
+    """The error of going on with a cache that a call has left with a part of its tokens."""
+    return ValueError(f"past_key_values: got a cache {what}, allowed: `reset()` before it is used again, or a new one")
+
+
+def returned_by(cache: Any, keys: torch.Tensor) -> None:
+    """Note which `HiPCache` returned `keys`."""
+    setattr(keys, CACHE, cache)
+    _newest.cache = weakref.ref(cache)
+
+
+def spoil(keys: torch.Tensor, model_type: str, error: BaseException) -> None:
+    """Tell the `HiPCache` that returned `keys` `[B, Hkv, T, D]`, or what they were made of, if one did, that attention
+    to them has failed with `error`."""
+    cache: Any = getattr(keys, CACHE, None)
+    if cache is None and model_type in REBUILT:
+        cache = getattr(_newest, "cache", lambda: None)()
+        if cache is not None and cache.get_seq_length() != keys.shape[2]:  # of another call
+            return
+    if cache is not None:
+        cache.spoil(error)
+
+
 def cache_kind(keys: torch.Tensor, state: DecodeState | None, rows: int) -> str:
     """How `explain` names the cache behind `keys`."""
     if isinstance(keys, PagedTensor):
@@ -148,57 +171,3 @@ def cut_off(x: torch.Tensor) -> torch.Tensor:
         text = "hip: a HiPCache keeps tokens without their gradients, so a backward pass through this call would raise"
         warnings.warn(f"{text}. torch.no_grad() around it saves its memory.", stacklevel=2)
     return _CutOff.apply(x, torch.zeros((), requires_grad=True, device=x.device))
-
-
-def _new_object(cls: type, *args: Any, **kwargs: Any) -> Any:
-    """What Python does for a class without a `__new__`."""
-    return object.__new__(cls)
-
-
-def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
-    """`DynamicCache.__new__`: the cache made from the config of a `hip` model, and from nothing else, is a `HiPCache`."""
-    config = kwargs.get("config")
-    others = {name: value for name, value in kwargs.items() if name != "config"}
-    if (
-        cls is DynamicCache
-        and not args
-        and at_defaults(others)
-        and config is not None
-        and attends_by_us(config.get_text_config(decoder=True))
-    ):
-        from hip_hf.integration.hip_cache import HiPCache
-
-        cls = HiPCache
-    return object.__new__(cls)
-
-
-def _guard_updates() -> None:
-    """Let no cache mix keys with and without rotation (context extension): those without are marked, by patched layers."""
-    update = Cache.update
-    if update.__name__ == "hip_update":
-        return
-
-    def hip_update(self: Any, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        unrotated = getattr(key_states, UNROTATED, False)
-        if unrotated or hasattr(self, UNROTATED):
-            from hip_hf.integration.undo import all_or_none  # which knows the layers above
-
-            with all_or_none(self, layer_idx, key_states.shape[2], ValueError):
-                check_cache(self, layer_idx, unrotated)
-        return update(self, key_states, value_states, layer_idx, *args, **kwargs)
-
-    set_attribute(Cache, "update", hip_update)
-
-
-def install() -> None:
-    """Let caches made from a model's config be the ones above, and all caches keep to one kind of keys."""
-    _guard_updates()
-    ours = {StaticLayer: HiPStaticLayer, LinearAttentionAndStaticFullAttentionLayer: HiPHybridStaticLayer}
-    mapping = cache_utils.STATIC_LAYER_TYPE_MAPPING
-    for name, layer in list(mapping.items()):
-        if layer in ours:
-            set_item(mapping, name, ours[layer])
-    if "__new__" not in vars(DynamicCache):
-        # what a class once had in this place cannot be deleted: `object.__new__` would refuse all arguments ever after
-        DynamicCache.__new__ = _new_object  # type: ignore[method-assign]
-    set_attribute(DynamicCache, "__new__", _new_dynamic_cache)

@@ -26,8 +26,8 @@ from hip_hf.attention import Result, attend
 from hip_hf.cache.pages import BlockTable, Lane, PagedTensor, Store
 from hip_hf.config import HiPConfig
 from hip_hf.integration.changes import at_undo, set_attribute
+from hip_hf.integration.names import attends_by_us
 from hip_hf.integration.packed import Forward, Kept, Place, find_place, forward_of, states_of
-from hip_hf.integration.settings import attends_by_us
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 

@@ -17,11 +17,11 @@ from hip_hf.attention import attend
 from hip_hf.backends.choice import kernels_wanted
 from hip_hf.backends.torch.decode_buffer import attend_next, gathered_rows
 from hip_hf.config import HiPConfig
-from hip_hf.integration.attention_function import Call
 from hip_hf.integration.extension import positions_of
-from hip_hf.integration.hip_cache import HiPCache, PagedLayer
+from hip_hf.integration.hip_cache import HiPCache
+from hip_hf.integration.layer_attention import Call
 from hip_hf.integration.masks import holds_positions, mask_spans, mask_window, unmasked_rows
-from hip_hf.integration.undo import leaving_the_cache
+from hip_hf.integration.paged_layer import PagedLayer
 from hip_hf.problem import AttentionProblem
 from hip_hf.state import DecodeState, RowState
 
@@ -55,34 +55,36 @@ def next_token(
         if layer.hip_state.device is None:  # the kernels have not served this cache so far: the interface says why
             return None
         key, value = cache.update(key, value, module.layer_idx)
-        return _attend(module, query, key, value, replace(problem, k=key, v=value), settings, layer.hip_state, unmasked)
+        return _attend(module, cache, query, replace(problem, k=key, v=value), settings, layer.hip_state, unmasked)
     rows = gathered_rows(problem, settings, layer.hip_state)
     if rows is None:
         return None
     cache.append(key, value, module.layer_idx)
-    return _attend_next(module, query, key, value, problem, rows, settings, unmasked)
+    return _attend_next(module, cache, query, key, value, problem, rows, settings, unmasked)
 
 
-@leaving_the_cache
 def _attend(
     module: Any,
+    cache: HiPCache,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
     problem: AttentionProblem,
     settings: HiPConfig,
     state: DecodeState,
     unmasked: int,
 ) -> torch.Tensor:
     """Attention to what the cache now holds."""
-    result = attend(problem, settings, module.layer_idx, state)
+    try:
+        result = attend(problem, settings, module.layer_idx, state)
+    except BaseException as error:
+        cache.spoil(error)
+        raise
     module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "pages", unmasked)
     return result.out.transpose(1, 2)
 
 
-@leaving_the_cache
 def _attend_next(
     module: Any,
+    cache: HiPCache,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -93,6 +95,10 @@ def _attend_next(
 ) -> torch.Tensor:
     """Attention to what is gathered and to the step's own key and value, which are in the cache already."""
     out = query.new_empty(*query.shape[:3], value.shape[-1])
-    share = attend_next(problem, rows, zip(key, value, strict=True), out, None)
+    try:
+        share = attend_next(problem, rows, zip(key, value, strict=True), out, None)
+    except BaseException as error:
+        cache.spoil(error)
+        raise
     module.__dict__["_hip_call"] = Call(settings.method, "sparse", "", share, "pages", unmasked)
     return out.transpose(1, 2)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from hip_hf.integration.attention_function import NAMES, Call
+from hip_hf.integration.layer_attention import Call
+from hip_hf.integration.names import NAMES, attends_by_us
 from hip_hf.integration.reach import attention_layers, check_reach
-from hip_hf.integration.settings import attends_by_us, layer_index, text_config
+from hip_hf.integration.settings import layer_index, text_config
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hip_hf.config import HiPConfig
+from hip_hf.integration.patches.families import families
 from hip_hf.integration.settings import layer_index
 from hip_hf.rope import CHUNK_INDEXED_LAYERS, Positions, Rope
 
@@ -30,7 +31,7 @@ _NOT_TURNED_BACK = {
     "smollm3": "some of its layers have no RoPE",
     "cohere2": "some of its layers have no RoPE",
 }
-# Attribute of keys that are not rotated; of caches, by layer, whether theirs are.
+# Attribute of keys that are not rotated.
 UNROTATED = "_hip_unrotated"
 
 
@@ -54,8 +55,6 @@ def extended(module: Any, sliding_window: int | None) -> bool:
 
 def check_extension(settings: HiPConfig, config: Any) -> None:
     """Raise ValueError, with the reason, if `settings` extend the context and a model with this text config cannot."""
-    from hip_hf.integration.patches.registry import families
-
     if settings.extend is None:
         return
     field = f"HiPConfig.extend: got {settings.extend!r}, allowed for this model: None"
@@ -119,25 +118,15 @@ def positions_of(module: Any, settings: HiPConfig) -> Positions:
     return positions
 
 
-def check_cache(cache: Any, layer: int, unrotated: bool) -> None:
-    """Note what kind of keys a layer of a cache gets from now on. Asked at every update of a cache that ever got keys without
-    rotation, whichever layer of whichever model, patched or not, updates it (`integration/cache_layers.py`).
-
-    Raises:
-        ValueError: it holds keys of the other kind.
-    """
-    if hasattr(cache, "layers") and layer < len(cache.layers) and hasattr(cache.layers[layer], "unrotated"):
-        return  # a layer in pages looks itself
-    kept = cache.__dict__.setdefault(UNROTATED, {})
-    if kept.get(layer) == unrotated:
-        return
-    if kept.get(layer, False) != unrotated and cache.get_seq_length(layer) > 0:
-        raise mixed_keys(unrotated)
-    kept[layer] = unrotated
+def other_cache(what: str, extend: Any) -> ValueError:
+    """The error of extending the context with a cache that does not know whether its keys are rotated."""
+    return ValueError(
+        f"past_key_values: got {what}, allowed with extend={extend!r}: a HiPCache, which `generate` makes by itself"
+    )
 
 
 def mixed_keys(unrotated: bool) -> ValueError:
-    """The error of adding keys of one kind (`unrotated` or not) to a cache with those of the other."""
+    """The error of adding keys of one kind (`unrotated` or not) to a `HiPCache` with those of the other."""
     now, before = ("'streaming'", None) if unrotated else (None, "'streaming'")
     allowed = f"with extend={now} an empty one, or one filled so"
     return ValueError(f"past_key_values: got a cache filled with extend={before}, allowed: {allowed}")
@@ -155,6 +144,6 @@ def turned_back(positions: Positions, query: torch.Tensor, key: torch.Tensor, ca
         raise ValueError("extend: got continuous batching without a patcher, allowed: a patched family")
     if not getattr(key, UNROTATED, False):
         if first:
-            raise ValueError("past_key_values: got a cache of rotated keys, allowed with `extend` without a patcher: a HiPCache")
+            raise other_cache("another one, whose keys are rotated", "streaming")
         key = positions.rope.unrotated(key, 0)
     return positions.rope.unrotated(query, first), key

@@ -18,6 +18,7 @@ from torch import nn
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.integration.cache_layers import KIND, NUMBER, STATE
 from hip_hf.integration.graph_step import step
+from hip_hf.integration.layer_attention import attend_layer
 from hip_hf.integration.settings import layer_index
 from hip_hf.problem import exporting
 from hip_hf.state import numbered_state
@@ -150,8 +151,6 @@ def _given(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
 
 def _attend(number: int, given: list[torch.Tensor], mask: torch.Tensor | None, said: Said, rest: tuple[Any, ...]) -> torch.Tensor:
     """`layer` outside of a graph, of the tensors `_given`. `rest`: what `layer` is given from `scale` on, but for `unmasked`."""
-    from hip_hf.integration.attention_function import attend_layer
-
     query, key, value, *sinks = given
     if mask is not None:
         mask = mask.view_as(mask)  # another object, as `key` is

@@ -23,8 +23,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 
 from hip_hf.geometry import Span
 from hip_hf.integration.extension import refuse_followed
-from hip_hf.integration.reach import ignored
-from hip_hf.integration.settings import check_config
+from hip_hf.integration.model_checks import check_config, refuse_foreign_model
 from hip_hf.problem import exporting, tracing
 
 PAD = torch.iinfo(torch.int32).max
@@ -142,32 +141,6 @@ def _computes_with_it(config: PreTrainedConfig | None, rows: int, parts: dict[st
     if rows > 1 and not kwargs.get("allow_is_causal_skip", True) and "packed_sequence_mask_function" not in parts:
         _computing.add(type(config))
     return type(config) in _computing or getattr(config, "model_type", None) in _COMPUTES_WITH_IT
-
-
-_foreign: dict[type, bool] = {}
-
-
-def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
-    """Raise ValueError for a model that accepts any attention name but ignores it (Bloom, MPT, ...), changes masks
-    (DeepSeek-V4), or has layers that choose keys by themselves (DeepSeek-V3.2)."""
-    if config is None:
-        return
-    if any("compressed" in kind for kind in getattr(config, "layer_types", None) or ()):
-        raise ValueError(
-            f"attn_implementation: got {config._attn_implementation!r} for model type {config.model_type!r} with compressed "
-            "layers, which put compressed keys behind the others and extend the mask for them; allowed: `eager`"
-        )
-    if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(f"indices: {config.model_type} passes the layer's own sparse indices, allowed: None")
-    kind = type(config)
-    if kind not in _foreign:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
-        model = next((m[kind] for m in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING) if kind in m), None)
-        can_set = getattr(model, "_can_set_attn_implementation", None)
-        _foreign[kind] = can_set is not None and not can_set()
-    if _foreign[kind]:
-        raise ignored(config._attn_implementation, config.model_type)
 
 
 def packed_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...]:

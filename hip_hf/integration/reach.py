@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from hip_hf.integration.changes import set_attribute
-from hip_hf.integration.settings import is_ours, text_config, text_part
+from hip_hf.integration.names import is_ours
+from hip_hf.integration.settings import text_config
 
 # The table of attention functions, as modeling files call it.
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
@@ -121,26 +121,3 @@ def check_heads(model: PreTrainedModel, name: str | None) -> None:
                 f"tp_size: got {processes} processes for the {heads} key heads of {type(model).__name__}, allowed: {allowed} "
                 "(each process holds whole heads)"
             )
-
-
-def install() -> None:
-    """Let models be looked at before their layers are made, and as their attention is set. (The look at the layers that were
-    made is in `integration/patches/registry.py`.) Harmless when called again."""
-    adjust, change = PreTrainedModel._check_and_adjust_attn_implementation, PreTrainedModel.set_attn_implementation
-    if adjust.__name__ == "hip_adjust":
-        return
-
-    def hip_adjust(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        check_class(self, attn_implementation)
-        return adjust(self, attn_implementation, *args, **kwargs)
-
-    def hip_set(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        asked = attn_implementation
-        if isinstance(asked, dict):
-            asked = asked.get(text_part(self), asked.get(""))
-        check_reach(self, asked)
-        check_heads(self, asked)
-        change(self, attn_implementation, *args, **kwargs)
-
-    set_attribute(PreTrainedModel, "_check_and_adjust_attn_implementation", hip_adjust)
-    set_attribute(PreTrainedModel, "set_attn_implementation", hip_set)

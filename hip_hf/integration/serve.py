@@ -23,7 +23,7 @@ import transformers
 from transformers.utils import logging
 
 from hip_hf.integration.changes import set_attribute
-from hip_hf.integration.settings import is_ours
+from hip_hf.integration.names import is_ours
 
 PREFIX = "paged|"  # what a name begins with where continuous batching is meant; Transformers has ceased to need it
 POLL_SECONDS = 0.01

@@ -24,10 +24,6 @@ def why_not() -> str:
         return f"{why}."
     from triton.runtime import JITFunction
 
-<<<<<<< HEAD:hip_hf/eval/measure/kernels.py
-=======
-    from hip_hf.backends.triton.compile import budget, catalogue
->>>>>>> e17edea:hip_hf/eval/kernels.py
     from hip_hf.backends.triton.selection.topk import threshold
 
     if not isinstance(threshold, JITFunction):
@@ -41,17 +37,10 @@ def launches(targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[str],
 
     return [
         (launch, target, dim, DTYPES[kind])
-<<<<<<< HEAD:hip_hf/eval/measure/kernels.py
         for target in targets
         for dim in dims
         for kind in dtypes
-        for launch in budget.launches_of(dim, DTYPES[kind], target)
-=======
-        for target in chosen
-        for dim in numbers
-        for kind in kinds
         for launch in catalogue.launches_of(dim, DTYPES[kind], target)
->>>>>>> e17edea:hip_hf/eval/kernels.py
         if only in launch.name
     ]
 
@@ -60,6 +49,7 @@ def measure(
     work: Iterable[tuple[Any, ...]], before: dict[tuple[Any, ...], dict[str, Any]], spills: int, kept: Resumable
 ) -> list[dict[str, Any]]:
     """A row for each of the launches in `work`: from `kept`, from `before` (see `compiled_before`), or compiled now."""
+
     from hip_hf.backends.triton.compile import budget
 
     columns = {field.name for field in fields(budget.Spent)}

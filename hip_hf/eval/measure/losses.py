@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from hip_hf.config import HiPConfig
+from hip_hf.integration.api import configure
 from hip_hf.integration.hip_cache import HiPCache
-from hip_hf.integration.settings import configure
 
 # Rows whose logits are computed at once: with a vocabulary of 50,000 they take 100 MB, and those of 8K rows 1.6 GB.
 ROWS = 512

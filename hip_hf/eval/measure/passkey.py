@@ -16,8 +16,8 @@ import torch
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact, answer_of, make_prompt
 from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.integration.api import configure
 from hip_hf.integration.explain import Row, explain
-from hip_hf.integration.settings import configure
 
 # An answer is a space and one token per digit; tokenizers that need fewer stop earlier or say more, which is cut off.
 ANSWER_TOKENS = DIGITS + 1

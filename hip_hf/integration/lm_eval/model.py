@@ -19,10 +19,12 @@ from torch import nn
 import hip_hf
 from hip_hf.config import BACKENDS, HiPConfig
 from hip_hf.geometry import DECODE_ROWS
-from hip_hf.integration.attention_function import NAMES, Call
+from hip_hf.integration.api import configure
+from hip_hf.integration.layer_attention import Call
 from hip_hf.integration.lm_eval.registration import UsageError
+from hip_hf.integration.names import NAMES
 from hip_hf.integration.reach import attention_layers
-from hip_hf.integration.settings import configure, read_settings, text_config
+from hip_hf.integration.settings import read_settings, text_config
 
 TRUNCATION = ("left", "middle")
 FIELDS = {field.name: field for field in dataclasses.fields(HiPConfig)}

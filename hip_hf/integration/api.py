@@ -1,0 +1,141 @@
+"""The public functions that change Transformers or a model of it: `register`, `configure`, `patch`, and what takes them back."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hip_hf.config import HiPConfig
+from hip_hf.integration import changes, continuous_batching, default_cache, model_hooks
+from hip_hf.integration.attention_function import attention_forward
+from hip_hf.integration.extension import check_extension
+from hip_hf.integration.masks import hip_mask
+from hip_hf.integration.model_checks import check_layers
+from hip_hf.integration.names import NAMES, attends_by_us
+from hip_hf.integration.patches.forward import unpatch_layer
+from hip_hf.integration.patches.registry import layers_of, layers_to_extend, patch_layers
+from hip_hf.integration.settings import read_settings, text_config, text_part
+
+# In a patched model's `__dict__`: what `unpatch` puts back besides the forwards.
+BEFORE = "_hip_before"
+
+
+@dataclass(frozen=True)
+class Before:
+    """The attention's name and the settings (`config.hip`, None if there were none) of the model's text part before `patch`."""
+
+    implementation: str | None
+    settings: dict[str, Any] | None
+
+
+def _forget_names() -> None:
+    """Transformers has no public way to take a name back."""
+    for name in NAMES:
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def register() -> None:
+    """Make the names in `NAMES` known to Transformers. Importing `hip_hf` has done so already; calling it again is harmless."""
+    for name, method in NAMES.items():
+        AttentionInterface.register(name, functools.partial(attention_forward, method=method))
+        AttentionMaskInterface.register(name, hip_mask)
+    changes.at_undo(_forget_names)
+    default_cache.install()
+    continuous_batching.install()
+    model_hooks.install()
+
+
+def unregister() -> None:
+    """Take back all that `register` and `hip_hf.integration.serve` have changed in Transformers, which then knows no `hip`.
+
+    Models that attend by `hip` cannot be called until `register` is called again; `unpatch` gives back the forwards of those
+    that were patched. What something else has put in the place of a change of ours stays there. Harmless a second time.
+    """
+    changes.undo()
+
+
+def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> HiPConfig:
+    """Set how a model attends; takes effect at its next call and is saved with its config.
+
+    Args:
+        model: a Transformers model; what the settings change is its `config.hip` (of the text config).
+        config: replaces the present settings; None keeps them.
+        fields: single fields of `HiPConfig`, merged over `config` or the present settings.
+
+    Returns:
+        The settings that now hold.
+
+    Raises:
+        ValueError: unknown or out-of-range fields, layers that the model does not have, or `extend` for a model that cannot.
+            Nothing has changed then.
+    """
+    target = text_config(model)
+    if config is not None and not isinstance(config, HiPConfig):
+        raise ValueError(f"config: got {type(config).__name__}, allowed: HiPConfig or None")
+    settings = read_settings(target) if config is None else config
+    if fields:
+        settings = HiPConfig.from_dict({**settings.to_dict(), **fields})
+    check_layers(settings, target)
+    check_extension(settings, target)
+    patched = [] if settings.extend is None else layers_to_extend(model)
+    target.hip = settings.to_dict()
+    patch_layers(patched)
+    return settings
+
+
+def set_attention(model: nn.Module, name: str) -> None:
+    """Let the model's text part, and no other part of it, attend by `name`."""
+    target = text_config(model)
+    if target._attn_implementation == name:
+        return
+    model.set_attn_implementation({text_part(model): name})  # type: ignore[operator]
+
+
+def patch(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> None:
+    """Replace the attention forwards of a loaded model by ours; it attends by `hip` from then on.
+
+    With `extend=None` logits are the same to the bit as with `attn_implementation="hip"`. Patching twice is harmless: forwards
+    stay, settings are set anew. Weights, hooks, adapters and `state_dict` are not touched, nor are parts besides the text's.
+
+    Args:
+        model: a Transformers model of one of the families in `hip_hf.integration.patches.families.families()`.
+        config, fields: settings, as in `configure`.
+
+    Raises:
+        ValueError: a model of another family (the message lists those with a patcher), or settings that `configure` refuses.
+            Nothing has changed then.
+    """
+    layers, target = layers_of(model), text_config(model)
+    before = Before(target._attn_implementation, getattr(target, "hip", None))
+    if config is not None or fields:
+        configure(model, config, **fields)
+    if not attends_by_us(target):
+        set_attention(model, "hip")
+    patch_layers(layers)
+    for layer, _ in layers:  # where `unpatch` finds it, whichever part of the model it is given
+        layer.__dict__.setdefault(BEFORE, before)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give a model its own forwards back, whether `patch`, `configure(extend=...)` or its loading replaced them. The attention's
+    name and the settings are again as they were before `patch`, but for `extend`, which is None then: what extended the
+    context was the patch. Harmless a second time, and for a model that is not patched."""
+    before, patched = None, False
+    for module in model.modules():
+        before = module.__dict__.pop(BEFORE, before)
+        patched |= unpatch_layer(module)
+    if before is None and not patched:
+        return
+    target = text_config(model)
+    settings = getattr(target, "hip", None) if before is None else before.settings
+    if settings is None:
+        target.__dict__.pop("hip", None)
+    else:
+        target.hip = {**settings, "extend": None} if settings.get("extend") is not None else settings
+    if before is not None and before.implementation is not None:
+        set_attention(model, before.implementation)

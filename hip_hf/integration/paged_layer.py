@@ -1,0 +1,243 @@
+"""The layers of a `HiPCache` that keep keys and values in pages, beside them the pyramid and the selection (`DecodeState`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from hip_hf.cache.offload import OffloadedStore
+from hip_hf.cache.pages import BlockTable, PagedTensor, Store, read_all
+from hip_hf.cache.pool import PAGE, PagePool
+from hip_hf.integration.cache_layers import CUT_OFF, KIND, Stateful, cut_off, unusable
+from hip_hf.integration.extension import UNROTATED, check_extension, extends, mixed_keys, rope_of
+from hip_hf.integration.names import attends_by_us
+from hip_hf.integration.settings import read_settings
+from hip_hf.registry import selected_keys
+from hip_hf.rope import Rope
+
+
+class PagedLayer(Stateful, DynamicLayer):
+    """One full-attention layer in pages. `config` is the model's: its attention decides what `update` returns."""
+
+    kind = "paged"
+
+    def __init__(self, config: PreTrainedConfig, offload: str | None = None, device_pages: int | None = None) -> None:
+        self.config, self.offload_to, self.device_pages = config, offload, device_pages
+        self.pool: PagePool | None = None
+        self.tables: list[BlockTable] = []
+        self.length = 0
+        self.cut_off = False  # whether gradients were asked for through what is kept
+        self.appending = False  # or a call was interrupted while it did
+        self.unrotated = False  # whether the keys are as they were before RoPE
+        self.rope: Rope | None = None  # of the model, once keys have had to be turned back
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys as an ordinary tensor `[B, Hkv, T, D]`, gathered now; None while there are none."""
+        return None if self.pool is None else read_all(self.pool.keys, self.tables, self.length)
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._only_none(value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values as an ordinary tensor `[B, Hkv, T, Dv]`, gathered now; None while there are none."""
+        return None if self.pool is None else read_all(self.pool.values, self.tables, self.length)
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._only_none(value)
+
+    def _only_none(self, value: torch.Tensor | None) -> None:
+        if value is not None:
+            raise ValueError(f"keys, values: got {type(value).__name__}, allowed: `update` (the cache is in pages)")
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.device = key_states.device
+        self.pool = self.make_pool(key_states, value_states)
+        self.tables = [BlockTable() for _ in key_states]
+        self.is_initialized = True
+
+    def make_pool(self, keys: torch.Tensor, values: torch.Tensor) -> PagePool:
+        """An empty pool for tensors like these."""
+        settings = read_settings(self.config)
+        sizes = [(x.shape[1], x.shape[3], x.dtype, x.device, PAGE) for x in (keys, values)]
+        if self.offload_to is None or self.device_pages is None:
+            one_piece = settings.backend == "triton" or (settings.backend == "auto" and keys.device.type == "cuda")
+            return PagePool(Store(*sizes[0]), Store(*sizes[1]), one_piece)
+        recent = -(-settings.window // PAGE) + 2
+        # the search reads keys as well
+        key_store = OffloadedStore(*sizes[0], self.offload_to, 2 * self.device_pages, recent)
+        return PagePool(key_store, OffloadedStore(*sizes[1], self.offload_to, self.device_pages, recent))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for attention of ours, else ordinary tensors.
+
+        Raises:
+            ValueError: tensors that do not continue what is cached, or keys of another `extend` than those cached. Nothing has
+                changed. (Gradients flow through the first tokens' call alone: a backward pass through a later one raises.)
+            MemoryError: no memory for more pages. Nothing has changed.
+        """
+        self.check(key_states, value_states)
+        key_states, self.unrotated = self._as_kept(key_states)
+        first = self.length == 0
+        self.append(key_states, value_states)
+        assert self.pool is not None
+        if first:  # all there is has just come: no need to look for it in pages
+            keys, values = key_states, value_states
+        elif attends_by_us(self.config):
+            keys, values = (PagedTensor(store, self.tables, self.length) for store in (self.pool.keys, self.pool.values))
+        else:
+            keys, values = (read_all(store, self.tables, self.length) for store in (self.pool.keys, self.pool.values))
+            if self.cut_off and torch.is_grad_enabled():
+                keys, values = cut_off(keys), cut_off(values)
+        return self.stated(keys), values
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Keep `[B, Hkv, n, D]` as they are. Raises ValueError or MemoryError as `update` does."""
+        if self.appending:
+            raise unusable("with tokens that are half there")
+        self._check_device_pages(self.length + key_states.shape[2])
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.pool is not None
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            self.cut_off, key_states, value_states = True, key_states.detach(), value_states.detach()
+        self.appending = True
+        try:
+            self.pool.append(self.tables, self.length, key_states, value_states)
+        except MemoryError:  # nothing has changed
+            self.appending = False
+            raise
+        self.length, self.appending = self.length + key_states.shape[2], False
+
+    def stated(self, keys: torch.Tensor) -> torch.Tensor:
+        keys = super().stated(keys)
+        setattr(keys, KIND, "pages")
+        setattr(keys, CUT_OFF, self.cut_off)
+        if self.unrotated:
+            setattr(keys, UNROTATED, True)
+        return keys
+
+    def _as_kept(self, keys: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """The keys as they will be kept, and whether that is without RoPE: where settings extend the context, keys of layers that
+        are not patched are turned back."""
+        kept = getattr(keys, UNROTATED, None)
+        if kept is None and extends(self.config) and attends_by_us(self.config):
+            if self.rope is None:
+                check_extension(read_settings(self.config), self.config)
+                self.rope = rope_of(self.config, keys.shape[-1])
+            keys, kept = self.rope.unrotated(keys, self.length), True
+        if self.length and bool(kept) != self.unrotated:
+            raise mixed_keys(bool(kept))
+        return keys, bool(kept)
+
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Raise ValueError for tensors that do not continue what is cached."""
+        if self.pool is None:
+            return
+        for name, x, store in (("key_states", keys, self.pool.keys), ("value_states", values, self.pool.values)):
+            got = (x.shape[0], x.shape[1], x.shape[3], x.dtype)
+            want = (len(self.tables), store.heads, store.dim, store.dtype)
+            if got != want:
+                raise ValueError(f"{name}: got (batch, heads, dim, dtype) {got}, allowed: {want}, as cached")
+
+    def _check_device_pages(self, length: int) -> None:
+        """Refuse pools that could not hold the blocks which one step selects for a head. (The search looks at more, but it
+        reads them in as many goes as its pool asks for.)"""
+        if self.offload_to is None or self.device_pages is None:
+            return
+        settings = read_settings(self.config)
+        selected = selected_keys(settings) // settings.block_k
+        need = min(selected, -(-length // PAGE))  # at worst each block lies in a page of its own
+        if self.device_pages < need:
+            raise ValueError(f"device_pages: got {self.device_pages}, allowed: at least {need}, the pages one step may need")
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def reset(self) -> None:
+        self.pool, self.tables, self.length, self.is_initialized = None, [], 0, False
+        self.cut_off = self.appending = False
+        self.hip_state.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove `-tokens_to_remove` tokens from the end.
+
+        Raises:
+            ValueError: a positive count, which Transformers has once taken for the length to keep.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, allowed: minus the number of tokens to remove, or 0")
+        self.truncate(max(0, self.length + int(tokens_to_remove)))  # assisted decoding of 5.17 gives a tensor
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        if self.pool is None or length >= self.length:
+            return
+        for table in self.tables:
+            self.pool.truncate(table, length)
+        self.length = length
+        self.hip_state.crop(length)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([row for row in range(len(self.tables)) for _ in range(repeats)])
+
+    def _select(self, rows: list[int]) -> None:
+        """Batch row `b` continues what row `rows[b]` was."""
+        if self.pool is None:
+            return
+        before = self.tables
+        self.tables = [self.pool.share(before[row]) for row in rows]
+        for table in before:
+            self.pool.release(table.pages)
+        self.hip_state.reorder(rows)
+
+
+class PagedHybridLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, override]
+    """A layer with full attention in pages and the running state of linear attention or of a convolution beside them.
+
+    Args:
+        made: the layer that Transformers would use; it says which running states there are.
+    """
+
+    kind = "paged and running"
+    is_compileable = False
+
+    def __init__(self, made: LinearAttentionAndFullAttentionLayer, *args: Any) -> None:
+        PagedLayer.__init__(self, *args)
+        for name, value in vars(made).items():
+            if not hasattr(self, name):
+                setattr(self, name, value)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of the pages for keys and values, which come by position; of a running state, which comes by name."""
+        if args:
+            PagedLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        PagedLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        PagedLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        PagedLayer.crop(self, tokens_to_remove)

@@ -1,0 +1,177 @@
+"""The forward of a patched attention layer: its family's `Patcher` says how the layer is put together.
+
+A patched layer hands q and k to our attention before RoPE when the settings extend the context, and otherwise does what
+the original does, to the bit. Nothing is read from the interface's tables in between. Weights, submodules and parameters stay
+where they are; the only change to a layer is what is called as its `forward` (and as its replica is made, for `nn.DataParallel`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from hip_hf.integration.attention_function import attention_forward
+from hip_hf.integration.continuous_batching import is_paged
+from hip_hf.integration.decode_fast_path import next_token
+from hip_hf.integration.extension import UNROTATED, extended, other_cache, positions_of
+from hip_hf.integration.hip_cache import HiPCache
+from hip_hf.integration.layer_attention import refuse
+from hip_hf.integration.names import NAMES
+from hip_hf.integration.patches.base import Patcher
+from hip_hf.integration.settings import layer_settings
+
+# Method of a module by which `nn.DataParallel` copies it.
+REPLICATE = "_replicate_for_data_parallel"
+
+
+@dataclass(eq=False)
+class PatchedForward:
+    """What stands for the forward of the layer `module`. `original`: the one that it had of its own (accelerate's, another
+    patch), None if that was its class's.
+
+    An object, since a bound method comes back from a pickle as the class's own.
+    """
+
+    module: nn.Module
+    patcher: Patcher
+    original: Callable[..., Any] | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return forward(self.module, self, *args, **kwargs)
+
+
+@dataclass(eq=False)
+class Replicate:
+    """Copies the layer `module` for another device: the copy's forward is of the copy."""
+
+    module: nn.Module
+
+    def __call__(self) -> Any:
+        replica: Any = type(self.module)._replicate_for_data_parallel(self.module)
+        ours = self.module.__dict__.get("forward")
+        if isinstance(ours, PatchedForward):
+            replica.__dict__["forward"] = replace(ours, module=replica)
+        return replica
+
+
+def forward(
+    self: Any,
+    ours: PatchedForward,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The forward of a patched attention layer: hidden states `[B, T, hidden size]` -> the same, and None. The cache is found
+    among the other arguments by its type: its name is not the same in all versions of Transformers.
+
+    Raises:
+        ValueError: what `attention_forward` raises, or the cache's `update`.
+    """
+    name = self.config._attn_implementation or ""
+    if name not in NAMES:
+        call = ours.original or MethodType(type(self).forward, self)
+        return call(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
+    cache = cache_among((*args, *kwargs.values()))
+    kwargs = {key: value for key, value in kwargs.items() if value is not cache}
+    dropout = self.attention_dropout if self.training else 0.0
+    refuse(self, dropout, kwargs)
+    sliding = ours.patcher.sliding_window(self)
+    unrotated = extended(self, sliding)
+    if unrotated:
+        _check_extended(self, cache, NAMES[name])
+    query, key, value = ours.patcher.project(self, hidden_states)
+    if not unrotated:
+        assert position_embeddings is not None
+        query, key = sys.modules[type(self).__module__].apply_rotary_pos_emb(query, key, *position_embeddings)
+    setattr(key, UNROTATED, unrotated)
+    if query.shape[2] == 1 and sliding is None and not self.training:
+        settings = layer_settings(self, NAMES[name])
+        step = next_token(self, query, key, value, attention_mask, cache, settings, unrotated)
+        if step is not None:
+            return self.o_proj(step.reshape(*hidden_states.shape[:-1], -1)), None
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx)
+    out, _ = attention_forward(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=self.scaling,
+        sliding_window=sliding,
+        method=NAMES[name],
+        unrotated=unrotated,
+        **kwargs,
+    )
+    return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), None
+
+
+def _check_extended(module: Any, cache: Any, method: str | None) -> None:
+    """Raise ValueError, before anything is cached, for a cache that would mix keys with and without rotation unnoticed, and for
+    a layer that cannot extend the context."""
+    if cache is not None and not isinstance(cache, HiPCache) and not is_paged(cache):
+        raise other_cache(f"a {type(cache).__name__}", module.config.hip["extend"])
+    if not torch.compiler.is_compiling():  # in a graph, attention itself looks at the layer
+        positions_of(module, layer_settings(module, method))
+
+
+def cache_among(values: Iterable[Any]) -> Any:
+    """The cache among the arguments of a layer, None if it has none.
+
+    Raises:
+        ValueError: something that looks like a cache, and is none of Transformers' own.
+    """
+    for value in values:
+        if isinstance(value, Cache) or is_paged(value):
+            return value
+        if hasattr(value, "get_seq_length"):
+            raise ValueError(f"cache: got {type(value).__name__}, allowed: a subclass of transformers.Cache")
+    return None
+
+
+def _slot(module: nn.Module) -> str:
+    """Where the layer's own forward is called from: accelerate keeps it aside when it puts a hook around it."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+def patched(module: nn.Module) -> PatchedForward | None:
+    """What a layer's forward is replaced by; None if it is not."""
+    ours = module.__dict__.get(_slot(module))
+    return ours if isinstance(ours, PatchedForward) else None
+
+
+def patch_layer(module: nn.Module, patcher: Patcher) -> None:
+    """Replace the forward of one attention layer. Harmless when called again."""
+    if patched(module) is not None:
+        return
+    slot = _slot(module)
+    own = module.__dict__.get(slot)
+    plain = isinstance(own, MethodType) and own.__func__ is type(module).forward  # accelerate's copy of the class's own
+    module.__dict__[slot] = PatchedForward(module, patcher, None if plain else own)
+    module.__dict__[REPLICATE] = Replicate(module)
+
+
+def unpatch_layer(module: nn.Module) -> bool:
+    """Give one attention layer back the forward it had. Harmless where nothing was patched; whether something was."""
+    ours = patched(module)
+    if ours is None:
+        return False
+    slot, own = _slot(module), ours.original
+    if own is None and slot == "_old_forward":
+        own = MethodType(type(module).forward, module)
+    if own is None:
+        del module.__dict__[slot]
+    else:
+        module.__dict__[slot] = own
+    module.__dict__.pop(REPLICATE, None)
+    return True
