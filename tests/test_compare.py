@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlavaConfig
 
 from hip_hf.attention import attend
 from hip_hf.backends.torch.dense_rows import rows_at_once
-from hip_hf.backends.torch.sparse import keys_seen
 from hip_hf.cli import compare as compare_command
 from hip_hf.cli import fidelity as fidelity_command
 from hip_hf.cli import passkey as passkey_command
@@ -28,7 +27,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import mass
 from hip_hf.eval.measure.costs import SELECTION, block_cost, call_cost
 from hip_hf.eval.measure.hyper_assumptions import assumption_rows, measure_assumptions
-from hip_hf.geometry import query_blocks
+from hip_hf.geometry import keys_seen, query_blocks
 from hip_hf.methods import hyper
 from hip_hf.registry import METHODS, add_method
 
