@@ -42,7 +42,7 @@ def same(got: Result, want: Result) -> None:
 
 
 def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, Any], **fields: Any) -> None:
-    got, want = (call(q, k, v, small(backend=sparse, **config), **fields) for sparse in ("triton", "torch"))
+    got, want = (call(q, k, v, small(backend=backend, **config), **fields) for backend in ("triton", "torch"))
     same(got, want)
 
 
@@ -76,8 +76,8 @@ def test_decode_with_a_state(config: dict[str, Any]) -> None:
 
     def step(first: int, end: int, kept: bool = True) -> None:
         results = []
-        for sparse, state in states.items():
-            settings = small(backend=sparse, decode_refresh=3, **config)
+        for backend, state in states.items():
+            settings = small(backend=backend, decode_refresh=3, **config)
             results.append(call(q[:, :, first:end], k[:, :, :end], v[:, :, :end], settings, state, key_start=[0, 21]))
         if kept:
             same(*results)
@@ -100,16 +100,16 @@ def test_decode_with_a_state(config: dict[str, Any]) -> None:
         state.reorder([1, 1])
     q, k, v = (x[[1, 1]] for x in (q, k, v))
     got = []
-    for sparse, state in states.items():
-        settings = small(backend=sparse, decode_refresh=3, **config)
+    for backend, state in states.items():
+        settings = small(backend=backend, decode_refresh=3, **config)
         got.append(call(q[:, :, 101:102], k[:, :, :102], v[:, :, :102], settings, state, key_start=[21, 21]))
     same(*got)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_a_state_reordered_under_inference_mode_lives_on_outside(sparse: str) -> None:
+def test_a_state_reordered_under_inference_mode_lives_on_outside(backend: str) -> None:
     q, k, v = make_qkv(60, batch=2, heads=1)
-    config, state = small(backend=sparse), DecodeState()
+    config, state = small(backend=backend), DecodeState()
 
     def step(first: int, end: int) -> None:
         call(q[:, :, first:end], k[:, :, :end], v[:, :, :end], config, state)
@@ -148,10 +148,10 @@ def test_decode_without_a_state() -> None:
 def test_gradients() -> None:
     q, k, v = make_qkv(120, 50)
     grads = []
-    for sparse in ("triton", "torch"):
-        device = DEVICE if sparse == "triton" else "cpu"
+    for backend in ("triton", "torch"):
+        device = DEVICE if backend == "triton" else "cpu"
         leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
-        out, lse = hip_hf.hip_attention(*leaves, config=small(backend=sparse, dense_tail=9), return_lse=True)
+        out, lse = hip_hf.hip_attention(*leaves, config=small(backend=backend, dense_tail=9), return_lse=True)
         torch.manual_seed(3)
         weight = torch.randn(out.shape).to(device)
         ((out * weight).sum() + lse.sum()).backward()
