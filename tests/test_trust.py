@@ -24,7 +24,7 @@ from triton.errors import TritonError
 import hip_hf
 from hip_hf.attention import Result, attend
 from hip_hf.backends import choice
-from hip_hf.backends.triton import checks, dispatch, ops, sparse, trust
+from hip_hf.backends.triton import checks, dispatch, sparse, trust
 from hip_hf.backends.triton.attention import backward
 from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.cache.offload import OffloadedStore
@@ -205,7 +205,7 @@ def test_a_backward_pass_that_triton_refuses_says_so_and_later_calls_go_dense(
 def test_a_compiled_graph_that_triton_refuses_says_so_and_the_next_one_is_dense(
     monkeypatch: pytest.MonkeyPatch, self_test: SelfTest
 ) -> None:
-    monkeypatch.setattr(ops, "prefill", refused_launch)
+    monkeypatch.setattr(sparse, "prefill", refused_launch)
     q, k, v = (x.to(DEVICE) for x in make_qkv(64, 20))
     config = small()
 

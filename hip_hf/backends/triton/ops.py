@@ -1,7 +1,9 @@
 """The kernels as PyTorch operators, so that `torch.compile(fullgraph=True)` sees one node for the search and one for attention.
 
 Sequences come as a table on the device (`Sequences.table`), so nothing is read back while a graph runs. A decode step writes to
-what it is given of the state that is kept: a CUDA graph can hold it, and does the same for each step.
+what it is given of the state that is kept: a CUDA graph can hold it, and does the same for each step. Eager calls launch by the
+same functions of `sparse.py`. Only the dense tail of an eager prompt differs: the host knows where its rows are, and splits their
+keys over the device (`dense.dense_rows`).
 """
 
 from __future__ import annotations
@@ -16,15 +18,12 @@ import torch
 from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.triton import sparse, trust
 from hip_hf.backends.triton.attention.backward import Part, gradients
-from hip_hf.backends.triton.attention.decode import Scratch, decode_once, splits_for
-from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.dispatch import run
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import Selection
-from hip_hf.backends.triton.selection.search import select as search
 from hip_hf.backends.triton.sparse import DeviceState
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import DECODE_ROWS
@@ -73,22 +72,17 @@ def select(
     block_q: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key blocks of every query block: indices `[B, H, N, budget / block_k]` and counts `[B, H, N]`, int32 (`Selection`)."""
-    fields = settings(config)
-    sequences, kv = Sequences(table, q.shape[2], k.shape[2]), KeyValues(k, k)
-    pyramid = KeyPyramid.empty(fields, q.shape[0], k.shape[1], k.shape[3], k.shape[2], k.dtype, k.device)
-    heads = k.shape[1] if fields.group_shared else q.shape[1]
-    into = Selection.empty(fields, q.shape[0], heads, sequences.blocks(block_q), q.device)
+    fields, logits = settings(config), Logits(scale, softcap, sliding_window, sinks)
+    sequences = Sequences(table, q.shape[2], k.shape[2])
     with launching(q, fields):
-        pyramid.extend(kv, sequences, block_q, append=False)
-        logits = Logits(scale, softcap, sliding_window, sinks)
-        search(q, pyramid.table, kv, sequences, fields, logits, block_q, into)
-    return into.indices, into.counts
+        selection = sparse.select_blocks(q, KeyValues(k, k), sequences, fields, logits, block_q)
+    return selection.indices, selection.counts
 
 
 @select.register_fake
 def _(q, k, sinks, table, config, scale, softcap, sliding_window, block_q):  # type: ignore[no-untyped-def]
     fields = settings(config)
-    heads = k.shape[1] if fields.group_shared else q.shape[1]
+    heads = sparse.mask_heads(fields, q.shape[1], k.shape[1])
     shape = (q.shape[0], heads, Sequences(table, q.shape[2], k.shape[2]).blocks(block_q))
     budget = fields.budget_blocks
     return q.new_empty(*shape, budget, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
@@ -136,13 +130,9 @@ def attend(
     kv, logits = KeyValues(k, v), Logits(scale, softcap, sliding_window, sinks)
     parts = _parts(q, k, table, tail, indices, counts, config, block_q)
     fields = settings(config)
+    keys = k.shape[2] if block_q == 0 else sparse_reach(fields)
     with launching(q, fields):
-        if q.shape[2] > DECODE_ROWS:
-            for part in parts:
-                prefill(q, kv, part.sequences, part.reads, logits, out, lse)
-        else:  # few rows are one part, and their keys are many
-            keys = k.shape[2] if block_q == 0 else sparse_reach(fields)
-            decode_once(q, kv, parts[0].sequences, parts[0].reads, logits, keys, out, lse)
+        sparse.attend_parts(q, kv, logits, parts, keys, out, lse)
     return out, lse
 
 
@@ -206,11 +196,11 @@ def decode_step(
     softcap: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """`backend.decode_step` on the tensors of a `DeviceState`: `[B, 1, Hq, Dv]`, as layers of models want it; 0 where a sequence
+    """`sparse.decode_step` on the tensors of a `DeviceState`: `[B, 1, Hq, Dv]`, as layers of models want it; 0 where a sequence
     has no row."""
     fields = settings(config)
     out = q.new_zeros(q.shape[0], 1, q.shape[1], v.shape[3])
-    scratch = Scratch.make(splits_for(q, k.shape[1], q.shape[0], sparse_reach(fields) + fields.decode_refresh), q, v.shape[3])
+    scratch = sparse.step_scratch(fields, q, k.shape[1], v.shape[3])
     state = DeviceState(KeyPyramid(fields, summaries, states, built), Selection(indices, counts, window, made), scratch)
     sequences, logits = Sequences(table, 1, k.shape[2]), Logits(scale, softcap, sliding_window, sinks)
     with launching(q, fields):

@@ -20,7 +20,7 @@ from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection import search
 from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.cache.pages import PagedTensor
-from hip_hf.geometry import Span
+from hip_hf.geometry import DECODE_ROWS, Span
 from hip_hf.problem import AttentionProblem
 from hip_hf.registry import sparse_reach
 from hip_hf.state import DecodeState, RowState
@@ -45,8 +45,15 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
     return tuple(rows.get(b, Span(b, 0, 0, 0, 0, 0)) for b in range(batch))
 
 
-def mask_heads(config: HiPConfig, problem: AttentionProblem) -> int:
-    return problem.k.shape[1] * (1 if config.group_shared else problem.groups)
+def mask_heads(config: HiPConfig, query_heads: int, key_heads: int) -> int:
+    """How many heads have a selection of their own."""
+    return key_heads if config.group_shared else query_heads
+
+
+def step_scratch(config: HiPConfig, q: torch.Tensor, key_heads: int, dim_v: int) -> Scratch:
+    """Scratch for decode steps with queries like q `[B, Hq, 1, D]`; a window that is kept grows until the next selection."""
+    keys = sparse_reach(config) + config.decode_refresh
+    return Scratch.make(splits_for(q, key_heads, q.shape[0], keys), q, dim_v)
 
 
 @dataclass
@@ -70,11 +77,9 @@ class DeviceState:
             pyramid = None
             if config.method == "hip":
                 pyramid = KeyPyramid.empty(config, q.shape[0], k.shape[1], q.shape[3], capacity, k.dtype, k.device)
-            selection = Selection.empty(config, q.shape[0], mask_heads(config, problem), 1, q.device, keep=True)
-            one = q[:, :, :1]
-            reach = sparse_reach(config) + config.decode_refresh
-            scratch = Scratch.make(splits_for(one, k.shape[1], q.shape[0], reach), one, v.shape[3])
-            made = DeviceState(pyramid, selection, scratch)
+            heads = mask_heads(config, q.shape[1], k.shape[1])
+            selection = Selection.empty(config, q.shape[0], heads, 1, q.device, keep=True)
+            made = DeviceState(pyramid, selection, step_scratch(config, q[:, :, :1], k.shape[1], v.shape[3]))
             for x in made.tensors():  # graphs of `torch.compile` need not copy them to write to them
                 torch._dynamo.mark_static_address(x, guard=False)
             return made
@@ -151,6 +156,55 @@ def keep_window(config: HiPConfig, sequences: Sequences, selection: Selection) -
     window.copy_(torch.where(old, anew, window))
 
 
+def select_blocks(
+    q: torch.Tensor,
+    kv: KeyValues,
+    sequences: Sequences,
+    config: HiPConfig,
+    logits: Logits,
+    block_q: int,
+    pyramid: KeyPyramid | None = None,
+    append: bool = False,
+) -> Selection:
+    """What every query block of `block_q` rows of a call reads, in a new selection. A method that does not search leaves it
+    unwritten.
+
+    q `[B, Hq, Tq, D]`. `pyramid`: the one that decode steps keep, or None to build one for this call alone. `append`: the kept
+    pyramid lacks only few keys, as in decode.
+    """
+    heads = mask_heads(config, q.shape[1], kv.heads)
+    selection = Selection.empty(config, sequences.count, heads, sequences.blocks(block_q), q.device)
+    if config.method == "hip":
+        if pyramid is None:
+            shape = (sequences.count, kv.heads, q.shape[3], sequences.max_keys)
+            pyramid = KeyPyramid.empty(config, *shape, kv.k.dtype, q.device)
+        pyramid.extend(kv, sequences, block_q, append)
+        select(q, pyramid.table, kv, sequences, config, logits, block_q, selection)
+    return selection
+
+
+def attend_parts(
+    q: torch.Tensor,
+    kv: KeyValues,
+    logits: Logits,
+    parts: tuple[Part, ...],
+    keys: int,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Attention of the rows of all `parts` to what they read, into out and lse, without gradients.
+
+    q `[B, Hq, Tq, D]`, out `[B, Hq, Tq, Dv]`, lse fp32 `[B, Hq, Tq]`. Up to `DECODE_ROWS` query rows are one part. Each of them
+    reads up to `keys` keys, which are many for so few rows, so they are split over the device.
+    """
+    if q.shape[2] > DECODE_ROWS:
+        for part in parts:
+            prefill(q, kv, part.sequences, part.reads, logits, out, lse)
+    else:
+        (part,) = parts
+        decode_once(q, kv, part.sequences, part.reads, logits, keys, out, lse)
+
+
 def decode_step(
     q: torch.Tensor,
     kv: KeyValues,
@@ -160,14 +214,17 @@ def decode_step(
     state: DeviceState,
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
+    all_serve: bool = False,
 ) -> None:
     """One query row of each batch row: extend the pyramid, select if the selection is `decode_refresh` steps old, attend.
+    `all_serve`: the host knows that no selection is that old, so nothing is launched for the first two.
 
     q `[B, Hq, 1, D]`, out `[B, Hq, 1, Dv]`, lse fp32 `[B, Hq, 1]`. `sequences` has one entry per batch row, whose position may be
     advanced on the device: nothing here depends on it on the host. Launches and shapes are the same at every step, and all memory
     is there before, so a CUDA graph can hold it.
     """
-    refresh(q, kv, sequences, config, logits, state)
+    if not all_serve:
+        refresh(q, kv, sequences, config, logits, state)
     decode(q, kv, sequences, reads_of(config, state.selection, 1), logits, state.scratch, out, lse)
 
 
@@ -211,10 +268,8 @@ class SparseAttention(BlockSparseCall):
         problem, config = self.problem, self.config
         rows = [state.rows[span.batch] for span in problem.spans]
         serve = [self._serves(span, row) for span, row in zip(problem.spans, rows, strict=True)]
-        if not all(serve):
-            refresh(problem.q, self.kv, self.sequences, config, self.logits, kept)
-        reads = reads_of(config, kept.selection, 1)
-        decode(problem.q, self.kv, self.sequences, reads, self.logits, kept.scratch, self.out, self.lse)
+        call = (problem.q, self.kv, self.sequences, config, self.logits, kept)
+        decode_step(*call, self.out, self.lse, all_serve=all(serve))
         return [None if row.selection is None else row.selection.window for row in rows]
 
     def _serves(self, span: Span, row: RowState) -> bool:
@@ -252,15 +307,9 @@ class SparseAttention(BlockSparseCall):
         """Prefill, and decode of several rows or without a state: select for every query block of the call, and attend."""
         problem, config = self.problem, self.config
         block_q = 1 if self.decoding else config.block_q
-        blocks = self.sequences.blocks(block_q)
-        selection = Selection.empty(config, len(spans), mask_heads(config, problem), blocks, problem.q.device)
-        if config.method == "hip":
-            pyramid = None if kept is None else kept.pyramid
-            if pyramid is None:
-                shape = (len(spans), problem.k.shape[1], problem.q.shape[3], problem.longest)
-                pyramid = KeyPyramid.empty(config, *shape, problem.k.dtype, problem.k.device)
-            pyramid.extend(self.kv, self.sequences, block_q, append=self.decoding and kept is not None)
-            select(problem.q, pyramid.table, self.kv, self.sequences, config, self.logits, block_q, selection)
+        pyramid, append = None if kept is None else kept.pyramid, self.decoding and kept is not None
+        call = (problem.q, self.kv, self.sequences, config, self.logits)
+        selection = select_blocks(*call, block_q, pyramid, append)
         if state is not None and kept is not None:
             for span in spans:
                 state.select_anew(span.batch)
@@ -271,11 +320,8 @@ class SparseAttention(BlockSparseCall):
             self.out, lse = attention(problem.q, problem.k, problem.v, self.logits, parts, config)
             self.lse = None if self.lse is None else lse
             return
-        if self.decoding:
-            decode_once(problem.q, self.kv, self.sequences, reads, self.logits, sparse_reach(config), self.out, self.lse)
-            return
-        prefill(problem.q, self.kv, parts[0].sequences, parts[0].reads, self.logits, self.out, self.lse)
-        if len(parts) > 1:
+        attend_parts(problem.q, self.kv, self.logits, parts[:1], sparse_reach(config), self.out, self.lse)
+        if len(parts) > 1:  # the host knows where the dense rows are, so their keys can be split over the device
             dense_rows(problem, self.kv, spans, self._tails(spans), self.logits, self.out, self.lse)
 
     def _tails(self, spans: tuple[Span, ...]) -> list[int]:
