@@ -174,8 +174,8 @@ most = len(names) - 1
 run()
 assert done == names[:-1], done
 most = len(names)
-rows, keys, warps, stages = table.TILES["prefill"]["sm90"][64]
-table.TILES["prefill"]["sm90"][64] = (rows, keys, warps, stages + 1)
+rows, keys, warps, stages = tuning_table.TILES["prefill"]["sm90"][64]
+tuning_table.TILES["prefill"]["sm90"][64] = (rows, keys, warps, stages + 1)
 tuning.tile_of.cache_clear()
 again = [name for name in names if name in ("prefill", "prefill, all features")]
 done.clear()
