@@ -29,7 +29,7 @@ def main(set_: Settings = None, max_model_len: Longest = None, **options: Any) -
     """Serve a model by OpenAI's API. This is Transformers' server; all options but the last two are its own."""
     if not is_serve_available():
         raise SystemExit(MISSING)
-    attn = options[ATTN].removeprefix(integration.PREFIX)
+    attn = options[ATTN]
     fields = parse_fields(set_ or [])
     if fields and attn not in NAMES:
         raise typer.BadParameter(f"settings apply to --attn-implementation {' | '.join(NAMES)}, got {attn!r}", param_hint="--set")

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from hip_hf.cache.offload import OFFLOADS, Statistics, statistics
 from hip_hf.integration import cache_files
@@ -170,6 +176,10 @@ class HiPCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything: the cache is as a new one."""
+        for layer in self.layers:
+            if isinstance(layer, DynamicSlidingWindowLayer):  # Transformers 5.17 keeps zeros in it
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         super().reset()
         self._last_update = self._spoiled = None
 

@@ -74,7 +74,9 @@ def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
             f"attn_implementation: got {config._attn_implementation!r} for model type {config.model_type!r} with compressed "
             "layers, which put compressed keys behind the others and extend the mask for them; allowed: `eager`"
         )
-    if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
+    # Transformers 5.17 names no such layers: there the count of keys that they choose says it
+    chooses = getattr(config, "index_topk", None) is not None
+    if chooses or "indexed_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(f"indices: {config.model_type} passes the layer's own sparse indices, allowed: None")
     kind = type(config)
     if kind not in _foreign:

@@ -25,7 +25,6 @@ from transformers.utils import logging
 from hip_hf.integration.changes import set_attribute
 from hip_hf.integration.names import is_ours
 
-PREFIX = "paged|"  # what a name begins with where continuous batching is meant; Transformers has ceased to need it
 POLL_SECONDS = 0.01
 
 logger = logging.get_logger(__name__)
@@ -56,8 +55,7 @@ def register() -> None:
         return
 
     def hip_validate_args(self: Any) -> None:
-        given = self.attn_implementation
-        name = given.removeprefix(PREFIX) if isinstance(given, str) else given
+        name = self.attn_implementation
         if not is_ours(name):
             return validate(self)
         self.attn_implementation = None  # all else is looked at as ever
