@@ -13,6 +13,7 @@ from test_memory import Allocations, allocations
 from transformers import LlamaConfig
 
 from hip_hf import HiPCache, HiPConfig, workers
+from hip_hf import config as settings
 from hip_hf.attention import attend
 from hip_hf.cache import pool
 from hip_hf.cache.pages import PagedTensor
@@ -69,6 +70,7 @@ def test_a_prompt_in_chunks_needs_little_beside_its_cache_and_pyramid(monkeypatc
     used is bounded, here to what these lengths reach. (A dense tail has tiles of its own, which grow up to `LOGITS_AT_ONCE`.)"""
     monkeypatch.setattr(pool, "MOST_SPARE", 8)
     monkeypatch.setattr(pyramid, "MOST_SPARE", 32)
+    monkeypatch.setattr(settings, "SEARCHED_KEYS", 512)  # and with it what is looked at whole: twice as much at most
     model, extra = make_model("llama", budget=64, window=64, sink=16, block_q=64), {}
     for tokens in (2048, 8192):
         ids, cache = make_batch([tokens])["input_ids"], HiPCache(model.config)

@@ -205,18 +205,18 @@ class OffloadedStore(Store):
         with self.lock:
             self.pool.forget(to)
 
-    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
+    def read(self, heads: slice, table: BlockTable, first: int, last: int, reader: str = "attention") -> torch.Tensor:
         pages = table.tensor(torch.device("cpu"))[first // self.page : -(-last // self.page)]
         if len(pages) > self.pool.pages:
             whole = super().read(heads, table, first, last)
-            self.pool.traffic["attention"].streamed += whole.numel() * whole.element_size()
+            self.pool.traffic[reader].streamed += whole.numel() * whole.element_size()
             return whole.to(self.device)
         out = torch.empty(heads.stop - heads.start, last - first, self.dim, dtype=self.dtype, device=self.device)
         token = torch.arange(first, last, device="cpu")
         index, offset = token // self.page - first // self.page, token % self.page
         with self.lock:
             for lane, head in enumerate(range(heads.start, heads.stop)):
-                at = self.pool.slots(head, pages, "attention")[index] * self.page + offset
+                at = self.pool.slots(head, pages, reader)[index] * self.page + offset
                 torch.index_select(self.pool.rows[head], 0, at.to(self.device), out=out[lane])
         return out
 
@@ -242,7 +242,7 @@ class SearchedStore(Store):
         self.store, self.slabs, self.bounds = store, store.slabs, store.bounds
 
     def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
-        return self.store.read(heads, table, first, last)
+        return self.store.read(heads, table, first, last, "search")
 
     def lanes(self, heads: slice, size: int) -> list[Any]:
         return [PoolLane(self.store.pool, head, size, "search") for head in range(heads.start, heads.stop)]
