@@ -100,6 +100,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # Builds sdist and wheel, checks them with twine, and uses the wheel in an environment of its own. Nothing is kept.
 package: $(INSTALLED)
