@@ -17,7 +17,7 @@ from hip_hf.shown import shown
 REPRESENTATIVES = ("blend", "minmax", "middle")
 SCORES = ("mass", "max")
 VOTES = ("need", "sampled")
-DELTA_MODES = ("clusters", "step", "interpolate")
+DELTA_MODES = ("clusters", "step")
 # Keys' worth of candidates that the search keeps at a level, and scores exactly at its end, where `beam` and `rescore` are None;
 # and the most chunks that these make of smaller blocks.
 SEARCHED_KEYS, SEARCHED_CHUNKS = 4096, 1024
@@ -88,8 +88,7 @@ class HiPConfig:
         dense_tail: the last rows of each prefill call are computed densely.
         delta: Delta correction: every so many rows one is dense, and corrects the rows after it; None: off.
         delta_mode: `clusters` (each row estimates what it misses from clusters of keys; the dense rows correct what is left on
-            average), `step` (the paper: the last dense row's difference), or `interpolate` between two dense rows (in prefill;
-            not causal, it looks `delta` rows ahead).
+            average) or `step` (the paper: the last dense row's difference).
         decode_refresh: decode steps that one selection serves, its own included; for `staged` also a list, one per stage.
         extend: None, or `streaming`: contexts longer than the model was trained for (models: patched families, and those whose
             keys can be turned back; `hip_attention`: with `positions`). What a row reads, `sink + budget + window` (no

@@ -14,7 +14,7 @@ from hip_hf.registry import METHODS
 from hip_hf.state import DecodeState
 
 
-def written_down(q: Any, k: Any, v: Any, gamma: int, mode: str, start: int = 0, **fields: Any) -> tuple[torch.Tensor, ...]:
+def written_down(q: Any, k: Any, v: Any, gamma: int, start: int = 0, **fields: Any) -> tuple[torch.Tensor, ...]:
     """Corrected output and log-sum-exp of one call, from sparse and dense results, in loops."""
     problem = make_problem(q, k, v, [start])
     sparse = attend(problem, small(**fields), need_lse=True)
@@ -33,26 +33,21 @@ def written_down(q: Any, k: Any, v: Any, gamma: int, mode: str, start: int = 0, 
                 continue
             j = max(a for a in at if a <= p)
             out[:, :, row] += difference[:, :, row_of[j]]
-            later = [a for a in at if a > p]
-            if mode == "interpolate" and later:
-                share = (p - j) / (later[0] - j)
-                out[:, :, row] += share * (difference[:, :, row_of[later[0]]] - difference[:, :, row_of[j]])
         results.append(out)
     return tuple(results)
 
 
-@pytest.mark.parametrize("mode", ["step", "interpolate"])
 @pytest.mark.parametrize(("tokens", "rows", "start"), [(203, 203, 0), (203, 60, 0), (203, 203, 37), (140, 20, 0)])
 @pytest.mark.parametrize("gamma", [1, 7, 16, 300])
 @pytest.mark.parametrize("method", ["hip", "streaming"])
-def test_the_formula(mode: str, tokens: int, rows: int, start: int, gamma: int, method: str) -> None:
+def test_the_formula(tokens: int, rows: int, start: int, gamma: int, method: str) -> None:
     q, k, v = make_qkv(tokens, rows, dtype=torch.float64)
     got = attend(
-        make_problem(q, k, v, [start]), small(method=method, delta=gamma, delta_mode=mode), need_lse=True, need_mask=True
+        make_problem(q, k, v, [start]), small(method=method, delta=gamma, delta_mode="step"), need_lse=True, need_mask=True
     )
     assert got.path == "sparse"
     assert got.mask is not None
-    out, lse = written_down(q, k, v, gamma, mode, start, method=method)
+    out, lse = written_down(q, k, v, gamma, start, method=method)
     real = slice(max(0, start - (tokens - rows)), None)
     assert_near(got.out[:, :, real], out[:, :, real], 1e-12)
     assert_near(got.lse[:, :, real], lse[:, :, real], 1e-12, "lse")
@@ -66,7 +61,7 @@ def test_gamma_1_is_dense(method: str, mode: str, fields: dict[str, Any]) -> Non
     tensors = make_qkv(203, batch=2)
     given = {**fields, "sinks": torch.linspace(-2, 3, 4)} if fields else {}
     options = dict(min_seq_len=32, block_size=8, sample_size=8) if method == "hyper" else {}
-    config, state = small(method=method, options=options, delta=1, delta_mode=mode), DecodeState()
+    config, state = small(method=method, options=options, delta=1, delta_mode="step"), DecodeState()
     got = attend(make_problem(*tensors, [0, 21], **given), config, None, state, need_lse=True)
     out, lse = eager(*tensors, causal(2, 203, 203, [0, 21]), **given)
     assert got.share == 1
@@ -131,8 +126,7 @@ def test_anchors() -> None:
     assert anchors(40, 40, 16, None) == []
 
 
-@pytest.mark.parametrize("mode", ["step", "interpolate"])
-def test_it_corrects_what_changes_slowly(mode: str) -> None:
+def test_it_corrects_what_changes_slowly() -> None:
     """Queries that drift slowly over values that streaming misses: the error falls by more than half."""
     _, k, v = make_qkv(400, dim=16)
     t = torch.linspace(0, 1, 400)[:, None]
@@ -140,7 +134,7 @@ def test_it_corrects_what_changes_slowly(mode: str) -> None:
     q = (base[0] * torch.cos(t) + base[1] * torch.sin(t))[None]
     want = eager(q, k, v, causal(1, 400, 400))[0]
     miss = [
-        float((attend(make_problem(q, k, v), small(method="streaming", delta=delta, delta_mode=mode)).out - want).norm())
+        float((attend(make_problem(q, k, v), small(method="streaming", delta=delta, delta_mode="step")).out - want).norm())
         for delta in (None, 16)
     ]
     assert miss[1] < miss[0] / 2

@@ -119,11 +119,10 @@ def test_the_mode_notices() -> None:
     [
         ({}, {"tiles_kernel", "append_kernel", "select_kernel", "attend_kernel"}),
         ({"method": "streaming"}, {"attend_kernel"}),
-        ({"delta": 16, "delta_mode": "interpolate"}, {"select_kernel", "attend_kernel", "spread_kernel"}),
         ({"delta": 16, "delta_mode": "step"}, {"select_kernel", "attend_kernel"}),
         ({"method": "hyper", "options": HYPER_SIZES}, {"attend_kernel", "hash_kernel", "square_kernel"}),
     ],
-    ids=["hip", "streaming", "interpolate", "step", "hyper"],
+    ids=["hip", "streaming", "step", "hyper"],
 )
 def test_a_prompt(launches: list[str], fields: dict[str, Any], said: set[str]) -> None:
     out = hip_attention(*qkv(500, 500), config=HiPConfig(**{**FIELDS, **fields}))

@@ -189,14 +189,12 @@ def test_why_it_goes_dense() -> None:
     reasons = {
         "decodes densely": attend(make_problem(q[:, :, -1:], k, v), config_of()).reason,
         "sliding window": attend(make_problem(q, k, v, sliding_window=50), config_of()).reason,
-        "layers [1, 2]": attend(make_problem(q, k, v), config_of(layers=[1, 2]), layer=0).reason,
         "exact up to": attend(make_problem(q, k, v), small(method="hyper", dense_below=1)).reason,
     }
     for says, reason in reasons.items():
         assert says in reason
     assert attend(make_problem(q, k, v, sliding_window=50), config_of()).unsupported
     assert attend(make_problem(q, k, v, sliding_window=200), config_of()).path == "sparse"
-    assert attend(make_problem(q, k, v), config_of(layers=[1, 2]), layer=1).path == "sparse"
 
 
 def test_share_is_what_the_weights_read() -> None:
@@ -216,13 +214,13 @@ def test_dense_tail(tail: int) -> None:
 
 
 def test_the_registered_name() -> None:
-    """`hyper` takes its options from the settings, serves the layers it is given, and decodes densely, visibly."""
-    model = make_model("llama", "hyper", method="hyper", options={**OPTIONS, "layers": [1]})
+    """`hyper` takes its options from the settings, leaves dense layers dense, and decodes densely, visibly."""
+    model = make_model("llama", "hyper", method="hyper", options=OPTIONS, dense_layers=[0])
     with torch.no_grad():
         model(**make_batch([90]))
         report = hip_hf.explain(model)
         assert [(row.method, row.path) for row in report] == [("hyper", "dense"), ("hyper", "sparse")]
-        assert "layers [1]" in report[0].reason
+        assert "dense layer" in report[0].reason
         model.generate(**make_batch([90]), max_new_tokens=3, do_sample=False)
     assert "decodes densely" in hip_hf.explain(model)[1].reason
     model = make_model("llama", "hyper", options={"weight": 0.25})  # another method's options do not hinder
@@ -238,8 +236,7 @@ def test_the_registered_name() -> None:
         (dict(sample_size=-1), "sample_size"),
         (dict(lsh_num_projs=31), "lsh_num_projs"),
         (dict(min_seq_len=True), "min_seq_len"),
-        (dict(layers=3), "layers"),
-        (dict(layers=[-1]), "layers"),
+        (dict(layers=[1]), "layers"),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str) -> None:

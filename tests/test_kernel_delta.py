@@ -51,17 +51,16 @@ HYPER = dict(method="hyper", options=dict(min_seq_len=32, block_size=8, sample_s
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("mode", ["step", "interpolate"])
 @pytest.mark.parametrize(
     ("gamma", "config"), [(16, dict()), (7, dict(dense_tail=20)), (9, dict(method="streaming")), (16, HYPER)]
 )
-def test_a_prompt_is_corrected_in_one_launch(mode: str, gamma: int, config: dict[str, Any], strides: list[Any]) -> None:
-    both(*make_qkv(109), dict(delta=gamma, delta_mode=mode, **config))
+def test_a_prompt_is_corrected_in_one_launch(gamma: int, config: dict[str, Any], strides: list[Any]) -> None:
+    both(*make_qkv(109), dict(delta=gamma, delta_mode="step", **config))
     assert strides == [(gamma, 1)]
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("mode", ["step", "interpolate", "clusters"])
+@pytest.mark.parametrize("mode", ["step", "clusters"])
 def test_rows_that_start_anywhere(mode: str, strides: list[Any]) -> None:
     """Padding on either side, a cache that the queries continue at any position, a row shorter than the dense tail."""
     q, k, v = make_qkv(130, 60, batch=3)
@@ -81,7 +80,7 @@ def test_softcap_sinks_and_sliding_window() -> None:
     both(*make_qkv(123, 50), dict(delta=8, delta_mode="step"), softcap=3.0, sliding_window=90, sinks=torch.randn(4))
 
 
-@pytest.mark.parametrize("mode", ["step", "interpolate", "clusters"])
+@pytest.mark.parametrize("mode", ["step", "clusters"])
 def test_chunks_and_decode_go_on_with_what_was_kept(mode: str) -> None:
     """Chunks that end between anchors; steps across anchors and refreshes; a crop; steps of several rows; a reordered batch."""
     q, k, v = make_qkv(150, batch=2, heads=1)
@@ -121,8 +120,7 @@ def test_a_step_at_an_anchor_is_dense() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("interpolate", [False, True])
-def test_differences_are_spread_over_rows(dtype: torch.dtype, interpolate: bool) -> None:
+def test_differences_are_spread_over_rows(dtype: torch.dtype) -> None:
     """The kernel alone: rows of two sequences of different length and position, others untouched, error against float64 at most
     twice that of the same sum in `dtype`."""
     gamma, dv, heads = 7, 24, 3
@@ -132,8 +130,8 @@ def test_differences_are_spread_over_rows(dtype: torch.dtype, interpolate: bool)
     change, change_lse = torch.randn(2, heads, 10, dv), torch.randn(2, heads, 10)
     got, got_lse = out.clone().to(DEVICE), lse.clone().to(DEVICE)
     sequences = Sequences.of(spans, torch.device(DEVICE))
-    on = [x.to(DEVICE) for x in (change, change_lse, torch.tensor(leads, dtype=torch.int32))]
-    grid, arguments = delta.spread_arguments(got, got_lse, *on[:2], sequences, on[2] if interpolate else None, gamma)
+    on = [x.to(DEVICE) for x in (change, change_lse)]
+    grid, arguments = delta.spread_arguments(got, got_lse, *on, sequences, gamma)
     delta.spread_kernel[grid](**arguments)
     for s, span in enumerate(spans):
         positions = torch.arange(span.position, span.end)
@@ -141,7 +139,7 @@ def test_differences_are_spread_over_rows(dtype: torch.dtype, interpolate: bool)
         first = int(span.position % gamma == 0)  # nothing uses the lead then
         rows = slice(span.row_start, span.row_end)
         for x, y, by in ((got, out, change), (got_lse, lse, change_lse)):
-            more = spread(by[s, None, :, first : len(at)].double(), torch.tensor(at[first:]), positions, interpolate)[0]
+            more = spread(by[s, None, :, first : len(at)].double(), torch.tensor(at[first:]), positions)[0]
             exact = y[span.batch, :, rows].double() + more
             plain = (y[span.batch, :, rows] + more.to(y.dtype)).double()
             least = torch.finfo(y.dtype).eps * float(exact.abs().max())

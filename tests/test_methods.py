@@ -52,7 +52,6 @@ CASES = {
     "hyper": Case("hyper", EXACT, dict(options=HYPER), per_call=True, masked=False, sliding=False, decodes=False),
     "hip+delta": Case("hip", fields=dict(delta=16), masked=False),
     "hip+delta by steps": Case("hip", fields=dict(delta=16, delta_mode="step"), masked=False),
-    "hip+interpolated delta": Case("hip", fields=dict(delta=16, delta_mode="interpolate"), per_call=True, masked=False),
     "streaming+delta": Case("streaming", dict(window=1000), dict(delta=8), masked=False),
     "hyper+delta": Case(
         "hyper",

@@ -12,9 +12,8 @@ of them, for what is left is mostly noise:
     out[i] = E[i] + mean of (D[j] - E[j]) over anchors j <= i, of which each weighs 15/16 of the next
 
 Anchors are the positions that `gamma` divides; in `step` also the first row of a call. They get D itself. The last `gamma` rows
-of a prefill call are dense. `interpolate` moves from one anchor's difference to the next one's instead; that looks at up to
-`gamma` later rows, so it is not causal. Decode goes on as `step` (or `clusters`): a step at an anchor is dense, and what the next
-ones need is kept with the cache. The log-sum-exp is corrected alike. Costs `1 / gamma` of dense attention, `clusters` also
+of a prefill call are dense. Decode goes on alike: a step at an anchor is dense, and what the next ones need is kept with the
+cache. The log-sum-exp is corrected alike. Costs `1 / gamma` of dense attention, `clusters` also
 as much as a hundred keys more for each row.
 """
 
@@ -108,10 +107,6 @@ class DeltaCall:
     @property
     def decoding(self) -> bool:
         return self.problem.q.shape[2] <= DECODE_ROWS
-
-    @property
-    def interpolating(self) -> bool:
-        return self.mode == "interpolate" and not self.decoding
 
     def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense attention of a span's rows at the anchors `at`, `gamma` apart: output `[Hkv, G, n, Dv]` and log-sum-exp

@@ -14,7 +14,7 @@ block of queries attends exactly to the block of keys at the same place in the o
 in the own block, where it has been counted already. The softmax's denominator is thus estimated without bias.
 
 This is an `Attention`: it selects no key blocks, it computes output and log-sum-exp itself. Decode is dense over the
-cache. The paper's quality figures hold when only some layers are replaced: hence `layers`.
+cache. The paper's quality figures hold when only some layers are replaced (`HiPConfig.layers`).
 """
 
 from __future__ import annotations
@@ -34,14 +34,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     """`lsh_num_projs`: bits of the hash. `block_size`: keys of the own block. `sample_size`: keys sampled; 0 leaves the
-    rest of a square out. `min_seq_len`: up to so many keys, exact. `layers`: those that use it, None is all of them; the
-    others are dense. The defaults are the paper's."""
+    rest of a square out. `min_seq_len`: up to so many keys, exact. The defaults are the paper's."""
 
     lsh_num_projs: int = 7
     block_size: int = 256
     sample_size: int = 256
     min_seq_len: int = 4096
-    layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         ranges = dict(lsh_num_projs=(1, 30), block_size=(1, None), sample_size=(0, None), min_seq_len=(1, None))
@@ -50,22 +48,17 @@ class Options:
             if not isinstance(value, int) or isinstance(value, bool) or value < low or (high and value > high):
                 allowed = f"an integer >= {low}" if high is None else f"{low} to {high}"
                 raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: {allowed}")
-        layers = self.layers
-        if layers is not None and not (isinstance(layers, (list, tuple)) and all(type(i) is int and i >= 0 for i in layers)):
-            raise ValueError(f"HiPConfig.options['layers']: got {shown(layers)}, allowed: None or a list of layer indices >= 0")
 
 
 def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None, decoding: bool) -> tuple[str, bool]:
     """Why a call goes dense, and whether for want of support; an empty string if it does not."""
-    options = config.method_options()
-    if options.layers is not None and layer is not None and layer not in options.layers:
-        return f"hyper serves layers {list(options.layers)} only", False
     if problem.sliding_window is not None and problem.sliding_window < problem.longest:
         return f"hyper has no sliding window ({problem.sliding_window})", True
     if decoding:
         return "hyper decodes densely over the cache", False
-    if config.dense_below != 0 and problem.longest <= options.min_seq_len:
-        return f"hyper is exact up to min_seq_len={options.min_seq_len}", False
+    exact = config.method_options().min_seq_len
+    if config.dense_below != 0 and problem.longest <= exact:
+        return f"hyper is exact up to min_seq_len={exact}", False
     return "", False
 
 

@@ -45,19 +45,11 @@ class DeltaAttention(DeltaCall):
         rows = torch.arange(span.position, plan.end, device=t.q.device)
         for x, difference in ((t.out, out), (t.lse, lse)):
             some = x[:, :, : len(rows)]
-            some.copy_(some + spread(difference, torch.tensor(at, device=rows.device), rows, self.interpolating))
+            some.copy_(some + spread(difference, torch.tensor(at, device=rows.device), rows))
         return Correction(at[-1], out[:, :, -1].clone(), lse[:, :, -1].clone())
 
 
-def spread(difference: torch.Tensor, at: torch.Tensor, rows: torch.Tensor, interpolate: bool) -> torch.Tensor:
-    """Differences `[Hkv, G, anchors, ...]` at the positions `at`, brought to those of the rows; each row is at an anchor or
-    after one. After the last anchor both modes hold its difference."""
-    segment = torch.searchsorted(at, rows, right=True) - 1
-    change = difference[:, :, segment]
-    if not interpolate:
-        return change
-    following = (segment + 1).clamp(max=len(at) - 1)
-    length = (at[following] - at[segment]).clamp(min=1)
-    share = torch.where(following > segment, rows - at[segment], 0).to(change.dtype) / length
-    share = share.view(-1, *[1] * (change.ndim - 3))
-    return change.lerp(difference[:, :, following], share)
+def spread(difference: torch.Tensor, at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Differences `[Hkv, G, anchors, ...]` at the positions `at`, brought to those of the rows, each of which is at an anchor or
+    after one."""
+    return difference[:, :, torch.searchsorted(at, rows, right=True) - 1]

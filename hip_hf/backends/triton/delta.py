@@ -19,7 +19,6 @@ from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
 from hip_hf.backends.triton.common.tuning import power_of_two
 from hip_hf.backends.triton.dense import dense_rows, keys_of, logits_of, sequences_of
-from hip_hf.cache.pages import to_device
 from hip_hf.geometry import Span
 from hip_hf.state import Correction
 
@@ -33,15 +32,15 @@ ROWS = 32
 
 @triton.jit(do_not_specialize=GROWING)
 def spread_kernel(
-    OUT, LSE, CHANGE, CHANGE_LSE, SEQUENCES, LEADS,
+    OUT, LSE, CHANGE, CHANGE_LSE, SEQUENCES,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt,
     stride_cs, stride_ch, stride_cn, stride_ds, stride_dh, stride_dn, stride_sequences, gamma, dim_v,
-    INTERPOLATE: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr,
+    ROWS: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles of rows, Hq, sequences)`: add to every row the difference of its anchor.
 
-    Slot 0 of the differences belongs to the anchor at `LEADS[sequence]`, which lies in front of the first position that
-    `gamma` divides; slot n > 0 to the n-th such position. INTERPOLATE: on the way to the next slot's.
+    Slot 0 of the differences belongs to the anchor in front of the first position that `gamma` divides; slot n > 0 to the n-th
+    such position.
     """
     head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2)
     batch, _, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
@@ -55,15 +54,6 @@ def spread_kernel(
     real = inside[:, None] & (dv < dim_v)[None, :]
     more = tl.load(change + slot.to(tl.int64)[:, None] * stride_cn + dv[None, :], mask=real, other=0.0)
     more_lse = tl.load(change_lse + slot * stride_dn, mask=inside, other=0.0)
-    if INTERPOLATE:
-        last = (position + rows - 1) // gamma - ahead + 1
-        begin = tl.where(slot == 0, tl.load(LEADS + sequence), (ahead + slot - 1) * gamma)
-        length = tl.maximum((ahead + slot) * gamma - begin, 1)  # rows that are not there may have none
-        share = tl.where(slot < last, (position + row - begin).to(tl.float32) / length.to(tl.float32), 0.0)
-        following = tl.minimum(slot + 1, last)
-        end = tl.load(change + following.to(tl.int64)[:, None] * stride_cn + dv[None, :], mask=real, other=0.0)
-        more += share[:, None] * (end - more)
-        more_lse += share * (tl.load(change_lse + following * stride_dn, mask=inside, other=0.0) - more_lse)
     at = (row_start + row).to(tl.int64)
     out = OUT + batch.to(tl.int64) * stride_ob + head * stride_oh + at[:, None] * stride_ot + dv[None, :]
     tl.store(out, (tl.load(out, mask=real, other=0.0).to(tl.float32) + more).to(OUT.dtype.element_ty), mask=real)
@@ -73,19 +63,18 @@ def spread_kernel(
 
 def spread_arguments(
     out: torch.Tensor, lse: torch.Tensor, change: torch.Tensor, change_lse: torch.Tensor, sequences: Sequences,
-    leads: torch.Tensor | None, gamma: int,
+    gamma: int,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
     """Grid and arguments of `spread_kernel`: out `[B, Hq, Tq, Dv]`, lse fp32 `[B, Hq, Tq]`, differences fp32 `[S, Hq, n, Dv]` and
-    `[S, Hq, n]`; `sequences` has the rows to correct. leads int32 `[S]`: interpolate, None: do not."""
+    `[S, Hq, n]`; `sequences` has the rows to correct."""
     arguments = dict(
         OUT=out, LSE=lse, CHANGE=change, CHANGE_LSE=change_lse, SEQUENCES=sequences.table,
-        LEADS=sequences.table if leads is None else leads,
         **dict(zip(("stride_ob", "stride_oh", "stride_ot"), out.stride(), strict=False)),
         **dict(zip(("stride_lb", "stride_lh", "stride_lt"), lse.stride(), strict=True)),
         **dict(zip(("stride_cs", "stride_ch", "stride_cn"), change.stride(), strict=False)),
         **dict(zip(("stride_ds", "stride_dh", "stride_dn"), change_lse.stride(), strict=True)),
         stride_sequences=sequences.table.stride(0), gamma=gamma, dim_v=out.shape[-1],
-        INTERPOLATE=leads is not None, ROWS=ROWS, DV=power_of_two(out.shape[-1]),
+        ROWS=ROWS, DV=power_of_two(out.shape[-1]),
     )  # fmt: skip
     return (-(-sequences.max_rows // ROWS), out.shape[1], sequences.count), arguments
 
@@ -118,19 +107,17 @@ class DeltaAttention(DeltaCall):
         shape = (len(plans), problem.q.shape[1], 1 + max(map(len, aligned)))
         change = torch.empty(*shape, self.out.shape[3], dtype=torch.float32, device=self.out.device)
         change_lse = torch.empty(shape, dtype=torch.float32, device=self.out.device)
-        leads = self._leads(plans, aligned, change, change_lse)
+        leading = self._leads(plans, aligned, change, change_lse)
         if shape[2] > 1:
             self._anchors(plans, aligned, change, change_lse)
-        used = [lead is not None or bool(at) for lead, at in zip(leads, aligned, strict=True)]
+        used = [lead or bool(at) for lead, at in zip(leading, aligned, strict=True)]
         spans = tuple(
             plan.span.part(plan.span.position, plan.end if some else plan.span.position)
             for plan, some in zip(plans, used, strict=True)
         )
         if any(span.rows for span in spans):
-            sequences, starts = sequences_of(spans, self.out.device), None
-            if self.interpolating:
-                starts = to_device(torch.tensor([lead or 0 for lead in leads], dtype=torch.int32, device="cpu"), self.out.device)
-            grid, arguments = spread_arguments(self.out, self.lse, change, change_lse, sequences, starts, gamma)
+            sequences = sequences_of(spans, self.out.device)
+            grid, arguments = spread_arguments(self.out, self.lse, change, change_lse, sequences, gamma)
             spread_kernel[grid](**arguments)
         kept: list[Correction | None] = []
         for s, (plan, at) in enumerate(zip(plans, aligned, strict=True)):
@@ -141,15 +128,12 @@ class DeltaAttention(DeltaCall):
                 kept.append(plan.kept)
         return kept
 
-    def _leads(
-        self, plans: list[Plan], aligned: list[list[int]], change: torch.Tensor, change_lse: torch.Tensor
-    ) -> list[int | None]:
+    def _leads(self, plans: list[Plan], aligned: list[list[int]], change: torch.Tensor, change_lse: torch.Tensor) -> list[bool]:
         """The difference that holds in front of the first of `aligned`, into slot 0: kept from the call before, or that of the
-        first row. Returns the positions of their anchors."""
+        first row. Returns for which of the plans there is one."""
         first = [bool(plan.at) and plan.at[0] not in at[:1] for plan, at in zip(plans, aligned, strict=True)]
         if any(first):
             out, lse = self._first_rows([plan.span for plan, own in zip(plans, first, strict=True) if own])
-        leads: list[int | None] = []
         for s, (plan, own) in enumerate(zip(plans, first, strict=True)):
             span = plan.span
             if own:
@@ -158,8 +142,7 @@ class DeltaAttention(DeltaCall):
             elif plan.kept is not None:
                 change[s, :, 0] = plan.kept.out.flatten(0, 1)
                 change_lse[s, :, 0] = plan.kept.lse.flatten(0, 1)
-            leads.append(span.position if own else plan.kept.position if plan.kept is not None else None)
-        return leads
+        return [own or plan.kept is not None for plan, own in zip(plans, first, strict=True)]
 
     def _first_rows(self, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense attention of the first row of each span: out fp32 `[B, Hq, 1, Dv]` and lse `[B, Hq, 1]`."""
