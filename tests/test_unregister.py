@@ -89,6 +89,49 @@ def test_caches_can_be_made_as_before(found: dict[str, list[str]]) -> None:
     assert found["caches"] == ["DynamicCache", "DynamicCache"]
 
 
+def test_patched_layers_get_their_forwards_back() -> None:
+    """Of every model of the process; patching works again afterwards."""
+    import torch
+    from families import make_model
+
+    import hip_hf
+
+    models = [make_model("llama", budget=64), make_model("qwen3", budget=64)]
+    try:
+        for model in models:
+            hip_hf.patch(model)
+        hip_hf.unregister()
+        for model in models:
+            assert not any("forward" in layer.__dict__ for layer in model.modules())
+    finally:
+        hip_hf.register()
+    hip_hf.patch(models[0])
+    with torch.no_grad():
+        models[0](torch.randint(9, 90, (1, 90)))
+    assert [row.path for row in hip_hf.explain(models[0])] == ["sparse", "sparse"]
+
+
+def test_lm_eval_forgets_the_model_type_and_the_tasks() -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.registry import model_registry
+    from lm_eval.tasks import TaskManager
+
+    import hip_hf
+    from hip_hf.integration.lm_eval import registration
+
+    plain = TaskManager.__init__
+    try:
+        for _ in range(TWICE):
+            registration.register()
+            assert TaskManager.__init__ is not plain
+            assert registration.MODEL in model_registry
+            hip_hf.unregister()
+            assert TaskManager.__init__ is plain
+            assert registration.MODEL not in model_registry
+    finally:
+        hip_hf.register()
+
+
 def test_what_somebody_has_wrapped_since_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     from hip_hf.integration import changes
 

@@ -16,7 +16,7 @@ from hip_hf.integration.extension import check_extension
 from hip_hf.integration.masks import hip_mask
 from hip_hf.integration.model_checks import check_layers
 from hip_hf.integration.names import NAMES, attends_by_us
-from hip_hf.integration.patches.forward import unpatch_layer
+from hip_hf.integration.patches.forward import unpatch_all, unpatch_layer
 from hip_hf.integration.patches.registry import layers_of, layers_to_extend, patch_layers
 from hip_hf.integration.settings import read_settings, text_config, text_part
 
@@ -51,11 +51,13 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Take back all that `register` and `hip_hf.integration.serve` have changed in Transformers, which then knows no `hip`.
+    """Take back all that `hip_hf` has changed in Transformers and lm-eval, which then know no `hip`, and in layers of models.
 
-    Models that attend by `hip` cannot be called until `register` is called again; `unpatch` gives back the forwards of those
-    that were patched. What something else has put in the place of a change of ours stays there. Harmless a second time.
+    Models that attend by `hip` cannot be called until `register` is called again, and patched ones have their own forwards then
+    (`patch` and `configure` replace them anew). What something else has put in the place of a change of ours stays there.
+    Harmless a second time.
     """
+    unpatch_all()
     changes.undo()
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 _MISSING = object()
-_undo: list[Callable[[], None]] = []
+_undo: list[Callable[[], object]] = []
 
 
 def set_attribute(owner: Any, name: str, value: Any) -> None:
-    """Set an attribute of a class or module of Transformers', until `undo`."""
+    """Set an attribute of a class or module of Transformers or lm-eval, until `undo`."""
     before = vars(owner).get(name, _MISSING)  # as it stands there: a class method would come bound from `getattr`
 
     def back() -> None:
@@ -41,7 +41,7 @@ def set_item(mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
     _undo.append(back)
 
 
-def at_undo(back: Callable[[], None]) -> None:
+def at_undo(back: Callable[[], object]) -> None:
     """Have `undo` call `back`."""
     _undo.append(back)
 

@@ -14,6 +14,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from hip_hf.integration import changes
+
 TASKS = Path(__file__).parents[2] / "eval" / "tasks"
 MODEL = "hip"
 
@@ -23,7 +25,8 @@ class UsageError(ValueError):
 
 
 def register() -> None:
-    """Make lm-eval know the model type `hip` and the tasks in `hip_hf/eval/tasks`. Calling it again is harmless.
+    """Make lm-eval know the model type `hip` and the tasks in `hip_hf/eval/tasks`. Calling it again is harmless, and
+    `hip_hf.unregister` takes it back.
 
     lm-eval has no entry points for plugins. Its model registry takes names at run time; its task manager takes folders
     only as an argument of the caller's, to which this adds ours.
@@ -42,6 +45,7 @@ def register_model() -> None:
 
     if MODEL not in model_registry:
         model_registry.register(MODEL, target="hip_hf.integration.lm_eval.model:HipLM")
+        changes.at_undo(lambda: model_registry._objs.pop(MODEL, None))  # lm-eval has no public way to take a type back
 
 
 def register_tasks() -> None:
@@ -58,4 +62,4 @@ def register_tasks() -> None:
         plain(self, verbosity, [TASKS, *given], *args, **kwargs)
 
     with_our_tasks._hip_tasks = True  # type: ignore[attr-defined]
-    TaskManager.__init__ = with_our_tasks
+    changes.set_attribute(TaskManager, "__init__", with_our_tasks)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -150,6 +151,10 @@ def patched(module: nn.Module) -> PatchedForward | None:
     return ours if isinstance(ours, PatchedForward) else None
 
 
+# All patched layers, for `hip_hf.unregister`.
+_patched: WeakSet[nn.Module] = WeakSet()
+
+
 def patch_layer(module: nn.Module, patcher: Patcher) -> None:
     """Replace the forward of one attention layer. Harmless when called again."""
     if patched(module) is not None:
@@ -159,6 +164,13 @@ def patch_layer(module: nn.Module, patcher: Patcher) -> None:
     plain = isinstance(own, MethodType) and own.__func__ is type(module).forward  # accelerate's copy of the class's own
     module.__dict__[slot] = PatchedForward(module, patcher, None if plain else own)
     module.__dict__[REPLICATE] = Replicate(module)
+    _patched.add(module)
+
+
+def unpatch_all() -> None:
+    """Give every layer of this process that is patched the forward back that it had."""
+    for module in list(_patched):
+        unpatch_layer(module)
 
 
 def unpatch_layer(module: nn.Module) -> bool:
@@ -174,4 +186,5 @@ def unpatch_layer(module: nn.Module) -> bool:
     else:
         module.__dict__[slot] = own
     module.__dict__.pop(REPLICATE, None)
+    _patched.discard(module)
     return True
