@@ -11,13 +11,12 @@ from hip_hf.integration.api import configure, patch, register, unpatch, unregist
 from hip_hf.integration.explain import explain
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.state import DecodeState
-from hip_hf.versions import __version__
+from hip_hf.versions import __version__ as __version__
 
 __all__ = [
     "DecodeState",
     "HiPCache",
     "HiPConfig",
-    "__version__",
     "configure",
     "explain",
     "hip_attention",

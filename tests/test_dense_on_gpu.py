@@ -13,6 +13,7 @@ from test_kernel_paged import token_major
 
 from hip_hf import attention
 from hip_hf.attention import attend_dense
+from hip_hf.backends import sdpa
 from hip_hf.backends.torch import dense
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
@@ -25,7 +26,7 @@ def test_grouped_heads_that_pytorch_would_give_all_logits(monkeypatch: pytest.Mo
     def takes(dtype: torch.dtype, dim: int, dim_v: int, capability: tuple[int, int] = (9, 0)) -> bool:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         q, v = (SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 1, 1, width)) for width in (dim, dim_v))
-        return dense.takes_groups(q, v)
+        return sdpa.takes_groups(q, v)
 
     assert takes(torch.bfloat16, 128, 128)
     assert not takes(torch.float32, 128, 128)
@@ -36,7 +37,7 @@ def test_grouped_heads_that_pytorch_would_give_all_logits(monkeypatch: pytest.Mo
         q, k, v = make_qkv(40, rows, batch=2, heads=2, groups=3)
         want = dense.grouped_sdpa(q, k, v, 0.3, rows > 1)
         with monkeypatch.context() as patch:
-            patch.setattr(dense, "takes_groups", lambda q, v: False)
+            patch.setattr(sdpa, "takes_groups", lambda q, v: False)
             assert_near(dense.grouped_sdpa(q, k, v, 0.3, rows > 1), want, 1e-6)
 
 
