@@ -7,16 +7,13 @@ from dataclasses import replace
 import torch
 
 from hip_hf import registry
-from hip_hf.backends import choice
+from hip_hf.backends import base, choice
 from hip_hf.backends.base import Result, has_gradients, pick
-from hip_hf.backends.delta import shortfall
 from hip_hf.backends.mixed import Part, merged, parts_of
 from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch import dense
 from hip_hf.backends.torch.backward import Piece, traced
 from hip_hf.backends.torch.decode_buffer import attend_next, gathered_rows, new_keys
-from hip_hf.backends.torch.dispatch import EXECUTORS
-from hip_hf.backends.triton import checks
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import DECODE_ROWS, BlockMask, Span
@@ -142,6 +139,8 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
         return _attend_by_kernels(part, config, state, need_lse, need_mask)
     if state is not None and state.device is not None:
         state.leave_device()
+    from hip_hf.backends.torch.dispatch import EXECUTORS  # all kinds of attention: most calls are of one
+
     pieces: list[Piece] | None = [] if problem.needs_grad else None
     out, lse = empty_outputs(problem, need_lse or pieces is not None)
     sparse = pick(EXECUTORS, config)(problem, config, out, lse, need_mask)
@@ -149,7 +148,7 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
         sparse.pieces = pieces
     out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
     share = sparse.reading.read / sparse.reading.visible
-    return Result(out, lse if need_lse else None, sparse.mask, "sparse", shortfall(problem, config), share)
+    return Result(out, lse if need_lse else None, sparse.mask, "sparse", _shortfall(problem, config), share)
 
 
 def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
@@ -170,7 +169,16 @@ def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None,
             state.reset()
         return _attend_part(replace(part, reason=f"no kernels: {why}"), config, state, need_lse, need_mask)
     share = call.reading.read / call.reading.visible
-    return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", shortfall(problem, config), share)
+    return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", _shortfall(problem, config), share)
+
+
+def _shortfall(problem: AttentionProblem, config: HiPConfig) -> str:
+    """What a call of the sparse path does otherwise than its settings say, and why; an empty string if nothing."""
+    if config.delta is None:
+        return ""
+    from hip_hf.backends.delta import mode_of
+
+    return mode_of(config, problem.sliding_window)[1]
 
 
 def empty_outputs(
@@ -379,4 +387,4 @@ def hip_attention(
     return (result.out, *extra)
 
 
-checks.attend = attend  # a self-test compares whole calls, and is asked for by what decides below this module who serves one
+base.attend = attend

@@ -120,6 +120,11 @@ def block_read(block: QueryBlock, picked: int, sliding: int | None) -> int:
     return min(keys_seen(block.first, block.last, None) + block.rows * fixed, keys_seen(block.first, block.last, sliding))
 
 
+def mask_heads(config: HiPConfig, query_heads: int, key_heads: int) -> int:
+    """Selections of a query block: one for each key head where the heads of its group share it, else one for each query head."""
+    return key_heads if config.group_shared else query_heads
+
+
 @dataclass
 class BlockMask:
     """Which key blocks each query block reads between sink and window.

@@ -12,6 +12,7 @@ from interpreter import DEVICE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
+from hip_hf.backends import base
 from hip_hf.backends.triton import checks, dense, sparse, trust
 from hip_hf.backends.triton.common import tuning
 from hip_hf.backends.triton.compile.catalogue import launches_of
@@ -141,7 +142,7 @@ def test_what_is_to_be_selected_is_no_matter_of_rounding(
 ) -> None:
     """With the settings and heads of models: half precision finds the blocks that float64 finds, in a decode step also those that
     take the places of the worst."""
-    decode_steps, attend = [], checks.attend
+    decode_steps, attend = [], base.attend
 
     def attended(problem: Any, *rest: Any) -> Any:
         result = attend(problem, *rest)
@@ -149,7 +150,7 @@ def test_what_is_to_be_selected_is_no_matter_of_rounding(
             decode_steps.append(result.mask.indices)
         return result
 
-    monkeypatch.setattr(checks, "attend", attended)
+    monkeypatch.setattr(base, "attend", attended)
     heads, config = checks.Heads(dtype, dim, dim, groups), HiPConfig(dense_below=0)
     for name in ("prompt", "decode", "pages", "delta", "extended"):
         found = checks.check(name, heads, torch.device("cpu"), config, "torch")

@@ -1,4 +1,4 @@
-"""The tree search against its plain twin (`brute.py`), and the promises that its description makes."""
+"""The tree search against its plain twin (`hip_hf/methods/naive.py`), and the promises that its description makes."""
 
 from __future__ import annotations
 

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from hip_hf.backends.keys_read import Blocks, Reading
-from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, block_read, keys_seen, make_query_block, query_blocks
-from hip_hf.methods.hyper import flops
+from hip_hf.geometry import (
+    DECODE_ROWS,
+    BlockMask,
+    QueryBlock,
+    Span,
+    block_read,
+    keys_seen,
+    make_query_block,
+    mask_heads,
+    query_blocks,
+)
 from hip_hf.problem import AttentionProblem
 from hip_hf.registry import selector_for
 
@@ -65,6 +74,22 @@ def pick(executors: Mapping[str, Callable[..., Executor]], config: HiPConfig) ->
     return found if config.delta is None else partial(found, pick(executors, replace(config, delta=None)))
 
 
+class Attend(Protocol):
+    """`hip_hf.attention.attend`."""
+
+    def __call__(
+        self, problem: AttentionProblem, config: HiPConfig, layer: int | None = None, state: DecodeState | None = None,
+        need_lse: bool = False, need_mask: bool = False,
+    ) -> Result: ...  # fmt: skip
+
+
+def _missing(*_: Any, **__: Any) -> Result:
+    raise RuntimeError("hip_hf.attention has not been imported")
+
+
+attend: Attend = _missing  # the self-test of kernels compares whole calls: `hip_hf.attention`, which is above, puts its own here
+
+
 class BlockSparseCall:
     """A call in which every query block reads what a selector picks: problem, settings and results."""
 
@@ -110,7 +135,7 @@ class BlockSparseCall:
         problem, config = self.problem, self.config
         batch, device = problem.q.shape[0], problem.q.device
         most = max(len(self._blocks(span)) for span in problem.spans)
-        heads = problem.k.shape[1] * (1 if config.group_shared else problem.groups)
+        heads = mask_heads(config, problem.q.shape[1], problem.k.shape[1])
         indices = torch.zeros(batch, heads, most, self.budget, dtype=torch.int32, device=device)
         counts = torch.zeros(batch, heads, most, dtype=torch.int32, device=device)
         first = torch.full((batch, most), -1, dtype=torch.int32, device=device)
@@ -118,33 +143,3 @@ class BlockSparseCall:
             at = [block.first for block in self._blocks(span)]
             first[span.batch, : len(at)] = torch.tensor(at, dtype=torch.int32, device=device)
         return BlockMask(indices, counts, first, config.block_q, config.block_k)
-
-
-class HyperCall:
-    """A call of HyperAttention: problem, settings and results."""
-
-    pieces: list[Any] | None = None  # there are no gradients
-
-    def __init__(
-        self, problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None, mask: bool
-    ) -> None:
-        self.problem, self.config, self.out, self.lse = problem, config, out, lse
-        self.options = config.method_options()
-        self.reading = Reading()
-        self.mask = None  # there are no key blocks to speak of
-
-    def tail(self, span: Span) -> int:
-        """The first of the span's rows that are computed densely."""
-        return max(0, span.rows - self.config.dense_tail)
-
-    def note(self, state: DecodeState | None) -> None:
-        """What the call means for the state, and how many keys it reads."""
-        if state is not None:
-            state.bind(self.config, self.problem.k)
-        for span in self.problem.spans:
-            if state is not None:
-                state.row(span.batch, span.key_start, span.position, span.end).selection = None
-            tail = self.tail(span)
-            read = flops(self.options, span.position, span.position + tail, 1, 1)[2] if tail else 0
-            self.reading.read += read + keys_seen(span.position + tail, span.end - 1, None)
-            self.reading.visible += keys_seen(span.position, span.end - 1, None)

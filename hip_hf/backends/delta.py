@@ -6,7 +6,7 @@
     out[i] = S[i] + (D[j] - S[j]),   j = gamma * floor(i / gamma)
 
 `clusters`: where what is missed depends on the query, it is another one in the next row. So every row first estimates its own
-missing part from clusters of keys (`missing.py`), which gives E; the anchors correct what is left, by a mean over the latest
+missing part from clusters of keys (`clusters.py`), which gives E; the anchors correct what is left, by a mean over the latest
 of them, for what is left is mostly noise:
 
     out[i] = E[i] + mean of (D[j] - E[j]) over anchors j <= i, of which each weighs 15/16 of the next
@@ -51,11 +51,6 @@ def mode_of(config: HiPConfig, sliding_window: int | None) -> tuple[str, str]:
     elif sliding_window is not None:
         why = "keys leave the sliding window"
     return ("step", f"Delta correction by steps: {why}") if why else ("clusters", "")
-
-
-def shortfall(problem: AttentionProblem, config: HiPConfig) -> str:
-    """What a call of the sparse path does otherwise than its settings say, and why; an empty string if nothing."""
-    return "" if config.delta is None else mode_of(config, problem.sliding_window)[1]
 
 
 def anchors(first: int, end: int, gamma: int, known: int | None) -> list[int]:

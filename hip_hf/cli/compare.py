@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import Device, Dtype, check_length, load_to_measure
+from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure
 from hip_hf.cli.presets import HELP, over_budgets, parse_choice, sizes
 from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.eval.measure import perplexity
@@ -22,8 +22,8 @@ def main(
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults", "paper", "streaming"],  # noqa: B006
     measures: Annotated[str, typer.Option(help=f"Of {', '.join(MEASURES)}.")] = ",".join(MEASURES),
     budgets: Annotated[str, typer.Option(help="Every setting with each of these budgets, like 256,512.")] = "256",
-    sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
-    window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
+    sink: Sink = None,
+    window: Window = None,
     tokens: Annotated[int, typer.Option(help="Length of each text and prompt.")] = 8192,
     prompts: Annotated[int, typer.Option(min=1, help="Texts for fidelity, perplexity and needles.")] = 2,
     facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each text for fidelity and needles.")] = 8,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import Device, Dtype, check_length, load_to_measure
+from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure
 from hip_hf.cli.presets import HELP, OWN, refuse_extension, settings_of, sizes
 from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.config import HiPConfig
@@ -28,8 +28,8 @@ def main(
     facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys hidden in each text, and asked for.")] = 8,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["defaults", "paper"],  # noqa: B006
     budget: Annotated[int | None, typer.Option(help="Keys selected per query block; default 256, with --stress 1024.")] = None,
-    sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
-    window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
+    sink: Sink = None,
+    window: Window = None,
     document: Annotated[Path, typer.Option(help="Plain text to measure on.")] = DOCUMENT,
     budgets: Annotated[str | None, typer.Option(help="Every setting with each of these budgets, like 128,256,512.")] = None,
     stress: Annotated[str | None, typer.Option(help="Put segments end to end to so many keys, like 64K,128K.")] = None,

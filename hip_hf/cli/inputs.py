@@ -18,6 +18,8 @@ from hip_hf.integration.api import configure
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as saved), fp32, bf16 or fp16.")]
+Sink = Annotated[int | None, typer.Option("--sink", help="First keys, always read.")]
+Window = Annotated[int | None, typer.Option("--window", help="Latest keys, always read.")]
 
 
 def check_device(device: str) -> torch.device:

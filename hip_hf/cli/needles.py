@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import Device, Dtype, load_to_measure
+from hip_hf.cli.inputs import Device, Dtype, Sink, Window, load_to_measure
 from hip_hf.cli.presets import HELP, over_budgets, sizes
 from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.eval.measure.documents import CHECKPOINT, NAMES, digest
@@ -21,8 +21,8 @@ def main(
     lengths: Annotated[str, typer.Option(help="Tokens of document, questions and answers, like 4096,8K.")] = "4096",
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults"],  # noqa: B006
     budgets: Annotated[str, typer.Option(help="Every setting with each of these budgets, like 256,1024.")] = "256",
-    sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
-    window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
+    sink: Sink = None,
+    window: Window = None,
     documents: Annotated[
         str, typer.Option(help=f"{NOVEL} (shipped), {CODE} (Python's standard library) or text files, like {NOVEL},{CODE}.")
     ] = NOVEL,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import Device, Dtype, load_to_measure
+from hip_hf.cli.inputs import Device, Dtype, Sink, Window, load_to_measure
 from hip_hf.cli.presets import HELP, settings_of, sizes
 from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, digest
@@ -24,8 +24,8 @@ def main(
     facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each document; one is asked for.")] = 1,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults"],  # noqa: B006
     budget: Annotated[int | None, typer.Option(help="Keys selected per query block.")] = None,
-    sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
-    window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
+    sink: Sink = None,
+    window: Window = None,
     document: Annotated[Path, typer.Option(help="Plain text to hide the keys in.")] = DOCUMENT,
     batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 4,
     device: Device = "cpu",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import Device, Dtype, check_length, load_to_measure
+from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure
 from hip_hf.cli.presets import HELP, settings_of, sizes
 from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, digest
@@ -23,8 +23,8 @@ def main(
     chunk: Annotated[int, typer.Option(min=1, help="Tokens read at a time.")] = 2048,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults"],  # noqa: B006
     budget: Annotated[int | None, typer.Option(help="Keys selected per query block.")] = None,
-    sink: Annotated[int | None, typer.Option(help="First keys, always read.")] = None,
-    window: Annotated[int | None, typer.Option(help="Latest keys, always read.")] = None,
+    sink: Sink = None,
+    window: Window = None,
     document: Annotated[Path, typer.Option(help="Plain text to predict.")] = DOCUMENT,
     device: Device = "cpu",
     dtype: Dtype = "fp32",

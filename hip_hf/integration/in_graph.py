@@ -95,7 +95,7 @@ def attention(
     method: str | None,
     unrotated: bool,
 ) -> torch.Tensor:
-    """What `attention_forward` of `interface.py`, whose arguments these are, adds to a graph: `[B, Tq, Hq, Dv]`."""
+    """What `attention_forward` of `attention_function.py`, whose arguments these are, adds to a graph: `[B, Tq, Hq, Dv]`."""
     ours = mask is not None and hasattr(mask, "_hip_window")
     if ours:
         sliding_window = mask._hip_window  # type: ignore[union-attr]

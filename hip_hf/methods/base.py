@@ -1,4 +1,4 @@
-"""What selectors and backends share: the geometry of query blocks, and the mask of selected key blocks."""
+"""What a method offers: a selector, and the rule that it binds to the queries and keys of one span."""
 
 from __future__ import annotations
 

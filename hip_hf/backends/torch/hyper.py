@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.backends.base import HyperCall
+from hip_hf.backends.hyper import HyperCall
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.backends.torch import dense
 from hip_hf.backends.torch.block_sparse import add_sinks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,9 +18,6 @@ from hip_hf.cache.pages import PagedKeys
 from hip_hf.geometry import QueryBlock, Span
 from hip_hf.state import DecodeState, RowState, Selection
 from hip_hf.workers import compute_dtype, run
-
-if TYPE_CHECKING:
-    pass
 
 # Query blocks that are searched together: enough to amortise Python, few enough to stay in cache.
 BLOCKS_AT_ONCE = 32

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.backends.base import HyperCall
+from hip_hf.backends.hyper import HyperCall
 from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, dense_reads

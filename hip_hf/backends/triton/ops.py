@@ -26,7 +26,7 @@ from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import Selection
 from hip_hf.backends.triton.sparse import DeviceState
 from hip_hf.config import HiPConfig
-from hip_hf.geometry import DECODE_ROWS
+from hip_hf.geometry import DECODE_ROWS, mask_heads
 from hip_hf.problem import AttentionProblem, by_tokens, make_spans
 from hip_hf.registry import sparse_reach
 
@@ -82,7 +82,7 @@ def select(
 @select.register_fake
 def _(q, k, sinks, table, config, scale, softcap, sliding_window, block_q):  # type: ignore[no-untyped-def]
     fields = settings(config)
-    heads = sparse.mask_heads(fields, q.shape[1], k.shape[1])
+    heads = mask_heads(fields, q.shape[1], k.shape[1])
     shape = (q.shape[0], heads, Sequences(table, q.shape[2], k.shape[2]).blocks(block_q))
     budget = fields.budget_blocks
     return q.new_empty(*shape, budget, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)

@@ -20,7 +20,7 @@ from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection import search
 from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.cache.pages import PagedTensor
-from hip_hf.geometry import DECODE_ROWS, Span
+from hip_hf.geometry import DECODE_ROWS, Span, mask_heads
 from hip_hf.problem import AttentionProblem
 from hip_hf.registry import sparse_reach
 from hip_hf.state import DecodeState, RowState
@@ -43,11 +43,6 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
     if len(rows) < len(spans):
         return None
     return tuple(rows.get(b, Span(b, 0, 0, 0, 0, 0)) for b in range(batch))
-
-
-def mask_heads(config: HiPConfig, query_heads: int, key_heads: int) -> int:
-    """How many heads have a selection of their own."""
-    return key_heads if config.group_shared else query_heads
 
 
 def step_scratch(config: HiPConfig, q: torch.Tensor, key_heads: int, dim_v: int) -> Scratch:

@@ -20,6 +20,7 @@ from hip_hf.backends.triton.selection.search import constants, looks_for
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.timing import refresh_period
+from hip_hf.geometry import mask_heads
 from hip_hf.methods.hip import looked_at_whole
 from hip_hf.registry import sparse_reach
 
@@ -73,7 +74,7 @@ class Shape:
 
     def lists(self, config: HiPConfig) -> int:
         """Selections of a query block."""
-        return self.key_heads if config.group_shared else self.query_heads
+        return mask_heads(config, self.query_heads, self.key_heads)
 
     def tile(self, kernel: str) -> Tile:
         return tile_of(kernel, self.target, self.dim, self.dim, self.dtype)

@@ -1,4 +1,4 @@
-"""Launch configurations per architecture and head dim: a table (`table.py`), written by `benchmarks/tune.py`."""
+"""Launch configurations per architecture and head dim: a table (`tuning_table.py`), written by `benchmarks/tune.py`."""
 
 from __future__ import annotations
 

@@ -109,10 +109,9 @@ def search_tile(target: str, dim: int, dtype: torch.dtype, indexed: bool, candid
     Triton 3.7 fail on it."""
     warps = 16 if target.startswith("sm10") else 8
     if indexed or dtype == torch.float32:
-        if warps > 8 and indexed:  # with 16 warps a step's search spills with one stage, a prompt's in any case
-            warps, stages = (warps, 2) if votes < FEWEST_ROWS else (8, 1)
-            return SearchTile(16, 16, 16, warps, stages)
-        return SearchTile(16, 16, 16, warps, stages=1)
+        if indexed and votes >= FEWEST_ROWS:
+            warps = 8  # with 16 a prompt's search spills
+        return SearchTile(16, 16, 16, warps, stages=2 if indexed and warps > 8 else 1)  # with one stage a step's spills on 16
     if candidates > 2 * CANDIDATES and target.startswith("gfx"):
         wanted = SearchTile(16, 16, 16, stages=1)
     elif candidates > CANDIDATES and not target.startswith(("sm10", "gfx")):
