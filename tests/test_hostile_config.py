@@ -179,7 +179,7 @@ def use(settings):
         return str(refused), set(seen)
     return "", set(seen)
 
-use({})  # what is imported once
+use({"dense_below": 0})  # what is imported once
 sys.addaudithook(audit)
 known = use({})[1]
 found = [use(settings) for settings in hostile]

@@ -168,7 +168,7 @@ def test_hyper_and_delta() -> None:
     out, lse, rows = queries(), tensor(BATCH, HEADS, ROWS, dtype=torch.float32), sequences()
     change = tensor(BATCH, HEADS, ROWS // 2 + 1, DIM, dtype=torch.float32)
     change[-1, -1, -1] = 1
-    grid, arguments = spread_arguments(out, lse, change, change[..., 0], rows, tensor(BATCH, dtype=torch.int32), 2)
+    grid, arguments = spread_arguments(out, lse, change, change[..., 0], rows, 2)
     spread_kernel[grid](**arguments)
     assert out[-1, -1, -1].all()
 
