@@ -51,7 +51,7 @@ def neediest(
     do). `near`: log-sum-exp of each for what it reads in any case."""
     bk, (count, heads, _) = config.block_k, rows.shape
     ids = [(row, head) for row in asked(config, count) for head in range(heads)]
-    allowed = heads if count == 1 else min(len(ids), max(1, math.ceil(heads * config.block_q / config.query_stride)))
+    allowed = heads if count == 1 else min(len(ids), most_votes(config, heads, low, high))
     walking = None
     if allowed < len(ids):
         stride = 1
@@ -59,7 +59,7 @@ def neediest(
             stride *= 2
         need = {(r, h): max(logit(rows[r, h], keys[at]) for at in sample) - near[r, h] for r, h in ids}
         ids = sorted(ids, key=lambda i: (-need[i], i))
-        walking = walkers(config, allowed)
+        walking = allowed if looked_at_whole(config, low, high) else walkers(config, allowed)
         ids = sorted(ids[:walking]) + sorted(ids[walking:allowed])
     return [(rows[row, head], near[row, head]) for row, head in ids], walking
 
@@ -67,6 +67,18 @@ def neediest(
 def asked(config: Any, rows: int) -> list[int]:
     """Of so many rows of a query block every second one, counted back from the last; all, if every row is to vote."""
     return sorted(range(rows - 1, -1, -1 if config.query_stride == 1 else -2))
+
+
+def most_votes(config: Any, heads: int, low: int, high: int) -> int:
+    """How many rows of a full query block of so many heads vote: twice as many where all keys of the middle `[low, high)` are
+    looked at, for a search would begin with its blocks."""
+    votes = max(1, math.ceil(heads * config.block_q / config.query_stride))
+    return 2 * votes if looked_at_whole(config, low, high) else votes
+
+
+def looked_at_whole(config: Any, low: int, high: int) -> bool:
+    """Whether all keys of a middle are looked at, and no tree is walked."""
+    return config.rescore > 1 and high - low <= 2 * config.beam * config.budget // config.block_k
 
 
 def walkers(config: Any, votes: int) -> int:

@@ -86,15 +86,16 @@ def needs(case: Case, block_q: int, made: torch.Tensor | None = None) -> tuple[t
     return near.cpu(), need.cpu()
 
 
-def voters(need: torch.Tensor, config: HiPConfig) -> list[tuple[int, int]]:
-    """The rows and heads that vote, of need `[heads, rows]`: as (row, head), in order, those that walk the tree first."""
+def voters(need: torch.Tensor, config: HiPConfig, block: QueryBlock) -> list[tuple[int, int]]:
+    """The rows and heads of a query block that vote, of need `[heads, rows]`: as (row, head), in order, those that walk the tree
+    first."""
     heads, rows = need.shape
     ids = [(row, head) for row in brute.asked(config, rows) for head in range(heads)]
-    count = heads if rows == 1 else max(1, math.ceil(heads * config.block_q / config.query_stride))
+    count = heads if rows == 1 else brute.most_votes(config, heads, block.low, block.high)
     if count >= len(ids):
         return ids
     ids = sorted(ids, key=lambda i: (-need[i[1], i[0]], i))
-    walking = brute.walkers(config, count)
+    walking = count if brute.looked_at_whole(config, block.low, block.high) else brute.walkers(config, count)
     return sorted(ids[:walking]) + sorted(ids[walking:count])
 
 
@@ -122,7 +123,7 @@ def check(case: Case, ranks_exactly: bool = True) -> None:
             for precision in precisions(case.q, case.q.shape[-1]):
                 with precision:
                     rough.append(reference(case, span, block, case.q.dtype))
-            estimated = len(voters(exact[1], config)) < exact[1][:, asked].numel()
+            estimated = len(voters(exact[1], config, block)) < exact[1][:, asked].numel()
             got = (near[s, :, rows], need[s, :, rows])
             for name, mine, want, *same in zip(errors, got, exact, *rough, strict=True):
                 if name == "near" or estimated:
@@ -132,7 +133,7 @@ def check(case: Case, ranks_exactly: bool = True) -> None:
             ranks = exact[1] if ranks_exactly else got[1].double()
             for mask_head in range(votes.shape[1]):
                 own = slice(mask_head * voting.voters, (mask_head + 1) * voting.voters)
-                chosen = voters(ranks[own], config)
+                chosen = voters(ranks[own], config, block)
                 at = slice(n * voting.slots, n * voting.slots + len(chosen))
                 cast[s, mask_head, at] = True
                 assert torch.equal(found[s, mask_head, at], torch.stack([got[0][own][head, row] for row, head in chosen]))
@@ -190,8 +191,18 @@ def test_settings(fields: dict[str, Any], poison: None) -> None:
     by_mass = Case(small(query_stride=4), case.spans, groups=3)
     by_mass.q, by_mass.k = case.q, case.k
     votes, wanted = (votes_of(q, kv, sequences, one.config, one.logits(), 16)[0] for one in (case, by_mass))
-    count = 12 * 2  # the two whole blocks at the end
+    count = 12 * 2  # the two full blocks at the end
     assert torch.equal(votes[:, :, -count:], wanted[:, :, -count:]), "who votes does not depend on the score"
+
+
+@pytest.mark.parametrize("stride", [3, 4, 8])
+@pytest.mark.parametrize("where", [None, positions(48)])
+def test_more_rows_vote_where_a_middle_is_looked_at_whole(where: Any, stride: int, poison: None) -> None:
+    """Of one call the middles of up to 16 blocks, twice as many rows or all that are asked; the longer ones are walked through."""
+    case = Case(small(query_stride=stride, rescore=2), [whole(150, 120), whole(60, 40, 1, 9)], groups=3, positions=where)
+    middles = [block.middle for span in case.spans for block in case.blocks(span, False)]
+    assert min(middles) <= 4 < sorted(middles)[len(middles) // 2] <= 16 < max(middles)
+    check(case)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -244,7 +255,7 @@ def test_votes_are_turned_to_where_they_select(block_q: int) -> None:
     (span,), slots = case.spans, Voting.of(case.config, 3, block_q, True).slots
     for n, block in enumerate(case.blocks(span, block_q == 1)):
         exact = reference(case, span, block, torch.float64)
-        chosen = voters(exact[1], case.config)
+        chosen = voters(exact[1], case.config, block)
         distance = (torch.arange(block.first, block.last + 1) + 1 - block.window).clamp(max=39)[:, None]
         rows = turned(case.q[0, :, block.row : block.row + block.rows].double(), distance, case)[:, :, 0]
         want = torch.stack([rows[head, row] for row, head in chosen])

@@ -134,14 +134,16 @@ class Case:
         config, laid = self.config, self.blocks(self.spans[s], per_row)
         if not self.half or per_row or not Voting.of(config, self.groups, config.block_q, False).ranked:
             return nullcontext()
-        votes, near, voting = self.voted(s)
+        votes, found, voting = self.voted(s)
 
-        def chosen(search: TreeSearch, heads: slice, blocks: list[QueryBlock], *_: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
+        def chosen(
+            search: TreeSearch, heads: slice, blocks: list[QueryBlock], near: Any, level: int, whole: bool
+        ) -> tuple[torch.Tensor, torch.Tensor, int]:
             (n,) = (laid.index(block) for block in blocks)
-            count = need.votes_of(config, laid[n].rows, voting.voters)
+            count = need.votes_of(config, laid[n].rows, voting.voters, whole)
             own = slice(n * voting.slots, n * voting.slots + count)
             walking = voting.walkers if count < voting.voters * len(need.asked_rows(config, laid[n].rows)) else count
-            return search.scale * votes[heads, :, own].double(), near[heads, :, own].double(), walking
+            return search.scale * votes[heads, :, own].double(), found[heads, :, own].double(), walking
 
         return patch.object(TreeSearch, "_votes", chosen)
 
@@ -255,7 +257,7 @@ def test_settings_of_the_search(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("fields", "shape"), [
     (dict(), dict()), (dict(score="max"), dict()), (dict(vote="sampled"), dict()), (dict(group_shared=False), dict()),
-    (dict(query_stride=1), dict(groups=7)), (dict(coarsest=4, beam=4), dict()), (dict(block_k=6, budget=18), dict(page_size=7)),
+    (dict(query_stride=1), dict(groups=7)), (dict(query_stride=8), dict(groups=3)), (dict(coarsest=4, beam=4), dict()), (dict(block_k=6, budget=18), dict(page_size=7)),
     (dict(beam=20), dict(softcap=2.0, sliding=200, sinks=torch.ones(2))), (dict(), dict(dim=80, dtype=torch.float16)),
 ])  # fmt: skip
 def test_short_middles_are_looked_at_whole(fields: dict[str, Any], shape: dict[str, Any]) -> None:

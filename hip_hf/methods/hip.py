@@ -49,7 +49,7 @@ class Options:
     share of a block's score, by the mass in its keys, that the block after it gets as well, 0 to 1."""
 
     weight: float = 0.5
-    sample: int = 1024
+    sample: int = 768
     descent: int = 2
     onward: float = 0.3
 
@@ -140,16 +140,17 @@ class TreeSearch:
         for (rows, sampled, level), run in groupby(blocks, key=alike):
             some = list(run)
             own = None if near is None else near[:, :, row : row + len(some) * rows]
-            votes = self._votes(heads, some, own, sampled)
+            votes = self._votes(heads, some, own, sampled, level is None)
             parts.append(self._whole(heads, some, *votes[:2]) if level is None else self._search(heads, some, level, *votes))
             row += len(some) * rows
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _votes(
-        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None, level: int
+        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None, level: int, whole: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, the log-sum-exp of what each always reads, and
-        how many of them, the first, walk the tree. The need is estimated from a key of each chunk of `2 ** level` keys."""
+        how many of them, the first, walk the tree. The need is estimated from a key of each chunk of `2 ** level` keys;
+        `whole`: there is no tree to walk, and more rows vote."""
         config, rows, first = self.config, blocks[0].rows, blocks[0].row
         if near is None:
             index = torch.tensor([list(sampled_rows(config, block)) for block in blocks], device=self.q.device)
@@ -158,15 +159,16 @@ class TreeSearch:
         # query blocks of one call follow one another
         q = self.q[heads, :, first : first + len(blocks) * rows].unflatten(2, (-1, rows))
         voters = q.shape[1] if config.group_shared else 1
-        count, asked = votes_of(config, rows, voters), asked_rows(config, rows)
+        count, asked = votes_of(config, rows, voters, whole), asked_rows(config, rows)
         some = slice(asked.start, asked.stop, asked.step)
         q = self._grouped(q[:, :, :, some].to(self.pyramid.dtype) * self.scale)
         near = self._grouped(near.unflatten(2, (-1, rows, 1))[:, :, :, some])[..., 0]
         if count == q.shape[2]:
             return q, near, count
         need = self._highest(heads, blocks, q, level).sub_(near)
-        every, walking = torch.arange(q.shape[2], device=q.device).expand(need.shape), walkers_of(config, count)
+        every = torch.arange(q.shape[2], device=q.device).expand(need.shape)
         chosen = best(need, every, count).sort(dim=-1).values
+        walking = count if whole else walkers_of(config, count)
         walkers = best(need.gather(-1, chosen), every[..., :count], walking)
         walks = torch.zeros_like(chosen).scatter_(-1, walkers, 1)
         chosen = chosen.gather(-1, walks.argsort(dim=-1, descending=True, stable=True))

@@ -10,7 +10,7 @@ all that the row reads in any case, `highest - lse_near`:
                highest: the largest logit among a sample of the middle's keys
 
 Of every second row of a query block those with the largest need vote, each with its own query. Where all of these vote (decode,
-short blocks, `query_stride` of 1 and 2), nothing is estimated: the search weighs every vote by what it finds near (`aggregate`
+short blocks, `query_stride` of 1 and 2, or 4 in a short middle), nothing is estimated: the search weighs every vote by what it finds near (`aggregate`
 in `hip.py`).
 """
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 SPREAD = 2654435761
 # One row in so many is asked for its need.
 ASKED = 2
+# Where all keys of a middle are looked at, and no tree is walked, so many times as many rows vote.
+WHOLE = 2
 
 
 def asked_rows(config: HiPConfig, rows: int) -> range:
@@ -41,12 +43,13 @@ def asked_rows(config: HiPConfig, rows: int) -> range:
     return range((rows - 1) % step, rows, step)
 
 
-def votes_of(config: HiPConfig, rows: int, heads: int) -> int:
+def votes_of(config: HiPConfig, rows: int, heads: int, whole: bool) -> int:
     """How many votes a query block of `rows` rows casts, whose `heads` heads share a selection: no more than are asked. A row
-    that is alone (decode) votes with all of its heads."""
+    that is alone (decode) votes with all of its heads. `whole`: its middle is looked at whole."""
     if rows == 1:
         return heads
-    return min(len(asked_rows(config, rows)) * heads, -(-heads * config.block_q // config.query_stride))
+    most = -(-heads * config.block_q // config.query_stride)
+    return min(len(asked_rows(config, rows)) * heads, WHOLE * most if whole else most)
 
 
 def walkers_of(config: HiPConfig, votes: int) -> int:

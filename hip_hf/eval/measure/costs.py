@@ -68,13 +68,14 @@ def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
         # the halves of what is kept, and a chunk at either edge of the middle
         candidates = 2 * min(config.beam_blocks, candidates) + 2
         scored += candidates
-    if looked_at_whole(config, block.low, block.high):
+    whole = looked_at_whole(config, block.low, block.high)
+    if whole:
         scored, exact = 0, candidates
     walked, looked = scored * features, min(exact, candidates) * config.block_k * dim
     if config.vote == "sampled":
         return len(sampled_rows(config, block)) * 2 * (walked + looked), walked + looked
     # of one query head: heads that share a mask have as many votes together as alone, but for rounding
-    asked, voters, sampled = len(asked_rows(config, block.rows)), votes_of(config, block.rows, 1), 0
+    asked, voters, sampled = len(asked_rows(config, block.rows)), votes_of(config, block.rows, 1, whole), 0
     walkers = voters
     if voters < asked:
         walkers = walkers_of(config, voters)

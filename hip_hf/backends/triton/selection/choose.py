@@ -58,8 +58,8 @@ def choose_kernel(
     stride_field, stride_near, blocks, heads, sink, window, sliding, refresh,
     BUDGET: tl.constexpr, MOST: tl.constexpr, M: tl.constexpr, KEPT_LAST: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr,
     TILES: tl.constexpr, NARROW: tl.constexpr, TILES_WHOLE: tl.constexpr, NARROW_WHOLE: tl.constexpr, FOUND: tl.constexpr,
-    CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, SPACING: tl.constexpr,
-    SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
+    CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
+    SPACING: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     ONWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The selection of a query block, from the blocks `listed` and what was `found` in their keys (scratch of `select_kernel`,
@@ -85,7 +85,8 @@ def choose_kernel(
         return
 
     near, last_row, first, last = votes_near(
-        near, row, index, row_start, last_row, first, last, stride_near, CHOSEN, VOTERS, VOTES, SPACING, SAMPLES, GROUP
+        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN, VOTERS, VOTES, VOTES_WHOLE, MOST,
+        SPACING, SAMPLES, GROUP,
     )
     number = number.to(tl.int64)
     found += number * FOUND

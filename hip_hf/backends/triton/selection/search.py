@@ -158,12 +158,14 @@ def constants(
     # votes that were put side by side are those of one head
     heads, samples = (1, voting.slots) if voting.chosen else (voting.voters, voting.slots // voting.voters)
     indexed = positions is not None and positions.chunk_indexed
-    shape = fitted(shape, dim) if shape else search_tile(target, dim, dtype, indexed, 2 * kept, voting.slots)
-    rows = max(FEWEST_ROWS, min(power_of_two(voting.slots), shape.rows, shape.rows * CANDIDATES // (2 * kept)))
+    votes = max(voting.votes, voting.voters)
+    shape = fitted(shape, dim) if shape else search_tile(target, dim, dtype, indexed, 2 * kept, votes)
+    rows = max(FEWEST_ROWS, min(power_of_two(votes), shape.rows, shape.rows * CANDIDATES // (2 * kept)))
     # of a whole middle as many logits are held at once
     rows_whole = max(FEWEST_ROWS, rows * kept_last // (2 * kept))
     (tiles, narrow), (tiles_whole, narrow_whole) = (
-        (-(-voting.slots // count), min(count, power_of_two(voting.slots))) for count in (rows, rows_whole)
+        (-(-most_votes // count), min(count, power_of_two(most_votes)))
+        for most_votes, count in ((votes, rows), (voting.slots, rows_whole))
     )
     if not (stateful and rescore) or long:
         looks = 1
@@ -174,7 +176,7 @@ def constants(
         RESCORE=rescore, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
         ROWS=rows, TILES=tiles, SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
         MASS=config.score == "mass", ONWARD=onward_of(config), WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters,
-        VOTES=voting.votes, WALKERS=voting.walkers, SPACING=voting.stride, DIM=dim,
+        VOTES=voting.votes, VOTES_WHOLE=voting.votes_whole, WALKERS=voting.walkers, SPACING=voting.stride, DIM=dim,
         FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts_of(config), OUT=tile(budget),
         PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

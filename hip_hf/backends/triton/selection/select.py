@@ -75,14 +75,14 @@ def lay_out(first, window, sink, sliding, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def votes_near(
-    near, row, index, row_start, last_row, first, last, stride_near,
-    CHOSEN: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, SPACING: tl.constexpr, SAMPLES: tl.constexpr,
-    GROUP: tl.constexpr,
+    near, row, index, row_start, last_row, first, last, middle, stride_near,
+    CHOSEN: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr,
+    SPACING: tl.constexpr, SAMPLES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """What the votes of a query block find near, and their rows: a pointer; the last row, and the first and last as positions."""
     near += row.to(tl.int64) * GROUP * stride_near
     if CHOSEN:
-        last_row = count_votes(last - first + 1, VOTERS, VOTES, SPACING) - 1
+        last_row = count_votes(last - first + 1, middle, VOTERS, VOTES, VOTES_WHOLE, MOST, SPACING) - 1
         return near + index.to(tl.int64) * SAMPLES, last_row, first - first, last_row
     else:
         return near - row_start, last_row, first, last
@@ -246,7 +246,7 @@ def select_kernel(
     BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
     KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, LONG: tl.constexpr,
     STATEFUL: tl.constexpr, CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr,
-    WALKERS: tl.constexpr, SPACING: tl.constexpr,
+    VOTES_WHOLE: tl.constexpr, WALKERS: tl.constexpr, SPACING: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr,
@@ -261,7 +261,7 @@ def select_kernel(
     one (more than `BUDGET` only to be rescored); the search starts with at most `MOST` chunks, or at level `LIMIT`.
     `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at a time, for after a step of several rows the
     next one selects anew. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the
-    votes that `votes.py` put side by side, of which it says what VOTERS, VOTES, WALKERS and SPACING mean. `WEIGHED`:
+    votes that `votes.py` put side by side, of which it says what VOTERS, VOTES, VOTES_WHOLE, WALKERS and SPACING mean. `WEIGHED`:
     `near` is what every vote, or row of a sequence, finds in any case. `HALF` > 0: chunk-indexed, at most `farthest` chunks away;
     so many pairs of a head's numbers turn. `LOOKS` > 1: so many programs search, all for the same, and each looks at a share of
     the keys of each of the last blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none (not those
@@ -301,7 +301,8 @@ def select_kernel(
     if CHOSEN:
         q += index.to(tl.int64) * SAMPLES * stride_qt
     near, last_row, first, last = votes_near(
-        near, row, index, row_start, last_row, first, last, stride_near, CHOSEN, VOTERS, VOTES, SPACING, SAMPLES, GROUP
+        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN, VOTERS, VOTES, VOTES_WHOLE, MOST,
+        SPACING, SAMPLES, GROUP,
     )
     # of the votes, the first walk the tree, and all look at the keys that these find
     walking_row, walking, tiles = last_row, last, TILES

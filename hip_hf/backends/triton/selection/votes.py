@@ -90,8 +90,8 @@ def need_kernel(
     Q, K, NEAR, NEED, SINKS, SEQUENCES, TABLE, MADE, COS, SIN,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_near, stride_sequences, stride_table, stride_made,
     sink_keys, window_keys, refresh, dim, scale, softcap, sliding, trained, scaling,
-    BUDGET: tl.constexpr, SAMPLE: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, STRIDE: tl.constexpr,
-    RANKED: tl.constexpr, STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    BUDGET: tl.constexpr, SAMPLE: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
+    MOST: tl.constexpr, STRIDE: tl.constexpr, RANKED: tl.constexpr, STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +189,8 @@ def need_kernel(
         chunk, ends = (low + (1 << level) - 1) >> level, high >> level
         asked = count_asked(own_rows, VOTERS, STRIDE)
         # where all of them vote nothing is to be estimated
-        ends = tl.where(count_votes(own_rows, VOTERS, VOTES, STRIDE) < asked, ends, chunk)
+        votes = count_votes(own_rows, high // BLOCK_K - low // BLOCK_K, VOTERS, VOTES, VOTES_WHOLE, MOST, STRIDE)
+        ends = tl.where(votes < asked, ends, chunk)
         top = tl.full([ROWS * GROUP_PADDED], float("-inf"), tl.float32)
         if HALF > 0:
             distance = tl.minimum(row_at + 1 - window, trained - 1)
@@ -210,8 +211,8 @@ def vote_kernel(
     Q, NEAR, NEED, VOTED, VOTED_NEAR, SEQUENCES, MADE, COS, SIN,
     stride_qb, stride_qh, stride_qt, stride_near, stride_sequences, stride_made,
     sink_keys, window_keys, refresh, sliding, trained, scaling,
-    BUDGET: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, WALKERS: tl.constexpr, STRIDE: tl.constexpr,
-    SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, WEIGHED: tl.constexpr,
+    BUDGET: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr,
+    WALKERS: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, WEIGHED: tl.constexpr,
     STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
@@ -230,10 +231,11 @@ def vote_kernel(
         if still_serves(MADE + sequence * stride_made, position, rows, refresh):
             return
     _, sink, window = always_read(first, window_start(first, window_keys, BLOCK_K), sink_keys, sliding, BLOCK_K)
-    if window // BLOCK_K - sink // BLOCK_K <= BUDGET:
+    middle = window // BLOCK_K - sink // BLOCK_K
+    if middle <= BUDGET:
         return
     own_rows = last - first + 1
-    total = count_votes(own_rows, VOTERS, VOTES, STRIDE)
+    total = count_votes(own_rows, middle, VOTERS, VOTES, VOTES_WHOLE, MOST, STRIDE)
     entry = (sequence * tl.num_programs(1) + mask_head).to(tl.int64)
     lane = entry * VOTERS * stride_near + (first - position)
     slot = tl.arange(0, KEPT)
@@ -248,6 +250,8 @@ def vote_kernel(
         none = first * 0 + ABSENT
         ids, needs, _ = keep_best(every, sort_keys(need, there), first, none, first, none, total, N, KEPT)
         walking = count_walkers(total, own_rows, VOTERS, STRIDE, WALKERS)
+        if VOTES_WHOLE > VOTES:
+            walking = tl.where(middle <= MOST, total, walking)
         walks, _, _ = kept_of(needs, none, none, walking)
         before = tl.cumsum(walks, 0)  # with the slot itself
         place = tl.where(walks > 0, before - 1, walking + slot - before)
@@ -295,7 +299,8 @@ def need_arguments(
         stride_made=0 if made is None else made.stride(0), sink_keys=config.sink, window_keys=config.window,
         refresh=config.decode_refresh, dim=dim, scale=logits.scale, softcap=logits.softcap or 1.0,
         sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
-        SAMPLE=config.method_options().sample, VOTERS=voting.voters, VOTES=voting.votes, STRIDE=voting.stride,
+        SAMPLE=config.method_options().sample, VOTERS=voting.voters, VOTES=voting.votes, VOTES_WHOLE=voting.votes_whole,
+        MOST=2 * config.beam_blocks, STRIDE=voting.stride,
         RANKED=voting.ranked, STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, ROWS=rows, KEYS=shape.keys,
         GROUP=group, GROUP_PADDED=power_of_two(group), D=max(16, power_of_two(dim)), PAGE_SIZE=kv.page_size,
         HAS_SINKS=logits.sinks is not None, SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
@@ -318,7 +323,8 @@ def vote_arguments(
         stride_near=near.shape[-1], stride_sequences=sequences.table.stride(0),
         stride_made=0 if made is None else made.stride(0), sink_keys=config.sink, window_keys=config.window,
         refresh=config.decode_refresh, sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
-        VOTERS=voting.voters, VOTES=voting.votes, WALKERS=voting.walkers, STRIDE=voting.stride, SLOTS=voting.slots, N=needs,
+        VOTERS=voting.voters, VOTES=voting.votes, VOTES_WHOLE=voting.votes_whole, MOST=2 * config.beam_blocks,
+        WALKERS=voting.walkers, STRIDE=voting.stride, SLOTS=voting.slots, N=needs,
         KEPT=tile(voting.slots), RANKED=voting.ranked, WEIGHED=voting.weighed,
         STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=q.shape[-1], FEATURES=FEATURES,
         **rotation(logits.positions, 0, q), num_warps=min(16, max(4, needs // NEEDS)),
