@@ -35,7 +35,7 @@ def always_read(
 
 def by_need(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
-    sinks: list[float] | None = None, sliding: int | None = None, most: int = 1024,
+    sinks: list[float] | None = None, sliding: int | None = None, most: int = 768,
 ) -> tuple[list[Vote], int | None]:  # fmt: skip
     """Votes of a query block's rows by their need; arguments and result as of `always_read` and `neediest`."""
     near = always_read(config, keys, rows, first, low, high, logit, sinks, sliding)
@@ -44,7 +44,7 @@ def by_need(
 
 def neediest(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, near: dict[tuple[int, int], float], low: int, high: int,
-    logit: Callable[..., float], most: int = 1024,
+    logit: Callable[..., float], most: int = 768,
 ) -> tuple[list[Vote], int | None]:  # fmt: skip
     """Votes of the rows `[rows, heads, D]` that need the middle `[low, high)` most: for which the best of `most` of its keys
     stands out most from what they read in any case. So many of them, the first, walk the tree (None: all, for all that may vote
