@@ -14,7 +14,7 @@ edge of the middle, its child stands in its place at the child's level: at most 
 With these, the candidates cover every block of the middle exactly once; no key is overlooked.
 
 With `rescore`, the best blocks of level 0 are judged again by all of their keys. A search that would start at level 0 needs no
-summaries: it looks at all keys of the middle.
+summaries: it looks at all keys of the middle, and twice as many rows vote in it.
 """
 
 from __future__ import annotations

@@ -144,8 +144,9 @@ def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> Cost:
     """One selection. Every tile of votes, of which the first walk the tree, reads what it scores anew; programs that share a
     search read a part of the keys each, and the summaries all of them. A short middle is looked at whole."""
     fixed = launch(tokens, config, shape, block_q)
-    votes, walkers, looks = fixed["SAMPLES"] * fixed["GROUP"], fixed["WALKERS"], fixed["LOOKS"]
-    if whole := whole_middle(tokens, config):
+    whole, walkers, looks = whole_middle(tokens, config), fixed["WALKERS"], fixed["LOOKS"]
+    votes = fixed["VOTES_WHOLE" if whole else "VOTES"]
+    if whole:
         summaries, exact, tiles = 0, whole, fixed["TILES_WHOLE"]
     else:
         summaries = looks * fixed["PARTS"] * levels(tokens, config) * min(fixed["MOST"], tokens // config.block_k)
@@ -191,12 +192,19 @@ def need(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
     return Cost(2 * tokens * share * shape.query_heads * keys * shape.dim, gather + tokens * (share * shape.row + numbers))
 
 
+def voting_share(tokens: int, config: HiPConfig, shape: Shape) -> float:
+    """The share of query rows that vote."""
+    voting = Voting.of(config, shape.group, config.block_q, False)
+    votes = voting.votes_whole if whole_middle(tokens, config) else voting.votes
+    return votes / (voting.voters * config.block_q)
+
+
 def vote(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
     """The rows of the greatest need, copied with what they find near: needs are read."""
     voting = Voting.of(config, shape.group, config.block_q, False)
     if not voting.ranked:
         return NO_COST
-    copied, share = 2 / config.query_stride, voting.asked / config.block_q
+    copied, share = 2 * voting_share(tokens, config, shape), voting.asked / config.block_q
     numbers = (share + copied * voting.weighed) * shape.query_heads * WIDE
     return Cost(0, tokens * (copied * shape.row + numbers))
 
@@ -232,7 +240,7 @@ def appended(config: HiPConfig, shape: Shape) -> Cost:
 def searches(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
     """The searches of a prompt's query blocks, which read the votes, and how much these find near."""
     weighed = Voting.of(config, shape.group, config.block_q, False).weighed
-    read = tokens / config.query_stride * (shape.row + shape.query_heads * WIDE * weighed)
+    read = tokens * voting_share(tokens, config, shape) * (shape.row + shape.query_heads * WIDE * weighed)
     count = tokens / config.block_q * shape.lists(config)
     return search(tokens, config, shape, config.block_q).times(count) + Cost(0, read)
 
