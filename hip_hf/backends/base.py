@@ -34,8 +34,11 @@ class Executor(Protocol):
 
     reading: Reading
     out: torch.Tensor
-    lse: torch.Tensor | None
     pieces: list[Any] | None  # put down what was read here, where gradients are wanted (`has_gradients`)
+
+    @property
+    def lse(self) -> torch.Tensor | None:
+        """As it was given; a new one where autograd is to know it."""
 
     @property
     def mask(self) -> BlockMask | None:
@@ -66,6 +69,12 @@ def kind_of(config: HiPConfig) -> str:
 def has_gradients(config: HiPConfig) -> bool:
     """Whether gradients can flow through the attention that settings ask for."""
     return kind_of(config) == "block_sparse"
+
+
+def steps_of(config: HiPConfig) -> int:
+    """Decode steps that one selection serves; of a method in stages, that of its first stage."""
+    steps = config.decode_refresh
+    return steps if isinstance(steps, int) else steps[0]
 
 
 def pick(executors: Mapping[str, Callable[..., Executor]], config: HiPConfig) -> Callable[..., Executor]:

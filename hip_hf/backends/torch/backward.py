@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -57,9 +58,23 @@ def traced(
     return _Attention.apply(problem.q, problem.k, problem.v, problem.sinks, problem, compute, out, lse, pieces)
 
 
+Gradient = torch.Tensor | None  # None: it is zero, or not asked for
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, problem, compute, out, lse, pieces):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        problem: AttentionProblem,
+        compute: Callable[[], None],
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        pieces: list[Piece],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         compute()
         # as the workers finished: sums must not depend on that
         pieces.sort(key=lambda piece: (piece.span.batch, piece.span.row_start, piece.heads.start, piece.blocks[0].row))
@@ -72,10 +87,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_out: Gradient, grad_lse: Gradient) -> tuple[Gradient, ...]:
         q, k, v, sinks, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        problem = AttentionProblem(q, k, v, ctx.spans, *ctx.logits, sinks)
+        scale, sliding_window, softcap = ctx.logits
+        problem = AttentionProblem(q, k, v, ctx.spans, scale, sliding_window, softcap, sinks)
         grads = Gradients(problem, out, lse, grad_out, grad_lse)
         run(lambda head: grads.add(ctx.pieces, head), range(k.shape[1]), q.device)
         need = ctx.needs_input_grad

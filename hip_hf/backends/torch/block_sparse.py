@@ -263,7 +263,8 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     query = scratch.take("q", (lanes, groups, n, dim), like)
     query.copy_(q).mul_(t.scale)
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
-    parts, end = [], block.last + 1
+    parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    end = block.last + 1
     cuts = [] if t.positions is None else t.positions.cuts(block.first, block.last)
     cuts = [*cuts, *(cut for cut in cuts_of(t.k, block.start, end) if cut <= end - n)]
     while end > block.start:  # from the last key down, so that the rows' own keys are whole in one tile
@@ -271,8 +272,10 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
         parts.append(_attend_tile(t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start))
         end = first
     out, lse = parts[0]
-    for more, weight in parts[1:]:
-        lse = merge(out, lse, more, weight)
+    for more, more_lse in parts[1:]:
+        assert lse is not None
+        assert more_lse is not None
+        lse = merge(out, lse, more, more_lse)
     store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
 
 
@@ -319,6 +322,7 @@ def store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: 
         add_sinks(out, lse, t.sinks[into[0], into[1]])
     t.out[into] = out
     if t.lse is not None:
+        assert lse is not None
         t.lse[into] = lse
 
 

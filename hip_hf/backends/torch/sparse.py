@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hip_hf.backends.base import BlockSparseCall
+from hip_hf.backends.base import BlockSparseCall, steps_of
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.backends.torch import dense
 from hip_hf.backends.torch.backward import Piece
@@ -168,14 +168,13 @@ class SparseAttention(BlockSparseCall):
             return
         heads = slice(0, t.k.shape[0])
         kept = row.selection if row is not None else None
-        refresh = self.config.decode_refresh
-        steps = refresh if isinstance(refresh, int) else refresh[0]
+        steps = steps_of(self.config)
         if kept is not None and span.position - kept.position < steps:
             block = self._laid(span, kept.window)
             if kept.stages and row is not None:
                 kept = row.selection = self._stages(t, span, row, block, kept)
             ids = kept.ids
-        elif isinstance(refresh, list) and row is not None:
+        elif isinstance(self.config.decode_refresh, list) and row is not None:
             (block,) = self._blocks(span)
             row.selection = self._stages(t, span, row, block, None)
             ids = row.selection.ids

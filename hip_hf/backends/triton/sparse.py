@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
-from hip_hf.backends.base import BlockSparseCall
+from hip_hf.backends.base import BlockSparseCall, steps_of
 from hip_hf.backends.triton.attention.backward import Part, attention
 from hip_hf.backends.triton.attention.decode import Scratch, decode, decode_once, splits_for
 from hip_hf.backends.triton.attention.prefill import prefill
@@ -47,7 +47,7 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
 
 def step_scratch(config: HiPConfig, q: torch.Tensor, key_heads: int, dim_v: int) -> Scratch:
     """Scratch for decode steps with queries like q `[B, Hq, 1, D]`; a window that is kept grows until the next selection."""
-    keys = sparse_reach(config) + config.decode_refresh
+    keys = sparse_reach(config) + steps_of(config)
     return Scratch.make(splits_for(q, key_heads, q.shape[0], keys), q, dim_v)
 
 
@@ -145,7 +145,7 @@ def keep_window(config: HiPConfig, sequences: Sequences, selection: Selection) -
     """For a method that selects nothing, what the search does on the side: the window's start stays between refreshes."""
     made, window, position = selection.made, selection.window, sequences.table[4][:, None, None]
     assert made is not None
-    old = (position < made) | (position - made >= config.decode_refresh)
+    old = (position < made) | (position - made >= steps_of(config))
     made.copy_(torch.where(old, position, made))
     anew = (position - config.window).clamp(min=0) // config.block_k * config.block_k
     window.copy_(torch.where(old, anew, window))
@@ -270,7 +270,7 @@ class SparseAttention(BlockSparseCall):
     def _serves(self, span: Span, row: RowState) -> bool:
         """Whether the selection of a batch row still serves. If not, the one that this step makes takes its place."""
         old = row.selection
-        if old is not None and 0 <= span.position - old.position < self.config.decode_refresh:
+        if old is not None and 0 <= span.position - old.position < steps_of(self.config):
             return True
         row.selection = Selected(None, self._blocks(span)[0].window, span.position)
         return False
