@@ -117,11 +117,8 @@ class Gathered:
         squash(logits, softcap)
         if rows > self.count:
             logits[..., self.count :] = -torch.inf
-        lse = None
-        if need_lse or sinks is not None:
-            lse = torch.empty(logits.shape[:2], dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-        out = torch.empty(*logits.shape[:2], v.shape[-1], dtype=logits.dtype, device=logits.device)
-        weigh_values(logits, v, out, lse)
+        out = logits.new_empty(*logits.shape[:2], v.shape[-1])
+        lse = weigh_values(logits, v, out, need_lse or sinks is not None)
         out, lse = out[:, :, None], None if lse is None else lse[..., None]
         if sinks is not None:
             assert lse is not None
