@@ -107,7 +107,7 @@ def _attend(
         rows = gathered_rows(problem, config, state)
         if rows is not None:
             out, lse = empty_outputs(problem, need_lse)
-            return Result(out, lse, None, "sparse", "", attend_next(problem, rows, new_keys(problem), out, lse))
+            return attend_next(problem, rows, new_keys(problem), out, lse)
     if problem.positions is not None and problem.needs_grad:
         raise ValueError(f"extend: got {config.extend!r} where gradients are asked for, allowed: torch.no_grad(), or extend=None")
     if not problem.spans:

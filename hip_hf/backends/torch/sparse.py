@@ -13,7 +13,7 @@ from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.backends.torch import dense
 from hip_hf.backends.torch.backward import Piece
 from hip_hf.backends.torch.block_sparse import alike, attend, attend_range, in_parts, near_logits, partial, store_rows
-from hip_hf.backends.torch.decode_buffer import Gathered
+from hip_hf.backends.torch.decode_buffer import Gathered, attend_next, new_keys
 from hip_hf.cache.pages import PagedKeys
 from hip_hf.geometry import QueryBlock, Span
 from hip_hf.state import DecodeState, RowState, Selection
@@ -186,7 +186,7 @@ class SparseAttention(BlockSparseCall):
             if row is not None:
                 row.selection = Selection(ids, block.window, block.first)
         if row is not None and self._gathers(t, row, block, steps):
-            self._attend_gathered(t, row, block, steps)
+            self._attend_gathered(t, span, row, block, steps)
             self._take_note(span, heads, [block], ids)
         else:
             self._attend(t, span, heads, [block], ids)
@@ -267,20 +267,27 @@ class SparseAttention(BlockSparseCall):
         size = self.config.block_k
         return -(-self.config.sink // size) * size + self.budget * size + self.config.window + size + steps
 
-    def _attend_gathered(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> None:
+    def _attend_gathered(
+        self,
+        t: Tensors,
+        span: Span,
+        row: RowState,
+        block: QueryBlock,
+        steps: int,
+    ) -> None:
+        """Attend to what is kept side by side, which is brought there first where it is not."""
         kept = row.selection
         assert kept is not None
         if row.gathered is None:
             row.gathered = Gathered(self._room(min(steps, STEPS_AT_FIRST)), t)
-        if row.gathered.holds(kept, block.last):
-            row.gathered.append(t.k[:, block.last : block.last + 1], t.v[:, block.last : block.last + 1], t.positions)
-        else:
+        if not row.gathered.holds(kept, block.last):
             refresh = self.config.decode_refresh
             ends = [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)] if isinstance(refresh, list) else []
             row.gathered.fill(t, kept, block, self.config.block_k, min([kept.position + steps, *ends]))
-        t.out[:], lse = row.gathered.attend(t.q, t.scale, t.softcap, t.sinks, t.positions, t.lse is not None)
-        if t.lse is not None:
-            t.lse[:] = lse
+        at = slice(span.row_start, span.row_end)
+        step = replace(self.problem, q=self.problem.q[:, :, at], spans=(span,))
+        lse = None if self.lse is None else self.lse[:, :, at]
+        attend_next(step, [row], new_keys(step), self.out[:, :, at], lse)
 
     def _stages(self, t: Tensors, span: Span, row: RowState, block: QueryBlock, kept: Selection | None) -> Selection:
         """Select for one step, stage by stage: each has its own interval, and goes on from what the ones before it kept."""
