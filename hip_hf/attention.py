@@ -69,7 +69,7 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     if anew and problem.q.device.type == "cpu" and registry.summarises(config):
         # both read all keys, and to summarise them costs more than to read the values too (docs/decisions.md)
         return "decode without kept state: to summarise all keys anew takes longer than to read them", False
-    if config.backend == "auto" and choice.kernels_wanted(problem, config) and not choice.offloaded(problem):
+    if config.backend == "auto" and choice.kernels_wanted(problem, config):
         why, said = choice.no_kernels(problem, config)
         return why and f"no kernels: {why}", bool(why) and not said
     return "", False
@@ -161,7 +161,7 @@ def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None,
     try:
         call = run(problem, config, state, *empty_outputs(problem, need_lse, for_models=True), need_mask)
     except Exception as error:
-        if config.backend != "auto" or not trust.refuses(error):
+        if not trust.refuses(error, config):
             raise
         why = trust.refuse(problem.q.device, config.text, error)
         trust.warn_once(why)
@@ -213,8 +213,7 @@ def dense_by_kernels(problem: AttentionProblem, config: HiPConfig, need_lse: boo
     """Whether dense attention is left to the kernels: where PyTorch's own cannot serve."""
     if not choice.kernels_wanted(problem, config) or dense.sdpa_serves(problem, need_lse):
         return False
-    paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
-    if any(x.store.pages() is None for x in paged) or (paged and (len(paged) == 1 or problem.needs_grad)):
+    if isinstance(problem.k, PagedTensor) and problem.needs_grad:
         return False
     return not choice.no_kernels(problem, config, densely=True)[0]
 
@@ -371,7 +370,7 @@ def hip_attention(
     if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
         problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
-        if choice.kernels_wanted(problem, config) and not choice.no_kernels(problem, config)[0]:
+        if choice.kernels_serve(problem, config):
             return _in_graph(problem, config, layer, key_start, q_start, return_lse)
     spans = make_spans(q, k, key_start, q_start)
     if q.device.type == "cpu":

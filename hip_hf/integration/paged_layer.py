@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
+from hip_hf.backends.choice import asks_for_kernels
 from hip_hf.cache.offload import OffloadedStore
 from hip_hf.cache.pages import BlockTable, PagedTensor, Store, read_all
 from hip_hf.cache.pool import PAGE, PagePool
@@ -68,7 +69,7 @@ class PagedLayer(Stateful, DynamicLayer):
         settings = read_settings(self.config)
         sizes = [(x.shape[1], x.shape[3], x.dtype, x.device, PAGE) for x in (keys, values)]
         if self.offload_to is None or self.device_pages is None:
-            one_piece = settings.backend == "triton" or (settings.backend == "auto" and keys.device.type == "cuda")
+            one_piece = asks_for_kernels(settings, keys.device)
             return PagePool(Store(*sizes[0]), Store(*sizes[1]), one_piece)
         recent = -(-settings.window // PAGE) + 2
         # the search reads keys as well

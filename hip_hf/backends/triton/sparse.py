@@ -353,11 +353,8 @@ def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
         return "with delta=1 every row is dense, which has no kernels"
     if reason := unsupported_tensors(problem):
         return reason
-    paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
-    if paged and (len(paged) == 1 or config.method == "hyper"):
-        return f"method {config.method} has no kernels for keys and values in pages"
-    if any(x.store.pages() is None for x in paged):
-        return "the cache's pages are not one piece of device memory"
+    if config.method == "hyper" and isinstance(problem.k, PagedTensor):
+        return "method hyper has no kernels for keys and values in pages"
     return search.unsupported(config) if config.method == "hip" else ""
 
 
@@ -373,4 +370,9 @@ def unsupported_tensors(problem: AttentionProblem) -> str:
             return f"head dim {x.shape[3]} of {name} is above {MOST_DIM}"
         if x.stride(3) != 1:
             return f"the last dimension of {name} is not contiguous"
+    paged = [x for x in (k, v) if isinstance(x, PagedTensor)]
+    if len(paged) == 1:
+        return "keys or values alone are in pages"
+    if any(x.store.pages() is None for x in paged):
+        return "the cache's pages are not one piece of device memory"
     return ""
