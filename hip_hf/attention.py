@@ -111,19 +111,19 @@ def _attend(
     if problem.positions is not None and problem.needs_grad:
         raise ValueError(f"extend: got {config.extend!r} where gradients are asked for, allowed: torch.no_grad(), or extend=None")
     if not problem.spans:
-        return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", 1.0)
+        return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", None)
     parts = parts_of(problem, lambda one: dense_reason(one, config, layer, state is None))
     results = [_attend_part(part, config, state, need_lse, need_mask) for part in parts]
     if len(parts) == 1 and parts[0].problem.q.shape == problem.q.shape:  # not only steps behind padding
         return results[0]
-    out, lse, mask, share = merged(problem, parts, results)
+    out, lse, mask, count = merged(problem, parts, results)
     reasons = []
     for part, result in zip(parts, results, strict=True):
         some = f"{len(part.problem.spans)} of {len(problem.spans)} sequences dense: " if part.reason else ""
         reasons += [some + result.reason] * bool(result.reason)
     # the first part is sparse: all that is dense is one part
     reason, unsupported = "; ".join(dict.fromkeys(reasons)), any(result.unsupported for result in results)
-    return Result(out, lse, mask, "sparse", reason, share, unsupported)
+    return Result(out, lse, mask, "sparse", reason, count, unsupported)
 
 
 def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
@@ -134,7 +134,8 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
             for span in problem.spans:
                 state.row(span.batch, span.key_start, span.position, span.end)
                 state.select_anew(span.batch)
-        return Result(*attend_dense(problem, config, need_lse), None, "dense", part.reason, 1.0, part.unsupported)
+        out, lse = attend_dense(problem, config, need_lse)
+        return Result(out, lse, None, "dense", part.reason, None, part.unsupported)
     if choice.backend_of(problem, config) == "triton":
         return _attend_by_kernels(part, config, state, need_lse, need_mask)
     if state is not None and state.device is not None:
@@ -147,8 +148,8 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
     if pieces is not None:
         sparse.pieces = pieces
     out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
-    share = sparse.reading.read / sparse.reading.visible
-    return Result(out, lse if need_lse else None, sparse.mask, "sparse", _shortfall(problem, config), share)
+    reason = _shortfall(problem, config)
+    return Result(out, lse if need_lse else None, sparse.mask, "sparse", reason, sparse.count)
 
 
 def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
@@ -168,8 +169,8 @@ def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None,
         if state is not None:
             state.reset()
         return _attend_part(replace(part, reason=f"no kernels: {why}"), config, state, need_lse, need_mask)
-    share = call.reading.read / call.reading.visible
-    return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", _shortfall(problem, config), share)
+    reason, lse = _shortfall(problem, config), call.lse if need_lse else None
+    return Result(call.out, lse, call.mask, "sparse", reason, call.count)
 
 
 def _shortfall(problem: AttentionProblem, config: HiPConfig) -> str:

@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from hip_hf.backends.keys_read import Blocks, Reading
-from hip_hf.geometry import (
-    DECODE_ROWS,
-    BlockMask,
-    QueryBlock,
-    Span,
-    block_read,
-    keys_seen,
-    make_query_block,
-    mask_heads,
-    query_blocks,
-)
+from hip_hf.backends.keys_read import Count, blocks_of, of_blocks, share_of
+from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, mask_heads
 from hip_hf.problem import AttentionProblem
 from hip_hf.registry import selector_for
 
@@ -32,13 +22,16 @@ if TYPE_CHECKING:
 class Executor(Protocol):
     """Computes one call of the sparse path into `out` `[B, Hq, Tq, Dv]` and, if given, `lse` `[B, Hq, Tq]`."""
 
-    reading: Reading
     out: torch.Tensor
     pieces: list[Any] | None  # put down what was read here, where gradients are wanted (`has_gradients`)
 
     @property
     def lse(self) -> torch.Tensor | None:
         """As it was given; a new one where autograd is to know it."""
+
+    @property
+    def count(self) -> Count:
+        """Of the call, once it has run."""
 
     @property
     def mask(self) -> BlockMask | None:
@@ -57,8 +50,13 @@ class Result:
     mask: BlockMask | None
     path: str
     reason: str
-    share: float  # of the visible keys, how many were read
+    count: Count | None  # of the keys that were read; None: all that are in sight
     unsupported: bool = False  # dense because the sparse path lacks something, not because it was asked for
+
+    @property
+    def share(self) -> float:
+        """Of the visible keys, how many were read: counted here."""
+        return share_of(self.count)
 
 
 def kind_of(config: HiPConfig) -> str:
@@ -113,7 +111,8 @@ class BlockSparseCall:
         self.problem, self.config, self.out, self.lse = problem, config, out, lse
         self.selector = selector_for(config)
         self.budget = self.selector.budget
-        self.reading = Reading()
+        # of each span, where the window of its only row starts, if an earlier selection says so
+        self.windows: list[int | None] = [None] * len(problem.spans)
         self.mask = self._empty_mask() if mask else None
         self.pieces: list[Any] | None = None  # a list to put down what was read, where gradients are wanted
 
@@ -121,24 +120,15 @@ class BlockSparseCall:
     def decoding(self) -> bool:
         return self.problem.q.shape[2] <= DECODE_ROWS
 
-    def _blocks(self, span: Span) -> list[QueryBlock]:
-        relative = Span(span.batch, 0, span.keys, 0, span.rows, span.position)
-        return query_blocks(self.config, relative, self.decoding, self.problem.sliding_window)
+    @property
+    def count(self) -> Count:
+        problem = self.problem
+        told = (problem.spans, self.windows, self.decoding, problem.sliding_window)
+        return partial(of_blocks, self.config, self.budget, *told)
 
-    def _laid(self, span: Span, window: int) -> QueryBlock:
-        return make_query_block(self.config, 0, span.position, span.position, window, self.problem.sliding_window)
-
-    def _count(self, span: Span, dense: int, window: int | None = None) -> None:
-        """Rows from `dense` on are dense. `window`: where that of a span of one row starts."""
-        sliding = self.problem.sliding_window
-        self.reading.visible += keys_seen(span.position, span.end - 1, sliding)
-        if window is None:
-            size = 1 if self.decoding else self.config.block_q
-            blocks = Blocks(self.config, self.budget, span.position, span.end, size, sliding)
-            self.reading.read += blocks.read(span.position + dense)
-        else:
-            block = self._laid(span, window)
-            self.reading.read += block_read(block, min(block.middle, self.budget) * self.config.block_k, sliding)
+    def _blocks(self, span: Span, window: int | None = None) -> list[QueryBlock]:
+        """As `blocks_of`."""
+        return blocks_of(self.config, span, self.decoding, self.problem.sliding_window, window)
 
     def _empty_mask(self) -> BlockMask:
         problem, config = self.problem, self.config

@@ -69,6 +69,5 @@ def next_token(
     except BaseException as error:
         cache.spoil(error)
         raise
-    call = Call(settings.method, result.path, result.reason, result.share, "pages", unmasked)
-    module.__dict__["_hip_call"] = call
+    module.__dict__["_hip_call"] = Call.of(settings, result, "pages", unmasked)
     return result.out.transpose(1, 2)

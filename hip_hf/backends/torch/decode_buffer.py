@@ -7,11 +7,13 @@ own key; picking them out of the cache anew would cost a step more than its atte
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from hip_hf.backends.base import Result
+from hip_hf.backends.keys_read import known
 from hip_hf.backends.tensors import Tensors
 from hip_hf.backends.torch.block_sparse import add_sinks, weigh_values
 from hip_hf.cache.pages import pick, rows_of
@@ -175,4 +177,4 @@ def attend_next(
         for row in rows:
             row.gathered = None
         raise
-    return Result(out, lse, None, "sparse", "", read / visible)
+    return Result(out, lse, None, "sparse", "", partial(known, read, visible))

@@ -54,11 +54,11 @@ class SparseAttention(BlockSparseCall):
     def run(self, state: DecodeState | None) -> None:
         if state is not None:
             state.bind(self.config, self.problem.k)
-        for span in self.problem.spans:
+        for i, span in enumerate(self.problem.spans):
             row = None if state is None else state.row(span.batch, span.key_start, span.position, span.end)
             t = tensors_of(self.problem, span, self.out, self.lse)
             if self.decoding:
-                self._decode(t, span, row)
+                self.windows[i] = self._decode(t, span, row)
             else:
                 self._prefill(t, span, row)
 
@@ -97,7 +97,6 @@ class SparseAttention(BlockSparseCall):
         run(lambda unit: self._unit(t, search, span, *unit), units, t.q.device)
         if self.config.dense_tail:
             dense.attend_rows(t, tail, span, self.pieces)
-        self._count(span, tail)
 
     def _unit(self, t: Tensors, search: Any, span: Span, head: int, blocks: list[QueryBlock]) -> None:
         heads = slice(head, head + 1)
@@ -162,15 +161,16 @@ class SparseAttention(BlockSparseCall):
 
     # Decode: all heads of a row at once; a selection serves `decode_refresh` steps.
 
-    def _decode(self, t: Tensors, span: Span, row: RowState | None) -> None:
+    def _decode(self, t: Tensors, span: Span, row: RowState | None) -> int | None:
+        """Attend from a few rows; of a single one, where the window of its selection starts."""
         if span.rows > 1:
             self._decode_rows(t, span, row)
-            return
+            return None
         heads = slice(0, t.k.shape[0])
         kept = row.selection if row is not None else None
         steps = steps_of(self.config)
         if kept is not None and span.position - kept.position < steps:
-            block = self._laid(span, kept.window)
+            (block,) = self._blocks(span, kept.window)
             if kept.stages and row is not None:
                 kept = row.selection = self._stages(t, span, row, block, kept)
             ids = kept.ids
@@ -190,7 +190,7 @@ class SparseAttention(BlockSparseCall):
             self._take_note(span, heads, [block], ids)
         else:
             self._attend(t, span, heads, [block], ids)
-        self._count(span, span.rows, block.window)
+        return block.window
 
     def _decode_rows(self, t: Tensors, span: Span, row: RowState | None) -> None:
         """A few rows at once: each selects for itself, and as little as possible is done row by row."""
@@ -206,7 +206,6 @@ class SparseAttention(BlockSparseCall):
             self._take_note(span, heads, some, None)
         if row is not None:
             row.selection = Selection(None if ids is None else ids[:, :, -1:], blocks[-1].window, blocks[-1].first)
-        self._count(span, span.rows)
 
     def _attend_each(self, t: Tensors, search: Any, span: Span, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         """Attention of rows that each select for themselves, and what they select."""

@@ -248,14 +248,11 @@ class SparseAttention(BlockSparseCall):
         self.sequences = sequences_of(spans or problem.spans, problem.q.device)
         self.logits = logits_of(problem)
         self.kv = keys_of(problem)
-        windows: list[int | None] = [None] * len(problem.spans)
         if state is not None and kept is not None and problem.q.shape[2] == 1 and not problem.needs_grad:
-            windows = self._step(state, kept)
+            self.windows = self._step(state, kept)
             self._note_all(spans or problem.spans, kept.selection)
         else:
             self._rows(spans or problem.spans, state, kept)
-        for span, tail, window in zip(problem.spans, self._tails(problem.spans), windows, strict=True):
-            self._count(span, tail, window)
 
     def _step(self, state: DecodeState, kept: DeviceState) -> list[int | None]:
         """A decode step of one row. Returns where the window of each span starts. How old selections are is known to the host as
