@@ -221,7 +221,8 @@ def pages(trial: Trial) -> None:
     """Keys in pages, with all that changes logits: a prompt, and a step of a few rows."""
     config, keys = trial.config, trial.keys
     sinks = trial.normal(KEY_HEADS * trial.heads.groups)
-    fields: Any = dict(softcap=SOFTCAP, sliding_window=keys - 2 * config.block_q, sinks=sinks)
+    window = keys - 2 * config.block_q
+    fields: dict[str, Any] = dict(softcap=SOFTCAP, sliding_window=window, sinks=sinks)
     q, k, v = trial.planted(config.block_q + config.dense_tail + REST, keys, first=4 * config.block_q)
     trial.both(q, k, v, config, pages=True, **fields)
     trial.both(q[:, :, -FEW_ROWS:], k, v, config, pages=True, **fields)

@@ -18,7 +18,7 @@ import torch
 
 from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.triton import sparse, trust
-from hip_hf.backends.triton.attention.backward import Part, gradients
+from hip_hf.backends.triton.attention.backward import Gradient, Part, gradients
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
@@ -236,7 +236,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.save_for_backward(q, k, v, sinks, *output, table, tail, indices, counts)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Gradient, ...]:
     q, k, v, sinks, out, lse, table, tail, indices, counts = ctx.saved_tensors
     grads = attend_backward(grad_out, grad_lse, q, k, v, sinks, out, lse, table, tail, indices, counts, *ctx.rest)
     return (*grads[:3], None if sinks is None else grads[3], *[None] * (4 + len(ctx.rest)))
