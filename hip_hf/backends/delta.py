@@ -21,19 +21,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from hip_hf.backends.base import BlockSparseCall
 from hip_hf.backends.clusters import Chosen, Clusters, alike, estimate
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.geometry import DECODE_ROWS, keys_seen_at
-from hip_hf.registry import selects
+from hip_hf.methods.base import selects
 from hip_hf.state import Correction, RowState
 
 if TYPE_CHECKING:
+    from hip_hf.backends.base import Executor, Piece
     from hip_hf.config import HiPConfig
-    from hip_hf.geometry import QueryBlock, Span
+    from hip_hf.geometry import BlockMask, QueryBlock, Span
     from hip_hf.problem import AttentionProblem
     from hip_hf.state import DecodeState
 
@@ -75,10 +77,10 @@ class Plan:
 class DeltaCall:
     """One call: another attention, and its correction. A backend adds dense attention of single rows."""
 
-    pieces: list[Any] | None = None  # there are no gradients
+    pieces: list[Piece] | None = None  # there are no gradients
 
     def __init__(
-        self, attention: Callable[..., Any], problem: AttentionProblem, config: HiPConfig, out: torch.Tensor,
+        self, attention: Callable[..., Executor], problem: AttentionProblem, config: HiPConfig, out: torch.Tensor,
         lse: torch.Tensor | None, mask: bool,
     ) -> None:  # fmt: skip
         """`attention`: the executor of the attention to correct; the others as every executor takes them."""
@@ -96,7 +98,7 @@ class DeltaCall:
         self.reading = self.inner.reading
 
     @property
-    def mask(self):  # type: ignore[no-untyped-def]
+    def mask(self) -> BlockMask | None:
         return self.inner.mask if self.need_mask else None
 
     @property
@@ -141,12 +143,18 @@ class DeltaCall:
 
     # Mode `clusters`.
 
+    @property
+    def _selecting(self) -> BlockSparseCall:
+        """The call to correct: in this mode (`mode_of`) it is one that selects key blocks."""
+        assert isinstance(self.inner, BlockSparseCall)
+        return self.inner
+
     def _blocks(self, span: Span, row: RowState) -> tuple[int, list[QueryBlock]]:
         """The query blocks of a span that leave keys out, as they were read, and the place of the first in the mask."""
-        blocks = self.inner._blocks(span)
+        blocks = self._selecting._blocks(span)
         if self.decoding and span.rows == 1 and row.selection is not None:  # the window's start may be an older one
-            blocks = [self.inner._laid(span, row.selection.window)]
-        covered = sum(block.middle <= self.inner.budget for block in blocks)
+            blocks = [self._selecting._laid(span, row.selection.window)]
+        covered = sum(block.middle <= self._selecting.budget for block in blocks)
         return covered, blocks[covered:]
 
     def _complete(self, span: Span, row: RowState) -> None:
@@ -159,7 +167,7 @@ class DeltaCall:
             self.attend_tail(t, span, end)
         for block in blocks:  # dense rows read what the others leave out
             dense = sum(p >= end or p % self.gamma == 0 for p in range(block.first, block.last + 1))
-            self.reading.read += dense * (block.middle - self.inner.budget) * self.config.block_k
+            self.reading.read += dense * (block.middle - self._selecting.budget) * self.config.block_k
 
     def _correct_blocks(
         self, t: Tensors, span: Span, place: int, blocks: list[QueryBlock], kept: Correction | None
@@ -193,6 +201,7 @@ class DeltaCall:
         out, lse = t.out[:, :, rows].to(t.lse.dtype, copy=True), t.lse[:, :, rows]
         if not enough:
             return out, lse.clone()
+        assert self.inner.mask is not None
         chosen = Chosen.of(self.inner.mask, span.batch, slice(place, place + len(run)), t.k.shape[0], run[0].low)
         left = clusters.left(t.k, t.v, run, chosen)
         return out, merge(out, lse, *estimate(t, run[0], len(run), left))

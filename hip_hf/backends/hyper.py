@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,7 @@ from hip_hf.methods.hyper import flops
 from hip_hf.problem import AttentionProblem
 
 if TYPE_CHECKING:
+    from hip_hf.backends.base import Piece
     from hip_hf.config import HiPConfig
     from hip_hf.state import DecodeState
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class HyperCall:
     """A call of HyperAttention: problem, settings and results."""
 
-    pieces: list[Any] | None = None  # there are no gradients
+    pieces: list[Piece] | None = None  # there are no gradients
 
     def __init__(
         self, problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None, mask: bool
