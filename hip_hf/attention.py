@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import torch
 
-from hip_hf import registry
 from hip_hf.backends import base, choice
-from hip_hf.backends.base import Result, has_gradients, pick
+from hip_hf.backends.base import Piece, Result, has_gradients, pick
 from hip_hf.backends.mixed import Part, merged, parts_of
 from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch import dense
-from hip_hf.backends.torch.backward import Piece, traced
+from hip_hf.backends.torch.backward import traced
 from hip_hf.backends.torch.decode_buffer import attend_next, gathered_rows, new_keys
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import DECODE_ROWS, BlockMask, Span
+from hip_hf.methods.base import method_of, summarises
 from hip_hf.problem import DTYPES, AttentionProblem, by_tokens, check_finite, check_tensors, make_spans, newest, tracing
 from hip_hf.rope import Positions
 from hip_hf.state import DecodeState
@@ -40,10 +40,10 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
         return "method is dense", False
     if config.is_dense_layer(layer):
         return "dense layer", False
-    if problem.sliding_window is not None and problem.sliding_window <= registry.sparse_reach(config):
+    if problem.sliding_window is not None and problem.sliding_window <= config.sparse_reach:
         return f"sliding window of {problem.sliding_window} is within the sparse set", False
     decoding = problem.q.shape[2] <= DECODE_ROWS
-    reason, unsupported = registry.dense_reason(problem, config, layer, decoding)
+    reason, unsupported = method_of(config.method).dense_reason(problem, config, decoding)
     if reason:
         return reason, unsupported
     if problem.needs_grad and not has_gradients(config):
@@ -63,10 +63,10 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     graph = torch.compiler.is_compiling()  # which cannot put numbers into text
     if problem.longest < below:
         return "short context" if graph else f"context of {problem.longest} is below dense_below={below}", False
-    if below and problem.longest <= registry.sparse_reach(config):
+    if below and problem.longest <= config.sparse_reach:
         return "short context" if graph else f"the budget covers the context of {problem.longest}", False
     anew = decoding and stateless and config.dense_below is None and problem.positions is None
-    if anew and problem.q.device.type == "cpu" and registry.summarises(config):
+    if anew and problem.q.device.type == "cpu" and summarises(config):
         # both read all keys, and to summarise them costs more than to read the values too (docs/decisions.md)
         return "decode without kept state: to summarise all keys anew takes longer than to read them", False
     if config.backend == "auto" and choice.kernels_wanted(problem, config):

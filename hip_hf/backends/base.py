@@ -5,25 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from hip_hf.backends.keys_read import Count, blocks_of, of_blocks, share_of
 from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, mask_heads
+from hip_hf.methods.base import selector_for
 from hip_hf.problem import AttentionProblem
-from hip_hf.registry import selector_for
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.state import DecodeState
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a few query blocks of a span read, for the key heads `heads`: sink, window and the key blocks `ids`
+    `[heads, S, len(blocks), n]` of `block_k` keys, or (None) all from `QueryBlock.start` on. Rows from `rows` on do not count."""
+
+    span: Span
+    heads: slice
+    blocks: list[QueryBlock]
+    ids: torch.Tensor | None
+    block_k: int
+    rows: int
+
+    def positions(self, head: int, share: int, i: int) -> torch.Tensor:
+        """Of the keys that the query heads `share` of key head `head` read in query block `i`; relative to the span."""
+        block = self.blocks[i]
+        if self.ids is None:
+            return torch.arange(block.start, block.last + 1, device="cpu")
+        chosen = self.ids[head - self.heads.start, share, i].cpu()
+        picked = (chosen[:, None] * self.block_k + torch.arange(self.block_k, device="cpu")).flatten()
+        always = ((block.start, block.sink), (block.window, block.last + 1))
+        sink, window = (torch.arange(first, end, device="cpu") for first, end in always)
+        return torch.cat([sink, picked, window])
+
+
 class Executor(Protocol):
     """Computes one call of the sparse path into `out` `[B, Hq, Tq, Dv]` and, if given, `lse` `[B, Hq, Tq]`."""
 
     out: torch.Tensor
-    pieces: list[Any] | None  # put down what was read here, where gradients are wanted (`has_gradients`)
+    pieces: list[Piece] | None  # put down what was read here, where gradients are wanted (`has_gradients`)
 
     @property
     def lse(self) -> torch.Tensor | None:
@@ -90,7 +114,7 @@ class Attend(Protocol):
     ) -> Result: ...  # fmt: skip
 
 
-def _missing(*_: Any, **__: Any) -> Result:
+def _missing(*_: object, **__: object) -> Result:
     raise RuntimeError("hip_hf.attention has not been imported")
 
 
@@ -114,7 +138,7 @@ class BlockSparseCall:
         # of each span, where the window of its only row starts, if an earlier selection says so
         self.windows: list[int | None] = [None] * len(problem.spans)
         self.mask = self._empty_mask() if mask else None
-        self.pieces: list[Any] | None = None  # a list to put down what was read, where gradients are wanted
+        self.pieces: list[Piece] | None = None  # a list to put down what was read, where gradients are wanted
 
     @property
     def decoding(self) -> bool:

@@ -22,16 +22,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.backends.base import BlockSparseCall, Executor
+from hip_hf.backends.base import BlockSparseCall, Executor, Piece
 from hip_hf.backends.clusters import Chosen, Clusters, alike, estimate
 from hip_hf.backends.keys_read import Count, blocks_of
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.geometry import DECODE_ROWS, keys_seen_at
-from hip_hf.registry import selects
+from hip_hf.methods.base import selects
 from hip_hf.state import Correction, RowState
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Plan:
 class DeltaCall:
     """One call: another attention, and its correction. A backend adds dense attention of single rows."""
 
-    pieces: list[Any] | None = None  # there are no gradients
+    pieces: list[Piece] | None = None  # there are no gradients
 
     def __init__(
         self,

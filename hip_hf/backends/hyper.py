@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +14,7 @@ from hip_hf.methods.hyper import Options, flops
 from hip_hf.problem import AttentionProblem
 
 if TYPE_CHECKING:
+    from hip_hf.backends.base import Piece
     from hip_hf.config import HiPConfig
     from hip_hf.state import DecodeState
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class HyperCall:
     """A call of HyperAttention: problem, settings and results."""
 
-    pieces: list[Any] | None = None  # there are no gradients
+    pieces: list[Piece] | None = None  # there are no gradients
 
     def __init__(
         self, problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None, mask: bool

@@ -20,7 +20,6 @@ from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 from hip_hf.integration.masks import LAST
 from hip_hf.problem import AttentionProblem
-from hip_hf.registry import sparse_reach
 from hip_hf.state import DecodeState
 
 
@@ -54,7 +53,7 @@ def few_before(problem: AttentionProblem, config: HiPConfig, runs: list[Span]) -
     """Whether what comes before is so little that it can be read whole: no more than a sparse row reads anyway."""
     if problem.sliding_window is not None or problem.positions is not None:
         return False
-    return all(sum(other.keys for other in before(runs, run)) <= sparse_reach(config) for run in runs)
+    return all(sum(other.keys for other in before(runs, run)) <= config.sparse_reach for run in runs)
 
 
 def attend_runs(

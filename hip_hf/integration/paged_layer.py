@@ -16,7 +16,6 @@ from hip_hf.integration.cache_layers import CUT_OFF, KIND, Stateful, cut_off, un
 from hip_hf.integration.extension import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.names import attends_by_us
 from hip_hf.integration.settings import read_settings
-from hip_hf.registry import selected_keys
 from hip_hf.rope import Rope
 
 
@@ -156,7 +155,7 @@ class PagedLayer(Stateful, DynamicLayer):
         if self.offload_to is None or self.device_pages is None:
             return
         settings = read_settings(self.config)
-        selected = selected_keys(settings) // settings.block_k
+        selected = settings.selected_keys // settings.block_k
         need = min(selected, -(-length // PAGE))  # at worst each block lies in a page of its own
         if self.device_pages < need:
             raise ValueError(f"device_pages: got {self.device_pages}, allowed: at least {need}, the pages one step may need")

@@ -7,40 +7,16 @@ tensors: nothing flows through it, as in HiP (arXiv 2406.09827, section 3).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from hip_hf.backends.base import Piece
 from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE
-from hip_hf.geometry import QueryBlock, Span
+from hip_hf.geometry import QueryBlock
 from hip_hf.problem import AttentionProblem
 from hip_hf.workers import run
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a few query blocks of a span read, for the key heads `heads`: sink, window and the key blocks `ids`
-    `[heads, S, len(blocks), n]` of `block_k` keys, or (None) all from `QueryBlock.start` on. Rows from `rows` on do not count."""
-
-    span: Span
-    heads: slice
-    blocks: list[QueryBlock]
-    ids: torch.Tensor | None
-    block_k: int
-    rows: int
-
-    def positions(self, head: int, share: int, i: int) -> torch.Tensor:
-        """Of the keys that the query heads `share` of key head `head` read in query block `i`; relative to the span."""
-        block = self.blocks[i]
-        if self.ids is None:
-            return torch.arange(block.start, block.last + 1, device="cpu")
-        chosen = self.ids[head - self.heads.start, share, i].cpu()
-        picked = (chosen[:, None] * self.block_k + torch.arange(self.block_k, device="cpu")).flatten()
-        always = ((block.start, block.sink), (block.window, block.last + 1))
-        sink, window = (torch.arange(first, end, device="cpu") for first, end in always)
-        return torch.cat([sink, picked, window])
 
 
 def traced(

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from hip_hf.backends.base import Piece
 from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.tensors import Tensors
 from hip_hf.backends.torch import fused
-from hip_hf.backends.torch.backward import Piece
 from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, attend_range
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.geometry import QueryBlock, Span

@@ -29,7 +29,6 @@ from hip_hf.backends.triton.sparse import DeviceState
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import DECODE_ROWS, mask_heads
 from hip_hf.problem import AttentionProblem, by_tokens, make_spans
-from hip_hf.registry import sparse_reach
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -140,7 +139,7 @@ def attend(
     kv, logits = KeyValues(k, v), Logits(scale, softcap, sliding_window, sinks)
     parts = _parts(q, k, table, tail, indices, counts, config, block_q)
     fields = settings(config)
-    keys = k.shape[2] if block_q == 0 else sparse_reach(fields)
+    keys = k.shape[2] if block_q == 0 else fields.sparse_reach
     with launching(q, fields):
         sparse.attend_parts(q, kv, logits, parts, keys, out, lse)
     return out, lse

@@ -22,7 +22,6 @@ from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.geometry import DECODE_ROWS, Span, mask_heads
 from hip_hf.problem import AttentionProblem
-from hip_hf.registry import sparse_reach
 from hip_hf.state import DecodeState, RowState
 from hip_hf.state import Selection as Selected
 
@@ -47,7 +46,7 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
 
 def step_scratch(config: HiPConfig, q: torch.Tensor, key_heads: int, dim_v: int) -> Scratch:
     """Scratch for decode steps with queries like q `[B, Hq, 1, D]`; a window that is kept grows until the next selection."""
-    keys = sparse_reach(config) + steps_of(config)
+    keys = config.sparse_reach + steps_of(config)
     return Scratch.make(splits_for(q, key_heads, q.shape[0], keys), q, dim_v)
 
 
@@ -312,7 +311,7 @@ class SparseAttention(BlockSparseCall):
             self.out, lse = attention(problem.q, problem.k, problem.v, self.logits, parts, config)
             self.lse = None if self.lse is None else lse
             return
-        attend_parts(problem.q, self.kv, self.logits, parts[:1], sparse_reach(config), self.out, self.lse)
+        attend_parts(problem.q, self.kv, self.logits, parts[:1], config.sparse_reach, self.out, self.lse)
         if len(parts) > 1:  # the host knows where the dense rows are, so their keys can be split over the device
             dense_rows(problem, self.kv, spans, self._tails(spans), self.logits, self.out, self.lse)
 
