@@ -68,7 +68,7 @@ class Sizes:
     shape: dict[str, Any] = field(default_factory=lambda: LLAMA_8B)
     prompt: int = 8192
     long_prompt: int = 32768
-    budget: int = 1024
+    budget: int = HiPConfig.budget
     new_tokens: int = 64
 
     @property

@@ -39,7 +39,6 @@ from hip_hf.eval.measure.passkey import use
 from hip_hf.eval.measure.timing import DTYPES, TimingPlan, interleave, ours, sdpa
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.resumable import Resumable
-from hip_hf.registry import sparse_reach
 from hip_hf.shown import said
 
 Rows = list[dict[str, Any]]
@@ -131,7 +130,7 @@ def agreement(plan: TimingPlan, length: int) -> Rows:
     (dtype,), (config,) = plan.dtypes, plan.settings.values()
     q, k, v = plan.random(dtype, length, length, plan.device)
     result = ours(q, k, v, config)
-    first = min(sparse_reach(config) - config.budget, length)
+    first = min(config.sparse_reach - config.budget, length)
     pairs = {"first": (result.out[:, :, :first], sdpa(q[:, :, :first], k[:, :, :first], v[:, :, :first]))}
     pairs["last"] = (result.out[:, :, -1:], sdpa(q[:, :, -1:], k, v))
     allowed = UNITS * torch.finfo(DTYPES[dtype]).eps

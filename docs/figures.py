@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -21,8 +22,10 @@ from hip_hf.eval.measure.capture import capture
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.pictures import PICTURES
 from hip_hf.geometry import make_query_block
+from hip_hf.methods.base import method_of
 from hip_hf.methods.hip import Selector, TreeSearch
 from hip_hf.problem import AttentionProblem
+from hip_hf.registry import METHODS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -34,7 +37,11 @@ ANSWER_COLUMNS = (
     "tokens, settings", "document", "keys read", "digits right", "answers right", "digits' NLL", "perplexity, times dense",
     "selection / attention",
 )  # fmt: skip
-ANSWERS = {"dense": "dense", "defaults @ 1024": "defaults (`budget=1024`)", "defaults @ 256": "`budget=256`"}
+ANSWERS = {
+    "dense": "dense",
+    f"defaults @ {HiPConfig.budget}": f"defaults (`budget={HiPConfig.budget}`)",
+    "defaults @ 256": "`budget=256`",
+}
 FIGURES = (("digits", 3), ("answers_right", 2), ("nll", 3))
 SMALL = dict(budget=128, window=256, sink=64, dense_tail=0, dense_below=0)
 
@@ -110,7 +117,9 @@ def answers() -> str:
     for length, *names in ((4096, "needles_4k", "needles_code_4k"), (8192, "needles", "needles_code")):
         files = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
         for settings, title in ANSWERS.items():
-            rows = [next(row for row in file["rows"] if row["settings"] == settings) for file in files]
+            rows = [row for file in files for row in file["rows"] if row["settings"] == settings]
+            if len(rows) < len(files):
+                raise ValueError(f"benchmarks/results: measure {names} with {settings!r}, which README.md shows")
             cells = [f"{length:,}, {title}", " / ".join(row["document"] for row in rows), f"{100 * rows[0]['read']:.0f} %"]
             cells += [" / ".join(f"{row[name]:.{digits}f}" for row in rows) for name, digits in FIGURES]
             if settings == "dense":
@@ -119,6 +128,16 @@ def answers() -> str:
                 cells += [" / ".join(f"{row['perplexity_over_dense']:.3f}" for row in rows)]
                 cells += [f"{rows[0]['selection_over_attention']:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def methods() -> str:
+    """The table of methods and their options, from what each declares."""
+    lines = ["| method | reads, besides sink and window | options |", "|---|---|---|"]
+    for name in METHODS:
+        method = method_of(name)
+        options = ", ".join(f"`{option.name}`" for option in dataclasses.fields(method.options))
+        lines.append(f"| `{name}` | {method.summary} | {options} |")
     return "\n".join(lines) + "\n"
 
 
@@ -152,6 +171,7 @@ def make_all(folder: Path) -> None:
     for name in ("latency", "fidelity", "passkey", "memory"):
         PICTURES[name](json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), folder / f"{name}.png")
     (folder / "answers.md").write_text(answers(), encoding="utf-8")
+    (folder / "methods.md").write_text(methods(), encoding="utf-8")
     (folder / "machines.md").write_text(machines(), encoding="utf-8")
     (folder / "models.md").write_text(sweep.page(sweep.read_record()), encoding="utf-8")
 

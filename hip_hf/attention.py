@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import torch
 
-from hip_hf import registry
 from hip_hf.backends import base, choice
-from hip_hf.backends.base import Result, has_gradients, pick
+from hip_hf.backends.base import Piece, Result, has_gradients, pick
 from hip_hf.backends.mixed import Part, merged, parts_of
 from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch import dense
-from hip_hf.backends.torch.backward import Piece, traced
+from hip_hf.backends.torch.backward import traced
 from hip_hf.backends.torch.decode_buffer import attend_next, gathered_rows, new_keys
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import DECODE_ROWS, BlockMask, Span
+from hip_hf.methods.base import method_of, summarises
 from hip_hf.problem import DTYPES, AttentionProblem, by_tokens, check_finite, check_tensors, make_spans, newest, tracing
 from hip_hf.rope import Positions
 from hip_hf.state import DecodeState
@@ -40,10 +40,10 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
         return "method is dense", False
     if config.is_dense_layer(layer):
         return "dense layer", False
-    if problem.sliding_window is not None and problem.sliding_window <= registry.sparse_reach(config):
+    if problem.sliding_window is not None and problem.sliding_window <= config.sparse_reach:
         return f"sliding window of {problem.sliding_window} is within the sparse set", False
     decoding = problem.q.shape[2] <= DECODE_ROWS
-    reason, unsupported = registry.dense_reason(problem, config, layer, decoding)
+    reason, unsupported = method_of(config.method).dense_reason(problem, config, decoding)
     if reason:
         return reason, unsupported
     if problem.needs_grad and not has_gradients(config):
@@ -63,13 +63,13 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
     graph = torch.compiler.is_compiling()  # which cannot put numbers into text
     if problem.longest < below:
         return "short context" if graph else f"context of {problem.longest} is below dense_below={below}", False
-    if below and problem.longest <= registry.sparse_reach(config):
+    if below and problem.longest <= config.sparse_reach:
         return "short context" if graph else f"the budget covers the context of {problem.longest}", False
     anew = decoding and stateless and config.dense_below is None and problem.positions is None
-    if anew and problem.q.device.type == "cpu" and registry.summarises(config):
+    if anew and problem.q.device.type == "cpu" and summarises(config):
         # both read all keys, and to summarise them costs more than to read the values too (docs/decisions.md)
         return "decode without kept state: to summarise all keys anew takes longer than to read them", False
-    if config.backend == "auto" and choice.kernels_wanted(problem, config) and not choice.offloaded(problem):
+    if config.backend == "auto" and choice.kernels_wanted(problem, config):
         why, said = choice.no_kernels(problem, config)
         return why and f"no kernels: {why}", bool(why) and not said
     return "", False
@@ -107,23 +107,23 @@ def _attend(
         rows = gathered_rows(problem, config, state)
         if rows is not None:
             out, lse = empty_outputs(problem, need_lse)
-            return Result(out, lse, None, "sparse", "", attend_next(problem, rows, new_keys(problem), out, lse))
+            return attend_next(problem, rows, new_keys(problem), out, lse)
     if problem.positions is not None and problem.needs_grad:
         raise ValueError(f"extend: got {config.extend!r} where gradients are asked for, allowed: torch.no_grad(), or extend=None")
     if not problem.spans:
-        return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", 1.0)
+        return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", None)
     parts = parts_of(problem, lambda one: dense_reason(one, config, layer, state is None))
     results = [_attend_part(part, config, state, need_lse, need_mask) for part in parts]
     if len(parts) == 1 and parts[0].problem.q.shape == problem.q.shape:  # not only steps behind padding
         return results[0]
-    out, lse, mask, share = merged(problem, parts, results)
+    out, lse, mask, count = merged(problem, parts, results)
     reasons = []
     for part, result in zip(parts, results, strict=True):
         some = f"{len(part.problem.spans)} of {len(problem.spans)} sequences dense: " if part.reason else ""
         reasons += [some + result.reason] * bool(result.reason)
     # the first part is sparse: all that is dense is one part
     reason, unsupported = "; ".join(dict.fromkeys(reasons)), any(result.unsupported for result in results)
-    return Result(out, lse, mask, "sparse", reason, share, unsupported)
+    return Result(out, lse, mask, "sparse", reason, count, unsupported)
 
 
 def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
@@ -134,7 +134,8 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
             for span in problem.spans:
                 state.row(span.batch, span.key_start, span.position, span.end)
                 state.select_anew(span.batch)
-        return Result(*attend_dense(problem, config, need_lse), None, "dense", part.reason, 1.0, part.unsupported)
+        out, lse = attend_dense(problem, config, need_lse)
+        return Result(out, lse, None, "dense", part.reason, None, part.unsupported)
     if choice.backend_of(problem, config) == "triton":
         return _attend_by_kernels(part, config, state, need_lse, need_mask)
     if state is not None and state.device is not None:
@@ -147,8 +148,8 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
     if pieces is not None:
         sparse.pieces = pieces
     out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
-    share = sparse.reading.read / sparse.reading.visible
-    return Result(out, lse if need_lse else None, sparse.mask, "sparse", _shortfall(problem, config), share)
+    reason = _shortfall(problem, config)
+    return Result(out, lse if need_lse else None, sparse.mask, "sparse", reason, sparse.count)
 
 
 def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
@@ -161,15 +162,15 @@ def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None,
     try:
         call = run(problem, config, state, *empty_outputs(problem, need_lse, for_models=True), need_mask)
     except Exception as error:
-        if config.backend != "auto" or not trust.refuses(error):
+        if not trust.refuses(error, config):
             raise
         why = trust.refuse(problem.q.device, config.text, error)
         trust.warn_once(why)
         if state is not None:
             state.reset()
         return _attend_part(replace(part, reason=f"no kernels: {why}"), config, state, need_lse, need_mask)
-    share = call.reading.read / call.reading.visible
-    return Result(call.out, call.lse if need_lse else None, call.mask, "sparse", _shortfall(problem, config), share)
+    reason, lse = _shortfall(problem, config), call.lse if need_lse else None
+    return Result(call.out, lse, call.mask, "sparse", reason, call.count)
 
 
 def _shortfall(problem: AttentionProblem, config: HiPConfig) -> str:
@@ -213,8 +214,7 @@ def dense_by_kernels(problem: AttentionProblem, config: HiPConfig, need_lse: boo
     """Whether dense attention is left to the kernels: where PyTorch's own cannot serve."""
     if not choice.kernels_wanted(problem, config) or dense.sdpa_serves(problem, need_lse):
         return False
-    paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
-    if any(x.store.pages() is None for x in paged) or (paged and (len(paged) == 1 or problem.needs_grad)):
+    if isinstance(problem.k, PagedTensor) and problem.needs_grad:
         return False
     return not choice.no_kernels(problem, config, densely=True)[0]
 
@@ -371,7 +371,7 @@ def hip_attention(
     if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
         problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
-        if choice.kernels_wanted(problem, config) and not choice.no_kernels(problem, config)[0]:
+        if choice.kernels_serve(problem, config):
             return _in_graph(problem, config, layer, key_start, q_start, return_lse)
     spans = make_spans(q, k, key_start, q_start)
     if q.device.type == "cpu":

@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol, cast
 
-from hip_hf.registry import METHODS, extends, options_type
+from hip_hf.registry import METHODS, declared
 from hip_hf.shown import shown
 
 REPRESENTATIVES = ("blend", "minmax", "middle")
@@ -53,13 +53,30 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+class Declared(Protocol):
+    """What settings ask of their method, of all that `hip_hf.methods.base.Method` holds."""
+
+    @property
+    def options(self) -> type: ...
+
+    @property
+    def extends(self) -> bool: ...
+
+    def check(self, config: HiPConfig) -> None: ...
+
+    def selected_keys(self, config: HiPConfig) -> int: ...
+
+
+def _method(name: str) -> Declared:
+    return cast(Declared, declared(name))
+
+
 @dataclass(frozen=True)
 class HiPConfig:
     """Settings of hierarchically pruned attention. All sizes are in keys (tokens) unless said otherwise.
 
     Args:
-        method: a selector (`hip`, `staged`, `streaming`, `quest`, `vertical_slash`, `sample`, `h2o`, `oracle`), or an
-            attention of its own (`hyper`, `dense`).
+        method: the rule that selects keys, or an attention of its own: a name in `hip_hf/registry.py`.
         options: the method's own settings, validated by its dataclass (for `hip`: `weight` of the bound in `blend`, `sample`: the
             most keys from which a row's need is estimated; and with `rescore`, `descent`: one in so many votes by need walks the
             tree, `onward`: the share of a block's `mass` that the block after it gets as well).
@@ -144,8 +161,9 @@ class HiPConfig:
         object.__setattr__(self, "options", copy.deepcopy(dict(self.options)))
         # made once: a graph that is being compiled cannot make it
         object.__setattr__(self, "_options", self._make_options())
-        if self.extend is not None and not extends(self.method):
-            allowed = " | ".join(method for method in METHODS if extends(method))
+        _method(self.method).check(self)
+        if self.extend is not None and not _method(self.method).extends:
+            allowed = " | ".join(method for method in METHODS if _method(method).extends)
             _fail("method", self.method, f"with `extend`: {allowed}")
         self._check_layers()
         object.__setattr__(self, "_text", json.dumps(self.to_dict()))
@@ -254,23 +272,28 @@ class HiPConfig:
             return max(3 * self.budget_blocks, -(-SEARCHED_KEYS // self.block_k))
         return self.rescore * self.budget_blocks if self.rescore > 1 else 0
 
+    @property
+    def selected_keys(self) -> int:
+        """Keys that are selected for a query block at most: the budget, where the method spends it."""
+        return _method(self.method).selected_keys(self)
+
+    @property
+    def sparse_reach(self) -> int:
+        """Keys that the sparse path reads for a row at most: a context up to this long it reads whole."""
+        return self.sink + self.selected_keys + self.window
+
     def method_options(self) -> Any:
         """The method's own options as its dataclass."""
         return self._options  # type: ignore[attr-defined]
 
     def _make_options(self) -> Any:
         """Raises ValueError for unknown or invalid ones."""
-        kind = options_type(self.method)
+        kind = _method(self.method).options
         known = [f.name for f in dataclasses.fields(kind)]
         for name in self.options:
             if name not in known:
                 _fail("options", name, f"{known or 'none'} (options of method {self.method!r})")
-        options = kind(**self.options)
-        if hasattr(options, "check"):
-            options.check(self)
-        elif isinstance(self.decode_refresh, list):
-            _fail("decode_refresh", self.decode_refresh, f"an integer >= 1 (method {self.method!r} has no stages)")
-        return options
+        return kind(**self.options)
 
     def for_layer(self, layer: int | None) -> HiPConfig:
         """The settings that hold in one layer: overrides applied. `None` gives the settings themselves."""

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.registry import selected_keys
 from hip_hf.workers import scratch
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ class Positions:
         and need no room."""
         if config.method == "dense":
             return
-        selected = selected_keys(config)
+        selected = config.selected_keys
         reach = -(-config.sink // config.block_k) * config.block_k + selected + config.window
         if max(reach, config.block_q) > self.trained:
             got, names = f"{reach} keys and block_q={config.block_q}", "sink + budget + window" if selected else "sink + window"

@@ -5,9 +5,14 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from hip_hf.config import HiPConfig
 
 
 class Shareable(Protocol):
@@ -26,14 +31,15 @@ class Summaries(Shareable, Protocol):
     def nbytes(self) -> int:
         """Memory of the summaries."""
 
-    def copy(self) -> Any:
+    def copy(self) -> Self:
         """An independent copy."""
 
-    def writable(self, blocks: int) -> Any:
+    def writable(self, blocks: int) -> Self:
         """Itself, or a copy where others refer to it and blocks will be appended to reach `blocks`."""
 
-    def extend(self, keys: Any, blocks: int) -> None:
-        """Summarise the keys `[Hkv, T, D]` up to `blocks` blocks."""
+    def extend(self, keys: torch.Tensor, blocks: int) -> None:
+        """Summarise the keys `[Hkv, T, D]` up to `blocks` blocks. They may be `PagedKeys`, where the
+        selector reads pages."""
 
     def truncate(self, blocks: int) -> None:
         """Forget all but the first `blocks` blocks."""
@@ -98,7 +104,8 @@ class DecodeState:
         self._layer: int | None = None  # the first that asked for its own
         self._others: dict[int, DecodeState] = {}  # by the layers that read the same keys
         self.device: Any = None  # the kernels' tables (`DeviceState` in `backends/triton/sparse.py`), for all rows
-        self._owner: Any = None  # settings that the state was made with
+        # the settings that the state was made with, and the kind of keys
+        self._owner: tuple[HiPConfig, int, int, torch.dtype, torch.device] | None = None
         self._take_number()
 
     def _take_number(self) -> None:
@@ -129,7 +136,8 @@ class DecodeState:
         """Whether all that a step of `batch` rows needs is on the device, made with the settings of this `text`."""
         if self.device is None or not self.device.even or len(self.rows) != batch or self.device.batch != batch:
             return False
-        return self._owner[0].text == text and all(row.on_device for row in self.rows.values())
+        alike = self._owner is not None and self._owner[0].text == text
+        return alike and all(row.on_device for row in self.rows.values())
 
     def reset(self) -> None:
         """Forget everything."""
@@ -193,13 +201,13 @@ class DecodeState:
         count = max(self.rows, default=-1) + 1
         self.reorder([b for b in range(count) for _ in range(repeats)])
 
-    def bind(self, config: Any, k: torch.Tensor) -> None:
+    def bind(self, config: HiPConfig, k: torch.Tensor) -> None:
         """Start afresh if the settings, or the kind of keys `[B, Hkv, T, D]`, are not those that the state was made with."""
         if not self.bound(config, k):
             self.reset()
             self._owner = (config, k.shape[1], k.shape[3], k.dtype, k.device)
 
-    def bound(self, config: Any, k: torch.Tensor) -> bool:
+    def bound(self, config: HiPConfig, k: torch.Tensor) -> bool:
         """Whether it was made with these settings, for keys like k `[B, Hkv, T, D]`."""
         return self._owner == (config, k.shape[1], k.shape[3], k.dtype, k.device)
 

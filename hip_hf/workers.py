@@ -11,11 +11,21 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from math import prod
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+
+
+class Like(Protocol):
+    """A tensor, or keys in pages: what has a dtype and a device."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 class Scratch(threading.local):
@@ -24,7 +34,7 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    def take(self, name: str, shape: tuple[int, ...], like: Like) -> torch.Tensor:
         """A buffer of `shape`, in dtype and device of `like`."""
         key, size = (name, like.dtype, like.device), prod(shape)
         buffer = self.buffers.get(key)
@@ -118,7 +128,7 @@ def run(task: Callable[[Item], None], items: Iterable[Item], device: torch.devic
         raise
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: Like) -> torch.dtype:
     """The dtype to multiply in: fp16 and, without matrix instructions for it, bf16 are slow on CPUs, so there it is fp32."""
     if x.device.type != "cpu" or x.dtype in (torch.float32, torch.float64):
         return x.dtype

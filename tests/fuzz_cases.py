@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from hip_hf.config import DELTA_MODES, REPRESENTATIVES, SCORES, VOTES, HiPConfig
 from hip_hf.geometry import BlockMask
+from hip_hf.methods.base import selects
 from hip_hf.problem import DTYPES
-from hip_hf.registry import METHODS, selects
+from hip_hf.registry import METHODS
 
 # How far a result in each dtype may be from float64: values are of size 1, and rounding the output alone gives half a unit of it.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
@@ -178,7 +179,7 @@ def configs(draw: Draw, methods: tuple[str, ...] = tuple(METHODS), covers: bool 
         decode_refresh=draw(st.sampled_from([1, 2, 4])),
         options=draw(st.sampled_from(options(method, block_k, budget))),
     )
-    if method in ("hip", "staged", "quest", "vertical_slash", "sample", "h2o"):
+    if selects(method):
         fields |= dict(
             query_stride=draw(st.sampled_from([1, 2, 3, 40])),
             vote=draw(st.sampled_from(VOTES)),

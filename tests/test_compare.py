@@ -22,14 +22,14 @@ from hip_hf.backends.torch.dense_rows import rows_at_once
 from hip_hf.cli import compare as compare_command
 from hip_hf.cli import fidelity as fidelity_command
 from hip_hf.cli import passkey as passkey_command
-from hip_hf.cli.presets import PRESETS, as_many_keys, every, settings_of
+from hip_hf.cli.presets import every, presets, settings_of
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import mass
-from hip_hf.eval.measure.costs import SELECTION, block_cost, call_cost
+from hip_hf.eval.measure.costs import block_cost, call_cost, prompt_cost
 from hip_hf.eval.measure.hyper_assumptions import assumption_rows, measure_assumptions
 from hip_hf.geometry import keys_seen, query_blocks
-from hip_hf.methods import hyper
-from hip_hf.registry import METHODS, add_method
+from hip_hf.methods import add_method, hyper
+from hip_hf.registry import METHODS
 
 
 def counted(problem: Any, config: HiPConfig) -> int:
@@ -127,8 +127,9 @@ def test_bytes_of_asking_who_needs_the_middle() -> None:
 
 
 def test_every_method_has_a_cost_and_a_preset() -> None:
-    assert SELECTION.keys() | {"hyper", "dense"} == METHODS.keys()
-    assert {PRESETS[name].get("method", "hip") for name in every()} | {"dense"} == METHODS.keys()
+    costs = {method: prompt_cost(HiPConfig(method=method, budget=16), 1000) for method in METHODS.keys() - {"dense"}}
+    assert [method for method, cost in costs.items() if cost is None or not cost.attention] == []
+    assert {presets()[name]["method"] for name in every()} | {"dense"} == METHODS.keys()
     with pytest.raises(ValueError, match="hyper"):
         block_cost(HiPConfig(method="hyper"), query_blocks(small(), make_problem(*make_qkv(50)).spans[0], False)[0], 16, 16)
 
@@ -188,7 +189,7 @@ def test_hyper_assumptions_tell_easy_from_hard() -> None:
 @pytest.mark.parametrize("budget", [128, 512])
 def test_hyper_is_sized_to_read_as_many_keys(tokens: int, budget: int) -> None:
     config = HiPConfig(budget=budget)
-    _, _, read = hyper.flops(hyper.Options(**as_many_keys(config, tokens)), 0, tokens, 1, 1)
+    _, _, read = hyper.flops(hyper.Options(**hyper.sized(config, tokens)), 0, tokens, 1, 1)
     blocks = query_blocks(config, make_problem(*(torch.zeros(1, 1, tokens, 1),) * 3).spans[0], False)
     want = call_cost(config, blocks, 0, tokens, 1, 1).read
     assert read == pytest.approx(want, rel=0.2)

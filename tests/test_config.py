@@ -110,7 +110,7 @@ BAD = [
 
 def test_defaults_are_those_of_the_contract() -> None:
     config = HiPConfig()
-    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS, "named here and in docs/settings.md"
     # beam and rescore: numbers of candidates, by measurement (docs/decisions.md)
     assert (config.vote, config.query_stride, config.beam, config.rescore) == ("need", 8, None, None)
     assert {f.name for f in dataclasses.fields(HiPConfig)} == set(DEFAULTS) | {"beam", "rescore", "query_stride", "vote"}

@@ -20,13 +20,14 @@ from hip_hf.backends.torch import block_sparse
 from hip_hf.backends.triton.hyper import Level
 from hip_hf.integration import extension
 from hip_hf.methods import hyper
+from hip_hf.registry import METHODS
 
 HYPER: dict[str, Any] = {"method": "hyper", "options": {"min_seq_len": 24, "block_size": 16, "sample_size": 10}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "hip": {},
     "sampled vote, per head": {"vote": "sampled", "group_shared": False},
     "rescored, from coarse": {"rescore": 2, "coarsest": 64},
-    **{name: {"method": name} for name in ("staged", "streaming", "quest", "vertical_slash", "sample", "h2o", "oracle", "dense")},
+    **{name: {"method": name} for name in METHODS if name != "hip"},
     "hyper": HYPER,
     "clusters": {"delta": 16, "dense_tail": 0},
     "step": {"delta": 16, "delta_mode": "step"},

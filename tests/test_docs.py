@@ -80,7 +80,7 @@ def test_all_settings_are_documented_with_their_defaults(kind: type) -> None:
     documented = dict(re.findall(r"^\| `(\w+)` \| `?([^`|]+?)`? \|", page, re.MULTILINE))
     defaults = kind()
     for field in dataclasses.fields(kind):
-        assert documented.get(field.name) == str(getattr(defaults, field.name)), field.name
+        assert documented.get(field.name) == str(getattr(defaults, field.name)), f"docs/settings.md: `{field.name}`"
 
 
 def check_all_are_there(seen: dict[Path, Seen], built: Path) -> None:

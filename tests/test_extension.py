@@ -15,6 +15,8 @@ from test_tree_search import layout, selected
 from hip_hf import HiPConfig, hip_attention
 from hip_hf.attention import attend
 from hip_hf.config import REPRESENTATIVES
+from hip_hf.methods.base import method_of
+from hip_hf.registry import METHODS
 from hip_hf.rope import Positions, Rope
 from hip_hf.state import DecodeState
 
@@ -273,7 +275,7 @@ def test_selection_in_decode() -> None:
     check_selection(small(**EXTENDED), 163, 3, positions(64, True))
 
 
-@pytest.mark.parametrize("method", ["hip", "quest", "staged", "streaming", "oracle", "dense"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method_of(method).extends])
 @pytest.mark.parametrize("tokens", [33, 131])
 def test_a_covering_budget_is_dense_attention_within_the_trained_length(method: str, tokens: int) -> None:
     config = small(**{**EXTENDED, "budget": 128, "window": 128}, method=method)

@@ -23,20 +23,16 @@ from hip_hf.eval.measure import fidelity, mass
 from hip_hf.eval.measure.capture import DENSE, capture
 from hip_hf.eval.measure.costs import block_cost, total
 from hip_hf.geometry import query_blocks
+from hip_hf.methods.base import selects
 from hip_hf.problem import AttentionProblem
+from hip_hf.registry import METHODS
 
 VARIANTS = [
     {},
     {"group_shared": False},
     {"representative": "middle", "score": "max", "beam": 1},
     {"rescore": 2, "query_stride": 4},
-    {"method": "streaming"},
-    {"method": "oracle"},
-    {"method": "staged"},
-    {"method": "quest"},
-    {"method": "vertical_slash"},
-    {"method": "sample"},
-    {"method": "h2o"},
+    *({"method": method} for method in METHODS if selects(method) and method != "hip"),
 ]
 
 

@@ -31,7 +31,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for module in (attention, decode_fast_path):
 
-        def counted(*args: Any, name: str = module.__name__, **kwargs: Any) -> float:
+        def counted(*args: Any, name: str = module.__name__, **kwargs: Any) -> Any:
             seen.append(name.rpartition(".")[2])
             return attend_next(*args, **kwargs)
 

@@ -12,7 +12,8 @@ from helpers import assert_near, eager
 from interpreter import DEVICE
 from kernel_cases import Case, make_case, precisions, spans_of
 
-from hip_hf.backends.torch.backward import Gradients, Piece
+from hip_hf.backends.base import Piece
+from hip_hf.backends.torch.backward import Gradients
 from hip_hf.backends.triton.attention.backward import Inverted, KeyTiles, Part, attention, invert
 from hip_hf.backends.triton.common.arguments import Logits, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences

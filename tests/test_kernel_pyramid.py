@@ -14,7 +14,7 @@ from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.config import REPRESENTATIVES, HiPConfig
 from hip_hf.geometry import Span
-from hip_hf.registry import selector_for
+from hip_hf.methods.base import selector_for
 
 pytestmark = pytest.mark.kernels
 

@@ -26,9 +26,9 @@ from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import REPRESENTATIVES, HiPConfig
 from hip_hf.geometry import QueryBlock, Span, query_blocks
 from hip_hf.methods import need
+from hip_hf.methods.base import selector_for
 from hip_hf.methods.hip import TreeSearch
 from hip_hf.methods.pyramid import Pyramid
-from hip_hf.registry import selector_for
 from hip_hf.rope import Positions
 
 pytestmark = pytest.mark.kernels

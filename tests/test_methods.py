@@ -1,4 +1,4 @@
-"""What every method must do: one line in `CASES` brings a new one through all of it.
+"""What every method must do. A new one goes through all of it by itself; `CASES` says what is special about some.
 
 Each case is run at settings where its sparse code reads everything (then it is dense attention) and at settings where
 it does not (then it is plain attention under the keys it says it reads, the same however a call is padded, cut or threaded).
@@ -41,14 +41,11 @@ class Case:
 HYPER = dict(min_seq_len=24, block_size=8, sample_size=8)
 EXACT = dict(options=dict(min_seq_len=1000))
 CASES = {
-    "hip": Case("hip"),
-    "staged": Case("staged"),
-    "quest": Case("quest"),
+    **{method: Case(method) for method in METHODS if method != "dense"},
     "streaming": Case("streaming", dict(window=1000)),
     "vertical_slash": Case("vertical_slash", per_call=True),
     "sample": Case("sample", per_call=True, fields=dict(options=dict(rows=0.2))),
     "h2o": Case("h2o", sliding=False),
-    "oracle": Case("oracle"),
     "hyper": Case("hyper", EXACT, dict(options=HYPER), per_call=True, masked=False, sliding=False, decodes=False),
     "hip+delta": Case("hip", fields=dict(delta=16), masked=False),
     "hip+delta by steps": Case("hip", fields=dict(delta=16, delta_mode="step"), masked=False),

@@ -137,6 +137,21 @@ def test_source_is_short_and_reads_no_environment(path: Path) -> None:
     assert not used & {"environ", "environb", "getenv", "getenvb"}, "settings come from the config, not from the environment"
 
 
+def test_all_but_the_parameters_of_kernels_have_types() -> None:
+    """Mypy cannot tell kernels, whose parameters have none, from the functions beside them."""
+    for path in (PACKAGE / "backends" / "triton").rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            if any(ast.unparse(x).startswith("triton.jit") for x in function.decorator_list):
+                continue
+            arguments = [node for node in ast.walk(function.args) if isinstance(node, ast.arg)]
+            bare = {node.arg for node in arguments if node.annotation is None} - {"self", "cls"}
+            where = f"{place(path)}: {function.name}"
+            assert not bare, f"{where} has {bare} without a type"
+            assert function.returns is not None, f"{where} does not say what it returns"
+
+
 def test_no_file_names_a_path_of_the_machine() -> None:
     here = [str(ROOT).encode()] + [f"{ROOT.parent}/".encode()] * (len(ROOT.parts) > 2)
     ours = [path for name in ("benchmarks", "docs", "notebooks") for path in (ROOT / name).rglob("*")]

@@ -1,14 +1,19 @@
-"""The share of keys read, in closed form, against the plain sum over query blocks."""
+"""The share of keys read, counted when somebody asks, against the plain sum over rows."""
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
 import pytest
 import torch
+from helpers import make_problem, make_qkv, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hip_hf.backends import base, keys_read
-from hip_hf.backends.keys_read import Blocks
+from hip_hf.attention import attend
+from hip_hf.backends import keys_read
+from hip_hf.backends.keys_read import of_blocks
 from hip_hf.backends.torch import delta, sparse
 from hip_hf.backends.triton import sparse as kernels
 from hip_hf.config import HiPConfig
@@ -45,18 +50,20 @@ def plain(config: HiPConfig, span: Span, dense: int, per_row: bool, sliding: int
     sliding=st.none() | st.integers(1, 700),
     per_row=st.booleans(),
 )
-def test_closed_form_is_the_plain_sum(
+def test_what_is_counted_is_the_plain_sum(
     position: int, rows: int, dense: int, block_q: int, block_k: int, blocks: int, sink: int, window: int, sliding: int | None,
     per_row: bool,
 ) -> None:  # fmt: skip
-    config = HiPConfig(block_q=block_q, block_k=block_k, budget=blocks * block_k, sink=sink, window=window)
     rows = min(rows, 16) if per_row else rows
-    dense, end = min(dense, rows), position + rows
+    dense, end = rows if per_row else min(dense, rows), position + rows
+    sizes = dict(block_q=block_q, block_k=block_k, budget=blocks * block_k, window=window)
+    config = HiPConfig(**sizes, sink=sink, dense_tail=rows - dense)
     span = Span(0, 0, end, 0, rows, position)
-    got = Blocks(config, blocks, position, end, 1 if per_row else block_q, sliding).read(position + dense)
-    assert got == plain(config, span, dense, per_row, sliding)
+    read, visible = of_blocks(config, blocks, (span,), [None], per_row, sliding)
+    assert read == plain(config, span, dense, per_row, sliding)
+    assert visible == plain(config, span, 0, per_row, sliding)
     if rows:
-        assert keys_seen(position, end - 1, sliding) == plain(config, span, 0, per_row, sliding)
+        assert keys_seen(position, end - 1, sliding) == visible
 
 
 @pytest.mark.parametrize("sliding", [None, 1, 60, 5000])
@@ -73,24 +80,28 @@ def call(module: type, tokens: int, rows: int, sliding: int | None = None, **fie
 
 
 @pytest.mark.parametrize("sliding", [None, 4000])
-def test_a_million_tokens_are_counted_without_a_walk(monkeypatch: pytest.MonkeyPatch, sliding: int | None) -> None:
-    """By both backends' calls; query blocks are laid out one by one for what must be looked at singly, and no more."""
-    laid: list[int] = []
+def test_a_million_tokens_are_walked_when_asked(
+    monkeypatch: pytest.MonkeyPatch,
+    sliding: int | None,
+) -> None:
+    """Of both backends: what a call keeps to be counted lays out no query block."""
+    laid: list[Span] = []
 
-    def lay(*arguments):  # type: ignore[no-untyped-def]
-        laid.append(arguments[2])
-        return make_query_block(*arguments)
+    def lay(config: HiPConfig, span: Span, *rest: Any) -> Any:
+        laid.append(span)
+        return query_blocks(config, span, *rest)
 
     one = call(kernels.SparseAttention, 1 << 20, 1 << 20, sliding)
     span = one.problem.spans[0]
     want = plain(one.config, span, span.rows - one.config.dense_tail, False, sliding)
-    monkeypatch.setattr(keys_read, "make_query_block", lay)
-    monkeypatch.setattr(base, "make_query_block", lay)
-    one._count(span, span.rows - one.config.dense_tail)
-    assert (one.reading.read, one.reading.visible) == (want, keys_seen(0, span.end - 1, sliding))
-    assert len(laid) < 20
+    monkeypatch.setattr(keys_read, "query_blocks", lay)
+    count = one.count
+    assert laid == []
+    assert count() == (want, keys_seen(0, span.end - 1, sliding))
+    assert len(laid) == 1
     settings = HiPConfig(delta=64, delta_mode="step")
     corrected = delta.DeltaAttention(sparse.SparseAttention, one.problem, settings, one.out, None, False)
+    assert len(laid) == 1
     plan = corrected._plan(span, None)
     assert keys_seen_at(plan.at, sliding) == sum(keys_seen(p, p, sliding) for p in plan.at)
 
@@ -105,11 +116,28 @@ def test_steps_on_a_kept_selection_count_its_window(method: str) -> None:
         assert one._serves(span, row) == (made < tokens - 1)
         assert row.selection is not None
         window = row.selection.window
-        one._count(span, 1, window)
+        one.windows = [window]
         assert row.selection == Selection(None, window, made)
         assert window == (made - config.window) // config.block_k * config.block_k
         picked = config.budget if method == "hip" else 0
-        assert one.reading.read == config.sink + picked + tokens - window
-        assert one.reading.visible == tokens
+        assert one.count() == (config.sink + picked + tokens - window, tokens)
         found.add(window)
     assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(delta=16),
+        dict(delta=16, delta_mode="step"),
+        dict(method="hyper", options=dict(min_seq_len=64, block_size=32, sample_size=16)),
+    ],
+)
+def test_what_is_kept_to_be_counted_holds_no_tensors(fields: dict[str, Any]) -> None:
+    """A layer keeps it until its next call, and a model may be pickled."""
+    q, k, v = make_qkv(400)
+    result = attend(make_problem(q, k, v), small(**fields))
+    kept = pickle.dumps(result.count)
+    assert len(kept) < 4096
+    assert pickle.loads(kept)() == result.count()

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 import hip_hf
 from hip_hf import HiPCache, HiPConfig, explain, hip_attention
-from hip_hf.registry import METHODS, selected_keys
+from hip_hf.registry import METHODS
 
 HUGE = 64 * TRAINED
 
@@ -22,7 +22,7 @@ def test_selected_keys_are_those_of_the_mask(method: str) -> None:
     config = HiPConfig(method=method, budget=32, block_q=16, block_k=8, sink=8, window=16, dense_below=0, dense_tail=0)
     _, mask = hip_attention(*make_qkv(200), config=config, return_mask=True)
     if mask is not None:
-        assert int(mask.counts.max()) * config.block_k == selected_keys(config)
+        assert int(mask.counts.max()) * config.block_k == config.selected_keys
 
 
 def test_extension_needs_no_room_for_a_budget_that_is_not_spent() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import BlockMask, QueryBlock
-from hip_hf.methods import hip, quest, staged
+from hip_hf.methods import hip, quest, sample, staged
 from hip_hf.state import DecodeState
 
 
@@ -266,9 +266,8 @@ def test_vertical_slash_scores_by_brute_force() -> None:
 
 @pytest.mark.parametrize(("share", "rows", "want"), [(1.0, 5, [0, 1, 2, 3, 4]), (0.3, 10, [0, 3, 6, 9]), (0.05, 3, [2])])
 def test_sampled_rows(share: float, rows: int, want: list[int]) -> None:
-    from hip_hf.methods.sample import Options
-
-    assert Options(rows=share).sampled(rows).tolist() == want
+    selector = sample.Selector(small(method="sample", options=dict(rows=share)))
+    assert selector.looked_at(rows).tolist() == want
 
 
 def test_sample_takes_the_columns_with_the_most_mass() -> None:

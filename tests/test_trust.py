@@ -57,7 +57,7 @@ class SelfTest:
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A process that knows nothing, and calls as if their tensors were on a GPU."""
-    monkeypatch.setattr(choice, "kernels_wanted", lambda problem, config: config.backend != "torch")
+    monkeypatch.setattr(choice, "asks_for_kernels", lambda config, _: config.backend != "torch")
     monkeypatch.setattr(trust, "folder", lambda: tmp_path / "passed")
     for known in ("_verdicts", "_refused"):
         monkeypatch.setattr(trust, known, {})

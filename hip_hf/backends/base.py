@@ -5,37 +5,57 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from hip_hf.backends.keys_read import Blocks, Reading
-from hip_hf.geometry import (
-    DECODE_ROWS,
-    BlockMask,
-    QueryBlock,
-    Span,
-    block_read,
-    keys_seen,
-    make_query_block,
-    mask_heads,
-    query_blocks,
-)
+from hip_hf.backends.keys_read import Count, blocks_of, of_blocks, share_of
+from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, mask_heads
+from hip_hf.methods.base import selector_for
 from hip_hf.problem import AttentionProblem
-from hip_hf.registry import selector_for
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.state import DecodeState
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a few query blocks of a span read, for the key heads `heads`: sink, window and the key blocks `ids`
+    `[heads, S, len(blocks), n]` of `block_k` keys, or (None) all from `QueryBlock.start` on. Rows from `rows` on do not count."""
+
+    span: Span
+    heads: slice
+    blocks: list[QueryBlock]
+    ids: torch.Tensor | None
+    block_k: int
+    rows: int
+
+    def positions(self, head: int, share: int, i: int) -> torch.Tensor:
+        """Of the keys that the query heads `share` of key head `head` read in query block `i`; relative to the span."""
+        block = self.blocks[i]
+        if self.ids is None:
+            return torch.arange(block.start, block.last + 1, device="cpu")
+        chosen = self.ids[head - self.heads.start, share, i].cpu()
+        picked = (chosen[:, None] * self.block_k + torch.arange(self.block_k, device="cpu")).flatten()
+        always = ((block.start, block.sink), (block.window, block.last + 1))
+        sink, window = (torch.arange(first, end, device="cpu") for first, end in always)
+        return torch.cat([sink, picked, window])
+
+
 class Executor(Protocol):
     """Computes one call of the sparse path into `out` `[B, Hq, Tq, Dv]` and, if given, `lse` `[B, Hq, Tq]`."""
 
-    reading: Reading
     out: torch.Tensor
-    lse: torch.Tensor | None
-    pieces: list[Any] | None  # put down what was read here, where gradients are wanted (`has_gradients`)
+    pieces: list[Piece] | None  # put down what was read here, where gradients are wanted (`has_gradients`)
+
+    @property
+    def lse(self) -> torch.Tensor | None:
+        """As it was given; a new one where autograd is to know it."""
+
+    @property
+    def count(self) -> Count:
+        """Of the call, once it has run."""
 
     @property
     def mask(self) -> BlockMask | None:
@@ -54,8 +74,13 @@ class Result:
     mask: BlockMask | None
     path: str
     reason: str
-    share: float  # of the visible keys, how many were read
+    count: Count | None  # of the keys that were read; None: all that are in sight
     unsupported: bool = False  # dense because the sparse path lacks something, not because it was asked for
+
+    @property
+    def share(self) -> float:
+        """Of the visible keys, how many were read: counted here."""
+        return share_of(self.count)
 
 
 def kind_of(config: HiPConfig) -> str:
@@ -66,6 +91,12 @@ def kind_of(config: HiPConfig) -> str:
 def has_gradients(config: HiPConfig) -> bool:
     """Whether gradients can flow through the attention that settings ask for."""
     return kind_of(config) == "block_sparse"
+
+
+def steps_of(config: HiPConfig) -> int:
+    """Decode steps that one selection serves; of a method in stages, that of its first stage."""
+    steps = config.decode_refresh
+    return steps if isinstance(steps, int) else steps[0]
 
 
 def pick(executors: Mapping[str, Callable[..., Executor]], config: HiPConfig) -> Callable[..., Executor]:
@@ -83,7 +114,7 @@ class Attend(Protocol):
     ) -> Result: ...  # fmt: skip
 
 
-def _missing(*_: Any, **__: Any) -> Result:
+def _missing(*_: object, **__: object) -> Result:
     raise RuntimeError("hip_hf.attention has not been imported")
 
 
@@ -104,32 +135,24 @@ class BlockSparseCall:
         self.problem, self.config, self.out, self.lse = problem, config, out, lse
         self.selector = selector_for(config)
         self.budget = self.selector.budget
-        self.reading = Reading()
+        # of each span, where the window of its only row starts, if an earlier selection says so
+        self.windows: list[int | None] = [None] * len(problem.spans)
         self.mask = self._empty_mask() if mask else None
-        self.pieces: list[Any] | None = None  # a list to put down what was read, where gradients are wanted
+        self.pieces: list[Piece] | None = None  # a list to put down what was read, where gradients are wanted
 
     @property
     def decoding(self) -> bool:
         return self.problem.q.shape[2] <= DECODE_ROWS
 
-    def _blocks(self, span: Span) -> list[QueryBlock]:
-        relative = Span(span.batch, 0, span.keys, 0, span.rows, span.position)
-        return query_blocks(self.config, relative, self.decoding, self.problem.sliding_window)
+    @property
+    def count(self) -> Count:
+        problem = self.problem
+        told = (problem.spans, self.windows, self.decoding, problem.sliding_window)
+        return partial(of_blocks, self.config, self.budget, *told)
 
-    def _laid(self, span: Span, window: int) -> QueryBlock:
-        return make_query_block(self.config, 0, span.position, span.position, window, self.problem.sliding_window)
-
-    def _count(self, span: Span, dense: int, window: int | None = None) -> None:
-        """Rows from `dense` on are dense. `window`: where that of a span of one row starts."""
-        sliding = self.problem.sliding_window
-        self.reading.visible += keys_seen(span.position, span.end - 1, sliding)
-        if window is None:
-            size = 1 if self.decoding else self.config.block_q
-            blocks = Blocks(self.config, self.budget, span.position, span.end, size, sliding)
-            self.reading.read += blocks.read(span.position + dense)
-        else:
-            block = self._laid(span, window)
-            self.reading.read += block_read(block, min(block.middle, self.budget) * self.config.block_k, sliding)
+    def _blocks(self, span: Span, window: int | None = None) -> list[QueryBlock]:
+        """As `blocks_of`."""
+        return blocks_of(self.config, span, self.decoding, self.problem.sliding_window, window)
 
     def _empty_mask(self) -> BlockMask:
         problem, config = self.problem, self.config

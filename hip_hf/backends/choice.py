@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import torch
+
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.config import HiPConfig
 from hip_hf.problem import AttentionProblem
 
 
-def kernels_wanted(problem: AttentionProblem, config: HiPConfig) -> bool:
-    """Whether the kernels should serve where they can."""
-    return config.backend == "triton" or (config.backend == "auto" and problem.q.device.type == "cuda")
+def asks_for_kernels(config: HiPConfig, device: torch.device) -> bool:
+    """Whether settings mean the kernels for tensors on `device`."""
+    return config.backend == "triton" or (config.backend == "auto" and device.type == "cuda")
 
 
 def offloaded(problem: AttentionProblem) -> bool:
     """Whether keys lie where kernels do not reach: a cache was asked to keep them in host memory or on disk, and only the torch
     backend reads through its pools. Dense attention would bring all of them to the device at every step."""
     return isinstance(problem.k, PagedTensor) and not problem.k.store.resident
+
+
+def kernels_wanted(problem: AttentionProblem, config: HiPConfig) -> bool:
+    """Whether kernels should serve where they can. An offloaded cache is for the torch backend."""
+    asked = asks_for_kernels(config, problem.q.device)
+    return asked and (config.backend == "triton" or not offloaded(problem))
+
+
+def kernels_serve(problem: AttentionProblem, config: HiPConfig, densely: bool = False) -> bool:
+    """Whether kernels are wanted and can serve. `densely`: a dense call, whatever the method."""
+    return kernels_wanted(problem, config) and not no_kernels(problem, config, densely)[0]
 
 
 def no_kernels(problem: AttentionProblem, config: HiPConfig, densely: bool = False) -> tuple[str, bool]:
@@ -40,13 +53,13 @@ def no_kernels(problem: AttentionProblem, config: HiPConfig, densely: bool = Fal
 
 
 def backend_of(problem: AttentionProblem, config: HiPConfig) -> str:
-    """`triton` or `torch`, for a call of the sparse path. With `auto` the torch backend serves tensors on a GPU only for an
-    offloaded cache; without kernels such a call is dense, as `dense_reason` has said already.
+    """`triton` or `torch`, for a call of the sparse path. With `auto`, where kernels are wanted and
+    cannot serve, a call is dense: `dense_reason` has asked for that already.
 
     Raises:
         ValueError: the kernels were asked for by name and cannot serve.
     """
-    if not kernels_wanted(problem, config) or (config.backend == "auto" and offloaded(problem)):
+    if not kernels_wanted(problem, config):
         return "torch"
     why = no_kernels(problem, config)[0] if config.backend == "triton" else ""
     if why:

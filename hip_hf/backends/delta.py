@@ -19,21 +19,24 @@ as much as a hundred keys more for each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
+from hip_hf.backends.base import BlockSparseCall, Executor, Piece
 from hip_hf.backends.clusters import Chosen, Clusters, alike, estimate
+from hip_hf.backends.keys_read import Count, blocks_of
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.geometry import DECODE_ROWS, keys_seen_at
-from hip_hf.registry import selects
+from hip_hf.methods.base import selects
 from hip_hf.state import Correction, RowState
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
-    from hip_hf.geometry import QueryBlock, Span
+    from hip_hf.geometry import BlockMask, QueryBlock, Span
     from hip_hf.problem import AttentionProblem
     from hip_hf.state import DecodeState
 
@@ -75,12 +78,17 @@ class Plan:
 class DeltaCall:
     """One call: another attention, and its correction. A backend adds dense attention of single rows."""
 
-    pieces: list[Any] | None = None  # there are no gradients
+    pieces: list[Piece] | None = None  # there are no gradients
 
     def __init__(
-        self, attention: Callable[..., Any], problem: AttentionProblem, config: HiPConfig, out: torch.Tensor,
-        lse: torch.Tensor | None, mask: bool,
-    ) -> None:  # fmt: skip
+        self,
+        attention: Callable[..., Executor],
+        problem: AttentionProblem,
+        config: HiPConfig,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        mask: bool,
+    ) -> None:
         """`attention`: the executor of the attention to correct; the others as every executor takes them."""
         assert config.delta is not None
         self.problem, self.config, self.gamma, self.out = problem, config, config.delta, out
@@ -93,11 +101,19 @@ class DeltaCall:
         # the correction must not come twice
         inner = replace(config, delta=None, dense_tail=0 if clusters else self.tail)
         self.inner = attention(problem, inner, out, self.lse, mask or clusters)
-        self.reading = self.inner.reading
+        self.at: list[list[int]] = []  # mode `step`: the anchors of each span
 
     @property
-    def mask(self):  # type: ignore[no-untyped-def]
+    def mask(self) -> BlockMask | None:
         return self.inner.mask if self.need_mask else None
+
+    @property
+    def count(self) -> Count:
+        if self.mode == "step":
+            return partial(with_anchors, self.inner.count, self.at, self.problem.sliding_window)
+        inner, spans = self.selecting, self.problem.spans
+        told = (self.config, inner.budget, spans, inner.windows, self.decoding)
+        return partial(with_the_rest, inner.count, *told, [self._end(span) for span in spans])
 
     @property
     def decoding(self) -> bool:
@@ -121,14 +137,13 @@ class DeltaCall:
         spans = self.problem.spans
         rows = [RowState(0) if state is None else state.rows[span.batch] for span in spans]
         if self.mode == "clusters":
-            for span, row in zip(spans, rows, strict=True):
-                self._complete(span, row)
+            for span, row, window in zip(spans, rows, self.selecting.windows, strict=True):
+                self._complete(span, row, window)
         else:
             plans = [self._plan(span, row.correction) for span, row in zip(spans, rows, strict=True)]
-            for plan, row, correction in zip(plans, rows, self.correct(plans), strict=True):
+            self.at = [plan.at for plan in plans]
+            for row, correction in zip(rows, self.correct(plans), strict=True):
                 row.correction = correction
-                self.reading.read += keys_seen_at(plan.at, self.problem.sliding_window)
-        self.reading.read = min(self.reading.read, self.reading.visible)
 
     def _end(self, span: Span) -> int:
         """The position after the last row that is not dense for being one of the last."""
@@ -141,25 +156,27 @@ class DeltaCall:
 
     # Mode `clusters`.
 
-    def _blocks(self, span: Span, row: RowState) -> tuple[int, list[QueryBlock]]:
+    @property
+    def selecting(self) -> BlockSparseCall:
+        """What is corrected: in this mode it selects key blocks."""
+        assert isinstance(self.inner, BlockSparseCall)
+        return self.inner
+
+    def _blocks(self, span: Span, window: int | None) -> tuple[int, list[QueryBlock]]:
         """The query blocks of a span that leave keys out, as they were read, and the place of the first in the mask."""
-        blocks = self.inner._blocks(span)
-        if self.decoding and span.rows == 1 and row.selection is not None:  # the window's start may be an older one
-            blocks = [self.inner._laid(span, row.selection.window)]
-        covered = sum(block.middle <= self.inner.budget for block in blocks)
+        blocks = self.selecting._blocks(span, window)
+        covered = sum(block.middle <= self.selecting.budget for block in blocks)
         return covered, blocks[covered:]
 
-    def _complete(self, span: Span, row: RowState) -> None:
+    def _complete(self, span: Span, row: RowState, window: int | None) -> None:
         """Correct the rows of one span, and keep with `row` what the next call goes on with."""
-        t, (place, blocks) = tensors_of(self.problem, span, self.out, self.lse), self._blocks(span, row)
+        t = tensors_of(self.problem, span, self.out, self.lse)
+        place, blocks = self._blocks(span, window)
         if blocks:
             row.correction = self._correct_blocks(t, span, place, blocks, row.correction)
         end = self._end(span)
         if end < span.end:
             self.attend_tail(t, span, end)
-        for block in blocks:  # dense rows read what the others leave out
-            dense = sum(p >= end or p % self.gamma == 0 for p in range(block.first, block.last + 1))
-            self.reading.read += dense * (block.middle - self.inner.budget) * self.config.block_k
 
     def _correct_blocks(
         self, t: Tensors, span: Span, place: int, blocks: list[QueryBlock], kept: Correction | None
@@ -193,9 +210,37 @@ class DeltaCall:
         out, lse = t.out[:, :, rows].to(t.lse.dtype, copy=True), t.lse[:, :, rows]
         if not enough:
             return out, lse.clone()
+        assert self.inner.mask is not None
         chosen = Chosen.of(self.inner.mask, span.batch, slice(place, place + len(run)), t.k.shape[0], run[0].low)
         left = clusters.left(t.k, t.v, run, chosen)
         return out, merge(out, lse, *estimate(t, run[0], len(run), left))
+
+
+def with_anchors(count: Count, at: list[list[int]], sliding: int | None) -> tuple[float, float]:
+    """Keys read and keys in sight where the rows at the positions `at` read all keys besides."""
+    read, visible = count()
+    return min(read + sum(keys_seen_at(some, sliding) for some in at), visible), visible
+
+
+def with_the_rest(
+    count: Count,
+    config: HiPConfig,
+    budget: int,
+    spans: Sequence[Span],
+    windows: Sequence[int | None],
+    decoding: bool,
+    ends: Sequence[int],
+) -> tuple[float, float]:
+    """Keys read and keys in sight where anchors, and a span's rows from its end in `ends` on, read
+    what the other rows leave out besides."""
+    assert config.delta is not None
+    read, visible = count()
+    for span, window, end in zip(spans, windows, ends, strict=True):
+        for block in blocks_of(config, span, decoding, None, window):
+            rows = range(block.first, block.last + 1)
+            dense = sum(p >= end or p % config.delta == 0 for p in rows)
+            read += dense * max(0, block.middle - budget) * config.block_k
+    return min(read, visible), visible
 
 
 def _corrected(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.backends.keys_read import Reading
+from hip_hf.backends.keys_read import Count, all_keys
 from hip_hf.geometry import Span, keys_seen
-from hip_hf.methods.hyper import flops
+from hip_hf.methods.hyper import Options, flops
 from hip_hf.problem import AttentionProblem
 
 if TYPE_CHECKING:
+    from hip_hf.backends.base import Piece
     from hip_hf.config import HiPConfig
     from hip_hf.state import DecodeState
 
@@ -19,28 +22,38 @@ if TYPE_CHECKING:
 class HyperCall:
     """A call of HyperAttention: problem, settings and results."""
 
-    pieces: list[Any] | None = None  # there are no gradients
+    pieces: list[Piece] | None = None  # there are no gradients
 
     def __init__(
         self, problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None, mask: bool
     ) -> None:
         self.problem, self.config, self.out, self.lse = problem, config, out, lse
         self.options = config.method_options()
-        self.reading = Reading()
         self.mask = None  # there are no key blocks to speak of
+
+    @property
+    def count(self) -> Count:
+        return partial(keys_read, self.options, self.problem.spans, self.config.dense_tail)
 
     def tail(self, span: Span) -> int:
         """The first of the span's rows that are computed densely."""
         return max(0, span.rows - self.config.dense_tail)
 
     def note(self, state: DecodeState | None) -> None:
-        """What the call means for the state, and how many keys it reads."""
-        if state is not None:
-            state.bind(self.config, self.problem.k)
+        """What the call means for the state."""
+        if state is None:
+            return
+        state.bind(self.config, self.problem.k)
         for span in self.problem.spans:
-            if state is not None:
-                state.row(span.batch, span.key_start, span.position, span.end).selection = None
-            tail = self.tail(span)
-            read = flops(self.options, span.position, span.position + tail, 1, 1)[2] if tail else 0
-            self.reading.read += read + keys_seen(span.position + tail, span.end - 1, None)
-            self.reading.visible += keys_seen(span.position, span.end - 1, None)
+            state.row(span.batch, span.key_start, span.position, span.end).selection = None
+
+
+def keys_read(options: Options, spans: Sequence[Span], dense_tail: int) -> tuple[int, int]:
+    """Keys that HyperAttention and the dense tail read, and keys in sight."""
+    read = 0
+    for span in spans:
+        dense = max(span.position, span.end - dense_tail)
+        if dense > span.position:
+            read += flops(options, span.position, dense, 1, 1)[2]
+        read += keys_seen(dense, span.end - 1, None)
+    return read, all_keys(spans, None)[1]

@@ -1,83 +1,73 @@
-"""How many keys a call reads, for `explain` and for measuring: in closed form, for a prompt of a million tokens has thousands of
-query blocks, and every layer asks."""
+"""How many keys a call reads: counted only when somebody asks, as `explain` and measurements do. A
+call keeps what there is to be counted, numbers alone and no tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import gcd
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from hip_hf.geometry import block_read, keys_seen, make_query_block
+from hip_hf.geometry import QueryBlock, Span, block_read, keys_seen, make_query_block, query_blocks
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-
-@dataclass
-class Reading:
-    """How many keys were read, and how many there were to read: both summed over query rows, per head."""
-
-    read: int = 0
-    visible: int = 0
+# How many keys were read, and how many were in sight: both summed over query rows, per head.
+Count = Callable[[], tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The query blocks of `size` rows of a call whose rows sit at positions `first` to `end - 1`. They pick up to `budget` key
-    blocks."""
+def share_of(count: Count | None) -> float:
+    """Of the keys in sight, how many were read. None: all of them."""
+    read, visible = (1, 1) if count is None else count()
+    return read / visible if visible else 1.0
 
-    config: HiPConfig
-    budget: int
-    first: int
-    end: int
-    size: int
-    sliding: int | None
 
-    def read(self, dense: int) -> int:
-        """Keys that the rows read, summed over them; from position `dense` on they are dense."""
-        if dense <= self.first:
-            return keys_seen(self.first, self.end - 1, self.sliding) if self.first < self.end else 0
-        size = self.size
-        cut = {x // size * size for x in (self.first, dense) if x % size}
-        whole = -(-self.first // size) * size, dense // size * size
-        read = sum(self._cut(low, dense) for low in cut) + self._whole(*whole)
-        return read + (keys_seen(dense, self.end - 1, self.sliding) if dense < self.end else 0)
+def known(read: float, visible: float) -> tuple[float, float]:
+    """A count that needs no counting."""
+    return read, visible
 
-    def _block(self, first: int, last: int) -> int:
-        block = make_query_block(self.config, first - self.first, first, last, None, self.sliding)
-        return block_read(block, min(block.middle, self.budget) * self.config.block_k, self.sliding)
 
-    def _cut(self, low: int, dense: int) -> int:
-        """Of a block that does not begin with its first row or end with its last, or whose last rows are dense: the other rows'
-        share of what it reads."""
-        first, end = max(low, self.first), min(low + self.size, self.end)
-        return self._block(first, end - 1) * (min(dense, end) - first) // (end - first)
+def total(counts: Sequence[Count]) -> tuple[float, float]:
+    """Of several parts of a call."""
+    read, visible = zip(*(count() for count in counts), strict=True)
+    return sum(read), sum(visible)
 
-    def _whole(self, first: int, end: int) -> int:
-        """Blocks from `first` to `end`, multiples of the size. Between the places where another rule begins to hold, what every
-        `period`-th block reads is an arithmetic progression: they lie alike on the key blocks."""
-        config, size = self.config, self.size
-        sink = -(-config.sink // config.block_k) * config.block_k
-        covered = config.window + sink + (self.budget + 1) * config.block_k  # from here on the budget leaves keys out
-        period = config.block_k // gcd(size, config.block_k)
-        if self.sliding is None:
-            return self._progressions(first, min(end, covered), period) + self._progressions(max(first, covered), end, period)
-        full = self.sliding - size + 1  # the first position of a block with a row whose sliding window is full
-        steady = max(full, self.sliding - 1 + sink)  # from here on the sink is out of every row's sight
-        covered = min(covered, full)
-        read = self._progressions(first, min(end, covered), period)
-        read += self._progressions(max(first, covered), min(end, full), period)
-        between = range(-(-max(first, full) // size) * size, min(end, steady), size)
-        read += sum(self._block(x, x + size - 1) for x in between)
-        return read + self._progressions(max(first, steady), end, period)
 
-    def _progressions(self, since: int, until: int, period: int) -> int:
-        """Blocks whose first rows are at `since` to `until - 1`."""
-        size = self.size
-        low, high = -(-since // size), -(-until // size)
-        total = 0
-        for i in range(low, min(low + period, high)):
-            count = -(-(high - i) // period)
-            ends = (self._block(x * size, (x + 1) * size - 1) for x in (i, i + (count - 1) * period))
-            total += count * sum(ends) // 2
-        return total
+def all_keys(spans: Sequence[Span], sliding: int | None) -> tuple[int, int]:
+    """Of dense rows."""
+    visible = sum(keys_seen(span.position, span.end - 1, sliding) for span in spans)
+    return visible, visible
+
+
+def blocks_of(
+    config: HiPConfig,
+    span: Span,
+    decoding: bool,
+    sliding: int | None,
+    window: int | None = None,
+) -> list[QueryBlock]:
+    """The query blocks of a span, relative to it; in decode each row is one. `window`: where that
+    of the only row starts, if a selection made earlier says so."""
+    if window is not None:
+        return [make_query_block(config, 0, span.position, span.position, window, sliding)]
+    relative = Span(span.batch, 0, span.keys, 0, span.rows, span.position)
+    return query_blocks(config, relative, decoding, sliding)
+
+
+def of_blocks(
+    config: HiPConfig,
+    budget: int,
+    spans: Sequence[Span],
+    windows: Sequence[int | None],
+    decoding: bool,
+    sliding: int | None,
+) -> tuple[int, int]:
+    """Of query blocks that pick up to `budget` key blocks, and of a prompt's dense tail; a block
+    whose last rows are dense counts by the share of the others. `windows`: as in `blocks_of`."""
+    read = 0
+    for span, window in zip(spans, windows, strict=True):
+        dense = span.end if decoding else max(span.position, span.end - config.dense_tail)
+        for block in blocks_of(config, span, decoding, sliding, window):
+            own = block_read(block, min(block.middle, budget) * config.block_k, sliding)
+            read += own * max(0, min(block.rows, dense - block.first)) // block.rows
+        read += keys_seen(dense, span.end - 1, sliding)
+    return read, all_keys(spans, sliding)[1]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.geometry import DECODE_ROWS, BlockMask, Span, keys_seen
+from hip_hf.backends.keys_read import Count, all_keys, total
+from hip_hf.geometry import DECODE_ROWS, BlockMask, Span
 from hip_hf.problem import AttentionProblem
 
 if TYPE_CHECKING:
@@ -29,12 +31,6 @@ class Part:
     first: int
     reason: str
     unsupported: bool
-
-    @property
-    def visible(self) -> int:
-        """Pairs of a query row and a key in its sight."""
-        window = self.problem.sliding_window
-        return sum(keys_seen(span.position, span.end - 1, window) for span in self.problem.spans)
 
 
 def parts_of(problem: AttentionProblem, reason_of: Callable[[AttentionProblem], tuple[str, bool]]) -> list[Part]:
@@ -75,8 +71,9 @@ def _cut(problem: AttentionProblem, spans: tuple[Span, ...], first: int, end: in
 
 def merged(
     problem: AttentionProblem, parts: Sequence[Part], results: Sequence[Result]
-) -> tuple[torch.Tensor, torch.Tensor | None, BlockMask | None, float]:
-    """Output, log-sum-exp, mask and share of keys read of the whole call. Sequences of other parts are zero in each output."""
+) -> tuple[torch.Tensor, torch.Tensor | None, BlockMask | None, Count]:
+    """Output, log-sum-exp, mask and count of keys read of the whole call. Sequences of other parts
+    are zero in each output."""
     rows = [slice(part.first, part.first + part.problem.q.shape[2]) for part in parts]
     first = results[0]
     out = first.out.new_zeros(*problem.q.shape[:3], first.out.shape[3])
@@ -85,10 +82,11 @@ def merged(
         out[:, :, at] += result.out
         if lse is not None and result.lse is not None:
             lse[:, :, at] = torch.maximum(lse[:, :, at].clone(), result.lse)
-    visible = [part.visible for part in parts]
-    share = sum(count * result.share for count, result in zip(visible, results, strict=True)) / sum(visible)
+    window = problem.sliding_window
+    dense = [partial(all_keys, part.problem.spans, window) for part in parts]
+    counts = [result.count or every for result, every in zip(results, dense, strict=True)]
     masks = [(part, result.mask) for part, result in zip(parts, results, strict=True) if result.mask is not None]
-    return out, lse, _merged_masks(masks), share
+    return out, lse, _merged_masks(masks), partial(total, counts)
 
 
 def _merged_masks(masks: list[tuple[Part, BlockMask]]) -> BlockMask | None:

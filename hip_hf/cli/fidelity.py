@@ -20,6 +20,8 @@ from hip_hf.eval.reporting.pictures.fidelity import draw
 from hip_hf.eval.reporting.report import AT
 from hip_hf.geometry import DECODE_ROWS
 
+BUDGET = f"Keys selected per query block; default 256, with --stress {HiPConfig.budget}."
+
 
 def main(
     model: Annotated[str, typer.Argument(help="Hub name or folder; default: the shipped demo checkpoint.")] = str(CHECKPOINT),
@@ -27,7 +29,7 @@ def main(
     prompts: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 2,
     facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys hidden in each text, and asked for.")] = 8,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["defaults", "paper"],  # noqa: B006
-    budget: Annotated[int | None, typer.Option(help="Keys selected per query block; default 256, with --stress 1024.")] = None,
+    budget: Annotated[int | None, typer.Option(help=BUDGET)] = None,
     sink: Sink = None,
     window: Window = None,
     document: Annotated[Path, typer.Option(help="Plain text to measure on.")] = DOCUMENT,
@@ -46,7 +48,7 @@ def main(
     """Compare selections with the block oracle, layer by layer: captured mass, output error, and what they cost."""
     try:
         lengths = sizes(stress) if stress else [tokens]
-        several = sizes(budgets) if budgets else [budget or (1024 if stress else 256)]
+        several = sizes(budgets) if budgets else [budget or (HiPConfig.budget if stress else 256)]
         configs: dict[str, HiPConfig] = {}
         for size in several:
             some = settings_of(settings, tokens=max(lengths), checkpoint=model, budget=size, sink=sink, window=window)

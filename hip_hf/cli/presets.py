@@ -14,59 +14,31 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.mass import SPARSE
 from hip_hf.eval.reporting.report import AT
 from hip_hf.integration.settings import read_settings
+from hip_hf.methods.base import method_of
 from hip_hf.registry import METHODS
 
-# What `--settings` may name; anything else is read as a JSON dict of `HiPConfig` fields.
-PRESETS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "quality": {"query_stride": 1, "beam": 16, "rescore": 16, "decode_refresh": 1},
-    "beam1": {"beam": 1, "rescore": 1},
-    "true_need": {"options": {"sample": 1 << 28}},  # every key of the middle: what the estimate is measured by
-    "paper": {
-        "representative": "middle",
-        "score": "max",
-        "query_stride": 4,
-        "vote": "sampled",
-        "beam": 1,
-        "rescore": 1,
-        "decode_refresh": 8,
-    },
-    "staged": {"method": "staged"},
-    "quest": {"method": "quest"},
-    "vertical_slash": {"method": "vertical_slash"},
-    "sample": {"method": "sample"},
-    "h2o": {"method": "h2o"},
-    "streaming": {"method": "streaming", "options": {"recent": True}},
-    "hyper": {"method": "hyper"},  # sized to read about as many keys as the others
-    "oracle": {"method": "oracle"},
-    "delta": {"delta": 64},
-    "streaming+delta": {"method": "streaming", "options": {"recent": True}, "delta": 64},
-    "dense": {"method": "dense"},
-}
 # The settings that a model uses when it is loaded with attn_implementation="hip": those in its config, or `HiPConfig()`.
 OWN = "own"
 # Presets that `all` leaves out: the baseline, and what is only a cheaper search of the same method.
 LEFT_OUT = ("dense", "beam1")
-HELP = f"{' | '.join(PRESETS)} | {OWN} (the checkpoint's) | all, or a JSON dict of HiPConfig fields; repeat for several rows."
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """What `--settings` may name, as fields of `HiPConfig`: what the methods of the table declare."""
+    found = {}
+    for method in METHODS:
+        for name, fields in (method_of(method).presets or {method: {}}).items():
+            found[name] = {"method": method, **fields}
+    return found
+
+
+NAMES = " | ".join(presets())
+HELP = f"{NAMES} | {OWN} (the checkpoint's) | all, or a JSON dict of HiPConfig fields; repeat for several rows."
 
 
 def every() -> list[str]:
-    """All presets as rows of a comparison, and methods that were added to ours."""
-    added = METHODS.keys() - {fields.get("method", "hip") for fields in PRESETS.values()}
-    return [name for name in PRESETS if name not in LEFT_OUT] + sorted(added)
-
-
-def as_many_keys(config: HiPConfig, tokens: int) -> dict[str, int]:
-    """Options of `hyper` with which a row of a text of `tokens` reads about as many keys, on average, as `config` says.
-
-    A row meets half a leaf, and in half of the levels an own block and a sample, which are made alike.
-    """
-    keys = config.sink + config.budget + config.window + config.block_q // 2
-    leaf, levels = tokens, 0
-    while leaf > keys:
-        leaf, levels = -(-leaf // 2), levels + 1
-    each = max(1, (keys - leaf // 2) // max(levels, 1))
-    return {"min_seq_len": leaf, "block_size": each, "sample_size": each}
+    """All presets as rows of a comparison, with those of methods that were added (`add_method`)."""
+    return [name for name in presets() if name not in LEFT_OUT]
 
 
 def own_settings(checkpoint: str | None) -> HiPConfig:
@@ -95,19 +67,20 @@ def settings_of(
 ) -> dict[str, HiPConfig]:
     """Settings by the name they were given; fields in `common` (None: not given) hold for all that do not set them.
 
-    `tokens`: length of the texts, by which the preset `hyper` is sized. `base`: fields that hold where nothing else is said.
+    `tokens`: length of the texts, by which presets of methods without a budget are sized. `base`:
+    fields that hold where nothing else is said.
     `checkpoint`: whose settings `own` is, untouched by `base` and `common`.
 
     Raises:
         ValueError: neither a preset nor a JSON dict, or a field is unknown or out of range.
     """
     shared = {name: value for name, value in common.items() if value is not None}
-    settings = {}
+    settings, known = {}, presets()
     for name in [one for given in names for one in (every() if given == "all" else [given])]:
         if name == OWN:
             settings[name] = own_settings(checkpoint)
             continue
-        fields = PRESETS.get(name, {"method": name} if name in METHODS else None)
+        fields = known.get(name, {"method": name} if name in METHODS else None)
         if fields is None:
             try:
                 fields = json.loads(name)
@@ -119,8 +92,9 @@ def settings_of(
             config = HiPConfig.from_dict({**base, **shared, **fields})
         except ValueError as error:
             raise ValueError(f"--settings {name}: {error}") from None
-        if name == "hyper" and tokens is not None:
-            config = replace(config, options=as_many_keys(config, tokens))
+        sized = method_of(config.method).sized
+        if name in known and sized is not None and tokens is not None:
+            config = replace(config, options=sized(config, tokens))
         settings[name] = config
     return settings
 

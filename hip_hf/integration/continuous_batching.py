@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from hip_hf.attention import Result, attend
+from hip_hf.backends.keys_read import Count, share_of
 from hip_hf.cache.pages import BlockTable, Lane, PagedTensor, Store
 from hip_hf.config import HiPConfig
 from hip_hf.integration.changes import at_undo, set_attribute
@@ -85,7 +86,7 @@ def continuous(problem: AttentionProblem, config: HiPConfig, layer: int, cache: 
         for stored, new in ((place.keys, k), (place.values, v)):
             stored.index_copy_(0, write[: new.shape[2]], new[0].transpose(0, 1))
     out, result = problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1]), None
-    paths, shares, reason, unsupported = set(), [], "", False
+    paths, counts, reason, unsupported = set(), [], "", False
     states = _states_before(cache, layer, place, forward) if place.keys is not None else []
     for i, request in enumerate(requests):
         q = problem.q[:, :, request.row : request.row_end]
@@ -104,10 +105,16 @@ def continuous(problem: AttentionProblem, config: HiPConfig, layer: int, cache: 
         if state is not None:
             _keep_state(cache, layer, place, forward.tables[place.group][i], request.keys, state)
         paths.add(result.path)
-        shares.append(result.share)
+        counts.append(result.count)
         reason, unsupported = result.reason or reason, result.unsupported or unsupported
     path = "sparse" if "sparse" in paths else "dense"
-    return Result(out, None, None, path, reason, sum(shares) / max(1, len(shares)), unsupported)
+    count = functools.partial(_each_alike, counts)
+    return Result(out, None, None, path, reason, count, unsupported)
+
+
+def _each_alike(counts: list[Count | None]) -> tuple[float, float]:
+    """A count in which every request weighs as much, whatever its length."""
+    return sum(map(share_of, counts)), max(1, len(counts))
 
 
 def _ring(cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, Any]) -> list[torch.Tensor]:

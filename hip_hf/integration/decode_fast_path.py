@@ -23,7 +23,6 @@ from hip_hf.integration.layer_attention import Call
 from hip_hf.integration.masks import holds_positions, mask_spans, mask_window, unmasked_rows
 from hip_hf.integration.paged_layer import PagedLayer
 from hip_hf.problem import AttentionProblem
-from hip_hf.state import DecodeState, RowState
 
 
 def next_token(
@@ -50,55 +49,25 @@ def next_token(
     problem = AttentionProblem(query, key, value, spans, module.scaling, positions=positions)
     if problem.needs_grad or (layer.cut_off and torch.is_grad_enabled()):
         return None
-    unmasked = unmasked_rows(mask, len(query))
+    rows, unmasked = None, unmasked_rows(mask, len(query))
     if kernels_wanted(problem, settings):
         if layer.hip_state.device is None:  # the kernels have not served this cache so far: the interface says why
             return None
-        key, value = cache.update(key, value, module.layer_idx)
-        return _attend(module, cache, query, replace(problem, k=key, v=value), settings, layer.hip_state, unmasked)
-    rows = gathered_rows(problem, settings, layer.hip_state)
-    if rows is None:
-        return None
-    cache.append(key, value, module.layer_idx)
-    return _attend_next(module, cache, query, key, value, problem, rows, settings, unmasked)
-
-
-def _attend(
-    module: Any,
-    cache: HiPCache,
-    query: torch.Tensor,
-    problem: AttentionProblem,
-    settings: HiPConfig,
-    state: DecodeState,
-    unmasked: int,
-) -> torch.Tensor:
-    """Attention to what the cache now holds."""
+        keys, values = cache.update(key, value, module.layer_idx)
+        problem = replace(problem, k=keys, v=values)
+    else:
+        rows = gathered_rows(problem, settings, layer.hip_state)
+        if rows is None:
+            return None
+        cache.append(key, value, module.layer_idx)
     try:
-        result = attend(problem, settings, module.layer_idx, state)
+        if rows is None:
+            result = attend(problem, settings, module.layer_idx, layer.hip_state)
+        else:
+            out = query.new_empty(*query.shape[:3], value.shape[-1])
+            result = attend_next(problem, rows, zip(key, value, strict=True), out, None)
     except BaseException as error:
         cache.spoil(error)
         raise
-    module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "pages", unmasked)
+    module.__dict__["_hip_call"] = Call.of(settings, result, "pages", unmasked)
     return result.out.transpose(1, 2)
-
-
-def _attend_next(
-    module: Any,
-    cache: HiPCache,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    problem: AttentionProblem,
-    rows: list[RowState],
-    settings: HiPConfig,
-    unmasked: int,
-) -> torch.Tensor:
-    """Attention to what is gathered and to the step's own key and value, which are in the cache already."""
-    out = query.new_empty(*query.shape[:3], value.shape[-1])
-    try:
-        share = attend_next(problem, rows, zip(key, value, strict=True), out, None)
-    except BaseException as error:
-        cache.spoil(error)
-        raise
-    module.__dict__["_hip_call"] = Call(settings.method, "sparse", "", share, "pages", unmasked)
-    return out.transpose(1, 2)

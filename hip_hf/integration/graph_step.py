@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hip_hf.attention import dense_reason
-from hip_hf.backends.choice import kernels_wanted, no_kernels
+from hip_hf.backends.choice import kernels_serve
 from hip_hf.geometry import Span
 from hip_hf.integration.cache_layers import NUMBER, STATE
 from hip_hf.integration.masks import LAST
@@ -60,10 +60,9 @@ def _way(
     shapes = (heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1])
     q, k, v = (torch.empty(1, count, 1, dim, dtype=dtype, device=device) for count, dim in shapes)
     problem = AttentionProblem(q, k, v, (Span(0, 0, keys, 0, 1, keys - 1),), *rest)
-    if not kernels_wanted(problem, settings) or settings.extend is not None:
-        return "", False
     dense = bool(dense_reason(problem, settings, layer_index(module), False)[0])
-    if no_kernels(problem, settings, dense)[0] or not (dense or (settings.method == "hip" and settings.delta is None)):
+    known = dense or (settings.method == "hip" and settings.delta is None)
+    if settings.extend is not None or not known or not kernels_serve(problem, settings, dense):
         return "", False
     return settings.text, dense
 

@@ -7,10 +7,12 @@ own query rows; rows of a later run also see all keys of the runs before.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from hip_hf.attention import Result, attend
+from hip_hf.backends.keys_read import Count, all_keys
 from hip_hf.backends.tensors import merge
 from hip_hf.backends.torch import dense
 from hip_hf.cache.pages import rows_of
@@ -18,7 +20,6 @@ from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 from hip_hf.integration.masks import LAST
 from hip_hf.problem import AttentionProblem
-from hip_hf.registry import sparse_reach
 from hip_hf.state import DecodeState
 
 
@@ -52,7 +53,7 @@ def few_before(problem: AttentionProblem, config: HiPConfig, runs: list[Span]) -
     """Whether what comes before is so little that it can be read whole: no more than a sparse row reads anyway."""
     if problem.sliding_window is not None or problem.positions is not None:
         return False
-    return all(sum(other.keys for other in before(runs, run)) <= sparse_reach(config) for run in runs)
+    return all(sum(other.keys for other in before(runs, run)) <= config.sparse_reach for run in runs)
 
 
 def attend_runs(
@@ -64,19 +65,23 @@ def attend_runs(
         state = None  # it follows one sequence a batch row: decode will
     result = attend(replace(problem, spans=spans), config, layer, state, need_lse=True)
     assert result.lse is not None
-    out, read, visible = result.out.clone(), 0.0, 0
+    out = result.out.clone()
     for span in spans:
-        seen = sum(range(span.position + 1, span.end + 1))
-        read, visible = read + result.share * seen, visible + seen
         rows = slice(span.row_start, span.row_end)
         own_lse = result.lse[span.batch, :, rows]
         own = out[span.batch, :, rows].to(own_lse.dtype)
         for other in before(runs, span):
             more, more_lse = _whole(problem, span, other)
             own_lse = merge(own, own_lse, more.to(own.dtype), more_lse)
-            read, visible = read + span.rows * other.keys, visible + span.rows * other.keys
         out[span.batch, :, rows] = own
-    return replace(result, out=out, lse=None, share=read / visible if visible else 1.0)
+    return replace(result, out=out, lse=None, count=partial(_count, result.count, spans, runs))
+
+
+def _count(count: Count | None, spans: tuple[Span, ...], runs: list[Span]) -> tuple[float, float]:
+    """Keys read and keys in sight, those of the runs before among both."""
+    read, visible = count() if count is not None else all_keys(spans, None)
+    whole = sum(span.rows * other.keys for span in spans for other in before(runs, span))
+    return read + whole, visible + whole
 
 
 def _whole(problem: AttentionProblem, span: Span, other: Span) -> tuple[torch.Tensor, torch.Tensor]:

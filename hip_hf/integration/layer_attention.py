@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hip_hf.attention import attend
+from hip_hf.attention import Result, attend
+from hip_hf.backends.keys_read import Count, share_of
 from hip_hf.backends.torch import dense
+from hip_hf.config import HiPConfig
 from hip_hf.integration import continuous_batching
 from hip_hf.integration.cache_layers import cache_kind, state_of
 from hip_hf.integration.extension import extended, positions_of, refuse_followed, turned_back
@@ -45,9 +47,19 @@ class Call:
     method: str
     path: str
     reason: str
-    share: float
+    count: Count | None  # of the keys that were read; None: all
     cache: str
     unmasked: int = 0
+
+    @staticmethod
+    def of(settings: HiPConfig, result: Result, cache: str, unmasked: int = 0) -> Call:
+        """What `explain` shows of a result, without its tensors."""
+        return Call(settings.method, result.path, result.reason, result.count, cache, unmasked)
+
+    @property
+    def share(self) -> float:
+        """Of the visible keys, how many were read: counted here."""
+        return share_of(self.count)
 
 
 def attend_layer(
@@ -103,7 +115,7 @@ def attend_layer(
         if sliding_window is None:
             problem = replace(problem, sliding_window=getattr(module, "sliding_window", None))
         result = continuous_batching.continuous(problem, settings, layer, cache, kwargs)
-        module.__dict__["_hip_call"] = Call(settings.method, result.path, result.reason, result.share, "continuous batching")
+        module.__dict__["_hip_call"] = Call.of(settings, result, "continuous batching")
         return result.out.transpose(1, 2).contiguous(), None
     why = _unsayable(attention_mask, query.shape[2])
     runs = mask_runs(attention_mask, query.shape[2]) if attention_mask is not None and why == _HOLES else []
@@ -111,18 +123,17 @@ def attend_layer(
         raise ValueError(f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side")
     if runs and few_before(problem, settings, runs):
         result = attend_runs(problem, settings, layer, state, runs)
-        out, call = result.out, Call(settings.method, result.path, result.reason, result.share, kind)
+        out, call = result.out, Call.of(settings, result, kind)
     elif why:
         out = _under(attention_mask, sliding_window, problem)
-        call = Call(settings.method, "dense", why, 1.0, kind)
+        call = Call(settings.method, "dense", why, None, kind)
         _warn_once(layer, why)
     else:
         spans = make_spans(query, key) if attention_mask is None else mask_spans(attention_mask, query.shape[2])
         problem = replace(problem, spans=spans or ())
         result = attend(problem, settings, layer, state)
         out = result.out
-        unmasked = unmasked_rows(attention_mask, len(query))
-        call = Call(settings.method, result.path, result.reason, result.share, kind, unmasked)
+        call = Call.of(settings, result, kind, unmasked_rows(attention_mask, len(query)))
         if result.unsupported:
             _warn_once(layer, result.reason)
     module.__dict__["_hip_call"] = call
@@ -176,7 +187,7 @@ def _followed(
     out = _under(mask, window, problem)
     if follower != "torch.export":  # in which Python leaves no traces
         why = f"{follower} follows the tensors, and could not follow a selection"
-        module.__dict__["_hip_call"] = Call("dense", "dense", why, 1.0, "none")
+        module.__dict__["_hip_call"] = Call("dense", "dense", why, None, "none")
         _warn_once(layer_index(module), why)
     return out.transpose(1, 2).contiguous(), None
 
@@ -188,7 +199,7 @@ def _bidirectional(
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
-    module.__dict__["_hip_call"] = Call("dense", "dense", "attention is not causal", 1.0, "none")
+    module.__dict__["_hip_call"] = Call("dense", "dense", "attention is not causal", None, "none")
     q, k, v = problem.q, problem.k, problem.v
     if problem.softcap is None and problem.sinks is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
+from hip_hf.backends.choice import asks_for_kernels
 from hip_hf.cache.offload import OffloadedStore
 from hip_hf.cache.pages import BlockTable, PagedTensor, Store, read_all
 from hip_hf.cache.pool import PAGE, PagePool
@@ -15,7 +16,6 @@ from hip_hf.integration.cache_layers import CUT_OFF, KIND, Stateful, cut_off, un
 from hip_hf.integration.extension import UNROTATED, check_extension, extends, mixed_keys, rope_of
 from hip_hf.integration.names import attends_by_us
 from hip_hf.integration.settings import read_settings
-from hip_hf.registry import selected_keys
 from hip_hf.rope import Rope
 
 
@@ -68,7 +68,7 @@ class PagedLayer(Stateful, DynamicLayer):
         settings = read_settings(self.config)
         sizes = [(x.shape[1], x.shape[3], x.dtype, x.device, PAGE) for x in (keys, values)]
         if self.offload_to is None or self.device_pages is None:
-            one_piece = settings.backend == "triton" or (settings.backend == "auto" and keys.device.type == "cuda")
+            one_piece = asks_for_kernels(settings, keys.device)
             return PagePool(Store(*sizes[0]), Store(*sizes[1]), one_piece)
         recent = -(-settings.window // PAGE) + 2
         # the search reads keys as well
@@ -155,7 +155,7 @@ class PagedLayer(Stateful, DynamicLayer):
         if self.offload_to is None or self.device_pages is None:
             return
         settings = read_settings(self.config)
-        selected = selected_keys(settings) // settings.block_k
+        selected = settings.selected_keys // settings.block_k
         need = min(selected, -(-length // PAGE))  # at worst each block lies in a page of its own
         if self.device_pages < need:
             raise ValueError(f"device_pages: got {self.device_pages}, allowed: at least {need}, the pages one step may need")

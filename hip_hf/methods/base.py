@@ -1,19 +1,27 @@
-"""What a method offers: a selector, and the rule that it binds to the queries and keys of one span."""
+"""What a method is: its declaration (`Method`), its `Selector`, and the rule that this binds to a span."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hip_hf.registry import declare, declared
+from hip_hf.shown import shown
+
 if TYPE_CHECKING:
-    from hip_hf.cache.pages import KeyRows
+    from typing import Self
+
     from hip_hf.config import HiPConfig
     from hip_hf.geometry import QueryBlock
+    from hip_hf.problem import AttentionProblem
     from hip_hf.rope import Positions
+    from hip_hf.state import Summaries
 
 
-class Bound(Protocol):
+class Bound:
     """A selection rule bound to the queries and keys of one span."""
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
@@ -23,43 +31,170 @@ class Bound(Protocol):
         Every given query block has a middle of more than `budget` blocks; smaller ones are read whole. Where the selector
         `asks_need`, a third argument: `near` `[heads, G, rows]`, log-sum-exp of the blocks' rows over what they always read.
         """
+        raise NotImplementedError
 
-
-class Selector(Protocol):
-    """A method: says which key blocks each query block reads. `budget`: blocks it picks at most.
-
-    With an attribute `reads_pages` that is true, `bind` and the pyramid may get `PagedKeys`; else a cache in pages is gathered.
-    With an attribute `asks_need` that is true, its rule knows how much each row attends to what it always reads.
-    With an attribute `extends` that is true, it works under context extension: `bind` then gets keys that are not rotated, and q
-    rotated as if all keys were just outside the window. What it binds has `chunk_indexed(positions)`, the same for the first
-    layers, where chunks count their distance from the window (`rope.py`); `Unplaced` where nothing depends on that.
-    """
-
-    budget: int
-
-    def __init__(self, config: HiPConfig) -> None: ...
-
-    def make_pyramid(self, dtype: torch.dtype) -> Any:
-        """An empty pyramid of summaries in `dtype`, or None if the method keeps none. It is asked for what `Pyramid` has
-        (`methods/pyramid.py`): `block_k`, `blocks`, `shared`, `nbytes`, `copy`, `writable`, `extend` and `truncate`."""
-
-    def bind(self, q: torch.Tensor, keys: KeyRows, pyramid: Any, scale: float, softcap: float | None) -> Bound:
-        """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query block's middle."""
-
-
-class Unplaced:
-    """What bound rules share that look at no chunks, which could be placed."""
-
-    def chunk_indexed(self, positions: Positions) -> Any:
+    def chunk_indexed(self, positions: Positions) -> Self:
+        """The same rule for the first layers under context extension, where chunks count their
+        distance from the window (`rope.py`): itself, where nothing depends on that."""
         return self
 
+    def resume(
+        self, heads: slice, blocks: list[QueryBlock], kept: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:  # fmt: skip
+        """What every stage of the search keeps, given what the first `len(kept)` of them kept. Only a
+        rule whose method lets `decode_refresh` be a list (`Method.check`) is asked for it."""
+        raise NotImplementedError
 
-class Unsummarised:
-    """What selectors without a pyramid share."""
+
+class BoundByNeed(Bound):
+    """A rule that weighs how much each row attends to what it always reads."""
+
+    def select(self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None = None) -> torch.Tensor:
+        """As `Bound.select` says."""
+        raise NotImplementedError
+
+
+class Selector:
+    """A method's selection rule with the settings bound: which key blocks each query block reads.
+
+    A rule overrides `bind`, and whatever else does not hold for it as it stands here.
+    """
+
+    budget: int  # blocks that it picks at most
+    # whether `bind` and the pyramid may get `PagedKeys`; otherwise a cache in pages is gathered
+    reads_pages = False
+    # whether what it binds is a `BoundByNeed`
+    asks_need = False
+    # whether it works under context extension: `bind` then gets keys that are not rotated, and q
+    # rotated as if all keys were just outside the window
+    extends = False
+    # whether its cost counts for query blocks too whose middle the budget covers
+    looks_always = False
 
     def __init__(self, config: HiPConfig) -> None:
         self.config = config
         self.budget = config.budget_blocks
 
-    def make_pyramid(self, dtype: torch.dtype) -> None:
+    def make_pyramid(self, dtype: torch.dtype) -> Summaries | None:
+        """An empty pyramid of summaries in `dtype`, or None if the method keeps none."""
         return None
+
+    def bind(
+        self, q: torch.Tensor, keys: torch.Tensor, pyramid: Summaries | None, scale: float, softcap: float | None
+    ) -> Bound:  # fmt: skip
+        """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query block's middle."""
+        raise NotImplementedError
+
+    def cost(self, block: QueryBlock, dim: int) -> tuple[int, int] | None:
+        """FLOPs of selecting for one query block, per query head of `dim` numbers, and how many
+        numbers are loaded for it. None: nobody has said."""
+        return None
+
+    def cost_of_call(self, rows: int, keys: int, dim: int) -> tuple[int, int]:
+        """The same of what is computed once for a call of `rows` query rows against `keys` keys."""
+        return 0, 0
+
+
+Unsummarised = Selector  # the name by which rules outside of this package may know it
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For methods without settings of their own."""
+
+
+def refuse_stages(config: HiPConfig) -> None:
+    """Raise ValueError for a list of intervals, one for each stage: the method has no stages."""
+    if isinstance(config.decode_refresh, list):
+        allowed = f"an integer >= 1 (method {config.method!r} has no stages)"
+        got = shown(config.decode_refresh)
+        raise ValueError(f"HiPConfig.decode_refresh: got {got}, allowed: {allowed}")
+
+
+def never_dense(problem: AttentionProblem, config: HiPConfig, decoding: bool) -> tuple[str, bool]:
+    """No reason, for a method that serves every call."""
+    return "", False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, as its module declares it by the name `METHOD`; `hip_hf/registry.py` lists the modules.
+
+    Args:
+        summary: what it reads besides sink and window, for the table in the documentation.
+        selector: the rule that selects. None: an attention of its own, which backends know by name.
+        options: the dataclass of its own settings, which validates them.
+        check: raises ValueError for settings that the method cannot serve.
+        selected_keys: keys that are selected for a query block at most.
+        dense_reason: from a problem, settings and whether the call decodes: why the call must be
+            dense, or an empty string; and whether for want of support.
+        presets: its rows in comparisons (`--settings`) by name, each by the fields that it sets
+            besides `method`. Without any, it has one row of its own name.
+        sized: from settings and the length of a text: options with which as many keys are read as
+            the settings say. None: the budget sees to that.
+        reads_all: whether it is dense attention.
+    """
+
+    summary: str
+    selector: type[Selector] | None = None
+    options: type = NoOptions
+    check: Callable[[HiPConfig], None] = refuse_stages
+    selected_keys: Callable[[HiPConfig], int] = lambda config: config.budget
+    dense_reason: Callable[[AttentionProblem, HiPConfig, bool], tuple[str, bool]] = never_dense
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sized: Callable[[HiPConfig, int], Mapping[str, int]] | None = None
+    reads_all: bool = False
+
+    @property
+    def extends(self) -> bool:
+        """Whether it works on keys that are not rotated: it compares those outside the window, and
+        only with one another."""
+        return self.reads_all if self.selector is None else self.selector.extends
+
+
+def method_of(name: str) -> Method:
+    """The declaration of the method `name`. Raises TypeError if its module declares none."""
+    method = declared(name)
+    if not isinstance(method, Method):
+        got = type(method).__name__
+        raise TypeError(f"METHOD of {name!r}: got {got}, allowed: hip_hf.methods.base.Method")
+    return method
+
+
+def selector_for(config: HiPConfig) -> Selector:
+    """The `Selector` of `config.method`, its settings bound. Raises ValueError if there is none."""
+    selector = method_of(config.method).selector
+    if selector is None:
+        raise ValueError(f"method {config.method!r} selects nothing")
+    return selector(config)
+
+
+def selects(method: str) -> bool:
+    """Whether the method says which key blocks it reads."""
+    return method_of(method).selector is not None
+
+
+def summarises(config: HiPConfig) -> bool:
+    """Whether the method of `config` keeps summaries of the keys, which decode without kept state
+    must make anew."""
+    return selects(config.method) and selector_for(config).make_pyramid(torch.float32) is not None
+
+
+def add_method(name: str, selector: type, options: type = NoOptions) -> None:
+    """Make a selection rule of your own known by `name`, to settings, models and measuring commands
+    of this process.
+
+    `selector`: a class like `hip_hf.methods.base.Selector`. It need not inherit from that: what it
+    lacks is taken from there. With a method `cost(block, dim) -> (FLOPs, numbers loaded)` for one
+    query block, `hip-hf fidelity` knows what it costs. `options`: a dataclass of its settings; where
+    that has a method `check(config)`, it raises ValueError for settings that do not fit them.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    whole = issubclass(selector, Selector)
+    rule = selector if whole else type(selector.__name__, (selector, Selector), {})
+    own_check = hasattr(options, "check")
+    check = (lambda config: config.method_options().check(config)) if own_check else refuse_stages
+    summary = (selector.__doc__ or name).strip().partition("\n")[0]
+    declare(name, selector.__module__, Method(summary, rule, options, check))

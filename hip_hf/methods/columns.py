@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.geometry import QueryBlock
+from hip_hf.methods import base
 from hip_hf.methods.ranking import best, squash
 from hip_hf.workers import run
 
@@ -53,8 +54,24 @@ def block_sums(x: torch.Tensor, block_k: int) -> torch.Tensor:
     return x[..., : x.shape[-1] // block_k * block_k].unflatten(-1, (-1, block_k)).sum(-1)
 
 
+class ColumnSelector(base.Selector):
+    """A selector that looks at some rows of a call, once: what a block then chooses costs nothing."""
+
+    def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
+        return 0, 0
+
+    def looked_at(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
+        """Which of a call's `rows` query rows are looked at, ascending."""
+        raise NotImplementedError
+
+    def cost_of_call(self, rows: int, keys: int, dim: int) -> tuple[int, int]:
+        some_rows = self.looked_at(rows).split(ROWS_AT_ONCE)
+        parts = [(len(some), int(some[-1]) + keys - rows + 1) for some in some_rows]
+        return sum(n * seen for n, seen in parts) * 2 * dim, sum(seen for _, seen in parts) * dim
+
+
 @dataclass(frozen=True)
-class Columns:
+class Columns(base.Bound):
     """Scores of key blocks that hold for every query block: `scores` `[Hkv, S, T // block_k]`."""
 
     config: HiPConfig

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.geometry import DECODE_ROWS, QueryBlock, Span, query_blocks
+from hip_hf.methods import base
 from hip_hf.methods.ranking import best, sampled_rows, squash
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.problem import AttentionProblem
+    from hip_hf.state import Summaries
 
 
-def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None, decoding: bool) -> tuple[str, bool]:
+def dense_reason(problem: AttentionProblem, config: HiPConfig, decoding: bool) -> tuple[str, bool]:
     """Why a call goes dense, and whether for want of support."""
     if problem.sliding_window is not None and problem.sliding_window < problem.longest:
         return f"h2o has no sliding window ({problem.sliding_window})", True
@@ -66,21 +68,27 @@ class History:
         self.mass = self.kept = None
 
 
-class Selector:
+class Selector(base.Selector):
     """The blocks that have not been evicted."""
 
-    def __init__(self, config: HiPConfig) -> None:
-        self.config = config
-        self.budget = config.budget_blocks
+    looks_always = True
+
+    def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
+        middle = min(block.middle, self.budget) * self.config.block_k
+        keys = block.sink + middle + block.last + 1 - block.window
+        return len(sampled_rows(self.config, block)) * keys * 2 * dim, keys * dim
 
     def make_pyramid(self, dtype: torch.dtype) -> History:
         return History(self.config.block_k)
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: History, scale: float, softcap: float | None) -> HeavyHitters:
+    def bind(
+        self, q: torch.Tensor, keys: torch.Tensor, pyramid: Summaries | None, scale: float, softcap: float | None
+    ) -> HeavyHitters:  # fmt: skip
+        assert isinstance(pyramid, History)
         return HeavyHitters(self.config, q, keys, pyramid, scale, softcap)
 
 
-class HeavyHitters:
+class HeavyHitters(base.Bound):
     def __init__(
         self, config: HiPConfig, q: torch.Tensor, keys: torch.Tensor, history: History, scale: float, softcap: float | None
     ) -> None:
@@ -129,3 +137,6 @@ class HeavyHitters:
         logits.masked_fill_(read[:, :, None] > position[:, None], -torch.inf)
         attention = logits.softmax(-1).sum(2).unflatten(1, (self.shares, -1)).sum(2)
         mass.scatter_add_(-1, read // size, attention.to(mass.dtype))
+
+
+METHOD = base.Method("what has gathered most attention so far; the rest is evicted for good", Selector, dense_reason=dense_reason)

@@ -28,6 +28,7 @@ import torch
 
 from hip_hf.cache.pages import KeyRows, block_index, lanes_of
 from hip_hf.geometry import QueryBlock
+from hip_hf.methods import base
 from hip_hf.methods.need import asked_rows, highest, sample_level, sampled_chunks, sampled_keys, votes_of, walkers_of
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best, read_on, sampled_rows
@@ -37,6 +38,7 @@ from hip_hf.workers import scratch
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
+    from hip_hf.state import Summaries
 
 # Bytes of summaries or keys that are gathered before they are scored: what is still in cache need not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
@@ -89,15 +91,14 @@ def onward_of(config: HiPConfig) -> float:
     return float(config.method_options().onward) if config.score == "mass" else 0.0
 
 
-class Selector:
+class Selector(base.Selector):
     """The search with its settings bound; `bind` adds a span's tensors."""
 
     reads_pages = True
     extends = True
 
     def __init__(self, config: HiPConfig) -> None:
-        self.config = config
-        self.budget = config.budget_blocks
+        super().__init__(config)
         options = config.method_options()
         self.representative: Representative = make_representative(config.representative, options.weight)
         self.asks_need = config.vote == "need"
@@ -105,13 +106,42 @@ class Selector:
     def make_pyramid(self, dtype: torch.dtype) -> Pyramid:
         return Pyramid(self.representative, self.config.block_k, dtype)
 
-    def bind(self, q: torch.Tensor, keys: KeyRows, pyramid: Pyramid, scale: float, softcap: float | None) -> TreeSearch:
+    def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
+        config, most = self.config, self.config.method_options().sample
+        features = self.representative.features(torch.empty(1, dim)).shape[-1]
+        level = start_level(config, block.low, block.high)
+        candidates = (block.high >> level) - (-(-block.low >> level))
+        scored, exact = candidates, config.rescore_blocks
+        for _ in range(level):
+            # the halves of what is kept, and a chunk at either edge of the middle
+            candidates = 2 * min(config.beam_blocks, candidates) + 2
+            scored += candidates
+        whole = looked_at_whole(config, block.low, block.high)
+        if whole:
+            scored, exact = 0, candidates
+        walked, looked = scored * features, min(exact, candidates) * config.block_k * dim
+        if config.vote == "sampled":
+            return len(sampled_rows(config, block)) * 2 * (walked + looked), walked + looked
+        # of one query head: heads that share a mask have as many votes together as alone, but for rounding
+        asked, voters, sampled = len(asked_rows(config, block.rows)), votes_of(config, block.rows, 1, whole), 0
+        walkers = voters
+        if voters < asked:
+            walkers = walkers_of(config, voters)
+            first, end = sampled_chunks(config, block.low, block.high, sample_level(config, block.low, block.high, most))
+            sampled = end - first
+        products = walkers * walked + voters * looked + asked * sampled * dim
+        return 2 * products, walked + looked + sampled * dim
+
+    def bind(
+        self, q: torch.Tensor, keys: KeyRows, pyramid: Summaries | None, scale: float, softcap: float | None
+    ) -> TreeSearch:  # fmt: skip
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every block searched."""
+        assert isinstance(pyramid, Pyramid)
         return TreeSearch(self.config, self.representative, q, keys, pyramid, scale, softcap)
 
 
 @dataclass(frozen=True)
-class TreeSearch:
+class TreeSearch(base.BoundByNeed):
     config: HiPConfig
     representative: Representative
     q: torch.Tensor
@@ -347,3 +377,27 @@ class TreeSearch:
         angles = self._angles(ids[:, None], high[None], keys)
         cos, sin = (x[:, 0].repeat_interleave(self.config.block_k, 1) for x in angles)  # a block's keys turn alike
         return turn(keys, cos, sin, back=True, out=scratch.take("turned", keys.shape, keys))
+
+
+METHOD = base.Method(
+    "the best key blocks, found by a tree search, O(log T) per query block",
+    Selector,
+    Options,
+    presets={
+        "defaults": {},
+        "quality": {"query_stride": 1, "beam": 16, "rescore": 16, "decode_refresh": 1},
+        "beam1": {"beam": 1, "rescore": 1},
+        # every key of the middle: what the estimate is measured by
+        "true_need": {"options": {"sample": 1 << 28}},
+        "paper": {
+            "representative": "middle",
+            "score": "max",
+            "query_stride": 4,
+            "vote": "sampled",
+            "beam": 1,
+            "rescore": 1,
+            "decode_refresh": 8,
+        },
+        "delta": {"delta": 64},
+    },
+)

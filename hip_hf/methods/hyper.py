@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hip_hf.methods import base
 from hip_hf.shown import shown
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Options:
                 raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: {allowed}")
 
 
-def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None, decoding: bool) -> tuple[str, bool]:
+def dense_reason(problem: AttentionProblem, config: HiPConfig, decoding: bool) -> tuple[str, bool]:
     """Why a call goes dense, and whether for want of support; an empty string if it does not."""
     if problem.sliding_window is not None and problem.sliding_window < problem.longest:
         return f"hyper has no sliding window ({problem.sliding_window})", True
@@ -176,3 +177,24 @@ def flops(options: Options, first: int, end: int, dim: int, value_dim: int, sinc
         read += rows * (own.size + own.samples * (square.keys - own.size) // square.keys)
     hashing = (end - first + end) * 2 * dim * options.lsh_num_projs if levels else 0
     return hashing * (end - since) // (end - first), products * 2 * (dim + value_dim), read
+
+
+def sized(config: HiPConfig, tokens: int) -> dict[str, int]:
+    """Options with which a row of a text of `tokens` reads about as many keys, on average, as the
+    settings say. A row meets half a leaf, and in half of the levels an own block and a sample, which
+    are made alike.
+    """
+    keys = config.sink + config.budget + config.window + config.block_q // 2
+    leaf, levels = tokens, 0
+    while leaf > keys:
+        leaf, levels = -(-leaf // 2), levels + 1
+    each = max(1, (keys - leaf // 2) // max(levels, 1))
+    return {"min_seq_len": leaf, "block_size": each, "sample_size": each}
+
+
+METHOD = base.Method(
+    "HyperAttention: blocks of keys that hash alike, and a random sample that stands for the rest",
+    options=Options,
+    dense_reason=dense_reason,
+    sized=sized,
+)

@@ -8,24 +8,27 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.geometry import QueryBlock
-from hip_hf.methods.base import Unplaced, Unsummarised
+from hip_hf.methods import base
 from hip_hf.methods.ranking import best, squash
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
 
-class Selector(Unsummarised):
+class Selector(base.Selector):
     """Scores every key of the middle, for every row (no sampling), by its share of the whole attention."""
 
     extends = True  # every key then counts as just outside the window, the nearer ones too, in all layers
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Exhaustive:
+    def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
+        return block.rows * (block.last + 1) * 2 * dim, (block.last + 1) * dim
+
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: object, scale: float, softcap: float | None) -> Exhaustive:
         return Exhaustive(self.config, q, keys, scale, softcap)
 
 
 @dataclass(frozen=True)
-class Exhaustive(Unplaced):
+class Exhaustive(base.Bound):
     config: HiPConfig
     q: torch.Tensor
     keys: torch.Tensor
@@ -50,3 +53,6 @@ class Exhaustive(Unplaced):
             ids = torch.arange(block.low, block.high, device=q.device).expand(scores.shape)
             parts.append(best(scores, ids, config.budget_blocks).sort(dim=-1).values)
         return torch.stack(parts, dim=2)
+
+
+METHOD = base.Method("the true best blocks, quadratic: the yardstick", Selector)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hip_hf.methods import hip
+from hip_hf.methods import base, hip
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -27,3 +27,6 @@ class Selector(hip.Selector):
 
     def __init__(self, config: HiPConfig) -> None:
         super().__init__(as_tree(config))
+
+
+METHOD = base.Method("blocks by the bound of their keys' minimum and maximum, O(T / block_k)", Selector)

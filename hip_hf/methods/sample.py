@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from hip_hf.methods.base import Unsummarised
-from hip_hf.methods.columns import Columns, block_sums, probe
+from hip_hf.methods import base
+from hip_hf.methods.columns import Columns, ColumnSelector, block_sums, probe
 from hip_hf.shown import shown
 
 
 @dataclass(frozen=True)
 class Options:
-    """`rows`: the share of the query rows that is sampled; the paper's is 0.05."""
+    """`rows`: the share of the query rows that is sampled, evenly spaced, the last one always; the paper's is 0.05."""
 
     rows: float = 0.05
 
@@ -26,21 +26,24 @@ class Options:
         if not isinstance(self.rows, (int, float)) or not 0 < self.rows <= 1:
             raise ValueError(f"HiPConfig.options['rows']: got {shown(self.rows)}, allowed: above 0, at most 1")
 
-    def sampled(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
-        """The rows to sample out of `rows`, evenly spaced; the last one is always there."""
-        stride = rows if self.rows * rows <= 1 else round(1 / self.rows)
-        return torch.arange((rows - 1) % stride, rows, stride, device=device)
 
-
-class Selector(Unsummarised):
+class Selector(ColumnSelector):
     """The columns with the most sampled mass."""
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Columns:
+    def looked_at(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
+        share = self.config.method_options().rows
+        stride = rows if share * rows <= 1 else round(1 / share)
+        return torch.arange((rows - 1) % stride, rows, stride, device=device)
+
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: object, scale: float, softcap: float | None) -> Columns:
         shares = 1 if self.config.group_shared else q.shape[1]
         columns = torch.zeros(len(keys), shares, keys.shape[1], dtype=torch.float32, device=q.device)
 
         def take(head: int, rows: torch.Tensor, attention: torch.Tensor) -> None:
             columns[head, :, : attention.shape[-1]] += attention.sum(1).unflatten(0, (shares, -1)).sum(1)
 
-        probe(q, keys, self.config.method_options().sampled(q.shape[2], q.device), scale, softcap, take)
+        probe(q, keys, self.looked_at(q.shape[2], q.device), scale, softcap, take)
         return Columns(self.config, block_sums(columns, self.config.block_k))
+
+
+METHOD = base.Method("SampleAttention: the strongest columns of a sample of rows", Selector, Options)

@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from hip_hf.geometry import QueryBlock
+from hip_hf.methods import base
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best
 from hip_hf.rope import farthest_chunk, turn
 from hip_hf.shown import shown
@@ -41,7 +42,7 @@ class Stage:
     query_stride: int
 
 
-def _fail(name: str, value: Any, allowed: str) -> None:
+def _fail(name: str, value: object, allowed: str) -> None:
     raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: {allowed}")
 
 
@@ -120,26 +121,31 @@ def descent(stage: Stage, halvings: int | None) -> int:
     return most if halvings is None else min(halvings, most)
 
 
-class Selector:
+class Selector(base.Selector):
     """The stages with the settings bound."""
 
     extends = True
 
     def __init__(self, config: HiPConfig) -> None:
-        self.config = config
-        self.budget = config.budget_blocks
+        super().__init__(config)
         self.options = config.method_options()
         self.stages = stages_of(config, self.options)
 
-    def make_pyramid(self, dtype: torch.dtype) -> None:
-        return None
+    def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
+        products = loads = 0
+        counts = candidates(self.stages, self.config.block_k, block.low, block.high)
+        for stage, count in zip(self.stages, counts, strict=True):
+            keys = count * max(2 * descent(stage, self.options.halvings), 1)
+            products += len(range((block.rows - 1) % stage.query_stride, block.rows, stage.query_stride)) * keys
+            loads += keys
+        return products * 2 * dim, loads * dim
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> StagedSearch:
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: object, scale: float, softcap: float | None) -> StagedSearch:
         return StagedSearch(self.config, self.stages, self.options.halvings, q, keys, scale, softcap)
 
 
 @dataclass(frozen=True)
-class StagedSearch:
+class StagedSearch(base.Bound):
     config: HiPConfig
     stages: list[Stage]
     halvings: int | None
@@ -159,10 +165,12 @@ class StagedSearch:
         parts = []
         first = lambda block: first_stage(self.stages, self.config.block_k, block.low, block.high)  # noqa: E731
         for _, run in groupby(blocks, key=lambda block: (block.rows, first(block))):
-            parts.append(self.resume(heads, list(run), [])[-1])
-        return torch.cat(parts, dim=2)
+            parts += self.resume(heads, list(run), [])[-1:]
+        return torch.cat([ids for ids in parts if ids is not None], dim=2)  # the last stage is never left out
 
-    def resume(self, heads: slice, blocks: list[QueryBlock], kept: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    def resume(
+        self, heads: slice, blocks: list[QueryBlock], kept: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:  # fmt: skip
         """What every stage keeps, chunk indices `[heads, S, len(blocks), keep / chunk]` (None: left out), given what the first
         `len(kept)` of them have kept before. The blocks have as many rows and begin with the same stage."""
         device, block_k = self.q.device, self.config.block_k
@@ -170,7 +178,7 @@ class StagedSearch:
         low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)  # [P]
         high = torch.tensor([block.high for block in blocks], device=device).repeat(shares)
         begin = first_stage(self.stages, block_k, blocks[0].low, blocks[0].high)
-        results: list[Any] = list(kept)
+        results = list(kept)
         for i in range(len(kept), len(self.stages)):
             stage = self.stages[i]
             size = stage.chunk // block_k
@@ -184,7 +192,9 @@ class StagedSearch:
                 missing = ids >= end[:, None]
             else:
                 before = self.stages[i - 1].chunk // block_k
-                ids, missing = self._cut(results[-1].flatten(1, 2), before // size, first, end, -(-low // before), high // before)
+                last = results[-1]
+                assert last is not None
+                ids, missing = self._cut(last.flatten(1, 2), before // size, first, end, -(-low // before), high // before)
             scores = self._score(heads, blocks, stage, ids, missing, end)
             ids = best(scores, ids.masked_fill(missing, NO_CHUNK), stage.keep // stage.chunk).sort(dim=-1).values
             results.append(ids.unflatten(1, (shares, len(blocks))))
@@ -258,3 +268,11 @@ class StagedSearch:
             cos, sin = (x.repeat_interleave(position.shape[2] // x.shape[2], 2) for x in angles)
             picked = turn(picked, cos, sin, back=True, out=scratch.take("turned", picked.shape, picked))
         return q @ picked.transpose(2, 3)
+
+
+METHOD = base.Method(
+    "InfiniteHiP: stages of chunks, in-chunk descent, each stage with its own refresh interval",
+    Selector,
+    Options,
+    check=lambda config: config.method_options().check(config),
+)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.geometry import QueryBlock
-from hip_hf.methods.base import Unplaced, Unsummarised
+from hip_hf.methods import base
 from hip_hf.shown import shown
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def selected_keys(config: HiPConfig) -> int:
     return config.budget if config.method_options().recent else 0
 
 
-class Selector(Unsummarised):
+class Selector(base.Selector):
     """Selects no block at all, or the last ones."""
 
     reads_pages = True  # it looks at no key
@@ -39,14 +39,17 @@ class Selector(Unsummarised):
 
     def __init__(self, config: HiPConfig) -> None:
         super().__init__(config)
-        self.budget = selected_keys(config) // config.block_k
+        self.budget = config.selected_keys // config.block_k
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> Latest:
+    def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
+        return 0, 0
+
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: object, scale: float, softcap: float | None) -> Latest:
         return Latest(1 if self.config.group_shared else q.shape[1], self.budget, q.device)
 
 
 @dataclass(frozen=True)
-class Latest(Unplaced):
+class Latest(base.Bound):
     """The last `budget` blocks of every middle."""
 
     shares: int
@@ -57,3 +60,13 @@ class Latest(Unplaced):
         high = torch.tensor([[block.high] for block in blocks], device=self.device)
         ids = high - torch.arange(self.budget, 0, -1, device=self.device)
         return ids.expand(heads.stop - heads.start, self.shares, -1, -1)
+
+
+RECENT = {"options": {"recent": True}}
+METHOD = base.Method(
+    "nothing (StreamingLLM); with `recent` the budget as a longer window",
+    Selector,
+    Options,
+    selected_keys=selected_keys,
+    presets={"streaming": RECENT, "streaming+delta": {**RECENT, "delta": 64}},
+)

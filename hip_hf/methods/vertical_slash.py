@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hip_hf.geometry import QueryBlock
-from hip_hf.methods.base import Unsummarised
-from hip_hf.methods.columns import Columns, block_sums, probe
+from hip_hf.methods import base
+from hip_hf.methods.columns import Columns, ColumnSelector, block_sums, probe
 from hip_hf.methods.ranking import best
 from hip_hf.shown import shown
 
@@ -37,10 +37,13 @@ class Options:
             raise ValueError(f"HiPConfig.options['vertical']: got {shown(self.vertical)}, allowed: 0 to 1")
 
 
-class Selector(Unsummarised):
+class Selector(ColumnSelector):
     """The strongest columns and diagonals."""
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: None, scale: float, softcap: float | None) -> VerticalSlash:
+    def looked_at(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
+        return torch.arange(max(0, rows - self.config.method_options().rows), rows, device=device)
+
+    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: object, scale: float, softcap: float | None) -> VerticalSlash:
         shares, tokens = 1 if self.config.group_shared else q.shape[1], keys.shape[1]
         columns = torch.zeros(len(keys), shares, tokens, dtype=torch.float32, device=q.device)
         diagonals = torch.zeros(len(keys), shares, tokens, dtype=torch.float64, device=q.device)
@@ -52,8 +55,7 @@ class Selector(Unsummarised):
                 seen = tokens - q.shape[2] + row + 1
                 diagonals[head, :, :seen] += attention[:, i, :seen].flip(-1)
 
-        first = max(0, q.shape[2] - self.config.method_options().rows)
-        probe(q, keys, torch.arange(first, q.shape[2], device=q.device), scale, softcap, take)
+        probe(q, keys, self.looked_at(q.shape[2], q.device), scale, softcap, take)
         return VerticalSlash(self.config, block_sums(columns, self.config.block_k), diagonals)
 
 
@@ -83,3 +85,6 @@ class VerticalSlash(Columns):
         edge = torch.arange(block.low, block.high + 1, device=sums.device) * size  # first keys of the blocks, and the end
         upto = sums[..., block.last + 2 - edge] - sums[..., block.first + 1 - edge]  # over keys from an edge on
         return upto[..., :-1] - upto[..., 1:]
+
+
+METHOD = base.Method("MInference: the strongest columns and diagonals of the last 64 rows", Selector, Options)

@@ -7,39 +7,16 @@ tensors: nothing flows through it, as in HiP (arXiv 2406.09827, section 3).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from hip_hf.backends.base import Piece
 from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE
-from hip_hf.geometry import QueryBlock, Span
+from hip_hf.geometry import QueryBlock
 from hip_hf.problem import AttentionProblem
 from hip_hf.workers import run
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a few query blocks of a span read, for the key heads `heads`: sink, window and the key blocks `ids`
-    `[heads, S, len(blocks), n]` of `block_k` keys, or (None) all from `QueryBlock.start` on. Rows from `rows` on do not count."""
-
-    span: Span
-    heads: slice
-    blocks: list[QueryBlock]
-    ids: torch.Tensor | None
-    block_k: int
-    rows: int
-
-    def positions(self, head: int, share: int, i: int) -> torch.Tensor:
-        """Of the keys that the query heads `share` of key head `head` read in query block `i`; relative to the span."""
-        block = self.blocks[i]
-        if self.ids is None:
-            return torch.arange(block.start, block.last + 1, device="cpu")
-        chosen = self.ids[head - self.heads.start, share, i].cpu()
-        picked = (chosen[:, None] * self.block_k + torch.arange(self.block_k, device="cpu")).flatten()
-        always = ((block.start, block.sink), (block.window, block.last + 1))
-        sink, window = (torch.arange(first, end, device="cpu") for first, end in always)
-        return torch.cat([sink, picked, window])
 
 
 def traced(
@@ -57,9 +34,23 @@ def traced(
     return _Attention.apply(problem.q, problem.k, problem.v, problem.sinks, problem, compute, out, lse, pieces)
 
 
+Gradient = torch.Tensor | None  # None: it is zero, or not asked for
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, problem, compute, out, lse, pieces):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        problem: AttentionProblem,
+        compute: Callable[[], None],
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        pieces: list[Piece],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         compute()
         # as the workers finished: sums must not depend on that
         pieces.sort(key=lambda piece: (piece.span.batch, piece.span.row_start, piece.heads.start, piece.blocks[0].row))
@@ -72,10 +63,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_out: Gradient, grad_lse: Gradient) -> tuple[Gradient, ...]:
         q, k, v, sinks, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        problem = AttentionProblem(q, k, v, ctx.spans, *ctx.logits, sinks)
+        scale, sliding_window, softcap = ctx.logits
+        problem = AttentionProblem(q, k, v, ctx.spans, scale, sliding_window, softcap, sinks)
         grads = Gradients(problem, out, lse, grad_out, grad_lse)
         run(lambda head: grads.add(ctx.pieces, head), range(k.shape[1]), q.device)
         need = ctx.needs_input_grad

@@ -137,8 +137,7 @@ def near_logits(
     wide = scratch.take("wide", tuple(logits.shape[1:]), lse)
     for i in range(of.count):
         of.fill(i, logits[i])
-        highest, total = exponentiate(wide.copy_(logits[i]))
-        torch.add(highest[..., 0], total[..., 0].log_(), out=lse[i])
+        lse[i] = exponentiate(wide.copy_(logits[i]))[1]
     return logits, of.by_rows(lse)
 
 
@@ -164,7 +163,7 @@ def partial(
     outputs = scratch.take("out", (of.count, of.lanes, of.rows, v.shape[-1]), of.like)
     logits = scratch.take("logits", (of.lanes, of.rows, sink + of.picked + window), of.like)
     selected = logits if known is None else logits[..., sink : sink + of.picked]
-    lse = torch.empty(of.count, of.lanes, of.rows, dtype=of.lse_dtype, device=of.like.device) if need_lse else None
+    lses: list[torch.Tensor] = []
     for i in range(of.count):
         values.fill(i, of.chosen[i])
         if values.all.dtype != v_all.dtype:
@@ -174,8 +173,10 @@ def partial(
         if known is not None:
             logits[..., :sink] = known[i][..., :sink]
             logits[..., sink + of.picked :] = known[i][..., sink:]
-        weigh_values(logits, v_all, outputs[i], None if lse is None else lse[i])
-    return of.by_rows(outputs), None if lse is None else of.by_rows(lse)
+        lse = weigh_values(logits, v_all, outputs[i], need_lse)
+        if lse is not None:
+            lses.append(lse)
+    return of.by_rows(outputs), of.by_rows(torch.stack(lses)) if need_lse else None
 
 
 def attend(
@@ -202,28 +203,34 @@ def attend(
         at += len(run)
 
 
-def weigh_values(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
-    """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`, into `out` `[N, rows, Dv]`; their
-    log-sum-exp (fp32 at least) into `lse` `[N, rows]` if it is wanted. Then a row whose logits have all overflowed to -inf
-    weighs nothing beside what else it reads, and is no NaN."""
-    if lse is None:
+def weigh_values(
+    logits: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    need_lse: bool,
+) -> torch.Tensor | None:
+    """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`, into
+    `out` `[N, rows, Dv]`. Returns their log-sum-exp `[N, rows]` (fp32 at least) if it is wanted."""
+    if not need_lse:
         torch.bmm(torch.softmax(logits, dim=-1, out=logits), v, out=out)
-        return
+        return None
     wide = widened(logits)
-    highest, total = exponentiate(wide)
+    total, lse = exponentiate(wide)
     if wide is logits:
-        torch.bmm(logits, v, out=out)
-        out.div_(total)  # fewer numbers than the weights are
+        torch.bmm(logits, v, out=out).div_(total)  # fewer numbers than the weights are
     else:
         torch.bmm(logits.copy_(wide.div_(total)), v, out=out)
-    torch.add(highest[..., 0], total[..., 0].log_(), out=lse)
+    return lse
 
 
 def exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exponentials of logits `[..., keys]`, in their place, over each row's highest; that and their sum, both `[..., 1]`."""
-    limits = torch.finfo(logits.dtype)
+    """Exponentials of logits `[..., keys]`, in their place, over each row's highest. Returns their
+    sum `[..., 1]` and the log-sum-exp `[...]` of the logits, both in fp32 at least. A row whose
+    logits have all overflowed to -inf weighs nothing beside what else it reads, and is no NaN."""
+    limits, wide = torch.finfo(logits.dtype), torch.promote_types(logits.dtype, torch.float32)
     highest = logits.amax(-1, keepdim=True).clamp_(min=limits.min)
-    return highest, logits.sub_(highest).exp_().sum(-1, keepdim=True).clamp_(min=limits.tiny)
+    total = logits.sub_(highest).exp_().sum(-1, keepdim=True, dtype=wide).clamp_(min=limits.tiny)
+    return total, total.log().add_(highest)[..., 0]
 
 
 class Parts:
@@ -263,7 +270,8 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     query = scratch.take("q", (lanes, groups, n, dim), like)
     query.copy_(q).mul_(t.scale)
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
-    parts, end = [], block.last + 1
+    parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    end = block.last + 1
     cuts = [] if t.positions is None else t.positions.cuts(block.first, block.last)
     cuts = [*cuts, *(cut for cut in cuts_of(t.k, block.start, end) if cut <= end - n)]
     while end > block.start:  # from the last key down, so that the rows' own keys are whole in one tile
@@ -271,8 +279,10 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
         parts.append(_attend_tile(t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start))
         end = first
     out, lse = parts[0]
-    for more, weight in parts[1:]:
-        lse = merge(out, lse, more, weight)
+    for more, more_lse in parts[1:]:
+        assert lse is not None
+        assert more_lse is not None
+        lse = merge(out, lse, more, more_lse)
     store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
 
 
@@ -303,13 +313,12 @@ def _attend_tile(
     if t.sliding_window is not None:
         position = torch.arange(first, end, device=query.device)[None]
         _mask_sliding(by_row, position, block.first, t.sliding_window)
-    lse, dtype = None, torch.promote_types(query.dtype, torch.float32)
-    if t.lse is not None or t.sinks is not None or merge:
-        lse = torch.empty(lanes, groups, n, dtype=dtype, device=query.device)
     out = scratch.take("out", (lanes, groups * n, v.shape[-1]), k)
-    weigh_values(logits, v, out, None if lse is None else lse.view(lanes, groups * n))
+    lse = weigh_values(logits, v, out, t.lse is not None or t.sinks is not None or merge)
     out = out.view(lanes, groups, n, -1)
-    return (out.to(dtype, copy=True) if merge else out), lse
+    if lse is None:
+        return out, None
+    return (out.to(lse.dtype, copy=True) if merge else out), lse.view(lanes, groups, n)
 
 
 def store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:
@@ -319,6 +328,7 @@ def store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: 
         add_sinks(out, lse, t.sinks[into[0], into[1]])
     t.out[into] = out
     if t.lse is not None:
+        assert lse is not None
         t.lse[into] = lse
 
 

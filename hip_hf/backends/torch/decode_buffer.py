@@ -7,16 +7,18 @@ own key; picking them out of the cache anew would cost a step more than its atte
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from hip_hf.backends.base import Result
+from hip_hf.backends.keys_read import known
 from hip_hf.backends.tensors import Tensors
 from hip_hf.backends.torch.block_sparse import add_sinks, weigh_values
 from hip_hf.cache.pages import pick, rows_of
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods.ranking import squash
-from hip_hf.rope import Positions
 from hip_hf.workers import compute_dtype, scratch
 
 if TYPE_CHECKING:
@@ -29,9 +31,10 @@ GROWTH = 8
 
 
 class Gathered:
-    """Buffers `[Hkv, room, D]` and `[Hkv, room, Dv]` in the dtype that is multiplied in; the first `count` rows are keys and
-    values of sink, selected blocks and window, in this order, values behind them are zero. Under context extension
-    keys are turned to their places in it."""
+    """Buffers `[Hkv, room, D]` and `[Hkv, room, Dv]` in the dtype that is multiplied in; the first
+    `count` rows are keys and values of sink, selected blocks and window, in this order, values
+    behind them are zero. Under context extension keys are turned to their places in it. A step's
+    own key comes with its `attend`."""
 
     def __init__(self, room: int, t: Tensors) -> None:
         heads, dtype, device = t.k.shape[0], compute_dtype(t.q), t.q.device
@@ -60,7 +63,8 @@ class Gathered:
         return position < self.until and self.holds(selection, position)
 
     def fill(self, t: Tensors, selection: Selection, block: QueryBlock, size: int, until: int) -> None:
-        """Bring what the step `block` reads under `selection`, of key blocks of `size` keys, which holds `until` then."""
+        """Bring what the step `block` reads under `selection` beside its own key, of key blocks of
+        `size` keys. The selection holds `until` then."""
         assert selection.ids is not None
         self.selection = None  # until all is there
         ids = selection.ids[:, 0, 0]
@@ -69,7 +73,7 @@ class Gathered:
         if not count <= self.k.shape[1] <= count + max(self.first, count // GROWTH):
             self.count = 0  # what was gathered is not needed
             self._take_room(max(count, self.first))
-        self.count = count
+        self.count = count - 1
         for name, x, into in (("k", t.k, self.k), ("v", t.v, self.v)):
             into[:, :sink] = x[:, block.start : block.sink]
             middle = into[:, sink : sink + picked]
@@ -77,51 +81,44 @@ class Gathered:
                 pick(x, ids, size, middle)
             else:
                 middle.copy_(pick(x, ids, size, scratch.take(name, tuple(middle.shape), into.new_empty(0, dtype=x.dtype))))
-            into[:, sink + picked : self.count] = x[:, block.window : block.last + 1]
+            into[:, sink + picked : self.count] = x[:, block.window : block.last]
         self.v[:, self.count :] = 0  # else what they held before, were it infinite or NaN, would count though it weighs nothing
         if t.positions is not None:
             self.k[:, : self.count] = t.positions.rope.keys(self.k[:, : self.count], 0, t.positions.trained)
-        self.selection, self.position, self.until = selection, block.last + 1, until
-
-    def append(self, key: torch.Tensor, value: torch.Tensor, positions: Positions | None) -> None:
-        """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position."""
-        if positions is not None:
-            key = positions.rope.keys(key.to(self.k.dtype), self.count, positions.trained)
-        if self.count == self.k.shape[1]:
-            self._take_room(self.count + max(self.count // GROWTH, GROWTH))
-        at = slice(self.count, self.count + 1)
-        self.k[:, at], self.v[:, at] = key, value
-        self.count += 1
-        self.position += 1
+        self.selection, self.position, self.until = selection, block.last, until
 
     def attend(
         self,
         q: torch.Tensor,
-        scale: float,
-        softcap: float | None,
+        key: torch.Tensor,
+        value: torch.Tensor,
         sinks: torch.Tensor | None,
-        positions: Positions | None,
+        problem: AttentionProblem,
         need_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of a query row `[Hkv, G, 1, D]`, which sits at the last position, with sinks `[Hkv, G]`: output
-        `[Hkv, G, 1, Dv]` in the dtype that is multiplied in, and log-sum-exp `[Hkv, G, 1]` if asked for or with sinks."""
-        query = q.to(self.k.dtype) * scale
+        """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position, and attend
+        from the query row `[Hkv, G, 1, D]` there, with sinks `[Hkv, G]`: output `[Hkv, G, 1, Dv]`
+        in the dtype that is multiplied in, log-sum-exp `[Hkv, G, 1]` if asked for or with sinks."""
+        positions, query = problem.positions, q.to(self.k.dtype) * problem.scale
         if positions is not None:
-            query = positions.streaming(query, self.count)
+            key = positions.rope.keys(key.to(self.k.dtype), self.count, positions.trained)
+            query = positions.streaming(query, self.count + 1)
+        if self.count == self.k.shape[1]:
+            self._take_room(self.count + max(self.count // GROWTH, GROWTH))
+        at = slice(self.count, self.count + 1)
+        self.k[:, at], self.v[:, at] = key, value
+        self.count, self.position = self.count + 1, self.position + 1
         # In bf16 all rows of the buffers, also those not in use: a part would be copied before it is multiplied, and each new
         # length would have a kernel made for it.
         rows = self.k.shape[1] if self.k.dtype == torch.bfloat16 else self.count
         k, v = self.k[:, :rows], self.v[:, :rows]
         logits = scratch.take("logits", (*q.shape[:2], rows), k)
         torch.bmm(query[:, :, 0], k.transpose(1, 2), out=logits)
-        squash(logits, softcap)
+        squash(logits, problem.softcap)
         if rows > self.count:
             logits[..., self.count :] = -torch.inf
-        lse = None
-        if need_lse or sinks is not None:
-            lse = torch.empty(logits.shape[:2], dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-        out = torch.empty(*logits.shape[:2], v.shape[-1], dtype=logits.dtype, device=logits.device)
-        weigh_values(logits, v, out, lse)
+        out = logits.new_empty(*logits.shape[:2], v.shape[-1])
+        lse = weigh_values(logits, v, out, need_lse or sinks is not None)
         out, lse = out[:, :, None], None if lse is None else lse[..., None]
         if sinks is not None:
             assert lse is not None
@@ -150,7 +147,8 @@ def gathered_rows(problem: AttentionProblem, config: HiPConfig, state: DecodeSta
 def new_keys(problem: AttentionProblem) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The last key `[Hkv, 1, D]` and value `[Hkv, 1, Dv]` of every span."""
     for span in problem.spans:
-        key, value = (rows_of(x, span.batch, span.key_end - 1, span.key_end)[:, :] for x in (problem.k, problem.v))
+        end = span.key_start + span.end
+        key, value = (rows_of(x, span.batch, end - 1, end)[:, :] for x in (problem.k, problem.v))
         yield key, value
 
 
@@ -160,25 +158,23 @@ def attend_next(
     new: Iterable[tuple[torch.Tensor, torch.Tensor]],
     out: torch.Tensor,
     lse: torch.Tensor | None,
-) -> float:
-    """The step that `gathered_rows` found, whose own keys and values are `new` (as `new_keys` gives them), into out
-    `[B, Hq, 1, Dv]` and lse. The share of the visible keys that was read."""
+) -> Result:
+    """A decode step of which all but its own keys and values, `new` (as `new_keys` gives them), is
+    gathered in `rows`, one for each span: into out `[B, Hq, 1, Dv]` and lse `[B, Hq, 1]`."""
     heads = (problem.k.shape[1], problem.groups)
     q, outs = problem.q.unflatten(1, heads), out.unflatten(1, heads)
     sinks = None if problem.sinks is None else problem.sinks.unflatten(0, heads)
     read = visible = 0
     try:
         for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
-            row.gathered.append(key, value, problem.positions)
-            outs[span.batch], total = row.gathered.attend(
-                q[span.batch], problem.scale, problem.softcap, sinks, problem.positions, lse is not None
-            )
+            b, need_lse = span.batch, lse is not None
+            outs[b], total = row.gathered.attend(q[b], key, value, sinks, problem, need_lse)
             if lse is not None:
-                lse[span.batch] = total.flatten(0, 1)
+                lse[b] = total.flatten(0, 1)
             row.position = span.end
             read, visible = read + row.gathered.count, visible + span.end
     except BaseException:  # also an interrupt: who knows how far a row has come
         for row in rows:
             row.gathered = None
         raise
-    return read / visible
+    return Result(out, lse, None, "sparse", "", partial(known, read, visible))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from hip_hf.backends.base import Piece
 from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.tensors import Tensors
 from hip_hf.backends.torch import fused
-from hip_hf.backends.torch.backward import Piece
 from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, attend_range
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.geometry import QueryBlock, Span
@@ -166,8 +165,12 @@ def sight(
 ) -> Callable[[int, int], torch.Tensor]:
     """What rows `first` to `last - 1` see, boolean `[B or 1, 1, last - first, Tk]`, for `masked`. Looks at no numbers."""
     rows, keys, device = problem.q.shape[2], problem.k.shape[2], problem.q.device
-    begin: Any = 0 if key_start is None else torch.as_tensor(key_start, device=device)[:, None, None, None]
-    start: Any = keys - rows if q_start is None else torch.as_tensor(q_start, device=device)[:, None, None, None]
+
+    def column(x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(x, device=device)[:, None, None, None]
+
+    begin = 0 if key_start is None else column(key_start)
+    start = keys - rows if q_start is None else column(q_start)
     key = torch.arange(keys, device=device)
 
     def sight(first: int, last: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hip_hf.backends.tensors import Tensors, merge
-from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, add_sinks
+from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, add_sinks, exponentiate
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import compute_dtype, run, scratch
 
@@ -61,13 +61,12 @@ def _tile(t: Tensors, head: int, query: torch.Tensor, at: Sequence[int], first: 
 
 
 def weigh(logits: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`: output `[N, rows, Dv]` and
-    log-sum-exp `[N, rows]`, in fp32 at least."""
-    most = logits.amax(-1, keepdim=True)
-    weight = logits.sub_(most).exp_()
-    total = weight.sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    out = torch.bmm(weight, v, out=scratch.take("out", (*logits.shape[:2], v.shape[-1]), logits))
-    return out / total[..., None], total.log() + most[..., 0]
+    """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`: output
+    `[N, rows, Dv]` and log-sum-exp `[N, rows]`, in fp32 at least. Unlike `weigh_values` it takes
+    exponentials of half precision as they are, and leaves the output in fp32."""
+    total, lse = exponentiate(logits)
+    out = torch.bmm(logits, v, out=scratch.take("out", (*logits.shape[:2], v.shape[-1]), logits))
+    return out / total, lse
 
 
 def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,6 +65,7 @@ class HyperAttention(HyperCall):
         leaves, levels = split(span.position, span.end, self.options.min_seq_len)
         run(lambda task: attend_leaf(parts, span, *task), leaf_tasks(parts, leaves), t.q.device)
         if levels:
+            assert isinstance(t.k, torch.Tensor)
             directions = projections(self.options, t.q.shape[-1], self.config.seed, t.q.device)
             codes = hashes(t.q, directions), hashes(t.k, directions)
         for level in levels:
@@ -97,6 +98,7 @@ def leaf_tasks(t: Tensors, leaves: list[Leaf]) -> list[tuple[int, int, int, int]
 
 def attend_leaf(t: Tensors, span: Span, head: int, first: int, end: int, start: int) -> None:
     """Exact attention of the rows at positions `first` to `end - 1` to the keys from `start` on, into `out` and `lse`."""
+    assert t.lse is not None
     rows = slice(first - span.position, end - span.position)
     t.out[head, :, rows], t.lse[head, :, rows] = attend_exact(t, head, rows, range(first, end), start)
 
@@ -115,6 +117,7 @@ def square_tasks(t: Tensors, orders: list[Orders]) -> list[tuple[Orders, int, in
 
 def attend_square(t: Tensors, span: Span, order: Orders, head: int, group: int, at: int) -> None:
     """Attend from some query blocks of a square to their own blocks and to the sample, and merge that into `out` and `lse`."""
+    assert t.lse is not None
     tiling, q, dtype = order.tiling, t.q[head, group], compute_dtype(t.q)
     starts = tiling.starts[at : at + BLOCKS_AT_ONCE]
     index = order.rows[head, group, at * tiling.rows : (at + len(starts)) * tiling.rows] - span.position
@@ -148,6 +151,8 @@ def _attend_own(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[blocks * rows, Dv]` and log-sum-exp of the rows `rows` `[blocks, rows]` over their own keys `own`
     `[blocks, size]` and the keys `sampled` `[S]`, of which `bias` `[blocks, S]` is added to the logits."""
+    assert isinstance(t.k, torch.Tensor)
+    assert isinstance(t.v, torch.Tensor)
     count, size = own.shape
     keys = size + len(sampled)
     query = _bring("q", q, rows, (count, rows.shape[1]), dtype).mul_(t.scale)
@@ -165,7 +170,9 @@ def _bring(name: str, x: torch.Tensor, index: torch.Tensor, shape: tuple[int, in
     """The rows `index` of `x` `[rows, D]` as a buffer `[*shape, D]` in `dtype`."""
     raw = scratch.take(name, (*shape, x.shape[-1]), x)
     torch.index_select(x, 0, index.reshape(-1), out=raw.flatten(0, 1))
-    return raw if raw.dtype == dtype else scratch.take(name, raw.shape, raw.new_empty(0, dtype=dtype)).copy_(raw)
+    if raw.dtype == dtype:
+        return raw
+    return scratch.take(name, tuple(raw.shape), raw.new_empty(0, dtype=dtype)).copy_(raw)
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, where: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import cast
 
 import torch
 
-from hip_hf.backends.base import BlockSparseCall
+from hip_hf.backends.base import BlockSparseCall, Piece, steps_of
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.backends.torch import dense
-from hip_hf.backends.torch.backward import Piece
 from hip_hf.backends.torch.block_sparse import alike, attend, attend_range, in_parts, near_logits, partial, store_rows
-from hip_hf.backends.torch.decode_buffer import Gathered
+from hip_hf.backends.torch.decode_buffer import Gathered, attend_next, new_keys
 from hip_hf.cache.pages import PagedKeys
 from hip_hf.geometry import QueryBlock, Span
+from hip_hf.methods.base import Bound, BoundByNeed
 from hip_hf.state import DecodeState, RowState, Selection
 from hip_hf.workers import compute_dtype, run
 
@@ -54,22 +54,24 @@ class SparseAttention(BlockSparseCall):
     def run(self, state: DecodeState | None) -> None:
         if state is not None:
             state.bind(self.config, self.problem.k)
-        for span in self.problem.spans:
+        for i, span in enumerate(self.problem.spans):
             row = None if state is None else state.row(span.batch, span.key_start, span.position, span.end)
             t = tensors_of(self.problem, span, self.out, self.lse)
             if self.decoding:
-                self._decode(t, span, row)
+                self.windows[i] = self._decode(t, span, row)
             else:
                 self._prefill(t, span, row)
 
-    def _search(self, t: Tensors, row: RowState | None, blocks: list[QueryBlock]) -> Any:
+    def _search(self, t: Tensors, row: RowState | None, blocks: list[QueryBlock]) -> Bound:
         """The selection rule bound to the span, its pyramid extended to what the query blocks need."""
         pyramid = row.pyramid if row is not None else None
         keys = source = t.k
         if isinstance(t.k, PagedKeys):
             keys = t.k.for_search()
-            if not getattr(self.selector, "reads_pages", False):
+            if not self.selector.reads_pages:
                 keys = source = keys[:, :]  # gathered: O(T) a selection
+        # or the pages that it reads
+        keys, source = cast(torch.Tensor, keys), cast(torch.Tensor, source)
         if pyramid is None:
             pyramid = self.selector.make_pyramid(compute_dtype(t.k))
         if pyramid is not None:
@@ -97,25 +99,20 @@ class SparseAttention(BlockSparseCall):
         run(lambda unit: self._unit(t, search, span, *unit), units, t.q.device)
         if self.config.dense_tail:
             dense.attend_rows(t, tail, span, self.pieces)
-        self._count(span, tail)
 
-    def _unit(self, t: Tensors, search: Any, span: Span, head: int, blocks: list[QueryBlock]) -> None:
+    def _unit(self, t: Tensors, search: Bound, span: Span, head: int, blocks: list[QueryBlock]) -> None:
         heads = slice(head, head + 1)
         for covered, group in groupby(blocks, key=lambda block: block.middle <= self.budget):
             run = list(group)
             if covered:
                 self._attend(t, span, heads, run, None)
-            elif not self._asks_need:
+            elif not self.selector.asks_need:
                 self._attend(t, span, heads, run, search.select(heads, run))
             else:
                 for _, same in groupby(run, key=alike):
                     some = list(same)
                     for part in in_parts(t, some):
                         self._attend_by_need(t, search, span, heads, some[part])
-
-    @property
-    def _asks_need(self) -> bool:
-        return getattr(self.selector, "asks_need", False)
 
     def _near(self, t: Tensors, heads: slice, blocks: list[QueryBlock]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of query blocks that are `alike` for what they always read, as `near_logits` gives them, and the log-sum-exp
@@ -124,10 +121,10 @@ class SparseAttention(BlockSparseCall):
         logits, lse = near_logits(t, heads, blocks, size, reserved=self.budget * size)
         return logits, lse if t.sinks is None else torch.logaddexp(lse, t.sinks[heads, :, None].to(lse.dtype))
 
-    def _attend_by_need(self, t: Tensors, search: Any, span: Span, heads: slice, blocks: list[QueryBlock]) -> None:
+    def _attend_by_need(self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]) -> None:
         """Multiply with sink and window first: that tells who needs the middle. Then select, and attend to all of it."""
         logits, near = self._near(t, heads, blocks)
-        self._attend(t, span, heads, blocks, search.select(heads, blocks, near), logits)
+        self._attend(t, span, heads, blocks, self._selected(search, heads, blocks, near), logits)
 
     def _attend(
         self,
@@ -162,20 +159,20 @@ class SparseAttention(BlockSparseCall):
 
     # Decode: all heads of a row at once; a selection serves `decode_refresh` steps.
 
-    def _decode(self, t: Tensors, span: Span, row: RowState | None) -> None:
+    def _decode(self, t: Tensors, span: Span, row: RowState | None) -> int | None:
+        """Attend from a few rows; of a single one, where the window of its selection starts."""
         if span.rows > 1:
             self._decode_rows(t, span, row)
-            return
+            return None
         heads = slice(0, t.k.shape[0])
         kept = row.selection if row is not None else None
-        refresh = self.config.decode_refresh
-        steps = refresh if isinstance(refresh, int) else refresh[0]
+        steps = steps_of(self.config)
         if kept is not None and span.position - kept.position < steps:
-            block = self._laid(span, kept.window)
+            (block,) = self._blocks(span, kept.window)
             if kept.stages and row is not None:
                 kept = row.selection = self._stages(t, span, row, block, kept)
             ids = kept.ids
-        elif isinstance(refresh, list) and row is not None:
+        elif isinstance(self.config.decode_refresh, list) and row is not None:
             (block,) = self._blocks(span)
             row.selection = self._stages(t, span, row, block, None)
             ids = row.selection.ids
@@ -183,15 +180,16 @@ class SparseAttention(BlockSparseCall):
             (block,) = self._blocks(span)
             search, ids = self._search(t, row, [block]), None
             if block.middle > self.budget:
-                ids = self._selected(search, heads, [block], self._near(t, heads, [block])[1] if self._asks_need else None)
+                near = self._near(t, heads, [block])[1] if self.selector.asks_need else None
+                ids = self._selected(search, heads, [block], near)
             if row is not None:
                 row.selection = Selection(ids, block.window, block.first)
         if row is not None and self._gathers(t, row, block, steps):
-            self._attend_gathered(t, row, block, steps)
+            self._attend_gathered(t, span, row, block, steps)
             self._take_note(span, heads, [block], ids)
         else:
             self._attend(t, span, heads, [block], ids)
-        self._count(span, span.rows, block.window)
+        return block.window
 
     def _decode_rows(self, t: Tensors, span: Span, row: RowState | None) -> None:
         """A few rows at once: each selects for itself, and as little as possible is done row by row."""
@@ -207,9 +205,8 @@ class SparseAttention(BlockSparseCall):
             self._take_note(span, heads, some, None)
         if row is not None:
             row.selection = Selection(None if ids is None else ids[:, :, -1:], blocks[-1].window, blocks[-1].first)
-        self._count(span, span.rows)
 
-    def _attend_each(self, t: Tensors, search: Any, span: Span, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def _attend_each(self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         """Attention of rows that each select for themselves, and what they select."""
         # each row's sink and window are those of its neighbours, but for the neighbours' own keys
         size, everyone = self.config.block_k, slice(None)
@@ -242,9 +239,11 @@ class SparseAttention(BlockSparseCall):
         self._take_note(span, heads, blocks, ids)
         return ids
 
-    def _selected(self, search: Any, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None) -> torch.Tensor:
-        """What rows select for themselves, `[heads, S, len(blocks), n]`; `near`: as `_near` gives it."""
-        return search.select(heads, blocks, near) if self._asks_need else search.select(heads, blocks)
+    def _selected(self, search: Bound, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None) -> torch.Tensor:
+        """What query blocks select, `[heads, S, len(blocks), n]`; `near`: as `_near` gives it."""
+        if self.selector.asks_need:
+            return cast(BoundByNeed, search).select(heads, blocks, near)
+        return search.select(heads, blocks)
 
     def _gathers(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
         """Whether what a selection reads is kept side by side for the steps that it serves. Not where it changes each step
@@ -268,26 +267,34 @@ class SparseAttention(BlockSparseCall):
         size = self.config.block_k
         return -(-self.config.sink // size) * size + self.budget * size + self.config.window + size + steps
 
-    def _attend_gathered(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> None:
+    def _attend_gathered(
+        self,
+        t: Tensors,
+        span: Span,
+        row: RowState,
+        block: QueryBlock,
+        steps: int,
+    ) -> None:
+        """Attend to what is kept side by side, which is brought there first where it is not."""
         kept = row.selection
         assert kept is not None
         if row.gathered is None:
             row.gathered = Gathered(self._room(min(steps, STEPS_AT_FIRST)), t)
-        if row.gathered.holds(kept, block.last):
-            row.gathered.append(t.k[:, block.last : block.last + 1], t.v[:, block.last : block.last + 1], t.positions)
-        else:
+        if not row.gathered.holds(kept, block.last):
             refresh = self.config.decode_refresh
             ends = [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)] if isinstance(refresh, list) else []
             row.gathered.fill(t, kept, block, self.config.block_k, min([kept.position + steps, *ends]))
-        t.out[:], lse = row.gathered.attend(t.q, t.scale, t.softcap, t.sinks, t.positions, t.lse is not None)
-        if t.lse is not None:
-            t.lse[:] = lse
+        at = slice(span.row_start, span.row_end)
+        step = replace(self.problem, q=self.problem.q[:, :, at], spans=(span,))
+        lse = None if self.lse is None else self.lse[:, :, at]
+        attend_next(step, [row], new_keys(step), self.out[:, :, at], lse)
 
     def _stages(self, t: Tensors, span: Span, row: RowState, block: QueryBlock, kept: Selection | None) -> Selection:
         """Select for one step, stage by stage: each has its own interval, and goes on from what the ones before it kept."""
         if block.middle <= self.budget:
             return Selection(None, block.window, span.position)
-        intervals: list[int] = self.config.decode_refresh  # type: ignore[assignment]
+        intervals = self.config.decode_refresh
+        assert isinstance(intervals, list)
         known = [] if kept is None else list(zip(kept.stages, intervals, strict=True))
         valid = [stage for stage, steps in known if span.position - stage[1] < steps]
         if kept is not None and len(valid) == len(known):

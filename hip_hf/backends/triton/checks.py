@@ -132,9 +132,6 @@ class Trial:
             logits[at : at + len(blocks) * config.block_k] = blocks.repeat_interleave(config.block_k)
         return along(q, 1.0), along(k, logits), v
 
-    def on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        return [x.to(self.device) for x in tensors]
-
     def same(self, name: str, got: torch.Tensor, want: torch.Tensor, absolute: bool = False) -> None:
         """Take note of how far `got` is from `want`. NaN, and what is infinite in one of them alone, is infinitely far."""
         got, want = got.detach().double().cpu(), want.detach().double()
@@ -162,12 +159,12 @@ class Trial:
         """Compare a call with the torch backend's in float64: output, log-sum-exp, and the selection."""
         ours, theirs = states or (None, None)
         scale = q.shape[-1] ** -0.5
-        tensors: list[torch.Tensor] = self.on_device(q, k, v)
-        problem = AttentionProblem(*tensors, make_spans(q, k), scale, **fields)
+        queries, keys, values = (x.to(self.device) for x in (q, k, v))
+        problem = AttentionProblem(queries, keys, values, make_spans(q, k), scale, **fields)
         if pages:
             count = -(-k.shape[2] // PAGE)
             table = BlockTable(torch.randperm(count, generator=self.random, device="cpu").tolist())
-            problem = replace(problem, k=in_pages(tensors[1], table), v=in_pages(tensors[2], table))
+            problem = replace(problem, k=in_pages(keys, table), v=in_pages(values, table))
         fields = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
         if "sinks" in fields:
             problem = replace(problem, sinks=fields["sinks"].to(self.device, self.heads.dtype))
@@ -223,7 +220,9 @@ def decode(trial: Trial) -> None:
 def pages(trial: Trial) -> None:
     """Keys in pages, with all that changes logits: a prompt, and a step of a few rows."""
     config, keys = trial.config, trial.keys
-    fields = dict(softcap=SOFTCAP, sliding_window=keys - 2 * config.block_q, sinks=trial.normal(KEY_HEADS * trial.heads.groups))
+    sinks = trial.normal(KEY_HEADS * trial.heads.groups)
+    window = keys - 2 * config.block_q
+    fields: dict[str, Any] = dict(softcap=SOFTCAP, sliding_window=window, sinks=sinks)
     q, k, v = trial.planted(config.block_q + config.dense_tail + REST, keys, first=4 * config.block_q)
     trial.both(q, k, v, config, pages=True, **fields)
     trial.both(q[:, :, -FEW_ROWS:], k, v, config, pages=True, **fields)
@@ -248,7 +247,9 @@ def gradients(trial: Trial) -> None:
         exact = (torch.device("cpu"), torch.float64, "torch")
         for device, dtype, backend in ((trial.device, heads.dtype, trial.backend), exact):
             leaves = [x.to(device, dtype).detach().requires_grad_() for x in (q, k, v, sinks)]
-            problem = AttentionProblem(*leaves[:3], make_spans(q, k), heads.dim**-0.5, sinks=leaves[3])
+            queries, keys, values, logits = leaves
+            spans, scale = make_spans(q, k), heads.dim**-0.5
+            problem = AttentionProblem(queries, keys, values, spans, scale, sinks=logits)
             result = base.attend(problem, replace(config, backend=backend), None, None, True)
             assert result.lse is not None
             into = [weight.to(device, result.out.dtype), weight_lse.to(device, result.lse.dtype)]

@@ -73,12 +73,12 @@ class Level:
             starts[i, : len(t.starts)] = t.starts
             samples[i, :, : t.samples] = sampled_ranks(s, t.samples, seed, cpu)
         table = torch.tensor(rows, dtype=torch.int32, device=cpu).t().contiguous()
-        bounds = [
-            [x for s in squares for x in ends(s)] for ends in (lambda s: (s.first, s.end), lambda s: (s.key_first, s.key_end))
-        ]
-        row_bounds, key_bounds = (torch.tensor(x, device=cpu) for x in bounds)
-        host = (table, starts, samples, row_bounds - position, key_bounds)
-        return Level(*(_to(x, device) for x in host), max(t.rows for t in tilings))
+        of_rows = [x - position for s in squares for x in (s.first, s.end)]
+        of_keys = [x for s in squares for x in (s.key_first, s.key_end)]
+        bounds = [torch.tensor(x, device=cpu) for x in (of_rows, of_keys)]
+        host = (table, starts, samples, *bounds)
+        table, starts, samples, *bounds = (_to(x, device) for x in host)
+        return Level(table, starts, samples, bounds[0], bounds[1], max(t.rows for t in tilings))
 
     def order(self, codes: torch.Tensor, bounds: torch.Tensor, bits: int) -> torch.Tensor:
         """Tokens of each square by their hashes `codes` `[H, n]`: int64 `[H, n]`, in which a square's tokens stand where the
@@ -309,6 +309,8 @@ class HyperAttention(HyperCall):
         directions = projections(o, q.shape[2], self.config.seed, q.device)
         codes = hashes(q, directions), hashes(k, directions)
         for level in levels:
-            bounds = level.row_bounds, level.key_bounds
-            orders = tuple(level.order(x, ends, o.lsh_num_projs) for x, ends in zip(codes, bounds, strict=True))
+            orders = (
+                level.order(codes[0], level.row_bounds, o.lsh_num_projs),
+                level.order(codes[1], level.key_bounds, o.lsh_num_projs),
+            )
             attend_squares(q, k, v, out[span.batch, :, rows], lse[span.batch, :, rows], orders, level, logits)

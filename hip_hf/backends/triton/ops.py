@@ -12,12 +12,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.triton import sparse, trust
-from hip_hf.backends.triton.attention.backward import Part, gradients
+from hip_hf.backends.triton.attention.backward import Gradient, Part, gradients
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
@@ -28,7 +29,8 @@ from hip_hf.backends.triton.sparse import DeviceState
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import DECODE_ROWS, mask_heads
 from hip_hf.problem import AttentionProblem, by_tokens, make_spans
-from hip_hf.registry import sparse_reach
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @lru_cache(maxsize=64)
@@ -80,10 +82,17 @@ def select(
 
 
 @select.register_fake
-def _(q, k, sinks, table, config, scale, softcap, sliding_window, block_q):  # type: ignore[no-untyped-def]
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    sinks: torch.Tensor | None,
+    table: torch.Tensor,
+    config: str,
+    *rest: Any,
+) -> Pair:
     fields = settings(config)
     heads = mask_heads(fields, q.shape[1], k.shape[1])
-    shape = (q.shape[0], heads, Sequences(table, q.shape[2], k.shape[2]).blocks(block_q))
+    shape = (q.shape[0], heads, Sequences(table, q.shape[2], k.shape[2]).blocks(rest[-1]))
     budget = fields.budget_blocks
     return q.new_empty(*shape, budget, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
 
@@ -130,14 +139,14 @@ def attend(
     kv, logits = KeyValues(k, v), Logits(scale, softcap, sliding_window, sinks)
     parts = _parts(q, k, table, tail, indices, counts, config, block_q)
     fields = settings(config)
-    keys = k.shape[2] if block_q == 0 else sparse_reach(fields)
+    keys = k.shape[2] if block_q == 0 else fields.sparse_reach
     with launching(q, fields):
         sparse.attend_parts(q, kv, logits, parts, keys, out, lse)
     return out, lse
 
 
 @attend.register_fake
-def _(q, k, v, sinks, table, tail, indices, counts, config, scale, softcap, sliding_window, block_q):  # type: ignore[no-untyped-def]
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Pair:
     return by_tokens(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -165,14 +174,22 @@ def attend_backward(
     parts = _parts(q, k, table, tail, indices, counts, config, block_q)
     logits = Logits(scale, softcap, sliding_window, sinks)
     with launching(q, settings(config)):
-        *grads, of_sinks = gradients(q, k, v, logits, parts, out, lse, grad_out, grad_lse, sinks is not None)
-    return *grads, q.new_empty(0) if of_sinks is None else of_sinks
+        grads = gradients(q, k, v, logits, parts, out, lse, grad_out, grad_lse, sinks is not None)
+    return *grads[:3], q.new_empty(0) if grads[3] is None else grads[3]
 
 
 @attend_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, sinks, out, lse, *rest):  # type: ignore[no-untyped-def]
-    like = [torch.empty_like(x) for x in (q, k, v)]
-    return *like, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+def _(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *rest: Any,
+) -> tuple[torch.Tensor, ...]:
+    of_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return *map(torch.empty_like, (q, k, v)), of_sinks
 
 
 @torch.library.custom_op(
@@ -209,16 +226,16 @@ def decode_step(
 
 
 @decode_step.register_fake
-def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
     return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     q, k, v, sinks, table, tail, indices, counts, *ctx.rest = inputs
     ctx.save_for_backward(q, k, v, sinks, *output, table, tail, indices, counts)
 
 
-def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Gradient, ...]:
     q, k, v, sinks, out, lse, table, tail, indices, counts = ctx.saved_tensors
     grads = attend_backward(grad_out, grad_lse, q, k, v, sinks, out, lse, table, tail, indices, counts, *ctx.rest)
     return (*grads[:3], None if sinks is None else grads[3], *[None] * (4 + len(ctx.rest)))
@@ -253,7 +270,7 @@ def prompt(
 
 
 @prompt.register_fake
-def _(q, k, v, sinks, key_start, q_start, config, scale, softcap, sliding_window):  # type: ignore[no-untyped-def]
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Pair:
     return by_tokens(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 

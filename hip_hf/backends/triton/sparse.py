@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
-from hip_hf.backends.base import BlockSparseCall
+from hip_hf.backends.base import BlockSparseCall, steps_of
 from hip_hf.backends.triton.attention.backward import Part, attention
 from hip_hf.backends.triton.attention.decode import Scratch, decode, decode_once, splits_for
 from hip_hf.backends.triton.attention.prefill import prefill
@@ -22,7 +22,6 @@ from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.geometry import DECODE_ROWS, Span, mask_heads
 from hip_hf.problem import AttentionProblem
-from hip_hf.registry import sparse_reach
 from hip_hf.state import DecodeState, RowState
 from hip_hf.state import Selection as Selected
 
@@ -47,7 +46,7 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
 
 def step_scratch(config: HiPConfig, q: torch.Tensor, key_heads: int, dim_v: int) -> Scratch:
     """Scratch for decode steps with queries like q `[B, Hq, 1, D]`; a window that is kept grows until the next selection."""
-    keys = sparse_reach(config) + config.decode_refresh
+    keys = config.sparse_reach + steps_of(config)
     return Scratch.make(splits_for(q, key_heads, q.shape[0], keys), q, dim_v)
 
 
@@ -145,7 +144,7 @@ def keep_window(config: HiPConfig, sequences: Sequences, selection: Selection) -
     """For a method that selects nothing, what the search does on the side: the window's start stays between refreshes."""
     made, window, position = selection.made, selection.window, sequences.table[4][:, None, None]
     assert made is not None
-    old = (position < made) | (position - made >= config.decode_refresh)
+    old = (position < made) | (position - made >= steps_of(config))
     made.copy_(torch.where(old, position, made))
     anew = (position - config.window).clamp(min=0) // config.block_k * config.block_k
     window.copy_(torch.where(old, anew, window))
@@ -248,14 +247,11 @@ class SparseAttention(BlockSparseCall):
         self.sequences = sequences_of(spans or problem.spans, problem.q.device)
         self.logits = logits_of(problem)
         self.kv = keys_of(problem)
-        windows: list[int | None] = [None] * len(problem.spans)
         if state is not None and kept is not None and problem.q.shape[2] == 1 and not problem.needs_grad:
-            windows = self._step(state, kept)
+            self.windows = self._step(state, kept)
             self._note_all(spans or problem.spans, kept.selection)
         else:
             self._rows(spans or problem.spans, state, kept)
-        for span, tail, window in zip(problem.spans, self._tails(problem.spans), windows, strict=True):
-            self._count(span, tail, window)
 
     def _step(self, state: DecodeState, kept: DeviceState) -> list[int | None]:
         """A decode step of one row. Returns where the window of each span starts. How old selections are is known to the host as
@@ -270,7 +266,7 @@ class SparseAttention(BlockSparseCall):
     def _serves(self, span: Span, row: RowState) -> bool:
         """Whether the selection of a batch row still serves. If not, the one that this step makes takes its place."""
         old = row.selection
-        if old is not None and 0 <= span.position - old.position < self.config.decode_refresh:
+        if old is not None and 0 <= span.position - old.position < steps_of(self.config):
             return True
         row.selection = Selected(None, self._blocks(span)[0].window, span.position)
         return False
@@ -315,7 +311,7 @@ class SparseAttention(BlockSparseCall):
             self.out, lse = attention(problem.q, problem.k, problem.v, self.logits, parts, config)
             self.lse = None if self.lse is None else lse
             return
-        attend_parts(problem.q, self.kv, self.logits, parts[:1], sparse_reach(config), self.out, self.lse)
+        attend_parts(problem.q, self.kv, self.logits, parts[:1], config.sparse_reach, self.out, self.lse)
         if len(parts) > 1:  # the host knows where the dense rows are, so their keys can be split over the device
             dense_rows(problem, self.kv, spans, self._tails(spans), self.logits, self.out, self.lse)
 
@@ -353,11 +349,8 @@ def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
         return "with delta=1 every row is dense, which has no kernels"
     if reason := unsupported_tensors(problem):
         return reason
-    paged = [x for x in (problem.k, problem.v) if isinstance(x, PagedTensor)]
-    if paged and (len(paged) == 1 or config.method == "hyper"):
-        return f"method {config.method} has no kernels for keys and values in pages"
-    if any(x.store.pages() is None for x in paged):
-        return "the cache's pages are not one piece of device memory"
+    if config.method == "hyper" and isinstance(problem.k, PagedTensor):
+        return "method hyper has no kernels for keys and values in pages"
     return search.unsupported(config) if config.method == "hip" else ""
 
 
@@ -373,4 +366,9 @@ def unsupported_tensors(problem: AttentionProblem) -> str:
             return f"head dim {x.shape[3]} of {name} is above {MOST_DIM}"
         if x.stride(3) != 1:
             return f"the last dimension of {name} is not contiguous"
+    paged = [x for x in (k, v) if isinstance(x, PagedTensor)]
+    if len(paged) == 1:
+        return "keys or values alone are in pages"
+    if any(x.store.pages() is None for x in paged):
+        return "the cache's pages are not one piece of device memory"
     return ""

@@ -131,10 +131,13 @@ def failing(device: torch.device, dtype: torch.dtype, dims: tuple[int, int, int]
     return why
 
 
-def refuses(error: Exception) -> bool:
-    """Whether an error says that Triton could not compile or launch a kernel. Those of its driver have no type of their own."""
+def refuses(error: Exception, config: HiPConfig) -> bool:
+    """Whether an error says that Triton could not compile or launch a kernel which nobody asked for
+    by name. Those of its driver have no type of their own."""
     from triton.errors import TritonError
 
+    if config.backend != "auto":
+        return False
     return isinstance(error, TritonError) or str(error).startswith("Triton Error [")
 
 
@@ -151,7 +154,7 @@ def noting_refusals(device: torch.device, settings: HiPConfig) -> Iterator[None]
     try:
         yield
     except Exception as error:
-        if settings.backend != "auto" or not refuses(error):
+        if not refuses(error, settings):
             raise
         why = refuse(device, settings.text, error)
         raise RuntimeError(f"hip: {why}. From now on such calls are dense: make it again, compiled graphs anew.") from error

@@ -9,23 +9,15 @@ when it selects alone; its bytes are as if each head loaded for itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
-
-import torch
 
 from hip_hf.backends.clusters import CLUSTERS
 from hip_hf.backends.delta import anchors, mode_of
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock, Span, block_read, keys_seen, query_blocks
-from hip_hf.methods import hyper, staged
-from hip_hf.methods.columns import ROWS_AT_ONCE
-from hip_hf.methods.hip import looked_at_whole, start_level
-from hip_hf.methods.need import asked_rows, sample_level, sampled_chunks, votes_of, walkers_of
-from hip_hf.methods.pyramid import make_representative
-from hip_hf.methods.quest import as_tree
-from hip_hf.methods.ranking import sampled_rows
-from hip_hf.registry import selector_for
+from hip_hf.methods import hyper
+from hip_hf.methods.base import selector_for, selects
 
 
 @dataclass(frozen=True)
@@ -56,85 +48,6 @@ class Cost:
         return (self.selection_bytes + self.attention_bytes) / self.dense_bytes
 
 
-def _tree(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
-    options = config.method_options()
-    representative = make_representative(config.representative, options.weight)
-    features = representative.features(torch.empty(1, dim)).shape[-1]
-
-    level = start_level(config, block.low, block.high)
-    candidates = (block.high >> level) - (-(-block.low >> level))
-    scored, exact = candidates, config.rescore_blocks
-    for _ in range(level):
-        # the halves of what is kept, and a chunk at either edge of the middle
-        candidates = 2 * min(config.beam_blocks, candidates) + 2
-        scored += candidates
-    whole = looked_at_whole(config, block.low, block.high)
-    if whole:
-        scored, exact = 0, candidates
-    walked, looked = scored * features, min(exact, candidates) * config.block_k * dim
-    if config.vote == "sampled":
-        return len(sampled_rows(config, block)) * 2 * (walked + looked), walked + looked
-    # of one query head: heads that share a mask have as many votes together as alone, but for rounding
-    asked, voters, sampled = len(asked_rows(config, block.rows)), votes_of(config, block.rows, 1, whole), 0
-    walkers = voters
-    if voters < asked:
-        walkers = walkers_of(config, voters)
-        at = sample_level(config, block.low, block.high, options.sample)
-        first, end = sampled_chunks(config, block.low, block.high, at)
-        sampled = end - first
-    products = walkers * walked + voters * looked + asked * sampled * dim
-    return 2 * products, walked + looked + sampled * dim
-
-
-def _staged(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
-    options = config.method_options()
-    stages = staged.stages_of(config, options)
-    products = loads = 0
-    for stage, count in zip(stages, staged.candidates(stages, config.block_k, block.low, block.high), strict=True):
-        keys = count * max(2 * staged.descent(stage, options.halvings), 1)
-        products += len(range((block.rows - 1) % stage.query_stride, block.rows, stage.query_stride)) * keys
-        loads += keys
-    return products * 2 * dim, loads * dim
-
-
-def _oracle(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
-    return block.rows * (block.last + 1) * 2 * dim, (block.last + 1) * dim
-
-
-def _h2o(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
-    keys = block.sink + min(block.middle, config.budget_blocks) * config.block_k + block.last + 1 - block.window
-    return len(sampled_rows(config, block)) * keys * 2 * dim, keys * dim
-
-
-def _nothing(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
-    return 0, 0
-
-
-# FLOPs of choosing the key blocks of one query block, whose middle exceeds the budget, and numbers loaded for that.
-SELECTION: dict[str, Callable[[HiPConfig, QueryBlock, int], tuple[int, int]]] = {
-    "hip": _tree,
-    "staged": _staged,
-    "quest": lambda config, block, dim: _tree(as_tree(config), block, dim),
-    "streaming": _nothing,
-    "vertical_slash": _nothing,  # once for the whole call
-    "sample": _nothing,
-    "h2o": _h2o,
-    "oracle": _oracle,
-}
-
-
-def once(config: HiPConfig, rows: int, keys: int, dim: int) -> tuple[int, int]:
-    """FLOPs of what a selection computes once for a call of `rows` query rows against `keys` keys, and numbers loaded."""
-    if config.method == "vertical_slash":
-        last = torch.arange(max(0, rows - config.method_options().rows), rows)
-    elif config.method == "sample":
-        last = config.method_options().sampled(rows)
-    else:
-        return 0, 0
-    parts = [(len(some), int(some[-1]) + keys - rows + 1) for some in last.split(ROWS_AT_ONCE)]
-    return sum(n * seen for n, seen in parts) * 2 * dim, sum(seen for _, seen in parts) * dim
-
-
 def block_cost(
     config: HiPConfig, block: QueryBlock, dim: int, value_dim: int, sliding_window: int | None = None, itemsize: int = 4
 ) -> Cost:
@@ -143,7 +56,7 @@ def block_cost(
     Raises:
         ValueError: the method selects no key blocks.
     """
-    if config.method in ("hyper", "dense"):
+    if not selects(config.method):
         raise ValueError(f"method: got {config.method!r}, allowed: a method that selects key blocks")
     selector = selector_for(config)
     budget = selector.budget
@@ -151,9 +64,11 @@ def block_cost(
     middle = min(block.middle, budget) * config.block_k
     fixed = block.sink - block.start - block.window + middle
     read = block_read(block, middle, sliding_window)
-    selects = block.middle > budget or config.method == "h2o"
-    known = SELECTION.get(config.method, lambda _, block, dim: selector.cost(block, dim))
-    selection, numbers = known(config, block, dim) if selects else (0, 0)
+    searched = block.middle > budget or selector.looks_always
+    known = selector.cost(block, dim) if searched else (0, 0)
+    if known is None:
+        raise ValueError(f"method: got {config.method!r}, allowed: one whose selector has a `cost(block, dim)`")
+    selection, numbers = known
     per_key = 2 * (dim + value_dim)
     loads = [(fixed + block.last + 1) * (dim + value_dim), (block.last + 1 - block.start) * (dim + value_dim)]
     return Cost(
@@ -178,7 +93,8 @@ def call_cost(
         cost = _hyper(config, blocks, first, end, dim, value_dim, itemsize)
     else:
         cost = total(block_cost(config, block, dim, value_dim, sliding_window, itemsize) for block in blocks)
-        flops, numbers = (n * rows // (end - first) for n in once(config, end - first, end, dim))
+        whole = selector_for(config).cost_of_call(end - first, end, dim)
+        flops, numbers = (n * rows // (end - first) for n in whole)
         cost += Cost(selection=flops, selection_bytes=numbers * itemsize)
     if config.delta is not None:
         clustered = mode_of(config, sliding_window)[0] == "clusters"
@@ -197,9 +113,10 @@ def call_cost(
 def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> Cost | None:
     """Cost of a prompt that a sparse layer without a sliding window reads at once. Shares of it hardly depend on the head dim.
     None for a method that was added without a `cost`."""
-    if config.method not in (*SELECTION, "hyper") and not hasattr(selector_for(config), "cost"):
+    blocks = query_blocks(config, Span(0, 0, tokens, 0, tokens, 0), False)
+    if config.method != "hyper" and selector_for(config).cost(blocks[-1], dim) is None:
         return None
-    return call_cost(config, query_blocks(config, Span(0, 0, tokens, 0, tokens, 0), False), 0, tokens, dim, dim)
+    return call_cost(config, blocks, 0, tokens, dim, dim)
 
 
 def _clusters(config: HiPConfig, blocks: Sequence[QueryBlock], dim: int, value_dim: int, itemsize: int) -> Cost:

@@ -22,7 +22,6 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.timing import refresh_period
 from hip_hf.geometry import mask_heads
 from hip_hf.methods.hip import looked_at_whole
-from hip_hf.registry import sparse_reach
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
 GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
@@ -360,7 +359,7 @@ def choice(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
 
 def step_splits(config: HiPConfig, shape: Shape) -> int:
     """Programs that share the keys of a decode step's row: scratch is made for a row just before a new selection."""
-    return shape.splits(sparse_reach(config) + refresh_period(config))
+    return shape.splits(config.sparse_reach + refresh_period(config))
 
 
 def step_attention(tokens: int, config: HiPConfig, shape: Shape) -> Cost:

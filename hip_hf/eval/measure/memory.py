@@ -28,7 +28,6 @@ def _make_cache(kind: str, config: Any, length: int) -> Any:
     from hip_hf import HiPCache
     from hip_hf.cache.pool import PAGE
     from hip_hf.integration.settings import read_settings
-    from hip_hf.registry import selected_keys
 
     if kind == "dynamic":
         return DynamicCache(config=config)
@@ -37,7 +36,7 @@ def _make_cache(kind: str, config: Any, length: int) -> Any:
     if kind == "hip":
         return HiPCache(config)
     settings = read_settings(config)
-    step = selected_keys(settings) // settings.block_k  # blocks that a step selects, at worst each in a page of its own
+    step = settings.selected_keys // settings.block_k  # blocks that a step selects, at worst each in a page of its own
     return HiPCache(config, offload="cpu", device_pages=max(step, length // PAGE // 8))
 
 

@@ -179,9 +179,21 @@ def gradients(
     return grad_q, grad_k, grad_v, grad_sinks
 
 
+Gradient = torch.Tensor | None  # None: it is zero, or not asked for
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, logits, parts, config):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        logits: Logits,
+        parts: tuple[Part, ...],
+        config: HiPConfig,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         out = by_tokens(q, v.shape[-1]).zero_()
         lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
         for part in parts:
@@ -193,9 +205,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_out: Gradient, grad_lse: Gradient) -> tuple[Gradient, ...]:
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        need = ctx.needs_input_grad
+        need, (scale, softcap, sliding_window) = ctx.needs_input_grad, ctx.logits
+        logits = Logits(scale, softcap, sliding_window, sinks)
         with trust.noting_refusals(q.device, ctx.config):
-            grads = gradients(q, k, v, Logits(*ctx.logits, sinks), ctx.parts, out, lse, grad_out, grad_lse, need[3])
+            grads = gradients(q, k, v, logits, ctx.parts, out, lse, grad_out, grad_lse, need[3])
         return *(x if need[i] else None for i, x in enumerate(grads)), None, None, None

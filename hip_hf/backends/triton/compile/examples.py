@@ -54,8 +54,8 @@ def example(
         return torch.randint(high, shape, dtype=torch.int32, device=device)
 
     if paged:
-        pages = [random(tokens // PAGE_SIZE, PAGE_SIZE, KEY_HEADS, dim) for _ in "kv"]
-        kv = KeyValues(*pages, integers(1, tokens // PAGE_SIZE, high=tokens // PAGE_SIZE))
+        k, v = (random(tokens // PAGE_SIZE, PAGE_SIZE, KEY_HEADS, dim) for _ in "kv")
+        kv = KeyValues(k, v, integers(1, tokens // PAGE_SIZE, high=tokens // PAGE_SIZE))
         logits = Logits(dim**-0.5, 50.0, tokens, random(QUERY_HEADS))
     else:
         kv = KeyValues(*(random(1, KEY_HEADS, tokens, dim) for _ in "kv"))

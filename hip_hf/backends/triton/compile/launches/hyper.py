@@ -37,7 +37,8 @@ def square_launch(name: str, x: Example, shape: Tile) -> Launch:
     tokens, device = x.q.shape[2], x.q.device
     square = Square(tokens // 2, tokens, 0, tokens // 2)
     level = Level.of([square], 0, Options(), 0, x.kv.heads, torch.device("cpu"))
-    orders = tuple(torch.empty(heads, tokens, dtype=torch.int64, device=device) for heads in (x.q.shape[1], x.kv.heads))
+    rows, keys = (x.lse.new_empty(n, tokens, dtype=torch.int64) for n in (x.q.shape[1], x.kv.heads))
     out = torch.empty(x.out.shape[1:], device=device)
-    grid, arguments = square_arguments(x.q[0], x.kv.k[0], x.kv.v[0], out, x.lse[0], orders, level, x.logits, shape)
+    tensors = x.q[0], x.kv.k[0], x.kv.v[0], out, x.lse[0]
+    grid, arguments = square_arguments(*tensors, (rows, keys), level, x.logits, shape)
     return Launch(name, square_kernel, arguments, True, grid)

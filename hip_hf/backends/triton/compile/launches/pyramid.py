@@ -23,7 +23,7 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
         ("append", summaries.append_kernel, dict(PAGE_SIZE=256, BUILD=True)),
         ("merge", summaries.append_kernel, dict(PAGE_SIZE=0, BUILD=False)),
     ):
-        append = flags.get("BUILD", False)
+        append = bool(flags.get("BUILD", False))
         fixed = constants(config, dim, 1 if append else config.block_q, append)
         found.append(Launch(f"pyramid, {config.representative}, {step}", kernel, {**pointers, **numbers, **fixed, **flags}))
     return found
