@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from hip_hf.cli import inputs
-from hip_hf.cli.publish import Json, Output, Results, Targets
+from hip_hf.cli.publish import Json, Output, Targets
 from hip_hf.eval.measure import documents, generate
 from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.measure.served import NEW_TOKENS, Served, settings_options, soak
@@ -68,7 +68,7 @@ def main(
     growth = rows[-1]["resident_MiB"] - rows[len(rows) // 2]["resident_MiB"]
     title = f"{requests} requests of up to {longest} tokens to hip-hf serve, {details['model']}; second half: {growth:+.0f} MiB"
     extra = {**details, "continuous_batching": continuous_batching, "growth_MiB": growth, "load_before_and_after": load}
-    Targets(as_json, output).publish(Results("serving_soak", title, rows, extra))
+    Targets(as_json, output).publish("serving_soak", title, rows, extra)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,41 @@
-"""What several commands take: device, dtype, settings and files, and one line for the user where one of them is wrong."""
+"""What several commands take: device, dtype, settings and files, and one line for the user where one of them, or the network, is
+not there."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from hip_hf.cli.network import network_error
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import documents
 from hip_hf.integration.api import configure
 
 # `auto`: as the checkpoint was saved.
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# By name: the hub's client uses one HTTP library or another.
+UNREACHED = {
+    *("ConnectionError", "ConnectError", "TimeoutError", "TimeoutException", "ConnectTimeout", "ReadTimeout", "ProxyError"),
+    *("LocalEntryNotFoundError", "OfflineModeIsEnabled"),
+}
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as saved), fp32, bf16 or fp16.")]
 Sink = Annotated[int | None, typer.Option("--sink", help="First keys, always read.")]
 Window = Annotated[int | None, typer.Option("--window", help="Latest keys, always read.")]
+
+
+@contextmanager
+def user_errors(option: str | None = None) -> Iterator[None]:
+    """One line instead of a traceback for a ValueError or OSError inside: the user got something wrong, maybe an `option`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def check_device(device: str) -> torch.device:
@@ -36,6 +52,23 @@ def check_dtype(dtype: str) -> Any:
     if dtype not in DTYPES:
         raise typer.BadParameter(f"got {dtype!r}, allowed: {' | '.join(DTYPES)}", param_hint="--dtype")
     return DTYPES[dtype]
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def network_error(error: BaseException) -> str | None:
+    """What could not be reached, if that is why this was raised."""
+    for cause in causes(error):
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        # Transformers reports it as a plain OSError, whose text is all there is to tell
+        if names & UNREACHED or (isinstance(cause, OSError) and "couldn't connect to" in str(cause)):
+            return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    return None
 
 
 def cannot_load(what: str, error: Exception) -> typer.BadParameter:
@@ -106,8 +139,5 @@ def load(checkpoint: str, attn: str, fields: dict[str, Any], dtype: str = "auto"
         model, tokenizer = documents.load(checkpoint, attn, weights)
     except (OSError, ValueError) as error:
         raise cannot_load(f"{checkpoint!r} with {attn!r}", error) from None
-    try:
-        settings = configure(model, **fields)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--set") from None
-    return model, tokenizer, settings
+    with user_errors("--set"):
+        return model, tokenizer, configure(model, **fields)

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import parse_choice
-from hip_hf.cli.publish import Json, Output, Results, Targets
+from hip_hf.cli.publish import Json, Output, Targets
 from hip_hf.eval.measure import kernels
 from hip_hf.eval.measure.kernels import DTYPES, TARGETS
 from hip_hf.eval.reporting import report
@@ -38,18 +39,16 @@ def main(
 
     work = kernels.launches(chosen, numbers, kinds, only)
     asked = dict(targets=chosen, dims=numbers, dtypes=kinds, only=only, spills=spills, triton=triton.__version__)
-    try:
+    with user_errors():
         sink = Targets(as_json, output)
         before = kernels.compiled_before(output, triton.__version__)
         kept = sink.kept("kernels", **asked)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    with kept, report.progress() as progress:
-        rows = kernels.measure(progress.track(work, description="compiling"), before, spills, kept)
+    with kept:
+        rows = kernels.measure(work, before, spills, kept)
     failed = [row for row in rows if row["problem"]]
     details = dict(failed=len(failed), **asked)
     title = f"kernels: {len(rows)} compiled with Triton {triton.__version__}, {len(failed)} with a problem"
     tables = {title: kernels.summary(rows), **({"problems": failed} if failed else {})}
-    sink.publish(Results("kernels", title, rows, details), kept, tables)
+    sink.publish("kernels", title, rows, details, kept, tables)
     if failed or not rows:
         raise typer.Exit(1)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from hip_hf.backends.triton import trust
+from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import HELP, parse_choice, refuse_extension, settings_of, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets
+from hip_hf.cli.publish import Json, Output, Plot, Report, Targets
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.latency import exponents, measure
 from hip_hf.eval.measure.timing import DECODE_LENGTHS, DTYPES, PREFILL_LENGTHS, TimingPlan
-from hip_hf.eval.reporting import plots, report
-from hip_hf.eval.reporting.pictures.latency import TITLE, draw
-from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.eval.reporting import plots
+from hip_hf.eval.reporting.pictures import LATENCY_TITLE
 
 
 def lines_of(rows: list[dict[str, Any]], whole: bool = False) -> list[dict[str, Any]]:
@@ -80,11 +80,9 @@ def main(
         raise typer.BadParameter(f"got {heads} query heads, allowed: a multiple of {kv_heads} key heads", param_hint="--heads")
     known = ("prefill", "decode", "launched", "backward", "selection") if gpu else ("prefill", "decode")
     wanted = parse_choice(phases or ",".join(known), known, "--phases")
-    try:
+    with user_errors("--lengths"):
         given = None if lengths is None else sizes(lengths)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--lengths") from None
-    try:
+    with user_errors():
         plan = TimingPlan(
             prefill=(given or PREFILL_LENGTHS) if "prefill" in wanted else (),
             decode=(given or DECODE_LENGTHS) if "decode" in wanted else (),
@@ -102,19 +100,19 @@ def main(
         targets = Targets(as_json, output, plot, report_file)
         shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, repeats=repeats, seed=seed, device=device)
         kept = targets.kept("latency", configs=configs, **shape)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    extra: dict[str, Any]
     with kept:
         if gpu:
-            rows, extra = on_gpu(plan, wanted, given, kept)
+            from hip_hf.eval.measure import gpu_latency
+
+            check_timed(plan.settings)
+            rows, refused = gpu_latency.measure(plan, wanted, given or gpu_latency.LENGTHS, kept)
+            extra = {"refused": refused}
         else:
-            with report.progress() as bar:
-                total = len(plan.dtypes) * (len(plan.prefill) + len(plan.decode))
-                task, todo = bar.add_task("", total=total), iter(range(total))
-                rows = measure(plan, kept, lambda what: bar.update(task, description=what, completed=next(todo)))
+            rows = measure(plan, kept)
             extra = {"exponents": exponents(rows)}
-    title = f"{TITLE}{plan.conditions}"
-    targets.publish(Results("latency", title, rows, {**extra, "configs": configs}, draw), kept, {title: lines_of(rows, gpu)})
+    title, details = f"{LATENCY_TITLE}{plan.conditions}", {**extra, "configs": configs}
+    targets.publish("latency", title, rows, details, kept, {title: lines_of(rows, gpu)})
     if as_json:
         return
     print_reasons(rows)
@@ -133,18 +131,3 @@ def check_timed(settings: Mapping[str, HiPConfig]) -> None:
             what = config.method if config.delta is None else "Delta correction"
             allowed = f"{', '.join(gpu_latency.METHODS)}, without Delta correction, which is not timed"
             raise typer.BadParameter(f"got {what!r}, allowed on a GPU: {allowed}", param_hint="--settings")
-
-
-def on_gpu(
-    plan: TimingPlan, phases: Sequence[str], lengths: Sequence[int] | None, kept: Resumable
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of `gpu_latency`, and what PyTorch's backends refused."""
-    from hip_hf.eval.measure import gpu_latency
-
-    check_timed(plan.settings)
-    with report.progress() as bar:
-        task = bar.add_task("", total=None)
-        rows, refused = gpu_latency.measure(
-            plan, phases, lengths or gpu_latency.LENGTHS, lambda what: bar.update(task, description=what), kept
-        )
-    return rows, {"refused": refused}

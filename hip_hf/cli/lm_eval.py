@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from hip_hf.cli.network import causes, network_error
+from hip_hf.cli.inputs import causes, network_error
 from hip_hf.eval.reporting import report
 from hip_hf.integration.lm_eval.registration import MODEL, UsageError, register
 
@@ -41,13 +41,8 @@ PRESETS = {
 }
 
 
-def gives(arguments: Sequence[str], *names: str) -> bool:
-    """Whether one of the options is among the arguments, as `--name value` or `--name=value`."""
-    return any(argument == name or argument.startswith(f"{name}=") for argument in arguments for name in names)
-
-
 def arguments_for(arguments: Sequence[str]) -> list[str]:
-    """lm-eval's arguments from ours: `--preset` replaced by what it stands for, and the model type `hip` where none is given.
+    """lm-eval's arguments from ours: `--preset` becomes what it stands for, and the model type `hip`, if there is none given.
 
     Raises:
         UsageError: there is no such preset.
@@ -55,44 +50,28 @@ def arguments_for(arguments: Sequence[str]) -> list[str]:
     given = list(arguments)
     if given[:1] in ([name] for name in SUBCOMMANDS) or not given or given in (["-h"], ["--help"]):
         return given
-    given = given[1:] if given[0] == "run" else given
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?", const="")
+    asked, given = parser.parse_known_args(given[1:] if given[0] == "run" else given)
+    for names in (("--model", "-M"), ("--tasks", "-t"), ("--config", "-C")):  # which stay where they are
+        parser.add_argument(*names, nargs="?", const="")
+    own, _ = parser.parse_known_args(given)
     ahead: list[str] = []
-    preset = _take_preset(given)
-    if preset is not None:
-        if preset.model_args and gives(given, "--model", "-M") and not _is_ours(given):
-            names = ", ".join(preset.model_args)
-            raise UsageError(
-                f"--preset: got it with another model type than {MODEL!r}, allowed: {MODEL!r} ({names} is its argument)"
-            )
-        if not gives(given, "--tasks", "-t"):
+    if asked.preset is not None:
+        if asked.preset not in PRESETS:
+            raise UsageError(f"--preset: got {asked.preset!r}, allowed: {' | '.join(PRESETS)}")
+        preset = PRESETS[asked.preset]
+        if preset.model_args and own.model not in (None, MODEL):
+            why = f"allowed: {MODEL!r} ({', '.join(preset.model_args)} is its argument)"
+            raise UsageError(f"--preset: got it with another model type than {MODEL!r}, {why}")
+        if own.tasks is None:
             ahead += ["--tasks", *preset.tasks]
         # later ones are merged over these, key by key
         for option, values in (("--model_args", preset.model_args), ("--metadata", preset.metadata)):
             ahead += [option, json.dumps(values)] if values else []
-    if not gives(given, "--model", "-M", "--config", "-C"):
+    if own.model is None and own.config is None:
         ahead += ["--model", MODEL]
     return ["run", *ahead, *given]
-
-
-def _is_ours(given: Sequence[str]) -> bool:
-    return f"--model={MODEL}" in given or any(
-        name in ("--model", "-M") and value == MODEL for name, value in itertools.pairwise(given)
-    )
-
-
-def _take_preset(given: list[str]) -> Preset | None:
-    """The preset named in the arguments, which lose it."""
-    for at, argument in enumerate(given):
-        name, equals, value = argument.partition("=")
-        if name != "--preset":
-            continue
-        if not equals:
-            value = given[at + 1] if at + 1 < len(given) else ""
-        if value not in PRESETS:
-            raise UsageError(f"--preset: got {value!r}, allowed: {' | '.join(PRESETS)}")
-        del given[at : at + (1 if equals else 2)]
-        return PRESETS[value]
-    return None
 
 
 def usage_error(error: BaseException) -> str | None:
@@ -111,9 +90,8 @@ def main(context: typer.Context) -> None:
     try:
         arguments = arguments_for(context.args)
         if arguments in ([], ["-h"], ["--help"]):
-            report.notes.print(
-                f"--preset NAME: {' | '.join(PRESETS)}\nAll other arguments are those of lm_eval:\n", highlight=False
-            )
+            presets = f"--preset NAME: {' | '.join(PRESETS)}"
+            report.notes.print(f"{presets}\nAll other arguments are those of lm_eval:\n", highlight=False)
             arguments = ["run", "--help"]
         sys.argv = ["lm-eval", *arguments]
         cli_evaluate()

@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import Device, Dtype, Sink, Window, load_to_measure
+from hip_hf.cli.inputs import Device, Dtype, Sink, Window, load_to_measure, user_errors
 from hip_hf.cli.presets import HELP, settings_of, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.cli.publish import Json, Output, Plot, Report, Targets, measured_on
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, digest
 from hip_hf.eval.measure.passkey import PasskeyPlan, measure
-from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.pictures.passkey import draw
 
 
 def main(
@@ -37,7 +35,7 @@ def main(
     json: Json = False,
 ) -> None:
     """Hide pass keys in long documents and count right answers, every layer and row sparse unless settings say otherwise."""
-    try:
+    with user_errors():
         counts = sizes(lengths)
         targets = Targets(json, output, plot, report_file)
         configs = settings_of(settings, tokens=max(counts), checkpoint=model, budget=budget, sink=sink, window=window)
@@ -45,15 +43,8 @@ def main(
         plan = PasskeyPlan(configs, counts, depths, samples, facts, batch, seed)
         details = measured_on(model, document, dtype, configs, facts=facts, seed=seed)
         kept = targets.kept("passkey", **details, samples=samples, batch=batch, device=device, text=digest(text))
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, tokens = load_to_measure(model, device, text, dtype)
-
-    with kept, report.progress() as progress:
-        task = progress.add_task("pass keys", total=plan.pieces)
-        try:
-            rows = measure(loaded, tokenizer, tokens, plan, kept, lambda: progress.advance(task))
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+    with kept, user_errors():
+        rows = measure(loaded, tokenizer, tokens, plan, kept)
     title = f"Pass keys: answers entirely right, with the 95 % interval ({facts} fact{'s' * (facts > 1)} per document)"
-    targets.publish(Results("passkey", title, rows, details, draw), kept)
+    targets.publish("passkey", title, rows, details, kept)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.publish import check_file, write
 from hip_hf.eval.reporting import page, plots
 from hip_hf.eval.reporting.pictures import PICTURES
@@ -36,9 +37,7 @@ def main(
 ) -> None:
     """Bundle tables and pictures of saved results in one HTML page."""
     plots.pyplot()
-    try:
+    with user_errors():
         check_file("--output", output)
         documents = [read(file) for file in results]
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     write(output, page.render(title, [(document, PICTURES[document["command"]]) for document in documents]))

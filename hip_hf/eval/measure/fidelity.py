@@ -173,10 +173,8 @@ def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: Fidelity
     return {"parts": parts, "assumptions": assumptions, "skipped": list(skipped.items())}
 
 
-def measure_all(
-    model: Any, tokenizer: Any, ids: list[int], plan: FidelityPlan, kept: Resumable, advance: Callable[[], None] = lambda: None
-) -> Found:
-    """What is in `kept`, and what is not yet; `advance` is called after each prompt.
+def measure_all(model: Any, tokenizer: Any, ids: list[int], plan: FidelityPlan, kept: Resumable) -> Found:
+    """What is in `kept`, and what is not yet.
 
     Raises:
         ValueError: there are too many facts for the texts, or nothing to search.
@@ -186,6 +184,7 @@ def measure_all(
         return capture(model, torch.tensor([plan.text(tokenizer, ids, number)], device=model.device))
 
     all_found = Found()
+    kept.expect("texts", plan.prompts)
     for prompt in range(plan.prompts):
         saved = kept.get(("fidelity", prompt), partial(measure_prompt, read, plan, prompt))
         for keys, name, layer, part in saved["parts"]:
@@ -193,7 +192,6 @@ def measure_all(
         for layer, values in saved["assumptions"]:
             all_found.assumptions.setdefault(layer, []).append(HyperAssumptions.read(values))
         all_found.skipped |= dict(saved["skipped"])
-        advance()
     if not all_found.parts:
         raise ValueError(f"nothing to measure in any layer: {next(iter(all_found.skipped.values()))}")
     return all_found

@@ -10,7 +10,7 @@ same on a CPU, by its clock and without graphs (the kernels by Triton's interpre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import lcm
@@ -306,12 +306,11 @@ def measure(
     plan: TimingPlan,
     phases: Sequence[str],
     lengths: Sequence[int],
-    started: Callable[[str], None] = lambda what: None,
     kept: Resumable | None = None,
     backends: Sequence[str] = tuple(BACKENDS),
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of everything that `kept` has not yet, and which of PyTorch's `backends` refused what."""
-    kept = kept or Resumable(None, {})
+    kept = kept or Resumable()
     rows: list[dict[str, Any]] = []
     refused: dict[str, None] = {}
     kinds = {"prefill": {"prefill", "selection"}, **{name: {name} for name in ("decode", "launched", "backward")}}
@@ -320,7 +319,6 @@ def measure(
         run = {name: getattr(bench, name) for name in kinds} | {"prefill": partial(bench.prefill, phases=phases)}
         for kind in (kind for kind, asked in kinds.items() if asked & set(phases)):
             for length in lengths:
-                started(f"{kind}, {dtype}, {plots.short(length)} tokens")
 
                 def work(kind: str = kind, length: int = length, bench: Bench = bench, run: Any = run) -> dict[str, Any]:
                     with torch.no_grad():
@@ -329,7 +327,8 @@ def measure(
                         torch.cuda.empty_cache()
                     return {"rows": found, "refused": list(bench.refused)}
 
-                found = kept.get((kind, dtype, plan.batch, length, sorted(phases)), work)
+                what = f"{kind}, {dtype}, {plots.short(length)} tokens"
+                found = kept.get((kind, dtype, plan.batch, length, sorted(phases)), work, what)
                 rows += found["rows"]
                 refused |= dict.fromkeys(found["refused"])
     return rows, list(refused)

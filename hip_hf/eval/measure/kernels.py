@@ -46,7 +46,7 @@ def launches(targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[str],
 
 
 def measure(
-    work: Iterable[tuple[Any, ...]], before: dict[tuple[Any, ...], dict[str, Any]], spills: int, kept: Resumable
+    work: Sequence[tuple[Any, ...]], before: dict[tuple[Any, ...], dict[str, Any]], spills: int, kept: Resumable
 ) -> list[dict[str, Any]]:
     """A row for each of the launches in `work`: from `kept`, from `before` (see `compiled_before`), or compiled now."""
 
@@ -55,6 +55,7 @@ def measure(
     columns = {field.name for field in fields(budget.Spent)}
     # others were told less of themselves, or were allowed more
     before = {key: row for key, row in before.items() if row.keys() == columns and row["spilled"] <= spills}
+    kept.expect("compiling", len(work))
     rows = []
     for launch, target, dim, dtype in work:
         # what was compiled before counts only while code and launch configuration are the same

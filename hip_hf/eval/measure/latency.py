@@ -10,7 +10,7 @@ selections as they do in generation, once *refreshed*, with a selection of its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import lcm
@@ -86,19 +86,18 @@ def make_row(
     }
 
 
-def measure(
-    plan: TimingPlan, kept: Resumable | None = None, started: Callable[[str], None] = lambda what: None
-) -> list[dict[str, Any]]:
-    """Rows of everything in the plan that `kept` has not yet; `started` is told what comes next."""
-    kept = kept or Resumable(None, {})
+def measure(plan: TimingPlan, kept: Resumable | None = None) -> list[dict[str, Any]]:
+    """Rows of everything in the plan that `kept` has not yet."""
+    kept = kept or Resumable()
+    kept.expect("", len(plan.dtypes) * (len(plan.prefill) + len(plan.decode)))
     phases = (("prefill", plan.prefill, measure_prefill), ("decode", plan.decode, measure_decode))
     rows = []
     with torch.no_grad():
         for phase, lengths, run in phases:
             for dtype in plan.dtypes:
                 for length in lengths:
-                    started(f"{phase}, {dtype}, {plots.short(length)} tokens")
-                    rows += kept.get((phase, dtype, length), partial(run, plan, dtype, length))
+                    what = f"{phase}, {dtype}, {plots.short(length)} tokens"
+                    rows += kept.get((phase, dtype, length), partial(run, plan, dtype, length), what)
     return rows
 
 

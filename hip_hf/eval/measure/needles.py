@@ -11,7 +11,7 @@ import math
 import random
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
@@ -169,9 +169,6 @@ class NeedlesPlan:
         """The name of the setting that the others are compared with: dense attention, if it is among them."""
         return next((name for name, config in self.configs.items() if config.method == "dense"), None)
 
-    def pieces(self, documents: int) -> int:
-        return len(self.configs) * len(self.lengths) * self.prompts * documents
-
     def window(self, text: list[int], length: int, number: int, rng: random.Random) -> list[int]:
         """The tokens of a prompt's document: a random part of its own share of the text; where a share is too short, windows
         overlap and are evenly spread."""
@@ -210,19 +207,15 @@ def flops(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
     }
 
 
-def measure(
-    model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: NeedlesPlan, kept: Resumable,
-    advance: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:  # fmt: skip
+def measure(model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: NeedlesPlan, kept: Resumable) -> list[dict[str, Any]]:
     """The rows of the report, of what `kept` has not yet: for each length and document (`texts` `{name: token ids}`) one for
     each of the settings. Prompt goes by prompt, with all settings one after the other, so that they meet the same machine.
-
-    `advance` is called after each prompt and setting.
 
     Raises:
         ValueError: a length does not fit a text, or the model's logits are not known to be computed rightly.
     """
     check_logits(model, next(iter(texts.values())))
+    kept.expect("prompts", len(plan.configs) * len(plan.lengths) * plan.prompts * len(texts))
     rows, steps = [], StepLosses(model) if plan.decode else None
     for length, (document, text) in product(plan.lengths, texts.items()):
         found = {name: NeedlesCounts() for name in plan.configs}
@@ -231,7 +224,6 @@ def measure(
             for name, config in plan.configs.items():
                 key = ("needles", config.to_dict(), length, document, number)
                 found[name] += NeedlesCounts(**kept.get(key, partial(count, model, prompt, config, steps)))
-                advance()
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
         for name, row in own.items():
             cost = {} if plan.decode else flops(plan.configs[name], length, row["path"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -175,24 +175,19 @@ class PasskeyPlan:
         """Evenly spaced depths."""
         return [i / (self.depths - 1) for i in range(self.depths)] if self.depths > 1 else [0.5]
 
-    @property
-    def pieces(self) -> int:
-        return len(self.configs) * len(self.lengths) * self.depths
-
     def prompts(self, tokenizer: Any, text: list[int], length: int, place: float) -> list[tuple[list[int], str]]:
         """Prompts and keys of one length and depth. Raises ValueError for a length that does not fit the text."""
         draws = [random.Random(f"{self.seed} {length} {place:.6f} {i}") for i in range(self.samples)]
         return [make_sample(tokenizer, text, length, place, self.facts, rng) for rng in draws]
 
 
-def measure(
-    model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable, advance: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
-    """The rows of the report, of what `kept` has not yet; `advance` is called after each setting, length and depth.
+def measure(model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable) -> list[dict[str, Any]]:
+    """The rows of the report, of what `kept` has not yet.
 
     Raises:
         ValueError: a length does not fit the text.
     """
+    kept.expect("pass keys", len(plan.configs) * len(plan.lengths) * plan.depths)
     rows = []
     for name, config in plan.configs.items():
         sparse = use(model, config)
@@ -207,7 +202,6 @@ def measure(
             for place in plan.places:
                 key = ("passkey", config.to_dict(), length, place)
                 counted[place] = PasskeyCounts.read(kept.get(key, partial(count, place)))
-                advance()
             rows.append(sum(counted.values(), PasskeyCounts()).row(name, length, None))
             rows += [cell.row(name, length, place) for place, cell in counted.items()]
     return rows

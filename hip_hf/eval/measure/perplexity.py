@@ -7,7 +7,7 @@ one chunk and the length is limited by patience alone. Every token but the first
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist, fmean, stdev
@@ -122,11 +122,10 @@ def make_row(
     }
 
 
-def measure(
-    model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable, advance: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
-    """The rows of the report: for each of the settings all positions, then each range of them. `advance` is called after
-    each text and setting. `read`, the share of keys read, is that of the last chunk."""
+def measure(model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable) -> list[dict[str, Any]]:
+    """The rows of the report: for each of the settings all positions, then each range of them. `read`, the share of keys read,
+    is that of the last chunk."""
+    kept.expect("texts", len(plan.configs) * plan.texts)
     rows = []
     first: list[dict[str, Any]] = []
     for name, config in plan.configs.items():
@@ -135,7 +134,6 @@ def measure(
         for number in range(plan.texts):
             work = partial(read_text, model, plan.text(ids, number), plan.chunk, sparse)
             found.append(kept.get(("perplexity", config.to_dict(), plan.tokens, number), work))
-            advance()
         first = first or found
         ranges = [(0, plan.tokens), *zip([0, *plan.edges[:-1]], plan.edges, strict=True)]
         rows += [make_row(name, start, end, plan.tokens, found, first) for start, end in dict.fromkeys(ranges)]
