@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -63,12 +62,12 @@ def ends_of(tokens: int, texts: int) -> list[int]:
     return [tokens - tokens * 3 // 5 * i // texts for i in range(texts)]
 
 
-def ask(model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length: int, number: int) -> dict[str, Any]:
+def ask(model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length: int, number: int) -> passkey.PasskeyCounts:
     """The count of one pass-key prompt, as `hip-hf passkey` makes them."""
     sample, place = number // DEPTHS, number * APART % DEPTHS / (DEPTHS - 1)
     rng = random.Random(f"0 {length} {place:.6f} {sample}")
     prompt = passkey.make_sample(tokenizer, tokens, length, place, 1, rng)
-    return asdict(passkey.ask(model, tokenizer, [prompt], passkey.use(model, config)))
+    return passkey.ask(model, tokenizer, [prompt], passkey.use(model, config))
 
 
 def measure(

@@ -32,11 +32,11 @@ from hip_hf.cli.inputs import load_to_measure
 from hip_hf.cli.presets import over_budgets
 from hip_hf.cli.publish import write
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import doctor, documents, gpu_latency, losses, needles, real_model, roofline, timing
+from hip_hf.eval.measure import doctor, documents, gpu_latency, losses, needles, real_model, roofline
 from hip_hf.eval.measure.generate import generate
 from hip_hf.eval.measure.gpu_runs import DeviceClock, Timed
+from hip_hf.eval.measure.latency import DTYPES, GrowingSteps, TimingPlan, interleave, ours, refresh_period, sdpa
 from hip_hf.eval.measure.passkey import use
-from hip_hf.eval.measure.timing import DTYPES, TimingPlan, interleave, ours, sdpa
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.registry import sparse_reach
@@ -215,7 +215,7 @@ def parts_of(what: str, length: int, device: torch.device, work: Callable[[], An
 def profile_step(run: Run) -> None:
     """A layer's attention in a prompt, and in decode steps without a graph; then HyperAttention, Delta and gradients."""
     sizes, plan = run.sizes, run.sizes.plan()
-    count = math.lcm(timing.refresh_period(sizes.settings), sizes.settings.block_k)
+    count = math.lcm(refresh_period(sizes.settings), sizes.settings.block_k)
     runs = sizes.repeats + 3  # one to warm up, one for the host, one for the profiler
 
     def prompt(length: int, what: str = "prompt", settings: HiPConfig = sizes.settings) -> Rows:
@@ -231,7 +231,7 @@ def profile_step(run: Run) -> None:
 
     def steps(length: int) -> Rows:
         tensors = plan.random(sizes.dtype, length + runs * count, count, plan.device)
-        work = timing.GrowingSteps(tensors, length, count, sizes.settings)
+        work = GrowingSteps(tensors, length, count, sizes.settings)
         return parts_of("decode", length, plan.device, work, count, sizes.repeats)
 
     for length in sizes.prefill:

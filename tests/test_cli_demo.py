@@ -16,12 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hip_hf import configure
-from hip_hf.cli import demo, explain, generate, inputs, needles_demo
+from hip_hf.cli import demo, explain, generate, inputs
 from hip_hf.eval.measure import documents, real_model
-from hip_hf.eval.measure.demo import Run, kinds_read, make_facts, position_of
+from hip_hf.eval.measure.demo import NO_DIGIT, Run, kinds_read, make_facts, position_of, read
 from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.measure.needles import make_prompt
-from hip_hf.eval.measure.needles_demo import NO_DIGIT, read
 from hip_hf.eval.reporting import plots
 from hip_hf.problem import AttentionProblem, make_spans
 
@@ -369,8 +368,8 @@ def test_demo_says_what_the_model_says(checkpoint: str, text: Path) -> None:
 def test_the_real_model_is_fetched_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[int] = []
     monkeypatch.setattr(real_model, "fetch", lambda: fetched.append(1))
-    assert needles_demo.checkpoint_of("smollm2") == str(real_model.FOLDER)
-    assert needles_demo.checkpoint_of("someone/else") == "someone/else"
+    assert demo.checkpoint_of("smollm2") == str(real_model.FOLDER)
+    assert demo.checkpoint_of("someone/else") == "someone/else"
     assert len(fetched) == 1
 
 

@@ -68,9 +68,8 @@ def fill(talk: Conversation, file: Path | None) -> bool:
         return True
     if file is not None:
         check_cache(talk, file)
-    with report.progress() as bar:
-        task = bar.add_task("reading the document, tokens", total=len(talk.document_ids))
-        talk.read_document(lambda rows: bar.advance(task, rows))
+    with report.counting("reading the document, tokens", len(talk.document_ids)) as advance:
+        talk.read_document(advance)
     return False
 
 

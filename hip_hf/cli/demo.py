@@ -2,10 +2,14 @@
 
 Each implementation runs in a process of its own, so that the peak of memory is its own. Every question is a prompt of
 full length; the times are the medians over the questions, which leaves out what the first call has to set up.
+
+With `--model` all facts are in one document. The answers stand in the prompt (see `needles`), so the model reads once with
+each attention; that is also the time to its first token.
 """
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -14,22 +18,23 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.cli import inputs, needles_demo
+from hip_hf.cli import inputs
 from hip_hf.cli.generate import memory_line, print_layers
-from hip_hf.cli.needles_demo import verdicts
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import demo, documents, real_model
-from hip_hf.eval.measure.demo import Run, make_facts, question_row, row_of
+from hip_hf.eval.measure import demo, documents, losses, needles, real_model
+from hip_hf.eval.measure.demo import IMPLEMENTATIONS, Run, question_row, row_of
 from hip_hf.eval.measure.documents import NAMES, Fact
 from hip_hf.eval.measure.generate import lengthen
-from hip_hf.eval.measure.needles_demo import FACTS as AT_ONCE
-from hip_hf.eval.measure.needles_demo import IMPLEMENTATIONS
 from hip_hf.eval.reporting import plots, report
+from hip_hf.integration.explain import Report
+from hip_hf.integration.reach import attention_layers
 
-# Facts that are asked for where nothing else is said, each with a prompt of its own.
-FACTS = 3
-# What JSON calls the rows of `explain` after the prompt and after the last decode step.
-EXPLAINED = {"explain": "prefill", "explain_decode": "decode"}
+# Facts that are asked for where nothing else is said: with a prompt for each, and all at once.
+FACTS, AT_ONCE = 3, 8
+# Tokens of the document with all facts, where the model is made for so many.
+TOKENS = 8192
+# What the rows of `explain` are called in JSON, and in words.
+EXPLAINED = {"explain": "hip, prompt", "explain_decode": "hip, last decode step"}
 
 
 def load(run: Run, attn: str) -> tuple[Any, Any, HiPConfig]:
@@ -44,9 +49,9 @@ def answer(run: Run) -> dict[str, Any]:
     """Answers and measurements of one implementation; call it in a fresh process."""
     model, tokenizer, _ = load(run, run.attn)
     model.to(run.device)
-    with report.progress() as bar:
-        task = bar.add_task(f"tokens, {run.attn}", total=sum(map(len, run.prompts)) + len(run.prompts) * (run.new_tokens - 1))
-        return demo.answer(model, tokenizer, run, lambda rows: bar.advance(task, rows))
+    total = sum(len(prompt) + run.new_tokens - 1 for prompt in run.prompts)
+    with report.counting(f"tokens, {run.attn}", total) as advance:
+        return demo.answer(model, tokenizer, run, advance)
 
 
 def in_own_process(run: Run) -> dict[str, Any]:
@@ -59,11 +64,10 @@ def draw(file: Path, run: Run, fact: Fact) -> None:
     """The picture of who reads what in the first prompt, computed from the dense model's queries and keys."""
     model, tokenizer, settings = load(run, "sdpa")
     prompt = run.prompts[0]
-    panels = demo.panels(model, prompt, settings)
     marks = {fact.name: demo.position_of(tokenizer, prompt, fact)}
-    question = len(prompt) - len(tokenizer.encode(documents.question(fact.name), add_special_tokens=False))
+    asked = tokenizer.encode(documents.question(fact.name), add_special_tokens=False)
     title = f"Key blocks that each query block reads (first key head), {len(prompt)} tokens; asked for: {fact.name}"
-    plots.readings(file, title, panels, len(prompt), marks, question)
+    plots.readings(file, title, demo.panels(model, prompt, settings), len(prompt), marks, len(prompt) - len(asked))
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,31 @@ def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fac
     tokens = longest if tokens is None else tokens
     if tokens > max(longest, len(text)) and text:
         text = lengthen(text, tokens)
-    try:
+    with inputs.user_errors("--tokens"):
         prompts = [documents.make_prompt(tokenizer, text, tokens, [fact], fact.name) for fact in facts]
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--tokens") from None
     return Task(prompts, new_tokens, tokens > longest)
+
+
+def verdicts(question: dict[str, Any]) -> dict[str, Any]:
+    """A question's row for people: answers followed by right or wrong."""
+    said = {attn: question[attn] for attn in IMPLEMENTATIONS}
+    right = {attn: "right" if given == question["hidden"] else "wrong" for attn, given in said.items()}
+    return {**question, **{attn: f"{given} ({right[attn]})" for attn, given in said.items()}}
+
+
+def conclude(
+    title: str, rows: list[dict[str, Any]], as_json: bool, layers: list[Report], heading: str = "", **details: Any
+) -> None:
+    """Show a row for each attention, `questions` of the details under a heading, and `layers` after prompt and last step."""
+    if as_json:
+        told = {name: [asdict(layer) for layer in found] for name, found in zip(EXPLAINED, layers, strict=False)}
+        report.show(title, rows, True, **details, **told)
+        return
+    if heading:
+        report.show(heading, [verdicts(row) for row in details["questions"]], False)
+    report.show(title, rows, False, **{name: details[name] for name in ("picture",) if name in details})
+    for words, found in zip(EXPLAINED.values(), layers, strict=False):
+        print_layers(words, found)
 
 
 def show_long(run: Run, facts: list[Fact], as_json: bool) -> None:
@@ -107,19 +131,57 @@ def show_long(run: Run, facts: list[Fact], as_json: bool) -> None:
     beyond = "longer than the model was made for: no right answers are to be expected, and dense attention is left out"
     report.notes.print(f"{length:,} tokens are {beyond}", highlight=False)
     measured = answer(run)
-    row = {key: value for key, value in row_of("hip", measured, facts).items() if key not in ("peak_mib", "above_model_mib")}
+    row = row_of("hip", measured, facts)
+    del row["peak_mib"], row["above_model_mib"]
     row |= {"tokens_per_s_prefill": length / measured["first_token_s"]}
     row |= {f"{name}_mib": value for name, value in measured["memory_mib"].items() if value is not None}
-    title = f"demo: {length:,} tokens, {run.chunk:,} at a time"
     details: dict[str, Any] = {"tokens": length, "chunk": run.chunk, "settings": run.fields}
-    if as_json:
-        layers = {name: [asdict(layer) for layer in measured[key]] for name, key in EXPLAINED.items()}
-        report.show(title, [row], True, **details, **layers)
-        return
-    report.show(title, [row], False)
-    report.notes.print(memory_line(measured["memory_mib"]), highlight=False)
-    print_layers("hip, prompt", measured["prefill"])
-    print_layers("hip, last decode step", measured["decode"])
+    layers = [measured["prefill"], measured["decode"]]
+    conclude(f"demo: {length:,} tokens, {run.chunk:,} at a time", [row], as_json, layers, **details)
+    if not as_json:
+        report.notes.print(memory_line(measured["memory_mib"]), highlight=False)
+
+
+def checkpoint_of(model: str) -> str:
+    """The folder or hub name that `--model` means; the real model is fetched if it is not there yet."""
+    if model != real_model.NAME:
+        return model
+    with inputs.user_errors("--model"):
+        real_model.fetch()
+    return str(real_model.FOLDER)
+
+
+def show_at_once(
+    model: str, document: Path, tokens: int | None, facts: int, fields: dict[str, Any], device: str, seed: int, as_json: bool
+) -> None:
+    """The demo of a model that is asked for all facts of one document at once."""
+    where = inputs.check_device(device)
+    text = inputs.read_text(document, "--document")
+    net, tokenizer, settings = inputs.load(checkpoint_of(model), "hip", fields)
+    longest = net.config.get_text_config(decoder=True).max_position_embeddings
+    length = min(TOKENS, longest) if tokens is None else tokens
+    if length > longest:
+        message = f"got {length}, allowed: at most the {longest} that the model is made for"
+        raise typer.BadParameter(message, param_hint="--tokens")
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    with inputs.user_errors():
+        prompt = needles.make_prompt(tokenizer, ids, length, facts, random.Random(seed))
+        losses.check_logits(net, prompt.ids)
+    net.to(where)
+    readings = {}
+    for attn in IMPLEMENTATIONS:
+        net.set_attn_implementation(attn)
+        with report.counting(f"reading {length:,} tokens, layers, {attn}", len(attention_layers(net))) as advance:
+            readings[attn] = demo.read(net, tokenizer, prompt, advance)
+    rows = [reading.row(attn, prompt.answers) for attn, reading in readings.items()]
+    questions = []
+    for i, answer in enumerate(prompt.answers):
+        said = {attn: reading.answers[i] for attn, reading in readings.items()}
+        questions.append(question_row(answer.fact, said))
+    title = f"demo: {facts} facts in {document.name}, {length:,} tokens, read once by {model}"
+    heading = "What was hidden, and what each attention would have answered"
+    details = {"questions": questions, "tokens": length, "settings": settings.to_dict()}
+    conclude(title, rows, as_json, [readings["hip"].layers], heading, **details)
 
 
 def main(
@@ -156,12 +218,11 @@ def main(
     if model is not None:
         if checkpoint != str(documents.CHECKPOINT):
             raise typer.BadParameter(f"got {model!r} beside --checkpoint, allowed: one of them", param_hint="--model")
-        asked_at_once = AT_ONCE if facts is None else facts
-        needles_demo.show(model, document, tokens, asked_at_once, inputs.parse_fields(set_ or []), device, seed, as_json)
+        show_at_once(model, document, tokens, facts or AT_ONCE, inputs.parse_fields(set_ or []), device, seed, as_json)
         return
-    facts = FACTS if facts is None else facts
+    facts = facts or FACTS
     inputs.check_device(device)
-    hidden = make_facts(facts, seed)
+    hidden = demo.make_facts(facts, seed)
     asked = prepare(checkpoint, document, tokens, hidden)
     prompts, new_tokens = asked.prompts, asked.new_tokens
     fields = inputs.parse_fields(set_ or [])
@@ -174,21 +235,16 @@ def main(
         task = bar.add_task("", total=len(IMPLEMENTATIONS) + 1)
         for attn in IMPLEMENTATIONS:
             bar.update(task, description=f"{facts} questions, {len(prompts[0])} tokens each, {attn}")
-            run = Run(checkpoint, attn, prompts, new_tokens, fields, device=device)
-            measured[attn] = in_own_process(run)
+            measured[attn] = in_own_process(Run(checkpoint, attn, prompts, new_tokens, fields, device=device))
             bar.advance(task)
         bar.update(task, description=f"drawing {picture}")
-        draw(picture, run, hidden[0])
-
+        draw(picture, Run(checkpoint, "sdpa", prompts, new_tokens, fields), hidden[0])
     rows = [row_of(attn, measured[attn], hidden) for attn in IMPLEMENTATIONS]
-    questions = [question_row(i, fact, measured) for i, fact in enumerate(hidden)]
+    questions = []
+    for i, fact in enumerate(hidden):  # where there are no digits, what was said instead
+        said = {attn: found["answers"][i] or found["texts"][i] for attn, found in measured.items()}
+        questions.append(question_row(fact, said))
     title = f"demo: {len(hidden)} questions about {document.name}, {len(prompts[0])} tokens each"
-    layers, decode = measured["hip"]["prefill"], measured["hip"]["decode"]
-    if as_json:
-        details = {name: [asdict(row) for row in measured["hip"][key]] for name, key in EXPLAINED.items()}
-        report.show(title, rows, True, questions=questions, picture=str(picture), tokens=len(prompts[0]), **details)
-        return
-    report.show("What was hidden, and what was answered", [verdicts(row) for row in questions], False)
-    report.show(title, rows, False, picture=str(picture))
-    print_layers("hip, prompt", layers)
-    print_layers("hip, last decode step", decode)
+    layers = [measured["hip"]["prefill"], measured["hip"]["decode"]]
+    details = {"questions": questions, "picture": str(picture), "tokens": len(prompts[0])}
+    conclude(title, rows, as_json, layers, "What was hidden, and what was answered", **details)

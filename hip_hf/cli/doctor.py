@@ -12,7 +12,7 @@ from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import parse_choice, sizes
 from hip_hf.cli.publish import Json, Output, Targets
 from hip_hf.eval.measure import doctor
-from hip_hf.eval.measure.timing import DTYPES
+from hip_hf.eval.measure.latency import DTYPES
 from hip_hf.shown import said
 
 # Tokens of the timed calls.

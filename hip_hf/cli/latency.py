@@ -13,8 +13,7 @@ from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import HELP, parse_choice, refuse_extension, settings_of, sizes
 from hip_hf.cli.publish import Json, Output, Plot, Report, Targets
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.latency import exponents, measure
-from hip_hf.eval.measure.timing import DECODE_LENGTHS, DTYPES, PREFILL_LENGTHS, TimingPlan
+from hip_hf.eval.measure.latency import DECODE_LENGTHS, DTYPES, PREFILL_LENGTHS, TimingPlan, exponents, measure
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.pictures import LATENCY_TITLE
 

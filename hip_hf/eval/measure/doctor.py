@@ -12,7 +12,7 @@ from hip_hf.backends.triton import checks, trust
 from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import latency
-from hip_hf.eval.measure.timing import DTYPES, TimingPlan
+from hip_hf.eval.measure.latency import DTYPES, TimingPlan
 from hip_hf.eval.reporting import report
 
 GIB = 2**30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,7 @@ def make_prompt(tokenizer: Any, text: list[int], length: int, facts: list[Fact],
 
 def answer_of(tokenizer: Any, ids: torch.Tensor | list[int]) -> str:
     """The digits that generated tokens begin with."""
-    text = tokenizer.decode(ids).strip()
-    digits = ""
-    for char in text:
-        if not char.isdigit():
-            break
-        digits += char
-    return digits
+    return "".join(takewhile(str.isdigit, tokenizer.decode(ids).strip()))
 
 
 def digest(text: str) -> str:

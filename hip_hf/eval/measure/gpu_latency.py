@@ -11,9 +11,8 @@ same on a CPU, by its clock and without graphs (the kernels by Triton's interpre
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from math import lcm
 from statistics import median
 from typing import Any
 
@@ -24,9 +23,20 @@ from hip_hf.attention import dense_reason
 from hip_hf.backends.triton import ops
 from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import kernel_costs, timing
+from hip_hf.eval.measure import kernel_costs
 from hip_hf.eval.measure.gpu_runs import CapturedSteps, DeviceClock, Run, Timed, captured
-from hip_hf.eval.measure.timing import AMORTISED, DTYPES, PREFILL, REFRESHED, TimingPlan, interleave, ours, refresh_period, sdpa
+from hip_hf.eval.measure.latency import (
+    AMORTISED,
+    DTYPES,
+    PREFILL,
+    REFRESHED,
+    GrowingSteps,
+    TimingPlan,
+    interleave,
+    ours,
+    refresh_period,
+    sdpa,
+)
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.problem import AttentionProblem, make_spans
@@ -37,6 +47,14 @@ BACKWARD, SELECTION, DECODE_SELECTION = "backward", "selection", "decode selecti
 # Of a decode step without a graph, after the name of its phase.
 LAUNCHED = ", launched"
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+# What the model in docs/performance.md takes each phase for; all others are decode steps.
+KERNELS = {
+    PREFILL: kernel_costs.prompt_kernels,
+    SELECTION: kernel_costs.selection_kernels,
+    DECODE_SELECTION: kernel_costs.refresh_kernels,
+    BACKWARD: kernel_costs.gradient_kernels,
+}
+DENSE_COSTS = {PREFILL: kernel_costs.dense_prefill, BACKWARD: kernel_costs.dense_gradients}
 # Enough of a call to know whether a backend takes it.
 PROBE = 256
 
@@ -57,13 +75,6 @@ class MeasuredRuns:
     steps: dict[str, int]
     dense_steps: int = 1
     tokens: int = 1
-
-    def seconds(self, call: Timed, steps: int) -> float:
-        return median(call.seconds) / steps
-
-    def best(self) -> tuple[str, Timed] | None:
-        """The faster of the baselines."""
-        return min(self.dense.items(), key=lambda item: median(item[1].seconds), default=None)
 
 
 @dataclass
@@ -104,43 +115,28 @@ class Bench:
     def refuse(self, what: str, name: str, error: Exception) -> None:
         self.refused[f"{what}, {self.dtype}: {name}: {str(error).strip().splitlines()[0]}"] = None
 
-    def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> kernel_costs.Cost | None:
+    def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> kernel_costs.KernelCost | None:
         """FLOPs and bytes of a step by the model in docs/performance.md, which knows `hip` and dense attention."""
-        one = self.cost_of_one(phase, length, config, path)
-        return one and one.times(self.plan.batch)
-
-    def cost_of_one(self, phase: str, length: int, config: HiPConfig, path: str) -> kernel_costs.Cost | None:
-        """The same, of one sequence of the batch."""
-        shape = self.shape
-        if path == "sparse" and config.method != "hip":
-            return None
-        if phase == SELECTION:
-            return kernel_costs.total(kernel_costs.selection_kernels(length, config, shape))
-        if phase == DECODE_SELECTION:
-            return kernel_costs.total(kernel_costs.refresh_kernels(length, config, shape))
-        if phase == PREFILL:
-            if path == "dense":
-                return kernel_costs.dense_prefill(length, shape)
-            return kernel_costs.total(kernel_costs.prompt_kernels(length, config, shape))
-        if phase == BACKWARD:
-            if path == "dense":
-                return kernel_costs.dense_gradients(length, shape)
-            return kernel_costs.total(kernel_costs.gradient_kernels(length, config, shape))
         if path == "dense":
-            return kernel_costs.dense_decode(length, shape)
-        return kernel_costs.total(kernel_costs.step_kernels(length, config, shape, refresh_period(config)))
+            one = DENSE_COSTS.get(phase, kernel_costs.dense_decode)(length, self.shape)
+        elif config.method != "hip":
+            return None
+        elif phase in KERNELS:
+            one = kernel_costs.total(KERNELS[phase](length, config, self.shape))
+        else:
+            one = kernel_costs.total(kernel_costs.step_kernels(length, config, self.shape, refresh_period(config)))
+        return one.times(self.plan.batch)
 
     def rows(self, measured: MeasuredRuns, configs: dict[str, HiPConfig], selections: dict[str, float]) -> list[dict[str, Any]]:
         """Rows of the report. `selections`: seconds of a step that go to selection."""
-        best = measured.best()
+        best = min(measured.dense.items(), key=lambda item: median(item[1].seconds), default=None)
+        dense = None if best is None else median(best[1].seconds) / measured.dense_steps
+        gpu = kernel_costs.gpu_of(torch.cuda.get_device_name(self.device)) if self.clock.cuda else None
         found = []
         for name, call in measured.ours.items():
-            config, steps = configs[name], measured.steps[name]
             path, reason = call.said
-            seconds = measured.seconds(call, steps)
-            dense = None if best is None else measured.seconds(best[1], measured.dense_steps)
-            cost = self.cost(measured.phase, measured.length, config, path)
-            gpu = kernel_costs.gpu_of(gpu_name(self.device))
+            seconds = median(call.seconds) / measured.steps[name]
+            cost = self.cost(measured.phase, measured.length, configs[name], path)
             least = cost.milliseconds(gpu) if cost and gpu else None
             found.append(
                 {
@@ -225,18 +221,10 @@ class Bench:
         measured = MeasuredRuns(BACKWARD, length, calls, dense, dict.fromkeys(plan.settings, 1), tokens=length)
         return self.rows(measured, plan.settings, {})
 
-    def variants(self) -> tuple[dict[tuple[str, str], HiPConfig], dict[tuple[str, str], int]]:
-        """Settings by phase and name, and how many steps make a run of them: whole selections and key blocks."""
-        found: dict[tuple[str, str], HiPConfig] = {}
-        for name, config in self.plan.settings.items():
-            found[AMORTISED, name] = config
-            found[REFRESHED, name] = replace(config, decode_refresh=1)
-        return found, {key: lcm(refresh_period(config), config.block_k) for key, config in found.items()}
-
     def decode(self, length: int) -> list[dict[str, Any]]:
         """Rows of decode steps, amortised and refreshed, and of a step's selection."""
         plan = self.plan
-        variants, counts = self.variants()
+        variants, counts = self.plan.variants()
         most = max(counts.values())
         q, k, v = plan.random(self.dtype, length + most, most, self.device)
 
@@ -271,14 +259,14 @@ class Bench:
     def launched(self, length: int) -> list[dict[str, Any]]:
         """Rows of decode steps without graphs, on a cache that grows from run to run."""
         plan = self.plan
-        variants, counts = self.variants()
+        variants, counts = self.plan.variants()
         most = max(counts.values())
         tensors = plan.random(self.dtype, length + most * (plan.repeats + 1), most, self.device)
         probe = partial(sdpa, tensors[0][:, :, :1], *(x[:, :, :PROBE] for x in tensors[1:]))
         dense = {}
         for backend in self.baselines("launched", probe, probe):
-            dense[backend] = self.call(partial(within, BACKENDS[backend], timing.GrowingSteps(tensors, length, most, None)))
-        calls = {key: self.call(timing.GrowingSteps(tensors, length, counts[key], config)) for key, config in variants.items()}
+            dense[backend] = self.call(partial(within, BACKENDS[backend], GrowingSteps(tensors, length, most, None)))
+        calls = {key: self.call(GrowingSteps(tensors, length, counts[key], config)) for key, config in variants.items()}
         self.time("launched", dense, list(calls.values()))
         return self.decode_rows(length, LAUNCHED, calls, dense, {})
 
@@ -286,7 +274,7 @@ class Bench:
         self, length: int, how: str, calls: dict[tuple[str, str], Timed], dense: dict[str, Timed], seconds: dict[str, float]
     ) -> list[dict[str, Any]]:
         """Rows of the `variants`. `how`: added to the name of a phase. `seconds`: a selection's, by settings."""
-        variants, counts = self.variants()
+        variants, counts = self.plan.variants()
         most, rows = max(counts.values()), []
         for phase in (AMORTISED, REFRESHED):
             mine = {name: call for (kind, name), call in calls.items() if kind == phase}
@@ -296,10 +284,6 @@ class Bench:
             shares = {name: taken / refresh_period(configs[name]) for name, taken in seconds.items()}
             rows += self.rows(MeasuredRuns(phase + how, length, mine, dense, steps, most), configs, shares)
         return rows
-
-
-def gpu_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def measure(

@@ -17,7 +17,7 @@ from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.backends.triton.sparse import DeviceState, decode_step
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.timing import Call, wall
+from hip_hf.eval.measure.latency import Call, wall
 from hip_hf.geometry import Span
 from hip_hf.problem import AttentionProblem
 

@@ -28,22 +28,12 @@ TITLE = "Assumptions of hyper, worst head: largest column norm of normalised att
 
 @dataclass(frozen=True)
 class HyperAssumptions:
-    """Of one layer's query heads, each `[Hq]`."""
+    """Of one layer's query heads, each `[Hq]` (as lists where they come from a file)."""
 
     column_norm: torch.Tensor
     column_norm_past_sink: torch.Tensor
     row_ratio: torch.Tensor
     keys: int
-
-    def save(self) -> dict[str, Any]:
-        """The same as JSON can hold it."""
-        return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
-
-    @classmethod
-    def read(cls, saved: dict[str, Any]) -> HyperAssumptions:
-        """What `save` made this from."""
-        norms, past_sink, ratios = (torch.tensor(saved[name]) for name in ("column_norm", "column_norm_past_sink", "row_ratio"))
-        return cls(norms, past_sink, ratios, saved["keys"])
 
 
 def measure_assumptions(problem: AttentionProblem, config: HiPConfig) -> HyperAssumptions:
@@ -76,9 +66,11 @@ def measure_assumptions(problem: AttentionProblem, config: HiPConfig) -> HyperAs
 
 def assumption_rows(layers: Mapping[int, Sequence[HyperAssumptions]]) -> list[dict[str, Any]]:
     """Rows of the report: each layer's worst head, mean over the texts."""
-    names = ("column_norm", "column_norm_past_sink", "row_ratio")
-    return [
-        {"layer": layer, **{name: float(torch.stack([getattr(part, name) for part in parts]).mean(0).max()) for name in names},
-         "uniform": 1 / parts[0].keys}
-        for layer, parts in layers.items()
-    ]  # fmt: skip
+    rows = []
+    for layer, parts in layers.items():
+        row: dict[str, Any] = {"layer": layer}
+        for name in ("column_norm", "column_norm_past_sink", "row_ratio"):
+            texts = torch.stack([torch.as_tensor(getattr(part, name)) for part in parts])
+            row[name] = float(texts.mean(0).max())
+        rows.append(row | {"uniform": 1 / parts[0].keys})
+    return rows

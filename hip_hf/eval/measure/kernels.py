@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +59,9 @@ def measure(
     for launch, target, dim, dtype in work:
         # what was compiled before counts only while code and launch configuration are the same
         key = (launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
-        rows.append(kept.get(key, partial(known_or_compiled, before.get(key), launch, target, dim, dtype, spills)))
+        known = before.get(key)
+        rows.append(kept.get(key, lambda: known or budget.spend(launch, target, dim, dtype, spills)))  # noqa: B023 (called at once)
     return rows
-
-
-def known_or_compiled(known: dict[str, Any] | None, *what: Any) -> dict[str, Any]:
-    """The row of a launch. `what`: what `budget.spend` is given."""
-    from hip_hf.backends.triton.compile import budget
-
-    return known or asdict(budget.spend(*what))
 
 
 def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -89,15 +82,11 @@ def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], 
         raise ValueError(f"--output: got {str(output)!r}, which is no result of this command, allowed: {allowed}") from None
 
 
-def _grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each kernel and target the most that it spends, over head dims and dtypes; shared memory in KB."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["kernel"], row["target"]), []).append(row)
-    return found
-
-
-def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each kernel and target the most that it spends, over head dims and dtypes; shared memory in KB."""
     return [
         dict(
             kernel=kernel,
@@ -109,5 +98,5 @@ def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             path=" | ".join(dict.fromkeys(row["path"] for row in some if row["path"])),
             problem="; ".join(dict.fromkeys(row["problem"] for row in some if row["problem"])),
         )
-        for (kernel, target), some in _grouped(rows).items()
+        for (kernel, target), some in found.items()
     ]

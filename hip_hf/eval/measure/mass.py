@@ -17,7 +17,7 @@ import torch
 from hip_hf.attention import attend, dense_reason
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import DENSE
-from hip_hf.eval.measure.costs import Cost, call_cost
+from hip_hf.eval.measure.costs import AttentionCost, call_cost
 from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, query_blocks
 from hip_hf.methods.ranking import squash
 from hip_hf.problem import AttentionProblem
@@ -114,20 +114,7 @@ class MeasuredMass:
     error: float
     norm: float
     overlap: float | None  # None: the method chooses no blocks
-    cost: Cost
-
-    def save(self) -> dict[str, Any]:
-        """The same as JSON can hold it; `read` gives it back."""
-        tensors = {name: getattr(self, name).tolist() for name in ("mass", "oracle", "rows")}
-        plain = {name: getattr(self, name) for name in ("error", "norm", "overlap")}
-        return {**tensors, **plain, "cost": vars(self.cost)}
-
-    @classmethod
-    def read(cls, saved: dict[str, Any]) -> MeasuredMass:
-        """What `save` made."""
-        mass, oracle = (torch.tensor(saved[name], dtype=torch.float64) for name in ("mass", "oracle"))
-        made = {"mass": mass, "oracle": oracle, "rows": torch.tensor(saved["rows"]), "cost": Cost(**saved["cost"])}
-        return cls(**{**saved, **made})
+    cost: AttentionCost
 
 
 def same_choice(config: HiPConfig) -> HiPConfig:

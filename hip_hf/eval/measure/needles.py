@@ -12,8 +12,7 @@ import random
 import sys
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -147,11 +146,6 @@ def ask(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses 
     )
 
 
-def count(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None) -> dict[str, Any]:
-    """`ask`, as JSON can hold it."""
-    return asdict(ask(model, prompt, config, steps))
-
-
 @dataclass(frozen=True)
 class NeedlesPlan:
     """What to ask: `prompts` documents of each kind and length, with `facts` facts each, the same whatever the settings.
@@ -223,7 +217,8 @@ def measure(model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: Needl
             prompt = plan.prompt(tokenizer, text, length, number)
             for name, config in plan.configs.items():
                 key = ("needles", config.to_dict(), length, document, number)
-                found[name] += NeedlesCounts(**kept.get(key, partial(count, model, prompt, config, steps)))
+                asked = kept.get(key, lambda: ask(model, prompt, config, steps))  # noqa: B023 (called at once)
+                found[name] += NeedlesCounts(**asked)
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
         for name, row in own.items():
             cost = {} if plan.decode else flops(plan.configs[name], length, row["path"])

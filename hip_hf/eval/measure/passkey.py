@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from statistics import NormalDist, fmean
 from typing import Any
 
@@ -87,18 +86,12 @@ class PasskeyCounts:
     prefill: list[Row] = field(default_factory=list)
     decode: list[Row] = field(default_factory=list)
 
-    def add(self, answer: str, key: str) -> None:
-        self.samples += 1
-        self.exact += answer == key
-        self.digits += digits_right(answer, key)
-
     def __add__(self, other: PasskeyCounts) -> PasskeyCounts:
-        counts = (self.samples + other.samples, self.exact + other.exact, self.digits + other.digits)
-        return PasskeyCounts(*counts, self.prefill + other.prefill, self.decode + other.decode)
+        return PasskeyCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
     @classmethod
     def read(cls, saved: dict[str, Any]) -> PasskeyCounts:
-        """The cell that `asdict` made this from."""
+        """The counts as they were kept."""
         rows = {phase: [Row(**row) for row in saved[phase]] for phase in ("prefill", "decode")}
         return cls(**{**saved, **rows})
 
@@ -147,15 +140,10 @@ def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse
         pad_token_id=pad,
         logits_processor=[witness] if sparse else [],
     )
-    cell = PasskeyCounts(prefill=list(witness.prefill), decode=list(witness.decode))
-    for tokens, (_, key) in zip(out[:, ids.shape[1] :], samples, strict=True):
-        cell.add(answer_of(tokenizer, tokens)[:DIGITS], key)
-    return cell
-
-
-def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while batch := list(islice(items, size)):
-        yield batch
+    answers = [answer_of(tokenizer, tokens)[:DIGITS] for tokens in out[:, ids.shape[1] :]]
+    keys = [key for _, key in samples]
+    exact, digits = (sum(map(same, answers, keys)) for same in (str.__eq__, digits_right))
+    return PasskeyCounts(len(keys), exact, digits, list(witness.prefill), list(witness.decode))
 
 
 @dataclass(frozen=True)
@@ -193,10 +181,11 @@ def measure(model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept
         sparse = use(model, config)
         for length in plan.lengths:
 
-            def count(place: float, length: int = length, sparse: bool = sparse) -> dict[str, Any]:
-                prompts = plan.prompts(tokenizer, text, length, place)
-                answers = [ask(model, tokenizer, some, sparse) for some in batches(iter(prompts), plan.batch)]
-                return asdict(sum(answers, PasskeyCounts()))
+            def count(place: float, length: int = length, sparse: bool = sparse) -> PasskeyCounts:
+                prompts, found = plan.prompts(tokenizer, text, length, place), PasskeyCounts()
+                for first in range(0, len(prompts), plan.batch):
+                    found += ask(model, tokenizer, prompts[first : first + plan.batch], sparse)
+                return found
 
             counted = {}
             for place in plan.places:

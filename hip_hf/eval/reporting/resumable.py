@@ -7,9 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hip_hf.eval.reporting import report
 
 SUFFIX = ".partial"
+
+
+def plain(value: Any) -> Any:
+    """A tensor as lists and a dataclass as a dict, as JSON can hold them."""
+    return value.tolist() if isinstance(value, torch.Tensor) else vars(value)
 
 
 class Resumable:
@@ -58,11 +65,14 @@ class Resumable:
         self.bar.reset(self.line, total=total, description=what)
 
     def get(self, key: tuple[Any, ...], work: Callable[[], Any], what: str | None = None) -> Any:
-        """What was measured for `key` before, or what `work` returns now: anything that JSON can hold. `what`: said meanwhile."""
+        """What was measured for `key` before, or what `work` returns now, as JSON holds it.
+
+        `what` is said meanwhile.
+        """
         self.bar.update(self.line, description=what)
         name = json.dumps(key)
         if name not in self.done:
-            value = json.loads(json.dumps(work()))
+            value = json.loads(json.dumps(work(), default=plain))
             if self.file is not None:
                 if not self.file.exists():
                     self._write(self.file)
