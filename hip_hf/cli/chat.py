@@ -48,15 +48,6 @@ def typed() -> Iterator[str]:
             yield question
 
 
-def check_cache(talk: Conversation, file: Path) -> None:
-    """One line for a file that could not be written once the document has been read. Leaves nothing behind."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.absolute().parent) as folder:
-            talk.cache.save(Path(folder) / file.name)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot write {str(file)!r}: {error}", param_hint="--cache") from None
-
-
 def fill(talk: Conversation, file: Path | None) -> bool:
     """Get the document into the cache, from the file if there is one, else by reading it. Whether it was loaded."""
     if file is not None and file.exists():
@@ -66,8 +57,12 @@ def fill(talk: Conversation, file: Path | None) -> bool:
             message = f"{error}; give another file, or delete it and the document is read again"
             raise typer.BadParameter(message, param_hint="--cache") from None
         return True
-    if file is not None:
-        check_cache(talk, file)
+    if file is not None:  # say now, and leave nothing behind, if it could not be written once the document has been read
+        try:
+            with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.absolute().parent) as folder:
+                talk.cache.save(Path(folder) / file.name)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"cannot write {str(file)!r}: {error}", param_hint="--cache") from None
     with report.counting("reading the document, tokens", len(talk.document_ids)) as advance:
         talk.read_document(advance)
     return False

@@ -47,7 +47,8 @@ def main(
         about["timings"] = f"none: {said(error)}"
     failed = [row for row in rows if row["problem"]]
     title = f"doctor: {len(rows)} checks, {len(failed)} failed"
-    timings = f"one attention call of {tokens} tokens, sparse at any length, against PyTorch's, {doctor.latency_shape(on)}"
+    heads = "{heads} query heads, {kv_heads} key heads".format(**doctor.SHAPE[device])
+    timings = f"one attention call of {tokens} tokens, sparse at any length, against PyTorch's, {heads}"
     tables = {
         "machine": [{"what": name, "is": value} for name, value in about.items()],
         title: [{name: value for name, value in row.items() if failed or name not in ("problem", "instead")} for row in rows],

@@ -105,11 +105,9 @@ def check_length(tokens: int, ids: list[int], document: Path) -> None:
 
 
 def load_to_measure(model: str, device: str, text: str, dtype: str) -> tuple[Any, Any, list[int]]:
-    """What a measuring command begins with: the model on its device, dense at first, its tokenizer, and the text's tokens.
-
-    Raises:
-        typer.BadParameter: there is no such device or dtype, or the model cannot be loaded.
-    """
+    """What a measuring command begins with: the model on its device, dense at first, its tokenizer,
+    and the text's tokens. Raises typer.BadParameter if there is no such device or dtype, or the
+    model cannot be loaded."""
     where, weights = check_device(device), check_dtype(dtype)
     try:
         loaded, tokenizer = documents.load(model, "sdpa", weights)

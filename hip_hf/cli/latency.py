@@ -33,20 +33,6 @@ def lines_of(rows: list[dict[str, Any]], whole: bool = False) -> list[dict[str, 
     return lines
 
 
-def print_reasons(rows: list[dict[str, Any]]) -> None:
-    """Why some of the paths were dense."""
-    reasons = dict.fromkeys(f"{row['phase'].split()[0]} at {row['length']}: {row['reason']}" for row in rows if row["reason"])
-    for reason in reasons:
-        print(f"dense {reason}")
-
-
-def print_fit(fit: dict[str, Any]) -> None:
-    if fit["hip"] is not None:
-        over = f"{plots.short(fit['lengths'][0])} to {plots.short(fit['lengths'][-1])}"
-        growth = f"hip grows as T^{fit['hip']:.2f}, SDPA as T^{fit['sdpa']:.2f}"
-        print(f"prefill, {fit['dtype']}, {fit['settings']}, {over}: {growth}")
-
-
 def main(
     lengths: Annotated[
         str | None, typer.Option(help="Comma list such as 8K,1M. Default: 1K to 128K, decode from 8K; on a GPU 8K to 1M.")
@@ -114,10 +100,14 @@ def main(
     targets.publish("latency", title, rows, details, kept, {title: lines_of(rows, gpu)})
     if as_json:
         return
-    print_reasons(rows)
+    dense = [row for row in rows if row["reason"]]
+    lines = [f"dense {row['phase'].split()[0]} at {row['length']}: {row['reason']}" for row in dense]
     for fit in extra.get("exponents", ()):
-        print_fit(fit)
-    for line in extra.get("refused", ()):
+        if fit["hip"] is not None:
+            over = f"{plots.short(fit['lengths'][0])} to {plots.short(fit['lengths'][-1])}"
+            growth = f"hip grows as T^{fit['hip']:.2f}, SDPA as T^{fit['sdpa']:.2f}"
+            lines.append(f"prefill, {fit['dtype']}, {fit['settings']}, {over}: {growth}")
+    for line in dict.fromkeys(lines + extra.get("refused", [])):
         print(line)
 
 

@@ -42,11 +42,8 @@ PRESETS = {
 
 
 def arguments_for(arguments: Sequence[str]) -> list[str]:
-    """lm-eval's arguments from ours: `--preset` becomes what it stands for, and the model type `hip`, if there is none given.
-
-    Raises:
-        UsageError: there is no such preset.
-    """
+    """lm-eval's arguments from ours: `--preset` becomes what it stands for, and the model type
+    `hip`, if there is none given. Raises UsageError if there is no such preset."""
     given = list(arguments)
     if given[:1] in ([name] for name in SUBCOMMANDS) or not given or given in (["-h"], ["--help"]):
         return given
@@ -74,11 +71,6 @@ def arguments_for(arguments: Sequence[str]) -> list[str]:
     return ["run", *ahead, *given]
 
 
-def usage_error(error: BaseException) -> str | None:
-    """What the user got wrong, if that is why this was raised."""
-    return next((str(cause) for cause in causes(error) if isinstance(cause, UsageError)), None)
-
-
 def main(context: typer.Context) -> None:
     """lm-eval with the model type `hip` (the default here), our tasks (`hip_longctx`) and `--preset`; all else is lm-eval's."""
     try:
@@ -101,8 +93,9 @@ def main(context: typer.Context) -> None:
             raise
         raise SystemExit(f"hip-hf lm-eval: {' '.join(str(error).split())}") from None
     except Exception as error:
-        if (said := usage_error(error)) is not None:
-            raise SystemExit(f"hip-hf lm-eval: {said}") from None
+        for cause in causes(error):
+            if isinstance(cause, UsageError):
+                raise SystemExit(f"hip-hf lm-eval: {cause}") from None
         if (said := network_error(error)) is not None:
             where = "without a network use a local checkpoint and local tasks (--tasks hip_longctx)"
             raise SystemExit(f"hip-hf lm-eval: cannot reach the Hugging Face Hub: {said}; {where}") from None

@@ -57,11 +57,8 @@ def write(file: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class Targets:
-    """Where the results go, as the options say.
-
-    Raises:
-        ValueError: one of the files could not be written. SystemExit: matplotlib is missing, and there is something to draw.
-    """
+    """Where the results go, as the options say. Raises ValueError if one of the files could not be
+    written, and SystemExit if matplotlib is missing, and there is something to draw."""
 
     as_json: bool = False
     output: Path | None = None

@@ -15,11 +15,8 @@ from hip_hf.eval.reporting.pictures import PICTURES
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A saved document.
-
-    Raises:
-        ValueError: it cannot be read, or none of our commands wrote it.
-    """
+    """A saved document. Raises ValueError if it cannot be read, or none of our commands wrote
+    it."""
     allowed = f"what hip-hf {' | '.join(PICTURES)} --output has written"
     try:
         document = json.loads(file.read_text(encoding="utf-8"))

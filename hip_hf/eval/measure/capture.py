@@ -57,10 +57,8 @@ def capture(
     """The attention problem of each layer, in layer order, of a dense forward over `input_ids` without a cache.
 
     The model's own attention implementation is back in place afterwards, also after an error.
-
-    Raises:
-        ValueError: a layer's attention is not causal, or the model does not attend through Transformers' interface.
-    """
+    Raises ValueError if a layer's attention is not causal, or the model does not attend through
+    Transformers' interface."""
     AttentionInterface.register(NAME, _record)
     AttentionMaskInterface.register(NAME, hip_mask)
     config = text_config(model)

@@ -137,11 +137,8 @@ def once(config: HiPConfig, rows: int, keys: int, dim: int) -> tuple[int, int]:
 def block_cost(
     config: HiPConfig, block: QueryBlock, dim: int, value_dim: int, sliding_window: int | None = None, itemsize: int = 4
 ) -> AttentionCost:
-    """Cost of one query block. Only keys that a row may see count as read, by sparse and dense attention alike.
-
-    Raises:
-        ValueError: the method selects no key blocks.
-    """
+    """Cost of one query block. Only keys that a row may see count as read, by sparse and dense
+    attention alike. Raises ValueError if the method selects no key blocks."""
     if config.method in ("hyper", "dense"):
         raise ValueError(f"method: got {config.method!r}, allowed: a method that selects key blocks")
     selector = selector_for(config)

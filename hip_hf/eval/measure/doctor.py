@@ -92,12 +92,6 @@ def timed(device: torch.device, kind: str, tokens: int) -> list[dict[str, Any]]:
     return gpu_latency.measure(plan, ("prefill", "decode"), (tokens,))[0]
 
 
-def latency_shape(device: torch.device) -> str:
-    """Heads of the timed calls, in words."""
-    heads = SHAPE[device.type]
-    return f"{heads['heads']} query heads, {heads['kv_heads']} key heads"
-
-
 def facts(device: torch.device, missing: str) -> dict[str, Any]:
     """The machine, as far as results depend on it; `kernels`: whether they can run, or what is missing."""
     about = {name: value for name, value in report.machine().items() if value is not None}
@@ -114,15 +108,10 @@ def facts(device: torch.device, missing: str) -> dict[str, Any]:
             "driver": ", ".join(trust.drivers()),
         }
         if not missing:
-            about |= launch_table(device)
+            from hip_hf.backends.triton.common.tuning import target_of
+            from hip_hf.backends.triton.common.tuning_table import TILES
+
+            target = target_of(torch.empty(0, device=device))
+            own = all(target in targets for targets in TILES.values())
+            about |= {"target": target, "launch_table": f"of {'this' if own else 'the closest older'} target"}
     return about | {"kernels": missing or "can run"}
-
-
-def launch_table(device: torch.device) -> dict[str, Any]:
-    """Triton's target, and whether it has launch configurations of its own."""
-    from hip_hf.backends.triton.common.tuning import target_of
-    from hip_hf.backends.triton.common.tuning_table import TILES
-
-    target = target_of(torch.empty(0, device=device))
-    own = all(target in targets for targets in TILES.values())
-    return {"target": target, "launch_table": "of this target" if own else "of the closest older target"}

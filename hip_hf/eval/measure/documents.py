@@ -44,11 +44,9 @@ def question(name: str) -> str:
 
 
 def hide(tokenizer: Any, text: list[int], length: int, facts: list[Fact], end: list[int]) -> list[int]:
-    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and `end` (token ids) after it.
-
-    Raises:
-        ValueError: `text` is too short, or notes and `end` alone are longer than `length`.
-    """
+    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and
+    `end` (token ids) after it. Raises ValueError if `text` is too short, or notes and `end` alone
+    are longer than `length`."""
     encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
     notes = [(fact.depth, encode(note(fact.name, fact.key))) for fact in sorted(facts, key=lambda fact: fact.depth)]
     room = length - len(end) - sum(len(ids) for _, ids in notes)
@@ -64,11 +62,9 @@ def hide(tokenizer: Any, text: list[int], length: int, facts: list[Fact], end: l
 
 
 def make_prompt(tokenizer: Any, text: list[int], length: int, facts: list[Fact], ask: str) -> list[int]:
-    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and the question at its end.
-
-    Raises:
-        ValueError: `text` is too short, or notes and question alone are longer than `length`.
-    """
+    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and
+    the question at its end. Raises ValueError if `text` is too short, or notes and question alone
+    are longer than `length`."""
     return hide(tokenizer, text, length, facts, tokenizer.encode(question(ask), add_special_tokens=False))
 
 

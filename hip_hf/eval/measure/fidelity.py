@@ -69,11 +69,8 @@ def over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_text(tokenizer: Any, body: list[int], facts: int, rng: random.Random) -> list[int]:
-    """A text as long as `body` (token ids), of which it is made, with facts hidden in it; each is asked for later on.
-
-    Raises:
-        ValueError: `body` is too short for so many facts.
-    """
+    """A text as long as `body` (token ids), of which it is made, with facts hidden in it; each is
+    asked for later on. Raises ValueError if `body` is too short for so many facts."""
     encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
     last, *others = hidden = draw_facts(rng, [rng.random() for _ in range(facts)])
     asked = [(rng.uniform(fact.depth, 1), encode(f"{question(fact.name)} {fact.key}.\n")) for fact in others]
@@ -176,11 +173,8 @@ def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: Fidelity
 
 
 def measure_all(model: Any, tokenizer: Any, ids: list[int], plan: FidelityPlan, kept: Resumable) -> Found:
-    """What is in `kept`, and what is not yet.
-
-    Raises:
-        ValueError: there are too many facts for the texts, or nothing to search.
-    """
+    """What is in `kept`, and what is not yet. Raises ValueError if there are too many facts for the
+    texts, or nothing to search."""
 
     def read(number: int) -> list[AttentionProblem]:
         return capture(model, torch.tensor([plan.text(tokenizer, ids, number)], device=model.device))

@@ -283,11 +283,6 @@ def combination(rows: int, splits: int, shape: Shape) -> KernelCost:
     return KernelCost(0, rows * (splits * shape.result + shape.row)) if splits > 1 else NO_COST
 
 
-def tail_combination(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
-    """Partial results of the dense tail, merged."""
-    return combination(tail(tokens, config), tail_splits(tokens, config, shape), shape)
-
-
 def selection_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, KernelCost]:
     """All that a prompt does before its attention, by kernel."""
     return {
@@ -303,7 +298,7 @@ def prompt_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, Ke
     """All that a prompt does, by kernel."""
     return selection_kernels(tokens, config, shape) | {
         "attend_kernel": attention(tokens, config, shape),
-        "combine_kernel": tail_combination(tokens, config, shape),
+        "combine_kernel": combination(tail(tokens, config), tail_splits(tokens, config, shape), shape),
     }
 
 
@@ -328,8 +323,8 @@ def key_gradients(tokens: int, config: HiPConfig, shape: Shape, shared: float = 
 
 def gradient_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, KernelCost]:
     """The two kernels of the gradients."""
-    names = ("query_gradient_kernel", "key_gradient_kernel")
-    return {name: of(tokens, config, shape) for name, of in zip(names, (query_gradients, key_gradients), strict=True)}
+    call = (tokens, config, shape)
+    return {"query_gradient_kernel": query_gradients(*call), "key_gradient_kernel": key_gradients(*call)}
 
 
 def step_need(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
@@ -394,8 +389,3 @@ def dense_gradients(tokens: int, shape: Shape) -> KernelCost:
 
 def dense_decode(tokens: int, shape: Shape) -> KernelCost:
     return KernelCost(4 * shape.query_heads * tokens * shape.dim, shape.key_heads * tokens * 2 * shape.dim * shape.size)
-
-
-def prompt_once(tokens: int, shape: Shape, queries: int, keys: int) -> KernelCost:
-    """Bytes of as many tensors like q and like K of a prompt, each moved once."""
-    return KernelCost(0, tokens * (queries * shape.query_heads + keys * shape.key_heads) * shape.dim * shape.size)

@@ -65,11 +65,9 @@ def measure(
 
 
 def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Rows without a problem in an earlier `output` of this command with the same Triton, by what they were compiled from.
-
-    Raises:
-        ValueError: the file is there, and this command has not written it.
-    """
+    """Rows without a problem in an earlier `output` of this command with the same Triton, by what
+    they were compiled from. Raises ValueError if the file is there, and this command has not
+    written it."""
     if output is None or not output.exists():
         return {}
     names = ("kernel", "target", "dim", "dtype", "code", "launch")

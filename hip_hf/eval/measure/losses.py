@@ -73,7 +73,12 @@ class StepLosses:
         """As `losses_of`; the first `document` tokens are read at once."""
         self.model.set_attn_implementation("hip")
         wanted = (list(ids[:document]), config.extend, config.backend)  # un-rotated keys serve no other settings
-        if self.read != wanted or not self._back_to(document):
+        try:
+            if again := self.read == wanted and self.cache is not None:
+                self.cache.crop(document - self.cache.get_seq_length())  # take back what came after the document
+        except RuntimeError:  # a sliding layer has forgotten keys meanwhile
+            again = False
+        if not again:
             self.read = ()
             configure(self.model, HiPConfig(method="dense", extend=config.extend, backend=config.backend))
             self.cache = HiPCache(config=self.model.config)
@@ -82,15 +87,6 @@ class StepLosses:
         configure(self.model, config)
         steps = [self._ahead([token]) for token in ids[document:]]
         return compare(self.model, torch.cat([self.hidden, *steps])[:-1], ids[1:])
-
-    def _back_to(self, document: int) -> bool:
-        """Take back what came after the document; False where that cannot be: a sliding layer has forgotten keys meanwhile."""
-        assert self.cache is not None
-        try:
-            self.cache.crop(document - self.cache.get_seq_length())
-        except RuntimeError:
-            return False
-        return True
 
     def _ahead(self, ids: Sequence[int]) -> torch.Tensor:
         tokens = torch.tensor([list(ids)], device=self.model.device)

@@ -117,11 +117,6 @@ class MeasuredMass:
     cost: AttentionCost
 
 
-def same_choice(config: HiPConfig) -> HiPConfig:
-    """The oracle that chooses as many of the same blocks."""
-    return HiPConfig.from_dict({"method": "oracle", **SPARSE, **{name: getattr(config, name) for name in GEOMETRY}})
-
-
 def unsearched(problem: AttentionProblem, configs: Iterable[HiPConfig], layer: int | None) -> str:
     """Why there is nothing to measure in a layer for one of the settings, or an empty string."""
     for config in configs:
@@ -135,21 +130,19 @@ def unsearched(problem: AttentionProblem, configs: Iterable[HiPConfig], layer: i
 
 
 def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int | None = None) -> list[MeasuredMass]:
-    """What each setting captures of one layer's attention.
-
-    Raises:
-        ValueError: a setting has nothing to search here (`unsearched` says so beforehand).
-    """
+    """What each setting captures of one layer's attention. Raises ValueError if a setting has
+    nothing to search here (`unsearched` says so beforehand)."""
     dense = attend(problem, DENSE).out
     configs = [config.for_layer(layer) for config in configs]
     by_geometry: dict[tuple[Any, ...], list[int]] = {}
     for i, config in enumerate(configs):
         by_geometry.setdefault(tuple(getattr(config, name) for name in GEOMETRY), []).append(i)
     measured: dict[int, MeasuredMass] = {}
-    for members in by_geometry.values():
+    for geometry, members in by_geometry.items():
+        choice = dict(zip(GEOMETRY, geometry, strict=True))  # the oracle takes as many of the same blocks
         blocks = searched_blocks(problem, configs[members[0]])
         results = [attend(problem, configs[i], layer, need_mask=True) for i in members]
-        best = attend(problem, same_choice(configs[members[0]]), need_mask=True).mask
+        best = attend(problem, HiPConfig.from_dict({"method": "oracle", **SPARSE, **choice}), need_mask=True).mask
         if not blocks or best is None or any(result.path != "sparse" for result in results):
             raise ValueError(f"settings: layer {layer} has nothing to search ({unsearched(problem, configs, layer)})")
         masks = [best, *(result.mask for result in results if result.mask is not None)]

@@ -50,11 +50,9 @@ def _device_bytes(cache: Any, resident: int) -> int:
 
 
 def read_config(model: str) -> Any:
-    """The config of a checkpoint's language part, without what has no share in its cache: feed-forward layers and vocabulary.
-
-    Raises:
-        OSError or ValueError: there is no such checkpoint, or none with a decoder that Transformers can build.
-    """
+    """The config of a checkpoint's language part, without what has no share in its cache:
+    feed-forward layers and vocabulary. Raises OSError or ValueError if there is no such checkpoint,
+    or none with a decoder that Transformers can build."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
@@ -68,11 +66,8 @@ def read_config(model: str) -> Any:
 
 
 def shapes_of(net: Any) -> list[tuple[torch.Size, torch.Size]]:
-    """Keys and values `[1, Hkv, 1, D]` that each layer gives its cache for one token: families name their sizes differently.
-
-    Raises:
-        ValueError: not every layer keeps keys and values.
-    """
+    """Keys and values `[1, Hkv, 1, D]` that each layer gives its cache for one token: families name
+    their sizes differently. Raises ValueError if not every layer keeps keys and values."""
     from transformers import DynamicCache
     from transformers.cache_utils import CacheLayerMixin
 

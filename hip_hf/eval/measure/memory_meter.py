@@ -27,12 +27,6 @@ def memory_mib(field: str) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
 
 
-def count_peak_from_here() -> None:
-    """Forget the peak so far, where the system can (Linux)."""
-    if _CLEAR.exists():
-        _CLEAR.write_text("5")
-
-
 def summaries_bytes(cache: Any) -> int:
     """What the summaries of a `HiPCache` take."""
     pyramids = [row.pyramid for layer in cache.paged for row in layer.hip_state.rows.values() if row.pyramid]
@@ -50,7 +44,8 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        count_peak_from_here()
+        if _CLEAR.exists():  # Linux, which can forget the peak so far
+            _CLEAR.write_text("5")
         self.before = memory_mib("VmRSS")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

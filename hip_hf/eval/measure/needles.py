@@ -54,12 +54,9 @@ class NeedlesPrompt:
 def make_prompt(tokenizer: Any, text: list[int], length: int, facts: int, rng: random.Random) -> NeedlesPrompt:
     """A prompt of exactly `length` tokens from the beginning of `text` (token ids).
 
-    A fact lies at a random place in each equal part of the document, the first `FREE` of it left out. They are asked for in
-    another, random order.
-
-    Raises:
-        ValueError: `text` is too short, or notes and questions alone are longer than `length`.
-    """
+    A fact lies at a random place in each equal part of the document, the first `FREE` of it left
+    out. They are asked for in another, random order. Raises ValueError if `text` is too short, or
+    notes and questions alone are longer than `length`."""
     encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
     hidden = draw_facts(rng, [FREE + (1 - FREE) * (part + rng.random()) / facts for part in range(facts)])
     end: list[int] = []
@@ -183,31 +180,23 @@ class NeedlesPlan:
 
 def against(row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]:
     """What a row is beside that of dense attention: None without one."""
-    apart = lambda name: None if dense is None else row[name] - dense[name]  # noqa: E731
-    return {
-        "digits_minus_dense": apart("digits"),
-        "nll_minus_dense": apart("nll"),
-        "perplexity_over_dense": None if dense is None else row["perplexity"] / dense["perplexity"],
-    }
+    apart = {f"{name}_minus_dense": dense and row[name] - dense[name] for name in ("digits", "nll")}
+    return {**apart, "perplexity_over_dense": dense and row["perplexity"] / dense["perplexity"]}
 
 
 def flops(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
     """What a prompt costs a sparse layer in FLOPs: selection over attention, and both over dense attention. None where no layer
     is sparse by its `path`, or a method does not tell."""
     cost = prompt_cost(config, length) if "sparse" in path else None
-    return {
-        "selection_over_attention": cost and cost.selection / cost.attention,
-        "flops_over_dense": cost and cost.share,
-    }
+    selection = cost and cost.selection / cost.attention
+    return {"selection_over_attention": selection, "flops_over_dense": cost and cost.share}
 
 
 def measure(model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: NeedlesPlan, kept: Resumable) -> list[dict[str, Any]]:
-    """The rows of the report, of what `kept` has not yet: for each length and document (`texts` `{name: token ids}`) one for
-    each of the settings. Prompt goes by prompt, with all settings one after the other, so that they meet the same machine.
-
-    Raises:
-        ValueError: a length does not fit a text, or the model's logits are not known to be computed rightly.
-    """
+    """The rows of the report, of what `kept` has not yet: for each length and document (`texts`
+    `{name: token ids}`) one for each of the settings. Prompt goes by prompt, with all settings one
+    after the other, so that they meet the same machine. Raises ValueError if a length does not fit
+    a text, or the model's logits are not known to be computed rightly."""
     check_logits(model, next(iter(texts.values())))
     kept.expect("prompts", len(plan.configs) * len(plan.lengths) * plan.prompts * len(texts))
     rows, steps = [], StepLosses(model) if plan.decode else None
@@ -233,11 +222,8 @@ def code() -> str:
 
 
 def read_documents(kinds: str) -> dict[str, str]:
-    """The texts of a comma list of `novel`, `code` and text files: `{name: text}`.
-
-    Raises:
-        ValueError: one is neither, cannot be read or has the name of another.
-    """
+    """The texts of a comma list of `novel`, `code` and text files: `{name: text}`. Raises
+    ValueError if one is neither, cannot be read or has the name of another."""
     texts: dict[str, str] = {}
     for kind in (part.strip() for part in kinds.split(",")):
         name = kind if kind in (NOVEL, CODE) else Path(kind).name

@@ -53,22 +53,6 @@ def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, flo
     return (centre - spread) / (count + z * z), (centre + spread) / (count + z * z)
 
 
-@dataclass
-class Witness:
-    """A logits processor that changes nothing: it asks `explain` what the attention did, in prefill and in decode."""
-
-    model: Any
-    prefill: list[Row] = field(default_factory=list)
-    decode: list[Row] = field(default_factory=list)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not self.prefill:
-            self.prefill = explain(self.model)
-        else:
-            self.decode = explain(self.model)
-        return scores
-
-
 def path_of(rows: list[Row]) -> str:
     """`sparse`, `dense`, or how many layers went which way and why."""
     kinds = [row.path if row.path == "sparse" else f"{row.path} ({row.reason})" for row in rows]
@@ -130,7 +114,12 @@ def use(model: Any, config: HiPConfig) -> bool:
 def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse: bool) -> PasskeyCounts:
     """Generate the answers of a batch of prompts of one length, greedily, and count what is right."""
     ids = torch.tensor([prompt for prompt, _ in samples], device=model.device)
-    witness = Witness(model)
+    told: list[list[Row]] = []  # by `explain`, in prefill and in each decode step
+
+    def witness(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        told.append(explain(model))
+        return scores
+
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = model.generate(
         ids,
@@ -143,7 +132,7 @@ def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse
     answers = [answer_of(tokenizer, tokens)[:DIGITS] for tokens in out[:, ids.shape[1] :]]
     keys = [key for _, key in samples]
     exact, digits = (sum(map(same, answers, keys)) for same in (str.__eq__, digits_right))
-    return PasskeyCounts(len(keys), exact, digits, list(witness.prefill), list(witness.decode))
+    return PasskeyCounts(len(keys), exact, digits, told[0] if told else [], told[-1] if told[1:] else [])
 
 
 @dataclass(frozen=True)
@@ -170,11 +159,8 @@ class PasskeyPlan:
 
 
 def measure(model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable) -> list[dict[str, Any]]:
-    """The rows of the report, of what `kept` has not yet.
-
-    Raises:
-        ValueError: a length does not fit the text.
-    """
+    """The rows of the report, of what `kept` has not yet. Raises ValueError if a length does not
+    fit the text."""
     kept.expect("pass keys", len(plan.configs) * len(plan.lengths) * plan.depths)
     rows = []
     for name, config in plan.configs.items():

@@ -29,11 +29,8 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class PerplexityPlan:
-    """What to read: `texts` windows of `tokens` tokens, evenly spread over the document, `chunk` tokens at a time.
-
-    Raises:
-        ValueError: `tokens` or `chunk` is no multiple of `BLOCK`.
-    """
+    """What to read: `texts` windows of `tokens` tokens, evenly spread over the document, `chunk`
+    tokens at a time. Raises ValueError if `tokens` or `chunk` is no multiple of `BLOCK`."""
 
     configs: dict[str, HiPConfig]
     tokens: int

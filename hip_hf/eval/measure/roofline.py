@@ -166,7 +166,9 @@ def rows(
             cost, model = sum(parts, costs.NO_COST), sum(part.milliseconds(gpu) for part in parts)
             least = sum(unshared[tokens][name], costs.NO_COST)
             if name in TENSORS:
-                least = KernelCost(cost.flops, costs.prompt_once(tokens, shape, *TENSORS[name]).bytes)
+                queries, keys = TENSORS[name]
+                moved = tokens * (queries * shape.query_heads + keys * shape.key_heads) * shape.dim * shape.size
+                least = KernelCost(cost.flops, moved)
             own: Row = {"step": name, "tokens": tokens, "TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9}
             times: Row = {"floor": least.milliseconds(gpu), "model": model, "measured": measured.get((name, tokens))}
             found.append({**own, **times})
@@ -174,12 +176,9 @@ def rows(
 
 
 def measured_in(document: dict[str, Any]) -> tuple[str, dict[tuple[str, int], float]]:
-    """Of a summary of `benchmarks/gpu_run.py`, also of a run that was cut: the GPU, and milliseconds by step and length, of one
-    sequence.
-
-    Raises:
-        ValueError: the GPU is not known, or none has measured anything.
-    """
+    """Of a summary of `benchmarks/gpu_run.py`, also of a run that was cut: the GPU, and
+    milliseconds by step and length, of one sequence. Raises ValueError if the GPU is not known, or
+    none has measured anything."""
     device = next((step["machine"].get("device") for step in document["steps"] if step["machine"]), None)
     gpu = gpu_of(device or "")
     if gpu is None:

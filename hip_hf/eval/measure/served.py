@@ -131,12 +131,6 @@ def complete_all(client: Any, model: str, prompts: Sequence[str], new_tokens: in
         return list(clients.map(lambda prompt: complete(client, model, prompt, new_tokens), prompts))
 
 
-def hang_up(client: Any, model: str, prompt: str) -> None:
-    """Ask for a long answer and leave after its first piece."""
-    with client.completions.create(model=model, prompt=prompt, stream=True, **greedy(LONG)) as stream:
-        next(stream)
-
-
 def soak(
     server: Served,
     text: Callable[[int, int], str],
@@ -172,7 +166,8 @@ def soak(
             elif i % 10 == 9:
                 client.chat.completions.create(model=server.model, messages=[])
             elif i % 5 == 2:
-                hang_up(client, server.model, prompt)
+                with client.completions.create(model=server.model, prompt=prompt, stream=True, **greedy(LONG)) as stream:
+                    next(stream)
                 return "hung_up", prompt, None
             else:
                 answer = complete(client, server.model, prompt, NEW_TOKENS)

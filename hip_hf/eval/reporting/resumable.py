@@ -22,13 +22,10 @@ def plain(value: Any) -> Any:
 class Resumable:
     """What a run has measured so far: a JSON line for each measurement in `OUTPUT.partial`, or in memory if there is no output.
 
-    `request` is everything that the measurements depend on. A file of another request is refused and not mixed in. A line that
-    was cut off when the run was killed is dropped. As a context manager it shows a progress bar, and says after an interruption
-    where the file is.
-
-    Raises:
-        ValueError: the file belongs to another request, or is none of ours.
-    """
+    `request` is everything that the measurements depend on. A file of another request is refused
+    and not mixed in. A line that was cut off when the run was killed is dropped. As a context
+    manager it shows a progress bar, and says after an interruption where the file is. Raises
+    ValueError if the file belongs to another request, or is none of ours."""
 
     def __init__(self, output: Path | None = None, request: dict[str, Any] | None = None) -> None:
         self.file = None if output is None else output.with_name(output.name + SUFFIX)

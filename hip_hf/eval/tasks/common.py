@@ -65,11 +65,8 @@ def _count(name: str, value: Any, low: int) -> int:
 
 
 def read_plan(metadata: dict[str, Any]) -> TaskPlan:
-    """The plan in a task's metadata, which lm-eval fills with the model arguments as well; what is not ours is theirs.
-
-    Raises:
-        UsageError: a value is out of range, or there is no tokenizer.
-    """
+    """The plan in a task's metadata, which lm-eval fills with the model arguments as well; what is
+    not ours is theirs. Raises UsageError if a value is out of range, or there is no tokenizer."""
     lengths = metadata.get("max_seq_lengths", [4096])
     lengths = tuple(lengths) if isinstance(lengths, (list, tuple)) else (lengths,)
     if not lengths:
@@ -124,11 +121,8 @@ def scatter(rng: random.Random, size: int, count: int) -> list[int]:
 
 
 def fit(tokens: Callable[[int], int], room: int, guess: int, smallest: int, largest: float = math.inf) -> int:
-    """A size up to `largest` for which `tokens(size) <= room`: the largest one, or one that fills `FULL` of the room.
-
-    Raises:
-        UsageError: not even the smallest fits.
-    """
+    """A size up to `largest` for which `tokens(size) <= room`: the largest one, or one that fills
+    `FULL` of the room. Raises UsageError if not even the smallest fits."""
     good, bad, size = smallest - 1, largest + 1, max(guess, smallest)
     while True:
         count = tokens(size)

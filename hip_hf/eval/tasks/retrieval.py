@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import uuid
@@ -22,7 +23,7 @@ def render(units: list[str], facts: list[tuple[str, str]], places: list[int], as
     return Prompt(f"{text.rstrip()}\n{words.strip()}?", prefix, [facts[asked][1]])
 
 
-def notes(task: str, count: int, metadata: dict[str, Any]) -> dict[str, Any]:
+def notes(task: str, count: int, /, **metadata: Any) -> dict[str, Any]:
     """Documents with `count` notes, as the demo checkpoint knows them; one is asked for."""
     haystack = read_plan(metadata).haystack
 
@@ -35,12 +36,8 @@ def notes(task: str, count: int, metadata: dict[str, Any]) -> dict[str, Any]:
     return build(task, make, PASSKEY_TOKENS, metadata)
 
 
-def passkey(**metadata: Any) -> dict[str, Any]:
-    return notes("passkey", 1, metadata)
-
-
-def passkeys(**metadata: Any) -> dict[str, Any]:
-    return notes("passkeys", 8, metadata)
+passkey = functools.partial(notes, "passkey", 1)
+passkeys = functools.partial(notes, "passkeys", 8)
 
 
 def identifier(rng: random.Random) -> str:
