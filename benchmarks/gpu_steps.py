@@ -35,7 +35,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import doctor, documents, gpu_latency, losses, needles, real_model, roofline
 from hip_hf.eval.measure.generate import generate
 from hip_hf.eval.measure.gpu_runs import DeviceClock, Timed
-from hip_hf.eval.measure.latency import DTYPES, GrowingSteps, TimingPlan, interleave, ours, refresh_period, sdpa
+from hip_hf.eval.measure.latency import TIMED_DTYPES, GrowingSteps, TimingPlan, interleave, ours, refresh_period, sdpa
 from hip_hf.eval.measure.passkey import use
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.resumable import Resumable
@@ -82,12 +82,12 @@ class Run:
 
 def doctor_step(run: Run) -> None:
     """Every kernel against float64, in each dtype."""
-    missing = doctor.lacking(run.device)
+    missing = doctor.missing_for(run.device)
     if missing:
         raise RuntimeError(missing)
 
     def checked(kind: str, part: str) -> Rows:
-        rows = [doctor.row_of(label, found) for label, found in doctor.tried(run.device, [kind], True, [part])]
+        rows = [doctor.check_row(label, found) for label, found in doctor.tried(run.device, [kind], True, [part])]
         return [{**row, "wrong": row["problem"]} for row in rows]
 
     for kind, part in product(run.sizes.checks, run.sizes.parts):
@@ -134,7 +134,7 @@ def agreement(plan: TimingPlan, length: int) -> Rows:
     first = min(sparse_reach(config) - config.budget, length)
     pairs = {"first": (result.out[:, :, :first], sdpa(q[:, :, :first], k[:, :, :first], v[:, :, :first]))}
     pairs["last"] = (result.out[:, :, -1:], sdpa(q[:, :, -1:], k, v))
-    allowed = UNITS * torch.finfo(DTYPES[dtype]).eps
+    allowed = UNITS * torch.finfo(TIMED_DTYPES[dtype]).eps
     rows = []
     for name, (got, want) in pairs.items():
         error = float((got - want).norm(dtype=torch.float32) / want.norm(dtype=torch.float32))
@@ -148,7 +148,7 @@ def agreement(plan: TimingPlan, length: int) -> Rows:
 def prefill_step(run: Run) -> None:
     """Prompts and their selection against the faster of FlashAttention and cuDNN; of the longest against the one that was faster
     before, since each takes some 15 s there."""
-    lengths, plan, backends = run.sizes.prefill, run.sizes.plan(), tuple(gpu_latency.BACKENDS)
+    lengths, plan, backends = run.sizes.prefill, run.sizes.plan(), tuple(gpu_latency.BASELINES)
     for length in lengths:
         run.keep(f"agreement, {plots.short(length)}", partial(agreement, plan, length))
         found = run.latency(plan, ("prefill", "selection"), length, backends=backends)
@@ -164,7 +164,7 @@ def free_bytes(device: torch.device) -> float:
 def fitting(plan: TimingPlan, length: int, free: float) -> int:
     """The largest batch, up to the plan's and at least one, whose decode steps at `length` keys fit into so many bytes: keys and
     values, and the summaries of two kept states (amortised and refreshed, which are there at a time without graphs)."""
-    (dtype,), (config,) = (DTYPES[name] for name in plan.dtypes), plan.settings.values()
+    (dtype,), (config,) = (TIMED_DTYPES[name] for name in plan.dtypes), plan.settings.values()
     pyramid = KeyPyramid.empty(config, 1, plan.kv_heads, plan.head_dim, int(length * (1 + ROOM)), dtype, torch.device("meta"))
     keys_and_values = 2 * plan.kv_heads * plan.head_dim * dtype.itemsize * length
     return int(max(1, min(plan.batch, (free - SPARE) // (keys_and_values + 2 * pyramid.nbytes))))
@@ -247,7 +247,7 @@ def profile_step(run: Run) -> None:
 
 def tune_step(run: Run) -> None:
     """Other launches of attention and selection beside today's, kernel by kernel in turn, those first that `tune.py` prefers."""
-    sizes, dtype = run.sizes, DTYPES[run.sizes.dtype]
+    sizes, dtype = run.sizes, TIMED_DTYPES[run.sizes.dtype]
     target = target_of(torch.empty(0, device=run.device))
 
     def timed(kernel: str, tile: Any, present: Any) -> Rows:
@@ -286,7 +286,7 @@ def random_model(sizes: Sizes, device: torch.device) -> Any:
 
     with device:
         config = LlamaConfig(**sizes.shape)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=DTYPES[sizes.model_dtype])
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=TIMED_DTYPES[sizes.model_dtype])
     model.generation_config.eos_token_id = None  # every run has as many tokens
     return model.eval()
 
@@ -354,7 +354,7 @@ STEPS: dict[str, Callable[[Run], None]] = {
 
 def settle(folder: Path, device: torch.device) -> None:
     """Put down the machine, versions and kernels of a run. Raises ValueError for a folder that belongs to others."""
-    file, about = folder / MACHINE, {**doctor.facts(device, doctor.lacking(device)), "code": trust.code()}
+    file, about = folder / MACHINE, {**doctor.facts(device, doctor.missing_for(device)), "code": trust.code()}
     about = json.loads(json.dumps(about))
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else about
     if before != about:

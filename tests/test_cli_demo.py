@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from hip_hf import configure
 from hip_hf.cli import demo, explain, generate, inputs
 from hip_hf.eval.measure import documents, real_model
-from hip_hf.eval.measure.demo import NO_DIGIT, Run, kinds_read, make_facts, position_of, read
+from hip_hf.eval.measure.demo import NO_DIGIT, DemoRun, kinds_read, make_facts, position_of, read
 from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.measure.needles import make_prompt
 from hip_hf.eval.reporting import plots
@@ -117,7 +117,7 @@ def test_demo_draws_a_picture(shown: dict[str, Any]) -> None:
     picture = (plt.imread(shown["picture"])[..., :3] * 255).round().astype(int)
     assert min(picture.shape[:2]) > 500
     colours = {"#{:02x}{:02x}{:02x}".format(*pixel) for pixel in picture.reshape(-1, 3)[::7].tolist()}
-    assert set(plots.KINDS.values()) <= colours
+    assert set(plots.BLOCK_KINDS.values()) <= colours
 
 
 def test_demo_prints_tables(checkpoint: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_kinds_read_counts_what_attention_counts(checkpoint: str) -> None:
     kinds, path = kinds_read(problem, settings, layer=1)
     assert path.startswith("sparse")
     assert kinds.shape == (512 // 32, 512 // 16)
-    names = list(plots.KINDS)
+    names = list(plots.BLOCK_KINDS)
     for i, row in enumerate(kinds):
         count = {name: int((row == names.index(name)).sum()) for name in names}
         assert (row == -1).sum() == 32 - 2 * (i + 1)  # the future
@@ -209,7 +209,7 @@ def test_memory_beyond_the_cache_is_that_of_a_chunk(checkpoint: str, text: Path)
     beside = {}
     for tokens, chunk in ((8192, 1024), (32768, 1024), (32768, None)):
         task = demo.prepare(checkpoint, text, tokens, make_facts(1, seed=0))
-        memory = demo.in_own_process(Run(checkpoint, "hip", task.prompts, 2, fields, chunk))["memory_mib"]
+        memory = demo.in_own_process(DemoRun(checkpoint, "hip", task.prompts, 2, fields, chunk))["memory_mib"]
         beside[tokens, chunk] = memory["peak"] - memory["cache"]
     noise = 16  # of what the system counts as a process's memory, in MiB
     assert beside[32768, 1024] < beside[8192, 1024] + noise

@@ -25,7 +25,7 @@ from hip_hf.cli import passkey as passkey_command
 from hip_hf.cli.presets import PRESETS, as_many_keys, every, settings_of
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import mass
-from hip_hf.eval.measure.costs import SELECTION, block_cost, call_cost
+from hip_hf.eval.measure.costs import SELECTION_COSTS, block_cost, call_cost
 from hip_hf.eval.measure.hyper_assumptions import assumption_rows, measure_assumptions
 from hip_hf.geometry import keys_seen, query_blocks
 from hip_hf.methods import hyper
@@ -127,7 +127,7 @@ def test_bytes_of_asking_who_needs_the_middle() -> None:
 
 
 def test_every_method_has_a_cost_and_a_preset() -> None:
-    assert SELECTION.keys() | {"hyper", "dense"} == METHODS.keys()
+    assert SELECTION_COSTS.keys() | {"hyper", "dense"} == METHODS.keys()
     assert {PRESETS[name].get("method", "hip") for name in every()} | {"dense"} == METHODS.keys()
     with pytest.raises(ValueError, match="hyper"):
         block_cost(HiPConfig(method="hyper"), query_blocks(small(), make_problem(*make_qkv(50)).spans[0], False)[0], 16, 16)

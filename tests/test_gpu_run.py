@@ -381,8 +381,8 @@ def test_other_methods_add_up() -> None:
     assert roofline.leaves(256, options, shape) == KernelCost(4 * pairs * 4 * 16, pairs / 64 * 2 * 64 + 256 * (128 + result))
     assert roofline.squares(256, options, shape) == KernelCost(4 * 256 * 32 * 4 * 16, 16 * 4 * 32 * 64 + 256 * (128 + 2 * result))
     pairs = 256 * 256 // 2 // 16  # of every 16th row, 64 of which make a tile
-    assert roofline.anchors(256, 16, shape) == KernelCost(4 * pairs * 4 * 16, pairs / 64 * 2 * 64 + 16 * (128 + result))
-    assert roofline.anchors(256, 16, Shape(2, 2, 16, 2)).bytes == pairs / 128 * 2 * 64 + 16 * (64 + result / 2)
+    assert roofline.anchor_rows(256, 16, shape) == KernelCost(4 * pairs * 4 * 16, pairs / 64 * 2 * 64 + 16 * (128 + result))
+    assert roofline.anchor_rows(256, 16, Shape(2, 2, 16, 2)).bytes == pairs / 128 * 2 * 64 + 16 * (64 + result / 2)
     assert roofline.spreading(256, shape) == KernelCost(0, 2 * 256 * (128 + 4 * 4))
 
 

@@ -86,7 +86,7 @@ def test_rows_of_every_phase() -> None:
             assert row["times_faster"] == pytest.approx(row["sdpa_ms"] / row["hip_ms"])
         assert (row["peak_gb"] is None) == (DEVICE == "cpu")
     shape, config = kernel_costs.Shape(2, 1, 16, 2), kernels()
-    cost = kernel_costs.total(kernel_costs.prompt_kernels(LENGTH, config, shape))
+    cost = kernel_costs.call_total(kernel_costs.prompt_kernels(LENGTH, config, shape))
     assert found["prefill"]["tflops"] == pytest.approx(cost.flops / found["prefill"]["hip_ms"] / 1e9)
     assert found["prefill"]["gb_per_s"] == pytest.approx(cost.bytes / found["prefill"]["hip_ms"] / 1e6)
     assert found["prefill"]["selecting"] == pytest.approx(found["selection"]["hip_ms"] / found["prefill"]["hip_ms"])
@@ -331,7 +331,7 @@ def test_the_model_adds_up() -> None:
     shape = kernel_costs.Shape(4, 2, 16, 2)
     assert shape.row_tiles("prefill", 16, 2) == 1
     config = small(dense_tail=0, options={"sample": 256})  # sink 4, budget 16, window 16, and the block's own 16
-    one = kernel_costs.attention(320, config, shape)
+    one = kernel_costs.prompt_attention(320, config, shape)
     assert one.flops == 4 * 320 * 4 * 52 * 16
     assert one.bytes == 20 * 2 * 52 * 2 * 16 * 2 + 2 * 320 * 4 * 16 * 2
     # four programs share the 320 keys of the tail: each reads q, and leaves 17 numbers in fp32 of each row and head
@@ -352,11 +352,11 @@ def test_the_model_adds_up() -> None:
     assert kernel_costs.vote(320, unranked, shape) == NO_COST
     # the search reads the votes; by need also what they find near
     whole, sampled = (
-        kernel_costs.total(kernel_costs.selection_kernels(320, one, shape)) for one in (config, small(vote="sampled"))
+        kernel_costs.call_total(kernel_costs.selection_kernels(320, one, shape)) for one in (config, small(vote="sampled"))
     )
     assert whole.flops == sampled.flops + need.flops
     assert whole.bytes == sampled.bytes + need.bytes + vote.bytes + 320 / 4 * 4 * 4
-    a_head = kernel_costs.attention(320, small(dense_tail=0, group_shared=False), shape)
+    a_head = kernel_costs.prompt_attention(320, small(dense_tail=0, group_shared=False), shape)
     assert a_head.bytes - one.bytes == 20 * 2 * 52 * 2 * 16 * 2  # two selections of a key head are two gathers
     # 80 blocks of 4 keys: of a tile of 32 become 63 chunks of two vectors and a state of three in fp32, and one above
     assert kernel_costs.pyramid(320, config, shape) == KernelCost(0, 80 * 2 * (4 * 32 + 63 / 32 * 64 + 3 * 64 / 32))

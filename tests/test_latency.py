@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hip_hf.cli import latency as latency_command
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import latency
-from hip_hf.eval.measure.latency import Call, GrowingSteps, TimingPlan, exponents, fit_exponent, interleave, measure
+from hip_hf.eval.measure.latency import GrowingSteps, TimedRun, TimingPlan, exponents, fit_exponent, interleave, measure
 from hip_hf.methods.hip import TreeSearch
 
 COLUMNS = "phase dtype length settings hip_ms sdpa_ms times_faster path reason keys_read runs sdpa_runs"
@@ -69,12 +69,12 @@ def test_settings_share_the_dense_runs() -> None:
 def test_runs_alternate_and_slow_calls_are_repeated_less(monkeypatch: pytest.MonkeyPatch) -> None:
     now, order = [0.0], []
 
-    def make(name: str, seconds: float) -> Call:
+    def make(name: str, seconds: float) -> TimedRun:
         def work() -> None:
             order.append(name)
             now[0] += seconds
 
-        return Call(work)
+        return TimedRun(work)
 
     monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
     calls = [make("hour", 3600), make("half a minute", 30), make("instant", 0.001)]

@@ -98,7 +98,7 @@ def main(
     start = time.perf_counter()
     loaded = fill(talk, cache)
     read_s, longest = time.perf_counter() - start, getattr(text_config(net), "max_position_embeddings", inf)
-    note(f"{document.name}: {len(talk.held):,} tokens {'loaded' if loaded else 'read'} in {read_s:.2f} s")
+    say(f"{document.name}: {len(talk.held):,} tokens {'loaded' if loaded else 'read'} in {read_s:.2f} s")
     if cache is not None and not loaded:
         talk.save_document(cache)
     torch.manual_seed(seed)
@@ -107,15 +107,15 @@ def main(
     for asked in questions(question or []):
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         turns.append(turn := talk.ask(asked, max_new_tokens, streamer, **options))
-        note(str(turn))
+        say(str(turn))
         if settings.extend is None and turn.cache_tokens > longest:
-            note(f"longer than the {longest:,} tokens that the model is made for: --set extend=streaming --set dense_tail=0")
+            say(f"longer than the {longest:,} tokens that the model is made for: --set extend=streaming --set dense_tail=0")
     if as_json:
         about = {"tokens": len(talk.document_ids), "loaded": loaded, "seconds": read_s}
         rows = [asdict(turn) for turn in turns]
         report.show(f"chat: {model}", rows, True, document=about, chunk=chunk, settings=settings.to_dict())
 
 
-def note(line: str) -> None:
+def say(line: str) -> None:
     """A line about the conversation, on the error stream."""
     report.notes.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

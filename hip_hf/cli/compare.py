@@ -9,10 +9,10 @@ import typer
 
 from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure, user_errors
 from hip_hf.cli.presets import HELP, over_budgets, parse_choice, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Targets, measured_on
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, measured_on
 from hip_hf.eval.measure import perplexity
 from hip_hf.eval.measure.compare import MEASURES, captures, measure
-from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, digest
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, FACT_NAMES, digest
 
 
 def main(
@@ -24,7 +24,7 @@ def main(
     window: Window = None,
     tokens: Annotated[int, typer.Option(help="Length of each text and prompt.")] = 8192,
     prompts: Annotated[int, typer.Option(min=1, help="Texts for fidelity, perplexity and needles.")] = 2,
-    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each text for fidelity and needles.")] = 8,
+    facts: Annotated[int, typer.Option(min=1, max=len(FACT_NAMES), help="Pass keys in each text for fidelity and needles.")] = 8,
     depths: Annotated[int, typer.Option(min=1, help="Depths of the pass keys.")] = 11,
     samples: Annotated[int, typer.Option(min=1, help="Pass keys for each depth.")] = 2,
     document: Annotated[Path, typer.Option(help="Plain text to measure on.")] = DOCUMENT,
@@ -33,7 +33,7 @@ def main(
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     json: Json = False,
 ) -> None:
     """Compare methods or settings on one checkpoint, every layer and row sparse unless settings say otherwise."""

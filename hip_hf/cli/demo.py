@@ -22,8 +22,8 @@ from hip_hf.cli import inputs
 from hip_hf.cli.generate import memory_line, print_layers
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import demo, documents, losses, needles, real_model
-from hip_hf.eval.measure.demo import IMPLEMENTATIONS, Run, question_row, row_of
-from hip_hf.eval.measure.documents import NAMES, Fact
+from hip_hf.eval.measure.demo import IMPLEMENTATIONS, DemoRun, question_row, row_of
+from hip_hf.eval.measure.documents import FACT_NAMES, Fact
 from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.reporting import plots, report
 from hip_hf.integration.explain import Report
@@ -37,7 +37,7 @@ TOKENS = 8192
 EXPLAINED = {"explain": "hip, prompt", "explain_decode": "hip, last decode step"}
 
 
-def load(run: Run, attn: str) -> tuple[Any, Any, HiPConfig]:
+def load(run: DemoRun, attn: str) -> tuple[Any, Any, HiPConfig]:
     """Model, tokenizer and settings, without the library's own progress bar inside ours."""
     from transformers.utils import logging
 
@@ -45,7 +45,7 @@ def load(run: Run, attn: str) -> tuple[Any, Any, HiPConfig]:
     return inputs.load(run.checkpoint, attn, run.fields)
 
 
-def answer(run: Run) -> dict[str, Any]:
+def answer(run: DemoRun) -> dict[str, Any]:
     """Answers and measurements of one implementation; call it in a fresh process."""
     model, tokenizer, _ = load(run, run.attn)
     model.to(run.device)
@@ -54,13 +54,13 @@ def answer(run: Run) -> dict[str, Any]:
         return demo.answer(model, tokenizer, run, advance)
 
 
-def in_own_process(run: Run) -> dict[str, Any]:
+def in_own_process(run: DemoRun) -> dict[str, Any]:
     """`answer(run)` in a process that has done nothing else."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(answer, run).result()
 
 
-def draw(file: Path, run: Run, fact: Fact) -> None:
+def draw(file: Path, run: DemoRun, fact: Fact) -> None:
     """The picture of who reads what in the first prompt, computed from the dense model's queries and keys."""
     model, tokenizer, settings = load(run, "sdpa")
     prompt = run.prompts[0]
@@ -124,7 +124,7 @@ def conclude(
         print_layers(words, found)
 
 
-def show_long(run: Run, facts: list[Fact], as_json: bool) -> None:
+def show_long(run: DemoRun, facts: list[Fact], as_json: bool) -> None:
     """The demo beyond the model's length: `hip` alone, a chunk at a time. Dense attention and the picture, which needs it,
     take time quadratic in the length."""
     length = len(run.prompts[0])
@@ -206,7 +206,7 @@ def main(
             help=f"Pass keys to hide and to ask for; default: {FACTS}, each in a document of its own, with --model "
             f"{AT_ONCE} in one.",
             min=1,
-            max=len(NAMES),
+            max=len(FACT_NAMES),
         ),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
@@ -227,7 +227,7 @@ def main(
     prompts, new_tokens = asked.prompts, asked.new_tokens
     fields = inputs.parse_fields(set_ or [])
     if asked.beyond:
-        show_long(Run(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device), hidden[:1], as_json)
+        show_long(DemoRun(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device), hidden[:1], as_json)
         return
     plots.pyplot()  # if it is missing, say so before the work
     measured = {}
@@ -235,10 +235,10 @@ def main(
         task = bar.add_task("", total=len(IMPLEMENTATIONS) + 1)
         for attn in IMPLEMENTATIONS:
             bar.update(task, description=f"{facts} questions, {len(prompts[0])} tokens each, {attn}")
-            measured[attn] = in_own_process(Run(checkpoint, attn, prompts, new_tokens, fields, device=device))
+            measured[attn] = in_own_process(DemoRun(checkpoint, attn, prompts, new_tokens, fields, device=device))
             bar.advance(task)
         bar.update(task, description=f"drawing {picture}")
-        draw(picture, Run(checkpoint, "sdpa", prompts, new_tokens, fields), hidden[0])
+        draw(picture, DemoRun(checkpoint, "sdpa", prompts, new_tokens, fields), hidden[0])
     rows = [row_of(attn, measured[attn], hidden) for attn in IMPLEMENTATIONS]
     questions = []
     for i, fact in enumerate(hidden):  # where there are no digits, what was said instead

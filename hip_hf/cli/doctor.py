@@ -12,7 +12,7 @@ from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import parse_choice, sizes
 from hip_hf.cli.publish import Json, Output, Targets
 from hip_hf.eval.measure import doctor
-from hip_hf.eval.measure.latency import DTYPES
+from hip_hf.eval.measure.latency import TIMED_DTYPES
 from hip_hf.shown import said
 
 # Tokens of the timed calls.
@@ -33,13 +33,13 @@ def main(
     if device == "cuda" and not there:
         raise typer.BadParameter("got 'cuda', allowed here: cpu (torch sees no GPU)", param_hint="--device")
     default = "bf16,fp16,fp32" if device == "cuda" else "bf16,fp32"
-    kinds = parse_choice(dtypes or default, tuple(DTYPES), "--dtypes")
+    kinds = parse_choice(dtypes or default, tuple(TIMED_DTYPES), "--dtypes")
     with user_errors():
         tokens = LENGTH[device] if length is None else sizes(length)[0]
         targets = Targets(as_json, output)
     on = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    missing = doctor.lacking(on)
-    rows = [doctor.row_of(label, found) for label, found in doctor.tried(on, kinds, not missing)]
+    missing = doctor.missing_for(on)
+    rows = [doctor.check_row(label, found) for label, found in doctor.tried(on, kinds, not missing)]
     about, speed = doctor.facts(on, missing), []
     try:
         speed = doctor.timed(on, kinds[0], tokens)

@@ -9,9 +9,9 @@ import typer
 
 from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure, user_errors
 from hip_hf.cli.presets import HELP, OWN, refuse_extension, settings_of, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Targets, measured_on
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, measured_on
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, digest
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, FACT_NAMES, digest
 from hip_hf.eval.measure.fidelity import FidelityPlan, measure_all
 from hip_hf.eval.measure.hyper_assumptions import TITLE as ASSUMPTIONS
 from hip_hf.eval.measure.hyper_assumptions import assumption_rows
@@ -24,7 +24,7 @@ def main(
     model: Annotated[str, typer.Argument(help="Hub name or folder; default: the shipped demo checkpoint.")] = str(CHECKPOINT),
     tokens: Annotated[int, typer.Option(help="Length of each text; with --stress, of each segment.")] = 8192,
     prompts: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 2,
-    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys hidden in each text, and asked for.")] = 8,
+    facts: Annotated[int, typer.Option(min=1, max=len(FACT_NAMES), help="Pass keys hidden in each text, and asked for.")] = 8,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["defaults", "paper"],  # noqa: B006
     budget: Annotated[int | None, typer.Option(help="Keys selected per query block; default 256, with --stress 1024.")] = None,
     sink: Sink = None,
@@ -39,7 +39,7 @@ def main(
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     json: Json = False,
 ) -> None:
     """Compare selections with the block oracle, layer by layer: captured mass, output error, and what they cost."""

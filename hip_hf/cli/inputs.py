@@ -17,7 +17,7 @@ from hip_hf.eval.measure import documents
 from hip_hf.integration.api import configure
 
 # `auto`: as the checkpoint was saved.
-DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # By name: the hub's client uses one HTTP library or another.
 UNREACHED = {
     *("ConnectionError", "ConnectError", "TimeoutError", "TimeoutException", "ConnectTimeout", "ReadTimeout", "ProxyError"),
@@ -49,9 +49,9 @@ def check_device(device: str) -> torch.device:
 
 def check_dtype(dtype: str) -> Any:
     """The dtype that `load` takes; one line for another name."""
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"got {dtype!r}, allowed: {' | '.join(DTYPES)}", param_hint="--dtype")
-    return DTYPES[dtype]
+    if dtype not in WEIGHT_DTYPES:
+        raise typer.BadParameter(f"got {dtype!r}, allowed: {' | '.join(WEIGHT_DTYPES)}", param_hint="--dtype")
+    return WEIGHT_DTYPES[dtype]
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

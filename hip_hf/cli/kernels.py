@@ -10,7 +10,7 @@ from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import parse_choice
 from hip_hf.cli.publish import Json, Output, Targets
 from hip_hf.eval.measure import kernels
-from hip_hf.eval.measure.kernels import DTYPES, TARGETS
+from hip_hf.eval.measure.kernels import COMPILED_DTYPES, TARGETS
 from hip_hf.eval.reporting import report
 
 
@@ -31,13 +31,13 @@ def main(
     numbers = [int(dim) if dim.isdecimal() else 0 for dim in dims.split(",")]
     if not all(numbers):
         raise typer.BadParameter(f"got {dims!r}, allowed: positive integers, separated by commas", param_hint="--dims")
-    kinds = parse_choice(dtypes, tuple(DTYPES), "--dtypes")
+    kinds = parse_choice(dtypes, tuple(COMPILED_DTYPES), "--dtypes")
     if why := kernels.why_not():
         report.notes.print(why)
         raise typer.Exit(1)
     import triton
 
-    work = kernels.launches(chosen, numbers, kinds, only)
+    work = kernels.all_launches(chosen, numbers, kinds, only)
     asked = dict(targets=chosen, dims=numbers, dtypes=kinds, only=only, spills=spills, triton=triton.__version__)
     with user_errors():
         sink = Targets(as_json, output)

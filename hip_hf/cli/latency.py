@@ -11,9 +11,9 @@ import typer
 from hip_hf.backends.triton import trust
 from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import HELP, parse_choice, refuse_extension, settings_of, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Targets
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.latency import DECODE_LENGTHS, DTYPES, PREFILL_LENGTHS, TimingPlan, exponents, measure
+from hip_hf.eval.measure.latency import DECODE_LENGTHS, PREFILL_LENGTHS, TIMED_DTYPES, TimingPlan, exponents, measure
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.pictures import LATENCY_TITLE
 
@@ -50,7 +50,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, or cuda: the kernels against FlashAttention and cuDNN.")] = "cpu",
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     as_json: Json = False,
 ) -> None:
     """Time one attention call against PyTorch's scaled_dot_product_attention, in prefill and in decode."""
@@ -71,7 +71,7 @@ def main(
         plan = TimingPlan(
             prefill=(given or PREFILL_LENGTHS) if "prefill" in wanted else (),
             decode=(given or DECODE_LENGTHS) if "decode" in wanted else (),
-            dtypes=parse_choice(dtypes or ("bf16" if gpu else "bf16,fp32"), tuple(DTYPES), "--dtypes"),
+            dtypes=parse_choice(dtypes or ("bf16" if gpu else "bf16,fp32"), tuple(TIMED_DTYPES), "--dtypes"),
             settings=settings_of(settings, base={}),
             heads=heads,
             kv_heads=kv_heads,
@@ -91,7 +91,7 @@ def main(
             from hip_hf.eval.measure import gpu_latency
 
             check_timed(plan.settings)
-            rows, refused = gpu_latency.measure(plan, wanted, given or gpu_latency.LENGTHS, kept)
+            rows, refused = gpu_latency.measure(plan, wanted, given or gpu_latency.GPU_LENGTHS, kept)
             extra = {"refused": refused}
         else:
             rows = measure(plan, kept)
@@ -116,7 +116,7 @@ def check_timed(settings: Mapping[str, HiPConfig]) -> None:
     from hip_hf.eval.measure import gpu_latency
 
     for config in settings.values():
-        if config.method not in gpu_latency.METHODS or config.delta is not None:
+        if config.method not in gpu_latency.TIMED_METHODS or config.delta is not None:
             what = config.method if config.delta is None else "Delta correction"
-            allowed = f"{', '.join(gpu_latency.METHODS)}, without Delta correction, which is not timed"
+            allowed = f"{', '.join(gpu_latency.TIMED_METHODS)}, without Delta correction, which is not timed"
             raise typer.BadParameter(f"got {what!r}, allowed on a GPU: {allowed}", param_hint="--settings")

@@ -15,7 +15,7 @@ from hip_hf.cli.inputs import causes, network_error
 from hip_hf.eval.reporting import report
 from hip_hf.integration.lm_eval.registration import MODEL, UsageError, register
 
-MISSING = "lm-eval is missing: pip install 'hip-hf[eval]'"
+NO_LM_EVAL = "lm-eval is missing: pip install 'hip-hf[eval]'"
 SUBCOMMANDS = ("ls", "validate")
 
 
@@ -30,7 +30,7 @@ class Preset:
 
 # Prompts that are too long lose their middle, as these benchmarks prescribe, where lm-eval's model would cut the beginning.
 _MIDDLE = {"prompt_truncation": "middle"}
-PRESETS = {
+TASK_PRESETS = {
     "longctx": Preset(("hip_longctx",)),
     "ruler": Preset(("ruler",), metadata={"max_seq_lengths": [4096, 8192, 16384, 32768]}),
     "longbench": Preset(("longbench",), _MIDDLE),
@@ -55,9 +55,9 @@ def arguments_for(arguments: Sequence[str]) -> list[str]:
     own, _ = parser.parse_known_args(given)
     ahead: list[str] = []
     if asked.preset is not None:
-        if asked.preset not in PRESETS:
-            raise UsageError(f"--preset: got {asked.preset!r}, allowed: {' | '.join(PRESETS)}")
-        preset = PRESETS[asked.preset]
+        if asked.preset not in TASK_PRESETS:
+            raise UsageError(f"--preset: got {asked.preset!r}, allowed: {' | '.join(TASK_PRESETS)}")
+        preset = TASK_PRESETS[asked.preset]
         if preset.model_args and own.model not in (None, MODEL):
             why = f"allowed: {MODEL!r} ({', '.join(preset.model_args)} is its argument)"
             raise UsageError(f"--preset: got it with another model type than {MODEL!r}, {why}")
@@ -76,13 +76,13 @@ def main(context: typer.Context) -> None:
     try:
         register()
     except ImportError:
-        raise SystemExit(MISSING) from None
+        raise SystemExit(NO_LM_EVAL) from None
     from lm_eval.__main__ import cli_evaluate
 
     try:
         arguments = arguments_for(context.args)
         if arguments in ([], ["-h"], ["--help"]):
-            presets = f"--preset NAME: {' | '.join(PRESETS)}"
+            presets = f"--preset NAME: {' | '.join(TASK_PRESETS)}"
             report.notes.print(f"{presets}\nAll other arguments are those of lm_eval:\n", highlight=False)
             arguments = ["run", "--help"]
         sys.argv = ["lm-eval", *arguments]

@@ -10,9 +10,9 @@ import typer
 
 from hip_hf.cli.inputs import cannot_load, user_errors
 from hip_hf.cli.presets import sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Targets, model_name
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, model_name
 from hip_hf.eval.measure.documents import CHECKPOINT
-from hip_hf.eval.measure.memory import KINDS, in_own_process, read_config
+from hip_hf.eval.measure.memory import CACHE_KINDS, measure_alone, read_config
 
 
 def main(
@@ -20,7 +20,7 @@ def main(
     lengths: Annotated[str, typer.Option(help="Comma-separated; K stands for 1024.")] = "8K,32K,128K",
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     as_json: Json = False,
 ) -> None:
     """Memory of a dynamic, a static, a paged and an offloaded cache (pools: an eighth, or what a step needs)."""
@@ -34,8 +34,8 @@ def main(
         config = read_config(model)
     except (OSError, ValueError) as error:
         raise cannot_load(repr(model), error) from None
-    cells = [(kind, length) for length in counts for kind in KINDS]
+    cells = [(kind, length) for length in counts for kind in CACHE_KINDS]
     kept.expect("caches", len(cells))
     with kept:
-        rows = [kept.get(cell, partial(in_own_process, cell[0], config, cell[1])) for cell in cells]
+        rows = [kept.get(cell, partial(measure_alone, cell[0], config, cell[1])) for cell in cells]
     targets.publish("memory", "Memory of caches", rows, {"model": model_name(model)}, kept)

@@ -9,8 +9,8 @@ import typer
 
 from hip_hf.cli.inputs import Device, Dtype, Sink, Window, load_to_measure, user_errors
 from hip_hf.cli.presets import HELP, over_budgets, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Targets, measured_on
-from hip_hf.eval.measure.documents import CHECKPOINT, NAMES, digest
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, measured_on
+from hip_hf.eval.measure.documents import CHECKPOINT, FACT_NAMES, digest
 from hip_hf.eval.measure.needles import CODE, NOVEL, NeedlesPlan, measure, read_documents
 from hip_hf.eval.reporting import report
 
@@ -26,7 +26,7 @@ def main(
         str, typer.Option(help=f"{NOVEL} (shipped), {CODE} (Python's standard library) or text files, like {NOVEL},{CODE}.")
     ] = NOVEL,
     prompts: Annotated[int, typer.Option(min=1, help="Documents of each length and kind.")] = 8,
-    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each document, all asked for.")] = 8,
+    facts: Annotated[int, typer.Option(min=1, max=len(FACT_NAMES), help="Pass keys in each document, all asked for.")] = 8,
     decode: Annotated[
         bool, typer.Option("--decode", help="Read the documents by dense attention, questions and answers token by token.")
     ] = False,
@@ -35,7 +35,7 @@ def main(
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     json: Json = False,
 ) -> None:
     """Hide many pass keys in a document, ask for all in one forward pass, answers included, and count digits that are right.

@@ -9,8 +9,8 @@ import typer
 
 from hip_hf.cli.inputs import Device, Dtype, Sink, Window, load_to_measure, user_errors
 from hip_hf.cli.presets import HELP, settings_of, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Targets, measured_on
-from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, digest
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, measured_on
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, FACT_NAMES, digest
 from hip_hf.eval.measure.passkey import PasskeyPlan, measure
 
 
@@ -19,7 +19,7 @@ def main(
     lengths: Annotated[str, typer.Option(help="Tokens of document, question and answer, like 4096,8K.")] = "8192",
     depths: Annotated[int, typer.Option(min=1, help="Evenly spaced depths, from beginning to end.")] = 11,
     samples: Annotated[int, typer.Option(min=1, help="Prompts for each length and depth.")] = 10,
-    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each document; one is asked for.")] = 1,
+    facts: Annotated[int, typer.Option(min=1, max=len(FACT_NAMES), help="Pass keys in each document; one is asked for.")] = 1,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults"],  # noqa: B006
     budget: Annotated[int | None, typer.Option(help="Keys selected per query block.")] = None,
     sink: Sink = None,
@@ -31,7 +31,7 @@ def main(
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     json: Json = False,
 ) -> None:
     """Hide pass keys in long documents and count right answers, every layer and row sparse unless settings say otherwise."""

@@ -9,7 +9,7 @@ import typer
 
 from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure, user_errors
 from hip_hf.cli.presets import HELP, settings_of, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Targets, measured_on
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, measured_on
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, digest
 from hip_hf.eval.measure.perplexity import PerplexityPlan, measure
 
@@ -28,7 +28,7 @@ def main(
     dtype: Dtype = "fp32",
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     json: Json = False,
 ) -> None:
     """Perplexity of a local text by position, every layer and row sparse unless settings say otherwise.

@@ -26,7 +26,9 @@ Output = Annotated[
     typer.Option("--output", help="Write the JSON document to this file. If interrupted, the same command goes on from there."),
 ]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the results into this PNG file.")]
-Report = Annotated[Path | None, typer.Option("--report", help="Write table and picture to this HTML file, which needs no other.")]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", help="Write table and picture to this HTML file, which needs no other.")
+]
 
 Draw = Callable[[dict[str, Any], Path], None]
 

@@ -14,7 +14,7 @@ from hip_hf.eval.reporting import page, plots
 from hip_hf.eval.reporting.pictures import PICTURES
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_result(file: Path) -> dict[str, Any]:
     """A saved document. Raises ValueError if it cannot be read, or none of our commands wrote
     it."""
     allowed = f"what hip-hf {' | '.join(PICTURES)} --output has written"
@@ -36,5 +36,5 @@ def main(
     plots.pyplot()
     with user_errors():
         check_file("--output", output)
-        documents = [read(file) for file in results]
+        documents = [read_result(file) for file in results]
     write(output, page.render(title, [(document, PICTURES[document["command"]]) for document in documents]))

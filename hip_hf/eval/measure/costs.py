@@ -96,29 +96,19 @@ def _staged(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
     return products * 2 * dim, loads * dim
 
 
-def _oracle(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
-    return block.rows * (block.last + 1) * 2 * dim, (block.last + 1) * dim
-
-
 def _h2o(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
     keys = block.sink + min(block.middle, config.budget_blocks) * config.block_k + block.last + 1 - block.window
     return len(sampled_rows(config, block)) * keys * 2 * dim, keys * dim
 
 
-def _nothing(config: HiPConfig, block: QueryBlock, dim: int) -> tuple[int, int]:
-    return 0, 0
-
-
 # FLOPs of choosing the key blocks of one query block, whose middle exceeds the budget, and numbers loaded for that.
-SELECTION: dict[str, Callable[[HiPConfig, QueryBlock, int], tuple[int, int]]] = {
+SELECTION_COSTS: dict[str, Callable[[HiPConfig, QueryBlock, int], tuple[int, int]]] = {
     "hip": _tree,
     "staged": _staged,
     "quest": lambda config, block, dim: _tree(as_tree(config), block, dim),
-    "streaming": _nothing,
-    "vertical_slash": _nothing,  # once for the whole call
-    "sample": _nothing,
+    **dict.fromkeys(("streaming", "vertical_slash", "sample"), lambda *_: (0, 0)),  # or once for the whole call
     "h2o": _h2o,
-    "oracle": _oracle,
+    "oracle": lambda _, block, dim: (block.rows * (block.last + 1) * 2 * dim, (block.last + 1) * dim),
 }
 
 
@@ -148,7 +138,7 @@ def block_cost(
     fixed = block.sink - block.start - block.window + middle
     read = block_read(block, middle, sliding_window)
     selects = block.middle > budget or config.method == "h2o"
-    known = SELECTION.get(config.method, lambda _, block, dim: selector.cost(block, dim))
+    known = SELECTION_COSTS.get(config.method, lambda _, block, dim: selector.cost(block, dim))
     selection, numbers = known(config, block, dim) if selects else (0, 0)
     per_key = 2 * (dim + value_dim)
     loads = [(fixed + block.last + 1) * (dim + value_dim), (block.last + 1 - block.start) * (dim + value_dim)]
@@ -193,7 +183,7 @@ def call_cost(
 def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> AttentionCost | None:
     """Cost of a prompt that a sparse layer without a sliding window reads at once. Shares of it hardly depend on the head dim.
     None for a method that was added without a `cost`."""
-    if config.method not in (*SELECTION, "hyper") and not hasattr(selector_for(config), "cost"):
+    if config.method not in (*SELECTION_COSTS, "hyper") and not hasattr(selector_for(config), "cost"):
         return None
     return call_cost(config, query_blocks(config, Span(0, 0, tokens, 0, tokens, 0), False), 0, tokens, dim, dim)
 
@@ -219,20 +209,11 @@ def _hyper(
     hashing, attention, read = hyper.flops(config.method_options(), first, end, dim, value_dim, since)
     visible = keys_seen(since, end - 1, None)
     loads = sum(block.last + 1 for block in blocks)
-    # a block of rows loads its own block and the sample; the leaves are dense
-    share = read / visible
     bytes_each = (dim + value_dim) * itemsize
-    return AttentionCost(
-        end - since,
-        read,
-        visible,
-        hashing,
-        attention,
-        visible * 2 * (dim + value_dim),
-        0,
-        round(loads * share) * bytes_each,
-        loads * bytes_each,
-    )
+    # a block of rows loads its own block and the sample; the leaves are dense
+    loaded = round(loads * (read / visible)) * bytes_each
+    cost = AttentionCost(end - since, read, visible, hashing, attention, visible * 2 * (dim + value_dim))
+    return cost + AttentionCost(attention_bytes=loaded, dense_bytes=loads * bytes_each)
 
 
 def total(costs: Iterable[AttentionCost]) -> AttentionCost:

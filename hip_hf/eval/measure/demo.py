@@ -15,7 +15,7 @@ from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import documents, generate, losses
 from hip_hf.eval.measure.capture import capture
-from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact
+from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, Fact
 from hip_hf.eval.measure.memory_meter import memory_mib
 from hip_hf.eval.measure.needles import NeedlesAnswer, NeedlesPrompt
 from hip_hf.eval.measure.passkey import digits_right
@@ -28,11 +28,11 @@ from hip_hf.problem import AttentionProblem
 IMPLEMENTATIONS = ("sdpa", "hip")
 # What stands for a digit in whose place a model says something else.
 NO_DIGIT = "?"
-_KIND = {name: index for index, name in enumerate(plots.KINDS)}
+_KIND = {name: index for index, name in enumerate(plots.BLOCK_KINDS)}
 
 
 @dataclass(frozen=True)
-class Run:
+class DemoRun:
     """What one process does: answer the prompts through one attention implementation."""
 
     checkpoint: str
@@ -44,7 +44,7 @@ class Run:
     device: str = "cpu"
 
 
-def answer(model: Any, tokenizer: Any, run: Run, read: Callable[[int], None]) -> dict[str, Any]:
+def answer(model: Any, tokenizer: Any, run: DemoRun, read: Callable[[int], None]) -> dict[str, Any]:
     """Answers and measurements of one implementation, whose peak of memory is right where the process has done nothing else.
     `read` is told how many tokens each forward pass has read."""
     loaded = memory_mib("VmRSS")
@@ -66,7 +66,7 @@ def answer(model: Any, tokenizer: Any, run: Run, read: Callable[[int], None]) ->
 def make_facts(count: int, seed: int) -> list[Fact]:
     """Facts spread over the document: one at a random place in each `1 / count` of it."""
     rng = random.Random(seed)
-    names = rng.sample(NAMES, count)
+    names = rng.sample(FACT_NAMES, count)
     return [Fact(name, "".join(rng.choices("0123456789", k=DIGITS)), (i + rng.random()) / count) for i, name in enumerate(names)]
 
 
@@ -77,7 +77,7 @@ def position_of(tokenizer: Any, prompt: list[int], fact: Fact) -> int:
 
 
 def kinds_read(problem: AttentionProblem, config: HiPConfig, layer: int) -> tuple[torch.Tensor, str]:
-    """What the first key head's query blocks read in prefill, `[query blocks, key blocks]` of `plots.KINDS` (-1: the
+    """What the first key head's query blocks read in prefill, `[query blocks, key blocks]` of `plots.BLOCK_KINDS` (-1: the
     future), and the path in words."""
     result = attend(problem, config, layer, need_mask=True)
     config = config.for_layer(layer)
@@ -131,7 +131,7 @@ def question_row(fact: Fact, said: dict[str, str]) -> dict[str, Any]:
 
 
 @dataclass
-class Reading:
+class PromptReading:
     """What one attention made of the prompt: an answer for each fact, and `explain`'s rows (none for PyTorch's)."""
 
     answers: list[str]
@@ -152,7 +152,7 @@ class Reading:
 
 
 @torch.no_grad()
-def read(model: Any, tokenizer: Any, prompt: NeedlesPrompt, advance: Callable[[], None]) -> Reading:
+def read(model: Any, tokenizer: Any, prompt: NeedlesPrompt, advance: Callable[[], None]) -> PromptReading:
     """Read the prompt with the attention that is set; `advance` is called after each layer."""
     hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in attention_layers(model)]  # one to a layer
     try:
@@ -169,4 +169,4 @@ def read(model: Any, tokenizer: Any, prompt: NeedlesPrompt, advance: Callable[[]
         said = [tokenizer.decode([token]).strip() for token in tokens]
         places = zip(said, answer.digits, strict=True)
         answers.append("".join(text if text.isdigit() and len(text) == count else NO_DIGIT * count for text, count in places))
-    return Reading(answers, seconds, generate.layers_of(model))
+    return PromptReading(answers, seconds, generate.explained(model))

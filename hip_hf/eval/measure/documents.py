@@ -13,7 +13,7 @@ import torch
 ASSETS = Path(__file__).parents[2] / "assets"
 CHECKPOINT = ASSETS / "checkpoint"
 DOCUMENT = ASSETS / "document.txt"  # held out from training
-NAMES = [
+FACT_NAMES = [
     "amber", "anchor", "apple", "arrow", "badger", "banjo", "basil", "beacon", "birch", "bison", "bronze", "cactus",
     "camel", "canyon", "cedar", "cobalt", "comet", "copper", "coral", "cricket", "dragon", "ember", "falcon", "fern",
     "fiddle", "ginger", "glacier", "granite", "harbor", "hazel", "heron", "indigo", "iris", "ivory", "jade", "jasper",

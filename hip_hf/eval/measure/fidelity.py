@@ -22,7 +22,7 @@ from hip_hf.geometry import Span
 from hip_hf.problem import AttentionProblem
 
 
-def summary(settings: str, layer: int | str, keys: int, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def layer_row(settings: str, layer: int | str, keys: int, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row of the report, from what was measured of one layer on several prompts (`MeasuredMass`, as it is kept)."""
     mass, oracle, weight = (
         torch.cat([torch.tensor(part[name], dtype=torch.float64) for part in parts], dim=-1)
@@ -121,7 +121,7 @@ class FidelityPlan:
 
 
 @dataclass
-class Found:
+class FidelityFound:
     """What was measured, by (keys, settings, layer); what `hyper` assumes of each layer; which layers were left out, and why."""
 
     parts: dict[tuple[int, str, int], list[dict[str, Any]]] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class Found:
         table, layered = [], []
         for keys in lengths:
             for name in names:
-                own = [summary(*key[1:], keys, found) for key, found in self.parts.items() if key[:2] == (keys, name)]
+                own = [layer_row(*key[1:], keys, found) for key, found in self.parts.items() if key[:2] == (keys, name)]
                 if own:
                     table.append(over_layers(own))
                     layered += [table[-1], *own]
@@ -172,14 +172,14 @@ def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: Fidelity
     return {"parts": parts, "assumptions": assumptions, "skipped": list(skipped.items())}
 
 
-def measure_all(model: Any, tokenizer: Any, ids: list[int], plan: FidelityPlan, kept: Resumable) -> Found:
+def measure_all(model: Any, tokenizer: Any, ids: list[int], plan: FidelityPlan, kept: Resumable) -> FidelityFound:
     """What is in `kept`, and what is not yet. Raises ValueError if there are too many facts for the
     texts, or nothing to search."""
 
     def read(number: int) -> list[AttentionProblem]:
         return capture(model, torch.tensor([plan.text(tokenizer, ids, number)], device=model.device))
 
-    all_found = Found()
+    all_found = FidelityFound()
     kept.expect("texts", plan.prompts)
     for prompt in range(plan.prompts):
         saved = kept.get(("fidelity", prompt), partial(measure_prompt, read, plan, prompt))

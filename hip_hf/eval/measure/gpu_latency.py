@@ -23,30 +23,19 @@ from hip_hf.attention import dense_reason
 from hip_hf.backends.triton import ops
 from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import kernel_costs
-from hip_hf.eval.measure.gpu_runs import CapturedSteps, DeviceClock, Run, Timed, captured
-from hip_hf.eval.measure.latency import (
-    AMORTISED,
-    DTYPES,
-    PREFILL,
-    REFRESHED,
-    GrowingSteps,
-    TimingPlan,
-    interleave,
-    ours,
-    refresh_period,
-    sdpa,
-)
+from hip_hf.eval.measure import kernel_costs, latency
+from hip_hf.eval.measure.gpu_runs import CapturedSteps, DeviceClock, Timed, Work, captured
+from hip_hf.eval.measure.latency import PREFILL, GrowingSteps, interleave, ours, refresh_period, sdpa
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.problem import AttentionProblem, make_spans
 
-LENGTHS = [8192 * 2**i for i in range(8)]  # 8K to 1M
-METHODS = ("hip", "streaming", "hyper", "dense")  # hyper decodes densely
+GPU_LENGTHS = [8192 * 2**i for i in range(8)]  # 8K to 1M
+TIMED_METHODS = ("hip", "streaming", "hyper", "dense")  # hyper decodes densely
 BACKWARD, SELECTION, DECODE_SELECTION = "backward", "selection", "decode selection"
 # Of a decode step without a graph, after the name of its phase.
 LAUNCHED = ", launched"
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+BASELINES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 # What the model in docs/performance.md takes each phase for; all others are decode steps.
 KERNELS = {
     PREFILL: kernel_costs.prompt_kernels,
@@ -56,10 +45,10 @@ KERNELS = {
 }
 DENSE_COSTS = {PREFILL: kernel_costs.dense_prefill, BACKWARD: kernel_costs.dense_gradients}
 # Enough of a call to know whether a backend takes it.
-PROBE = 256
+BASELINE_PROBE = 256
 
 
-def within(backend: SDPBackend, run: Run) -> Any:
+def within(backend: SDPBackend, run: Work) -> Any:
     with sdpa_kernel(backend):
         return run()
 
@@ -81,10 +70,10 @@ class MeasuredRuns:
 class Bench:
     """What is the same for all lengths. `backends`: which of PyTorch's are baselines."""
 
-    plan: TimingPlan
+    plan: latency.TimingPlan
     dtype: str
     clock: DeviceClock
-    backends: Sequence[str] = tuple(BACKENDS)
+    backends: Sequence[str] = tuple(BASELINES)
     refused: dict[str, None] = field(default_factory=dict)  # what PyTorch's backends said, in order
 
     @property
@@ -93,23 +82,23 @@ class Bench:
 
     @property
     def shape(self) -> kernel_costs.Shape:
-        heads, size = (self.plan.heads, self.plan.kv_heads, self.plan.head_dim), DTYPES[self.dtype].itemsize
+        heads, size = (self.plan.heads, self.plan.kv_heads, self.plan.head_dim), latency.TIMED_DTYPES[self.dtype].itemsize
         like = torch.empty(0, device=self.device)
         return kernel_costs.Shape(*heads, size, target_of(like), processors(like), self.plan.batch)
 
-    def call(self, run: Run) -> Timed:
+    def call(self, run: Work) -> Timed:
         return Timed(run, self.clock)
 
-    def baselines(self, what: str, probe: Run, run: Run) -> dict[str, Run]:
+    def baselines(self, what: str, probe: Work, run: Work) -> dict[str, Work]:
         """The run by each of PyTorch's backends that takes the `probe`, a small call of its kind."""
-        runs: dict[str, Run] = {}
+        runs: dict[str, Work] = {}
         for name in self.backends:
             try:
-                within(BACKENDS[name], probe)
+                within(BASELINES[name], probe)
             except RuntimeError as error:
                 self.refuse(what, name, error)
             else:
-                runs[name] = partial(within, BACKENDS[name], run)
+                runs[name] = partial(within, BASELINES[name], run)
         return runs
 
     def refuse(self, what: str, name: str, error: Exception) -> None:
@@ -122,9 +111,9 @@ class Bench:
         elif config.method != "hip":
             return None
         elif phase in KERNELS:
-            one = kernel_costs.total(KERNELS[phase](length, config, self.shape))
+            one = kernel_costs.call_total(KERNELS[phase](length, config, self.shape))
         else:
-            one = kernel_costs.total(kernel_costs.step_kernels(length, config, self.shape, refresh_period(config)))
+            one = kernel_costs.call_total(kernel_costs.step_kernels(length, config, self.shape, refresh_period(config)))
         return one.times(self.plan.batch)
 
     def rows(self, measured: MeasuredRuns, configs: dict[str, HiPConfig], selections: dict[str, float]) -> list[dict[str, Any]]:
@@ -187,7 +176,7 @@ class Bench:
             if "prefill" in phases:
                 calls[name] = self.call(partial(ours, q, k, v, config))
         if "prefill" in phases:
-            probe = partial(sdpa, *(x[:, :, :PROBE] for x in (q, k, v)))
+            probe = partial(sdpa, *(x[:, :, :BASELINE_PROBE] for x in (q, k, v)))
             dense = {name: self.call(run) for name, run in self.baselines(PREFILL, probe, partial(sdpa, q, k, v)).items()}
         self.time(PREFILL, dense, [*calls.values(), *searches.values()])
         once, taken = dict.fromkeys(plan.settings, 1), {name: median(call.seconds) for name, call in searches.items()}
@@ -204,7 +193,7 @@ class Bench:
         def pull(out: torch.Tensor, into: Sequence[torch.Tensor], by: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(out, into, by, retain_graph=True)
 
-        small = [x.detach()[:, :, :PROBE].requires_grad_() for x in leaves]
+        small = [x.detach()[:, :, :BASELINE_PROBE].requires_grad_() for x in leaves]
         with torch.enable_grad():
             runs = self.baselines(
                 BACKWARD,
@@ -233,7 +222,8 @@ class Bench:
                 end = length + step + 1
                 sdpa(q[:, :, step : step + 1], k[:, :, :end], v[:, :, :end])
 
-        runs = self.baselines("decode", partial(sdpa, q[:, :, :1], k[:, :, :PROBE], v[:, :, :PROBE]), dense_steps)
+        probe = partial(sdpa, q[:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in (k, v)))
+        runs = self.baselines("decode", probe, dense_steps)
         dense = {name: self.call(captured(run, self.device)) for name, run in runs.items()}
         calls, alone, made = {}, {}, dict[str, CapturedSteps]()
         for key, config in variants.items():
@@ -247,13 +237,13 @@ class Bench:
             own = CapturedSteps(q, k, v, length, counts[key], config, state=made[key[1]].state if key[1] in made else None)
             made[key[1]] = own  # the keys are summarised once
             calls[key] = self.call(captured(own, self.device))
-            if key[0] == REFRESHED and config.method == "hip":
+            if key[0] == latency.REFRESHED and config.method == "hip":
                 select_only = CapturedSteps(q, k, v, length, counts[key], config, attend=False, state=own.state)
                 alone[key[1]] = self.call(captured(select_only, self.device))
         self.time("decode", dense, [*calls.values(), *alone.values()])
-        seconds = {name: median(call.seconds) / counts[REFRESHED, name] for name, call in alone.items()}
+        seconds = {name: median(call.seconds) / counts[latency.REFRESHED, name] for name, call in alone.items()}
         rows = self.decode_rows(length, "", calls, dense, seconds)
-        steps = {name: counts[REFRESHED, name] for name in alone}
+        steps = {name: counts[latency.REFRESHED, name] for name in alone}
         return rows + self.rows(MeasuredRuns(DECODE_SELECTION, length, alone, {}, steps), plan.settings, seconds)
 
     def launched(self, length: int) -> list[dict[str, Any]]:
@@ -262,10 +252,10 @@ class Bench:
         variants, counts = self.plan.variants()
         most = max(counts.values())
         tensors = plan.random(self.dtype, length + most * (plan.repeats + 1), most, self.device)
-        probe = partial(sdpa, tensors[0][:, :, :1], *(x[:, :, :PROBE] for x in tensors[1:]))
+        probe = partial(sdpa, tensors[0][:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in tensors[1:]))
         dense = {}
         for backend in self.baselines("launched", probe, probe):
-            dense[backend] = self.call(partial(within, BACKENDS[backend], GrowingSteps(tensors, length, most, None)))
+            dense[backend] = self.call(partial(within, BASELINES[backend], GrowingSteps(tensors, length, most, None)))
         calls = {key: self.call(GrowingSteps(tensors, length, counts[key], config)) for key, config in variants.items()}
         self.time("launched", dense, list(calls.values()))
         return self.decode_rows(length, LAUNCHED, calls, dense, {})
@@ -276,7 +266,7 @@ class Bench:
         """Rows of the `variants`. `how`: added to the name of a phase. `seconds`: a selection's, by settings."""
         variants, counts = self.plan.variants()
         most, rows = max(counts.values()), []
-        for phase in (AMORTISED, REFRESHED):
+        for phase in (latency.AMORTISED, latency.REFRESHED):
             mine = {name: call for (kind, name), call in calls.items() if kind == phase}
             configs = {name: config for (kind, name), config in variants.items() if kind == phase}
             in_graph = not how  # where a dense call is the baseline's
@@ -287,11 +277,11 @@ class Bench:
 
 
 def measure(
-    plan: TimingPlan,
+    plan: latency.TimingPlan,
     phases: Sequence[str],
     lengths: Sequence[int],
     kept: Resumable | None = None,
-    backends: Sequence[str] = tuple(BACKENDS),
+    backends: Sequence[str] = tuple(BASELINES),
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of everything that `kept` has not yet, and which of PyTorch's `backends` refused what."""
     kept = kept or Resumable()

@@ -26,13 +26,13 @@ from hip_hf.registry import sparse_reach
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
 GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
-TARGETS = {"H200": "sm90", "H100": "sm90", "A100": "sm80", "RTX 4090": "sm89"}
+GPU_TARGETS = {"H200": "sm90", "H100": "sm90", "A100": "sm80", "RTX 4090": "sm89"}
 # Streaming multiprocessors (of an H100 those of the SXM module, as the figures above).
-PROCESSORS = {"H200": 132, "H100": 132, "A100": 108, "RTX 4090": 128}
+GPU_PROCESSORS = {"H200": 132, "H100": 132, "A100": 108, "RTX 4090": 128}
 # Rows of a query block where all keys are read.
 DENSE_BLOCK = dense_reads().block_q
 # Bytes of a number in fp32: partial results, states of summaries, log-sum-exps, hashes.
-WIDE = torch.float32.itemsize
+FP32_BYTES = torch.float32.itemsize
 
 
 def gpu_of(device: str) -> str | None:
@@ -49,8 +49,8 @@ class Shape:
     key_heads: int = 8
     dim: int = 128
     size: int = 2
-    target: str = TARGETS["H200"]
-    processors: int = PROCESSORS["H200"]
+    target: str = GPU_TARGETS["H200"]
+    processors: int = GPU_PROCESSORS["H200"]
     sequences: int = 1
 
     @property
@@ -66,7 +66,7 @@ class Shape:
     @property
     def result(self) -> int:
         """Bytes of a row's output and log-sum-exp of all heads, in fp32."""
-        return self.query_heads * (self.dim + 1) * WIDE
+        return self.query_heads * (self.dim + 1) * FP32_BYTES
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,12 +126,6 @@ class KernelCost:
 NO_COST = KernelCost(0, 0)
 
 
-def levels(tokens: int, config: HiPConfig) -> int:
-    """Levels of the pyramid that a search over `tokens` keys scores."""
-    start = 2 * config.beam_blocks * config.block_k
-    return 1 + max(0, ceil(log2(tokens / start)))
-
-
 def launch(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> dict[str, Any]:
     """Compile-time arguments of the search that is launched for a prompt or, with `block_q` 1, for a decode step."""
     step = block_q == 1
@@ -148,7 +142,8 @@ def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> Kernel
     if whole := whole_middle(tokens, config):
         summaries, exact, tiles = 0, whole, fixed["TILES_WHOLE"]
     else:
-        summaries = looks * fixed["PARTS"] * levels(tokens, config) * min(fixed["MOST"], tokens // config.block_k)
+        levels = 1 + max(0, ceil(log2(tokens / (2 * config.beam_blocks * config.block_k))))  # that are scored
+        summaries = looks * fixed["PARTS"] * levels * min(fixed["MOST"], tokens // config.block_k)
         exact, tiles = min(fixed["LAST"] * config.block_k, tokens) if fixed["RESCORE"] else 0, fixed["TILES"]
     gathered = ceil(walkers / fixed["ROWS"]) * summaries + tiles * exact
     return KernelCost(
@@ -171,10 +166,10 @@ def found(fixed: dict[str, Any], whole: int) -> int:
     listed = 0 if whole else fixed["KEPT_LAST"] * torch.int32.itemsize
     names = ("M", "TILES_WHOLE", "NARROW_WHOLE") if whole else ("KEPT_LAST", "TILES", "NARROW")
     blocks, tiles, narrow = (fixed[name] for name in names)
-    return listed + fixed["LOOKS"] * tiles * (blocks + 1) * narrow * WIDE
+    return listed + fixed["LOOKS"] * tiles * (blocks + 1) * narrow * FP32_BYTES
 
 
-def near_keys(tokens: int, config: HiPConfig, block_q: int) -> int:
+def keys_near(tokens: int, config: HiPConfig, block_q: int) -> int:
     """Keys that a query block reads in any case."""
     return min(config.sink + config.window + block_q, tokens)
 
@@ -186,10 +181,10 @@ def need(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     if not (voting.weighed or voting.ranked):
         return NO_COST
     sample, share = config.method_options().sample if voting.ranked else 0, voting.asked / config.block_q
-    keys = near_keys(tokens, config, config.block_q) + min(sample, tokens)
+    keys = keys_near(tokens, config, config.block_q) + min(sample, tokens)
     tiles = tokens / config.block_q * shape.row_tiles("prefill", voting.asked, shape.key_heads)
     gather = tiles * shape.key_heads * keys * shape.dim * shape.size
-    numbers = (2 if voting.ranked else 1) * share * shape.query_heads * WIDE
+    numbers = (2 if voting.ranked else 1) * share * shape.query_heads * FP32_BYTES
     return KernelCost(2 * tokens * share * shape.query_heads * keys * shape.dim, gather + tokens * (share * shape.row + numbers))
 
 
@@ -199,14 +194,14 @@ def vote(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     if not voting.ranked:
         return NO_COST
     copied, share = 2 / config.query_stride, voting.asked / config.block_q
-    numbers = (share + copied * voting.weighed) * shape.query_heads * WIDE
+    numbers = (share + copied * voting.weighed) * shape.query_heads * FP32_BYTES
     return KernelCost(0, tokens * (copied * shape.row + numbers))
 
 
 def summaries(blocks: float, keys: float, chunks: float, states: float, config: HiPConfig, shape: Shape) -> KernelCost:
     """For so many key blocks, of each: `keys` read, summaries of `chunks` written, and `states` of them moved, in fp32."""
     parts = parts_of(config)
-    of_head = (keys + chunks * parts) * shape.size + states * (parts + 1) * WIDE
+    of_head = (keys + chunks * parts) * shape.size + states * (parts + 1) * FP32_BYTES
     return KernelCost(0, blocks * shape.key_heads * shape.dim * of_head)
 
 
@@ -234,7 +229,7 @@ def appended(config: HiPConfig, shape: Shape) -> KernelCost:
 def searches(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """The searches of a prompt's query blocks, which read the votes, and how much these find near."""
     weighed = Voting.of(config, shape.group, config.block_q, False).weighed
-    read = tokens / config.query_stride * (shape.row + shape.query_heads * WIDE * weighed)
+    read = tokens / config.query_stride * (shape.row + shape.query_heads * FP32_BYTES * weighed)
     count = tokens / config.block_q * shape.lists(config)
     return search(tokens, config, shape, config.block_q).times(count) + KernelCost(0, read)
 
@@ -271,7 +266,7 @@ def tail_splits(tokens: int, config: HiPConfig, shape: Shape) -> int:
     return shape.splits(tokens, rows, DENSE_BLOCK) if rows else 1
 
 
-def attention(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
+def prompt_attention(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """Attention of a prompt, forward: two products; q and out."""
     dense, splits = tail(tokens, config), tail_splits(tokens, config, shape)
     moved = shape.rows_moved(tokens - dense, 1) + shape.rows_moved(dense, splits)
@@ -297,12 +292,12 @@ def selection_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str,
 def prompt_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, KernelCost]:
     """All that a prompt does, by kernel."""
     return selection_kernels(tokens, config, shape) | {
-        "attend_kernel": attention(tokens, config, shape),
+        "attend_kernel": prompt_attention(tokens, config, shape),
         "combine_kernel": combination(tail(tokens, config), tail_splits(tokens, config, shape), shape),
     }
 
 
-def total(kernels: dict[str, KernelCost]) -> KernelCost:
+def call_total(kernels: dict[str, KernelCost]) -> KernelCost:
     """A call of these kernels."""
     return sum(kernels.values(), NO_COST)
 
@@ -331,9 +326,9 @@ def step_need(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """What a decode step's row finds near, if votes are weighed by it: q, keys, and a number of each head."""
     if not Voting.of(config, shape.group, 1, False).weighed:
         return NO_COST
-    keys = near_keys(tokens, config, 1)
+    keys = keys_near(tokens, config, 1)
     read = shape.row_tiles("decode", 1, shape.key_heads) * shape.key_heads * keys * shape.dim * shape.size
-    return KernelCost(2 * shape.query_heads * keys * shape.dim, read + shape.row + shape.query_heads * WIDE)
+    return KernelCost(2 * shape.query_heads * keys * shape.dim, read + shape.row + shape.query_heads * FP32_BYTES)
 
 
 def step_search(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:

@@ -14,7 +14,7 @@ from hip_hf.backends.triton import trust
 from hip_hf.eval.reporting.resumable import Resumable
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def why_not() -> str:
@@ -30,16 +30,16 @@ def why_not() -> str:
     return ""
 
 
-def launches(targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[str], only: str) -> list[tuple[Any, ...]]:
+def all_launches(targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[str], only: str) -> list[tuple[Any, ...]]:
     """Launch, target, head dim and dtype of everything to compile: the kernels that have `only` in their name."""
     from hip_hf.backends.triton.compile import catalogue
 
     return [
-        (launch, target, dim, DTYPES[kind])
+        (launch, target, dim, COMPILED_DTYPES[kind])
         for target in targets
         for dim in dims
         for kind in dtypes
-        for launch in catalogue.launches_of(dim, DTYPES[kind], target)
+        for launch in catalogue.launches_of(dim, COMPILED_DTYPES[kind], target)
         if only in launch.name
     ]
 

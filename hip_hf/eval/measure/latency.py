@@ -30,7 +30,7 @@ from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+TIMED_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 PREFILL_LENGTHS = [1024 * 2**i for i in range(8)]  # 1K to 128K
 DECODE_LENGTHS = PREFILL_LENGTHS[3:]
 PREFILL, AMORTISED, REFRESHED = "prefill", "decode amortised", "decode refreshed"
@@ -66,9 +66,9 @@ class TimingPlan:
         """q `[batch, heads, rows, head_dim]`, and k and v of `length` tokens, drawn where they are used."""
         generator = torch.Generator(device).manual_seed(self.seed)
         shapes = ((self.heads, rows), (self.kv_heads, length), (self.kv_heads, length))
-        drawn = torch.float32 if device == CPU else DTYPES[dtype]  # as fp32 a long one would not fit beside the others
+        drawn = torch.float32 if device == CPU else TIMED_DTYPES[dtype]  # as fp32 a long one would not fit beside the others
         q, k, v = (
-            torch.randn(self.batch, *x, self.head_dim, generator=generator, device=device, dtype=drawn).to(DTYPES[dtype])
+            torch.randn(self.batch, *x, self.head_dim, generator=generator, device=device, dtype=drawn).to(TIMED_DTYPES[dtype])
             for x in shapes
         )
         return q, k, v
@@ -98,7 +98,7 @@ def wall(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-class Call:
+class TimedRun:
     """Something to time by `clock`. `seconds` are those of the runs that count; `result` is what the last of them returned."""
 
     def __init__(self, run: Callable[[], Any], clock: Callable[[Callable[[], Any]], tuple[float, Any]] = wall) -> None:
@@ -120,7 +120,7 @@ class Call:
             self.seconds.append(taken)
 
 
-def interleave(calls: Sequence[Call], repeats: int, enough: float = ENOUGH) -> None:
+def interleave(calls: Sequence[TimedRun], repeats: int, enough: float = ENOUGH) -> None:
     """Run the calls in turn, until each has as many runs as it wants."""
     for call in calls:
         if not call.wanted:
@@ -170,8 +170,8 @@ def refresh_period(config: HiPConfig) -> int:
 def measure_prefill(plan: TimingPlan, dtype: str, length: int) -> list[dict[str, Any]]:
     """One row per setting, all against the same runs of PyTorch's attention."""
     q, k, v = plan.random(dtype, length, length)
-    dense = Call(partial(sdpa, q, k, v))
-    calls = {name: Call(partial(ours, q, k, v, config)) for name, config in plan.settings.items()}
+    dense = TimedRun(partial(sdpa, q, k, v))
+    calls = {name: TimedRun(partial(ours, q, k, v, config)) for name, config in plan.settings.items()}
     interleave([dense, *calls.values()], plan.repeats)
     return [make_row(PREFILL, name, dtype, length, call, dense) for name, call in calls.items()]
 
@@ -181,14 +181,14 @@ def measure_decode(plan: TimingPlan, dtype: str, length: int) -> list[dict[str, 
     variants, counts = plan.variants()
     most = max(counts.values())
     tensors = plan.random(dtype, length + most * (plan.repeats + 1), most)
-    dense = Call(GrowingSteps(tensors, length, most, None))
-    calls = {key: Call(GrowingSteps(tensors, length, counts[key], config)) for key, config in variants.items()}
+    dense = TimedRun(GrowingSteps(tensors, length, most, None))
+    calls = {key: TimedRun(GrowingSteps(tensors, length, counts[key], config)) for key, config in variants.items()}
     interleave([dense, *calls.values()], plan.repeats)
     return [make_row(*key, dtype, length, call, dense, counts[key], most) for key, call in calls.items()]
 
 
 def make_row(
-    phase: str, name: str, dtype: str, length: int, call: Call, dense: Call, steps: int = 1, dense_steps: int = 1
+    phase: str, name: str, dtype: str, length: int, call: TimedRun, dense: TimedRun, steps: int = 1, dense_steps: int = 1
 ) -> dict[str, Any]:
     """A row of the report; the times are per step of a run."""
     hip_ms, sdpa_ms = (1000 * median(c.seconds) / n for c, n in ((call, steps), (dense, dense_steps)))

@@ -12,9 +12,9 @@ from hip_hf.integration.api import configure
 from hip_hf.integration.hip_cache import HiPCache
 
 # Rows whose logits are computed at once: with a vocabulary of 50,000 they take 100 MB, and those of 8K rows 1.6 GB.
-ROWS = 512
+LOGITS_ROWS = 512
 # How many tokens show whether a model's logits are made as `logits_of` makes them, and how exactly.
-PROBE, TOLERANCE = 8, 1e-2
+LOGITS_PROBE, TOLERANCE = 8, 1e-2
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def hidden_of(model: Any, ids: Sequence[int]) -> torch.Tensor:
 @torch.no_grad()
 def check_logits(model: Any, ids: Sequence[int]) -> None:
     """Raise ValueError for a model whose logits are made in another way than `logits_of` knows."""
-    some = ids[:PROBE]
+    some = ids[:LOGITS_PROBE]
     got = logits_of(model, hidden_of(model, some))
     want = model(torch.tensor([some], device=model.device), use_cache=False).logits[0].float()
     if not torch.allclose(got, want, atol=TOLERANCE * float(want.abs().max())):
@@ -51,7 +51,9 @@ def losses_of(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tenso
 def compare(model: Any, hidden: torch.Tensor, targets: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """As `losses_of`, of the tokens that come after these hidden states."""
     loss, right = [], []
-    for some, target in zip(hidden.split(ROWS), torch.tensor(targets, device=model.device).split(ROWS), strict=True):
+    for some, target in zip(
+        hidden.split(LOGITS_ROWS), torch.tensor(targets, device=model.device).split(LOGITS_ROWS), strict=True
+    ):
         logits = logits_of(model, some)
         loss.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").double().cpu())
         right.append((logits.argmax(1) == target).cpu())

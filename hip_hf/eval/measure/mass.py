@@ -64,7 +64,9 @@ def chosen(problem: AttentionProblem, mask: BlockMask, head: int, at: int) -> to
     return indices[:, :count].long().expand(problem.groups, -1)
 
 
-def captured(problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]], masks: Sequence[BlockMask]) -> torch.Tensor:
+def captured_mass(
+    problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]], masks: Sequence[BlockMask]
+) -> torch.Tensor:
     """Mass that each mask keeps, averaged over the rows of each block: `[masks, Hq, blocks]`. Memory is that of one block."""
     groups = problem.groups
     mass = torch.zeros(len(masks), problem.q.shape[1], len(blocks), dtype=torch.float64)
@@ -146,7 +148,7 @@ def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int 
         if not blocks or best is None or any(result.path != "sparse" for result in results):
             raise ValueError(f"settings: layer {layer} has nothing to search ({unsearched(problem, configs, layer)})")
         masks = [best, *(result.mask for result in results if result.mask is not None)]
-        by_mask = iter(captured(problem, blocks, masks))
+        by_mask = iter(captured_mass(problem, blocks, masks))
         oracle = next(by_mask)
         mass = [
             exact_mass(problem, configs[i], blocks) if r.mask is None else next(by_mask)

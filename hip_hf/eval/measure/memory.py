@@ -15,10 +15,10 @@ import torch
 from hip_hf.eval.measure.memory_meter import MIB, Meter, memory_mib, summaries_bytes
 from hip_hf.versions import CACHE
 
-KINDS = ("dynamic", "static", "hip", "hip offloaded")
+CACHE_KINDS = ("dynamic", "static", "hip", "hip offloaded")
 CHUNK, STEPS = 2048, 16
 # What is built of a model has no more than `SMALL` of these.
-LEFT_OUT = ("vocab_size", "intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
+NOT_IN_A_CACHE = ("vocab_size", "intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
 SMALL = 64
 
 
@@ -56,7 +56,7 @@ def read_config(model: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
-    for name in LEFT_OUT:
+    for name in NOT_IN_A_CACHE:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, SMALL)
     config.pad_token_id = None  # it may lie outside the small vocabulary
@@ -122,7 +122,7 @@ def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
     }
 
 
-def in_own_process(kind: str, config: Any, length: int) -> dict[str, Any]:
+def measure_alone(kind: str, config: Any, length: int) -> dict[str, Any]:
     """`measure` in a process that has done nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as fresh:
         return fresh.apply(measure, (kind, config, length))

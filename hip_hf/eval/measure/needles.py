@@ -110,7 +110,7 @@ class NeedlesCounts:
         }
 
 
-def verdicts(right: torch.Tensor, answers: Sequence[NeedlesAnswer]) -> list[list[bool]]:
+def right_tokens(right: torch.Tensor, answers: Sequence[NeedlesAnswer]) -> list[list[bool]]:
     """Whether each digit token of each answer is the likeliest. `right`: `[tokens - 1]`, of every token but the first."""
     return [[bool(right[at - 1]) for at in answer.positions] for answer in answers]
 
@@ -121,7 +121,7 @@ def ask(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses 
     token."""
     sparse = use(model, config)
     loss, right = losses_of(model, prompt.ids) if steps is None else steps.losses_of(prompt.ids, prompt.document, config)
-    said = verdicts(right, prompt.answers)
+    said = right_tokens(right, prompt.answers)
     layers = explain(model) if sparse or steps is not None else []
     shares = [layer.share for layer in layers if layer.share is not None]
     document = loss[: prompt.document - 1]
@@ -184,7 +184,7 @@ def against(row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]
     return {**apart, "perplexity_over_dense": dense and row["perplexity"] / dense["perplexity"]}
 
 
-def flops(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
+def flops_columns(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
     """What a prompt costs a sparse layer in FLOPs: selection over attention, and both over dense attention. None where no layer
     is sparse by its `path`, or a method does not tell."""
     cost = prompt_cost(config, length) if "sparse" in path else None
@@ -210,12 +210,12 @@ def measure(model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: Needl
                 found[name] += NeedlesCounts(**asked)
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
         for name, row in own.items():
-            cost = {} if plan.decode else flops(plan.configs[name], length, row["path"])
+            cost = {} if plan.decode else flops_columns(plan.configs[name], length, row["path"])
             rows.append(row | against(row, own[plan.dense] if plan.dense is not None else None) | cost)
     return rows
 
 
-def code() -> str:
+def standard_library() -> str:
     """The source text of the standard library's modules that are single files, in the order of their names."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return "\n".join(file.read_text(encoding="utf-8") for file in files if file.stem in sys.stdlib_module_names)
@@ -230,7 +230,8 @@ def read_documents(kinds: str) -> dict[str, str]:
         if name in texts:
             raise ValueError(f"--documents: got {name!r} twice, allowed: each name once")
         try:
-            texts[name] = code() if kind == CODE else (DOCUMENT if kind == NOVEL else Path(kind)).read_text(encoding="utf-8")
+            file = DOCUMENT if kind == NOVEL else Path(kind)
+            texts[name] = standard_library() if kind == CODE else file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--documents: got {kind!r} ({error}), allowed: {NOVEL}, {CODE} or a text file") from None
     return texts

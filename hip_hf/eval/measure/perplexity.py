@@ -73,7 +73,7 @@ def losses(model: Any, text: Sequence[int], chunk: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def read_text(model: Any, text: Sequence[int], chunk: int, sparse: bool) -> dict[str, Any]:
+def read_losses(model: Any, text: Sequence[int], chunk: int, sparse: bool) -> dict[str, Any]:
     """Sums of the losses of each block of `BLOCK` tokens (the first has one token less), and what attention did at the end."""
     loss = losses(model, text, chunk)
     padded = torch.cat([torch.zeros(1, dtype=loss.dtype), loss])
@@ -90,7 +90,7 @@ def interval(values: Sequence[float]) -> float | None:
     return NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * stdev(values) / math.sqrt(len(values))
 
 
-def make_row(
+def range_row(
     settings: str, start: int, end: int, last: int, found: list[dict[str, Any]], first: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The row of a range of positions. `first`: what was found with the first of the settings, on the same texts."""
@@ -129,9 +129,9 @@ def measure(model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable) -
         sparse = use(model, config)
         found = []
         for number in range(plan.texts):
-            work = partial(read_text, model, plan.text(ids, number), plan.chunk, sparse)
+            work = partial(read_losses, model, plan.text(ids, number), plan.chunk, sparse)
             found.append(kept.get(("perplexity", config.to_dict(), plan.tokens, number), work))
         first = first or found
         ranges = [(0, plan.tokens), *zip([0, *plan.edges[:-1]], plan.edges, strict=True)]
-        rows += [make_row(name, start, end, plan.tokens, found, first) for start, end in dict.fromkeys(ranges)]
+        rows += [range_row(name, start, end, plan.tokens, found, first) for start, end in dict.fromkeys(ranges)]
     return rows

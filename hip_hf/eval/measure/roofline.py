@@ -20,7 +20,7 @@ import torch
 from hip_hf.backends.triton.hyper import rows_of_square
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import kernel_costs as costs
-from hip_hf.eval.measure.kernel_costs import GPUS, PROCESSORS, TARGETS, KernelCost, Shape, gpu_of
+from hip_hf.eval.measure.kernel_costs import GPU_PROCESSORS, GPU_TARGETS, GPUS, KernelCost, Shape, gpu_of
 from hip_hf.eval.measure.latency import refresh_period
 from hip_hf.methods import hyper
 
@@ -39,7 +39,7 @@ CALLS = {
     "backward: dense": ("backward", "sdpa_ms"),
 }
 NOTHING: Mapping[tuple[str, int], float] = {}
-Row = dict[str, float | int | str | None]
+TableRow = dict[str, float | int | str | None]
 # What the profile of `gpu_run` calls that whose kernels are rows of the table.
 PROFILED = {"prompt": "prefill", "gradients": "backward", "decode": "decode", "hyper": "hyper", "delta": "delta"}
 # Rows between the dense ones where Delta correction is timed: the paper's.
@@ -93,7 +93,7 @@ def hyper_kernels(tokens: int, config: HiPConfig, options: hyper.Options, shape:
     }
 
 
-def anchors(tokens: int, gamma: int, shape: Shape) -> KernelCost:
+def anchor_rows(tokens: int, gamma: int, shape: Shape) -> KernelCost:
     """Delta correction's dense rows, one in `gamma`, whose results are in fp32."""
     pairs, rows = tokens * tokens / (2 * gamma), shape.rows("prefill", shape.tile("prefill").rows, shape.key_heads)
     gather = pairs / rows * shape.key_heads * 2 * shape.dim * shape.size
@@ -102,14 +102,14 @@ def anchors(tokens: int, gamma: int, shape: Shape) -> KernelCost:
 
 def spreading(tokens: int, shape: Shape) -> KernelCost:
     """The differences of Delta's anchors, brought to their rows: output and log-sum-exp read and written."""
-    return KernelCost(0, 2 * tokens * (shape.row + shape.query_heads * costs.WIDE))
+    return KernelCost(0, 2 * tokens * (shape.row + shape.query_heads * costs.FP32_BYTES))
 
 
 def delta_kernels(tokens: int, config: HiPConfig, gamma: int, shape: Shape) -> dict[str, KernelCost]:
     """A prompt under Delta correction by steps, whose last `gamma` rows at least are dense: the kernels of other prompts, its
     anchors, and what these bring."""
     found = costs.prompt_kernels(tokens, replace(config, dense_tail=max(config.dense_tail, gamma)), shape)
-    attend = found["attend_kernel"] + anchors(tokens, gamma, shape)
+    attend = found["attend_kernel"] + anchor_rows(tokens, gamma, shape)
     return found | {"attend_kernel": attend, "spread_kernel": spreading(tokens, shape)}
 
 
@@ -151,13 +151,13 @@ def rows(
     shape: Shape,
     gpu: str = "H200",
     measured: Mapping[tuple[str, int], float] = NOTHING,
-) -> list[Row]:
+) -> list[TableRow]:
     """One row per call or kernel, and length: TFLOP, GB, and milliseconds on `gpu`.
 
     `floor`: products, or every tensor moved once, and in decode each key and summary by one program; `model`: products, or all
     gathers from memory. `measured`: milliseconds by name and length.
     """
-    alone, found = replace(shape, processors=1), list[Row]()
+    alone, found = replace(shape, processors=1), list[TableRow]()
     by_length = {tokens: calls(tokens, config, shape) | kernels(tokens, config, shape) for tokens in lengths}
     unshared = {tokens: calls(tokens, config, alone) | kernels(tokens, config, alone) for tokens in lengths}
     for name in by_length[lengths[0]]:
@@ -169,8 +169,8 @@ def rows(
                 queries, keys = TENSORS[name]
                 moved = tokens * (queries * shape.query_heads + keys * shape.key_heads) * shape.dim * shape.size
                 least = KernelCost(cost.flops, moved)
-            own: Row = {"step": name, "tokens": tokens, "TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9}
-            times: Row = {"floor": least.milliseconds(gpu), "model": model, "measured": measured.get((name, tokens))}
+            own: TableRow = {"step": name, "tokens": tokens, "TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9}
+            times: TableRow = {"floor": least.milliseconds(gpu), "model": model, "measured": measured.get((name, tokens))}
             found.append({**own, **times})
     return found
 
@@ -222,7 +222,7 @@ def main() -> None:
     there = given.measured.exists()
     on, measured = measured_in(json.loads(given.measured.read_text(encoding="utf-8"))) if there else ("H200", {})
     gpu = given.gpu or on
-    shape = Shape(key_heads=given.key_heads, target=TARGETS[gpu], processors=PROCESSORS[gpu])
+    shape = Shape(key_heads=given.key_heads, target=GPU_TARGETS[gpu], processors=GPU_PROCESSORS[gpu])
     lengths = tuple(map(int, given.lengths.split(",")))
     found = rows(lengths, HiPConfig.from_dict(given.settings), shape, gpu, measured if gpu == on else {})
     print(json.dumps(found, indent=1) if given.json else table(found, gpu))

@@ -18,7 +18,7 @@ from typing import Any
 
 HOST = "127.0.0.1"
 HIP_HF = ("-c", "from hip_hf_cli import main; main()", "serve")  # `hip-hf serve`, whether or not the script is on the path
-START_SECONDS, POLL_SECONDS, STOP_SECONDS = 600, 0.1, 30
+START_SECONDS, START_POLL_SECONDS, STOP_SECONDS = 600, 0.1, 30
 NEW_TOKENS, LONG = 16, 10_000  # of an answer; of one that nobody waits for
 PATIENCE = 3600.0  # seconds between two pieces of an answer: eight long prompts may be read first, one after the other
 LOG_LINES = 30  # of a server that did not start, in the error
@@ -63,7 +63,7 @@ class Served:
             if self.process.poll() is not None or time.monotonic() > end:
                 self.stop()
                 raise RuntimeError("the server did not start:\n" + "\n".join(self.printed().splitlines()[-LOG_LINES:]))
-            time.sleep(POLL_SECONDS)
+            time.sleep(START_POLL_SECONDS)
         self.url = found.group(1)
         return self
 

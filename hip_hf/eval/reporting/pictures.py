@@ -24,15 +24,15 @@ COMPARED = {
 # And of those of `serving`.
 SERVED = {"first_token_s": "seconds to the first token", "tokens_per_s": "new tokens a second, of all clients"}
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
-def different(rows: list[Row], *names: str) -> list[Any]:
+def different(rows: list[Record], *names: str) -> list[Any]:
     """The different values of a column, or of several together, in the order of the rows."""
     return list(dict.fromkeys(row[names[0]] if len(names) == 1 else tuple(row[n] for n in names) for row in rows))
 
 
-def setting_of(row: Row) -> str:
+def setting_of(row: Record) -> str:
     """The name of a row's settings without their budget."""
     return row["settings"].partition(AT)[0]
 
@@ -51,7 +51,7 @@ def by_length(axis: Any, lengths: set[int], label: str) -> None:
     axis.legend(fontsize=8)
 
 
-def draw_compare(document: Row, file: Path) -> None:
+def draw_compare(document: Record, file: Path) -> None:
     """What was measured against keys read, a curve for each setting over its budgets; by name where keys are not counted."""
     rows = document["rows"]
     panels = [name for name in COMPARED if any(row.get(name) is not None for row in rows)]
@@ -76,7 +76,7 @@ def draw_compare(document: Row, file: Path) -> None:
         figure.legend(handles.values(), handles.keys(), **legend)
 
 
-def draw_fidelity(document: Row, file: Path) -> None:
+def draw_fidelity(document: Record, file: Path) -> None:
     """Mass by layer, and output error against keys read, a curve for each setting. Those of the first length are drawn, `mass by
     layer` of the smallest budget."""
     rows = document["rows"]
@@ -99,7 +99,7 @@ def draw_fidelity(document: Row, file: Path) -> None:
         right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
-def draw_latency(document: Row, file: Path) -> None:
+def draw_latency(document: Record, file: Path) -> None:
     """Times faster than PyTorch against the length: prefill and decode side by side, a line per dtype and setting."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in document["rows"]:
@@ -122,7 +122,7 @@ def draw_latency(document: Row, file: Path) -> None:
         axes[0].set_ylabel("times faster than PyTorch's SDPA")
 
 
-def draw_longctx(document: Row, file: Path) -> None:
+def draw_longctx(document: Record, file: Path) -> None:
     """Scores of the tasks of `hip_longctx`: share of right answers by task, with its interval, a colour for each of the settings;
     perplexity beside it."""
     rows = document["rows"]
@@ -150,7 +150,7 @@ def draw_longctx(document: Row, file: Path) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
 
 
-def draw_memory(document: Row, file: Path) -> None:
+def draw_memory(document: Record, file: Path) -> None:
     """Peak and device memory against the length, a line for each kind of cache."""
     rows = document["rows"]
     with drawing(file, (10, 4), 1, 2) as (_, (axes,)):
@@ -160,10 +160,10 @@ def draw_memory(document: Row, file: Path) -> None:
             by_length(axis, {row["length"] for row in rows}, name.replace("_", " memory, "))
 
 
-def draw_needles(document: Row, file: Path) -> None:
+def draw_needles(document: Record, file: Path) -> None:
     """Digits right against the share of keys read: a line over the budgets for each setting, length and document; dense
     attention is a level."""
-    lines: dict[tuple[str, int, str], list[Row]] = {}
+    lines: dict[tuple[str, int, str], list[Record]] = {}
     for row in document["rows"]:
         lines.setdefault((setting_of(row), row["length"], row["document"]), []).append(row)
     with drawing(file, (8, 4.8), title=document["title"]) as (_, ((axis,),)):
@@ -178,7 +178,7 @@ def draw_needles(document: Row, file: Path) -> None:
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
-def draw_passkey(document: Row, file: Path) -> None:
+def draw_passkey(document: Record, file: Path) -> None:
     """The heat map: accuracy by depth, a line for every length and setting."""
     cells = [row for row in document["rows"] if row["depth"] != "all"]
     lines, depths = different(cells, "settings", "length"), different(cells, "depth")
@@ -199,7 +199,7 @@ def draw_passkey(document: Row, file: Path) -> None:
         figure.colorbar(image, label="answers entirely right")
 
 
-def draw_perplexity(document: Row, file: Path) -> None:
+def draw_perplexity(document: Record, file: Path) -> None:
     """Perplexity of each range of positions, a line per setting."""
     rows = document["rows"]
     whole = max(row["to"] for row in rows)
@@ -218,7 +218,7 @@ def draw_perplexity(document: Row, file: Path) -> None:
         axis.legend(fontsize=8)
 
 
-def draw_serving(document: Row, file: Path) -> None:
+def draw_serving(document: Record, file: Path) -> None:
     """How long clients wait for their first token, and how many tokens they get together: a row of panels for each length of
     prompts, both figures by the number of clients, a line for each attention."""
     rows = document["rows"]
@@ -236,14 +236,7 @@ def draw_serving(document: Row, file: Path) -> None:
                 axis.legend(fontsize=8)
 
 
-PICTURES: dict[str, Callable[[Row, Path], None]] = {
-    "passkey": draw_passkey,
-    "needles": draw_needles,
-    "perplexity": draw_perplexity,
-    "fidelity": draw_fidelity,
-    "latency": draw_latency,
-    "memory": draw_memory,
-    "compare": draw_compare,
-    "longctx": draw_longctx,  # of benchmarks/longctx.py
-    "serving": draw_serving,  # of benchmarks/serving.py
+# By the command or the benchmark (`longctx`, `serving`) that wrote the document.
+PICTURES: dict[str, Callable[[Record, Path], None]] = {
+    name.removeprefix("draw_"): draw for name, draw in globals().items() if name.startswith("draw_")
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 # How a key block may stand to a query block, and its colour.
-KINDS = {
+BLOCK_KINDS = {
     "not read": "#f4f4f4",
     "read densely": "#c9d7e8",
     "sink": "#e08214",
@@ -58,7 +58,7 @@ def drawing(
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of who reads what: `kinds` `[query blocks, key blocks]` indexes `KINDS`, -1 is the future."""
+    """One picture of who reads what: `kinds` `[query blocks, key blocks]` indexes `BLOCK_KINDS`, -1 is the future."""
 
     title: str
     kinds: torch.Tensor
@@ -74,8 +74,8 @@ def readings(file: Path, title: str, panels: list[Panel], tokens: int, marks: di
 
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    colours = ListedColormap([FUTURE, *KINDS.values()])
-    scale = dict(cmap=colours, vmin=-0.5, vmax=len(KINDS) + 0.5, aspect="auto", interpolation="nearest")
+    colours = ListedColormap([FUTURE, *BLOCK_KINDS.values()])
+    scale = dict(cmap=colours, vmin=-0.5, vmax=len(BLOCK_KINDS) + 0.5, aspect="auto", interpolation="nearest")
     shared = dict(sharex=True, sharey=True)
     with drawing(file, (7.2 * columns, 5.6 * rows + 0.8), rows, columns, title, **shared) as (figure, axes):
         for axis in axes.flat[len(panels) :]:
@@ -94,5 +94,5 @@ def readings(file: Path, title: str, panels: list[Panel], tokens: int, marks: di
             axis.set_xlabel("key position (token)")
         for axis in axes[:, 0]:
             axis.set_ylabel("query position (token)")
-        legend = [Patch(facecolor=colour, edgecolor="grey", label=kind) for kind, colour in KINDS.items()]
+        legend = [Patch(facecolor=colour, edgecolor="grey", label=kind) for kind, colour in BLOCK_KINDS.items()]
         figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hip_hf.eval.measure.documents import DOCUMENT, NAMES
+from hip_hf.eval.measure.documents import DOCUMENT, FACT_NAMES
 from hip_hf.integration.lm_eval.registration import UsageError
 
 SYNTHETIC = "synthetic"
@@ -58,7 +58,7 @@ def load_tokenizer(name: str, revision: str, trust_remote_code: bool) -> Any:
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def _count(name: str, value: Any, low: int) -> int:
+def _check_count(name: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise UsageError(f"{name}: got {value!r}, allowed: an integer >= {low}")
     return value
@@ -75,9 +75,9 @@ def read_plan(metadata: dict[str, Any]) -> TaskPlan:
     if not isinstance(name, str):
         raise UsageError(f"tokenizer: got {name!r}, allowed: a name or folder (metadata `tokenizer` or `pretrained`)")
     return TaskPlan(
-        lengths=tuple(_count("max_seq_lengths", length, 1) for length in lengths),
-        samples=_count("samples", metadata.get("samples", 50), 1),
-        seed=_count("data_seed", metadata.get("data_seed", 0), 0),
+        lengths=tuple(_check_count("max_seq_lengths", length, 1) for length in lengths),
+        samples=_check_count("samples", metadata.get("samples", 50), 1),
+        seed=_check_count("data_seed", metadata.get("data_seed", 0), 0),
         haystack=str(metadata.get("haystack") or DOCUMENT),
         tokenizer=load_tokenizer(name, str(metadata.get("revision", "main")), bool(metadata.get("trust_remote_code", False))),
     )
@@ -98,7 +98,7 @@ def sentences(file: str) -> list[str]:
 def draw_sentences(haystack: str, rng: random.Random, size: int) -> list[str]:
     """`size` consecutive sentences from a random place (the file's beginning follows its end), or random ones."""
     if haystack == SYNTHETIC:
-        return [" ".join(rng.choices(NAMES, k=SENTENCE_WORDS)).capitalize() + ". " for _ in range(size)]
+        return [" ".join(rng.choices(FACT_NAMES, k=SENTENCE_WORDS)).capitalize() + ". " for _ in range(size)]
     text = sentences(haystack)
     start = rng.randrange(len(text))
     return [text[(start + i) % len(text)] for i in range(size)]

@@ -8,7 +8,7 @@ import random
 import uuid
 from typing import Any
 
-from hip_hf.eval.measure.documents import DIGITS, NAMES, note, question
+from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, note, question
 from hip_hf.eval.tasks.common import Prompt, build, draw_sentences, insert, read_plan, scatter
 
 PASSKEY_TOKENS, VALUE_TOKENS, COPY_TOKENS = 16, 64, 48
@@ -16,28 +16,28 @@ PASSKEY_TOKENS, VALUE_TOKENS, COPY_TOKENS = 16, 64, 48
 GIVEN, WANTED = 12, 12
 
 
-def render(units: list[str], facts: list[tuple[str, str]], places: list[int], asked: int) -> Prompt:
+def render_notes(units: list[str], facts: list[tuple[str, str]], places: list[int], asked: int) -> Prompt:
     """A document of `units` with the facts (name, key) noted at `places`, and the question for one of them."""
     text = "".join(insert(units, [note(*fact) for fact in facts], places))
     words, _, prefix = question(facts[asked][0]).partition("? ")
     return Prompt(f"{text.rstrip()}\n{words.strip()}?", prefix, [facts[asked][1]])
 
 
-def notes(task: str, count: int, /, **metadata: Any) -> dict[str, Any]:
+def note_documents(task: str, count: int, /, **metadata: Any) -> dict[str, Any]:
     """Documents with `count` notes, as the demo checkpoint knows them; one is asked for."""
     haystack = read_plan(metadata).haystack
 
     def make(rng: random.Random, size: int, length: int) -> Prompt:
-        names = rng.sample(NAMES, count)
+        names = rng.sample(FACT_NAMES, count)
         facts = [(name, "".join(rng.choices("0123456789", k=DIGITS))) for name in names]
         asked = rng.randrange(count)
-        return render(draw_sentences(haystack, rng, size), facts, scatter(rng, size, count), asked)
+        return render_notes(draw_sentences(haystack, rng, size), facts, scatter(rng, size, count), asked)
 
     return build(task, make, PASSKEY_TOKENS, metadata)
 
 
-passkey = functools.partial(notes, "passkey", 1)
-passkeys = functools.partial(notes, "passkeys", 8)
+passkey = functools.partial(note_documents, "passkey", 1)
+passkeys = functools.partial(note_documents, "passkeys", 8)
 
 
 def identifier(rng: random.Random) -> str:
