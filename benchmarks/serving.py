@@ -24,7 +24,7 @@ from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.publish import Json, Output, Plot, Targets, model_name
 from hip_hf.eval.measure.documents import DOCUMENT
 from hip_hf.eval.measure.generate import lengthen
-from hip_hf.eval.measure.served import Served, complete_all, settings_options
+from hip_hf.eval.measure.served import Served, complete_all, serving, settings_options
 
 ATTENTIONS = ("sdpa", "hip")
 PAGE = 256  # tokens
@@ -100,7 +100,7 @@ def main(
         for name in ATTENTIONS:
             own = settings if name == "hip" else []
             options = ["--attn-implementation", name, "--dtype", dtype, *batching, *own]
-            servers[name] = stack.enter_context(Served(model, *options, log=folder / name))
+            servers[name] = stack.enter_context(serving(model, *options, log=folder / name))
             ask(servers[name], prompts(tokenizer, ids, min(sizes), "first of all", 1), 2)  # what is made once
         stack.enter_context(kept)
         kept.expect("rounds", len(sizes) * len(counts) * rounds * len(ATTENTIONS))

@@ -26,7 +26,7 @@ from hip_hf.cli import inputs
 from hip_hf.cli.publish import Json, Output, Targets
 from hip_hf.eval.measure import documents, generate
 from hip_hf.eval.measure.generate import lengthen
-from hip_hf.eval.measure.served import NEW_TOKENS, Served, settings_options, soak
+from hip_hf.eval.measure.served import NEW_TOKENS, serving, settings_options, soak
 
 PAGE = 256  # tokens
 
@@ -62,7 +62,7 @@ def main(
     details["set"] = set_ or []
     options = ["--max-model-len", str(room), *(batching if continuous_batching else []), *settings_options(set_ or [])]
     load = [os.getloadavg()[0]]
-    with tempfile.TemporaryDirectory() as folder, Served(model, *options, log=Path(folder) / "log") as server:
+    with tempfile.TemporaryDirectory() as folder, serving(model, *options, log=Path(folder) / "log") as server:
         rows = soak(server, text, generated, requests, every, longest, 2 * room, clients)
     load.append(os.getloadavg()[0])
     growth = rows[-1]["resident_MiB"] - rows[len(rows) // 2]["resident_MiB"]

@@ -136,9 +136,10 @@ def test_demo_hides_each_fact_where_it_says(checkpoint: str, text: Path) -> None
     facts = make_facts(3, seed=1)
     assert facts == make_facts(3, seed=1) != make_facts(3, seed=2)
     assert [int(3 * fact.depth) for fact in facts] == [0, 1, 2]
-    task, tokenizer = demo.prepare(checkpoint, text, 600, facts), inputs.load(checkpoint, "sdpa", {})[1]
-    assert (task.new_tokens, task.beyond) == (6, False)
-    for prompt, asked in zip(task.prompts, facts, strict=True):
+    tokenizer = inputs.load(checkpoint, "sdpa", {})[1]
+    prompts, new_tokens, beyond = demo.prepare(checkpoint, text, 600, facts)
+    assert (new_tokens, beyond) == (6, False)
+    for prompt, asked in zip(prompts, facts, strict=True):
         assert len(prompt) == 600
         assert tokenizer.decode(prompt).endswith(documents.question(asked.name))
         at = position_of(tokenizer, prompt, asked)
@@ -208,8 +209,8 @@ def test_memory_beyond_the_cache_is_that_of_a_chunk(checkpoint: str, text: Path)
     fields = dict(dense_layers=0, dense_tail=0)
     beside = {}
     for tokens, chunk in ((8192, 1024), (32768, 1024), (32768, None)):
-        task = demo.prepare(checkpoint, text, tokens, make_facts(1, seed=0))
-        memory = demo.in_own_process(DemoRun(checkpoint, "hip", task.prompts, 2, fields, chunk))["memory_mib"]
+        prompts, _, _ = demo.prepare(checkpoint, text, tokens, make_facts(1, seed=0))
+        memory = demo.in_own_process(DemoRun(checkpoint, "hip", prompts, 2, fields, chunk))["memory_mib"]
         beside[tokens, chunk] = memory["peak"] - memory["cache"]
     noise = 16  # of what the system counts as a process's memory, in MiB
     assert beside[32768, 1024] < beside[8192, 1024] + noise

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from math import inf
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -51,18 +51,15 @@ def typed() -> Iterator[str]:
 def fill(talk: Conversation, file: Path | None) -> bool:
     """Get the document into the cache, from the file if there is one, else by reading it. Whether it was loaded."""
     if file is not None and file.exists():
-        try:
+        otherwise = "; give another file, or delete it and the document is read again"
+        with inputs.user_errors("--cache", after=otherwise):
             talk.load_document(file)
-        except (OSError, ValueError) as error:
-            message = f"{error}; give another file, or delete it and the document is read again"
-            raise typer.BadParameter(message, param_hint="--cache") from None
         return True
-    if file is not None:  # say now, and leave nothing behind, if it could not be written once the document has been read
-        try:
-            with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.absolute().parent) as folder:
-                talk.cache.save(Path(folder) / file.name)
-        except (OSError, ValueError) as error:
-            raise typer.BadParameter(f"cannot write {str(file)!r}: {error}", param_hint="--cache") from None
+    if file is not None:  # say now if it could not be written once the document has been read
+        beside: dict[str, Any] = dict(prefix=f".{file.name}.", dir=file.absolute().parent)
+        unwritten = inputs.user_errors("--cache", f"cannot write {str(file)!r}: ")
+        with unwritten, tempfile.TemporaryDirectory(**beside) as folder:
+            talk.cache.save(Path(folder) / file.name)
     with report.counting("reading the document, tokens", len(talk.document_ids)) as advance:
         talk.read_document(advance)
     return False

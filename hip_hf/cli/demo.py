@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,27 +70,17 @@ def draw(file: Path, run: DemoRun, fact: Fact) -> None:
     plots.readings(file, title, demo.panels(model, prompt, settings), len(prompt), marks, len(prompt) - len(asked))
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is asked: one prompt per fact, how long an answer is, and whether the prompts are longer than the model is made
-    for."""
-
-    prompts: list[list[int]]
-    new_tokens: int
-    beyond: bool
-
-
-def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fact]) -> Task:
-    """Prompts of `tokens` tokens; None: all that the model is made for. Beyond that the document is read over again."""
+def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fact]) -> tuple[list[list[int]], int, bool]:
+    """What is asked: a prompt for each fact, how many tokens an answer has, and whether the prompts are
+    longer than the model is made for. They have `tokens` tokens; None: all that the model is made
+    for. Beyond that the document is read over again."""
     from transformers import AutoConfig, AutoTokenizer
 
     if checkpoint == str(documents.CHECKPOINT) and not documents.CHECKPOINT.exists():
         raise typer.BadParameter(f"{checkpoint} is not there, allowed: another checkpoint", param_hint="--checkpoint")
-    try:
+    with inputs.user_errors("--checkpoint", f"cannot load {checkpoint!r}: "):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         config = AutoConfig.from_pretrained(checkpoint).get_text_config(decoder=True)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot load {checkpoint!r}: {error}", param_hint="--checkpoint") from None
     text = tokenizer.encode(inputs.read_text(document, "--document"), add_special_tokens=False, verbose=False)
     new_tokens = max(len(tokenizer.encode(f" {fact.key}", add_special_tokens=False)) for fact in facts)
     longest = config.max_position_embeddings - new_tokens
@@ -99,7 +89,7 @@ def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fac
         text = lengthen(text, tokens)
     with inputs.user_errors("--tokens"):
         prompts = [documents.make_prompt(tokenizer, text, tokens, [fact], fact.name) for fact in facts]
-    return Task(prompts, new_tokens, tokens > longest)
+    return prompts, new_tokens, tokens > longest
 
 
 def verdicts(question: dict[str, Any]) -> dict[str, Any]:
@@ -223,10 +213,9 @@ def main(
     facts = facts or FACTS
     inputs.check_device(device)
     hidden = demo.make_facts(facts, seed)
-    asked = prepare(checkpoint, document, tokens, hidden)
-    prompts, new_tokens = asked.prompts, asked.new_tokens
+    prompts, new_tokens, beyond = prepare(checkpoint, document, tokens, hidden)
     fields = inputs.parse_fields(set_ or [])
-    if asked.beyond:
+    if beyond:
         show_long(DemoRun(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device), hidden[:1], as_json)
         return
     plots.pyplot()  # if it is missing, say so before the work

@@ -30,12 +30,13 @@ Window = Annotated[int | None, typer.Option("--window", help="Latest keys, alway
 
 
 @contextmanager
-def user_errors(option: str | None = None) -> Iterator[None]:
-    """One line instead of a traceback for a ValueError or OSError inside: the user got something wrong, maybe an `option`."""
+def user_errors(option: str | None = None, before: str = "", after: str = "") -> Iterator[None]:
+    """One line instead of a traceback for a ValueError or OSError inside: the user got something
+    wrong, maybe an `option`. `before` and `after` are said around the error's own words."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
+        raise typer.BadParameter(f"{before}{error}{after}", param_hint=option) from None
 
 
 def check_device(device: str) -> torch.device:
@@ -81,10 +82,8 @@ def cannot_load(what: str, error: Exception) -> typer.BadParameter:
 
 def read_text(file: Path, option: str) -> str:
     """The text of the file that an option names; one line for a file that is missing, no text or empty."""
-    try:
+    with user_errors(option, f"cannot read {str(file)!r}: "):
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"cannot read {str(file)!r}: {error}", param_hint=option) from None
     if not text.strip():
         raise typer.BadParameter(f"{str(file)!r} is empty", param_hint=option)
     return text
