@@ -27,6 +27,7 @@ from hip_hf.cli.publish import Targets, model_name
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import passkey
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, digest
+from hip_hf.eval.measure.passkey import PasskeyCounts
 from hip_hf.eval.reporting import report
 from hip_hf.eval.reporting.plots import drawing
 from hip_hf.eval.reporting.resumable import Resumable
@@ -62,7 +63,7 @@ def ends_of(tokens: int, texts: int) -> list[int]:
     return [tokens - tokens * 3 // 5 * i // texts for i in range(texts)]
 
 
-def ask(model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length: int, number: int) -> passkey.PasskeyCounts:
+def ask(model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length: int, number: int) -> PasskeyCounts:
     """The count of one pass-key prompt, as `hip-hf passkey` makes them."""
     sample, place = number // DEPTHS, number * APART % DEPTHS / (DEPTHS - 1)
     rng = random.Random(f"0 {length} {place:.6f} {sample}")
@@ -87,17 +88,17 @@ def measure(
             yield row | {"low": None, "high": None, "digits": None, "samples": len(losses)}
         for length in plan["lengths"]:
             far = name == "dense" and length > plan["trained"]
-            cell = passkey.PasskeyCounts()
+            cell = PasskeyCounts()
             for number in range(plan["dense_samples"] if far else plan["samples"]):
                 work = partial(ask, model, tokenizer, config, tokens, length, number)
-                cell += passkey.PasskeyCounts.read(kept.get(("pass keys", name, length, number), work))
+                cell += PasskeyCounts.read(kept.get(("pass keys", name, length, number), work))
             counted = cell.row(name, length, None)
             row = {"what": "pass keys", "settings": name, "length": length, "value": counted["accuracy"]}
             yield row | {key: counted[key] for key in ("low", "high", "digits", "samples")}
 
 
 def draw(document: dict[str, Any], file: Path) -> None:
-    """Pass keys with their intervals, and perplexity, by length: a line for each of the settings."""
+    """Pass keys with intervals, and perplexity, by length: a line for each of the settings."""
     kinds = {"pass keys": "answers entirely right", "perplexity": "perplexity"}
     with drawing(file, (10, 4), 1, 2) as (_, (axes,)):
         for axis, (kind, name) in zip(axes, kinds.items(), strict=True):

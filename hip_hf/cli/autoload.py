@@ -28,7 +28,7 @@ from importlib.machinery import PathFinder
 
 
 class _Finder:
-    """Finds one module, once, and calls functions of hip_hf.integration when it has been imported."""
+    """Finds one module, once, and when it has been imported calls functions of ours."""
 
     def __init__(self, module, integration, *names):
         self.module = module

@@ -3,8 +3,8 @@
 Each implementation runs in a process of its own, so that the peak of memory is its own. Every question is a prompt of
 full length; the times are the medians over the questions, which leaves out what the first call has to set up.
 
-With `--model` all facts are in one document. The answers stand in the prompt (see `needles`), so the model reads once with
-each attention; that is also the time to its first token.
+With `--model` all facts are in one document. The answers stand in the prompt (see `needles`), so the
+model reads once with each attention; that is also the time to its first token.
 """
 
 from __future__ import annotations
@@ -67,13 +67,14 @@ def draw(file: Path, run: DemoRun, fact: Fact) -> None:
     marks = {fact.name: demo.position_of(tokenizer, prompt, fact)}
     asked = tokenizer.encode(documents.question(fact.name), add_special_tokens=False)
     title = f"Key blocks that each query block reads (first key head), {len(prompt)} tokens; asked for: {fact.name}"
-    plots.readings(file, title, demo.panels(model, prompt, settings), len(prompt), marks, len(prompt) - len(asked))
+    panels, begins = demo.panels(model, prompt, settings), len(prompt) - len(asked)
+    plots.readings(file, title, panels, len(prompt), marks, begins)
 
 
 def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fact]) -> tuple[list[list[int]], int, bool]:
-    """What is asked: a prompt for each fact, how many tokens an answer has, and whether the prompts are
-    longer than the model is made for. They have `tokens` tokens; None: all that the model is made
-    for. Beyond that the document is read over again."""
+    """A prompt for each fact, how many tokens an answer has, and whether the prompts are longer than
+    the model is made for. They have `tokens` tokens; None: all that the model is made for. Beyond
+    that the document is read over again."""
     from transformers import AutoConfig, AutoTokenizer
 
     if checkpoint == str(documents.CHECKPOINT) and not documents.CHECKPOINT.exists():
@@ -94,22 +95,24 @@ def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fac
 
 def verdicts(question: dict[str, Any]) -> dict[str, Any]:
     """A question's row for people: answers followed by right or wrong."""
-    said = {attn: question[attn] for attn in IMPLEMENTATIONS}
-    right = {attn: "right" if given == question["hidden"] else "wrong" for attn, given in said.items()}
-    return {**question, **{attn: f"{given} ({right[attn]})" for attn, given in said.items()}}
+    row = dict(question)
+    for attn in IMPLEMENTATIONS:
+        row[attn] += " (right)" if row[attn] == question["hidden"] else " (wrong)"
+    return row
 
 
-def conclude(
-    title: str, rows: list[dict[str, Any]], as_json: bool, layers: list[Report], heading: str = "", **details: Any
-) -> None:
-    """Show a row for each attention, `questions` of the details under a heading, and `layers` after prompt and last step."""
+def conclude(title: str, rows: list[Any], as_json: bool, layers: list[Report], heading: str = "", **details: Any) -> None:
+    """Show a row for each attention, `questions` of the details under a heading, and `layers` after
+    the prompt and the last step."""
     if as_json:
-        told = {name: [asdict(layer) for layer in found] for name, found in zip(EXPLAINED, layers, strict=False)}
-        report.show(title, rows, True, **details, **told)
+        for name, explained in zip(EXPLAINED, layers, strict=False):
+            details[name] = [asdict(layer) for layer in explained]
+        report.show(title, rows, True, **details)
         return
     if heading:
         report.show(heading, [verdicts(row) for row in details["questions"]], False)
-    report.show(title, rows, False, **{name: details[name] for name in ("picture",) if name in details})
+    drawn = {"picture": details["picture"]} if "picture" in details else {}
+    report.show(title, rows, False, **drawn)
     for words, found in zip(EXPLAINED.values(), layers, strict=False):
         print_layers(words, found)
 
@@ -161,7 +164,8 @@ def show_at_once(
     readings = {}
     for attn in IMPLEMENTATIONS:
         net.set_attn_implementation(attn)
-        with report.counting(f"reading {length:,} tokens, layers, {attn}", len(attention_layers(net))) as advance:
+        what = f"reading {length:,} tokens, layers, {attn}"
+        with report.counting(what, len(attention_layers(net))) as advance:
             readings[attn] = demo.read(net, tokenizer, prompt, advance)
     rows = [reading.row(attn, prompt.answers) for attn, reading in readings.items()]
     questions = []
@@ -208,7 +212,8 @@ def main(
     if model is not None:
         if checkpoint != str(documents.CHECKPOINT):
             raise typer.BadParameter(f"got {model!r} beside --checkpoint, allowed: one of them", param_hint="--model")
-        show_at_once(model, document, tokens, facts or AT_ONCE, inputs.parse_fields(set_ or []), device, seed, as_json)
+        fields = inputs.parse_fields(set_ or [])
+        show_at_once(model, document, tokens, facts or AT_ONCE, fields, device, seed, as_json)
         return
     facts = facts or FACTS
     inputs.check_device(device)
@@ -224,7 +229,8 @@ def main(
         task = bar.add_task("", total=len(IMPLEMENTATIONS) + 1)
         for attn in IMPLEMENTATIONS:
             bar.update(task, description=f"{facts} questions, {len(prompts[0])} tokens each, {attn}")
-            measured[attn] = in_own_process(DemoRun(checkpoint, attn, prompts, new_tokens, fields, device=device))
+            run = DemoRun(checkpoint, attn, prompts, new_tokens, fields, device=device)
+            measured[attn] = in_own_process(run)
             bar.advance(task)
         bar.update(task, description=f"drawing {picture}")
         draw(picture, DemoRun(checkpoint, "sdpa", prompts, new_tokens, fields), hidden[0])

@@ -91,7 +91,8 @@ def main(
             from hip_hf.eval.measure import gpu_latency
 
             check_timed(plan.settings)
-            rows, refused = gpu_latency.measure(plan, wanted, given or gpu_latency.GPU_LENGTHS, kept)
+            counts = given or gpu_latency.GPU_LENGTHS
+            rows, refused = gpu_latency.measure(plan, wanted, counts, kept)
             extra = {"refused": refused}
         else:
             rows = measure(plan, kept)
@@ -101,7 +102,7 @@ def main(
     if as_json:
         return
     dense = [row for row in rows if row["reason"]]
-    lines = [f"dense {row['phase'].split()[0]} at {row['length']}: {row['reason']}" for row in dense]
+    lines = [f"dense {x['phase'].split()[0]} at {x['length']}: {x['reason']}" for x in dense]
     for fit in extra.get("exponents", ()):
         if fit["hip"] is not None:
             over = f"{plots.short(fit['lengths'][0])} to {plots.short(fit['lengths'][-1])}"

@@ -50,7 +50,7 @@ def arguments_for(arguments: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?", const="")
     asked, given = parser.parse_known_args(given[1:] if given[0] == "run" else given)
-    for names in (("--model", "-M"), ("--tasks", "-t"), ("--config", "-C")):  # which stay where they are
+    for names in (("--model", "-M"), ("--tasks", "-t"), ("--config", "-C")):  # which stay
         parser.add_argument(*names, nargs="?", const="")
     own, _ = parser.parse_known_args(given)
     ahead: list[str] = []
@@ -83,7 +83,8 @@ def main(context: typer.Context) -> None:
         arguments = arguments_for(context.args)
         if arguments in ([], ["-h"], ["--help"]):
             presets = f"--preset NAME: {' | '.join(TASK_PRESETS)}"
-            report.notes.print(f"{presets}\nAll other arguments are those of lm_eval:\n", highlight=False)
+            others = "All other arguments are those of lm_eval:\n"
+            report.notes.print(f"{presets}\n{others}", highlight=False)
             arguments = ["run", "--help"]
         sys.argv = ["lm-eval", *arguments]
         cli_evaluate()

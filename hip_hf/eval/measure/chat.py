@@ -143,8 +143,8 @@ class Conversation:
 
     def load_document(self, path: Path) -> None:
         """Fill the cache from a file that `save_document` wrote. Raises ValueError if it is another
-        document's, another model's, or was made with other settings, and FileNotFoundError if there is no
-        file."""
+        document's, another model's, or was made with other settings, and FileNotFoundError if
+        there is no file."""
         self.cache.load(path, device=self.model.device, made_of=self.made_of())
         self.held = list(self.document_ids)
 

@@ -44,7 +44,8 @@ def measure(
     if "fidelity" in measures:
         chosen = {name: config for name, config in configs.items() if captures(config)}
         texts = fidelity.FidelityPlan(chosen, tokens, prompts, facts, seed=seed)
-        _, found["fidelity"] = fidelity.measure_all(model, tokenizer, ids, texts, kept).rows([tokens], list(chosen))
+        captured = fidelity.measure_all(model, tokenizer, ids, texts, kept)
+        _, found["fidelity"] = captured.rows([tokens], list(chosen))
     if "perplexity" in measures:
         reading = perplexity.PerplexityPlan(configs, tokens, prompts, chunk=tokens)
         rows = perplexity.measure(model, ids, reading, kept)

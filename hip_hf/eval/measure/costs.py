@@ -106,9 +106,10 @@ SELECTION_COSTS: dict[str, Callable[[HiPConfig, QueryBlock, int], tuple[int, int
     "hip": _tree,
     "staged": _staged,
     "quest": lambda config, block, dim: _tree(as_tree(config), block, dim),
-    **dict.fromkeys(("streaming", "vertical_slash", "sample"), lambda *_: (0, 0)),  # or once for the whole call
+    # nothing, or once for the whole call
+    **dict.fromkeys(("streaming", "vertical_slash", "sample"), lambda *_: (0, 0)),
     "h2o": _h2o,
-    "oracle": lambda _, block, dim: (block.rows * (block.last + 1) * 2 * dim, (block.last + 1) * dim),
+    "oracle": lambda _, x, dim: (x.rows * (x.last + 1) * 2 * dim, (x.last + 1) * dim),
 }
 
 
@@ -212,7 +213,8 @@ def _hyper(
     bytes_each = (dim + value_dim) * itemsize
     # a block of rows loads its own block and the sample; the leaves are dense
     loaded = round(loads * (read / visible)) * bytes_each
-    cost = AttentionCost(end - since, read, visible, hashing, attention, visible * 2 * (dim + value_dim))
+    dense = visible * 2 * (dim + value_dim)
+    cost = AttentionCost(end - since, read, visible, hashing, attention, dense)
     return cost + AttentionCost(attention_bytes=loaded, dense_bytes=loads * bytes_each)
 
 

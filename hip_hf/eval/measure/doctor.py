@@ -113,5 +113,6 @@ def facts(device: torch.device, missing: str) -> dict[str, Any]:
 
             target = target_of(torch.empty(0, device=device))
             own = all(target in targets for targets in TILES.values())
-            about |= {"target": target, "launch_table": f"of {'this' if own else 'the closest older'} target"}
+            whose = "this" if own else "the closest older"
+            about |= {"target": target, "launch_table": f"of {whose} target"}
     return about | {"kernels": missing or "can run"}

@@ -22,8 +22,9 @@ from hip_hf.geometry import Span
 from hip_hf.problem import AttentionProblem
 
 
-def layer_row(settings: str, layer: int | str, keys: int, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row of the report, from what was measured of one layer on several prompts (`MeasuredMass`, as it is kept)."""
+def layer_row(settings: str, layer: int | str, keys: int, parts: Sequence[Any]) -> dict[str, Any]:
+    """One row of the report, from what was measured of one layer on several prompts: `MeasuredMass`,
+    as it is kept."""
     mass, oracle, weight = (
         torch.cat([torch.tensor(part[name], dtype=torch.float64) for part in parts], dim=-1)
         for name in ("mass", "oracle", "rows")

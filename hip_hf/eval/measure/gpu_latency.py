@@ -120,7 +120,8 @@ class Bench:
         """Rows of the report. `selections`: seconds of a step that go to selection."""
         best = min(measured.dense.items(), key=lambda item: median(item[1].seconds), default=None)
         dense = None if best is None else median(best[1].seconds) / measured.dense_steps
-        gpu = kernel_costs.gpu_of(torch.cuda.get_device_name(self.device)) if self.clock.cuda else None
+        name = torch.cuda.get_device_name(self.device) if self.clock.cuda else "CPU"
+        gpu = kernel_costs.gpu_of(name)
         found = []
         for name, call in measured.ours.items():
             path, reason = call.said

@@ -142,7 +142,8 @@ def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> Kernel
     if whole := whole_middle(tokens, config):
         summaries, exact, tiles = 0, whole, fixed["TILES_WHOLE"]
     else:
-        levels = 1 + max(0, ceil(log2(tokens / (2 * config.beam_blocks * config.block_k))))  # that are scored
+        # levels of the pyramid that are scored
+        levels = 1 + max(0, ceil(log2(tokens / (2 * config.beam_blocks * config.block_k))))
         summaries = looks * fixed["PARTS"] * levels * min(fixed["MOST"], tokens // config.block_k)
         exact, tiles = min(fixed["LAST"] * config.block_k, tokens) if fixed["RESCORE"] else 0, fixed["TILES"]
     gathered = ceil(walkers / fixed["ROWS"]) * summaries + tiles * exact
@@ -318,8 +319,8 @@ def key_gradients(tokens: int, config: HiPConfig, shape: Shape, shared: float = 
 
 def gradient_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, KernelCost]:
     """The two kernels of the gradients."""
-    call = (tokens, config, shape)
-    return {"query_gradient_kernel": query_gradients(*call), "key_gradient_kernel": key_gradients(*call)}
+    queries, keys = query_gradients(tokens, config, shape), key_gradients(tokens, config, shape)
+    return {"query_gradient_kernel": queries, "key_gradient_kernel": keys}
 
 
 def step_need(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def measure(
     for launch, target, dim, dtype in work:
         # what was compiled before counts only while code and launch configuration are the same
         key = (launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
-        known = before.get(key)
-        rows.append(kept.get(key, lambda: known or budget.spend(launch, target, dim, dtype, spills)))  # noqa: B023 (called at once)
+        spend = partial(budget.spend, launch, target, dim, dtype, spills)
+        rows.append(kept.get(key, partial(before.get, key) if key in before else spend))
     return rows
 
 

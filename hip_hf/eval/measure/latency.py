@@ -1,12 +1,14 @@
 """What one attention call takes, against PyTorch's own attention on the same tensors.
 
-Every figure is a median of interleaved runs (PyTorch's, then each of the settings, and again), so that a busy machine slows both
-sides alike. Queries, keys and values are seeded standard normal noise: the cost of the sparse path does not depend on what is in
-them. What the attention is worth on real text is for `fidelity` and `passkey` to say.
+Every figure is a median of interleaved runs (PyTorch's, then each of the settings, and again), so
+that a busy machine slows both sides alike. Queries, keys and values are seeded standard normal noise:
+the cost of the sparse path does not depend on what is in them. What the attention is worth on real
+text is for `fidelity` and `passkey` to say.
 
-Prefill is one causal call over the whole context. Decode is one token against a cache, once *amortised* over steps that share
-selections as they do in generation, once *refreshed*, with a selection of its own for every step. `measure` times on a CPU;
-`gpu_latency` times on a GPU with the same calls and the same order.
+Prefill is one causal call over the whole context. Decode is one token against a cache, once
+*amortised* over steps that share selections as they do in generation, once *refreshed*, with a
+selection of its own for every step. `measure` times on a CPU; `gpu_latency` times on a GPU with the
+same calls and the same order.
 """
 
 from __future__ import annotations
@@ -184,7 +186,10 @@ def measure_decode(plan: TimingPlan, dtype: str, length: int) -> list[dict[str, 
     dense = TimedRun(GrowingSteps(tensors, length, most, None))
     calls = {key: TimedRun(GrowingSteps(tensors, length, counts[key], config)) for key, config in variants.items()}
     interleave([dense, *calls.values()], plan.repeats)
-    return [make_row(*key, dtype, length, call, dense, counts[key], most) for key, call in calls.items()]
+    rows = []
+    for (phase, name), call in calls.items():
+        rows.append(make_row(phase, name, dtype, length, call, dense, counts[phase, name], most))
+    return rows
 
 
 def make_row(

@@ -51,9 +51,8 @@ def losses_of(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tenso
 def compare(model: Any, hidden: torch.Tensor, targets: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """As `losses_of`, of the tokens that come after these hidden states."""
     loss, right = [], []
-    for some, target in zip(
-        hidden.split(LOGITS_ROWS), torch.tensor(targets, device=model.device).split(LOGITS_ROWS), strict=True
-    ):
+    wanted = torch.tensor(targets, device=model.device)
+    for some, target in zip(hidden.split(LOGITS_ROWS), wanted.split(LOGITS_ROWS), strict=True):
         logits = logits_of(model, some)
         loss.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").double().cpu())
         right.append((logits.argmax(1) == target).cpu())
@@ -77,7 +76,7 @@ class StepLosses:
         wanted = (list(ids[:document]), config.extend, config.backend)  # un-rotated keys serve no other settings
         try:
             if again := self.read == wanted and self.cache is not None:
-                self.cache.crop(document - self.cache.get_seq_length())  # take back what came after the document
+                self.cache.crop(document - self.cache.get_seq_length())  # back to its end
         except RuntimeError:  # a sliding layer has forgotten keys meanwhile
             again = False
         if not again:

@@ -141,10 +141,11 @@ def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int 
         by_geometry.setdefault(tuple(getattr(config, name) for name in GEOMETRY), []).append(i)
     measured: dict[int, MeasuredMass] = {}
     for geometry, members in by_geometry.items():
-        choice = dict(zip(GEOMETRY, geometry, strict=True))  # the oracle takes as many of the same blocks
+        # the oracle takes as many of the same blocks
+        choice = {"method": "oracle", **SPARSE, **dict(zip(GEOMETRY, geometry, strict=True))}
         blocks = searched_blocks(problem, configs[members[0]])
         results = [attend(problem, configs[i], layer, need_mask=True) for i in members]
-        best = attend(problem, HiPConfig.from_dict({"method": "oracle", **SPARSE, **choice}), need_mask=True).mask
+        best = attend(problem, HiPConfig.from_dict(choice), need_mask=True).mask
         if not blocks or best is None or any(result.path != "sparse" for result in results):
             raise ValueError(f"settings: layer {layer} has nothing to search ({unsearched(problem, configs, layer)})")
         masks = [best, *(result.mask for result in results if result.mask is not None)]

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -206,8 +207,7 @@ def measure(model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: Needl
             prompt = plan.prompt(tokenizer, text, length, number)
             for name, config in plan.configs.items():
                 key = ("needles", config.to_dict(), length, document, number)
-                asked = kept.get(key, lambda: ask(model, prompt, config, steps))  # noqa: B023 (called at once)
-                found[name] += NeedlesCounts(**asked)
+                found[name] += NeedlesCounts(**kept.get(key, partial(ask, model, prompt, config, steps)))
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
         for name, row in own.items():
             cost = {} if plan.decode else flops_columns(plan.configs[name], length, row["path"])

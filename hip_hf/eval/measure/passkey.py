@@ -71,7 +71,8 @@ class PasskeyCounts:
     decode: list[Row] = field(default_factory=list)
 
     def __add__(self, other: PasskeyCounts) -> PasskeyCounts:
-        return PasskeyCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        names = self.__dataclass_fields__
+        return PasskeyCounts(*(getattr(self, name) + getattr(other, name) for name in names))
 
     @classmethod
     def read(cls, saved: dict[str, Any]) -> PasskeyCounts:
@@ -132,7 +133,8 @@ def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse
     answers = [answer_of(tokenizer, tokens)[:DIGITS] for tokens in out[:, ids.shape[1] :]]
     keys = [key for _, key in samples]
     exact, digits = (sum(map(same, answers, keys)) for same in (str.__eq__, digits_right))
-    return PasskeyCounts(len(keys), exact, digits, told[0] if told else [], told[-1] if told[1:] else [])
+    prefill, decode = told[0] if told else [], told[-1] if told[1:] else []
+    return PasskeyCounts(len(keys), exact, digits, prefill, decode)
 
 
 @dataclass(frozen=True)

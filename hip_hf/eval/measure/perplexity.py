@@ -120,8 +120,8 @@ def range_row(
 
 
 def measure(model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable) -> list[dict[str, Any]]:
-    """The rows of the report: for each of the settings all positions, then each range of them. `read`, the share of keys read,
-    is that of the last chunk."""
+    """The rows of the report: for each of the settings all positions, then each range of them.
+    `read`, the share of keys read, is that of the last chunk."""
     kept.expect("texts", len(plan.configs) * plan.texts)
     rows = []
     first: list[dict[str, Any]] = []

@@ -73,7 +73,8 @@ def serving(
     arguments = [sys.executable, *command, model, "--host", HOST, "--port", "0", *options]
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    end, printed = time.monotonic() + START_SECONDS, partial(log.read_text, encoding="utf-8", errors="replace")
+    end = time.monotonic() + START_SECONDS
+    printed = partial(log.read_text, encoding="utf-8", errors="replace")
     try:
         while (found := re.search(rf"running on (http://{re.escape(HOST)}:\d+)", printed())) is None:
             if process.poll() is not None or time.monotonic() > end:

@@ -1,9 +1,10 @@
-"""The pictures of saved results: a function for each command or benchmark, of its document and the file to draw into."""
+"""The pictures of saved results: a function for each command or benchmark draws its document."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -29,7 +30,7 @@ Record = dict[str, Any]
 
 def different(rows: list[Record], *names: str) -> list[Any]:
     """The different values of a column, or of several together, in the order of the rows."""
-    return list(dict.fromkeys(row[names[0]] if len(names) == 1 else tuple(row[n] for n in names) for row in rows))
+    return list(dict.fromkeys(map(itemgetter(*names), rows)))
 
 
 def setting_of(row: Record) -> str:
@@ -52,37 +53,43 @@ def by_length(axis: Any, lengths: set[int], label: str) -> None:
 
 
 def draw_compare(document: Record, file: Path) -> None:
-    """What was measured against keys read, a curve for each setting over its budgets; by name where keys are not counted."""
+    """What was measured against keys read, a curve for each setting over its budgets; by name where
+    keys are not counted."""
     rows = document["rows"]
     panels = [name for name in COMPARED if any(row.get(name) is not None for row in rows)]
     names = list(dict.fromkeys(map(setting_of, rows)))
     counted = any(row.get("keys_read") is not None for row in rows)
     size = (5.2 * len(panels), 4.4 + 0.05 * len(names))
-    with drawing(file, size, 1, len(panels), document["title"], 70 * len(panels)) as (figure, (axes,)):
+    width = 70 * len(panels)
+    with drawing(file, size, 1, len(panels), document["title"], width) as (figure, (axes,)):
         for axis, panel in zip(axes, panels, strict=True):
             for i, name in enumerate(names):
-                own = [row for row in rows if setting_of(row) == name and row.get(panel) is not None]
+                own = [row for row in rows if setting_of(row) == name]
+                own = [row for row in own if row.get(panel) is not None]
                 style = dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--", label=fill(name, 44))
                 places = [row.get("keys_read") if counted else i for row in own]
                 if own and None in places:  # dense: a level to compare with
                     axis.axhline(own[0][panel], linewidth=1, **{**style, "linestyle": ":"})
                 elif own:
-                    line(axis, sorted(zip(places, (row[panel] for row in own), strict=True)), **style)
+                    values = (row[panel] for row in own)
+                    line(axis, sorted(zip(places, values, strict=True)), **style)
             axis.set(ylabel=COMPARED[panel])
             axis.set(xlabel="keys read per row, mean" if counted else "settings, in the order of the table")
             axis.grid(alpha=0.3)
-        handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        legend: dict[str, Any] = dict(loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
+        found = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes]
+        handles = {label: handle for pairs in found for handle, label in pairs}
+        ncols = min(6, len(handles))
+        legend: dict[str, Any] = dict(loc="outside lower center", ncols=ncols, fontsize=8)
         figure.legend(handles.values(), handles.keys(), **legend)
 
 
 def draw_fidelity(document: Record, file: Path) -> None:
-    """Mass by layer, and output error against keys read, a curve for each setting. Those of the first length are drawn, `mass by
-    layer` of the smallest budget."""
-    rows = document["rows"]
+    """Mass by layer, and output error against keys read, a curve for each setting. Those of the first
+    length are drawn, `mass by layer` of the smallest budget."""
+    rows = [row for row in document["rows"] if row["keys"] == document["rows"][0]["keys"]]
     with drawing(file, (13, 5.2), 1, 2, document["title"], 150) as (_, ((left, right),)):
         for i, name in enumerate(dict.fromkeys(map(setting_of, rows))):
-            own = [row for row in rows if setting_of(row) == name and row["keys"] == rows[0]["keys"]]
+            own = [row for row in rows if setting_of(row) == name]
             style = dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--", label=name)
             whole = [row for row in own if row["layer"] == "all"]
             least = min(whole, key=lambda row: row["keys_read"])["settings"]
@@ -100,7 +107,8 @@ def draw_fidelity(document: Record, file: Path) -> None:
 
 
 def draw_latency(document: Record, file: Path) -> None:
-    """Times faster than PyTorch against the length: prefill and decode side by side, a line per dtype and setting."""
+    """Times faster than PyTorch against the length: prefill and decode side by side, a line per dtype
+    and setting."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in document["rows"]:
         if row["times_faster"]:  # selection alone has no counterpart
@@ -116,23 +124,25 @@ def draw_latency(document: Record, file: Path) -> None:
                 line(axis, points, label=fill(label, 44))
             by_length(axis, {length for points in lines.values() for length, _ in points}, "")
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-            axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}x" if str(value).strip("0.")[:1] in "25" else "")
+            axis.yaxis.set_minor_formatter(
+                lambda value, _: f"{value:g}x" if str(value).strip("0.")[:1] in "25" else "",
+            )
             axis.axhline(1, color="grey", linewidth=0.8, linestyle="--")
             axis.set_title(name)
         axes[0].set_ylabel("times faster than PyTorch's SDPA")
 
 
 def draw_longctx(document: Record, file: Path) -> None:
-    """Scores of the tasks of `hip_longctx`: share of right answers by task, with its interval, a colour for each of the settings;
-    perplexity beside it."""
+    """Scores of the tasks of `hip_longctx`: share of right answers by task, with its interval, a
+    colour for each of the settings; perplexity beside it."""
     rows = document["rows"]
     names = different(rows, "settings")
     panels = [[row for row in rows if (row["task"] == LONGCTX_PERPLEXITY) is own] for own in (False, True)]
     panels = [panel for panel in panels if panel]
     tasks = [different(panel, "task") for panel in panels]
     size = (6 + 3 * (len(panels) - 1), 2 + 0.16 * len(names) * max(len(own) for own in tasks))
-    width, ratios = 40 * (1 + len(panels)), [2, 1][: len(panels)]
-    with drawing(file, size, 1, len(panels), document["title"], width, width_ratios=ratios) as (figure, (axes,)):
+    kind = dict(title=document["title"], width=40 * (1 + len(panels)), width_ratios=[2, 1][: len(panels)])
+    with drawing(file, size, 1, len(panels), **kind) as (figure, (axes,)):
         for axis, panel, own in zip(axes, panels, tasks, strict=True):
             for i, name in enumerate(names):
                 mine = [row for row in panel if row["settings"] == name]
@@ -156,7 +166,8 @@ def draw_memory(document: Record, file: Path) -> None:
     with drawing(file, (10, 4), 1, 2) as (_, (axes,)):
         for axis, name in zip(axes, ("peak_MiB", "device_MiB"), strict=True):
             for kind in different(rows, "cache"):
-                line(axis, [(row["length"], row[name]) for row in rows if row["cache"] == kind], label=kind)
+                own = [row for row in rows if row["cache"] == kind]
+                line(axis, [(row["length"], row[name]) for row in own], label=kind)
             by_length(axis, {row["length"] for row in rows}, name.replace("_", " memory, "))
 
 
@@ -192,7 +203,8 @@ def draw_passkey(document: Record, file: Path) -> None:
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axis.set_xticks(range(len(depths)), depths)
         axis.set_yticks(range(len(lines)), labels)
-        axis.set(xlabel="depth of the pass key (0: beginning of the document)", ylabel="settings, length in tokens")
+        axis.set_xlabel("depth of the pass key (0: beginning of the document)")
+        axis.set_ylabel("settings, length in tokens")
         for y, values in enumerate(grid):
             for x, value in enumerate(values):
                 axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
@@ -209,25 +221,31 @@ def draw_perplexity(document: Record, file: Path) -> None:
         for name in different(parts, "settings"):
             own = {(row["from"], row["to"]): row for row in parts if row["settings"] == name}
             heights = [own[span]["perplexity"] for span in ranges]
-            spans = list(zip(ranges, heights, strict=True))
-            bars = [[abs((own[span][side] or height) - height) for span, height in spans] for side in ("low", "high")]
-            axis.errorbar(range(len(ranges)), heights, yerr=bars, marker="o", capsize=3, label=fill(name, 44))
-        axis.set_xticks(range(len(ranges)), [f"{short(start)} to {short(end)}" for start, end in ranges])
-        axis.set(xlabel="position in the text (tokens)", ylabel="perplexity, with the 95 % interval")
+            ends = [[own[span][side] or own[span]["perplexity"] for span in ranges] for side in ("low", "high")]
+            bars = [[abs(a - b) for a, b in zip(end, heights, strict=True)] for end in ends]
+            style = dict(marker="o", capsize=3, label=fill(name, 44))
+            axis.errorbar(range(len(ranges)), heights, yerr=bars, **style)
+        words = [f"{short(start)} to {short(end)}" for start, end in ranges]
+        axis.set_xticks(range(len(ranges)), words)
+        axis.set_xlabel("position in the text (tokens)")
+        axis.set_ylabel("perplexity, with the 95 % interval")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
 
 
 def draw_serving(document: Record, file: Path) -> None:
-    """How long clients wait for their first token, and how many tokens they get together: a row of panels for each length of
-    prompts, both figures by the number of clients, a line for each attention."""
+    """How long clients wait for their first token, and how many tokens they get together: a row of
+    panels for each length of prompts, both figures by the number of clients, a line for each
+    attention."""
     rows = document["rows"]
-    lengths, size = different(rows, "tokens"), (4.5 * len(SERVED), 0.6 + 2.8 * len(different(rows, "tokens")))
+    lengths = different(rows, "tokens")
+    size = (4.5 * len(SERVED), 0.6 + 2.8 * len(lengths))
     with drawing(file, size, len(lengths), len(SERVED), document["title"]) as (_, axes):
         for length, own in zip(lengths, axes, strict=True):
             for axis, (column, words) in zip(own, SERVED.items(), strict=True):
                 for name in different(rows, "attention"):
-                    mine = [row for row in rows if (row["tokens"], row["attention"]) == (length, name)]
+                    mine = [row for row in rows if row["tokens"] == length]
+                    mine = [row for row in mine if row["attention"] == name]
                     line(axis, [(row["clients"], row[column]) for row in mine], label=name)
                 axis.set(title=f"prompts of {short(length)} tokens", xlabel="clients at once", ylabel=words)
                 axis.set_xticks(sorted({row["clients"] for row in rows}))

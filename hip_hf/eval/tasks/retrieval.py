@@ -1,4 +1,4 @@
-"""Kinds of looking back: pass keys in notes, the value of a key in a JSON object, the continuation of a passage read before."""
+"""Kinds of looking back: pass keys in notes, values in a JSON object, passages that go on."""
 
 from __future__ import annotations
 

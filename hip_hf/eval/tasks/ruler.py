@@ -98,7 +98,8 @@ def needles(task: str, noise: str, keys: int = 1, values: int = 1, asked: int = 
     return build(task, make, NEEDLE_TOKENS, metadata)
 
 
-# RULER's `niah_single_1`, `niah_multikey_2`, and, in our haystack, `niah_multivalue` and `niah_multiquery`.
+# RULER's `niah_single_1`, `niah_multikey_2`, `niah_multivalue` and `niah_multiquery`, the last two in
+# our haystack.
 niah_single = functools.partial(needles, "niah_single", "repeat")
 niah_multikey = functools.partial(needles, "niah_multikey", "needles")
 niah_multivalue = functools.partial(needles, "niah_multivalue", "text", 1, 4)
