@@ -24,12 +24,11 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hip_hf.eval.measure.documents import FACT_NAMES, note, question
+from hip_hf.eval.measure.documents import FACT_NAMES, draw_digits, note, question
 
 VOCAB = 1024
 LENGTH = 8192
 LEARNING_RATE = 2e-3
-DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Data:
         rng, length = self.rng, stage.length
         most = max(length // 128, 2)
         count = min(round(math.exp(rng.uniform(0, math.log(most)))), len(FACT_NAMES))
-        facts = [(name, "".join(rng.choices("0123456789", k=DIGITS))) for name in rng.sample(FACT_NAMES, count)]
+        facts = [(name, draw_digits(rng)) for name in rng.sample(FACT_NAMES, count)]
         written = [rng.random() for _ in facts]
         events = [(at, note(*fact), "") for at, fact in zip(written, facts, strict=True)]
         for _ in range(most // 2):

@@ -12,7 +12,7 @@ from hip_hf import HiPCache
 from hip_hf.cli import demo
 from hip_hf.cli import generate as command
 from hip_hf.eval.measure import generate
-from hip_hf.eval.measure.memory_meter import cache_mib
+from hip_hf.eval.measure.memory import cache_mib
 from hip_hf.registry import METHODS
 
 # Those whose summaries of keys are kept with the cache.

@@ -16,7 +16,7 @@ import torch
 from transformers import StoppingCriteria, TextStreamer
 
 from hip_hf.eval.measure import generate
-from hip_hf.eval.measure.memory_meter import cache_mib
+from hip_hf.eval.measure.memory import cache_mib
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.integration.settings import read_settings, text_config
 

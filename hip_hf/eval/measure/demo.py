@@ -15,8 +15,8 @@ from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import documents, generate, losses
 from hip_hf.eval.measure.capture import capture
-from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, Fact
-from hip_hf.eval.measure.memory_meter import memory_mib
+from hip_hf.eval.measure.documents import FACT_NAMES, Fact, draw_digits
+from hip_hf.eval.measure.memory import memory_mib
 from hip_hf.eval.measure.needles import NeedlesAnswer, NeedlesPrompt
 from hip_hf.eval.measure.passkey import digits_right
 from hip_hf.eval.reporting import plots
@@ -67,7 +67,7 @@ def make_facts(count: int, seed: int) -> list[Fact]:
     """Facts spread over the document: one at a random place in each `1 / count` of it."""
     rng = random.Random(seed)
     names = rng.sample(FACT_NAMES, count)
-    return [Fact(name, "".join(rng.choices("0123456789", k=DIGITS)), (i + rng.random()) / count) for i, name in enumerate(names)]
+    return [Fact(name, draw_digits(rng), (i + rng.random()) / count) for i, name in enumerate(names)]
 
 
 def position_of(tokenizer: Any, prompt: list[int], fact: Fact) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -31,6 +32,11 @@ class Fact:
     name: str
     key: str
     depth: float
+
+
+def draw_digits(rng: random.Random) -> str:
+    """A pass key: `DIGITS` random digits."""
+    return "".join(rng.choices("0123456789", k=DIGITS))
 
 
 def note(name: str, key: str) -> str:

@@ -14,7 +14,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import capture
 from hip_hf.eval.measure.costs import AttentionCost, total
 from hip_hf.eval.measure.documents import make_prompt, note, question
-from hip_hf.eval.measure.hyper_assumptions import HyperAssumptions, measure_assumptions
+from hip_hf.eval.measure.hyper_assumptions import measure_assumptions
 from hip_hf.eval.measure.mass import measure, unsearched
 from hip_hf.eval.measure.passkey import draw_facts
 from hip_hf.eval.reporting.resumable import Resumable
@@ -126,7 +126,7 @@ class FidelityFound:
     """What was measured, by (keys, settings, layer); what `hyper` assumes of each layer; which layers were left out, and why."""
 
     parts: dict[tuple[int, str, int], list[dict[str, Any]]] = field(default_factory=dict)
-    assumptions: dict[int, list[HyperAssumptions]] = field(default_factory=dict)
+    assumptions: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
 
     def rows(self, lengths: Sequence[int], names: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -187,7 +187,7 @@ def measure_all(model: Any, tokenizer: Any, ids: list[int], plan: FidelityPlan, 
         for keys, name, layer, part in saved["parts"]:
             all_found.parts.setdefault((keys, name, layer), []).append(part)
         for layer, values in saved["assumptions"]:
-            all_found.assumptions.setdefault(layer, []).append(HyperAssumptions(**values))
+            all_found.assumptions.setdefault(layer, []).append(values)
         all_found.skipped |= dict(saved["skipped"])
     if not all_found.parts:
         raise ValueError(f"nothing to measure in any layer: {next(iter(all_found.skipped.values()))}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from hip_hf.eval.measure.memory_meter import Meter, cache_mib
+from hip_hf.eval.measure.memory import Meter, cache_mib
 from hip_hf.geometry import keys_seen
 from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.hip_cache import HiPCache

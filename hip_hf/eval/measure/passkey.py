@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, Fact, answer_of, make_prompt
+from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, Fact, answer_of, draw_digits, make_prompt
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.integration.api import configure
 from hip_hf.integration.explain import Row, explain
@@ -24,7 +24,7 @@ ANSWER_TOKENS = DIGITS + 1
 
 def draw_facts(rng: random.Random, depths: list[float]) -> list[Fact]:
     """A fact with its own name and key for each depth."""
-    keys = ["".join(rng.choices("0123456789", k=DIGITS)) for _ in depths]
+    keys = [draw_digits(rng) for _ in depths]
     return [Fact(*fact) for fact in zip(rng.sample(FACT_NAMES, len(depths)), keys, depths, strict=True)]
 
 

@@ -8,7 +8,7 @@ import random
 import uuid
 from typing import Any
 
-from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, note, question
+from hip_hf.eval.measure.documents import FACT_NAMES, draw_digits, note, question
 from hip_hf.eval.tasks.common import Prompt, build, draw_sentences, insert, read_plan, scatter
 
 PASSKEY_TOKENS, VALUE_TOKENS, COPY_TOKENS = 16, 64, 48
@@ -29,7 +29,7 @@ def note_documents(task: str, count: int, /, **metadata: Any) -> dict[str, Any]:
 
     def make(rng: random.Random, size: int, length: int) -> Prompt:
         names = rng.sample(FACT_NAMES, count)
-        facts = [(name, "".join(rng.choices("0123456789", k=DIGITS))) for name in names]
+        facts = [(name, draw_digits(rng)) for name in names]
         asked = rng.randrange(count)
         return render_notes(draw_sentences(haystack, rng, size), facts, scatter(rng, size, count), asked)
 
