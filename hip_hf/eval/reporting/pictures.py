@@ -52,35 +52,66 @@ def by_length(axis: Any, lengths: set[int], label: str) -> None:
     axis.legend(fontsize=8)
 
 
-def draw_compare(document: Record, file: Path) -> None:
-    """What was measured against keys read, a curve for each setting over its budgets; by name where
-    keys are not counted."""
+def draw_passkey(document: Record, file: Path) -> None:
+    """The heat map: accuracy by depth, a line for every length and setting."""
+    cells = [row for row in document["rows"] if row["depth"] != "all"]
+    lines, depths = different(cells, "settings", "length"), different(cells, "depth")
+    grid = [[math.nan] * len(depths) for _ in lines]
+    for row in cells:
+        grid[lines.index((row["settings"], row["length"]))][depths.index(row["depth"])] = row["accuracy"]
+    labels = [fill(f"{name}, {length:,}", 44) for name, length in lines]
+    longest = max(len(part) for label in labels for part in label.split("\n"))
+    height = 1.5 + sum(0.5 + 0.2 * label.count("\n") for label in labels)
+    with drawing(file, (3 + 0.6 * len(depths) + 0.09 * longest, height)) as (figure, ((axis,),)):
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set_xticks(range(len(depths)), depths)
+        axis.set_yticks(range(len(lines)), labels)
+        axis.set_xlabel("depth of the pass key (0: beginning of the document)")
+        axis.set_ylabel("settings, length in tokens")
+        for y, values in enumerate(grid):
+            for x, value in enumerate(values):
+                axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
+        figure.colorbar(image, label="answers entirely right")
+
+
+def draw_needles(document: Record, file: Path) -> None:
+    """Digits right against the share of keys read: a line over the budgets for each setting, length and document; dense
+    attention is a level."""
+    lines: dict[tuple[str, int, str], list[Record]] = {}
+    for row in document["rows"]:
+        lines.setdefault((setting_of(row), row["length"], row["document"]), []).append(row)
+    with drawing(file, (8, 4.8), title=document["title"]) as (_, ((axis,),)):
+        for i, ((name, length, text), own) in enumerate(lines.items()):
+            style = dict(color=f"C{i % 10}", label=fill(f"{name}, {short(length)}, {text}", 44))
+            if document["configs"][own[0]["settings"]]["method"] == "dense":
+                axis.axhline(own[0]["digits"], linewidth=1, linestyle=":", **style)
+            else:
+                line(axis, sorted((row["read"], row["digits"]) for row in own), **style)
+        axis.set(xlabel="share of keys read", ylabel="digits right", ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def draw_perplexity(document: Record, file: Path) -> None:
+    """Perplexity of each range of positions, a line per setting."""
     rows = document["rows"]
-    panels = [name for name in COMPARED if any(row.get(name) is not None for row in rows)]
-    names = list(dict.fromkeys(map(setting_of, rows)))
-    counted = any(row.get("keys_read") is not None for row in rows)
-    size = (5.2 * len(panels), 4.4 + 0.05 * len(names))
-    width = 70 * len(panels)
-    with drawing(file, size, 1, len(panels), document["title"], width) as (figure, (axes,)):
-        for axis, panel in zip(axes, panels, strict=True):
-            for i, name in enumerate(names):
-                own = [row for row in rows if setting_of(row) == name]
-                own = [row for row in own if row.get(panel) is not None]
-                style = dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--", label=fill(name, 44))
-                places = [row.get("keys_read") if counted else i for row in own]
-                if own and None in places:  # dense: a level to compare with
-                    axis.axhline(own[0][panel], linewidth=1, **{**style, "linestyle": ":"})
-                elif own:
-                    values = (row[panel] for row in own)
-                    line(axis, sorted(zip(places, values, strict=True)), **style)
-            axis.set(ylabel=COMPARED[panel])
-            axis.set(xlabel="keys read per row, mean" if counted else "settings, in the order of the table")
-            axis.grid(alpha=0.3)
-        found = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes]
-        handles = {label: handle for pairs in found for handle, label in pairs}
-        ncols = min(6, len(handles))
-        legend: dict[str, Any] = dict(loc="outside lower center", ncols=ncols, fontsize=8)
-        figure.legend(handles.values(), handles.keys(), **legend)
+    whole = max(row["to"] for row in rows)
+    parts = [row for row in rows if (row["from"], row["to"]) != (0, whole)] or rows
+    ranges = sorted(set(different(parts, "from", "to")))
+    with drawing(file, (8, 4.4), title=document["title"]) as (_, ((axis,),)):
+        for name in different(parts, "settings"):
+            own = {(row["from"], row["to"]): row for row in parts if row["settings"] == name}
+            heights = [own[span]["perplexity"] for span in ranges]
+            ends = [[own[span][side] or own[span]["perplexity"] for span in ranges] for side in ("low", "high")]
+            bars = [[abs(a - b) for a, b in zip(end, heights, strict=True)] for end in ends]
+            style = dict(marker="o", capsize=3, label=fill(name, 44))
+            axis.errorbar(range(len(ranges)), heights, yerr=bars, **style)
+        words = [f"{short(start)} to {short(end)}" for start, end in ranges]
+        axis.set_xticks(range(len(ranges)), words)
+        axis.set_xlabel("position in the text (tokens)")
+        axis.set_ylabel("perplexity, with the 95 % interval")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
 
 
 def draw_fidelity(document: Record, file: Path) -> None:
@@ -132,6 +163,48 @@ def draw_latency(document: Record, file: Path) -> None:
         axes[0].set_ylabel("times faster than PyTorch's SDPA")
 
 
+def draw_memory(document: Record, file: Path) -> None:
+    """Peak and device memory against the length, a line for each kind of cache."""
+    rows = document["rows"]
+    with drawing(file, (10, 4), 1, 2) as (_, (axes,)):
+        for axis, name in zip(axes, ("peak_MiB", "device_MiB"), strict=True):
+            for kind in different(rows, "cache"):
+                own = [row for row in rows if row["cache"] == kind]
+                line(axis, [(row["length"], row[name]) for row in own], label=kind)
+            by_length(axis, {row["length"] for row in rows}, name.replace("_", " memory, "))
+
+
+def draw_compare(document: Record, file: Path) -> None:
+    """What was measured against keys read, a curve for each setting over its budgets; by name where
+    keys are not counted."""
+    rows = document["rows"]
+    panels = [name for name in COMPARED if any(row.get(name) is not None for row in rows)]
+    names = list(dict.fromkeys(map(setting_of, rows)))
+    counted = any(row.get("keys_read") is not None for row in rows)
+    size = (5.2 * len(panels), 4.4 + 0.05 * len(names))
+    width = 70 * len(panels)
+    with drawing(file, size, 1, len(panels), document["title"], width) as (figure, (axes,)):
+        for axis, panel in zip(axes, panels, strict=True):
+            for i, name in enumerate(names):
+                own = [row for row in rows if setting_of(row) == name]
+                own = [row for row in own if row.get(panel) is not None]
+                style = dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--", label=fill(name, 44))
+                places = [row.get("keys_read") if counted else i for row in own]
+                if own and None in places:  # dense: a level to compare with
+                    axis.axhline(own[0][panel], linewidth=1, **{**style, "linestyle": ":"})
+                elif own:
+                    values = (row[panel] for row in own)
+                    line(axis, sorted(zip(places, values, strict=True)), **style)
+            axis.set(ylabel=COMPARED[panel])
+            axis.set(xlabel="keys read per row, mean" if counted else "settings, in the order of the table")
+            axis.grid(alpha=0.3)
+        found = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes]
+        handles = {label: handle for pairs in found for handle, label in pairs}
+        ncols = min(6, len(handles))
+        legend: dict[str, Any] = dict(loc="outside lower center", ncols=ncols, fontsize=8)
+        figure.legend(handles.values(), handles.keys(), **legend)
+
+
 def draw_longctx(document: Record, file: Path) -> None:
     """Scores of the tasks of `hip_longctx`: share of right answers by task, with its interval, a
     colour for each of the settings; perplexity beside it."""
@@ -158,79 +231,6 @@ def draw_longctx(document: Record, file: Path) -> None:
             axis.grid(axis="x", alpha=0.3)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
-
-
-def draw_memory(document: Record, file: Path) -> None:
-    """Peak and device memory against the length, a line for each kind of cache."""
-    rows = document["rows"]
-    with drawing(file, (10, 4), 1, 2) as (_, (axes,)):
-        for axis, name in zip(axes, ("peak_MiB", "device_MiB"), strict=True):
-            for kind in different(rows, "cache"):
-                own = [row for row in rows if row["cache"] == kind]
-                line(axis, [(row["length"], row[name]) for row in own], label=kind)
-            by_length(axis, {row["length"] for row in rows}, name.replace("_", " memory, "))
-
-
-def draw_needles(document: Record, file: Path) -> None:
-    """Digits right against the share of keys read: a line over the budgets for each setting, length and document; dense
-    attention is a level."""
-    lines: dict[tuple[str, int, str], list[Record]] = {}
-    for row in document["rows"]:
-        lines.setdefault((setting_of(row), row["length"], row["document"]), []).append(row)
-    with drawing(file, (8, 4.8), title=document["title"]) as (_, ((axis,),)):
-        for i, ((name, length, text), own) in enumerate(lines.items()):
-            style = dict(color=f"C{i % 10}", label=fill(f"{name}, {short(length)}, {text}", 44))
-            if document["configs"][own[0]["settings"]]["method"] == "dense":
-                axis.axhline(own[0]["digits"], linewidth=1, linestyle=":", **style)
-            else:
-                line(axis, sorted((row["read"], row["digits"]) for row in own), **style)
-        axis.set(xlabel="share of keys read", ylabel="digits right", ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-def draw_passkey(document: Record, file: Path) -> None:
-    """The heat map: accuracy by depth, a line for every length and setting."""
-    cells = [row for row in document["rows"] if row["depth"] != "all"]
-    lines, depths = different(cells, "settings", "length"), different(cells, "depth")
-    grid = [[math.nan] * len(depths) for _ in lines]
-    for row in cells:
-        grid[lines.index((row["settings"], row["length"]))][depths.index(row["depth"])] = row["accuracy"]
-    labels = [fill(f"{name}, {length:,}", 44) for name, length in lines]
-    longest = max(len(part) for label in labels for part in label.split("\n"))
-    height = 1.5 + sum(0.5 + 0.2 * label.count("\n") for label in labels)
-    with drawing(file, (3 + 0.6 * len(depths) + 0.09 * longest, height)) as (figure, ((axis,),)):
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set_xticks(range(len(depths)), depths)
-        axis.set_yticks(range(len(lines)), labels)
-        axis.set_xlabel("depth of the pass key (0: beginning of the document)")
-        axis.set_ylabel("settings, length in tokens")
-        for y, values in enumerate(grid):
-            for x, value in enumerate(values):
-                axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
-        figure.colorbar(image, label="answers entirely right")
-
-
-def draw_perplexity(document: Record, file: Path) -> None:
-    """Perplexity of each range of positions, a line per setting."""
-    rows = document["rows"]
-    whole = max(row["to"] for row in rows)
-    parts = [row for row in rows if (row["from"], row["to"]) != (0, whole)] or rows
-    ranges = sorted(set(different(parts, "from", "to")))
-    with drawing(file, (8, 4.4), title=document["title"]) as (_, ((axis,),)):
-        for name in different(parts, "settings"):
-            own = {(row["from"], row["to"]): row for row in parts if row["settings"] == name}
-            heights = [own[span]["perplexity"] for span in ranges]
-            ends = [[own[span][side] or own[span]["perplexity"] for span in ranges] for side in ("low", "high")]
-            bars = [[abs(a - b) for a, b in zip(end, heights, strict=True)] for end in ends]
-            style = dict(marker="o", capsize=3, label=fill(name, 44))
-            axis.errorbar(range(len(ranges)), heights, yerr=bars, **style)
-        words = [f"{short(start)} to {short(end)}" for start, end in ranges]
-        axis.set_xticks(range(len(ranges)), words)
-        axis.set_xlabel("position in the text (tokens)")
-        axis.set_ylabel("perplexity, with the 95 % interval")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
 
 
 def draw_serving(document: Record, file: Path) -> None:

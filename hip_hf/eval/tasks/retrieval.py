@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import uuid
@@ -23,7 +22,7 @@ def render_notes(units: list[str], facts: list[tuple[str, str]], places: list[in
     return Prompt(f"{text.rstrip()}\n{words.strip()}?", prefix, [facts[asked][1]])
 
 
-def note_documents(task: str, count: int, /, **metadata: Any) -> dict[str, Any]:
+def note_documents(task: str, count: int, metadata: dict[str, Any]) -> dict[str, Any]:
     """Documents with `count` notes, as the demo checkpoint knows them; one is asked for."""
     haystack = read_plan(metadata).haystack
 
@@ -36,8 +35,12 @@ def note_documents(task: str, count: int, /, **metadata: Any) -> dict[str, Any]:
     return build(task, make, PASSKEY_TOKENS, metadata)
 
 
-passkey = functools.partial(note_documents, "passkey", 1)
-passkeys = functools.partial(note_documents, "passkeys", 8)
+def passkey(**metadata: Any) -> dict[str, Any]:
+    return note_documents("passkey", 1, metadata)
+
+
+def passkeys(**metadata: Any) -> dict[str, Any]:
+    return note_documents("passkeys", 8, metadata)
 
 
 def identifier(rng: random.Random) -> str:

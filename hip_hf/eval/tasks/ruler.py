@@ -73,7 +73,7 @@ def render_needles(context: str, keys: Sequence[str], values: Sequence[str]) -> 
     return Prompt(template.format(type_needle_v=kind, context=context, query=query), prefix, list(values))
 
 
-def needles(task: str, noise: str, keys: int = 1, values: int = 1, asked: int = 1, /, **metadata: Any) -> dict[str, Any]:
+def needles(task: str, metadata: dict[str, Any], noise: str, keys: int = 1, values: int = 1, asked: int = 1) -> dict[str, Any]:
     """`keys` keys with `values` values each are hidden, and `asked` of the keys asked for. `noise`: what they are hidden in,
     `repeat` (the same five sentences), `needles` (keys nobody asks for) or `text` (the haystack)."""
     haystack = read_plan(metadata).haystack
@@ -98,12 +98,24 @@ def needles(task: str, noise: str, keys: int = 1, values: int = 1, asked: int = 
     return build(task, make, NEEDLE_TOKENS, metadata)
 
 
-# RULER's `niah_single_1`, `niah_multikey_2`, `niah_multivalue` and `niah_multiquery`, the last two in
-# our haystack.
-niah_single = functools.partial(needles, "niah_single", "repeat")
-niah_multikey = functools.partial(needles, "niah_multikey", "needles")
-niah_multivalue = functools.partial(needles, "niah_multivalue", "text", 1, 4)
-niah_multiquery = functools.partial(needles, "niah_multiquery", "text", 4, 1, 4)
+def niah_single(**metadata: Any) -> dict[str, Any]:
+    """RULER's `niah_single_1`."""
+    return needles("niah_single", metadata, "repeat")
+
+
+def niah_multikey(**metadata: Any) -> dict[str, Any]:
+    """RULER's `niah_multikey_2`."""
+    return needles("niah_multikey", metadata, "needles")
+
+
+def niah_multivalue(**metadata: Any) -> dict[str, Any]:
+    """RULER's `niah_multivalue`, in our haystack."""
+    return needles("niah_multivalue", metadata, "text", values=4)
+
+
+def niah_multiquery(**metadata: Any) -> dict[str, Any]:
+    """RULER's `niah_multiquery`, in our haystack."""
+    return needles("niah_multiquery", metadata, "text", keys=4, asked=4)
 
 
 def chain(rng: random.Random, hops: int, letters: int) -> tuple[list[str], str]:
