@@ -3,8 +3,8 @@
 Each implementation runs in a process of its own, so that the peak of memory is its own. Every question is a prompt of
 full length; the times are the medians over the questions, which leaves out what the first call has to set up.
 
-With `--model` all facts are in one document. The answers stand in the prompt (see `needles`), so the
-model reads once with each attention; that is also the time to its first token.
+With `--model` all facts are in one document. The answers stand in the prompt (see `needles`), so
+the model reads once with each attention; that is also the time to its first token.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def draw(file: Path, run: DemoRun, fact: Fact) -> None:
 
 
 def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fact]) -> tuple[list[list[int]], int, bool]:
-    """A prompt for each fact, how many tokens an answer has, and whether the prompts are longer than
+    """A prompt for each fact, how many tokens an answer has, and whether prompts are longer than
     the model is made for. They have `tokens` tokens; None: all that the model is made for. Beyond
     that the document is read over again."""
     from transformers import AutoConfig, AutoTokenizer
@@ -101,7 +101,14 @@ def verdicts(question: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def conclude(title: str, rows: list[Any], as_json: bool, layers: list[Report], heading: str = "", **details: Any) -> None:
+def conclude(
+    title: str,
+    rows: list[Any],
+    as_json: bool,
+    layers: list[Report],
+    heading: str = "",
+    **details: Any,
+) -> None:
     """Show a row for each attention, `questions` of the details under a heading, and `layers` after
     the prompt and the last step."""
     if as_json:

@@ -13,7 +13,7 @@ from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import HELP, parse_choice, refuse_extension, settings_of, sizes
 from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.latency import DECODE_LENGTHS, PREFILL_LENGTHS, TIMED_DTYPES, TimingPlan, exponents, measure
+from hip_hf.eval.measure import latency
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.pictures import LATENCY_TITLE
 
@@ -68,10 +68,10 @@ def main(
     with user_errors("--lengths"):
         given = None if lengths is None else sizes(lengths)
     with user_errors():
-        plan = TimingPlan(
-            prefill=(given or PREFILL_LENGTHS) if "prefill" in wanted else (),
-            decode=(given or DECODE_LENGTHS) if "decode" in wanted else (),
-            dtypes=parse_choice(dtypes or ("bf16" if gpu else "bf16,fp32"), tuple(TIMED_DTYPES), "--dtypes"),
+        plan = latency.TimingPlan(
+            prefill=(given or latency.PREFILL_LENGTHS) if "prefill" in wanted else (),
+            decode=(given or latency.DECODE_LENGTHS) if "decode" in wanted else (),
+            dtypes=parse_choice(dtypes or ("bf16" if gpu else "bf16,fp32"), tuple(latency.TIMED_DTYPES), "--dtypes"),
             settings=settings_of(settings, base={}),
             heads=heads,
             kv_heads=kv_heads,
@@ -95,8 +95,8 @@ def main(
             rows, refused = gpu_latency.measure(plan, wanted, counts, kept)
             extra = {"refused": refused}
         else:
-            rows = measure(plan, kept)
-            extra = {"exponents": exponents(rows)}
+            rows = latency.measure(plan, kept)
+            extra = {"exponents": latency.exponents(rows)}
     title, details = f"{LATENCY_TITLE}{plan.conditions}", {**extra, "configs": configs}
     targets.publish("latency", title, rows, details, kept, {title: lines_of(rows, gpu)})
     if as_json:

@@ -67,7 +67,8 @@ def make_facts(count: int, seed: int) -> list[Fact]:
     """Facts spread over the document: one at a random place in each `1 / count` of it."""
     rng = random.Random(seed)
     names = rng.sample(FACT_NAMES, count)
-    return [Fact(name, draw_digits(rng), (i + rng.random()) / count) for i, name in enumerate(names)]
+    parts = enumerate(names)
+    return [Fact(name, draw_digits(rng), (i + rng.random()) / count) for i, name in parts]
 
 
 def position_of(tokenizer: Any, prompt: list[int], fact: Fact) -> int:

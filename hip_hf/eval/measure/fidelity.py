@@ -23,8 +23,8 @@ from hip_hf.problem import AttentionProblem
 
 
 def layer_row(settings: str, layer: int | str, keys: int, parts: Sequence[Any]) -> dict[str, Any]:
-    """One row of the report, from what was measured of one layer on several prompts: `MeasuredMass`,
-    as it is kept."""
+    """One row of the report, from what was measured of one layer on several prompts, as it is
+    kept (`MeasuredMass`)."""
     mass, oracle, weight = (
         torch.cat([torch.tensor(part[name], dtype=torch.float64) for part in parts], dim=-1)
         for name in ("mass", "oracle", "rows")
@@ -173,7 +173,13 @@ def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: Fidelity
     return {"parts": parts, "assumptions": assumptions, "skipped": list(skipped.items())}
 
 
-def measure_all(model: Any, tokenizer: Any, ids: list[int], plan: FidelityPlan, kept: Resumable) -> FidelityFound:
+def measure_all(
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    plan: FidelityPlan,
+    kept: Resumable,
+) -> FidelityFound:
     """What is in `kept`, and what is not yet. Raises ValueError if there are too many facts for the
     texts, or nothing to search."""
 

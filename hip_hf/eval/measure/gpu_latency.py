@@ -25,7 +25,7 @@ from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import kernel_costs, latency
 from hip_hf.eval.measure.gpu_runs import CapturedSteps, DeviceClock, Timed, Work, captured
-from hip_hf.eval.measure.latency import PREFILL, GrowingSteps, interleave, ours, refresh_period, sdpa
+from hip_hf.eval.measure.latency import GrowingSteps, interleave, ours, refresh_period, sdpa
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.problem import AttentionProblem, make_spans
@@ -38,12 +38,12 @@ LAUNCHED = ", launched"
 BASELINES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 # What the model in docs/performance.md takes each phase for; all others are decode steps.
 KERNELS = {
-    PREFILL: kernel_costs.prompt_kernels,
+    latency.PREFILL: kernel_costs.prompt_kernels,
     SELECTION: kernel_costs.selection_kernels,
     DECODE_SELECTION: kernel_costs.refresh_kernels,
     BACKWARD: kernel_costs.gradient_kernels,
 }
-DENSE_COSTS = {PREFILL: kernel_costs.dense_prefill, BACKWARD: kernel_costs.dense_gradients}
+DENSE_COSTS = {latency.PREFILL: kernel_costs.dense_prefill, BACKWARD: kernel_costs.dense_gradients}
 # Enough of a call to know whether a backend takes it.
 BASELINE_PROBE = 256
 
@@ -178,10 +178,10 @@ class Bench:
                 calls[name] = self.call(partial(ours, q, k, v, config))
         if "prefill" in phases:
             probe = partial(sdpa, *(x[:, :, :BASELINE_PROBE] for x in (q, k, v)))
-            dense = {name: self.call(run) for name, run in self.baselines(PREFILL, probe, partial(sdpa, q, k, v)).items()}
-        self.time(PREFILL, dense, [*calls.values(), *searches.values()])
+            dense = {name: self.call(run) for name, run in self.baselines(latency.PREFILL, probe, partial(sdpa, q, k, v)).items()}
+        self.time(latency.PREFILL, dense, [*calls.values(), *searches.values()])
         once, taken = dict.fromkeys(plan.settings, 1), {name: median(call.seconds) for name, call in searches.items()}
-        yield from self.rows(MeasuredRuns(PREFILL, length, calls, dense, once, tokens=length), plan.settings, taken)
+        yield from self.rows(MeasuredRuns(latency.PREFILL, length, calls, dense, once, tokens=length), plan.settings, taken)
         if "selection" in phases:
             yield from self.rows(MeasuredRuns(SELECTION, length, searches, {}, once, tokens=length), plan.settings, taken)
 

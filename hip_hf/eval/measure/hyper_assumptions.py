@@ -54,7 +54,8 @@ def measure_assumptions(problem: AttentionProblem, config: HiPConfig) -> dict[st
         rest = torch.cat(light)
         past = columns[min(config.sink, middle - 1) :]
         ratio = float(rest.max() - rest.min()) / math.log(10)
-        for name, value in zip(QUANTITIES, (float(columns.max()), float(past.max()), ratio), strict=True):
+        found = float(columns.max()), float(past.max()), ratio
+        for name, value in zip(QUANTITIES, found, strict=True):
             results[name].append(value)
     return results | {"keys": middle}
 

@@ -1,9 +1,9 @@
 """What one attention call takes, against PyTorch's own attention on the same tensors.
 
 Every figure is a median of interleaved runs (PyTorch's, then each of the settings, and again), so
-that a busy machine slows both sides alike. Queries, keys and values are seeded standard normal noise:
-the cost of the sparse path does not depend on what is in them. What the attention is worth on real
-text is for `fidelity` and `passkey` to say.
+that a busy machine slows both sides alike. Queries, keys and values are seeded standard normal
+noise: the cost of the sparse path does not depend on what is in them. What the attention is worth on
+real text is for `fidelity` and `passkey` to say.
 
 Prefill is one causal call over the whole context. Decode is one token against a cache, once
 *amortised* over steps that share selections as they do in generation, once *refreshed*, with a

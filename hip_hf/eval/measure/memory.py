@@ -1,8 +1,8 @@
-"""What each kind of cache takes at which lengths, and the meter of memory that other commands use, too.
+"""What each kind of cache takes at which lengths, and the meter of memory that others use, too.
 
-Each figure of a cache comes from a process of its own: it fills the cache of a model with random keys,
-a chunk at a time as chunked prefill does, decodes a few tokens, and reads its own memory from the
-operating system.
+Each figure of a cache comes from a process of its own: it fills the cache of a model with random
+keys, a chunk at a time as chunked prefill does, decodes a few tokens, and reads its own memory from
+the operating system.
 """
 
 from __future__ import annotations

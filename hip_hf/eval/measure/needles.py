@@ -26,7 +26,7 @@ from hip_hf.eval.measure.costs import prompt_cost
 from hip_hf.eval.measure.documents import DOCUMENT, Fact, hide, question
 from hip_hf.eval.measure.losses import StepLosses, check_logits, losses_of
 from hip_hf.eval.measure.passkey import draw_facts, path_of, use, wilson
-from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.integration.explain import explain
 
 NOVEL, CODE = "novel", "code"
@@ -193,7 +193,13 @@ def flops_columns(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
     return {"selection_over_attention": selection, "flops_over_dense": cost and cost.share}
 
 
-def measure(model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: NeedlesPlan, kept: Resumable) -> list[dict[str, Any]]:
+def measure(
+    model: Any,
+    tokenizer: Any,
+    texts: dict[str, list[int]],
+    plan: NeedlesPlan,
+    kept: Resumable,
+) -> Rows:
     """The rows of the report, of what `kept` has not yet: for each length and document (`texts`
     `{name: token ids}`) one for each of the settings. Prompt goes by prompt, with all settings one
     after the other, so that they meet the same machine. Raises ValueError if a length does not fit

@@ -14,7 +14,7 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, Fact, answer_of, draw_digits, make_prompt
-from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.integration.api import configure
 from hip_hf.integration.explain import Row, explain
 
@@ -160,7 +160,7 @@ class PasskeyPlan:
         return [make_sample(tokenizer, text, length, place, self.facts, rng) for rng in draws]
 
 
-def measure(model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable) -> list[dict[str, Any]]:
+def measure(model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable) -> Rows:
     """The rows of the report, of what `kept` has not yet. Raises ValueError if a length does not
     fit the text."""
     kept.expect("pass keys", len(plan.configs) * len(plan.lengths) * plan.depths)

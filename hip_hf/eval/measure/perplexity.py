@@ -17,7 +17,7 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.passkey import path_of, use
-from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.integration.explain import explain
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.versions import CACHE
@@ -90,9 +90,7 @@ def interval(values: Sequence[float]) -> float | None:
     return NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * stdev(values) / math.sqrt(len(values))
 
 
-def range_row(
-    settings: str, start: int, end: int, last: int, found: list[dict[str, Any]], first: list[dict[str, Any]]
-) -> dict[str, Any]:
+def range_row(settings: str, start: int, end: int, last: int, found: Rows, first: Rows) -> dict[str, Any]:
     """The row of a range of positions. `first`: what was found with the first of the settings, on the same texts."""
     blocks = range(start // BLOCK, end // BLOCK)
     counts = [BLOCK - (block == 0) for block in blocks]
@@ -119,12 +117,12 @@ def range_row(
     }
 
 
-def measure(model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable) -> list[dict[str, Any]]:
+def measure(model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable) -> Rows:
     """The rows of the report: for each of the settings all positions, then each range of them.
     `read`, the share of keys read, is that of the last chunk."""
     kept.expect("texts", len(plan.configs) * plan.texts)
     rows = []
-    first: list[dict[str, Any]] = []
+    first: Rows = []
     for name, config in plan.configs.items():
         sparse = use(model, config)
         found = []

@@ -102,8 +102,10 @@ def draw_perplexity(document: Record, file: Path) -> None:
         for name in different(parts, "settings"):
             own = {(row["from"], row["to"]): row for row in parts if row["settings"] == name}
             heights = [own[span]["perplexity"] for span in ranges]
-            ends = [[own[span][side] or own[span]["perplexity"] for span in ranges] for side in ("low", "high")]
-            bars = [[abs(a - b) for a, b in zip(end, heights, strict=True)] for end in ends]
+            bars = []
+            for side in ("low", "high"):
+                ends = [own[span][side] or own[span]["perplexity"] for span in ranges]
+                bars.append([abs(a - b) for a, b in zip(ends, heights, strict=True)])
             style = dict(marker="o", capsize=3, label=fill(name, 44))
             axis.errorbar(range(len(ranges)), heights, yerr=bars, **style)
         words = [f"{short(start)} to {short(end)}" for start, end in ranges]
@@ -115,8 +117,8 @@ def draw_perplexity(document: Record, file: Path) -> None:
 
 
 def draw_fidelity(document: Record, file: Path) -> None:
-    """Mass by layer, and output error against keys read, a curve for each setting. Those of the first
-    length are drawn, `mass by layer` of the smallest budget."""
+    """Mass by layer, and output error against keys read, a curve for each setting. Those of the
+    first length are drawn, `mass by layer` of the smallest budget."""
     rows = [row for row in document["rows"] if row["keys"] == document["rows"][0]["keys"]]
     with drawing(file, (13, 5.2), 1, 2, document["title"], 150) as (_, ((left, right),)):
         for i, name in enumerate(dict.fromkeys(map(setting_of, rows))):
@@ -138,8 +140,8 @@ def draw_fidelity(document: Record, file: Path) -> None:
 
 
 def draw_latency(document: Record, file: Path) -> None:
-    """Times faster than PyTorch against the length: prefill and decode side by side, a line per dtype
-    and setting."""
+    """Times faster than PyTorch against the length: prefill and decode side by side, a line per
+    dtype and setting."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in document["rows"]:
         if row["times_faster"]:  # selection alone has no counterpart
@@ -214,8 +216,8 @@ def draw_longctx(document: Record, file: Path) -> None:
     panels = [panel for panel in panels if panel]
     tasks = [different(panel, "task") for panel in panels]
     size = (6 + 3 * (len(panels) - 1), 2 + 0.16 * len(names) * max(len(own) for own in tasks))
-    kind = dict(title=document["title"], width=40 * (1 + len(panels)), width_ratios=[2, 1][: len(panels)])
-    with drawing(file, size, 1, len(panels), **kind) as (figure, (axes,)):
+    kind: dict[str, Any] = dict(width=40 * (1 + len(panels)), width_ratios=[2, 1][: len(panels)])
+    with drawing(file, size, 1, len(panels), document["title"], **kind) as (figure, (axes,)):
         for axis, panel, own in zip(axes, panels, tasks, strict=True):
             for i, name in enumerate(names):
                 mine = [row for row in panel if row["settings"] == name]

@@ -41,14 +41,21 @@ def short(count: float) -> str:
 
 @contextmanager
 def drawing(
-    file: Path, size: tuple[float, float], rows: int = 1, columns: int = 1, title: str = "", width: int = 100, **options: Any
+    file: Path,
+    size: tuple[float, float],
+    rows: int = 1,
+    columns: int = 1,
+    title: str = "",
+    width: int = 100,
+    **options: Any,
 ) -> Iterator[tuple[Any, Any]]:
     """A figure and its axes `[rows, columns]`, written to `file` at the end.
 
     Its `title` has lines of at most `width` characters. `options` are those of `pyplot.subplots`.
     """
     plt = pyplot()
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    options = dict(figsize=size, squeeze=False, layout="constrained", **options)
+    figure, axes = plt.subplots(rows, columns, **options)
     if title:
         figure.suptitle("\n".join(fill(line, width) for line in title.split("\n")), fontsize=9)
     yield figure, axes
@@ -75,14 +82,14 @@ def readings(file: Path, title: str, panels: list[Panel], tokens: int, marks: di
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     colours = ListedColormap([FUTURE, *BLOCK_KINDS.values()])
-    scale = dict(cmap=colours, vmin=-0.5, vmax=len(BLOCK_KINDS) + 0.5, aspect="auto", interpolation="nearest")
-    shared = dict(sharex=True, sharey=True)
-    with drawing(file, (7.2 * columns, 5.6 * rows + 0.8), rows, columns, title, **shared) as (figure, axes):
+    scale = dict(cmap=colours, vmin=-0.5, vmax=len(BLOCK_KINDS) + 0.5, aspect="auto")
+    size, shared = (7.2 * columns, 5.6 * rows + 0.8), dict(sharex=True, sharey=True)
+    with drawing(file, size, rows, columns, title, **shared) as (figure, axes):
         for axis in axes.flat[len(panels) :]:
             axis.axis("off")
         for axis, panel in zip(axes.flat, panels, strict=False):
             extent = (0, panel.kinds.shape[1] * panel.block_k, panel.kinds.shape[0] * panel.block_q, 0)
-            axis.imshow((panel.kinds + 1).numpy(), extent=extent, **scale)
+            axis.imshow((panel.kinds + 1).numpy(), extent=extent, interpolation="nearest", **scale)
             axis.set(xlim=(0, tokens), ylim=(tokens, 0))
             for name, at in marks.items():
                 axis.axvline(at, color="crimson", linewidth=0.7, linestyle=":")

@@ -51,8 +51,8 @@ def progress() -> Progress:
 
 @contextmanager
 def counting(what: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """A progress bar of one line. What it gives is called with how many steps are done, 1 if nothing
-    is said."""
+    """A progress bar of one line. What it gives is called with how many steps are done, 1 if
+    nothing is said."""
     with progress() as bar:
         yield partial(bar.advance, bar.add_task(what, total=total))
 

@@ -12,6 +12,7 @@ import torch
 from hip_hf.eval.reporting import report
 
 SUFFIX = ".partial"
+Rows = list[dict[str, Any]]
 
 
 def plain(value: Any) -> Any:
