@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -15,65 +18,31 @@ from typer.core import TyperGroup
 
 @dataclass(frozen=True)
 class Command:
-    """A module of `hip_hf.cli` with a function `main`, and the first sentence of that function's docstring."""
+    """A module of `hip_hf.cli` with a function `main`."""
 
     module: str
-    help: str
     context: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def help(self) -> str:
+        """The first line of the docstring of `main`: the module is read, not imported."""
+        package = find_spec("hip_hf")
+        assert package is not None
+        assert package.submodule_search_locations is not None
+        file = Path(package.submodule_search_locations[0]) / "cli" / f"{self.module}.py"
+        code = ast.parse(file.read_text(encoding="utf-8"))
+        (main,) = (x for x in code.body if isinstance(x, ast.FunctionDef) and x.name == "main")
+        return (ast.get_docstring(main) or "").partition("\n")[0]
 
+
+NAMED_ALIKE = (
+    *("doctor", "demo", "generate", "chat", "serve", "explain", "passkey", "needles", "perplexity"),
+    *("fidelity", "compare", "latency", "memory", "kernels", "autoload"),
+)
 # its arguments, --help among them, are lm-eval's
-_LM_EVAL = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-COMMANDS = {
-    "doctor": Command(
-        "doctor", "Try every kernel on this machine: what works, how fast, and what to set if something does not. Exit 1 if so."
-    ),
-    "demo": Command("demo", "Hide pass keys in a long document and ask for them: dense against pruned attention."),
-    "generate": Command("generate", "Continue a prompt, greedily; timings and what each layer did go to the error stream."),
-    "chat": Command("chat", "Answer questions about a document, which is read once: each answer costs its new tokens only."),
-    "serve": Command(
-        "serve",
-        "Serve a model by OpenAI's API. This is Transformers' server; all options but the last two are its own.",
-    ),
-    "explain": Command("explain", "Run one prompt of random tokens through a checkpoint and show each layer's path."),
-    "passkey": Command(
-        "passkey",
-        "Hide pass keys in long documents and count right answers, every layer and row sparse unless settings say otherwise.",
-    ),
-    "needles": Command(
-        "needles",
-        "Hide many pass keys in a document, ask for all in one forward pass, answers included, and count digits that are right.",
-    ),
-    "perplexity": Command(
-        "perplexity", "Perplexity of a local text by position, every layer and row sparse unless settings say otherwise."
-    ),
-    "fidelity": Command(
-        "fidelity", "Compare selections with the block oracle, layer by layer: captured mass, output error, and what they cost."
-    ),
-    "compare": Command(
-        "compare", "Compare methods or settings on one checkpoint, every layer and row sparse unless settings say otherwise."
-    ),
-    "latency": Command(
-        "latency", "Time one attention call against PyTorch's scaled_dot_product_attention, in prefill and in decode."
-    ),
-    "memory": Command(
-        "memory", "Memory of a dynamic, a static, a paged and an offloaded cache (pools: an eighth, or what a step needs)."
-    ),
-    "kernels": Command(
-        "kernels",
-        "Compile every kernel for every GPU. Exit 1 if one spills, does not fit, or misses the tensor cores it should use.",
-    ),
-    "autoload": Command(
-        "autoload",
-        "Let plain lm_eval and transformers serve of this environment know `hip` (enable), stop that (disable), say how it is.",
-    ),
-    "report": Command("report_page", "Bundle tables and pictures of saved results in one HTML page."),
-    "lm-eval": Command(
-        "lm_eval",
-        "lm-eval with the model type `hip` (the default here), our tasks (`hip_longctx`) and `--preset`; all else is lm-eval's.",
-        _LM_EVAL,
-    ),
-}
+LM_EVAL = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+COMMANDS = {name: Command(name) for name in NAMED_ALIKE}
+COMMANDS |= {"report": Command("report_page"), "lm-eval": Command("lm_eval", LM_EVAL)}
 
 
 class Commands(TyperGroup):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hip_hf.eval.measure.memory_meter import MIB, Meter
+from hip_hf.eval.measure.memory import MIB, Meter
 from hip_hf.eval.reporting.report import machine
 
 SHAPE = dict(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)

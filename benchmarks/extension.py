@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -22,13 +21,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from hip_hf.cli.inputs import load_to_measure
+from hip_hf.cli.inputs import load_to_measure, user_errors
 from hip_hf.cli.presets import settings_of, sizes
-from hip_hf.cli.publish import Results, Targets, model_name
+from hip_hf.cli.publish import Targets, model_name
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import passkey
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, digest
-from hip_hf.eval.reporting import plots, report
+from hip_hf.eval.measure.passkey import PasskeyCounts
+from hip_hf.eval.reporting import report
+from hip_hf.eval.reporting.plots import drawing
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.integration.hip_cache import HiPCache
 
@@ -62,12 +63,12 @@ def ends_of(tokens: int, texts: int) -> list[int]:
     return [tokens - tokens * 3 // 5 * i // texts for i in range(texts)]
 
 
-def ask(model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length: int, number: int) -> dict[str, Any]:
+def ask(model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length: int, number: int) -> PasskeyCounts:
     """The count of one pass-key prompt, as `hip-hf passkey` makes them."""
     sample, place = number // DEPTHS, number * APART % DEPTHS / (DEPTHS - 1)
     rng = random.Random(f"0 {length} {place:.6f} {sample}")
     prompt = passkey.make_sample(tokenizer, tokens, length, place, 1, rng)
-    return asdict(passkey.ask(model, tokenizer, [prompt], passkey.use(model, config)))
+    return passkey.ask(model, tokenizer, [prompt], passkey.use(model, config))
 
 
 def measure(
@@ -87,37 +88,35 @@ def measure(
             yield row | {"low": None, "high": None, "digits": None, "samples": len(losses)}
         for length in plan["lengths"]:
             far = name == "dense" and length > plan["trained"]
-            cell = passkey.PasskeyCounts()
+            cell = PasskeyCounts()
             for number in range(plan["dense_samples"] if far else plan["samples"]):
                 work = partial(ask, model, tokenizer, config, tokens, length, number)
-                cell += passkey.PasskeyCounts.read(kept.get(("pass keys", name, length, number), work))
+                cell += PasskeyCounts.read(kept.get(("pass keys", name, length, number), work))
             counted = cell.row(name, length, None)
             row = {"what": "pass keys", "settings": name, "length": length, "value": counted["accuracy"]}
             yield row | {key: counted[key] for key in ("low", "high", "digits", "samples")}
 
 
 def draw(document: dict[str, Any], file: Path) -> None:
-    pyplot = plots.pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, kind, name in zip(axes, ("pass keys", "perplexity"), ("answers entirely right", "perplexity"), strict=True):
-        for settings in document["configs"]:
-            line = [row for row in document["rows"] if row["settings"] == settings and row["what"] == kind]
-            line.sort(key=lambda row: row["length"])
-            x, y = [row["length"] for row in line], [row["value"] for row in line]
-            axis.plot(x, y, marker="o", label=settings)
-            if kind == "pass keys":
-                axis.fill_between(x, [row["low"] for row in line], [row["high"] for row in line], alpha=0.15)
-        axis.axvline(document["trained"], color="grey", linestyle=":", label="trained length")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({row["length"] for row in document["rows"]}))
-        axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:.0f}K")
-        axis.minorticks_off()
-        axis.set_xlabel("tokens")
-        axis.set_ylabel(name)
-        axis.legend()
-    axes[0].set_ylim(-0.03, 1.03)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    """Pass keys with intervals, and perplexity, by length: a line for each of the settings."""
+    kinds = {"pass keys": "answers entirely right", "perplexity": "perplexity"}
+    with drawing(file, (10, 4), 1, 2) as (_, (axes,)):
+        for axis, (kind, name) in zip(axes, kinds.items(), strict=True):
+            for settings in document["configs"]:
+                line = [row for row in document["rows"] if row["settings"] == settings and row["what"] == kind]
+                line.sort(key=lambda row: row["length"])
+                x, y = [row["length"] for row in line], [row["value"] for row in line]
+                axis.plot(x, y, marker="o", label=settings)
+                if kind == "pass keys":
+                    axis.fill_between(x, [row["low"] for row in line], [row["high"] for row in line], alpha=0.15)
+            axis.axvline(document["trained"], color="grey", linestyle=":", label="trained length")
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sorted({row["length"] for row in document["rows"]}))
+            axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:.0f}K")
+            axis.minorticks_off()
+            axis.set(xlabel="tokens", ylabel=name)
+            axis.legend()
+        axes[0].set_ylim(-0.03, 1.03)
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -152,7 +151,7 @@ def main(
 ) -> None:
     """Measure, draw, and write the table."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    try:
+    with user_errors():
         plan = {"lengths": sizes(lengths), "contexts": sizes(contexts), "samples": samples, "dense_samples": dense_samples}
         configs = {}
         for tail in (0, HiPConfig().dense_tail):
@@ -166,8 +165,6 @@ def main(
         }  # fmt: skip
         targets = Targets(output=output, plot=output.with_suffix(".png"))
         kept = targets.kept("extension", **details, text=digest(text))
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
     model, tokenizer, tokens = load_to_measure(str(CHECKPOINT), "cpu", text, "fp32")
     details["trained"] = model.config.max_position_embeddings
     rows = []
@@ -176,9 +173,8 @@ def main(
             report.notes.print(row)
             rows.append(row)
     title = f"Context extension, {details['model']}, trained for {details['trained']:,} tokens; pass keys with 95 % intervals"
-    result = Results("extension", title, rows, details, draw)
-    targets.publish(result, kept)
-    output.with_suffix(".md").write_text(markdown(result.document()), encoding="utf-8")
+    document = targets.publish("extension", title, rows, details, kept, draw=draw)
+    output.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import tune
 from hip_hf.backends.triton import checks
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import doctor, documents, real_model
-from hip_hf.eval.measure.timing import TimingPlan
+from hip_hf.eval.measure.latency import TimingPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 

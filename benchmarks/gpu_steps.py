@@ -32,11 +32,11 @@ from hip_hf.cli.inputs import load_to_measure
 from hip_hf.cli.presets import over_budgets
 from hip_hf.cli.publish import write
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import doctor, documents, gpu_latency, losses, needles, real_model, roofline, timing
+from hip_hf.eval.measure import doctor, documents, gpu_latency, losses, needles, real_model, roofline
 from hip_hf.eval.measure.generate import generate
 from hip_hf.eval.measure.gpu_runs import DeviceClock, Timed
+from hip_hf.eval.measure.latency import TIMED_DTYPES, GrowingSteps, TimingPlan, interleave, ours, refresh_period, sdpa
 from hip_hf.eval.measure.passkey import use
-from hip_hf.eval.measure.timing import DTYPES, TimingPlan, interleave, ours, sdpa
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.shown import said
@@ -81,12 +81,12 @@ class Run:
 
 def doctor_step(run: Run) -> None:
     """Every kernel against float64, in each dtype."""
-    missing = doctor.lacking(run.device)
+    missing = doctor.missing_for(run.device)
     if missing:
         raise RuntimeError(missing)
 
     def checked(kind: str, part: str) -> Rows:
-        rows = [doctor.row_of(label, found) for label, found in doctor.tried(run.device, [kind], True, [part])]
+        rows = [doctor.check_row(label, found) for label, found in doctor.tried(run.device, [kind], True, [part])]
         return [{**row, "wrong": row["problem"]} for row in rows]
 
     for kind, part in product(run.sizes.checks, run.sizes.parts):
@@ -133,7 +133,7 @@ def agreement(plan: TimingPlan, length: int) -> Rows:
     first = min(config.sparse_reach - config.budget, length)
     pairs = {"first": (result.out[:, :, :first], sdpa(q[:, :, :first], k[:, :, :first], v[:, :, :first]))}
     pairs["last"] = (result.out[:, :, -1:], sdpa(q[:, :, -1:], k, v))
-    allowed = UNITS * torch.finfo(DTYPES[dtype]).eps
+    allowed = UNITS * torch.finfo(TIMED_DTYPES[dtype]).eps
     rows = []
     for name, (got, want) in pairs.items():
         error = float((got - want).norm(dtype=torch.float32) / want.norm(dtype=torch.float32))
@@ -147,7 +147,7 @@ def agreement(plan: TimingPlan, length: int) -> Rows:
 def prefill_step(run: Run) -> None:
     """Prompts and their selection against the faster of FlashAttention and cuDNN; of the longest against the one that was faster
     before, since each takes some 15 s there."""
-    lengths, plan, backends = run.sizes.prefill, run.sizes.plan(), tuple(gpu_latency.BACKENDS)
+    lengths, plan, backends = run.sizes.prefill, run.sizes.plan(), tuple(gpu_latency.BASELINES)
     for length in lengths:
         run.keep(f"agreement, {plots.short(length)}", partial(agreement, plan, length))
         found = run.latency(plan, ("prefill", "selection"), length, backends=backends)
@@ -163,7 +163,7 @@ def free_bytes(device: torch.device) -> float:
 def fitting(plan: TimingPlan, length: int, free: float) -> int:
     """The largest batch, up to the plan's and at least one, whose decode steps at `length` keys fit into so many bytes: keys and
     values, and the summaries of two kept states (amortised and refreshed, which are there at a time without graphs)."""
-    (dtype,), (config,) = (DTYPES[name] for name in plan.dtypes), plan.settings.values()
+    (dtype,), (config,) = (TIMED_DTYPES[name] for name in plan.dtypes), plan.settings.values()
     pyramid = KeyPyramid.empty(config, 1, plan.kv_heads, plan.head_dim, int(length * (1 + ROOM)), dtype, torch.device("meta"))
     keys_and_values = 2 * plan.kv_heads * plan.head_dim * dtype.itemsize * length
     return int(max(1, min(plan.batch, (free - SPARE) // (keys_and_values + 2 * pyramid.nbytes))))
@@ -214,7 +214,7 @@ def parts_of(what: str, length: int, device: torch.device, work: Callable[[], An
 def profile_step(run: Run) -> None:
     """A layer's attention in a prompt, and in decode steps without a graph; then HyperAttention, Delta and gradients."""
     sizes, plan = run.sizes, run.sizes.plan()
-    count = math.lcm(timing.refresh_period(sizes.settings), sizes.settings.block_k)
+    count = math.lcm(refresh_period(sizes.settings), sizes.settings.block_k)
     runs = sizes.repeats + 3  # one to warm up, one for the host, one for the profiler
 
     def prompt(length: int, what: str = "prompt", settings: HiPConfig = sizes.settings) -> Rows:
@@ -230,7 +230,7 @@ def profile_step(run: Run) -> None:
 
     def steps(length: int) -> Rows:
         tensors = plan.random(sizes.dtype, length + runs * count, count, plan.device)
-        work = timing.GrowingSteps(tensors, length, count, sizes.settings)
+        work = GrowingSteps(tensors, length, count, sizes.settings)
         return parts_of("decode", length, plan.device, work, count, sizes.repeats)
 
     for length in sizes.prefill:
@@ -246,7 +246,7 @@ def profile_step(run: Run) -> None:
 
 def tune_step(run: Run) -> None:
     """Other launches of attention and selection beside today's, kernel by kernel in turn, those first that `tune.py` prefers."""
-    sizes, dtype = run.sizes, DTYPES[run.sizes.dtype]
+    sizes, dtype = run.sizes, TIMED_DTYPES[run.sizes.dtype]
     target = target_of(torch.empty(0, device=run.device))
 
     def timed(kernel: str, tile: Any, present: Any) -> Rows:
@@ -285,7 +285,7 @@ def random_model(sizes: Sizes, device: torch.device) -> Any:
 
     with device:
         config = LlamaConfig(**sizes.shape)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=DTYPES[sizes.model_dtype])
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=TIMED_DTYPES[sizes.model_dtype])
     model.generation_config.eos_token_id = None  # every run has as many tokens
     return model.eval()
 
@@ -353,7 +353,7 @@ STEPS: dict[str, Callable[[Run], None]] = {
 
 def settle(folder: Path, device: torch.device) -> None:
     """Put down the machine, versions and kernels of a run. Raises ValueError for a folder that belongs to others."""
-    file, about = folder / MACHINE, {**doctor.facts(device, doctor.lacking(device)), "code": trust.code()}
+    file, about = folder / MACHINE, {**doctor.facts(device, doctor.missing_for(device)), "code": trust.code()}
     about = json.loads(json.dumps(about))
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else about
     if before != about:

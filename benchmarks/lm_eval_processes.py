@@ -21,8 +21,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_hf.cli.publish import Json, Output, Results, Targets, model_name
-from hip_hf.eval.reporting import report
+from hip_hf.cli.inputs import user_errors
+from hip_hf.cli.publish import Json, Output, Targets, model_name
 
 PROCESSES = 2
 LAUNCH = [
@@ -68,18 +68,15 @@ def main(
     arguments += ["--device", "cpu"]
     ways = dict.fromkeys([(1, cores // PROCESSES), (1, cores), (PROCESSES, cores // PROCESSES)])
     details = {"model": model_name(Path(model).name), "tasks": tasks, "settings": settings, "rounds": rounds, **metadata}
-    try:
+    with user_errors():
         targets = Targets(as_json, output)
         kept = targets.kept("lm_eval_processes", cores=cores, **details)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     found: dict[tuple[int, int], list[dict[str, Any]]] = {way: [] for way in ways}
-    with kept, report.progress() as bar:
-        task = bar.add_task("commands", total=rounds * len(ways))
+    kept.expect("commands", rounds * len(ways))
+    with kept:
         for turn in range(rounds):
             for way in ways:
                 found[way].append(kept.get((turn, *way), lambda: evaluate(*way, arguments)))  # noqa: B023 (called at once)
-                bar.advance(task)
     scores = [one["scores"] for some in found.values() for one in some]
     if any(other != scores[0] for other in scores):
         raise SystemExit(f"the scores differ: {list(found)}: {scores}")
@@ -90,7 +87,7 @@ def main(
         for (processes, threads), spent in seconds.items()
     ]
     title = f"lm-eval of {details['model']}, {tasks}, {length} tokens: {len(scores)} commands with the same scores"
-    targets.publish(Results("lm_eval_processes", title, rows, {**details, "scores": scores[0]}), kept)
+    targets.publish("lm_eval_processes", title, rows, {**details, "scores": scores[0]}, kept)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
+from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import settings_of
-from hip_hf.cli.publish import Results, Targets, model_name
+from hip_hf.cli.publish import Targets, model_name
 from hip_hf.eval.measure.documents import CHECKPOINT
-from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.pictures.longctx import draw
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = [
@@ -86,15 +85,13 @@ def main(
         "model": model_name(model), "length": length, "samples": samples, "data_seed": seed,
         "configs": {name: config.to_dict() for name, config in configs.items()},
     }  # fmt: skip
-    try:
+    with user_errors():
         targets = Targets(output=output)
         kept = targets.kept("longctx", **details)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     lm = HipLM(model, device="cpu", max_length=length)
     rows = []
-    with kept, report.progress() as bar:
-        task_bar = bar.add_task("tasks", total=len(configs) * len(tasks.split(",")))
+    kept.expect("tasks", len(configs) * len(tasks.split(",")))
+    with kept:
         for task in tasks.split(","):
             for name, config in configs.items():
 
@@ -108,9 +105,8 @@ def main(
                     "task": task, "settings": name, "value": value, "low": low, "high": high, "samples": len(found["scores"]),
                     "read_prefill": found["prefill"], "read_decode": found["decode"],
                 })  # fmt: skip
-                bar.advance(task_bar)
     title = f"hip_longctx, {length:,} tokens, budget {budget}, {samples} samples a task, seed {seed}, 95 % intervals"
-    targets.publish(Results("longctx", title, rows, details, draw), kept)
+    targets.publish("longctx", title, rows, details, kept)
     caption = f"{title}; {model_name(model)}. Shares of right answers; hip_perplexity: perplexity."
     output.with_suffix(".md").write_text(markdown(rows, caption), encoding="utf-8")
 

@@ -20,12 +20,11 @@ from typing import Annotated, Any
 import typer
 from transformers import AutoTokenizer
 
-from hip_hf.cli.publish import Json, Output, Plot, Results, Targets, model_name
+from hip_hf.cli.inputs import user_errors
+from hip_hf.cli.publish import Json, Output, Plot, Targets, model_name
 from hip_hf.eval.measure.documents import DOCUMENT
 from hip_hf.eval.measure.generate import lengthen
-from hip_hf.eval.measure.served import Served, complete_all, settings_options
-from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.pictures.serving import draw
+from hip_hf.eval.measure.served import Served, complete_all, serving, settings_options
 
 ATTENTIONS = ("sdpa", "hip")
 PAGE = 256  # tokens
@@ -85,11 +84,9 @@ def main(
         "batch_tokens": batch_tokens, "continuous_batching": continuous_batching,
         "dtype": dtype, "set": set_ or [],
     }  # fmt: skip
-    try:
+    with user_errors():
         targets = Targets(as_json, output, plot)
         kept = targets.kept("serving", **details)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer.encode(DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
     blocks = max(counts) * (-(-(max(sizes) + new_tokens) // PAGE) + 1)
@@ -103,11 +100,10 @@ def main(
         for name in ATTENTIONS:
             own = settings if name == "hip" else []
             options = ["--attn-implementation", name, "--dtype", dtype, *batching, *own]
-            servers[name] = stack.enter_context(Served(model, *options, log=folder / name))
+            servers[name] = stack.enter_context(serving(model, *options, log=folder / name))
             ask(servers[name], prompts(tokenizer, ids, min(sizes), "first of all", 1), 2)  # what is made once
         stack.enter_context(kept)
-        bar = stack.enter_context(report.progress())
-        task = bar.add_task("rounds", total=len(sizes) * len(counts) * rounds * len(ATTENTIONS))
+        kept.expect("rounds", len(sizes) * len(counts) * rounds * len(ATTENTIONS))
         for tokens in sizes:
             for count in counts:
                 for i in range(rounds):
@@ -118,7 +114,6 @@ def main(
                             return ask(servers[name], texts, new_tokens)
 
                         found.setdefault((tokens, count, name), []).append(kept.get((tokens, count, i, name), work))
-                        bar.advance(task)
     rows = [
         {"tokens": tokens, "clients": count, "attention": name, **{key: median(one[key] for one in all_) for key in all_[0]}}
         for (tokens, count, name), all_ in found.items()
@@ -126,7 +121,7 @@ def main(
     title = f"hip-hf serve, {details['model']}, {dtype}: median of {rounds} rounds, {new_tokens} new tokens a request"
     ratios = compare(rows)
     tables = {title: rows, "hip, as times of sdpa": ratios}
-    targets.publish(Results("serving", title, rows, {**details, "ratios": ratios}, draw), kept, tables)
+    targets.publish("serving", title, rows, {**details, "ratios": ratios}, kept, tables)
 
 
 if __name__ == "__main__":

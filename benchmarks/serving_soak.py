@@ -23,10 +23,10 @@ from typing import Annotated, Any
 import typer
 
 from hip_hf.cli import inputs
-from hip_hf.cli.publish import Json, Output, Results, Targets
+from hip_hf.cli.publish import Json, Output, Targets
 from hip_hf.eval.measure import documents, generate
 from hip_hf.eval.measure.generate import lengthen
-from hip_hf.eval.measure.served import NEW_TOKENS, Served, settings_options, soak
+from hip_hf.eval.measure.served import NEW_TOKENS, serving, settings_options, soak
 
 PAGE = 256  # tokens
 
@@ -62,13 +62,13 @@ def main(
     details["set"] = set_ or []
     options = ["--max-model-len", str(room), *(batching if continuous_batching else []), *settings_options(set_ or [])]
     load = [os.getloadavg()[0]]
-    with tempfile.TemporaryDirectory() as folder, Served(model, *options, log=Path(folder) / "log") as server:
+    with tempfile.TemporaryDirectory() as folder, serving(model, *options, log=Path(folder) / "log") as server:
         rows = soak(server, text, generated, requests, every, longest, 2 * room, clients)
     load.append(os.getloadavg()[0])
     growth = rows[-1]["resident_MiB"] - rows[len(rows) // 2]["resident_MiB"]
     title = f"{requests} requests of up to {longest} tokens to hip-hf serve, {details['model']}; second half: {growth:+.0f} MiB"
     extra = {**details, "continuous_batching": continuous_batching, "growth_MiB": growth, "load_before_and_after": load}
-    Targets(as_json, output).publish(Results("serving_soak", title, rows, extra))
+    Targets(as_json, output).publish("serving_soak", title, rows, extra)
 
 
 if __name__ == "__main__":

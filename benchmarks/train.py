@@ -24,12 +24,11 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hip_hf.eval.measure.documents import NAMES, note, question
+from hip_hf.eval.measure.documents import FACT_NAMES, draw_digits, note, question
 
 VOCAB = 1024
 LENGTH = 8192
 LEARNING_RATE = 2e-3
-DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,10 @@ def build_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - len(NAMES), initial_alphabet=alphabet, special_tokens=["<pad>", "<s>", "</s>"]
+        vocab_size=VOCAB - len(FACT_NAMES), initial_alphabet=alphabet, special_tokens=["<pad>", "<s>", "</s>"]
     )
     tokenizer.train([str(file) for file in files], trainer)
-    tokenizer.add_tokens([" " + name for name in NAMES])
+    tokenizer.add_tokens([" " + name for name in FACT_NAMES])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=LENGTH
     )
@@ -119,8 +118,8 @@ class Data:
     def notes(self, stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng, length = self.rng, stage.length
         most = max(length // 128, 2)
-        count = min(round(math.exp(rng.uniform(0, math.log(most)))), len(NAMES))
-        facts = [(name, "".join(rng.choices("0123456789", k=DIGITS))) for name in rng.sample(NAMES, count)]
+        count = min(round(math.exp(rng.uniform(0, math.log(most)))), len(FACT_NAMES))
+        facts = [(name, draw_digits(rng)) for name in rng.sample(FACT_NAMES, count)]
         written = [rng.random() for _ in facts]
         events = [(at, note(*fact), "") for at, fact in zip(written, facts, strict=True)]
         for _ in range(most // 2):

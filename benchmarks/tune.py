@@ -151,7 +151,7 @@ def milliseconds(
 ) -> list[float]:
     """What the first launch, or a part of the selection, takes with each of the configurations: medians of interleaved runs."""
     from hip_hf.eval.measure.gpu_runs import DeviceClock, Timed
-    from hip_hf.eval.measure.timing import interleave
+    from hip_hf.eval.measure.latency import interleave
 
     x, clock = examples(kernel, dim, dtype, device, tokens)[0], DeviceClock(torch.device(device))
 

@@ -87,9 +87,9 @@ def draw_tree(file: Path, problem: AttentionProblem) -> None:
             axis.barh(row, size, left=i * size, height=0.7, color="#9db7da", edgecolor="white", linewidth=0.5)
         names.append(f"{len(ids)} chunks of {size} keys")
     for i in kept:
-        axis.barh(len(levels), config.block_k, left=i * config.block_k, height=0.7, color=plots.KINDS["selected"])
-    axis.barh(len(levels), block.sink, left=0, height=0.7, color=plots.KINDS["sink"])
-    axis.barh(len(levels), block.last + 1 - block.window, left=block.window, height=0.7, color=plots.KINDS["window"])
+        axis.barh(len(levels), config.block_k, left=i * config.block_k, height=0.7, color=plots.BLOCK_KINDS["selected"])
+    axis.barh(len(levels), block.sink, left=0, height=0.7, color=plots.BLOCK_KINDS["sink"])
+    axis.barh(len(levels), block.last + 1 - block.window, left=block.window, height=0.7, color=plots.BLOCK_KINDS["window"])
     axis.set_yticks(range(len(levels) + 1), [*names, "what is read"])
     axis.invert_yaxis()
     axis.set_xlim(0, block.last + 1)

@@ -16,12 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hip_hf import configure
-from hip_hf.cli import demo, explain, generate, inputs, needles_demo
+from hip_hf.cli import demo, explain, generate, inputs
 from hip_hf.eval.measure import documents, real_model
-from hip_hf.eval.measure.demo import Run, kinds_read, make_facts, position_of
+from hip_hf.eval.measure.demo import NO_DIGIT, DemoRun, kinds_read, make_facts, position_of, read
 from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.measure.needles import make_prompt
-from hip_hf.eval.measure.needles_demo import NO_DIGIT, read
 from hip_hf.eval.reporting import plots
 from hip_hf.problem import AttentionProblem, make_spans
 
@@ -118,7 +117,7 @@ def test_demo_draws_a_picture(shown: dict[str, Any]) -> None:
     picture = (plt.imread(shown["picture"])[..., :3] * 255).round().astype(int)
     assert min(picture.shape[:2]) > 500
     colours = {"#{:02x}{:02x}{:02x}".format(*pixel) for pixel in picture.reshape(-1, 3)[::7].tolist()}
-    assert set(plots.KINDS.values()) <= colours
+    assert set(plots.BLOCK_KINDS.values()) <= colours
 
 
 def test_demo_prints_tables(checkpoint: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +136,10 @@ def test_demo_hides_each_fact_where_it_says(checkpoint: str, text: Path) -> None
     facts = make_facts(3, seed=1)
     assert facts == make_facts(3, seed=1) != make_facts(3, seed=2)
     assert [int(3 * fact.depth) for fact in facts] == [0, 1, 2]
-    task, tokenizer = demo.prepare(checkpoint, text, 600, facts), inputs.load(checkpoint, "sdpa", {})[1]
-    assert (task.new_tokens, task.beyond) == (6, False)
-    for prompt, asked in zip(task.prompts, facts, strict=True):
+    tokenizer = inputs.load(checkpoint, "sdpa", {})[1]
+    prompts, new_tokens, beyond = demo.prepare(checkpoint, text, 600, facts)
+    assert (new_tokens, beyond) == (6, False)
+    for prompt, asked in zip(prompts, facts, strict=True):
         assert len(prompt) == 600
         assert tokenizer.decode(prompt).endswith(documents.question(asked.name))
         at = position_of(tokenizer, prompt, asked)
@@ -156,7 +156,7 @@ def test_kinds_read_counts_what_attention_counts(checkpoint: str) -> None:
     kinds, path = kinds_read(problem, settings, layer=1)
     assert path.startswith("sparse")
     assert kinds.shape == (512 // 32, 512 // 16)
-    names = list(plots.KINDS)
+    names = list(plots.BLOCK_KINDS)
     for i, row in enumerate(kinds):
         count = {name: int((row == names.index(name)).sum()) for name in names}
         assert (row == -1).sum() == 32 - 2 * (i + 1)  # the future
@@ -209,8 +209,8 @@ def test_memory_beyond_the_cache_is_that_of_a_chunk(checkpoint: str, text: Path)
     fields = dict(dense_layers=0, dense_tail=0)
     beside = {}
     for tokens, chunk in ((8192, 1024), (32768, 1024), (32768, None)):
-        task = demo.prepare(checkpoint, text, tokens, make_facts(1, seed=0))
-        memory = demo.in_own_process(Run(checkpoint, "hip", task.prompts, 2, fields, chunk))["memory_mib"]
+        prompts, _, _ = demo.prepare(checkpoint, text, tokens, make_facts(1, seed=0))
+        memory = demo.in_own_process(DemoRun(checkpoint, "hip", prompts, 2, fields, chunk))["memory_mib"]
         beside[tokens, chunk] = memory["peak"] - memory["cache"]
     noise = 16  # of what the system counts as a process's memory, in MiB
     assert beside[32768, 1024] < beside[8192, 1024] + noise
@@ -369,8 +369,8 @@ def test_demo_says_what_the_model_says(checkpoint: str, text: Path) -> None:
 def test_the_real_model_is_fetched_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[int] = []
     monkeypatch.setattr(real_model, "fetch", lambda: fetched.append(1))
-    assert needles_demo.checkpoint_of("smollm2") == str(real_model.FOLDER)
-    assert needles_demo.checkpoint_of("someone/else") == "someone/else"
+    assert demo.checkpoint_of("smollm2") == str(real_model.FOLDER)
+    assert demo.checkpoint_of("someone/else") == "someone/else"
     assert len(fetched) == 1
 
 

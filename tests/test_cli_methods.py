@@ -12,7 +12,7 @@ from hip_hf import HiPCache, HiPConfig
 from hip_hf.cli import demo
 from hip_hf.cli import generate as command
 from hip_hf.eval.measure import generate
-from hip_hf.eval.measure.memory_meter import cache_mib
+from hip_hf.eval.measure.memory import cache_mib
 from hip_hf.methods.base import summarises
 from hip_hf.registry import METHODS
 

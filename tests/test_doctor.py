@@ -172,7 +172,7 @@ def test_decode_by_kernels_passes_with_the_settings_of_models() -> None:
 
 def test_errors_that_are_no_numbers_count() -> None:
     """A result with NaN, or infinite in another place, is wrong however large what is allowed."""
-    trial = checks.Trial(checks.Heads(dtype=torch.float32), torch.device("cpu"), doctor.SMALL)
+    trial = checks.Trial(checks.Heads(dtype=torch.float32), torch.device("cpu"), doctor.SMALL_SETTINGS)
     want = torch.tensor([1.0, -torch.inf, 2.0])
     trial.same("out", want.clone(), want)
     assert trial.error == 0

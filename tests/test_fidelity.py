@@ -78,7 +78,7 @@ def test_everything_read() -> None:
     result = attend(problem, config, need_mask=True)
     assert result.path == "sparse"
     blocks = list(enumerate(query_blocks(config, problem.spans[0], False)))
-    assert_near(mass.captured(problem, blocks, [result.mask]), torch.ones(1, 4, len(blocks)), 1e-6, "mass")
+    assert_near(mass.captured_mass(problem, blocks, [result.mask]), torch.ones(1, 4, len(blocks)), 1e-6, "mass")
     assert_near(result.out, attend(problem, DENSE).out, 1e-5)
     assert "covers" in mass.unsearched(problem, [config], None)
     with pytest.raises(ValueError, match="covers"):

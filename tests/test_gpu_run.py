@@ -19,7 +19,7 @@ import torch
 from hip_hf.backends.triton.compile.catalogue import launches_of
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import roofline
-from hip_hf.eval.measure.kernel_costs import NO_COST, Cost, Shape
+from hip_hf.eval.measure.kernel_costs import NO_COST, KernelCost, Shape
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.methods import hyper
 
@@ -375,15 +375,15 @@ def test_the_table_in_the_documentation_is_what_the_command_prints(
 def test_other_methods_add_up() -> None:
     """By hand, at 256 tokens: four leaves of 64, squares of 128 and twice 64 rows, each with 16 keys of its own and 16 others."""
     options, shape = hyper.Options(4, 16, 16, 64), Shape(4, 2, 16, 2)
-    assert roofline.hashing(256, options, shape) == Cost(2 * 256 * 6 * 16 * 4, 256 * 6 * (32 + 4))
+    assert roofline.hashing(256, options, shape) == KernelCost(2 * 256 * 6 * 16 * 4, 256 * 6 * (32 + 4))
     assert roofline.hashing(64, options, shape) == NO_COST
     pairs, result = 4 * 64 * 64 // 2, 4 * 17 * 4
-    assert roofline.leaves(256, options, shape) == Cost(4 * pairs * 4 * 16, pairs / 64 * 2 * 64 + 256 * (128 + result))
-    assert roofline.squares(256, options, shape) == Cost(4 * 256 * 32 * 4 * 16, 16 * 4 * 32 * 64 + 256 * (128 + 2 * result))
+    assert roofline.leaves(256, options, shape) == KernelCost(4 * pairs * 4 * 16, pairs / 64 * 2 * 64 + 256 * (128 + result))
+    assert roofline.squares(256, options, shape) == KernelCost(4 * 256 * 32 * 4 * 16, 16 * 4 * 32 * 64 + 256 * (128 + 2 * result))
     pairs = 256 * 256 // 2 // 16  # of every 16th row, 64 of which make a tile
-    assert roofline.anchors(256, 16, shape) == Cost(4 * pairs * 4 * 16, pairs / 64 * 2 * 64 + 16 * (128 + result))
-    assert roofline.anchors(256, 16, Shape(2, 2, 16, 2)).bytes == pairs / 128 * 2 * 64 + 16 * (64 + result / 2)
-    assert roofline.spreading(256, shape) == Cost(0, 2 * 256 * (128 + 4 * 4))
+    assert roofline.anchor_rows(256, 16, shape) == KernelCost(4 * pairs * 4 * 16, pairs / 64 * 2 * 64 + 16 * (128 + result))
+    assert roofline.anchor_rows(256, 16, Shape(2, 2, 16, 2)).bytes == pairs / 128 * 2 * 64 + 16 * (64 + result / 2)
+    assert roofline.spreading(256, shape) == KernelCost(0, 2 * 256 * (128 + 4 * 4))
 
 
 def test_every_kernel_of_a_profile_has_a_row_in_the_table() -> None:

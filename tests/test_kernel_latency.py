@@ -31,10 +31,10 @@ from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.cli import latency as latency_command
 from hip_hf.cli.presets import sizes
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import gpu_latency, kernel_costs, roofline, timing
+from hip_hf.eval.measure import gpu_latency, kernel_costs, latency, roofline
 from hip_hf.eval.measure.gpu_latency import Bench, CapturedSteps, DeviceClock, measure
-from hip_hf.eval.measure.kernel_costs import NO_COST, Cost
-from hip_hf.eval.measure.timing import TimingPlan, ours
+from hip_hf.eval.measure.kernel_costs import NO_COST, KernelCost
+from hip_hf.eval.measure.latency import TimingPlan, ours
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.geometry import Span
 from hip_hf.methods import hyper
@@ -86,7 +86,7 @@ def test_rows_of_every_phase() -> None:
             assert row["times_faster"] == pytest.approx(row["sdpa_ms"] / row["hip_ms"])
         assert (row["peak_gb"] is None) == (DEVICE == "cpu")
     shape, config = kernel_costs.Shape(2, 1, 16, 2), kernels()
-    cost = kernel_costs.total(kernel_costs.prompt_kernels(LENGTH, config, shape))
+    cost = kernel_costs.call_total(kernel_costs.prompt_kernels(LENGTH, config, shape))
     assert found["prefill"]["tflops"] == pytest.approx(cost.flops / found["prefill"]["hip_ms"] / 1e9)
     assert found["prefill"]["gb_per_s"] == pytest.approx(cost.bytes / found["prefill"]["hip_ms"] / 1e6)
     assert found["prefill"]["selecting"] == pytest.approx(found["selection"]["hip_ms"] / found["prefill"]["hip_ms"])
@@ -229,8 +229,8 @@ def test_the_command_prints_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the command line on, with the machine's device in place of the one asked for."""
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch, "device", lambda name: timing.CPU)
-        monkeypatch.setattr(timing.report, "machine", lambda: {"cpu": "a CPU", "threads": 1, "gpu": None, "torch": "2"})
+        monkeypatch.setattr(torch, "device", lambda name: latency.CPU)
+        monkeypatch.setattr(latency.report, "machine", lambda: {"cpu": "a CPU", "threads": 1, "gpu": None, "torch": "2"})
     shape = ("--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--repeats", "1", "--lengths", str(LENGTH))
     fields = {key: value for key, value in kernels().to_dict().items() if value != HiPConfig().to_dict()[key]}
     result = run("--device", "cuda", "--phases", "prefill,selection", *shape, "--settings", json.dumps(fields), "--json")
@@ -315,7 +315,7 @@ def test_the_model_has_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None
         assert {name: search[name] for name in expected} == expected
     for call in ("prefill", "hyper", "delta", "decode"):
         ((rows, heads, _), named) = next(x[1:] for x in found[call] if x[0] == "combine_kernel")
-        assert costs[f"{call}: combine_kernel"] == Cost(0, rows * heads * (named["SPLITS"] * 17 * 4 + 16 * 4))
+        assert costs[f"{call}: combine_kernel"] == KernelCost(0, rows * heads * (named["SPLITS"] * 17 * 4 + 16 * 4))
     # what is called is the sum of its kernels
     called, bench = (
         roofline.calls(160, config, shape),
@@ -331,51 +331,55 @@ def test_the_model_adds_up() -> None:
     shape = kernel_costs.Shape(4, 2, 16, 2)
     assert shape.row_tiles("prefill", 16, 2) == 1
     config = small(dense_tail=0, options={"sample": 256})  # sink 4, budget 16, window 16, and the block's own 16
-    one = kernel_costs.attention(320, config, shape)
+    one = kernel_costs.prompt_attention(320, config, shape)
     assert one.flops == 4 * 320 * 4 * 52 * 16
     assert one.bytes == 20 * 2 * 52 * 2 * 16 * 2 + 2 * 320 * 4 * 16 * 2
     # four programs share the 320 keys of the tail: each reads q, and leaves 17 numbers in fp32 of each row and head
     with_tail = kernel_costs.prompt_kernels(320, small(dense_tail=64), shape)
     assert with_tail["attend_kernel"].flops == 4 * 4 * 16 * (256 * 52 + 64 * 320)
     assert with_tail["attend_kernel"].bytes == 16 * 2 * 52 * 64 + 2 * 320 * 64 + 2 * 256 * 128 + 64 * 4 * (128 + 4 * 17 * 4)
-    assert with_tail["combine_kernel"] == Cost(0, 64 * (4 * 4 * 17 * 4 + 128))
+    assert with_tail["combine_kernel"] == KernelCost(0, 64 * (4 * 4 * 17 * 4 + 128))
     # by need, of half of the rows with 36 keys that are always read and a sample of 256: a quarter of all rows are copied;
     # sampled rows are only read
     need, vote = kernel_costs.need(320, config, shape), kernel_costs.vote(320, config, shape)
-    assert need == Cost(320 * 4 * 292 * 16, 20 * 2 * 292 * 32 + 320 * 128 / 2 + 320 * 4 * 4 * 2 / 2)
-    assert vote == Cost(0, 320 * 128 * 2 / 4 + 320 * 4 * 4 * (1 / 2 + 2 / 4))
+    assert need == KernelCost(320 * 4 * 292 * 16, 20 * 2 * 292 * 32 + 320 * 128 / 2 + 320 * 4 * 4 * 2 / 2)
+    assert vote == KernelCost(0, 320 * 128 * 2 / 4 + 320 * 4 * 4 * (1 / 2 + 2 / 4))
     # with `query_stride=2` all that are asked vote, and are read where they lie
     unranked = small(query_stride=2)
-    assert kernel_costs.need(320, unranked, shape) == Cost(320 * 4 * 36 * 16, 20 * 2 * 36 * 32 + 320 * 128 / 2 + 320 * 4 * 4 / 2)
+    assert kernel_costs.need(320, unranked, shape) == KernelCost(
+        320 * 4 * 36 * 16, 20 * 2 * 36 * 32 + 320 * 128 / 2 + 320 * 4 * 4 / 2
+    )
     assert kernel_costs.vote(320, unranked, shape) == NO_COST
     # the search reads the votes; by need also what they find near
     whole, sampled = (
-        kernel_costs.total(kernel_costs.selection_kernels(320, one, shape)) for one in (config, small(vote="sampled"))
+        kernel_costs.call_total(kernel_costs.selection_kernels(320, one, shape)) for one in (config, small(vote="sampled"))
     )
     assert whole.flops == sampled.flops + need.flops
     assert whole.bytes == sampled.bytes + need.bytes + vote.bytes + 320 / 4 * 4 * 4
-    a_head = kernel_costs.attention(320, small(dense_tail=0, group_shared=False), shape)
+    a_head = kernel_costs.prompt_attention(320, small(dense_tail=0, group_shared=False), shape)
     assert a_head.bytes - one.bytes == 20 * 2 * 52 * 2 * 16 * 2  # two selections of a key head are two gathers
     # 80 blocks of 4 keys: of a tile of 32 become 63 chunks of two vectors and a state of three in fp32, and one above
-    assert kernel_costs.pyramid(320, config, shape) == Cost(0, 80 * 2 * (4 * 32 + 63 / 32 * 64 + 3 * 64 / 32))
-    assert kernel_costs.merges(80, config, shape) == Cost(0, 80 / 32 * 2 * (64 + 3 * 3 * 64))
+    assert kernel_costs.pyramid(320, config, shape) == KernelCost(0, 80 * 2 * (4 * 32 + 63 / 32 * 64 + 3 * 64 / 32))
+    assert kernel_costs.merges(80, config, shape) == KernelCost(0, 80 / 32 * 2 * (64 + 3 * 3 * 64))
     gradient = kernel_costs.query_gradients(320, config, shape)
-    assert gradient == Cost(6 * 320 * 4 * 52 * 16, 20 * 2 * 52 * 64 + 4 * 320 * 128)
+    assert gradient == KernelCost(6 * 320 * 4 * 52 * 16, 20 * 2 * 52 * 64 + 4 * 320 * 128)
     # tiles of 64 keys, 16 blocks, of which two are selected: each of the other 8 pairs for nothing, 164 keys in place of 52
     gradient = kernel_costs.key_gradients(320, config, shape)
-    assert gradient == Cost(8 * 320 * 4 * 164 * 16, 320 * 164 / 64 * 2 * 128)
+    assert gradient == KernelCost(8 * 320 * 4 * 164 * 16, 320 * 164 / 64 * 2 * 128)
 
 
 def test_the_search_adds_up() -> None:
     """By hand: at 320 keys 4 levels of 16 chunks of two vectors are scored, and 8 blocks of 4 keys exactly."""
     config, search = small(rescore=2), kernel_costs.search
     # a head's votes are 4, of which half walk: 8 and 4 of two heads in one tile of 16 rows, 64 and 32 of 16 heads in two and one
-    assert search(320, config, kernel_costs.Shape(4, 2, 16), 16) == Cost(2 * (4 * 128 + 8 * 32) * 16, (128 + 32) * 32)
-    assert search(320, config, kernel_costs.Shape(32, 2, 16), 16) == Cost(2 * (32 * 128 + 64 * 32) * 16, (128 + 2 * 32) * 32)
+    assert search(320, config, kernel_costs.Shape(4, 2, 16), 16) == KernelCost(2 * (4 * 128 + 8 * 32) * 16, (128 + 32) * 32)
+    assert search(320, config, kernel_costs.Shape(32, 2, 16), 16) == KernelCost(
+        2 * (32 * 128 + 64 * 32) * 16, (128 + 2 * 32) * 32
+    )
     # every row of 4 heads votes, and walks
     every = search(320, small(rescore=2, query_stride=1), kernel_costs.Shape(8, 2, 16), 16)
-    assert every == Cost(2 * 64 * (128 + 32) * 16, 2 * (128 + 32) * 32)
-    assert search(320, small(), kernel_costs.Shape(4, 2, 16), 16) == Cost(2 * 8 * 128 * 16, 128 * 32)  # nothing exactly
+    assert every == KernelCost(2 * 64 * (128 + 32) * 16, 2 * (128 + 32) * 32)
+    assert search(320, small(), kernel_costs.Shape(4, 2, 16), 16) == KernelCost(2 * 8 * 128 * 16, 128 * 32)  # nothing exactly
 
 
 def test_a_decode_step_adds_up() -> None:
@@ -383,26 +387,26 @@ def test_a_decode_step_adds_up() -> None:
     config, shape = small(rescore=2), kernel_costs.Shape(4, 2, 16, 4)
     # 21 keys in any case; q, and a number of each head
     need = kernel_costs.step_need
-    assert need(320, config, shape) == Cost(2 * 4 * 21 * 16, 2 * 21 * 64 + 256 + 4 * 4)
+    assert need(320, config, shape) == KernelCost(2 * 4 * 21 * 16, 2 * 21 * 64 + 256 + 4 * 4)
     assert need(320, small(vote="sampled"), shape) == need(320, small(score="max"), shape) == NO_COST
     # as many programs as a block has keys share each of 2 searches: all read 4 levels, each a quarter of 32 keys; they leave 64
     # places of blocks and, in 65, what two votes found
     left, search = 64 * 4 + 4 * 65 * 2 * 4, kernel_costs.step_search
     moved = 2 * ((4 * 128 + 32) * 64 + left) + 4 * 256
-    assert search(320, config, shape) == Cost(2 * 2 * 2 * (4 * 128 + 32) * 16, moved)
-    assert kernel_costs.choice(320, config, shape) == Cost(0, 2 * left)
+    assert search(320, config, shape) == KernelCost(2 * 2 * 2 * (4 * 128 + 32) * 16, moved)
+    assert kernel_costs.choice(320, config, shape) == KernelCost(0, 2 * left)
     # of 76 keys the 15 blocks between sink and window are looked at whole: no summary, no list, room for 16 blocks in 128 places
     whole = 4 * 129 * 2 * 4
-    assert search(80, config, shape) == Cost(2 * 2 * 2 * 60 * 16, 2 * (60 * 64 + whole) + 4 * 256)
-    assert kernel_costs.choice(80, config, shape) == Cost(0, 2 * whole)
+    assert search(80, config, shape) == KernelCost(2 * 2 * 2 * 60 * 16, 2 * (60 * 64 + whole) + 4 * 256)
+    assert kernel_costs.choice(80, config, shape) == KernelCost(0, 2 * whole)
     alone = replace(shape, processors=1)
-    assert search(320, config, alone) == Cost(2 * 2 * 2 * (128 + 32) * 16, 2 * (128 + 32) * 64 + 256)
+    assert search(320, config, alone) == KernelCost(2 * 2 * 2 * (128 + 32) * 16, 2 * (128 + 32) * 64 + 256)
     assert kernel_costs.choice(320, config, alone) == NO_COST
     # 36 keys, and up to 4 more before the next selection, are two tiles for two programs; each leaves 17 numbers of a head
     attention = kernel_costs.step_attention
-    assert attention(320, config, shape) == Cost(4 * 4 * 36 * 16, 2 * 36 * 128 + 2 * (256 + 4 * 17 * 4))
+    assert attention(320, config, shape) == KernelCost(4 * 4 * 36 * 16, 2 * 36 * 128 + 2 * (256 + 4 * 17 * 4))
     assert attention(320, config, alone).bytes == 2 * 36 * 128 + 2 * 256
     # a tile has 16.5 blocks on average when one is completed, which are 975 / 32 chunks: of each of 32 tiles 2 n - ones(n)
     chunks = sum(2 * n - bin(n).count("1") for n in range(1, 33)) / 32
     written = chunks * 128 + 3 * 64 / 32 + (128 + 3 * 3 * 64) / 32  # and the root's state, and what lies above it
-    assert kernel_costs.step_kernels(320, config, shape, 4)["append_kernel"] == Cost(0, 2 * (16.5 * 4 * 64 + written) / 4)
+    assert kernel_costs.step_kernels(320, config, shape, 4)["append_kernel"] == KernelCost(0, 2 * (16.5 * 4 * 64 + written) / 4)

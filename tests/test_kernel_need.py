@@ -198,7 +198,7 @@ def test_settings(fields: dict[str, Any], poison: None) -> None:
 @pytest.mark.parametrize("stride", [3, 4, 8])
 @pytest.mark.parametrize("where", [None, positions(48)])
 def test_more_rows_vote_where_a_middle_is_looked_at_whole(where: Any, stride: int, poison: None) -> None:
-    """Of one call the middles of up to 16 blocks, twice as many rows or all that are asked; the longer ones are walked through."""
+    """In one call, where there are up to 16 blocks: twice as many rows, or all that are asked."""
     case = Case(small(query_stride=stride, rescore=2), [whole(150, 120), whole(60, 40, 1, 9)], groups=3, positions=where)
     middles = [block.middle for span in case.spans for block in case.blocks(span, False)]
     assert min(middles) <= 4 < sorted(middles)[len(middles) // 2] <= 16 < max(middles)

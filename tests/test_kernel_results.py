@@ -17,15 +17,15 @@ TARGETS, DIMS, DTYPES = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx9
 
 LAUNCHES = """
 import json, sys
-from hip_hf.eval.measure.kernels import DTYPES
+from hip_hf.eval.measure.kernels import COMPILED_DTYPES
 from hip_hf.backends.triton.compile.catalogue import launches_of
 targets, dims, dtypes = json.loads(sys.argv[1])
 found = []
 for target in targets:
     for dim in dims:
         for dtype in dtypes:
-            for launch in launches_of(dim, DTYPES[dtype], target):
-                kind = str(DTYPES[dtype]).removeprefix("torch.")
+            for launch in launches_of(dim, COMPILED_DTYPES[dtype], target):
+                kind = str(COMPILED_DTYPES[dtype]).removeprefix("torch.")
                 found.append([launch.name, target, dim, kind, launch.code(), launch.digest()])
 print(json.dumps(found))
 """

@@ -257,7 +257,8 @@ def test_settings_of_the_search(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("fields", "shape"), [
     (dict(), dict()), (dict(score="max"), dict()), (dict(vote="sampled"), dict()), (dict(group_shared=False), dict()),
-    (dict(query_stride=1), dict(groups=7)), (dict(query_stride=8), dict(groups=3)), (dict(coarsest=4, beam=4), dict()), (dict(block_k=6, budget=18), dict(page_size=7)),
+    (dict(query_stride=1), dict(groups=7)), (dict(query_stride=8), dict(groups=3)),
+    (dict(coarsest=4, beam=4), dict()), (dict(block_k=6, budget=18), dict(page_size=7)),
     (dict(beam=20), dict(softcap=2.0, sliding=200, sinks=torch.ones(2))), (dict(), dict(dim=80, dtype=torch.float16)),
 ])  # fmt: skip
 def test_short_middles_are_looked_at_whole(fields: dict[str, Any], shape: dict[str, Any]) -> None:

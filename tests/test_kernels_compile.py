@@ -150,7 +150,7 @@ RESUMED = """
 import sys
 from pathlib import Path
 from hip_hf.cli import kernels
-from hip_hf.eval.measure.kernels import DTYPES
+from hip_hf.eval.measure.kernels import COMPILED_DTYPES
 from hip_hf.backends.triton.compile import budget, catalogue
 from hip_hf.backends.triton.common import tuning_table, tuning
 
@@ -170,7 +170,7 @@ def run(spills=0):
         pass
 
 budget.spend, most, spilled = spend, 99, 0
-names = [launch.name for launch in catalogue.launches_of(64, DTYPES["bf16"], "sm90") if "prefill" in launch.name]
+names = [launch.name for launch in catalogue.launches_of(64, COMPILED_DTYPES["bf16"], "sm90") if "prefill" in launch.name]
 most = len(names) - 1
 run()
 assert done == names[:-1], done

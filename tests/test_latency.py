@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 
 from hip_hf.cli import latency as latency_command
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import timing
-from hip_hf.eval.measure.latency import exponents, fit_exponent, measure
-from hip_hf.eval.measure.timing import Call, GrowingSteps, TimingPlan, interleave
+from hip_hf.eval.measure import latency
+from hip_hf.eval.measure.latency import GrowingSteps, TimedRun, TimingPlan, exponents, fit_exponent, interleave, measure
 from hip_hf.methods.hip import TreeSearch
 
 COLUMNS = "phase dtype length settings hip_ms sdpa_ms times_faster path reason keys_read runs sdpa_runs"
@@ -70,14 +69,14 @@ def test_settings_share_the_dense_runs() -> None:
 def test_runs_alternate_and_slow_calls_are_repeated_less(monkeypatch: pytest.MonkeyPatch) -> None:
     now, order = [0.0], []
 
-    def make(name: str, seconds: float) -> Call:
+    def make(name: str, seconds: float) -> TimedRun:
         def work() -> None:
             order.append(name)
             now[0] += seconds
 
-        return Call(work)
+        return TimedRun(work)
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
     calls = [make("hour", 3600), make("half a minute", 30), make("instant", 0.001)]
     interleave(calls, 3)
     assert [len(call.seconds) for call in calls] == [1, 2, 3]  # the last was warmed up first
@@ -100,10 +99,10 @@ def test_decode_searches_as_often_as_the_settings_say(refresh: int, searches: in
 def test_decode_of_stages_runs_over_the_longest_interval() -> None:
     """Each stage has an interval of its own."""
     config = small(method="staged", options={"stages": [[8, 64, 2], [4, 16, 2]]}, decode_refresh=[8, 4])
-    assert timing.refresh_period(config) == 8
-    assert timing.refresh_period(small(decode_refresh=3)) == 3
+    assert latency.refresh_period(config) == 8
+    assert latency.refresh_period(small(decode_refresh=3)) == 3
     phases = [(row["phase"], row["path"]) for row in measure(plan(prefill=[], settings={"staged": config}))]
-    assert phases == [(timing.AMORTISED, "sparse"), (timing.REFRESHED, "sparse")]
+    assert phases == [(latency.AMORTISED, "sparse"), (latency.REFRESHED, "sparse")]
 
 
 def test_random_tensors_are_seeded() -> None:

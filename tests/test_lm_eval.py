@@ -340,7 +340,7 @@ def known() -> set[str]:
     return set(TaskManager().all_tasks)
 
 
-@pytest.mark.parametrize("preset", lm_eval_command.PRESETS)
+@pytest.mark.parametrize("preset", lm_eval_command.TASK_PRESETS)
 def test_presets_become_arguments_of_lm_eval(preset: str, known: set[str]) -> None:
     """lm-eval's own parser reads them, and its tasks are there."""
     from lm_eval._cli import HarnessCLI
@@ -349,7 +349,7 @@ def test_presets_become_arguments_of_lm_eval(preset: str, known: set[str]) -> No
     user = ["--preset", preset, "--model_args", "pretrained=some/model,budget=512", "--metadata", "samples=3", "--limit", "2"]
     arguments = lm_eval_command.arguments_for(user)
     config = EvaluatorConfig.from_cli(HarnessCLI()._parser.parse_args(arguments))
-    wanted = lm_eval_command.PRESETS[preset]
+    wanted = lm_eval_command.TASK_PRESETS[preset]
     assert config.model == "hip"
     assert config.tasks == list(wanted.tasks)
     assert config.model_args == {**wanted.model_args, "pretrained": "some/model", "budget": 512}

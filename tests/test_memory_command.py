@@ -44,9 +44,9 @@ def test_rows_table_json_and_plot(tmp_path: Path) -> None:
     done = run("--lengths", "5000", "--plot", str(plot), "--output", str(output))
     assert done.exit_code == 0, done.output
     rows = json.loads(output.read_text())["rows"]
-    assert [row["cache"] for row in rows] == list(memory.KINDS)
+    assert [row["cache"] for row in rows] == list(memory.CACHE_KINDS)
     assert all(set(row) == COLUMNS and row["length"] == 5000 for row in rows)
-    for kind in memory.KINDS:
+    for kind in memory.CACHE_KINDS:
         assert kind in done.output
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -92,7 +92,7 @@ def test_command_on_families(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(memory, "_device_bytes", lambda cache, resident: held.append(cache) or 0)
     done = run(str(tmp_path), "--lengths", "2500", "--json")
     assert done.exit_code == 0, done.output
-    assert [row["cache"] for row in json.loads(done.stdout)["rows"]] == list(memory.KINDS)
+    assert [row["cache"] for row in json.loads(done.stdout)["rows"]] == list(memory.CACHE_KINDS)
     for cache in held:
         assert cache.get_seq_length() == 2500 + memory.STEPS
         assert [(layer.keys.shape[1], layer.values.shape[3]) for layer in cache.layers] == [(heads, dim)] * 2

@@ -120,7 +120,7 @@ def test_logits_and_losses_are_those_of_the_shipped_checkpoint() -> None:
     """Chunks of rows make what the whole model makes, and the dense row is what can be counted by hand."""
     model, tokenizer = load(CHECKPOINT, "sdpa")
     text = tokenizer.encode(DOCUMENT.read_text(), add_special_tokens=False, verbose=False)
-    prompt = needles.make_prompt(tokenizer, text, 3 * losses.ROWS - 7, 6, random.Random(0))
+    prompt = needles.make_prompt(tokenizer, text, 3 * losses.LOGITS_ROWS - 7, 6, random.Random(0))
     with torch.no_grad():
         logits = model(torch.tensor([prompt.ids])).logits[0]
         loss, right = losses.losses_of(model, prompt.ids)
@@ -325,8 +325,8 @@ def test_lengths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_code_is_the_standard_librarys() -> None:
-    source = needles.code()
-    assert source == needles.code()
+    source = needles.standard_library()
+    assert source == needles.standard_library()
     assert len(source) > 2**21
     assert source.index("Abstract Base Classes (ABCs) according to PEP 3119") < source.index("Random variable generators.")
     assert "\nbuild_time_vars = " not in source  # of one machine

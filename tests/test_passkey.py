@@ -19,7 +19,7 @@ from hip_hf.cli import passkey as passkey_command
 from hip_hf.cli.presets import settings_of, sizes
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import passkey
-from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact, load, note, question
+from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, Fact, load, note, question
 from hip_hf.integration.explain import explain
 
 TEXT = "It is a truth universally acknowledged, that a text must be filled with words. " * 40
@@ -110,8 +110,8 @@ def test_samples_differ_and_can_be_repeated() -> None:
 
 
 def test_facts_have_names_of_their_own() -> None:
-    facts = passkey.draw_facts(random.Random(0), [0.5] * len(NAMES))
-    assert len({fact.name for fact in facts}) == len(NAMES)
+    facts = passkey.draw_facts(random.Random(0), [0.5] * len(FACT_NAMES))
+    assert len({fact.name for fact in facts}) == len(FACT_NAMES)
     assert all(isinstance(fact, Fact) and len(fact.key) == DIGITS and fact.key.isdigit() for fact in facts)
 
 

@@ -13,7 +13,7 @@ from families import VOCAB, make_model
 from test_passkey import SMALL, refused, run, save_checkpoint
 
 from hip_hf.cli import perplexity as perplexity_command
-from hip_hf.eval.measure.perplexity import BLOCK, PerplexityPlan, interval, losses, make_row, read_text
+from hip_hf.eval.measure.perplexity import BLOCK, PerplexityPlan, interval, losses, range_row, read_losses
 
 TEXT = torch.randint(3, VOCAB - 1, (512,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -45,7 +45,7 @@ def test_chunks_change_nothing_where_keys_are_pruned() -> None:
 
 
 def test_what_is_read_is_one_sum_a_block() -> None:
-    found = read_text(make_model("llama"), TEXT, 256, sparse=True)
+    found = read_losses(make_model("llama"), TEXT, 256, sparse=True)
     loss = losses(make_model("llama"), TEXT, 256)
     assert found["sums"] == pytest.approx([float(loss[:127].sum()), *loss[127:].view(3, BLOCK).sum(1).tolist()])
     assert found["path"] == "sparse"
@@ -55,14 +55,14 @@ def test_what_is_read_is_one_sum_a_block() -> None:
 def test_rows_weigh_tokens_and_compare_on_the_same_ones() -> None:
     found = [{"sums": [127.0, 256.0, 384.0, 128.0], "read": 0.5, "path": "sparse"}]
     first = [{"sums": [127.0, 128.0, 128.0, 128.0], "read": 1.0, "path": "sdpa"}]
-    row = make_row("x", 0, 512, 512, found, first)
+    row = range_row("x", 0, 512, 512, found, first)
     assert row["tokens"] == 511
     assert math.log(row["perplexity"]) == pytest.approx((127 + 256 + 384 + 128) / 511)
     assert math.log(row["ratio"]) == pytest.approx((128 + 256) / 511)
     half = 1.959964 * math.sqrt(sum((x - 1.75) ** 2 for x in (1, 2, 3, 1)) / 3) / 2
     assert math.log(row["high"] / row["perplexity"]) == pytest.approx(half, rel=1e-4)
     assert math.log(row["perplexity"] / row["low"]) == pytest.approx(half, rel=1e-4)
-    middle = make_row("x", 128, 384, 512, found, first)
+    middle = range_row("x", 128, 384, 512, found, first)
     assert (middle["tokens"], middle["read"]) == (256, None)
     assert math.log(middle["perplexity"]) == pytest.approx(2.5)
     assert interval([1.0]) is None

@@ -81,7 +81,7 @@ COMMANDS: dict[str, tuple[Any, tuple[Any, str], list[str]]] = {
         ["--lengths", "200,256", "--depths", "2", "--samples", "2", "--settings", "dense"],
     ),
     "needles": (needles, (measure.needles, "ask"), ["--lengths", "400", "--prompts", "2", "--facts", "2", "--settings", "dense"]),
-    "perplexity": (perplexity, (measure.perplexity, "read_text"), ["--tokens", "512", "--settings", "dense"]),
+    "perplexity": (perplexity, (measure.perplexity, "read_losses"), ["--tokens", "512", "--settings", "dense"]),
     "fidelity": (fidelity, (measure.fidelity, "measure_prompt"), ["--tokens", "512", "--prompts", "3", "--facts", "1"]),
     "compare": (
         compare,

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 import hip_hf
 from hip_hf.cli import autoload
 from hip_hf.eval.measure import documents, real_model
-from hip_hf.eval.measure.served import NEW_TOKENS, Served, complete_all, settings_options, soak
+from hip_hf.eval.measure.served import NEW_TOKENS, Served, complete_all, serving, settings_options, soak
 from hip_hf_cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +99,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 def server(mode: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("log") / "server"
     options = [*MODES[mode], *options_of(SETTINGS[mode])]
-    with Served(str(checkpoint), *options, log=log, environment=environment()) as served_model:
+    with serving(str(checkpoint), *options, log=log, environment=environment()) as served_model:
         yield served_model
 
 
@@ -309,7 +309,7 @@ def test_plain_transformers_serve_after_autoload(checkpoint: Path, tmp_path: Pat
     env["PYTHONPATH"] = os.pathsep.join([str(site), env["PYTHONPATH"]])
     command = [*TRANSFORMERS, "serve"]
     attention = ["--attn-implementation", "hip"]
-    with Served(str(checkpoint), *attention, log=tmp_path / "log", command=command, environment=env) as plain:
+    with serving(str(checkpoint), *attention, log=tmp_path / "log", command=command, environment=env) as plain:
         text = words(400)
         assert answer(plain.client(timeout=TIMEOUT), plain, text) == generated(checkpoint, [text], 6)[0]
 
@@ -325,7 +325,7 @@ def test_real_model_answers_eight_clients_as_generate_does(tmp_path: Path) -> No
     texts = [tokenizer.decode(ids[100 * i : 100 * i + length]) for i, length in enumerate(REAL_LENGTHS)]
     settings = {"dense_below": REAL_LENGTHS[-2] - 200, "budget": 128, "window": 64}
     room = ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", str(2 * sum(REAL_LENGTHS))]
-    with Served(str(folder), *room, *options_of(settings), log=tmp_path / "log", environment=environment()) as real:
+    with serving(str(folder), *room, *options_of(settings), log=tmp_path / "log", environment=environment()) as real:
         found = complete_all(real.client(timeout=TIMEOUT), real.model, texts, REAL_TOKENS)
     expected = generated(folder, texts, REAL_TOKENS, **settings)
     assert [made.text for made in found] == expected

@@ -16,15 +16,15 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("datasets")
 
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, note
-from hip_hf.eval.tasks import common, language, notes, retrieval, ruler
+from hip_hf.eval.tasks import common, language, retrieval, ruler
 from hip_hf.integration.lm_eval.registration import TASKS, UsageError
 
 LENGTHS = [1024, 1500]
 META: dict[str, Any] = {"pretrained": str(CHECKPOINT), "max_seq_lengths": LENGTHS, "samples": 2}
 LARGEST_UNIT = 150  # tokens of a long clause of the novel
 GENERATORS: dict[str, Callable[..., Any]] = {
-    "hip_passkey": notes.passkey,
-    "hip_passkeys": notes.passkeys,
+    "hip_passkey": retrieval.passkey,
+    "hip_passkeys": retrieval.passkeys,
     "hip_niah_single": ruler.niah_single,
     "hip_niah_multikey": ruler.niah_multikey,
     "hip_niah_multivalue": ruler.niah_multivalue,

@@ -29,7 +29,7 @@ from hip_hf.backends.triton.attention import backward
 from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.cache.offload import OffloadedStore
 from hip_hf.cache.pages import BlockTable, PagedTensor
-from hip_hf.eval.measure.doctor import SMALL, SMALL_HEADS
+from hip_hf.eval.measure.doctor import SMALL_HEADS, SMALL_SETTINGS
 from hip_hf.integration.api import configure
 from hip_hf.integration.explain import explain
 from hip_hf.problem import AttentionProblem
@@ -126,7 +126,7 @@ def test_wrong_numbers_go_dense_from_the_first_call_on(monkeypatch: pytest.Monke
 
     def run(device: torch.device, heads: Heads, part: str) -> list[Found]:
         ran.append(part)
-        return [checks.check("prompt", replace(SMALL_HEADS, dtype=torch.float32), device, replace(SMALL, dense_tail=0))]
+        return [checks.check("prompt", replace(SMALL_HEADS, dtype=torch.float32), device, replace(SMALL_SETTINGS, dense_tail=0))]
 
     monkeypatch.setattr(sparse, "prefill", wrong)
     monkeypatch.setattr(trust, "self_test", run)
@@ -351,7 +351,7 @@ def test_a_check_says_if_the_gpu_is_lost_to_the_process(answers: bool, monkeypat
 
     monkeypatch.setitem(checks.CHECKS, "prompt", (checks.SPARSE, fail))
     monkeypatch.setattr(torch.cuda, "synchronize", (lambda device: None) if answers else fail)
-    problem = checks.check("prompt", Heads(), GPU, SMALL).problem
+    problem = checks.check("prompt", Heads(), GPU, SMALL_SETTINGS).problem
     assert "illegal memory access" in problem
     assert ("this process can use the GPU no more" in problem) == (not answers)
 

@@ -24,32 +24,12 @@ SOURCE = '''"""Written by `hip-hf autoload enable`; `hip-hf autoload disable` re
 
 import sys
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
 
 
-class _Loader(Loader):
-    def __init__(self, loader, integration, names):
-        self.loader = loader
-        self.integration = integration
-        self.names = names
+class _Finder:
+    """Finds one module, once, and when it has been imported calls functions of ours."""
 
-    def create_module(self, spec):
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module):
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        try:
-            integration = import_module(f"hip_hf.integration.{self.integration}")
-            for name in self.names:
-                getattr(integration, name)()
-        except ImportError as error:
-            print(f"hip_hf_autoload: hip is not registered: {error}. `hip-hf autoload disable` removes this hook, "
-                  f"as does deleting {__file__} and the .pth beside it", file=sys.stderr)
-
-
-class _Finder(MetaPathFinder):
     def __init__(self, module, integration, *names):
         self.module = module
         self.integration = integration
@@ -61,8 +41,19 @@ class _Finder(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.integration, self.names)
+            self.execute = spec.loader.exec_module
+            spec.loader.exec_module = self.exec_module
         return spec
+
+    def exec_module(self, module):
+        self.execute(module)
+        try:
+            integration = import_module(f"hip_hf.integration.{self.integration}")
+            for name in self.names:
+                getattr(integration, name)()
+        except ImportError as error:
+            print(f"hip_hf_autoload: hip is not registered: {error}. `hip-hf autoload disable` removes this hook, "
+                  f"as does deleting {__file__} and the .pth beside it", file=sys.stderr)
 
 
 # whoever asks for a model type has imported one of the two: lm-eval imports its models only where no type is known yet
@@ -80,11 +71,10 @@ def files() -> dict[Path, str]:
 
 def state() -> str:
     """`enabled`, `disabled`, or `outdated` (there, but not as this version writes it)."""
-    there = [path for path in files() if path.exists()]
-    if not there:
+    found = {path: path.read_text(encoding="utf-8") for path in files() if path.exists()}
+    if not found:
         return "disabled"
-    same = all(path.exists() and path.read_text(encoding="utf-8") == content for path, content in files().items())
-    return "enabled" if same else "outdated"
+    return "enabled" if found == files() else "outdated"
 
 
 def main(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from math import inf
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -48,29 +48,20 @@ def typed() -> Iterator[str]:
             yield question
 
 
-def check_cache(talk: Conversation, file: Path) -> None:
-    """One line for a file that could not be written once the document has been read. Leaves nothing behind."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.absolute().parent) as folder:
-            talk.cache.save(Path(folder) / file.name)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot write {str(file)!r}: {error}", param_hint="--cache") from None
-
-
 def fill(talk: Conversation, file: Path | None) -> bool:
     """Get the document into the cache, from the file if there is one, else by reading it. Whether it was loaded."""
     if file is not None and file.exists():
-        try:
+        otherwise = "; give another file, or delete it and the document is read again"
+        with inputs.user_errors("--cache", after=otherwise):
             talk.load_document(file)
-        except (OSError, ValueError) as error:
-            message = f"{error}; give another file, or delete it and the document is read again"
-            raise typer.BadParameter(message, param_hint="--cache") from None
         return True
-    if file is not None:
-        check_cache(talk, file)
-    with report.progress() as bar:
-        task = bar.add_task("reading the document, tokens", total=len(talk.document_ids))
-        talk.read_document(lambda rows: bar.advance(task, rows))
+    if file is not None:  # say now if it could not be written once the document has been read
+        beside: dict[str, Any] = dict(prefix=f".{file.name}.", dir=file.absolute().parent)
+        unwritten = inputs.user_errors("--cache", f"cannot write {str(file)!r}: ")
+        with unwritten, tempfile.TemporaryDirectory(**beside) as folder:
+            talk.cache.save(Path(folder) / file.name)
+    with report.counting("reading the document, tokens", len(talk.document_ids)) as advance:
+        talk.read_document(advance)
     return False
 
 
@@ -104,7 +95,7 @@ def main(
     start = time.perf_counter()
     loaded = fill(talk, cache)
     read_s, longest = time.perf_counter() - start, getattr(text_config(net), "max_position_embeddings", inf)
-    note(f"{document.name}: {len(talk.held):,} tokens {'loaded' if loaded else 'read'} in {read_s:.2f} s")
+    say(f"{document.name}: {len(talk.held):,} tokens {'loaded' if loaded else 'read'} in {read_s:.2f} s")
     if cache is not None and not loaded:
         talk.save_document(cache)
     torch.manual_seed(seed)
@@ -113,15 +104,15 @@ def main(
     for asked in questions(question or []):
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         turns.append(turn := talk.ask(asked, max_new_tokens, streamer, **options))
-        note(str(turn))
+        say(str(turn))
         if settings.extend is None and turn.cache_tokens > longest:
-            note(f"longer than the {longest:,} tokens that the model is made for: --set extend=streaming --set dense_tail=0")
+            say(f"longer than the {longest:,} tokens that the model is made for: --set extend=streaming --set dense_tail=0")
     if as_json:
         about = {"tokens": len(talk.document_ids), "loaded": loaded, "seconds": read_s}
         rows = [asdict(turn) for turn in turns]
         report.show(f"chat: {model}", rows, True, document=about, chunk=chunk, settings=settings.to_dict())
 
 
-def note(line: str) -> None:
+def say(line: str) -> None:
     """A line about the conversation, on the error stream."""
     report.notes.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure
+from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure, user_errors
 from hip_hf.cli.presets import HELP, over_budgets, parse_choice, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, measured_on
 from hip_hf.eval.measure import perplexity
 from hip_hf.eval.measure.compare import MEASURES, captures, measure
-from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, digest
-from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.pictures.compare import draw
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, FACT_NAMES, digest
 
 
 def main(
@@ -26,7 +24,7 @@ def main(
     window: Window = None,
     tokens: Annotated[int, typer.Option(help="Length of each text and prompt.")] = 8192,
     prompts: Annotated[int, typer.Option(min=1, help="Texts for fidelity, perplexity and needles.")] = 2,
-    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each text for fidelity and needles.")] = 8,
+    facts: Annotated[int, typer.Option(min=1, max=len(FACT_NAMES), help="Pass keys in each text for fidelity and needles.")] = 8,
     depths: Annotated[int, typer.Option(min=1, help="Depths of the pass keys.")] = 11,
     samples: Annotated[int, typer.Option(min=1, help="Pass keys for each depth.")] = 2,
     document: Annotated[Path, typer.Option(help="Plain text to measure on.")] = DOCUMENT,
@@ -35,11 +33,11 @@ def main(
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     json: Json = False,
 ) -> None:
     """Compare methods or settings on one checkpoint, every layer and row sparse unless settings say otherwise."""
-    try:
+    with user_errors():
         chosen = parse_choice(measures, MEASURES, "--measures")
         configs = over_budgets(settings, sizes(budgets), tokens=tokens, checkpoint=model, sink=sink, window=window)
         targets = Targets(json, output, plot, report_file)
@@ -51,14 +49,9 @@ def main(
         plan = dict(tokens=tokens, prompts=prompts, facts=facts, depths=depths, samples=samples, seed=seed)
         details = measured_on(model, document, dtype, configs, **plan)
         kept = targets.kept("compare", **details, device=device, text=digest(text))
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, ids = load_to_measure(model, device, text, dtype)
     check_length(tokens, ids, document)
-    with kept, report.progress() as bar:
-        try:
-            rows = measure(loaded, tokenizer, ids, configs, chosen, plan, kept, bar)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+    with kept, user_errors():
+        rows = measure(loaded, tokenizer, ids, configs, chosen, plan, kept)
     title = f"Methods and settings side by side, {tokens:,} tokens; pass keys and perplexity ratios with 95 % intervals"
-    targets.publish(Results("compare", title, rows, details, draw), kept)
+    targets.publish("compare", title, rows, details, kept)

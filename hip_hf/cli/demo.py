@@ -2,37 +2,42 @@
 
 Each implementation runs in a process of its own, so that the peak of memory is its own. Every question is a prompt of
 full length; the times are the medians over the questions, which leaves out what the first call has to set up.
+
+With `--model` all facts are in one document. The answers stand in the prompt (see `needles`), so
+the model reads once with each attention; that is also the time to its first token.
 """
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hip_hf.cli import inputs, needles_demo
+from hip_hf.cli import inputs
 from hip_hf.cli.generate import memory_line, print_layers
-from hip_hf.cli.needles_demo import verdicts
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import demo, documents, real_model
-from hip_hf.eval.measure.demo import Run, make_facts, question_row, row_of
-from hip_hf.eval.measure.documents import NAMES, Fact
+from hip_hf.eval.measure import demo, documents, losses, needles, real_model
+from hip_hf.eval.measure.demo import IMPLEMENTATIONS, DemoRun, question_row, row_of
+from hip_hf.eval.measure.documents import FACT_NAMES, Fact
 from hip_hf.eval.measure.generate import lengthen
-from hip_hf.eval.measure.needles_demo import FACTS as AT_ONCE
-from hip_hf.eval.measure.needles_demo import IMPLEMENTATIONS
 from hip_hf.eval.reporting import plots, report
+from hip_hf.integration.explain import Report
+from hip_hf.integration.reach import attention_layers
 
-# Facts that are asked for where nothing else is said, each with a prompt of its own.
-FACTS = 3
-# What JSON calls the rows of `explain` after the prompt and after the last decode step.
-EXPLAINED = {"explain": "prefill", "explain_decode": "decode"}
+# Facts that are asked for where nothing else is said: with a prompt for each, and all at once.
+FACTS, AT_ONCE = 3, 8
+# Tokens of the document with all facts, where the model is made for so many.
+TOKENS = 8192
+# What the rows of `explain` are called in JSON, and in words.
+EXPLAINED = {"explain": "hip, prompt", "explain_decode": "hip, last decode step"}
 
 
-def load(run: Run, attn: str) -> tuple[Any, Any, HiPConfig]:
+def load(run: DemoRun, attn: str) -> tuple[Any, Any, HiPConfig]:
     """Model, tokenizer and settings, without the library's own progress bar inside ours."""
     from transformers.utils import logging
 
@@ -40,86 +45,144 @@ def load(run: Run, attn: str) -> tuple[Any, Any, HiPConfig]:
     return inputs.load(run.checkpoint, attn, run.fields)
 
 
-def answer(run: Run) -> dict[str, Any]:
+def answer(run: DemoRun) -> dict[str, Any]:
     """Answers and measurements of one implementation; call it in a fresh process."""
     model, tokenizer, _ = load(run, run.attn)
     model.to(run.device)
-    with report.progress() as bar:
-        task = bar.add_task(f"tokens, {run.attn}", total=sum(map(len, run.prompts)) + len(run.prompts) * (run.new_tokens - 1))
-        return demo.answer(model, tokenizer, run, lambda rows: bar.advance(task, rows))
+    total = sum(len(prompt) + run.new_tokens - 1 for prompt in run.prompts)
+    with report.counting(f"tokens, {run.attn}", total) as advance:
+        return demo.answer(model, tokenizer, run, advance)
 
 
-def in_own_process(run: Run) -> dict[str, Any]:
+def in_own_process(run: DemoRun) -> dict[str, Any]:
     """`answer(run)` in a process that has done nothing else."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(answer, run).result()
 
 
-def draw(file: Path, run: Run, fact: Fact) -> None:
+def draw(file: Path, run: DemoRun, fact: Fact) -> None:
     """The picture of who reads what in the first prompt, computed from the dense model's queries and keys."""
     model, tokenizer, settings = load(run, "sdpa")
     prompt = run.prompts[0]
-    panels = demo.panels(model, prompt, settings)
     marks = {fact.name: demo.position_of(tokenizer, prompt, fact)}
-    question = len(prompt) - len(tokenizer.encode(documents.question(fact.name), add_special_tokens=False))
+    asked = tokenizer.encode(documents.question(fact.name), add_special_tokens=False)
     title = f"Key blocks that each query block reads (first key head), {len(prompt)} tokens; asked for: {fact.name}"
-    plots.readings(file, title, panels, len(prompt), marks, question)
+    panels, begins = demo.panels(model, prompt, settings), len(prompt) - len(asked)
+    plots.readings(file, title, panels, len(prompt), marks, begins)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is asked: one prompt per fact, how long an answer is, and whether the prompts are longer than the model is made
-    for."""
-
-    prompts: list[list[int]]
-    new_tokens: int
-    beyond: bool
-
-
-def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fact]) -> Task:
-    """Prompts of `tokens` tokens; None: all that the model is made for. Beyond that the document is read over again."""
+def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fact]) -> tuple[list[list[int]], int, bool]:
+    """A prompt for each fact, how many tokens an answer has, and whether prompts are longer than
+    the model is made for. They have `tokens` tokens; None: all that the model is made for. Beyond
+    that the document is read over again."""
     from transformers import AutoConfig, AutoTokenizer
 
     if checkpoint == str(documents.CHECKPOINT) and not documents.CHECKPOINT.exists():
         raise typer.BadParameter(f"{checkpoint} is not there, allowed: another checkpoint", param_hint="--checkpoint")
-    try:
+    with inputs.user_errors("--checkpoint", f"cannot load {checkpoint!r}: "):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         config = AutoConfig.from_pretrained(checkpoint).get_text_config(decoder=True)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot load {checkpoint!r}: {error}", param_hint="--checkpoint") from None
     text = tokenizer.encode(inputs.read_text(document, "--document"), add_special_tokens=False, verbose=False)
     new_tokens = max(len(tokenizer.encode(f" {fact.key}", add_special_tokens=False)) for fact in facts)
     longest = config.max_position_embeddings - new_tokens
     tokens = longest if tokens is None else tokens
     if tokens > max(longest, len(text)) and text:
         text = lengthen(text, tokens)
-    try:
+    with inputs.user_errors("--tokens"):
         prompts = [documents.make_prompt(tokenizer, text, tokens, [fact], fact.name) for fact in facts]
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--tokens") from None
-    return Task(prompts, new_tokens, tokens > longest)
+    return prompts, new_tokens, tokens > longest
 
 
-def show_long(run: Run, facts: list[Fact], as_json: bool) -> None:
+def verdicts(question: dict[str, Any]) -> dict[str, Any]:
+    """A question's row for people: answers followed by right or wrong."""
+    row = dict(question)
+    for attn in IMPLEMENTATIONS:
+        row[attn] += " (right)" if row[attn] == question["hidden"] else " (wrong)"
+    return row
+
+
+def conclude(
+    title: str,
+    rows: list[Any],
+    as_json: bool,
+    layers: list[Report],
+    heading: str = "",
+    **details: Any,
+) -> None:
+    """Show a row for each attention, `questions` of the details under a heading, and `layers` after
+    the prompt and the last step."""
+    if as_json:
+        for name, explained in zip(EXPLAINED, layers, strict=False):
+            details[name] = [asdict(layer) for layer in explained]
+        report.show(title, rows, True, **details)
+        return
+    if heading:
+        report.show(heading, [verdicts(row) for row in details["questions"]], False)
+    drawn = {"picture": details["picture"]} if "picture" in details else {}
+    report.show(title, rows, False, **drawn)
+    for words, found in zip(EXPLAINED.values(), layers, strict=False):
+        print_layers(words, found)
+
+
+def show_long(run: DemoRun, facts: list[Fact], as_json: bool) -> None:
     """The demo beyond the model's length: `hip` alone, a chunk at a time. Dense attention and the picture, which needs it,
     take time quadratic in the length."""
     length = len(run.prompts[0])
     beyond = "longer than the model was made for: no right answers are to be expected, and dense attention is left out"
     report.notes.print(f"{length:,} tokens are {beyond}", highlight=False)
     measured = answer(run)
-    row = {key: value for key, value in row_of("hip", measured, facts).items() if key not in ("peak_mib", "above_model_mib")}
+    row = row_of("hip", measured, facts)
+    del row["peak_mib"], row["above_model_mib"]
     row |= {"tokens_per_s_prefill": length / measured["first_token_s"]}
     row |= {f"{name}_mib": value for name, value in measured["memory_mib"].items() if value is not None}
-    title = f"demo: {length:,} tokens, {run.chunk:,} at a time"
     details: dict[str, Any] = {"tokens": length, "chunk": run.chunk, "settings": run.fields}
-    if as_json:
-        layers = {name: [asdict(layer) for layer in measured[key]] for name, key in EXPLAINED.items()}
-        report.show(title, [row], True, **details, **layers)
-        return
-    report.show(title, [row], False)
-    report.notes.print(memory_line(measured["memory_mib"]), highlight=False)
-    print_layers("hip, prompt", measured["prefill"])
-    print_layers("hip, last decode step", measured["decode"])
+    layers = [measured["prefill"], measured["decode"]]
+    conclude(f"demo: {length:,} tokens, {run.chunk:,} at a time", [row], as_json, layers, **details)
+    if not as_json:
+        report.notes.print(memory_line(measured["memory_mib"]), highlight=False)
+
+
+def checkpoint_of(model: str) -> str:
+    """The folder or hub name that `--model` means; the real model is fetched if it is not there yet."""
+    if model != real_model.NAME:
+        return model
+    with inputs.user_errors("--model"):
+        real_model.fetch()
+    return str(real_model.FOLDER)
+
+
+def show_at_once(
+    model: str, document: Path, tokens: int | None, facts: int, fields: dict[str, Any], device: str, seed: int, as_json: bool
+) -> None:
+    """The demo of a model that is asked for all facts of one document at once."""
+    where = inputs.check_device(device)
+    text = inputs.read_text(document, "--document")
+    net, tokenizer, settings = inputs.load(checkpoint_of(model), "hip", fields)
+    longest = net.config.get_text_config(decoder=True).max_position_embeddings
+    length = min(TOKENS, longest) if tokens is None else tokens
+    if length > longest:
+        message = f"got {length}, allowed: at most the {longest} that the model is made for"
+        raise typer.BadParameter(message, param_hint="--tokens")
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    with inputs.user_errors():
+        prompt = needles.make_prompt(tokenizer, ids, length, facts, random.Random(seed))
+        losses.check_logits(net, prompt.ids)
+    net.to(where)
+    readings = {}
+    for attn in IMPLEMENTATIONS:
+        net.set_attn_implementation(attn)
+        what = f"reading {length:,} tokens, layers, {attn}"
+        with report.counting(what, len(attention_layers(net))) as advance:
+            readings[attn] = demo.read(net, tokenizer, prompt, advance)
+    rows = [reading.row(attn, prompt.answers) for attn, reading in readings.items()]
+    questions = []
+    for i, answer in enumerate(prompt.answers):
+        said = {attn: reading.answers[i] for attn, reading in readings.items()}
+        questions.append(question_row(answer.fact, said))
+    title = f"demo: {facts} facts in {document.name}, {length:,} tokens, read once by {model}"
+    heading = "What was hidden, and what each attention would have answered"
+    details = {"questions": questions, "tokens": length, "settings": settings.to_dict()}
+    conclude(title, rows, as_json, [readings["hip"].layers], heading, **details)
 
 
 def main(
@@ -144,7 +207,7 @@ def main(
             help=f"Pass keys to hide and to ask for; default: {FACTS}, each in a document of its own, with --model "
             f"{AT_ONCE} in one.",
             min=1,
-            max=len(NAMES),
+            max=len(FACT_NAMES),
         ),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
@@ -156,17 +219,16 @@ def main(
     if model is not None:
         if checkpoint != str(documents.CHECKPOINT):
             raise typer.BadParameter(f"got {model!r} beside --checkpoint, allowed: one of them", param_hint="--model")
-        asked_at_once = AT_ONCE if facts is None else facts
-        needles_demo.show(model, document, tokens, asked_at_once, inputs.parse_fields(set_ or []), device, seed, as_json)
+        fields = inputs.parse_fields(set_ or [])
+        show_at_once(model, document, tokens, facts or AT_ONCE, fields, device, seed, as_json)
         return
-    facts = FACTS if facts is None else facts
+    facts = facts or FACTS
     inputs.check_device(device)
-    hidden = make_facts(facts, seed)
-    asked = prepare(checkpoint, document, tokens, hidden)
-    prompts, new_tokens = asked.prompts, asked.new_tokens
+    hidden = demo.make_facts(facts, seed)
+    prompts, new_tokens, beyond = prepare(checkpoint, document, tokens, hidden)
     fields = inputs.parse_fields(set_ or [])
-    if asked.beyond:
-        show_long(Run(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device), hidden[:1], as_json)
+    if beyond:
+        show_long(DemoRun(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device), hidden[:1], as_json)
         return
     plots.pyplot()  # if it is missing, say so before the work
     measured = {}
@@ -174,21 +236,17 @@ def main(
         task = bar.add_task("", total=len(IMPLEMENTATIONS) + 1)
         for attn in IMPLEMENTATIONS:
             bar.update(task, description=f"{facts} questions, {len(prompts[0])} tokens each, {attn}")
-            run = Run(checkpoint, attn, prompts, new_tokens, fields, device=device)
+            run = DemoRun(checkpoint, attn, prompts, new_tokens, fields, device=device)
             measured[attn] = in_own_process(run)
             bar.advance(task)
         bar.update(task, description=f"drawing {picture}")
-        draw(picture, run, hidden[0])
-
+        draw(picture, DemoRun(checkpoint, "sdpa", prompts, new_tokens, fields), hidden[0])
     rows = [row_of(attn, measured[attn], hidden) for attn in IMPLEMENTATIONS]
-    questions = [question_row(i, fact, measured) for i, fact in enumerate(hidden)]
+    questions = []
+    for i, fact in enumerate(hidden):  # where there are no digits, what was said instead
+        said = {attn: found["answers"][i] or found["texts"][i] for attn, found in measured.items()}
+        questions.append(question_row(fact, said))
     title = f"demo: {len(hidden)} questions about {document.name}, {len(prompts[0])} tokens each"
-    layers, decode = measured["hip"]["prefill"], measured["hip"]["decode"]
-    if as_json:
-        details = {name: [asdict(row) for row in measured["hip"][key]] for name, key in EXPLAINED.items()}
-        report.show(title, rows, True, questions=questions, picture=str(picture), tokens=len(prompts[0]), **details)
-        return
-    report.show("What was hidden, and what was answered", [verdicts(row) for row in questions], False)
-    report.show(title, rows, False, picture=str(picture))
-    print_layers("hip, prompt", layers)
-    print_layers("hip, last decode step", decode)
+    layers = [measured["hip"]["prefill"], measured["hip"]["decode"]]
+    details = {"questions": questions, "picture": str(picture), "tokens": len(prompts[0])}
+    conclude(title, rows, as_json, layers, "What was hidden, and what was answered", **details)

@@ -8,10 +8,11 @@ import torch
 import typer
 
 from hip_hf.cli import latency
+from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import parse_choice, sizes
-from hip_hf.cli.publish import Json, Output, Results, Targets
+from hip_hf.cli.publish import Json, Output, Targets
 from hip_hf.eval.measure import doctor
-from hip_hf.eval.measure.timing import DTYPES
+from hip_hf.eval.measure.latency import TIMED_DTYPES
 from hip_hf.shown import said
 
 # Tokens of the timed calls.
@@ -32,15 +33,13 @@ def main(
     if device == "cuda" and not there:
         raise typer.BadParameter("got 'cuda', allowed here: cpu (torch sees no GPU)", param_hint="--device")
     default = "bf16,fp16,fp32" if device == "cuda" else "bf16,fp32"
-    kinds = parse_choice(dtypes or default, tuple(DTYPES), "--dtypes")
-    try:
+    kinds = parse_choice(dtypes or default, tuple(TIMED_DTYPES), "--dtypes")
+    with user_errors():
         tokens = LENGTH[device] if length is None else sizes(length)[0]
         targets = Targets(as_json, output)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     on = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    missing = doctor.lacking(on)
-    rows = [doctor.row_of(label, found) for label, found in doctor.tried(on, kinds, not missing)]
+    missing = doctor.missing_for(on)
+    rows = [doctor.check_row(label, found) for label, found in doctor.tried(on, kinds, not missing)]
     about, speed = doctor.facts(on, missing), []
     try:
         speed = doctor.timed(on, kinds[0], tokens)
@@ -48,12 +47,13 @@ def main(
         about["timings"] = f"none: {said(error)}"
     failed = [row for row in rows if row["problem"]]
     title = f"doctor: {len(rows)} checks, {len(failed)} failed"
-    timings = f"one attention call of {tokens} tokens, sparse at any length, against PyTorch's, {doctor.latency_shape(on)}"
+    heads = "{heads} query heads, {kv_heads} key heads".format(**doctor.SHAPE[device])
+    timings = f"one attention call of {tokens} tokens, sparse at any length, against PyTorch's, {heads}"
     tables = {
         "machine": [{"what": name, "is": value} for name, value in about.items()],
         title: [{name: value for name, value in row.items() if failed or name not in ("problem", "instead")} for row in rows],
         timings: latency.lines_of(speed, whole=device == "cuda"),
     }
-    targets.publish(Results("doctor", title, rows, dict(about=about, failed=len(failed), speed=speed)), tables=tables)
+    targets.publish("doctor", title, rows, dict(about=about, failed=len(failed), speed=speed), tables=tables)
     if failed or "timings" in about:
         raise typer.Exit(1)

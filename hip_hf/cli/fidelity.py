@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure
+from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure, user_errors
 from hip_hf.cli.presets import HELP, OWN, refuse_extension, settings_of, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, measured_on
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, digest
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, FACT_NAMES, digest
 from hip_hf.eval.measure.fidelity import FidelityPlan, measure_all
 from hip_hf.eval.measure.hyper_assumptions import TITLE as ASSUMPTIONS
 from hip_hf.eval.measure.hyper_assumptions import assumption_rows
 from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.pictures.fidelity import draw
 from hip_hf.eval.reporting.report import AT
 from hip_hf.geometry import DECODE_ROWS
 
@@ -27,7 +26,7 @@ def main(
     model: Annotated[str, typer.Argument(help="Hub name or folder; default: the shipped demo checkpoint.")] = str(CHECKPOINT),
     tokens: Annotated[int, typer.Option(help="Length of each text; with --stress, of each segment.")] = 8192,
     prompts: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 2,
-    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys hidden in each text, and asked for.")] = 8,
+    facts: Annotated[int, typer.Option(min=1, max=len(FACT_NAMES), help="Pass keys hidden in each text, and asked for.")] = 8,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["defaults", "paper"],  # noqa: B006
     budget: Annotated[int | None, typer.Option(help=BUDGET)] = None,
     sink: Sink = None,
@@ -42,11 +41,11 @@ def main(
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     json: Json = False,
 ) -> None:
     """Compare selections with the block oracle, layer by layer: captured mass, output error, and what they cost."""
-    try:
+    with user_errors():
         lengths = sizes(stress) if stress else [tokens]
         several = sizes(budgets) if budgets else [budget or (HiPConfig.budget if stress else 256)]
         configs: dict[str, HiPConfig] = {}
@@ -64,8 +63,6 @@ def main(
         shape = dict(query_rows=rows if stress else tokens, segment=tokens if stress else None)
         details = measured_on(model, document, dtype, configs, prompts=prompts, facts=facts, seed=seed, **shape)
         kept = targets.kept("fidelity", **details, lengths=lengths, device=device, text=digest(text))
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, ids = load_to_measure(model, device, text, dtype)
     segments = prompts * plan.segments
     check_length(tokens, ids, document)
@@ -73,12 +70,8 @@ def main(
         report.notes.print(
             f"{document.name} has {len(ids):,} tokens: the {segments} texts of {tokens:,} overlap, with other facts each"
         )
-    with kept, report.progress() as progress:
-        task = progress.add_task("texts", total=prompts)
-        try:
-            found = measure_all(loaded, tokenizer, ids, plan, kept, lambda: progress.advance(task))
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+    with kept, user_errors():
+        found = measure_all(loaded, tokenizer, ids, plan, kept)
     for layer, reason in found.skipped.items():
         report.notes.print(f"layer {layer} is left out: {reason}")
     what = f"the last {rows:,} rows against segments of {tokens:,} tokens end to end" if stress else f"{tokens:,} tokens"
@@ -87,4 +80,4 @@ def main(
     tables = {title: layered if per_layer else table}
     if found.assumptions:
         details["hyper_assumptions"] = tables[ASSUMPTIONS] = assumption_rows(found.assumptions)
-    targets.publish(Results("fidelity", title, layered, details, draw), kept, tables)
+    targets.publish("fidelity", title, layered, details, kept, tables)

@@ -51,9 +51,8 @@ def main(
     if tokens is not None:
         prompt = lengthen(prompt, tokens)
     net.to(on)
-    with report.progress() as bar:
-        task = bar.add_task("tokens", total=len(prompt) + max_new_tokens - 1)
-        result = generate(net, prompt, max_new_tokens, chunk, lambda rows: bar.advance(task, rows))
+    with report.counting("tokens", len(prompt) + max_new_tokens - 1) as advance:
+        result = generate(net, prompt, max_new_tokens, chunk, advance)
     answer = tokenizer.decode(result.ids, skip_special_tokens=True)
     rate = result.tokens_per_s
     if as_json:

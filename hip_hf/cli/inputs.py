@@ -1,25 +1,42 @@
-"""What several commands take: device, dtype, settings and files, and one line for the user where one of them is wrong."""
+"""What several commands take: device, dtype, settings and files, and one line for the user where one of them, or the network, is
+not there."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from hip_hf.cli.network import network_error
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import documents
 from hip_hf.integration.api import configure
 
 # `auto`: as the checkpoint was saved.
-DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# By name: the hub's client uses one HTTP library or another.
+UNREACHED = {
+    *("ConnectionError", "ConnectError", "TimeoutError", "TimeoutException", "ConnectTimeout", "ReadTimeout", "ProxyError"),
+    *("LocalEntryNotFoundError", "OfflineModeIsEnabled"),
+}
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as saved), fp32, bf16 or fp16.")]
 Sink = Annotated[int | None, typer.Option("--sink", help="First keys, always read.")]
 Window = Annotated[int | None, typer.Option("--window", help="Latest keys, always read.")]
+
+
+@contextmanager
+def user_errors(option: str | None = None, before: str = "", after: str = "") -> Iterator[None]:
+    """One line instead of a traceback for a ValueError or OSError inside: the user got something
+    wrong, maybe an `option`. `before` and `after` are said around the error's own words."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{before}{error}{after}", param_hint=option) from None
 
 
 def check_device(device: str) -> torch.device:
@@ -33,9 +50,26 @@ def check_device(device: str) -> torch.device:
 
 def check_dtype(dtype: str) -> Any:
     """The dtype that `load` takes; one line for another name."""
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"got {dtype!r}, allowed: {' | '.join(DTYPES)}", param_hint="--dtype")
-    return DTYPES[dtype]
+    if dtype not in WEIGHT_DTYPES:
+        raise typer.BadParameter(f"got {dtype!r}, allowed: {' | '.join(WEIGHT_DTYPES)}", param_hint="--dtype")
+    return WEIGHT_DTYPES[dtype]
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def network_error(error: BaseException) -> str | None:
+    """What could not be reached, if that is why this was raised."""
+    for cause in causes(error):
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        # Transformers reports it as a plain OSError, whose text is all there is to tell
+        if names & UNREACHED or (isinstance(cause, OSError) and "couldn't connect to" in str(cause)):
+            return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    return None
 
 
 def cannot_load(what: str, error: Exception) -> typer.BadParameter:
@@ -48,10 +82,8 @@ def cannot_load(what: str, error: Exception) -> typer.BadParameter:
 
 def read_text(file: Path, option: str) -> str:
     """The text of the file that an option names; one line for a file that is missing, no text or empty."""
-    try:
+    with user_errors(option, f"cannot read {str(file)!r}: "):
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"cannot read {str(file)!r}: {error}", param_hint=option) from None
     if not text.strip():
         raise typer.BadParameter(f"{str(file)!r} is empty", param_hint=option)
     return text
@@ -72,11 +104,9 @@ def check_length(tokens: int, ids: list[int], document: Path) -> None:
 
 
 def load_to_measure(model: str, device: str, text: str, dtype: str) -> tuple[Any, Any, list[int]]:
-    """What a measuring command begins with: the model on its device, dense at first, its tokenizer, and the text's tokens.
-
-    Raises:
-        typer.BadParameter: there is no such device or dtype, or the model cannot be loaded.
-    """
+    """What a measuring command begins with: the model on its device, dense at first, its tokenizer,
+    and the text's tokens. Raises typer.BadParameter if there is no such device or dtype, or the
+    model cannot be loaded."""
     where, weights = check_device(device), check_dtype(dtype)
     try:
         loaded, tokenizer = documents.load(model, "sdpa", weights)
@@ -106,8 +136,5 @@ def load(checkpoint: str, attn: str, fields: dict[str, Any], dtype: str = "auto"
         model, tokenizer = documents.load(checkpoint, attn, weights)
     except (OSError, ValueError) as error:
         raise cannot_load(f"{checkpoint!r} with {attn!r}", error) from None
-    try:
-        settings = configure(model, **fields)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--set") from None
-    return model, tokenizer, settings
+    with user_errors("--set"):
+        return model, tokenizer, configure(model, **fields)

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
+from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import parse_choice
-from hip_hf.cli.publish import Json, Output, Results, Targets
+from hip_hf.cli.publish import Json, Output, Targets
 from hip_hf.eval.measure import kernels
-from hip_hf.eval.measure.kernels import DTYPES, TARGETS
+from hip_hf.eval.measure.kernels import COMPILED_DTYPES, TARGETS
 from hip_hf.eval.reporting import report
 
 
@@ -30,26 +31,24 @@ def main(
     numbers = [int(dim) if dim.isdecimal() else 0 for dim in dims.split(",")]
     if not all(numbers):
         raise typer.BadParameter(f"got {dims!r}, allowed: positive integers, separated by commas", param_hint="--dims")
-    kinds = parse_choice(dtypes, tuple(DTYPES), "--dtypes")
+    kinds = parse_choice(dtypes, tuple(COMPILED_DTYPES), "--dtypes")
     if why := kernels.why_not():
         report.notes.print(why)
         raise typer.Exit(1)
     import triton
 
-    work = kernels.launches(chosen, numbers, kinds, only)
+    work = kernels.all_launches(chosen, numbers, kinds, only)
     asked = dict(targets=chosen, dims=numbers, dtypes=kinds, only=only, spills=spills, triton=triton.__version__)
-    try:
+    with user_errors():
         sink = Targets(as_json, output)
         before = kernels.compiled_before(output, triton.__version__)
         kept = sink.kept("kernels", **asked)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    with kept, report.progress() as progress:
-        rows = kernels.measure(progress.track(work, description="compiling"), before, spills, kept)
+    with kept:
+        rows = kernels.measure(work, before, spills, kept)
     failed = [row for row in rows if row["problem"]]
     details = dict(failed=len(failed), **asked)
     title = f"kernels: {len(rows)} compiled with Triton {triton.__version__}, {len(failed)} with a problem"
     tables = {title: kernels.summary(rows), **({"problems": failed} if failed else {})}
-    sink.publish(Results("kernels", title, rows, details), kept, tables)
+    sink.publish("kernels", title, rows, details, kept, tables)
     if failed or not rows:
         raise typer.Exit(1)

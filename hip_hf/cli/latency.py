@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from hip_hf.backends.triton import trust
+from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.presets import HELP, parse_choice, refuse_extension, settings_of, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.latency import exponents, measure
-from hip_hf.eval.measure.timing import DECODE_LENGTHS, DTYPES, PREFILL_LENGTHS, TimingPlan
-from hip_hf.eval.reporting import plots, report
-from hip_hf.eval.reporting.pictures.latency import TITLE, draw
-from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.eval.measure import latency
+from hip_hf.eval.reporting import plots
+from hip_hf.eval.reporting.pictures import LATENCY_TITLE
 
 
 def lines_of(rows: list[dict[str, Any]], whole: bool = False) -> list[dict[str, Any]]:
@@ -32,20 +31,6 @@ def lines_of(rows: list[dict[str, Any]], whole: bool = False) -> list[dict[str, 
         runs = f"{row['runs']}, {row['sdpa_runs']}"
         lines.append({**what, **times, "times_faster": row["times_faster"], "path": row["path"], "runs": runs})
     return lines
-
-
-def print_reasons(rows: list[dict[str, Any]]) -> None:
-    """Why some of the paths were dense."""
-    reasons = dict.fromkeys(f"{row['phase'].split()[0]} at {row['length']}: {row['reason']}" for row in rows if row["reason"])
-    for reason in reasons:
-        print(f"dense {reason}")
-
-
-def print_fit(fit: dict[str, Any]) -> None:
-    if fit["hip"] is not None:
-        over = f"{plots.short(fit['lengths'][0])} to {plots.short(fit['lengths'][-1])}"
-        growth = f"hip grows as T^{fit['hip']:.2f}, SDPA as T^{fit['sdpa']:.2f}"
-        print(f"prefill, {fit['dtype']}, {fit['settings']}, {over}: {growth}")
 
 
 def main(
@@ -65,7 +50,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, or cuda: the kernels against FlashAttention and cuDNN.")] = "cpu",
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     as_json: Json = False,
 ) -> None:
     """Time one attention call against PyTorch's scaled_dot_product_attention, in prefill and in decode."""
@@ -80,15 +65,13 @@ def main(
         raise typer.BadParameter(f"got {heads} query heads, allowed: a multiple of {kv_heads} key heads", param_hint="--heads")
     known = ("prefill", "decode", "launched", "backward", "selection") if gpu else ("prefill", "decode")
     wanted = parse_choice(phases or ",".join(known), known, "--phases")
-    try:
+    with user_errors("--lengths"):
         given = None if lengths is None else sizes(lengths)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--lengths") from None
-    try:
-        plan = TimingPlan(
-            prefill=(given or PREFILL_LENGTHS) if "prefill" in wanted else (),
-            decode=(given or DECODE_LENGTHS) if "decode" in wanted else (),
-            dtypes=parse_choice(dtypes or ("bf16" if gpu else "bf16,fp32"), tuple(DTYPES), "--dtypes"),
+    with user_errors():
+        plan = latency.TimingPlan(
+            prefill=(given or latency.PREFILL_LENGTHS) if "prefill" in wanted else (),
+            decode=(given or latency.DECODE_LENGTHS) if "decode" in wanted else (),
+            dtypes=parse_choice(dtypes or ("bf16" if gpu else "bf16,fp32"), tuple(latency.TIMED_DTYPES), "--dtypes"),
             settings=settings_of(settings, base={}),
             heads=heads,
             kv_heads=kv_heads,
@@ -102,25 +85,30 @@ def main(
         targets = Targets(as_json, output, plot, report_file)
         shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, repeats=repeats, seed=seed, device=device)
         kept = targets.kept("latency", configs=configs, **shape)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    extra: dict[str, Any]
     with kept:
         if gpu:
-            rows, extra = on_gpu(plan, wanted, given, kept)
+            from hip_hf.eval.measure import gpu_latency
+
+            check_timed(plan.settings)
+            counts = given or gpu_latency.GPU_LENGTHS
+            rows, refused = gpu_latency.measure(plan, wanted, counts, kept)
+            extra = {"refused": refused}
         else:
-            with report.progress() as bar:
-                total = len(plan.dtypes) * (len(plan.prefill) + len(plan.decode))
-                task, todo = bar.add_task("", total=total), iter(range(total))
-                rows = measure(plan, kept, lambda what: bar.update(task, description=what, completed=next(todo)))
-            extra = {"exponents": exponents(rows)}
-    title = f"{TITLE}{plan.conditions}"
-    targets.publish(Results("latency", title, rows, {**extra, "configs": configs}, draw), kept, {title: lines_of(rows, gpu)})
+            rows = latency.measure(plan, kept)
+            extra = {"exponents": latency.exponents(rows)}
+    title, details = f"{LATENCY_TITLE}{plan.conditions}", {**extra, "configs": configs}
+    targets.publish("latency", title, rows, details, kept, {title: lines_of(rows, gpu)})
     if as_json:
         return
-    print_reasons(rows)
+    dense = [row for row in rows if row["reason"]]
+    lines = [f"dense {x['phase'].split()[0]} at {x['length']}: {x['reason']}" for x in dense]
     for fit in extra.get("exponents", ()):
-        print_fit(fit)
-    for line in extra.get("refused", ()):
+        if fit["hip"] is not None:
+            over = f"{plots.short(fit['lengths'][0])} to {plots.short(fit['lengths'][-1])}"
+            growth = f"hip grows as T^{fit['hip']:.2f}, SDPA as T^{fit['sdpa']:.2f}"
+            lines.append(f"prefill, {fit['dtype']}, {fit['settings']}, {over}: {growth}")
+    for line in dict.fromkeys(lines + extra.get("refused", [])):
         print(line)
 
 
@@ -129,22 +117,7 @@ def check_timed(settings: Mapping[str, HiPConfig]) -> None:
     from hip_hf.eval.measure import gpu_latency
 
     for config in settings.values():
-        if config.method not in gpu_latency.METHODS or config.delta is not None:
+        if config.method not in gpu_latency.TIMED_METHODS or config.delta is not None:
             what = config.method if config.delta is None else "Delta correction"
-            allowed = f"{', '.join(gpu_latency.METHODS)}, without Delta correction, which is not timed"
+            allowed = f"{', '.join(gpu_latency.TIMED_METHODS)}, without Delta correction, which is not timed"
             raise typer.BadParameter(f"got {what!r}, allowed on a GPU: {allowed}", param_hint="--settings")
-
-
-def on_gpu(
-    plan: TimingPlan, phases: Sequence[str], lengths: Sequence[int] | None, kept: Resumable
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of `gpu_latency`, and what PyTorch's backends refused."""
-    from hip_hf.eval.measure import gpu_latency
-
-    check_timed(plan.settings)
-    with report.progress() as bar:
-        task = bar.add_task("", total=None)
-        rows, refused = gpu_latency.measure(
-            plan, phases, lengths or gpu_latency.LENGTHS, lambda what: bar.update(task, description=what), kept
-        )
-    return rows, {"refused": refused}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from typing import Any
 
 import typer
 
-from hip_hf.cli.network import causes, network_error
+from hip_hf.cli.inputs import causes, network_error
 from hip_hf.eval.reporting import report
 from hip_hf.integration.lm_eval.registration import MODEL, UsageError, register
 
-MISSING = "lm-eval is missing: pip install 'hip-hf[eval]'"
+NO_LM_EVAL = "lm-eval is missing: pip install 'hip-hf[eval]'"
 SUBCOMMANDS = ("ls", "validate")
 
 
@@ -30,7 +30,7 @@ class Preset:
 
 # Prompts that are too long lose their middle, as these benchmarks prescribe, where lm-eval's model would cut the beginning.
 _MIDDLE = {"prompt_truncation": "middle"}
-PRESETS = {
+TASK_PRESETS = {
     "longctx": Preset(("hip_longctx",)),
     "ruler": Preset(("ruler",), metadata={"max_seq_lengths": [4096, 8192, 16384, 32768]}),
     "longbench": Preset(("longbench",), _MIDDLE),
@@ -41,63 +41,34 @@ PRESETS = {
 }
 
 
-def gives(arguments: Sequence[str], *names: str) -> bool:
-    """Whether one of the options is among the arguments, as `--name value` or `--name=value`."""
-    return any(argument == name or argument.startswith(f"{name}=") for argument in arguments for name in names)
-
-
 def arguments_for(arguments: Sequence[str]) -> list[str]:
-    """lm-eval's arguments from ours: `--preset` replaced by what it stands for, and the model type `hip` where none is given.
-
-    Raises:
-        UsageError: there is no such preset.
-    """
+    """lm-eval's arguments from ours: `--preset` becomes what it stands for, and the model type
+    `hip`, if there is none given. Raises UsageError if there is no such preset."""
     given = list(arguments)
     if given[:1] in ([name] for name in SUBCOMMANDS) or not given or given in (["-h"], ["--help"]):
         return given
-    given = given[1:] if given[0] == "run" else given
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?", const="")
+    asked, given = parser.parse_known_args(given[1:] if given[0] == "run" else given)
+    for names in (("--model", "-M"), ("--tasks", "-t"), ("--config", "-C")):  # which stay
+        parser.add_argument(*names, nargs="?", const="")
+    own, _ = parser.parse_known_args(given)
     ahead: list[str] = []
-    preset = _take_preset(given)
-    if preset is not None:
-        if preset.model_args and gives(given, "--model", "-M") and not _is_ours(given):
-            names = ", ".join(preset.model_args)
-            raise UsageError(
-                f"--preset: got it with another model type than {MODEL!r}, allowed: {MODEL!r} ({names} is its argument)"
-            )
-        if not gives(given, "--tasks", "-t"):
+    if asked.preset is not None:
+        if asked.preset not in TASK_PRESETS:
+            raise UsageError(f"--preset: got {asked.preset!r}, allowed: {' | '.join(TASK_PRESETS)}")
+        preset = TASK_PRESETS[asked.preset]
+        if preset.model_args and own.model not in (None, MODEL):
+            why = f"allowed: {MODEL!r} ({', '.join(preset.model_args)} is its argument)"
+            raise UsageError(f"--preset: got it with another model type than {MODEL!r}, {why}")
+        if own.tasks is None:
             ahead += ["--tasks", *preset.tasks]
         # later ones are merged over these, key by key
         for option, values in (("--model_args", preset.model_args), ("--metadata", preset.metadata)):
             ahead += [option, json.dumps(values)] if values else []
-    if not gives(given, "--model", "-M", "--config", "-C"):
+    if own.model is None and own.config is None:
         ahead += ["--model", MODEL]
     return ["run", *ahead, *given]
-
-
-def _is_ours(given: Sequence[str]) -> bool:
-    return f"--model={MODEL}" in given or any(
-        name in ("--model", "-M") and value == MODEL for name, value in itertools.pairwise(given)
-    )
-
-
-def _take_preset(given: list[str]) -> Preset | None:
-    """The preset named in the arguments, which lose it."""
-    for at, argument in enumerate(given):
-        name, equals, value = argument.partition("=")
-        if name != "--preset":
-            continue
-        if not equals:
-            value = given[at + 1] if at + 1 < len(given) else ""
-        if value not in PRESETS:
-            raise UsageError(f"--preset: got {value!r}, allowed: {' | '.join(PRESETS)}")
-        del given[at : at + (1 if equals else 2)]
-        return PRESETS[value]
-    return None
-
-
-def usage_error(error: BaseException) -> str | None:
-    """What the user got wrong, if that is why this was raised."""
-    return next((str(cause) for cause in causes(error) if isinstance(cause, UsageError)), None)
 
 
 def main(context: typer.Context) -> None:
@@ -105,15 +76,15 @@ def main(context: typer.Context) -> None:
     try:
         register()
     except ImportError:
-        raise SystemExit(MISSING) from None
+        raise SystemExit(NO_LM_EVAL) from None
     from lm_eval.__main__ import cli_evaluate
 
     try:
         arguments = arguments_for(context.args)
         if arguments in ([], ["-h"], ["--help"]):
-            report.notes.print(
-                f"--preset NAME: {' | '.join(PRESETS)}\nAll other arguments are those of lm_eval:\n", highlight=False
-            )
+            presets = f"--preset NAME: {' | '.join(TASK_PRESETS)}"
+            others = "All other arguments are those of lm_eval:\n"
+            report.notes.print(f"{presets}\n{others}", highlight=False)
             arguments = ["run", "--help"]
         sys.argv = ["lm-eval", *arguments]
         cli_evaluate()
@@ -123,8 +94,9 @@ def main(context: typer.Context) -> None:
             raise
         raise SystemExit(f"hip-hf lm-eval: {' '.join(str(error).split())}") from None
     except Exception as error:
-        if (said := usage_error(error)) is not None:
-            raise SystemExit(f"hip-hf lm-eval: {said}") from None
+        for cause in causes(error):
+            if isinstance(cause, UsageError):
+                raise SystemExit(f"hip-hf lm-eval: {cause}") from None
         if (said := network_error(error)) is not None:
             where = "without a network use a local checkpoint and local tasks (--tasks hip_longctx)"
             raise SystemExit(f"hip-hf lm-eval: cannot reach the Hugging Face Hub: {said}; {where}") from None

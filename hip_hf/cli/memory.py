@@ -8,13 +8,11 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import cannot_load
+from hip_hf.cli.inputs import cannot_load, user_errors
 from hip_hf.cli.presets import sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, model_name
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, model_name
 from hip_hf.eval.measure.documents import CHECKPOINT
-from hip_hf.eval.measure.memory import KINDS, in_own_process, read_config
-from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.pictures.memory import draw
+from hip_hf.eval.measure.memory import CACHE_KINDS, measure_alone, read_config
 
 
 def main(
@@ -22,27 +20,22 @@ def main(
     lengths: Annotated[str, typer.Option(help="Comma-separated; K stands for 1024.")] = "8K,32K,128K",
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     as_json: Json = False,
 ) -> None:
     """Memory of a dynamic, a static, a paged and an offloaded cache (pools: an eighth, or what a step needs)."""
     if not Path("/proc/self/clear_refs").exists():
         raise SystemExit("hip-hf memory reads /proc, which this system does not have (allowed: Linux)")
-    try:
+    with user_errors():
         counts = sizes(lengths)
         targets = Targets(as_json, output, plot, report_file)
         kept = targets.kept("memory", model=model_name(model))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     try:
         config = read_config(model)
     except (OSError, ValueError) as error:
         raise cannot_load(repr(model), error) from None
-    rows = []
-    with kept, report.progress() as bar:
-        task = bar.add_task("caches", total=len(counts) * len(KINDS))
-        for length in counts:
-            for kind in KINDS:
-                rows.append(kept.get((kind, length), partial(in_own_process, kind, config, length)))
-                bar.advance(task)
-    targets.publish(Results("memory", "Memory of caches", rows, {"model": model_name(model)}, draw), kept)
+    cells = [(kind, length) for length in counts for kind in CACHE_KINDS]
+    kept.expect("caches", len(cells))
+    with kept:
+        rows = [kept.get(cell, partial(measure_alone, cell[0], config, cell[1])) for cell in cells]
+    targets.publish("memory", "Memory of caches", rows, {"model": model_name(model)}, kept)

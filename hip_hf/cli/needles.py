@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import Device, Dtype, Sink, Window, load_to_measure
+from hip_hf.cli.inputs import Device, Dtype, Sink, Window, load_to_measure, user_errors
 from hip_hf.cli.presets import HELP, over_budgets, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
-from hip_hf.eval.measure.documents import CHECKPOINT, NAMES, digest
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, measured_on
+from hip_hf.eval.measure.documents import CHECKPOINT, FACT_NAMES, digest
 from hip_hf.eval.measure.needles import CODE, NOVEL, NeedlesPlan, measure, read_documents
 from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.pictures.needles import draw
 
 
 def main(
@@ -27,7 +26,7 @@ def main(
         str, typer.Option(help=f"{NOVEL} (shipped), {CODE} (Python's standard library) or text files, like {NOVEL},{CODE}.")
     ] = NOVEL,
     prompts: Annotated[int, typer.Option(min=1, help="Documents of each length and kind.")] = 8,
-    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each document, all asked for.")] = 8,
+    facts: Annotated[int, typer.Option(min=1, max=len(FACT_NAMES), help="Pass keys in each document, all asked for.")] = 8,
     decode: Annotated[
         bool, typer.Option("--decode", help="Read the documents by dense attention, questions and answers token by token.")
     ] = False,
@@ -36,7 +35,7 @@ def main(
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     json: Json = False,
 ) -> None:
     """Hide many pass keys in a document, ask for all in one forward pass, answers included, and count digits that are right.
@@ -46,7 +45,7 @@ def main(
     before the questions; `nll` that of an answer's digit, in nats. Differences and ratios to dense are to dense
     attention on the same prompts; FLOPs are those of a layer that is sparse.
     """
-    try:
+    with user_errors():
         counts = sizes(lengths)
         targets = Targets(json, output, plot, report_file)
         configs = over_budgets(settings, sizes(budgets), tokens=max(counts), checkpoint=model, sink=sink, window=window)
@@ -56,8 +55,6 @@ def main(
         details = measured_on(model, names, dtype, configs, prompts=prompts, facts=facts, seed=seed, decode=decode)
         request = dict(lengths=counts, device=device, texts={name: digest(text) for name, text in texts.items()})
         kept = targets.kept("needles", **details, **request)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, _ = load_to_measure(model, device, "", dtype)
     tokens = {name: tokenizer.encode(text, add_special_tokens=False, verbose=False) for name, text in texts.items()}
     for name, ids in tokens.items():
@@ -66,11 +63,7 @@ def main(
                 f"{name} has {len(ids):,} tokens: the windows of the {prompts} prompts overlap, with other facts each"
             )
 
-    with kept, report.progress() as progress:
-        task = progress.add_task("prompts", total=plan.pieces(len(texts)))
-        try:
-            rows = measure(loaded, tokenizer, tokens, plan, kept, lambda: progress.advance(task))
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+    with kept, user_errors():
+        rows = measure(loaded, tokenizer, tokens, plan, kept)
     title = f"Needles: digits right of {facts} pass keys asked for at once, answers with the 95 % interval; {names}"
-    targets.publish(Results("needles", title, rows, details, draw), kept)
+    targets.publish("needles", title, rows, details, kept)

@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import Device, Dtype, Sink, Window, load_to_measure
+from hip_hf.cli.inputs import Device, Dtype, Sink, Window, load_to_measure, user_errors
 from hip_hf.cli.presets import HELP, settings_of, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
-from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, NAMES, digest
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, measured_on
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, FACT_NAMES, digest
 from hip_hf.eval.measure.passkey import PasskeyPlan, measure
-from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.pictures.passkey import draw
 
 
 def main(
@@ -21,7 +19,7 @@ def main(
     lengths: Annotated[str, typer.Option(help="Tokens of document, question and answer, like 4096,8K.")] = "8192",
     depths: Annotated[int, typer.Option(min=1, help="Evenly spaced depths, from beginning to end.")] = 11,
     samples: Annotated[int, typer.Option(min=1, help="Prompts for each length and depth.")] = 10,
-    facts: Annotated[int, typer.Option(min=1, max=len(NAMES), help="Pass keys in each document; one is asked for.")] = 1,
+    facts: Annotated[int, typer.Option(min=1, max=len(FACT_NAMES), help="Pass keys in each document; one is asked for.")] = 1,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults"],  # noqa: B006
     budget: Annotated[int | None, typer.Option(help="Keys selected per query block.")] = None,
     sink: Sink = None,
@@ -33,11 +31,11 @@ def main(
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     json: Json = False,
 ) -> None:
     """Hide pass keys in long documents and count right answers, every layer and row sparse unless settings say otherwise."""
-    try:
+    with user_errors():
         counts = sizes(lengths)
         targets = Targets(json, output, plot, report_file)
         configs = settings_of(settings, tokens=max(counts), checkpoint=model, budget=budget, sink=sink, window=window)
@@ -45,15 +43,8 @@ def main(
         plan = PasskeyPlan(configs, counts, depths, samples, facts, batch, seed)
         details = measured_on(model, document, dtype, configs, facts=facts, seed=seed)
         kept = targets.kept("passkey", **details, samples=samples, batch=batch, device=device, text=digest(text))
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
     loaded, tokenizer, tokens = load_to_measure(model, device, text, dtype)
-
-    with kept, report.progress() as progress:
-        task = progress.add_task("pass keys", total=plan.pieces)
-        try:
-            rows = measure(loaded, tokenizer, tokens, plan, kept, lambda: progress.advance(task))
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+    with kept, user_errors():
+        rows = measure(loaded, tokenizer, tokens, plan, kept)
     title = f"Pass keys: answers entirely right, with the 95 % interval ({facts} fact{'s' * (facts > 1)} per document)"
-    targets.publish(Results("passkey", title, rows, details, draw), kept)
+    targets.publish("passkey", title, rows, details, kept)

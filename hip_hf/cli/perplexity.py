@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure
+from hip_hf.cli.inputs import Device, Dtype, Sink, Window, check_length, load_to_measure, user_errors
 from hip_hf.cli.presets import HELP, settings_of, sizes
-from hip_hf.cli.publish import Json, Output, Plot, Report, Results, Targets, measured_on
+from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, measured_on
 from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, digest
 from hip_hf.eval.measure.perplexity import PerplexityPlan, measure
-from hip_hf.eval.reporting import report
-from hip_hf.eval.reporting.pictures.perplexity import draw
 
 
 def main(
@@ -30,7 +28,7 @@ def main(
     dtype: Dtype = "fp32",
     output: Output = None,
     plot: Plot = None,
-    report_file: Report = None,
+    report_file: ReportFile = None,
     json: Json = False,
 ) -> None:
     """Perplexity of a local text by position, every layer and row sparse unless settings say otherwise.
@@ -38,7 +36,7 @@ def main(
     `ratio` compares with the first of the settings, on the same tokens. The 95 % intervals take blocks of 128 tokens as
     independent.
     """
-    try:
+    with user_errors():
         lengths = sizes(tokens)
         if len(lengths) > 1:
             raise ValueError(f"--tokens: got {tokens!r}, allowed: one length (its ranges of positions are shown)")
@@ -48,12 +46,9 @@ def main(
         text = document.read_text(encoding="utf-8")
         details = measured_on(model, document, dtype, configs, tokens=plan.tokens, texts=texts, chunk=chunk)
         kept = targets.kept("perplexity", **details, device=device, text=digest(text))
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
     loaded, _, ids = load_to_measure(model, device, text, dtype)
     check_length(plan.tokens, ids, document)
-    with kept, report.progress() as progress:
-        task = progress.add_task("texts", total=len(configs) * texts)
-        rows = measure(loaded, ids, plan, kept, lambda: progress.advance(task))
+    with kept:
+        rows = measure(loaded, ids, plan, kept)
     title = f"Perplexity by position: {texts} text{'s' * (texts > 1)} of {plan.tokens:,} tokens, ratio to {next(iter(configs))}"
-    targets.publish(Results("perplexity", title, rows, details, draw), kept)
+    targets.publish("perplexity", title, rows, details, kept)

@@ -14,6 +14,7 @@ import typer
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.documents import CHECKPOINT
 from hip_hf.eval.reporting import page, plots, report
+from hip_hf.eval.reporting.pictures import PICTURES
 from hip_hf.eval.reporting.resumable import Resumable
 
 # What results call the checkpoint that comes with the package.
@@ -25,7 +26,9 @@ Output = Annotated[
     typer.Option("--output", help="Write the JSON document to this file. If interrupted, the same command goes on from there."),
 ]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the results into this PNG file.")]
-Report = Annotated[Path | None, typer.Option("--report", help="Write table and picture to this HTML file, which needs no other.")]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", help="Write table and picture to this HTML file, which needs no other.")
+]
 
 Draw = Callable[[dict[str, Any], Path], None]
 
@@ -55,31 +58,9 @@ def write(file: Path, text: str) -> None:
 
 
 @dataclass(frozen=True)
-class Results:
-    """What a command measured: `rows` with the same keys, and `details` that hold for all (`model` among them).
-
-    `draw(document, file)` makes the picture from the document that is printed and saved; None: there is no picture.
-    """
-
-    command: str
-    title: str
-    rows: Sequence[dict[str, Any]]
-    details: dict[str, Any]
-    draw: Draw | None = None
-
-    def document(self) -> dict[str, Any]:
-        """The JSON document."""
-        own = {"command": self.command, "title": self.title, "rows": list(self.rows)}
-        return {**own, **self.details, "machine": report.machine()}
-
-
-@dataclass(frozen=True)
 class Targets:
-    """Where the results go, as the options say.
-
-    Raises:
-        ValueError: one of the files could not be written. SystemExit: matplotlib is missing, and there is something to draw.
-    """
+    """Where the results go, as the options say. Raises ValueError if one of the files could not be
+    written, and SystemExit if matplotlib is missing, and there is something to draw."""
 
     as_json: bool = False
     output: Path | None = None
@@ -97,20 +78,38 @@ class Targets:
         return Resumable(self.output, {"command": command, **request, "machine": report.machine()})
 
     def publish(
-        self, result: Results, kept: Resumable | None = None, tables: Mapping[str, Sequence[dict[str, Any]]] | None = None
-    ) -> None:
-        """Show a result and write its files; `tables` `{title: rows}` are shown to people instead of all rows."""
-        document = result.document()
+        self,
+        command: str,
+        title: str,
+        rows: Sequence[dict[str, Any]],
+        details: dict[str, Any],
+        kept: Resumable | None = None,
+        tables: Mapping[str, Sequence[dict[str, Any]]] | None = None,
+        draw: Draw | None = None,
+    ) -> dict[str, Any]:
+        """Show what a command measured and write its files; the JSON document.
+
+        Args:
+            rows: with the same keys.
+            details: what holds for all rows (`model` among them).
+            kept: the finished measurements, which are not needed any more.
+            tables: `{title: rows}`, shown to people instead of all rows.
+            draw: makes the picture from the document, for what `PICTURES` has none of.
+        """
+        own = {"command": command, "title": title, "rows": list(rows)}
+        document = {**own, **details, "machine": report.machine()}
+        draw, text = draw or PICTURES.get(command), json.dumps(document, indent=1)
         if self.output is not None:
-            write(self.output, json.dumps(document, indent=1) + "\n")
-        if self.plot is not None and result.draw is not None:
-            result.draw(document, self.plot)
-        if self.report is not None and result.draw is not None:
-            write(self.report, page.render(result.title, [(document, result.draw)]))
+            write(self.output, text + "\n")
+        if self.plot is not None and draw is not None:
+            draw(document, self.plot)
+        if self.report is not None and draw is not None:
+            write(self.report, page.render(title, [(document, draw)]))
         if kept is not None:
             kept.finish()
         if self.as_json:
-            print(json.dumps(document, indent=1))
-            return
-        for title, rows in (tables or {result.title: result.rows}).items():
-            report.show(title, rows, False)
+            print(text)
+        else:
+            for heading, shown in (tables or {title: rows}).items():
+                report.show(heading, shown, False)
+        return document

@@ -8,17 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.publish import check_file, write
 from hip_hf.eval.reporting import page, plots
 from hip_hf.eval.reporting.pictures import PICTURES
 
 
-def read(file: Path) -> dict[str, Any]:
-    """A saved document.
-
-    Raises:
-        ValueError: it cannot be read, or none of our commands wrote it.
-    """
+def read_result(file: Path) -> dict[str, Any]:
+    """A saved document. Raises ValueError if it cannot be read, or none of our commands wrote
+    it."""
     allowed = f"what hip-hf {' | '.join(PICTURES)} --output has written"
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -36,9 +34,7 @@ def main(
 ) -> None:
     """Bundle tables and pictures of saved results in one HTML page."""
     plots.pyplot()
-    try:
+    with user_errors():
         check_file("--output", output)
-        documents = [read(file) for file in results]
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        documents = [read_result(file) for file in results]
     write(output, page.render(title, [(document, PICTURES[document["command"]]) for document in documents]))

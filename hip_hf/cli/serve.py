@@ -15,9 +15,9 @@ from hip_hf.integration import serve as integration
 from hip_hf.integration.api import configure
 from hip_hf.integration.names import NAMES
 
-MISSING = "hip-hf serve: the server is not installed (pip install 'hip-hf[serve]')"
+NO_SERVER = "hip-hf serve: the server is not installed (pip install 'hip-hf[serve]')"
 # What Transformers' command has under these names is asked for otherwise: a model must be named, and attends by `hip`.
-MODEL, ATTN = "force_model", "attn_implementation"
+MODEL_OPTION, ATTN_OPTION = "force_model", "attn_implementation"
 Settings = Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")]
 Longest = Annotated[
     int | None,
@@ -28,8 +28,8 @@ Longest = Annotated[
 def main(set_: Settings = None, max_model_len: Longest = None, **options: Any) -> None:
     """Serve a model by OpenAI's API. This is Transformers' server; all options but the last two are its own."""
     if not is_serve_available():
-        raise SystemExit(MISSING)
-    attn = options[ATTN]
+        raise SystemExit(NO_SERVER)
+    attn = options[ATTN_OPTION]
     fields = parse_fields(set_ or [])
     if fields and attn not in NAMES:
         raise typer.BadParameter(f"settings apply to --attn-implementation {' | '.join(NAMES)}, got {attn!r}", param_hint="--set")
@@ -55,15 +55,15 @@ def main(set_: Settings = None, max_model_len: Longest = None, **options: Any) -
     try:
         Serve(**options)
     except (OSError, ValueError) as error:
-        raise cannot_load(f"{options[MODEL]!r} with {attn!r}", error) from None
+        raise cannot_load(f"{options[MODEL_OPTION]!r} with {attn!r}", error) from None
 
 
 def _signature() -> inspect.Signature:
     """Parameters of Transformers' command, and the two of ours behind them."""
     model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint: a hub name or a folder.")]
     changed: dict[str, dict[str, Any]] = {
-        MODEL: {"annotation": model, "default": inspect.Parameter.empty},
-        ATTN: {"default": "hip"},
+        MODEL_OPTION: {"annotation": model, "default": inspect.Parameter.empty},
+        ATTN_OPTION: {"default": "hip"},
     }
     theirs = [parameter for name, parameter in inspect.signature(Serve.__init__).parameters.items() if name != "self"]
     own = [p for p in inspect.signature(main, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -9,9 +9,9 @@ all that the row reads in any case, `highest - lse_near`:
       lse_near: log-sum-exp over sink and window, exact (attention computes it anyway)
                highest: the largest logit among a sample of the middle's keys
 
-Of every second row of a query block those with the largest need vote, each with its own query. Where all of these vote (decode,
-short blocks, `query_stride` of 1 and 2, or 4 in a short middle), nothing is estimated: the search weighs every vote by what it finds near (`aggregate`
-in `hip.py`).
+Of every second row of a query block those with the largest need vote, each with its own query. Where
+all of these vote (decode, short blocks, `query_stride` of 1 and 2, or 4 in a short middle), nothing
+is estimated: the search weighs every vote by what it finds near (`aggregate` in `hip.py`).
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ from hip_hf.integration.masks import hip_mask, holds_positions, mask_spans, mask
 from hip_hf.integration.settings import text_config
 from hip_hf.problem import AttentionProblem, make_spans
 
-NAME = "hip_capture"
+CAPTURE = "hip_capture"
 DENSE = HiPConfig(method="dense")
 
 _problems: ContextVar[list[tuple[int, AttentionProblem]] | None] = ContextVar("captured problems", default=None)
 
 
-def _record(
+def _capture_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -35,7 +35,7 @@ def _record(
 ) -> tuple[torch.Tensor, None]:
     """An attention function for Transformers: dense attention that remembers what it was given."""
     problems = _problems.get()
-    assert problems is not None, f"{NAME} is only for `capture`"
+    assert problems is not None, f"{CAPTURE} is only for `capture`"
     if attention_mask is None:
         spans: tuple[Any, ...] | None = make_spans(query, key)
     else:
@@ -57,17 +57,15 @@ def capture(
     """The attention problem of each layer, in layer order, of a dense forward over `input_ids` without a cache.
 
     The model's own attention implementation is back in place afterwards, also after an error.
-
-    Raises:
-        ValueError: a layer's attention is not causal, or the model does not attend through Transformers' interface.
-    """
-    AttentionInterface.register(NAME, _record)
-    AttentionMaskInterface.register(NAME, hip_mask)
+    Raises ValueError if a layer's attention is not causal, or the model does not attend through
+    Transformers' interface."""
+    AttentionInterface.register(CAPTURE, _capture_attention)
+    AttentionMaskInterface.register(CAPTURE, hip_mask)
     config = text_config(model)
     before = config._attn_implementation
     problems: list[tuple[int, AttentionProblem]] = []
     token = _problems.set(problems)
-    config._attn_implementation = NAME
+    config._attn_implementation = CAPTURE
     try:
         # the base model computes no logits
         getattr(model, model.base_model_prefix, model)(input_ids, attention_mask=attention_mask, use_cache=False)

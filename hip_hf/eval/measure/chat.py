@@ -16,7 +16,7 @@ import torch
 from transformers import StoppingCriteria, TextStreamer
 
 from hip_hf.eval.measure import generate
-from hip_hf.eval.measure.memory_meter import cache_mib
+from hip_hf.eval.measure.memory import cache_mib
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.integration.settings import read_settings, text_config
 
@@ -142,11 +142,9 @@ class Conversation:
         self.cache.save(path, made_of=self.made_of())
 
     def load_document(self, path: Path) -> None:
-        """Fill the cache from a file that `save_document` wrote.
-
-        Raises:
-            ValueError: it is another document's, another model's, or was made with other settings. FileNotFoundError: no file.
-        """
+        """Fill the cache from a file that `save_document` wrote. Raises ValueError if it is another
+        document's, another model's, or was made with other settings, and FileNotFoundError if
+        there is no file."""
         self.cache.load(path, device=self.model.device, made_of=self.made_of())
         self.held = list(self.document_ids)
 

@@ -21,7 +21,7 @@ from hip_hf.methods.base import selector_for, selects
 
 
 @dataclass(frozen=True)
-class Cost:
+class AttentionCost:
     """Sums over query rows, for one query head. `dense` is what dense attention takes for the same rows."""
 
     rows: int = 0
@@ -34,8 +34,8 @@ class Cost:
     attention_bytes: int = 0
     dense_bytes: int = 0
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: AttentionCost) -> AttentionCost:
+        return AttentionCost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def share(self) -> float:
@@ -50,8 +50,8 @@ class Cost:
 
 def block_cost(
     config: HiPConfig, block: QueryBlock, dim: int, value_dim: int, sliding_window: int | None = None, itemsize: int = 4
-) -> Cost:
-    """Cost of one query block. Only keys that a row may see count as read, by sparse and dense attention alike.
+) -> AttentionCost:
+    """AttentionCost of one query block. Only keys that a row may see count as read, by sparse and dense attention alike.
 
     Raises:
         ValueError: the method selects no key blocks.
@@ -71,7 +71,7 @@ def block_cost(
     selection, numbers = known
     per_key = 2 * (dim + value_dim)
     loads = [(fixed + block.last + 1) * (dim + value_dim), (block.last + 1 - block.start) * (dim + value_dim)]
-    return Cost(
+    return AttentionCost(
         block.rows, read, visible, selection, read * per_key, visible * per_key, *(n * itemsize for n in (numbers, *loads))
     )
 
@@ -85,7 +85,7 @@ def call_cost(
     value_dim: int,
     sliding_window: int | None = None,
     itemsize: int = 4,
-) -> Cost:
+) -> AttentionCost:
     """Cost of the query blocks `blocks` of a call whose rows sit at `first` to `end - 1`: their own, their part of what is
     done once for the call, and Delta's dense rows among theirs, with the clusters where its mode has them."""
     rows = sum(block.rows for block in blocks)
@@ -95,7 +95,7 @@ def call_cost(
         cost = total(block_cost(config, block, dim, value_dim, sliding_window, itemsize) for block in blocks)
         whole = selector_for(config).cost_of_call(end - first, end, dim)
         flops, numbers = (n * rows // (end - first) for n in whole)
-        cost += Cost(selection=flops, selection_bytes=numbers * itemsize)
+        cost += AttentionCost(selection=flops, selection_bytes=numbers * itemsize)
     if config.delta is not None:
         clustered = mode_of(config, sliding_window)[0] == "clusters"
         if clustered:
@@ -106,11 +106,11 @@ def call_cost(
         seen = [keys_seen(p, p, sliding_window) for p in dense]
         # rows meet the keys a few at a time: about as many loads as a query block of them makes
         loads = sum(seen[:: config.block_q]) * (dim + value_dim) * itemsize
-        cost += Cost(read=sum(seen), attention=sum(seen) * 2 * (dim + value_dim), attention_bytes=loads)
+        cost += AttentionCost(read=sum(seen), attention=sum(seen) * 2 * (dim + value_dim), attention_bytes=loads)
     return cost
 
 
-def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> Cost | None:
+def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> AttentionCost | None:
     """Cost of a prompt that a sparse layer without a sliding window reads at once. Shares of it hardly depend on the head dim.
     None for a method that was added without a `cost`."""
     blocks = query_blocks(config, Span(0, 0, tokens, 0, tokens, 0), False)
@@ -119,43 +119,35 @@ def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> Cost | None:
     return call_cost(config, blocks, 0, tokens, dim, dim)
 
 
-def _clusters(config: HiPConfig, blocks: Sequence[QueryBlock], dim: int, value_dim: int, itemsize: int) -> Cost:
+def _clusters(config: HiPConfig, blocks: Sequence[QueryBlock], dim: int, value_dim: int, itemsize: int) -> AttentionCost:
     """What Delta correction in mode `clusters` takes on top of its dense rows, for query blocks that leave keys out. Keys join
     clusters once for a key head; they count as if once for each query head."""
     blocks = [block for block in blocks if block.window - block.sink >= CLUSTERS]
     if not blocks:
-        return Cost()
+        return AttentionCost()
     joined = blocks[-1].window - blocks[-1].sink
     rows, numbers = sum(block.rows for block in blocks), CLUSTERS * (2 * dim + value_dim)
     taken = len(blocks) * selector_for(config).budget * config.block_k  # keys that are taken out of the clusters
     loads = joined * (2 * dim + value_dim) + taken * (dim + value_dim) + len(blocks) * numbers
-    return Cost(attention=2 * (rows * numbers + joined * CLUSTERS * dim), attention_bytes=loads * itemsize)
+    return AttentionCost(attention=2 * (rows * numbers + joined * CLUSTERS * dim), attention_bytes=loads * itemsize)
 
 
 def _hyper(
     config: HiPConfig, blocks: Sequence[QueryBlock], first: int, end: int, dim: int, value_dim: int, itemsize: int
-) -> Cost:
+) -> AttentionCost:
     """HyperAttention's cost for the rows from the first of `blocks` on."""
     since = blocks[0].first
     hashing, attention, read = hyper.flops(config.method_options(), first, end, dim, value_dim, since)
     visible = keys_seen(since, end - 1, None)
     loads = sum(block.last + 1 for block in blocks)
-    # a block of rows loads its own block and the sample; the leaves are dense
-    share = read / visible
     bytes_each = (dim + value_dim) * itemsize
-    return Cost(
-        end - since,
-        read,
-        visible,
-        hashing,
-        attention,
-        visible * 2 * (dim + value_dim),
-        0,
-        round(loads * share) * bytes_each,
-        loads * bytes_each,
-    )
+    # a block of rows loads its own block and the sample; the leaves are dense
+    loaded = round(loads * (read / visible)) * bytes_each
+    dense = visible * 2 * (dim + value_dim)
+    cost = AttentionCost(end - since, read, visible, hashing, attention, dense)
+    return cost + AttentionCost(attention_bytes=loaded, dense_bytes=loads * bytes_each)
 
 
-def total(costs: Iterable[Cost]) -> Cost:
+def total(costs: Iterable[AttentionCost]) -> AttentionCost:
     """The sum of costs."""
-    return sum(costs, Cost())
+    return sum(costs, AttentionCost())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
@@ -12,21 +13,26 @@ import torch
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import documents, generate
+from hip_hf.eval.measure import documents, generate, losses
 from hip_hf.eval.measure.capture import capture
-from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact
-from hip_hf.eval.measure.memory_meter import memory_mib
-from hip_hf.eval.measure.needles_demo import IMPLEMENTATIONS
+from hip_hf.eval.measure.documents import FACT_NAMES, Fact, draw_digits
+from hip_hf.eval.measure.memory import memory_mib
+from hip_hf.eval.measure.needles import NeedlesAnswer, NeedlesPrompt
+from hip_hf.eval.measure.passkey import digits_right
 from hip_hf.eval.reporting import plots
 from hip_hf.geometry import query_blocks
 from hip_hf.integration.explain import Report
+from hip_hf.integration.reach import attention_layers
 from hip_hf.problem import AttentionProblem
 
-_KIND = {name: index for index, name in enumerate(plots.KINDS)}
+IMPLEMENTATIONS = ("sdpa", "hip")
+# What stands for a digit in whose place a model says something else.
+NO_DIGIT = "?"
+_KIND = {name: index for index, name in enumerate(plots.BLOCK_KINDS)}
 
 
 @dataclass(frozen=True)
-class Run:
+class DemoRun:
     """What one process does: answer the prompts through one attention implementation."""
 
     checkpoint: str
@@ -38,7 +44,7 @@ class Run:
     device: str = "cpu"
 
 
-def answer(model: Any, tokenizer: Any, run: Run, read: Callable[[int], None]) -> dict[str, Any]:
+def answer(model: Any, tokenizer: Any, run: DemoRun, read: Callable[[int], None]) -> dict[str, Any]:
     """Answers and measurements of one implementation, whose peak of memory is right where the process has done nothing else.
     `read` is told how many tokens each forward pass has read."""
     loaded = memory_mib("VmRSS")
@@ -60,8 +66,9 @@ def answer(model: Any, tokenizer: Any, run: Run, read: Callable[[int], None]) ->
 def make_facts(count: int, seed: int) -> list[Fact]:
     """Facts spread over the document: one at a random place in each `1 / count` of it."""
     rng = random.Random(seed)
-    names = rng.sample(NAMES, count)
-    return [Fact(name, "".join(rng.choices("0123456789", k=DIGITS)), (i + rng.random()) / count) for i, name in enumerate(names)]
+    names = rng.sample(FACT_NAMES, count)
+    parts = enumerate(names)
+    return [Fact(name, draw_digits(rng), (i + rng.random()) / count) for i, name in parts]
 
 
 def position_of(tokenizer: Any, prompt: list[int], fact: Fact) -> int:
@@ -71,7 +78,7 @@ def position_of(tokenizer: Any, prompt: list[int], fact: Fact) -> int:
 
 
 def kinds_read(problem: AttentionProblem, config: HiPConfig, layer: int) -> tuple[torch.Tensor, str]:
-    """What the first key head's query blocks read in prefill, `[query blocks, key blocks]` of `plots.KINDS` (-1: the
+    """What the first key head's query blocks read in prefill, `[query blocks, key blocks]` of `plots.BLOCK_KINDS` (-1: the
     future), and the path in words."""
     result = attend(problem, config, layer, need_mask=True)
     config = config.for_layer(layer)
@@ -119,7 +126,48 @@ def row_of(attn: str, measured: dict[str, Any], facts: list[Fact]) -> dict[str, 
     }
 
 
-def question_row(index: int, fact: Fact, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A fact and what each implementation answered: the digits, or where it gave none, what it said instead."""
-    said = {attn: measured[attn]["answers"][index] or measured[attn]["texts"][index] for attn in IMPLEMENTATIONS}
+def question_row(fact: Fact, said: dict[str, str]) -> dict[str, Any]:
+    """A fact and what each implementation answered."""
     return {"pass_key_of": fact.name, "depth": fact.depth, "hidden": fact.key, **said}
+
+
+@dataclass
+class PromptReading:
+    """What one attention made of the prompt: an answer for each fact, and `explain`'s rows (none for PyTorch's)."""
+
+    answers: list[str]
+    first_token_s: float
+    layers: Report = field(default_factory=Report)
+
+    def row(self, attn: str, asked: Sequence[NeedlesAnswer]) -> dict[str, Any]:
+        """The line of the table for this attention."""
+        keys = [answer.fact.key for answer in asked]
+        shares = [layer.share for layer in self.layers if layer.share is not None]
+        return {
+            "attention": attn,
+            "right": f"{sum(map(str.__eq__, self.answers, keys))}/{len(keys)}",
+            "digits": sum(map(digits_right, self.answers, keys)) / sum(map(len, keys)),
+            "first_token_s": self.first_token_s,
+            "keys_read": fmean(shares) if shares else 1.0,
+        }
+
+
+@torch.no_grad()
+def read(model: Any, tokenizer: Any, prompt: NeedlesPrompt, advance: Callable[[], None]) -> PromptReading:
+    """Read the prompt with the attention that is set; `advance` is called after each layer."""
+    hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in attention_layers(model)]  # one to a layer
+    try:
+        start = time.perf_counter()
+        hidden = losses.hidden_of(model, prompt.ids)
+        int(losses.logits_of(model, hidden[-1:]).argmax())  # the first token is there
+        seconds = time.perf_counter() - start
+    finally:
+        for hook in hooks:
+            hook.remove()
+    answers = []
+    for answer in prompt.answers:
+        tokens = losses.logits_of(model, hidden[torch.tensor(answer.positions) - 1]).argmax(1).tolist()
+        said = [tokenizer.decode([token]).strip() for token in tokens]
+        places = zip(said, answer.digits, strict=True)
+        answers.append("".join(text if text.isdigit() and len(text) == count else NO_DIGIT * count for text, count in places))
+    return PromptReading(answers, seconds, generate.explained(model))

@@ -12,14 +12,14 @@ from hip_hf.backends.triton import checks, trust
 from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import latency
-from hip_hf.eval.measure.timing import DTYPES, TimingPlan
+from hip_hf.eval.measure.latency import TIMED_DTYPES, TimingPlan
 from hip_hf.eval.reporting import report
 
 GIB = 2**30
 # Heads and settings that are tried on a machine without a GPU: what the interpreter does in seconds.
 SMALL_HEADS = Heads(dim=32, dim_v=32, groups=2)
 SIZES = dict(budget=32, block_q=32, block_k=8, sink=8, window=24, dense_tail=8, dense_below=0)
-SMALL = HiPConfig.from_dict({**SIZES, "beam": 2, "rescore": 2, "decode_refresh": 2})
+SMALL_SETTINGS = HiPConfig.from_dict({**SIZES, "beam": 2, "rescore": 2, "decode_refresh": 2})
 PARTS = tuple(dict.fromkeys(part for part, _ in checks.CHECKS.values()))
 # What to set where a part fails. With `auto` calls that need it are dense already.
 INSTEAD = {
@@ -34,7 +34,7 @@ SHAPE = {"cuda": dict(heads=32, kv_heads=8), "cpu": dict(heads=4, kv_heads=1)}
 REPEATS = 3
 
 
-def lacking(device: torch.device) -> str:
+def missing_for(device: torch.device) -> str:
     """Why the kernels cannot be tried on `device`; empty if they can."""
     why = trust.old_triton() if device.type == "cpu" else trust.lacking(device)
     if why or device.type == "cuda":
@@ -49,9 +49,9 @@ def tried(device: torch.device, kinds: list[str], kernels: bool, parts: Sequence
     kernels, of the torch backend."""
     gpu = device.type == "cuda"
     backends = ["triton"] * kernels + ["torch"] * (not kernels or not gpu)
-    config, heads = (HiPConfig(dense_below=0), Heads()) if gpu else (SMALL, SMALL_HEADS)
+    config, heads = (HiPConfig(dense_below=0), Heads()) if gpu else (SMALL_SETTINGS, SMALL_HEADS)
     work = [
-        (backend, replace(heads, dtype=DTYPES[kind]), kind)
+        (backend, replace(heads, dtype=TIMED_DTYPES[kind]), kind)
         for backend in backends
         for kind in kinds
         if gpu or backend == "torch" or kind != "bf16"  # which Triton's interpreter does not know
@@ -66,7 +66,7 @@ def tried(device: torch.device, kinds: list[str], kernels: bool, parts: Sequence
                 yield from ((label, one) for one in found)
 
 
-def row_of(label: str, found: Found) -> dict[str, Any]:
+def check_row(label: str, found: Found) -> dict[str, Any]:
     """A line of the table."""
     return {
         "backend": label,
@@ -92,12 +92,6 @@ def timed(device: torch.device, kind: str, tokens: int) -> list[dict[str, Any]]:
     return gpu_latency.measure(plan, ("prefill", "decode"), (tokens,))[0]
 
 
-def latency_shape(device: torch.device) -> str:
-    """Heads of the timed calls, in words."""
-    heads = SHAPE[device.type]
-    return f"{heads['heads']} query heads, {heads['kv_heads']} key heads"
-
-
 def facts(device: torch.device, missing: str) -> dict[str, Any]:
     """The machine, as far as results depend on it; `kernels`: whether they can run, or what is missing."""
     about = {name: value for name, value in report.machine().items() if value is not None}
@@ -114,15 +108,11 @@ def facts(device: torch.device, missing: str) -> dict[str, Any]:
             "driver": ", ".join(trust.drivers()),
         }
         if not missing:
-            about |= launch_table(device)
+            from hip_hf.backends.triton.common.tuning import target_of
+            from hip_hf.backends.triton.common.tuning_table import TILES
+
+            target = target_of(torch.empty(0, device=device))
+            own = all(target in targets for targets in TILES.values())
+            whose = "this" if own else "the closest older"
+            about |= {"target": target, "launch_table": f"of {whose} target"}
     return about | {"kernels": missing or "can run"}
-
-
-def launch_table(device: torch.device) -> dict[str, Any]:
-    """Triton's target, and whether it has launch configurations of its own."""
-    from hip_hf.backends.triton.common.tuning import target_of
-    from hip_hf.backends.triton.common.tuning_table import TILES
-
-    target = target_of(torch.empty(0, device=device))
-    own = all(target in targets for targets in TILES.values())
-    return {"target": target, "launch_table": "of this target" if own else "of the closest older target"}

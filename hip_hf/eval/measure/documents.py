@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 ASSETS = Path(__file__).parents[2] / "assets"
 CHECKPOINT = ASSETS / "checkpoint"
 DOCUMENT = ASSETS / "document.txt"  # held out from training
-NAMES = [
+FACT_NAMES = [
     "amber", "anchor", "apple", "arrow", "badger", "banjo", "basil", "beacon", "birch", "bison", "bronze", "cactus",
     "camel", "canyon", "cedar", "cobalt", "comet", "copper", "coral", "cricket", "dragon", "ember", "falcon", "fern",
     "fiddle", "ginger", "glacier", "granite", "harbor", "hazel", "heron", "indigo", "iris", "ivory", "jade", "jasper",
@@ -32,6 +34,11 @@ class Fact:
     depth: float
 
 
+def draw_digits(rng: random.Random) -> str:
+    """A pass key: `DIGITS` random digits."""
+    return "".join(rng.choices("0123456789", k=DIGITS))
+
+
 def note(name: str, key: str) -> str:
     """The sentence that hides a fact."""
     return f"\nThe pass key of {name} is {key}. Remember it.\n"
@@ -43,11 +50,9 @@ def question(name: str) -> str:
 
 
 def hide(tokenizer: Any, text: list[int], length: int, facts: list[Fact], end: list[int]) -> list[int]:
-    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and `end` (token ids) after it.
-
-    Raises:
-        ValueError: `text` is too short, or notes and `end` alone are longer than `length`.
-    """
+    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and
+    `end` (token ids) after it. Raises ValueError if `text` is too short, or notes and `end` alone
+    are longer than `length`."""
     encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
     notes = [(fact.depth, encode(note(fact.name, fact.key))) for fact in sorted(facts, key=lambda fact: fact.depth)]
     room = length - len(end) - sum(len(ids) for _, ids in notes)
@@ -63,23 +68,15 @@ def hide(tokenizer: Any, text: list[int], length: int, facts: list[Fact], end: l
 
 
 def make_prompt(tokenizer: Any, text: list[int], length: int, facts: list[Fact], ask: str) -> list[int]:
-    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and the question at its end.
-
-    Raises:
-        ValueError: `text` is too short, or notes and question alone are longer than `length`.
-    """
+    """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and
+    the question at its end. Raises ValueError if `text` is too short, or notes and question alone
+    are longer than `length`."""
     return hide(tokenizer, text, length, facts, tokenizer.encode(question(ask), add_special_tokens=False))
 
 
 def answer_of(tokenizer: Any, ids: torch.Tensor | list[int]) -> str:
     """The digits that generated tokens begin with."""
-    text = tokenizer.decode(ids).strip()
-    digits = ""
-    for char in text:
-        if not char.isdigit():
-            break
-        digits += char
-    return digits
+    return "".join(takewhile(str.isdigit, tokenizer.decode(ids).strip()))
 
 
 def digest(text: str) -> str:

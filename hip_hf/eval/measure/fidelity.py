@@ -12,23 +12,26 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import capture
-from hip_hf.eval.measure.costs import total
+from hip_hf.eval.measure.costs import AttentionCost, total
 from hip_hf.eval.measure.documents import make_prompt, note, question
-from hip_hf.eval.measure.hyper_assumptions import HyperAssumptions, measure_assumptions
-from hip_hf.eval.measure.mass import MeasuredMass, measure, unsearched
+from hip_hf.eval.measure.hyper_assumptions import measure_assumptions
+from hip_hf.eval.measure.mass import measure, unsearched
 from hip_hf.eval.measure.passkey import draw_facts
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.geometry import Span
 from hip_hf.problem import AttentionProblem
 
 
-def summary(settings: str, layer: int | str, keys: int, parts: Sequence[MeasuredMass]) -> dict[str, Any]:
-    """One row of the report, from what was measured on several prompts (of one layer)."""
-    mass, oracle = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("mass", "oracle"))
-    weight = torch.cat([part.rows for part in parts]).double()
+def layer_row(settings: str, layer: int | str, keys: int, parts: Sequence[Any]) -> dict[str, Any]:
+    """One row of the report, from what was measured of one layer on several prompts, as it is
+    kept (`MeasuredMass`)."""
+    mass, oracle, weight = (
+        torch.cat([torch.tensor(part[name], dtype=torch.float64) for part in parts], dim=-1)
+        for name in ("mass", "oracle", "rows")
+    )
     weight /= weight.sum()
     of_oracle = float((mass @ weight).mean() / (oracle @ weight).mean())
-    cost = total(part.cost for part in parts)
+    cost = total(AttentionCost(**part["cost"]) for part in parts)
     return {
         "settings": settings,
         "keys": keys,
@@ -39,8 +42,8 @@ def summary(settings: str, layer: int | str, keys: int, parts: Sequence[Measured
         "worst_layer": of_oracle,
         "low_5pct": float(mass.flatten().quantile(0.05)),
         "worst_head": float((mass @ weight).min()),
-        "error": (sum(part.error for part in parts) / sum(part.norm for part in parts)) ** 0.5,
-        "overlap": mean([part.overlap for part in parts]),
+        "error": (sum(part["error"] for part in parts) / sum(part["norm"] for part in parts)) ** 0.5,
+        "overlap": mean([part["overlap"] for part in parts]),
         "read": cost.read / cost.visible,
         "keys_read": cost.read / cost.rows,
         "selection_flops": cost.selection / cost.rows,
@@ -67,11 +70,8 @@ def over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_text(tokenizer: Any, body: list[int], facts: int, rng: random.Random) -> list[int]:
-    """A text as long as `body` (token ids), of which it is made, with facts hidden in it; each is asked for later on.
-
-    Raises:
-        ValueError: `body` is too short for so many facts.
-    """
+    """A text as long as `body` (token ids), of which it is made, with facts hidden in it; each is
+    asked for later on. Raises ValueError if `body` is too short for so many facts."""
     encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
     last, *others = hidden = draw_facts(rng, [rng.random() for _ in range(facts)])
     asked = [(rng.uniform(fact.depth, 1), encode(f"{question(fact.name)} {fact.key}.\n")) for fact in others]
@@ -122,11 +122,11 @@ class FidelityPlan:
 
 
 @dataclass
-class Found:
+class FidelityFound:
     """What was measured, by (keys, settings, layer); what `hyper` assumes of each layer; which layers were left out, and why."""
 
-    parts: dict[tuple[int, str, int], list[MeasuredMass]] = field(default_factory=dict)
-    assumptions: dict[int, list[HyperAssumptions]] = field(default_factory=dict)
+    parts: dict[tuple[int, str, int], list[dict[str, Any]]] = field(default_factory=dict)
+    assumptions: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
 
     def rows(self, lengths: Sequence[int], names: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -134,7 +134,7 @@ class Found:
         table, layered = [], []
         for keys in lengths:
             for name in names:
-                own = [summary(*key[1:], keys, found) for key, found in self.parts.items() if key[:2] == (keys, name)]
+                own = [layer_row(*key[1:], keys, found) for key, found in self.parts.items() if key[:2] == (keys, name)]
                 if own:
                     table.append(over_layers(own))
                     layered += [table[-1], *own]
@@ -159,7 +159,7 @@ def problems_of(
 
 
 def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: FidelityPlan, prompt: int) -> dict[str, Any]:
-    """Everything of one prompt, as JSON can hold it."""
+    """Everything of one prompt."""
     parts, assumptions, skipped = [], [], {}
     hyper = [config for config in plan.configs.values() if config.method == "hyper"]
     for keys, layer, problem in problems_of(read, plan, prompt):
@@ -167,33 +167,34 @@ def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: Fidelity
             skipped[layer] = reason
             continue
         for name, part in zip(plan.configs, measure(problem, list(plan.configs.values()), layer), strict=True):
-            parts.append([keys, name, layer, part.save()])
+            parts.append([keys, name, layer, part])
         if hyper and plan.rows is None:
-            assumptions.append([layer, measure_assumptions(problem, hyper[0]).save()])
+            assumptions.append([layer, measure_assumptions(problem, hyper[0])])
     return {"parts": parts, "assumptions": assumptions, "skipped": list(skipped.items())}
 
 
 def measure_all(
-    model: Any, tokenizer: Any, ids: list[int], plan: FidelityPlan, kept: Resumable, advance: Callable[[], None] = lambda: None
-) -> Found:
-    """What is in `kept`, and what is not yet; `advance` is called after each prompt.
-
-    Raises:
-        ValueError: there are too many facts for the texts, or nothing to search.
-    """
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    plan: FidelityPlan,
+    kept: Resumable,
+) -> FidelityFound:
+    """What is in `kept`, and what is not yet. Raises ValueError if there are too many facts for the
+    texts, or nothing to search."""
 
     def read(number: int) -> list[AttentionProblem]:
         return capture(model, torch.tensor([plan.text(tokenizer, ids, number)], device=model.device))
 
-    all_found = Found()
+    all_found = FidelityFound()
+    kept.expect("texts", plan.prompts)
     for prompt in range(plan.prompts):
         saved = kept.get(("fidelity", prompt), partial(measure_prompt, read, plan, prompt))
         for keys, name, layer, part in saved["parts"]:
-            all_found.parts.setdefault((keys, name, layer), []).append(MeasuredMass.read(part))
+            all_found.parts.setdefault((keys, name, layer), []).append(part)
         for layer, values in saved["assumptions"]:
-            all_found.assumptions.setdefault(layer, []).append(HyperAssumptions.read(values))
+            all_found.assumptions.setdefault(layer, []).append(values)
         all_found.skipped |= dict(saved["skipped"])
-        advance()
     if not all_found.parts:
         raise ValueError(f"nothing to measure in any layer: {next(iter(all_found.skipped.values()))}")
     return all_found

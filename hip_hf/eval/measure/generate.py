@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from hip_hf.eval.measure.memory_meter import Meter, cache_mib
+from hip_hf.eval.measure.memory import Meter, cache_mib
 from hip_hf.geometry import keys_seen
 from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.hip_cache import HiPCache
@@ -65,7 +65,7 @@ class TokenClock:
             self.text.end()
 
 
-def layers_of(model: Any) -> Report:
+def explained(model: Any) -> Report:
     """`explain(model)`; empty for an attention that is not ours."""
     return explain(model) if text_config(model)._attn_implementation in NAMES else Report()
 
@@ -118,7 +118,7 @@ def generate(
         rows = kwargs["input_ids"].shape[1]
         read(rows)
         if not clock.first:
-            chunks.append((rows, layers_of(model)))
+            chunks.append((rows, explained(model)))
 
     clock = TokenClock(note_prefill, text)
     ids = torch.tensor([prompt], device=model.device)
@@ -136,7 +136,7 @@ def generate(
     finally:
         hook.remove()
     result.ids, result.first_token_s, result.decode_s = clock.generated, clock.first - clock.start, clock.last - clock.resumed
-    result.decode = layers_of(model)
+    result.decode = explained(model)
     result.memory = {
         "cache": None if cache is None else cache_mib(cache),
         "peak": meter.peak_mib(),

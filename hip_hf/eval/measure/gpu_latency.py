@@ -10,10 +10,9 @@ same on a CPU, by its clock and without graphs (the kernels by Triton's interpre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from math import lcm
 from statistics import median
 from typing import Any
 
@@ -24,24 +23,32 @@ from hip_hf.attention import dense_reason
 from hip_hf.backends.triton import ops
 from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import kernel_costs, timing
-from hip_hf.eval.measure.gpu_runs import CapturedSteps, DeviceClock, Run, Timed, captured
-from hip_hf.eval.measure.timing import AMORTISED, DTYPES, PREFILL, REFRESHED, TimingPlan, interleave, ours, refresh_period, sdpa
+from hip_hf.eval.measure import kernel_costs, latency
+from hip_hf.eval.measure.gpu_runs import CapturedSteps, DeviceClock, Timed, Work, captured
+from hip_hf.eval.measure.latency import GrowingSteps, interleave, ours, refresh_period, sdpa
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.problem import AttentionProblem, make_spans
 
-LENGTHS = [8192 * 2**i for i in range(8)]  # 8K to 1M
-METHODS = ("hip", "streaming", "hyper", "dense")  # hyper decodes densely
+GPU_LENGTHS = [8192 * 2**i for i in range(8)]  # 8K to 1M
+TIMED_METHODS = ("hip", "streaming", "hyper", "dense")  # hyper decodes densely
 BACKWARD, SELECTION, DECODE_SELECTION = "backward", "selection", "decode selection"
 # Of a decode step without a graph, after the name of its phase.
 LAUNCHED = ", launched"
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+BASELINES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+# What the model in docs/performance.md takes each phase for; all others are decode steps.
+KERNELS = {
+    latency.PREFILL: kernel_costs.prompt_kernels,
+    SELECTION: kernel_costs.selection_kernels,
+    DECODE_SELECTION: kernel_costs.refresh_kernels,
+    BACKWARD: kernel_costs.gradient_kernels,
+}
+DENSE_COSTS = {latency.PREFILL: kernel_costs.dense_prefill, BACKWARD: kernel_costs.dense_gradients}
 # Enough of a call to know whether a backend takes it.
-PROBE = 256
+BASELINE_PROBE = 256
 
 
-def within(backend: SDPBackend, run: Run) -> Any:
+def within(backend: SDPBackend, run: Work) -> Any:
     with sdpa_kernel(backend):
         return run()
 
@@ -58,22 +65,15 @@ class MeasuredRuns:
     dense_steps: int = 1
     tokens: int = 1
 
-    def seconds(self, call: Timed, steps: int) -> float:
-        return median(call.seconds) / steps
-
-    def best(self) -> tuple[str, Timed] | None:
-        """The faster of the baselines."""
-        return min(self.dense.items(), key=lambda item: median(item[1].seconds), default=None)
-
 
 @dataclass
 class Bench:
     """What is the same for all lengths. `backends`: which of PyTorch's are baselines."""
 
-    plan: TimingPlan
+    plan: latency.TimingPlan
     dtype: str
     clock: DeviceClock
-    backends: Sequence[str] = tuple(BACKENDS)
+    backends: Sequence[str] = tuple(BASELINES)
     refused: dict[str, None] = field(default_factory=dict)  # what PyTorch's backends said, in order
 
     @property
@@ -82,65 +82,51 @@ class Bench:
 
     @property
     def shape(self) -> kernel_costs.Shape:
-        heads, size = (self.plan.heads, self.plan.kv_heads, self.plan.head_dim), DTYPES[self.dtype].itemsize
+        heads, size = (self.plan.heads, self.plan.kv_heads, self.plan.head_dim), latency.TIMED_DTYPES[self.dtype].itemsize
         like = torch.empty(0, device=self.device)
         return kernel_costs.Shape(*heads, size, target_of(like), processors(like), self.plan.batch)
 
-    def call(self, run: Run) -> Timed:
+    def call(self, run: Work) -> Timed:
         return Timed(run, self.clock)
 
-    def baselines(self, what: str, probe: Run, run: Run) -> dict[str, Run]:
+    def baselines(self, what: str, probe: Work, run: Work) -> dict[str, Work]:
         """The run by each of PyTorch's backends that takes the `probe`, a small call of its kind."""
-        runs: dict[str, Run] = {}
+        runs: dict[str, Work] = {}
         for name in self.backends:
             try:
-                within(BACKENDS[name], probe)
+                within(BASELINES[name], probe)
             except RuntimeError as error:
                 self.refuse(what, name, error)
             else:
-                runs[name] = partial(within, BACKENDS[name], run)
+                runs[name] = partial(within, BASELINES[name], run)
         return runs
 
     def refuse(self, what: str, name: str, error: Exception) -> None:
         self.refused[f"{what}, {self.dtype}: {name}: {str(error).strip().splitlines()[0]}"] = None
 
-    def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> kernel_costs.Cost | None:
+    def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> kernel_costs.KernelCost | None:
         """FLOPs and bytes of a step by the model in docs/performance.md, which knows `hip` and dense attention."""
-        one = self.cost_of_one(phase, length, config, path)
-        return one and one.times(self.plan.batch)
-
-    def cost_of_one(self, phase: str, length: int, config: HiPConfig, path: str) -> kernel_costs.Cost | None:
-        """The same, of one sequence of the batch."""
-        shape = self.shape
-        if path == "sparse" and config.method != "hip":
-            return None
-        if phase == SELECTION:
-            return kernel_costs.total(kernel_costs.selection_kernels(length, config, shape))
-        if phase == DECODE_SELECTION:
-            return kernel_costs.total(kernel_costs.refresh_kernels(length, config, shape))
-        if phase == PREFILL:
-            if path == "dense":
-                return kernel_costs.dense_prefill(length, shape)
-            return kernel_costs.total(kernel_costs.prompt_kernels(length, config, shape))
-        if phase == BACKWARD:
-            if path == "dense":
-                return kernel_costs.dense_gradients(length, shape)
-            return kernel_costs.total(kernel_costs.gradient_kernels(length, config, shape))
         if path == "dense":
-            return kernel_costs.dense_decode(length, shape)
-        return kernel_costs.total(kernel_costs.step_kernels(length, config, shape, refresh_period(config)))
+            one = DENSE_COSTS.get(phase, kernel_costs.dense_decode)(length, self.shape)
+        elif config.method != "hip":
+            return None
+        elif phase in KERNELS:
+            one = kernel_costs.call_total(KERNELS[phase](length, config, self.shape))
+        else:
+            one = kernel_costs.call_total(kernel_costs.step_kernels(length, config, self.shape, refresh_period(config)))
+        return one.times(self.plan.batch)
 
     def rows(self, measured: MeasuredRuns, configs: dict[str, HiPConfig], selections: dict[str, float]) -> list[dict[str, Any]]:
         """Rows of the report. `selections`: seconds of a step that go to selection."""
-        best = measured.best()
+        best = min(measured.dense.items(), key=lambda item: median(item[1].seconds), default=None)
+        dense = None if best is None else median(best[1].seconds) / measured.dense_steps
+        name = torch.cuda.get_device_name(self.device) if self.clock.cuda else "CPU"
+        gpu = kernel_costs.gpu_of(name)
         found = []
         for name, call in measured.ours.items():
-            config, steps = configs[name], measured.steps[name]
             path, reason = call.said
-            seconds = measured.seconds(call, steps)
-            dense = None if best is None else measured.seconds(best[1], measured.dense_steps)
-            cost = self.cost(measured.phase, measured.length, config, path)
-            gpu = kernel_costs.gpu_of(gpu_name(self.device))
+            seconds = median(call.seconds) / measured.steps[name]
+            cost = self.cost(measured.phase, measured.length, configs[name], path)
             least = cost.milliseconds(gpu) if cost and gpu else None
             found.append(
                 {
@@ -191,11 +177,11 @@ class Bench:
             if "prefill" in phases:
                 calls[name] = self.call(partial(ours, q, k, v, config))
         if "prefill" in phases:
-            probe = partial(sdpa, *(x[:, :, :PROBE] for x in (q, k, v)))
-            dense = {name: self.call(run) for name, run in self.baselines(PREFILL, probe, partial(sdpa, q, k, v)).items()}
-        self.time(PREFILL, dense, [*calls.values(), *searches.values()])
+            probe = partial(sdpa, *(x[:, :, :BASELINE_PROBE] for x in (q, k, v)))
+            dense = {name: self.call(run) for name, run in self.baselines(latency.PREFILL, probe, partial(sdpa, q, k, v)).items()}
+        self.time(latency.PREFILL, dense, [*calls.values(), *searches.values()])
         once, taken = dict.fromkeys(plan.settings, 1), {name: median(call.seconds) for name, call in searches.items()}
-        yield from self.rows(MeasuredRuns(PREFILL, length, calls, dense, once, tokens=length), plan.settings, taken)
+        yield from self.rows(MeasuredRuns(latency.PREFILL, length, calls, dense, once, tokens=length), plan.settings, taken)
         if "selection" in phases:
             yield from self.rows(MeasuredRuns(SELECTION, length, searches, {}, once, tokens=length), plan.settings, taken)
 
@@ -208,7 +194,7 @@ class Bench:
         def pull(out: torch.Tensor, into: Sequence[torch.Tensor], by: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(out, into, by, retain_graph=True)
 
-        small = [x.detach()[:, :, :PROBE].requires_grad_() for x in leaves]
+        small = [x.detach()[:, :, :BASELINE_PROBE].requires_grad_() for x in leaves]
         with torch.enable_grad():
             runs = self.baselines(
                 BACKWARD,
@@ -225,18 +211,10 @@ class Bench:
         measured = MeasuredRuns(BACKWARD, length, calls, dense, dict.fromkeys(plan.settings, 1), tokens=length)
         return self.rows(measured, plan.settings, {})
 
-    def variants(self) -> tuple[dict[tuple[str, str], HiPConfig], dict[tuple[str, str], int]]:
-        """Settings by phase and name, and how many steps make a run of them: whole selections and key blocks."""
-        found: dict[tuple[str, str], HiPConfig] = {}
-        for name, config in self.plan.settings.items():
-            found[AMORTISED, name] = config
-            found[REFRESHED, name] = replace(config, decode_refresh=1)
-        return found, {key: lcm(refresh_period(config), config.block_k) for key, config in found.items()}
-
     def decode(self, length: int) -> list[dict[str, Any]]:
         """Rows of decode steps, amortised and refreshed, and of a step's selection."""
         plan = self.plan
-        variants, counts = self.variants()
+        variants, counts = self.plan.variants()
         most = max(counts.values())
         q, k, v = plan.random(self.dtype, length + most, most, self.device)
 
@@ -245,7 +223,8 @@ class Bench:
                 end = length + step + 1
                 sdpa(q[:, :, step : step + 1], k[:, :, :end], v[:, :, :end])
 
-        runs = self.baselines("decode", partial(sdpa, q[:, :, :1], k[:, :, :PROBE], v[:, :, :PROBE]), dense_steps)
+        probe = partial(sdpa, q[:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in (k, v)))
+        runs = self.baselines("decode", probe, dense_steps)
         dense = {name: self.call(captured(run, self.device)) for name, run in runs.items()}
         calls, alone, made = {}, {}, dict[str, CapturedSteps]()
         for key, config in variants.items():
@@ -259,26 +238,26 @@ class Bench:
             own = CapturedSteps(q, k, v, length, counts[key], config, state=made[key[1]].state if key[1] in made else None)
             made[key[1]] = own  # the keys are summarised once
             calls[key] = self.call(captured(own, self.device))
-            if key[0] == REFRESHED and config.method == "hip":
+            if key[0] == latency.REFRESHED and config.method == "hip":
                 select_only = CapturedSteps(q, k, v, length, counts[key], config, attend=False, state=own.state)
                 alone[key[1]] = self.call(captured(select_only, self.device))
         self.time("decode", dense, [*calls.values(), *alone.values()])
-        seconds = {name: median(call.seconds) / counts[REFRESHED, name] for name, call in alone.items()}
+        seconds = {name: median(call.seconds) / counts[latency.REFRESHED, name] for name, call in alone.items()}
         rows = self.decode_rows(length, "", calls, dense, seconds)
-        steps = {name: counts[REFRESHED, name] for name in alone}
+        steps = {name: counts[latency.REFRESHED, name] for name in alone}
         return rows + self.rows(MeasuredRuns(DECODE_SELECTION, length, alone, {}, steps), plan.settings, seconds)
 
     def launched(self, length: int) -> list[dict[str, Any]]:
         """Rows of decode steps without graphs, on a cache that grows from run to run."""
         plan = self.plan
-        variants, counts = self.variants()
+        variants, counts = self.plan.variants()
         most = max(counts.values())
         tensors = plan.random(self.dtype, length + most * (plan.repeats + 1), most, self.device)
-        probe = partial(sdpa, tensors[0][:, :, :1], *(x[:, :, :PROBE] for x in tensors[1:]))
+        probe = partial(sdpa, tensors[0][:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in tensors[1:]))
         dense = {}
         for backend in self.baselines("launched", probe, probe):
-            dense[backend] = self.call(partial(within, BACKENDS[backend], timing.GrowingSteps(tensors, length, most, None)))
-        calls = {key: self.call(timing.GrowingSteps(tensors, length, counts[key], config)) for key, config in variants.items()}
+            dense[backend] = self.call(partial(within, BASELINES[backend], GrowingSteps(tensors, length, most, None)))
+        calls = {key: self.call(GrowingSteps(tensors, length, counts[key], config)) for key, config in variants.items()}
         self.time("launched", dense, list(calls.values()))
         return self.decode_rows(length, LAUNCHED, calls, dense, {})
 
@@ -286,9 +265,9 @@ class Bench:
         self, length: int, how: str, calls: dict[tuple[str, str], Timed], dense: dict[str, Timed], seconds: dict[str, float]
     ) -> list[dict[str, Any]]:
         """Rows of the `variants`. `how`: added to the name of a phase. `seconds`: a selection's, by settings."""
-        variants, counts = self.variants()
+        variants, counts = self.plan.variants()
         most, rows = max(counts.values()), []
-        for phase in (AMORTISED, REFRESHED):
+        for phase in (latency.AMORTISED, latency.REFRESHED):
             mine = {name: call for (kind, name), call in calls.items() if kind == phase}
             configs = {name: config for (kind, name), config in variants.items() if kind == phase}
             in_graph = not how  # where a dense call is the baseline's
@@ -298,20 +277,15 @@ class Bench:
         return rows
 
 
-def gpu_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def measure(
-    plan: TimingPlan,
+    plan: latency.TimingPlan,
     phases: Sequence[str],
     lengths: Sequence[int],
-    started: Callable[[str], None] = lambda what: None,
     kept: Resumable | None = None,
-    backends: Sequence[str] = tuple(BACKENDS),
+    backends: Sequence[str] = tuple(BASELINES),
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of everything that `kept` has not yet, and which of PyTorch's `backends` refused what."""
-    kept = kept or Resumable(None, {})
+    kept = kept or Resumable()
     rows: list[dict[str, Any]] = []
     refused: dict[str, None] = {}
     kinds = {"prefill": {"prefill", "selection"}, **{name: {name} for name in ("decode", "launched", "backward")}}
@@ -320,7 +294,6 @@ def measure(
         run = {name: getattr(bench, name) for name in kinds} | {"prefill": partial(bench.prefill, phases=phases)}
         for kind in (kind for kind, asked in kinds.items() if asked & set(phases)):
             for length in lengths:
-                started(f"{kind}, {dtype}, {plots.short(length)} tokens")
 
                 def work(kind: str = kind, length: int = length, bench: Bench = bench, run: Any = run) -> dict[str, Any]:
                     with torch.no_grad():
@@ -329,7 +302,8 @@ def measure(
                         torch.cuda.empty_cache()
                     return {"rows": found, "refused": list(bench.refused)}
 
-                found = kept.get((kind, dtype, plan.batch, length, sorted(phases)), work)
+                what = f"{kind}, {dtype}, {plots.short(length)} tokens"
+                found = kept.get((kind, dtype, plan.batch, length, sorted(phases)), work, what)
                 rows += found["rows"]
                 refused |= dict.fromkeys(found["refused"])
     return rows, list(refused)

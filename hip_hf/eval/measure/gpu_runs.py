@@ -17,14 +17,14 @@ from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.selection.search import Selection, select
 from hip_hf.backends.triton.sparse import DeviceState, decode_step
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.timing import Call, wall
+from hip_hf.eval.measure.latency import TimedRun, wall
 from hip_hf.geometry import Span
 from hip_hf.problem import AttentionProblem
 
 # Larger than any second-level cache.
 FLUSHED = 2**28
 
-Run = Callable[[], Any]
+Work = Callable[[], Any]
 
 
 class DeviceClock:
@@ -36,7 +36,7 @@ class DeviceClock:
         self.flushed = torch.empty(FLUSHED if self.cuda else 0, dtype=torch.int8, device=device)
         self.peak: float | None = None
 
-    def __call__(self, run: Run) -> tuple[float, Any]:
+    def __call__(self, run: Work) -> tuple[float, Any]:
         if not self.cuda:
             return wall(run)
         self.flushed.zero_()
@@ -51,7 +51,7 @@ class DeviceClock:
         return start.elapsed_time(end) / 1000, result
 
 
-class Timed(Call):
+class Timed(TimedRun):
     """`said`: path, and reason for a dense one. `peak`: GB that the call takes. No result is kept."""
 
     clock: DeviceClock
@@ -67,7 +67,7 @@ class Timed(Call):
         return seconds
 
 
-def captured(run: Run, device: torch.device) -> Run:
+def captured(run: Work, device: torch.device) -> Work:
     """`run` as a CUDA graph where there is a GPU; it must have compiled everything when it ran before."""
     if device.type != "cuda":
         return run

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,35 +25,20 @@ from hip_hf.problem import AttentionProblem
 TITLE = "Assumptions of hyper, worst head: largest column norm of normalised attention; row ratio without heavy entries (10^x)"
 
 
-@dataclass(frozen=True)
-class HyperAssumptions:
-    """Of one layer's query heads, each `[Hq]`."""
-
-    column_norm: torch.Tensor
-    column_norm_past_sink: torch.Tensor
-    row_ratio: torch.Tensor
-    keys: int
-
-    def save(self) -> dict[str, Any]:
-        """The same as JSON can hold it."""
-        return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
-
-    @classmethod
-    def read(cls, saved: dict[str, Any]) -> HyperAssumptions:
-        """What `save` made this from."""
-        norms, past_sink, ratios = (torch.tensor(saved[name]) for name in ("column_norm", "column_norm_past_sink", "row_ratio"))
-        return cls(norms, past_sink, ratios, saved["keys"])
+# Of each query head.
+QUANTITIES = ("column_norm", "column_norm_past_sink", "row_ratio")
 
 
-def measure_assumptions(problem: AttentionProblem, config: HiPConfig) -> HyperAssumptions:
-    """The two quantities for a problem of one span that begins at position 0."""
+def measure_assumptions(problem: AttentionProblem, config: HiPConfig) -> dict[str, Any]:
+    """The `QUANTITIES` for a problem of one span that begins at position 0, a list of numbers each,
+    and how many `keys` the square has."""
     (span,) = problem.spans
     middle, options, groups = span.end // 2, config.method_options(), problem.groups
     square = Square(middle, span.end, 0, middle)
     tiling = tile(square, options, problem.q.device)
     directions = projections(options, problem.q.shape[-1], config.seed, problem.q.device)
     rows, keys = slice(span.row_start + middle, span.row_end), slice(span.key_start, span.key_start + middle)
-    results: list[tuple[float, float, float]] = []
+    results: dict[str, Any] = {name: [] for name in QUANTITIES}
     for head in range(problem.q.shape[1]):
         q, k = problem.q[span.batch, head, rows].float(), problem.k[span.batch, head // groups, keys].float()
         by_q, by_k = (hashes(x, directions).argsort(stable=True) for x in (q, k))
@@ -69,16 +53,19 @@ def measure_assumptions(problem: AttentionProblem, config: HiPConfig) -> HyperAs
             light.append(logits.logsumexp(-1))
         rest = torch.cat(light)
         past = columns[min(config.sink, middle - 1) :]
-        results.append((float(columns.max()), float(past.max()), float(rest.max() - rest.min()) / math.log(10)))
-    norms, past_sink, ratios = (torch.tensor(values) for values in zip(*results, strict=True))
-    return HyperAssumptions(norms, past_sink, ratios, middle)
+        ratio = float(rest.max() - rest.min()) / math.log(10)
+        found = float(columns.max()), float(past.max()), ratio
+        for name, value in zip(QUANTITIES, found, strict=True):
+            results[name].append(value)
+    return results | {"keys": middle}
 
 
-def assumption_rows(layers: Mapping[int, Sequence[HyperAssumptions]]) -> list[dict[str, Any]]:
+def assumption_rows(layers: Mapping[int, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Rows of the report: each layer's worst head, mean over the texts."""
-    names = ("column_norm", "column_norm_past_sink", "row_ratio")
-    return [
-        {"layer": layer, **{name: float(torch.stack([getattr(part, name) for part in parts]).mean(0).max()) for name in names},
-         "uniform": 1 / parts[0].keys}
-        for layer, parts in layers.items()
-    ]  # fmt: skip
+    rows = []
+    for layer, parts in layers.items():
+        row: dict[str, Any] = {"layer": layer}
+        for name in QUANTITIES:
+            row[name] = float(torch.tensor([part[name] for part in parts]).mean(0).max())
+        rows.append(row | {"uniform": 1 / parts[0]["keys"]})
+    return rows

@@ -19,19 +19,19 @@ from hip_hf.backends.triton.pyramid.pyramid import TILE_LEVELS, parts_of
 from hip_hf.backends.triton.selection.search import constants, looks_for
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.timing import refresh_period
+from hip_hf.eval.measure.latency import refresh_period
 from hip_hf.geometry import mask_heads
 from hip_hf.methods.hip import looked_at_whole
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
 GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
-TARGETS = {"H200": "sm90", "H100": "sm90", "A100": "sm80", "RTX 4090": "sm89"}
+GPU_TARGETS = {"H200": "sm90", "H100": "sm90", "A100": "sm80", "RTX 4090": "sm89"}
 # Streaming multiprocessors (of an H100 those of the SXM module, as the figures above).
-PROCESSORS = {"H200": 132, "H100": 132, "A100": 108, "RTX 4090": 128}
+GPU_PROCESSORS = {"H200": 132, "H100": 132, "A100": 108, "RTX 4090": 128}
 # Rows of a query block where all keys are read.
 DENSE_BLOCK = dense_reads().block_q
 # Bytes of a number in fp32: partial results, states of summaries, log-sum-exps, hashes.
-WIDE = torch.float32.itemsize
+FP32_BYTES = torch.float32.itemsize
 
 
 def gpu_of(device: str) -> str | None:
@@ -48,8 +48,8 @@ class Shape:
     key_heads: int = 8
     dim: int = 128
     size: int = 2
-    target: str = TARGETS["H200"]
-    processors: int = PROCESSORS["H200"]
+    target: str = GPU_TARGETS["H200"]
+    processors: int = GPU_PROCESSORS["H200"]
     sequences: int = 1
 
     @property
@@ -65,7 +65,7 @@ class Shape:
     @property
     def result(self) -> int:
         """Bytes of a row's output and log-sum-exp of all heads, in fp32."""
-        return self.query_heads * (self.dim + 1) * WIDE
+        return self.query_heads * (self.dim + 1) * FP32_BYTES
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,17 +101,17 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Cost:
+class KernelCost:
     """FLOPs of matrix products, and bytes from device memory if nothing that was read stays in a cache."""
 
     flops: float
     bytes: float
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+    def __add__(self, other: KernelCost) -> KernelCost:
+        return KernelCost(self.flops + other.flops, self.bytes + other.bytes)
 
-    def times(self, count: float) -> Cost:
-        return Cost(self.flops * count, self.bytes * count)
+    def times(self, count: float) -> KernelCost:
+        return KernelCost(self.flops * count, self.bytes * count)
 
     def milliseconds(self, gpu: str) -> float:
         _, terabytes = GPUS[gpu]
@@ -122,13 +122,7 @@ class Cost:
         return 1e3 * self.flops / (GPUS[gpu][0] * 1e12)
 
 
-NO_COST = Cost(0, 0)
-
-
-def levels(tokens: int, config: HiPConfig) -> int:
-    """Levels of the pyramid that a search over `tokens` keys scores."""
-    start = 2 * config.beam_blocks * config.block_k
-    return 1 + max(0, ceil(log2(tokens / start)))
+NO_COST = KernelCost(0, 0)
 
 
 def launch(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> dict[str, Any]:
@@ -139,7 +133,7 @@ def launch(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> dict[s
     return constants(*call, stateful=step, looks=looks)  # those of a prompt share nothing
 
 
-def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> Cost:
+def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> KernelCost:
     """One selection. Every tile of votes, of which the first walk the tree, reads what it scores anew; programs that share a
     search read a part of the keys each, and the summaries all of them. A short middle is looked at whole."""
     fixed = launch(tokens, config, shape, block_q)
@@ -148,10 +142,14 @@ def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> Cost:
     if whole:
         summaries, exact, tiles = 0, whole, fixed["TILES_WHOLE"]
     else:
-        summaries = looks * fixed["PARTS"] * levels(tokens, config) * min(fixed["MOST"], tokens // config.block_k)
+        # levels of the pyramid that are scored
+        levels = 1 + max(0, ceil(log2(tokens / (2 * config.beam_blocks * config.block_k))))
+        summaries = looks * fixed["PARTS"] * levels * min(fixed["MOST"], tokens // config.block_k)
         exact, tiles = min(fixed["LAST"] * config.block_k, tokens) if fixed["RESCORE"] else 0, fixed["TILES"]
     gathered = ceil(walkers / fixed["ROWS"]) * summaries + tiles * exact
-    return Cost(2 * (walkers * summaries + votes * exact) * shape.dim, gathered * shape.dim * shape.size + found(fixed, whole))
+    return KernelCost(
+        2 * (walkers * summaries + votes * exact) * shape.dim, gathered * shape.dim * shape.size + found(fixed, whole)
+    )
 
 
 def whole_middle(tokens: int, config: HiPConfig) -> int:
@@ -169,26 +167,26 @@ def found(fixed: dict[str, Any], whole: int) -> int:
     listed = 0 if whole else fixed["KEPT_LAST"] * torch.int32.itemsize
     names = ("M", "TILES_WHOLE", "NARROW_WHOLE") if whole else ("KEPT_LAST", "TILES", "NARROW")
     blocks, tiles, narrow = (fixed[name] for name in names)
-    return listed + fixed["LOOKS"] * tiles * (blocks + 1) * narrow * WIDE
+    return listed + fixed["LOOKS"] * tiles * (blocks + 1) * narrow * FP32_BYTES
 
 
-def near_keys(tokens: int, config: HiPConfig, block_q: int) -> int:
+def keys_near(tokens: int, config: HiPConfig, block_q: int) -> int:
     """Keys that a query block reads in any case."""
     return min(config.sink + config.window + block_q, tokens)
 
 
-def need(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+def need(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """Need of a prompt's rows: of those that are asked, q, and the keys that they read in any case with a sample of the rest, for
     what they find near and what stands out from it."""
     voting = Voting.of(config, shape.group, config.block_q, False)
     if not (voting.weighed or voting.ranked):
         return NO_COST
     sample, share = config.method_options().sample if voting.ranked else 0, voting.asked / config.block_q
-    keys = near_keys(tokens, config, config.block_q) + min(sample, tokens)
+    keys = keys_near(tokens, config, config.block_q) + min(sample, tokens)
     tiles = tokens / config.block_q * shape.row_tiles("prefill", voting.asked, shape.key_heads)
     gather = tiles * shape.key_heads * keys * shape.dim * shape.size
-    numbers = (2 if voting.ranked else 1) * share * shape.query_heads * WIDE
-    return Cost(2 * tokens * share * shape.query_heads * keys * shape.dim, gather + tokens * (share * shape.row + numbers))
+    numbers = (2 if voting.ranked else 1) * share * shape.query_heads * FP32_BYTES
+    return KernelCost(2 * tokens * share * shape.query_heads * keys * shape.dim, gather + tokens * (share * shape.row + numbers))
 
 
 def voting_share(tokens: int, config: HiPConfig, shape: Shape) -> float:
@@ -198,35 +196,35 @@ def voting_share(tokens: int, config: HiPConfig, shape: Shape) -> float:
     return votes / (voting.voters * config.block_q)
 
 
-def vote(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+def vote(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """The rows of the greatest need, copied with what they find near: needs are read."""
     voting = Voting.of(config, shape.group, config.block_q, False)
     if not voting.ranked:
         return NO_COST
     copied, share = 2 * voting_share(tokens, config, shape), voting.asked / config.block_q
-    numbers = (share + copied * voting.weighed) * shape.query_heads * WIDE
-    return Cost(0, tokens * (copied * shape.row + numbers))
+    numbers = (share + copied * voting.weighed) * shape.query_heads * FP32_BYTES
+    return KernelCost(0, tokens * (copied * shape.row + numbers))
 
 
-def summaries(blocks: float, keys: float, chunks: float, states: float, config: HiPConfig, shape: Shape) -> Cost:
+def summaries(blocks: float, keys: float, chunks: float, states: float, config: HiPConfig, shape: Shape) -> KernelCost:
     """For so many key blocks, of each: `keys` read, summaries of `chunks` written, and `states` of them moved, in fp32."""
     parts = parts_of(config)
-    of_head = (keys + chunks * parts) * shape.size + states * (parts + 1) * WIDE
-    return Cost(0, blocks * shape.key_heads * shape.dim * of_head)
+    of_head = (keys + chunks * parts) * shape.size + states * (parts + 1) * FP32_BYTES
+    return KernelCost(0, blocks * shape.key_heads * shape.dim * of_head)
 
 
-def pyramid(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+def pyramid(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """K is read once; a tile of blocks becomes a tree of chunks, and the state of its root is kept."""
     tile = 1 << TILE_LEVELS
     return summaries(tokens / config.block_k, config.block_k, (2 * tile - 1) / tile, 1 / tile, config, shape)
 
 
-def merges(blocks: float, config: HiPConfig, shape: Shape) -> Cost:
+def merges(blocks: float, config: HiPConfig, shape: Shape) -> KernelCost:
     """What lies above the tiles of so many blocks, of each tile one chunk in all: two states are read, one is written."""
     return summaries(blocks / (1 << TILE_LEVELS), 0, 1, 3, config, shape)
 
 
-def appended(config: HiPConfig, shape: Shape) -> Cost:
+def appended(config: HiPConfig, shape: Shape) -> KernelCost:
     """A token's share of the summaries. Each block that becomes complete has its tile, as far as it goes, read and written anew:
     with `n` blocks these are `n + n // 2 + n // 4 + ...` chunks."""
     tile = 1 << TILE_LEVELS
@@ -236,12 +234,12 @@ def appended(config: HiPConfig, shape: Shape) -> Cost:
     return one.times(1 / config.block_k)
 
 
-def searches(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+def searches(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """The searches of a prompt's query blocks, which read the votes, and how much these find near."""
     weighed = Voting.of(config, shape.group, config.block_q, False).weighed
-    read = tokens * voting_share(tokens, config, shape) * (shape.row + shape.query_heads * WIDE * weighed)
+    read = tokens * voting_share(tokens, config, shape) * (shape.row + shape.query_heads * FP32_BYTES * weighed)
     count = tokens / config.block_q * shape.lists(config)
-    return search(tokens, config, shape, config.block_q).times(count) + Cost(0, read)
+    return search(tokens, config, shape, config.block_q).times(count) + KernelCost(0, read)
 
 
 def keys_read(tokens: int, config: HiPConfig) -> float:
@@ -254,20 +252,20 @@ def tail(tokens: int, config: HiPConfig) -> int:
     return min(config.dense_tail, tokens)
 
 
-def dense_keys(kernel: str, tokens: int, rows: int, shape: Shape, products: int) -> Cost:
+def dense_keys(kernel: str, tokens: int, rows: int, shape: Shape, products: int) -> KernelCost:
     """What `kernel` does with the keys of the last `rows`, all of them: `products` of a row and a key, and the gathers."""
     tiles = ceil(rows / shape.rows(kernel, DENSE_BLOCK, shape.key_heads))
     gather = tiles * shape.key_heads * tokens * 2 * shape.dim * shape.size
-    return Cost(2 * products * rows * tokens * shape.query_heads * shape.dim, gather)
+    return KernelCost(2 * products * rows * tokens * shape.query_heads * shape.dim, gather)
 
 
-def by_rows(kernel: str, tokens: int, config: HiPConfig, shape: Shape, products: int) -> Cost:
+def by_rows(kernel: str, tokens: int, config: HiPConfig, shape: Shape, products: int) -> KernelCost:
     """A kernel that goes through the keys of each query block, sparse rows and dense tail, but for the rows themselves."""
     keys, dense = keys_read(tokens, config), tail(tokens, config)
     sparse = tokens - dense
     gather = sparse / config.block_q * shape.gathered(kernel, config.block_q, shape.lists(config), keys)
     flops = 2 * products * sparse * keys * shape.query_heads * shape.dim
-    return Cost(flops, gather) + dense_keys(kernel, tokens, dense, shape, products)
+    return KernelCost(flops, gather) + dense_keys(kernel, tokens, dense, shape, products)
 
 
 def tail_splits(tokens: int, config: HiPConfig, shape: Shape) -> int:
@@ -276,24 +274,19 @@ def tail_splits(tokens: int, config: HiPConfig, shape: Shape) -> int:
     return shape.splits(tokens, rows, DENSE_BLOCK) if rows else 1
 
 
-def attention(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+def prompt_attention(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """Attention of a prompt, forward: two products; q and out."""
     dense, splits = tail(tokens, config), tail_splits(tokens, config, shape)
     moved = shape.rows_moved(tokens - dense, 1) + shape.rows_moved(dense, splits)
-    return by_rows("prefill", tokens, config, shape, products=2) + Cost(0, moved)
+    return by_rows("prefill", tokens, config, shape, products=2) + KernelCost(0, moved)
 
 
-def combination(rows: int, splits: int, shape: Shape) -> Cost:
+def combination(rows: int, splits: int, shape: Shape) -> KernelCost:
     """Partial results of rows, merged, where there are any."""
-    return Cost(0, rows * (splits * shape.result + shape.row)) if splits > 1 else NO_COST
+    return KernelCost(0, rows * (splits * shape.result + shape.row)) if splits > 1 else NO_COST
 
 
-def tail_combination(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
-    """Partial results of the dense tail, merged."""
-    return combination(tail(tokens, config), tail_splits(tokens, config, shape), shape)
-
-
-def selection_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, Cost]:
+def selection_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, KernelCost]:
     """All that a prompt does before its attention, by kernel."""
     return {
         "tiles_kernel": pyramid(tokens, config, shape),
@@ -304,57 +297,57 @@ def selection_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str,
     }
 
 
-def prompt_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, Cost]:
+def prompt_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, KernelCost]:
     """All that a prompt does, by kernel."""
     return selection_kernels(tokens, config, shape) | {
-        "attend_kernel": attention(tokens, config, shape),
-        "combine_kernel": tail_combination(tokens, config, shape),
+        "attend_kernel": prompt_attention(tokens, config, shape),
+        "combine_kernel": combination(tail(tokens, config), tail_splits(tokens, config, shape), shape),
     }
 
 
-def total(kernels: dict[str, Cost]) -> Cost:
+def call_total(kernels: dict[str, KernelCost]) -> KernelCost:
     """A call of these kernels."""
     return sum(kernels.values(), NO_COST)
 
 
-def query_gradients(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+def query_gradients(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """Three products; q, dO, O and dQ."""
-    return by_rows("backward queries", tokens, config, shape, products=3) + Cost(0, 4 * tokens * shape.row)
+    return by_rows("backward queries", tokens, config, shape, products=3) + KernelCost(0, 4 * tokens * shape.row)
 
 
-def key_gradients(tokens: int, config: HiPConfig, shape: Shape, shared: float = 2.0) -> Cost:
+def key_gradients(tokens: int, config: HiPConfig, shape: Shape, shared: float = 2.0) -> KernelCost:
     """Four products, for dK and dV. `shared`: key blocks selected of each tile of keys that is touched."""
     per_tile, dense = max(1, shape.tile("backward keys").keys // config.block_k), tail(tokens, config)
     wide = keys_read(tokens, config) + min(config.budget, tokens) * (per_tile / shared - 1)  # rows meet whole tiles
     pairs = (tokens - dense) * wide + dense * tokens
     read = pairs / (per_tile * config.block_k) * shape.row * 2  # q and dO, once a tile
-    return Cost(8 * pairs * shape.query_heads * shape.dim, read)
+    return KernelCost(8 * pairs * shape.query_heads * shape.dim, read)
 
 
-def gradient_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, Cost]:
+def gradient_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, KernelCost]:
     """The two kernels of the gradients."""
-    names = ("query_gradient_kernel", "key_gradient_kernel")
-    return {name: of(tokens, config, shape) for name, of in zip(names, (query_gradients, key_gradients), strict=True)}
+    queries, keys = query_gradients(tokens, config, shape), key_gradients(tokens, config, shape)
+    return {"query_gradient_kernel": queries, "key_gradient_kernel": keys}
 
 
-def step_need(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+def step_need(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """What a decode step's row finds near, if votes are weighed by it: q, keys, and a number of each head."""
     if not Voting.of(config, shape.group, 1, False).weighed:
         return NO_COST
-    keys = near_keys(tokens, config, 1)
+    keys = keys_near(tokens, config, 1)
     read = shape.row_tiles("decode", 1, shape.key_heads) * shape.key_heads * keys * shape.dim * shape.size
-    return Cost(2 * shape.query_heads * keys * shape.dim, read + shape.row + shape.query_heads * WIDE)
+    return KernelCost(2 * shape.query_heads * keys * shape.dim, read + shape.row + shape.query_heads * FP32_BYTES)
 
 
-def step_search(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+def step_search(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """A decode step's searches: of each list's, every program that shares it reads the votes."""
     looks = launch(tokens, config, shape, 1)["LOOKS"]
-    return search(tokens, config, shape, 1).times(shape.lists(config)) + Cost(0, looks * shape.row)
+    return search(tokens, config, shape, 1).times(shape.lists(config)) + KernelCost(0, looks * shape.row)
 
 
-def choice(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+def choice(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """What the programs that share a search have found in the keys of each block, read again."""
-    return Cost(0, shape.lists(config) * found(launch(tokens, config, shape, 1), whole_middle(tokens, config)))
+    return KernelCost(0, shape.lists(config) * found(launch(tokens, config, shape, 1), whole_middle(tokens, config)))
 
 
 def step_splits(config: HiPConfig, shape: Shape) -> int:
@@ -362,14 +355,14 @@ def step_splits(config: HiPConfig, shape: Shape) -> int:
     return shape.splits(config.sparse_reach + refresh_period(config))
 
 
-def step_attention(tokens: int, config: HiPConfig, shape: Shape) -> Cost:
+def step_attention(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """Attention of one decode step of one sequence."""
     keys, lists = min(config.sink + config.budget + config.window, tokens), shape.lists(config)
     moved = shape.gathered("decode", 1, lists, keys) + shape.rows_moved(1, step_splits(config, shape))
-    return Cost(4 * shape.query_heads * keys * shape.dim, moved)
+    return KernelCost(4 * shape.query_heads * keys * shape.dim, moved)
 
 
-def refresh_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, Cost]:
+def refresh_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, KernelCost]:
     """The selection of a decode step, by kernel; of the summaries a token's share."""
     return {
         "append_kernel": appended(config, shape),
@@ -379,7 +372,7 @@ def refresh_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, C
     }
 
 
-def step_kernels(tokens: int, config: HiPConfig, shape: Shape, refresh: int) -> dict[str, Cost]:
+def step_kernels(tokens: int, config: HiPConfig, shape: Shape, refresh: int) -> dict[str, KernelCost]:
     """One step of one sequence, by kernel, a selection serving `refresh` steps; keys are summarised in any case."""
     once, splits = refresh_kernels(tokens, config, shape), step_splits(config, shape)
     shares = {name: cost.times(1 if name == "append_kernel" else 1 / refresh) for name, cost in once.items()}
@@ -387,20 +380,15 @@ def step_kernels(tokens: int, config: HiPConfig, shape: Shape, refresh: int) -> 
     return shares | {"attend_kernel": attend, "combine_kernel": combine}
 
 
-def dense_prefill(tokens: int, shape: Shape) -> Cost:
+def dense_prefill(tokens: int, shape: Shape) -> KernelCost:
     row = (2 * shape.query_heads + 2 * shape.key_heads) * shape.dim * shape.size
-    return Cost(2 * tokens * tokens * shape.query_heads * shape.dim, tokens * row)
+    return KernelCost(2 * tokens * tokens * shape.query_heads * shape.dim, tokens * row)
 
 
-def dense_gradients(tokens: int, shape: Shape) -> Cost:
+def dense_gradients(tokens: int, shape: Shape) -> KernelCost:
     """Five products, where the forward pass has two."""
     return dense_prefill(tokens, shape).times(5 / 2)
 
 
-def dense_decode(tokens: int, shape: Shape) -> Cost:
-    return Cost(4 * shape.query_heads * tokens * shape.dim, shape.key_heads * tokens * 2 * shape.dim * shape.size)
-
-
-def prompt_once(tokens: int, shape: Shape, queries: int, keys: int) -> Cost:
-    """Bytes of as many tensors like q and like K of a prompt, each moved once."""
-    return Cost(0, tokens * (queries * shape.query_heads + keys * shape.key_heads) * shape.dim * shape.size)
+def dense_decode(tokens: int, shape: Shape) -> KernelCost:
+    return KernelCost(4 * shape.query_heads * tokens * shape.dim, shape.key_heads * tokens * 2 * shape.dim * shape.size)

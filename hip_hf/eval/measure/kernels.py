@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hip_hf.backends.triton import trust
 from hip_hf.eval.reporting.resumable import Resumable
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def why_not() -> str:
@@ -31,22 +31,22 @@ def why_not() -> str:
     return ""
 
 
-def launches(targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[str], only: str) -> list[tuple[Any, ...]]:
+def all_launches(targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[str], only: str) -> list[tuple[Any, ...]]:
     """Launch, target, head dim and dtype of everything to compile: the kernels that have `only` in their name."""
     from hip_hf.backends.triton.compile import catalogue
 
     return [
-        (launch, target, dim, DTYPES[kind])
+        (launch, target, dim, COMPILED_DTYPES[kind])
         for target in targets
         for dim in dims
         for kind in dtypes
-        for launch in catalogue.launches_of(dim, DTYPES[kind], target)
+        for launch in catalogue.launches_of(dim, COMPILED_DTYPES[kind], target)
         if only in launch.name
     ]
 
 
 def measure(
-    work: Iterable[tuple[Any, ...]], before: dict[tuple[Any, ...], dict[str, Any]], spills: int, kept: Resumable
+    work: Sequence[tuple[Any, ...]], before: dict[tuple[Any, ...], dict[str, Any]], spills: int, kept: Resumable
 ) -> list[dict[str, Any]]:
     """A row for each of the launches in `work`: from `kept`, from `before` (see `compiled_before`), or compiled now."""
 
@@ -55,27 +55,20 @@ def measure(
     columns = {field.name for field in fields(budget.Spent)}
     # others were told less of themselves, or were allowed more
     before = {key: row for key, row in before.items() if row.keys() == columns and row["spilled"] <= spills}
+    kept.expect("compiling", len(work))
     rows = []
     for launch, target, dim, dtype in work:
         # what was compiled before counts only while code and launch configuration are the same
         key = (launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
-        rows.append(kept.get(key, partial(known_or_compiled, before.get(key), launch, target, dim, dtype, spills)))
+        spend = partial(budget.spend, launch, target, dim, dtype, spills)
+        rows.append(kept.get(key, partial(before.get, key) if key in before else spend))
     return rows
 
 
-def known_or_compiled(known: dict[str, Any] | None, *what: Any) -> dict[str, Any]:
-    """The row of a launch. `what`: what `budget.spend` is given."""
-    from hip_hf.backends.triton.compile import budget
-
-    return known or asdict(budget.spend(*what))
-
-
 def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Rows without a problem in an earlier `output` of this command with the same Triton, by what they were compiled from.
-
-    Raises:
-        ValueError: the file is there, and this command has not written it.
-    """
+    """Rows without a problem in an earlier `output` of this command with the same Triton, by what
+    they were compiled from. Raises ValueError if the file is there, and this command has not
+    written it."""
     if output is None or not output.exists():
         return {}
     names = ("kernel", "target", "dim", "dtype", "code", "launch")
@@ -88,15 +81,11 @@ def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], 
         raise ValueError(f"--output: got {str(output)!r}, which is no result of this command, allowed: {allowed}") from None
 
 
-def _grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each kernel and target the most that it spends, over head dims and dtypes; shared memory in KB."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["kernel"], row["target"]), []).append(row)
-    return found
-
-
-def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each kernel and target the most that it spends, over head dims and dtypes; shared memory in KB."""
     return [
         dict(
             kernel=kernel,
@@ -108,5 +97,5 @@ def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             path=" | ".join(dict.fromkeys(row["path"] for row in some if row["path"])),
             problem="; ".join(dict.fromkeys(row["problem"] for row in some if row["problem"])),
         )
-        for (kernel, target), some in _grouped(rows).items()
+        for (kernel, target), some in found.items()
     ]

@@ -12,9 +12,9 @@ from hip_hf.integration.api import configure
 from hip_hf.integration.hip_cache import HiPCache
 
 # Rows whose logits are computed at once: with a vocabulary of 50,000 they take 100 MB, and those of 8K rows 1.6 GB.
-ROWS = 512
+LOGITS_ROWS = 512
 # How many tokens show whether a model's logits are made as `logits_of` makes them, and how exactly.
-PROBE, TOLERANCE = 8, 1e-2
+LOGITS_PROBE, TOLERANCE = 8, 1e-2
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def hidden_of(model: Any, ids: Sequence[int]) -> torch.Tensor:
 @torch.no_grad()
 def check_logits(model: Any, ids: Sequence[int]) -> None:
     """Raise ValueError for a model whose logits are made in another way than `logits_of` knows."""
-    some = ids[:PROBE]
+    some = ids[:LOGITS_PROBE]
     got = logits_of(model, hidden_of(model, some))
     want = model(torch.tensor([some], device=model.device), use_cache=False).logits[0].float()
     if not torch.allclose(got, want, atol=TOLERANCE * float(want.abs().max())):
@@ -51,7 +51,8 @@ def losses_of(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tenso
 def compare(model: Any, hidden: torch.Tensor, targets: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """As `losses_of`, of the tokens that come after these hidden states."""
     loss, right = [], []
-    for some, target in zip(hidden.split(ROWS), torch.tensor(targets, device=model.device).split(ROWS), strict=True):
+    wanted = torch.tensor(targets, device=model.device)
+    for some, target in zip(hidden.split(LOGITS_ROWS), wanted.split(LOGITS_ROWS), strict=True):
         logits = logits_of(model, some)
         loss.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").double().cpu())
         right.append((logits.argmax(1) == target).cpu())
@@ -73,7 +74,12 @@ class StepLosses:
         """As `losses_of`; the first `document` tokens are read at once."""
         self.model.set_attn_implementation("hip")
         wanted = (list(ids[:document]), config.extend, config.backend)  # un-rotated keys serve no other settings
-        if self.read != wanted or not self._back_to(document):
+        try:
+            if again := self.read == wanted and self.cache is not None:
+                self.cache.crop(document - self.cache.get_seq_length())  # back to its end
+        except RuntimeError:  # a sliding layer has forgotten keys meanwhile
+            again = False
+        if not again:
             self.read = ()
             configure(self.model, HiPConfig(method="dense", extend=config.extend, backend=config.backend))
             self.cache = HiPCache(config=self.model.config)
@@ -82,15 +88,6 @@ class StepLosses:
         configure(self.model, config)
         steps = [self._ahead([token]) for token in ids[document:]]
         return compare(self.model, torch.cat([self.hidden, *steps])[:-1], ids[1:])
-
-    def _back_to(self, document: int) -> bool:
-        """Take back what came after the document; False where that cannot be: a sliding layer has forgotten keys meanwhile."""
-        assert self.cache is not None
-        try:
-            self.cache.crop(document - self.cache.get_seq_length())
-        except RuntimeError:
-            return False
-        return True
 
     def _ahead(self, ids: Sequence[int]) -> torch.Tensor:
         tokens = torch.tensor([list(ids)], device=self.model.device)

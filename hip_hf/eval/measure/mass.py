@@ -17,7 +17,7 @@ import torch
 from hip_hf.attention import attend, dense_reason
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import DENSE
-from hip_hf.eval.measure.costs import Cost, call_cost
+from hip_hf.eval.measure.costs import AttentionCost, call_cost
 from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, query_blocks
 from hip_hf.methods.ranking import squash
 from hip_hf.problem import AttentionProblem
@@ -64,7 +64,9 @@ def chosen(problem: AttentionProblem, mask: BlockMask, head: int, at: int) -> to
     return indices[:, :count].long().expand(problem.groups, -1)
 
 
-def captured(problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]], masks: Sequence[BlockMask]) -> torch.Tensor:
+def captured_mass(
+    problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]], masks: Sequence[BlockMask]
+) -> torch.Tensor:
     """Mass that each mask keeps, averaged over the rows of each block: `[masks, Hq, blocks]`. Memory is that of one block."""
     groups = problem.groups
     mass = torch.zeros(len(masks), problem.q.shape[1], len(blocks), dtype=torch.float64)
@@ -114,25 +116,7 @@ class MeasuredMass:
     error: float
     norm: float
     overlap: float | None  # None: the method chooses no blocks
-    cost: Cost
-
-    def save(self) -> dict[str, Any]:
-        """The same as JSON can hold it; `read` gives it back."""
-        tensors = {name: getattr(self, name).tolist() for name in ("mass", "oracle", "rows")}
-        plain = {name: getattr(self, name) for name in ("error", "norm", "overlap")}
-        return {**tensors, **plain, "cost": vars(self.cost)}
-
-    @classmethod
-    def read(cls, saved: dict[str, Any]) -> MeasuredMass:
-        """What `save` made."""
-        mass, oracle = (torch.tensor(saved[name], dtype=torch.float64) for name in ("mass", "oracle"))
-        made = {"mass": mass, "oracle": oracle, "rows": torch.tensor(saved["rows"]), "cost": Cost(**saved["cost"])}
-        return cls(**{**saved, **made})
-
-
-def same_choice(config: HiPConfig) -> HiPConfig:
-    """The oracle that chooses as many of the same blocks."""
-    return HiPConfig.from_dict({"method": "oracle", **SPARSE, **{name: getattr(config, name) for name in GEOMETRY}})
+    cost: AttentionCost
 
 
 def unsearched(problem: AttentionProblem, configs: Iterable[HiPConfig], layer: int | None) -> str:
@@ -148,25 +132,24 @@ def unsearched(problem: AttentionProblem, configs: Iterable[HiPConfig], layer: i
 
 
 def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int | None = None) -> list[MeasuredMass]:
-    """What each setting captures of one layer's attention.
-
-    Raises:
-        ValueError: a setting has nothing to search here (`unsearched` says so beforehand).
-    """
+    """What each setting captures of one layer's attention. Raises ValueError if a setting has
+    nothing to search here (`unsearched` says so beforehand)."""
     dense = attend(problem, DENSE).out
     configs = [config.for_layer(layer) for config in configs]
     by_geometry: dict[tuple[Any, ...], list[int]] = {}
     for i, config in enumerate(configs):
         by_geometry.setdefault(tuple(getattr(config, name) for name in GEOMETRY), []).append(i)
     measured: dict[int, MeasuredMass] = {}
-    for members in by_geometry.values():
+    for geometry, members in by_geometry.items():
+        # the oracle takes as many of the same blocks
+        choice = {"method": "oracle", **SPARSE, **dict(zip(GEOMETRY, geometry, strict=True))}
         blocks = searched_blocks(problem, configs[members[0]])
         results = [attend(problem, configs[i], layer, need_mask=True) for i in members]
-        best = attend(problem, same_choice(configs[members[0]]), need_mask=True).mask
+        best = attend(problem, HiPConfig.from_dict(choice), need_mask=True).mask
         if not blocks or best is None or any(result.path != "sparse" for result in results):
             raise ValueError(f"settings: layer {layer} has nothing to search ({unsearched(problem, configs, layer)})")
         masks = [best, *(result.mask for result in results if result.mask is not None)]
-        by_mask = iter(captured(problem, blocks, masks))
+        by_mask = iter(captured_mass(problem, blocks, masks))
         oracle = next(by_mask)
         mass = [
             exact_mass(problem, configs[i], blocks) if r.mask is None else next(by_mask)

@@ -1,25 +1,80 @@
-"""What each kind of cache takes, at which lengths.
+"""What each kind of cache takes at which lengths, and the meter of memory that others use, too.
 
-Each figure comes from a process of its own: it fills the cache of a model with random keys, a chunk at a time as chunked
-prefill does, decodes a few tokens, and reads its own memory from the operating system.
+Each figure of a cache comes from a process of its own: it fills the cache of a model with random
+keys, a chunk at a time as chunked prefill does, decodes a few tokens, and reads its own memory from
+the operating system.
 """
 
 from __future__ import annotations
 
 import copy
 import multiprocessing
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from hip_hf.eval.measure.memory_meter import MIB, Meter, memory_mib, summaries_bytes
 from hip_hf.versions import CACHE
 
-KINDS = ("dynamic", "static", "hip", "hip offloaded")
+MIB = 2**20
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CACHE_KINDS = ("dynamic", "static", "hip", "hip offloaded")
 CHUNK, STEPS = 2048, 16
 # What is built of a model has no more than `SMALL` of these.
-LEFT_OUT = ("vocab_size", "intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
+NOT_IN_A_CACHE = ("vocab_size", "intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
 SMALL = 64
+
+
+def memory_mib(field: str) -> float | None:
+    """Memory of this process now (`VmRSS`) or at its peak (`VmHWM`); None where the system does not say.
+
+    Not `ru_maxrss` on Linux: a child inherits its parent's there.
+    """
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) / 1024
+    if field != "VmHWM" or sys.platform != "darwin":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
+
+
+def summaries_bytes(cache: Any) -> int:
+    """What the summaries of a `HiPCache` take."""
+    pyramids = [row.pyramid for layer in cache.paged for row in layer.hip_state.rows.values() if row.pyramid]
+    return sum(pyramid.nbytes for pyramid in pyramids)
+
+
+def cache_mib(cache: Any) -> float:
+    """What a `HiPCache` holds: pages in use, and the summaries beside them."""
+    pages = sum(layer.pool.bytes(layer.pool.used) for layer in cache.paged if layer.pool is not None)
+    return (pages + summaries_bytes(cache)) / MIB
+
+
+class Meter:
+    """What a piece of work takes on top of what was there, in MiB: on the host, and on a GPU if it works there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if _CLEAR.exists():  # Linux, which can forget the peak so far
+            _CLEAR.write_text("5")
+        self.before = memory_mib("VmRSS")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.device_before = torch.cuda.memory_allocated(device)
+
+    def peak_mib(self) -> float | None:
+        """The host's peak on top of `before`; None where the system does not say."""
+        peak = memory_mib("VmHWM")
+        return None if peak is None or self.before is None else peak - self.before
+
+    def device_peak_mib(self) -> float | None:
+        """The GPU's; None without one."""
+        if self.device.type != "cuda":
+            return None
+        return (torch.cuda.max_memory_allocated(self.device) - self.device_before) / MIB
 
 
 def _make_cache(kind: str, config: Any, length: int) -> Any:
@@ -49,15 +104,13 @@ def _device_bytes(cache: Any, resident: int) -> int:
 
 
 def read_config(model: str) -> Any:
-    """The config of a checkpoint's language part, without what has no share in its cache: feed-forward layers and vocabulary.
-
-    Raises:
-        OSError or ValueError: there is no such checkpoint, or none with a decoder that Transformers can build.
-    """
+    """The config of a checkpoint's language part, without what has no share in its cache:
+    feed-forward layers and vocabulary. Raises OSError or ValueError if there is no such checkpoint,
+    or none with a decoder that Transformers can build."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
-    for name in LEFT_OUT:
+    for name in NOT_IN_A_CACHE:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, SMALL)
     config.pad_token_id = None  # it may lie outside the small vocabulary
@@ -67,11 +120,8 @@ def read_config(model: str) -> Any:
 
 
 def shapes_of(net: Any) -> list[tuple[torch.Size, torch.Size]]:
-    """Keys and values `[1, Hkv, 1, D]` that each layer gives its cache for one token: families name their sizes differently.
-
-    Raises:
-        ValueError: not every layer keeps keys and values.
-    """
+    """Keys and values `[1, Hkv, 1, D]` that each layer gives its cache for one token: families name
+    their sizes differently. Raises ValueError if not every layer keeps keys and values."""
     from transformers import DynamicCache
     from transformers.cache_utils import CacheLayerMixin
 
@@ -126,7 +176,7 @@ def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
     }
 
 
-def in_own_process(kind: str, config: Any, length: int) -> dict[str, Any]:
+def measure_alone(kind: str, config: Any, length: int) -> dict[str, Any]:
     """`measure` in a process that has done nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as fresh:
         return fresh.apply(measure, (kind, config, length))

@@ -11,8 +11,8 @@ import math
 import random
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ from hip_hf.eval.measure.costs import prompt_cost
 from hip_hf.eval.measure.documents import DOCUMENT, Fact, hide, question
 from hip_hf.eval.measure.losses import StepLosses, check_logits, losses_of
 from hip_hf.eval.measure.passkey import draw_facts, path_of, use, wilson
-from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.integration.explain import explain
 
 NOVEL, CODE = "novel", "code"
@@ -55,12 +55,9 @@ class NeedlesPrompt:
 def make_prompt(tokenizer: Any, text: list[int], length: int, facts: int, rng: random.Random) -> NeedlesPrompt:
     """A prompt of exactly `length` tokens from the beginning of `text` (token ids).
 
-    A fact lies at a random place in each equal part of the document, the first `FREE` of it left out. They are asked for in
-    another, random order.
-
-    Raises:
-        ValueError: `text` is too short, or notes and questions alone are longer than `length`.
-    """
+    A fact lies at a random place in each equal part of the document, the first `FREE` of it left
+    out. They are asked for in another, random order. Raises ValueError if `text` is too short, or
+    notes and questions alone are longer than `length`."""
     encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
     hidden = draw_facts(rng, [FREE + (1 - FREE) * (part + rng.random()) / facts for part in range(facts)])
     end: list[int] = []
@@ -114,7 +111,7 @@ class NeedlesCounts:
         }
 
 
-def verdicts(right: torch.Tensor, answers: Sequence[NeedlesAnswer]) -> list[list[bool]]:
+def right_tokens(right: torch.Tensor, answers: Sequence[NeedlesAnswer]) -> list[list[bool]]:
     """Whether each digit token of each answer is the likeliest. `right`: `[tokens - 1]`, of every token but the first."""
     return [[bool(right[at - 1]) for at in answer.positions] for answer in answers]
 
@@ -125,7 +122,7 @@ def ask(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses 
     token."""
     sparse = use(model, config)
     loss, right = losses_of(model, prompt.ids) if steps is None else steps.losses_of(prompt.ids, prompt.document, config)
-    said = verdicts(right, prompt.answers)
+    said = right_tokens(right, prompt.answers)
     layers = explain(model) if sparse or steps is not None else []
     shares = [layer.share for layer in layers if layer.share is not None]
     document = loss[: prompt.document - 1]
@@ -147,11 +144,6 @@ def ask(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses 
     )
 
 
-def count(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None) -> dict[str, Any]:
-    """`ask`, as JSON can hold it."""
-    return asdict(ask(model, prompt, config, steps))
-
-
 @dataclass(frozen=True)
 class NeedlesPlan:
     """What to ask: `prompts` documents of each kind and length, with `facts` facts each, the same whatever the settings.
@@ -168,9 +160,6 @@ class NeedlesPlan:
     def dense(self) -> str | None:
         """The name of the setting that the others are compared with: dense attention, if it is among them."""
         return next((name for name, config in self.configs.items() if config.method == "dense"), None)
-
-    def pieces(self, documents: int) -> int:
-        return len(self.configs) * len(self.lengths) * self.prompts * documents
 
     def window(self, text: list[int], length: int, number: int, rng: random.Random) -> list[int]:
         """The tokens of a prompt's document: a random part of its own share of the text; where a share is too short, windows
@@ -192,37 +181,31 @@ class NeedlesPlan:
 
 def against(row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]:
     """What a row is beside that of dense attention: None without one."""
-    apart = lambda name: None if dense is None else row[name] - dense[name]  # noqa: E731
-    return {
-        "digits_minus_dense": apart("digits"),
-        "nll_minus_dense": apart("nll"),
-        "perplexity_over_dense": None if dense is None else row["perplexity"] / dense["perplexity"],
-    }
+    apart = {f"{name}_minus_dense": dense and row[name] - dense[name] for name in ("digits", "nll")}
+    return {**apart, "perplexity_over_dense": dense and row["perplexity"] / dense["perplexity"]}
 
 
-def flops(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
+def flops_columns(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
     """What a prompt costs a sparse layer in FLOPs: selection over attention, and both over dense attention. None where no layer
     is sparse by its `path`, or a method does not tell."""
     cost = prompt_cost(config, length) if "sparse" in path else None
-    return {
-        "selection_over_attention": cost and cost.selection / cost.attention,
-        "flops_over_dense": cost and cost.share,
-    }
+    selection = cost and cost.selection / cost.attention
+    return {"selection_over_attention": selection, "flops_over_dense": cost and cost.share}
 
 
 def measure(
-    model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: NeedlesPlan, kept: Resumable,
-    advance: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of the report, of what `kept` has not yet: for each length and document (`texts` `{name: token ids}`) one for
-    each of the settings. Prompt goes by prompt, with all settings one after the other, so that they meet the same machine.
-
-    `advance` is called after each prompt and setting.
-
-    Raises:
-        ValueError: a length does not fit a text, or the model's logits are not known to be computed rightly.
-    """
+    model: Any,
+    tokenizer: Any,
+    texts: dict[str, list[int]],
+    plan: NeedlesPlan,
+    kept: Resumable,
+) -> Rows:
+    """The rows of the report, of what `kept` has not yet: for each length and document (`texts`
+    `{name: token ids}`) one for each of the settings. Prompt goes by prompt, with all settings one
+    after the other, so that they meet the same machine. Raises ValueError if a length does not fit
+    a text, or the model's logits are not known to be computed rightly."""
     check_logits(model, next(iter(texts.values())))
+    kept.expect("prompts", len(plan.configs) * len(plan.lengths) * plan.prompts * len(texts))
     rows, steps = [], StepLosses(model) if plan.decode else None
     for length, (document, text) in product(plan.lengths, texts.items()):
         found = {name: NeedlesCounts() for name in plan.configs}
@@ -230,34 +213,31 @@ def measure(
             prompt = plan.prompt(tokenizer, text, length, number)
             for name, config in plan.configs.items():
                 key = ("needles", config.to_dict(), length, document, number)
-                found[name] += NeedlesCounts(**kept.get(key, partial(count, model, prompt, config, steps)))
-                advance()
+                found[name] += NeedlesCounts(**kept.get(key, partial(ask, model, prompt, config, steps)))
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
         for name, row in own.items():
-            cost = {} if plan.decode else flops(plan.configs[name], length, row["path"])
+            cost = {} if plan.decode else flops_columns(plan.configs[name], length, row["path"])
             rows.append(row | against(row, own[plan.dense] if plan.dense is not None else None) | cost)
     return rows
 
 
-def code() -> str:
+def standard_library() -> str:
     """The source text of the standard library's modules that are single files, in the order of their names."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return "\n".join(file.read_text(encoding="utf-8") for file in files if file.stem in sys.stdlib_module_names)
 
 
 def read_documents(kinds: str) -> dict[str, str]:
-    """The texts of a comma list of `novel`, `code` and text files: `{name: text}`.
-
-    Raises:
-        ValueError: one is neither, cannot be read or has the name of another.
-    """
+    """The texts of a comma list of `novel`, `code` and text files: `{name: text}`. Raises
+    ValueError if one is neither, cannot be read or has the name of another."""
     texts: dict[str, str] = {}
     for kind in (part.strip() for part in kinds.split(",")):
         name = kind if kind in (NOVEL, CODE) else Path(kind).name
         if name in texts:
             raise ValueError(f"--documents: got {name!r} twice, allowed: each name once")
         try:
-            texts[name] = code() if kind == CODE else (DOCUMENT if kind == NOVEL else Path(kind)).read_text(encoding="utf-8")
+            file = DOCUMENT if kind == NOVEL else Path(kind)
+            texts[name] = standard_library() if kind == CODE else file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--documents: got {kind!r} ({error}), allowed: {NOVEL}, {CODE} or a text file") from None
     return texts

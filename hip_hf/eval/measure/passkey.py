@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from statistics import NormalDist, fmean
 from typing import Any
 
 import torch
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.documents import DIGITS, NAMES, Fact, answer_of, make_prompt
-from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, Fact, answer_of, draw_digits, make_prompt
+from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.integration.api import configure
 from hip_hf.integration.explain import Row, explain
 
@@ -25,8 +24,8 @@ ANSWER_TOKENS = DIGITS + 1
 
 def draw_facts(rng: random.Random, depths: list[float]) -> list[Fact]:
     """A fact with its own name and key for each depth."""
-    keys = ["".join(rng.choices("0123456789", k=DIGITS)) for _ in depths]
-    return [Fact(*fact) for fact in zip(rng.sample(NAMES, len(depths)), keys, depths, strict=True)]
+    keys = [draw_digits(rng) for _ in depths]
+    return [Fact(*fact) for fact in zip(rng.sample(FACT_NAMES, len(depths)), keys, depths, strict=True)]
 
 
 def make_sample(
@@ -54,22 +53,6 @@ def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, flo
     return (centre - spread) / (count + z * z), (centre + spread) / (count + z * z)
 
 
-@dataclass
-class Witness:
-    """A logits processor that changes nothing: it asks `explain` what the attention did, in prefill and in decode."""
-
-    model: Any
-    prefill: list[Row] = field(default_factory=list)
-    decode: list[Row] = field(default_factory=list)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not self.prefill:
-            self.prefill = explain(self.model)
-        else:
-            self.decode = explain(self.model)
-        return scores
-
-
 def path_of(rows: list[Row]) -> str:
     """`sparse`, `dense`, or how many layers went which way and why."""
     kinds = [row.path if row.path == "sparse" else f"{row.path} ({row.reason})" for row in rows]
@@ -87,18 +70,13 @@ class PasskeyCounts:
     prefill: list[Row] = field(default_factory=list)
     decode: list[Row] = field(default_factory=list)
 
-    def add(self, answer: str, key: str) -> None:
-        self.samples += 1
-        self.exact += answer == key
-        self.digits += digits_right(answer, key)
-
     def __add__(self, other: PasskeyCounts) -> PasskeyCounts:
-        counts = (self.samples + other.samples, self.exact + other.exact, self.digits + other.digits)
-        return PasskeyCounts(*counts, self.prefill + other.prefill, self.decode + other.decode)
+        names = self.__dataclass_fields__
+        return PasskeyCounts(*(getattr(self, name) + getattr(other, name) for name in names))
 
     @classmethod
     def read(cls, saved: dict[str, Any]) -> PasskeyCounts:
-        """The cell that `asdict` made this from."""
+        """The counts as they were kept."""
         rows = {phase: [Row(**row) for row in saved[phase]] for phase in ("prefill", "decode")}
         return cls(**{**saved, **rows})
 
@@ -137,7 +115,12 @@ def use(model: Any, config: HiPConfig) -> bool:
 def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse: bool) -> PasskeyCounts:
     """Generate the answers of a batch of prompts of one length, greedily, and count what is right."""
     ids = torch.tensor([prompt for prompt, _ in samples], device=model.device)
-    witness = Witness(model)
+    told: list[list[Row]] = []  # by `explain`, in prefill and in each decode step
+
+    def witness(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        told.append(explain(model))
+        return scores
+
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = model.generate(
         ids,
@@ -147,15 +130,11 @@ def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse
         pad_token_id=pad,
         logits_processor=[witness] if sparse else [],
     )
-    cell = PasskeyCounts(prefill=list(witness.prefill), decode=list(witness.decode))
-    for tokens, (_, key) in zip(out[:, ids.shape[1] :], samples, strict=True):
-        cell.add(answer_of(tokenizer, tokens)[:DIGITS], key)
-    return cell
-
-
-def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while batch := list(islice(items, size)):
-        yield batch
+    answers = [answer_of(tokenizer, tokens)[:DIGITS] for tokens in out[:, ids.shape[1] :]]
+    keys = [key for _, key in samples]
+    exact, digits = (sum(map(same, answers, keys)) for same in (str.__eq__, digits_right))
+    prefill, decode = told[0] if told else [], told[-1] if told[1:] else []
+    return PasskeyCounts(len(keys), exact, digits, prefill, decode)
 
 
 @dataclass(frozen=True)
@@ -175,39 +154,31 @@ class PasskeyPlan:
         """Evenly spaced depths."""
         return [i / (self.depths - 1) for i in range(self.depths)] if self.depths > 1 else [0.5]
 
-    @property
-    def pieces(self) -> int:
-        return len(self.configs) * len(self.lengths) * self.depths
-
     def prompts(self, tokenizer: Any, text: list[int], length: int, place: float) -> list[tuple[list[int], str]]:
         """Prompts and keys of one length and depth. Raises ValueError for a length that does not fit the text."""
         draws = [random.Random(f"{self.seed} {length} {place:.6f} {i}") for i in range(self.samples)]
         return [make_sample(tokenizer, text, length, place, self.facts, rng) for rng in draws]
 
 
-def measure(
-    model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable, advance: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
-    """The rows of the report, of what `kept` has not yet; `advance` is called after each setting, length and depth.
-
-    Raises:
-        ValueError: a length does not fit the text.
-    """
+def measure(model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable) -> Rows:
+    """The rows of the report, of what `kept` has not yet. Raises ValueError if a length does not
+    fit the text."""
+    kept.expect("pass keys", len(plan.configs) * len(plan.lengths) * plan.depths)
     rows = []
     for name, config in plan.configs.items():
         sparse = use(model, config)
         for length in plan.lengths:
 
-            def count(place: float, length: int = length, sparse: bool = sparse) -> dict[str, Any]:
-                prompts = plan.prompts(tokenizer, text, length, place)
-                answers = [ask(model, tokenizer, some, sparse) for some in batches(iter(prompts), plan.batch)]
-                return asdict(sum(answers, PasskeyCounts()))
+            def count(place: float, length: int = length, sparse: bool = sparse) -> PasskeyCounts:
+                prompts, found = plan.prompts(tokenizer, text, length, place), PasskeyCounts()
+                for first in range(0, len(prompts), plan.batch):
+                    found += ask(model, tokenizer, prompts[first : first + plan.batch], sparse)
+                return found
 
             counted = {}
             for place in plan.places:
                 key = ("passkey", config.to_dict(), length, place)
                 counted[place] = PasskeyCounts.read(kept.get(key, partial(count, place)))
-                advance()
             rows.append(sum(counted.values(), PasskeyCounts()).row(name, length, None))
             rows += [cell.row(name, length, place) for place, cell in counted.items()]
     return rows

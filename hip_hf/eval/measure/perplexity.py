@@ -7,7 +7,7 @@ one chunk and the length is limited by patience alone. Every token but the first
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist, fmean, stdev
@@ -17,7 +17,7 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.passkey import path_of, use
-from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.integration.explain import explain
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.versions import CACHE
@@ -29,11 +29,8 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class PerplexityPlan:
-    """What to read: `texts` windows of `tokens` tokens, evenly spread over the document, `chunk` tokens at a time.
-
-    Raises:
-        ValueError: `tokens` or `chunk` is no multiple of `BLOCK`.
-    """
+    """What to read: `texts` windows of `tokens` tokens, evenly spread over the document, `chunk`
+    tokens at a time. Raises ValueError if `tokens` or `chunk` is no multiple of `BLOCK`."""
 
     configs: dict[str, HiPConfig]
     tokens: int
@@ -76,7 +73,7 @@ def losses(model: Any, text: Sequence[int], chunk: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def read_text(model: Any, text: Sequence[int], chunk: int, sparse: bool) -> dict[str, Any]:
+def read_losses(model: Any, text: Sequence[int], chunk: int, sparse: bool) -> dict[str, Any]:
     """Sums of the losses of each block of `BLOCK` tokens (the first has one token less), and what attention did at the end."""
     loss = losses(model, text, chunk)
     padded = torch.cat([torch.zeros(1, dtype=loss.dtype), loss])
@@ -93,9 +90,7 @@ def interval(values: Sequence[float]) -> float | None:
     return NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * stdev(values) / math.sqrt(len(values))
 
 
-def make_row(
-    settings: str, start: int, end: int, last: int, found: list[dict[str, Any]], first: list[dict[str, Any]]
-) -> dict[str, Any]:
+def range_row(settings: str, start: int, end: int, last: int, found: Rows, first: Rows) -> dict[str, Any]:
     """The row of a range of positions. `first`: what was found with the first of the settings, on the same texts."""
     blocks = range(start // BLOCK, end // BLOCK)
     counts = [BLOCK - (block == 0) for block in blocks]
@@ -122,21 +117,19 @@ def make_row(
     }
 
 
-def measure(
-    model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable, advance: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
-    """The rows of the report: for each of the settings all positions, then each range of them. `advance` is called after
-    each text and setting. `read`, the share of keys read, is that of the last chunk."""
+def measure(model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable) -> Rows:
+    """The rows of the report: for each of the settings all positions, then each range of them.
+    `read`, the share of keys read, is that of the last chunk."""
+    kept.expect("texts", len(plan.configs) * plan.texts)
     rows = []
-    first: list[dict[str, Any]] = []
+    first: Rows = []
     for name, config in plan.configs.items():
         sparse = use(model, config)
         found = []
         for number in range(plan.texts):
-            work = partial(read_text, model, plan.text(ids, number), plan.chunk, sparse)
+            work = partial(read_losses, model, plan.text(ids, number), plan.chunk, sparse)
             found.append(kept.get(("perplexity", config.to_dict(), plan.tokens, number), work))
-            advance()
         first = first or found
         ranges = [(0, plan.tokens), *zip([0, *plan.edges[:-1]], plan.edges, strict=True)]
-        rows += [make_row(name, start, end, plan.tokens, found, first) for start, end in dict.fromkeys(ranges)]
+        rows += [range_row(name, start, end, plan.tokens, found, first) for start, end in dict.fromkeys(ranges)]
     return rows

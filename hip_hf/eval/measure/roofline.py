@@ -20,8 +20,8 @@ import torch
 from hip_hf.backends.triton.hyper import rows_of_square
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import kernel_costs as costs
-from hip_hf.eval.measure.kernel_costs import GPUS, PROCESSORS, TARGETS, Cost, Shape, gpu_of
-from hip_hf.eval.measure.timing import refresh_period
+from hip_hf.eval.measure.kernel_costs import GPU_PROCESSORS, GPU_TARGETS, GPUS, KernelCost, Shape, gpu_of
+from hip_hf.eval.measure.latency import refresh_period
 from hip_hf.methods import hyper
 
 LENGTHS = (8192, 32768, 131072, 1 << 20)
@@ -39,7 +39,7 @@ CALLS = {
     "backward: dense": ("backward", "sdpa_ms"),
 }
 NOTHING: Mapping[tuple[str, int], float] = {}
-Row = dict[str, float | int | str | None]
+TableRow = dict[str, float | int | str | None]
 # What the profile of `gpu_run` calls that whose kernels are rows of the table.
 PROFILED = {"prompt": "prefill", "gradients": "backward", "decode": "decode", "hyper": "hyper", "delta": "delta"}
 # Rows between the dense ones where Delta correction is timed: the paper's.
@@ -54,22 +54,22 @@ TENSORS = {
 }  # fmt: skip
 
 
-def hashing(tokens: int, options: hyper.Options, shape: Shape) -> Cost:
+def hashing(tokens: int, options: hyper.Options, shape: Shape) -> KernelCost:
     """HyperAttention's hashes of queries, by query head, and of keys, by key head, where there is a square."""
     if tokens <= options.min_seq_len:
         return costs.NO_COST
     vectors = tokens * (shape.query_heads + shape.key_heads)
-    return Cost(2 * vectors * shape.dim * options.lsh_num_projs, vectors * (shape.dim * shape.size + torch.int32.itemsize))
+    return KernelCost(2 * vectors * shape.dim * options.lsh_num_projs, vectors * (shape.dim * shape.size + torch.int32.itemsize))
 
 
-def leaves(tokens: int, options: hyper.Options, shape: Shape) -> Cost:
+def leaves(tokens: int, options: hyper.Options, shape: Shape) -> KernelCost:
     """HyperAttention's exact parts: short prompts, side by side, whose results are in fp32."""
     pairs = sum((leaf.end - leaf.first) ** 2 / 2 for leaf in hyper.split(0, tokens, options.min_seq_len)[0])
     gather = pairs / costs.DENSE_BLOCK * shape.gathered("prefill", costs.DENSE_BLOCK, shape.key_heads, 1)
-    return Cost(4 * pairs * shape.query_heads * shape.dim, gather + tokens * (shape.row + shape.result))
+    return KernelCost(4 * pairs * shape.query_heads * shape.dim, gather + tokens * (shape.row + shape.result))
 
 
-def squares(tokens: int, options: hyper.Options, shape: Shape) -> Cost:
+def squares(tokens: int, options: hyper.Options, shape: Shape) -> KernelCost:
     """HyperAttention's squares: each block of rows with its own block of keys and a sample. Rows go on from what they have."""
     found, cpu = costs.NO_COST, torch.device("cpu")
     for square in (square for level in hyper.split(0, tokens, options.min_seq_len)[1] for square in level):
@@ -77,14 +77,14 @@ def squares(tokens: int, options: hyper.Options, shape: Shape) -> Cost:
         keys, rows = own.size + own.samples, rows_of_square(shape.tile("hyper squares"), own.rows)
         gather = len(own.starts) * ceil(own.rows / rows) * shape.query_heads * keys * 2 * shape.dim * shape.size
         moved = gather + square.rows * (shape.row + 2 * shape.result)
-        found += Cost(4 * square.rows * keys * shape.query_heads * shape.dim, moved)
+        found += KernelCost(4 * square.rows * keys * shape.query_heads * shape.dim, moved)
     return found
 
 
-def hyper_kernels(tokens: int, config: HiPConfig, options: hyper.Options, shape: Shape) -> dict[str, Cost]:
+def hyper_kernels(tokens: int, config: HiPConfig, options: hyper.Options, shape: Shape) -> dict[str, KernelCost]:
     """HyperAttention of a prompt, by kernel; its last rows are computed once more, densely."""
     dense, splits = costs.tail(tokens, config), costs.tail_splits(tokens, config, shape)
-    last = costs.dense_keys("prefill", tokens, dense, shape, products=2) + Cost(0, shape.rows_moved(dense, splits))
+    last = costs.dense_keys("prefill", tokens, dense, shape, products=2) + KernelCost(0, shape.rows_moved(dense, splits))
     return {
         "hash_kernel": hashing(tokens, options, shape),
         "attend_kernel": leaves(tokens, options, shape) + last,
@@ -93,27 +93,27 @@ def hyper_kernels(tokens: int, config: HiPConfig, options: hyper.Options, shape:
     }
 
 
-def anchors(tokens: int, gamma: int, shape: Shape) -> Cost:
+def anchor_rows(tokens: int, gamma: int, shape: Shape) -> KernelCost:
     """Delta correction's dense rows, one in `gamma`, whose results are in fp32."""
     pairs, rows = tokens * tokens / (2 * gamma), shape.rows("prefill", shape.tile("prefill").rows, shape.key_heads)
     gather = pairs / rows * shape.key_heads * 2 * shape.dim * shape.size
-    return Cost(4 * pairs * shape.query_heads * shape.dim, gather + tokens / gamma * (shape.row + shape.result))
+    return KernelCost(4 * pairs * shape.query_heads * shape.dim, gather + tokens / gamma * (shape.row + shape.result))
 
 
-def spreading(tokens: int, shape: Shape) -> Cost:
+def spreading(tokens: int, shape: Shape) -> KernelCost:
     """The differences of Delta's anchors, brought to their rows: output and log-sum-exp read and written."""
-    return Cost(0, 2 * tokens * (shape.row + shape.query_heads * costs.WIDE))
+    return KernelCost(0, 2 * tokens * (shape.row + shape.query_heads * costs.FP32_BYTES))
 
 
-def delta_kernels(tokens: int, config: HiPConfig, gamma: int, shape: Shape) -> dict[str, Cost]:
+def delta_kernels(tokens: int, config: HiPConfig, gamma: int, shape: Shape) -> dict[str, KernelCost]:
     """A prompt under Delta correction by steps, whose last `gamma` rows at least are dense: the kernels of other prompts, its
     anchors, and what these bring."""
     found = costs.prompt_kernels(tokens, replace(config, dense_tail=max(config.dense_tail, gamma)), shape)
-    attend = found["attend_kernel"] + anchors(tokens, gamma, shape)
+    attend = found["attend_kernel"] + anchor_rows(tokens, gamma, shape)
     return found | {"attend_kernel": attend, "spread_kernel": spreading(tokens, shape)}
 
 
-def calls(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, list[Cost]]:
+def calls(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, list[KernelCost]]:
     """What is called: selection and attention of a prompt, its gradients, decode steps; and PyTorch's dense attention. Of each
     its kernels, one after the other."""
     call = (tokens, config, shape)
@@ -131,7 +131,7 @@ def calls(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, list[Cost]]
 
 def kernels(
     tokens: int, config: HiPConfig, shape: Shape, options: hyper.Options | None = None, gamma: int = GAMMA
-) -> dict[str, list[Cost]]:
+) -> dict[str, list[KernelCost]]:
     """The kernels of each kind of call, a decode step's as its share of the steps that one selection serves. `options`:
     HyperAttention's, if not the paper's."""
     call = (tokens, config, shape)
@@ -151,13 +151,13 @@ def rows(
     shape: Shape,
     gpu: str = "H200",
     measured: Mapping[tuple[str, int], float] = NOTHING,
-) -> list[Row]:
+) -> list[TableRow]:
     """One row per call or kernel, and length: TFLOP, GB, and milliseconds on `gpu`.
 
     `floor`: products, or every tensor moved once, and in decode each key and summary by one program; `model`: products, or all
     gathers from memory. `measured`: milliseconds by name and length.
     """
-    alone, found = replace(shape, processors=1), list[Row]()
+    alone, found = replace(shape, processors=1), list[TableRow]()
     by_length = {tokens: calls(tokens, config, shape) | kernels(tokens, config, shape) for tokens in lengths}
     unshared = {tokens: calls(tokens, config, alone) | kernels(tokens, config, alone) for tokens in lengths}
     for name in by_length[lengths[0]]:
@@ -166,20 +166,19 @@ def rows(
             cost, model = sum(parts, costs.NO_COST), sum(part.milliseconds(gpu) for part in parts)
             least = sum(unshared[tokens][name], costs.NO_COST)
             if name in TENSORS:
-                least = Cost(cost.flops, costs.prompt_once(tokens, shape, *TENSORS[name]).bytes)
-            own: Row = {"step": name, "tokens": tokens, "TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9}
-            times: Row = {"floor": least.milliseconds(gpu), "model": model, "measured": measured.get((name, tokens))}
+                queries, keys = TENSORS[name]
+                moved = tokens * (queries * shape.query_heads + keys * shape.key_heads) * shape.dim * shape.size
+                least = KernelCost(cost.flops, moved)
+            own: TableRow = {"step": name, "tokens": tokens, "TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9}
+            times: TableRow = {"floor": least.milliseconds(gpu), "model": model, "measured": measured.get((name, tokens))}
             found.append({**own, **times})
     return found
 
 
 def measured_in(document: dict[str, Any]) -> tuple[str, dict[tuple[str, int], float]]:
-    """Of a summary of `benchmarks/gpu_run.py`, also of a run that was cut: the GPU, and milliseconds by step and length, of one
-    sequence.
-
-    Raises:
-        ValueError: the GPU is not known, or none has measured anything.
-    """
+    """Of a summary of `benchmarks/gpu_run.py`, also of a run that was cut: the GPU, and
+    milliseconds by step and length, of one sequence. Raises ValueError if the GPU is not known, or
+    none has measured anything."""
     device = next((step["machine"].get("device") for step in document["steps"] if step["machine"]), None)
     gpu = gpu_of(device or "")
     if gpu is None:
@@ -223,7 +222,7 @@ def main() -> None:
     there = given.measured.exists()
     on, measured = measured_in(json.loads(given.measured.read_text(encoding="utf-8"))) if there else ("H200", {})
     gpu = given.gpu or on
-    shape = Shape(key_heads=given.key_heads, target=TARGETS[gpu], processors=PROCESSORS[gpu])
+    shape = Shape(key_heads=given.key_heads, target=GPU_TARGETS[gpu], processors=GPU_PROCESSORS[gpu])
     lengths = tuple(map(int, given.lengths.split(",")))
     found = rows(lengths, HiPConfig.from_dict(given.settings), shape, gpu, measured if gpu == on else {})
     print(json.dumps(found, indent=1) if given.json else table(found, gpu))

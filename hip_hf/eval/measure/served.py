@@ -9,16 +9,17 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 HOST = "127.0.0.1"
 HIP_HF = ("-c", "from hip_hf_cli import main; main()", "serve")  # `hip-hf serve`, whether or not the script is on the path
-START_SECONDS, POLL_SECONDS, STOP_SECONDS = 600, 0.1, 30
+START_SECONDS, START_POLL_SECONDS, STOP_SECONDS = 600, 0.1, 30
 NEW_TOKENS, LONG = 16, 10_000  # of an answer; of one that nobody waits for
 PATIENCE = 3600.0  # seconds between two pieces of an answer: eight long prompts may be read first, one after the other
 LOG_LINES = 30  # of a server that did not start, in the error
@@ -29,59 +30,13 @@ def settings_options(settings: Iterable[str]) -> list[str]:
     return [option for one in settings for option in ("--set", one)]
 
 
+@dataclass(frozen=True)
 class Served:
-    """A server that is up while the context is open.
+    """A server that is up; clients name its model by its checkpoint."""
 
-    Args:
-        model: checkpoint, by which clients name it, too.
-        options: of the command.
-        log: what the server prints goes to this file.
-        command: Python's arguments that run it.
-        environment: of the process; None: as this one's.
-
-    Raises:
-        RuntimeError: it ended, or was not up in ten minutes; with the end of what it printed.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        *options: str,
-        log: Path,
-        command: Sequence[str] = HIP_HF,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        self.model, self.log = model, log
-        self.arguments = [sys.executable, *command, model, "--host", HOST, "--port", "0", *options]
-        self.environment = environment
-
-    def __enter__(self) -> Served:
-        with self.log.open("w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(self.arguments, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
-        end = time.monotonic() + START_SECONDS
-        while (found := re.search(rf"running on (http://{re.escape(HOST)}:\d+)", self.printed())) is None:
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.stop()
-                raise RuntimeError("the server did not start:\n" + "\n".join(self.printed().splitlines()[-LOG_LINES:]))
-            time.sleep(POLL_SECONDS)
-        self.url = found.group(1)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
-
-    def printed(self) -> str:
-        """What the server has printed so far."""
-        return self.log.read_text(encoding="utf-8", errors="replace")
-
-    def stop(self) -> None:
-        """End the process."""
-        self.process.terminate()
-        try:
-            self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    model: str
+    url: str
+    process: subprocess.Popen[bytes]
 
     def client(self, **options: Any) -> Any:
         """OpenAI's own client, which tries nothing twice."""
@@ -94,6 +49,46 @@ class Served:
         import psutil
 
         return psutil.Process(self.process.pid).memory_info().rss / 2**20
+
+
+@contextmanager
+def serving(
+    model: str,
+    *options: str,
+    log: Path,
+    command: Sequence[str] = HIP_HF,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Served]:
+    """A server of a checkpoint that is up while the context is open.
+
+    Args:
+        options: of the command.
+        log: what the server prints goes to this file.
+        command: Python's arguments that run it.
+        environment: of the process; None: as this one's.
+
+    Raises:
+        RuntimeError: it ended, or was not up in ten minutes; with the end of what it printed.
+    """
+    arguments = [sys.executable, *command, model, "--host", HOST, "--port", "0", *options]
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    end = time.monotonic() + START_SECONDS
+    printed = partial(log.read_text, encoding="utf-8", errors="replace")
+    try:
+        while (found := re.search(rf"running on (http://{re.escape(HOST)}:\d+)", printed())) is None:
+            if process.poll() is not None or time.monotonic() > end:
+                said = printed().splitlines()[-LOG_LINES:]
+                raise RuntimeError("the server did not start:\n" + "\n".join(said))
+            time.sleep(START_POLL_SECONDS)
+        yield Served(model, found.group(1), process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @dataclass
@@ -131,12 +126,6 @@ def complete_all(client: Any, model: str, prompts: Sequence[str], new_tokens: in
         return list(clients.map(lambda prompt: complete(client, model, prompt, new_tokens), prompts))
 
 
-def hang_up(client: Any, model: str, prompt: str) -> None:
-    """Ask for a long answer and leave after its first piece."""
-    with client.completions.create(model=model, prompt=prompt, stream=True, **greedy(LONG)) as stream:
-        next(stream)
-
-
 def soak(
     server: Served,
     text: Callable[[int, int], str],
@@ -172,7 +161,8 @@ def soak(
             elif i % 10 == 9:
                 client.chat.completions.create(model=server.model, messages=[])
             elif i % 5 == 2:
-                hang_up(client, server.model, prompt)
+                with client.completions.create(model=server.model, prompt=prompt, stream=True, **greedy(LONG)) as stream:
+                    next(stream)
                 return "hung_up", prompt, None
             else:
                 answer = complete(client, server.model, prompt, NEW_TOKENS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,14 @@ def progress() -> Progress:
     """A progress bar on the error stream."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=notes, transient=True)
+
+
+@contextmanager
+def counting(what: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A progress bar of one line. What it gives is called with how many steps are done, 1 if
+    nothing is said."""
+    with progress() as bar:
+        yield partial(bar.advance, bar.add_task(what, total=total))
 
 
 def show(title: str, rows: Sequence[dict[str, Any]], as_json: bool, **extra: Any) -> None:

@@ -5,28 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+import torch
 
 from hip_hf.eval.reporting import report
 
 SUFFIX = ".partial"
+Rows = list[dict[str, Any]]
+
+
+def plain(value: Any) -> Any:
+    """A tensor as lists and a dataclass as a dict, as JSON can hold them."""
+    return value.tolist() if isinstance(value, torch.Tensor) else vars(value)
 
 
 class Resumable:
     """What a run has measured so far: a JSON line for each measurement in `OUTPUT.partial`, or in memory if there is no output.
 
-    `request` is everything that the measurements depend on. A file of another request is refused and not mixed in. A line that
-    was cut off when the run was killed is dropped. As a context manager it says, after an interruption, where the file is.
+    `request` is everything that the measurements depend on. A file of another request is refused
+    and not mixed in. A line that was cut off when the run was killed is dropped. As a context
+    manager it shows a progress bar, and says after an interruption where the file is. Raises
+    ValueError if the file belongs to another request, or is none of ours."""
 
-    Raises:
-        ValueError: the file belongs to another request, or is none of ours.
-    """
-
-    def __init__(self, output: Path | None, request: dict[str, Any]) -> None:
+    def __init__(self, output: Path | None = None, request: dict[str, Any] | None = None) -> None:
         self.file = None if output is None else output.with_name(output.name + SUFFIX)
-        self.request = json.loads(json.dumps(request))  # as it will be read
+        self.request = json.loads(json.dumps(request or {}))  # as it will be read
         self.done: dict[str, Any] = {}
+        self.bar = report.progress()
+        self.line = self.bar.add_task("", total=None)
         if self.file is not None and self.file.exists():
             self._read(self.file)
 
@@ -51,17 +58,26 @@ class Resumable:
         lines = [{"request": self.request}, *([key, value] for key, value in self.done.items())]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
-    def get(self, key: tuple[Any, ...], work: Callable[[], Any]) -> Any:
-        """What was measured for `key` before, or what `work` returns now: anything that JSON can hold."""
+    def expect(self, what: str, total: int | None = None) -> None:
+        """Begin the progress bar anew: so many measurements are to come."""
+        self.bar.reset(self.line, total=total, description=what)
+
+    def get(self, key: tuple[Any, ...], work: Callable[[], Any], what: str | None = None) -> Any:
+        """What was measured for `key` before, or what `work` returns now, as JSON holds it.
+
+        `what` is said meanwhile.
+        """
+        self.bar.update(self.line, description=what)
         name = json.dumps(key)
         if name not in self.done:
-            value = json.loads(json.dumps(work()))
+            value = json.loads(json.dumps(work(), default=plain))
             if self.file is not None:
                 if not self.file.exists():
                     self._write(self.file)
                 with self.file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([name, value]) + "\n")
             self.done[name] = value
+        self.bar.advance(self.line)
         return self.done[name]
 
     def finish(self) -> None:
@@ -70,9 +86,11 @@ class Resumable:
             self.file.unlink(missing_ok=True)
 
     def __enter__(self) -> Resumable:
+        self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
+        self.bar.stop()
         if kind is not None and self.file is not None and self.file.exists():
             report.notes.print(
                 f"{len(self.done)} finished measurements are kept in {self.file}: the same command goes on from there"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hip_hf.eval.measure.documents import DOCUMENT, NAMES
+from hip_hf.eval.measure.documents import DOCUMENT, FACT_NAMES
 from hip_hf.integration.lm_eval.registration import UsageError
 
 SYNTHETIC = "synthetic"
@@ -58,18 +58,15 @@ def load_tokenizer(name: str, revision: str, trust_remote_code: bool) -> Any:
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def _count(name: str, value: Any, low: int) -> int:
+def _check_count(name: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise UsageError(f"{name}: got {value!r}, allowed: an integer >= {low}")
     return value
 
 
 def read_plan(metadata: dict[str, Any]) -> TaskPlan:
-    """The plan in a task's metadata, which lm-eval fills with the model arguments as well; what is not ours is theirs.
-
-    Raises:
-        UsageError: a value is out of range, or there is no tokenizer.
-    """
+    """The plan in a task's metadata, which lm-eval fills with the model arguments as well; what is
+    not ours is theirs. Raises UsageError if a value is out of range, or there is no tokenizer."""
     lengths = metadata.get("max_seq_lengths", [4096])
     lengths = tuple(lengths) if isinstance(lengths, (list, tuple)) else (lengths,)
     if not lengths:
@@ -78,9 +75,9 @@ def read_plan(metadata: dict[str, Any]) -> TaskPlan:
     if not isinstance(name, str):
         raise UsageError(f"tokenizer: got {name!r}, allowed: a name or folder (metadata `tokenizer` or `pretrained`)")
     return TaskPlan(
-        lengths=tuple(_count("max_seq_lengths", length, 1) for length in lengths),
-        samples=_count("samples", metadata.get("samples", 50), 1),
-        seed=_count("data_seed", metadata.get("data_seed", 0), 0),
+        lengths=tuple(_check_count("max_seq_lengths", length, 1) for length in lengths),
+        samples=_check_count("samples", metadata.get("samples", 50), 1),
+        seed=_check_count("data_seed", metadata.get("data_seed", 0), 0),
         haystack=str(metadata.get("haystack") or DOCUMENT),
         tokenizer=load_tokenizer(name, str(metadata.get("revision", "main")), bool(metadata.get("trust_remote_code", False))),
     )
@@ -101,7 +98,7 @@ def sentences(file: str) -> list[str]:
 def draw_sentences(haystack: str, rng: random.Random, size: int) -> list[str]:
     """`size` consecutive sentences from a random place (the file's beginning follows its end), or random ones."""
     if haystack == SYNTHETIC:
-        return [" ".join(rng.choices(NAMES, k=SENTENCE_WORDS)).capitalize() + ". " for _ in range(size)]
+        return [" ".join(rng.choices(FACT_NAMES, k=SENTENCE_WORDS)).capitalize() + ". " for _ in range(size)]
     text = sentences(haystack)
     start = rng.randrange(len(text))
     return [text[(start + i) % len(text)] for i in range(size)]
@@ -124,11 +121,8 @@ def scatter(rng: random.Random, size: int, count: int) -> list[int]:
 
 
 def fit(tokens: Callable[[int], int], room: int, guess: int, smallest: int, largest: float = math.inf) -> int:
-    """A size up to `largest` for which `tokens(size) <= room`: the largest one, or one that fills `FULL` of the room.
-
-    Raises:
-        UsageError: not even the smallest fits.
-    """
+    """A size up to `largest` for which `tokens(size) <= room`: the largest one, or one that fills
+    `FULL` of the room. Raises UsageError if not even the smallest fits."""
     good, bad, size = smallest - 1, largest + 1, max(guess, smallest)
     while True:
         count = tokens(size)

@@ -17,10 +17,7 @@ TARGET_WORDS = 128
 
 def perplexity(**metadata: Any) -> dict[str, Any]:
     """Passages of `TARGET_WORDS` words; for each length, as much of the text before them as fits.
-
-    Raises:
-        UsageError: the haystack is not a file, or is shorter than the longest length.
-    """
+    Raises UsageError if the haystack is not a file, or is shorter than the longest length."""
     import datasets
 
     plan = read_plan(metadata)

@@ -1,4 +1,4 @@
-"""Two more kinds of looking back: the value of a key in a JSON object, and the continuation of a passage read before."""
+"""Kinds of looking back: pass keys in notes, values in a JSON object, passages that go on."""
 
 from __future__ import annotations
 
@@ -7,12 +7,40 @@ import random
 import uuid
 from typing import Any
 
-from hip_hf.eval.tasks.common import Prompt, build, draw_sentences, read_plan
+from hip_hf.eval.measure.documents import FACT_NAMES, draw_digits, note, question
+from hip_hf.eval.tasks.common import Prompt, build, draw_sentences, insert, read_plan, scatter
 
-VALUE_TOKENS = 64
+PASSKEY_TOKENS, VALUE_TOKENS, COPY_TOKENS = 16, 64, 48
 # Words of a passage that the prompt repeats, and that the answer has to go on with.
 GIVEN, WANTED = 12, 12
-COPY_TOKENS = 48
+
+
+def render_notes(units: list[str], facts: list[tuple[str, str]], places: list[int], asked: int) -> Prompt:
+    """A document of `units` with the facts (name, key) noted at `places`, and the question for one of them."""
+    text = "".join(insert(units, [note(*fact) for fact in facts], places))
+    words, _, prefix = question(facts[asked][0]).partition("? ")
+    return Prompt(f"{text.rstrip()}\n{words.strip()}?", prefix, [facts[asked][1]])
+
+
+def note_documents(task: str, count: int, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Documents with `count` notes, as the demo checkpoint knows them; one is asked for."""
+    haystack = read_plan(metadata).haystack
+
+    def make(rng: random.Random, size: int, length: int) -> Prompt:
+        names = rng.sample(FACT_NAMES, count)
+        facts = [(name, draw_digits(rng)) for name in names]
+        asked = rng.randrange(count)
+        return render_notes(draw_sentences(haystack, rng, size), facts, scatter(rng, size, count), asked)
+
+    return build(task, make, PASSKEY_TOKENS, metadata)
+
+
+def passkey(**metadata: Any) -> dict[str, Any]:
+    return note_documents("passkey", 1, metadata)
+
+
+def passkeys(**metadata: Any) -> dict[str, Any]:
+    return note_documents("passkeys", 8, metadata)
 
 
 def identifier(rng: random.Random) -> str:
@@ -27,10 +55,10 @@ def key_value(**metadata: Any) -> dict[str, Any]:
         pairs = [(identifier(rng), identifier(rng)) for _ in range(size)]
         pairs.insert(round(place * size), asked)
         listing = json.dumps(dict(pairs), indent=0)
-        question = (
+        words = (
             f'Each line of this JSON object gives a key and its value.\n{listing}\nWhich value belongs to the key "{asked[0]}"?'
         )
-        return Prompt(question, f'The value of "{asked[0]}" is', [asked[1]])
+        return Prompt(words, f'The value of "{asked[0]}" is', [asked[1]])
 
     return build("key_value", make, VALUE_TOKENS, metadata)
 

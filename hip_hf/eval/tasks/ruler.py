@@ -23,7 +23,7 @@ from hip_hf.eval.tasks.common import Prompt, build, draw_sentences, insert, read
 # Generation budgets of lm-eval's tasks; the YAML files repeat them as `max_gen_toks`.
 NEEDLE_TOKENS, VARIABLE_TOKENS, COMMON_TOKENS, FREQUENT_TOKENS = 128, 30, 120, 50
 
-KIND = "numbers"
+NEEDLE_KIND = "numbers"
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
@@ -59,14 +59,14 @@ def digits(rng: random.Random) -> str:
 
 
 def needle(key: str, value: str) -> str:
-    return text_of("prepare_niah", "NEEDLE").format(type_needle_v=KIND, key=key, value=value)
+    return text_of("prepare_niah", "NEEDLE").format(type_needle_v=NEEDLE_KIND, key=key, value=value)
 
 
 def render_needles(context: str, keys: Sequence[str], values: Sequence[str]) -> Prompt:
     """The question for `keys`, whose `values` all stand in `context`."""
-    template, kind, verb = text_of("niah_utils", "TEMPLATE"), KIND, "are"
+    template, kind, verb = text_of("niah_utils", "TEMPLATE"), NEEDLE_KIND, "are"
     if len(values) == 1:
-        kind, verb = KIND.removesuffix("s"), "is"
+        kind, verb = NEEDLE_KIND.removesuffix("s"), "is"
         template = template.replace("Some", "A").replace("are all", "is").replace("are", "is")
     query = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
     prefix = f"The special magic {kind} for {query} mentioned in the provided text {verb}"

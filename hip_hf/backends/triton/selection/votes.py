@@ -91,7 +91,8 @@ def need_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_near, stride_sequences, stride_table, stride_made,
     sink_keys, window_keys, refresh, dim, scale, softcap, sliding, trained, scaling,
     BUDGET: tl.constexpr, SAMPLE: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
-    MOST: tl.constexpr, STRIDE: tl.constexpr, RANKED: tl.constexpr, STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    MOST: tl.constexpr, STRIDE: tl.constexpr, RANKED: tl.constexpr, STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +213,8 @@ def vote_kernel(
     stride_qb, stride_qh, stride_qt, stride_near, stride_sequences, stride_made,
     sink_keys, window_keys, refresh, sliding, trained, scaling,
     BUDGET: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr,
-    WALKERS: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, WEIGHED: tl.constexpr,
+    WALKERS: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr,
+    RANKED: tl.constexpr, WEIGHED: tl.constexpr,
     STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip

@@ -42,9 +42,10 @@ def count_walkers(votes, rows, VOTERS: tl.constexpr, STRIDE: tl.constexpr, WALKE
 class Voting:
     """Who votes in a search: settled by settings and shapes alone.
 
-    `voters`: query heads that share a selection. Every `stride`-th row may vote, counted back from a query block's last: `asked`
-    of a full one. `votes`: of a full query block, of which `walkers` walk the tree; `votes_whole`: if a middle is looked at whole.
-    `slots`: room for those of any. `ranked`: rows are chosen by need. `chosen`: votes are put side by side for the search, else it
+    `voters`: query heads that share a selection. Every `stride`-th row may vote, counted back from a
+    query block's last: `asked` of a full one. `votes`: of a full query block, of which `walkers`
+    walk the tree; `votes_whole`: if a middle is looked at whole. `slots`: room for those of any.
+    `ranked`: rows are chosen by need. `chosen`: votes are put side by side for the search, else it
     reads the queries themselves. `weighed`: the search counts how much a row finds near.
     """
 
