@@ -119,7 +119,8 @@ def tests_step(run: Run, half: int) -> None:
     options += [part for test in known for part in ("--deselect", test)]
     if find_spec("xdist") and run.sizes.processes > 1:
         options += ["--numprocesses", str(run.sizes.processes), "--dist", "worksteal"]
-    code = pytest.main([*options, *(str(KERNEL_TESTS / name) for name in names)], plugins=[Outcomes(run.kept)])
+    files = [str(KERNEL_TESTS / name) for name in names]
+    code = pytest.main([*options, *files], plugins=[Outcomes(run.kept)])
     ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, *([pytest.ExitCode.NO_TESTS_COLLECTED] if known else []))
     if code not in ended:
         raise RuntimeError(f"pytest ended with {code!r}")

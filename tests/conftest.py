@@ -41,7 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # a failed `assert` of what the tests share says as much as one of theirs; `sweep`, which also runs by itself, says the same
+    # A failed `assert` in what tests share says as much as one in a test. `sweep` also runs without
+    # pytest and writes down what errors say, which must not depend on that.
     shared = {file.stem for file in (Path(__file__).parent / "lib").glob("*.py")}
     pytest.register_assert_rewrite(*(shared - {"sweep", *sys.modules}))
     seed = config.getoption("races")

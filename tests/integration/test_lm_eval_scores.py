@@ -19,7 +19,8 @@ from hip_hf.eval.measure.documents import CHECKPOINT
 from hip_hf.integration.lm_eval.model import PADDING, HipLM
 from hip_hf.integration.lm_eval.registration import UsageError
 
-offline_and_on_one_thread = lm_eval_cases.offline_and_on_one_thread  # a fixture for all tests of this module
+# a fixture for all tests of this module
+offline_and_on_one_thread = lm_eval_cases.offline_and_on_one_thread
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 

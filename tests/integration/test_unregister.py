@@ -68,7 +68,8 @@ def main() -> None:
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[str]]:
     pytest.importorskip("fastapi")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(LIB), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(ROOT), str(LIB), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Tensors that say they are on a GPU and hold nothing: fixtures that note launches, and modes that watch operations."""
+"""Fake tensors that say they are on a GPU: fixtures note launches, modes watch operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results that are committed, in `benchmarks/results`: of today's code, and as the pages show them."""
+"""The committed results (`benchmarks/results`) are of today's code, and as the pages show them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ print(json.dumps(found))
 
 
 def committed(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    found: dict[str, Any] = json.loads(file.read_text())
     return found
 
 
