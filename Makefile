@@ -1,4 +1,4 @@
-# make test | test-versions | test-tritons | test-races | test-tensor-cores | test-families | fuzz | coverage | mutants | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
+# make test | test-fast | test-versions | test-tritons | test-races | test-tensor-cores | test-families | fuzz | coverage | mutants | test-gpu | demo | demo-llm | docs | notebooks | lint | package | clean. The first of them makes .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,11 +15,17 @@ TRITON_KERNELS ?= prefill
 # spill so many bytes a thread.
 TRITON_SPILLS ?= 96
 
-.PHONY: test test-versions $(VERSIONS:%=test-transformers-%) test-tritons $(TRITONS:%=test-triton-%) test-races test-tensor-cores test-families fuzz coverage mutants test-gpu demo demo-llm docs notebooks lint package clean
+.PHONY: test test-fast test-versions $(VERSIONS:%=test-transformers-%) test-tritons $(TRITONS:%=test-triton-%) test-races test-tensor-cores test-families fuzz coverage mutants test-gpu demo demo-llm docs notebooks lint package clean
 .NOTPARALLEL:
 
 test: $(INSTALLED)
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# Something of every part of the library, in under two minutes. Only files with tests that are marked
+# so are given to pytest: to import the others takes half a minute.
+FAST := grep --recursive --files-with-matches --include 'test_*.py' pytest.mark.fast tests
+test-fast: $(INSTALLED)
+	$(BIN)/pytest -m fast --numprocesses logical --maxprocesses 4 --dist worksteal $$($(FAST))
 
 # The tests that meet Transformers, with the oldest and the newest that are supported: each lies in a folder before the others.
 test-versions: $(VERSIONS:%=test-transformers-%)
@@ -46,20 +52,20 @@ build/triton-%/.installed: | $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
 	@touch $@
 
-# Kernel tests in a harsher interpreter (tests/sanitizer.py), without a GPU. RACES: which; all: RACES=tests/test_kernel_*.py
+# Kernel tests in a harsher interpreter (tests/lib/sanitizer.py), without a GPU. RACES: which; all: RACES=tests/backends/test_kernel_*.py
 RACES ?= $$(cat tests/races.txt)
 SEED ?= 0
 test-races: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest $(RACES) --races $(SEED) --numprocesses logical --maxprocesses 4 --dist worksteal
 
-# All kernel tests with the arithmetic of NVIDIA's tensor cores (tests/tensor_cores.py), without a GPU: what `make test-gpu` would
+# All kernel tests with the arithmetic of NVIDIA's tensor cores (tests/lib/tensor_cores.py), without a GPU: what `make test-gpu` would
 # say of their tolerances. `make test-races` computes so as well.
 test-tensor-cores: $(INSTALLED)
-	CUDA_VISIBLE_DEVICES= $(BIN)/pytest tests/test_kernel_*.py --tensor-cores --numprocesses logical --maxprocesses 4 --dist worksteal
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest tests/backends/test_kernel_*.py --tensor-cores --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Every model type of the installed Transformers; `make test` runs a third of them.
 test-families: $(INSTALLED)
-	$(BIN)/pytest tests/test_families.py --families all --numprocesses logical --dist worksteal
+	$(BIN)/pytest tests/integration/test_families.py --families all --numprocesses logical --dist worksteal
 
 # The share of lines that the suite runs, which must be 90 %. Without a GPU the kernels run in the interpreter, and count.
 coverage: $(MEASURING)
@@ -75,11 +81,11 @@ $(MEASURING): pyproject.toml constraints.txt $(INSTALLED)
 
 # The kernel tests on a GPU, with the Python and the packages that are there: nothing is installed.
 test-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest tests/test_kernel_*.py
+	PYTHONPATH=. $(PYTHON) -m pytest tests/backends/test_kernel_*.py
 
 # 100,000 cases of the properties that `make test` tries on a few hundred; they differ from run to run.
 fuzz: $(INSTALLED)
-	$(BIN)/pytest tests/test_fuzz*.py --hypothesis-profile fuzz --hypothesis-show-statistics
+	$(BIN)/pytest tests/*/test_fuzz*.py --hypothesis-profile fuzz --hypothesis-show-statistics
 
 demo: $(INSTALLED)
 	$(BIN)/hip-hf demo

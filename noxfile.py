@@ -57,7 +57,9 @@ def grid(session: nox.Session, torch: str) -> None:
     """One Python and one PyTorch with each version of Transformers that they are tried with."""
     python = str(session.python)
     versions = [version for version, first in TRANSFORMERS.items() if int(python.partition(".")[2]) >= first]
-    tests = session.posargs or [test for test in TESTS if torch not in NO_KERNELS or not test.startswith("tests/test_kernel")]
+    kernels = "tests/backends/test_kernel"
+    served = [test for test in TESTS if torch not in NO_KERNELS or not test.startswith(kernels)]
+    tests = session.posargs or served
     session.install("-e", ".", *REQUIRED, f"torch=={torch}")
     failed = []
     for version in versions if torch == TORCH[0] else versions[-1:]:
@@ -76,7 +78,8 @@ def grid(session: nox.Session, torch: str) -> None:
 def lent(session: nox.Session) -> None:
     """All that `benchmarks/gpu_run.py` does, on a CPU with tiny shapes, with the versions that a lent GPU comes with."""
     session.install("-e", ".", *REQUIRED, *LENT)
-    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or ["tests/test_gpu_run.py"]))
+    tests = session.posargs or ["tests/project/test_gpu_run.py"]
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *tests)
 
 
 @nox.session(python=False)

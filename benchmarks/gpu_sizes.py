@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = ("test_kernel_results.py", "test_kernel_rule.py", "test_kernel_tuning.py")
 NAMES = ("prefill", "decode", "pyramid", "need", "select_half", "dense", "paged", "ops")
 FIRST = tuple(f"test_kernel_{name}.py" for name in NAMES)
-EVERY = sorted(file.name for file in (ROOT / "tests").glob("test_kernel_*.py"))
+KERNEL_TESTS = ROOT / "tests" / "backends"
+EVERY = sorted(file.name for file in KERNEL_TESTS.glob("test_kernel_*.py"))
 SECOND = tuple(name for name in EVERY if name not in NO_GPU and name not in FIRST)
 # Of models with random weights: Llama 3.1 8B's, and one for the dry run.
 LLAMA_8B = dict(

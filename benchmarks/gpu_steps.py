@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import tune
 from gpu_run import MACHINE
-from gpu_sizes import ROOT, Sizes
+from gpu_sizes import KERNEL_TESTS, ROOT, Sizes
 from torch.autograd import DeviceType
 
 from hip_hf.backends.triton import trust
@@ -118,7 +118,8 @@ def tests_step(run: Run, half: int) -> None:
     options += [part for test in known for part in ("--deselect", test)]
     if find_spec("xdist") and run.sizes.processes > 1:
         options += ["--numprocesses", str(run.sizes.processes), "--dist", "worksteal"]
-    code = pytest.main([*options, *(str(ROOT / "tests" / name) for name in names)], plugins=[Outcomes(run.kept)])
+    files = [str(KERNEL_TESTS / name) for name in names]
+    code = pytest.main([*options, *files], plugins=[Outcomes(run.kept)])
     ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, *([pytest.ExitCode.NO_TESTS_COLLECTED] if known else []))
     if code not in ended:
         raise RuntimeError(f"pytest ended with {code!r}")

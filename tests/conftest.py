@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from hip_hf.backends.torch import dense, sparse
 from hip_hf.backends.torch.decode_buffer import Gathered
 from hip_hf.methods.hip import TreeSearch
 
-# `tests/test_fuzz*.py` share the cases of a profile between their properties; other tests say how many they want
+# `tests/*/test_fuzz*.py` share the cases of a profile between their properties; other tests say how many they want
 settings.register_profile("ci", max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 many = dict(max_examples=100_000, derandomize=False, database=None, print_blob=True)
 settings.register_profile("fuzz", settings.get_profile("ci"), **many)
@@ -34,11 +36,15 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", default="0", help="model types to sweep: all, or the seed by which a third of them is drawn")
-    parser.addoption("--races", type=int, help="seed: kernels run in a harsher interpreter (`tests/sanitizer.py`)")
-    parser.addoption("--tensor-cores", action="store_true", help="fp32 as NVIDIA GPUs compute it (`tests/tensor_cores.py`)")
+    parser.addoption("--races", type=int, help="seed: kernels run in a harsher interpreter (`tests/lib/sanitizer.py`)")
+    parser.addoption("--tensor-cores", action="store_true", help="fp32 as NVIDIA GPUs compute it (`tests/lib/tensor_cores.py`)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A failed `assert` in what tests share says as much as one in a test. `sweep` also runs without
+    # pytest and writes down what errors say, which must not depend on that.
+    shared = {file.stem for file in (Path(__file__).parent / "lib").glob("*.py")}
+    pytest.register_assert_rewrite(*(shared - {"sweep", *sys.modules}))
     seed = config.getoption("races")
     if seed is not None:
         from sanitizer import Plugin  # imports triton, which must know by now that it interprets

@@ -23,7 +23,7 @@ _NOT_FIXED = {
     "dynamic": "its frequencies change with the length of the text",
     "longrope": "its frequencies switch with the length of the text",
 }
-# Families without a patcher whose rotated keys can be turned back (tests/test_extension_models.py tries each).
+# Families without a patcher whose rotated keys can be turned back (tests/integration/test_extension_models.py tries each).
 TURNED_BACK = ("gemma", "granite", "olmo", "olmo2", "phi3", "starcoder2", "stablelm")
 _NOT_TURNED_BACK = {
     "hunyuan_v1_dense": "it normalises q and k after RoPE",

@@ -1,0 +1,123 @@
+"""The documentation: built without a warning, every page shown by a browser, no broken image, file or link."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from browser import Seen, broken_links, visit
+from repository import ROOT
+
+import hip_hf
+from hip_hf.methods.hip import Options
+
+if not os.environ.get("CI"):  # where it must have run
+    pytest.importorskip("sphinx", reason="pip install '.[docs]'")
+    pytest.importorskip("myst_nb", reason="pip install '.[docs]'")
+
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS))
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Made by Sphinx beside the pages, and nowhere linked as reading.
+EXTRA = {"genindex.html", "search.html", "py-modindex.html"}
+
+
+def build(out: Path) -> None:
+    """The documentation as HTML; a warning is an error."""
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(DOCS), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_everything_public_is_in_the_reference() -> None:
+    reference = (DOCS / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"auto(?:function|class):: hip_hf\.(\w+)$", reference, re.MULTILINE))
+    assert documented == set(hip_hf.__all__)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []
+
+
+def test_every_page_is_written_where_it_stands() -> None:
+    """None is cut out of another by the text of a heading."""
+    cut = re.compile("start-after|end-before|README.md$", re.MULTILINE)
+    assert [page.name for page in DOCS.glob("*.md") if cut.search(page.read_text(encoding="utf-8"))] == []
+
+
+def test_every_file_that_a_page_names_is_there() -> None:
+    places = (ROOT, ROOT / "hip_hf", ROOT / "benchmarks" / "results")
+    named = set()
+    for page in [ROOT / "README.md", *DOCS.glob("*.md")]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        named |= set(re.findall(r"`([\w.-]+/[\w/.-]+\.\w+|\w+\.json)`", text))
+    assert len(named) > 50
+    assert sorted(name for name in named if not any((place / name).exists() for place in places)) == []
+
+
+@pytest.mark.parametrize("kind", [hip_hf.HiPConfig, Options], ids=lambda kind: kind.__name__)
+def test_all_settings_are_documented_with_their_defaults(kind: type) -> None:
+    page = (DOCS / "settings.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| `(\w+)` \| `?([^`|]+?)`? \|", page, re.MULTILINE))
+    defaults = kind()
+    for field in dataclasses.fields(kind):
+        assert documented.get(field.name) == str(getattr(defaults, field.name)), f"docs/settings.md: `{field.name}`"
+
+
+def check_all_are_there(seen: dict[Path, Seen], built: Path) -> None:
+    sources = [*DOCS.glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    pages = {page.relative_to(built).as_posix() for page in seen}
+    want = {f"{'notebooks/' * (source.suffix == '.ipynb')}{source.stem}.html" for source in sources}
+    assert want <= pages
+    assert len(want) >= 18
+    linked = {link.partition("#")[0] for page in seen.values() for link in page.links}
+    assert {page.as_uri() for page in seen if page.name not in EXTRA} <= linked  # none is lost
+
+
+def check_none_is_broken(seen: dict[Path, Seen]) -> None:
+    for page, shown in seen.items():
+        assert (page.name, shown.broken_images) == (page.name, [])
+        assert (page.name, shown.failed) == (page.name, [])
+    assert broken_links(seen) == []
+    books = [json.loads(book.read_text()) for book in (ROOT / "notebooks").glob("*.ipynb")]
+    outputs = [output for book in books for cell in book["cells"] for output in cell.get("outputs", [])]
+    drawn = sum("image/png" in output.get("data", {}) for output in outputs)
+    pages = [page.read_text() for page in DOCS.glob("*.md")]
+    shown_in = r"_generated/\w+\.png|(?:\{image\} |\]\()\.\./benchmarks/results/\w+\.png"
+    pictures = sum(len(re.findall(shown_in, page)) for page in pages)
+    assert sum(len(page.images) for page in seen.values()) == drawn + pictures >= 7
+
+
+def check_contents(seen: dict[Path, Seen]) -> None:
+    by_name = {page.name: shown for page, shown in seen.items()}
+    for name in ("hip_attention", "HiPConfig", "HiPCache", "Raises", "configure"):
+        assert name in by_name["api.html"].text
+    models = by_name["models.html"].text
+    assert "llama" in models
+    assert "Types: refused" in models
+    for page, picture in (("how", "tree.png"), ("how", "readings.png"), ("evaluation", "passkey.png"), ("index", "latency.png")):
+        assert any(picture in source and own > 500 for source, own, _ in by_name[f"{page}.html"].images)
+
+
+def test_pages(tmp_path: Path) -> None:
+    """In one test, so that the pages are built once, whatever runs the tests."""
+    built = tmp_path / "html"
+    build(built)
+    seen = {page: visit(page, tmp_path / "browser") for page in sorted(built.rglob("*.html"))}
+    check_all_are_there(seen, built)
+    check_none_is_broken(seen)
+    check_contents(seen)
