@@ -190,7 +190,7 @@ def need_kernel(
         chunk, ends = (low + (1 << level) - 1) >> level, high >> level
         asked = count_asked(own_rows, VOTERS, STRIDE)
         # where all of them vote nothing is to be estimated
-        votes = count_votes(own_rows, high // BLOCK_K - low // BLOCK_K, VOTERS, VOTES, VOTES_WHOLE, MOST, STRIDE)
+        votes = count_votes(own_rows, (high - low) // BLOCK_K, VOTERS, VOTES, VOTES_WHOLE, MOST, STRIDE)
         ends = tl.where(votes < asked, ends, chunk)
         top = tl.full([ROWS * GROUP_PADDED], float("-inf"), tl.float32)
         if HALF > 0:
