@@ -47,7 +47,7 @@ def arguments_for(arguments: Sequence[str]) -> list[str]:
     given = list(arguments)
     if given[:1] in ([name] for name in SUBCOMMANDS) or not given or given in (["-h"], ["--help"]):
         return given
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("hip-hf lm-eval", add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?", const="")
     asked, given = parser.parse_known_args(given[1:] if given[0] == "run" else given)
     for names in (("--model", "-M"), ("--tasks", "-t"), ("--config", "-C")):  # which stay
