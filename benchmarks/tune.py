@@ -108,7 +108,7 @@ def present(kernel: str, target: str, dim: int, dtype: torch.dtype) -> Tile | Se
         return tile_of("prefill" if kernel == "votes" else kernel, target, dim, dim, dtype)
     x = examples(kernel, dim, dtype)[0]
     fixed = constants(HiPConfig(), x.q.shape[1] // x.kv.heads, dim, dtype, x.reads.block_q, TOKENS, target, "decode" in kernel)
-    return SearchTile(fixed["ROWS"], fixed["FEATURES"], fixed["FEATURES_LAST"], fixed["num_warps"], fixed["num_stages"])
+    return SearchTile(fixed["BLOCK_M"], fixed["FEATURES"], fixed["FEATURES_LAST"], fixed["num_warps"], fixed["num_stages"])
 
 
 def candidates(kernel: str, target: str, dim: int) -> list[Tile] | list[SearchTile]:

@@ -185,12 +185,12 @@ def test_fresh_memory_is_spoilt_once_and_scratch_before_each_launch() -> None:
         assert (torch.empty_like(numbers(3)) == FAR).all()
         for _ in range(2):
             scratch.zero_()
-            keep_scratch[(1,)](scratch, out, LONG=True)
+            keep_scratch[(1,)](scratch, out, START_LEVEL_IN_MEMORY=True)
             assert scratch.isnan().all()
 
 
 @triton.jit
-def keep_scratch(scratch, out, LONG: tl.constexpr):
+def keep_scratch(scratch, out, START_LEVEL_IN_MEMORY: tl.constexpr):
     tl.store(out, 1)
 
 

@@ -20,7 +20,7 @@ def spoil_stale(kernel: str, arguments: dict[str, Any]) -> None:
 
 def scratch_of(arguments: dict[str, Any]) -> tuple[str, ...]:
     """Scores of long start levels, what programs that share a search leave, and decode's partial results."""
-    if arguments.get("LONG"):
+    if arguments.get("START_LEVEL_IN_MEMORY"):
         return ("scratch",)
     if "scratch" in arguments and arguments["LOOKS"] > 1:
         return ("scratch", "listed")

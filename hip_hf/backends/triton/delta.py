@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hip_hf.backends.tensors import Tensors
 
 # Query rows of one program.
-ROWS = 32
+BLOCK_M = 32
 
 
 @triton.jit(do_not_specialize=GROWING)
@@ -35,7 +35,7 @@ def spread_kernel(
     OUT, LSE, CHANGE, CHANGE_LSE, SEQUENCES,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt,
     stride_cs, stride_ch, stride_cn, stride_ds, stride_dh, stride_dn, stride_sequences, gamma, dim_v,
-    ROWS: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles of rows, Hq, sequences)`: add to every row the difference of its anchor.
 
@@ -44,7 +44,7 @@ def spread_kernel(
     """
     head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2)
     batch, _, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     ahead = (position + gamma - 1) // gamma  # the first position that gamma divides, and the last one, in units of it
     slot = tl.where(inside, (position + row) // gamma - ahead + 1, 0)
@@ -74,9 +74,9 @@ def spread_arguments(
         **dict(zip(("stride_cs", "stride_ch", "stride_cn"), change.stride(), strict=False)),
         **dict(zip(("stride_ds", "stride_dh", "stride_dn"), change_lse.stride(), strict=True)),
         stride_sequences=sequences.table.stride(0), gamma=gamma, dim_v=out.shape[-1],
-        ROWS=ROWS, DV=power_of_two(out.shape[-1]),
+        BLOCK_M=BLOCK_M, DV=power_of_two(out.shape[-1]),
     )  # fmt: skip
-    return (-(-sequences.max_rows // ROWS), out.shape[1], sequences.count), arguments
+    return (-(-sequences.max_rows // BLOCK_M), out.shape[1], sequences.count), arguments
 
 
 class DeltaAttention(DeltaCall):

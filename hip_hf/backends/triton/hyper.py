@@ -108,16 +108,16 @@ def levels_of(
 @triton.jit(do_not_specialize=[*GROWING, "stride_ch"])
 def hash_kernel(
     X, DIRECTIONS, CODES, stride_h, stride_t, stride_ch, count, dim, steps,
-    ROWS: tl.constexpr, FEATURES: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, FEATURES: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles of rows, heads)`. DIRECTIONS fp32 `[dim, BITS]`, zero in columns that are no bit of the hash. CODES int32: the
     rank of the signs in Gray code."""
     head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     real = row < count
     bit, inner = tl.arange(0, BITS), tl.arange(0, FEATURES)
     x_ptr = X + head * stride_h + row.to(tl.int64)[:, None] * stride_t
-    acc = tl.zeros([ROWS, BITS], tl.float32)
+    acc = tl.zeros([BLOCK_M, BITS], tl.float32)
     for i in range(steps):
         d = i * FEATURES + inner
         x = tl.load(x_ptr + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
@@ -138,7 +138,7 @@ def hash_arguments(x: torch.Tensor, directions: torch.Tensor, codes: torch.Tenso
     arguments = dict(
         X=x, DIRECTIONS=directions, CODES=codes, stride_h=x.stride(0), stride_t=x.stride(1), stride_ch=codes.stride(0),
         count=count, dim=dim, steps=-(-dim // HASHED_FEATURES),
-        ROWS=HASHED_ROWS, FEATURES=HASHED_FEATURES, BITS=directions.shape[1], PRECISION=precision_of(directions), num_warps=4,
+        BLOCK_M=HASHED_ROWS, FEATURES=HASHED_FEATURES, BITS=directions.shape[1], PRECISION=precision_of(directions), num_warps=4,
     )  # fmt: skip
     return (-(-count // HASHED_ROWS), heads), arguments
 
@@ -159,25 +159,25 @@ def square_kernel(
     stride_qh, stride_qt, stride_kh, stride_kt, stride_vh, stride_vt, stride_oh, stride_ot, stride_lh, stride_lt,
     stride_rows, stride_keys, stride_field, stride_starts, stride_square, stride_samples,
     dim, dim_v, scale, softcap,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    EVEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    EVEN_HEADDIM: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(blocks * TILES, Hq, squares)`: ROWS sorted rows of a query block of a square and a query head. All pointers are at a
-    span's first row and key. OUT fp32 and LSE hold what the rows have so far; each row is in one square of a level."""
+    """Grid `(blocks * TILES, Hq, squares)`: BLOCK_M sorted rows of a query block of a square and a query head. All pointers
+    are at a span's first row and key. OUT fp32 and LSE hold what the rows have so far; each row is in one square of a level."""
     block, part = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     head, square = tl.program_id(1), tl.program_id(2)
     first, rows = tl.load(TABLE + square), tl.load(TABLE + stride_field + square)
     key_first, keys = tl.load(TABLE + 2 * stride_field + square), tl.load(TABLE + 3 * stride_field + square)
     block_rows, size = tl.load(TABLE + 4 * stride_field + square), tl.load(TABLE + 5 * stride_field + square)
     samples = tl.load(TABLE + 6 * stride_field + square)
-    inner = part * ROWS + tl.arange(0, ROWS)
+    inner = part * BLOCK_M + tl.arange(0, BLOCK_M)
     rank = block * block_rows + inner
     real = (inner < block_rows) & (rank < rows)
-    if (part * ROWS >= block_rows) | (block * block_rows + part * ROWS >= rows):
+    if (part * BLOCK_M >= block_rows) | (block * block_rows + part * BLOCK_M >= rows):
         return
 
     key_head = head // GROUP
-    d, dv, n = tl.arange(0, D), tl.arange(0, DV), tl.arange(0, KEYS)
+    d, dv, n = tl.arange(0, D), tl.arange(0, DV), tl.arange(0, BLOCK_N)
     row = tl.load(ROW_ORDER + head.to(tl.int64) * stride_rows + first + rank, mask=real, other=0)
     q_ptr = Q + head.to(tl.int64) * stride_qh + row * stride_qt
     q = tl.load(q_ptr[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
@@ -190,41 +190,41 @@ def square_kernel(
     # the online softmax goes on from what the row has: that is the merge
     lse_ptr = LSE + head.to(tl.int64) * stride_lh + row * stride_lt
     out_ptr = OUT + (head.to(tl.int64) * stride_oh + row * stride_ot)[:, None] + dv[None, :]
-    if EVEN:
+    if EVEN_HEADDIM:
         inside = real[:, None]
     else:
         inside = real[:, None] & (dv < dim_v)[None, :]
-    top = tl.load(lse_ptr, mask=real, other=0.0) * LOG2E
-    norm = tl.full([ROWS], 1.0, tl.float32)
+    m_i = tl.load(lse_ptr, mask=real, other=0.0) * LOG2E
+    l_i = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.load(out_ptr, mask=inside, other=0.0)
     # the own block, then the sample, as one list of slots
-    for i in range(0, (size + samples + KEYS - 1) // KEYS):
-        slot = i * KEYS + n
+    for i in range(0, (size + samples + BLOCK_N - 1) // BLOCK_N):
+        slot = i * BLOCK_N + n
         own = slot < size
         drawn = tl.load(drawn_ptr + slot - size, mask=(slot >= size) & (slot < size + samples), other=0)
         others = (slot >= size) & (slot < size + samples) & ((drawn < start) | (drawn >= start + size))
         # what is neither repeats a key of the own block, with no weight
         token = tl.load(order + tl.where(others, drawn, start + tl.where(own, slot, 0)))
         k_ptr, v_ptr = k_base + (token * stride_kt)[:, None] + d[None, :], v_base + (token * stride_vt)[:, None] + dv[None, :]
-        if EVEN:
+        if EVEN_HEADDIM:
             k = tl.load(k_ptr)
         else:
             k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
         logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
         logits += tl.where(own, 0.0, tl.where(others, bias, float("-inf")))[None, :]
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        shrink = tl.exp2(top - new_top)
+        new_top = tl.maximum(m_i, tl.max(logits, 1))
+        shrink = tl.exp2(m_i - new_top)
         weights = tl.exp2(logits - new_top[:, None])
-        norm = norm * shrink + tl.sum(weights, 1)
-        if EVEN:
+        l_i = l_i * shrink + tl.sum(weights, 1)
+        if EVEN_HEADDIM:
             v = tl.load(v_ptr)
         else:
             v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
+        m_i = new_top
 
-    tl.store(out_ptr, acc / norm[:, None], mask=inside)
-    tl.store(lse_ptr, (top + tl.log2(norm)) * LN2, mask=real)
+    tl.store(out_ptr, acc / l_i[:, None], mask=inside)
+    tl.store(lse_ptr, (m_i + tl.log2(l_i)) * LN2, mask=real)
 
 
 def rows_of_square(shape: Tile, block_rows: int) -> int:
@@ -251,8 +251,8 @@ def square_arguments(
         stride_field=level.table.stride(0), stride_starts=level.starts.stride(0),
         stride_square=level.samples.stride(0), stride_samples=level.samples.stride(1),
         dim=dim, dim_v=dim_v, scale=logits.scale, softcap=logits.softcap or 1.0,
-        ROWS=rows, KEYS=shape.keys, TILES=tiles, GROUP=q.shape[0] // k.shape[0], D=wide, DV=wide_v,
-        EVEN=wide == dim and wide_v == dim_v, SOFTCAP=logits.softcap is not None, PRECISION=precision_of(q),
+        BLOCK_M=rows, BLOCK_N=shape.keys, TILES=tiles, GROUP=q.shape[0] // k.shape[0], D=wide, DV=wide_v,
+        EVEN_HEADDIM=wide == dim and wide_v == dim_v, SOFTCAP=logits.softcap is not None, PRECISION=precision_of(q),
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     return (level.starts.shape[1] * tiles, q.shape[0], level.squares), arguments

@@ -146,7 +146,7 @@ def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> Kernel
         levels = 1 + max(0, ceil(log2(tokens / (2 * config.beam_blocks * config.block_k))))
         summaries = looks * fixed["PARTS"] * levels * min(fixed["MOST"], tokens // config.block_k)
         exact, tiles = min(fixed["LAST"] * config.block_k, tokens) if fixed["RESCORE"] else 0, fixed["TILES"]
-    gathered = ceil(walkers / fixed["ROWS"]) * summaries + tiles * exact
+    gathered = ceil(walkers / fixed["BLOCK_M"]) * summaries + tiles * exact
     return KernelCost(
         2 * (walkers * summaries + votes * exact) * shape.dim, gathered * shape.dim * shape.size + found(fixed, whole)
     )

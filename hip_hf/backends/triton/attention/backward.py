@@ -58,7 +58,7 @@ def _shared_arguments(
         stride_sequences=part.sequences.table.stride(0),
         lists=lists, sink_keys=reads.sink, window_keys=reads.window, dim=dim, dim_v=dim_v,
         scale=logits.scale, softcap=logits.softcap or 1.0, sliding=logits.sliding_window or 0,
-        BLOCK_Q=reads.block_q, BLOCK_K=reads.block_k, ROWS=rows, KEYS=tile.keys,
+        BLOCK_Q=reads.block_q, BLOCK_K=reads.block_k, BLOCK_M=rows, BLOCK_N=tile.keys,
         GROUP=group, GROUP_PADDED=padded, LISTS_PER_HEAD=lists // kv.heads, D=wide, DV=wide_v,
         SELECTED=reads.indices is not None, SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
         PRECISION=precision_of(q), num_warps=tile.warps, num_stages=tile.stages,
@@ -80,8 +80,8 @@ def query_gradient_arguments(
         most=0 if reads.indices is None else reads.indices.shape[3],
         HAS_GRAD_LSE=grad_lse is not None,
     )  # fmt: skip
-    arguments["EVEN"] = arguments["D"] == q.shape[-1] and arguments["DV"] == kv.v.shape[-1]
-    tiles = sequences.blocks(reads.block_q) * -(-reads.block_q // arguments["ROWS"])
+    arguments["EVEN_HEADDIM"] = arguments["D"] == q.shape[-1] and arguments["DV"] == kv.v.shape[-1]
+    tiles = sequences.blocks(reads.block_q) * -(-reads.block_q // arguments["BLOCK_M"])
     return (tiles, arguments["lists"], sequences.count), arguments
 
 
@@ -125,7 +125,7 @@ def key_gradient_arguments(
     arguments |= dict(
         MEAN=mean, GRAD_K=grad_k, GRAD_V=grad_v, WHO=lists.who, WHAT=lists.what, OFFSETS=lists.offsets,
         **_three("dk", grad_k), **_three("dv", grad_v),
-        KEYS=max(16, power_of_two(tiles.keys)), TILE=tiles.keys, PARTS=tiles.parts,
+        BLOCK_N=max(16, power_of_two(tiles.keys)), TILE=tiles.keys, PARTS=tiles.parts,
     )  # fmt: skip
     once = max(arguments["D"], arguments["DV"]) <= WIDEST_TOGETHER
     passes = [dict(OF_K=True, OF_V=True)] if once else [dict(OF_K=True, OF_V=False), dict(OF_K=False, OF_V=True)]

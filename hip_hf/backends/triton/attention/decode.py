@@ -75,16 +75,16 @@ def combine_kernel(
     lse = tl.load(PART_LSE + split * stride_ms + batch * stride_mb + head * stride_mh + to * stride_mt)
     parts_ptr = PARTS + split.to(tl.int64) * stride_ps + batch * stride_pb + head * stride_ph + to * stride_pt
     parts = tl.load(parts_ptr[:, None] + d[None, :], mask=(d < dim_v)[None, :], other=0.0)
-    top = tl.max(lse, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
+    m_i = tl.max(lse, 0)
+    base = tl.where(m_i == float("-inf"), 0.0, m_i)
     weights = tl.exp2((lse - base) * LOG2E)
-    norm = tl.sum(weights, 0)
-    nothing = norm == 0.0
-    out = tl.sum(parts * weights[:, None], 0) / tl.where(nothing, 1.0, norm)
+    l_i = tl.sum(weights, 0)
+    nothing = l_i == 0.0
+    out = tl.sum(parts * weights[:, None], 0) / tl.where(nothing, 1.0, l_i)
     out_ptr = OUT + batch * stride_ob + head * stride_oh + to * stride_ot + d
     tl.store(out_ptr, out.to(OUT.dtype.element_ty), mask=d < dim_v)
     if HAS_LSE:
-        merged = tl.where(nothing, float("-inf"), base + tl.log2(tl.where(nothing, 1.0, norm)) * LN2)
+        merged = tl.where(nothing, float("-inf"), base + tl.log2(tl.where(nothing, 1.0, l_i)) * LN2)
         tl.store(LSE + batch * stride_lb + head * stride_lh + to * stride_lt, merged)
 
 

@@ -16,30 +16,30 @@ def query_gradient_kernel(
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
     stride_lb, stride_lh, stride_lt, stride_sequences,
     lists, blocks, most, sink_keys, window_keys, dim, dim_v, scale, softcap, sliding,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, LISTS_PER_HEAD: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, EVEN: tl.constexpr, SELECTED: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, EVEN_HEADDIM: tl.constexpr, SELECTED: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
     SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid and tiles as `attend_kernel`'s. Also writes MEAN, `[B, Hq, Tq]` like LSE: sum(dO * O) - dLSE of each row,
     the mean of the weights' gradients that the softmax subtracts."""
     tile, head_list, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
-    TILES: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS
+    TILES: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
     block = tile // TILES
     block_row, block_first, block_last = query_block(row_start, rows, position, block, BLOCK_Q)
-    first = block_first + tile % TILES * ROWS
-    last = tl.minimum(first + ROWS - 1, block_last)
+    first = block_first + tile % TILES * BLOCK_M
+    last = tl.minimum(first + BLOCK_M - 1, block_last)
     if first > last:
         return
     batch = batch.to(tl.int64)
 
-    m = tl.arange(0, ROWS * GROUP_PADDED)
+    m = tl.arange(0, BLOCK_M * GROUP_PADDED)
     row, member = m // GROUP_PADDED, m % GROUP_PADDED
     row_at = first + row
     real = (row_at <= last) & (member < GROUP)
     head = (head_list * GROUP + member).to(tl.int64)
-    at = (block_row + tile % TILES * ROWS + row).to(tl.int64)
+    at = (block_row + tile % TILES * BLOCK_M + row).to(tl.int64)
     d, dv = tl.arange(0, D), tl.arange(0, DV)
     in_d, in_dv = real[:, None] & (d < dim)[None, :], real[:, None] & (dv < dim_v)[None, :]
     q = tl.load(Q + (batch * stride_qb + head * stride_qh + at * stride_qt)[:, None] + d[None, :], mask=in_d, other=0.0)
@@ -57,24 +57,24 @@ def query_gradient_kernel(
     sink_length = sink - start
     ids, picked = selected_keys(INDICES, COUNTS, sequence, head_list, block, lists, blocks, most, BLOCK_K, SELECTED)
     before = sink_length + picked - window
-    clear, end = (before + first + 1) // KEYS, before + last + 1
+    clear, end = (before + first + 1) // BLOCK_N, before + last + 1
     if SLIDING:
         clear = 0
-    tiles = (end + KEYS - 1) // KEYS
+    tiles = (end + BLOCK_N - 1) // BLOCK_N
 
     key_head = (head_list // LISTS_PER_HEAD).to(tl.int64)
     k_base, v_base = K + batch * stride_kb + key_head * stride_kh, V + batch * stride_vb + key_head * stride_vh
-    acc = tl.zeros([ROWS * GROUP_PADDED, D], tl.float32)
-    n = tl.arange(0, KEYS)
+    acc = tl.zeros([BLOCK_M * GROUP_PADDED, D], tl.float32)
+    n = tl.arange(0, BLOCK_N)
     # as in `prefill.py`, the blocks of a tile are looked up two tiles ahead, and slots after the last one repeat it
     blocks = listed_blocks(tl.minimum(n, end - 1), ids, sink_length, picked, BLOCK_K)
     position = key_positions(tl.minimum(n, end - 1), blocks, start, sink_length, picked, window, BLOCK_K)
-    blocks = listed_blocks(tl.minimum(KEYS + n, end - 1), ids, sink_length, picked, BLOCK_K)
+    blocks = listed_blocks(tl.minimum(BLOCK_N + n, end - 1), ids, sink_length, picked, BLOCK_K)
     for i in range(0, tiles):
-        slots = i * KEYS + n
+        slots = i * BLOCK_N + n
         token = (key_start + position).to(tl.int64)
         k_ptr, v_ptr = k_base + (token * stride_kt)[:, None] + d[None, :], v_base + (token * stride_vt)[:, None] + dv[None, :]
-        if EVEN:
+        if EVEN_HEADDIM:
             k = tl.load(k_ptr)
             v = tl.load(v_ptr)
         else:
@@ -91,8 +91,8 @@ def query_gradient_kernel(
         if SOFTCAP:
             grad = grad * slope
         acc = tl.dot(grad.to(k.dtype), k, acc, input_precision=PRECISION)
-        position = key_positions(tl.minimum(slots + KEYS, end - 1), blocks, start, sink_length, picked, window, BLOCK_K)
-        blocks = listed_blocks(tl.minimum(slots + 2 * KEYS, end - 1), ids, sink_length, picked, BLOCK_K)
+        position = key_positions(tl.minimum(slots + BLOCK_N, end - 1), blocks, start, sink_length, picked, window, BLOCK_K)
+        blocks = listed_blocks(tl.minimum(slots + 2 * BLOCK_N, end - 1), ids, sink_length, picked, BLOCK_K)
     dq_ptr = GRAD_Q + (batch * stride_dqb + head * stride_dqh + at * stride_dqt)[:, None] + d[None, :]
     tl.store(dq_ptr, (acc * scale).to(GRAD_Q.dtype.element_ty), mask=in_d)
 
@@ -139,7 +139,7 @@ def _key_gradients(
         seen &= key[:, None] > row_at[None, :] - sliding
 
     logits, slope = scaled_with_slope(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, SOFTCAP)
-    weights = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)  # [KEYS, M]
+    weights = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)  # [BLOCK_N, M]
     if OF_V:
         grad_v = tl.dot(weights.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
     if OF_K:
@@ -157,12 +157,12 @@ def key_gradient_kernel(
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
     stride_lb, stride_lh, stride_lt, stride_sequences,
     lists, sink_keys, window_keys, dim, dim_v, scale, softcap, sliding,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
     PARTS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, LISTS_PER_HEAD: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, SELECTED: tl.constexpr,
     SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(tiles of TILE <= KEYS keys, Hkv, sequences)`. Adds to GRAD_K and GRAD_V, which only this program writes;
+    """Grid `(tiles of TILE <= BLOCK_N keys, Hkv, sequences)`. Adds to GRAD_K and GRAD_V, which only this program writes;
     OF_K and OF_V tell which, as both sums of a wide head are more than the registers hold. A tile is whole key blocks, or one
     of the PARTS of one."""
     tile, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -177,8 +177,8 @@ def key_gradient_kernel(
     if (low >= end) | (rows == 0):
         return
     batch = batch.to(tl.int64)
-    n, d, dv = tl.arange(0, KEYS), tl.arange(0, D), tl.arange(0, DV)
-    m = tl.arange(0, ROWS * GROUP_PADDED)
+    n, d, dv = tl.arange(0, BLOCK_N), tl.arange(0, D), tl.arange(0, DV)
+    m = tl.arange(0, BLOCK_M * GROUP_PADDED)
     row, member = m // GROUP_PADDED, m % GROUP_PADDED
     key = low + n
     real = (n < TILE) & (key < end)
@@ -190,7 +190,7 @@ def key_gradient_kernel(
     k_ptr = K + (batch * stride_kb + key_head.to(tl.int64) * stride_kh + token * stride_kt)[:, None] + d[None, :]
     v_ptr = V + (batch * stride_vb + key_head.to(tl.int64) * stride_vh + token * stride_vt)[:, None] + dv[None, :]
     k, v = tl.load(k_ptr, mask=in_d, other=0.0), tl.load(v_ptr, mask=in_dv, other=0.0)
-    grad_k, grad_v = tl.zeros([KEYS, D], tl.float32), tl.zeros([KEYS, DV], tl.float32)
+    grad_k, grad_v = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, DV], tl.float32)
 
     # Rows that read the tile as sink or window: from the first that sees it to the last whose window reaches back to it.
     until = tl.minimum((high + window_keys + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q, end)
@@ -199,12 +199,12 @@ def key_gradient_kernel(
     if SLIDING:
         until = tl.minimum(until, high + sliding)
     since = tl.maximum(low, position)
-    count = tl.maximum(until - since + ROWS - 1, 0) // ROWS
-    TILES: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS
+    count = tl.maximum(until - since + BLOCK_M - 1, 0) // BLOCK_M
+    TILES: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
     for part in range(LISTS_PER_HEAD):
         head_list = key_head * LISTS_PER_HEAD + part
         for i in tl.range(0, count, disable_licm=True):
-            first = since + i * ROWS
+            first = since + i * BLOCK_M
             grad_k, grad_v = _key_gradients(
                 grad_k, grad_v, k, v, Q, GRAD_OUT, LSE, MEAN, batch, head_list, first, until - 1, row, n, key, 0,
                 row_start - position, position, sink_keys, window_keys,
@@ -218,7 +218,7 @@ def key_gradient_kernel(
             for i in tl.range(0, ((stop - begin) * TILES).to(tl.int32), disable_licm=True):
                 who, bits = tl.load(WHO + begin + i // TILES), tl.load(WHAT + begin + i // TILES)
                 _, block_first, block_last = query_block(row_start, rows, position, who, BLOCK_Q)
-                first = block_first + i % TILES * ROWS
+                first = block_first + i % TILES * BLOCK_M
                 grad_k, grad_v = _key_gradients(
                     grad_k, grad_v, k, v, Q, GRAD_OUT, LSE, MEAN, batch, head_list, first, block_last, row, n, key, bits,
                     row_start - position, position, sink_keys, window_keys,

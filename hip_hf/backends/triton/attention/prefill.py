@@ -1,7 +1,7 @@
 """Block-sparse flash attention over index lists (HiP, arXiv 2406.09827, section 3.2). Reference: `torch/block_sparse.py`.
 
 One kernel serves sparse prefill, decode (`decode.py` splits the keys and combines), dense rows and dense rows at a
-stride (Delta correction, arXiv 2505.11254). A program attends for a tile of `ROWS` query rows of one query block times the
+stride (Delta correction, arXiv 2505.11254). A program attends for a tile of `BLOCK_M` query rows of one query block times the
 query heads that share a selection, so each key and value is loaded once for all of them.
 """
 
@@ -23,67 +23,68 @@ from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_o
 
 @triton.jit
 def _attend_tiles(
-    acc, top, norm, q, k_base, v_base, low, high, clear, end, row_at, earliest, latest, shift, cos, sin,
+    acc, m_i, l_i, q, k_base, v_base, low, high, clear, end, row_at, earliest, latest, shift, cos, sin,
     ids, start, sink_length, picked, window,
     key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, block_table, stride_table,
     scale, softcap, sliding, dim, dim_v,
-    BLOCK_K: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, EVEN: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
-    HALF: tl.constexpr, DISABLE_LICM: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, EVEN_HEADDIM: tl.constexpr, SAME_KV_STRIDES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROPE_HALF_DIM: tl.constexpr, DISABLE_LICM: tl.constexpr,
 ):  # fmt: skip
-    """Tiles `low` to `high - 1` of KEYS slots each: the online softmax's sums after them. From tile `clear` on, a row sees the
-    slots up to its `latest` one; HALF > 0: always from its `earliest` one on, and keys are turned to `slots - shift`.
+    """Tiles `low` to `high - 1` of BLOCK_N slots each: the online softmax's sums after them. From tile `clear` on, a row sees the
+    slots up to its `latest` one; ROPE_HALF_DIM > 0: always from its `earliest` one on, and keys are turned to `slots - shift`.
 
     Where a tile's keys lie is found one tile ahead, and which blocks they belong to two tiles ahead. So no key waits for an
     index of the same turn, which is what lets the compiler fetch keys and values stages ahead, without waiting for products.
     For the same reason there is one loop, with masks behind a branch, and slots after the last one repeat it.
     """
-    d, dv, n = tl.arange(0, D), tl.arange(0, DV), tl.arange(0, KEYS)
-    slots = tl.minimum(low * KEYS + n, end - 1)
+    d, dv, n = tl.arange(0, D), tl.arange(0, DV), tl.arange(0, BLOCK_N)
+    slots = tl.minimum(low * BLOCK_N + n, end - 1)
     blocks = listed_blocks(slots, ids, sink_length, picked, BLOCK_K)
     position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
     page = page_of(key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE)
-    slots = tl.minimum((low + 1) * KEYS + n, end - 1)
+    slots = tl.minimum((low + 1) * BLOCK_N + n, end - 1)
     blocks = listed_blocks(slots, ids, sink_length, picked, BLOCK_K)
     for i in tl.range(low, high, disable_licm=DISABLE_LICM):
         k_at = offsets_in(page, key_start + position, stride_kb, stride_kt, PAGE_SIZE)
-        if ALIKE:
+        if SAME_KV_STRIDES:
             v_at = k_at
         else:
             v_at = offsets_in(page, key_start + position, stride_vb, stride_vt, PAGE_SIZE)
         k_ptr, v_ptr = k_base + k_at[:, None] + d[None, :], v_base + v_at[:, None] + dv[None, :]
-        slots = i * KEYS + n
-        if EVEN:
+        slots = i * BLOCK_N + n
+        if EVEN_HEADDIM:
             k = tl.load(k_ptr)
         else:
             k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
-        if HALF > 0:
-            other = tl.load(k_base + k_at[:, None] + partner(d, HALF)[None, :], mask=(d < dim)[None, :], other=0.0)
-            k = turned(k, other, tl.maximum(slots - shift, 0), d, cos, sin, HALF).to(k.dtype)
+        if ROPE_HALF_DIM > 0:
+            other = tl.load(k_base + k_at[:, None] + partner(d, ROPE_HALF_DIM)[None, :], mask=(d < dim)[None, :], other=0.0)
+            k = turned(k, other, tl.maximum(slots - shift, 0), d, cos, sin, ROPE_HALF_DIM).to(k.dtype)
         logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
         if i >= clear:
             seen = slots[None, :] <= latest[:, None]
             if SLIDING:
                 seen &= position[None, :] > row_at[:, None] - sliding
             logits = tl.where(seen, logits, float("-inf"))
-        if HALF > 0:
+        if ROPE_HALF_DIM > 0:
             logits = tl.where(slots[None, :] >= earliest[:, None], logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
+        new_top = tl.maximum(m_i, tl.max(logits, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen nothing yet
-        shrink = tl.exp2(top - base)
+        shrink = tl.exp2(m_i - base)
         weights = tl.exp2(logits - base[:, None])
-        norm = norm * shrink + tl.sum(weights, 1)
-        if EVEN:
+        l_i = l_i * shrink + tl.sum(weights, 1)
+        if EVEN_HEADDIM:
             v = tl.load(v_ptr)
         else:
             v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
-        slots = tl.minimum(slots + KEYS, end - 1)
+        m_i = new_top
+        slots = tl.minimum(slots + BLOCK_N, end - 1)
         position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
         page = page_of(key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE)
-        blocks = listed_blocks(tl.minimum((i + 2) * KEYS + n, end - 1), ids, sink_length, picked, BLOCK_K)
-    return acc, top, norm
+        blocks = listed_blocks(tl.minimum((i + 2) * BLOCK_N + n, end - 1), ids, sink_length, picked, BLOCK_K)
+    return acc, m_i, l_i
 
 
 @triton.jit(do_not_specialize=GROWING)
@@ -93,17 +94,17 @@ def attend_kernel(
     stride_os, stride_ob, stride_oh, stride_ot, stride_ls, stride_lb, stride_lh, stride_lt,
     stride_sequences, stride_table,
     blocks, lists, most, kept, sink_keys, window_keys, dim, dim_v, scale, softcap, sliding, trained, scaling,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, LISTS_PER_HEAD: tl.constexpr, SPLITS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, EVEN: tl.constexpr, ALIKE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, EVEN_HEADDIM: tl.constexpr, SAME_KV_STRIDES: tl.constexpr, PAGE_SIZE: tl.constexpr,
     SELECTED: tl.constexpr, KEPT_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, lists * SPLITS, sequences)`; a list is the heads that share a selection.
 
     STRIDE 1: query rows as they come, in query blocks of BLOCK_Q. STRIDE > 1: rows 0, STRIDE, 2 STRIDE, ... of each
-    sequence, written side by side into row `sequence` of the output. HALF > 0: so many pairs of a head's numbers are turned,
-    to places counted along the list of slots, and no row is farther than `trained - 1` from a key (`rope.py`).
+    sequence, written side by side into row `sequence` of the output. ROPE_HALF_DIM > 0: so many pairs of a head's numbers are
+    turned, to places counted along the list of slots, and no row is farther than `trained - 1` from a key (`rope.py`).
     """
     tile = tl.program_id(0)
     head_list, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
@@ -115,22 +116,22 @@ def attend_kernel(
         tile = tl.num_programs(0) - 1 - tile  # the longest first
         block = tile
         block_first = position
-        first = position + tile * (ROWS * STRIDE)
-        last = tl.minimum(first + (ROWS - 1) * STRIDE, position + rows - 1)
-        query_row, out_row, out_batch = row_start + tile * (ROWS * STRIDE), tile * ROWS, sequence
+        first = position + tile * (BLOCK_M * STRIDE)
+        last = tl.minimum(first + (BLOCK_M - 1) * STRIDE, position + rows - 1)
+        query_row, out_row, out_batch = row_start + tile * (BLOCK_M * STRIDE), tile * BLOCK_M, sequence
     else:
-        TILES: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS
+        TILES: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
         block = tile // TILES
         block_row, block_first, block_last = query_block(row_start, rows, position, block, BLOCK_Q)
-        first = block_first + tile % TILES * ROWS
-        last = tl.minimum(first + ROWS - 1, block_last)
-        query_row = block_row + tile % TILES * ROWS
+        first = block_first + tile % TILES * BLOCK_M
+        last = tl.minimum(first + BLOCK_M - 1, block_last)
+        query_row = block_row + tile % TILES * BLOCK_M
         out_row, out_batch = query_row, batch
     if first > last:
         return
 
     # Tile row m is query row m // GROUP_PADDED of head m % GROUP_PADDED.
-    m = tl.arange(0, ROWS * GROUP_PADDED)
+    m = tl.arange(0, BLOCK_M * GROUP_PADDED)
     row, member = m // GROUP_PADDED, m % GROUP_PADDED
     row_at = first + row * STRIDE
     real = (row_at <= last) & (member < GROUP)
@@ -138,7 +139,7 @@ def attend_kernel(
     d, dv = tl.arange(0, D), tl.arange(0, DV)
     q_ptr = Q + batch.to(tl.int64) * stride_qb + head * stride_qh + (query_row + row * STRIDE).to(tl.int64) * stride_qt
     here = real[:, None] & (d < dim)[None, :]
-    if HALF == 0:
+    if ROPE_HALF_DIM == 0:
         q = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
 
     if KEPT_WINDOW:
@@ -154,10 +155,10 @@ def attend_kernel(
 
     # In front of the window and up to its first row, every row of the tile sees every slot.
     before = sink_length + picked - window
-    clear, end = (before + first + 1) // KEYS, before + last + 1
+    clear, end = (before + first + 1) // BLOCK_N, before + last + 1
     if SLIDING:
         clear = 0
-    tiles = (end + KEYS - 1) // KEYS
+    tiles = (end + BLOCK_N - 1) // BLOCK_N
     if SPLITS > 1:
         share = (tiles + SPLITS - 1) // SPLITS
         low = tl.minimum(split * share, tiles)
@@ -165,53 +166,54 @@ def attend_kernel(
     else:
         low, high = 0, tiles
 
-    top = tl.full([ROWS * GROUP_PADDED], float("-inf"), tl.float32)
-    norm = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
-    acc = tl.zeros([ROWS * GROUP_PADDED, DV], tl.float32)
+    m_i = tl.full([BLOCK_M * GROUP_PADDED], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M * GROUP_PADDED], tl.float32)
+    acc = tl.zeros([BLOCK_M * GROUP_PADDED, DV], tl.float32)
     if HAS_SINKS:
         extra = tl.load(SINKS + head, mask=member < GROUP, other=0.0).to(tl.float32) * LOG2E
-        top = tl.where(split == 0, extra, top)  # once, not in every split
-        norm = tl.where(split == 0, 1.0, norm)
+        m_i = tl.where(split == 0, extra, m_i)  # once, not in every split
+        l_i = tl.where(split == 0, 1.0, l_i)
 
     key_head = (head_list // LISTS_PER_HEAD).to(tl.int64)
     k_base, v_base = K + key_head * stride_kh, V + key_head * stride_vh
     own = before + row_at
-    if HALF > 0:
+    if ROPE_HALF_DIM > 0:
         # slots before `far` are too far for some rows and count as farthest, those before `shift` for all
         shift, far = tl.maximum(before + first + 1 - trained, 0), tl.maximum(before + last + 1 - trained, 0)
         earliest = own - trained + 1
-        stop = tl.minimum((far + KEYS - 1) // KEYS, high)
+        stop = tl.minimum((far + BLOCK_N - 1) // BLOCK_N, high)
         if low < stop:  # a scope of its own, so that loaded queries are not kept in registers for the second turn
-            farthest = tl.full([ROWS * GROUP_PADDED], trained - 1, tl.int32)
-            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
-            acc, top, norm = _attend_tiles(
-                acc, top, norm, q, k_base, v_base, low, stop, 0, end, row_at, earliest, earliest - 1, shift, COS, SIN,
+            farthest = tl.full([BLOCK_M * GROUP_PADDED], trained - 1, tl.int32)
+            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, ROPE_HALF_DIM).to(Q.dtype.element_ty)
+            acc, m_i, l_i = _attend_tiles(
+                acc, m_i, l_i, q, k_base, v_base, low, stop, 0, end, row_at, earliest, earliest - 1, shift, COS, SIN,
                 ids, start, sink_length, picked, window,
                 key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
                 scale, softcap, sliding, dim, dim_v,
-                BLOCK_K, KEYS, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN, ALIKE, PRECISION, 0, True,
+                BLOCK_K, BLOCK_N, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN_HEADDIM, SAME_KV_STRIDES, PRECISION, 0, True,
             )  # fmt: skip
         # By 1, or 0 by 0. Otherwise the next turn's sums are registers that hold either zeros or this turn's sums, and ptxas lets
         # the tensor cores wait for each of their instructions (C7515).
-        acc *= tl.exp2(top - tl.where(top == float("-inf"), 0.0, top))[:, None]
-        low = tl.maximum(low, shift // KEYS)
-        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
+        acc *= tl.exp2(m_i - tl.where(m_i == float("-inf"), 0.0, m_i))[:, None]
+        low = tl.maximum(low, shift // BLOCK_N)
+        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, ROPE_HALF_DIM).to(Q.dtype.element_ty)
     else:
         shift, earliest = 0, own
-    acc, top, norm = _attend_tiles(
-        acc, top, norm, q, k_base, v_base, low, high, clear, end, row_at, earliest, own, shift, COS, SIN,
+    acc, m_i, l_i = _attend_tiles(
+        acc, m_i, l_i, q, k_base, v_base, low, high, clear, end, row_at, earliest, own, shift, COS, SIN,
         ids, start, sink_length, picked, window,
         key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
         scale, softcap, sliding, dim, dim_v,
-        BLOCK_K, KEYS, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN, ALIKE, PRECISION, HALF, HALF > 0,
+        BLOCK_K, BLOCK_N, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN_HEADDIM, SAME_KV_STRIDES, PRECISION, ROPE_HALF_DIM,
+        ROPE_HALF_DIM > 0,
     )  # fmt: skip
-    nothing = norm == 0.0
-    out = acc / tl.where(nothing, 1.0, norm)[:, None]
+    nothing = l_i == 0.0
+    out = acc / tl.where(nothing, 1.0, l_i)[:, None]
     to = (out_row + row).to(tl.int64)
     out_ptr = OUT + split.to(tl.int64) * stride_os + out_batch.to(tl.int64) * stride_ob + head * stride_oh + to * stride_ot
     tl.store(out_ptr[:, None] + dv[None, :], out.to(OUT.dtype.element_ty), mask=real[:, None] & (dv < dim_v)[None, :])
     if HAS_LSE:
-        lse = tl.where(nothing, float("-inf"), (top + tl.log2(tl.where(nothing, 1.0, norm))) * LN2)
+        lse = tl.where(nothing, float("-inf"), (m_i + tl.log2(tl.where(nothing, 1.0, l_i))) * LN2)
         lse_ptr = LSE + split.to(tl.int64) * stride_ls + out_batch.to(tl.int64) * stride_lb + head * stride_lh + to * stride_lt
         tl.store(lse_ptr, lse, mask=real)
 
@@ -258,9 +260,9 @@ def call_arguments(
         kept=0 if reads.windows is None else reads.windows.stride(0),
         sink_keys=reads.sink, window_keys=reads.window, dim=dim, dim_v=dim_v,
         scale=logits.scale, softcap=logits.softcap or 1.0, sliding=logits.sliding_window or 0,
-        BLOCK_Q=reads.block_q, BLOCK_K=reads.block_k, ROWS=rows, KEYS=tile.keys, STRIDE=stride,
+        BLOCK_Q=reads.block_q, BLOCK_K=reads.block_k, BLOCK_M=rows, BLOCK_N=tile.keys, STRIDE=stride,
         GROUP=group, GROUP_PADDED=padded, LISTS_PER_HEAD=lists // kv.heads, SPLITS=splits,
-        D=wide, DV=wide_v, EVEN=wide == dim and wide_v == dim_v, ALIKE=kv.strides(kv.k) == kv.strides(kv.v),
+        D=wide, DV=wide_v, EVEN_HEADDIM=wide == dim and wide_v == dim_v, SAME_KV_STRIDES=kv.strides(kv.k) == kv.strides(kv.v),
         PAGE_SIZE=kv.page_size,
         SELECTED=selected, KEPT_WINDOW=reads.windows is not None, HAS_SINKS=logits.sinks is not None, HAS_LSE=lse is not None,
         SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,

@@ -15,23 +15,23 @@ from hip_hf.backends.triton.selection.select import NEVER, entry_of, lay_out, pl
 
 @triton.jit
 def merged_masses(
-    found, tile, LOOKS: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, MASS: tl.constexpr
+    found, tile, LOOKS: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, MASS: tl.constexpr
 ):  # fmt: skip
     """What the rows of a tile found in all keys of a search's blocks, as `block_masses` says of those of one look."""
-    slot, lane = tl.arange(0, N), tl.arange(0, ROWS)
-    top = tl.full([ROWS], -float("inf"), tl.float32)
-    mass = tl.full([N, ROWS], 0.0 if MASS else -float("inf"), tl.float32)
+    slot, lane = tl.arange(0, N), tl.arange(0, BLOCK_M)
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    mass = tl.full([N, BLOCK_M], 0.0 if MASS else -float("inf"), tl.float32)
     for look in range(LOOKS):
-        at = found + (look * TILES + tile) * ((N + 1) * ROWS) + lane
-        more = tl.load(at[None, :] + slot[:, None] * ROWS)
+        at = found + (look * TILES + tile) * ((N + 1) * BLOCK_M) + lane
+        more = tl.load(at[None, :] + slot[:, None] * BLOCK_M)
         if MASS:
-            level = tl.load(at + N * ROWS)
-            higher = tl.maximum(top, level)
-            mass = mass * tl.exp(top - higher)[None, :] + more * tl.exp(level - higher)[None, :]
-            top = higher
+            level = tl.load(at + N * BLOCK_M)
+            higher = tl.maximum(m_i, level)
+            mass = mass * tl.exp(m_i - higher)[None, :] + more * tl.exp(level - higher)[None, :]
+            m_i = higher
         else:
             mass = tl.maximum(mass, more)
-    return mass, top
+    return mass, m_i
 
 
 @triton.jit
@@ -44,10 +44,10 @@ def choose(
     """Write the best of the blocks `ids` `[N]`, of which `total` count, by what was `found` in their keys."""
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
-        mass, top = merged_masses(found, tile, LOOKS, TILES, N, NARROW, MASS)
+        mass, m_i = merged_masses(found, tile, LOOKS, TILES, N, NARROW, MASS)
         voting = voters(tile, last_row, last, first, NARROW, SAMPLES, STRIDE, GROUP)[2]
         scores = add_masses(
-            scores, mass, top, near, stride_near, tile, last_row, last, first, voting, NARROW, SAMPLES, STRIDE, GROUP, MASS,
+            scores, mass, m_i, near, stride_near, tile, last_row, last, first, voting, NARROW, SAMPLES, STRIDE, GROUP, MASS,
             WEIGHED)  # fmt: skip
     write_best(ids, scores, total, low, indices, counts, entry, N, BUDGET, OUT, ONWARD)
 

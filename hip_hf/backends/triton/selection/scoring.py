@@ -16,11 +16,11 @@ from hip_hf.backends.triton.common.tiles import tanh
 
 @triton.jit
 def voters(
-    tile, last_row, last, first, ROWS: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr
+    tile, last_row, last, first, BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """Head, row and validity of the `tile`-th `ROWS` voting rows: every `STRIDE`-th row of the query block, counted back from
+    """Head, row and validity of the `tile`-th `BLOCK_M` voting rows: every `STRIDE`-th row of the query block, counted back from
     its last, of each of the `GROUP` heads. What is not valid repeats the last row."""
-    index = tile * ROWS + tl.arange(0, ROWS)
+    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head, sample = index // SAMPLES, index % SAMPLES
     voting = (head < GROUP) & (sample * STRIDE <= last - first)
     return tl.where(voting, head, 0), last_row - tl.where(voting, sample, 0) * STRIDE, voting
@@ -34,13 +34,13 @@ def voting_rows(
     first,
     stride_qh,
     stride_qt,
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     SAMPLES: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """Offsets (int64, from the group's first head) and validity of voting rows."""
-    head, row, voting = voters(tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)
+    head, row, voting = voters(tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
     return head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qt, voting
 
 
@@ -48,22 +48,22 @@ def voting_rows(
 def near_share(
     near,
     stride_near,
-    top,
+    m_i,
     log_keys,
     tile,
     last_row,
     last,
     first,
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     SAMPLES: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """What voting rows find `near`, as one more candidate of a softmax from whose logits `top` is subtracted. A candidate's
+    """What voting rows find `near`, as one more candidate of a softmax from whose logits `m_i` is subtracted. A candidate's
     logit stands for each of its keys (`log_keys`). Loaded when it is needed: held, it would take registers from the tiles."""
-    head, row, voting = voters(tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)
+    head, row, voting = voters(tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
     found = tl.load(near + head.to(tl.int64) * stride_near + row, mask=voting, other=-float("inf"))
-    return tl.exp(found - log_keys - top)
+    return tl.exp(found - log_keys - m_i)
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def chunk_logits(
     steps,
     SOFTCAP: tl.constexpr,
     M: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     DIM: tl.constexpr,
     FEATURES: tl.constexpr,
     PARTS: tl.constexpr,
@@ -93,10 +93,10 @@ def chunk_logits(
     back,
     cos,
     sin,
-    HALF: tl.constexpr,
+    ROPE_HALF_DIM: tl.constexpr,
 ):
-    """Logits `[M, ROWS]` of the chunks in the table's rows `at` `[M]`: `PARTS` 2 multiplies `[q, |q|]` with centre and
-    spread. `FEATURES` numbers of the head dim at a time. `HALF` > 0: chunks are turned back by `back` `[M]` places
+    """Logits `[M, BLOCK_M]` of the chunks in the table's rows `at` `[M]`: `PARTS` 2 multiplies `[q, |q|]` with centre and
+    spread. `FEATURES` numbers of the head dim at a time. `ROPE_HALF_DIM` > 0: chunks are turned back by `back` `[M]` places
     (`methods/pyramid.py`)."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
@@ -104,7 +104,7 @@ def chunk_logits(
     at = at.to(tl.int64) * (PARTS * DIM)
     within = at[:, None] + inner[None, :]
     within_q = offsets[None, :] + inner[:, None]
-    acc = tl.zeros([M, ROWS], tl.float32)
+    acc = tl.zeros([M, BLOCK_M], tl.float32)
     for i in tl.range(steps, disable_licm=True):
         part = i // CHUNKS
         d = (i - part * CHUNKS) * FEATURES
@@ -116,11 +116,11 @@ def chunk_logits(
         else:
             a = tl.load(to_a, mask=(d + inner < DIM)[None, :], other=0.0)
             b = tl.load(to_b, mask=(d + inner < DIM)[:, None], other=0.0)
-        if HALF > 0:
+        if ROPE_HALF_DIM > 0:
             to_other = table + part * DIM + at[:, None]
-            to_other += partner(d + inner, HALF)[None, :]
+            to_other += partner(d + inner, ROPE_HALF_DIM)[None, :]
             other = tl.load(to_other, mask=(d + inner < DIM)[None, :], other=0.0)
-            a = turned_back(a, other, back, d + inner, cos, sin, part > 0, HALF).to(a.dtype)
+            a = turned_back(a, other, back, d + inner, cos, sin, part > 0, ROPE_HALF_DIM).to(a.dtype)
         if PARTS > 1:
             b = tl.where(part > 0, tl.abs(b), b)
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
@@ -149,7 +149,7 @@ def score_chunks(
     SOFTCAP: tl.constexpr,
     M: tl.constexpr,
     EDGES: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     SAMPLES: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -164,7 +164,7 @@ def score_chunks(
     edge_back,
     cos,
     sin,
-    HALF: tl.constexpr,
+    ROPE_HALF_DIM: tl.constexpr,
 ):
     """Scores of the chunks `[M]` and the edges `[EDGES]`, of `keys` keys each, fp32: `mass`, the rows' shares in a softmax
     over all of them and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `at`: rows of the table, valid ones
@@ -172,29 +172,29 @@ def score_chunks(
     scores = tl.full([M], 0.0 if MASS else -float("inf"), tl.float32)
     edge_scores = tl.full([EDGES], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(tiles):
-        offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
+        offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, BLOCK_M, SAMPLES, STRIDE, GROUP)
         if HAS_EDGES:
             edges = chunk_logits(
-                table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, ROWS, DIM, FEATURES, PARTS, PRECISION,
-                edge_back, cos, sin, HALF)  # fmt: skip
+                table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, BLOCK_M, DIM, FEATURES, PARTS, PRECISION,
+                edge_back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
             edges = tl.where(edge_inside[:, None], edges, -float("inf"))
-        logits = chunk_logits(table, at, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, PRECISION,
-                              back, cos, sin, HALF)  # fmt: skip
+        logits = chunk_logits(table, at, q, offsets, scale, steps, SOFTCAP, M, BLOCK_M, DIM, FEATURES, PARTS, PRECISION,
+                              back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
         logits = tl.where(inside[:, None], logits, -float("inf"))
         if MASS:
-            top = tl.max(logits, 0)
+            m_i = tl.max(logits, 0)
             if HAS_EDGES:
-                top = tl.maximum(top, tl.max(edges, 0))
-                edges = tl.exp(edges - top[None, :])
-            logits = tl.exp(logits - top[None, :])
-            norm = tl.sum(logits, 0)
+                m_i = tl.maximum(m_i, tl.max(edges, 0))
+                edges = tl.exp(edges - m_i[None, :])
+            logits = tl.exp(logits - m_i[None, :])
+            l_i = tl.sum(logits, 0)
             if HAS_EDGES:
-                norm += tl.sum(edges, 0)
+                l_i += tl.sum(edges, 0)
             if WEIGHED:
-                norm += near_share(
-                    near, near_stride, top, tl.log(keys.to(tl.float32)), tile, last_row, last, first, ROWS, SAMPLES, STRIDE,
+                l_i += near_share(
+                    near, near_stride, m_i, tl.log(keys.to(tl.float32)), tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE,
                     GROUP)  # fmt: skip
-            weight = tl.where(voting, 1.0 / norm, 0.0)
+            weight = tl.where(voting, 1.0 / l_i, 0.0)
             scores += tl.sum(logits * weight[None, :], 1)
             if HAS_EDGES:
                 edge_scores += tl.sum(edges * weight[None, :], 1)
@@ -208,17 +208,18 @@ def score_chunks(
 @triton.jit
 def block_masses(
     k, ids, inside, first_key, keys, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, offsets, scale,
-    SOFTCAP: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
-    MASS: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin, HALF: tl.constexpr,
+    SOFTCAP: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASS: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin,
+    ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """What voting rows find in `keys` keys, from number `first_key` on, of each of the key blocks `ids` `[N]`: `[N, ROWS]` and
-    `[ROWS]`. For `mass`, sums of exponentials, and the rows' greatest logits, which were subtracted; else the best logits, and
-    minus infinity. `HALF` > 0: keys are turned back by `back` `[N]` places."""
+    """What voting rows find in `keys` keys, from number `first_key` on, of each of the key blocks `ids` `[N]`: `[N, BLOCK_M]` and
+    `[BLOCK_M]`. For `mass`, sums of exponentials, and the rows' greatest logits, which were subtracted; else the best logits, and
+    minus infinity. `ROPE_HALF_DIM` > 0: keys are turned back by `back` `[N]` places."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
-    top = tl.full([ROWS], -float("inf"), tl.float32)
-    mass = tl.full([N, ROWS], 0.0 if MASS else -float("inf"), tl.float32)
-    logits = tl.zeros([N, ROWS], tl.float32)
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    mass = tl.full([N, BLOCK_M], 0.0 if MASS else -float("inf"), tl.float32)
+    logits = tl.zeros([N, BLOCK_M], tl.float32)
     # a step's pages are looked up in the step before: keys that waited for them could not be fetched ahead
     slots = key_start + ids * BLOCK_K + first_key
     page = page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE)
@@ -236,35 +237,36 @@ def block_masses(
         else:
             a = tl.load(k + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
             b = tl.load(q + offsets[None, :] + d[:, None], mask=(d < DIM)[:, None], other=0.0)
-        if HALF > 0:
-            other = tl.load(k + at[:, None] + partner(d, HALF)[None, :], mask=(d < DIM)[None, :], other=0.0)
-            a = turned_back(a, other, back, d, cos, sin, False, HALF).to(a.dtype)
+        if ROPE_HALF_DIM > 0:
+            other = tl.load(k + at[:, None] + partner(d, ROPE_HALF_DIM)[None, :], mask=(d < DIM)[None, :], other=0.0)
+            a = turned_back(a, other, back, d, cos, sin, False, ROPE_HALF_DIM).to(a.dtype)
         logits = tl.dot(a, b, logits, input_precision=PRECISION)
         if part == CHUNKS - 1:
             logits = tl.where(inside[:, None], capped(logits, scale, SOFTCAP), -float("inf"))
             if MASS:
                 # one maximum per row for all blocks: what it lets underflow would weigh nothing in the softmax either
-                higher = tl.maximum(top, tl.max(logits, 0))
-                mass = mass * tl.exp(top - higher)[None, :] + tl.exp(logits - higher[None, :])
-                top = higher
+                higher = tl.maximum(m_i, tl.max(logits, 0))
+                mass = mass * tl.exp(m_i - higher)[None, :] + tl.exp(logits - higher[None, :])
+                m_i = higher
             else:
                 mass = tl.maximum(mass, logits)
-            logits = tl.zeros([N, ROWS], tl.float32)
-    return mass, top
+            logits = tl.zeros([N, BLOCK_M], tl.float32)
+    return mass, m_i
 
 
 @triton.jit
 def add_masses(
-    scores, mass, top, near, near_stride, tile, last_row, last, first, voting,
-    ROWS: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
+    scores, mass, m_i, near, near_stride, tile, last_row, last, first, voting,
+    BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     WEIGHED: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[N]` of key blocks after a tile of rows that found `mass` `[N, ROWS]` in all their keys and, of `mass`, `top`."""
+    """Scores `[N]` of key blocks after a tile of rows that found `mass` `[N, BLOCK_M]` in all their keys and, of `mass`,
+    `m_i`."""
     if MASS:
-        norm = tl.sum(mass, 0)
+        l_i = tl.sum(mass, 0)
         if WEIGHED:
-            norm += near_share(near, near_stride, top, 0.0, tile, last_row, last, first, ROWS, SAMPLES, STRIDE, GROUP)
-        weight = tl.where(voting, 1.0 / norm, 0.0)
+            l_i += near_share(near, near_stride, m_i, 0.0, tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
+        weight = tl.where(voting, 1.0 / l_i, 0.0)
         return scores + tl.sum(mass * weight[None, :], 1)
     else:
         return tl.maximum(scores, tl.max(tl.where(voting[None, :], mass, -float("inf")), 1))
@@ -274,20 +276,21 @@ def add_masses(
 def score_blocks(
     k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, row_stride_h, row_stride_t, near,
     near_stride, last_row, first, last, scale,
-    SOFTCAP: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    SOFTCAP: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
-    WEIGHED: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin, HALF: tl.constexpr,
+    WEIGHED: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin,
+    ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """Scores `[N]` of key blocks `ids` by all their keys: `mass`, the rows' shares in a softmax over all keys of all
-    the blocks and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `HALF` > 0: keys are turned back by
+    the blocks and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `ROPE_HALF_DIM` > 0: keys are turned back by
     `back` `[N]` places."""
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
-        offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, ROWS, SAMPLES, STRIDE, GROUP)
-        mass, top = block_masses(
+        offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, BLOCK_M, SAMPLES, STRIDE, GROUP)
+        mass, m_i = block_masses(
             k, ids, inside, 0, BLOCK_K, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, offsets, scale,
-            SOFTCAP, N, BLOCK_K, PAGE_SIZE, ROWS, MASS, DIM, FEATURES, PRECISION, back, cos, sin, HALF)  # fmt: skip
+            SOFTCAP, N, BLOCK_K, PAGE_SIZE, BLOCK_M, MASS, DIM, FEATURES, PRECISION, back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
         scores = add_masses(
-            scores, mass, top, near, near_stride, tile, last_row, last, first, voting, ROWS, SAMPLES, STRIDE, GROUP, MASS,
+            scores, mass, m_i, near, near_stride, tile, last_row, last, first, voting, BLOCK_M, SAMPLES, STRIDE, GROUP, MASS,
             WEIGHED)  # fmt: skip
     return scores

@@ -173,8 +173,8 @@ def constants(
         LOOKS=looks, NARROW=narrow, ROWS_WHOLE=rows_whole, TILES_WHOLE=tiles_whole, NARROW_WHOLE=narrow_whole,
         FOUND=looks * max(tiles * (kept_last + 1) * narrow, tiles_whole * (2 * kept + 1) * narrow_whole),
         BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
-        RESCORE=rescore, LONG=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
-        ROWS=rows, TILES=tiles, SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
+        RESCORE=rescore, START_LEVEL_IN_MEMORY=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
+        BLOCK_M=rows, TILES=tiles, SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
         MASS=config.score == "mass", ONWARD=onward_of(config), WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters,
         VOTES=voting.votes, VOTES_WHOLE=voting.votes_whole, WALKERS=voting.walkers, SPACING=voting.stride, DIM=dim,
         FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts_of(config), OUT=tile(budget),
@@ -214,7 +214,7 @@ def chunk_rotation(positions: Positions | None, config: HiPConfig, stand_in: tor
     indexed = positions if positions is not None and positions.chunk_indexed else None
     tables = rotation(indexed, 0, stand_in)
     farthest = 0 if indexed is None else farthest_chunk(indexed, config)
-    return {name: tables[name] for name in ("COS", "SIN", "HALF")} | dict(farthest=farthest)
+    return {name: tables[name] for name in ("COS", "SIN", "ROPE_HALF_DIM")} | dict(farthest=farthest)
 
 
 def select(
@@ -238,7 +238,7 @@ def select(
     call = (q.shape[1] // kv.heads, q.shape[-1], q.dtype, block_q, sequences.max_keys)
     fixed = constants(config, *call, target_of(q), into.made is not None, logits.positions, looks, shape)
     scratch, listed, stride_scratch = into.counts, into.counts, 0
-    if fixed["LONG"]:
+    if fixed["START_LEVEL_IN_MEMORY"]:
         stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])
         at_once = min(programs, max(1, MOST_SCRATCH // (stride_scratch * torch.float32.itemsize)))
         scratch = into.scratch_for(at_once * stride_scratch)

@@ -93,9 +93,9 @@ def look(
     ids, total, low, high, indices, counts, entry, listed, found, share, k, key_start, batch, stride_kb, stride_kt,
     block_table, stride_table, q, stride_qh, stride_qt, near, stride_near, last_row, first, last, scale, farthest, cos, sin,
     SOFTCAP: tl.constexpr, N: tl.constexpr, BUDGET: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr, LIST: tl.constexpr,
-    BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NARROW: tl.constexpr,
+    BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr, NARROW: tl.constexpr,
     SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr, WEIGHED: tl.constexpr,
-    ONWARD: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+    ONWARD: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """The end of a search: all votes look at all keys of the blocks `ids` `[N]`, sorted, of which `total` count, and the best are
     written. `LOOKS` > 1: they look at the `share`-th part of each block's keys; what is `found`, and with `LIST` which blocks
@@ -108,21 +108,21 @@ def look(
         EACH: tl.constexpr = (BLOCK_K + LOOKS - 1) // LOOKS
         if LIST:
             tl.store(listed + slot, tl.where(inside, ids, -1), mask=share + slot * 0 == 0)
-        lane = tl.arange(0, ROWS)
+        lane = tl.arange(0, BLOCK_M)
         for tile in range(TILES):
-            offsets = voting_rows(tile, last_row, last, first, stride_qh, stride_qt, ROWS, SAMPLES, STRIDE, GROUP)[0]
-            mass, top = block_masses(
+            offsets = voting_rows(tile, last_row, last, first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE, GROUP)[0]
+            mass, m_i = block_masses(
                 k, ids, inside, share * EACH, tl.minimum(EACH, BLOCK_K - share * EACH), key_start, batch, stride_kb, stride_kt,
-                block_table, stride_table, q, offsets, scale, SOFTCAP, N, BLOCK_K, PAGE_SIZE, ROWS, MASS, DIM, FEATURES,
-                PRECISION, back, cos, sin, HALF)  # fmt: skip
+                block_table, stride_table, q, offsets, scale, SOFTCAP, N, BLOCK_K, PAGE_SIZE, BLOCK_M, MASS, DIM, FEATURES,
+                PRECISION, back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
             to = found + (share * TILES + tile) * ((N + 1) * NARROW) + lane
             tl.store(to[None, :] + slot[:, None] * NARROW, mass, mask=(slot[:, None] >= 0) & (lane < NARROW)[None, :])
-            tl.store(to + N * NARROW, top, mask=lane < NARROW)
+            tl.store(to + N * NARROW, m_i, mask=lane < NARROW)
     else:
         scores = score_blocks(
             k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
-            stride_near, last_row, first, last, scale, SOFTCAP, N, BLOCK_K, PAGE_SIZE, ROWS, TILES, SAMPLES, STRIDE, GROUP,
-            MASS, WEIGHED, DIM, FEATURES, PRECISION, back, cos, sin, HALF)  # fmt: skip
+            stride_near, last_row, first, last, scale, SOFTCAP, N, BLOCK_K, PAGE_SIZE, BLOCK_M, TILES, SAMPLES, STRIDE, GROUP,
+            MASS, WEIGHED, DIM, FEATURES, PRECISION, back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
         write_best(ids, scores, total, low, indices, counts, entry, N, BUDGET, OUT, ONWARD)
 
 
@@ -148,71 +148,46 @@ def pair(left, right, M: tl.constexpr):
 
 @triton.jit
 def score_long(
-    scratch,
-    first,
-    count,
-    table,
-    q,
-    stride_qh,
-    stride_qt,
-    near,
-    stride_near,
-    last_row,
-    block_first,
-    block_last,
-    scale,
-    steps,
-    tiles,
-    SOFTCAP: tl.constexpr,
-    M: tl.constexpr,
-    ROWS: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    MASS: tl.constexpr,
-    WEIGHED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    level,
-    farthest,
-    cos,
-    sin,
-    HALF: tl.constexpr,
-):
+    scratch, first, count, table, q, stride_qh, stride_qt, near, stride_near, last_row, block_first,
+    block_last, scale, steps, tiles, SOFTCAP: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
+    SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
+    WEIGHED: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, level, farthest, cos, sin,
+    ROPE_HALF_DIM: tl.constexpr,
+):  # fmt: skip
     """Scores of `count` chunks from `first` on into `scratch`, tile by tile: once for the rows' norms, once for the scores."""
     inner = tl.arange(0, M)
     for tile in range(tiles):
-        offsets, voting = voting_rows(tile, last_row, block_last, block_first, stride_qh, stride_qt, ROWS, SAMPLES, STRIDE, GROUP)
-        top = tl.full([ROWS], -float("inf"), tl.float32)
-        norm = tl.zeros([ROWS], tl.float32)
+        offsets, voting = voting_rows(
+            tile, last_row, block_last, block_first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE, GROUP
+        )
+        m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
         if MASS:
             for at in range(0, count, M):
                 inside = at + inner < count
                 rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
                 logits = chunk_logits(
-                    table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, PRECISION,
-                    places_back(count, at + inner, farthest), cos, sin, HALF)  # fmt: skip
+                    table, rows, q, offsets, scale, steps, SOFTCAP, M, BLOCK_M, DIM, FEATURES, PARTS, PRECISION,
+                    places_back(count, at + inner, farthest), cos, sin, ROPE_HALF_DIM)  # fmt: skip
                 logits = tl.where(inside[:, None], logits, -float("inf"))
-                higher = tl.maximum(top, tl.max(logits, 0))
-                norm = norm * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[None, :]), 0)
-                top = higher
+                higher = tl.maximum(m_i, tl.max(logits, 0))
+                l_i = l_i * tl.exp(m_i - higher) + tl.sum(tl.exp(logits - higher[None, :]), 0)
+                m_i = higher
             if WEIGHED:
-                norm += near_share(
-                    near, stride_near, top, tl.log((BLOCK_K << level).to(tl.float32)), tile, last_row, block_last, block_first,
-                    ROWS, SAMPLES, STRIDE, GROUP)  # fmt: skip
-            norm = tl.where(voting, 1.0 / norm, 0.0)
+                l_i += near_share(
+                    near, stride_near, m_i, tl.log((BLOCK_K << level).to(tl.float32)), tile, last_row, block_last, block_first,
+                    BLOCK_M, SAMPLES, STRIDE, GROUP)  # fmt: skip
+            l_i = tl.where(voting, 1.0 / l_i, 0.0)
         for at in range(0, count, M):
             inside = at + inner < count
             rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
             logits = chunk_logits(
-                table, rows, q, offsets, scale, steps, SOFTCAP, M, ROWS, DIM, FEATURES, PARTS, PRECISION,
-                places_back(count, at + inner, farthest), cos, sin, HALF)  # fmt: skip
+                table, rows, q, offsets, scale, steps, SOFTCAP, M, BLOCK_M, DIM, FEATURES, PARTS, PRECISION,
+                places_back(count, at + inner, farthest), cos, sin, ROPE_HALF_DIM)  # fmt: skip
             to = scratch + at + inner
             if MASS:
-                scores = tl.sum(tl.exp(logits - top[None, :]) * norm[None, :], 1)
+                scores = tl.sum(tl.exp(logits - m_i[None, :]) * l_i[None, :], 1)
                 scores += tl.load(to, mask=inside & (tile > 0), other=0.0)
             else:
                 scores = tl.max(tl.where(voting[None, :], logits, -float("inf")), 1)
@@ -244,15 +219,15 @@ def select_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,
     stride_near, stride_scratch, blocks, heads, first_program, scale, sink, window, sliding, refresh, steps, COS, SIN, farthest,
     BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
-    KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, LONG: tl.constexpr,
+    KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, START_LEVEL_IN_MEMORY: tl.constexpr,
     STATEFUL: tl.constexpr, CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr,
     VOTES_WHOLE: tl.constexpr, WALKERS: tl.constexpr, SPACING: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, BLOCK_M: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr,
     LOOKS: tl.constexpr, NARROW: tl.constexpr, ROWS_WHOLE: tl.constexpr, TILES_WHOLE: tl.constexpr, NARROW_WHOLE: tl.constexpr,
     FOUND: tl.constexpr, ONWARD: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """One query block of one mask head of one sequence. Grid: as many of the `blocks` * `heads` * sequences as have scratch, from
     `first_program` on, and `LOOKS`; `blocks` query blocks and `heads` mask heads a sequence.
@@ -262,12 +237,12 @@ def select_kernel(
     `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at a time, for after a step of several rows the
     next one selects anew. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the
     votes that `votes.py` put side by side, of which it says what VOTERS, VOTES, VOTES_WHOLE, WALKERS and SPACING mean. `WEIGHED`:
-    `near` is what every vote, or row of a sequence, finds in any case. `HALF` > 0: chunk-indexed, at most `farthest` chunks away;
-    so many pairs of a head's numbers turn. `LOOKS` > 1: so many programs search, all for the same, and each looks at a share of
-    the keys of each of the last blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none (not those
-    of a whole middle); what `NARROW` rows of each tile, those that may vote, found in their keys into the `FOUND` numbers of a
-    program's `scratch`, fp32 `[LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last place what was subtracted; of a whole middle
-    `[LOOKS, TILES_WHOLE, M + 1, NARROW_WHOLE]`. All else is left to `choose.py`.
+    `near` is what every vote, or row of a sequence, finds in any case. `ROPE_HALF_DIM` > 0: chunk-indexed, at most `farthest`
+    chunks away; so many pairs of a head's numbers turn. `LOOKS` > 1: so many programs search, all for the same, and each looks
+    at a share of the keys of each of the last blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is
+    none (not those of a whole middle); what `NARROW` rows of each tile, those that may vote, found in their keys into the
+    `FOUND` numbers of a program's `scratch`, fp32 `[LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last place what was
+    subtracted; of a whole middle `[LOOKS, TILES_WHOLE, M + 1, NARROW_WHOLE]`. All else is left to `choose.py`.
     """
     index, row = place_of(first_program + tl.program_id(0), blocks)
     sequence = row // heads
@@ -325,7 +300,7 @@ def select_kernel(
         walking = count_walkers(last + 1, own_rows, VOTERS, SPACING, WALKERS) - 1
         walking_row = walking
         if TILES > 1:
-            tiles = walking // ROWS + 1
+            tiles = walking // BLOCK_M + 1
     k += key_head.to(tl.int64) * stride_kh
     # two conditions in one would be asked at run time, and this compiled in any case
     if RESCORE:  # noqa: SIM102
@@ -336,7 +311,7 @@ def select_kernel(
                 tl.program_id(1), k, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt,
                 near, stride_near, last_row, first, last, scale, farthest, COS, SIN, SOFTCAP, M, BUDGET, OUT, LOOKS, False,
                 BLOCK_K, PAGE_SIZE, ROWS_WHOLE, TILES_WHOLE, NARROW_WHOLE, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD, DIM,
-                FEATURES_LAST, PRECISION, HALF)  # fmt: skip
+                FEATURES_LAST, PRECISION, ROPE_HALF_DIM)  # fmt: skip
             return
     table += sequence.to(tl.int64) * stride_sequence + key_head.to(tl.int64) * stride_head
     slot = tl.arange(0, M)
@@ -346,11 +321,11 @@ def select_kernel(
     while (level < LIMIT) & ((high >> level) - ceil_shift(low, level) > MOST):
         level += 1
     begins, ends = ceil_shift(low, level), high >> level
-    if LONG:
+    if START_LEVEL_IN_MEMORY:
         scratch += tl.program_id(0).to(tl.int64) * stride_scratch
         score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, near, stride_near, walking_row, first, walking,
-                   scale, steps, tiles, SOFTCAP, M, ROWS, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, BLOCK_K, DIM, FEATURES,
-                   PARTS, PRECISION, level, farthest, COS, SIN, HALF)  # fmt: skip
+                   scale, steps, tiles, SOFTCAP, M, BLOCK_M, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, BLOCK_K, DIM, FEATURES,
+                   PARTS, PRECISION, level, farthest, COS, SIN, ROPE_HALF_DIM)  # fmt: skip
         best, total = merge_long(scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2)
         ids = pair(best, best, M)
         inside = slot < total
@@ -361,9 +336,9 @@ def select_kernel(
         at = chunk_rows(tl.where(inside, ids, begins), level)
         scores, _ = score_chunks(
             table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, near, stride_near, walking_row, first, walking,
-            BLOCK_K << level, scale, steps, tiles, SOFTCAP, M, EDGES, ROWS, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
+            BLOCK_K << level, scale, steps, tiles, SOFTCAP, M, EDGES, BLOCK_M, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
             FEATURES, PARTS, PRECISION, False,
-            places_back(ends, ids, farthest), edge, COS, SIN, HALF)  # fmt: skip
+            places_back(ends, ids, farthest), edge, COS, SIN, ROPE_HALF_DIM)  # fmt: skip
     keys = sort_keys(scores, inside)
     left = level * 0 + ABSENT
     right = level * 0 + ABSENT
@@ -380,10 +355,10 @@ def select_kernel(
         edge_inside = ((edge == 0) & (begins != 2 * was_begins)) | ((edge == 1) & (ends != 2 * was_ends))
         scores, edge_scores = score_chunks(
             table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, near, stride_near, walking_row, first, walking,
-            BLOCK_K << level, scale, steps, tiles, SOFTCAP, M, EDGES, ROWS, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
+            BLOCK_K << level, scale, steps, tiles, SOFTCAP, M, EDGES, BLOCK_M, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
             FEATURES, PARTS, PRECISION, True,
             places_back(ends, ids, farthest), places_back(ends, tl.where(edge == 0, begins, ends - 1), farthest),
-            COS, SIN, HALF)  # fmt: skip
+            COS, SIN, ROPE_HALF_DIM)  # fmt: skip
         keys = sort_keys(scores, inside)
         edge_keys = sort_keys(edge_scores, edge_inside)
         left = tl.sum(tl.where(edge == 0, edge_keys, 0), 0)
@@ -399,7 +374,7 @@ def select_kernel(
             ids, total, low, high, indices, counts, entry, listed + number * KEPT_LAST, scratch + number * FOUND,
             tl.program_id(1), k, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
             stride_near, last_row, first, last, scale, farthest, COS, SIN, SOFTCAP, KEPT_LAST, BUDGET, OUT, LOOKS, True, BLOCK_K,
-            PAGE_SIZE, ROWS, TILES, NARROW, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD, DIM, FEATURES_LAST, PRECISION,
-            HALF)  # fmt: skip
+            PAGE_SIZE, BLOCK_M, TILES, NARROW, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD, DIM, FEATURES_LAST, PRECISION,
+            ROPE_HALF_DIM)  # fmt: skip
     else:
         write(indices, counts, entry, ids, total, BUDGET, OUT)

@@ -62,27 +62,27 @@ def near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING: 
 def key_logits(
     q, k_base, position, inside, seen, place, cos, sin, key_start, batch, stride_kb, stride_kt, block_table, stride_table,
     scale, softcap, dim,
-    D: tl.constexpr, PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+    D: tl.constexpr, PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Logits, base 2, of the keys at `position`: -inf where a row has not `seen` them. HALF > 0: keys are turned to their
-    `place`."""
+    """Logits, base 2, of the keys at `position`: -inf where a row has not `seen` them. ROPE_HALF_DIM > 0: keys are turned to
+    their `place`."""
     d = tl.arange(0, D)
     at = token_offsets(key_start + position, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
     there = inside[:, None] & (d < dim)[None, :]
     k = tl.load(k_base + at[:, None] + d[None, :], mask=there, other=0.0)
-    if HALF > 0:
-        other = tl.load(k_base + at[:, None] + partner(d, HALF)[None, :], mask=there, other=0.0)
-        k = turned(k, other, place, d, cos, sin, HALF).to(k.dtype)
+    if ROPE_HALF_DIM > 0:
+        other = tl.load(k_base + at[:, None] + partner(d, ROPE_HALF_DIM)[None, :], mask=there, other=0.0)
+        k = turned(k, other, place, d, cos, sin, ROPE_HALF_DIM).to(k.dtype)
     logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
     return tl.where(seen, logits, float("-inf"))
 
 
 @triton.jit
-def add_logits(top, norm, logits):
+def add_logits(m_i, l_i, logits):
     """The greatest logit of each row and its sum of exponentials, base 2, after more of them."""
-    new_top = tl.maximum(top, tl.max(logits, 1))
+    new_top = tl.maximum(m_i, tl.max(logits, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen nothing yet
-    return new_top, norm * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+    return new_top, l_i * tl.exp2(m_i - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
 
 
 @triton.jit(do_not_specialize=[*GROWING, "stride_near"])
@@ -92,25 +92,25 @@ def need_kernel(
     sink_keys, window_keys, refresh, dim, scale, softcap, sliding, trained, scaling,
     BUDGET: tl.constexpr, SAMPLE: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
     MOST: tl.constexpr, STRIDE: tl.constexpr, RANKED: tl.constexpr, STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """`NEAR` and, if the rows are to be `RANKED` by it, `NEED`, fp32 `[S, Hq, rows]`, of a tile of `ROWS` rows of a query
+    """`NEAR` and, if the rows are to be `RANKED` by it, `NEED`, fp32 `[S, Hq, rows]`, of a tile of `BLOCK_M` rows of a query
     block that may vote, every `STRIDE`-th, and the `GROUP` heads of a key head. Grid: tiles, key heads, sequences.
 
     Nothing is written where nothing is searched: the middle has up to `BUDGET` blocks, or (`STATEFUL`) a selection is kept.
-    `SAMPLE`: keys of the middle at most. HALF > 0: so many pairs of a head's numbers turn, sink and window to where attention
-    has them, with the keys of `BUDGET` blocks in between (`rope.py`).
+    `SAMPLE`: keys of the middle at most. ROPE_HALF_DIM > 0: so many pairs of a head's numbers turn, sink and window to where
+    attention has them, with the keys of `BUDGET` blocks in between (`rope.py`).
     """
     ASKED: tl.constexpr = (BLOCK_Q + STRIDE - 1) // STRIDE
-    TILES: tl.constexpr = (ASKED + ROWS - 1) // ROWS
+    TILES: tl.constexpr = (ASKED + BLOCK_M - 1) // BLOCK_M
     number, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
     block_row, block_first, block_last = query_block(row_start, rows, position, number // TILES, BLOCK_Q)
     own_rows = block_last - block_first + 1
-    first = block_first + (own_rows - 1) % STRIDE + number % TILES * (ROWS * STRIDE)
-    last = tl.minimum(first + (ROWS - 1) * STRIDE, block_last)
+    first = block_first + (own_rows - 1) % STRIDE + number % TILES * (BLOCK_M * STRIDE)
+    last = tl.minimum(first + (BLOCK_M - 1) * STRIDE, block_last)
     if (own_rows < 1) | (first > last):
         return
     if STATEFUL:  # noqa: SIM102 (settled when the kernel is compiled)
@@ -122,24 +122,24 @@ def need_kernel(
         return
 
     # Tile row m is the tile's row m // GROUP_PADDED of head m % GROUP_PADDED.
-    m = tl.arange(0, ROWS * GROUP_PADDED)
+    m = tl.arange(0, BLOCK_M * GROUP_PADDED)
     row_at, member = first + m // GROUP_PADDED * STRIDE, m % GROUP_PADDED
     real = (row_at <= last) & (member < GROUP)
     head = key_head * GROUP + member
-    d, n = tl.arange(0, D), tl.arange(0, KEYS)
+    d, n = tl.arange(0, D), tl.arange(0, BLOCK_N)
     query_row = block_row + row_at - block_first
     q_ptr = Q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + query_row.to(tl.int64) * stride_qt
     here = real[:, None] & (d < dim)[None, :]
     k_base = K + key_head.to(tl.int64) * stride_kh
     sink_length = sink - start
     end = sink_length + last - window + 1
-    top = tl.full([ROWS * GROUP_PADDED], float("-inf"), tl.float32)
-    norm = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
+    m_i = tl.full([BLOCK_M * GROUP_PADDED], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M * GROUP_PADDED], tl.float32)
     if HAS_SINKS:
-        top = tl.load(SINKS + head, mask=member < GROUP, other=0.0).to(tl.float32) * LOG2E
-        norm += 1.0
+        m_i = tl.load(SINKS + head, mask=member < GROUP, other=0.0).to(tl.float32) * LOG2E
+        l_i += 1.0
 
-    if HALF > 0:
+    if ROPE_HALF_DIM > 0:
         # as in `prefill.py`, but for the places of the selected keys, which nobody takes
         gap: tl.constexpr = BUDGET * BLOCK_K
         before = sink_length + gap - window
@@ -148,9 +148,9 @@ def need_kernel(
         shift, far = tl.maximum(before + first + 1 - trained, 0), tl.maximum(before + last + 1 - trained, 0)
         stop = tl.minimum(far, sink_length) + tl.maximum(far - sink_length - gap, 0)
         if stop > 0:
-            farthest = tl.full([ROWS * GROUP_PADDED], trained - 1, tl.int32)
-            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
-            for i in tl.range(0, stop, KEYS, disable_licm=True):
+            farthest = tl.full([BLOCK_M * GROUP_PADDED], trained - 1, tl.int32)
+            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, ROPE_HALF_DIM).to(Q.dtype.element_ty)
+            for i in tl.range(0, stop, BLOCK_N, disable_licm=True):
                 slots = i + n
                 at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
                 place = slots + tl.where(slots < sink_length, 0, gap)
@@ -158,27 +158,27 @@ def need_kernel(
                 logits = key_logits(
                     q, k_base, at, slots < end, seen, place, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE,
                     stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
-                top, norm = add_logits(top, norm, logits)
-        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
-        for i in tl.range(0, end, KEYS, disable_licm=True):
+                m_i, l_i = add_logits(m_i, l_i, logits)
+        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, ROPE_HALF_DIM).to(Q.dtype.element_ty)
+        for i in tl.range(0, end, BLOCK_N, disable_licm=True):
             slots = i + n
             at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
             place = slots + tl.where(slots < sink_length, 0, gap)
             seen &= place[None, :] >= earliest[:, None]
             logits = key_logits(
                 q, k_base, at, slots < end, seen, tl.maximum(place - shift, 0), COS, SIN, key_start, batch, stride_kb, stride_kt,
-                TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, HALF)  # fmt: skip
-            top, norm = add_logits(top, norm, logits)
+                TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, ROPE_HALF_DIM)  # fmt: skip
+            m_i, l_i = add_logits(m_i, l_i, logits)
     else:
         q = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
-        for i in range(0, end, KEYS):
+        for i in range(0, end, BLOCK_N):
             slots = i + n
             at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
             logits = key_logits(
                 q, k_base, at, slots < end, seen, slots, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE, stride_table,
                 scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
-            top, norm = add_logits(top, norm, logits)
-    near = (top + tl.log2(norm)) * LN2
+            m_i, l_i = add_logits(m_i, l_i, logits)
+    near = (m_i + tl.log2(l_i)) * LN2
     to = (sequence * tl.num_programs(1) * GROUP + head).to(tl.int64) * stride_near + (row_at - position)
     tl.store(NEAR + to, near, mask=real)
 
@@ -192,19 +192,19 @@ def need_kernel(
         # where all of them vote nothing is to be estimated
         votes = count_votes(own_rows, (high - low) // BLOCK_K, VOTERS, VOTES, VOTES_WHOLE, MOST, STRIDE)
         ends = tl.where(votes < asked, ends, chunk)
-        top = tl.full([ROWS * GROUP_PADDED], float("-inf"), tl.float32)
-        if HALF > 0:
+        m_i = tl.full([BLOCK_M * GROUP_PADDED], float("-inf"), tl.float32)
+        if ROPE_HALF_DIM > 0:
             distance = tl.minimum(row_at + 1 - window, trained - 1)
-            q = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, HALF).to(Q.dtype.element_ty)
-        for i in range(chunk, ends, KEYS):
+            q = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, ROPE_HALF_DIM).to(Q.dtype.element_ty)
+        for i in range(chunk, ends, BLOCK_N):
             inside = i + n < ends
             spread = ((i + n).to(tl.int64) * SPREAD & 0xFFFFFFFF) >> (32 - level)
             at = ((i + n) << level) + spread.to(tl.int32)
             logits = key_logits(
                 q, k_base, at, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE, stride_table,
                 scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
-            top = tl.maximum(top, tl.max(logits, 1))
-        tl.store(NEED + to, top * LN2 - near, mask=real)
+            m_i = tl.maximum(m_i, tl.max(logits, 1))
+        tl.store(NEED + to, m_i * LN2 - near, mask=real)
 
 
 @triton.jit(do_not_specialize=["stride_near"])
@@ -216,13 +216,13 @@ def vote_kernel(
     WALKERS: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr,
     RANKED: tl.constexpr, WEIGHED: tl.constexpr,
     STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr,
-    HALF: tl.constexpr,
+    ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """The votes of one query block and mask head: `VOTED` `[S, H, blocks * SLOTS, D]`, and (`WEIGHED`) their `VOTED_NEAR` fp32
     `[S, H, blocks * SLOTS]`. Grid: query blocks, mask heads, sequences. As in `need_kernel`, nothing where nothing is searched.
 
-    Of every `STRIDE`-th row those of the greatest need (`RANKED`; of these the neediest `WALKERS` first), or all. HALF > 0:
-    turned to where they select.
+    Of every `STRIDE`-th row those of the greatest need (`RANKED`; of these the neediest `WALKERS` first), or all.
+    ROPE_HALF_DIM > 0: turned to where they select.
     """
     index, mask_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, _, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
@@ -269,8 +269,8 @@ def vote_kernel(
     for part in range(0, DIM, FEATURES):
         d = part + tl.arange(0, FEATURES)
         here = inside[:, None] & (d < DIM)[None, :]
-        if HALF > 0:
-            x = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, HALF)
+        if ROPE_HALF_DIM > 0:
+            x = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, ROPE_HALF_DIM)
         else:
             x = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
         tl.store(VOTED + to[:, None] * DIM + d[None, :], x.to(VOTED.dtype.element_ty), mask=here)
@@ -303,7 +303,8 @@ def need_arguments(
         sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
         SAMPLE=config.method_options().sample, VOTERS=voting.voters, VOTES=voting.votes, VOTES_WHOLE=voting.votes_whole,
         MOST=2 * config.beam_blocks, STRIDE=voting.stride,
-        RANKED=voting.ranked, STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, ROWS=rows, KEYS=shape.keys,
+        RANKED=voting.ranked, STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, BLOCK_M=rows,
+        BLOCK_N=shape.keys,
         GROUP=group, GROUP_PADDED=power_of_two(group), D=max(16, power_of_two(dim)), PAGE_SIZE=kv.page_size,
         HAS_SINKS=logits.sinks is not None, SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
         PRECISION=precision_of(q), **rotation(logits.positions, rows * voting.stride + shape.keys, q),
