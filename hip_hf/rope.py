@@ -16,16 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
+from hip_hf.config import HiPConfig
+from hip_hf.geometry import QueryBlock
 from hip_hf.registry import selected_keys
 from hip_hf.workers import scratch
-
-if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
-    from hip_hf.geometry import QueryBlock
 
 # Layers before this one select with chunk-indexed positions (InfiniteHiP, appendix; its first three layers).
 CHUNK_INDEXED_LAYERS = 3
@@ -73,7 +70,7 @@ class Rope:
         """Keys `[..., n, D]` turned to `position`: the first of consecutive ones, or int64 `[..., n]`, all below `most`."""
         cos, sin = self.tables(most, x.dtype, x.device)
         index = slice(position, position + x.shape[-2]) if isinstance(position, int) else position
-        return turn(x, cos[index], sin[index], back, out)
+        return rotate(x, cos[index], sin[index], back, out)
 
     def queries(self, x: torch.Tensor, position: torch.Tensor | int, most: int) -> torch.Tensor:
         """Queries `[..., n, D]` turned to `position`, as `keys` does, and scaled for both sides of the product."""
@@ -82,19 +79,19 @@ class Rope:
             out[..., : self.dim].mul_(self.scaling**2)
         return out
 
-    def unrotated(self, x: torch.Tensor, first: int) -> torch.Tensor:
+    def unrotate(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """What the model rotated to the consecutive positions from `first` on, `[..., n, D]`, turned back."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         position = torch.arange(first, first + x.shape[-2], dtype=torch.float64, device="cpu")
         angles = position[:, None] * self.inv_freq.double()  # no table: positions grow with the context
         cos, sin = angles.cos().to(x.device, dtype), angles.sin().to(x.device, dtype)
-        out = turn(x.to(dtype), cos, sin, back=True)
+        out = rotate(x.to(dtype), cos, sin, back=True)
         if self.scaling != 1.0:
             out[..., : self.dim].div_(self.scaling)
         return out.to(x.dtype)
 
 
-def turn(
+def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`[..., n, D]` turned by angles `[..., n, R / 2]` (`back`: by minus these) into `out`, which is not x."""

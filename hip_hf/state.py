@@ -5,38 +5,9 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-
-
-class Shareable(Protocol):
-    """What several batch rows may refer to (beam search): whoever changes it makes a copy first if it is `shared`."""
-
-    shared: bool
-
-
-class Summaries(Shareable, Protocol):
-    """What a selector keeps of the keys it has seen, the first `blocks` key blocks of `block_k` keys (`methods/pyramid.py`)."""
-
-    block_k: int
-    blocks: int
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the summaries."""
-
-    def copy(self) -> Any:
-        """An independent copy."""
-
-    def writable(self, blocks: int) -> Any:
-        """Itself, or a copy where others refer to it and blocks will be appended to reach `blocks`."""
-
-    def extend(self, keys: Any, blocks: int) -> None:
-        """Summarise the keys `[Hkv, T, D]` up to `blocks` blocks."""
-
-    def truncate(self, blocks: int) -> None:
-        """Forget all but the first `blocks` blocks."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +32,7 @@ class Correction:
     out: torch.Tensor
     lse: torch.Tensor
     weight: float = 1.0
-    clusters: Shareable | None = None  # `Clusters` of `backends/clusters.py`
+    clusters: Any = None  # `Clusters` of `backends/clusters.py`, which may be shared as well
 
 
 @dataclass
@@ -70,7 +41,9 @@ class RowState:
 
     key_start: int
     position: int = 0  # one past the last key position seen
-    pyramid: Summaries | None = None
+    # summaries of the keys (`make_pyramid` in `methods/base.py`). Several rows may refer to them
+    # (beam search): whoever changes them makes a copy first if they are `shared`
+    pyramid: Any = None
     selection: Selection | None = None
     correction: Correction | None = None
     gathered: Any = None  # what the steps under `selection` read (`Gathered` in `backends/torch/decode_buffer.py`)
@@ -94,23 +67,20 @@ class DecodeState:
     """
 
     def __init__(self) -> None:
+        self.number: torch.Tensor
         self.rows: dict[int, RowState] = {}
         self._layer: int | None = None  # the first that asked for its own
         self._others: dict[int, DecodeState] = {}  # by the layers that read the same keys
         self.device: Any = None  # the kernels' tables (`DeviceState` in `backends/triton/sparse.py`), for all rows
         self._owner: Any = None  # settings that the state was made with
-        self._take_number()
-
-    def _take_number(self) -> None:
-        """Be known by a number to graphs of `torch.compile`. In a tensor: as a number it would be a constant of the graph."""
-        number = next(_count)
-        self.number = torch.tensor(number, device="cpu")
-        _states[number] = self
+        self.__setstate__({})
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        """A copy has a number of its own."""
-        self.__dict__.update(kept)
-        self._take_number()
+        """A new state, and each copy, has a number of its own, by which graphs of `torch.compile`
+        know it. In a tensor: as a number it would be a constant of the graph."""
+        number = next(_count)
+        self.__dict__.update(kept, number=torch.tensor(number, device="cpu"))
+        _states[number] = self
 
     def of_layer(self, layer: int | None) -> DecodeState:
         """The state of one of the layers that read the same keys (Gemma 4 reuses those of earlier layers): each selects for

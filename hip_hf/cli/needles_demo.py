@@ -20,7 +20,7 @@ from hip_hf.eval.measure import losses, needles, real_model
 from hip_hf.eval.measure.needles import NeedlesPrompt
 from hip_hf.eval.measure.needles_demo import IMPLEMENTATIONS, TOKENS, read
 from hip_hf.eval.reporting import report
-from hip_hf.integration.reach import attention_layers
+from hip_hf.integration.model_checks import attention_layers
 
 
 def verdicts(question: dict[str, Any]) -> dict[str, Any]:

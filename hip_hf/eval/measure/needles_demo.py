@@ -14,7 +14,7 @@ from hip_hf.eval.measure import generate, losses
 from hip_hf.eval.measure.needles import NeedlesAnswer, NeedlesPrompt
 from hip_hf.eval.measure.passkey import digits_right
 from hip_hf.integration.explain import Report
-from hip_hf.integration.reach import attention_layers
+from hip_hf.integration.model_checks import attention_layers
 
 IMPLEMENTATIONS = ("sdpa", "hip")
 # The document's length where the model is made for so many tokens, and how many facts are in it.
