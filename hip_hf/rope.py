@@ -136,12 +136,12 @@ class Positions:
         `[heads, G * rows, n]`. The keys `[heads, n, D]` stand in `places`, ranges of the order in which they are read."""
         rows, at = query.shape[2], 0
         if total <= self.trained:
-            placed = scratch.take("placed", tuple(k.shape), k)
+            with_rope = scratch.take("with_rope", tuple(k.shape), k)
             for first, end in places:
                 part = slice(at, at + end - first)
-                self.rope.keys(k[:, part], first, self.trained, out=placed[:, part])
+                self.rope.keys(k[:, part], first, self.trained, out=with_rope[:, part])
                 at = part.stop
-            torch.bmm(query.flatten(1, 2), placed.transpose(1, 2), out=out)
+            torch.bmm(query.flatten(1, 2), with_rope.transpose(1, 2), out=out)
             return
         first_row, last_row = total - rows, total - 1
         cuts = self.cuts(first_row, last_row)
@@ -162,19 +162,20 @@ class Positions:
         which lie on one side of every cut, into `out` `[heads, G * rows, n]`. Keys too far away are all at `trained - 1`."""
         near, mixed = last - self.trained + 1, first - self.trained + 1
         if at >= mixed:
-            keys = self.rope.keys(k, 0, last - at + 1, out=scratch.take("placed", tuple(k.shape), k))
-            placed = self.rope.queries(query, first - at, last - at + 1)
-            torch.bmm(placed.flatten(1, 2), keys.transpose(1, 2), out=out)
+            into = scratch.take("with_rope", tuple(k.shape), k)
+            keys = self.rope.keys(k, 0, last - at + 1, out=into)
+            with_rope = self.rope.queries(query, first - at, last - at + 1)
+            torch.bmm(with_rope.flatten(1, 2), keys.transpose(1, 2), out=out)
         if at >= near:
             return
         far = torch.full((query.shape[-2],), self.trained - 1, device=query.device)
-        placed = self.rope.queries(query, far, self.trained).flatten(1, 2)
+        with_rope = self.rope.queries(query, far, self.trained).flatten(1, 2)
         if at < mixed:
-            torch.bmm(placed, k.transpose(1, 2), out=out)
+            torch.bmm(with_rope, k.transpose(1, 2), out=out)
             return
         distance = torch.arange(first, last + 1, device=k.device)[:, None] - torch.arange(at, at + k.shape[1], device=k.device)
         too_far = (distance >= self.trained).repeat(query.shape[1], 1)
-        out.copy_(torch.where(too_far, torch.bmm(placed, k.transpose(1, 2)), out))
+        out.copy_(torch.where(too_far, torch.bmm(with_rope, k.transpose(1, 2)), out))
 
     def voting(self, q: torch.Tensor, blocks: list[QueryBlock]) -> torch.Tensor:
         """Queries `[..., rows, D]` as they select: so far from un-rotated keys as each is from the last key before its window."""

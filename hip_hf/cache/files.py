@@ -73,12 +73,9 @@ def fail(path: Path, got: object, allowed: str) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The open file, for its tensors (`safetensors.safe_open`), and the facts that were written with them.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is broken or foreign.
-    """
+    """The open file, for its tensors (`safetensors.safe_open`), and the facts that were written
+    with them. Raises FileNotFoundError if there is no such file, ValueError if it is broken or
+    foreign."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

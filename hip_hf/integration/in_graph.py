@@ -153,12 +153,9 @@ def _way(
     rest: tuple[float, int | None, float | None],
 ) -> tuple[str, bool]:
     """The layer's settings, as text, and whether they are dense for all that a cache of `keys`
-    slots can hold; no text where the kernels do not serve such a step.
-
-    Args:
-        raw: the settings in the model's config, for the graph to be guarded by.
-        shapes: heads and head dim of query, key and value. rest: scale, sliding window and softcap.
-    """
+    slots can hold; no text where the kernels do not serve such a step. `raw`: the settings in the
+    model's config, for the graph to be guarded by. `shapes`: heads and head dim of query, key and
+    value. `rest`: scale, sliding window and softcap."""
     settings = layer_settings(module, method)
     q, k, v = (torch.empty(1, heads, 1, dim, dtype=dtype, device=device) for heads, dim in shapes)
     problem = AttentionProblem(q, k, v, (Span(0, 0, keys, 0, 1, keys - 1),), *rest)

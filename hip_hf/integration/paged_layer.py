@@ -73,13 +73,11 @@ class PagedLayer(Stateful, DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for attention of ours, else ordinary tensors.
-
-        Raises:
-            ValueError: tensors that do not continue what is cached, or keys of another `extend` than those cached. Nothing has
-                changed. (Gradients flow through the first tokens' call alone: a backward pass through a later one raises.)
-            MemoryError: no memory for more pages. Nothing has changed.
-        """
+        """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for attention of
+        ours, else ordinary tensors. (Gradients flow through the first tokens' call alone: a
+        backward pass through a later one raises.) Raises ValueError for tensors that do not
+        continue what is cached, or keys of another `extend`, and MemoryError if there is no memory
+        for more pages. Nothing has changed then."""
         self.check(key_states, value_states)
         kept = getattr(key_states, UNROTATED, None)
         if kept is None and extends(self.config) and attends_by_us(self.config):
