@@ -36,7 +36,7 @@ def held(cache: Any) -> tuple[int, int]:
     used = allocated = 0
     for layer in cache.paged:
         used += layer.pool.bytes(layer.pool.used)
-        allocated += layer.pool.bytes(len(layer.pool.shares))
+        allocated += layer.pool.bytes(len(layer.pool.ref_count))
         for row in layer.hip_state.rows.values():
             for level, table in enumerate(row.pyramid.levels):
                 used += row.pyramid.count(level) * table.shape[0] * table.shape[2] * table.element_size()

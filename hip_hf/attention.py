@@ -17,7 +17,7 @@ from hip_hf.cache.pages import PagedTensor
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import DECODE_ROWS, BlockMask, Span
 from hip_hf.methods.base import method_of, summarises
-from hip_hf.problem import DTYPES, AttentionProblem, by_tokens, check_finite, check_tensors, make_spans, newest, tracing
+from hip_hf.problem import DTYPES, AttentionProblem, by_tokens, check_finite, check_tensors, make_spans, tracing
 from hip_hf.rope import Positions
 from hip_hf.state import DecodeState
 from hip_hf.workers import compute_dtype
@@ -377,7 +377,9 @@ def hip_attention(
     if q.device.type == "cpu":
         check_finite("q", q, spans, rows=True)
         # a step on a kept state must not read the whole cache: its new keys are the last ones
-        new = spans if state is None or q.shape[2] > DECODE_ROWS else tuple(newest(span) for span in spans)
+        new = spans
+        if state is not None and q.shape[2] <= DECODE_ROWS:  # the keys of the query rows alone
+            new = tuple(replace(span, key_start=span.key_start + span.position) for span in spans)
         check_finite("k", k, new, rows=False)
     problem = AttentionProblem(q, k, v, spans, scale, sliding_window, softcap, sinks, positions)
     result = attend(problem, config, layer, state, return_lse, return_mask)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
+from hip_hf.config import HiPConfig
 
 # A call with at most this many query rows is a decode step: every row selects for itself.
 DECODE_ROWS = 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -128,11 +128,6 @@ def make_spans(
         if row_start < rows:
             spans.append(Span(b, start, at + rows, row_start, rows, at + row_start - start))
     return tuple(spans)
-
-
-def newest(span: Span) -> Span:
-    """The span, of its keys only those of its query rows."""
-    return replace(span, key_start=span.key_start + span.position)
 
 
 def check_finite(name: str, x: torch.Tensor, spans: tuple[Span, ...], rows: bool) -> None:

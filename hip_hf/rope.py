@@ -16,15 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
+from hip_hf.config import HiPConfig
+from hip_hf.geometry import QueryBlock
 from hip_hf.workers import scratch
-
-if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
-    from hip_hf.geometry import QueryBlock
 
 # Layers before this one select with chunk-indexed positions (InfiniteHiP, appendix; its first three layers).
 CHUNK_INDEXED_LAYERS = 3
@@ -72,7 +69,7 @@ class Rope:
         """Keys `[..., n, D]` turned to `position`: the first of consecutive ones, or int64 `[..., n]`, all below `most`."""
         cos, sin = self.tables(most, x.dtype, x.device)
         index = slice(position, position + x.shape[-2]) if isinstance(position, int) else position
-        return turn(x, cos[index], sin[index], back, out)
+        return rotate(x, cos[index], sin[index], back, out)
 
     def queries(self, x: torch.Tensor, position: torch.Tensor | int, most: int) -> torch.Tensor:
         """Queries `[..., n, D]` turned to `position`, as `keys` does, and scaled for both sides of the product."""
@@ -81,19 +78,19 @@ class Rope:
             out[..., : self.dim].mul_(self.scaling**2)
         return out
 
-    def unrotated(self, x: torch.Tensor, first: int) -> torch.Tensor:
+    def unrotate(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """What the model rotated to the consecutive positions from `first` on, `[..., n, D]`, turned back."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         position = torch.arange(first, first + x.shape[-2], dtype=torch.float64, device="cpu")
         angles = position[:, None] * self.inv_freq.double()  # no table: positions grow with the context
         cos, sin = angles.cos().to(x.device, dtype), angles.sin().to(x.device, dtype)
-        out = turn(x.to(dtype), cos, sin, back=True)
+        out = rotate(x.to(dtype), cos, sin, back=True)
         if self.scaling != 1.0:
             out[..., : self.dim].div_(self.scaling)
         return out.to(x.dtype)
 
 
-def turn(
+def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`[..., n, D]` turned by angles `[..., n, R / 2]` (`back`: by minus these) into `out`, which is not x."""
@@ -138,12 +135,12 @@ class Positions:
         `[heads, G * rows, n]`. The keys `[heads, n, D]` stand in `places`, ranges of the order in which they are read."""
         rows, at = query.shape[2], 0
         if total <= self.trained:
-            placed = scratch.take("placed", tuple(k.shape), k)
+            with_rope = scratch.take("with_rope", tuple(k.shape), k)
             for first, end in places:
                 part = slice(at, at + end - first)
-                self.rope.keys(k[:, part], first, self.trained, out=placed[:, part])
+                self.rope.keys(k[:, part], first, self.trained, out=with_rope[:, part])
                 at = part.stop
-            torch.bmm(query.flatten(1, 2), placed.transpose(1, 2), out=out)
+            torch.bmm(query.flatten(1, 2), with_rope.transpose(1, 2), out=out)
             return
         first_row, last_row = total - rows, total - 1
         cuts = self.cuts(first_row, last_row)
@@ -164,19 +161,20 @@ class Positions:
         which lie on one side of every cut, into `out` `[heads, G * rows, n]`. Keys too far away are all at `trained - 1`."""
         near, mixed = last - self.trained + 1, first - self.trained + 1
         if at >= mixed:
-            keys = self.rope.keys(k, 0, last - at + 1, out=scratch.take("placed", tuple(k.shape), k))
-            placed = self.rope.queries(query, first - at, last - at + 1)
-            torch.bmm(placed.flatten(1, 2), keys.transpose(1, 2), out=out)
+            into = scratch.take("with_rope", tuple(k.shape), k)
+            keys = self.rope.keys(k, 0, last - at + 1, out=into)
+            with_rope = self.rope.queries(query, first - at, last - at + 1)
+            torch.bmm(with_rope.flatten(1, 2), keys.transpose(1, 2), out=out)
         if at >= near:
             return
         far = torch.full((query.shape[-2],), self.trained - 1, device=query.device)
-        placed = self.rope.queries(query, far, self.trained).flatten(1, 2)
+        with_rope = self.rope.queries(query, far, self.trained).flatten(1, 2)
         if at < mixed:
-            torch.bmm(placed, k.transpose(1, 2), out=out)
+            torch.bmm(with_rope, k.transpose(1, 2), out=out)
             return
         distance = torch.arange(first, last + 1, device=k.device)[:, None] - torch.arange(at, at + k.shape[1], device=k.device)
         too_far = (distance >= self.trained).repeat(query.shape[1], 1)
-        out.copy_(torch.where(too_far, torch.bmm(placed, k.transpose(1, 2)), out))
+        out.copy_(torch.where(too_far, torch.bmm(with_rope, k.transpose(1, 2)), out))
 
     def voting(self, q: torch.Tensor, blocks: list[QueryBlock]) -> torch.Tensor:
         """Queries `[..., rows, D]` as they select: so far from un-rotated keys as each is from the last key before its window."""

@@ -100,24 +100,21 @@ class DecodeState:
     """
 
     def __init__(self) -> None:
+        self.number: torch.Tensor
         self.rows: dict[int, RowState] = {}
         self._layer: int | None = None  # the first that asked for its own
         self._others: dict[int, DecodeState] = {}  # by the layers that read the same keys
         self.device: Any = None  # the kernels' tables (`DeviceState` in `backends/triton/sparse.py`), for all rows
         # the settings that the state was made with, and the kind of keys
         self._owner: tuple[HiPConfig, int, int, torch.dtype, torch.device] | None = None
-        self._take_number()
-
-    def _take_number(self) -> None:
-        """Be known by a number to graphs of `torch.compile`. In a tensor: as a number it would be a constant of the graph."""
-        number = next(_count)
-        self.number = torch.tensor(number, device="cpu")
-        _states[number] = self
+        self.__setstate__({})
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        """A copy has a number of its own."""
-        self.__dict__.update(kept)
-        self._take_number()
+        """A new state, and each copy, has a number of its own, by which graphs of `torch.compile`
+        know it. In a tensor: as a number it would be a constant of the graph."""
+        number = next(_count)
+        self.__dict__.update(kept, number=torch.tensor(number, device="cpu"))
+        _states[number] = self
 
     def of_layer(self, layer: int | None) -> DecodeState:
         """The state of one of the layers that read the same keys (Gemma 4 reuses those of earlier layers): each selects for

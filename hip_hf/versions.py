@@ -13,11 +13,8 @@ OLDEST, NEWEST = (5, 17), (5, 24)  # major and minor of the oldest that serves, 
 
 
 def check_version(version: str) -> None:
-    """Warn of a version of Transformers that is newer than the tested ones.
-
-    Raises:
-        ImportError: it is older than the oldest that serves.
-    """
+    """Warn of a version of Transformers that is newer than the tested ones. Raises ImportError for
+    one that is older than the oldest that serves."""
     oldest, newest = (".".join(map(str, numbers)) for numbers in (OLDEST, NEWEST))
     if Version(version).release[:2] < OLDEST:
         raise ImportError(f"hip_hf: got Transformers {version}, allowed: {oldest} or later (`pip install -U transformers`)")

@@ -90,13 +90,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pools)
 
 
-def _get_pool(size: int) -> ThreadPoolExecutor:
-    with _lock:
-        if size not in _pools:
-            _pools[size] = _make_pool(size)
-        return _pools[size]
-
-
 def run(task: Callable[[Item], None], items: Iterable[Item], device: torch.device) -> None:
     """`task(item)` for every item: in parallel on a CPU with several threads, one after another elsewhere. Where one fails, or
     the caller is interrupted, no other is running when the error arrives."""
@@ -108,14 +101,15 @@ def run(task: Callable[[Item], None], items: Iterable[Item], device: torch.devic
                 task(item)
         return
 
-    futures: list[Future[None]]
+    futures: list[Future[None]] = []
     inference = torch.is_inference_mode_enabled()  # a thread's own, like the gradient mode
 
     def in_mode(item: Item) -> None:
         with torch.inference_mode(inference), torch.no_grad():
             task(item)
 
-    pool, futures = _get_pool(size), []
+    with _lock:
+        pool = _pools.get(size) or _pools.setdefault(size, _make_pool(size))
     try:
         for item in items:
             futures.append(pool.submit(in_mode, item))

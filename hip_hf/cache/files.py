@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,20 @@ def paged_parts(store: Store, tables: Sequence[BlockTable], length: int) -> Iter
                 yield Store.read(store, slice(head, head + 1), table, first, last)  # of an offloaded store past its pool
 
 
-def write(
-    path: Path,
-    facts: dict[str, Any],
-    tensors: dict[str, tuple[torch.Size, torch.dtype]],
-    parts: Callable[[str], Iterable[torch.Tensor]],
-) -> None:
-    """Write one file, atomically: it is the old one or the new one, whatever happens. No second copy of the tensors is made.
+Parts = tuple[torch.Size, torch.dtype, Iterable[torch.Tensor]]
+
+
+def write(path: Path, facts: dict[str, Any], tensors: dict[str, Parts]) -> None:
+    """Write one file, atomically: it is the old one or the new one, whatever happens. No second
+    copy of the tensors is made. Raises OSError if the disk is full or `path` cannot be written.
 
     Args:
         facts: what `reading` gives back, as JSON, by name.
-        tensors: shape and dtype of each tensor.
-        parts: the numbers of a tensor in the order of a contiguous one, given its name.
-
-    Raises:
-        OSError: the disk is full or `path` cannot be written.
+        tensors: of each its shape and dtype, and its numbers in the order of a contiguous one.
     """
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, **{name: json.dumps(fact) for name, fact in facts.items()}}}
     at = 0
-    for name, (shape, dtype) in tensors.items():
+    for name, (shape, dtype, _) in tensors.items():
         end = at + shape.numel() * dtype.itemsize
         header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
@@ -60,8 +55,8 @@ def write(
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for name in tensors:
-                for part in parts(name):
+            for *_, parts in tensors.values():
+                for part in parts:
                     file.write(part.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
@@ -78,12 +73,9 @@ def fail(path: Path, got: object, allowed: str) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The open file, for its tensors (`safetensors.safe_open`), and the facts that were written with them.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is broken or foreign.
-    """
+    """The open file, for its tensors (`safetensors.safe_open`), and the facts that were written
+    with them. Raises FileNotFoundError if there is no such file, ValueError if it is broken or
+    foreign."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

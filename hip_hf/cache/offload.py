@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -41,9 +41,8 @@ class Traffic:
     def hit_rate(self) -> float:
         return self.hits / max(1, self.hits + self.misses)
 
-    def add(self, other: Traffic) -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class DevicePool:
@@ -58,37 +57,22 @@ class DevicePool:
             self.used = torch.zeros(store.heads, pages, dtype=torch.long, device="cpu")  # when it was last asked for
             self.slot = torch.full((store.heads, 0), -1, device="cpu")  # of each page
 
-    def slots(self, head: int, pages: torch.Tensor, reader: str) -> torch.Tensor:
-        """Where the (distinct) pages lie in the pool, fetched if they did not.
-
-        Raises:
-            ValueError: more pages than the pool holds.
-        """
-        found = self._find(head, pages)
-        missing = pages[found < 0]
-        traffic = self.traffic[reader]
-        traffic.hits += len(pages) - len(missing)
-        traffic.misses += len(missing)
-        traffic.fetched += len(missing) * self.store.page_bytes
-        return self._bring(head, pages, found, missing)
-
-    def prefetch(self, pages: torch.Tensor) -> None:
-        """Bring pages for every head before attention asks for them."""
-        for head in range(self.store.heads):
-            found = self._find(head, pages)
-            missing = pages[found < 0]
-            self.traffic["attention"].prefetched += len(missing) * self.store.page_bytes
-            self._bring(head, pages, found, missing)
-
-    def _find(self, head: int, pages: torch.Tensor) -> torch.Tensor:
+    def slots(self, head: int, pages: torch.Tensor, reader: str | None) -> torch.Tensor:
+        """Where the (distinct) pages lie in the pool, fetched if they did not. `reader`: who asks
+        for them; None: they are brought for attention before it asks. Raises ValueError for more
+        than the pool holds."""
         known = self.slot.shape[1]
         if len(pages) and int(pages.max()) >= known:
-            more = torch.full((self.store.heads, int(pages.max()) + 1 + known), -1, device="cpu")
-            more[:, :known] = self.slot
-            self.slot = more
-        return self.slot[head, pages]
-
-    def _bring(self, head: int, pages: torch.Tensor, found: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+            self.slot = torch.nn.functional.pad(self.slot, (0, int(pages.max()) + 1), value=-1)
+        found = self.slot[head, pages]
+        missing = pages[found < 0]
+        if reader is None:
+            self.traffic["attention"].prefetched += len(missing) * self.store.page_bytes
+        else:
+            traffic = self.traffic[reader]
+            traffic.hits += len(pages) - len(missing)
+            traffic.misses += len(missing)
+            traffic.fetched += len(missing) * self.store.page_bytes
         if len(pages) > self.pages:
             raise ValueError(f"device_pages: got {self.pages}, allowed: at least {len(pages)}, the pages that one read needs")
         self.clock += 1
@@ -100,31 +84,19 @@ class DevicePool:
         self.slot[head, before[before >= 0]] = -1
         page = self.store.page
         for number, slot in zip(missing.tolist(), victims.tolist(), strict=True):
-            slab, token = self.store.place(number)
-            self.rows[head, slot * page : (slot + 1) * page] = self.store.slabs[slab][head, token : token + page]
+            arena, token = self.store.place(number)
+            self.rows[head, slot * page : (slot + 1) * page] = self.store.arenas[arena][head, token : token + page]
         self.held[head, victims], self.slot[head, missing], self.used[head, victims] = missing, victims, self.clock
         return self.slot[head, pages]
 
-    def forget(self, page: int) -> None:
-        """The page was written in host memory: what the pool has of it is out of date."""
-        if page < self.slot.shape[1]:
-            for head, slot in enumerate(self.slot[:, page].tolist()):
-                if slot >= 0:
-                    self.held[head, slot], self.used[head, slot] = -1, 0
-            self.slot[:, page] = -1
-
-    def write(self, page: int, offset: int, x: torch.Tensor) -> None:
-        """Tokens `[Hkv, n, D]` that were written into a page in host memory: into the pool's copies as well."""
-        if page >= self.slot.shape[1]:
-            return
-        for head, slot in enumerate(self.slot[:, page].tolist()):
-            if slot >= 0:
-                at = slot * self.store.page + offset
-                self.rows[head, at : at + x.shape[1]] = x[head]
+    def copies(self, page: int) -> list[tuple[int, int]]:
+        """Head and slot of each copy of a page."""
+        known = self.slot[:, page].tolist() if page < self.slot.shape[1] else []
+        return [(head, slot) for head, slot in enumerate(known) if slot >= 0]
 
 
-class PoolLane:
-    """One head's keys, read through a pool; indices count units through all pages of the store."""
+class PooledHeadRows:
+    """One head's keys, read through a pool: rows of `size` tokens, counted through all pages."""
 
     def __init__(self, pool: DevicePool, head: int, size: int, reader: str) -> None:
         self.pool, self.head, self.each, self.reader = pool, head, pool.store.page // size, reader
@@ -145,12 +117,13 @@ class PoolLane:
 
 
 class OffloadedStore(Store):
-    """A store whose slabs are in host memory (`cpu`) or a mapped file (`disk`), read through a pool on `device`.
+    """A store whose arenas are in host memory (`cpu`) or a mapped file (`disk`), read through a pool on `device`.
 
-    `recent`: pages at a sequence's end, beside its first, that are brought to the device as they are written.
+    `recent`: pages at a sequence's end, beside its first, that are brought to the device as they
+    are written. `reader`: whose reads are counted.
     """
 
-    resident = False
+    resident, reader = False, "attention"
 
     def __init__(
         self, heads: int, dim: int, dtype: torch.dtype, device: torch.device, page: int, where: str, pages: int, recent: int
@@ -163,7 +136,7 @@ class OffloadedStore(Store):
     def __reduce__(self) -> tuple[Any, ...]:
         """What a pickle holds: the pages, and how to make a store for them. The pool of a copy starts empty."""
         sizes = (self.heads, self.dim, self.dtype, self.device, self.page, self.where, self.pool.pages, self.recent)
-        return refilled, (sizes, self.bounds, self.slabs)
+        return refilled, (sizes, self.bounds, self.arenas)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedStore:
         """The pages go straight into the copy's own memory or file, not through a second copy of them in memory."""
@@ -171,11 +144,13 @@ class OffloadedStore(Store):
         memo[id(self)] = other = make(*parts)
         return other
 
-    def for_search(self) -> SearchedStore:
+    def for_search(self) -> OffloadedStore:
         """The same pages; what is read counts as the search's."""
-        return SearchedStore(self)
+        other = object.__new__(OffloadedStore)
+        other.__dict__.update(vars(self), reader="search")
+        return other
 
-    def make_slab(self, pages: int) -> torch.Tensor:
+    def make_arena(self, pages: int) -> torch.Tensor:
         shape = (self.heads, pages * self.page, self.dim)
         with torch.inference_mode(False):
             if self.where == "cpu":
@@ -189,63 +164,54 @@ class OffloadedStore(Store):
     def write(self, table: BlockTable, first: int, x: torch.Tensor) -> None:
         super().write(table, first, x)
         self.pool.traffic["attention"].written += x.numel() * x.element_size()
-        page, last, at = self.page, first + x.shape[1], first
+        page, last = self.page, first + x.shape[1]
+        end = -(-last // page)
         with self.lock:
-            while at < last:
-                end = min(last, (at // page + 1) * page)
-                number = table.pages[at // page]
-                self.pool.write(number, at % page, x[:, at - first : end - first])
-                at = end
-            near = [0, *range(max(1, -(-last // page) - self.recent), -(-last // page))]
+            for i in range(first // page, end):
+                at = max(first, i * page)
+                part = x[:, at - first : (i + 1) * page - first]
+                for head, slot in self.pool.copies(table.pages[i]):
+                    token = slot * page + at % page
+                    self.pool.rows[head, token : token + part.shape[1]] = part[head]
+            near = [0, *range(max(1, end - self.recent), end)]
             if first % page == 0 or x.shape[1] > 1:  # else the page is there already
-                self.pool.prefetch(torch.tensor([table.pages[i] for i in near], device="cpu"))
+                pages = torch.tensor([table.pages[i] for i in near], device="cpu")
+                for head in range(self.heads):
+                    self.pool.slots(head, pages, None)
 
     def copy_page(self, source: int, to: int, tokens: int) -> None:
         super().copy_page(source, to, tokens)
-        with self.lock:
-            self.pool.forget(to)
+        with self.lock:  # what the pool has of the page is out of date
+            for head, slot in self.pool.copies(to):
+                self.pool.held[head, slot] = self.pool.slot[head, to] = -1
+                self.pool.used[head, slot] = 0
 
-    def read(self, heads: slice, table: BlockTable, first: int, last: int, reader: str = "attention") -> torch.Tensor:
+    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
         pages = table.tensor(torch.device("cpu"))[first // self.page : -(-last // self.page)]
         if len(pages) > self.pool.pages:
             whole = super().read(heads, table, first, last)
-            self.pool.traffic[reader].streamed += whole.numel() * whole.element_size()
+            self.pool.traffic[self.reader].streamed += whole.numel() * whole.element_size()
             return whole.to(self.device)
         out = torch.empty(heads.stop - heads.start, last - first, self.dim, dtype=self.dtype, device=self.device)
         token = torch.arange(first, last, device="cpu")
         index, offset = token // self.page - first // self.page, token % self.page
         with self.lock:
-            for lane, head in enumerate(range(heads.start, heads.stop)):
-                at = self.pool.slots(head, pages, reader)[index] * self.page + offset
-                torch.index_select(self.pool.rows[head], 0, at.to(self.device), out=out[lane])
+            for head, into in zip(range(heads.start, heads.stop), out, strict=True):
+                at = self.pool.slots(head, pages, self.reader)[index] * self.page + offset
+                torch.index_select(self.pool.rows[head], 0, at.to(self.device), out=into)
         return out
 
-    def lanes(self, heads: slice, size: int) -> list[Any]:
-        return [PoolLane(self.pool, head, size, "attention") for head in range(heads.start, heads.stop)]
+    def head_rows(self, heads: slice, size: int) -> list[Any]:
+        some = range(heads.start, heads.stop)
+        return [PooledHeadRows(self.pool, head, size, self.reader) for head in some]
 
 
-def refilled(sizes: tuple[Any, ...], bounds: list[int], slabs: list[torch.Tensor]) -> OffloadedStore:
-    """A store of these sizes with copies of these slabs `[Hkv, tokens, D]`."""
+def refilled(sizes: tuple[Any, ...], bounds: list[int], arenas: list[torch.Tensor]) -> OffloadedStore:
+    """A store of these sizes with copies of these arenas `[Hkv, tokens, D]`."""
     store = OffloadedStore(*sizes)
     store.bounds = list(bounds)
-    store.slabs = [store.make_slab(slab.shape[1] // store.page).copy_(slab) for slab in slabs]
+    store.arenas = [store.make_arena(arena.shape[1] // store.page).copy_(arena) for arena in arenas]
     return store
-
-
-class SearchedStore(Store):
-    """What the search sees of an offloaded store."""
-
-    resident = False
-
-    def __init__(self, store: OffloadedStore) -> None:
-        super().__init__(store.heads, store.dim, store.dtype, store.device, store.page)
-        self.store, self.slabs, self.bounds = store, store.slabs, store.bounds
-
-    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
-        return self.store.read(heads, table, first, last, "search")
-
-    def lanes(self, heads: slice, size: int) -> list[Any]:
-        return [PoolLane(self.store.pool, head, size, "search") for head in range(heads.start, heads.stop)]
 
 
 class Statistics(dict[str, Traffic]):
@@ -254,10 +220,7 @@ class Statistics(dict[str, Traffic]):
     @property
     def together(self) -> Traffic:
         """The traffic of both readers."""
-        total = Traffic()
-        for traffic in self.values():
-            total.add(traffic)
-        return total
+        return sum(self.values(), Traffic())
 
     def __str__(self) -> str:
         lines = [f"{'reader':<10}{'hits':>10}{'misses':>10}{'hit rate':>10}{'MiB moved':>12}"]
@@ -265,12 +228,3 @@ class Statistics(dict[str, Traffic]):
             moved = (traffic.fetched + traffic.prefetched + traffic.streamed + traffic.written) / 2**20
             lines.append(f"{name:<10}{traffic.hits:>10}{traffic.misses:>10}{traffic.hit_rate:>10.1%}{moved:>12.1f}")
         return "\n".join(lines)
-
-
-def statistics(stores: list[OffloadedStore]) -> Statistics:
-    """Summed over stores."""
-    found = Statistics({reader: Traffic() for reader in READERS})
-    for store in stores:
-        for reader, traffic in store.pool.traffic.items():
-            found[reader].add(traffic)
-    return found

@@ -1,8 +1,8 @@
 """Keys and values in pages: where they lie, and how attention reads them without gathering them all.
 
-A sequence's keys fill pages of `page` tokens, in the order of its block table. Pages live in *slabs*, `[Hkv, tokens, D]`, which
+A sequence's keys fill pages of `page` tokens, in the order of its block table. Pages live in *arenas*, `[Hkv, tokens, D]`, which
 are added as more are needed and not copied (for the kernels the only one is replaced by a larger copy); page `p` is the tokens
-`p * page` to `(p + 1) * page - 1` of all slabs put end to end. Attention asks for contiguous ranges (sink, window, dense tiles)
+`p * page` to `(p + 1) * page - 1` of all arenas put end to end. Attention asks for contiguous ranges (sink, window, dense tiles)
 and for key blocks by index.
 """
 
@@ -75,7 +75,8 @@ class BlockTable:
         return known[1]
 
     def runs(self, bounds: list[int]) -> list[tuple[int, int, int]]:
-        """Runs of neighbouring pages of one slab: (index in the table, first page, count). `bounds`: first page of each slab."""
+        """Runs of neighbouring pages of one arena: (index in the table, first page, count).
+        `bounds`: first page of each arena."""
         runs = self._runs
         known = sum(runs[-1][::2]) if runs else 0
         if known == len(self.pages):
@@ -91,31 +92,25 @@ class BlockTable:
         return runs
 
 
-class Lane:
-    """One head's keys, `[units, unit * D]`: rows to pick by index."""
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows, self.width = rows, rows.shape[1]
-
-    def take(self, index: torch.Tensor, out: torch.Tensor) -> None:
-        """`rows[index]` into `out`."""
-        torch.index_select(self.rows, 0, index, out=out)
-
-
-class SlabLane:
-    """One head's keys in several slabs, `[units, unit * D]` each; indices count through all of them."""
+class HeadRows:
+    """One head's keys in each arena, `[rows, gather_size * D]`, to pick by an index that counts
+    through all arenas. `first`: that of each arena's first row."""
 
     def __init__(self, rows: list[torch.Tensor], first: list[int]) -> None:
         self.rows, self.first, self.width = rows, first, rows[0].shape[1]
-        self.bounds = torch.tensor(first[1:], device=rows[0].device)
+        self.bounds = torch.tensor(first[1:], device=rows[0].device) if first[1:] else None
 
     def take(self, index: torch.Tensor, out: torch.Tensor) -> None:
-        """The rows at `index` into `out`, run by run of indices into the same slab."""
-        slabs, counts = torch.unique_consecutive(torch.bucketize(index, self.bounds, right=True), return_counts=True)
+        """The rows at `index` into `out`, run by run of indices into the same arena."""
+        if self.bounds is None:
+            torch.index_select(self.rows[0], 0, index, out=out)
+            return
+        which = torch.bucketize(index, self.bounds, right=True)
+        which, counts = which.unique_consecutive(return_counts=True)
         at = 0
-        for slab, count in zip(slabs.tolist(), counts.tolist(), strict=True):
-            part = index[at : at + count] - self.first[slab]
-            torch.index_select(self.rows[slab], 0, part, out=out[at : at + count])
+        for arena, count in zip(which.tolist(), counts.tolist(), strict=True):
+            part = index[at : at + count] - self.first[arena]
+            torch.index_select(self.rows[arena], 0, part, out=out[at : at + count])
             at += count
 
 
@@ -130,69 +125,64 @@ def row_numbers(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 class Store:
-    """The slabs of one layer's keys (or values)."""
+    """The arenas of one layer's keys (or values)."""
 
-    resident = True  # whether slabs are where attention computes
+    resident = True  # whether arenas are where attention computes
 
     def __init__(self, heads: int, dim: int, dtype: torch.dtype, device: torch.device, page: int) -> None:
         self.heads, self.dim, self.dtype, self.device, self.page = heads, dim, dtype, device, page
-        self.slabs: list[torch.Tensor] = []
-        self.bounds: list[int] = []  # first page of each slab
-        # the only slab, and views of it: pages `[pages, page, Hkv, D]`, and tokens `[Hkv, tokens, 1, D]`
+        self.arenas: list[torch.Tensor] = []
+        self.bounds: list[int] = []  # first page of each arena
+        # the only arena, and views of it: pages `[pages, page, Hkv, D]`, and tokens `[Hkv, tokens, 1, D]`
         self._views: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def bytes(self, pages: int) -> int:
-        """Size of so many pages."""
-        return pages * self.page * self.heads * self.dim * self.dtype.itemsize
-
-    def make_slab(self, pages: int) -> torch.Tensor:
+    def make_arena(self, pages: int) -> torch.Tensor:
         """Uninitialised memory for `pages` pages."""
         with torch.inference_mode(False):  # it outlives the mode it was made in
             return torch.empty(self.heads, pages * self.page, self.dim, dtype=self.dtype, device=self.device)
 
     def place(self, page: int) -> tuple[int, int]:
-        """Slab of a page, and the page's first token in it."""
-        slab = bisect_right(self.bounds, page) - 1
-        return slab, (page - self.bounds[slab]) * self.page
+        """Arena of a page, and the page's first token in it."""
+        arena = bisect_right(self.bounds, page) - 1
+        return arena, (page - self.bounds[arena]) * self.page
 
     def pieces(self, table: BlockTable, first: int, last: int) -> list[tuple[int, int, int]]:
-        """Where the tokens `first` to `last - 1` of a sequence lie: (first page, offset into it, tokens) of each run."""
+        """Where tokens `first` to `last - 1` of a sequence lie: (arena, token in it, count) of each
+        run."""
         runs: list[Any] = table.runs(self.bounds)
         pieces = []
         at = bisect_right(runs, (first // self.page, inf)) - 1
         while first < last:
             index, page, count = runs[at]
             end = min(last, (index + count) * self.page)
-            pieces.append((page, first - index * self.page, end - first))
+            arena, token = self.place(page)
+            pieces.append((arena, token + first - index * self.page, end - first))
             first, at = end, at + 1
         return pieces
 
     def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
         """Tokens `first` to `last - 1` of a sequence, `[heads, tokens, D]`: a view where they lie in one piece, else a copy."""
-        parts = []
-        for page, offset, count in self.pieces(table, first, last):
-            slab, token = self.place(page)
-            parts.append(self.slabs[slab][heads, token + offset : token + offset + count])
+        pieces = self.pieces(table, first, last)
+        parts = [self.arenas[arena][heads, token : token + count] for arena, token, count in pieces]
         if not parts:
-            return self.slabs[0][heads, :0]
+            return self.arenas[0][heads, :0]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def write(self, table: BlockTable, first: int, x: torch.Tensor) -> None:
         """Tokens `[Hkv, n, D]` into a sequence, from its token `first` on."""
         if x.shape[1] == 1:  # a step's token
-            slab, token = self.place(table.pages[first // self.page])
-            self.slabs[slab][:, token + first % self.page] = x[:, 0]
+            arena, token = self.place(table.pages[first // self.page])
+            self.arenas[arena][:, token + first % self.page] = x[:, 0]
             return
         at = 0
-        for page, offset, count in self.pieces(table, first, first + x.shape[1]):
-            slab, token = self.place(page)
-            self.slabs[slab][:, token + offset : token + offset + count] = x[:, at : at + count]
+        for arena, token, count in self.pieces(table, first, first + x.shape[1]):
+            self.arenas[arena][:, token : token + count] = x[:, at : at + count]
             at += count
 
     def copy_page(self, source: int, to: int, tokens: int) -> None:
         """The first `tokens` tokens of one page into another."""
         (a, i), (b, j) = self.place(source), self.place(to)
-        self.slabs[b][:, j : j + tokens] = self.slabs[a][:, i : i + tokens]
+        self.arenas[b][:, j : j + tokens] = self.arenas[a][:, i : i + tokens]
 
     def for_search(self) -> Store:
         """What a search reads these keys from."""
@@ -200,47 +190,41 @@ class Store:
 
     def pages(self) -> torch.Tensor | None:
         """All pages as one view `[pages, page, Hkv, D]`, by their numbers; None if they are not one piece of device memory."""
-        if not self.resident or len(self.slabs) != 1:
+        if not self.resident or len(self.arenas) != 1:
             return None
-        return self._one_slab()[1]
+        return self._one_arena()[1]
 
-    def _one_slab(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The only slab and its views, made once: a view takes the host longer than a step's whole bookkeeping."""
-        (slab,) = self.slabs
-        if self._views is None or self._views[0] is not slab:
-            self._views = slab, slab.unflatten(1, (-1, self.page)).permute(1, 2, 0, 3), slab.unsqueeze(2)
+    def _one_arena(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The only arena and its views, made once: a view takes the host longer than a step's whole bookkeeping."""
+        (arena,) = self.arenas
+        if self._views is None or self._views[0] is not arena:
+            self._views = arena, arena.unflatten(1, (-1, self.page)).permute(1, 2, 0, 3), arena.unsqueeze(2)
         return self._views
 
     def __getstate__(self) -> dict[str, Any]:
         """Without views: those that come back from a pickle would be copies of what they are views of."""
         return {**vars(self), "_views": None}
 
-    def replace(self, slab: torch.Tensor) -> None:
-        """All pages now lie in this slab, a copy of what there was."""
-        self.slabs, self.bounds, self._views = [slab], [0], None
-
     def write_step(self, tables: list[BlockTable], position: int, x: torch.Tensor) -> None:
-        """The next token of each sequence, `[B, Hkv, 1, D]`, at its `position`, into pages that are one slab: one operation."""
+        """The next token of each sequence, `[B, Hkv, 1, D]`, at its `position`, into pages that are one arena: one operation."""
         offset = position % self.page
         rows = tuple(table.pages[position // self.page] * self.page + offset for table in tables)
-        self._one_slab()[2].index_copy_(1, row_numbers(rows, self.device), x.transpose(0, 1))
+        self._one_arena()[2].index_copy_(1, row_numbers(rows, self.device), x.transpose(0, 1))
 
-    def unit(self, start: int, block: int) -> int:
+    def gather_size(self, start: int, block: int) -> int:
         """Tokens that are picked together, of key blocks of `block` tokens which begin at token `start`."""
         return gcd(start, block, self.page)
 
-    def index(self, heads: slice, table: BlockTable, unit: torch.Tensor, size: int) -> torch.Tensor:
-        """Where units of `size` tokens lie in the lanes: `unit` `[heads, ...]` counts them through the sequence."""
+    def index(self, heads: slice, table: BlockTable, row: torch.Tensor, size: int) -> torch.Tensor:
+        """Where a sequence's rows of `size` tokens `row` `[heads, ...]` are in `head_rows`."""
         each = self.page // size
-        return table.tensor(unit.device)[unit // each] * each + unit % each
+        return table.tensor(row.device)[row // each] * each + row % each
 
-    def lanes(self, heads: slice, size: int) -> list[Any]:
-        """A lane of units of `size` tokens for every head."""
-        views = [slab[heads].unflatten(1, (-1, size)).flatten(2) for slab in self.slabs]
-        if len(views) == 1:
-            return [Lane(rows) for rows in views[0]]
+    def head_rows(self, heads: slice, size: int) -> list[Any]:
+        """Every head's rows of `size` tokens, as `HeadRows`."""
+        views = [arena[heads].unflatten(1, (-1, size)).flatten(2) for arena in self.arenas]
         first = [bound * self.page // size for bound in self.bounds]
-        return [SlabLane(list(rows), first) for rows in zip(*views, strict=True)]
+        return [HeadRows(list(rows), first) for rows in zip(*views, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -288,30 +272,30 @@ class PagedKeys:
         counts = [count for _, _, count in self.store.pieces(self.table, self.start + first, self.start + last)]
         return [first + length for length in itertools.accumulate(counts[:-1])]
 
-    def in_one_piece(self, first: int, last: int) -> bool:
-        """Whether reading tokens `first` to `last - 1` copies nothing."""
-        return not self.borders(first, last)
-
 
 KeyRows = torch.Tensor | PagedKeys  # `[Hkv, T, D]`
 
 
-def lanes_of(keys: KeyRows, block_k: int) -> list[Any]:
+def head_rows_of(keys: KeyRows, block_k: int) -> list[Any]:
     """Every head's rows to pick key blocks from, by the indices that `block_index` gives."""
     if isinstance(keys, PagedKeys):
-        return keys.store.lanes(keys.heads, keys.store.unit(keys.start, block_k))
+        return keys.store.head_rows(keys.heads, keys.store.gather_size(keys.start, block_k))
     whole = keys.shape[1] // block_k * block_k
-    return [Lane(rows) for rows in keys[:, :whole].unflatten(1, (-1, block_k)).flatten(2)]
+    blocks = keys[:, :whole].unflatten(1, (-1, block_k)).flatten(2)
+    return [HeadRows([rows], [0]) for rows in blocks]
 
 
 def block_index(keys: KeyRows, ids: torch.Tensor, block_k: int) -> torch.Tensor:
-    """Rows of the lanes that make up the key blocks `ids` `[heads, ..., n]`: `[heads, ..., n * rows per block]`."""
+    """Those of `head_rows_of` that make up the key blocks `ids` `[heads, ..., n]`:
+    `[heads, ..., n * rows per block]`."""
     if not isinstance(keys, PagedKeys):
         return ids
-    size = keys.store.unit(keys.start, block_k)
+    size = keys.store.gather_size(keys.start, block_k)
     each = block_k // size
-    unit = ids if each == 1 else (ids[..., None] * each + torch.arange(each, device=ids.device)).flatten(-2)
-    return keys.store.index(keys.heads, keys.table, unit + keys.start // size, size)
+    row = ids
+    if each > 1:
+        row = (ids[..., None] * each + torch.arange(each, device=ids.device)).flatten(-2)
+    return keys.store.index(keys.heads, keys.table, row + keys.start // size, size)
 
 
 def pick(keys: KeyRows, ids: torch.Tensor, block_k: int, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -320,20 +304,18 @@ def pick(keys: KeyRows, ids: torch.Tensor, block_k: int, out: torch.Tensor | Non
     if out is None:
         out = torch.empty(heads, ids.shape[1] * block_k, dim, dtype=keys.dtype, device=keys.device)
     if ids.shape[1]:
-        for lane, index, into in zip(lanes_of(keys, block_k), block_index(keys, ids, block_k), out, strict=True):
-            lane.take(index, into.view(-1, lane.width))
+        every, index = head_rows_of(keys, block_k), block_index(keys, ids, block_k)
+        for rows, own, into in zip(every, index, out, strict=True):
+            rows.take(own, into.view(-1, rows.width))
     return out
 
 
 class PagedTensor(torch.Tensor):
     """What a paged cache hands to the attention function in place of keys (or values) `[B, Hkv, T, D]`.
 
-    Attention of ours reads it sequence by sequence (`rows`). For whatever else is done with it, it is the ordinary tensor
-    (`dense`), gathered at that moment.
+    Attention of ours reads it sequence by sequence (`rows_of`). For whatever else is done with it,
+    it is the ordinary tensor (`dense`), gathered at that moment.
     """
-
-    store: Store
-    tables: list[BlockTable]
 
     @staticmethod
     def __new__(cls, store: Store, tables: list[BlockTable], length: int) -> PagedTensor:
@@ -342,10 +324,6 @@ class PagedTensor(torch.Tensor):
 
     def __init__(self, store: Store, tables: list[BlockTable], length: int) -> None:
         self.store, self.tables = store, tables
-
-    def rows(self, batch: int, first: int, last: int) -> PagedKeys:
-        """Tokens `first` to `last - 1` of a batch row."""
-        return PagedKeys(self.store, self.tables[batch], first, last - first, slice(0, self.store.heads))
 
     def block_table(self) -> torch.Tensor:
         """The pages of every sequence, int64 `[B, most pages]`; what follows a sequence's last one is 0."""
@@ -372,4 +350,6 @@ def read_all(store: Store, tables: list[BlockTable], length: int) -> torch.Tenso
 
 def rows_of(x: torch.Tensor, batch: int, first: int, last: int) -> KeyRows:
     """Keys (or values) `first` to `last - 1` of a batch row, wherever they lie."""
-    return x.rows(batch, first, last) if isinstance(x, PagedTensor) else x[batch, :, first:last]
+    if not isinstance(x, PagedTensor):
+        return x[batch, :, first:last]
+    return PagedKeys(x.store, x.tables[batch], first, last - first, slice(0, x.store.heads))

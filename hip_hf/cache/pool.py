@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
+from itertools import islice
 
 import torch
 
@@ -18,71 +20,70 @@ class PagePool:
     """Pages of a layer's keys and values, under the same numbers in both stores.
 
     A page that several sequences refer to is never written: a sequence that appends to it gets a copy first. `one_piece`: all
-    pages lie in one slab, which is copied when more are needed, for the kernels read them by one address.
+    pages lie in one arena, which is copied when more are needed, for the kernels read them by one address.
     """
 
     def __init__(self, keys: Store, values: Store, one_piece: bool = False) -> None:
         self.keys, self.values, self.one_piece = keys, values, one_piece
-        self.shares: list[int] = []  # sequences that refer to each page
+        self.ref_count: list[int] = []  # sequences that refer to each page
         self.free: list[int] = []  # a heap: the lowest page first, so that sequences stay in one piece
 
     @property
     def used(self) -> int:
         """Pages that some sequence refers to."""
-        return len(self.shares) - len(self.free)
+        return len(self.ref_count) - len(self.free)
 
     def bytes(self, pages: int) -> int:
         """Size of so many pages, keys and values."""
-        return self.keys.bytes(pages) + self.values.bytes(pages)
+        sizes = [x.heads * x.dim * x.dtype.itemsize for x in (self.keys, self.values)]
+        return pages * self.keys.page * sum(sizes)
 
     def allocate(self, count: int) -> list[int]:
-        """Pages for one sequence.
-
-        Raises:
-            MemoryError: there is no memory for more; nothing has changed.
-        """
+        """So many free pages. Raises MemoryError if there is no memory for them; nothing has
+        changed."""
         missing = count - len(self.free)
         if missing > 0:
-            # by half of what there is, so that a growing sequence has few slabs
-            if self.one_piece:  # also the first time: a slab that a prompt fills would be copied at the first step
-                missing += min((len(self.shares) + missing) // 2, MOST_SPARE)
-            self._grow(max(missing, min(len(self.shares) // 2, MOST_SPARE)))
+            # by half of what there is, so that a growing sequence has few arenas; if it has one
+            # alone also the first time: one that a prompt fills would be copied at the first step
+            if self.one_piece:
+                missing += min((len(self.ref_count) + missing) // 2, MOST_SPARE)
+            self._grow(max(missing, min(len(self.ref_count) // 2, MOST_SPARE)))
         pages = [heapq.heappop(self.free) for _ in range(count)]
         for page in pages:
-            self.shares[page] = 1
+            self.ref_count[page] = 1
         return pages
 
     def _grow(self, count: int) -> None:
-        first = len(self.shares)
+        first = len(self.ref_count)
         stores, pages = (self.keys, self.values), count + (first if self.one_piece else 0)
         try:
-            slabs = [store.make_slab(pages) for store in stores]
+            arenas = [store.make_arena(pages) for store in stores]
         except (RuntimeError, OSError, MemoryError) as error:
             size = self.bytes(pages)
             raise MemoryError(f"HiPCache: no room for {count} more pages ({size / 2**20:.0f} MiB): {error}") from error
-        for store, slab in zip(stores, slabs, strict=True):
+        for store, arena in zip(stores, arenas, strict=True):
             if self.one_piece:
-                for old in store.slabs:
-                    slab[:, : old.shape[1]] = old
-                store.replace(slab)
-            else:
-                store.slabs.append(slab)
-                store.bounds.append(first)
-        self.shares += [0] * count
+                for old in store.arenas:
+                    arena[:, : old.shape[1]] = old
+                store.arenas.clear()
+                store.bounds.clear()
+            store.arenas.append(arena)
+            store.bounds.append(0 if self.one_piece else first)
+        self.ref_count += [0] * count
         for page in range(first, first + count):
             heapq.heappush(self.free, page)
 
     def share(self, table: BlockTable) -> BlockTable:
         """Another sequence with the same pages, by reference."""
         for page in table.pages:
-            self.shares[page] += 1
+            self.ref_count[page] += 1
         return BlockTable(list(table.pages))
 
     def release(self, pages: list[int]) -> None:
         """A sequence no longer refers to these pages."""
         for page in pages:
-            self.shares[page] -= 1
-            if not self.shares[page]:
+            self.ref_count[page] -= 1
+            if not self.ref_count[page]:
                 heapq.heappush(self.free, page)
 
     def truncate(self, table: BlockTable, length: int) -> None:
@@ -93,14 +94,11 @@ class PagePool:
             table.set(table.pages[:kept])
 
     def append(self, tables: list[BlockTable], length: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Append `[B, Hkv, n, D]` to sequences of `length` tokens each, in place.
-
-        Raises:
-            MemoryError: there is no memory for more pages; nothing has changed.
-        """
+        """Append `[B, Hkv, n, D]` to sequences of `length` tokens each, in place. Raises
+        MemoryError if there is no memory for more pages; nothing has changed."""
         more = keys.shape[2]
         # a step's token mostly finds room in a page of its sequence alone
-        if more > 1 or length % self.keys.page == 0 or any(self.shares[table.pages[-1]] > 1 for table in tables):
+        if more > 1 or length % self.keys.page == 0 or any(self.ref_count[table.pages[-1]] > 1 for table in tables):
             self._make_room(tables, length, more)
         if self.one_piece and more == 1:
             self.keys.write_step(tables, length, keys)
@@ -112,25 +110,18 @@ class PagePool:
 
     def _make_room(self, tables: list[BlockTable], length: int, more: int) -> None:
         """Give sequences of `length` tokens pages of their own for `more` tokens each. Raises MemoryError as `append` does."""
-        page = self.keys.page
-        partial = length // page if length % page else None  # index of the page to be continued
-        total = -(-(length + more) // page)
-        held: dict[int, int] = {}  # of each partial page, how many of these sequences still refer to it
-        copied = []
+        offset, total = length % self.keys.page, -(-(length + more) // self.keys.page)
+        copied, seen = [], Counter[int]()  # how many of them have had the page that is continued
         for table in tables:
-            last = table.pages[partial] if partial is not None else None
-            left = held.setdefault(last, self.shares[last]) if last is not None else 1
-            copied.append(left > 1)
-            if last is not None:
-                held[last] = left - 1
-        fresh = self.allocate(sum(total - len(table) + copy for table, copy in zip(tables, copied, strict=True)))
+            last = table.pages[-1] if offset else -1
+            copied.append(offset > 0 and self.ref_count[last] - seen[last] > 1)
+            seen[last] += 1
+        fresh = iter(self.allocate(sum(copied) + sum(total - len(table) for table in tables)))
         for table, copy in zip(tables, copied, strict=True):
-            count = total - len(table) + copy
-            new, fresh = fresh[:count], fresh[count:]
             if copy:
-                own, shared = new.pop(0), table.pages[-1]
+                own, shared = next(fresh), table.pages[-1]
                 for store in (self.keys, self.values):
-                    store.copy_page(shared, own, length % page)
+                    store.copy_page(shared, own, offset)
                 self.release([shared])
                 table.set([*table.pages[:-1], own])
-            table.extend(new)
+            table.extend(list(islice(fresh, total - len(table))))

@@ -27,7 +27,7 @@ from hip_hf.eval.measure.documents import FACT_NAMES, Fact
 from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.reporting import plots, report
 from hip_hf.integration.explain import Report
-from hip_hf.integration.reach import attention_layers
+from hip_hf.integration.model_checks import attention_layers
 
 # Facts that are asked for where nothing else is said: with a prompt for each, and all at once.
 FACTS, AT_ONCE = 3, 8

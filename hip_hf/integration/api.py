@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from hip_hf.config import HiPConfig
-from hip_hf.integration import changes, continuous_batching, default_cache, model_hooks
+from hip_hf.integration import changes, continuous_batching, hip_cache
 from hip_hf.integration.attention_function import attention_forward
-from hip_hf.integration.extension import check_extension
+from hip_hf.integration.extension import check_extension, extends
 from hip_hf.integration.masks import hip_mask
-from hip_hf.integration.model_checks import check_layers
+from hip_hf.integration.model_checks import check_class, check_heads, check_layers, check_reach
 from hip_hf.integration.names import NAMES, attends_by_us
 from hip_hf.integration.patches.forward import unpatch_all, unpatch_layer
 from hip_hf.integration.patches.registry import layers_of, layers_to_extend, patch_layers
 from hip_hf.integration.settings import read_settings, text_config, text_part
 
-# In a patched model's `__dict__`: what `unpatch` puts back besides the forwards.
+# In a patched layer's `__dict__`: what `unpatch` puts back besides the forwards, the attention's
+# name and the settings (`config.hip`, None if there were none) of the model's text part before
+# `patch`.
 BEFORE = "_hip_before"
-
-
-@dataclass(frozen=True)
-class Before:
-    """The attention's name and the settings (`config.hip`, None if there were none) of the model's text part before `patch`."""
-
-    implementation: str | None
-    settings: dict[str, Any] | None
-
-
-def _forget_names() -> None:
-    """Transformers has no public way to take a name back."""
-    for name in NAMES:
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def register() -> None:
@@ -44,10 +30,46 @@ def register() -> None:
     for name, method in NAMES.items():
         AttentionInterface.register(name, functools.partial(attention_forward, method=method))
         AttentionMaskInterface.register(name, hip_mask)
-    changes.at_undo(_forget_names)
-    default_cache.install()
+        # Transformers has no public way to take a name back
+        changes.at_undo(functools.partial(AttentionInterface._global_mapping.pop, name, None))
+        changes.at_undo(functools.partial(AttentionMaskInterface._global_mapping.pop, name, None))
+    hip_cache.install()
     continuous_batching.install()
-    model_hooks.install()
+    _look_at_models()
+
+
+def _look_at_models() -> None:
+    """Wrap the three methods of `PreTrainedModel` that are called before a model's layers are made, after they were made, and
+    when its attention is set. Harmless when called again."""
+    adjust = PreTrainedModel._check_and_adjust_attn_implementation
+    change, made = PreTrainedModel.set_attn_implementation, PreTrainedModel.post_init
+
+    def hip_adjust(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        check_class(self, attn_implementation)
+        return adjust(self, attn_implementation, *args, **kwargs)
+
+    def hip_set(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        asked = attn_implementation
+        if isinstance(asked, dict):
+            asked = asked.get(text_part(self), asked.get(""))
+        check_reach(self, asked)
+        check_heads(self, asked)
+        change(self, attn_implementation, *args, **kwargs)
+
+    def hip_post_init(self: Any) -> None:
+        made(self)
+        configs = [self.config, *(getattr(self.config, name, None) for name in self.config.sub_configs)]
+        if any(attends_by_us(config) for config in configs):
+            check_reach(self, text_config(self)._attn_implementation)
+            check_heads(self, text_config(self)._attn_implementation)
+        if any(getattr(config, "hip", None) is not None for config in configs) and extends(text_config(self)):
+            patch_layers(layers_to_extend(self))
+
+    if adjust.__name__ != "hip_adjust":
+        changes.set_attribute(PreTrainedModel, "_check_and_adjust_attn_implementation", hip_adjust)
+        changes.set_attribute(PreTrainedModel, "set_attn_implementation", hip_set)
+    if made.__name__ != "hip_post_init":
+        changes.set_attribute(PreTrainedModel, "post_init", hip_post_init)
 
 
 def unregister() -> None:
@@ -113,7 +135,7 @@ def patch(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> N
             Nothing has changed then.
     """
     layers, target = layers_of(model), text_config(model)
-    before = Before(target._attn_implementation, getattr(target, "hip", None))
+    before = target._attn_implementation, getattr(target, "hip", None)
     if config is not None or fields:
         configure(model, config, **fields)
     if not attends_by_us(target):
@@ -134,10 +156,10 @@ def unpatch(model: nn.Module) -> None:
     if before is None and not patched:
         return
     target = text_config(model)
-    settings = getattr(target, "hip", None) if before is None else before.settings
+    name, settings = before or (None, getattr(target, "hip", None))
     if settings is None:
         target.__dict__.pop("hip", None)
     else:
         target.hip = {**settings, "extend": None} if settings.get("extend") is not None else settings
-    if before is not None and before.implementation is not None:
-        set_attention(model, before.implementation)
+    if name is not None:
+        set_attention(model, name)

@@ -17,24 +17,20 @@ from hip_hf.problem import tracing
 def attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """See `attend_layer`. A `HiPCache` has the call's tokens already: where attention fails, it is told, and is unusable then."""
+    """See `attend_layer`. A `HiPCache` has the call's tokens already: where attention fails, it is
+    told, and is unusable then; if it has cut off its gradients, who asks for them is told so."""
     if torch.compiler.is_compiling():
         return _compiled(module, query, key, *args, **kwargs)
     try:
-        return _attend(module, query, key, *args, **kwargs)
+        cached = isinstance(key, PagedTensor) and torch.is_grad_enabled()
+        if not cached or not (query.requires_grad or getattr(key, CUT_OFF, False)):
+            return attend_layer(module, query, key, *args, **kwargs)
+        with torch.no_grad():
+            out, _ = attend_layer(module, query, key, *args, **kwargs)
+        return cut_off(out), None
     except BaseException as error:
         spoil(key, module.config.model_type, error)  # type: ignore[union-attr, arg-type]
         raise
-
-
-def _attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    """See `attend_layer`; attention to a cache that has cut off its gradients says so to whoever asks for them."""
-    cached = isinstance(key, PagedTensor) and torch.is_grad_enabled()
-    if not cached or not (query.requires_grad or getattr(key, CUT_OFF, False)):
-        return attend_layer(module, query, key, *args, **kwargs)
-    with torch.no_grad():
-        out, _ = attend_layer(module, query, key, *args, **kwargs)
-    return cut_off(out), None
 
 
 def _compiled(
@@ -42,28 +38,18 @@ def _compiled(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    mask: torch.Tensor | None,
     dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    is_causal: bool | None = None,
-    method: str | None = None,
-    unrotated: bool = False,
-    **kwargs: Any,
+    **fields: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`attention_forward` while a graph is being made: an operator of the graph, or a call at which the graph breaks. What is
-    dense whatever the settings say (bidirectional, `torch.export`) is made of tensor operations, which any graph can hold."""
-    fields: dict[str, Any] = dict(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
-    fields |= dict(is_causal=is_causal, method=method, unrotated=unrotated, **kwargs)
-    if is_bidirectional(module, attention_mask, is_causal) or tracing():
-        return attend_layer(module, query, key, value, attention_mask, dropout, **fields)
-    refuse(module, dropout, kwargs)
+    """`attention_forward` while a graph is being made: an operator of the graph, or a call at which
+    it breaks. What is dense whatever the settings say (bidirectional, `torch.export`) is made of
+    tensor operations, which any graph can hold."""
+    if is_bidirectional(module, mask, fields.get("is_causal")) or tracing():
+        return attend_layer(module, query, key, value, mask, dropout, **fields)
+    refuse(module, dropout, fields)
     from hip_hf.integration import in_graph  # an operator takes long to register
 
-    if continuous_batching.cache_of(key, kwargs) is None and in_graph.serves(query, key):
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        given = (scaling, sliding_window, softcap, s_aux, causal, method, unrotated)
-        return in_graph.attention(module, query, key, value, attention_mask, *given), None
-    return outside_of_graphs(attention_forward, module, query, key, value, attention_mask, dropout, **fields)
+    if continuous_batching.cache_of(key, fields) is None and in_graph.serves(query, key):
+        return in_graph.attention(module, query, key, value, mask, **fields), None
+    return outside_of_graphs(attention_forward, module, query, key, value, mask, dropout, **fields)

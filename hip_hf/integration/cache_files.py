@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,8 @@ from hip_hf.cache.files import TOKENS_AT_ONCE, fail, paged_parts, reading, write
 
 
 def _kind(layer: Any) -> str:
-    """`paged` or `sliding`. A layer in pages says itself what it is.
-
-    Raises:
-        ValueError: a layer that no file can hold.
-    """
+    """`paged` or `sliding`: a layer in pages says itself what it is. Raises ValueError for a layer
+    that no file can hold."""
     kind = "sliding" if type(layer) is DynamicSlidingWindowLayer else getattr(layer, "kind", "")
     if kind not in ("paged", "sliding"):
         raise ValueError(f"cache: got a {type(layer).__name__}, allowed: full-attention and sliding-window layers")
@@ -34,42 +30,25 @@ def _model(cache: Any) -> dict[str, Any]:
     return model if cache.shard is None else {**model, "shard": list(cache.shard)}
 
 
-def _held(layer: Any) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape `[B, Hkv, T, D]` and dtype of a layer's keys and values; nothing while it has none."""
-    if not layer.is_initialized:
-        return {}
-    if _kind(layer) == "paged":
-        stores = {"keys": layer.pool.keys, "values": layer.pool.values}
-        sizes = {name: torch.Size((len(layer.tables), store.heads, layer.length, store.dim)) for name, store in stores.items()}
-        return {name: (size, stores[name].dtype) for name, size in sizes.items()}
-    return {name: (x.shape, x.dtype) for name, x in (("keys", layer.keys), ("values", layer.values))}
-
-
 def save(cache: Any, path: str | os.PathLike[str], made_of: dict[str, Any]) -> None:
     """See `HiPCache.save`; `cache` is one."""
     kinds = [_kind(layer) for layer in cache.layers]
-    tensors = {f"{index}.{name}": held for index, layer in enumerate(cache.layers) for name, held in _held(layer).items()}
+    tensors = {}
+    for index, layer in enumerate(cache.layers):
+        for name in ("keys", "values") if layer.is_initialized else ():
+            if _kind(layer) == "paged":
+                held = getattr(layer.pool, name)
+                shape = torch.Size((len(layer.tables), held.heads, layer.length, held.dim))
+                parts: Any = paged_parts(held, layer.tables, layer.length)
+            else:
+                held = getattr(layer, name)
+                shape, parts = held.shape, [held]
+            tensors[f"{index}.{name}"] = shape, held.dtype, parts
     layers = [
         {"kind": kind, "length": int(layer.get_seq_length()), "unrotated": getattr(layer, "unrotated", False)}
         for kind, layer in zip(kinds, cache.layers, strict=True)
     ]
-
-    def parts(tensor: str) -> Iterator[torch.Tensor]:
-        index, name = tensor.split(".")
-        layer = cache.layers[int(index)]
-        if _kind(layer) == "paged":
-            return paged_parts(getattr(layer.pool, name), layer.tables, layer.length)
-        return iter([getattr(layer, name)])
-
-    write(Path(path), {"model": _model(cache), "layers": layers, "made_of": made_of}, tensors, parts)
-
-
-def _check_made_of(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ValueError where a file was made of something else, and name the first difference."""
-    wanted = json.loads(json.dumps(wanted))  # as it comes back from a file
-    for name in {**wanted, **saved}:
-        if saved.get(name) != wanted.get(name):
-            fail(path, f"a cache made with {name}={saved.get(name)!r}", f"{name}={wanted.get(name)!r}")
+    write(Path(path), {"model": _model(cache), "layers": layers, "made_of": made_of}, tensors)
 
 
 def load(cache: Any, path: str | os.PathLike[str], device: torch.device, made_of: dict[str, Any] | None) -> None:
@@ -78,24 +57,25 @@ def load(cache: Any, path: str | os.PathLike[str], device: torch.device, made_of
     with reading(path) as (file, facts):
         if facts["model"] != _model(cache):
             fail(path, f"a cache of {json.dumps(facts['model'])}", f"one of this model, {json.dumps(_model(cache))}")
-        if made_of is not None:
-            _check_made_of(path, facts.get("made_of", {}), made_of)
+        made, wanted = facts.get("made_of", {}), json.loads(json.dumps(made_of))  # as from a file
+        for name in {} if wanted is None else {**wanted, **made}:
+            got, asked = made.get(name), wanted.get(name)
+            if got != asked:
+                fail(path, f"a cache made with {name}={got!r}", f"{name}={asked!r}")
         kinds, saved = [_kind(layer) for layer in cache.layers], facts["layers"]
         if [layer["kind"] for layer in saved] != kinds:
             fail(path, f"layers {[layer['kind'] for layer in saved]}", f"{kinds}, as this model has")
         names = set(file.keys())
-        fresh = [_fresh(cache, layer) for layer in cache.layers]
+        fresh: list[Any] = []
+        for kind, layer in zip(kinds, cache.layers, strict=True):
+            paged = kind == "paged"
+            own = DynamicLayer() if paged else DynamicSlidingWindowLayer(layer.sliding_window)
+            fresh.append(cache.make_layer(own))
         for index, (layer, known) in enumerate(zip(fresh, saved, strict=True)):
-            if f"{index}.keys" not in names:
-                continue
-            keys, values = (file.get_slice(f"{index}.{name}") for name in ("keys", "values"))
-            _fill(layer, keys, values, known, device)
+            if f"{index}.keys" in names:
+                keys, values = (file.get_slice(f"{index}.{name}") for name in ("keys", "values"))
+                _fill(layer, keys, values, known, device)
     cache.layers[:] = fresh
-
-
-def _fresh(cache: Any, layer: Any) -> Any:
-    """An empty layer like this one."""
-    return cache.make_layer(DynamicLayer()) if _kind(layer) == "paged" else DynamicSlidingWindowLayer(layer.sliding_window)
 
 
 def _fill(layer: Any, keys: Any, values: Any, known: dict[str, Any], device: torch.device) -> None:

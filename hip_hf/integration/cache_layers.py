@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,18 +20,8 @@ from hip_hf.state import DecodeState
 
 # Model types whose layers make the keys of attention out of what the cache returns, by a function of each cached token alone:
 # latent vectors are expanded (DeepSeek), heads are repeated (JetMoE). The state still follows the cache.
-REBUILT = (
-    "axk1",
-    "bailing_hybrid",
-    "deepseek_v2",
-    "deepseek_v3",
-    "glm4_moe_lite",
-    "jetmoe",
-    "kimi_linear",
-    "longcat_flash",
-    "minicpm3",
-    "youtu",
-)
+REBUILT = {"axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "jetmoe"}
+REBUILT |= {"kimi_linear", "longcat_flash", "minicpm3", "youtu"}
 # Attributes of the returned keys, by which attention finds the state of their cache layer, `explain` its kind, and whether
 # gradients were asked for through what is cached.
 STATE, KIND, CUT_OFF = "_hip_state", "_hip_kind", "_hip_cut_off"
@@ -44,7 +33,7 @@ NUMBER = "_hip_number"
 
 # Of each thread: `state` of the layer of a cache that was updated last, until attention has asked for it; and a weak reference to
 # the `HiPCache` that was updated last.
-_newest = threading.local()
+newest = threading.local()
 
 
 class Stateful:
@@ -60,7 +49,7 @@ class Stateful:
         if torch.compiler.is_compiling():
             setattr(keys, NUMBER, self.hip_state.number)
         else:
-            _newest.state = self.hip_state
+            newest.state = self.hip_state
         return keys
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,16 +68,6 @@ class Stateful:
         super().crop(*args, **kwargs)  # type: ignore[misc]
         self.hip_state.crop(int(self.get_seq_length()))  # type: ignore[attr-defined]
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self.hip_state.repeat(repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().flatten()
-        self.hip_state.reorder(indices)
-
 
 class HiPStaticLayer(Stateful, StaticLayer):
     """A preallocated full-attention cache layer with decode state."""
@@ -100,8 +79,8 @@ class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer)
 
 def state_of(keys: torch.Tensor, model_type: str) -> DecodeState | None:
     """The decode state of the cache layer that returned `keys`, or what they were made of, if it has one."""
-    newest = _newest.__dict__.pop("state", None)
-    return getattr(keys, STATE, newest if model_type in REBUILT else None)
+    state = newest.__dict__.pop("state", None)
+    return getattr(keys, STATE, state if model_type in REBUILT else None)
 
 
 def unusable(what: str) -> ValueError:
@@ -109,18 +88,12 @@ def unusable(what: str) -> ValueError:
     return ValueError(f"past_key_values: got a cache {what}, allowed: `reset()` before it is used again, or a new one")
 
 
-def returned_by(cache: Any, keys: torch.Tensor) -> None:
-    """Note which `HiPCache` returned `keys`."""
-    setattr(keys, CACHE, cache)
-    _newest.cache = weakref.ref(cache)
-
-
 def spoil(keys: torch.Tensor, model_type: str, error: BaseException) -> None:
     """Tell the `HiPCache` that returned `keys` `[B, Hkv, T, D]`, or what they were made of, if one did, that attention
     to them has failed with `error`."""
     cache: Any = getattr(keys, CACHE, None)
     if cache is None and model_type in REBUILT:
-        cache = getattr(_newest, "cache", lambda: None)()
+        cache = getattr(newest, "cache", lambda: None)()
         if cache is not None and cache.get_seq_length() != keys.shape[2]:  # of another call
             return
     if cache is not None:

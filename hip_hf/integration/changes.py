@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 _MISSING = object()
@@ -11,33 +12,23 @@ _undo: list[Callable[[], object]] = []
 
 def set_attribute(owner: Any, name: str, value: Any) -> None:
     """Set an attribute of a class or module of Transformers or lm-eval, until `undo`."""
-    before = vars(owner).get(name, _MISSING)  # as it stands there: a class method would come bound from `getattr`
-
-    def back() -> None:
-        if vars(owner).get(name) is not value:  # somebody has wrapped ours, and still calls it
-            return
-        if before is _MISSING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-    setattr(owner, name, value)
-    _undo.append(back)
+    # as it stands there: a class method would come bound from `getattr`
+    _set(vars(owner), partial(setattr, owner), partial(delattr, owner), name, value)
 
 
 def set_item(mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
     """Set an item of a table of Transformers', until `undo`."""
-    before = mapping.get(key, _MISSING)
+    _set(mapping, mapping.__setitem__, mapping.__delitem__, key, value)
+
+
+def _set(now: Mapping[str, Any], put: Any, remove: Any, name: str, value: Any) -> None:
+    before = now.get(name, _MISSING)
 
     def back() -> None:
-        if mapping.get(key) is not value:
-            return
-        if before is _MISSING:
-            del mapping[key]
-        else:
-            mapping[key] = before
+        if now.get(name) is value:  # else somebody has wrapped ours, and still calls it
+            remove(name) if before is _MISSING else put(name, before)
 
-    mapping[key] = value
+    put(name, value)
     _undo.append(back)
 
 

@@ -4,6 +4,10 @@ A call brings the new tokens of several requests, packed into one row: whole pro
 Each request attends by itself, to keys picked out of its pages; nothing is gathered. Decode state is kept with the cache, by the
 page that holds a request's last token, and believed only by who has the same pages, with the same key for that token (pages
 are also copied and restored behind our back). A call that writes to a page ends the state of whoever had it.
+
+What a forward brings is on the device. It is read once a forward, for all layers and requests, in
+three waits. The cache's layout is not documented; it is found by inspection, and an unknown one
+raises instead of computing garbage.
 """
 
 from __future__ import annotations
@@ -12,27 +16,28 @@ import functools
 import importlib.abc
 import importlib.util
 import inspect
+import itertools
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 
 from hip_hf.attention import Result, attend
 from hip_hf.backends.keys_read import Count, share_of
-from hip_hf.cache.pages import BlockTable, Lane, PagedTensor, Store
+from hip_hf.cache.pages import BlockTable, HeadRows, PagedTensor, Store
 from hip_hf.config import HiPConfig
 from hip_hf.integration.changes import at_undo, set_attribute
 from hip_hf.integration.names import attends_by_us
-from hip_hf.integration.packed import Forward, Kept, Place, find_place, forward_of, states_of
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 
 GATE = "transformers.generation.continuous_batching.continuous_api"
+FORWARD = "_hip_forward"  # attribute of a paged cache: the forward that it serves, or served last
 CACHE_OF_KEYS = "_hip_paged_cache"  # attribute of a layer's new keys: the paged cache that was asked to take them
 
 
@@ -41,75 +46,195 @@ class TokenMajorStore(Store):
 
     def __init__(self, rows: torch.Tensor, page: int) -> None:
         super().__init__(rows.shape[1], rows.shape[2], rows.dtype, rows.device, page)
-        self.slabs, self.bounds = [rows], [0]
+        self.rows, self.arenas, self.bounds = rows, [rows.transpose(0, 1)], [0]
 
-    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
-        parts = []
-        for page, offset, count in self.pieces(table, first, last):
-            at = page * self.page + offset
-            parts.append(self.slabs[0][at : at + count, heads].transpose(0, 1))
-        if not parts:
-            return self.slabs[0][:0, heads].transpose(0, 1)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def unit(self, start: int, block: int) -> int:
+    def gather_size(self, start: int, block: int) -> int:
         return 1
 
     def pages(self) -> torch.Tensor:
-        whole = len(self.slabs[0]) // self.page * self.page
-        return self.slabs[0][:whole].unflatten(0, (-1, self.page))
+        whole = len(self.rows) // self.page * self.page
+        return self.rows[:whole].unflatten(0, (-1, self.page))
 
-    def index(self, heads: slice, table: BlockTable, unit: torch.Tensor, size: int) -> torch.Tensor:
-        token = super().index(heads, table, unit, size)
+    def index(self, heads: slice, table: BlockTable, row: torch.Tensor, size: int) -> torch.Tensor:
+        token = super().index(heads, table, row, size)
         head = torch.arange(heads.start, heads.stop, device=token.device)
         return token * self.heads + head.view(-1, *[1] * (token.ndim - 1))
 
-    def lanes(self, heads: slice, size: int) -> list[Any]:
-        return [Lane(self.slabs[0].view(-1, self.dim))] * (heads.stop - heads.start)
+    def head_rows(self, heads: slice, size: int) -> list[Any]:
+        return [HeadRows([self.rows.view(-1, self.dim)], [0])] * (heads.stop - heads.start)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's tokens are in the cache. `stored`: keys and values, `[tokens, Hkv, D]` each;
+    none of a ring buffer (sliding)."""
+
+    kind: str
+    group: int
+    page: int = 0
+    stored: tuple[torch.Tensor, ...] = ()
+
+    def row(self, table: BlockTable, position: int) -> int:
+        """The row of what is `stored` that holds a request's token."""
+        return table.pages[position // self.page] * self.page + position % self.page
+
+
+def find_place(cache: Any, layer: int) -> Place:
+    """The layout of a layer. Raises ValueError for a cache of an unknown kind."""
+    if hasattr(cache, "layer_to_allocator"):
+        allocator = cache.layer_to_allocator[layer]
+        if allocator.layer_type != "full_attention":
+            return Place(allocator.layer_type, allocator.index)
+        stored = tuple(allocator._kv_token_views[layer])
+        return Place(allocator.layer_type, allocator.index, allocator.tokens_per_page, stored)
+    if hasattr(cache, "layer_index_to_group_indices"):
+        group, index = cache.layer_index_to_group_indices[layer]
+        if cache.sliding_windows[layer] != 1:
+            return Place("sliding_attention", group)
+        stored = (cache.key_cache[index], cache.value_cache[index])
+        return Place("full_attention", group, cache.block_size, stored)
+    raise ValueError(f"cache: got {type(cache).__name__} of an unknown layout, allowed: Transformers' paged cache as tested")
+
+
+class Request(NamedTuple):
+    """Where a request's new tokens are in a call: rows of its queries, and keys among those of all requests, past and new."""
+
+    row: int
+    row_end: int
+    key: int
+    key_end: int
+
+    @property
+    def keys(self) -> int:
+        """Tokens of the request, past and new."""
+        return self.key_end - self.key
+
+    @property
+    def before(self) -> int:
+        """Tokens of the request before this call."""
+        return self.keys - (self.row_end - self.row)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A request's state, its pages, and the key `[Hkv, D]` of its last token."""
+
+    state: DecodeState
+    pages: list[int]
+    mark: torch.Tensor
+
+
+def states_of(cache: Any, layer: int) -> dict[int, Kept]:
+    """What is kept for a layer, by the page of a request's last token."""
+    return cache.__dict__.setdefault("_hip_states", {}).setdefault(layer, {})
+
+
+def _fetch(parts: list[torch.Tensor]) -> list[Any]:
+    """Tensors of one dimension, one after the other, on the host. The only place that waits for the device."""
+    return torch.cat(parts).tolist() if parts else []
+
+
+class Forward:
+    """What the index tensors of a forward say: the same to all of its layers, so it is read once.
+
+    `requests`: those with new tokens, by kind of attention. `tables`: the pages of each, by group. `unchanged`: layers and
+    rows of the cache where a kept state's mark was found. `given`: a tensor that the forward's layers share; `layer`: the last.
+    """
+
+    def __init__(self, cache: Any, kwargs: dict[str, Any]) -> None:
+        layers = getattr(cache, "layer_to_allocator", None)
+        places = {i: find_place(cache, i) for i in layers or cache.layer_index_to_group_indices}
+        self.given, self.layer = kwargs["cu_seq_lens_q"], -1
+        self.requests: dict[str, list[Request]] = self._read_requests(places, kwargs)
+        self.tables = self._read_tables(places, kwargs)
+        self.unchanged = self._read_marks(cache, places)
+
+    def _read_requests(self, places: dict[int, Place], kwargs: Any) -> dict[str, Any]:
+        """The requests that bring tokens, by kind of attention (a padded call has others behind them)."""
+        kinds, keys = list(dict.fromkeys(place.kind for place in places.values())), kwargs["cu_seq_lens_k"]
+        bounds = [self.given, *(keys[kind] if isinstance(keys, dict) else keys for kind in kinds)]
+        fetched = iter(_fetch(bounds))
+        rows, *lengths = [list(itertools.pairwise(itertools.islice(fetched, len(x)))) for x in bounds]
+        return {
+            kind: [Request(*row, *key) for row, key in zip(rows, each, strict=True) if row[0] < row[1]]
+            for kind, each in zip(kinds, lengths, strict=True)
+        }
+
+    def _read_tables(self, places: dict[int, Place], kwargs: Any) -> dict[int, list[BlockTable]]:
+        """The pages of each request, by group; of those that are no ring buffers."""
+        groups, firsts = {place.group: place for place in places.values() if place.stored}, []
+        for group, place in groups.items():
+            read, write = kwargs["read_index"][group], kwargs["write_index"][group]
+            for one in self.requests[place.kind]:
+                tokens = read[one.key : one.key_end] if one.before else write[one.row : one.row_end]
+                firsts.append(tokens[:: place.page])
+        fetched = iter(_fetch(firsts))
+        tables: dict[int, list[BlockTable]] = {group: [] for group in groups}
+        for group, place in groups.items():
+            for one in self.requests[place.kind]:
+                tokens = itertools.islice(fetched, -(-one.keys // place.page))
+                tables[group].append(BlockTable([token // place.page for token in tokens]))
+        return tables
+
+    def _read_marks(self, cache: Any, places: dict[int, Place]) -> set[tuple[int, int]]:
+        """Layers and rows of the cache that hold the last token of a request before this call, and
+        still the key that they held when its state was kept."""
+        asked, equal = [], []
+        for layer, place in places.items():
+            if not place.stored:
+                continue
+            kept, rows, marks = states_of(cache, layer), [], []
+            for one, table in zip(self.requests[place.kind], self.tables[place.group], strict=True):
+                found = kept.get(table.pages[(one.before - 1) // place.page]) if one.before else None
+                if found is not None:
+                    rows.append(place.row(table, one.before - 1))
+                    marks.append(found.mark)
+            if rows:
+                asked += [(layer, row) for row in rows]
+                now = torch.stack([place.stored[0][row] for row in rows])
+                equal.append((now == torch.stack(marks)).flatten(1).all(1))
+        return set(itertools.compress(asked, _fetch(equal)))
 
 
 def continuous(problem: AttentionProblem, config: HiPConfig, layer: int, cache: Any, kwargs: dict[str, Any]) -> Result:
-    """Attention of packed requests: q, k and v of `problem` hold the new tokens, `[1, H, new tokens, D]`.
-
-    Raises:
-        ValueError: a cache of an unknown layout.
-    """
+    """Attention of packed requests: q, k and v of `problem` hold the new tokens, `[1, H, tokens,
+    D]`. Raises ValueError for a cache of an unknown layout."""
     if kwargs.get("block_table") is not None:
         raise ValueError("block_table: got a table, allowed: None (the decode path of flash attention)")
-    place, forward = find_place(cache, layer), forward_of(cache, layer, kwargs)
-    requests = forward.requests[place.kind]
-    if place.keys is None or place.values is None:
-        k, v = _ring(cache, problem, layer, kwargs)
-    else:
-        k, v = problem.k, problem.v
+    # The index tensors may be buffers that every forward fills anew, so the same tensors do not
+    # make the same forward: a layer that is not above the last one begins another.
+    place, forward = find_place(cache, layer), cache.__dict__.get(FORWARD)
+    if forward is None or forward.given is not kwargs["cu_seq_lens_q"] or layer <= forward.layer:
+        forward = cache.__dict__[FORWARD] = Forward(cache, kwargs)
+    forward.layer = layer
+    requests, stored = forward.requests[place.kind], place.stored
+    given: Any = (problem.k, problem.v) if stored else _ring(cache, problem, layer, kwargs)
+    for rows, new in zip(stored, given, strict=False):
         write = kwargs["write_index"][place.group]
-        for stored, new in ((place.keys, k), (place.values, v)):
-            stored.index_copy_(0, write[: new.shape[2]], new[0].transpose(0, 1))
-    out, result = problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1]), None
-    paths, counts, reason, unsupported = set(), [], "", False
-    states = _states_before(cache, layer, place, forward) if place.keys is not None else []
+        rows.index_copy_(0, write[: new.shape[2]], new[0].transpose(0, 1))
+    out = problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1])
+    paths, counts, reason = set(), [], ""
+    states = _states_before(cache, layer, place, forward) if stored else []
     for i, request in enumerate(requests):
-        q = problem.q[:, :, request.row : request.row_end]
-        own: tuple[torch.Tensor, torch.Tensor]
-        if place.keys is None or place.values is None:
-            own = k[:, :, request.key : request.key_end], v[:, :, request.key : request.key_end]
-        elif request.before:
-            table = [forward.tables[place.group][i]]
-            own = tuple(PagedTensor(TokenMajorStore(x, place.page), table, request.keys) for x in (place.keys, place.values))  # type: ignore[assignment]
+        new = slice(request.row, request.row_end)
+        q, table = problem.q[:, :, new], forward.tables[place.group][i] if stored else BlockTable()
+        if stored and request.before:
+            stores = [TokenMajorStore(rows, place.page) for rows in stored]
+            k, v = (PagedTensor(store, [table], request.keys) for store in stores)
         else:
-            own = k[:, :, request.row : request.row_end], v[:, :, request.row : request.row_end]
-        one = replace(problem, q=q, k=own[0], v=own[1], spans=make_spans(q, own[0]))
-        state = states[i] if states else None
-        result = attend(one, config, layer, state)
-        out[:, :, request.row : request.row_end] = result.out
-        if state is not None:
-            _keep_state(cache, layer, place, forward.tables[place.group][i], request.keys, state)
+            part = new if stored else slice(request.key, request.key_end)
+            k, v = (x[:, :, part] for x in given)
+        one = replace(problem, q=q, k=k, v=v, spans=make_spans(q, k))
+        result = attend(one, config, layer, states[i] if stored else None)
+        out[:, :, new] = result.out
+        if stored:
+            mark = stored[0][place.row(table, request.keys - 1)].clone()
+            states_of(cache, layer)[table.pages[-1]] = Kept(states[i], table.pages, mark)
         paths.add(result.path)
         counts.append(result.count)
-        reason, unsupported = result.reason or reason, result.unsupported or unsupported
+        reason = result.reason or reason
     path = "sparse" if "sparse" in paths else "dense"
-    count = functools.partial(_each_alike, counts)
-    return Result(out, None, None, path, reason, count, unsupported)
+    return Result(out, None, None, path, reason, functools.partial(_each_alike, counts))
 
 
 def _each_alike(counts: list[Count | None]) -> tuple[float, float]:
@@ -120,10 +245,8 @@ def _each_alike(counts: list[Count | None]) -> tuple[float, float]:
 def _ring(cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Keys and values of a sliding layer, past and new, `[1, Hkv, keys, D]`: the cache itself unrolls its ring buffers."""
     update, indexed = _updates[type(cache)]
-    if indexed:
-        found = update(cache, problem.k, problem.v, layer, kwargs["read_index"], kwargs["write_index"])
-    else:
-        found = update(cache, problem.k, problem.v, layer, dict(kwargs))
+    rest = (kwargs["read_index"], kwargs["write_index"]) if indexed else (dict(kwargs),)
+    found = update(cache, problem.k, problem.v, layer, *rest)
     return [x.transpose(0, 1)[None] if x.ndim == 3 else x for x in found]
 
 
@@ -133,13 +256,13 @@ def _states_before(cache: Any, layer: int, place: Place, forward: Forward) -> li
     kept, states = states_of(cache, layer), []
     requests, tables = forward.requests[place.kind], forward.tables[place.group]
     for one, table in zip(requests, tables, strict=True):
-        found = kept.pop(table.pages[(one.before - 1) // place.page], None) if one.before else None
-        believed = (
-            found is not None
-            and table.pages[: len(found.pages)] == found.pages
-            and (layer, place.row(table, one.before - 1)) in forward.unchanged
-        )
-        states.append(found.state if found is not None and believed else DecodeState())
+        at = table.pages[(one.before - 1) // place.page]
+        found: Any = kept.pop(at, None) if one.before else None
+        believed = found is not None and table.pages[: len(found.pages)] == found.pages
+        if believed and (layer, place.row(table, one.before - 1)) in forward.unchanged:
+            states.append(found.state)
+        else:
+            states.append(DecodeState())
     for one, table in zip(requests, tables, strict=True):
         for page in table.pages[one.before // place.page :]:
             kept.pop(page, None)
@@ -147,26 +270,17 @@ def _states_before(cache: Any, layer: int, place: Place, forward: Forward) -> li
 
 
 def _forget_request(cache: Any, request: str) -> None:
-    """Drop what is kept by the pages of a request that leaves the cache. Its summaries are as long as the request was, and its
-    last page may wait long for another one."""
+    """Drop what is kept by the pages of a request that leaves the cache. Its summaries are as long
+    as the request was, and its last page may wait long for another one."""
     for layer, kept in cache.__dict__.get("_hip_states", {}).items():
-        for page in _pages_of(cache, layer, request):
-            kept.pop(page, None)
-
-
-def _pages_of(cache: Any, layer: int, request: str) -> list[int]:
-    """The pages of a request in a layer, as `BlockTable` counts them."""
-    if hasattr(cache, "layer_to_allocator"):
-        allocator = cache.layer_to_allocator[layer]
-        stride = allocator.block_physical_stride // allocator.tokens_per_page
-        return [block * stride for block in allocator.block_table.get(request, ())]
-    return cache.group_cache_managers[cache.layer_index_to_group_indices[layer][0]].block_table.get(request, [])
-
-
-def _keep_state(cache: Any, layer: int, place: Place, table: BlockTable, tokens: int, state: DecodeState) -> None:
-    assert place.keys is not None
-    mark = place.keys[place.row(table, tokens - 1)].clone()
-    states_of(cache, layer)[table.pages[-1]] = Kept(state, table.pages, mark)
+        if hasattr(cache, "layer_to_allocator"):
+            manager = cache.layer_to_allocator[layer]
+            stride = manager.block_physical_stride // manager.tokens_per_page
+        else:
+            group, _ = cache.layer_index_to_group_indices[layer]
+            manager, stride = cache.group_cache_managers[group], 1
+        for block in manager.block_table.get(request, ()):
+            kept.pop(block * stride, None)
 
 
 # Transformers admits only its own attentions to continuous batching, or swaps ours for flash attention where that is installed.
@@ -223,12 +337,10 @@ def is_paged(value: Any) -> bool:
 
 
 def cache_of(key: torch.Tensor, arguments: dict[str, Any]) -> Any:
-    """The paged cache behind a layer's call, None if it is of no continuous batching. `arguments`: the others of the attention
-    function. Up to Transformers 5.23 the cache is among them; later the layer itself updates it, and `key` knows.
-
-    Raises:
-        ValueError: packed requests have come in a way that is not known.
-    """
+    """The paged cache behind a layer's call, None if it is of no continuous batching. `arguments`:
+    the others of the attention function. Up to Transformers 5.23 the cache is among them; later the
+    layer itself updates it, and `key` knows. Raises ValueError if packed requests have come
+    otherwise."""
     cache = getattr(key, CACHE_OF_KEYS, None) or next(filter(is_paged, arguments.values()), None)
     if cache is None and getattr(_packing, "on", False):
         raise ValueError(

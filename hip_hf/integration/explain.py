@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hip_hf.integration.layer_attention import Call
+from hip_hf.integration.model_checks import attention_layers, check_reach
 from hip_hf.integration.names import NAMES, attends_by_us
-from hip_hf.integration.reach import attention_layers, check_reach
 from hip_hf.integration.settings import layer_index, text_config
 
 
@@ -32,27 +32,19 @@ class Report(list[Row]):
 
     def __str__(self) -> str:
         head = ("layer", "method", "path", "keys read", "cache", "why dense")
-        body = [
-            (
-                "-" if row.layer is None else str(row.layer),
-                row.method,
-                row.path,
-                "-" if row.share is None else f"{row.share:.1%}",
-                row.cache,
-                row.reason,
-            )
-            for row in self
-        ]
-        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]
-        ]
+        cells: list[tuple[str, ...]] = [head]
+        for row in self:
+            layer = "-" if row.layer is None else str(row.layer)
+            share = "-" if row.share is None else f"{row.share:.1%}"
+            cells.append((layer, row.method, row.path, share, row.cache, row.reason))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        cells.insert(1, tuple("-" * width for width in widths))
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         unmasked = max((row.unmasked for row in self), default=0)
         if unmasked:
-            lines.append(
-                f"No padding mask arrived with the last batch of {unmasked}: padding, if there is any, was read as text."
-            )
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+            what = f"No padding mask arrived with the last batch of {unmasked}"
+            lines.append(f"{what}: padding, if there is any, was read as text.")
+        return "\n".join(lines)
 
 
 def explain(model: nn.Module) -> Report:
@@ -76,5 +68,6 @@ def explain(model: nn.Module) -> Report:
         if call is None:
             rows.append(Row(layer, "-", "not called", "", None, "-"))
         else:
-            rows.append(Row(layer, call.method, call.path, call.reason, call.share, call.cache, call.unmasked))
+            what = (call.method, call.path, call.reason, call.share, call.cache)
+            rows.append(Row(layer, *what, call.unmasked))
     return Report(rows)

@@ -77,12 +77,11 @@ _ropes: dict[tuple[bytes, float], Rope] = {}  # by the frequencies themselves: n
 
 
 def rope_of(config: Any, head_dim: int | None = None) -> Rope:
-    """The rotation of models with this text config, from the rotary embedding of their modeling file, which is made anew: not
-    for every step. The same object for all that rotate alike, for its tables. `head_dim`: of what is to be turned.
-
-    Raises:
-        ValueError: the config is of no model of Transformers, the file has no such class, or several, or it turns more numbers
-            than a head has.
+    """The rotation of models with this text config, from the rotary embedding of their modeling
+    file, which is made anew: not for every step. The same object for all that rotate alike, for its
+    tables. `head_dim`: of what is to be turned. Raises ValueError where the config is of no model
+    of Transformers, the file has no such class, or several, or it turns more numbers than a head
+    has.
     """
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -102,11 +101,9 @@ def rope_of(config: Any, head_dim: int | None = None) -> Rope:
 
 
 def positions_of(module: Any, settings: HiPConfig) -> Positions:
-    """How the calls of an attention layer place queries and keys. Its tables are those of all layers of such models.
-
-    Raises:
-        ValueError: the model cannot be extended so, or its config is of longer heads than the layer has.
-    """
+    """How the calls of an attention layer place queries and keys, by tables of all layers of such
+    models. Raises ValueError for a model that cannot be extended so, or longer heads in its
+    config."""
     kept = module.__dict__.get("_hip_positions")
     if kept is not None and kept[0] is settings:
         return kept[1]
@@ -125,25 +122,15 @@ def other_cache(what: str, extend: Any) -> ValueError:
     )
 
 
-def mixed_keys(unrotated: bool) -> ValueError:
-    """The error of adding keys of one kind (`unrotated` or not) to a `HiPCache` with those of the other."""
-    now, before = ("'streaming'", None) if unrotated else (None, "'streaming'")
-    allowed = f"with extend={now} an empty one, or one filled so"
-    return ValueError(f"past_key_values: got a cache filled with extend={before}, allowed: {allowed}")
-
-
-def turned_back(positions: Positions, query: torch.Tensor, key: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of a layer that rotates them itself, un-rotated: all the keys where this call brought them, else those
-    of a `HiPCache`, which has turned them back when they came.
-
-    Raises:
-        ValueError: keys in a cache of another kind.
-    """
+def unrotate(positions: Positions, query: torch.Tensor, key: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of a layer that rotates them itself, un-rotated: all the keys where this
+    call brought them, else those of a `HiPCache`, which has turned them back when they came. Raises
+    ValueError for keys in a cache of another kind."""
     first = key.shape[2] - query.shape[2]
     if cache is not None:
         raise ValueError("extend: got continuous batching without a patcher, allowed: a patched family")
     if not getattr(key, UNROTATED, False):
         if first:
             raise other_cache("another one, whose keys are rotated", "streaming")
-        key = positions.rope.unrotated(key, 0)
-    return positions.rope.unrotated(query, first), key
+        key = positions.rope.unrotate(key, 0)
+    return positions.rope.unrotate(query, first), key

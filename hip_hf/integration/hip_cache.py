@@ -9,29 +9,35 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
     LinearAttentionLayer,
+    StaticLayer,
 )
 
-from hip_hf.cache.offload import OFFLOADS, Statistics, statistics
+from hip_hf.cache.offload import OFFLOADS, READERS, Statistics, Traffic
 from hip_hf.integration import cache_files
-from hip_hf.integration.cache_layers import at_defaults, outside_of_graphs, returned_by, unusable
+from hip_hf.integration.cache_layers import (
+    CACHE,
+    HiPHybridStaticLayer,
+    HiPStaticLayer,
+    at_defaults,
+    newest,
+    outside_of_graphs,
+    unusable,
+)
+from hip_hf.integration.changes import set_attribute, set_item
+from hip_hf.integration.names import attends_by_us
 from hip_hf.integration.paged_layer import PagedHybridLayer, PagedLayer
-
-
-def shard_of(config: PreTrainedConfig) -> tuple[int, int] | None:
-    """Which part of a model's heads this process holds, and of how many, by its own config, not its text part's; None: all."""
-    processes = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
-    # the processes that share the heads of one model are neighbours
-    return None if processes == 1 else (torch.distributed.get_rank() % processes, processes)
 
 
 class HiPCache(DynamicCache):
@@ -45,10 +51,8 @@ class HiPCache(DynamicCache):
             search reads as well as attention, it holds twice as many.
         others: further arguments of `DynamicCache`, by name, each at its default: some models make their caches with all of them.
 
-    Sliding-window layers keep their window, as in Transformers' own cache; linear-attention layers keep their state.
-
-    Raises:
-        ValueError: arguments out of range.
+    Sliding-window layers keep their window, as in Transformers' own cache; linear-attention layers
+    keep their state. Raises ValueError for arguments out of range.
     """
 
     def __init__(
@@ -67,7 +71,11 @@ class HiPCache(DynamicCache):
             raise ValueError(f"{', '.join(others)}: got {', '.join(map(repr, others.values()))}, allowed: {allowed}")
         super().__init__(config=config, **others)
         self.config = config.get_text_config(decoder=True)
-        self.shard = shard_of(config)
+        # which part of the heads this process holds, and of how many, by the model's own config;
+        # None: all. The processes that share the heads of one model are neighbours.
+        processes = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+        rank = torch.distributed.get_rank() if processes > 1 else 0
+        self.shard = (rank % processes, processes) if processes > 1 else None
         self.offload_to, self.device_pages = offload, device_pages
         self._in_model = False  # whether a model uses it, which brings every layer the same tokens
         # of the model's present call the last update: layer, the tokens it held, and how many came
@@ -84,15 +92,14 @@ class HiPCache(DynamicCache):
         return made
 
     def statistics(self) -> Statistics:
-        """Hits, misses and bytes moved of the device pools, by reader, over all layers.
-
-        Raises:
-            ValueError: the cache is not offloaded.
-        """
+        """Hits, misses and bytes moved of the device pools, by reader, over all layers. Raises
+        ValueError if the cache is not offloaded."""
         if self.offload_to is None:
             raise ValueError("offload: got None, allowed: cpu | disk (a resident cache has no device pools)")
         pools = [layer.pool for layer in self.paged if layer.pool is not None]
-        return statistics([store for pool in pools for store in (pool.keys, pool.values)])  # type: ignore[misc]
+        stores: list[Any] = [store for pool in pools for store in (pool.keys, pool.values)]
+        each = [store.pool.traffic for store in stores]
+        return Statistics({name: sum((one[name] for one in each), Traffic()) for name in READERS})
 
     def save(self, path: str | os.PathLike[str], *, made_of: dict[str, Any] | None = None) -> None:
         """Write the cache to one safetensors file, atomically: the file is the old one or the new one, whatever happens.
@@ -135,11 +142,9 @@ class HiPCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to one layer. If that fails where other layers have the call's tokens already, the cache is unusable.
-
-        Raises:
-            MemoryError, ValueError: as `PagedLayer.update`; and of a cache that is unusable.
-        """
+        """Append to one layer. If that fails where other layers have the call's tokens already, the
+        cache is unusable. Raises MemoryError and ValueError as `PagedLayer.update`, and if it is
+        so."""
         if torch.compiler.is_compiling():
             return outside_of_graphs(HiPCache.update, self, key_states, value_states, layer_idx, *args, **kwargs)
         now = self._check(layer_idx, key_states.shape[2])
@@ -149,7 +154,8 @@ class HiPCache(DynamicCache):
             self._failed(layer_idx, error)
             raise
         self._last_update = now
-        returned_by(self, keys)
+        setattr(keys, CACHE, self)
+        newest.cache = weakref.ref(self)
         return keys, values
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
@@ -165,11 +171,8 @@ class HiPCache(DynamicCache):
         self._last_update = now
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """As in Transformers' own cache; a model asks for it at the beginning of every call.
-
-        Raises:
-            ValueError: the cache is unusable. No layer has been touched yet.
-        """
+        """As in Transformers' own cache; a model asks for it at the beginning of every call. Raises
+        ValueError, before a layer has been touched, if the cache is unusable."""
         self._check_usable()
         self._in_model, self._last_update = True, None
         return super().get_mask_sizes(*args, **kwargs)
@@ -200,12 +203,10 @@ class HiPCache(DynamicCache):
             self.spoil(error)
 
     def _check(self, layer_idx: int, rows: int) -> tuple[int, int, int] | None:
-        """The layer, the tokens that it holds and those that come, for the next layer to compare with; None outside of a model.
-
-        Raises:
-            ValueError: the cache is unusable: a call has failed on it, or was interrupted between two layers, so that this one
-                does not hold what the one before it held when it got as many new tokens.
-        """
+        """The layer, the tokens that it holds and those that come, for the next layer to compare
+        with; None outside of a model. Raises ValueError if the cache is unusable: a call has failed
+        on it, or was interrupted between two layers, so that this one does not hold what the one
+        before it held when it got as many new tokens."""
         self._check_usable()
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not self._in_model or not isinstance(layer, DynamicLayer):
@@ -224,3 +225,26 @@ class HiPCache(DynamicCache):
         memo[id(self)] = other
         other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return other
+
+
+def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """`DynamicCache.__new__`: the cache made from the config of a `hip` model, and from nothing else, is a `HiPCache`."""
+    config = kwargs.pop("config", None)  # of a dict of our own
+    plain = cls is DynamicCache and not args and config is not None and at_defaults(kwargs)
+    if plain and attends_by_us(config.get_text_config(decoder=True)):
+        cls = HiPCache
+    return object.__new__(cls)
+
+
+def install() -> None:
+    """Let caches be these: the dynamic cache made from a model's config a `HiPCache`, and the
+    full-attention layers of a static cache layers with a decode state."""
+    ours = {StaticLayer: HiPStaticLayer, LinearAttentionAndStaticFullAttentionLayer: HiPHybridStaticLayer}
+    mapping = cache_utils.STATIC_LAYER_TYPE_MAPPING
+    for name, layer in list(mapping.items()):
+        if layer in ours:
+            set_item(mapping, name, ours[layer])
+    if "__new__" not in vars(DynamicCache):
+        # what a class once had in this place cannot be deleted: `object.__new__` would refuse all arguments ever after
+        DynamicCache.__new__ = lambda cls, *_, **__: object.__new__(cls)  # type: ignore
+    set_attribute(DynamicCache, "__new__", _new_dynamic_cache)

@@ -3,6 +3,11 @@
 A graph can follow tensors and constants, but neither a selection nor the state that is kept beside a cache. Layers and states are
 therefore known by numbers. A layer's number is a constant of its graph; that of a state comes in a tensor of the host, so that a
 graph serves every cache of its shape.
+
+The operator looks at the mask on the host, and at the state, to find out what to launch. With a
+static cache and the kernels nothing of that changes from step to step: `step` decides nothing on
+the host, so that a CUDA graph can hold it. Where sequences begin and end is worked out on the
+device, which also knows how old its selections are.
 """
 
 from __future__ import annotations
@@ -10,17 +15,21 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from hip_hf.attention import dense_reason
+from hip_hf.backends.choice import kernels_serve
 from hip_hf.cache.pages import PagedTensor
+from hip_hf.geometry import Span
 from hip_hf.integration.cache_layers import KIND, NUMBER, STATE
-from hip_hf.integration.graph_step import step
 from hip_hf.integration.layer_attention import attend_layer
-from hip_hf.integration.settings import layer_index
-from hip_hf.problem import exporting
+from hip_hf.integration.masks import LAST
+from hip_hf.integration.settings import layer_index, layer_settings
+from hip_hf.problem import AttentionProblem, exporting
 from hip_hf.state import numbered_state
 
 _count = itertools.count()
@@ -57,10 +66,6 @@ class _Forward(threading.local):
 _forward = _Forward()
 
 
-# What is attached to a mask of ours, in the order of `masks.hip_mask`: its window, what it says of rows, and spans.
-Said = tuple[int | None, int, dict[int, Any]] | None
-
-
 # Dynamo calls the function, and the answer is a constant of the graph, guarded by the layer's identity.
 @torch.compiler.assume_constant_result
 def number_of(module: nn.Module) -> int:
@@ -87,61 +92,129 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    is_causal: bool | None,
-    method: str | None,
-    unrotated: bool,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    method: str | None = None,
+    unrotated: bool = False,
+    **_: Any,
 ) -> torch.Tensor:
-    """What `attention_forward` of `attention_function.py`, whose arguments these are, adds to a graph: `[B, Tq, Hq, Dv]`."""
-    ours = mask is not None and hasattr(mask, "_hip_window")
-    if ours:
-        sliding_window = mask._hip_window  # type: ignore[union-attr]
-    unmasked = mask._hip_unmasked if ours else None  # type: ignore[union-attr]
-    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks))
-    if ours and is_causal and not unrotated and not learning:
-        out = step(module, query, key, value, mask, sinks, scale, sliding_window, softcap, method)  # type: ignore[arg-type]
-        if out is not None:
-            return out
+    """What `attend_layer`, whose arguments these are, adds to a graph: `[B, Tq, Hq, Dv]`."""
+    unmasked: int | None = None
+    tensors = (query, key, value, s_aux)
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if mask is not None and hasattr(mask, "_hip_window"):
+        ours: Any = mask
+        sliding_window, unmasked = ours._hip_window, ours._hip_unmasked
+        if is_causal and not unrotated and not learning:
+            rest = (scaling, sliding_window, softcap)
+            out = step(module, (query, key, value), mask, s_aux, rest, method)
+            if out is not None:
+                return out
+    said = (scaling, sliding_window, softcap, is_causal, method, unrotated, unmasked)
     state = getattr(key, NUMBER, None)
-    rest = (scale, sliding_window, softcap, is_causal, method, unrotated, unmasked)
-    return layer(query, key, value, mask, sinks, state, learning, number_of(module), *rest)
+    return layer(query, key, value, mask, s_aux, state, learning, number_of(module), *said)
 
 
-@torch.library.custom_op("hip_hf::layer", mutates_args=(), **_TAGS)
-def layer(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    state: torch.Tensor | None,
-    learning: bool,
-    number: int,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    is_causal: bool | None,
+# Arguments of both operators. `unmasked`: of a mask of ours what it says (`masks.py`), else None.
+_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks"
+_SAID = "float? scaling, SymInt? sliding_window, float? softcap, bool? is_causal, str? method"
+_SAID += ", bool unrotated, SymInt? unmasked"
+
+
+def table_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequences of a mask of ours, int32 `[B, 1, 1, Tk]`, in a call of one query row each: a table as in
+    `triton/common/sequences.py`, and `[B]` whether padding makes a hole, which no table can say. Tensor operations only."""
+    places = mask[:, 0, 0]
+    real = places <= LAST  # what is beyond the query is in nobody's sight; padding is as well
+    slots = torch.arange(places.shape[1], dtype=torch.int32, device=mask.device)
+    first = torch.where(real, slots, places.shape[1]).amin(-1)
+    last = torch.where(real, slots, -1).amax(-1)
+    keys = real.sum(-1, dtype=torch.int32)
+    batch = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
+    table = torch.stack([batch, first, torch.zeros_like(batch), keys.clamp(max=1), keys - 1]).to(torch.int32)
+    return table, (keys > 0) & (last + 1 - first != keys)
+
+
+# Dynamo calls the function when it makes a graph, which is guarded by the layer's identity and by the other arguments.
+@torch.compiler.assume_constant_result
+def _way(
+    module: nn.Module,
     method: str | None,
-    unrotated: bool,
-    unmasked: int | None,
-) -> torch.Tensor:
-    """Attention of the layer with this `number`: `[B, Tq, Hq, Dv]`. `state`: int64, the number of its cache's state, on the host.
-    `learning`: gradients will be asked for. `unmasked`: of a mask of ours what it says (`masks.py`), else None."""
+    raw: Mapping[str, Any] | None,
+    shapes: tuple[tuple[int, int], ...],
+    keys: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rest: tuple[float, int | None, float | None],
+) -> tuple[str, bool]:
+    """The layer's settings, as text, and whether they are dense for all that a cache of `keys`
+    slots can hold; no text where the kernels do not serve such a step. `raw`: the settings in the
+    model's config, for the graph to be guarded by. `shapes`: heads and head dim of query, key and
+    value. `rest`: scale, sliding window and softcap."""
+    settings = layer_settings(module, method)
+    q, k, v = (torch.empty(1, heads, 1, dim, dtype=dtype, device=device) for heads, dim in shapes)
+    problem = AttentionProblem(q, k, v, (Span(0, 0, keys, 0, 1, keys - 1),), *rest)
+    dense = bool(dense_reason(problem, settings, layer_index(module), False)[0])
+    known = dense or (settings.method == "hip" and settings.delta is None)
+    if settings.extend is not None or not known or not kernels_serve(problem, settings, dense):
+        return "", False
+    return settings.text, dense
+
+
+def step(
+    module: nn.Module, given: tuple[torch.Tensor, ...], mask: Any, sinks: Any, rest: Any, method: Any
+) -> torch.Tensor | None:
+    """Attention of one query row a sequence, `[B, 1, Hq, Dv]`; NaN for a sequence with a hole.
+    `given`: query, key and value. `rest`: scale, sliding window and softcap. None where the host
+    has to decide: the cache is not a static one, the kernels do not serve it, or have not so far
+    with a prompt of its length."""
+    (query, key, _), (scale, sliding_window, softcap) = given, rest
+    if getattr(key, NUMBER, None) is None or query.shape[2] != 1 or mask.dtype != torch.int32:
+        return None
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    shapes = tuple((x.shape[1], x.shape[3]) for x in given)
+    kind, rest = (key.shape[2], query.dtype, query.device), (scale, sliding_window, softcap)
+    text, dense = _way(module, method, getattr(module.config, "hip", None), shapes, *kind, rest)
+    state: Any = None if dense else getattr(key, STATE).known(layer_index(module))
+    if not text or not (dense or (state is not None and state.stepping(text, len(query)))):
+        return None
+    from hip_hf.backends.triton import ops  # which imports Triton
+
+    table, holes = table_of(mask[..., : key.shape[2]])
+    called = (text, scale, softcap, sliding_window)
+    if dense:
+        out, *_ = ops.attend(*given, sinks, table, None, None, None, *called, 0)
+        out = out.transpose(1, 2)
+    else:
+        out = ops.decode_step(*given, sinks, table, *state.device.tensors(), *called)
+    return out.masked_fill(holes[:, None, None, None], torch.nan)
+
+
+@torch.library.custom_op(
+    "hip_hf::layer",
+    mutates_args=(),
+    schema=f"({_TENSORS}, Tensor? state, bool learning, SymInt number, {_SAID}) -> Tensor",
+    **_TAGS,
+)
+def layer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Attention of the layer with this `number`: `[B, Tq, Hq, Dv]`. `state`: int64, the number of
+    its cache's state, on the host. `learning`: gradients will be asked for."""
+    mask, sinks, state, learning, number, *said = rest
     # another object: what is attached to it is of this call, though a graph may use tensors again
     key = key.view_as(key)
     if state is not None:
         setattr(key, STATE, numbered_state(state))
-    said: Said = None
-    if mask is not None and unmasked is not None:
-        said = sliding_window, unmasked, _forward.spans_of(_layers[number], mask)
+    ours = mask is not None and said[-1] is not None
+    spans = _forward.spans_of(_layers[number], mask) if ours else {}
     given = _given(query, key, value, sinks)
-    rest = (scale, sliding_window, softcap, is_causal, method, unrotated)
     if learning:  # some methods go another way then, and the backward pass goes the same
-        return _followed(number, given, mask, said, rest)[0].detach()
-    return _attend(number, given, mask, said, rest)
+        return _followed(number, given, mask, spans, said)[0].detach()
+    return _attend(number, given, mask, spans, said)
 
 
 def _given(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
@@ -149,27 +222,25 @@ def _given(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
     return [x for x in tensors if x is not None]
 
 
-def _attend(number: int, given: list[torch.Tensor], mask: torch.Tensor | None, said: Said, rest: tuple[Any, ...]) -> torch.Tensor:
-    """`layer` outside of a graph, of the tensors `_given`. `rest`: what `layer` is given from `scale` on, but for `unmasked`."""
+def _attend(number: int, given: list[torch.Tensor], mask: Any, spans: Any, said: Any) -> Any:
+    """`layer` outside of a graph, of the tensors `_given`. `spans`: what is known of the mask's."""
     query, key, value, *sinks = given
+    scaling, sliding_window, softcap, is_causal, method, unrotated, unmasked = said
     if mask is not None:
         mask = mask.view_as(mask)  # another object, as `key` is
-        if said is not None:
-            mask._hip_window, mask._hip_unmasked, mask._hip_spans = said  # type: ignore[attr-defined]
-    scale, sliding_window, softcap, is_causal, method, unrotated = rest
-    fields: dict[str, Any] = dict(scaling=scale, sliding_window=sliding_window, softcap=softcap, is_causal=is_causal)
-    fields |= dict(s_aux=sinks[0] if sinks else None, method=method, unrotated=unrotated)
-    return attend_layer(_layers[number], query, key, value, mask, **fields)[0]
+        if unmasked is not None:
+            mask._hip_window, mask._hip_unmasked, mask._hip_spans = sliding_window, unmasked, spans
+    rest = (sliding_window, softcap, sinks[0] if sinks else None, is_causal, method, unrotated)
+    return attend_layer(_layers[number], query, key, value, mask, 0.0, scaling, *rest)[0]
 
 
-def _followed(
-    number: int, given: list[torch.Tensor], mask: torch.Tensor | None, said: Said, rest: tuple[Any, ...]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`_attend`, followed by autograd, from which an operator's own computations are hidden otherwise; and the tensors as
-    autograd knows them."""
-    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+def _followed(number: int, given: list[torch.Tensor], *rest: Any) -> tuple[torch.Tensor, Any]:
+    """`_attend`, followed by autograd, from which an operator's own computations are hidden
+    otherwise; and the tensors as autograd knows them."""
+    shown = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), shown:
         followed = [x.detach().requires_grad_() for x in given]
-        return _attend(number, followed, mask, said, rest), followed
+        return _attend(number, followed, *rest), followed
 
 
 @layer.register_fake
@@ -178,42 +249,24 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -
     return query.new_empty(batch, rows, heads, value.shape[-1])
 
 
-@torch.library.custom_op("hip_hf::layer_backward", mutates_args=(), **_TAGS)
-def layer_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    number: int,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    is_causal: bool | None,
-    method: str | None,
-    unrotated: bool,
-    unmasked: int | None,
-) -> list[torch.Tensor]:
-    """Gradients of query, key, value and, where there are any, sinks, from that of what `layer` gave. This is computed once more:
-    a graph could not keep what was selected."""
-    said: Said = None if unmasked is None else (sliding_window, unmasked, {})
-    rest = (scale, sliding_window, softcap, is_causal, method, unrotated)
-    grads = torch.autograd.grad(*_followed(number, _given(query, key, value, sinks), mask, said, rest), grad)
-    return [x.contiguous() for x in grads]  # in memory as the graph expects them
+@torch.library.custom_op(
+    "hip_hf::layer_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_TENSORS}, SymInt number, {_SAID}) -> Tensor[]",
+    **_TAGS,
+)
+def layer_backward(grad: torch.Tensor, *given: Any) -> list[torch.Tensor]:
+    """Gradients of query, key, value and, where there are any, sinks, from that of what `layer`
+    gave. This is computed once more: a graph could not keep what was selected."""
+    query, key, value, mask, sinks, number, *said = given
+    out, followed = _followed(number, _given(query, key, value, sinks), mask, {}, said)
+    # in memory as the graph expects them
+    return [x.contiguous() for x in torch.autograd.grad(out, followed, grad)]
 
 
 @layer_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    *rest: Any,
-) -> list[torch.Tensor]:
-    return [x.new_empty(x.shape) for x in _given(query, key, value, sinks)]
+def _(grad: torch.Tensor, *given: Any) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape) for x in _given(*given[:3], given[4])]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -222,9 +275,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    query, key, value, mask, sinks = ctx.saved_tensors
-    grads = layer_backward(grad, query, key, value, mask, sinks, *ctx.rest)
-    return (*grads[:3], None, None if sinks is None else grads[3], None, None, *[None] * len(ctx.rest))
+    grads = layer_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    of_sinks = grads[3] if len(grads) > 3 else None
+    return (*grads[:3], None, of_sinks, *[None] * (2 + len(ctx.rest)))
 
 
 layer.register_autograd(_backward, setup_context=_save)

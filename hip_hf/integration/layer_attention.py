@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from hip_hf.attention import Result, attend
-from hip_hf.backends.keys_read import Count, share_of
+from hip_hf.backends.keys_read import Count, all_keys, share_of
+from hip_hf.backends.tensors import merge
 from hip_hf.backends.torch import dense
+from hip_hf.cache.pages import rows_of
 from hip_hf.config import HiPConfig
+from hip_hf.geometry import Span
 from hip_hf.integration import continuous_batching
 from hip_hf.integration.cache_layers import cache_kind, state_of
-from hip_hf.integration.extension import extended, positions_of, refuse_followed, turned_back
-from hip_hf.integration.holes import attend_runs, few_before, mask_runs
+from hip_hf.integration.extension import extended, positions_of, refuse_followed, unrotate
 from hip_hf.integration.masks import (
+    LAST,
     check_mask,
     holds_positions,
     mask_spans,
@@ -29,8 +33,7 @@ from hip_hf.integration.masks import (
 from hip_hf.integration.model_checks import NO_ATTENTIONS
 from hip_hf.integration.settings import layer_index, layer_settings
 from hip_hf.problem import AttentionProblem, make_spans, tracing
-
-_HOLES = "padding in the middle of a row"
+from hip_hf.state import DecodeState
 
 # Arguments of a layer that change what attention means, and that we would silently ignore.
 _REFUSED = {
@@ -78,66 +81,64 @@ def attend_layer(
     unrotated: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer: query `[B, Hq, Tq, D]`, key and value `[B, Hkv, Tk, D]` -> `[B, Tq, Hq, Dv]`.
-
-    `unrotated`: query and key come from a patched layer, before RoPE.
-
-    Raises:
-        ValueError: the layer asks for something that would be computed wrongly, or the mask does not fit.
-    """
+    """Attention of one layer: query `[B, Hq, Tq, D]`, key and value `[B, Hkv, Tk, D]` ->
+    `[B, Tq, Hq, Dv]`. `unrotated`: query and key come from a patched layer, before RoPE. Raises
+    ValueError if the layer asks for what would be computed wrongly, or the mask does not fit."""
     refuse(module, dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if is_bidirectional(module, attention_mask, is_causal):
+    mask, rows, follower = attention_mask, query.shape[2], tracing()
+    if is_bidirectional(module, mask, is_causal):
         problem = AttentionProblem(query, key, value, (), scale, None, softcap, s_aux)
-        return _bidirectional(module, problem, attention_mask, scaling, kwargs)
-    follower = tracing()
+        return _bidirectional(module, problem, mask, scaling, kwargs)
+    if follower:
+        refuse_followed(module.config, follower)
+    cache = None if follower else continuous_batching.cache_of(key, kwargs)
+    if cache is None and mask is not None:
+        mask = narrowed(mask, key.shape[2])
+        check_mask(mask, query.shape, key.shape[2])
+        sliding_window = mask_window(mask, sliding_window)
     if follower:
         problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux)
-        return _followed(follower, module, problem, attention_mask)
-    cache = continuous_batching.cache_of(key, kwargs)
+        return _followed(follower, module, problem, mask)
     settings = layer_settings(module, method)
     layer: Any = layer_index(module)
-    if attention_mask is not None:
-        attention_mask = narrowed(attention_mask, key.shape[2])
-    if cache is None and attention_mask is not None:
-        check_mask(attention_mask, query.shape, key.shape[2])
-        sliding_window = mask_window(attention_mask, sliding_window)
     state = state_of(key, module.config.model_type)  # type: ignore[union-attr, arg-type]
-    kind, positions = cache_kind(key, state, query.shape[2]), None
+    kind, positions = cache_kind(key, state, rows), None
     if state is not None:
         state = state.of_layer(layer)
     if unrotated or extended(module, sliding_window):
         positions = positions_of(module, settings)
         if not unrotated:
-            query, key = turned_back(positions, query, key, cache)
-    problem = AttentionProblem(query, key, value, (), scale, sliding_window, softcap, s_aux, positions)
+            query, key = unrotate(positions, query, key, cache)
+    spans, why, runs = None, "", []
     if cache is not None:  # continuous batching: packed requests, whose mask says nothing we need
+        kind = "continuous batching"
         if sliding_window is None:
-            problem = replace(problem, sliding_window=getattr(module, "sliding_window", None))
-        result = continuous_batching.continuous(problem, settings, layer, cache, kwargs)
-        module.__dict__["_hip_call"] = Call.of(settings, result, "continuous batching")
-        return result.out.transpose(1, 2).contiguous(), None
-    why = _unsayable(attention_mask, query.shape[2])
-    runs = mask_runs(attention_mask, query.shape[2]) if attention_mask is not None and why == _HOLES else []
+            sliding_window = getattr(module, "sliding_window", None)
+    elif mask is None:
+        spans = make_spans(query, key)
+    elif not holds_positions(mask):
+        why = "the mask is not causal, or not made by hip"
+    else:
+        spans = mask_spans(mask, rows)
+        if spans is None:
+            why, runs = "padding in the middle of a row", mask_runs(mask, rows)
     if why and positions is not None:
         raise ValueError(f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side")
-    if runs and few_before(problem, settings, runs):
+    given = (query, key, value, spans or ())
+    problem = AttentionProblem(*given, scale, sliding_window, softcap, s_aux, positions)
+    if cache is not None:
+        result = continuous_batching.continuous(problem, settings, layer, cache, kwargs)
+    elif runs and few_before(problem, settings, runs):
         result = attend_runs(problem, settings, layer, state, runs)
-        out, call = result.out, Call.of(settings, result, kind)
     elif why:
-        out = _under(attention_mask, sliding_window, problem)
-        call = Call(settings.method, "dense", why, None, kind)
-        _warn_once(layer, why)
+        result = Result(_under(mask, problem), None, None, "dense", why, None, unsupported=True)
     else:
-        spans = make_spans(query, key) if attention_mask is None else mask_spans(attention_mask, query.shape[2])
-        problem = replace(problem, spans=spans or ())
         result = attend(problem, settings, layer, state)
-        out = result.out
-        call = Call.of(settings, result, kind, unmasked_rows(attention_mask, len(query)))
-        if result.unsupported:
-            _warn_once(layer, result.reason)
-    module.__dict__["_hip_call"] = call
-    return out.transpose(1, 2).contiguous(), None
+    if result.unsupported:
+        _warn_once(layer, result.reason)
+    module.__dict__["_hip_call"] = Call.of(settings, result, kind, unmasked_rows(mask, len(query)))
+    return result.out.transpose(1, 2).contiguous(), None
 
 
 def is_bidirectional(module: nn.Module, mask: torch.Tensor | None, is_causal: bool | None) -> bool:
@@ -159,32 +160,18 @@ def refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name}: {type(module).__name__} passes {what}, allowed: None")
 
 
-def _unsayable(mask: torch.Tensor | None, rows: int) -> str:
-    """Why a mask cannot be said by spans, or an empty string."""
-    if mask is None:
-        return ""
-    if not holds_positions(mask):
-        return "the mask is not causal, or not made by hip"
-    return _HOLES if mask_spans(mask, rows) is None else ""
-
-
-def _under(mask: torch.Tensor | None, window: int | None, problem: AttentionProblem) -> torch.Tensor:
+def _under(mask: torch.Tensor | None, problem: AttentionProblem) -> torch.Tensor:
     """Dense attention `[B, Hq, Tq, Dv]` under any mask; None: the query rows are the last ones."""
-    return dense.masked(problem, visible_rows(mask, window, problem.q.shape[2], problem.k))[0]
+    seen = visible_rows(mask, problem.sliding_window, problem.q.shape[2], problem.k)
+    return dense.masked(problem, seen)[0]
 
 
 def _followed(
     follower: str, module: nn.Module, problem: AttentionProblem, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, None]:
-    """A call whose tensors `follower` follows (torch.export, torch.func), which could not follow a selection: it is dense, and
-    no number of a tensor is looked at."""
-    refuse_followed(module.config, follower)
-    window, keys = problem.sliding_window, problem.k.shape[2]
-    if mask is not None:
-        mask = narrowed(mask, keys)
-        check_mask(mask, problem.q.shape, keys)
-        window = mask_window(mask, window)
-    out = _under(mask, window, problem)
+    """A call whose tensors `follower` follows (torch.export, torch.func), which could not follow a
+    selection: it is dense, and no number of a tensor is looked at."""
+    out = _under(mask, problem)
     if follower != "torch.export":  # in which Python leaves no traces
         why = f"{follower} follows the tensors, and could not follow a selection"
         module.__dict__["_hip_call"] = Call("dense", "dense", why, None, "none")
@@ -193,11 +180,7 @@ def _followed(
 
 
 def _bidirectional(
-    module: nn.Module,
-    problem: AttentionProblem,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    kwargs: dict[str, Any],
+    module: nn.Module, problem: AttentionProblem, mask: Any, scaling: float | None, kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     module.__dict__["_hip_call"] = Call("dense", "dense", "attention is not causal", None, "none")
     q, k, v = problem.q, problem.k, problem.v
@@ -206,7 +189,7 @@ def _bidirectional(
 
         return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=False, **kwargs)
     seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
-    return _under(seen, None, problem).transpose(1, 2).contiguous(), None
+    return _under(seen, problem).transpose(1, 2).contiguous(), None
 
 
 _warned: set[str] = set()
@@ -217,3 +200,82 @@ def _warn_once(layer: int | None, reason: str) -> None:
         _warned.add(reason)
         text = f"hip: layer {layer} was computed densely: {reason}. hip_hf.explain(model) shows every layer's path."
         warnings.warn(text, stacklevel=4)
+
+
+# Padding in the middle of a batch row: what comes before the last run of real keys is read whole,
+# and merged with the rest. Prompt and prefix tuning put a few learned tokens before a left-padded
+# prompt. Each run of keys is a sequence by itself for its own query rows; rows of a later run also
+# see all keys of the runs before.
+
+
+def mask_runs(mask: torch.Tensor, rows: int) -> list[Span]:
+    """The runs of real keys of every batch row, as spans; without rows where a run holds no query. `mask`: one of hip's, of
+    positions. Worked out once per forward."""
+    known = getattr(mask, "_hip_runs", None)
+    if known is not None and known[0] == rows:
+        return known[1]
+    places = mask[:, 0, 0].cpu() - LAST + rows - 1  # the query rows are at 0 to rows - 1
+    real = places < rows  # else padding, or beyond the last query
+    goes_on = real[:, 1:] & real[:, :-1] & (places.diff() == 1)
+    edge = torch.zeros_like(real[:, :1])
+    starts = (real & ~torch.cat([edge, goes_on], dim=1)).nonzero().tolist()
+    ends = (real & ~torch.cat([goes_on, edge], dim=1)).nonzero().tolist()
+    runs = []
+    for (batch, start), (_, last) in zip(starts, ends, strict=True):
+        at = int(places[batch, start])
+        first, end = max(0, at), max(0, at + last + 1 - start)
+        runs.append(Span(batch, start, last + 1, first, end, first - at))
+    mask._hip_runs = (rows, runs)  # type: ignore[attr-defined]
+    return runs
+
+
+def before(runs: list[Span], run: Span) -> list[Span]:
+    """The runs of the same batch row before this one."""
+    return [other for other in runs if other.batch == run.batch and other.key_start < run.key_start]
+
+
+def few_before(problem: AttentionProblem, config: HiPConfig, runs: list[Span]) -> bool:
+    """Whether what comes before is so little that it can be read whole: no more than a sparse row reads anyway."""
+    if problem.sliding_window is not None or problem.positions is not None:
+        return False
+    return all(sum(other.keys for other in before(runs, run)) <= config.sparse_reach for run in runs)
+
+
+def attend_runs(
+    problem: AttentionProblem, config: HiPConfig, layer: int | None, state: DecodeState | None, runs: list[Span]
+) -> Result:
+    """Attention of every run to itself, as the settings say, and to all keys of the runs before it."""
+    spans = tuple(run for run in runs if run.rows > 0)
+    if len({span.batch for span in spans}) < len(spans):
+        state = None  # it follows one sequence a batch row: decode will
+    result = attend(replace(problem, spans=spans), config, layer, state, need_lse=True)
+    assert result.lse is not None
+    out = result.out.clone()
+    for span in spans:
+        rows = slice(span.row_start, span.row_end)
+        own_lse = result.lse[span.batch, :, rows]
+        own = out[span.batch, :, rows].to(own_lse.dtype)
+        for other in before(runs, span):
+            more, more_lse = _whole(problem, span, other)
+            own_lse = merge(own, own_lse, more.to(own.dtype), more_lse)
+        out[span.batch, :, rows] = own
+    count = partial(_count, result.count, spans, runs)
+    return replace(result, out=out, lse=None, count=count, unsupported=False)
+
+
+def _count(count: Count | None, spans: tuple[Span, ...], runs: list[Span]) -> tuple[float, float]:
+    """Keys read and keys in sight, those of the runs before among both."""
+    read, visible = count() if count is not None else all_keys(spans, None)
+    whole = sum(span.rows * other.keys for span in spans for other in before(runs, span))
+    return read + whole, visible + whole
+
+
+def _whole(problem: AttentionProblem, span: Span, other: Span) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of a span's rows for all keys of another. (Sink logits count once, with the rows' own keys.)"""
+    q = problem.q[span.batch, :, span.row_start : span.row_end][None]
+    k, v = (rows_of(x, other.batch, other.key_start, other.key_end)[:, :][None] for x in (problem.k, problem.v))
+    everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+    part = replace(problem, q=q, k=k, v=v, sinks=None)
+    out, lse = dense.masked(part, lambda *_: everything, need_lse=True)
+    assert lse is not None
+    return out[0], lse[0]

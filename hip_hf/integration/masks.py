@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -68,16 +69,14 @@ def hip_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
-    """The mask function registered with Transformers.
+    """The mask function registered with Transformers. Returns a row of key positions (see above);
+    for patterns that it cannot say (bidirectional, blockwise, chunked, a user's own), and for
+    models that go on computing with their mask (Doge) or extend it (T5Gemma 2), the boolean `[B, 1,
+    Tq, Tk]`, which makes the attention dense.
 
-    Returns a row of key positions (see above); for patterns that it cannot say (bidirectional, blockwise, chunked, a user's
-    own), and for models that go on computing with their mask (Doge) or extend it (T5Gemma 2), the boolean `[B, 1, Tq, Tk]`,
-    which makes the attention dense.
-
-    Raises:
-        ValueError: the model does not route its attention through Transformers' attention interface, its settings are invalid,
-            or the padding mask has another number of rows than the batch. It is the first of us that a forward meets: no
-            layer has touched the cache yet.
+    Raises ValueError if the model does not route its attention through Transformers' interface, its
+    settings are invalid, or the padding mask has another number of rows than the batch. It is the
+    first of us that a forward meets: no layer has touched the cache yet.
     """
     refuse_followed(config, tracing())
     exported = exporting()  # a graph of tensors alone, which looks at no settings and no functions
@@ -90,26 +89,14 @@ def hip_mask(
     parts = {} if exported else _parts(mask_function)
     if exported or use_vmap or not parts.keys() <= _CAUSAL or _computes_with_it(config, q_length, parts, kwargs):
         # None would stand for "nothing is hidden" here, and for "causal" elsewhere: always a tensor
-        kwargs["allow_is_causal_skip"] = False
-        if "allow_is_bidirectional_skip" in kwargs:
-            kwargs["allow_is_bidirectional_skip"] = False
-        mask = sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,  # type: ignore[arg-type]  # a tensor with static caches
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            config=config,
-            use_vmap=use_vmap,
-            local_size=local_size,
-            device=device,
-            **kwargs,
-        )
+        kwargs |= dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        kwargs |= dict(config=config, use_vmap=use_vmap, local_size=local_size, device=device)
+        given: Any = (q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+        mask = sdpa_mask(batch_size, *given, **kwargs)
         assert mask is not None  # neither skip was allowed
         return mask
-    if "packed_sequence_mask_function" in parts:
+    packed = "packed_sequence_mask_function" in parts
+    if packed:
         sequence = _closed_over(parts["packed_sequence_mask_function"], "packed_sequence_mask")
         row: Any = LAST + sequence.long().expand(batch_size, -1)[:, None, None, :]
     else:
@@ -121,7 +108,7 @@ def hip_mask(
         row = places[:, None, None, :]
     row._hip_window = local_size
     row._hip_unmasked = batch_size if attention_mask is None and batch_size > 1 else 0
-    plain = attention_mask is None and isinstance(q_offset, int) and "packed_sequence_mask_function" not in parts
+    plain = attention_mask is None and isinstance(q_offset, int) and not packed
     if plain and not torch.compiler.is_compiling():
         # without padding all is known, and nothing needs to be read
         end = min(kv_length, q_offset + q_length - kv_offset)
@@ -144,26 +131,22 @@ def _computes_with_it(config: PreTrainedConfig | None, rows: int, parts: dict[st
 
 
 def packed_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...]:
-    """Spans of sequences packed into batch rows, whose last `rows` keys are those of the query rows. `mask`: the int64 one."""
-    keys = mask.shape[-1]
-    spans = []
+    """Spans of sequences packed into batch rows, whose last `rows` keys are those of the query
+    rows. `mask`: the int64 one."""
+    spans, before = [], mask.shape[-1] - rows  # keys before the first query row
     for batch, ids in enumerate(mask[:, 0, 0].tolist()):
-        start = 0
-        for at in range(1, keys + 1):
-            if at == keys or ids[at] != ids[start]:
-                row_start, row_end = max(0, start - (keys - rows)), at - (keys - rows)
-                if row_start < row_end:
-                    spans.append(Span(batch, start, at, row_start, row_end, row_start + keys - rows - start))
-                start = at
+        end = 0
+        for _, same in groupby(ids):
+            start, end = end, end + len(list(same))
+            first = max(start, before)
+            if first < end:
+                spans.append(Span(batch, start, end, first - before, end - before, first - start))
     return tuple(spans)
 
 
 def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
-    """Spans that a mask of ours stands for, or None where padding makes holes in a row. Worked out once per forward.
-
-    Raises:
-        ValueError: a mask of integers that is not ours.
-    """
+    """Spans that a mask of ours stands for, or None where padding makes holes in a row. Worked out
+    once per forward. Raises ValueError for a mask of integers that is not ours."""
     known = getattr(mask, "_hip_spans", None)
     if known is not None and rows in known:
         return known[rows]
@@ -179,13 +162,14 @@ def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
 def _check_copy(mask: torch.Tensor) -> None:
     """Raise ValueError for a mask of integers `[B, 1, 1, Tk]` that does not hold what a copy of ours would."""
     values = mask[:, 0, 0].cpu()
+    ours = False
     if mask.dtype == torch.int64:
-        ours = bool((values[:, 0] == LAST).all()) and bool(((values.diff() == 0) | (values.diff() == 1)).all())
+        steps = values.diff()
+        ours = bool((values[:, 0] == LAST).all() and ((steps == 0) | (steps == 1)).all())
     elif mask.dtype == torch.int32:
-        origin = (values - torch.arange(values.shape[1], dtype=torch.int32, device=values.device))[values != PAD]
+        places = torch.arange(values.shape[1], dtype=torch.int32, device="cpu")
+        origin = (values - places)[values != PAD]
         ours = len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2)
-    else:
-        ours = False
     if not ours:
         raise ValueError(f"attention_mask: got a 4-D {mask.dtype} tensor {_maker(mask)}, allowed: {_ALLOWED}")
 
@@ -241,18 +225,17 @@ def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
         fits, allowed = mask.shape == (batch, 1, 1, keys), _ALLOWED
     else:
         want = (batch, heads, rows, keys)
-        fits = (
-            mask.ndim == 4 and mask.shape[3] == keys and all(got in (1, size) for got, size in zip(mask.shape, want, strict=True))
-        )
+        fits = mask.ndim == 4 and mask.shape[3] == keys
+        fits = fits and all(got in (1, size) for got, size in zip(mask.shape, want, strict=True))
         allowed = f"one that broadcasts to {want}"
     if not fits:
-        what = f"got a {mask.dtype} tensor of shape {tuple(mask.shape)} {_maker(mask)} for {batch} rows of {keys} keys"
-        raise ValueError(f"attention_mask: {what}, allowed: {allowed}")
+        got = f"got a {mask.dtype} tensor of shape {tuple(mask.shape)} {_maker(mask)}"
+        got += f" for {batch} rows of {keys} keys"
+        raise ValueError(f"attention_mask: {got}, allowed: {allowed}")
     if mask.is_floating_point() and not tracing() and not bool(mask.max() < LAST // 2):
-        what = (
-            f"got numbers up to {mask.max().item():g} {_maker(mask)} (which has computed with a mask of hip, if it made this one)"
-        )
-        raise ValueError(f"attention_mask: {what}, allowed: numbers to add to logits")
+        got = f"got numbers up to {mask.max().item():g} {_maker(mask)}"
+        why = "which has computed with a mask of hip, if it made this one"
+        raise ValueError(f"attention_mask: {got} ({why}), allowed: numbers to add to logits")
 
 
 def _maker(mask: torch.Tensor) -> str:

@@ -13,16 +13,33 @@ from hip_hf.cache.offload import OffloadedStore
 from hip_hf.cache.pages import BlockTable, PagedTensor, Store, read_all
 from hip_hf.cache.pool import PAGE, PagePool
 from hip_hf.integration.cache_layers import CUT_OFF, KIND, Stateful, cut_off, unusable
-from hip_hf.integration.extension import UNROTATED, check_extension, extends, mixed_keys, rope_of
+from hip_hf.integration.extension import UNROTATED, check_extension, extends, rope_of
 from hip_hf.integration.names import attends_by_us
 from hip_hf.integration.settings import read_settings
 from hip_hf.rope import Rope
+
+
+def _gathered(name: str) -> Any:
+    """A property: all `keys` or `values` as an ordinary tensor `[B, Hkv, T, D]`, gathered now; None
+    while there are none, which is all that it can be set to."""
+
+    def read(layer: PagedLayer) -> torch.Tensor | None:
+        pool = layer.pool
+        return None if pool is None else read_all(getattr(pool, name), layer.tables, layer.length)
+
+    def refuse(layer: PagedLayer, value: torch.Tensor | None) -> None:
+        if value is not None:
+            got = type(value).__name__
+            raise ValueError(f"keys, values: got {got}, allowed: `update` (the cache is in pages)")
+
+    return property(read, refuse)
 
 
 class PagedLayer(Stateful, DynamicLayer):
     """One full-attention layer in pages. `config` is the model's: its attention decides what `update` returns."""
 
     kind = "paged"
+    keys, values = _gathered("keys"), _gathered("values")
 
     def __init__(self, config: PreTrainedConfig, offload: str | None = None, device_pages: int | None = None) -> None:
         self.config, self.offload_to, self.device_pages = config, offload, device_pages
@@ -34,28 +51,6 @@ class PagedLayer(Stateful, DynamicLayer):
         self.unrotated = False  # whether the keys are as they were before RoPE
         self.rope: Rope | None = None  # of the model, once keys have had to be turned back
         super().__init__()
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """All keys as an ordinary tensor `[B, Hkv, T, D]`, gathered now; None while there are none."""
-        return None if self.pool is None else read_all(self.pool.keys, self.tables, self.length)
-
-    @keys.setter
-    def keys(self, value: torch.Tensor | None) -> None:
-        self._only_none(value)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """All values as an ordinary tensor `[B, Hkv, T, Dv]`, gathered now; None while there are none."""
-        return None if self.pool is None else read_all(self.pool.values, self.tables, self.length)
-
-    @values.setter
-    def values(self, value: torch.Tensor | None) -> None:
-        self._only_none(value)
-
-    def _only_none(self, value: torch.Tensor | None) -> None:
-        if value is not None:
-            raise ValueError(f"keys, values: got {type(value).__name__}, allowed: `update` (the cache is in pages)")
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.device = key_states.device
@@ -78,16 +73,25 @@ class PagedLayer(Stateful, DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for attention of ours, else ordinary tensors.
-
-        Raises:
-            ValueError: tensors that do not continue what is cached, or keys of another `extend` than those cached. Nothing has
-                changed. (Gradients flow through the first tokens' call alone: a backward pass through a later one raises.)
-            MemoryError: no memory for more pages. Nothing has changed.
-        """
+        """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for attention of
+        ours, else ordinary tensors. (Gradients flow through the first tokens' call alone: a
+        backward pass through a later one raises.) Raises ValueError for tensors that do not
+        continue what is cached, or keys of another `extend`, and MemoryError if there is no memory
+        for more pages. Nothing has changed then."""
         self.check(key_states, value_states)
-        key_states, self.unrotated = self._as_kept(key_states)
-        first = self.length == 0
+        kept = getattr(key_states, UNROTATED, None)
+        if kept is None and extends(self.config) and attends_by_us(self.config):
+            # keys of a layer that is not patched, where settings extend the context
+            if self.rope is None:
+                check_extension(read_settings(self.config), self.config)
+                self.rope = rope_of(self.config, key_states.shape[-1])
+            key_states, kept = self.rope.unrotate(key_states, self.length), True
+        if self.length and bool(kept) != self.unrotated:
+            now, before = ("'streaming'", None) if kept else (None, "'streaming'")
+            got = f"got a cache filled with extend={before}"
+            allowed = f"with extend={now} an empty one, or one filled so"
+            raise ValueError(f"past_key_values: {got}, allowed: {allowed}")
+        self.unrotated, first = bool(kept), self.length == 0
         self.append(key_states, value_states)
         assert self.pool is not None
         if first:  # all there is has just come: no need to look for it in pages
@@ -104,7 +108,15 @@ class PagedLayer(Stateful, DynamicLayer):
         """Keep `[B, Hkv, n, D]` as they are. Raises ValueError or MemoryError as `update` does."""
         if self.appending:
             raise unusable("with tokens that are half there")
-        self._check_device_pages(self.length + key_states.shape[2])
+        if self.device_pages is not None:
+            # the blocks which one step selects for a head must find room, at worst each in a page
+            # of its own (the search looks at more, but in as many goes as its pool asks for)
+            settings = read_settings(self.config)
+            pages = -(-(self.length + key_states.shape[2]) // PAGE)
+            need = min(settings.selected_keys // settings.block_k, pages)
+            if self.device_pages < need:
+                what = f"got {self.device_pages}, allowed: at least {need}"
+                raise ValueError(f"device_pages: {what}, the pages one step may need")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
@@ -126,19 +138,6 @@ class PagedLayer(Stateful, DynamicLayer):
             setattr(keys, UNROTATED, True)
         return keys
 
-    def _as_kept(self, keys: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """The keys as they will be kept, and whether that is without RoPE: where settings extend the context, keys of layers that
-        are not patched are turned back."""
-        kept = getattr(keys, UNROTATED, None)
-        if kept is None and extends(self.config) and attends_by_us(self.config):
-            if self.rope is None:
-                check_extension(read_settings(self.config), self.config)
-                self.rope = rope_of(self.config, keys.shape[-1])
-            keys, kept = self.rope.unrotated(keys, self.length), True
-        if self.length and bool(kept) != self.unrotated:
-            raise mixed_keys(bool(kept))
-        return keys, bool(kept)
-
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raise ValueError for tensors that do not continue what is cached."""
         if self.pool is None:
@@ -149,17 +148,6 @@ class PagedLayer(Stateful, DynamicLayer):
             if got != want:
                 raise ValueError(f"{name}: got (batch, heads, dim, dtype) {got}, allowed: {want}, as cached")
 
-    def _check_device_pages(self, length: int) -> None:
-        """Refuse pools that could not hold the blocks which one step selects for a head. (The search looks at more, but it
-        reads them in as many goes as its pool asks for.)"""
-        if self.offload_to is None or self.device_pages is None:
-            return
-        settings = read_settings(self.config)
-        selected = settings.selected_keys // settings.block_k
-        need = min(selected, -(-length // PAGE))  # at worst each block lies in a page of its own
-        if self.device_pages < need:
-            raise ValueError(f"device_pages: got {self.device_pages}, allowed: at least {need}, the pages one step may need")
-
     def get_seq_length(self) -> int:
         return self.length
 
@@ -169,23 +157,17 @@ class PagedLayer(Stateful, DynamicLayer):
         self.hip_state.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove `-tokens_to_remove` tokens from the end.
-
-        Raises:
-            ValueError: a positive count, which Transformers has once taken for the length to keep.
-        """
+        """Remove `-tokens_to_remove` tokens from the end. Raises ValueError for a positive count,
+        which Transformers has once taken for the length to keep."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, allowed: minus the number of tokens to remove, or 0")
-        self.truncate(max(0, self.length + int(tokens_to_remove)))  # assisted decoding of 5.17 gives a tensor
-
-    def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens."""
-        if self.pool is None or length >= self.length:
+        if self.pool is None or tokens_to_remove == 0:
             return
+        # assisted decoding of 5.17 gives a tensor
+        self.length = max(0, self.length + int(tokens_to_remove))
         for table in self.tables:
-            self.pool.truncate(table, length)
-        self.length = length
-        self.hip_state.crop(length)
+            self.pool.truncate(table, self.length)
+        self.hip_state.crop(self.length)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._select(beam_idx.tolist())
@@ -208,10 +190,9 @@ class PagedLayer(Stateful, DynamicLayer):
 
 
 class PagedHybridLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, override]
-    """A layer with full attention in pages and the running state of linear attention or of a convolution beside them.
-
-    Args:
-        made: the layer that Transformers would use; it says which running states there are.
+    """A layer with full attention in pages and the running state of linear attention or of a
+    convolution beside them. `made`: the layer that Transformers would use, which says what running
+    states there are.
     """
 
     kind = "paged and running"

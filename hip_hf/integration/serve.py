@@ -31,21 +31,15 @@ logger = logging.get_logger(__name__)
 
 
 def _module(name: str) -> Any:
-    """A module of Transformers' server, imported when it is needed.
-
-    Raises:
-        ImportError: this Transformers has no such module.
-    """
+    """A module of Transformers' server, imported when it is needed; ImportError where there is
+    none."""
     return importlib.import_module(f"transformers.cli.serving.{name}")
 
 
 def register() -> None:
-    """Let the names that `hip_hf` registers be known to `transformers serve --attn-implementation`, which has a fixed list.
-    Calling it again is harmless.
-
-    Raises:
-        ImportError: this Transformers has no server, or one that is not known here.
-    """
+    """Let the names that `hip_hf` registers be known to `transformers serve --attn-implementation`,
+    which has a fixed list. Calling it again is harmless. Raises ImportError if this Transformers
+    has no server, or one that is not known here."""
     manager = _module("model_manager").ModelManager
     validate = getattr(manager, "_validate_args", None)
     if validate is None:
@@ -160,41 +154,30 @@ def explain_failures() -> None:
     @functools.wraps(build)
     def hip_build_server(*args: Any, **kwargs: Any) -> Any:
         from fastapi.exceptions import RequestValidationError
+        from fastapi.responses import JSONResponse
+        from jinja2 import TemplateError
         from starlette.exceptions import HTTPException
 
-        app = build(*args, **kwargs)
-        dead = _module("utils").CBWorkerDeadError
-        for kind in (HTTPException, RequestValidationError, dead, *_bad_requests(), Exception):
-            app.add_exception_handler(kind, _answer)
+        app, dead = build(*args, **kwargs), _module("utils").CBWorkerDeadError
+        # what is raised for a value that does not fit, such as messages without a role
+        bad = (AttributeError, IndexError, KeyError, TypeError, ValueError, TemplateError)
+
+        async def answer(request: Any, error: Any) -> Any:
+            status = 400 if isinstance(error, bad) else 500
+            message = f"{type(error).__name__}: {error}"
+            if isinstance(error, HTTPException):
+                status, message = error.status_code, str(error.detail)
+            elif isinstance(error, RequestValidationError):
+                wrong = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+                status, message = 422, "; ".join(f"{where}: {what}" for where, what in wrong)
+            elif isinstance(error, dead):
+                status, message = 503, str(error)
+            logger.warning(f"{request.url.path}: {status}, {message}")
+            kind = "invalid_request_error" if status < 500 else "server_error"
+            return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)
+
+        for kind in (HTTPException, RequestValidationError, dead, *bad, Exception):
+            app.add_exception_handler(kind, answer)
         return app
 
     set_attribute(server, "build_server", hip_build_server)
-
-
-def _bad_requests() -> tuple[type[Exception], ...]:
-    """What Python and the chat templates raise for a value that does not fit, such as messages without a role."""
-    from jinja2 import TemplateError
-
-    return AttributeError, IndexError, KeyError, TypeError, ValueError, TemplateError
-
-
-def _status_and_message(error: Exception) -> tuple[int, str]:
-    from fastapi.exceptions import RequestValidationError
-    from starlette.exceptions import HTTPException
-
-    if isinstance(error, HTTPException):
-        return error.status_code, str(error.detail)
-    if isinstance(error, RequestValidationError):
-        return 422, "; ".join(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors())
-    if isinstance(error, _module("utils").CBWorkerDeadError):
-        return 503, str(error)
-    return 400 if isinstance(error, _bad_requests()) else 500, f"{type(error).__name__}: {error}"
-
-
-async def _answer(request: Any, error: Exception) -> Any:
-    from fastapi.responses import JSONResponse
-
-    status, message = _status_and_message(error)
-    logger.warning(f"{request.url.path}: {status}, {message}")
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)

@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.cache.pages import KeyRows, block_index, lanes_of
+from hip_hf.cache.pages import KeyRows, block_index, head_rows_of
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
 from hip_hf.methods.need import asked_rows, highest, sample_level, sampled_chunks, sampled_keys, votes_of, walkers_of
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best, read_on, sampled_rows
-from hip_hf.rope import Positions, farthest_chunk, turn
+from hip_hf.rope import Positions, farthest_chunk, rotate
 from hip_hf.shown import shown
 from hip_hf.workers import scratch
 
@@ -349,7 +349,7 @@ class TreeSearch(base.BoundByNeed):
         keys, size = self.keys[heads], self.config.block_k
         missing = ids == NO_CHUNK
         ids = ids.masked_fill(missing, 0)
-        lanes, index = lanes_of(keys, size), block_index(keys, ids, size)
+        lanes, index = head_rows_of(keys, size), block_index(keys, ids, size)
         scores = torch.empty(ids.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         count, dim = ids.shape[2], keys.shape[-1]
         units = index.shape[2] // count  # of each block
@@ -376,7 +376,7 @@ class TreeSearch(base.BoundByNeed):
             return keys
         angles = self._angles(ids[:, None], high[None], keys)
         cos, sin = (x[:, 0].repeat_interleave(self.config.block_k, 1) for x in angles)  # a block's keys turn alike
-        return turn(keys, cos, sin, back=True, out=scratch.take("turned", keys.shape, keys))
+        return rotate(keys, cos, sin, back=True, out=scratch.take("turned", keys.shape, keys))
 
 
 METHOD = base.Method(

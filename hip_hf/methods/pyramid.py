@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from hip_hf.cache.pages import KeyRows
-from hip_hf.rope import turn
+from hip_hf.rope import rotate
 
 # Summaries are computed for this many blocks at a time, so that temporaries stay in cache.
 BLOCKS_AT_ONCE = 2048
@@ -44,7 +44,7 @@ class Representative:
     def turned(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
         """Rows `[..., width]`, of keys with `dim` numbers, turned back by angles `[..., R / 2]`, into `out`."""
         vectors, into = rows.unflatten(-1, (-1, dim)), out.unflatten(-1, (-1, dim))
-        turn(vectors, cos[..., None, :], sin[..., None, :], back=True, out=into)
+        rotate(vectors, cos[..., None, :], sin[..., None, :], back=True, out=into)
         return out
 
 
@@ -98,7 +98,7 @@ class CentreSpread(Representative):
 
     def turned(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
         # the box around a turned box: its half width in a direction is what both of its sides reach there
-        turn(rows[..., :dim], cos, sin, back=True, out=out[..., :dim])
+        rotate(rows[..., :dim], cos, sin, back=True, out=out[..., :dim])
         half, cos, sin = cos.shape[-1], cos.abs(), sin.abs()
         spread, into = rows[..., dim:], out[..., dim:]
         a, b = spread[..., :half], spread[..., half : 2 * half]

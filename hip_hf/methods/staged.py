@@ -24,7 +24,7 @@ import torch
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best
-from hip_hf.rope import farthest_chunk, turn
+from hip_hf.rope import farthest_chunk, rotate
 from hip_hf.shown import shown
 from hip_hf.workers import compute_dtype, scratch
 
@@ -266,7 +266,7 @@ class StagedSearch(base.Bound):
         picked = picked.to(q.dtype)
         if angles is not None:
             cos, sin = (x.repeat_interleave(position.shape[2] // x.shape[2], 2) for x in angles)
-            picked = turn(picked, cos, sin, back=True, out=scratch.take("turned", picked.shape, picked))
+            picked = rotate(picked, cos, sin, back=True, out=scratch.take("turned", picked.shape, picked))
         return q @ picked.transpose(2, 3)
 
 

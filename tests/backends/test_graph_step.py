@@ -16,7 +16,7 @@ from hip_hf import DecodeState, HiPConfig, hip_attention
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.selection.search import Selection
 from hip_hf.integration import in_graph
-from hip_hf.integration.graph_step import table_of
+from hip_hf.integration.in_graph import table_of
 from hip_hf.integration.masks import hip_mask, mask_spans
 
 pytestmark = [

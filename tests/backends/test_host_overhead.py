@@ -34,9 +34,9 @@ from hip_hf.backends.triton import ops
 from hip_hf.cache import pages as paged_keys
 from hip_hf.cache.pages import BlockTable
 from hip_hf.config import HiPConfig
-from hip_hf.integration import attention_function, continuous_batching, masks, packed
-from hip_hf.integration.graph_step import table_of
+from hip_hf.integration import attention_function, continuous_batching, masks
 from hip_hf.integration.hip_cache import HiPCache
+from hip_hf.integration.in_graph import table_of
 from hip_hf.integration.patches import forward
 from hip_hf.problem import AttentionProblem
 
@@ -284,7 +284,7 @@ def test_continuous_batching_waits_three_times_a_forward(
             told.append(len(found))
             return found
 
-        monkeypatch.setattr(packed, "_fetch", fetch)
+        monkeypatch.setattr(continuous_batching, "_fetch", fetch)
         indices = {
             name: [torch.zeros(2 * n, dtype=torch.long)] for name, n in (("read_index", before + new), ("write_index", new))
         }

@@ -37,7 +37,7 @@ def own_pages(k: torch.Tensor, v: torch.Tensor, pages: int) -> tuple[PagedTensor
     pool = PagePool(*stores)
     free = pool.allocate(pages)
     for store in stores:
-        store.slabs[0].fill_(torch.nan)
+        store.arenas[0].fill_(torch.nan)
     pool.release(free[1:-1:2] + free[2::2])
     tables = [BlockTable() for _ in k]
     pool.append(tables, 0, k.to(DEVICE), v.to(DEVICE))
@@ -73,12 +73,12 @@ def test_nothing_is_copied() -> None:
         pages = paged(k, v, 12)
         kv = keys_of(make_problem(torch.zeros(2, 4, 1, 16, device=DEVICE), *pages))
         for x, tensor in zip((kv.k, kv.v), pages, strict=True):
-            assert x.data_ptr() == tensor.store.slabs[0].data_ptr()
+            assert x.data_ptr() == tensor.store.arenas[0].data_ptr()
             assert x.shape[1:] == (PAGE, 2, 16)
 
 
 def test_pages_in_several_pieces_go_to_torch_with_a_reason() -> None:
-    """The cache grows into a second slab between two steps: the torch backend goes on, and selects anew."""
+    """The cache grows into a second arena between two steps: the torch backend goes on, and selects anew."""
     q, k, v = make_qkv(97, heads=1)
     stores = [Store(1, 16, torch.float32, torch.device(DEVICE), PAGE) for _ in "kv"]
     pool, table = PagePool(*stores), BlockTable()
@@ -94,7 +94,7 @@ def test_pages_in_several_pieces_go_to_torch_with_a_reason() -> None:
     step(95, 96, "triton")
     assert state.rows[0].on_device
     pool.append([table], 96, k[:, :, 96:].to(DEVICE), v[:, :, 96:].to(DEVICE))
-    assert len(stores[0].slabs) == 2
+    assert len(stores[0].arenas) == 2
     with pytest.raises(ValueError, match="not one piece of device memory"):
         step(96, 97, "triton")
     got = step(96, 97, "torch")
@@ -107,12 +107,12 @@ def test_pages_in_several_pieces_go_to_torch_with_a_reason() -> None:
 
 
 def test_a_cache_in_one_piece_grows_on_the_kernels() -> None:
-    """Its slab is replaced between two steps: the kernels go on with what they keep."""
+    """Its arena is replaced between two steps: the kernels go on with what they keep."""
     q, k, v = make_qkv(PAGE * 6 + 3, heads=1)
     stores = [Store(1, 16, torch.float32, torch.device(DEVICE), PAGE) for _ in "kv"]
     pool, table, first = PagePool(*stores, one_piece=True), BlockTable(), PAGE * 6 - 3
     state, twin = DecodeState(), DecodeState()
-    slabs = set()
+    arenas = set()
     for at, end in ((0, first), *((i, i + 1) for i in range(first, k.shape[2]))):
         pool.append([table], at, k[:, :, at:end].to(DEVICE), v[:, :, at:end].to(DEVICE))
         if end == first:  # leave room for nothing more than the last page
@@ -122,8 +122,8 @@ def test_a_cache_in_one_piece_grows_on_the_kernels() -> None:
         want = attend(make_problem(q[:, :, at:end], k[:, :, :end], v[:, :, :end]), small(backend="torch"), None, twin)
         assert (got.path, got.reason) == ("sparse", "")
         assert_near(got.out.cpu(), want.out, NEAR)
-        slabs.add(stores[0].slabs[0].data_ptr())
-    assert len(slabs) == 2
+        arenas.add(stores[0].arenas[0].data_ptr())
+    assert len(arenas) == 2
     assert state.rows[0].on_device
 
 

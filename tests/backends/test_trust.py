@@ -405,7 +405,7 @@ def test_an_offloaded_cache_is_read_by_the_torch_backend(self_test: SelfTest) ->
     paged = []
     for x in (k, v):
         store = OffloadedStore(x.shape[1], x.shape[3], x.dtype, CPU, 8, "cpu", 12, 2)
-        store.slabs, store.bounds = [store.make_slab(12)], [0]
+        store.arenas, store.bounds = [store.make_arena(12)], [0]
         table = BlockTable(list(range(12)))
         store.write(table, 0, x[0])
         assert store.pages() is None

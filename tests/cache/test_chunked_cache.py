@@ -96,7 +96,7 @@ def test_what_waits_to_be_used_is_bounded(first: int, monkeypatch: pytest.Monkey
     assert layer.pool is not None
     for rows in (1, 700):
         attention(layer, *new_tokens(layer, rows))()
-        assert 0 <= len(layer.pool.shares) - layer.pool.used <= min(pool.MOST_SPARE, layer.pool.used)
+        assert 0 <= len(layer.pool.ref_count) - layer.pool.used <= min(pool.MOST_SPARE, layer.pool.used)
         summaries = layer.hip_state.rows[0].pyramid
         for level, table in enumerate(summaries.levels):
             assert table.shape[1] - summaries.count(level) <= min(pyramid.MOST_SPARE, max(1, summaries.count(level)))

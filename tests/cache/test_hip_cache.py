@@ -33,6 +33,14 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 class ConcatenatingLayer(Stateful, DynamicLayer):
     """Transformers' own dynamic layer, with the state that a paged layer has beside it."""
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.hip_state.repeat(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.hip_state.reorder(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
 
 def concatenating(config: Any) -> Cache:
     """The dynamic cache with our decode state: what pages must equal at any budget and refresh."""
@@ -156,7 +164,7 @@ def test_beams_share_the_prompt_by_reference() -> None:
     assert len({table.pages[0] for table in layer.tables}) == 1
     # the prompt's five pages once, and of the thirteen new tokens one page for each beam at most
     assert layer.pool.used <= 100 // page + 4
-    assert all(layer.pool.shares[p] for table in layer.tables for p in table.pages)
+    assert all(layer.pool.ref_count[p] for table in layer.tables for p in table.pages)
 
 
 def filled(rows: int = 2, tokens: int = 50) -> tuple[HiPCache, torch.Tensor]:
@@ -168,15 +176,15 @@ def filled(rows: int = 2, tokens: int = 50) -> tuple[HiPCache, torch.Tensor]:
     return cache, keys
 
 
-def test_appending_copies_no_page_and_allocates_no_slab_per_token() -> None:
+def test_appending_copies_no_page_and_allocates_no_arena_per_token() -> None:
     cache, _ = filled(tokens=400)
     layer = cache.paged[0]
     cache.update(torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16), 0)
-    where = [slab.data_ptr() for slab in layer.pool.keys.slabs]
+    where = [arena.data_ptr() for arena in layer.pool.keys.arenas]
     for _ in range(150):
         cache.update(torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16), 0)
-    assert [slab.data_ptr() for slab in layer.pool.keys.slabs][: len(where)] == where
-    assert len(layer.pool.keys.slabs) <= 3
+    assert [arena.data_ptr() for arena in layer.pool.keys.arenas][: len(where)] == where
+    assert len(layer.pool.keys.arenas) <= 3
 
 
 def test_for_the_kernels_pages_stay_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,12 +199,12 @@ def test_for_the_kernels_pages_stay_in_one_piece(monkeypatch: pytest.MonkeyPatch
         plain = torch.cat([plain, keys], 2)
         if layer.length == 150:
             plain = plain[[1, 1]]
-        where.append(layer.pool.keys.slabs[0].data_ptr())
-        assert len(layer.pool.keys.slabs) == len(layer.pool.values.slabs) == 1
+        where.append(layer.pool.keys.arenas[0].data_ptr())
+        assert len(layer.pool.keys.arenas) == len(layer.pool.values.arenas) == 1
     assert len(set(where)) <= 3
     assert torch.equal(layer.keys, plain)
     assert torch.equal(layer.values, -plain)
-    monkeypatch.setattr(layer.pool.values, "make_slab", lambda pages: torch.empty(10**15))
+    monkeypatch.setattr(layer.pool.values, "make_arena", lambda pages: torch.empty(10**15))
     with pytest.raises(MemoryError, match="HiPCache: no room for"):
         layer.update(torch.randn(2, 2, 5000, 16), torch.randn(2, 2, 5000, 16))
     assert torch.equal(layer.keys, plain)
@@ -285,7 +293,7 @@ def test_running_out_of_memory(failing: int, monkeypatch: pytest.MonkeyPatch) ->
         def full(pages: int) -> torch.Tensor:
             raise RuntimeError("can't allocate memory")
 
-        monkeypatch.setattr(cache.paged[failing].pool.values, "make_slab", full)
+        monkeypatch.setattr(cache.paged[failing].pool.values, "make_arena", full)
         with pytest.raises(MemoryError, match="HiPCache: no room for"):
             model(ids[:, 40:], past_key_values=cache)
         monkeypatch.undo()

@@ -114,7 +114,7 @@ def test_what_the_search_reads_is_counted_apart() -> None:
 def small_store() -> offload.OffloadedStore:
     """Five pages of two tokens in host memory, three on the device."""
     store = offload.OffloadedStore(1, 4, torch.float32, torch.device("cpu"), 2, "cpu", 3, 0)
-    store.slabs, store.bounds = [torch.arange(40.0).view(1, 10, 4)], [0]
+    store.arenas, store.bounds = [torch.arange(40.0).view(1, 10, 4)], [0]
     return store
 
 
@@ -122,10 +122,10 @@ def test_the_search_and_attention_hold_a_page_once() -> None:
     """What attention reads, the search has just looked at. Hits and misses are those of the reader that asked."""
     store = small_store()
     out = torch.empty(2, 8)
-    store.for_search().lanes(slice(0, 1), 2)[0].take(torch.tensor([1, 3]), out)
+    store.for_search().head_rows(slice(0, 1), 2)[0].take(torch.tensor([1, 3]), out)
     assert out.tolist() == [[*range(8, 16)], [*range(24, 32)]]
-    store.slabs[0].zero_()  # whoever went back to host memory would see it
-    store.lanes(slice(0, 1), 2)[0].take(torch.tensor([3, 4]), out)
+    store.arenas[0].zero_()  # whoever went back to host memory would see it
+    store.head_rows(slice(0, 1), 2)[0].take(torch.tensor([3, 4]), out)
     assert out.tolist() == [[*range(24, 32)], [0] * 8]
     assert store.pool.traffic == {
         "search": offload.Traffic(misses=2, fetched=64),
@@ -134,11 +134,11 @@ def test_the_search_and_attention_hold_a_page_once() -> None:
     # a page that is written anew is so on the device
     table = BlockTable([3])
     store.write(table, 0, torch.full((1, 2, 4), 7.0))
-    store.for_search().lanes(slice(0, 1), 2)[0].take(torch.tensor([3]), out[:1])
+    store.for_search().head_rows(slice(0, 1), 2)[0].take(torch.tensor([3]), out[:1])
     assert out[0].tolist() == [7] * 8
     # and one that another is copied over is forgotten
     store.copy_page(3, 4, 1)
-    store.lanes(slice(0, 1), 2)[0].take(torch.tensor([4]), out[:1])
+    store.head_rows(slice(0, 1), 2)[0].take(torch.tensor([4]), out[:1])
     assert out[0].tolist() == [7] * 4 + [0] * 4
     assert store.pool.traffic["attention"].misses == 2
 
@@ -155,7 +155,7 @@ def test_the_least_recently_used_page_makes_room() -> None:
     assert traffic.misses == 4
     slot = int(pool.slots(0, torch.tensor([1]), "attention")[0])
     assert traffic.misses == 5
-    assert torch.equal(pool.rows[0, slot * 2 : slot * 2 + 2], store.slabs[0][0, 2:4])
+    assert torch.equal(pool.rows[0, slot * 2 : slot * 2 + 2], store.arenas[0][0, 2:4])
 
 
 @pytest.mark.parametrize("rescore", [1, 8])

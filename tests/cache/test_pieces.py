@@ -30,7 +30,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def watched(self: Store, *args: Any) -> torch.Tensor:
         found = read(self, *args)
-        if found.untyped_storage().data_ptr() not in [slab.untyped_storage().data_ptr() for slab in self.slabs]:
+        if found.untyped_storage().data_ptr() not in [arena.untyped_storage().data_ptr() for arena in self.arenas]:
             seen.append(found.shape[1])
         return found
 
@@ -48,7 +48,7 @@ def test_pieces_are_copied_only_where_they_are_short(
     layer = HiPCache(make_model("llama").config).layers[0]
     for tokens in TOKENS:
         keys, values = layer.update(torch.randn(1, 2, tokens, 16), torch.randn(1, 2, tokens, 16))
-    assert len(layer.pool.keys.slabs) == len(TOKENS)
+    assert len(layer.pool.keys.arenas) == len(TOKENS)
     q = torch.randn(1, 4, rows, 16)
     found = attend(AttentionProblem(q, keys, values, make_spans(q, keys), 0.25), DENSE, need_lse=True).out
     assert (copied == []) is (least == 64)

@@ -42,7 +42,7 @@ class Twin:
 
     def crop(self, count: int) -> None:
         if 0 < count <= self.length and self.length:
-            self.layer.truncate(self.length - count)
+            self.layer.crop(-count)
             self.rows = [row[:, : row.shape[1] - count] for row in self.rows]
 
     def select(self, rows: list[int]) -> None:
@@ -59,10 +59,10 @@ class Twin:
         assert torch.equal(layer.values, -torch.stack(self.rows))
         pool, named = layer.pool, [page for table in layer.tables for page in table.pages]
         assert pool.used == len(set(named))
-        assert sorted(pool.free) == sorted(set(range(len(pool.shares))) - set(named))
-        assert [named.count(page) for page in range(len(pool.shares))] == pool.shares
+        assert sorted(pool.free) == sorted(set(range(len(pool.ref_count))) - set(named))
+        assert [named.count(page) for page in range(len(pool.ref_count))] == pool.ref_count
         # room for what was needed at most, half as much again for growth, and for the copies of one append
-        assert len(pool.shares) <= 1.5 * (self.most + len(self.rows)) + 8
+        assert len(pool.ref_count) <= 1.5 * (self.most + len(self.rows)) + 8
 
 
 class Machine(RuleBasedStateMachine):
@@ -112,6 +112,6 @@ def test_ten_thousand_steps(offload: str | None, monkeypatch: pytest.MonkeyPatch
             twin.crop(twin.length - 20)
         if step % 100 == 0:
             twin.check()
-        sizes.append(len(twin.layer.pool.shares) if twin.layer.pool else 0)
+        sizes.append(len(twin.layer.pool.ref_count) if twin.layer.pool else 0)
     twin.check()
     assert max(sizes) == sizes[2000]  # whatever it grew to, it had grown to early on

@@ -18,7 +18,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import hip_hf
 from hip_hf.attention import attend
-from hip_hf.integration import continuous_batching, packed
+from hip_hf.integration import continuous_batching
 from hip_hf.problem import AttentionProblem
 
 PAGE = 16
@@ -203,7 +203,7 @@ def test_generate_by_name_goes_through_pages(calls: list[tuple[str, int, int]]) 
 
 def test_a_cache_of_unknown_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="cache: got object of an unknown layout"):
-        packed.find_place(object(), 0)
+        continuous_batching.find_place(object(), 0)
 
 
 class Pages:

@@ -206,9 +206,7 @@ def test_continuous_batching_needs_a_patcher() -> None:
     model = extended("phi3")
     module, query = model.model.layers[0].self_attn, torch.zeros(1, 4, 2, 16)
     with pytest.raises(ValueError, match="continuous batching without a patcher"):
-        extension.turned_back(
-            extension.positions_of(module, hip_hf.HiPConfig(**SPARSE, extend="streaming")), query, query, object()
-        )
+        extension.unrotate(extension.positions_of(module, hip_hf.HiPConfig(**SPARSE, extend="streaming")), query, query, object())
 
 
 def test_sliding_layers_stay_as_they_are() -> None:

@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 
 from hip_hf.backends.tensors import Tensors, merge
-from hip_hf.cache.pages import KeyRows, PagedKeys, block_index, lanes_of
+from hip_hf.cache.pages import KeyRows, PagedKeys, block_index, head_rows_of
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import compute_dtype, scratch, widened
@@ -244,7 +244,7 @@ class Parts:
         self.name = name
         self.all = scratch.take(name, (heads, sink + picked + window, dim), x)
         self.all[:, :sink] = x[:, first.start : first.start + sink]  # the same for every query block
-        self.lanes = lanes_of(x, block_k)
+        self.lanes = head_rows_of(x, block_k)
         into = [lane[sink : sink + picked] for lane in self.all]
         self.picked = [part.view(part.numel() // lane.width, lane.width) for part, lane in zip(into, self.lanes, strict=True)]
         self.window = self.all[:, sink + picked :]

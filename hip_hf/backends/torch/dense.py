@@ -11,7 +11,7 @@ from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.tensors import Tensors
 from hip_hf.backends.torch import fused
 from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, attend_range
-from hip_hf.cache.pages import PagedTensor
+from hip_hf.cache.pages import PagedKeys, PagedTensor, rows_of
 from hip_hf.geometry import QueryBlock, Span
 from hip_hf.problem import AttentionProblem, exporting
 from hip_hf.workers import run
@@ -67,10 +67,8 @@ def sdpa_serves_masked(problem: AttentionProblem, need_lse: bool) -> bool:
 
 
 def _in_one_piece(problem: AttentionProblem, span: Span) -> bool:
-    keys = problem.k
-    if not isinstance(keys, PagedTensor):
-        return True
-    return keys.rows(span.batch, span.key_start, span.key_start + span.end).in_one_piece(0, span.end)
+    keys = rows_of(problem.k, span.batch, span.key_start, span.key_start + span.end)
+    return not (isinstance(keys, PagedKeys) and keys.borders(0, span.end))
 
 
 def alike(problem: AttentionProblem) -> bool:
@@ -107,7 +105,7 @@ def _range(x: torch.Tensor, span: Span, batch: slice, begin: int) -> torch.Tenso
     """A span's keys (or values) from position `begin` on, `[batch, Hkv, end - begin, D]`."""
     first, last = span.key_start + begin, span.key_start + span.end
     if isinstance(x, PagedTensor):
-        return x.rows(span.batch, first, last)[:, :][None]
+        return rows_of(x, span.batch, first, last)[:, :][None]
     return x[batch, :, first:last]
 
 

@@ -192,7 +192,7 @@ def in_pages(x: torch.Tensor, table: BlockTable) -> PagedTensor:
     """Keys (or values) `[1, H, T, D]` in the pages of `table`."""
     _, heads, tokens, dim = x.shape
     store = Store(heads, dim, x.dtype, x.device, PAGE)
-    store.slabs, store.bounds = [store.make_slab(len(table))], [0]
+    store.arenas, store.bounds = [store.make_arena(len(table))], [0]
     store.write(table, 0, x[0])
     return PagedTensor(store, [table], tokens)
 

@@ -22,7 +22,7 @@ from hip_hf.eval.measure.passkey import digits_right
 from hip_hf.eval.reporting import plots
 from hip_hf.geometry import query_blocks
 from hip_hf.integration.explain import Report
-from hip_hf.integration.reach import attention_layers
+from hip_hf.integration.model_checks import attention_layers
 from hip_hf.problem import AttentionProblem
 
 IMPLEMENTATIONS = ("sdpa", "hip")

@@ -22,8 +22,8 @@ from hip_hf.geometry import DECODE_ROWS
 from hip_hf.integration.api import configure
 from hip_hf.integration.layer_attention import Call
 from hip_hf.integration.lm_eval.registration import UsageError
+from hip_hf.integration.model_checks import attention_layers
 from hip_hf.integration.names import NAMES
-from hip_hf.integration.reach import attention_layers
 from hip_hf.integration.settings import read_settings, text_config
 
 TRUNCATION = ("left", "middle")
