@@ -389,15 +389,15 @@ METHOD = base.Method(
         "beam1": {"beam": 1, "rescore": 1},
         # every key of the middle: what the estimate is measured by
         "true_need": {"options": {"sample": 1 << 28}},
-        "paper": {
-            "representative": "middle",
-            "score": "max",
-            "query_stride": 4,
-            "vote": "sampled",
-            "beam": 1,
-            "rescore": 1,
-            "decode_refresh": 8,
-        },
+        "paper": dict(
+            representative="middle",
+            score="max",
+            query_stride=4,
+            vote="sampled",
+            beam=1,
+            rescore=1,
+            decode_refresh=8,
+        ),  # fmt: skip
         "delta": {"delta": 64},
     },
 )
