@@ -379,6 +379,9 @@ class TreeSearch(base.BoundByNeed):
         return rotate(keys, cos, sin, back=True, out=scratch.take("turned", keys.shape, keys))
 
 
+# The settings of the paper.
+PAPER = dict(vote="sampled", query_stride=4, representative="middle", score="max", beam=1, rescore=1, decode_refresh=8)
+
 METHOD = base.Method(
     "the best key blocks, found by a tree search, O(log T) per query block",
     Selector,
@@ -389,15 +392,7 @@ METHOD = base.Method(
         "beam1": {"beam": 1, "rescore": 1},
         # every key of the middle: what the estimate is measured by
         "true_need": {"options": {"sample": 1 << 28}},
-        "paper": dict(
-            representative="middle",
-            score="max",
-            query_stride=4,
-            vote="sampled",
-            beam=1,
-            rescore=1,
-            decode_refresh=8,
-        ),  # fmt: skip
+        "paper": PAPER,
         "delta": {"delta": 64},
     },
 )
