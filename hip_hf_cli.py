@@ -74,3 +74,7 @@ for _name, _command in COMMANDS.items():
 def main() -> None:
     """Entry point of the console script."""
     app()
+
+
+if __name__ == "__main__":
+    main()

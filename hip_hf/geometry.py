@@ -19,7 +19,9 @@ class Span:
     """One real sequence inside a batch row: its keys, its query rows, and where they sit.
 
     Padding, packing and unfilled cache slots are all said by spans; whatever lies outside every span is never
-    read and its output is zero. Positions are relative to the span: its first key is token 0.
+    read and its output is zero. `key_start`, `key_end`, `row_start` and `row_end` are places in the
+    call's tensors; `position` and `end` count from the span's first key, which is token 0. So the
+    keys in sight lie at `key_start` to `key_start + end - 1`.
     """
 
     batch: int

@@ -37,17 +37,18 @@ def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: to
     def grouped(x: torch.Tensor) -> torch.Tensor:
         return x[span.batch].unflatten(0, (heads, problem.groups))[:, :, rows]
 
-    def packed(x: torch.Tensor) -> KeyRows:
-        rows = rows_of(x, span.batch, span.key_start, span.key_start + span.end)
-        if isinstance(rows, PagedKeys):
-            return rows
-        return rows if rows.stride(-1) == 1 and rows.stride(-2) == rows.shape[-1] else rows.contiguous()
+    def keys_in_sight(x: torch.Tensor) -> KeyRows:
+        """Without padding, one key after the other in memory."""
+        keys = rows_of(x, span.batch, span.key_start, span.key_start + span.end)
+        if isinstance(keys, PagedKeys):
+            return keys
+        return keys if keys.stride(-1) == 1 and keys.stride(-2) == keys.shape[-1] else keys.contiguous()
 
     sinks = None if problem.sinks is None else problem.sinks.unflatten(0, (heads, problem.groups))
     return Tensors(
         grouped(problem.q),
-        packed(problem.k),
-        packed(problem.v),
+        keys_in_sight(problem.k),
+        keys_in_sight(problem.v),
         grouped(out),
         None if lse is None else grouped(lse),
         problem.scale,

@@ -30,7 +30,7 @@ from hip_hf.problem import exporting, tracing
 PAD = torch.iinfo(torch.int32).max
 LAST = 2**29  # far above any number that masks add, and any context
 
-# Mask functions that `rel` can say, by the name Transformers gives them.
+# Mask functions that positions of keys and rows can say, by the name Transformers gives them.
 _CAUSAL = {"causal_mask_function", "sliding_window_overlay", "packed_sequence_mask_function"}
 _ALLOWED = "a 2-D mask, or a 4-D one of booleans or of numbers to add"  # of masks that are not ours
 _WRAPPERS = {"and_masks": "mask_functions", "remap_positions_for_packed_sequence": "mask_function"}

@@ -27,6 +27,8 @@ class Bound:
     def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         """Sorted indices int64 `[heads, S, len(blocks), budget]` of the key blocks that each query block reads.
 
+        `budget` is `Selector.budget`, in blocks: exactly so many, all of them different. A rule that
+        picks fewer says so by its `Selector.budget` and by `Method.selected_keys` (`streaming.py`).
         `heads` are key heads; `S` is 1 where the group shares its mask, else the number of query heads per key head.
         Every given query block has a middle of more than `budget` blocks; smaller ones are read whole. Where the selector
         `asks_need`, a third argument: `near` `[heads, G, rows]`, log-sum-exp of the blocks' rows over what they always read.
@@ -60,7 +62,8 @@ class Selector:
     A rule overrides `bind`, and whatever else does not hold for it as it stands here.
     """
 
-    budget: int  # blocks that it picks at most
+    # blocks that it picks, of `block_k` keys each (`HiPConfig.budget` counts keys)
+    budget: int
     # whether `bind` and the pyramid may get `PagedKeys`; otherwise a cache in pages is gathered
     reads_pages = False
     # whether what it binds is a `BoundByNeed`

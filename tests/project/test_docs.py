@@ -15,7 +15,9 @@ from browser import Seen, broken_links, visit
 from repository import ROOT
 
 import hip_hf
+from hip_hf.methods.base import method_of
 from hip_hf.methods.hip import Options
+from hip_hf.registry import METHODS
 
 if not os.environ.get("CI"):  # where it must have run
     pytest.importorskip("sphinx", reason="pip install '.[docs]'")
@@ -76,6 +78,24 @@ def test_all_settings_are_documented_with_their_defaults(kind: type) -> None:
     defaults = kind()
     for field in dataclasses.fields(kind):
         assert documented.get(field.name) == str(getattr(defaults, field.name)), f"docs/settings.md: `{field.name}`"
+
+
+def test_what_pages_say_of_the_defaults_is_true() -> None:
+    """Numbers in sentences that follow from the settings, and lists of the methods."""
+    defaults = hip_hf.HiPConfig()
+    said = {
+        "docs/how.md": [
+            f"({2 * defaults.beam_blocks} blocks by default, in contexts",
+            f"keeps ({2 * defaults.beam_blocks} blocks by default)",
+            f"(`rescore`; {defaults.rescore_blocks} blocks by default)",
+        ],
+        "docs/serving.md": [f"to {defaults.sparse_reach:,} keys"],
+        "docs/extension.md": [f"`{method}`" for method in METHODS if not method_of(method).extends],
+        "README.md": [f"`{method}`" for method in METHODS],
+    }
+    for page, sentences in said.items():
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert [sentence for sentence in sentences if sentence not in text] == [], page
 
 
 def check_all_are_there(seen: dict[Path, Seen], built: Path) -> None:

@@ -1,7 +1,7 @@
 """What the kernels are told about a call: which sequences there are, where their rows and keys lie, and the query blocks.
 
 All of it is read on the device, so no launch waits for the host; the grid is fixed from `max_rows` and programs
-without work return at once. Everything inside a sequence is relative to its first real key (`Span` in `problem.py`):
+without work return at once. Everything inside a sequence is relative to its first real key (`Span` in `geometry.py`):
 padding enters no block.
 """
 
