@@ -183,7 +183,7 @@ def seen_by(problem: AttentionProblem, mask: BlockMask, head: int, at: int, bloc
     seen = torch.zeros(problem.groups, block.last + 1, dtype=torch.bool)
     keys = (ids[..., None] * mask.block_k + torch.arange(mask.block_k)).flatten(1)
     seen.scatter_(1, keys, True)
-    seen[:, : block.sink], seen[:, block.window :] = True, True
+    seen[:, : block.sink_end], seen[:, block.window_start :] = True, True
     return seen
 
 
@@ -225,7 +225,7 @@ def add(
     heads, (head, group, row, key, much) = range(problem.k.shape[1]), links
     for at, block in searched_blocks(problem, config):
         seen = torch.stack([seen_by(problem, result.mask, each, at, block) for each in heads])
-        mine = (row >= block.first) & (row <= block.last) & (key >= block.sink) & (key < block.window)
+        mine = (row >= block.first) & (row <= block.last) & (key >= block.sink_end) & (key < block.window_start)
         kept.links += float(much[mine].sum())
         kept.links_read += float((much[mine] * seen[head[mine], group[mine], key[mine]]).sum())
         for digit, ((said_at, facts), own) in enumerate(zip(marks, attention, strict=True)):

@@ -26,7 +26,7 @@ from hip_hf.backends.triton.compile.launch import Launch
 from hip_hf.backends.triton.compile.launches.attention import decode_launches, key_launches, prefill_launches, query_launches
 from hip_hf.backends.triton.compile.launches.hyper import square_launches
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
-from hip_hf.backends.triton.selection.search import SearchTile, Selection, constants, select
+from hip_hf.backends.triton.selection.search import SearchTile, SelectionBuffers, constants, select
 from hip_hf.backends.triton.selection.votes import need_arguments, need_kernel
 from hip_hf.config import HiPConfig
 
@@ -130,11 +130,11 @@ def selecting(kernel: str, x: Example, tiles: list[Any]) -> list[Callable[[], No
     pyramid = KeyPyramid.empty(config, 1, x.kv.heads, x.q.shape[-1], x.sequences.max_keys, x.q.dtype, x.q.device)
     pyramid.extend(x.kv, x.sequences, x.reads.block_q, append=False)
     blocks = x.sequences.blocks(x.reads.block_q)
-    into = Selection.empty(config, 1, x.kv.heads, blocks, x.q.device, keep=stateful)
+    into = SelectionBuffers.empty(config, 1, x.kv.heads, blocks, x.q.device, keep=stateful)
 
     def call_select(tile: SearchTile) -> None:
         if into.made is not None:
-            into.made.fill_(Selection.NEVER)
+            into.made.fill_(SelectionBuffers.NEVER)
         select(x.q, pyramid.table, x.kv, x.sequences, config, x.logits, x.reads.block_q, into, tile)
 
     return [partial(call_select, tile) for tile in tiles]

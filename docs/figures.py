@@ -74,7 +74,7 @@ def draw_tree(file: Path, problem: AttentionProblem) -> None:
     block = make_query_block(config, first, first, first + config.block_q - 1, None, None)
     q, keys = problem.q[0].unflatten(0, (problem.k.shape[1], -1)), problem.k[0]
     pyramid = selector.make_pyramid(torch.float32)
-    pyramid.extend(keys, block.window // config.block_k)
+    pyramid.extend(keys, block.window_start // config.block_k)
     search = Watched(config, selector.representative, q, keys, pyramid, problem.scale, None)
     kept = search.select(slice(0, 1), [block])[0, 0, 0].tolist()
     plt = plots.pyplot()
@@ -88,8 +88,8 @@ def draw_tree(file: Path, problem: AttentionProblem) -> None:
         names.append(f"{len(ids)} chunks of {size} keys")
     for i in kept:
         axis.barh(len(levels), config.block_k, left=i * config.block_k, height=0.7, color=plots.BLOCK_KINDS["selected"])
-    axis.barh(len(levels), block.sink, left=0, height=0.7, color=plots.BLOCK_KINDS["sink"])
-    axis.barh(len(levels), block.last + 1 - block.window, left=block.window, height=0.7, color=plots.BLOCK_KINDS["window"])
+    axis.barh(len(levels), block.sink_end, left=0, height=0.7, color=plots.BLOCK_KINDS["sink"])
+    axis.barh(len(levels), block.last + 1 - block.window_start, left=block.window_start, height=0.7, color=plots.BLOCK_KINDS["window"])
     axis.set_yticks(range(len(levels) + 1), [*names, "what is read"])
     axis.invert_yaxis()
     axis.set_xlim(0, block.last + 1)

@@ -54,25 +54,27 @@ class Span:
 class QueryBlock:
     """Query rows that share a selection, and what they always read. Everything is relative to the span.
 
-    The rows sit at positions `first` to `last`. They read the sink `[start, sink)`, the window `[window, last]`, and of
-    the *middle*, the key blocks `low` to `high - 1` between the two, those that are selected.
+    The rows sit at positions `first` to `last`. They read the sink `[start, sink_end)`, the window
+    `[window_start, last]`, and of the *candidates*, the key blocks `low` to `high - 1` between the
+    two, those that are selected.
     """
 
     row: int
     first: int
     last: int
     start: int
-    sink: int
+    sink_end: int
     low: int
     high: int
-    window: int
+    window_start: int
 
     @property
     def rows(self) -> int:
         return self.last - self.first + 1
 
     @property
-    def middle(self) -> int:
+    def num_candidates(self) -> int:
+        """Key blocks between sink and window."""
         return self.high - self.low
 
 
@@ -116,7 +118,7 @@ def keys_seen_at(positions: Sequence[int], sliding: int | None) -> int:
 
 def block_read(block: QueryBlock, picked: int, sliding: int | None) -> int:
     """Keys that the rows of a query block read, summed over the rows; `picked`: keys of its middle."""
-    fixed = block.sink - block.start - block.window + picked
+    fixed = block.sink_end - block.start - block.window_start + picked
     return min(keys_seen(block.first, block.last, None) + block.rows * fixed, keys_seen(block.first, block.last, sliding))
 
 

@@ -181,7 +181,7 @@ class Positions:
         distance = torch.zeros(q.shape[-2], dtype=torch.long, device="cpu")
         for block in blocks:
             at = torch.arange(block.first, block.last + 1, device="cpu")
-            distance[block.row : block.row + block.rows] = (at - block.window + 1).clamp(max=self.trained - 1)
+            distance[block.row : block.row + block.rows] = (at - block.window_start + 1).clamp(max=self.trained - 1)
         return self.rope.queries(q, distance.to(q.device), self.trained)
 
     def chunk_angles(

@@ -46,14 +46,14 @@ class Summaries(Shareable, Protocol):
 
 
 @dataclass(frozen=True)
-class Selection:
+class KeptSelection:
     """Key blocks that the last decode step read: `ids` `[Hkv, S, 1, budget / block_k]`, or None where the budget covered
     the middle. The window's start and the middle stay as they were when the selection was made.
 
     With an interval for every stage, `stages` holds what each of them kept, and the position it was made for."""
 
     ids: torch.Tensor | None
-    window: int
+    window_start: int
     position: int  # of the row it was made for
     stages: tuple[tuple[torch.Tensor | None, int], ...] = ()
 
@@ -77,7 +77,7 @@ class RowState:
     key_start: int
     position: int = 0  # one past the last key position seen
     pyramid: Summaries | None = None
-    selection: Selection | None = None
+    selection: KeptSelection | None = None
     correction: Correction | None = None
     gathered: Any = None  # what the steps under `selection` read (`Gathered` in `backends/torch/decode_buffer.py`)
     on_device: bool = False  # what was seen of it is in `DecodeState.device`

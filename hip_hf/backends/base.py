@@ -38,7 +38,7 @@ class Piece:
             return torch.arange(block.start, block.last + 1, device="cpu")
         chosen = self.ids[head - self.heads.start, share, i].cpu()
         picked = (chosen[:, None] * self.block_k + torch.arange(self.block_k, device="cpu")).flatten()
-        always = ((block.start, block.sink), (block.window, block.last + 1))
+        always = ((block.start, block.sink_end), (block.window_start, block.last + 1))
         sink, window = (torch.arange(first, end, device="cpu") for first, end in always)
         return torch.cat([sink, picked, window])
 

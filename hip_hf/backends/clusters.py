@@ -99,7 +99,7 @@ class Clusters:
         """What query blocks, given in order of their positions, leave out: sums `[Hkv, S, len(blocks), CLUSTERS, width]` of the
         numbers of the keys between sink and window that are in none of the key blocks `chosen`."""
         heads, many = len(self._ids), len(blocks)
-        windows = [block.window - self.start for block in blocks]
+        windows = [block.window_start - self.start for block in blocks]
         if windows[0] < self._summed:  # where the window has gone back
             self._summed, self._sums = 0, torch.zeros_like(self._sums)
         first, last = self._summed, windows[-1]
@@ -171,6 +171,6 @@ def estimate(t: Tensors, block: QueryBlock, count: int, left: torch.Tensor) -> t
 
 def alike(blocks: list[QueryBlock]) -> Iterator[tuple[bool, list[QueryBlock]]]:
     """Runs of query blocks that are equally long, a few at a time, and whether their middle has keys enough for clusters."""
-    for (_, enough), run in groupby(blocks, key=lambda block: (block.rows, block.window - block.sink >= CLUSTERS)):
+    for (_, enough), run in groupby(blocks, key=lambda block: (block.rows, block.window_start - block.sink_end >= CLUSTERS)):
         same = list(run)
         yield from ((enough, same[at : at + BLOCKS_AT_ONCE]) for at in range(0, len(same), BLOCKS_AT_ONCE))

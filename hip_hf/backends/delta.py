@@ -165,7 +165,7 @@ class DeltaCall:
     def _blocks(self, span: Span, window: int | None) -> tuple[int, list[QueryBlock]]:
         """The query blocks of a span that leave keys out, as they were read, and the place of the first in the mask."""
         blocks = self.selecting._blocks(span, window)
-        covered = sum(block.middle <= self.selecting.budget for block in blocks)
+        covered = sum(block.num_candidates <= self.selecting.budget for block in blocks)
         return covered, blocks[covered:]
 
     def _complete(self, span: Span, row: RowState, window: int | None) -> None:
@@ -184,10 +184,10 @@ class DeltaCall:
         if kept is None or kept.clusters is None:
             assert t.lse is not None
             kept = Correction(-1, t.lse.new_zeros(*t.out.shape[:2], t.v.shape[2]), t.lse.new_zeros(t.lse.shape[:2]), 0.0)
-            kept = replace(kept, clusters=Clusters(blocks[0].sink, t.k, t.v))
+            kept = replace(kept, clusters=Clusters(blocks[0].sink_end, t.k, t.v))
         assert isinstance(kept.clusters, Clusters)
         clusters = kept.clusters.writable()
-        clusters.extend(t.k, blocks[-1].window)
+        clusters.extend(t.k, blocks[-1].window_start)
         kept = replace(kept, clusters=clusters)
         at = anchors(blocks[0].first, span.end, self.gamma, known=blocks[0].first)
         dense = self.dense(t, span, at)
@@ -239,7 +239,7 @@ def with_the_rest(
         for block in blocks_of(config, span, decoding, None, window):
             rows = range(block.first, block.last + 1)
             dense = sum(p >= end or p % config.delta == 0 for p in rows)
-            read += dense * max(0, block.middle - budget) * config.block_k
+            read += dense * max(0, block.num_candidates - budget) * config.block_k
     return min(read, visible), visible
 
 

@@ -67,7 +67,7 @@ def of_blocks(
     for span, window in zip(spans, windows, strict=True):
         dense = span.end if decoding else max(span.position, span.end - config.dense_tail)
         for block in blocks_of(config, span, decoding, sliding, window):
-            own = block_read(block, min(block.middle, budget) * config.block_k, sliding)
+            own = block_read(block, min(block.num_candidates, budget) * config.block_k, sliding)
             read += own * max(0, min(block.rows, dense - block.first)) // block.rows
         read += keys_seen(dense, span.end - 1, sliding)
     return read, all_keys(spans, sliding)[1]

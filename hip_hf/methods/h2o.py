@@ -74,8 +74,8 @@ class Selector(base.Selector):
     looks_always = True
 
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
-        middle = min(block.middle, self.budget) * self.config.block_k
-        keys = block.sink + middle + block.last + 1 - block.window
+        middle = min(block.num_candidates, self.budget) * self.config.block_k
+        keys = block.sink_end + middle + block.last + 1 - block.window_start
         return len(sampled_rows(self.config, block)) * keys * 2 * dim, keys * dim
 
     def make_pyramid(self, dtype: torch.dtype) -> History:
@@ -127,7 +127,7 @@ class HeavyHitters(base.Bound):
         """Add the attention of the query block's voting rows to the mass of what they read."""
         size, device, dtype = self.config.block_k, self.q.device, torch.promote_types(self.q.dtype, torch.float32)
         picked = (kept[..., None] * size + torch.arange(size, device=device)).flatten(-2)
-        read = torch.cat([self._range(0, block.sink), picked, self._range(block.window, block.last + 1)], dim=-1)
+        read = torch.cat([self._range(0, block.sink_end), picked, self._range(block.window_start, block.last + 1)], dim=-1)
         heads = torch.arange(len(self.keys), device=device)[:, None, None]
         rows = torch.tensor(list(sampled_rows(self.config, block)), device=device)
         q = self.q[:, :, rows].to(dtype) * self.scale  # [Hkv, G, n, D]

@@ -64,13 +64,13 @@ def written_down(q: Any, k: Any, v: Any, config: Any, start: int, **fields: Any)
         for at, block in enumerate(query_blocks(config, problem.spans[0], False)):
             shared = head // groups if config.group_shared else head
             chosen = sparse.mask.indices[0, shared, at, : sparse.mask.counts[0, shared, at]].tolist()
-            left = [j for j in range(sink, block.window) if j // config.block_k not in chosen]
+            left = [j for j in range(sink, block.window_start) if j // config.block_k not in chosen]
             if not left:
                 continue
             for position in range(block.first, block.last + 1):
                 row = span.row_start + position - span.position
                 e, weight = out[0, head, row].clone(), float(lse[0, head, row])
-                if block.window - sink >= CLUSTERS:
+                if block.window_start - sink >= CLUSTERS:
                     known = (q[0, head, row], keys[sink:], values[sink:], ids, [j - sink for j in left])
                     terms = [(weight, e), *estimated(*known, fields.get("softcap"))]
                     whole = log(sum(exp(t[0]) for t in terms))
@@ -126,7 +126,7 @@ def test_the_formulas(rows: int, start: int, config: dict[str, Any], fields: dic
     missed = dict.fromkeys(range(span.position, span.end), 0)  # keys that a row leaves out
     for block in query_blocks(settings, span, False):
         budget = settings.budget // 4 if settings.method != "streaming" or settings.options else 0
-        missed |= {p: 4 * max(0, block.middle - budget) for p in range(block.first, block.last + 1)}
+        missed |= {p: 4 * max(0, block.num_candidates - budget) for p in range(block.first, block.last + 1)}
     tail = max(gamma, settings.dense_tail)
     fewer = sum(n for p, n in missed.items() if p % gamma and p < span.end - tail)
     assert got.share == pytest.approx(1 - (1 - plain.share) * fewer / sum(missed.values()))
@@ -260,9 +260,9 @@ def test_what_it_costs() -> None:
     blocks = query_blocks(plain, span, False)
     costs = [call_cost(config, blocks, 0, 413, 16, 8) for config in (plain, corrected)]
     dense = [p for p in range(0, 413, 32) if p >= blocks[2].first]  # the first whose window leaves a key out
-    assert blocks[1].middle == 0 < blocks[2].middle
-    rows = sum(block.rows for block in blocks if block.window - 4 >= CLUSTERS)
-    products = rows * CLUSTERS * (2 * 16 + 8) + (blocks[-1].window - 4) * CLUSTERS * 16
+    assert blocks[1].num_candidates == 0 < blocks[2].num_candidates
+    rows = sum(block.rows for block in blocks if block.window_start - 4 >= CLUSTERS)
+    products = rows * CLUSTERS * (2 * 16 + 8) + (blocks[-1].window_start - 4) * CLUSTERS * 16
     assert costs[1].attention - costs[0].attention == 2 * (products + sum(p + 1 for p in dense) * 24)
     assert costs[1].read - costs[0].read == sum(p + 1 for p in dense)
     assert costs[1].attention_bytes > costs[0].attention_bytes

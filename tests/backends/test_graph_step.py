@@ -14,7 +14,7 @@ from transformers.masking_utils import causal_mask_function
 
 from hip_hf import DecodeState, HiPConfig, hip_attention
 from hip_hf.backends.triton.common.sequences import Sequences
-from hip_hf.backends.triton.selection.search import Selection
+from hip_hf.backends.triton.selection.search import SelectionBuffers
 from hip_hf.integration import in_graph
 from hip_hf.integration.in_graph import table_of
 from hip_hf.integration.masks import hip_mask, mask_spans
@@ -122,4 +122,4 @@ def test_a_crop_reaches_what_a_graph_has_added() -> None:
     state.crop(64)
     assert state.rows[0].position == 64
     assert state.device.pyramid.built.max() == 64 // config.block_k
-    assert (state.device.selection.made == Selection.NEVER).all()
+    assert (state.device.selection.made == SelectionBuffers.NEVER).all()

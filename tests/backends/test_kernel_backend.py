@@ -13,7 +13,7 @@ from interpreter import DEVICE
 
 import hip_hf
 from hip_hf.attention import attend
-from hip_hf.backends.triton.selection.search import Selection
+from hip_hf.backends.triton.selection.search import SelectionBuffers
 from hip_hf.state import DecodeState
 
 pytestmark = pytest.mark.kernels
@@ -218,6 +218,6 @@ def test_the_host_knows_how_old_selections_are_as_the_device_does() -> None:
         made = [int(row[0, 0]) for row in state.device.selection.made]
         for batch, row in state.rows.items():
             assert row.on_device
-            assert made[batch] == (Selection.NEVER if row.selection is None else row.selection.position)
+            assert made[batch] == (SelectionBuffers.NEVER if row.selection is None else row.selection.position)
         calls.append(made[0])
-    assert calls == [Selection.NEVER, 80, 80, 80, 83, Selection.NEVER, 87, 87, Selection.NEVER, 84, 84, 84]
+    assert calls == [SelectionBuffers.NEVER, 80, 80, 80, 83, SelectionBuffers.NEVER, 87, 87, SelectionBuffers.NEVER, 84, 84, 84]

@@ -89,8 +89,8 @@ def test_dense_rows_at_the_end_of_a_prompt() -> None:
     head, tail = (replace(case.spans[0], row_end=110), replace(case.spans[0], row_start=110, position=110))
     for i, block in enumerate(case.blocks(case.spans[0])):
         if block.first >= 110:
-            case.counts[:, :, i] = block.middle
-            case.indices[:, :, i, : block.middle] = torch.arange(block.low, block.high).int()
+            case.counts[:, :, i] = block.num_candidates
+            case.indices[:, :, i, : block.num_candidates] = torch.arange(block.low, block.high).int()
     device = torch.device(DEVICE)
     parts = (
         Part(Sequences.of([head], device), case.reads()),

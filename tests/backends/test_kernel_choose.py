@@ -11,7 +11,7 @@ from interpreter import DEVICE
 from selection_cases import Case, whole
 
 from hip_hf.backends.triton.selection import search
-from hip_hf.backends.triton.selection.search import MOST_LOOKS, Selection, constants, looks_for
+from hip_hf.backends.triton.selection.search import MOST_LOOKS, SelectionBuffers, constants, looks_for
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 
@@ -52,7 +52,7 @@ def test_a_search_that_is_not_shared_finds_the_same(monkeypatch: pytest.MonkeyPa
     shared = case.run(1, case.empty(1, keep=True))
     monkeypatch.setattr(search, "MOST_LOOKS", 1)
     alone = case.run(1, case.empty(1, keep=True))
-    for name in ("indices", "counts", "window", "made"):
+    for name in ("indices", "counts", "window_start", "made"):
         assert torch.equal(getattr(shared, name), getattr(alone, name)), name
     assert (shared.shared is None, alone.shared is None) == (False, True)
 
@@ -89,7 +89,7 @@ def test_scratch_of_a_shared_search_is_small() -> None:
     """Of the default settings with 8 key heads and 4 query heads for each."""
     config = HiPConfig(dense_below=0)
     case = Case(config, [whole(6000, 1)], heads=8, groups=4, dim=16, dtype=torch.bfloat16)
-    into = Selection.empty(config, 1, 8, 1, torch.device(DEVICE), keep=True)
+    into = SelectionBuffers.empty(config, 1, 8, 1, torch.device(DEVICE), keep=True)
     kept = case.run(1, into).shared
     assert kept is not None
     assert sum(x.nbytes for x in kept) == 8 * 4 * (256 + 8 * 513 * 4)

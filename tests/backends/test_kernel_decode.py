@@ -66,7 +66,7 @@ def test_a_window_kept_between_refreshes() -> None:
     case.blocks = kept  # type: ignore[method-assign]
     for at, span in enumerate(case.spans):
         (block,) = kept(span)
-        count = min(3, block.middle)
+        count = min(3, block.num_candidates)
         case.counts[at], case.indices[at, :, 0, :count] = count, torch.arange(block.low, block.low + count).int()
     out, lse = case.empty()
     reads = case.reads(windows=torch.tensor(windows, dtype=torch.int32, device=DEVICE)[:, None])

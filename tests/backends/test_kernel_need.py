@@ -61,8 +61,8 @@ def reference(case: Case, span: Span, block: QueryBlock, dtype: torch.dtype) -> 
     """near and need `[Hq, rows]` of a query block, computed in `dtype`."""
     bk, budget, trained = case.config.block_k, case.config.budget, case.positions.trained if case.positions else 0
     row = torch.arange(block.first, block.last + 1)[:, None]
-    at = torch.tensor([*range(block.start, block.sink), *range(block.window, block.last + 1)])
-    places = (row - at - (at < block.sink) * (block.high - block.low - budget // bk) * bk).clamp(max=trained - 1)
+    at = torch.tensor([*range(block.start, block.sink_end), *range(block.window_start, block.last + 1)])
+    places = (row - at - (at < block.sink_end) * (block.high - block.low - budget // bk) * bk).clamp(max=trained - 1)
     logits = logits_of(case, span, block, at, places if case.positions else None, dtype)
     seen = (at <= row) & (at > row - (case.sliding or span.keys))
     logits = logits.masked_fill(~seen, -torch.inf)
@@ -72,7 +72,7 @@ def reference(case: Case, span: Span, block: QueryBlock, dtype: torch.dtype) -> 
     stride, most = 1, case.config.method_options().sample
     while len(sample := brute.spread(block.low * bk, block.high * bk, stride)) > most:
         stride *= 2
-    distance = (row + 1 - block.window).clamp(max=trained - 1).expand(-1, len(sample))
+    distance = (row + 1 - block.window_start).clamp(max=trained - 1).expand(-1, len(sample))
     logits = logits_of(case, span, block, torch.tensor(sample), distance if case.positions else None, dtype)
     return near, logits.to(near.dtype).amax(-1) - near
 
@@ -113,7 +113,7 @@ def check(case: Case, ranks_exactly: bool = True) -> None:
     searched = 0
     for s, span in enumerate(case.spans):
         for n, block in enumerate(case.blocks(span, False)):
-            if block.middle <= config.budget // config.block_k:
+            if block.num_candidates <= config.budget // config.block_k:
                 continue
             searched += 1
             asked = torch.tensor(brute.asked(config, block.rows))
@@ -200,7 +200,7 @@ def test_settings(fields: dict[str, Any], poison: None) -> None:
 def test_more_rows_vote_where_a_middle_is_looked_at_whole(where: Any, stride: int, poison: None) -> None:
     """In one call, where there are up to 16 blocks: twice as many rows, or all that are asked."""
     case = Case(small(query_stride=stride, rescore=2), [whole(150, 120), whole(60, 40, 1, 9)], groups=3, positions=where)
-    middles = [block.middle for span in case.spans for block in case.blocks(span, False)]
+    middles = [block.num_candidates for span in case.spans for block in case.blocks(span, False)]
     assert min(middles) <= 4 < sorted(middles)[len(middles) // 2] <= 16 < max(middles)
     check(case)
 
@@ -212,7 +212,7 @@ def test_where_all_that_are_asked_vote_they_are_read_where_they_lie(stride: int,
     votes, found = votes_of(q, kv, sequences, case.config, case.logits(), 16)
     assert votes is q
     for block in case.blocks(case.spans[0], False):
-        if block.middle > case.config.budget // case.config.block_k:
+        if block.num_candidates > case.config.budget // case.config.block_k:
             exact, _ = reference(case, case.spans[0], block, torch.float64)
             asked = torch.tensor(brute.asked(case.config, block.rows))
             assert_near(found[0, :, block.row + asked].cpu(), exact[:, asked], 1e-5)
@@ -256,7 +256,7 @@ def test_votes_are_turned_to_where_they_select(block_q: int) -> None:
     for n, block in enumerate(case.blocks(span, block_q == 1)):
         exact = reference(case, span, block, torch.float64)
         chosen = voters(exact[1], case.config, block)
-        distance = (torch.arange(block.first, block.last + 1) + 1 - block.window).clamp(max=39)[:, None]
+        distance = (torch.arange(block.first, block.last + 1) + 1 - block.window_start).clamp(max=39)[:, None]
         rows = turned(case.q[0, :, block.row : block.row + block.rows].double(), distance, case)[:, :, 0]
         want = torch.stack([rows[head, row] for row, head in chosen])
         at = slice(n * slots, n * slots + len(chosen))

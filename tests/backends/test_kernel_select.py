@@ -68,7 +68,9 @@ def test_settings_of_the_search(fields: dict[str, Any]) -> None:
 def test_short_middles_are_looked_at_whole(fields: dict[str, Any], shape: dict[str, Any]) -> None:
     """Of one call, some; in a second sequence, which is padded, all."""
     case = Case(small(**{"rescore": 3, "beam": 5, **fields}), [whole(299, 299), whole(130, 19, 1, 13)], **shape)
-    middles = [b.middle for span in case.spans for b in case.blocks(span, False) if b.middle > case.selector.budget]
+    middles = [
+        b.num_candidates for span in case.spans for b in case.blocks(span, False) if b.num_candidates > case.selector.budget
+    ]
     assert min(middles) <= 2 * case.config.beam_blocks
     case.check()
 
@@ -104,7 +106,7 @@ def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch, keep: bool, program
     monkeypatch.setattr(search, "select_kernel", launches)
     monkeypatch.setattr(search, "MOST_SCRATCH", bound)
     got = case.run(block_q, case.empty(block_q, keep))
-    for name in ("indices", "counts", "window"):
+    for name in ("indices", "counts", "window_start"):
         assert torch.equal(getattr(got, name), getattr(whole_launch, name)), name
     total = got.counts.numel()
     assert [grid for grid, _ in launches.found] == [(min(programs, total - i), 1) for i in range(0, total, programs)]

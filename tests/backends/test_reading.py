@@ -19,7 +19,7 @@ from hip_hf.backends.triton import sparse as kernels
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span, keys_seen, keys_seen_at, make_query_block, query_blocks
 from hip_hf.problem import AttentionProblem
-from hip_hf.state import RowState, Selection
+from hip_hf.state import KeptSelection, RowState
 
 
 def plain(config: HiPConfig, span: Span, dense: int, per_row: bool, sliding: int | None, window: int | None = None) -> int:
@@ -30,7 +30,7 @@ def plain(config: HiPConfig, span: Span, dense: int, per_row: bool, sliding: int
         blocks = [make_query_block(config, 0, span.position, span.position, window, sliding)]
     for block in blocks:
         seen = [p + 1 if sliding is None else min(p + 1, sliding) for p in range(block.first, block.last + 1)]
-        fixed = block.sink - block.start - block.window + min(block.middle, budget) * config.block_k
+        fixed = block.sink_end - block.start - block.window_start + min(block.num_candidates, budget) * config.block_k
         own = min(sum(p + 1 + fixed for p in range(block.first, block.last + 1)), sum(seen))
         sparse_rows = min(max(0, dense - block.row), block.rows)
         read += own * sparse_rows // block.rows + sum(seen[sparse_rows:])
@@ -115,9 +115,9 @@ def test_steps_on_a_kept_selection_count_its_window(method: str) -> None:
         made = 3000 + (tokens - 3001) // refresh * refresh
         assert one._serves(span, row) == (made < tokens - 1)
         assert row.selection is not None
-        window = row.selection.window
+        window = row.selection.window_start
         one.windows = [window]
-        assert row.selection == Selection(None, window, made)
+        assert row.selection == KeptSelection(None, window, made)
         assert window == (made - config.window) // config.block_k * config.block_k
         picked = config.budget if method == "hip" else 0
         assert one.count() == (config.sink + picked + tokens - window, tokens)

@@ -29,7 +29,7 @@ from hip_hf.backends.triton.compile.examples import example
 from hip_hf.backends.triton.compile.launches.hyper import hash_launch, square_launches
 from hip_hf.backends.triton.delta import spread_arguments, spread_kernel
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
-from hip_hf.backends.triton.selection.search import Selection, select
+from hip_hf.backends.triton.selection.search import SelectionBuffers, select
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 
@@ -100,7 +100,7 @@ def pyramid(kv: KeyValues, rows: Sequences, block_q: int) -> KeyPyramid:
 @pytest.mark.parametrize("paged", [False, True])
 def test_prompts(paged: bool) -> None:
     q, kv, rows = queries(), keys(paged), sequences()
-    selection = Selection.empty(CONFIG, BATCH, KEY_HEADS, rows.blocks(CONFIG.block_q), q.device)
+    selection = SelectionBuffers.empty(CONFIG, BATCH, KEY_HEADS, rows.blocks(CONFIG.block_q), q.device)
     selection.counts.zero_()
     select(q, pyramid(kv, rows, CONFIG.block_q).table, kv, rows, CONFIG, LOGITS, CONFIG.block_q, selection)
     assert selection.counts[-1, -1, -1] == CONFIG.budget_blocks
@@ -112,10 +112,12 @@ def test_prompts(paged: bool) -> None:
 @pytest.mark.parametrize("paged", [False, True])
 def test_steps(paged: bool) -> None:
     q, kv, rows = queries(1), keys(paged), sequences(1, query_rows=1)
-    selection = Selection.empty(CONFIG, BATCH, KEY_HEADS, 1, q.device, keep=True)
+    selection = SelectionBuffers.empty(CONFIG, BATCH, KEY_HEADS, 1, q.device, keep=True)
     select(q, pyramid(kv, rows, 1).table, kv, rows, CONFIG, LOGITS, 1, selection)
     assert selection.counts[-1, -1, -1] == CONFIG.budget_blocks
-    read = Reads(1, CONFIG.block_k, CONFIG.sink, CONFIG.window, selection.indices, selection.counts, selection.window[:, -1])
+    read = Reads(
+        1, CONFIG.block_k, CONFIG.sink, CONFIG.window, selection.indices, selection.counts, selection.window_start[:, -1]
+    )
     out, lse, scratch = torch.zeros_like(q), tensor(BATCH, HEADS, 1, dtype=torch.float32), Scratch.make(2, q, DIM)
     decode(q, kv, rows, read, LOGITS, scratch, out, lse)
     assert scratch.lse[-1, -1, -1, -1] > 0

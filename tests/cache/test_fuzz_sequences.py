@@ -73,7 +73,7 @@ class Sequence:
                 assert told.out.isfinite().all()
                 return
             rows = self.state.rows.items() if shape.rows == 1 else ()
-            windows = {batch: row.selection.window for batch, row in rows if row.selection is not None}
+            windows = {batch: row.selection.window_start for batch, row in rows if row.selection is not None}
             visible = keys_read(told.mask, config, q, self.k, shape, windows)
         want, want_lse = expected(q, self.k, self.v, shape, visible)
         assert_near(told.out, want, tolerance)

@@ -94,7 +94,7 @@ def test_as_exact_as_plain_attention(groups: int, dtype: torch.dtype, steps: lis
             place = torch.arange(at + 1) - pad
             for head in range(q.shape[1]):
                 chosen = torch.isin(place // config.block_k, kept.ids[head // groups, 0, 0])
-                read[b, head, 0] = (place >= 0) & ((place < config.sink) | (place >= kept.window) | chosen)
+                read[b, head, 0] = (place >= 0) & ((place < config.sink) | (place >= kept.window_start) | chosen)
         own = (q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1], read)
         (want, _), (plain, _) = eager(*own), eager(*own, dtype=dtype)
         misses.append(float((got.out - want).abs().max()))

@@ -110,8 +110,8 @@ def test_bytes_of_a_query_block() -> None:
     config = small(method="quest", vote="sampled")
     block = query_blocks(config, make_problem(*make_qkv(413)).spans[0], False)[20]
     cost = block_cost(config, block, 16, 8, itemsize=2)
-    assert cost.attention_bytes == 2 * (4 + 16 + block.last + 1 - block.window) * 24
-    assert cost.selection_bytes == 2 * block.middle * 32
+    assert cost.attention_bytes == 2 * (4 + 16 + block.last + 1 - block.window_start) * 24
+    assert cost.selection_bytes == 2 * block.num_candidates * 32
     assert cost.dense_bytes == 2 * (block.last + 1) * 24
     assert cost.bytes_share == (cost.attention_bytes + cost.selection_bytes) / cost.dense_bytes
 
@@ -121,7 +121,7 @@ def test_bytes_of_asking_who_needs_the_middle() -> None:
     config = small(options={"sample": 256})
     block = query_blocks(config, make_problem(*make_qkv(413)).spans[0], False)[20]
     asking, not_asking = (block_cost(replace(config, vote=vote), block, 16, 8, itemsize=2) for vote in ("need", "sampled"))
-    assert block.middle * 4 == 300
+    assert block.num_candidates * 4 == 300
     assert asking.selection_bytes - not_asking.selection_bytes == 2 * 150 * 16
 
 
@@ -209,7 +209,7 @@ class Even:
         return self
 
     def select(self, heads: slice, blocks: list[Any]) -> torch.Tensor:
-        ids = [torch.arange(self.budget) * block.middle // self.budget + block.low for block in blocks]
+        ids = [torch.arange(self.budget) * block.num_candidates // self.budget + block.low for block in blocks]
         return torch.stack(ids).expand(heads.stop - heads.start, self.shares, -1, -1)
 
     def cost(self, block: Any, dim: int) -> tuple[int, int]:

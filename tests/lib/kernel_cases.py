@@ -118,7 +118,7 @@ class Case:
                 if sliding is not None:
                     seen &= key > position - sliding
                 for head in range(heads):
-                    read = (key < block.sink) | (key >= block.window) | torch.isin(key // bk, self.chosen(at, head, i))
+                    read = (key < block.sink_end) | (key >= block.window_start) | torch.isin(key // bk, self.chosen(at, head, i))
                     row = span.row_start + block.row
                     out[span.batch, head, row : row + block.rows, span.key_start : span.key_end] = seen & read
         return out
@@ -212,8 +212,8 @@ def make_case(
     for at, span in enumerate(spans):
         for i, block in enumerate(case.blocks(span)):
             for one in range(lists):
-                count = int(torch.randint(min(most, block.middle) + 1, ()))
-                chosen = block.low + torch.randperm(block.middle)[:count].sort().values
+                count = int(torch.randint(min(most, block.num_candidates) + 1, ()))
+                chosen = block.low + torch.randperm(block.num_candidates)[:count].sort().values
                 case.indices[at, one, i, :count] = chosen.int()
                 case.counts[at, one, i] = count
     return case

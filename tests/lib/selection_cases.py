@@ -13,7 +13,7 @@ from interpreter import DEVICE
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.backends.triton.common.sequences import Sequences
-from hip_hf.backends.triton.selection.search import Selection, select
+from hip_hf.backends.triton.selection.search import SelectionBuffers, select
 from hip_hf.backends.triton.selection.votes import votes_of
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
@@ -102,7 +102,7 @@ class Case:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         key, position = torch.arange(keys.shape[1]), torch.arange(block.first, block.last + 1)[:, None]
-        seen = (key <= position) & ((key < block.sink) | (key >= block.window))
+        seen = (key <= position) & ((key < block.sink_end) | (key >= block.window_start))
         if self.sliding is not None:
             seen &= key > position - self.sliding
         logits = logits.masked_fill(~seen, -torch.inf)
@@ -151,7 +151,7 @@ class Case:
         span = self.spans[s]
         bound = self.search(span)
         for n, block in enumerate(self.blocks(span, per_row)):
-            if block.middle > self.selector.budget:
+            if block.num_candidates > self.selector.budget:
                 near = self.near(span, block).to(bound.pyramid.dtype) if self.config.vote == "need" else None
                 ids = bound.select(slice(0, self.heads), [block], near)[:, :, 0].flatten(0, 1)
             else:
@@ -174,15 +174,15 @@ class Case:
         sinks = None if self.sinks is None else self.sinks.to(DEVICE)
         return Logits(self.scale, self.softcap, self.sliding, sinks, self.positions)
 
-    def empty(self, block_q: int, keep: bool = False) -> Selection:
+    def empty(self, block_q: int, keep: bool = False) -> SelectionBuffers:
         sequences = Sequences.of(self.spans, torch.device(DEVICE))
         masks = self.heads * (1 if self.config.group_shared else self.groups)
-        into = Selection.empty(self.config, len(self.spans), masks, sequences.blocks(block_q), torch.device(DEVICE), keep)
-        for tensor in (into.indices, into.counts, into.window):
+        into = SelectionBuffers.empty(self.config, len(self.spans), masks, sequences.blocks(block_q), torch.device(DEVICE), keep)
+        for tensor in (into.indices, into.counts, into.window_start):
             tensor.fill_(-7)
         return into
 
-    def run(self, block_q: int, into: Selection | None = None) -> Selection:
+    def run(self, block_q: int, into: SelectionBuffers | None = None) -> SelectionBuffers:
         into = self.empty(block_q) if into is None else into
         select(*self.arguments(), self.config, self.logits(), block_q, into)
         return into
@@ -190,7 +190,7 @@ class Case:
     def check(self, per_row: bool = False, keep: bool = False) -> None:
         block_q = 1 if per_row else self.config.block_q
         got, want = self.run(block_q, self.empty(block_q, keep)), self.expected(per_row)
-        counts, indices, window = got.counts.cpu(), got.indices.cpu(), got.window.cpu()
+        counts, indices, window = got.counts.cpu(), got.indices.cpu(), got.window_start.cpu()
         wrong = {}
         for (s, head, n), blocks in want.items():
             count = int(counts[s, head, n])
@@ -198,12 +198,12 @@ class Case:
             if chosen[:count] != blocks or any(chosen[count:]):
                 wrong[s, head, n] = (chosen[:count], blocks)
             laid = self.blocks(self.spans[s], per_row)[n]
-            assert max(int(window[s, head, n]), laid.start) == laid.window
+            assert max(int(window[s, head, n]), laid.start) == laid.window_start
         assert not wrong, f"(sequence, head, query block): (got, want) {wrong}"
         assert int((counts > 0).sum()) == sum(bool(blocks) for blocks in want.values()), (
             "query blocks that do not exist are empty"
         )
-        assert any(block.middle > self.selector.budget for span in self.spans for block in self.blocks(span, per_row))
+        assert any(block.num_candidates > self.selector.budget for span in self.spans for block in self.blocks(span, per_row))
 
 
 def whole(tokens: int, rows: int, batch: int = 0, key_start: int = 0) -> Span:

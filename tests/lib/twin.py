@@ -85,7 +85,7 @@ class Twin:
         at, bk = torch.arange(self.length) - start, self.config.block_k
         sliding = self.fields.get("sliding_window") or self.length
         seen = (at >= 0) & (at <= last) & (at > last - sliding)
-        always = (at < -(-self.config.sink // bk) * bk) | (at >= kept.window)
+        always = (at < -(-self.config.sink // bk) * bk) | (at >= kept.window_start)
         return torch.stack([seen & (always | torch.isin(at // bk, blocks)) for blocks in kept.blocks])
 
     def crop(self, length: int) -> None:

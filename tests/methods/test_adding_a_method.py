@@ -58,7 +58,7 @@ class Spread(base.Bound):
 
     def select(self, heads, blocks):
         count = self.config.budget_blocks
-        ids = [torch.arange(count) * block.middle // count + block.low for block in blocks]
+        ids = [torch.arange(count) * block.num_candidates // count + block.low for block in blocks]
         return torch.stack(ids).expand(heads.stop - heads.start, self.shares, -1, -1)
 
 

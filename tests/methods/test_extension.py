@@ -214,7 +214,7 @@ def test_a_kept_selection_is_placed_anew_at_every_step() -> None:
     for i in range(120, 130):
         now = make_problem(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], positions=where)
         result = attend(now, config, None, state, need_mask=True)
-        window = state.rows[0].selection.window
+        window = state.rows[0].selection.window_start
         windows.append(window)
         seen = read_mask(result.mask, config, now.q, now.k, window=window)
         for head in range(2):

@@ -36,15 +36,15 @@ def check(block: QueryBlock, sizes: dict[str, Any], window: int | None, sliding:
     )
     if window is None:
         own = max(0, first - sizes["window"])
-        assert tight(block.window, bk, own) if own >= block.start else block.window == block.start
+        assert tight(block.window_start, bk, own) if own >= block.start else block.window_start == block.start
     else:
-        assert block.window == max(window, block.start)
+        assert block.window_start == max(window, block.start)
     rounded = next(at for at in range(0, 999, bk) if at >= sizes["sink"])
-    assert block.start <= block.window
-    assert block.sink == sorted((block.start, rounded, block.window))[1], (
+    assert block.start <= block.window_start
+    assert block.sink_end == sorted((block.start, rounded, block.window_start))[1], (
         "the sink, as far as it is in sight and not in the window"
     )
-    assert (block.low * bk, block.high * bk, block.middle) == (block.sink, block.window, block.high - block.low)
+    assert (block.low * bk, block.high * bk, block.num_candidates) == (block.sink_end, block.window_start, block.high - block.low)
 
 
 @pytest.mark.parametrize("sliding", [None, 1, 9, 30])

@@ -129,7 +129,7 @@ def make_search(config: HiPConfig, tokens: int, heads: int, where: Any = None) -
     pyramid.extend(k[0], tokens // config.block_k)
     search = selector.bind(q[0].unflatten(0, (heads, 2)), k[0], pyramid, 0.25, None)
     blocks = query_blocks(config, Span(0, 0, tokens, 0, tokens, 0), False)
-    blocks = [block for block in blocks if block.middle > config.budget_blocks]
+    blocks = [block for block in blocks if block.num_candidates > config.budget_blocks]
     near = torch.randn(heads, 2, sum(block.rows for block in blocks), dtype=q.dtype) if config.vote == "need" else None
     return (search if where is None else search.chunk_indexed(where)), blocks, near
 

@@ -98,7 +98,7 @@ def test_every_stage_has_its_interval(refresh: list[int], monkeypatch: Any) -> N
         kept = state.rows[0].selection
         assert kept is not None
         assert kept.position == at - age
-        read = read_mask(got.mask, config, q[:, :, at : at + 1], k[:, :, : at + 1], window=kept.window)
+        read = read_mask(got.mask, config, q[:, :, at : at + 1], k[:, :, : at + 1], window=kept.window_start)
         logits = (q[:, :, at : at + 1] @ k[:, :, : at + 1].repeat_interleave(2, 1).transpose(2, 3) / 4).masked_fill(
             ~read, -torch.inf
         )

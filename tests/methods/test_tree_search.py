@@ -54,7 +54,7 @@ def test_same_blocks_where_short_middles_are_looked_at_whole(
         original = getattr(hip.TreeSearch, name)
 
         def count(self: Any, heads: Any, blocks: list, *rest: Any, name: str = name, original: Any = original) -> torch.Tensor:
-            middles.setdefault(name, []).extend(block.middle for block in blocks)
+            middles.setdefault(name, []).extend(block.num_candidates for block in blocks)
             return original(self, heads, blocks, *rest)
 
         monkeypatch.setattr(hip.TreeSearch, name, count)

@@ -27,7 +27,7 @@ KEYS_OF_A_PIECE, KEYS_AT_ONCE = 512, 4096
 
 def alike(block: QueryBlock) -> tuple[int, int, int, int]:
     """What query blocks have in common that `partial` serves together."""
-    return block.start, block.sink, block.rows, block.first - block.window
+    return block.start, block.sink_end, block.rows, block.first - block.window_start
 
 
 def store_rows(
@@ -39,7 +39,7 @@ def store_rows(
 
 def always_read(block: QueryBlock) -> tuple[int, int]:
     """Keys of the sink, and of the window up to the block's own last one, which a query block reads in any case."""
-    return block.sink - block.start, block.last + 1 - block.window
+    return block.sink_end - block.start, block.last + 1 - block.window_start
 
 
 class Logits:
@@ -250,7 +250,7 @@ class Parts:
         self.window = self.all[:, sink + picked :]
         self.windows = None
         if window:
-            windows = x[:, first.window : blocks[-1].last + 1].unfold(1, window, first.rows)
+            windows = x[:, first.window_start : blocks[-1].last + 1].unfold(1, window, first.rows)
             self.windows = windows.transpose(2, 3).unbind(1)
 
     def fill(self, i: int, chosen: tuple[torch.Tensor, ...]) -> None:
@@ -357,8 +357,8 @@ def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int, near: bool) -
     selected = (ids[..., None] * block_k + torch.arange(block_k, device=ids.device)).flatten(1)
     if not near:
         return selected
-    sink = torch.arange(block.start, block.sink, device=ids.device).expand(len(ids), -1)
-    window = torch.arange(block.window, block.last + 1, device=ids.device).expand(len(ids), -1)
+    sink = torch.arange(block.start, block.sink_end, device=ids.device).expand(len(ids), -1)
+    window = torch.arange(block.window_start, block.last + 1, device=ids.device).expand(len(ids), -1)
     return torch.cat([sink, selected, window], dim=1)
 
 

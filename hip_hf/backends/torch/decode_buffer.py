@@ -24,7 +24,7 @@ from hip_hf.workers import compute_dtype, scratch
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.problem import AttentionProblem
-    from hip_hf.state import DecodeState, RowState, Selection
+    from hip_hf.state import DecodeState, KeptSelection, RowState
 
 # A buffer that is full grows by one in so many of its rows, and by so many at least.
 GROWTH = 8
@@ -38,7 +38,7 @@ class Gathered:
 
     def __init__(self, room: int, t: Tensors) -> None:
         heads, dtype, device = t.k.shape[0], compute_dtype(t.q), t.q.device
-        self.selection: Selection | None = None  # that it was filled for
+        self.selection: KeptSelection | None = None  # that it was filled for
         self.position = self.count = 0  # one past the last position in it; rows in use
         self.k = torch.empty(heads, 0, t.k.shape[-1], dtype=dtype, device=device)
         self.v = torch.empty(heads, 0, t.v.shape[-1], dtype=dtype, device=device)
@@ -54,34 +54,34 @@ class Gathered:
                 torch.cat([x[:, : self.count], x.new_zeros(len(x), room - self.count, x.shape[2])], 1) for x in (self.k, self.v)
             )
 
-    def holds(self, selection: Selection | None, position: int) -> bool:
+    def holds(self, selection: KeptSelection | None, position: int) -> bool:
         """Whether the step at `position` under `selection` has only to add its own key."""
         return self.selection is not None and self.selection is selection and self.position == position
 
-    def serves(self, selection: Selection | None, position: int) -> bool:
+    def serves(self, selection: KeptSelection | None, position: int) -> bool:
         """Whether it holds the step at `position`, and nothing is to be selected for it."""
         return position < self.until and self.holds(selection, position)
 
-    def fill(self, t: Tensors, selection: Selection, block: QueryBlock, size: int, until: int) -> None:
+    def fill(self, t: Tensors, selection: KeptSelection, block: QueryBlock, size: int, until: int) -> None:
         """Bring what the step `block` reads under `selection` beside its own key, of key blocks of
         `size` keys. The selection holds `until` then."""
         assert selection.ids is not None
         self.selection = None  # until all is there
         ids = selection.ids[:, 0, 0]
-        sink, picked = block.sink - block.start, ids.shape[1] * size
-        count = sink + picked + block.last + 1 - block.window
+        sink, picked = block.sink_end - block.start, ids.shape[1] * size
+        count = sink + picked + block.last + 1 - block.window_start
         if not count <= self.k.shape[1] <= count + max(self.first, count // GROWTH):
             self.count = 0  # what was gathered is not needed
             self._take_room(max(count, self.first))
         self.count = count - 1
         for name, x, into in (("k", t.k, self.k), ("v", t.v, self.v)):
-            into[:, :sink] = x[:, block.start : block.sink]
+            into[:, :sink] = x[:, block.start : block.sink_end]
             middle = into[:, sink : sink + picked]
             if x.dtype == into.dtype:
                 pick(x, ids, size, middle)
             else:
                 middle.copy_(pick(x, ids, size, scratch.take(name, tuple(middle.shape), into.new_empty(0, dtype=x.dtype))))
-            into[:, sink + picked : self.count] = x[:, block.window : block.last]
+            into[:, sink + picked : self.count] = x[:, block.window_start : block.last]
         self.v[:, self.count :] = 0  # else what they held before, were it infinite or NaN, would count though it weighs nothing
         if t.positions is not None:
             self.k[:, : self.count] = t.positions.rope.keys(self.k[:, : self.count], 0, t.positions.trained)

@@ -16,7 +16,7 @@ from hip_hf.backends.torch.decode_buffer import Gathered, attend_next, new_keys
 from hip_hf.cache.pages import PagedKeys
 from hip_hf.geometry import QueryBlock, Span
 from hip_hf.methods.base import Bound, BoundByNeed
-from hip_hf.state import DecodeState, RowState, Selection
+from hip_hf.state import DecodeState, KeptSelection, RowState
 from hip_hf.workers import compute_dtype, run
 
 # Query blocks that are searched together: enough to amortise Python, few enough to stay in cache.
@@ -42,7 +42,7 @@ def portions(heads: int, blocks: int, workers: int) -> list[tuple[int, slice]]:
 def together(blocks: list[QueryBlock]) -> list[QueryBlock]:
     """Rows that follow one another, those with the same sink and window in one query block: what they read but for the middle."""
     joined = []
-    for _, group in groupby(blocks, key=lambda block: (block.start, block.sink, block.window)):
+    for _, group in groupby(blocks, key=lambda block: (block.start, block.sink_end, block.window_start)):
         same = list(group)
         joined.append(replace(same[0], last=same[-1].last))
     return joined
@@ -75,7 +75,7 @@ class SparseAttention(BlockSparseCall):
         if pyramid is None:
             pyramid = self.selector.make_pyramid(compute_dtype(t.k))
         if pyramid is not None:
-            needed = max((block.high for block in blocks if block.middle > self.budget), default=0)
+            needed = max((block.high for block in blocks if block.num_candidates > self.budget), default=0)
             pyramid = pyramid.writable(needed)
             pyramid.extend(source, needed)
         if row is not None:
@@ -102,7 +102,7 @@ class SparseAttention(BlockSparseCall):
 
     def _unit(self, t: Tensors, search: Bound, span: Span, head: int, blocks: list[QueryBlock]) -> None:
         heads = slice(head, head + 1)
-        for covered, group in groupby(blocks, key=lambda block: block.middle <= self.budget):
+        for covered, group in groupby(blocks, key=lambda block: block.num_candidates <= self.budget):
             run = list(group)
             if covered:
                 self._attend(t, span, heads, run, None)
@@ -168,7 +168,7 @@ class SparseAttention(BlockSparseCall):
         kept = row.selection if row is not None else None
         steps = steps_of(self.config)
         if kept is not None and span.position - kept.position < steps:
-            (block,) = self._blocks(span, kept.window)
+            (block,) = self._blocks(span, kept.window_start)
             if kept.stages and row is not None:
                 kept = row.selection = self._stages(t, span, row, block, kept)
             ids = kept.ids
@@ -179,23 +179,23 @@ class SparseAttention(BlockSparseCall):
         else:
             (block,) = self._blocks(span)
             search, ids = self._search(t, row, [block]), None
-            if block.middle > self.budget:
+            if block.num_candidates > self.budget:
                 near = self._near(t, heads, [block])[1] if self.selector.asks_need else None
                 ids = self._selected(search, heads, [block], near)
             if row is not None:
-                row.selection = Selection(ids, block.window, block.first)
+                row.selection = KeptSelection(ids, block.window_start, block.first)
         if row is not None and self._gathers(t, row, block, steps):
             self._attend_gathered(t, span, row, block, steps)
             self._take_note(span, heads, [block], ids)
         else:
             self._attend(t, span, heads, [block], ids)
-        return block.window
+        return block.window_start
 
     def _decode_rows(self, t: Tensors, span: Span, row: RowState | None) -> None:
         """A few rows at once: each selects for itself, and as little as possible is done row by row."""
         heads, blocks, ids = slice(0, t.k.shape[0]), self._blocks(span), None
         search = self._search(t, row, blocks)
-        for covered, group in groupby(blocks, key=lambda block: block.middle <= self.budget):
+        for covered, group in groupby(blocks, key=lambda block: block.num_candidates <= self.budget):
             some, ids = list(group), None
             if not covered:
                 ids = self._attend_each(t, search, span, heads, some)
@@ -204,7 +204,7 @@ class SparseAttention(BlockSparseCall):
                 attend_range(t, heads, slice(None), block)
             self._take_note(span, heads, some, None)
         if row is not None:
-            row.selection = Selection(None if ids is None else ids[:, :, -1:], blocks[-1].window, blocks[-1].first)
+            row.selection = KeptSelection(None if ids is None else ids[:, :, -1:], blocks[-1].window_start, blocks[-1].first)
 
     def _attend_each(self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         """Attention of rows that each select for themselves, and what they select."""
@@ -289,10 +289,10 @@ class SparseAttention(BlockSparseCall):
         lse = None if self.lse is None else self.lse[:, :, at]
         attend_next(step, [row], new_keys(step), self.out[:, :, at], lse)
 
-    def _stages(self, t: Tensors, span: Span, row: RowState, block: QueryBlock, kept: Selection | None) -> Selection:
+    def _stages(self, t: Tensors, span: Span, row: RowState, block: QueryBlock, kept: KeptSelection | None) -> KeptSelection:
         """Select for one step, stage by stage: each has its own interval, and goes on from what the ones before it kept."""
-        if block.middle <= self.budget:
-            return Selection(None, block.window, span.position)
+        if block.num_candidates <= self.budget:
+            return KeptSelection(None, block.window_start, span.position)
         intervals = self.config.decode_refresh
         assert isinstance(intervals, list)
         known = [] if kept is None else list(zip(kept.stages, intervals, strict=True))
@@ -304,7 +304,7 @@ class SparseAttention(BlockSparseCall):
         search = self._search(t, row, [block])
         results = search.resume(slice(0, t.k.shape[0]), [block], [ids for ids, _ in valid])
         stages = [*valid, *((ids, span.position) for ids in results[len(valid) :])]
-        return Selection(results[-1], block.window, stages[0][1], tuple(stages))
+        return KeptSelection(results[-1], block.window_start, stages[0][1], tuple(stages))
 
     def _note(self, span: Span, heads: slice, block: QueryBlock, ids: torch.Tensor | None) -> None:
         assert self.mask is not None

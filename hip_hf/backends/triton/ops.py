@@ -24,7 +24,7 @@ from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.dispatch import run
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
-from hip_hf.backends.triton.selection.search import Selection
+from hip_hf.backends.triton.selection.search import SelectionBuffers
 from hip_hf.backends.triton.sparse import DeviceState
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import DECODE_ROWS, mask_heads
@@ -73,7 +73,8 @@ def select(
     sliding_window: int | None,
     block_q: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key blocks of every query block: indices `[B, H, N, budget / block_k]` and counts `[B, H, N]`, int32 (`Selection`)."""
+    """Key blocks of every query block, as `SelectionBuffers` has them: indices `[B, H, N, budget /
+    block_k]` and counts `[B, H, N]`, int32."""
     fields, logits = settings(config), Logits(scale, softcap, sliding_window, sinks)
     sequences = Sequences(table, q.shape[2], k.shape[2])
     with launching(q, fields):
@@ -218,7 +219,7 @@ def decode_step(
     fields = settings(config)
     out = q.new_zeros(q.shape[0], 1, q.shape[1], v.shape[3])
     scratch = sparse.step_scratch(fields, q, k.shape[1], v.shape[3])
-    state = DeviceState(KeyPyramid(fields, summaries, states, built), Selection(indices, counts, window, made), scratch)
+    state = DeviceState(KeyPyramid(fields, summaries, states, built), SelectionBuffers(indices, counts, window, made), scratch)
     sequences, logits = Sequences(table, 1, k.shape[2]), Logits(scale, softcap, sliding_window, sinks)
     with launching(q, fields):
         sparse.decode_step(q, KeyValues(k, v), sequences, fields, logits, state, out.transpose(1, 2))

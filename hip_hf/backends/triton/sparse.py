@@ -18,12 +18,11 @@ from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.dense import dense_rows, keys_of, logits_of, sequences_of
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection import search
-from hip_hf.backends.triton.selection.search import Selection, select
+from hip_hf.backends.triton.selection.search import SelectionBuffers, select
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.geometry import DECODE_ROWS, Span, mask_heads
 from hip_hf.problem import AttentionProblem
-from hip_hf.state import DecodeState, RowState
-from hip_hf.state import Selection as Selected
+from hip_hf.state import DecodeState, KeptSelection, RowState
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -59,7 +58,7 @@ class DeviceState:
     """
 
     pyramid: KeyPyramid | None
-    selection: Selection
+    selection: SelectionBuffers
     scratch: Scratch
     even: bool = False
 
@@ -72,7 +71,7 @@ class DeviceState:
             if config.method == "hip":
                 pyramid = KeyPyramid.empty(config, q.shape[0], k.shape[1], q.shape[3], capacity, k.dtype, k.device)
             heads = mask_heads(config, q.shape[1], k.shape[1])
-            selection = Selection.empty(config, q.shape[0], heads, 1, q.device, keep=True)
+            selection = SelectionBuffers.empty(config, q.shape[0], heads, 1, q.device, keep=True)
             made = DeviceState(pyramid, selection, step_scratch(config, q[:, :, :1], k.shape[1], v.shape[3]))
             for x in made.tensors():  # graphs of `torch.compile` need not copy them to write to them
                 torch._dynamo.mark_static_address(x, guard=False)
@@ -83,7 +82,7 @@ class DeviceState:
         pyramid, selection = self.pyramid, self.selection
         assert selection.made is not None
         summaries = () if pyramid is None else (pyramid.table, pyramid.states, pyramid.built)
-        return *summaries, selection.indices, selection.counts, selection.window, selection.made
+        return *summaries, selection.indices, selection.counts, selection.window_start, selection.made
 
     @property
     def batch(self) -> int:
@@ -111,7 +110,7 @@ class DeviceState:
 
     def select_anew(self, batch: int) -> None:
         assert self.selection.made is not None
-        self.selection.made[batch].fill_(Selection.NEVER)
+        self.selection.made[batch].fill_(SelectionBuffers.NEVER)
 
     @torch.inference_mode(False)  # it outlives the mode it is reordered in
     def reorder(self, indices: list[int]) -> None:
@@ -121,12 +120,12 @@ class DeviceState:
             self.pyramid.reorder(index)
         old, scratch = self.selection, self.scratch
         made = None if old.made is None else old.made[index]
-        self.selection = Selection(old.indices[index], old.counts[index], old.window[index], made)
+        self.selection = SelectionBuffers(old.indices[index], old.counts[index], old.window_start[index], made)
         shape = (scratch.out.shape[0], len(indices), *scratch.out.shape[2:])
         self.scratch = Scratch(scratch.out.new_empty(shape), scratch.lse.new_empty(shape[:-1]))
 
 
-def reads_of(config: HiPConfig, selection: Selection, block_q: int) -> Reads:
+def reads_of(config: HiPConfig, selection: SelectionBuffers, block_q: int) -> Reads:
     """What the query blocks of a selection read."""
     searched = config.method == "hip"
     return Reads(
@@ -136,13 +135,13 @@ def reads_of(config: HiPConfig, selection: Selection, block_q: int) -> Reads:
         config.window,
         selection.indices if searched else None,
         selection.counts if searched else None,
-        None if selection.made is None else selection.window[:, 0],
+        None if selection.made is None else selection.window_start[:, 0],
     )
 
 
-def keep_window(config: HiPConfig, sequences: Sequences, selection: Selection) -> None:
+def keep_window(config: HiPConfig, sequences: Sequences, selection: SelectionBuffers) -> None:
     """For a method that selects nothing, what the search does on the side: the window's start stays between refreshes."""
-    made, window, position = selection.made, selection.window, sequences.table[4][:, None, None]
+    made, window, position = selection.made, selection.window_start, sequences.table[4][:, None, None]
     assert made is not None
     old = (position < made) | (position - made >= steps_of(config))
     made.copy_(torch.where(old, position, made))
@@ -159,7 +158,7 @@ def select_blocks(
     block_q: int,
     pyramid: KeyPyramid | None = None,
     append: bool = False,
-) -> Selection:
+) -> SelectionBuffers:
     """What every query block of `block_q` rows of a call reads, in a new selection. A method that does not search leaves it
     unwritten.
 
@@ -167,7 +166,7 @@ def select_blocks(
     pyramid lacks only few keys, as in decode.
     """
     heads = mask_heads(config, q.shape[1], kv.heads)
-    selection = Selection.empty(config, sequences.count, heads, sequences.blocks(block_q), q.device)
+    selection = SelectionBuffers.empty(config, sequences.count, heads, sequences.blocks(block_q), q.device)
     if config.method == "hip":
         if pyramid is None:
             shape = (sequences.count, kv.heads, q.shape[3], sequences.max_keys)
@@ -261,14 +260,14 @@ class SparseAttention(BlockSparseCall):
         serve = [self._serves(span, row) for span, row in zip(problem.spans, rows, strict=True)]
         call = (problem.q, self.kv, self.sequences, config, self.logits, kept)
         decode_step(*call, self.out, self.lse, all_serve=all(serve))
-        return [None if row.selection is None else row.selection.window for row in rows]
+        return [None if row.selection is None else row.selection.window_start for row in rows]
 
     def _serves(self, span: Span, row: RowState) -> bool:
         """Whether the selection of a batch row still serves. If not, the one that this step makes takes its place."""
         old = row.selection
         if old is not None and 0 <= span.position - old.position < steps_of(self.config):
             return True
-        row.selection = Selected(None, self._blocks(span)[0].window, span.position)
+        row.selection = KeptSelection(None, self._blocks(span)[0].window_start, span.position)
         return False
 
     def _device_state(self, state: DecodeState, spans: tuple[Span, ...]) -> DeviceState:
@@ -329,7 +328,7 @@ class SparseAttention(BlockSparseCall):
             tail.append(span.part(span.position + first, span.end))
         return (Part(sequences_of(tuple(head), device), reads), Part(sequences_of(tuple(tail), device), dense_reads()))
 
-    def _note_all(self, spans: tuple[Span, ...], selection: Selection) -> None:
+    def _note_all(self, spans: tuple[Span, ...], selection: SelectionBuffers) -> None:
         """Put down in the mask what was selected."""
         if self.mask is None or self.config.method != "hip":
             return

@@ -61,10 +61,10 @@ def block_cost(
     selector = selector_for(config)
     budget = selector.budget
     visible = keys_seen(block.first, block.last, sliding_window)
-    middle = min(block.middle, budget) * config.block_k
-    fixed = block.sink - block.start - block.window + middle
+    middle = min(block.num_candidates, budget) * config.block_k
+    fixed = block.sink_end - block.start - block.window_start + middle
     read = block_read(block, middle, sliding_window)
-    searched = block.middle > budget or selector.looks_always
+    searched = block.num_candidates > budget or selector.looks_always
     known = selector.cost(block, dim) if searched else (0, 0)
     if known is None:
         raise ValueError(f"method: got {config.method!r}, allowed: one whose selector has a `cost(block, dim)`")
@@ -99,7 +99,7 @@ def call_cost(
     if config.delta is not None:
         clustered = mode_of(config, sliding_window)[0] == "clusters"
         if clustered:
-            blocks = [block for block in blocks if block.middle > selector_for(config).budget]
+            blocks = [block for block in blocks if block.num_candidates > selector_for(config).budget]
             cost += _clusters(config, blocks, dim, value_dim, itemsize)
         dense = anchors(first, end, config.delta, first if clustered else None)
         dense = [p for p in dense if any(block.first <= p <= block.last for block in blocks)]
@@ -122,10 +122,10 @@ def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> AttentionCost
 def _clusters(config: HiPConfig, blocks: Sequence[QueryBlock], dim: int, value_dim: int, itemsize: int) -> AttentionCost:
     """What Delta correction in mode `clusters` takes on top of its dense rows, for query blocks that leave keys out. Keys join
     clusters once for a key head; they count as if once for each query head."""
-    blocks = [block for block in blocks if block.window - block.sink >= CLUSTERS]
+    blocks = [block for block in blocks if block.window_start - block.sink_end >= CLUSTERS]
     if not blocks:
         return AttentionCost()
-    joined = blocks[-1].window - blocks[-1].sink
+    joined = blocks[-1].window_start - blocks[-1].sink_end
     rows, numbers = sum(block.rows for block in blocks), CLUSTERS * (2 * dim + value_dim)
     taken = len(blocks) * selector_for(config).budget * config.block_k  # keys that are taken out of the clusters
     loads = joined * (2 * dim + value_dim) + taken * (dim + value_dim) + len(blocks) * numbers

@@ -91,8 +91,8 @@ def kinds_read(problem: AttentionProblem, config: HiPConfig, layer: int) -> tupl
         row[block.start // size : block.last // size + 1] = _KIND["read densely" if dense else "not read"]
         if result.mask is None:
             continue
-        row[block.start // size : block.sink // size] = _KIND["sink"]
-        row[block.window // size : block.last // size + 1] = _KIND["window"]
+        row[block.start // size : block.sink_end // size] = _KIND["sink"]
+        row[block.window_start // size : block.last // size + 1] = _KIND["window"]
         row[result.mask.indices[0, 0, i, : result.mask.counts[0, 0, i]].long()] = _KIND["selected"]
     path = f"sparse, {result.share:.0%} of the keys read" if result.path == "sparse" else f"dense: {result.reason}"
     return kinds, path

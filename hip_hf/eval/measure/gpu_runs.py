@@ -14,7 +14,7 @@ from hip_hf.attention import Result
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.backends.triton.common.sequences import Sequences
-from hip_hf.backends.triton.selection.search import Selection, select
+from hip_hf.backends.triton.selection.search import SelectionBuffers, select
 from hip_hf.backends.triton.sparse import DeviceState, decode_step
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.latency import TimedRun, wall
@@ -115,7 +115,7 @@ class CapturedSteps:
         position, state, pyramid = self.sequences.table[4], self.state, self.state.pyramid
         position.fill_(self.length)
         assert state.selection.made is not None
-        state.selection.made.fill_(Selection.NEVER)
+        state.selection.made.fill_(SelectionBuffers.NEVER)
         if pyramid is not None:
             pyramid.truncate(self.length // self.config.block_k)
         for step in range(self.count):

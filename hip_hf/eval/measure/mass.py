@@ -33,7 +33,7 @@ def searched_blocks(problem: AttentionProblem, config: HiPConfig) -> list[tuple[
     (span,) = problem.spans
     relative = Span(0, 0, span.keys, 0, span.rows, span.position)
     blocks = query_blocks(config, relative, problem.q.shape[2] <= DECODE_ROWS, problem.sliding_window)
-    return [(at, block) for at, block in enumerate(blocks) if block.middle > config.budget_blocks]
+    return [(at, block) for at, block in enumerate(blocks) if block.num_candidates > config.budget_blocks]
 
 
 def probabilities(problem: AttentionProblem, head: int, block: QueryBlock) -> torch.Tensor:
@@ -73,8 +73,8 @@ def captured_mass(
     for head in range(problem.k.shape[1]):
         for column, (at, block) in enumerate(blocks):
             p = probabilities(problem, head, block).mean(1)  # [G, keys]
-            always = p[:, : block.sink - block.start].sum(-1) + p[:, block.window - block.start :].sum(-1)
-            middle = p[:, block.sink - block.start : block.window - block.start]
+            always = p[:, : block.sink_end - block.start].sum(-1) + p[:, block.window_start - block.start :].sum(-1)
+            middle = p[:, block.sink_end - block.start : block.window_start - block.start]
             middle = middle.unflatten(-1, (-1, masks[0].block_k)).sum(-1)  # [G, key blocks]
             for i, mask in enumerate(masks):
                 ids = chosen(problem, mask, head, at) - block.low

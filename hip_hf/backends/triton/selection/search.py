@@ -41,11 +41,11 @@ CHOOSING_WARPS = 4
 
 
 @dataclass
-class Selection:
+class SelectionBuffers:
     """Which key blocks each query block reads. `N` query blocks, `H` mask heads (Hkv if the group shares, else Hq).
 
     indices int32 `[S, H, N, budget / block_k]`, sorted, of which the first counts int32 `[S, H, N]` count (0: no such query
-    block); a middle that the budget covers is listed whole. window int32 `[S, H, N]`: where the window starts. made int32
+    block); a middle that the budget covers is listed whole. window_start int32 `[S, H, N]`: where the window starts. made int32
     `[S, H, N]`: in decode, the position that a selection was made for.
     """
 
@@ -53,19 +53,21 @@ class Selection:
 
     indices: torch.Tensor
     counts: torch.Tensor
-    window: torch.Tensor
+    window_start: torch.Tensor
     made: torch.Tensor | None = None
     scratch: torch.Tensor | None = None
     shared: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @staticmethod
-    def empty(config: HiPConfig, sequences: int, heads: int, blocks: int, device: torch.device, keep: bool = False) -> Selection:
+    def empty(
+        config: HiPConfig, sequences: int, heads: int, blocks: int, device: torch.device, keep: bool = False
+    ) -> SelectionBuffers:
         """Not filled yet; with `keep`, one that decode steps share (the first of them selects)."""
         shape = (sequences, heads, blocks)
         indices = torch.empty(*shape, config.budget_blocks, dtype=torch.int32, device=device)
         counts, window = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
-        made = torch.full(shape, Selection.NEVER, dtype=torch.int32, device=device) if keep else None
-        return Selection(indices, counts, window, made)
+        made = torch.full(shape, SelectionBuffers.NEVER, dtype=torch.int32, device=device) if keep else None
+        return SelectionBuffers(indices, counts, window, made)
 
     def scratch_for(self, count: int) -> torch.Tensor:
         """Scratch of `count` numbers at least. Kept for decode steps, with room to grow: most of them allocate nothing."""
@@ -225,7 +227,7 @@ def select(
     config: HiPConfig,
     logits: Logits,
     block_q: int,
-    into: Selection,
+    into: SelectionBuffers,
     shape: SearchTile | None = None,
 ) -> None:
     """Fill `into` for all query blocks of `block_q` rows (1 in decode). `shape`: a launch to try.
@@ -250,7 +252,7 @@ def select(
     made, settings = into.counts if into.made is None else into.made, (config.sink, config.window, logits.sliding_window or 0)
     for first in range(0, programs, max(1, at_once)):
         select_kernel[(min(at_once, programs - first), fixed["LOOKS"])](
-            q, table, kv.k, block_table, sequences.table, scratch, into.indices, into.counts, into.window,
+            q, table, kv.k, block_table, sequences.table, scratch, into.indices, into.counts, into.window_start,
             made, near, listed, *q.stride()[:3], *kv.strides(kv.k), stride_table,
             sequences.table.stride(0), table.stride(0), table.stride(1), near.shape[-1], stride_scratch, blocks, heads, first,
             logits.scale, *settings, config.decode_refresh, steps_of(fixed),
@@ -258,6 +260,6 @@ def select(
         )  # fmt: skip
     if fixed["LOOKS"] > 1:
         choose_kernel[(programs,)](
-            listed, scratch, sequences.table, near, into.indices, into.counts, into.window, made, sequences.table.stride(0),
+            listed, scratch, sequences.table, near, into.indices, into.counts, into.window_start, made, sequences.table.stride(0),
             near.shape[-1], blocks, heads, *settings, config.decode_refresh, **choosing(fixed),
         )  # fmt: skip

@@ -280,7 +280,8 @@ def need_arguments(
     q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, block_q: int,
     made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, target: str | None = None, shape: Tile | None = None,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
-    """Grid and arguments of `need_kernel`. `made`: as a `Selection` keeps it; `target`, `shape`: not those of q's device."""
+    """Grid and arguments of `need_kernel`. `made`: as `SelectionBuffers` keep it; `target`, `shape`: not
+    those of q's device."""
     dim, group = q.shape[-1], q.shape[1] // kv.heads
     voting = Voting.of(config, group, block_q, logits.positions is not None)
     # attention's tiles, which hold values besides
