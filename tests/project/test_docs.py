@@ -15,6 +15,7 @@ from browser import Seen, broken_links, visit
 from repository import ROOT
 
 import hip_hf
+from hip_hf.eval.measure.costs import prompt_cost
 from hip_hf.methods.base import method_of
 from hip_hf.methods.hip import Options
 from hip_hf.registry import METHODS
@@ -83,7 +84,14 @@ def test_all_settings_are_documented_with_their_defaults(kind: type) -> None:
 def test_what_pages_say_of_the_defaults_is_true() -> None:
     """Numbers in sentences that follow from the settings, and lists of the methods."""
     defaults = hip_hf.HiPConfig()
+    costs = [prompt_cost(defaults, tokens) for tokens in (8192, 32768, 131072)]
+    short, *long = (cost.selection / cost.attention for cost in costs if cost is not None)
     said = {
+        "docs/measurements.md": [f"takes {long[0]:.2f} and {long[1]:.2f} of attention's FLOPs"],
+        "docs/decisions.md": [
+            f"takes {long[0]:.2f} and {long[1]:.2f} of attention's products over prompts of 32K and 128K",
+            f"takes {short:.2f} of attention's products at 8K, {long[0]:.2f} at 32K and {long[1]:.2f} at 128K",
+        ],
         "docs/how.md": [
             f"({2 * defaults.beam_blocks} blocks by default, in contexts",
             f"keeps ({2 * defaults.beam_blocks} blocks by default)",
