@@ -376,6 +376,8 @@ class TreeSearch(base.BoundByNeed):
         return turn(keys, cos, sin, back=True, out=scratch.take("turned", keys.shape, keys))
 
 
+BEAM1 = {"beam": 1, "rescore": 1}
+PAPER = {"representative": "middle", "score": "max", "vote": "sampled"}
 METHOD = base.Method(
     "the best key blocks, found by a tree search, O(log T) per query block",
     Selector,
@@ -383,18 +385,10 @@ METHOD = base.Method(
     presets={
         "defaults": {},
         "quality": {"query_stride": 1, "beam": 16, "rescore": 16, "decode_refresh": 1},
-        "beam1": {"beam": 1, "rescore": 1},
+        "beam1": BEAM1,
         # every key of the middle: what the estimate is measured by
         "true_need": {"options": {"sample": 1 << 28}},
-        "paper": {
-            "representative": "middle",
-            "score": "max",
-            "query_stride": 4,
-            "vote": "sampled",
-            "beam": 1,
-            "rescore": 1,
-            "decode_refresh": 8,
-        },
+        "paper": {**PAPER, **BEAM1, "query_stride": 4, "decode_refresh": 8},
         "delta": {"delta": 64},
     },
 )
