@@ -56,11 +56,8 @@ def _is_int(value: object) -> bool:
 class Declared(Protocol):
     """What settings ask of their method, of all that `hip_hf.methods.base.Method` holds."""
 
-    @property
-    def options(self) -> type: ...
-
-    @property
-    def extends(self) -> bool: ...
+    options: type
+    extends: bool
 
     def check(self, config: HiPConfig) -> None: ...
 

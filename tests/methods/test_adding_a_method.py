@@ -46,19 +46,20 @@ class Selector(base.Selector):
     extends = True
 
     def bind(self, q, keys, pyramid, scale, softcap):
-        return Spread(self.config, 1 if self.config.group_shared else q.shape[1])
+        return Spread(self.config, 1 if self.config.group_shared else q.shape[1], q.device)
 
     def cost(self, block, dim):
         return 7 * dim, dim
 
 
 class Spread(base.Bound):
-    def __init__(self, config, shares):
-        self.config, self.shares = config, shares
+    def __init__(self, config, shares, device):
+        self.config, self.shares, self.device = config, shares, device
 
     def select(self, heads, blocks):
         count = self.config.budget_blocks
-        ids = [torch.arange(count) * block.num_candidates // count + block.low for block in blocks]
+        spread = torch.arange(count, device=self.device)
+        ids = [spread * block.num_candidates // count + block.low for block in blocks]
         return torch.stack(ids).expand(heads.stop - heads.start, self.shares, -1, -1)
 
 

@@ -271,10 +271,10 @@ def test_a_bad_override_names_its_layer(fields: dict[str, Any], says: str) -> No
 @pytest.mark.parametrize(
     ("fields", "kept", "rescored"),
     [
-        ({}, 256, 256),
+        ({"budget": 1024}, 256, 256),
         ({"budget": 256}, 256, 256),  # what is looked at does not shrink with what is read
         ({"budget": 16, "block_k": 8}, 512, 512),
-        ({"block_k": 2}, 1024, 2048),  # twice as many are all that kernels hold
+        ({"budget": 1024, "block_k": 2}, 1024, 2048),  # twice as many are all that kernels hold
         ({"budget": 24, "block_k": 24}, 171, 171),
         ({"budget": 4096}, 512, 768),
         ({"budget": 256, "beam": 2, "rescore": 3}, 32, 48),
