@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import roofline
 import torch
 import tune
 from gpu_run import MACHINE
@@ -32,7 +33,7 @@ from hip_hf.cli.inputs import load_to_measure
 from hip_hf.cli.presets import over_budgets
 from hip_hf.cli.publish import write
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import doctor, documents, gpu_latency, losses, needles, real_model, roofline
+from hip_hf.eval.measure import doctor, documents, gpu_latency, losses, needles, real_model
 from hip_hf.eval.measure.generate import generate
 from hip_hf.eval.measure.gpu_runs import DeviceClock, Timed
 from hip_hf.eval.measure.latency import TIMED_DTYPES, GrowingSteps, TimingPlan, interleave, ours, refresh_period, sdpa

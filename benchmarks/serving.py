@@ -18,13 +18,13 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
+from served import Served, complete_all, serving, settings_options
 from transformers import AutoTokenizer
 
 from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.publish import Json, Output, Plot, Targets, model_name
 from hip_hf.eval.measure.documents import DOCUMENT
 from hip_hf.eval.measure.generate import lengthen
-from hip_hf.eval.measure.served import Served, complete_all, serving, settings_options
 
 ATTENTIONS = ("sdpa", "hip")
 PAGE = 256  # tokens

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from served import NEW_TOKENS, serving, settings_options, soak
 
 from hip_hf.cli import inputs
 from hip_hf.cli.publish import Json, Output, Targets
 from hip_hf.eval.measure import documents, generate
 from hip_hf.eval.measure.generate import lengthen
-from hip_hf.eval.measure.served import NEW_TOKENS, serving, settings_options, soak
 
 PAGE = 256  # tokens
 

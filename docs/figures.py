@@ -89,7 +89,9 @@ def draw_tree(file: Path, problem: AttentionProblem) -> None:
     for i in kept:
         axis.barh(len(levels), config.block_k, left=i * config.block_k, height=0.7, color=plots.BLOCK_KINDS["selected"])
     axis.barh(len(levels), block.sink_end, left=0, height=0.7, color=plots.BLOCK_KINDS["sink"])
-    axis.barh(len(levels), block.last + 1 - block.window_start, left=block.window_start, height=0.7, color=plots.BLOCK_KINDS["window"])
+    axis.barh(
+        len(levels), block.last + 1 - block.window_start, left=block.window_start, height=0.7, color=plots.BLOCK_KINDS["window"]
+    )
     axis.set_yticks(range(len(levels) + 1), [*names, "what is read"])
     axis.invert_yaxis()
     axis.set_xlim(0, block.last + 1)

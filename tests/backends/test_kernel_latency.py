@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import roofline
 import torch
 from helpers import assert_near, small
 from interpreter import DEVICE
@@ -31,7 +32,7 @@ from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.cli import latency as latency_command
 from hip_hf.cli.presets import sizes
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import gpu_latency, kernel_costs, latency, roofline
+from hip_hf.eval.measure import gpu_latency, kernel_costs, latency
 from hip_hf.eval.measure.gpu_latency import Bench, CapturedSteps, DeviceClock, measure
 from hip_hf.eval.measure.kernel_costs import NO_COST, KernelCost
 from hip_hf.eval.measure.latency import TimingPlan, ours

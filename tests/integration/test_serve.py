@@ -20,6 +20,7 @@ pytest.importorskip("openai")
 
 from openai import APIStatusError, OpenAI
 from pretrained import fetched
+from served import NEW_TOKENS, Served, complete_all, serving, settings_options, soak
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -27,7 +28,6 @@ from typer.testing import CliRunner
 import hip_hf
 from hip_hf.cli import autoload
 from hip_hf.eval.measure import documents, real_model
-from hip_hf.eval.measure.served import NEW_TOKENS, Served, complete_all, serving, settings_options, soak
 from hip_hf_cli import app
 
 WORDS = 255

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer
-from repository import ROOT
+from train import build_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hip_hf import configure
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-build_tokenizer = import_module("train").build_tokenizer
 SETTINGS = dict(budget=64, window=32, sink=16, block_q=32, dense_layers=1, dense_below=0, dense_tail=32)
 LENGTH = 1024
 SENTENCE = "It is a truth universally acknowledged that whoever keeps a long text in mind must forget some part of it ."

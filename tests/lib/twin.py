@@ -18,7 +18,7 @@ class Kept:
     """A selection that later steps may reuse: blocks by query head, the window's start, and the row it was made for."""
 
     blocks: list[torch.Tensor]
-    window: int
+    window_start: int
     position: int
 
 

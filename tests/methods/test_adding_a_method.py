@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from figures import methods as table
 from helpers import assert_near, causal, eager, make_problem, make_qkv, read_mask, small, sparse
-from repository import ROOT
 
 from hip_hf.attention import attend
 from hip_hf.cli.presets import every, settings_of
@@ -20,10 +20,6 @@ from hip_hf.eval.measure.costs import prompt_cost
 from hip_hf.methods import add_method
 from hip_hf.methods.base import method_of
 from hip_hf.registry import METHODS, _declared
-
-sys.path.insert(0, str(ROOT / "docs"))
-
-from figures import methods as table
 
 FILE = """
 from dataclasses import dataclass

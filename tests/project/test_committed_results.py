@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
+import figures
 import pytest
+import roofline
 from processes import process
 from repository import ROOT
 
-from hip_hf.eval.measure import fidelity, roofline
+from hip_hf.eval.measure import fidelity
 
 DOCS = ROOT / "docs"
-sys.path.insert(0, str(DOCS))
-
-import figures  # noqa: E402
 
 pytestmark = pytest.mark.fast
 

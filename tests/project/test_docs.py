@@ -25,8 +25,6 @@ if not os.environ.get("CI"):  # where it must have run
     pytest.importorskip("myst_nb", reason="pip install '.[docs]'")
 
 DOCS = ROOT / "docs"
-sys.path.insert(0, str(DOCS))
-
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Made by Sphinx beside the pages, and nowhere linked as reading.

@@ -9,25 +9,23 @@ import subprocess
 import sys
 from ast import literal_eval
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import gpu_records
+import gpu_run
 import pytest
+import roofline
 import torch
 from repository import ROOT
 
 from hip_hf.backends.triton.compile.catalogue import launches_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import roofline
 from hip_hf.eval.measure.kernel_costs import NO_COST, KernelCost, Shape
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.methods import hyper
 
 BENCHMARKS = ROOT / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-gpu_run, gpu_records = import_module("gpu_run"), import_module("gpu_records")
 STEPS, Step = gpu_run.STEPS, gpu_run.Step
 
 # What is installed here and not where a GPU is lent.

@@ -1,8 +1,8 @@
 """Prints the table of the GPU kernels (`docs/performance.md`): FLOPs, bytes, floor and model of each call and of each of its
 kernels, and what was measured. HyperAttention's and Delta correction's formulas are here, too.
 
-python -m hip_hf.eval.measure.roofline [--gpu A100] [--lengths 8192,131072] [--key-heads 4] [--settings '{"rescore": 4}'] [--json]
-                             [--measured FOLDER/summary.json]
+python benchmarks/roofline.py [--gpu A100] [--lengths 8192,131072] [--key-heads 4] [--settings '{"rescore": 4}'] [--json]
+                              [--measured FOLDER/summary.json]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hip_hf.methods import hyper
 
 LENGTHS = (8192, 32768, 131072, 1 << 20)
 # Where the summary of `benchmarks/gpu_run.py` is put once there is one.
-MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "gpu_run.json"
+MEASURED = Path(__file__).parent / "results" / "gpu_run.json"
 # What `gpu_run` calls a step: the phase of a call, and whose milliseconds.
 CALLS = {
     "prefill": ("prefill", "hip_ms"),
