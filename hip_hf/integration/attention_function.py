@@ -38,18 +38,18 @@ def _compiled(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     **fields: Any,
 ) -> tuple[torch.Tensor, None]:
     """`attention_forward` while a graph is being made: an operator of the graph, or a call at which
     it breaks. What is dense whatever the settings say (bidirectional, `torch.export`) is made of
     tensor operations, which any graph can hold."""
-    if is_bidirectional(module, mask, fields.get("is_causal")) or tracing():
-        return attend_layer(module, query, key, value, mask, dropout, **fields)
+    if is_bidirectional(module, attention_mask, fields.get("is_causal")) or tracing():
+        return attend_layer(module, query, key, value, attention_mask, dropout, **fields)
     refuse(module, dropout, fields)
     from hip_hf.integration import in_graph  # an operator takes long to register
 
     if continuous_batching.cache_of(key, fields) is None and in_graph.serves(query, key):
-        return in_graph.attention(module, query, key, value, mask, **fields), None
-    return outside_of_graphs(attention_forward, module, query, key, value, mask, dropout, **fields)
+        return in_graph.attention(module, query, key, value, attention_mask, **fields), None
+    return outside_of_graphs(attention_forward, module, query, key, value, attention_mask, dropout, **fields)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from hip_hf.attention import dense_reason
-from hip_hf.backends.choice import kernels_serve
+from hip_hf.backends.choice import asks_for_kernels, kernels_serve
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.geometry import Span
 from hip_hf.integration.cache_layers import KIND, NUMBER, STATE
@@ -157,11 +157,13 @@ def _way(
     model's config, for the graph to be guarded by. `shapes`: heads and head dim of query, key and
     value. `rest`: scale, sliding window and softcap."""
     settings = layer_settings(module, method)
+    if settings.extend is not None or not asks_for_kernels(settings, device):
+        return "", False
     q, k, v = (torch.empty(1, heads, 1, dim, dtype=dtype, device=device) for heads, dim in shapes)
     problem = AttentionProblem(q, k, v, (Span(0, 0, keys, 0, 1, keys - 1),), *rest)
     dense = bool(dense_reason(problem, settings, layer_index(module), False)[0])
     known = dense or (settings.method == "hip" and settings.delta is None)
-    if settings.extend is not None or not known or not kernels_serve(problem, settings, dense):
+    if not known or not kernels_serve(problem, settings, dense):
         return "", False
     return settings.text, dense
 
@@ -180,8 +182,10 @@ def step(
     shapes = tuple((x.shape[1], x.shape[3]) for x in given)
     kind, rest = (key.shape[2], query.dtype, query.device), (scale, sliding_window, softcap)
     text, dense = _way(module, method, getattr(module.config, "hip", None), shapes, *kind, rest)
+    if not text:
+        return None
     state: Any = None if dense else getattr(key, STATE).known(layer_index(module))
-    if not text or not (dense or (state is not None and state.stepping(text, len(query)))):
+    if not (dense or (state is not None and state.stepping(text, len(query)))):
         return None
     from hip_hf.backends.triton import ops  # which imports Triton
 

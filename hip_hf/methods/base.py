@@ -98,7 +98,7 @@ class Selector:
         return 0, 0
 
 
-Unsummarised = Selector  # the name by which rules outside of this package may know it
+Unplaced, Unsummarised = Bound, Selector  # the names by which rules outside of this package may know them
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,20 @@ def summarises(config: HiPConfig) -> bool:
     return selects(config.method) and selector_for(config).make_pyramid(torch.float32) is not None
 
 
+class _Defaults(Selector):
+    """What a rule that does not inherit from `Selector` lacks."""
+
+    def __init__(self, config: HiPConfig | None = None) -> None:
+        if config is not None:  # else its own `__init__` says `super().__init__()`, and keeps the settings
+            super().__init__(config)
+
+
 def add_method(name: str, selector: type, options: type = NoOptions) -> None:
     """Make a selection rule of your own known by `name`, to settings, models and measuring commands
     of this process.
 
     `selector`: a class like `hip_hf.methods.base.Selector`. It need not inherit from that: what it
-    lacks is taken from there. With a method `cost(block, dim) -> (FLOPs, numbers loaded)` for one
+    lacks is taken from there, `budget` only if it has no `__init__` of its own. With a method `cost(block, dim) -> (FLOPs, numbers loaded)` for one
     query block, `hip-hf fidelity` knows what it costs. `options`: a dataclass of its settings; where
     that has a method `check(config)`, it raises ValueError for settings that do not fit them.
 
@@ -196,7 +204,7 @@ def add_method(name: str, selector: type, options: type = NoOptions) -> None:
         ValueError: the name is taken.
     """
     whole = issubclass(selector, Selector)
-    rule = selector if whole else type(selector.__name__, (selector, Selector), {})
+    rule = selector if whole else type(selector.__name__, (selector, _Defaults), {})
     own_check = hasattr(options, "check")
     check = (lambda config: config.method_options().check(config)) if own_check else refuse_stages
     summary = (selector.__doc__ or name).strip().partition("\n")[0]

@@ -14,6 +14,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 import hip_hf
 from hip_hf.integration import in_graph, masks
+from hip_hf.integration.attention_function import attention_forward
 from hip_hf.state import _states
 
 pytestmark = pytest.mark.skipif(not in_graph._TAGS, reason="PyTorch before 2.9 breaks graphs at attention")
@@ -210,3 +211,19 @@ def test_numbers_keep_no_state_alive() -> None:
     del state
     gc.collect()
     assert len(_states) == before
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_layer_may_give_its_mask_by_name(causal: bool) -> None:
+    """As the attention of some models of Transformers does."""
+    module = make_model("llama").model.layers[0].self_attn
+    heads = [module.config.num_attention_heads, *[module.config.num_key_value_heads] * 2]
+    given = [torch.randn(1, count, PROMPT, module.head_dim) for count in heads]
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        return attention_forward(module, *tensors, attention_mask=None, is_causal=causal)[0]
+
+    with torch.no_grad():
+        want = attend(*given)
+        got = torch.compile(attend, backend="eager", fullgraph=True)(*given)
+    assert torch.equal(got, want)

@@ -70,6 +70,7 @@ class Bare:
     """Blocks from the middle's beginning: a rule that takes nothing from this package."""
 
     def __init__(self, config: HiPConfig) -> None:
+        super().__init__()  # as a class may that inherits from nothing
         self.config, self.budget = config, config.budget // config.block_k
 
     def bind(self, q: torch.Tensor, keys: torch.Tensor, *rest: Any) -> Bare:

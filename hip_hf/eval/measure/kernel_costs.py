@@ -181,7 +181,8 @@ def need(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     voting = Voting.of(config, shape.group, config.block_q, False)
     if not (voting.weighed or voting.ranked):
         return NO_COST
-    sample, share = config.method_options().sample if voting.ranked else 0, voting.asked / config.block_q
+    share = voting.asked / config.block_q
+    sample = config.method_options().sample if voting_share(tokens, config, shape) < share else 0
     keys = keys_near(tokens, config, config.block_q) + min(sample, tokens)
     tiles = tokens / config.block_q * shape.row_tiles("prefill", voting.asked, shape.key_heads)
     gather = tiles * shape.key_heads * keys * shape.dim * shape.size
