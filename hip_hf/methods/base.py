@@ -196,9 +196,10 @@ def add_method(name: str, selector: type, options: type = NoOptions) -> None:
     of this process.
 
     `selector`: a class like `hip_hf.methods.base.Selector`. It need not inherit from that: what it
-    lacks is taken from there, `budget` only if it has no `__init__` of its own. With a method `cost(block, dim) -> (FLOPs, numbers loaded)` for one
-    query block, `hip-hf fidelity` knows what it costs. `options`: a dataclass of its settings; where
-    that has a method `check(config)`, it raises ValueError for settings that do not fit them.
+    lacks is taken from there, `budget` only if it has no `__init__` of its own. With a method
+    `cost(block, dim) -> (FLOPs, numbers loaded)` for one query block, `hip-hf fidelity` knows what it
+    costs. `options`: a dataclass of its settings; where that has a method `check(config)`, it raises
+    ValueError for settings that do not fit them.
 
     Raises:
         ValueError: the name is taken.
