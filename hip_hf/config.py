@@ -258,6 +258,11 @@ class HiPConfig:
         return self.beam * self.budget_blocks
 
     @property
+    def start_blocks(self) -> int:
+        """Chunks that a search starts with at most. So few blocks need no tree."""
+        return 2 * self.beam_blocks
+
+    @property
     def text(self) -> str:
         """The settings as JSON: what graphs that are compiled carry, and what names them."""
         return self._text  # type: ignore[attr-defined]

@@ -67,11 +67,10 @@ class Options:
 
 
 def start_level(config: HiPConfig, low: int, high: int) -> int:
-    """The smallest level at which blocks `low` to `high` make at most `2 * beam_blocks` chunks, or `coarsest`."""
-    most = 2 * config.beam_blocks
+    """The smallest level at which blocks `low` to `high` make at most `start_blocks` chunks, or `coarsest`."""
     limit = (config.coarsest // config.block_k).bit_length() - 1 if config.coarsest else high.bit_length()
     level = 0
-    while level < limit and (high >> level) - _ceil_shift(low, level) > most:
+    while level < limit and (high >> level) - _ceil_shift(low, level) > config.start_blocks:
         level += 1
     return level
 
@@ -79,7 +78,7 @@ def start_level(config: HiPConfig, low: int, high: int) -> int:
 def looked_at_whole(config: HiPConfig, low: int, high: int) -> bool:
     """Whether blocks `low` to `high` are few enough to score all of them with all their keys, without a descent: no more than a
     search starts with."""
-    return config.rescore_blocks > 0 and high - low <= 2 * config.beam_blocks
+    return config.rescore_blocks > 0 and high - low <= config.start_blocks
 
 
 def _ceil_shift(x, level: int):  # type: ignore[no-untyped-def]  # of an int or a tensor
@@ -199,9 +198,10 @@ class TreeSearch(base.BoundByNeed):
         every = torch.arange(q.shape[2], device=q.device).expand(need.shape)
         chosen = best(need, every, count).sort(dim=-1).values
         walking = count if whole else walkers_of(config, count)
-        walkers = best(need.gather(-1, chosen), every[..., :count], walking)
-        walks = torch.zeros_like(chosen).scatter_(-1, walkers, 1)
-        chosen = chosen.gather(-1, walks.argsort(dim=-1, descending=True, stable=True))
+        if walking < count:
+            walkers = best(need.gather(-1, chosen), every[..., :count], walking)
+            walks = torch.zeros_like(chosen).scatter_(-1, walkers, 1)
+            chosen = chosen.gather(-1, walks.argsort(dim=-1, descending=True, stable=True))
         return q.gather(2, chosen[..., None].expand(*chosen.shape, q.shape[-1])), near.gather(2, chosen), walking
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:

@@ -91,8 +91,8 @@ def test_what_pages_say_of_the_defaults_is_true() -> None:
             f"takes {short:.2f} of attention's products at 8K, {long[0]:.2f} at 32K and {long[1]:.2f} at 128K",
         ],
         "docs/how.md": [
-            f"({2 * defaults.beam_blocks} blocks by default, in contexts",
-            f"keeps ({2 * defaults.beam_blocks} blocks by default)",
+            f"({defaults.start_blocks} blocks by default, in contexts",
+            f"keeps ({defaults.start_blocks} blocks by default)",
             f"(`rescore`; {defaults.rescore_blocks} blocks by default)",
         ],
         "docs/serving.md": [f"to {defaults.sparse_reach:,} keys"],

@@ -143,7 +143,7 @@ def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> Kernel
         summaries, exact, tiles = 0, whole, fixed["TILES_WHOLE"]
     else:
         # levels of the pyramid that are scored
-        levels = 1 + max(0, ceil(log2(tokens / (2 * config.beam_blocks * config.block_k))))
+        levels = 1 + max(0, ceil(log2(tokens / (config.start_blocks * config.block_k))))
         summaries = looks * fixed["PARTS"] * levels * min(fixed["MOST"], tokens // config.block_k)
         exact, tiles = min(fixed["LAST"] * config.block_k, tokens) if fixed["RESCORE"] else 0, fixed["TILES"]
     gathered = ceil(walkers / fixed["BLOCK_M"]) * summaries + tiles * exact

@@ -85,24 +85,8 @@ def choose_kernel(
         return
 
     near, last_row, first, last = votes_near(
-        near,
-        row,
-        index,
-        row_start,
-        last_row,
-        first,
-        last,
-        high - low,
-        stride_near,
-        CHOSEN,
-        VOTERS,
-        VOTES,
-        VOTES_WHOLE,
-        MOST,
-        SPACING,
-        SAMPLES,
-        GROUP,
-    )
+        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN, VOTERS, VOTES, VOTES_WHOLE,
+        MOST, SPACING, SAMPLES, GROUP)  # fmt: skip
     number = number.to(tl.int64)
     found += number * FOUND
     if high - low <= MOST:

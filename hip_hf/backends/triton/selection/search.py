@@ -148,7 +148,7 @@ def constants(
     `stateful`: decode steps whose selections are kept; `looks`: programs that may share an exact look; `shape`: its launch, if
     not what `search_tile` gives."""
     budget, bk = config.budget_blocks, config.block_k
-    keep, most = config.beam_blocks, 2 * config.beam_blocks
+    keep, most = config.beam_blocks, config.start_blocks
     rescore = config.rescore_blocks > 0
     last = min(config.rescore_blocks, most + 2) if rescore else budget
     limit = 30 if config.coarsest is None else (config.coarsest // bk).bit_length() - 1
@@ -204,7 +204,7 @@ def looks_for(programs: int, block_k: int, at_once: int) -> int:
 
 def unsupported(config: HiPConfig) -> str:
     """Why the kernels cannot run this search; empty if they can."""
-    if 2 * config.beam_blocks > MOST_CANDIDATES:
+    if config.start_blocks > MOST_CANDIDATES:
         return f"beam * budget / block_k of {config.beam_blocks} is above {MOST_CANDIDATES // 2}"
     if config.rescore_blocks > MOST_CANDIDATES:
         return f"rescore * budget / block_k of {config.rescore_blocks} is above {MOST_CANDIDATES}"

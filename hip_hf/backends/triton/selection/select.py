@@ -276,24 +276,8 @@ def select_kernel(
     if CHOSEN:
         q += index.to(tl.int64) * SAMPLES * stride_qt
     near, last_row, first, last = votes_near(
-        near,
-        row,
-        index,
-        row_start,
-        last_row,
-        first,
-        last,
-        high - low,
-        stride_near,
-        CHOSEN,
-        VOTERS,
-        VOTES,
-        VOTES_WHOLE,
-        MOST,
-        SPACING,
-        SAMPLES,
-        GROUP,
-    )
+        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN, VOTERS, VOTES, VOTES_WHOLE,
+        MOST, SPACING, SAMPLES, GROUP)  # fmt: skip
     # of the votes, the first walk the tree, and all look at the keys that these find
     walking_row, walking, tiles = last_row, last, TILES
     if CHOSEN:
