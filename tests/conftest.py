@@ -71,6 +71,12 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread(threads: Callable[[int], None]) -> None:
+    """For modules whose tensors are small: waking threads would take most of the time."""
+    threads(1)
+
+
 def _over_spoilt_buffers(work: Callable[..., Any], in_use: str | None = None) -> Callable[..., Any]:
     @wraps(work)
     def done(*args: Any, **kwargs: Any) -> Any:

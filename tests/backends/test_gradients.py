@@ -15,6 +15,8 @@ import hip_hf
 from hip_hf.attention import attend, hip_attention
 from hip_hf.config import HiPConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FEATURES: list[dict[str, Any]] = [
     dict(),
     dict(softcap=1.5),
@@ -22,12 +24,6 @@ FEATURES: list[dict[str, Any]] = [
     dict(sinks=True),
     dict(softcap=2.0, sliding_window=60, sinks=True, scale=0.5),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """The tensors are small: waking threads would take most of the time."""
-    threads(1)
 
 
 def gradients(outputs: list[torch.Tensor], weights: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:

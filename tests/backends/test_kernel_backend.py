@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,12 +15,7 @@ from hip_hf.attention import attend
 from hip_hf.backends.triton.selection.search import SelectionBuffers
 from hip_hf.state import DecodeState
 
-pytestmark = pytest.mark.kernels
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize(

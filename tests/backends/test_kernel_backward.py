@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +19,7 @@ from hip_hf.backends.triton.common.tuning import Tile
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """The tensors are small: waking threads would take most of the time."""
-    threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +17,7 @@ from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.geometry import QueryBlock, Span, make_query_block
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """The tensors are small: waking threads would take most of the time."""
-    threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 7, 8])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,15 +17,10 @@ from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.geometry import Span
 from hip_hf.state import DecodeState
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 # In fp32 both backends read the same blocks; what is left is the order of sums, three times: sparse, dense, and their difference.
 NEAR = 5e-5
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
 
 
 @pytest.fixture

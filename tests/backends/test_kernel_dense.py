@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,12 +23,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 from hip_hf.state import DecodeState
 
-pytestmark = pytest.mark.kernels
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,12 +25,7 @@ from hip_hf.geometry import Span
 from hip_hf.problem import AttentionProblem
 from hip_hf.state import DecodeState
 
-pytestmark = pytest.mark.kernels
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 
 def check(case: Case, out: torch.Tensor, lse: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,14 +17,9 @@ from hip_hf.config import HiPConfig
 from hip_hf.methods.hyper import Options, Square, projections
 from hip_hf.methods.hyper import hashes as wanted_hashes
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 NEAR = 2e-5
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
 
 
 def config_of(backend: str = "triton", dense_tail: int = 0, **options: Any) -> HiPConfig:

@@ -41,18 +41,13 @@ from hip_hf.geometry import Span
 from hip_hf.methods import hyper
 from hip_hf.state import DecodeState
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 LENGTH = 72
 COLUMNS = (
     "phase dtype batch length settings hip_ms sdpa_ms sdpa times_faster tokens_per_s tflops gb_per_s over_floor selecting "
     "peak_gb sdpa_peak_gb path reason runs"
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
 
 
 def kernels(**fields: Any) -> HiPConfig:

@@ -4,7 +4,6 @@ much it needs the middle, and which rows vote."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import brute
@@ -21,12 +20,7 @@ from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock, Span
 
-pytestmark = pytest.mark.kernels
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 
 def turned(q: torch.Tensor, distance: torch.Tensor, case: Case) -> torch.Tensor:

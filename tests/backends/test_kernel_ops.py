@@ -13,12 +13,7 @@ from interpreter import DEVICE
 import hip_hf
 from hip_hf.backends.triton import ops
 
-pytestmark = pytest.mark.kernels
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 
 def tensors(tokens: int = 96, rows: int = 40) -> list[torch.Tensor]:

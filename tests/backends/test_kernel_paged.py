@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,14 +20,9 @@ from hip_hf.integration.attention_function import attention_forward
 from hip_hf.integration.patches import forward
 from hip_hf.state import DecodeState
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 NEAR = 2e-5
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
 
 
 def own_pages(k: torch.Tensor, v: torch.Tensor, pages: int) -> tuple[PagedTensor, PagedTensor]:

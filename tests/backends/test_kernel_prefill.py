@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,11 +15,7 @@ from hip_hf.backends.triton.attention.prefill import prefill, strided_rows
 from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.geometry import Span
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """The tensors are small: waking threads would take most of the time."""
-    threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

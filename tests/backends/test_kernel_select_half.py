@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import brute
@@ -14,14 +13,9 @@ from selection_cases import Case, whole
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock, Span
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
 
 
 def defaults(**fields: Any) -> HiPConfig:

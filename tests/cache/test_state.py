@@ -17,11 +17,7 @@ from hip_hf.attention import attend, hip_attention
 from hip_hf.methods.hip import Selector
 from hip_hf.state import DecodeState
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Any) -> None:
-    """A step is too small to share out."""
-    threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SETTINGS: list[dict[str, Any]] = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from hip_hf.integration import extension
 from hip_hf.methods import hyper
 from hip_hf.registry import METHODS
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # the default device is one of a thread's own
+
 HYPER: dict[str, Any] = {"method": "hyper", "options": {"min_seq_len": 24, "block_size": 16, "sample_size": 10}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "hip": {},
@@ -32,12 +34,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clusters": {"delta": 16, "dense_tail": 0},
     "step": {"delta": 16, "delta_mode": "step"},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """The default device is one of a thread's own."""
-    threads(1)
 
 
 @contextmanager
