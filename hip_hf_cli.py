@@ -1,7 +1,7 @@
 """The `hip-hf` command."""
 
-# Beside the package, not inside: importing any module of `hip_hf` registers with Transformers, which takes seconds. What a
-# command needs is imported when it runs.
+# Beside the package, not inside: importing any module of `hip_hf` registers with Transformers,
+# which takes seconds. What a command needs is imported when it runs.
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def load(name: str) -> Any:
     """The command with its options and arguments, which are those of its function."""
     command = COMMANDS[name]
     own = typer.Typer(add_completion=False)
-    own.command(name, context_settings=command.context)(importlib.import_module(f"hip_hf.cli.{command.module}").main)
+    own.command(name, context_settings=command.context)(
+        importlib.import_module(f"hip_hf.cli.{command.module}").main
+    )
     return typer.main.get_command(own)
 
 
@@ -66,7 +68,13 @@ def _not_loaded() -> None:
     """Stands for every command in the list of commands."""
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help=__doc__,
+)
 for _name, _command in COMMANDS.items():
     app.command(_name, help=_command.help)(_not_loaded)
 

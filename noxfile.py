@@ -1,17 +1,20 @@
 """Every supported version of Transformers, PyTorch and Python together.
 
-    pip install nox uv && nox           # the whole grid, and a table of what passed; `nox --list` names the sessions
-    nox -k "3.12 and 2.11.0" -- tests   # one Python and PyTorch; what follows `--` goes to pytest in place of the grid's tests
-    nox -s lent-3.12                    # the versions that a lent GPU comes with, together
+    pip install nox uv && nox           # the whole grid, and a table of what passed; `nox --list`
+    names the sessions nox -k "3.12 and 2.11.0" -- tests   # one Python and PyTorch; what follows
+    `--` goes to pytest in place of the grid's tests nox -s lent-3.12                    # the
+    versions that a lent GPU comes with, together
     nox -s table                        # the table of what has been tried so far
 
-A session makes an environment of one Python and one PyTorch and tries the versions of Transformers in it, one after the other:
-all of them with the newest PyTorch, the newest of them with an older one. The grid's tests (tests/versions/grid.txt) are a few
-that meet each border to Transformers, PyTorch and Python; `-- $(cat tests/versions/files.txt)` runs more, `-- tests` all.
+A session makes an environment of one Python and one PyTorch and tries the versions of Transformers
+in it, one after the other: all of them with the newest PyTorch, the newest of them with an older
+one. The grid's tests (tests/versions/grid.txt) are a few that meet each border to Transformers,
+PyTorch and Python; `-- $(cat tests/versions/files.txt)` runs more, `-- tests` all.
 
-A session needs its Python to be installed, and fails without it. PyTorch is what the installer finds: builds for CPUs, from
-an index that has them or a folder of wheels, save gigabytes. With `uv` the environments share their files. Versions
-before 2.10 must be builds without CUDA: those with CUDA insist on a Triton that is older than the 3.6 that we ask for.
+A session needs its Python to be installed, and fails without it. PyTorch is what the installer
+finds: builds for CPUs, from an index that has them or a folder of wheels, save gigabytes. With `uv`
+the environments share their files. Versions before 2.10 must be builds without CUDA: those with
+CUDA insist on a Triton that is older than the 3.6 that we ask for.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ nox.options.error_on_missing_interpreters = True
 nox.options.default_venv_backend = "uv|virtualenv"
 
 TESTS = Path("tests/versions/grid.txt").read_text().splitlines()
-# Of Transformers, the oldest that serves, two between, and the newest, with the Pythons that each takes.
+# Of Transformers, the oldest that serves, two between, and the newest, with the Pythons that each
+# takes.
 TRANSFORMERS = {"5.17.0": 10, "5.20.0": 10, "5.23.0": 11, "5.24.0": 11}
 PYTHONS = range(10, 14)  # minor versions
 TORCH = ("2.13.0", "2.11.0", "2.6.0")
@@ -48,7 +52,16 @@ def count(tried: Path) -> str:
     number = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     failed = number["failures"] + number["errors"]
     passed = f"{number['tests'] - failed - number['skipped']} passed"
-    return ", ".join([passed, *(f"{number[name]} {name}" for name in ("failures", "errors", "skipped") if number[name])])
+    return ", ".join(
+        [
+            passed,
+            *(
+                f"{number[name]} {name}"
+                for name in ("failures", "errors", "skipped")
+                if number[name]
+            ),
+        ]
+    )
 
 
 @nox.session
@@ -56,7 +69,9 @@ def count(tried: Path) -> str:
 def grid(session: nox.Session, torch: str) -> None:
     """One Python and one PyTorch with each version of Transformers that they are tried with."""
     python = str(session.python)
-    versions = [version for version, first in TRANSFORMERS.items() if int(python.partition(".")[2]) >= first]
+    versions = [
+        version for version, first in TRANSFORMERS.items() if int(python.partition(".")[2]) >= first
+    ]
     kernels = "tests/backends/test_kernel"
     served = [test for test in TESTS if torch not in NO_KERNELS or not test.startswith(kernels)]
     tests = session.posargs or served
@@ -67,7 +82,9 @@ def grid(session: nox.Session, torch: str) -> None:
         tried.unlink(missing_ok=True)
         session.install(f"transformers=={version}")
         try:
-            session.run("python", "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={tried}", *tests)
+            session.run(
+                "python", "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={tried}", *tests
+            )
         except nox.command.CommandFailed:  # the other versions are tried all the same
             failed.append(version)
     if failed:
@@ -76,7 +93,8 @@ def grid(session: nox.Session, torch: str) -> None:
 
 @nox.session(python=["3.11", "3.12"])
 def lent(session: nox.Session) -> None:
-    """All that `benchmarks/gpu_run.py` does, on a CPU with tiny shapes, with the versions that a lent GPU comes with."""
+    """All that `benchmarks/gpu_run.py` does, on a CPU with tiny shapes, with the versions that a
+    lent GPU comes with."""
     session.install("-e", ".", *REQUIRED, *LENT)
     tests = session.posargs or ["tests/project/test_gpu_run.py"]
     session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *tests)

@@ -1,6 +1,8 @@
-"""A conversation of the real model about 8K tokens of the shipped novel, as `hip-hf chat` shows it, into a text file.
+"""A conversation of the real model about 8K tokens of the shipped novel, as `hip-hf chat` shows it,
+into a text file.
 
-`python benchmarks/chat.py [FILE]`: seconds are the processor's, on one thread, so that what else the machine does counts less.
+`python benchmarks/chat.py [FILE]`: seconds are the processor's, on one thread, so that what else
+the machine does counts less.
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ from hip_hf_cli import app
 
 FILE = Path(__file__).parent / "results" / "chat.txt"
 TOKENS, NEW_TOKENS = 7900, 32  # the model was trained for 8,192, and the conversation needs some
-QUESTIONS = ("Who is Elizabeth?", "Why does Sir Walter leave Kellynch Hall?", "Where do they move to?")
+QUESTIONS = (
+    "Who is Elizabeth?",
+    "Why does Sir Walter leave Kellynch Hall?",
+    "Where do they move to?",
+)
 
 
 def main(file: Path) -> None:
@@ -31,13 +37,28 @@ def main(file: Path) -> None:
     time.perf_counter = time.process_time  # what the command measures with
     asked = [word for question in QUESTIONS for word in ("--question", question)]
     sizes = ["--tokens", str(TOKENS), "--max-new-tokens", str(NEW_TOKENS)]
-    arguments = ["chat", str(real_model.FOLDER), "--document", documents.DOCUMENT.name, *sizes, *asked]
+    arguments = [
+        "chat",
+        str(real_model.FOLDER),
+        "--document",
+        documents.DOCUMENT.name,
+        *sizes,
+        *asked,
+    ]
     shown = CliRunner(env={"COLUMNS": "130", "TERM": "dumb"}).invoke(
-        app, [str(documents.DOCUMENT) if word == documents.DOCUMENT.name else word for word in arguments], catch_exceptions=False
+        app,
+        [
+            str(documents.DOCUMENT) if word == documents.DOCUMENT.name else word
+            for word in arguments
+        ],
+        catch_exceptions=False,
     )
-    machine = ", ".join(f"{name} {value}" for name, value in report.machine().items() if value is not None)
+    machine = ", ".join(
+        f"{name} {value}" for name, value in report.machine().items() if value is not None
+    )
     file.write_text(
-        f"$ hip-hf {shlex.join(arguments)}\n{shown.output.strip()}\n\n({machine}; processor seconds)\n", encoding="utf-8"
+        f"$ hip-hf {shlex.join(arguments)}\n{shown.output.strip()}\n\n({machine}; processor seconds)\n",
+        encoding="utf-8",
     )
 
 

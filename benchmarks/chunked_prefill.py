@@ -1,11 +1,15 @@
-"""Peak memory of a prompt read in chunks (`prefill_chunk_size`), beyond what its cache holds: it must not grow with the prompt.
+"""Peak memory of a prompt read in chunks (`prefill_chunk_size`), beyond what its cache holds: it
+must not grow with the prompt.
 
-    python benchmarks/chunked_prefill.py [--lengths 32768,65536,131072] [--chunk 2048] [--output FILE]
+    python benchmarks/chunked_prefill.py [--lengths 32768,65536,131072] [--chunk 2048] [--output
+    FILE]
 
-Each length has a process of its own: a tiny random model reads random tokens through `generate` into a `HiPCache`, and the
-process reads its own memory from the operating system. `cache_MiB`: the pages and summaries written; `spare_MiB`: those allocated
-beside them, untouched as yet; `extra_MiB`: what the peak was above the memory before and the cache, ids, masks and positions
-(some integers a token) included. Memory that is freed goes back to the system at once, so that the peak is of what lives (glibc).
+Each length has a process of its own: a tiny random model reads random tokens through `generate`
+into a `HiPCache`, and the process reads its own memory from the operating system. `cache_MiB`: the
+pages and summaries written; `spare_MiB`: those allocated beside them, untouched as yet;
+`extra_MiB`: what the peak was above the memory before and the cache, ids, masks and positions (some
+integers a token) included. Memory that is freed goes back to the system at once, so that the peak
+is of what lives (glibc).
 """
 
 from __future__ import annotations
@@ -22,24 +26,33 @@ import torch
 from hip_hf.eval.measure.memory import MIB, Meter
 from hip_hf.eval.reporting.report import machine
 
-SHAPE = dict(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+SHAPE = dict(
+    vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+)
 HEADS, DIM = 2, 32
 
 
-# Blocks of this many bytes and more are given back when freed. By default glibc raises the limit to the largest block freed so
-# far, and keeps smaller ones for itself: the tables of a growing pyramid among them.
+# Blocks of this many bytes and more are given back when freed. By default glibc raises the limit to
+# the largest block freed so far, and keeps smaller ones for itself: the tables of a growing pyramid
+# among them.
 GIVEN_BACK = "131072"
 
 
 def held(cache: Any) -> tuple[int, int]:
-    """Bytes of the pages that hold tokens and of the summaries written so far; and of those that wait to be used."""
+    """Bytes of the pages that hold tokens and of the summaries written so far; and of those that
+    wait to be used."""
     used = allocated = 0
     for layer in cache.paged:
         used += layer.pool.bytes(layer.pool.used)
         allocated += layer.pool.bytes(len(layer.pool.ref_count))
         for row in layer.hip_state.rows.values():
             for level, table in enumerate(row.pyramid.levels):
-                used += row.pyramid.count(level) * table.shape[0] * table.shape[2] * table.element_size()
+                used += (
+                    row.pyramid.count(level)
+                    * table.shape[0]
+                    * table.shape[2]
+                    * table.element_size()
+                )
                 allocated += table.numel() * table.element_size()
     return used, allocated - used
 
@@ -50,7 +63,9 @@ def measure(length: int, chunk: int) -> dict[str, Any]:
 
     import hip_hf
 
-    config = LlamaConfig(**SHAPE, num_key_value_heads=HEADS, head_dim=DIM, max_position_embeddings=length + 2)
+    config = LlamaConfig(
+        **SHAPE, num_key_value_heads=HEADS, head_dim=DIM, max_position_embeddings=length + 2
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     model.set_attn_implementation("hip")
     hip_hf.configure(model, budget=256, window=256, dense_layers=0, dense_below=0)
@@ -73,12 +88,16 @@ def measure(length: int, chunk: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", default="32768,65536,131072")
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = GIVEN_BACK  # which children read as they start
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = (
+        GIVEN_BACK  # which children read as they start
+    )
     rows = []
     for length in map(int, given.lengths.split(",")):
         with multiprocessing.get_context("spawn").Pool(1) as fresh:

@@ -1,12 +1,15 @@
-"""Tokens per second of decoding after a long context: `hip` with its paged cache against `sdpa` with the dynamic cache.
+"""Tokens per second of decoding after a long context: `hip` with its paged cache against `sdpa`
+with the dynamic cache.
 
     python benchmarks/decode_speed.py [--lengths 16384,65536] [--tokens 256] [--output FILE]
 
-The demo checkpoint's shape with random weights and random keys: a context costs the same whatever it says. All lengths and
-both attentions take turns, a part of the tokens each, so that what else the machine does falls on all alike. Figures are
-medians over the parts, in milliseconds a token: of the clock, and of CPU time (`cpu`), which other work disturbs less
-(`--threads 1` for that). `growth` is the median over the parts of the longest context's time over the shortest's in the same
-turn, less 1. The first step after the context, in which `hip` summarises it (prefill would have done so), counts for neither.
+The demo checkpoint's shape with random weights and random keys: a context costs the same whatever
+it says. All lengths and both attentions take turns, a part of the tokens each, so that what else
+the machine does falls on all alike. Figures are medians over the parts, in milliseconds a token: of
+the clock, and of CPU time (`cpu`), which other work disturbs less (`--threads 1` for that).
+`growth` is the median over the parts of the longest context's time over the shortest's in the same
+turn, less 1. The first step after the context, in which `hip` summarises it (prefill would have
+done so), counts for neither.
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ def filled(model: PreTrainedModel, length: int) -> Any:
     generator = torch.Generator().manual_seed(1)
     for layer in cache.layers:
         shape = (1, config.num_key_value_heads, length, config.head_dim)
-        layer.update(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+        layer.update(
+            torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+        )
     return cache
 
 
@@ -62,7 +67,11 @@ def steps(model: PreTrainedModel, cache: Any, count: int) -> tuple[float, float]
 def measure(lengths: list[int], tokens: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """One row a length, and how much `hip` grows from the shortest to the longest."""
     models = {name: make_model(name, 2 * max(lengths)) for name in ("hip", "sdpa")}
-    cases = {(length, name): filled(model, length) for length in lengths for name, model in models.items()}
+    cases = {
+        (length, name): filled(model, length)
+        for length in lengths
+        for name, model in models.items()
+    }
     spent: dict[tuple[int, str], list[tuple[float, float]]] = {case: [] for case in cases}
     for (_, name), cache in cases.items():
         steps(models[name], cache, 1)
@@ -73,19 +82,30 @@ def measure(lengths: list[int], tokens: int) -> tuple[list[dict[str, Any]], dict
         assert (layer.path, layer.cache) == ("sparse", "pages")
     rows = []
     for length in lengths:
-        row: dict[str, Any] = {"length": length, "tokens": tokens // PARTS * PARTS, "threads": torch.get_num_threads()}
+        row: dict[str, Any] = {
+            "length": length,
+            "tokens": tokens // PARTS * PARTS,
+            "threads": torch.get_num_threads(),
+        }
         for i, clock in enumerate(CLOCKS):
             for name in models:
-                row[f"{name}_{clock}"] = statistics.median(times[i] for times in spent[length, name])
+                row[f"{name}_{clock}"] = statistics.median(
+                    times[i] for times in spent[length, name]
+                )
             row[f"ratio_{clock}"] = row[f"sdpa_{clock}"] / row[f"hip_{clock}"]
         rows.append(row)
     turns = list(zip(spent[max(lengths), "hip"], spent[min(lengths), "hip"], strict=True))
-    growth = {clock: statistics.median(long[i] / short[i] for long, short in turns) - 1 for i, clock in enumerate(CLOCKS)}
+    growth = {
+        clock: statistics.median(long[i] / short[i] for long, short in turns) - 1
+        for i, clock in enumerate(CLOCKS)
+    }
     return rows, growth
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", default="16384,65536")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

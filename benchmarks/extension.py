@@ -1,11 +1,12 @@
-"""Context extension on the demo checkpoint: pass keys and perplexity beyond the 8,192 tokens it was trained for.
+"""Context extension on the demo checkpoint: pass keys and perplexity beyond the 8,192 tokens it was
+trained for.
 
     python benchmarks/extension.py
 
-Perplexity is that of the same tokens with more and more of the document before them, so that only the length changes; under
-`extend` every layer is sparse, and every row but those of `dense_tail`, where it is named. Writes
-`benchmarks/results/extension.json`, `extension.png` and, for the documentation, the table `extension.md`. A run that was
-interrupted goes on where it stopped.
+Perplexity is that of the same tokens with more and more of the document before them, so that only
+the length changes; under `extend` every layer is sparse, and every row but those of `dense_tail`,
+where it is named. Writes `benchmarks/results/extension.json`, `extension.png` and, for the
+documentation, the table `extension.md`. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ EXTENDED = '{"extend": "streaming"}'
 DENSE_UP_TO = 32768
 # Tokens whose loss is measured, and tokens that are read at once.
 TARGETS, CHUNK = 2048, 2048
-# Pass keys lie at tenths of the document. So many of them apart, any first few prompts are spread over all of it.
+# Pass keys lie at tenths of the document. So many of them apart, any first few prompts are spread
+# over all of it.
 DEPTHS, APART = 11, 4
 
 
@@ -49,21 +51,35 @@ def loss_of(model: Any, config: HiPConfig, text: list[int]) -> float:
     passkey.use(model, config)
     cache, ids, total = HiPCache(model.config), torch.tensor([text]), 0.0
     first = len(text) - TARGETS - 1  # the row that predicts the first of them
-    bounds = [0, *range(first % CHUNK or CHUNK, first + 1, CHUNK), *range(first + CHUNK, len(text) - 1, CHUNK), len(text) - 1]
+    bounds = [
+        0,
+        *range(first % CHUNK or CHUNK, first + 1, CHUNK),
+        *range(first + CHUNK, len(text) - 1, CHUNK),
+        len(text) - 1,
+    ]
     for start, end in pairwise(bounds):
         keep = 0 if start >= first else 1
-        logits = model(ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+        logits = model(
+            ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=keep
+        ).logits[0]
         if start >= first:
-            total += float(torch.nn.functional.cross_entropy(logits.float(), ids[0, start + 1 : end + 1], reduction="sum"))
+            total += float(
+                torch.nn.functional.cross_entropy(
+                    logits.float(), ids[0, start + 1 : end + 1], reduction="sum"
+                )
+            )
     return total / TARGETS
 
 
 def ends_of(tokens: int, texts: int) -> list[int]:
-    """Where the texts for perplexity end, the same at every length: spread over the last three fifths of the document."""
+    """Where the texts for perplexity end, the same at every length: spread over the last three
+    fifths of the document."""
     return [tokens - tokens * 3 // 5 * i // texts for i in range(texts)]
 
 
-def ask(model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length: int, number: int) -> PasskeyCounts:
+def ask(
+    model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length: int, number: int
+) -> PasskeyCounts:
     """The count of one pass-key prompt, as `hip-hf passkey` makes them."""
     sample, place = number // DEPTHS, number * APART % DEPTHS / (DEPTHS - 1)
     rng = random.Random(f"0 {length} {place:.6f} {sample}")
@@ -72,7 +88,12 @@ def ask(model: Any, tokenizer: Any, config: HiPConfig, tokens: list[int], length
 
 
 def measure(
-    model: Any, tokenizer: Any, tokens: list[int], plan: dict[str, Any], configs: dict[str, HiPConfig], kept: Resumable
+    model: Any,
+    tokenizer: Any,
+    tokens: list[int],
+    plan: dict[str, Any],
+    configs: dict[str, HiPConfig],
+    kept: Resumable,
 ) -> Iterator[dict[str, Any]]:
     """The rows of the report, of what `kept` has not yet."""
     row: dict[str, Any]
@@ -83,8 +104,17 @@ def measure(
             losses = []
             for end in ends_of(len(tokens), plan["texts"]):
                 text = tokens[end - length : end]
-                losses.append(kept.get(("perplexity", name, length, end), partial(loss_of, model, config, text)))
-            row = {"what": "perplexity", "settings": name, "length": length, "value": math.exp(sum(losses) / len(losses))}
+                losses.append(
+                    kept.get(
+                        ("perplexity", name, length, end), partial(loss_of, model, config, text)
+                    )
+                )
+            row = {
+                "what": "perplexity",
+                "settings": name,
+                "length": length,
+                "value": math.exp(sum(losses) / len(losses)),
+            }
             yield row | {"low": None, "high": None, "digits": None, "samples": len(losses)}
         for length in plan["lengths"]:
             far = name == "dense" and length > plan["trained"]
@@ -93,7 +123,12 @@ def measure(
                 work = partial(ask, model, tokenizer, config, tokens, length, number)
                 cell += PasskeyCounts.read(kept.get(("pass keys", name, length, number), work))
             counted = cell.row(name, length, None)
-            row = {"what": "pass keys", "settings": name, "length": length, "value": counted["accuracy"]}
+            row = {
+                "what": "pass keys",
+                "settings": name,
+                "length": length,
+                "value": counted["accuracy"],
+            }
             yield row | {key: counted[key] for key in ("low", "high", "digits", "samples")}
 
 
@@ -103,12 +138,18 @@ def draw(document: dict[str, Any], file: Path) -> None:
     with drawing(file, (10, 4), 1, 2) as (_, (axes,)):
         for axis, (kind, name) in zip(axes, kinds.items(), strict=True):
             for settings in document["configs"]:
-                line = [row for row in document["rows"] if row["settings"] == settings and row["what"] == kind]
+                line = [
+                    row
+                    for row in document["rows"]
+                    if row["settings"] == settings and row["what"] == kind
+                ]
                 line.sort(key=lambda row: row["length"])
                 x, y = [row["length"] for row in line], [row["value"] for row in line]
                 axis.plot(x, y, marker="o", label=settings)
                 if kind == "pass keys":
-                    axis.fill_between(x, [row["low"] for row in line], [row["high"] for row in line], alpha=0.15)
+                    axis.fill_between(
+                        x, [row["low"] for row in line], [row["high"] for row in line], alpha=0.15
+                    )
             axis.axvline(document["trained"], color="grey", linestyle=":", label="trained length")
             axis.set_xscale("log", base=2)
             axis.set_xticks(sorted({row["length"] for row in document["rows"]}))
@@ -123,7 +164,10 @@ def markdown(document: dict[str, Any]) -> str:
     """A line for each kind of figure and setting, a column for each length."""
     lengths = sorted({row["length"] for row in document["rows"]})
     found = {(row["what"], row["settings"], row["length"]): row for row in document["rows"]}
-    lines = [f"| | {' | '.join(f'{length // 1024}K' for length in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
+    lines = [
+        f"| | {' | '.join(f'{length // 1024}K' for length in lengths)} |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
     for what in ("pass keys", "perplexity"):
         for settings in document["configs"]:
             texts = []
@@ -135,7 +179,9 @@ def markdown(document: dict[str, Any]) -> str:
                     texts.append(f"{row['value']:.1f}")
                 else:
                     right = round(row["value"] * row["samples"])
-                    texts.append(f"{right} of {row['samples']} [{row['low']:.0%}, {row['high']:.0%}]")
+                    texts.append(
+                        f"{right} of {row['samples']} [{row['low']:.0%}, {row['high']:.0%}]"
+                    )
             lines.append(f"| {what}, {settings} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
@@ -144,7 +190,9 @@ def main(
     lengths: Annotated[str, typer.Option(help="Of the pass-key prompts.")] = "8K,32K",
     contexts: Annotated[str, typer.Option(help="Of the texts for perplexity.")] = "8K,16K,32K,64K",
     samples: Annotated[int, typer.Option(min=1, help="Pass-key prompts of each length.")] = 20,
-    dense_samples: Annotated[int, typer.Option(min=1, help="The same for dense attention beyond the trained length.")] = 8,
+    dense_samples: Annotated[
+        int, typer.Option(min=1, help="The same for dense attention beyond the trained length.")
+    ] = 8,
     texts: Annotated[int, typer.Option(min=1, help="Texts for perplexity.")] = 4,
     budgets: Annotated[str, typer.Option(help="Keys selected per query block.")] = "256,1024",
     output: Path = RESULTS / "extension.json",
@@ -152,7 +200,12 @@ def main(
     """Measure, draw, and write the table."""
     text = DOCUMENT.read_text(encoding="utf-8")
     with user_errors():
-        plan = {"lengths": sizes(lengths), "contexts": sizes(contexts), "samples": samples, "dense_samples": dense_samples}
+        plan = {
+            "lengths": sizes(lengths),
+            "contexts": sizes(contexts),
+            "samples": samples,
+            "dense_samples": dense_samples,
+        }
         configs = {}
         for tail in (0, HiPConfig().dense_tail):
             for budget in sizes(budgets):

@@ -19,7 +19,19 @@ WRONG, MISSING = 1, 3
 OUT_OF_TIME, NO_TIME, FAILED = "out of time", "no time left", "failed"
 # Columns of the summary; a table whose rows have none of a line's first column has its own.
 COLUMNS = (
-    ("phase", "batch", "length", "hip_ms", "sdpa_ms", "sdpa", "times_faster", "over_floor", "selecting", "path", "runs"),
+    (
+        "phase",
+        "batch",
+        "length",
+        "hip_ms",
+        "sdpa_ms",
+        "sdpa",
+        "times_faster",
+        "over_floor",
+        "selecting",
+        "path",
+        "runs",
+    ),
     ("check", "backend", "works", "error_of_allowed", "seconds"),
     ("digits", "settings", "length", "nll", "perplexity_over_dense", "read", "path"),
 )
@@ -28,19 +40,25 @@ SMALL_PART = 0.01
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What a step has measured so far: the rows of its finished measurements (`hip_hf/eval/reporting/resumable.py`)."""
+    """What a step has measured so far: the rows of its finished measurements
+    (`hip_hf/eval/reporting/resumable.py`)."""
     file = folder / f"{name}.json{SUFFIX}"
     whole = file.read_text(encoding="utf-8").split("\n")[1:-1] if file.exists() else []
     return [row for line in whole for row in json.loads(line)[1]["rows"]]
 
 
 def note(folder: Path, name: str, code: int | None, seconds: float | None, limit: float) -> None:
-    """Write the record of a step. `code`: its exit status, None if it was stopped; `seconds` None: it did not begin."""
+    """Write the record of a step. `code`: its exit status, None if it was stopped; `seconds` None:
+    it did not begin."""
     machine, log = folder / MACHINE, folder / f"{name}.log"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     states = {0: DONE, None: NO_TIME if seconds is None else OUT_OF_TIME}
     state, last = states.get(code, FAILED), text.strip().rpartition("\n")[2]
-    errors = {DONE: "", NO_TIME: f"{max(limit, 0):.0f} s were left", OUT_OF_TIME: f"stopped after {limit:.0f} s"}
+    errors = {
+        DONE: "",
+        NO_TIME: f"{max(limit, 0):.0f} s were left",
+        OUT_OF_TIME: f"stopped after {limit:.0f} s",
+    }
     record = {
         "step": name,
         "state": state,
@@ -79,7 +97,10 @@ def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = rows[0]
     if "test" in first:
         counts = Counter((row["test"].partition("::")[0], row["outcome"]) for row in rows)
-        return [{"tests": file, "outcome": outcome, "number": number} for (file, outcome), number in counts.items()]
+        return [
+            {"tests": file, "outcome": outcome, "number": number}
+            for (file, outcome), number in counts.items()
+        ]
     if "part" in first:
         whole = {(row["what"], row["length"]): row["ms"] for row in rows if row["part"] == "whole"}
         return [row for row in rows if row["ms"] >= SMALL_PART * whole[row["what"], row["length"]]]
@@ -93,7 +114,10 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         own = {name: record[name] for name in ("step", "state", "seconds", "error")}
         lines.append({**own, "rows": len(record["rows"]), "wrong": len(wrong_in(record))})
-    parts = [markdown(lines), *(f"WRONG: {record['step']}: {wrong}" for record in records for wrong in wrong_in(record))]
+    parts = [
+        markdown(lines),
+        *(f"WRONG: {record['step']}: {wrong}" for record in records for wrong in wrong_in(record)),
+    ]
     for record in records:
         tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in record["rows"]:
@@ -103,7 +127,8 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
 
 
 def summarise(folder: Path, names: Sequence[str]) -> str:
-    """Write `summary.json`, all records, and `summary.md`; return the table of the steps, which comes first in it."""
+    """Write `summary.json`, all records, and `summary.md`; return the table of the steps, which
+    comes first in it."""
     records = records_of(folder, names)
     write(folder / "summary.json", json.dumps({"steps": records}, indent=1) + "\n")
     text = summary(records)

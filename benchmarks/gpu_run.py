@@ -2,25 +2,29 @@
 
     python benchmarks/gpu_run.py FOLDER [--minutes 8] [--dry-run]
 
-Each step has a limit of its own, and what it measures is kept at once: FOLDER holds `STEP.json` (device, driver, versions,
-seconds, rows) and `STEP.log` of each, and of all `summary.json` and `summary.md`, written anew after every step. What fails or
-runs out of time is recorded as such, and the next step begins, in another process. The same command in the same folder goes on
-with what is missing. `--dry-run` does the same on a CPU with tiny shapes, by Triton's interpreter: figures to be tested, not to
-be believed.
+Each step has a limit of its own, and what it measures is kept at once: FOLDER holds `STEP.json`
+(device, driver, versions, seconds, rows) and `STEP.log` of each, and of all `summary.json` and
+`summary.md`, written anew after every step. What fails or runs out of time is recorded as such, and
+the next step begins, in another process. The same command in the same folder goes on with what is
+missing. `--dry-run` does the same on a CPU with tiny shapes, by Triton's interpreter: figures to be
+tested, not to be believed.
 
-Estimated seconds on an H100 that has compiled nothing yet (a kernel takes some two seconds, of which the tests compile many at
-once; a dense prompt of 1M tokens takes 15), and the limits. The sum is below eight minutes; what comes too late is dropped:
+Estimated seconds on an H100 that has compiled nothing yet (a kernel takes some two seconds, of
+which the tests compile many at once; a dense prompt of 1M tokens takes 15), and the limits. The sum
+is below eight minutes; what comes too late is dropped:
 
     step        estimate  limit  what
     doctor            60     90  every kernel against float64
     tests             60     90  kernel tests: the kernels of every call
-    prefill           75    110  8K to 1M tokens against FlashAttention or cuDNN; at every length exact rows against dense ones
-    decode            55     90  at 128K and 1M keys, 1 and 16 sequences or as many as fit, in graphs and launched
-    profile           40     60  where a layer's time goes: kernels, gaps, host
+    prefill           75    110  8K to 1M tokens against FlashAttention or cuDNN; at every length
+    exact rows against dense ones decode            55     90  at 128K and 1M keys, 1 and 16
+    sequences or as many as fit, in graphs and launched profile           40     60  where a layer's
+    time goes: kernels, gaps, host
     more_tests        70    110  the other kernel tests
     backward          20     40  gradients at 8K and 32K tokens
     tune              50     60  other launches of attention and selection
-    model             40     60  the model of runs/smollm2 at 8K tokens; where it is not there, a Llama of random weights at 32K
+    model             40     60  the model of runs/smollm2 at 8K tokens; where it is not there, a
+    Llama of random weights at 32K
 
 Exit status: 1 if a number was wrong, else 3 if something is missing, else 0.
 """
@@ -66,7 +70,8 @@ STEPS = (
 
 
 class Worker:
-    """A process that takes steps, one after the other, with a log of each, until one fails or is stopped."""
+    """A process that takes steps, one after the other, with a log of each, until one fails or is
+    stopped."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
@@ -80,7 +85,8 @@ class Worker:
         self.answers.put("")
 
     def take(self, name: str, limit: float) -> tuple[int | None, float]:
-        """Exit status of a step, None if it was not through at the limit, and the seconds that it took."""
+        """Exit status of a step, None if it was not through at the limit, and the seconds that it
+        took."""
         start = time.monotonic()
         with suppress(BrokenPipeError):  # it has ended, and says so below
             self.process.stdin.write(f"{name}\n")
@@ -98,7 +104,8 @@ class Worker:
 
 
 def serve(folder: Path, take: Callable[[str], int]) -> None:
-    """What a worker's process does: `take` a step at a time, its output in `STEP.log`, and answer its exit status."""
+    """What a worker's process does: `take` a step at a time, its output in `STEP.log`, and answer
+    its exit status."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     for line in sys.stdin:
         name = line.strip()
@@ -130,10 +137,14 @@ def run(
     minutes: float = MINUTES,
     environment: Mapping[str, str] = os.environ,
 ) -> int:
-    """Take the steps that the folder has not yet: the exit status. `command`: of a process that serves them (`serve`)."""
+    """Take the steps that the folder has not yet: the exit status. `command`: of a process that
+    serves them (`serve`)."""
     end = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
-    names, todo = [step.name for step in steps], [step for step in steps if not finished(folder, step.name)]
+    names, todo = (
+        [step.name for step in steps],
+        [step for step in steps if not finished(folder, step.name)],
+    )
     worker = Worker(command, environment)
     try:
         import gpu_records as records  # takes seconds, and the worker imports, too
@@ -145,7 +156,9 @@ def run(
                 code, seconds = worker.take(step.name, limit)
             records.note(folder, step.name, code, seconds, limit)
             print(records.summarise(folder, names), flush=True)
-            if seconds is not None and code != 0:  # whatever is wrong with the device is over with the process
+            if (
+                seconds is not None and code != 0
+            ):  # whatever is wrong with the device is over with the process
                 worker.stop()
                 worker = Worker(command, environment)
     finally:
@@ -154,11 +167,15 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="of the results")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # what the worker's process does
+    parser.add_argument(
+        "--serve", action="store_true", help=argparse.SUPPRESS
+    )  # what the worker's process does
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT))  # nothing need be installed
     if given.serve:
@@ -168,10 +185,22 @@ def main() -> None:
         sizes = gpu_sizes.DRY if given.dry_run else gpu_sizes.Sizes()
         serve(given.folder, lambda name: gpu_steps.take(name, given.folder, sizes))
         return
-    own = [sys.executable, str(Path(__file__).resolve()), str(given.folder), "--serve", *(["--dry-run"] if given.dry_run else [])]
+    own = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        str(given.folder),
+        "--serve",
+        *(["--dry-run"] if given.dry_run else []),
+    ]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, **({"TRITON_INTERPRET": "1"} if given.dry_run else {})}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the worker is stopped on the way out
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        **({"TRITON_INTERPRET": "1"} if given.dry_run else {}),
+    }
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # the worker is stopped on the way out
     # on a CPU, which others may use as well, only the whole has a limit
     steps = [replace(step, limit=60 * given.minutes) for step in STEPS] if given.dry_run else STEPS
     sys.exit(run(given.folder, steps, own, given.minutes, environment))

@@ -16,8 +16,8 @@ from hip_hf.eval.measure.latency import TimingPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Kernel tests that need no GPU. Of the others, those of what every call with the default settings runs come first: they are
-# also the quicker half. A new file belongs to the second.
+# Kernel tests that need no GPU. Of the others, those of what every call with the default settings
+# runs come first: they are also the quicker half. A new file belongs to the second.
 NO_GPU = ("test_kernel_results.py", "test_kernel_rule.py", "test_kernel_tuning.py")
 NAMES = ("prefill", "decode", "pyramid", "need", "select_half", "dense", "paged", "ops")
 FIRST = tuple(f"test_kernel_{name}.py" for name in NAMES)
@@ -37,11 +37,13 @@ TINY = dict(
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: of attention calls in `dtype` on `device`, of the first and the second half of the tests, and of a model.
+    """What is measured: of attention calls in `dtype` on `device`, of the first and the second half
+    of the tests, and of a model.
 
-    `checks`, `parts`: dtypes and parts of the kernels that `doctor` tries. `hyper`: HyperAttention's options. `candidates`: other
-    launches of each of the `kernels`, for a call of `tuned` tokens. `shape`: of a Llama with random weights, which is timed with
-    a `long_prompt` where `model` is not there.
+    `checks`, `parts`: dtypes and parts of the kernels that `doctor` tries. `hyper`:
+    HyperAttention's options. `candidates`: other launches of each of the `kernels`, for a call of
+    `tuned` tokens. `shape`: of a Llama with random weights, which is timed with a `long_prompt`
+    where `model` is not there.
     """
 
     device: str = "cuda:0"
@@ -77,13 +79,22 @@ class Sizes:
         return HiPConfig(**self.config)
 
     def plan(self, **fields: Any) -> TimingPlan:
-        shape = dict(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, repeats=self.repeats)
-        # a dense prompt of a million tokens takes some 15 s: its first run counts, and there is no other
-        own = dict(dtypes=[self.dtype], settings={"hip": self.settings}, device=torch.device(self.device), enough=5.0)
+        shape = dict(
+            heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, repeats=self.repeats
+        )
+        # a dense prompt of a million tokens takes some 15 s: its first run counts, and there is no
+        # other
+        own = dict(
+            dtypes=[self.dtype],
+            settings={"hip": self.settings},
+            device=torch.device(self.device),
+            enough=5.0,
+        )
         return TimingPlan(**{**shape, **own, **fields})
 
 
-# The same steps on a machine without a GPU: kernels by Triton's interpreter, which does not know bf16.
+# The same steps on a machine without a GPU: kernels by Triton's interpreter, which does not know
+# bf16.
 DRY = Sizes(
     device="cpu", dtype="fp16", checks=("fp32",), parts=(checks.GRADIENTS,), heads=2, kv_heads=1, dim=16,
     config=dict(doctor.SIZES, backend="triton", beam=2, rescore=2, decode_refresh=2),

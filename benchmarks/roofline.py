@@ -1,8 +1,9 @@
-"""Prints the table of the GPU kernels (`docs/performance.md`): FLOPs, bytes, floor and model of each call and of each of its
-kernels, and what was measured. HyperAttention's and Delta correction's formulas are here, too.
+"""Prints the table of the GPU kernels (`docs/performance.md`): FLOPs, bytes, floor and model of
+each call and of each of its kernels, and what was measured. HyperAttention's and Delta correction's
+formulas are here, too.
 
-python benchmarks/roofline.py [--gpu A100] [--lengths 8192,131072] [--key-heads 4] [--settings '{"rescore": 4}'] [--json]
-                              [--measured FOLDER/summary.json]
+python benchmarks/roofline.py [--gpu A100] [--lengths 8192,131072] [--key-heads 4] [--settings
+                              '{"rescore": 4}'] [--json] [--measured FOLDER/summary.json]
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ import torch
 from hip_hf.backends.triton.hyper import rows_of_square
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import kernel_costs as costs
-from hip_hf.eval.measure.kernel_costs import GPU_PROCESSORS, GPU_TARGETS, GPUS, KernelCost, Shape, gpu_of
+from hip_hf.eval.measure.kernel_costs import (
+    GPU_PROCESSORS,
+    GPU_TARGETS,
+    GPUS,
+    KernelCost,
+    Shape,
+    gpu_of,
+)
 from hip_hf.eval.measure.latency import refresh_period
 from hip_hf.methods import hyper
 
@@ -41,10 +49,17 @@ CALLS = {
 NOTHING: Mapping[tuple[str, int], float] = {}
 TableRow = dict[str, float | int | str | None]
 # What the profile of `gpu_run` calls that whose kernels are rows of the table.
-PROFILED = {"prompt": "prefill", "gradients": "backward", "decode": "decode", "hyper": "hyper", "delta": "delta"}
+PROFILED = {
+    "prompt": "prefill",
+    "gradients": "backward",
+    "decode": "decode",
+    "hyper": "hyper",
+    "delta": "delta",
+}
 # Rows between the dense ones where Delta correction is timed: the paper's.
 GAMMA = 64
-# The tensors like q and like K that must be moved at least; of what is not here, what one program a head would move.
+# The tensors like q and like K that must be moved at least; of what is not here, what one program a
+# head would move.
 TENSORS = {
     "prefill": (2, 2), "prefill: selection": (1, 1), "prefill: dense": (2, 2), "backward": (4, 4), "backward: dense": (4, 4),
     "prefill: tiles_kernel": (0, 1), "prefill: need_kernel": (1, 1), "prefill: select_kernel": (0, 1),
@@ -55,36 +70,61 @@ TENSORS = {
 
 
 def hashing(tokens: int, options: hyper.Options, shape: Shape) -> KernelCost:
-    """HyperAttention's hashes of queries, by query head, and of keys, by key head, where there is a square."""
+    """HyperAttention's hashes of queries, by query head, and of keys, by key head, where there is a
+    square."""
     if tokens <= options.min_seq_len:
         return costs.NO_COST
     vectors = tokens * (shape.query_heads + shape.key_heads)
-    return KernelCost(2 * vectors * shape.dim * options.lsh_num_projs, vectors * (shape.dim * shape.size + torch.int32.itemsize))
+    return KernelCost(
+        2 * vectors * shape.dim * options.lsh_num_projs,
+        vectors * (shape.dim * shape.size + torch.int32.itemsize),
+    )
 
 
 def leaves(tokens: int, options: hyper.Options, shape: Shape) -> KernelCost:
     """HyperAttention's exact parts: short prompts, side by side, whose results are in fp32."""
-    pairs = sum((leaf.end - leaf.first) ** 2 / 2 for leaf in hyper.split(0, tokens, options.min_seq_len)[0])
-    gather = pairs / costs.DENSE_BLOCK * shape.gathered("prefill", costs.DENSE_BLOCK, shape.key_heads, 1)
-    return KernelCost(4 * pairs * shape.query_heads * shape.dim, gather + tokens * (shape.row + shape.result))
+    pairs = sum(
+        (leaf.end - leaf.first) ** 2 / 2 for leaf in hyper.split(0, tokens, options.min_seq_len)[0]
+    )
+    gather = (
+        pairs / costs.DENSE_BLOCK * shape.gathered("prefill", costs.DENSE_BLOCK, shape.key_heads, 1)
+    )
+    return KernelCost(
+        4 * pairs * shape.query_heads * shape.dim, gather + tokens * (shape.row + shape.result)
+    )
 
 
 def squares(tokens: int, options: hyper.Options, shape: Shape) -> KernelCost:
-    """HyperAttention's squares: each block of rows with its own block of keys and a sample. Rows go on from what they have."""
+    """HyperAttention's squares: each block of rows with its own block of keys and a sample. Rows go
+    on from what they have."""
     found, cpu = costs.NO_COST, torch.device("cpu")
-    for square in (square for level in hyper.split(0, tokens, options.min_seq_len)[1] for square in level):
+    for square in (
+        square for level in hyper.split(0, tokens, options.min_seq_len)[1] for square in level
+    ):
         own = hyper.tile(square, options, cpu)
         keys, rows = own.size + own.samples, rows_of_square(shape.tile("hyper squares"), own.rows)
-        gather = len(own.starts) * ceil(own.rows / rows) * shape.query_heads * keys * 2 * shape.dim * shape.size
+        gather = (
+            len(own.starts)
+            * ceil(own.rows / rows)
+            * shape.query_heads
+            * keys
+            * 2
+            * shape.dim
+            * shape.size
+        )
         moved = gather + square.rows * (shape.row + 2 * shape.result)
         found += KernelCost(4 * square.rows * keys * shape.query_heads * shape.dim, moved)
     return found
 
 
-def hyper_kernels(tokens: int, config: HiPConfig, options: hyper.Options, shape: Shape) -> dict[str, KernelCost]:
+def hyper_kernels(
+    tokens: int, config: HiPConfig, options: hyper.Options, shape: Shape
+) -> dict[str, KernelCost]:
     """HyperAttention of a prompt, by kernel; its last rows are computed once more, densely."""
     dense, splits = costs.tail(tokens, config), costs.tail_splits(tokens, config, shape)
-    last = costs.dense_keys("prefill", tokens, dense, shape, products=2) + KernelCost(0, shape.rows_moved(dense, splits))
+    last = costs.dense_keys("prefill", tokens, dense, shape, products=2) + KernelCost(
+        0, shape.rows_moved(dense, splits)
+    )
     return {
         "hash_kernel": hashing(tokens, options, shape),
         "attend_kernel": leaves(tokens, options, shape) + last,
@@ -95,27 +135,38 @@ def hyper_kernels(tokens: int, config: HiPConfig, options: hyper.Options, shape:
 
 def anchor_rows(tokens: int, gamma: int, shape: Shape) -> KernelCost:
     """Delta correction's dense rows, one in `gamma`, whose results are in fp32."""
-    pairs, rows = tokens * tokens / (2 * gamma), shape.rows("prefill", shape.tile("prefill").rows, shape.key_heads)
+    pairs, rows = (
+        tokens * tokens / (2 * gamma),
+        shape.rows("prefill", shape.tile("prefill").rows, shape.key_heads),
+    )
     gather = pairs / rows * shape.key_heads * 2 * shape.dim * shape.size
-    return KernelCost(4 * pairs * shape.query_heads * shape.dim, gather + tokens / gamma * (shape.row + shape.result))
+    return KernelCost(
+        4 * pairs * shape.query_heads * shape.dim,
+        gather + tokens / gamma * (shape.row + shape.result),
+    )
 
 
 def spreading(tokens: int, shape: Shape) -> KernelCost:
-    """The differences of Delta's anchors, brought to their rows: output and log-sum-exp read and written."""
+    """The differences of Delta's anchors, brought to their rows: output and log-sum-exp read and
+    written."""
     return KernelCost(0, 2 * tokens * (shape.row + shape.query_heads * costs.FP32_BYTES))
 
 
-def delta_kernels(tokens: int, config: HiPConfig, gamma: int, shape: Shape) -> dict[str, KernelCost]:
-    """A prompt under Delta correction by steps, whose last `gamma` rows at least are dense: the kernels of other prompts, its
-    anchors, and what these bring."""
-    found = costs.prompt_kernels(tokens, replace(config, dense_tail=max(config.dense_tail, gamma)), shape)
+def delta_kernels(
+    tokens: int, config: HiPConfig, gamma: int, shape: Shape
+) -> dict[str, KernelCost]:
+    """A prompt under Delta correction by steps, whose last `gamma` rows at least are dense: the
+    kernels of other prompts, its anchors, and what these bring."""
+    found = costs.prompt_kernels(
+        tokens, replace(config, dense_tail=max(config.dense_tail, gamma)), shape
+    )
     attend = found["attend_kernel"] + anchor_rows(tokens, gamma, shape)
     return found | {"attend_kernel": attend, "spread_kernel": spreading(tokens, shape)}
 
 
 def calls(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, list[KernelCost]]:
-    """What is called: selection and attention of a prompt, its gradients, decode steps; and PyTorch's dense attention. Of each
-    its kernels, one after the other."""
+    """What is called: selection and attention of a prompt, its gradients, decode steps; and
+    PyTorch's dense attention. Of each its kernels, one after the other."""
     call = (tokens, config, shape)
     return {
         "prefill": [*costs.prompt_kernels(*call).values()],
@@ -130,10 +181,14 @@ def calls(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, list[Kernel
 
 
 def kernels(
-    tokens: int, config: HiPConfig, shape: Shape, options: hyper.Options | None = None, gamma: int = GAMMA
+    tokens: int,
+    config: HiPConfig,
+    shape: Shape,
+    options: hyper.Options | None = None,
+    gamma: int = GAMMA,
 ) -> dict[str, list[KernelCost]]:
-    """The kernels of each kind of call, a decode step's as its share of the steps that one selection serves. `options`:
-    HyperAttention's, if not the paper's."""
+    """The kernels of each kind of call, a decode step's as its share of the steps that one
+    selection serves. `options`: HyperAttention's, if not the paper's."""
     call = (tokens, config, shape)
     by_call = {
         "prefill": costs.prompt_kernels(*call),
@@ -142,7 +197,11 @@ def kernels(
         "hyper": hyper_kernels(tokens, config, options or hyper.Options(), shape),
         "delta": delta_kernels(tokens, config, gamma, shape),
     }
-    return {f"{name}: {kernel}": [cost] for name, found in by_call.items() for kernel, cost in found.items()}
+    return {
+        f"{name}: {kernel}": [cost]
+        for name, found in by_call.items()
+        for kernel, cost in found.items()
+    }
 
 
 def rows(
@@ -154,12 +213,17 @@ def rows(
 ) -> list[TableRow]:
     """One row per call or kernel, and length: TFLOP, GB, and milliseconds on `gpu`.
 
-    `floor`: products, or every tensor moved once, and in decode each key and summary by one program; `model`: products, or all
-    gathers from memory. `measured`: milliseconds by name and length.
+    `floor`: products, or every tensor moved once, and in decode each key and summary by one
+    program; `model`: products, or all gathers from memory. `measured`: milliseconds by name and
+    length.
     """
     alone, found = replace(shape, processors=1), list[TableRow]()
-    by_length = {tokens: calls(tokens, config, shape) | kernels(tokens, config, shape) for tokens in lengths}
-    unshared = {tokens: calls(tokens, config, alone) | kernels(tokens, config, alone) for tokens in lengths}
+    by_length = {
+        tokens: calls(tokens, config, shape) | kernels(tokens, config, shape) for tokens in lengths
+    }
+    unshared = {
+        tokens: calls(tokens, config, alone) | kernels(tokens, config, alone) for tokens in lengths
+    }
     for name in by_length[lengths[0]]:
         for tokens in lengths:
             parts = by_length[tokens][name]
@@ -167,10 +231,24 @@ def rows(
             least = sum(unshared[tokens][name], costs.NO_COST)
             if name in TENSORS:
                 queries, keys = TENSORS[name]
-                moved = tokens * (queries * shape.query_heads + keys * shape.key_heads) * shape.dim * shape.size
+                moved = (
+                    tokens
+                    * (queries * shape.query_heads + keys * shape.key_heads)
+                    * shape.dim
+                    * shape.size
+                )
                 least = KernelCost(cost.flops, moved)
-            own: TableRow = {"step": name, "tokens": tokens, "TFLOP": cost.flops / 1e12, "GB": cost.bytes / 1e9}
-            times: TableRow = {"floor": least.milliseconds(gpu), "model": model, "measured": measured.get((name, tokens))}
+            own: TableRow = {
+                "step": name,
+                "tokens": tokens,
+                "TFLOP": cost.flops / 1e12,
+                "GB": cost.bytes / 1e9,
+            }
+            times: TableRow = {
+                "floor": least.milliseconds(gpu),
+                "model": model,
+                "measured": measured.get((name, tokens)),
+            }
             found.append({**own, **times})
     return found
 
@@ -179,16 +257,24 @@ def measured_in(document: dict[str, Any]) -> tuple[str, dict[tuple[str, int], fl
     """Of a summary of `benchmarks/gpu_run.py`, also of a run that was cut: the GPU, and
     milliseconds by step and length, of one sequence. Raises ValueError if the GPU is not known, or
     none has measured anything."""
-    device = next((step["machine"].get("device") for step in document["steps"] if step["machine"]), None)
+    device = next(
+        (step["machine"].get("device") for step in document["steps"] if step["machine"]), None
+    )
     gpu = gpu_of(device or "")
     if gpu is None:
-        raise ValueError(f"the device of a summary: got {device!r}, allowed: one of {', '.join(GPUS)}")
+        raise ValueError(
+            f"the device of a summary: got {device!r}, allowed: one of {', '.join(GPUS)}"
+        )
     steps = {step["step"]: step["rows"] for step in document["steps"]}
     rows = [row for name in ("prefill", "decode", "backward") for row in steps.get(name, [])]
     calls = [row for row in rows if "phase" in row and row["batch"] == 1]
     found: dict[tuple[str, int], float] = {}
     for name, (phase, column) in CALLS.items():
-        found |= {(name, row["length"]): row[column] for row in calls if row["phase"] == phase and row[column] is not None}
+        found |= {
+            (name, row["length"]): row[column]
+            for row in calls
+            if row["phase"] == phase and row[column] is not None
+        }
     names = kernels(LENGTHS[0], HiPConfig(), Shape())
     for row in steps.get("profile", []):
         name = f"{PROFILED[row['what']]}: {row['part']}"
@@ -201,30 +287,58 @@ def table(found: list[dict[str, float | int | str | None]], gpu: str = "H200") -
     """`rows` as Markdown, a line for each call and kernel, and a column for each length."""
     lengths = list(dict.fromkeys(row["tokens"] for row in found))
     cells = {(row["step"], row["tokens"]): row for row in found}
-    lines = [f"| {gpu}, ms: floor / model / measured | {' | '.join(f'{tokens:,}' for tokens in lengths)} |"]
+    lines = [
+        f"| {gpu}, ms: floor / model / measured | {' | '.join(f'{tokens:,}' for tokens in lengths)} |"
+    ]
     lines.append("|---" * (1 + len(lengths)) + "|")
     for name in dict.fromkeys(row["step"] for row in found):
-        times = [[cells[name, tokens][time] for time in ("floor", "model", "measured")] for tokens in lengths]
-        shown = (" / ".join("" if time is None else f"{time:.3g}" for time in three).rstrip() for three in times)
+        times = [
+            [cells[name, tokens][time] for time in ("floor", "model", "measured")]
+            for tokens in lengths
+        ]
+        shown = (
+            " / ".join("" if time is None else f"{time:.3g}" for time in three).rstrip()
+            for three in times
+        )
         lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpu", choices=GPUS, help="default: the one of the figures, else H200")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
-    parser.add_argument("--key-heads", type=int, default=Shape.key_heads, choices=[1, 2, 4, 8, 16, 32], help="of 32 query heads")
-    parser.add_argument("--settings", type=json.loads, default={}, help="HiPConfig's fields as JSON")
-    parser.add_argument("--measured", type=Path, default=MEASURED, help="summary.json of benchmarks/gpu_run.py")
+    parser.add_argument(
+        "--key-heads",
+        type=int,
+        default=Shape.key_heads,
+        choices=[1, 2, 4, 8, 16, 32],
+        help="of 32 query heads",
+    )
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, help="HiPConfig's fields as JSON"
+    )
+    parser.add_argument(
+        "--measured", type=Path, default=MEASURED, help="summary.json of benchmarks/gpu_run.py"
+    )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     there = given.measured.exists()
-    on, measured = measured_in(json.loads(given.measured.read_text(encoding="utf-8"))) if there else ("H200", {})
+    on, measured = (
+        measured_in(json.loads(given.measured.read_text(encoding="utf-8")))
+        if there
+        else ("H200", {})
+    )
     gpu = given.gpu or on
-    shape = Shape(key_heads=given.key_heads, target=GPU_TARGETS[gpu], processors=GPU_PROCESSORS[gpu])
+    shape = Shape(
+        key_heads=given.key_heads, target=GPU_TARGETS[gpu], processors=GPU_PROCESSORS[gpu]
+    )
     lengths = tuple(map(int, given.lengths.split(",")))
-    found = rows(lengths, HiPConfig.from_dict(given.settings), shape, gpu, measured if gpu == on else {})
+    found = rows(
+        lengths, HiPConfig.from_dict(given.settings), shape, gpu, measured if gpu == on else {}
+    )
     print(json.dumps(found, indent=1) if given.json else table(found, gpu))
 
 

@@ -1,4 +1,5 @@
-"""A model that another process of this machine serves, and clients that ask it: for measurements and tests."""
+"""A model that another process of this machine serves, and clients that ask it: for measurements
+and tests."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ from pathlib import Path
 from typing import Any
 
 HOST = "127.0.0.1"
-HIP_HF = ("-c", "from hip_hf_cli import main; main()", "serve")  # `hip-hf serve`, whether or not the script is on the path
+HIP_HF = (
+    "-c",
+    "from hip_hf_cli import main; main()",
+    "serve",
+)  # `hip-hf serve`, whether or not the script is on the path
 START_SECONDS, START_POLL_SECONDS, STOP_SECONDS = 600, 0.1, 30
 NEW_TOKENS, LONG = 16, 10_000  # of an answer; of one that nobody waits for
 PATIENCE = 3600.0  # seconds between two pieces of an answer: eight long prompts may be read first, one after the other
@@ -72,11 +77,15 @@ def serving(
     """
     arguments = [sys.executable, *command, model, "--host", HOST, "--port", "0", *options]
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            arguments, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
     end = time.monotonic() + START_SECONDS
     printed = partial(log.read_text, encoding="utf-8", errors="replace")
     try:
-        while (found := re.search(rf"running on (http://{re.escape(HOST)}:\d+)", printed())) is None:
+        while (
+            found := re.search(rf"running on (http://{re.escape(HOST)}:\d+)", printed())
+        ) is None:
             if process.poll() is not None or time.monotonic() > end:
                 said = printed().splitlines()[-LOG_LINES:]
                 raise RuntimeError("the server did not start:\n" + "\n".join(said))
@@ -102,15 +111,23 @@ class ServedAnswer:
 
 
 def greedy(new_tokens: int) -> dict[str, Any]:
-    """What a request says to get so many tokens, the likeliest each, whatever the checkpoint says."""
-    options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": -1, "pad_token_id": 0}
+    """What a request says to get so many tokens, the likeliest each, whatever the checkpoint
+    says."""
+    options = {
+        "do_sample": False,
+        "max_new_tokens": new_tokens,
+        "eos_token_id": -1,
+        "pad_token_id": 0,
+    }
     return {"extra_body": {"generation_config": json.dumps(options)}}
 
 
 def complete(client: Any, model: str, prompt: str, new_tokens: int) -> ServedAnswer:
     """Stream the continuation of a prompt by so many tokens."""
     answer, start = ServedAnswer(), time.perf_counter()
-    for chunk in client.completions.create(model=model, prompt=prompt, stream=True, **greedy(new_tokens)):
+    for chunk in client.completions.create(
+        model=model, prompt=prompt, stream=True, **greedy(new_tokens)
+    ):
         if chunk.choices[0].text and not answer.text:
             answer.first_token_s = time.perf_counter() - start
         answer.text += chunk.choices[0].text
@@ -120,10 +137,14 @@ def complete(client: Any, model: str, prompt: str, new_tokens: int) -> ServedAns
     return answer
 
 
-def complete_all(client: Any, model: str, prompts: Sequence[str], new_tokens: int) -> list[ServedAnswer]:
+def complete_all(
+    client: Any, model: str, prompts: Sequence[str], new_tokens: int
+) -> list[ServedAnswer]:
     """The same for several prompts at once, a client each."""
     with ThreadPoolExecutor(len(prompts)) as clients:
-        return list(clients.map(lambda prompt: complete(client, model, prompt, new_tokens), prompts))
+        return list(
+            clients.map(lambda prompt: complete(client, model, prompt, new_tokens), prompts)
+        )
 
 
 def soak(
@@ -136,14 +157,17 @@ def soak(
     refused: int,
     clients: int = 8,
 ) -> list[dict[str, Any]]:
-    """Ask for answers of all kinds, several at once, and note the server's memory before, and after every so many requests.
+    """Ask for answers of all kinds, several at once, and note the server's memory before, and after
+    every so many requests.
 
-    `text(tokens, seed)` makes prompts. A tenth have `longest` tokens; the logarithms of the others' lengths are spread evenly, so
-    that most are short. Some have `refused` tokens, which is more than the server takes. `generated(prompt)` is the right answer,
-    greedy and of `NEW_TOKENS` tokens: it is asked for after each row's requests, while the server has nothing to do.
+    `text(tokens, seed)` makes prompts. A tenth have `longest` tokens; the logarithms of the others'
+    lengths are spread evenly, so that most are short. Some have `refused` tokens, which is more
+    than the server takes. `generated(prompt)` is the right answer, greedy and of `NEW_TOKENS`
+    tokens: it is asked for after each row's requests, while the server has nothing to do.
 
-    In a row all counts are of the requests so far. `wrong` got what they should not have: an error, no error, or, asked again
-    alone, another answer than the first time. `other` answers are not `generated`. `most_tokens`: of an answered prompt.
+    In a row all counts are of the requests so far. `wrong` got what they should not have: an error,
+    no error, or, asked again alone, another answer than the first time. `other` answers are not
+    `generated`. `most_tokens`: of an answered prompt.
     """
     from openai import APIStatusError
 
@@ -154,14 +178,18 @@ def soak(
         return complete(client, server.model, text(-(-longest // 8), 0), NEW_TOKENS).text
 
     def ask(i: int) -> tuple[str, str, ServedAnswer | None]:
-        prompt = text(longest if i % 10 == 0 else math.ceil(longest ** random.Random(i).random()), i)
+        prompt = text(
+            longest if i % 10 == 0 else math.ceil(longest ** random.Random(i).random()), i
+        )
         try:
             if i % 10 == 8:
                 client.completions.create(model=server.model, prompt=text(refused, i))
             elif i % 10 == 9:
                 client.chat.completions.create(model=server.model, messages=[])
             elif i % 5 == 2:
-                with client.completions.create(model=server.model, prompt=prompt, stream=True, **greedy(LONG)) as stream:
+                with client.completions.create(
+                    model=server.model, prompt=prompt, stream=True, **greedy(LONG)
+                ) as stream:
                     next(stream)
                 return "hung_up", prompt, None
             else:
@@ -174,7 +202,14 @@ def soak(
 
     first_answer, rows = same(), []
     for first in range(0, requests + 1, every):
-        rows.append({"requests": first, **counts, "most_tokens": most, "resident_MiB": server.resident_mib()})
+        rows.append(
+            {
+                "requests": first,
+                **counts,
+                "most_tokens": most,
+                "resident_MiB": server.resident_mib(),
+            }
+        )
         if first < requests:
             with ThreadPoolExecutor(clients) as threads:
                 found = list(threads.map(ask, range(first, min(first + every, requests))))

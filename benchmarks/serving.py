@@ -1,11 +1,14 @@
-"""A served model, `sdpa` against `hip`: seconds to the first token and new tokens a second, at 1, 4 and 8 clients at once.
+"""A served model, `sdpa` against `hip`: seconds to the first token and new tokens a second, at 1, 4
+and 8 clients at once.
 
-    python benchmarks/serving.py runs/smollm2 --output benchmarks/results/serving.json --plot benchmarks/results/serving.png
+    python benchmarks/serving.py runs/smollm2 --output benchmarks/results/serving.json --plot
+    benchmarks/results/serving.png
 
-Two servers (`hip-hf serve --continuous-batching`) are up side by side, one idle while the other is asked. Rounds alternate
-between them; each figure is the median over rounds, and the first token's over the clients of a round before. Every prompt
-begins with words of its own, so that no server has its keys from an earlier round. `tokens_per_s` is of all clients together,
-from the first request to the last token, prompts included. A run that was interrupted goes on where it stopped.
+Two servers (`hip-hf serve --continuous-batching`) are up side by side, one idle while the other is
+asked. Rounds alternate between them; each figure is the median over rounds, and the first token's
+over the clients of a round before. Every prompt begins with words of its own, so that no server has
+its keys from an earlier round. `tokens_per_s` is of all clients together, from the first request to
+the last token, prompts included. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -53,12 +56,15 @@ def ask(server: Served, texts: list[str], new_tokens: int) -> dict[str, Any]:
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each of `hip`'s rows as times of `sdpa`'s: under 1 is good for the first token, above 1 for tokens a second."""
+    """Each of `hip`'s rows as times of `sdpa`'s: under 1 is good for the first token, above 1 for
+    tokens a second."""
     dense = {(row["tokens"], row["clients"]): row for row in rows if row["attention"] == "sdpa"}
     found = []
     for row in (row for row in rows if row["attention"] == "hip"):
         other = dense[row["tokens"], row["clients"]]
-        times = {f"{name}_of_sdpa": row[name] / other[name] for name in ("first_token_s", "tokens_per_s")}
+        times = {
+            f"{name}_of_sdpa": row[name] / other[name] for name in ("first_token_s", "tokens_per_s")
+        }
         found.append({"tokens": row["tokens"], "clients": row["clients"], **times})
     return found
 
@@ -69,10 +75,16 @@ def main(
     clients: str = "1,4,8",
     new_tokens: int = 64,
     rounds: int = 3,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass, of all requests together.")] = 2048,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens of a forward pass, of all requests together.")
+    ] = 2048,
     continuous_batching: bool = True,
-    dtype: Annotated[str, typer.Option(help="What the model computes in; auto: as it was saved.")] = "auto",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig, for `hip`.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What the model computes in; auto: as it was saved.")
+    ] = "auto",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of HiPConfig, for `hip`.")
+    ] = None,
     as_json: Json = False,
     output: Output = None,
     plot: Plot = None,
@@ -88,9 +100,18 @@ def main(
         targets = Targets(as_json, output, plot)
         kept = targets.kept("serving", **details)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer.encode(DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
+    ids = tokenizer.encode(
+        DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False
+    )
     blocks = max(counts) * (-(-(max(sizes) + new_tokens) // PAGE) + 1)
-    room = ["--cb-num-blocks", str(blocks), "--cb-block-size", str(PAGE), "--cb-max-batch-tokens", str(batch_tokens)]
+    room = [
+        "--cb-num-blocks",
+        str(blocks),
+        "--cb-block-size",
+        str(PAGE),
+        "--cb-max-batch-tokens",
+        str(batch_tokens),
+    ]
     batching = ["--continuous-batching", *room] if continuous_batching else []
     settings = settings_options(set_ or [])
     found: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
@@ -101,21 +122,36 @@ def main(
             own = settings if name == "hip" else []
             options = ["--attn-implementation", name, "--dtype", dtype, *batching, *own]
             servers[name] = stack.enter_context(serving(model, *options, log=folder / name))
-            ask(servers[name], prompts(tokenizer, ids, min(sizes), "first of all", 1), 2)  # what is made once
+            ask(
+                servers[name], prompts(tokenizer, ids, min(sizes), "first of all", 1), 2
+            )  # what is made once
         stack.enter_context(kept)
         kept.expect("rounds", len(sizes) * len(counts) * rounds * len(ATTENTIONS))
         for tokens in sizes:
             for count in counts:
                 for i in range(rounds):
-                    texts = prompts(tokenizer, ids, tokens, f"{tokens} tokens, {count} clients, round {i}", count)
+                    texts = prompts(
+                        tokenizer,
+                        ids,
+                        tokens,
+                        f"{tokens} tokens, {count} clients, round {i}",
+                        count,
+                    )
                     for name in ATTENTIONS:
 
                         def work(name: str = name, texts: list[str] = texts) -> dict[str, Any]:
                             return ask(servers[name], texts, new_tokens)
 
-                        found.setdefault((tokens, count, name), []).append(kept.get((tokens, count, i, name), work))
+                        found.setdefault((tokens, count, name), []).append(
+                            kept.get((tokens, count, i, name), work)
+                        )
     rows = [
-        {"tokens": tokens, "clients": count, "attention": name, **{key: median(one[key] for one in all_) for key in all_[0]}}
+        {
+            "tokens": tokens,
+            "clients": count,
+            "attention": name,
+            **{key: median(one[key] for one in all_) for key in all_[0]},
+        }
         for (tokens, count, name), all_ in found.items()
     ]
     title = f"hip-hf serve, {details['model']}, {dtype}: median of {rounds} rounds, {new_tokens} new tokens a request"

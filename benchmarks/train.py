@@ -2,13 +2,14 @@
 
     python benchmarks/train.py --text novels/ --out run/ [--device cuda]
 
-Interrupt it at any time: the same command resumes from the last save. `--text` is a folder of plain-text
-files; the shipped weights used five novels by Jane Austen (public domain), see hip_hf/assets/checkpoint/README.md.
+Interrupt it at any time: the same command resumes from the last save. `--text` is a folder of
+plain-text files; the shipped weights used five novels by Jane Austen (public domain), see
+hip_hf/assets/checkpoint/README.md.
 
-The curriculum follows how retrieval forms in small transformers: first copying (random segments that repeat
-after random gaps), then named notes in real text, at growing lengths. Short stages spread their positions
-over the whole trained range by jumps between segments, so that long distances cost nothing to learn; the
-last stages are real text at the full length.
+The curriculum follows how retrieval forms in small transformers: first copying (random segments
+that repeat after random gaps), then named notes in real text, at growing lengths. Short stages
+spread their positions over the whole trained range by jumps between segments, so that long
+distances cost nothing to learn; the last stages are real text at the full length.
 """
 
 import json
@@ -33,7 +34,8 @@ LEARNING_RATE = 2e-3
 
 @dataclass(frozen=True)
 class Stage:
-    """`share` of the CPU time, at sequences of `length` tokens, `batch` at a time; `copying` of them random."""
+    """`share` of the CPU time, at sequences of `length` tokens, `batch` at a time; `copying` of
+    them random."""
 
     share: float
     length: int
@@ -56,16 +58,24 @@ def build_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
 
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - len(FACT_NAMES), initial_alphabet=alphabet, special_tokens=["<pad>", "<s>", "</s>"]
+        vocab_size=VOCAB - len(FACT_NAMES),
+        initial_alphabet=alphabet,
+        special_tokens=["<pad>", "<s>", "</s>"],
     )
     tokenizer.train([str(file) for file in files], trainer)
     tokenizer.add_tokens([" " + name for name in FACT_NAMES])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=LENGTH
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=LENGTH,
     )
 
 
@@ -94,11 +104,16 @@ class Data:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, files: list[Path], seed: int) -> None:
         self.tokenizer = tokenizer
         self.rng = random.Random(seed)
-        self.texts = [np.array(tokenizer.encode(file.read_text(), add_special_tokens=False)) for file in files]
+        self.texts = [
+            np.array(tokenizer.encode(file.read_text(), add_special_tokens=False)) for file in files
+        ]
         self.vocab = len(tokenizer)
 
     def batch(self, stage: Stage) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rows = [self.copies(stage) if self.rng.random() < stage.copying else self.notes(stage) for _ in range(stage.batch)]
+        rows = [
+            self.copies(stage) if self.rng.random() < stage.copying else self.notes(stage)
+            for _ in range(stage.batch)
+        ]
         return tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))  # type: ignore[return-value]
 
     def copies(self, stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -124,7 +139,8 @@ class Data:
         events = [(at, note(*fact), "") for at, fact in zip(written, facts, strict=True)]
         for _ in range(most // 2):
             which = rng.randrange(count)
-            # every second question comes late, so that most of the context lies between it and its fact
+            # every second question comes late, so that most of the context lies between it and its
+            # fact
             earliest = written[which] if rng.random() < 0.5 else max(written[which], 0.9)
             events.append((rng.uniform(earliest, 1), question(facts[which][0]), facts[which][1]))
         which = rng.randrange(count)
@@ -151,7 +167,8 @@ class Data:
         return np.array(ids), answer, self.positions(length)
 
     def positions(self, length: int) -> np.ndarray:
-        """Consecutive positions with a few jumps, up to the trained range: far is learnt at the price of near."""
+        """Consecutive positions with a few jumps, up to the trained range: far is learnt at the
+        price of near."""
         jumps = np.zeros(length, dtype=np.int64)
         spare = LENGTH - length
         if spare and self.rng.random() < 0.7:
@@ -166,18 +183,28 @@ class Data:
 def loss_of(
     model: LlamaForCausalLM, ids: torch.Tensor, answer: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """A fifth of the language loss plus the loss on the answers; with it both parts and the share of digits right."""
+    """A fifth of the language loss plus the loss on the answers; with it both parts and the share
+    of digits right."""
     logits = model(ids, position_ids=positions, use_cache=False).logits[:, :-1].float()
     target, answer = ids[:, 1:], answer[:, 1:]
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), target.flatten(), reduction="none"
+    ).view(target.shape)
     right = (logits.argmax(-1) == target)[answer].float().mean()
-    return 0.2 * losses[~answer].mean() + losses[answer].mean(), losses[~answer].mean(), losses[answer].mean(), right
+    return (
+        0.2 * losses[~answer].mean() + losses[answer].mean(),
+        losses[~answer].mean(),
+        losses[answer].mean(),
+        right,
+    )
 
 
 def main(
     text: Annotated[Path, typer.Option(help="Folder of plain-text files.")],
     out: Annotated[Path, typer.Option(help="Where the run is kept; an existing one is resumed.")],
-    minutes: Annotated[float, typer.Option(help="Compute time to spend, in core-minutes (minutes on a GPU).")] = 150.0,
+    minutes: Annotated[
+        float, typer.Option(help="Compute time to spend, in core-minutes (minutes on a GPU).")
+    ] = 150.0,
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
@@ -188,10 +215,14 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     saved = out / "train.pt"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out) if saved.exists() else build_tokenizer(files)
+    tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(out) if saved.exists() else build_tokenizer(files)
+    )
     model = build_model(len(tokenizer)).to(device)
     model.set_attn_implementation("sdpa")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05
+    )
     spent, step = 0.0, 0
     if saved.exists():
         state = torch.load(saved, weights_only=True)
@@ -203,8 +234,17 @@ def main(
     tick = last_save = last_log = clock()
     history: list[torch.Tensor] = []
     while (done := spent / (60 * minutes)) < 1:
-        stage = STAGES[min(int(np.searchsorted(np.cumsum([s.share for s in STAGES]), done, side="right")), len(STAGES) - 1)]
-        rate = LEARNING_RATE * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+        stage = STAGES[
+            min(
+                int(np.searchsorted(np.cumsum([s.share for s in STAGES]), done, side="right")),
+                len(STAGES) - 1,
+            )
+        ]
+        rate = (
+            LEARNING_RATE
+            * min(1.0, (step + 1) / 100)
+            * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         ids, answer, positions = (column.to(device) for column in data.batch(stage))
@@ -220,13 +260,25 @@ def main(
         spent, tick = spent + now - tick, now
         if now - last_log > 30:
             text_loss, answer_loss, right = torch.stack(history).nanmean(0).tolist()
-            row = dict(step=step, minutes=spent / 60, length=stage.length, text=text_loss, answer=answer_loss, right=right)
+            row = dict(
+                step=step,
+                minutes=spent / 60,
+                length=stage.length,
+                text=text_loss,
+                answer=answer_loss,
+                right=right,
+            )
             print(json.dumps(row), flush=True)
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             history, last_log = [], now
         if now - last_save > 120 or spent >= 60 * minutes:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "spent": spent, "step": step}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "spent": spent,
+                "step": step,
+            }
             torch.save(state, out / "train.tmp")
             (out / "train.tmp").replace(saved)
             model.save_pretrained(out)

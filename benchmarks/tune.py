@@ -1,10 +1,12 @@
-"""Writes `backends/triton/common/tuning_table.py`: launch configurations of attention kernels by architecture and head dim.
+"""Writes `backends/triton/common/tuning_table.py`: launch configurations of attention kernels by
+architecture and head dim.
 
     python benchmarks/tune.py [--targets sm90,sm80] [--dims 64,128,256]
 
-Candidates stand in order of preference. Those that spill, do not fit, or miss the tensor cores drop out, which is found
-by compiling, without a GPU. Where the machine has a GPU of the target, the fastest of the rest is taken, else the first.
-What the launches of a selection are is said by `search.py`: `gpu_run.py` times others beside them.
+Candidates stand in order of preference. Those that spill, do not fit, or miss the tensor cores drop
+out, which is found by compiling, without a GPU. Where the machine has a GPU of the target, the
+fastest of the rest is taken, else the first. What the launches of a selection are is said by
+`search.py`: `gpu_run.py` times others beside them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from hip_hf.backends.triton.common.tuning import Tile, target_of, tile_of
 from hip_hf.backends.triton.compile import budget
 from hip_hf.backends.triton.compile.examples import Example, example, extended
 from hip_hf.backends.triton.compile.launch import Launch
-from hip_hf.backends.triton.compile.launches.attention import decode_launches, key_launches, prefill_launches, query_launches
+from hip_hf.backends.triton.compile.launches.attention import (
+    decode_launches,
+    key_launches,
+    prefill_launches,
+    query_launches,
+)
 from hip_hf.backends.triton.compile.launches.hyper import square_launches
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import SearchTile, SelectionBuffers, constants, select
@@ -61,7 +68,8 @@ CANDIDATES = {
         (16, 32, 4, 1), (16, 16, 4, 1),
     ],
 }  # fmt: skip
-# Launches of a selection: the look at what a prompt's rows find near, its search, and that of a decode step with its choice.
+# Launches of a selection: the look at what a prompt's rows find near, its search, and that of a
+# decode step with its choice.
 SELECTIONS: dict[str, list[Tile] | list[SearchTile]] = {
     "votes": [Tile(*values) for values in WIDE],
     "search": [
@@ -82,9 +90,15 @@ def accumulators(kernel: str, target: str, dim: int, tile: Tile) -> int:
     return sums // (budget.gpu_target(target).warp_size * tile.warps)
 
 
-def examples(kernel: str, dim: int, dtype: torch.dtype, device: str = "meta", tokens: int = TOKENS) -> list[Example]:
+def examples(
+    kernel: str, dim: int, dtype: torch.dtype, device: str = "meta", tokens: int = TOKENS
+) -> list[Example]:
     """What a configuration must serve; the first of them is timed."""
-    fields = dict(tokens=tokens, device=device, **(dict(rows=1, block_q=1) if kernel.startswith("decode") else {}))
+    fields = dict(
+        tokens=tokens,
+        device=device,
+        **(dict(rows=1, block_q=1) if kernel.startswith("decode") else {}),
+    )
     found = [example(dim, dtype, **fields)]
     if device == "meta" and kernel in ("prefill", "decode"):
         found.append(example(dim, dtype, paged=True, **fields))
@@ -107,8 +121,23 @@ def present(kernel: str, target: str, dim: int, dtype: torch.dtype) -> Tile | Se
     if "search" not in kernel:
         return tile_of("prefill" if kernel == "votes" else kernel, target, dim, dim, dtype)
     x = examples(kernel, dim, dtype)[0]
-    fixed = constants(HiPConfig(), x.q.shape[1] // x.kv.heads, dim, dtype, x.reads.block_q, TOKENS, target, "decode" in kernel)
-    return SearchTile(fixed["BLOCK_M"], fixed["FEATURES"], fixed["FEATURES_LAST"], fixed["num_warps"], fixed["num_stages"])
+    fixed = constants(
+        HiPConfig(),
+        x.q.shape[1] // x.kv.heads,
+        dim,
+        dtype,
+        x.reads.block_q,
+        TOKENS,
+        target,
+        "decode" in kernel,
+    )
+    return SearchTile(
+        fixed["BLOCK_M"],
+        fixed["FEATURES"],
+        fixed["FEATURES_LAST"],
+        fixed["num_warps"],
+        fixed["num_stages"],
+    )
 
 
 def candidates(kernel: str, target: str, dim: int) -> list[Tile] | list[SearchTile]:
@@ -120,14 +149,17 @@ def candidates(kernel: str, target: str, dim: int) -> list[Tile] | list[SearchTi
 
 
 def selecting(kernel: str, x: Example, tiles: list[Any]) -> list[Callable[[], None]]:
-    """Calls of a part of the selection with each of the launches; a step's selects anew each time."""
+    """Calls of a part of the selection with each of the launches; a step's selects anew each
+    time."""
     config, stateful = HiPConfig(), x.reads.block_q == 1
     if kernel == "votes":
         near, need = (x.q.new_empty(1, *x.q.shape[1:3], dtype=torch.float32) for _ in range(2))
         call = (x.q, x.kv, x.sequences, config, x.logits, x.reads.block_q, None, near, need)
         launches = [need_arguments(*call, shape=tile) for tile in tiles]
         return [partial(need_kernel[grid], **arguments) for grid, arguments in launches]
-    pyramid = KeyPyramid.empty(config, 1, x.kv.heads, x.q.shape[-1], x.sequences.max_keys, x.q.dtype, x.q.device)
+    pyramid = KeyPyramid.empty(
+        config, 1, x.kv.heads, x.q.shape[-1], x.sequences.max_keys, x.q.dtype, x.q.device
+    )
     pyramid.extend(x.kv, x.sequences, x.reads.block_q, append=False)
     blocks = x.sequences.blocks(x.reads.block_q)
     into = SelectionBuffers.empty(config, 1, x.kv.heads, blocks, x.q.device, keep=stateful)
@@ -149,7 +181,8 @@ def milliseconds(
     tokens: int = TOKENS,
     repeats: int = REPEATS,
 ) -> list[float]:
-    """What the first launch, or a part of the selection, takes with each of the configurations: medians of interleaved runs."""
+    """What the first launch, or a part of the selection, takes with each of the configurations:
+    medians of interleaved runs."""
     from hip_hf.eval.measure.gpu_runs import DeviceClock, Timed
     from hip_hf.eval.measure.latency import interleave
 
@@ -181,8 +214,13 @@ def choose(kernel: str, target: str, dim: int, here: str) -> tuple[int, int, int
         return None
     if target != here:
         return good[0]
-    times = dict(zip(good, milliseconds(kernel, dim, [Tile(*values) for values in good]), strict=True))
-    print(f"{kernel}, {target}, D={dim}: " + ", ".join(f"{values} {time:.3f} ms" for values, time in times.items()))
+    times = dict(
+        zip(good, milliseconds(kernel, dim, [Tile(*values) for values in good]), strict=True)
+    )
+    print(
+        f"{kernel}, {target}, D={dim}: "
+        + ", ".join(f"{values} {time:.3f} ms" for values, time in times.items())
+    )
     return min(times, key=lambda values: times[values])
 
 
@@ -213,7 +251,9 @@ def write(tiles: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]]) -> 
     text = pprint.pformat(tiles, width=126, sort_dicts=True)
     head = '"""Written by `benchmarks/tune.py`: kernel -> target -> head dim up to -> rows, keys, warps, stages."""\n\n'
     head += "# fmt: off\n"
-    TABLE.write_text(f"{head}TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = \\\n{text}\n")
+    TABLE.write_text(
+        f"{head}TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = \\\n{text}\n"
+    )
 
 
 if __name__ == "__main__":

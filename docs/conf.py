@@ -1,4 +1,5 @@
-"""Sphinx settings. `figures.py` makes pictures, and tables of results and supported models, while the documentation is built."""
+"""Sphinx settings. `figures.py` makes pictures, and tables of results and supported models, while
+the documentation is built."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ exclude_patterns = ["**.ipynb_checkpoints"]
 html_theme = "furo"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the tests execute the notebooks; these are the outputs that they were saved with
+nb_execution_mode = (
+    "off"  # the tests execute the notebooks; these are the outputs that they were saved with
+)
 default_role = "code"  # docstrings write code in single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

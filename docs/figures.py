@@ -1,4 +1,5 @@
-"""The documentation's figures and tables, from the package's own code, its checkpoint and the saved results.
+"""The documentation's figures and tables, from the package's own code, its checkpoint and the saved
+results.
 
 `PYTHONPATH=tests python docs/figures.py` draws the README's picture again.
 """
@@ -32,7 +33,8 @@ ROOT = HERE.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TOKENS, FACTS = 4096, 1
 LAYER = 2
-# The table of a real model's answers: its columns, its rows as the results name them, and the figures that are of each document.
+# The table of a real model's answers: its columns, its rows as the results name them, and the
+# figures that are of each document.
 ANSWER_COLUMNS = (
     "tokens, settings", "document", "keys read", "digits right", "answers right", "digits' NLL", "perplexity, times dense",
     "selection / attention",
@@ -48,19 +50,25 @@ SMALL = dict(budget=128, window=256, sink=64, dense_tail=0, dense_below=0)
 
 @dataclass(frozen=True)
 class Watched(TreeSearch):
-    """The tree search, noting the candidates of each level: (level, ids) of the first head and query block."""
+    """The tree search, noting the candidates of each level: (level, ids) of the first head and
+    query block."""
 
     seen: list[tuple[int, list[int]]] = field(default_factory=list)
 
-    def _gather(self, heads: slice, level: int, ids: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    def _gather(
+        self, heads: slice, level: int, ids: torch.Tensor, end: torch.Tensor
+    ) -> torch.Tensor:
         self.seen.append((level, sorted(set(ids[0, 0].tolist()))))
         return super()._gather(heads, level, ids, end)
 
 
 def prompt_and_model() -> tuple[list[int], Any, Any, Any]:
-    """A prompt that hides a pass key, the model and tokenizer of the checkpoint, and the hidden fact."""
+    """A prompt that hides a pass key, the model and tokenizer of the checkpoint, and the hidden
+    fact."""
     model, tokenizer = documents.load(documents.CHECKPOINT, "sdpa")
-    text = tokenizer.encode(documents.DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
+    text = tokenizer.encode(
+        documents.DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False
+    )
     (fact,) = demo.make_facts(FACTS, seed=0)
     return documents.make_prompt(tokenizer, text, TOKENS, [fact], fact.name), model, tokenizer, fact
 
@@ -84,13 +92,31 @@ def draw_tree(file: Path, problem: AttentionProblem) -> None:
     for row, (level, ids) in enumerate(levels):
         size = config.block_k << level
         for i in ids:
-            axis.barh(row, size, left=i * size, height=0.7, color="#9db7da", edgecolor="white", linewidth=0.5)
+            axis.barh(
+                row,
+                size,
+                left=i * size,
+                height=0.7,
+                color="#9db7da",
+                edgecolor="white",
+                linewidth=0.5,
+            )
         names.append(f"{len(ids)} chunks of {size} keys")
     for i in kept:
-        axis.barh(len(levels), config.block_k, left=i * config.block_k, height=0.7, color=plots.BLOCK_KINDS["selected"])
+        axis.barh(
+            len(levels),
+            config.block_k,
+            left=i * config.block_k,
+            height=0.7,
+            color=plots.BLOCK_KINDS["selected"],
+        )
     axis.barh(len(levels), block.sink_end, left=0, height=0.7, color=plots.BLOCK_KINDS["sink"])
     axis.barh(
-        len(levels), block.last + 1 - block.window_start, left=block.window_start, height=0.7, color=plots.BLOCK_KINDS["window"]
+        len(levels),
+        block.last + 1 - block.window_start,
+        left=block.window_start,
+        height=0.7,
+        color=plots.BLOCK_KINDS["window"],
     )
     axis.set_yticks(range(len(levels) + 1), [*names, "what is read"])
     axis.invert_yaxis()
@@ -101,7 +127,9 @@ def draw_tree(file: Path, problem: AttentionProblem) -> None:
     plt.close(figure)
 
 
-def draw_readings(file: Path, prompt: list[int], problems: list[AttentionProblem], tokenizer: Any, fact: Any) -> None:
+def draw_readings(
+    file: Path, prompt: list[int], problems: list[AttentionProblem], tokenizer: Any, fact: Any
+) -> None:
     """Which key blocks each query block reads, in two layers."""
     config = HiPConfig(**SMALL)
     panels = []
@@ -109,21 +137,43 @@ def draw_readings(file: Path, prompt: list[int], problems: list[AttentionProblem
         kinds, path = demo.kinds_read(problems[layer], config, layer=None)  # type: ignore[arg-type]
         panels.append(plots.Panel(f"layer {layer}: {path}", kinds, config.block_q, config.block_k))
     marks = {fact.name: demo.position_of(tokenizer, prompt, fact)}
-    question = len(prompt) - len(tokenizer.encode(documents.question(fact.name), add_special_tokens=False))
-    plots.readings(file, f"What query blocks read (first key head), {TOKENS:,} tokens", panels, len(prompt), marks, question)
+    question = len(prompt) - len(
+        tokenizer.encode(documents.question(fact.name), add_special_tokens=False)
+    )
+    plots.readings(
+        file,
+        f"What query blocks read (first key head), {TOKENS:,} tokens",
+        panels,
+        len(prompt),
+        marks,
+        question,
+    )
 
 
 def answers() -> str:
     """The table of a real model's answers, of both documents, as the README shows it."""
     lines = [f"| {' | '.join(ANSWER_COLUMNS)} |", "|---" * len(ANSWER_COLUMNS) + "|"]
-    for length, *names in ((4096, "needles_4k", "needles_code_4k"), (8192, "needles", "needles_code")):
-        files = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    for length, *names in (
+        (4096, "needles_4k", "needles_code_4k"),
+        (8192, "needles", "needles_code"),
+    ):
+        files = [
+            json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names
+        ]
         for settings, title in ANSWERS.items():
             rows = [row for file in files for row in file["rows"] if row["settings"] == settings]
             if len(rows) < len(files):
-                raise ValueError(f"benchmarks/results: measure {names} with {settings!r}, which README.md shows")
-            cells = [f"{length:,}, {title}", " / ".join(row["document"] for row in rows), f"{100 * rows[0]['read']:.0f} %"]
-            cells += [" / ".join(f"{row[name]:.{digits}f}" for row in rows) for name, digits in FIGURES]
+                raise ValueError(
+                    f"benchmarks/results: measure {names} with {settings!r}, which README.md shows"
+                )
+            cells = [
+                f"{length:,}, {title}",
+                " / ".join(row["document"] for row in rows),
+                f"{100 * rows[0]['read']:.0f} %",
+            ]
+            cells += [
+                " / ".join(f"{row[name]:.{digits}f}" for row in rows) for name, digits in FIGURES
+            ]
             if settings == "dense":
                 cells += ["", ""]
             else:
@@ -145,11 +195,16 @@ def methods() -> str:
 
 def machines() -> str:
     """A table of the machines and versions that saved results say they were measured with."""
-    lines = ["| results | processor | threads | Python | PyTorch | Transformers |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| results | processor | threads | Python | PyTorch | Transformers |",
+        "|---|---|---|---|---|---|",
+    ]
     groups: dict[tuple[str, ...], list[str]] = {}
     for file in sorted(RESULTS.glob("*.json")):
         machine = json.loads(file.read_text(encoding="utf-8"))["machine"]
-        key = tuple(str(machine[name]) for name in ("cpu", "threads", "python", "torch", "transformers"))
+        key = tuple(
+            str(machine[name]) for name in ("cpu", "threads", "python", "torch", "transformers")
+        )
         groups.setdefault(key, []).append(f"`{file.name}`")
     lines += [f"| {', '.join(files)} | {' | '.join(key)} |" for key, files in groups.items()]
     return "\n".join(lines) + "\n"
@@ -157,12 +212,15 @@ def machines() -> str:
 
 def outdated(file: Path) -> bool:
     """Whether a file is missing, or older than the code that it is made by."""
-    newest = max(source.stat().st_mtime for source in [*(ROOT / "hip_hf").rglob("*.py"), Path(__file__)])
+    newest = max(
+        source.stat().st_mtime for source in [*(ROOT / "hip_hf").rglob("*.py"), Path(__file__)]
+    )
     return not file.exists() or file.stat().st_mtime < newest
 
 
 def make_all(folder: Path) -> None:
-    """Everything that the pages include, in `folder`; what takes long stays while it is newer than the code."""
+    """Everything that the pages include, in `folder`; what takes long stays while it is newer than
+    the code."""
     folder.mkdir(exist_ok=True)
     logging.set_verbosity_error()
     if outdated(folder / "tree.png") or outdated(folder / "readings.png"):
@@ -171,7 +229,10 @@ def make_all(folder: Path) -> None:
         draw_tree(folder / "tree.png", problems[LAYER])
         draw_readings(folder / "readings.png", prompt, problems, tokenizer, fact)
     for name in ("latency", "fidelity", "passkey", "memory"):
-        PICTURES[name](json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), folder / f"{name}.png")
+        PICTURES[name](
+            json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")),
+            folder / f"{name}.png",
+        )
     (folder / "answers.md").write_text(answers(), encoding="utf-8")
     (folder / "methods.md").write_text(methods(), encoding="utf-8")
     (folder / "machines.md").write_text(machines(), encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Hierarchically pruned attention (HiP) for Hugging Face Transformers: long context by one flag, without retraining.
+"""Hierarchically pruned attention (HiP) for Hugging Face Transformers: long context by one flag,
+without retraining.
 
 import hip_hf
 model = AutoModelForCausalLM.from_pretrained("any/checkpoint", attn_implementation="hip")

@@ -1,4 +1,5 @@
-"""`hip_attention`: attention on tensors. Decides between the sparse path and dense, in one place and with a reason."""
+"""`hip_attention`: attention on tensors. Decides between the sparse path and dense, in one place
+and with a reason."""
 
 from __future__ import annotations
 
@@ -17,25 +18,42 @@ from hip_hf.cache.pages import PagedTensor
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import DECODE_ROWS, BlockMask, Span
 from hip_hf.methods.base import method_of, summarises
-from hip_hf.problem import DTYPES, AttentionProblem, by_tokens, check_finite, check_tensors, make_spans, tracing
+from hip_hf.problem import (
+    DTYPES,
+    AttentionProblem,
+    by_tokens,
+    check_finite,
+    check_tensors,
+    make_spans,
+    tracing,
+)
 from hip_hf.rope import Positions
 from hip_hf.state import DecodeState
 from hip_hf.workers import compute_dtype
 
-# With AMX PyTorch's own attention is four times as fast in bf16 as without, the sparse path less than twice.
+# With AMX PyTorch's own attention is four times as fast in bf16 as without, the sparse path less
+# than twice.
 BF16_PROMPTS = 24576 if torch.cpu._is_amx_tile_supported() else 2048
-# Where the sparse path starts to win over dense attention on a CPU, by the dtype it multiplies in, in prefill and in decode,
-# in decode that selects at every step (`hip-hf latency`, docs/performance.md), and in a call of a few rows, which each select:
-# dense, they read the keys together (2 to 16 rows break even at 20K to 50K keys).
+# Where the sparse path starts to win over dense attention on a CPU, by the dtype it multiplies in,
+# in prefill and in decode, in decode that selects at every step (`hip-hf latency`,
+# docs/performance.md), and in a call of a few rows, which each select: dense, they read the keys
+# together (2 to 16 rows break even at 20K to 50K keys).
 DENSE_BELOW = {
-    dtype: (BF16_PROMPTS, 2048, 2048, 16384) if dtype == torch.bfloat16 else (8192, 4096, 16384, 16384) for dtype in DTYPES
+    dtype: (BF16_PROMPTS, 2048, 2048, 16384)
+    if dtype == torch.bfloat16
+    else (8192, 4096, 16384, 16384)
+    for dtype in DTYPES
 }
-# The same on a GPU. Not measured: from the model in docs/performance.md, where a decode step is bound by its launches.
+# The same on a GPU. Not measured: from the model in docs/performance.md, where a decode step is
+# bound by its launches.
 DENSE_BELOW_GPU = (16384, 65536, 65536, 65536)
 
 
-def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None, stateless: bool) -> tuple[str, bool]:
-    """Why this call must be dense, or an empty string; and whether that is for want of support. The only such decision."""
+def dense_reason(
+    problem: AttentionProblem, config: HiPConfig, layer: int | None, stateless: bool
+) -> tuple[str, bool]:
+    """Why this call must be dense, or an empty string; and whether that is for want of support. The
+    only such decision."""
     if config.method == "dense":
         return "method is dense", False
     if config.is_dense_layer(layer):
@@ -56,19 +74,38 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, layer: int | None
         return f"decode within a sliding window of {problem.sliding_window}", False
     below = config.dense_below
     if below is None:
-        lengths = DENSE_BELOW_GPU if problem.q.device.type == "cuda" else DENSE_BELOW[compute_dtype(problem.q)]
+        lengths = (
+            DENSE_BELOW_GPU
+            if problem.q.device.type == "cuda"
+            else DENSE_BELOW[compute_dtype(problem.q)]
+        )
         several = max((span.rows for span in problem.spans), default=0) > 1
-        # candidates of assisted decoding go the way of plain decoding where they are to give its very tokens
-        below = lengths[0 if not decoding else 2 if config.decode_refresh == 1 else 3 if several else 1]
+        # candidates of assisted decoding go the way of plain decoding where they are to give its
+        # very tokens
+        below = lengths[
+            0 if not decoding else 2 if config.decode_refresh == 1 else 3 if several else 1
+        ]
     graph = torch.compiler.is_compiling()  # which cannot put numbers into text
     if problem.longest < below:
-        return "short context" if graph else f"context of {problem.longest} is below dense_below={below}", False
+        return (
+            "short context"
+            if graph
+            else f"context of {problem.longest} is below dense_below={below}",
+            False,
+        )
     if below and problem.longest <= config.sparse_reach:
-        return "short context" if graph else f"the budget covers the context of {problem.longest}", False
+        return (
+            "short context" if graph else f"the budget covers the context of {problem.longest}",
+            False,
+        )
     anew = decoding and stateless and config.dense_below is None and problem.positions is None
     if anew and problem.q.device.type == "cpu" and summarises(config):
-        # both read all keys, and to summarise them costs more than to read the values too (docs/decisions.md)
-        return "decode without kept state: to summarise all keys anew takes longer than to read them", False
+        # both read all keys, and to summarise them costs more than to read the values too
+        # (docs/decisions.md)
+        return (
+            "decode without kept state: to summarise all keys anew takes longer than to read them",
+            False,
+        )
     if config.backend == "auto" and choice.kernels_wanted(problem, config):
         why, said = choice.no_kernels(problem, config)
         return why and f"no kernels: {why}", bool(why) and not said
@@ -85,11 +122,14 @@ def attend(
 ) -> Result:
     """Attention of a validated problem. Rows outside every span give 0, and -inf as log-sum-exp.
 
-    Whatever fails or interrupts it, the state is never left half changed: it forgets all, and the next call starts afresh."""
+    Whatever fails or interrupts it, the state is never left half changed: it forgets all, and the
+    next call starts afresh."""
     try:
         return _attend(problem, config.for_layer(layer), layer, state, need_lse, need_mask)
     except BaseException as error:
-        if state is not None and not isinstance(error, ValueError):  # which refuses a call before it changes anything
+        if state is not None and not isinstance(
+            error, ValueError
+        ):  # which refuses a call before it changes anything
             state.reset()
         raise
 
@@ -109,24 +149,37 @@ def _attend(
             out, lse = empty_outputs(problem, need_lse)
             return attend_next(problem, rows, new_keys(problem), out, lse)
     if problem.positions is not None and problem.needs_grad:
-        raise ValueError(f"extend: got {config.extend!r} where gradients are asked for, allowed: torch.no_grad(), or extend=None")
+        raise ValueError(
+            f"extend: got {config.extend!r} where gradients are asked for, allowed: torch.no_grad(), or extend=None"
+        )
     if not problem.spans:
         return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", None)
     parts = parts_of(problem, lambda one: dense_reason(one, config, layer, state is None))
     results = [_attend_part(part, config, state, need_lse, need_mask) for part in parts]
-    if len(parts) == 1 and parts[0].problem.q.shape == problem.q.shape:  # not only steps behind padding
+    if (
+        len(parts) == 1 and parts[0].problem.q.shape == problem.q.shape
+    ):  # not only steps behind padding
         return results[0]
     out, lse, mask, count = merged(problem, parts, results)
     reasons = []
     for part, result in zip(parts, results, strict=True):
-        some = f"{len(part.problem.spans)} of {len(problem.spans)} sequences dense: " if part.reason else ""
+        some = (
+            f"{len(part.problem.spans)} of {len(problem.spans)} sequences dense: "
+            if part.reason
+            else ""
+        )
         reasons += [some + result.reason] * bool(result.reason)
     # the first part is sparse: all that is dense is one part
-    reason, unsupported = "; ".join(dict.fromkeys(reasons)), any(result.unsupported for result in results)
+    reason, unsupported = (
+        "; ".join(dict.fromkeys(reasons)),
+        any(result.unsupported for result in results),
+    )
     return Result(out, lse, mask, "sparse", reason, count, unsupported)
 
 
-def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
+def _attend_part(
+    part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool
+) -> Result:
     """Attention of the sequences of a call that go the same way."""
     problem = part.problem
     if part.reason:
@@ -140,7 +193,9 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
         return _attend_by_kernels(part, config, state, need_lse, need_mask)
     if state is not None and state.device is not None:
         state.leave_device()
-    from hip_hf.backends.torch.dispatch import EXECUTORS  # all kinds of attention: most calls are of one
+    from hip_hf.backends.torch.dispatch import (
+        EXECUTORS,
+    )  # all kinds of attention: most calls are of one
 
     pieces: list[Piece] | None = [] if problem.needs_grad else None
     out, lse = empty_outputs(problem, need_lse or pieces is not None)
@@ -152,15 +207,19 @@ def _attend_part(part: Part, config: HiPConfig, state: DecodeState | None, need_
     return Result(out, lse if need_lse else None, sparse.mask, "sparse", reason, sparse.count)
 
 
-def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool) -> Result:
-    """Attention of a part that the kernels serve. Where Triton refuses them after all, because these settings ask for more than
-    the device has, it and all later ones are dense with `auto`."""
+def _attend_by_kernels(
+    part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool
+) -> Result:
+    """Attention of a part that the kernels serve. Where Triton refuses them after all, because
+    these settings ask for more than the device has, it and all later ones are dense with `auto`."""
     from hip_hf.backends.triton import trust
     from hip_hf.backends.triton.dispatch import run
 
     problem = part.problem
     try:
-        call = run(problem, config, state, *empty_outputs(problem, need_lse, for_models=True), need_mask)
+        call = run(
+            problem, config, state, *empty_outputs(problem, need_lse, for_models=True), need_mask
+        )
     except Exception as error:
         if not trust.refuses(error, config):
             raise
@@ -168,13 +227,16 @@ def _attend_by_kernels(part: Part, config: HiPConfig, state: DecodeState | None,
         trust.warn_once(why)
         if state is not None:
             state.reset()
-        return _attend_part(replace(part, reason=f"no kernels: {why}"), config, state, need_lse, need_mask)
+        return _attend_part(
+            replace(part, reason=f"no kernels: {why}"), config, state, need_lse, need_mask
+        )
     reason, lse = _shortfall(problem, config), call.lse if need_lse else None
     return Result(call.out, lse, call.mask, "sparse", reason, call.count)
 
 
 def _shortfall(problem: AttentionProblem, config: HiPConfig) -> str:
-    """What a call of the sparse path does otherwise than its settings say, and why; an empty string if nothing."""
+    """What a call of the sparse path does otherwise than its settings say, and why; an empty string
+    if nothing."""
     if config.delta is None:
         return ""
     from hip_hf.backends.delta import mode_of
@@ -185,12 +247,17 @@ def _shortfall(problem: AttentionProblem, config: HiPConfig) -> str:
 def empty_outputs(
     problem: AttentionProblem, need_lse: bool, for_models: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Where the output and the log-sum-exp are written: 0 and -inf where no span has the row, else uninitialised.
+    """Where the output and the log-sum-exp are written: 0 and -inf where no span has the row, else
+    uninitialised.
 
     `for_models`: the output lies by tokens (`problem.by_tokens`)."""
     q, dim = problem.q, problem.v.shape[-1]
     out = by_tokens(q, dim) if for_models else q.new_empty(*q.shape[:3], dim)
-    lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device) if need_lse else None
+    lse = (
+        torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        if need_lse
+        else None
+    )
     if sum(span.rows for span in problem.spans) < q.shape[0] * q.shape[2]:
         out.zero_()
         if lse is not None:
@@ -199,7 +266,8 @@ def empty_outputs(
 
 
 def placed(problem: AttentionProblem) -> AttentionProblem:
-    """The problem with q and k rotated to their true positions. O(T): where all of the keys are read anyway."""
+    """The problem with q and k rotated to their true positions. O(T): where all of the keys are
+    read anyway."""
     assert problem.positions is not None
     rope, trained = problem.positions.rope, problem.k.shape[2]
     q, k = torch.empty_like(problem.q), rope.keys(problem.k, 0, trained)
@@ -220,12 +288,15 @@ def dense_by_kernels(problem: AttentionProblem, config: HiPConfig, need_lse: boo
 
 
 def takes_masks(problem: AttentionProblem) -> bool:
-    """Whether PyTorch's attention is given masks where it needs them: on a GPU, unless a backward pass would keep as many numbers
-    as there are logits, or all keys of an offloaded cache would have to be brought together."""
+    """Whether PyTorch's attention is given masks where it needs them: on a GPU, unless a backward
+    pass would keep as many numbers as there are logits, or all keys of an offloaded cache would
+    have to be brought together."""
     return problem.q.device.type == "cuda" and not (problem.needs_grad or choice.offloaded(problem))
 
 
-def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attend_dense(
+    problem: AttentionProblem, config: HiPConfig, need_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention: the output, and the log-sum-exp if asked for."""
     prompt = problem.q.shape[2] > DECODE_ROWS and not isinstance(problem.k, PagedTensor)
     if prompt and problem.positions is not None and problem.longest <= problem.positions.trained:
@@ -234,7 +305,11 @@ def attend_dense(problem: AttentionProblem, config: HiPConfig, need_lse: bool) -
         from hip_hf.backends.triton.dense import attend_densely
 
         return attend_densely(problem, config, *empty_outputs(problem, need_lse, for_models=True))
-    served = dense.sdpa_serves_masked(problem, need_lse) if takes_masks(problem) else dense.sdpa_serves(problem, need_lse)
+    served = (
+        dense.sdpa_serves_masked(problem, need_lse)
+        if takes_masks(problem)
+        else dense.sdpa_serves(problem, need_lse)
+    )
     if served and dense.alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None
     if served:
@@ -262,36 +337,50 @@ def _in_graph(
     q_start: torch.Tensor | None,
     need_lse: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-    """`hip_attention` by operators that a compiled graph can hold. They read lengths on the device, so the choice between
-    sparse and dense looks at the shapes alone, and nothing looks for NaN."""
+    """`hip_attention` by operators that a compiled graph can hold. They read lengths on the device,
+    so the choice between sparse and dense looks at the shapes alone, and nothing looks for NaN."""
     from hip_hf.backends.triton import ops
 
     config = config.for_layer(layer)
     dense = bool(dense_reason(problem, config, layer, True)[0])
     rest = (problem.sliding_window, problem.softcap, problem.sinks, need_lse)
-    out, lse = ops.attention(problem.q, problem.k, problem.v, config, dense, problem.scale, key_start, q_start, *rest)
+    out, lse = ops.attention(
+        problem.q, problem.k, problem.v, config, dense, problem.scale, key_start, q_start, *rest
+    )
     return (out, lse) if need_lse else out
 
 
 def _check_sinks(sinks: torch.Tensor, numbers: bool) -> None:
     if sinks.dtype not in DTYPES:
-        raise ValueError(f"sinks.dtype: got {sinks.dtype}, allowed: float16, bfloat16, float32 or float64")
+        raise ValueError(
+            f"sinks.dtype: got {sinks.dtype}, allowed: float16, bfloat16, float32 or float64"
+        )
     if numbers and sinks.device.type == "cpu" and not sinks.isfinite().all():
         raise ValueError(f"sinks: got {sinks.tolist()}, allowed: finite numbers")
 
 
-def _check_positions(positions: Positions | None, config: HiPConfig, dim: int, sliding_window: int | None) -> None:
+def _check_positions(
+    positions: Positions | None, config: HiPConfig, dim: int, sliding_window: int | None
+) -> None:
     if positions is not None and not isinstance(positions, Positions):
         raise ValueError(f"positions: got {type(positions).__name__}, allowed: None or Positions")
     if (positions is None) != (config.extend is None):
-        allowed = "None without config.extend" if config.extend is None else f"Positions, for config.extend={config.extend!r}"
+        allowed = (
+            "None without config.extend"
+            if config.extend is None
+            else f"Positions, for config.extend={config.extend!r}"
+        )
         raise ValueError(f"positions: got {positions}, allowed: {allowed}")
     if positions is None:
         return
     if positions.rope.dim > dim:
-        raise ValueError(f"positions.rope: got {positions.rope.dim} numbers that turn, allowed: up to q's head dim {dim}")
+        raise ValueError(
+            f"positions.rope: got {positions.rope.dim} numbers that turn, allowed: up to q's head dim {dim}"
+        )
     if sliding_window is not None:
-        raise ValueError(f"sliding_window: got {sliding_window}, allowed with `extend`: None (a window needs no extension)")
+        raise ValueError(
+            f"sliding_window: got {sliding_window}, allowed with `extend`: None (a window needs no extension)"
+        )
     positions.check(config)
 
 
@@ -316,26 +405,29 @@ def hip_attention(
     """Causal attention of `q` to the keys that the configured method selects.
 
     Args:
-        q: `[B, Hq, Tq, D]`; k: `[B, Hkv, Tk, D]`; v: `[B, Hkv, Tk, Dv]`; float16, bfloat16, float32 or float64.
-        config: settings; default `HiPConfig()`.
+        q: `[B, Hq, Tq, D]`; k: `[B, Hkv, Tk, D]`; v: `[B, Hkv, Tk, Dv]`; float16, bfloat16, float32
+        or float64. config: settings; default `HiPConfig()`.
         scale: of the logits; default `D ** -0.5`.
         key_start: int `[B]`, first real key of each row; earlier ones are padding.
         q_start: int `[B]`, key slot of the first query row; default `Tk - Tq`.
         sliding_window: keys in sight of a row, itself included.
         softcap: logits become `softcap * tanh(logits / softcap)`.
         sinks: `[Hq]`, one extra logit per query head that takes part in the softmax.
-        state: kept between decode calls on a growing cache; without it decode is dense by default (on a CPU), as rebuilding
-            the pyramid, O(T), takes longer.
+        state: kept between decode calls on a growing cache; without it decode is dense by default
+            (on a CPU), as rebuilding the pyramid, O(T), takes longer.
         layer: index for the layer rules (`dense_layers`, `layers`); None: they do not apply.
-        positions: with `config.extend`: q and k are not rotated, and this rotates them (InfiniteHiP's context extension).
+        positions: with `config.extend`: q and k are not rotated, and this rotates them
+        (InfiniteHiP's context extension).
 
     Returns:
-        out `[B, Hq, Tq, Dv]`; then, where asked for, lse `[B, Hq, Tq]` (fp32, fp64 for fp64; natural log; sinks
-        included) and the `BlockMask` (None if the call went dense). A row without any key gives 0 and -inf.
+        out `[B, Hq, Tq, Dv]`; then, where asked for, lse `[B, Hq, Tq]` (fp32, fp64 for fp64;
+        natural log; sinks included) and the `BlockMask` (None if the call went dense). A row
+        without any key gives 0 and -inf.
 
     Raises:
-        ValueError: tensors that do not fit together, out-of-range arguments, NaN or infinity in q or k (looked for on
-            CPUs; on a GPU that would wait for the device). Nothing has been computed and `state` is as it was.
+        ValueError: tensors that do not fit together, out-of-range arguments, NaN or infinity in q
+            or k (looked for on CPUs; on a GPU that would wait for the device). Nothing has been
+            computed and `state` is as it was.
     """
     config = HiPConfig() if config is None else config
     if not isinstance(config, HiPConfig):
@@ -350,24 +442,36 @@ def hip_attention(
         if count is not None and (type(count) is not int or count < low):
             raise ValueError(f"{name}: got {count!r}, allowed: None or an integer >= {low}")
     if sinks is not None and not isinstance(sinks, torch.Tensor):
-        raise ValueError(f"sinks: got {type(sinks).__name__}, allowed: None or a tensor [{q.shape[1]}]")
+        raise ValueError(
+            f"sinks: got {type(sinks).__name__}, allowed: None or a tensor [{q.shape[1]}]"
+        )
     if state is not None and not isinstance(state, DecodeState):
         raise ValueError(f"state: got {type(state).__name__}, allowed: None or a DecodeState")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
-        raise ValueError(f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}")
+        raise ValueError(
+            f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}"
+        )
     follower = tracing()
     if sinks is not None:
         _check_sinks(sinks, numbers=not follower)
     _check_positions(positions, config, q.shape[3], sliding_window)
     if q.shape[2] > k.shape[2]:
-        raise ValueError(f"q.shape: got {q.shape[2]} query rows, allowed: at most the {k.shape[2]} keys")
+        raise ValueError(
+            f"q.shape: got {q.shape[2]} query rows, allowed: at most the {k.shape[2]} keys"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if follower:
         if positions is not None:
-            raise ValueError(f"positions: got Positions under {follower}, which gets dense attention, allowed: None")
+            raise ValueError(
+                f"positions: got Positions under {follower}, which gets dense attention, allowed: None"
+            )
         problem = AttentionProblem(q, k, v, (), scale, sliding_window, softcap, sinks)
         out, lse = dense.masked(problem, dense.sight(problem, key_start, q_start), return_lse)
-        return (out, *((lse,) if return_lse else ()), *((None,) if return_mask else ())) if return_lse or return_mask else out
+        return (
+            (out, *((lse,) if return_lse else ()), *((None,) if return_mask else ()))
+            if return_lse or return_mask
+            else out
+        )
     if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
         problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)

@@ -18,11 +18,12 @@ REPRESENTATIVES = ("blend", "minmax", "middle")
 SCORES = ("mass", "max")
 VOTES = ("need", "sampled")
 DELTA_MODES = ("clusters", "step")
-# Keys' worth of candidates that the search keeps at a level, and scores exactly at its end, where `beam` and `rescore` are None;
-# and the most chunks that these make of smaller blocks.
+# Keys' worth of candidates that the search keeps at a level, and scores exactly at its end, where
+# `beam` and `rescore` are None; and the most chunks that these make of smaller blocks.
 SEARCHED_KEYS, SEARCHED_CHUNKS = 4096, 1024
 BACKENDS = ("auto", "torch", "triton")
-# No size is larger: longer than any context, and sums of several still fit into the kernels' 32 bits.
+# No size is larger: longer than any context, and sums of several still fit into the kernels' 32
+# bits.
 MOST = 2**28
 # A query block meets all its own keys at once, so memory grows with the square of its rows.
 MOST_BLOCK_Q = 1024
@@ -36,9 +37,11 @@ def _fail(name: str, value: object, allowed: str) -> None:
     raise ValueError(f"HiPConfig.{name}: got {shown(value)}, allowed: {allowed}")
 
 
-def _check_parts(name: str, value: object, most: int | None = None, left: int = MOST_NESTED) -> None:
-    """Raise ValueError for a setting that is nested deeper than any is, which could not be copied, or with numbers beyond `most`
-    in it."""
+def _check_parts(
+    name: str, value: object, most: int | None = None, left: int = MOST_NESTED
+) -> None:
+    """Raise ValueError for a setting that is nested deeper than any is, which could not be copied,
+    or with numbers beyond `most` in it."""
     if most is not None and isinstance(value, int) and abs(value) > most:
         _fail(name, value, f"integers up to {most}")
     if not isinstance(value, (Mapping, list, tuple)):
@@ -70,52 +73,61 @@ def _method(name: str) -> Declared:
 
 @dataclass(frozen=True)
 class HiPConfig:
-    """Settings of hierarchically pruned attention. All sizes are in keys (tokens) unless said otherwise.
+    """Settings of hierarchically pruned attention. All sizes are in keys (tokens) unless said
+    otherwise.
 
     Args:
-        method: the rule that selects keys, or an attention of its own: a name in `hip_hf/registry.py`.
-        options: the method's own settings, validated by its dataclass (for `hip`: `weight` of the bound in `blend`, `sample`: the
-            most keys from which a row's need is estimated; and with `rescore`, `descent`: one in so many votes by need walks the
-            tree, `onward`: the share of a block's `mass` that the block after it gets as well).
+        method: the rule that selects keys, or an attention of its own: a name in
+        `hip_hf/registry.py`. options: the method's own settings, validated by its dataclass (for
+        `hip`: `weight` of the bound in `blend`, `sample`: the
+            most keys from which a row's need is estimated; and with `rescore`, `descent`: one in so
+            many votes by need walks the tree, `onward`: the share of a block's `mass` that the
+            block after it gets as well).
         budget: keys selected per query block, a multiple of `block_k`.
         block_q: query rows that share one selection.
         block_k: keys per block, the unit of selection.
-        query_stride: every `query_stride`-th row of a query block, or as many rows as that makes, votes; twice as many where all
-            keys between sink and window are looked at (`methods/hip.py`); in decode all heads do.
-        vote: who they are: `need` (of every second row those for which a key between sink and window stands out most from what
-            they read in any case) or `sampled` (every `query_stride`-th row, counted back from the block's last: the papers).
+        query_stride: every `query_stride`-th row of a query block, or as many rows as that makes,
+            votes; twice as many where all keys between sink and window are looked at
+            (`methods/hip.py`); in decode all heads do.
+        vote: who they are: `need` (of every second row those for which a key between sink and
+            window stands out most from what they read in any case) or `sampled` (every
+            `query_stride`-th row, counted back from the block's last: the papers).
         sink: first keys of a row, always read (rounded up to `block_k`).
         window: keys before the query block, always read.
         group_shared: one selection per KV group instead of one per query head.
-        representative: what stands for a chunk of keys in the search: `blend` (centre and spread), `minmax` (the bound
-            of its keys alone) or `middle` (its middle key: the HiP paper).
-        score: `mass` (the share of its attention that a voting row gives, after what it reads anyway, summed over rows) or
-            `max` (best logit: the HiP paper).
-        beam: levels above the last keep `beam * budget` keys' worth of chunks; None: 4096 keys' worth or 1024
-            chunks, at least twice the budget. What a search must look at to find an answer does not shrink with what is read
-            afterwards.
-        rescore: at the last level the best `rescore * budget` keys' blocks are scored with all their keys, and where there are no
-            more blocks than the search starts with (twice what `beam` keeps), all of them; 1 is off, None: 4096 keys', at least
-            three times the budget.
-        coarsest: largest chunk, in keys, that the search may start from; None starts from as few as possible.
-        dense_layers: a count of first layers, or a list of layer indices, that stay dense.
-        dense_below: contexts shorter than this go dense; None takes the backend's measured default, 0 means never.
-        dense_tail: the last rows of each prefill call are computed densely.
-        delta: Delta correction: every so many rows one is dense, and corrects the rows after it; None: off.
-        delta_mode: `clusters` (each row estimates what it misses from clusters of keys; the dense rows correct what is left on
+        representative: what stands for a chunk of keys in the search: `blend` (centre and spread),
+            `minmax` (the bound of its keys alone) or `middle` (its middle key: the HiP paper).
+        score: `mass` (the share of its attention that a voting row gives, after what it reads
+            anyway, summed over rows) or `max` (best logit: the HiP paper).
+        beam: levels above the last keep `beam * budget` keys' worth of chunks; None: 4096 keys'
+            worth or 1024 chunks, at least twice the budget. What a search must look at to find an
+            answer does not shrink with what is read afterwards.
+        rescore: at the last level the best `rescore * budget` keys' blocks are scored with all
+            their keys, and where there are no more blocks than the search starts with (twice what
+            `beam` keeps), all of them; 1 is off, None: 4096 keys', at least three times the budget.
+        coarsest: largest chunk, in keys, that the search may start from; None starts from as few as
+        possible. dense_layers: a count of first layers, or a list of layer indices, that stay
+        dense. dense_below: contexts shorter than this go dense; None takes the backend's measured
+        default, 0 means never. dense_tail: the last rows of each prefill call are computed densely.
+        delta: Delta correction: every so many rows one is dense, and corrects the rows after it;
+        None: off. delta_mode: `clusters` (each row estimates what it misses from clusters of keys;
+        the dense rows correct what is left on
             average) or `step` (the paper: the last dense row's difference).
-        decode_refresh: decode steps that one selection serves, its own included; for `staged` also a list, one per stage.
-        extend: None, or `streaming`: contexts longer than the model was trained for (models: patched families, and those whose
-            keys can be turned back; `hip_attention`: with `positions`). What a row reads, `sink + budget + window` (no
-            budget for `streaming`), must fit in the trained length.
+        decode_refresh: decode steps that one selection serves, its own included; for `staged` also
+        a list, one per stage. extend: None, or `streaming`: contexts longer than the model was
+        trained for (models: patched families, and those whose
+            keys can be turned back; `hip_attention`: with `positions`). What a row reads,
+            `sink + budget + window` (no budget for `streaming`), must fit in the trained length.
         layers: overrides for single layers, `{layer: {field: value}}`.
-        backend: `auto` (on a GPU kernels, or dense attention where these cannot serve or fail their self-test; else torch),
-            `torch` (any device), `triton` (kernels without a self-test, or an error).
+        backend: `auto` (on a GPU kernels, or dense attention where these cannot serve or fail their
+            self-test; else torch), `torch` (any device), `triton` (kernels without a self-test, or
+            an error).
 
     `from_dict` and `dataclasses.replace` validate as the constructor does.
 
     Raises:
-        ValueError: a field is unknown or out of range; the message names field, value and what is allowed.
+        ValueError: a field is unknown or out of range; the message names field, value and what is
+        allowed.
     """
 
     method: str = "hip"
@@ -178,7 +190,11 @@ class HiPConfig:
             if getattr(self, name) not in allowed:
                 _fail(name, getattr(self, name), " | ".join(allowed))
         if self.delta is not None and (not _is_int(self.delta) or not 1 <= self.delta <= MOST):
-            _fail("delta", self.delta, f"None or an integer >= 1 (rows between dense ones), at most {MOST}")
+            _fail(
+                "delta",
+                self.delta,
+                f"None or an integer >= 1 (rows between dense ones), at most {MOST}",
+            )
         if self.extend not in (None, "streaming"):
             _fail("extend", self.extend, "None | streaming")
         if self.extend is not None and self.delta is not None:
@@ -190,7 +206,10 @@ class HiPConfig:
         at_least = dict(block_q=1, block_k=1, budget=1, query_stride=1)
         at_least |= dict(sink=0, window=0, dense_tail=0, seed=0)
         for name, low in at_least.items():
-            value, most = getattr(self, name), {"block_q": MOST_BLOCK_Q, "seed": MOST_SEED}.get(name, MOST)
+            value, most = (
+                getattr(self, name),
+                {"block_q": MOST_BLOCK_Q, "seed": MOST_SEED}.get(name, MOST),
+            )
             if not _is_int(value) or not low <= value <= most:
                 _fail(name, value, f"an integer >= {low}, at most {most}")
         for name in ("beam", "rescore"):
@@ -203,22 +222,46 @@ class HiPConfig:
         if self.coarsest is not None:
             chunks = self.coarsest // self.block_k if _is_int(self.coarsest) else 0
             if not 1 <= chunks <= MOST or self.coarsest % self.block_k or chunks & (chunks - 1):
-                _fail("coarsest", self.coarsest, f"None, or block_k={self.block_k} times a power of two, up to {MOST}")
-        if self.dense_below is not None and (not _is_int(self.dense_below) or not 0 <= self.dense_below <= MOST):
+                _fail(
+                    "coarsest",
+                    self.coarsest,
+                    f"None, or block_k={self.block_k} times a power of two, up to {MOST}",
+                )
+        if self.dense_below is not None and (
+            not _is_int(self.dense_below) or not 0 <= self.dense_below <= MOST
+        ):
             _fail("dense_below", self.dense_below, f"None or an integer >= 0, at most {MOST}")
         dense = self.dense_layers
         indices = [dense] if isinstance(dense, int) else dense
-        if not isinstance(indices, (list, tuple)) or not all(_is_int(index) and 0 <= index <= MOST for index in indices):
-            _fail("dense_layers", dense, f"a count >= 0 or a list of layer indices >= 0, at most {MOST}")
+        if not isinstance(indices, (list, tuple)) or not all(
+            _is_int(index) and 0 <= index <= MOST for index in indices
+        ):
+            _fail(
+                "dense_layers",
+                dense,
+                f"a count >= 0 or a list of layer indices >= 0, at most {MOST}",
+            )
         if not isinstance(dense, int):
             object.__setattr__(self, "dense_layers", list(dense))
 
     def _check_refresh(self) -> None:
-        steps = self.decode_refresh if isinstance(self.decode_refresh, (list, tuple)) else [self.decode_refresh]
+        steps = (
+            self.decode_refresh
+            if isinstance(self.decode_refresh, (list, tuple))
+            else [self.decode_refresh]
+        )
         if not steps or not all(_is_int(count) and 1 <= count <= MOST for count in steps):
-            _fail("decode_refresh", self.decode_refresh, f"an integer >= 1, at most {MOST}, or a list of them, one per stage")
+            _fail(
+                "decode_refresh",
+                self.decode_refresh,
+                f"an integer >= 1, at most {MOST}, or a list of them, one per stage",
+            )
         if any(before % count for before, count in pairwise(steps)):
-            _fail("decode_refresh", self.decode_refresh, "a list in which every number divides the one before")
+            _fail(
+                "decode_refresh",
+                self.decode_refresh,
+                "a list in which every number divides the one before",
+            )
         if not isinstance(self.decode_refresh, int):
             object.__setattr__(self, "decode_refresh", list(steps))
 
@@ -228,15 +271,27 @@ class HiPConfig:
         layers = {}
         for key, fields in self.layers.items():
             # Python refuses to read very long numbers
-            index = int(key) if isinstance(key, str) and key.isdecimal() and len(key) <= len(str(MOST)) else key
+            index = (
+                int(key)
+                if isinstance(key, str) and key.isdecimal() and len(key) <= len(str(MOST))
+                else key
+            )
             if not _is_int(index) or not 0 <= index <= MOST:
                 _fail("layers", key, f"layer indices >= 0 as keys, at most {MOST}")
             if not isinstance(fields, Mapping):
                 _fail("layers", fields, f"a mapping of fields for layer {index}")
             if {"layers", "extend"} & fields.keys():
-                _fail("layers", dict(fields), "any field but `layers` itself and `extend`, which holds for all layers")
+                _fail(
+                    "layers",
+                    dict(fields),
+                    "any field but `layers` itself and `extend`, which holds for all layers",
+                )
             if index in layers:
-                _fail("layers", list(self.layers), f"each layer once (layer {index} is there as a number and as text)")
+                _fail(
+                    "layers",
+                    list(self.layers),
+                    f"each layer once (layer {index} is there as a number and as text)",
+                )
             layers[index] = copy.deepcopy(dict(fields))
         object.__setattr__(self, "layers", layers)
         for index in layers:
@@ -254,7 +309,9 @@ class HiPConfig:
     def beam_blocks(self) -> int:
         """Chunks that a level of the search above the last one keeps."""
         if self.beam is None:
-            return max(2 * self.budget_blocks, min(SEARCHED_CHUNKS, -(-SEARCHED_KEYS // self.block_k)))
+            return max(
+                2 * self.budget_blocks, min(SEARCHED_CHUNKS, -(-SEARCHED_KEYS // self.block_k))
+            )
         return self.beam * self.budget_blocks
 
     @property
@@ -276,12 +333,14 @@ class HiPConfig:
 
     @property
     def selected_keys(self) -> int:
-        """Keys that are selected for a query block at most: the budget, where the method spends it."""
+        """Keys that are selected for a query block at most: the budget, where the method spends
+        it."""
         return _method(self.method).selected_keys(self)
 
     @property
     def sparse_reach(self) -> int:
-        """Keys that the sparse path reads for a row at most: a context up to this long it reads whole."""
+        """Keys that the sparse path reads for a row at most: a context up to this long it reads
+        whole."""
         return self.sink + self.selected_keys + self.window
 
     def method_options(self) -> Any:
@@ -298,7 +357,8 @@ class HiPConfig:
         return kind(**self.options)
 
     def for_layer(self, layer: int | None) -> HiPConfig:
-        """The settings that hold in one layer: overrides applied. `None` gives the settings themselves."""
+        """The settings that hold in one layer: overrides applied. `None` gives the settings
+        themselves."""
         override = self.layers.get(layer) if layer is not None else None
         if not override:
             return self
@@ -308,7 +368,11 @@ class HiPConfig:
         """Whether `layer` is one of `dense_layers`."""
         if layer is None:
             return False
-        return layer < self.dense_layers if isinstance(self.dense_layers, int) else layer in self.dense_layers
+        return (
+            layer < self.dense_layers
+            if isinstance(self.dense_layers, int)
+            else layer in self.dense_layers
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict; layer indices become strings, as they are in JSON."""
@@ -318,9 +382,12 @@ class HiPConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HiPConfig:
-        """The inverse of `to_dict`; fields left out take their defaults. Raises ValueError for unknown fields."""
+        """The inverse of `to_dict`; fields left out take their defaults. Raises ValueError for
+        unknown fields."""
         if not isinstance(values, Mapping):
-            raise ValueError(f"HiPConfig.from_dict: got {type(values).__name__}, allowed: a mapping of fields")
+            raise ValueError(
+                f"HiPConfig.from_dict: got {type(values).__name__}, allowed: a mapping of fields"
+            )
         cls._check_names(values)  # names that are no text, too
         return cls(**values)
 
@@ -332,4 +399,6 @@ class HiPConfig:
                 label = shown(name).strip("'")
                 close = difflib.get_close_matches(label, known, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise ValueError(f"HiPConfig.{label}: unknown field with value {shown(values[name])}{hint}, allowed: {known}")
+                raise ValueError(
+                    f"HiPConfig.{label}: unknown field with value {shown(values[name])}{hint}, allowed: {known}"
+                )

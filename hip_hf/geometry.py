@@ -1,4 +1,5 @@
-"""Where the keys and query rows of a call sit: sequences, query blocks and the mask of selected key blocks. Integers only."""
+"""Where the keys and query rows of a call sit: sequences, query blocks and the mask of selected key
+blocks. Integers only."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ DECODE_ROWS = 16
 class Span:
     """One real sequence inside a batch row: its keys, its query rows, and where they sit.
 
-    Padding, packing and unfilled cache slots are all said by spans; whatever lies outside every span is never
-    read and its output is zero. `key_start`, `key_end`, `row_start` and `row_end` are places in the
-    call's tensors; `position` and `end` count from the span's first key, which is token 0. So the
-    keys in sight lie at `key_start` to `key_start + end - 1`.
+    Padding, packing and unfilled cache slots are all said by spans; whatever lies outside every
+    span is never read and its output is zero. `key_start`, `key_end`, `row_start` and `row_end` are
+    places in the call's tensors; `position` and `end` count from the span's first key, which is
+    token 0. So the keys in sight lie at `key_start` to `key_start + end - 1`.
     """
 
     batch: int
@@ -52,7 +53,8 @@ class Span:
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Query rows that share a selection, and what they always read. Everything is relative to the span.
+    """Query rows that share a selection, and what they always read. Everything is relative to the
+    span.
 
     The rows sit at positions `first` to `last`. They read the sink `[start, sink_end)`, the window
     `[window_start, last]`, and of the *candidates*, the key blocks `low` to `high - 1` between the
@@ -78,8 +80,11 @@ class QueryBlock:
         return self.high - self.low
 
 
-def make_query_block(config: HiPConfig, row: int, first: int, last: int, window: int | None, sliding: int | None) -> QueryBlock:
-    """Lay out one query block. `window` overrides where the window starts (decode keeps it between refreshes)."""
+def make_query_block(
+    config: HiPConfig, row: int, first: int, last: int, window: int | None, sliding: int | None
+) -> QueryBlock:
+    """Lay out one query block. `window` overrides where the window starts (decode keeps it between
+    refreshes)."""
     bk = config.block_k
     # keys before `start` are beyond the sliding window for every row
     start = 0 if sliding is None else max(0, first - sliding + 1) // bk * bk
@@ -90,8 +95,11 @@ def make_query_block(config: HiPConfig, row: int, first: int, last: int, window:
     return QueryBlock(row, first, last, start, sink, sink // bk, window // bk, window)
 
 
-def query_blocks(config: HiPConfig, span: Span, per_row: bool, sliding: int | None = None) -> list[QueryBlock]:
-    """The query blocks of a span, aligned to positions; `per_row` (decode) makes every row its own block."""
+def query_blocks(
+    config: HiPConfig, span: Span, per_row: bool, sliding: int | None = None
+) -> list[QueryBlock]:
+    """The query blocks of a span, aligned to positions; `per_row` (decode) makes every row its own
+    block."""
     size = 1 if per_row else config.block_q
     blocks, position = [], span.position
     while position < span.end:
@@ -107,7 +115,9 @@ def keys_seen(first: int, last: int, sliding: int | None) -> int:
     if sliding is None:
         return (last + 1) * (last + 2) // 2 - first * (first + 1) // 2
     full = max(0, last - max(first, sliding) + 1)  # rows whose window is full
-    return full * sliding + (keys_seen(first, min(last, sliding - 1), None) if first < sliding else 0)
+    return full * sliding + (
+        keys_seen(first, min(last, sliding - 1), None) if first < sliding else 0
+    )
 
 
 def keys_seen_at(positions: Sequence[int], sliding: int | None) -> int:
@@ -117,13 +127,18 @@ def keys_seen_at(positions: Sequence[int], sliding: int | None) -> int:
 
 
 def block_read(block: QueryBlock, picked: int, sliding: int | None) -> int:
-    """Keys that the rows of a query block read, summed over the rows; `picked`: keys of its middle."""
+    """Keys that the rows of a query block read, summed over the rows; `picked`: keys of its
+    middle."""
     fixed = block.sink_end - block.start - block.window_start + picked
-    return min(keys_seen(block.first, block.last, None) + block.rows * fixed, keys_seen(block.first, block.last, sliding))
+    return min(
+        keys_seen(block.first, block.last, None) + block.rows * fixed,
+        keys_seen(block.first, block.last, sliding),
+    )
 
 
 def mask_heads(config: HiPConfig, query_heads: int, key_heads: int) -> int:
-    """Selections of a query block: one for each key head where the heads of its group share it, else one for each query head."""
+    """Selections of a query block: one for each key head where the heads of its group share it,
+    else one for each query head."""
     return key_heads if config.group_shared else query_heads
 
 
@@ -131,9 +146,10 @@ def mask_heads(config: HiPConfig, query_heads: int, key_heads: int) -> int:
 class BlockMask:
     """Which key blocks each query block reads between sink and window.
 
-    `indices` int32 `[B, H, Nq, budget / block_k]`, sorted, of which the first `counts` int32 `[B, H, Nq]` count; block `i`
-    holds the keys `i * block_k` to `(i + 1) * block_k - 1` of the row, counted from its first real key. `H` is Hkv with a
-    shared mask, else Hq. `first` int32 `[B, Nq]`: position of the query block's first row, -1 where the row has no such block.
+    `indices` int32 `[B, H, Nq, budget / block_k]`, sorted, of which the first `counts` int32
+    `[B, H, Nq]` count; block `i` holds the keys `i * block_k` to `(i + 1) * block_k - 1` of the
+    row, counted from its first real key. `H` is Hkv with a shared mask, else Hq. `first` int32
+    `[B, Nq]`: position of the query block's first row, -1 where the row has no such block.
     """
 
     indices: torch.Tensor

@@ -1,4 +1,5 @@
-"""`AttentionProblem`: what a method and a backend see of an attention call. Validated once, at the border."""
+"""`AttentionProblem`: what a method and a backend see of an attention call. Validated once, at the
+border."""
 
 from __future__ import annotations
 
@@ -13,15 +14,17 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def by_tokens(q: torch.Tensor, dim: int) -> torch.Tensor:
-    """An output of `dim` numbers a row for q `[B, Hq, Tq, D]`, not filled yet: `[B, Hq, Tq, dim]` as always, with all heads of a
-    token side by side in memory. Models go on with it so, and need no copy."""
+    """An output of `dim` numbers a row for q `[B, Hq, Tq, D]`, not filled yet: `[B, Hq, Tq, dim]`
+    as always, with all heads of a token side by side in memory. Models go on with it so, and need
+    no copy."""
     batch, heads, rows, _ = q.shape
     return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class AttentionProblem:
-    """Shapes: q `[B, Hq, Tq, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, Dv]`, sinks `[Hq]` (extra logits)."""
+    """Shapes: q `[B, Hq, Tq, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, Dv]`, sinks `[Hq]` (extra
+    logits)."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -52,16 +55,19 @@ class AttentionProblem:
 
 def exporting() -> bool:
     """Whether torch.export makes a graph of this call."""
-    # The flag, not `torch.compiler.is_exporting()`, which PyTorch 2.11 answers with yes in any graph of torch.compile.
+    # The flag, not `torch.compiler.is_exporting()`, which PyTorch 2.11 answers with yes in any
+    # graph of torch.compile.
     exports: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
     if exports is not None:
         return exports
-    # PyTorch 2.6 has no such flag. An export compiles without Dynamo there, except a strict one, which it cannot make of a model.
+    # PyTorch 2.6 has no such flag. An export compiles without Dynamo there, except a strict one,
+    # which it cannot make of a model.
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def tracing() -> str:
-    """What follows the tensors of this call and could not follow a selection, or an empty string: it gets dense attention."""
+    """What follows the tensors of this call and could not follow a selection, or an empty string:
+    it gets dense attention."""
     if exporting():
         return "torch.export"
     if torch.jit.is_tracing():
@@ -79,7 +85,11 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Raise ValueError for shapes, dtypes and devices that do not fit together."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
-            _fail(name, tuple(getattr(tensor, "shape", ())) or type(tensor).__name__, "a tensor [batch, heads, tokens, head dim]")
+            _fail(
+                name,
+                tuple(getattr(tensor, "shape", ())) or type(tensor).__name__,
+                "a tensor [batch, heads, tokens, head dim]",
+            )
         if tensor.layout != torch.strided:
             _fail(f"{name}.layout", tensor.layout, "torch.strided (a dense tensor)")
         if 0 in tensor.shape:
@@ -100,20 +110,30 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         _fail("q.shape", tuple(q.shape), f"a multiple of k's {k.shape[1]} heads")
 
 
-def _per_row(name: str, value: torch.Tensor | int | list[int] | None, batch: int, default: int) -> list[int]:
+def _per_row(
+    name: str, value: torch.Tensor | int | list[int] | None, batch: int, default: int
+) -> list[int]:
     if value is None:
         return [default] * batch
     values = value.tolist() if isinstance(value, torch.Tensor) else value
     values = [values] * batch if isinstance(values, int) else values
-    if not isinstance(values, (list, tuple)) or len(values) != batch or not all(type(x) is int for x in values):
+    if (
+        not isinstance(values, (list, tuple))
+        or len(values) != batch
+        or not all(type(x) is int for x in values)
+    ):
         _fail(name, value, f"one integer for each of the {batch} batch rows")
     return list(values)
 
 
 def make_spans(
-    q: torch.Tensor, k: torch.Tensor, key_start: torch.Tensor | None = None, q_start: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    key_start: torch.Tensor | None = None,
+    q_start: torch.Tensor | None = None,
 ) -> tuple[Span, ...]:
-    """Spans of a batch whose row `b` has its first real key at `key_start[b]` and its first query at `q_start[b]`."""
+    """Spans of a batch whose row `b` has its first real key at `key_start[b]` and its first query
+    at `q_start[b]`."""
     batch, _, rows, _ = q.shape
     keys = k.shape[2]
     first = _per_row("key_start", key_start, batch, 0)
@@ -123,7 +143,9 @@ def make_spans(
         if not 0 <= start <= keys:
             _fail(f"key_start[{b}]", start, f"0 to {keys}, the number of keys")
         if not 0 <= at <= keys - rows:
-            _fail(f"q_start[{b}]", at, f"0 to {keys - rows}, so that all {rows} query rows have keys")
+            _fail(
+                f"q_start[{b}]", at, f"0 to {keys - rows}, so that all {rows} query rows have keys"
+            )
         row_start = max(0, start - at)
         if row_start < rows:
             spans.append(Span(b, start, at + rows, row_start, rows, at + row_start - start))
@@ -131,7 +153,8 @@ def make_spans(
 
 
 def check_finite(name: str, x: torch.Tensor, spans: tuple[Span, ...], rows: bool) -> None:
-    """Raise ValueError where a real row (of queries or keys) holds NaN or infinity. One pass over them when all is well."""
+    """Raise ValueError where a real row (of queries or keys) holds NaN or infinity. One pass over
+    them when all is well."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     for span in spans:
         part = slice(span.row_start, span.row_end) if rows else slice(span.key_start, span.key_end)

@@ -1,7 +1,7 @@
 """The table of methods, one line each: a name, and the module whose `METHOD` declares the method.
 
-Modules are imported when they are asked for, so that settings, which are below all methods, can look
-up names. `hip_hf.methods.base.Method` says what a declaration holds.
+Modules are imported when they are asked for, so that settings, which are below all methods, can
+look up names. `hip_hf.methods.base.Method` says what a declaration holds.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _declared: dict[str, object] = {}
 
 
 def declared(name: str) -> object:
-    """The declaration of the method `name`, for `hip_hf.config` and `hip_hf.methods.base.method_of`, which
-    say what they know of it.
+    """The declaration of the method `name`, for `hip_hf.config` and
+    `hip_hf.methods.base.method_of`, which say what they know of it.
 
     Raises:
         KeyError: there is no such method.
@@ -42,5 +42,7 @@ def declare(name: str, module: str, method: object) -> None:
         ValueError: the name is taken.
     """
     if name in METHODS:
-        raise ValueError(f"name: got {name!r}, allowed: a name that is not taken ({' | '.join(METHODS)})")
+        raise ValueError(
+            f"name: got {name!r}, allowed: a name that is not taken ({' | '.join(METHODS)})"
+        )
     METHODS[name], _declared[name] = module, method

@@ -1,13 +1,14 @@
-"""Rotary positions given at attention time: context extension (InfiniteHiP, arXiv 2502.08910; StreamingLLM, arXiv 2309.17453).
+"""Rotary positions given at attention time: context extension (InfiniteHiP, arXiv 2502.08910;
+StreamingLLM, arXiv 2309.17453).
 
-q and k come un-rotated. Every distance at which a query meets a key is then ours to choose, and none exceeds what the model was
-trained for:
+q and k come un-rotated. Every distance at which a query meets a key is then ours to choose, and
+none exceeds what the model was trained for:
 
-    attention of a query block: what it reads (sink | selected | window) gets consecutive positions that end at the query's
-    dense rows: true distances
+    attention of a query block: what it reads (sink | selected | window) gets consecutive positions
+    that end at the query's dense rows: true distances
     both: `trained - 1` for every key that would be farther away
-    selection: a key counts as just outside the window (relative); in the first layers, chunks count their distance from it
-               in chunks (chunk-indexed)
+    selection: a key counts as just outside the window (relative); in the first layers, chunks count
+               their distance from it in chunks (chunk-indexed)
 
 Only differences of positions matter, so each rule picks its own origin.
 """
@@ -23,16 +24,19 @@ from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock
 from hip_hf.workers import scratch
 
-# Layers before this one select with chunk-indexed positions (InfiniteHiP, appendix; its first three layers).
+# Layers before this one select with chunk-indexed positions (InfiniteHiP, appendix; its first three
+# layers).
 CHUNK_INDEXED_LAYERS = 3
 # A table of angles starts with this many positions and doubles.
 FEWEST_POSITIONS = 1024
 
 
 class Rope:
-    """The rotation of a model: pairs `(i, i + R / 2)` of the first `R` of the head's numbers turn by `position * inv_freq[i]`.
+    """The rotation of a model: pairs `(i, i + R / 2)` of the first `R` of the head's numbers turn
+    by `position * inv_freq[i]`.
 
-    `inv_freq` fp32 `[R / 2]`. `scaling`: what the model multiplies cosine and sine with (YaRN), for q and for k; q carries both.
+    `inv_freq` fp32 `[R / 2]`. `scaling`: what the model multiplies cosine and sine with (YaRN), for
+    q and for k; q carries both.
     """
 
     def __init__(self, inv_freq: torch.Tensor, scaling: float = 1.0) -> None:
@@ -51,38 +55,56 @@ class Rope:
         """Numbers of a head that turn."""
         return 2 * len(self.inv_freq)
 
-    def tables(self, count: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(
+        self, count: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine `[>= count, R / 2]` of the positions from 0 on."""
         key = (dtype, device)
         known = self._tables.get(key)
         if known is None or len(known[0]) < count:
             most = max(FEWEST_POSITIONS, 1 << (count - 1).bit_length())
-            with torch.inference_mode(False), torch.no_grad():  # they outlive the mode they are made in
-                angles = torch.arange(most, dtype=torch.float64, device="cpu")[:, None] * self.inv_freq.double()
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # they outlive the mode they are made in
+                angles = (
+                    torch.arange(most, dtype=torch.float64, device="cpu")[:, None]
+                    * self.inv_freq.double()
+                )
                 known = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
             self._tables[key] = known
         return known
 
     def keys(
-        self, x: torch.Tensor, position: torch.Tensor | int, most: int, back: bool = False, out: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        position: torch.Tensor | int,
+        most: int,
+        back: bool = False,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Keys `[..., n, D]` turned to `position`: the first of consecutive ones, or int64 `[..., n]`, all below `most`."""
+        """Keys `[..., n, D]` turned to `position`: the first of consecutive ones, or int64
+        `[..., n]`, all below `most`."""
         cos, sin = self.tables(most, x.dtype, x.device)
         index = slice(position, position + x.shape[-2]) if isinstance(position, int) else position
         return rotate(x, cos[index], sin[index], back, out)
 
     def queries(self, x: torch.Tensor, position: torch.Tensor | int, most: int) -> torch.Tensor:
-        """Queries `[..., n, D]` turned to `position`, as `keys` does, and scaled for both sides of the product."""
+        """Queries `[..., n, D]` turned to `position`, as `keys` does, and scaled for both sides of
+        the product."""
         out = self.keys(x, position, most)
         if self.scaling != 1.0:
             out[..., : self.dim].mul_(self.scaling**2)
         return out
 
     def unrotate(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        """What the model rotated to the consecutive positions from `first` on, `[..., n, D]`, turned back."""
+        """What the model rotated to the consecutive positions from `first` on, `[..., n, D]`,
+        turned back."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         position = torch.arange(first, first + x.shape[-2], dtype=torch.float64, device="cpu")
-        angles = position[:, None] * self.inv_freq.double()  # no table: positions grow with the context
+        angles = (
+            position[:, None] * self.inv_freq.double()
+        )  # no table: positions grow with the context
         cos, sin = angles.cos().to(x.device, dtype), angles.sin().to(x.device, dtype)
         out = rotate(x.to(dtype), cos, sin, back=True)
         if self.scaling != 1.0:
@@ -91,9 +113,14 @@ class Rope:
 
 
 def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    back: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`[..., n, D]` turned by angles `[..., n, R / 2]` (`back`: by minus these) into `out`, which is not x."""
+    """`[..., n, D]` turned by angles `[..., n, R / 2]` (`back`: by minus these) into `out`, which
+    is not x."""
     half, sign = cos.shape[-1], -1 if back else 1
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     a, b = x[..., :half], x[..., half : 2 * half]
@@ -106,33 +133,49 @@ def rotate(
 
 @dataclass(frozen=True)
 class Positions:
-    """How the calls of one layer place queries and keys. `trained`: positions that the model was trained for."""
+    """How the calls of one layer place queries and keys. `trained`: positions that the model was
+    trained for."""
 
     rope: Rope
     trained: int
     chunk_indexed: bool = False
 
     def check(self, config: HiPConfig) -> None:
-        """Raise ValueError if what a row reads under `config` does not fit in the trained length. Dense rows keep true distances
-        and need no room."""
+        """Raise ValueError if what a row reads under `config` does not fit in the trained length.
+        Dense rows keep true distances and need no room."""
         if config.method == "dense":
             return
         selected = config.selected_keys
         reach = -(-config.sink // config.block_k) * config.block_k + selected + config.window
         if max(reach, config.block_q) > self.trained:
-            got, names = f"{reach} keys and block_q={config.block_q}", "sink + budget + window" if selected else "sink + window"
-            raise ValueError(f"{names}: got {got}, allowed with `extend`: up to the trained {self.trained}")
+            got, names = (
+                f"{reach} keys and block_q={config.block_q}",
+                "sink + budget + window" if selected else "sink + window",
+            )
+            raise ValueError(
+                f"{names}: got {got}, allowed with `extend`: up to the trained {self.trained}"
+            )
 
     def streaming(self, query: torch.Tensor, keys: int) -> torch.Tensor:
-        """Queries `[..., rows, D]` of a query block in their places, the last of the `keys` that it reads. As they are where
-        rounding to blocks makes these more than was trained for."""
-        return self.rope.queries(query, keys - query.shape[-2], self.trained) if keys <= self.trained else query
+        """Queries `[..., rows, D]` of a query block in their places, the last of the `keys` that it
+        reads. As they are where rounding to blocks makes these more than was trained for."""
+        return (
+            self.rope.queries(query, keys - query.shape[-2], self.trained)
+            if keys <= self.trained
+            else query
+        )
 
     def streaming_logits(
-        self, query: torch.Tensor, k: torch.Tensor, places: list[tuple[int, int]], total: int, out: torch.Tensor
+        self,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        places: list[tuple[int, int]],
+        total: int,
+        out: torch.Tensor,
     ) -> None:
-        """Logits of a query block, `[heads, G, rows, D]` from `streaming`, for some of the `total` keys that it reads, into `out`
-        `[heads, G * rows, n]`. The keys `[heads, n, D]` stand in `places`, ranges of the order in which they are read."""
+        """Logits of a query block, `[heads, G, rows, D]` from `streaming`, for some of the `total`
+        keys that it reads, into `out` `[heads, G * rows, n]`. The keys `[heads, n, D]` stand in
+        `places`, ranges of the order in which they are read."""
         rows, at = query.shape[2], 0
         if total <= self.trained:
             with_rope = scratch.take("with_rope", tuple(k.shape), k)
@@ -152,13 +195,23 @@ class Positions:
                 at = part.stop
 
     def cuts(self, first: int, last: int) -> list[int]:
-        """Where a row block, at `first` to `last`, finds keys that are too far for all of its rows, and for some of them:
-        those before the first cut, and those between it and the second. None is among the rows' own keys."""
+        """Where a row block, at `first` to `last`, finds keys that are too far for all of its rows,
+        and for some of them: those before the first cut, and those between it and the second. None
+        is among the rows' own keys."""
         return [first - self.trained + 1, min(last - self.trained + 1, first)]
 
-    def dense_logits(self, query: torch.Tensor, k: torch.Tensor, first: int, last: int, at: int, out: torch.Tensor) -> None:
-        """Logits of rows at `first` to `last`, `[heads, G, rows, D]`, for the keys `[heads, n, D]` from position `at` on,
-        which lie on one side of every cut, into `out` `[heads, G * rows, n]`. Keys too far away are all at `trained - 1`."""
+    def dense_logits(
+        self,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        first: int,
+        last: int,
+        at: int,
+        out: torch.Tensor,
+    ) -> None:
+        """Logits of rows at `first` to `last`, `[heads, G, rows, D]`, for the keys `[heads, n, D]`
+        from position `at` on, which lie on one side of every cut, into `out`
+        `[heads, G * rows, n]`. Keys too far away are all at `trained - 1`."""
         near, mixed = last - self.trained + 1, first - self.trained + 1
         if at >= mixed:
             into = scratch.take("with_rope", tuple(k.shape), k)
@@ -172,28 +225,35 @@ class Positions:
         if at < mixed:
             torch.bmm(with_rope, k.transpose(1, 2), out=out)
             return
-        distance = torch.arange(first, last + 1, device=k.device)[:, None] - torch.arange(at, at + k.shape[1], device=k.device)
+        distance = torch.arange(first, last + 1, device=k.device)[:, None] - torch.arange(
+            at, at + k.shape[1], device=k.device
+        )
         too_far = (distance >= self.trained).repeat(query.shape[1], 1)
         out.copy_(torch.where(too_far, torch.bmm(with_rope, k.transpose(1, 2)), out))
 
     def voting(self, q: torch.Tensor, blocks: list[QueryBlock]) -> torch.Tensor:
-        """Queries `[..., rows, D]` as they select: so far from un-rotated keys as each is from the last key before its window."""
+        """Queries `[..., rows, D]` as they select: so far from un-rotated keys as each is from the
+        last key before its window."""
         distance = torch.zeros(q.shape[-2], dtype=torch.long, device="cpu")
         for block in blocks:
             at = torch.arange(block.first, block.last + 1, device="cpu")
-            distance[block.row : block.row + block.rows] = (at - block.window_start + 1).clamp(max=self.trained - 1)
+            distance[block.row : block.row + block.rows] = (at - block.window_start + 1).clamp(
+                max=self.trained - 1
+            )
         return self.rope.queries(q, distance.to(q.device), self.trained)
 
     def chunk_angles(
         self, ids: torch.Tensor, end: torch.Tensor, farthest: int, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chunk-indexed selection: cosine and sine `[..., P, M, R / 2]` by which chunks `ids` `[..., P, M]` are turned back, a
-        position for each chunk up to the window, which begins at chunk `end` `[P]`; at most `farthest`."""
+        """Chunk-indexed selection: cosine and sine `[..., P, M, R / 2]` by which chunks `ids`
+        `[..., P, M]` are turned back, a position for each chunk up to the window, which begins at
+        chunk `end` `[P]`; at most `farthest`."""
         cos, sin = self.rope.tables(self.trained, like.dtype, like.device)
         back = (end[:, None] - 1 - ids).clamp(min=0, max=farthest)
         return cos[back], sin[back]
 
 
 def farthest_chunk(positions: Positions, config: HiPConfig) -> int:
-    """Chunk-indexed selection: from this chunk on, counted back from the window, all are equally far."""
+    """Chunk-indexed selection: from this chunk on, counted back from the window, all are equally
+    far."""
     return max(0, positions.trained - 1 - config.window - config.block_k - config.block_q)

@@ -6,7 +6,8 @@ import reprlib
 
 
 class _Short(reprlib.Repr):
-    """Settings come with checkpoints, and may be of any size: errors show their beginning and end."""
+    """Settings come with checkpoints, and may be of any size: errors show their beginning and
+    end."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""`DecodeState`: what attention keeps between the calls of one layer: pyramids, and the selection that decode reuses."""
+"""`DecodeState`: what attention keeps between the calls of one layer: pyramids, and the selection
+that decode reuses."""
 
 from __future__ import annotations
 
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
 
 
 class Shareable(Protocol):
-    """What several batch rows may refer to (beam search): whoever changes it makes a copy first if it is `shared`."""
+    """What several batch rows may refer to (beam search): whoever changes it makes a copy first if
+    it is `shared`."""
 
     shared: bool
 
 
 class Summaries(Shareable, Protocol):
-    """What a selector keeps of the keys it has seen, the first `blocks` key blocks of `block_k` keys (`methods/pyramid.py`)."""
+    """What a selector keeps of the keys it has seen, the first `blocks` key blocks of `block_k`
+    keys (`methods/pyramid.py`)."""
 
     block_k: int
     blocks: int
@@ -35,11 +38,12 @@ class Summaries(Shareable, Protocol):
         """An independent copy."""
 
     def writable(self, blocks: int) -> Self:
-        """Itself, or a copy where others refer to it and blocks will be appended to reach `blocks`."""
+        """Itself, or a copy where others refer to it and blocks will be appended to reach
+        `blocks`."""
 
     def extend(self, keys: torch.Tensor, blocks: int) -> None:
-        """Summarise the keys `[Hkv, T, D]` up to `blocks` blocks. They may be `PagedKeys`, where the
-        selector reads pages."""
+        """Summarise the keys `[Hkv, T, D]` up to `blocks` blocks. They may be `PagedKeys`, where
+        the selector reads pages."""
 
     def truncate(self, blocks: int) -> None:
         """Forget all but the first `blocks` blocks."""
@@ -47,10 +51,12 @@ class Summaries(Shareable, Protocol):
 
 @dataclass(frozen=True)
 class KeptSelection:
-    """Key blocks that the last decode step read: `ids` `[Hkv, S, 1, budget / block_k]`, or None where the budget covered
-    the middle. The window's start and the middle stay as they were when the selection was made.
+    """Key blocks that the last decode step read: `ids` `[Hkv, S, 1, budget / block_k]`, or None
+    where the budget covered the middle. The window's start and the middle stay as they were when
+    the selection was made.
 
-    With an interval for every stage, `stages` holds what each of them kept, and the position it was made for."""
+    With an interval for every stage, `stages` holds what each of them kept, and the position it was
+    made for."""
 
     ids: torch.Tensor | None
     window_start: int
@@ -60,8 +66,9 @@ class KeptSelection:
 
 @dataclass(frozen=True)
 class Correction:
-    """Dense minus sparse attention at position `position` (Delta): `out` `[Hkv, G, Dv]`, `lse` `[Hkv, G]`, fp32 at least.
-    In mode `clusters`, dense minus estimated attention: a mean up to there, what it weighs, and the clusters."""
+    """Dense minus sparse attention at position `position` (Delta): `out` `[Hkv, G, Dv]`, `lse`
+    `[Hkv, G]`, fp32 at least. In mode `clusters`, dense minus estimated attention: a mean up to
+    there, what it weighs, and the clusters."""
 
     position: int
     out: torch.Tensor
@@ -95,8 +102,9 @@ def numbered_state(number: torch.Tensor) -> DecodeState:
 class DecodeState:
     """Kept by the caller between `hip_attention` calls on a growing cache, one per layer.
 
-    It must follow what happens to the cache: `crop`, `reorder` (also for batch selection), `repeat`, `reset`.
-    Rows whose keys are not a continuation of what was seen start afresh by themselves.
+    It must follow what happens to the cache: `crop`, `reorder` (also for batch selection),
+    `repeat`, `reset`. Rows whose keys are not a continuation of what was seen start afresh by
+    themselves.
     """
 
     def __init__(self) -> None:
@@ -104,7 +112,9 @@ class DecodeState:
         self.rows: dict[int, RowState] = {}
         self._layer: int | None = None  # the first that asked for its own
         self._others: dict[int, DecodeState] = {}  # by the layers that read the same keys
-        self.device: Any = None  # the kernels' tables (`DeviceState` in `backends/triton/sparse.py`), for all rows
+        self.device: Any = (
+            None  # the kernels' tables (`DeviceState` in `backends/triton/sparse.py`), for all rows
+        )
         # the settings that the state was made with, and the kind of keys
         self._owner: tuple[HiPConfig, int, int, torch.dtype, torch.device] | None = None
         self.__setstate__({})
@@ -117,8 +127,8 @@ class DecodeState:
         _states[number] = self
 
     def of_layer(self, layer: int | None) -> DecodeState:
-        """The state of one of the layers that read the same keys (Gemma 4 reuses those of earlier layers): each selects for
-        itself. They follow what happens to the cache with this one."""
+        """The state of one of the layers that read the same keys (Gemma 4 reuses those of earlier
+        layers): each selects for itself. They follow what happens to the cache with this one."""
         if self._layer is None:
             self._layer = layer
         if layer is None or layer == self._layer:
@@ -130,8 +140,14 @@ class DecodeState:
         return self if layer is None or layer == self._layer else self._others.get(layer)
 
     def stepping(self, text: str, batch: int) -> bool:
-        """Whether all that a step of `batch` rows needs is on the device, made with the settings of this `text`."""
-        if self.device is None or not self.device.even or len(self.rows) != batch or self.device.batch != batch:
+        """Whether all that a step of `batch` rows needs is on the device, made with the settings of
+        this `text`."""
+        if (
+            self.device is None
+            or not self.device.even
+            or len(self.rows) != batch
+            or self.device.batch != batch
+        ):
             return False
         alike = self._owner is not None and self._owner[0].text == text
         return alike and all(row.on_device for row in self.rows.values())
@@ -173,7 +189,8 @@ class DecodeState:
                 row.position, row.selection, row.correction = kept, None, None
 
     def reorder(self, indices: torch.Tensor | list[int]) -> None:
-        """Batch row `b` continues what row `indices[b]` was. Copies refer to the same summaries until one of them grows."""
+        """Batch row `b` continues what row `indices[b]` was. Copies refer to the same summaries
+        until one of them grows."""
         indices = indices.tolist() if isinstance(indices, torch.Tensor) else list(indices)
         rows = {}
         for to, source in enumerate(indices):
@@ -199,7 +216,8 @@ class DecodeState:
         self.reorder([b for b in range(count) for _ in range(repeats)])
 
     def bind(self, config: HiPConfig, k: torch.Tensor) -> None:
-        """Start afresh if the settings, or the kind of keys `[B, Hkv, T, D]`, are not those that the state was made with."""
+        """Start afresh if the settings, or the kind of keys `[B, Hkv, T, D]`, are not those that
+        the state was made with."""
         if not self.bound(config, k):
             self.reset()
             self._owner = (config, k.shape[1], k.shape[3], k.dtype, k.device)

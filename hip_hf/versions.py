@@ -1,4 +1,5 @@
-"""Which versions of Transformers are supported. Imported before anything else of the package that imports Transformers."""
+"""Which versions of Transformers are supported. Imported before anything else of the package that
+imports Transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ from packaging.version import Version
 
 __version__ = "0.1.0"  # of hip_hf
 
-OLDEST, NEWEST = (5, 17), (5, 24)  # major and minor of the oldest that serves, and of the newest that the tests ran with
+OLDEST, NEWEST = (
+    (5, 17),
+    (5, 24),
+)  # major and minor of the oldest that serves, and of the newest that the tests ran with
 
 
 def check_version(version: str) -> None:
@@ -17,12 +21,18 @@ def check_version(version: str) -> None:
     one that is older than the oldest that serves."""
     oldest, newest = (".".join(map(str, numbers)) for numbers in (OLDEST, NEWEST))
     if Version(version).release[:2] < OLDEST:
-        raise ImportError(f"hip_hf: got Transformers {version}, allowed: {oldest} or later (`pip install -U transformers`)")
+        raise ImportError(
+            f"hip_hf: got Transformers {version}, allowed: {oldest} or later (`pip install -U transformers`)"
+        )
     if Version(version).release[:2] > NEWEST:
-        warnings.warn(f"hip_hf was tested with Transformers {oldest} to {newest}, not with {version}", stacklevel=2)
+        warnings.warn(
+            f"hip_hf was tested with Transformers {oldest} to {newest}, not with {version}",
+            stacklevel=2,
+        )
 
 
 check_version(transformers.__version__)
 
-# What models and `generate` call the cache that they are given (the name before it is deprecated from 5.24 on).
+# What models and `generate` call the cache that they are given (the name before it is deprecated
+# from 5.24 on).
 CACHE = "cache" if Version(transformers.__version__).release[:2] >= (5, 24) else "past_key_values"

@@ -1,7 +1,8 @@
 """Threads and buffers of the torch backend.
 
-Many small operations per query block lose to OpenMP's fork and join; whole query blocks in single-threaded
-workers do not. Fresh large temporaries lose to page faults; buffers that each worker keeps do not.
+Many small operations per query block lose to OpenMP's fork and join; whole query blocks in
+single-threaded workers do not. Fresh large temporaries lose to page faults; buffers that each
+worker keeps do not.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Like(Protocol):
 
 
 class Scratch(threading.local):
-    """Reusable buffers, one set per thread; `take` hands out uninitialised memory that the next `take` of that name reuses."""
+    """Reusable buffers, one set per thread; `take` hands out uninitialised memory that the next
+    `take` of that name reuses."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
@@ -49,7 +51,8 @@ scratch = Scratch()
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
-    """Itself in fp32 or fp64; half precision as a buffer in fp32, since that is slow to exponentiate and too coarse to sum up."""
+    """Itself in fp32 or fp64; half precision as a buffer in fp32, since that is slow to
+    exponentiate and too coarse to sum up."""
     if x.dtype in (torch.float32, torch.float64):
         return x
     return scratch.take("wide", tuple(x.shape), x.new_empty(0, dtype=torch.float32)).copy_(x)
@@ -61,7 +64,8 @@ def _make_pool(size: int) -> ThreadPoolExecutor:
     barrier = threading.Barrier(size + 1)
 
     def settle() -> None:
-        # a thread's first operation would set it to the process's number of threads: have that over before
+        # a thread's first operation would set it to the process's number of threads: have that over
+        # before
         torch.get_num_threads()
         torch.set_num_threads(1)
         barrier.wait()
@@ -74,13 +78,15 @@ def _make_pool(size: int) -> ThreadPoolExecutor:
     return executor
 
 
-# By size: threads that call with different numbers of threads must not take each other's workers away.
+# By size: threads that call with different numbers of threads must not take each other's workers
+# away.
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
 
 
 def _forget_pools() -> None:
-    """In a forked process, whose parent's workers are not there, and whose lock may have been held."""
+    """In a forked process, whose parent's workers are not there, and whose lock may have been
+    held."""
     global _lock
     _pools.clear()
     _lock = threading.Lock()
@@ -91,8 +97,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(task: Callable[[Item], None], items: Iterable[Item], device: torch.device) -> None:
-    """`task(item)` for every item: in parallel on a CPU with several threads, one after another elsewhere. Where one fails, or
-    the caller is interrupted, no other is running when the error arrives."""
+    """`task(item)` for every item: in parallel on a CPU with several threads, one after another
+    elsewhere. Where one fails, or the caller is interrupted, no other is running when the error
+    arrives."""
     items = list(items)
     size = torch.get_num_threads()
     if device.type != "cpu" or size == 1 or len(items) == 1:
@@ -123,12 +130,16 @@ def run(task: Callable[[Item], None], items: Iterable[Item], device: torch.devic
 
 
 def compute_dtype(x: Like) -> torch.dtype:
-    """The dtype to multiply in: fp16 and, without matrix instructions for it, bf16 are slow on CPUs, so there it is fp32."""
+    """The dtype to multiply in: fp16 and, without matrix instructions for it, bf16 are slow on
+    CPUs, so there it is fp32."""
     if x.device.type != "cpu" or x.dtype in (torch.float32, torch.float64):
         return x.dtype
     return torch.bfloat16 if x.dtype == torch.bfloat16 and _fast_bf16() else torch.float32
 
 
 def _fast_bf16() -> bool:
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    probes = (
+        getattr(torch.cpu, name, None)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
     return any(probe() for probe in probes if probe is not None)

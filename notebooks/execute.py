@@ -1,4 +1,5 @@
-"""Executes notebooks: `python notebooks/execute.py [NAME ...]` saves the outputs of all, or of the named ones, in place."""
+"""Executes notebooks: `python notebooks/execute.py [NAME ...]` saves the outputs of all, or of the
+named ones, in place."""
 
 from __future__ import annotations
 
@@ -15,16 +16,21 @@ TIMEOUT = 600  # seconds for a cell
 
 
 def execute(file: Path) -> nbformat.NotebookNode:
-    """The notebook with new outputs, run in an empty folder. Raises `nbclient.exceptions.CellExecutionError` if a cell fails."""
+    """The notebook with new outputs, run in an empty folder. Raises
+    `nbclient.exceptions.CellExecutionError` if a cell fails."""
     notebook = nbformat.read(file, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(notebook, timeout=TIMEOUT, resources={"metadata": {"path": folder}}).execute()
+        NotebookClient(
+            notebook, timeout=TIMEOUT, resources={"metadata": {"path": folder}}
+        ).execute()
     for cell in notebook.cells:
         cell.metadata = {}  # execution times differ from run to run
         if cell.cell_type == "code":
             # progress bars are for those who wait
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}
+    }
     return notebook
 
 

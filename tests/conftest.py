@@ -15,10 +15,16 @@ import torch
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernel tests run without a GPU
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anything imports triton: kernel tests run without a GPU
+    )
 
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes share the cores; tests of threads set their own number
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+if (
+    "PYTEST_XDIST_WORKER_COUNT" in os.environ
+):  # the processes share the cores; tests of threads set their own number
+    torch.set_num_threads(
+        max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    )
 
 from poison import spoil_fresh_memory
 
@@ -27,17 +33,32 @@ from hip_hf.backends.torch import dense, sparse
 from hip_hf.backends.torch.decode_buffer import Gathered
 from hip_hf.methods.hip import TreeSearch
 
-# `tests/*/test_fuzz*.py` share the cases of a profile between their properties; other tests say how many they want
-settings.register_profile("ci", max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+# `tests/*/test_fuzz*.py` share the cases of a profile between their properties; other tests say how
+# many they want
+settings.register_profile(
+    "ci", max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
 many = dict(max_examples=100_000, derandomize=False, database=None, print_blob=True)
 settings.register_profile("fuzz", settings.get_profile("ci"), **many)
 settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--families", default="0", help="model types to sweep: all, or the seed by which a third of them is drawn")
-    parser.addoption("--races", type=int, help="seed: kernels run in a harsher interpreter (`tests/lib/sanitizer.py`)")
-    parser.addoption("--tensor-cores", action="store_true", help="fp32 as NVIDIA GPUs compute it (`tests/lib/tensor_cores.py`)")
+    parser.addoption(
+        "--families",
+        default="0",
+        help="model types to sweep: all, or the seed by which a third of them is drawn",
+    )
+    parser.addoption(
+        "--races",
+        type=int,
+        help="seed: kernels run in a harsher interpreter (`tests/lib/sanitizer.py`)",
+    )
+    parser.addoption(
+        "--tensor-cores",
+        action="store_true",
+        help="fp32 as NVIDIA GPUs compute it (`tests/lib/tensor_cores.py`)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,7 +86,8 @@ def seed() -> None:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of torch's threads, for this test only. One makes the backend work in the calling thread."""
+    """Sets the number of torch's threads, for this test only. One makes the backend work in the
+    calling thread."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -90,7 +112,8 @@ def _over_spoilt_buffers(work: Callable[..., Any], in_use: str | None = None) ->
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory and the workers' reused buffers hold NaN, so that nothing read before it is written goes unnoticed."""
+    """Fresh memory and the workers' reused buffers hold NaN, so that nothing read before it is
+    written goes unnoticed."""
     spoil_fresh_memory(monkeypatch)
     works = ((sparse, "attend_range"), (dense, "attend_range"), (sparse.SparseAttention, "_near"))
     for owner, name in (*works, (Gathered, "fill"), (Gathered, "attend")):

@@ -1,4 +1,5 @@
-"""What a backend offers: executors, one for each kind of attention, and what those of all backends share."""
+"""What a backend offers: executors, one for each kind of attention, and what those of all backends
+share."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a few query blocks of a span read, for the key heads `heads`: sink, window and the key blocks `ids`
-    `[heads, S, len(blocks), n]` of `block_k` keys, or (None) all from `QueryBlock.start` on. Rows from `rows` on do not count."""
+    """What a few query blocks of a span read, for the key heads `heads`: sink, window and the key
+    blocks `ids` `[heads, S, len(blocks), n]` of `block_k` keys, or (None) all from
+    `QueryBlock.start` on. Rows from `rows` on do not count."""
 
     span: Span
     heads: slice
@@ -32,22 +34,28 @@ class Piece:
     rows: int
 
     def positions(self, head: int, share: int, i: int) -> torch.Tensor:
-        """Of the keys that the query heads `share` of key head `head` read in query block `i`; relative to the span."""
+        """Of the keys that the query heads `share` of key head `head` read in query block `i`;
+        relative to the span."""
         block = self.blocks[i]
         if self.ids is None:
             return torch.arange(block.start, block.last + 1, device="cpu")
         chosen = self.ids[head - self.heads.start, share, i].cpu()
-        picked = (chosen[:, None] * self.block_k + torch.arange(self.block_k, device="cpu")).flatten()
+        picked = (
+            chosen[:, None] * self.block_k + torch.arange(self.block_k, device="cpu")
+        ).flatten()
         always = ((block.start, block.sink_end), (block.window_start, block.last + 1))
         sink, window = (torch.arange(first, end, device="cpu") for first, end in always)
         return torch.cat([sink, picked, window])
 
 
 class Executor(Protocol):
-    """Computes one call of the sparse path into `out` `[B, Hq, Tq, Dv]` and, if given, `lse` `[B, Hq, Tq]`."""
+    """Computes one call of the sparse path into `out` `[B, Hq, Tq, Dv]` and, if given, `lse`
+    `[B, Hq, Tq]`."""
 
     out: torch.Tensor
-    pieces: list[Piece] | None  # put down what was read here, where gradients are wanted (`has_gradients`)
+    pieces: (
+        list[Piece] | None
+    )  # put down what was read here, where gradients are wanted (`has_gradients`)
 
     @property
     def lse(self) -> torch.Tensor | None:
@@ -67,7 +75,8 @@ class Executor(Protocol):
 
 @dataclass
 class Result:
-    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense, or not corrected as asked."""
+    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense,
+    or not corrected as asked."""
 
     out: torch.Tensor
     lse: torch.Tensor | None
@@ -75,7 +84,9 @@ class Result:
     path: str
     reason: str
     count: Count | None  # of the keys that were read; None: all that are in sight
-    unsupported: bool = False  # dense because the sparse path lacks something, not because it was asked for
+    unsupported: bool = (
+        False  # dense because the sparse path lacks something, not because it was asked for
+    )
 
     @property
     def share(self) -> float:
@@ -84,8 +95,15 @@ class Result:
 
 
 def kind_of(config: HiPConfig) -> str:
-    """The kind of attention that settings ask for: `delta` (a correction of another kind), `hyper` or `block_sparse`."""
-    return "delta" if config.delta is not None else "hyper" if config.method == "hyper" else "block_sparse"
+    """The kind of attention that settings ask for: `delta` (a correction of another kind), `hyper`
+    or `block_sparse`."""
+    return (
+        "delta"
+        if config.delta is not None
+        else "hyper"
+        if config.method == "hyper"
+        else "block_sparse"
+    )
 
 
 def has_gradients(config: HiPConfig) -> bool:
@@ -99,10 +117,17 @@ def steps_of(config: HiPConfig) -> int:
     return steps if isinstance(steps, int) else steps[0]
 
 
-def pick(executors: Mapping[str, Callable[..., Executor]], config: HiPConfig) -> Callable[..., Executor]:
-    """What makes the executor of a call, from `(problem, config, out, lse, mask)`: one of a backend's `executors`, by kind."""
+def pick(
+    executors: Mapping[str, Callable[..., Executor]], config: HiPConfig
+) -> Callable[..., Executor]:
+    """What makes the executor of a call, from `(problem, config, out, lse,
+    mask)`: one of a backend's `executors`, by kind."""
     found = executors[kind_of(config)]
-    return found if config.delta is None else partial(found, pick(executors, replace(config, delta=None)))
+    return (
+        found
+        if config.delta is None
+        else partial(found, pick(executors, replace(config, delta=None)))
+    )
 
 
 class Attend(Protocol):
@@ -122,7 +147,8 @@ attend: Attend = _missing  # the self-test of kernels compares whole calls: `hip
 
 
 class BlockSparseCall:
-    """A call in which every query block reads what a selector picks: problem, settings and results."""
+    """A call in which every query block reads what a selector picks: problem, settings and
+    results."""
 
     def __init__(
         self,
@@ -138,7 +164,9 @@ class BlockSparseCall:
         # of each span, where the window of its only row starts, if an earlier selection says so
         self.windows: list[int | None] = [None] * len(problem.spans)
         self.mask = self._empty_mask() if mask else None
-        self.pieces: list[Piece] | None = None  # a list to put down what was read, where gradients are wanted
+        self.pieces: list[Piece] | None = (
+            None  # a list to put down what was read, where gradients are wanted
+        )
 
     @property
     def decoding(self) -> bool:

@@ -1,4 +1,5 @@
-"""Which backend serves a call: kernels, where they are wanted, can serve, and are to be trusted; else the torch backend."""
+"""Which backend serves a call: kernels, where they are wanted, can serve, and are to be trusted;
+else the torch backend."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ def asks_for_kernels(config: HiPConfig, device: torch.device) -> bool:
 
 
 def offloaded(problem: AttentionProblem) -> bool:
-    """Whether keys lie where kernels do not reach: a cache was asked to keep them in host memory or on disk, and only the torch
-    backend reads through its pools. Dense attention would bring all of them to the device at every step."""
+    """Whether keys lie where kernels do not reach: a cache was asked to keep them in host memory or
+    on disk, and only the torch backend reads through its pools. Dense attention would bring all of
+    them to the device at every step."""
     return isinstance(problem.k, PagedTensor) and not problem.k.store.resident
 
 
@@ -31,9 +33,12 @@ def kernels_serve(problem: AttentionProblem, config: HiPConfig, densely: bool = 
     return kernels_wanted(problem, config) and not no_kernels(problem, config, densely)[0]
 
 
-def no_kernels(problem: AttentionProblem, config: HiPConfig, densely: bool = False) -> tuple[str, bool]:
-    """Why the kernels cannot serve a call, or (`auto`) are not to be trusted with it; empty if they can. And whether there was a
-    warning of it, as of all that is not for want of support. `densely`: the call is dense, whatever the method."""
+def no_kernels(
+    problem: AttentionProblem, config: HiPConfig, densely: bool = False
+) -> tuple[str, bool]:
+    """Why the kernels cannot serve a call, or (`auto`) are not to be trusted with it; empty if they
+    can. And whether there was a warning of it, as of all that is not for want of support.
+    `densely`: the call is dense, whatever the method."""
     from hip_hf.backends.triton import trust  # which imports no Triton
 
     device = problem.q.device
@@ -44,8 +49,14 @@ def no_kernels(problem: AttentionProblem, config: HiPConfig, densely: bool = Fal
         why = unsupported_tensors(problem) if densely else unsupported(problem, config)
         if why or config.backend == "triton":
             return why, False
-        parts = trust.parts_of(None if densely else config, problem.needs_grad, problem.positions is not None)
-        dims = problem.q.shape[3], problem.v.shape[3], problem.groups  # a graph that is being compiled is then for these alone
+        parts = trust.parts_of(
+            None if densely else config, problem.needs_grad, problem.positions is not None
+        )
+        dims = (
+            problem.q.shape[3],
+            problem.v.shape[3],
+            problem.groups,
+        )  # a graph that is being compiled is then for these alone
         why = trust.failing(device, problem.q.dtype, dims, parts, config.text)
     if why and config.backend == "auto":
         trust.warn_once(why)

@@ -1,18 +1,22 @@
-"""What sparse attention leaves out, estimated: the keys of the middle in clusters of like keys, each by its mean and spread.
+"""What sparse attention leaves out, estimated: the keys of the middle in clusters of like keys,
+each by its mean and spread.
 
-Every row weighs the clusters' means as if they were keys, with what is left of them once the key blocks that the row reads are
-taken out, and merges the result with its sparse attention by their log-sum-exps:
+Every row weighs the clusters' means as if they were keys, with what is left of them once the key
+blocks that the row reads are taken out, and merges the result with its sparse attention by their
+log-sum-exps:
 
     logit[c] = q . mean[c] + q^2 . variance[c] / 2 + log(count[c])       value[c] = mean value
 
-which is the sum of exp(q . k) over a cluster if its keys are spread normally. (Beyond sqrt(2 log(count)) standard deviations of
-q . k a cluster has no key, and the largest one is all of the sum.) Clusters hold keys of like content from anywhere in
-the context: the means of neighbouring keys say much less about them. There are so many clusters at any length, so the
-estimate takes O(1) for a row.
+which is the sum of exp(q . k) over a cluster if its keys are spread normally. (Beyond sqrt(2
+log(count)) standard deviations of q . k a cluster has no key, and the largest one is all of the
+sum.) Clusters hold keys of like content from anywhere in the context: the means of neighbouring
+keys say much less about them. There are so many clusters at any length, so the estimate takes O(1)
+for a row.
 
-The first keys of the middle are the first centres. A key joins the nearest one; each time that as many keys again have joined,
-the centres move to their clusters' means. So a key's cluster depends on the keys before it alone, never changes, and is the same
-however a prompt is cut. On a GPU sums are made by atomic additions, whose last bits vary.
+The first keys of the middle are the first centres. A key joins the nearest one; each time that as
+many keys again have joined, the centres move to their clusters' means. So a key's cluster depends
+on the keys before it alone, never changes, and is the same however a prompt is cut. On a GPU sums
+are made by atomic additions, whose last bits vary.
 """
 
 from __future__ import annotations
@@ -32,27 +36,35 @@ from hip_hf.methods.ranking import squash
 if TYPE_CHECKING:
     from hip_hf.backends.tensors import Tensors
 
-# Clusters of one key head. The demo's output error (streaming, budget 256: 0.259) falls to 0.122 with 64 of them, to 0.117 with
-# 128, and they cost a row as much as so many times 1.5 keys.
+# Clusters of one key head. The demo's output error (streaming, budget 256: 0.259) falls to 0.122
+# with 64 of them, to 0.117 with 128, and they cost a row as much as so many times 1.5 keys.
 CLUSTERS = 64
-# Keys that join at once, and query blocks that are estimated at once: what they make stays in cache.
+# Keys that join at once, and query blocks that are estimated at once: what they make stays in
+# cache.
 KEYS_AT_ONCE = 2048
 BLOCKS_AT_ONCE = 4
 
 
 class Clusters:
-    """The clusters of one span's keys, from the key at `start` on, for all key heads. Append-only."""
+    """The clusters of one span's keys, from the key at `start` on, for all key heads.
+    Append-only."""
 
     def __init__(self, start: int, k: KeyRows, v: KeyRows) -> None:
         heads, _, dim = k.shape
         self.start, self.device = start, k.device
         self.dtype = torch.promote_types(k.dtype, torch.float32)
-        self.width = 2 * dim + v.shape[2] + 1  # of a key's numbers: itself, its squares, its value, 1
+        self.width = (
+            2 * dim + v.shape[2] + 1
+        )  # of a key's numbers: itself, its squares, its value, 1
         self.known = 0  # keys that have joined
-        self.shared = False  # several batch rows refer to it (beam search): copy before the next one joins
+        self.shared = (
+            False  # several batch rows refer to it (beam search): copy before the next one joins
+        )
         self._ids = torch.empty(heads, 0, dtype=torch.uint8, device=k.device)
         self._centres = self._zeros(heads, dim)
-        self._joined = self._zeros(heads, dim + 1)  # sums of the keys that have joined, and their number
+        self._joined = self._zeros(
+            heads, dim + 1
+        )  # sums of the keys that have joined, and their number
         self._summed = 0  # keys in `_sums`
         self._sums = self._zeros(heads, self.width)
 
@@ -64,16 +76,21 @@ class Clusters:
         if not self.shared:
             return self
         other = object.__new__(Clusters)
-        other.__dict__.update(self.__dict__, shared=False, _ids=self._ids.clone())  # what else there is, is replaced, not changed
+        other.__dict__.update(
+            self.__dict__, shared=False, _ids=self._ids.clone()
+        )  # what else there is, is replaced, not changed
         return other
 
     def extend(self, k: KeyRows, end: int) -> None:
-        """Let the keys up to position `end - 1` join; k `[Hkv, T, D]`. Fewer than there are clusters wait."""
+        """Let the keys up to position `end - 1` join; k `[Hkv, T, D]`. Fewer than there are
+        clusters wait."""
         count = end - self.start
         if self.known == 0 and count >= CLUSTERS:
             self._centres = k[:, self.start : self.start + CLUSTERS].to(self.dtype)
         while self.known < count and (self.known or count >= CLUSTERS):
-            generation = CLUSTERS << (self.known // CLUSTERS).bit_length()  # the centres are the same up to this key
+            generation = (
+                CLUSTERS << (self.known // CLUSTERS).bit_length()
+            )  # the centres are the same up to this key
             last = min(count, generation, self.known + KEYS_AT_ONCE)
             self._join(k[:, self.start + self.known : self.start + last].to(self.dtype))
             if last == generation:
@@ -81,7 +98,9 @@ class Clusters:
                 self._centres = torch.where(number > 0, sums / number.clamp(min=1), self._centres)
 
     def _join(self, keys: torch.Tensor) -> None:
-        distance = self._centres.square().sum(-1)[:, None] - 2 * keys @ self._centres.transpose(1, 2)
+        distance = self._centres.square().sum(-1)[:, None] - 2 * keys @ self._centres.transpose(
+            1, 2
+        )
         ids = distance.argmin(-1)
         last = self.known + keys.shape[1]
         if last > self._ids.shape[1]:
@@ -95,18 +114,26 @@ class Clusters:
         self._joined = self._joined + summed(ids, torch.cat([keys, ones], dim=-1), CLUSTERS)
         self.known = last
 
-    def left(self, k: KeyRows, v: KeyRows, blocks: list[QueryBlock], chosen: Chosen) -> torch.Tensor:
-        """What query blocks, given in order of their positions, leave out: sums `[Hkv, S, len(blocks), CLUSTERS, width]` of the
-        numbers of the keys between sink and window that are in none of the key blocks `chosen`."""
+    def left(
+        self, k: KeyRows, v: KeyRows, blocks: list[QueryBlock], chosen: Chosen
+    ) -> torch.Tensor:
+        """What query blocks, given in order of their positions, leave out: sums `[Hkv, S,
+        len(blocks), CLUSTERS, width]` of the numbers of the keys between sink and window that are
+        in none of the key blocks `chosen`."""
         heads, many = len(self._ids), len(blocks)
         windows = [block.window_start - self.start for block in blocks]
         if windows[0] < self._summed:  # where the window has gone back
             self._summed, self._sums = 0, torch.zeros_like(self._sums)
         first, last = self._summed, windows[-1]
-        rows = self._numbers(k[:, self.start + first : self.start + last], v[:, self.start + first : self.start + last])
+        rows = self._numbers(
+            k[:, self.start + first : self.start + last],
+            v[:, self.start + first : self.start + last],
+        )
         ids = self._ids[:, first:last].long()
         bounds = torch.tensor(windows[:-1], device=self.device)
-        block = torch.bucketize(torch.arange(first, last, device=self.device), bounds, right=True)  # of which a key is new
+        block = torch.bucketize(
+            torch.arange(first, last, device=self.device), bounds, right=True
+        )  # of which a key is new
         new = summed(block * CLUSTERS + ids, rows, many * CLUSTERS).view(heads, many, CLUSTERS, -1)
         sums = new.cumsum(1).add_(self._sums[:, None])
         self._summed, self._sums = last, sums[:, -1].clone()
@@ -115,7 +142,9 @@ class Clusters:
         shares, count = chosen.ids.shape[1], chosen.ids.shape[3]
         flat, size = chosen.ids.flatten(1), chosen.block_k  # [Hkv, S * blocks * n]
         rows = self._numbers(*(pick(x, flat, size) for x in (k, v)))
-        at = (flat[..., None] * size + torch.arange(size, device=self.device)).flatten(1) - self.start
+        at = (flat[..., None] * size + torch.arange(size, device=self.device)).flatten(
+            1
+        ) - self.start
         ids = self._ids.gather(1, at).long()
         rows *= chosen.valid.expand_as(chosen.ids).flatten(1).repeat_interleave(size, 1)[..., None]
         block = torch.arange(shares * many, device=self.device).repeat_interleave(count * size)
@@ -129,7 +158,8 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Key blocks that query blocks read between sink and window: ids int64 `[Hkv, S, blocks, n]`, of which `valid` count."""
+    """Key blocks that query blocks read between sink and window: ids int64 `[Hkv, S, blocks, n]`,
+    of which `valid` count."""
 
     ids: torch.Tensor
     valid: torch.Tensor
@@ -137,23 +167,36 @@ class Chosen:
 
     @classmethod
     def of(cls, mask: BlockMask, batch: int, places: slice, heads: int, low: int) -> Chosen:
-        """Those of the query blocks at `places` of a batch row; `low`: the first block of the middle."""
-        indices, counts = (x[batch].unflatten(0, (heads, -1))[:, :, places].long() for x in (mask.indices, mask.counts))
+        """Those of the query blocks at `places` of a batch row; `low`: the first block of the
+        middle."""
+        indices, counts = (
+            x[batch].unflatten(0, (heads, -1))[:, :, places].long()
+            for x in (mask.indices, mask.counts)
+        )
         valid = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
         return cls(torch.where(valid, indices, low), valid, mask.block_k)
 
 
 def summed(ids: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Sums `[heads, count, width]` of the rows `[heads, n, width]` that have the same id; ids `[heads, n]`, or `[n]`."""
+    """Sums `[heads, count, width]` of the rows `[heads, n, width]` that have the same id; ids
+    `[heads, n]`, or `[n]`."""
     ids = ids.expand(rows.shape[:2])
     out = rows.new_zeros(len(rows), count, rows.shape[-1])
     return out.scatter_add_(1, ids[..., None].expand_as(rows), rows)
 
 
-def estimate(t: Tensors, block: QueryBlock, count: int, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of `count` neighbouring query blocks as long as `block`, their first, to what they leave out, `Clusters.left`:
-    output `[Hkv, G, count * rows, Dv]` and log-sum-exp `[Hkv, G, count * rows]`, -inf where nothing is left out."""
-    q = t.q[:, :, block.row : block.row + count * block.rows].unflatten(2, (count, -1)).to(left.dtype) * t.scale
+def estimate(
+    t: Tensors, block: QueryBlock, count: int, left: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `count` neighbouring query blocks as long as `block`, their first, to what they
+    leave out, `Clusters.left`: output `[Hkv, G, count * rows, Dv]` and log-sum-exp
+    `[Hkv, G, count * rows]`, -inf where nothing is left out."""
+    q = (
+        t.q[:, :, block.row : block.row + count * block.rows]
+        .unflatten(2, (count, -1))
+        .to(left.dtype)
+        * t.scale
+    )
     dim, number = q.shape[-1], left[..., -1]
     mean = left[..., :-1] / number.clamp(min=1)[..., None]
     key, square, value = mean.tensor_split((dim, 2 * dim), dim=-1)
@@ -161,7 +204,9 @@ def estimate(t: Tensors, block: QueryBlock, count: int, left: torch.Tensor) -> t
     spread = (q.square() @ variance.transpose(-1, -2)).sqrt_()
     often = number.clamp(min=1).log()[..., None, :]
     farthest = (2 * often).sqrt()
-    logits = q @ key.transpose(-1, -2) + torch.where(spread < farthest, spread.square() / 2, spread * farthest - often)
+    logits = q @ key.transpose(-1, -2) + torch.where(
+        spread < farthest, spread.square() / 2, spread * farthest - often
+    )
     squash(logits, t.softcap)
     logits += number.log()[..., None, :]
     lse = logits.logsumexp(-1)
@@ -170,7 +215,12 @@ def estimate(t: Tensors, block: QueryBlock, count: int, left: torch.Tensor) -> t
 
 
 def alike(blocks: list[QueryBlock]) -> Iterator[tuple[bool, list[QueryBlock]]]:
-    """Runs of query blocks that are equally long, a few at a time, and whether their middle has keys enough for clusters."""
-    for (_, enough), run in groupby(blocks, key=lambda block: (block.rows, block.window_start - block.sink_end >= CLUSTERS)):
+    """Runs of query blocks that are equally long, a few at a time, and whether their middle has
+    keys enough for clusters."""
+    for (_, enough), run in groupby(
+        blocks, key=lambda block: (block.rows, block.window_start - block.sink_end >= CLUSTERS)
+    ):
         same = list(run)
-        yield from ((enough, same[at : at + BLOCKS_AT_ONCE]) for at in range(0, len(same), BLOCKS_AT_ONCE))
+        yield from (
+            (enough, same[at : at + BLOCKS_AT_ONCE]) for at in range(0, len(same), BLOCKS_AT_ONCE)
+        )

@@ -1,19 +1,23 @@
-"""Delta correction (arXiv 2505.11254): compute what sparse attention misses densely for every `gamma`-th row only, the
-*anchors*, and make use of it in the rows after it. S: sparse, by any method; D: dense.
+"""Delta correction (arXiv 2505.11254): compute what sparse attention misses densely for every
+`gamma`-th row only, the *anchors*, and make use of it in the rows after it. S: sparse, by any
+method; D: dense.
 
-`step`, as published: the difference is added to the rows up to the next anchor, which rests on its changing slowly.
+`step`, as published: the difference is added to the rows up to the next anchor, which rests on its
+changing slowly.
 
     out[i] = S[i] + (D[j] - S[j]),   j = gamma * floor(i / gamma)
 
-`clusters`: where what is missed depends on the query, it is another one in the next row. So every row first estimates its own
-missing part from clusters of keys (`clusters.py`), which gives E; the anchors correct what is left, by a mean over the latest
-of them, for what is left is mostly noise:
+`clusters`: where what is missed depends on the query, it is another one in the next row. So every
+row first estimates its own missing part from clusters of keys (`clusters.py`), which gives E; the
+anchors correct what is left, by a mean over the latest of them, for what is left is mostly noise:
 
-    out[i] = E[i] + mean of (D[j] - E[j]) over anchors j <= i, of which each weighs 15/16 of the next
+    out[i] = E[i] + mean of (D[j] - E[j]) over anchors j <= i, of which each weighs 15/16 of the
+    next
 
-Anchors are the positions that `gamma` divides; in `step` also the first row of a call. They get D itself. The last `gamma` rows
-of a prefill call are dense. Decode goes on alike: a step at an anchor is dense, and what the next ones need is kept with the
-cache. The log-sum-exp is corrected alike. Costs `1 / gamma` of dense attention, `clusters` also
+Anchors are the positions that `gamma` divides; in `step` also the first row of a call. They get D
+itself. The last `gamma` rows of a prefill call are dense. Decode goes on alike: a step at an anchor
+is dense, and what the next ones need is kept with the cache. The log-sum-exp is corrected alike.
+Costs `1 / gamma` of dense attention, `clusters` also
 as much as a hundred keys more for each row.
 """
 
@@ -57,7 +61,8 @@ def mode_of(config: HiPConfig, sliding_window: int | None) -> tuple[str, str]:
 
 
 def anchors(first: int, end: int, gamma: int, known: int | None) -> list[int]:
-    """Positions from `first` to `end - 1` to compute densely; `known`: the anchor whose difference was kept."""
+    """Positions from `first` to `end - 1` to compute densely; `known`: the anchor whose difference
+    was kept."""
     own = list(range(-(-first // gamma) * gamma, end, gamma))
     if first < end and first % gamma and (known is None or known // gamma != first // gamma):
         own.insert(0, first)
@@ -66,8 +71,9 @@ def anchors(first: int, end: int, gamma: int, known: int | None) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to correct in one span: its rows at positions `span.position` to `end - 1`, by the anchors `at`; `kept` is the
-    correction that holds in front of the first of them, if any row is there."""
+    """What to correct in one span: its rows at positions `span.position` to `end - 1`, by the
+    anchors `at`; `kept` is the correction that holds in front of the first of them, if any row is
+    there."""
 
     span: Span
     end: int
@@ -76,7 +82,8 @@ class Plan:
 
 
 class DeltaCall:
-    """One call: another attention, and its correction. A backend adds dense attention of single rows."""
+    """One call: another attention, and its correction. A backend adds dense attention of single
+    rows."""
 
     pieces: list[Piece] | None = None  # there are no gradients
 
@@ -89,14 +96,20 @@ class DeltaCall:
         lse: torch.Tensor | None,
         mask: bool,
     ) -> None:
-        """`attention`: the executor of the attention to correct; the others as every executor takes them."""
+        """`attention`: the executor of the attention to correct; the others as every executor takes
+        them."""
         assert config.delta is not None
         self.problem, self.config, self.gamma, self.out = problem, config, config.delta, out
         shape, dtype = problem.q.shape[:3], torch.promote_types(problem.q.dtype, torch.float32)
-        self.lse = torch.full(shape, -torch.inf, dtype=dtype, device=problem.q.device) if lse is None else lse
+        self.lse = (
+            torch.full(shape, -torch.inf, dtype=dtype, device=problem.q.device)
+            if lse is None
+            else lse
+        )
         self.mode, _ = mode_of(config, problem.sliding_window)
         self.need_mask, clusters = mask, self.mode == "clusters"
-        # the rows at the end are dense: where the next call goes on with what their anchors say, once that is known
+        # the rows at the end are dense: where the next call goes on with what their anchors say,
+        # once that is known
         self.tail = max(config.dense_tail, config.delta)
         # the correction must not come twice
         inner = replace(config, delta=None, dense_tail=0 if clusters else self.tail)
@@ -120,8 +133,8 @@ class DeltaCall:
         return self.problem.q.shape[2] <= DECODE_ROWS
 
     def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense attention of a span's rows at the anchors `at`, `gamma` apart: output `[Hkv, G, n, Dv]` and log-sum-exp
-        `[Hkv, G, n]`, in fp32 at least."""
+        """Dense attention of a span's rows at the anchors `at`, `gamma` apart: output
+        `[Hkv, G, n, Dv]` and log-sum-exp `[Hkv, G, n]`, in fp32 at least."""
         raise NotImplementedError
 
     def attend_tail(self, t: Tensors, span: Span, end: int) -> None:
@@ -140,7 +153,9 @@ class DeltaCall:
             for span, row, window in zip(spans, rows, self.selecting.windows, strict=True):
                 self._complete(span, row, window)
         else:
-            plans = [self._plan(span, row.correction) for span, row in zip(spans, rows, strict=True)]
+            plans = [
+                self._plan(span, row.correction) for span, row in zip(spans, rows, strict=True)
+            ]
             self.at = [plan.at for plan in plans]
             for row, correction in zip(rows, self.correct(plans), strict=True):
                 row.correction = correction
@@ -163,7 +178,8 @@ class DeltaCall:
         return self.inner
 
     def _blocks(self, span: Span, window: int | None) -> tuple[int, list[QueryBlock]]:
-        """The query blocks of a span that leave keys out, as they were read, and the place of the first in the mask."""
+        """The query blocks of a span that leave keys out, as they were read, and the place of the
+        first in the mask."""
         blocks = self.selecting._blocks(span, window)
         covered = sum(block.num_candidates <= self.selecting.budget for block in blocks)
         return covered, blocks[covered:]
@@ -183,7 +199,12 @@ class DeltaCall:
     ) -> Correction:
         if kept is None or kept.clusters is None:
             assert t.lse is not None
-            kept = Correction(-1, t.lse.new_zeros(*t.out.shape[:2], t.v.shape[2]), t.lse.new_zeros(t.lse.shape[:2]), 0.0)
+            kept = Correction(
+                -1,
+                t.lse.new_zeros(*t.out.shape[:2], t.v.shape[2]),
+                t.lse.new_zeros(t.lse.shape[:2]),
+                0.0,
+            )
             kept = replace(kept, clusters=Clusters(blocks[0].sink_end, t.k, t.v))
         assert isinstance(kept.clusters, Clusters)
         clusters = kept.clusters.writable()
@@ -203,15 +224,25 @@ class DeltaCall:
         return kept if not at else replace(kept, position=at[-1])
 
     def _estimated(
-        self, t: Tensors, span: Span, rows: slice, clusters: Clusters, place: int, run: list[QueryBlock], enough: bool
+        self,
+        t: Tensors,
+        span: Span,
+        rows: slice,
+        clusters: Clusters,
+        place: int,
+        run: list[QueryBlock],
+        enough: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp of the rows of some query blocks with the estimate of what they miss, in fp32 at least."""
+        """Output and log-sum-exp of the rows of some query blocks with the estimate of what they
+        miss, in fp32 at least."""
         assert t.lse is not None
         out, lse = t.out[:, :, rows].to(t.lse.dtype, copy=True), t.lse[:, :, rows]
         if not enough:
             return out, lse.clone()
         assert self.inner.mask is not None
-        chosen = Chosen.of(self.inner.mask, span.batch, slice(place, place + len(run)), t.k.shape[0], run[0].low)
+        chosen = Chosen.of(
+            self.inner.mask, span.batch, slice(place, place + len(run)), t.k.shape[0], run[0].low
+        )
         left = clusters.left(t.k, t.v, run, chosen)
         return out, merge(out, lse, *estimate(t, run[0], len(run), left))
 
@@ -251,13 +282,15 @@ def _corrected(
     dense: tuple[torch.Tensor, ...],
     kept: Correction,
 ) -> Correction:
-    """Write the rows `rows` of the span, output and log-sum-exp, corrected: of them, those at the indices `at` are anchors, whose
-    dense attention is known. Returns what holds after them."""
+    """Write the rows `rows` of the span, output and log-sum-exp, corrected: of them, those at the
+    indices `at` are anchors, whose dense attention is known. Returns what holds after them."""
     count = rows.stop - rows.start
     segment = torch.searchsorted(at, torch.arange(count, device=at.device), right=True)
     weights, weight = fading(len(at), kept.weight, estimated[1])
     latest = []
-    for x, into, exact, before in zip(estimated, (t.out, t.lse), dense, (kept.out, kept.lse), strict=True):
+    for x, into, exact, before in zip(
+        estimated, (t.out, t.lse), dense, (kept.out, kept.lse), strict=True
+    ):
         assert into is not None
         differences = torch.cat([before[:, :, None], exact - x[:, :, at]], dim=2)
         means = torch.einsum("an,hgn...->hga...", weights, differences)
@@ -269,8 +302,9 @@ def _corrected(
 
 
 def fading(count: int, weight: float, like: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """How much the mean of before, of this weight, and `count` new differences weigh in the mean after none of them, after the
-    first, and so on: `[count + 1, 1 + count]`, in dtype and device of `like`. And what the last mean weighs."""
+    """How much the mean of before, of this weight, and `count` new differences weigh in the mean
+    after none of them, after the first, and so on: `[count + 1, 1 + count]`, in dtype and device of
+    `like`. And what the last mean weighs."""
     after = torch.arange(count + 1, dtype=torch.float64, device="cpu")
     age = after[:, None] - after
     weights = torch.where(age >= 0, DECAY ** age.clamp(min=0), 0.0)

@@ -25,7 +25,12 @@ class HyperCall:
     pieces: list[Piece] | None = None  # there are no gradients
 
     def __init__(
-        self, problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None, mask: bool
+        self,
+        problem: AttentionProblem,
+        config: HiPConfig,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        mask: bool,
     ) -> None:
         self.problem, self.config, self.out, self.lse = problem, config, out, lse
         self.options = config.method_options()

@@ -1,8 +1,9 @@
-"""Batches whose sequences differ: each is computed as it would be alone, so that no result depends on what else is in the batch.
+"""Batches whose sequences differ: each is computed as it would be alone, so that no result depends
+on what else is in the batch.
 
-Whether a call goes dense depends on the length of a context, and whether it is a decode step on the number of query rows. Padded
-batches hold sequences of many lengths: those that go the same way are one *part*, and each part is an attention problem of its
-own. Nearly all calls are one part.
+Whether a call goes dense depends on the length of a context, and whether it is a decode step on the
+number of query rows. Padded batches hold sequences of many lengths: those that go the same way are
+one *part*, and each part is an attention problem of its own. Nearly all calls are one part.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """Sequences of a batch that go the same way. `problem` has all batch rows, of the query rows those from `first` on; `reason`:
-    why they are dense, of the longest of them, or an empty string; `unsupported`: whether for want of support."""
+    """Sequences of a batch that go the same way. `problem` has all batch rows, of the query rows
+    those from `first` on; `reason`: why they are dense, of the longest of them, or an empty string;
+    `unsupported`: whether for want of support."""
 
     problem: AttentionProblem
     first: int
@@ -33,8 +35,11 @@ class Part:
     unsupported: bool
 
 
-def parts_of(problem: AttentionProblem, reason_of: Callable[[AttentionProblem], tuple[str, bool]]) -> list[Part]:
-    """The parts of a call, the sparse ones first: these may start a state afresh, and the dense ones only move it on.
+def parts_of(
+    problem: AttentionProblem, reason_of: Callable[[AttentionProblem], tuple[str, bool]]
+) -> list[Part]:
+    """The parts of a call, the sparse ones first: these may start a state afresh, and the dense
+    ones only move it on.
 
     `reason_of`: why a problem must be dense, or an empty string; and whether for want of support.
     """
@@ -61,11 +66,16 @@ def parts_of(problem: AttentionProblem, reason_of: Callable[[AttentionProblem], 
     return parts
 
 
-def _cut(problem: AttentionProblem, spans: tuple[Span, ...], first: int, end: int) -> AttentionProblem:
+def _cut(
+    problem: AttentionProblem, spans: tuple[Span, ...], first: int, end: int
+) -> AttentionProblem:
     """The problem of some spans, of its query rows only those from `first` to `end - 1`."""
     if (first, end) == (0, problem.q.shape[2]):
         return replace(problem, spans=spans)
-    moved = tuple(replace(span, row_start=span.row_start - first, row_end=span.row_end - first) for span in spans)
+    moved = tuple(
+        replace(span, row_start=span.row_start - first, row_end=span.row_end - first)
+        for span in spans
+    )
     return replace(problem, q=problem.q[:, :, first:end], spans=moved)
 
 
@@ -85,7 +95,11 @@ def merged(
     window = problem.sliding_window
     dense = [partial(all_keys, part.problem.spans, window) for part in parts]
     counts = [result.count or every for result, every in zip(results, dense, strict=True)]
-    masks = [(part, result.mask) for part, result in zip(parts, results, strict=True) if result.mask is not None]
+    masks = [
+        (part, result.mask)
+        for part, result in zip(parts, results, strict=True)
+        if result.mask is not None
+    ]
     return out, lse, _merged_masks(masks), partial(total, counts)
 
 
@@ -95,7 +109,10 @@ def _merged_masks(masks: list[tuple[Part, BlockMask]]) -> BlockMask | None:
         return None
     most = max((mask for _, mask in masks), key=lambda mask: mask.first.shape[1])
     whole = replace(
-        most, indices=torch.zeros_like(most.indices), counts=torch.zeros_like(most.counts), first=torch.full_like(most.first, -1)
+        most,
+        indices=torch.zeros_like(most.indices),
+        counts=torch.zeros_like(most.counts),
+        first=torch.full_like(most.first, -1),
     )
     for part, mask in masks:
         count = mask.first.shape[1]

@@ -12,24 +12,35 @@ FLASH_DIM, FLASH_CAPABILITY = 256, (8, 0)
 
 
 def grouped_sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, seen: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """PyTorch's attention of q `[B, Hq, T, D]` to k `[B, Hkv, T, D]` and v, under the mask `seen` if there is one. Where it would
-    make all logits at once only because heads share keys, a call for each member of the groups."""
+    """PyTorch's attention of q `[B, Hq, T, D]` to k `[B, Hkv, T, D]` and v, under the mask `seen`
+    if there is one. Where it would make all logits at once only because heads share keys, a call
+    for each member of the groups."""
     groups = q.shape[1] // k.shape[1]
     options: dict[str, Any] = dict(attn_mask=seen, scale=scale, is_causal=causal)
     if groups == 1 or (seen is None and takes_groups(q, v)):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=groups > 1, **options)
     members = q.unflatten(1, (-1, groups)).unbind(2)
-    return torch.stack([F.scaled_dot_product_attention(one, k, v, **options) for one in members], dim=2).flatten(1, 2)
+    return torch.stack(
+        [F.scaled_dot_product_attention(one, k, v, **options) for one in members], dim=2
+    ).flatten(1, 2)
 
 
 def takes_groups(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether PyTorch has attention without a mask for such heads in groups that never holds all logits: on GPUs FlashAttention
-    alone."""
+    """Whether PyTorch has attention without a mask for such heads in groups that never holds all
+    logits: on GPUs FlashAttention alone."""
     if q.device.type != "cuda":
         return True
     if q.dtype not in (torch.float16, torch.bfloat16) or not q.shape[3] == v.shape[3] <= FLASH_DIM:
         return False
     # a graph that is being compiled is for kernels of ours, which ask as much of the device
-    return torch.compiler.is_compiling() or torch.cuda.get_device_capability(q.device) >= FLASH_CAPABILITY
+    return (
+        torch.compiler.is_compiling()
+        or torch.cuda.get_device_capability(q.device) >= FLASH_CAPABILITY
+    )

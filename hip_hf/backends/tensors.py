@@ -14,8 +14,9 @@ from hip_hf.rope import Positions
 
 @dataclass(frozen=True)
 class Tensors:
-    """One span's tensors: q `[Hkv, G, rows, D]`, k `[Hkv, T, D]`, v `[Hkv, T, Dv]`, out `[Hkv, G, rows, Dv]`,
-    lse `[Hkv, G, rows]` or None, sinks `[Hkv, G]` or None. Rows of k and v are contiguous, or in pages."""
+    """One span's tensors: q `[Hkv, G, rows, D]`, k `[Hkv, T, D]`, v `[Hkv, T, Dv]`, out
+    `[Hkv, G, rows, Dv]`, lse `[Hkv, G, rows]` or None, sinks `[Hkv, G]` or None. Rows of k and v
+    are contiguous, or in pages."""
 
     q: torch.Tensor
     k: KeyRows
@@ -29,7 +30,9 @@ class Tensors:
     positions: Positions | None = None  # q and k are not rotated: here is where they go
 
 
-def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: torch.Tensor | None) -> Tensors:
+def tensors_of(
+    problem: AttentionProblem, span: Span, out: torch.Tensor, lse: torch.Tensor | None
+) -> Tensors:
     """The part of the problem's tensors that is the span, heads grouped by key head."""
     rows = slice(span.row_start, span.row_end)
     heads = problem.k.shape[1]
@@ -42,7 +45,11 @@ def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: to
         keys = rows_of(x, span.batch, span.key_start, span.key_start + span.end)
         if isinstance(keys, PagedKeys):
             return keys
-        return keys if keys.stride(-1) == 1 and keys.stride(-2) == keys.shape[-1] else keys.contiguous()
+        return (
+            keys
+            if keys.stride(-1) == 1 and keys.stride(-2) == keys.shape[-1]
+            else keys.contiguous()
+        )
 
     sinks = None if problem.sinks is None else problem.sinks.unflatten(0, (heads, problem.groups))
     return Tensors(
@@ -59,8 +66,11 @@ def tensors_of(problem: AttentionProblem, span: Span, out: torch.Tensor, lse: to
     )
 
 
-def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> torch.Tensor:
-    """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`. The merged log-sum-exp. Weights add up
-    to 1 also where logits are so large that a log-sum-exp cannot tell how many there are."""
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor
+) -> torch.Tensor:
+    """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`. The
+    merged log-sum-exp. Weights add up to 1 also where logits are so large that a log-sum-exp cannot
+    tell how many there are."""
     out.lerp_(more, torch.sigmoid(more_lse - lse)[..., None])
     return torch.logaddexp(lse, more_lse)

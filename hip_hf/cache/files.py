@@ -1,4 +1,5 @@
-"""Caches on disk: safetensors, written beside the target and moved into place, checked before anything is read from them."""
+"""Caches on disk: safetensors, written beside the target and moved into place, checked before
+anything is read from them."""
 
 from __future__ import annotations
 
@@ -23,13 +24,15 @@ TOKENS_AT_ONCE = 4096
 
 
 def paged_parts(store: Store, tables: Sequence[BlockTable], length: int) -> Iterator[torch.Tensor]:
-    """The first `length` tokens of the sequences in `tables`, in the order of a contiguous `[B, Hkv, T, D]`, a bounded part at a
-    time."""
+    """The first `length` tokens of the sequences in `tables`, in the order of a contiguous
+    `[B, Hkv, T, D]`, a bounded part at a time."""
     for table in tables:
         for head in range(store.heads):
             for first in range(0, length, TOKENS_AT_ONCE):
                 last = min(first + TOKENS_AT_ONCE, length)
-                yield Store.read(store, slice(head, head + 1), table, first, last)  # of an offloaded store past its pool
+                yield Store.read(
+                    store, slice(head, head + 1), table, first, last
+                )  # of an offloaded store past its pool
 
 
 Parts = tuple[torch.Size, torch.dtype, Iterable[torch.Tensor]]
@@ -43,7 +46,12 @@ def write(path: Path, facts: dict[str, Any], tensors: dict[str, Parts]) -> None:
         facts: what `reading` gives back, as JSON, by name.
         tensors: of each its shape and dtype, and its numbers in the order of a contiguous one.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, **{name: json.dumps(fact) for name, fact in facts.items()}}}
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            **{name: json.dumps(fact) for name, fact in facts.items()},
+        }
+    }
     at = 0
     for name, (shape, dtype, _) in tensors.items():
         end = at + shape.numel() * dtype.itemsize
@@ -79,7 +87,9 @@ def reading(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(f"path: got {str(path)!r}, which is no file, allowed: a file written by HiPCache.save")
+        raise FileNotFoundError(
+            f"path: got {str(path)!r}, which is no file, allowed: a file written by HiPCache.save"
+        )
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:

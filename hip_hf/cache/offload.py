@@ -1,10 +1,12 @@
-"""Pages in host memory or on disk, and the small device pools through which they are read (InfiniteHiP, section on offloading).
+"""Pages in host memory or on disk, and the small device pools through which they are read
+(InfiniteHiP, section on offloading).
 
-A layer has a pool of `2 * device_pages` pages of keys per head, which the search (scoring blocks exactly) and attention share,
-and one of `device_pages` pages of values, which only attention reads. A pool replaces its least recently used pages. What
-attention reads, the search has mostly just looked at: each page of keys is held once for both. A page that is not there is
-fetched, never dropped, so results do not depend on the pools. Without a GPU the "device" is host memory as well, and everything
-below runs the same.
+A layer has a pool of `2 * device_pages` pages of keys per head, which the search (scoring blocks
+exactly) and attention share, and one of `device_pages` pages of values, which only attention reads.
+A pool replaces its least recently used pages. What attention reads, the search has mostly just
+looked at: each page of keys is held once for both. A page that is not there is fetched, never
+dropped, so results do not depend on the pools. Without a GPU the "device" is host memory as well,
+and everything below runs the same.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ READERS = ("search", "attention")
 
 @dataclass
 class Traffic:
-    """Pages asked for (per head) and found on the device or not, and bytes moved between host and device.
+    """Pages asked for (per head) and found on the device or not, and bytes moved between host and
+    device.
 
     `streamed` are reads too large for a pool (dense layers, chunked prefill), which bypass it.
     """
@@ -46,15 +49,20 @@ class Traffic:
 
 
 class DevicePool:
-    """Copies of some pages of a store, per head; the least recently used make room for others. Counts for each reader."""
+    """Copies of some pages of a store, per head; the least recently used make room for others.
+    Counts for each reader."""
 
     def __init__(self, store: OffloadedStore, pages: int) -> None:
         self.store, self.pages, self.clock = store, pages, 0
         self.traffic = {reader: Traffic() for reader in READERS}
         with torch.inference_mode(False):
-            self.rows = torch.empty(store.heads, pages * store.page, store.dim, dtype=store.dtype, device=store.device)
+            self.rows = torch.empty(
+                store.heads, pages * store.page, store.dim, dtype=store.dtype, device=store.device
+            )
             self.held = torch.full((store.heads, pages), -1, device="cpu")  # page in each slot
-            self.used = torch.zeros(store.heads, pages, dtype=torch.long, device="cpu")  # when it was last asked for
+            self.used = torch.zeros(
+                store.heads, pages, dtype=torch.long, device="cpu"
+            )  # when it was last asked for
             self.slot = torch.full((store.heads, 0), -1, device="cpu")  # of each page
 
     def slots(self, head: int, pages: torch.Tensor, reader: str | None) -> torch.Tensor:
@@ -74,19 +82,29 @@ class DevicePool:
             traffic.misses += len(missing)
             traffic.fetched += len(missing) * self.store.page_bytes
         if len(pages) > self.pages:
-            raise ValueError(f"device_pages: got {self.pages}, allowed: at least {len(pages)}, the pages that one read needs")
+            raise ValueError(
+                f"device_pages: got {self.pages}, allowed: at least {len(pages)}, the pages that one read needs"
+            )
         self.clock += 1
         self.used[head, found[found >= 0]] = self.clock
         if not len(missing):
             return found
-        victims = self.used[head].topk(len(missing), largest=False).indices  # those just found are the newest
+        victims = (
+            self.used[head].topk(len(missing), largest=False).indices
+        )  # those just found are the newest
         before = self.held[head, victims]
         self.slot[head, before[before >= 0]] = -1
         page = self.store.page
         for number, slot in zip(missing.tolist(), victims.tolist(), strict=True):
             arena, token = self.store.place(number)
-            self.rows[head, slot * page : (slot + 1) * page] = self.store.arenas[arena][head, token : token + page]
-        self.held[head, victims], self.slot[head, missing], self.used[head, victims] = missing, victims, self.clock
+            self.rows[head, slot * page : (slot + 1) * page] = self.store.arenas[arena][
+                head, token : token + page
+            ]
+        self.held[head, victims], self.slot[head, missing], self.used[head, victims] = (
+            missing,
+            victims,
+            self.clock,
+        )
         return self.slot[head, pages]
 
     def copies(self, page: int) -> list[tuple[int, int]]:
@@ -106,7 +124,9 @@ class PooledHeadRows:
     def take(self, index: torch.Tensor, out: torch.Tensor) -> None:
         """The rows at `index` into `out`."""
         pages, which = (index // self.each).cpu().unique(return_inverse=True)
-        if len(pages) > self.pool.pages:  # blocks that lie across two pages may need more than the pool has: in two goes
+        if (
+            len(pages) > self.pool.pages
+        ):  # blocks that lie across two pages may need more than the pool has: in two goes
             half = len(index) // 2
             self.take(index[:half], out[:half])
             self.take(index[half:], out[half:])
@@ -117,7 +137,8 @@ class PooledHeadRows:
 
 
 class OffloadedStore(Store):
-    """A store whose arenas are in host memory (`cpu`) or a mapped file (`disk`), read through a pool on `device`.
+    """A store whose arenas are in host memory (`cpu`) or a mapped file (`disk`), read through a
+    pool on `device`.
 
     `recent`: pages at a sequence's end, beside its first, that are brought to the device as they
     are written. `reader`: whose reads are counted.
@@ -126,7 +147,15 @@ class OffloadedStore(Store):
     resident, reader = False, "attention"
 
     def __init__(
-        self, heads: int, dim: int, dtype: torch.dtype, device: torch.device, page: int, where: str, pages: int, recent: int
+        self,
+        heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        page: int,
+        where: str,
+        pages: int,
+        recent: int,
     ) -> None:
         super().__init__(heads, dim, dtype, device, page)
         self.where, self.recent, self.lock = where, min(recent, pages - 1), threading.RLock()
@@ -134,12 +163,23 @@ class OffloadedStore(Store):
         self.pool = DevicePool(self, pages)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What a pickle holds: the pages, and how to make a store for them. The pool of a copy starts empty."""
-        sizes = (self.heads, self.dim, self.dtype, self.device, self.page, self.where, self.pool.pages, self.recent)
+        """What a pickle holds: the pages, and how to make a store for them. The pool of a copy
+        starts empty."""
+        sizes = (
+            self.heads,
+            self.dim,
+            self.dtype,
+            self.device,
+            self.page,
+            self.where,
+            self.pool.pages,
+            self.recent,
+        )
         return refilled, (sizes, self.bounds, self.arenas)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedStore:
-        """The pages go straight into the copy's own memory or file, not through a second copy of them in memory."""
+        """The pages go straight into the copy's own memory or file, not through a second copy of
+        them in memory."""
         make, parts = self.__reduce__()
         memo[id(self)] = other = make(*parts)
         return other
@@ -154,12 +194,19 @@ class OffloadedStore(Store):
         shape = (self.heads, pages * self.page, self.dim)
         with torch.inference_mode(False):
             if self.where == "cpu":
-                return torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=self.device.type == "cuda")
+                return torch.empty(
+                    shape, dtype=self.dtype, device="cpu", pin_memory=self.device.type == "cuda"
+                )
             count = self.heads * pages * self.page * self.dim
-            with tempfile.NamedTemporaryFile(prefix="hip_hf.") as file:  # lives on, nameless, while it is mapped
-                # reserve the space now: a full disk is an error here, and would be a crash at the first write
+            with tempfile.NamedTemporaryFile(
+                prefix="hip_hf."
+            ) as file:  # lives on, nameless, while it is mapped
+                # reserve the space now: a full disk is an error here, and would be a crash at the
+                # first write
                 os.posix_fallocate(file.fileno(), 0, max(1, count * self.dtype.itemsize))
-                return torch.from_file(file.name, shared=True, size=count, dtype=self.dtype).view(shape)
+                return torch.from_file(file.name, shared=True, size=count, dtype=self.dtype).view(
+                    shape
+                )
 
     def write(self, table: BlockTable, first: int, x: torch.Tensor) -> None:
         super().write(table, first, x)
@@ -192,7 +239,9 @@ class OffloadedStore(Store):
             whole = super().read(heads, table, first, last)
             self.pool.traffic[self.reader].streamed += whole.numel() * whole.element_size()
             return whole.to(self.device)
-        out = torch.empty(heads.stop - heads.start, last - first, self.dim, dtype=self.dtype, device=self.device)
+        out = torch.empty(
+            heads.stop - heads.start, last - first, self.dim, dtype=self.dtype, device=self.device
+        )
         token = torch.arange(first, last, device="cpu")
         index, offset = token // self.page - first // self.page, token % self.page
         with self.lock:
@@ -206,7 +255,9 @@ class OffloadedStore(Store):
         return [PooledHeadRows(self.pool, head, size, self.reader) for head in some]
 
 
-def refilled(sizes: tuple[Any, ...], bounds: list[int], arenas: list[torch.Tensor]) -> OffloadedStore:
+def refilled(
+    sizes: tuple[Any, ...], bounds: list[int], arenas: list[torch.Tensor]
+) -> OffloadedStore:
     """A store of these sizes with copies of these arenas `[Hkv, tokens, D]`."""
     store = OffloadedStore(*sizes)
     store.bounds = list(bounds)
@@ -215,7 +266,8 @@ def refilled(sizes: tuple[Any, ...], bounds: list[int], arenas: list[torch.Tenso
 
 
 class Statistics(dict[str, Traffic]):
-    """Traffic of all layers by reader, `search` and `attention`; `str()` is a table, with both together."""
+    """Traffic of all layers by reader, `search` and `attention`; `str()` is a table, with both
+    together."""
 
     @property
     def together(self) -> Traffic:
@@ -225,6 +277,10 @@ class Statistics(dict[str, Traffic]):
     def __str__(self) -> str:
         lines = [f"{'reader':<10}{'hits':>10}{'misses':>10}{'hit rate':>10}{'MiB moved':>12}"]
         for name, traffic in [*self.items(), ("together", self.together)]:
-            moved = (traffic.fetched + traffic.prefetched + traffic.streamed + traffic.written) / 2**20
-            lines.append(f"{name:<10}{traffic.hits:>10}{traffic.misses:>10}{traffic.hit_rate:>10.1%}{moved:>12.1f}")
+            moved = (
+                traffic.fetched + traffic.prefetched + traffic.streamed + traffic.written
+            ) / 2**20
+            lines.append(
+                f"{name:<10}{traffic.hits:>10}{traffic.misses:>10}{traffic.hit_rate:>10.1%}{moved:>12.1f}"
+            )
         return "\n".join(lines)

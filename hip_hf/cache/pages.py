@@ -1,9 +1,11 @@
-"""Keys and values in pages: where they lie, and how attention reads them without gathering them all.
+"""Keys and values in pages: where they lie, and how attention reads them without gathering them
+all.
 
-A sequence's keys fill pages of `page` tokens, in the order of its block table. Pages live in *arenas*, `[Hkv, tokens, D]`, which
-are added as more are needed and not copied (for the kernels the only one is replaced by a larger copy); page `p` is the tokens
-`p * page` to `(p + 1) * page - 1` of all arenas put end to end. Attention asks for contiguous ranges (sink, window, dense tiles)
-and for key blocks by index.
+A sequence's keys fill pages of `page` tokens, in the order of its block table. Pages live in
+*arenas*, `[Hkv, tokens, D]`, which are added as more are needed and not copied (for the kernels the
+only one is replaced by a larger copy); page `p` is the tokens `p * page` to `(p + 1) * page - 1` of
+all arenas put end to end. Attention asks for contiguous ranges (sink, window, dense tiles) and for
+key blocks by index.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _versions = itertools.count()  # of block tables: each change makes a new one
 
 
 class BlockTable:
-    """The pages of one sequence, in order, and what is derived from them: as pages are added, from the new ones alone."""
+    """The pages of one sequence, in order, and what is derived from them: as pages are added, from
+    the new ones alone."""
 
     def __init__(self, pages: list[int] | None = None) -> None:
         self.set(pages or [])
@@ -45,7 +48,9 @@ class BlockTable:
         self.pages = pages
         self.version = next(_versions)
         self._tensor: torch.Tensor | None = None
-        self._stacked: tuple[list[int], torch.Tensor] | None = None  # of a batch whose first table this is, by versions
+        self._stacked: tuple[list[int], torch.Tensor] | None = (
+            None  # of a batch whose first table this is, by versions
+        )
         self._runs: list[tuple[int, int, int]] = []
 
     def extend(self, pages: list[int]) -> None:
@@ -58,19 +63,28 @@ class BlockTable:
         known = 0 if self._tensor is None or self._tensor.device != device else len(self._tensor)
         if known < len(self.pages) or self._tensor is None:
             with torch.inference_mode(False):
-                new = to_device(torch.tensor(self.pages[known:], dtype=torch.long, device="cpu"), device)
-                self._tensor = new if known == 0 or self._tensor is None else torch.cat([self._tensor, new])
+                new = to_device(
+                    torch.tensor(self.pages[known:], dtype=torch.long, device="cpu"), device
+                )
+                self._tensor = (
+                    new if known == 0 or self._tensor is None else torch.cat([self._tensor, new])
+                )
         return self._tensor
 
     @staticmethod
     def stacked(tables: list[BlockTable], device: torch.device) -> torch.Tensor:
-        """The pages of every sequence of a batch, int64 `[B, most pages]`; what follows a sequence's last one is 0."""
+        """The pages of every sequence of a batch, int64 `[B, most pages]`; what follows a
+        sequence's last one is 0."""
         versions = [table.version for table in tables]
         known = tables[0]._stacked
         if known is None or known[0] != versions or known[1].device != device:
             with torch.inference_mode(False):
                 each = [table.tensor(device) for table in tables]
-                whole = each[0][None] if len(each) == 1 else torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
+                whole = (
+                    each[0][None]
+                    if len(each) == 1
+                    else torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
+                )
             known = tables[0]._stacked = versions, whole
         return known[1]
 
@@ -129,17 +143,22 @@ class Store:
 
     resident = True  # whether arenas are where attention computes
 
-    def __init__(self, heads: int, dim: int, dtype: torch.dtype, device: torch.device, page: int) -> None:
+    def __init__(
+        self, heads: int, dim: int, dtype: torch.dtype, device: torch.device, page: int
+    ) -> None:
         self.heads, self.dim, self.dtype, self.device, self.page = heads, dim, dtype, device, page
         self.arenas: list[torch.Tensor] = []
         self.bounds: list[int] = []  # first page of each arena
-        # the only arena, and views of it: pages `[pages, page, Hkv, D]`, and tokens `[Hkv, tokens, 1, D]`
+        # the only arena, and views of it: pages `[pages, page, Hkv, D]`, and tokens
+        # `[Hkv, tokens, 1, D]`
         self._views: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def make_arena(self, pages: int) -> torch.Tensor:
         """Uninitialised memory for `pages` pages."""
         with torch.inference_mode(False):  # it outlives the mode it was made in
-            return torch.empty(self.heads, pages * self.page, self.dim, dtype=self.dtype, device=self.device)
+            return torch.empty(
+                self.heads, pages * self.page, self.dim, dtype=self.dtype, device=self.device
+            )
 
     def place(self, page: int) -> tuple[int, int]:
         """Arena of a page, and the page's first token in it."""
@@ -161,7 +180,8 @@ class Store:
         return pieces
 
     def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
-        """Tokens `first` to `last - 1` of a sequence, `[heads, tokens, D]`: a view where they lie in one piece, else a copy."""
+        """Tokens `first` to `last - 1` of a sequence, `[heads, tokens, D]`: a view where they lie
+        in one piece, else a copy."""
         pieces = self.pieces(table, first, last)
         parts = [self.arenas[arena][heads, token : token + count] for arena, token, count in pieces]
         if not parts:
@@ -189,30 +209,39 @@ class Store:
         return self
 
     def pages(self) -> torch.Tensor | None:
-        """All pages as one view `[pages, page, Hkv, D]`, by their numbers; None if they are not one piece of device memory."""
+        """All pages as one view `[pages, page, Hkv, D]`, by their numbers; None if they are not one
+        piece of device memory."""
         if not self.resident or len(self.arenas) != 1:
             return None
         return self._one_arena()[1]
 
     def _one_arena(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The only arena and its views, made once: a view takes the host longer than a step's whole bookkeeping."""
+        """The only arena and its views, made once: a view takes the host longer than a step's whole
+        bookkeeping."""
         (arena,) = self.arenas
         if self._views is None or self._views[0] is not arena:
-            self._views = arena, arena.unflatten(1, (-1, self.page)).permute(1, 2, 0, 3), arena.unsqueeze(2)
+            self._views = (
+                arena,
+                arena.unflatten(1, (-1, self.page)).permute(1, 2, 0, 3),
+                arena.unsqueeze(2),
+            )
         return self._views
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without views: those that come back from a pickle would be copies of what they are views of."""
+        """Without views: those that come back from a pickle would be copies of what they are views
+        of."""
         return {**vars(self), "_views": None}
 
     def write_step(self, tables: list[BlockTable], position: int, x: torch.Tensor) -> None:
-        """The next token of each sequence, `[B, Hkv, 1, D]`, at its `position`, into pages that are one arena: one operation."""
+        """The next token of each sequence, `[B, Hkv, 1, D]`, at its `position`, into pages that are
+        one arena: one operation."""
         offset = position % self.page
         rows = tuple(table.pages[position // self.page] * self.page + offset for table in tables)
         self._one_arena()[2].index_copy_(1, row_numbers(rows, self.device), x.transpose(0, 1))
 
     def gather_size(self, start: int, block: int) -> int:
-        """Tokens that are picked together, of key blocks of `block` tokens which begin at token `start`."""
+        """Tokens that are picked together, of key blocks of `block` tokens which begin at token
+        `start`."""
         return gcd(start, block, self.page)
 
     def index(self, heads: slice, table: BlockTable, row: torch.Tensor, size: int) -> torch.Tensor:
@@ -255,7 +284,9 @@ class PagedKeys:
     def __getitem__(self, at: slice | tuple[slice, slice]) -> Any:
         if isinstance(at, tuple):
             first, last, _ = at[1].indices(self.length)
-            return self.store.read(self._narrow(at[0]), self.table, self.start + first, self.start + max(first, last))
+            return self.store.read(
+                self._narrow(at[0]), self.table, self.start + first, self.start + max(first, last)
+            )
         return replace(self, heads=self._narrow(at))
 
     def _narrow(self, heads: slice) -> slice:
@@ -267,9 +298,12 @@ class PagedKeys:
         return replace(self, store=self.store.for_search())
 
     def borders(self, first: int, last: int) -> list[int]:
-        """The tokens between `first` and `last - 1` at which another piece of memory begins. Where there are none, reading the
-        range copies nothing."""
-        counts = [count for _, _, count in self.store.pieces(self.table, self.start + first, self.start + last)]
+        """The tokens between `first` and `last - 1` at which another piece of memory begins. Where
+        there are none, reading the range copies nothing."""
+        counts = [
+            count
+            for _, _, count in self.store.pieces(self.table, self.start + first, self.start + last)
+        ]
         return [first + length for length in itertools.accumulate(counts[:-1])]
 
 
@@ -298,8 +332,11 @@ def block_index(keys: KeyRows, ids: torch.Tensor, block_k: int) -> torch.Tensor:
     return keys.store.index(keys.heads, keys.table, row + keys.start // size, size)
 
 
-def pick(keys: KeyRows, ids: torch.Tensor, block_k: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The rows of the key blocks `ids` `[Hkv, n]`: `[Hkv, n * block_k, D]`, into `out` if there is one."""
+def pick(
+    keys: KeyRows, ids: torch.Tensor, block_k: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The rows of the key blocks `ids` `[Hkv, n]`: `[Hkv, n * block_k, D]`, into `out` if there is
+    one."""
     heads, _, dim = keys.shape
     if out is None:
         out = torch.empty(heads, ids.shape[1] * block_k, dim, dtype=keys.dtype, device=keys.device)
@@ -311,7 +348,8 @@ def pick(keys: KeyRows, ids: torch.Tensor, block_k: int, out: torch.Tensor | Non
 
 
 class PagedTensor(torch.Tensor):
-    """What a paged cache hands to the attention function in place of keys (or values) `[B, Hkv, T, D]`.
+    """What a paged cache hands to the attention function in place of keys (or values)
+    `[B, Hkv, T, D]`.
 
     Attention of ours reads it sequence by sequence (`rows_of`). For whatever else is done with it,
     it is the ordinary tensor (`dense`), gathered at that moment.
@@ -320,13 +358,16 @@ class PagedTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, store: Store, tables: list[BlockTable], length: int) -> PagedTensor:
         shape = (len(tables), store.heads, length, store.dim)
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype, device=store.device)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=store.dtype, device=store.device
+        )
 
     def __init__(self, store: Store, tables: list[BlockTable], length: int) -> None:
         self.store, self.tables = store, tables
 
     def block_table(self) -> torch.Tensor:
-        """The pages of every sequence, int64 `[B, most pages]`; what follows a sequence's last one is 0."""
+        """The pages of every sequence, int64 `[B, most pages]`; what follows a sequence's last one
+        is 0."""
         return BlockTable.stacked(self.tables, self.device)
 
     def dense(self) -> torch.Tensor:

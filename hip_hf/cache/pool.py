@@ -1,4 +1,5 @@
-"""The pages of one layer: which are free, which sequences refer to them, and writing without disturbing a sharer."""
+"""The pages of one layer: which are free, which sequences refer to them, and writing without
+disturbing a sharer."""
 
 from __future__ import annotations
 
@@ -10,23 +11,28 @@ import torch
 
 from hip_hf.cache.pages import BlockTable, Store
 
-# Tokens per page: small, so that what is selected fills few device pages beyond itself when the cache is offloaded.
+# Tokens per page: small, so that what is selected fills few device pages beyond itself when the
+# cache is offloaded.
 PAGE = 64
-# Most pages that are added at once beyond what is asked for: what waits to be used does not grow with the context.
+# Most pages that are added at once beyond what is asked for: what waits to be used does not grow
+# with the context.
 MOST_SPARE = 256
 
 
 class PagePool:
     """Pages of a layer's keys and values, under the same numbers in both stores.
 
-    A page that several sequences refer to is never written: a sequence that appends to it gets a copy first. `one_piece`: all
-    pages lie in one arena, which is copied when more are needed, for the kernels read them by one address.
+    A page that several sequences refer to is never written: a sequence that appends to it gets a
+    copy first. `one_piece`: all pages lie in one arena, which is copied when more are needed, for
+    the kernels read them by one address.
     """
 
     def __init__(self, keys: Store, values: Store, one_piece: bool = False) -> None:
         self.keys, self.values, self.one_piece = keys, values, one_piece
         self.ref_count: list[int] = []  # sequences that refer to each page
-        self.free: list[int] = []  # a heap: the lowest page first, so that sequences stay in one piece
+        self.free: list[
+            int
+        ] = []  # a heap: the lowest page first, so that sequences stay in one piece
 
     @property
     def used(self) -> int:
@@ -60,7 +66,9 @@ class PagePool:
             arenas = [store.make_arena(pages) for store in stores]
         except (RuntimeError, OSError, MemoryError) as error:
             size = self.bytes(pages)
-            raise MemoryError(f"HiPCache: no room for {count} more pages ({size / 2**20:.0f} MiB): {error}") from error
+            raise MemoryError(
+                f"HiPCache: no room for {count} more pages ({size / 2**20:.0f} MiB): {error}"
+            ) from error
         for store, arena in zip(stores, arenas, strict=True):
             if self.one_piece:
                 for old in store.arenas:
@@ -93,12 +101,18 @@ class PagePool:
             self.release(table.pages[kept:])
             table.set(table.pages[:kept])
 
-    def append(self, tables: list[BlockTable], length: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def append(
+        self, tables: list[BlockTable], length: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         """Append `[B, Hkv, n, D]` to sequences of `length` tokens each, in place. Raises
         MemoryError if there is no memory for more pages; nothing has changed."""
         more = keys.shape[2]
         # a step's token mostly finds room in a page of its sequence alone
-        if more > 1 or length % self.keys.page == 0 or any(self.ref_count[table.pages[-1]] > 1 for table in tables):
+        if (
+            more > 1
+            or length % self.keys.page == 0
+            or any(self.ref_count[table.pages[-1]] > 1 for table in tables)
+        ):
             self._make_room(tables, length, more)
         if self.one_piece and more == 1:
             self.keys.write_step(tables, length, keys)
@@ -109,7 +123,8 @@ class PagePool:
             self.values.write(table, length, values[row])
 
     def _make_room(self, tables: list[BlockTable], length: int, more: int) -> None:
-        """Give sequences of `length` tokens pages of their own for `more` tokens each. Raises MemoryError as `append` does."""
+        """Give sequences of `length` tokens pages of their own for `more` tokens each. Raises
+        MemoryError as `append` does."""
         offset, total = length % self.keys.page, -(-(length + more) // self.keys.page)
         copied, seen = [], Counter[int]()  # how many of them have had the page that is continued
         for table in tables:

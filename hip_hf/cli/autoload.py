@@ -1,8 +1,10 @@
-"""`hip-hf autoload`: let plain `lm_eval`, `accelerate launch -m lm_eval` and `transformers serve` of this environment know `hip`.
+"""`hip-hf autoload`: let plain `lm_eval`, `accelerate launch -m lm_eval` and `transformers serve`
+of this environment know `hip`.
 
-Neither has entry points, so two small files go into the environment's site-packages: a `.pth`, which Python reads when it
-starts, and the module it imports: hooks that register `hip` once something imports lm-eval's models or the part of Transformers'
-server that loads models, and our tasks once something imports lm-eval's tasks. Other programs pay for none of them.
+Neither has entry points, so two small files go into the environment's site-packages: a `.pth`,
+which Python reads when it starts, and the module it imports: hooks that register `hip` once
+something imports lm-eval's models or the part of Transformers' server that loads models, and our
+tasks once something imports lm-eval's tasks. Other programs pay for none of them.
 `transformers chat` talks to such a server, and needs nothing itself.
 """
 
@@ -81,9 +83,12 @@ def main(
     action: Annotated[str, typer.Argument(help=" | ".join(ACTIONS))] = "status",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Let plain lm_eval and transformers serve of this environment know `hip` (enable), stop that (disable), say how it is."""
+    """Let plain lm_eval and transformers serve of this environment know `hip` (enable), stop that
+    (disable), say how it is."""
     if action not in ACTIONS:
-        raise typer.BadParameter(f"got {action!r}, allowed: {' | '.join(ACTIONS)}", param_hint="ACTION")
+        raise typer.BadParameter(
+            f"got {action!r}, allowed: {' | '.join(ACTIONS)}", param_hint="ACTION"
+        )
     try:
         for path, content in files().items():
             if action == "enable":

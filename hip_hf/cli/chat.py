@@ -1,4 +1,5 @@
-"""`hip-hf chat`: questions about one document. It is read once, and each turn computes its new tokens only."""
+"""`hip-hf chat`: questions about one document. It is read once, and each turn computes its new
+tokens only."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from hip_hf.integration.settings import text_config
 
 
 def questions(given: list[str]) -> Iterator[str]:
-    """Those given; without any, what is typed at a prompt until the input ends (Ctrl-D), or the lines of a piped input."""
+    """Those given; without any, what is typed at a prompt until the input ends (Ctrl-D), or the
+    lines of a piped input."""
     if not given and sys.stdin.isatty():
         yield from typed()
         return
@@ -49,7 +51,8 @@ def typed() -> Iterator[str]:
 
 
 def fill(talk: Conversation, file: Path | None) -> bool:
-    """Get the document into the cache, from the file if there is one, else by reading it. Whether it was loaded."""
+    """Get the document into the cache, from the file if there is one, else by reading it. Whether
+    it was loaded."""
     if file is not None and file.exists():
         otherwise = "; give another file, or delete it and the document is read again"
         with inputs.user_errors("--cache", after=otherwise):
@@ -70,22 +73,37 @@ def main(
     document: Annotated[Path, typer.Option(help="Text file to ask about.")],
     question: Annotated[
         list[str] | None,
-        typer.Option(help="Ask this; may be repeated. Without it: type questions, or pipe them in, one a line."),
+        typer.Option(
+            help="Ask this; may be repeated. Without it: type questions, or pipe them in, one a line."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0: greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     cache: Annotated[
-        Path | None, typer.Option(help="File that keeps the document as it was read: loaded if it is there, else written.")
+        Path | None,
+        typer.Option(
+            help="File that keeps the document as it was read: loaded if it is there, else written."
+        ),
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")
+    ] = None,
     dtype: inputs.Dtype = "auto",
-    tokens: Annotated[int | None, typer.Option(min=1, help="Make the document so long: cut, or the text over again.")] = None,
-    chunk: Annotated[int, typer.Option(min=1, help="Read the document so many tokens at a time.")] = 2048,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Make the document so long: cut, or the text over again."),
+    ] = None,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Read the document so many tokens at a time.")
+    ] = 2048,
     device: inputs.Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document at the end instead of text.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document at the end instead of text.")
+    ] = False,
 ) -> None:
-    """Answer questions about a document, which is read once: each answer costs its new tokens only."""
+    """Answer questions about a document, which is read once: each answer costs its new tokens
+    only."""
     text, on = inputs.read_text(document, "--document"), inputs.check_device(device)
     net, tokenizer, settings = inputs.load(model, "hip", inputs.parse_fields(set_ or []), dtype)
     ids = inputs.tokens_of(tokenizer, text, document, "--document")
@@ -94,23 +112,34 @@ def main(
     talk = Conversation(net.to(on), tokenizer, text, chunk)
     start = time.perf_counter()
     loaded = fill(talk, cache)
-    read_s, longest = time.perf_counter() - start, getattr(text_config(net), "max_position_embeddings", inf)
-    say(f"{document.name}: {len(talk.held):,} tokens {'loaded' if loaded else 'read'} in {read_s:.2f} s")
+    read_s, longest = (
+        time.perf_counter() - start,
+        getattr(text_config(net), "max_position_embeddings", inf),
+    )
+    say(
+        f"{document.name}: {len(talk.held):,} tokens {'loaded' if loaded else 'read'} in {read_s:.2f} s"
+    )
     if cache is not None and not loaded:
         talk.save_document(cache)
     torch.manual_seed(seed)
     options = {"do_sample": True, "temperature": temperature} if temperature else {}
     turns = []
     for asked in questions(question or []):
-        streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = (
+            None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        )
         turns.append(turn := talk.ask(asked, max_new_tokens, streamer, **options))
         say(str(turn))
         if settings.extend is None and turn.cache_tokens > longest:
-            say(f"longer than the {longest:,} tokens that the model is made for: --set extend=streaming --set dense_tail=0")
+            say(
+                f"longer than the {longest:,} tokens that the model is made for: --set extend=streaming --set dense_tail=0"
+            )
     if as_json:
         about = {"tokens": len(talk.document_ids), "loaded": loaded, "seconds": read_s}
         rows = [asdict(turn) for turn in turns]
-        report.show(f"chat: {model}", rows, True, document=about, chunk=chunk, settings=settings.to_dict())
+        report.show(
+            f"chat: {model}", rows, True, document=about, chunk=chunk, settings=settings.to_dict()
+        )
 
 
 def say(line: str) -> None:

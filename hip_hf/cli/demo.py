@@ -1,7 +1,9 @@
-"""`hip-hf demo`: pass keys hidden in a long document, asked for with dense and with pruned attention.
+"""`hip-hf demo`: pass keys hidden in a long document, asked for with dense and with pruned
+attention.
 
-Each implementation runs in a process of its own, so that the peak of memory is its own. Every question is a prompt of
-full length; the times are the medians over the questions, which leaves out what the first call has to set up.
+Each implementation runs in a process of its own, so that the peak of memory is its own. Every
+question is a prompt of full length; the times are the medians over the questions, which leaves out
+what the first call has to set up.
 
 With `--model` all facts are in one document. The answers stand in the prompt (see `needles`), so
 the model reads once with each attention; that is also the time to its first token.
@@ -61,7 +63,8 @@ def in_own_process(run: DemoRun) -> dict[str, Any]:
 
 
 def draw(file: Path, run: DemoRun, fact: Fact) -> None:
-    """The picture of who reads what in the first prompt, computed from the dense model's queries and keys."""
+    """The picture of who reads what in the first prompt, computed from the dense model's queries
+    and keys."""
     model, tokenizer, settings = load(run, "sdpa")
     prompt = run.prompts[0]
     marks = {fact.name: demo.position_of(tokenizer, prompt, fact)}
@@ -71,25 +74,35 @@ def draw(file: Path, run: DemoRun, fact: Fact) -> None:
     plots.readings(file, title, panels, len(prompt), marks, begins)
 
 
-def prepare(checkpoint: str, document: Path, tokens: int | None, facts: list[Fact]) -> tuple[list[list[int]], int, bool]:
+def prepare(
+    checkpoint: str, document: Path, tokens: int | None, facts: list[Fact]
+) -> tuple[list[list[int]], int, bool]:
     """A prompt for each fact, how many tokens an answer has, and whether prompts are longer than
     the model is made for. They have `tokens` tokens; None: all that the model is made for. Beyond
     that the document is read over again."""
     from transformers import AutoConfig, AutoTokenizer
 
     if checkpoint == str(documents.CHECKPOINT) and not documents.CHECKPOINT.exists():
-        raise typer.BadParameter(f"{checkpoint} is not there, allowed: another checkpoint", param_hint="--checkpoint")
+        raise typer.BadParameter(
+            f"{checkpoint} is not there, allowed: another checkpoint", param_hint="--checkpoint"
+        )
     with inputs.user_errors("--checkpoint", f"cannot load {checkpoint!r}: "):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         config = AutoConfig.from_pretrained(checkpoint).get_text_config(decoder=True)
-    text = tokenizer.encode(inputs.read_text(document, "--document"), add_special_tokens=False, verbose=False)
-    new_tokens = max(len(tokenizer.encode(f" {fact.key}", add_special_tokens=False)) for fact in facts)
+    text = tokenizer.encode(
+        inputs.read_text(document, "--document"), add_special_tokens=False, verbose=False
+    )
+    new_tokens = max(
+        len(tokenizer.encode(f" {fact.key}", add_special_tokens=False)) for fact in facts
+    )
     longest = config.max_position_embeddings - new_tokens
     tokens = longest if tokens is None else tokens
     if tokens > max(longest, len(text)) and text:
         text = lengthen(text, tokens)
     with inputs.user_errors("--tokens"):
-        prompts = [documents.make_prompt(tokenizer, text, tokens, [fact], fact.name) for fact in facts]
+        prompts = [
+            documents.make_prompt(tokenizer, text, tokens, [fact], fact.name) for fact in facts
+        ]
     return prompts, new_tokens, tokens > longest
 
 
@@ -125,8 +138,8 @@ def conclude(
 
 
 def show_long(run: DemoRun, facts: list[Fact], as_json: bool) -> None:
-    """The demo beyond the model's length: `hip` alone, a chunk at a time. Dense attention and the picture, which needs it,
-    take time quadratic in the length."""
+    """The demo beyond the model's length: `hip` alone, a chunk at a time. Dense attention and the
+    picture, which needs it, take time quadratic in the length."""
     length = len(run.prompts[0])
     beyond = "longer than the model was made for: no right answers are to be expected, and dense attention is left out"
     report.notes.print(f"{length:,} tokens are {beyond}", highlight=False)
@@ -134,7 +147,9 @@ def show_long(run: DemoRun, facts: list[Fact], as_json: bool) -> None:
     row = row_of("hip", measured, facts)
     del row["peak_mib"], row["above_model_mib"]
     row |= {"tokens_per_s_prefill": length / measured["first_token_s"]}
-    row |= {f"{name}_mib": value for name, value in measured["memory_mib"].items() if value is not None}
+    row |= {
+        f"{name}_mib": value for name, value in measured["memory_mib"].items() if value is not None
+    }
     details: dict[str, Any] = {"tokens": length, "chunk": run.chunk, "settings": run.fields}
     layers = [measured["prefill"], measured["decode"]]
     conclude(f"demo: {length:,} tokens, {run.chunk:,} at a time", [row], as_json, layers, **details)
@@ -143,7 +158,8 @@ def show_long(run: DemoRun, facts: list[Fact], as_json: bool) -> None:
 
 
 def checkpoint_of(model: str) -> str:
-    """The folder or hub name that `--model` means; the real model is fetched if it is not there yet."""
+    """The folder or hub name that `--model` means; the real model is fetched if it is not there
+    yet."""
     if model != real_model.NAME:
         return model
     with inputs.user_errors("--model"):
@@ -152,7 +168,14 @@ def checkpoint_of(model: str) -> str:
 
 
 def show_at_once(
-    model: str, document: Path, tokens: int | None, facts: int, fields: dict[str, Any], device: str, seed: int, as_json: bool
+    model: str,
+    document: Path,
+    tokens: int | None,
+    facts: int,
+    fields: dict[str, Any],
+    device: str,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """The demo of a model that is asked for all facts of one document at once."""
     where = inputs.check_device(device)
@@ -186,7 +209,9 @@ def show_at_once(
 
 
 def main(
-    checkpoint: Annotated[str, typer.Option(help="A hub name or a folder.")] = str(documents.CHECKPOINT),
+    checkpoint: Annotated[str, typer.Option(help="A hub name or a folder.")] = str(
+        documents.CHECKPOINT
+    ),
     model: Annotated[
         str | None,
         typer.Option(
@@ -194,12 +219,19 @@ def main(
             f"into {real_model.FOLDER} ({real_model.PACKAGE}), a hub name or a folder."
         ),
     ] = None,
-    document: Annotated[Path, typer.Option(help="Text file to hide the facts in.")] = documents.DOCUMENT,
+    document: Annotated[
+        Path, typer.Option(help="Text file to hide the facts in.")
+    ] = documents.DOCUMENT,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Length of a prompt; default: the model's full length. Beyond it: hip alone.", min=1),
+        typer.Option(
+            help="Length of a prompt; default: the model's full length. Beyond it: hip alone.",
+            min=1,
+        ),
     ] = None,
-    chunk: Annotated[int, typer.Option(help="Beyond the model's length, read so many tokens at a time.", min=1)] = 8192,
+    chunk: Annotated[
+        int, typer.Option(help="Beyond the model's length, read so many tokens at a time.", min=1)
+    ] = 8192,
     device: inputs.Device = "cpu",
     facts: Annotated[
         int | None,
@@ -210,15 +242,23 @@ def main(
             max=len(FACT_NAMES),
         ),
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
-    picture: Annotated[Path, typer.Option(help="PNG file of which key blocks each query block reads.")] = Path("hip_demo.png"),
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")
+    ] = None,
+    picture: Annotated[
+        Path, typer.Option(help="PNG file of which key blocks each query block reads.")
+    ] = Path("hip_demo.png"),
     seed: Annotated[int, typer.Option(help="Of the facts.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document instead of tables.")
+    ] = False,
 ) -> None:
     """Hide pass keys in a long document and ask for them: dense against pruned attention."""
     if model is not None:
         if checkpoint != str(documents.CHECKPOINT):
-            raise typer.BadParameter(f"got {model!r} beside --checkpoint, allowed: one of them", param_hint="--model")
+            raise typer.BadParameter(
+                f"got {model!r} beside --checkpoint, allowed: one of them", param_hint="--model"
+            )
         fields = inputs.parse_fields(set_ or [])
         show_at_once(model, document, tokens, facts or AT_ONCE, fields, device, seed, as_json)
         return
@@ -228,14 +268,20 @@ def main(
     prompts, new_tokens, beyond = prepare(checkpoint, document, tokens, hidden)
     fields = inputs.parse_fields(set_ or [])
     if beyond:
-        show_long(DemoRun(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device), hidden[:1], as_json)
+        show_long(
+            DemoRun(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device),
+            hidden[:1],
+            as_json,
+        )
         return
     plots.pyplot()  # if it is missing, say so before the work
     measured = {}
     with report.progress() as bar:
         task = bar.add_task("", total=len(IMPLEMENTATIONS) + 1)
         for attn in IMPLEMENTATIONS:
-            bar.update(task, description=f"{facts} questions, {len(prompts[0])} tokens each, {attn}")
+            bar.update(
+                task, description=f"{facts} questions, {len(prompts[0])} tokens each, {attn}"
+            )
             run = DemoRun(checkpoint, attn, prompts, new_tokens, fields, device=device)
             measured[attn] = in_own_process(run)
             bar.advance(task)

@@ -19,10 +19,14 @@ def main(
     model: Annotated[str, typer.Argument(help="Checkpoint: a hub name or a folder.")],
     tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 4096,
     attn: Annotated[str, typer.Option(help=" or ".join(NAMES))] = "hip",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")
+    ] = None,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of the prompt's tokens, which are random.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document instead of a table.")
+    ] = False,
 ) -> None:
     """Run one prompt of random tokens through a checkpoint and show each layer's path."""
     if attn not in NAMES:
@@ -34,6 +38,11 @@ def main(
         net(input_ids=ids, use_cache=False, logits_to_keep=1)
     layers = explain(net)
     if as_json:
-        report.show(f"explain: {model}, {tokens} tokens", [asdict(row) for row in layers], True, settings=settings.to_dict())
+        report.show(
+            f"explain: {model}, {tokens} tokens",
+            [asdict(row) for row in layers],
+            True,
+            settings=settings.to_dict(),
+        )
     else:
         print(layers)

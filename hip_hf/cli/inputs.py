@@ -1,5 +1,5 @@
-"""What several commands take: device, dtype, settings and files, and one line for the user where one of them, or the network, is
-not there."""
+"""What several commands take: device, dtype, settings and files, and one line for the user where
+one of them, or the network, is not there."""
 
 from __future__ import annotations
 
@@ -17,10 +17,23 @@ from hip_hf.eval.measure import documents
 from hip_hf.integration.api import configure
 
 # `auto`: as the checkpoint was saved.
-WEIGHT_DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_DTYPES = {
+    "auto": "auto",
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 # By name: the hub's client uses one HTTP library or another.
 UNREACHED = {
-    *("ConnectionError", "ConnectError", "TimeoutError", "TimeoutException", "ConnectTimeout", "ReadTimeout", "ProxyError"),
+    *(
+        "ConnectionError",
+        "ConnectError",
+        "TimeoutError",
+        "TimeoutException",
+        "ConnectTimeout",
+        "ReadTimeout",
+        "ProxyError",
+    ),
     *("LocalEntryNotFoundError", "OfflineModeIsEnabled"),
 }
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda ...")]
@@ -45,13 +58,17 @@ def check_device(device: str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise typer.BadParameter(f"got {device!r} ({reason}), allowed: a device of this machine", param_hint="--device") from None
+        raise typer.BadParameter(
+            f"got {device!r} ({reason}), allowed: a device of this machine", param_hint="--device"
+        ) from None
 
 
 def check_dtype(dtype: str) -> Any:
     """The dtype that `load` takes; one line for another name."""
     if dtype not in WEIGHT_DTYPES:
-        raise typer.BadParameter(f"got {dtype!r}, allowed: {' | '.join(WEIGHT_DTYPES)}", param_hint="--dtype")
+        raise typer.BadParameter(
+            f"got {dtype!r}, allowed: {' | '.join(WEIGHT_DTYPES)}", param_hint="--dtype"
+        )
     return WEIGHT_DTYPES[dtype]
 
 
@@ -67,7 +84,9 @@ def network_error(error: BaseException) -> str | None:
     for cause in causes(error):
         names = {kind.__name__ for kind in type(cause).__mro__}
         # Transformers reports it as a plain OSError, whose text is all there is to tell
-        if names & UNREACHED or (isinstance(cause, OSError) and "couldn't connect to" in str(cause)):
+        if names & UNREACHED or (
+            isinstance(cause, OSError) and "couldn't connect to" in str(cause)
+        ):
             return (str(cause).strip() or type(cause).__name__).splitlines()[0]
     return None
 
@@ -76,12 +95,17 @@ def cannot_load(what: str, error: Exception) -> typer.BadParameter:
     """One line for a checkpoint that cannot be loaded; a missing network is named as such."""
     if (said := network_error(error)) is not None:
         where = "without a network use the folder of a checkpoint"
-        return typer.BadParameter(f"cannot reach the Hugging Face Hub for {what}: {said}; {where}", param_hint="MODEL")
-    return typer.BadParameter(f"cannot load {what}: {' '.join(str(error).split())}", param_hint="MODEL")
+        return typer.BadParameter(
+            f"cannot reach the Hugging Face Hub for {what}: {said}; {where}", param_hint="MODEL"
+        )
+    return typer.BadParameter(
+        f"cannot load {what}: {' '.join(str(error).split())}", param_hint="MODEL"
+    )
 
 
 def read_text(file: Path, option: str) -> str:
-    """The text of the file that an option names; one line for a file that is missing, no text or empty."""
+    """The text of the file that an option names; one line for a file that is missing, no text or
+    empty."""
     with user_errors(option, f"cannot read {str(file)!r}: "):
         text = file.read_text(encoding="utf-8")
     if not text.strip():
@@ -90,7 +114,8 @@ def read_text(file: Path, option: str) -> str:
 
 
 def tokens_of(tokenizer: Any, text: str, file: Path, option: str) -> list[int]:
-    """The token ids of a file's text, with those that the tokenizer puts around it; one line where there are none."""
+    """The token ids of a file's text, with those that the tokenizer puts around it; one line where
+    there are none."""
     ids = tokenizer(text, verbose=False).input_ids
     if not ids:
         raise typer.BadParameter(f"{str(file)!r} holds no token for this model", param_hint=option)
@@ -100,7 +125,9 @@ def tokens_of(tokenizer: Any, text: str, file: Path, option: str) -> list[int]:
 def check_length(tokens: int, ids: list[int], document: Path) -> None:
     """One line for a document of fewer tokens than are asked for."""
     if len(ids) < tokens:
-        raise typer.BadParameter(f"--tokens: got {tokens}, allowed: at most the {len(ids)} of {document.name}")
+        raise typer.BadParameter(
+            f"--tokens: got {tokens}, allowed: at most the {len(ids)} of {document.name}"
+        )
 
 
 def load_to_measure(model: str, device: str, text: str, dtype: str) -> tuple[Any, Any, list[int]]:
@@ -112,7 +139,11 @@ def load_to_measure(model: str, device: str, text: str, dtype: str) -> tuple[Any
         loaded, tokenizer = documents.load(model, "sdpa", weights)
     except (OSError, ValueError) as error:
         raise cannot_load(repr(model), error) from None
-    return loaded.to(where), tokenizer, tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return (
+        loaded.to(where),
+        tokenizer,
+        tokenizer.encode(text, add_special_tokens=False, verbose=False),
+    )
 
 
 def parse_fields(pairs: list[str]) -> dict[str, Any]:
@@ -121,7 +152,9 @@ def parse_fields(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise typer.BadParameter(f"got {pair!r}, allowed: field=value, such as budget=512", param_hint="--set")
+            raise typer.BadParameter(
+                f"got {pair!r}, allowed: field=value, such as budget=512", param_hint="--set"
+            )
         try:
             fields[name.strip()] = json.loads(value)
         except json.JSONDecodeError:
@@ -129,8 +162,11 @@ def parse_fields(pairs: list[str]) -> dict[str, Any]:
     return fields
 
 
-def load(checkpoint: str, attn: str, fields: dict[str, Any], dtype: str = "auto") -> tuple[Any, Any, HiPConfig]:
-    """Model, tokenizer and the settings that hold; one line instead of a traceback for what a user can get wrong."""
+def load(
+    checkpoint: str, attn: str, fields: dict[str, Any], dtype: str = "auto"
+) -> tuple[Any, Any, HiPConfig]:
+    """Model, tokenizer and the settings that hold; one line instead of a traceback for what a user
+    can get wrong."""
     weights = check_dtype(dtype)
     try:
         model, tokenizer = documents.load(checkpoint, attn, weights)

@@ -19,18 +19,24 @@ def main(
     dims: Annotated[str, typer.Option(help="Head dims.")] = "64,128,256",
     dtypes: Annotated[str, typer.Option(help="Of bf16, fp16.")] = "bf16,fp16",
     only: Annotated[str, typer.Option(help="Only kernels with this in their name.")] = "",
-    spills: Annotated[int, typer.Option(min=0, help="Bytes of stack (AMD: registers) that a kernel may spill.")] = 0,
+    spills: Annotated[
+        int, typer.Option(min=0, help="Bytes of stack (AMD: registers) that a kernel may spill.")
+    ] = 0,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Compile every kernel for every GPU. Exit 1 if one spills, does not fit, or misses the tensor cores it should use.
+    """Compile every kernel for every GPU. Exit 1 if one spills, does not fit, or misses the tensor
+    cores it should use.
 
-    Also if these wait for each of their instructions or a program touches what they work on, or if a kernel has several stages
-    and fetches nothing ahead. What --output holds is kept where code, launch and Triton are the same."""
+    Also if these wait for each of their instructions or a program touches what they work on, or if
+    a kernel has several stages and fetches nothing ahead. What --output holds is kept where code,
+    launch and Triton are the same."""
     chosen = parse_choice(targets, TARGETS, "--targets")
     numbers = [int(dim) if dim.isdecimal() else 0 for dim in dims.split(",")]
     if not all(numbers):
-        raise typer.BadParameter(f"got {dims!r}, allowed: positive integers, separated by commas", param_hint="--dims")
+        raise typer.BadParameter(
+            f"got {dims!r}, allowed: positive integers, separated by commas", param_hint="--dims"
+        )
     kinds = parse_choice(dtypes, tuple(COMPILED_DTYPES), "--dtypes")
     if why := kernels.why_not():
         report.notes.print(why)
@@ -38,7 +44,14 @@ def main(
     import triton
 
     work = kernels.all_launches(chosen, numbers, kinds, only)
-    asked = dict(targets=chosen, dims=numbers, dtypes=kinds, only=only, spills=spills, triton=triton.__version__)
+    asked = dict(
+        targets=chosen,
+        dims=numbers,
+        dtypes=kinds,
+        only=only,
+        spills=spills,
+        triton=triton.__version__,
+    )
     with user_errors():
         sink = Targets(as_json, output)
         before = kernels.compiled_before(output, triton.__version__)

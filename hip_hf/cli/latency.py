@@ -24,46 +24,89 @@ def lines_of(rows: list[dict[str, Any]], whole: bool = False) -> list[dict[str, 
     lines = []
     for row in rows:
         if whole:
-            lines.append({key: value for key, value in row.items() if key != "reason" and (several or key != "settings")})
+            lines.append(
+                {
+                    key: value
+                    for key, value in row.items()
+                    if key != "reason" and (several or key != "settings")
+                }
+            )
             continue
-        what = {key: row[key] for key in ("phase", "dtype", "length", *(("settings",) if several else ()))}
-        times = {key: row[key] if row[key] < 1000 else round(row[key]) for key in ("hip_ms", "sdpa_ms")}
+        what = {
+            key: row[key]
+            for key in ("phase", "dtype", "length", *(("settings",) if several else ()))
+        }
+        times = {
+            key: row[key] if row[key] < 1000 else round(row[key]) for key in ("hip_ms", "sdpa_ms")
+        }
         runs = f"{row['runs']}, {row['sdpa_runs']}"
-        lines.append({**what, **times, "times_faster": row["times_faster"], "path": row["path"], "runs": runs})
+        lines.append(
+            {
+                **what,
+                **times,
+                "times_faster": row["times_faster"],
+                "path": row["path"],
+                "runs": runs,
+            }
+        )
     return lines
 
 
 def main(
     lengths: Annotated[
-        str | None, typer.Option(help="Comma list such as 8K,1M. Default: 1K to 128K, decode from 8K; on a GPU 8K to 1M.")
+        str | None,
+        typer.Option(
+            help="Comma list such as 8K,1M. Default: 1K to 128K, decode from 8K; on a GPU 8K to 1M."
+        ),
     ] = None,
     phases: Annotated[
-        str | None, typer.Option(help="prefill, decode; on a GPU also launched (decode without graphs), backward, selection.")
+        str | None,
+        typer.Option(
+            help="prefill, decode; on a GPU also launched (decode without graphs), backward, selection."
+        ),
     ] = None,
-    dtypes: Annotated[str | None, typer.Option(help="Of bf16, fp32, fp16. Default: bf16,fp32; on a GPU bf16.")] = None,
+    dtypes: Annotated[
+        str | None, typer.Option(help="Of bf16, fp32, fp16. Default: bf16,fp32; on a GPU bf16.")
+    ] = None,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["defaults"],  # noqa: B006
-    heads: Annotated[int | None, typer.Option(help="Query heads. Default: 8; on a GPU 32.", min=1)] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Key heads. Default: 2; on a GPU 8.", min=1)] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Query heads. Default: 8; on a GPU 32.", min=1)
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Key heads. Default: 2; on a GPU 8.", min=1)
+    ] = None,
     head_dim: Annotated[int, typer.Option(min=1)] = 128,
-    repeats: Annotated[int, typer.Option(help="Runs of each call; slow ones get fewer.", min=1)] = 5,
+    repeats: Annotated[
+        int, typer.Option(help="Runs of each call; slow ones get fewer.", min=1)
+    ] = 5,
     seed: Annotated[int, typer.Option(help="Of the random tensors.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="cpu, or cuda: the kernels against FlashAttention and cuDNN.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, or cuda: the kernels against FlashAttention and cuDNN.")
+    ] = "cpu",
     output: Output = None,
     plot: Plot = None,
     report_file: ReportFile = None,
     as_json: Json = False,
 ) -> None:
-    """Time one attention call against PyTorch's scaled_dot_product_attention, in prefill and in decode."""
+    """Time one attention call against PyTorch's scaled_dot_product_attention, in prefill and in
+    decode."""
     parse_choice(device, ("cpu", "cuda"), "--device")
     gpu = device == "cuda"
     if gpu and not torch.cuda.is_available():
-        raise typer.BadParameter("got 'cuda', allowed here: cpu (torch sees no GPU)", param_hint="--device")
+        raise typer.BadParameter(
+            "got 'cuda', allowed here: cpu (torch sees no GPU)", param_hint="--device"
+        )
     if gpu and (why := trust.lacking(torch.device(device))):
         raise typer.BadParameter(f"got 'cuda', allowed here: cpu ({why})", param_hint="--device")
     heads, kv_heads = heads or (32 if gpu else 8), kv_heads or (8 if gpu else 2)
     if heads % kv_heads:
-        raise typer.BadParameter(f"got {heads} query heads, allowed: a multiple of {kv_heads} key heads", param_hint="--heads")
-    known = ("prefill", "decode", "launched", "backward", "selection") if gpu else ("prefill", "decode")
+        raise typer.BadParameter(
+            f"got {heads} query heads, allowed: a multiple of {kv_heads} key heads",
+            param_hint="--heads",
+        )
+    known = (
+        ("prefill", "decode", "launched", "backward", "selection") if gpu else ("prefill", "decode")
+    )
     wanted = parse_choice(phases or ",".join(known), known, "--phases")
     with user_errors("--lengths"):
         given = None if lengths is None else sizes(lengths)
@@ -71,7 +114,9 @@ def main(
         plan = latency.TimingPlan(
             prefill=(given or latency.PREFILL_LENGTHS) if "prefill" in wanted else (),
             decode=(given or latency.DECODE_LENGTHS) if "decode" in wanted else (),
-            dtypes=parse_choice(dtypes or ("bf16" if gpu else "bf16,fp32"), tuple(latency.TIMED_DTYPES), "--dtypes"),
+            dtypes=parse_choice(
+                dtypes or ("bf16" if gpu else "bf16,fp32"), tuple(latency.TIMED_DTYPES), "--dtypes"
+            ),
             settings=settings_of(settings, base={}),
             heads=heads,
             kv_heads=kv_heads,
@@ -83,7 +128,14 @@ def main(
         refuse_extension(plan.settings)
         configs = {name: config.to_dict() for name, config in plan.settings.items()}
         targets = Targets(as_json, output, plot, report_file)
-        shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, repeats=repeats, seed=seed, device=device)
+        shape = dict(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            repeats=repeats,
+            seed=seed,
+            device=device,
+        )
         kept = targets.kept("latency", configs=configs, **shape)
     extra: dict[str, Any]
     with kept:
@@ -120,4 +172,6 @@ def check_timed(settings: Mapping[str, HiPConfig]) -> None:
         if config.method not in gpu_latency.TIMED_METHODS or config.delta is not None:
             what = config.method if config.delta is None else "Delta correction"
             allowed = f"{', '.join(gpu_latency.TIMED_METHODS)}, without Delta correction, which is not timed"
-            raise typer.BadParameter(f"got {what!r}, allowed on a GPU: {allowed}", param_hint="--settings")
+            raise typer.BadParameter(
+                f"got {what!r}, allowed on a GPU: {allowed}", param_hint="--settings"
+            )

@@ -1,4 +1,5 @@
-"""`hip-hf lm-eval`: lm-eval's own command, which knows `hip`, our tasks, and presets for the benchmarks on the hub."""
+"""`hip-hf lm-eval`: lm-eval's own command, which knows `hip`, our tasks, and presets for the
+benchmarks on the hub."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Preset:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-# Prompts that are too long lose their middle, as these benchmarks prescribe, where lm-eval's model would cut the beginning.
+# Prompts that are too long lose their middle, as these benchmarks prescribe, where lm-eval's model
+# would cut the beginning.
 _MIDDLE = {"prompt_truncation": "middle"}
 TASK_PRESETS = {
     "longctx": Preset(("hip_longctx",)),
@@ -64,7 +66,10 @@ def arguments_for(arguments: Sequence[str]) -> list[str]:
         if own.tasks is None:
             ahead += ["--tasks", *preset.tasks]
         # later ones are merged over these, key by key
-        for option, values in (("--model_args", preset.model_args), ("--metadata", preset.metadata)):
+        for option, values in (
+            ("--model_args", preset.model_args),
+            ("--metadata", preset.metadata),
+        ):
             ahead += [option, json.dumps(values)] if values else []
     if own.model is None and own.config is None:
         ahead += ["--model", MODEL]
@@ -72,7 +77,8 @@ def arguments_for(arguments: Sequence[str]) -> list[str]:
 
 
 def main(context: typer.Context) -> None:
-    """lm-eval with the model type `hip` (the default here), our tasks (`hip_longctx`) and `--preset`; all else is lm-eval's."""
+    """lm-eval with the model type `hip` (the default here), our tasks (`hip_longctx`) and
+    `--preset`; all else is lm-eval's."""
     try:
         register()
     except ImportError:
@@ -99,5 +105,7 @@ def main(context: typer.Context) -> None:
                 raise SystemExit(f"hip-hf lm-eval: {cause}") from None
         if (said := network_error(error)) is not None:
             where = "without a network use a local checkpoint and local tasks (--tasks hip_longctx)"
-            raise SystemExit(f"hip-hf lm-eval: cannot reach the Hugging Face Hub: {said}; {where}") from None
+            raise SystemExit(
+                f"hip-hf lm-eval: cannot reach the Hugging Face Hub: {said}; {where}"
+            ) from None
         raise

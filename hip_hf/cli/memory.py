@@ -16,16 +16,23 @@ from hip_hf.eval.measure.memory import CACHE_KINDS, measure_alone, read_config
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="Checkpoint whose shape is taken; its weights are not.")] = str(CHECKPOINT),
-    lengths: Annotated[str, typer.Option(help="Comma-separated; K stands for 1024.")] = "8K,32K,128K",
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint whose shape is taken; its weights are not.")
+    ] = str(CHECKPOINT),
+    lengths: Annotated[
+        str, typer.Option(help="Comma-separated; K stands for 1024.")
+    ] = "8K,32K,128K",
     output: Output = None,
     plot: Plot = None,
     report_file: ReportFile = None,
     as_json: Json = False,
 ) -> None:
-    """Memory of a dynamic, a static, a paged and an offloaded cache (pools: an eighth, or what a step needs)."""
+    """Memory of a dynamic, a static, a paged and an offloaded cache (pools: an eighth, or what a
+    step needs)."""
     if not Path("/proc/self/clear_refs").exists():
-        raise SystemExit("hip-hf memory reads /proc, which this system does not have (allowed: Linux)")
+        raise SystemExit(
+            "hip-hf memory reads /proc, which this system does not have (allowed: Linux)"
+        )
     with user_errors():
         counts = sizes(lengths)
         targets = Targets(as_json, output, plot, report_file)

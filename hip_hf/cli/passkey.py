@@ -15,11 +15,22 @@ from hip_hf.eval.measure.passkey import PasskeyPlan, measure
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="Hub name or folder; default: the shipped demo checkpoint.")] = str(CHECKPOINT),
-    lengths: Annotated[str, typer.Option(help="Tokens of document, question and answer, like 4096,8K.")] = "8192",
-    depths: Annotated[int, typer.Option(min=1, help="Evenly spaced depths, from beginning to end.")] = 11,
+    model: Annotated[
+        str, typer.Argument(help="Hub name or folder; default: the shipped demo checkpoint.")
+    ] = str(CHECKPOINT),
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of document, question and answer, like 4096,8K.")
+    ] = "8192",
+    depths: Annotated[
+        int, typer.Option(min=1, help="Evenly spaced depths, from beginning to end.")
+    ] = 11,
     samples: Annotated[int, typer.Option(min=1, help="Prompts for each length and depth.")] = 10,
-    facts: Annotated[int, typer.Option(min=1, max=len(FACT_NAMES), help="Pass keys in each document; one is asked for.")] = 1,
+    facts: Annotated[
+        int,
+        typer.Option(
+            min=1, max=len(FACT_NAMES), help="Pass keys in each document; one is asked for."
+        ),
+    ] = 1,
     settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults"],  # noqa: B006
     budget: Annotated[int | None, typer.Option(help="Keys selected per query block.")] = None,
     sink: Sink = None,
@@ -34,15 +45,20 @@ def main(
     report_file: ReportFile = None,
     json: Json = False,
 ) -> None:
-    """Hide pass keys in long documents and count right answers, every layer and row sparse unless settings say otherwise."""
+    """Hide pass keys in long documents and count right answers, every layer and row sparse unless
+    settings say otherwise."""
     with user_errors():
         counts = sizes(lengths)
         targets = Targets(json, output, plot, report_file)
-        configs = settings_of(settings, tokens=max(counts), checkpoint=model, budget=budget, sink=sink, window=window)
+        configs = settings_of(
+            settings, tokens=max(counts), checkpoint=model, budget=budget, sink=sink, window=window
+        )
         text = document.read_text(encoding="utf-8")
         plan = PasskeyPlan(configs, counts, depths, samples, facts, batch, seed)
         details = measured_on(model, document, dtype, configs, facts=facts, seed=seed)
-        kept = targets.kept("passkey", **details, samples=samples, batch=batch, device=device, text=digest(text))
+        kept = targets.kept(
+            "passkey", **details, samples=samples, batch=batch, device=device, text=digest(text)
+        )
     loaded, tokenizer, tokens = load_to_measure(model, device, text, dtype)
     with kept, user_errors():
         rows = measure(loaded, tokenizer, tokens, plan, kept)

@@ -17,14 +17,16 @@ from hip_hf.integration.settings import read_settings
 from hip_hf.methods.base import method_of
 from hip_hf.registry import METHODS
 
-# The settings that a model uses when it is loaded with attn_implementation="hip": those in its config, or `HiPConfig()`.
+# The settings that a model uses when it is loaded with attn_implementation="hip": those in its
+# config, or `HiPConfig()`.
 OWN = "own"
 # Presets that `all` leaves out: the baseline, and what is only a cheaper search of the same method.
 LEFT_OUT = ("dense", "beam1")
 
 
 def presets() -> dict[str, dict[str, Any]]:
-    """What `--settings` may name, as fields of `HiPConfig`: what the methods of the table declare."""
+    """What `--settings` may name, as fields of `HiPConfig`: what the methods of the table
+    declare."""
     found = {}
     for method in METHODS:
         for name, fields in (method_of(method).presets or {method: {}}).items():
@@ -45,7 +47,8 @@ def own_settings(checkpoint: str | None) -> HiPConfig:
     """The settings in a checkpoint's config.
 
     Raises:
-        ValueError: there is no checkpoint, or its settings are invalid. typer.BadParameter: it cannot be loaded.
+        ValueError: there is no checkpoint, or its settings are invalid. typer.BadParameter: it
+        cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -65,7 +68,8 @@ def settings_of(
     checkpoint: str | None = None,
     **common: Any,
 ) -> dict[str, HiPConfig]:
-    """Settings by the name they were given; fields in `common` (None: not given) hold for all that do not set them.
+    """Settings by the name they were given; fields in `common` (None: not given) hold for all that
+    do not set them.
 
     `tokens`: length of the texts, by which presets of methods without a budget are sized. `base`:
     fields that hold where nothing else is said.
@@ -99,8 +103,11 @@ def settings_of(
     return settings
 
 
-def over_budgets(names: Sequence[str], budgets: Sequence[int], **others: Any) -> dict[str, HiPConfig]:
-    """`settings_of(names, **others)` with each of the budgets, which the names then tell. What no budget changes is there once.
+def over_budgets(
+    names: Sequence[str], budgets: Sequence[int], **others: Any
+) -> dict[str, HiPConfig]:
+    """`settings_of(names, **others)` with each of the budgets, which the names then tell. What no
+    budget changes is there once.
 
     Raises:
         ValueError: as `settings_of` does.
@@ -114,10 +121,13 @@ def over_budgets(names: Sequence[str], budgets: Sequence[int], **others: Any) ->
 
 
 def refuse_extension(configs: dict[str, HiPConfig]) -> None:
-    """Raise ValueError for settings that extend the context, where queries and keys were rotated by a model."""
+    """Raise ValueError for settings that extend the context, where queries and keys were rotated by
+    a model."""
     for config in configs.values():
         if config.extend is not None:
-            raise ValueError(f"--settings extend: got {config.extend!r}, allowed: None (`hip-hf passkey` measures it in a model)")
+            raise ValueError(
+                f"--settings extend: got {config.extend!r}, allowed: None (`hip-hf passkey` measures it in a model)"
+            )
 
 
 def sizes(text: str) -> list[int]:
@@ -136,5 +146,7 @@ def parse_choice(text: str, allowed: Sequence[str], option: str) -> list[str]:
     chosen = [part.strip() for part in text.split(",")]
     for name in chosen:
         if name not in allowed:
-            raise typer.BadParameter(f"got {name!r}, allowed: {', '.join(allowed)}", param_hint=option)
+            raise typer.BadParameter(
+                f"got {name!r}, allowed: {', '.join(allowed)}", param_hint=option
+            )
     return chosen

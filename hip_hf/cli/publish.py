@@ -1,4 +1,5 @@
-"""How the measuring commands hand over their results: a table or JSON, a result file, a picture, a page of its own."""
+"""How the measuring commands hand over their results: a table or JSON, a result file, a picture, a
+page of its own."""
 
 from __future__ import annotations
 
@@ -23,11 +24,17 @@ DEMO = "the demo checkpoint"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", help="Write the JSON document to this file. If interrupted, the same command goes on from there."),
+    typer.Option(
+        "--output",
+        help="Write the JSON document to this file. If interrupted, the same command goes on from there.",
+    ),
 ]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the results into this PNG file.")]
 ReportFile = Annotated[
-    Path | None, typer.Option("--report", help="Write table and picture to this HTML file, which needs no other.")
+    Path | None,
+    typer.Option(
+        "--report", help="Write table and picture to this HTML file, which needs no other."
+    ),
 ]
 
 Draw = Callable[[dict[str, Any], Path], None]
@@ -38,10 +45,19 @@ def model_name(model: str) -> str:
     return DEMO if model == str(CHECKPOINT) else model
 
 
-def measured_on(model: str, document: Path | str, dtype: str, configs: dict[str, HiPConfig], **own: Any) -> dict[str, Any]:
-    """What a result says it was measured on and with; `document`: a file or a name; `own`: what else its command was given."""
+def measured_on(
+    model: str, document: Path | str, dtype: str, configs: dict[str, HiPConfig], **own: Any
+) -> dict[str, Any]:
+    """What a result says it was measured on and with; `document`: a file or a name; `own`: what
+    else its command was given."""
     settings = {name: config.to_dict() for name, config in configs.items()}
-    return {"model": model_name(model), "document": Path(document).name, "dtype": dtype, **own, "configs": settings}
+    return {
+        "model": model_name(model),
+        "document": Path(document).name,
+        "dtype": dtype,
+        **own,
+        "configs": settings,
+    }
 
 
 def check_file(option: str, file: Path | None) -> None:

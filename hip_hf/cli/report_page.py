@@ -22,14 +22,20 @@ def read_result(file: Path) -> dict[str, Any]:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"RESULTS: got {str(file)!r} ({error}), allowed: {allowed}") from None
-    if not isinstance(document, dict) or document.get("command") not in PICTURES or not document.get("rows"):
+    if (
+        not isinstance(document, dict)
+        or document.get("command") not in PICTURES
+        or not document.get("rows")
+    ):
         raise ValueError(f"RESULTS: got {str(file)!r}, allowed: {allowed}")
     return document
 
 
 def main(
     results: Annotated[list[Path], typer.Argument(help="Files that --output has written.")],
-    output: Annotated[Path, typer.Option(help="The HTML file, which needs no other.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option(help="The HTML file, which needs no other.")] = Path(
+        "report.html"
+    ),
     title: Annotated[str, typer.Option(help="The page's title.")] = "hip-hf report",
 ) -> None:
     """Bundle tables and pictures of saved results in one HTML page."""
@@ -37,4 +43,7 @@ def main(
     with user_errors():
         check_file("--output", output)
         documents = [read_result(file) for file in results]
-    write(output, page.render(title, [(document, PICTURES[document["command"]]) for document in documents]))
+    write(
+        output,
+        page.render(title, [(document, PICTURES[document["command"]]) for document in documents]),
+    )

@@ -1,1 +1,2 @@
-"""Transformers integration: knows models, masks and caches, and nothing of how attention is computed."""
+"""Transformers integration: knows models, masks and caches, and nothing of how attention is
+computed."""

@@ -1,4 +1,5 @@
-"""The public functions that change Transformers or a model of it: `register`, `configure`, `patch`, and what takes them back."""
+"""The public functions that change Transformers or a model of it: `register`, `configure`, `patch`,
+and what takes them back."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ BEFORE = "_hip_before"
 
 
 def register() -> None:
-    """Make the names in `NAMES` known to Transformers. Importing `hip_hf` has done so already; calling it again is harmless."""
+    """Make the names in `NAMES` known to Transformers. Importing `hip_hf` has done so already;
+    calling it again is harmless."""
     for name, method in NAMES.items():
         AttentionInterface.register(name, functools.partial(attention_forward, method=method))
         AttentionMaskInterface.register(name, hip_mask)
@@ -39,8 +41,8 @@ def register() -> None:
 
 
 def _look_at_models() -> None:
-    """Wrap the three methods of `PreTrainedModel` that are called before a model's layers are made, after they were made, and
-    when its attention is set. Harmless when called again."""
+    """Wrap the three methods of `PreTrainedModel` that are called before a model's layers are made,
+    after they were made, and when its attention is set. Harmless when called again."""
     adjust = PreTrainedModel._check_and_adjust_attn_implementation
     change, made = PreTrainedModel.set_attn_implementation, PreTrainedModel.post_init
 
@@ -58,11 +60,16 @@ def _look_at_models() -> None:
 
     def hip_post_init(self: Any) -> None:
         made(self)
-        configs = [self.config, *(getattr(self.config, name, None) for name in self.config.sub_configs)]
+        configs = [
+            self.config,
+            *(getattr(self.config, name, None) for name in self.config.sub_configs),
+        ]
         if any(attends_by_us(config) for config in configs):
             check_reach(self, text_config(self)._attn_implementation)
             check_heads(self, text_config(self)._attn_implementation)
-        if any(getattr(config, "hip", None) is not None for config in configs) and extends(text_config(self)):
+        if any(getattr(config, "hip", None) is not None for config in configs) and extends(
+            text_config(self)
+        ):
             patch_layers(layers_to_extend(self))
 
     if adjust.__name__ != "hip_adjust":
@@ -73,11 +80,12 @@ def _look_at_models() -> None:
 
 
 def unregister() -> None:
-    """Take back all that `hip_hf` has changed in Transformers and lm-eval, which then know no `hip`, and in layers of models.
+    """Take back all that `hip_hf` has changed in Transformers and lm-eval, which then know no
+    `hip`, and in layers of models.
 
-    Models that attend by `hip` cannot be called until `register` is called again, and patched ones have their own forwards then
-    (`patch` and `configure` replace them anew). What something else has put in the place of a change of ours stays there.
-    Harmless a second time.
+    Models that attend by `hip` cannot be called until `register` is called again, and patched ones
+    have their own forwards then (`patch` and `configure` replace them anew). What something else
+    has put in the place of a change of ours stays there. Harmless a second time.
     """
     unpatch_all()
     changes.undo()
@@ -87,16 +95,16 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
     """Set how a model attends; takes effect at its next call and is saved with its config.
 
     Args:
-        model: a Transformers model; what the settings change is its `config.hip` (of the text config).
-        config: replaces the present settings; None keeps them.
+        model: a Transformers model; what the settings change is its `config.hip` (of the text
+        config). config: replaces the present settings; None keeps them.
         fields: single fields of `HiPConfig`, merged over `config` or the present settings.
 
     Returns:
         The settings that now hold.
 
     Raises:
-        ValueError: unknown or out-of-range fields, layers that the model does not have, or `extend` for a model that cannot.
-            Nothing has changed then.
+        ValueError: unknown or out-of-range fields, layers that the model does not have, or `extend`
+            for a model that cannot. Nothing has changed then.
     """
     target = text_config(model)
     if config is not None and not isinstance(config, HiPConfig):
@@ -123,16 +131,18 @@ def set_attention(model: nn.Module, name: str) -> None:
 def patch(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> None:
     """Replace the attention forwards of a loaded model by ours; it attends by `hip` from then on.
 
-    With `extend=None` logits are the same to the bit as with `attn_implementation="hip"`. Patching twice is harmless: forwards
-    stay, settings are set anew. Weights, hooks, adapters and `state_dict` are not touched, nor are parts besides the text's.
+    With `extend=None` logits are the same to the bit as with `attn_implementation="hip"`. Patching
+    twice is harmless: forwards stay, settings are set anew. Weights, hooks, adapters and
+    `state_dict` are not touched, nor are parts besides the text's.
 
     Args:
-        model: a Transformers model of one of the families in `hip_hf.integration.patches.families.families()`.
-        config, fields: settings, as in `configure`.
+        model: a Transformers model of one of the families in
+        `hip_hf.integration.patches.families.families()`. config, fields: settings, as in
+        `configure`.
 
     Raises:
-        ValueError: a model of another family (the message lists those with a patcher), or settings that `configure` refuses.
-            Nothing has changed then.
+        ValueError: a model of another family (the message lists those with a patcher), or settings
+            that `configure` refuses. Nothing has changed then.
     """
     layers, target = layers_of(model), text_config(model)
     before = target._attn_implementation, getattr(target, "hip", None)
@@ -146,9 +156,10 @@ def patch(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> N
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give a model its own forwards back, whether `patch`, `configure(extend=...)` or its loading replaced them. The attention's
-    name and the settings are again as they were before `patch`, but for `extend`, which is None then: what extended the
-    context was the patch. Harmless a second time, and for a model that is not patched."""
+    """Give a model its own forwards back, whether `patch`, `configure(extend=...)` or its loading
+    replaced them. The attention's name and the settings are again as they were before `patch`, but
+    for `extend`, which is None then: what extended the context was the patch. Harmless a second
+    time, and for a model that is not patched."""
     before, patched = None, False
     for module in model.modules():
         before = module.__dict__.pop(BEFORE, before)
@@ -160,6 +171,8 @@ def unpatch(model: nn.Module) -> None:
     if settings is None:
         target.__dict__.pop("hip", None)
     else:
-        target.hip = {**settings, "extend": None} if settings.get("extend") is not None else settings
+        target.hip = (
+            {**settings, "extend": None} if settings.get("extend") is not None else settings
+        )
     if name is not None:
         set_attention(model, name)

@@ -1,4 +1,5 @@
-"""The attention function registered with Transformers: a call of a layer goes on as it is, or in a graph of `torch.compile`."""
+"""The attention function registered with Transformers: a call of a layer goes on as it is, or in a
+graph of `torch.compile`."""
 
 from __future__ import annotations
 
@@ -52,4 +53,6 @@ def _compiled(
 
     if continuous_batching.cache_of(key, fields) is None and in_graph.serves(query, key):
         return in_graph.attention(module, query, key, value, attention_mask, **fields), None
-    return outside_of_graphs(attention_forward, module, query, key, value, attention_mask, dropout, **fields)
+    return outside_of_graphs(
+        attention_forward, module, query, key, value, attention_mask, dropout, **fields
+    )

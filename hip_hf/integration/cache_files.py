@@ -18,13 +18,22 @@ def _kind(layer: Any) -> str:
     that no file can hold."""
     kind = "sliding" if type(layer) is DynamicSlidingWindowLayer else getattr(layer, "kind", "")
     if kind not in ("paged", "sliding"):
-        raise ValueError(f"cache: got a {type(layer).__name__}, allowed: full-attention and sliding-window layers")
+        raise ValueError(
+            f"cache: got a {type(layer).__name__}, allowed: full-attention and sliding-window layers"
+        )
     return kind
 
 
 def _model(cache: Any) -> dict[str, Any]:
     """What must agree for a saved cache to make sense to a model."""
-    names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names = (
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
     model = {name: getattr(cache.config, name, None) for name in names}
     # of tensor parallelism, which heads are held; a whole cache does not say that it is
     return model if cache.shard is None else {**model, "shard": list(cache.shard)}
@@ -45,18 +54,28 @@ def save(cache: Any, path: str | os.PathLike[str], made_of: dict[str, Any]) -> N
                 shape, parts = held.shape, [held]
             tensors[f"{index}.{name}"] = shape, held.dtype, parts
     layers = [
-        {"kind": kind, "length": int(layer.get_seq_length()), "unrotated": getattr(layer, "unrotated", False)}
+        {
+            "kind": kind,
+            "length": int(layer.get_seq_length()),
+            "unrotated": getattr(layer, "unrotated", False),
+        }
         for kind, layer in zip(kinds, cache.layers, strict=True)
     ]
     write(Path(path), {"model": _model(cache), "layers": layers, "made_of": made_of}, tensors)
 
 
-def load(cache: Any, path: str | os.PathLike[str], device: torch.device, made_of: dict[str, Any] | None) -> None:
+def load(
+    cache: Any, path: str | os.PathLike[str], device: torch.device, made_of: dict[str, Any] | None
+) -> None:
     """See `HiPCache.load`; `cache` is one."""
     path = Path(path)
     with reading(path) as (file, facts):
         if facts["model"] != _model(cache):
-            fail(path, f"a cache of {json.dumps(facts['model'])}", f"one of this model, {json.dumps(_model(cache))}")
+            fail(
+                path,
+                f"a cache of {json.dumps(facts['model'])}",
+                f"one of this model, {json.dumps(_model(cache))}",
+            )
         made, wanted = facts.get("made_of", {}), json.loads(json.dumps(made_of))  # as from a file
         for name in {} if wanted is None else {**wanted, **made}:
             got, asked = made.get(name), wanted.get(name)
@@ -64,7 +83,9 @@ def load(cache: Any, path: str | os.PathLike[str], device: torch.device, made_of
                 fail(path, f"a cache made with {name}={got!r}", f"{name}={asked!r}")
         kinds, saved = [_kind(layer) for layer in cache.layers], facts["layers"]
         if [layer["kind"] for layer in saved] != kinds:
-            fail(path, f"layers {[layer['kind'] for layer in saved]}", f"{kinds}, as this model has")
+            fail(
+                path, f"layers {[layer['kind'] for layer in saved]}", f"{kinds}, as this model has"
+            )
         names = set(file.keys())
         fresh: list[Any] = []
         for kind, layer in zip(kinds, cache.layers, strict=True):
@@ -79,7 +100,8 @@ def load(cache: Any, path: str | os.PathLike[str], device: torch.device, made_of
 
 
 def _fill(layer: Any, keys: Any, values: Any, known: dict[str, Any], device: torch.device) -> None:
-    """Give an empty layer what the file's slices `[B, Hkv, T, D]` hold. `known`: what the file says of the layer."""
+    """Give an empty layer what the file's slices `[B, Hkv, T, D]` hold. `known`: what the file says
+    of the layer."""
     length = known["length"]
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.lazy_initialization(*(x[:, :, :0].to(device) for x in (keys, values)))

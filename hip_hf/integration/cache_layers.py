@@ -1,7 +1,8 @@
-"""How caches of Transformers carry a `DecodeState` along, so that it follows what happens to the cache.
+"""How caches of Transformers carry a `DecodeState` along, so that it follows what happens to the
+cache.
 
-The dynamic cache of a model that attends by `hip` is a `HiPCache`; the full-attention layers of a static cache get a state
-beside them and behave exactly as before.
+The dynamic cache of a model that attends by `hip` is a `HiPCache`; the full-attention layers of a
+static cache get a state beside them and behave exactly as before.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, LinearAttentionAndStaticFullAttentionLayer, StaticLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    LinearAttentionAndStaticFullAttentionLayer,
+    StaticLayer,
+)
 
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.state import DecodeState
 
-# Model types whose layers make the keys of attention out of what the cache returns, by a function of each cached token alone:
-# latent vectors are expanded (DeepSeek), heads are repeated (JetMoE). The state still follows the cache.
+# Model types whose layers make the keys of attention out of what the cache returns, by a function
+# of each cached token alone: latent vectors are expanded (DeepSeek), heads are repeated (JetMoE).
+# The state still follows the cache.
 REBUILT = {"axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "jetmoe"}
 REBUILT |= {"kimi_linear", "longcat_flash", "minicpm3", "youtu"}
-# Attributes of the returned keys, by which attention finds the state of their cache layer, `explain` its kind, and whether
-# gradients were asked for through what is cached.
+# Attributes of the returned keys, by which attention finds the state of their cache layer,
+# `explain` its kind, and whether gradients were asked for through what is cached.
 STATE, KIND, CUT_OFF = "_hip_state", "_hip_kind", "_hip_cut_off"
 # And the `HiPCache` that returned them, to be told where the call fails.
 CACHE = "_hip_cache"
@@ -31,8 +37,8 @@ CACHE = "_hip_cache"
 NUMBER = "_hip_number"
 
 
-# Of each thread: `state` of the layer of a cache that was updated last, until attention has asked for it; and a weak reference to
-# the `HiPCache` that was updated last.
+# Of each thread: `state` of the layer of a cache that was updated last, until attention has asked
+# for it; and a weak reference to the `HiPCache` that was updated last.
 newest = threading.local()
 
 
@@ -78,19 +84,22 @@ class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer)
 
 
 def state_of(keys: torch.Tensor, model_type: str) -> DecodeState | None:
-    """The decode state of the cache layer that returned `keys`, or what they were made of, if it has one."""
+    """The decode state of the cache layer that returned `keys`, or what they were made of, if it
+    has one."""
     state = newest.__dict__.pop("state", None)
     return getattr(keys, STATE, state if model_type in REBUILT else None)
 
 
 def unusable(what: str) -> ValueError:
     """The error of going on with a cache that a call has left with a part of its tokens."""
-    return ValueError(f"past_key_values: got a cache {what}, allowed: `reset()` before it is used again, or a new one")
+    return ValueError(
+        f"past_key_values: got a cache {what}, allowed: `reset()` before it is used again, or a new one"
+    )
 
 
 def spoil(keys: torch.Tensor, model_type: str, error: BaseException) -> None:
-    """Tell the `HiPCache` that returned `keys` `[B, Hkv, T, D]`, or what they were made of, if one did, that attention
-    to them has failed with `error`."""
+    """Tell the `HiPCache` that returned `keys` `[B, Hkv, T, D]`, or what they were made of, if one
+    did, that attention to them has failed with `error`."""
     cache: Any = getattr(keys, CACHE, None)
     if cache is None and model_type in REBUILT:
         cache = getattr(newest, "cache", lambda: None)()
@@ -111,14 +120,18 @@ def cache_kind(keys: torch.Tensor, state: DecodeState | None, rows: int) -> str:
 
 @torch.compiler.disable
 def outside_of_graphs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function in whose place a graph of `torch.compile` breaks, rather than wherever in it Dynamo cannot go on."""
+    """Call a function in whose place a graph of `torch.compile` breaks, rather than wherever in it
+    Dynamo cannot go on."""
     return function(*args, **kwargs)
 
 
 def at_defaults(arguments: dict[str, Any]) -> bool:
-    """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does not have say something."""
+    """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does
+    not have say something."""
     defaults = inspect.signature(DynamicCache.__init__).parameters
-    return all(name in defaults and defaults[name].default is value for name, value in arguments.items())
+    return all(
+        name in defaults and defaults[name].default is value for name, value in arguments.items()
+    )
 
 
 class _CutOff(torch.autograd.Function):
@@ -136,8 +149,8 @@ _warned = False
 
 
 def cut_off(x: torch.Tensor) -> torch.Tensor:
-    """What was computed from cached tokens where gradients are asked for: a backward pass through it raises, rather than leave
-    out what goes through the cache. Warns once."""
+    """What was computed from cached tokens where gradients are asked for: a backward pass through
+    it raises, rather than leave out what goes through the cache. Warns once."""
     global _warned
     if not _warned:
         _warned = True

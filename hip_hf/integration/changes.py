@@ -1,4 +1,5 @@
-"""What is changed in Transformers, noted as it is changed, so that `hip_hf.unregister` can take it back."""
+"""What is changed in Transformers, noted as it is changed, so that `hip_hf.unregister` can take it
+back."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ def at_undo(back: Callable[[], object]) -> None:
 
 
 def undo() -> None:
-    """Take all changes back, the latest first. What something else has replaced since stays as it is."""
+    """Take all changes back, the latest first. What something else has replaced since stays as it
+    is."""
     while _undo:
         _undo.pop()()

@@ -1,9 +1,10 @@
 """Continuous batching: Transformers' own paged cache, read through its pages.
 
-A call brings the new tokens of several requests, packed into one row: whole prompts, parts of prompts, single decoded tokens.
-Each request attends by itself, to keys picked out of its pages; nothing is gathered. Decode state is kept with the cache, by the
-page that holds a request's last token, and believed only by who has the same pages, with the same key for that token (pages
-are also copied and restored behind our back). A call that writes to a page ends the state of whoever had it.
+A call brings the new tokens of several requests, packed into one row: whole prompts, parts of
+prompts, single decoded tokens. Each request attends by itself, to keys picked out of its pages;
+nothing is gathered. Decode state is kept with the cache, by the page that holds a request's last
+token, and believed only by who has the same pages, with the same key for that token (pages are also
+copied and restored behind our back). A call that writes to a page ends the state of whoever had it.
 
 What a forward brings is on the device. It is read once a forward, for all layers and requests, in
 three waits. The cache's layout is not documented; it is found by inspection, and an unknown one
@@ -42,7 +43,8 @@ CACHE_OF_KEYS = "_hip_paged_cache"  # attribute of a layer's new keys: the paged
 
 
 class TokenMajorStore(Store):
-    """Keys (or values) as Transformers keeps them, `[tokens, Hkv, D]`: a page holds all heads of a token side by side."""
+    """Keys (or values) as Transformers keeps them, `[tokens, Hkv, D]`: a page holds all heads of a
+    token side by side."""
 
     def __init__(self, rows: torch.Tensor, page: int) -> None:
         super().__init__(rows.shape[1], rows.shape[2], rows.dtype, rows.device, page)
@@ -93,11 +95,14 @@ def find_place(cache: Any, layer: int) -> Place:
             return Place("sliding_attention", group)
         stored = (cache.key_cache[index], cache.value_cache[index])
         return Place("full_attention", group, cache.block_size, stored)
-    raise ValueError(f"cache: got {type(cache).__name__} of an unknown layout, allowed: Transformers' paged cache as tested")
+    raise ValueError(
+        f"cache: got {type(cache).__name__} of an unknown layout, allowed: Transformers' paged cache as tested"
+    )
 
 
 class Request(NamedTuple):
-    """Where a request's new tokens are in a call: rows of its queries, and keys among those of all requests, past and new."""
+    """Where a request's new tokens are in a call: rows of its queries, and keys among those of all
+    requests, past and new."""
 
     row: int
     row_end: int
@@ -130,15 +135,17 @@ def states_of(cache: Any, layer: int) -> dict[int, Kept]:
 
 
 def _fetch(parts: list[torch.Tensor]) -> list[Any]:
-    """Tensors of one dimension, one after the other, on the host. The only place that waits for the device."""
+    """Tensors of one dimension, one after the other, on the host. The only place that waits for the
+    device."""
     return torch.cat(parts).tolist() if parts else []
 
 
 class Forward:
     """What the index tensors of a forward say: the same to all of its layers, so it is read once.
 
-    `requests`: those with new tokens, by kind of attention. `tables`: the pages of each, by group. `unchanged`: layers and
-    rows of the cache where a kept state's mark was found. `given`: a tensor that the forward's layers share; `layer`: the last.
+    `requests`: those with new tokens, by kind of attention. `tables`: the pages of each, by group.
+    `unchanged`: layers and rows of the cache where a kept state's mark was found. `given`: a tensor
+    that the forward's layers share; `layer`: the last.
     """
 
     def __init__(self, cache: Any, kwargs: dict[str, Any]) -> None:
@@ -150,13 +157,21 @@ class Forward:
         self.unchanged = self._read_marks(cache, places)
 
     def _read_requests(self, places: dict[int, Place], kwargs: Any) -> dict[str, Any]:
-        """The requests that bring tokens, by kind of attention (a padded call has others behind them)."""
-        kinds, keys = list(dict.fromkeys(place.kind for place in places.values())), kwargs["cu_seq_lens_k"]
+        """The requests that bring tokens, by kind of attention (a padded call has others behind
+        them)."""
+        kinds, keys = (
+            list(dict.fromkeys(place.kind for place in places.values())),
+            kwargs["cu_seq_lens_k"],
+        )
         bounds = [self.given, *(keys[kind] if isinstance(keys, dict) else keys for kind in kinds)]
         fetched = iter(_fetch(bounds))
-        rows, *lengths = [list(itertools.pairwise(itertools.islice(fetched, len(x)))) for x in bounds]
+        rows, *lengths = [
+            list(itertools.pairwise(itertools.islice(fetched, len(x)))) for x in bounds
+        ]
         return {
-            kind: [Request(*row, *key) for row, key in zip(rows, each, strict=True) if row[0] < row[1]]
+            kind: [
+                Request(*row, *key) for row, key in zip(rows, each, strict=True) if row[0] < row[1]
+            ]
             for kind, each in zip(kinds, lengths, strict=True)
         }
 
@@ -185,7 +200,9 @@ class Forward:
                 continue
             kept, rows, marks = states_of(cache, layer), [], []
             for one, table in zip(self.requests[place.kind], self.tables[place.group], strict=True):
-                found = kept.get(table.pages[(one.before - 1) // place.page]) if one.before else None
+                found = (
+                    kept.get(table.pages[(one.before - 1) // place.page]) if one.before else None
+                )
                 if found is not None:
                     rows.append(place.row(table, one.before - 1))
                     marks.append(found.mark)
@@ -196,11 +213,15 @@ class Forward:
         return set(itertools.compress(asked, _fetch(equal)))
 
 
-def continuous(problem: AttentionProblem, config: HiPConfig, layer: int, cache: Any, kwargs: dict[str, Any]) -> Result:
+def continuous(
+    problem: AttentionProblem, config: HiPConfig, layer: int, cache: Any, kwargs: dict[str, Any]
+) -> Result:
     """Attention of packed requests: q, k and v of `problem` hold the new tokens, `[1, H, tokens,
     D]`. Raises ValueError for a cache of an unknown layout."""
     if kwargs.get("block_table") is not None:
-        raise ValueError("block_table: got a table, allowed: None (the decode path of flash attention)")
+        raise ValueError(
+            "block_table: got a table, allowed: None (the decode path of flash attention)"
+        )
     # The index tensors may be buffers that every forward fills anew, so the same tensors do not
     # make the same forward: a layer that is not above the last one begins another.
     place, forward = find_place(cache, layer), cache.__dict__.get(FORWARD)
@@ -242,8 +263,11 @@ def _each_alike(counts: list[Count | None]) -> tuple[float, float]:
     return sum(map(share_of, counts)), max(1, len(counts))
 
 
-def _ring(cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """Keys and values of a sliding layer, past and new, `[1, Hkv, keys, D]`: the cache itself unrolls its ring buffers."""
+def _ring(
+    cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, Any]
+) -> list[torch.Tensor]:
+    """Keys and values of a sliding layer, past and new, `[1, Hkv, keys, D]`: the cache itself
+    unrolls its ring buffers."""
     update, indexed = _updates[type(cache)]
     rest = (kwargs["read_index"], kwargs["write_index"]) if indexed else (dict(kwargs),)
     found = update(cache, problem.k, problem.v, layer, *rest)
@@ -251,8 +275,8 @@ def _ring(cache: Any, problem: AttentionProblem, layer: int, kwargs: dict[str, A
 
 
 def _states_before(cache: Any, layer: int, place: Place, forward: Forward) -> list[DecodeState]:
-    """The state of each request, a new one where none is believed. What else was kept by pages that this call writes to is
-    forgotten."""
+    """The state of each request, a new one where none is believed. What else was kept by pages that
+    this call writes to is forgotten."""
     kept, states = states_of(cache, layer), []
     requests, tables = forward.requests[place.kind], forward.tables[place.group]
     for one, table in zip(requests, tables, strict=True):
@@ -283,21 +307,26 @@ def _forget_request(cache: Any, request: str) -> None:
             kept.pop(block * stride, None)
 
 
-# Transformers admits only its own attentions to continuous batching, or swaps ours for flash attention where that is installed.
-# The classes are made long after `import hip_hf`, hence the hook on their module's import.
+# Transformers admits only its own attentions to continuous batching, or swaps ours for flash
+# attention where that is installed. The classes are made long after `import hip_hf`, hence the hook
+# on their module's import.
 
-# Transformers' class of paged caches, once it is imported: its own `update`, and whether that takes indices (up to 5.17).
+# Transformers' class of paged caches, once it is imported: its own `update`, and whether that takes
+# indices (up to 5.17).
 _updates: dict[type, tuple[Callable[..., Any], bool]] = {}
 _packing = threading.local()  # `on` in the thread that runs the packed calls of a model of ours
 
 
 def open_gate(module: ModuleType) -> None:
-    """Let models that attend by us into continuous batching as they are, with their new tokens left to our attention."""
+    """Let models that attend by us into continuous batching as they are, with their new tokens left
+    to our attention."""
     try:
         manager, cache = module.ContinuousBatchingManager, module.PagedAttentionCache
         switch, loop = manager.switch_to_cb_friendly_attn, manager._run_generation_loop
         update, free = cache.update, cache.free_blocks
-    except AttributeError:  # a version that is not known: the gate stays shut, which is an error for models of ours
+    except (
+        AttributeError
+    ):  # a version that is not known: the gate stays shut, which is an error for models of ours
         return
     if cache in _updates:
         return
@@ -313,7 +342,9 @@ def open_gate(module: ModuleType) -> None:
         return loop(self, *args, **kwargs)
 
     @functools.wraps(update)
-    def left_to_attention(self: Any, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def left_to_attention(
+        self: Any, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         if not attends_by_us(self.config):
             return update(self, key_states, value_states, layer_idx, *args, **kwargs)
         setattr(key_states, CACHE_OF_KEYS, self)

@@ -1,9 +1,9 @@
-"""What most decode steps of a patched layer are: one token a sequence. None of the interface's questions is asked again, and the
-numbers are the interface's to the bit.
+"""What most decode steps of a patched layer are: one token a sequence. None of the interface's
+questions is asked again, and the numbers are the interface's to the bit.
 
-Where nothing is selected, and all that the step reads but its own key lies side by side already (`torch/decode_buffer.py`), the
-token goes straight into its page and into what is gathered, without any handle to pages. Kernels that have served the cache
-before are called directly.
+Where nothing is selected, and all that the step reads but its own key lies side by side already
+(`torch/decode_buffer.py`), the token goes straight into its page and into what is gathered, without
+any handle to pages. Kernels that have served the cache before are called directly.
 """
 
 from __future__ import annotations
@@ -35,12 +35,22 @@ def next_token(
     settings: HiPConfig,
     unrotated: bool,
 ) -> torch.Tensor | None:
-    """Append keys and values `[B, Hkv, 1, D]` to the layer's pages and attend: query `[B, Hq, 1, D]` -> `[B, 1, Hq, Dv]`.
-    None where the step is another: nothing has changed then."""
-    if torch.compiler.is_compiling() or not isinstance(cache, HiPCache) or mask is None or not holds_positions(mask):
+    """Append keys and values `[B, Hkv, 1, D]` to the layer's pages and attend: query
+    `[B, Hq, 1, D]` -> `[B, 1, Hq, Dv]`. None where the step is another: nothing has changed
+    then."""
+    if (
+        torch.compiler.is_compiling()
+        or not isinstance(cache, HiPCache)
+        or mask is None
+        or not holds_positions(mask)
+    ):
         return None
     layer = cache.layers[module.layer_idx]
-    if not isinstance(layer, PagedLayer) or len(layer.tables) != len(query) or mask.shape[-1] != layer.length + 1:
+    if (
+        not isinstance(layer, PagedLayer)
+        or len(layer.tables) != len(query)
+        or mask.shape[-1] != layer.length + 1
+    ):
         return None
     spans = mask_spans(mask, 1)
     if mask_window(mask, None) is not None or spans is None or len(spans) < len(query):
@@ -51,7 +61,9 @@ def next_token(
         return None
     rows, unmasked = None, unmasked_rows(mask, len(query))
     if kernels_wanted(problem, settings):
-        if layer.hip_state.device is None:  # the kernels have not served this cache so far: the interface says why
+        if (
+            layer.hip_state.device is None
+        ):  # the kernels have not served this cache so far: the interface says why
             return None
         keys, values = cache.update(key, value, module.layer_idx)
         problem = replace(problem, k=keys, v=values)

@@ -15,8 +15,9 @@ from hip_hf.integration.settings import layer_index, text_config
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: its path is `sparse`, `dense` or `not called`; `share` is that of the visible keys which were read. `unmasked`:
-    rows of the last batch if no padding mask arrived with it (0: one did, or there was a single row)."""
+    """One layer: its path is `sparse`, `dense` or `not called`; `share` is that of the visible keys
+    which were read. `unmasked`: rows of the last batch if no padding mask arrived with it (0: one
+    did, or there was a single row)."""
 
     layer: int | None
     method: str
@@ -48,14 +49,18 @@ class Report(list[Row]):
 
 
 def explain(model: nn.Module) -> Report:
-    """Rows per attention layer: method, path of the last call and why, share of keys read, kind of cache.
+    """Rows per attention layer: method, path of the last call and why, share of keys read, kind of
+    cache.
 
     Raises:
-        ValueError: the model does not attend through `hip` (or another name of ours), or ignores it.
+        ValueError: the model does not attend through `hip` (or another name of ours), or ignores
+        it.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, allowed: a pretrained model")
-    if not any(attends_by_us(module.config) for module in model.modules() if hasattr(module, "config")):
+    if not any(
+        attends_by_us(module.config) for module in model.modules() if hasattr(module, "config")
+    ):
         used = text_config(model)._attn_implementation
         raise ValueError(f"model: got attn_implementation={used!r}, allowed: {' | '.join(NAMES)}")
     for module in model.modules():

@@ -1,8 +1,10 @@
-"""Context extension in models: which layers it concerns, what is known of their RoPE, and caches of un-rotated keys.
+"""Context extension in models: which layers it concerns, what is known of their RoPE, and caches of
+un-rotated keys.
 
-Two ways to un-rotated keys. A patched layer (`patches`) hands them over. For some other families, whose RoPE is known
-to be of Llama's layout with nothing after it, what the layer rotated is turned back as it comes: queries in the attention
-function, keys as a `HiPCache` stores them. A constant missing in these positions (padding) turns both alike: no product changes.
+Two ways to un-rotated keys. A patched layer (`patches`) hands them over. For some other families,
+whose RoPE is known to be of Llama's layout with nothing after it, what the layer rotated is turned
+back as it comes: queries in the attention function, keys as a `HiPCache` stores them. A constant
+missing in these positions (padding) turns both alike: no product changes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ _NOT_FIXED = {
     "dynamic": "its frequencies change with the length of the text",
     "longrope": "its frequencies switch with the length of the text",
 }
-# Families without a patcher whose rotated keys can be turned back (tests/integration/test_extension_models.py tries each).
+# Families without a patcher whose rotated keys can be turned back
+# (tests/integration/test_extension_models.py tries each).
 TURNED_BACK = ("gemma", "granite", "olmo", "olmo2", "phi3", "starcoder2", "stablelm")
 _NOT_TURNED_BACK = {
     "hunyuan_v1_dense": "it normalises q and k after RoPE",
@@ -36,25 +39,31 @@ UNROTATED = "_hip_unrotated"
 
 
 def extends(config: Any) -> bool:
-    """Whether a model with this text config has settings that extend the context. Every layer asks at every step."""
+    """Whether a model with this text config has settings that extend the context. Every layer asks
+    at every step."""
     raw = getattr(config, "hip", None)
     return isinstance(raw, dict) and raw.get("extend") is not None
 
 
 def refuse_followed(config: Any, follower: str) -> None:
-    """Raise ValueError if a model with this text config extends the context where `follower` follows its tensors."""
+    """Raise ValueError if a model with this text config extends the context where `follower`
+    follows its tensors."""
     if follower and extends(config):
         got = config.hip["extend"]
-        raise ValueError(f"extend: got {got!r} under {follower}, which gets dense attention, allowed: None")
+        raise ValueError(
+            f"extend: got {got!r} under {follower}, which gets dense attention, allowed: None"
+        )
 
 
 def extended(module: Any, sliding_window: int | None) -> bool:
-    """Whether a layer's calls are placed by us. Sliding layers never look past what was trained, so they stay as they are."""
+    """Whether a layer's calls are placed by us. Sliding layers never look past what was trained, so
+    they stay as they are."""
     return sliding_window is None and extends(module.config)
 
 
 def check_extension(settings: HiPConfig, config: Any) -> None:
-    """Raise ValueError, with the reason, if `settings` extend the context and a model with this text config cannot."""
+    """Raise ValueError, with the reason, if `settings` extend the context and a model with this
+    text config cannot."""
     if settings.extend is None:
         return
     field = f"HiPConfig.extend: got {settings.extend!r}, allowed for this model: None"
@@ -62,7 +71,9 @@ def check_extension(settings: HiPConfig, config: Any) -> None:
     if kind not in (*families(), *TURNED_BACK):
         why = _NOT_TURNED_BACK.get(kind, "its layout of RoPE is not known")
         known = " | ".join((*families(), *TURNED_BACK))
-        raise ValueError(f"{field} ({kind} has no patcher, and its keys cannot be turned back: {why}; known are {known})")
+        raise ValueError(
+            f"{field} ({kind} has no patcher, and its keys cannot be turned back: {why}; known are {known})"
+        )
     rope = getattr(config, "rope_parameters", None)
     name = rope.get("rope_type", "default") if isinstance(rope, dict) else None
     if name not in ROPE_TYPES:
@@ -73,7 +84,9 @@ def check_extension(settings: HiPConfig, config: Any) -> None:
         positions.check(settings.for_layer(layer))
 
 
-_ropes: dict[tuple[bytes, float], Rope] = {}  # by the frequencies themselves: nothing else tells them apart for sure
+_ropes: dict[
+    tuple[bytes, float], Rope
+] = {}  # by the frequencies themselves: nothing else tells them apart for sure
 
 
 def rope_of(config: Any, head_dim: int | None = None) -> Rope:
@@ -87,16 +100,26 @@ def rope_of(config: Any, head_dim: int | None = None) -> Rope:
 
     known = next((kind for kind in type(config).__mro__ if kind in MODEL_MAPPING), None)
     if known is None:
-        raise ValueError(f"extend: got a model with {type(config).__name__}, allowed: configs of Transformers' own models")
+        raise ValueError(
+            f"extend: got a model with {type(config).__name__}, allowed: configs of Transformers' own models"
+        )
     source = sys.modules[MODEL_MAPPING[known].__module__]
-    found = [kind for name, kind in vars(source).items() if name.endswith("RotaryEmbedding") and isinstance(kind, type)]
+    found = [
+        kind
+        for name, kind in vars(source).items()
+        if name.endswith("RotaryEmbedding") and isinstance(kind, type)
+    ]
     if len(found) != 1:
-        raise ValueError(f"extend: {source.__name__} has {len(found)} rotary embeddings, allowed: one")
+        raise ValueError(
+            f"extend: {source.__name__} has {len(found)} rotary embeddings, allowed: one"
+        )
     with torch.device("cpu"):
         embedding: Any = found[0](config)
     rope = Rope(embedding.inv_freq, embedding.attention_scaling)
     if head_dim is not None and rope.dim > head_dim:
-        raise ValueError(f"config: got a RoPE that turns {rope.dim} numbers of a head, allowed: up to its layers' {head_dim}")
+        raise ValueError(
+            f"config: got a RoPE that turns {rope.dim} numbers of a head, allowed: up to its layers' {head_dim}"
+        )
     return _ropes.setdefault((rope.inv_freq.numpy().tobytes(), rope.scaling), rope)
 
 
@@ -110,25 +133,34 @@ def positions_of(module: Any, settings: HiPConfig) -> Positions:
     config = module.config
     check_extension(settings, config)
     layer = layer_index(module) or 0
-    positions = Positions(rope_of(config, module.head_dim), config.max_position_embeddings, layer < CHUNK_INDEXED_LAYERS)
+    positions = Positions(
+        rope_of(config, module.head_dim),
+        config.max_position_embeddings,
+        layer < CHUNK_INDEXED_LAYERS,
+    )
     module.__dict__["_hip_positions"] = (settings, positions)
     return positions
 
 
 def other_cache(what: str, extend: Any) -> ValueError:
-    """The error of extending the context with a cache that does not know whether its keys are rotated."""
+    """The error of extending the context with a cache that does not know whether its keys are
+    rotated."""
     return ValueError(
         f"past_key_values: got {what}, allowed with extend={extend!r}: a HiPCache, which `generate` makes by itself"
     )
 
 
-def unrotate(positions: Positions, query: torch.Tensor, key: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def unrotate(
+    positions: Positions, query: torch.Tensor, key: torch.Tensor, cache: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys of a layer that rotates them itself, un-rotated: all the keys where this
     call brought them, else those of a `HiPCache`, which has turned them back when they came. Raises
     ValueError for keys in a cache of another kind."""
     first = key.shape[2] - query.shape[2]
     if cache is not None:
-        raise ValueError("extend: got continuous batching without a patcher, allowed: a patched family")
+        raise ValueError(
+            "extend: got continuous batching without a patcher, allowed: a patched family"
+        )
     if not getattr(key, UNROTATED, False):
         if first:
             raise other_cache("another one, whose keys are rotated", "streaming")

@@ -1,8 +1,9 @@
 """`HiPCache`: a Transformers cache whose full-attention layers keep keys and values in pages.
 
-A token is appended in place: no copy and no allocation that grows with the context. Beside the pages lie the pyramid and the
-selection (`DecodeState`), so that selecting never rereads the keys. Sequences share pages by reference (beam search, repeated
-prompts); the last page is copied before one of them continues it.
+A token is appended in place: no copy and no allocation that grows with the context. Beside the
+pages lie the pyramid and the selection (`DecodeState`), so that selecting never rereads the keys.
+Sequences share pages by reference (beam search, repeated prompts); the last page is copied before
+one of them continues it.
 """
 
 from __future__ import annotations
@@ -41,34 +42,49 @@ from hip_hf.integration.paged_layer import PagedHybridLayer, PagedLayer
 
 
 class HiPCache(DynamicCache):
-    """A Transformers cache in pages, for `past_key_values` of any model; what `generate` makes for a `hip` model.
+    """A Transformers cache in pages, for `past_key_values` of any model; what `generate` makes for
+    a `hip` model.
 
     Args:
-        config: the *model's* config (`model.config`), by which layers are laid out. Its `_attn_implementation` is read at
-            every update: attention of ours gets handles to pages, any other gets ordinary tensors.
-        offload: None; `cpu` keeps the pages in host memory, `disk` in a memory-mapped temporary file.
-        device_pages: with `offload`, the pages of values that a layer holds on the device for every head; of keys, which the
+        config: the *model's* config (`model.config`), by which layers are laid out. Its
+            `_attn_implementation` is read at every update: attention of ours gets handles to pages,
+            any other gets ordinary tensors.
+        offload: None; `cpu` keeps the pages in host memory, `disk` in a memory-mapped temporary
+        file. device_pages: with `offload`, the pages of values that a layer holds on the device for
+        every head; of keys, which the
             search reads as well as attention, it holds twice as many.
-        others: further arguments of `DynamicCache`, by name, each at its default: some models make their caches with all of them.
+        others: further arguments of `DynamicCache`, by name, each at its default: some models make
+        their caches with all of them.
 
     Sliding-window layers keep their window, as in Transformers' own cache; linear-attention layers
     keep their state. Raises ValueError for arguments out of range.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, *, offload: str | None = None, device_pages: int | None = None, **others: Any
+        self,
+        config: PreTrainedConfig,
+        *,
+        offload: str | None = None,
+        device_pages: int | None = None,
+        **others: Any,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
-            raise ValueError(f"config: got {type(config).__name__}, allowed: the model's config (`model.config`)")
+            raise ValueError(
+                f"config: got {type(config).__name__}, allowed: the model's config (`model.config`)"
+            )
         if offload is not None and offload not in OFFLOADS:
             raise ValueError(f"offload: got {offload!r}, allowed: None | {' | '.join(OFFLOADS)}")
         if (offload is None) != (device_pages is None) or (
             device_pages is not None and (type(device_pages) is not int or device_pages < 2)
         ):
-            raise ValueError(f"device_pages: got {device_pages!r}, allowed: an integer >= 2 with `offload`, None without")
+            raise ValueError(
+                f"device_pages: got {device_pages!r}, allowed: an integer >= 2 with `offload`, None without"
+            )
         if not at_defaults(others):
             allowed = 'the defaults of `DynamicCache` (`offload="cpu"` keeps pages in host memory)'
-            raise ValueError(f"{', '.join(others)}: got {', '.join(map(repr, others.values()))}, allowed: {allowed}")
+            raise ValueError(
+                f"{', '.join(others)}: got {', '.join(map(repr, others.values()))}, allowed: {allowed}"
+            )
         super().__init__(config=config, **others)
         self.config = config.get_text_config(decoder=True)
         # which part of the heads this process holds, and of how many, by the model's own config;
@@ -80,11 +96,14 @@ class HiPCache(DynamicCache):
         self._in_model = False  # whether a model uses it, which brings every layer the same tokens
         # of the model's present call the last update: layer, the tokens it held, and how many came
         self._last_update: tuple[int, int, int] | None = None
-        self._spoiled: str | None = None  # which call has left it with a part of its tokens, if one has
+        self._spoiled: str | None = (
+            None  # which call has left it with a part of its tokens, if one has
+        )
         self.layers = [self.make_layer(layer) for layer in self.layers]
 
     def make_layer(self, made: Any) -> Any:
-        """An empty layer in pages in place of the one that Transformers made; that one where it has no full attention."""
+        """An empty layer in pages in place of the one that Transformers made; that one where it has
+        no full attention."""
         if type(made) is DynamicLayer:
             return PagedLayer(self.config, self.offload_to, self.device_pages)
         if type(made) is LinearAttentionAndFullAttentionLayer:
@@ -95,40 +114,50 @@ class HiPCache(DynamicCache):
         """Hits, misses and bytes moved of the device pools, by reader, over all layers. Raises
         ValueError if the cache is not offloaded."""
         if self.offload_to is None:
-            raise ValueError("offload: got None, allowed: cpu | disk (a resident cache has no device pools)")
+            raise ValueError(
+                "offload: got None, allowed: cpu | disk (a resident cache has no device pools)"
+            )
         pools = [layer.pool for layer in self.paged if layer.pool is not None]
         stores: list[Any] = [store for pool in pools for store in (pool.keys, pool.values)]
         each = [store.pool.traffic for store in stores]
         return Statistics({name: sum((one[name] for one in each), Traffic()) for name in READERS})
 
     def save(self, path: str | os.PathLike[str], *, made_of: dict[str, Any] | None = None) -> None:
-        """Write the cache to one safetensors file, atomically: the file is the old one or the new one, whatever happens.
+        """Write the cache to one safetensors file, atomically: the file is the old one or the new
+        one, whatever happens.
 
-        Summaries are rebuilt from the keys when the cache is used again; a resumed decode selects anew at its first step.
-        With tensor parallelism each process saves the heads that it holds, to a file of its own.
+        Summaries are rebuilt from the keys when the cache is used again; a resumed decode selects
+        anew at its first step. With tensor parallelism each process saves the heads that it holds,
+        to a file of its own.
 
         Args:
-            made_of: what the contents were computed from (a digest of the tokens, settings ...), as JSON; `load` compares it.
+            made_of: what the contents were computed from (a digest of the tokens, settings ...), as
+            JSON; `load` compares it.
 
         Raises:
-            ValueError: a layer that is neither full attention nor sliding-window, or a cache on which a call has failed.
-            OSError: the disk is full or `path` cannot be written.
+            ValueError: a layer that is neither full attention nor sliding-window, or a cache on
+            which a call has failed. OSError: the disk is full or `path` cannot be written.
         """
         self._check_usable()
         cache_files.save(self, path, made_of or {})
 
     def load(
-        self, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", made_of: dict[str, Any] | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        made_of: dict[str, Any] | None = None,
     ) -> None:
         """Replace the contents by those of a file that `save` wrote.
 
         Args:
             device: that of the model.
-            made_of: what the contents must have been computed from, as it was given to `save`. None: anything.
+            made_of: what the contents must have been computed from, as it was given to `save`.
+            None: anything.
 
         Raises:
-            ValueError: a broken or foreign file, of another model or heads, or made of something else. The cache is as it was.
-            FileNotFoundError: there is no such file.
+            ValueError: a broken or foreign file, of another model or heads, or made of something
+            else. The cache is as it was. FileNotFoundError: there is no such file.
             MemoryError: no memory for its pages. The cache is as it was.
         """
         cache_files.load(self, path, torch.device(device), made_of)
@@ -140,13 +169,20 @@ class HiPCache(DynamicCache):
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append to one layer. If that fails where other layers have the call's tokens already, the
         cache is unusable. Raises MemoryError and ValueError as `PagedLayer.update`, and if it is
         so."""
         if torch.compiler.is_compiling():
-            return outside_of_graphs(HiPCache.update, self, key_states, value_states, layer_idx, *args, **kwargs)
+            return outside_of_graphs(
+                HiPCache.update, self, key_states, value_states, layer_idx, *args, **kwargs
+            )
         now = self._check(layer_idx, key_states.shape[2])
         try:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -159,7 +195,8 @@ class HiPCache(DynamicCache):
         return keys, values
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
-        """Append to one paged layer, as `update` does, for a caller who does not ask for the rest."""
+        """Append to one paged layer, as `update` does, for a caller who does not ask for the
+        rest."""
         layer: Any = self.layers[layer_idx]
         now = self._check(layer_idx, key_states.shape[2])
         try:
@@ -187,7 +224,8 @@ class HiPCache(DynamicCache):
         self._last_update = self._spoiled = None
 
     def spoil(self, error: BaseException) -> None:
-        """Be unusable until `reset`: a call of the model has failed with `error` after layers got its tokens."""
+        """Be unusable until `reset`: a call of the model has failed with `error` after layers got
+        its tokens."""
         self._spoiled = f"that holds a part of a call which failed ({type(error).__name__})"
 
     def _check_usable(self) -> None:
@@ -196,10 +234,17 @@ class HiPCache(DynamicCache):
             raise unusable(self._spoiled)
 
     def _failed(self, layer_idx: int, error: BaseException) -> None:
-        """Note that an update of a layer has failed. That layer is as it was, unless it was interrupted while it appended."""
+        """Note that an update of a layer has failed. That layer is as it was, unless it was
+        interrupted while it appended."""
         layers: list[Any] = self.layers[: layer_idx + 1]
-        running = self._in_model and any(isinstance(layer, LinearAttentionLayer) for layer in layers)
-        if self._last_update is not None or running or any(getattr(layer, "appending", False) for layer in layers):
+        running = self._in_model and any(
+            isinstance(layer, LinearAttentionLayer) for layer in layers
+        )
+        if (
+            self._last_update is not None
+            or running
+            or any(getattr(layer, "appending", False) for layer in layers)
+        ):
             self.spoil(error)
 
     def _check(self, layer_idx: int, rows: int) -> tuple[int, int, int] | None:
@@ -211,9 +256,15 @@ class HiPCache(DynamicCache):
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not self._in_model or not isinstance(layer, DynamicLayer):
             return self._last_update
-        # of a sliding layer that assisted decoding of 5.17 has cropped it is a tensor, and changes in place
+        # of a sliding layer that assisted decoding of 5.17 has cropped it is a tensor, and changes
+        # in place
         length, before = int(layer.get_seq_length()), self._last_update
-        if before is not None and before[0] < layer_idx and before[2] == rows and before[1] != length:
+        if (
+            before is not None
+            and before[0] < layer_idx
+            and before[2] == rows
+            and before[1] != length
+        ):
             self._spoiled = f"whose layers hold {before[1]} and {length} tokens, as an interrupted call left them"
             self._check_usable()
         return layer_idx, length, rows
@@ -223,12 +274,15 @@ class HiPCache(DynamicCache):
         memo[id(self.config)] = self.config
         other = object.__new__(type(self))
         memo[id(self)] = other
-        other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        other.__dict__.update(
+            {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+        )
         return other
 
 
 def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
-    """`DynamicCache.__new__`: the cache made from the config of a `hip` model, and from nothing else, is a `HiPCache`."""
+    """`DynamicCache.__new__`: the cache made from the config of a `hip` model, and from nothing
+    else, is a `HiPCache`."""
     config = kwargs.pop("config", None)  # of a dict of our own
     plain = cls is DynamicCache and not args and config is not None and at_defaults(kwargs)
     if plain and attends_by_us(config.get_text_config(decoder=True)):
@@ -239,12 +293,16 @@ def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
 def install() -> None:
     """Let caches be these: the dynamic cache made from a model's config a `HiPCache`, and the
     full-attention layers of a static cache layers with a decode state."""
-    ours = {StaticLayer: HiPStaticLayer, LinearAttentionAndStaticFullAttentionLayer: HiPHybridStaticLayer}
+    ours = {
+        StaticLayer: HiPStaticLayer,
+        LinearAttentionAndStaticFullAttentionLayer: HiPHybridStaticLayer,
+    }
     mapping = cache_utils.STATIC_LAYER_TYPE_MAPPING
     for name, layer in list(mapping.items()):
         if layer in ours:
             set_item(mapping, name, ours[layer])
     if "__new__" not in vars(DynamicCache):
-        # what a class once had in this place cannot be deleted: `object.__new__` would refuse all arguments ever after
+        # what a class once had in this place cannot be deleted: `object.__new__` would refuse all
+        # arguments ever after
         DynamicCache.__new__ = lambda cls, *_, **__: object.__new__(cls)  # type: ignore
     set_attribute(DynamicCache, "__new__", _new_dynamic_cache)

@@ -1,8 +1,10 @@
-"""A layer's attention in a graph of `torch.compile`: one operator, which does at run time what attention does without a graph.
+"""A layer's attention in a graph of `torch.compile`: one operator, which does at run time what
+attention does without a graph.
 
-A graph can follow tensors and constants, but neither a selection nor the state that is kept beside a cache. Layers and states are
-therefore known by numbers. A layer's number is a constant of its graph; that of a state comes in a tensor of the host, so that a
-graph serves every cache of its shape.
+A graph can follow tensors and constants, but neither a selection nor the state that is kept beside
+a cache. Layers and states are therefore known by numbers. A layer's number is a constant of its
+graph; that of a state comes in a tensor of the host, so that a graph serves every cache of its
+shape.
 
 The operator looks at the mask on the host, and at the state, to find out what to launch. With a
 static cache and the kernels nothing of that changes from step to step: `step` decides nothing on
@@ -36,16 +38,21 @@ _count = itertools.count()
 _layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
-# The operator reads the mask on the host: a CUDA graph must be made of what is before and behind it. PyTorch 2.6 has no such tag,
-# and its compiler takes no layer for a constant: graphs break at attention there.
-_TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+# The operator reads the mask on the host: a CUDA graph must be made of what is before and behind
+# it. PyTorch 2.6 has no such tag, and its compiler takes no layer for a constant: graphs break at
+# attention there.
+_TAGS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
 
 
 class _Forward(threading.local):
-    """What the layers of a forward share: the spans that their masks stand for, so that the host waits for these once.
+    """What the layers of a forward share: the spans that their masks stand for, so that the host
+    waits for these once.
 
-    A graph gives each layer tensors of its own, in memory that later forwards use again: masks are known by their memory, and a
-    forward begins with a layer that is of another model, or not behind the last one.
+    A graph gives each layer tensors of its own, in memory that later forwards use again: masks are
+    known by their memory, and a forward begins with a layer that is of another model, or not behind
+    the last one.
     """
 
     def __init__(self) -> None:
@@ -56,7 +63,12 @@ class _Forward(threading.local):
     def spans_of(self, module: nn.Module, mask: torch.Tensor) -> dict[int, Any]:
         """By number of query rows, for `mask_spans` to read and to add to."""
         layer = layer_index(module)
-        goes_on = self.config is module.config and layer is not None and self.last is not None and self.last < layer
+        goes_on = (
+            self.config is module.config
+            and layer is not None
+            and self.last is not None
+            and self.last < layer
+        )
         self.config, self.last = module.config, layer
         if not goes_on:
             self.spans = {}
@@ -66,7 +78,8 @@ class _Forward(threading.local):
 _forward = _Forward()
 
 
-# Dynamo calls the function, and the answer is a constant of the graph, guarded by the layer's identity.
+# Dynamo calls the function, and the answer is a constant of the graph, guarded by the layer's
+# identity.
 @torch.compiler.assume_constant_result
 def number_of(module: nn.Module) -> int:
     """The number by which graphs know a layer."""
@@ -77,13 +90,23 @@ def number_of(module: nn.Module) -> int:
 
 
 def serves(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether a call is part of a graph that `torch.compile` makes, and the operator can stand for it: the keys `[B, Hkv, Tk, D]`
-    are an ordinary tensor, and nobody asks for gradients through a cache."""
-    if not torch.compiler.is_compiling() or exporting() or isinstance(key, PagedTensor) or not _TAGS:
+    """Whether a call is part of a graph that `torch.compile` makes, and the operator can stand for
+    it: the keys `[B, Hkv, Tk, D]` are an ordinary tensor, and nobody asks for gradients through a
+    cache."""
+    if (
+        not torch.compiler.is_compiling()
+        or exporting()
+        or isinstance(key, PagedTensor)
+        or not _TAGS
+    ):
         return False
     if hasattr(key, KIND):  # of a `HiPCache`, which tells a graph of no number
         return False
-    return not (getattr(key, NUMBER, None) is not None and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
+    return not (
+        getattr(key, NUMBER, None) is not None
+        and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad)
+    )
 
 
 def attention(
@@ -127,8 +150,9 @@ _SAID += ", bool unrotated, SymInt? unmasked"
 
 
 def table_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequences of a mask of ours, int32 `[B, 1, 1, Tk]`, in a call of one query row each: a table as in
-    `triton/common/sequences.py`, and `[B]` whether padding makes a hole, which no table can say. Tensor operations only."""
+    """The sequences of a mask of ours, int32 `[B, 1, 1, Tk]`, in a call of one query row each: a
+    table as in `triton/common/sequences.py`, and `[B]` whether padding makes a hole, which no table
+    can say. Tensor operations only."""
     places = mask[:, 0, 0]
     real = places <= LAST  # what is beyond the query is in nobody's sight; padding is as well
     slots = torch.arange(places.shape[1], dtype=torch.int32, device=mask.device)
@@ -136,11 +160,14 @@ def table_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     last = torch.where(real, slots, -1).amax(-1)
     keys = real.sum(-1, dtype=torch.int32)
     batch = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
-    table = torch.stack([batch, first, torch.zeros_like(batch), keys.clamp(max=1), keys - 1]).to(torch.int32)
+    table = torch.stack([batch, first, torch.zeros_like(batch), keys.clamp(max=1), keys - 1]).to(
+        torch.int32
+    )
     return table, (keys > 0) & (last + 1 - first != keys)
 
 
-# Dynamo calls the function when it makes a graph, which is guarded by the layer's identity and by the other arguments.
+# Dynamo calls the function when it makes a graph, which is guarded by the layer's identity and by
+# the other arguments.
 @torch.compiler.assume_constant_result
 def _way(
     module: nn.Module,
@@ -169,7 +196,12 @@ def _way(
 
 
 def step(
-    module: nn.Module, given: tuple[torch.Tensor, ...], mask: Any, sinks: Any, rest: Any, method: Any
+    module: nn.Module,
+    given: tuple[torch.Tensor, ...],
+    mask: Any,
+    sinks: Any,
+    rest: Any,
+    method: Any,
 ) -> torch.Tensor | None:
     """Attention of one query row a sequence, `[B, 1, Hq, Dv]`; NaN for a sequence with a hole.
     `given`: query, key and value. `rest`: scale, sliding window and softcap. None where the host

@@ -1,4 +1,5 @@
-"""A call of an attention layer becomes an `AttentionProblem`, outside of the graphs of `torch.compile`."""
+"""A call of an attention layer becomes an `AttentionProblem`, outside of the graphs of
+`torch.compile`."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Call:
-    """What the last call of a layer did; `explain` shows it. `unmasked`: rows of a batch that came without a padding mask."""
+    """What the last call of a layer did; `explain` shows it. `unmasked`: rows of a batch that came
+    without a padding mask."""
 
     method: str
     path: str
@@ -124,7 +126,9 @@ def attend_layer(
         if spans is None:
             why, runs = "padding in the middle of a row", mask_runs(mask, rows)
     if why and positions is not None:
-        raise ValueError(f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side")
+        raise ValueError(
+            f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side"
+        )
     given = (query, key, value, spans or ())
     problem = AttentionProblem(*given, scale, sliding_window, softcap, s_aux, positions)
     if cache is not None:
@@ -142,17 +146,22 @@ def attend_layer(
 
 
 def is_bidirectional(module: nn.Module, mask: torch.Tensor | None, is_causal: bool | None) -> bool:
-    """Whether the rows of a call see the keys behind them as well. `is_causal`: None where only the layer itself says it."""
+    """Whether the rows of a call see the keys behind them as well. `is_causal`: None where only the
+    layer itself says it."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    # a mask of integers is made by hip and says itself what is causal, whatever the layer says (the decoder of BigBird-Pegasus)
+    # a mask of integers is made by hip and says itself what is causal, whatever the layer says (the
+    # decoder of BigBird-Pegasus)
     return not is_causal and (mask is None or not holds_positions(mask))
 
 
 def refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for a layer that asks for something that would be computed wrongly. `kwargs`: its further arguments."""
+    """Raise ValueError for a layer that asks for something that would be computed wrongly.
+    `kwargs`: its further arguments."""
     if dropout:
-        raise ValueError(f"dropout: got {dropout}, allowed: 0 (sparse attention has no attention dropout)")
+        raise ValueError(
+            f"dropout: got {dropout}, allowed: 0 (sparse attention has no attention dropout)"
+        )
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise ValueError(NO_ATTENTIONS)
     for name, what in _REFUSED.items():
@@ -187,8 +196,12 @@ def _bidirectional(
     if problem.softcap is None and problem.sinks is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=False, **kwargs)
-    seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
+        return sdpa_attention_forward(
+            module, q, k, v, mask, scaling=scaling, is_causal=False, **kwargs
+        )
+    seen = (
+        torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
+    )
     return _under(seen, problem).transpose(1, 2).contiguous(), None
 
 
@@ -209,8 +222,8 @@ def _warn_once(layer: int | None, reason: str) -> None:
 
 
 def mask_runs(mask: torch.Tensor, rows: int) -> list[Span]:
-    """The runs of real keys of every batch row, as spans; without rows where a run holds no query. `mask`: one of hip's, of
-    positions. Worked out once per forward."""
+    """The runs of real keys of every batch row, as spans; without rows where a run holds no query.
+    `mask`: one of hip's, of positions. Worked out once per forward."""
     known = getattr(mask, "_hip_runs", None)
     if known is not None and known[0] == rows:
         return known[1]
@@ -235,16 +248,24 @@ def before(runs: list[Span], run: Span) -> list[Span]:
 
 
 def few_before(problem: AttentionProblem, config: HiPConfig, runs: list[Span]) -> bool:
-    """Whether what comes before is so little that it can be read whole: no more than a sparse row reads anyway."""
+    """Whether what comes before is so little that it can be read whole: no more than a sparse row
+    reads anyway."""
     if problem.sliding_window is not None or problem.positions is not None:
         return False
-    return all(sum(other.keys for other in before(runs, run)) <= config.sparse_reach for run in runs)
+    return all(
+        sum(other.keys for other in before(runs, run)) <= config.sparse_reach for run in runs
+    )
 
 
 def attend_runs(
-    problem: AttentionProblem, config: HiPConfig, layer: int | None, state: DecodeState | None, runs: list[Span]
+    problem: AttentionProblem,
+    config: HiPConfig,
+    layer: int | None,
+    state: DecodeState | None,
+    runs: list[Span],
 ) -> Result:
-    """Attention of every run to itself, as the settings say, and to all keys of the runs before it."""
+    """Attention of every run to itself, as the settings say, and to all keys of the runs before
+    it."""
     spans = tuple(run for run in runs if run.rows > 0)
     if len({span.batch for span in spans}) < len(spans):
         state = None  # it follows one sequence a batch row: decode will
@@ -271,9 +292,13 @@ def _count(count: Count | None, spans: tuple[Span, ...], runs: list[Span]) -> tu
 
 
 def _whole(problem: AttentionProblem, span: Span, other: Span) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of a span's rows for all keys of another. (Sink logits count once, with the rows' own keys.)"""
+    """Output and log-sum-exp of a span's rows for all keys of another. (Sink logits count once,
+    with the rows' own keys.)"""
     q = problem.q[span.batch, :, span.row_start : span.row_end][None]
-    k, v = (rows_of(x, other.batch, other.key_start, other.key_end)[:, :][None] for x in (problem.k, problem.v))
+    k, v = (
+        rows_of(x, other.batch, other.key_start, other.key_end)[:, :][None]
+        for x in (problem.k, problem.v)
+    )
     everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
     part = replace(problem, q=q, k=k, v=v, sinks=None)
     out, lse = dense.masked(part, lambda *_: everything, need_lse=True)

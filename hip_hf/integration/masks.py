@@ -1,13 +1,17 @@
-"""Masks. Transformers asks for one per forward; ours is a row of key positions, O(T), that every layer reduces alike.
+"""Masks. Transformers asks for one per forward; ours is a row of key positions, O(T), that every
+layer reduces alike.
 
-int32 `[B, 1, 1, Tk]`: `LAST` plus the position of each key relative to the last query row of the call, or `PAD` where a key is
-padding. Of `n` query rows, row `i` sees the keys up to `LAST + i - (n - 1)` and, in a sliding window, none further back than
-that. Counted from the last row, because a model may go on with its last rows only (Gemma 4, whose last layers reuse earlier
-keys): the mask then still holds. Counted from `LAST`, because a mask that a model adds numbers to must not pass for numbers to
-add. Being 4-D it passes a second mask creation untouched; it carries padding, offsets and the unfilled slots of static caches.
+int32 `[B, 1, 1, Tk]`: `LAST` plus the position of each key relative to the last query row of the
+call, or `PAD` where a key is padding. Of `n` query rows, row `i` sees the keys up to
+`LAST + i - (n - 1)` and, in a sliding window, none further back than that. Counted from the last
+row, because a model may go on with its last rows only (Gemma 4, whose last layers reuse earlier
+keys): the mask then still holds. Counted from `LAST`, because a mask that a model adds numbers to
+must not pass for numbers to add. Being 4-D it passes a second mask creation untouched; it carries
+padding, offsets and the unfilled slots of static caches.
 
-The mask of sequences packed into rows is int64 of the same shape: `LAST` for the keys of a row's first sequence, `LAST + 1` for
-those of its second, and so on. The query rows are those of the last keys.
+The mask of sequences packed into rows is int64 of the same shape: `LAST` for the keys of a row's
+first sequence, `LAST + 1` for those of its second, and so on. The query rows are those of the last
+keys.
 """
 
 from __future__ import annotations
@@ -85,9 +89,16 @@ def hip_mask(
         check_config(config)
     if attention_mask is not None and attention_mask.shape[0] != batch_size:
         what = f"got shape {tuple(attention_mask.shape)} for a batch of {batch_size}"
-        raise ValueError(f"attention_mask: {what}, allowed: one row of 0 and 1 for each row of the batch")
+        raise ValueError(
+            f"attention_mask: {what}, allowed: one row of 0 and 1 for each row of the batch"
+        )
     parts = {} if exported else _parts(mask_function)
-    if exported or use_vmap or not parts.keys() <= _CAUSAL or _computes_with_it(config, q_length, parts, kwargs):
+    if (
+        exported
+        or use_vmap
+        or not parts.keys() <= _CAUSAL
+        or _computes_with_it(config, q_length, parts, kwargs)
+    ):
         # None would stand for "nothing is hidden" here, and for "causal" elsewhere: always a tensor
         kwargs |= dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         kwargs |= dict(config=config, use_vmap=use_vmap, local_size=local_size, device=device)
@@ -100,7 +111,9 @@ def hip_mask(
         sequence = _closed_over(parts["packed_sequence_mask_function"], "packed_sequence_mask")
         row: Any = LAST + sequence.long().expand(batch_size, -1)[:, None, None, :]
     else:
-        places = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - q_offset - (q_length - 1) + LAST)
+        places = torch.arange(kv_length, dtype=torch.int32, device=device) + (
+            kv_offset - q_offset - (q_length - 1) + LAST
+        )
         places = places.to(torch.int32).expand(batch_size, kv_length)
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         if padding is not None:
@@ -117,15 +130,23 @@ def hip_mask(
     return row
 
 
-# Known ones, by `model_type`: Doge does not say so before Transformers 5.21, the others may begin with a single token.
+# Known ones, by `model_type`: Doge does not say so before Transformers 5.21, the others may begin
+# with a single token.
 _COMPUTES_WITH_IT = {"doge", "qwen4_exp_text", "t5gemma2_decoder"}
 _computing: set[type] = set()
 
 
-def _computes_with_it(config: PreTrainedConfig | None, rows: int, parts: dict[str, Any], kwargs: dict[str, Any]) -> bool:
-    """Whether the model goes on computing with its mask: it asks Transformers for one in full, even where "causal" says all. For
-    a step on a static cache, and for packed sequences, Transformers itself asks: models are known by their prompts."""
-    if rows > 1 and not kwargs.get("allow_is_causal_skip", True) and "packed_sequence_mask_function" not in parts:
+def _computes_with_it(
+    config: PreTrainedConfig | None, rows: int, parts: dict[str, Any], kwargs: dict[str, Any]
+) -> bool:
+    """Whether the model goes on computing with its mask: it asks Transformers for one in full, even
+    where "causal" says all. For a step on a static cache, and for packed sequences, Transformers
+    itself asks: models are known by their prompts."""
+    if (
+        rows > 1
+        and not kwargs.get("allow_is_causal_skip", True)
+        and "packed_sequence_mask_function" not in parts
+    ):
         _computing.add(type(config))
     return type(config) in _computing or getattr(config, "model_type", None) in _COMPUTES_WITH_IT
 
@@ -160,7 +181,8 @@ def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
 
 
 def _check_copy(mask: torch.Tensor) -> None:
-    """Raise ValueError for a mask of integers `[B, 1, 1, Tk]` that does not hold what a copy of ours would."""
+    """Raise ValueError for a mask of integers `[B, 1, 1, Tk]` that does not hold what a copy of
+    ours would."""
     values = mask[:, 0, 0].cpu()
     ours = False
     if mask.dtype == torch.int64:
@@ -171,14 +193,19 @@ def _check_copy(mask: torch.Tensor) -> None:
         origin = (values - places)[values != PAD]
         ours = len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2)
     if not ours:
-        raise ValueError(f"attention_mask: got a 4-D {mask.dtype} tensor {_maker(mask)}, allowed: {_ALLOWED}")
+        raise ValueError(
+            f"attention_mask: got a 4-D {mask.dtype} tensor {_maker(mask)}, allowed: {_ALLOWED}"
+        )
 
 
 def _padded_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
-    """The spans of key positions, one for each batch row that has any, or None where one of them has a hole."""
+    """The spans of key positions, one for each batch row that has any, or None where one of them
+    has a hole."""
     known = getattr(mask, "_hip_known", None)
     spans: list[Span] = []
-    for batch, (keys, start, end, place, last_place) in enumerate(_extents(mask) if known is None else known):
+    for batch, (keys, start, end, place, last_place) in enumerate(
+        _extents(mask) if known is None else known
+    ):
         if keys == 0:
             continue
         at, last = place + rows - 1, last_place + rows - 1  # rows, as the first one is 0
@@ -191,15 +218,18 @@ def _padded_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
 
 
 def _extents(mask: torch.Tensor) -> list[list[int]]:
-    """Of each batch row: its keys in sight, the slot of the first of them and that behind the last, and the places of these two
-    relative to the last query row. Worked out where the mask is; the host waits once, for a few numbers."""
+    """Of each batch row: its keys in sight, the slot of the first of them and that behind the last,
+    and the places of these two relative to the last query row. Worked out where the mask is; the
+    host waits once, for a few numbers."""
     places = mask[:, 0, 0]
     real = places <= LAST  # what is beyond the last query is in nobody's sight; padding is as well
     slots = torch.arange(places.shape[1], dtype=torch.int32, device=mask.device)
     first = torch.where(real, slots, places.shape[1] - 1).amin(-1, keepdim=True)
     last = torch.where(real, slots, 0).amax(-1, keepdim=True)
     ends = places.gather(1, torch.cat([first, last], dim=1).long()) - LAST
-    return torch.cat([real.sum(-1, keepdim=True, dtype=torch.int32), first, last + 1, ends], dim=1).tolist()
+    return torch.cat(
+        [real.sum(-1, keepdim=True, dtype=torch.int32), first, last + 1, ends], dim=1
+    ).tolist()
 
 
 def holds_positions(mask: torch.Tensor) -> bool:
@@ -208,18 +238,24 @@ def holds_positions(mask: torch.Tensor) -> bool:
 
 
 def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
-    """A mask of ours for the first `keys` keys, with what was attached to it; any other as it is."""
+    """A mask of ours for the first `keys` keys, with what was attached to it; any other as it
+    is."""
     if mask.shape[-1] <= keys or not holds_positions(mask):
         return mask
     narrow = mask[..., :keys]
-    for name in ("_hip_window", "_hip_spans", "_hip_unmasked"):  # not `_hip_known`, which counts all keys
+    for name in (
+        "_hip_window",
+        "_hip_spans",
+        "_hip_unmasked",
+    ):  # not `_hip_known`, which counts all keys
         if hasattr(mask, name):
             setattr(narrow, name, getattr(mask, name))
     return narrow
 
 
 def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
-    """Raise ValueError for a mask that does not fit a query of shape `[B, Hq, Tq, D]` and so many keys. It says who made it."""
+    """Raise ValueError for a mask that does not fit a query of shape `[B, Hq, Tq, D]` and so many
+    keys. It says who made it."""
     batch, heads, rows, _ = query
     if holds_positions(mask):
         fits, allowed = mask.shape == (batch, 1, 1, keys), _ALLOWED
@@ -239,37 +275,58 @@ def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
 
 
 def _maker(mask: torch.Tensor) -> str:
-    """Who made a mask that is not ours: the model's own code, unless the outermost module that is running was called with it."""
+    """Who made a mask that is not ours: the model's own code, unless the outermost module that is
+    running was called with it."""
     given: list[Any] = [mask]
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
             given = [*frame.f_locals["args"], *frame.f_locals["kwargs"].values()]
         frame = frame.f_back
-    known = [each for x in given for each in (x.values() if isinstance(x, dict) else [x]) if type(each) is torch.Tensor]
+    known = [
+        each
+        for x in given
+        for each in (x.values() if isinstance(x, dict) else [x])
+        if type(each) is torch.Tensor
+    ]
     memory = mask.untyped_storage().data_ptr()  # the layer may have got a part of it
-    return "of the caller's own" if any(x.untyped_storage().data_ptr() == memory for x in known) else "that the model made itself"
+    return (
+        "of the caller's own"
+        if any(x.untyped_storage().data_ptr() == memory for x in known)
+        else "that the model made itself"
+    )
 
 
 def unmasked_rows(mask: torch.Tensor | None, batch: int) -> int:
-    """How many rows of the batch nobody gave a padding mask for; 0 for a single one, which needs none."""
+    """How many rows of the batch nobody gave a padding mask for; 0 for a single one, which needs
+    none."""
     if mask is None:
         return batch if batch > 1 else 0
     return getattr(mask, "_hip_unmasked", 0)
 
 
 def mask_window(mask: torch.Tensor, given: int | None) -> int | None:
-    """The sliding window that a mask of ours was made for; `given`, the layer's own, where it says nothing of one."""
+    """The sliding window that a mask of ours was made for; `given`, the layer's own, where it says
+    nothing of one."""
     return getattr(mask, "_hip_window", given)
 
 
 def visible_rows(
     mask: torch.Tensor | None, window: int | None, count: int, keys: torch.Tensor
 ) -> Callable[[int, int], torch.Tensor]:
-    """What rows `first` to `last - 1` of `count` query rows see of keys `[B, Hkv, Tk, D]`, for the dense path: under any mask, or
-    (None) as the last rows. `[B, Hq or 1, last - first or 1, Tk]`: booleans, or what a mask of numbers adds to the logits."""
+    """What rows `first` to `last - 1` of `count` query rows see of keys `[B, Hkv, Tk, D]`, for the
+    dense path: under any mask, or (None) as the last rows. `[B, Hq or 1, last - first or 1, Tk]`:
+    booleans, or what a mask of numbers adds to the logits."""
     if mask is None:
-        mask = hip_mask(1, count, keys.shape[2], keys.shape[2] - count, 0, causal_mask_function, device=keys.device)
+        mask = hip_mask(
+            1,
+            count,
+            keys.shape[2],
+            keys.shape[2] - count,
+            0,
+            causal_mask_function,
+            device=keys.device,
+        )
     if not holds_positions(mask):
         return lambda first, last: mask if mask.shape[2] == 1 else mask[:, :, first:last]
     length = mask.shape[-1]

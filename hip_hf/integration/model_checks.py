@@ -31,7 +31,9 @@ from hip_hf.integration.extension import check_extension
 from hip_hf.integration.names import is_ours
 from hip_hf.integration.settings import read_settings, text_config
 
-NO_ATTENTIONS = "output_attentions: got True, allowed: False (the attention matrix never exists; use `eager`)"
+NO_ATTENTIONS = (
+    "output_attentions: got True, allowed: False (the attention matrix never exists; use `eager`)"
+)
 
 _valid: dict[str, Any] | None = None  # the last settings that were found to be so
 # the last that name layers or extend the context, with the model's config that they suit
@@ -39,9 +41,10 @@ _fitting: tuple[weakref.ref[Any], dict[str, Any] | None] | None = None
 
 
 def check_config(config: Any) -> None:
-    """Raise ValueError, before a forward has touched anything, for a model config with invalid settings, with layers that the
-    model does not have, with `extend` for a model that cannot, or with outputs that we cannot give. Settings are looked at only
-    when they are not the last ones that were."""
+    """Raise ValueError, before a forward has touched anything, for a model config with invalid
+    settings, with layers that the model does not have, with `extend` for a model that cannot, or
+    with outputs that we cannot give. Settings are looked at only when they are not the last ones
+    that were."""
     if getattr(config, "output_attentions", False):
         raise ValueError(NO_ATTENTIONS)
     raw = getattr(config, "hip", None)
@@ -49,7 +52,8 @@ def check_config(config: Any) -> None:
         _check_settings(config, raw)
 
 
-# Dynamo calls the function when it makes a graph, which is guarded by the config's identity and by what its settings say.
+# Dynamo calls the function when it makes a graph, which is guarded by the config's identity and by
+# what its settings say.
 @torch.compiler.assume_constant_result
 def _check_settings(config: Any, raw: Mapping[str, Any]) -> None:
     """`check_config` of the settings `raw`."""
@@ -57,7 +61,11 @@ def _check_settings(config: Any, raw: Mapping[str, Any]) -> None:
     if raw != _valid:
         read_settings(config)
         _valid = copy.deepcopy(dict(raw))
-    of_model = raw.get("extend") is not None or raw.get("layers") or isinstance(raw.get("dense_layers"), (list, tuple))
+    of_model = (
+        raw.get("extend") is not None
+        or raw.get("layers")
+        or isinstance(raw.get("dense_layers"), (list, tuple))
+    )
     if of_model and (_fitting is None or _fitting[0]() is not config or _fitting[1] != raw):
         settings = read_settings(config)
         check_layers(settings, config)
@@ -66,22 +74,29 @@ def _check_settings(config: Any, raw: Mapping[str, Any]) -> None:
 
 
 def check_layers(settings: HiPConfig, config: Any) -> None:
-    """Raise ValueError if `settings` name layers that a model with this text config does not have."""
+    """Raise ValueError if `settings` name layers that a model with this text config does not
+    have."""
     count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if count is None:
         return
-    named = [*settings.layers, *(settings.dense_layers if isinstance(settings.dense_layers, list) else [])]
+    named = [
+        *settings.layers,
+        *(settings.dense_layers if isinstance(settings.dense_layers, list) else []),
+    ]
     for layer in named:
         if layer >= count:
-            raise ValueError(f"layer: got {layer}, allowed: 0 to {count - 1}, the layers of this model")
+            raise ValueError(
+                f"layer: got {layer}, allowed: 0 to {count - 1}, the layers of this model"
+            )
 
 
 _foreign: dict[type, bool] = {}
 
 
 def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
-    """Raise ValueError for a model that accepts any attention name but ignores it (Bloom, MPT, ...), changes masks
-    (DeepSeek-V4), or has layers that choose keys by themselves (DeepSeek-V3.2)."""
+    """Raise ValueError for a model that accepts any attention name but ignores it (Bloom, MPT,
+    ...), changes masks (DeepSeek-V4), or has layers that choose keys by themselves
+    (DeepSeek-V3.2)."""
     if config is None:
         return
     if any("compressed" in kind for kind in getattr(config, "layer_types", None) or ()):
@@ -90,10 +105,14 @@ def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
     # Transformers 5.17 names no such layers: there the count of keys that they choose says it
     chooses = getattr(config, "index_topk", None) is not None
     if chooses or "indexed_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(f"indices: {config.model_type} passes the layer's own sparse indices, allowed: None")
+        raise ValueError(
+            f"indices: {config.model_type} passes the layer's own sparse indices, allowed: None"
+        )
     kind = type(config)
     if kind not in _foreign:
-        model = next((m[kind] for m in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING) if kind in m), None)
+        model = next(
+            (m[kind] for m in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING) if kind in m), None
+        )
         can_set = getattr(model, "_can_set_attn_implementation", None)
         _foreign[kind] = can_set is not None and not can_set()
     if _foreign[kind]:
@@ -102,7 +121,8 @@ def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
 
 # The table of attention functions, as modeling files call it.
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
-# How a file calls a table of attention *classes*, one for each name that it knows (Falcon, GPT-Neo, GIT).
+# How a file calls a table of attention *classes*, one for each name that it knows (Falcon, GPT-Neo,
+# GIT).
 _CLASSES = "ATTENTION_CLASSES"
 
 
@@ -125,8 +145,11 @@ def _asks(kind: type) -> bool:
 
 
 def attention_layers(model: nn.Module) -> list[Any]:
-    """The modules that ask for an attention function and know where among the layers they stand: those of the text."""
-    return [module for module in model.modules() if hasattr(module, "layer_idx") and _asks(type(module))]
+    """The modules that ask for an attention function and know where among the layers they stand:
+    those of the text."""
+    return [
+        module for module in model.modules() if hasattr(module, "layer_idx") and _asks(type(module))
+    ]
 
 
 _IGNORED = ", whose language part does not ask Transformers' AttentionInterface and would ignore it"
@@ -140,7 +163,8 @@ def _refused(name: str | None, config: PreTrainedConfig, why: str) -> ValueError
 
 
 def check_class(model: PreTrainedModel, name: str | None) -> None:
-    """Raise ValueError, before layers are made, for a model whose file picks attention classes from a table without `name`."""
+    """Raise ValueError, before layers are made, for a model whose file picks attention classes from
+    a table without `name`."""
     if not is_ours(name):
         return
     for key, table in vars(sys.modules[type(model).__module__]).items():
@@ -166,7 +190,11 @@ def check_reach(model: PreTrainedModel, name: str | None) -> None:
     masks = any(x.startswith("create_") and x.endswith("mask") for x in _names(kind))
     if not (model.can_generate() or isinstance(model, whole) or masks):
         return
-    kinds = {type(module.config) for module in model.modules() if hasattr(module, "config") and _asks(type(module))}
+    kinds = {
+        type(module.config)
+        for module in model.modules()
+        if hasattr(module, "config") and _asks(type(module))
+    }
     if not kinds:
         raise _refused(name, model.config, _IGNORED)
     if type(text_config(model)) not in kinds:  # BLT, Qwen2.5-Omni
@@ -176,8 +204,8 @@ def check_reach(model: PreTrainedModel, name: str | None) -> None:
 
 
 def check_heads(model: PreTrainedModel, name: str | None) -> None:
-    """Raise ValueError for tensor parallelism that would cut key heads into pieces. Transformers cuts them, and the first call
-    of the model then fails with sizes that do not say why."""
+    """Raise ValueError for tensor parallelism that would cut key heads into pieces. Transformers
+    cuts them, and the first call of the model then fails with sizes that do not say why."""
     distributed: Any = getattr(model.config, "distributed_config", None)
     processes = getattr(distributed, "tp_size", None) or 1
     if processes == 1 or not is_ours(name):

@@ -1,4 +1,5 @@
-"""The layers of a `HiPCache` that keep keys and values in pages, beside them the pyramid and the selection (`DecodeState`)."""
+"""The layers of a `HiPCache` that keep keys and values in pages, beside them the pyramid and the
+selection (`DecodeState`)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from hip_hf.backends.choice import asks_for_kernels
 from hip_hf.cache.offload import OffloadedStore
@@ -36,12 +41,15 @@ def _gathered(name: str) -> Any:
 
 
 class PagedLayer(Stateful, DynamicLayer):
-    """One full-attention layer in pages. `config` is the model's: its attention decides what `update` returns."""
+    """One full-attention layer in pages. `config` is the model's: its attention decides what
+    `update` returns."""
 
     kind = "paged"
     keys, values = _gathered("keys"), _gathered("values")
 
-    def __init__(self, config: PreTrainedConfig, offload: str | None = None, device_pages: int | None = None) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, offload: str | None = None, device_pages: int | None = None
+    ) -> None:
         self.config, self.offload_to, self.device_pages = config, offload, device_pages
         self.pool: PagePool | None = None
         self.tables: list[BlockTable] = []
@@ -68,7 +76,9 @@ class PagedLayer(Stateful, DynamicLayer):
         recent = -(-settings.window // PAGE) + 2
         # the search reads keys as well
         key_store = OffloadedStore(*sizes[0], self.offload_to, 2 * self.device_pages, recent)
-        return PagePool(key_store, OffloadedStore(*sizes[1], self.offload_to, self.device_pages, recent))
+        return PagePool(
+            key_store, OffloadedStore(*sizes[1], self.offload_to, self.device_pages, recent)
+        )
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -97,9 +107,15 @@ class PagedLayer(Stateful, DynamicLayer):
         if first:  # all there is has just come: no need to look for it in pages
             keys, values = key_states, value_states
         elif attends_by_us(self.config):
-            keys, values = (PagedTensor(store, self.tables, self.length) for store in (self.pool.keys, self.pool.values))
+            keys, values = (
+                PagedTensor(store, self.tables, self.length)
+                for store in (self.pool.keys, self.pool.values)
+            )
         else:
-            keys, values = (read_all(store, self.tables, self.length) for store in (self.pool.keys, self.pool.values))
+            keys, values = (
+                read_all(store, self.tables, self.length)
+                for store in (self.pool.keys, self.pool.values)
+            )
             if self.cut_off and torch.is_grad_enabled():
                 keys, values = cut_off(keys), cut_off(values)
         return self.stated(keys), values
@@ -121,7 +137,11 @@ class PagedLayer(Stateful, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            self.cut_off, key_states, value_states = True, key_states.detach(), value_states.detach()
+            self.cut_off, key_states, value_states = (
+                True,
+                key_states.detach(),
+                value_states.detach(),
+            )
         self.appending = True
         try:
             self.pool.append(self.tables, self.length, key_states, value_states)
@@ -142,11 +162,16 @@ class PagedLayer(Stateful, DynamicLayer):
         """Raise ValueError for tensors that do not continue what is cached."""
         if self.pool is None:
             return
-        for name, x, store in (("key_states", keys, self.pool.keys), ("value_states", values, self.pool.values)):
+        for name, x, store in (
+            ("key_states", keys, self.pool.keys),
+            ("value_states", values, self.pool.values),
+        ):
             got = (x.shape[0], x.shape[1], x.shape[3], x.dtype)
             want = (len(self.tables), store.heads, store.dim, store.dtype)
             if got != want:
-                raise ValueError(f"{name}: got (batch, heads, dim, dtype) {got}, allowed: {want}, as cached")
+                raise ValueError(
+                    f"{name}: got (batch, heads, dim, dtype) {got}, allowed: {want}, as cached"
+                )
 
     def get_seq_length(self) -> int:
         return self.length
@@ -160,7 +185,9 @@ class PagedLayer(Stateful, DynamicLayer):
         """Remove `-tokens_to_remove` tokens from the end. Raises ValueError for a positive count,
         which Transformers has once taken for the length to keep."""
         if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, allowed: minus the number of tokens to remove, or 0")
+            raise ValueError(
+                f"tokens_to_remove: got {tokens_to_remove}, allowed: minus the number of tokens to remove, or 0"
+            )
         if self.pool is None or tokens_to_remove == 0:
             return
         # assisted decoding of 5.17 gives a tensor
@@ -173,7 +200,9 @@ class PagedLayer(Stateful, DynamicLayer):
         self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+        self._select(
+            (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._select([row for row in range(len(self.tables)) for _ in range(repeats)])
@@ -205,7 +234,8 @@ class PagedHybridLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, 
                 setattr(self, name, value)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Of the pages for keys and values, which come by position; of a running state, which comes by name."""
+        """Of the pages for keys and values, which come by position; of a running state, which comes
+        by name."""
         if args:
             PagedLayer.lazy_initialization(self, *args)
         else:

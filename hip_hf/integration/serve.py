@@ -4,10 +4,12 @@
 
     register()
 
-`hip-hf serve` calls `register` for you, and after `hip-hf autoload enable` so does every plain `transformers serve` of the
-environment. The rest of this file is for `hip-hf serve` alone: a limit to what one request may ask for, and a status and a
-message for every request that fails. Transformers (5.17 to 5.24) has neither: with continuous batching, a request that needs
-more than all blocks ends the worker, and with it every other request. `hip_hf.unregister` takes all of it back.
+`hip-hf serve` calls `register` for you, and after `hip-hf autoload enable` so does every plain
+`transformers serve` of the environment. The rest of this file is for `hip-hf serve` alone: a limit
+to what one request may ask for, and a status and a message for every request that fails.
+Transformers (5.17 to 5.24) has neither: with continuous batching, a request that needs more than
+all blocks ends the worker, and with it every other request. `hip_hf.unregister` takes all of it
+back.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def register() -> None:
     validate = getattr(manager, "_validate_args", None)
     if validate is None:
         allowed = "allowed: the server of Transformers 5.17 to 5.24"
-        raise ImportError(f"hip_hf: got Transformers {transformers.__version__}, whose server is not known here, {allowed}")
+        raise ImportError(
+            f"hip_hf: got Transformers {transformers.__version__}, whose server is not known here, {allowed}"
+        )
     if validate.__name__ == "hip_validate_args":
         return
 
@@ -74,11 +78,12 @@ def after_loading(configure: Callable[[Any], Any]) -> None:
 
 
 def limit_lengths(longest: int | None) -> None:
-    """Answer 400 to an empty prompt, which continuous batching does not survive, and to one that leaves no room for an answer;
-    end an answer that has filled the room (`finish_reason` is `length`).
+    """Answer 400 to an empty prompt, which continuous batching does not survive, and to one that
+    leaves no room for an answer; end an answer that has filled the room (`finish_reason` is
+    `length`).
 
-    `longest`: tokens of prompt and answer together. In continuous batching a request may never be longer than all blocks
-    hold, whatever `longest` is.
+    `longest`: tokens of prompt and answer together. In continuous batching a request may never be
+    longer than all blocks hold, whatever `longest` is.
     """
     utils = _module("utils")
     for manager in (utils.GenerateManager, utils.CBGenerateManager):
@@ -88,23 +93,41 @@ def limit_lengths(longest: int | None) -> None:
 
 def _limited(method: Callable[..., Any], longest: int | None) -> Callable[..., Any]:
     @functools.wraps(method)
-    def hip_generate(self: Any, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def hip_generate(
+        self: Any,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         ids = inputs["input_ids"]
         prompt = len(ids) if isinstance(ids, list) else ids.shape[-1]
-        limits = [limit for limit in (longest, _blocks_hold(getattr(self, "_cb", None))) if limit is not None]
+        limits = [
+            limit
+            for limit in (longest, _blocks_hold(getattr(self, "_cb", None)))
+            if limit is not None
+        ]
         room = min(limits) - prompt if limits else None
         if not prompt:
             raise _refusal("prompt: got no tokens, allowed: one or more")
         if room is not None and room < 1:
-            raise _refusal(f"prompt: got {prompt} tokens, allowed: at most {min(limits) - 1}, which leave room for an answer")
+            raise _refusal(
+                f"prompt: got {prompt} tokens, allowed: at most {min(limits) - 1}, which leave room for an answer"
+            )
         asked = gen_config.max_new_tokens
         if asked is not None and asked < 1:
             raise _refusal(f"max_tokens: got {asked}, allowed: 1 or more")
         if asked is None and gen_config.max_length is not None:  # of prompt and answer together
             asked = gen_config.max_length - prompt
             if asked < 1:
-                raise _refusal(f"max_length: got {gen_config.max_length}, allowed: more than the prompt's {prompt} tokens")
-        gen_config.max_new_tokens = min((tokens for tokens in (asked, room) if tokens is not None), default=None)
+                raise _refusal(
+                    f"max_length: got {gen_config.max_length}, allowed: more than the prompt's {prompt} tokens"
+                )
+        gen_config.max_new_tokens = min(
+            (tokens for tokens in (asked, room) if tokens is not None), default=None
+        )
         return method(self, model, processor, inputs, gen_config, *args, **kwargs)
 
     return hip_generate
@@ -117,22 +140,35 @@ def _refusal(why: str) -> Exception:
 
 
 def _blocks_hold(batching: Any) -> int | None:
-    """Tokens that one request can have if no other has any; None without continuous batching, or if that has failed."""
+    """Tokens that one request can have if no other has any; None without continuous batching, or if
+    that has failed."""
     if batching is None:
         return None
-    # made by the thread that works with it, which the first request has just started; nobody can be served before
-    while batching.batch_processor is None and batching.background_thread_status.fatal_error is None and batching.is_running():
+    # made by the thread that works with it, which the first request has just started; nobody can be
+    # served before
+    while (
+        batching.batch_processor is None
+        and batching.background_thread_status.fatal_error is None
+        and batching.is_running()
+    ):
         time.sleep(POLL_SECONDS)
     return None if batching.batch_processor is None else tokens_in(batching.batch_processor.cache)
 
 
 def tokens_in(cache: Any) -> int:
-    """The longest sequence that Transformers' paged cache has room for, layers with a sliding window beside it included."""
+    """The longest sequence that Transformers' paged cache has room for, layers with a sliding
+    window beside it included."""
     if hasattr(cache, "cache_allocators"):  # sectors, each of which one kind of layer takes
 
         def too_long(tokens: int) -> bool:
             kinds = cache.cache_allocators.values()
-            return sum(-(-kind.needs_new_blocks("", 0, tokens) // kind.blocks_per_sector) for kind in kinds) > cache.num_sectors
+            return (
+                sum(
+                    -(-kind.needs_new_blocks("", 0, tokens) // kind.blocks_per_sector)
+                    for kind in kinds
+                )
+                > cache.num_sectors
+            )
 
         most = cache.max_tokens_read
     else:
@@ -146,8 +182,8 @@ def tokens_in(cache: Any) -> int:
 
 
 def explain_failures() -> None:
-    """Answer requests that fail with a status and a message where OpenAI's client looks for it. Transformers' server says
-    `Internal Server Error` to most of them."""
+    """Answer requests that fail with a status and a message where OpenAI's client looks for it.
+    Transformers' server says `Internal Server Error` to most of them."""
     server = _module("server")
     build = server.build_server
 

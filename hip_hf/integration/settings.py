@@ -1,4 +1,5 @@
-"""Settings of a model: they live in its text config as `hip`, a plain dict, and are saved and loaded with it."""
+"""Settings of a model: they live in its text config as `hip`, a plain dict, and are saved and
+loaded with it."""
 
 from __future__ import annotations
 
@@ -13,34 +14,41 @@ def text_config(model: nn.Module) -> Any:
     """The config of the model's language part. Raises ValueError if there is none."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise ValueError(f"model: got {type(model).__name__} without a Transformers config, allowed: a pretrained model")
+        raise ValueError(
+            f"model: got {type(model).__name__} without a Transformers config, allowed: a pretrained model"
+        )
     found = config.get_text_config(decoder=True)
-    # of an encoder-decoder with one flat config (Bart, Pegasus) that is a copy, in which settings would be lost
+    # of an encoder-decoder with one flat config (Bart, Pegasus) that is a copy, in which settings
+    # would be lost
     return found if any(found is part for part in (config, *vars(config).values())) else config
 
 
 def text_part(model: nn.Module) -> str:
-    """What the config of the language part is called in the model's config; empty where it is that config itself."""
+    """What the config of the language part is called in the model's config; empty where it is that
+    config itself."""
     config: Any = model.config
     target = text_config(model)
     return next((name for name in config.sub_configs if getattr(config, name, None) is target), "")
 
 
 def read_settings(config: Any) -> HiPConfig:
-    """The settings in a model config; `HiPConfig()` where it has none. Raises ValueError if they are invalid."""
+    """The settings in a model config; `HiPConfig()` where it has none. Raises ValueError if they
+    are invalid."""
     raw = getattr(config, "hip", None)
     return HiPConfig() if raw is None else HiPConfig.from_dict(raw)
 
 
 def layer_index(module: nn.Module) -> int | None:
-    """The index of an attention layer among the model's layers, None where it has none: a layer that several places share
-    (Zamba) has no index, or -1 (Zamba 2), and the rules for single layers do not apply to it."""
+    """The index of an attention layer among the model's layers, None where it has none: a layer
+    that several places share (Zamba) has no index, or -1 (Zamba 2), and the rules for single layers
+    do not apply to it."""
     index = getattr(module, "layer_idx", None)
     return index if isinstance(index, int) and index >= 0 else None
 
 
 def layer_settings(module: nn.Module, method: str | None) -> HiPConfig:
-    """The settings of one attention layer; `method` overrides theirs. Parsed anew only when the model's config changed."""
+    """The settings of one attention layer; `method` overrides theirs. Parsed anew only when the
+    model's config changed."""
     raw = getattr(module.config, "hip", None)
     kept = module.__dict__.get("_hip_settings")
     if kept is not None and kept[0] == raw and kept[1] == method:

@@ -1,4 +1,5 @@
-"""What a method is: its declaration (`Method`), its `Selector`, and the rule that this binds to a span."""
+"""What a method is: its declaration (`Method`), its `Selector`, and the rule that this binds to a
+span."""
 
 from __future__ import annotations
 
@@ -25,13 +26,16 @@ class Bound:
     """A selection rule bound to the queries and keys of one span."""
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
-        """Sorted indices int64 `[heads, S, len(blocks), budget]` of the key blocks that each query block reads.
+        """Sorted indices int64 `[heads, S, len(blocks), budget]` of the key blocks that each query
+        block reads.
 
-        `budget` is `Selector.budget`, in blocks: exactly so many, all of them different. A rule that
-        picks fewer says so by its `Selector.budget` and by `Method.selected_keys` (`streaming.py`).
-        `heads` are key heads; `S` is 1 where the group shares its mask, else the number of query heads per key head.
-        Every given query block has a middle of more than `budget` blocks; smaller ones are read whole. Where the selector
-        `asks_need`, a third argument: `near` `[heads, G, rows]`, log-sum-exp of the blocks' rows over what they always read.
+        `budget` is `Selector.budget`, in blocks: exactly so many, all of them different. A rule
+        that picks fewer says so by its `Selector.budget` and by `Method.selected_keys`
+        (`streaming.py`). `heads` are key heads; `S` is 1 where the group shares its mask, else the
+        number of query heads per key head. Every given query block has a middle of more than
+        `budget` blocks; smaller ones are read whole. Where the selector `asks_need`, a third
+        argument: `near` `[heads, G, rows]`, log-sum-exp of the blocks' rows over what they always
+        read.
         """
         raise NotImplementedError
 
@@ -43,15 +47,17 @@ class Bound:
     def resume(
         self, heads: slice, blocks: list[QueryBlock], kept: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:  # fmt: skip
-        """What every stage of the search keeps, given what the first `len(kept)` of them kept. Only a
-        rule whose method lets `decode_refresh` be a list (`Method.check`) is asked for it."""
+        """What every stage of the search keeps, given what the first `len(kept)` of them kept. Only
+        a rule whose method lets `decode_refresh` be a list (`Method.check`) is asked for it."""
         raise NotImplementedError
 
 
 class BoundByNeed(Bound):
     """A rule that weighs how much each row attends to what it always reads."""
 
-    def select(self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None = None) -> torch.Tensor:
+    def select(
+        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As `Bound.select` says."""
         raise NotImplementedError
 
@@ -85,7 +91,8 @@ class Selector:
     def bind(
         self, q: torch.Tensor, keys: torch.Tensor, pyramid: Summaries | None, scale: float, softcap: float | None
     ) -> Bound:  # fmt: skip
-        """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query block's middle."""
+        """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query
+        block's middle."""
         raise NotImplementedError
 
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int] | None:
@@ -98,7 +105,10 @@ class Selector:
         return 0, 0
 
 
-Unplaced, Unsummarised = Bound, Selector  # the names by which rules outside of this package may know them
+Unplaced, Unsummarised = (
+    Bound,
+    Selector,
+)  # the names by which rules outside of this package may know them
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,8 @@ def never_dense(problem: AttentionProblem, config: HiPConfig, decoding: bool) ->
 
 @dataclass(frozen=True)
 class Method:
-    """A method, as its module declares it by the name `METHOD`; `hip_hf/registry.py` lists the modules.
+    """A method, as its module declares it by the name `METHOD`; `hip_hf/registry.py` lists the
+    modules.
 
     Args:
         summary: what it reads besides sink and window, for the table in the documentation.
@@ -187,7 +198,9 @@ class _Defaults(Selector):
     """What a rule that does not inherit from `Selector` lacks."""
 
     def __init__(self, config: HiPConfig | None = None) -> None:
-        if config is not None:  # else its own `__init__` says `super().__init__()`, and keeps the settings
+        if (
+            config is not None
+        ):  # else its own `__init__` says `super().__init__()`, and keeps the settings
             super().__init__(config)
 
 
@@ -197,9 +210,9 @@ def add_method(name: str, selector: type, options: type = NoOptions) -> None:
 
     `selector`: a class like `hip_hf.methods.base.Selector`. It need not inherit from that: what it
     lacks is taken from there, `budget` only if it has no `__init__` of its own. With a method
-    `cost(block, dim) -> (FLOPs, numbers loaded)` for one query block, `hip-hf fidelity` knows what it
-    costs. `options`: a dataclass of its settings; where that has a method `check(config)`, it raises
-    ValueError for settings that do not fit them.
+    `cost(block, dim) -> (FLOPs, numbers loaded)` for one query block, `hip-hf
+    fidelity` knows what it costs. `options`: a dataclass of its settings; where that has a method
+    `check(config)`, it raises ValueError for settings that do not fit them.
 
     Raises:
         ValueError: the name is taken.

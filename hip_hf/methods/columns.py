@@ -1,4 +1,5 @@
-"""What methods share that look at a few query rows of a call densely and take their attention for everyone's."""
+"""What methods share that look at a few query rows of a call densely and take their attention for
+everyone's."""
 
 from __future__ import annotations
 
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 64
 
 
-def attention_of(q: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    """Dense attention `[G, n, keys in sight]`, in fp32 at least, of the ascending rows `rows` of `q` `[G, Tq, D]`, whose last
-    row sits at the last of the keys `[T, D]`."""
+def attention_of(
+    q: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """Dense attention `[G, n, keys in sight]`, in fp32 at least, of the ascending rows `rows` of
+    `q` `[G, Tq, D]`, whose last row sits at the last of the keys `[T, D]`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     position = rows + (len(keys) - q.shape[1])
     keys = keys[: int(position[-1]) + 1].to(dtype)
@@ -40,7 +43,8 @@ def probe(
     softcap: float | None,
     take: Callable[[int, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """`take(head, rows, attention)` for all key heads and the query rows `rows`, a few at a time; heads in parallel."""
+    """`take(head, rows, attention)` for all key heads and the query rows `rows`, a few at a time;
+    heads in parallel."""
 
     def head(i: int) -> None:
         for some in rows.split(ROWS_AT_ONCE):
@@ -55,7 +59,8 @@ def block_sums(x: torch.Tensor, block_k: int) -> torch.Tensor:
 
 
 class ColumnSelector(base.Selector):
-    """A selector that looks at some rows of a call, once: what a block then chooses costs nothing."""
+    """A selector that looks at some rows of a call, once: what a block then chooses costs
+    nothing."""
 
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
         return 0, 0
@@ -79,7 +84,9 @@ class Columns(base.Bound):
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         """The best blocks of each middle."""
-        return torch.stack([self._best(heads, block).sort(dim=-1).values for block in blocks], dim=2)
+        return torch.stack(
+            [self._best(heads, block).sort(dim=-1).values for block in blocks], dim=2
+        )
 
     def _best(self, heads: slice, block: QueryBlock) -> torch.Tensor:
         scores = self.scores[heads, :, block.low : block.high]

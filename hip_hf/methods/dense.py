@@ -1,4 +1,5 @@
-"""Dense attention as a method, by name: for single layers, and as what the others are compared with."""
+"""Dense attention as a method, by name: for single layers, and as what the others are compared
+with."""
 
 from hip_hf.methods.base import Method
 

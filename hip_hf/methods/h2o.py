@@ -1,10 +1,12 @@
-"""H2O (arXiv 2306.14048): keys are evicted for good, those with the least attention accumulated so far go first.
+"""H2O (arXiv 2306.14048): keys are evicted for good, those with the least attention accumulated so
+far go first.
 
-Of the key blocks that have left the window, `budget` stay; whenever one joins them, the block with the least
-*accumulated mass* goes and does not come back. Mass is what the query blocks so far gave to the keys they read (their
-voting rows, `query_stride`), so a selection depends on earlier rows only. With a kept state decode goes on from there,
-and steps that select anew accumulate. Without history (a first call in the middle, after a crop) the first
-query block looks at every key. One pass over the query blocks, one after the other.
+Of the key blocks that have left the window, `budget` stay; whenever one joins them, the block with
+the least *accumulated mass* goes and does not come back. Mass is what the query blocks so far gave
+to the keys they read (their voting rows, `query_stride`), so a selection depends on earlier rows
+only. With a kept state decode goes on from there, and steps that select anew accumulate. Without
+history (a first call in the middle, after a crop) the first query block looks at every key. One
+pass over the query blocks, one after the other.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, decoding: bool) -
 class History:
     """What has been read so far; it stands where other methods keep their pyramid.
 
-    `mass` `[Hkv, S, blocks]`: accumulated attention of every key block. `kept` `[Hkv, S, n]`: the blocks that are still
-    there, of those before block `joined`; None without history.
+    `mass` `[Hkv, S, blocks]`: accumulated attention of every key block. `kept` `[Hkv, S, n]`: the
+    blocks that are still there, of those before block `joined`; None without history.
     """
 
     def __init__(self, block_k: int) -> None:
@@ -63,7 +65,8 @@ class History:
         self.blocks = max(self.blocks, blocks)
 
     def truncate(self, blocks: int) -> None:
-        """What was evicted on account of tokens that are gone cannot be undone: forget everything."""
+        """What was evicted on account of tokens that are gone cannot be undone: forget
+        everything."""
         self.blocks = blocks
         self.mass = self.kept = None
 
@@ -90,7 +93,13 @@ class Selector(base.Selector):
 
 class HeavyHitters(base.Bound):
     def __init__(
-        self, config: HiPConfig, q: torch.Tensor, keys: torch.Tensor, history: History, scale: float, softcap: float | None
+        self,
+        config: HiPConfig,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        history: History,
+        scale: float,
+        softcap: float | None,
     ) -> None:
         self.config, self.q, self.keys, self.scale, self.softcap = config, q, keys, scale, softcap
         self.chosen: dict[int, torch.Tensor] = {}  # by the query block's first position
@@ -100,12 +109,17 @@ class HeavyHitters(base.Bound):
         mass = torch.zeros(heads, self.shares, size, dtype=torch.float32, device=q.device)
         if history.mass is not None:
             mass[..., : history.mass.shape[-1]] = history.mass
-        for block in query_blocks(config, Span(0, 0, tokens, 0, rows, tokens - rows), rows <= DECODE_ROWS):
+        for block in query_blocks(
+            config, Span(0, 0, tokens, 0, rows, tokens - rows), rows <= DECODE_ROWS
+        ):
             kept = self._keep(history, mass, block)
             self.chosen[block.first] = history.kept = kept
             history.joined = block.high
             self._accumulate(mass, block, kept)
-        history.mass, history.blocks = mass, size  # of every key: whichever are cropped have had their part in it
+        history.mass, history.blocks = (
+            mass,
+            size,
+        )  # of every key: whichever are cropped have had their part in it
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
         return torch.stack([self.chosen[block.first][heads] for block in blocks], dim=2)
@@ -114,20 +128,40 @@ class HeavyHitters(base.Bound):
         return torch.arange(low, high, device=self.q.device).expand(len(self.keys), self.shares, -1)
 
     def _keep(self, history: History, mass: torch.Tensor, block: QueryBlock) -> torch.Tensor:
-        """The blocks that stay when the window moves on to where this query block has it, sorted."""
-        if history.kept is None or history.joined > block.high:  # or the window has moved back, after a crop
+        """The blocks that stay when the window moves on to where this query block has it,
+        sorted."""
+        if (
+            history.kept is None or history.joined > block.high
+        ):  # or the window has moved back, after a crop
             candidates = self._range(block.low, block.high)
             if candidates.shape[-1] > self.config.budget_blocks:
                 self._accumulate(mass, block, candidates)
         else:
-            candidates = torch.cat([history.kept, self._range(max(history.joined, block.low), block.high)], dim=-1)
-        return best(mass.gather(-1, candidates), candidates, self.config.budget_blocks).sort(dim=-1).values
+            candidates = torch.cat(
+                [history.kept, self._range(max(history.joined, block.low), block.high)], dim=-1
+            )
+        return (
+            best(mass.gather(-1, candidates), candidates, self.config.budget_blocks)
+            .sort(dim=-1)
+            .values
+        )
 
     def _accumulate(self, mass: torch.Tensor, block: QueryBlock, kept: torch.Tensor) -> None:
         """Add the attention of the query block's voting rows to the mass of what they read."""
-        size, device, dtype = self.config.block_k, self.q.device, torch.promote_types(self.q.dtype, torch.float32)
+        size, device, dtype = (
+            self.config.block_k,
+            self.q.device,
+            torch.promote_types(self.q.dtype, torch.float32),
+        )
         picked = (kept[..., None] * size + torch.arange(size, device=device)).flatten(-2)
-        read = torch.cat([self._range(0, block.sink_end), picked, self._range(block.window_start, block.last + 1)], dim=-1)
+        read = torch.cat(
+            [
+                self._range(0, block.sink_end),
+                picked,
+                self._range(block.window_start, block.last + 1),
+            ],
+            dim=-1,
+        )
         heads = torch.arange(len(self.keys), device=device)[:, None, None]
         rows = torch.tensor(list(sampled_rows(self.config, block)), device=device)
         q = self.q[:, :, rows].to(dtype) * self.scale  # [Hkv, G, n, D]
@@ -139,4 +173,8 @@ class HeavyHitters(base.Bound):
         mass.scatter_add_(-1, read // size, attention.to(mass.dtype))
 
 
-METHOD = base.Method("what has gathered most attention so far; the rest is evicted for good", Selector, dense_reason=dense_reason)
+METHOD = base.Method(
+    "what has gathered most attention so far; the rest is evicted for good",
+    Selector,
+    dense_reason=dense_reason,
+)

@@ -1,20 +1,25 @@
-"""HiP's tree search (HiP, arXiv 2406.09827, section 3): the key blocks with the most attention, in O(log T) per query block.
+"""HiP's tree search (HiP, arXiv 2406.09827, section 3): the key blocks with the most attention, in
+O(log T) per query block.
 
-The search descends the pyramid of chunk summaries (`pyramid.py`). At each level it scores its candidate chunks
-for a query block, keeps the best, and replaces each by its two halves, down to single key blocks:
+The search descends the pyramid of chunk summaries (`pyramid.py`). At each level it scores its
+candidate chunks for a query block, keeps the best, and replaces each by its two halves, down to
+single key blocks:
 
     level 3   [       |       |       |       ]        start: few enough chunks to score them all
-    level 2       [   |   ]       [   |   ]     [  ]   children of the kept, and a chunk at the middle's edge
-    level 1       [ | ]             [ | ]
-    level 0        []               [][]               the `budget / block_k` best blocks are attended
+    level 2       [   |   ]       [   |   ]     [  ]   children of the kept, and a chunk at the
+    middle's edge level 1       [ | ]             [ | ]
+    level 0        []               [][]               the `budget / block_k` best blocks are
+    attended
 
-Only complete chunks that lie wholly inside the *middle* (what is between sink and window, `QueryBlock.low` to
-`high`) are candidates, so no summary holds a key that the block may not see. Where a coarse chunk would straddle an
-edge of the middle, its child stands in its place at the child's level: at most one at either end of each level.
-With these, the candidates cover every block of the middle exactly once; no key is overlooked.
+Only complete chunks that lie wholly inside the *middle* (what is between sink and window,
+`QueryBlock.low` to `high`) are candidates, so no summary holds a key that the block may not see.
+Where a coarse chunk would straddle an edge of the middle, its child stands in its place at the
+child's level: at most one at either end of each level. With these, the candidates cover every block
+of the middle exactly once; no key is overlooked.
 
-With `rescore`, the best blocks of level 0 are judged again by all of their keys. A search that would start at level 0 needs no
-summaries: it looks at all keys of the middle, and twice as many rows vote in it.
+With `rescore`, the best blocks of level 0 are judged again by all of their keys. A search that
+would start at level 0 needs no summaries: it looks at all keys of the middle, and twice as many
+rows vote in it.
 """
 
 from __future__ import annotations
@@ -29,7 +34,15 @@ import torch
 from hip_hf.cache.pages import KeyRows, block_index, head_rows_of
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
-from hip_hf.methods.need import asked_rows, highest, sample_level, sampled_chunks, sampled_keys, votes_of, walkers_of
+from hip_hf.methods.need import (
+    asked_rows,
+    highest,
+    sample_level,
+    sampled_chunks,
+    sampled_keys,
+    votes_of,
+    walkers_of,
+)
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best, read_on, sampled_rows
 from hip_hf.rope import Positions, farthest_chunk, rotate
@@ -40,15 +53,17 @@ if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.state import Summaries
 
-# Bytes of summaries or keys that are gathered before they are scored: what is still in cache need not be fetched again.
+# Bytes of summaries or keys that are gathered before they are scored: what is still in cache need
+# not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
 class Options:
-    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which a row's need is estimated.
-    `descent`: of the votes by need, one in so many walks the tree, the neediest; all of them score what these find. `onward`: the
-    share of a block's score, by the mass in its keys, that the block after it gets as well, 0 to 1."""
+    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which
+    a row's need is estimated. `descent`: of the votes by need, one in so many walks the tree, the
+    neediest; all of them score what these find. `onward`: the share of a block's score, by the mass
+    in its keys, that the block after it gets as well, 0 to 1."""
 
     weight: float = 0.5
     sample: int = 768
@@ -59,16 +74,25 @@ class Options:
         for name in ("weight", "onward"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value <= 1:
-                raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: 0 to 1")
+                raise ValueError(
+                    f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: 0 to 1"
+                )
         for name, least in (("sample", 2), ("descent", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: an integer >= {least}")
+                raise ValueError(
+                    f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: an integer >= {least}"
+                )
 
 
 def start_level(config: HiPConfig, low: int, high: int) -> int:
-    """The smallest level at which blocks `low` to `high` make at most `start_blocks` chunks, or `coarsest`."""
-    limit = (config.coarsest // config.block_k).bit_length() - 1 if config.coarsest else high.bit_length()
+    """The smallest level at which blocks `low` to `high` make at most `start_blocks` chunks, or
+    `coarsest`."""
+    limit = (
+        (config.coarsest // config.block_k).bit_length() - 1
+        if config.coarsest
+        else high.bit_length()
+    )
     level = 0
     while level < limit and (high >> level) - _ceil_shift(low, level) > config.start_blocks:
         level += 1
@@ -76,8 +100,8 @@ def start_level(config: HiPConfig, low: int, high: int) -> int:
 
 
 def looked_at_whole(config: HiPConfig, low: int, high: int) -> bool:
-    """Whether blocks `low` to `high` are few enough to score all of them with all their keys, without a descent: no more than a
-    search starts with."""
+    """Whether blocks `low` to `high` are few enough to score all of them with all their keys,
+    without a descent: no more than a search starts with."""
     return config.rescore_blocks > 0 and high - low <= config.start_blocks
 
 
@@ -86,7 +110,8 @@ def _ceil_shift(x, level: int):  # type: ignore[no-untyped-def]  # of an int or 
 
 
 def onward_of(config: HiPConfig) -> float:
-    """The share of a block's score that the block after it gets as well: none of best logits, which are no shares."""
+    """The share of a block's score that the block after it gets as well: none of best logits, which
+    are no shares."""
     return float(config.method_options().onward) if config.score == "mass" else 0.0
 
 
@@ -99,7 +124,9 @@ class Selector(base.Selector):
     def __init__(self, config: HiPConfig) -> None:
         super().__init__(config)
         options = config.method_options()
-        self.representative: Representative = make_representative(config.representative, options.weight)
+        self.representative: Representative = make_representative(
+            config.representative, options.weight
+        )
         self.asks_need = config.vote == "need"
 
     def make_pyramid(self, dtype: torch.dtype) -> Pyramid:
@@ -121,12 +148,19 @@ class Selector(base.Selector):
         walked, looked = scored * features, min(exact, candidates) * config.block_k * dim
         if config.vote == "sampled":
             return len(sampled_rows(config, block)) * 2 * (walked + looked), walked + looked
-        # of one query head: heads that share a mask have as many votes together as alone, but for rounding
-        asked, voters, sampled = len(asked_rows(config, block.rows)), votes_of(config, block.rows, 1, whole), 0
+        # of one query head: heads that share a mask have as many votes together as alone, but for
+        # rounding
+        asked, voters, sampled = (
+            len(asked_rows(config, block.rows)),
+            votes_of(config, block.rows, 1, whole),
+            0,
+        )
         walkers = voters
         if voters < asked:
             walkers = walkers_of(config, voters)
-            first, end = sampled_chunks(config, block.low, block.high, sample_level(config, block.low, block.high, most))
+            first, end = sampled_chunks(
+                config, block.low, block.high, sample_level(config, block.low, block.high, most)
+            )
             sampled = end - first
         products = walkers * walked + voters * looked + asked * sampled * dim
         return 2 * products, walked + looked + sampled * dim
@@ -134,7 +168,8 @@ class Selector(base.Selector):
     def bind(
         self, q: torch.Tensor, keys: KeyRows, pyramid: Summaries | None, scale: float, softcap: float | None
     ) -> TreeSearch:  # fmt: skip
-        """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every block searched."""
+        """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every block
+        searched."""
         assert isinstance(pyramid, Pyramid)
         return TreeSearch(self.config, self.representative, q, keys, pyramid, scale, softcap)
 
@@ -151,13 +186,18 @@ class TreeSearch(base.BoundByNeed):
     positions: Positions | None = None  # chunk-indexed, where the context is extended
 
     def chunk_indexed(self, positions: Positions) -> TreeSearch:
-        """The search in which a chunk that is `n` chunks of its level before the window counts as `n` keys farther away."""
+        """The search in which a chunk that is `n` chunks of its level before the window counts as
+        `n` keys farther away."""
         return replace(self, positions=positions)
 
-    def select(self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None = None) -> torch.Tensor:
-        """Sorted block indices `[heads, S, len(blocks), budget / block_k]`; `S` is 1 for a shared mask, else G.
+    def select(
+        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sorted block indices `[heads, S, len(blocks), budget / block_k]`; `S` is 1 for a shared
+        mask, else G.
 
-        `near` `[heads, G, rows]`: log-sum-exp of each row of `blocks` over sink, window and own block; for votes by need."""
+        `near` `[heads, G, rows]`: log-sum-exp of each row of `blocks` over sink, window and own
+        block; for votes by need."""
         parts, row = [], 0
         most = self.config.method_options().sample
 
@@ -170,19 +210,31 @@ class TreeSearch(base.BoundByNeed):
             some = list(run)
             own = None if near is None else near[:, :, row : row + len(some) * rows]
             votes = self._votes(heads, some, own, sampled, level is None)
-            parts.append(self._whole(heads, some, *votes[:2]) if level is None else self._search(heads, some, level, *votes))
+            parts.append(
+                self._whole(heads, some, *votes[:2])
+                if level is None
+                else self._search(heads, some, level, *votes)
+            )
             row += len(some) * rows
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _votes(
-        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None, level: int, whole: bool
+        self,
+        heads: slice,
+        blocks: list[QueryBlock],
+        near: torch.Tensor | None,
+        level: int,
+        whole: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-        """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, the log-sum-exp of what each always reads, and
-        how many of them, the first, walk the tree. The need is estimated from a key of each chunk of `2 ** level` keys;
-        `whole`: there is no tree to walk, and more rows vote."""
+        """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, the log-sum-exp
+        of what each always reads, and how many of them, the first, walk the tree. The need is
+        estimated from a key of each chunk of `2 ** level` keys; `whole`: there is no tree to walk,
+        and more rows vote."""
         config, rows, first = self.config, blocks[0].rows, blocks[0].row
         if near is None:
-            index = torch.tensor([list(sampled_rows(config, block)) for block in blocks], device=self.q.device)
+            index = torch.tensor(
+                [list(sampled_rows(config, block)) for block in blocks], device=self.q.device
+            )
             q = self._grouped(self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale)
             return q, None, q.shape[2]
         # query blocks of one call follow one another
@@ -202,27 +254,43 @@ class TreeSearch(base.BoundByNeed):
             walkers = best(need.gather(-1, chosen), every[..., :count], walking)
             walks = torch.zeros_like(chosen).scatter_(-1, walkers, 1)
             chosen = chosen.gather(-1, walks.argsort(dim=-1, descending=True, stable=True))
-        return q.gather(2, chosen[..., None].expand(*chosen.shape, q.shape[-1])), near.gather(2, chosen), walking
+        return (
+            q.gather(2, chosen[..., None].expand(*chosen.shape, q.shape[-1])),
+            near.gather(2, chosen),
+            walking,
+        )
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
-        """`[heads, G, P, R, n]` -> `[heads, S * P, rows of all heads that share a mask, n]`, by position."""
+        """`[heads, G, P, R, n]` -> `[heads, S * P, rows of all heads that share a mask, n]`, by
+        position."""
         if self.config.group_shared:
             return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
         return x.flatten(1, 2).contiguous()
 
-    def _highest(self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int) -> torch.Tensor:
-        """Largest logit `[heads, S * P, R]` of scaled queries `[heads, S * P, R, D]` for the sampled keys of each middle."""
+    def _highest(
+        self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int
+    ) -> torch.Tensor:
+        """Largest logit `[heads, S * P, R]` of scaled queries `[heads, S * P, R, D]` for the
+        sampled keys of each middle."""
         spans = [sampled_chunks(self.config, block.low, block.high, level) for block in blocks]
         start, stop = min(first for first, _ in spans), max(end for _, end in spans)
         keys = sampled_keys(self.keys[heads], start, stop, level, q.dtype)
-        out = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        out = torch.empty(
+            q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
+        )
         for i in range(q.shape[1]):
             first, end = spans[i % len(blocks)]
             out[:, i] = highest(q[:, i], keys[:, first - start : end - start], self.softcap)
         return out
 
     def _search(
-        self, heads: slice, blocks: list[QueryBlock], level: int, q: torch.Tensor, near: torch.Tensor | None, walking: int
+        self,
+        heads: slice,
+        blocks: list[QueryBlock],
+        level: int,
+        q: torch.Tensor,
+        near: torch.Tensor | None,
+        walking: int,
     ) -> torch.Tensor:
         """`q`, `near` and `walking` as `_votes` gives them."""
         config, device = self.config, self.q.device
@@ -232,7 +300,8 @@ class TreeSearch(base.BoundByNeed):
         low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)  # [P]
         high = torch.tensor([block.high for block in blocks], device=device).repeat(shares)
 
-        # Start: every query block meets the same tile of chunks, so this level is one matrix product.
+        # Start: every query block meets the same tile of chunks, so this level is one matrix
+        # product.
         first, last = _ceil_shift(low, level), high >> level
         tile = slice(min(-(-b.low >> level) for b in blocks), max(b.high >> level for b in blocks))
         ids = torch.arange(tile.start, tile.stop, device=device).expand(q.shape[0], len(low), -1)
@@ -246,7 +315,8 @@ class TreeSearch(base.BoundByNeed):
         ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         while level > 0:
-            # so many are there: one level below the start, each middle has more than twice as many, two of them at its edges
+            # so many are there: one level below the start, each middle has more than twice as many,
+            # two of them at its edges
             ids = best(scores, ids, config.beam_blocks)
             level -= 1
             was_first, was_last = first, last
@@ -265,11 +335,16 @@ class TreeSearch(base.BoundByNeed):
         ids = best(scores, ids, config.budget_blocks).sort(dim=-1).values
         return ids.unflatten(1, (shares, len(blocks)))
 
-    def _whole(self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, near: torch.Tensor | None) -> torch.Tensor:
+    def _whole(
+        self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, near: torch.Tensor | None
+    ) -> torch.Tensor:
         """As `_search`, of middles that are looked at whole: their keys are read as they lie."""
         config, size, device = self.config, self.config.block_k, self.q.device
         first, end = min(block.low for block in blocks), max(block.high for block in blocks)
-        ids, keys = torch.arange(first, end, device=device), self.keys[heads, first * size : end * size].to(q.dtype)
+        ids, keys = (
+            torch.arange(first, end, device=device),
+            self.keys[heads, first * size : end * size].to(q.dtype),
+        )
         dtype = torch.promote_types(q.dtype, torch.float32)
         scores = torch.full((*q.shape[:2], end - first), -torch.inf, dtype=dtype, device=device)
         for item in range(q.shape[1]):
@@ -282,11 +357,16 @@ class TreeSearch(base.BoundByNeed):
             found = None if near is None else near[:, item]
             scores[:, item, some] = aggregate(logits, config.score, self.softcap, None, found, size)
         read_on(scores, ids.expand(scores.shape), onward_of(config))
-        chosen = best(scores, ids.expand(scores.shape), config.budget_blocks)  # there are more in every middle
+        chosen = best(
+            scores, ids.expand(scores.shape), config.budget_blocks
+        )  # there are more in every middle
         return chosen.sort(dim=-1).values.unflatten(1, (-1, len(blocks)))
 
-    def _gather(self, heads: slice, level: int, ids: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`; `end` `[P]`: the chunk after the last one."""
+    def _gather(
+        self, heads: slice, level: int, ids: torch.Tensor, end: torch.Tensor
+    ) -> torch.Tensor:
+        """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`; `end` `[P]`: the
+        chunk after the last one."""
         table = self.pyramid.levels[level][heads]
         out = scratch.take("summaries", (*ids.shape, table.shape[-1]), table)
         for head in range(len(ids)):
@@ -297,10 +377,15 @@ class TreeSearch(base.BoundByNeed):
         turned = scratch.take("turned", out.shape, out)
         return self.representative.turned(out, cos, sin, self.q.shape[-1], turned)
 
-    def _angles(self, ids: torch.Tensor, end: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine `[heads, P, M, R / 2]` by which chunks are turned back: a position for each chunk up to the window."""
+    def _angles(
+        self, ids: torch.Tensor, end: torch.Tensor, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine `[heads, P, M, R / 2]` by which chunks are turned back: a position for
+        each chunk up to the window."""
         assert self.positions is not None
-        return self.positions.chunk_angles(ids, end, farthest_chunk(self.positions, self.config), like)
+        return self.positions.chunk_angles(
+            ids, end, farthest_chunk(self.positions, self.config), like
+        )
 
     def _scores(
         self,
@@ -312,17 +397,22 @@ class TreeSearch(base.BoundByNeed):
         invalid: torch.Tensor,
         near: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Scores `[heads, P, M]` of the chunks `ids` that each of P query blocks has for itself; features `[heads, P, R, F]`.
+        """Scores `[heads, P, M]` of the chunks `ids` that each of P query blocks has for itself;
+        features `[heads, P, R, F]`.
 
         `invalid`, `[P, m]`, masks the last of them; `near` as `_votes` gives it.
         """
         table, (heads_here, count, rows, _) = self.pyramid.levels[level], features.shape
         logits = scratch.take("logits", (heads_here, count, rows, ids.shape[-1]), features)
         size = max(1, GATHERED_AT_ONCE // (ids.shape[-1] * table.shape[-1] * table.itemsize))
-        # all heads of a decode step's row at once, of which there is little; of more rows head by head
+        # all heads of a decode step's row at once, of which there is little; of more rows head by
+        # head
         each = heads_here if count == 1 or heads_here * count <= size else 1
         for head in range(0, heads_here, each):
-            some, lane = slice(heads.start + head, heads.start + head + each), slice(head, head + each)
+            some, lane = (
+                slice(heads.start + head, heads.start + head + each),
+                slice(head, head + each),
+            )
             for at in range(0, count, size):
                 part = slice(at, at + size)
                 summaries = self._gather(some, level, ids[lane, part], end[part])
@@ -330,27 +420,40 @@ class TreeSearch(base.BoundByNeed):
                 self._logits(features[lane, part].flatten(0, 1), summaries.flatten(0, 1), out=into)
         return self._aggregate(logits, invalid, near, level)
 
-    def _logits(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def _logits(
+        self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits `[N, rows, M]` of features `[N, rows, F]` and summaries `[N, M, F]`."""
         if out is None:
             out = scratch.take("logits", (len(a), a.shape[1], b.shape[1]), a)
         return torch.bmm(a, b.transpose(1, 2), out=out)
 
-    def _aggregate(self, logits: torch.Tensor, invalid: torch.Tensor, near: torch.Tensor | None, level: int) -> torch.Tensor:
+    def _aggregate(
+        self, logits: torch.Tensor, invalid: torch.Tensor, near: torch.Tensor | None, level: int
+    ) -> torch.Tensor:
         if near is not None:
-            # a chunk's logit stands for each of its keys: what is read anyway counts as so many chunks
+            # a chunk's logit stands for each of its keys: what is read anyway counts as so many
+            # chunks
             near = near - math.log(self.config.block_k << level)
         return aggregate(logits, self.config.score, self.softcap, invalid, near)
 
     def _exact(
-        self, heads: slice, q: torch.Tensor, ids: torch.Tensor, high: torch.Tensor, near: torch.Tensor | None
+        self,
+        heads: slice,
+        q: torch.Tensor,
+        ids: torch.Tensor,
+        high: torch.Tensor,
+        near: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Scores of key blocks `ids` `[heads, P, M]` by all their keys; `high` `[P]`: the block that the window begins with."""
+        """Scores of key blocks `ids` `[heads, P, M]` by all their keys; `high` `[P]`: the block
+        that the window begins with."""
         keys, size = self.keys[heads], self.config.block_k
         missing = ids == NO_CHUNK
         ids = ids.masked_fill(missing, 0)
         lanes, index = head_rows_of(keys, size), block_index(keys, ids, size)
-        scores = torch.empty(ids.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        scores = torch.empty(
+            ids.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
+        )
         count, dim = ids.shape[2], keys.shape[-1]
         units = index.shape[2] // count  # of each block
         most = min(count, max(1, GATHERED_AT_ONCE // (size * dim * keys.dtype.itemsize)))
@@ -362,25 +465,46 @@ class TreeSearch(base.BoundByNeed):
                 flat = picked[:, : (end - at) * units]
                 for head, lane in enumerate(lanes):
                     lane.take(index[head, item, at * units : end * units], flat[head])
-                flat = self._turned(flat.reshape(len(ids), -1, dim).to(q.dtype), ids[:, item, at:end], high[item])
-                torch.bmm(q[:, item], flat.transpose(1, 2), out=logits[:, :, at * size : end * size])
+                flat = self._turned(
+                    flat.reshape(len(ids), -1, dim).to(q.dtype), ids[:, item, at:end], high[item]
+                )
+                torch.bmm(
+                    q[:, item], flat.transpose(1, 2), out=logits[:, :, at * size : end * size]
+                )
             invalid = missing[:, item].repeat_interleave(size, -1)
             own = None if near is None else near[:, item]
-            scores[:, item] = aggregate(logits, self.config.score, self.softcap, invalid if invalid.any() else None, own, size)
+            scores[:, item] = aggregate(
+                logits,
+                self.config.score,
+                self.softcap,
+                invalid if invalid.any() else None,
+                own,
+                size,
+            )
         return scores
 
     def _turned(self, keys: torch.Tensor, ids: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Keys `[heads, M * block_k, D]` of the blocks `ids` `[heads, M]`, as a query block whose window begins with block `high`
-        sees them."""
+        """Keys `[heads, M * block_k, D]` of the blocks `ids` `[heads, M]`, as a query block whose
+        window begins with block `high` sees them."""
         if self.positions is None:
             return keys
         angles = self._angles(ids[:, None], high[None], keys)
-        cos, sin = (x[:, 0].repeat_interleave(self.config.block_k, 1) for x in angles)  # a block's keys turn alike
+        cos, sin = (
+            x[:, 0].repeat_interleave(self.config.block_k, 1) for x in angles
+        )  # a block's keys turn alike
         return rotate(keys, cos, sin, back=True, out=scratch.take("turned", keys.shape, keys))
 
 
 # The settings of the paper.
-PAPER = dict(vote="sampled", query_stride=4, representative="middle", score="max", beam=1, rescore=1, decode_refresh=8)
+PAPER = dict(
+    vote="sampled",
+    query_stride=4,
+    representative="middle",
+    score="max",
+    beam=1,
+    rescore=1,
+    decode_refresh=8,
+)
 
 METHOD = base.Method(
     "the best key blocks, found by a tree search, O(log T) per query block",

@@ -1,20 +1,25 @@
-"""HyperAttention (arXiv 2310.05869): dense attention estimated in near-linear time, by hashing and by sampling.
+"""HyperAttention (arXiv 2310.05869): dense attention estimated in near-linear time, by hashing and
+by sampling.
 
-Causal attention is split. Short stretches (`min_seq_len`) are computed exactly; of a longer one the two halves are
-split further, and the square between them, the second half's queries against the first half's keys, is estimated:
+Causal attention is split. Short stretches (`min_seq_len`) are computed exactly; of a longer one the
+two halves are split further, and the square between them, the second half's queries against the
+first half's keys, is estimated:
 
     keys ->   exact
-              square  exact                 square = own block (keys that hash alike, exact) + a sample of the others
-              square  square  exact
-              square  square  square  exact       (an 8th; the squares of one size touch each row once)
+              square  exact                 square = own block (keys that hash alike, exact) + a
+              sample of the others square  square  exact
+              square  square  square  exact       (an 8th; the squares of one size touch each row
+              once)
 
-Queries and keys of a square are sorted by an angular hash whose neighbouring buckets are neighbours in space; each
-block of queries attends exactly to the block of keys at the same place in the order, its *own block*, and to
-`sample_size` keys drawn uniformly from the square, each of which counts for `keys / sample_size` keys unless it is
-in the own block, where it has been counted already. The softmax's denominator is thus estimated without bias.
+Queries and keys of a square are sorted by an angular hash whose neighbouring buckets are neighbours
+in space; each block of queries attends exactly to the block of keys at the same place in the order,
+its *own block*, and to `sample_size` keys drawn uniformly from the square, each of which counts for
+`keys / sample_size` keys unless it is in the own block, where it has been counted already. The
+softmax's denominator is thus estimated without bias.
 
-This is an `Attention`: it selects no key blocks, it computes output and log-sum-exp itself. Decode is dense over the
-cache. The paper's quality figures hold when only some layers are replaced (`HiPConfig.layers`).
+This is an `Attention`: it selects no key blocks, it computes output and log-sum-exp itself. Decode
+is dense over the cache. The paper's quality figures hold when only some layers are replaced
+(`HiPConfig.layers`).
 """
 
 from __future__ import annotations
@@ -34,8 +39,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """`lsh_num_projs`: bits of the hash. `block_size`: keys of the own block. `sample_size`: keys sampled; 0 leaves the
-    rest of a square out. `min_seq_len`: up to so many keys, exact. The defaults are the paper's."""
+    """`lsh_num_projs`: bits of the hash. `block_size`: keys of the own block. `sample_size`: keys
+    sampled; 0 leaves the rest of a square out. `min_seq_len`: up to so many keys, exact. The
+    defaults are the paper's."""
 
     lsh_num_projs: int = 7
     block_size: int = 256
@@ -43,12 +49,24 @@ class Options:
     min_seq_len: int = 4096
 
     def __post_init__(self) -> None:
-        ranges = dict(lsh_num_projs=(1, 30), block_size=(1, None), sample_size=(0, None), min_seq_len=(1, None))
+        ranges = dict(
+            lsh_num_projs=(1, 30),
+            block_size=(1, None),
+            sample_size=(0, None),
+            min_seq_len=(1, None),
+        )
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low or (high and value > high):
+            if (
+                not isinstance(value, int)
+                or isinstance(value, bool)
+                or value < low
+                or (high and value > high)
+            ):
                 allowed = f"an integer >= {low}" if high is None else f"{low} to {high}"
-                raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: {allowed}")
+                raise ValueError(
+                    f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: {allowed}"
+                )
 
 
 def dense_reason(problem: AttentionProblem, config: HiPConfig, decoding: bool) -> tuple[str, bool]:
@@ -74,7 +92,8 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Square:
-    """Rows at positions `first` to `end - 1` against all the keys `key_first` to `key_end - 1`, which come before them."""
+    """Rows at positions `first` to `end - 1` against all the keys `key_first` to `key_end - 1`,
+    which come before them."""
 
     first: int
     end: int
@@ -91,8 +110,9 @@ class Square:
 
 
 def split(first: int, end: int, longest: int) -> tuple[list[Leaf], list[list[Square]]]:
-    """Causal attention of the rows `first` to `end - 1` over the keys from 0 on, taken apart: every pair of a row and a key
-    in its sight is in one leaf or one square. Squares of one list share no row."""
+    """Causal attention of the rows `first` to `end - 1` over the keys from 0 on, taken apart: every
+    pair of a row and a key in its sight is in one leaf or one square. Squares of one list share no
+    row."""
     if end <= longest:
         return [Leaf(first, end, 0)], []
     leaves: list[Leaf] = []
@@ -115,8 +135,9 @@ def split(first: int, end: int, longest: int) -> tuple[list[Leaf], list[list[Squ
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the sorted rows and keys of a square meet: query block `i` holds the rows of rank `i * rows` on (the last may be
-    short), its own block the `size` keys from rank `starts[i]` on. Blocks may overlap in keys, never in rows."""
+    """How the sorted rows and keys of a square meet: query block `i` holds the rows of rank
+    `i * rows` on (the last may be short), its own block the `size` keys from rank `starts[i]` on.
+    Blocks may overlap in keys, never in rows."""
 
     rows: int
     size: int
@@ -125,10 +146,16 @@ class Tiling:
 
 
 def tile(square: Square, options: Options, device: torch.device) -> Tiling:
-    """Own blocks lie at the same relative place in the keys' order as their rows in the rows' order."""
+    """Own blocks lie at the same relative place in the keys' order as their rows in the rows'
+    order."""
     size = min(options.block_size, square.keys)
-    # where there are fewer rows than keys, shorter blocks of rows, so that their hashes stay as close together
-    rows = min(max(-(-options.block_size * square.rows // square.keys), 16), options.block_size, square.rows)
+    # where there are fewer rows than keys, shorter blocks of rows, so that their hashes stay as
+    # close together
+    rows = min(
+        max(-(-options.block_size * square.rows // square.keys), 16),
+        options.block_size,
+        square.rows,
+    )
     blocks = -(-square.rows // rows)
     centre = (torch.arange(blocks, device=device) * rows + rows / 2) * (square.keys / square.rows)
     starts = (centre - size / 2).round().long().clamp(0, square.keys - size)
@@ -137,14 +164,15 @@ def tile(square: Square, options: Options, device: torch.device) -> Tiling:
 
 
 def projections(options: Options, dim: int, seed: int, device: torch.device) -> torch.Tensor:
-    """Random directions `[dim, lsh_num_projs]`, fp32; the same for all heads and for queries and keys."""
+    """Random directions `[dim, lsh_num_projs]`, fp32; the same for all heads and for queries and
+    keys."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(dim, options.lsh_num_projs, generator=generator, device="cpu").to(device)
 
 
 def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """Angular hash of vectors `[..., D]`: int64 `[...]`, the rank of their signs in Gray code, so that buckets next to each
-    other differ in one sign."""
+    """Angular hash of vectors `[..., D]`: int64 `[...]`, the rank of their signs in Gray code, so
+    that buckets next to each other differ in one sign."""
     signs = (x.float() @ directions > 0).long()
     code = (signs << torch.arange(signs.shape[-1], device=x.device)).sum(-1)
     for shift in (16, 8, 4, 2, 1):
@@ -153,17 +181,20 @@ def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
 
 
 def sampled_ranks(square: Square, samples: int, seed: int, device: torch.device) -> torch.Tensor:
-    """Ranks of the sampled keys in the sorted order, int64 `[samples]`: each key once at most, its own draw for every square,
-    the same whatever else is in the batch. All heads share it, so that a process which holds some of them draws the same;
-    each head has an order of its own, so they sample different keys."""
+    """Ranks of the sampled keys in the sorted order, int64 `[samples]`: each key once at most, its
+    own draw for every square, the same whatever else is in the batch. All heads share it, so that a
+    process which holds some of them draws the same; each head has an order of its own, so they
+    sample different keys."""
     place = (square.first * 1_000_003 + square.key_first) * 1_000_003 + square.key_end
     generator = torch.Generator("cpu").manual_seed((seed * 1_000_033 + place) % 2**63)
     return torch.randperm(square.keys, generator=generator, device="cpu")[:samples].to(device)
 
 
-def flops(options: Options, first: int, end: int, dim: int, value_dim: int, since: int = 0) -> tuple[int, int, int]:
-    """FLOPs of hashing and of attention, and keys read, for one query head's rows `first` to `end - 1`, of which those from
-    `since` on count."""
+def flops(
+    options: Options, first: int, end: int, dim: int, value_dim: int, since: int = 0
+) -> tuple[int, int, int]:
+    """FLOPs of hashing and of attention, and keys read, for one query head's rows `first` to
+    `end - 1`, of which those from `since` on count."""
     leaves, levels = split(first, end, options.min_seq_len)
     since, read = max(first, since), 0
     for leaf in leaves:
@@ -171,7 +202,10 @@ def flops(options: Options, first: int, end: int, dim: int, value_dim: int, sinc
         read += max(0, high * (high + 1) // 2 - low * (low + 1) // 2)
     products = read
     for square in (square for level in levels for square in level):
-        own, rows = tile(square, options, torch.device("cpu")), max(0, square.end - max(square.first, since))
+        own, rows = (
+            tile(square, options, torch.device("cpu")),
+            max(0, square.end - max(square.first, since)),
+        )
         products += rows * (own.size + own.samples)
         # a sampled key in the own block is read there; on average so many are
         read += rows * (own.size + own.samples * (square.keys - own.size) // square.keys)
@@ -181,8 +215,8 @@ def flops(options: Options, first: int, end: int, dim: int, value_dim: int, sinc
 
 def sized(config: HiPConfig, tokens: int) -> dict[str, int]:
     """Options with which a row of a text of `tokens` reads about as many keys, on average, as the
-    settings say. A row meets half a leaf, and in half of the levels an own block and a sample, which
-    are made alike.
+    settings say. A row meets half a leaf, and in half of the levels an own block and a sample,
+    which are made alike.
     """
     keys = config.sink + config.budget + config.window + config.block_q // 2
     leaf, levels = tokens, 0

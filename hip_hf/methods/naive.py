@@ -1,11 +1,14 @@
-"""The tree search of `hip.py` once more, written down with loops and lists for one query block: to be read, and for the tests.
+"""The tree search of `hip.py` once more, written down with loops and lists for one query block: to
+be read, and for the tests.
 
-What `hip.py` finds for many query blocks and heads at once by products of matrices, this finds chunk by chunk and vote by vote.
-The tests hold the two equal, block for block. Nothing of the package is used but the settings.
+What `hip.py` finds for many query blocks and heads at once by products of matrices, this finds
+chunk by chunk and vote by vote. The tests hold the two equal, block for block. Nothing of the
+package is used but the settings.
 
-The keys between sink and window, the *middle*, are cut into blocks of `block_k` keys; a chunk of level `n` is `2 ** n` blocks
-that follow one another. A *vote* is a query row that has a say, and what it finds in sink and window: the log-sum-exp of its
-logits there, or None if that is not to count.
+The keys between sink and window, the *middle*, are cut into blocks of `block_k` keys; a chunk of
+level `n` is `2 ** n` blocks that follow one another. A *vote* is a query row that has a say, and
+what it finds in sink and window: the log-sum-exp of its logits there, or None if that is not to
+count.
 """
 
 from __future__ import annotations
@@ -19,8 +22,12 @@ import torch
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-Vote: TypeAlias = tuple[torch.Tensor, float | None]  # the row `[D]`, and its log-sum-exp over sink and window
-Chunk: TypeAlias = tuple[int, int]  # level, index: the keys [index * size, (index + 1) * size) with size = block_k << level
+Vote: TypeAlias = tuple[
+    torch.Tensor, float | None
+]  # the row `[D]`, and its log-sum-exp over sink and window
+Chunk: TypeAlias = tuple[
+    int, int
+]  # level, index: the keys [index * size, (index + 1) * size) with size = block_k << level
 
 
 def log_sum_exp(logits: list[float]) -> float:
@@ -31,9 +38,11 @@ def log_sum_exp(logits: list[float]) -> float:
 
 @dataclass
 class Search:
-    """One search: settings, the keys `[T, D]` of one head, the votes, and the middle `[low, high)` in key blocks.
+    """One search: settings, the keys `[T, D]` of one head, the votes, and the middle `[low, high)`
+    in key blocks.
 
-    `weight`: share of the bound in `blend`. `walking`: so many of the votes, the first, walk the tree; None: all.
+    `weight`: share of the bound in `blend`. `walking`: so many of the votes, the first, walk the
+    tree; None: all.
     """
 
     config: HiPConfig
@@ -47,7 +56,8 @@ class Search:
     walking: int | None = None
 
     def run(self) -> list[int]:
-        """The selected blocks: start with few chunks, keep the best, look at their halves, down to single blocks."""
+        """The selected blocks: start with few chunks, keep the best, look at their halves, down to
+        single blocks."""
         config = self.config
         if config.rescore_blocks and self.high - self.low <= 2 * config.beam_blocks:
             return sorted(best(self.judged(list(range(self.low, self.high))), config.budget_blocks))
@@ -71,13 +81,20 @@ class Search:
 
     def complete(self, level: int) -> list[int]:
         """Chunks of a level that lie wholly in the middle."""
-        begin, end, size = self.low * self.config.block_k, self.high * self.config.block_k, self.size(level)
+        begin, end, size = (
+            self.low * self.config.block_k,
+            self.high * self.config.block_k,
+            self.size(level),
+        )
         return [i for i in range(end // size + 1) if begin <= i * size and (i + 1) * size <= end]
 
     def start(self) -> int:
         """The level to start with: the smallest that has few enough chunks."""
         level = 0
-        while len(self.complete(level)) > 2 * self.config.beam_blocks and self.size(level) != self.config.coarsest:
+        while (
+            len(self.complete(level)) > 2 * self.config.beam_blocks
+            and self.size(level) != self.config.coarsest
+        ):
             level += 1
         return level
 
@@ -111,16 +128,23 @@ class Search:
         return self.scores(logits, votes, self.size(level))
 
     def judged(self, blocks: list[int]) -> dict[int, float]:
-        """Scores of blocks by all of their keys; each has a share (`onward`) of that of the block before it as well."""
+        """Scores of blocks by all of their keys; each has a share (`onward`) of that of the block
+        before it as well."""
         bk = self.config.block_k
         keys = {i: self.keys[i * bk : (i + 1) * bk] for i in blocks}
-        logits = {i: [[self.capped(float(row @ key)) for key in keys[i]] for row, _ in self.votes] for i in blocks}
+        logits = {
+            i: [[self.capped(float(row @ key)) for key in keys[i]] for row, _ in self.votes]
+            for i in blocks
+        }
         found = self.scores(logits, self.votes, 1)
         onward = self.config.method_options().onward if self.config.score == "mass" else 0
         return {i: score + onward * found.get(i - 1, 0) for i, score in found.items()}
 
-    def scores(self, logits: dict[int, list[list[float]]], votes: list[Vote], size: int) -> dict[int, float]:
-        """Scores of candidates, for each of which `logits` has some of each vote; each logit stands for `size` keys."""
+    def scores(
+        self, logits: dict[int, list[list[float]]], votes: list[Vote], size: int
+    ) -> dict[int, float]:
+        """Scores of candidates, for each of which `logits` has some of each vote; each logit stands
+        for `size` keys."""
         if self.config.score == "max":
             return {i: max(max(some) for some in own) for i, own in logits.items()}
         totals = dict.fromkeys(logits, 0.0)

@@ -1,17 +1,18 @@
 """Votes by need: which query rows decide what their query block reads between sink and window.
 
-Most rows of a real model spend their attention on the first tokens and on their neighbours; a few look something up far away.
-Whoever asks all rows alike, or their mean, hears the many. The *need* of a row is how far a key of the middle stands out from
-all that the row reads in any case, `highest - lse_near`:
+Most rows of a real model spend their attention on the first tokens and on their neighbours; a few
+look something up far away. Whoever asks all rows alike, or their mean, hears the many. The *need*
+of a row is how far a key of the middle stands out from all that the row reads in any case,
+`highest - lse_near`:
 
     sink  [ . . . . middle . . . . ]  window, own block
     \\______________________________________________/
       lse_near: log-sum-exp over sink and window, exact (attention computes it anyway)
                highest: the largest logit among a sample of the middle's keys
 
-Of every second row of a query block those with the largest need vote, each with its own query. Where
-all of these vote (decode, short blocks, `query_stride` of 1 and 2, or 4 in a short middle), nothing
-is estimated: the search weighs every vote by what it finds near (`aggregate` in `hip.py`).
+Of every second row of a query block those with the largest need vote, each with its own query.
+Where all of these vote (decode, short blocks, `query_stride` of 1 and 2, or 4 in a short middle),
+nothing is estimated: the search weighs every vote by what it finds near (`aggregate` in `hip.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
 
-# Knuth's multiplier, 2 ** 32 over the golden ratio: neighbouring chunks get offsets that are far apart.
+# Knuth's multiplier, 2 ** 32 over the golden ratio: neighbouring chunks get offsets that are far
+# apart.
 SPREAD = 2654435761
 # One row in so many is asked for its need.
 ASKED = 2
@@ -37,15 +39,17 @@ WHOLE = 2
 
 
 def asked_rows(config: HiPConfig, rows: int) -> range:
-    """Which of a query block's `rows` rows are asked for their need, and may vote: every second one, counted back from the last,
-    for what one row looks up the next one reads on; all of them with `query_stride=1`."""
+    """Which of a query block's `rows` rows are asked for their need, and may vote: every second
+    one, counted back from the last, for what one row looks up the next one reads on; all of them
+    with `query_stride=1`."""
     step = min(config.query_stride, ASKED)
     return range((rows - 1) % step, rows, step)
 
 
 def votes_of(config: HiPConfig, rows: int, heads: int, whole: bool) -> int:
-    """How many votes a query block of `rows` rows casts, whose `heads` heads share a selection: no more than are asked. A row
-    that is alone (decode) votes with all of its heads. `whole`: its middle is looked at whole."""
+    """How many votes a query block of `rows` rows casts, whose `heads` heads share a selection: no
+    more than are asked. A row that is alone (decode) votes with all of its heads. `whole`: its
+    middle is looked at whole."""
     if rows == 1:
         return heads
     most = -(-heads * config.block_q // config.query_stride)
@@ -53,17 +57,20 @@ def votes_of(config: HiPConfig, rows: int, heads: int, whole: bool) -> int:
 
 
 def walkers_of(config: HiPConfig, votes: int) -> int:
-    """How many of so many votes by need walk the tree: all, where nothing is scored again at its end."""
+    """How many of so many votes by need walk the tree: all, where nothing is scored again at its
+    end."""
     return -(-votes // config.method_options().descent) if config.rescore_blocks else votes
 
 
 def sampled_chunks(config: HiPConfig, low: int, high: int, level: int) -> tuple[int, int]:
-    """First and end of the chunks of `2 ** level` keys that lie in the middle, blocks `low` to `high - 1`."""
+    """First and end of the chunks of `2 ** level` keys that lie in the middle, blocks `low` to
+    `high - 1`."""
     return -(-low * config.block_k >> level), high * config.block_k >> level
 
 
 def sample_level(config: HiPConfig, low: int, high: int, most: int) -> int:
-    """The smallest level at which at most `most` chunks of `2 ** level` keys lie in the middle, blocks `low` to `high - 1`."""
+    """The smallest level at which at most `most` chunks of `2 ** level` keys lie in the middle,
+    blocks `low` to `high - 1`."""
     level = 0
     while True:
         first, end = sampled_chunks(config, low, high, level)
@@ -72,18 +79,25 @@ def sample_level(config: HiPConfig, low: int, high: int, most: int) -> int:
         level += 1
 
 
-def sampled_keys(keys: KeyRows, first: int, end: int, level: int, dtype: torch.dtype) -> torch.Tensor:
-    """A key of each chunk `first` to `end - 1` of `2 ** level` keys: `[heads, end - first, D]` of keys `[heads, T, D]`.
+def sampled_keys(
+    keys: KeyRows, first: int, end: int, level: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """A key of each chunk `first` to `end - 1` of `2 ** level` keys: `[heads, end - first, D]` of
+    keys `[heads, T, D]`.
 
-    Which one differs from chunk to chunk, so that no pattern in the text hides from the sample, but never changes."""
+    Which one differs from chunk to chunk, so that no pattern in the text hides from the sample, but
+    never changes."""
     chunk = torch.arange(first, end, device=keys.device)
     at = (chunk << level) + ((chunk * SPREAD & 0xFFFFFFFF) >> 32 - level)
     return pick(keys, at.expand(keys.shape[0], -1), 1).to(dtype)
 
 
 def highest(q: torch.Tensor, keys: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Largest logit `[heads, R]`, fp32 at least, of scaled queries `[heads, R, D]` for keys `[heads, n, D]`."""
-    logits = torch.bmm(q, keys.transpose(1, 2), out=scratch.take("logits", (*q.shape[:2], keys.shape[1]), q))
+    """Largest logit `[heads, R]`, fp32 at least, of scaled queries `[heads, R, D]` for keys
+    `[heads, n, D]`."""
+    logits = torch.bmm(
+        q, keys.transpose(1, 2), out=scratch.take("logits", (*q.shape[:2], keys.shape[1]), q)
+    )
     most = logits.amax(-1).to(torch.promote_types(q.dtype, torch.float32))
     squash(most, softcap)  # keeps the order
     return most

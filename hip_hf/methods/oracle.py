@@ -1,4 +1,5 @@
-"""The block oracle: the key blocks with the largest true softmax mass. Quadratic; the yardstick for the others' recall."""
+"""The block oracle: the key blocks with the largest true softmax mass. Quadratic; the yardstick for
+the others' recall."""
 
 from __future__ import annotations
 
@@ -16,14 +17,24 @@ if TYPE_CHECKING:
 
 
 class Selector(base.Selector):
-    """Scores every key of the middle, for every row (no sampling), by its share of the whole attention."""
+    """Scores every key of the middle, for every row (no sampling), by its share of the whole
+    attention."""
 
-    extends = True  # every key then counts as just outside the window, the nearer ones too, in all layers
+    extends = (
+        True  # every key then counts as just outside the window, the nearer ones too, in all layers
+    )
 
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
         return block.rows * (block.last + 1) * 2 * dim, (block.last + 1) * dim
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: object, scale: float, softcap: float | None) -> Exhaustive:
+    def bind(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        pyramid: object,
+        scale: float,
+        softcap: float | None,
+    ) -> Exhaustive:
         return Exhaustive(self.config, q, keys, scale, softcap)
 
 
@@ -39,7 +50,9 @@ class Exhaustive(base.Bound):
         config, parts = self.config, []
         dtype = torch.promote_types(self.q.dtype, torch.float32)
         for block in blocks:
-            q = self.q[heads, :, block.row : block.row + block.rows].to(dtype) * self.scale  # [H, G, n, D]
+            q = (
+                self.q[heads, :, block.row : block.row + block.rows].to(dtype) * self.scale
+            )  # [H, G, n, D]
             keys = self.keys[heads, : block.last + 1].to(dtype)
             logits = torch.einsum("hgnd,hkd->hgnk", q, keys)
             squash(logits, self.softcap)  # before future keys get -inf

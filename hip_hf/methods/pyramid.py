@@ -1,8 +1,10 @@
-"""The pyramid of chunk summaries that the tree search walks (HiP section 3; representatives: InfiniteHiP and ours).
+"""The pyramid of chunk summaries that the tree search walks (HiP section 3; representatives:
+InfiniteHiP and ours).
 
-Level `l` summarises each aligned chunk of `block_k * 2**l` keys by a few vectors. Chunks are complete when they
-are summarised, so a summary never changes: the pyramid is append-only. A parent is merged from its two
-children, so one pass over the keys builds all levels, and appending needs only the last chunk of each level.
+Level `l` summarises each aligned chunk of `block_k * 2**l` keys by a few vectors. Chunks are
+complete when they are summarised, so a summary never changes: the pyramid is append-only. A parent
+is merged from its two children, so one pass over the keys builds all levels, and appending needs
+only the last chunk of each level.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ from hip_hf.rope import rotate
 
 # Summaries are computed for this many blocks at a time, so that temporaries stay in cache.
 BLOCKS_AT_ONCE = 2048
-# Rows that a full table is given at most beyond what is asked for: what waits to be used does not grow with the context.
+# Rows that a full table is given at most beyond what is asked for: what waits to be used does not
+# grow with the context.
 MOST_SPARE = 1024
 
 
 class Representative:
     """How a chunk is summarised and how a query is scored against a summary.
 
-    A *state* `[..., S, D]` is what merging needs; a *row* `[..., width]` is what scoring reads. Both are computed
-    in fp32 (fp64 for fp64 keys).
+    A *state* `[..., S, D]` is what merging needs; a *row* `[..., width]` is what scoring reads.
+    Both are computed in fp32 (fp64 for fp64 keys).
     """
 
     def leaf(self, keys: torch.Tensor) -> torch.Tensor:
@@ -41,8 +44,11 @@ class Representative:
         """What a query multiplies a row with: `[..., D]` -> `[..., F]`."""
         return q
 
-    def turned(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
-        """Rows `[..., width]`, of keys with `dim` numbers, turned back by angles `[..., R / 2]`, into `out`."""
+    def turned(
+        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows `[..., width]`, of keys with `dim` numbers, turned back by angles `[..., R / 2]`,
+        into `out`."""
         vectors, into = rows.unflatten(-1, (-1, dim)), out.unflatten(-1, (-1, dim))
         rotate(vectors, cos[..., None, :], sin[..., None, :], back=True, out=into)
         return out
@@ -64,9 +70,11 @@ class MiddleKey(Representative):
 
 
 class CentreSpread(Representative):
-    """`(1 - w) * mean + w * bound`, where the bound is the largest `q . k` that the chunk's box of keys allows.
+    """`(1 - w) * mean + w * bound`, where the bound is the largest `q . k` that the chunk's box of
+    keys allows.
 
-    With `c = (1 - w) mean + w (max + min) / 2` and `s = w (max - min) / 2` that is `[q, |q|] . [c, s]`.
+    With `c = (1 - w) mean + w (max + min) / 2` and `s = w (max - min) / 2` that is `[q, |q|] . [c,
+    s]`.
     """
 
     def __init__(self, weight: float) -> None:
@@ -75,7 +83,9 @@ class CentreSpread(Representative):
     def leaf(self, keys: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(keys.dtype, torch.float32)
         mean = keys.sum(-2, dtype=dtype) / keys.shape[-2]
-        low, high = keys.aminmax(dim=-2) if keys.device.type != "cpu" else (keys.amin(-2), keys.amax(-2))
+        low, high = (
+            keys.aminmax(dim=-2) if keys.device.type != "cpu" else (keys.amin(-2), keys.amax(-2))
+        )
         return torch.stack([mean, low.to(dtype), high.to(dtype)], dim=-2)
 
     def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -96,8 +106,11 @@ class CentreSpread(Representative):
     def features(self, q: torch.Tensor) -> torch.Tensor:
         return torch.cat([q, q.abs()], dim=-1)
 
-    def turned(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
-        # the box around a turned box: its half width in a direction is what both of its sides reach there
+    def turned(
+        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, out: torch.Tensor
+    ) -> torch.Tensor:
+        # the box around a turned box: its half width in a direction is what both of its sides reach
+        # there
         rotate(rows[..., :dim], cos, sin, back=True, out=out[..., :dim])
         half, cos, sin = cos.shape[-1], cos.abs(), sin.abs()
         spread, into = rows[..., dim:], out[..., dim:]
@@ -118,8 +131,8 @@ def make_representative(name: str, weight: float) -> Representative:
 class Pyramid:
     """Summaries of the first `blocks` key blocks of one span, for all its key heads.
 
-    `levels[l]` is `[Hkv, capacity, width]`, of which the first `blocks >> l` rows are written. `dtype` is that of
-    the rows: the dtype in which the backend multiplies.
+    `levels[l]` is `[Hkv, capacity, width]`, of which the first `blocks >> l` rows are written.
+    `dtype` is that of the rows: the dtype in which the backend multiplies.
     """
 
     def __init__(self, representative: Representative, block_k: int, dtype: torch.dtype) -> None:
@@ -128,7 +141,9 @@ class Pyramid:
         self.dtype = dtype
         self.blocks = 0
         self.levels: list[torch.Tensor] = []
-        self.shared = False  # several batch rows refer to it (beam search): copy before the next append
+        self.shared = (
+            False  # several batch rows refer to it (beam search): copy before the next append
+        )
         self._last: list[torch.Tensor | None] = []  # state of the last chunk of each level
 
     def count(self, level: int) -> int:
@@ -148,7 +163,8 @@ class Pyramid:
         return other
 
     def writable(self, blocks: int) -> Pyramid:
-        """Itself, or a copy where others refer to it and blocks will be appended to reach `blocks`."""
+        """Itself, or a copy where others refer to it and blocks will be appended to reach
+        `blocks`."""
         return self.copy() if self.shared and blocks > self.blocks else self
 
     def truncate(self, blocks: int) -> None:
@@ -165,7 +181,9 @@ class Pyramid:
         return part.unflatten(1, (last - first, self.block_k))
 
     def _chunk_state(self, keys: KeyRows, level: int, index: int) -> torch.Tensor:
-        state = self.representative.leaf(self._blocks_of(keys, index << level, (index + 1) << level))
+        state = self.representative.leaf(
+            self._blocks_of(keys, index << level, (index + 1) << level)
+        )
         for _ in range(level):
             state = self.representative.merge(state[:, 0::2], state[:, 1::2])
         return state
@@ -177,16 +195,20 @@ class Pyramid:
             self.levels.append(rows.new_empty(heads, 0, width, dtype=self.dtype))
             self._last.append(None)
         if first + count > self.levels[level].shape[1]:
-            # exact at first, when the prompt is read; then with room to spare, so that a token seldom copies a table
+            # exact at first, when the prompt is read; then with room to spare, so that a token
+            # seldom copies a table
             old = self.levels[level]
             capacity = first + count + min(first, MOST_SPARE)
             with torch.inference_mode(False):  # a table outlives the mode it was made in
-                self.levels[level] = torch.empty(heads, capacity, width, dtype=self.dtype, device=rows.device)
+                self.levels[level] = torch.empty(
+                    heads, capacity, width, dtype=self.dtype, device=rows.device
+                )
             self.levels[level][:, :first] = old[:, :first]
         self.levels[level][:, first : first + count] = rows
 
     def extend(self, keys: KeyRows, blocks: int) -> None:
-        """Append until `blocks` blocks are summarised. `keys` is the span's `[Hkv, T, D]`, all of it."""
+        """Append until `blocks` blocks are summarised. `keys` is the span's `[Hkv, T, D]`, all of
+        it."""
         while self.blocks < blocks:
             self._append(keys, min(blocks, self.blocks + BLOCKS_AT_ONCE))
 
@@ -202,6 +224,8 @@ class Pyramid:
                     pending = self._chunk_state(keys, level, first - 1)
                 states = torch.cat([pending, states], dim=1)
             pairs = states.shape[1] // 2
-            states = self.representative.merge(states[:, 0 : 2 * pairs : 2], states[:, 1 : 2 * pairs : 2])
+            states = self.representative.merge(
+                states[:, 0 : 2 * pairs : 2], states[:, 1 : 2 * pairs : 2]
+            )
             first, level = first // 2, level + 1
         self.blocks = blocks

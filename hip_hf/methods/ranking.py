@@ -1,4 +1,5 @@
-"""What the selectors share: which rows vote, what their logits make of a candidate together, and the best of the candidates."""
+"""What the selectors share: which rows vote, what their logits make of a candidate together, and
+the best of the candidates."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from hip_hf.workers import widened
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-# Ids are packed into the low half of the sort keys of `best`; the largest of them stands for "no chunk".
+# Ids are packed into the low half of the sort keys of `best`; the largest of them stands for "no
+# chunk".
 _LOW_BITS = NO_CHUNK = 0xFFFFFFFF
 
 
@@ -24,11 +26,16 @@ def squash(logits: torch.Tensor, softcap: float | None) -> None:
 
 def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
     """Every `query_stride`-th row, counted back from the last."""
-    return range(block.row + (block.rows - 1) % config.query_stride, block.row + block.rows, config.query_stride)
+    return range(
+        block.row + (block.rows - 1) % config.query_stride,
+        block.row + block.rows,
+        config.query_stride,
+    )
 
 
 def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` ids with the highest scores, in no order. Ties go to the lower id; NaN counts as lowest.
+    """The `count` ids with the highest scores, in no order. Ties go to the lower id; NaN counts as
+    lowest.
 
     scores `[..., M]`, compared in fp32; ids int64 `[..., M]` below 2**32.
     """
@@ -50,16 +57,19 @@ def aggregate(
     near: torch.Tensor | None = None,
     size: int = 1,
 ) -> torch.Tensor:
-    """Logits `[..., R, M]` of the voting rows -> one score per candidate, of `size` logits each, `[..., M / size]`; overwrites
-    `logits`.
+    """Logits `[..., R, M]` of the voting rows -> one score per candidate, of `size` logits each,
+    `[..., M / size]`; overwrites `logits`.
 
-    `mass`: the share of its attention that a row gives the candidate, by a softmax over all of them, summed over rows. With
-    `near` `[..., R]`, the log-sum-exp of what a row reads in any case, that takes part in the softmax: rows that need nothing
-    far away have no say. `max`: best logit of any row (the HiP paper).
+    `mass`: the share of its attention that a row gives the candidate, by a softmax over all of
+    them, summed over rows. With `near` `[..., R]`, the log-sum-exp of what a row reads in any case,
+    that takes part in the softmax: rows that need nothing far away have no say. `max`: best logit
+    of any row (the HiP paper).
     """
     squash(logits, softcap)
     if invalid is not None:
-        logits[..., logits.shape[-1] - invalid.shape[-1] :].masked_fill_(invalid.unsqueeze(-2), -torch.inf)
+        logits[..., logits.shape[-1] - invalid.shape[-1] :].masked_fill_(
+            invalid.unsqueeze(-2), -torch.inf
+        )
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if score == "max":
         scores = logits.amax(-2).to(dtype)
@@ -83,10 +93,11 @@ def aggregate(
 
 
 def read_on(scores: torch.Tensor, ids: torch.Tensor, share: float) -> None:
-    """Add to the score of each block a share of that of the block before it, if that is there; both `[..., M]`, ids sorted.
+    """Add to the score of each block a share of that of the block before it, if that is there; both
+    `[..., M]`, ids sorted.
 
-    What a row looks up need not end with a block, and the rows that read the rest of it need not be among the votes. What has
-    overflowed has a negative score, and nothing to share.
+    What a row looks up need not end with a block, and the rows that read the rest of it need not be
+    among the votes. What has overflowed has a negative score, and nothing to share.
     """
     follows = (ids[..., 1:] - ids[..., :-1] == 1) & (ids[..., 1:] != NO_CHUNK)
     scores[..., 1:] += torch.where(follows, scores[..., :-1].clamp(min=0) * share, 0.0)

@@ -1,8 +1,10 @@
-"""SampleAttention (arXiv 2406.15486), two stages: dense attention of a few query rows, spread evenly over the call, finds the
-key columns with the most mass; every row then reads those (and sink and window).
+"""SampleAttention (arXiv 2406.15486), two stages: dense attention of a few query rows, spread
+evenly over the call, finds the key columns with the most mass; every row then reads those (and sink
+and window).
 
-The paper keeps as many columns as reach a share of the mass; here `budget` says how many, as for every method. It serves
-prefill; a decode step is its own sample. Costs `rows` of dense attention. A row's selection depends on the whole call.
+The paper keeps as many columns as reach a share of the mass; here `budget` says how many, as for
+every method. It serves prefill; a decode step is its own sample. Costs `rows` of dense attention. A
+row's selection depends on the whole call.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from hip_hf.shown import shown
 
 @dataclass(frozen=True)
 class Options:
-    """`rows`: the share of the query rows that is sampled, evenly spaced, the last one always; the paper's is 0.05."""
+    """`rows`: the share of the query rows that is sampled, evenly spaced, the last one always; the
+    paper's is 0.05."""
 
     rows: float = 0.05
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, (int, float)) or not 0 < self.rows <= 1:
-            raise ValueError(f"HiPConfig.options['rows']: got {shown(self.rows)}, allowed: above 0, at most 1")
+            raise ValueError(
+                f"HiPConfig.options['rows']: got {shown(self.rows)}, allowed: above 0, at most 1"
+            )
 
 
 class Selector(ColumnSelector):
@@ -35,15 +40,28 @@ class Selector(ColumnSelector):
         stride = rows if share * rows <= 1 else round(1 / share)
         return torch.arange((rows - 1) % stride, rows, stride, device=device)
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: object, scale: float, softcap: float | None) -> Columns:
+    def bind(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        pyramid: object,
+        scale: float,
+        softcap: float | None,
+    ) -> Columns:
         shares = 1 if self.config.group_shared else q.shape[1]
-        columns = torch.zeros(len(keys), shares, keys.shape[1], dtype=torch.float32, device=q.device)
+        columns = torch.zeros(
+            len(keys), shares, keys.shape[1], dtype=torch.float32, device=q.device
+        )
 
         def take(head: int, rows: torch.Tensor, attention: torch.Tensor) -> None:
-            columns[head, :, : attention.shape[-1]] += attention.sum(1).unflatten(0, (shares, -1)).sum(1)
+            columns[head, :, : attention.shape[-1]] += (
+                attention.sum(1).unflatten(0, (shares, -1)).sum(1)
+            )
 
         probe(q, keys, self.looked_at(q.shape[2], q.device), scale, softcap, take)
         return Columns(self.config, block_sums(columns, self.config.block_k))
 
 
-METHOD = base.Method("SampleAttention: the strongest columns of a sample of rows", Selector, Options)
+METHOD = base.Method(
+    "SampleAttention: the strongest columns of a sample of rows", Selector, Options
+)

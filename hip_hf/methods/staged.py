@@ -1,15 +1,19 @@
-"""InfiniteHiP's staged search (arXiv 2502.08910): a few stages, each of which keeps the best chunks and splits them.
+"""InfiniteHiP's staged search (arXiv 2502.08910): a few stages, each of which keeps the best chunks
+and splits them.
 
-A stage `(chunk, keep, query_stride)` looks for a representative key inside every candidate chunk by binary descent (compare
-the middle keys of the two halves, step into the better half, down to one key; the best logits seen count), keeps the best
-`keep` keys' worth of chunks, and the next stage cuts those into its smaller chunks:
+A stage `(chunk, keep, query_stride)` looks for a representative key inside every candidate chunk by
+binary descent (compare the middle keys of the two halves, step into the better half, down to one
+key; the best logits seen count), keeps the best `keep` keys' worth of chunks, and the next stage
+cuts those into its smaller chunks:
 
     stage 1   [ . .|*. ] [ .*| . ] [ . .| .*]      all chunks of the middle, descents in parallel
-    stage 2   [.*][. .]            [*.][. .]  []   the kept ones, cut; and what no larger chunk covered, at the edges
-    stage 3   []  []               []  []          the `budget / block_k` best key blocks are attended
+    stage 2   [.*][. .]            [*.][. .]  []   the kept ones, cut; and what no larger chunk
+    covered, at the edges stage 3   []  []               []  []          the `budget / block_k` best
+    key blocks are attended
 
-With `halvings=0`, a chunk's middle key is its representative; stages that each halve the chunks are then the plain tree
-search. Nothing is summarised, so there is no pyramid; the first stage costs O(T / chunk) per query block.
+With `halvings=0`, a chunk's middle key is its representative; stages that each halve the chunks are
+then the plain tree search. Nothing is summarised, so there is no pyramid; the first stage costs O(T
+/ chunk) per query block.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """Chunks of `chunk` keys, of which the best `keep` keys' worth stay, as every `query_stride`-th row votes."""
+    """Chunks of `chunk` keys, of which the best `keep` keys' worth stay, as every `query_stride`-th
+    row votes."""
 
     chunk: int
     keep: int
@@ -48,8 +53,9 @@ def _fail(name: str, value: object, allowed: str) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """`stages`: `[[chunk, keep, query_stride], ...]`, None: `[[16 block_k, 16 budget], [4 block_k, 4 budget], [block_k,
-    budget]]` with the settings' `query_stride`. `halvings`: steps of the descent; None: down to one key."""
+    """`stages`: `[[chunk, keep, query_stride], ...]`, None: `[[16 block_k, 16 budget], [4 block_k,
+    4 budget], [block_k, budget]]` with the settings' `query_stride`. `halvings`: steps of the
+    descent; None: down to one key."""
 
     stages: list[list[int]] | None = None
     halvings: int | None = None
@@ -61,7 +67,12 @@ class Options:
         whole = stages is None or (
             isinstance(stages, (list, tuple))
             and len(stages) > 0
-            and all(isinstance(s, (list, tuple)) and len(s) == 3 and all(type(n) is int and n > 0 for n in s) for s in stages)
+            and all(
+                isinstance(s, (list, tuple))
+                and len(s) == 3
+                and all(type(n) is int and n > 0 for n in s)
+                for s in stages
+            )
         )
         if not whole:
             _fail("stages", stages, "None or a list of [chunk, keep, query_stride], integers >= 1")
@@ -71,12 +82,28 @@ class Options:
         stages = stages_of(config, self)
         for before, stage in zip([None, *stages], stages, strict=False):
             blocks = stage.chunk // config.block_k
-            if stage.chunk % config.block_k or blocks & (blocks - 1) or (before and stage.chunk >= before.chunk):
-                _fail("stages", self.stages, f"chunks of block_k={config.block_k} times powers of two, in descending order")
+            if (
+                stage.chunk % config.block_k
+                or blocks & (blocks - 1)
+                or (before and stage.chunk >= before.chunk)
+            ):
+                _fail(
+                    "stages",
+                    self.stages,
+                    f"chunks of block_k={config.block_k} times powers of two, in descending order",
+                )
             if stage.keep % stage.chunk or (before and stage.keep > before.keep):
-                _fail("stages", self.stages, "keep: multiples of the stage's chunk, in descending order")
+                _fail(
+                    "stages",
+                    self.stages,
+                    "keep: multiples of the stage's chunk, in descending order",
+                )
         if (stages[-1].chunk, stages[-1].keep) != (config.block_k, config.budget):
-            _fail("stages", self.stages, f"at last [block_k={config.block_k}, budget={config.budget}, ...]")
+            _fail(
+                "stages",
+                self.stages,
+                f"at last [block_k={config.block_k}, budget={config.budget}, ...]",
+            )
         refresh = config.decode_refresh
         if isinstance(refresh, list) and len(refresh) != len(stages):
             raise ValueError(
@@ -136,12 +163,24 @@ class Selector(base.Selector):
         counts = candidates(self.stages, self.config.block_k, block.low, block.high)
         for stage, count in zip(self.stages, counts, strict=True):
             keys = count * max(2 * descent(stage, self.options.halvings), 1)
-            products += len(range((block.rows - 1) % stage.query_stride, block.rows, stage.query_stride)) * keys
+            products += (
+                len(range((block.rows - 1) % stage.query_stride, block.rows, stage.query_stride))
+                * keys
+            )
             loads += keys
         return products * 2 * dim, loads * dim
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: object, scale: float, softcap: float | None) -> StagedSearch:
-        return StagedSearch(self.config, self.stages, self.options.halvings, q, keys, scale, softcap)
+    def bind(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        pyramid: object,
+        scale: float,
+        softcap: float | None,
+    ) -> StagedSearch:
+        return StagedSearch(
+            self.config, self.stages, self.options.halvings, q, keys, scale, softcap
+        )
 
 
 @dataclass(frozen=True)
@@ -156,8 +195,8 @@ class StagedSearch(base.Bound):
     positions: Positions | None = None  # chunk-indexed, where the context is extended
 
     def chunk_indexed(self, positions: Positions) -> StagedSearch:
-        """The search in which a chunk that is `n` chunks of its stage before the window counts as `n` keys farther away, all of
-        its keys alike."""
+        """The search in which a chunk that is `n` chunks of its stage before the window counts as
+        `n` keys farther away, all of its keys alike."""
         return replace(self, positions=positions)
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
@@ -166,13 +205,16 @@ class StagedSearch(base.Bound):
         first = lambda block: first_stage(self.stages, self.config.block_k, block.low, block.high)  # noqa: E731
         for _, run in groupby(blocks, key=lambda block: (block.rows, first(block))):
             parts += self.resume(heads, list(run), [])[-1:]
-        return torch.cat([ids for ids in parts if ids is not None], dim=2)  # the last stage is never left out
+        return torch.cat(
+            [ids for ids in parts if ids is not None], dim=2
+        )  # the last stage is never left out
 
     def resume(
         self, heads: slice, blocks: list[QueryBlock], kept: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:  # fmt: skip
-        """What every stage keeps, chunk indices `[heads, S, len(blocks), keep / chunk]` (None: left out), given what the first
-        `len(kept)` of them have kept before. The blocks have as many rows and begin with the same stage."""
+        """What every stage keeps, chunk indices `[heads, S, len(blocks), keep / chunk]` (None: left
+        out), given what the first `len(kept)` of them have kept before. The blocks have as many
+        rows and begin with the same stage."""
         device, block_k = self.q.device, self.config.block_k
         shares = 1 if self.config.group_shared else self.q.shape[1]
         low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)  # [P]
@@ -188,15 +230,28 @@ class StagedSearch(base.Bound):
                 continue
             if i == begin:
                 most = int((end - first).max())
-                ids = (first[:, None] + torch.arange(most, device=device)).expand(heads.stop - heads.start, -1, -1)
+                ids = (first[:, None] + torch.arange(most, device=device)).expand(
+                    heads.stop - heads.start, -1, -1
+                )
                 missing = ids >= end[:, None]
             else:
                 before = self.stages[i - 1].chunk // block_k
                 last = results[-1]
                 assert last is not None
-                ids, missing = self._cut(last.flatten(1, 2), before // size, first, end, -(-low // before), high // before)
+                ids, missing = self._cut(
+                    last.flatten(1, 2),
+                    before // size,
+                    first,
+                    end,
+                    -(-low // before),
+                    high // before,
+                )
             scores = self._score(heads, blocks, stage, ids, missing, end)
-            ids = best(scores, ids.masked_fill(missing, NO_CHUNK), stage.keep // stage.chunk).sort(dim=-1).values
+            ids = (
+                best(scores, ids.masked_fill(missing, NO_CHUNK), stage.keep // stage.chunk)
+                .sort(dim=-1)
+                .values
+            )
             results.append(ids.unflatten(1, (shares, len(blocks))))
         return results
 
@@ -209,21 +264,30 @@ class StagedSearch(base.Bound):
         was_first: torch.Tensor,
         was_end: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The parts of the kept chunks, and the chunks at the edges that no larger one covered; and which do not exist."""
+        """The parts of the kept chunks, and the chunks at the edges that no larger one covered; and
+        which do not exist."""
         parts = (kept[..., None] * ratio + torch.arange(ratio, device=kept.device)).flatten(-2)
         edge = torch.arange(ratio - 1, device=kept.device)
         left, right = first[:, None] + edge, was_end[:, None] * ratio + edge
         edges = torch.cat([left, right], dim=-1)
         outside = torch.cat([left >= was_first[:, None] * ratio, right >= end[:, None]], dim=-1)
         ids = torch.cat([parts, edges.expand(*parts.shape[:2], -1)], dim=-1)
-        missing = torch.cat([torch.zeros_like(parts, dtype=torch.bool), outside.expand(*parts.shape[:2], -1)], dim=-1)
+        missing = torch.cat(
+            [torch.zeros_like(parts, dtype=torch.bool), outside.expand(*parts.shape[:2], -1)],
+            dim=-1,
+        )
         return ids, missing
 
     def _rows(self, heads: slice, blocks: list[QueryBlock], stride: int) -> torch.Tensor:
         """Voting queries `[heads, S * len(blocks), R, D]`, scaled."""
         index = [list(range(b.row + (b.rows - 1) % stride, b.row + b.rows, stride)) for b in blocks]
-        q = self.q[heads][:, :, torch.tensor(index, device=self.q.device)].to(compute_dtype(self.q)) * self.scale
-        return (q.transpose(1, 2).flatten(2, 3) if self.config.group_shared else q.flatten(1, 2)).contiguous()
+        q = (
+            self.q[heads][:, :, torch.tensor(index, device=self.q.device)].to(compute_dtype(self.q))
+            * self.scale
+        )
+        return (
+            q.transpose(1, 2).flatten(2, 3) if self.config.group_shared else q.flatten(1, 2)
+        ).contiguous()
 
     def _score(
         self,
@@ -234,11 +298,14 @@ class StagedSearch(base.Bound):
         missing: torch.Tensor,
         end: torch.Tensor,
     ) -> torch.Tensor:
-        """Scores `[heads, P, M]` of chunks by the best key that the descent meets; `end` `[P]`: the chunk after the last one."""
+        """Scores `[heads, P, M]` of chunks by the best key that the descent meets; `end` `[P]`: the
+        chunk after the last one."""
         q, size = self._rows(heads, blocks, stage.query_stride), stage.chunk
         angles = None
         if self.positions is not None:
-            angles = self.positions.chunk_angles(ids, end, farthest_chunk(self.positions, self.config), q)
+            angles = self.positions.chunk_angles(
+                ids, end, farthest_chunk(self.positions, self.config), q
+            )
         at = ids.masked_fill(missing, 0) * size
         seen = None
         for _ in range(descent(stage, self.halvings)):
@@ -246,7 +313,9 @@ class StagedSearch(base.Bound):
             both = torch.stack([at, at + size], dim=-1)
             logits = self._logits(heads, q, (both + size // 2).flatten(-2), angles)
             nowhere = missing.repeat_interleave(2, -1)
-            scores = aggregate(logits.clone(), self.config.score, self.softcap, nowhere).unflatten(-1, (-1, 2))
+            scores = aggregate(logits.clone(), self.config.score, self.softcap, nowhere).unflatten(
+                -1, (-1, 2)
+            )
             at = torch.where(scores[..., 1] > scores[..., 0], both[..., 1], both[..., 0])
             better = logits.unflatten(-1, (-1, 2)).amax(-1)
             seen = better if seen is None else torch.maximum(seen, better)
@@ -255,18 +324,27 @@ class StagedSearch(base.Bound):
         return aggregate(seen, self.config.score, self.softcap, missing)
 
     def _logits(
-        self, heads: slice, q: torch.Tensor, position: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None
+        self,
+        heads: slice,
+        q: torch.Tensor,
+        position: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        """Logits `[heads, P, R, n]` of the voting rows for the keys at `position` `[heads, P, n]`, one or two of each chunk;
-        `angles` `[heads, P, M, R / 2]`: by which each chunk's keys are turned back."""
+        """Logits `[heads, P, R, n]` of the voting rows for the keys at `position` `[heads, P, n]`,
+        one or two of each chunk; `angles` `[heads, P, M, R / 2]`: by which each chunk's keys are
+        turned back."""
         keys = self.keys[heads]
         picked = scratch.take("picked", (*position.shape, keys.shape[-1]), keys)
         for head in range(len(keys)):
-            torch.index_select(keys[head], 0, position[head].flatten(), out=picked[head].flatten(0, 1))
+            torch.index_select(
+                keys[head], 0, position[head].flatten(), out=picked[head].flatten(0, 1)
+            )
         picked = picked.to(q.dtype)
         if angles is not None:
             cos, sin = (x.repeat_interleave(position.shape[2] // x.shape[2], 2) for x in angles)
-            picked = rotate(picked, cos, sin, back=True, out=scratch.take("turned", picked.shape, picked))
+            picked = rotate(
+                picked, cos, sin, back=True, out=scratch.take("turned", picked.shape, picked)
+            )
         return q @ picked.transpose(2, 3)
 
 

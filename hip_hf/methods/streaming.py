@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """`recent`: spend the budget on the latest keys before the window, so that as many are read as by other methods."""
+    """`recent`: spend the budget on the latest keys before the window, so that as many are read as
+    by other methods."""
 
     recent: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.recent, bool):
-            raise ValueError(f"HiPConfig.options['recent']: got {shown(self.recent)}, allowed: True or False")
+            raise ValueError(
+                f"HiPConfig.options['recent']: got {shown(self.recent)}, allowed: True or False"
+            )
 
 
 def selected_keys(config: HiPConfig) -> int:
@@ -44,7 +47,14 @@ class Selector(base.Selector):
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
         return 0, 0
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: object, scale: float, softcap: float | None) -> Latest:
+    def bind(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        pyramid: object,
+        scale: float,
+        softcap: float | None,
+    ) -> Latest:
         return Latest(1 if self.config.group_shared else q.shape[1], self.budget, q.device)
 
 

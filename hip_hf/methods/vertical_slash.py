@@ -1,9 +1,11 @@
-"""The dynamic vertical-slash pattern of MInference (arXiv 2407.02490): the last query rows of a call are attended densely;
-the key columns (*vertical*) and the distances to the query (*slash*, a diagonal) with the most of their mass are kept.
+"""The dynamic vertical-slash pattern of MInference (arXiv 2407.02490): the last query rows of a
+call are attended densely; the key columns (*vertical*) and the distances to the query (*slash*, a
+diagonal) with the most of their mass are kept.
 
-Here both fill one budget of key blocks: `vertical` of it goes to the best columns, the rest to the blocks that the
-strongest diagonals cross within the query block. Made for prefill; a decode step takes itself for the last rows, which
-costs as much as dense attention's scores. A row's selection depends on the end of the call.
+Here both fill one budget of key blocks: `vertical` of it goes to the best columns, the rest to the
+blocks that the strongest diagonals cross within the query block. Made for prefill; a decode step
+takes itself for the last rows, which costs as much as dense attention's scores. A row's selection
+depends on the end of the call.
 """
 
 from __future__ import annotations
@@ -25,16 +27,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """`rows`: the last query rows, which are looked at; the paper's are 64. `vertical`: share of the budget for columns."""
+    """`rows`: the last query rows, which are looked at; the paper's are 64. `vertical`: share of
+    the budget for columns."""
 
     rows: int = 64
     vertical: float = 0.5
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, int) or self.rows < 1:
-            raise ValueError(f"HiPConfig.options['rows']: got {shown(self.rows)}, allowed: an integer >= 1")
+            raise ValueError(
+                f"HiPConfig.options['rows']: got {shown(self.rows)}, allowed: an integer >= 1"
+            )
         if not isinstance(self.vertical, (int, float)) or not 0 <= self.vertical <= 1:
-            raise ValueError(f"HiPConfig.options['vertical']: got {shown(self.vertical)}, allowed: 0 to 1")
+            raise ValueError(
+                f"HiPConfig.options['vertical']: got {shown(self.vertical)}, allowed: 0 to 1"
+            )
 
 
 class Selector(ColumnSelector):
@@ -43,7 +50,14 @@ class Selector(ColumnSelector):
     def looked_at(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
         return torch.arange(max(0, rows - self.config.method_options().rows), rows, device=device)
 
-    def bind(self, q: torch.Tensor, keys: torch.Tensor, pyramid: object, scale: float, softcap: float | None) -> VerticalSlash:
+    def bind(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        pyramid: object,
+        scale: float,
+        softcap: float | None,
+    ) -> VerticalSlash:
         shares, tokens = 1 if self.config.group_shared else q.shape[1], keys.shape[1]
         columns = torch.zeros(len(keys), shares, tokens, dtype=torch.float32, device=q.device)
         diagonals = torch.zeros(len(keys), shares, tokens, dtype=torch.float64, device=q.device)
@@ -64,7 +78,8 @@ class VerticalSlash(Columns):
 
     def __init__(self, config: HiPConfig, scores: torch.Tensor, diagonals: torch.Tensor) -> None:
         super().__init__(config, scores)
-        # sums over all smaller distances, and sums of those: what a query block's rows get from a key block, in four looks
+        # sums over all smaller distances, and sums of those: what a query block's rows get from a
+        # key block, in four looks
         zero = diagonals.new_zeros(*diagonals.shape[:2], 1)
         once = torch.cat([zero, diagonals.cumsum(-1)], dim=-1)
         object.__setattr__(self, "sums", torch.cat([zero, once.cumsum(-1)], dim=-1))
@@ -80,11 +95,18 @@ class VerticalSlash(Columns):
         return torch.cat([vertical, best(slash, ids, budget - vertical.shape[-1])], dim=-1)
 
     def slash(self, heads: slice, block: QueryBlock) -> torch.Tensor:
-        """Mass of the diagonals that cross each key block of the middle, summed over the query block's rows."""
+        """Mass of the diagonals that cross each key block of the middle, summed over the query
+        block's rows."""
         sums, size = self.sums[heads], self.config.block_k
-        edge = torch.arange(block.low, block.high + 1, device=sums.device) * size  # first keys of the blocks, and the end
-        upto = sums[..., block.last + 2 - edge] - sums[..., block.first + 1 - edge]  # over keys from an edge on
+        edge = (
+            torch.arange(block.low, block.high + 1, device=sums.device) * size
+        )  # first keys of the blocks, and the end
+        upto = (
+            sums[..., block.last + 2 - edge] - sums[..., block.first + 1 - edge]
+        )  # over keys from an edge on
         return upto[..., :-1] - upto[..., 1:]
 
 
-METHOD = base.Method("MInference: the strongest columns and diagonals of the last 64 rows", Selector, Options)
+METHOD = base.Method(
+    "MInference: the strongest columns and diagonals of the last 64 rows", Selector, Options
+)

@@ -60,11 +60,19 @@ def test_shapes(q: Shape, k: Shape, v: Shape, name: str, allowed: str) -> None:
         (lambda x: None, ""),
     ],
 )
-def test_dtypes_devices_and_what_is_no_tensor(at: int, change: Callable[[torch.Tensor], Any], what: str) -> None:
+def test_dtypes_devices_and_what_is_no_tensor(
+    at: int, change: Callable[[torch.Tensor], Any], what: str
+) -> None:
     tensors: list[Any] = list(make_qkv(20))
     tensors[at] = change(tensors[at])
     # what does not fit q is reported of k, the first that is compared with it
-    name = "qkv"[at] if at or what in ("", "layout") or tensors[0].dtype in (torch.long, torch.bool, torch.complex64) else "k"
+    name = (
+        "qkv"[at]
+        if at
+        or what in ("", "layout")
+        or tensors[0].dtype in (torch.long, torch.bool, torch.complex64)
+        else "k"
+    )
     with pytest.raises(ValueError, match=rf"^{name}(\.{what})?: got .*, allowed: "):
         hip_attention(*tensors)
 
@@ -74,8 +82,14 @@ def test_dtypes_devices_and_what_is_no_tensor(at: int, change: Callable[[torch.T
     [
         (dict(key_start=torch.tensor([0, -1])), r"key_start\[1\]: got -1, allowed: 0 to 20"),
         (dict(key_start=torch.tensor([21, 0])), r"key_start\[0\]: got 21, allowed: 0 to 20"),
-        (dict(key_start=torch.tensor([0])), r"key_start: .*one integer for each of the 2 batch rows"),
-        (dict(key_start=torch.tensor([0, 1, 2])), r"key_start: .*one integer for each of the 2 batch rows"),
+        (
+            dict(key_start=torch.tensor([0])),
+            r"key_start: .*one integer for each of the 2 batch rows",
+        ),
+        (
+            dict(key_start=torch.tensor([0, 1, 2])),
+            r"key_start: .*one integer for each of the 2 batch rows",
+        ),
         (dict(key_start=torch.tensor([0.0, 1.0])), r"key_start: .*one integer"),
         (dict(key_start=torch.tensor([[0, 1]])), r"key_start: .*one integer"),
         (dict(key_start=1.5), r"key_start: got 1.5, allowed: one integer"),
@@ -102,10 +116,22 @@ def test_dtypes_devices_and_what_is_no_tensor(at: int, change: Callable[[torch.T
         (dict(sinks=torch.zeros(3)), r"sinks: got shape \(3,\).*allowed: \(4,\)"),
         (dict(sinks=torch.zeros(1, 4)), r"sinks: got shape \(1, 4\)"),
         (dict(sinks=torch.zeros(4, device="meta")), r"sinks: .*on meta, allowed: .*on cpu"),
-        (dict(sinks=torch.zeros(4, dtype=torch.long)), r"sinks.dtype: got torch.int64, allowed: float16"),
-        (dict(sinks=torch.zeros(4, dtype=torch.complex64)), r"sinks.dtype: got torch.complex64, allowed: float16"),
-        (dict(sinks=torch.tensor([0.0, torch.nan, 0.0, 0.0])), r"sinks: got \[0.0, nan, 0.0, 0.0\], allowed: finite numbers"),
-        (dict(sinks=torch.tensor([0.0, torch.inf, 0.0, 0.0])), r"sinks: got \[0.0, inf, 0.0, 0.0\], allowed: finite numbers"),
+        (
+            dict(sinks=torch.zeros(4, dtype=torch.long)),
+            r"sinks.dtype: got torch.int64, allowed: float16",
+        ),
+        (
+            dict(sinks=torch.zeros(4, dtype=torch.complex64)),
+            r"sinks.dtype: got torch.complex64, allowed: float16",
+        ),
+        (
+            dict(sinks=torch.tensor([0.0, torch.nan, 0.0, 0.0])),
+            r"sinks: got \[0.0, nan, 0.0, 0.0\], allowed: finite numbers",
+        ),
+        (
+            dict(sinks=torch.tensor([0.0, torch.inf, 0.0, 0.0])),
+            r"sinks: got \[0.0, inf, 0.0, 0.0\], allowed: finite numbers",
+        ),
         (dict(config={"budget": 64}), r"config: got dict, allowed: HiPConfig"),
         (dict(config="hip"), r"config: got str"),
     ],
@@ -118,11 +144,17 @@ def test_arguments(fields: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-@pytest.mark.parametrize(("at", "where"), [(0, (1, 3, 11, 7)), (1, (1, 1, 19, 0)), (1, (0, 0, 0, 5))])
-def test_numbers_that_are_not_finite(at: int, where: tuple[int, int, int, int], dtype: torch.dtype, value: float) -> None:
+@pytest.mark.parametrize(
+    ("at", "where"), [(0, (1, 3, 11, 7)), (1, (1, 1, 19, 0)), (1, (0, 0, 0, 5))]
+)
+def test_numbers_that_are_not_finite(
+    at: int, where: tuple[int, int, int, int], dtype: torch.dtype, value: float
+) -> None:
     tensors = make_qkv(20, 12, batch=2, dtype=dtype)
     tensors[at][where] = value
-    message = rf"^{'qk'[at]}\[{', '.join(map(str, where))}\]: got {value}, allowed: finite numbers \(1 "
+    message = (
+        rf"^{'qk'[at]}\[{', '.join(map(str, where))}\]: got {value}, allowed: finite numbers \(1 "
+    )
     with pytest.raises(ValueError, match=message):
         hip_attention(*tensors)
 
@@ -145,7 +177,9 @@ def test_padding_and_unfilled_slots_are_not_looked_at() -> None:
 
 
 def snapshot(state: DecodeState) -> dict[int, Any]:
-    return copy.deepcopy({b: (row, row.pyramid and vars(row.pyramid)) for b, row in state.rows.items()})
+    return copy.deepcopy(
+        {b: (row, row.pyramid and vars(row.pyramid)) for b, row in state.rows.items()}
+    )
 
 
 def same(a: Any, b: Any) -> bool:
@@ -174,11 +208,15 @@ BROKEN: list[tuple[str, Callable[..., tuple[tuple[torch.Tensor, ...], dict[str, 
 
 @pytest.mark.parametrize(("name", "broken"), BROKEN, ids=[name for name, _ in BROKEN])
 @pytest.mark.parametrize("rows", [1, 30])
-def test_a_refused_call_leaves_the_state_as_it_was(rows: int, name: str, broken: Callable[..., Any]) -> None:
+def test_a_refused_call_leaves_the_state_as_it_was(
+    rows: int, name: str, broken: Callable[..., Any]
+) -> None:
     q, k, v = make_qkv(151, batch=2)
     config, state = small(), DecodeState()
     for end, count in ((120, 120), (121, 1)):
-        hip_attention(q[:, :, end - count : end], k[:, :, :end], v[:, :, :end], config=config, state=state)
+        hip_attention(
+            q[:, :, end - count : end], k[:, :, :end], v[:, :, :end], config=config, state=state
+        )
     before, end = snapshot(state), 121 + rows
     args, fields = broken(q[:, :, end - rows : end], k[:, :, :end], v[:, :, :end])
     with pytest.raises(ValueError, match="allowed: "):
@@ -204,16 +242,21 @@ def test_a_step_on_a_kept_state_refuses_a_new_key_that_is_not_finite() -> None:
 
 
 def check_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every selection from now on must stay inside its query block's middle. Gives the list of their sizes."""
+    """Every selection from now on must stay inside its query block's middle. Gives the list of
+    their sizes."""
     sizes: list[int] = []
     take_note = SparseAttention._take_note  # of whatever has been read
 
-    def checked(self: SparseAttention, span: Any, heads: Any, blocks: list[Any], ids: torch.Tensor | None) -> None:
+    def checked(
+        self: SparseAttention, span: Any, heads: Any, blocks: list[Any], ids: torch.Tensor | None
+    ) -> None:
         for i, block in enumerate(blocks):
             if ids is not None:
                 chosen = ids[:, :, i]
                 sizes.append(chosen.shape[-1])
-                assert ((chosen >= block.low) & (chosen < block.high)).all(), f"{chosen} outside {block}"
+                assert ((chosen >= block.low) & (chosen < block.high)).all(), (
+                    f"{chosen} outside {block}"
+                )
                 assert (chosen.diff() > 0).all()
         take_note(self, span, heads, blocks, ids)
 
@@ -226,12 +269,22 @@ def check_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("rows", [150, 1])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_blocks_stay_in_range_whatever_the_numbers(
-    value: float, rows: int, score: str, representative: str, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+    value: float,
+    rows: int,
+    score: str,
+    representative: str,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: Callable[[int], None],
 ) -> None:
     sizes = check_blocks(monkeypatch)
     threads(1)
     for rescore in (1, 2):
-        for what, part in (("q", slice(None)), ("k", slice(70, 71)), ("k", slice(30, 110)), ("qk", slice(None))):
+        for what, part in (
+            ("q", slice(None)),
+            ("k", slice(70, 71)),
+            ("k", slice(30, 110)),
+            ("qk", slice(None)),
+        ):
             q, k, v = make_qkv(150, rows)
             for name, x in (("q", q), ("k", k)):
                 if name in what:

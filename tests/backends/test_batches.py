@@ -1,4 +1,5 @@
-"""A sequence's result does not depend on what else is in its batch: lengths on both sides of `dense_below`, steps and prompts."""
+"""A sequence's result does not depend on what else is in its batch: lengths on both sides of
+`dense_below`, steps and prompts."""
 
 from __future__ import annotations
 
@@ -19,13 +20,14 @@ from hip_hf.registry import METHODS
 from hip_hf.state import DecodeState
 
 WIDTH = 200
-# As many keys and query rows as each sequence has: a prompt so short that all of it is a step, one below `dense_below`, others
-# above; a step of a few rows and a chunk in one call.
+# As many keys and query rows as each sequence has: a prompt so short that all of it is a step, one
+# below `dense_below`, others above; a step of a few rows and a chunk in one call.
 LENGTHS = [(9, 9), (60, 60), (200, 200), (150, 7), (180, 90)]
 
 
 def spans_of(side: str) -> tuple[Span, ...]:
-    """One sequence in each batch row, padded on one side. Where a sequence has fewer rows than keys, it goes on in a cache."""
+    """One sequence in each batch row, padded on one side. Where a sequence has fewer rows than
+    keys, it goes on in a cache."""
     spans = []
     for batch, (keys, rows) in enumerate(LENGTHS):
         first = 0 if side == "right" else WIDTH - keys
@@ -49,7 +51,9 @@ def alone(problem: AttentionProblem, span: Span, config: HiPConfig) -> Result:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(
-    "fields", [dict(method=method) for method in METHODS] + [dict(delta=16), dict(delta=16, delta_mode="step")]
+    "fields",
+    [dict(method=method) for method in METHODS]
+    + [dict(delta=16), dict(delta=16, delta_mode="step")],
 )
 def test_a_sequence_is_computed_as_it_is_alone(fields: dict[str, Any], side: str) -> None:
     """Output, log-sum-exp and selection; with settings that prune even the shortest."""
@@ -70,10 +74,14 @@ def test_a_sequence_is_computed_as_it_is_alone(fields: dict[str, Any], side: str
             assert (together.mask.first[span.batch, blocks:] == -1).all()
             if single.mask is not None:
                 for got, want in zip(
-                    (together.mask.first, together.mask.counts), (single.mask.first, single.mask.counts), strict=True
+                    (together.mask.first, together.mask.counts),
+                    (single.mask.first, single.mask.counts),
+                    strict=True,
                 ):
                     assert torch.equal(got[span.batch, ..., :blocks], want[0])
-                assert torch.equal(together.mask.indices[span.batch, :, :blocks], single.mask.indices[0])
+                assert torch.equal(
+                    together.mask.indices[span.batch, :, :blocks], single.mask.indices[0]
+                )
         visible = sum(range(span.position + 1, span.end + 1))
         read, seen = read + single.share * visible, seen + visible
     assert together.share == pytest.approx(read / seen)
@@ -108,7 +116,8 @@ def test_gradients_of_a_sequence_are_those_it_has_alone() -> None:
 
 
 def test_steps_on_a_kept_state_pass_the_threshold_one_by_one() -> None:
-    """Two sequences decode together; the longer one is sparse from the first step on, the other one from a later step."""
+    """Two sequences decode together; the longer one is sparse from the first step on, the other one
+    from a later step."""
     config, steps, starts = small(dense_below=100, decode_refresh=4), 12, [0, 55]
     q, k, v = make_qkv(WIDTH, batch=2, dtype=torch.float64)
     both, single = DecodeState(), [DecodeState(), DecodeState()]
@@ -119,13 +128,24 @@ def test_steps_on_a_kept_state_pass_the_threshold_one_by_one() -> None:
             for b, start in enumerate(starts)
         ]
         rows = q[:, :, first : step + 1]
-        problem = AttentionProblem(rows, k[:, :, : step + 1], v[:, :, : step + 1], tuple(spans), q.shape[3] ** -0.5)
+        problem = AttentionProblem(
+            rows, k[:, :, : step + 1], v[:, :, : step + 1], tuple(spans), q.shape[3] ** -0.5
+        )
         together = attend(problem, config, state=both)
         for b, span in enumerate(spans):
             one = replace(
-                problem, q=rows[b : b + 1], k=problem.k[b : b + 1], v=problem.v[b : b + 1], spans=(replace(span, batch=0),)
+                problem,
+                q=rows[b : b + 1],
+                k=problem.k[b : b + 1],
+                v=problem.v[b : b + 1],
+                spans=(replace(span, batch=0),),
             )
-            assert_near(together.out[b], attend(one, config, state=single[b]).out[0], 1e-10, f"step {step}, sequence {b}")
+            assert_near(
+                together.out[b],
+                attend(one, config, state=single[b]).out[0],
+                1e-10,
+                f"step {step}, sequence {b}",
+            )
 
 
 # Models
@@ -147,7 +167,9 @@ def test_logits_of_a_padded_batch_are_those_of_each_text(side: str) -> None:
         at = slice(0, len(text)) if side == "right" else slice(max(lengths) - len(text), None)
         ids[row, at], mask[row, at] = text, 1
     with torch.no_grad():
-        logits = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        logits = model(
+            ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        ).logits
     report = explain(model)
     assert {row.path for row in report} == {"sparse"}
     assert all("2 of 3 sequences dense" in row.reason for row in report)
@@ -176,7 +198,9 @@ def test_steps_that_are_all_padded_alike_have_a_row_for_each_query_row() -> None
     q, k, v = make_qkv(67, 17, batch=2)
     config, starts = small(), torch.tensor([51, 51])
     out, lse = hip_attention(q, k, v, config=config, key_start=starts, return_lse=True)
-    alone, alone_lse = hip_attention(q[:, :, 1:], k[:, :, 51:], v[:, :, 51:], config=config, return_lse=True)
+    alone, alone_lse = hip_attention(
+        q[:, :, 1:], k[:, :, 51:], v[:, :, 51:], config=config, return_lse=True
+    )
     assert out.shape == q.shape
     assert_near(out[:, :, 1:], alone)
     assert_near(lse[:, :, 1:], alone_lse, 1e-5, "lse")

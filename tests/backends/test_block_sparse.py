@@ -1,4 +1,5 @@
-"""Attention of query blocks, torch backend: in one go, and with the logits of sink and window known from before."""
+"""Attention of query blocks, torch backend: in one go, and with the logits of sink and window known
+from before."""
 
 from __future__ import annotations
 
@@ -17,19 +18,31 @@ ALL = slice(None)
 
 
 def make_case(rows: int, count: int, sink: int, window: int, dtype: torch.dtype = torch.float64):
-    """Tensors of two key heads, `count` query blocks of `rows` rows, and key blocks that they selected."""
+    """Tensors of two key heads, `count` query blocks of `rows` rows, and key blocks that they
+    selected."""
     generator = torch.Generator().manual_seed(rows + window)
     first = 160
     end = first + rows * count
-    q, k, v = (torch.randn(2, n, DIM, generator=generator, dtype=torch.float64) for n in (GROUPS * rows * count, end, end))
+    q, k, v = (
+        torch.randn(2, n, DIM, generator=generator, dtype=torch.float64)
+        for n in (GROUPS * rows * count, end, end)
+    )
     q = q.unflatten(1, (GROUPS, -1))
     blocks = [
-        QueryBlock(i * rows, at, at + rows - 1, 0, sink, sink // SIZE, (at - window) // SIZE, at - window)
+        QueryBlock(
+            i * rows, at, at + rows - 1, 0, sink, sink // SIZE, (at - window) // SIZE, at - window
+        )
         for i, at in enumerate(range(first, end, rows))
     ]
-    ids = torch.stack([torch.randperm(10, generator=generator)[:4].sort().values + 3 for _ in range(2 * count)])
+    ids = torch.stack(
+        [torch.randperm(10, generator=generator)[:4].sort().values + 3 for _ in range(2 * count)]
+    )
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    return Tensors(q, k, v, torch.empty_like(q), None, 0.3, None, None, None), blocks, ids.view(2, count, 4)
+    return (
+        Tensors(q, k, v, torch.empty_like(q), None, 0.3, None, None, None),
+        blocks,
+        ids.view(2, count, 4),
+    )
 
 
 def known_of(t: Tensors, blocks: list[QueryBlock]) -> torch.Tensor:
@@ -58,14 +71,18 @@ def test_what_is_read_anyway_has_the_log_sum_exp_of_attention_to_it(given):
     t, blocks, _ = make_case(16, 3, 16, 40)
     t = replace(t, **given)
     want = partial(t, slice(0, 2), ALL, blocks, None, SIZE, True)[1]
-    torch.testing.assert_close(near_logits(t, slice(0, 2), blocks, SIZE, 0)[1], want, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        near_logits(t, slice(0, 2), blocks, SIZE, 0)[1], want, atol=1e-12, rtol=1e-12
+    )
 
 
 def test_some_heads_of_a_group_take_their_part_of_known_logits():
     t, blocks, ids = make_case(16, 3, 16, 40)
     known, group = known_of(t, blocks), slice(1, 2)
     want = partial(t, slice(0, 2), group, blocks, ids, SIZE, True)[0].clone()
-    got = partial(t, slice(0, 2), group, blocks, ids, SIZE, True, known=known.chunk(GROUPS, dim=2)[1])[0]
+    got = partial(
+        t, slice(0, 2), group, blocks, ids, SIZE, True, known=known.chunk(GROUPS, dim=2)[1]
+    )[0]
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
 
 
@@ -85,7 +102,9 @@ def test_bf16_is_no_less_exact_with_known_logits(monkeypatch):
 def test_rows_of_a_block_do_not_see_each_others_future(worst):
     t, blocks, ids = make_case(16, 2, 16, 40)
     before, near = (
-        partial(t, slice(0, 2), ALL, blocks, ids, SIZE, False, known=known_of(t, blocks))[0].clone(),
+        partial(t, slice(0, 2), ALL, blocks, ids, SIZE, False, known=known_of(t, blocks))[
+            0
+        ].clone(),
         known_of(t, blocks),
     )
     at = blocks[1].first + 9

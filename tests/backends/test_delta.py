@@ -1,4 +1,5 @@
-"""Delta correction by steps, as published: the formula, row by row; anchors; decode; it corrects what changes slowly."""
+"""Delta correction by steps, as published: the formula, row by row; anchors; decode; it corrects
+what changes slowly."""
 
 from __future__ import annotations
 
@@ -9,12 +10,15 @@ import torch
 from helpers import assert_near, causal, eager, make_problem, make_qkv, small
 
 from hip_hf.attention import attend
+from hip_hf.backends.base import Result
 from hip_hf.backends.delta import anchors
 from hip_hf.registry import METHODS
 from hip_hf.state import DecodeState
 
 
-def written_down(q: Any, k: Any, v: Any, gamma: int, start: int = 0, **fields: Any) -> tuple[torch.Tensor, ...]:
+def written_down(
+    q: Any, k: Any, v: Any, gamma: int, start: int = 0, **fields: Any
+) -> tuple[torch.Tensor, ...]:
     """Corrected output and log-sum-exp of one call, from sparse and dense results, in loops."""
     problem = make_problem(q, k, v, [start])
     sparse = attend(problem, small(**fields), need_lse=True)
@@ -24,9 +28,13 @@ def written_down(q: Any, k: Any, v: Any, gamma: int, start: int = 0, **fields: A
     for s, d in zip((sparse.out, sparse.lse), dense, strict=True):
         d = d.to(s.dtype)
         out, difference = s.clone(), d - s
-        row_of = {position: position - first for position in range(max(first, 0), first + q.shape[2])}
+        row_of = {
+            position: position - first for position in range(max(first, 0), first + q.shape[2])
+        }
         end = first + q.shape[2] - gamma
-        at = sorted({max(first, 0), *(p for p in row_of if p % gamma == 0)} & {p for p in row_of if p < end})
+        at = sorted(
+            {max(first, 0), *(p for p in row_of if p % gamma == 0)} & {p for p in row_of if p < end}
+        )
         for p, row in row_of.items():
             if p >= end:
                 out[:, :, row] = d[:, :, row]
@@ -37,13 +45,18 @@ def written_down(q: Any, k: Any, v: Any, gamma: int, start: int = 0, **fields: A
     return tuple(results)
 
 
-@pytest.mark.parametrize(("tokens", "rows", "start"), [(203, 203, 0), (203, 60, 0), (203, 203, 37), (140, 20, 0)])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "start"), [(203, 203, 0), (203, 60, 0), (203, 203, 37), (140, 20, 0)]
+)
 @pytest.mark.parametrize("gamma", [1, 7, 16, 300])
 @pytest.mark.parametrize("method", ["hip", "streaming"])
 def test_the_formula(tokens: int, rows: int, start: int, gamma: int, method: str) -> None:
     q, k, v = make_qkv(tokens, rows, dtype=torch.float64)
     got = attend(
-        make_problem(q, k, v, [start]), small(method=method, delta=gamma, delta_mode="step"), need_lse=True, need_mask=True
+        make_problem(q, k, v, [start]),
+        small(method=method, delta=gamma, delta_mode="step"),
+        need_lse=True,
+        need_mask=True,
     )
     assert got.path == "sparse"
     assert got.mask is not None
@@ -78,8 +91,9 @@ def test_with_a_sliding_window() -> None:
 
 @pytest.mark.parametrize("cut", [64, 70, 100])
 def test_decode_goes_on_as_prefill_would(cut: int, threads: Any) -> None:
-    """With every row its own query block, a step after a prefill gives what the row gives in one long prefill, once it has
-    passed an anchor: the rows in between have their own first row for anchor."""
+    """With every row its own query block, a step after a prefill gives what the row gives in one
+    long prefill, once it has passed an anchor: the rows in between have their own first row for
+    anchor."""
     threads(1)  # a step is too small to share out
     q, k, v = make_qkv(160, batch=2, dtype=torch.float64)
     config = small(delta=16, delta_mode="step", decode_refresh=1, block_q=1, query_stride=1)
@@ -88,7 +102,13 @@ def test_decode_goes_on_as_prefill_would(cut: int, threads: Any) -> None:
     attend(make_problem(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], [0, 5]), config, None, state)
     compared = 0
     for at in range(cut, 144 - 5):  # the last rows of `whole` are dense
-        got = attend(make_problem(q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1], [0, 5]), config, None, state, True)
+        got = attend(
+            make_problem(q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1], [0, 5]),
+            config,
+            None,
+            state,
+            True,
+        )
         assert got.path == "sparse"
         for b, pad in enumerate((0, 5)):
             if (at - pad) // 16 > (cut - pad - 1) // 16:
@@ -102,7 +122,11 @@ def test_a_cropped_cache_forgets_the_correction() -> None:
     q, k, v = make_qkv(100, dtype=torch.float64)
     config, state = small(delta=16, delta_mode="step", decode_refresh=1), DecodeState()
     attend(make_problem(q[:, :, :90], k[:, :, :90], v[:, :, :90]), config, None, state)
-    step = lambda at: attend(make_problem(q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1]), config, None, state)  # noqa: E731
+
+    def step(at: int) -> Result:
+        problem = make_problem(q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1])
+        return attend(problem, config, None, state)
+
     assert step(90).share == 1  # the first row of its group since the prefill: dense
     assert step(91).share < 1
     state.crop(91)
@@ -127,14 +151,22 @@ def test_anchors() -> None:
 
 
 def test_it_corrects_what_changes_slowly() -> None:
-    """Queries that drift slowly over values that streaming misses: the error falls by more than half."""
+    """Queries that drift slowly over values that streaming misses: the error falls by more than
+    half."""
     _, k, v = make_qkv(400, dim=16)
     t = torch.linspace(0, 1, 400)[:, None]
     base = torch.randn(2, 4, 1, 16)
     q = (base[0] * torch.cos(t) + base[1] * torch.sin(t))[None]
     want = eager(q, k, v, causal(1, 400, 400))[0]
     miss = [
-        float((attend(make_problem(q, k, v), small(method="streaming", delta=delta, delta_mode="step")).out - want).norm())
+        float(
+            (
+                attend(
+                    make_problem(q, k, v), small(method="streaming", delta=delta, delta_mode="step")
+                ).out
+                - want
+            ).norm()
+        )
         for delta in (None, 16)
     ]
     assert miss[1] < miss[0] / 2

@@ -21,11 +21,17 @@ from hip_hf.problem import AttentionProblem
 
 
 def test_grouped_heads_that_pytorch_would_give_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp32, with values of another width, or before Ampere, it has none for groups of heads on a GPU but the plain one."""
+    """In fp32, with values of another width, or before Ampere, it has none for groups of heads on a
+    GPU but the plain one."""
 
-    def takes(dtype: torch.dtype, dim: int, dim_v: int, capability: tuple[int, int] = (9, 0)) -> bool:
+    def takes(
+        dtype: torch.dtype, dim: int, dim_v: int, capability: tuple[int, int] = (9, 0)
+    ) -> bool:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        q, v = (SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 1, 1, width)) for width in (dim, dim_v))
+        q, v = (
+            SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 1, 1, width))
+            for width in (dim, dim_v)
+        )
         return sdpa.takes_groups(q, v)
 
     assert takes(torch.bfloat16, 128, 128)
@@ -42,14 +48,19 @@ def test_grouped_heads_that_pytorch_would_give_all_logits(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("window", [None, 37, 1000])
-@pytest.mark.parametrize(("rows", "at_once"), [(70, 1 << 27), (70, 5000), (200, 5000), (1, 1 << 27)])
+@pytest.mark.parametrize(
+    ("rows", "at_once"), [(70, 1 << 27), (70, 5000), (200, 5000), (1, 1 << 27)]
+)
 def test_chunks_and_windows_a_few_rows_at_a_time(
     monkeypatch: pytest.MonkeyPatch, rows: int, at_once: int, window: int | None
 ) -> None:
     monkeypatch.setattr(dense, "LOGITS_ON_GPU", at_once)
     q, k, v = make_qkv(200, rows, batch=2, dv=8)
     problem = make_problem(q, k, v, sliding_window=window)
-    assert_near(dense.sdpa(problem, problem.spans[0]), eager(q, k, v, causal(2, rows, 200, sliding=window))[0])
+    assert_near(
+        dense.sdpa(problem, problem.spans[0]),
+        eager(q, k, v, causal(2, rows, 200, sliding=window))[0],
+    )
 
 
 def test_no_more_logits_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +75,10 @@ def test_no_more_logits_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
     monkeypatch.setattr(dense, "LOGITS_ON_GPU", 2 * 2 * 400 * 30)
     q, k, v = make_qkv(400, 100, batch=2)
-    for window, shapes in ((None, {(30, 330), (30, 360), (30, 390), (10, 400)}), (80, {(30, 109), (10, 89)})):
+    for window, shapes in (
+        (None, {(30, 330), (30, 360), (30, 390), (10, 400)}),
+        (80, {(30, 109), (10, 89)}),
+    ):
         seen.clear()
         problem = make_problem(q, k, v, sliding_window=window)
         dense.sdpa(problem, problem.spans[0])
@@ -74,7 +88,11 @@ def test_no_more_logits_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 # Of 160 keys and the last 100 rows.
 SPANS = {
     "left padding": (Span(0, 0, 160, 0, 100, 60), Span(1, 81, 160, 21, 100, 0)),
-    "packed": (Span(0, 0, 80, 0, 30, 50), Span(0, 80, 160, 30, 100, 10), Span(1, 0, 160, 0, 100, 60)),
+    "packed": (
+        Span(0, 0, 80, 0, 30, 50),
+        Span(0, 80, 160, 30, 100, 10),
+        Span(1, 0, 160, 0, 100, 60),
+    ),
 }
 
 
@@ -84,7 +102,8 @@ SPANS = {
 def test_every_kind_of_batch_equals_block_by_block(
     monkeypatch: pytest.MonkeyPatch, pages: bool, spans: str, window: int | None
 ) -> None:
-    """Padding, packed sequences, and pages that lie between one another's; rows that belong to no span stay zero."""
+    """Padding, packed sequences, and pages that lie between one another's; rows that belong to no
+    span stay zero."""
     q, k, v = make_qkv(160, 100, batch=2, dv=8)
     problem = replace(make_problem(q, k, v, sliding_window=window), spans=SPANS[spans])
     want, _ = attend_dense(problem, HiPConfig(method="dense"), False)
@@ -107,7 +126,8 @@ def test_every_kind_of_batch_equals_block_by_block(
 
 
 def test_who_is_given_masks() -> None:
-    """On a GPU; not where gradients are kept, nor where a cache is offloaded, nor a CPU, which has fused attention."""
+    """On a GPU; not where gradients are kept, nor where a cache is offloaded, nor a CPU, which has
+    fused attention."""
     _, k, v = make_qkv(40)
     keys, _ = token_major(k, v, 10)
 

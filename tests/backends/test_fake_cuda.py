@@ -1,5 +1,5 @@
-"""Calls through the kernels with tensors that say they are on a GPU and hold nothing: none is on the wrong device, and the host
-waits for none. Launches are noted, not made."""
+"""Calls through the kernels with tensors that say they are on a GPU and hold nothing: none is on
+the wrong device, and the host waits for none. Launches are noted, not made."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ from hip_hf.state import DecodeState
 
 device_guards, launches = fake_cuda.device_guards, fake_cuda.launches  # fixtures
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the same calls run with numbers in them")
+pytestmark = pytest.mark.skipif(
+    DEVICE != "cpu", reason="on a GPU the same calls run with numbers in them"
+)
 
 # Every call is sparse, by kernels.
-FIELDS = dict(backend="triton", dense_below=0, dense_layers=0, budget=64, sink=16, window=32, dense_tail=16)
+FIELDS = dict(
+    backend="triton", dense_below=0, dense_layers=0, budget=64, sink=16, window=32, dense_tail=16
+)
 
 
 def qkv(rows: int, keys: int) -> list[torch.Tensor]:
@@ -58,7 +62,10 @@ def test_the_mode_notices() -> None:
         ({}, {"tiles_kernel", "append_kernel", "select_kernel", "attend_kernel"}),
         ({"method": "streaming"}, {"attend_kernel"}),
         ({"delta": 16, "delta_mode": "step"}, {"select_kernel", "attend_kernel"}),
-        ({"method": "hyper", "options": HYPER_SIZES}, {"attend_kernel", "hash_kernel", "square_kernel"}),
+        (
+            {"method": "hyper", "options": HYPER_SIZES},
+            {"attend_kernel", "hash_kernel", "square_kernel"},
+        ),
     ],
     ids=["hip", "streaming", "step", "hyper"],
 )
@@ -90,7 +97,11 @@ def test_where_kernels_are_not_trusted_dense_attention_takes_few_operators(
     monkeypatch.setattr(trust, "_warned", set())
     counted = Counter[str]()
     with pytest.warns(UserWarning, match="no C compiler"), Operations(counted):
-        out = hip_attention(*qkv(2000, 9000), config=HiPConfig(**{**FIELDS, "backend": "auto"}), sliding_window=window)
+        out = hip_attention(
+            *qkv(2000, 9000),
+            config=HiPConfig(**{**FIELDS, "backend": "auto"}),
+            sliding_window=window,
+        )
     assert out.device == GPU
     assert not launches
     assert counted.total() < 300
@@ -103,7 +114,9 @@ def test_gradients(launches: list[str]) -> None:
     numbers = torch.zeros(2, 2, 19, 4, dtype=torch.int32, device=GPU)
     part = Part(sequences, Reads(16, 16, 16, 32, numbers, numbers[..., 0].contiguous()))
     lse, sinks = torch.zeros(q.shape[:3], device=GPU), torch.zeros(4, device=GPU)
-    found = gradients(q, k, v, Logits(0.125, sinks=sinks), (part,), q, lse, q, None, need_sinks=True)
+    found = gradients(
+        q, k, v, Logits(0.125, sinks=sinks), (part,), q, lse, q, None, need_sinks=True
+    )
     assert all(x.device == GPU for x in found)
     assert set(launches) == {"query_gradient_kernel", "key_gradient_kernel"}
 
@@ -116,7 +129,12 @@ def whole(mask: torch.Tensor, rows: int) -> tuple[Span, ...]:
 
 def llama() -> LlamaConfig:
     config = LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     config.hip = FIELDS
     config._attn_implementation = "hip"
@@ -131,11 +149,14 @@ def tensors(x: Any) -> Iterator[torch.Tensor]:
         for part in x.values() if isinstance(x, dict) else x:
             yield from tensors(part)
     elif type(x).__module__.startswith("hip_hf") and hasattr(x, "__dict__"):
-        yield from tensors({name: kept for name, kept in vars(x).items() if name != "number"})  # which is the host's own
+        yield from tensors(
+            {name: kept for name, kept in vars(x).items() if name != "number"}
+        )  # which is the host's own
 
 
 def test_a_model(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill and decode steps of a Llama. What the mask says is the one thing that a forward reads on the host."""
+    """Prefill and decode steps of a Llama. What the mask says is the one thing that a forward reads
+    on the host."""
     for module in (decode_fast_path, layer_attention):
         monkeypatch.setattr(module, "mask_spans", whole)
     with torch.device(GPU), torch.no_grad():
@@ -144,12 +165,18 @@ def test_a_model(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert launches.count("attend_kernel") >= 2
         for _ in range(2):
             launches.clear()
-            assert model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache).logits.device == GPU
+            assert (
+                model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache).logits.device
+                == GPU
+            )
             assert launches.count("attend_kernel") == 2
 
 
-def test_a_model_whose_layers_lie_on_two_devices(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `device_map` lays them, by its hooks: what a layer keeps lies where the layer is, and no launch meets both devices."""
+def test_a_model_whose_layers_lie_on_two_devices(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `device_map` lays them, by its hooks: what a layer keeps lies where the layer is, and no
+    launch meets both devices."""
     for module in (decode_fast_path, layer_attention):
         monkeypatch.setattr(module, "mask_spans", whole)
     other, config = torch.device("cuda", 1), llama()
@@ -162,7 +189,10 @@ def test_a_model_whose_layers_lie_on_two_devices(launches: list[str], monkeypatc
         cache = model(torch.zeros(1, 400, dtype=torch.long)).past_key_values
         for _ in range(2):
             launches.clear()
-            assert model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache).logits.device == GPU
+            assert (
+                model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache).logits.device
+                == GPU
+            )
             assert launches.count("attend_kernel") == 2
     for layer, device in zip(cache.layers, (GPU, other), strict=True):
         found = list(tensors(layer))

@@ -20,13 +20,23 @@ def heard(monkeypatch):
     """How often the fused attention is called; bf16 counts as fast."""
     calls = []
     monkeypatch.setattr(workers, "_fast_bf16", lambda: True)
-    monkeypatch.setattr(fused, "attention", lambda *args, own=fused.attention, **more: calls.append(1) or own(*args, **more))
+    monkeypatch.setattr(
+        fused,
+        "attention",
+        lambda *args, own=fused.attention, **more: calls.append(1) or own(*args, **more),
+    )
     return calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "given", [dict(), dict(sinks=torch.linspace(-2, 3, 4)), dict(sliding_window=200), dict(key_start=[7, 70])]
+    "given",
+    [
+        dict(),
+        dict(sinks=torch.linspace(-2, 3, 4)),
+        dict(sliding_window=200),
+        dict(key_start=[7, 70]),
+    ],
 )
 def test_dense_rows_after_others(heard, dtype, given):
     q, k, v = make_qkv(131, 37, batch=2, dtype=dtype)
@@ -36,7 +46,11 @@ def test_dense_rows_after_others(heard, dtype, given):
     given.pop("sliding_window", None)  # it is longer than the context
     assert_as_exact_as(result.out, q, k, v, visible, **given)
     want = eager(q, k, v, visible, **given)[1]
-    assert_near(result.lse, want, 2 * float((eager(q, k, v, visible, dtype=dtype, **given)[1] - want).abs().max()) + 1e-6)
+    assert_near(
+        result.lse,
+        want,
+        2 * float((eager(q, k, v, visible, dtype=dtype, **given)[1] - want).abs().max()) + 1e-6,
+    )
 
 
 @pytest.mark.parametrize("given", [dict(softcap=20.0), dict(sliding_window=100)])
@@ -56,7 +70,10 @@ def test_dense_rows_whose_keys_lie_in_pages(heard, monkeypatch):
     pool, table = PagePool(*stores), BlockTable()
     pool.release(pool.allocate(20)[::2])  # so that a sequence lies in many pieces
     pool.append([table], 0, k, v)
-    result = attend(make_problem(q, *(PagedTensor(store, [table], 131) for store in stores)), small(method="dense"))
+    result = attend(
+        make_problem(q, *(PagedTensor(store, [table], 131) for store in stores)),
+        small(method="dense"),
+    )
     assert len(heard) == 1 + 3  # 94 keys before the rows
     assert_as_exact_as(result.out, q, k, v, causal(1, 37, 131))
 

@@ -1,4 +1,5 @@
-"""Fuzzing: calls and sequences of calls that nobody would think of, against plain attention in float64.
+"""Fuzzing: calls and sequences of calls that nobody would think of, against plain attention in
+float64.
 
 A seeded subset runs with the other tests; `make fuzz` runs 100,000 cases.
 """
@@ -8,7 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fuzz_cases import TOLERANCE, cases, configs, covers, expected, keys_read, selected_alone, shapes, tensor_arguments, tensors
+from fuzz_cases import (
+    TOLERANCE,
+    cases,
+    configs,
+    covers,
+    expected,
+    keys_read,
+    selected_alone,
+    shapes,
+    tensor_arguments,
+    tensors,
+)
 from helpers import assert_near
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +36,9 @@ def test_one_call(data: Any) -> None:
     shape, config = data.draw(shapes()), data.draw(configs())
     q, k, v = data.draw(tensors(shape)).make()
     told = data.draw(st.booleans())
-    result = hip_attention(q, k, v, config=config, return_lse=told, return_mask=told, **tensor_arguments(shape))
+    result = hip_attention(
+        q, k, v, config=config, return_lse=told, return_mask=told, **tensor_arguments(shape)
+    )
     out, lse, mask = result if told else (result, None, None)
     assert out.dtype == q.dtype
     visible = shape.visible()

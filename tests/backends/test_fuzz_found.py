@@ -16,7 +16,9 @@ def test_half_precision_is_widened_before_it_is_scaled() -> None:
     for method in ("dense", "hip"):
         q, k, v = make_qkv(20, dtype=torch.float16)
         q[..., 0], k[..., 0] = 60000.0, 0.0
-        out, _ = hip_attention(q, k, v, config=small(method=method, budget=32), scale=1.5, return_lse=True)  # type: ignore[misc]
+        out, _ = hip_attention(
+            q, k, v, config=small(method=method, budget=32), scale=1.5, return_lse=True
+        )  # type: ignore[misc]
         assert_near(out, eager(q, k, v, causal(1, 20, 20), 1.5)[0], 5e-3)
 
 
@@ -48,8 +50,12 @@ def test_h2o_after_a_crop_within_the_window() -> None:
     config, state = small(method="h2o", decode_refresh=1), DecodeState()
     hip_attention(q, k, v, config=config, state=state)
     state.crop(112)
-    again = hip_attention(q[:, :, 112:113], k[:, :, :113], v[:, :, :113], config=config, state=state)
-    assert torch.equal(again, hip_attention(q[:, :, 112:113], k[:, :, :113], v[:, :, :113], config=config))  # type: ignore[arg-type]
+    again = hip_attention(
+        q[:, :, 112:113], k[:, :, :113], v[:, :, :113], config=config, state=state
+    )
+    assert torch.equal(
+        again, hip_attention(q[:, :, 112:113], k[:, :, :113], v[:, :, :113], config=config)
+    )  # type: ignore[arg-type]
 
 
 def test_a_chunk_by_hyper_from_pages() -> None:

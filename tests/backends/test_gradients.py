@@ -1,4 +1,5 @@
-"""Gradients of the sparse path on the torch backend: those of plain attention to the keys that were read."""
+"""Gradients of the sparse path on the torch backend: those of plain attention to the keys that were
+read."""
 
 from __future__ import annotations
 
@@ -26,8 +27,14 @@ FEATURES: list[dict[str, Any]] = [
 ]
 
 
-def gradients(outputs: list[torch.Tensor], weights: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(sum((x * w).sum() for x, w in zip(outputs, weights, strict=True)), inputs))
+def gradients(
+    outputs: list[torch.Tensor], weights: list[torch.Tensor], inputs: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    return list(
+        torch.autograd.grad(
+            sum((x * w).sum() for x, w in zip(outputs, weights, strict=True)), inputs
+        )
+    )
 
 
 @pytest.mark.parametrize("given", FEATURES, ids=lambda given: "+".join(given) or "plain")
@@ -41,10 +48,18 @@ def gradients(outputs: list[torch.Tensor], weights: list[torch.Tensor], inputs: 
     ],
     ids=["prompt", "padding and tail", "chunk, per head", "decode"],
 )
-def test_gradients_are_those_of_attention_to_the_keys_read(given: dict, rows: int, starts: Any, fields: dict) -> None:
+def test_gradients_are_those_of_attention_to_the_keys_read(
+    given: dict, rows: int, starts: Any, fields: dict
+) -> None:
     q, k, v = make_qkv(120, rows, batch=2, dv=24, dtype=torch.float64)
-    given = dict(given, sinks=torch.randn(4, dtype=torch.float64)) if given.get("sinks") else dict(given)
-    inputs = [x.requires_grad_() for x in (q, k, v, *([given["sinks"]] if "sinks" in given else []))]
+    given = (
+        dict(given, sinks=torch.randn(4, dtype=torch.float64))
+        if given.get("sinks")
+        else dict(given)
+    )
+    inputs = [
+        x.requires_grad_() for x in (q, k, v, *([given["sinks"]] if "sinks" in given else []))
+    ]
     config = small(**fields)
     result = attend(make_problem(q, k, v, starts, **given), config, need_lse=True, need_mask=True)
     if rows <= DECODE_ROWS and "sliding_window" in given:
@@ -58,21 +73,28 @@ def test_gradients_are_those_of_attention_to_the_keys_read(given: dict, rows: in
     outputs, wanted = [result.out, result.lse[real.expand_as(lse)]], [out, lse[real.expand_as(lse)]]
     weights = [torch.randn_like(x) for x in wanted]
     names = ("q", "k", "v", "sinks")[: len(inputs)]
-    for name, a, b in zip(names, gradients(outputs, weights, inputs), gradients(wanted, weights, inputs), strict=True):
+    for name, a, b in zip(
+        names, gradients(outputs, weights, inputs), gradients(wanted, weights, inputs), strict=True
+    ):
         assert_near(a, b, 1e-9, f"gradient of {name}")
 
 
 def test_gradcheck() -> None:
-    """Against finite differences, with a selection that they do not change: the keys that match are far ahead."""
+    """Against finite differences, with a selection that they do not change: the keys that match are
+    far ahead."""
     sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
     q, k, v = make_qkv(72, heads=1, dim=4, dtype=torch.float64, needles={60: 20, 50: 13})
     config = small(budget=8, window=8)
 
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def call(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         return hip_attention(q, k, v, config=config, softcap=3.0, sinks=sinks, return_lse=True)
 
     assert attend(make_problem(q, k, v), config).path == "sparse"
-    assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in (q, k, v)] + [sinks], fast_mode=True)
+    assert torch.autograd.gradcheck(
+        call, [x.requires_grad_() for x in (q, k, v)] + [sinks], fast_mode=True
+    )
 
 
 @pytest.mark.fast
@@ -144,7 +166,13 @@ SPARSE = dict(dense_below=0, dense_layers=0, dense_tail=0, block_q=16, block_k=4
 
 def make_model(**settings: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=256)
+    sizes = dict(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        max_position_embeddings=256,
+    )
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     model = LlamaForCausalLM._from_config(config, attn_implementation="hip").train()
     hip_hf.configure(model, HiPConfig(**settings))
@@ -198,7 +226,11 @@ def test_checkpointed_attention_alone() -> None:
     inputs = [x.requires_grad_() for x in make_qkv(150)]
     config = small()
     plain = hip_attention(*inputs, config=config)
-    again = checkpoint(lambda q, k, v: hip_attention(q, k, v, config=config), *inputs, use_reentrant=False)
+    again = checkpoint(
+        lambda q, k, v: hip_attention(q, k, v, config=config), *inputs, use_reentrant=False
+    )
     weight = torch.randn_like(plain)
-    for a, b in zip(gradients([again], [weight], inputs), gradients([plain], [weight], inputs), strict=True):
+    for a, b in zip(
+        gradients([again], [weight], inputs), gradients([plain], [weight], inputs), strict=True
+    ):
         assert torch.equal(a, b)

@@ -1,5 +1,6 @@
-"""What sparse attention must equal: dense where it reads all, plain attention under the keys it says it read, and itself
-however a call is padded, chunked or spread over threads. Always through the sparse path."""
+"""What sparse attention must equal: dense where it reads all, plain attention under the keys it
+says it read, and itself however a call is padded, chunked or spread over threads. Always through
+the sparse path."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from hip_hf.methods import pyramid
 from hip_hf.problem import make_spans
 from hip_hf.state import DecodeState
 
-# tokens, dtype, (key heads, query heads for each), head dim of v, pad tokens of the second batch row
+# tokens, dtype, (key heads, query heads for each), head dim of v, pad tokens of the second batch
+# row
 SHAPES = [
     (33, torch.float64, (2, 2), 16, 4),
     (97, torch.float32, (2, 1), 24, 13),
@@ -74,7 +76,9 @@ def test_a_covering_budget_is_as_exact_as_plain_attention(tokens: int, dtype: to
 @pytest.mark.parametrize(("heads", "groups"), [(4, 1), (1, 1), (2, 2), (1, 4), (2, 7)])
 @pytest.mark.parametrize(("dim", "dv"), [(16, 16), (24, 8), (8, 40)])
 @pytest.mark.parametrize("group_shared", [True, False])
-def test_a_covering_budget_is_dense_for_every_shape(heads: int, groups: int, dim: int, dv: int, group_shared: bool) -> None:
+def test_a_covering_budget_is_dense_for_every_shape(
+    heads: int, groups: int, dim: int, dv: int, group_shared: bool
+) -> None:
     q, k, v = make_qkv(77, batch=2, heads=heads, groups=groups, dim=dim, dv=dv)
     got = sparse(q, k, v, small(budget=80, group_shared=group_shared))
     assert_near(got.out, eager(q, k, v, causal(2, 77, 77))[0])
@@ -84,7 +88,9 @@ def test_a_covering_budget_is_dense_for_every_shape(heads: int, groups: int, dim
 @pytest.mark.parametrize("given", [*FEATURES[:3], dict(softcap=3.0, sinks=True, scale=0.2)])
 @pytest.mark.parametrize("starts", [[0, 0, 0], [0, 13, 70], [95, 1, 100]])
 @pytest.mark.parametrize("rows", [101, 37, 16, 1])
-def test_a_covering_budget_is_dense_with_padding_and_every_feature(given: dict, starts: list[int], rows: int) -> None:
+def test_a_covering_budget_is_dense_with_padding_and_every_feature(
+    given: dict, starts: list[int], rows: int
+) -> None:
     q, k, v = make_qkv(101, rows, batch=3)
     fields, _ = features(given, q)
     got = sparse(q, k, v, small(budget=104), starts, **fields)
@@ -97,7 +103,8 @@ def test_a_covering_budget_is_dense_with_padding_and_every_feature(given: dict, 
 @pytest.mark.parametrize("heads", [slice(0, 2), slice(1, 2)])
 @pytest.mark.parametrize("given", FEATURES)
 def test_selecting_every_middle_block_is_dense_attention(given: dict, heads: slice) -> None:
-    """Block-sparse attention itself, with gathered blocks, where the identities above read one contiguous range."""
+    """Block-sparse attention itself, with gathered blocks, where the identities above read one
+    contiguous range."""
     config, tokens = small(), 112
     q, k, v = make_qkv(tokens)
     fields, sliding = features(given, q)
@@ -117,18 +124,25 @@ def test_selecting_every_middle_block_is_dense_attention(given: dict, heads: sli
 # Sparse output is plain attention under the keys read, each of them once.
 
 
-def check_reads(config: HiPConfig, tokens: int, rows: int | None = None, given: dict | None = None, **shape: Any) -> None:
+def check_reads(
+    config: HiPConfig, tokens: int, rows: int | None = None, given: dict | None = None, **shape: Any
+) -> None:
     starts, q_start = shape.pop("key_start", None), shape.pop("q_start", None)
     q, k, v = make_qkv(tokens, rows, **shape)
     fields, sliding = features(given or {}, q)
-    state = DecodeState() if sliding else None  # without one, decode within a sliding window goes dense
+    state = (
+        DecodeState() if sliding else None
+    )  # without one, decode within a sliding window goes dense
     got = sparse(q, k, v, config, starts, q_start, state, sliding_window=sliding, **fields)
     read = read_mask(got.mask, config, q, k, starts, q_start, sliding)
     out, lse = eager(q, k, v, read, **fields)
     assert_near(got.out, out)
     assert_near(got.lse, lse, what="lse")
     again = attend(
-        make_problem(q, k, v, starts, q_start, sliding_window=sliding, **fields), config, None, state and DecodeState()
+        make_problem(q, k, v, starts, q_start, sliding_window=sliding, **fields),
+        config,
+        None,
+        state and DecodeState(),
     )
     assert_near(again.out, out, what="out without mask")
 
@@ -152,8 +166,12 @@ def test_with_every_feature(given: dict, rows: int | None) -> None:
 @pytest.mark.parametrize("method", ["hip", "streaming", "oracle"])
 @pytest.mark.parametrize("group_shared", [True, False])
 @pytest.mark.parametrize(("heads", "groups"), [(2, 1), (1, 4), (2, 7)])
-def test_with_every_method_and_head_layout(method: str, group_shared: bool, heads: int, groups: int) -> None:
-    check_reads(small(method=method, group_shared=group_shared), 131, heads=heads, groups=groups, dv=24)
+def test_with_every_method_and_head_layout(
+    method: str, group_shared: bool, heads: int, groups: int
+) -> None:
+    check_reads(
+        small(method=method, group_shared=group_shared), 131, heads=heads, groups=groups, dv=24
+    )
 
 
 @pytest.mark.parametrize("starts", [[0, 37, 130], [170, 200, 3]])
@@ -195,7 +213,9 @@ def test_short_floats_are_as_exact_as_plain_attention(dtype: torch.dtype) -> Non
 
 
 def test_tensors_that_are_not_contiguous() -> None:
-    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in make_qkv(203, dtype=torch.float64))
+    q, k, v = (
+        x.transpose(1, 2).contiguous().transpose(1, 2) for x in make_qkv(203, dtype=torch.float64)
+    )
     got, want = sparse(q, k, v, small()), sparse(*(x.contiguous() for x in (q, k, v)), small())
     assert_near(got.out, want.out, 1e-12)
 
@@ -207,7 +227,12 @@ def test_tensors_that_are_not_contiguous() -> None:
 @pytest.mark.parametrize("sliding", [34, 35, 41, 47, 48, 49, 50, 51])
 def test_every_query_block_is_computed_in_a_sliding_window(block_q: int, sliding: int) -> None:
     """The middle may then shrink by a block from one query block to the next."""
-    check_reads(small(block_q=block_q, block_k=16, budget=16, sink=0), 150, None, dict(sliding_window=sliding))
+    check_reads(
+        small(block_q=block_q, block_k=16, budget=16, sink=0),
+        150,
+        None,
+        dict(sliding_window=sliding),
+    )
 
 
 def test_the_sink_is_read_as_long_as_it_is_in_sight() -> None:
@@ -220,7 +245,9 @@ def test_the_sink_is_read_as_long_as_it_is_in_sight() -> None:
 @pytest.mark.parametrize("pad", [1, 4, 37])
 @pytest.mark.parametrize("rows", [None, 50, 5])
 @pytest.mark.parametrize("given", FEATURES)
-def test_a_left_padded_row_gives_what_it_gives_alone(pad: int, rows: int | None, given: dict) -> None:
+def test_a_left_padded_row_gives_what_it_gives_alone(
+    pad: int, rows: int | None, given: dict
+) -> None:
     q, k, v = make_qkv(180, rows, batch=2, dtype=torch.float64)
     fields, sliding = features(given, q)
     state = [DecodeState() if sliding else None for _ in range(2)]
@@ -233,10 +260,14 @@ def test_a_left_padded_row_gives_what_it_gives_alone(pad: int, rows: int | None,
     blocks = alone.mask.counts.shape[2]
     for name in ("indices", "counts", "first"):
         mine, want = getattr(got.mask, name)[1], getattr(alone.mask, name)[0]
-        assert torch.equal(mine[..., :blocks, :] if name == "indices" else mine[..., :blocks], want), name
+        assert torch.equal(
+            mine[..., :blocks, :] if name == "indices" else mine[..., :blocks], want
+        ), name
 
 
-def shaped(tokens: int, dtype: torch.dtype, heads: tuple[int, int], dv: int) -> tuple[torch.Tensor, ...]:
+def shaped(
+    tokens: int, dtype: torch.dtype, heads: tuple[int, int], dv: int
+) -> tuple[torch.Tensor, ...]:
     return make_qkv(tokens, batch=2, heads=heads[0], groups=heads[1], dv=dv, dtype=dtype)
 
 
@@ -271,7 +302,8 @@ def test_chunked_prefill_of_any_shape_is_one_shot(
 @pytest.mark.parametrize("rest", [1, 9, 16])
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_short_last_chunk_is_decode(rest: int, kept: bool) -> None:
-    """Up to 16 rows count as decode: each is the step that selects for itself, and not the row of one shot."""
+    """Up to 16 rows count as decode: each is the step that selects for itself, and not the row of
+    one shot."""
     q, k, v = make_qkv(160 + rest, batch=2, dtype=torch.float64)
     config, state = small(decode_refresh=1), DecodeState() if kept else None
     whole = sparse(q, k, v, config)
@@ -295,7 +327,9 @@ def test_chunked_prefill_is_one_shot(cuts: list[int], kept: bool, static: bool) 
     want = sparse(q, k, v, small())
     state, out, lse = DecodeState() if kept else None, [], []
     for first, end in zip([0, *cuts], [*cuts, 251], strict=True):
-        seen = 251 if static else end  # a static cache has all slots; what is in the later ones must not matter
+        seen = (
+            251 if static else end
+        )  # a static cache has all slots; what is in the later ones must not matter
         later = torch.arange(seen)[:, None] >= end
         keys, values = (x[:, :, :seen].masked_fill(later, torch.nan) for x in (k, v))
         part = sparse(q[:, :, first:end], keys, values, small(), q_start=[first] * 2, state=state)
@@ -310,7 +344,8 @@ def test_chunked_prefill_is_one_shot(cuts: list[int], kept: bool, static: bool) 
 def test_a_decode_step_is_the_last_row_of_a_prefill(
     tokens: int, dtype: torch.dtype, heads: tuple[int, int], dv: int, pad: int
 ) -> None:
-    """Where the last query block is that one row: of as many tokens as make it so, padding not counted."""
+    """Where the last query block is that one row: of as many tokens as make it so, padding not
+    counted."""
     tokens = (tokens - pad) // 16 * 16 + 1 + pad
     q, k, v = (x[1:] for x in shaped(tokens, dtype, heads, dv))
     config = small(decode_refresh=1)
@@ -333,7 +368,9 @@ def test_later_query_blocks_leave_earlier_rows_untouched(
     for block in {1, (tokens - pad) // 32, (tokens - pad - 1) // 16} - {0}:
         for row, start in enumerate((0, pad)):
             at = start + 16 * block
-            others = [torch.cat([x[:, :, :at], 3 * torch.randn_like(x[:, :, at:])], 2) for x in tensors]
+            others = [
+                torch.cat([x[:, :, :at], 3 * torch.randn_like(x[:, :, at:])], 2) for x in tensors
+            ]
             got = sparse(*others, config, [0, pad])
             assert torch.equal(got.out[row, :, :at], want.out[row, :, :at])
             assert torch.equal(got.lse[row, :, :at], want.lse[row, :, :at])
@@ -354,7 +391,9 @@ CUTS = [
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("module", "name", "value"), CUTS)
 @pytest.mark.parametrize("given", [FEATURES[0], FEATURES[-1]])
-def test_how_the_work_is_cut_does_not_matter(module: Any, name: str, value: int, given: dict, monkeypatch: Any) -> None:
+def test_how_the_work_is_cut_does_not_matter(
+    module: Any, name: str, value: int, given: dict, monkeypatch: Any
+) -> None:
     q, k, v = make_qkv(203, dtype=torch.float64)
     fields, sliding = features(given, q)
     config = small(dense_tail=30)
@@ -369,7 +408,9 @@ def test_how_the_work_is_cut_does_not_matter(module: Any, name: str, value: int,
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("sliding", [None, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tiles_without_a_log_sum_exp_are_merged_exactly(sliding: int | None, dtype: torch.dtype, monkeypatch: Any) -> None:
+def test_tiles_without_a_log_sum_exp_are_merged_exactly(
+    sliding: int | None, dtype: torch.dtype, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(block_sparse, "LOGITS_AT_ONCE", 1)
     q, k, v = make_qkv(203, 40, dtype=dtype)
     problem = make_problem(q, k, v, sliding_window=sliding)
@@ -379,7 +420,8 @@ def test_tiles_without_a_log_sum_exp_are_merged_exactly(sliding: int | None, dty
 
 
 def test_each_worker_computes_alone() -> None:
-    """A worker whose products are spread over threads of their own competes with the other workers."""
+    """A worker whose products are spread over threads of their own competes with the other
+    workers."""
     counts = []
     workers.run(lambda _: counts.append(torch.get_num_threads()), range(4), torch.device("cpu"))
     assert counts == [1] * 4
@@ -436,7 +478,11 @@ def test_a_batch_without_any_key_gives_nothing() -> None:
 @pytest.mark.parametrize("method", ["hip", "oracle", "dense"])
 def test_what_padding_holds_never_matters(rows: int, method: str) -> None:
     q, k, v = make_qkv(180, rows, batch=2)
-    config, starts, q_start = small(method=method), [0, 21], [170 - rows, 165 - rows] if rows < 170 else None
+    config, starts, q_start = (
+        small(method=method),
+        [0, 21],
+        [170 - rows, 165 - rows] if rows < 170 else None,
+    )
     want = attend(make_problem(q, k, v, starts, q_start), config, need_lse=True)
     ends = [180, 180] if q_start is None else [170, 165]
     for b in range(2):

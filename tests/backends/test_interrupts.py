@@ -1,4 +1,5 @@
-"""Interrupts and failures in the middle of a call, threads that share a model, and processes that were forked or spawned.
+"""Interrupts and failures in the middle of a call, threads that share a model, and processes that
+were forked or spawned.
 
 After an interrupt the next call is right, or it says that a new cache is needed.
 """
@@ -36,7 +37,8 @@ def step(model: PreTrainedModel, ids: torch.Tensor, cache: Any, rows: int) -> to
 
 
 def at_line(number: int | None, error: type[BaseException], call: Callable[[], Any]) -> int:
-    """The lines of our own and of the model's code that `call` runs; `error` comes before the line of that number, if any."""
+    """The lines of our own and of the model's code that `call` runs; `error` comes before the line
+    of that number, if any."""
     count = 0
 
     def line(frame: FrameType, event: str, argument: Any) -> Any:
@@ -60,7 +62,10 @@ def at_line(number: int | None, error: type[BaseException], call: Callable[[], A
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
-@pytest.mark.parametrize(("family", "refresh", "rows"), [("llama", 1, 1), ("llama", 4, 1), ("gemma2", 4, 1), ("llama", 1, 20)])
+@pytest.mark.parametrize(
+    ("family", "refresh", "rows"),
+    [("llama", 1, 1), ("llama", 4, 1), ("gemma2", 4, 1), ("llama", 1, 20)],
+)
 def test_a_call_that_is_interrupted_anywhere(
     family: str, refresh: int, rows: int, error: type[BaseException], threads: Callable[[int], None]
 ) -> None:
@@ -73,7 +78,9 @@ def test_a_call_that_is_interrupted_anywhere(
     lines = at_line(None, error, lambda: step(model, ids, spare, rows))
     for number in range(7, lines, lines // POINTS):
         cache = copy.deepcopy(ready)
-        with contextlib.suppress(error, ValueError):  # which may say at once that a new cache is needed
+        with contextlib.suppress(
+            error, ValueError
+        ):  # which may say at once that a new cache is needed
             at_line(number, error, lambda cache=cache: step(model, ids, cache, rows))  # type: ignore[misc]
         lengths = {layer.get_seq_length() for layer in cache.layers}
         got, why = refused(lambda cache=cache: step(model, ids, cache, rows))  # type: ignore[misc]
@@ -115,7 +122,10 @@ def test_a_state_that_an_interrupt_met_starts_afresh(monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         hip_attention(*rows, config=config, state=state)
     monkeypatch.undo()
-    assert torch.equal(hip_attention(*rows, config=config, state=state), hip_attention(*rows, config=config, state=twin))  # type: ignore[arg-type]
+    assert torch.equal(
+        hip_attention(*rows, config=config, state=state),
+        hip_attention(*rows, config=config, state=twin),
+    )  # type: ignore[arg-type]
 
 
 def test_workers_that_fail_leave_none_running() -> None:
@@ -228,7 +238,9 @@ def work(queue: Any) -> None:
     queue.put(sorted(done))
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="a system without fork")
+@pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="a system without fork"
+)
 def test_a_forked_process_has_workers_of_its_own() -> None:
     """Also where another thread was just making some as it was forked."""
     before = torch.get_num_threads()

@@ -1,4 +1,5 @@
-"""The kernels behind `hip_attention` against the torch backend: same blocks, same output, same life of a decode state."""
+"""The kernels behind `hip_attention` against the torch backend: same blocks, same output, same life
+of a decode state."""
 
 from __future__ import annotations
 
@@ -34,16 +35,28 @@ def test_prompt(config: dict[str, Any]) -> None:
 
 @pytest.mark.fast
 def test_prompt_with_padding_on_either_side() -> None:
-    both(*make_qkv(130, 40, batch=3), dict(dense_tail=7), key_start=[0, 33, 110], q_start=[70, 90, 90])
+    both(
+        *make_qkv(130, 40, batch=3),
+        dict(dense_tail=7),
+        key_start=[0, 33, 110],
+        q_start=[70, 90, 90],
+    )
 
 
 def test_prompt_with_softcap_sinks_and_sliding_window() -> None:
-    both(*make_qkv(163, 30), dict(dense_tail=4), softcap=3.0, sliding_window=120, sinks=torch.randn(4))
+    both(
+        *make_qkv(163, 30),
+        dict(dense_tail=4),
+        softcap=3.0,
+        sliding_window=120,
+        sinks=torch.randn(4),
+    )
 
 
 @pytest.mark.parametrize("config", [dict(), dict(method="streaming"), dict(group_shared=False)])
 def test_decode_with_a_state(config: dict[str, Any]) -> None:
-    """A prompt, steps across refreshes and key blocks, a crop, a step of several rows, a reordered batch."""
+    """A prompt, steps across refreshes and key blocks, a crop, a step of several rows, a reordered
+    batch."""
     q, k, v = make_qkv(160, batch=2, heads=1)
     states = {"triton": DecodeState(), "torch": DecodeState()}
 
@@ -51,7 +64,16 @@ def test_decode_with_a_state(config: dict[str, Any]) -> None:
         results = []
         for backend, state in states.items():
             settings = small(backend=backend, decode_refresh=3, **config)
-            results.append(call(q[:, :, first:end], k[:, :, :end], v[:, :, :end], settings, state, key_start=[0, 21]))
+            results.append(
+                call(
+                    q[:, :, first:end],
+                    k[:, :, :end],
+                    v[:, :, :end],
+                    settings,
+                    state,
+                    key_start=[0, 21],
+                )
+            )
         if kept:
             same(*results)
         else:
@@ -75,7 +97,11 @@ def test_decode_with_a_state(config: dict[str, Any]) -> None:
     got = []
     for backend, state in states.items():
         settings = small(backend=backend, decode_refresh=3, **config)
-        got.append(call(q[:, :, 101:102], k[:, :, :102], v[:, :, :102], settings, state, key_start=[21, 21]))
+        got.append(
+            call(
+                q[:, :, 101:102], k[:, :, :102], v[:, :, :102], settings, state, key_start=[21, 21]
+            )
+        )
     same(*got)
 
 
@@ -108,7 +134,9 @@ def test_a_state_grows_beyond_its_first_room(monkeypatch: pytest.MonkeyPatch) ->
     for first, end in ((0, 60), (60, 100), (100, 101), (101, 102), (102, 150)):
         results = []
         for name, state in states.items():
-            results.append(call(q[:, :, first:end], k[:, :, :end], v[:, :, :end], small(backend=name), state))
+            results.append(
+                call(q[:, :, first:end], k[:, :, :end], v[:, :, :end], small(backend=name), state)
+            )
         same(*results)
         capacities.add(states["triton"].device.capacity)
     assert len(capacities) > 1
@@ -126,7 +154,9 @@ def test_gradients() -> None:
     for backend in ("triton", "torch"):
         device = DEVICE if backend == "triton" else "cpu"
         leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
-        out, lse = hip_hf.hip_attention(*leaves, config=small(backend=backend, dense_tail=9), return_lse=True)
+        out, lse = hip_hf.hip_attention(
+            *leaves, config=small(backend=backend, dense_tail=9), return_lse=True
+        )
         torch.manual_seed(3)
         weight = torch.randn(out.shape).to(device)
         ((out * weight).sum() + lse.sum()).backward()
@@ -144,9 +174,13 @@ def test_gradients() -> None:
         (dict(method="streaming", options=dict(recent=True)), torch.float32, "recent"),
     ],
 )
-def test_asked_for_by_name_it_serves_or_says_why_not(config: dict[str, Any], dtype: torch.dtype, why: str) -> None:
+def test_asked_for_by_name_it_serves_or_says_why_not(
+    config: dict[str, Any], dtype: torch.dtype, why: str
+) -> None:
     q, k, v = (x.to(DEVICE) for x in make_qkv(100, 20, dtype=dtype))
-    with pytest.raises(ValueError, match=rf"HiPConfig.backend: got 'triton', allowed here: auto \| torch \(.*{why}"):
+    with pytest.raises(
+        ValueError, match=rf"HiPConfig.backend: got 'triton', allowed here: auto \| torch \(.*{why}"
+    ):
         hip_hf.hip_attention(q, k, v, config=small(backend="triton", **config))
 
 
@@ -161,7 +195,8 @@ def test_auto_takes_the_kernels_on_a_gpu_and_says_when_it_cannot() -> None:
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
 def test_a_captured_step_serves_a_growing_sequence() -> None:
-    """One graph, replayed while only numbers on the device change, gives what step after step gives."""
+    """One graph, replayed while only numbers on the device change, gives what step after step
+    gives."""
     from hip_hf.backends.triton.common.addressing import KeyValues
     from hip_hf.backends.triton.common.arguments import Logits
     from hip_hf.backends.triton.common.sequences import Sequences
@@ -196,7 +231,8 @@ def test_a_captured_step_serves_a_growing_sequence() -> None:
 
 
 def test_the_host_knows_how_old_selections_are_as_the_device_does() -> None:
-    """Steps launch nothing for selections that still serve, so the two must not differ, whatever happens in between."""
+    """Steps launch nothing for selections that still serve, so the two must not differ, whatever
+    happens in between."""
     config = small(backend="triton", decode_refresh=3)
     q, k, v = (x.to(DEVICE) for x in make_qkv(110, batch=2))
     state, key_start = DecodeState(), torch.tensor([0, 13])
@@ -212,6 +248,21 @@ def test_the_host_knows_how_old_selections_are_as_the_device_does() -> None:
         made = [int(row[0, 0]) for row in state.device.selection.made]
         for batch, row in state.rows.items():
             assert row.on_device
-            assert made[batch] == (SelectionBuffers.NEVER if row.selection is None else row.selection.position)
+            assert made[batch] == (
+                SelectionBuffers.NEVER if row.selection is None else row.selection.position
+            )
         calls.append(made[0])
-    assert calls == [SelectionBuffers.NEVER, 80, 80, 80, 83, SelectionBuffers.NEVER, 87, 87, SelectionBuffers.NEVER, 84, 84, 84]
+    assert calls == [
+        SelectionBuffers.NEVER,
+        80,
+        80,
+        80,
+        83,
+        SelectionBuffers.NEVER,
+        87,
+        87,
+        SelectionBuffers.NEVER,
+        84,
+        84,
+        84,
+    ]

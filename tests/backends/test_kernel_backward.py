@@ -1,4 +1,5 @@
-"""The backward kernels against the torch reference on the same block indices: interpreted, or native on a GPU."""
+"""The backward kernels against the torch reference on the same block indices: interpreted, or
+native on a GPU."""
 
 from __future__ import annotations
 
@@ -24,13 +25,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize(
     ("groups", "dtype"),
-    [(1, torch.float32), (2, torch.bfloat16), (4, torch.float32), (4, torch.float16), (7, torch.float32), (8, torch.bfloat16)],
+    [
+        (1, torch.float32),
+        (2, torch.bfloat16),
+        (4, torch.float32),
+        (4, torch.float16),
+        (7, torch.float32),
+        (8, torch.bfloat16),
+    ],
 )
 def test_query_heads_of_a_group_and_dtypes(groups: int, dtype: torch.dtype) -> None:
     run(make_case(spans_of((0, 101, 101)), groups=groups, dtype=dtype))
 
 
-@pytest.mark.parametrize(("dim", "dv"), [(80, 80), (96, 64), (128, 128), (192, 128), (192, 192), (256, 256), (16, 40)])
+@pytest.mark.parametrize(
+    ("dim", "dv"), [(80, 80), (96, 64), (128, 128), (192, 128), (192, 192), (256, 256), (16, 40)]
+)
 def test_head_dims(dim: int, dv: int) -> None:
     run(one_prompt(dim, dv))
 
@@ -42,7 +52,13 @@ def test_padding_packing_and_a_cache(shared: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [dict(softcap=2.0), dict(sliding_window=70), dict(sinks=True), dict(softcap=3.0, sliding_window=25, sinks=True)]
+    "fields",
+    [
+        dict(softcap=2.0),
+        dict(sliding_window=70),
+        dict(sinks=True),
+        dict(softcap=3.0, sliding_window=25, sinks=True),
+    ],
 )
 def test_logits(fields: dict[str, Any]) -> None:
     # many sinks: of a few gradients the largest rounding error is a matter of luck
@@ -65,13 +81,19 @@ def test_logits(fields: dict[str, Any]) -> None:
     ],
 )
 def test_block_sizes(sizes: dict[str, Any]) -> None:
-    run(make_case(spans_of((0, 301 if sizes.get("block_k", 1) >= 70 else 101, 87)), heads=1, **sizes), need_lse=False)
+    run(
+        make_case(
+            spans_of((0, 301 if sizes.get("block_k", 1) >= 70 else 101, 87)), heads=1, **sizes
+        ),
+        need_lse=False,
+    )
 
 
 @pytest.mark.parametrize("block_k", [1, 5, 16, 64, 65, 100, 128, 256, 1000])
 @pytest.mark.parametrize("most", [32, 64])
 def test_tiles_of_keys_are_bounded(block_k: int, most: int) -> None:
-    """However large key blocks are: more keys would spill. Every key is in one tile, and no tile is empty."""
+    """However large key blocks are: more keys would spill. Every key is in one tile, and no tile is
+    empty."""
     tiles = KeyTiles.of(block_k, Tile(64, most, 8, 1))
     assert tiles.keys <= most
     assert tiles.blocks == 1 or tiles.parts == 1
@@ -79,13 +101,19 @@ def test_tiles_of_keys_are_bounded(block_k: int, most: int) -> None:
 
 
 def test_dense_rows_at_the_end_of_a_prompt() -> None:
-    """Two parts: rows that select, and a dense tail. As if the tail's rows had selected everything."""
+    """Two parts: rows that select, and a dense tail. As if the tail's rows had selected
+    everything."""
     case = make_case(spans_of((0, 150, 150)), heads=1, most=9, block_q=10)
-    head, tail = (replace(case.spans[0], row_end=110), replace(case.spans[0], row_start=110, position=110))
+    head, tail = (
+        replace(case.spans[0], row_end=110),
+        replace(case.spans[0], row_start=110, position=110),
+    )
     for i, block in enumerate(case.blocks(case.spans[0])):
         if block.first >= 110:
             case.counts[:, :, i] = block.num_candidates
-            case.indices[:, :, i, : block.num_candidates] = torch.arange(block.low, block.high).int()
+            case.indices[:, :, i, : block.num_candidates] = torch.arange(
+                block.low, block.high
+            ).int()
     device = torch.device(DEVICE)
     parts = (
         Part(Sequences.of([head], device), case.reads()),
@@ -104,7 +132,9 @@ def test_gradients_repeat_bit_by_bit() -> None:
     inputs = [x.to(DEVICE, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
     found = []
     for _ in range(2):
-        out, _ = attention(*inputs, case.logits(), (Part(case.sequences(), case.reads()),), HiPConfig())
+        out, _ = attention(
+            *inputs, case.logits(), (Part(case.sequences(), case.reads()),), HiPConfig()
+        )
         found.append(torch.autograd.grad(out.float().square().sum(), inputs))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -113,7 +143,12 @@ def test_only_what_asks_gets_gradients() -> None:
     case = make_case(spans_of((0, 60, 60)))
     v = case.v.to(DEVICE, copy=True).requires_grad_()
     out, _ = attention(
-        case.q.to(DEVICE), case.k.to(DEVICE), v, Logits(case.scale), (Part(case.sequences(), case.reads()),), HiPConfig()
+        case.q.to(DEVICE),
+        case.k.to(DEVICE),
+        v,
+        Logits(case.scale),
+        (Part(case.sequences(), case.reads()),),
+        HiPConfig(),
     )
     out.sum().backward()
     assert v.grad.isfinite().all()
@@ -132,7 +167,11 @@ def test_inverted_lists_hold_every_selection_once(per_tile: int) -> None:
         assert (who.diff() > 0).all(), "query blocks are not in order, or stand twice"
         for block, bits in zip(who.tolist(), found.what[begin:end].tolist(), strict=True):
             assert bits
-            got |= {(i // tiles, block, i % tiles * per_tile + j) for j in range(per_tile) if bits >> j & 1}
+            got |= {
+                (i // tiles, block, i % tiles * per_tile + j)
+                for j in range(per_tile)
+                if bits >> j & 1
+            }
     want = set()
     for at in range(sequences):
         for one in range(lists):

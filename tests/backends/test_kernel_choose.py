@@ -1,4 +1,5 @@
-"""Searches of decode steps whose exact look several programs share (`selection/choose.py`), against the torch search."""
+"""Searches of decode steps whose exact look several programs share (`selection/choose.py`), against
+the torch search."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from interpreter import DEVICE
 from selection_cases import Case, whole
 
 from hip_hf.backends.triton.selection import search
-from hip_hf.backends.triton.selection.search import MOST_LOOKS, SelectionBuffers, constants, looks_for
+from hip_hf.backends.triton.selection.search import (
+    MOST_LOOKS,
+    SelectionBuffers,
+    constants,
+    looks_for,
+)
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 
@@ -19,14 +25,17 @@ pytestmark = pytest.mark.kernels
 
 
 def steps() -> list[Span]:
-    """One row, of which the first sees a padded sequence; one whose middle the budget covers; several rows; none."""
+    """One row, of which the first sees a padded sequence; one whose middle the budget covers;
+    several rows; none."""
     return [whole(397, 1, 0, 5), whole(60, 1, 1), whole(331, 2, 2), Span(3, 0, 200, 0, 0, 200)]
 
 
 def looks_of(case: Case) -> int:
     config = case.config
     looks = looks_for(len(case.spans), config.block_k, 132)
-    return constants(config, case.groups, 64, case.q.dtype, 1, 400, "sm90", True, looks=looks)["LOOKS"]
+    return constants(config, case.groups, 64, case.q.dtype, 1, 400, "sm90", True, looks=looks)[
+        "LOOKS"
+    ]
 
 
 @pytest.mark.usefixtures("poison")
@@ -39,14 +48,17 @@ def looks_of(case: Case) -> int:
     (4, dict(beam=12), dict(page_size=7)),
 ])  # fmt: skip
 def test_the_same_blocks(looks: int, fields: dict[str, Any], shape: dict[str, Any]) -> None:
-    """As the torch search, whatever the blocks' size; what lies in scratch before does not matter."""
+    """As the torch search, whatever the blocks' size; what lies in scratch before does not
+    matter."""
     case = Case(small(**{"rescore": 3, **fields}), steps(), **shape)
     assert looks_of(case) == looks
     case.check(per_row=True, keep=True)
 
 
 @pytest.mark.parametrize("fields", [dict(), dict(score="max")])
-def test_a_search_that_is_not_shared_finds_the_same(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
+def test_a_search_that_is_not_shared_finds_the_same(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
     """And leaves the same behind for the steps after it."""
     case = Case(small(rescore=3, **fields), steps(), heads=2)
     shared = case.run(1, case.empty(1, keep=True))
@@ -72,13 +84,36 @@ def test_a_shared_search_serves_until_it_is_as_old_as_decode_refresh() -> None:
 
 
 def test_as_many_programs_as_a_device_runs_at_once() -> None:
-    assert [looks_for(programs, 16, 132) for programs in (0, 1, 16, 17, 33, 66, 67, 128, 1000)] == [8, 8, 8, 4, 4, 2, 1, 1, 1]
-    assert [looks_for(1, block_k, 132) for block_k in (1, 2, 3, 4, 5, 6, 7, 9, 64)] == [1, 2, 2, 4, 3, 3, 4, 5, 8]
+    assert [looks_for(programs, 16, 132) for programs in (0, 1, 16, 17, 33, 66, 67, 128, 1000)] == [
+        8,
+        8,
+        8,
+        4,
+        4,
+        2,
+        1,
+        1,
+        1,
+    ]
+    assert [looks_for(1, block_k, 132) for block_k in (1, 2, 3, 4, 5, 6, 7, 9, 64)] == [
+        1,
+        2,
+        2,
+        4,
+        3,
+        3,
+        4,
+        5,
+        8,
+    ]
 
 
-@pytest.mark.parametrize(("fields", "stateful"), [(dict(rescore=1), True), (dict(coarsest=4), True), (dict(), False)])
+@pytest.mark.parametrize(
+    ("fields", "stateful"), [(dict(rescore=1), True), (dict(coarsest=4), True), (dict(), False)]
+)
 def test_what_is_not_shared(fields: dict[str, Any], stateful: bool) -> None:
-    """A search without an exact look, one whose start level goes through scratch, and those of prompts."""
+    """A search without an exact look, one whose start level goes through scratch, and those of
+    prompts."""
     config = small(**{"rescore": 3, **fields})
     shape = (config, 2, 64, torch.float32, 1, 4096, "sm90", stateful)
     assert constants(*shape, looks=MOST_LOOKS)["LOOKS"] == 1

@@ -1,4 +1,5 @@
-"""Split-K decode against the torch reference on the same block indices: interpreted, or native on a GPU."""
+"""Split-K decode against the torch reference on the same block indices: interpreted, or native on a
+GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +28,13 @@ def test_query_heads_of_a_group(groups: int) -> None:
 
 @pytest.mark.parametrize(
     ("splits", "dtype"),
-    [(1, torch.float16), (1, torch.float32), (2, torch.bfloat16), (16, torch.float32), (16, torch.float16)],
+    [
+        (1, torch.float16),
+        (1, torch.float32),
+        (2, torch.bfloat16),
+        (16, torch.float32),
+        (16, torch.float16),
+    ],
 )
 def test_dtypes_and_splits(dtype: torch.dtype, splits: int) -> None:
     run(step(dtype=dtype), splits)
@@ -40,7 +47,10 @@ def test_head_dims(dim: int, dv: int) -> None:
 
 @pytest.mark.parametrize(("shared", "page_size"), [(True, 0), (True, 48), (False, 0), (False, 16)])
 def test_several_rows_and_pages(shared: bool, page_size: int) -> None:
-    run(make_case(spans_of((0, 200, 5), (31, 100, 5), (7, 3, 3)), per_row=True, shared=shared), page_size=page_size)
+    run(
+        make_case(spans_of((0, 200, 5), (31, 100, 5), (7, 3, 3)), per_row=True, shared=shared),
+        page_size=page_size,
+    )
 
 
 @pytest.mark.fast
@@ -62,10 +72,22 @@ def test_a_window_kept_between_refreshes() -> None:
     for at, span in enumerate(case.spans):
         (block,) = kept(span)
         count = min(3, block.num_candidates)
-        case.counts[at], case.indices[at, :, 0, :count] = count, torch.arange(block.low, block.low + count).int()
+        case.counts[at], case.indices[at, :, 0, :count] = (
+            count,
+            torch.arange(block.low, block.low + count).int(),
+        )
     out, lse = case.empty()
     reads = case.reads(windows=torch.tensor(windows, dtype=torch.int32, device=DEVICE)[:, None])
-    decode(case.q.to(DEVICE), case.kv(), case.sequences(), reads, case.logits(), scratch_for(case, 4), out, lse)
+    decode(
+        case.q.to(DEVICE),
+        case.kv(),
+        case.sequences(),
+        reads,
+        case.logits(),
+        scratch_for(case, 4),
+        out,
+        lse,
+    )
     check(case, out, lse, case.reference())
 
 
@@ -92,7 +114,8 @@ def test_dense_tail_of_a_prompt() -> None:
 
 
 def test_lengths_are_read_on_the_device() -> None:
-    """A captured step must serve the next one: same arguments, only what the tensors hold has changed."""
+    """A captured step must serve the next one: same arguments, only what the tensors hold has
+    changed."""
     case = step()
     sequences = case.sequences()
     fixed = replace(sequences, max_keys=1 << 20)
@@ -100,7 +123,9 @@ def test_lengths_are_read_on_the_device() -> None:
     reads, (out, lse) = case.reads(), case.empty()
     decode(q, kv, fixed, reads, case.logits(), scratch, out, lse)
     check(case, out, lse, case.reference())
-    shorter = [replace(span, key_end=span.key_end - 33, position=span.position - 33) for span in case.spans]
+    shorter = [
+        replace(span, key_end=span.key_end - 33, position=span.position - 33) for span in case.spans
+    ]
     case.spans = shorter
     case.counts.clamp_(max=2)
     for i in range(2):
@@ -115,6 +140,8 @@ def test_lengths_are_read_on_the_device() -> None:
 def test_splits_for_occupies_the_device() -> None:
     q = torch.empty(1, 32, 1, 128, dtype=torch.bfloat16, device=DEVICE)
     assert splits_for(q, 8, 1, 64) == 1
-    assert splits_for(q, 8, 1, 1664) in (16, 32), "an H200 has 132 processors, 8 key heads leave most of them idle"
+    assert splits_for(q, 8, 1, 1664) in (16, 32), (
+        "an H200 has 132 processors, 8 key heads leave most of them idle"
+    )
     assert splits_for(q, 8, 1, 1 << 20) <= 64
     assert splits_for(q, 8, 512, 1664) == 1

@@ -1,4 +1,5 @@
-"""Delta correction on the kernels: what the torch backend gives, its anchors in one launch, and nothing of it elsewhere."""
+"""Delta correction on the kernels: what the torch backend gives, its anchors in one launch, and
+nothing of it elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from hip_hf.state import DecodeState
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
-# In fp32 both backends read the same blocks; what is left is the order of sums, three times: sparse, dense, and their difference.
+# In fp32 both backends read the same blocks; what is left is the order of sums, three times:
+# sparse, dense, and their difference.
 NEAR = 5e-5
 
 
@@ -28,7 +30,9 @@ def strides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(stride, sequences) of every launch of dense rows at a stride."""
     launched = []
 
-    def noted(q: Any, kv: Any, sequences: Sequences, logits: Any, stride: int, *into: torch.Tensor) -> None:
+    def noted(
+        q: Any, kv: Any, sequences: Sequences, logits: Any, stride: int, *into: torch.Tensor
+    ) -> None:
         launched.append((stride, sequences.count))
         launch(q, kv, sequences, logits, stride, *into)
 
@@ -37,8 +41,16 @@ def strides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return launched
 
 
-def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, Any], **fields: Any) -> None:
-    assert_same(*(call(q, k, v, small(backend=backend, **config), **fields) for backend in ("triton", "torch")), NEAR)
+def both(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, Any], **fields: Any
+) -> None:
+    assert_same(
+        *(
+            call(q, k, v, small(backend=backend, **config), **fields)
+            for backend in ("triton", "torch")
+        ),
+        NEAR,
+    )
 
 
 HYPER = dict(method="hyper", options=dict(min_seq_len=32, block_size=8, sample_size=8))
@@ -46,9 +58,12 @@ HYPER = dict(method="hyper", options=dict(min_seq_len=32, block_size=8, sample_s
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(
-    ("gamma", "config"), [(16, dict()), (7, dict(dense_tail=20)), (9, dict(method="streaming")), (16, HYPER)]
+    ("gamma", "config"),
+    [(16, dict()), (7, dict(dense_tail=20)), (9, dict(method="streaming")), (16, HYPER)],
 )
-def test_a_prompt_is_corrected_in_one_launch(gamma: int, config: dict[str, Any], strides: list[Any]) -> None:
+def test_a_prompt_is_corrected_in_one_launch(
+    gamma: int, config: dict[str, Any], strides: list[Any]
+) -> None:
     both(*make_qkv(109), dict(delta=gamma, delta_mode="step", **config))
     assert strides == [(gamma, 1)]
 
@@ -56,7 +71,8 @@ def test_a_prompt_is_corrected_in_one_launch(gamma: int, config: dict[str, Any],
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("mode", ["step", "clusters"])
 def test_rows_that_start_anywhere(mode: str, strides: list[Any]) -> None:
-    """Padding on either side, a cache that the queries continue at any position, a row shorter than the dense tail."""
+    """Padding on either side, a cache that the queries continue at any position, a row shorter than
+    the dense tail."""
     q, k, v = make_qkv(130, 60, batch=3)
     both(q, k, v, dict(delta=11, delta_mode=mode), key_start=[0, 33, 112], q_start=[50, 60, 70])
     # clusters: where keys are left out, a launch a sequence
@@ -64,19 +80,29 @@ def test_rows_that_start_anywhere(mode: str, strides: list[Any]) -> None:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("config", [dict(), dict(dense_tail=20, group_shared=False), dict(method="streaming")])
+@pytest.mark.parametrize(
+    "config", [dict(), dict(dense_tail=20, group_shared=False), dict(method="streaming")]
+)
 def test_clusters_around_the_kernels(config: dict[str, Any]) -> None:
-    """What the kernels read is what is taken out of the clusters; these are PyTorch's work on either backend."""
+    """What the kernels read is what is taken out of the clusters; these are PyTorch's work on
+    either backend."""
     both(*make_qkv(150, 90), dict(delta=16, **config), softcap=3.0, sinks=torch.randn(4))
 
 
 def test_softcap_sinks_and_sliding_window() -> None:
-    both(*make_qkv(123, 50), dict(delta=8, delta_mode="step"), softcap=3.0, sliding_window=90, sinks=torch.randn(4))
+    both(
+        *make_qkv(123, 50),
+        dict(delta=8, delta_mode="step"),
+        softcap=3.0,
+        sliding_window=90,
+        sinks=torch.randn(4),
+    )
 
 
 @pytest.mark.parametrize("mode", ["step", "clusters"])
 def test_chunks_and_decode_go_on_with_what_was_kept(mode: str) -> None:
-    """Chunks that end between anchors; steps across anchors and refreshes; a crop; steps of several rows; a reordered batch."""
+    """Chunks that end between anchors; steps across anchors and refreshes; a crop; steps of several
+    rows; a reordered batch."""
     q, k, v = make_qkv(150, batch=2, heads=1)
     states = {"triton": DecodeState(), "torch": DecodeState()}
     fields = dict(delta=8, delta_mode=mode, decode_refresh=3)
@@ -84,7 +110,10 @@ def test_chunks_and_decode_go_on_with_what_was_kept(mode: str) -> None:
     def step(first: int, end: int, start: int = 21) -> None:
         tensors = (q[:, :, first:end], k[:, :, :end], v[:, :, :end])
         padding = [0, 21] if start == 21 else [start, start]
-        results = (call(*tensors, small(backend=name, **fields), state, key_start=padding) for name, state in states.items())
+        results = (
+            call(*tensors, small(backend=name, **fields), state, key_start=padding)
+            for name, state in states.items()
+        )
         assert_same(*results, NEAR)
 
     for first, end in ((0, 60), (60, 101), (101, 130), *((at, at + 1) for at in range(130, 140))):
@@ -101,7 +130,9 @@ def test_chunks_and_decode_go_on_with_what_was_kept(mode: str) -> None:
     kept = states["triton"].rows[1].correction
     assert kept is not None
     assert kept.position == states["torch"].rows[1].correction.position  # type: ignore[union-attr]
-    assert kept.out.untyped_storage().nbytes() == kept.out.nbytes, "a view keeps a prompt's differences alive"
+    assert kept.out.untyped_storage().nbytes() == kept.out.nbytes, (
+        "a view keeps a prompt's differences alive"
+    )
 
 
 def test_a_step_at_an_anchor_is_dense() -> None:
@@ -110,15 +141,20 @@ def test_a_step_at_an_anchor_is_dense() -> None:
     call(q[:, :, :88], k[:, :, :88], v[:, :, :88], config, state)
     got = call(q[:, :, 88:89], k[:, :, :89], v[:, :, :89], config, state)
     assert got.share == 1
-    assert_near(got.out.cpu(), eager(q[:, :, 88:89], k[:, :, :89], v[:, :, :89], causal(1, 1, 89))[0])
+    assert_near(
+        got.out.cpu(), eager(q[:, :, 88:89], k[:, :, :89], v[:, :, :89], causal(1, 1, 89))[0]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_differences_are_spread_over_rows(dtype: torch.dtype) -> None:
-    """The kernel alone: rows of two sequences of different length and position, others untouched, error against float64 at most
-    twice that of the same sum in `dtype`."""
+    """The kernel alone: rows of two sequences of different length and position, others untouched,
+    error against float64 at most twice that of the same sum in `dtype`."""
     gamma, dv, heads = 7, 24, 3
-    spans = [Span(0, 0, 90, 2, 55, 37), Span(1, 5, 70, 9, 60, 14)]  # position 14 has an anchor of its own
+    spans = [
+        Span(0, 0, 90, 2, 55, 37),
+        Span(1, 5, 70, 9, 60, 14),
+    ]  # position 14 has an anchor of its own
     leads = [33, 14]
     out, lse = torch.randn(2, heads, 61, dv).to(dtype), torch.randn(2, heads, 61)
     change, change_lse = torch.randn(2, heads, 10, dv), torch.randn(2, heads, 10)
@@ -133,11 +169,17 @@ def test_differences_are_spread_over_rows(dtype: torch.dtype) -> None:
         first = int(span.position % gamma == 0)  # nothing uses the lead then
         rows = slice(span.row_start, span.row_end)
         for x, y, by in ((got, out, change), (got_lse, lse, change_lse)):
-            more = spread(by[s, None, :, first : len(at)].double(), torch.tensor(at[first:]), positions)[0]
+            more = spread(
+                by[s, None, :, first : len(at)].double(), torch.tensor(at[first:]), positions
+            )[0]
             exact = y[span.batch, :, rows].double() + more
             plain = (y[span.batch, :, rows] + more.to(y.dtype)).double()
             least = torch.finfo(y.dtype).eps * float(exact.abs().max())
-            assert_near(x[span.batch, :, rows].cpu(), exact, 2 * max(least, float((plain - exact).abs().max())))
+            assert_near(
+                x[span.batch, :, rows].cpu(),
+                exact,
+                2 * max(least, float((plain - exact).abs().max())),
+            )
         outside = [row for row in range(61) if not span.row_start <= row < span.row_end]
         assert torch.equal(got[span.batch, :, outside].cpu(), out[span.batch, :, outside])
         assert torch.equal(got_lse[span.batch, :, outside].cpu(), lse[span.batch, :, outside])
@@ -145,15 +187,21 @@ def test_differences_are_spread_over_rows(dtype: torch.dtype) -> None:
 
 def test_half_precision_is_as_exact_as_the_torch_backend() -> None:
     """Streaming reads the same keys whatever the dtype; the rest is rounding."""
-    configs = (small(backend=backend, method="streaming", delta=16) for backend in ("triton", "torch"))
+    configs = (
+        small(backend=backend, method="streaming", delta=16) for backend in ("triton", "torch")
+    )
     assert_half_precision(*configs)
 
 
 def test_a_compiled_graph_gives_what_eager_gives() -> None:
     q, k, v = (x.to(DEVICE) for x in make_qkv(100, 60, batch=2))
     start, at = torch.tensor([0, 31], device=DEVICE), torch.tensor([40, 40], device=DEVICE)
-    fields = dict(config=small(backend="triton", delta=8), key_start=start, q_start=at, return_lse=True)
-    graph = torch.compile(lambda *x: hip_hf.hip_attention(*x, **fields), fullgraph=True, backend="aot_eager")
+    fields = dict(
+        config=small(backend="triton", delta=8), key_start=start, q_start=at, return_lse=True
+    )
+    graph = torch.compile(
+        lambda *x: hip_hf.hip_attention(*x, **fields), fullgraph=True, backend="aot_eager"
+    )
     for got, want in zip(graph(q, k, v), hip_hf.hip_attention(q, k, v, **fields), strict=True):
         assert torch.equal(got, want)
 

@@ -1,4 +1,5 @@
-"""Dense rows by the kernels: where PyTorch's attention cannot serve, split over their keys, on the device of the tensors."""
+"""Dense rows by the kernels: where PyTorch's attention cannot serve, split over their keys, on the
+device of the tensors."""
 
 from __future__ import annotations
 
@@ -42,8 +43,12 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def densely(name: str, tensors: Any, fields: dict[str, Any], need_lse: bool) -> Result:
-    tensors = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in tensors]  # pages are there
-    return attend(make_problem(*tensors, **fields), HiPConfig(method="dense", backend=name), need_lse=need_lse)
+    tensors = [
+        x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in tensors
+    ]  # pages are there
+    return attend(
+        make_problem(*tensors, **fields), HiPConfig(method="dense", backend=name), need_lse=need_lse
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,9 @@ def test_who_serves_dense_attention(
     rows: int, fields: dict[str, Any], need_lse: bool, who: str, served: list[str], poison: None
 ) -> None:
     tensors = make_qkv(90, rows, batch=2)
-    fields = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
+    fields = {
+        name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in fields.items()
+    }
     got = densely("triton", tensors, fields, need_lse)
     assert set(served) == {who}
     want = densely("torch", tensors, fields, True)
@@ -78,7 +85,9 @@ def test_pages_that_lie_apart_are_read_by_the_kernels(served: list[str]) -> None
     q, k, v = make_qkv(90, 1, batch=2)
     got = densely("triton", (q, *token_major(k, v, 20)), dict(key_start=[0, 21]), False)
     assert set(served) == {"kernels"}
-    assert_near(got.out.cpu(), densely("torch", (q, k, v), dict(key_start=[0, 21]), False).out.cpu(), NEAR)
+    assert_near(
+        got.out.cpu(), densely("torch", (q, k, v), dict(key_start=[0, 21]), False).out.cpu(), NEAR
+    )
 
 
 def test_gradients_of_a_dense_call(served: list[str]) -> None:
@@ -100,35 +109,52 @@ def test_a_tail_occupies_the_device() -> None:
     rows = TILES["prefill"]["sm90"][128][0] // 4
     programs = 8 * -(-64 // rows)
     splits = decode.splits_for(q, 8, 1, 1 << 17, 64, 64)
-    assert 132 < programs * splits <= 264  # enough for all, and not two waves of which the last is short
-    assert decode.splits_for(q, 8, 64, 1 << 17, 64, 64) == 1, "many sequences occupy it by themselves"
+    assert (
+        132 < programs * splits <= 264
+    )  # enough for all, and not two waves of which the last is short
+    assert decode.splits_for(q, 8, 64, 1 << 17, 64, 64) == 1, (
+        "many sequences occupy it by themselves"
+    )
     assert decode.splits_for(q, 8, 1, 1 << 17, 8192, 64) == 1, "as many rows do"
 
 
 @pytest.mark.parametrize("ends", [(100, 100), (30, 100), (18, 100)])
-def test_scratch_is_for_the_tails_alone(ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
+def test_scratch_is_for_the_tails_alone(
+    ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch, poison: None
+) -> None:
     """Also where the rows of a batch's sequences end apart, or are fewer than a tail."""
     made, original = [], decode.Scratch.make
     monkeypatch.setattr(dense, "splits_for", lambda *_: 4)
-    monkeypatch.setattr(decode.Scratch, "make", lambda *args: made.append(original(*args)) or made[-1])
+    monkeypatch.setattr(
+        decode.Scratch, "make", lambda *args: made.append(original(*args)) or made[-1]
+    )
     spans = tuple(Span(b, 0, 50 + end, 0, end, 50) for b, end in enumerate(ends))
     found = []
     for name in ("triton", "torch"):
         torch.manual_seed(1)
         device = DEVICE if name == "triton" else "cpu"
         problem = make_problem(*(x.to(device) for x in make_qkv(150, 100, batch=2)))
-        found.append(attend(replace(problem, spans=spans), small(backend=name, dense_tail=20), need_lse=True))
+        found.append(
+            attend(replace(problem, spans=spans), small(backend=name, dense_tail=20), need_lse=True)
+        )
     kernel_cases.assert_same(*found, NEAR)
     assert {scratch.out.shape[3] for scratch in made} == {20}
     assert len(made) == len({max(0, end - 20) for end in ends})
 
 
 @pytest.mark.parametrize(("rows", "kept"), [(1, False), (4, False), (4, True), (16, True)])
-def test_a_few_rows_split_their_keys(rows: int, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_rows_split_their_keys(
+    rows: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     splits, original = [], decode.decode
-    monkeypatch.setattr(decode, "decode", lambda *args: splits.append(args[5].out.shape[0]) or original(*args))
+    monkeypatch.setattr(
+        decode, "decode", lambda *args: splits.append(args[5].out.shape[0]) or original(*args)
+    )
     tensors = make_qkv(150, rows)
-    results = [call(*tensors, small(backend=name), DecodeState() if kept else None) for name in ("triton", "torch")]
+    results = [
+        call(*tensors, small(backend=name), DecodeState() if kept else None)
+        for name in ("triton", "torch")
+    ]
     assert_near(results[0].out.cpu(), results[1].out.cpu(), NEAR)
     assert len(splits) == 1
     assert splits[0] > 1
@@ -140,7 +166,8 @@ def test_sinks_at_any_stride() -> None:
 
 
 def test_kernels_run_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton launches on the current device, which is another where a model is spread over several."""
+    """Triton launches on the current device, which is another where a model is spread over
+    several."""
     current: list[Any] = []
     outside: list[str] = []
 
@@ -151,7 +178,11 @@ def test_kernels_run_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatc
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for module, name in ((prefill, "attend_kernel"), (decode, "attend_kernel"), (decode, "combine_kernel")):
+    for module, name in (
+        (prefill, "attend_kernel"),
+        (decode, "attend_kernel"),
+        (decode, "combine_kernel"),
+    ):
         kernel = getattr(module, name)
 
         class Watched:
@@ -164,6 +195,9 @@ def test_kernels_run_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatc
     launches: list[str] = []
     for fields in (dict(dense_tail=4), dict(method="dense")):
         for rows in (1, 40):
-            attend(make_problem(*(x.to(DEVICE) for x in make_qkv(90, rows)), softcap=3.0), small(backend="triton", **fields))
+            attend(
+                make_problem(*(x.to(DEVICE) for x in make_qkv(90, rows)), softcap=3.0),
+                small(backend="triton", **fields),
+            )
     assert {"attend_kernel", "combine_kernel"} == set(launches)
     assert outside == []

@@ -1,4 +1,5 @@
-"""Positions given inside the kernels against the torch backend, whose rules `test_extension.py` holds to plain loops."""
+"""Positions given inside the kernels against the torch backend, whose rules `test_extension.py`
+holds to plain loops."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 
 def check(case: Case, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Against float64: at most twice the error of the torch backend in the same dtype and precision, or twice one unit in the
-    last place."""
+    """Against float64: at most twice the error of the torch backend in the same dtype and
+    precision, or twice one unit in the last place."""
     want, plain = case.reference(), []
     for precision in precisions(case.q, case.q.shape[-1]):
         with precision:
@@ -49,7 +50,13 @@ TURNS = [dict(), dict(dim=32), dict(dim=24, scaling=1.3)]
 
 @pytest.mark.parametrize(
     ("groups", "dtype", "turns"),
-    [(1, torch.float32, 0), (2, torch.bfloat16, 0), (3, torch.float32, 2), (4, torch.float16, 1), (7, torch.bfloat16, 2)],
+    [
+        (1, torch.float32, 0),
+        (2, torch.bfloat16, 0),
+        (3, torch.float32, 2),
+        (4, torch.float16, 1),
+        (7, torch.bfloat16, 2),
+    ],
 )
 def test_a_prompt_in_every_dtype(groups: int, dtype: torch.dtype, turns: int) -> None:
     where = positions(160, **{"dim": 64, **TURNS[turns]})
@@ -59,9 +66,18 @@ def test_a_prompt_in_every_dtype(groups: int, dtype: torch.dtype, turns: int) ->
     check(case, out, lse)
 
 
-@pytest.mark.parametrize(("dim", "dv", "turns"), [(80, 80, 80), (96, 64, 48), (128, 128, 128), (16, 24, 10)])
+@pytest.mark.parametrize(
+    ("dim", "dv", "turns"), [(80, 80, 80), (96, 64, 48), (128, 128, 128), (16, 24, 10)]
+)
 def test_head_dims(dim: int, dv: int, turns: int) -> None:
-    case = make_case(spans_of((0, 83, 83)), heads=1, dim=dim, dv=dv, window=16, positions=positions(150, dim=turns))
+    case = make_case(
+        spans_of((0, 83, 83)),
+        heads=1,
+        dim=dim,
+        dv=dv,
+        window=16,
+        positions=positions(150, dim=turns),
+    )
     out, lse = case.empty()
     prefill(case.q.to(DEVICE), case.kv(), case.sequences(), case.reads(), case.logits(), out, lse)
     check(case, out, lse)
@@ -72,16 +88,32 @@ def test_padding_and_pages(shared: bool, page_size: int) -> None:
     spans = [Span(0, 0, 150, 0, 60, 90), Span(1, 37, 150, 0, 60, 53), Span(2, 11, 41, 30, 60, 0)]
     case = make_case(spans, shared=shared, positions=positions(160, dim=64))
     out, lse = case.empty()
-    prefill(case.q.to(DEVICE), case.kv(page_size), case.sequences(), case.reads(), case.logits(), out, lse)
+    prefill(
+        case.q.to(DEVICE),
+        case.kv(page_size),
+        case.sequences(),
+        case.reads(),
+        case.logits(),
+        out,
+        lse,
+    )
     check(case, out, lse)
 
 
 @pytest.mark.parametrize(
-    ("splits", "page_size", "dtype"), [(1, 0, torch.float32), (4, 16, torch.bfloat16), (16, 7, torch.float32)]
+    ("splits", "page_size", "dtype"),
+    [(1, 0, torch.float32), (4, 16, torch.bfloat16), (16, 7, torch.float32)],
 )
 def test_a_decode_step_split_over_its_keys(splits: int, page_size: int, dtype: torch.dtype) -> None:
     where = positions(224, dim=48)
-    case = make_case(spans_of((0, 340, 1), (60, 233, 1)), per_row=True, most=9, dtype=dtype, groups=3, positions=where)
+    case = make_case(
+        spans_of((0, 340, 1), (60, 233, 1)),
+        per_row=True,
+        most=9,
+        dtype=dtype,
+        groups=3,
+        positions=where,
+    )
     out, lse = case.empty()
     args = (case.kv(page_size), case.sequences(), case.reads(), case.logits())
     decode(case.q.to(DEVICE), *args, scratch_for(case, splits), out, lse)
@@ -92,7 +124,10 @@ def test_a_decode_step_split_over_its_keys(splits: int, page_size: int, dtype: t
     ("trained", "fields"),
     [
         (64, dict()),
-        (40, dict(dense_tail=21)),  # rounding reads more than was trained; rows that are dense read what is too far
+        (
+            40,
+            dict(dense_tail=21),
+        ),  # rounding reads more than was trained; rows that are dense read what is too far
         (52, dict(dense_tail=50, group_shared=False)),
         (64, dict(method="streaming", dense_tail=5)),
         (64, dict(vote="sampled", query_stride=3)),
@@ -102,7 +137,9 @@ def test_a_decode_step_split_over_its_keys(splits: int, page_size: int, dtype: t
         (64, dict(score="max", rescore=2)),
     ],
 )
-def test_a_prompt_selects_and_reads_the_same(trained: int, fields: dict[str, Any], poison: None) -> None:
+def test_a_prompt_selects_and_reads_the_same(
+    trained: int, fields: dict[str, Any], poison: None
+) -> None:
     both(*make_qkv(141, 70), {**EXTENDED, **fields}, positions=positions(trained))
 
 
@@ -115,11 +152,17 @@ def test_partial_and_scaled_rotation(rows: int, fields: dict[str, Any]) -> None:
 def test_batches_with_padding() -> None:
     where = positions(50)
     both(
-        *make_qkv(130, 40, batch=3), {**EXTENDED, "dense_tail": 7}, positions=where, key_start=[0, 33, 110], q_start=[70, 90, 90]
+        *make_qkv(130, 40, batch=3),
+        {**EXTENDED, "dense_tail": 7},
+        positions=where,
+        key_start=[0, 33, 110],
+        q_start=[70, 90, 90],
     )
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(method="streaming"), dict(group_shared=False, decode_refresh=1)])
+@pytest.mark.parametrize(
+    "fields", [dict(), dict(method="streaming"), dict(group_shared=False, decode_refresh=1)]
+)
 def test_decode_with_a_state(fields: dict[str, Any]) -> None:
     """A prompt, steps across refreshes and key blocks, a crop, a step of several rows."""
     q, k, v = make_qkv(160, batch=2, heads=1)
@@ -146,7 +189,9 @@ def test_decode_with_a_state(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("splits", [1, 8])
 @pytest.mark.parametrize("trained", [24, 64, 131])
-def test_dense_rows_clamp_distances(splits: int, trained: int, poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_rows_clamp_distances(
+    splits: int, trained: int, poison: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All rows of a long call are the dense tail, split over their keys."""
     monkeypatch.setattr(kernels, "splits_for", lambda *_, **__: splits)
     config = dict(extend="streaming", sink=4, window=8, budget=8, block_q=16, dense_tail=200)
@@ -158,12 +203,16 @@ def test_dense_rows_clamp_distances(splits: int, trained: int, poison: None, mon
 def test_dense_layers(rows: int, trained: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the kernels' as well."""
     served, original = [], kernels.attend_densely
-    monkeypatch.setattr(kernels, "attend_densely", lambda *args: served.append(1) or original(*args))
+    monkeypatch.setattr(
+        kernels, "attend_densely", lambda *args: served.append(1) or original(*args)
+    )
     tensors = make_qkv(131, rows, batch=2)
     found = []
     for name in ("triton", "torch"):
         config = HiPConfig(method="dense", backend=name, extend="streaming")
-        problem = make_problem(*(x.to(DEVICE) for x in tensors), key_start=[0, 40], positions=positions(trained))
+        problem = make_problem(
+            *(x.to(DEVICE) for x in tensors), key_start=[0, 40], positions=positions(trained)
+        )
         found.append(attend(problem, config, need_lse=True))
     assert_near(found[0].out.cpu(), found[1].out.cpu(), NEAR)
     assert_near(found[0].lse.cpu(), found[1].lse.cpu(), NEAR, "lse")
@@ -185,7 +234,11 @@ def test_dense_layers(rows: int, trained: int, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_chunk_indexed_selection(rows: int, trained: int, fields: dict[str, Any]) -> None:
     tokens = 900 if "coarsest" in fields else 230
-    both(*make_qkv(tokens, rows, heads=1), {**EXTENDED, **fields}, positions=positions(trained, chunk_indexed=True))
+    both(
+        *make_qkv(tokens, rows, heads=1),
+        {**EXTENDED, **fields},
+        positions=positions(trained, chunk_indexed=True),
+    )
 
 
 @pytest.mark.parametrize("turns", [dict(dim=8), dict(dim=12, scaling=0.7)])
@@ -196,7 +249,8 @@ def test_chunk_indexed_partial_rotation(turns: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("path", ["sparse", "dense"])
 def test_a_model_generates_the_same_from_pages(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond its trained length: a prompt, and steps on a `HiPCache`; both layers are chunk-indexed, or dense."""
+    """Beyond its trained length: a prompt, and steps on a `HiPCache`; both layers are
+    chunk-indexed, or dense."""
     batch, found, dense = make_batch([150]), [], []
 
     def densely(problem: AttentionProblem, *args: Any) -> Any:
@@ -211,7 +265,13 @@ def test_a_model_generates_the_same_from_pages(path: str, monkeypatch: pytest.Mo
         model.to(DEVICE if backend == "triton" else "cpu")
         inputs = {name: x.to(model.device) for name, x in batch.items()}
         with torch.no_grad():
-            out = model.generate(**inputs, do_sample=False, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+            out = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=4,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
         assert {(row.path, row.cache) for row in hip_hf.explain(model)} == {(path, "pages")}
         assert {row.reason for row in hip_hf.explain(model)} == (
             {""} if path == "sparse" else {"context of 153 is below dense_below=1000"}

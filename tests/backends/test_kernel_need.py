@@ -1,5 +1,5 @@
-"""The kernels of votes by need (`votes.py`) against float64, written down from the description: what every row finds near, how
-much it needs the middle, and which rows vote."""
+"""The kernels of votes by need (`votes.py`) against float64, written down from the description:
+what every row finds near, how much it needs the middle, and which rows vote."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 
 def turned(q: torch.Tensor, distance: torch.Tensor, case: Case) -> torch.Tensor:
-    """Queries `[H, rows, D]` turned by `distance` `[rows, keys]`, as they meet each un-rotated key: `[H, rows, keys, D]`."""
+    """Queries `[H, rows, D]` turned by `distance` `[rows, keys]`, as they meet each un-rotated key:
+    `[H, rows, keys, D]`."""
     assert case.positions is not None
     rope = case.positions.rope
     half = rope.dim // 2
@@ -33,13 +34,21 @@ def turned(q: torch.Tensor, distance: torch.Tensor, case: Case) -> torch.Tensor:
     cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
     q = q[:, :, None].expand(*q.shape[:2], distance.shape[1], -1)
     a, b, rest = q[..., :half], q[..., half : 2 * half], q[..., 2 * half :]
-    return torch.cat([(a * cos - b * sin) * rope.scaling**2, (b * cos + a * sin) * rope.scaling**2, rest], dim=-1)
+    return torch.cat(
+        [(a * cos - b * sin) * rope.scaling**2, (b * cos + a * sin) * rope.scaling**2, rest], dim=-1
+    )
 
 
 def logits_of(
-    case: Case, span: Span, block: QueryBlock, at: torch.Tensor, distance: torch.Tensor | None, dtype: torch.dtype
+    case: Case,
+    span: Span,
+    block: QueryBlock,
+    at: torch.Tensor,
+    distance: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Logits `[Hq, rows, keys]` of a query block for the keys at positions `at`; `distance`: how far each is, if that is ours."""
+    """Logits `[Hq, rows, keys]` of a query block for the keys at positions `at`; `distance`: how
+    far each is, if that is ours."""
     row = span.row_start + block.row
     q = case.q[span.batch, :, row : row + block.rows].to(dtype)
     keys = case.keys(span)[:, at].to(dtype).repeat_interleave(case.groups, 0)
@@ -51,57 +60,85 @@ def logits_of(
     return logits if case.softcap is None else case.softcap * torch.tanh(logits / case.softcap)
 
 
-def reference(case: Case, span: Span, block: QueryBlock, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(
+    case: Case, span: Span, block: QueryBlock, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """near and need `[Hq, rows]` of a query block, computed in `dtype`."""
-    bk, budget, trained = case.config.block_k, case.config.budget, case.positions.trained if case.positions else 0
+    bk, budget, trained = (
+        case.config.block_k,
+        case.config.budget,
+        case.positions.trained if case.positions else 0,
+    )
     row = torch.arange(block.first, block.last + 1)[:, None]
-    at = torch.tensor([*range(block.start, block.sink_end), *range(block.window_start, block.last + 1)])
-    places = (row - at - (at < block.sink_end) * (block.high - block.low - budget // bk) * bk).clamp(max=trained - 1)
+    at = torch.tensor(
+        [*range(block.start, block.sink_end), *range(block.window_start, block.last + 1)]
+    )
+    places = (
+        row - at - (at < block.sink_end) * (block.high - block.low - budget // bk) * bk
+    ).clamp(max=trained - 1)
     logits = logits_of(case, span, block, at, places if case.positions else None, dtype)
     seen = (at <= row) & (at > row - (case.sliding or span.keys))
     logits = logits.masked_fill(~seen, -torch.inf)
     if case.sinks is not None:
-        logits = torch.cat([logits, case.sinks.to(dtype)[:, None, None].expand(*logits.shape[:2], 1)], dim=-1)
+        logits = torch.cat(
+            [logits, case.sinks.to(dtype)[:, None, None].expand(*logits.shape[:2], 1)], dim=-1
+        )
     near = logits.to(torch.promote_types(dtype, torch.float32)).logsumexp(-1)
     stride, most = 1, case.config.method_options().sample
     while len(sample := brute.spread(block.low * bk, block.high * bk, stride)) > most:
         stride *= 2
     distance = (row + 1 - block.window_start).clamp(max=trained - 1).expand(-1, len(sample))
-    logits = logits_of(case, span, block, torch.tensor(sample), distance if case.positions else None, dtype)
+    logits = logits_of(
+        case, span, block, torch.tensor(sample), distance if case.positions else None, dtype
+    )
     return near, logits.to(near.dtype).amax(-1) - near
 
 
-def needs(case: Case, block_q: int, made: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def needs(
+    case: Case, block_q: int, made: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel writes into near and need, over NaN."""
     q, _, kv, sequences = case.arguments()
-    near, need = (torch.full((sequences.count, q.shape[1], sequences.max_rows), torch.nan, device=DEVICE) for _ in range(2))
-    grid, arguments = need_arguments(q, kv, sequences, case.config, case.logits(), block_q, made, near, need)
+    near, need = (
+        torch.full((sequences.count, q.shape[1], sequences.max_rows), torch.nan, device=DEVICE)
+        for _ in range(2)
+    )
+    grid, arguments = need_arguments(
+        q, kv, sequences, case.config, case.logits(), block_q, made, near, need
+    )
     need_kernel[grid](**arguments)
     return near.cpu(), need.cpu()
 
 
 def voters(need: torch.Tensor, config: HiPConfig, block: QueryBlock) -> list[tuple[int, int]]:
-    """The rows and heads of a query block that vote, of need `[heads, rows]`: as (row, head), in order, those that walk the tree
-    first."""
+    """The rows and heads of a query block that vote, of need `[heads, rows]`: as (row, head), in
+    order, those that walk the tree first."""
     heads, rows = need.shape
     ids = [(row, head) for row in brute.asked(config, rows) for head in range(heads)]
     count = heads if rows == 1 else brute.most_votes(config, heads, block.low, block.high)
     if count >= len(ids):
         return ids
     ids = sorted(ids, key=lambda i: (-need[i[1], i[0]], i))
-    walking = count if brute.looked_at_whole(config, block.low, block.high) else brute.walkers(config, count)
+    walking = (
+        count
+        if brute.looked_at_whole(config, block.low, block.high)
+        else brute.walkers(config, count)
+    )
     return sorted(ids[:walking]) + sorted(ids[walking:count])
 
 
 def check(case: Case, ranks_exactly: bool = True) -> None:
-    """near and need are as exact as PyTorch in the same dtype, and who needs most votes. `ranks_exactly`: by what float64 says,
-    else by what the kernel found."""
+    """near and need are as exact as PyTorch in the same dtype, and who needs most votes.
+    `ranks_exactly`: by what float64 says, else by what the kernel found."""
     config, block_q = case.config, case.config.block_q
     voting = Voting.of(config, case.groups, block_q, case.positions is not None)
     near, need = needs(case, block_q)
     q, _, kv, sequences = case.arguments()
     votes, found = (x.cpu() for x in votes_of(q, kv, sequences, config, case.logits(), block_q))
-    written, cast = torch.zeros_like(near, dtype=torch.bool), torch.zeros(found.shape, dtype=torch.bool)
+    written, cast = (
+        torch.zeros_like(near, dtype=torch.bool),
+        torch.zeros(found.shape, dtype=torch.bool),
+    )
     errors: dict[str, list[float]] = {"near": [], "need": []}
     plain: dict[str, list[float]] = {"near": [], "need": []}
     searched = 0
@@ -123,21 +160,32 @@ def check(case: Case, ranks_exactly: bool = True) -> None:
                 if name == "near" or estimated:
                     least = torch.finfo(torch.float32).eps * float(want.abs().max())
                     errors[name].append(float((mine.double() - want)[:, asked].abs().max()))
-                    plain[name].append(max(least, *(float((one.double() - want).abs().max()) for one in same)))
+                    plain[name].append(
+                        max(least, *(float((one.double() - want).abs().max()) for one in same))
+                    )
             ranks = exact[1] if ranks_exactly else got[1].double()
             for mask_head in range(votes.shape[1]):
                 own = slice(mask_head * voting.voters, (mask_head + 1) * voting.voters)
                 chosen = voters(ranks[own], config, block)
                 at = slice(n * voting.slots, n * voting.slots + len(chosen))
                 cast[s, mask_head, at] = True
-                assert torch.equal(found[s, mask_head, at], torch.stack([got[0][own][head, row] for row, head in chosen]))
+                assert torch.equal(
+                    found[s, mask_head, at],
+                    torch.stack([got[0][own][head, row] for row, head in chosen]),
+                )
                 if case.positions is None:
                     first = span.row_start + block.row
-                    want = torch.stack([case.q[span.batch, own][head, first + row] for row, head in chosen])
+                    want = torch.stack(
+                        [case.q[span.batch, own][head, first + row] for row, head in chosen]
+                    )
                     assert torch.equal(votes[s, mask_head, at], want)
     assert searched
     for name, worst in errors.items():
-        assert max(worst, default=0) <= 2 * max(plain[name], default=0), (name, max(worst), max(plain[name]))
+        assert max(worst, default=0) <= 2 * max(plain[name], default=0), (
+            name,
+            max(worst),
+            max(plain[name]),
+        )
     assert near[~written].isnan().all(), "rows that search nothing were written"
     if voting.ranked:
         assert need[~written].isnan().all()
@@ -159,11 +207,17 @@ def test_prompts(rows: int, groups: int, shared: bool, poison: None) -> None:
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("fields", [dict(), dict(softcap=3.0), dict(sliding=70), dict(sinks=True)])
 @pytest.mark.parametrize("shared", [True, False])
-def test_dtypes_and_logits(shared: bool, fields: dict[str, Any], dtype: torch.dtype, poison: None) -> None:
+def test_dtypes_and_logits(
+    shared: bool, fields: dict[str, Any], dtype: torch.dtype, poison: None
+) -> None:
     sinks = torch.randn(6) + 2 if fields.get("sinks") else None
     fields = {name: value for name, value in fields.items() if name != "sinks"}
     config = small(query_stride=5, group_shared=shared)
-    check(Case(config, [whole(163, 37)], dtype=dtype, heads=2, groups=3, dim=64, sinks=sinks, **fields))
+    check(
+        Case(
+            config, [whole(163, 37)], dtype=dtype, heads=2, groups=3, dim=64, sinks=sinks, **fields
+        )
+    )
 
 
 @pytest.mark.parametrize("dim", [24, 80, 96, 256])
@@ -184,23 +238,36 @@ def test_settings(fields: dict[str, Any], poison: None) -> None:
     q, _, kv, sequences = case.arguments()
     by_mass = Case(small(query_stride=4), case.spans, groups=3)
     by_mass.q, by_mass.k = case.q, case.k
-    votes, wanted = (votes_of(q, kv, sequences, one.config, one.logits(), 16)[0] for one in (case, by_mass))
+    votes, wanted = (
+        votes_of(q, kv, sequences, one.config, one.logits(), 16)[0] for one in (case, by_mass)
+    )
     count = 12 * 2  # the two full blocks at the end
-    assert torch.equal(votes[:, :, -count:], wanted[:, :, -count:]), "who votes does not depend on the score"
+    assert torch.equal(votes[:, :, -count:], wanted[:, :, -count:]), (
+        "who votes does not depend on the score"
+    )
 
 
 @pytest.mark.parametrize("stride", [3, 4, 8])
 @pytest.mark.parametrize("where", [None, positions(48)])
-def test_more_rows_vote_where_a_middle_is_looked_at_whole(where: Any, stride: int, poison: None) -> None:
+def test_more_rows_vote_where_a_middle_is_looked_at_whole(
+    where: Any, stride: int, poison: None
+) -> None:
     """In one call, where there are up to 16 blocks: twice as many rows, or all that are asked."""
-    case = Case(small(query_stride=stride, rescore=2), [whole(150, 120), whole(60, 40, 1, 9)], groups=3, positions=where)
+    case = Case(
+        small(query_stride=stride, rescore=2),
+        [whole(150, 120), whole(60, 40, 1, 9)],
+        groups=3,
+        positions=where,
+    )
     middles = [block.num_candidates for span in case.spans for block in case.blocks(span, False)]
     assert min(middles) <= 4 < sorted(middles)[len(middles) // 2] <= 16 < max(middles)
     check(case)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_where_all_that_are_asked_vote_they_are_read_where_they_lie(stride: int, poison: None) -> None:
+def test_where_all_that_are_asked_vote_they_are_read_where_they_lie(
+    stride: int, poison: None
+) -> None:
     case = Case(small(query_stride=stride), [whole(151, 29)], groups=3)
     q, _, kv, sequences = case.arguments()
     votes, found = votes_of(q, kv, sequences, case.config, case.logits(), 16)
@@ -214,16 +281,25 @@ def test_where_all_that_are_asked_vote_they_are_read_where_they_lie(stride: int,
 
 @pytest.mark.parametrize("page_size", [0, 16, 7])
 def test_padding_and_pages(page_size: int, poison: None) -> None:
-    spans = [whole(151, 20, 0, 11), Span(1, 3, 100, 5, 12, 90), Span(1, 100, 180, 12, 17, 75), Span(2, 0, 160, 0, 0, 160)]
+    spans = [
+        whole(151, 20, 0, 11),
+        Span(1, 3, 100, 5, 12, 90),
+        Span(1, 100, 180, 12, 17, 75),
+        Span(2, 0, 160, 0, 0, 160),
+    ]
     if page_size:  # a page belongs to one row of the block table
         spans = [whole(153, 20, 0, 3), whole(130, 13, 1, 0), whole(20, 20, 2, 9)]
     check(Case(small(query_stride=4), spans, page_size=page_size, heads=2, groups=3))
 
 
-@pytest.mark.parametrize(("trained", "turns"), [(64, dict()), (40, dict()), (40, dict(dim=12, scaling=1.3)), (64, dict(dim=8))])
+@pytest.mark.parametrize(
+    ("trained", "turns"),
+    [(64, dict()), (40, dict()), (40, dict(dim=12, scaling=1.3)), (64, dict(dim=8))],
+)
 @pytest.mark.parametrize("chunk_indexed", [True, False])
 def test_extension(trained: int, turns: dict[str, Any], chunk_indexed: bool, poison: None) -> None:
-    """Sink and window at the places that attention gives them, too far or not; the sample as far as the window's edge."""
+    """Sink and window at the places that attention gives them, too far or not; the sample as far as
+    the window's edge."""
     where = positions(trained, chunk_indexed=chunk_indexed, **turns)
     check(Case(small(query_stride=4), [whole(163, 37, 0, 5)], groups=3, positions=where))
 
@@ -233,35 +309,60 @@ def test_extension_with_every_feature(given: dict[str, Any], poison: None) -> No
     config = small(query_stride=4, group_shared=given.get("group_shared", True))
     sinks = torch.randn(3) + 2 if given.get("sinks") else None
     where = positions(40, chunk_indexed=True)
-    check(Case(config, [whole(163, 37)], groups=3, positions=where, sinks=sinks, softcap=given.get("softcap")))
+    check(
+        Case(
+            config,
+            [whole(163, 37)],
+            groups=3,
+            positions=where,
+            sinks=sinks,
+            softcap=given.get("softcap"),
+        )
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_extension_in_half_precision(dtype: torch.dtype, poison: None) -> None:
-    check(Case(small(query_stride=4), [whole(163, 37)], dtype=dtype, groups=2, positions=positions(48)), ranks_exactly=False)
+    check(
+        Case(
+            small(query_stride=4), [whole(163, 37)], dtype=dtype, groups=2, positions=positions(48)
+        ),
+        ranks_exactly=False,
+    )
 
 
 @pytest.mark.parametrize("block_q", [16, 1])
 def test_votes_are_turned_to_where_they_select(block_q: int) -> None:
-    case = Case(small(query_stride=4), [whole(163, 5 if block_q == 1 else 32)], groups=3, positions=positions(40))
+    case = Case(
+        small(query_stride=4),
+        [whole(163, 5 if block_q == 1 else 32)],
+        groups=3,
+        positions=positions(40),
+    )
     q, _, kv, sequences = case.arguments()
     votes, near = (x.cpu() for x in votes_of(q, kv, sequences, case.config, case.logits(), block_q))
     (span,), slots = case.spans, Voting.of(case.config, 3, block_q, True).slots
     for n, block in enumerate(case.blocks(span, block_q == 1)):
         exact = reference(case, span, block, torch.float64)
         chosen = voters(exact[1], case.config, block)
-        distance = (torch.arange(block.first, block.last + 1) + 1 - block.window_start).clamp(max=39)[:, None]
-        rows = turned(case.q[0, :, block.row : block.row + block.rows].double(), distance, case)[:, :, 0]
+        distance = (torch.arange(block.first, block.last + 1) + 1 - block.window_start).clamp(
+            max=39
+        )[:, None]
+        rows = turned(case.q[0, :, block.row : block.row + block.rows].double(), distance, case)[
+            :, :, 0
+        ]
         want = torch.stack([rows[head, row] for row, head in chosen])
         at = slice(n * slots, n * slots + len(chosen))
         assert (votes[0, 0, at] - want).abs().max() < 1e-5
-        assert (near[0, 0, at] - torch.stack([exact[0][head, row] for row, head in chosen])).abs().max() < 1e-5
+        assert (
+            near[0, 0, at] - torch.stack([exact[0][head, row] for row, head in chosen])
+        ).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_ties_go_to_the_lower_row_and_then_head(heads: int) -> None:
-    """A sink that outweighs everything: all rows need alike. Without it, those that see fewer keys need more, all heads alike.
-    Every second row is asked."""
+    """A sink that outweighs everything: all rows need alike. Without it, those that see fewer keys
+    need more, all heads alike. Every second row is asked."""
     for sinks in (torch.full((heads,), 1e8), None):
         case = Case(small(query_stride=4), [whole(131, 16 + 131 % 16)], groups=heads, sinks=sinks)
         case.q[:] = torch.arange(case.q.shape[2])[:, None] * 1e-3 if sinks is not None else 0.0
@@ -271,7 +372,9 @@ def test_ties_go_to_the_lower_row_and_then_head(heads: int) -> None:
         ids = [(2 * i + 1, head) for i in range(4) for head in range(heads)]
         first = votes[0, 0, : len(ids)]
         assert torch.equal(first, torch.stack([case.q[0, head, row] for row, head in ids]))
-        assert torch.equal(found[0, 0, : len(ids)], torch.stack([near[0, head, row] for row, head in ids]))
+        assert torch.equal(
+            found[0, 0, : len(ids)], torch.stack([near[0, head, row] for row, head in ids])
+        )
         if sinks is not None:
             assert (need[0, :, 1:16:2] == need[0, 0, 1]).all()
 
@@ -295,20 +398,35 @@ def test_the_description_once_more() -> None:
     for n, block in enumerate(case.blocks(span, False)):
         rows = case.q[0, :, block.row : block.row + block.rows].double().transpose(0, 1)
         want, _ = brute.by_need(
-            case.config, case.keys(span)[0].double(), rows, block.first, block.low, block.high, logit, [1.0, 2.0], most=9
+            case.config,
+            case.keys(span)[0].double(),
+            rows,
+            block.first,
+            block.low,
+            block.high,
+            logit,
+            [1.0, 2.0],
+            most=9,
         )
         at = slice(n * slots, n * slots + len(want))
         assert torch.equal(votes[0, 0, at].double(), torch.stack([row for row, _ in want]))
-        assert (near[0, 0, at].double() - torch.tensor([found for _, found in want])).abs().max() < 1e-5
+        assert (
+            near[0, 0, at].double() - torch.tensor([found for _, found in want])
+        ).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("where", [None, positions(48)])
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_decode_computes_nothing_while_a_selection_is_kept(page_size: int, where: Any) -> None:
-    """Of three sequences one was selected two steps ago, one eight, and one is shorter than it was."""
+    """Of three sequences one was selected two steps ago, one eight, and one is shorter than it
+    was."""
     spans = [whole(150, 1), whole(140, 1, 1, 3), whole(160, 1, 2)]
-    case = Case(small(decode_refresh=8), spans, heads=2, groups=3, page_size=page_size, positions=where)
-    made = torch.tensor([147, 131, 170], dtype=torch.int32, device=DEVICE)[:, None, None].repeat(1, 2, 1)
+    case = Case(
+        small(decode_refresh=8), spans, heads=2, groups=3, page_size=page_size, positions=where
+    )
+    made = torch.tensor([147, 131, 170], dtype=torch.int32, device=DEVICE)[:, None, None].repeat(
+        1, 2, 1
+    )
     near, _ = needs(case, 1, made)
     assert near[0].isnan().all()
     for s in (1, 2):
@@ -317,11 +435,21 @@ def test_decode_computes_nothing_while_a_selection_is_kept(page_size: int, where
         assert (near[s] - exact).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(vote="sampled"), dict(score="max"), dict(group_shared=False)])
-@pytest.mark.parametrize(("block_q", "where"), [(16, None), (16, positions(48)), (1, None), (1, positions(48))])
-def test_votes_that_are_not_there_are_not_read(block_q: int, where: Any, fields: dict[str, Any], poison: None) -> None:
+@pytest.mark.parametrize(
+    "fields", [dict(), dict(vote="sampled"), dict(score="max"), dict(group_shared=False)]
+)
+@pytest.mark.parametrize(
+    ("block_q", "where"), [(16, None), (16, positions(48)), (1, None), (1, positions(48))]
+)
+def test_votes_that_are_not_there_are_not_read(
+    block_q: int, where: Any, fields: dict[str, Any], poison: None
+) -> None:
     """Whatever lies in fresh memory, the search finds the same."""
-    spans = [whole(163, 2), whole(120, 1, 1, 2)] if block_q == 1 else [whole(163, 18), whole(120, 11, 1, 2)]
+    spans = (
+        [whole(163, 2), whole(120, 1, 1, 2)]
+        if block_q == 1
+        else [whole(163, 18), whole(120, 11, 1, 2)]
+    )
     case = Case(small(query_stride=4, rescore=2, **fields), spans, groups=3, positions=where)
     got = case.run(block_q)
     assert (got.counts > 0).any()

@@ -1,4 +1,5 @@
-"""The kernels as operators of PyTorch: they pass its own checks, and a compiled graph gives what eager gives."""
+"""The kernels as operators of PyTorch: they pass its own checks, and a compiled graph gives what
+eager gives."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def tensors(tokens: int = 96, rows: int = 40) -> list[torch.Tensor]:
 
 def compiled(**fields: Any) -> Callable[..., Any]:
     """Traced whole, forward and backward, but not lowered: that needs a C++ compiler."""
-    return torch.compile(lambda *args: hip_hf.hip_attention(*args, **fields), fullgraph=True, backend="aot_eager")
+    return torch.compile(
+        lambda *args: hip_hf.hip_attention(*args, **fields), fullgraph=True, backend="aot_eager"
+    )
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -40,11 +43,16 @@ def test_operators_pass_the_checks_of_torch(sinks: bool) -> None:
     torch.library.opcheck(torch.ops.hip_hf.attend.default, (*leaves, *rest))
 
 
-@pytest.mark.parametrize("config", [dict(dense_tail=7), dict(method="streaming"), dict(dense_below=10**6)])
+@pytest.mark.parametrize(
+    "config", [dict(dense_tail=7), dict(method="streaming"), dict(dense_below=10**6)]
+)
 def test_a_compiled_graph_gives_what_eager_gives(config: dict[str, Any]) -> None:
     settings = small(backend="triton", **config)
     results = []
-    for call in (compiled(config=settings), lambda *args: hip_hf.hip_attention(*args, config=settings)):
+    for call in (
+        compiled(config=settings),
+        lambda *args: hip_hf.hip_attention(*args, config=settings),
+    ):
         leaves = [x.clone().requires_grad_() for x in tensors()]
         out = call(*leaves)
         out.square().sum().backward()
@@ -60,7 +68,9 @@ def test_a_compiled_graph_reads_padding_on_the_device() -> None:
     settings = small(backend="triton", dense_tail=3)
     call = compiled(config=settings, key_start=start, q_start=at, return_lse=True)
     got = call(q, k, v)
-    want = hip_hf.hip_attention(q, k, v, config=settings, key_start=start, q_start=at, return_lse=True)
+    want = hip_hf.hip_attention(
+        q, k, v, config=settings, key_start=start, q_start=at, return_lse=True
+    )
     assert_near(got[0].cpu(), want[0].cpu())
     assert_near(got[1].cpu(), want[1].cpu(), 1e-5, "lse")
 
@@ -78,12 +88,20 @@ def test_tables_are_those_of_the_spans() -> None:
     assert tail[3].tolist() == [4, 4, 4, 1]
 
 
-@pytest.mark.parametrize("way", ["plain", "learning", "compiled", "compiled, learning", "hyper, compiled"])
+@pytest.mark.parametrize(
+    "way", ["plain", "learning", "compiled", "compiled, learning", "hyper, compiled"]
+)
 def test_a_prompts_output_has_all_heads_of_a_token_side_by_side(way: str) -> None:
     """As models go on with it: they would copy any other."""
     given = [x.requires_grad_("learning" in way) for x in tensors()]
-    config = small(backend="triton", dense_below=0, **(dict(method="hyper") if "hyper" in way else {}))
-    attention = compiled(config=config) if "compiled" in way else lambda *args: hip_hf.hip_attention(*args, config=config)
+    config = small(
+        backend="triton", dense_below=0, **(dict(method="hyper") if "hyper" in way else {})
+    )
+    attention = (
+        compiled(config=config)
+        if "compiled" in way
+        else lambda *args: hip_hf.hip_attention(*args, config=config)
+    )
     out = attention(*given)
     assert out.shape == given[0].shape
     assert out.transpose(1, 2).is_contiguous()

@@ -1,4 +1,5 @@
-"""A paged cache's keys on the kernels: read where they lie, or by the torch backend with a reason."""
+"""A paged cache's keys on the kernels: read where they lie, or by the torch backend with a
+reason."""
 
 from __future__ import annotations
 
@@ -38,14 +39,21 @@ def own_pages(k: torch.Tensor, v: torch.Tensor, pages: int) -> tuple[PagedTensor
     return tuple(PagedTensor(store, tables, k.shape[2]) for store in stores)  # type: ignore[return-value]
 
 
-def call(q: torch.Tensor, k: Any, v: Any, state: DecodeState | None = None, **fields: Any) -> Result:
+def call(
+    q: torch.Tensor, k: Any, v: Any, state: DecodeState | None = None, **fields: Any
+) -> Result:
     triton = fields["backend"] == "triton"
-    problem = make_problem(*(x.to(DEVICE) if triton and not isinstance(x, PagedTensor) else x for x in (q, k, v)), [0, 13])
+    problem = make_problem(
+        *(x.to(DEVICE) if triton and not isinstance(x, PagedTensor) else x for x in (q, k, v)),
+        [0, 13],
+    )
     return attend(problem, small(decode_refresh=3, **fields), None, state, need_lse=True)
 
 
 @pytest.mark.parametrize("paged", [own_pages, token_major])
-@pytest.mark.parametrize("fields", [dict(), dict(dense_tail=9), dict(method="streaming"), dict(delta=11)])
+@pytest.mark.parametrize(
+    "fields", [dict(), dict(dense_tail=9), dict(method="streaming"), dict(delta=11)]
+)
 def test_pages_give_what_contiguous_keys_give(paged: Any, fields: dict[str, Any]) -> None:
     """Two rows of a batch, one with padding: a prompt, and steps on what it left."""
     q, k, v = make_qkv(90, batch=2, dv=24)
@@ -55,7 +63,9 @@ def test_pages_give_what_contiguous_keys_give(paged: Any, fields: dict[str, Any]
             break
         pages = paged(k[:, :, :end], v[:, :, :end], 20)
         got = call(q[:, :, first:end], *pages, states[0], backend="triton", **fields)
-        want = call(q[:, :, first:end], k[:, :, :end], v[:, :, :end], states[1], backend="torch", **fields)
+        want = call(
+            q[:, :, first:end], k[:, :, :end], v[:, :, :end], states[1], backend="torch", **fields
+        )
         assert (got.path, got.reason) == ("sparse", "")
         assert_near(got.out.cpu(), want.out, NEAR)
         assert_near(got.lse.cpu(), want.lse, NEAR, "lse")  # type: ignore[union-attr]
@@ -72,7 +82,8 @@ def test_nothing_is_copied() -> None:
 
 
 def test_pages_in_several_pieces_go_to_torch_with_a_reason() -> None:
-    """The cache grows into a second arena between two steps: the torch backend goes on, and selects anew."""
+    """The cache grows into a second arena between two steps: the torch backend goes on, and selects
+    anew."""
     q, k, v = make_qkv(97, heads=1)
     stores = [Store(1, 16, torch.float32, torch.device(DEVICE), PAGE) for _ in "kv"]
     pool, table = PagePool(*stores), BlockTable()
@@ -112,8 +123,15 @@ def test_a_cache_in_one_piece_grows_on_the_kernels() -> None:
         if end == first:  # leave room for nothing more than the last page
             pool.allocate(len(pool.free))
         pages = (PagedTensor(store, [table], end) for store in stores)
-        got = attend(make_problem(q[:, :, at:end].to(DEVICE), *pages), small(backend="triton"), None, state)
-        want = attend(make_problem(q[:, :, at:end], k[:, :, :end], v[:, :, :end]), small(backend="torch"), None, twin)
+        got = attend(
+            make_problem(q[:, :, at:end].to(DEVICE), *pages), small(backend="triton"), None, state
+        )
+        want = attend(
+            make_problem(q[:, :, at:end], k[:, :, :end], v[:, :, :end]),
+            small(backend="torch"),
+            None,
+            twin,
+        )
         assert (got.path, got.reason) == ("sparse", "")
         assert_near(got.out.cpu(), want.out, NEAR)
         arenas.add(stores[0].arenas[0].data_ptr())
@@ -121,7 +139,9 @@ def test_a_cache_in_one_piece_grows_on_the_kernels() -> None:
     assert state.rows[0].on_device
 
 
-def test_patched_layers_call_the_kernels_without_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patched_layers_call_the_kernels_without_the_interface(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Once these have served the cache; to the bit what the interface gives."""
     model = make_model("llama", backend="triton", decode_refresh=2).to(DEVICE)
     ids, asked, outs = make_batch([84])["input_ids"].to(DEVICE), [], []
@@ -136,8 +156,15 @@ def test_patched_layers_call_the_kernels_without_the_interface(monkeypatch: pyte
             hip_hf.patch(model)
         with torch.no_grad():
             cache = model(ids[:, :80], use_cache=True).past_key_values
-            outs.append(torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(80, 84)], 1))
-        assert {(row.path, row.reason, row.cache) for row in hip_hf.explain(model)} == {("sparse", "", "pages")}
+            outs.append(
+                torch.cat(
+                    [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(80, 84)],
+                    1,
+                )
+            )
+        assert {(row.path, row.reason, row.cache) for row in hip_hf.explain(model)} == {
+            ("sparse", "", "pages")
+        }
     assert torch.equal(*outs)
     assert asked == [80, 80], "two layers: the prompt alone goes by the interface"
 
@@ -145,4 +172,6 @@ def test_patched_layers_call_the_kernels_without_the_interface(monkeypatch: pyte
 def test_hyper_attention_reads_no_pages() -> None:
     q, k, v = make_qkv(60)
     with pytest.raises(ValueError, match="hyper has no kernels for keys and values in pages"):
-        attend(make_problem(q.to(DEVICE), *own_pages(k, v, 8)), small(backend="triton", method="hyper"))
+        attend(
+            make_problem(q.to(DEVICE), *own_pages(k, v, 8)), small(backend="triton", method="hyper")
+        )

@@ -1,4 +1,5 @@
-"""fp32 on NVIDIA GPUs, where products are three of TF32: interpreted with that arithmetic, or native on a GPU."""
+"""fp32 on NVIDIA GPUs, where products are three of TF32: interpreted with that arithmetic, or
+native on a GPU."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def test_one_product_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bits", [BITS_OF_TF32, BITS_OF_BF16])
 def test_the_allowance_is_for_three_products_alone(bits: int) -> None:
-    """PyTorch itself, held to the rule: with three products of TF32 it passes, with one of TF32 or of bf16 it fails."""
+    """PyTorch itself, held to the rule: with three products of TF32 it passes, with one of TF32 or
+    of bf16 it fails."""
     case = make_case()
     visible = case.visible()
     for terms in (3, 1):
@@ -72,17 +74,22 @@ def test_the_allowance_is_for_three_products_alone(bits: int) -> None:
 
 
 def test_the_arithmetic() -> None:
-    """Splitting keeps 22 bits and more; products and sums of small integers are exact; other sums are cut off toward zero."""
+    """Splitting keeps 22 bits and more; products and sums of small integers are exact; other sums
+    are cut off toward zero."""
     x = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     high = rounded(x, BITS_OF_TF32)
     assert np.abs(high - x).max() > 0
     assert (np.abs(high - x) <= np.abs(x) * 2.0**-BITS_OF_TF32).all()
     rest = cut(x - high, BITS_OF_TF32)
-    assert (np.abs(high.astype(np.float64) + rest - x) <= np.abs(x) * 2.0 ** -(2 * BITS_OF_TF32)).all()
+    assert (
+        np.abs(high.astype(np.float64) + rest - x) <= np.abs(x) * 2.0 ** -(2 * BITS_OF_TF32)
+    ).all()
     integers = np.rint(x * 8)
     assert (product(integers, integers) == integers.astype(np.float64) @ integers).all()
     exact = x.astype(np.float64) @ x
-    three, one = (np.abs(product(x, x, terms) - exact).max() / np.abs(exact).max() for terms in (3, 1))
+    three, one = (
+        np.abs(product(x, x, terms) - exact).max() / np.abs(exact).max() for terms in (3, 1)
+    )
     assert three < 2.0**-20
     assert one > 2.0**-13
     ones = np.ones((1, 8), np.float32)

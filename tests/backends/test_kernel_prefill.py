@@ -1,4 +1,5 @@
-"""The prefill kernel against the torch reference on the same block indices: interpreted, or native on a GPU."""
+"""The prefill kernel against the torch reference on the same block indices: interpreted, or native
+on a GPU."""
 
 from __future__ import annotations
 
@@ -20,13 +21,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize(
     ("groups", "dtype"),
-    [(1, torch.bfloat16), (2, torch.float32), (4, torch.float16), (7, torch.bfloat16), (7, torch.float32), (8, torch.float16)],
+    [
+        (1, torch.bfloat16),
+        (2, torch.float32),
+        (4, torch.float16),
+        (7, torch.bfloat16),
+        (7, torch.float32),
+        (8, torch.float16),
+    ],
 )
 def test_query_heads_of_a_group_and_dtypes(groups: int, dtype: torch.dtype) -> None:
     run(make_case(groups=groups, dtype=dtype))
 
 
-@pytest.mark.parametrize(("dim", "dv"), [(80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (64, 40), (16, 64)])
+@pytest.mark.parametrize(
+    ("dim", "dv"), [(80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (64, 40), (16, 64)]
+)
 def test_head_dims(dim: int, dv: int) -> None:
     run(make_case(spans_of((0, 83, 83)), heads=1, dim=dim, dv=dv, window=16, dtype=torch.float16))
 
@@ -45,7 +55,13 @@ def test_packed_sequences() -> None:
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    "fields", [dict(softcap=2.0), dict(sliding_window=70), dict(sinks=True), dict(softcap=3.0, sliding_window=25, sinks=True)]
+    "fields",
+    [
+        dict(softcap=2.0),
+        dict(sliding_window=70),
+        dict(sinks=True),
+        dict(softcap=3.0, sliding_window=25, sinks=True),
+    ],
 )
 def test_logits(fields: dict[str, Any]) -> None:
     sinks = {"sinks": torch.randn(4)} if fields.get("sinks") else {}
@@ -81,8 +97,12 @@ def test_dense_rows() -> None:
     check(case, out, lse, case.dense_reference())
 
 
-@pytest.mark.parametrize(("stride", "fields"), [(2, {}), (7, {}), (7, dict(sliding_window=50)), (2, dict(softcap=2.0))])
-def test_strided_rows_are_dense_attention_of_those_rows(stride: int, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("stride", "fields"), [(2, {}), (7, {}), (7, dict(sliding_window=50)), (2, dict(softcap=2.0))]
+)
+def test_strided_rows_are_dense_attention_of_those_rows(
+    stride: int, fields: dict[str, Any]
+) -> None:
     case = make_case(spans_of((0, 130, 90), (50, 80, 80)), rows=90, **fields)
     most = -(-90 // stride)
     out = torch.full((2, 4, most, 64), torch.nan, device=DEVICE)
@@ -94,8 +114,15 @@ def test_strided_rows_are_dense_attention_of_those_rows(stride: int, fields: dic
     for at, span in enumerate(case.spans):
         rows = range(span.row_start, span.row_end, stride)
         assert_near(out[at, :, : len(rows)].cpu(), wanted[0][span.batch, :, list(rows)], tolerance)
-        assert_near(lse[at, :, : len(rows)].cpu(), wanted[1][span.batch, :, list(rows)], lse_tolerance, "lse")
-        assert out[at, :, len(rows) :].isnan().all(), "rows that the sequence does not have were written"
+        assert_near(
+            lse[at, :, : len(rows)].cpu(),
+            wanted[1][span.batch, :, list(rows)],
+            lse_tolerance,
+            "lse",
+        )
+        assert out[at, :, len(rows) :].isnan().all(), (
+            "rows that the sequence does not have were written"
+        )
 
 
 def test_later_query_blocks_change_nothing() -> None:

@@ -1,4 +1,5 @@
-"""The pyramid kernels against the torch pyramid (`methods/pyramid.py`): every summary, built at once and appended."""
+"""The pyramid kernels against the torch pyramid (`methods/pyramid.py`): every summary, built at
+once and appended."""
 
 from __future__ import annotations
 
@@ -33,13 +34,17 @@ def pages_of(k: torch.Tensor, page_size: int) -> KeyValues:
 
 
 def fresh(config: HiPConfig, k: torch.Tensor, sequences: int, capacity: int) -> KeyPyramid:
-    pyramid = KeyPyramid.empty(config, sequences, k.shape[1], k.shape[3], capacity, k.dtype, torch.device(DEVICE))
+    pyramid = KeyPyramid.empty(
+        config, sequences, k.shape[1], k.shape[3], capacity, k.dtype, torch.device(DEVICE)
+    )
     pyramid.table.fill_(torch.nan)
     pyramid.states.fill_(torch.nan)
     return pyramid
 
 
-def extend(pyramid: KeyPyramid, kv: KeyValues, spans: list[Span], block_q: int, append: bool) -> None:
+def extend(
+    pyramid: KeyPyramid, kv: KeyValues, spans: list[Span], block_q: int, append: bool
+) -> None:
     pyramid.extend(kv, Sequences.of(spans, torch.device(DEVICE)), block_q, append)
 
 
@@ -50,14 +55,19 @@ def needed(config: HiPConfig, span: Span, block_q: int) -> int:
     return max(0, first - config.window) // config.block_k if span.rows else 0
 
 
-def check(config: HiPConfig, pyramid: KeyPyramid, k: torch.Tensor, spans: list[Span], block_q: int) -> None:
-    """Each summary is within twice the rounding of its dtype of the float64 one, and nothing else was written."""
+def check(
+    config: HiPConfig, pyramid: KeyPyramid, k: torch.Tensor, spans: list[Span], block_q: int
+) -> None:
+    """Each summary is within twice the rounding of its dtype of the float64 one, and nothing else
+    was written."""
     table = pyramid.table.cpu()
     for s, span in enumerate(spans):
         blocks = needed(config, span, block_q)
         assert (pyramid.built[s] == blocks).all(), (pyramid.built[s], blocks)
         keys = k[span.batch, :, span.key_start : span.key_end]
-        exact, plain = (selector_for(config).make_pyramid(dtype) for dtype in (torch.float64, k.dtype))
+        exact, plain = (
+            selector_for(config).make_pyramid(dtype) for dtype in (torch.float64, k.dtype)
+        )
         exact.extend(keys.double(), blocks)
         plain.extend(keys, blocks)
         written = torch.zeros(table.shape[2], dtype=torch.bool)
@@ -73,7 +83,9 @@ def check(config: HiPConfig, pyramid: KeyPyramid, k: torch.Tensor, spans: list[S
         assert table[s][:, ~written].isnan().all(), "rows of incomplete chunks stay untouched"
 
 
-def keys(tokens: int, batch: int = 1, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def keys(
+    tokens: int, batch: int = 1, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     return torch.randn(batch, heads, tokens, dim).to(dtype)
 
 
@@ -92,14 +104,17 @@ def test_every_representative(representative: str) -> None:
 
 
 @pytest.mark.parametrize("representative", ["blend", "middle"])
-@pytest.mark.parametrize("shape", [dict(dtype=torch.bfloat16), dict(dtype=torch.float16), dict(dim=80, heads=1)])
+@pytest.mark.parametrize(
+    "shape", [dict(dtype=torch.bfloat16), dict(dtype=torch.float16), dict(dim=80, heads=1)]
+)
 def test_dtypes_and_head_dims(representative: str, shape: dict[str, Any]) -> None:
     built_at_once(representative, **shape)
 
 
 @pytest.mark.parametrize("representative", ["blend", "middle"])
 def test_appended_step_by_step(representative: str) -> None:
-    """A prompt, a second chunk of it, then steps of one and of a few tokens that cross tiles; and after a crop."""
+    """A prompt, a second chunk of it, then steps of one and of a few tokens that cross tiles; and
+    after a crop."""
     config, k = small(representative=representative, block_k=2, budget=8, window=1), keys(331)
     pyramid, kv = fresh(config, k, 1, 400), KeyValues(k.to(DEVICE), k.to(DEVICE))
     end = 0
@@ -133,8 +148,16 @@ def test_appended_step_by_step(representative: str) -> None:
 @pytest.mark.parametrize("representative", ["blend", "middle"])
 @pytest.mark.parametrize("page_size", [0, 7, 16])
 def test_sequences_padding_and_pages(representative: str, page_size: int) -> None:
-    config, k = small(representative=representative, window=5, block_k=3, budget=12), keys(280, batch=3)
-    spans = [Span(0, 11, 280, 0, 100, 169), Span(1, 0, 200, 0, 33, 167), Span(1, 200, 280, 33, 113, 0), Span(2, 0, 0, 0, 0, 0)]
+    config, k = (
+        small(representative=representative, window=5, block_k=3, budget=12),
+        keys(280, batch=3),
+    )
+    spans = [
+        Span(0, 11, 280, 0, 100, 169),
+        Span(1, 0, 200, 0, 33, 167),
+        Span(1, 200, 280, 33, 113, 0),
+        Span(2, 0, 0, 0, 0, 0),
+    ]
     kv = pages_of(k, page_size) if page_size else KeyValues(k.to(DEVICE), k.to(DEVICE))
     pyramid = fresh(config, k, 4, 280)
     extend(pyramid, kv, spans, config.block_q, append=False)

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.fast
 
 
 def test_pytorch_itself_keeps_it_in_other_orders_of_summation() -> None:
-    """A few numbers, whose largest error differs most. By the error of one order, up to half of the others would break it."""
+    """A few numbers, whose largest error differs most. By the error of one order, up to half of the
+    others would break it."""
     case = step(groups=1)
     visible, fields = case.visible(), dict(scale=case.scale)
     tolerance, _ = case.tolerances(visible)

@@ -1,4 +1,5 @@
-"""The selection kernel against the torch search (`methods/hip.py`) on the same pyramid: the same blocks, in the same order."""
+"""The selection kernel against the torch search (`methods/hip.py`) on the same pyramid: the same
+blocks, in the same order."""
 
 from __future__ import annotations
 
@@ -32,13 +33,16 @@ def test_every_representative_and_score(representative: str, score: str) -> None
     Case(small(representative=representative, score=score), [whole(331, 21)]).check()
 
 
-@pytest.mark.parametrize(("groups", "shared"), [(1, True), (4, False), (7, True), (7, False), (8, True)])
+@pytest.mark.parametrize(
+    ("groups", "shared"), [(1, True), (4, False), (7, True), (7, False), (8, True)]
+)
 def test_groups(groups: int, shared: bool) -> None:
     Case(small(group_shared=shared), [whole(283, 17)], groups=groups).check()
 
 
 @pytest.mark.parametrize(
-    ("groups", "fields"), [(7, {}), (8, {}), (8, dict(options={"descent": 8})), (7, dict(coarsest=4, beam=4))]
+    ("groups", "fields"),
+    [(7, {}), (8, {}), (8, dict(options={"descent": 8})), (7, dict(coarsest=4, beam=4))],
 )
 def test_fewer_tiles_of_votes_walk_than_look(groups: int, fields: dict[str, Any]) -> None:
     case = Case(small(rescore=3, query_stride=3, **fields), [whole(683, 35)], groups=groups)
@@ -67,15 +71,25 @@ def test_settings_of_the_search(fields: dict[str, Any]) -> None:
 ])  # fmt: skip
 def test_short_middles_are_looked_at_whole(fields: dict[str, Any], shape: dict[str, Any]) -> None:
     """Of one call, some; in a second sequence, which is padded, all."""
-    case = Case(small(**{"rescore": 3, "beam": 5, **fields}), [whole(299, 299), whole(130, 19, 1, 13)], **shape)
+    case = Case(
+        small(**{"rescore": 3, "beam": 5, **fields}),
+        [whole(299, 299), whole(130, 19, 1, 13)],
+        **shape,
+    )
     middles = [
-        b.num_candidates for span in case.spans for b in case.blocks(span, False) if b.num_candidates > case.selector.budget
+        b.num_candidates
+        for span in case.spans
+        for b in case.blocks(span, False)
+        if b.num_candidates > case.selector.budget
     ]
     assert min(middles) <= 2 * case.config.beam_blocks
     case.check()
 
 
-@pytest.mark.parametrize(("coarsest", "fields"), [(4, dict()), (16, dict()), (4, dict(score="max")), (16, dict(rescore=4))])
+@pytest.mark.parametrize(
+    ("coarsest", "fields"),
+    [(4, dict()), (16, dict()), (4, dict(score="max")), (16, dict(rescore=4))],
+)
 def test_a_start_level_longer_than_a_tile(coarsest: int, fields: dict[str, Any]) -> None:
     case = Case(small(coarsest=coarsest, **fields), [whole(2311, 3)])
     case.check()
@@ -97,7 +111,8 @@ class Launches:
 
 @pytest.mark.parametrize(("keep", "programs"), [(False, 1), (False, 5), (True, 2)])
 def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch, keep: bool, programs: int) -> None:
-    """With scratch for fewer programs than there are, the search is several launches that find the same."""
+    """With scratch for fewer programs than there are, the search is several launches that find the
+    same."""
     spans = [whole(400, 1), whole(517, 1, 1)] if keep else [whole(400, 40), whole(517, 37, 1, 3)]
     case = Case(small(coarsest=8, block_k=4, beam=1), spans, heads=2)
     block_q = 1 if keep else case.config.block_q
@@ -109,9 +124,13 @@ def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch, keep: bool, program
     for name in ("indices", "counts", "window_start"):
         assert torch.equal(getattr(got, name), getattr(whole_launch, name)), name
     total = got.counts.numel()
-    assert [grid for grid, _ in launches.found] == [(min(programs, total - i), 1) for i in range(0, total, programs)]
+    assert [grid for grid, _ in launches.found] == [
+        (min(programs, total - i), 1) for i in range(0, total, programs)
+    ]
     assert len(launches.found) > 1
-    assert all(size <= bound * (2 if keep else 1) for _, size in launches.found), "room to grow is a factor of two at most"
+    assert all(size <= bound * (2 if keep else 1) for _, size in launches.found), (
+        "room to grow is a factor of two at most"
+    )
 
 
 def test_steps_share_their_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +151,23 @@ def test_steps_share_their_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 def logits_kernel(table, rows, q, out, M: tl.constexpr, DIM: tl.constexpr):
     inner = tl.arange(0, M)
     found = chunk_logits(
-        table, tl.load(rows + inner), q, (inner * DIM).to(tl.int64), 1.0, 1, 0.0, M, M, DIM, DIM, 1, "ieee", inner, q, q, 0
+        table,
+        tl.load(rows + inner),
+        q,
+        (inner * DIM).to(tl.int64),
+        1.0,
+        1,
+        0.0,
+        M,
+        M,
+        DIM,
+        DIM,
+        1,
+        "ieee",
+        inner,
+        q,
+        q,
+        0,
     )
     tl.store(out + inner[:, None] * M + inner[None, :], found)
 
@@ -155,32 +190,54 @@ def test_head_dims(dim: int) -> None:
 
 
 def test_sequences_of_any_length_padding_and_position() -> None:
-    spans = [whole(151, 20, 0, 11), Span(1, 3, 100, 5, 12, 90), Span(1, 100, 180, 12, 17, 75), Span(2, 0, 160, 0, 0, 160)]
+    spans = [
+        whole(151, 20, 0, 11),
+        Span(1, 3, 100, 5, 12, 90),
+        Span(1, 100, 180, 12, 17, 75),
+        Span(2, 0, 160, 0, 0, 160),
+    ]
     Case(small(rescore=2), spans, heads=2, groups=1).check()
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("page_size", [16, 7])
 def test_pages(page_size: int) -> None:
-    Case(small(rescore=3), [whole(153, 10, 0, 3), whole(130, 10, 1, 0)], page_size=page_size, heads=2, groups=1).check()
+    Case(
+        small(rescore=3),
+        [whole(153, 10, 0, 3), whole(130, 10, 1, 0)],
+        page_size=page_size,
+        heads=2,
+        groups=1,
+    ).check()
 
 
 @pytest.mark.parametrize("per_row", [False, True])
 def test_softcap_sliding_window_and_sinks(per_row: bool) -> None:
     sinks = torch.randn(4) + 3
     rows = 3 if per_row else 20
-    Case(small(rescore=2, query_stride=4), [whole(300, rows)], softcap=2.0, sliding=200, sinks=sinks, heads=2).check(per_row)
+    Case(
+        small(rescore=2, query_stride=4),
+        [whole(300, rows)],
+        softcap=2.0,
+        sliding=200,
+        sinks=sinks,
+        heads=2,
+    ).check(per_row)
 
 
 def test_decode_rows_select_for_themselves() -> None:
     Case(small(rescore=2), [whole(300, 3), whole(251, 2, 1, 5)], groups=3).check(per_row=True)
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(rescore=2), dict(beam=4, score="max"), dict(coarsest=4)])
+@pytest.mark.parametrize(
+    "fields", [dict(), dict(rescore=2), dict(beam=4, score="max"), dict(coarsest=4)]
+)
 def test_a_decode_selection_that_serves_other_steps_is_no_other_one(fields: dict[str, Any]) -> None:
     """Of several rows and of one, with state."""
     for refresh in (1, 8):
-        Case(small(budget=32, decode_refresh=refresh, **fields), [whole(400, 2), whole(390, 1, 1)]).check(per_row=True, keep=True)
+        Case(
+            small(budget=32, decode_refresh=refresh, **fields), [whole(400, 2), whole(390, 1, 1)]
+        ).check(per_row=True, keep=True)
 
 
 def test_many_candidates_and_rows_in_several_tiles() -> None:
@@ -204,7 +261,9 @@ def test_a_selection_serves_until_it_is_as_old_as_decode_refresh() -> None:
         found.append(step(position).run(1, into).indices.tolist())
     assert found[0] == found[1] == found[2] != found[3] == found[4]
     torch.manual_seed(7)
-    assert step(190).run(1, into).indices.tolist() != found[4], "a position before the selection's own selects anew"
+    assert step(190).run(1, into).indices.tolist() != found[4], (
+        "a position before the selection's own selects anew"
+    )
 
 
 def test_what_the_kernel_cannot_do_is_said() -> None:

@@ -1,4 +1,5 @@
-"""The selection kernel in half precision, at the default settings above all: the blocks that a search in float64 takes."""
+"""The selection kernel in half precision, at the default settings above all: the blocks that a
+search in float64 takes."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
 
 def defaults(**fields: Any) -> HiPConfig:
-    """The default settings with a quarter of the budget and fewer candidates: a search of 3,000 keys starts two levels up."""
+    """The default settings with a quarter of the budget and fewer candidates: a search of 3,000
+    keys starts two levels up."""
     return HiPConfig(**{**dict(budget=256, beam=2, rescore=3, dense_below=0), **fields})
 
 
@@ -30,14 +32,24 @@ def test_default_settings(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("rows", [1, 37])
 def test_the_whole_budget(rows: int) -> None:
-    """Nothing smaller than a user would have: 512 candidates at a level, 64 blocks of 1,000 at the end."""
-    case = Case(HiPConfig(dense_below=0), [whole(17000, rows)], dtype=torch.bfloat16, dim=128, groups=4)
+    """Nothing smaller than a user would have: 512 candidates at a level, 64 blocks of 1,000 at the
+    end."""
+    case = Case(
+        HiPConfig(dense_below=0), [whole(17000, rows)], dtype=torch.bfloat16, dim=128, groups=4
+    )
     case.check(per_row=rows == 1, keep=rows == 1)
 
 
 @both_dtypes
 def test_default_settings_in_decode_over_pages(dtype: torch.dtype) -> None:
-    case = Case(defaults(), [whole(2900, 1), whole(2611, 1, 1, 5)], page_size=48, dtype=dtype, dim=64, groups=4)
+    case = Case(
+        defaults(),
+        [whole(2900, 1), whole(2611, 1, 1, 5)],
+        page_size=48,
+        dtype=dtype,
+        dim=64,
+        groups=4,
+    )
     case.check(per_row=True, keep=True)
 
 
@@ -78,7 +90,8 @@ def test_the_comparison_would_see_coarser_numbers(dtype: torch.dtype) -> None:
 
 @both_dtypes
 def test_half_precision_selects_what_scores_as_high(dtype: torch.dtype) -> None:
-    """Flat search, so that scores are comparable: what was kept weighs as much as the best in float64, but for rounding."""
+    """Flat search, so that scores are comparable: what was kept weighs as much as the best in
+    float64, but for rounding."""
     config = small(vote="sampled", options={"weight": 0}, coarsest=4, rescore=1, budget=64)
     case = Case(config, [whole(701, 5)], dtype=dtype, needles={2: 300, 4: 500})
     got = case.run(config.block_q)
@@ -98,7 +111,8 @@ def test_half_precision_selects_what_scores_as_high(dtype: torch.dtype) -> None:
 
 
 def flat_scores(case: Case, head: int, block: QueryBlock) -> dict[int, float]:
-    """Largest share of every block of the middle by its mean key, computed in the tensors' own dtype."""
+    """Largest share of every block of the middle by its mean key, computed in the tensors' own
+    dtype."""
     levels = case.pyramid(case.spans[0]).levels
     means = levels[0][head, block.low : block.high, : case.q.shape[-1]].to(case.q.dtype)
     group = case.q[0, head * case.groups : (head + 1) * case.groups]

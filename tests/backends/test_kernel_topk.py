@@ -34,13 +34,18 @@ def test_the_threshold_tells_the_largest_keys_from_the_rest(low: int) -> None:
     ordered = keys.sort(descending=True).values
     for count, found in zip(counts.tolist(), out.tolist(), strict=True):
         reached = int((keys >= found).sum())
-        assert reached == count or found == (ordered[count - 1] if 0 < count <= 66 else 2**31 - 1 if count == 0 else -(2**31))
+        assert reached == count or found == (
+            ordered[count - 1] if 0 < count <= 66 else 2**31 - 1 if count == 0 else -(2**31)
+        )
 
 
 def test_the_threshold_is_found_by_as_few_digits_as_settle_it() -> None:
     """Lower digits are not looked at: they stay those of the smallest number."""
     keys = torch.arange(1, 67, dtype=torch.int32) << 24
-    counts, out = torch.tensor([1, 40, 66], dtype=torch.int32), torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    counts, out = (
+        torch.tensor([1, 40, 66], dtype=torch.int32),
+        torch.zeros(3, dtype=torch.int32, device=DEVICE),
+    )
     on = (keys + 12345).to(DEVICE)
     threshold_kernel[(len(counts),)](on[:64].clone(), on[64:].clone(), out, counts.to(DEVICE), M=64)
     assert out.tolist() == [66 << 24, 27 << 24, 0]
@@ -53,7 +58,8 @@ def read_on_kernel(ids, scores, out, total, share: tl.constexpr, N: tl.constexpr
 
 
 def test_a_block_gets_a_share_of_the_score_of_the_block_before_it() -> None:
-    """As the torch backend has it: not across a gap, not from what does not count, nothing of what has overflowed."""
+    """As the torch backend has it: not across a gap, not from what does not count, nothing of what
+    has overflowed."""
     ids = torch.tensor([3, 4, 5, 9, 11, 12, 13, 14], dtype=torch.int32)
     scores = torch.tensor([0.5, 0.25, torch.nan, 0.125, 1.0, -3e38, 2.0, 4.0])
     for total in (8, 6):

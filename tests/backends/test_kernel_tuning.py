@@ -18,7 +18,8 @@ def tile(kernel: str, target: str, width: int) -> Tile:
 @pytest.mark.parametrize("kernel", TILES)
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_unknown_targets_get_configurations_of_their_maker(kernel: str, width: int) -> None:
-    """Newer ones the closest older entry's, older ones the smallest of the maker's: they have no more shared memory."""
+    """Newer ones the closest older entry's, older ones the smallest of the maker's: they have no
+    more shared memory."""
     for target, dims in TILES[kernel].items():
         assert tile(kernel, target, width) == Tile(*dims[width])
     newer = dict(sm87="sm86", sm103="sm100", sm121="sm120", gfx950="gfx942", gfx1100="gfx942")
@@ -28,7 +29,9 @@ def test_unknown_targets_get_configurations_of_their_maker(kernel: str, width: i
     for target in ("sm75", "sm70"):
         got = tile(kernel, target, width)
         assert got in nvidia
-        assert all(got.rows + 2 * got.keys * got.stages <= x.rows + 2 * x.keys * x.stages for x in nvidia)
+        assert all(
+            got.rows + 2 * got.keys * got.stages <= x.rows + 2 * x.keys * x.stages for x in nvidia
+        )
     for target in ("gfx90a", "gfx906"):
         assert tile(kernel, target, width) == Tile(*TILES[kernel]["gfx942"][width])
 

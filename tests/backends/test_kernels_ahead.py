@@ -1,5 +1,5 @@
-"""`hip-hf kernels` finds tensor cores that wait for each instruction, programs that touch what they work on, and loops that load
-nothing ahead: in a small kernel that is wrong. Prefill is not."""
+"""`hip-hf kernels` finds tensor cores that wait for each instruction, programs that touch what they
+work on, and loops that load nothing ahead: in a small kernel that is wrong. Prefill is not."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def problem(kernel, target, **arguments):
 
 
 def printed(tmp_path: Path, line: str) -> str:
-    script = tmp_path / "wrong_kernel.py"  # the compiler reads the source; Transformers imports what is named `kernels`
+    script = (
+        tmp_path / "wrong_kernel.py"
+    )  # the compiler reads the source; Transformers imports what is named `kernels`
     script.write_text(KERNELS + line)
     done = process(str(script))
     assert done.returncode == 0, done.stderr
@@ -83,8 +85,9 @@ for ptx in (right, wrong):
 
 
 def test_tensor_cores_that_wait_for_each_instruction_are_found(tmp_path: Path) -> None:
-    """By the waits of the machine code, of which there are no more than the program asked for. Where a program reads its last
-    sums without waiting for them, ptxas says that it serialises (C7514; C7515 is another reason), and each product waits."""
+    """By the waits of the machine code, of which there are no more than the program asked for.
+    Where a program reads its last sums without waiting for them, ptxas says that it serialises
+    (C7514; C7515 is another reason), and each product waits."""
     assert printed(tmp_path, WITHOUT_A_WAIT) == "False,False,False|True,True,True|"
 
 
@@ -95,7 +98,9 @@ ADD, LOAD = "add.f32 \t%r9, %r1, %r8;", "ld.shared.v2.b32 \t{%r5, %r6}, [%r7];"
 
 
 def product(sums: str, first: str = "%rd1") -> str:
-    return f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {sums}, {first}, %rd2, %p1, 1, 1, 0;"
+    return (
+        f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {sums}, {first}, %rd2, %p1, 1, 1, 0;"
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +128,8 @@ def test_what_touches_sums_and_factors_in_flight(lines: list[str], touching: lis
 
 @pytest.mark.parametrize("target", ["sm80", "sm90"])
 def test_loops_that_load_nothing_ahead_are_found(tmp_path: Path, target: str) -> None:
-    """Three stages are asked for in vain where what is multiplied lies where an index of the same turn says."""
+    """Three stages are asked for in vain where what is multiplied lies where an index of the same
+    turn says."""
     ids = "IDS=Pointer(torch.int32), steps=9"
     wide = f"*[problem(gathered, '{target}', {ids}, num_stages=3, CARRIED=carried) for carried in (False, True)]"
     assert printed(tmp_path, f'print({wide}, sep="|")') == "loads nothing ahead|"
@@ -132,7 +138,9 @@ def test_loops_that_load_nothing_ahead_are_found(tmp_path: Path, target: str) ->
 def test_two_stages_that_load_nothing_ahead_are_found(tmp_path: Path) -> None:
     """They are asked for in vain where there is nothing to load."""
     ids = "IDS=Pointer(torch.int32), steps=9"
-    narrow = f"*[problem(kept, 'sm80', {ids}, num_stages=2, AHEAD=ahead) for ahead in (False, True)]"
+    narrow = (
+        f"*[problem(kept, 'sm80', {ids}, num_stages=2, AHEAD=ahead) for ahead in (False, True)]"
+    )
     assert printed(tmp_path, f'print({narrow}, sep="|")') == "loads nothing ahead|"
 
 

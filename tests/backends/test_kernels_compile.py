@@ -1,4 +1,5 @@
-"""Every kernel compiles for GPUs that are not here, without spills and with matrix instructions: two targets."""
+"""Every kernel compiles for GPUs that are not here, without spills and with matrix instructions:
+two targets."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ print(problem(64, "sm90"), problem(64, "sm90", True), problem(16384, "sm90"), pr
 
 
 def test_what_is_wrong_with_a_kernel_is_found(tmp_path: Path) -> None:
-    """The check can fail: a kernel without matrix instructions, one that spills more than it may, one that does not compile."""
+    """The check can fail: a kernel without matrix instructions, one that spills more than it may,
+    one that does not compile."""
     script = tmp_path / "hungry.py"  # the compiler reads the source
     script.write_text(HUNGRY)
     done = process(str(script))
@@ -119,19 +121,25 @@ print(*[budget.spend(launch, target, 128, torch.bfloat16).problem for launch in 
 
 @pytest.mark.parametrize(("target", "block_k"), [("sm89", 256), ("gfx942", 128)])
 def test_gradients_of_large_key_blocks_fit(target: str, block_k: int) -> None:
-    """A tile of keys is a part of a block then: a whole block would spill, or not fit into shared memory."""
+    """A tile of keys is a part of a block then: a whole block would spill, or not fit into shared
+    memory."""
     done = process("-c", LARGE_BLOCKS, target, str(block_k))
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
 
 
 def test_the_pyramid_compiles_for_amd() -> None:
-    found = rows("--targets", "gfx942", "--dims", "64", "--dtypes", "fp16", "--only", "pyramid, blend")
+    found = rows(
+        "--targets", "gfx942", "--dims", "64", "--dtypes", "fp16", "--only", "pyramid, blend"
+    )
     assert {row["target"] for row in found} == {"gfx942"}
 
 
 def test_queries_turned_twice_are_not_kept_between_turns() -> None:
-    """They are loaded once for keys too far away and once for the rest; held in registers meanwhile, they would spill."""
-    (row,) = rows("--targets", "sm90", "--dims", "256", "--dtypes", "bf16", "--only", "prefill, extended")
+    """They are loaded once for keys too far away and once for the rest; held in registers
+    meanwhile, they would spill."""
+    (row,) = rows(
+        "--targets", "sm90", "--dims", "256", "--dtypes", "bf16", "--only", "prefill, extended"
+    )
     assert row["path"] == "wgmma"
     assert row["spilled"] == 0
 
@@ -187,8 +195,8 @@ print("spilled", len(names))
 
 
 def test_a_changed_launch_configuration_is_compiled_anew(tmp_path: Path) -> None:
-    """After an interruption, what was compiled with another entry of the launch table no longer counts; the rest does. Nor does
-    what spills more than is allowed now."""
+    """After an interruption, what was compiled with another entry of the launch table no longer
+    counts; the rest does. Nor does what spills more than is allowed now."""
     done = process("-c", RESUMED, str(tmp_path / "kernels.json"))
     lines = done.stdout.splitlines()
     assert "resumed 2" in lines, done.stdout + done.stderr
@@ -198,8 +206,26 @@ def test_a_changed_launch_configuration_is_compiled_anew(tmp_path: Path) -> None
 def test_a_problem_shows_in_the_table() -> None:
     from hip_hf.eval.measure.kernels import summary
 
-    row = dict(kernel="a", target="sm90", dim=64, dtype="bfloat16", shared=2048, registers=9, spilled=0, path="wgmma", problem="")
-    worse = {**row, "dim": 128, "shared": 1024, "registers": 255, "spilled": 40, "path": "", "problem": "spills"}
+    row = dict(
+        kernel="a",
+        target="sm90",
+        dim=64,
+        dtype="bfloat16",
+        shared=2048,
+        registers=9,
+        spilled=0,
+        path="wgmma",
+        problem="",
+    )
+    worse = {
+        **row,
+        "dim": 128,
+        "shared": 1024,
+        "registers": 255,
+        "spilled": 40,
+        "path": "",
+        "problem": "spills",
+    }
     (line,) = summary([row, worse])
     wanted = dict(compiled=2, registers=255, shared=2.0, spilled=40, path="wgmma", problem="spills")
     assert line == dict(kernel="a", target="sm90", **wanted)
@@ -209,7 +235,9 @@ def test_bad_arguments_are_named() -> None:
     code, _, errors = run("--targets", "sm70")
     assert code == 2
     assert "sm70" in errors
-    code, _, errors = run("--only", "no such kernel", "--targets", "sm90", "--dims", "64", "--dtypes", "bf16")
+    code, _, errors = run(
+        "--only", "no such kernel", "--targets", "sm90", "--dims", "64", "--dtypes", "bf16"
+    )
     assert code == 1
 
 

@@ -1,4 +1,5 @@
-"""Which way a call goes and why, what the dense ways compute, gradients, and the share of keys that is said to be read."""
+"""Which way a call goes and why, what the dense ways compute, gradients, and the share of keys that
+is said to be read."""
 
 from __future__ import annotations
 
@@ -6,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_as_exact_as, assert_near, causal, eager, make_problem, make_qkv, read_mask, small, sparse
+from helpers import (
+    assert_as_exact_as,
+    assert_near,
+    causal,
+    eager,
+    make_problem,
+    make_qkv,
+    read_mask,
+    small,
+    sparse,
+)
 
 from hip_hf import DecodeState, HiPConfig, hip_attention
 from hip_hf.attention import DENSE_BELOW, Result, attend
@@ -16,7 +27,13 @@ from hip_hf.workers import compute_dtype
 pytestmark = pytest.mark.fast
 
 
-def call(tokens: int, rows: int | None = None, layer: int | None = None, given: dict | None = None, **fields: Any) -> Result:
+def call(
+    tokens: int,
+    rows: int | None = None,
+    layer: int | None = None,
+    given: dict | None = None,
+    **fields: Any,
+) -> Result:
     q, k, v = make_qkv(tokens, rows)
     return attend(make_problem(q, k, v, **(given or {})), small(**fields), layer)
 
@@ -35,13 +52,24 @@ def call(tokens: int, rows: int | None = None, layer: int | None = None, given: 
         (dict(tokens=90, dense_below=91), "context of 90 is below dense_below=91"),
         (dict(tokens=90, rows=1, dense_below=91), "context of 90 is below dense_below=91"),
         (dict(tokens=36, dense_below=1), "the budget covers the context of 36"),
-        (dict(tokens=100, given=dict(sliding_window=36)), "sliding window of 36 is within the sparse set"),
-        (dict(tokens=100, rows=1, given=dict(sliding_window=40)), "decode within a sliding window of 40"),
+        (
+            dict(tokens=100, given=dict(sliding_window=36)),
+            "sliding window of 36 is within the sparse set",
+        ),
+        (
+            dict(tokens=100, rows=1, given=dict(sliding_window=40)),
+            "decode within a sliding window of 40",
+        ),
     ],
 )
 def test_reasons_to_be_dense(arguments: dict, reason: str) -> None:
     result = call(**arguments)
-    assert (result.path, result.reason, result.share, result.unsupported) == ("dense", reason, 1.0, False)
+    assert (result.path, result.reason, result.share, result.unsupported) == (
+        "dense",
+        reason,
+        1.0,
+        False,
+    )
     assert result.mask is None
 
 
@@ -66,9 +94,14 @@ def test_reasons_to_be_sparse(arguments: dict) -> None:
     assert (result.path, result.reason, result.unsupported) == ("sparse", "", False)
 
 
-@pytest.mark.parametrize(("rows", "refresh", "which"), [(17, 8, 0), (1, 8, 1), (1, 1, 2), (16, 1, 2), (2, 8, 3), (16, 8, 3)])
+@pytest.mark.parametrize(
+    ("rows", "refresh", "which"),
+    [(17, 8, 0), (1, 8, 1), (1, 1, 2), (16, 1, 2), (2, 8, 3), (16, 8, 3)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_short_contexts_are_dense_by_default(rows: int, refresh: int, which: int, dtype: torch.dtype) -> None:
+def test_short_contexts_are_dense_by_default(
+    rows: int, refresh: int, which: int, dtype: torch.dtype
+) -> None:
     fields = dict(budget=64, window=64, dense_below=None, decode_refresh=refresh)
     limit = DENSE_BELOW[compute_dtype(torch.empty(0, dtype=dtype))][which]
 
@@ -82,7 +115,8 @@ def test_short_contexts_are_dense_by_default(rows: int, refresh: int, which: int
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_decode_that_would_summarise_all_keys_anew_is_dense(rows: int) -> None:
-    """Unless its settings say from where on it is to be sparse, or its method keeps no summaries."""
+    """Unless its settings say from where on it is to be sparse, or its method keeps no
+    summaries."""
     fields = dict(budget=64, window=64)
     q, k, v = make_qkv(max(DENSE_BELOW[torch.float32]) + 100, rows)
 
@@ -92,7 +126,10 @@ def test_decode_that_would_summarise_all_keys_anew_is_dense(rows: int) -> None:
     for method in ("hip", "quest"):
         result = call(method=method, **fields, dense_below=None)
         assert (result.path, result.unsupported) == ("dense", False)
-        assert result.reason == "decode without kept state: to summarise all keys anew takes longer than to read them"
+        assert (
+            result.reason
+            == "decode without kept state: to summarise all keys anew takes longer than to read them"
+        )
         assert_near(result.out, eager(q, k, v, causal(1, rows, k.shape[2]))[0])
     assert call(method="streaming", **fields, dense_below=None).path == "sparse"
     assert call(DecodeState(), **fields, dense_below=None).path == "sparse"
@@ -108,7 +145,10 @@ def test_the_longest_row_of_a_batch_decides() -> None:
 
 def test_a_state_lets_decode_within_a_sliding_window_be_sparse() -> None:
     q, k, v = make_qkv(100, 1)
-    assert attend(make_problem(q, k, v, sliding_window=40), small(), state=DecodeState()).path == "sparse"
+    assert (
+        attend(make_problem(q, k, v, sliding_window=40), small(), state=DecodeState()).path
+        == "sparse"
+    )
 
 
 # What the dense ways compute.
@@ -121,17 +161,29 @@ FEATURES: list[dict[str, Any]] = [
     dict(sinks=torch.linspace(-2, 3, 4)),
     dict(scale=0.1, softcap=5.0, sliding_window=30, sinks=torch.linspace(-2, 3, 4)),
 ]
-feature_names = [" ".join(given) + (str(given.get("sliding_window", ""))) or "plain" for given in FEATURES]
-BATCHES = [(200, None, None), (200, [0, 0], None), (70, [0, 31], None), (1, [3, 190], None), (40, [0, 7], [100, 33])]
+feature_names = [
+    " ".join(given) + (str(given.get("sliding_window", ""))) or "plain" for given in FEATURES
+]
+BATCHES = [
+    (200, None, None),
+    (200, [0, 0], None),
+    (70, [0, 31], None),
+    (1, [3, 190], None),
+    (40, [0, 7], [100, 33]),
+]
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("given", FEATURES, ids=feature_names)
 @pytest.mark.parametrize(("rows", "starts", "q_start"), BATCHES)
 @pytest.mark.parametrize("need_lse", [True, False])
-def test_dense_is_plain_attention(rows: int, starts: Any, q_start: Any, given: dict, need_lse: bool) -> None:
+def test_dense_is_plain_attention(
+    rows: int, starts: Any, q_start: Any, given: dict, need_lse: bool
+) -> None:
     q, k, v = make_qkv(200, rows, batch=2, dv=24)
-    got = attend(make_problem(q, k, v, starts, q_start, **given), small(method="dense"), need_lse=need_lse)
+    got = attend(
+        make_problem(q, k, v, starts, q_start, **given), small(method="dense"), need_lse=need_lse
+    )
     fields = dict(given)
     visible = causal(2, rows, 200, starts, q_start, fields.pop("sliding_window", None))
     out, lse = eager(q, k, v, visible, **fields)
@@ -147,7 +199,9 @@ def test_dense_is_as_exact_as_plain_attention(given: dict, dtype: torch.dtype) -
     q, k, v = make_qkv(200, dtype=dtype)
     got = attend(make_problem(q, k, v, **given), small(method="dense"))
     fields = dict(given)
-    assert_as_exact_as(got.out, q, k, v, causal(1, 200, 200, sliding=fields.pop("sliding_window", None)), **fields)
+    assert_as_exact_as(
+        got.out, q, k, v, causal(1, 200, 200, sliding=fields.pop("sliding_window", None)), **fields
+    )
 
 
 # Gradients of the dense ways; those of the sparse path have a file of their own.
@@ -158,10 +212,14 @@ def test_dense_is_as_exact_as_plain_attention(given: dict, dtype: torch.dtype) -
 @pytest.mark.parametrize("need_lse", [False, True])
 def test_gradients_are_those_of_plain_attention(starts: Any, given: dict, need_lse: bool) -> None:
     q, k, v = (x.requires_grad_() for x in make_qkv(60, batch=2, dtype=torch.float64))
-    result = attend(make_problem(q, k, v, starts, **given), small(method="dense"), need_lse=need_lse)
+    result = attend(
+        make_problem(q, k, v, starts, **given), small(method="dense"), need_lse=need_lse
+    )
     assert result.path == "dense"
     fields = {name: x for name, x in given.items() if name != "sliding_window"}
-    out, lse = eager(q, k, v, causal(2, 60, 60, starts, sliding=given.get("sliding_window")), **fields)
+    out, lse = eager(
+        q, k, v, causal(2, 60, 60, starts, sliding=given.get("sliding_window")), **fields
+    )
     weight = torch.randn_like(out)
     got = torch.autograd.grad((result.out * weight).sum(), (q, k, v))
     want = torch.autograd.grad((out * weight).sum(), (q, k, v))
@@ -193,7 +251,9 @@ def test_sinks_that_ask_for_gradients_do_not_disturb_inference() -> None:
     for rows in (100, 1):
         q, k, v = make_qkv(100, rows)
         got = sparse(q, k, v, small(dense_tail=20), sinks=sinks)
-        assert_near(got.out.detach(), sparse(q, k, v, small(dense_tail=20), sinks=sinks.detach()).out, 1e-6)
+        assert_near(
+            got.out.detach(), sparse(q, k, v, small(dense_tail=20), sinks=sinks.detach()).out, 1e-6
+        )
 
 
 # What was read.
@@ -234,11 +294,15 @@ def test_share_within_a_sliding_window_is_an_upper_bound(sliding: int) -> None:
     assert true <= said <= true + 0.15
 
 
-def shares(config: HiPConfig, rows: int, starts: Any, sliding: int | None = None) -> tuple[float, float]:
+def shares(
+    config: HiPConfig, rows: int, starts: Any, sliding: int | None = None
+) -> tuple[float, float]:
     """The share of the visible keys that a call says it read, and the one it read."""
     q, k, v = make_qkv(200, rows, batch=2)
     result = sparse(q, k, v, config, starts, sliding_window=sliding)
-    read = read_mask(result.mask, config, q, k, starts, sliding=sliding)[:, ::2]  # heads of a group read alike
+    read = read_mask(result.mask, config, q, k, starts, sliding=sliding)[
+        :, ::2
+    ]  # heads of a group read alike
     visible = causal(2, rows, 200, starts, sliding=sliding).expand_as(read)
     return result.share, int(read.sum()) / int(visible.sum())
 
@@ -276,15 +340,25 @@ def test_dtypes_of_the_results(dtype: torch.dtype, method: str) -> None:
     q, k, v = make_qkv(100, dtype=dtype, dv=24)
     out, lse = hip_attention(q, k, v, config=small(method=method), return_lse=True)
     assert (out.dtype, out.shape) == (dtype, (1, 4, 100, 24))
-    assert (lse.dtype, lse.shape) == (torch.float64 if dtype == torch.float64 else torch.float32, (1, 4, 100))
+    assert (lse.dtype, lse.shape) == (
+        torch.float64 if dtype == torch.float64 else torch.float32,
+        (1, 4, 100),
+    )
 
 
 def test_starts_as_lists_and_integers() -> None:
     q, k, v = make_qkv(100, 40, batch=2)
-    want = hip_attention(q, k, v, config=small(), key_start=torch.tensor([7, 7]), q_start=torch.tensor([50, 50]))
-    assert torch.equal(hip_attention(q, k, v, config=small(), key_start=[7, 7], q_start=[50, 50]), want)
+    want = hip_attention(
+        q, k, v, config=small(), key_start=torch.tensor([7, 7]), q_start=torch.tensor([50, 50])
+    )
+    assert torch.equal(
+        hip_attention(q, k, v, config=small(), key_start=[7, 7], q_start=[50, 50]), want
+    )
     assert torch.equal(hip_attention(q, k, v, config=small(), key_start=7, q_start=50), want)
-    assert torch.equal(hip_attention(q, k, v, config=small(), key_start=torch.tensor(7), q_start=torch.tensor(50)), want)
+    assert torch.equal(
+        hip_attention(q, k, v, config=small(), key_start=torch.tensor(7), q_start=torch.tensor(50)),
+        want,
+    )
 
 
 def test_the_state_of_the_caller_s_tensors_is_left_alone() -> None:

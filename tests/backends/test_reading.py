@@ -22,15 +22,31 @@ from hip_hf.problem import AttentionProblem
 from hip_hf.state import KeptSelection, RowState
 
 
-def plain(config: HiPConfig, span: Span, dense: int, per_row: bool, sliding: int | None, window: int | None = None) -> int:
-    """Keys read, query block by query block, row by row in the end; the span's rows from `dense` on are dense."""
+def plain(
+    config: HiPConfig,
+    span: Span,
+    dense: int,
+    per_row: bool,
+    sliding: int | None,
+    window: int | None = None,
+) -> int:
+    """Keys read, query block by query block, row by row in the end; the span's rows from `dense` on
+    are dense."""
     budget, read = config.budget // config.block_k, 0
     blocks = query_blocks(config, span, per_row, sliding)
     if window is not None:
         blocks = [make_query_block(config, 0, span.position, span.position, window, sliding)]
     for block in blocks:
-        seen = [p + 1 if sliding is None else min(p + 1, sliding) for p in range(block.first, block.last + 1)]
-        fixed = block.sink_end - block.start - block.window_start + min(block.num_candidates, budget) * config.block_k
+        seen = [
+            p + 1 if sliding is None else min(p + 1, sliding)
+            for p in range(block.first, block.last + 1)
+        ]
+        fixed = (
+            block.sink_end
+            - block.start
+            - block.window_start
+            + min(block.num_candidates, budget) * config.block_k
+        )
         own = min(sum(p + 1 + fixed for p in range(block.first, block.last + 1)), sum(seen))
         sparse_rows = min(max(0, dense - block.row), block.rows)
         read += own * sparse_rows // block.rows + sum(seen[sparse_rows:])
@@ -72,11 +88,16 @@ def test_keys_seen_at_some_positions(sliding: int | None) -> None:
         assert keys_seen_at(at, sliding) == sum(keys_seen(p, p, sliding) for p in at)
 
 
-def call(module: type, tokens: int, rows: int, sliding: int | None = None, **fields: int) -> sparse.SparseAttention:
-    """A call on stand-ins without memory; the sparse path's bookkeeping looks at their shapes only."""
+def call(
+    module: type, tokens: int, rows: int, sliding: int | None = None, **fields: int
+) -> sparse.SparseAttention:
+    """A call on stand-ins without memory; the sparse path's bookkeeping looks at their shapes
+    only."""
     q, k = (torch.empty(1, 1, 1, 4).expand(1, 1, n, 4) for n in (rows, tokens))
     span = Span(0, 0, tokens, 0, rows, tokens - rows)
-    return module(AttentionProblem(q, k, k, (span,), 1.0, sliding), HiPConfig(**fields), q, None, False)
+    return module(
+        AttentionProblem(q, k, k, (span,), 1.0, sliding), HiPConfig(**fields), q, None, False
+    )
 
 
 @pytest.mark.parametrize("sliding", [None, 4000])
@@ -100,7 +121,9 @@ def test_a_million_tokens_are_walked_when_asked(
     assert count() == (want, keys_seen(0, span.end - 1, sliding))
     assert len(laid) == 1
     settings = HiPConfig(delta=64, delta_mode="step")
-    corrected = delta.DeltaAttention(sparse.SparseAttention, one.problem, settings, one.out, None, False)
+    corrected = delta.DeltaAttention(
+        sparse.SparseAttention, one.problem, settings, one.out, None, False
+    )
     assert len(laid) == 1
     plan = corrected._plan(span, None)
     assert keys_seen_at(plan.at, sliding) == sum(keys_seen(p, p, sliding) for p in plan.at)

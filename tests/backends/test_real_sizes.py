@@ -1,5 +1,6 @@
-"""No kernel's offset wraps at a million tokens of sixteen sequences, and none leaves its tensor: heads as in Llama 3.1 8B, in a
-harsher interpreter, on memory that is there only where it is touched (`vast.py`). Of each launch the last programs run."""
+"""No kernel's offset wraps at a million tokens of sixteen sequences, and none leaves its tensor:
+heads as in Llama 3.1 8B, in a harsher interpreter, on memory that is there only where it is touched
+(`vast.py`). Of each launch the last programs run."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ from sanitizer import Sanitizer, last_of
 from vast import Vast
 
 from hip_hf.backends.triton.attention import prefill
-from hip_hf.backends.triton.attention.backward import Part, key_gradient_arguments, query_gradient_arguments
+from hip_hf.backends.triton.attention.backward import (
+    Part,
+    key_gradient_arguments,
+    query_gradient_arguments,
+)
 from hip_hf.backends.triton.attention.decode import Scratch, decode
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.backends.triton.attention.inversion import Inverted
@@ -33,7 +38,9 @@ from hip_hf.backends.triton.selection.search import SelectionBuffers, select
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it is the interpreter that finds numbers that wrap")
+pytestmark = pytest.mark.skipif(
+    DEVICE != "cpu", reason="it is the interpreter that finds numbers that wrap"
+)
 
 TOKENS, BATCH, HEADS, KEY_HEADS, DIM, PAGE = 2**20, 16, 32, 8, 128, 256
 DTYPE = torch.bfloat16
@@ -43,7 +50,8 @@ BLOCKS = TOKENS // CONFIG.block_k
 NEEDED = (TOKENS - CONFIG.block_q - CONFIG.window) // CONFIG.block_k
 TILE = Tile(64, 64, 8, 1)
 LOGITS = Logits(DIM**-0.5)
-# Query rows of prompts: so many that the last of the query blocks that are laid out is full, the first being cut.
+# Query rows of prompts: so many that the last of the query blocks that are laid out is full, the
+# first being cut.
 ROWS = TOKENS - CONFIG.block_q + 1
 # Rows at the end of a prompt, likewise, and where the keys begin of sequences that have no more.
 FEW = 2 * CONFIG.block_q + 1
@@ -68,23 +76,35 @@ def queries(rows: int = ROWS) -> torch.Tensor:
 
 def keys(paged: bool = False) -> KeyValues:
     if not paged:
-        return KeyValues(tensor(BATCH, KEY_HEADS, TOKENS, DIM), tensor(BATCH, KEY_HEADS, TOKENS, DIM))
+        return KeyValues(
+            tensor(BATCH, KEY_HEADS, TOKENS, DIM), tensor(BATCH, KEY_HEADS, TOKENS, DIM)
+        )
     pages = BATCH * TOKENS // PAGE
     table = torch.arange(pages, dtype=torch.int32).view(BATCH, -1)
-    return KeyValues(tensor(pages, PAGE, KEY_HEADS, DIM), tensor(pages, PAGE, KEY_HEADS, DIM), table)
+    return KeyValues(
+        tensor(pages, PAGE, KEY_HEADS, DIM), tensor(pages, PAGE, KEY_HEADS, DIM), table
+    )
 
 
 def sequences(rows: int = ROWS, first: int = 0, query_rows: int = ROWS) -> Sequences:
     """`rows` query rows at the end of `query_rows`, of sequences that begin with key `first`."""
-    spans = [Span(b, first, TOKENS, query_rows - rows, query_rows, TOKENS - first - rows) for b in range(BATCH)]
+    spans = [
+        Span(b, first, TOKENS, query_rows - rows, query_rows, TOKENS - first - rows)
+        for b in range(BATCH)
+    ]
     return Sequences.of(spans, torch.device("cpu"))
 
 
 def reads(blocks: int) -> Reads:
     """The last query block of the last sequence reads the last blocks of its middle."""
     most = CONFIG.budget_blocks
-    indices, counts = (tensor(BATCH, KEY_HEADS, blocks, *more, dtype=torch.int32) for more in ((most,), ()))
-    indices[-1, -1, -1], counts[-1, -1, -1] = torch.arange(NEEDED - most, NEEDED, dtype=torch.int32), most
+    indices, counts = (
+        tensor(BATCH, KEY_HEADS, blocks, *more, dtype=torch.int32) for more in ((most,), ())
+    )
+    indices[-1, -1, -1], counts[-1, -1, -1] = (
+        torch.arange(NEEDED - most, NEEDED, dtype=torch.int32),
+        most,
+    )
     return Reads(CONFIG.block_q, CONFIG.block_k, CONFIG.sink, CONFIG.window, indices, counts)
 
 
@@ -100,9 +120,20 @@ def pyramid(kv: KeyValues, rows: Sequences, block_q: int) -> KeyPyramid:
 @pytest.mark.parametrize("paged", [False, True])
 def test_prompts(paged: bool) -> None:
     q, kv, rows = queries(), keys(paged), sequences()
-    selection = SelectionBuffers.empty(CONFIG, BATCH, KEY_HEADS, rows.blocks(CONFIG.block_q), q.device)
+    selection = SelectionBuffers.empty(
+        CONFIG, BATCH, KEY_HEADS, rows.blocks(CONFIG.block_q), q.device
+    )
     selection.counts.zero_()
-    select(q, pyramid(kv, rows, CONFIG.block_q).table, kv, rows, CONFIG, LOGITS, CONFIG.block_q, selection)
+    select(
+        q,
+        pyramid(kv, rows, CONFIG.block_q).table,
+        kv,
+        rows,
+        CONFIG,
+        LOGITS,
+        CONFIG.block_q,
+        selection,
+    )
     assert selection.counts[-1, -1, -1] == CONFIG.budget_blocks
     out, lse = torch.empty_like(q), tensor(BATCH, HEADS, ROWS, dtype=torch.float32)
     prefill.prefill(q, kv, rows, reads(rows.blocks(CONFIG.block_q)), LOGITS, out, lse)
@@ -116,9 +147,19 @@ def test_steps(paged: bool) -> None:
     select(q, pyramid(kv, rows, 1).table, kv, rows, CONFIG, LOGITS, 1, selection)
     assert selection.counts[-1, -1, -1] == CONFIG.budget_blocks
     read = Reads(
-        1, CONFIG.block_k, CONFIG.sink, CONFIG.window, selection.indices, selection.counts, selection.window_start[:, -1]
+        1,
+        CONFIG.block_k,
+        CONFIG.sink,
+        CONFIG.window,
+        selection.indices,
+        selection.counts,
+        selection.window_start[:, -1],
     )
-    out, lse, scratch = torch.zeros_like(q), tensor(BATCH, HEADS, 1, dtype=torch.float32), Scratch.make(2, q, DIM)
+    out, lse, scratch = (
+        torch.zeros_like(q),
+        tensor(BATCH, HEADS, 1, dtype=torch.float32),
+        Scratch.make(2, q, DIM),
+    )
     decode(q, kv, rows, read, LOGITS, scratch, out, lse)
     assert scratch.lse[-1, -1, -1, -1] > 0
 
@@ -136,15 +177,23 @@ def test_gradients() -> None:
     q, kv, rows = queries(), keys(), sequences()
     read = reads(rows.blocks(CONFIG.block_q))
     read = replace(read, sink=0)  # every row reads the sink
-    out, lse, part = torch.empty_like(q), tensor(BATCH, HEADS, ROWS, dtype=torch.float32), Part(rows, read)
+    out, lse, part = (
+        torch.empty_like(q),
+        tensor(BATCH, HEADS, ROWS, dtype=torch.float32),
+        Part(rows, read),
+    )
     out[-1, -1, -1] = 1  # its own gradient as well
     grad_q, mean = torch.empty_like(q), torch.empty_like(lse)
-    grid, arguments = query_gradient_arguments(q, kv, part, LOGITS, out, lse, out, lse, grad_q, mean, TILE)
+    grid, arguments = query_gradient_arguments(
+        q, kv, part, LOGITS, out, lse, out, lse, grad_q, mean, TILE
+    )
     query_gradient_kernel[grid](**arguments)
     assert mean[-1, -1, -1] > 0
     tiles = TOKENS // TILE.keys
     entries = BATCH * KEY_HEADS * tiles
-    lists = Inverted(*(tensor(entries, dtype=torch.int32) for _ in "ab"), tensor(entries + 1, dtype=torch.int64))
+    lists = Inverted(
+        *(tensor(entries, dtype=torch.int32) for _ in "ab"), tensor(entries + 1, dtype=torch.int64)
+    )
     lists.who[-1], lists.what[-1] = rows.blocks(CONFIG.block_q) - 1, 1
     lists.offsets[-2], lists.offsets[-1] = entries - 1, entries
     grads = torch.empty_like(kv.k), torch.empty_like(kv.v)
@@ -158,7 +207,10 @@ def test_gradients() -> None:
 def test_hyper_and_delta() -> None:
     x = example(DIM, DTYPE, tokens=TOKENS, device="cpu")
     x.q[0, -1, -1] = 1
-    launches = [hash_launch(x, "sm90"), *square_launches(x, tile_of("hyper squares", "sm90", DIM, DIM, DTYPE))]
+    launches = [
+        hash_launch(x, "sm90"),
+        *square_launches(x, tile_of("hyper squares", "sm90", DIM, DIM, DTYPE)),
+    ]
     launches[0].arguments["DIRECTIONS"].fill_(1)
     for launch in launches:
         for name in ("ROW_ORDER", "KEY_ORDER"):
@@ -185,11 +237,19 @@ def wrapped_offsets(page, slots, stride_batch, stride_token, PAGE_SIZE: tl.const
     return (page.to(tl.int64) * stride_batch + slots.to(tl.int64) * stride_token).to(tl.int32)
 
 
-@pytest.mark.parametrize(("offsets", "said"), [(narrow_offsets, "int32 overflow: multiply"), (wrapped_offsets, "out of range")])
-def test_offsets_in_32_bits_are_found(offsets: Any, said: str, sanitizer: Sanitizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the attention of a prompt, whose keys are 4,096 numbers apart: half of them are beyond 2**31."""
+@pytest.mark.parametrize(
+    ("offsets", "said"),
+    [(narrow_offsets, "int32 overflow: multiply"), (wrapped_offsets, "out of range")],
+)
+def test_offsets_in_32_bits_are_found(
+    offsets: Any, said: str, sanitizer: Sanitizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the attention of a prompt, whose keys are 4,096 numbers apart: half of them are beyond
+    2**31."""
     monkeypatch.setattr(prefill, "offsets_in", offsets)
-    kv = KeyValues(*(tensor(BATCH, TOKENS, 4 * KEY_HEADS, DIM)[:, :, :KEY_HEADS].transpose(1, 2) for _ in "kv"))
+    kv = KeyValues(
+        *(tensor(BATCH, TOKENS, 4 * KEY_HEADS, DIM)[:, :, :KEY_HEADS].transpose(1, 2) for _ in "kv")
+    )
     q, rows = queries(FEW), sequences(FEW, LATE, FEW)
     with pytest.raises(interpreter.InterpreterError, match=said):
         prefill.prefill(q, kv, rows, prefill.dense_reads(), LOGITS, torch.empty_like(q))

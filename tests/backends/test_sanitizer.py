@@ -1,4 +1,5 @@
-"""The harsher interpreter finds each kind of fault in a small wrong kernel, and nothing in the right one beside it."""
+"""The harsher interpreter finds each kind of fault in a small wrong kernel, and nothing in the
+right one beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from interpreter import DEVICE, interpreter
 from poison import FAR
 from sanitizer import Sanitizer
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it is the interpreter that is made harsher")
+pytestmark = pytest.mark.skipif(
+    DEVICE != "cpu", reason="it is the interpreter that is made harsher"
+)
 
 
 def found(kernel: Any, *args: Any, grid: tuple[int, ...] = (2,), **fields: Any) -> str:
@@ -35,7 +38,8 @@ def copy_rows(x, out, stride, columns, WIDTH: tl.constexpr, MASKED: tl.constexpr
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_between_the_rows_of_a_view(masked: bool) -> None:
-    """Elements 5 to 7 of a row are memory of the same allocation, but no part of what the kernel was given."""
+    """Elements 5 to 7 of a row are memory of the same allocation, but no part of what the kernel
+    was given."""
     x, out = torch.randn(2, 8)[:, :5], torch.zeros(2, 8)
     said = found(copy_rows, x, out, x.stride(0), 5, 8, masked)
     if masked:
@@ -44,12 +48,15 @@ def test_between_the_rows_of_a_view(masked: bool) -> None:
     else:
         assert "load out of range: element" in said
         assert " of x, which has dimensions 2 (step 8) 5 (step 1)" in said
-        assert re.search(r"program \([01], 0, 0\) of copy_rows, test_sanitizer.py:\d+ copy_rows", said)
+        assert re.search(
+            r"program \([01], 0, 0\) of copy_rows, test_sanitizer.py:\d+ copy_rows", said
+        )
 
 
 @pytest.mark.parametrize("kind", ["load", "store", "atomic"])
 def test_out_of_range(kind: str) -> None:
-    """Also where the memory behind a tensor is another one's, into which the process may well read and write."""
+    """Also where the memory behind a tensor is another one's, into which the process may well read
+    and write."""
     both = torch.zeros(32)
     x, behind = both[:16], both[16:]
     said = found(out_of_range, x, behind, {"load": 0, "store": 1, "atomic": 2}[kind], 16)
@@ -144,10 +151,25 @@ def numbers(count: int) -> torch.Tensor:
         (count_programs, (numbers(1),), 2, "two programs write different values to one place"),
         (read_a_neighbour, (numbers(2),), 2, "a program reads what another writes"),
         (shift, (numbers(17),), 1, "stores over what another thread loads with no barrier between"),
-        (through_memory, (numbers(16), numbers(16)), 1, "loads what another thread stored with no barrier between"),
-        (store_twice, (numbers(16),), 1, "stores over what another thread stored with no barrier between"),
+        (
+            through_memory,
+            (numbers(16), numbers(16)),
+            1,
+            "loads what another thread stored with no barrier between",
+        ),
+        (
+            store_twice,
+            (numbers(16),),
+            1,
+            "stores over what another thread stored with no barrier between",
+        ),
         (all_to_one_place, (numbers(1),), 1, "one store writes two values to one place"),
-        (far_away, (numbers(1), torch.tensor([2**16, 2**15], dtype=torch.int32)), 1, "int32 overflow: multiply"),
+        (
+            far_away,
+            (numbers(1), torch.tensor([2**16, 2**15], dtype=torch.int32)),
+            1,
+            "int32 overflow: multiply",
+        ),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
@@ -156,7 +178,9 @@ def test_right_and_wrong(kernel: Any, args: tuple[Any, ...], grid: int, said: st
     report = found(kernel, *args, False, grid=(grid,))
     assert said in report
     name = kernel.fn.__name__
-    assert re.search(rf"program \(\d, 0, 0\) of {name}, test_sanitizer.py:\d+ {name}", report), report
+    assert re.search(rf"program \(\d, 0, 0\) of {name}, test_sanitizer.py:\d+ {name}", report), (
+        report
+    )
 
 
 @triton.jit
@@ -195,18 +219,37 @@ def keep_scratch(scratch, out, START_LEVEL_IN_MEMORY: tl.constexpr):
 
 
 @triton.jit
-def select_kernel(sequences, indices, counts, windows, made, refresh, first_program, LOOKS: tl.constexpr, STATEFUL: tl.constexpr):
+def select_kernel(
+    sequences,
+    indices,
+    counts,
+    windows,
+    made,
+    refresh,
+    first_program,
+    LOOKS: tl.constexpr,
+    STATEFUL: tl.constexpr,
+):
     """Which forgets to select."""
 
 
 @pytest.mark.parametrize("stateful", [True, False])
 def test_selections_of_earlier_launches_are_spoilt_where_they_are_made_anew(stateful: bool) -> None:
-    """Of five sequences at position 9: kept, too old, made for a later position, after a step of two rows, and made just now."""
+    """Of five sequences at position 9: kept, too old, made for a later position, after a step of
+    two rows, and made just now."""
     made = torch.tensor([7, 5, 10, 9, 9], dtype=torch.int32).view(5, 1, 1)
-    sequences = torch.tensor([[0] * 5, [0] * 5, [0] * 5, [1, 1, 1, 2, 1], [9] * 5], dtype=torch.int32)
-    counts, windows, indices = torch.ones(5, 1, 1).int(), torch.ones(5, 1, 1).int(), torch.ones(5, 1, 1, 2).int()
+    sequences = torch.tensor(
+        [[0] * 5, [0] * 5, [0] * 5, [1, 1, 1, 2, 1], [9] * 5], dtype=torch.int32
+    )
+    counts, windows, indices = (
+        torch.ones(5, 1, 1).int(),
+        torch.ones(5, 1, 1).int(),
+        torch.ones(5, 1, 1, 2).int(),
+    )
     with Sanitizer(0):
-        select_kernel[(5,)](sequences, indices, counts, windows, made, 4, 0, LOOKS=1, STATEFUL=stateful)
+        select_kernel[(5,)](
+            sequences, indices, counts, windows, made, 4, 0, LOOKS=1, STATEFUL=stateful
+        )
     kept = [True, False, False, False, True] if stateful else [False] * 5
     for x in (counts, windows, indices):
         assert (x.view(5, -1)[:, 0] == 1).tolist() == kept
@@ -220,9 +263,14 @@ def append_kernel(table, states, built, BUILD: tl.constexpr, LEVELS: tl.constexp
 
 @pytest.mark.parametrize("build", [True, False])
 def test_summaries_of_chunks_that_are_not_built_are_spoilt(build: bool) -> None:
-    """Of five blocks, in tiles of two: blocks, pairs, a four, and of the roots that of the first two tiles, and their parent's.
-    A launch that only merges finds what tiles were built by the one before."""
-    table, states, built = torch.zeros(1, 1, 16, 3), torch.zeros(1, 1, 8, 2), torch.tensor([[5]], dtype=torch.int32)
+    """Of five blocks, in tiles of two: blocks, pairs, a four, and of the roots that of the first
+    two tiles, and their parent's. A launch that only merges finds what tiles were built by the one
+    before."""
+    table, states, built = (
+        torch.zeros(1, 1, 16, 3),
+        torch.zeros(1, 1, 8, 2),
+        torch.tensor([[5]], dtype=torch.int32),
+    )
     with Sanitizer(0):
         append_kernel[(1,)](table, states, built, BUILD=build, LEVELS=1)
     if not build:
@@ -230,5 +278,7 @@ def test_summaries_of_chunks_that_are_not_built_are_spoilt(build: bool) -> None:
         assert not states.isnan().any()
         return
     blocks, pairs, fours = [0, 2, 4, 6, 8], [1, 5], [3]
-    assert (~table[0, 0].isnan().any(1)).nonzero().flatten().tolist() == sorted([*blocks, *pairs, *fours])
+    assert (~table[0, 0].isnan().any(1)).nonzero().flatten().tolist() == sorted(
+        [*blocks, *pairs, *fours]
+    )
     assert (~states[0, 0].isnan().any(1)).nonzero().flatten().tolist() == [0, 1, 2]

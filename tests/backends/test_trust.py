@@ -1,4 +1,5 @@
-"""Kernels serve `backend="auto"` only where they can be trusted; the interpreter stands for the device."""
+"""Kernels serve `backend="auto"` only where they can be trusted; the interpreter stands for the
+device."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ from hip_hf.problem import AttentionProblem
 from hip_hf.state import DecodeState
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-PASSED, WRONG = Found("prompt", checks.SPARSE), Found("prompt", checks.SPARSE, 9.0, "out: 9 times the error that is allowed")
+PASSED, WRONG = (
+    Found("prompt", checks.SPARSE),
+    Found("prompt", checks.SPARSE, 9.0, "out: 9 times the error that is allowed"),
+)
 
 
 class SelfTest:
@@ -96,7 +100,9 @@ def test_what_has_passed_serves(self_test: SelfTest) -> None:
     assert self_test.asked == ["sparse"]
 
 
-def test_what_has_passed_is_not_asked_for_again(self_test: SelfTest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_passed_is_not_asked_for_again(
+    self_test: SelfTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each layer asks at every step."""
     call()
     monkeypatch.setattr(trust, "verdict", lambda *asked: pytest.fail("asked again"))
@@ -118,27 +124,47 @@ def test_each_part_is_tested_when_a_call_needs_it(self_test: SelfTest) -> None:
 
 
 def test_wrong_numbers_go_dense_from_the_first_call_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that is wrong on this device: no result of it reaches a caller, and there is one warning."""
+    """A kernel that is wrong on this device: no result of it reaches a caller, and there is one
+    warning."""
     prefill, ran = sparse.prefill, []
 
-    def wrong(q: torch.Tensor, kv: Any, sequences: Any, reads: Any, logits: Any, out: torch.Tensor, lse: Any = None) -> None:
+    def wrong(
+        q: torch.Tensor,
+        kv: Any,
+        sequences: Any,
+        reads: Any,
+        logits: Any,
+        out: torch.Tensor,
+        lse: Any = None,
+    ) -> None:
         prefill(q, kv, sequences, reads, logits, out, lse)
         out[:, -1, -1] += 0.1
 
     def run(device: torch.device, heads: Heads, part: str) -> list[Found]:
         ran.append(part)
-        return [checks.check("prompt", replace(SMALL_HEADS, dtype=torch.float32), device, replace(SMALL_SETTINGS, dense_tail=0))]
+        return [
+            checks.check(
+                "prompt",
+                replace(SMALL_HEADS, dtype=torch.float32),
+                device,
+                replace(SMALL_SETTINGS, dense_tail=0),
+            )
+        ]
 
     monkeypatch.setattr(sparse, "prefill", wrong)
     monkeypatch.setattr(trust, "self_test", run)
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match="hip: attention is dense where kernels would serve: the self-test") as said:
+    with pytest.warns(
+        UserWarning, match="hip: attention is dense where kernels would serve: the self-test"
+    ) as said:
         results = [call(), call(delta=32)]
     assert len(said) == 1
     assert ran == ["sparse"]
     for result in results:
         assert result.path == "dense"
-        assert result.reason.startswith("no kernels: the self-test of the kernels failed (prompt: out: ")
+        assert result.reason.startswith(
+            "no kernels: the self-test of the kernels failed (prompt: out: "
+        )
         assert not result.unsupported
     assert_near(results[0].out.cpu(), by_torch(), 1e-6)
 
@@ -154,12 +180,18 @@ class Refusing:
         return refused_launch
 
 
-REFUSALS = (TritonError("out of resource: shared memory"), RuntimeError("Triton Error [CUDA]: out of resource: shared memory"))
+REFUSALS = (
+    TritonError("out of resource: shared memory"),
+    RuntimeError("Triton Error [CUDA]: out of resource: shared memory"),
+)
 
 
 @pytest.mark.parametrize("error", REFUSALS, ids=["compiler", "driver"])
-def test_a_launch_that_triton_refuses_goes_dense(monkeypatch: pytest.MonkeyPatch, self_test: SelfTest, error: Exception) -> None:
-    """The self-test knows the default settings; others may ask for more than the device has. The state goes on."""
+def test_a_launch_that_triton_refuses_goes_dense(
+    monkeypatch: pytest.MonkeyPatch, self_test: SelfTest, error: Exception
+) -> None:
+    """The self-test knows the default settings; others may ask for more than the device has. The
+    state goes on."""
     run, tried = dispatch.run, []
 
     def refused(problem: AttentionProblem, config: Any, *rest: Any) -> Any:
@@ -172,13 +204,18 @@ def test_a_launch_that_triton_refuses_goes_dense(monkeypatch: pytest.MonkeyPatch
     q, k, v = (x.to(DEVICE) for x in make_qkv(101))
     state = DecodeState()
     with pytest.warns(UserWarning, match="out of resource"):
-        result = attend(make_problem(q[:, :, :100], k[:, :, :100], v[:, :, :100]), small(), None, state)
+        result = attend(
+            make_problem(q[:, :, :100], k[:, :, :100], v[:, :, :100]), small(), None, state
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # one is enough
         step = attend(make_problem(q[:, :, 100:], k, v), small(), None, state)
     assert tried == [16]
     assert result.path == step.path == "dense"
-    assert f"Triton refuses the kernels with these settings ({type(error).__name__}: {error}" in step.reason
+    assert (
+        f"Triton refuses the kernels with these settings ({type(error).__name__}: {error}"
+        in step.reason
+    )
     want = attend(make_problem(q[:, :, 100:], k, v), small(method="dense", backend="torch")).out
     assert_near(step.out.cpu(), want.cpu(), 1e-6)
     assert call(budget=32).path == "sparse"
@@ -192,7 +229,9 @@ def test_a_backward_pass_that_triton_refuses_says_so_and_later_calls_go_dense(
     """The forward pass is over: this call cannot go dense any more."""
     monkeypatch.setattr(backward, "query_gradient_kernel", Refusing())
     tensors = [x.to(DEVICE).requires_grad_() for x in make_qkv(100, 20)]
-    with pytest.raises(RuntimeError, match=r"out of resource: shared memory.*From now on such calls are dense"):
+    with pytest.raises(
+        RuntimeError, match=r"out of resource: shared memory.*From now on such calls are dense"
+    ):
         attend(make_problem(*tensors), small()).out.sum().backward()
     with pytest.warns(UserWarning, match="Triton refuses"):
         result = attend(make_problem(*tensors), small())
@@ -220,13 +259,22 @@ def test_a_compiled_graph_that_triton_refuses_says_so_and_the_next_one_is_dense(
         compiled(whole=True)
     with pytest.warns(UserWarning, match="Triton refuses"):
         out = compiled(whole=False)  # what is dense without kernels looks at its numbers
-    dense = hip_hf.hip_attention(q.cpu(), k.cpu(), v.cpu(), config=small(method="dense", backend="torch"))
+    dense = hip_hf.hip_attention(
+        q.cpu(), k.cpu(), v.cpu(), config=small(method="dense", backend="torch")
+    )
     assert_near(out.cpu(), dense, 1e-6)
 
 
-def test_other_errors_of_a_call_are_not_hidden(monkeypatch: pytest.MonkeyPatch, self_test: SelfTest) -> None:
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no error of Triton's")):
-        monkeypatch.setattr(dispatch, "run", lambda *args, error=error: (_ for _ in ()).throw(error))
+def test_other_errors_of_a_call_are_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, self_test: SelfTest
+) -> None:
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("no error of Triton's"),
+    ):
+        monkeypatch.setattr(
+            dispatch, "run", lambda *args, error=error: (_ for _ in ()).throw(error)
+        )
         with pytest.raises(type(error), match=str(error)):
             call()
 
@@ -241,8 +289,12 @@ def test_other_errors_of_a_call_are_not_hidden(monkeypatch: pytest.MonkeyPatch, 
         ((9, 4), "gfx942", ""),
     ],
 )
-def test_devices(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], amd: str, why: str) -> None:
-    properties = SimpleNamespace(name="A card", major=capability[0], minor=capability[1], gcnArchName=f"{amd}:xnack-")
+def test_devices(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], amd: str, why: str
+) -> None:
+    properties = SimpleNamespace(
+        name="A card", major=capability[0], minor=capability[1], gcnArchName=f"{amd}:xnack-"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", "6.4" if amd else None)
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
@@ -271,12 +323,18 @@ def test_without_a_compiler_or_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("version", ["3.2.0", "3.5.1+git1", None])
-def test_a_triton_that_is_old_or_missing_is_a_reason(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+def test_a_triton_that_is_old_or_missing_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, version: str | None
+) -> None:
     fake = None if version is None else ModuleType("triton")
     if fake is not None:
         fake.__version__ = version
     monkeypatch.setitem(sys.modules, "triton", fake)
-    why = "cannot be imported" if version is None else f"Triton {version} is too old, 3.6 or later is needed"
+    why = (
+        "cannot be imported"
+        if version is None
+        else f"Triton {version} is too old, 3.6 or later is needed"
+    )
     with pytest.warns(UserWarning, match="hip: attention is dense"):
         result = call()
     assert result.path == "dense"
@@ -295,7 +353,11 @@ def test_the_requirement_is_what_is_asked_for() -> None:
 def test_what_has_no_kernels_is_dense_on_a_gpu(self_test: SelfTest) -> None:
     """The torch backend would make thousands of launches there; it serves who names it."""
     result = call(torch.float64)
-    assert (result.path, result.reason, result.unsupported) == ("dense", "no kernels: float64 has no kernels", True)
+    assert (result.path, result.reason, result.unsupported) == (
+        "dense",
+        "no kernels: float64 has no kernels",
+        True,
+    )
     assert self_test.asked == []
     assert call(method="oracle").reason == "no kernels: method oracle has no kernels"
     assert call(method="oracle", backend="torch").path == "sparse"
@@ -343,7 +405,9 @@ def test_full_memory_says_nothing_of_the_kernels(self_test: SelfTest) -> None:
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_check_says_if_the_gpu_is_lost_to_the_process(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_says_if_the_gpu_is_lost_to_the_process(
+    answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After an access out of range each call of CUDA repeats the error, until the process ends."""
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -358,7 +422,9 @@ def test_a_check_says_if_the_gpu_is_lost_to_the_process(answers: bool, monkeypat
 
 
 def test_one_thread_tests_and_the_others_wait(self_test: SelfTest) -> None:
-    threads = [threading.Thread(target=trust.verdict, args=(CPU, Heads(), checks.SPARSE)) for _ in range(8)]
+    threads = [
+        threading.Thread(target=trust.verdict, args=(CPU, Heads(), checks.SPARSE)) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -367,12 +433,16 @@ def test_one_thread_tests_and_the_others_wait(self_test: SelfTest) -> None:
 
 
 @pytest.mark.parametrize("state", ["_is_in_bad_fork", "is_current_stream_capturing"])
-def test_no_test_in_a_captured_graph_or_a_broken_fork(monkeypatch: pytest.MonkeyPatch, self_test: SelfTest, state: str) -> None:
+def test_no_test_in_a_captured_graph_or_a_broken_fork(
+    monkeypatch: pytest.MonkeyPatch, self_test: SelfTest, state: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(trust, "identity", lambda device: {})
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, state, lambda: True)
-        assert trust.verdict(GPU, Heads(), checks.SPARSE).startswith("the kernels are not tested yet")
+        assert trust.verdict(GPU, Heads(), checks.SPARSE).startswith(
+            "the kernels are not tested yet"
+        )
         assert self_test.asked == []
     assert trust.verdict(GPU, Heads(), checks.SPARSE) == ""
     assert self_test.asked == ["sparse"]
@@ -390,7 +460,12 @@ def test_a_process_forked_during_a_test_is_not_locked() -> None:
 
 def test_the_test_runs_in_no_mode_of_the_caller() -> None:
     def modes() -> list[Any]:
-        return [torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.empty(1)]
+        return [
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_grad_enabled(),
+            torch.empty(1),
+        ]
 
     with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"), FakeTensorMode():
         *found, made = trust._alone(modes)
@@ -423,7 +498,11 @@ def test_an_offloaded_cache_is_read_by_the_torch_backend(self_test: SelfTest) ->
 def test_a_compiled_graph_asks_once_when_it_is_made(self_test: SelfTest) -> None:
     q, k, v = (x.to(DEVICE) for x in make_qkv(64, 20))
     config = small()
-    compiled = torch.compile(lambda q, k, v: hip_hf.hip_attention(q, k, v, config=config), backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda q, k, v: hip_hf.hip_attention(q, k, v, config=config),
+        backend="eager",
+        fullgraph=True,
+    )
     with torch.no_grad():
         got = compiled(q, k, v)
         want = hip_hf.hip_attention(q, k, v, config=replace(config, backend="torch"))
@@ -435,11 +514,20 @@ def test_a_compiled_graph_asks_once_when_it_is_made(self_test: SelfTest) -> None
 def test_explain_says_why_a_model_is_dense(self_test: SelfTest) -> None:
     self_test.found = WRONG
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
     )
     model.set_attn_implementation("hip")
     configure(model, small(dense_layers=0))
     with torch.no_grad(), pytest.warns(UserWarning, match="the self-test of the kernels failed"):
         model(torch.arange(100)[None] % 64)
     for row in explain(model):
-        assert (row.path, row.reason) == ("dense", f"no kernels: the self-test of the kernels failed (prompt: {WRONG.problem})")
+        assert (row.path, row.reason) == (
+            "dense",
+            f"no kernels: the self-test of the kernels failed (prompt: {WRONG.problem})",
+        )

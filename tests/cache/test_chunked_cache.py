@@ -1,4 +1,5 @@
-"""Chunked prefill and decode on a paged cache: what one shot gives, in memory that does not grow with the context."""
+"""Chunked prefill and decode on a paged cache: what one shot gives, in memory that does not grow
+with the context."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from hip_hf.methods import pyramid
 from hip_hf.problem import AttentionProblem, make_spans
 
 CHUNK = 128
-CONFIG = HiPConfig(block_k=4, budget=64, window=32, sink=16, beam=2, rescore=3, dense_below=0, dense_tail=0)
+CONFIG = HiPConfig(
+    block_k=4, budget=64, window=32, sink=16, beam=2, rescore=3, dense_below=0, dense_tail=0
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +35,17 @@ def in_this_thread(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("chunk", [32, 50])
-def test_generate_in_chunks_gives_the_tokens_of_one_shot(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_in_chunks_gives_the_tokens_of_one_shot(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a covering budget at any chunk; left-padded, pages smaller than the chunks."""
     monkeypatch.setattr(paged_layer, "PAGE", 24)
     model = make_model("llama", budget=1024)
     batch = make_batch([120, 87])
     with torch.no_grad():
         whole, parts = (
-            model.generate(**batch, do_sample=False, max_new_tokens=6, prefill_chunk_size=size) for size in (None, chunk)
+            model.generate(**batch, do_sample=False, max_new_tokens=6, prefill_chunk_size=size)
+            for size in (None, chunk)
         )
     assert torch.equal(parts, whole)
 
@@ -48,9 +54,15 @@ def peak_of(call: Callable[[], Any]) -> int:
     """The most bytes of tensors that lived at once during a call, beyond those before it."""
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     assert events
-    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(
+        itertools.accumulate(
+            event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())
+        )
+    )
 
 
 def used(cache: HiPCache) -> int:
@@ -65,24 +77,36 @@ def used(cache: HiPCache) -> int:
     return total
 
 
-def test_a_prompt_in_chunks_needs_little_beside_its_cache_and_pyramid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through `generate`: the peak beyond the pages and summaries that are used, and a few integers a token. What waits to be
-    used is bounded, here to what these lengths reach. (A dense tail has tiles of its own, which grow up to `LOGITS_AT_ONCE`.)"""
+def test_a_prompt_in_chunks_needs_little_beside_its_cache_and_pyramid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Through `generate`: the peak beyond the pages and summaries that are used, and a few integers
+    a token. What waits to be used is bounded, here to what these lengths reach. (A dense tail has
+    tiles of its own, which grow up to `LOGITS_AT_ONCE`.)"""
     monkeypatch.setattr(pool, "MOST_SPARE", 8)
     monkeypatch.setattr(pyramid, "MOST_SPARE", 32)
-    monkeypatch.setattr(settings, "SEARCHED_KEYS", 512)  # and with it what is looked at whole: twice as much at most
+    monkeypatch.setattr(
+        settings, "SEARCHED_KEYS", 512
+    )  # and with it what is looked at whole: twice as much at most
     model, extra = make_model("llama", budget=64, window=64, sink=16, block_q=64), {}
     for tokens in (2048, 8192):
         ids, cache = make_batch([tokens])["input_ids"], HiPCache(model.config)
         model.config.max_position_embeddings = tokens + 2
-        options = dict(do_sample=False, max_new_tokens=2, prefill_chunk_size=512, past_key_values=cache)
+        options = dict(
+            do_sample=False, max_new_tokens=2, prefill_chunk_size=512, past_key_values=cache
+        )
         workers.scratch.buffers.clear()
         with torch.no_grad():
             mask = torch.ones_like(ids)
-            peak = peak_of(lambda ids=ids, mask=mask, options=options: model.generate(ids, attention_mask=mask, **options))
+            peak = peak_of(
+                lambda ids=ids, mask=mask, options=options: model.generate(
+                    ids, attention_mask=mask, **options
+                )
+            )
         assert paths(model) == ["sparse", "sparse"]
         extra[tokens] = peak - used(cache)
-    # ids, masks and positions come as integers of eight bytes, some of them twice; a token's keys and values are 512 bytes
+    # ids, masks and positions come as integers of eight bytes, some of them twice; a token's keys
+    # and values are 512 bytes
     integers = 64 * (8192 - 2048)
     assert extra[8192] <= 1.05 * extra[2048] + integers, extra
 
@@ -96,10 +120,16 @@ def test_what_waits_to_be_used_is_bounded(first: int, monkeypatch: pytest.Monkey
     assert layer.pool is not None
     for rows in (1, 700):
         attention(layer, *new_tokens(layer, rows))()
-        assert 0 <= len(layer.pool.ref_count) - layer.pool.used <= min(pool.MOST_SPARE, layer.pool.used)
+        assert (
+            0
+            <= len(layer.pool.ref_count) - layer.pool.used
+            <= min(pool.MOST_SPARE, layer.pool.used)
+        )
         summaries = layer.hip_state.rows[0].pyramid
         for level, table in enumerate(summaries.levels):
-            assert table.shape[1] - summaries.count(level) <= min(pyramid.MOST_SPARE, max(1, summaries.count(level)))
+            assert table.shape[1] - summaries.count(level) <= min(
+                pyramid.MOST_SPARE, max(1, summaries.count(level))
+            )
 
 
 def layer_of(tokens: int) -> paged_layer.PagedLayer:
@@ -121,7 +151,9 @@ def new_tokens(layer: paged_layer.PagedLayer, count: int) -> tuple[torch.Tensor,
     return keys, values
 
 
-def attention(layer: paged_layer.PagedLayer, keys: torch.Tensor, values: torch.Tensor) -> Callable[[], None]:
+def attention(
+    layer: paged_layer.PagedLayer, keys: torch.Tensor, values: torch.Tensor
+) -> Callable[[], None]:
     """The attention call of the newest tokens; it must be sparse."""
     q = torch.randn(1, 2, layer.length - seen(layer), 16)
     problem = AttentionProblem(q, keys, values, make_spans(q, keys), 0.25)

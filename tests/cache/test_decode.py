@@ -1,4 +1,5 @@
-"""Decode inside Transformers: the state follows the cache through everything that `generate` does to it."""
+"""Decode inside Transformers: the state follows the cache through everything that `generate` does
+to it."""
 
 import copy
 
@@ -17,7 +18,8 @@ def run(model, batch, **kwargs):
 
 
 def without_state(monkeypatch):
-    """Every call rebuilds pyramid and selection from the keys: the reference for what the kept state must give."""
+    """Every call rebuilds pyramid and selection from the keys: the reference for what the kept
+    state must give."""
     from hip_hf.integration import layer_attention
 
     monkeypatch.setattr(layer_attention, "state_of", lambda keys, model_type: None)
@@ -66,20 +68,24 @@ def test_beam_search_with_covering_budget_equals_eager():
 
 
 def test_prompt_lookup_gives_the_tokens_of_plain_decoding(monkeypatch):
-    """Several rows are verified at once, each selecting for itself; rejected ones are cropped away again."""
+    """Several rows are verified at once, each selecting for itself; rejected ones are cropped away
+    again."""
     from hip_hf.backends.torch import sparse
 
     model = make_model("llama", decode_refresh=1)
     batch = make_batch([200])
-    # The last token is new, so that nothing is looked up before the first step: candidates prefilled with the prompt
-    # would share the selection of its last query block. From then on, the model repeats itself.
+    # The last token is new, so that nothing is looked up before the first step: candidates
+    # prefilled with the prompt would share the selection of its last query block. From then on, the
+    # model repeats itself.
     batch["input_ids"][batch["input_ids"] == 98] = 97
     batch["input_ids"][0, -1] = 98
     plain = run(model, batch)
     verified = []
     original = sparse.SparseAttention._decode
     monkeypatch.setattr(
-        sparse.SparseAttention, "_decode", lambda self, t, span, row: verified.append(span.rows) or original(self, t, span, row)
+        sparse.SparseAttention,
+        "_decode",
+        lambda self, t, span, row: verified.append(span.rows) or original(self, t, span, row),
     )
     assert torch.equal(run(model, batch, prompt_lookup_num_tokens=6), plain)
     assert max(verified) > 1
@@ -105,7 +111,12 @@ def test_assisted_decoding_with_covering_budget_equals_eager():
 def test_assisted_decoding_follows_crop(monkeypatch):
     model = make_model("llama", decode_refresh=1)
     batch = make_batch([170])
-    kept = run(model, batch, assistant_model=perturbed_assistant(), past_key_values=hip_hf.HiPCache(model.config))
+    kept = run(
+        model,
+        batch,
+        assistant_model=perturbed_assistant(),
+        past_key_values=hip_hf.HiPCache(model.config),
+    )
     assert hip_hf.explain(model)[1].cache == "pages"
     without_state(monkeypatch)
     assert torch.equal(run(model, batch, assistant_model=perturbed_assistant()), kept)
@@ -117,7 +128,9 @@ def test_refresh_reuses_a_selection_for_exactly_that_many_steps(monkeypatch):
     model = make_model("llama", decode_refresh=4)
     searched = []
     original = TreeSearch.select
-    monkeypatch.setattr(TreeSearch, "select", lambda self, *args: searched.append(1) or original(self, *args))
+    monkeypatch.setattr(
+        TreeSearch, "select", lambda self, *args: searched.append(1) or original(self, *args)
+    )
     cache = DynamicCache(config=model.config)
     ids = make_batch([200])["input_ids"]
     counts = []
@@ -193,7 +206,8 @@ def test_batch_operations_follow():
         fresh = DynamicCache(config=model.config)
         for layer, other in zip(fresh.layers, cache.layers, strict=True):
             layer.update(other.keys[:, :, :-1].clone(), other.values[:, :, :-1].clone())
-            # the kept selection was made for the step before last: make the fresh cache reuse the same
+            # the kept selection was made for the step before last: make the fresh cache reuse the
+            # same
             layer.hip_state = copy.deepcopy(other.hip_state)
             layer.hip_state.crop(mask.shape[1] - 1)
         other = copy.deepcopy(cache)
@@ -224,7 +238,10 @@ def test_static_layers_are_inert_for_other_attention():
     assert isinstance(StaticCache(config=model.config, max_cache_len=8).layers[0], HiPStaticLayer)
     plain = DynamicCache()  # without a config: Transformers' own layers
     with torch.no_grad():
-        assert torch.equal(model.generate(**batch, do_sample=False, max_new_tokens=40, past_key_values=plain), with_ours)
+        assert torch.equal(
+            model.generate(**batch, do_sample=False, max_new_tokens=40, past_key_values=plain),
+            with_ours,
+        )
 
 
 def test_without_our_cache_layers_decode_is_stateless_and_right():

@@ -1,5 +1,5 @@
-"""A call of a model that fails: what is known before any layer changes no cache; what fails later leaves a `HiPCache` that
-says so at its next use, and is as a new one after `reset`."""
+"""A call of a model that fails: what is known before any layer changes no cache; what fails later
+leaves a `HiPCache` that says so at its next use, and is as a new one after `reset`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import pytest
 import torch
 from families import make_batch, make_model, paths
 from sweep import build
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from hip_hf import HiPCache, patch
 from hip_hf.integration import decode_fast_path, layer_attention
@@ -30,17 +36,25 @@ def int_mask(rows: int, keys: int) -> torch.Tensor:
     return torch.ones(keys, keys, dtype=torch.int32).tril()[None, None, -rows:]
 
 
-USED = r"^past_key_values: got a cache .*, allowed: `reset\(\)` before it is used again, or a new one$"
+USED = (
+    r"^past_key_values: got a cache .*, allowed: `reset\(\)` before it is used again, or a new one$"
+)
 EARLY = ("batch", "settings")  # of `REFUSED`: what the mask function knows
 
 # what is wrong with a call of so many rows that sees so many keys, and what the error says
 REFUSED: dict[str, tuple[Callable[[int, int], dict[str, Any]], str]] = {
-    "output_attentions": (lambda rows, keys: dict(output_attentions=True), "output_attentions: got True, allowed: False"),
+    "output_attentions": (
+        lambda rows, keys: dict(output_attentions=True),
+        "output_attentions: got True, allowed: False",
+    ),
     "numbers": (
         lambda rows, keys: dict(attention_mask=torch.zeros(1, 1, rows, keys - 1)),
         r"attention_mask: got a torch.float32 tensor of shape .* of the caller's own",
     ),
-    "integers": (lambda rows, keys: dict(attention_mask=int_mask(rows, keys)), r"attention_mask: got a .*torch.int32 tensor of "),
+    "integers": (
+        lambda rows, keys: dict(attention_mask=int_mask(rows, keys)),
+        r"attention_mask: got a .*torch.int32 tensor of ",
+    ),
     "batch": (
         lambda rows, keys: dict(attention_mask=torch.ones(3, keys)),
         r"attention_mask: got shape \(3, \d+\) for a batch of 1",
@@ -53,7 +67,9 @@ REFUSED: dict[str, tuple[Callable[[int, int], dict[str, Any]], str]] = {
 }
 
 
-def step(model: PreTrainedModel, ids: torch.Tensor, cache: Any, at: int, rows: int = 1, **fields: Any) -> torch.Tensor:
+def step(
+    model: PreTrainedModel, ids: torch.Tensor, cache: Any, at: int, rows: int = 1, **fields: Any
+) -> torch.Tensor:
     with torch.no_grad():
         return model(ids[:, at : at + rows], past_key_values=cache, **fields).logits
 
@@ -68,7 +84,9 @@ def check_steps(model: PreTrainedModel, ids: torch.Tensor, cache: Any, twin: Any
         assert {int(layer.get_seq_length()) for layer in one.layers} == {at + STEPS - 2}
 
 
-def fail(model: PreTrainedModel, name: str, ids: torch.Tensor, cache: Any, at: int, rows: int = 1) -> None:
+def fail(
+    model: PreTrainedModel, name: str, ids: torch.Tensor, cache: Any, at: int, rows: int = 1
+) -> None:
     wrong, message = REFUSED[name]
     before = model.config.hip
     if name == "settings":
@@ -95,7 +113,9 @@ def exhaust(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
 @pytest.mark.parametrize("name", EARLY)
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_step_that_is_refused_before_any_layer_leaves_the_cache(family: str, kind: str, name: str) -> None:
+def test_a_step_that_is_refused_before_any_layer_leaves_the_cache(
+    family: str, kind: str, name: str
+) -> None:
     """Gemma 2's first layer slides."""
     model, ids = make_model(family), make_batch([PROMPT + STEPS])["input_ids"]
     caches = [CACHES[kind](model.config) for _ in range(2)]
@@ -108,7 +128,9 @@ def test_a_step_that_is_refused_before_any_layer_leaves_the_cache(family: str, k
 
 @pytest.mark.parametrize("name", EARLY)
 @pytest.mark.parametrize("kind", CACHES)
-def test_a_prompt_that_is_refused_before_any_layer_leaves_an_empty_cache(kind: str, name: str) -> None:
+def test_a_prompt_that_is_refused_before_any_layer_leaves_an_empty_cache(
+    kind: str, name: str
+) -> None:
     """Which then takes any prompt, also of another batch size."""
     model, ids = make_model("llama"), make_batch([PROMPT + STEPS, PROMPT + STEPS])["input_ids"]
     cache, twin = (CACHES[kind](model.config) for _ in range(2))
@@ -119,7 +141,8 @@ def test_a_prompt_that_is_refused_before_any_layer_leaves_an_empty_cache(kind: s
 
 
 def check_unusable(model: PreTrainedModel, ids: torch.Tensor, cache: HiPCache, path: Path) -> None:
-    """The cache says so, before any layer, until it is reset: then it is as a new one, also for another batch size."""
+    """The cache says so, before any layer, until it is reset: then it is as a new one, also for
+    another batch size."""
     lengths = [layer.get_seq_length() for layer in cache.layers]
     for _ in range(2):
         with pytest.raises(ValueError, match=USED):
@@ -136,7 +159,9 @@ def check_unusable(model: PreTrainedModel, ids: torch.Tensor, cache: HiPCache, p
 @pytest.mark.parametrize("name", [name for name in REFUSED if name not in EARLY])
 @pytest.mark.parametrize("kind", ["paged", "offloaded"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_what_is_refused_later_leaves_a_cache_that_says_so(family: str, kind: str, name: str, tmp_path: Path) -> None:
+def test_what_is_refused_later_leaves_a_cache_that_says_so(
+    family: str, kind: str, name: str, tmp_path: Path
+) -> None:
     model, ids = make_model(family), make_batch([PROMPT + STEPS])["input_ids"]
     cache = CACHES[kind](model.config)
     step(model, ids, cache, 0, PROMPT)
@@ -146,9 +171,16 @@ def test_what_is_refused_later_leaves_a_cache_that_says_so(family: str, kind: st
 
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize(("family", "patched"), [("llama", False), ("llama", True), ("gemma2", False)])
+@pytest.mark.parametrize(
+    ("family", "patched"), [("llama", False), ("llama", True), ("gemma2", False)]
+)
 def test_a_layer_that_fails(
-    family: str, rows: int, patched: bool, failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    rows: int,
+    patched: bool,
+    failing: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Any layer, also the last one, with any error."""
     model, ids = make_model(family), make_batch([PROMPT + STEPS])["input_ids"]
@@ -164,7 +196,9 @@ def test_a_layer_that_fails(
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "jetmoe", "falcon_h1", "zamba2"])
-def test_a_layer_fails_whose_keys_are_made_anew_or_that_also_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_fails_whose_keys_are_made_anew_or_that_also_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The keys are not those that the cache returned; there is a running state beside them."""
     model, ids = build("causal", name, "hip"), make_batch([60])["input_ids"]
     cache = HiPCache(model.config)
@@ -183,7 +217,9 @@ def test_a_layer_fails_whose_keys_are_made_anew_or_that_also_runs(name: str, mon
     assert torch.equal(step(model, ids, cache, 0, 40), want)
 
 
-def test_a_file_gives_an_unusable_cache_its_contents_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_gives_an_unusable_cache_its_contents_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, ids = make_model("llama"), make_batch([PROMPT + STEPS])["input_ids"]
     cache, twin = HiPCache(model.config), HiPCache(model.config)
     step(model, ids, cache, 0, PROMPT)
@@ -211,11 +247,28 @@ def test_dropout_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "axk2"])
 def test_layers_that_select_by_themselves_are_refused_with_the_reason(family: str) -> None:
-    """And their cache, which also holds keys of their own search, is as it was: another attention goes on with it."""
-    sizes = dict(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    latent = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
-    index = dict(index_topk=16, index_n_heads=2, index_head_dim=16, num_key_value_heads=4, first_k_dense_replace=2)
-    experts = dict(n_routed_experts=4, moe_intermediate_size=32, num_experts_per_tok=2, n_group=1, topk_group=1)
+    """And their cache, which also holds keys of their own search, is as it was: another attention
+    goes on with it."""
+    sizes = dict(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    latent = dict(
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16
+    )
+    index = dict(
+        index_topk=16,
+        index_n_heads=2,
+        index_head_dim=16,
+        num_key_value_heads=4,
+        first_k_dense_replace=2,
+    )
+    experts = dict(
+        n_routed_experts=4, moe_intermediate_size=32, num_experts_per_tok=2, n_group=1, topk_group=1
+    )
     tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **sizes, **latent, **index, **experts, **tokens)
@@ -225,7 +278,9 @@ def test_layers_that_select_by_themselves_are_refused_with_the_reason(family: st
         step(model, ids, cache, 0, 30)
     model.set_attn_implementation("hip")
     for cache, at in ((caches[0], 30), (DynamicCache(config=config), 0)):
-        with pytest.raises(ValueError, match=r"^indices: \w+ passes the layer's own sparse indices, allowed: None$"):
+        with pytest.raises(
+            ValueError, match=r"^indices: \w+ passes the layer's own sparse indices, allowed: None$"
+        ):
             step(model, ids, cache, at, 5)
         assert cache.get_seq_length() == at
     model.set_attn_implementation("eager")

@@ -2,7 +2,8 @@
 
 Everything is compared with plain attention in float64.
 
-Each step is computed twice: from plain tensors with a `DecodeState`, which tells what it read, and from a cache in pages.
+Each step is computed twice: from plain tensors with a `DecodeState`, which tells what it read, and
+from a cache in pages.
 """
 
 from __future__ import annotations
@@ -11,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_cases import TOLERANCE, Draw, Shape, cases, configs, covers, expected, keys_read, selected_alone, shapes
+from fuzz_cases import (
+    TOLERANCE,
+    Draw,
+    Shape,
+    cases,
+    configs,
+    covers,
+    expected,
+    keys_read,
+    selected_alone,
+    shapes,
+)
 from helpers import assert_near, make_problem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +35,13 @@ from hip_hf.config import HiPConfig
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-STATELESS_TOO = ("hip", "staged", "streaming", "quest", "oracle")  # methods whose selection does not depend on earlier calls
+STATELESS_TOO = (
+    "hip",
+    "staged",
+    "streaming",
+    "quest",
+    "oracle",
+)  # methods whose selection does not depend on earlier calls
 
 
 class Sequence:
@@ -41,8 +59,8 @@ class Sequence:
         return torch.randn(len(self.starts), *size, generator=self.generator).to(self.shape.dtype)
 
     def append(self, count: int) -> None:
-        """The next tokens (at first those of the padding at least): what they read must be what they say, and attention to it
-        right, whichever cache it comes from."""
+        """The next tokens (at first those of the padding at least): what they read must be what
+        they say, and attention to it right, whichever cache it comes from."""
         count = max(count, max(self.starts) - self.k.shape[2])
         shape = self.shape
         q = self.random(shape.heads * shape.groups, count, shape.dim)
@@ -56,14 +74,27 @@ class Sequence:
             assert kept is not None
             assert torch.equal(kept, mine)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: DecodeState | None, told: bool) -> Result:
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        state: DecodeState | None,
+        told: bool,
+    ) -> Result:
         fields = {"scale": q.shape[-1] ** -0.5} | self.shape.more
         problem = make_problem(q, k, v, self.starts, None, **fields)
         return attend(problem, self.config, None, state, need_lse=told, need_mask=told)
 
     def check(self, q: torch.Tensor, told: Result, paged: Result) -> None:
         old, config, tolerance = self.shape, self.config, TOLERANCE[q.dtype]
-        sizes = dict(batch=len(self.starts), tokens=self.k.shape[2], rows=q.shape[2], key_start=self.starts, q_start=None)
+        sizes = dict(
+            batch=len(self.starts),
+            tokens=self.k.shape[2],
+            rows=q.shape[2],
+            key_start=self.starts,
+            q_start=None,
+        )
         shape = Shape(**{**vars(old), **sizes})
         assert (told.path, told.reason) == (paged.path, paged.reason)
         assert told.share == paged.share
@@ -73,13 +104,22 @@ class Sequence:
                 assert told.out.isfinite().all()
                 return
             rows = self.state.rows.items() if shape.rows == 1 else ()
-            windows = {batch: row.selection.window_start for batch, row in rows if row.selection is not None}
+            windows = {
+                batch: row.selection.window_start
+                for batch, row in rows
+                if row.selection is not None
+            }
             visible = keys_read(told.mask, config, q, self.k, shape, windows)
         want, want_lse = expected(q, self.k, self.v, shape, visible)
         assert_near(told.out, want, tolerance)
         assert_near(told.lse, want_lse, 3 * tolerance, "lse")
         assert_near(paged.out, want, tolerance, "from pages")
-        if config.decode_refresh == 1 and config.method in STATELESS_TOO and told.path == "sparse" and config.delta is None:
+        if (
+            config.decode_refresh == 1
+            and config.method in STATELESS_TOO
+            and told.path == "sparse"
+            and config.delta is None
+        ):
             alone = self.attend(q, self.k, self.v, None, False)
             if alone.path == "sparse":  # in a sliding window it is dense
                 assert_near(alone.out, want, tolerance, "without state")

@@ -1,6 +1,8 @@
-"""Decode steps under a kept selection: what they read lies side by side, and a step adds its own key to it.
+"""Decode steps under a kept selection: what they read lies side by side, and a step adds its own
+key to it.
 
-That every step reads what it must is in `test_state.py`; here: which steps take this way, how exact it is, and that copies part.
+That every step reads what it must is in `test_state.py`; here: which steps take this way, how exact
+it is, and that copies part.
 """
 
 from __future__ import annotations
@@ -39,10 +41,18 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def decode(model: PreTrainedModel, ids: torch.Tensor, cache: Any, first: int, last: int, **fields: Any) -> torch.Tensor:
+def decode(
+    model: PreTrainedModel, ids: torch.Tensor, cache: Any, first: int, last: int, **fields: Any
+) -> torch.Tensor:
     """Logits of the tokens `first` to `last - 1`, one at a time."""
     with torch.no_grad():
-        return torch.cat([model(ids[:, i : i + 1], past_key_values=cache, **fields).logits for i in range(first, last)], 1)
+        return torch.cat(
+            [
+                model(ids[:, i : i + 1], past_key_values=cache, **fields).logits
+                for i in range(first, last)
+            ],
+            1,
+        )
 
 
 def filled(model: PreTrainedModel, ids: torch.Tensor) -> Any:
@@ -54,10 +64,22 @@ def filled(model: PreTrainedModel, ids: torch.Tensor) -> Any:
     ("fields", "call", "expected"),
     [
         (dict(decode_refresh=REFRESH), {}, [0, 1, 1, 1, 0, 1, 1, 1, 0]),
-        (dict(decode_refresh=REFRESH), dict(softcap=2.0, sinks=torch.randn(4)), [0, 1, 1, 1, 0, 1, 1, 1, 0]),
+        (
+            dict(decode_refresh=REFRESH),
+            dict(softcap=2.0, sinks=torch.randn(4)),
+            [0, 1, 1, 1, 0, 1, 1, 1, 0],
+        ),
         (dict(decode_refresh=1), {}, [0] * 9),
-        (dict(decode_refresh=REFRESH, group_shared=False), {}, [0] * 9),  # heads of a group read keys of their own
-        (dict(decode_refresh=REFRESH), dict(sliding_window=60), [0] * 9),  # what is read changes at each step
+        (
+            dict(decode_refresh=REFRESH, group_shared=False),
+            {},
+            [0] * 9,
+        ),  # heads of a group read keys of their own
+        (
+            dict(decode_refresh=REFRESH),
+            dict(sliding_window=60),
+            [0] * 9,
+        ),  # what is read changes at each step
     ],
     ids=["kept", "softcap and sinks", "refreshed", "per head", "sliding"],
 )
@@ -76,9 +98,11 @@ def test_steps_that_select_nothing_add_their_own_key_alone(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_as_exact_as_plain_attention(groups: int, dtype: torch.dtype, steps: list[str], poison: None) -> None:
-    """Against float64 over the keys that the steps read, with odd head dims and padding; the worst of all steps, since a single
-    row's plain error may be small by chance."""
+def test_as_exact_as_plain_attention(
+    groups: int, dtype: torch.dtype, steps: list[str], poison: None
+) -> None:
+    """Against float64 over the keys that the steps read, with odd head dims and padding; the worst
+    of all steps, since a single row's plain error may be small by chance."""
     config, pads, tokens = small(decode_refresh=8), [0, 11], 140
     q, k, v = make_qkv(tokens, batch=2, groups=groups, dim=24, dv=40, dtype=dtype)
     state = DecodeState()
@@ -94,7 +118,9 @@ def test_as_exact_as_plain_attention(groups: int, dtype: torch.dtype, steps: lis
             place = torch.arange(at + 1) - pad
             for head in range(q.shape[1]):
                 chosen = torch.isin(place // config.block_k, kept.ids[head // groups, 0, 0])
-                read[b, head, 0] = (place >= 0) & ((place < config.sink) | (place >= kept.window_start) | chosen)
+                read[b, head, 0] = (place >= 0) & (
+                    (place < config.sink) | (place >= kept.window_start) | chosen
+                )
         own = (q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1], read)
         (want, _), (plain, _) = eager(*own), eager(*own, dtype=dtype)
         misses.append(float((got.out - want).abs().max()))
@@ -104,7 +130,8 @@ def test_as_exact_as_plain_attention(groups: int, dtype: torch.dtype, steps: lis
 
 
 def test_copies_part(steps: list[str]) -> None:
-    """Beams, repeated rows and copied states go on by themselves; one row keeps all, a copy gathers when it selects."""
+    """Beams, repeated rows and copied states go on by themselves; one row keeps all, a copy gathers
+    when it selects."""
     twin = Twin(small(decode_refresh=8), [0, 5])
     twin.call(100)
     twin.call(1)
@@ -162,12 +189,17 @@ def test_what_was_gathered_for_other_calls_is_not_read(steps: list[str]) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_that_are_no_longer_read_leave_nothing_behind(dtype: torch.dtype, steps: list[str]) -> None:
-    """Rows of the buffers that are not in use are multiplied, too: a value that was infinite or NaN there must be gone."""
+def test_values_that_are_no_longer_read_leave_nothing_behind(
+    dtype: torch.dtype, steps: list[str]
+) -> None:
+    """Rows of the buffers that are not in use are multiplied, too: a value that was infinite or NaN
+    there must be gone."""
     config = small(decode_refresh=64)
     q, k, v = make_qkv(140, dtype=dtype)
     spoilt = v.clone()
-    spoilt[:, :, 103:] = torch.tensor([torch.nan, torch.inf]).repeat(v.shape[-1])[: v.shape[-1]].to(dtype)
+    spoilt[:, :, 103:] = (
+        torch.tensor([torch.nan, torch.inf]).repeat(v.shape[-1])[: v.shape[-1]].to(dtype)
+    )
 
     def step(state: DecodeState, at: int, values: torch.Tensor) -> torch.Tensor:
         call = (q[:, :, at : at + 1], k[:, :, : at + 1], values[:, :, : at + 1])
@@ -205,19 +237,28 @@ def test_memory_does_not_grow_with_the_context_nor_from_one_selection_to_the_nex
 def test_an_offloaded_cache_reads_its_device_pools(steps: list[str]) -> None:
     """Which hold what is read side by side already, and are counted."""
     model, ids = make_model("llama", decode_refresh=REFRESH), make_batch([PROMPT + 9])["input_ids"]
-    resident, offloaded = filled(model, ids), hip_hf.HiPCache(model.config, offload="cpu", device_pages=8)
+    resident, offloaded = (
+        filled(model, ids),
+        hip_hf.HiPCache(model.config, offload="cpu", device_pages=8),
+    )
     want = decode(model, ids, resident, PROMPT, PROMPT + 9)
     assert len(steps) == 2 * 6  # two layers
     del steps[:]
     with torch.no_grad():
         model(ids[:, :PROMPT], past_key_values=offloaded)
-    torch.testing.assert_close(decode(model, ids, offloaded, PROMPT, PROMPT + 9), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        decode(model, ids, offloaded, PROMPT, PROMPT + 9), want, rtol=1e-4, atol=1e-5
+    )
     assert not steps
 
 
-def test_stages_with_intervals_of_their_own(steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_with_intervals_of_their_own(
+    steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is gathered serves until the next stage selects."""
-    config = small(method="staged", options={"stages": [[8, 64, 2], [4, 16, 2]]}, decode_refresh=[8, REFRESH])
+    config = small(
+        method="staged", options={"stages": [[8, 64, 2], [4, 16, 2]]}, decode_refresh=[8, REFRESH]
+    )
     q, k, v = make_qkv(140, dtype=torch.float64)
     outs = []
     for gathers in (True, False):
@@ -225,7 +266,11 @@ def test_stages_with_intervals_of_their_own(steps: list[str], monkeypatch: pytes
             monkeypatch.setattr(SparseAttention, "_gathers", lambda *args: False)
         state = DecodeState()
         calls = ((q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1]) for i in range(100, 140))
-        outs.append(torch.cat([sparse(*call, config, state=state, need_mask=False).out for call in calls], dim=2))
+        outs.append(
+            torch.cat(
+                [sparse(*call, config, state=state, need_mask=False).out for call in calls], dim=2
+            )
+        )
         assert len(steps) == 30
     assert_near(*outs, 1e-12)
 
@@ -235,8 +280,11 @@ def test_stages_with_intervals_of_their_own(steps: list[str], monkeypatch: pytes
 
 @pytest.mark.parametrize("extend", [None, "streaming"])
 @pytest.mark.parametrize("lengths", [[209], [209, 150]], ids=["one", "padded"])
-def test_patched_layers_take_it_directly(extend: str | None, lengths: list[int], steps: list[str]) -> None:
-    """Once a layer has answered by the interface which rows there are; to the bit what the interface gives."""
+def test_patched_layers_take_it_directly(
+    extend: str | None, lengths: list[int], steps: list[str]
+) -> None:
+    """Once a layer has answered by the interface which rows there are; to the bit what the
+    interface gives."""
     model, batch = make_model("llama", decode_refresh=REFRESH), make_batch(lengths)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     results = []
@@ -246,7 +294,9 @@ def test_patched_layers_take_it_directly(extend: str | None, lengths: list[int],
         if extend:  # which only patched layers of this model can do
             hip_hf.configure(model, extend=extend)
         with torch.no_grad():
-            cache = model(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], use_cache=True).past_key_values
+            cache = model(
+                ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], use_cache=True
+            ).past_key_values
         outs = []
         for at in range(PROMPT, PROMPT + 9):
             outs.append(decode(model, ids, cache, at, at + 1, attention_mask=mask[:, : at + 1]))
@@ -271,7 +321,8 @@ def test_patched_layers_leave_it_when_the_settings_change(steps: list[str]) -> N
 
 
 def test_patched_layers_refuse_what_the_interface_refuses(steps: list[str]) -> None:
-    """Tokens of another dtype than the cache's, or attention weights, asked for at a step that selects nothing."""
+    """Tokens of another dtype than the cache's, or attention weights, asked for at a step that
+    selects nothing."""
     model, ids = make_model("llama", decode_refresh=REFRESH), make_batch([PROMPT + 9])["input_ids"]
     hip_hf.patch(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -280,14 +331,19 @@ def test_patched_layers_refuse_what_the_interface_refuses(steps: list[str]) -> N
     assert len(steps) == 2
     with pytest.raises(ValueError, match="value_states: got"):
         decode(model, ids, cache, PROMPT + 2, PROMPT + 3)
-    with pytest.raises(ValueError, match="output_attentions: got True"), torch.autocast("cpu", torch.bfloat16):
+    with (
+        pytest.raises(ValueError, match="output_attentions: got True"),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         decode(model, ids, cache, PROMPT + 2, PROMPT + 3, output_attentions=True)
     assert cache.get_seq_length() == PROMPT + 2
     assert len(steps) == 2
 
 
 @pytest.mark.parametrize("where", ["page", "attention"])
-def test_a_patched_step_that_fails_is_said_at_the_next_use(where: str, monkeypatch: pytest.MonkeyPatch, steps: list[str]) -> None:
+def test_a_patched_step_that_fails_is_said_at_the_next_use(
+    where: str, monkeypatch: pytest.MonkeyPatch, steps: list[str]
+) -> None:
     model, ids = make_model("llama", decode_refresh=REFRESH), make_batch([PROMPT + 9])["input_ids"]
     hip_hf.patch(model)
     cache = filled(model, ids)
@@ -304,6 +360,11 @@ def test_a_patched_step_that_fails_is_said_at_the_next_use(where: str, monkeypat
     with pytest.raises(MemoryError, match="no memory"):
         decode(model, ids, cache, PROMPT + 2, PROMPT + 3)
     monkeypatch.undo()
-    assert [one.get_seq_length() for one in cache.layers] == [PROMPT + 3, PROMPT + 2 + (where == "attention")]
-    with pytest.raises(ValueError, match=r"a part of a call which failed \(MemoryError\), allowed: `reset\(\)`"):
+    assert [one.get_seq_length() for one in cache.layers] == [
+        PROMPT + 3,
+        PROMPT + 2 + (where == "attention"),
+    ]
+    with pytest.raises(
+        ValueError, match=r"a part of a call which failed \(MemoryError\), allowed: `reset\(\)`"
+    ):
         decode(model, ids, cache, PROMPT + 3, PROMPT + 4)

@@ -1,4 +1,5 @@
-"""`HiPCache`: the tokens of a dynamic cache, whatever `generate` does to it, and no copy of the context on the way."""
+"""`HiPCache`: the tokens of a dynamic cache, whatever `generate` does to it, and no copy of the
+context on the way."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ from hip_hf.integration import paged_layer
 from hip_hf.integration.cache_layers import Stateful
 
 FAMILIES = ("llama", "mistral", "mistral_full", "qwen3", "gemma2")
-SLIDING = {"mistral": 2, "gemma2": 1}  # of two layers; these are dense, and keep their window themselves
+SLIDING = {
+    "mistral": 2,
+    "gemma2": 1,
+}  # of two layers; these are dense, and keep their window themselves
 CHECKPOINT = Path(hip_hf.__file__).parent / "assets" / "checkpoint"
 
 
@@ -39,18 +43,23 @@ class ConcatenatingLayer(Stateful, DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self.hip_state.reorder(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+        self.hip_state.reorder(
+            indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        )
 
 
 def concatenating(config: Any) -> Cache:
     """The dynamic cache with our decode state: what pages must equal at any budget and refresh."""
     cache = bare(config)
-    cache.layers = [ConcatenatingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        ConcatenatingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache
 
 
 def bare(config: Any) -> DynamicCache:
-    """Transformers' dynamic cache, nothing of ours in it: each step selects anew, so pages equal it at `decode_refresh=1`."""
+    """Transformers' dynamic cache, nothing of ours in it: each step selects anew, so pages equal it
+    at `decode_refresh=1`."""
     config = copy.deepcopy(config)
     config._attn_implementation = "sdpa"
     cache = DynamicCache(config=config)
@@ -59,7 +68,10 @@ def bare(config: Any) -> DynamicCache:
     return cache
 
 
-REFERENCES = [pytest.param(bare, 1, "stateless", id="bare"), pytest.param(concatenating, 4, "kept state", id="with state")]
+REFERENCES = [
+    pytest.param(bare, 1, "stateless", id="bare"),
+    pytest.param(concatenating, 4, "kept state", id="with state"),
+]
 
 
 def generate(model: PreTrainedModel, batch: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
@@ -86,7 +98,9 @@ def kinds(model: PreTrainedModel) -> list[str]:
 @pytest.mark.parametrize(("reference", "refresh", "kind"), REFERENCES)
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_equal_the_dynamic_cache(family: str, beams: int, reference: Any, refresh: int, kind: str) -> None:
+def test_tokens_equal_the_dynamic_cache(
+    family: str, beams: int, reference: Any, refresh: int, kind: str
+) -> None:
     """At a budget that prunes, in a left-padded batch."""
     model = make_model(family, decode_refresh=refresh)
     batch, sparse = make_batch([130, 95]), 2 - SLIDING.get(family, 0)
@@ -102,23 +116,37 @@ def test_tokens_equal_the_dynamic_cache(family: str, beams: int, reference: Any,
 @pytest.mark.parametrize(("reference", "refresh", "kind"), REFERENCES)
 @pytest.mark.parametrize("how", ["lookup", "assisted"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_verified_candidates_equal_the_dynamic_cache(family: str, how: str, reference: Any, refresh: int, kind: str) -> None:
+def test_verified_candidates_equal_the_dynamic_cache(
+    family: str, how: str, reference: Any, refresh: int, kind: str
+) -> None:
     model = make_model(family, decode_refresh=refresh)
     batch, sparse = make_batch([110]), 2 - SLIDING.get(family, 0)
-    options: dict[str, Any] = {"prompt_lookup_num_tokens": 5} if how == "lookup" else {"assistant_model": make_model(family)}
-    # a drafting model takes its own mask from the tokens: one like padding would be a hole in it, and dense
+    options: dict[str, Any] = (
+        {"prompt_lookup_num_tokens": 5}
+        if how == "lookup"
+        else {"assistant_model": make_model(family)}
+    )
+    # a drafting model takes its own mask from the tokens: one like padding would be a hole in it,
+    # and dense
     options["suppress_tokens"] = [model.config.pad_token_id or 0]
     found = generate(model, batch, **options)
     assert kinds(model) == ["pages"] * sparse
-    assert torch.equal(found, generate(model, batch, past_key_values=reference(model.config), **options))
+    assert torch.equal(
+        found, generate(model, batch, past_key_values=reference(model.config), **options)
+    )
     assert kinds(model) == [kind] * sparse
 
 
 @pytest.mark.parametrize("how", ["greedy", "beams", "lookup", "assisted"])
 def test_trained_checkpoint(how: str) -> None:
     """It reads text; two prompts of different lengths where `generate` takes several."""
-    model, helper = (AutoModelForCausalLM.from_pretrained(CHECKPOINT, attn_implementation="hip") for _ in range(2))
-    hip_hf.configure(model, budget=64, window=32, sink=16, dense_layers=1, dense_below=0, decode_refresh=4)
+    model, helper = (
+        AutoModelForCausalLM.from_pretrained(CHECKPOINT, attn_implementation="hip")
+        for _ in range(2)
+    )
+    hip_hf.configure(
+        model, budget=64, window=32, sink=16, dense_layers=1, dense_below=0, decode_refresh=4
+    )
     helper.generation_config.num_assistant_tokens = 4
     options: dict[str, Any] = {
         "greedy": {},
@@ -133,7 +161,9 @@ def test_trained_checkpoint(how: str) -> None:
     found = generate(model, batch, past_key_values=HiPCache(model.config), **options)
     assert paths(model) == ["dense", "sparse", "sparse", "sparse"]
     assert kinds(model) == ["pages"] * 3
-    assert torch.equal(found, generate(model, batch, past_key_values=concatenating(model.config), **options))
+    assert torch.equal(
+        found, generate(model, batch, past_key_values=concatenating(model.config), **options)
+    )
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -188,7 +218,8 @@ def test_appending_copies_no_page_and_allocates_no_arena_per_token() -> None:
 
 
 def test_for_the_kernels_pages_stay_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They grow by being copied, rarely; sequences that share pages keep them, and without memory nothing changes."""
+    """They grow by being copied, rarely; sequences that share pages keep them, and without memory
+    nothing changes."""
     cache = HiPCache(make_model("llama", backend="triton").config)
     layer, plain, where = cache.paged[0], torch.zeros(2, 2, 0, 16), []
     for count in (130, *[1] * 70, 300, *[1] * 10):
@@ -212,7 +243,8 @@ def test_for_the_kernels_pages_stay_in_one_piece(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_crop_by_a_tensor_leaves_each_layer_a_length_of_its_own() -> None:
-    """As Transformers 5.17 crops in assisted decoding; a length that were a tensor would be the next call's as well."""
+    """As Transformers 5.17 crops in assisted decoding; a length that were a tensor would be the
+    next call's as well."""
     cache = HiPCache(make_model("llama").config)
     for layer in range(len(cache.layers)):
         cache.update(torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16), layer)
@@ -222,17 +254,29 @@ def test_a_crop_by_a_tensor_leaves_each_layer_a_length_of_its_own() -> None:
 
 
 def test_arguments_of_transformers_own_cache() -> None:
-    """Whoever makes a cache with all of them gets ours where they are at their defaults, and Transformers' own otherwise."""
+    """Whoever makes a cache with all of them gets ours where they are at their defaults, and
+    Transformers' own otherwise."""
     config = make_model("llama").config
-    for others in (dict(offloading=False), dict(ddp_cache_data=None, offloading=False, offload_only_non_sliding=False)):
+    for others in (
+        dict(offloading=False),
+        dict(ddp_cache_data=None, offloading=False, offload_only_non_sliding=False),
+    ):
         for made in (DynamicCache(config=config, **others), HiPCache(config=config, **others)):
             assert type(made) is HiPCache
             assert [type(layer) for layer in made.layers] == [paged_layer.PagedLayer] * 2
     keys = torch.randn(1, 2, 5, 16)
     own = DynamicCache([(keys, keys), (keys, keys)], config=config)
-    assert type(own) is type(DynamicCache(ddp_cache_data=[(keys, keys)] * 2, config=config)) is DynamicCache
-    assert type(DynamicCache.__new__(DynamicCache, config=config, offloading=True)) is DynamicCache  # made, it asks for a GPU
-    with pytest.raises(ValueError, match="offloading: got True, allowed: the defaults of `DynamicCache`"):
+    assert (
+        type(own)
+        is type(DynamicCache(ddp_cache_data=[(keys, keys)] * 2, config=config))
+        is DynamicCache
+    )
+    assert (
+        type(DynamicCache.__new__(DynamicCache, config=config, offloading=True)) is DynamicCache
+    )  # made, it asks for a GPU
+    with pytest.raises(
+        ValueError, match="offloading: got True, allowed: the defaults of `DynamicCache`"
+    ):
         HiPCache(config, offloading=True)
     with pytest.raises(ValueError, match="offlaod: got 'cpu', allowed"):
         HiPCache(config, offlaod="cpu", device_pages=None)
@@ -248,7 +292,10 @@ def test_crop_removes_as_many_tokens_as_transformers_does() -> None:
             layer.crop(count)
         assert cache.get_seq_length() == 43
         assert torch.equal(cache.layers[0].keys, plain.keys)
-    with pytest.raises(ValueError, match="tokens_to_remove: got 20, allowed: minus the number of tokens to remove, or 0"):
+    with pytest.raises(
+        ValueError,
+        match="tokens_to_remove: got 20, allowed: minus the number of tokens to remove, or 0",
+    ):
         cache.layers[0].crop(20)
     assert cache.get_seq_length() == 43
 
@@ -282,7 +329,8 @@ def test_a_deep_copy_is_independent() -> None:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_running_out_of_memory(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the first layer nothing has changed; in the second, the first has the call's tokens already."""
+    """In the first layer nothing has changed; in the second, the first has the call's tokens
+    already."""
     model = make_model("llama")
     ids = make_batch([60])["input_ids"]
     cache, fresh = HiPCache(model.config), HiPCache(model.config)
@@ -299,7 +347,10 @@ def test_running_out_of_memory(failing: int, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.undo()
         assert cache.layers[failing].get_seq_length() == 40
         if failing:
-            with pytest.raises(ValueError, match=r"a part of a call which failed \(MemoryError\), allowed: `reset\(\)`"):
+            with pytest.raises(
+                ValueError,
+                match=r"a part of a call which failed \(MemoryError\), allowed: `reset\(\)`",
+            ):
                 model(ids[:, 40:], past_key_values=cache)
             cache.reset()
             model(ids[:, :40], past_key_values=cache)
@@ -320,8 +371,11 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize("implementation", ["hip", "eager"])
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("budget", [32, 512])
-def test_decode_where_gradients_are_on(budget: int, patched: bool, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same numbers as under `no_grad`, one warning, and no gradient that lacks what went through the cache."""
+def test_decode_where_gradients_are_on(
+    budget: int, patched: bool, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers as under `no_grad`, one warning, and no gradient that lacks what went
+    through the cache."""
     monkeypatch.setattr("hip_hf.integration.cache_layers._warned", False)
     model, ids = make_model("llama", budget=budget), make_batch([200])["input_ids"]
     if patched:
@@ -338,20 +392,26 @@ def test_decode_where_gradients_are_on(budget: int, patched: bool, implementatio
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
     assert len([one for one in said if "without their gradients" in str(one.message)]) == 1
     found[0][0].sum().backward()  # the first call brought all its tokens
-    with pytest.raises(ValueError, match=r"^HiPCache: got a backward pass through attention to cached tokens.*, allowed: "):
+    with pytest.raises(
+        ValueError,
+        match=r"^HiPCache: got a backward pass through attention to cached tokens.*, allowed: ",
+    ):
         found[0][-1].sum().backward()
 
 
 @pytest.mark.parametrize("patched", [False, True])
 def test_frozen_layers_do_not_hide_that_gradients_are_lost(patched: bool) -> None:
-    """A prefix that is trained, before a model that is not (PEFT's prefix tuning): no layer's queries ask for gradients."""
+    """A prefix that is trained, before a model that is not (PEFT's prefix tuning): no layer's
+    queries ask for gradients."""
     model, ids = make_model("llama").requires_grad_(False), make_batch([20])["input_ids"]
     if patched:
         hip_hf.patch(model)
     cache = HiPCache(model.config)
     for layer in range(2):
         cache.update(torch.randn(1, 2, 9, 16, requires_grad=True), torch.randn(1, 2, 9, 16), layer)
-    with pytest.raises(ValueError, match=r"^HiPCache: got a backward pass through attention to cached tokens"):
+    with pytest.raises(
+        ValueError, match=r"^HiPCache: got a backward pass through attention to cached tokens"
+    ):
         model(ids, past_key_values=cache).logits.sum().backward()
     cache.reset()
     assert not model(ids, past_key_values=cache).logits.requires_grad
@@ -369,7 +429,10 @@ def test_a_training_step_with_a_cache_has_the_gradients_of_one_without() -> None
 
 def test_sliding_layers_keep_their_window() -> None:
     cache = HiPCache(make_model("gemma2").config)
-    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, paged_layer.PagedLayer]
+    assert [type(layer) for layer in cache.layers] == [
+        DynamicSlidingWindowLayer,
+        paged_layer.PagedLayer,
+    ]
 
 
 def test_a_handle_is_the_ordinary_tensor_to_everyone_else() -> None:
@@ -378,4 +441,6 @@ def test_a_handle_is_the_ordinary_tensor_to_everyone_else() -> None:
     assert isinstance(handle, PagedTensor)
     whole = torch.cat([keys, keys[:, :, :1]], dim=2)
     assert torch.equal(handle * 2, whole * 2)
-    assert torch.equal(handle[:, :, 3:7].repeat_interleave(2, 1), whole[:, :, 3:7].repeat_interleave(2, 1))
+    assert torch.equal(
+        handle[:, :, 3:7].repeat_interleave(2, 1), whole[:, :, 3:7].repeat_interleave(2, 1)
+    )

@@ -1,4 +1,5 @@
-"""Offload and files: the same bits wherever the pages lie, honest statistics, and nothing lost when something fails."""
+"""Offload and files: the same bits wherever the pages lie, honest statistics, and nothing lost when
+something fails."""
 
 from __future__ import annotations
 
@@ -30,14 +31,20 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_layer, "PAGE", 8)
 
 
-def decoded(model: PreTrainedModel, cache: HiPCache, lengths: list[int], steps: int = 8, chunk: int = 1000) -> torch.Tensor:
+def decoded(
+    model: PreTrainedModel, cache: HiPCache, lengths: list[int], steps: int = 8, chunk: int = 1000
+) -> torch.Tensor:
     """Logits of a left-padded prompt, read in chunks, and of steps after it."""
     batch, out = make_batch(lengths), []
     ids, mask = batch["input_ids"], batch["attention_mask"]
     more = torch.randint(3, 90, (len(lengths), steps), generator=torch.Generator().manual_seed(1))
     tokens = torch.cat([ids, more], -1)
     mask = torch.cat([mask, torch.ones_like(more)], -1)
-    ends = [*range(min(chunk, ids.shape[1]), ids.shape[1], chunk), ids.shape[1], *range(ids.shape[1] + 1, tokens.shape[1] + 1)]
+    ends = [
+        *range(min(chunk, ids.shape[1]), ids.shape[1], chunk),
+        ids.shape[1],
+        *range(ids.shape[1] + 1, tokens.shape[1] + 1),
+    ]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     first = 0
     with torch.no_grad():
@@ -73,11 +80,18 @@ def test_offload_changes_no_bit(where: str, pages: int, chunk: int) -> None:
 
 @pytest.mark.parametrize(
     ("family", "beams", "pages"),
-    [("llama", 3, 4), ("llama", 1, 100), ("mistral_full", 1, 5), ("qwen3", 1, 11), ("gemma2", 1, 4), ("gemma2", 3, 11)],
+    [
+        ("llama", 3, 4),
+        ("llama", 1, 100),
+        ("mistral_full", 1, 5),
+        ("qwen3", 1, 11),
+        ("gemma2", 1, 4),
+        ("gemma2", 3, 11),
+    ],
 )
 def test_generate_with_offload_changes_no_token(family: str, beams: int, pages: int) -> None:
-    """Pools that hold little more than one step needs (4 pages), less than the search looks at, and everything. A middle that is
-    looked at whole, and is more than a pool holds, streams past it."""
+    """Pools that hold little more than one step needs (4 pages), less than the search looks at, and
+    everything. A middle that is looked at whole, and is more than a pool holds, streams past it."""
     model = make_model(family, decode_refresh=2, rescore=2)
     options: dict[str, Any] = dict(do_sample=False, max_new_tokens=5, num_beams=beams)
     batch = make_batch([130, 95])
@@ -107,7 +121,10 @@ def test_what_the_search_reads_is_counted_apart() -> None:
     assert together.misses == found["search"].misses + found["attention"].misses
     assert together.fetched == together.misses * 8 * 16 * 4
     assert f"{together.hit_rate:.1%}" in str(found).splitlines()[-1]
-    sizes = {(store.keys.pool.pages, store.values.pool.pages) for store in (layer.pool for layer in cache.paged)}
+    sizes = {
+        (store.keys.pool.pages, store.values.pool.pages)
+        for store in (layer.pool for layer in cache.paged)
+    }
     assert sizes == {(18, 9)}
 
 
@@ -119,7 +136,8 @@ def small_store() -> offload.OffloadedStore:
 
 
 def test_the_search_and_attention_hold_a_page_once() -> None:
-    """What attention reads, the search has just looked at. Hits and misses are those of the reader that asked."""
+    """What attention reads, the search has just looked at. Hits and misses are those of the reader
+    that asked."""
     store = small_store()
     out = torch.empty(2, 8)
     store.for_search().head_rows(slice(0, 1), 2)[0].take(torch.tensor([1, 3]), out)
@@ -160,17 +178,23 @@ def test_the_least_recently_used_page_makes_room() -> None:
 
 @pytest.mark.parametrize("rescore", [1, 8])
 def test_a_pool_that_is_too_small_is_refused_and_the_cache_intact(rescore: int) -> None:
-    """A selection is four blocks, at worst each in a page of its own. The search looks at more, in several goes."""
+    """A selection is four blocks, at worst each in a page of its own. The search looks at more, in
+    several goes."""
     model = make_model("llama", rescore=rescore)
     ids = make_batch([120])["input_ids"]
     with torch.no_grad():
         cache = HiPCache(model.config, offload="cpu", device_pages=3)
         model(ids[:, :16], past_key_values=cache)
         before = [layer.keys.clone() for layer in cache.layers]
-        with pytest.raises(ValueError, match="device_pages: got 3, allowed: at least 4, the pages one step may need"):
+        with pytest.raises(
+            ValueError,
+            match="device_pages: got 3, allowed: at least 4, the pages one step may need",
+        ):
             model(ids[:, 16:], past_key_values=cache)
         assert [layer.get_seq_length() for layer in cache.layers] == [16, 16]
-        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+        assert all(
+            torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True)
+        )
     enough = HiPCache(model.config, offload="cpu", device_pages=4)
     resident = decoded(model, HiPCache(model.config), [120])
     assert torch.equal(decoded(model, enough, [120]), resident)
@@ -212,26 +236,35 @@ def test_a_full_disk_is_an_error_and_the_cache_intact(monkeypatch: pytest.Monkey
 
 
 def append_without_room(cache: HiPCache, what: int, limit: int) -> None:
-    """In a child process: append 2 GiB (more than lies free) under a limit; 7: a MemoryError, and the cache is what it was."""
+    """In a child process: append 2 GiB (more than lies free) under a limit; 7: a MemoryError, and
+    the cache is what it was."""
     before = [layer.keys for layer in cache.layers]
     more = torch.zeros(1, 1, 1, 1).expand(1, 2, 2**24, 16)
     resource.setrlimit(what, (limit, limit))
     try:
         cache.update(more, more, 1)
     except MemoryError:
-        same = [torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True)]
+        same = [
+            torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True)
+        ]
         os._exit(7 if all(same) else 8)
     os._exit(0)
 
 
 @pytest.mark.parametrize("where", [None, "cpu", "disk"])
 def test_no_room_for_pages_is_an_error_and_the_cache_intact(where: str | None) -> None:
-    """The operating system itself refuses: address space, or for files their size (as a full disk does)."""
+    """The operating system itself refuses: address space, or for files their size (as a full disk
+    does)."""
     cache = small_cache(**{} if where is None else dict(offload=where, device_pages=20))
     what, limit = resource.RLIMIT_FSIZE, 2**20
     if where != "disk":
-        what, limit = resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**25
-    process = multiprocessing.get_context("fork").Process(target=append_without_room, args=(cache, what, limit))
+        what, limit = (
+            resource.RLIMIT_AS,
+            int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**25,
+        )
+    process = multiprocessing.get_context("fork").Process(
+        target=append_without_room, args=(cache, what, limit)
+    )
     process.start()
     process.join(60)
     assert process.exitcode == 7
@@ -252,7 +285,9 @@ def test_a_saved_cache_goes_on_where_it_was(family: str, tmp_path: Path) -> None
         assert again.statistics().together.misses == 0  # files are written past the pools
         mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], -1)
         step = dict(input_ids=torch.tensor([[5], [6]]), attention_mask=mask)
-        assert torch.equal(model(**step, past_key_values=again).logits, model(**step, past_key_values=cache).logits)
+        assert torch.equal(
+            model(**step, past_key_values=again).logits, model(**step, past_key_values=cache).logits
+        )
     # the file is plain safetensors
     plain = load_file(tmp_path / "cache")
     assert torch.equal(plain["1.keys"], cache.layers[1].keys[:, :, :-1])
@@ -266,7 +301,11 @@ def small_cache(tokens: int = 30, **options: Any) -> HiPCache:
     return cache
 
 
-@pytest.mark.parametrize("through", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["copied", "pickled"])
+@pytest.mark.parametrize(
+    "through",
+    [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))],
+    ids=["copied", "pickled"],
+)
 @pytest.mark.parametrize("where", [None, "cpu", "disk"])
 def test_copies_and_pickles_go_on_by_themselves(where: str | None, through: Any) -> None:
     model = make_model("llama", decode_refresh=4)
@@ -275,7 +314,9 @@ def test_copies_and_pickles_go_on_by_themselves(where: str | None, through: Any)
 
     def steps(of: HiPCache, *tokens: int) -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([model(torch.tensor([[token]]), past_key_values=of).logits for token in tokens])
+            return torch.cat(
+                [model(torch.tensor([[token]]), past_key_values=of).logits for token in tokens]
+            )
 
     with torch.no_grad():
         model(ids, past_key_values=cache)
@@ -296,7 +337,14 @@ def test_broken_and_foreign_files_are_refused_and_change_nothing(tmp_path: Path)
         cache.load(path)
     cache.save(path)
     whole = path.read_bytes()
-    for broken in (whole[:-1], whole[: len(whole) // 2], whole[:4], b"", b"not a cache at all", whole + b"more"):
+    for broken in (
+        whole[:-1],
+        whole[: len(whole) // 2],
+        whole[:4],
+        b"",
+        b"not a cache at all",
+        whole + b"more",
+    ):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="truncated or foreign file"):
             cache.load(path)
@@ -328,12 +376,17 @@ def save_under(cache: HiPCache, path: Path, limit: int | None) -> None:
 
 
 @pytest.mark.parametrize(("limit", "code"), [(100_000, 7), (None, -signal.SIGKILL)])
-def test_a_full_disk_or_a_kill_during_save_leaves_the_old_file(limit: int | None, code: int, tmp_path: Path) -> None:
+def test_a_full_disk_or_a_kill_during_save_leaves_the_old_file(
+    limit: int | None, code: int, tmp_path: Path
+) -> None:
     path = tmp_path / "cache"
     small_cache().save(path)
     before = path.read_bytes()
-    # parts small enough for torch to copy them without threads, which a forked process does not have
-    process = multiprocessing.get_context("fork").Process(target=save_under, args=(small_cache(1500), path, limit))
+    # parts small enough for torch to copy them without threads, which a forked process does not
+    # have
+    process = multiprocessing.get_context("fork").Process(
+        target=save_under, args=(small_cache(1500), path, limit)
+    )
     process.start()
     process.join(60)
     assert process.exitcode == code
@@ -349,7 +402,10 @@ def test_a_file_made_of_something_else_is_refused_when_asked(tmp_path: Path) -> 
     cache.save(path, made_of=made_of)
     before = cache.layers[0].keys
     for other in ({**made_of, "tokens": [1, 3]}, {"layers": {0: "dense"}}, {}):
-        with pytest.raises(ValueError, match=r"got a cache made with tokens=\[1, 2\], allowed: tokens=(\[1, 3\]|None)"):
+        with pytest.raises(
+            ValueError,
+            match=r"got a cache made with tokens=\[1, 2\], allowed: tokens=(\[1, 3\]|None)",
+        ):
             cache.load(path, made_of=other)
     with pytest.raises(ValueError, match="got a cache made with seed=None, allowed: seed=0"):
         cache.load(path, made_of={**made_of, "seed": 0})

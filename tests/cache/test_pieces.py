@@ -1,4 +1,5 @@
-"""Dense rows of a cache whose pages lie in several pieces of memory: long pieces are read where they lie, short ones together."""
+"""Dense rows of a cache whose pages lie in several pieces of memory: long pieces are read where
+they lie, short ones together."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def watched(self: Store, *args: Any) -> torch.Tensor:
         found = read(self, *args)
-        if found.untyped_storage().data_ptr() not in [arena.untyped_storage().data_ptr() for arena in self.arenas]:
+        if found.untyped_storage().data_ptr() not in [
+            arena.untyped_storage().data_ptr() for arena in self.arenas
+        ]:
             seen.append(found.shape[1])
         return found
 
@@ -50,7 +53,9 @@ def test_pieces_are_copied_only_where_they_are_short(
         keys, values = layer.update(torch.randn(1, 2, tokens, 16), torch.randn(1, 2, tokens, 16))
     assert len(layer.pool.keys.arenas) == len(TOKENS)
     q = torch.randn(1, 4, rows, 16)
-    found = attend(AttentionProblem(q, keys, values, make_spans(q, keys), 0.25), DENSE, need_lse=True).out
+    found = attend(
+        AttentionProblem(q, keys, values, make_spans(q, keys), 0.25), DENSE, need_lse=True
+    ).out
     assert (copied == []) is (least == 64)
     k, v = keys.dense(), values.dense()
     length = k.shape[2]

@@ -1,4 +1,5 @@
-"""A soak: thousands of random operations on a paged layer against a plain list of tensors, and no page too many."""
+"""A soak: thousands of random operations on a paged layer against a plain list of tensors, and no
+page too many."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ SMALL = dict(num_hidden_layers=1, hip={"window": 16, "sink": 8, "budget": 16, "r
 
 
 class Twin:
-    """A paged layer and, as its model, the keys of each row as a plain tensor. Values are the negated keys."""
+    """A paged layer and, as its model, the keys of each row as a plain tensor. Values are the
+    negated keys."""
 
     def __init__(self, rows: int, offload: str | None = None) -> None:
         config = LlamaConfig(**SMALL)
@@ -61,7 +63,8 @@ class Twin:
         assert pool.used == len(set(named))
         assert sorted(pool.free) == sorted(set(range(len(pool.ref_count))) - set(named))
         assert [named.count(page) for page in range(len(pool.ref_count))] == pool.ref_count
-        # room for what was needed at most, half as much again for growth, and for the copies of one append
+        # room for what was needed at most, half as much again for growth, and for the copies of one
+        # append
         assert len(pool.ref_count) <= 1.5 * (self.most + len(self.rows)) + 8
 
 

@@ -1,7 +1,9 @@
-"""`DecodeState`: steps on a kept state read what they must, whatever happens to the cache in between.
+"""`DecodeState`: steps on a kept state read what they must, whatever happens to the cache in
+between.
 
-`Twin` says what a step must read: it keeps the cache as plain tensors, selects without any state, and remembers only
-what the rules of reuse let a step reuse. The expected output is plain attention under that mask.
+`Twin` says what a step must read: it keeps the cache as plain tensors, selects without any state,
+and remembers only what the rules of reuse let a step reuse. The expected output is plain attention
+under that mask.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def test_token_by_token(prompt: int, fields: dict) -> None:
     assert (twin.reused > 0) == (twin.config.decode_refresh > 1)
 
 
-@pytest.mark.parametrize("call", [dict(softcap=2.0), dict(sliding_window=60), dict(sliding_window=45, scale=0.5)])
+@pytest.mark.parametrize(
+    "call", [dict(softcap=2.0), dict(sliding_window=60), dict(sliding_window=45, scale=0.5)]
+)
 @pytest.mark.parametrize("refresh", [1, 5])
 def test_token_by_token_with_features(refresh: int, call: dict) -> None:
     twin = Twin(small(decode_refresh=refresh), [0, 5], call)
@@ -91,9 +95,12 @@ def test_crop(length: int, refresh: int) -> None:
 
 @pytest.mark.fast
 @pytest.mark.parametrize("refresh", [1, 8])
-@pytest.mark.parametrize("indices", [[2, 0, 1], [0, 0, 0], [1, 1, 2], [2], [1, 0], [0, 0, 1, 1, 2, 2]])
+@pytest.mark.parametrize(
+    "indices", [[2, 0, 1], [0, 0, 0], [1, 1, 2], [2], [1, 0], [0, 0, 1, 1, 2, 2]]
+)
 def test_reorder(indices: list[int], refresh: int) -> None:
-    """Beam search: copies go separate ways for longer than the window, so that their pyramids must part."""
+    """Beam search: copies go separate ways for longer than the window, so that their pyramids must
+    part."""
     twin = Twin(small(decode_refresh=refresh), [0, 5, 40])
     twin.call(100)
     for _ in range(3):
@@ -119,7 +126,10 @@ def test_copies_share_their_pyramid_until_one_grows() -> None:
     for _ in range(30):
         twin.call(1)
     assert twin.state.rows[0].pyramid is not twin.state.rows[1].pyramid
-    assert all(torch.equal(was, now[:, : was.shape[1]]) for was, now in zip(before, first.levels, strict=False))
+    assert all(
+        torch.equal(was, now[:, : was.shape[1]])
+        for was, now in zip(before, first.levels, strict=False)
+    )
 
 
 @pytest.mark.parametrize("refresh", [1, 8])
@@ -191,10 +201,19 @@ def test_another_prompt_on_a_used_state_starts_afresh() -> None:
         got = sparse(q[:, :, :100], k[:, :, :100], v[:, :, :100], small(), state=state)
         assert_near(got.out, sparse(q[:, :, :100], k[:, :, :100], v[:, :, :100], small()).out, 1e-6)
         step = sparse(q[:, :, 100:101], k[:, :, :101], v[:, :, :101], small(), state=state)
-        assert_near(step.out, sparse(q[:, :, 100:101], k[:, :, :101], v[:, :, :101], small(), state=DecodeState()).out, 1e-6)
+        assert_near(
+            step.out,
+            sparse(
+                q[:, :, 100:101], k[:, :, :101], v[:, :, :101], small(), state=DecodeState()
+            ).out,
+            1e-6,
+        )
 
 
-@pytest.mark.parametrize("other", [dict(representative="minmax"), dict(block_k=8), dict(budget=8), dict(options={"weight": 0.1})])
+@pytest.mark.parametrize(
+    "other",
+    [dict(representative="minmax"), dict(block_k=8), dict(budget=8), dict(options={"weight": 0.1})],
+)
 def test_other_settings_start_afresh(other: dict) -> None:
     q, k, v = make_qkv(120)
     state = DecodeState()
@@ -234,7 +253,11 @@ def test_a_dense_call_in_between_costs_the_selection_only() -> None:
         if t % 10 == 5:
             assert attend(make_problem(*row), small(method="dense"), state=state).path == "dense"
         elif t % 10 == 6:
-            assert_near(sparse(*row, small(), state=state).out, sparse(*row, small(), state=DecodeState()).out, 1e-6)
+            assert_near(
+                sparse(*row, small(), state=state).out,
+                sparse(*row, small(), state=DecodeState()).out,
+                1e-6,
+            )
         else:
             sparse(*row, small(), state=state)
 
@@ -276,11 +299,17 @@ def test_static_cache_layers_hand_every_operation_to_their_state() -> None:
 
     layer, pyramids = filled()
     layer.reorder_cache(torch.tensor([2, 0, 0]))
-    assert [layer.hip_state.rows[b].pyramid for b in range(3)] == [pyramids[2], pyramids[0], pyramids[0]]
+    assert [layer.hip_state.rows[b].pyramid for b in range(3)] == [
+        pyramids[2],
+        pyramids[0],
+        pyramids[0],
+    ]
     assert [pyramid.shared for pyramid in pyramids] == [True, False, False]
     layer, pyramids = filled()
     layer.reset()
     assert layer.hip_state.rows == {}
     layer, pyramids = filled()
     layer.hip_state.crop(30)
-    assert [(row.position, row.pyramid.blocks) for row in layer.hip_state.rows.values()] == [(30, 7)] * 3
+    assert [(row.position, row.pyramid.blocks) for row in layer.hip_state.rows.values()] == [
+        (30, 7)
+    ] * 3

@@ -1,4 +1,5 @@
-"""`hip-hf chat`: turns that compute their new tokens only, and answer what the whole conversation read anew would answer."""
+"""`hip-hf chat`: turns that compute their new tokens only, and answer what the whole conversation
+read anew would answer."""
 
 from __future__ import annotations
 
@@ -25,9 +26,12 @@ from hip_hf.eval.measure.chat import Conversation
 
 # Answers begin with another word once they are history.
 REWRITTEN = TEMPLATE.replace(
-    "message['content']", "(message['content'] if message['role'] == 'user' else 'w05' + message['content'][3:])"
+    "message['content']",
+    "(message['content'] if message['role'] == 'user' else 'w05' + message['content'][3:])",
 )
-ALL_READ = dict(budget=1024)  # what is selected, when, and for how many rows then makes no difference
+ALL_READ = dict(
+    budget=1024
+)  # what is selected, when, and for how many rows then makes no difference
 
 
 @contextmanager
@@ -35,14 +39,16 @@ def counted(model: PreTrainedModel) -> Iterator[list[int]]:
     """How many tokens each forward pass computes."""
     rows: list[int] = []
     hook = model.register_forward_hook(
-        lambda module, args, kwargs, output: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        lambda module, args, kwargs, output: rows.append(kwargs["input_ids"].shape[1]),
+        with_kwargs=True,
     )
     yield rows
     hook.remove()
 
 
 def afresh(one: Conversation, question: str) -> tuple[list[int], str]:
-    """The tokens of the conversation with this question, and the answer of a model that has to read all of them."""
+    """The tokens of the conversation with this question, and the answer of a model that has to read
+    all of them."""
     prompt = one.encode(one.render([*one.messages, one._question(question)]))
     new = generate.generate(one.model, prompt, NEW).ids
     return prompt, one.tokenizer.decode(new, skip_special_tokens=True).strip()
@@ -100,7 +106,8 @@ def test_of_a_short_question_nothing_else_is_read(document: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_template_that_rewrites_history(family: str) -> None:
-    """The cache is cropped to what stays; where a sliding window has moved on (Gemma 2), all is read again."""
+    """The cache is cropped to what stays; where a sliding window has moved on (Gemma 2), all is
+    read again."""
     model = word_model(family, **ALL_READ)
     one = talk(model, word_tokenizer(REWRITTEN))
     first, _ = afresh(one, QUESTIONS[0])
@@ -149,12 +156,17 @@ def test_a_model_without_a_template_answers_in_lines() -> None:
     assert tokenizer.decode(one.document_ids) == "User: It was so.\n\n"
     with counted(model) as rows:
         model.lm_head.register_forward_hook(
-            lambda module, args, logits: logits.index_fill(2, torch.tensor([newline]), 50.0 if len(rows) % 4 == 3 else -50.0)
+            lambda module, args, logits: logits.index_fill(
+                2, torch.tensor([newline]), 50.0 if len(rows) % 4 == 3 else -50.0
+            )
         )
         assert one.ask("Why?", 20).answer == "aaa"
     assert tokenizer.decode(one.held) == "User: It was so.\n\nWhy?\nAssistant:aaa"
     prompt = one.encode(one.render([*one.messages, one._question("How?")]))
-    assert tokenizer.decode(prompt) == "User: It was so.\n\nWhy?\nAssistant:aaa\nUser: How?\nAssistant:"
+    assert (
+        tokenizer.decode(prompt)
+        == "User: It was so.\n\nWhy?\nAssistant:aaa\nUser: How?\nAssistant:"
+    )
 
 
 # files
@@ -171,7 +183,9 @@ def test_a_document_from_a_file_is_answered_about_as_one_that_was_read(tmp_path:
         assert not rows
         turns = [loaded.ask(question, NEW) for question in QUESTIONS]
     assert rows[0] == turns[0].tokens_read == len(f"{QUESTIONS[0]} </s> <s> assistant".split())
-    assert [turn.answer for turn in turns] == [read.ask(question, NEW).answer for question in QUESTIONS]
+    assert [turn.answer for turn in turns] == [
+        read.ask(question, NEW).answer for question in QUESTIONS
+    ]
     assert turns[0].keys_read < 0.6
 
 
@@ -279,9 +293,13 @@ def test_the_line_below_an_answer_is_right() -> None:
     assert turn.keys_read == pytest.approx(fmean(shares))
     assert 0.1 < turn.keys_read < 0.9
     assert 0 < turn.first_token_s < turn.seconds
-    assert turn.tokens_per_s == pytest.approx((NEW - 1) / (turn.seconds - turn.first_token_s), rel=0.5)
+    assert turn.tokens_per_s == pytest.approx(
+        (NEW - 1) / (turn.seconds - turn.first_token_s), rel=0.5
+    )
     pages = -(-one.cache.get_seq_length() // 64)
-    kept = len(model.model.layers) * pages * 64 * 2 * 2 * 16 * 4 / 2**20  # keys and values of two heads of 16, fp32
+    kept = (
+        len(model.model.layers) * pages * 64 * 2 * 2 * 16 * 4 / 2**20
+    )  # keys and values of two heads of 16, fp32
     assert kept <= turn.cache_mib < 1.5 * kept
     length = len(f"<s> user {DOCUMENT} {QUESTIONS[0]} </s> <s> assistant".split()) + NEW - 1
     line = (
@@ -295,11 +313,15 @@ def test_the_line_below_an_answer_is_right() -> None:
 
 def test_answers_are_streamed(capsys: pytest.CaptureFixture[str]) -> None:
     one = talk(word_model())
-    turn = one.ask(QUESTIONS[0], NEW, TextStreamer(one.tokenizer, skip_prompt=True, skip_special_tokens=True))
+    turn = one.ask(
+        QUESTIONS[0], NEW, TextStreamer(one.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    )
     assert capsys.readouterr().out == turn.answer + "\n"
 
 
-def test_questions_are_typed_until_the_input_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_are_typed_until_the_input_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = iter([" w11 ", "", KeyboardInterrupt(), "w12", EOFError(), "w13"])
 
     def typed(prompt: str) -> str:

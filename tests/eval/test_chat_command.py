@@ -1,4 +1,5 @@
-"""The command `hip-hf chat`: questions from options and pipes, a document's file, and what is refused before any work."""
+"""The command `hip-hf chat`: questions from options and pipes, a document's file, and what is
+refused before any work."""
 
 from __future__ import annotations
 
@@ -32,8 +33,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(checkpoint: str, *arguments: object, typed: str | None = None) -> Any:
-    given = ["chat", checkpoint, "--document", f"{checkpoint}/document.txt", "--max-new-tokens", NEW, *arguments]
-    return CliRunner(env={"COLUMNS": "400", "TERM": "dumb"}).invoke(app, [str(word) for word in given], input=typed)
+    given = [
+        "chat",
+        checkpoint,
+        "--document",
+        f"{checkpoint}/document.txt",
+        "--max-new-tokens",
+        NEW,
+        *arguments,
+    ]
+    return CliRunner(env={"COLUMNS": "400", "TERM": "dumb"}).invoke(
+        app, [str(word) for word in given], input=typed
+    )
 
 
 def test_the_command_asks_what_it_is_given(checkpoint: str, tmp_path: Path) -> None:
@@ -55,10 +66,17 @@ def test_the_command_asks_what_it_is_given(checkpoint: str, tmp_path: Path) -> N
     assert piped.exit_code == 0, piped.output
     assert piped.stdout.splitlines() == [row["answer"] for row in shown["rows"]]
     said = piped.stderr.splitlines()
-    assert [line for line in said if line.startswith("> ")] == [f"> {question}" for question in QUESTIONS]
+    assert [line for line in said if line.startswith("> ")] == [
+        f"> {question}" for question in QUESTIONS
+    ]
     assert any(line.startswith("document.txt: 152 tokens loaded in ") for line in said)
     for row in shown["rows"]:
-        assert any(re.search(rf" s: {row['tokens_read']} tokens .* cache: {row['cache_tokens']} tokens,", line) for line in said)
+        assert any(
+            re.search(
+                rf" s: {row['tokens_read']} tokens .* cache: {row['cache_tokens']} tokens,", line
+            )
+            for line in said
+        )
 
 
 def test_a_document_may_be_cut_and_answers_sampled(checkpoint: str) -> None:
@@ -71,7 +89,10 @@ def test_a_document_may_be_cut_and_answers_sampled(checkpoint: str) -> None:
 
 def test_a_conversation_beyond_the_trained_length_is_warned_of(checkpoint: str) -> None:
     result = run(checkpoint, "--tokens", LONGEST, "--question", "w11")
-    assert "longer than the 200 tokens that the model is made for: --set extend=streaming" in result.stderr
+    assert (
+        "longer than the 200 tokens that the model is made for: --set extend=streaming"
+        in result.stderr
+    )
     assert "longer than" not in run(checkpoint, "--question", "w11").stderr
 
 
@@ -87,7 +108,11 @@ def test_a_conversation_beyond_the_trained_length_is_warned_of(checkpoint: str) 
     ],
 )
 def test_the_command_refuses_before_it_reads(
-    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], what: str
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    what: str,
 ) -> None:
     (tmp_path / "EMPTY").write_text(" \n")
     other = talk(word_model(), document="w20 w21 w22")
@@ -97,16 +122,25 @@ def test_the_command_refuses_before_it_reads(
         raise AssertionError("a token was computed")
 
     monkeypatch.setattr(generate, "generate", work)
-    result = run(checkpoint, *(tmp_path / word if word.isupper() else word for word in arguments), "--question", "w11")
+    result = run(
+        checkpoint,
+        *(tmp_path / word if word.isupper() else word for word in arguments),
+        "--question",
+        "w11",
+    )
     assert result.exit_code == 2, result.output
     assert what in " ".join(result.output.replace("│", " ").split())
     assert sorted(file.name for file in tmp_path.iterdir()) == ["EMPTY", "FOREIGN"]
 
 
-def test_a_model_whose_cache_has_no_file_is_refused_before_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_cache_has_no_file_is_refused_before_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = Conversation(word_model(), word_tokenizer(), DOCUMENT)
     one.cache.layers[1] = object()
-    with pytest.raises(Exception, match="got a object, allowed: full-attention and sliding-window layers"):
+    with pytest.raises(
+        Exception, match="got a object, allowed: full-attention and sliding-window layers"
+    ):
         chat.fill(one, tmp_path / "document.cache")
     assert type(one.cache) is HiPCache
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
-"""The command `hip-hf`: a list of commands that costs nothing, and commands that are what the list says."""
+"""The command `hip-hf`: a list of commands that costs nothing, and commands that are what the list
+says."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def test_the_list_of_commands_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.context])
+@pytest.mark.parametrize(
+    "name", [name for name, command in COMMANDS.items() if not command.context]
+)
 def test_a_command_is_what_the_list_says(name: str) -> None:
     """Its help begins alike, and it has the function's parameters."""
     command = COMMANDS[name]
@@ -61,7 +64,9 @@ def test_a_command_is_what_the_list_says(name: str) -> None:
     shown = invoke(name, "--help")
     assert command.help in shown
     own = load(name)
-    assert {parameter.name for parameter in own.params} == set(inspect.signature(function).parameters)
+    assert {parameter.name for parameter in own.params} == set(
+        inspect.signature(function).parameters
+    )
 
 
 def test_lm_eval_is_what_the_list_says() -> None:

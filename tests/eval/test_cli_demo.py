@@ -35,7 +35,9 @@ def shown(checkpoint: str, text: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_demo_compares_both_implementations(shown: dict[str, Any]) -> None:
-    assert shown["tokens"] == LENGTH - 6  # the answer's tokens are left room for: a space and five digits
+    assert (
+        shown["tokens"] == LENGTH - 6
+    )  # the answer's tokens are left room for: a space and five digits
     assert [row["attention"] for row in shown["rows"]] == ["sdpa", "hip"]
     for row in shown["rows"]:
         assert row["first_token_s"] > 0
@@ -49,7 +51,10 @@ def test_demo_compares_both_implementations(shown: dict[str, Any]) -> None:
 
 def test_demo_is_sparse_where_the_settings_say(shown: dict[str, Any]) -> None:
     for rows in (shown["explain"], shown["explain_decode"]):
-        assert [(row["layer"], row["path"], row["reason"]) for row in rows] == [(0, "dense", "dense layer"), (1, "sparse", "")]
+        assert [(row["layer"], row["path"], row["reason"]) for row in rows] == [
+            (0, "dense", "dense layer"),
+            (1, "sparse", ""),
+        ]
     dense, hip = (row["keys_read"] for row in shown["rows"])
     assert dense == 1
     assert hip == pytest.approx(sum(row["share"] for row in shown["explain"]) / 2)
@@ -60,14 +65,29 @@ def test_demo_draws_a_picture(shown: dict[str, Any]) -> None:
     plt = plots.pyplot()
     picture = (plt.imread(shown["picture"])[..., :3] * 255).round().astype(int)
     assert min(picture.shape[:2]) > 500
-    colours = {"#{:02x}{:02x}{:02x}".format(*pixel) for pixel in picture.reshape(-1, 3)[::7].tolist()}
+    colours = {
+        "#{:02x}{:02x}{:02x}".format(*pixel) for pixel in picture.reshape(-1, 3)[::7].tolist()
+    }
     assert set(plots.BLOCK_KINDS.values()) <= colours
 
 
-def test_demo_prints_tables(checkpoint: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_prints_tables(
+    checkpoint: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # in this process: that the measurements come from fresh ones is shown above
     monkeypatch.setattr(demo, "in_own_process", demo.answer)
-    given = ("--checkpoint", checkpoint, "--document", text, "--picture", tmp_path / "demo.png", "--facts", 1, "--tokens", 300)
+    given = (
+        "--checkpoint",
+        checkpoint,
+        "--document",
+        text,
+        "--picture",
+        tmp_path / "demo.png",
+        "--facts",
+        1,
+        "--tokens",
+        300,
+    )
     result = run(demo, *given, "--set", "method=streaming")
     assert result.exit_code == 0, result.output
     assert "(wrong)" in result.stdout
@@ -107,7 +127,9 @@ def test_kinds_read_counts_what_attention_counts(checkpoint: str) -> None:
         assert count["sink"] == (1 if i > 1 else 0)
         assert count["window"] == min(2 * (i + 1), 4)
         assert count["selected"] == max(0, min(4, 2 * i - 3))
-        assert count["read densely"] == (32 - 9 if i == 15 else 0)  # the tail: all else that is visible
+        assert count["read densely"] == (
+            32 - 9 if i == 15 else 0
+        )  # the tail: all else that is visible
     kinds, path = kinds_read(problem, settings, layer=0)
     assert path == "dense: dense layer"
     assert set(kinds.unique().tolist()) == {-1, names.index("read densely")}
@@ -122,7 +144,9 @@ def test_kinds_read_counts_what_attention_counts(checkpoint: str) -> None:
         ("--set", "budget", "field=value"),
     ],
 )
-def test_demo_refuses_what_it_cannot_do(checkpoint: str, text: Path, option: str, value: str, what: str) -> None:
+def test_demo_refuses_what_it_cannot_do(
+    checkpoint: str, text: Path, option: str, value: str, what: str
+) -> None:
     given = {"--checkpoint": checkpoint, "--document": str(text), option: value}
     result = run(demo, *(word for pair in given.items() for word in pair))
     assert result.exit_code == 2
@@ -133,7 +157,18 @@ def test_demo_refuses_what_it_cannot_do(checkpoint: str, text: Path, option: str
 
 
 def test_demo_beyond_the_models_length_is_hip_alone(checkpoint: str, text: Path) -> None:
-    given = ("--checkpoint", checkpoint, "--document", text, "--tokens", 20_480, "--chunk", 512, "--facts", 2)
+    given = (
+        "--checkpoint",
+        checkpoint,
+        "--document",
+        text,
+        "--tokens",
+        20_480,
+        "--chunk",
+        512,
+        "--facts",
+        2,
+    )
     result = run(demo, *given, "--set", "dense_layers=0", "--json")
     assert result.exit_code == 0, result.output
     assert "longer than the model was made for" in " ".join(result.stderr.split())
@@ -149,12 +184,15 @@ def test_demo_beyond_the_models_length_is_hip_alone(checkpoint: str, text: Path)
 
 
 def test_memory_beyond_the_cache_is_that_of_a_chunk(checkpoint: str, text: Path) -> None:
-    """Four times the tokens, and no more memory beside the cache; read at once it takes far more."""
+    """Four times the tokens, and no more memory beside the cache; read at once it takes far
+    more."""
     fields = dict(dense_layers=0, dense_tail=0)
     beside = {}
     for tokens, chunk in ((8192, 1024), (32768, 1024), (32768, None)):
         prompts, _, _ = demo.prepare(checkpoint, text, tokens, make_facts(1, seed=0))
-        memory = demo.in_own_process(DemoRun(checkpoint, "hip", prompts, 2, fields, chunk))["memory_mib"]
+        memory = demo.in_own_process(DemoRun(checkpoint, "hip", prompts, 2, fields, chunk))[
+            "memory_mib"
+        ]
         beside[tokens, chunk] = memory["peak"] - memory["cache"]
     noise = 16  # of what the system counts as a process's memory, in MiB
     assert beside[32768, 1024] < beside[8192, 1024] + noise
@@ -173,7 +211,16 @@ def prompt(tmp_path: Path, text: Path) -> Path:
 
 @pytest.mark.fast
 def test_generate_says_what_attention_did(checkpoint: str, prompt: Path) -> None:
-    shown = run_json(generate, checkpoint, "--prompt-file", prompt, "--max-new-tokens", 5, "--set", "dense_layers=0")
+    shown = run_json(
+        generate,
+        checkpoint,
+        "--prompt-file",
+        prompt,
+        "--max-new-tokens",
+        5,
+        "--set",
+        "dense_layers=0",
+    )
     assert [row["path"] for row in shown["rows"]] == ["sparse", "sparse"]
     assert [row["cache"] for row in shown["decode_rows"]] == ["pages", "pages"]
     assert shown["settings"]["dense_layers"] == 0
@@ -194,7 +241,17 @@ def test_generate_agrees_with_sdpa_where_everything_is_read(checkpoint: str, pro
 
 
 def test_generate_reads_a_prompt_of_any_length_in_chunks(checkpoint: str, prompt: Path) -> None:
-    given = (checkpoint, "--prompt-file", prompt, "--max-new-tokens", 4, "--set", "dense_layers=0", "--tokens", 2048)
+    given = (
+        checkpoint,
+        "--prompt-file",
+        prompt,
+        "--max-new-tokens",
+        4,
+        "--set",
+        "dense_layers=0",
+        "--tokens",
+        2048,
+    )
     whole, parts = run_json(generate, *given), run_json(generate, *given, "--chunk", 256)
     assert whole["timing"]["prompt_tokens"] == parts["timing"]["prompt_tokens"] == 2048
     # the same pages; summaries, an eighth as large, are in tables that may have room to grow
@@ -203,7 +260,9 @@ def test_generate_reads_a_prompt_of_any_length_in_chunks(checkpoint: str, prompt
     # the same keys are read whatever the chunks, where the last rows of each are not dense
     given = (*given, "--set", "dense_tail=0")
     whole, parts = run_json(generate, *given), run_json(generate, *given, "--chunk", 256)
-    assert [row["share"] for row in parts["rows"]] == pytest.approx([row["share"] for row in whole["rows"]], rel=1e-9)
+    assert [row["share"] for row in parts["rows"]] == pytest.approx(
+        [row["share"] for row in whole["rows"]], rel=1e-9
+    )
     assert parts["rows"][0]["share"] < 0.7
     assert lengthen([1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
     assert lengthen([1, 2, 3], 2) == [1, 2]
@@ -238,7 +297,9 @@ def test_generate_refuses_what_it_cannot_do(
     checkpoint: str, prompt: Path, tmp_path: Path, arguments: tuple[str, ...], what: str
 ) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
-    arguments = tuple(str(tmp_path / "empty.txt") if word == "EMPTY" else word for word in arguments)
+    arguments = tuple(
+        str(tmp_path / "empty.txt") if word == "EMPTY" else word for word in arguments
+    )
     result = run(generate, checkpoint, "--prompt-file", prompt, *arguments)
     assert result.exit_code == 2
     assert what in " ".join(result.output.replace("│", " ").split())
@@ -249,7 +310,10 @@ def test_generate_refuses_what_it_cannot_do(
 
 def test_explain_runs_a_prompt_of_that_length(checkpoint: str) -> None:
     shown = run_json(explain, checkpoint, "--tokens", 512)
-    assert [(row["path"], row["reason"]) for row in shown["rows"]] == [("dense", "dense layer"), ("sparse", "")]
+    assert [(row["path"], row["reason"]) for row in shown["rows"]] == [
+        ("dense", "dense layer"),
+        ("sparse", ""),
+    ]
     assert shown["rows"][1]["share"] < 0.6
     table = run(explain, checkpoint, "--tokens", 512, "--attn", "streaming").stdout
     assert "dense layer" in table
@@ -265,7 +329,9 @@ def test_a_missing_matplotlib_is_said_in_one_line(monkeypatch: pytest.MonkeyPatc
 # demo, all facts at once
 
 
-def test_demo_asks_a_model_for_all_facts_at_once(checkpoint: str, text: Path, tmp_path: Path) -> None:
+def test_demo_asks_a_model_for_all_facts_at_once(
+    checkpoint: str, text: Path, tmp_path: Path
+) -> None:
     given = ("--model", checkpoint, "--document", text, "--facts", 3, "--seed", 1)
     shown = run_json(demo, *given)
     assert shown["tokens"] == LENGTH  # as many as the model is made for: nothing is generated
@@ -274,7 +340,10 @@ def test_demo_asks_a_model_for_all_facts_at_once(checkpoint: str, text: Path, tm
         assert row["first_token_s"] > 0
         assert row["right"].endswith("/3")
         assert 0 <= row["digits"] <= 1
-    assert [(row["path"], row["reason"]) for row in shown["explain"]] == [("dense", "dense layer"), ("sparse", "")]
+    assert [(row["path"], row["reason"]) for row in shown["explain"]] == [
+        ("dense", "dense layer"),
+        ("sparse", ""),
+    ]
     dense, hip = (row["keys_read"] for row in shown["rows"])
     assert dense == 1
     assert hip == pytest.approx(sum(row["share"] for row in shown["explain"]) / 2)
@@ -308,7 +377,9 @@ def test_demo_says_what_the_model_says(checkpoint: str, text: Path) -> None:
         said = net(torch.tensor([prompt.ids])).logits[0].argmax(1)
     for answer, given in zip(prompt.answers, reading.answers, strict=True):
         words = [tokenizer.decode([said[at - 1]]).strip() for at in answer.positions]
-        assert given == "".join(word if word.isdigit() and len(word) == 1 else NO_DIGIT for word in words)
+        assert given == "".join(
+            word if word.isdigit() and len(word) == 1 else NO_DIGIT for word in words
+        )
 
 
 def test_the_real_model_is_fetched_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +411,9 @@ def test_an_index_out_of_reach_ends_the_demo_in_one_line(monkeypatch: pytest.Mon
         ("--device", "abacus", "a device of this machine"),
     ],
 )
-def test_demo_of_a_model_refuses_what_it_cannot_do(checkpoint: str, text: Path, option: str, value: str, what: str) -> None:
+def test_demo_of_a_model_refuses_what_it_cannot_do(
+    checkpoint: str, text: Path, option: str, value: str, what: str
+) -> None:
     given = {"--model": checkpoint, "--document": str(text), option: value}
     result = run(demo, *(word for pair in given.items() for word in pair))
     assert result.exit_code == 2

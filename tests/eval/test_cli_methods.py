@@ -1,4 +1,5 @@
-"""`hip-hf generate` and `hip-hf demo` end well with every method, and count the memory of what each keeps."""
+"""`hip-hf generate` and `hip-hf demo` end well with every method, and count the memory of what each
+keeps."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def test_every_method(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caches: list[Any] = []
-    monkeypatch.setattr(generate, "HiPCache", lambda config: caches.append(HiPCache(config)) or caches[-1])
+    monkeypatch.setattr(
+        generate, "HiPCache", lambda config: caches.append(HiPCache(config)) or caches[-1]
+    )
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(text.read_text()[:2000])
     setting = ("--set", f"method={method}")
@@ -38,7 +41,19 @@ def test_every_method(
     pages = sum(layer.pool.bytes(layer.pool.used) for layer in caches[0].paged) / 2**20
     assert (made["memory_mib"]["cache"] > pages) == summarises(HiPConfig(method=method))
 
-    monkeypatch.setattr(demo, "in_own_process", demo.answer)  # that demo starts processes is shown elsewhere
-    given = ("--document", text, "--tokens", 400, "--facts", 1, "--picture", tmp_path / "demo.png", *setting)
+    monkeypatch.setattr(
+        demo, "in_own_process", demo.answer
+    )  # that demo starts processes is shown elsewhere
+    given = (
+        "--document",
+        text,
+        "--tokens",
+        400,
+        "--facts",
+        1,
+        "--picture",
+        tmp_path / "demo.png",
+        *setting,
+    )
     shown = run_json(demo, "--checkpoint", checkpoint, *given)
     assert {row["method"] for row in shown["explain"]} == {method}

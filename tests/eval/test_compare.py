@@ -1,4 +1,5 @@
-"""The comparison of methods: costs by instrumented runs, hyper's mass and assumptions by brute force, presets, curves."""
+"""The comparison of methods: costs by instrumented runs, hyper's mass and assumptions by brute
+force, presets, curves."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def counted(problem: Any, config: HiPConfig) -> int:
     ],
 )
 @pytest.mark.parametrize("tokens", [96, 413, 1005])
-def test_costs_of_one_query_block_are_those_of_an_instrumented_run(fields: dict[str, Any], tokens: int, threads: Any) -> None:
+def test_costs_of_one_query_block_are_those_of_an_instrumented_run(
+    fields: dict[str, Any], tokens: int, threads: Any
+) -> None:
     threads(1)
     config = small(**fields, block_q=32)
     position = tokens // 32 * 32 - 32
@@ -63,8 +66,11 @@ def test_costs_of_one_query_block_are_those_of_an_instrumented_run(fields: dict[
 
 @pytest.mark.parametrize("method", ["streaming", "vertical_slash", "sample", "h2o", "oracle"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_costs_of_a_call_are_those_of_an_instrumented_run(method: str, shared: bool, threads: Any) -> None:
-    """Of methods in which no product serves two query blocks, or all are counted once for the call."""
+def test_costs_of_a_call_are_those_of_an_instrumented_run(
+    method: str, shared: bool, threads: Any
+) -> None:
+    """Of methods in which no product serves two query blocks, or all are counted once for the
+    call."""
     threads(1)
     config = small(method=method, group_shared=shared)
     problem = make_problem(*make_qkv(413, dv=8))
@@ -90,14 +96,19 @@ def test_hypers_cost_is_that_of_an_instrumented_run(threads: Any) -> None:
     assert cost.read / cost.visible == pytest.approx(attend(problem, config).share)
     parts = [call_cost(config, some, 0, 413, 16, 8) for some in (blocks, blocks[10:])]
     assert parts[1].rows == 413 - blocks[10].first
-    read = [hyper.flops(config.method_options(), 0, 413, 16, 8, since)[2] for since in (0, 1, 160, 412)]
+    read = [
+        hyper.flops(config.method_options(), 0, 413, 16, 8, since)[2] for since in (0, 1, 160, 412)
+    ]
     assert read[0] - read[1] == 1  # the first row reads its own key
     assert parts[1].read == read[2]
 
 
 def test_deltas_cost_is_its_dense_rows() -> None:
     span = make_problem(*make_qkv(413)).spans[0]
-    plain, corrected = small(method="streaming"), small(method="streaming", delta=32, delta_mode="step")
+    plain, corrected = (
+        small(method="streaming"),
+        small(method="streaming", delta=32, delta_mode="step"),
+    )
     blocks = query_blocks(plain, span, False)
     costs = [call_cost(config, blocks[5:], 0, 413, 16, 16) for config in (plain, corrected)]
     dense = [p for p in range(0, 413, 32) if p >= blocks[5].first]
@@ -120,17 +131,28 @@ def test_bytes_of_asking_who_needs_the_middle() -> None:
     """Of 300 keys between sink and window at most 256 are asked: one of two."""
     config = small(options={"sample": 256})
     block = query_blocks(config, make_problem(*make_qkv(413)).spans[0], False)[20]
-    asking, not_asking = (block_cost(replace(config, vote=vote), block, 16, 8, itemsize=2) for vote in ("need", "sampled"))
+    asking, not_asking = (
+        block_cost(replace(config, vote=vote), block, 16, 8, itemsize=2)
+        for vote in ("need", "sampled")
+    )
     assert block.num_candidates * 4 == 300
     assert asking.selection_bytes - not_asking.selection_bytes == 2 * 150 * 16
 
 
 def test_every_method_has_a_cost_and_a_preset() -> None:
-    costs = {method: prompt_cost(HiPConfig(method=method, budget=16), 1000) for method in METHODS.keys() - {"dense"}}
+    costs = {
+        method: prompt_cost(HiPConfig(method=method, budget=16), 1000)
+        for method in METHODS.keys() - {"dense"}
+    }
     assert [method for method, cost in costs.items() if cost is None or not cost.attention] == []
     assert {presets()[name]["method"] for name in every()} | {"dense"} == METHODS.keys()
     with pytest.raises(ValueError, match="hyper"):
-        block_cost(HiPConfig(method="hyper"), query_blocks(small(), make_problem(*make_qkv(50)).spans[0], False)[0], 16, 16)
+        block_cost(
+            HiPConfig(method="hyper"),
+            query_blocks(small(), make_problem(*make_qkv(50)).spans[0], False)[0],
+            16,
+            16,
+        )
 
 
 def test_mass_of_hyper_is_that_of_what_it_reads_exactly() -> None:
@@ -146,7 +168,9 @@ def test_mass_of_hyper_is_that_of_what_it_reads_exactly() -> None:
     )
     kept = (p[0] * own).sum(-1)
     blocks = mass.searched_blocks(problem, configs[0])
-    want = torch.stack([kept[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks], dim=1)
+    want = torch.stack(
+        [kept[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks], dim=1
+    )
     assert_near(measured[0].mass, want, 1e-5, "mass")
     assert measured[0].overlap is None
     assert measured[1].overlap is not None
@@ -159,7 +183,12 @@ def test_hyper_assumptions_by_brute_force() -> None:
     got = measure_assumptions(make_problem(q, k, v), config)
     logits = (q[0, :, 50:] @ k[0, :, :50].repeat_interleave(2, 0).transpose(1, 2) / 4).double()
     p = logits.softmax(-1)
-    own = weights(q, k, small(method="hyper", options=dict(min_seq_len=50, block_size=10, sample_size=0)))[:, 50:, :50] > 0
+    own = (
+        weights(
+            q, k, small(method="hyper", options=dict(min_seq_len=50, block_size=10, sample_size=0))
+        )[:, 50:, :50]
+        > 0
+    )
     assert (own.sum(-1) == 10).all()
     light = logits.exp().masked_fill(own, 0).sum(-1)
     assert_near(torch.tensor(got["column_norm"]), p.square().sum(1).amax(-1), 1e-6)
@@ -189,7 +218,9 @@ def test_hyper_assumptions_tell_easy_from_hard() -> None:
 def test_hyper_is_sized_to_read_as_many_keys(tokens: int, budget: int) -> None:
     config = HiPConfig(budget=budget)
     _, _, read = hyper.flops(hyper.Options(**hyper.sized(config, tokens)), 0, tokens, 1, 1)
-    blocks = query_blocks(config, make_problem(*(torch.zeros(1, 1, tokens, 1),) * 3).spans[0], False)
+    blocks = query_blocks(
+        config, make_problem(*(torch.zeros(1, 1, tokens, 1),) * 3).spans[0], False
+    )
     want = call_cost(config, blocks, 0, tokens, 1, 1).read
     assert read == pytest.approx(want, rel=0.2)
     assert keys_seen(0, tokens - 1, None) > read
@@ -209,7 +240,10 @@ class Even:
         return self
 
     def select(self, heads: slice, blocks: list[Any]) -> torch.Tensor:
-        ids = [torch.arange(self.budget) * block.num_candidates // self.budget + block.low for block in blocks]
+        ids = [
+            torch.arange(self.budget) * block.num_candidates // self.budget + block.low
+            for block in blocks
+        ]
         return torch.stack(ids).expand(heads.stop - heads.start, self.shares, -1, -1)
 
     def cost(self, block: Any, dim: int) -> tuple[int, int]:
@@ -235,7 +269,8 @@ def test_a_method_of_ones_own() -> None:
 
 
 def test_own_settings(tmp_path: Path) -> None:
-    """Those of the checkpoint's config, in a wrapper's language part as well; nothing else touches them."""
+    """Those of the checkpoint's config, in a wrapper's language part as well; nothing else touches
+    them."""
     config = LlamaConfig(**GROUPED)
     config.save_pretrained(tmp_path)
     found = settings_of(["own"], checkpoint=str(tmp_path), budget=128, window=64)
@@ -247,16 +282,31 @@ def test_own_settings(tmp_path: Path) -> None:
         assert own == HiPConfig(budget=256, layers={1: {"budget": 64}}, dense_layers=1)
     with pytest.raises(ValueError, match="no model here"):
         settings_of(["own"])
-    assert "cannot load" in refused(passkey_command.main, str(tmp_path / "nowhere"), "--settings", "own")
+    assert "cannot load" in refused(
+        passkey_command.main, str(tmp_path / "nowhere"), "--settings", "own"
+    )
 
 
 def test_own_settings_have_one_row(tmp_path: Path) -> None:
-    """Beside the others, at any number of budgets; and it is these settings that the model attends by."""
+    """Beside the others, at any number of budgets; and it is these settings that the model attends
+    by."""
     model, text = save_checkpoint(tmp_path)
     own = {**SMALL, "dense_layers": 1, "dense_below": 0, "dense_tail": 0}
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hip": own}))
-    arguments = [model, "--document", text, "--tokens", "256", "--prompts", "1", "--measures", "perplexity", "--budgets", "32,64"]
+    arguments = [
+        model,
+        "--document",
+        text,
+        "--tokens",
+        "256",
+        "--prompts",
+        "1",
+        "--measures",
+        "perplexity",
+        "--budgets",
+        "32,64",
+    ]
     sizes = json.dumps({name: value for name, value in SMALL.items() if name != "budget"})
     report = run(compare_command.main, *arguments, "--settings", sizes, "--settings", "own")
     assert [row["settings"] for row in report["rows"]] == [f"{sizes} @ 32", "own", f"{sizes} @ 64"]
@@ -271,7 +321,11 @@ def test_all_presets() -> None:
     assert list(settings) == ["dense", *every()]
     assert "quality" in settings
     assert "own" not in settings
-    assert (settings["quality"].beam, settings["quality"].query_stride, settings["quality"].decode_refresh) == (16, 1, 1)
+    assert (
+        settings["quality"].beam,
+        settings["quality"].query_stride,
+        settings["quality"].decode_refresh,
+    ) == (16, 1, 1)
     assert settings["hyper"].options["min_seq_len"] < 1000
     assert all(config.budget == 128 for config in settings.values())
 
@@ -280,13 +334,41 @@ def test_command_with_several_budgets(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     sizes = {name: value for name, value in SMALL.items() if name != "budget"}
     names = [json.dumps({**sizes, "method": method}) for method in ("quest", "streaming")]
-    names.append(json.dumps({**sizes, "method": "hyper", "options": {"min_seq_len": 64, "block_size": 16, "sample_size": 16}}))
+    names.append(
+        json.dumps(
+            {
+                **sizes,
+                "method": "hyper",
+                "options": {"min_seq_len": 64, "block_size": 16, "sample_size": 16},
+            }
+        )
+    )
     picture = tmp_path / "curves.png"
-    arguments = [model, "--document", text, "--tokens", "512", "--facts", "2", "--prompts", "1", "--budgets", "32,64"]
-    report = run(fidelity_command.main, *arguments, *[x for name in names for x in ("--settings", name)], "--plot", str(picture))
+    arguments = [
+        model,
+        "--document",
+        text,
+        "--tokens",
+        "512",
+        "--facts",
+        "2",
+        "--prompts",
+        "1",
+        "--budgets",
+        "32,64",
+    ]
+    report = run(
+        fidelity_command.main,
+        *arguments,
+        *[x for name in names for x in ("--settings", name)],
+        "--plot",
+        str(picture),
+    )
     rows = {row["settings"]: row for row in report["rows"] if row["layer"] == "all"}
     assert list(rows) == [f"{name} @ {budget}" for budget in (32, 64) for name in names]
-    quest, streaming, hyper_ = ([rows[f"{name} @ {budget}"] for budget in (32, 64)] for name in names)
+    quest, streaming, hyper_ = (
+        [rows[f"{name} @ {budget}"] for budget in (32, 64)] for name in names
+    )
     assert quest[0]["keys_read"] < quest[1]["keys_read"]
     assert quest[0]["bytes"] > 0
     assert streaming[0]["overlap"] == 0

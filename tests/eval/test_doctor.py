@@ -20,12 +20,17 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import doctor
 from hip_hf_cli import app
 
-pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="what stands for a GPU here is the interpreter")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda", reason="what stands for a GPU here is the interpreter"
+)
 
 
 def run(*arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit status and document of a run in fp32 with short calls."""
-    done = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--dtypes", "fp32", "--length", "256", "--json", *arguments])
+    done = CliRunner().invoke(
+        app,
+        ["doctor", "--device", "cpu", "--dtypes", "fp32", "--length", "256", "--json", *arguments],
+    )
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, json.loads(done.stdout)
 
@@ -37,7 +42,10 @@ def only_dense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kernels() -> dict[int, str]:
     """Every kernel that is launched: those of the modules that say what to compile."""
-    return {id(launch.kernel): launch.kernel.fn.__name__ for launch in launches_of(64, torch.float32, "sm90")}
+    return {
+        id(launch.kernel): launch.kernel.fn.__name__
+        for launch in launches_of(64, torch.float32, "sm90")
+    }
 
 
 def test_every_kernel_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +66,11 @@ def test_every_kernel_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["check"] for row in document["rows"]] == 2 * list(checks.CHECKS)
     assert missing == {}
     assert document["about"]["kernels"] == "can run"
-    assert [row["phase"] for row in document["speed"]] == ["prefill", "decode amortised", "decode refreshed"]
+    assert [row["phase"] for row in document["speed"]] == [
+        "prefill",
+        "decode amortised",
+        "decode refreshed",
+    ]
 
 
 def test_what_is_timed_is_sparse(only_dense: None) -> None:
@@ -67,7 +79,9 @@ def test_what_is_timed_is_sparse(only_dense: None) -> None:
     assert [row["path"] for row in speed] == ["sparse"] * 3
 
 
-def test_without_the_interpreter_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, only_dense: None) -> None:
+def test_without_the_interpreter_it_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, only_dense: None
+) -> None:
     monkeypatch.setattr(sparse, "INTERPRETED", False)
     code, document = run()
     assert code == 0
@@ -81,7 +95,15 @@ def test_without_the_interpreter_it_says_what_is_missing(monkeypatch: pytest.Mon
 def test_a_bad_kernel_is_found(monkeypatch: pytest.MonkeyPatch, only_dense: None, how: str) -> None:
     """Exit status 1, and the table says what to set instead."""
 
-    def bad(problem: Any, kv: Any, spans: Any, tails: Any, logits: Any, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def bad(
+        problem: Any,
+        kv: Any,
+        spans: Any,
+        tails: Any,
+        logits: Any,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
         if how == "refused":
             raise RuntimeError("out of resource: shared memory\nmore of it")
         out.zero_()
@@ -94,12 +116,18 @@ def test_a_bad_kernel_is_found(monkeypatch: pytest.MonkeyPatch, only_dense: None
     kernel_row, torch_row = document["rows"]
     assert torch_row["works"] == "yes"
     assert kernel_row["works"] == "no"
-    said = "times the error that is allowed" if how == "wrong" else "RuntimeError: out of resource: shared memory"
+    said = (
+        "times the error that is allowed"
+        if how == "wrong"
+        else "RuntimeError: out of resource: shared memory"
+    )
     assert kernel_row["problem"].endswith(said)
     assert "attn_implementation" in kernel_row["instead"]
 
 
-def test_a_kernel_that_fails_when_it_is_timed_hides_nothing(monkeypatch: pytest.MonkeyPatch, only_dense: None) -> None:
+def test_a_kernel_that_fails_when_it_is_timed_hides_nothing(
+    monkeypatch: pytest.MonkeyPatch, only_dense: None
+) -> None:
     def fails(*args: Any) -> Any:
         raise RuntimeError("an illegal memory access")
 
@@ -129,7 +157,11 @@ def test_what_it_says_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bad_arguments_are_named() -> None:
-    for arguments, name in ((["--device", "cuda"], "no GPU"), (["--dtypes", "fp8"], "fp8"), (["--length", "long"], "long")):
+    for arguments, name in (
+        (["--device", "cuda"], "no GPU"),
+        (["--dtypes", "fp8"], "fp8"),
+        (["--length", "long"], "long"),
+    ):
         done = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["doctor", *arguments])
         assert done.exit_code == 2
         assert name in done.output
@@ -140,8 +172,8 @@ def test_bad_arguments_are_named() -> None:
 def test_what_is_to_be_selected_is_no_matter_of_rounding(
     monkeypatch: pytest.MonkeyPatch, dim: int, groups: int, dtype: torch.dtype
 ) -> None:
-    """With the settings and heads of models: half precision finds the blocks that float64 finds, in a decode step also those that
-    take the places of the worst."""
+    """With the settings and heads of models: half precision finds the blocks that float64 finds, in
+    a decode step also those that take the places of the worst."""
     decode_steps, attend = [], base.attend
 
     def attended(problem: Any, *rest: Any) -> Any:
@@ -172,7 +204,9 @@ def test_decode_by_kernels_passes_with_the_settings_of_models() -> None:
 
 def test_errors_that_are_no_numbers_count() -> None:
     """A result with NaN, or infinite in another place, is wrong however large what is allowed."""
-    trial = checks.Trial(checks.Heads(dtype=torch.float32), torch.device("cpu"), doctor.SMALL_SETTINGS)
+    trial = checks.Trial(
+        checks.Heads(dtype=torch.float32), torch.device("cpu"), doctor.SMALL_SETTINGS
+    )
     want = torch.tensor([1.0, -torch.inf, 2.0])
     trial.same("out", want.clone(), want)
     assert trial.error == 0

@@ -1,4 +1,5 @@
-"""`hip-hf fidelity`: captured mass by brute force, the oracle, costs by an instrumented run, captured problems, the report."""
+"""`hip-hf fidelity`: captured mass by brute force, the oracle, costs by an instrumented run,
+captured problems, the report."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ VARIANTS = [
 
 
 def brute_mass(problem: AttentionProblem, config: HiPConfig, blocks: Any) -> torch.Tensor:
-    """Mass `[Hq, blocks]` in float64, from the whole matrix of probabilities and the keys that the call must have read."""
+    """Mass `[Hq, blocks]` in float64, from the whole matrix of probabilities and the keys that the
+    call must have read."""
     q, k = problem.q.double(), problem.k.double().repeat_interleave(problem.groups, 1)
     logits = q @ k.transpose(2, 3) * problem.scale
     if problem.softcap is not None:
@@ -47,8 +49,12 @@ def brute_mass(problem: AttentionProblem, config: HiPConfig, blocks: Any) -> tor
     p = torch.softmax(logits.masked_fill(~seen, -torch.inf), dim=-1)
     mask = attend(problem, config, need_mask=True).mask
     assert mask is not None
-    kept = (p * read_mask(mask, config, problem.q, problem.k, sliding=sliding)).sum(-1)[0]  # [Hq, Tq]
-    return torch.stack([kept[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks], dim=1)
+    kept = (p * read_mask(mask, config, problem.q, problem.k, sliding=sliding)).sum(-1)[
+        0
+    ]  # [Hq, Tq]
+    return torch.stack(
+        [kept[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks], dim=1
+    )
 
 
 @pytest.mark.parametrize("fields", VARIANTS)
@@ -61,15 +67,25 @@ def test_mass_and_error_by_brute_force(fields: dict[str, Any], tokens: int, rows
     assert measured.mass.shape == (4, len(blocks))
     assert_near(measured.mass, brute_mass(problem, config, blocks), 1e-6, "mass")
     first = blocks[0][1].row
-    out, want = attend(problem, config).out[:, :, first:].double(), attend(problem, DENSE).out[:, :, first:].double()
-    assert (measured.error / measured.norm) ** 0.5 == pytest.approx(float((out - want).norm() / want.norm()), rel=1e-4)
+    out, want = (
+        attend(problem, config).out[:, :, first:].double(),
+        attend(problem, DENSE).out[:, :, first:].double(),
+    )
+    assert (measured.error / measured.norm) ** 0.5 == pytest.approx(
+        float((out - want).norm() / want.norm()), rel=1e-4
+    )
 
 
 def test_mass_with_softcap_and_sliding_window() -> None:
     problem = make_problem(*make_qkv(300), softcap=2.0, sliding_window=150)
     config = small()
     (measured,) = mass.measure(problem, [config])
-    assert_near(measured.mass, brute_mass(problem, config, mass.searched_blocks(problem, config)), 1e-6, "mass")
+    assert_near(
+        measured.mass,
+        brute_mass(problem, config, mass.searched_blocks(problem, config)),
+        1e-6,
+        "mass",
+    )
 
 
 def test_everything_read() -> None:
@@ -78,7 +94,12 @@ def test_everything_read() -> None:
     result = attend(problem, config, need_mask=True)
     assert result.path == "sparse"
     blocks = list(enumerate(query_blocks(config, problem.spans[0], False)))
-    assert_near(mass.captured_mass(problem, blocks, [result.mask]), torch.ones(1, 4, len(blocks)), 1e-6, "mass")
+    assert_near(
+        mass.captured_mass(problem, blocks, [result.mask]),
+        torch.ones(1, 4, len(blocks)),
+        1e-6,
+        "mass",
+    )
     assert_near(result.out, attend(problem, DENSE).out, 1e-5)
     assert "covers" in mass.unsearched(problem, [config], None)
     with pytest.raises(ValueError, match="covers"):
@@ -93,7 +114,10 @@ def test_nothing_beats_the_oracle(shared: bool) -> None:
     configs = [small(**{**fields, "group_shared": shared}) for fields in VARIANTS]
     for config, measured in zip(configs, mass.measure(problem, configs), strict=True):
         # a shared selection is best for its group, not for each head
-        own, best = (x.unflatten(0, (2, 2)).mean(1) if shared else x for x in (measured.mass, measured.oracle))
+        own, best = (
+            x.unflatten(0, (2, 2)).mean(1) if shared else x
+            for x in (measured.mass, measured.oracle)
+        )
         assert (own <= best + 1e-6).all()
         assert 0 <= measured.overlap <= 1
         if config.method == "oracle":
@@ -120,13 +144,19 @@ def test_settings_of_different_geometry_are_measured_apart() -> None:
         {"rescore": 3, "group_shared": False},
         {"representative": "minmax", "options": {"sample": 8}},
         {"representative": "blend", "rescore": 1},
-        {"representative": "middle", "beam": 1, "query_stride": 4},  # 4 divides 32: every head has as many votes as alone
+        {
+            "representative": "middle",
+            "beam": 1,
+            "query_stride": 4,
+        },  # 4 divides 32: every head has as many votes as alone
         {"coarsest": 8},
         {"vote": "sampled", "query_stride": 5},
     ],
 )
 @pytest.mark.parametrize("tokens", [96, 413, 1005])
-def test_costs_are_those_of_an_instrumented_run(fields: dict[str, Any], tokens: int, threads: Any) -> None:
+def test_costs_are_those_of_an_instrumented_run(
+    fields: dict[str, Any], tokens: int, threads: Any
+) -> None:
     """One query block: then the backend computes no products that another block needs."""
     threads(1)
     config = small(**fields, block_q=32)
@@ -139,7 +169,8 @@ def test_costs_are_those_of_an_instrumented_run(fields: dict[str, Any], tokens: 
     counter = FlopCounterMode(display=False)
     with counter:
         result = attend(problem, config)
-    # the backend multiplies the block's rows with all the block's keys, also with those that a row may not see
+    # the backend multiplies the block's rows with all the block's keys, also with those that a row
+    # may not see
     hidden = 2 * (16 + 8) * 32 * 31 // 2
     assert counter.get_total_flops() == 4 * (cost.selection + cost.attention + hidden)
     assert cost.read / cost.visible == pytest.approx(result.share)
@@ -148,7 +179,9 @@ def test_costs_are_those_of_an_instrumented_run(fields: dict[str, Any], tokens: 
 def test_costs_of_a_prompt() -> None:
     problem = make_problem(*make_qkv(500))
     config = small()
-    cost = total(block_cost(config, block, 16, 16) for block in query_blocks(config, problem.spans[0], False))
+    cost = total(
+        block_cost(config, block, 16, 16) for block in query_blocks(config, problem.spans[0], False)
+    )
     assert (cost.rows, cost.visible, cost.dense) == (500, 500 * 501 // 2, 500 * 501 // 2 * 64)
     assert cost.read / cost.visible == pytest.approx(attend(problem, config).share)
     assert cost.attention == cost.read * 64
@@ -164,7 +197,8 @@ def test_capture(family: str) -> None:
     mask[1, :7] = 0
     inputs: list[torch.Tensor] = []
     hooks = [
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in model.model.layers
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        for layer in model.model.layers
     ]
     with torch.no_grad():
         model(ids, attention_mask=mask)
@@ -175,7 +209,9 @@ def test_capture(family: str) -> None:
     assert len(problems) == len(inputs) == 2
     for problem, want in zip(problems, inputs, strict=True):
         seen = causal(2, 60, 60, [0, 7], sliding=problem.sliding_window)
-        out, _ = eager(problem.q, problem.k, problem.v, seen, problem.scale, problem.softcap, problem.sinks)
+        out, _ = eager(
+            problem.q, problem.k, problem.v, seen, problem.scale, problem.softcap, problem.sinks
+        )
         want = want.unflatten(-1, (4, -1)).transpose(1, 2)
         assert_near(out[0], want[0], 1e-5)
         assert_near(out[1, :, 7:], want[1, :, 7:], 1e-5)
@@ -202,12 +238,16 @@ def test_end_to_end() -> None:
 
 def test_text_asks_for_what_it_has_hidden() -> None:
     tokenizer = byte_tokenizer()
-    words = tokenizer.decode(fidelity.make_text(tokenizer, tokenizer.encode(TEXT, verbose=False), 4, random.Random(1)))
+    words = tokenizer.decode(
+        fidelity.make_text(tokenizer, tokenizer.encode(TEXT, verbose=False), 4, random.Random(1))
+    )
     assert len(words) == len(TEXT)
     assert words.count("Remember it.") == 4
     for piece in words.split("What is the pass key of ")[1:]:
         name = piece.partition("?")[0]
-        assert words.index(f"The pass key of {name} is") < words.index(f"What is the pass key of {name}")
+        assert words.index(f"The pass key of {name} is") < words.index(
+            f"What is the pass key of {name}"
+        )
     assert words.count("What is the pass key of") == 4
     with pytest.raises(ValueError, match="facts"):
         fidelity.make_text(tokenizer, [5] * 100, 4, random.Random(1))
@@ -217,25 +257,45 @@ def test_command(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     settings = json.dumps(SMALL)
     oracle = json.dumps({**SMALL, "method": "oracle"})
-    arguments = [model, "--document", text, "--tokens", "512", "--facts", "2", "--settings", settings, "--settings", oracle]
+    arguments = [
+        model,
+        "--document",
+        text,
+        "--tokens",
+        "512",
+        "--facts",
+        "2",
+        "--settings",
+        settings,
+        "--settings",
+        oracle,
+    ]
     saved = tmp_path / "rows.json"
     printed = run(fidelity_command.main, *arguments, "--no-per-layer", "--output", str(saved))
     rows = printed["rows"]
     assert json.loads(saved.read_text())["rows"] == rows
-    assert [(row["settings"], row["layer"]) for row in rows] == [(s, n) for s in (settings, oracle) for n in ("all", 0, 1)]
+    assert [(row["settings"], row["layer"]) for row in rows] == [
+        (s, n) for s in (settings, oracle) for n in ("all", 0, 1)
+    ]
     assert all(0 < row["mass"] <= row["oracle"] + 1e-6 <= 1 for row in rows)
     assert all(row["of_oracle"] == pytest.approx(row["mass"] / row["oracle"]) for row in rows)
     for summary, *layers in (rows[:3], rows[3:]):
         assert summary["mass"] == pytest.approx((layers[0]["mass"] + layers[1]["mass"]) / 2)
         assert summary["oracle"] == pytest.approx((layers[0]["oracle"] + layers[1]["oracle"]) / 2)
         assert summary["worst_layer"] == min(layer["of_oracle"] for layer in layers)
-        assert [layer["worst_layer"] for layer in layers] == [layer["of_oracle"] for layer in layers]
+        assert [layer["worst_layer"] for layer in layers] == [
+            layer["of_oracle"] for layer in layers
+        ]
     assert [row["overlap"] for row in rows[3:]] == [1, 1, 1]
     assert rows[0]["read"] < 0.5
     # the table may leave the layers out, the file may not
     app = typer.Typer()
     app.command()(fidelity_command.main)
-    table = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments, "--no-per-layer", "--output", str(saved)]).stdout
+    table = (
+        CliRunner(env={"COLUMNS": "200"})
+        .invoke(app, [*arguments, "--no-per-layer", "--output", str(saved)])
+        .stdout
+    )
     assert len([line for line in table.splitlines() if "512" in line and "all" in line]) == 2
     assert json.loads(saved.read_text())["rows"] == rows
 
@@ -258,7 +318,9 @@ def test_command_stress(tmp_path: Path) -> None:
         "64",
     ]
     rows = run(fidelity_command.main, *arguments, "--settings", json.dumps(SMALL))["rows"]
-    assert [(row["keys"], row["layer"]) for row in rows] == [(keys, n) for keys in (1024, 2048) for n in ("all", 0, 1)]
+    assert [(row["keys"], row["layer"]) for row in rows] == [
+        (keys, n) for keys in (1024, 2048) for n in ("all", 0, 1)
+    ]
     assert rows[0]["read"] > rows[3]["read"]
 
 
@@ -269,13 +331,18 @@ def test_refusals(tmp_path: Path) -> None:
     assert "--rows" in refused(fidelity_command.main, *base, "--stress", "1K", "--rows", "8")
     assert "covers" in refused(fidelity_command.main, *base, "--budget", "1024")
     assert "dense" in refused(fidelity_command.main, *base, "--settings", "dense")
-    assert "extend" in refused(fidelity_command.main, *base, "--settings", '{"extend": "streaming"}')
+    assert "extend" in refused(
+        fidelity_command.main, *base, "--settings", '{"extend": "streaming"}'
+    )
     assert "--facts" in refused(fidelity_command.main, *base, "--facts", "8", "--budget", "64")
-    assert "--tokens" in refused(fidelity_command.main, model, "--document", text, "--tokens", "100000")
+    assert "--tokens" in refused(
+        fidelity_command.main, model, "--document", text, "--tokens", "100000"
+    )
 
 
 def test_all_layers_together() -> None:
-    """The share of the oracle is that of the means, which a layer with little mass hardly moves; the worst layer is beside it."""
+    """The share of the oracle is that of the means, which a layer with little mass hardly moves;
+    the worst layer is beside it."""
     layers = []
     for layer, (kept, best) in enumerate([(0.9, 1.0), (0.1, 0.2)]):
         shares = {"of_oracle": kept / best, "worst_layer": kept / best}

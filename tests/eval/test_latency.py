@@ -1,4 +1,5 @@
-"""The latency command: its rows, its fit and its arguments. Times are never compared with anything but zero."""
+"""The latency command: its rows, its fit and its arguments. Times are never compared with anything
+but zero."""
 
 from __future__ import annotations
 
@@ -14,15 +15,29 @@ from typer.testing import CliRunner
 from hip_hf.cli import latency as latency_command
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import latency
-from hip_hf.eval.measure.latency import GrowingSteps, TimedRun, TimingPlan, exponents, fit_exponent, interleave, measure
+from hip_hf.eval.measure.latency import (
+    GrowingSteps,
+    TimedRun,
+    TimingPlan,
+    exponents,
+    fit_exponent,
+    interleave,
+    measure,
+)
 from hip_hf.methods.hip import TreeSearch
 
-COLUMNS = "phase dtype length settings hip_ms sdpa_ms times_faster path reason keys_read runs sdpa_runs"
-SMALL = {key: value for key, value in small().to_dict().items() if value != HiPConfig().to_dict()[key]}
+COLUMNS = (
+    "phase dtype length settings hip_ms sdpa_ms times_faster path reason keys_read runs sdpa_runs"
+)
+SMALL = {
+    key: value for key, value in small().to_dict().items() if value != HiPConfig().to_dict()[key]
+}
 
 
 def plan(**fields: Any) -> TimingPlan:
-    given = dict(prefill=[256], decode=[256], dtypes=["fp32"], heads=4, kv_heads=2, head_dim=16, repeats=2)
+    given = dict(
+        prefill=[256], decode=[256], dtypes=["fp32"], heads=4, kv_heads=2, head_dim=16, repeats=2
+    )
     return TimingPlan(**{**given, "settings": {"small": small()}, **fields})
 
 
@@ -80,15 +95,29 @@ def test_runs_alternate_and_slow_calls_are_repeated_less(monkeypatch: pytest.Mon
     calls = [make("hour", 3600), make("half a minute", 30), make("instant", 0.001)]
     interleave(calls, 3)
     assert [len(call.seconds) for call in calls] == [1, 2, 3]  # the last was warmed up first
-    assert order == ["hour", "half a minute", "instant", "half a minute", "instant", "instant", "instant"]
+    assert order == [
+        "hour",
+        "half a minute",
+        "instant",
+        "half a minute",
+        "instant",
+        "instant",
+        "instant",
+    ]
 
 
 @pytest.mark.parametrize(("refresh", "searches"), [(4, 3), (1, 12)])
-def test_decode_searches_as_often_as_the_settings_say(refresh: int, searches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_searches_as_often_as_the_settings_say(
+    refresh: int, searches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     searched = []
     select = TreeSearch.select
-    monkeypatch.setattr(TreeSearch, "select", lambda self, *args: searched.append(1) or select(self, *args))
-    steps = GrowingSteps(plan().random("fp32", 256 + 12, 12), 256, 12, small(decode_refresh=refresh))
+    monkeypatch.setattr(
+        TreeSearch, "select", lambda self, *args: searched.append(1) or select(self, *args)
+    )
+    steps = GrowingSteps(
+        plan().random("fp32", 256 + 12, 12), 256, 12, small(decode_refresh=refresh)
+    )
     result = steps()
     assert result is not None
     assert result.path == "sparse"
@@ -98,10 +127,15 @@ def test_decode_searches_as_often_as_the_settings_say(refresh: int, searches: in
 
 def test_decode_of_stages_runs_over_the_longest_interval() -> None:
     """Each stage has an interval of its own."""
-    config = small(method="staged", options={"stages": [[8, 64, 2], [4, 16, 2]]}, decode_refresh=[8, 4])
+    config = small(
+        method="staged", options={"stages": [[8, 64, 2], [4, 16, 2]]}, decode_refresh=[8, 4]
+    )
     assert latency.refresh_period(config) == 8
     assert latency.refresh_period(small(decode_refresh=3)) == 3
-    phases = [(row["phase"], row["path"]) for row in measure(plan(prefill=[], settings={"staged": config}))]
+    phases = [
+        (row["phase"], row["path"])
+        for row in measure(plan(prefill=[], settings={"staged": config}))
+    ]
     assert phases == [(latency.AMORTISED, "sparse"), (latency.REFRESHED, "sparse")]
 
 
@@ -120,10 +154,22 @@ def test_fit_exponent() -> None:
 
 def test_exponents_take_sparse_prefill_in_range_only() -> None:
     def row(phase: str, length: int, path: str, hip: float) -> dict[str, Any]:
-        return dict(phase=phase, dtype="fp32", settings="defaults", length=length, path=path, hip_ms=hip, sdpa_ms=length**2)
+        return dict(
+            phase=phase,
+            dtype="fp32",
+            settings="defaults",
+            length=length,
+            path=path,
+            hip_ms=hip,
+            sdpa_ms=length**2,
+        )
 
     rows = [row("prefill", length, "sparse", length**1.1) for length in (16384, 65536, 131072)]
-    rows += [row("prefill", 1024, "dense", 1e9), row("prefill", 8192, "sparse", 1e9), row("prefill", 32768, "dense", 1e9)]
+    rows += [
+        row("prefill", 1024, "dense", 1e9),
+        row("prefill", 8192, "sparse", 1e9),
+        row("prefill", 32768, "dense", 1e9),
+    ]
     rows += [row("decode amortised", 16384, "sparse", 1e9)]
     (fit,) = exponents(rows)
     assert fit["lengths"] == [16384, 65536, 131072]
@@ -133,8 +179,30 @@ def test_exponents_take_sparse_prefill_in_range_only() -> None:
 @pytest.mark.fast
 def test_command_prints_json_and_writes_files(tmp_path: Path) -> None:
     output, picture = tmp_path / "latency.json", tmp_path / "latency.png"
-    sizes = ("--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--repeats", "1", "--dtypes", "fp32", "--lengths", "256,1K")
-    result = run(*sizes, "--settings", json.dumps(SMALL), "--output", str(output), "--plot", str(picture), "--json")
+    sizes = (
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "16",
+        "--repeats",
+        "1",
+        "--dtypes",
+        "fp32",
+        "--lengths",
+        "256,1K",
+    )
+    result = run(
+        *sizes,
+        "--settings",
+        json.dumps(SMALL),
+        "--output",
+        str(output),
+        "--plot",
+        str(picture),
+        "--json",
+    )
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert [row["length"] for row in document["rows"]] == [256, 1024, 256, 256, 1024, 1024]

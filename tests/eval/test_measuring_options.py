@@ -21,7 +21,10 @@ COMMANDS: dict[str, tuple[Any, list[str]]] = {
     "needles": (needles, ["--lengths", "300", "--prompts", "1", "--facts", "1", *SETTINGS]),
     "perplexity": (perplexity, ["--tokens", "256", "--texts", "1", *SETTINGS]),
     "fidelity": (fidelity, ["--tokens", "256", "--facts", "1", "--prompts", "1", *SETTINGS]),
-    "compare": (compare, ["--tokens", "256", "--measures", "perplexity", "--prompts", "1", *SETTINGS]),
+    "compare": (
+        compare,
+        ["--tokens", "256", "--measures", "perplexity", "--prompts", "1", *SETTINGS],
+    ),
 }
 
 
@@ -31,7 +34,10 @@ COMMANDS: dict[str, tuple[Any, list[str]]] = {
     [
         ("--device", "nonsense"),
         pytest.param(
-            ("--device", "cuda"), marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device here")
+            ("--device", "cuda"),
+            marks=pytest.mark.skipif(
+                torch.cuda.is_available(), reason="there is such a device here"
+            ),
         ),
         ("--dtype", "fp8"),
     ],
@@ -50,9 +56,16 @@ def test_what_there_is_not_is_refused_before_the_model_loads(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize(("given", "dtype"), [((), torch.float32), (("--dtype", "bf16"), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("given", "dtype"), [((), torch.float32), (("--dtype", "bf16"), torch.bfloat16)]
+)
 def test_the_model_is_measured_in_the_dtype_given(
-    name: str, given: tuple[str, ...], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Any
+    name: str,
+    given: tuple[str, ...],
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: Any,
 ) -> None:
     threads(1)
     model, text = save_checkpoint(tmp_path)
@@ -68,7 +81,9 @@ def test_the_model_is_measured_in_the_dtype_given(
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "memory"])
-def test_a_hub_name_without_a_network_takes_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_without_a_network_takes_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     command, arguments = {**COMMANDS, "memory": (memory, [])}[name]
     said = refused(command.main, "someone/some-checkpoint", *arguments)

@@ -13,7 +13,13 @@ import pytest
 import torch
 import typer
 from commands import BIG, GROUPED, refused
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlavaConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlavaConfig,
+    PreTrainedConfig,
+)
 from typer.testing import CliRunner
 
 from hip_hf.cli import memory as memory_command
@@ -25,11 +31,15 @@ COLUMNS = {"cache", "length", "bytes_per_token", "resident_MiB", "peak_MiB", "de
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process of its own for each row: what is measured then includes the tests' memory, but all of it is real.
-    Arguments are sent as to a process."""
-    pool = SimpleNamespace(apply=lambda function, arguments: function(*pickle.loads(pickle.dumps(arguments))))
+    """No process of its own for each row: what is measured then includes the tests' memory, but all
+    of it is real. Arguments are sent as to a process."""
+    pool = SimpleNamespace(
+        apply=lambda function, arguments: function(*pickle.loads(pickle.dumps(arguments)))
+    )
     context = SimpleNamespace(Pool=lambda size: nullcontext(pool))
-    monkeypatch.setattr(memory, "multiprocessing", SimpleNamespace(get_context=lambda kind: context))
+    monkeypatch.setattr(
+        memory, "multiprocessing", SimpleNamespace(get_context=lambda kind: context)
+    )
 
 
 def run(*arguments: str) -> Any:
@@ -39,7 +49,8 @@ def run(*arguments: str) -> Any:
 
 
 def test_rows_table_json_and_plot(tmp_path: Path) -> None:
-    """At a length that is no multiple of a page, or of a chunk, and where an eighth of it is less than a step needs."""
+    """At a length that is no multiple of a page, or of a chunk, and where an eighth of it is less
+    than a step needs."""
     plot, output = tmp_path / "memory.png", tmp_path / "memory.json"
     done = run("--lengths", "5000", "--plot", str(plot), "--output", str(output))
     assert done.exit_code == 0, done.output
@@ -52,22 +63,37 @@ def test_rows_table_json_and_plot(tmp_path: Path) -> None:
 
 
 def test_an_offloaded_cache_has_its_pools_and_summaries_on_the_device() -> None:
-    pages, heads, dim, layers = 16, 2, 64, 4  # an eighth of 128 pages, and as many blocks as a step selects
-    found = memory.measure("hip offloaded", memory.read_config(str(CHECKPOINT)), 8192)["device_MiB"] * 2**20
+    pages, heads, dim, layers = (
+        16,
+        2,
+        64,
+        4,
+    )  # an eighth of 128 pages, and as many blocks as a step selects
+    found = (
+        memory.measure("hip offloaded", memory.read_config(str(CHECKPOINT)), 8192)["device_MiB"]
+        * 2**20
+    )
     pools = 3 * layers * heads * pages * 64 * dim * 4  # keys, values, searched keys; fp32
     blocks = (8192 - 512) // 16  # up to the window
-    summaries = sum(blocks >> level for level in range(blocks.bit_length())) * layers * heads * 2 * dim * 4
+    summaries = (
+        sum(blocks >> level for level in range(blocks.bit_length())) * layers * heads * 2 * dim * 4
+    )
     assert pools + summaries <= found <= pools + 2 * summaries  # tables may have room to grow
 
 
-# Key heads and their size; of configs that name neither, or one of them, or that hold one of a language part.
+# Key heads and their size; of configs that name neither, or one of them, or that hold one of a
+# language part.
 SHAPES: dict[str, tuple[PreTrainedConfig, int, int]] = {
     "llama": (AutoConfig.for_model("llama", **GROUPED, head_dim=32), 2, 32),
     "qwen2": (AutoConfig.for_model("qwen2", **GROUPED), 2, 16),
     "phi3": (AutoConfig.for_model("phi3", **GROUPED), 2, 16),
     "gpt2": (AutoConfig.for_model("gpt2", n_embd=48, n_head=3, n_layer=2), 3, 16),
     "gpt_neox": (AutoConfig.for_model("gpt_neox", **BIG), 4, 16),
-    "gpt_oss": (AutoConfig.for_model("gpt_oss", **GROUPED, head_dim=32, num_local_experts=4), 2, 32),
+    "gpt_oss": (
+        AutoConfig.for_model("gpt_oss", **GROUPED, head_dim=32, num_local_experts=4),
+        2,
+        32,
+    ),
     "mixtral": (AutoConfig.for_model("mixtral", **GROUPED, num_local_experts=4), 2, 16),
     "llava": (LlavaConfig(text_config=AutoConfig.for_model("qwen2", **GROUPED)), 2, 16),
 }
@@ -79,7 +105,9 @@ def test_shapes_of_families(name: str, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     net = AutoModelForCausalLM.from_config(memory.read_config(str(tmp_path)))
     assert memory.shapes_of(net) == [((1, heads, 1, dim),) * 2] * 2
-    assert sum(p.numel() for p in net.parameters()) < 200_000  # with vocabulary and feed-forward layers some millions
+    assert (
+        sum(p.numel() for p in net.parameters()) < 200_000
+    )  # with vocabulary and feed-forward layers some millions
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "llava"])
@@ -93,7 +121,9 @@ def test_command_on_families(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert [row["cache"] for row in json.loads(done.stdout)["rows"]] == list(memory.CACHE_KINDS)
     for cache in held:
         assert cache.get_seq_length() == 2500 + memory.STEPS
-        assert [(layer.keys.shape[1], layer.values.shape[3]) for layer in cache.layers] == [(heads, dim)] * 2
+        assert [(layer.keys.shape[1], layer.values.shape[3]) for layer in cache.layers] == [
+            (heads, dim)
+        ] * 2
 
 
 def test_what_it_cannot_build_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""`hip-hf needles`: prompts as promised, digits counted right, logits and perplexity those of the model itself."""
+"""`hip-hf needles`: prompts as promised, digits counted right, logits and perplexity those of the
+model itself."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ import pytest
 import torch
 import typer
 from commands import SMALL, TEXT, byte_tokenizer, refused, run, save_checkpoint
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 from typer.testing import CliRunner
 
 from hip_hf.cli import needles as needles_command
@@ -37,7 +45,10 @@ def test_a_prompt_has_every_fact_once_and_asks_for_all(length: int, facts: int) 
     text = tokenizer.encode(TEXT, verbose=False)
     prompt = needles.make_prompt(tokenizer, text, length, facts, random.Random(3))
     assert len(prompt.ids) == length
-    document, end = (tokenizer.decode(part) for part in (prompt.ids[: prompt.document], prompt.ids[prompt.document :]))
+    document, end = (
+        tokenizer.decode(part)
+        for part in (prompt.ids[: prompt.document], prompt.ids[prompt.document :])
+    )
     asked = [answer.fact for answer in prompt.answers]
     assert end == "".join(f"{question(fact.name)} {fact.key}." for fact in asked)
     assert len({fact.name for fact in asked}) == facts
@@ -47,7 +58,9 @@ def test_a_prompt_has_every_fact_once_and_asks_for_all(length: int, facts: int) 
     for fact in asked:
         plain = plain.replace(note(fact.name, fact.key), "")
     assert plain == TEXT[: len(plain)]
-    assert document.index("\nThe pass key") >= math.floor(needles.FREE * len(plain))  # a byte is a token
+    assert document.index("\nThe pass key") >= math.floor(
+        needles.FREE * len(plain)
+    )  # a byte is a token
     # one in each equal part
     parts = sorted((fact.depth - needles.FREE) / (1 - needles.FREE) for fact in asked)
     assert [math.floor(part * facts) for part in parts] == list(range(facts))
@@ -55,7 +68,9 @@ def test_a_prompt_has_every_fact_once_and_asks_for_all(length: int, facts: int) 
 
 def test_answers_stand_where_the_prompt_says() -> None:
     tokenizer = byte_tokenizer()
-    prompt = needles.make_prompt(tokenizer, tokenizer.encode(TEXT, verbose=False), 2000, 8, random.Random(1))
+    prompt = needles.make_prompt(
+        tokenizer, tokenizer.encode(TEXT, verbose=False), 2000, 8, random.Random(1)
+    )
     for answer in prompt.answers:
         assert tokenizer.decode([prompt.ids[at] for at in answer.positions]) == answer.fact.key
         assert answer.digits == (1,) * DIGITS
@@ -82,7 +97,8 @@ def test_windows_are_disjoint_where_the_text_is_long_enough() -> None:
 
 
 class Knowing:
-    """A model whose logits are given: hidden states are numbers of rows, and its head looks up what it says there."""
+    """A model whose logits are given: hidden states are numbers of rows, and its head looks up what
+    it says there."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits, self.device = logits, "cpu"
@@ -92,7 +108,9 @@ class Knowing:
         assert name == "sdpa"
 
     def get_decoder(self) -> Any:
-        return lambda ids, use_cache: SimpleNamespace(last_hidden_state=torch.arange(ids.shape[1])[None])
+        return lambda ids, use_cache: SimpleNamespace(
+            last_hidden_state=torch.arange(ids.shape[1])[None]
+        )
 
     def get_output_embeddings(self) -> Any:
         return lambda rows: self.logits[rows]
@@ -101,7 +119,10 @@ class Knowing:
 def test_digits_are_counted_right() -> None:
     """Two answers of two tokens; one digit of the second, of a token of three digits, is wrong."""
     ids = [1, 2, 3, 4, 5, 6, 7, 8]
-    answers = [NeedlesAnswer(Fact("a", "34", 0), (2, 3), (1, 1)), NeedlesAnswer(Fact("b", "6778", 0), (5, 6), (1, 3))]
+    answers = [
+        NeedlesAnswer(Fact("a", "34", 0), (2, 3), (1, 1)),
+        NeedlesAnswer(Fact("b", "6778", 0), (5, 6), (1, 3)),
+    ]
     said = [0, 3, 4, 0, 6, 0, 0, 0]  # after each token: right for positions 2, 3 and 5, wrong for 6
     logits = torch.nn.functional.one_hot(torch.tensor(said), 10).float()
     cell = needles.ask(Knowing(logits), NeedlesPrompt(ids, 2, answers), HiPConfig(method="dense"))
@@ -117,24 +138,38 @@ def test_digits_are_counted_right() -> None:
 
 
 def test_logits_and_losses_are_those_of_the_shipped_checkpoint() -> None:
-    """Chunks of rows make what the whole model makes, and the dense row is what can be counted by hand."""
+    """Chunks of rows make what the whole model makes, and the dense row is what can be counted by
+    hand."""
     model, tokenizer = load(CHECKPOINT, "sdpa")
     text = tokenizer.encode(DOCUMENT.read_text(), add_special_tokens=False, verbose=False)
     prompt = needles.make_prompt(tokenizer, text, 3 * losses.LOGITS_ROWS - 7, 6, random.Random(0))
     with torch.no_grad():
         logits = model(torch.tensor([prompt.ids])).logits[0]
         loss, right = losses.losses_of(model, prompt.ids)
-    want = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(prompt.ids[1:]), reduction="none")
+    want = torch.nn.functional.cross_entropy(
+        logits[:-1], torch.tensor(prompt.ids[1:]), reduction="none"
+    )
     torch.testing.assert_close(loss.float(), want, atol=1e-4, rtol=1e-4)
     assert right.tolist() == (logits[:-1].argmax(1) == torch.tensor(prompt.ids[1:])).tolist()
     cell = needles.ask(model, prompt, HiPConfig(method="dense"))
-    said = [tokenizer.decode([logits[at - 1].argmax() for at in answer.positions]) for answer in prompt.answers]
+    said = [
+        tokenizer.decode([logits[at - 1].argmax() for at in answer.positions])
+        for answer in prompt.answers
+    ]
     keys = [answer.fact.key for answer in prompt.answers]
     assert cell.exact == sum(a == b for a, b in zip(said, keys, strict=True))
-    assert cell.right == sum(a == b for answer, key in zip(said, keys, strict=True) for a, b in zip(answer, key, strict=True))
+    assert cell.right == sum(
+        a == b
+        for answer, key in zip(said, keys, strict=True)
+        for a, b in zip(answer, key, strict=True)
+    )
     assert cell.right >= 20  # of 30: it was trained for this
-    direct = torch.nn.functional.cross_entropy(logits[: prompt.document - 1], torch.tensor(prompt.ids[1 : prompt.document]))
-    assert cell.row("dense", len(prompt.ids), "novel")["perplexity"] == pytest.approx(math.exp(direct), rel=1e-4)
+    direct = torch.nn.functional.cross_entropy(
+        logits[: prompt.document - 1], torch.tensor(prompt.ids[1 : prompt.document])
+    )
+    assert cell.row("dense", len(prompt.ids), "novel")["perplexity"] == pytest.approx(
+        math.exp(direct), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,7 +185,9 @@ def test_scaled_and_capped_logits_are_the_models_own(model: Any) -> None:
     net = model().eval()
     ids = torch.randint(1, 257, (1, 50))
     with torch.no_grad():
-        torch.testing.assert_close(losses.logits_of(net, losses.hidden_of(net, ids[0].tolist())), net(ids).logits[0])
+        torch.testing.assert_close(
+            losses.logits_of(net, losses.hidden_of(net, ids[0].tolist())), net(ids).logits[0]
+        )
     losses.check_logits(net, ids[0].tolist())
 
 
@@ -173,7 +210,17 @@ def test_command(tmp_path: Path, threads: Any) -> None:
     threads(1)  # such small tensors only wait for each other
     model, text = save_checkpoint(tmp_path)
     sizes = {name: value for name, value in SMALL.items() if name != "budget"}
-    arguments = [model, "--documents", f"{text},code", "--lengths", "512,600", "--prompts", "2", "--facts", "3"]
+    arguments = [
+        model,
+        "--documents",
+        f"{text},code",
+        "--lengths",
+        "512,600",
+        "--prompts",
+        "2",
+        "--facts",
+        "3",
+    ]
     for fields in ("dense", json.dumps(sizes), json.dumps({**sizes, "dense_layers": 1})):
         arguments += ["--settings", fields]
     pytest.importorskip("matplotlib")
@@ -184,14 +231,25 @@ def test_command(tmp_path: Path, threads: Any) -> None:
     assert json.loads(saved.read_text())["rows"] == rows
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert page.stat().st_size > 1000
-    assert len(rows) == 2 * 2 * 5  # lengths, documents, settings: dense once, the others with two budgets
+    assert (
+        len(rows) == 2 * 2 * 5
+    )  # lengths, documents, settings: dense once, the others with two budgets
     assert "text.txt, code of Python" in printed["document"]
     assert [row["answers"] for row in rows] == [6] * len(rows)
-    by_settings = {row["settings"]: row for row in rows if (row["length"], row["document"]) == (600, "text.txt")}
+    by_settings = {
+        row["settings"]: row
+        for row in rows
+        if (row["length"], row["document"]) == (600, "text.txt")
+    }
     dense = by_settings["dense"]
     small, large = (by_settings[f"{json.dumps(sizes)} @ {budget}"] for budget in (32, 64))
     mixed = by_settings[f"{json.dumps({**sizes, 'dense_layers': 1})} @ 32"]
-    assert (dense["path"], dense["read"], dense["perplexity_over_dense"], dense["digits_minus_dense"]) == ("sdpa", 1, 1, 0)
+    assert (
+        dense["path"],
+        dense["read"],
+        dense["perplexity_over_dense"],
+        dense["digits_minus_dense"],
+    ) == ("sdpa", 1, 1, 0)
     assert small["path"] == large["path"] == "sparse"
     assert 0 < small["read"] < large["read"] < mixed["read"] < 0.8
     assert mixed["path"] == "1 dense (dense layer), 1 sparse"
@@ -201,21 +259,40 @@ def test_command(tmp_path: Path, threads: Any) -> None:
         assert row["perplexity_over_dense"] == row["perplexity"] / dense["perplexity"] != 1
     assert (dense["selection_over_attention"], dense["flops_over_dense"]) == (None, None)
     assert small["selection_over_attention"] > large["selection_over_attention"] > 0
-    assert small["read"] < small["flops_over_dense"] < small["read"] * (1 + 2 * small["selection_over_attention"])
+    assert (
+        small["read"]
+        < small["flops_over_dense"]
+        < small["read"] * (1 + 2 * small["selection_over_attention"])
+    )
     assert printed["configs"][f"{json.dumps(sizes)} @ 32"]["dense_tail"] == 0
 
 
 def test_without_dense_there_is_nothing_to_compare_with(tmp_path: Path, threads: Any) -> None:
     threads(1)
     model, text = save_checkpoint(tmp_path)
-    given = ["--documents", text, "--lengths", "400", "--prompts", "1", "--facts", "1", "--settings", json.dumps(SMALL)]
+    given = [
+        "--documents",
+        text,
+        "--lengths",
+        "400",
+        "--prompts",
+        "1",
+        "--facts",
+        "1",
+        "--settings",
+        json.dumps(SMALL),
+    ]
     (row,) = run(needles_command.main, model, *given)["rows"]
-    assert row["digits_minus_dense"] is row["nll_minus_dense"] is row["perplexity_over_dense"] is None
+    assert (
+        row["digits_minus_dense"] is row["nll_minus_dense"] is row["perplexity_over_dense"] is None
+    )
 
 
 def test_everything_read_counts_as_dense(tmp_path: Path) -> None:
     model, tokenizer = load(save_checkpoint(tmp_path)[0], "sdpa")
-    prompt = needles.make_prompt(tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(0))
+    prompt = needles.make_prompt(
+        tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(0)
+    )
     dense, hip = (
         needles.ask(model, prompt, config)
         for config in settings_of(["dense", '{"budget": 1024, "window": 16, "sink": 8}']).values()
@@ -226,13 +303,24 @@ def test_everything_read_counts_as_dense(tmp_path: Path) -> None:
     assert hip.document_nll == pytest.approx(dense.document_nll, rel=1e-5)
 
 
-def test_decode_steps_that_read_everything_say_what_one_pass_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_steps_that_read_everything_say_what_one_pass_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = load(save_checkpoint(tmp_path)[0], "sdpa")
-    prompts = [needles.make_prompt(tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(i)) for i in (0, 1)]
-    configs = settings_of([json.dumps(dict(budget=budget, window=16, sink=8)) for budget in (1024, 32)]).values()
+    prompts = [
+        needles.make_prompt(
+            tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(i)
+        )
+        for i in (0, 1)
+    ]
+    configs = settings_of(
+        [json.dumps(dict(budget=budget, window=16, sink=8)) for budget in (1024, 32)]
+    ).values()
     read, steps = [], StepLosses(model)
     own = StepLosses._ahead
-    monkeypatch.setattr(StepLosses, "_ahead", lambda self, ids: read.append(len(ids)) or own(self, ids))
+    monkeypatch.setattr(
+        StepLosses, "_ahead", lambda self, ids: read.append(len(ids)) or own(self, ids)
+    )
     for prompt in prompts:
         wide, narrow = (needles.ask(model, prompt, config, steps) for config in configs)
         dense = needles.ask(model, prompt, HiPConfig(method="dense"))
@@ -245,18 +333,34 @@ def test_decode_steps_that_read_everything_say_what_one_pass_says(tmp_path: Path
             assert cell.document_nll == pytest.approx(dense.document_nll, rel=1e-5)
     answers = [600 - prompt.document for prompt in prompts]
     documents = [prompt.document for prompt in prompts]
-    assert read == [documents[0], *[1] * 2 * answers[0], documents[1], *[1] * 2 * answers[1]]  # once for both settings
+    assert read == [
+        documents[0],
+        *[1] * 2 * answers[0],
+        documents[1],
+        *[1] * 2 * answers[1],
+    ]  # once for both settings
 
 
 def test_documents_are_read_densely_whatever_the_settings(tmp_path: Path) -> None:
     model, tokenizer = load(save_checkpoint(tmp_path)[0], "sdpa")
-    prompt = needles.make_prompt(tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(0))
-    staged = {"method": "staged", "budget": 32, "decode_refresh": [4, 2], "options": {"stages": [[64, 64, 2], [16, 32, 1]]}}
+    prompt = needles.make_prompt(
+        tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(0)
+    )
+    staged = {
+        "method": "staged",
+        "budget": 32,
+        "decode_refresh": [4, 2],
+        "options": {"stages": [[64, 64, 2], [16, 32, 1]]},
+    }
     some = {"budget": 32, "layers": {"1": {"method": "streaming"}}}
-    configs = settings_of([json.dumps(dict(fields, window=16, sink=8)) for fields in (staged, some)]).values()
+    configs = settings_of(
+        [json.dumps(dict(fields, window=16, sink=8)) for fields in (staged, some)]
+    ).values()
     dense = needles.ask(model, prompt, HiPConfig(method="dense"))
     for config in configs:  # each the first to be asked about a document
-        assert needles.ask(model, prompt, config, StepLosses(model)).document_nll == pytest.approx(dense.document_nll, rel=1e-5)
+        assert needles.ask(model, prompt, config, StepLosses(model)).document_nll == pytest.approx(
+            dense.document_nll, rel=1e-5
+        )
 
 
 def test_a_cache_that_cannot_go_back_reads_the_document_again() -> None:
@@ -274,7 +378,19 @@ def test_a_cache_that_cannot_go_back_reads_the_document_again() -> None:
 def test_command_by_decode_steps(tmp_path: Path, threads: Any) -> None:
     threads(1)
     model, text = save_checkpoint(tmp_path)
-    given = ["--documents", text, "--lengths", "400", "--prompts", "1", "--facts", "2", "--settings", "dense", "--decode"]
+    given = [
+        "--documents",
+        text,
+        "--lengths",
+        "400",
+        "--prompts",
+        "1",
+        "--facts",
+        "2",
+        "--settings",
+        "dense",
+        "--decode",
+    ]
     printed = run(needles_command.main, model, *given, "--settings", json.dumps(SMALL))
     assert printed["decode"] is True
     dense, sparse = printed["rows"]
@@ -284,17 +400,25 @@ def test_command_by_decode_steps(tmp_path: Path, threads: Any) -> None:
     assert "flops_over_dense" not in sparse
 
 
-def test_all_settings_are_measured_on_a_prompt_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_settings_are_measured_on_a_prompt_before_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[tuple[int, str]] = []
 
-    def ask(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None) -> NeedlesCounts:
+    def ask(
+        model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None
+    ) -> NeedlesCounts:
         assert steps is None
         seen.append((prompt.ids[0], config.method))
         return NeedlesCounts(1, 1, 1, 5, 5, 1.0, 10, 1.0, [1.0], ["sdpa"])
 
     monkeypatch.setattr(needles, "ask", ask)
     monkeypatch.setattr(needles, "check_logits", lambda *args: None)
-    monkeypatch.setattr(NeedlesPlan, "prompt", lambda self, tokenizer, text, length, number: NeedlesPrompt([number], 1, []))
+    monkeypatch.setattr(
+        NeedlesPlan,
+        "prompt",
+        lambda self, tokenizer, text, length, number: NeedlesPrompt([number], 1, []),
+    )
     plan = NeedlesPlan(settings_of(["dense", "defaults"]), [100], prompts=2, facts=1)
     needles.measure(None, None, {"text": []}, plan, Resumable(None, {}))
     assert seen == [(0, "dense"), (0, "hip"), (1, "dense"), (1, "hip")]
@@ -312,15 +436,21 @@ def test_all_settings_are_measured_on_a_prompt_before_the_next(monkeypatch: pyte
         (["--plot", "nowhere/else.png"], "--plot"),
     ],
 )
-def test_refusals_before_the_model_loads(arguments: list[str], what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needles_command, "load_to_measure", lambda *args: pytest.fail("the model was loaded"))
+def test_refusals_before_the_model_loads(
+    arguments: list[str], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        needles_command, "load_to_measure", lambda *args: pytest.fail("the model was loaded")
+    )
     assert what in refused(needles_command.main, *arguments)
 
 
 def test_lengths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     given = [model, "--documents", text, "--settings", json.dumps(SMALL)]
-    assert "length: got 100000, allowed: at most the" in refused(needles_command.main, *given, "--lengths", "100000")
+    assert "length: got 100000, allowed: at most the" in refused(
+        needles_command.main, *given, "--lengths", "100000"
+    )
     assert "notes and question" in refused(needles_command.main, *given, "--lengths", "300")
 
 
@@ -328,7 +458,9 @@ def test_code_is_the_standard_librarys() -> None:
     source = needles.standard_library()
     assert source == needles.standard_library()
     assert len(source) > 2**21
-    assert source.index("Abstract Base Classes (ABCs) according to PEP 3119") < source.index("Random variable generators.")
+    assert source.index("Abstract Base Classes (ABCs) according to PEP 3119") < source.index(
+        "Random variable generators."
+    )
     assert "\nbuild_time_vars = " not in source  # of one machine
 
 
@@ -344,7 +476,18 @@ def test_windows_that_overlap_are_told(tmp_path: Path, threads: Any) -> None:
     model, text = save_checkpoint(tmp_path)
     app = typer.Typer()
     app.command()(needles_command.main)
-    given = [model, "--documents", text, "--facts", "1", "--settings", "dense", "--lengths", "1200", "--prompts"]
+    given = [
+        model,
+        "--documents",
+        text,
+        "--facts",
+        "1",
+        "--settings",
+        "dense",
+        "--lengths",
+        "1200",
+        "--prompts",
+    ]
     for prompts, told in (("2", False), ("3", True)):
         result = CliRunner().invoke(app, [*given, prompts])
         assert result.exit_code == 0, result.output

@@ -1,4 +1,5 @@
-"""`hip-hf passkey`: prompts as promised, answers counted right, and a report that says which path ran."""
+"""`hip-hf passkey`: prompts as promised, answers counted right, and a report that says which path
+ran."""
 
 from __future__ import annotations
 
@@ -21,8 +22,12 @@ from hip_hf.integration.explain import explain
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(("length", "depth", "facts"), [(300, 0.0, 1), (300, 1.0, 1), (777, 0.5, 3), (1000, 0.25, 8)])
-def test_sample_has_the_length_and_the_fact_at_its_depth(length: int, depth: float, facts: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "depth", "facts"), [(300, 0.0, 1), (300, 1.0, 1), (777, 0.5, 3), (1000, 0.25, 8)]
+)
+def test_sample_has_the_length_and_the_fact_at_its_depth(
+    length: int, depth: float, facts: int
+) -> None:
     tokenizer = byte_tokenizer()
     text = tokenizer.encode(TEXT, verbose=False)
     prompt, key = passkey.make_sample(tokenizer, text, length, depth, facts, random.Random(3))
@@ -58,7 +63,9 @@ def test_samples_differ_and_can_be_repeated() -> None:
 def test_facts_have_names_of_their_own() -> None:
     facts = passkey.draw_facts(random.Random(0), [0.5] * len(FACT_NAMES))
     assert len({fact.name for fact in facts}) == len(FACT_NAMES)
-    assert all(isinstance(fact, Fact) and len(fact.key) == DIGITS and fact.key.isdigit() for fact in facts)
+    assert all(
+        isinstance(fact, Fact) and len(fact.key) == DIGITS and fact.key.isdigit() for fact in facts
+    )
 
 
 @pytest.mark.fast
@@ -70,16 +77,24 @@ def test_wilson() -> None:
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(("answer", "right"), [("12345", 5), ("12340", 4), ("", 0), ("1234", 4), ("21345", 3)])
+@pytest.mark.parametrize(
+    ("answer", "right"), [("12345", 5), ("12340", 4), ("", 0), ("1234", 4), ("21345", 3)]
+)
 def test_digits_right(answer: str, right: int) -> None:
     assert passkey.digits_right(answer, "12345") == right
 
 
 @pytest.mark.fast
 def test_answers_are_counted() -> None:
-    """A model that knows the answers to all but one prompt, gets one digit of another wrong, and goes on talking."""
+    """A model that knows the answers to all but one prompt, gets one digit of another wrong, and
+    goes on talking."""
     tokenizer = byte_tokenizer()
-    samples = [([5, 6, 7], "12345"), ([5, 6, 8], "67890"), ([5, 6, 9], "11111"), ([5, 6, 10], "22222")]
+    samples = [
+        ([5, 6, 7], "12345"),
+        ([5, 6, 8], "67890"),
+        ([5, 6, 9], "11111"),
+        ([5, 6, 10], "22222"),
+    ]
     said = [" 12345", " 67891", " no  ", "222223"]
 
     def generate(ids: torch.Tensor, **fields: Any) -> torch.Tensor:
@@ -87,19 +102,40 @@ def test_answers_are_counted() -> None:
         assert not fields["do_sample"]
         answers = [tokenizer.encode(text)[: DIGITS + 1] for text in said]
         width = max(map(len, answers))
-        return torch.cat([ids, torch.tensor([answer + [0] * (width - len(answer)) for answer in answers])], dim=1)
+        return torch.cat(
+            [ids, torch.tensor([answer + [0] * (width - len(answer)) for answer in answers])], dim=1
+        )
 
-    cell = passkey.ask(SimpleNamespace(device="cpu", generate=generate), tokenizer, samples, sparse=False)
+    cell = passkey.ask(
+        SimpleNamespace(device="cpu", generate=generate), tokenizer, samples, sparse=False
+    )
     assert (cell.samples, cell.exact, cell.digits) == (4, 2, 5 + 4 + 0 + 5)
     row = cell.row("dense", 3, None)
-    assert (row["accuracy"], row["digits"], row["path_prefill"], row["read_prefill"]) == (0.5, 0.7, "sdpa", 1.0)
+    assert (row["accuracy"], row["digits"], row["path_prefill"], row["read_prefill"]) == (
+        0.5,
+        0.7,
+        "sdpa",
+        1.0,
+    )
 
 
 @pytest.mark.fast
 def test_command(tmp_path: Path, threads: Any) -> None:
     threads(1)  # such small tensors only wait for each other
     model, text = save_checkpoint(tmp_path)
-    arguments = [model, "--document", text, "--lengths", "200,256", "--depths", "2", "--samples", "3", "--batch", "2"]
+    arguments = [
+        model,
+        "--document",
+        text,
+        "--lengths",
+        "200,256",
+        "--depths",
+        "2",
+        "--samples",
+        "3",
+        "--batch",
+        "2",
+    ]
     partly = {**SMALL, "dense_layers": 1}
     for fields in ("dense", json.dumps(SMALL), json.dumps(partly)):
         arguments += ["--settings", fields]
@@ -112,10 +148,16 @@ def test_command(tmp_path: Path, threads: Any) -> None:
     assert len(rows) == 3 * 2 * (1 + 2)
     assert [row["depth"] for row in rows[:3]] == ["all", "0.00", "1.00"]
     assert [row["samples"] for row in rows[:3]] == [6, 3, 3]
-    by_settings = {row["settings"]: row for row in rows if row["depth"] == "all" and row["length"] == 256}
+    by_settings = {
+        row["settings"]: row for row in rows if row["depth"] == "all" and row["length"] == 256
+    }
     dense, sparse, mixed = by_settings.values()
     assert (dense["path_prefill"], dense["cache"]) == ("sdpa", "-")
-    assert (sparse["path_prefill"], sparse["path_decode"], sparse["cache"]) == ("sparse", "sparse", "pages")
+    assert (sparse["path_prefill"], sparse["path_decode"], sparse["cache"]) == (
+        "sparse",
+        "sparse",
+        "pages",
+    )
     assert 0 < sparse["read_decode"] < sparse["read_prefill"] < 0.6
     assert "sparse" in mixed["path_prefill"]
     assert "dense (dense layer)" in mixed["path_prefill"]
@@ -126,7 +168,9 @@ def test_everything_read_answers_as_dense(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     loaded, tokenizer = load(model, "sdpa")
     ids = tokenizer.encode(Path(text).read_text(), verbose=False)
-    samples = [passkey.make_sample(tokenizer, ids, 256, 0.5, 1, random.Random(seed)) for seed in range(3)]
+    samples = [
+        passkey.make_sample(tokenizer, ids, 256, 0.5, 1, random.Random(seed)) for seed in range(3)
+    ]
     cells = []
     for config in settings_of(["dense", '{"budget": 512, "window": 16, "sink": 8}']).values():
         sparse = passkey.use(loaded, config)
@@ -142,13 +186,21 @@ def test_refusals(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     said = refused(passkey_command.main, model, "--document", text, "--lengths", "32")
     assert "length" in said
-    assert "budget" in refused(passkey_command.main, model, "--document", text, "--settings", '{"budget": 17}')
-    assert "nonsense" in refused(passkey_command.main, model, "--document", text, "--settings", "nonsense")
-    assert "8192 or 64K" in refused(passkey_command.main, model, "--document", text, "--lengths", "many")
+    assert "budget" in refused(
+        passkey_command.main, model, "--document", text, "--settings", '{"budget": 17}'
+    )
+    assert "nonsense" in refused(
+        passkey_command.main, model, "--document", text, "--settings", "nonsense"
+    )
+    assert "8192 or 64K" in refused(
+        passkey_command.main, model, "--document", text, "--lengths", "many"
+    )
 
 
 def test_settings_and_sizes() -> None:
-    settings = settings_of(["defaults", "paper", '{"beam": 2, "window": 64}'], budget=256, sink=None, window=128)
+    settings = settings_of(
+        ["defaults", "paper", '{"beam": 2, "window": 64}'], budget=256, sink=None, window=128
+    )
     assert {config.budget for config in settings.values()} == {256}
     assert {config.dense_layers for config in settings.values()} == {0}
     assert [config.window for config in settings.values()] == [128, 128, 64]
@@ -168,7 +220,10 @@ def test_the_shipped_checkpoint_answers() -> None:
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 8 * 2**20
     model, tokenizer = load(CHECKPOINT, "sdpa")
     text = tokenizer.encode(DOCUMENT.read_text(), add_special_tokens=False, verbose=False)
-    prompts = [passkey.make_sample(tokenizer, text, 2048, depth, 1, random.Random(depth)) for depth in (0.2, 0.5, 0.8)]
+    prompts = [
+        passkey.make_sample(tokenizer, text, 2048, depth, 1, random.Random(depth))
+        for depth in (0.2, 0.5, 0.8)
+    ]
     for config in settings_of(["dense", "defaults"], budget=128, window=64).values():
         cell = passkey.ask(model, tokenizer, prompts, passkey.use(model, config))
         assert cell.exact >= 2, config.method

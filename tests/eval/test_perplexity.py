@@ -1,4 +1,5 @@
-"""`hip-hf perplexity`: losses against one plain forward, chunks that change nothing, ranges, intervals and ratios."""
+"""`hip-hf perplexity`: losses against one plain forward, chunks that change nothing, ranges,
+intervals and ratios."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ from commands import SMALL, refused, run, save_checkpoint
 from families import VOCAB, make_model
 
 from hip_hf.cli import perplexity as perplexity_command
-from hip_hf.eval.measure.perplexity import BLOCK, PerplexityPlan, interval, losses, range_row, read_losses
+from hip_hf.eval.measure.perplexity import (
+    BLOCK,
+    PerplexityPlan,
+    interval,
+    losses,
+    range_row,
+    read_losses,
+)
 
 TEXT = torch.randint(3, VOCAB - 1, (512,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -47,7 +55,9 @@ def test_chunks_change_nothing_where_keys_are_pruned() -> None:
 def test_what_is_read_is_one_sum_a_block() -> None:
     found = read_losses(make_model("llama"), TEXT, 256, sparse=True)
     loss = losses(make_model("llama"), TEXT, 256)
-    assert found["sums"] == pytest.approx([float(loss[:127].sum()), *loss[127:].view(3, BLOCK).sum(1).tolist()])
+    assert found["sums"] == pytest.approx(
+        [float(loss[:127].sum()), *loss[127:].view(3, BLOCK).sum(1).tolist()]
+    )
     assert found["path"] == "sparse"
     assert 0 < found["read"] < 0.6
 
@@ -78,10 +88,28 @@ def test_ranges_of_positions_double() -> None:
 def test_command(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     picture = tmp_path / "ppl.png"
-    arguments = [model, "--document", text, "--tokens", "1K", "--chunk", "256", "--plot", str(picture)]
-    shown = run(perplexity_command.main, *arguments, "--settings", "dense", "--settings", json.dumps(SMALL))
+    arguments = [
+        model,
+        "--document",
+        text,
+        "--tokens",
+        "1K",
+        "--chunk",
+        "256",
+        "--plot",
+        str(picture),
+    ]
+    shown = run(
+        perplexity_command.main, *arguments, "--settings", "dense", "--settings", json.dumps(SMALL)
+    )
     rows = shown["rows"]
-    assert [(row["from"], row["to"]) for row in rows[:5]] == [(0, 1024), (0, 128), (128, 256), (256, 512), (512, 1024)]
+    assert [(row["from"], row["to"]) for row in rows[:5]] == [
+        (0, 1024),
+        (0, 128),
+        (128, 256),
+        (256, 512),
+        (512, 1024),
+    ]
     dense, sparse = rows[0], rows[5]
     assert (dense["ratio"], dense["read"], dense["path"]) == (1, 1, "sdpa")
     assert (dense["ratio_low"], dense["ratio_high"]) == (1, 1)
@@ -108,4 +136,6 @@ def test_command(tmp_path: Path) -> None:
 )
 def test_refusals(arguments: tuple[str, ...], what: str, tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
-    assert what in " ".join(refused(perplexity_command.main, model, "--document", text, *arguments).split())
+    assert what in " ".join(
+        refused(perplexity_command.main, model, "--document", text, *arguments).split()
+    )

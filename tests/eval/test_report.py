@@ -1,4 +1,5 @@
-"""Results as files: one style of document, pictures with labelled axes, and pages that a browser shows without any other file."""
+"""Results as files: one style of document, pictures with labelled axes, and pages that a browser
+shows without any other file."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from hip_hf.eval.reporting.report import AT
 
 SETTINGS = ["--settings", "dense", "--settings", json.dumps(SMALL)]
 BLOCKS = json.dumps({name: value for name, value in SMALL.items() if name.startswith("block")})
-# Small runs of the commands that measure; of `memory`, which starts processes, a document made by hand.
+# Small runs of the commands that measure; of `memory`, which starts processes, a document made by
+# hand.
 RUNS: dict[str, tuple[Any, list[str], bool]] = {
     "passkey": (passkey, ["--lengths", "256", "--depths", "2", "--samples", "1", *SETTINGS], True),
     "needles": (needles, ["--lengths", "400", "--prompts", "1", "--facts", "2", *SETTINGS], True),
@@ -44,7 +46,14 @@ MEMORY = {
     "command": "memory",
     "title": "Memory of caches",
     "rows": [
-        {"cache": kind, "length": length, "bytes_per_token": 9.5, "resident_MiB": 1.0, "peak_MiB": 2.0, "device_MiB": 1.0}
+        {
+            "cache": kind,
+            "length": length,
+            "bytes_per_token": 9.5,
+            "resident_MiB": 1.0,
+            "peak_MiB": 2.0,
+            "device_MiB": 1.0,
+        }
         for kind in ("dynamic", "hip")
         for length in (8192, 32768)
     ],
@@ -95,7 +104,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
     model, text = save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     found = {}
     for name, (command, arguments, reads) in RUNS.items():
-        given = [model, "--documents" if command is needles else "--document", text, *arguments] if reads else arguments
+        given = (
+            [model, "--documents" if command is needles else "--document", text, *arguments]
+            if reads
+            else arguments
+        )
         files = ["--output", str(folder / f"{name}.json"), "--report", str(folder / f"{name}.html")]
         found[name] = (folder / f"{name}.json", run(command.main, *given, *files))
     torch.set_num_threads(before)
@@ -121,7 +134,11 @@ def test_every_axis_has_a_label(
 ) -> None:
     drawn: list[matplotlib.figure.Figure] = []
     save = matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda self, *a, **k: drawn.append(self) or save(self, *a, **k),
+    )
     for name, draw in PICTURES.items():
         drawn.clear()
         draw(saved[name][1], tmp_path / f"{name}.png")
@@ -138,19 +155,34 @@ def test_every_axis_has_a_label(
 
 def test_compare_has_a_row_for_each_setting(saved: dict[str, tuple[Path, dict[str, Any]]]) -> None:
     rows = {row["settings"]: row for row in saved["compare"][1]["rows"]}
-    assert list(rows) == ["dense", f"{BLOCKS}{AT}32", f"streaming{AT}32", f"{BLOCKS}{AT}64", f"streaming{AT}64"]
+    assert list(rows) == [
+        "dense",
+        f"{BLOCKS}{AT}32",
+        f"streaming{AT}32",
+        f"{BLOCKS}{AT}64",
+        f"streaming{AT}64",
+    ]
     assert rows["dense"]["ratio"] == 1
     assert rows["dense"]["mass"] is None
-    assert all(0 < row["mass"] < 1 and row["perplexity"] > 1 for name, row in rows.items() if name != "dense")
+    assert all(
+        0 < row["mass"] < 1 and row["perplexity"] > 1
+        for name, row in rows.items()
+        if name != "dense"
+    )
     assert rows[f"streaming{AT}32"]["mass"] < rows[f"streaming{AT}64"]["mass"]
     assert all(row["samples"] == 1 for row in rows.values())
     assert rows["dense"]["needle_ratio"] == 1
-    assert all(0 <= row["needle_answers"] <= row["needle_digits"] <= 1 < row["needle_nll"] for row in rows.values())
+    assert all(
+        0 <= row["needle_answers"] <= row["needle_digits"] <= 1 < row["needle_nll"]
+        for row in rows.values()
+    )
     assert all(row["needle_ratio"] != 1 for name, row in rows.items() if name != "dense")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_browser_shows_the_page_of_a_run(name: str, saved: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path) -> None:
+def test_a_browser_shows_the_page_of_a_run(
+    name: str, saved: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
     file, printed = saved[name]
     page = file.with_suffix(".html")
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page.read_text())  # needs no other file
@@ -162,12 +194,16 @@ def test_a_browser_shows_the_page_of_a_run(name: str, saved: dict[str, tuple[Pat
         assert str(next(iter(row.values()))) in seen.text
 
 
-def test_report_bundles_results_in_one_page(saved: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path) -> None:
+def test_report_bundles_results_in_one_page(
+    saved: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
     app = typer.Typer()
     app.command()(report_page.main)
     page = tmp_path / "all.html"
     files = [str(file) for file, _ in saved.values()]
-    result = CliRunner().invoke(app, [*files, "--output", str(page), "--title", "Everything <measured>"])
+    result = CliRunner().invoke(
+        app, [*files, "--output", str(page), "--title", "Everything <measured>"]
+    )
     assert result.exit_code == 0, result.output
     seen = visit(page, tmp_path / "browser")
     assert seen.title == "Everything <measured>"
@@ -191,7 +227,10 @@ def test_the_browser_test_sees_what_is_broken(tmp_path: Path) -> None:
     assert seen.broken_images == ["nowhere.png"]
     assert any("nowhere.png" in what for what in seen.failed)
     assert any("boom" in what for what in seen.failed)
-    assert [link.rpartition("/")[2] for link in broken_links({page: seen})] == ["gone.html", "page.html#gone (no such place)"]
+    assert [link.rpartition("/")[2] for link in broken_links({page: seen})] == [
+        "gone.html",
+        "page.html#gone (no such place)",
+    ]
 
 
 def test_a_table_that_no_terminal_shows_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +245,13 @@ def test_a_table_that_no_terminal_shows_is_not_cut(capsys: pytest.CaptureFixture
 def test_refusals(tmp_path: Path, saved: dict[str, tuple[Path, dict[str, Any]]]) -> None:
     file, other = str(saved["passkey"][0]), tmp_path / "other.json"
     assert "hip-hf passkey" in refused(report_page.main, str(tmp_path / "gone.json"))
-    for text in ("{", "[]", '{"rows": []}', '{"command": "passkey", "rows": []}', '{"command": "demo", "rows": [1]}'):
+    for text in (
+        "{",
+        "[]",
+        '{"rows": []}',
+        '{"command": "passkey", "rows": []}',
+        '{"command": "demo", "rows": [1]}',
+    ):
         other.write_text(text)
         assert "RESULTS" in refused(report_page.main, file, str(other))
     assert "--output" in refused(report_page.main, file, "--output", str(tmp_path))

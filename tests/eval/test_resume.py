@@ -1,4 +1,5 @@
-"""Finished measurements: kept through an interruption, refused to another run, gone when the result is written."""
+"""Finished measurements: kept through an interruption, refused to another run, gone when the result
+is written."""
 
 from __future__ import annotations
 
@@ -55,19 +56,29 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"something else\n", b"[]\n", b'{"request": 1}\n', b'{"request": {}}\n[1]\n', b'{"request": {}}\n{"a\n', b"\xff\n"],
+    [
+        b"something else\n",
+        b"[]\n",
+        b'{"request": 1}\n',
+        b'{"request": {}}\n[1]\n',
+        b'{"request": {}}\n{"a\n',
+        b"\xff\n",
+    ],
 )
 def test_a_file_that_is_none_of_finished_cells_is_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / f"out.json{SUFFIX}"
     file.write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"--output: got 'out.json.partial', which is no file of finished measurements, allowed: .* remove"
+        ValueError,
+        match=r"--output: got 'out.json.partial', which is no file of finished measurements, allowed: .* remove",
     ):
         Resumable(tmp_path / "out.json", {})
     assert file.read_bytes() == content
 
 
-def test_without_an_output_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_output_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     kept = Resumable(None, {})
     assert [kept.get(("a",), lambda: 1), kept.get(("a",), lambda: 2)] == [1, 1]
@@ -82,13 +93,38 @@ COMMANDS: dict[str, tuple[Any, tuple[Any, str], list[str]]] = {
         (measure.passkey, "ask"),
         ["--lengths", "200,256", "--depths", "2", "--samples", "2", "--settings", "dense"],
     ),
-    "needles": (needles, (measure.needles, "ask"), ["--lengths", "400", "--prompts", "2", "--facts", "2", "--settings", "dense"]),
-    "perplexity": (perplexity, (measure.perplexity, "read_losses"), ["--tokens", "512", "--settings", "dense"]),
-    "fidelity": (fidelity, (measure.fidelity, "measure_prompt"), ["--tokens", "512", "--prompts", "3", "--facts", "1"]),
+    "needles": (
+        needles,
+        (measure.needles, "ask"),
+        ["--lengths", "400", "--prompts", "2", "--facts", "2", "--settings", "dense"],
+    ),
+    "perplexity": (
+        perplexity,
+        (measure.perplexity, "read_losses"),
+        ["--tokens", "512", "--settings", "dense"],
+    ),
+    "fidelity": (
+        fidelity,
+        (measure.fidelity, "measure_prompt"),
+        ["--tokens", "512", "--prompts", "3", "--facts", "1"],
+    ),
     "compare": (
         compare,
         (measure.passkey, "ask"),
-        ["--tokens", "512", "--prompts", "1", "--facts", "1", "--depths", "2", "--samples", "1", "--settings", "dense"],
+        [
+            "--tokens",
+            "512",
+            "--prompts",
+            "1",
+            "--facts",
+            "1",
+            "--depths",
+            "2",
+            "--samples",
+            "1",
+            "--settings",
+            "dense",
+        ],
     ),
 }
 
@@ -106,7 +142,14 @@ def test_an_interrupted_run_resumed_gives_the_same_file(
     threads(1)  # such small tensors only wait for each other
     command, (owner, measures), arguments = COMMANDS[name]
     model, text = save_checkpoint(tmp_path)
-    given = [model, "--documents" if command is needles else "--document", text, *arguments, "--settings", json.dumps(SMALL)]
+    given = [
+        model,
+        "--documents" if command is needles else "--document",
+        text,
+        *arguments,
+        "--settings",
+        json.dumps(SMALL),
+    ]
     real, calls = getattr(owner, measures), []
 
     def counted(*args: Any) -> Any:
@@ -133,7 +176,9 @@ def test_an_interrupted_run_resumed_gives_the_same_file(
     assert not resumed.exists()
     monkeypatch.setattr(owner, measures, counted)
     if name != "perplexity":  # which draws nothing
-        assert "other seed" in refused(command.main, *given, "--output", str(resumed), "--seed", "1")
+        assert "other seed" in refused(
+            command.main, *given, "--output", str(resumed), "--seed", "1"
+        )
     assert invoke(command, [*given, "--output", str(resumed)]).exit_code == 0
     assert len(calls) == needed  # the finished ones were not measured again
     assert resumed.read_bytes() == whole.read_bytes()
@@ -141,7 +186,20 @@ def test_an_interrupted_run_resumed_gives_the_same_file(
 
 
 def test_latency_keeps_finished_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = ["--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--repeats", "1", "--dtypes", "fp32", "--phases", "prefill"]
+    shape = [
+        "--heads",
+        "2",
+        "--kv-heads",
+        "1",
+        "--head-dim",
+        "16",
+        "--repeats",
+        "1",
+        "--dtypes",
+        "fp32",
+        "--phases",
+        "prefill",
+    ]
     output = tmp_path / "latency.json"
     real, lengths = measured.measure_prefill, []
 

@@ -41,7 +41,9 @@ def test_prompts_fill_their_length_and_hold_the_answer(name: str) -> None:
 def test_yaml_files_name_what_there_is() -> None:
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={**META, "samples": 1})
+    manager = TaskManager(
+        include_path=str(TASKS), include_defaults=False, metadata={**META, "samples": 1}
+    )
     loaded = manager.load(["hip_longctx"])
     assert set(loaded["tasks"]) == {*GENERATORS, "hip_perplexity"}
     better: dict[str, set[bool]] = {}

@@ -1,4 +1,5 @@
-"""Models in `torch.compile`: attention breaks no graph, and gives what it gives without one, with the state beside the cache."""
+"""Models in `torch.compile`: attention breaks no graph, and gives what it gives without one, with
+the state beside the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from hip_hf.integration import in_graph, masks
 from hip_hf.integration.attention_function import attention_forward
 from hip_hf.state import _states
 
-pytestmark = pytest.mark.skipif(not in_graph._TAGS, reason="PyTorch before 2.9 breaks graphs at attention")
+pytestmark = pytest.mark.skipif(
+    not in_graph._TAGS, reason="PyTorch before 2.9 breaks graphs at attention"
+)
 
 PROMPT, STEPS, REFRESH = 120, 5, 2
 IDS = make_batch([PROMPT])["input_ids"]
@@ -41,7 +44,8 @@ def filled(model: PreTrainedModel, **batch: torch.Tensor) -> StaticCache:
 
 
 def compiled(model: PreTrainedModel) -> Any:
-    """The model as one graph, traced whole but not lowered: that needs a C++ compiler. A second one would be an error."""
+    """The model as one graph, traced whole but not lowered: that needs a C++ compiler. A second one
+    would be an error."""
     graphs: list[torch.fx.GraphModule] = []
 
     def once(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -52,7 +56,9 @@ def compiled(model: PreTrainedModel) -> Any:
     return torch.compile(model, backend=once, fullgraph=True)
 
 
-def decoded(model: PreTrainedModel, forward: Any, cache: StaticCache) -> tuple[list[torch.Tensor], list[int]]:
+def decoded(
+    model: PreTrainedModel, forward: Any, cache: StaticCache
+) -> tuple[list[torch.Tensor], list[int]]:
     """Logits of some steps, and for which position each of them had selected."""
     logits, selected = [], []
     for step in range(STEPS):
@@ -65,7 +71,8 @@ def decoded(model: PreTrainedModel, forward: Any, cache: StaticCache) -> tuple[l
 
 
 def made_for(state: hip_hf.DecodeState) -> int:
-    """The position that the selection was made for; where kernels keep it the device knows, and the host need not."""
+    """The position that the selection was made for; where kernels keep it the device knows, and the
+    host need not."""
     if state.device is None:
         return state.rows[0].selection.position
     (position,) = set(state.device.selection.made.flatten().tolist())
@@ -80,7 +87,9 @@ def test_attention_breaks_no_graph(backend: str, patched: bool) -> None:
         hip_hf.patch(model)
     cache = filled(model)
     with torch.no_grad():
-        found = torch._dynamo.explain(lambda ids: model(ids, past_key_values=cache).logits)(IDS[:, :1])
+        found = torch._dynamo.explain(lambda ids: model(ids, past_key_values=cache).logits)(
+            IDS[:, :1]
+        )
     assert (found.graph_count, found.graph_break_count) == (1, 0)
     operator = torch.ops.hip_hf.layer if backend == "torch" else torch.ops.hip_hf.decode_step
     assert [node.target for node in found.graphs[0].graph.nodes].count(operator.default) == 2
@@ -88,7 +97,8 @@ def test_attention_breaks_no_graph(backend: str, patched: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.kernels)])
 def test_a_compiled_step_gives_what_a_plain_one_gives(backend: str) -> None:
-    """It is sparse, and selects anew when that is due. The graph serves every cache of its shape."""
+    """It is sparse, and selects anew when that is due. The graph serves every cache of its
+    shape."""
     model = make_model("llama", backend=backend, decode_refresh=REFRESH)
     forward = compiled(model)
     for _ in range(2):
@@ -100,7 +110,8 @@ def test_a_compiled_step_gives_what_a_plain_one_gives(backend: str) -> None:
 
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_a_compiled_prompt_gives_what_a_plain_one_gives(chunks: int) -> None:
-    """It is sparse, all at once or in chunks, and a later step goes on from it. No settings had been looked at before."""
+    """It is sparse, all at once or in chunks, and a later step goes on from it. No settings had
+    been looked at before."""
     model = make_model("llama", decode_refresh=REFRESH)
     forward = torch.compile(model, backend="aot_eager", fullgraph=True)
     caches = [StaticCache(config=model.config, max_cache_len=PROMPT + 40) for _ in range(2)]
@@ -123,7 +134,9 @@ def test_settings_are_looked_at_as_a_graph_is_made() -> None:
     assert not cache.layers[0].is_initialized
 
 
-@pytest.mark.parametrize("settings", [{}, {"delta": 16}], ids=["sparse", "dense where gradients are asked for"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"delta": 16}], ids=["sparse", "dense where gradients are asked for"]
+)
 def test_gradients_break_no_graph(settings: dict[str, Any]) -> None:
     """They are those without a graph, to the bit; padding is read in the backward pass as well."""
     model, batch = make_model("llama", **settings), make_batch([PROMPT, 71])
@@ -140,7 +153,8 @@ def test_gradients_break_no_graph(settings: dict[str, Any]) -> None:
 
 
 def test_a_hip_cache_breaks_graphs_a_known_number_of_times() -> None:
-    """Where it is updated: four frames of each layer are left for that. More would be places within that Dynamo cannot follow."""
+    """Where it is updated: four frames of each layer are left for that. More would be places within
+    that Dynamo cannot follow."""
     model = make_model("llama")
     cache, other = (hip_hf.HiPCache(model.config) for _ in range(2))
     with torch.no_grad():
@@ -166,14 +180,19 @@ def padded_step(*lengths: int) -> tuple[dict[str, torch.Tensor], dict[str, torch
     """Two prompts, padded on the left, and what the step after them is called with."""
     batch = make_batch(list(lengths))
     step = {"input_ids": torch.tensor([[5], [6]]), "position_ids": torch.tensor(lengths)[:, None]}
-    step["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+    step["attention_mask"] = torch.cat(
+        [batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1
+    )
     return batch, step
 
 
 def test_a_compiled_step_reads_padding_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not once a layer: on a GPU the host waits for what it reads. Each forward reads anew, also of a second model between."""
+    """Not once a layer: on a GPU the host waits for what it reads. Each forward reads anew, also of
+    a second model between."""
     waits = []
-    monkeypatch.setattr(masks, "_extents", lambda mask, own=masks._extents: waits.append(1) or own(mask))
+    monkeypatch.setattr(
+        masks, "_extents", lambda mask, own=masks._extents: waits.append(1) or own(mask)
+    )
     models = [make_model("llama"), make_model("qwen3")]
     forwards = [compiled(model) for model in models]
     for model in models:  # what stands in its masks' functions is known by then

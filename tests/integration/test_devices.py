@@ -1,4 +1,5 @@
-"""Layers of one model may lie on several devices: what attention makes lies where the layer is, never on the default device."""
+"""Layers of one model may lie on several devices: what attention makes lies where the layer is,
+never on the default device."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ from hip_hf.registry import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the default device is one of a thread's own
 
-HYPER: dict[str, Any] = {"method": "hyper", "options": {"min_seq_len": 24, "block_size": 16, "sample_size": 10}}
+HYPER: dict[str, Any] = {
+    "method": "hyper",
+    "options": {"min_seq_len": 24, "block_size": 16, "sample_size": 10},
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "hip": {},
     "sampled vote, per head": {"vote": "sampled", "group_shared": False},
@@ -38,8 +42,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def elsewhere() -> Iterator[None]:
-    """A tensor that is made without a device holds nothing, and fails beside those that do. What is kept for all calls is made
-    anew."""
+    """A tensor that is made without a device holds nothing, and fails beside those that do. What is
+    kept for all calls is made anew."""
     for kept in (extension._ropes, block_sparse._triangles, workers.scratch.buffers):
         kept.clear()
     before = torch.get_default_device()
@@ -50,11 +54,15 @@ def elsewhere() -> Iterator[None]:
         torch.set_default_device(before)
 
 
-def attended(given: list[list[torch.Tensor]], key_start: torch.Tensor, config: hip_hf.HiPConfig) -> list[torch.Tensor]:
+def attended(
+    given: list[list[torch.Tensor]], key_start: torch.Tensor, config: hip_hf.HiPConfig
+) -> list[torch.Tensor]:
     """Output and log-sum-exp of calls that share their state."""
     state, found = hip_hf.DecodeState(), []
     for q, k, v in given:
-        found += hip_hf.hip_attention(q, k, v, config=config, key_start=key_start, state=state, return_lse=True)
+        found += hip_hf.hip_attention(
+            q, k, v, config=config, key_start=key_start, state=state, return_lse=True
+        )
     return found
 
 
@@ -81,7 +89,12 @@ def test_the_mask_and_gradients_are_where_the_tensors_are() -> None:
 
     def learned() -> list[torch.Tensor]:
         out, mask = hip_hf.hip_attention(*inputs, config=config, return_mask=True)
-        return [mask.indices, mask.counts, mask.first, *torch.autograd.grad(out.square().sum(), inputs)]
+        return [
+            mask.indices,
+            mask.counts,
+            mask.first,
+            *torch.autograd.grad(out.square().sum(), inputs),
+        ]
 
     expected = learned()
     with elsewhere():
@@ -90,10 +103,15 @@ def test_the_mask_and_gradients_are_where_the_tensors_are() -> None:
 
 
 def conversation(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
-    """Logits of a padded prompt, read in two parts, and of steps after it. Makes no tensor itself."""
+    """Logits of a padded prompt, read in two parts, and of steps after it. Makes no tensor
+    itself."""
     parts, at = [], 0
     for end in ENDS:
-        given = {"attention_mask": MASK[:, :end], "position_ids": POSITIONS[:, at:end], "past_key_values": cache}
+        given = {
+            "attention_mask": MASK[:, :end],
+            "position_ids": POSITIONS[:, at:end],
+            "past_key_values": cache,
+        }
         with torch.no_grad():
             parts.append(model(IDS[:, at:end], **given).logits[:, -1])
         at = end
@@ -108,7 +126,8 @@ ENDS = [100, 147, 148, 149, 150]
 
 @pytest.mark.parametrize("offload", [None, "cpu", "disk"])
 def test_caches_keep_nothing_on_the_default_device(offload: str | None) -> None:
-    """Of full attention: Transformers' own layers for sliding windows make a number on the default device."""
+    """Of full attention: Transformers' own layers for sliding windows make a number on the default
+    device."""
 
     def cache() -> hip_hf.HiPCache:
         return hip_hf.HiPCache(model.config, offload=offload, device_pages=8 if offload else None)
@@ -126,7 +145,9 @@ def test_reordered_and_cropped_caches_stay_where_they_are(patched: bool) -> None
         cache.reorder_cache(order)
         cache.crop(-30)
         with torch.no_grad():
-            again = model(IDS[:, 120:121], attention_mask=MASK[:, :121], past_key_values=cache).logits
+            again = model(
+                IDS[:, 120:121], attention_mask=MASK[:, :121], past_key_values=cache
+            ).logits
         return torch.cat([first.flatten(), again.flatten()])
 
     model, order = make_model("llama"), torch.tensor([1, 1])
@@ -138,19 +159,30 @@ def test_reordered_and_cropped_caches_stay_where_they_are(patched: bool) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "how"), [("llama", "as it is"), ("llama", "patched"), ("llama", "extended"), ("gpt_oss", "as it is")]
+    ("family", "how"),
+    [("llama", "as it is"), ("llama", "patched"), ("llama", "extended"), ("gpt_oss", "as it is")],
 )
-def test_layers_whose_weights_wait_on_disk(family: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `device_map` offloads what does not fit: outside of a layer's call its weights, attention sinks among them, are on
-    `meta`."""
+def test_layers_whose_weights_wait_on_disk(
+    family: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `device_map` offloads what does not fit: outside of a layer's call its weights, attention
+    sinks among them, are on `meta`."""
     full = copy.deepcopy(FAMILIES["gpt_oss"])  # full attention in every layer, as above
     full.layer_types = ["full_attention"] * full.num_hidden_layers
     monkeypatch.setitem(FAMILIES, "gpt_oss", full)
-    changes = {"patched": hip_hf.patch, "extended": lambda model: hip_hf.configure(model, extend="streaming")}
+    changes = {
+        "patched": hip_hf.patch,
+        "extended": lambda model: hip_hf.configure(model, extend="streaming"),
+    }
     whole = make_model(family)
     whole.save_pretrained(tmp_path)
     room = {"cpu": 97 * sum(weight.nbytes for weight in whole.parameters()) // 100}
-    given = dict(device_map="auto", max_memory=room, offload_folder=tmp_path / "offloaded", attn_implementation="hip")
+    given = dict(
+        device_map="auto",
+        max_memory=room,
+        offload_folder=tmp_path / "offloaded",
+        attn_implementation="hip",
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path, **given)
     for each in (whole, model):
         changes.get(how, lambda model: None)(each)
@@ -158,7 +190,10 @@ def test_layers_whose_weights_wait_on_disk(family: str, how: str, tmp_path: Path
     with elsewhere():
         assert torch.equal(conversation(model, hip_hf.HiPCache(model.config)), expected)
     assert paths(model) == ["sparse", "sparse"]
-    assert [layer.self_attn.k_proj.weight.device.type for layer in model.model.layers] == ["cpu", "meta"]
+    assert [layer.self_attn.k_proj.weight.device.type for layer in model.model.layers] == [
+        "cpu",
+        "meta",
+    ]
 
 
 def test_draws_do_not_depend_on_the_default_device() -> None:
@@ -166,8 +201,18 @@ def test_draws_do_not_depend_on_the_default_device() -> None:
 
     def drawn() -> list[torch.Tensor]:
         level = Level.of([square], 0, hyper.Options(), 0, 2, cpu)  # as the kernels want it
-        draws = [hyper.projections(hyper.Options(), 16, 0, cpu), hyper.sampled_ranks(square, 10, 0, cpu)]
-        return [*draws, level.table, level.starts, level.samples, level.row_bounds, level.key_bounds]
+        draws = [
+            hyper.projections(hyper.Options(), 16, 0, cpu),
+            hyper.sampled_ranks(square, 10, 0, cpu),
+        ]
+        return [
+            *draws,
+            level.table,
+            level.starts,
+            level.samples,
+            level.row_bounds,
+            level.key_bounds,
+        ]
 
     expected = drawn()
     with elsewhere():

@@ -1,4 +1,5 @@
-"""Encoder-decoders whose decoder attends by `hip`: the tokens of eager attention, whatever cache `generate` makes for them."""
+"""Encoder-decoders whose decoder attends by `hip`: the tokens of eager attention, whatever cache
+`generate` makes for them."""
 
 from __future__ import annotations
 
@@ -21,27 +22,69 @@ from transformers import (
 import hip_hf
 from hip_hf import HiPCache
 
-_HEADS = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+_HEADS = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 99}
-_GEMMA = {**_HEADS, **_IDS, "vocab_size": 100, "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16}
+_GEMMA = {
+    **_HEADS,
+    **_IDS,
+    "vocab_size": 100,
+    "head_dim": 16,
+    "sliding_window": 24,
+    "query_pre_attn_scalar": 16,
+}
 
 
 def t5gemma() -> PreTrainedModel:
-    return T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=_GEMMA, decoder=_GEMMA, vocab_size=100, **_IDS))
+    return T5GemmaForConditionalGeneration(
+        T5GemmaConfig(encoder=_GEMMA, decoder=_GEMMA, vocab_size=100, **_IDS)
+    )
 
 
 def t5gemma2() -> PreTrainedModel:
     text = {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]}
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tokens = {"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92, "mm_tokens_per_image": 4}
-    encoder = {"text_config": text, "vision_config": {**sizes, "image_size": 32, "patch_size": 8}, **tokens}
-    return T5Gemma2ForConditionalGeneration(T5Gemma2Config(encoder=encoder, decoder=text, image_token_index=90, **_IDS))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    tokens = {
+        "image_token_index": 90,
+        "boi_token_index": 91,
+        "eoi_token_index": 92,
+        "mm_tokens_per_image": 4,
+    }
+    encoder = {
+        "text_config": text,
+        "vision_config": {**sizes, "image_size": 32, "patch_size": 8},
+        **tokens,
+    }
+    return T5Gemma2ForConditionalGeneration(
+        T5Gemma2Config(encoder=encoder, decoder=text, image_token_index=90, **_IDS)
+    )
 
 
 def bart() -> PreTrainedModel:
-    sides = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
-    dims = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "forced_eos_token_id": None, "decoder_start_token_id": 2}
-    return BartForConditionalGeneration(BartConfig(vocab_size=100, d_model=64, **sides, **dims, **_IDS))
+    sides = {
+        f"{side}_{name}": 2
+        for side in ("encoder", "decoder")
+        for name in ("layers", "attention_heads")
+    }
+    dims = {
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "forced_eos_token_id": None,
+        "decoder_start_token_id": 2,
+    }
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=100, d_model=64, **sides, **dims, **_IDS)
+    )
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -62,7 +105,9 @@ def test_tokens_equal_eager_attention(make: Any, cache: str | None) -> None:
         batch = dict(input_ids=given, attention_mask=mask, decoder_input_ids=begun)
         with torch.no_grad():
             made = model.generate(**batch, return_dict_in_generate=True, **options)
-        return made.sequences[:, begun.shape[1] :].tolist(), made.get("cache", made.get("past_key_values"))
+        return made.sequences[:, begun.shape[1] :].tolist(), made.get(
+            "cache", made.get("past_key_values")
+        )
 
     model.set_attn_implementation("eager")
     expected, _ = generated()

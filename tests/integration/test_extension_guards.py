@@ -1,4 +1,5 @@
-"""Context extension in models: what must not be mixed up, and what is refused before anything has changed."""
+"""Context extension in models: what must not be mixed up, and what is refused before anything has
+changed."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("patched", [True, False])
 @pytest.mark.parametrize("dims", [(16, 32), (32, 16)])
-def test_models_with_heads_of_other_sizes_in_one_process(dims: tuple[int, int], patched: bool) -> None:
+def test_models_with_heads_of_other_sizes_in_one_process(
+    dims: tuple[int, int], patched: bool
+) -> None:
     batch = make_batch([120])
     for dim in dims:
         model = build(LlamaConfig(**{**SMALL, "head_dim": dim}))
@@ -69,7 +72,10 @@ def test_a_config_of_longer_heads_than_the_layers_is_refused(patched: bool) -> N
     if not patched:
         turning_back(model)
     model.config.head_dim = 32
-    with pytest.raises(ValueError, match="config: got a RoPE that turns 32 numbers of a head, allowed: up to its layers' 16"):
+    with pytest.raises(
+        ValueError,
+        match="config: got a RoPE that turns 32 numbers of a head, allowed: up to its layers' 16",
+    ):
         logits(model, make_batch([40]), past_key_values=cache)
     assert cache.get_seq_length() == 0
 
@@ -78,21 +84,34 @@ def otherwise() -> Iterator[tuple[str, Callable[[Any], None]]]:
     yield "unpatched", hip_hf.unpatch
     yield "sdpa", lambda model: model.set_attn_implementation("sdpa")
     yield "extend=None", lambda model: hip_hf.configure(model, extend=None)
-    yield "unpatched, sdpa", lambda model: (hip_hf.unpatch(model), model.set_attn_implementation("sdpa"))
+    yield (
+        "unpatched, sdpa",
+        lambda model: (hip_hf.unpatch(model), model.set_attn_implementation("sdpa")),
+    )
 
 
 @pytest.mark.parametrize("through", ["itself", "a copy", "a pickle"])
 @pytest.mark.parametrize("how", [pytest.param(how, id=name) for name, how in otherwise()])
-def test_keys_without_rotation_are_not_continued_with_rotated_ones(how: Callable[[Any], None], through: str) -> None:
-    """Whatever makes these: the original forward of a patched or of an unpatched layer, with any attention."""
-    model, batch, more = build(LlamaConfig(**SMALL)), make_batch([60]), make_batch([3], seed=1)["input_ids"]
+def test_keys_without_rotation_are_not_continued_with_rotated_ones(
+    how: Callable[[Any], None], through: str
+) -> None:
+    """Whatever makes these: the original forward of a patched or of an unpatched layer, with any
+    attention."""
+    model, batch, more = (
+        build(LlamaConfig(**SMALL)),
+        make_batch([60]),
+        make_batch([3], seed=1)["input_ids"],
+    )
     hip_hf.patch(model, extend="streaming")
     cache = hip_hf.HiPCache(model.config)
     logits(model, batch, past_key_values=cache)
     how(model)
     if through != "itself":
         cache = copy.deepcopy(cache) if through == "a copy" else pickle.loads(pickle.dumps(cache))
-    with pytest.raises(ValueError, match=r"got a cache filled with extend='streaming', allowed: with extend=None an empty one"):
+    with pytest.raises(
+        ValueError,
+        match=r"got a cache filled with extend='streaming', allowed: with extend=None an empty one",
+    ):
         logits(model, {"input_ids": more}, past_key_values=cache)
     assert cache.get_seq_length() == 60
     cache.reset()
@@ -103,15 +122,22 @@ def test_keys_without_rotation_are_not_continued_with_rotated_ones(how: Callable
 @pytest.mark.parametrize("patched", [True, False])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_another_cache_than_ours_is_refused(kind: str, patched: bool) -> None:
-    """By a patched layer before it holds anything; without a patcher, where it brings the keys of an earlier call."""
+    """By a patched layer before it holds anything; without a patcher, where it brings the keys of
+    an earlier call."""
     model = build(LlamaConfig(**SMALL), extend="streaming")
-    cache, message = CACHES[kind](model.config), "got a DynamicCache" if kind == "dynamic" else "got a StaticCache"
+    cache, message = (
+        CACHES[kind](model.config),
+        "got a DynamicCache" if kind == "dynamic" else "got a StaticCache",
+    )
     if not patched:
         turning_back(model)
         message = "got another one, whose keys are rotated"
         if kind == "dynamic":  # at its first call it brings no key that the call itself does not
             logits(model, make_batch([60]), past_key_values=cache)
-    with pytest.raises(ValueError, match=rf"past_key_values: {message}, allowed with extend='streaming': a HiPCache"):
+    with pytest.raises(
+        ValueError,
+        match=rf"past_key_values: {message}, allowed with extend='streaming': a HiPCache",
+    ):
         logits(model, {"input_ids": make_batch([3])["input_ids"]}, past_key_values=cache)
     assert not patched or cache.get_seq_length() == 0
     hip_hf.configure(model, extend=None)
@@ -119,7 +145,8 @@ def test_another_cache_than_ours_is_refused(kind: str, patched: bool) -> None:
 
 
 def test_layers_before_the_one_that_is_refused() -> None:
-    """The first layer slides: it takes rotated keys whatever `extend` says. Its window is not full yet."""
+    """The first layer slides: it takes rotated keys whatever `extend` says. Its window is not full
+    yet."""
     config = Qwen2Config(**SMALL, sliding_window=24, use_sliding_window=True)
     config.layer_types = ["sliding_attention", "full_attention"]
     model, batch = build(config, extend="streaming"), make_batch([20])
@@ -128,33 +155,47 @@ def test_layers_before_the_one_that_is_refused() -> None:
     for one in (cache, twin):
         logits(model, batch, past_key_values=one)
     hip_hf.configure(model, extend=None)
-    for message in ("got a cache filled with extend='streaming'", "that holds a part of a call which failed"):
+    for message in (
+        "got a cache filled with extend='streaming'",
+        "that holds a part of a call which failed",
+    ):
         with pytest.raises(ValueError, match=message):
             logits(model, more, past_key_values=cache)
     assert [layer.get_seq_length() for layer in cache.layers] == [21, 20]
     cache.reset()
     hip_hf.configure(model, extend="streaming")
     logits(model, batch, past_key_values=cache)
-    assert torch.equal(logits(model, more, past_key_values=cache), logits(model, more, past_key_values=twin))
+    assert torch.equal(
+        logits(model, more, past_key_values=cache), logits(model, more, past_key_values=twin)
+    )
 
 
 ARRIVING = {
     "gemma 3, one layer full": (
-        Gemma3TextConfig(**SMALL, sliding_window=24, layer_types=["sliding_attention", "full_attention"]),
+        Gemma3TextConfig(
+            **SMALL, sliding_window=24, layer_types=["sliding_attention", "full_attention"]
+        ),
         "gemma3_text has no patcher",
     ),
     "gpt-oss": (FAMILIES["gpt_oss"], "gpt_oss has no patcher"),
     "dynamic RoPE": (
-        LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        LlamaConfig(
+            **SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        ),
         "type 'dynamic'",
     ),
-    "too much to read": (LlamaConfig(**{**SMALL, "max_position_embeddings": 40}), "sink . budget . window: got 56 keys"),
+    "too much to read": (
+        LlamaConfig(**{**SMALL, "max_position_embeddings": 40}),
+        "sink . budget . window: got 56 keys",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("name", ARRIVING)
-def test_settings_that_arrive_with_the_config_are_checked_before_any_layer(name: str, kind: str) -> None:
+def test_settings_that_arrive_with_the_config_are_checked_before_any_layer(
+    name: str, kind: str
+) -> None:
     config, message = ARRIVING[name]
     config = copy.deepcopy(config)
     config.hip = dict(EXTENDED)
@@ -192,8 +233,13 @@ def test_a_config_of_no_model_of_transformers_is_refused() -> None:
     class Foreign(PreTrainedConfig):
         model_type = "llama"
 
-    config = Foreign(rope_parameters={"rope_type": "default", "rope_theta": 1e4}, max_position_embeddings=TRAINED)
-    with pytest.raises(ValueError, match="extend: got a model with Foreign, allowed: configs of Transformers' own models"):
+    config = Foreign(
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, max_position_embeddings=TRAINED
+    )
+    with pytest.raises(
+        ValueError,
+        match="extend: got a model with Foreign, allowed: configs of Transformers' own models",
+    ):
         extension.check_extension(hip_hf.HiPConfig(**EXTENDED), config)
 
 
@@ -222,7 +268,10 @@ def elsewhere() -> Iterator[None]:
 
 @pytest.mark.parametrize("patched", [True, False])
 def test_a_default_device_elsewhere(patched: bool, request: pytest.FixtureRequest) -> None:
-    model, batch = build(LlamaConfig(**SMALL), extend="streaming", dense_layers=1), make_batch([300])
+    model, batch = (
+        build(LlamaConfig(**SMALL), extend="streaming", dense_layers=1),
+        make_batch([300]),
+    )
     if not patched:
         turning_back(model)
     step = {"input_ids": torch.tensor([[7]])}
@@ -257,13 +306,17 @@ def test_unpatch_leaves_no_extension_behind(route: str) -> None:
         elif part == "configure":
             hip_hf.configure(model, extend="streaming")
     assert len(attention(model)) == 2
-    assert not torch.allclose(logits(model, batch), expected, atol=1e-2), "the context was not extended"
+    assert not torch.allclose(logits(model, batch), expected, atol=1e-2), (
+        "the context was not extended"
+    )
     for _ in range(2):
         hip_hf.unpatch(model)
         assert (model.config.hip["extend"], model.config.hip["budget"]) == (None, 24)
         assert forwards(model) == own
         assert torch.equal(logits(model, batch), expected)
-    generated = model.generate(**make_batch([200]), max_new_tokens=3, do_sample=False, cache_implementation="static")
+    generated = model.generate(
+        **make_batch([200]), max_new_tokens=3, do_sample=False, cache_implementation="static"
+    )
     assert generated.shape == (1, 203)
 
 
@@ -282,6 +335,8 @@ def test_gaps_in_position_ids(patched: bool) -> None:
     gap = torch.cat([torch.arange(30), torch.arange(50, 80)])[None]
     got = logits(model, batch, position_ids=gap)
     model.set_attn_implementation("eager")
-    with_gap, without = (logits(model, batch, position_ids=ids) for ids in (gap, torch.arange(60)[None]))
+    with_gap, without = (
+        logits(model, batch, position_ids=ids) for ids in (gap, torch.arange(60)[None])
+    )
     assert not torch.allclose(with_gap, without, atol=1e-2)
     same(got, without if patched else with_gap)

@@ -1,4 +1,5 @@
-"""Context extension in models: beyond the trained length, every way of feeding a model gives the same, and dense within it."""
+"""Context extension in models: beyond the trained length, every way of feeding a model gives the
+same, and dense within it."""
 
 from __future__ import annotations
 
@@ -44,7 +45,12 @@ ROPES = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
-    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
 }
 TURNED_BACK: dict[str, PreTrainedConfig] = {
     "gemma": GemmaConfig(**_BASE),
@@ -82,7 +88,9 @@ def rows(x: torch.Tensor, lengths: list[int]) -> Iterator[torch.Tensor]:
     return (x[row, -length:] for row, length in enumerate(lengths))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral_full", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", *TURNED_BACK])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral_full", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", *TURNED_BACK]
+)
 def test_dense_within_the_trained_length(family: str) -> None:
     """`sink + budget + window` is all of it."""
     lengths = [TRAINED, 90, 3]
@@ -158,12 +166,21 @@ def test_chunks_equal_one_call(fields: dict[str, Any]) -> None:
         end = min(start + 80, 304)
         ids, mask = batch["input_ids"][:, start:end], batch["attention_mask"][:, :end]
         at = torch.arange(start, end)[None]
-        parts.append(logits(model, {"input_ids": ids, "attention_mask": mask}, position_ids=at, past_key_values=past))
+        parts.append(
+            logits(
+                model,
+                {"input_ids": ids, "attention_mask": mask},
+                position_ids=at,
+                past_key_values=past,
+            )
+        )
     same(torch.cat(parts, 1), once)
 
 
 def generated(model: PreTrainedModel, batch: dict[str, torch.Tensor], **fields: Any) -> Any:
-    generation = dict(do_sample=False, max_new_tokens=12, output_logits=True, return_dict_in_generate=True)
+    generation = dict(
+        do_sample=False, max_new_tokens=12, output_logits=True, return_dict_in_generate=True
+    )
     with torch.no_grad():
         return model.generate(**batch, **{**generation, **fields})
 
@@ -176,7 +193,10 @@ def test_the_cache_generates_what_no_cache_does() -> None:
     for a, b in zip(generated(model, batch, use_cache=False).logits, expected.logits, strict=True):
         same(a, b)
     for other in ({"cache_implementation": "static"}, {"past_key_values": DynamicCache()}):
-        with pytest.raises(ValueError, match=r"past_key_values: got a \w+Cache, allowed with extend='streaming': a HiPCache"):
+        with pytest.raises(
+            ValueError,
+            match=r"past_key_values: got a \w+Cache, allowed with extend='streaming': a HiPCache",
+        ):
             generated(model, batch, **other)
 
 
@@ -206,7 +226,12 @@ def test_continuous_batching_needs_a_patcher() -> None:
     model = extended("phi3")
     module, query = model.model.layers[0].self_attn, torch.zeros(1, 4, 2, 16)
     with pytest.raises(ValueError, match="continuous batching without a patcher"):
-        extension.unrotate(extension.positions_of(module, hip_hf.HiPConfig(**SPARSE, extend="streaming")), query, query, object())
+        extension.unrotate(
+            extension.positions_of(module, hip_hf.HiPConfig(**SPARSE, extend="streaming")),
+            query,
+            query,
+            object(),
+        )
 
 
 def test_sliding_layers_stay_as_they_are() -> None:
@@ -226,7 +251,9 @@ def test_caches_of_the_other_kind_are_refused(patched: bool) -> None:
     cache = hip_hf.HiPCache(model.config)
     generated(model, batch, past_key_values=cache)
     model.config.hip["extend"] = "streaming"
-    with pytest.raises(ValueError, match="filled with extend=None, allowed: with extend='streaming' an empty one"):
+    with pytest.raises(
+        ValueError, match="filled with extend=None, allowed: with extend='streaming' an empty one"
+    ):
         logits(model, make_batch([3]), past_key_values=cache)
     model.config.hip["extend"] = None
     hip_hf.patch(model, extend="streaming")
@@ -243,7 +270,10 @@ def test_another_cache_is_refused_where_it_brings_keys() -> None:
     model, batch = extended("granite"), make_batch([100])
     cache = DynamicCache()
     logits(model, batch, past_key_values=cache)
-    with pytest.raises(ValueError, match=r"got another one, whose keys are rotated, allowed with extend='streaming': a HiPCache"):
+    with pytest.raises(
+        ValueError,
+        match=r"got another one, whose keys are rotated, allowed with extend='streaming': a HiPCache",
+    ):
         logits(model, make_batch([3]), past_key_values=cache)
 
 
@@ -254,7 +284,9 @@ def test_a_saved_cache_knows_what_it_holds(tmp_path: Path) -> None:
     cache.save(tmp_path / "cache")
     fresh.load(tmp_path / "cache")
     more = {"input_ids": make_batch([5], seed=1)["input_ids"]}
-    assert torch.equal(logits(model, more, past_key_values=fresh), logits(model, more, past_key_values=cache))
+    assert torch.equal(
+        logits(model, more, past_key_values=fresh), logits(model, more, past_key_values=cache)
+    )
     fresh.load(tmp_path / "cache")
     model.config.hip["extend"] = None
     with pytest.raises(ValueError, match="got a cache filled with extend='streaming'"):
@@ -289,22 +321,38 @@ def fails(config: PreTrainedConfig, message: str, **fields: Any) -> None:
     assert not attention(model)
 
 
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "factor": 2.0,
+}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (HunYuanDenseV1Config(**SMALL), "hunyuan_v1_dense has no patcher.*normalises q and k after RoPE"),
-        (SmolLM3Config(**SMALL), "some of its layers have no RoPE"),
-        (FAMILIES["gpt_oss"], "gpt_oss has no patcher.*its layout of RoPE is not known; known are llama"),
         (
-            LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            HunYuanDenseV1Config(**SMALL),
+            "hunyuan_v1_dense has no patcher.*normalises q and k after RoPE",
+        ),
+        (SmolLM3Config(**SMALL), "some of its layers have no RoPE"),
+        (
+            FAMILIES["gpt_oss"],
+            "gpt_oss has no patcher.*its layout of RoPE is not known; known are llama",
+        ),
+        (
+            LlamaConfig(
+                **SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+            ),
             "type 'dynamic'.*length",
         ),
         (
-            LlamaConfig(**SMALL, rope_parameters={**LONGROPE, "original_max_position_embeddings": 64}),
+            LlamaConfig(
+                **SMALL, rope_parameters={**LONGROPE, "original_max_position_embeddings": 64}
+            ),
             "type 'longrope': its frequencies switch",
         ),
     ],

@@ -1,6 +1,8 @@
-"""Every causal-LM and encoder-decoder type of the installed Transformers, by the checks that the documentation's table is of.
+"""Every causal-LM and encoder-decoder type of the installed Transformers, by the checks that the
+documentation's table is of.
 
-`--families all` (`make test-families`) runs all types; a number, which is the default, a third of them, drawn with that seed.
+`--families all` (`make test-families`) runs all types; a number, which is the default, a third of
+them, drawn with that seed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_family(family: tuple[str, str], threads: Callable[[int], None]) -> None:
-    """Equal to eager attention, refused, or impossible here; and as the documentation says, for the version that it is of."""
+    """Equal to eager attention, refused, or impossible here; and as the documentation says, for the
+    version that it is of."""
     threads(1)
     outcome = sweep.run(*family)
     assert outcome.kind != "differs", outcome
@@ -39,17 +42,24 @@ def test_the_record_is_of_all_types() -> None:
         assert list(record["types"]) == [sweep.key(*name) for name in sweep.names()]
 
 
-def test_what_differs_is_found_and_said(monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]) -> None:
-    """The table is made of outcomes, not of names; and a limit that is none any more is a fault of the list."""
+def test_what_differs_is_found_and_said(
+    monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
+    """The table is made of outcomes, not of names; and a limit that is none any more is a fault of
+    the list."""
     threads(1)
 
     def fails(family: sweep.Family) -> None:
         raise AssertionError("off by 3\nand more")
 
     monkeypatch.setattr(
-        sweep, "CHECKS", {"good": lambda family: None, "known": fails, "bad": fails, "mended": lambda family: None}
+        sweep,
+        "CHECKS",
+        {"good": lambda family: None, "known": fails, "bad": fails, "mended": lambda family: None},
     )
-    monkeypatch.setattr(sweep, "LIMITS", {("llama", "known"): "a reason", ("llama", "mended"): "none"})
+    monkeypatch.setattr(
+        sweep, "LIMITS", {("llama", "known"): "a reason", ("llama", "mended"): "none"}
+    )
     outcome = sweep.run("causal", "llama")
     assert outcome.kind == "differs"
     assert outcome.checks["good"] == "yes"

@@ -1,4 +1,5 @@
-"""What follows tensors through a call (torch.export, torch.func, torch.jit.trace) gets dense attention, or one sentence."""
+"""What follows tensors through a call (torch.export, torch.func, torch.jit.trace) gets dense
+attention, or one sentence."""
 
 from __future__ import annotations
 
@@ -26,14 +27,25 @@ def dense(family: str) -> Any:
 @pytest.mark.parametrize(("padded", "strict"), [(True, False), (False, True)])
 def test_an_exported_model(padded: bool, strict: bool) -> None:
     """For prompts of any length, where its own length is not in the graph."""
-    batch = make_batch([TOKENS, 90]) if padded else {"input_ids": make_batch([TOKENS, TOKENS])["input_ids"]}
+    batch = (
+        make_batch([TOKENS, 90])
+        if padded
+        else {"input_ids": make_batch([TOKENS, TOKENS])["input_ids"]}
+    )
     shapes = {name: {1: torch.export.Dim("tokens", min=2, max=4000)} for name in batch}
     program = torch.export.export(
-        make_model("llama"), (), {**batch, "use_cache": False}, strict=strict, dynamic_shapes={**shapes, "use_cache": None}
+        make_model("llama"),
+        (),
+        {**batch, "use_cache": False},
+        strict=strict,
+        dynamic_shapes={**shapes, "use_cache": None},
     )
     for given in (batch, {name: x[:, -100:] for name, x in batch.items()}):
         with torch.no_grad():
-            got, want = (model(**given, use_cache=False).logits for model in (program.module(), dense("llama")))
+            got, want = (
+                model(**given, use_cache=False).logits
+                for model in (program.module(), dense("llama"))
+            )
         real = given["attention_mask"].bool() if padded else ...
         torch.testing.assert_close(got[real], want[real], atol=1e-4, rtol=1e-4)
 
@@ -43,7 +55,10 @@ def test_an_exported_model_with_a_window_and_sinks(family: str) -> None:
     batch = {**make_batch([TOKENS, 90]), "use_cache": False}
     program = torch.export.export(make_model(family), (), batch, strict=False)
     with torch.no_grad():
-        got, want = (model(**batch).logits[batch["attention_mask"].bool()] for model in (program.module(), dense(family)))
+        got, want = (
+            model(**batch).logits[batch["attention_mask"].bool()]
+            for model in (program.module(), dense(family))
+        )
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
@@ -56,9 +71,15 @@ def test_functional_gradients(family: str) -> None:
     def loss(weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         return functional_call(model, weights, (ids,), {"use_cache": False}).logits.square().mean()
 
-    with pytest.warns(UserWarning, match="computed densely: torch.func follows") if family == "llama" else _nothing():
+    with (
+        pytest.warns(UserWarning, match="computed densely: torch.func follows")
+        if family == "llama"
+        else _nothing()
+    ):
         found = grad(loss)(weights, ids)
-    assert {row.reason for row in hip_hf.explain(model)} == {"torch.func follows the tensors, and could not follow a selection"}
+    assert {row.reason for row in hip_hf.explain(model)} == {
+        "torch.func follows the tensors, and could not follow a selection"
+    }
     other = dense(family)
     other(ids, use_cache=False).logits.square().mean().backward()
     for name, parameter in other.named_parameters():
@@ -89,19 +110,25 @@ def test_the_operation_itself(rows: int, name: str) -> None:
     config, fields = HiPConfig(budget=16, block_k=4, sink=4, window=16, dense_below=0), CALLS[name]
     starts = {key: fields[key].tolist() for key in ("key_start", "q_start") if key in fields}
     more = {key: fields[key] for key in ("softcap", "sinks") if key in fields}
-    want, want_lse = eager(q, k, v, causal(2, rows, 100, **starts, sliding=fields.get("sliding_window")), **more)
+    want, want_lse = eager(
+        q, k, v, causal(2, rows, 100, **starts, sliding=fields.get("sliding_window")), **more
+    )
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return hip_attention(q, k, v, config=config, return_lse=True, return_mask=True, **fields)
 
     if name != "padding":  # whose numbers are one for each row of the whole batch
-        got, lse, mask = vmap(lambda *x: call(*(t[None] for t in x)), out_dims=(0, 0, None))(q, k, v)
+        got, lse, mask = vmap(lambda *x: call(*(t[None] for t in x)), out_dims=(0, 0, None))(
+            q, k, v
+        )
         assert_near(got[:, 0], want)
         assert_near(lse[:, 0], want_lse)
         assert mask is None
     slopes = grad(lambda q: call(q, k, v)[0].sum())(q)
     leaf = q.double().requires_grad_()
-    eager(leaf, k, v, causal(2, rows, 100, **starts, sliding=fields.get("sliding_window")), **more)[0].sum().backward()
+    eager(leaf, k, v, causal(2, rows, 100, **starts, sliding=fields.get("sliding_window")), **more)[
+        0
+    ].sum().backward()
     assert_near(slopes, leaf.grad)
     got, _ = jvp(lambda q: call(q, k, v)[0], (q,), (torch.ones_like(q),))
     assert_near(got, want)
@@ -124,9 +151,12 @@ def test_extension_is_refused() -> None:
     model, ids = make_model("llama", extend="streaming"), make_batch([60])["input_ids"]
     weights = dict(model.named_parameters())
     with pytest.raises(
-        ValueError, match=r"^extend: got 'streaming' under torch\.func, which gets dense attention, allowed: None"
+        ValueError,
+        match=r"^extend: got 'streaming' under torch\.func, which gets dense attention, allowed: None",
     ):
-        grad(lambda w: functional_call(model, w, (ids,), {"use_cache": False}).logits.sum())(weights)
+        grad(lambda w: functional_call(model, w, (ids,), {"use_cache": False}).logits.sum())(
+            weights
+        )
 
 
 class Attention(torch.nn.Module):
@@ -139,10 +169,14 @@ def test_an_exported_operation() -> None:
     given = make_qkv(100)
     want, _ = eager(*given, causal(1, 100, 100))
     assert_near(program.module()(*given), want)
-    assert not torch.allclose(Attention()(*given).double(), want, atol=1e-3)  # outside of the graph the selection is followed
+    assert not torch.allclose(
+        Attention()(*given).double(), want, atol=1e-3
+    )  # outside of the graph the selection is followed
 
 
-def test_an_export_is_found_out_where_pytorch_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_is_found_out_where_pytorch_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As with PyTorch 2.6, which has no flag for it."""
     monkeypatch.delattr(torch.compiler, "_is_exporting_flag", raising=False)
     assert not exporting()
@@ -153,5 +187,9 @@ def test_an_export_is_found_out_where_pytorch_cannot_be_asked(monkeypatch: pytes
 
 
 def test_a_compiled_call_is_no_export() -> None:
-    """Whatever PyTorch says there: with 2.11 a compiled graph was dense attention, whatever the settings."""
-    assert torch.compile(lambda x: x + exporting(), fullgraph=True, backend="eager")(torch.zeros(1)) == 0
+    """Whatever PyTorch says there: with 2.11 a compiled graph was dense attention, whatever the
+    settings."""
+    assert (
+        torch.compile(lambda x: x + exporting(), fullgraph=True, backend="eager")(torch.zeros(1))
+        == 0
+    )

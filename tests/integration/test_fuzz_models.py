@@ -1,4 +1,5 @@
-"""Fuzzing: padding masks of any kind, and calls of a model on a cache, against the same model with eager attention."""
+"""Fuzzing: padding masks of any kind, and calls of a model on a cache, against the same model with
+eager attention."""
 
 from __future__ import annotations
 
@@ -22,10 +23,17 @@ VOCAB, MOST = 32, 64
 def models() -> tuple[PreTrainedModel, PreTrainedModel]:
     """A tiny Llama with `hip`, and the same with eager attention."""
     sizes = dict(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
     )
     torch.manual_seed(0)
-    eager = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=VOCAB, **sizes), attn_implementation="eager").eval()
+    eager = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=VOCAB, **sizes), attn_implementation="eager"
+    ).eval()
     for parameter in eager.parameters():
         if parameter.ndim == 2:
             parameter.data.mul_(10)  # so that tokens matter to one another
@@ -57,12 +65,19 @@ def masks(draw: Draw, batch: int, tokens: int) -> torch.Tensor | None:
 @cases(0.05)
 @given(data=st.data())
 def test_masks_and_calls(data: Any) -> None:
-    """What follows real tokens is what eager attention gives, whatever the mask and however the tokens come."""
-    config = data.draw(configs(covers=True, methods=("hip", "staged", "quest", "oracle", "h2o", "dense")))
+    """What follows real tokens is what eager attention gives, whatever the mask and however the
+    tokens come."""
+    config = data.draw(
+        configs(covers=True, methods=("hip", "staged", "quest", "oracle", "h2o", "dense"))
+    )
     batch, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, MOST))
     mask = data.draw(masks(batch, tokens))
     counts = data.draw(st.lists(st.sampled_from([1, 1, 2, 16, 17, 30, -1, -9]), max_size=5))
-    ids = torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**16))))
+    ids = torch.randint(
+        VOCAB,
+        (batch, tokens),
+        generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**16))),
+    )
     ours, eager = models()
     hip_hf.configure(ours, config, dense_layers=0)
     caches = [hip_hf.HiPCache(ours.config), None]
@@ -88,7 +103,11 @@ def test_masks_and_calls(data: Any) -> None:
                 model(ids[:, at:end], attention_mask=seen, past_key_values=one).logits
                 for model, one in zip((ours, eager), caches, strict=True)
             )
-        real = torch.ones(batch, end - at, dtype=torch.bool) if mask is None else mask[:, at:end].bool()
+        real = (
+            torch.ones(batch, end - at, dtype=torch.bool)
+            if mask is None
+            else mask[:, at:end].bool()
+        )
         assert got.isfinite().all()
         torch.testing.assert_close(got[real], want[real], atol=2e-3, rtol=2e-3)
         at = end

@@ -1,4 +1,5 @@
-"""Padding between a few first keys and the rest of a row, as prompt and prefix tuning make it: sparse, and right."""
+"""Padding between a few first keys and the rest of a row, as prompt and prefix tuning make it:
+sparse, and right."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def outputs(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         logits = model(**batch).logits[:, -batch["input_ids"].shape[1] :]
-    out = model.generate(**batch, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    out = model.generate(
+        **batch, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
     return [logits[batch["attention_mask"].bool()], torch.stack(out.logits)]
 
 
@@ -45,7 +48,9 @@ def test_tuned_prompts_with_left_padding(kind: str) -> None:
     got = outputs(model, batch)
     assert paths(model) == ["sparse"] * 2
     torch.testing.assert_close(got, outputs(adapted(kind, "eager"), batch), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(got[0], outputs(make_model("llama", budget=512), batch)[0], atol=1e-2), "the tuning does nothing"
+    assert not torch.allclose(
+        got[0], outputs(make_model("llama", budget=512), batch)[0], atol=1e-2
+    ), "the tuning does nothing"
 
 
 @pytest.mark.parametrize("kind", ["Prompt", "Prefix"])
@@ -68,7 +73,11 @@ def test_the_tuned_tokens_learn(kind: str) -> None:
     torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)
 
 
-FEATURES: dict[str, dict[str, Any]] = {"plain": {}, "softcap": dict(softcap=2.0), "sinks": dict(s_aux=torch.linspace(-2, 2, 4))}
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": dict(softcap=2.0),
+    "sinks": dict(s_aux=torch.linspace(-2, 2, 4)),
+}
 
 
 # which keys are padding, how many are read, and the path

@@ -1,5 +1,6 @@
-"""`config.hip` of a checkpoint from anywhere: validated like what a user gives, and harmless. Each value is refused by name or
-runs, in the memory and the time of ordinary settings; nothing is unpickled, fetched, executed or read from elsewhere."""
+"""`config.hip` of a checkpoint from anywhere: validated like what a user gives, and harmless. Each
+value is refused by name or runs, in the memory and the time of ordinary settings; nothing is
+unpickled, fetched, executed or read from elsewhere."""
 
 from __future__ import annotations
 
@@ -30,7 +31,18 @@ def nested(depth: int) -> Any:
     return value
 
 
-SIZES = ["budget", "block_q", "block_k", "query_stride", "sink", "window", "beam", "rescore", "coarsest", "dense_layers"]
+SIZES = [
+    "budget",
+    "block_q",
+    "block_k",
+    "query_stride",
+    "sink",
+    "window",
+    "beam",
+    "rescore",
+    "coarsest",
+    "dense_layers",
+]
 SIZES += ["dense_below", "dense_tail", "delta", "decode_refresh", "seed"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "hip": {"sample": HUGE, "descent": HUGE},
@@ -63,7 +75,11 @@ REFUSED: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("hostile", REFUSED, ids=lambda value: str(list(value) if isinstance(value, dict) else value)[:30])
+@pytest.mark.parametrize(
+    "hostile",
+    REFUSED,
+    ids=lambda value: str(list(value) if isinstance(value, dict) else value)[:30],
+)
 def test_hostile_settings_are_refused_in_one_short_sentence(hostile: Any) -> None:
     """At the model's first forward, before the cache has anything."""
     model = make_model("llama")
@@ -80,7 +96,12 @@ def test_layers_that_the_model_does_not_have_are_refused() -> None:
     for field in ({"layers": {"2": {"budget": 64}}}, {"dense_layers": [2]}):
         model = make_model("llama")
         model.config.hip = {**SPARSE, **field}
-        with torch.no_grad(), pytest.raises(ValueError, match=r"^layer: got 2, allowed: 0 to 1, the layers of this model"):
+        with (
+            torch.no_grad(),
+            pytest.raises(
+                ValueError, match=r"^layer: got 2, allowed: 0 to 1, the layers of this model"
+            ),
+        ):
             model(**make_batch([40]))
 
 
@@ -96,9 +117,15 @@ def largest_tensor(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     most = [0]
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = function(*args, **(kwargs or {}))
-            sizes = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+            sizes = [
+                leaf.untyped_storage().nbytes()
+                for leaf in tree_leaves(out)
+                if isinstance(leaf, torch.Tensor)
+            ]
             most[0] = max([most[0], *sizes])
             return out
 
@@ -116,13 +143,22 @@ LARGEST: list[dict[str, Any]] = [
     {"method": "hyper", "options": {"block_size": MOST, "sample_size": MOST, "min_seq_len": 16}},
     {"method": "sample", "options": {"rows": 1e-300}},
     {"method": "vertical_slash", "options": {"rows": MOST}},
-    {"method": "hip", "options": {"sample": MOST}, "rescore": MOST, "beam": MOST, "query_stride": 1},
+    {
+        "method": "hip",
+        "options": {"sample": MOST},
+        "rescore": MOST,
+        "beam": MOST,
+        "query_stride": 1,
+    },
 ]
 
 
 @pytest.mark.parametrize("fields", LARGEST, ids=lambda fields: "-".join(map(str, fields))[:40])
-def test_the_largest_settings_take_no_more_memory(fields: dict[str, Any], largest_tensor: list[int]) -> None:
-    """No tensor grows with a setting: the largest is that of a T x T one at most, and decode needs no more."""
+def test_the_largest_settings_take_no_more_memory(
+    fields: dict[str, Any], largest_tensor: list[int]
+) -> None:
+    """No tensor grows with a setting: the largest is that of a T x T one at most, and decode needs
+    no more."""
     tokens, heads = 300, 4
     model = make_model("llama")
     hip_hf.configure(model, **{"dense_tail": 16, **fields})
@@ -132,18 +168,29 @@ def test_the_largest_settings_take_no_more_memory(fields: dict[str, Any], larges
 
 
 def test_a_selection_that_serves_for_ever_grows_with_the_steps_alone() -> None:
-    """What its steps read is kept side by side, beyond the room that there is at first, and stays right."""
-    settings = dict(budget=32, block_k=8, block_q=16, sink=8, window=16, dense_below=0, dense_tail=0)
+    """What its steps read is kept side by side, beyond the room that there is at first, and stays
+    right."""
+    settings = dict(
+        budget=32, block_k=8, block_q=16, sink=8, window=16, dense_below=0, dense_tail=0
+    )
     tokens, steps = 200, 150
     torch.manual_seed(0)
-    q, k, v = torch.randn(1, 4, tokens + steps, 16), torch.randn(1, 2, tokens + steps, 16), torch.randn(1, 2, tokens + steps, 16)
+    q, k, v = (
+        torch.randn(1, 4, tokens + steps, 16),
+        torch.randn(1, 2, tokens + steps, 16),
+        torch.randn(1, 2, tokens + steps, 16),
+    )
     found = []
     for refresh in (MOST, steps + 1):
         state, config = hip_hf.DecodeState(), HiPConfig(**settings, decode_refresh=refresh)
         outs = []
         for end in (tokens, *range(tokens + 1, tokens + steps + 1)):
             first = 0 if end == tokens else end - 1
-            outs.append(hip_attention(q[:, :, first:end], k[:, :, :end], v[:, :, :end], config=config, state=state))
+            outs.append(
+                hip_attention(
+                    q[:, :, first:end], k[:, :, :end], v[:, :, :end], config=config, state=state
+                )
+            )
         found.append(torch.cat(outs, 2))
         gathered = state.rows[0].gathered
         assert gathered.count > tokens > settings["budget"] + settings["sink"] + settings["window"]
@@ -188,10 +235,14 @@ print("\\n" + json.dumps([[error, sorted(events - known)] for error, events in f
 
 
 def test_settings_reach_nothing_outside_the_checkpoint(tmp_path: Path) -> None:
-    """Nothing is opened, imported, unpickled, executed or connected to that loading the checkpoint does not do by itself."""
+    """Nothing is opened, imported, unpickled, executed or connected to that loading the checkpoint
+    does not do by itself."""
     cases = [
         ({"method": "os", "options": {"path": "/etc/hostname"}}, "HiPConfig.method: got 'os'"),
-        ({"trust_remote_code": True, "auto_map": {"AutoModel": "evil.Model"}}, "HiPConfig.trust_remote_code: unknown field"),
+        (
+            {"trust_remote_code": True, "auto_map": {"AutoModel": "evil.Model"}},
+            "HiPConfig.trust_remote_code: unknown field",
+        ),
         ({"backend": "http://example.com/x"}, "HiPConfig.backend: got 'http://example.com/x'"),
         ({"budget": 64, "dense_below": 0}, ""),
     ]
@@ -199,9 +250,17 @@ def test_settings_reach_nothing_outside_the_checkpoint(tmp_path: Path) -> None:
     folder.mkdir()
     for file in CHECKPOINT.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    command = [sys.executable, "-c", WATCHED, str(folder), json.dumps([settings for settings, _ in cases])]
+    command = [
+        sys.executable,
+        "-c",
+        WATCHED,
+        str(folder),
+        json.dumps([settings for settings, _ in cases]),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for (_, said), (error, events) in zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    for (_, said), (error, events) in zip(
+        cases, json.loads(done.stdout.splitlines()[-1]), strict=True
+    ):
         assert error.startswith(said) if said else not error
         assert events == []

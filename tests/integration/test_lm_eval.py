@@ -1,4 +1,5 @@
-"""lm-eval through `hip`: three routes with the same scores, batches, two processes, arguments, truncation, errors."""
+"""lm-eval through `hip`: three routes with the same scores, batches, two processes, arguments,
+truncation, errors."""
 
 from __future__ import annotations
 
@@ -53,12 +54,18 @@ def evaluate(batch_size: int = 1, task: str = TASK, **arguments: Any) -> dict[st
 
 
 def scores_of(results: dict[str, Any], task: str = TASK) -> dict[str, float]:
-    return {name: value for name, value in results["results"][task].items() if name.endswith(",none") and "stderr" not in name}
+    return {
+        name: value
+        for name, value in results["results"][task].items()
+        if name.endswith(",none") and "stderr" not in name
+    }
 
 
 def answers_of(samples: list[dict[str, Any]]) -> Answers:
     """Document, answer and score of each sample."""
-    return sorted((sample["doc_id"], sample["filtered_resps"][0], sample["acc"]) for sample in samples)
+    return sorted(
+        (sample["doc_id"], sample["filtered_resps"][0], sample["acc"]) for sample in samples
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +74,32 @@ def python_api() -> dict[str, Any]:
 
 
 def command_line(out: Path) -> list[str]:
-    fields = ",".join(f"{name}={value}" for name, value in {"pretrained": CHECKPOINT, **SETTINGS}.items())
+    fields = ",".join(
+        f"{name}={value}" for name, value in {"pretrained": CHECKPOINT, **SETTINGS}.items()
+    )
     samples = ["--output_path", str(out), "--log_samples"]
-    return ["--model_args", fields, "--tasks", TASK, "--metadata", json.dumps(META), "--device", "cpu", *samples]
+    return [
+        "--model_args",
+        fields,
+        "--tasks",
+        TASK,
+        "--metadata",
+        json.dumps(META),
+        "--device",
+        "cpu",
+        *samples,
+    ]
 
 
 def run(command: list[str], out: Path, env: dict[str, str]) -> tuple[dict[str, Any], Answers, str]:
     """What a command wrote: results, answers, and to standard error."""
-    done = subprocess.run([sys.executable, *command, *command_line(out)], cwd=out, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command, *command_line(out)],
+        cwd=out,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = out.rglob("results_*.json")
     (samples,) = out.rglob("samples_*.jsonl")
@@ -89,7 +114,8 @@ def free_port() -> int:
 
 
 def test_the_task_is_neither_trivial_nor_hopeless(python_api: dict[str, Any]) -> None:
-    """Else the tests that compare scores would compare zeros: the digits are partly found, and read sparsely."""
+    """Else the tests that compare scores would compare zeros: the digits are partly found, and read
+    sparsely."""
     found = scores_of(python_api)
     assert 0 < found["acc,none"] <= 1
     read = python_api["config"]["hip"]
@@ -111,24 +137,46 @@ def test_results_carry_settings_versions_and_keys_read(python_api: dict[str, Any
 
 def test_console_script_gives_the_same(python_api: dict[str, Any], tmp_path: Path) -> None:
     env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    results, answers, _ = run(["-c", "from hip_hf_cli import main; main()", "lm-eval"], tmp_path, env)
+    results, answers, _ = run(
+        ["-c", "from hip_hf_cli import main; main()", "lm-eval"], tmp_path, env
+    )
     assert scores_of(results) == scores_of(python_api)
     assert answers == answers_of(python_api["samples"][TASK])
     for part in ("config", "keys_read", "paths"):
         assert results["config"]["hip"][part] == python_api["config"]["hip"][part]
 
 
-def test_autoload_gives_the_same(python_api: dict[str, Any], hooked: dict[str, str], tmp_path: Path) -> None:
+def test_autoload_gives_the_same(
+    python_api: dict[str, Any], hooked: dict[str, str], tmp_path: Path
+) -> None:
     results, answers, _ = run(["-m", "lm_eval", "--model", "hip"], tmp_path, hooked)
     assert scores_of(results) == scores_of(python_api)
     assert answers == answers_of(python_api["samples"][TASK])
 
 
-def test_two_processes_give_the_same(python_api: dict[str, Any], hooked: dict[str, str], tmp_path: Path) -> None:
-    # accelerate starts several processes only when told of GPUs, and lets them be CPU processes only when told so as well
+def test_two_processes_give_the_same(
+    python_api: dict[str, Any], hooked: dict[str, str], tmp_path: Path
+) -> None:
+    # accelerate starts several processes only when told of GPUs, and lets them be CPU processes
+    # only when told so as well
     env = {**hooked, "ACCELERATE_USE_CPU": "true"}
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        str(free_port()),
+    ]
     launch += ["-m", "lm_eval", "--model", "hip"]
     results, answers, stderr = run(launch, tmp_path, env)
     # a group left open aborts a process now and then while Python ends
@@ -162,9 +210,13 @@ def test_perplexity_is_that_of_the_model() -> None:
     lm = make_lm(method="dense")
     sample = found["samples"]["hip_perplexity"][0]
     doc = sample["doc"]
-    ids = load_tokenizer(str(CHECKPOINT), "main", False)(doc["context"] + doc["target"], return_tensors="pt").input_ids
+    ids = load_tokenizer(str(CHECKPOINT), "main", False)(
+        doc["context"] + doc["target"], return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
-        losses = torch.nn.functional.cross_entropy(lm.model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            lm.model(ids).logits[0, :-1], ids[0, 1:], reduction="none"
+        )
     assert sample["nll"] == pytest.approx(float(losses[-doc["tokens"] :].mean()), rel=1e-4)
     assert found["results"]["hip_perplexity"]["perplexity,none"] > 1
 
@@ -174,7 +226,14 @@ def test_perplexity_is_that_of_the_model() -> None:
 
 def test_arguments_are_told_apart() -> None:
     ours, theirs = split_arguments(
-        {"budget": 512, "layers": "{1: {'budget': 64}}", "coarsest": "None", "method": "hip", "dtype": "float32", "revision": "x"}
+        {
+            "budget": 512,
+            "layers": "{1: {'budget': 64}}",
+            "coarsest": "None",
+            "method": "hip",
+            "dtype": "float32",
+            "revision": "x",
+        }
     )
     assert ours == {"budget": 512, "layers": {1: {"budget": 64}}, "coarsest": None, "method": "hip"}
     assert theirs == {"dtype": "float32", "revision": "x"}
@@ -258,26 +317,41 @@ def test_middle_truncation_keeps_both_ends() -> None:
     assert mask[1].tolist() == [0] * (room - len(expected)) + [1] * len(expected)
     assert left.tok_batch_encode([long], left_truncate_len=room)[0][0].tolist() == ids[-room:]
     # what fits is not touched
-    assert torch.equal(*(lm.tok_batch_encode([long, short], left_truncate_len=9999)[0] for lm in (left, middle)))
+    assert torch.equal(
+        *(lm.tok_batch_encode([long, short], left_truncate_len=9999)[0] for lm in (left, middle))
+    )
 
 
 def test_middle_truncation_of_what_is_scored() -> None:
-    """A continuation after a prompt that is too long is scored as after the prompt without its middle."""
+    """A continuation after a prompt that is too long is scored as after the prompt without its
+    middle."""
     lm = make_lm(prompt_truncation="middle", method="dense", max_length=64)
     ids = lm.tokenizer("The beginning. " + "word " * 60 + "The end.").input_ids
     end = lm.tokenizer(" It was").input_ids
     room = 65 - len(end)
     kept = ids[: room // 2] + ids[-(room - room // 2) :]
-    (cut,), (plain,) = (lm._loglikelihood_tokens([(("", ""), tokens, end)], disable_tqdm=True) for tokens in (ids, kept))
+    (cut,), (plain,) = (
+        lm._loglikelihood_tokens([(("", ""), tokens, end)], disable_tqdm=True)
+        for tokens in (ids, kept)
+    )
     assert cut == plain
     left = make_lm(method="dense", max_length=64)
-    assert left._loglikelihood_tokens([(("", ""), ids, end)], disable_tqdm=True)[0][0] != pytest.approx(cut[0], rel=1e-6)
+    assert left._loglikelihood_tokens([(("", ""), ids, end)], disable_tqdm=True)[0][
+        0
+    ] != pytest.approx(cut[0], rel=1e-6)
 
 
 def test_stop_sequences_end_an_answer() -> None:
     lm = make_lm()
-    prompt = "\nThe pass key of amber is 48213. Remember it.\n" * 3 + "\nWhat is the pass key of amber? The pass key of amber is"
-    ask = lambda until: lm.generate_until([_request(prompt, {"until": until, "max_gen_toks": 12, "do_sample": False})])[0]  # noqa: E731
+    prompt = (
+        "\nThe pass key of amber is 48213. Remember it.\n" * 3
+        + "\nWhat is the pass key of amber? The pass key of amber is"
+    )
+
+    def ask(until: list[str]) -> str:
+        request = _request(prompt, {"until": until, "max_gen_toks": 12, "do_sample": False})
+        return lm.generate_until([request])[0]
+
     answer = ask([])
     stop = answer.strip()[2]
     assert stop in answer
@@ -308,7 +382,16 @@ def test_presets_become_arguments_of_lm_eval(preset: str, known: set[str]) -> No
     from lm_eval._cli import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    user = ["--preset", preset, "--model_args", "pretrained=some/model,budget=512", "--metadata", "samples=3", "--limit", "2"]
+    user = [
+        "--preset",
+        preset,
+        "--model_args",
+        "pretrained=some/model,budget=512",
+        "--metadata",
+        "samples=3",
+        "--limit",
+        "2",
+    ]
     arguments = lm_eval_command.arguments_for(user)
     config = EvaluatorConfig.from_cli(HarnessCLI()._parser.parse_args(arguments))
     wanted = lm_eval_command.TASK_PRESETS[preset]
@@ -326,8 +409,16 @@ def test_what_the_user_gives_wins() -> None:
     )
     assert arguments.count("-t") == 1
     assert "--tasks" not in arguments
-    assert arguments.index("prompt_truncation=left") > arguments.index(json.dumps({"prompt_truncation": "middle"}))
-    assert lm_eval_command.arguments_for(["--model", "hf", "--tasks", "x"]) == ["run", "--model", "hf", "--tasks", "x"]
+    assert arguments.index("prompt_truncation=left") > arguments.index(
+        json.dumps({"prompt_truncation": "middle"})
+    )
+    assert lm_eval_command.arguments_for(["--model", "hf", "--tasks", "x"]) == [
+        "run",
+        "--model",
+        "hf",
+        "--tasks",
+        "x",
+    ]
     assert lm_eval_command.arguments_for(["--config", "x.yaml"]) == ["run", "--config", "x.yaml"]
     assert lm_eval_command.arguments_for(["ls", "tasks"]) == ["ls", "tasks"]
     with pytest.raises(UsageError, match="--preset: got 'nonsense', allowed: longctx"):
@@ -340,9 +431,13 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """`longbench` needs packages that few have."""
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setitem(sys.modules, "jieba", None)
-    for name in [name for name in sys.modules if "longbench" in name]:  # of a test that had stand-ins for the packages
+    for name in [
+        name for name in sys.modules if "longbench" in name
+    ]:  # of a test that had stand-ins for the packages
         monkeypatch.delitem(sys.modules, name)
-    done = command("--preset", "longbench", "--model_args", f"pretrained={CHECKPOINT}", "--device", "cpu")
+    done = command(
+        "--preset", "longbench", "--model_args", f"pretrained={CHECKPOINT}", "--device", "cpu"
+    )
     assert isinstance(done.exception, SystemExit), done.exception
     said = str(done.exception.code)
     assert said.startswith("hip-hf lm-eval: Please install the required dependencies")
@@ -353,19 +448,27 @@ def test_a_model_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "argv", [])
     done = command("--model_args", "pretrained=nobody/has-this", "--tasks", TASK, "--device", "cpu")
     assert isinstance(done.exception, SystemExit), done.exception
-    assert str(done.exception.code).startswith("hip-hf lm-eval: cannot reach the Hugging Face Hub: ")
+    assert str(done.exception.code).startswith(
+        "hip-hf lm-eval: cannot reach the Hugging Face Hub: "
+    )
 
 
 def test_a_wrong_setting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [])
-    done = command("--model_args", f"pretrained={CHECKPOINT},budget=17", "--tasks", TASK, "--device", "cpu")
-    assert str(done.exception.code).startswith("hip-hf lm-eval: HiPConfig.budget: got 17"), done.exception
+    done = command(
+        "--model_args", f"pretrained={CHECKPOINT},budget=17", "--tasks", TASK, "--device", "cpu"
+    )
+    assert str(done.exception.code).startswith("hip-hf lm-eval: HiPConfig.budget: got 17"), (
+        done.exception
+    )
 
 
 # Autoload
 
 
-def test_autoload_writes_and_removes_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autoload_writes_and_removes_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(autoload.sysconfig, "get_path", lambda name: str(tmp_path))
 
     def do(*arguments: str) -> dict[str, Any]:
@@ -377,7 +480,10 @@ def test_autoload_writes_and_removes_two_files(tmp_path: Path, monkeypatch: pyte
 
     assert do()["state"] == "disabled"
     assert do("enable")["state"] == "enabled"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hip_hf_autoload.pth", "hip_hf_autoload.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "hip_hf_autoload.pth",
+        "hip_hf_autoload.py",
+    ]
     (tmp_path / "hip_hf_autoload.py").write_text("# of another version\n")
     assert do("status")["state"] == "outdated"
     assert do("enable")["state"] == "enabled"
@@ -396,7 +502,9 @@ def test_autoload_costs_other_programs_nothing(hooked: dict[str, str]) -> None:
 def test_autoload_without_the_package_says_so(hooked: dict[str, str], tmp_path: Path) -> None:
     """The hook outlived hip_hf: lm-eval works, and a line says what to remove."""
     code = "import sys; sys.modules['hip_hf'] = None\nimport lm_eval.tasks\nprint('fine')"
-    done = subprocess.run([sys.executable, "-c", code], env=hooked, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=hooked, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "fine", done.stderr
     assert "hip is not registered" in done.stderr
     assert "autoload disable" in done.stderr

@@ -47,7 +47,11 @@ def test_no_network_is_one_line(preset: str) -> None:
 @pytest.mark.parametrize("preset", ["longbench", "longbench-e"])
 def test_longbench(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its scores need packages that few have; stand-ins are enough to get to the hub."""
-    for name, content in (("jieba", {}), ("fuzzywuzzy", {"fuzz": None}), ("rouge", {"Rouge": None})):
+    for name, content in (
+        ("jieba", {}),
+        ("fuzzywuzzy", {"fuzz": None}),
+        ("rouge", {"Rouge": None}),
+    ):
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
@@ -59,5 +63,7 @@ def test_ruler(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks.ruler import prepare_niah
 
     make = prepare_niah.generate_samples
-    monkeypatch.setattr(prepare_niah, "generate_samples", lambda *a, **k: make(*a, **{**k, "num_samples": 2}))
+    monkeypatch.setattr(
+        prepare_niah, "generate_samples", lambda *a, **k: make(*a, **{**k, "num_samples": 2})
+    )
     check_one_line("--preset", "ruler", "--metadata", "max_seq_lengths=[1024]")

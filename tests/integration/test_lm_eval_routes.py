@@ -1,4 +1,5 @@
-"""Every route to lm-eval knows all of its model types beside `hip`, each tried in a process that has imported nothing before."""
+"""Every route to lm-eval knows all of its model types beside `hip`, each tried in a process that
+has imported nothing before."""
 
 from __future__ import annotations
 
@@ -31,13 +32,23 @@ UNKNOWN = ["--model", "no-such-type", "--tasks", "hip_passkey", "--limit", "1"]
 
 
 def process(env: dict[str, str], cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], env=env, cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], env=env, cwd=cwd, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize(
-    ("route", "before"), [("register", ""), ("register", "import lm_eval.models\n"), ("autoload", ""), ("autoload", TASKS)]
+    ("route", "before"),
+    [
+        ("register", ""),
+        ("register", "import lm_eval.models\n"),
+        ("autoload", ""),
+        ("autoload", TASKS),
+    ],
 )
-def test_model_types_in_any_order(route: str, before: str, hooked: dict[str, str], tmp_path: Path) -> None:
+def test_model_types_in_any_order(
+    route: str, before: str, hooked: dict[str, str], tmp_path: Path
+) -> None:
     env = hooked if route == "autoload" else {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     done = process(env, tmp_path, "-c", before + (REGISTER if route == "register" else "") + FIRST)
     assert done.stdout.split() == ["HFLM", "HipLM"], done.stderr[-2000:]
@@ -47,7 +58,12 @@ def test_model_types_in_any_order(route: str, before: str, hooked: dict[str, str
 def test_commands_know_every_model_type(route: str, hooked: dict[str, str], tmp_path: Path) -> None:
     if route == "hip-hf lm-eval":
         # without the frame that cuts the message into lines
-        env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "_TYPER_STANDARD_TRACEBACK": "1"}
+        env = {
+            **os.environ,
+            **ENVIRONMENT,
+            "PYTHONPATH": str(ROOT),
+            "_TYPER_STANDARD_TRACEBACK": "1",
+        }
         done = process(env, tmp_path, "-c", COMMAND, "lm-eval", *UNKNOWN)
     else:
         done = process(hooked, tmp_path, "-m", "lm_eval", *UNKNOWN)

@@ -1,4 +1,5 @@
-"""Log-likelihoods do not depend on which requests share a batch, and mistyped model arguments are found out."""
+"""Log-likelihoods do not depend on which requests share a batch, and mistyped model arguments are
+found out."""
 
 from __future__ import annotations
 
@@ -13,7 +14,12 @@ pytest.importorskip("lm_eval")
 import lm_eval_cases
 from lm_eval.models.huggingface import HFLM
 from lm_eval_cases import SETTINGS, make_lm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+)
 
 from hip_hf.eval.measure.documents import CHECKPOINT
 from hip_hf.integration.lm_eval.model import PADDING, HipLM
@@ -37,7 +43,11 @@ def scores(lm: HFLM, asked: list[Request]) -> list[float]:
     return [score for score, _ in lm._loglikelihood_tokens(asked, disable_tqdm=True)]
 
 
-@pytest.mark.parametrize("fields", [SETTINGS, {**SETTINGS, "dense_below": 300, "dense_tail": 64}], ids=["sparse", "some dense"])
+@pytest.mark.parametrize(
+    "fields",
+    [SETTINGS, {**SETTINGS, "dense_below": 300, "dense_tail": 64}],
+    ids=["sparse", "some dense"],
+)
 def test_scores_do_not_depend_on_the_batch(fields: dict[str, Any]) -> None:
     # among them texts that end in the very token which lm-eval pads with
     ended = [([7] * 300, [9] * 20 + [PADDING] * 3), ([PADDING] * 4, [PADDING, 5])]
@@ -45,15 +55,34 @@ def test_scores_do_not_depend_on_the_batch(fields: dict[str, Any]) -> None:
     single, batch = (scores(make_lm(batch_size=size, **fields), asked) for size in (1, len(asked)))
     assert batch == pytest.approx(single, abs=2e-3)
     if fields is SETTINGS:  # else every batch would give the same: enough is left out to matter
-        assert scores(make_lm(**{**fields, "budget": 4096}), asked) != pytest.approx(single, abs=0.1)
+        assert scores(make_lm(**{**fields, "budget": 4096}), asked) != pytest.approx(
+            single, abs=0.1
+        )
 
 
 def test_scores_of_an_encoder_decoder_do_not_depend_on_the_batch() -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    sizes = dict(d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2)
-    sizes |= dict(encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=512, vocab_size=len(tokenizer))
-    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None)
+    sizes = dict(
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    )
+    sizes |= dict(
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=512,
+        vocab_size=len(tokenizer),
+    )
+    special = dict(
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
     model = BartForConditionalGeneration(BartConfig(**sizes, **special)).eval()
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -63,7 +92,17 @@ def test_scores_of_an_encoder_decoder_do_not_depend_on_the_batch() -> None:
     ]  # the long part is the decoder's
     fields = {**SETTINGS, "budget": 32, "window": 16, "dense_tail": 16}
     single, batch = (
-        scores(HipLM(model, tokenizer=tokenizer, backend="seq2seq", batch_size=size, max_length=400, **fields), asked)
+        scores(
+            HipLM(
+                model,
+                tokenizer=tokenizer,
+                backend="seq2seq",
+                batch_size=size,
+                max_length=400,
+                **fields,
+            ),
+            asked,
+        )
         for size in (1, len(asked))
     )
     assert batch == pytest.approx(single, abs=2e-3)
@@ -75,8 +114,12 @@ def test_text_is_scored_as_the_model_scores_it() -> None:
     asked = requests(1000)
     for (_, context, end), score in zip(asked, scores(lm, asked), strict=True):
         with torch.no_grad():
-            logits = lm.model(torch.tensor([context + end[:-1]])).logits[0, -len(end) :].log_softmax(-1)
-        assert score == pytest.approx(float(logits.gather(1, torch.tensor(end)[:, None]).sum()), abs=2e-3)
+            logits = (
+                lm.model(torch.tensor([context + end[:-1]])).logits[0, -len(end) :].log_softmax(-1)
+            )
+        assert score == pytest.approx(
+            float(logits.gather(1, torch.tensor(end)[:, None]).sum()), abs=2e-3
+        )
 
 
 # Arguments
@@ -84,9 +127,16 @@ def test_text_is_scored_as_the_model_scores_it() -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("budgett", "budget"), ("dense_layer", "dense_layers"), ("bock_q", "block_q"), ("prompt_trunction", "prompt_truncation")],
+    [
+        ("budgett", "budget"),
+        ("dense_layer", "dense_layers"),
+        ("bock_q", "block_q"),
+        ("prompt_trunction", "prompt_truncation"),
+    ],
 )
-def test_mistyped_arguments_are_refused_before_the_weights_load(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistyped_arguments_are_refused_before_the_weights_load(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were loaded")
 
@@ -100,6 +150,13 @@ def test_mistyped_arguments_are_refused_before_the_weights_load(name: str, meant
 
 
 def test_arguments_of_others_still_pass(tmp_path: Path) -> None:
-    """Those of lm-eval's model, of `from_pretrained`, and settings of the model's config, some of them near ours."""
-    lm = make_lm(truncation=True, rms_norm_eps=1e-4, cache_dir=str(tmp_path), device_map=None, low_cpu_mem_usage=True)
+    """Those of lm-eval's model, of `from_pretrained`, and settings of the model's config, some of
+    them near ours."""
+    lm = make_lm(
+        truncation=True,
+        rms_norm_eps=1e-4,
+        cache_dir=str(tmp_path),
+        device_map=None,
+        low_cpu_mem_usage=True,
+    )
     assert lm.model.config.rms_norm_eps == 1e-4

@@ -1,4 +1,5 @@
-"""Masks by themselves, without a model: what a row of key positions says is what Transformers' own mask says in full."""
+"""Masks by themselves, without a model: what a row of key positions says is what Transformers' own
+mask says in full."""
 
 from __future__ import annotations
 
@@ -46,14 +47,27 @@ def padding(*real: tuple[int, int], keys: int = KEYS) -> torch.Tensor:
     return torch.stack([((at >= first) & (at < end)).int() for first, end in real])
 
 
-def full(batch: int, rows: int, keys: int, q_offset: int, kv_offset: int, pattern: Callable, **fields: Any) -> torch.Tensor:
-    mask = sdpa_mask(batch, rows, keys, q_offset, kv_offset, pattern, allow_is_causal_skip=False, **fields)
+def full(
+    batch: int,
+    rows: int,
+    keys: int,
+    q_offset: int,
+    kv_offset: int,
+    pattern: Callable,
+    **fields: Any,
+) -> torch.Tensor:
+    mask = sdpa_mask(
+        batch, rows, keys, q_offset, kv_offset, pattern, allow_is_causal_skip=False, **fields
+    )
     assert mask is not None
     return mask
 
 
-def said_by(spans: tuple[Span, ...], batch: int, rows: int, keys: int, window: int | None) -> torch.Tensor:
-    """What the rows of spans see: the keys from their span's first one up to their own, within the window."""
+def said_by(
+    spans: tuple[Span, ...], batch: int, rows: int, keys: int, window: int | None
+) -> torch.Tensor:
+    """What the rows of spans see: the keys from their span's first one up to their own, within the
+    window."""
     seen = torch.zeros(batch, 1, rows, keys, dtype=torch.bool)
     for span in spans:
         for row in range(span.row_start, span.row_end):
@@ -84,7 +98,9 @@ CALLS: dict[str, tuple[int, int, int, int, torch.Tensor | None]] = {
 def test_rows_see_what_the_full_mask_shows(name: str, window: int | None) -> None:
     rows, keys, q_offset, kv_offset, pad = CALLS[name]
     batch = 2 if pad is None else len(pad)
-    pattern = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    pattern = (
+        causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    )
     given = None if pad is None else pad.bool()
     want = full(batch, rows, keys, q_offset, kv_offset, pattern, attention_mask=given)
     mask = hip_mask(batch, rows, keys, q_offset, kv_offset, pattern, given, local_size=window)
@@ -99,7 +115,9 @@ def test_rows_see_what_the_full_mask_shows(name: str, window: int | None) -> Non
     assert torch.equal(got, want & in_spans)
     real = torch.ones(batch, kv_offset + keys) if pad is None else pad
     own = real[:, q_offset : q_offset + rows].bool()
-    assert torch.equal(in_spans[:, 0, :, 0], own), "every row that is no padding, and no other, is in a span"
+    assert torch.equal(in_spans[:, 0, :, 0], own), (
+        "every row that is no padding, and no other, is in a span"
+    )
 
 
 @pytest.mark.parametrize("keep", [1, 3, 5])
@@ -108,7 +126,9 @@ def test_the_last_rows_of_a_call_see_what_they_saw(keep: int) -> None:
     rows, keys, q_offset, kv_offset, pad = CALLS["left, few rows"]
     assert pad is not None
     mask = hip_mask(2, rows, keys, q_offset, kv_offset, causal_mask_function, pad.bool())
-    want = full(2, rows, keys, q_offset, kv_offset, causal_mask_function, attention_mask=pad.bool())[:, :, -keep:]
+    want = full(
+        2, rows, keys, q_offset, kv_offset, causal_mask_function, attention_mask=pad.bool()
+    )[:, :, -keep:]
     spans = mask_spans(mask, keep)
     assert spans is not None
     assert torch.equal(said_by(spans, 2, keep, keys, None), want)
@@ -147,7 +167,14 @@ def test_packed_sequences(rows: int, window: int | None) -> None:
 
 
 def test_one_row_of_sequences_serves_the_whole_batch() -> None:
-    mask = hip_mask(3, KEYS, KEYS, 0, 0, and_masks(causal_mask_function, packed_sequence_mask_function(PACKED[:1])))
+    mask = hip_mask(
+        3,
+        KEYS,
+        KEYS,
+        0,
+        0,
+        and_masks(causal_mask_function, packed_sequence_mask_function(PACKED[:1])),
+    )
     assert torch.equal(mask[:, 0, 0], LAST + PACKED[:1].expand(3, -1))
 
 
@@ -159,7 +186,10 @@ IN_FULL: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "chunked": (chunked_causal_mask_function(4, torch.tensor([0, 3])), {}),
     "more than causal": (or_masks(causal_mask_function, bidirectional_mask_function), {}),
     "a user's own": (lambda batch, head, row, key: (key + row) % 3 == 0, {}),
-    "by vmap": (lambda batch, head, row, key: (key <= row) & torch.tensor(row.ndim == 0), dict(use_vmap=True)),
+    "by vmap": (
+        lambda batch, head, row, key: (key <= row) & torch.tensor(row.ndim == 0),
+        dict(use_vmap=True),
+    ),
 }
 
 
@@ -169,7 +199,16 @@ def test_other_patterns_are_given_in_full(pad: torch.Tensor | None, name: str) -
     pattern, fields = IN_FULL[name]
     given = None if pad is None else pad.bool()
     got = hip_mask(2, 5, 16, 13, 2, pattern, given, **fields)
-    want = full(2, 5, 16, 13, 2, pattern, attention_mask=given, **{k: v for k, v in fields.items() if k == "use_vmap"})
+    want = full(
+        2,
+        5,
+        16,
+        13,
+        2,
+        pattern,
+        attention_mask=given,
+        **{k: v for k, v in fields.items() if k == "use_vmap"},
+    )
     assert torch.equal(got, want)
     assert got.any()
 
@@ -184,24 +223,48 @@ def test_the_offset_of_a_static_cache_is_a_tensor(shape: tuple[int, ...]) -> Non
 def test_masks_are_made_where_they_are_asked_for() -> None:
     """On the device of the call, which is none here that holds numbers."""
     call = (2, 5, KEYS, KEYS - 5, 0)
-    mask, whole = (hip_mask(*call, pattern, device="meta") for pattern in (causal_mask_function, bidirectional_mask_function))
+    mask, whole = (
+        hip_mask(*call, pattern, device="meta")
+        for pattern in (causal_mask_function, bidirectional_mask_function)
+    )
     assert (mask.device.type, whole.device.type) == ("meta", "meta")
-    packed = hip_mask(*call, and_masks(causal_mask_function, packed_sequence_mask_function(PACKED.to("meta"))), device="meta")
+    packed = hip_mask(
+        *call,
+        and_masks(causal_mask_function, packed_sequence_mask_function(PACKED.to("meta"))),
+        device="meta",
+    )
     for given in (mask, packed, None):
-        assert visible_rows(given, None, 5, torch.empty(2, 2, KEYS, 8, device="meta"))(0, 5).device.type == "meta"
+        assert (
+            visible_rows(given, None, 5, torch.empty(2, 2, KEYS, 8, device="meta"))(
+                0, 5
+            ).device.type
+            == "meta"
+        )
 
 
-def test_a_packed_prompt_does_not_mark_a_model_that_computes_with_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_prompt_does_not_mark_a_model_that_computes_with_its_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """For packed sequences Transformers itself asks for a mask in full."""
     monkeypatch.setattr(masks, "_computing", set())
     pattern = and_masks(causal_mask_function, packed_sequence_mask_function(PACKED))
     config = AutoConfig.for_model("llama", attn_implementation="hip")
-    for asked in (dict(mask_function=pattern, allow_is_causal_skip=False), dict(mask_function=causal_mask_function)):
+    for asked in (
+        dict(mask_function=pattern, allow_is_causal_skip=False),
+        dict(mask_function=causal_mask_function),
+    ):
         assert hip_mask(2, KEYS, KEYS, 0, 0, config=config, **asked).dtype != torch.bool
-    assert hip_mask(2, 2, KEYS, 22, 0, causal_mask_function, config=config, allow_is_causal_skip=False).dtype == torch.bool
+    assert (
+        hip_mask(
+            2, 2, KEYS, 22, 0, causal_mask_function, config=config, allow_is_causal_skip=False
+        ).dtype
+        == torch.bool
+    )
 
 
-def test_an_export_gets_the_mask_in_full_and_looks_at_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_gets_the_mask_in_full_and_looks_at_no_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(masks, "exporting", lambda: True)
     config: Any = PreTrainedConfig()
     config.hip = {"no such": "setting"}
@@ -215,7 +278,8 @@ def test_an_export_gets_the_mask_in_full_and_looks_at_no_settings(monkeypatch: p
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_padding_mask_of_another_batch(rows: int) -> None:
     with pytest.raises(
-        ValueError, match=rf"^attention_mask: got shape \({rows}, 24\) for a batch of 2, allowed: one row of 0 and"
+        ValueError,
+        match=rf"^attention_mask: got shape \({rows}, 24\) for a batch of 2, allowed: one row of 0 and",
     ):
         hip_mask(2, KEYS, KEYS, 0, 0, causal_mask_function, torch.ones(rows, KEYS))
 
@@ -251,7 +315,9 @@ def test_masks_of_others_are_taken_as_they_are() -> None:
 def ours(kind: str) -> torch.Tensor:
     packed = and_masks(causal_mask_function, packed_sequence_mask_function(PACKED))
     pad = padding((2, KEYS), (0, 20)).bool()
-    return hip_mask(2, KEYS, KEYS, 0, 0, *((packed,) if kind == "packed" else (causal_mask_function, pad)))
+    return hip_mask(
+        2, KEYS, KEYS, 0, 0, *((packed,) if kind == "packed" else (causal_mask_function, pad))
+    )
 
 
 @pytest.mark.parametrize("kind", ["padded", "packed"])
@@ -291,7 +357,11 @@ def test_what_was_attached_stays_with_the_first_keys() -> None:
     spans = mask_spans(mask, 4)
     narrow = narrowed(mask, 10)
     assert torch.equal(narrow, mask[..., :10])
-    assert (mask_window(narrow, None), unmasked_rows(narrow, 2), mask_spans(narrow, 4)) == (5, 2, spans)
+    assert (mask_window(narrow, None), unmasked_rows(narrow, 2), mask_spans(narrow, 4)) == (
+        5,
+        2,
+        spans,
+    )
     assert narrowed(mask, KEYS) is mask
     copy = narrowed(mask.clone(), 10)
     assert copy.shape[-1] == 10
@@ -301,13 +371,27 @@ def test_what_was_attached_stays_with_the_first_keys() -> None:
 
 
 def test_who_holds_positions() -> None:
-    kinds = {torch.int32: True, torch.int64: True, torch.bool: False, torch.float32: False, torch.bfloat16: False}
+    kinds = {
+        torch.int32: True,
+        torch.int64: True,
+        torch.bool: False,
+        torch.float32: False,
+        torch.bfloat16: False,
+    }
     assert {kind: holds_positions(torch.zeros(1, dtype=kind)) for kind in kinds} == kinds
 
 
 QUERY = torch.Size((2, 4, 5, 8))
 FIT = [(2, 4, 5, KEYS), (1, 4, 5, KEYS), (2, 1, 5, KEYS), (2, 4, 1, KEYS), (1, 1, 1, KEYS)]
-MISFIT = [(3, 4, 5, KEYS), (2, 2, 5, KEYS), (2, 4, 4, KEYS), (2, 4, 5, KEYS - 1), (2, 4, 5, 1), (5, KEYS), (2, 5, KEYS)]
+MISFIT = [
+    (3, 4, 5, KEYS),
+    (2, 2, 5, KEYS),
+    (2, 4, 4, KEYS),
+    (2, 4, 5, KEYS - 1),
+    (2, 4, 5, 1),
+    (5, KEYS),
+    (2, 5, KEYS),
+]
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
@@ -315,15 +399,23 @@ def test_masks_that_broadcast_fit(kind: torch.dtype) -> None:
     for shape in FIT:
         check_mask(torch.zeros(shape, dtype=kind), QUERY, KEYS)
     for shape in MISFIT:
-        got = re.escape(f"got a {kind} tensor of shape {shape} of the caller's own for 2 rows of 24 keys")
-        with pytest.raises(ValueError, match=rf"^attention_mask: {got}, allowed: one that broadcasts to \(2, 4, 5, 24\)$"):
+        got = re.escape(
+            f"got a {kind} tensor of shape {shape} of the caller's own for 2 rows of 24 keys"
+        )
+        with pytest.raises(
+            ValueError,
+            match=rf"^attention_mask: {got}, allowed: one that broadcasts to \(2, 4, 5, 24\)$",
+        ):
             check_mask(torch.zeros(shape, dtype=kind), QUERY, KEYS)
 
 
 def test_rows_of_positions_fit_one_shape() -> None:
     check_mask(torch.zeros(2, 1, 1, KEYS, dtype=torch.int32), QUERY, KEYS)
     for shape in (*FIT, *MISFIT):
-        with pytest.raises(ValueError, match=r"^attention_mask: got a torch.int32 tensor .*, allowed: a 2-D mask, or a 4-D"):
+        with pytest.raises(
+            ValueError,
+            match=r"^attention_mask: got a torch.int32 tensor .*, allowed: a 2-D mask, or a 4-D",
+        ):
             check_mask(torch.zeros(shape, dtype=torch.int32), QUERY, KEYS)
 
 
@@ -333,7 +425,10 @@ def test_numbers_that_were_made_of_a_mask_of_ours() -> None:
         check_mask(numbers + most, QUERY, KEYS)
     for most in (float(LAST), LAST / 2, torch.nan):
         numbers[0, 0, 0, 3] = most
-        with pytest.raises(ValueError, match=r"^attention_mask: got numbers up to .* of the caller's own \(which has computed"):
+        with pytest.raises(
+            ValueError,
+            match=r"^attention_mask: got numbers up to .* of the caller's own \(which has computed",
+        ):
             check_mask(numbers, QUERY, KEYS)
 
 
@@ -348,15 +443,23 @@ def refusal(config: Any) -> str:
     return ""
 
 
-def test_models_that_ignore_the_mask_or_change_it_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_ignore_the_mask_or_change_it_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(model_checks, "_foreign", {})  # what other tests found out
-    bloom, llama = (AutoConfig.for_model(name, attn_implementation="hip") for name in ("bloom", "llama"))
-    assert refusal(bloom).startswith("attn_implementation: got 'hip' for model type 'bloom', whose language part does not ask")
+    bloom, llama = (
+        AutoConfig.for_model(name, attn_implementation="hip") for name in ("bloom", "llama")
+    )
+    assert refusal(bloom).startswith(
+        "attn_implementation: got 'hip' for model type 'bloom', whose language part does not ask"
+    )
     assert refusal(bloom) == refusal(AutoConfig.for_model("bloom", attn_implementation="hip")), (
         "the second one of a class as well"
     )
     assert [refusal(config) for config in (None, llama, PreTrainedConfig())] == [""] * 3
     llama.layer_types = ["full_attention", "compressed_sparse_attention"]
-    assert refusal(llama).startswith("attn_implementation: got 'hip' for model type 'llama' with compressed layers, which put")
+    assert refusal(llama).startswith(
+        "attn_implementation: got 'hip' for model type 'llama' with compressed layers, which put"
+    )
     llama.layer_types = ["full_attention", "indexed_attention"]
     assert refusal(llama) == "indices: llama passes the layer's own sparse indices, allowed: None"

@@ -1,4 +1,5 @@
-"""Masks that reach a layer: ours, copies of ours, and callers' own. What cannot be told apart is refused, never guessed."""
+"""Masks that reach a layer: ours, copies of ours, and callers' own. What cannot be told apart is
+refused, never guessed."""
 
 from __future__ import annotations
 
@@ -48,14 +49,22 @@ NOT_OURS: dict[str, torch.Tensor] = {
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_mask_that_is_not_ours_is_refused(family: str, name: str) -> None:
     model = make_model(family)
-    with pytest.raises(ValueError, match=r"^attention_mask: got .* of the caller's own.*, allowed: "), torch.no_grad():
+    with (
+        pytest.raises(
+            ValueError, match=r"^attention_mask: got .* of the caller's own.*, allowed: "
+        ),
+        torch.no_grad(),
+    ):
         model(make_batch([KEYS])["input_ids"], attention_mask=NOT_OURS[name])
 
 
 @pytest.mark.parametrize("rows", [3, 2])
 def test_a_padding_mask_of_another_batch_is_refused(rows: int) -> None:
     ids = make_batch([KEYS] * (1 if rows == 3 else 3))["input_ids"]
-    with pytest.raises(ValueError, match=rf"^attention_mask: got shape \({rows}, {KEYS}\) for a batch of {len(ids)}, allowed: "):
+    with pytest.raises(
+        ValueError,
+        match=rf"^attention_mask: got shape \({rows}, {KEYS}\) for a batch of {len(ids)}, allowed: ",
+    ):
         make_model("llama")(ids, attention_mask=torch.ones(rows, KEYS))
 
 
@@ -63,7 +72,8 @@ def test_a_padding_mask_of_another_batch_is_refused(rows: int) -> None:
 @pytest.mark.parametrize("tokens", [[180], [180, 133]])
 @pytest.mark.parametrize("hole", [False, True])
 def test_a_copy_of_our_mask_serves_as_the_mask_does(tokens: list[int], hole: bool) -> None:
-    """A copy loses what was attached to the mask, but it still says all that is needed, padding within a row included."""
+    """A copy loses what was attached to the mask, but it still says all that is needed, padding
+    within a row included."""
     model, batch = make_model("llama"), make_batch(tokens)
     padding = batch["attention_mask"].bool()
     padding[0, 100:104] = not hole
@@ -76,14 +86,19 @@ def test_a_copy_of_our_mask_serves_as_the_mask_does(tokens: list[int], hole: boo
     assert [row.path for row in hip_hf.explain(model)] == ["dense" if hole else "sparse"] * 2
     moved = mask.clone()
     moved[0, 0, 0, 150] += 1  # one key out of its place
-    with pytest.raises(ValueError, match=r"^attention_mask: got a 4-D torch.int32 tensor of the caller's own"):
+    with pytest.raises(
+        ValueError, match=r"^attention_mask: got a 4-D torch.int32 tensor of the caller's own"
+    ):
         model(batch["input_ids"], attention_mask=moved)
 
 
 def test_a_mask_that_hides_everything_is_a_copy_like_any_other() -> None:
     model = make_model("llama")
     with torch.no_grad():
-        logits = model(make_batch([KEYS])["input_ids"], attention_mask=torch.full((1, 1, 1, KEYS), PAD, dtype=torch.int32)).logits
+        logits = model(
+            make_batch([KEYS])["input_ids"],
+            attention_mask=torch.full((1, 1, 1, KEYS), PAD, dtype=torch.int32),
+        ).logits
     assert logits.isfinite().all()
     assert {row.reason for row in hip_hf.explain(model)} == {"no row has a key"}
 
@@ -93,12 +108,19 @@ def test_the_window_of_the_mask_wins(window: int | None) -> None:
     """Also where it has none: a layer may name a window that its model's masks do not have."""
     module = make_model("llama").model.layers[0].self_attn
     q, k = torch.randn(1, 4, 180, 16), torch.randn(1, 2, 180, 16)
-    pattern = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    pattern = (
+        causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    )
     mask = hip_mask(1, 180, 180, 0, 0, pattern, local_size=window)
-    outs = [attention_forward(module, q, k, k, mask, sliding_window=given)[0] for given in (None, 60, 100)]
+    outs = [
+        attention_forward(module, q, k, k, mask, sliding_window=given)[0]
+        for given in (None, 60, 100)
+    ]
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
-    alone = attention_forward(module, q, k, k, mask.clone(), sliding_window=window)[0]  # a copy: the layer's word counts
+    alone = attention_forward(module, q, k, k, mask.clone(), sliding_window=window)[
+        0
+    ]  # a copy: the layer's word counts
     assert torch.equal(alone, outs[0])
     other = attention_forward(module, q, k, k, mask.clone(), sliding_window=60)[0]
     assert not torch.equal(other, outs[0])
@@ -111,10 +133,13 @@ def logits(model: Any, implementation: str, **batch: torch.Tensor) -> torch.Tens
 
 
 def test_a_window_that_only_the_layers_name_hides_nothing() -> None:
-    """OLMoE's layers pass `config.sliding_window` on; its masks have none, so neither has eager attention."""
+    """OLMoE's layers pass `config.sliding_window` on; its masks have none, so neither has eager
+    attention."""
     torch.manual_seed(0)
     config = OlmoeConfig(
-        **{key: value for key, value in _BASE.items() if key != "head_dim"}, num_experts=4, num_experts_per_tok=2
+        **{key: value for key, value in _BASE.items() if key != "head_dim"},
+        num_experts=4,
+        num_experts_per_tok=2,
     )
     config.sliding_window = 40
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -131,7 +156,9 @@ def test_a_causal_mask_makes_a_layer_causal() -> None:
     q, k = torch.randn(2, 4, 180, 16), torch.randn(2, 2, 180, 16)
     padding = make_batch([180, 133])["attention_mask"].bool()
     mask = hip_mask(2, 180, 180, 0, 0, causal_mask_function, padding)
-    got, want = (attention_forward(module, q, k, k, mask, is_causal=causal)[0] for causal in (False, True))
+    got, want = (
+        attention_forward(module, q, k, k, mask, is_causal=causal)[0] for causal in (False, True)
+    )
     assert torch.equal(got, want)
     assert module._hip_call.path == "sparse"
 
@@ -152,24 +179,45 @@ def test_the_decoder_of_bigbird_pegasus() -> None:
     got, want = (logits(model, name, **batch)[real] for name in ("hip", "eager"))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     decoder = [layer.self_attn for layer in model.model.decoder.layers]
-    assert [(module._hip_call.path, module._hip_call.reason) for module in decoder] == [("sparse", "")] * 2
+    assert [(module._hip_call.path, module._hip_call.reason) for module in decoder] == [
+        ("sparse", "")
+    ] * 2
 
 
 def test_masks_of_ours_never_reach_attention_of_its_own() -> None:
     """The encoder of BigBird-Pegasus would add our boolean mask as numbers."""
-    with pytest.raises(ValueError, match=r"attn_implementation: got 'hip' for model type 'bigbird_pegasus'"):
+    with pytest.raises(
+        ValueError, match=r"attn_implementation: got 'hip' for model type 'bigbird_pegasus'"
+    ):
         AutoModelForSeq2SeqLM.from_config(copy.deepcopy(BIGBIRD), attn_implementation="hip")
 
 
 def test_compressed_layers_are_refused() -> None:
     """DeepSeek-V4 puts compressed keys behind the others, and extends the mask for them."""
-    sizes = dict(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16, n_routed_experts=4)
-    more = dict(moe_intermediate_size=32, num_experts_per_tok=2, q_lora_rank=16, o_lora_rank=16, o_groups=2, index_n_heads=2)
+    sizes = dict(
+        vocab_size=100,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        n_routed_experts=4,
+    )
+    more = dict(
+        moe_intermediate_size=32,
+        num_experts_per_tok=2,
+        q_lora_rank=16,
+        o_lora_rank=16,
+        o_groups=2,
+        index_n_heads=2,
+    )
     ids = dict(index_head_dim=16, index_topk=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     config = AutoConfig.for_model("deepseek_v4", **sizes, **more, **ids)
     assert any("compressed" in kind for kind in config.layer_types)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="hip").eval()
-    with pytest.raises(ValueError, match=r"^attn_implementation: got 'hip' for model type 'deepseek_v4' with compressed layers"):
+    with pytest.raises(
+        ValueError,
+        match=r"^attn_implementation: got 'hip' for model type 'deepseek_v4' with compressed layers",
+    ):
         model(torch.randint(3, 90, (1, 40)))
 
 
@@ -183,5 +231,9 @@ NAMED = {
 @pytest.mark.parametrize("name", NAMED)
 def test_attention_classes_by_name_have_none_of_ours(name: str) -> None:
     """They are refused before a layer is made, where Transformers would end in a `KeyError`."""
-    with pytest.raises(ValueError, match=rf"attn_implementation: got 'hip' for model type '{name}', allowed: eager"):
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=100, **NAMED[name]), attn_implementation="hip")
+    with pytest.raises(
+        ValueError, match=rf"attn_implementation: got 'hip' for model type '{name}', allowed: eager"
+    ):
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(name, vocab_size=100, **NAMED[name]), attn_implementation="hip"
+        )

@@ -1,4 +1,5 @@
-"""Wrappers of vision and language: the language part attends through `hip`, the vision part is left as it was."""
+"""Wrappers of vision and language: the language part attends through `hip`, the vision part is left
+as it was."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def generate(model: PreTrainedModel, inputs: Inputs, **options: Any) -> torch.Te
 
 @pytest.mark.parametrize("name", MODELS)
 def test_generates_as_eager_does(name: str) -> None:
-    """Logits of every step, where the budget covers everything; through the sparse code and pages."""
+    """Logits of every step, where the budget covers everything; through the sparse code and
+    pages."""
     inputs, model = MODELS[name][1](), make(name, HIP, budget=512)
     got, want = generate(model, inputs), generate(make(name, "eager"), inputs)
     assert torch.equal(got.argmax(-1), want.argmax(-1))
@@ -81,9 +83,14 @@ def test_generates_as_eager_does(name: str) -> None:
 def test_the_vision_part_is_untouched(name: str) -> None:
     """Its features are bit for bit those of the eager model, and `hip` is never called in it."""
     inputs, model, eager = MODELS[name][1](), make(name, HIP), make(name, "eager")
-    given = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_grid_thw")}
+    given = {
+        key: value for key, value in inputs.items() if key in ("pixel_values", "image_grid_thw")
+    }
     with torch.no_grad():
-        ours, theirs = (one.get_image_features(**given, return_dict=True).pooler_output for one in (model, eager))
+        ours, theirs = (
+            one.get_image_features(**given, return_dict=True).pooler_output
+            for one in (model, eager)
+        )
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
     assert model.config.vision_config._attn_implementation == "eager"

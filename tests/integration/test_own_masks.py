@@ -37,8 +37,11 @@ def biased(shape: tuple[int, ...], hidden: float) -> torch.Tensor:
 @pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, -torch.inf])
 @pytest.mark.parametrize("shape", [(1, 1, KEYS, KEYS), (2, 4, KEYS, KEYS)])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-def test_numbers_are_added_to_the_logits(family: str, shape: tuple[int, ...], hidden: float) -> None:
-    """As eager attention adds them: in a prompt, and in a step on its cache (where no layer slides: it lacks the first keys)."""
+def test_numbers_are_added_to_the_logits(
+    family: str, shape: tuple[int, ...], hidden: float
+) -> None:
+    """As eager attention adds them: in a prompt, and in a step on its cache (where no layer slides:
+    it lacks the first keys)."""
     ids, mask, found = make_batch([KEYS, KEYS])["input_ids"], biased(shape, hidden), []
     for implementation in ("hip", "eager"):
         model = make_model(family, implementation)
@@ -46,9 +49,17 @@ def test_numbers_are_added_to_the_logits(family: str, shape: tuple[int, ...], hi
             out = model(ids[:, :-1], attention_mask=mask[:, :, :-1, :-1])
             found.append(out.logits)
             if family == "llama":
-                found.append(model(ids[:, -1:], attention_mask=mask[:, :, -1:], past_key_values=out.past_key_values).logits)
+                found.append(
+                    model(
+                        ids[:, -1:],
+                        attention_mask=mask[:, :, -1:],
+                        past_key_values=out.past_key_values,
+                    ).logits
+                )
         if implementation == "hip":
-            assert {(row.path, row.reason) for row in hip_hf.explain(model)} == {("dense", NOT_OURS)}
+            assert {(row.path, row.reason) for row in hip_hf.explain(model)} == {
+                ("dense", NOT_OURS)
+            }
     half = len(found) // 2
     torch.testing.assert_close(found[:half], found[half:], atol=1e-4, rtol=1e-4)
 
@@ -67,7 +78,9 @@ def test_gradients_reach_the_numbers() -> None:
     ids, found = make_batch([KEYS])["input_ids"], []
     for implementation in ("hip", "eager"):
         mask = biased((1, 1, KEYS, KEYS), torch.finfo(torch.float32).min).requires_grad_()
-        make_model("llama", implementation)(ids, attention_mask=mask).logits.square().mean().backward()
+        make_model("llama", implementation)(
+            ids, attention_mask=mask
+        ).logits.square().mean().backward()
         found.append(mask.grad)
     assert found[0].any()
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
@@ -78,32 +91,41 @@ def test_a_mask_of_ours_that_a_model_has_added_to_is_found_out() -> None:
     q, k = torch.randn(1, 4, KEYS, 16), torch.randn(1, 2, KEYS, 16)
     mask = hip_mask(1, KEYS, KEYS, 0, 0, causal_mask_function)
     with pytest.raises(
-        ValueError, match=r"^attention_mask: got numbers up to 5\.\d+e\+08 .*which has computed with a mask of hip"
+        ValueError,
+        match=r"^attention_mask: got numbers up to 5\.\d+e\+08 .*which has computed with a mask of hip",
     ):
         attention_forward(module, q, k, k, mask + torch.randn(1, 1, KEYS, KEYS))
 
 
 @pytest.mark.parametrize("made", ["caller", "model"])
 def test_the_error_says_who_made_the_mask(made: str) -> None:
-    model, ids, wrong = make_model("llama"), make_batch([KEYS])["input_ids"], torch.zeros(1, 1, KEYS, 30)
+    model, ids, wrong = (
+        make_model("llama"),
+        make_batch([KEYS])["input_ids"],
+        torch.zeros(1, 1, KEYS, 30),
+    )
     if made == "model":
         own = lambda module, args, kwargs: (args, {**kwargs, "attention_mask": wrong})  # noqa: E731
         model.model.layers[1].self_attn.register_forward_pre_hook(own, with_kwargs=True)
     whose = {"caller": "of the caller's own", "model": "that the model made itself"}[made]
     with pytest.raises(
-        ValueError, match=rf"^attention_mask: got a torch\.float32 tensor of shape \(1, 1, {KEYS}, 30\) {whose} for"
+        ValueError,
+        match=rf"^attention_mask: got a torch\.float32 tensor of shape \(1, 1, {KEYS}, 30\) {whose} for",
     ):
         model(ids, attention_mask=wrong if made == "caller" else None)
 
 
 def test_a_model_that_asks_for_the_mask_in_full_gets_it() -> None:
-    """It goes on computing with it. Also where Transformers asks for one by itself, in a step on a static cache."""
+    """It goes on computing with it. Also where Transformers asks for one by itself, in a step on a
+    static cache."""
 
     class Asking(LlamaConfig):
         pass
 
     def kind(config: LlamaConfig, rows: int, **options: Any) -> torch.dtype:
-        return hip_mask(1, rows, KEYS, KEYS - rows, 0, causal_mask_function, config=config, **options).dtype
+        return hip_mask(
+            1, rows, KEYS, KEYS - rows, 0, causal_mask_function, config=config, **options
+        ).dtype
 
     asking, other = Asking(**_BASE), LlamaConfig(**_BASE)
     assert kind(other, 1, allow_is_causal_skip=False) == torch.int32
@@ -113,7 +135,9 @@ def test_a_model_that_asks_for_the_mask_in_full_gets_it() -> None:
 
 
 def make_doge() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("doge", **_BASE, keep_window_size=60))
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("doge", **_BASE, keep_window_size=60)
+    )
 
 
 def make_layoutlm() -> PreTrainedModel:
@@ -148,30 +172,57 @@ def test_doge_generates_as_eager_does() -> None:
     model.generation_config.eos_token_id = None
     for implementation in ("hip", "eager"):
         model.set_attn_implementation(implementation)
-        out = model.generate(**batch, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        out = model.generate(
+            **batch,
+            max_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         found.append(torch.stack(out.logits))
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["hip", {"text_config": "hip", "vision_config": "eager"}])
+@pytest.mark.parametrize(
+    "implementation", ["hip", {"text_config": "hip", "vision_config": "eager"}]
+)
 def test_mllama_with_an_image(implementation: Any) -> None:
     """Its cross-attention layers get a mask of numbers, which is none of the caller's."""
     text = MllamaTextConfig(
-        **{**_BASE, "num_hidden_layers": 3}, cross_attention_layers=[1], rope_parameters={"rope_type": "default"}
+        **{**_BASE, "num_hidden_layers": 3},
+        cross_attention_layers=[1],
+        rope_parameters={"rope_type": "default"},
     )
-    sizes = dict(hidden_size=32, intermediate_size=32, attention_heads=2, image_size=16, patch_size=8, vision_output_dim=64)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=32,
+        attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        vision_output_dim=64,
+    )
     layers = dict(num_hidden_layers=2, num_global_layers=1, intermediate_layers_indices=[0])
-    vision = MllamaVisionConfig(**sizes, **layers, max_num_tiles=2, supported_aspect_ratios=[[1, 1], [1, 2]])
+    vision = MllamaVisionConfig(
+        **sizes, **layers, max_num_tiles=2, supported_aspect_ratios=[[1, 1], [1, 2]]
+    )
     torch.manual_seed(0)
-    model = sharp(MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text, image_token_index=98)))
+    model = sharp(
+        MllamaForConditionalGeneration(
+            MllamaConfig(vision_config=vision, text_config=text, image_token_index=98)
+        )
+    )
     model.model.language_model.layers[1].cross_attn_attn_gate.data.fill_(1.0)  # it starts closed
     ids = make_batch([KEYS])["input_ids"]
     ids[:, 40] = 98
     seen = torch.ones(1, KEYS, 1, 2, dtype=torch.long)
     seen[:, :40] = 0
     seen[:, 80:, :, 1] = 0
-    image = dict(pixel_values=torch.randn(1, 1, 2, 3, 16, 16), aspect_ratio_ids=torch.full((1, 1), 2))
-    image |= dict(aspect_ratio_mask=torch.ones(1, 1, 2, dtype=torch.long), cross_attention_mask=seen)
+    image = dict(
+        pixel_values=torch.randn(1, 1, 2, 3, 16, 16), aspect_ratio_ids=torch.full((1, 1), 2)
+    )
+    image |= dict(
+        aspect_ratio_mask=torch.ones(1, 1, 2, dtype=torch.long), cross_attention_mask=seen
+    )
     found = []
     for one in (implementation, "eager"):
         model.set_attn_implementation(one)
@@ -183,6 +234,8 @@ def test_mllama_with_an_image(implementation: Any) -> None:
             called = [row for row in hip_hf.explain(model) if row.path != "not called"]
             assert [row.path for row in called] == ["sparse", "dense", "sparse"]
             with torch.no_grad():
-                other = model(ids, **{**image, "pixel_values": torch.zeros_like(image["pixel_values"])}).logits
+                other = model(
+                    ids, **{**image, "pixel_values": torch.zeros_like(image["pixel_values"])}
+                ).logits
             assert not torch.allclose(other, found[0], atol=1e-2), "the image does not matter"
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,5 @@
-"""Patched models: the same bits as the registered attention, and nothing else of the model has changed."""
+"""Patched models: the same bits as the registered attention, and nothing else of the model has
+changed."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_same_bits_as_the_registered_attention(family: str, calls: list[str]) -> None:
     model = make_model(family)
     batch = make_batch([203, 150, 3])
-    generation = dict(do_sample=False, max_new_tokens=9, output_logits=True, return_dict_in_generate=True)
+    generation = dict(
+        do_sample=False, max_new_tokens=9, output_logits=True, return_dict_in_generate=True
+    )
 
     def run() -> list[torch.Tensor]:
         found = [logits(model, batch)]
@@ -87,7 +90,9 @@ def test_names_that_force_a_method_do_so(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2_moe"])
-def test_a_patched_model_that_attends_otherwise_is_the_original(family: str, calls: list[str]) -> None:
+def test_a_patched_model_that_attends_otherwise_is_the_original(
+    family: str, calls: list[str]
+) -> None:
     model = make_model(family)
     batch = make_batch([60, 40])
     model.set_attn_implementation("eager")
@@ -104,7 +109,11 @@ def test_unpatch_restores_the_model_exactly() -> None:
     model = make_model("llama", "sdpa")
     batch = make_batch([60, 40])
     del model.config.hip
-    before, dicts, config = forwards(model), [set(m.__dict__) for m in model.modules()], copy.deepcopy(model.config)
+    before, dicts, config = (
+        forwards(model),
+        [set(m.__dict__) for m in model.modules()],
+        copy.deepcopy(model.config),
+    )
     expected, weights = logits(model, batch), copy.deepcopy(model.state_dict())
     hip_hf.patch(model, hip_hf.HiPConfig(budget=32), dense_below=0)
     assert model.config._attn_implementation == "hip"
@@ -141,7 +150,9 @@ def test_patching_twice_is_harmless() -> None:
 def test_other_families_are_refused_by_name(family: str) -> None:
     model = make_model(family)
     before, settings = forwards(model), copy.deepcopy(model.config.hip)
-    with pytest.raises(ValueError, match=r"got model type .*llama \| mistral \| qwen2 .*docs/patchers.md"):
+    with pytest.raises(
+        ValueError, match=r"got model type .*llama \| mistral \| qwen2 .*docs/patchers.md"
+    ):
         hip_hf.patch(model, budget=64)
     assert forwards(model) == before
     assert model.config.hip == settings
@@ -157,7 +168,9 @@ def test_bad_settings_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("hook_first", [True, False])
-def test_hooks_of_accelerate_stay_around_a_patched_layer(hook_first: bool, calls: list[str]) -> None:
+def test_hooks_of_accelerate_stay_around_a_patched_layer(
+    hook_first: bool, calls: list[str]
+) -> None:
     """`device_map` puts them there: inputs are moved before the layer, whoever its forward is."""
     hooks = pytest.importorskip("accelerate.hooks")
 

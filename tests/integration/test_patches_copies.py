@@ -1,4 +1,5 @@
-"""Patched models that are copied, pickled, replicated, patched by others too, or one part of several."""
+"""Patched models that are copied, pickled, replicated, patched by others too, or one part of
+several."""
 
 from __future__ import annotations
 
@@ -77,7 +78,10 @@ def test_a_replica_for_another_device_calls_its_own_layers() -> None:
     hidden, around = torch.randn(1, 40, 64), model.model.rotary_emb
     with torch.no_grad():
         at = around(hidden, torch.arange(40)[None])
-        (own, _), (copied, _) = (module(hidden, position_embeddings=at, attention_mask=None) for module in (layer, replica))
+        (own, _), (copied, _) = (
+            module(hidden, position_embeddings=at, attention_mask=None)
+            for module in (layer, replica)
+        )
     assert torch.equal(copied, 2 * own)
     hip_hf.unpatch(model)
     assert "forward" not in layer._replicate_for_data_parallel().__dict__

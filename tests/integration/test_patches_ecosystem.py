@@ -1,4 +1,5 @@
-"""Patched models under the libraries that reach into models: PEFT, accelerate's `device_map`, quantised linear layers."""
+"""Patched models under the libraries that reach into models: PEFT, accelerate's `device_map`,
+quantised linear layers."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def test_a_merged_adapter_extends_as_the_adapter_does() -> None:
     apart = logits(model, batch)
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged, batch), apart, atol=1e-3, rtol=1e-3)
-    assert not torch.allclose(apart, logits(adapted("llama"), batch), atol=1e-2), "the context was not extended"
+    assert not torch.allclose(apart, logits(adapted("llama"), batch), atol=1e-2), (
+        "the context was not extended"
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -82,7 +85,8 @@ def test_an_adapter_trains_with_the_same_bits(checkpointing: bool) -> None:
 
 
 def mapped(folder: Path) -> PreTrainedModel:
-    """A saved model, one of its two layers kept on disk: accelerate brings it to the CPU when it is called."""
+    """A saved model, one of its two layers kept on disk: accelerate brings it to the CPU when it is
+    called."""
     names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
     places = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
     return AutoModelForCausalLM.from_pretrained(
@@ -92,7 +96,9 @@ def mapped(folder: Path) -> PreTrainedModel:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", [{}, EXTENDED])
-def test_a_device_map_with_a_layer_on_disk(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_device_map_with_a_layer_on_disk(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     batch, source = make_batch([303, 90]), make_model(family)
     hip_hf.configure(source, **settings)
     expected = logits(source, batch)
@@ -100,12 +106,16 @@ def test_a_device_map_with_a_layer_on_disk(family: str, settings: dict[str, Any]
     model = mapped(tmp_path)
     away = model.model.layers[1].self_attn
     assert {p.device.type for p in away.parameters()} == {"meta"}
-    assert len(attention(model)) == (2 if settings else 0), "patched as it is loaded, if its settings need it"
+    assert len(attention(model)) == (2 if settings else 0), (
+        "patched as it is loaded, if its settings need it"
+    )
     assert torch.equal(logits(model, batch), expected)
     hip_hf.patch(model)
     for _ in range(2):
         assert torch.equal(logits(model, batch), expected)
-    assert {p.device.type for p in away.parameters()} == {"meta"}, "the hook no longer takes the layer away again"
+    assert {p.device.type for p in away.parameters()} == {"meta"}, (
+        "the hook no longer takes the layer away again"
+    )
     if not settings:
         hip_hf.unpatch(model)
         assert torch.equal(logits(model, batch), expected)

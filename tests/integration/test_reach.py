@@ -1,4 +1,5 @@
-"""Models that would accept `hip` and ignore it, or whose settings would not reach their layers, and layers with odd indices."""
+"""Models that would accept `hip` and ignore it, or whose settings would not reach their layers, and
+layers with odd indices."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ from families import SPARSE, make_batch
 from sweep import build
 from tiny_configs import tiny_config
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 import hip_hf
 from hip_hf.integration import layer_attention
@@ -24,7 +31,8 @@ IGNORE = ["openai-gpt", "cpmant", "xlnet", "reformer", "mamba", "rwkv"]
 def test_a_model_that_would_ignore_it_is_refused_as_it_is_made(name: str, auto: Any) -> None:
     """With attention of its own, which even asks for no mask, or with none at all."""
     with pytest.raises(
-        ValueError, match=rf"attn_implementation: got 'hip' for model type '{name}', whose language part does not"
+        ValueError,
+        match=rf"attn_implementation: got 'hip' for model type '{name}', whose language part does not",
     ):
         auto.from_config(tiny_config(name), attn_implementation="hip")
 
@@ -80,7 +88,9 @@ def test_a_users_own_model_is_looked_at_as_well() -> None:
 
 @pytest.mark.parametrize("dense_layers", [0, 1, 3])
 @pytest.mark.parametrize("name", ["zamba", "zamba2"])
-def test_a_layer_without_an_index_has_no_rules_for_single_layers(name: str, dense_layers: int) -> None:
+def test_a_layer_without_an_index_has_no_rules_for_single_layers(
+    name: str, dense_layers: int
+) -> None:
     """Zamba's shared attention has none, Zamba 2's has -1, which is less than any count."""
     model = build("causal", name, "hip")
     hip_hf.configure(model, **{**SPARSE, "dense_layers": dense_layers})
@@ -96,13 +106,21 @@ STATEFUL = ["deepseek_v3", "jetmoe", "falcon_h1", "zamba2"]
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", STATEFUL)
-def test_state_of_hybrid_layers_and_of_rebuilt_keys(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_of_hybrid_layers_and_of_rebuilt_keys(
+    name: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pruned decode on kept state gives what rebuilding it at every step gives."""
     model = build("causal", name, "hip")
     hip_hf.configure(model, **{**SPARSE, "decode_refresh": 1})
 
     def run() -> tuple[torch.Tensor, set[tuple[str, str]]]:
-        options = dict(max_new_tokens=20, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+        options = dict(
+            max_new_tokens=20,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         out = model.generate(**make_batch([180, 131]), **options, cache_implementation=cache)
         return torch.stack(out.logits), {(row.path, row.cache) for row in hip_hf.explain(model)}
 
@@ -122,7 +140,12 @@ def test_hybrid_pages_follow_beams_and_resets() -> None:
         assert {type(layer) for layer in cache.layers} == {PagedHybridLayer}
         for _ in range(2):
             out = model.generate(
-                **make_batch([90, 60]), max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0, past_key_values=cache
+                **make_batch([90, 60]),
+                max_new_tokens=8,
+                num_beams=3,
+                do_sample=False,
+                pad_token_id=0,
+                past_key_values=cache,
             )
             results.append(out)
             cache.reset()

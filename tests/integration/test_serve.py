@@ -1,4 +1,5 @@
-"""`hip-hf serve` as OpenAI's own client sees it: answers are `generate`'s, what fails says why, and the others go on."""
+"""`hip-hf serve` as OpenAI's own client sees it: answers are `generate`'s, what fails says why, and
+the others go on."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ from openai import APIStatusError, OpenAI
 from pretrained import fetched
 from served import NEW_TOKENS, Served, complete_all, serving, settings_options, soak
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 import hip_hf
@@ -33,8 +40,17 @@ from hip_hf_cli import app
 WORDS = 255
 LONGEST = 4096  # tokens of a request, in either mode
 PAGE = 32
-# Sparse everywhere. Plain generation prunes; in continuous batching, which splits prompts as it likes, the budget covers all.
-SPARSE = {"dense_below": 0, "dense_layers": 0, "dense_tail": 0, "block_q": 16, "block_k": 4, "sink": 4, "window": 16}
+# Sparse everywhere. Plain generation prunes; in continuous batching, which splits prompts as it
+# likes, the budget covers all.
+SPARSE = {
+    "dense_below": 0,
+    "dense_layers": 0,
+    "dense_tail": 0,
+    "block_q": 16,
+    "block_k": 4,
+    "sink": 4,
+    "window": 16,
+}
 SETTINGS = {"plain": {**SPARSE, "budget": 16}, "continuous": {**SPARSE, "budget": LONGEST}}
 MODES = {
     "plain": ["--max-model-len", str(LONGEST)],
@@ -96,7 +112,9 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(mode: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(
+    mode: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("log") / "server"
     options = [*MODES[mode], *options_of(SETTINGS[mode])]
     with serving(str(checkpoint), *options, log=log, environment=environment()) as served_model:
@@ -110,21 +128,31 @@ def client(server: Served) -> Any:
 
 def chat(client: OpenAI, server: Served, text: str, tokens: int = 6, **options: Any) -> Any:
     messages = [{"role": "user", "content": text}]
-    return client.chat.completions.create(model=server.model, messages=messages, max_tokens=tokens, temperature=0, **options)
+    return client.chat.completions.create(
+        model=server.model, messages=messages, max_tokens=tokens, temperature=0, **options
+    )
 
 
 def answer(client: OpenAI, server: Served, text: str, tokens: int = 6) -> str:
     return str(chat(client, server, text, tokens).choices[0].message.content)
 
 
-def generated(folder: Path, texts: list[str], tokens: int, attention: str = "hip", **settings: int) -> list[str]:
+def generated(
+    folder: Path, texts: list[str], tokens: int, attention: str = "hip", **settings: int
+) -> list[str]:
     """What `generate` makes of texts, greedily."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
     hip_hf.configure(model, **settings)
     tokenizer, found = AutoTokenizer.from_pretrained(folder), []
     for text in texts:
         ids = tokenizer(text, return_tensors="pt").input_ids
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, pad_token_id=0)
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=tokens,
+            pad_token_id=0,
+        )
         found.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     return found
 
@@ -132,7 +160,9 @@ def generated(folder: Path, texts: list[str], tokens: int, attention: str = "hip
 # Answers
 
 
-def test_a_chat_whole_and_streamed(client: OpenAI, server: Served, mode: str, checkpoint: Path) -> None:
+def test_a_chat_whole_and_streamed(
+    client: OpenAI, server: Served, mode: str, checkpoint: Path
+) -> None:
     text = words(400)
     (expected,) = generated(checkpoint, [text], 6, **SETTINGS[mode])
     whole = chat(client, server, text)
@@ -146,23 +176,35 @@ def test_a_chat_whole_and_streamed(client: OpenAI, server: Served, mode: str, ch
     assert chunks[-1].usage.completion_tokens == 6
 
 
-def test_settings_reach_the_model(client: OpenAI, server: Served, mode: str, checkpoint: Path) -> None:
-    """A budget that prunes makes other answers than dense attention, one that covers all the same ones."""
+def test_settings_reach_the_model(
+    client: OpenAI, server: Served, mode: str, checkpoint: Path
+) -> None:
+    """A budget that prunes makes other answers than dense attention, one that covers all the same
+    ones."""
     texts = [words(400, seed) for seed in range(3)]
     dense = generated(checkpoint, texts, 6, "sdpa")
     found = [answer(client, server, text) for text in texts]
     assert (found == dense) is (mode == "continuous")
 
 
-def test_completions_and_responses(client: OpenAI, server: Served, mode: str, checkpoint: Path) -> None:
+def test_completions_and_responses(
+    client: OpenAI, server: Served, mode: str, checkpoint: Path
+) -> None:
     text = words(50)
     (expected,) = generated(checkpoint, [text], 6, **SETTINGS[mode])
     made = client.completions.create(model=server.model, prompt=text, max_tokens=6, temperature=0)
     assert made.choices[0].text == expected
-    said = client.responses.create(model=server.model, input=text, max_output_tokens=6, temperature=0, stream=False)
+    said = client.responses.create(
+        model=server.model, input=text, max_output_tokens=6, temperature=0, stream=False
+    )
     assert said.output_text == expected
-    events = client.responses.create(model=server.model, input=text, max_output_tokens=6, temperature=0, stream=True)
-    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected
+    events = client.responses.create(
+        model=server.model, input=text, max_output_tokens=6, temperature=0, stream=True
+    )
+    assert (
+        "".join(event.delta for event in events if event.type == "response.output_text.delta")
+        == expected
+    )
 
 
 def test_eight_clients_at_once(client: OpenAI, server: Served, mode: str, checkpoint: Path) -> None:
@@ -173,14 +215,31 @@ def test_eight_clients_at_once(client: OpenAI, server: Served, mode: str, checkp
     assert found == expected
 
 
-def test_transformers_chat_streams_the_answer_to_a_terminal(server: Served, mode: str, checkpoint: Path, tmp_path: Path) -> None:
-    """As the documentation has it: what is typed goes to `hip-hf serve`, and comes back as `generate` answers."""
+def test_transformers_chat_streams_the_answer_to_a_terminal(
+    server: Served, mode: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """As the documentation has it: what is typed goes to `hip-hf serve`, and comes back as
+    `generate` answers."""
     text = words(9)
     (expected,) = generated(checkpoint, [f"{text} "], 6, **SETTINGS[mode])
-    arguments = [*TRANSFORMERS, "chat", server.model, server.url, "do_sample=False", "max_new_tokens=6"]
+    arguments = [
+        *TRANSFORMERS,
+        "chat",
+        server.model,
+        server.url,
+        "do_sample=False",
+        "max_new_tokens=6",
+    ]
     typed, env = f"{text}\nN\n!exit\n", environment()  # no, the answer need not go on
     del env["HF_HUB_OFFLINE"]  # which would keep it from this machine, too
-    done = subprocess.run([sys.executable, *arguments], input=typed, env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        input=typed,
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert expected in " ".join(done.stdout.split())
 
@@ -201,9 +260,15 @@ BAD = {
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("what", list(BAD))
-def test_a_bad_request_gets_a_status_and_a_message(client: OpenAI, server: Served, what: str, stream: bool) -> None:
+def test_a_bad_request_gets_a_status_and_a_message(
+    client: OpenAI, server: Served, what: str, stream: bool
+) -> None:
     status, said, wrong = BAD[what]
-    good: dict[str, Any] = {"model": server.model, "messages": [{"role": "user", "content": "w1"}], "max_tokens": 2}
+    good: dict[str, Any] = {
+        "model": server.model,
+        "messages": [{"role": "user", "content": "w1"}],
+        "max_tokens": 2,
+    }
     with pytest.raises(APIStatusError) as error:
         client.chat.completions.create(**{**good, **wrong}, stream=stream)
     assert error.value.status_code == status
@@ -215,23 +280,31 @@ def test_a_bad_request_gets_a_status_and_a_message(client: OpenAI, server: Serve
 def test_a_prompt_that_does_not_fit_is_refused(
     client: OpenAI, server: Served, checkpoint: Path, mode: str, tokens: int, stream: bool
 ) -> None:
-    """Nor does an empty one: continuous batching does not survive it. Whoever is answered at that time notices nothing."""
+    """Nor does an empty one: continuous batching does not survive it. Whoever is answered at that
+    time notices nothing."""
     texts = [words(300, seed) for seed in range(4)]
     expected = generated(checkpoint, texts, 20, **SETTINGS[mode])
     with ThreadPoolExecutor(len(texts)) as clients:
         others = clients.map(lambda text: answer(client, server, text, 20), texts)
         with pytest.raises(APIStatusError) as error:
-            client.completions.create(model=server.model, prompt=words(tokens), max_tokens=5, stream=stream)
+            client.completions.create(
+                model=server.model, prompt=words(tokens), max_tokens=5, stream=stream
+            )
         assert list(others) == expected
     assert error.value.status_code == 400
     assert f"prompt: got {tokens or 'no'} tokens, allowed:" in error.value.message
 
 
 @pytest.mark.parametrize(("length", "made"), [(13, 3), (10, None), (3, None)])
-def test_a_length_of_prompt_and_answer_together_is_kept_to(client: OpenAI, server: Served, length: int, made: int | None) -> None:
-    """`max_length` of a request's generation settings: with continuous batching Transformers' server knows none."""
+def test_a_length_of_prompt_and_answer_together_is_kept_to(
+    client: OpenAI, server: Served, length: int, made: int | None
+) -> None:
+    """`max_length` of a request's generation settings: with continuous batching Transformers'
+    server knows none."""
     settings = {"max_length": length, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-    asked = dict(model=server.model, prompt=words(10), extra_body={"generation_config": json.dumps(settings)})
+    asked = dict(
+        model=server.model, prompt=words(10), extra_body={"generation_config": json.dumps(settings)}
+    )
     if made is None:
         says = f"max_length: got {length}, allowed: more than the prompt's 10 tokens"
         with pytest.raises(APIStatusError, match=says) as error:
@@ -241,7 +314,9 @@ def test_a_length_of_prompt_and_answer_together_is_kept_to(client: OpenAI, serve
         assert client.completions.create(**asked).usage.completion_tokens == made
 
 
-def test_an_answer_ends_where_there_is_no_more_room(client: OpenAI, server: Served, mode: str) -> None:
+def test_an_answer_ends_where_there_is_no_more_room(
+    client: OpenAI, server: Served, mode: str
+) -> None:
     most = LONGEST if mode == "plain" else (LONGEST // PAGE + 1) * PAGE
     made = chat(client, server, words(most - 4), 100)
     assert made.choices[0].finish_reason == "length"
@@ -249,13 +324,18 @@ def test_an_answer_ends_where_there_is_no_more_room(client: OpenAI, server: Serv
 
 
 def test_who_hangs_up_is_not_waited_for(server: Served) -> None:
-    """Whether before the first token or later on. All these answers to their ends would take minutes."""
+    """Whether before the first token or later on. All these answers to their ends would take
+    minutes."""
     for i in range(HANG_UPS):
-        stream = server.client().completions.create(model=server.model, prompt=words(20, i), max_tokens=LONGEST, stream=True)
+        stream = server.client().completions.create(
+            model=server.model, prompt=words(20, i), max_tokens=LONGEST, stream=True
+        )
         for _ in range(i % 3):
             next(stream)
         stream.close()
-    made = chat(server.client(timeout=SOON), server, words(LONGEST - 100), 4)  # which takes almost all of the cache
+    made = chat(
+        server.client(timeout=SOON), server, words(LONGEST - 100), 4
+    )  # which takes almost all of the cache
     assert made.usage.completion_tokens == 4
 
 
@@ -265,7 +345,9 @@ def test_many_requests_leave_no_memory_behind(server: Served, mode: str, checkpo
     def expected(text: str) -> str:
         return generated(checkpoint, [text], NEW_TOKENS, **SETTINGS[mode])[0]
 
-    first, middle, last = soak(server, words, expected, requests=40, every=20, longest=500, refused=2 * LONGEST)
+    first, middle, last = soak(
+        server, words, expected, requests=40, every=20, longest=500, refused=2 * LONGEST
+    )
     assert [(row["wrong"], row["other"]) for row in (first, middle, last)] == [(0, 0)] * 3
     assert last["most_tokens"] == 500
     assert last["answered"] > middle["answered"] > first["answered"] == 0
@@ -277,7 +359,8 @@ def test_many_requests_leave_no_memory_behind(server: Served, mode: str, checkpo
 
 @pytest.fixture
 def refused() -> Iterator[Callable[..., str]]:
-    """What `hip-hf serve` says to arguments that it does not take; what it changes in Transformers is undone."""
+    """What `hip-hf serve` says to arguments that it does not take; what it changes in Transformers
+    is undone."""
 
     def run(*arguments: str) -> str:
         done = CliRunner(env={"COLUMNS": "400", "TERM": "dumb"}).invoke(app, ["serve", *arguments])
@@ -299,7 +382,8 @@ def test_mistakes_are_one_line(refused: Callable[..., str], checkpoint: Path) ->
 
 
 def test_plain_transformers_serve_after_autoload(checkpoint: Path, tmp_path: Path) -> None:
-    """`transformers serve --attn-implementation hip`, in an environment that `hip-hf autoload enable` has written to."""
+    """`transformers serve --attn-implementation hip`, in an environment that `hip-hf autoload
+    enable` has written to."""
     site = tmp_path / "site"
     site.mkdir()
     for path, content in autoload.files().items():
@@ -309,23 +393,39 @@ def test_plain_transformers_serve_after_autoload(checkpoint: Path, tmp_path: Pat
     env["PYTHONPATH"] = os.pathsep.join([str(site), env["PYTHONPATH"]])
     command = [*TRANSFORMERS, "serve"]
     attention = ["--attn-implementation", "hip"]
-    with serving(str(checkpoint), *attention, log=tmp_path / "log", command=command, environment=env) as plain:
+    with serving(
+        str(checkpoint), *attention, log=tmp_path / "log", command=command, environment=env
+    ) as plain:
         text = words(400)
-        assert answer(plain.client(timeout=TIMEOUT), plain, text) == generated(checkpoint, [text], 6)[0]
+        assert (
+            answer(plain.client(timeout=TIMEOUT), plain, text)
+            == generated(checkpoint, [text], 6)[0]
+        )
 
 
 # A real model
 
 
 def test_real_model_answers_eight_clients_as_generate_does(tmp_path: Path) -> None:
-    """Prompts that are all read at once attend as in `generate`, the two that are pruned too: dense, these get other answers."""
+    """Prompts that are all read at once attend as in `generate`, the two that are pruned too:
+    dense, these get other answers."""
     folder = fetched(tmp_path / real_model.NAME)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(documents.DOCUMENT.read_text(encoding="utf-8"), verbose=False).input_ids
-    texts = [tokenizer.decode(ids[100 * i : 100 * i + length]) for i, length in enumerate(REAL_LENGTHS)]
+    texts = [
+        tokenizer.decode(ids[100 * i : 100 * i + length]) for i, length in enumerate(REAL_LENGTHS)
+    ]
     settings = {"dense_below": REAL_LENGTHS[-2] - 200, "budget": 128, "window": 64}
-    room = ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", str(2 * sum(REAL_LENGTHS))]
-    with serving(str(folder), *room, *options_of(settings), log=tmp_path / "log", environment=environment()) as real:
+    room = [
+        "--continuous-batching",
+        "--cb-num-blocks",
+        "64",
+        "--cb-max-batch-tokens",
+        str(2 * sum(REAL_LENGTHS)),
+    ]
+    with serving(
+        str(folder), *room, *options_of(settings), log=tmp_path / "log", environment=environment()
+    ) as real:
         found = complete_all(real.client(timeout=TIMEOUT), real.model, texts, REAL_TOKENS)
     expected = generated(folder, texts, REAL_TOKENS, **settings)
     assert [made.text for made in found] == expected

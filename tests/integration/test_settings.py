@@ -27,7 +27,10 @@ def test_absent_settings_are_the_defaults():
     del model.config.hip
     with torch.no_grad():
         model(make_batch([30])["input_ids"])
-    assert "below dense_below" in hip_hf.explain(model)[1].reason or hip_hf.explain(model)[1].reason == "dense layer"
+    assert (
+        "below dense_below" in hip_hf.explain(model)[1].reason
+        or hip_hf.explain(model)[1].reason == "dense layer"
+    )
 
 
 def test_configure_merges_fields_over_what_is_there():
@@ -91,7 +94,10 @@ def test_layers_override_single_layers():
     with torch.no_grad():
         model(make_batch([100])["input_ids"])
     report = hip_hf.explain(model)
-    assert [(row.path, row.reason) for row in report] == [("sparse", ""), ("dense", "method is dense")]
+    assert [(row.path, row.reason) for row in report] == [
+        ("sparse", ""),
+        ("dense", "method is dense"),
+    ]
 
 
 def test_explain_prints_a_table_with_every_layers_path():
@@ -115,7 +121,9 @@ def test_explain_refuses_a_model_with_other_attention():
 def test_invalid_settings_in_a_checkpoint_are_named():
     model = make_model("llama")
     model.config.hip["beam"] = 0
-    with pytest.raises(ValueError, match=r"HiPConfig.beam: got 0, allowed: None or an integer >= 1"):
+    with pytest.raises(
+        ValueError, match=r"HiPConfig.beam: got 0, allowed: None or an integer >= 1"
+    ):
         model(make_batch([40])["input_ids"])
 
 

@@ -1,4 +1,5 @@
-"""Layers that reuse the keys of earlier ones (Gemma 3n, Gemma 4): they may get the last query rows alone."""
+"""Layers that reuse the keys of earlier ones (Gemma 3n, Gemma 4): they may get the last query rows
+alone."""
 
 from __future__ import annotations
 
@@ -15,11 +16,16 @@ from hip_hf import HiPCache
 from hip_hf.integration import layer_attention
 
 _SHARED: dict[str, Any] = dict(
-    num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=24
+    num_hidden_layers=4,
+    num_kv_shared_layers=2,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    sliding_window=24,
 )
 _EMBEDDINGS: dict[str, Any] = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=100)
 MODELS: dict[str, dict[str, Any]] = {
-    "gemma3n_text": dict(_EMBEDDINGS, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4),
+    "gemma3n_text": dict(
+        _EMBEDDINGS, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4
+    ),
     "gemma4_text": dict(_EMBEDDINGS, global_head_dim=16),
     "gemma4_unified_text": dict(global_head_dim=16),
 }
@@ -62,7 +68,9 @@ def test_any_number_of_last_rows(name: str, keep: int, cached: bool) -> None:
     torch.testing.assert_close(got[real], want[real], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 50}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"prefill_chunk_size": 50}, {"cache_implementation": "static"}]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_generates_as_eager_does(name: str, options: dict[str, Any]) -> None:
     batch, found = make_batch([150, 111]), []
@@ -87,12 +95,16 @@ def test_packed_sequences(keep: int) -> None:
     lengths = [50, 70, 20]
     ids = make_batch([sum(lengths)])["input_ids"]
     batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
-    got, want = (logits(make("gemma4_text", one), batch, logits_to_keep=keep, use_cache=False) for one in ("hip", "eager"))
+    got, want = (
+        logits(make("gemma4_text", one), batch, logits_to_keep=keep, use_cache=False)
+        for one in ("hip", "eager")
+    )
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 def test_each_layer_keeps_its_own_selection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that reuses keys decodes as one that has a cache of its own: it neither undoes the other's state nor lacks one."""
+    """A layer that reuses keys decodes as one that has a cache of its own: it neither undoes the
+    other's state nor lacks one."""
     model, ids = make("gemma4_text", budget=32, decode_refresh=8), make_batch([200])["input_ids"]
     cache, made_for = HiPCache(model.config), []
     logits(model, {"input_ids": ids[:, :180]}, past_key_values=cache)
@@ -118,7 +130,9 @@ def test_each_layer_keeps_its_own_selection(monkeypatch: pytest.MonkeyPatch) -> 
     assert [state.rows[0].position for state in states] == [182] * 2
 
 
-def test_a_failure_in_a_layer_that_reuses_keys_reaches_their_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_a_layer_that_reuses_keys_reaches_their_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It has one query row, where the layers before it have cached 40 tokens."""
     model, ids = make("gemma4_text"), make_batch([100])["input_ids"]
     cache = HiPCache(model.config)
@@ -138,5 +152,8 @@ def test_a_failure_in_a_layer_that_reuses_keys_reaches_their_cache(monkeypatch: 
     cache.reset()
     got = logits(model, {"input_ids": ids}, past_key_values=cache, logits_to_keep=1)
     torch.testing.assert_close(
-        got, logits(make("gemma4_text", "eager"), {"input_ids": ids}, logits_to_keep=1), atol=1e-4, rtol=1e-4
+        got,
+        logits(make("gemma4_text", "eager"), {"input_ids": ids}, logits_to_keep=1),
+        atol=1e-4,
+        rtol=1e-4,
     )

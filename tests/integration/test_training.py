@@ -1,4 +1,5 @@
-"""Fine-tuning through the sparse path with FSDP2 and with accelerate: the losses of several processes are those of one."""
+"""Fine-tuning through the sparse path with FSDP2 and with accelerate: the losses of several
+processes are those of one."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def one() -> list[float]:
 
 
 @pytest.mark.parametrize("way", ["fsdp", "trainer"])
-def test_two_processes_have_the_losses_of_one(way: str, one: list[float], two: list[dict[str, Any]]) -> None:
+def test_two_processes_have_the_losses_of_one(
+    way: str, one: list[float], two: list[dict[str, Any]]
+) -> None:
     for seen in two:
         assert seen[way]["losses"] == pytest.approx(one, abs=TOLERANCE)
         assert seen[way]["paths"] == ["sparse", "sparse"]

@@ -1,4 +1,5 @@
-"""The registered attention inside real Transformers models: same tokens as `eager` whenever the budget covers the context."""
+"""The registered attention inside real Transformers models: same tokens as `eager` whenever the
+budget covers the context."""
 
 import copy
 import warnings
@@ -13,14 +14,22 @@ from transformers.models.mpt import MptConfig, MptForCausalLM
 import hip_hf
 
 COVERING = {"budget": 1024}
-SLIDING = {"mistral": ["dense", "dense"], "gemma2": ["dense", "sparse"], "gpt_oss": ["dense", "sparse"]}
+SLIDING = {
+    "mistral": ["dense", "dense"],
+    "gemma2": ["dense", "sparse"],
+    "gpt_oss": ["dense", "sparse"],
+}
 
 
 def generate(model, batch, implementation, **kwargs):
     model.set_attn_implementation(implementation)
     with torch.no_grad():
         return model.generate(
-            **batch, do_sample=False, output_logits=True, return_dict_in_generate=True, **{"max_new_tokens": 12, **kwargs}
+            **batch,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **{"max_new_tokens": 12, **kwargs},
         )
 
 
@@ -114,7 +123,10 @@ def test_chunked_prefill_equals_one_shot_when_sparse(family, cache):
         for start in range(0, 250, 80):
             end = min(start + 80, 250)
             out = model(
-                ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end], past_key_values=past
+                ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=past,
             )
             parts.append(out.logits)
             if end > 80:
@@ -188,7 +200,9 @@ def test_training_step_has_the_gradients_of_dense_attention():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model(**batch, labels=labels).loss.backward()
-        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        gradients.append(
+            [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        )
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
@@ -204,7 +218,9 @@ def test_training_step_has_the_gradients_of_dense_attention():
 def test_families_that_would_ignore_the_attention_are_refused(config, kind):
     model = kind(copy.deepcopy(config)).eval()
     model.config._attn_implementation = "hip"
-    with pytest.raises(ValueError, match=r"attn_implementation: got 'hip' for model type '(bloom|mpt)'"):
+    with pytest.raises(
+        ValueError, match=r"attn_implementation: got 'hip' for model type '(bloom|mpt)'"
+    ):
         model(torch.randint(3, 90, (1, 20)))
 
 
@@ -228,7 +244,9 @@ def test_position_bias_and_sparse_indices_are_refused():
     named = dict.fromkeys(("position_bias", "indices", "block_indices"), "LlamaAttention passes")
     for name, what in named.items():
         with pytest.raises(ValueError, match=f"^{name}: {what}"):
-            attention_forward(model.model.layers[0].self_attn, q, k, k, None, **{name: torch.zeros(1)})
+            attention_forward(
+                model.model.layers[0].self_attn, q, k, k, None, **{name: torch.zeros(1)}
+            )
 
 
 def test_bidirectional_attention_goes_to_pytorch():
@@ -261,15 +279,25 @@ def test_bidirectional_attention_keeps_softcap_and_sinks():
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["encoder", "encoder and decoder"])
 def test_models_with_encoders(kind, padded):
-    """Attention that is not causal stays what it is, in whole models, where no mask at all may be asked for."""
+    """Attention that is not causal stays what it is, in whole models, where no mask at all may be
+    asked for."""
     from transformers import BertConfig, BertModel, T5GemmaConfig, T5GemmaForConditionalGeneration
 
-    small = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    small = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     if kind == "encoder":
         kinds, config = BertModel, BertConfig(**small)
     else:
         part = dict(small, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=2.0)
-        kinds, config = T5GemmaForConditionalGeneration, T5GemmaConfig(encoder=part, decoder=part, vocab_size=64)
+        kinds, config = (
+            T5GemmaForConditionalGeneration,
+            T5GemmaConfig(encoder=part, decoder=part, vocab_size=64),
+        )
     torch.manual_seed(0)
     model = kinds(config).eval()
     ids = torch.randint(3, 64, (2, 40))
@@ -284,18 +312,33 @@ def test_models_with_encoders(kind, padded):
         with torch.no_grad():
             outputs[name] = model(**batch)[0]
     real = slice(0, 33) if padded and kind == "encoder" else slice(None)
-    torch.testing.assert_close(outputs["hip"][:, real], outputs["eager"][:, real], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        outputs["hip"][:, real], outputs["eager"][:, real], atol=2e-5, rtol=1e-4
+    )
 
 
 def test_sliding_layers_run_sparse_in_a_model():
-    """Mistral's layers all slide; a window longer than the sparse set is pruned within. A padded row equals the row alone."""
+    """Mistral's layers all slide; a window longer than the sparse set is pruned within. A padded
+    row equals the row alone."""
     config = copy.deepcopy(FAMILIES["mistral"])
     config.sliding_window = 150
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="hip").eval()
-    hip_hf.configure(model, budget=16, block_q=16, block_k=4, sink=4, window=16, dense_below=0, dense_tail=0, dense_layers=0)
+    hip_hf.configure(
+        model,
+        budget=16,
+        block_q=16,
+        block_k=4,
+        sink=4,
+        window=16,
+        dense_below=0,
+        dense_tail=0,
+        dense_layers=0,
+    )
     batch = make_batch([300, 211])
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # the rotations of the row alone, to the last bit
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(
+        min=0
+    )  # the rotations of the row alone, to the last bit
     with torch.no_grad():
         both = model(**batch, position_ids=positions).logits
         assert paths(model) == ["sparse"] * config.num_hidden_layers

@@ -1,4 +1,5 @@
-"""`hip_hf.unregister` leaves Transformers as it was: looked at in a process of its own, before and after `hip_hf` is imported."""
+"""`hip_hf.unregister` leaves Transformers as it was: looked at in a process of its own, before and
+after `hip_hf` is imported."""
 
 from __future__ import annotations
 
@@ -18,13 +19,30 @@ TWICE = 2  # register and unregister are harmless a second time
 
 
 def owners() -> dict[str, Any]:
-    """What `hip_hf` changes something of, by a name, and its server besides where that can be imported."""
-    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, cache_utils
+    """What `hip_hf` changes something of, by a name, and its server besides where that can be
+    imported."""
+    from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
+        DynamicCache,
+        PreTrainedModel,
+        cache_utils,
+    )
     from transformers.cli.serving import model_manager, server, utils
     from transformers.generation.continuous_batching import continuous_api
 
-    classes = [DynamicCache, PreTrainedModel, cache_utils.Cache, model_manager.ModelManager, utils.GenerateManager]
-    classes += [utils.CBGenerateManager, continuous_api.ContinuousBatchingManager, continuous_api.PagedAttentionCache]
+    classes = [
+        DynamicCache,
+        PreTrainedModel,
+        cache_utils.Cache,
+        model_manager.ModelManager,
+        utils.GenerateManager,
+    ]
+    classes += [
+        utils.CBGenerateManager,
+        continuous_api.ContinuousBatchingManager,
+        continuous_api.PagedAttentionCache,
+    ]
     tables = {
         "attentions": AttentionInterface._global_mapping,
         "masks": AttentionMaskInterface._global_mapping,
@@ -34,7 +52,11 @@ def owners() -> dict[str, Any]:
 
 
 def state() -> dict[str, Any]:
-    return {f"{owner}.{name}": value for owner, fields in owners().items() for name, value in fields.items()}
+    return {
+        f"{owner}.{name}": value
+        for owner, fields in owners().items()
+        for name, value in fields.items()
+    }
 
 
 def changed(before: dict[str, Any]) -> list[str]:
@@ -44,7 +66,8 @@ def changed(before: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Print what differs from the beginning: after everything was registered, after it was taken back, and the same again."""
+    """Print what differs from the beginning: after everything was registered, after it was taken
+    back, and the same again."""
     from transformers import DynamicCache, LlamaConfig
 
     before, found = state(), {}
@@ -61,7 +84,10 @@ def main() -> None:
         for _ in range(TWICE):
             hip_hf.unregister()
         found[f"unregistered {turn}"] = changed(before)
-    found["caches"] = [type(DynamicCache(config=LlamaConfig())).__name__, type(DynamicCache()).__name__]
+    found["caches"] = [
+        type(DynamicCache(config=LlamaConfig())).__name__,
+        type(DynamicCache()).__name__,
+    ]
     print(json.dumps(found))
 
 

@@ -13,7 +13,8 @@ from hip_hf import workers
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of every storage that an operation in this thread creates; views and `out=` create none."""
+    """Bytes of every storage that an operation in this thread creates; views and `out=` create
+    none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +24,11 @@ class Allocations(TorchDispatchMode):
         kwargs = kwargs or {}
         known = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
         result = func(*args, **kwargs)
-        for storage in {x.untyped_storage() for x in tensors(result) if x.untyped_storage().data_ptr() not in known}:
+        for storage in {
+            x.untyped_storage()
+            for x in tensors(result)
+            if x.untyped_storage().data_ptr() not in known
+        }:
             self.total += storage.nbytes()
             if storage.nbytes() > self.largest:
                 self.largest, self.op = storage.nbytes(), str(func)

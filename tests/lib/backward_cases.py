@@ -16,14 +16,19 @@ from hip_hf.config import HiPConfig
 
 
 def reference(
-    case: Case, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, dtype: torch.dtype = torch.float64
+    case: Case,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    dtype: torch.dtype = torch.float64,
 ) -> list[torch.Tensor]:
     """Gradients of q, k, v (and sinks) by the torch reference, in `dtype`."""
     problem = case.problem(dtype)
     out, lse = case.reference(dtype)
     outside = ~case.visible().any(-1).expand(lse.shape)
     out, lse = out.masked_fill(outside[..., None], 0.0), lse.masked_fill(outside, -torch.inf)
-    grads = Gradients(problem, out, lse, grad_out.to(dtype), None if grad_lse is None else grad_lse.to(dtype))
+    grads = Gradients(
+        problem, out, lse, grad_out.to(dtype), None if grad_lse is None else grad_lse.to(dtype)
+    )
     per_head = case.indices.shape[1] // case.k.shape[1]
     size = case.groups // per_head
     for at, span in enumerate(case.spans):
@@ -31,12 +36,22 @@ def reference(
             for one in range(case.indices.shape[1]):
                 ids = case.chosen(at, one * size, i)
                 head = slice(one // per_head, one // per_head + 1)
-                piece = Piece(span, head, [block], ids[None, None, None], case.config.block_k, span.rows)
-                grads._add(piece, block, head.start, slice(one * size, (one + 1) * size), piece.positions(head.start, 0, 0))
+                piece = Piece(
+                    span, head, [block], ids[None, None, None], case.config.block_k, span.rows
+                )
+                grads._add(
+                    piece,
+                    block,
+                    head.start,
+                    slice(one * size, (one + 1) * size),
+                    piece.positions(head.start, 0, 0),
+                )
     return [grads.q, grads.k, grads.v, *([grads.sinks()] if problem.sinks is not None else [])]
 
 
-def plain(case: Case, dtype: torch.dtype, grad_out: torch.Tensor, grad_lse: torch.Tensor | None) -> list[torch.Tensor]:
+def plain(
+    case: Case, dtype: torch.dtype, grad_out: torch.Tensor, grad_lse: torch.Tensor | None
+) -> list[torch.Tensor]:
     """The same by autograd through plain attention in `dtype`."""
     inputs = [x.to(dtype, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
     fields = dict(softcap=case.fields.get("softcap"))
@@ -74,12 +89,15 @@ def run(case: Case, need_lse: bool = True) -> None:
     got = torch.autograd.grad(total, inputs)
     want = reference(case, grad_out, grad_lse)
     exact = plain(case, torch.float64, grad_out, grad_lse)
-    # two PyTorch computations in the case's dtype: through the weights, and, as kernels do, from the output and lse
+    # two PyTorch computations in the case's dtype: through the weights, and, as kernels do, from
+    # the output and lse
     rough = []
     for precision in precisions(case.q, case.q.shape[-1], case.v.shape[-1]):
         with precision:
             rough.append(plain(case, case.q.dtype, grad_out, grad_lse))
-            if case.q.dtype == torch.float32 and not getattr(precision, "random", None):  # slow: in the usual order alone
+            if case.q.dtype == torch.float32 and not getattr(
+                precision, "random", None
+            ):  # slow: in the usual order alone
                 rough.append(reference(case, grad_out, grad_lse, torch.float32))
     for i, (name, a, b) in enumerate(zip(("q", "k", "v", "sinks"), got, want, strict=False)):
         error = max(float((grads[i].double() - exact[i]).abs().max()) for grads in rough)

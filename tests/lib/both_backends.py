@@ -11,7 +11,8 @@ from helpers import small
 
 from hip_hf.attention import Result
 
-# In fp32 both backends find the same blocks; what is left is the order of sums (on a GPU, of the exponential as well).
+# In fp32 both backends find the same blocks; what is left is the order of sums (on a GPU, of the
+# exponential as well).
 NEAR = 2e-5
 # The selections are compared as well.
 call = partial(kernel_cases.call, need_mask=True)
@@ -26,6 +27,10 @@ def same(got: Result, want: Result) -> None:
     kernel_cases.assert_same(got, want, NEAR)
 
 
-def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, Any], **fields: Any) -> None:
-    got, want = (call(q, k, v, small(backend=backend, **config), **fields) for backend in ("triton", "torch"))
+def both(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: dict[str, Any], **fields: Any
+) -> None:
+    got, want = (
+        call(q, k, v, small(backend=backend, **config), **fields) for backend in ("triton", "torch")
+    )
     same(got, want)

@@ -1,4 +1,5 @@
-"""A headless browser: what a page shows once it is loaded, and which of its images, files and links are broken."""
+"""A headless browser: what a page shows once it is loaded, and which of its images, files and links
+are broken."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ document.body.append(out);
 
 
 def find_browser() -> str:
-    """The browser's program. Without one the test is skipped, but never in CI, where it must have run."""
+    """The browser's program. Without one the test is skipped, but never in CI, where it must have
+    run."""
     for name in NAMES:
         if (program := shutil.which(name)) is not None:
             return program
@@ -50,7 +52,8 @@ def find_browser() -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """A loaded page. `images`: (source, own width, width on the page); `links`: whole addresses; `failed`: what did not load."""
+    """A loaded page. `images`: (source, own width, width on the page); `links`: whole addresses;
+    `failed`: what did not load."""
 
     title: str
     text: str
@@ -86,7 +89,8 @@ def visit(page: Path, folder: Path) -> Seen:
 
 
 def broken_links(pages: dict[Path, Seen]) -> list[str]:
-    """Links of these pages to local files that are not there, or to anchors that the page they lead to does not have."""
+    """Links of these pages to local files that are not there, or to anchors that the page they lead
+    to does not have."""
     broken = []
     for page, seen in pages.items():
         for link in seen.links:
@@ -96,6 +100,10 @@ def broken_links(pages: dict[Path, Seen]) -> list[str]:
             target = Path(unquote(parts.path))
             if not target.is_file():
                 broken.append(f"{page.name}: {link}")
-            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids:
+            elif (
+                parts.fragment
+                and target in pages
+                and unquote(parts.fragment) not in pages[target].ids
+            ):
                 broken.append(f"{page.name}: {link} (no such place)")
     return broken

@@ -18,12 +18,16 @@ TEMPLATE = (
 SPECIAL = ["<pad>", "<s>", "<unk>", "user", "assistant"]
 WORDS = [*SPECIAL, *(f"w{i:02}" for i in range(len(SPECIAL), VOCAB - 1)), "</s>"]
 DOCUMENT = " ".join(WORDS[5 + i * i % 89] for i in range(150))
-QUESTIONS = tuple(" ".join(WORDS[first : first + count]) for first, count in ((10, 16), (30, 18), (50, 14)))
+QUESTIONS = tuple(
+    " ".join(WORDS[first : first + count]) for first, count in ((10, 16), (30, 18), (50, 14))
+)
 NEW = 6
 
 
 def word_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
@@ -35,7 +39,9 @@ def word_model(family: str = "llama", **settings: Any) -> PreTrainedModel:
     """A model that says words only."""
     model = make_model(family, **settings)
     model.generation_config.eos_token_id = None
-    model.generation_config.suppress_tokens = [i for i, word in enumerate(WORDS) if not word.startswith("w")]
+    model.generation_config.suppress_tokens = [
+        i for i, word in enumerate(WORDS) if not word.startswith("w")
+    ]
     return model
 
 

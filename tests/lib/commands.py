@@ -22,7 +22,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(["<pad>", *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", model_max_length=512)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", model_max_length=512
+    )
 
 
 def save_checkpoint(folder: Path) -> tuple[str, str]:
@@ -66,5 +68,11 @@ def refused(command: Any, *arguments: str) -> str:
 
 
 # Configs with a large vocabulary, and with fewer key heads than query heads.
-BIG = {"vocab_size": 50000, "intermediate_size": 4096, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+BIG = {
+    "vocab_size": 50000,
+    "intermediate_size": 4096,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 GROUPED = {**BIG, "num_key_value_heads": 2, "pad_token_id": 40000}

@@ -27,4 +27,6 @@ def run(case: Case, splits: int = 4, page_size: int = 0) -> None:
 
 def step(**fields: Any) -> Case:
     """One row each of two sequences of different length, one with padding in front."""
-    return make_case(spans_of((0, 340, 1), (60, 233, 1)), **{**dict(per_row=True, most=9), **fields})
+    return make_case(
+        spans_of((0, 340, 1), (60, 233, 1)), **{**dict(per_row=True, most=9), **fields}
+    )

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from hip_hf import configure
 
-SETTINGS = dict(budget=64, window=32, sink=16, block_q=32, dense_layers=1, dense_below=0, dense_tail=32)
+SETTINGS = dict(
+    budget=64, window=32, sink=16, block_q=32, dense_layers=1, dense_below=0, dense_tail=32
+)
 LENGTH = 1024
 SENTENCE = "It is a truth universally acknowledged that whoever keeps a long text in mind must forget some part of it ."
 
@@ -25,7 +27,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A document: words in an order that does not repeat soon."""
     file = tmp_path_factory.mktemp("text") / "document.txt"
     words = SENTENCE.split()
-    file.write_text(" ".join(words[i * i % 89 % len(words)] + " " + words[i * 7 % 23 % len(words)] for i in range(4000)))
+    file.write_text(
+        " ".join(
+            words[i * i % 89 % len(words)] + " " + words[i * 7 % 23 % len(words)]
+            for i in range(4000)
+        )
+    )
     return file
 
 

@@ -23,7 +23,8 @@ GPU = torch.device("cuda", 0)
 
 
 class NothingIsFetched(TorchDispatchMode):
-    """Refuses copies from the GPU to the host; that of a number, or a shape that depends on numbers, fake tensors refuse."""
+    """Refuses copies from the GPU to the host; that of a number, or a shape that depends on
+    numbers, fake tensors refuse."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -47,7 +48,8 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def device_guards() -> Iterator[None]:
-    """What PyTorch asks to switch the current device: where it is built without CUDA, the CPU's guards, which do nothing."""
+    """What PyTorch asks to switch the current device: where it is built without CUDA, the CPU's
+    guards, which do nothing."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     cpu, cuda = 0, 1  # `c10::DeviceType`
     guards = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
@@ -77,5 +79,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, device_guards: None) -> Iterator[l
     monkeypatch.setattr(tuning, "_processors", lambda _: 132)
     with FakeTensorMode(), NothingIsFetched():
         yield noted
-    for kept in (dense.sequences_of, row_numbers):  # what is kept from call to call would be of no use to others
+    for kept in (
+        dense.sequences_of,
+        row_numbers,
+    ):  # what is kept from call to call would be of no use to others
         kept.cache_clear()

@@ -57,9 +57,14 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 PATCHED: dict[str, PreTrainedConfig] = {
     **{name: FAMILIES[name] for name in ("llama", "mistral", "qwen2", "qwen3")},
     "mistral_full": MistralConfig(**_BASE, sliding_window=None),
-    # a window that no layer uses: without one, Transformers 5.23 cannot make masks from position ids
+    # a window that no layer uses: without one, Transformers 5.23 cannot make masks from position
+    # ids
     "qwen2_moe": Qwen2MoeConfig(
-        **_BASE, **_EXPERTS, shared_expert_intermediate_size=32, use_sliding_window=True, max_window_layers=0
+        **_BASE,
+        **_EXPERTS,
+        shared_expert_intermediate_size=32,
+        use_sliding_window=True,
+        max_window_layers=0,
     ),
     "qwen3_moe": Qwen3MoeConfig(**_BASE, **_EXPERTS),
 }
@@ -78,7 +83,8 @@ SPARSE = {
 
 
 def make_model(family: str, implementation: str = "hip", **settings: object) -> PreTrainedModel:
-    """A model of the family with `SPARSE` settings, overridden by `settings`; the same weights at every call."""
+    """A model of the family with `SPARSE` settings, overridden by `settings`; the same weights at
+    every call."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy({**FAMILIES, **PATCHED}[family])).eval()
     for parameter in model.parameters():
@@ -97,19 +103,38 @@ IMAGE = 90  # the token of an image's patches
 def make_llava(attention: Any) -> PreTrainedModel:
     """A tiny LLaVA; `attention`: of all parts, or by the name of each part's config."""
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
     )
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**_BASE), image_token_index=IMAGE)
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**_BASE), image_token_index=IMAGE
+    )
     torch.manual_seed(0)
     return LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
 
 
 def make_qwen2_vl(attention: Any) -> PreTrainedModel:
     """A tiny Qwen2-VL."""
-    vision = dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=4, spatial_merge_size=2)
+    vision = dict(
+        depth=2,
+        embed_dim=32,
+        hidden_size=64,
+        num_heads=2,
+        mlp_ratio=2,
+        patch_size=4,
+        spatial_merge_size=2,
+    )
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    ids = dict(image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
-    config = Qwen2VLConfig(text_config={**_BASE, "rope_parameters": rope}, vision_config=vision, **ids)
+    ids = dict(
+        image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93
+    )
+    config = Qwen2VLConfig(
+        text_config={**_BASE, "rope_parameters": rope}, vision_config=vision, **ids
+    )
     torch.manual_seed(0)
     return Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attention)
 

@@ -1,4 +1,5 @@
-"""What the fuzzing draws, tensors of any strides and settings of any method, and what is right: plain attention in float64."""
+"""What the fuzzing draws, tensors of any strides and settings of any method, and what is right:
+plain attention in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from hip_hf.methods.base import selects
 from hip_hf.problem import DTYPES
 from hip_hf.registry import METHODS
 
-# How far a result in each dtype may be from float64: values are of size 1, and rounding the output alone gives half a unit of it.
+# How far a result in each dtype may be from float64: values are of size 1, and rounding the output
+# alone gives half a unit of it.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 COVERS = 256  # a budget larger than any context here
 
@@ -89,7 +91,9 @@ class Shape:
 
     def visible(self) -> torch.Tensor:
         """The keys in sight of each row."""
-        return causal(self.batch, self.rows, self.tokens, self.key_start, self.q_start, self.sliding)
+        return causal(
+            self.batch, self.rows, self.tokens, self.key_start, self.q_start, self.sliding
+        )
 
 
 @st.composite
@@ -112,7 +116,9 @@ def shapes(draw: Draw, most: int = 120) -> Shape:
     if what == 1:
         more["scale"] = 0.3
     dim, dv = draw(st.sampled_from([(1, 1), (4, 4), (8, 3), (6, 8)]))
-    return Shape(batch, heads, groups, tokens, rows, dim, dv, draw(st.sampled_from(DTYPES)), *starts, more)
+    return Shape(
+        batch, heads, groups, tokens, rows, dim, dv, draw(st.sampled_from(DTYPES)), *starts, more
+    )
 
 
 @dataclass
@@ -126,9 +132,14 @@ class Tensors:
     def make(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         shape, made = self.shape, []
-        each = ((shape.heads * shape.groups, shape.rows, shape.dim), (shape.heads, shape.tokens, shape.dim))
+        each = (
+            (shape.heads * shape.groups, shape.rows, shape.dim),
+            (shape.heads, shape.tokens, shape.dim),
+        )
         for size, layout in zip((*each, (*each[1][:2], shape.dv)), self.layouts, strict=True):
-            made.append(layout(torch.randn(shape.batch, *size, generator=generator).to(shape.dtype)))
+            made.append(
+                layout(torch.randn(shape.batch, *size, generator=generator).to(shape.dtype))
+            )
         return made[0], made[1], made[2]
 
 
@@ -142,14 +153,20 @@ def tensors(draw: Draw, shape: Shape) -> Tensors:
 
 def tensor_arguments(shape: Shape) -> dict[str, Any]:
     starts = {name: getattr(shape, name) for name in ("key_start", "q_start")}
-    return shape.more | {name: torch.tensor(value) for name, value in starts.items() if value is not None}
+    return shape.more | {
+        name: torch.tensor(value) for name, value in starts.items() if value is not None
+    }
 
 
 def options(method: str, block_k: int, budget: int) -> list[dict[str, Any]]:
     """Some of the options of a method."""
     stages = [[2 * block_k, 2 * budget, 3], [block_k, budget, 1]]
     some: dict[str, list[dict[str, Any]]] = {
-        "hip": [{"weight": 1.0, "sample": 2}, {"sample": 5, "descent": 3, "onward": 1}, {"descent": 1, "onward": 0}],
+        "hip": [
+            {"weight": 1.0, "sample": 2},
+            {"sample": 5, "descent": 3, "onward": 1},
+            {"descent": 1, "onward": 0},
+        ],
         "staged": [{"stages": stages}, {"stages": stages[1:], "halvings": 0}],
         "streaming": [{"recent": True}],
         "vertical_slash": [{"rows": 3, "vertical": 0.0}, {"vertical": 1.0}],
@@ -160,7 +177,9 @@ def options(method: str, block_k: int, budget: int) -> list[dict[str, Any]]:
 
 
 @st.composite
-def configs(draw: Draw, methods: tuple[str, ...] = tuple(METHODS), covers: bool | None = None) -> HiPConfig:
+def configs(
+    draw: Draw, methods: tuple[str, ...] = tuple(METHODS), covers: bool | None = None
+) -> HiPConfig:
     """Any settings. `covers`: whether the budget covers every context; None: either."""
     method = draw(st.sampled_from(("hip", "hip", *methods)))
     block_k = draw(st.sampled_from([1, 2, 4, 8]))
@@ -190,7 +209,9 @@ def configs(draw: Draw, methods: tuple[str, ...] = tuple(METHODS), covers: bool 
             coarsest=draw(st.sampled_from([None, block_k, 4 * block_k])),
         )
     if draw(st.integers(0, 7)) == 7:
-        fields |= dict(delta=draw(st.sampled_from([1, 5, 16])), delta_mode=draw(st.sampled_from(DELTA_MODES)))
+        fields |= dict(
+            delta=draw(st.sampled_from([1, 5, 16])), delta_mode=draw(st.sampled_from(DELTA_MODES))
+        )
     return HiPConfig(**fields)
 
 
@@ -201,31 +222,52 @@ def selected_alone(config: HiPConfig) -> bool:
 
 def covers(config: HiPConfig, tokens: int) -> bool:
     """Whether every key must have been read."""
-    return config.method == "dense" or (config.budget >= tokens and config.method not in ("streaming", "hyper"))
+    return config.method == "dense" or (
+        config.budget >= tokens and config.method not in ("streaming", "hyper")
+    )
 
 
 def expected(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape, visible: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp over the keys that are `visible`, in float64. Values that no row may read count as 0."""
-    out, lse = eager(q, k, v, visible, shape.more.get("scale"), shape.more.get("softcap"), shape.more.get("sinks"))
+    """Output and log-sum-exp over the keys that are `visible`, in float64. Values that no row may
+    read count as 0."""
+    out, lse = eager(
+        q,
+        k,
+        v,
+        visible,
+        shape.more.get("scale"),
+        shape.more.get("softcap"),
+        shape.more.get("sinks"),
+    )
     return out, lse
 
 
 def one_row(mask: BlockMask, row: int) -> BlockMask:
     """The mask of a batch row."""
     part = slice(row, row + 1)
-    return BlockMask(mask.indices[part], mask.counts[part], mask.first[part], mask.block_q, mask.block_k)
+    return BlockMask(
+        mask.indices[part], mask.counts[part], mask.first[part], mask.block_q, mask.block_k
+    )
 
 
 def keys_read(
-    mask: BlockMask, config: HiPConfig, q: torch.Tensor, k: torch.Tensor, shape: Shape, windows: dict[int, int] | None = None
+    mask: BlockMask,
+    config: HiPConfig,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    shape: Shape,
+    windows: dict[int, int] | None = None,
 ) -> torch.Tensor:
-    """The keys that a sparse call says it has read. `windows`: where that of a batch row's decode step begins."""
+    """The keys that a sparse call says it has read. `windows`: where that of a batch row's decode
+    step begins."""
     parts = []
     for row in range(shape.batch):
         starts = [None if x is None else x[row : row + 1] for x in (shape.key_start, shape.q_start)]
         part = slice(row, row + 1)
         window = None if windows is None else windows.get(row)
-        parts.append(read_mask(one_row(mask, row), config, q[part], k[part], *starts, shape.sliding, window))
+        parts.append(
+            read_mask(one_row(mask, row), config, q[part], k[part], *starts, shape.sliding, window)
+        )
     return torch.cat(parts)

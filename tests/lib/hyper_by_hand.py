@@ -14,7 +14,8 @@ OPTIONS = dict(min_seq_len=24, block_size=8, sample_size=6)
 
 
 def pairs(first: int, end: int, least: int) -> list[tuple[range, range, bool]]:
-    """Rows, keys, and whether they are exact: causal attention of the rows `first` to `end - 1`, taken apart."""
+    """Rows, keys, and whether they are exact: causal attention of the rows `first` to `end - 1`,
+    taken apart."""
     if end <= least:
         return [(range(first, end), range(end), True)]
 
@@ -22,7 +23,11 @@ def pairs(first: int, end: int, least: int) -> list[tuple[range, range, bool]]:
         if high - low <= least:
             return [(range(low, high), range(low, high), True)]
         middle = (low + high) // 2
-        return [*halve(low, middle), *halve(middle, high), (range(middle, high), range(low, middle), False)]
+        return [
+            *halve(low, middle),
+            *halve(middle, high),
+            (range(middle, high), range(low, middle), False),
+        ]
 
     square = [(range(first, end), range(first), False)] if first else []
     return square + halve(first, end)
@@ -37,7 +42,10 @@ def gray_code(bits: int) -> dict[int, int]:
 def gray_rank(vectors: torch.Tensor, directions: torch.Tensor) -> list[int]:
     """The places of vectors `[n, D]`, by their signs."""
     signs = (vectors.float() @ directions > 0).tolist()
-    return [gray_code(directions.shape[1])[sum(1 << i for i, up in enumerate(word) if up)] for word in signs]
+    return [
+        gray_code(directions.shape[1])[sum(1 << i for i, up in enumerate(word) if up)]
+        for word in signs
+    ]
 
 
 def weights(q: torch.Tensor, k: torch.Tensor, config: HiPConfig) -> torch.Tensor:
@@ -55,7 +63,10 @@ def weights(q: torch.Tensor, k: torch.Tensor, config: HiPConfig) -> torch.Tensor
         tiling = hyper.tile(square, options, q.device)
         ranks = hyper.sampled_ranks(square, tiling.samples, config.seed, q.device)
         for head in range(q.shape[1]):
-            of_q, of_k = gray_rank(q[0, head], directions), gray_rank(k[0, head // groups], directions)
+            of_q, of_k = (
+                gray_rank(q[0, head], directions),
+                gray_rank(k[0, head // groups], directions),
+            )
             by_q = [i for _, i in sorted((of_q[i - position], i) for i in some)]
             by_k = [j for _, j in sorted((of_k[j], j) for j in others)]
             for rank, i in enumerate(by_q):

@@ -16,13 +16,21 @@ from hip_hf.methods.hyper import Options, Square, tile
 
 
 def squares_in(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, level: hyper.Level, orders: Any, softcap: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    level: hyper.Level,
+    orders: Any,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows that are in a square, and what they get from it alone, in the tensors' dtype and by plain operations."""
+    """Rows that are in a square, and what they get from it alone, in the tensors' dtype and by
+    plain operations."""
     heads, group = q.shape[0], q.shape[0] // k.shape[0]
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=q.dtype)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for i, (first, rows, key_first, keys, block_rows, size, samples) in enumerate(level.table.t().tolist()):
+    for i, (first, rows, key_first, keys, block_rows, size, samples) in enumerate(
+        level.table.t().tolist()
+    ):
         for head in range(heads):
             order = orders[1][head // group, key_first : key_first + keys]
             ranks = level.samples[i, head // group, :samples].long()
@@ -40,26 +48,53 @@ def squares_in(
     return lse[0] > -torch.inf, out, lse
 
 
-def check_squares(dtype: torch.dtype, dim: int, dv: int, group: int, softcap: float | None, sizes: tuple[int, int]) -> None:
-    """One level on given orders, merged into what the rows have: error against float64 at most twice that of plain operations."""
-    q, k, v = (x[0] for x in make_qkv(133, heads=2 if group < 4 else 1, groups=group, dim=dim, dv=dv, dtype=dtype))
-    squares, options = [Square(33, 66, 0, 33), Square(99, 133, 66, 99)], Options(block_size=sizes[0], sample_size=sizes[1])
+def check_squares(
+    dtype: torch.dtype, dim: int, dv: int, group: int, softcap: float | None, sizes: tuple[int, int]
+) -> None:
+    """One level on given orders, merged into what the rows have: error against float64 at most
+    twice that of plain operations."""
+    q, k, v = (
+        x[0]
+        for x in make_qkv(
+            133, heads=2 if group < 4 else 1, groups=group, dim=dim, dv=dv, dtype=dtype
+        )
+    )
+    squares, options = (
+        [Square(33, 66, 0, 33), Square(99, 133, 66, 99)],
+        Options(block_size=sizes[0], sample_size=sizes[1]),
+    )
     level = hyper.Level.of(squares, 0, options, 3, len(k), torch.device("cpu"))
-    assert tile(squares[1], options, torch.device("cpu")).rows < squares[1].rows  # several query blocks
-    orders = [level.order(torch.randint(99, x.shape[:2]), ends, 7) for x, ends in ((q, level.row_bounds), (k, level.key_bounds))]
+    assert (
+        tile(squares[1], options, torch.device("cpu")).rows < squares[1].rows
+    )  # several query blocks
+    orders = [
+        level.order(torch.randint(99, x.shape[:2]), ends, 7)
+        for x, ends in ((q, level.row_bounds), (k, level.key_bounds))
+    ]
     before = torch.randn(*q.shape[:2], dv), torch.randn(q.shape[:2])
     out, lse = (x.clone().to(DEVICE) for x in before)
     out[:, :33], lse[:, :33] = torch.nan, torch.nan  # rows of no square are left alone
-    on_device = hyper.Level(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in vars(level).values()))
+    on_device = hyper.Level(
+        *(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in vars(level).values())
+    )
     hyper.attend_squares(
-        *(x.to(DEVICE) for x in (q, k, v)), out, lse, tuple(x.to(DEVICE) for x in orders), on_device, Logits(dim**-0.5, softcap)
+        *(x.to(DEVICE) for x in (q, k, v)),
+        out,
+        lse,
+        tuple(x.to(DEVICE) for x in orders),
+        on_device,
+        Logits(dim**-0.5, softcap),
     )
 
     def merged(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        inside, more, more_lse = squares_in(*(x.to(dtype) for x in (q, k, v)), level, orders, softcap)
+        inside, more, more_lse = squares_in(
+            *(x.to(dtype) for x in (q, k, v)), level, orders, softcap
+        )
         old, old_lse = (x.to(more_lse.dtype) for x in before)
         whole = torch.logaddexp(old_lse, more_lse)
-        both = (old_lse - whole).exp()[..., None] * old + (more_lse - whole).exp()[..., None] * more.to(old.dtype)
+        both = (old_lse - whole).exp()[..., None] * old + (more_lse - whole).exp()[
+            ..., None
+        ] * more.to(old.dtype)
         return both[:, inside], whole[:, inside]
 
     inside = torch.cat([torch.arange(33, 66), torch.arange(99, 133)])

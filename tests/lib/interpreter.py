@@ -1,8 +1,9 @@
 """Kernel tests without a GPU: Triton's interpreter, made right for bf16 and quicker.
 
-The interpreter keeps bf16 as uint16 and computes on the raw bits; here every operation lifts it to fp32 and rounds the result
-to nearest even, as hardware does. Integers of 32 bits and fewer that wrap raise an error. `DEVICE` is where the kernel tests
-run: natively where there is a GPU, else interpreted.
+The interpreter keeps bf16 as uint16 and computes on the raw bits; here every operation lifts it to
+fp32 and rounds the result to nearest even, as hardware does. Integers of 32 bits and fewer that
+wrap raise an error. `DEVICE` is where the kernel tests run: natively where there is a GPU, else
+interpreted.
 """
 
 from __future__ import annotations
@@ -67,11 +68,19 @@ def _whole(narrow: np.ndarray, left: np.ndarray, right: np.ndarray, op: Any) -> 
     """Triton's own check of this takes many more operations, and does not say where it was."""
     if (narrow != op(left.astype(np.int64), right.astype(np.int64))).any():
         at = described(lines(), interpreter.interpreter_builder.grid_idx)
-        raise OverflowError(f"{narrow.dtype} overflow: {op.__name__} of {left.max()} and {right.max()} at most wraps, {at}")
+        raise OverflowError(
+            f"{narrow.dtype} overflow: {op.__name__} of {left.max()} and {right.max()} at most wraps, {at}"
+        )
 
 
 def _repair_operations() -> None:
-    binary, unary, cast, dot, fma = Builder.binary_op, Builder.unary_op, Builder.cast_impl, Builder.create_dot, Builder.create_fma
+    binary, unary, cast, dot, fma = (
+        Builder.binary_op,
+        Builder.unary_op,
+        Builder.cast_impl,
+        Builder.create_dot,
+        Builder.create_fma,
+    )
 
     def store(values: np.ndarray) -> Any:
         return TensorHandle(values if values.dtype == np.bool_ else lower(values), tl.bfloat16)
@@ -79,7 +88,11 @@ def _repair_operations() -> None:
     def binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:
         if not (is_bf16(left) or is_bf16(right)):
             found = binary(self, left, right, op)
-            if op in (np.add, np.subtract, np.multiply) and found.data.dtype.kind in "iu" and found.data.itemsize < 8:
+            if (
+                op in (np.add, np.subtract, np.multiply)
+                and found.data.dtype.kind in "iu"
+                and found.data.itemsize < 8
+            ):
                 _whole(found.data, left.data, right.data, op)
             return found
         with np.errstate(all="ignore"):
@@ -99,7 +112,10 @@ def _repair_operations() -> None:
 
     def create_dot(self: Any, a: Any, b: Any, acc: Any, *rest: Any) -> Any:
         # fp16 as well: numpy multiplies it in a slow loop
-        wide = [TensorHandle(lifted(x).astype(np.float32), tl.float32) if x.data.itemsize == 2 else x for x in (a, b)]
+        wide = [
+            TensorHandle(lifted(x).astype(np.float32), tl.float32) if x.data.itemsize == 2 else x
+            for x in (a, b)
+        ]
         return dot(self, *wide, acc, *rest)
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
@@ -110,12 +126,15 @@ def _repair_operations() -> None:
 
 
 def _refuse_bf16(kind: Any, name: str) -> None:
-    """Reductions and scans of bf16 would compare raw bits; our kernels reduce in fp32, and the tests hold them to it."""
+    """Reductions and scans of bf16 would compare raw bits; our kernels reduce in fp32, and the
+    tests hold them to it."""
     apply = kind.apply
 
     def checked(self: Any, x: Any) -> Any:
         parts = x if isinstance(x, tuple) else (x,)
-        assert all(part.dtype.scalar != tl.bfloat16 for part in parts), f"{name} of bfloat16: cast to float32 first"
+        assert all(part.dtype.scalar != tl.bfloat16 for part in parts), (
+            f"{name} of bfloat16: cast to float32 first"
+        )
         return apply(self, x)
 
     kind.apply = checked
@@ -133,13 +152,15 @@ def _repair_index() -> None:
 
 
 def _copy_nothing() -> None:
-    """Tensors are where they are interpreted; all of their storage would be copied onto itself after each launch."""
+    """Tensors are where they are interpreted; all of their storage would be copied onto itself
+    after each launch."""
     interpreter.GridExecutor._init_args_hst = lambda self, args, named: (args, named)
     interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
 
 
 def _patch_once() -> None:
-    """Each call of a jit function from another patches `triton.language` anew, about 1 ms; once per launch is enough."""
+    """Each call of a jit function from another patches `triton.language` anew, about 1 ms; once per
+    launch is enough."""
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     done: list[set[frozenset[int]]] = []
 
@@ -151,7 +172,9 @@ def _patch_once() -> None:
             done.pop()
 
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        scope = frozenset(id(value) for value in self.fn.__globals__.values() if value is tl or value is tl.core)
+        scope = frozenset(
+            id(value) for value in self.fn.__globals__.values() if value is tl or value is tl.core
+        )
         if not done or scope not in done[-1]:
             patch(self.fn)
             if done:
@@ -172,5 +195,8 @@ if DEVICE == "cpu":
     _repair_index()
     _copy_nothing()
     _patch_once()
-    for option, value in (("debug", True), ("sanitize_overflow", False)):  # `device_assert` holds; for overflow see above
+    for option, value in (
+        ("debug", True),
+        ("sanitize_overflow", False),
+    ):  # `device_assert` holds; for overflow see above
         object.__setattr__(interpreter.interpreter_builder.options, option, value)

@@ -1,4 +1,5 @@
-"""Attention problems with random selections for the kernel tests, and what the torch reference makes of them."""
+"""Attention problems with random selections for the kernel tests, and what the torch reference
+makes of them."""
 
 from __future__ import annotations
 
@@ -27,16 +28,22 @@ ORDERS = 8
 
 
 def spans_of(*lengths: tuple[int, int, int]) -> list[Span]:
-    """One span per batch row from (first real key, keys, query rows): the queries are the last of the keys."""
-    return [Span(b, start, start + keys, 0, rows, keys - rows) for b, (start, keys, rows) in enumerate(lengths)]
+    """One span per batch row from (first real key, keys, query rows): the queries are the last of
+    the keys."""
+    return [
+        Span(b, start, start + keys, 0, rows, keys - rows)
+        for b, (start, keys, rows) in enumerate(lengths)
+    ]
 
 
 def precisions(q: torch.Tensor, *dims: int) -> list[AbstractContextManager[Any]]:
-    """Ways for plain PyTorch, by whose largest error kernels are measured, to multiply operands like `q`: its own, in several
-    orders of summation, and in fp32 on NVIDIA GPUs that of the kernels, three products of TF32. `dims`: head dims.
+    """Ways for plain PyTorch, by whose largest error kernels are measured, to multiply operands
+    like `q`: its own, in several orders of summation, and in fp32 on NVIDIA GPUs that of the
+    kernels, three products of TF32. `dims`: head dims.
 
-    One order is one draw: its largest error is by luck up to four times that of another, so twice the error of one would refuse
-    kernels that are as exact, a processor here and a processor there (docs/decisions.md).
+    One order is one draw: its largest error is by luck up to four times that of another, so twice
+    the error of one would refuse kernels that are as exact, a processor here and a processor there
+    (docs/decisions.md).
     """
     on_gpu = DEVICE == "cuda" or Emulation.active
     seeds = range(ORDERS - 1)
@@ -47,7 +54,8 @@ def precisions(q: torch.Tensor, *dims: int) -> list[AbstractContextManager[Any]]
 
 @dataclass
 class Case:
-    """q `[B, Hq, Tq, D]`, k, v, spans, and for each span the blocks that every list of heads and query block reads."""
+    """q `[B, Hq, Tq, D]`, k, v, spans, and for each span the blocks that every list of heads and
+    query block reads."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -71,17 +79,27 @@ class Case:
     def reads(self, **fields: Any) -> Reads:
         config = self.config
         lists = dict(indices=self.indices.to(DEVICE), counts=self.counts.to(DEVICE))
-        return Reads(1 if self.per_row else config.block_q, config.block_k, config.sink, config.window, **lists, **fields)
+        return Reads(
+            1 if self.per_row else config.block_q,
+            config.block_k,
+            config.sink,
+            config.window,
+            **lists,
+            **fields,
+        )
 
     def logits(self) -> Logits:
         sinks = self.fields.get("sinks")
-        return Logits(self.scale, **{**self.fields, "sinks": None if sinks is None else sinks.to(DEVICE)})
+        return Logits(
+            self.scale, **{**self.fields, "sinks": None if sinks is None else sinks.to(DEVICE)}
+        )
 
     def sequences(self) -> Sequences:
         return Sequences.of(self.spans, torch.device(DEVICE))
 
     def kv(self, page_size: int = 0) -> KeyValues:
-        """Keys and values on the device; with a page size, scattered over pages in random order among pages of NaN."""
+        """Keys and values on the device; with a page size, scattered over pages in random order
+        among pages of NaN."""
         if not page_size:
             return KeyValues(self.k.to(DEVICE), self.v.to(DEVICE))
         batch, heads, tokens, _ = self.k.shape
@@ -89,7 +107,9 @@ class Case:
         table = torch.randperm(batch * each + 3)[: batch * each].view(batch, each)
         pages = []
         for x in (self.k, self.v):
-            page = torch.full((batch * each + 3, page_size, heads, x.shape[-1]), torch.nan, dtype=x.dtype)
+            page = torch.full(
+                (batch * each + 3, page_size, heads, x.shape[-1]), torch.nan, dtype=x.dtype
+            )
             full = torch.nn.functional.pad(x, (0, 0, 0, each * page_size - tokens))
             page[table] = full.unflatten(2, (each, page_size)).permute(0, 2, 3, 1, 4)
             pages.append(page.to(DEVICE))
@@ -97,7 +117,12 @@ class Case:
 
     def problem(self, dtype: torch.dtype = torch.float64) -> AttentionProblem:
         return AttentionProblem(
-            self.q.to(dtype), self.k.to(dtype), self.v.to(dtype), tuple(self.spans), self.scale, **self.fields
+            self.q.to(dtype),
+            self.k.to(dtype),
+            self.v.to(dtype),
+            tuple(self.spans),
+            self.scale,
+            **self.fields,
         )
 
     def chosen(self, at: int, head: int, block: int) -> torch.Tensor:
@@ -118,9 +143,15 @@ class Case:
                 if sliding is not None:
                     seen &= key > position - sliding
                 for head in range(heads):
-                    read = (key < block.sink_end) | (key >= block.window_start) | torch.isin(key // bk, self.chosen(at, head, i))
+                    read = (
+                        (key < block.sink_end)
+                        | (key >= block.window_start)
+                        | torch.isin(key // bk, self.chosen(at, head, i))
+                    )
                     row = span.row_start + block.row
-                    out[span.batch, head, row : row + block.rows, span.key_start : span.key_end] = seen & read
+                    out[span.batch, head, row : row + block.rows, span.key_start : span.key_end] = (
+                        seen & read
+                    )
         return out
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +165,14 @@ class Case:
                 for head in range(self.q.shape[1]):
                     lane, member = head // self.groups, head % self.groups
                     ids = self.chosen(at, head, i)[None, None]
-                    attend(t, slice(lane, lane + 1), slice(member, member + 1), [block], ids, self.config.block_k)
+                    attend(
+                        t,
+                        slice(lane, lane + 1),
+                        slice(member, member + 1),
+                        [block],
+                        ids,
+                        self.config.block_k,
+                    )
         return out, lse
 
     def dense_reference(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,18 +189,26 @@ class Case:
         return out, lse
 
     def tolerances(self, visible: torch.Tensor) -> tuple[float, float]:
-        """Twice the error of plain attention in the case's own dtype and precision, of out and of lse (fp32).
+        """Twice the error of plain attention in the case's own dtype and precision, of out and of
+        lse (fp32).
 
-        Few values may all round well by luck, so an error counts as one unit in the last place of the largest value at least.
+        Few values may all round well by luck, so an error counts as one unit in the last place of
+        the largest value at least.
         """
-        fields = dict(scale=self.scale, softcap=self.fields.get("softcap"), sinks=self.fields.get("sinks"))
+        fields = dict(
+            scale=self.scale, softcap=self.fields.get("softcap"), sinks=self.fields.get("sinks")
+        )
         exact = eager(self.q, self.k, self.v, visible, **fields)
         real, out, lse = visible.any(-1), 0.0, 0.0
         for precision in precisions(self.q, self.q.shape[-1]):
             with precision:
                 plain = eager(self.q, self.k, self.v, visible, dtype=self.q.dtype, **fields)
             errors = (
-                2 * max(float((a.double() - b)[real].abs().max()), torch.finfo(dtype).eps * float(b[real].abs().max()))
+                2
+                * max(
+                    float((a.double() - b)[real].abs().max()),
+                    torch.finfo(dtype).eps * float(b[real].abs().max()),
+                )
                 for a, b, dtype in zip(plain, exact, (self.q.dtype, torch.float32), strict=True)
             )
             out, lse = map(max, (out, lse), errors)
@@ -194,15 +240,20 @@ def make_case(
     scale: float | None = None,
     **fields: Any,
 ) -> Case:
-    """A random case. Every query block reads a random number, up to `most`, of the blocks of its middle."""
+    """A random case. Every query block reads a random number, up to `most`, of the blocks of its
+    middle."""
     spans = spans_of((0, 125, 125)) if spans is None else spans
     batch = max(span.batch for span in spans) + 1
     rows = max(span.row_end for span in spans) if rows is None else rows
     tokens = max(span.key_end for span in spans) if tokens is None else tokens
-    q = torch.randn(batch, rows, heads * groups, dim).to(dtype).transpose(1, 2)  # as Transformers lays them out
+    q = (
+        torch.randn(batch, rows, heads * groups, dim).to(dtype).transpose(1, 2)
+    )  # as Transformers lays them out
     k = torch.randn(batch, heads, tokens, dim).to(dtype)
     v = torch.randn(batch, heads, tokens, dv or dim).to(dtype)
-    config = HiPConfig(block_q=block_q, block_k=block_k, sink=sink, window=window, budget=most * block_k)
+    config = HiPConfig(
+        block_q=block_q, block_k=block_k, sink=sink, window=window, budget=most * block_k
+    )
     case = Case(q, k, v, spans, config, q, q, scale or dim**-0.5, fields, per_row)
     lists = heads if shared else heads * groups
     blocks = max(len(case.blocks(span)) for span in spans)
@@ -219,17 +270,26 @@ def make_case(
     return case
 
 
-def check(case: Case, out: torch.Tensor, lse: torch.Tensor | None, want: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """The kernel's error is at most twice that of plain attention in the same dtype; rows outside every span are untouched."""
+def check(
+    case: Case, out: torch.Tensor, lse: torch.Tensor | None, want: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """The kernel's error is at most twice that of plain attention in the same dtype; rows outside
+    every span are untouched."""
     tolerance, lse_tolerance = case.tolerances(case.visible())
     real = torch.zeros(case.q.shape[0], case.q.shape[2], dtype=torch.bool)
     for span in case.spans:
         real[span.batch, span.row_start : span.row_end] = True
     outside = ~real[:, None].expand(case.q.shape[:3])
     assert out.cpu()[outside].isnan().all(), "rows outside every sequence were written"
-    assert_near(out.cpu().masked_fill(outside[..., None], 0), want[0].masked_fill(outside[..., None], 0), tolerance)
+    assert_near(
+        out.cpu().masked_fill(outside[..., None], 0),
+        want[0].masked_fill(outside[..., None], 0),
+        tolerance,
+    )
     if lse is not None:
-        assert_near(lse.cpu().masked_fill(outside, 0), want[1].masked_fill(outside, 0), lse_tolerance, "lse")
+        assert_near(
+            lse.cpu().masked_fill(outside, 0), want[1].masked_fill(outside, 0), lse_tolerance, "lse"
+        )
 
 
 def call(

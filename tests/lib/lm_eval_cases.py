@@ -19,7 +19,14 @@ from hip_hf_cli import app
 # One thread: the tensors are so small that two would wait for each other.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 # Sparse from the first token on, and little enough read that some answers are wrong.
-SETTINGS = {"budget": 64, "window": 64, "sink": 16, "dense_below": 0, "dense_tail": 0, "dense_layers": 0}
+SETTINGS = {
+    "budget": 64,
+    "window": 64,
+    "sink": 16,
+    "dense_below": 0,
+    "dense_tail": 0,
+    "dense_layers": 0,
+}
 # What each of several processes says at its very end: registered first, it is called last.
 AT_EXIT = """
 import atexit, os, sys
@@ -50,12 +57,15 @@ def make_lm(**arguments: Any) -> HipLM:
 
 @pytest.fixture(scope="module")
 def hooked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process whose site folder holds what `hip-hf autoload enable` writes there."""
+    """The environment of a process whose site folder holds what `hip-hf autoload enable` writes
+    there."""
     site = tmp_path_factory.mktemp("site")
     for path, content in autoload.files().items():
         (site / path.name).write_text(content)
     # read as Python reads site-packages, in this process and its children
-    (site / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(site)!r})\n{AT_EXIT}")
+    (site / "sitecustomize.py").write_text(
+        f"import site\nsite.addsitedir({str(site)!r})\n{AT_EXIT}"
+    )
     return {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
 
 

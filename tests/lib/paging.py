@@ -12,7 +12,8 @@ PAGE = 16
 
 
 def token_major(k: torch.Tensor, v: torch.Tensor, pages: int) -> tuple[PagedTensor, PagedTensor]:
-    """As in continuous batching, `[tokens, Hkv, D]`: pages in random order, and a last one that is not whole."""
+    """As in continuous batching, `[tokens, Hkv, D]`: pages in random order, and a last one that is
+    not whole."""
     count = -(-k.shape[2] // PAGE)
     order = torch.randperm(pages)[: len(k) * count].view(len(k), count)
     tables, found = [BlockTable(row.tolist()) for row in order], []

@@ -44,8 +44,8 @@ def product(q: torch.Tensor, k: torch.Tensor, distance: int, by: Rope) -> float:
 
 @dataclass
 class Placed(brute.Search):
-    """The plain search for keys that are not rotated. `rows` are turned already, as if every key were just outside the window;
-    `chunks` > 0: chunk-indexed, at most so many chunks away."""
+    """The plain search for keys that are not rotated. `rows` are turned already, as if every key
+    were just outside the window; `chunks` > 0: chunk-indexed, at most so many chunks away."""
 
     chunks: int | None = None
     by: Rope | None = None
@@ -89,7 +89,10 @@ class Placed(brute.Search):
 
     def judged(self, blocks: list[int]) -> dict[int, float]:
         keys, size = self.keys, self.config.block_k
-        parts = [self.turn(key, self.back(0, j // size)) if j // size in blocks else key for j, key in enumerate(keys)]
+        parts = [
+            self.turn(key, self.back(0, j // size)) if j // size in blocks else key
+            for j, key in enumerate(keys)
+        ]
         self.keys = torch.stack(parts)
         try:
             return super().judged(blocks)
@@ -98,22 +101,35 @@ class Placed(brute.Search):
 
 
 def near_at_streaming_places(
-    config: HiPConfig, keys: torch.Tensor, rows: torch.Tensor, block: range, low: int, high: int, where: Positions
+    config: HiPConfig,
+    keys: torch.Tensor,
+    rows: torch.Tensor,
+    block: range,
+    low: int,
+    high: int,
+    where: Positions,
 ) -> dict[tuple[int, int], float]:
-    """Log-sum-exp of a query block's rows `[rows, heads, D]` over sink and window, in the places where attention will put them:
-    with the keys that are yet to be selected in between."""
+    """Log-sum-exp of a query block's rows `[rows, heads, D]` over sink and window, in the places
+    where attention will put them: with the keys that are yet to be selected in between."""
     sink, window = low * config.block_k, high * config.block_k
     skipped = window - sink - config.budget
     near = {}
     for i, at in enumerate(block):
-        distance = {key: at - skipped - key for key in range(sink)} | {key: at - key for key in range(window, at + 1)}
+        distance = {key: at - skipped - key for key in range(sink)} | {
+            key: at - key for key in range(window, at + 1)
+        }
         for head, row in enumerate(rows[i]):
-            logits = [product(row, keys[key], min(d, where.trained - 1), where.rope) for key, d in distance.items()]
+            logits = [
+                product(row, keys[key], min(d, where.trained - 1), where.rope)
+                for key, d in distance.items()
+            ]
             near[i, head] = brute.log_sum_exp([x * DIM**-0.5 for x in logits])
     return near
 
 
-def check_selection(config: HiPConfig, tokens: int, rows: int, where: Positions, **shape: Any) -> None:
+def check_selection(
+    config: HiPConfig, tokens: int, rows: int, where: Positions, **shape: Any
+) -> None:
     q, k, v = make_qkv(tokens, rows, dtype=torch.float64, heads=1, **shape)
     farthest = max(0, where.trained - 1 - config.window - config.block_k - config.block_q)
     got = selected(config, q, k, v, positions=where)
@@ -122,7 +138,10 @@ def check_selection(config: HiPConfig, tokens: int, rows: int, where: Positions,
         if high - low <= config.budget // config.block_k:
             continue
         distance = lambda p: min(p - high * config.block_k + 1, where.trained - 1)  # noqa: B023, E731
-        own = [[turned(q[0, g, p - (tokens - rows)], distance(p), where.rope) for g in range(2)] for p in block]
+        own = [
+            [turned(q[0, g, p - (tokens - rows)], distance(p), where.rope) for g in range(2)]
+            for p in block
+        ]
         placed = torch.stack([torch.stack(heads) for heads in own])
         placed[..., : where.rope.dim] *= where.rope.scaling**2
         chunks = farthest if where.chunk_indexed else None
@@ -130,7 +149,9 @@ def check_selection(config: HiPConfig, tokens: int, rows: int, where: Positions,
         if config.vote == "sampled":
             search.votes = brute.sampled(placed, config.query_stride)
         else:
-            rows_of = q[0, :, block[0] - (tokens - rows) : block[-1] + 1 - (tokens - rows)].transpose(0, 1)
+            rows_of = q[
+                0, :, block[0] - (tokens - rows) : block[-1] + 1 - (tokens - rows)
+            ].transpose(0, 1)
             near = near_at_streaming_places(config, k[0, 0], rows_of, block, low, high, where)
             logit = lambda row, key, search=search: search.capped(float(row @ key))  # noqa: E731
             given = (near, low, high, logit, config.method_options().sample)

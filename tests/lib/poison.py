@@ -1,4 +1,5 @@
-"""Fresh memory that shows itself: what is read before it is written is NaN, or a number that no length, index or offset is."""
+"""Fresh memory that shows itself: what is read before it is written is NaN, or a number that no
+length, index or offset is."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-# A kernel that follows it as an index leaves every tensor of a test far behind, and sums of a few of them do not wrap.
+# A kernel that follows it as an index leaves every tensor of a test far behind, and sums of a few
+# of them do not wrap.
 FAR = 2**24
 
 

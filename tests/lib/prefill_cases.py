@@ -17,5 +17,13 @@ def large_logits() -> Case:
 
 def run(case: Case, page_size: int = 0, need_lse: bool = True) -> None:
     out, lse = case.empty()
-    prefill(case.q.to(DEVICE), case.kv(page_size), case.sequences(), case.reads(), case.logits(), out, lse if need_lse else None)
+    prefill(
+        case.q.to(DEVICE),
+        case.kv(page_size),
+        case.sequences(),
+        case.reads(),
+        case.logits(),
+        out,
+        lse if need_lse else None,
+    )
     check(case, out, lse if need_lse else None, case.reference())

@@ -12,7 +12,8 @@ from hip_hf.eval.measure import real_model
 
 
 def fetched(folder: Path) -> Path:
-    """The model: from the working tree's `runs` where somebody has fetched it, else fetched into a folder now."""
+    """The model: from the working tree's `runs` where somebody has fetched it, else fetched into a
+    folder now."""
     if real_model.is_complete(ROOT / real_model.FOLDER):
         return ROOT / real_model.FOLDER
     try:

@@ -1,13 +1,16 @@
-"""A harsher interpreter for the kernel tests (`make test-races`): what only a GPU would show, found on a CPU.
+"""A harsher interpreter for the kernel tests (`make test-races`): what only a GPU would show, found
+on a CPU.
 
-Programs of a launch run in random or in reversed order. Fresh memory, and what a launch must not expect of earlier ones
-(`stale.py`), hold NaN or numbers far out of range. Each access is held to the tensor that its pointer was made from, elements
-between a view's rows not being part of it. Two programs must not write different values to one place, nor one of them read
-what another writes; inside a program a barrier must stand between what one thread writes and another accesses. fp32 products
-are those of NVIDIA's tensor cores (`tensor_cores.py`), and integers must not wrap (`interpreter.py`).
+Programs of a launch run in random or in reversed order. Fresh memory, and what a launch must not
+expect of earlier ones (`stale.py`), hold NaN or numbers far out of range. Each access is held to
+the tensor that its pointer was made from, elements between a view's rows not being part of it. Two
+programs must not write different values to one place, nor one of them read what another writes;
+inside a program a barrier must stand between what one thread writes and another accesses. fp32
+products are those of NVIDIA's tensor cores (`tensor_cores.py`), and integers must not wrap
+(`interpreter.py`).
 
-What it cannot see: whether kernels that wait for each other by atomics do, and what is wrong at sizes that no test has.
-Offsets at real sizes are those of `test_real_sizes.py`.
+What it cannot see: whether kernels that wait for each other by atomics do, and what is wrong at
+sizes that no test has. Offsets at real sizes are those of `test_real_sizes.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +35,19 @@ from vast import zeros
 # Stands for whichever program: atomics may come in any order among themselves.
 ATOMIC = -1
 # Operations that make pointers from pointers.
-POINTERS = ("addptr", "splat", "unsplat", "broadcast", "expand_dims", "reshape", "trans", "bitcast", "select", "join", "cat")
+POINTERS = (
+    "addptr",
+    "splat",
+    "unsplat",
+    "broadcast",
+    "expand_dims",
+    "reshape",
+    "trans",
+    "bitcast",
+    "select",
+    "join",
+    "cat",
+)
 
 
 class Fault(AssertionError):
@@ -40,16 +55,21 @@ class Fault(AssertionError):
 
 
 def last_of(grid: tuple[int, ...], blocks: int) -> list[tuple[int, ...]]:
-    """The last program of a grid, whose offsets are the largest, and of its last `blocks` the one that comes first: it works at
-    the end of the last sequence (`place_of`)."""
+    """The last program of a grid, whose offsets are the largest, and of its last `blocks` the one
+    that comes first: it works at the end of the last sequence (`place_of`)."""
     ends = [length - 1 for length in grid]
-    return list(dict.fromkeys([tuple(ends), (max(0, grid[0] - blocks), *ends[1:])] if blocks else [tuple(ends)]))
+    return list(
+        dict.fromkeys(
+            [tuple(ends), (max(0, grid[0] - blocks), *ends[1:])] if blocks else [tuple(ends)]
+        )
+    )
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The tensor that a pointer was made from: address of its first element, size of an element, and its dimensions in bytes
-    from the longest stride to the shortest. `storage`: what tensors that may overlap have in common."""
+    """The tensor that a pointer was made from: address of its first element, size of an element,
+    and its dimensions in bytes from the longest stride to the shortest. `storage`: what tensors
+    that may overlap have in common."""
 
     names: str
     first: int
@@ -60,7 +80,11 @@ class Origin:
     @staticmethod
     def of(x: torch.Tensor, names: str = "") -> Origin:
         size = x.element_size()
-        dims = [(length, step * size) for length, step in zip(x.shape, x.stride(), strict=True) if length != 1 and step]
+        dims = [
+            (length, step * size)
+            for length, step in zip(x.shape, x.stride(), strict=True)
+            if length != 1 and step
+        ]
         dims.sort(key=lambda dim: -dim[1])
         for i in range(len(dims) - 1, 0, -1):  # two that follow each other without a gap are one
             (outer, long), (inner, short) = dims[i - 1 : i + 1]
@@ -69,7 +93,8 @@ class Origin:
         return Origin(names, x.data_ptr(), size, tuple(dims), x.untyped_storage().data_ptr())
 
     def holds(self, addresses: np.ndarray) -> np.ndarray:
-        """Which of the addresses are those of its elements. Dimensions must not overlap, as no tensor of a kernel's does."""
+        """Which of the addresses are those of its elements. Dimensions must not overlap, as no
+        tensor of a kernel's does."""
         left = addresses - self.first
         inside = left >= 0
         for length, step in self.dims:
@@ -88,9 +113,10 @@ class Access:
 
 
 class Shadow:
-    """What a launch did to each place of one storage; a place is as large as the smallest element. Numbers are those of accesses,
-    0: none. `stored`: the last that stored; `loaded`: the last that loaded, `mixed`: where that was not by the same pointers as
-    before; `readers`: the program that loads, from 1 on, or `SEVERAL`."""
+    """What a launch did to each place of one storage; a place is as large as the smallest element.
+    Numbers are those of accesses, 0: none. `stored`: the last that stored; `loaded`: the last that
+    loaded, `mixed`: where that was not by the same pointers as before; `readers`: the program that
+    loads, from 1 on, or `SEVERAL`."""
 
     SEVERAL = np.iinfo(np.int32).max
 
@@ -98,20 +124,28 @@ class Shadow:
         storage = x.untyped_storage()
         self.first, self.size = storage.data_ptr(), size
         count = storage.nbytes() // size
-        self.memory = np.frombuffer((ctypes.c_uint8 * (count * size)).from_address(self.first), f"u{size}")
-        self.stored, self.loaded, self.mixed, self.readers = (zeros(count, np.int32) for _ in range(4))
+        self.memory = np.frombuffer(
+            (ctypes.c_uint8 * (count * size)).from_address(self.first), f"u{size}"
+        )
+        self.stored, self.loaded, self.mixed, self.readers = (
+            zeros(count, np.int32) for _ in range(4)
+        )
 
     def places(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """The places of elements at the addresses."""
         first = (addresses - self.first) // self.size
-        return first if size == self.size else (first[:, None] + np.arange(size // self.size)).ravel()
+        return (
+            first if size == self.size else (first[:, None] + np.arange(size // self.size)).ravel()
+        )
 
 
 class Sanitizer:
-    """While it is entered, kernels run so. `found`: each fault once, the first time that it was met."""
+    """While it is entered, kernels run so. `found`: each fault once, the first time that it was
+    met."""
 
     def __init__(self, seed: int, last: bool = False) -> None:
-        """`last`: of each launch only those programs whose offsets are the largest (`last_of`); memory is left as it is."""
+        """`last`: of each launch only those programs whose offsets are the largest (`last_of`);
+        memory is left as it is."""
         self.random = random.Random(seed)
         self.last = last
         self.found: dict[Any, str] = {}
@@ -169,7 +203,9 @@ class Sanitizer:
         for x in arguments.values():
             if isinstance(x, torch.Tensor) and x.numel():
                 tensors[x.untyped_storage().data_ptr()].append(x)
-        self.shadows = {at: Shadow(xs[0], min(x.element_size() for x in xs)) for at, xs in tensors.items()}
+        self.shadows = {
+            at: Shadow(xs[0], min(x.element_size() for x in xs)) for at, xs in tensors.items()
+        }
         self.accesses = [Access(0, ())]  # their numbers begin with 1
         self.programs_of = np.zeros(1024, np.int32)  # by the number of an access
 
@@ -192,7 +228,8 @@ class Sanitizer:
         self._barrier()
 
     def _barrier(self, *_: Any) -> None:
-        """What was accessed up to here is done; of later accesses, the pointers are kept by number."""
+        """What was accessed up to here is done; of later accesses, the pointers are kept by
+        number."""
         self.done = len(self.accesses) - 1
         self.pointers: dict[int, np.ndarray] = {}
 
@@ -202,7 +239,9 @@ class Sanitizer:
     def _carry(original: Any, builder: Any, *args: Any) -> Any:
         made = original(builder, *args)
         handles = [x for x in args if isinstance(x, TensorHandle)]
-        origins = tuple(dict.fromkeys(origin for x in handles for origin in x.attr.get("origins", ())))
+        origins = tuple(
+            dict.fromkeys(origin for x in handles for origin in x.attr.get("origins", ()))
+        )
         if origins:
             made.attr["origins"] = origins
         return made
@@ -215,9 +254,15 @@ class Sanitizer:
 
     # accesses
 
-    def _masked_load(self, original: Any, builder: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+    def _masked_load(
+        self, original: Any, builder: Any, pointers: Any, mask: Any, *rest: Any, **named: Any
+    ) -> Any:
         shadow, places, _ = self._access("load", pointers, mask)
-        number, before, recent = len(self.accesses) - 1, shadow.stored[places], shadow.loaded[places]
+        number, before, recent = (
+            len(self.accesses) - 1,
+            shadow.stored[places],
+            shadow.loaded[places],
+        )
         self._compare_programs("a program reads what another writes", before, before > 0)
         self._compare_threads("loads what another thread stored", before)
         for other in np.unique(recent[recent > self.done]):
@@ -229,7 +274,16 @@ class Sanitizer:
         shadow.readers[places] = np.where((readers == 0) | (readers == own), own, Shadow.SEVERAL)
         return original(builder, pointers, mask, *rest, **named)
 
-    def _masked_store(self, original: Any, builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+    def _masked_store(
+        self,
+        original: Any,
+        builder: Any,
+        pointers: Any,
+        value: Any,
+        mask: Any,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
         shadow, places, values = self._access("store", pointers, mask, value)
         self._store(shadow, places, shadow.memory[places] != values)
         order = np.argsort(places, kind="stable")
@@ -239,16 +293,33 @@ class Sanitizer:
         before, mixed = shadow.loaded[places], shadow.mixed[places]
         self._compare_threads("stores over what another thread loads", before)
         for other in np.unique(mixed[mixed > self.done])[:1]:
-            self._note("stores over what another thread loads with no barrier between", len(self.accesses) - 1, other)
+            self._note(
+                "stores over what another thread loads with no barrier between",
+                len(self.accesses) - 1,
+                other,
+            )
         return original(builder, pointers, value, mask, *rest, **named)
 
-    def _atomic_rmw(self, original: Any, builder: Any, kind: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def _atomic_rmw(
+        self,
+        original: Any,
+        builder: Any,
+        kind: Any,
+        pointers: Any,
+        value: Any,
+        mask: Any,
+        *rest: Any,
+    ) -> Any:
         shadow, places, _ = self._access("atomic", pointers, mask, value)
         self._store(shadow, places, np.ones(places.shape, bool))
         return original(builder, kind, pointers, value, mask, *rest)
 
-    def _atomic_cas(self, original: Any, builder: Any, pointers: Any, compared: Any, value: Any, *rest: Any) -> Any:
-        shadow, places, _ = self._access("atomic", pointers, TensorHandle(np.ones(1, bool), compared.dtype), value)
+    def _atomic_cas(
+        self, original: Any, builder: Any, pointers: Any, compared: Any, value: Any, *rest: Any
+    ) -> Any:
+        shadow, places, _ = self._access(
+            "atomic", pointers, TensorHandle(np.ones(1, bool), compared.dtype), value
+        )
         self._store(shadow, places, np.ones(places.shape, bool))
         return original(builder, pointers, compared, value, *rest)
 
@@ -256,16 +327,24 @@ class Sanitizer:
         """`changes`: where the value is not the one that is there."""
         before, readers = shadow.stored[places], shadow.readers[places]
         atomic = self.programs_of[before] == ATOMIC
-        self._compare_programs("two programs write different values to one place", before, (before > 0) & (changes | atomic))
-        self._compare_threads("stores over what another thread stored", np.where(changes, before, 0))
+        self._compare_programs(
+            "two programs write different values to one place",
+            before,
+            (before > 0) & (changes | atomic),
+        )
+        self._compare_threads(
+            "stores over what another thread stored", np.where(changes, before, 0)
+        )
         others = (readers != 0) & (readers != self.accesses[-1].program + 1)
         for other in shadow.loaded[places[others]][:1]:
             self._note("a program reads what another writes", int(other), len(self.accesses) - 1)
         shadow.stored[places] = len(self.accesses) - 1
 
-    def _access(self, kind: str, pointers: Any, mask: Any, value: Any = None) -> tuple[Shadow, np.ndarray, Any]:
-        """The storage and the places in it that are accessed, and the bits to be stored, place by place; raises if an address is
-        outside of the pointer's tensor."""
+    def _access(
+        self, kind: str, pointers: Any, mask: Any, value: Any = None
+    ) -> tuple[Shadow, np.ndarray, Any]:
+        """The storage and the places in it that are accessed, and the bits to be stored, place by
+        place; raises if an address is outside of the pointer's tensor."""
         shape, at = pointers.data.shape, lines()
         chosen = np.broadcast_to(np.asarray(mask.data, bool), shape)
         addresses = pointers.data[chosen].view(np.int64)
@@ -277,7 +356,9 @@ class Sanitizer:
         if outside.any():
             origin = origins[0]
             element = (int(addresses[outside][0]) - origin.first) / size
-            lengths = " ".join(f"{length} (step {step // size})" for length, step in origin.dims) or "1"
+            lengths = (
+                " ".join(f"{length} (step {step // size})" for length, step in origin.dims) or "1"
+            )
             what = f"{kind} out of range: element {element:g} of {origin.names}, which has dimensions {lengths}"
             text = f"{what}: {self._place(at)}"
             self.found.setdefault((kind, at), text)
@@ -291,14 +372,17 @@ class Sanitizer:
         shadow, values = self.shadows[origins[0].storage], None
         if value is not None:
             bits = np.ascontiguousarray(np.broadcast_to(value.data, shape)[chosen])
-            values = (bits if bits.itemsize == size else bits.astype(f"u{size}")).view(f"u{shadow.size}")
+            values = (bits if bits.itemsize == size else bits.astype(f"u{size}")).view(
+                f"u{shadow.size}"
+            )
         return shadow, shadow.places(addresses, size), values
 
     # what is wrong with the last one
 
     def _differ(self, other: int) -> bool:
-        """Whether another thread may be at a place that both access. Tensors of the same pointers are laid out alike: each thread
-        meets its own elements. Of a scalar all threads load what one stores."""
+        """Whether another thread may be at a place that both access. Tensors of the same pointers
+        are laid out alike: each thread meets its own elements. Of a scalar all threads load what
+        one stores."""
         mine, its = self.pointers[len(self.accesses) - 1], self.pointers[other]
         return mine.size == 1 or not np.array_equal(mine, its)
 
@@ -313,16 +397,23 @@ class Sanitizer:
 
     def _place(self, at: Lines, program: int | None = None) -> str:
         index = self.program if program is None else program
-        return described(at, self.order[index]) if index != ATOMIC else described(at, ("any",)) + " (atomic)"
+        return (
+            described(at, self.order[index])
+            if index != ATOMIC
+            else described(at, ("any",)) + " (atomic)"
+        )
 
     def _note(self, what: str, *numbers: int) -> None:
         accesses = [self.accesses[number] for number in numbers]
         places = [self._place(access.lines, access.program) for access in accesses]
-        self.found.setdefault((what, *(access.lines for access in accesses)), f"{what}: {'; and '.join(places)}")
+        self.found.setdefault(
+            (what, *(access.lines for access in accesses)), f"{what}: {'; and '.join(places)}"
+        )
 
 
 class Plugin:
-    """Runs each test under a sanitizer, whose seed depends on the run's and on the test's name: alone it runs as with others."""
+    """Runs each test under a sanitizer, whose seed depends on the run's and on the test's name:
+    alone it runs as with others."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -26,7 +26,8 @@ from hip_hf.rope import Positions
 
 
 def flat(pyramid: Pyramid, rows: int) -> torch.Tensor:
-    """The pyramid in the kernels' layout: chunk `i` of level `l` is row `((2 * i + 1) << l) - 1`; other rows hold NaN."""
+    """The pyramid in the kernels' layout: chunk `i` of level `l` is row `((2 * i + 1) << l) - 1`;
+    other rows hold NaN."""
     heads, _, width = pyramid.levels[0].shape
     table = torch.full((heads, rows, width), torch.nan, dtype=pyramid.dtype)
     for level, chunks in enumerate(pyramid.levels):
@@ -36,7 +37,8 @@ def flat(pyramid: Pyramid, rows: int) -> torch.Tensor:
 
 
 def paged(x: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[B, H, T, D]` cut into pages `[pages, page_size, H, D]` in random order, unused ones NaN, and their block table."""
+    """`[B, H, T, D]` cut into pages `[pages, page_size, H, D]` in random order, unused ones NaN,
+    and their block table."""
     batch, heads, tokens, dim = x.shape
     per_row = -(-tokens // page_size)
     order = torch.randperm(batch * per_row + 3)
@@ -50,7 +52,8 @@ def paged(x: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Case:
-    """One call: tensors, spans and settings; what the torch search selects, and what the kernel does."""
+    """One call: tensors, spans and settings; what the torch search selects, and what the kernel
+    does."""
 
     def __init__(
         self, config: HiPConfig, spans: list[Span], page_size: int = 0, softcap: float | None = None, sliding: int | None = None,
@@ -58,9 +61,16 @@ class Case:
     ) -> None:  # fmt: skip
         tokens = max(span.key_end for span in spans)
         rows = max(span.row_end for span in spans)
-        self.q, self.k, self.v = make_qkv(tokens, rows, 1 + max(span.batch for span in spans), **{"heads": 1, **shape})
+        self.q, self.k, self.v = make_qkv(
+            tokens, rows, 1 + max(span.batch for span in spans), **{"heads": 1, **shape}
+        )
         self.config, self.spans, self.page_size = config, spans, page_size
-        self.softcap, self.sliding, self.sinks, self.scale = softcap, sliding, sinks, self.q.shape[-1] ** -0.5
+        self.softcap, self.sliding, self.sinks, self.scale = (
+            softcap,
+            sliding,
+            sinks,
+            self.q.shape[-1] ** -0.5,
+        )
         self.positions = positions
         self.heads = self.k.shape[1]
         self.groups = self.q.shape[1] // self.heads
@@ -83,25 +93,41 @@ class Case:
         return query_blocks(self.config, relative, per_row, self.sliding)
 
     def search(self, span: Span) -> TreeSearch:
-        """The torch search over a sequence. In half precision it computes in float64 with what the kernel has, summaries and
-        votes (`voting`) that were rounded to half precision: nothing but the rounding of fp32 sums is left to decide otherwise.
+        """The torch search over a sequence. In half precision it computes in float64 with what the
+        kernel has, summaries and votes (`voting`) that were rounded to half precision: nothing but
+        the rounding of fp32 sums is left to decide otherwise.
         """
         q, keys = self.q[span.batch].unflatten(0, (self.heads, self.groups)), self.keys(span)
         pyramid = self.pyramid(span)
         if self.half:
-            pyramid.levels, pyramid.dtype = [level.double() for level in pyramid.levels], torch.float64
+            pyramid.levels, pyramid.dtype = (
+                [level.double() for level in pyramid.levels],
+                torch.float64,
+            )
             q, keys = q.double(), keys.double()
-        return self.selector.bind(q[:, :, span.row_start : span.row_end], keys, pyramid, self.scale, self.softcap)
+        return self.selector.bind(
+            q[:, :, span.row_start : span.row_end], keys, pyramid, self.scale, self.softcap
+        )
 
-    def near(self, span: Span, block: QueryBlock, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """Log-sum-exp `[heads, G, rows]` of a query block's rows over what they always read, computed in `dtype`."""
+    def near(
+        self, span: Span, block: QueryBlock, dtype: torch.dtype = torch.float64
+    ) -> torch.Tensor:
+        """Log-sum-exp `[heads, G, rows]` of a query block's rows over what they always read,
+        computed in `dtype`."""
         row = span.row_start + block.row
-        q = self.q[span.batch, :, row : row + block.rows].unflatten(0, (self.heads, self.groups)).to(dtype)
+        q = (
+            self.q[span.batch, :, row : row + block.rows]
+            .unflatten(0, (self.heads, self.groups))
+            .to(dtype)
+        )
         keys, sinks = self.keys(span).to(dtype), self.sinks
         logits = q @ keys[:, None].transpose(-1, -2) * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        key, position = torch.arange(keys.shape[1]), torch.arange(block.first, block.last + 1)[:, None]
+        key, position = (
+            torch.arange(keys.shape[1]),
+            torch.arange(block.first, block.last + 1)[:, None],
+        )
         seen = (key <= position) & ((key < block.sink_end) | (key >= block.window_start))
         if self.sliding is not None:
             seen &= key > position - self.sliding
@@ -112,29 +138,52 @@ class Case:
         return logits.logsumexp(-1)
 
     def voted(self, s: int) -> tuple[torch.Tensor, torch.Tensor, Voting]:
-        """The kernels' votes of sequence `s`, `[heads, S, slots of all query blocks, D]`, and what each of them finds near."""
+        """The kernels' votes of sequence `s`, `[heads, S, slots of all query blocks, D]`, and what
+        each of them finds near."""
         q, _, kv, sequences = self.arguments()
         block_q = self.config.block_q
         votes, near = votes_of(q, kv, sequences, self.config, self.logits(), block_q)
         voting = Voting.of(self.config, self.groups, block_q, False)
         assert voting.ranked
-        return votes[s].cpu().unflatten(0, (self.heads, -1)), near[s].cpu().unflatten(0, (self.heads, -1)), voting
+        return (
+            votes[s].cpu().unflatten(0, (self.heads, -1)),
+            near[s].cpu().unflatten(0, (self.heads, -1)),
+            voting,
+        )
 
     def voting(self, s: int, per_row: bool) -> AbstractContextManager[Any]:
-        """In it the torch search over sequence `s`, if in half precision, has the kernels' votes (`votes.py`) for its own."""
+        """In it the torch search over sequence `s`, if in half precision, has the kernels' votes
+        (`votes.py`) for its own."""
         config, laid = self.config, self.blocks(self.spans[s], per_row)
-        if not self.half or per_row or not Voting.of(config, self.groups, config.block_q, False).ranked:
+        if (
+            not self.half
+            or per_row
+            or not Voting.of(config, self.groups, config.block_q, False).ranked
+        ):
             return nullcontext()
         votes, found, voting = self.voted(s)
 
         def chosen(
-            search: TreeSearch, heads: slice, blocks: list[QueryBlock], near: Any, level: int, whole: bool
+            search: TreeSearch,
+            heads: slice,
+            blocks: list[QueryBlock],
+            near: Any,
+            level: int,
+            whole: bool,
         ) -> tuple[torch.Tensor, torch.Tensor, int]:
             (n,) = (laid.index(block) for block in blocks)
             count = need.votes_of(config, laid[n].rows, voting.voters, whole)
             own = slice(n * voting.slots, n * voting.slots + count)
-            walking = voting.walkers if count < voting.voters * len(need.asked_rows(config, laid[n].rows)) else count
-            return search.scale * votes[heads, :, own].double(), found[heads, :, own].double(), walking
+            walking = (
+                voting.walkers
+                if count < voting.voters * len(need.asked_rows(config, laid[n].rows))
+                else count
+            )
+            return (
+                search.scale * votes[heads, :, own].double(),
+                found[heads, :, own].double(),
+                walking,
+            )
 
         return patch.object(TreeSearch, "_votes", chosen)
 
@@ -152,7 +201,11 @@ class Case:
         bound = self.search(span)
         for n, block in enumerate(self.blocks(span, per_row)):
             if block.num_candidates > self.selector.budget:
-                near = self.near(span, block).to(bound.pyramid.dtype) if self.config.vote == "need" else None
+                near = (
+                    self.near(span, block).to(bound.pyramid.dtype)
+                    if self.config.vote == "need"
+                    else None
+                )
                 ids = bound.select(slice(0, self.heads), [block], near)[:, :, 0].flatten(0, 1)
             else:
                 masks = self.heads * (1 if self.config.group_shared else self.groups)
@@ -177,7 +230,14 @@ class Case:
     def empty(self, block_q: int, keep: bool = False) -> SelectionBuffers:
         sequences = Sequences.of(self.spans, torch.device(DEVICE))
         masks = self.heads * (1 if self.config.group_shared else self.groups)
-        into = SelectionBuffers.empty(self.config, len(self.spans), masks, sequences.blocks(block_q), torch.device(DEVICE), keep)
+        into = SelectionBuffers.empty(
+            self.config,
+            len(self.spans),
+            masks,
+            sequences.blocks(block_q),
+            torch.device(DEVICE),
+            keep,
+        )
         for tensor in (into.indices, into.counts, into.window_start):
             tensor.fill_(-7)
         return into
@@ -203,7 +263,11 @@ class Case:
         assert int((counts > 0).sum()) == sum(bool(blocks) for blocks in want.values()), (
             "query blocks that do not exist are empty"
         )
-        assert any(block.num_candidates > self.selector.budget for span in self.spans for block in self.blocks(span, per_row))
+        assert any(
+            block.num_candidates > self.selector.budget
+            for span in self.spans
+            for block in self.blocks(span, per_row)
+        )
 
 
 def whole(tokens: int, rows: int, batch: int = 0, key_start: int = 0) -> Span:

@@ -1,10 +1,10 @@
-"""What models do, whole or with their heads shared out among processes: each process of `torchrun` saves what it saw, for
-`test_tensor_parallel.py` to compare.
+"""What models do, whole or with their heads shared out among processes: each process of `torchrun`
+saves what it saw, for `test_tensor_parallel.py` to compare.
 
     torchrun --nproc-per-node 2 tests/lib/sharded.py FOLDER [--cut NAME] NAME ...
 
-FOLDER holds a checkpoint of each name. What process R saw is written to `FOLDER/R.pt`; `--cut`: what is said to a checkpoint
-whose heads cannot be shared out.
+FOLDER holds a checkpoint of each name. What process R saw is written to `FOLDER/R.pt`; `--cut`:
+what is said to a checkpoint whose heads cannot be shared out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ QUESTIONS = ["The pass key of amber is 48213. Remember it.\n" * copies for copie
 
 @contextmanager
 def selections() -> Iterator[list[torch.Tensor]]:
-    """The key blocks `[B, Hkv, query blocks, n]` that calls of the attention function select meanwhile."""
+    """The key blocks `[B, Hkv, query blocks, n]` that calls of the attention function select
+    meanwhile."""
     seen: list[torch.Tensor] = []
 
     def watched(*args: Any, **kwargs: Any) -> Result:
@@ -83,7 +84,9 @@ def observe(model: PreTrainedModel, folder: Path, rank: int) -> dict[str, Any]:
     seen["share"] = [row.share for row in hip_hf.explain(model)]
     seen["tokens"] = tokens(model, several, past_key_values=cache)
     seen["bytes"] = sum(map(held, cache.layers))
-    seen["batched"] = batched(model, [make_batch([n])["input_ids"][0].tolist() for n in LENGTHS], NEW)
+    seen["batched"] = batched(
+        model, [make_batch([n])["input_ids"][0].tolist() for n in LENGTHS], NEW
+    )
     seen["static"] = tokens(model, several, cache_implementation="static")
     hip_hf.patch(model)
     seen["patched"], seen["patched_tokens"] = logits(model, several), tokens(model, several)
@@ -97,8 +100,11 @@ def observe(model: PreTrainedModel, folder: Path, rank: int) -> dict[str, Any]:
     return seen
 
 
-def resumed(model: PreTrainedModel, batch: dict[str, torch.Tensor], folder: Path, rank: int) -> tuple[torch.Tensor, str]:
-    """Greedy tokens after a cache was saved and loaded, and what is said to a process that loads another's."""
+def resumed(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], folder: Path, rank: int
+) -> tuple[torch.Tensor, str]:
+    """Greedy tokens after a cache was saved and loaded, and what is said to a process that loads
+    another's."""
     cache, (ids, mask) = hip_hf.HiPCache(model.config), batch.values()
     with torch.no_grad():
         model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
@@ -109,7 +115,9 @@ def resumed(model: PreTrainedModel, batch: dict[str, torch.Tensor], folder: Path
     if cache.shard is None:
         return found, ""
     torch.distributed.barrier()
-    return found, said_to(lambda: other.load(folder / f"{(rank + 1) % torch.distributed.get_world_size()}.cache"))
+    return found, said_to(
+        lambda: other.load(folder / f"{(rank + 1) % torch.distributed.get_world_size()}.cache")
+    )
 
 
 def said_to(bad: Callable[[], Any]) -> str:
@@ -129,8 +137,14 @@ def evaluated(checkpoint: Path, **arguments: Any) -> dict[str, Any]:
 
     lm = HipLM(str(checkpoint), device="cpu", **{**SPARSE, **arguments})
     until = {"until": ["."], "max_gen_toks": NEW, "do_sample": False}
-    asked = [Instance("generate_until", {}, (text + "The pass key of amber is", until), 0) for text in QUESTIONS]
-    scored = [Instance("loglikelihood", {}, (text + "The pass key of amber is", " 48213"), 0) for text in QUESTIONS]
+    asked = [
+        Instance("generate_until", {}, (text + "The pass key of amber is", until), 0)
+        for text in QUESTIONS
+    ]
+    scored = [
+        Instance("loglikelihood", {}, (text + "The pass key of amber is", " 48213"), 0)
+        for text in QUESTIONS
+    ]
     return {
         "answers": lm.generate_until(asked, disable_tqdm=True),
         "scores": torch.tensor([score for score, _ in lm.loglikelihood(scored, disable_tqdm=True)]),
@@ -141,7 +155,9 @@ def evaluated(checkpoint: Path, **arguments: Any) -> dict[str, Any]:
 def shared_out(checkpoint: Path) -> PreTrainedModel:
     """A checkpoint with its heads shared out among the processes."""
     plan = DistributedConfig(tp_plan="auto")
-    return AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=plan, attn_implementation="hip").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, distributed_config=plan, attn_implementation="hip"
+    ).eval()
 
 
 def main() -> None:

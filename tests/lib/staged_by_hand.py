@@ -23,7 +23,10 @@ class Written:
             halves = [a + half for a in at for half in (0, size)]
             logits = self.rows @ self.keys[[h + size // 2 for h in halves]].T * self.scale
             scores = self.aggregate(logits)
-            at = [halves[2 * i + (1 if scores[2 * i + 1] > scores[2 * i] else 0)] for i in range(len(at))]
+            at = [
+                halves[2 * i + (1 if scores[2 * i + 1] > scores[2 * i] else 0)]
+                for i in range(len(at))
+            ]
             best = torch.maximum(logits[:, 0::2], logits[:, 1::2])
             seen = best if seen is None else torch.maximum(seen, best)
         return self.rows @ self.keys[at].T * self.scale if seen is None else seen
@@ -34,14 +37,18 @@ class Written:
         size = 0
         for i, (chunk, keep, _) in enumerate(stages):
             whole = [
-                c for c in range(high * block_k // chunk + 1) if c * chunk >= low * block_k and (c + 1) * chunk <= high * block_k
+                c
+                for c in range(high * block_k // chunk + 1)
+                if c * chunk >= low * block_k and (c + 1) * chunk <= high * block_k
             ]
             if kept is None and len(whole) <= keep // chunk and i < len(stages) - 1:
                 continue
             if kept is not None:
                 old = {k * size // chunk + j for k in kept for j in range(size // chunk)}
                 inside = [
-                    c for c in range(high * block_k // size + 1) if c * size >= low * block_k and (c + 1) * size <= high * block_k
+                    c
+                    for c in range(high * block_k // size + 1)
+                    if c * size >= low * block_k and (c + 1) * size <= high * block_k
                 ]
                 covered = {c * size // chunk + j for c in inside for j in range(size // chunk)}
                 whole = [c for c in whole if c in old or c not in covered]

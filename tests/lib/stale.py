@@ -1,4 +1,5 @@
-"""What a launch must not expect in the memory that it is given, though an earlier one has left it there: spoilt before it."""
+"""What a launch must not expect in the memory that it is given, though an earlier one has left it
+there: spoilt before it."""
 
 from __future__ import annotations
 
@@ -9,17 +10,21 @@ from poison import FAR, spoil
 
 
 def spoil_stale(kernel: str, arguments: dict[str, Any]) -> None:
-    """Spoil scratch, selections that a launch of `kernel` makes anew, and summaries of chunks that are not built."""
+    """Spoil scratch, selections that a launch of `kernel` makes anew, and summaries of chunks that
+    are not built."""
     for name in scratch_of(arguments):
         spoil(arguments[name])
-    if kernel == "choose_kernel" or (kernel == "select_kernel" and arguments["LOOKS"] == 1 and not arguments["first_program"]):
+    if kernel == "choose_kernel" or (
+        kernel == "select_kernel" and arguments["LOOKS"] == 1 and not arguments["first_program"]
+    ):
         spoil_selections(arguments)
     if kernel == "tiles_kernel" or (kernel == "append_kernel" and arguments["BUILD"]):
         spoil_unbuilt(arguments)
 
 
 def scratch_of(arguments: dict[str, Any]) -> tuple[str, ...]:
-    """Scores of long start levels, what programs that share a search leave, and decode's partial results."""
+    """Scores of long start levels, what programs that share a search leave, and decode's partial
+    results."""
     if arguments.get("START_LEVEL_IN_MEMORY"):
         return ("scratch",)
     if "scratch" in arguments and arguments["LOOKS"] > 1:
@@ -39,7 +44,8 @@ def spoil_selections(x: dict[str, Any]) -> None:
 
 
 def spoil_unbuilt(x: dict[str, Any]) -> None:
-    """In the table and among the states of tiles' roots: chunk `i` of level `l` is row `((2 * i + 1) << l) - 1`."""
+    """In the table and among the states of tiles' roots: chunk `i` of level `l` is row
+    `((2 * i + 1) << l) - 1`."""
     for name, level in (("table", 0), ("states", x["LEVELS"])):
         row = torch.arange(x[name].shape[2]) + 1
         end = (row + (row & -row)) // 2 << level  # in blocks

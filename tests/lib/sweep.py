@@ -1,8 +1,10 @@
-"""What is checked of every causal-LM and encoder-decoder type of the installed Transformers, and the table in the documentation.
+"""What is checked of every causal-LM and encoder-decoder type of the installed Transformers, and
+the table in the documentation.
 
-A type is *equal* to eager attention in every check that eager attention itself passes, or *refused* by an error that says why, or
-it *cannot be built* or run here, with the reason. `python tests/lib/sweep.py` writes what came out of all types to `RECORD`, from
-which the documentation makes its table; `test_families.py` holds each type to it.
+A type is *equal* to eager attention in every check that eager attention itself passes, or *refused*
+by an error that says why, or it *cannot be built* or run here, with the reason.
+`python tests/lib/sweep.py` writes what came out of all types to `RECORD`, from which the
+documentation makes its table; `test_families.py` holds each type to it.
 """
 
 from __future__ import annotations
@@ -34,13 +36,20 @@ TOLERANCE = 1e-4
 # A multiple of the query block that leaves a last chunk of more rows than count as decode.
 CHUNK = 64
 COVERING = 512
-# What matrices are multiplied by: attention of a fresh initialisation is so flat that it hardly matters what is read.
+# What matrices are multiplied by: attention of a fresh initialisation is so flat that it hardly
+# matters what is read.
 SHARPER = 4
 
 # Wrappers of vision and language, here with text alone; `test_multimodal.py` shows them images.
-WRAPPERS: dict[str, Callable[[Any], PreTrainedModel]] = {"llava": make_llava, "qwen2_vl": make_qwen2_vl}
+WRAPPERS: dict[str, Callable[[Any], PreTrainedModel]] = {
+    "llava": make_llava,
+    "qwen2_vl": make_qwen2_vl,
+}
 # What is not so, by type and check, and why: it must be so, or else the entry is wrong.
-_CHUNKED, _BLOCKS = "layers of chunked attention are dense", "masks that let an image's tokens see one another are dense"
+_CHUNKED, _BLOCKS = (
+    "layers of chunked attention are dense",
+    "masks that let an image's tokens see one another are dense",
+)
 _COMPUTES = "a model that goes on computing with its mask is dense"
 _MERGED = "its decoder attends to its own keys and the encoder's at once, which is dense"
 _DENSE = ("prompt", "pruned", "kept state")
@@ -71,7 +80,8 @@ class NotApplicable(Exception):
 
 @dataclass
 class Outcome:
-    """What came out of one type: `kind` `equal`, `refused`, `cannot be built` or `differs`; `checks`: `yes`, or what else."""
+    """What came out of one type: `kind` `equal`, `refused`, `cannot be built` or `differs`;
+    `checks`: `yes`, or what else."""
 
     kind: str
     reason: str = ""
@@ -80,13 +90,15 @@ class Outcome:
 
 @dataclass
 class Family:
-    """A tiny model of a type, twice, with the same random weights: by eager attention and by `hip`."""
+    """A tiny model of a type, twice, with the same random weights: by eager attention and by
+    `hip`."""
 
     eager: PreTrainedModel
     ours: PreTrainedModel
 
     def batch(self, lengths: list[int], right: bool = False) -> dict[str, torch.Tensor]:
-        """Random prompts, padded on the left or right; those of an encoder-decoder are of both sides."""
+        """Random prompts, padded on the left or right; those of an encoder-decoder are of both
+        sides."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -107,7 +119,9 @@ class Family:
     def configure(self, **settings: Any) -> None:
         hip_hf.configure(self.ours, **{**SPARSE, **settings})
 
-    def both(self, call: Callable[[PreTrainedModel], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def both(
+        self, call: Callable[[PreTrainedModel], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `call` gives by `hip` and by eager attention."""
         try:
             want = call(self.eager)
@@ -116,7 +130,11 @@ class Family:
         return call(self.ours), want
 
     def rows(self) -> list[Any]:
-        return [row for row in hip_hf.explain(self.ours) if row.path != "not called" and row.reason != "attention is not causal"]
+        return [
+            row
+            for row in hip_hf.explain(self.ours)
+            if row.path != "not called" and row.reason != "attention is not causal"
+        ]
 
 
 def first_line(error: BaseException) -> str:
@@ -126,16 +144,24 @@ def first_line(error: BaseException) -> str:
 
 def names() -> list[tuple[str, str]]:
     """All types, with their kind."""
-    return [*((kind, name) for kind in AUTO for name in types(kind)), *(("wrapper", name) for name in WRAPPERS)]
+    return [
+        *((kind, name) for kind in AUTO for name in types(kind)),
+        *(("wrapper", name) for name in WRAPPERS),
+    ]
 
 
 def build(kind: str, name: str, implementation: str) -> PreTrainedModel:
-    """A tiny model of the type, with the same random weights at every call; sharp enough attention for what is read to matter."""
+    """A tiny model of the type, with the same random weights at every call; sharp enough attention
+    for what is read to matter."""
     torch.manual_seed(0)
     if kind == "wrapper":
         model = WRAPPERS[name]({"text_config": implementation, "vision_config": "eager"}).eval()
     else:
-        model = AUTO[kind].from_config(tiny_config(name, kind), attn_implementation=implementation).eval()
+        model = (
+            AUTO[kind]
+            .from_config(tiny_config(name, kind), attn_implementation=implementation)
+            .eval()
+        )
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data.mul_(SHARPER)
@@ -157,13 +183,16 @@ def near(got: torch.Tensor, want: torch.Tensor, of: str = "") -> None:
 
 
 def check_prompt(family: Family) -> None:
-    """Where everything is read, logits are those of eager attention, through the sparse code where there is full attention."""
+    """Where everything is read, logits are those of eager attention, through the sparse code where
+    there is full attention."""
     family.configure(budget=COVERING)
     batch = family.batch(LENGTHS[:1])
     near(*family.both(lambda model: logits(model, batch)))
     rows = family.rows()
     assert rows, "no layer attends by hip"
-    dense = {row.reason for row in rows if row.path == "dense" and "sliding window" not in row.reason}
+    dense = {
+        row.reason for row in rows if row.path == "dense" and "sliding window" not in row.reason
+    }
     assert not dense, f"dense: {', '.join(sorted(dense))}"
 
 
@@ -173,7 +202,10 @@ def check_padding(family: Family) -> None:
     for right in (False, True):
         batch = family.batch(LENGTHS, right)
         real = batch["attention_mask"].bool()
-        near(*family.both(lambda model, batch=batch, real=real: logits(model, batch)[real]), of="right: " if right else "left: ")
+        near(
+            *family.both(lambda model, batch=batch, real=real: logits(model, batch)[real]),
+            of="right: " if right else "left: ",
+        )
 
 
 def check_last_logits(family: Family) -> None:
@@ -185,7 +217,9 @@ def check_last_logits(family: Family) -> None:
     near(*family.both(lambda model: logits(model, batch, logits_to_keep=1)))
 
 
-def generated(model: PreTrainedModel, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+def generated(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], **options: Any
+) -> torch.Tensor:
     given = {name: value for name, value in batch.items() if not name.startswith("decoder")}
     return model.generate(**given, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **options)
 
@@ -204,14 +238,17 @@ def check_static(family: Family) -> None:
 
 
 def check_pruned(family: Family) -> None:
-    """A pruned run reads a part of the keys in every layer with full attention, and that changes the logits."""
+    """A pruned run reads a part of the keys in every layer with full attention, and that changes
+    the logits."""
     family.configure()
     batch = family.batch([300])
     got, want = family.both(lambda model: logits(model, batch))
     rows = [row for row in family.rows() if "sliding window" not in row.reason]
     if not rows:
         raise NotApplicable("all its layers slide")
-    assert all(row.path == "sparse" and row.share < 0.8 for row in rows), f"reads {[(row.share, row.reason) for row in rows]}"
+    assert all(row.path == "sparse" and row.share < 0.8 for row in rows), (
+        f"reads {[(row.share, row.reason) for row in rows]}"
+    )
     assert float((got - want).abs().max() / want.abs().max()) > 10 * TOLERANCE, "nobody could tell"
 
 
@@ -233,7 +270,9 @@ def check_chunks(family: Family) -> None:
     family.configure()
     batch = family.batch(LENGTHS[:1])
     family.both(lambda model: generated(model, batch, prefill_chunk_size=CHUNK))
-    whole, parts = (generated(family.ours, batch, prefill_chunk_size=size) for size in (None, CHUNK))
+    whole, parts = (
+        generated(family.ours, batch, prefill_chunk_size=size) for size in (None, CHUNK)
+    )
     assert torch.equal(whole, parts), "other tokens"
 
 
@@ -288,11 +327,16 @@ def run(kind: str, name: str) -> Outcome:
     except Exception as error:
         return Outcome("refused" if is_refusal(error) else "differs", first_line(error))
     checks = {title: outcome(name, title, family) for title in CHECKS}
-    return Outcome("differs" if any(said.startswith("differs") for said in checks.values()) else "equal", "", checks)
+    return Outcome(
+        "differs" if any(said.startswith("differs") for said in checks.values()) else "equal",
+        "",
+        checks,
+    )
 
 
 def outcome(name: str, title: str, family: Family) -> str:
-    """`yes`, `-` with why the check says nothing of the type, `no` with a known reason, or `differs` with what is wrong."""
+    """`yes`, `-` with why the check says nothing of the type, `no` with a known reason, or
+    `differs` with what is wrong."""
     limit = LIMITS.get((name, title))
     try:
         CHECKS[title](family)
@@ -304,7 +348,8 @@ def outcome(name: str, title: str, family: Family) -> str:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether it is an error of this package about its use, with what was got and what is allowed."""
+    """Whether it is an error of this package about its use, with what was got and what is
+    allowed."""
     return isinstance(error, ValueError) and " allowed: " in str(error)
 
 
@@ -318,11 +363,15 @@ def read_record() -> dict[str, Any]:
 
 
 def page(record: dict[str, Any]) -> str:
-    """The table of the documentation, and below it the types that are refused or cannot be built, by their reasons."""
+    """The table of the documentation, and below it the types that are refused or cannot be built,
+    by their reasons."""
     found = {name: Outcome(**outcome) for name, outcome in record["types"].items()}
     kinds = Counter(outcome.kind for outcome in found.values())
     totals = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    lines = [f"Transformers {record['transformers']}, PyTorch {record['torch']}, {len(found)} types: {totals}.", ""]
+    lines = [
+        f"Transformers {record['transformers']}, PyTorch {record['torch']}, {len(found)} types: {totals}.",
+        "",
+    ]
     notes: dict[str, int] = {}
     lines += [f"| model type | {' | '.join(CHECKS)} |", "|---|" + "---|" * len(CHECKS)]
     for name, one in found.items():
@@ -335,10 +384,17 @@ def page(record: dict[str, Any]) -> str:
         for name, one in found.items():
             if one.kind == kind and one.reason:
                 # what differs between types of one reason is their name, and that of their layers
-                reason = re.sub(r"model type '\S+?'|\w+(?= passes)", "...", one.reason).removeprefix("ValueError: ")
+                reason = re.sub(
+                    r"model type '\S+?'|\w+(?= passes)", "...", one.reason
+                ).removeprefix("ValueError: ")
                 reasons.setdefault(reason, []).append(f"`{name}`")
         if reasons:
-            lines += ["", f"**Types: {kind}**", "", *(f"- {', '.join(names)}: {reason}" for reason, names in reasons.items())]
+            lines += [
+                "",
+                f"**Types: {kind}**",
+                "",
+                *(f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -355,5 +411,9 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = {key(*one): asdict(run(*one)) for one in names()}
-    record = {"transformers": version("transformers"), "torch": version("torch").split("+")[0], "types": found}
+    record = {
+        "transformers": version("transformers"),
+        "torch": version("torch").split("+")[0],
+        "types": found,
+    }
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,9 +1,11 @@
-"""The arithmetic of NVIDIA's tensor cores in fp32: what the kernels do there, for the interpreter and for plain PyTorch.
+"""The arithmetic of NVIDIA's tensor cores in fp32: what the kernels do there, for the interpreter
+and for plain PyTorch.
 
-TF32 has 11 significant bits. Triton's `tf32x3` splits fp32 operands into a TF32 number and what is left of it, and sums three
-products of these, the fourth, of both remainders, being dropped: 2^-22 of a product. The matrix units add four products at
-a time to a running sum that they cut off, not round, to fp32. Exponentials (`ex2.approx`), and a softcap's tanh, which is
-made of them, have 22 bits.
+TF32 has 11 significant bits. Triton's `tf32x3` splits fp32 operands into a TF32 number and what is
+left of it, and sums three products of these, the fourth, of both remainders, being dropped: 2^-22
+of a product. The matrix units add four products at a time to a running sum that they cut off, not
+round, to fp32. Exponentials (`ex2.approx`), and a softcap's tanh, which is made of them, have 22
+bits.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def cut(x: np.ndarray, bits: int) -> np.ndarray:
 def rounded(x: np.ndarray, bits: int) -> np.ndarray:
     """fp32 with so many significant bits, to the nearest."""
     half = np.uint32(1 << 23 - bits)
-    return cut((np.ascontiguousarray(x, dtype=np.float32).view(np.uint32) + half).view(np.float32), bits)
+    return cut(
+        (np.ascontiguousarray(x, dtype=np.float32).view(np.uint32) + half).view(np.float32), bits
+    )
 
 
 def _add(acc: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -53,7 +57,9 @@ def _add(acc: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def product(a: np.ndarray, b: np.ndarray, terms: int = 3, bits: int = BITS_OF_TF32) -> np.ndarray:
     """fp32 a @ b from `terms` (1 or 3) products of numbers with `bits` significant bits."""
-    nothing = np.zeros((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), np.float32)
+    nothing = np.zeros(
+        (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), np.float32
+    )
     if terms == 1:
         return _add(nothing, cut(a, bits), cut(b, bits))
     a_high, b_high = rounded(a, bits), rounded(b, bits)
@@ -62,7 +68,8 @@ def product(a: np.ndarray, b: np.ndarray, terms: int = 3, bits: int = BITS_OF_TF
 
 
 class Reordered(TorchDispatchMode):
-    """Plain PyTorch, forward and backward, with the terms of each product summed in a random order; seed None: as they come."""
+    """Plain PyTorch, forward and backward, with the terms of each product summed in a random order;
+    seed None: as they come."""
 
     def __init__(self, seed: int | None) -> None:
         super().__init__()
@@ -82,9 +89,13 @@ class Reordered(TorchDispatchMode):
         if name in (aten.mm, aten.bmm):
             found = self._reordered(*args)
         elif name in (aten.addmm, aten.baddbmm, aten.baddbmm_, aten.addmm_):
-            found = kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * self._reordered(*args[1:])
+            found = kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * self._reordered(
+                *args[1:]
+            )
         else:
-            assert name not in (aten.mv, aten.dot, aten.addmv), f"{name}: a product that is made in the usual way"
+            assert name not in (aten.mv, aten.dot, aten.addmv), (
+                f"{name}: a product that is made in the usual way"
+            )
             return func(*args, **kwargs)
         into = args[0] if name in (aten.baddbmm_, aten.addmm_) else kwargs.get("out")
         return found if into is None else into.copy_(found)
@@ -93,10 +104,17 @@ class Reordered(TorchDispatchMode):
 class TensorCores(Reordered):
     """Plain PyTorch's fp32 products are made as `product` does, and exponentials have 22 bits.
 
-    As the kernels do, it makes a product over the head dim (one of `dims`) in one go, others a tile of keys or rows at a time.
+    As the kernels do, it makes a product over the head dim (one of `dims`) in one go, others a tile
+    of keys or rows at a time.
     """
 
-    def __init__(self, dims: tuple[int, ...], terms: int = 3, bits: int = BITS_OF_TF32, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        dims: tuple[int, ...],
+        terms: int = 3,
+        bits: int = BITS_OF_TF32,
+        seed: int | None = None,
+    ) -> None:
         super().__init__(seed)
         self.dims, self.terms, self.bits = dims, terms, bits
         self.count = 0  # products made
@@ -117,7 +135,9 @@ class TensorCores(Reordered):
             return func(*args, **kwargs)
         if func.overloadpacket in (aten.exp, aten.exp_, aten.tanh, aten.tanh_, aten._softmax):
             exact = func(*args, **kwargs)
-            return exact.copy_(torch.from_numpy(rounded(exact.detach().numpy(), BITS_OF_EXPONENTIALS)))
+            return exact.copy_(
+                torch.from_numpy(rounded(exact.detach().numpy(), BITS_OF_EXPONENTIALS))
+            )
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 

@@ -1,7 +1,8 @@
-"""A tiny config of every causal-LM and encoder-decoder type that the installed Transformers knows, for the sweep over families.
+"""A tiny config of every causal-LM and encoder-decoder type that the installed Transformers knows,
+for the sweep over families.
 
-Most types need nothing of their own: whatever field of the default config (and of the configs inside it) `SIZES` names is made
-small. `FIELDS` says what a type needs besides.
+Most types need nothing of their own: whatever field of the default config (and of the configs
+inside it) `SIZES` names is made small. `FIELDS` says what a type needs besides.
 """
 
 from __future__ import annotations
@@ -57,18 +58,34 @@ _SAME = [
 ]  # fmt: skip
 SIZES: dict[str, Any] = {name: size for size, names in _SAME for name in names.split()}
 
-_SHARING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+_SHARING = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+}
 _GEMMA4 = {**_SHARING, "global_head_dim": 32}
-_ZAMBA = {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4}
-_QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32, "indexer_compress_ratio": 4}
+_ZAMBA = {
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    "num_hidden_layers": 4,
+}
+_QSA = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 32,
+    "indexer_compress_ratio": 4,
+}
 _DOTS3 = {"per_layer_config": {}, "head_dim": 24}
 _VIBE = {"num_filters": 4, "depths": [1] * 7}
-# What a type needs besides. Gemma's layers share keys here, as in the small checkpoints; Zamba's attention comes twice.
+# What a type needs besides. Gemma's layers share keys here, as in the small checkpoints; Zamba's
+# attention comes twice.
 FIELDS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"qk_head_dim": 24},
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
     "ctrl": {"dff": HIDDEN},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note": {"text_config": _DOTS3},
@@ -93,7 +110,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QSA,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [64, 64]},
-    "vibevoice_asr": {"acoustic_tokenizer_encoder_config": _VIBE, "semantic_tokenizer_encoder_config": _VIBE},
+    "vibevoice_asr": {
+        "acoustic_tokenizer_encoder_config": _VIBE,
+        "semantic_tokenizer_encoder_config": _VIBE,
+    },
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": _ZAMBA,
@@ -104,18 +124,29 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 def types(kind: str) -> list[str]:
     """All model types of a kind, `causal` or `seq2seq`."""
-    names = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    names = {
+        "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    }
     return sorted(names[kind])
 
 
 def _small(config: PreTrainedConfig) -> dict[str, Any]:
     """The sizes of the fields that a config has, and of the configs inside it."""
     fields = {**config.to_dict(), **dict.fromkeys(config.attribute_map)}
-    small = {name: size for name, size in SIZES.items() if name in fields and config.attribute_map.get(name) not in SIZES}
-    kinds = sorted(set(fields.get("layer_types") or ()), key=lambda kind: (kind == "full_attention", kind))
+    small = {
+        name: size
+        for name, size in SIZES.items()
+        if name in fields and config.attribute_map.get(name) not in SIZES
+    }
+    kinds = sorted(
+        set(fields.get("layer_types") or ()), key=lambda kind: (kind == "full_attention", kind)
+    )
     if len(kinds) > 1:
         small |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
-    elif "sliding_window" in small:  # of all layers: longer than what a pruned run reads, so that it prunes within
+    elif (
+        "sliding_window" in small
+    ):  # of all layers: longer than what a pruned run reads, so that it prunes within
         small["sliding_window"] = 200
     if "kv_lora_rank" in small:  # a head has its own keys, of which this many numbers are rotated
         small |= {"num_key_value_heads": HEADS, "head_dim": SIZES["qk_rope_head_dim"]}
@@ -131,7 +162,9 @@ def _merge(fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     merged = dict(fields)
     for name, value in more.items():
         inner = merged.get(name)
-        merged[name] = _merge(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+        merged[name] = (
+            _merge(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+        )
     return merged
 
 

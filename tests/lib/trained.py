@@ -1,5 +1,5 @@
-"""A short fine-tuning through the sparse path: each process of `torchrun` trains on its part of every batch, and saves the losses
-of all, for `test_training.py` to compare.
+"""A short fine-tuning through the sparse path: each process of `torchrun` trains on its part of
+every batch, and saves the losses of all, for `test_training.py` to compare.
 
     torchrun --nproc-per-node 2 tests/lib/trained.py FOLDER
 
@@ -25,8 +25,11 @@ STEPS, ROWS, TOKENS, RATE = 3, 4, 150, 0.05
 
 
 def batches() -> torch.Tensor:
-    """Token ids `[STEPS, ROWS, TOKENS]`, the same rows at every step, so that their loss must fall."""
-    return torch.randint(3, VOCAB - 1, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)).expand(STEPS, -1, -1)
+    """Token ids `[STEPS, ROWS, TOKENS]`, the same rows at every step, so that their loss must
+    fall."""
+    return torch.randint(
+        3, VOCAB - 1, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)
+    ).expand(STEPS, -1, -1)
 
 
 def paths(model: torch.nn.Module) -> list[str]:
@@ -64,9 +67,17 @@ def by_fsdp() -> dict[str, Any]:
 def by_trainer(folder: Path) -> dict[str, Any]:
     """With Transformers' `Trainer`, which is accelerate's."""
     model = make_model("llama")
-    settings = dict(optim="sgd", learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0)
+    settings = dict(
+        optim="sgd",
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+    )
     rows = ROWS // distributed.get_world_size()
-    order = dict(per_device_train_batch_size=rows, max_steps=STEPS, train_sampling_strategy="sequential")
+    order = dict(
+        per_device_train_batch_size=rows, max_steps=STEPS, train_sampling_strategy="sequential"
+    )
     quiet = dict(logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True)
     arguments = TrainingArguments(str(folder), use_cpu=True, **settings, **order, **quiet)
     data = [{"input_ids": row, "labels": row} for row in batches().flatten(0, 1)]

@@ -15,7 +15,8 @@ from hip_hf.state import DecodeState
 
 @dataclass
 class Kept:
-    """A selection that later steps may reuse: blocks by query head, the window's start, and the row it was made for."""
+    """A selection that later steps may reuse: blocks by query head, the window's start, and the row
+    it was made for."""
 
     blocks: list[torch.Tensor]
     window_start: int
@@ -24,7 +25,8 @@ class Kept:
 
 @dataclass
 class Twin:
-    """A batch of growing sequences, its `DecodeState` under test, and the plain knowledge of what must come out."""
+    """A batch of growing sequences, its `DecodeState` under test, and the plain knowledge of what
+    must come out."""
 
     config: HiPConfig
     pads: list[int]
@@ -50,11 +52,28 @@ class Twin:
 
     def call(self, rows: int) -> None:
         """New tokens for every sequence; the output must be right."""
-        q, k, v = make_qkv(rows, None, len(self.pads), self.heads, self.groups, self.dim, dtype=torch.float64)
+        q, k, v = make_qkv(
+            rows, None, len(self.pads), self.heads, self.groups, self.dim, dtype=torch.float64
+        )
         self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
-        got = sparse(q, self.k, self.v, self.config, self.starts, state=self.state, need_mask=False, **self.fields)
+        got = sparse(
+            q,
+            self.k,
+            self.v,
+            self.config,
+            self.starts,
+            state=self.state,
+            need_mask=False,
+            **self.fields,
+        )
         read = self.reads(q)
-        out, lse = eager(q, self.k, self.v, read, **{n: x for n, x in self.fields.items() if n != "sliding_window"})
+        out, lse = eager(
+            q,
+            self.k,
+            self.v,
+            read,
+            **{n: x for n, x in self.fields.items() if n != "sliding_window"},
+        )
         assert_near(got.out, out, 1e-10)
         assert_near(got.lse, lse, 1e-10, "lse")
 
@@ -64,13 +83,26 @@ class Twin:
         fresh: BlockMask | None = None
         for b, start in enumerate(self.starts):
             last, kept = self.length - 1 - start, self.kept[b]
-            if q.shape[2] == 1 and kept is not None and last - kept.position < self.config.decode_refresh:
+            if (
+                q.shape[2] == 1
+                and kept is not None
+                and last - kept.position < self.config.decode_refresh
+            ):
                 read[b, :, 0] = self.again(kept, start, last)
                 self.reused += 1
                 continue
             if fresh is None:
-                fresh = sparse(q, self.k, self.v, self.config, self.starts, state=DecodeState(), **self.fields).mask
-                anew = read_mask(fresh, self.config, q, self.k, self.starts, sliding=self.fields.get("sliding_window"))
+                fresh = sparse(
+                    q, self.k, self.v, self.config, self.starts, state=DecodeState(), **self.fields
+                ).mask
+                anew = read_mask(
+                    fresh,
+                    self.config,
+                    q,
+                    self.k,
+                    self.starts,
+                    sliding=self.fields.get("sliding_window"),
+                )
             read[b], self.kept[b] = anew[b], None
             if min(q.shape[2], last + 1) <= 16 and last >= 0:  # a step, for this sequence
                 row = int((fresh.first[b] == last).nonzero())
@@ -86,7 +118,9 @@ class Twin:
         sliding = self.fields.get("sliding_window") or self.length
         seen = (at >= 0) & (at <= last) & (at > last - sliding)
         always = (at < -(-self.config.sink // bk) * bk) | (at >= kept.window_start)
-        return torch.stack([seen & (always | torch.isin(at // bk, blocks)) for blocks in kept.blocks])
+        return torch.stack(
+            [seen & (always | torch.isin(at // bk, blocks)) for blocks in kept.blocks]
+        )
 
     def crop(self, length: int) -> None:
         self.state.crop(length)

@@ -1,4 +1,5 @@
-"""Tensors of real sizes: what a million tokens of sixteen sequences need. Only what is touched of them takes memory."""
+"""Tensors of real sizes: what a million tokens of sixteen sequences need. Only what is touched of
+them takes memory."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def zeros(count: int, dtype: Any) -> np.ndarray:
 
 
 class Vast(TorchDispatchMode):
-    """While it is entered, fresh memory is zeros; large tensors are mapped, of random numbers as well, which are zeros, too."""
+    """While it is entered, fresh memory is zeros; large tensors are mapped, of random numbers as
+    well, which are zeros, too."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -41,6 +43,10 @@ class Vast(TorchDispatchMode):
         shaped = func(*args, **{**kwargs, "device": "meta"})
         size = shaped.numel() * shaped.element_size()
         if size >= LARGE:
-            return torch.from_numpy(zeros(size, np.uint8)).view(shaped.dtype).as_strided(shaped.shape, shaped.stride())
+            return (
+                torch.from_numpy(zeros(size, np.uint8))
+                .view(shaped.dtype)
+                .as_strided(shaped.shape, shaped.stride())
+            )
         found = func(*args, **kwargs)
         return found.zero_() if func.overloadpacket in FRESH else found

@@ -1,4 +1,5 @@
-"""A new rule is one file and one line in the registry: everything else knows of it by what it declares."""
+"""A new rule is one file and one line in the registry: everything else knows of it by what it
+declares."""
 
 from __future__ import annotations
 
@@ -158,21 +159,30 @@ def test_costs(spread: str, bare: str) -> None:
     assert known is not None
     assert known.selection > 0
     assert prompt_cost(HiPConfig(method=bare, budget=32), 1000) is None
-    with pytest.raises(ValueError, match=r"got 'bare', allowed: one whose selector has a `cost\(block, dim\)`"):
+    with pytest.raises(
+        ValueError, match=r"got 'bare', allowed: one whose selector has a `cost\(block, dim\)`"
+    ):
         mass.measure(problem, [small(method=bare)])
 
 
 def test_documentation(spread: str, bare: str) -> None:
     rows = table().splitlines()
     assert "| `spread` | blocks that are spread evenly | `every` |" in rows
-    assert "| `bare` | Blocks from the middle's beginning: a rule that takes nothing from this package. |  |" in rows
+    assert (
+        "| `bare` | Blocks from the middle's beginning: a rule that takes nothing from this package. |  |"
+        in rows
+    )
 
 
-def test_a_file_without_a_declaration_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_a_declaration_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty_rule.py").write_text("METHOD = None\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(METHODS, "empty", "empty_rule")
-    with pytest.raises(TypeError, match=r"METHOD of 'empty': got NoneType, allowed: hip_hf\.methods\.base\.Method"):
+    with pytest.raises(
+        TypeError, match=r"METHOD of 'empty': got NoneType, allowed: hip_hf\.methods\.base\.Method"
+    ):
         method_of("empty")
     _declared.pop("empty")
 

@@ -48,7 +48,10 @@ GOOD = [
     *[("vote", name) for name in ("need", "sampled")],
     *[("backend", name) for name in ("auto", "torch")],
     *[("delta_mode", name) for name in ("clusters", "step")],
-    *[(name, 0) for name in ("sink", "window", "dense_tail", "dense_below", "seed", "dense_layers")],
+    *[
+        (name, 0)
+        for name in ("sink", "window", "dense_tail", "dense_below", "seed", "dense_layers")
+    ],
     *[(name, 1) for name in ("block_q", "query_stride", "beam", "rescore", "decode_refresh")],
     *[(name, None) for name in ("beam", "rescore")],
     ("budget", 16),
@@ -67,7 +70,10 @@ GOOD = [
 BAD = [
     ("method", "hyped", "streaming"),
     ("method", None, "oracle"),
-    *[("representative", name, "blend | minmax | middle") for name in ("median", "mean", "outliers")],
+    *[
+        ("representative", name, "blend | minmax | middle")
+        for name in ("median", "mean", "outliers")
+    ],
     ("score", "sum", "mass"),
     *[("vote", name, "need | sampled") for name in ("all", "pooled")],
     ("backend", "cuda", "torch"),
@@ -77,11 +83,25 @@ BAD = [
     ("extend", "self", "None | streaming"),
     ("group_shared", 1, "True or False"),
     ("group_shared", None, "True or False"),
-    *[(name, 0, ">= 1") for name in ("budget", "block_q", "block_k", "query_stride", "beam", "rescore", "decode_refresh")],
+    *[
+        (name, 0, ">= 1")
+        for name in (
+            "budget",
+            "block_q",
+            "block_k",
+            "query_stride",
+            "beam",
+            "rescore",
+            "decode_refresh",
+        )
+    ],
     *[(name, -1, ">= 0") for name in ("sink", "window", "dense_tail", "seed", "dense_below")],
     *[(name, 1.0, "integer") for name in ("budget", "block_k", "window", "beam", "dense_below")],
     *[(name, "8", "integer") for name in ("budget", "sink", "rescore", "dense_below", "seed")],
-    *[(name, True, "integer") for name in ("block_q", "query_stride", "decode_refresh", "dense_tail", "dense_below")],
+    *[
+        (name, True, "integer")
+        for name in ("block_q", "query_stride", "decode_refresh", "dense_tail", "dense_below")
+    ],
     *[(name, None, "integer") for name in ("budget", "block_k", "sink", "window")],
     ("budget", 24, "multiple of block_k=16"),
     ("coarsest", 0, "power of two"),
@@ -112,10 +132,22 @@ BAD = [
 
 def test_defaults_are_those_of_the_contract() -> None:
     config = HiPConfig()
-    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS, "named here and in docs/settings.md"
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS, (
+        "named here and in docs/settings.md"
+    )
     # beam and rescore: numbers of candidates, by measurement (docs/decisions.md)
-    assert (config.vote, config.query_stride, config.beam, config.rescore) == ("need", 8, None, None)
-    assert {f.name for f in dataclasses.fields(HiPConfig)} == set(DEFAULTS) | {"beam", "rescore", "query_stride", "vote"}
+    assert (config.vote, config.query_stride, config.beam, config.rescore) == (
+        "need",
+        8,
+        None,
+        None,
+    )
+    assert {f.name for f in dataclasses.fields(HiPConfig)} == set(DEFAULTS) | {
+        "beam",
+        "rescore",
+        "query_stride",
+        "vote",
+    }
 
 
 @pytest.mark.parametrize(("name", "value"), GOOD)
@@ -154,10 +186,13 @@ def test_budget_and_coarsest_follow_block_k() -> None:
 
 def test_from_dict_refuses_unknown_fields_with_a_hint() -> None:
     with pytest.raises(
-        ValueError, match=r"HiPConfig\.budgt: unknown field with value 3 \(did you mean 'budget'\?\), allowed: \["
+        ValueError,
+        match=r"HiPConfig\.budgt: unknown field with value 3 \(did you mean 'budget'\?\), allowed: \[",
     ):
         HiPConfig.from_dict({"budgt": 3})
-    with pytest.raises(ValueError, match=r"HiPConfig\.xyzzy: unknown field with value 3, allowed: \["):
+    with pytest.raises(
+        ValueError, match=r"HiPConfig\.xyzzy: unknown field with value 3, allowed: \["
+    ):
         HiPConfig.from_dict({"xyzzy": 3})
     with pytest.raises(ValueError, match=r"from_dict: got list"):
         HiPConfig.from_dict([("budget", 32)])  # type: ignore[arg-type]
@@ -223,26 +258,39 @@ def test_round_trip_through_json() -> None:
     assert json.dumps(back.to_dict()) == text
     assert list(back.layers) == [3, 11]
     assert back.dense_layers == [0, 2]
-    assert HiPConfig.from_dict({}) == HiPConfig() == HiPConfig.from_dict(json.loads(json.dumps(HiPConfig().to_dict())))
+    assert (
+        HiPConfig.from_dict({})
+        == HiPConfig()
+        == HiPConfig.from_dict(json.loads(json.dumps(HiPConfig().to_dict())))
+    )
 
 
 def test_unknown_names_are_refused_as_from_dict_refuses_them() -> None:
     with pytest.raises(
-        ValueError, match=r"^HiPConfig.budgte: unknown field with value 3 \(did you mean 'budget'\?\), allowed: \["
+        ValueError,
+        match=r"^HiPConfig.budgte: unknown field with value 3 \(did you mean 'budget'\?\), allowed: \[",
     ):
         HiPConfig(budgte=3)
     with pytest.raises(ValueError, match=r"^HiPConfig.budgte: unknown field"):
         dataclasses.replace(HiPConfig(), budgte=3)
-    assert pickle.loads(pickle.dumps(HiPConfig(budget=64))) == copy.deepcopy(HiPConfig(budget=64)) == HiPConfig(budget=64)
+    assert (
+        pickle.loads(pickle.dumps(HiPConfig(budget=64)))
+        == copy.deepcopy(HiPConfig(budget=64))
+        == HiPConfig(budget=64)
+    )
 
 
 def test_a_layer_is_named_once() -> None:
-    with pytest.raises(ValueError, match=r"^HiPConfig.layers: got \['1', 1\], allowed: each layer once"):
+    with pytest.raises(
+        ValueError, match=r"^HiPConfig.layers: got \['1', 1\], allowed: each layer once"
+    ):
         HiPConfig(layers={"1": {"budget": 64}, 1: {"budget": 128}})
 
 
 def test_layer_overrides() -> None:
-    config = HiPConfig(budget=512, layers={"2": {"budget": 4096, "dense_layers": 0}, 4: {"method": "streaming"}})  # type: ignore[dict-item]
+    config = HiPConfig(
+        budget=512, layers={"2": {"budget": 4096, "dense_layers": 0}, 4: {"method": "streaming"}}
+    )  # type: ignore[dict-item]
     assert list(config.layers) == [2, 4]
     assert config.for_layer(2).budget == 4096
     assert config.for_layer(2).window == config.window
@@ -281,14 +329,20 @@ def test_a_bad_override_names_its_layer(fields: dict[str, Any], says: str) -> No
         ({"budget": 256, "beam": 1, "rescore": 1}, 16, 0),
     ],
 )
-def test_blocks_that_the_search_keeps_and_scores_exactly(fields: dict[str, Any], kept: int, rescored: int) -> None:
+def test_blocks_that_the_search_keeps_and_scores_exactly(
+    fields: dict[str, Any], kept: int, rescored: int
+) -> None:
     config = HiPConfig(**fields)
     assert (config.beam_blocks, config.rescore_blocks) == (kept, rescored)
 
 
 def test_dense_layers_by_count_and_by_list() -> None:
     assert [HiPConfig(dense_layers=2).is_dense_layer(i) for i in (0, 1, 2)] == [True, True, False]
-    assert [HiPConfig(dense_layers=[1]).is_dense_layer(i) for i in (0, 1, 2)] == [False, True, False]
+    assert [HiPConfig(dense_layers=[1]).is_dense_layer(i) for i in (0, 1, 2)] == [
+        False,
+        True,
+        False,
+    ]
     assert not HiPConfig(dense_layers=2).is_dense_layer(None)
 
 
@@ -308,7 +362,9 @@ def test_does_not_share_the_callers_containers() -> None:
 
 
 def test_to_dict_hands_out_copies() -> None:
-    config = HiPConfig(options={"weight": 0.25}, layers={1: {"options": {"weight": 0.5}}}, dense_layers=[0])
+    config = HiPConfig(
+        options={"weight": 0.25}, layers={1: {"options": {"weight": 0.5}}}, dense_layers=[0]
+    )
     before, values = json.dumps(config.to_dict()), config.to_dict()
     values["options"]["weight"] = values["layers"]["1"]["options"]["weight"] = -1.0
     values["dense_layers"].append(-1)

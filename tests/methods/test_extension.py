@@ -1,4 +1,5 @@
-"""Positions given at attention time, each rule against a plain implementation of it: loops, complex numbers, float64."""
+"""Positions given at attention time, each rule against a plain implementation of it: loops, complex
+numbers, float64."""
 
 from __future__ import annotations
 
@@ -19,20 +20,34 @@ from hip_hf.state import DecodeState
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, distance: dict[tuple[int, int], int], by: Rope
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    distance: dict[tuple[int, int], int],
+    by: Rope,
 ) -> torch.Tensor:
-    """Rows of one head: q `[n, D]`, k `[T, D]`, v `[T, Dv]`, seen `[n, T]`; the distance of every pair that is seen."""
+    """Rows of one head: q `[n, D]`, k `[T, D]`, v `[T, Dv]`, seen `[n, T]`; the distance of every
+    pair that is seen."""
     out = torch.zeros(len(q), v.shape[1], dtype=torch.float64)
     for i in range(len(q)):
         keys = seen[i].nonzero().flatten().tolist()
-        logits = torch.tensor([product(q[i], k[j], distance[i, j], by) for j in keys], dtype=torch.float64) * q.shape[1] ** -0.5
+        logits = (
+            torch.tensor(
+                [product(q[i], k[j], distance[i, j], by) for j in keys], dtype=torch.float64
+            )
+            * q.shape[1] ** -0.5
+        )
         out[i] = torch.softmax(logits, 0) @ v[keys]
     return out
 
 
-def places(seen: torch.Tensor, config: HiPConfig, first: int, trained: int, rows: int) -> dict[tuple[int, int], int]:
-    """Distances by the streaming rule, for rows that begin at position `first`: what a query block reads is numbered
-    consecutively, up to its last row's key; no key counts as farther than was trained."""
+def places(
+    seen: torch.Tensor, config: HiPConfig, first: int, trained: int, rows: int
+) -> dict[tuple[int, int], int]:
+    """Distances by the streaming rule, for rows that begin at position `first`: what a query block
+    reads is numbered consecutively, up to its last row's key; no key counts as farther than was
+    trained."""
     distance, row = {}, 0
     while row < rows:
         size = 1 if rows <= 16 else config.block_q - (first + row) % config.block_q
@@ -41,7 +56,10 @@ def places(seen: torch.Tensor, config: HiPConfig, first: int, trained: int, rows
         place = {key: at for at, key in enumerate(listed)}
         for i in range(row, last + 1):
             own = place[first + i]
-            distance |= {(i, j): min(own - place[j], trained - 1) for j in seen[i].nonzero().flatten().tolist()}
+            distance |= {
+                (i, j): min(own - place[j], trained - 1)
+                for j in seen[i].nonzero().flatten().tolist()
+            }
         row = last + 1
     return distance
 
@@ -55,7 +73,9 @@ def check_streaming(config: HiPConfig, tokens: int, rows: int, trained: int, **f
     for head in range(q.shape[1]):
         distance = places(seen[0, head], config, tokens - rows, trained, rows)
         assert max(distance.values()) < trained
-        assert any(d != tokens - rows + i - j for (i, j), d in distance.items()), "nothing was moved"
+        assert any(d != tokens - rows + i - j for (i, j), d in distance.items()), (
+            "nothing was moved"
+        )
         want = attention(q[0, head], k[0, 0], v[0, 0], seen[0, head], distance, where.rope)
         assert_near(result.out[0, head], want, 1e-9, f"head {head}")
 
@@ -74,7 +94,9 @@ def test_what_rounding_puts_beyond_the_trained_length_counts_as_farthest(trained
 
 @pytest.mark.parametrize("group_shared", [True, False])
 @pytest.mark.parametrize("chunk_indexed", [True, False])
-def test_streaming_positions_whatever_the_selection(group_shared: bool, chunk_indexed: bool) -> None:
+def test_streaming_positions_whatever_the_selection(
+    group_shared: bool, chunk_indexed: bool
+) -> None:
     config = small(**EXTENDED, group_shared=group_shared)
     q, k, v = make_qkv(150, 40, dtype=torch.float64)
     where = positions(64, chunk_indexed)
@@ -83,7 +105,9 @@ def test_streaming_positions_whatever_the_selection(group_shared: bool, chunk_in
     seen = read_mask(result.mask, config, q, k)
     for head in range(4):
         distance = places(seen[0, head], config, 110, 64, 40)
-        want = attention(q[0, head], k[0, head // 2], v[0, head // 2], seen[0, head], distance, where.rope)
+        want = attention(
+            q[0, head], k[0, head // 2], v[0, head // 2], seen[0, head], distance, where.rope
+        )
         assert_near(result.out[0, head], want, 1e-9)
 
 
@@ -96,7 +120,11 @@ def test_dense_rows_clamp_distances(rows: int, trained: int, poison: None) -> No
     result = attend(make_problem(q, k, v, positions=where), config, need_lse=rows == 33)
     assert result.path == "dense"
     seen = torch.ones(rows, 131, dtype=torch.bool).tril(131 - rows)
-    distance = {(i, j): min(131 - rows + i - j, trained - 1) for i in range(rows) for j in range(131 - rows + i + 1)}
+    distance = {
+        (i, j): min(131 - rows + i - j, trained - 1)
+        for i in range(rows)
+        for j in range(131 - rows + i + 1)
+    }
     want = attention(q[0, 0], k[0, 0], v[0, 0], seen, distance, where.rope)
     assert_near(result.out[0, 0], want, 1e-9)
 
@@ -118,28 +146,50 @@ def test_dense_tiles_are_cut_where_keys_become_too_far(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("chunk_indexed", [True, False])
 @pytest.mark.parametrize("representative", REPRESENTATIVES)
-def test_selection_for_every_representative(representative: str, chunk_indexed: bool, poison: None) -> None:
-    check_selection(small(**EXTENDED, representative=representative), 163, 35, positions(128, chunk_indexed))
+def test_selection_for_every_representative(
+    representative: str, chunk_indexed: bool, poison: None
+) -> None:
+    check_selection(
+        small(**EXTENDED, representative=representative), 163, 35, positions(128, chunk_indexed)
+    )
 
 
 @pytest.mark.parametrize("chunk_indexed", [True, False])
 @pytest.mark.parametrize("trained", [40, 128])
-@pytest.mark.parametrize("fields", [{"vote": "sampled"}, {"query_stride": 8}, {"query_stride": 8, "options": {"sample": 4}}])
-def test_selection_for_choices_of_voters(fields: dict[str, Any], trained: int, chunk_indexed: bool, poison: None) -> None:
-    """40 positions are fewer than a row reads: there some of the sink counts as nearer than its place says."""
-    check_selection(small(**EXTENDED, **fields), 163, 35, positions(trained, chunk_indexed, scaling=1.2))
+@pytest.mark.parametrize(
+    "fields",
+    [{"vote": "sampled"}, {"query_stride": 8}, {"query_stride": 8, "options": {"sample": 4}}],
+)
+def test_selection_for_choices_of_voters(
+    fields: dict[str, Any], trained: int, chunk_indexed: bool, poison: None
+) -> None:
+    """40 positions are fewer than a row reads: there some of the sink counts as nearer than its
+    place says."""
+    check_selection(
+        small(**EXTENDED, **fields), 163, 35, positions(trained, chunk_indexed, scaling=1.2)
+    )
 
 
 @pytest.mark.parametrize("chunk_indexed", [True, False])
-@pytest.mark.parametrize("fields", [{"rescore": 2}, {"rescore": 4, "beam": 1}, {"score": "max"}, {"coarsest": 8, "sink": 0}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"rescore": 2}, {"rescore": 4, "beam": 1}, {"score": "max"}, {"coarsest": 8, "sink": 0}],
+)
 def test_selection_for_shapes_of_the_tree(fields: dict[str, Any], chunk_indexed: bool) -> None:
-    check_selection(small(**{**EXTENDED, "budget": 8, **fields}), 163, 19, positions(128, chunk_indexed, scaling=1.2))
+    check_selection(
+        small(**{**EXTENDED, "budget": 8, **fields}),
+        163,
+        19,
+        positions(128, chunk_indexed, scaling=1.2),
+    )
 
 
 @pytest.mark.parametrize("trained", [44, 52])
 def test_chunks_beyond_the_trained_length_are_equally_far(trained: int) -> None:
     config = small(**EXTENDED)
-    assert trained - 1 - config.window - config.block_k - config.block_q < 32 - 9  # chunks before the window
+    assert (
+        trained - 1 - config.window - config.block_k - config.block_q < 32 - 9
+    )  # chunks before the window
     check_selection(config, 163, 35, positions(trained, True, dim=12))
 
 
@@ -149,7 +199,9 @@ def test_selection_in_decode() -> None:
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method_of(method).extends])
 @pytest.mark.parametrize("tokens", [33, 131])
-def test_a_covering_budget_is_dense_attention_within_the_trained_length(method: str, tokens: int) -> None:
+def test_a_covering_budget_is_dense_attention_within_the_trained_length(
+    method: str, tokens: int
+) -> None:
     config = small(**{**EXTENDED, "budget": 128, "window": 128}, method=method)
     q, k, v = make_qkv(tokens)
     where = positions(512, scaling=1.1)
@@ -163,7 +215,9 @@ def test_a_covering_budget_is_dense_attention_within_the_trained_length(method: 
 
 def rotated(x: torch.Tensor, angles: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
     """As models rotate: all at their own positions; angles `[T, D / 2]`."""
-    cos, sin = (torch.cat([f(angles), f(angles)], -1).to(x.dtype) * scaling for f in (torch.cos, torch.sin))
+    cos, sin = (
+        torch.cat([f(angles), f(angles)], -1).to(x.dtype) * scaling for f in (torch.cos, torch.sin)
+    )
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
@@ -176,14 +230,18 @@ def test_as_exact_as_the_model_in_its_dtype(method: str, dtype: torch.dtype) -> 
     where = positions(512)
     got = hip_attention(q, k, v, config=config, positions=where)
     seen, at = torch.ones(200, 200, dtype=torch.bool).tril(), torch.arange(200)[:, None]
-    angles, exact = at * where.rope.inv_freq, at.double() * where.rope.inv_freq.double()  # models compute them in fp32
+    angles, exact = (
+        at * where.rope.inv_freq,
+        at.double() * where.rope.inv_freq.double(),
+    )  # models compute them in fp32
     plain = eager(rotated(q, angles), rotated(k, angles), v, seen, dtype=dtype)[0]
     want = eager(rotated(q.double(), exact), rotated(k.double(), exact), v, seen)[0]
     assert_near(got, want, 2 * float((plain - want).abs().max()))
 
 
 @pytest.mark.parametrize(
-    ("method", "chunk_indexed"), [("hip", True), ("hip", False), ("staged", True), ("staged", False), ("streaming", False)]
+    ("method", "chunk_indexed"),
+    [("hip", True), ("hip", False), ("staged", True), ("staged", False), ("streaming", False)],
 )
 def test_padding_chunks_and_steps_change_nothing(method: str, chunk_indexed: bool) -> None:
     """A padded row, a prompt in chunks and steps with kept state give what one call gives."""
@@ -197,11 +255,20 @@ def test_padding_chunks_and_steps_change_nothing(method: str, chunk_indexed: boo
     assert_near(got[:, :, 11:], once, 1e-9)
     state, parts = DecodeState(), []
     for first, last in [(0, 64), (64, 144), *((i, i + 1) for i in range(144, 150))]:
-        part = hip_attention(q[:, :, first:last], k[:, :, :last], v[:, :, :last], config=config, positions=where, state=state)
+        part = hip_attention(
+            q[:, :, first:last],
+            k[:, :, :last],
+            v[:, :, :last],
+            config=config,
+            positions=where,
+            state=state,
+        )
         parts.append(part)
     assert_near(torch.cat(parts, 2)[:, :, :144], once[:, :, :144], 1e-9)
     for i in range(144, 150):
-        alone = hip_attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], config=config, positions=where)
+        alone = hip_attention(
+            q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], config=config, positions=where
+        )
         assert_near(parts[i - 142], alone, 1e-9)
 
 
@@ -209,7 +276,9 @@ def test_a_kept_selection_is_placed_anew_at_every_step() -> None:
     config = small(**EXTENDED, decode_refresh=4)
     q, k, v = make_qkv(140, dtype=torch.float64, heads=1)
     where, state = positions(64), DecodeState()
-    hip_attention(q[:, :, :120], k[:, :, :120], v[:, :, :120], config=config, positions=where, state=state)
+    hip_attention(
+        q[:, :, :120], k[:, :, :120], v[:, :, :120], config=config, positions=where, state=state
+    )
     windows = []
     for i in range(120, 130):
         now = make_problem(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], positions=where)
@@ -219,7 +288,9 @@ def test_a_kept_selection_is_placed_anew_at_every_step() -> None:
         seen = read_mask(result.mask, config, now.q, now.k, window=window)
         for head in range(2):
             distance = places(seen[0, head], config, i, 64, 1)
-            want = attention(now.q[0, head], now.k[0, 0], now.v[0, 0], seen[0, head], distance, where.rope)
+            want = attention(
+                now.q[0, head], now.k[0, 0], now.v[0, 0], seen[0, head], distance, where.rope
+            )
             assert_near(result.out[0, head], want, 1e-9)
     assert len(set(windows)) < len(windows)
 
@@ -240,10 +311,19 @@ BAD = [
     (dict(config=HiPConfig(extend="streaming")), "positions: got None, allowed: Positions"),
     (dict(config=HiPConfig(), positions=positions()), "allowed: None without config.extend"),
     (dict(config=small(**EXTENDED), positions=7), "positions: got int"),
-    (dict(config=small(**EXTENDED), positions=positions(35)), "got 36 keys and block_q=16, allowed .* trained 35"),
+    (
+        dict(config=small(**EXTENDED), positions=positions(35)),
+        "got 36 keys and block_q=16, allowed .* trained 35",
+    ),
     (dict(config=small(**EXTENDED, block_q=65), positions=positions(64)), "block_q=65"),
-    (dict(config=small(**EXTENDED), positions=positions(64, dim=32)), "positions.rope: got 32 .* head dim 16"),
-    (dict(config=small(**EXTENDED), positions=positions(64), sliding_window=40), "sliding_window: got 40"),
+    (
+        dict(config=small(**EXTENDED), positions=positions(64, dim=32)),
+        "positions.rope: got 32 .* head dim 16",
+    ),
+    (
+        dict(config=small(**EXTENDED), positions=positions(64), sliding_window=40),
+        "sliding_window: got 40",
+    ),
 ]
 
 
@@ -257,7 +337,10 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     ("fields", "message"),
     [
         ({"extend": "rope"}, r"extend: got 'rope', allowed: None \| streaming"),
-        ({"extend": "streaming", "method": "vertical_slash"}, r"method: got 'vertical_slash', allowed: with `extend`: hip \|"),
+        (
+            {"extend": "streaming", "method": "vertical_slash"},
+            r"method: got 'vertical_slash', allowed: with `extend`: hip \|",
+        ),
         ({"extend": "streaming", "method": "hyper"}, "method: got 'hyper'"),
         ({"extend": "streaming", "delta": 64}, "delta: got 64, allowed: None with `extend`"),
         ({"layers": {1: {"extend": "streaming"}}}, "`extend`, which holds for all layers"),

@@ -1,4 +1,5 @@
-"""The staged search where positions are given at attention time, against the same with loops; and who places chunks at all."""
+"""The staged search where positions are given at attention time, against the same with loops; and
+who places chunks at all."""
 
 from __future__ import annotations
 
@@ -18,11 +19,17 @@ STAGES = [[[16, 64, 1], [8, 32, 1], [4, 16, 1]], [[16, 32, 1], [4, 16, 1]], [[4,
 
 
 class Placed(Written):
-    """`rows` are turned already, as if every key were just outside the window, which begins with key `end`. `chunks`: how far a
-    chunk may be before it; None: not chunk-indexed."""
+    """`rows` are turned already, as if every key were just outside the window, which begins with
+    key `end`. `chunks`: how far a chunk may be before it; None: not chunk-indexed."""
 
     def __init__(
-        self, keys: torch.Tensor, rows: torch.Tensor, score: str, end: int, where: Positions, chunks: int | None
+        self,
+        keys: torch.Tensor,
+        rows: torch.Tensor,
+        score: str,
+        end: int,
+        where: Positions,
+        chunks: int | None,
     ) -> None:
         super().__init__(keys, rows, score, DIM**-0.5)
         self.end, self.where, self.chunks = end, where, chunks
@@ -31,7 +38,9 @@ class Placed(Written):
         keys, last = self.keys, self.end // size - 1
         if self.chunks is not None:
             back = [min(max(0, last - at // size), self.chunks) for at in range(len(keys))]
-            self.keys = torch.stack([turned(key, -n, self.where.rope) for key, n in zip(keys, back, strict=True)])
+            self.keys = torch.stack(
+                [turned(key, -n, self.where.rope) for key, n in zip(keys, back, strict=True)]
+            )
         try:
             return super().descend(chunks, size)
         finally:
@@ -54,10 +63,16 @@ def test_every_stage_places_its_own_chunks(
         if high - low <= config.budget // config.block_k:
             continue
         end = high * config.block_k
-        placed = [turned(q[0, g, p - (163 - rows)], min(p - end + 1, trained - 1), where.rope) for g in range(2) for p in block]
+        placed = [
+            turned(q[0, g, p - (163 - rows)], min(p - end + 1, trained - 1), where.rope)
+            for g in range(2)
+            for p in block
+        ]
         votes = torch.stack(placed)
         votes[:, : where.rope.dim] *= where.rope.scaling**2
-        search = Placed(k[0, 0], votes, config.score, end, where, farthest if chunk_indexed else None)
+        search = Placed(
+            k[0, 0], votes, config.score, end, where, farthest if chunk_indexed else None
+        )
         assert got[0, n] == search.run(stages, low, high, config.block_k), f"query block {n}"
         searched += 1
     assert searched
@@ -65,8 +80,12 @@ def test_every_stage_places_its_own_chunks(
 
 @pytest.mark.parametrize("method", ["hip", "quest", "staged", "oracle", "streaming"])
 def test_which_methods_place_chunks(method: str) -> None:
-    """`oracle` looks at true scores of keys just outside the window, in all layers; `streaming` at nothing."""
+    """`oracle` looks at true scores of keys just outside the window, in all layers; `streaming` at
+    nothing."""
     q, k, v = make_qkv(400, 40)
     config = small(**EXTENDED, method=method)
-    outs: list[Any] = [hip_attention(q, k, v, config=config, positions=positions(128, indexed)) for indexed in (True, False)]
+    outs: list[Any] = [
+        hip_attention(q, k, v, config=config, positions=positions(128, indexed))
+        for indexed in (True, False)
+    ]
     assert torch.equal(*outs) == (method in ("oracle", "streaming"))

@@ -1,4 +1,5 @@
-"""HyperAttention: what it weighs, written down again from its description; the estimate is unbiased, every key counts once."""
+"""HyperAttention: what it weighs, written down again from its description; the estimate is
+unbiased, every key counts once."""
 
 from __future__ import annotations
 
@@ -24,16 +25,24 @@ def config_of(seed: int = 0, **options: Any) -> HiPConfig:
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2)])
 @pytest.mark.parametrize(("tokens", "rows"), [(64, 64), (101, 101), (101, 60), (120, 17)])
-@pytest.mark.parametrize("options", [{}, dict(block_size=16, sample_size=50), dict(sample_size=0), dict(lsh_num_projs=2)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(block_size=16, sample_size=50), dict(sample_size=0), dict(lsh_num_projs=2)]
+)
 @pytest.mark.usefixtures("poison")
-def test_it_weighs_what_is_written_down(tokens: int, rows: int, shape: tuple[int, int], options: dict[str, Any]) -> None:
+def test_it_weighs_what_is_written_down(
+    tokens: int, rows: int, shape: tuple[int, int], options: dict[str, Any]
+) -> None:
     q, k, v = make_qkv(tokens, rows, heads=shape[0], groups=shape[1], dv=8)
     config = config_of(**options)
     weight = weights(q, k, config)
     for fields in (dict(), dict(softcap=2.0, sinks=torch.linspace(-1, 2, q.shape[1]))):
         got = attend(make_problem(q, k, v, **fields), config, need_lse=True)
         # a key that counts w times is one whose logit is log(w) larger
-        logits = q.double() @ k.double().repeat_interleave(shape[1], 1).transpose(2, 3) * q.shape[3] ** -0.5
+        logits = (
+            q.double()
+            @ k.double().repeat_interleave(shape[1], 1).transpose(2, 3)
+            * q.shape[3] ** -0.5
+        )
         if fields:
             logits = 2 * torch.tanh(logits / 2)
         logits = (logits + weight.log())[0]
@@ -46,7 +55,8 @@ def test_it_weighs_what_is_written_down(tokens: int, rows: int, shape: tuple[int
 
 
 def test_every_key_counts_once() -> None:
-    """Pairs are in one part only; within a square, own keys once, sampled ones for all the others, none for both."""
+    """Pairs are in one part only; within a square, own keys once, sampled ones for all the others,
+    none for both."""
     q, k, _ = make_qkv(90, heads=1, groups=2)
     count = torch.zeros(90, 90)
     for some, others, exact in pairs(0, 90, 24):
@@ -54,12 +64,17 @@ def test_every_key_counts_once() -> None:
             count[i, others.start : (i + 1 if exact else others.stop)] += 1
     assert torch.equal(count, torch.ones(90, 90).tril())
     weight = weights(q, k, config_of())
-    one_or_many = (weight == 0) | (weight == 1) | (weight > 2)  # the smallest square has 22 keys and samples 6
+    one_or_many = (
+        (weight == 0) | (weight == 1) | (weight > 2)
+    )  # the smallest square has 22 keys and samples 6
     assert one_or_many.all()
     assert (weight[:, causal(1, 90, 90)[0, 0].logical_not()] == 0).all()
 
 
-@pytest.mark.parametrize(("first", "end", "longest"), [(0, 100, 24), (0, 1, 24), (30, 100, 24), (7, 200, 11), (99, 100, 10)])
+@pytest.mark.parametrize(
+    ("first", "end", "longest"),
+    [(0, 100, 24), (0, 1, 24), (30, 100, 24), (7, 200, 11), (99, 100, 10)],
+)
 def test_split_is_a_partition(first: int, end: int, longest: int) -> None:
     seen = torch.zeros(end - first, end)
     leaves, levels = hyper.split(first, end, longest)
@@ -76,21 +91,31 @@ def test_split_is_a_partition(first: int, end: int, longest: int) -> None:
 
 
 def test_the_denominator_is_unbiased(threads: Any) -> None:
-    """Over seeds, the estimate of the softmax denominator is within three standard errors of the truth."""
+    """Over seeds, the estimate of the softmax denominator is within three standard errors of the
+    truth."""
     threads(1)  # too small to share out
     q, k, v = make_qkv(64, heads=1, groups=1, dim=8)
     truth = eager(q, k, v, causal(1, 64, 64))[1].exp()
     problem, seeds = make_problem(q, k, v), 400
-    estimates = torch.stack([attend(problem, config_of(seed), need_lse=True).lse.double().exp() / truth for seed in range(seeds)])
+    estimates = torch.stack(
+        [
+            attend(problem, config_of(seed), need_lse=True).lse.double().exp() / truth
+            for seed in range(seeds)
+        ]
+    )
     for some in (estimates[..., 32:].mean((1, 2, 3)), estimates[..., 40], estimates[..., 63]):
         some = some.flatten()
         error = float(some.std() / math.sqrt(seeds))
         assert error > 0  # it is an estimate
         assert abs(float(some.mean()) - 1) < 3 * error
-    assert_near(estimates[..., :16], torch.ones_like(estimates[..., :16]), 1e-5)  # the first leaf is exact
+    assert_near(
+        estimates[..., :16], torch.ones_like(estimates[..., :16]), 1e-5
+    )  # the first leaf is exact
 
 
-@pytest.mark.parametrize("options", [dict(min_seq_len=500), dict(sample_size=500), dict(block_size=500)])
+@pytest.mark.parametrize(
+    "options", [dict(min_seq_len=500), dict(sample_size=500), dict(block_size=500)]
+)
 @pytest.mark.parametrize("rows", [333, 100])
 def test_dense_where_nothing_is_left_out(options: dict[str, Any], rows: int) -> None:
     tensors = make_qkv(333, rows)
@@ -122,7 +147,10 @@ def test_it_finds_what_hashes_alike() -> None:
     for seed in range(20):
         torch.manual_seed(seed)
         q, k, _ = make_qkv(128, heads=1, groups=1, needles={100: 20})
-        found += bool(weights(q, k, config_of(min_seq_len=64, sample_size=0, lsh_num_projs=4))[0, 100, 20] == 1)
+        found += bool(
+            weights(q, k, config_of(min_seq_len=64, sample_size=0, lsh_num_projs=4))[0, 100, 20]
+            == 1
+        )
     assert found >= 8  # by chance: 8 of 64 keys, so 2.5
 
 
@@ -143,7 +171,9 @@ def test_share_is_what_the_weights_read() -> None:
     q, k, v = make_qkv(200, heads=1, groups=1)
     config = config_of()
     read = (weights(q, k, config) > 0).sum()
-    assert attend(make_problem(q, k, v), config).share == pytest.approx(float(read) / (200 * 201 / 2), rel=0.02)
+    assert attend(make_problem(q, k, v), config).share == pytest.approx(
+        float(read) / (200 * 201 / 2), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("tail", [10, 200])
@@ -156,16 +186,22 @@ def test_dense_tail(tail: int) -> None:
 
 
 def test_the_registered_name() -> None:
-    """`hyper` takes its options from the settings, leaves dense layers dense, and decodes densely, visibly."""
+    """`hyper` takes its options from the settings, leaves dense layers dense, and decodes densely,
+    visibly."""
     model = make_model("llama", "hyper", method="hyper", options=OPTIONS, dense_layers=[0])
     with torch.no_grad():
         model(**make_batch([90]))
         report = hip_hf.explain(model)
-        assert [(row.method, row.path) for row in report] == [("hyper", "dense"), ("hyper", "sparse")]
+        assert [(row.method, row.path) for row in report] == [
+            ("hyper", "dense"),
+            ("hyper", "sparse"),
+        ]
         assert "dense layer" in report[0].reason
         model.generate(**make_batch([90]), max_new_tokens=3, do_sample=False)
     assert "decodes densely" in hip_hf.explain(model)[1].reason
-    model = make_model("llama", "hyper", options={"weight": 0.25})  # another method's options do not hinder
+    model = make_model(
+        "llama", "hyper", options={"weight": 0.25}
+    )  # another method's options do not hinder
     with torch.no_grad():
         model(**make_batch([90]))
     assert hip_hf.explain(model)[0].method == "hyper"

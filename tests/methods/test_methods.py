@@ -1,7 +1,9 @@
-"""What every method must do. A new one goes through all of it by itself; `CASES` says what is special about some.
+"""What every method must do. A new one goes through all of it by itself; `CASES` says what is
+special about some.
 
-Each case is run at settings where its sparse code reads everything (then it is dense attention) and at settings where
-it does not (then it is plain attention under the keys it says it reads, the same however a call is padded, cut or threaded).
+Each case is run at settings where its sparse code reads everything (then it is dense attention) and
+at settings where it does not (then it is plain attention under the keys it says it reads, the same
+however a call is padded, cut or threaded).
 """
 
 from __future__ import annotations
@@ -13,7 +15,18 @@ from typing import Any
 import pytest
 import torch
 from families import make_batch, make_model
-from helpers import DECODE_ROWS, Starts, assert_as_exact_as, assert_near, causal, eager, make_problem, make_qkv, read_mask, small
+from helpers import (
+    DECODE_ROWS,
+    Starts,
+    assert_as_exact_as,
+    assert_near,
+    causal,
+    eager,
+    make_problem,
+    make_qkv,
+    read_mask,
+    small,
+)
 
 import hip_hf
 from hip_hf.attention import Result, attend
@@ -27,15 +40,26 @@ class Case:
     """One method with its settings, and what is true of it."""
 
     method: str
-    covering: dict[str, Any] = field(default_factory=lambda: dict(budget=1000))  # settings that make it read everything
+    covering: dict[str, Any] = field(
+        default_factory=lambda: dict(budget=1000)
+    )  # settings that make it read everything
     fields: dict[str, Any] = field(default_factory=dict)
-    per_call: bool = False  # a selection depends on the whole call: on later rows, on where a prompt is cut
+    per_call: bool = (
+        False  # a selection depends on the whole call: on later rows, on where a prompt is cut
+    )
     masked: bool = True  # says which keys it reads
     sliding: bool = True  # serves sliding windows
     decodes: bool = True  # serves decode
 
     def config(self, covering: bool = False, **fields: Any) -> HiPConfig:
-        return small(**{"method": self.method, **self.fields, **(self.covering if covering else {}), **fields})
+        return small(
+            **{
+                "method": self.method,
+                **self.fields,
+                **(self.covering if covering else {}),
+                **fields,
+            }
+        )
 
 
 HYPER = dict(min_seq_len=24, block_size=8, sample_size=8)
@@ -46,7 +70,15 @@ CASES = {
     "vertical_slash": Case("vertical_slash", per_call=True),
     "sample": Case("sample", per_call=True, fields=dict(options=dict(rows=0.2))),
     "h2o": Case("h2o", sliding=False),
-    "hyper": Case("hyper", EXACT, dict(options=HYPER), per_call=True, masked=False, sliding=False, decodes=False),
+    "hyper": Case(
+        "hyper",
+        EXACT,
+        dict(options=HYPER),
+        per_call=True,
+        masked=False,
+        sliding=False,
+        decodes=False,
+    ),
     "hip+delta": Case("hip", fields=dict(delta=16), masked=False),
     "hip+delta by steps": Case("hip", fields=dict(delta=16, delta_mode="step"), masked=False),
     "streaming+delta": Case("streaming", dict(window=1000), dict(delta=8), masked=False),
@@ -86,7 +118,12 @@ def call(
     decoding = tensors[0].shape[2] <= DECODE_ROWS
     stateless_delta = config.delta is not None and state is None
     unserved = fields.get("sliding_window") and not case.sliding
-    dense = unserved or (decoding and (stateless_delta or not case.decodes or (fields.get("sliding_window") and state is None)))
+    dense = unserved or (
+        decoding
+        and (
+            stateless_delta or not case.decodes or (fields.get("sliding_window") and state is None)
+        )
+    )
     assert result.path == ("dense" if dense else "sparse"), result.reason
     assert bool(result.reason) == (result.path == "dense")
     return result
@@ -100,7 +137,9 @@ def test_every_method_is_a_case() -> None:
 @pytest.mark.parametrize("given", FEATURES[:3])  # a budget that covers a sliding window goes dense
 @pytest.mark.parametrize("rows", [180, 41, 3])
 @pytest.mark.usefixtures("poison")
-def test_reading_everything_is_dense_attention(case: Case, given: dict[str, Any], rows: int) -> None:
+def test_reading_everything_is_dense_attention(
+    case: Case, given: dict[str, Any], rows: int
+) -> None:
     tensors, starts = make_qkv(180, rows, batch=2), [0, 37]
     fields = features(given, 4)
     got = call(case, case.config(covering=True), tensors, starts, **fields)
@@ -134,10 +173,16 @@ def test_dtypes(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("case", [case for case in CASES.values() if case.masked], ids=[n for n, c in CASES.items() if c.masked])
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES.values() if case.masked],
+    ids=[n for n, c in CASES.items() if c.masked],
+)
 @pytest.mark.parametrize(("given", "shared"), list(zip(FEATURES, [True, False] * 2, strict=True)))
 @pytest.mark.parametrize("rows", [203, 40, 3])
-def test_sparse_is_plain_attention_under_its_mask(case: Case, shared: bool, rows: int, given: dict[str, Any]) -> None:
+def test_sparse_is_plain_attention_under_its_mask(
+    case: Case, shared: bool, rows: int, given: dict[str, Any]
+) -> None:
     tensors = make_qkv(203, rows, batch=2)
     config, starts = case.config(group_shared=shared), [0, 21]
     fields = features(given, 4)
@@ -148,7 +193,11 @@ def test_sparse_is_plain_attention_under_its_mask(case: Case, shared: bool, rows
     if got.mask is not None:
         read = read_mask(got.mask, config, *tensors[:2], starts, sliding=sliding)
         assert got.share < 0.8 or sliding
-    out, lse = eager(*tensors, read, **{name: value for name, value in fields.items() if name != "sliding_window"})
+    out, lse = eager(
+        *tensors,
+        read,
+        **{name: value for name, value in fields.items() if name != "sliding_window"},
+    )
     assert_near(got.out, out)
     assert_near(got.lse, lse, what="lse")
 
@@ -160,7 +209,9 @@ def test_a_left_padded_row_gives_what_it_gives_alone(case: Case, rows: int) -> N
     state = [DecodeState(), DecodeState()]
     got = call(case, case.config(), (q, k, v), [0, 37], state[0])
     own = min(rows, 143)
-    alone = call(case, case.config(), (q[1:, :, -own:], k[1:, :, 37:], v[1:, :, 37:]), None, state[1])
+    alone = call(
+        case, case.config(), (q[1:, :, -own:], k[1:, :, 37:], v[1:, :, 37:]), None, state[1]
+    )
     assert_near(got.out[1:, :, -own:], alone.out, 1e-12)
     assert_near(got.lse[1:, :, -own:], alone.lse, 1e-12, "lse")
     assert got.share < 1 or got.path == "dense"
@@ -169,7 +220,8 @@ def test_a_left_padded_row_gives_what_it_gives_alone(case: Case, rows: int) -> N
 @every
 @pytest.mark.parametrize("kept", [True, False])
 def test_chunked_prefill(case: Case, kept: bool) -> None:
-    """Reading everything, each chunk is dense attention; else all of it is one shot, if a selection knows no call."""
+    """Reading everything, each chunk is dense attention; else all of it is one shot, if a selection
+    knows no call."""
     q, k, v = make_qkv(251, batch=2, dtype=torch.float64)
     averages = case.fields.get("delta") and case.config().delta_mode == "clusters"
     cuts = [0, 64, 96, 160, 251]
@@ -177,22 +229,28 @@ def test_chunked_prefill(case: Case, kept: bool) -> None:
         config = case.config(covering)
         state = DecodeState() if kept else None
         parts = [
-            call(case, config, (q[:, :, first:end], k[:, :, :end], v[:, :, :end]), None, state) for first, end in pairwise(cuts)
+            call(case, config, (q[:, :, first:end], k[:, :, :end], v[:, :, :end]), None, state)
+            for first, end in pairwise(cuts)
         ]
         out = torch.cat([part.out for part in parts], dim=2)
         if covering:
             assert_near(out, eager(q, k, v, causal(2, 251, 251))[0], 1e-6)
-        elif not case.per_call and (kept or not (case.method == "h2o" or averages)):  # whose history is in the state
+        elif not case.per_call and (
+            kept or not (case.method == "h2o" or averages)
+        ):  # whose history is in the state
             whole = call(case, config, (q, k, v)).out
             for first, end in pairwise(cuts):
-                same = slice(first, end - (config.delta or 0))  # the last `delta` rows of a call are dense
+                same = slice(
+                    first, end - (config.delta or 0)
+                )  # the last `delta` rows of a call are dense
                 assert_near(out[:, :, same], whole[:, :, same], 1e-12)
 
 
 @every
 @pytest.mark.parametrize("refresh", [1, 4])
 def test_decode(case: Case, refresh: int) -> None:
-    """Steps on a kept state after a prefill: dense attention where everything is read; else plain attention under the mask."""
+    """Steps on a kept state after a prefill: dense attention where everything is read; else plain
+    attention under the mask."""
     q, k, v = make_qkv(140, batch=2, dtype=torch.float64)
     for covering in (True, False):
         config, state = case.config(covering, decode_refresh=refresh), DecodeState()
@@ -214,12 +272,16 @@ def test_decode(case: Case, refresh: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES.values() if not c.per_call], ids=[n for n, c in CASES.items() if not c.per_call]
+    "case",
+    [c for c in CASES.values() if not c.per_call],
+    ids=[n for n, c in CASES.items() if not c.per_call],
 )
 @pytest.mark.parametrize("changed", [48, 160])
 def test_later_query_blocks_leave_earlier_rows_untouched(case: Case, changed: int) -> None:
     tensors = make_qkv(203)
-    others = [torch.cat([x[:, :, :changed], 3 * torch.randn_like(x[:, :, changed:])], 2) for x in tensors]
+    others = [
+        torch.cat([x[:, :, :changed], 3 * torch.randn_like(x[:, :, changed:])], 2) for x in tensors
+    ]
     got, want = (call(case, case.config(), (q, k, v)) for q, k, v in (others, tensors))
     assert torch.equal(got.out[:, :, :changed], want.out[:, :, :changed])
     assert not torch.equal(got.out[:, :, changed:], want.out[:, :, changed:])
@@ -252,7 +314,8 @@ def test_what_padding_holds_never_matters(case: Case) -> None:
 @every
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation(case: Case, cache: str) -> None:
-    """Greedy tokens are those of `eager` where everything is read; else generation runs, sparse, and says so."""
+    """Greedy tokens are those of `eager` where everything is read; else generation runs, sparse,
+    and says so."""
     batch = make_batch([70, 51])
     wide = {**case.fields, **case.covering}
     run = dict(do_sample=False, max_new_tokens=8, cache_implementation=cache)
@@ -267,4 +330,6 @@ def test_generation(case: Case, cache: str) -> None:
         assert [(row.method, row.path) for row in report] == [(case.method, "sparse")] * 2
         assert all(row.share is not None and row.share < 1 for row in report)
         narrow.generate(**batch, **run)
-    assert [row.path for row in hip_hf.explain(narrow)] == ["sparse" if case.decodes else "dense"] * 2
+    assert [row.path for row in hip_hf.explain(narrow)] == [
+        "sparse" if case.decodes else "dense"
+    ] * 2

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.fast
 WEIGHT = 0.25
 
 
-def build(name: str, keys: torch.Tensor, blocks: int, block_k: int = 4, dtype: torch.dtype | None = None) -> Pyramid:
+def build(
+    name: str, keys: torch.Tensor, blocks: int, block_k: int = 4, dtype: torch.dtype | None = None
+) -> Pyramid:
     made = Pyramid(make_representative(name, WEIGHT), block_k, dtype or keys.dtype)
     made.extend(keys, blocks)
     return made
@@ -30,7 +32,9 @@ def written(made: Pyramid) -> list[torch.Tensor]:
 def assert_same(got: Pyramid, want: Pyramid) -> None:
     assert got.blocks == want.blocks
     for level, (a, b) in enumerate(zip(written(got), written(want), strict=True)):
-        assert torch.equal(a, b), f"level {level}: rows {(a != b).any(-1).nonzero().tolist()} differ"
+        assert torch.equal(a, b), (
+            f"level {level}: rows {(a != b).any(-1).nonzero().tolist()} differ"
+        )
 
 
 def direct_row(name: str, chunk: torch.Tensor) -> torch.Tensor:
@@ -54,7 +58,9 @@ def test_every_row_of_every_level_from_its_keys(name: str, block_k: int) -> None
         for head in range(2):
             for i, row in enumerate(rows[head]):
                 want = direct_row(name, keys[head, i * size : (i + 1) * size])
-                torch.testing.assert_close(row, want, rtol=0, atol=1e-12, msg=lambda m, at=(level, i): f"chunk {at}: {m}")
+                torch.testing.assert_close(
+                    row, want, rtol=0, atol=1e-12, msg=lambda m, at=(level, i): f"chunk {at}: {m}"
+                )
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVES)
@@ -83,7 +89,9 @@ def test_appending_in_pieces_is_building_at_once(name: str, pieces: list[int]) -
 @pytest.mark.parametrize("name", REPRESENTATIVES)
 @given(steps=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 40)), min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None)
-def test_truncating_and_appending_other_keys_is_building_at_once(name: str, steps: list[tuple[int, int]]) -> None:
+def test_truncating_and_appending_other_keys_is_building_at_once(
+    name: str, steps: list[tuple[int, int]]
+) -> None:
     """As crop and decode do: go back to some length, continue with new keys."""
     torch.manual_seed(0)  # of every example
     keys = torch.randn(2, 4 * 40, 8)
@@ -122,7 +130,9 @@ def test_a_copy_grows_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", REPRESENTATIVES)
 @pytest.mark.parametrize("at_once", [1, 7, 64])
-def test_the_size_of_a_batch_of_blocks_does_not_matter(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_batch_of_blocks_does_not_matter(
+    name: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = torch.randn(2, 500, 8)
     want = build(name, keys, 125)
     monkeypatch.setattr(pyramid, "BLOCKS_AT_ONCE", at_once)
@@ -143,7 +153,8 @@ def test_every_row_is_written(name: str) -> None:
 
 
 def logits(made: Pyramid, q: torch.Tensor, level: int) -> torch.Tensor:
-    """What queries `[rows, D]` make of each chunk of a level of a pyramid of one head, `[rows, chunks]`."""
+    """What queries `[rows, D]` make of each chunk of a level of a pyramid of one head,
+    `[rows, chunks]`."""
     rep = made.representative
     return rep.features(q) @ written(made)[level][0].T
 
@@ -155,7 +166,10 @@ VALUES = st.sampled_from([0.0, 1.0, -1.0, 0.5]) | st.floats(-100, 100, width=16)
 @given(st.lists(VALUES, min_size=3 * 24, max_size=3 * 24), st.lists(VALUES, min_size=3, max_size=3))
 @settings(max_examples=200, deadline=None)
 def test_minmax_bounds_every_key_of_its_chunk(numbers: list[float], query: list[float]) -> None:
-    keys, q = torch.tensor(numbers, dtype=torch.float64).view(1, 24, 3), torch.tensor([query], dtype=torch.float64)
+    keys, q = (
+        torch.tensor(numbers, dtype=torch.float64).view(1, 24, 3),
+        torch.tensor([query], dtype=torch.float64),
+    )
     made = build("minmax", keys, 6)
     for level in range(3):
         bound = logits(made, q, level)[0]
@@ -163,7 +177,9 @@ def test_minmax_bounds_every_key_of_its_chunk(numbers: list[float], query: list[
             inside = keys[0, i * (4 << level) : (i + 1) * (4 << level)]
             assert (inside @ q[0] <= limit + 1e-9).all(), f"level {level}, chunk {i}"
             box = torch.maximum(q[0] * inside.amin(0), q[0] * inside.amax(0)).sum()
-            assert abs(float(limit - box)) <= 1e-9, "the bound is that of the keys' box, and no looser"
+            assert abs(float(limit - box)) <= 1e-9, (
+                "the bound is that of the keys' box, and no looser"
+            )
 
 
 def test_blend_lies_between_mean_and_bound() -> None:

@@ -1,4 +1,5 @@
-"""The geometry of query blocks by itself: which rows share one, and where sink, middle and window lie."""
+"""The geometry of query blocks by itself: which rows share one, and where sink, middle and window
+lie."""
 
 from __future__ import annotations
 
@@ -29,14 +30,20 @@ def tight(multiple: int, size: int, at: int) -> bool:
     return multiple % size == 0 and multiple <= at < multiple + size
 
 
-def check(block: QueryBlock, sizes: dict[str, Any], window: int | None, sliding: int | None) -> None:
+def check(
+    block: QueryBlock, sizes: dict[str, Any], window: int | None, sliding: int | None
+) -> None:
     bk, first = sizes["block_k"], block.first
     assert tight(block.start, bk, 0 if sliding is None else max(0, first - sliding + 1)), (
         "the first key in sight of its first row"
     )
     if window is None:
         own = max(0, first - sizes["window"])
-        assert tight(block.window_start, bk, own) if own >= block.start else block.window_start == block.start
+        assert (
+            tight(block.window_start, bk, own)
+            if own >= block.start
+            else block.window_start == block.start
+        )
     else:
         assert block.window_start == max(window, block.start)
     rounded = next(at for at in range(0, 999, bk) if at >= sizes["sink"])
@@ -44,20 +51,28 @@ def check(block: QueryBlock, sizes: dict[str, Any], window: int | None, sliding:
     assert block.sink_end == sorted((block.start, rounded, block.window_start))[1], (
         "the sink, as far as it is in sight and not in the window"
     )
-    assert (block.low * bk, block.high * bk, block.num_candidates) == (block.sink_end, block.window_start, block.high - block.low)
+    assert (block.low * bk, block.high * bk, block.num_candidates) == (
+        block.sink_end,
+        block.window_start,
+        block.high - block.low,
+    )
 
 
 @pytest.mark.parametrize("sliding", [None, 1, 9, 30])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("per_row", [True, False])
-def test_query_blocks_by_the_written_rules(per_row: bool, sizes: dict[str, Any], sliding: int | None) -> None:
+def test_query_blocks_by_the_written_rules(
+    per_row: bool, sizes: dict[str, Any], sliding: int | None
+) -> None:
     config = small(**sizes)
     size = 1 if per_row else config.block_q
     for position, rows, row_start in itertools.product((0, 1, 16, 33), (1, 16, 37), (0, 5)):
         span = Span(0, 2, 2 + position + rows, row_start, row_start + rows, position)
         blocks = query_blocks(config, span, per_row, sliding)
         at = [(block.row + i, block.first + i) for block in blocks for i in range(block.rows)]
-        assert at == [(row_start + i, position + i) for i in range(rows)], "each row is in one block, in order"
+        assert at == [(row_start + i, position + i) for i in range(rows)], (
+            "each row is in one block, in order"
+        )
         groups = [block.first // size for block in blocks]
         assert all(block.last // size == group for block, group in zip(blocks, groups, strict=True))
         assert groups == sorted(set(groups)), "rows of one aligned group are in one block"
@@ -113,7 +128,9 @@ def test_the_sample_of_a_middle_is_as_fine_as_allowed(block_k: int) -> None:
         def chunks(level: int, inside: range = inside) -> list[int]:
             """The chunks of `2 ** level` keys that lie wholly in the middle."""
             every = range((inside.stop >> level) + 1)
-            return [i for i in every if inside.start <= i << level and (i + 1) << level <= inside.stop]
+            return [
+                i for i in every if inside.start <= i << level and (i + 1) << level <= inside.stop
+            ]
 
         level = sample_level(config, low, high, most)
         assert len(chunks(level)) <= most

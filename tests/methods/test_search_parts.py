@@ -1,5 +1,6 @@
 """Parts of the tree search by themselves: scores from logits, gathering piece by piece, the sample
-of the need, options; and that a call selects for each query block what it would select for it alone."""
+of the need, options; and that a call selects for each query block what it would select for it
+alone."""
 
 from __future__ import annotations
 
@@ -28,10 +29,18 @@ LIMIT = torch.finfo(torch.float32).max
 
 
 def plain_scores(
-    logits: list[list[float]], score: str, softcap: float | None, missing: set[int], near: list[float] | None, size: int
+    logits: list[list[float]],
+    score: str,
+    softcap: float | None,
+    missing: set[int],
+    near: list[float] | None,
+    size: int,
 ) -> list[float]:
-    """Of one candidate after the other, from its logits of every row; -inf for those that are missing."""
-    capped = [[x if softcap is None else softcap * math.tanh(x / softcap) for x in row] for row in logits]
+    """Of one candidate after the other, from its logits of every row; -inf for those that are
+    missing."""
+    capped = [
+        [x if softcap is None else softcap * math.tanh(x / softcap) for x in row] for row in logits
+    ]
     count = len(logits[0]) // size
     found = []
     for candidate in range(count):
@@ -55,10 +64,17 @@ def plain_scores(
 @pytest.mark.parametrize("missing", [None, 2, 5])
 @pytest.mark.parametrize("score", ["mass", "max"])
 @pytest.mark.parametrize("given", [{}, {"softcap": 1.5}, {"near": True}])
-def test_scores_from_logits(given: dict[str, Any], score: str, missing: int | None, size: int, dtype: torch.dtype) -> None:
-    """`missing`: only the last so many of five candidates may be absent, and of those every other one is."""
+def test_scores_from_logits(
+    given: dict[str, Any], score: str, missing: int | None, size: int, dtype: torch.dtype
+) -> None:
+    """`missing`: only the last so many of five candidates may be absent, and of those every other
+    one is."""
     logits = (3 * torch.randn(2, 4, 5 * size, dtype=torch.float64)).to(dtype)
-    near = torch.randn(2, 4, dtype=torch.float64 if dtype == torch.float64 else torch.float32) if "near" in given else None
+    near = (
+        torch.randn(2, 4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        if "near" in given
+        else None
+    )
     absent = None if missing is None else [i % 2 == 0 for i in range(missing)]
     invalid = None if absent is None else torch.tensor(absent).repeat_interleave(size).expand(2, -1)
     gone = set() if absent is None else {5 - len(absent) + i for i, out in enumerate(absent) if out}
@@ -66,17 +82,30 @@ def test_scores_from_logits(given: dict[str, Any], score: str, missing: int | No
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     want = torch.tensor(
         [
-            plain_scores(logits[n].tolist(), score, given.get("softcap"), gone, None if near is None else near[n].tolist(), size)
+            plain_scores(
+                logits[n].tolist(),
+                score,
+                given.get("softcap"),
+                gone,
+                None if near is None else near[n].tolist(),
+                size,
+            )
             for n in range(2)
         ]
     )
-    assert_near(got, want, 1e-6 if dtype == torch.float64 else 3e-2 if "softcap" in given else 1e-5, "scores")
+    assert_near(
+        got,
+        want,
+        1e-6 if dtype == torch.float64 else 3e-2 if "softcap" in given else 1e-5,
+        "scores",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("score", ["mass", "max"])
 def test_what_overflows_is_the_worst_or_the_best_but_there(score: str, dtype: torch.dtype) -> None:
-    """Only who is absent has a score of -inf. The limits are those of fp32, in which scores are compared."""
+    """Only who is absent has a score of -inf. The limits are those of fp32, in which scores are
+    compared."""
     logits = torch.tensor([[0.0, torch.inf, -torch.inf, torch.nan, 1.0]], dtype=dtype)
     got = aggregate(logits, score, None, torch.tensor([True]))
     assert got[-1] == -torch.inf
@@ -95,7 +124,8 @@ def test_a_row_that_reads_all_it_needs_near_it_has_no_say() -> None:
     assert busy[1] > busy[0]
 
 
-# 51 rows are three whole query blocks and a short one; of one head, or of both heads at once (decode).
+# 51 rows are three whole query blocks and a short one; of one head, or of both heads at once
+# (decode).
 CALLS = [(51, 1), (1, 2)]
 
 
@@ -105,13 +135,16 @@ CALLS = [(51, 1), (1, 2)]
 def test_what_is_gathered_piece_by_piece_selects_the_same(
     score: str, rows: int, heads: int, most: int, poison: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`most` bytes at once: single query blocks and key blocks, five key blocks, or two query blocks; with a rest."""
+    """`most` bytes at once: single query blocks and key blocks, five key blocks, or two query
+    blocks; with a rest."""
     monkeypatch.setattr(hip, "GATHERED_AT_ONCE", most)
     check(small(rescore=4, budget=12, score=score), 131, rows, heads=heads)
 
 
 @pytest.mark.parametrize("most", [1, 1600])
-def test_pieces_of_an_extended_context(most: int, poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_an_extended_context(
+    most: int, poison: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hip, "GATHERED_AT_ONCE", most)
     config = small(block_q=8, budget=8, window=8, rescore=4)
     check_selection(config, 83, 2, positions(64, True))
@@ -120,9 +153,11 @@ def test_pieces_of_an_extended_context(most: int, poison: None, monkeypatch: pyt
 # Calls of the search itself.
 
 
-def make_search(config: HiPConfig, tokens: int, heads: int, where: Any = None) -> tuple[TreeSearch, list[QueryBlock], Any]:
-    """A search over random keys, the query blocks of a whole prompt that have something to select, and what their rows always
-    read; None where rows vote by their place."""
+def make_search(
+    config: HiPConfig, tokens: int, heads: int, where: Any = None
+) -> tuple[TreeSearch, list[QueryBlock], Any]:
+    """A search over random keys, the query blocks of a whole prompt that have something to select,
+    and what their rows always read; None where rows vote by their place."""
     q, k, _ = make_qkv(tokens, heads=heads, dtype=torch.float64)
     selector = Selector(config)
     pyramid = selector.make_pyramid(q.dtype)
@@ -130,7 +165,11 @@ def make_search(config: HiPConfig, tokens: int, heads: int, where: Any = None) -
     search = selector.bind(q[0].unflatten(0, (heads, 2)), k[0], pyramid, 0.25, None)
     blocks = query_blocks(config, Span(0, 0, tokens, 0, tokens, 0), False)
     blocks = [block for block in blocks if block.num_candidates > config.budget_blocks]
-    near = torch.randn(heads, 2, sum(block.rows for block in blocks), dtype=q.dtype) if config.vote == "need" else None
+    near = (
+        torch.randn(heads, 2, sum(block.rows for block in blocks), dtype=q.dtype)
+        if config.vote == "need"
+        else None
+    )
     return (search if where is None else search.chunk_indexed(where)), blocks, near
 
 
@@ -184,8 +223,14 @@ def watched_buffers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[in
     return taken
 
 
-@pytest.mark.parametrize(("where", "turned"), [(None, set()), (positions(64, True), {"turned"})], ids=["plain", "extended"])
-def test_all_stages_of_a_search_share_their_buffers(where: Any, turned: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("where", "turned"),
+    [(None, set()), (positions(64, True), {"turned"})],
+    ids=["plain", "extended"],
+)
+def test_all_stages_of_a_search_share_their_buffers(
+    where: Any, turned: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a worker keeps does not add up over the levels, the need and the rescoring."""
     search, blocks, near = make_search(small(rescore=2, query_stride=8), 163, 1, where)
     taken = watched_buffers(monkeypatch)
@@ -193,7 +238,8 @@ def test_all_stages_of_a_search_share_their_buffers(where: Any, turned: set[str]
     assert {name for name, _ in taken} == {"summaries", "logits", "picked"} | turned
 
 
-# at once: summaries of query blocks, with 14 chunks of 2 * 16 numbers each; key blocks, of 4 * 16 numbers
+# at once: summaries of query blocks, with 14 chunks of 2 * 16 numbers each; key blocks, of 4 * 16
+# numbers
 @pytest.mark.parametrize(
     ("most", "heads", "summaries", "keys"),
     [
@@ -208,7 +254,8 @@ def test_all_stages_of_a_search_share_their_buffers(where: Any, turned: set[str]
 def test_as_much_is_gathered_at_once_as_allowed(
     most: int, heads: int, summaries: int, keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At least a query block, or a key block, of one head; of both heads where all fits (a decode step's few rows)."""
+    """At least a query block, or a key block, of one head; of both heads where all fits (a decode
+    step's few rows)."""
     search, blocks, near = make_search(small(rescore=4, budget=12), 131, heads)
     run = blocks[-4:-1]  # of one start level
     wanted = search.select(slice(0, heads), run, near[:, :, -51:-3])
@@ -243,7 +290,9 @@ def test_the_sample_has_a_key_of_each_chunk(level: int) -> None:
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_highest_logit_of_each_row(softcap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_highest_logit_of_each_row(
+    softcap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, keys = torch.randn(2, 3, 8, dtype=dtype), torch.randn(2, 5, 8, dtype=dtype)
     q[:, 0] *= 1000
     logits = (q @ keys.transpose(1, 2)).double()

@@ -1,4 +1,5 @@
-"""A budget counts where the method spends it, and nowhere else: `streaming` without `recent` and `dense` select nothing."""
+"""A budget counts where the method spends it, and nowhere else: `streaming` without `recent` and
+`dense` select nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +19,16 @@ HUGE = 64 * TRAINED
 
 @pytest.mark.parametrize("method", METHODS)
 def test_selected_keys_are_those_of_the_mask(method: str) -> None:
-    config = HiPConfig(method=method, budget=32, block_q=16, block_k=8, sink=8, window=16, dense_below=0, dense_tail=0)
+    config = HiPConfig(
+        method=method,
+        budget=32,
+        block_q=16,
+        block_k=8,
+        sink=8,
+        window=16,
+        dense_below=0,
+        dense_tail=0,
+    )
     _, mask = hip_attention(*make_qkv(200), config=config, return_mask=True)
     if mask is not None:
         assert int(mask.counts.max()) * config.block_k == config.selected_keys
@@ -54,7 +64,13 @@ def test_a_budget_that_is_not_spent_covers_nothing() -> None:
 def test_device_pools_need_no_room_for_it() -> None:
     model = make_model("llama", method="streaming", budget=HUGE)
     with torch.no_grad():
-        model(**make_batch([200]), past_key_values=HiPCache(model.config, offload="cpu", device_pages=2))
+        model(
+            **make_batch([200]),
+            past_key_values=HiPCache(model.config, offload="cpu", device_pages=2),
+        )
         hip_hf.configure(model, options={"recent": True})
         with pytest.raises(ValueError, match="device_pages: got 2, allowed: at least 4"):
-            model(**make_batch([200]), past_key_values=HiPCache(model.config, offload="cpu", device_pages=2))
+            model(
+                **make_batch([200]),
+                past_key_values=HiPCache(model.config, offload="cpu", device_pages=2),
+            )

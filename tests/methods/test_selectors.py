@@ -1,4 +1,5 @@
-"""What is particular to each selector: staged is the tree where it should be, bounds bound, patterns find what was planted."""
+"""What is particular to each selector: staged is the tree where it should be, bounds bound,
+patterns find what was planted."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from hip_hf.state import DecodeState
 pytestmark = pytest.mark.fast
 
 
-def mask_of(tensors: tuple[torch.Tensor, ...], config: HiPConfig, starts: list[int] | None = None) -> BlockMask:
+def mask_of(
+    tensors: tuple[torch.Tensor, ...], config: HiPConfig, starts: list[int] | None = None
+) -> BlockMask:
     result = attend(make_problem(*tensors, starts), config, need_mask=True)
     assert result.mask is not None
     return result.mask
@@ -38,15 +41,23 @@ def as_set(mask: BlockMask, head: int, block: int) -> set[int]:
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("beam", [1, 3])
 @pytest.mark.parametrize(("tokens", "rows"), [(600, 40), (601, 97), (333, 20), (600, 1), (600, 5)])
-def test_staged_with_one_halving_a_stage_is_the_tree(score: str, shared: bool, beam: int, tokens: int, rows: int) -> None:
+def test_staged_with_one_halving_a_stage_is_the_tree(
+    score: str, shared: bool, beam: int, tokens: int, rows: int
+) -> None:
     tensors = make_qkv(tokens, rows)
-    common = dict(representative="middle", score=score, vote="sampled", group_shared=shared, decode_refresh=1)
+    common = dict(
+        representative="middle", score=score, vote="sampled", group_shared=shared, decode_refresh=1
+    )
     tree = small(beam=beam, query_stride=2, **common)
     top = max(
-        hip.start_level(tree, b // 4, (p - 16) // 4) for p in range(tokens - rows, tokens) for b in (4,)
+        hip.start_level(tree, b // 4, (p - 16) // 4)
+        for p in range(tokens - rows, tokens)
+        for b in (4,)
     )  # where the tree begins: some query blocks of the call may begin a level lower, by their own count
     # a stage keeps as many *chunks* as the tree's beam does
-    stages = [[4 << level, 4 * beam * (4 << level), 2] for level in range(top, 0, -1)] + [[4, 16, 2]]
+    stages = [[4 << level, 4 * beam * (4 << level), 2] for level in range(top, 0, -1)] + [
+        [4, 16, 2]
+    ]
     config = small(method="staged", options=dict(stages=stages, halvings=0), **common)
     got, want = mask_of(tensors, config), mask_of(tensors, tree)
     assert torch.equal(got.indices, want.indices)
@@ -61,25 +72,35 @@ STAGES = [[[64, 128, 3], [16, 64, 2], [4, 16, 1]], [[32, 64, 2], [4, 16, 2]], [[
 @pytest.mark.parametrize("rows", [50, 3])
 def test_staged_by_brute_force(score: str, stages: list[list[int]], rows: int) -> None:
     q, k, v = make_qkv(400, rows, heads=1, groups=2, dtype=torch.float64)
-    config = small(method="staged", score=score, options=dict(stages=[[c, n, 1] for c, n, _ in stages]), query_stride=1)
+    config = small(
+        method="staged",
+        score=score,
+        options=dict(stages=[[c, n, 1] for c, n, _ in stages]),
+        query_stride=1,
+    )
     mask = mask_of((q, k, v), config)
     for i, first in enumerate(mask.first[0].tolist()):
         size = 1 if rows == 3 else 16 - first % 16
         votes = q[0, :, first - (400 - rows) : first - (400 - rows) + size].flatten(0, 1)
         search = Written(k[0, 0], votes, score, 16**-0.5)
-        assert sorted(as_set(mask, 0, i)) == search.run(stages, 1, max(0, first - 16) // 4, 4), f"query block {i}"
+        assert sorted(as_set(mask, 0, i)) == search.run(stages, 1, max(0, first - 16) // 4, 4), (
+            f"query block {i}"
+        )
 
 
 @pytest.mark.parametrize("refresh", [[8, 4, 2], [4, 4, 1], [6, 2, 2]])
 def test_every_stage_has_its_interval(refresh: list[int], monkeypatch: Any) -> None:
-    """Which stages run at each step; and the step reads what they keep, wherever the window has been left."""
+    """Which stages run at each step; and the step reads what they keep, wherever the window has
+    been left."""
     q, k, v = make_qkv(400, dtype=torch.float64)
     stages = [[64, 128, 1], [16, 64, 1], [4, 16, 1]]
     config = small(method="staged", options=dict(stages=stages), decode_refresh=refresh)
     ran: list[int] = []
     real = staged.StagedSearch._score
 
-    def counted(self: Any, heads: slice, blocks: list[QueryBlock], stage: staged.Stage, *rest: Any) -> torch.Tensor:
+    def counted(
+        self: Any, heads: slice, blocks: list[QueryBlock], stage: staged.Stage, *rest: Any
+    ) -> torch.Tensor:
         ran.append([s[0] for s in stages].index(stage.chunk))
         return real(self, heads, blocks, stage, *rest)
 
@@ -90,7 +111,11 @@ def test_every_stage_has_its_interval(refresh: list[int], monkeypatch: Any) -> N
         at = 360 + step
         ran.clear()
         got = attend(
-            make_problem(q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1]), config, None, state, need_mask=True
+            make_problem(q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1]),
+            config,
+            None,
+            state,
+            need_mask=True,
         )
         age = step % refresh[0]
         due = [i for i, steps in enumerate(refresh) if age % steps == 0]
@@ -98,10 +123,12 @@ def test_every_stage_has_its_interval(refresh: list[int], monkeypatch: Any) -> N
         kept = state.rows[0].selection
         assert kept is not None
         assert kept.position == at - age
-        read = read_mask(got.mask, config, q[:, :, at : at + 1], k[:, :, : at + 1], window=kept.window_start)
-        logits = (q[:, :, at : at + 1] @ k[:, :, : at + 1].repeat_interleave(2, 1).transpose(2, 3) / 4).masked_fill(
-            ~read, -torch.inf
+        read = read_mask(
+            got.mask, config, q[:, :, at : at + 1], k[:, :, : at + 1], window=kept.window_start
         )
+        logits = (
+            q[:, :, at : at + 1] @ k[:, :, : at + 1].repeat_interleave(2, 1).transpose(2, 3) / 4
+        ).masked_fill(~read, -torch.inf)
         assert_near(got.out, logits.softmax(-1) @ v[:, :, : at + 1].repeat_interleave(2, 1), 1e-10)
         ids = state.rows[0].selection.stages[0][0]
         if age == 0:
@@ -135,15 +162,24 @@ def test_bad_stages(fields: dict[str, Any], says: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([1, 3, 4, 16]), st.sampled_from([2, 5, 16]), st.floats(0.01, 30))
-def test_quests_score_bounds_every_key_of_the_block(seed: int, block_k: int, dim: int, size: float) -> None:
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([1, 3, 4, 16]),
+    st.sampled_from([2, 5, 16]),
+    st.floats(0.01, 30),
+)
+def test_quests_score_bounds_every_key_of_the_block(
+    seed: int, block_k: int, dim: int, size: float
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(2, 7 * block_k + 1, dim, generator=generator, dtype=torch.float64) * size
     q = torch.randn(2, 5, dim, generator=generator, dtype=torch.float64)
     selector = quest.Selector(HiPConfig(method="quest", block_k=block_k, budget=block_k))
     pyramid = selector.make_pyramid(torch.float64)
     pyramid.extend(keys, 7)
-    bound = selector.representative.features(q) @ pyramid.levels[0][:, :7].transpose(1, 2)  # [2, 5, 7]
+    bound = selector.representative.features(q) @ pyramid.levels[0][:, :7].transpose(
+        1, 2
+    )  # [2, 5, 7]
     true = (q @ keys[:, : 7 * block_k].transpose(1, 2)).unflatten(-1, (7, block_k))
     assert (bound[..., None] >= true - 1e-9 * size).all()
     corners = torch.maximum(q[..., None, :] * keys[:, : 7 * block_k].unflatten(1, (7, block_k)).amax(2)[:, None],
@@ -160,7 +196,11 @@ def test_quest_takes_the_best_bounds(rows: int) -> None:
         size, high = (1 if rows == 1 else 16 - first % 16), (first - 16) // 4
         votes = q[0, 0, first - (300 - rows) : first - (300 - rows) + size]
         blocks = k[0, 0, : high * 4].unflatten(0, (-1, 4))
-        bound = torch.maximum(votes[:, None] * blocks.amax(1), votes[:, None] * blocks.amin(1)).sum(-1).amax(0)
+        bound = (
+            torch.maximum(votes[:, None] * blocks.amax(1), votes[:, None] * blocks.amin(1))
+            .sum(-1)
+            .amax(0)
+        )
         best = sorted(range(1, high), key=lambda b: -float(bound[b]))[:4]
         assert as_set(mask, 0, i) == set(best)
 
@@ -181,7 +221,8 @@ def with_pattern(columns: list[int], distances: list[int]) -> tuple[torch.Tensor
 
 
 def test_vertical_slash_finds_planted_columns_and_diagonals() -> None:
-    """Of a budget of 8 blocks, half are for columns. The diagonals cross five blocks of four keys in a query block of 16."""
+    """Of a budget of 8 blocks, half are for columns. The diagonals cross five blocks of four keys
+    in a query block of 16."""
     tensors = with_pattern([42, 90], [83])
     config = small(method="vertical_slash", budget=32, options=dict(rows=32))
     mask = mask_of(tensors, config)
@@ -192,7 +233,9 @@ def test_vertical_slash_finds_planted_columns_and_diagonals() -> None:
         assert {42 // 4, 90 // 4} <= chosen
         crossed = {(first + row - 83) // 4 for row in range(16)}
         assert len(crossed & chosen) >= 4, (first, chosen, crossed)
-    no_slash = mask_of(tensors, small(method="vertical_slash", budget=32, options=dict(rows=32, vertical=1.0)))
+    no_slash = mask_of(
+        tensors, small(method="vertical_slash", budget=32, options=dict(rows=32, vertical=1.0))
+    )
     crossed = {(240 + row - 83) // 4 for row in range(16)}
     assert len(crossed & as_set(no_slash, 0, 15)) < 4
 
@@ -220,7 +263,9 @@ def test_vertical_slash_scores_by_brute_force() -> None:
     assert_near(bound.slash(slice(0, 2), block).flatten(0, 1), want, 1e-9)
 
 
-@pytest.mark.parametrize(("share", "rows", "want"), [(1.0, 5, [0, 1, 2, 3, 4]), (0.3, 10, [0, 3, 6, 9]), (0.05, 3, [2])])
+@pytest.mark.parametrize(
+    ("share", "rows", "want"), [(1.0, 5, [0, 1, 2, 3, 4]), (0.3, 10, [0, 3, 6, 9]), (0.05, 3, [2])]
+)
 def test_sampled_rows(share: float, rows: int, want: list[int]) -> None:
     selector = sample.Selector(small(method="sample", options=dict(rows=share)))
     assert selector.looked_at(rows).tolist() == want
@@ -241,8 +286,11 @@ def test_sample_takes_the_columns_with_the_most_mass() -> None:
 # h2o
 
 
-def evictions(q: torch.Tensor, k: torch.Tensor, rows_of: list[list[int]], budget: int) -> list[set[int]]:
-    """Blocks kept at each query block (given by its rows): q `[G, T, D]`, k `[T, D]`; sink 4, window 16, blocks of 4."""
+def evictions(
+    q: torch.Tensor, k: torch.Tensor, rows_of: list[list[int]], budget: int
+) -> list[set[int]]:
+    """Blocks kept at each query block (given by its rows): q `[G, T, D]`, k `[T, D]`; sink 4,
+    window 16, blocks of 4."""
     kept: set[int] = set()
     joined, results = 1, []
     mass = [0.0] * (len(k) // 4 + 1)
@@ -264,16 +312,29 @@ def evictions(q: torch.Tensor, k: torch.Tensor, rows_of: list[list[int]], budget
 def test_h2o_by_brute_force() -> None:
     q, k, v = make_qkv(203, heads=1, groups=2, dtype=torch.float64)
     config = small(method="h2o", decode_refresh=1)
-    want = evictions(q[0], k[0, 0], [list(range(at, min(at + 16, 180))) for at in range(0, 180, 16)] + [[180], [181]], 4)
+    want = evictions(
+        q[0],
+        k[0, 0],
+        [list(range(at, min(at + 16, 180))) for at in range(0, 180, 16)] + [[180], [181]],
+        4,
+    )
     state = DecodeState()
-    mask = attend(make_problem(q[:, :, :180], k[:, :, :180], v[:, :, :180]), config, None, state, need_mask=True).mask
+    mask = attend(
+        make_problem(q[:, :, :180], k[:, :, :180], v[:, :, :180]),
+        config,
+        None,
+        state,
+        need_mask=True,
+    ).mask
     assert [as_set(mask, 0, i) for i in range(12)] == want[:12]
     for n in (180, 181):
         step = (q[:, :, n : n + 1], k[:, :, : n + 1], v[:, :, : n + 1])
         mask = attend(make_problem(*step), config, None, state, need_mask=True).mask
         assert as_set(mask, 0, 0) == want[n - 180 + 12]
     for before, after in pairwise(want):
-        assert all(b in before or b >= max(before, default=0) for b in after)  # what is gone is gone
+        assert all(
+            b in before or b >= max(before, default=0) for b in after
+        )  # what is gone is gone
 
 
 def test_h2o_beams_grow_apart() -> None:
@@ -287,7 +348,9 @@ def test_h2o_beams_grow_apart() -> None:
     for at in range(120, 140):
         step = (q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1])
         both = attend(make_problem(*step), config, None, state).out
-        assert_near(both[:1], attend(make_problem(*(x[:1] for x in step)), config, None, alone).out, 1e-12)
+        assert_near(
+            both[:1], attend(make_problem(*(x[:1] for x in step)), config, None, alone).out, 1e-12
+        )
 
 
 def test_h2o_after_a_crop_looks_at_everything_once() -> None:

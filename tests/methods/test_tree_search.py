@@ -1,4 +1,5 @@
-"""The tree search against its plain twin (`hip_hf/methods/naive.py`), and the promises that its description makes."""
+"""The tree search against its plain twin (`hip_hf/methods/naive.py`), and the promises that its
+description makes."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from hip_hf.config import REPRESENTATIVES, HiPConfig
 from hip_hf.methods import hip, ranking
 from hip_hf.state import DecodeState
 
-# 99 and 163 keys with the last query rows only: the searches are long, the loops of the plain twin are not.
+# 99 and 163 keys with the last query rows only: the searches are long, the loops of the plain twin
+# are not.
 
 
 @pytest.mark.fast
@@ -36,7 +38,9 @@ def test_same_blocks_for_every_weight(options: dict[str, float]) -> None:
 @pytest.mark.parametrize("beam", [1, 2, 4])
 @pytest.mark.parametrize("rescore", [1, 2, 4])
 @pytest.mark.parametrize("coarsest", [None, 4, 16])
-def test_same_blocks_for_every_shape_of_the_tree(beam: int, rescore: int, coarsest: int | None, score: str) -> None:
+def test_same_blocks_for_every_shape_of_the_tree(
+    beam: int, rescore: int, coarsest: int | None, score: str
+) -> None:
     check(small(beam=beam, rescore=rescore, coarsest=coarsest, score=score, budget=8), 163, 19)
 
 
@@ -48,12 +52,20 @@ def test_same_blocks_for_every_shape_of_the_tree(beam: int, rescore: int, coarse
 def test_same_blocks_where_short_middles_are_looked_at_whole(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], score: str
 ) -> None:
-    """Those of up to 16 blocks, twice `beam`; the longer ones of the same call are walked through."""
+    """Those of up to 16 blocks, twice `beam`; the longer ones of the same call are walked
+    through."""
     middles: dict[str, list[int]] = {}
     for name in ("_whole", "_search"):
         original = getattr(hip.TreeSearch, name)
 
-        def count(self: Any, heads: Any, blocks: list, *rest: Any, name: str = name, original: Any = original) -> torch.Tensor:
+        def count(
+            self: Any,
+            heads: Any,
+            blocks: list,
+            *rest: Any,
+            name: str = name,
+            original: Any = original,
+        ) -> torch.Tensor:
             middles.setdefault(name, []).extend(block.num_candidates for block in blocks)
             return original(self, heads, blocks, *rest)
 
@@ -64,11 +76,15 @@ def test_same_blocks_where_short_middles_are_looked_at_whole(
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_nothing_hides_a_key_of_a_short_middle(rows: int) -> None:
-    """The summaries of eleven blocks promise much that is in none of their keys; only one block has what all rows look for."""
+    """The summaries of eleven blocks promise much that is in none of their keys; only one block has
+    what all rows look for."""
     q, k, v = make_qkv(84, rows, dtype=torch.float64)
     q.zero_()[..., :2] = 1.0
     k.zero_()
-    k[:, :, 4:48:2, :2], k[:, :, 5:48:2, :2] = torch.tensor([90.0, -90.0]).double(), torch.tensor([-90.0, 90.0]).double()
+    k[:, :, 4:48:2, :2], k[:, :, 5:48:2, :2] = (
+        torch.tensor([90.0, -90.0]).double(),
+        torch.tensor([-90.0, 90.0]).double(),
+    )
     k[:, :, 49, :2] = 30.0
     for rescore, found in ((1, False), (2, True)):
         blocks = selected(small(rescore=rescore), q, k, v)
@@ -78,7 +94,9 @@ def test_nothing_hides_a_key_of_a_short_middle(rows: int) -> None:
 @pytest.mark.parametrize("group_shared", [True, False])
 @pytest.mark.parametrize("query_stride", [1, 2, 3, 16, 40])
 @pytest.mark.parametrize("vote", ["need", "sampled"])
-def test_same_blocks_for_every_choice_of_voters(query_stride: int, vote: str, group_shared: bool) -> None:
+def test_same_blocks_for_every_choice_of_voters(
+    query_stride: int, vote: str, group_shared: bool
+) -> None:
     check(small(query_stride=query_stride, vote=vote, group_shared=group_shared), 99, 99)
 
 
@@ -89,8 +107,12 @@ def test_same_blocks_for_every_sample_of_the_middle(sample: int) -> None:
 
 @pytest.mark.parametrize("descent", [1, 2, 3, 8, 100])
 @pytest.mark.parametrize("query_stride", [1, 2, 5])
-def test_same_blocks_for_every_share_of_votes_that_walk_the_tree(query_stride: int, descent: int) -> None:
-    check(small(options={"descent": descent}, query_stride=query_stride, rescore=2, beam=1), 163, 35)
+def test_same_blocks_for_every_share_of_votes_that_walk_the_tree(
+    query_stride: int, descent: int
+) -> None:
+    check(
+        small(options={"descent": descent}, query_stride=query_stride, rescore=2, beam=1), 163, 35
+    )
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 1), (1, 4), (2, 3)])
@@ -106,17 +128,24 @@ def test_same_blocks_for_odd_lengths(tokens: int) -> None:
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("refresh", [1, 8])
-@pytest.mark.parametrize("fields", [dict(), dict(group_shared=False, rescore=2), dict(budget=32, score="max"), dict(budget=4)])
+@pytest.mark.parametrize(
+    "fields",
+    [dict(), dict(group_shared=False, rescore=2), dict(budget=32, score="max"), dict(budget=4)],
+)
 @pytest.mark.parametrize("rows", [1, 2, 15, 16])
-def test_same_blocks_in_decode_where_each_row_selects_for_itself(rows: int, fields: dict, refresh: int, keep: bool) -> None:
+def test_same_blocks_in_decode_where_each_row_selects_for_itself(
+    rows: int, fields: dict, refresh: int, keep: bool
+) -> None:
     check(small(**{"rescore": 2, "decode_refresh": refresh, **fields}), 163, rows, keep=keep)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "fields"), [(129, 129, {}), (60, 60, dict(block_q=1, budget=8)), (150, 5, {}), (150, 1, {})]
+    ("tokens", "rows", "fields"),
+    [(129, 129, {}), (60, 60, dict(block_q=1, budget=8)), (150, 5, {}), (150, 1, {})],
 )
 def test_only_selections_that_are_kept_read_on(tokens: int, rows: int, fields: dict) -> None:
-    """Not a prompt's last query block of one row, nor a step without state, nor the rows of a verification."""
+    """Not a prompt's last query block of one row, nor a step without state, nor the rows of a
+    verification."""
     q, k, v = make_qkv(tokens, rows)
     once, often = (selected(small(decode_refresh=refresh, **fields), q, k, v) for refresh in (1, 8))
     assert once == often
@@ -167,7 +196,12 @@ def blocks_of(level: int, index: int) -> range:
     return range(index << level, (index + 1) << level)
 
 
-SHAPES = [dict(budget=8, beam=1), dict(budget=8, beam=2, coarsest=16), dict(budget=4, beam=1, sink=0), dict(budget=16, beam=1)]
+SHAPES = [
+    dict(budget=8, beam=1),
+    dict(budget=8, beam=2, coarsest=16),
+    dict(budget=4, beam=1, sink=0),
+    dict(budget=16, beam=1),
+]
 
 
 @pytest.mark.parametrize("fields", SHAPES)
@@ -175,7 +209,8 @@ SHAPES = [dict(budget=8, beam=1), dict(budget=8, beam=2, coarsest=16), dict(budg
 def test_the_first_candidates_cover_every_middle_block_once(
     tokens: int, fields: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real code's candidates: all of the start level, then at each level the last two, which are nobody's children."""
+    """The real code's candidates: all of the start level, then at each level the last two, which
+    are nobody's children."""
     config = small(decode_refresh=1, **fields)
     (_, low, high), *_ = layout(config, 1, tokens)
     recorder = Recorder(monkeypatch)
@@ -188,7 +223,9 @@ def test_the_first_candidates_cover_every_middle_block_once(
                 covered += blocks_of(level, index)
     assert sorted(covered) == list(range(low, high))
     twin = brute.Search(config, k[0, 0], [], low, high, 1.0)
-    assert sorted(b for level, index in brute.initial(twin) for b in blocks_of(level, index)) == list(range(low, high))
+    assert sorted(
+        b for level, index in brute.initial(twin) for b in blocks_of(level, index)
+    ) == list(range(low, high))
     assert len(recorder.ids) == twin.start() + 1
 
 
@@ -201,11 +238,15 @@ def test_the_dyadic_cover_of_any_middle(low: int, beam: int, coarsest: int | Non
     for high in range(low + 3, low + 140):
         twin = brute.Search(config, torch.empty(0, 1), [], low, high, 1.0)
         initial = brute.initial(twin)
-        assert sorted(b for level, index in initial for b in blocks_of(level, index)) == list(range(low, high))
+        assert sorted(b for level, index in initial for b in blocks_of(level, index)) == list(
+            range(low, high)
+        )
         assert all(len(twin.edges(level)) <= 2 for level in range(twin.start()))
         assert hip.start_level(config, low, high) == twin.start()
         # there is always a whole beam to keep
-        assert all(len(twin.complete(level)) >= config.beam_blocks for level in range(1, twin.start() + 1))
+        assert all(
+            len(twin.complete(level)) >= config.beam_blocks for level in range(1, twin.start() + 1)
+        )
 
 
 @pytest.mark.parametrize("sliding", [None, 60, 90])
@@ -218,14 +259,23 @@ def test_no_candidate_reaches_out_of_the_middle(
     recorder = Recorder(monkeypatch)
     for tokens in range(70, 300, 7):
         recorder.ids.clear()
-        sparse(q, k[:, :, :tokens], v[:, :, :tokens], config, state=DecodeState(), sliding_window=sliding)
+        sparse(
+            q,
+            k[:, :, :tokens],
+            v[:, :, :tokens],
+            config,
+            state=DecodeState(),
+            sliding_window=sliding,
+        )
         position, window = tokens - 1, (tokens - 1 - config.window) // config.block_k
         oldest = 0 if sliding is None else max(0, position - sliding + 1)
         low = max(-(-config.sink // config.block_k), oldest // config.block_k)
         for level, ids in recorder.levels():
             for index in set(ids.flatten().tolist()) - {ranking.NO_CHUNK}:
                 inside = blocks_of(level, index)
-                assert low <= inside.start < inside.stop <= window, f"level {level}: {inside} leaves {low} to {window}"
+                assert low <= inside.start < inside.stop <= window, (
+                    f"level {level}: {inside} leaves {low} to {window}"
+                )
 
 
 # Order.
@@ -237,20 +287,29 @@ def test_ties_break_by_position() -> None:
     q, k, v = make_qkv(300, 1, dtype=torch.float64)
     q, k = torch.ones_like(q), torch.ones_like(k)
     for score, representative in itertools.product(("mass", "max"), REPRESENTATIVES):
-        config = small(score=score, representative=representative, sink=12, rescore=2, options={"onward": 0})
+        config = small(
+            score=score, representative=representative, sink=12, rescore=2, options={"onward": 0}
+        )
         first = config.sink // config.block_k
         got = selected(config, q, k, v)
-        assert got == {(head, 0): list(range(first, first + 4)) for head in range(2)}, (score, representative)
+        assert got == {(head, 0): list(range(first, first + 4)) for head in range(2)}, (
+            score,
+            representative,
+        )
 
 
 def test_a_block_that_follows_a_good_one_is_better_than_a_lone_one() -> None:
-    scores, ids = torch.tensor([[0.4, 0.1, 0.2, 0.1, 0.0]]), torch.tensor([[3, 4, 9, ranking.NO_CHUNK - 1, ranking.NO_CHUNK]])
+    scores, ids = (
+        torch.tensor([[0.4, 0.1, 0.2, 0.1, 0.0]]),
+        torch.tensor([[3, 4, 9, ranking.NO_CHUNK - 1, ranking.NO_CHUNK]]),
+    )
     ranking.read_on(scores, ids, 0.5)
     torch.testing.assert_close(scores, torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.0]]))
 
 
 def test_what_a_row_looks_up_is_read_on_into_the_next_block() -> None:
-    """All rows need block 9 most, block 20 a little less, and nobody block 10, which follows block 9."""
+    """All rows need block 9 most, block 20 a little less, and nobody block 10, which follows block
+    9."""
     q, k, v = make_qkv(300, 1)
     k.zero_(), q.zero_()
     q[..., 0], k[:, :, 9 * 4 : 10 * 4, 0], k[:, :, 20 * 4 : 21 * 4, 0] = 8.0, 8.0, 7.0
@@ -269,7 +328,10 @@ def test_the_same_call_selects_the_same_blocks() -> None:
 
 @given(
     st.lists(
-        st.sampled_from([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan]) | st.floats(width=32), min_size=1, max_size=40
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan])
+        | st.floats(width=32),
+        min_size=1,
+        max_size=40,
     ),
     st.integers(1, 45),
     st.randoms(use_true_random=False),
@@ -305,7 +367,9 @@ def test_best_works_row_by_row() -> None:
 
 @pytest.mark.parametrize("group_shared", [True, False])
 @pytest.mark.parametrize(("tokens", "softcap"), [(99, None), (130, None), (130, 1.5)])
-def test_the_oracle_takes_the_blocks_with_the_largest_mass(tokens: int, softcap: float | None, group_shared: bool) -> None:
+def test_the_oracle_takes_the_blocks_with_the_largest_mass(
+    tokens: int, softcap: float | None, group_shared: bool
+) -> None:
     config = small(method="oracle", group_shared=group_shared)
     q, k, v = make_qkv(tokens, dtype=torch.float64)
     got = selected(config, q, k, v, softcap=softcap)
@@ -314,7 +378,10 @@ def test_the_oracle_takes_the_blocks_with_the_largest_mass(tokens: int, softcap:
         queries = q[0, 2 * head : 2 * head + 2] if group_shared else q[0, head : head + 1]
         own = k[0, head if group_shared else head // 2]
         rows = [(p, query[p]) for p in positions for query in queries]
-        assert blocks == brute.oracle(own, rows, low, high, config.block_k, 4, 0.25, softcap), (head, n)
+        assert blocks == brute.oracle(own, rows, low, high, config.block_k, 4, 0.25, softcap), (
+            head,
+            n,
+        )
 
 
 def test_streaming_selects_nothing() -> None:
@@ -326,7 +393,9 @@ def test_streaming_selects_nothing() -> None:
 @pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize("depth", [100, 1000, 2222, 3500])
 def test_a_needle_is_found(depth: int, rows: int, representative: str) -> None:
-    config = HiPConfig(budget=64, sink=16, window=64, representative=representative, dense_below=0, dense_tail=0)
+    config = HiPConfig(
+        budget=64, sink=16, window=64, representative=representative, dense_below=0, dense_tail=0
+    )
     q, k, v = make_qkv(4096, rows, dim=32, needles={rows - 1: depth})
     got = selected(config, q, k, v)
     last = max(n for _, n in got)
@@ -336,11 +405,20 @@ def test_a_needle_is_found(depth: int, rows: int, representative: str) -> None:
 @pytest.mark.parametrize("representative", ["blend", "minmax"])
 @pytest.mark.parametrize("onward", [0.3, 0.0])
 def test_a_selection_that_serves_several_steps_reads_on(representative: str, onward: float) -> None:
-    """The needle is the last key of block 25; what a copy needs next is in block 26, which nothing points to."""
+    """The needle is the last key of block 25; what a copy needs next is in block 26, which nothing
+    points to."""
     q, k, v = make_qkv(1000, 1, needles={0: 26 * 16 - 1})
     for refresh in (1, 4):
-        fields = dict(representative=representative, decode_refresh=refresh, beam=16, rescore=16, options={"onward": onward})
-        blocks = set(selected(small(block_k=16, budget=64, **fields), q, k, v, state=DecodeState())[0, 0])
+        fields = dict(
+            representative=representative,
+            decode_refresh=refresh,
+            beam=16,
+            rescore=16,
+            options={"onward": onward},
+        )
+        blocks = set(
+            selected(small(block_k=16, budget=64, **fields), q, k, v, state=DecodeState())[0, 0]
+        )
         assert len(blocks) == 4
         assert 25 in blocks
         assert (26 in blocks) == (onward > 0)

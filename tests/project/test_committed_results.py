@@ -17,8 +17,13 @@ DOCS = ROOT / "docs"
 
 pytestmark = pytest.mark.fast
 
-# What was compiled and published: not yet all that the command compiles unless it is asked for less (docs/performance.md).
-TARGETS, DIMS, DTYPES = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942"], [64, 128], ["bf16"]
+# What was compiled and published: not yet all that the command compiles unless it is asked for less
+# (docs/performance.md).
+TARGETS, DIMS, DTYPES = (
+    ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942"],
+    [64, 128],
+    ["bf16"],
+)
 
 LAUNCHES = """
 import json, sys
@@ -43,25 +48,42 @@ def committed(name: str) -> dict[str, Any]:
 
 
 def test_published_results_are_of_every_kernel_on_every_target() -> None:
-    """Of each launch of today's table with what the compiler is given, and of today's code of its kernel."""
+    """Of each launch of today's table with what the compiler is given, and of today's code of its
+    kernel."""
     document = committed("kernels")
     assert next(iter(document)) == "command"
-    assert (document["only"], document["targets"], document["dims"], document["dtypes"]) == ("", TARGETS, DIMS, DTYPES)
+    assert (document["only"], document["targets"], document["dims"], document["dtypes"]) == (
+        "",
+        TARGETS,
+        DIMS,
+        DTYPES,
+    )
     done = process("-c", LAUNCHES, json.dumps([TARGETS, DIMS, DTYPES]))
     assert done.returncode == 0, done.stderr
     wanted = [tuple(cell) for cell in json.loads(done.stdout)]
-    found = [tuple(row[name] for name in ("kernel", "target", "dim", "dtype", "code", "launch")) for row in document["rows"]]
+    found = [
+        tuple(row[name] for name in ("kernel", "target", "dim", "dtype", "code", "launch"))
+        for row in document["rows"]
+    ]
     assert len(wanted) > 500
-    assert sorted(found) == sorted(wanted), "run `hip-hf kernels --output` again, then benchmarks/kernel_table.py"
+    assert sorted(found) == sorted(wanted), (
+        "run `hip-hf kernels --output` again, then benchmarks/kernel_table.py"
+    )
 
 
 def test_published_results_have_no_problem() -> None:
     document = committed("kernels")
     assert document["failed"] == 0
-    assert [row for row in document["rows"] if row["problem"] or row["spilled"] or not row["registers"]] == []
+    assert [
+        row for row in document["rows"] if row["problem"] or row["spilled"] or not row["registers"]
+    ] == []
     # prompts and gradients are fast only with these
     fast = {"sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mfma"}
-    heavy = [row for row in document["rows"] if row["kernel"].startswith(("prefill", "dense rows", "backward"))]
+    heavy = [
+        row
+        for row in document["rows"]
+        if row["kernel"].startswith(("prefill", "dense rows", "backward"))
+    ]
     assert {row["target"] for row in heavy} >= fast.keys()
     assert [row for row in heavy if row["path"] != fast.get(row["target"], "mma.sync")] == []
 
@@ -69,7 +91,14 @@ def test_published_results_have_no_problem() -> None:
 def test_the_documented_table_is_what_the_command_prints() -> None:
     done = process("benchmarks/kernel_table.py")
     assert done.returncode == 0, done.stderr
-    for kernel in ("select, prefill", "select, decode", "prefill", "decode", "backward, queries", "delta, step"):
+    for kernel in (
+        "select, prefill",
+        "select, decode",
+        "prefill",
+        "decode",
+        "backward, queries",
+        "delta, step",
+    ):
         assert f"| {kernel} |" in done.stdout
     text = (ROOT / "docs" / "performance.md").read_text()
     assert done.stdout in text
@@ -96,7 +125,10 @@ def test_committed_results_have_the_columns_of_the_code(name: str) -> None:
     for whole, *layers in groups.values():
         again = fidelity.over_layers(layers)
         assert list(again) == list(whole)
-        assert again == {key: pytest.approx(value) if isinstance(value, float) else value for key, value in whole.items()}
+        assert again == {
+            key: pytest.approx(value) if isinstance(value, float) else value
+            for key, value in whole.items()
+        }
 
 
 def test_the_readme_shows_the_answers_that_were_measured() -> None:

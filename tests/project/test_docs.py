@@ -1,4 +1,5 @@
-"""The documentation: built without a warning, every page shown by a browser, no broken image, file or link."""
+"""The documentation: built without a warning, every page shown by a browser, no broken image, file
+or link."""
 
 from __future__ import annotations
 
@@ -34,13 +35,17 @@ EXTRA = {"genindex.html", "search.html", "py-modindex.html"}
 def build(out: Path) -> None:
     """The documentation as HTML; a warning is an error."""
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(DOCS), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_everything_public_is_in_the_reference() -> None:
     reference = (DOCS / "api.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"auto(?:function|class):: hip_hf\.(\w+)$", reference, re.MULTILINE))
+    documented = set(
+        re.findall(r"auto(?:function|class):: hip_hf\.(\w+)$", reference, re.MULTILINE)
+    )
     assert documented == set(hip_hf.__all__)
 
 
@@ -57,17 +62,23 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
 def test_every_page_is_written_where_it_stands() -> None:
     """None is cut out of another by the text of a heading."""
     cut = re.compile("start-after|end-before|README.md$", re.MULTILINE)
-    assert [page.name for page in DOCS.glob("*.md") if cut.search(page.read_text(encoding="utf-8"))] == []
+    assert [
+        page.name for page in DOCS.glob("*.md") if cut.search(page.read_text(encoding="utf-8"))
+    ] == []
 
 
 def test_every_file_that_a_page_names_is_there() -> None:
     places = (ROOT, ROOT / "hip_hf", ROOT / "benchmarks" / "results")
     named = set()
     for page in [ROOT / "README.md", *DOCS.glob("*.md")]:
-        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(
+            r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+        )
         named |= set(re.findall(r"`([\w.-]+/[\w/.-]+\.\w+|\w+\.json)`", text))
     assert len(named) > 50
-    assert sorted(name for name in named if not any((place / name).exists() for place in places)) == []
+    assert (
+        sorted(name for name in named if not any((place / name).exists() for place in places)) == []
+    )
 
 
 @pytest.mark.parametrize("kind", [hip_hf.HiPConfig, Options], ids=lambda kind: kind.__name__)
@@ -76,7 +87,9 @@ def test_all_settings_are_documented_with_their_defaults(kind: type) -> None:
     documented = dict(re.findall(r"^\| `(\w+)` \| `?([^`|]+?)`? \|", page, re.MULTILINE))
     defaults = kind()
     for field in dataclasses.fields(kind):
-        assert documented.get(field.name) == str(getattr(defaults, field.name)), f"docs/settings.md: `{field.name}`"
+        assert documented.get(field.name) == str(getattr(defaults, field.name)), (
+            f"docs/settings.md: `{field.name}`"
+        )
 
 
 def test_what_pages_say_of_the_defaults_is_true() -> None:
@@ -120,7 +133,9 @@ def check_none_is_broken(seen: dict[Path, Seen]) -> None:
         assert (page.name, shown.failed) == (page.name, [])
     assert broken_links(seen) == []
     books = [json.loads(book.read_text()) for book in (ROOT / "notebooks").glob("*.ipynb")]
-    outputs = [output for book in books for cell in book["cells"] for output in cell.get("outputs", [])]
+    outputs = [
+        output for book in books for cell in book["cells"] for output in cell.get("outputs", [])
+    ]
     drawn = sum("image/png" in output.get("data", {}) for output in outputs)
     pages = [page.read_text() for page in DOCS.glob("*.md")]
     shown_in = r"_generated/\w+\.png|(?:\{image\} |\]\()\.\./benchmarks/results/\w+\.png"
@@ -135,8 +150,15 @@ def check_contents(seen: dict[Path, Seen]) -> None:
     models = by_name["models.html"].text
     assert "llama" in models
     assert "Types: refused" in models
-    for page, picture in (("how", "tree.png"), ("how", "readings.png"), ("evaluation", "passkey.png"), ("index", "latency.png")):
-        assert any(picture in source and own > 500 for source, own, _ in by_name[f"{page}.html"].images)
+    for page, picture in (
+        ("how", "tree.png"),
+        ("how", "readings.png"),
+        ("evaluation", "passkey.png"),
+        ("index", "latency.png"),
+    ):
+        assert any(
+            picture in source and own > 500 for source, own, _ in by_name[f"{page}.html"].images
+        )
 
 
 def test_pages(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def test_there_are_five() -> None:
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_notebook_runs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own assertions hold; and what it was saved with has the same kinds of outputs, none of them an error."""
+    """Its own assertions hold; and what it was saved with has the same kinds of outputs, none of
+    them an error."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     fresh, saved = outputs(execute(file)), outputs(nbformat.read(file, as_version=4))
     assert fresh

@@ -1,4 +1,5 @@
-"""What is installed and what importing it costs: no heavy imports, nothing shadowed, nothing missing from the wheel."""
+"""What is installed and what importing it costs: no heavy imports, nothing shadowed, nothing
+missing from the wheel."""
 
 from __future__ import annotations
 
@@ -17,7 +18,11 @@ import pytest
 from repository import ROOT
 
 PACKAGE = ROOT / "hip_hf"
-LINKS = {"eval": "hip_hf/eval", "kernels": "hip_hf/backends/triton", "patches": "hip_hf/integration/patches"}
+LINKS = {
+    "eval": "hip_hf/eval",
+    "kernels": "hip_hf/backends/triton",
+    "patches": "hip_hf/integration/patches",
+}
 COMMAND = ROOT / "hip_hf_cli.py"
 SOURCES = [COMMAND, *sorted(PACKAGE.rglob("*.py"))]
 IMPORT_MS = 50
@@ -51,7 +56,9 @@ assert is_kernels_available() == elsewhere
 def run(code: str, *args: object, cwd: Path, **environment: str) -> str:
     """What a fresh interpreter prints."""
     command = [sys.executable, "-c", code, *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,8 +68,12 @@ def place(path: Path) -> str:
 
 
 def test_import_is_cheap() -> None:
-    """Best of five, counted from an imported Transformers, compiled as pip leaves it; the first fast one decides."""
-    usual = {"PYTHONDONTWRITEBYTECODE": "", "COVERAGE_PROCESS_CONFIG": ""}  # `make coverage` watches every process it starts
+    """Best of five, counted from an imported Transformers, compiled as pip leaves it; the first
+    fast one decides."""
+    usual = {
+        "PYTHONDONTWRITEBYTECODE": "",
+        "COVERAGE_PROCESS_CONFIG": "",
+    }  # `make coverage` watches every process it starts
     times: list[float] = []
     while len(times) < 5 and min(times, default=IMPORT_MS) >= IMPORT_MS:
         found = json.loads(run(IMPORT, cwd=ROOT, **usual).splitlines()[-1])
@@ -81,7 +92,8 @@ def test_top_level_link_is_relative_and_leads_into_the_package(name: str) -> Non
 
 
 def test_kernels_link_never_shadows_the_distribution(tmp_path: Path) -> None:
-    """The link comes first on the path and must still lose: a regular package beats a namespace portion."""
+    """The link comes first on the path and must still lose: a regular package beats a namespace
+    portion."""
     assert not (ROOT / LINKS["kernels"] / "__init__.py").exists()
     real = tmp_path / "kernels" / "__init__.py"
     real.parent.mkdir()
@@ -89,7 +101,9 @@ def test_kernels_link_never_shadows_the_distribution(tmp_path: Path) -> None:
     alone = PathFinder.find_spec("kernels", [str(ROOT)])
     assert alone is not None
     assert alone.origin is None
-    code = "import sys; sys.path = [*sys.argv[1:], *sys.path]; import kernels; print(kernels.__file__)"
+    code = (
+        "import sys; sys.path = [*sys.argv[1:], *sys.path]; import kernels; print(kernels.__file__)"
+    )
     assert Path(run(code, ROOT, tmp_path, cwd=tmp_path).strip()) == real
 
 
@@ -104,22 +118,39 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(PACKAGE, source / "hip_hf", ignore=shutil.ignore_patterns("__pycache__"))
     for name in LINKS:
         (source / name).symlink_to((ROOT / name).readlink())
-    for path in [COMMAND, ROOT / "pyproject.toml", ROOT / "setup.cfg", ROOT / "LICENSE", *ROOT.glob("README.md")]:
+    for path in [
+        COMMAND,
+        ROOT / "pyproject.toml",
+        ROOT / "setup.cfg",
+        ROOT / "LICENSE",
+        *ROOT.glob("README.md"),
+    ]:
         shutil.copy(path, source)
-    built = run("import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))", out, cwd=source).splitlines()[-1]
+    built = run(
+        "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))", out, cwd=source
+    ).splitlines()[-1]
     return out / built
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        info = next(name for name in names if name.endswith(".dist-info/METADATA")).partition("/")[0]
+        info = next(name for name in names if name.endswith(".dist-info/METADATA")).partition("/")[
+            0
+        ]
         scripts = archive.read(f"{info}/entry_points.txt").decode()
     assert {name.partition("/")[0] for name in names} == {"hip_hf", COMMAND.name, info}
-    data = [path for kind in ("json", "safetensors", "txt", "md") for path in (PACKAGE / "assets").rglob(f"*.{kind}")]
+    data = [
+        path
+        for kind in ("json", "safetensors", "txt", "md")
+        for path in (PACKAGE / "assets").rglob(f"*.{kind}")
+    ]
     tasks = (PACKAGE / "eval" / "tasks").glob("*.yaml")
     assert len(data) > 5
-    missing = {place(path) for path in [*SOURCES, *data, *tasks, PACKAGE / "eval" / "reporting" / "page.html"]} - names
+    missing = {
+        place(path)
+        for path in [*SOURCES, *data, *tasks, PACKAGE / "eval" / "reporting" / "page.html"]
+    } - names
     assert not missing
     assert not [name for name in names if "__pycache__" in name]
     assert f"{info}/licenses/LICENSE" in names
@@ -134,7 +165,9 @@ def test_source_is_short_and_reads_no_environment(path: Path) -> None:
     nodes = list(ast.walk(ast.parse(text)))
     used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     used |= {node.name for node in nodes if isinstance(node, ast.alias)}
-    assert not used & {"environ", "environb", "getenv", "getenvb"}, "settings come from the config, not from the environment"
+    assert not used & {"environ", "environb", "getenv", "getenvb"}, (
+        "settings come from the config, not from the environment"
+    )
 
 
 def test_all_but_the_parameters_of_kernels_have_types() -> None:
@@ -154,7 +187,9 @@ def test_all_but_the_parameters_of_kernels_have_types() -> None:
 
 def test_no_file_names_a_path_of_the_machine() -> None:
     here = [str(ROOT).encode()] + [f"{ROOT.parent}/".encode()] * (len(ROOT.parts) > 2)
-    ours = [path for name in ("benchmarks", "docs", "notebooks") for path in (ROOT / name).rglob("*")]
+    ours = [
+        path for name in ("benchmarks", "docs", "notebooks") for path in (ROOT / name).rglob("*")
+    ]
     ours += [path for kind in ("md", "toml", "cfg", "txt") for path in ROOT.glob(f"*.{kind}")]
     for path in [*PACKAGE.rglob("*"), *ours]:
         if not path.is_file() or path.suffix in (".pyc", ".png"):

@@ -1,7 +1,8 @@
-"""Gradients of block-sparse attention, torch backend. Memory stays O(T): weights are recomputed, query block by query block.
+"""Gradients of block-sparse attention, torch backend. Memory stays O(T): weights are recomputed,
+query block by query block.
 
-Gradients flow through the keys and values that were read. The selection itself is a choice, not a function of the
-tensors: nothing flows through it, as in HiP (arXiv 2406.09827, section 3).
+Gradients flow through the keys and values that were read. The selection itself is a choice, not a
+function of the tensors: nothing flows through it, as in HiP (arXiv 2406.09827, section 3).
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ def traced(
     lse: torch.Tensor | None,
     pieces: list[Piece] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run `compute`, which fills out `[B, Hq, Tq, Dv]`, lse `[B, Hq, Tq]` and `pieces`; give out and lse as autograd is to
-    know them. `pieces` None: nobody asks for gradients."""
+    """Run `compute`, which fills out `[B, Hq, Tq, Dv]`, lse `[B, Hq, Tq]` and `pieces`; give out
+    and lse as autograd is to know them. `pieces` None: nobody asks for gradients."""
     if pieces is None:
         compute()
         return out, lse
-    return _Attention.apply(problem.q, problem.k, problem.v, problem.sinks, problem, compute, out, lse, pieces)
+    return _Attention.apply(
+        problem.q, problem.k, problem.v, problem.sinks, problem, compute, out, lse, pieces
+    )
 
 
 Gradient = torch.Tensor | None  # None: it is zero, or not asked for
@@ -53,8 +56,18 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         compute()
         # as the workers finished: sums must not depend on that
-        pieces.sort(key=lambda piece: (piece.span.batch, piece.span.row_start, piece.heads.start, piece.blocks[0].row))
-        out, lse = out.view_as(out), lse.view_as(lse)  # of their own: autograd must not take them for inputs
+        pieces.sort(
+            key=lambda piece: (
+                piece.span.batch,
+                piece.span.row_start,
+                piece.heads.start,
+                piece.blocks[0].row,
+            )
+        )
+        out, lse = (
+            out.view_as(out),
+            lse.view_as(lse),
+        )  # of their own: autograd must not take them for inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.pieces, ctx.spans = pieces, problem.spans
@@ -71,7 +84,9 @@ class _Attention(torch.autograd.Function):
         grads = Gradients(problem, out, lse, grad_out, grad_lse)
         run(lambda head: grads.add(ctx.pieces, head), range(k.shape[1]), q.device)
         need = ctx.needs_input_grad
-        found = [x.to(q.dtype) if need[i] else None for i, x in enumerate((grads.q, grads.k, grads.v))]
+        found = [
+            x.to(q.dtype) if need[i] else None for i, x in enumerate((grads.q, grads.k, grads.v))
+        ]
         return *found, grads.sinks().to(sinks.dtype) if need[3] else None, *[None] * 5
 
 
@@ -91,7 +106,9 @@ class Gradients:
         self.mean = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         if grad_lse is not None:
             self.mean = self.mean - grad_lse
-        self.q, self.k, self.v = (torch.zeros_like(x, dtype=lse.dtype) for x in (problem.q, problem.k, problem.v))
+        self.q, self.k, self.v = (
+            torch.zeros_like(x, dtype=lse.dtype) for x in (problem.q, problem.k, problem.v)
+        )
 
     def sinks(self) -> torch.Tensor:
         """Gradient of the sink logits `[Hq]`: each has a weight, and a value of zero."""
@@ -99,7 +116,9 @@ class Gradients:
         total = torch.zeros_like(self.problem.sinks, dtype=self.lse.dtype)
         for span in self.problem.spans:
             rows = slice(span.row_start, span.row_end)
-            weights = torch.exp(self.problem.sinks.to(total.dtype)[:, None] - self.lse[span.batch, :, rows])
+            weights = torch.exp(
+                self.problem.sinks.to(total.dtype)[:, None] - self.lse[span.batch, :, rows]
+            )
             total -= (weights * self.mean[span.batch, :, rows]).sum(-1)
         return total
 
@@ -116,8 +135,11 @@ class Gradients:
                 for i, block in enumerate(piece.blocks):
                     self._add(piece, block, head, heads, piece.positions(head, share, i))
 
-    def _add(self, piece: Piece, block: QueryBlock, head: int, heads: slice, positions: torch.Tensor) -> None:
-        """One query block: `heads` are its query heads, `positions` the keys they read, each once."""
+    def _add(
+        self, piece: Piece, block: QueryBlock, head: int, heads: slice, positions: torch.Tensor
+    ) -> None:
+        """One query block: `heads` are its query heads, `positions` the keys they read, each
+        once."""
         problem, span = self.problem, piece.span
         count = min(block.rows, piece.rows - block.row)
         if count <= 0:
@@ -130,7 +152,9 @@ class Gradients:
         lse, mean = self.lse[at][..., None], self.mean[at][..., None]
         for part in positions.split(max(1, LOGITS_AT_ONCE // (q.shape[0] * count))):
             index = span.key_start + part
-            k, v = (x[span.batch, head].index_select(0, index).to(dtype) for x in (problem.k, problem.v))
+            k, v = (
+                x[span.batch, head].index_select(0, index).to(dtype) for x in (problem.k, problem.v)
+            )
             logits, slope = q @ k.T * problem.scale, None
             if problem.softcap is not None:
                 logits = torch.tanh(logits / problem.softcap)
@@ -147,4 +171,6 @@ class Gradients:
             self.q[at] += grad @ k
             # each key once in a call, so the order of the sums is that of the calls
             self.k[span.batch, head].index_add_(0, index, torch.einsum("grn,grd->nd", grad, q))
-            self.v[span.batch, head].index_add_(0, index, torch.einsum("grn,grd->nd", weights, grad_out))
+            self.v[span.batch, head].index_add_(
+                0, index, torch.einsum("grn,grd->nd", weights, grad_out)
+            )

@@ -1,7 +1,9 @@
-"""Block-sparse attention, torch backend: exact attention of each query block over the keys it reads.
+"""Block-sparse attention, torch backend: exact attention of each query block over the keys it
+reads.
 
-One routine serves sparse prefill, decode and everything dense that PyTorch's own attention cannot do (log-sum-exp,
-softcap, sinks, sliding windows, a few rows against a long cache): a dense block merely reads one contiguous range.
+One routine serves sparse prefill, decode and everything dense that PyTorch's own attention cannot
+do (log-sum-exp, softcap, sinks, sliding windows, a few rows against a long cache): a dense block
+merely reads one contiguous range.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from hip_hf.geometry import QueryBlock
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import compute_dtype, scratch, widened
 
-# A block of rows meets a long contiguous range in tiles whose logits are at most this many elements, to stay in cache.
+# A block of rows meets a long contiguous range in tiles whose logits are at most this many
+# elements, to stay in cache.
 LOGITS_AT_ONCE = 1 << 20
-# Bytes of logits for sink and window that wait for a selection at most, in each worker: a part of what stays in cache.
+# Bytes of logits for sink and window that wait for a selection at most, in each worker: a part of
+# what stays in cache.
 NEAR_AT_ONCE = 1 << 22
-# Keys of a contiguous range that lie in several pieces are read where they lie if a piece has so many keys on average; shorter
-# ones are brought together, so many keys at a time.
+# Keys of a contiguous range that lie in several pieces are read where they lie if a piece has so
+# many keys on average; shorter ones are brought together, so many keys at a time.
 KEYS_OF_A_PIECE, KEYS_AT_ONCE = 512, 4096
 
 
@@ -31,24 +35,32 @@ def alike(block: QueryBlock) -> tuple[int, int, int, int]:
 
 
 def store_rows(
-    t: Tensors, heads: slice, group: slice, blocks: list[QueryBlock], out: torch.Tensor, lse: torch.Tensor | None
+    t: Tensors,
+    heads: slice,
+    group: slice,
+    blocks: list[QueryBlock],
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
-    """Write out `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` of query blocks that follow one another."""
+    """Write out `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` of query blocks that
+    follow one another."""
     store(t, (heads, group, slice(blocks[0].row, blocks[-1].row + blocks[-1].rows)), out, lse)
 
 
 def always_read(block: QueryBlock) -> tuple[int, int]:
-    """Keys of the sink, and of the window up to the block's own last one, which a query block reads in any case."""
+    """Keys of the sink, and of the window up to the block's own last one, which a query block reads
+    in any case."""
     return block.sink_end - block.start, block.last + 1 - block.window_start
 
 
 class Logits:
-    """Logits of query blocks that are `alike`, one query block after another, over a part of what they read: the key blocks
-    `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and window.
+    """Logits of query blocks that are `alike`, one query block after another, over a part of what
+    they read: the key blocks `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and
+    window.
 
-    `reserved`: keys, selected later, that stand between sink and window where positions are given by the order of what is read.
-    Each step is a handful of operations on buffers and views made once: the workers share the interpreter, and would wait for
-    each other at every operation more.
+    `reserved`: keys, selected later, that stand between sink and window where positions are given
+    by the order of what is read. Each step is a handful of operations on buffers and views made
+    once: the workers share the interpreter, and would wait for each other at every operation more.
     """
 
     def __init__(
@@ -72,14 +84,20 @@ class Logits:
             ids = torch.empty(self.lanes, count, 0, dtype=torch.long, device=q.device)
         (sink, window), picked = always_read(first), ids.shape[2] * block_k
         self.total = sink + picked + reserved + window
-        self.places = [(0, sink + picked), (self.total - window, self.total)] if near else [(sink, sink + picked)]
+        self.places = (
+            [(0, sink + picked), (self.total - window, self.total)]
+            if near
+            else [(sink, sink + picked)]
+        )
         if not near:
             sink = window = 0
         self.picked, self.keys = picked, sink + picked + window
 
         self.like = q.new_empty(0, dtype=compute_dtype(q))
         self.queries = scratch.take("q", (count, self.lanes, self.groups, n, dim), self.like)
-        self.queries.copy_(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4)).mul_(t.scale)  # widened before it is scaled
+        self.queries.copy_(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4)).mul_(
+            t.scale
+        )  # widened before it is scaled
         if t.positions is not None:
             self.queries = t.positions.streaming(self.queries, self.total)
         self.chosen = [row.unbind(0) for row in block_index(k, ids, block_k).unbind(1)]
@@ -88,10 +106,13 @@ class Logits:
         self.unseen = future(n, q.device)
         self.at = None
         if t.sliding_window is not None:
-            self.at = [_positions(block, ids[:, i], block_k, near) for i, block in enumerate(blocks)]
+            self.at = [
+                _positions(block, ids[:, i], block_k, near) for i, block in enumerate(blocks)
+            ]
 
     def fill(self, i: int, logits: torch.Tensor) -> None:
-        """Logits `[heads, G * rows, keys]` of the `i`-th query block: capped, what a row may not see masked."""
+        """Logits `[heads, G * rows, keys]` of the `i`-th query block: capped, what a row may not
+        see masked."""
         t, block, n = self.t, self.blocks[i], self.blocks[0].rows
         self.part.fill(i, self.chosen[i])
         if self.part.all.dtype != self.k.dtype:
@@ -99,7 +120,9 @@ class Logits:
         if t.positions is None:
             torch.bmm(self.queries[i].flatten(1, 2), self.k.transpose(1, 2), out=logits)
         else:
-            t.positions.streaming_logits(self.queries[i], self.k, self.places, self.total, out=logits)
+            t.positions.streaming_logits(
+                self.queries[i], self.k, self.places, self.total, out=logits
+            )
         squash(logits, t.softcap)
         if n == 1 and self.at is None:
             return
@@ -129,8 +152,9 @@ def in_parts(t: Tensors, blocks: list[QueryBlock]) -> list[slice]:
 def near_logits(
     t: Tensors, heads: slice, blocks: list[QueryBlock], block_k: int, reserved: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `[len(blocks), heads, G * rows, sink + window]` of query blocks that are `alike` for what they always read, and the
-    log-sum-exp `[heads, G, len(blocks) * rows]` of each row, in fp32 at least. `reserved`: see `Logits`."""
+    """Logits `[len(blocks), heads, G * rows, sink + window]` of query blocks that are `alike` for
+    what they always read, and the log-sum-exp `[heads, G, len(blocks) * rows]` of each row, in fp32
+    at least. `reserved`: see `Logits`."""
     of = Logits(t, heads, slice(None), blocks, None, block_k, reserved=reserved)
     logits = scratch.take("near", (of.count, of.lanes, of.rows, of.keys), of.like)
     lse = torch.empty(of.count, of.lanes, of.rows, dtype=of.lse_dtype, device=of.like.device)
@@ -152,9 +176,10 @@ def partial(
     near: bool = True,
     known: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of query blocks that are `alike` over a part of what they read: the key blocks `ids` `[heads, len(blocks), n]`
-    (None: none), and, if `near`, sink and window. Output `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` (without
-    attention sinks), in the dtype that is multiplied in and fp32 at least. `known`: the logits of sink and window, as
+    """Attention of query blocks that are `alike` over a part of what they read: the key blocks
+    `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and window. Output
+    `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` (without attention sinks), in the
+    dtype that is multiplied in and fp32 at least. `known`: the logits of sink and window, as
     `near_logits` gives them, of these heads."""
     of = Logits(t, heads, group, blocks, ids, block_k, near=near and known is None)
     v, (sink, window) = t.v[heads], always_read(blocks[0]) if near else (0, 0)
@@ -188,10 +213,11 @@ def attend(
     block_k: int,
     known: torch.Tensor | None = None,
 ) -> None:
-    """Sparse attention of query blocks, for the key heads `heads` and the query heads `group` of each.
+    """Sparse attention of query blocks, for the key heads `heads` and the query heads `group` of
+    each.
 
-    `ids` `[heads, len(blocks), n]`: the sorted key blocks that each query block reads between sink and window. `known`: the
-    logits of sink and window, of query blocks that are `alike`.
+    `ids` `[heads, len(blocks), n]`: the sorted key blocks that each query block reads between sink
+    and window. `known`: the logits of sink and window, of query blocks that are `alike`.
     """
     at = 0
     for _, same in groupby(blocks, key=alike):
@@ -199,7 +225,13 @@ def attend(
         need_lse = t.lse is not None or t.sinks is not None
         some = ids[:, at : at + len(run)]
         known_some = None if known is None else known[at : at + len(run)]
-        store_rows(t, heads, group, run, *partial(t, heads, group, run, some, block_k, need_lse, known=known_some))
+        store_rows(
+            t,
+            heads,
+            group,
+            run,
+            *partial(t, heads, group, run, some, block_k, need_lse, known=known_some),
+        )
         at += len(run)
 
 
@@ -234,19 +266,32 @@ def exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Parts:
-    """A buffer `[heads, sink + picked + window, D]` for the keys (or values) that one query block reads, and views of it."""
+    """A buffer `[heads, sink + picked + window, D]` for the keys (or values) that one query block
+    reads, and views of it."""
 
     def __init__(
-        self, name: str, x: KeyRows, blocks: list[QueryBlock], sink: int, picked: int, window: int, block_k: int
+        self,
+        name: str,
+        x: KeyRows,
+        blocks: list[QueryBlock],
+        sink: int,
+        picked: int,
+        window: int,
+        block_k: int,
     ) -> None:
         heads, _, dim = x.shape
         first = blocks[0]
         self.name = name
         self.all = scratch.take(name, (heads, sink + picked + window, dim), x)
-        self.all[:, :sink] = x[:, first.start : first.start + sink]  # the same for every query block
+        self.all[:, :sink] = x[
+            :, first.start : first.start + sink
+        ]  # the same for every query block
         self.lanes = head_rows_of(x, block_k)
         into = [lane[sink : sink + picked] for lane in self.all]
-        self.picked = [part.view(part.numel() // lane.width, lane.width) for part, lane in zip(into, self.lanes, strict=True)]
+        self.picked = [
+            part.view(part.numel() // lane.width, lane.width)
+            for part, lane in zip(into, self.lanes, strict=True)
+        ]
         self.window = self.all[:, sink + picked :]
         self.windows = None
         if window:
@@ -254,7 +299,8 @@ class Parts:
             self.windows = windows.transpose(2, 3).unbind(1)
 
     def fill(self, i: int, chosen: tuple[torch.Tensor, ...]) -> None:
-        """Bring what the `i`-th query block reads: of each head the rows of its `chosen` key blocks, and the window."""
+        """Bring what the `i`-th query block reads: of each head the rows of its `chosen` key
+        blocks, and the window."""
         for lane, index, into in zip(self.lanes, chosen, self.picked, strict=True):
             if len(index):
                 lane.take(index, into)
@@ -263,7 +309,8 @@ class Parts:
 
 
 def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> None:
-    """Attention of one query block to every key from `block.start` on, read where it lies; tile by tile if they are many."""
+    """Attention of one query block to every key from `block.start` on, read where it lies; tile by
+    tile if they are many."""
     q = t.q[heads, group, block.row : block.row + block.rows]
     lanes, groups, n, dim = q.shape
     like = q.new_empty(0, dtype=compute_dtype(q))
@@ -274,9 +321,15 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     end = block.last + 1
     cuts = [] if t.positions is None else t.positions.cuts(block.first, block.last)
     cuts = [*cuts, *(cut for cut in cuts_of(t.k, block.start, end) if cut <= end - n)]
-    while end > block.start:  # from the last key down, so that the rows' own keys are whole in one tile
+    while (
+        end > block.start
+    ):  # from the last key down, so that the rows' own keys are whole in one tile
         first = max([block.start, end - tile, *(cut for cut in cuts if cut < end)])
-        parts.append(_attend_tile(t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start))
+        parts.append(
+            _attend_tile(
+                t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start
+            )
+        )
         end = first
     out, lse = parts[0]
     for more, more_lse in parts[1:]:
@@ -287,8 +340,9 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
 
 
 def cuts_of(k: KeyRows, start: int, end: int) -> list[int]:
-    """Where a read of the keys `start` to `end - 1` is cut: at the borders of its pieces in memory, which are read where they
-    lie, or, if these are short, so many keys at a time, which are brought together."""
+    """Where a read of the keys `start` to `end - 1` is cut: at the borders of its pieces in memory,
+    which are read where they lie, or, if these are short, so many keys at a time, which are brought
+    together."""
     borders = k.borders(start, end) if isinstance(k, PagedKeys) else []
     if borders and (end - start) // (len(borders) + 1) < KEYS_OF_A_PIECE:
         return list(range(start + KEYS_AT_ONCE, end, KEYS_AT_ONCE))
@@ -296,9 +350,16 @@ def cuts_of(k: KeyRows, start: int, end: int) -> list[int]:
 
 
 def _attend_tile(
-    t: Tensors, heads: slice, query: torch.Tensor, block: QueryBlock, first: int, end: int, merge: bool
+    t: Tensors,
+    heads: slice,
+    query: torch.Tensor,
+    block: QueryBlock,
+    first: int,
+    end: int,
+    merge: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention to the keys `first` to `end - 1`, and the log-sum-exp if the caller or a `merge` with other tiles needs it."""
+    """Attention to the keys `first` to `end - 1`, and the log-sum-exp if the caller or a `merge`
+    with other tiles needs it."""
     lanes, groups, n, _ = query.shape
     k, v = (x[heads, first:end].to(query.dtype) for x in (t.k, t.v))
     logits = scratch.take("logits", (lanes, groups * n, end - first), k)
@@ -321,8 +382,11 @@ def _attend_tile(
     return (out.to(lse.dtype, copy=True) if merge else out), lse.view(lanes, groups, n)
 
 
-def store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Write out and log-sum-exp; sinks are an extra logit, which scales the output by `sigmoid(lse - sink)`."""
+def store(
+    t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None
+) -> None:
+    """Write out and log-sum-exp; sinks are an extra logit, which scales the output by
+    `sigmoid(lse - sink)`."""
     if t.sinks is not None:
         assert lse is not None
         add_sinks(out, lse, t.sinks[into[0], into[1]])
@@ -333,7 +397,8 @@ def store(t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: 
 
 
 def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
-    """Let the extra logits `sinks` `[Hkv, G]` take part in a softmax: changes out `[Hkv, G, n, Dv]` and lse `[Hkv, G, n]`."""
+    """Let the extra logits `sinks` `[Hkv, G]` take part in a softmax: changes out `[Hkv, G, n, Dv]`
+    and lse `[Hkv, G, n]`."""
     sink = sinks[..., None].to(lse.dtype)
     out.mul_(torch.sigmoid(lse - sink)[..., None])
     torch.logaddexp(lse, sink, out=lse)
@@ -343,8 +408,8 @@ _triangles: dict[tuple[int, torch.device], torch.Tensor] = {}
 
 
 def future(size: int, device: torch.device) -> torch.Tensor:
-    """`[size, size]`: where a row of a block may not see a later row's key. Whatever its logit is, also infinite or NaN: nothing
-    that is added to it would hide that."""
+    """`[size, size]`: where a row of a block may not see a later row's key. Whatever its logit is,
+    also infinite or NaN: nothing that is added to it would hide that."""
     key = (size, device)
     if key not in _triangles:
         with torch.inference_mode(False):
@@ -358,12 +423,16 @@ def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int, near: bool) -
     if not near:
         return selected
     sink = torch.arange(block.start, block.sink_end, device=ids.device).expand(len(ids), -1)
-    window = torch.arange(block.window_start, block.last + 1, device=ids.device).expand(len(ids), -1)
+    window = torch.arange(block.window_start, block.last + 1, device=ids.device).expand(
+        len(ids), -1
+    )
     return torch.cat([sink, selected, window], dim=1)
 
 
 def _mask_sliding(logits: torch.Tensor, position: torch.Tensor, first: int, window: int) -> None:
-    """Hide from each row the keys that have left its window; logits `[heads, G, rows, keys]`, position `[heads or 1, keys]`."""
+    """Hide from each row the keys that have left its window; logits `[heads, G, rows, keys]`,
+    position `[heads or 1, keys]`."""
     row = torch.arange(first, first + logits.shape[2], device=logits.device)[:, None]
-    # finite, so that a row that sees nothing of a tile gets a log-sum-exp that counts for nothing, and no NaN
+    # finite, so that a row that sees nothing of a tile gets a log-sum-exp that counts for nothing,
+    # and no NaN
     logits.masked_fill_((position[:, None] <= row - window)[:, None], torch.finfo(logits.dtype).min)

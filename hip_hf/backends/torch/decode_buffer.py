@@ -1,7 +1,9 @@
-"""What the decode steps under one selection read, side by side: gathered at the first of them, one row longer at each other.
+"""What the decode steps under one selection read, side by side: gathered at the first of them, one
+row longer at each other.
 
-A selection serves `decode_refresh` steps. Their sink and selected blocks are the same, and the window only grows by each step's
-own key; picking them out of the cache anew would cost a step more than its attention does.
+A selection serves `decode_refresh` steps. Their sink and selected blocks are the same, and the
+window only grows by each step's own key; picking them out of the cache anew would cost a step more
+than its attention does.
 """
 
 from __future__ import annotations
@@ -47,22 +49,29 @@ class Gathered:
         self.until = 0  # position of the first step that is to select anew
 
     def _take_room(self, room: int) -> None:
-        """Room for so many rows, those in use kept. What a selection reads grows with every step that it serves, and it may be
-        made to serve any number."""
+        """Room for so many rows, those in use kept. What a selection reads grows with every step
+        that it serves, and it may be made to serve any number."""
         with torch.inference_mode(False):  # they outlive the mode they were made in
             self.k, self.v = (
-                torch.cat([x[:, : self.count], x.new_zeros(len(x), room - self.count, x.shape[2])], 1) for x in (self.k, self.v)
+                torch.cat(
+                    [x[:, : self.count], x.new_zeros(len(x), room - self.count, x.shape[2])], 1
+                )
+                for x in (self.k, self.v)
             )
 
     def holds(self, selection: KeptSelection | None, position: int) -> bool:
         """Whether the step at `position` under `selection` has only to add its own key."""
-        return self.selection is not None and self.selection is selection and self.position == position
+        return (
+            self.selection is not None and self.selection is selection and self.position == position
+        )
 
     def serves(self, selection: KeptSelection | None, position: int) -> bool:
         """Whether it holds the step at `position`, and nothing is to be selected for it."""
         return position < self.until and self.holds(selection, position)
 
-    def fill(self, t: Tensors, selection: KeptSelection, block: QueryBlock, size: int, until: int) -> None:
+    def fill(
+        self, t: Tensors, selection: KeptSelection, block: QueryBlock, size: int, until: int
+    ) -> None:
         """Bring what the step `block` reads under `selection` beside its own key, of key blocks of
         `size` keys. The selection holds `until` then."""
         assert selection.ids is not None
@@ -80,11 +89,22 @@ class Gathered:
             if x.dtype == into.dtype:
                 pick(x, ids, size, middle)
             else:
-                middle.copy_(pick(x, ids, size, scratch.take(name, tuple(middle.shape), into.new_empty(0, dtype=x.dtype))))
+                middle.copy_(
+                    pick(
+                        x,
+                        ids,
+                        size,
+                        scratch.take(name, tuple(middle.shape), into.new_empty(0, dtype=x.dtype)),
+                    )
+                )
             into[:, sink + picked : self.count] = x[:, block.window_start : block.last]
-        self.v[:, self.count :] = 0  # else what they held before, were it infinite or NaN, would count though it weighs nothing
+        self.v[:, self.count :] = (
+            0  # else what they held before, were it infinite or NaN, would count though it weighs nothing
+        )
         if t.positions is not None:
-            self.k[:, : self.count] = t.positions.rope.keys(self.k[:, : self.count], 0, t.positions.trained)
+            self.k[:, : self.count] = t.positions.rope.keys(
+                self.k[:, : self.count], 0, t.positions.trained
+            )
         self.selection, self.position, self.until = selection, block.last, until
 
     def attend(
@@ -108,8 +128,8 @@ class Gathered:
         at = slice(self.count, self.count + 1)
         self.k[:, at], self.v[:, at] = key, value
         self.count, self.position = self.count + 1, self.position + 1
-        # In bf16 all rows of the buffers, also those not in use: a part would be copied before it is multiplied, and each new
-        # length would have a kernel made for it.
+        # In bf16 all rows of the buffers, also those not in use: a part would be copied before it
+        # is multiplied, and each new length would have a kernel made for it.
         rows = self.k.shape[1] if self.k.dtype == torch.bfloat16 else self.count
         k, v = self.k[:, :rows], self.v[:, :rows]
         logits = scratch.take("logits", (*q.shape[:2], rows), k)
@@ -126,17 +146,28 @@ class Gathered:
         return out, lse
 
 
-def gathered_rows(problem: AttentionProblem, config: HiPConfig, state: DecodeState) -> list[RowState] | None:
-    """Of a decode step that selects nothing and whose own keys alone are not yet gathered, as most steps are: what is kept of
-    each span's row. None where there is more to do."""
-    if problem.q.shape[2] > 1 or not problem.spans or problem.sliding_window is not None or problem.needs_grad:
+def gathered_rows(
+    problem: AttentionProblem, config: HiPConfig, state: DecodeState
+) -> list[RowState] | None:
+    """Of a decode step that selects nothing and whose own keys alone are not yet gathered, as most
+    steps are: what is kept of each span's row. None where there is more to do."""
+    if (
+        problem.q.shape[2] > 1
+        or not problem.spans
+        or problem.sliding_window is not None
+        or problem.needs_grad
+    ):
         return None
     if not state.bound(config, problem.k):
         return None
     rows = []
     for span in problem.spans:
         row = state.rows.get(span.batch)
-        if row is None or row.gathered is None or (row.key_start, row.position) != (span.key_start, span.position):
+        if (
+            row is None
+            or row.gathered is None
+            or (row.key_start, row.position) != (span.key_start, span.position)
+        ):
             return None
         if not row.gathered.serves(row.selection, span.position):
             return None

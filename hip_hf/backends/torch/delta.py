@@ -20,7 +20,9 @@ class DeltaAttention(DeltaCall):
     def attend_tail(self, t: Tensors, span: Span, end: int) -> None:
         rows = slice(end - span.position, None)
         assert t.lse is not None
-        t.out[:, :, rows], t.lse[:, :, rows] = attend_positions(t, range(end, span.end), span.position)
+        t.out[:, :, rows], t.lse[:, :, rows] = attend_positions(
+            t, range(end, span.end), span.position
+        )
 
     def correct(self, plans: list[Plan]) -> list[Correction | None]:
         """Correct the rows of every plan; the corrections that hold after their last rows."""
@@ -50,6 +52,6 @@ class DeltaAttention(DeltaCall):
 
 
 def spread(difference: torch.Tensor, at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Differences `[Hkv, G, anchors, ...]` at the positions `at`, brought to those of the rows, each of which is at an anchor or
-    after one."""
+    """Differences `[Hkv, G, anchors, ...]` at the positions `at`, brought to those of the rows,
+    each of which is at an anchor or after one."""
     return difference[:, :, torch.searchsorted(at, rows, right=True) - 1]

@@ -1,4 +1,5 @@
-"""Dense attention, torch backend: PyTorch's own where it can serve, else block by block. Never all logits at once."""
+"""Dense attention, torch backend: PyTorch's own where it can serve, else block by block. Never all
+logits at once."""
 
 from __future__ import annotations
 
@@ -23,10 +24,13 @@ LOGITS_ON_GPU = 1 << 27
 
 
 def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, slice, QueryBlock]]:
-    """Arguments of `attend_range` for a dense computation of the query rows from `first` on: head by head, a single row for all
-    heads at once, which takes as little as the operations that it is made of."""
+    """Arguments of `attend_range` for a dense computation of the query rows from `first` on: head
+    by head, a single row for all heads at once, which takes as little as the operations that it is
+    made of."""
     tasks, lanes = [], t.q.shape[0]
-    heads = [slice(0, lanes)] if span.rows == 1 else [slice(head, head + 1) for head in range(lanes)]
+    heads = (
+        [slice(0, lanes)] if span.rows == 1 else [slice(head, head + 1) for head in range(lanes)]
+    )
     for row in range(first, span.rows, ROWS_AT_ONCE):
         last = min(row + ROWS_AT_ONCE, span.rows) - 1
         position = span.position + row
@@ -37,8 +41,8 @@ def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, slice, 
 
 
 def attend_rows(t: Tensors, first: int, span: Span, pieces: list[Piece] | None = None) -> None:
-    """The query rows of a span from `first` on, through PyTorch's fused attention where that serves, else block by block. What
-    they read is added to `pieces`, for the gradients."""
+    """The query rows of a span from `first` on, through PyTorch's fused attention where that
+    serves, else block by block. What they read is added to `pieces`, for the gradients."""
     served = fused.serves_rows(t, span)
     if served:
         fused.attend_rows(t, first, span)
@@ -57,13 +61,22 @@ def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
         return False
     if problem.sliding_window is not None and problem.sliding_window < problem.longest:
         return False
-    return all((span.rows == 1 or span.position == 0) and _in_one_piece(problem, span) for span in problem.spans)
+    return all(
+        (span.rows == 1 or span.position == 0) and _in_one_piece(problem, span)
+        for span in problem.spans
+    )
 
 
 def sdpa_serves_masked(problem: AttentionProblem, need_lse: bool) -> bool:
-    """Whether PyTorch's attention can compute the problem with a mask where rows see other keys than all up to their own: chunks
-    of prompts, and sliding windows. On a GPU that is far fewer launches than block by block; a CPU has `fused`."""
-    return not need_lse and problem.positions is None and problem.softcap is None and problem.sinks is None
+    """Whether PyTorch's attention can compute the problem with a mask where rows see other keys
+    than all up to their own: chunks of prompts, and sliding windows. On a GPU that is far fewer
+    launches than block by block; a CPU has `fused`."""
+    return (
+        not need_lse
+        and problem.positions is None
+        and problem.softcap is None
+        and problem.sinks is None
+    )
 
 
 def _in_one_piece(problem: AttentionProblem, span: Span) -> bool:
@@ -72,24 +85,34 @@ def _in_one_piece(problem: AttentionProblem, span: Span) -> bool:
 
 
 def alike(problem: AttentionProblem) -> bool:
-    """Whether all batch rows are one sequence each, of the same keys and rows, so that one call serves them."""
+    """Whether all batch rows are one sequence each, of the same keys and rows, so that one call
+    serves them."""
     if isinstance(problem.k, PagedTensor):
         return False
     first = problem.spans[0]
     kinds = {(s.key_start, s.key_start + s.end, s.row_start, s.row_end) for s in problem.spans}
-    return len(problem.spans) == len(problem.q) and len(kinds) == 1 and first.rows == problem.q.shape[2]
+    return (
+        len(problem.spans) == len(problem.q)
+        and len(kinds) == 1
+        and first.rows == problem.q.shape[2]
+    )
 
 
 def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> torch.Tensor:
-    """PyTorch's attention of a span's rows to its keys, for the batch rows `batch`: `[batch, Hq, rows, Dv]`."""
+    """PyTorch's attention of a span's rows to its keys, for the batch rows `batch`:
+    `[batch, Hq, rows, Dv]`."""
     q = problem.q[batch, :, span.row_start : span.row_end]
     window = problem.sliding_window or span.end  # one as wide as that hides nothing
     begin = max(0, span.position - window + 1)
     k, v = (_range(x, span, batch, begin) for x in (problem.k, problem.v))
     if span.rows == 1 or (span.position == 0 and window >= span.end):
         return grouped_sdpa(q, k, v, problem.scale, span.rows > 1)
-    # PyTorch may hold the logits of all rows of a mask; more rows than a window would multiply what none of them sees
-    step, outs = min(max(1, LOGITS_ON_GPU // (span.end * len(k) * k.shape[1])), max(window, ROWS_AT_ONCE)), []
+    # PyTorch may hold the logits of all rows of a mask; more rows than a window would multiply what
+    # none of them sees
+    step, outs = (
+        min(max(1, LOGITS_ON_GPU // (span.end * len(k) * k.shape[1])), max(window, ROWS_AT_ONCE)),
+        [],
+    )
     for row in range(0, span.rows, step):
         some, first = q[:, :, row : row + step], span.position + row
         end = first + some.shape[2]
@@ -112,13 +135,18 @@ def _range(x: torch.Tensor, span: Span, batch: slice, begin: int) -> torch.Tenso
 def masked(
     problem: AttentionProblem, visible: Callable[[int, int], torch.Tensor], need_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention under an arbitrary mask, for what spans cannot say and for what traces tensors; a few rows at a time.
+    """Attention under an arbitrary mask, for what spans cannot say and for what traces tensors; a
+    few rows at a time.
 
-    `visible(first, last)` tells what rows `first` to `last - 1` see, `[B, Hq, last - first, Tk]` (or 1 for a dimension in which
-    all is alike): booleans, or numbers that are added to the logits. Returns the output and, if asked for, the log-sum-exp. A
-    row that sees nothing (no True, or nothing above minus infinity) gives 0 and -inf.
+    `visible(first, last)` tells what rows `first` to `last - 1` see, `[B, Hq, last - first, Tk]`
+    (or 1 for a dimension in which all is alike): booleans, or numbers that are added to the logits.
+    Returns the output and, if asked for, the log-sum-exp. A row that sees nothing (no True, or
+    nothing above minus infinity) gives 0 and -inf.
     """
-    k, v = problem.k.repeat_interleave(problem.groups, 1), problem.v.repeat_interleave(problem.groups, 1)
+    k, v = (
+        problem.k.repeat_interleave(problem.groups, 1),
+        problem.v.repeat_interleave(problem.groups, 1),
+    )
     rows = problem.q.shape[2]
     # an exported graph may be for any number of rows
     step = rows if exporting() else max(1, LOGITS_AT_ONCE // (k.shape[0] * k.shape[1] * k.shape[2]))
@@ -127,20 +155,30 @@ def masked(
     parts = []
     for at in range(0, rows, step):
         end = min(at + step, rows)
-        parts.append(_masked_rows(problem, problem.q[:, :, at:end], k, v, visible(at, end), need_lse))
+        parts.append(
+            _masked_rows(problem, problem.q[:, :, at:end], k, v, visible(at, end), need_lse)
+        )
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2) if need_lse else None
 
 
 def _masked_rows(
-    problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, need_lse: bool
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The query rows q under `mask`, with as many key heads as query heads. Without writes in place: `torch.func` allows none."""
+    """The query rows q under `mask`, with as many key heads as query heads. Without writes in
+    place: `torch.func` allows none."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = (q @ k.transpose(2, 3)).to(dtype) * problem.scale
     if problem.softcap is not None:
         logits = torch.tanh(logits / problem.softcap) * problem.softcap
-    lowest = torch.finfo(dtype).min  # finite, so that a row that sees nothing has no NaN in its gradient
+    lowest = torch.finfo(
+        dtype
+    ).min  # finite, so that a row that sees nothing has no NaN in its gradient
     if mask.dtype == torch.bool:
         seen = mask
     else:
@@ -161,7 +199,8 @@ def _masked_rows(
 def sight(
     problem: AttentionProblem, key_start: torch.Tensor | None, q_start: torch.Tensor | None
 ) -> Callable[[int, int], torch.Tensor]:
-    """What rows `first` to `last - 1` see, boolean `[B or 1, 1, last - first, Tk]`, for `masked`. Looks at no numbers."""
+    """What rows `first` to `last - 1` see, boolean `[B or 1, 1, last - first, Tk]`, for `masked`.
+    Looks at no numbers."""
     rows, keys, device = problem.q.shape[2], problem.k.shape[2], problem.q.device
 
     def column(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Exact attention of any rows to all their keys, with log-sum-exp: Delta's anchors, HyperAttention's leaves."""
+"""Exact attention of any rows to all their keys, with log-sum-exp: Delta's anchors,
+HyperAttention's leaves."""
 
 from __future__ import annotations
 
@@ -20,9 +21,12 @@ def rows_at_once(groups: int) -> int:
     return max(1, ROWS_AT_ONCE // groups)
 
 
-def attend_exact(t: Tensors, head: int, rows: slice | torch.Tensor, at: Sequence[int], start: int) -> tuple[torch.Tensor, ...]:
-    """Output `[G, n, Dv]` and log-sum-exp `[G, n]`, in fp32 at least, without sinks, of the query rows `rows` at the ascending
-    positions `at`, over the keys from `start` on; tile by tile if they are many."""
+def attend_exact(
+    t: Tensors, head: int, rows: slice | torch.Tensor, at: Sequence[int], start: int
+) -> tuple[torch.Tensor, ...]:
+    """Output `[G, n, Dv]` and log-sum-exp `[G, n]`, in fp32 at least, without sinks, of the query
+    rows `rows` at the ascending positions `at`, over the keys from `start` on; tile by tile if they
+    are many."""
     q = t.q[head][:, rows]
     groups, count, dim = q.shape
     like = q.new_empty(0, dtype=compute_dtype(q))
@@ -41,19 +45,25 @@ def attend_exact(t: Tensors, head: int, rows: slice | torch.Tensor, at: Sequence
     return out.view(groups, count, -1), lse.view(groups, count)
 
 
-def _tile(t: Tensors, head: int, query: torch.Tensor, at: Sequence[int], first: int, end: int) -> tuple[torch.Tensor, ...]:
-    """Attention to the keys `first` to `end - 1`: output `[1, G * n, Dv]` and log-sum-exp `[1, G * n]`."""
+def _tile(
+    t: Tensors, head: int, query: torch.Tensor, at: Sequence[int], first: int, end: int
+) -> tuple[torch.Tensor, ...]:
+    """Attention to the keys `first` to `end - 1`: output `[1, G * n, Dv]` and log-sum-exp
+    `[1, G * n]`."""
     k, v = (x[head : head + 1, first:end].to(query.dtype) for x in (t.k, t.v))
     logits = scratch.take("logits", (1, query.shape[1], end - first), k)
     torch.bmm(query, k.transpose(1, 2), out=logits)
     squash(logits, t.softcap)
     by_row = logits.view(-1, len(at), end - first)
-    # finite, so that a row that sees nothing of a tile gets a log-sum-exp that counts for nothing, and no NaN
+    # finite, so that a row that sees nothing of a tile gets a log-sum-exp that counts for nothing,
+    # and no NaN
     never = torch.finfo(logits.dtype).min
     position = torch.tensor(at, device=query.device)[:, None]
     if end > at[0] + 1:
         low = max(first, at[0] + 1)
-        by_row[..., low - first :].masked_fill_(torch.arange(low, end, device=query.device) > position, never)
+        by_row[..., low - first :].masked_fill_(
+            torch.arange(low, end, device=query.device) > position, never
+        )
     if t.sliding_window is not None:
         key = torch.arange(first, end, device=query.device)
         by_row.masked_fill_(key <= position - t.sliding_window, never)
@@ -69,9 +79,12 @@ def weigh(logits: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return out / total, lse
 
 
-def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense attention of the rows at the ascending positions `at`, of a span whose first row sits at `first`: output
-    `[Hkv, G, n, Dv]` and log-sum-exp `[Hkv, G, n]` with sinks, in fp32 at least."""
+def attend_positions(
+    t: Tensors, at: Sequence[int], first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense attention of the rows at the ascending positions `at`, of a span whose first row sits
+    at `first`: output `[Hkv, G, n, Dv]` and log-sum-exp `[Hkv, G, n]` with sinks, in fp32 at
+    least."""
     heads, groups = t.q.shape[:2]
     dtype = torch.promote_types(t.q.dtype, torch.float32)
     out = torch.empty(heads, groups, len(at), t.v.shape[-1], dtype=dtype, device=t.q.device)
@@ -83,9 +96,15 @@ def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[torch.T
         some = at[low : low + step]
         start = 0 if t.sliding_window is None else max(0, some[0] - t.sliding_window + 1)
         rows = torch.tensor(some, device=t.q.device) - first
-        out[head, :, low : low + step], lse[head, :, low : low + step] = attend_exact(t, head, rows, some, start)
+        out[head, :, low : low + step], lse[head, :, low : low + step] = attend_exact(
+            t, head, rows, some, start
+        )
 
-    run(attend, [(head, low) for low in range(0, len(at), step) for head in range(heads)], t.q.device)
+    run(
+        attend,
+        [(head, low) for low in range(0, len(at), step) for head in range(heads)],
+        t.q.device,
+    )
     if t.sinks is not None:
         add_sinks(out, lse, t.sinks)
     return out, lse

@@ -9,4 +9,6 @@ from hip_hf.backends.torch.delta import DeltaAttention
 from hip_hf.backends.torch.hyper import HyperAttention
 from hip_hf.backends.torch.sparse import SparseAttention
 
-EXECUTORS: dict[str, Callable[..., Executor]] = dict(block_sparse=SparseAttention, hyper=HyperAttention, delta=DeltaAttention)
+EXECUTORS: dict[str, Callable[..., Executor]] = dict(
+    block_sparse=SparseAttention, hyper=HyperAttention, delta=DeltaAttention
+)

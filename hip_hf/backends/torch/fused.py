@@ -1,7 +1,8 @@
 """Dense attention of rows after others, through PyTorch's fused attention for CPUs.
 
-Unlike `scaled_dot_product_attention` it returns the log-sum-exp, too, so that two parts of what rows read can be merged: all
-keys before them, and their own. It knows no softcap, no sliding window that hides anything and no positions of ours.
+Unlike `scaled_dot_product_attention` it returns the log-sum-exp, too, so that two parts of what
+rows read can be merged: all keys before them, and their own. It knows no softcap, no sliding window
+that hides anything and no positions of ours.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from hip_hf.backends.torch.block_sparse import cuts_of, store
 from hip_hf.geometry import Span
 from hip_hf.workers import compute_dtype
 
-# Output and log-sum-exp of `[B, H, rows, D]` and `[B, H, keys, D]`: what `scaled_dot_product_attention` calls on a CPU.
+# Output and log-sum-exp of `[B, H, rows, D]` and `[B, H, keys, D]`: what
+# `scaled_dot_product_attention` calls on a CPU.
 attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def serves_rows(t: Tensors, span: Span) -> bool:
-    """Whether dense attention of a span's rows goes through the fused attention. A single row gains nothing by it."""
+    """Whether dense attention of a span's rows goes through the fused attention. A single row gains
+    nothing by it."""
     plain = t.softcap is None and t.positions is None and t.q.shape[-1] == t.v.shape[-1]
     within = t.sliding_window is None or t.sliding_window >= span.end
     alike = compute_dtype(t.q) == t.q.dtype == t.k.dtype
@@ -28,11 +31,14 @@ def serves_rows(t: Tensors, span: Span) -> bool:
 
 
 def attend_rows(t: Tensors, first: int, span: Span) -> None:
-    """Dense attention of the query rows of a span from `first` on: to all keys before them, and to their own up to themselves.
-    PyTorch's own would need a mask of rows times keys, which takes it half as long again."""
+    """Dense attention of the query rows of a span from `first` on: to all keys before them, and to
+    their own up to themselves. PyTorch's own would need a mask of rows times keys, which takes it
+    half as long again."""
     rows, at = slice(first, span.rows), span.position + first
     q = t.q[:, :, rows]
-    q = q if q.stride(-1) == 1 else q.contiguous()  # which the operator takes for granted; keys and values are so
+    q = (
+        q if q.stride(-1) == 1 else q.contiguous()
+    )  # which the operator takes for granted; keys and values are so
 
     def keys(start: int, end: int) -> list[torch.Tensor]:
         return [x[:, start:end][:, None].expand(-1, q.shape[1], -1, -1) for x in (t.k, t.v)]

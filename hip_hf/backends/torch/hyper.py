@@ -1,7 +1,9 @@
-"""HyperAttention, torch backend: exact leaves, then the squares level by level, merged by log-sum-exp.
+"""HyperAttention, torch backend: exact leaves, then the squares level by level, merged by
+log-sum-exp.
 
-Own block and sample of a block of rows stand side by side in one buffer and meet in one softmax. Large temporaries are
-the workers' buffers; what grows with T are the results, the hashes and the orders of one level.
+Own block and sample of a block of rows stand side by side in one buffer and meet in one softmax.
+Large temporaries are the workers' buffers; what grows with T are the results, the hashes and the
+orders of one level.
 """
 
 from __future__ import annotations
@@ -18,7 +20,16 @@ from hip_hf.backends.torch import dense
 from hip_hf.backends.torch.block_sparse import add_sinks
 from hip_hf.backends.torch.dense_rows import attend_exact, rows_at_once, weigh
 from hip_hf.geometry import Span
-from hip_hf.methods.hyper import Leaf, Square, Tiling, hashes, projections, sampled_ranks, split, tile
+from hip_hf.methods.hyper import (
+    Leaf,
+    Square,
+    Tiling,
+    hashes,
+    projections,
+    sampled_ranks,
+    split,
+    tile,
+)
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import compute_dtype, run, scratch
 
@@ -32,8 +43,8 @@ BLOCKS_IN_PRODUCT = 2
 
 @dataclass(frozen=True)
 class Orders:
-    """A square's rows and keys by hash: positions `[Hkv, G, rows]` and `[Hkv, keys]`, and the ranks of the sampled keys
-    `[samples]`."""
+    """A square's rows and keys by hash: positions `[Hkv, G, rows]` and `[Hkv, keys]`, and the ranks
+    of the sampled keys `[samples]`."""
 
     square: Square
     tiling: Tiling
@@ -70,41 +81,57 @@ class HyperAttention(HyperCall):
             codes = hashes(t.q, directions), hashes(t.k, directions)
         for level in levels:
             orders = [self._order(square, codes, span) for square in level]
-            run(lambda task: attend_square(parts, span, *task), square_tasks(parts, orders), t.q.device)
+            run(
+                lambda task: attend_square(parts, span, *task),
+                square_tasks(parts, orders),
+                t.q.device,
+            )
         if t.sinks is not None:
             add_sinks(out, lse, t.sinks)
         if out is not t.out:
             t.out.copy_(out)
 
-    def _order(self, square: Square, codes: tuple[torch.Tensor, torch.Tensor], span: Span) -> Orders:
+    def _order(
+        self, square: Square, codes: tuple[torch.Tensor, torch.Tensor], span: Span
+    ) -> Orders:
         rows, keys = codes
         rows = rows[..., square.first - span.position : square.end - span.position]
         keys = keys[..., square.key_first : square.key_end]
         tiling = tile(square, self.options, keys.device)
         samples = sampled_ranks(square, tiling.samples, self.config.seed, keys.device)
         by_hash = [x.argsort(dim=-1, stable=True) for x in (rows, keys)]
-        return Orders(square, tiling, by_hash[0] + square.first, by_hash[1] + square.key_first, samples)
+        return Orders(
+            square, tiling, by_hash[0] + square.first, by_hash[1] + square.key_first, samples
+        )
 
 
 def leaf_tasks(t: Tensors, leaves: list[Leaf]) -> list[tuple[int, int, int, int]]:
-    """Arguments of `attend_leaf`: a key head, and where some of a leaf's rows begin and end, and its keys begin."""
+    """Arguments of `attend_leaf`: a key head, and where some of a leaf's rows begin and end, and
+    its keys begin."""
     tasks = []
     rows = rows_at_once(t.q.shape[1])
     for leaf in leaves:
         for first in range(leaf.first, leaf.end, rows):
-            tasks += [(head, first, min(first + rows, leaf.end), leaf.start) for head in range(t.q.shape[0])]
+            tasks += [
+                (head, first, min(first + rows, leaf.end), leaf.start)
+                for head in range(t.q.shape[0])
+            ]
     return tasks
 
 
 def attend_leaf(t: Tensors, span: Span, head: int, first: int, end: int, start: int) -> None:
-    """Exact attention of the rows at positions `first` to `end - 1` to the keys from `start` on, into `out` and `lse`."""
+    """Exact attention of the rows at positions `first` to `end - 1` to the keys from `start` on,
+    into `out` and `lse`."""
     assert t.lse is not None
     rows = slice(first - span.position, end - span.position)
-    t.out[head, :, rows], t.lse[head, :, rows] = attend_exact(t, head, rows, range(first, end), start)
+    t.out[head, :, rows], t.lse[head, :, rows] = attend_exact(
+        t, head, rows, range(first, end), start
+    )
 
 
 def square_tasks(t: Tensors, orders: list[Orders]) -> list[tuple[Orders, int, int, int]]:
-    """Arguments of `attend_square`: a square, a key head, one of its query heads, and the first of some query blocks."""
+    """Arguments of `attend_square`: a square, a key head, one of its query heads, and the first of
+    some query blocks."""
     heads, groups = t.q.shape[:2]
     return [
         (order, head, group, at)
@@ -116,26 +143,43 @@ def square_tasks(t: Tensors, orders: list[Orders]) -> list[tuple[Orders, int, in
 
 
 def attend_square(t: Tensors, span: Span, order: Orders, head: int, group: int, at: int) -> None:
-    """Attend from some query blocks of a square to their own blocks and to the sample, and merge that into `out` and `lse`."""
+    """Attend from some query blocks of a square to their own blocks and to the sample, and merge
+    that into `out` and `lse`."""
     assert t.lse is not None
     tiling, q, dtype = order.tiling, t.q[head, group], compute_dtype(t.q)
     starts = tiling.starts[at : at + BLOCKS_AT_ONCE]
-    index = order.rows[head, group, at * tiling.rows : (at + len(starts)) * tiling.rows] - span.position
+    index = (
+        order.rows[head, group, at * tiling.rows : (at + len(starts)) * tiling.rows] - span.position
+    )
     ranks = order.samples
-    own = order.keys[head, starts[:, None] + torch.arange(tiling.size, device=q.device)]  # [blocks, size]
+    own = order.keys[
+        head, starts[:, None] + torch.arange(tiling.size, device=q.device)
+    ]  # [blocks, size]
     counted = (ranks >= starts[:, None]) & (ranks < starts[:, None] + tiling.size)
     bias = torch.zeros(counted.shape, dtype=dtype, device=q.device)
     if tiling.samples:
         bias.add_(math.log(order.square.keys / tiling.samples)).masked_fill_(counted, -torch.inf)
 
     whole = len(index) // tiling.rows
-    cuts = [(i, min(BLOCKS_IN_PRODUCT, whole - i), tiling.rows) for i in range(0, whole, BLOCKS_IN_PRODUCT)]
+    cuts = [
+        (i, min(BLOCKS_IN_PRODUCT, whole - i), tiling.rows)
+        for i in range(0, whole, BLOCKS_IN_PRODUCT)
+    ]
     if len(index) % tiling.rows:
         cuts.append((whole, 1, len(index) % tiling.rows))
     for first, count, rows in cuts:
         where = index[first * tiling.rows :][: count * rows]
         blocks = slice(first, first + count)
-        out, lse = _attend_own(t, head, q, where.view(count, rows), own[blocks], order.keys[head, ranks], bias[blocks], dtype)
+        out, lse = _attend_own(
+            t,
+            head,
+            q,
+            where.view(count, rows),
+            own[blocks],
+            order.keys[head, ranks],
+            bias[blocks],
+            dtype,
+        )
         _merge(t.out[head, group], t.lse[head, group], where, out, lse)
 
 
@@ -149,15 +193,18 @@ def _attend_own(
     bias: torch.Tensor,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[blocks * rows, Dv]` and log-sum-exp of the rows `rows` `[blocks, rows]` over their own keys `own`
-    `[blocks, size]` and the keys `sampled` `[S]`, of which `bias` `[blocks, S]` is added to the logits."""
+    """Output `[blocks * rows, Dv]` and log-sum-exp of the rows `rows` `[blocks, rows]` over their
+    own keys `own` `[blocks, size]` and the keys `sampled` `[S]`, of which `bias` `[blocks, S]` is
+    added to the logits."""
     assert isinstance(t.k, torch.Tensor)
     assert isinstance(t.v, torch.Tensor)
     count, size = own.shape
     keys = size + len(sampled)
     query = _bring("q", q, rows, (count, rows.shape[1]), dtype).mul_(t.scale)
     index = torch.cat([own, sampled.expand(count, -1)], dim=1)
-    k, v = (_bring(name, x[head], index, (count, keys), dtype) for name, x in (("k", t.k), ("v", t.v)))
+    k, v = (
+        _bring(name, x[head], index, (count, keys), dtype) for name, x in (("k", t.k), ("v", t.v))
+    )
     logits = scratch.take("logits", (count, rows.shape[1], keys), query)
     torch.bmm(query, k.transpose(1, 2), out=logits)
     squash(logits, t.softcap)
@@ -166,7 +213,9 @@ def _attend_own(
     return out.flatten(0, 1), lse.flatten()
 
 
-def _bring(name: str, x: torch.Tensor, index: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def _bring(
+    name: str, x: torch.Tensor, index: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
     """The rows `index` of `x` `[rows, D]` as a buffer `[*shape, D]` in `dtype`."""
     raw = scratch.take(name, (*shape, x.shape[-1]), x)
     torch.index_select(x, 0, index.reshape(-1), out=raw.flatten(0, 1))
@@ -175,7 +224,13 @@ def _bring(name: str, x: torch.Tensor, index: torch.Tensor, shape: tuple[int, in
     return scratch.take(name, tuple(raw.shape), raw.new_empty(0, dtype=dtype)).copy_(raw)
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor, where: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
+def _merge(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    where: torch.Tensor,
+    more: torch.Tensor,
+    more_lse: torch.Tensor,
+) -> None:
     """Merge a partial result for the rows `where` into `out` `[rows, Dv]` and `lse` `[rows]`."""
     whole = out[where]
     lse[where] = merge(whole, lse[where], more, more_lse)

@@ -11,7 +11,15 @@ import torch
 from hip_hf.backends.base import BlockSparseCall, Piece, steps_of
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.backends.torch import dense
-from hip_hf.backends.torch.block_sparse import alike, attend, attend_range, in_parts, near_logits, partial, store_rows
+from hip_hf.backends.torch.block_sparse import (
+    alike,
+    attend,
+    attend_range,
+    in_parts,
+    near_logits,
+    partial,
+    store_rows,
+)
 from hip_hf.backends.torch.decode_buffer import Gathered, attend_next, new_keys
 from hip_hf.cache.pages import PagedKeys
 from hip_hf.geometry import QueryBlock, Span
@@ -27,7 +35,8 @@ STEPS_AT_FIRST = 64
 
 
 def portions(heads: int, blocks: int, workers: int) -> list[tuple[int, slice]]:
-    """Cuts `heads` times `blocks` query blocks into units of work, small at the end so that no worker waits long for another."""
+    """Cuts `heads` times `blocks` query blocks into units of work, small at the end so that no
+    worker waits long for another."""
     units = []
     for head in range(heads):
         at = 0
@@ -40,9 +49,12 @@ def portions(heads: int, blocks: int, workers: int) -> list[tuple[int, slice]]:
 
 
 def together(blocks: list[QueryBlock]) -> list[QueryBlock]:
-    """Rows that follow one another, those with the same sink and window in one query block: what they read but for the middle."""
+    """Rows that follow one another, those with the same sink and window in one query block: what
+    they read but for the middle."""
     joined = []
-    for _, group in groupby(blocks, key=lambda block: (block.start, block.sink_end, block.window_start)):
+    for _, group in groupby(
+        blocks, key=lambda block: (block.start, block.sink_end, block.window_start)
+    ):
         same = list(group)
         joined.append(replace(same[0], last=same[-1].last))
     return joined
@@ -55,7 +67,11 @@ class SparseAttention(BlockSparseCall):
         if state is not None:
             state.bind(self.config, self.problem.k)
         for i, span in enumerate(self.problem.spans):
-            row = None if state is None else state.row(span.batch, span.key_start, span.position, span.end)
+            row = (
+                None
+                if state is None
+                else state.row(span.batch, span.key_start, span.position, span.end)
+            )
             t = tensors_of(self.problem, span, self.out, self.lse)
             if self.decoding:
                 self.windows[i] = self._decode(t, span, row)
@@ -63,7 +79,8 @@ class SparseAttention(BlockSparseCall):
                 self._prefill(t, span, row)
 
     def _search(self, t: Tensors, row: RowState | None, blocks: list[QueryBlock]) -> Bound:
-        """The selection rule bound to the span, its pyramid extended to what the query blocks need."""
+        """The selection rule bound to the span, its pyramid extended to what the query blocks
+        need."""
         pyramid = row.pyramid if row is not None else None
         keys = source = t.k
         if isinstance(t.k, PagedKeys):
@@ -75,7 +92,9 @@ class SparseAttention(BlockSparseCall):
         if pyramid is None:
             pyramid = self.selector.make_pyramid(compute_dtype(t.k))
         if pyramid is not None:
-            needed = max((block.high for block in blocks if block.num_candidates > self.budget), default=0)
+            needed = max(
+                (block.high for block in blocks if block.num_candidates > self.budget), default=0
+            )
             pyramid = pyramid.writable(needed)
             pyramid.extend(source, needed)
         if row is not None:
@@ -95,14 +114,21 @@ class SparseAttention(BlockSparseCall):
         if row is not None:
             row.selection = None
         sparse = [block for block in blocks if block.row < tail or self.mask is not None]
-        units = [(head, sparse[part]) for head, part in portions(t.k.shape[0], len(sparse), torch.get_num_threads())]
+        units = [
+            (head, sparse[part])
+            for head, part in portions(t.k.shape[0], len(sparse), torch.get_num_threads())
+        ]
         run(lambda unit: self._unit(t, search, span, *unit), units, t.q.device)
         if self.config.dense_tail:
             dense.attend_rows(t, tail, span, self.pieces)
 
-    def _unit(self, t: Tensors, search: Bound, span: Span, head: int, blocks: list[QueryBlock]) -> None:
+    def _unit(
+        self, t: Tensors, search: Bound, span: Span, head: int, blocks: list[QueryBlock]
+    ) -> None:
         heads = slice(head, head + 1)
-        for covered, group in groupby(blocks, key=lambda block: block.num_candidates <= self.budget):
+        for covered, group in groupby(
+            blocks, key=lambda block: block.num_candidates <= self.budget
+        ):
             run = list(group)
             if covered:
                 self._attend(t, span, heads, run, None)
@@ -114,15 +140,23 @@ class SparseAttention(BlockSparseCall):
                     for part in in_parts(t, some):
                         self._attend_by_need(t, search, span, heads, some[part])
 
-    def _near(self, t: Tensors, heads: slice, blocks: list[QueryBlock]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of query blocks that are `alike` for what they always read, as `near_logits` gives them, and the log-sum-exp
-        `[heads, G, rows]` of these and the attention sinks, which also take from what is left for the middle."""
+    def _near(
+        self, t: Tensors, heads: slice, blocks: list[QueryBlock]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of query blocks that are `alike` for what they always read, as `near_logits` gives
+        them, and the log-sum-exp `[heads, G, rows]` of these and the attention sinks, which also
+        take from what is left for the middle."""
         size = self.config.block_k
         logits, lse = near_logits(t, heads, blocks, size, reserved=self.budget * size)
-        return logits, lse if t.sinks is None else torch.logaddexp(lse, t.sinks[heads, :, None].to(lse.dtype))
+        return logits, lse if t.sinks is None else torch.logaddexp(
+            lse, t.sinks[heads, :, None].to(lse.dtype)
+        )
 
-    def _attend_by_need(self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]) -> None:
-        """Multiply with sink and window first: that tells who needs the middle. Then select, and attend to all of it."""
+    def _attend_by_need(
+        self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]
+    ) -> None:
+        """Multiply with sink and window first: that tells who needs the middle. Then select, and
+        attend to all of it."""
         logits, near = self._near(t, heads, blocks)
         self._attend(t, span, heads, blocks, self._selected(search, heads, blocks, near), logits)
 
@@ -135,8 +169,8 @@ class SparseAttention(BlockSparseCall):
         ids: torch.Tensor | None,
         known: torch.Tensor | None = None,
     ) -> None:
-        """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to the whole middle. `known`: logits as
-        `_near` gives them."""
+        """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to the whole
+        middle. `known`: logits as `_near` gives them."""
         if ids is None:
             for block in blocks:
                 attend_range(t, heads, slice(None), block)
@@ -145,10 +179,20 @@ class SparseAttention(BlockSparseCall):
         else:
             each = [None] * ids.shape[1] if known is None else known.chunk(ids.shape[1], dim=2)
             for group, own in enumerate(each):
-                attend(t, heads, slice(group, group + 1), blocks, ids[:, group], self.config.block_k, own)
+                attend(
+                    t,
+                    heads,
+                    slice(group, group + 1),
+                    blocks,
+                    ids[:, group],
+                    self.config.block_k,
+                    own,
+                )
         self._take_note(span, heads, blocks, ids)
 
-    def _take_note(self, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None) -> None:
+    def _take_note(
+        self, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None
+    ) -> None:
         """Put down what was read, for gradients and for the mask."""
         if self.pieces is not None:
             tail = span.rows if self.decoding else max(0, span.rows - self.config.dense_tail)
@@ -192,10 +236,13 @@ class SparseAttention(BlockSparseCall):
         return block.window_start
 
     def _decode_rows(self, t: Tensors, span: Span, row: RowState | None) -> None:
-        """A few rows at once: each selects for itself, and as little as possible is done row by row."""
+        """A few rows at once: each selects for itself, and as little as possible is done row by
+        row."""
         heads, blocks, ids = slice(0, t.k.shape[0]), self._blocks(span), None
         search = self._search(t, row, blocks)
-        for covered, group in groupby(blocks, key=lambda block: block.num_candidates <= self.budget):
+        for covered, group in groupby(
+            blocks, key=lambda block: block.num_candidates <= self.budget
+        ):
             some, ids = list(group), None
             if not covered:
                 ids = self._attend_each(t, search, span, heads, some)
@@ -204,9 +251,13 @@ class SparseAttention(BlockSparseCall):
                 attend_range(t, heads, slice(None), block)
             self._take_note(span, heads, some, None)
         if row is not None:
-            row.selection = KeptSelection(None if ids is None else ids[:, :, -1:], blocks[-1].window_start, blocks[-1].first)
+            row.selection = KeptSelection(
+                None if ids is None else ids[:, :, -1:], blocks[-1].window_start, blocks[-1].first
+            )
 
-    def _attend_each(self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def _attend_each(
+        self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]
+    ) -> torch.Tensor:
         """Attention of rows that each select for themselves, and what they select."""
         # each row's sink and window are those of its neighbours, but for the neighbours' own keys
         size, everyone = self.config.block_k, slice(None)
@@ -222,7 +273,8 @@ class SparseAttention(BlockSparseCall):
             lses.append(lse)
         ids = self._selected(search, heads, blocks, torch.cat(nears, dim=2))
         if self.pieces is not None:
-            # gradients are differences with the output, and would feel that half precision rounds both parts of it
+            # gradients are differences with the output, and would feel that half precision rounds
+            # both parts of it
             self._attend(t, span, heads, blocks, ids)
             return ids
         out, lse = torch.cat(outs, dim=2), torch.cat(lses, dim=2)
@@ -232,23 +284,30 @@ class SparseAttention(BlockSparseCall):
             rows = slice(at, at + len(some))
             for share in range(ids.shape[1]):
                 group = everyone if ids.shape[1] == 1 else slice(share, share + 1)
-                more, more_lse = partial(t, heads, group, some, ids[:, share, rows], size, True, near=False)
+                more, more_lse = partial(
+                    t, heads, group, some, ids[:, share, rows], size, True, near=False
+                )
                 assert more_lse is not None
-                lse[:, group, rows] = merge(out[:, group, rows], lse[:, group, rows], more.to(lse.dtype), more_lse)
+                lse[:, group, rows] = merge(
+                    out[:, group, rows], lse[:, group, rows], more.to(lse.dtype), more_lse
+                )
         store_rows(t, heads, everyone, blocks, out, lse)
         self._take_note(span, heads, blocks, ids)
         return ids
 
-    def _selected(self, search: Bound, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None) -> torch.Tensor:
+    def _selected(
+        self, search: Bound, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None
+    ) -> torch.Tensor:
         """What query blocks select, `[heads, S, len(blocks), n]`; `near`: as `_near` gives it."""
         if self.selector.asks_need:
             return cast(BoundByNeed, search).select(heads, blocks, near)
         return search.select(heads, blocks)
 
     def _gathers(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
-        """Whether what a selection reads is kept side by side for the steps that it serves. Not where it changes each step
-        (a sliding window), where heads of a group read keys of their own, where device pools of a cache do the same, and for a
-        copy of a sequence that has none yet: until it selects for itself, it may soon be dropped again (beams)."""
+        """Whether what a selection reads is kept side by side for the steps that it serves. Not
+        where it changes each step (a sliding window), where heads of a group read keys of their
+        own, where device pools of a cache do the same, and for a copy of a sequence that has none
+        yet: until it selects for itself, it may soon be dropped again (beams)."""
         kept = row.selection
         return (
             steps > 1
@@ -265,7 +324,13 @@ class SparseAttention(BlockSparseCall):
     def _room(self, steps: int) -> int:
         """Most keys that a step reads under a selection for so many steps."""
         size = self.config.block_k
-        return -(-self.config.sink // size) * size + self.budget * size + self.config.window + size + steps
+        return (
+            -(-self.config.sink // size) * size
+            + self.budget * size
+            + self.config.window
+            + size
+            + steps
+        )
 
     def _attend_gathered(
         self,
@@ -282,15 +347,24 @@ class SparseAttention(BlockSparseCall):
             row.gathered = Gathered(self._room(min(steps, STEPS_AT_FIRST)), t)
         if not row.gathered.holds(kept, block.last):
             refresh = self.config.decode_refresh
-            ends = [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)] if isinstance(refresh, list) else []
-            row.gathered.fill(t, kept, block, self.config.block_k, min([kept.position + steps, *ends]))
+            ends = (
+                [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)]
+                if isinstance(refresh, list)
+                else []
+            )
+            row.gathered.fill(
+                t, kept, block, self.config.block_k, min([kept.position + steps, *ends])
+            )
         at = slice(span.row_start, span.row_end)
         step = replace(self.problem, q=self.problem.q[:, :, at], spans=(span,))
         lse = None if self.lse is None else self.lse[:, :, at]
         attend_next(step, [row], new_keys(step), self.out[:, :, at], lse)
 
-    def _stages(self, t: Tensors, span: Span, row: RowState, block: QueryBlock, kept: KeptSelection | None) -> KeptSelection:
-        """Select for one step, stage by stage: each has its own interval, and goes on from what the ones before it kept."""
+    def _stages(
+        self, t: Tensors, span: Span, row: RowState, block: QueryBlock, kept: KeptSelection | None
+    ) -> KeptSelection:
+        """Select for one step, stage by stage: each has its own interval, and goes on from what the
+        ones before it kept."""
         if block.num_candidates <= self.budget:
             return KeptSelection(None, block.window_start, span.position)
         intervals = self.config.decode_refresh
@@ -311,7 +385,9 @@ class SparseAttention(BlockSparseCall):
         size = 1 if self.decoding else self.config.block_q
         at = block.first // size - span.position // size
         if ids is None:
-            ids = torch.arange(block.low, block.high, device=self.out.device).expand(heads.stop - heads.start, 1, -1)
+            ids = torch.arange(block.low, block.high, device=self.out.device).expand(
+                heads.stop - heads.start, 1, -1
+            )
         shares = 1 if self.config.group_shared else self.problem.groups
         ids = ids.expand(-1, shares, -1).flatten(0, 1)
         into = slice(heads.start * shares, heads.stop * shares)

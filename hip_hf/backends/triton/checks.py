@@ -1,9 +1,10 @@
-"""What `hip-hf doctor` and the self-test run: every kernel on small problems, against the torch backend in float64. The torch
-backend in other dtypes is checked alike.
+"""What `hip-hf doctor` and the self-test run: every kernel on small problems, against the torch
+backend in float64. The torch backend in other dtypes is checked alike.
 
-Keys that a search must find are *planted*: they match all queries so much better than the others of the middle that the blocks
-to select are the same in every precision. What remains between the two backends is then rounding. A decode step's selection also
-takes what follows its best blocks, in place of its worst: which these are must not be a matter of rounding either.
+Keys that a search must find are *planted*: they match all queries so much better than the others of
+the middle that the blocks to select are the same in every precision. What remains between the two
+backends is then rounding. A decode step's selection also takes what follows its best blocks, in
+place of its worst: which these are must not be a matter of rounding either.
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ from hip_hf.rope import Positions, Rope
 from hip_hf.shown import said
 from hip_hf.state import DecodeState
 
-# Errors are counted in the rounding of the tensors' dtype: of outputs and gradients relative to the largest, of logarithms as
-# they are. Tensor cores round weights and differences of gradients to the dtype; fp32 is made of three products of TF32.
+# Errors are counted in the rounding of the tensors' dtype: of outputs and gradients relative to the
+# largest, of logarithms as they are. Tensor cores round weights and differences of gradients to the
+# dtype; fp32 is made of three products of TF32.
 ALLOWED = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 128.0}
-# The torch backend, as plain PyTorch, rounds logits to the half precision that it multiplies in, and kernels do not. Those here
-# are less than 16: by half of 8 times that rounding.
+# The torch backend, as plain PyTorch, rounds logits to the half precision that it multiplies in,
+# and kernels do not. Those here are less than 16: by half of 8 times that rounding.
 OF_LOGITS = 4.0
 # Key heads, so that one head's numbers cannot pass for another's.
 KEY_HEADS = 2
-# What planted keys and the middle's others add to a logit; elsewhere it is 0, so that sink and window keep a share that shows.
-# Of two weak blocks the one after a strong one is read, by its share of what that has. Differences are
-# several times that by which the random keys of two blocks differ.
+# What planted keys and the middle's others add to a logit; elsewhere it is 0, so that sink and
+# window keep a share that shows. Of two weak blocks the one after a strong one is read, by its
+# share of what that has. Differences are several times that by which the random keys of two blocks
+# differ.
 STRONG, PLANTED, WEAK, OTHERS = 4.0, 2.0, 0.0, -3.0
-# Neighbouring blocks that are planted together: a search that starts from larger chunks sees them as a quarter of one at least.
+# Neighbouring blocks that are planted together: a search that starts from larger chunks sees them
+# as a quarter of one at least.
 PLANTED_TOGETHER = 4
 # Query rows of a prompt beyond its first query block and its dense tail; not aligned to anything.
 REST = 5
@@ -52,8 +56,8 @@ ROPE_BASE = 10000.0
 
 @dataclass(frozen=True)
 class Heads:
-    """What of a call decides which programs Triton makes for it: dtype, head dims of keys and of values, query heads per key
-    head."""
+    """What of a call decides which programs Triton makes for it: dtype, head dims of keys and of
+    values, query heads per key head."""
 
     dtype: torch.dtype = torch.bfloat16
     dim: int = 128
@@ -63,8 +67,8 @@ class Heads:
 
 @dataclass
 class Found:
-    """The error of a check as a multiple of what is allowed (at most 1 is right), of its worst result; `problem`: what went wrong
-    besides, or what was wrong."""
+    """The error of a check as a multiple of what is allowed (at most 1 is right), of its worst
+    result; `problem`: what went wrong besides, or what was wrong."""
 
     name: str
     part: str
@@ -75,7 +79,8 @@ class Found:
 
 @dataclass
 class Trial:
-    """One check in progress: random numbers, and the worst error so far of `backend` on `device`."""
+    """One check in progress: random numbers, and the worst error so far of `backend` on
+    `device`."""
 
     heads: Heads
     device: torch.device
@@ -87,11 +92,14 @@ class Trial:
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Random numbers that are the same in the tensors' dtype and in float64."""
-        return torch.randn(shape, generator=self.random, dtype=torch.float32, device="cpu").to(self.heads.dtype)
+        return torch.randn(shape, generator=self.random, dtype=torch.float32, device="cpu").to(
+            self.heads.dtype
+        )
 
     @property
     def keys(self) -> int:
-        """So many that the levels of a search above the last one keep half of the middle, not aligned to anything."""
+        """So many that the levels of a search above the last one keep half of the middle, not
+        aligned to anything."""
         config = self.config
         blocks = 2 * max(config.beam_blocks, config.budget_blocks) + 1
         return config.sink + config.window + blocks * config.block_k + REST
@@ -99,12 +107,18 @@ class Trial:
     def plain(self, rows: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q `[1, Hq, rows, D]`, k and v."""
         heads = self.heads
-        q, k = self.normal(1, KEY_HEADS * heads.groups, rows, heads.dim), self.normal(1, KEY_HEADS, keys, heads.dim)
+        q, k = (
+            self.normal(1, KEY_HEADS * heads.groups, rows, heads.dim),
+            self.normal(1, KEY_HEADS, keys, heads.dim),
+        )
         return q, k, self.normal(1, KEY_HEADS, keys, heads.dim_v)
 
-    def planted(self, rows: int, keys: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same with the budget's worth of planted keys between the key `first` and the window. Neighbouring blocks begin
-        with a weak one and end with a strong one; another weak one follows, which takes the place of the first."""
+    def planted(
+        self, rows: int, keys: int, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same with the budget's worth of planted keys between the key `first` and the window.
+        Neighbouring blocks begin with a weak one and end with a strong one; another weak one
+        follows, which takes the place of the first."""
         config, heads = self.config, self.heads
         q, k, v = self.plain(rows, keys)
         # in the second half of the head, which context extension does not turn here
@@ -129,11 +143,16 @@ class Trial:
                 blocks[0], blocks[-1] = WEAK, STRONG
                 blocks = torch.cat([blocks, blocks[:1]])
             at = (low + (last - low) * run // max(1, runs - 1)) * config.block_k
-            logits[at : at + len(blocks) * config.block_k] = blocks.repeat_interleave(config.block_k)
+            logits[at : at + len(blocks) * config.block_k] = blocks.repeat_interleave(
+                config.block_k
+            )
         return along(q, 1.0), along(k, logits), v
 
-    def same(self, name: str, got: torch.Tensor, want: torch.Tensor, absolute: bool = False) -> None:
-        """Take note of how far `got` is from `want`. NaN, and what is infinite in one of them alone, is infinitely far."""
+    def same(
+        self, name: str, got: torch.Tensor, want: torch.Tensor, absolute: bool = False
+    ) -> None:
+        """Take note of how far `got` is from `want`. NaN, and what is infinite in one of them
+        alone, is infinitely far."""
         got, want = got.detach().double().cpu(), want.detach().double()
         miss = torch.where(got == want, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf).max()
         size = 1.0 if absolute else float(want[want.isfinite()].abs().max())
@@ -156,7 +175,8 @@ class Trial:
         mask: bool = True,
         **fields: Any,
     ) -> None:
-        """Compare a call with the torch backend's in float64: output, log-sum-exp, and the selection."""
+        """Compare a call with the torch backend's in float64: output, log-sum-exp, and the
+        selection."""
         ours, theirs = states or (None, None)
         scale = q.shape[-1] ** -0.5
         queries, keys, values = (x.to(self.device) for x in (q, k, v))
@@ -165,10 +185,14 @@ class Trial:
             count = -(-k.shape[2] // PAGE)
             table = BlockTable(torch.randperm(count, generator=self.random, device="cpu").tolist())
             problem = replace(problem, k=in_pages(keys, table), v=in_pages(values, table))
-        fields = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
+        fields = {
+            name: x.double() if isinstance(x, torch.Tensor) else x for name, x in fields.items()
+        }
         if "sinks" in fields:
             problem = replace(problem, sinks=fields["sinks"].to(self.device, self.heads.dtype))
-        exact = AttentionProblem(q.double(), k.double(), v.double(), make_spans(q, k), scale, **fields)
+        exact = AttentionProblem(
+            q.double(), k.double(), v.double(), make_spans(q, k), scale, **fields
+        )
         got = base.attend(problem, replace(config, backend=self.backend), None, ours, True, mask)
         want = base.attend(exact, replace(config, backend="torch"), None, theirs, True, mask)
         self.compare(got, want)
@@ -223,7 +247,9 @@ def pages(trial: Trial) -> None:
     sinks = trial.normal(KEY_HEADS * trial.heads.groups)
     window = keys - 2 * config.block_q
     fields: dict[str, Any] = dict(softcap=SOFTCAP, sliding_window=window, sinks=sinks)
-    q, k, v = trial.planted(config.block_q + config.dense_tail + REST, keys, first=4 * config.block_q)
+    q, k, v = trial.planted(
+        config.block_q + config.dense_tail + REST, keys, first=4 * config.block_q
+    )
     trial.both(q, k, v, config, pages=True, **fields)
     trial.both(q[:, :, -FEW_ROWS:], k, v, config, pages=True, **fields)
 
@@ -272,9 +298,12 @@ def delta(trial: Trial) -> None:
 
 
 def extended(trial: Trial) -> None:
-    """Context extension: queries and keys turned as they are read, of a prompt, of a step, and of dense rows."""
+    """Context extension: queries and keys turned as they are read, of a prompt, of a step, and of
+    dense rows."""
     config = replace(trial.config, extend="streaming")
-    frequencies = ROPE_BASE ** -torch.linspace(0, 1, max(1, trial.heads.dim // 4), dtype=torch.float32, device="cpu")
+    frequencies = ROPE_BASE ** -torch.linspace(
+        0, 1, max(1, trial.heads.dim // 4), dtype=torch.float32, device="cpu"
+    )
     reach = config.sink + config.budget + config.window + 2 * config.block_q
     positions = Positions(Rope(frequencies), reach)
     q, k, v = trial.planted(config.block_q + config.dense_tail + REST, trial.keys)
@@ -297,8 +326,9 @@ CHECKS: dict[str, tuple[str, Callable[[Trial], None]]] = {
 
 
 def lost(device: torch.device) -> str:
-    """What to say where the process can use a GPU no more: a kernel that reads or writes outside of its tensors leaves it no
-    context, so that even dense attention fails there until it ends. Empty where the device still answers."""
+    """What to say where the process can use a GPU no more: a kernel that reads or writes outside of
+    its tensors leaves it no context, so that even dense attention fails there until it ends. Empty
+    where the device still answers."""
     if device.type != "cuda":
         return ""
     try:
@@ -308,9 +338,11 @@ def lost(device: torch.device) -> str:
     return ""
 
 
-def check(name: str, heads: Heads, device: torch.device, config: HiPConfig, backend: str = "triton") -> Found:
-    """Run one of `CHECKS` on a backend. What it raises becomes its `problem`, but for want of memory, which says nothing of the
-    kernels.
+def check(
+    name: str, heads: Heads, device: torch.device, config: HiPConfig, backend: str = "triton"
+) -> Found:
+    """Run one of `CHECKS` on a backend. What it raises becomes its `problem`, but for want of
+    memory, which says nothing of the kernels.
 
     Raises:
         torch.OutOfMemoryError: the device's memory is full.

@@ -1,7 +1,8 @@
 """Delta correction (arXiv 2505.11254) on a GPU. Reference: `torch/delta.py`.
 
-The anchors of all sequences are one launch of the prefill kernel at a stride. A second kernel brings their differences to
-the rows, in place: output and log-sum-exp are read and written once, and nothing as long as the prompt is allocated.
+The anchors of all sequences are one launch of the prefill kernel at a stride. A second kernel
+brings their differences to the rows, in place: output and log-sum-exp are read and written once,
+and nothing as long as the prompt is allocated.
 """
 
 from __future__ import annotations
@@ -39,24 +40,38 @@ def spread_kernel(
 ):  # fmt: skip
     """Grid `(tiles of rows, Hq, sequences)`: add to every row the difference of its anchor.
 
-    Slot 0 of the differences belongs to the anchor in front of the first position that `gamma` divides; slot n > 0 to the n-th
-    such position.
+    Slot 0 of the differences belongs to the anchor in front of the first position that `gamma`
+    divides; slot n > 0 to the n-th such position.
     """
     head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2)
     batch, _, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
-    ahead = (position + gamma - 1) // gamma  # the first position that gamma divides, and the last one, in units of it
+    ahead = (
+        position + gamma - 1
+    ) // gamma  # the first position that gamma divides, and the last one, in units of it
     slot = tl.where(inside, (position + row) // gamma - ahead + 1, 0)
     dv = tl.arange(0, DV)
     change = CHANGE + sequence.to(tl.int64) * stride_cs + head * stride_ch
     change_lse = CHANGE_LSE + sequence.to(tl.int64) * stride_ds + head * stride_dh
     real = inside[:, None] & (dv < dim_v)[None, :]
-    more = tl.load(change + slot.to(tl.int64)[:, None] * stride_cn + dv[None, :], mask=real, other=0.0)
+    more = tl.load(
+        change + slot.to(tl.int64)[:, None] * stride_cn + dv[None, :], mask=real, other=0.0
+    )
     more_lse = tl.load(change_lse + slot * stride_dn, mask=inside, other=0.0)
     at = (row_start + row).to(tl.int64)
-    out = OUT + batch.to(tl.int64) * stride_ob + head * stride_oh + at[:, None] * stride_ot + dv[None, :]
-    tl.store(out, (tl.load(out, mask=real, other=0.0).to(tl.float32) + more).to(OUT.dtype.element_ty), mask=real)
+    out = (
+        OUT
+        + batch.to(tl.int64) * stride_ob
+        + head * stride_oh
+        + at[:, None] * stride_ot
+        + dv[None, :]
+    )
+    tl.store(
+        out,
+        (tl.load(out, mask=real, other=0.0).to(tl.float32) + more).to(OUT.dtype.element_ty),
+        mask=real,
+    )
     lse = LSE + batch.to(tl.int64) * stride_lb + head * stride_lh + at * stride_lt
     tl.store(lse, tl.load(lse, mask=inside, other=0.0) + more_lse, mask=inside)
 
@@ -65,8 +80,8 @@ def spread_arguments(
     out: torch.Tensor, lse: torch.Tensor, change: torch.Tensor, change_lse: torch.Tensor, sequences: Sequences,
     gamma: int,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
-    """Grid and arguments of `spread_kernel`: out `[B, Hq, Tq, Dv]`, lse fp32 `[B, Hq, Tq]`, differences fp32 `[S, Hq, n, Dv]` and
-    `[S, Hq, n]`; `sequences` has the rows to correct."""
+    """Grid and arguments of `spread_kernel`: out `[B, Hq, Tq, Dv]`, lse fp32 `[B, Hq, Tq]`,
+    differences fp32 `[S, Hq, n, Dv]` and `[S, Hq, n]`; `sequences` has the rows to correct."""
     arguments = dict(
         OUT=out, LSE=lse, CHANGE=change, CHANGE_LSE=change_lse, SEQUENCES=sequences.table,
         **dict(zip(("stride_ob", "stride_oh", "stride_ot"), out.stride(), strict=False)),
@@ -80,26 +95,44 @@ def spread_arguments(
 
 
 class DeltaAttention(DeltaCall):
-    """One call on a GPU: the other attention's launches, one for the anchors, one that spreads their differences."""
+    """One call on a GPU: the other attention's launches, one for the anchors, one that spreads
+    their differences."""
 
     def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         problem = self.problem
         if not at:
             shape = (*t.q.shape[:2], 0)
-            return t.out.new_empty(*shape, t.out.shape[3], dtype=torch.float32), t.out.new_empty(shape, dtype=torch.float32)
+            return t.out.new_empty(*shape, t.out.shape[3], dtype=torch.float32), t.out.new_empty(
+                shape, dtype=torch.float32
+            )
         if problem.q.shape[2] == 1:
             out, lse = (x[span.batch] for x in self._first_rows([span]))
         else:
-            rows, shape = sequences_of((span.part(at[0], at[-1] + 1),), self.out.device), (1, problem.q.shape[1], len(at))
-            outs = torch.empty(*shape, self.out.shape[3], dtype=torch.float32, device=self.out.device)
+            rows, shape = (
+                sequences_of((span.part(at[0], at[-1] + 1),), self.out.device),
+                (1, problem.q.shape[1], len(at)),
+            )
+            outs = torch.empty(
+                *shape, self.out.shape[3], dtype=torch.float32, device=self.out.device
+            )
             lses = torch.empty(shape, dtype=torch.float32, device=self.out.device)
-            strided_rows(problem.q, keys_of(problem), rows, logits_of(problem), self.gamma, outs, lses)
+            strided_rows(
+                problem.q, keys_of(problem), rows, logits_of(problem), self.gamma, outs, lses
+            )
             out, lse = outs[0], lses[0]
         return out.unflatten(0, (-1, problem.groups)), lse.unflatten(0, (-1, problem.groups))
 
     def attend_tail(self, t: Tensors, span: Span, end: int) -> None:
         tails = [end - span.position]
-        dense_rows(self.problem, keys_of(self.problem), (span,), tails, logits_of(self.problem), self.out, self.lse)
+        dense_rows(
+            self.problem,
+            keys_of(self.problem),
+            (span,),
+            tails,
+            logits_of(self.problem),
+            self.out,
+            self.lse,
+        )
 
     def correct(self, plans: list[Plan]) -> list[Correction | None]:
         problem, gamma = self.problem, self.gamma
@@ -117,35 +150,54 @@ class DeltaAttention(DeltaCall):
         )
         if any(span.rows for span in spans):
             sequences = sequences_of(spans, self.out.device)
-            grid, arguments = spread_arguments(self.out, self.lse, change, change_lse, sequences, gamma)
+            grid, arguments = spread_arguments(
+                self.out, self.lse, change, change_lse, sequences, gamma
+            )
             spread_kernel[grid](**arguments)
         kept: list[Correction | None] = []
         for s, (plan, at) in enumerate(zip(plans, aligned, strict=True)):
             if plan.at:  # copies: a view would keep all of the prompt's differences
-                last = (x[s, :, len(at)].clone().unflatten(0, (-1, problem.groups)) for x in (change, change_lse))
+                last = (
+                    x[s, :, len(at)].clone().unflatten(0, (-1, problem.groups))
+                    for x in (change, change_lse)
+                )
                 kept.append(Correction(plan.at[-1], *last))
             else:
                 kept.append(plan.kept)
         return kept
 
-    def _leads(self, plans: list[Plan], aligned: list[list[int]], change: torch.Tensor, change_lse: torch.Tensor) -> list[bool]:
-        """The difference that holds in front of the first of `aligned`, into slot 0: kept from the call before, or that of the
-        first row. Returns for which of the plans there is one."""
-        first = [bool(plan.at) and plan.at[0] not in at[:1] for plan, at in zip(plans, aligned, strict=True)]
+    def _leads(
+        self,
+        plans: list[Plan],
+        aligned: list[list[int]],
+        change: torch.Tensor,
+        change_lse: torch.Tensor,
+    ) -> list[bool]:
+        """The difference that holds in front of the first of `aligned`, into slot 0: kept from the
+        call before, or that of the first row. Returns for which of the plans there is one."""
+        first = [
+            bool(plan.at) and plan.at[0] not in at[:1]
+            for plan, at in zip(plans, aligned, strict=True)
+        ]
         if any(first):
-            out, lse = self._first_rows([plan.span for plan, own in zip(plans, first, strict=True) if own])
+            out, lse = self._first_rows(
+                [plan.span for plan, own in zip(plans, first, strict=True) if own]
+            )
         for s, (plan, own) in enumerate(zip(plans, first, strict=True)):
             span = plan.span
             if own:
                 change[s, :, 0] = out[span.batch, :, 0] - self.out[span.batch, :, span.row_start]
-                change_lse[s, :, 0] = lse[span.batch, :, 0] - self.lse[span.batch, :, span.row_start]
+                change_lse[s, :, 0] = (
+                    lse[span.batch, :, 0] - self.lse[span.batch, :, span.row_start]
+                )
             elif plan.kept is not None:
                 change[s, :, 0] = plan.kept.out.flatten(0, 1)
                 change_lse[s, :, 0] = plan.kept.lse.flatten(0, 1)
         return [own or plan.kept is not None for plan, own in zip(plans, first, strict=True)]
 
     def _first_rows(self, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense attention of the first row of each span: out fp32 `[B, Hq, 1, Dv]` and lse `[B, Hq, 1]`."""
+        """Dense attention of the first row of each span: out fp32 `[B, Hq, 1, Dv]` and lse
+        `[B, Hq, 1]`."""
         problem, q = self.problem, self.problem.q
         if q.shape[2] > 1:
             q = q.new_empty(q.shape[0], q.shape[1], 1, q.shape[3])
@@ -153,16 +205,36 @@ class DeltaAttention(DeltaCall):
                 q[span.batch, :, 0] = problem.q[span.batch, :, span.row_start]
         out = torch.empty(*q.shape[:3], self.out.shape[3], dtype=torch.float32, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        rows = tuple(Span(span.batch, span.key_start, span.key_end, 0, 1, span.position) for span in spans)
+        rows = tuple(
+            Span(span.batch, span.key_start, span.key_end, 0, 1, span.position) for span in spans
+        )
         sequences = sequences_of(rows, q.device)
-        decode_once(q, keys_of(problem), sequences, dense_reads(1), logits_of(problem), problem.longest, out, lse)
+        decode_once(
+            q,
+            keys_of(problem),
+            sequences,
+            dense_reads(1),
+            logits_of(problem),
+            problem.longest,
+            out,
+            lse,
+        )
         return out, lse
 
-    def _anchors(self, plans: list[Plan], aligned: list[list[int]], change: torch.Tensor, change_lse: torch.Tensor) -> None:
-        """The differences at the positions `aligned`, into slots 1, 2, ...: one launch for all of them."""
+    def _anchors(
+        self,
+        plans: list[Plan],
+        aligned: list[list[int]],
+        change: torch.Tensor,
+        change_lse: torch.Tensor,
+    ) -> None:
+        """The differences at the positions `aligned`, into slots 1, 2, ...: one launch for all of
+        them."""
         problem, gamma, out, lse = self.problem, self.gamma, self.out, self.lse
         spans = tuple(
-            plan.span.part(at[0], at[-1] + 1) if at else plan.span.part(plan.span.position, plan.span.position)
+            plan.span.part(at[0], at[-1] + 1)
+            if at
+            else plan.span.part(plan.span.position, plan.span.position)
             for plan, at in zip(plans, aligned, strict=True)
         )
         step = problem.q.shape[2] == 1  # its keys are many, so they are split over the device
@@ -170,7 +242,15 @@ class DeltaAttention(DeltaCall):
             one, one_lse = self._first_rows([span for span in spans if span.rows])
         else:
             kv, sequences = keys_of(problem), sequences_of(spans, out.device)
-            strided_rows(problem.q, kv, sequences, logits_of(problem), gamma, change[:, :, 1:], change_lse[:, :, 1:])
+            strided_rows(
+                problem.q,
+                kv,
+                sequences,
+                logits_of(problem),
+                gamma,
+                change[:, :, 1:],
+                change_lse[:, :, 1:],
+            )
         for s, (span, at) in enumerate(zip(spans, aligned, strict=True)):
             rows = slice(span.row_start, span.row_end, gamma)
             if step and at:

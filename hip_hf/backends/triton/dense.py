@@ -32,11 +32,14 @@ def sequences_of(spans: tuple[Span, ...], device: torch.device) -> Sequences:
 
 
 def logits_of(problem: AttentionProblem) -> Logits:
-    return Logits(problem.scale, problem.softcap, problem.sliding_window, problem.sinks, problem.positions)
+    return Logits(
+        problem.scale, problem.softcap, problem.sliding_window, problem.sinks, problem.positions
+    )
 
 
 def keys_of(problem: AttentionProblem) -> KeyValues:
-    """Keys and values of a call: contiguous, or pages in one piece of memory (`unsupported` says where they are not)."""
+    """Keys and values of a call: contiguous, or pages in one piece of memory (`unsupported` says
+    where they are not)."""
     if not isinstance(problem.k, PagedTensor) or not isinstance(problem.v, PagedTensor):
         return KeyValues(problem.k, problem.v)
     k, v = problem.k.store.pages(), problem.v.store.pages()
@@ -54,28 +57,48 @@ def dense_rows(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
-    """The rows from `tails` on of each span, densely, their keys split over the device: they are few and their keys are many."""
+    """The rows from `tails` on of each span, densely, their keys split over the device: they are
+    few and their keys are many."""
     q, reads = problem.q, dense_reads()
-    left = [span.part(span.position + at, span.end) for span, at in zip(spans, tails, strict=True) if at < span.rows]
+    left = [
+        span.part(span.position + at, span.end)
+        for span, at in zip(spans, tails, strict=True)
+        if at < span.rows
+    ]
     most = max(span.rows for span in left)
     splits = splits_for(q, problem.k.shape[1], len(left), problem.longest, most, reads.block_q)
     if splits == 1:
         prefill(q, kv, sequences_of(tuple(left), q.device), reads, logits, out, lse)
         return
-    # a launch for those that begin at the same row: scratch for all would have room for the rows between them, too
+    # a launch for those that begin at the same row: scratch for all would have room for the rows
+    # between them, too
     for first in sorted({span.row_start for span in left}):
-        some = tuple(replace(span, row_start=0, row_end=span.rows) for span in left if span.row_start == first)
+        some = tuple(
+            replace(span, row_start=0, row_end=span.rows)
+            for span in left
+            if span.row_start == first
+        )
         rows = slice(first, first + most)
         scratch = Scratch.make(splits, q[:, :, rows], problem.v.shape[3])
         sequences = sequences_of(some, q.device)
-        decode(q[:, :, rows], kv, sequences, reads, logits, scratch, out[:, :, rows], None if lse is None else lse[:, :, rows])
+        decode(
+            q[:, :, rows],
+            kv,
+            sequences,
+            reads,
+            logits,
+            scratch,
+            out[:, :, rows],
+            None if lse is None else lse[:, :, rows],
+        )
 
 
 def attend_densely(
     problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Dense attention, into out and lse, or into new ones where autograd follows; the keys of few rows are split over the
-    device. `config`: the settings of the call, as in `backward.attention`."""
+    """Dense attention, into out and lse, or into new ones where autograd follows; the keys of few
+    rows are split over the device. `config`: the settings of the call, as in
+    `backward.attention`."""
     with torch.cuda.device_of(problem.q):
         kv, logits = keys_of(problem), logits_of(problem)
         if problem.needs_grad:

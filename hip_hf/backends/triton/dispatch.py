@@ -17,7 +17,9 @@ from hip_hf.state import DecodeState
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-EXECUTORS: dict[str, Callable[..., Executor]] = dict(block_sparse=SparseAttention, hyper=HyperAttention, delta=DeltaAttention)
+EXECUTORS: dict[str, Callable[..., Executor]] = dict(
+    block_sparse=SparseAttention, hyper=HyperAttention, delta=DeltaAttention
+)
 
 
 def run(
@@ -28,7 +30,8 @@ def run(
     lse: torch.Tensor | None,
     mask: bool,
 ) -> Executor:
-    """The sparse path of one call, into out and lse; where autograd follows, into new ones that it knows."""
+    """The sparse path of one call, into out and lse; where autograd follows, into new ones that it
+    knows."""
     call = pick(EXECUTORS, config)(problem, config, out, lse, mask)
     with torch.cuda.device_of(problem.q):  # Triton launches on the current device
         call.run(state)

@@ -1,9 +1,11 @@
-"""HyperAttention on a GPU (arXiv 2310.05869): hashing, and the squares of a level in one launch. Reference: `torch/hyper.py`.
+"""HyperAttention on a GPU (arXiv 2310.05869): hashing, and the squares of a level in one launch.
+Reference: `torch/hyper.py`.
 
-The exact leaves are short causal prompts, so the prefill kernel computes them; sorting by hash is `torch.sort`, a radix
-sort of few bits. What is left is here: a kernel that hashes rows as it reads them once, and one that attends from sorted
-rows to the keys of their own block and to the sample, gathered through the order without a sorted copy of K and V, and
-merges that into the rows' running output and log-sum-exp.
+The exact leaves are short causal prompts, so the prefill kernel computes them; sorting by hash is
+`torch.sort`, a radix sort of few bits. What is left is here: a kernel that hashes rows as it reads
+them once, and one that attends from sorted rows to the keys of their own block and to the sample,
+gathered through the order without a sorted copy of K and V, and merges that into the rows' running
+output and log-sum-exp.
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, dense_reads
 from hip_hf.backends.triton.common.sequences import GROWING
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E, scaled
-from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
+from hip_hf.backends.triton.common.tuning import (
+    Tile,
+    power_of_two,
+    precision_of,
+    target_of,
+    tile_of,
+)
 from hip_hf.backends.triton.dense import dense_rows, sequences_of
 from hip_hf.geometry import Span
 from hip_hf.methods.hyper import Options, Square, projections, sampled_ranks, split, tile
@@ -38,12 +46,14 @@ FIELDS = ("first", "rows", "key_first", "keys", "block_rows", "size", "samples")
 
 @dataclass(frozen=True)
 class Level:
-    """The squares of one level, on the device; rows are counted from the first query row, keys from the first key.
+    """The squares of one level, on the device; rows are counted from the first query row, keys from
+    the first key.
 
-    `table` int32 `[7, squares]`: of each its `first` row and number of `rows`, its `key_first` and number of `keys`, the
-    `block_rows` of a query block, the `size` of an own block and the number of `samples`. `starts` int32 `[squares, blocks]`:
-    the rank at which each query block's own block starts. `samples` int32 `[squares, Hkv, most]`: ranks of sampled keys.
-    `row_bounds`, `key_bounds` `[2 * squares]`: where squares start and end, ascending.
+    `table` int32 `[7, squares]`: of each its `first` row and number of `rows`, its `key_first` and
+    number of `keys`, the `block_rows` of a query block, the `size` of an own block and the number
+    of `samples`. `starts` int32 `[squares, blocks]`: the rank at which each query block's own block
+    starts. `samples` int32 `[squares, Hkv, most]`: ranks of sampled keys. `row_bounds`,
+    `key_bounds` `[2 * squares]`: where squares start and end, ascending.
     """
 
     table: torch.Tensor
@@ -58,7 +68,14 @@ class Level:
         return self.table.shape[1]
 
     @staticmethod
-    def of(squares: Sequence[Square], position: int, options: Options, seed: int, heads: int, device: torch.device) -> Level:
+    def of(
+        squares: Sequence[Square],
+        position: int,
+        options: Options,
+        seed: int,
+        heads: int,
+        device: torch.device,
+    ) -> Level:
         """For squares of a span whose first row is at `position`."""
         cpu = torch.device("cpu")
         tilings = [tile(square, options, cpu) for square in squares]
@@ -66,7 +83,9 @@ class Level:
             [s.first - position, s.rows, s.key_first, s.keys, t.rows, t.size, t.samples]
             for s, t in zip(squares, tilings, strict=True)
         ]
-        starts = torch.zeros(len(squares), max(len(t.starts) for t in tilings), dtype=torch.int32, device=cpu)
+        starts = torch.zeros(
+            len(squares), max(len(t.starts) for t in tilings), dtype=torch.int32, device=cpu
+        )
         most = max(1, max(t.samples for t in tilings))
         samples = torch.zeros(len(squares), heads, most, dtype=torch.int32, device=cpu)
         for i, (s, t) in enumerate(zip(squares, tilings, strict=True)):
@@ -81,9 +100,13 @@ class Level:
         return Level(table, starts, samples, bounds[0], bounds[1], max(t.rows for t in tilings))
 
     def order(self, codes: torch.Tensor, bounds: torch.Tensor, bits: int) -> torch.Tensor:
-        """Tokens of each square by their hashes `codes` `[H, n]`: int64 `[H, n]`, in which a square's tokens stand where the
-        square does. Ties keep their order."""
-        kinds = ((torch.int16, 15), (torch.int32, 31), (torch.int64, 63))  # fewer bits are fewer passes
+        """Tokens of each square by their hashes `codes` `[H, n]`: int64 `[H, n]`, in which a
+        square's tokens stand where the square does. Ties keep their order."""
+        kinds = (
+            (torch.int16, 15),
+            (torch.int32, 31),
+            (torch.int64, 63),
+        )  # fewer bits are fewer passes
         dtype = next(kind for kind, held in kinds if bits + (2 * self.squares).bit_length() <= held)
         at = torch.bucketize(torch.arange(codes.shape[1], device=codes.device), bounds, right=True)
         return codes.to(dtype).add_((at << bits).to(dtype)).argsort(dim=-1, stable=True)
@@ -96,9 +119,17 @@ def _to(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=KEPT_PLANS)
 def levels_of(
-    first: int, end: int, least: int, block_size: int, sample_size: int, seed: int, heads: int, device: torch.device
+    first: int,
+    end: int,
+    least: int,
+    block_size: int,
+    sample_size: int,
+    seed: int,
+    heads: int,
+    device: torch.device,
 ) -> tuple[Level, ...]:
-    """The levels of squares for rows at positions `first` to `end - 1`, with their samples for `heads` key heads."""
+    """The levels of squares for rows at positions `first` to `end - 1`, with their samples for
+    `heads` key heads."""
     options = Options(block_size=block_size, sample_size=sample_size, min_seq_len=least)
     with torch.inference_mode(False):
         levels = split(first, end, least)[1]
@@ -110,8 +141,8 @@ def hash_kernel(
     X, DIRECTIONS, CODES, stride_h, stride_t, stride_ch, count, dim, steps,
     BLOCK_M: tl.constexpr, FEATURES: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(tiles of rows, heads)`. DIRECTIONS fp32 `[dim, BITS]`, zero in columns that are no bit of the hash. CODES int32: the
-    rank of the signs in Gray code."""
+    """Grid `(tiles of rows, heads)`. DIRECTIONS fp32 `[dim, BITS]`, zero in columns that are no bit
+    of the hash. CODES int32: the rank of the signs in Gray code."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     real = row < count
@@ -120,8 +151,12 @@ def hash_kernel(
     acc = tl.zeros([BLOCK_M, BITS], tl.float32)
     for i in range(steps):
         d = i * FEATURES + inner
-        x = tl.load(x_ptr + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
-        w = tl.load(DIRECTIONS + d[:, None] * BITS + bit[None, :], mask=(d < dim)[:, None], other=0.0)
+        x = tl.load(x_ptr + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0).to(
+            tl.float32
+        )
+        w = tl.load(
+            DIRECTIONS + d[:, None] * BITS + bit[None, :], mask=(d < dim)[:, None], other=0.0
+        )
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     code = tl.sum((acc > 0).to(tl.int32) << bit[None, :], 1)
     code ^= code >> 16
@@ -132,7 +167,9 @@ def hash_kernel(
     tl.store(CODES + head * stride_ch + row, code, mask=real)
 
 
-def hash_arguments(x: torch.Tensor, directions: torch.Tensor, codes: torch.Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+def hash_arguments(
+    x: torch.Tensor, directions: torch.Tensor, codes: torch.Tensor
+) -> tuple[tuple[int, int], dict[str, Any]]:
     """Grid and arguments of `hash_kernel` for vectors `[H, n, D]`."""
     heads, count, dim = x.shape
     arguments = dict(
@@ -144,7 +181,8 @@ def hash_arguments(x: torch.Tensor, directions: torch.Tensor, codes: torch.Tenso
 
 
 def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """As `methods.hyper.hashes`, for vectors `[H, n, D]` of stride 1 in D, reading each once: int32 `[H, n]`."""
+    """As `methods.hyper.hashes`, for vectors `[H, n, D]` of stride 1 in D, reading each once: int32
+    `[H, n]`."""
     bits = directions.shape[1]
     padded = torch.nn.functional.pad(directions, (0, max(16, power_of_two(bits)) - bits))
     codes = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
@@ -162,13 +200,20 @@ def square_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     EVEN_HEADDIM: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(blocks * TILES, Hq, squares)`: BLOCK_M sorted rows of a query block of a square and a query head. All pointers
-    are at a span's first row and key. OUT fp32 and LSE hold what the rows have so far; each row is in one square of a level."""
+    """Grid `(blocks * TILES, Hq, squares)`: BLOCK_M sorted rows of a query block of a square and a
+    query head. All pointers are at a span's first row and key. OUT fp32 and LSE hold what the rows
+    have so far; each row is in one square of a level."""
     block, part = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     head, square = tl.program_id(1), tl.program_id(2)
     first, rows = tl.load(TABLE + square), tl.load(TABLE + stride_field + square)
-    key_first, keys = tl.load(TABLE + 2 * stride_field + square), tl.load(TABLE + 3 * stride_field + square)
-    block_rows, size = tl.load(TABLE + 4 * stride_field + square), tl.load(TABLE + 5 * stride_field + square)
+    key_first, keys = (
+        tl.load(TABLE + 2 * stride_field + square),
+        tl.load(TABLE + 3 * stride_field + square),
+    )
+    block_rows, size = (
+        tl.load(TABLE + 4 * stride_field + square),
+        tl.load(TABLE + 5 * stride_field + square),
+    )
     samples = tl.load(TABLE + 6 * stride_field + square)
     inner = part * BLOCK_M + tl.arange(0, BLOCK_M)
     rank = block * block_rows + inner
@@ -185,7 +230,9 @@ def square_kernel(
     drawn_ptr = SAMPLES + square.to(tl.int64) * stride_square + key_head * stride_samples
     order = KEY_ORDER + key_head.to(tl.int64) * stride_keys + key_first
     k_base, v_base = K + key_head.to(tl.int64) * stride_kh, V + key_head.to(tl.int64) * stride_vh
-    bias = tl.log2(keys.to(tl.float32) / tl.maximum(samples, 1).to(tl.float32))  # a sampled key counts for so many
+    bias = tl.log2(
+        keys.to(tl.float32) / tl.maximum(samples, 1).to(tl.float32)
+    )  # a sampled key counts for so many
 
     # the online softmax goes on from what the row has: that is the merge
     lse_ptr = LSE + head.to(tl.int64) * stride_lh + row * stride_lt
@@ -201,11 +248,18 @@ def square_kernel(
     for i in range(0, (size + samples + BLOCK_N - 1) // BLOCK_N):
         slot = i * BLOCK_N + n
         own = slot < size
-        drawn = tl.load(drawn_ptr + slot - size, mask=(slot >= size) & (slot < size + samples), other=0)
-        others = (slot >= size) & (slot < size + samples) & ((drawn < start) | (drawn >= start + size))
+        drawn = tl.load(
+            drawn_ptr + slot - size, mask=(slot >= size) & (slot < size + samples), other=0
+        )
+        others = (
+            (slot >= size) & (slot < size + samples) & ((drawn < start) | (drawn >= start + size))
+        )
         # what is neither repeats a key of the own block, with no weight
         token = tl.load(order + tl.where(others, drawn, start + tl.where(own, slot, 0)))
-        k_ptr, v_ptr = k_base + (token * stride_kt)[:, None] + d[None, :], v_base + (token * stride_vt)[:, None] + dv[None, :]
+        k_ptr, v_ptr = (
+            k_base + (token * stride_kt)[:, None] + d[None, :],
+            v_base + (token * stride_vt)[:, None] + dv[None, :],
+        )
         if EVEN_HEADDIM:
             k = tl.load(k_ptr)
         else:
@@ -228,7 +282,8 @@ def square_kernel(
 
 
 def rows_of_square(shape: Tile, block_rows: int) -> int:
-    """Rows that a program of `square_kernel` takes, of blocks of so many; tensor cores take 16 at least."""
+    """Rows that a program of `square_kernel` takes, of blocks of so many; tensor cores take 16 at
+    least."""
     return max(16, min(shape.rows, power_of_two(block_rows)))
 
 
@@ -236,8 +291,8 @@ def square_arguments(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     orders: tuple[torch.Tensor, torch.Tensor], level: Level, logits: Logits, shape: Tile,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
-    """Grid and arguments of `square_kernel`: q `[Hq, n, D]`, k `[Hkv, T, D]`, v, out fp32 `[Hq, n, Dv]`, lse fp32 `[Hq, n]` of a
-    span, and the orders of its rows and keys."""
+    """Grid and arguments of `square_kernel`: q `[Hq, n, D]`, k `[Hkv, T, D]`, v, out fp32
+    `[Hq, n, Dv]`, lse fp32 `[Hq, n]` of a span, and the orders of its rows and keys."""
     dim, dim_v = q.shape[-1], v.shape[-1]
     rows = rows_of_square(shape, level.block_rows)
     tiles = -(-level.block_rows // rows)
@@ -269,15 +324,23 @@ def attend_squares(
 
 
 class HyperAttention(HyperCall):
-    """One call on a GPU: a launch for all leaves of all sequences, then one per sequence and level."""
+    """One call on a GPU: a launch for all leaves of all sequences, then one per sequence and
+    level."""
 
     def run(self, state: DecodeState | None) -> None:
         problem, spans = self.problem, self.problem.spans
         self.note(state)
-        logits, kv = Logits(problem.scale, problem.softcap, None, problem.sinks), KeyValues(problem.k, problem.v)
+        logits, kv = (
+            Logits(problem.scale, problem.softcap, None, problem.sinks),
+            KeyValues(problem.k, problem.v),
+        )
         # rows are merged level after level, so they are kept in fp32 meanwhile
         out = self.out if self.out.dtype == torch.float32 else self.out.to(torch.float32)
-        lse = torch.full(out.shape[:3], -torch.inf, device=out.device) if self.lse is None else self.lse
+        lse = (
+            torch.full(out.shape[:3], -torch.inf, device=out.device)
+            if self.lse is None
+            else self.lse
+        )
         leaves = tuple(leaf for span in spans for leaf in self._leaves(span))
         prefill(problem.q, kv, sequences_of(leaves, out.device), dense_reads(), logits, out, lse)
         for span in spans:
@@ -293,16 +356,37 @@ class HyperAttention(HyperCall):
         leaves = split(span.position, span.end, self.options.min_seq_len)[0]
         row = span.row_start - span.position
         return [
-            Span(span.batch, span.key_start + x.start, span.key_start + x.end, row + x.first, row + x.end, x.first - x.start)
+            Span(
+                span.batch,
+                span.key_start + x.start,
+                span.key_start + x.end,
+                row + x.first,
+                row + x.end,
+                x.first - x.start,
+            )
             for x in leaves
         ]
 
     def _squares(self, span: Span, out: torch.Tensor, lse: torch.Tensor, logits: Logits) -> None:
         problem, o = self.problem, self.options
-        rows, keys = slice(span.row_start, span.row_end), slice(span.key_start, span.key_start + span.end)
-        q, k, v = problem.q[span.batch, :, rows], problem.k[span.batch, :, keys], problem.v[span.batch, :, keys]
+        rows, keys = (
+            slice(span.row_start, span.row_end),
+            slice(span.key_start, span.key_start + span.end),
+        )
+        q, k, v = (
+            problem.q[span.batch, :, rows],
+            problem.k[span.batch, :, keys],
+            problem.v[span.batch, :, keys],
+        )
         levels = levels_of(
-            span.position, span.end, o.min_seq_len, o.block_size, o.sample_size, self.config.seed, k.shape[0], q.device
+            span.position,
+            span.end,
+            o.min_seq_len,
+            o.block_size,
+            o.sample_size,
+            self.config.seed,
+            k.shape[0],
+            q.device,
         )
         if not levels:
             return
@@ -313,4 +397,6 @@ class HyperAttention(HyperCall):
                 level.order(codes[0], level.row_bounds, o.lsh_num_projs),
                 level.order(codes[1], level.key_bounds, o.lsh_num_projs),
             )
-            attend_squares(q, k, v, out[span.batch, :, rows], lse[span.batch, :, rows], orders, level, logits)
+            attend_squares(
+                q, k, v, out[span.batch, :, rows], lse[span.batch, :, rows], orders, level, logits
+            )

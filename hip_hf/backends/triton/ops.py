@@ -1,9 +1,11 @@
-"""The kernels as PyTorch operators, so that `torch.compile(fullgraph=True)` sees one node for the search and one for attention.
+"""The kernels as PyTorch operators, so that `torch.compile(fullgraph=True)` sees one node for the
+search and one for attention.
 
-Sequences come as a table on the device (`Sequences.table`), so nothing is read back while a graph runs. A decode step writes to
-what it is given of the state that is kept: a CUDA graph can hold it, and does the same for each step. Eager calls launch by the
-same functions of `sparse.py`. Only the dense tail of an eager prompt differs: the host knows where its rows are, and splits their
-keys over the device (`dense.dense_rows`).
+Sequences come as a table on the device (`Sequences.table`), so nothing is read back while a graph
+runs. A decode step writes to what it is given of the state that is kept: a CUDA graph can hold it,
+and does the same for each step. Eager calls launch by the same functions of `sparse.py`. Only the
+dense tail of an eager prompt differs: the host knows where its rows are, and splits their keys over
+the device (`dense.dense_rows`).
 """
 
 from __future__ import annotations
@@ -39,9 +41,14 @@ def settings(text: str) -> HiPConfig:
 
 
 def make_table(
-    q: torch.Tensor, k: torch.Tensor, key_start: torch.Tensor | None, q_start: torch.Tensor | None, tail: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    key_start: torch.Tensor | None,
+    q_start: torch.Tensor | None,
+    tail: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tables int32 `[5, B]` of all rows of each sequence, and of its last `tail` rows. Tensor operations only."""
+    """Tables int32 `[5, B]` of all rows of each sequence, and of its last `tail` rows. Tensor
+    operations only."""
     (batch, _, rows, _), keys = q.shape, k.shape[2]
     zero = torch.zeros(batch, dtype=torch.int32, device=q.device)
     first = zero if key_start is None else key_start.to(q.device, torch.int32)
@@ -51,12 +58,15 @@ def make_table(
     index = torch.arange(batch, dtype=torch.int32, device=q.device)
     skipped = (rows - row - tail).clamp(min=0)
     whole = torch.stack([index, first, row, rows - row, position])
-    return whole, torch.stack([index, first, row + skipped, rows - row - skipped, position + skipped])
+    return whole, torch.stack(
+        [index, first, row + skipped, rows - row - skipped, position + skipped]
+    )
 
 
 @contextmanager
 def launching(q: torch.Tensor, config: HiPConfig) -> Iterator[None]:
-    """On the device of q; a graph that is made already cannot go dense where Triton refuses a launch."""
+    """On the device of q; a graph that is made already cannot go dense where Triton refuses a
+    launch."""
     with torch.cuda.device_of(q), trust.noting_refusals(q.device, config):
         yield
 
@@ -102,7 +112,8 @@ def _parts(
     q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, tail: torch.Tensor | None, indices: torch.Tensor | None,
     counts: torch.Tensor | None, config: str, block_q: int,
 ) -> tuple[Part, ...]:  # fmt: skip
-    """What an attention operator was told, as `backward.attention` takes it. `block_q` 0: everything is dense."""
+    """What an attention operator was told, as `backward.attention` takes it. `block_q` 0:
+    everything is dense."""
     if block_q == 0:
         return (Part(Sequences(table, q.shape[2], k.shape[2]), dense_reads()),)
     fields = settings(config)
@@ -133,8 +144,9 @@ def attend(
     sliding_window: int | None,
     block_q: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to sink, window and the blocks of `indices`; the rows of `tail` read everything. Out `[B, Hq, Tq, Dv]` and lse
-    fp32 `[B, Hq, Tq]`; rows outside every sequence give 0 and -inf."""
+    """Attention to sink, window and the blocks of `indices`; the rows of `tail` read everything.
+    Out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`; rows outside every sequence give 0 and
+    -inf."""
     out = by_tokens(q, v.shape[3]).zero_()
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
     kv, logits = KeyValues(k, v), Logits(scale, softcap, sliding_window, sinks)
@@ -194,7 +206,8 @@ def _(
 
 
 @torch.library.custom_op(
-    "hip_hf::decode_step", mutates_args=("summaries", "states", "built", "indices", "counts", "window", "made")
+    "hip_hf::decode_step",
+    mutates_args=("summaries", "states", "built", "indices", "counts", "window", "made"),
 )
 def decode_step(
     q: torch.Tensor,
@@ -214,15 +227,24 @@ def decode_step(
     softcap: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """`sparse.decode_step` on the tensors of a `DeviceState`: `[B, 1, Hq, Dv]`, as layers of models want it; 0 where a sequence
-    has no row."""
+    """`sparse.decode_step` on the tensors of a `DeviceState`: `[B, 1, Hq, Dv]`, as layers of models
+    want it; 0 where a sequence has no row."""
     fields = settings(config)
     out = q.new_zeros(q.shape[0], 1, q.shape[1], v.shape[3])
     scratch = sparse.step_scratch(fields, q, k.shape[1], v.shape[3])
-    state = DeviceState(KeyPyramid(fields, summaries, states, built), SelectionBuffers(indices, counts, window, made), scratch)
-    sequences, logits = Sequences(table, 1, k.shape[2]), Logits(scale, softcap, sliding_window, sinks)
+    state = DeviceState(
+        KeyPyramid(fields, summaries, states, built),
+        SelectionBuffers(indices, counts, window, made),
+        scratch,
+    )
+    sequences, logits = (
+        Sequences(table, 1, k.shape[2]),
+        Logits(scale, softcap, sliding_window, sinks),
+    )
     with launching(q, fields):
-        sparse.decode_step(q, KeyValues(k, v), sequences, fields, logits, state, out.transpose(1, 2))
+        sparse.decode_step(
+            q, KeyValues(k, v), sequences, fields, logits, state, out.transpose(1, 2)
+        )
     return out
 
 
@@ -238,7 +260,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
 
 def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Gradient, ...]:
     q, k, v, sinks, out, lse, table, tail, indices, counts = ctx.saved_tensors
-    grads = attend_backward(grad_out, grad_lse, q, k, v, sinks, out, lse, table, tail, indices, counts, *ctx.rest)
+    grads = attend_backward(
+        grad_out, grad_lse, q, k, v, sinks, out, lse, table, tail, indices, counts, *ctx.rest
+    )
     return (*grads[:3], None if sinks is None else grads[3], *[None] * (4 + len(ctx.rest)))
 
 
@@ -258,11 +282,14 @@ def prompt(
     softcap: float | None,
     sliding_window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """HyperAttention or Delta correction of a prompt: out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`. Leaves and anchors depend
-    on its length, so `key_start` and `q_start`, where given, are read by the host: it waits for them."""
+    """HyperAttention or Delta correction of a prompt: out `[B, Hq, Tq, Dv]` and lse fp32
+    `[B, Hq, Tq]`. Leaves and anchors depend on its length, so `key_start` and `q_start`, where
+    given, are read by the host: it waits for them."""
     out = by_tokens(q, v.shape[3]).zero_()
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    problem = AttentionProblem(q, k, v, make_spans(q, k, key_start, q_start), scale, sliding_window, softcap, sinks)
+    problem = AttentionProblem(
+        q, k, v, make_spans(q, k, key_start, q_start), scale, sliding_window, softcap, sinks
+    )
     fields = settings(config)
     if problem.spans:
         with launching(q, fields):
@@ -289,10 +316,17 @@ def attention(
     sinks: torch.Tensor | None,
     need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`hip_attention` without a state, for a graph that is being compiled: out, and lse if asked for."""
+    """`hip_attention` without a state, for a graph that is being compiled: out, and lse if asked
+    for."""
     decoding, text = q.shape[2] <= DECODE_ROWS, config.text
     table, tail = make_table(q, k, key_start, q_start, config.dense_tail)
-    plain = key_start is None and q_start is None and sliding_window is None and softcap is None and sinks is None
+    plain = (
+        key_start is None
+        and q_start is None
+        and sliding_window is None
+        and softcap is None
+        and sinks is None
+    )
     if dense and plain and not need_lse and q.shape[2] in (1, k.shape[2]):
         return grouped_sdpa(q, k, v, scale, q.shape[2] > 1), None
     if not dense and (config.method == "hyper" or config.delta is not None):
@@ -304,5 +338,7 @@ def attention(
         detached = (None if x is None else x.detach() for x in (q, k, sinks))
         indices, counts = select(*detached, table, text, scale, softcap, sliding_window, block_q)
     tails = None if dense or decoding or not config.dense_tail else tail
-    out, lse = attend(q, k, v, sinks, table, tails, indices, counts, text, scale, softcap, sliding_window, block_q)
+    out, lse = attend(
+        q, k, v, sinks, table, tails, indices, counts, text, scale, softcap, sliding_window, block_q
+    )
     return out, lse if need_lse else None

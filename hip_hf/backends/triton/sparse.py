@@ -1,4 +1,5 @@
-"""The sparse path on a GPU, the counterpart of `torch/sparse.py`: a handful of launches per call, none of which waits."""
+"""The sparse path on a GPU, the counterpart of `torch/sparse.py`: a handful of launches per call,
+none of which waits."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from hip_hf.state import DecodeState, KeptSelection, RowState
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-# A pyramid starts with room for this much more than its prompt (a share and a number of keys), and doubles when that is full.
+# A pyramid starts with room for this much more than its prompt (a share and a number of keys), and
+# doubles when that is full.
 ROOM, LEAST_ROOM = 0.125, 4096
 # Kernels run on CPU tensors then.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -36,7 +38,8 @@ MOST_DIM = 256
 
 
 def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None:
-    """One span per batch row, in order, empty ones where a row has none; None if rows are packed."""
+    """One span per batch row, in order, empty ones where a row has none; None if rows are
+    packed."""
     rows = {span.batch: span for span in spans}
     if len(rows) < len(spans):
         return None
@@ -44,17 +47,20 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
 
 
 def step_scratch(config: HiPConfig, q: torch.Tensor, key_heads: int, dim_v: int) -> Scratch:
-    """Scratch for decode steps with queries like q `[B, Hq, 1, D]`; a window that is kept grows until the next selection."""
+    """Scratch for decode steps with queries like q `[B, Hq, 1, D]`; a window that is kept grows
+    until the next selection."""
     keys = config.sparse_reach + steps_of(config)
     return Scratch.make(splits_for(q, key_heads, q.shape[0], keys), q, dim_v)
 
 
 @dataclass
 class DeviceState:
-    """What decode keeps on the device for the `batch` rows of a cache. `pyramid` None: the method searches nothing.
+    """What decode keeps on the device for the `batch` rows of a cache. `pyramid` None: the method
+    searches nothing.
 
-    Kernels read and write it in place, so the steps on it can be captured in a CUDA graph and replayed. `even`: in the last call
-    that the host saw all rows ended at the same slot, so that a batch is padded on the left if at all.
+    Kernels read and write it in place, so the steps on it can be captured in a CUDA graph and
+    replayed. `even`: in the last call that the host saw all rows ended at the same slot, so that a
+    batch is padded on the left if at all.
     """
 
     pyramid: KeyPyramid | None
@@ -69,20 +75,33 @@ class DeviceState:
         with torch.inference_mode(False):  # it outlives the mode it is made in
             pyramid = None
             if config.method == "hip":
-                pyramid = KeyPyramid.empty(config, q.shape[0], k.shape[1], q.shape[3], capacity, k.dtype, k.device)
+                pyramid = KeyPyramid.empty(
+                    config, q.shape[0], k.shape[1], q.shape[3], capacity, k.dtype, k.device
+                )
             heads = mask_heads(config, q.shape[1], k.shape[1])
             selection = SelectionBuffers.empty(config, q.shape[0], heads, 1, q.device, keep=True)
-            made = DeviceState(pyramid, selection, step_scratch(config, q[:, :, :1], k.shape[1], v.shape[3]))
-            for x in made.tensors():  # graphs of `torch.compile` need not copy them to write to them
+            made = DeviceState(
+                pyramid, selection, step_scratch(config, q[:, :, :1], k.shape[1], v.shape[3])
+            )
+            for (
+                x
+            ) in made.tensors():  # graphs of `torch.compile` need not copy them to write to them
                 torch._dynamo.mark_static_address(x, guard=False)
             return made
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What kernels write to, and later steps read: of the pyramid, if there is one, then of the selection."""
+        """What kernels write to, and later steps read: of the pyramid, if there is one, then of the
+        selection."""
         pyramid, selection = self.pyramid, self.selection
         assert selection.made is not None
         summaries = () if pyramid is None else (pyramid.table, pyramid.states, pyramid.built)
-        return *summaries, selection.indices, selection.counts, selection.window_start, selection.made
+        return (
+            *summaries,
+            selection.indices,
+            selection.counts,
+            selection.window_start,
+            selection.made,
+        )
 
     @property
     def batch(self) -> int:
@@ -120,7 +139,9 @@ class DeviceState:
             self.pyramid.reorder(index)
         old, scratch = self.selection, self.scratch
         made = None if old.made is None else old.made[index]
-        self.selection = SelectionBuffers(old.indices[index], old.counts[index], old.window_start[index], made)
+        self.selection = SelectionBuffers(
+            old.indices[index], old.counts[index], old.window_start[index], made
+        )
         shape = (scratch.out.shape[0], len(indices), *scratch.out.shape[2:])
         self.scratch = Scratch(scratch.out.new_empty(shape), scratch.lse.new_empty(shape[:-1]))
 
@@ -140,8 +161,13 @@ def reads_of(config: HiPConfig, selection: SelectionBuffers, block_q: int) -> Re
 
 
 def keep_window(config: HiPConfig, sequences: Sequences, selection: SelectionBuffers) -> None:
-    """For a method that selects nothing, what the search does on the side: the window's start stays between refreshes."""
-    made, window, position = selection.made, selection.window_start, sequences.table[4][:, None, None]
+    """For a method that selects nothing, what the search does on the side: the window's start stays
+    between refreshes."""
+    made, window, position = (
+        selection.made,
+        selection.window_start,
+        sequences.table[4][:, None, None],
+    )
     assert made is not None
     old = (position < made) | (position - made >= steps_of(config))
     made.copy_(torch.where(old, position, made))
@@ -159,14 +185,16 @@ def select_blocks(
     pyramid: KeyPyramid | None = None,
     append: bool = False,
 ) -> SelectionBuffers:
-    """What every query block of `block_q` rows of a call reads, in a new selection. A method that does not search leaves it
-    unwritten.
+    """What every query block of `block_q` rows of a call reads, in a new selection. A method that
+    does not search leaves it unwritten.
 
-    q `[B, Hq, Tq, D]`. `pyramid`: the one that decode steps keep, or None to build one for this call alone. `append`: the kept
-    pyramid lacks only few keys, as in decode.
+    q `[B, Hq, Tq, D]`. `pyramid`: the one that decode steps keep, or None to build one for this
+    call alone. `append`: the kept pyramid lacks only few keys, as in decode.
     """
     heads = mask_heads(config, q.shape[1], kv.heads)
-    selection = SelectionBuffers.empty(config, sequences.count, heads, sequences.blocks(block_q), q.device)
+    selection = SelectionBuffers.empty(
+        config, sequences.count, heads, sequences.blocks(block_q), q.device
+    )
     if config.method == "hip":
         if pyramid is None:
             shape = (sequences.count, kv.heads, q.shape[3], sequences.max_keys)
@@ -187,8 +215,9 @@ def attend_parts(
 ) -> None:
     """Attention of the rows of all `parts` to what they read, into out and lse, without gradients.
 
-    q `[B, Hq, Tq, D]`, out `[B, Hq, Tq, Dv]`, lse fp32 `[B, Hq, Tq]`. Up to `DECODE_ROWS` query rows are one part. Each of them
-    reads up to `keys` keys, which are many for so few rows, so they are split over the device.
+    q `[B, Hq, Tq, D]`, out `[B, Hq, Tq, Dv]`, lse fp32 `[B, Hq, Tq]`. Up to `DECODE_ROWS` query
+    rows are one part. Each of them reads up to `keys` keys, which are many for so few rows, so they
+    are split over the device.
     """
     if q.shape[2] > DECODE_ROWS:
         for part in parts:
@@ -209,20 +238,30 @@ def decode_step(
     lse: torch.Tensor | None = None,
     all_serve: bool = False,
 ) -> None:
-    """One query row of each batch row: extend the pyramid, select if the selection is `decode_refresh` steps old, attend.
-    `all_serve`: the host knows that no selection is that old, so nothing is launched for the first two.
+    """One query row of each batch row: extend the pyramid, select if the selection is
+    `decode_refresh` steps old, attend. `all_serve`: the host knows that no selection is that old,
+    so nothing is launched for the first two.
 
-    q `[B, Hq, 1, D]`, out `[B, Hq, 1, Dv]`, lse fp32 `[B, Hq, 1]`. `sequences` has one entry per batch row, whose position may be
-    advanced on the device: nothing here depends on it on the host. Launches and shapes are the same at every step, and all memory
-    is there before, so a CUDA graph can hold it.
+    q `[B, Hq, 1, D]`, out `[B, Hq, 1, Dv]`, lse fp32 `[B, Hq, 1]`. `sequences` has one entry per
+    batch row, whose position may be advanced on the device: nothing here depends on it on the host.
+    Launches and shapes are the same at every step, and all memory is there before, so a CUDA graph
+    can hold it.
     """
     if not all_serve:
         refresh(q, kv, sequences, config, logits, state)
     decode(q, kv, sequences, reads_of(config, state.selection, 1), logits, state.scratch, out, lse)
 
 
-def refresh(q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, state: DeviceState) -> None:
-    """The first part of a `decode_step`, which changes nothing where each selection still serves."""
+def refresh(
+    q: torch.Tensor,
+    kv: KeyValues,
+    sequences: Sequences,
+    config: HiPConfig,
+    logits: Logits,
+    state: DeviceState,
+) -> None:
+    """The first part of a `decode_step`, which changes nothing where each selection still
+    serves."""
     if state.pyramid is None:
         keep_window(config, sequences, state.selection)
     else:
@@ -246,15 +285,21 @@ class SparseAttention(BlockSparseCall):
         self.sequences = sequences_of(spans or problem.spans, problem.q.device)
         self.logits = logits_of(problem)
         self.kv = keys_of(problem)
-        if state is not None and kept is not None and problem.q.shape[2] == 1 and not problem.needs_grad:
+        if (
+            state is not None
+            and kept is not None
+            and problem.q.shape[2] == 1
+            and not problem.needs_grad
+        ):
             self.windows = self._step(state, kept)
             self._note_all(spans or problem.spans, kept.selection)
         else:
             self._rows(spans or problem.spans, state, kept)
 
     def _step(self, state: DecodeState, kept: DeviceState) -> list[int | None]:
-        """A decode step of one row. Returns where the window of each span starts. How old selections are is known to the host as
-        well as to the device: while all of them serve, nothing is launched for them."""
+        """A decode step of one row. Returns where the window of each span starts. How old
+        selections are is known to the host as well as to the device: while all of them serve,
+        nothing is launched for them."""
         problem, config = self.problem, self.config
         rows = [state.rows[span.batch] for span in problem.spans]
         serve = [self._serves(span, row) for span, row in zip(problem.spans, rows, strict=True)]
@@ -263,7 +308,8 @@ class SparseAttention(BlockSparseCall):
         return [None if row.selection is None else row.selection.window_start for row in rows]
 
     def _serves(self, span: Span, row: RowState) -> bool:
-        """Whether the selection of a batch row still serves. If not, the one that this step makes takes its place."""
+        """Whether the selection of a batch row still serves. If not, the one that this step makes
+        takes its place."""
         old = row.selection
         if old is not None and 0 <= span.position - old.position < steps_of(self.config):
             return True
@@ -271,9 +317,12 @@ class SparseAttention(BlockSparseCall):
         return False
 
     def _device_state(self, state: DecodeState, spans: tuple[Span, ...]) -> DeviceState:
-        """The state's tables, with room for the call's keys; rows that continue nothing start afresh."""
+        """The state's tables, with room for the call's keys; rows that continue nothing start
+        afresh."""
         problem = self.problem
-        rows: dict[int, RowState] = {s.batch: state.row(s.batch, s.key_start, s.position, s.end) for s in spans if s.rows}
+        rows: dict[int, RowState] = {
+            s.batch: state.row(s.batch, s.key_start, s.position, s.end) for s in spans if s.rows
+        }
         old = state.device
         if old is None or old.batch != problem.q.shape[0]:
             old = None
@@ -293,8 +342,11 @@ class SparseAttention(BlockSparseCall):
         state.device.even = len({span.key_start + span.end for span in spans}) == 1
         return state.device
 
-    def _rows(self, spans: tuple[Span, ...], state: DecodeState | None, kept: DeviceState | None) -> None:
-        """Prefill, and decode of several rows or without a state: select for every query block of the call, and attend."""
+    def _rows(
+        self, spans: tuple[Span, ...], state: DecodeState | None, kept: DeviceState | None
+    ) -> None:
+        """Prefill, and decode of several rows or without a state: select for every query block of
+        the call, and attend."""
         problem, config = self.problem, self.config
         block_q = 1 if self.decoding else config.block_q
         pyramid, append = None if kept is None else kept.pyramid, self.decoding and kept is not None
@@ -310,13 +362,20 @@ class SparseAttention(BlockSparseCall):
             self.out, lse = attention(problem.q, problem.k, problem.v, self.logits, parts, config)
             self.lse = None if self.lse is None else lse
             return
-        attend_parts(problem.q, self.kv, self.logits, parts[:1], config.sparse_reach, self.out, self.lse)
-        if len(parts) > 1:  # the host knows where the dense rows are, so their keys can be split over the device
+        attend_parts(
+            problem.q, self.kv, self.logits, parts[:1], config.sparse_reach, self.out, self.lse
+        )
+        if (
+            len(parts) > 1
+        ):  # the host knows where the dense rows are, so their keys can be split over the device
             dense_rows(problem, self.kv, spans, self._tails(spans), self.logits, self.out, self.lse)
 
     def _tails(self, spans: tuple[Span, ...]) -> list[int]:
         """Of each span, the first of the rows that are computed densely."""
-        return [span.rows if self.decoding else max(0, span.rows - self.config.dense_tail) for span in spans]
+        return [
+            span.rows if self.decoding else max(0, span.rows - self.config.dense_tail)
+            for span in spans
+        ]
 
     def _parts(self, spans: tuple[Span, ...], reads: Reads) -> tuple[Part, ...]:
         """The rows that select, and the dense ones at the end of each prompt."""
@@ -326,7 +385,10 @@ class SparseAttention(BlockSparseCall):
         for span, first in zip(spans, self._tails(spans), strict=True):
             head.append(span.part(span.position, span.position + first))
             tail.append(span.part(span.position + first, span.end))
-        return (Part(sequences_of(tuple(head), device), reads), Part(sequences_of(tuple(tail), device), dense_reads()))
+        return (
+            Part(sequences_of(tuple(head), device), reads),
+            Part(sequences_of(tuple(tail), device), dense_reads()),
+        )
 
     def _note_all(self, spans: tuple[Span, ...], selection: SelectionBuffers) -> None:
         """Put down in the mask what was selected."""

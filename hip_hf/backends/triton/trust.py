@@ -1,8 +1,10 @@
-"""Whether kernels are to be trusted: what they need is there, and a self-test has passed on this very device.
+"""Whether kernels are to be trusted: what they need is there, and a self-test has passed on this
+very device.
 
-`backend="auto"` asks before every sparse call. The self-test (`checks.py`) runs once for each device, kind of heads and part of
-the kernels, and what has passed is kept in a file: for this device, driver, these versions and this code. Nothing here imports
-more of Triton before it is known to be new enough.
+`backend="auto"` asks before every sparse call. The self-test (`checks.py`) runs once for each
+device, kind of heads and part of the kernels, and what has passed is kept in a file: for this
+device, driver, these versions and this code. Nothing here imports more of Triton before it is known
+to be new enough.
 """
 
 from __future__ import annotations
@@ -39,9 +41,13 @@ COMPILERS = ("gcc", "clang")
 # Where the drivers of the two makers say which they are.
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
 
-# Whether a call learns, is of HyperAttention, with Delta correction, extended -> the parts of the kernels that it needs.
+# Whether a call learns, is of HyperAttention, with Delta correction, extended -> the parts of the
+# kernels that it needs.
 _PARTS = {
-    flags: (checks.SPARSE, *compress((checks.GRADIENTS, checks.HYPER, checks.DELTA, checks.EXTENDED), flags))
+    flags: (
+        checks.SPARSE,
+        *compress((checks.GRADIENTS, checks.HYPER, checks.DELTA, checks.EXTENDED), flags),
+    )
     for flags in product((False, True), repeat=4)
 }
 # (device, heads, part) -> why the self-test failed, or an empty string.
@@ -72,13 +78,19 @@ def old_triton() -> str:
         return f"Triton cannot be imported ({error})"
     oldest = ".".join(map(str, OLDEST_TRITON))
     release = tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdecimal())
-    return f"Triton {triton.__version__} is too old, {oldest} or later is needed" if release < OLDEST_TRITON else ""
+    return (
+        f"Triton {triton.__version__} is too old, {oldest} or later is needed"
+        if release < OLDEST_TRITON
+        else ""
+    )
 
 
-# Dynamo is not to follow any of this into a graph: it calls the function, and the answer is a constant of the graph.
+# Dynamo is not to follow any of this into a graph: it calls the function, and the answer is a
+# constant of the graph.
 @torch.compiler.assume_constant_result
 def lacking(device: torch.device) -> str:
-    """What this machine lacks for kernels on `device`, whatever the call; empty if it lacks nothing."""
+    """What this machine lacks for kernels on `device`, whatever the call; empty if it lacks
+    nothing."""
     return _lacking(device)
 
 
@@ -108,14 +120,23 @@ def _lacking(device: torch.device) -> str:
 
 def parts_of(config: HiPConfig | None, learning: bool, extended: bool) -> tuple[str, ...]:
     """The parts of the kernels that a call needs; without settings it is dense."""
-    hyper, delta = config is not None and config.method == "hyper", config is not None and config.delta is not None
+    hyper, delta = (
+        config is not None and config.method == "hyper",
+        config is not None and config.delta is not None,
+    )
     return _PARTS[learning, hyper, delta, extended]
 
 
 @torch.compiler.assume_constant_result
-def failing(device: torch.device, dtype: torch.dtype, dims: tuple[int, int, int], parts: tuple[str, ...], settings: str) -> str:
-    """Why kernels are not to be trusted with a call: they failed the self-test, Triton refused them with these settings, or the
-    test cannot run now. Empty if they are.
+def failing(
+    device: torch.device,
+    dtype: torch.dtype,
+    dims: tuple[int, int, int],
+    parts: tuple[str, ...],
+    settings: str,
+) -> str:
+    """Why kernels are not to be trusted with a call: they failed the self-test, Triton refused them
+    with these settings, or the test cannot run now. Empty if they are.
 
     `dims`: head dims of keys and of values, and query heads per key head.
     """
@@ -142,22 +163,27 @@ def refuses(error: Exception, config: HiPConfig) -> bool:
 
 
 def refuse(device: torch.device, settings: str, error: Exception) -> str:
-    """From now on no kernels with these settings: Triton could not compile or launch them. Returns the reason."""
-    why = _refused[device, settings] = f"Triton refuses the kernels with these settings ({said(error)})"
+    """From now on no kernels with these settings: Triton could not compile or launch them. Returns
+    the reason."""
+    why = _refused[device, settings] = (
+        f"Triton refuses the kernels with these settings ({said(error)})"
+    )
     return why
 
 
 @contextmanager
 def noting_refusals(device: torch.device, settings: HiPConfig) -> Iterator[None]:
-    """Where it is too late to go dense, in a backward pass or a compiled graph: what Triton refuses inside is an error that says
-    so, and with `auto` later calls with these settings are dense."""
+    """Where it is too late to go dense, in a backward pass or a compiled graph: what Triton refuses
+    inside is an error that says so, and with `auto` later calls with these settings are dense."""
     try:
         yield
     except Exception as error:
         if not refuses(error, settings):
             raise
         why = refuse(device, settings.text, error)
-        raise RuntimeError(f"hip: {why}. From now on such calls are dense: make it again, compiled graphs anew.") from error
+        raise RuntimeError(
+            f"hip: {why}. From now on such calls are dense: make it again, compiled graphs anew."
+        ) from error
 
 
 @torch.compiler.assume_constant_result
@@ -165,7 +191,10 @@ def warn_once(why: str) -> None:
     """Say that calls go dense, once for each reason."""
     if why not in _warned:
         _warned.add(why)
-        warnings.warn(f"hip: attention is dense where kernels would serve: {why}. `hip-hf doctor` says more.", stacklevel=2)
+        warnings.warn(
+            f"hip: attention is dense where kernels would serve: {why}. `hip-hf doctor` says more.",
+            stacklevel=2,
+        )
 
 
 def verdict(device: torch.device, heads: Heads, part: str) -> str:
@@ -179,7 +208,8 @@ def verdict(device: torch.device, heads: Heads, part: str) -> str:
 
 
 def _test(device: torch.device, heads: Heads, part: str) -> str:
-    """Run the self-test of a part if it has not passed before: why it failed. What says nothing of the kernels is not kept."""
+    """Run the self-test of a part if it has not passed before: why it failed. What says nothing of
+    the kernels is not kept."""
     if _has_passed(device, heads, part):
         _verdicts[device, heads, part] = ""
         return ""
@@ -210,19 +240,25 @@ def _busy(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     if torch.cuda._is_in_bad_fork():
-        return "the kernels are not tested yet, and this process was forked from one that used the GPU"
+        return (
+            "the kernels are not tested yet, and this process was forked from one that used the GPU"
+        )
     if torch.cuda.is_current_stream_capturing():
         return "the kernels are not tested yet, and a CUDA graph is being captured (call them once before)"
     return ""
 
 
 def self_test(
-    device: torch.device, heads: Heads, part: str, config: HiPConfig | None = None, backend: str = "triton"
+    device: torch.device,
+    heads: Heads,
+    part: str,
+    config: HiPConfig | None = None,
+    backend: str = "triton",
 ) -> list[Found]:
     """Run the checks of a part, at the default settings unless others are given.
 
-    In a thread of its own, where no mode of the caller holds: inference, autocast, a default device, tensors without numbers, or
-    a graph that is being traced.
+    In a thread of its own, where no mode of the caller holds: inference, autocast, a default
+    device, tensors without numbers, or a graph that is being traced.
 
     Raises:
         torch.OutOfMemoryError: the device's memory is full.
@@ -256,12 +292,15 @@ def drivers() -> list[str]:
 
 
 def identity(device: torch.device) -> dict[str, Any]:
-    """What a passed self-test holds for: the device, its driver, the versions, and the kernels' code."""
+    """What a passed self-test holds for: the device, its driver, the versions, and the kernels'
+    code."""
     import triton
 
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "capability": list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else [],
+        "capability": list(torch.cuda.get_device_capability(device))
+        if device.type == "cuda"
+        else [],
         "driver": [*drivers(), torch.version.cuda, torch.version.hip],
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -272,7 +311,8 @@ def identity(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def code(folder: Path = Path(__file__).parent) -> str:
-    """A name for all that stands in the kernels' modules: launches and their table count as well as what Triton compiles."""
+    """A name for all that stands in the kernels' modules: launches and their table count as well as
+    what Triton compiles."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
@@ -303,11 +343,14 @@ def _has_passed(device: torch.device, heads: Heads, part: str) -> bool:
 
 
 def _remember(device: torch.device, heads: Heads, part: str) -> None:
-    """Keep that the self-test has passed, where that can be written. Several processes may do so at once."""
+    """Keep that the self-test has passed, where that can be written. Several processes may do so at
+    once."""
     file, content = _record(device, heads, part)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as part_file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=file.parent, delete=False, encoding="utf-8"
+        ) as part_file:
             json.dump(content, part_file, indent=1)
         os.replace(part_file.name, file)
 

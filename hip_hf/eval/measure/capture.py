@@ -1,4 +1,5 @@
-"""What a model's attention layers compute on a text: the attention problem of every layer, from one dense forward."""
+"""What a model's attention layers compute on a text: the attention problem of every layer, from one
+dense forward."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from hip_hf.problem import AttentionProblem, make_spans
 CAPTURE = "hip_capture"
 DENSE = HiPConfig(method="dense")
 
-_problems: ContextVar[list[tuple[int, AttentionProblem]] | None] = ContextVar("captured problems", default=None)
+_problems: ContextVar[list[tuple[int, AttentionProblem]] | None] = ContextVar(
+    "captured problems", default=None
+)
 
 
 def _capture_attention(
@@ -39,9 +42,13 @@ def _capture_attention(
     if attention_mask is None:
         spans: tuple[Any, ...] | None = make_spans(query, key)
     else:
-        spans = mask_spans(attention_mask, query.shape[2]) if holds_positions(attention_mask) else None
+        spans = (
+            mask_spans(attention_mask, query.shape[2]) if holds_positions(attention_mask) else None
+        )
     if spans is None or not getattr(module, "is_causal", True):
-        raise ValueError(f"model: {type(module).__name__} attends by a mask that is not causal, allowed: causal attention")
+        raise ValueError(
+            f"model: {type(module).__name__} attends by a mask that is not causal, allowed: causal attention"
+        )
     if attention_mask is not None:
         sliding_window = mask_window(attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -54,7 +61,8 @@ def _capture_attention(
 def capture(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> list[AttentionProblem]:
-    """The attention problem of each layer, in layer order, of a dense forward over `input_ids` without a cache.
+    """The attention problem of each layer, in layer order, of a dense forward over `input_ids`
+    without a cache.
 
     The model's own attention implementation is back in place afterwards, also after an error.
     Raises ValueError if a layer's attention is not causal, or the model does not attend through
@@ -68,10 +76,14 @@ def capture(
     config._attn_implementation = CAPTURE
     try:
         # the base model computes no logits
-        getattr(model, model.base_model_prefix, model)(input_ids, attention_mask=attention_mask, use_cache=False)
+        getattr(model, model.base_model_prefix, model)(
+            input_ids, attention_mask=attention_mask, use_cache=False
+        )
     finally:
         config._attn_implementation = before
         _problems.reset(token)
     if not problems:
-        raise ValueError(f"model: {type(model).__name__} does not attend through Transformers' AttentionInterface")
+        raise ValueError(
+            f"model: {type(model).__name__} does not attend through Transformers' AttentionInterface"
+        )
     return [problem for _, problem in sorted(problems, key=lambda item: item[0])]

@@ -1,4 +1,5 @@
-"""A conversation about one document. It is read once, and each turn computes its new tokens only."""
+"""A conversation about one document. It is read once, and each turn computes its new tokens
+only."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ WEIGHTS_LOOKED_AT = 16
 
 
 class Interrupt(StoppingCriteria):
-    """While it is entered, Ctrl-C ends the answer after the token that is being computed, so that every layer's cache holds the
-    same tokens. A second Ctrl-C is an ordinary one."""
+    """While it is entered, Ctrl-C ends the answer after the token that is being computed, so that
+    every layer's cache holds the same tokens. A second Ctrl-C is an ordinary one."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -67,7 +68,9 @@ class Turn:
     seconds: float  # from the question to the answer's end
     first_token_s: float
     tokens_per_s: float | None  # of decoding; None for a single token
-    keys_read: float | None  # share of the visible keys that the last forward pass read, mean of the layers
+    keys_read: (
+        float | None
+    )  # share of the visible keys that the last forward pass read, mean of the layers
     cache_tokens: int
     cache_mib: float
 
@@ -85,19 +88,22 @@ class Turn:
 def shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     """How many items two sequences begin with alike."""
     pairs = zip(first, second, strict=False)
-    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+    return next(
+        (i for i, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second))
+    )
 
 
 class Conversation:
     """A document, what was asked and answered, and the cache that holds it.
 
-    The model's template renders the whole conversation anew at every turn. The cache keeps the tokens that this rendering begins
-    with, which are all it holds unless the template rewrites earlier turns (some drop a model's thoughts, or spaces), or unless
-    an answer's text is not spelt with the tokens that were generated.
+    The model's template renders the whole conversation anew at every turn. The cache keeps the
+    tokens that this rendering begins with, which are all it holds unless the template rewrites
+    earlier turns (some drop a model's thoughts, or spaces), or unless an answer's text is not spelt
+    with the tokens that were generated.
 
     Attributes:
-        cache: the `HiPCache`; `held`: the ids of exactly those tokens whose keys and values are in it.
-        document_ids: what every conversation about this document begins with.
+        cache: the `HiPCache`; `held`: the ids of exactly those tokens whose keys and values are in
+        it. document_ids: what every conversation about this document begins with.
     """
 
     def __init__(self, model: Any, tokenizer: Any, document: str, chunk: int | None = None) -> None:
@@ -107,23 +113,34 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         asked = [self.render([self._question(probe)]) for probe in PROBES]
         ids = self.encode(asked[0][: shared(*asked)])
-        self.document_ids = ids[: shared(ids, self.encode(asked[0]))]  # before a question the last token may be another
+        self.document_ids = ids[
+            : shared(ids, self.encode(asked[0]))
+        ]  # before a question the last token may be another
 
     def _question(self, question: str) -> dict[str, str]:
-        """The user's next message. The first holds the document: not every template has a place for a system's."""
-        return {"role": "user", "content": question if self.messages else f"{self.document}\n\n{question}"}
+        """The user's next message. The first holds the document: not every template has a place for
+        a system's."""
+        return {
+            "role": "user",
+            "content": question if self.messages else f"{self.document}\n\n{question}",
+        }
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The text of a conversation, up to where the next answer begins."""
         template = PLAIN if self.plain else None
-        return self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a rendered text."""
-        return self.tokenizer(text, add_special_tokens=self.plain, verbose=False).input_ids  # a model's template has its own
+        return self.tokenizer(
+            text, add_special_tokens=self.plain, verbose=False
+        ).input_ids  # a model's template has its own
 
     def read_document(self, read: Callable[[int], None] = lambda rows: None) -> None:
-        """Fill the cache with the document; `read` is told how many tokens each forward pass has read."""
+        """Fill the cache with the document; `read` is told how many tokens each forward pass has
+        read."""
         generate.generate(self.model, self.document_ids, 1, self.chunk, read, self.cache)
         self.held = list(self.document_ids)
 
@@ -135,10 +152,16 @@ class Conversation:
             weights.update(f"{name} {weight.dtype} {tuple(weight.shape)} {some.tolist()}".encode())
         settings = read_settings(text_config(self.model)).to_dict()
         document = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-        return {"document": document, "weights": weights.hexdigest(), "chunk": self.chunk, **settings}
+        return {
+            "document": document,
+            "weights": weights.hexdigest(),
+            "chunk": self.chunk,
+            **settings,
+        }
 
     def save_document(self, path: Path) -> None:
-        """Write the cache, which holds the document and no question yet, to a file. Raises as `HiPCache.save` does."""
+        """Write the cache, which holds the document and no question yet, to a file. Raises as
+        `HiPCache.save` does."""
         self.cache.save(path, made_of=self.made_of())
 
     def load_document(self, path: Path) -> None:
@@ -148,22 +171,37 @@ class Conversation:
         self.cache.load(path, device=self.model.device, made_of=self.made_of())
         self.held = list(self.document_ids)
 
-    def ask(self, question: str, max_new_tokens: int, text: TextStreamer | None = None, **options: Any) -> Turn:
-        """Answer a question, in at most so many tokens, greedily unless Transformers' `options` say otherwise. Ctrl-C ends the
-        answer; what there is of it then belongs to the conversation. `text` gets the tokens as they come."""
+    def ask(
+        self, question: str, max_new_tokens: int, text: TextStreamer | None = None, **options: Any
+    ) -> Turn:
+        """Answer a question, in at most so many tokens, greedily unless Transformers' `options` say
+        otherwise. Ctrl-C ends the answer; what there is of it then belongs to the conversation.
+        `text` gets the tokens as they come."""
         start = time.perf_counter()
         messages = [*self.messages, self._question(question)]
         prompt = self.encode(self.render(messages))
-        self._keep(min(shared(self.held, prompt), len(prompt) - 1))  # something must be read, to be answered
+        self._keep(
+            min(shared(self.held, prompt), len(prompt) - 1)
+        )  # something must be read, to be answered
         before = len(self.held)
         if self.plain:
             options = {**options, "stop_strings": END_OF_LINE, "tokenizer": self.tokenizer}
         try:
             with Interrupt() as interrupt:
                 options["stopping_criteria"] = [interrupt]
-                result = generate.generate(self.model, prompt, max_new_tokens, self.chunk, cache=self.cache, text=text, **options)
+                result = generate.generate(
+                    self.model,
+                    prompt,
+                    max_new_tokens,
+                    self.chunk,
+                    cache=self.cache,
+                    text=text,
+                    **options,
+                )
         except BaseException:
-            self.held = list(prompt)  # or the first of them; which tokens the answer had is not known
+            self.held = list(
+                prompt
+            )  # or the first of them; which tokens the answer had is not known
             self._keep(min(self.cache.get_seq_length(), len(prompt)))
             raise
         self.held = (prompt + result.ids)[: self.cache.get_seq_length()]
@@ -187,8 +225,8 @@ class Conversation:
         )
 
     def _keep(self, length: int) -> None:
-        """Crop the cache to its first `length` tokens; to none where a layer cannot go back so far (a sliding window that has
-        moved on, a running state), and then everything is read again."""
+        """Crop the cache to its first `length` tokens; to none where a layer cannot go back so far
+        (a sliding window that has moved on, a running state), and then everything is read again."""
         there = self.cache.get_seq_length()
         try:
             if length < there:

@@ -1,4 +1,5 @@
-"""Several methods or settings side by side: captured mass and cost, perplexity, pass keys, needles."""
+"""Several methods or settings side by side: captured mass and cost, perplexity, pass keys,
+needles."""
 
 from __future__ import annotations
 
@@ -11,9 +12,26 @@ from hip_hf.eval.reporting.resumable import Resumable
 MEASURES = ("fidelity", "perplexity", "passkey", "needles")
 # What the table takes of a command's rows: {column: its name there}.
 COLUMNS = {
-    "fidelity": {name: name for name in ("keys_read", "mass", "of_oracle", "worst_layer", "error", "cost", "bytes_share")},
+    "fidelity": {
+        name: name
+        for name in (
+            "keys_read",
+            "mass",
+            "of_oracle",
+            "worst_layer",
+            "error",
+            "cost",
+            "bytes_share",
+        )
+    },
     "perplexity": {name: name for name in ("perplexity", "ratio", "ratio_low", "ratio_high")},
-    "passkey": {"pass_keys": "accuracy", "low": "low", "high": "high", "digits": "digits", "samples": "samples"},
+    "passkey": {
+        "pass_keys": "accuracy",
+        "low": "low",
+        "high": "high",
+        "digits": "digits",
+        "samples": "samples",
+    },
     "needles": {
         "needle_digits": "digits",
         "needle_answers": "answers_right",

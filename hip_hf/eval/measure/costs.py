@@ -1,10 +1,12 @@
-"""What attention costs in floating-point operations (a multiply-add is two) and bytes, from settings and geometry alone.
+"""What attention costs in floating-point operations (a multiply-add is two) and bytes, from
+settings and geometry alone.
 
-Counted is what grows with the keys: products of queries with keys or chunk summaries (selection) and with keys and values
-(attention), and the keys, values and summaries that are loaded for them, once for each query block. Left out is the pyramid, a
-few additions per key once, and what is small beside the products: softmax, top-k. Figures are per query head. Where
-heads of a group share a selection, each votes with its own rows, so that a head's part of the selection is the same as
-when it selects alone; its bytes are as if each head loaded for itself.
+Counted is what grows with the keys: products of queries with keys or chunk summaries (selection)
+and with keys and values (attention), and the keys, values and summaries that are loaded for them,
+once for each query block. Left out is the pyramid, a few additions per key once, and what is small
+beside the products: softmax, top-k. Figures are per query head. Where heads of a group share a
+selection, each votes with its own rows, so that a head's part of the selection is the same as when
+it selects alone; its bytes are as if each head loaded for itself.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from hip_hf.methods.base import selector_for, selects
 
 @dataclass(frozen=True)
 class AttentionCost:
-    """Sums over query rows, for one query head. `dense` is what dense attention takes for the same rows."""
+    """Sums over query rows, for one query head. `dense` is what dense attention takes for the same
+    rows."""
 
     rows: int = 0
     read: int = 0  # keys
@@ -49,15 +52,23 @@ class AttentionCost:
 
 
 def block_cost(
-    config: HiPConfig, block: QueryBlock, dim: int, value_dim: int, sliding_window: int | None = None, itemsize: int = 4
+    config: HiPConfig,
+    block: QueryBlock,
+    dim: int,
+    value_dim: int,
+    sliding_window: int | None = None,
+    itemsize: int = 4,
 ) -> AttentionCost:
-    """AttentionCost of one query block. Only keys that a row may see count as read, by sparse and dense attention alike.
+    """AttentionCost of one query block. Only keys that a row may see count as read, by sparse and
+    dense attention alike.
 
     Raises:
         ValueError: the method selects no key blocks.
     """
     if not selects(config.method):
-        raise ValueError(f"method: got {config.method!r}, allowed: a method that selects key blocks")
+        raise ValueError(
+            f"method: got {config.method!r}, allowed: a method that selects key blocks"
+        )
     selector = selector_for(config)
     budget = selector.budget
     visible = keys_seen(block.first, block.last, sliding_window)
@@ -67,12 +78,23 @@ def block_cost(
     searched = block.num_candidates > budget or selector.looks_always
     known = selector.cost(block, dim) if searched else (0, 0)
     if known is None:
-        raise ValueError(f"method: got {config.method!r}, allowed: one whose selector has a `cost(block, dim)`")
+        raise ValueError(
+            f"method: got {config.method!r}, allowed: one whose selector has a `cost(block, dim)`"
+        )
     selection, numbers = known
     per_key = 2 * (dim + value_dim)
-    loads = [(fixed + block.last + 1) * (dim + value_dim), (block.last + 1 - block.start) * (dim + value_dim)]
+    loads = [
+        (fixed + block.last + 1) * (dim + value_dim),
+        (block.last + 1 - block.start) * (dim + value_dim),
+    ]
     return AttentionCost(
-        block.rows, read, visible, selection, read * per_key, visible * per_key, *(n * itemsize for n in (numbers, *loads))
+        block.rows,
+        read,
+        visible,
+        selection,
+        read * per_key,
+        visible * per_key,
+        *(n * itemsize for n in (numbers, *loads)),
     )
 
 
@@ -86,58 +108,80 @@ def call_cost(
     sliding_window: int | None = None,
     itemsize: int = 4,
 ) -> AttentionCost:
-    """Cost of the query blocks `blocks` of a call whose rows sit at `first` to `end - 1`: their own, their part of what is
-    done once for the call, and Delta's dense rows among theirs, with the clusters where its mode has them."""
+    """Cost of the query blocks `blocks` of a call whose rows sit at `first` to `end - 1`: their
+    own, their part of what is done once for the call, and Delta's dense rows among theirs, with the
+    clusters where its mode has them."""
     rows = sum(block.rows for block in blocks)
     if config.method == "hyper":
         cost = _hyper(config, blocks, first, end, dim, value_dim, itemsize)
     else:
-        cost = total(block_cost(config, block, dim, value_dim, sliding_window, itemsize) for block in blocks)
+        cost = total(
+            block_cost(config, block, dim, value_dim, sliding_window, itemsize) for block in blocks
+        )
         whole = selector_for(config).cost_of_call(end - first, end, dim)
         flops, numbers = (n * rows // (end - first) for n in whole)
         cost += AttentionCost(selection=flops, selection_bytes=numbers * itemsize)
     if config.delta is not None:
         clustered = mode_of(config, sliding_window)[0] == "clusters"
         if clustered:
-            blocks = [block for block in blocks if block.num_candidates > selector_for(config).budget]
+            blocks = [
+                block for block in blocks if block.num_candidates > selector_for(config).budget
+            ]
             cost += _clusters(config, blocks, dim, value_dim, itemsize)
         dense = anchors(first, end, config.delta, first if clustered else None)
         dense = [p for p in dense if any(block.first <= p <= block.last for block in blocks)]
         seen = [keys_seen(p, p, sliding_window) for p in dense]
         # rows meet the keys a few at a time: about as many loads as a query block of them makes
         loads = sum(seen[:: config.block_q]) * (dim + value_dim) * itemsize
-        cost += AttentionCost(read=sum(seen), attention=sum(seen) * 2 * (dim + value_dim), attention_bytes=loads)
+        cost += AttentionCost(
+            read=sum(seen), attention=sum(seen) * 2 * (dim + value_dim), attention_bytes=loads
+        )
     return cost
 
 
 def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> AttentionCost | None:
-    """Cost of a prompt that a sparse layer without a sliding window reads at once. Shares of it hardly depend on the head dim.
-    None for a method that was added without a `cost`."""
+    """Cost of a prompt that a sparse layer without a sliding window reads at once. Shares of it
+    hardly depend on the head dim. None for a method that was added without a `cost`."""
     blocks = query_blocks(config, Span(0, 0, tokens, 0, tokens, 0), False)
     if config.method != "hyper" and selector_for(config).cost(blocks[-1], dim) is None:
         return None
     return call_cost(config, blocks, 0, tokens, dim, dim)
 
 
-def _clusters(config: HiPConfig, blocks: Sequence[QueryBlock], dim: int, value_dim: int, itemsize: int) -> AttentionCost:
-    """What Delta correction in mode `clusters` takes on top of its dense rows, for query blocks that leave keys out. Keys join
-    clusters once for a key head; they count as if once for each query head."""
+def _clusters(
+    config: HiPConfig, blocks: Sequence[QueryBlock], dim: int, value_dim: int, itemsize: int
+) -> AttentionCost:
+    """What Delta correction in mode `clusters` takes on top of its dense rows, for query blocks
+    that leave keys out. Keys join clusters once for a key head; they count as if once for each
+    query head."""
     blocks = [block for block in blocks if block.window_start - block.sink_end >= CLUSTERS]
     if not blocks:
         return AttentionCost()
     joined = blocks[-1].window_start - blocks[-1].sink_end
     rows, numbers = sum(block.rows for block in blocks), CLUSTERS * (2 * dim + value_dim)
-    taken = len(blocks) * selector_for(config).budget * config.block_k  # keys that are taken out of the clusters
+    taken = (
+        len(blocks) * selector_for(config).budget * config.block_k
+    )  # keys that are taken out of the clusters
     loads = joined * (2 * dim + value_dim) + taken * (dim + value_dim) + len(blocks) * numbers
-    return AttentionCost(attention=2 * (rows * numbers + joined * CLUSTERS * dim), attention_bytes=loads * itemsize)
+    return AttentionCost(
+        attention=2 * (rows * numbers + joined * CLUSTERS * dim), attention_bytes=loads * itemsize
+    )
 
 
 def _hyper(
-    config: HiPConfig, blocks: Sequence[QueryBlock], first: int, end: int, dim: int, value_dim: int, itemsize: int
+    config: HiPConfig,
+    blocks: Sequence[QueryBlock],
+    first: int,
+    end: int,
+    dim: int,
+    value_dim: int,
+    itemsize: int,
 ) -> AttentionCost:
     """HyperAttention's cost for the rows from the first of `blocks` on."""
     since = blocks[0].first
-    hashing, attention, read = hyper.flops(config.method_options(), first, end, dim, value_dim, since)
+    hashing, attention, read = hyper.flops(
+        config.method_options(), first, end, dim, value_dim, since
+    )
     visible = keys_seen(since, end - 1, None)
     loads = sum(block.last + 1 for block in blocks)
     bytes_each = (dim + value_dim) * itemsize

@@ -1,4 +1,5 @@
-"""Pass keys hidden in a long document, asked for with dense and with pruned attention: the measuring part of `hip-hf demo`."""
+"""Pass keys hidden in a long document, asked for with dense and with pruned attention: the
+measuring part of `hip-hf demo`."""
 
 from __future__ import annotations
 
@@ -45,10 +46,12 @@ class DemoRun:
 
 
 def answer(model: Any, tokenizer: Any, run: DemoRun, read: Callable[[int], None]) -> dict[str, Any]:
-    """Answers and measurements of one implementation, whose peak of memory is right where the process has done nothing else.
-    `read` is told how many tokens each forward pass has read."""
+    """Answers and measurements of one implementation, whose peak of memory is right where the
+    process has done nothing else. `read` is told how many tokens each forward pass has read."""
     loaded = memory_mib("VmRSS")
-    results = [generate.generate(model, prompt, run.new_tokens, run.chunk, read) for prompt in run.prompts]
+    results = [
+        generate.generate(model, prompt, run.new_tokens, run.chunk, read) for prompt in run.prompts
+    ]
     rates = [result.tokens_per_s for result in results if result.tokens_per_s is not None]
     return {
         "answers": [documents.answer_of(tokenizer, result.ids) for result in results],
@@ -77,9 +80,11 @@ def position_of(tokenizer: Any, prompt: list[int], fact: Fact) -> int:
     return next(at for at in range(len(prompt)) if prompt[at : at + len(ids)] == ids)
 
 
-def kinds_read(problem: AttentionProblem, config: HiPConfig, layer: int) -> tuple[torch.Tensor, str]:
-    """What the first key head's query blocks read in prefill, `[query blocks, key blocks]` of `plots.BLOCK_KINDS` (-1: the
-    future), and the path in words."""
+def kinds_read(
+    problem: AttentionProblem, config: HiPConfig, layer: int
+) -> tuple[torch.Tensor, str]:
+    """What the first key head's query blocks read in prefill, `[query blocks, key blocks]` of
+    `plots.BLOCK_KINDS` (-1: the future), and the path in words."""
     result = attend(problem, config, layer, need_mask=True)
     config = config.for_layer(layer)
     span, size = problem.spans[0], config.block_k
@@ -88,19 +93,26 @@ def kinds_read(problem: AttentionProblem, config: HiPConfig, layer: int) -> tupl
     for i, block in enumerate(blocks):
         dense = result.mask is None or block.row >= span.rows - config.dense_tail
         row = kinds[i]
-        row[block.start // size : block.last // size + 1] = _KIND["read densely" if dense else "not read"]
+        row[block.start // size : block.last // size + 1] = _KIND[
+            "read densely" if dense else "not read"
+        ]
         if result.mask is None:
             continue
         row[block.start // size : block.sink_end // size] = _KIND["sink"]
         row[block.window_start // size : block.last // size + 1] = _KIND["window"]
         row[result.mask.indices[0, 0, i, : result.mask.counts[0, 0, i]].long()] = _KIND["selected"]
-    path = f"sparse, {result.share:.0%} of the keys read" if result.path == "sparse" else f"dense: {result.reason}"
+    path = (
+        f"sparse, {result.share:.0%} of the keys read"
+        if result.path == "sparse"
+        else f"dense: {result.reason}"
+    )
     return kinds, path
 
 
 @torch.no_grad()
 def panels(model: Any, prompt: list[int], settings: HiPConfig) -> list[plots.Panel]:
-    """Who reads what in a prompt, a panel for each layer, computed from the queries and keys of a model that attends densely."""
+    """Who reads what in a prompt, a panel for each layer, computed from the queries and keys of a
+    model that attends densely."""
     found = []
     for layer, problem in enumerate(capture(model, torch.tensor([prompt]))):
         kinds, path = kinds_read(problem, settings, layer)
@@ -110,8 +122,8 @@ def panels(model: Any, prompt: list[int], settings: HiPConfig) -> list[plots.Pan
 
 
 def row_of(attn: str, measured: dict[str, Any], facts: list[Fact]) -> dict[str, Any]:
-    """The line of the table for one implementation; `keys_read` is the prompt's, `above_model_mib` the peak's part that
-    came on top of the loaded model."""
+    """The line of the table for one implementation; `keys_read` is the prompt's, `above_model_mib`
+    the peak's part that came on top of the loaded model."""
     right = sum(given == fact.key for given, fact in zip(measured["answers"], facts, strict=True))
     layers: Report = measured["prefill"]
     loaded, peak = measured["loaded_mib"], measured["peak_mib"]
@@ -122,7 +134,9 @@ def row_of(attn: str, measured: dict[str, Any], facts: list[Fact]) -> dict[str, 
         "tokens_per_s": measured["tokens_per_s"],
         "peak_mib": peak,
         "above_model_mib": None if loaded is None or peak is None else peak - loaded,
-        "keys_read": fmean(layer.share for layer in layers if layer.share is not None) if layers else 1.0,
+        "keys_read": fmean(layer.share for layer in layers if layer.share is not None)
+        if layers
+        else 1.0,
     }
 
 
@@ -133,7 +147,8 @@ def question_row(fact: Fact, said: dict[str, str]) -> dict[str, Any]:
 
 @dataclass
 class PromptReading:
-    """What one attention made of the prompt: an answer for each fact, and `explain`'s rows (none for PyTorch's)."""
+    """What one attention made of the prompt: an answer for each fact, and `explain`'s rows (none
+    for PyTorch's)."""
 
     answers: list[str]
     first_token_s: float
@@ -153,9 +168,13 @@ class PromptReading:
 
 
 @torch.no_grad()
-def read(model: Any, tokenizer: Any, prompt: NeedlesPrompt, advance: Callable[[], None]) -> PromptReading:
+def read(
+    model: Any, tokenizer: Any, prompt: NeedlesPrompt, advance: Callable[[], None]
+) -> PromptReading:
     """Read the prompt with the attention that is set; `advance` is called after each layer."""
-    hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in attention_layers(model)]  # one to a layer
+    hooks = [
+        layer.register_forward_hook(lambda *_: advance()) for layer in attention_layers(model)
+    ]  # one to a layer
     try:
         start = time.perf_counter()
         hidden = losses.hidden_of(model, prompt.ids)
@@ -166,8 +185,15 @@ def read(model: Any, tokenizer: Any, prompt: NeedlesPrompt, advance: Callable[[]
             hook.remove()
     answers = []
     for answer in prompt.answers:
-        tokens = losses.logits_of(model, hidden[torch.tensor(answer.positions) - 1]).argmax(1).tolist()
+        tokens = (
+            losses.logits_of(model, hidden[torch.tensor(answer.positions) - 1]).argmax(1).tolist()
+        )
         said = [tokenizer.decode([token]).strip() for token in tokens]
         places = zip(said, answer.digits, strict=True)
-        answers.append("".join(text if text.isdigit() and len(text) == count else NO_DIGIT * count for text, count in places))
+        answers.append(
+            "".join(
+                text if text.isdigit() and len(text) == count else NO_DIGIT * count
+                for text, count in places
+            )
+        )
     return PromptReading(answers, seconds, generate.explained(model))

@@ -1,4 +1,5 @@
-"""What works on this machine: versions and device, every check of `backends/triton/checks.py`, and two timings."""
+"""What works on this machine: versions and device, every check of `backends/triton/checks.py`, and
+two timings."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from hip_hf.eval.measure.latency import TIMED_DTYPES, TimingPlan
 from hip_hf.eval.reporting import report
 
 GIB = 2**30
-# Heads and settings that are tried on a machine without a GPU: what the interpreter does in seconds.
+# Heads and settings that are tried on a machine without a GPU: what the interpreter does in
+# seconds.
 SMALL_HEADS = Heads(dim=32, dim_v=32, groups=2)
 SIZES = dict(budget=32, block_q=32, block_k=8, sink=8, window=24, dense_tail=8, dense_below=0)
 SMALL_SETTINGS = HiPConfig.from_dict({**SIZES, "beam": 2, "rescore": 2, "decode_refresh": 2})
@@ -41,12 +43,18 @@ def missing_for(device: torch.device) -> str:
         return why
     from hip_hf.backends.triton.sparse import INTERPRETED
 
-    return "" if INTERPRETED else "kernels run on a GPU, and none is tried here (TRITON_INTERPRET=1 interprets them)"
+    return (
+        ""
+        if INTERPRETED
+        else "kernels run on a GPU, and none is tried here (TRITON_INTERPRET=1 interprets them)"
+    )
 
 
-def tried(device: torch.device, kinds: list[str], kernels: bool, parts: Sequence[str] = PARTS) -> Iterator[tuple[str, Found]]:
-    """What was found, with a name for backend and heads: of the kernels where they can run, and without a GPU, or in place of the
-    kernels, of the torch backend."""
+def tried(
+    device: torch.device, kinds: list[str], kernels: bool, parts: Sequence[str] = PARTS
+) -> Iterator[tuple[str, Found]]:
+    """What was found, with a name for backend and heads: of the kernels where they can run, and
+    without a GPU, or in place of the kernels, of the torch backend."""
     gpu = device.type == "cuda"
     backends = ["triton"] * kernels + ["torch"] * (not kernels or not gpu)
     config, heads = (HiPConfig(dense_below=0), Heads()) if gpu else (SMALL_SETTINGS, SMALL_HEADS)
@@ -80,9 +88,18 @@ def check_row(label: str, found: Found) -> dict[str, Any]:
 
 
 def timed(device: torch.device, kind: str, tokens: int) -> list[dict[str, Any]]:
-    """Rows of a prompt and of decode steps with the default settings, sparse at any length, for that is what is to be timed."""
+    """Rows of a prompt and of decode steps with the default settings, sparse at any length, for
+    that is what is to be timed."""
     settings = {"defaults": HiPConfig(dense_below=0)}
-    plan = TimingPlan((tokens,), (tokens,), (kind,), settings, repeats=REPEATS, device=device, **SHAPE[device.type])
+    plan = TimingPlan(
+        (tokens,),
+        (tokens,),
+        (kind,),
+        settings,
+        repeats=REPEATS,
+        device=device,
+        **SHAPE[device.type],
+    )
     if device.type == "cpu":
         return latency.measure(plan)
     if trust.lacking(device):
@@ -93,7 +110,8 @@ def timed(device: torch.device, kind: str, tokens: int) -> list[dict[str, Any]]:
 
 
 def facts(device: torch.device, missing: str) -> dict[str, Any]:
-    """The machine, as far as results depend on it; `kernels`: whether they can run, or what is missing."""
+    """The machine, as far as results depend on it; `kernels`: whether they can run, or what is
+    missing."""
     about = {name: value for name, value in report.machine().items() if value is not None}
     if not trust.old_triton():
         import triton

@@ -1,4 +1,5 @@
-"""The demo checkpoint, and documents with hidden facts: what the demo, the pass-key test and training share."""
+"""The demo checkpoint, and documents with hidden facts: what the demo, the pass-key test and
+training share."""
 
 from __future__ import annotations
 
@@ -49,15 +50,22 @@ def question(name: str) -> str:
     return f"\nWhat is the pass key of {name}? The pass key of {name} is"
 
 
-def hide(tokenizer: Any, text: list[int], length: int, facts: list[Fact], end: list[int]) -> list[int]:
+def hide(
+    tokenizer: Any, text: list[int], length: int, facts: list[Fact], end: list[int]
+) -> list[int]:
     """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and
     `end` (token ids) after it. Raises ValueError if `text` is too short, or notes and `end` alone
     are longer than `length`."""
     encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
-    notes = [(fact.depth, encode(note(fact.name, fact.key))) for fact in sorted(facts, key=lambda fact: fact.depth)]
+    notes = [
+        (fact.depth, encode(note(fact.name, fact.key)))
+        for fact in sorted(facts, key=lambda fact: fact.depth)
+    ]
     room = length - len(end) - sum(len(ids) for _, ids in notes)
     if not 0 <= room <= len(text):
-        raise ValueError(f"length: got {length}, allowed: {length - room} (notes and question) to {length - room + len(text)}")
+        raise ValueError(
+            f"length: got {length}, allowed: {length - room} (notes and question) to {length - room + len(text)}"
+        )
     prompt: list[int] = []
     read = 0
     for depth, ids in notes:
@@ -67,11 +75,15 @@ def hide(tokenizer: Any, text: list[int], length: int, facts: list[Fact], end: l
     return prompt + text[read:room] + end
 
 
-def make_prompt(tokenizer: Any, text: list[int], length: int, facts: list[Fact], ask: str) -> list[int]:
+def make_prompt(
+    tokenizer: Any, text: list[int], length: int, facts: list[Fact], ask: str
+) -> list[int]:
     """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and
     the question at its end. Raises ValueError if `text` is too short, or notes and question alone
     are longer than `length`."""
-    return hide(tokenizer, text, length, facts, tokenizer.encode(question(ask), add_special_tokens=False))
+    return hide(
+        tokenizer, text, length, facts, tokenizer.encode(question(ask), add_special_tokens=False)
+    )
 
 
 def answer_of(tokenizer: Any, ids: torch.Tensor | list[int]) -> str:
@@ -84,10 +96,15 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load(checkpoint: str | Path, attn_implementation: str, dtype: Any = torch.float32) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint (a hub name or a folder). `dtype`: of the weights, or "auto"."""
+def load(
+    checkpoint: str | Path, attn_implementation: str, dtype: Any = torch.float32
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint (a hub name or a folder). `dtype`: of the weights, or
+    "auto"."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation=attn_implementation, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, attn_implementation=attn_implementation, dtype=dtype
+    )
     return model.eval(), tokenizer

@@ -1,4 +1,5 @@
-"""How much of dense attention a selection captures, layer by layer, beside the block oracle and its cost."""
+"""How much of dense attention a selection captures, layer by layer, beside the block oracle and its
+cost."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def layer_row(settings: str, layer: int | str, keys: int, parts: Sequence[Any]) 
         "worst_layer": of_oracle,
         "low_5pct": float(mass.flatten().quantile(0.05)),
         "worst_head": float((mass @ weight).min()),
-        "error": (sum(part["error"] for part in parts) / sum(part["norm"] for part in parts)) ** 0.5,
+        "error": (sum(part["error"] for part in parts) / sum(part["norm"] for part in parts))
+        ** 0.5,
         "overlap": mean([part["overlap"] for part in parts]),
         "read": cost.read / cost.visible,
         "keys_read": cost.read / cost.rows,
@@ -61,9 +63,11 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of all layers: means (of the share of the oracle: a ratio of means), but the lowest of what is already a lowest."""
+    """The row of all layers: means (of the share of the oracle: a ratio of means), but the lowest
+    of what is already a lowest."""
     row: dict[str, Any] = {
-        name: value if isinstance(value, str) else mean([r[name] for r in rows]) for name, value in rows[0].items()
+        name: value if isinstance(value, str) else mean([r[name] for r in rows])
+        for name, value in rows[0].items()
     }
     row |= {name: min(r[name] for r in rows) for name in ("worst_layer", "low_5pct", "worst_head")}
     return row | {"of_oracle": row["mass"] / row["oracle"], "keys": rows[0]["keys"], "layer": "all"}
@@ -74,33 +78,43 @@ def make_text(tokenizer: Any, body: list[int], facts: int, rng: random.Random) -
     asked for later on. Raises ValueError if `body` is too short for so many facts."""
     encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
     last, *others = hidden = draw_facts(rng, [rng.random() for _ in range(facts)])
-    asked = [(rng.uniform(fact.depth, 1), encode(f"{question(fact.name)} {fact.key}.\n")) for fact in others]
+    asked = [
+        (rng.uniform(fact.depth, 1), encode(f"{question(fact.name)} {fact.key}.\n"))
+        for fact in others
+    ]
     added = sum(len(encode(note(fact.name, fact.key))) for fact in hidden)
     added += sum(len(ids) for _, ids in asked) + len(encode(question(last.name)))
     if added > len(body):
         raise ValueError(f"--facts: got {facts}, allowed: fewer in {len(body)} tokens")
     text = body[: len(body) - added]
-    for depth, ids in sorted(asked, reverse=True):  # from the end, so that earlier places stay where they are
+    for depth, ids in sorted(
+        asked, reverse=True
+    ):  # from the end, so that earlier places stay where they are
         at = round(depth * (len(body) - added))
         text[at:at] = ids
     return make_prompt(tokenizer, text, len(body), hidden, last.name)
 
 
 def end_to_end(segments: Sequence[AttentionProblem], rows: int) -> AttentionProblem:
-    """The last `rows` query rows of the last segment against the keys of all segments, one after the other.
+    """The last `rows` query rows of the last segment against the keys of all segments, one after
+    the other.
 
-    Every segment keeps its own positions, so all of them look near to these rows: far stronger distractors than a long
-    text would hold.
+    Every segment keeps its own positions, so all of them look near to these rows: far stronger
+    distractors than a long text would hold.
     """
-    k, v = (torch.cat([getattr(segment, name) for segment in segments], dim=2) for name in ("k", "v"))
+    k, v = (
+        torch.cat([getattr(segment, name) for segment in segments], dim=2) for name in ("k", "v")
+    )
     last, keys = segments[-1], k.shape[2]
-    return replace(last, q=last.q[:, :, -rows:], k=k, v=v, spans=(Span(0, 0, keys, 0, rows, keys - rows),))
+    return replace(
+        last, q=last.q[:, :, -rows:], k=k, v=v, spans=(Span(0, 0, keys, 0, rows, keys - rows),)
+    )
 
 
 @dataclass(frozen=True)
 class FidelityPlan:
-    """What to measure on: `prompts` texts of `tokens` tokens; with `stress` segments of such texts end to end, to each of
-    the `lengths`, and only the last `rows` query rows."""
+    """What to measure on: `prompts` texts of `tokens` tokens; with `stress` segments of such texts
+    end to end, to each of the `lengths`, and only the last `rows` query rows."""
 
     configs: dict[str, HiPConfig]
     tokens: int
@@ -118,23 +132,35 @@ class FidelityPlan:
     def text(self, tokenizer: Any, ids: list[int], number: int) -> list[int]:
         """One of the `prompts * segments` texts, which are evenly spread over the document."""
         start = (len(ids) - self.tokens) * number // max(self.prompts * self.segments - 1, 1)
-        return make_text(tokenizer, ids[start : start + self.tokens], self.facts, random.Random(f"{self.seed} {number}"))
+        return make_text(
+            tokenizer,
+            ids[start : start + self.tokens],
+            self.facts,
+            random.Random(f"{self.seed} {number}"),
+        )
 
 
 @dataclass
 class FidelityFound:
-    """What was measured, by (keys, settings, layer); what `hyper` assumes of each layer; which layers were left out, and why."""
+    """What was measured, by (keys, settings, layer); what `hyper` assumes of each layer; which
+    layers were left out, and why."""
 
     parts: dict[tuple[int, str, int], list[dict[str, Any]]] = field(default_factory=dict)
     assumptions: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
 
-    def rows(self, lengths: Sequence[int], names: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def rows(
+        self, lengths: Sequence[int], names: Sequence[str]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The rows of the report, and those of all layers together alone."""
         table, layered = [], []
         for keys in lengths:
             for name in names:
-                own = [layer_row(*key[1:], keys, found) for key, found in self.parts.items() if key[:2] == (keys, name)]
+                own = [
+                    layer_row(*key[1:], keys, found)
+                    for key, found in self.parts.items()
+                    if key[:2] == (keys, name)
+                ]
                 if own:
                     table.append(over_layers(own))
                     layered += [table[-1], *own]
@@ -144,7 +170,8 @@ class FidelityFound:
 def problems_of(
     read: Callable[[int], list[AttentionProblem]], plan: FidelityPlan, prompt: int
 ) -> Iterator[tuple[int, int, AttentionProblem]]:
-    """Keys, layer and problem of everything to measure on one prompt; in the stress test at every length."""
+    """Keys, layer and problem of everything to measure on one prompt; in the stress test at every
+    length."""
     if plan.rows is None:
         for layer, problem in enumerate(read(prompt)):
             yield plan.tokens, layer, problem
@@ -152,13 +179,20 @@ def problems_of(
     segments = []
     for number in range(prompt * plan.segments, (prompt + 1) * plan.segments):
         # keep only what is needed of each: the queries of the last rows, and keys and values
-        segments.append([replace(p, q=p.q[:, :, -plan.rows :].clone(), v=p.v.contiguous()) for p in read(number)])
+        segments.append(
+            [
+                replace(p, q=p.q[:, :, -plan.rows :].clone(), v=p.v.contiguous())
+                for p in read(number)
+            ]
+        )
     for length in plan.lengths:
         for layer, parts in enumerate(zip(*segments[-(length // plan.tokens) :], strict=True)):
             yield length, layer, end_to_end(parts, plan.rows)
 
 
-def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: FidelityPlan, prompt: int) -> dict[str, Any]:
+def measure_prompt(
+    read: Callable[[int], list[AttentionProblem]], plan: FidelityPlan, prompt: int
+) -> dict[str, Any]:
     """Everything of one prompt."""
     parts, assumptions, skipped = [], [], {}
     hyper = [config for config in plan.configs.values() if config.method == "hyper"]
@@ -166,7 +200,9 @@ def measure_prompt(read: Callable[[int], list[AttentionProblem]], plan: Fidelity
         if reason := unsearched(problem, plan.configs.values(), layer):
             skipped[layer] = reason
             continue
-        for name, part in zip(plan.configs, measure(problem, list(plan.configs.values()), layer), strict=True):
+        for name, part in zip(
+            plan.configs, measure(problem, list(plan.configs.values()), layer), strict=True
+        ):
             parts.append([keys, name, layer, part])
         if hyper and plan.rows is None:
             assumptions.append([layer, measure_assumptions(problem, hyper[0])])
@@ -184,7 +220,9 @@ def measure_all(
     texts, or nothing to search."""
 
     def read(number: int) -> list[AttentionProblem]:
-        return capture(model, torch.tensor([plan.text(tokenizer, ids, number)], device=model.device))
+        return capture(
+            model, torch.tensor([plan.text(tokenizer, ids, number)], device=model.device)
+        )
 
     all_found = FidelityFound()
     kept.expect("texts", plan.prompts)
@@ -196,5 +234,7 @@ def measure_all(
             all_found.assumptions.setdefault(layer, []).append(values)
         all_found.skipped |= dict(saved["skipped"])
     if not all_found.parts:
-        raise ValueError(f"nothing to measure in any layer: {next(iter(all_found.skipped.values()))}")
+        raise ValueError(
+            f"nothing to measure in any layer: {next(iter(all_found.skipped.values()))}"
+        )
     return all_found

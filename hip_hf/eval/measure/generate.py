@@ -21,8 +21,8 @@ from hip_hf.versions import CACHE
 
 @dataclass
 class Generated:
-    """New tokens, what they took, and `explain`'s rows after the prompt and after the last token. Those after a prompt that was
-    read in chunks have the share of keys read of all chunks."""
+    """New tokens, what they took, and `explain`'s rows after the prompt and after the last token.
+    Those after a prompt that was read in chunks have the share of keys read of all chunks."""
 
     ids: list[int] = field(default_factory=list)
     first_token_s: float = 0.0
@@ -38,8 +38,8 @@ class Generated:
 
 
 class TokenClock:
-    """A streamer: `generate` hands it the prompt before it starts, and each token once it has it. `text`: another streamer, which
-    gets all that this one gets."""
+    """A streamer: `generate` hands it the prompt before it starts, and each token once it has it.
+    `text`: another streamer, which gets all that this one gets."""
 
     def __init__(self, at_first: Callable[[], None], text: BaseStreamer | None = None) -> None:
         self.at_first, self.text = at_first, text
@@ -71,8 +71,8 @@ def explained(model: Any) -> Report:
 
 
 def over_chunks(reports: list[tuple[int, Report]], first: int) -> Report:
-    """The last of the reports of a prompt's chunks, (rows, report) each, with the keys read of all chunks. `first`: the position
-    of the first row."""
+    """The last of the reports of a prompt's chunks, (rows, report) each, with the keys read of all
+    chunks. `first`: the position of the first row."""
     if not reports:
         return Report()
     seen, at = [], first
@@ -97,14 +97,16 @@ def generate(
     text: BaseStreamer | None = None,
     **options: Any,
 ) -> Generated:
-    """Continuation of one prompt by at most `new_tokens` tokens, greedy unless Transformers' `options` say otherwise.
+    """Continuation of one prompt by at most `new_tokens` tokens, greedy unless Transformers'
+    `options` say otherwise.
 
     Args:
-        chunk: read the prompt so many tokens at a time, so that memory is that of the cache and of one chunk. What follows on
-            a cache that holds something already is read in one piece: Transformers 5.17 cannot go on in chunks.
+        chunk: read the prompt so many tokens at a time, so that memory is that of the cache and of
+            one chunk. What follows on a cache that holds something already is read in one piece:
+            Transformers 5.17 cannot go on in chunks.
         read: is told how many tokens each forward pass has read.
-        cache: holds the prompt's first tokens, which are not read again; afterwards all but the last new token. None: a new one.
-        text: a streamer that gets the tokens as they come.
+        cache: holds the prompt's first tokens, which are not read again; afterwards all but the
+        last new token. None: a new one. text: a streamer that gets the tokens as they come.
     """
     if cache is None and text_config(model)._attn_implementation in NAMES:
         cache = HiPCache(model.config)
@@ -122,7 +124,12 @@ def generate(
 
     clock = TokenClock(note_prefill, text)
     ids = torch.tensor([prompt], device=model.device)
-    given: dict[str, Any] = {"max_new_tokens": new_tokens, "streamer": clock, "do_sample": False, **options}
+    given: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "streamer": clock,
+        "do_sample": False,
+        **options,
+    }
     if chunk is not None and not held:
         given["prefill_chunk_size"] = chunk
     if cache is not None:
@@ -131,11 +138,16 @@ def generate(
     meter = Meter(model.device)
     try:
         with torch.no_grad():
-            # only generate knows when the prompt is through: the clock stops inside it, before the first decode step
+            # only generate knows when the prompt is through: the clock stops inside it, before the
+            # first decode step
             model.generate(ids, attention_mask=torch.ones_like(ids), **given)
     finally:
         hook.remove()
-    result.ids, result.first_token_s, result.decode_s = clock.generated, clock.first - clock.start, clock.last - clock.resumed
+    result.ids, result.first_token_s, result.decode_s = (
+        clock.generated,
+        clock.first - clock.start,
+        clock.last - clock.resumed,
+    )
     result.decode = explained(model)
     result.memory = {
         "cache": None if cache is None else cache_mib(cache),

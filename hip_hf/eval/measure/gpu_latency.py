@@ -1,11 +1,14 @@
-"""`hip-hf latency --device cuda`: one attention call on a GPU against PyTorch's FlashAttention and cuDNN, the faster of the two.
+"""`hip-hf latency --device cuda`: one attention call on a GPU against PyTorch's FlashAttention and
+cuDNN, the faster of the two.
 
-Prefill is one causal call over the whole context, `selection` what finds its key blocks, `backward` the gradients of q, k and v.
-Decode steps run from CUDA graphs on both sides, since a step is shorter than what launching it takes: a graph holds as many
-steps as make whole selections and key blocks, which share selections as in generation (*amortised*) or not (*refreshed*).
-*Launched* are as many steps without a graph, ours through all that a model's layer calls: what the host takes is in them.
-Times are those of the device's own events, its second-level cache emptied before each run. Without a GPU everything runs the
-same on a CPU, by its clock and without graphs (the kernels by Triton's interpreter): to be tested, not to be believed.
+Prefill is one causal call over the whole context, `selection` what finds its key blocks, `backward`
+the gradients of q, k and v. Decode steps run from CUDA graphs on both sides, since a step is
+shorter than what launching it takes: a graph holds as many steps as make whole selections and key
+blocks, which share selections as in generation (*amortised*) or not (*refreshed*). *Launched* are
+as many steps without a graph, ours through all that a model's layer calls: what the host takes is
+in them. Times are those of the device's own events, its second-level cache emptied before each run.
+Without a GPU everything runs the same on a CPU, by its clock and without graphs (the kernels by
+Triton's interpreter): to be tested, not to be believed.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ def within(backend: SDPBackend, run: Work) -> Any:
 
 @dataclass
 class MeasuredRuns:
-    """Runs of one phase and length: `ours` by settings, `dense` by backend; a run is `steps` steps of `tokens` tokens each."""
+    """Runs of one phase and length: `ours` by settings, `dense` by backend; a run is `steps` steps
+    of `tokens` tokens each."""
 
     phase: str
     length: int
@@ -82,7 +86,10 @@ class Bench:
 
     @property
     def shape(self) -> kernel_costs.Shape:
-        heads, size = (self.plan.heads, self.plan.kv_heads, self.plan.head_dim), latency.TIMED_DTYPES[self.dtype].itemsize
+        heads, size = (
+            (self.plan.heads, self.plan.kv_heads, self.plan.head_dim),
+            latency.TIMED_DTYPES[self.dtype].itemsize,
+        )
         like = torch.empty(0, device=self.device)
         return kernel_costs.Shape(*heads, size, target_of(like), processors(like), self.plan.batch)
 
@@ -90,7 +97,8 @@ class Bench:
         return Timed(run, self.clock)
 
     def baselines(self, what: str, probe: Work, run: Work) -> dict[str, Work]:
-        """The run by each of PyTorch's backends that takes the `probe`, a small call of its kind."""
+        """The run by each of PyTorch's backends that takes the `probe`, a small call of its
+        kind."""
         runs: dict[str, Work] = {}
         for name in self.backends:
             try:
@@ -104,8 +112,11 @@ class Bench:
     def refuse(self, what: str, name: str, error: Exception) -> None:
         self.refused[f"{what}, {self.dtype}: {name}: {str(error).strip().splitlines()[0]}"] = None
 
-    def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> kernel_costs.KernelCost | None:
-        """FLOPs and bytes of a step by the model in docs/performance.md, which knows `hip` and dense attention."""
+    def cost(
+        self, phase: str, length: int, config: HiPConfig, path: str
+    ) -> kernel_costs.KernelCost | None:
+        """FLOPs and bytes of a step by the model in docs/performance.md, which knows `hip` and
+        dense attention."""
         if path == "dense":
             one = DENSE_COSTS.get(phase, kernel_costs.dense_decode)(length, self.shape)
         elif config.method != "hip":
@@ -113,10 +124,14 @@ class Bench:
         elif phase in KERNELS:
             one = kernel_costs.call_total(KERNELS[phase](length, config, self.shape))
         else:
-            one = kernel_costs.call_total(kernel_costs.step_kernels(length, config, self.shape, refresh_period(config)))
+            one = kernel_costs.call_total(
+                kernel_costs.step_kernels(length, config, self.shape, refresh_period(config))
+            )
         return one.times(self.plan.batch)
 
-    def rows(self, measured: MeasuredRuns, configs: dict[str, HiPConfig], selections: dict[str, float]) -> list[dict[str, Any]]:
+    def rows(
+        self, measured: MeasuredRuns, configs: dict[str, HiPConfig], selections: dict[str, float]
+    ) -> list[dict[str, Any]]:
         """Rows of the report. `selections`: seconds of a step that go to selection."""
         best = min(measured.dense.items(), key=lambda item: median(item[1].seconds), default=None)
         dense = None if best is None else median(best[1].seconds) / measured.dense_steps
@@ -143,7 +158,9 @@ class Bench:
                     "tflops": None if cost is None else cost.flops / seconds / 1e12,
                     "gb_per_s": None if cost is None else cost.bytes / seconds / 1e9,
                     "over_floor": None if least is None else 1000 * seconds / least,
-                    "selecting": None if path == "dense" or name not in selections else selections[name] / seconds,
+                    "selecting": None
+                    if path == "dense" or name not in selections
+                    else selections[name] / seconds,
                     "peak_gb": call.peak,
                     "sdpa_peak_gb": None if best is None else best[1].peak,
                     "path": path,
@@ -172,26 +189,57 @@ class Bench:
         calls, dense, searches = {}, {}, {}
         for name, config in plan.settings.items():
             if config.method == "hip" and not dense_reason(problem, config, None, False)[0]:
-                run = partial(ops.select, q, k, None, table, config.text, problem.scale, None, None, config.block_q)
+                run = partial(
+                    ops.select,
+                    q,
+                    k,
+                    None,
+                    table,
+                    config.text,
+                    problem.scale,
+                    None,
+                    None,
+                    config.block_q,
+                )
                 searches[name] = self.call(run)
             if "prefill" in phases:
                 calls[name] = self.call(partial(ours, q, k, v, config))
         if "prefill" in phases:
             probe = partial(sdpa, *(x[:, :, :BASELINE_PROBE] for x in (q, k, v)))
-            dense = {name: self.call(run) for name, run in self.baselines(latency.PREFILL, probe, partial(sdpa, q, k, v)).items()}
+            dense = {
+                name: self.call(run)
+                for name, run in self.baselines(
+                    latency.PREFILL, probe, partial(sdpa, q, k, v)
+                ).items()
+            }
         self.time(latency.PREFILL, dense, [*calls.values(), *searches.values()])
-        once, taken = dict.fromkeys(plan.settings, 1), {name: median(call.seconds) for name, call in searches.items()}
-        yield from self.rows(MeasuredRuns(latency.PREFILL, length, calls, dense, once, tokens=length), plan.settings, taken)
+        once, taken = (
+            dict.fromkeys(plan.settings, 1),
+            {name: median(call.seconds) for name, call in searches.items()},
+        )
+        yield from self.rows(
+            MeasuredRuns(latency.PREFILL, length, calls, dense, once, tokens=length),
+            plan.settings,
+            taken,
+        )
         if "selection" in phases:
-            yield from self.rows(MeasuredRuns(SELECTION, length, searches, {}, once, tokens=length), plan.settings, taken)
+            yield from self.rows(
+                MeasuredRuns(SELECTION, length, searches, {}, once, tokens=length),
+                plan.settings,
+                taken,
+            )
 
     def backward(self, length: int) -> list[dict[str, Any]]:
         """Rows of the gradients alone; the forward pass before them is not timed."""
         plan = self.plan
-        q, k, v = leaves = tuple(x.requires_grad_() for x in plan.random(self.dtype, length, length, self.device))
+        q, k, v = leaves = tuple(
+            x.requires_grad_() for x in plan.random(self.dtype, length, length, self.device)
+        )
         grad = torch.ones_like(q)
 
-        def pull(out: torch.Tensor, into: Sequence[torch.Tensor], by: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def pull(
+            out: torch.Tensor, into: Sequence[torch.Tensor], by: torch.Tensor
+        ) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(out, into, by, retain_graph=True)
 
         small = [x.detach()[:, :, :BASELINE_PROBE].requires_grad_() for x in leaves]
@@ -208,7 +256,9 @@ class Bench:
                 calls[name] = self.call(partial(pull, result.out, leaves, grad))
                 calls[name].said = result.path, result.reason
         self.time(BACKWARD, dense, list(calls.values()))
-        measured = MeasuredRuns(BACKWARD, length, calls, dense, dict.fromkeys(plan.settings, 1), tokens=length)
+        measured = MeasuredRuns(
+            BACKWARD, length, calls, dense, dict.fromkeys(plan.settings, 1), tokens=length
+        )
         return self.rows(measured, plan.settings, {})
 
     def decode(self, length: int) -> list[dict[str, Any]]:
@@ -235,17 +285,32 @@ class Bench:
                 calls[key] = self.call(captured(dense_steps, self.device))
                 calls[key].said = ("dense", reason)
                 continue
-            own = CapturedSteps(q, k, v, length, counts[key], config, state=made[key[1]].state if key[1] in made else None)
+            own = CapturedSteps(
+                q,
+                k,
+                v,
+                length,
+                counts[key],
+                config,
+                state=made[key[1]].state if key[1] in made else None,
+            )
             made[key[1]] = own  # the keys are summarised once
             calls[key] = self.call(captured(own, self.device))
             if key[0] == latency.REFRESHED and config.method == "hip":
-                select_only = CapturedSteps(q, k, v, length, counts[key], config, attend=False, state=own.state)
+                select_only = CapturedSteps(
+                    q, k, v, length, counts[key], config, attend=False, state=own.state
+                )
                 alone[key[1]] = self.call(captured(select_only, self.device))
         self.time("decode", dense, [*calls.values(), *alone.values()])
-        seconds = {name: median(call.seconds) / counts[latency.REFRESHED, name] for name, call in alone.items()}
+        seconds = {
+            name: median(call.seconds) / counts[latency.REFRESHED, name]
+            for name, call in alone.items()
+        }
         rows = self.decode_rows(length, "", calls, dense, seconds)
         steps = {name: counts[latency.REFRESHED, name] for name in alone}
-        return rows + self.rows(MeasuredRuns(DECODE_SELECTION, length, alone, {}, steps), plan.settings, seconds)
+        return rows + self.rows(
+            MeasuredRuns(DECODE_SELECTION, length, alone, {}, steps), plan.settings, seconds
+        )
 
     def launched(self, length: int) -> list[dict[str, Any]]:
         """Rows of decode steps without graphs, on a cache that grows from run to run."""
@@ -253,27 +318,47 @@ class Bench:
         variants, counts = self.plan.variants()
         most = max(counts.values())
         tensors = plan.random(self.dtype, length + most * (plan.repeats + 1), most, self.device)
-        probe = partial(sdpa, tensors[0][:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in tensors[1:]))
+        probe = partial(
+            sdpa, tensors[0][:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in tensors[1:])
+        )
         dense = {}
         for backend in self.baselines("launched", probe, probe):
-            dense[backend] = self.call(partial(within, BASELINES[backend], GrowingSteps(tensors, length, most, None)))
-        calls = {key: self.call(GrowingSteps(tensors, length, counts[key], config)) for key, config in variants.items()}
+            dense[backend] = self.call(
+                partial(within, BASELINES[backend], GrowingSteps(tensors, length, most, None))
+            )
+        calls = {
+            key: self.call(GrowingSteps(tensors, length, counts[key], config))
+            for key, config in variants.items()
+        }
         self.time("launched", dense, list(calls.values()))
         return self.decode_rows(length, LAUNCHED, calls, dense, {})
 
     def decode_rows(
-        self, length: int, how: str, calls: dict[tuple[str, str], Timed], dense: dict[str, Timed], seconds: dict[str, float]
+        self,
+        length: int,
+        how: str,
+        calls: dict[tuple[str, str], Timed],
+        dense: dict[str, Timed],
+        seconds: dict[str, float],
     ) -> list[dict[str, Any]]:
-        """Rows of the `variants`. `how`: added to the name of a phase. `seconds`: a selection's, by settings."""
+        """Rows of the `variants`. `how`: added to the name of a phase. `seconds`: a selection's, by
+        settings."""
         variants, counts = self.plan.variants()
         most, rows = max(counts.values()), []
         for phase in (latency.AMORTISED, latency.REFRESHED):
             mine = {name: call for (kind, name), call in calls.items() if kind == phase}
             configs = {name: config for (kind, name), config in variants.items() if kind == phase}
             in_graph = not how  # where a dense call is the baseline's
-            steps = {name: most if in_graph and call.said[0] == "dense" else counts[phase, name] for name, call in mine.items()}
-            shares = {name: taken / refresh_period(configs[name]) for name, taken in seconds.items()}
-            rows += self.rows(MeasuredRuns(phase + how, length, mine, dense, steps, most), configs, shares)
+            steps = {
+                name: most if in_graph and call.said[0] == "dense" else counts[phase, name]
+                for name, call in mine.items()
+            }
+            shares = {
+                name: taken / refresh_period(configs[name]) for name, taken in seconds.items()
+            }
+            rows += self.rows(
+                MeasuredRuns(phase + how, length, mine, dense, steps, most), configs, shares
+            )
         return rows
 
 
@@ -284,18 +369,26 @@ def measure(
     kept: Resumable | None = None,
     backends: Sequence[str] = tuple(BASELINES),
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of everything that `kept` has not yet, and which of PyTorch's `backends` refused what."""
+    """Rows of everything that `kept` has not yet, and which of PyTorch's `backends` refused
+    what."""
     kept = kept or Resumable()
     rows: list[dict[str, Any]] = []
     refused: dict[str, None] = {}
-    kinds = {"prefill": {"prefill", "selection"}, **{name: {name} for name in ("decode", "launched", "backward")}}
+    kinds = {
+        "prefill": {"prefill", "selection"},
+        **{name: {name} for name in ("decode", "launched", "backward")},
+    }
     for dtype in plan.dtypes:
         bench = Bench(plan, dtype, DeviceClock(plan.device), backends)
-        run = {name: getattr(bench, name) for name in kinds} | {"prefill": partial(bench.prefill, phases=phases)}
+        run = {name: getattr(bench, name) for name in kinds} | {
+            "prefill": partial(bench.prefill, phases=phases)
+        }
         for kind in (kind for kind, asked in kinds.items() if asked & set(phases)):
             for length in lengths:
 
-                def work(kind: str = kind, length: int = length, bench: Bench = bench, run: Any = run) -> dict[str, Any]:
+                def work(
+                    kind: str = kind, length: int = length, bench: Bench = bench, run: Any = run
+                ) -> dict[str, Any]:
                     with torch.no_grad():
                         found = list(run[kind](length))
                     if bench.clock.cuda:

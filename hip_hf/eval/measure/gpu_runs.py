@@ -1,4 +1,5 @@
-"""What `gpu_latency` times and how: the device's clock, CUDA graphs, and decode steps that such a graph can hold.
+"""What `gpu_latency` times and how: the device's clock, CUDA graphs, and decode steps that such a
+graph can hold.
 
 Without a GPU everything runs the same on a CPU, by its clock and without graphs.
 """
@@ -28,8 +29,8 @@ Work = Callable[[], Any]
 
 
 class DeviceClock:
-    """Seconds and result of a run on `device`. `peak`: GB that the last run took beyond what was there before it, its result
-    included; None without a GPU."""
+    """Seconds and result of a run on `device`. `peak`: GB that the last run took beyond what was
+    there before it, its result included; None without a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -46,13 +47,16 @@ class DeviceClock:
         start.record()
         result = run()
         end.record()
-        self.peak = (torch.cuda.max_memory_allocated() - before) / 1e9  # the host's count, which waits for nothing
+        self.peak = (
+            torch.cuda.max_memory_allocated() - before
+        ) / 1e9  # the host's count, which waits for nothing
         end.synchronize()
         return start.elapsed_time(end) / 1000, result
 
 
 class Timed(TimedRun):
-    """`said`: path, and reason for a dense one. `peak`: GB that the call takes. No result is kept."""
+    """`said`: path, and reason for a dense one. `peak`: GB that the call takes. No result is
+    kept."""
 
     clock: DeviceClock
     said: tuple[str, str] = ("sparse", "")
@@ -68,7 +72,8 @@ class Timed(TimedRun):
 
 
 def captured(run: Work, device: torch.device) -> Work:
-    """`run` as a CUDA graph where there is a GPU; it must have compiled everything when it ran before."""
+    """`run` as a CUDA graph where there is a GPU; it must have compiled everything when it ran
+    before."""
     if device.type != "cuda":
         return run
     run()
@@ -80,11 +85,13 @@ def captured(run: Work, device: torch.device) -> Work:
 
 
 class CapturedSteps:
-    """`count` decode steps of each row of a batch on a cache of `length` keys, from where the prompt left it, at each call again:
-    nothing here depends on what the device has done before, so a CUDA graph can hold it.
+    """`count` decode steps of each row of a batch on a cache of `length` keys, from where the
+    prompt left it, at each call again: nothing here depends on what the device has done before, so
+    a CUDA graph can hold it.
 
-    q `[B, Hq, count, D]`; k, v `[B, Hkv, length + count, D]`. `attend` False: summaries and selection only. `state`: that of
-    other steps on the same keys, which then are not summarised once more.
+    q `[B, Hq, count, D]`; k, v `[B, Hkv, length + count, D]`. `attend` False: summaries and
+    selection only. `state`: that of other steps on the same keys, which then are not summarised
+    once more.
     """
 
     def __init__(
@@ -98,12 +105,21 @@ class CapturedSteps:
         attend: bool = True,
         state: DeviceState | None = None,
     ) -> None:
-        self.q, self.kv, self.length, self.count, self.config, self.attend = q, KeyValues(k, v), length, count, config, attend
+        self.q, self.kv, self.length, self.count, self.config, self.attend = (
+            q,
+            KeyValues(k, v),
+            length,
+            count,
+            config,
+            attend,
+        )
         capacity, batch = k.shape[2], range(q.shape[0])
         self.logits = Logits(q.shape[3] ** -0.5)
         if state is None:
             spans = tuple(Span(b, 0, capacity, 0, 1, capacity - 1) for b in batch)
-            state = DeviceState.make(config, AttentionProblem(q[:, :, :1], k, v, spans, self.logits.scale), capacity)
+            state = DeviceState.make(
+                config, AttentionProblem(q[:, :, :1], k, v, spans, self.logits.scale), capacity
+            )
             if state.pyramid is not None:
                 prompt = Sequences.of([Span(b, 0, length, 0, length, 0) for b in batch], q.device)
                 state.pyramid.extend(self.kv, prompt, config.block_q, append=False)
@@ -125,6 +141,15 @@ class CapturedSteps:
             else:
                 assert pyramid is not None
                 pyramid.extend(self.kv, self.sequences, 1, append=True)
-                select(row, pyramid.table, self.kv, self.sequences, self.config, self.logits, 1, state.selection)
+                select(
+                    row,
+                    pyramid.table,
+                    self.kv,
+                    self.sequences,
+                    self.config,
+                    self.logits,
+                    1,
+                    state.selection,
+                )
             position.add_(1)
         return self.out

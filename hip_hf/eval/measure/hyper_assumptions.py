@@ -1,13 +1,15 @@
-"""Whether a layer meets the assumptions of HyperAttention: the two quantities that its guarantee rests on.
+"""Whether a layer meets the assumptions of HyperAttention: the two quantities that its guarantee
+rests on.
 
 The paper is arXiv 2310.05869, section 2.
 
-Measured on the largest square of a text, the second half's queries against the first half's keys, whose attention `P` is
-normalised over those keys. `column_norm`: the largest squared norm of a column of `P`; 1/n if all keys count alike, up to
-the number of rows if all rows look at one key; uniform sampling misses such keys. `row_ratio`: after the heavy entries
-(the own blocks) are removed, the largest row sum of `exp(q . k)` over the smallest, as a power of ten; the sample
-estimates that remainder. The guarantee holds where the first is near 1/n and the second near 0. The first keys often
-take most attention, so the column norm is given without the sink as well.
+Measured on the largest square of a text, the second half's queries against the first half's keys,
+whose attention `P` is normalised over those keys. `column_norm`: the largest squared norm of a
+column of `P`; 1/n if all keys count alike, up to the number of rows if all rows look at one key;
+uniform sampling misses such keys. `row_ratio`: after the heavy entries (the own blocks) are
+removed, the largest row sum of `exp(q . k)` over the smallest, as a power of ten; the sample
+estimates that remainder. The guarantee holds where the first is near 1/n and the second near 0. The
+first keys often take most attention, so the column norm is given without the sink as well.
 """
 
 from __future__ import annotations
@@ -37,10 +39,16 @@ def measure_assumptions(problem: AttentionProblem, config: HiPConfig) -> dict[st
     square = Square(middle, span.end, 0, middle)
     tiling = tile(square, options, problem.q.device)
     directions = projections(options, problem.q.shape[-1], config.seed, problem.q.device)
-    rows, keys = slice(span.row_start + middle, span.row_end), slice(span.key_start, span.key_start + middle)
+    rows, keys = (
+        slice(span.row_start + middle, span.row_end),
+        slice(span.key_start, span.key_start + middle),
+    )
     results: dict[str, Any] = {name: [] for name in QUANTITIES}
     for head in range(problem.q.shape[1]):
-        q, k = problem.q[span.batch, head, rows].float(), problem.k[span.batch, head // groups, keys].float()
+        q, k = (
+            problem.q[span.batch, head, rows].float(),
+            problem.k[span.batch, head // groups, keys].float(),
+        )
         by_q, by_k = (hashes(x, directions).argsort(stable=True) for x in (q, k))
         columns, light = torch.zeros(middle, dtype=torch.float64, device=q.device), []
         for block, start in enumerate(tiling.starts.tolist()):

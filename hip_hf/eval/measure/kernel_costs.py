@@ -1,6 +1,8 @@
-"""FLOPs and bytes of what the GPU kernels do, by formulas (`docs/performance.md`): of calls, and of each of their kernels.
+"""FLOPs and bytes of what the GPU kernels do, by formulas (`docs/performance.md`): of calls, and of
+each of their kernels.
 
-Where query blocks differ, each is counted as if it were the prompt's last one, which has most to do.
+Where query blocks differ, each is counted as if it were the prompt's last one, which has most to
+do.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ from hip_hf.geometry import mask_heads
 from hip_hf.methods.hip import looked_at_whole
 
 # Dense bf16 TFLOP/s with fp32 sums, and TB/s of device memory: the makers' data sheets.
-GPUS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.0), "RTX 4090": (165.2, 1.008)}
+GPUS = {
+    "H200": (989.0, 4.8),
+    "H100": (989.0, 3.35),
+    "A100": (312.0, 2.0),
+    "RTX 4090": (165.2, 1.008),
+}
 GPU_TARGETS = {"H200": "sm90", "H100": "sm90", "A100": "sm80", "RTX 4090": "sm89"}
 # Streaming multiprocessors (of an H100 those of the SXM module, as the figures above).
 GPU_PROCESSORS = {"H200": 132, "H100": 132, "A100": 108, "RTX 4090": 128}
@@ -41,8 +48,9 @@ def gpu_of(device: str) -> str | None:
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention layer: query and key heads, head dim, bytes of an element; `target`: whose launch configurations count.
-    In decode steps `sequences` share the device's `processors`, and what would idle works with another on the same."""
+    """One attention layer: query and key heads, head dim, bytes of an element; `target`: whose
+    launch configurations count. In decode steps `sequences` share the device's `processors`, and
+    what would idle works with another on the same."""
 
     query_heads: int = 32
     key_heads: int = 8
@@ -83,7 +91,8 @@ class Shape:
         return rows_of(self.tile(kernel), self.query_heads // lists, block_q)
 
     def row_tiles(self, kernel: str, block_q: int, lists: int) -> int:
-        """Tiles into which `kernel` cuts the rows of a query block; each gathers its keys for itself."""
+        """Tiles into which `kernel` cuts the rows of a query block; each gathers its keys for
+        itself."""
         return ceil(block_q / self.rows(kernel, block_q, lists))
 
     def gathered(self, kernel: str, block_q: int, lists: int, keys: float) -> float:
@@ -91,18 +100,21 @@ class Shape:
         return self.row_tiles(kernel, block_q, lists) * lists * keys * 2 * self.dim * self.size
 
     def splits(self, keys: int, rows: int = 1, block_q: int = 1) -> int:
-        """Programs that share the `keys` of a tile of so many rows of each sequence (`kernels.decode.splits_for`)."""
+        """Programs that share the `keys` of a tile of so many rows of each sequence
+        (`kernels.decode.splits_for`)."""
         tile, heads = self.tile(kernel_of(block_q)), self.sequences * self.key_heads
         return splits_of(tile, self.group, heads, keys, rows, block_q, self.processors)
 
     def rows_moved(self, rows: float, splits: int) -> float:
-        """Bytes of query rows whose keys so many programs share: q, which each reads, and the output or each one's part of it."""
+        """Bytes of query rows whose keys so many programs share: q, which each reads, and the
+        output or each one's part of it."""
         return rows * (splits * self.row + (splits * self.result if splits > 1 else self.row))
 
 
 @dataclass(frozen=True)
 class KernelCost:
-    """FLOPs of matrix products, and bytes from device memory if nothing that was read stays in a cache."""
+    """FLOPs of matrix products, and bytes from device memory if nothing that was read stays in a
+    cache."""
 
     flops: float
     bytes: float
@@ -118,7 +130,8 @@ class KernelCost:
         return max(self.products(gpu), 1e3 * self.bytes / (terabytes * 1e12))
 
     def products(self, gpu: str) -> float:
-        """Milliseconds of the matrix products alone: what is left if every gather is served by a cache."""
+        """Milliseconds of the matrix products alone: what is left if every gather is served by a
+        cache."""
         return 1e3 * self.flops / (GPUS[gpu][0] * 1e12)
 
 
@@ -126,7 +139,8 @@ NO_COST = KernelCost(0, 0)
 
 
 def launch(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> dict[str, Any]:
-    """Compile-time arguments of the search that is launched for a prompt or, with `block_q` 1, for a decode step."""
+    """Compile-time arguments of the search that is launched for a prompt or, with `block_q` 1, for
+    a decode step."""
     step = block_q == 1
     looks = looks_for(shape.sequences * shape.lists(config), config.block_k, shape.processors)
     call = (config, shape.group, shape.dim, shape.dtype, block_q, tokens, shape.target)
@@ -134,8 +148,9 @@ def launch(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> dict[s
 
 
 def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> KernelCost:
-    """One selection. Every tile of votes, of which the first walk the tree, reads what it scores anew; programs that share a
-    search read a part of the keys each, and the summaries all of them. A short middle is looked at whole."""
+    """One selection. Every tile of votes, of which the first walk the tree, reads what it scores
+    anew; programs that share a search read a part of the keys each, and the summaries all of them.
+    A short middle is looked at whole."""
     fixed = launch(tokens, config, shape, block_q)
     whole, walkers, looks = whole_middle(tokens, config), fixed["WALKERS"], fixed["LOOKS"]
     votes = fixed["VOTES_WHOLE" if whole else "VOTES"]
@@ -145,10 +160,14 @@ def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> Kernel
         # levels of the pyramid that are scored
         levels = 1 + max(0, ceil(log2(tokens / (config.start_blocks * config.block_k))))
         summaries = looks * fixed["PARTS"] * levels * min(fixed["MOST"], tokens // config.block_k)
-        exact, tiles = min(fixed["LAST"] * config.block_k, tokens) if fixed["RESCORE"] else 0, fixed["TILES"]
+        exact, tiles = (
+            min(fixed["LAST"] * config.block_k, tokens) if fixed["RESCORE"] else 0,
+            fixed["TILES"],
+        )
     gathered = ceil(walkers / fixed["BLOCK_M"]) * summaries + tiles * exact
     return KernelCost(
-        2 * (walkers * summaries + votes * exact) * shape.dim, gathered * shape.dim * shape.size + found(fixed, whole)
+        2 * (walkers * summaries + votes * exact) * shape.dim,
+        gathered * shape.dim * shape.size + found(fixed, whole),
     )
 
 
@@ -160,8 +179,8 @@ def whole_middle(tokens: int, config: HiPConfig) -> int:
 
 
 def found(fixed: dict[str, Any], whole: int) -> int:
-    """Bytes that the programs which share a search leave for the one that chooses: blocks, unless that is the `whole` middle, and
-    what is in their keys."""
+    """Bytes that the programs which share a search leave for the one that chooses: blocks, unless
+    that is the `whole` middle, and what is in their keys."""
     if fixed["LOOKS"] == 1:
         return 0
     listed = 0 if whole else fixed["KEPT_LAST"] * torch.int32.itemsize
@@ -176,8 +195,8 @@ def keys_near(tokens: int, config: HiPConfig, block_q: int) -> int:
 
 
 def need(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
-    """Need of a prompt's rows: of those that are asked, q, and the keys that they read in any case with a sample of the rest, for
-    what they find near and what stands out from it."""
+    """Need of a prompt's rows: of those that are asked, q, and the keys that they read in any case
+    with a sample of the rest, for what they find near and what stands out from it."""
     voting = Voting.of(config, shape.group, config.block_q, False)
     if not (voting.weighed or voting.ranked):
         return NO_COST
@@ -187,7 +206,10 @@ def need(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     tiles = tokens / config.block_q * shape.row_tiles("prefill", voting.asked, shape.key_heads)
     gather = tiles * shape.key_heads * keys * shape.dim * shape.size
     numbers = (2 if voting.ranked else 1) * share * shape.query_heads * FP32_BYTES
-    return KernelCost(2 * tokens * share * shape.query_heads * keys * shape.dim, gather + tokens * (share * shape.row + numbers))
+    return KernelCost(
+        2 * tokens * share * shape.query_heads * keys * shape.dim,
+        gather + tokens * (share * shape.row + numbers),
+    )
 
 
 def voting_share(tokens: int, config: HiPConfig, shape: Shape) -> float:
@@ -207,27 +229,34 @@ def vote(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     return KernelCost(0, tokens * (copied * shape.row + numbers))
 
 
-def summaries(blocks: float, keys: float, chunks: float, states: float, config: HiPConfig, shape: Shape) -> KernelCost:
-    """For so many key blocks, of each: `keys` read, summaries of `chunks` written, and `states` of them moved, in fp32."""
+def summaries(
+    blocks: float, keys: float, chunks: float, states: float, config: HiPConfig, shape: Shape
+) -> KernelCost:
+    """For so many key blocks, of each: `keys` read, summaries of `chunks` written, and `states` of
+    them moved, in fp32."""
     parts = parts_of(config)
     of_head = (keys + chunks * parts) * shape.size + states * (parts + 1) * FP32_BYTES
     return KernelCost(0, blocks * shape.key_heads * shape.dim * of_head)
 
 
 def pyramid(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
-    """K is read once; a tile of blocks becomes a tree of chunks, and the state of its root is kept."""
+    """K is read once; a tile of blocks becomes a tree of chunks, and the state of its root is
+    kept."""
     tile = 1 << TILE_LEVELS
-    return summaries(tokens / config.block_k, config.block_k, (2 * tile - 1) / tile, 1 / tile, config, shape)
+    return summaries(
+        tokens / config.block_k, config.block_k, (2 * tile - 1) / tile, 1 / tile, config, shape
+    )
 
 
 def merges(blocks: float, config: HiPConfig, shape: Shape) -> KernelCost:
-    """What lies above the tiles of so many blocks, of each tile one chunk in all: two states are read, one is written."""
+    """What lies above the tiles of so many blocks, of each tile one chunk in all: two states are
+    read, one is written."""
     return summaries(blocks / (1 << TILE_LEVELS), 0, 1, 3, config, shape)
 
 
 def appended(config: HiPConfig, shape: Shape) -> KernelCost:
-    """A token's share of the summaries. Each block that becomes complete has its tile, as far as it goes, read and written anew:
-    with `n` blocks these are `n + n // 2 + n // 4 + ...` chunks."""
+    """A token's share of the summaries. Each block that becomes complete has its tile, as far as it
+    goes, read and written anew: with `n` blocks these are `n + n // 2 + n // 4 + ...` chunks."""
     tile = 1 << TILE_LEVELS
     chunks = sum(n >> level for n in range(1, tile + 1) for level in range(TILE_LEVELS + 1)) / tile
     keys = (tile + 1) / 2 * config.block_k
@@ -236,9 +265,14 @@ def appended(config: HiPConfig, shape: Shape) -> KernelCost:
 
 
 def searches(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
-    """The searches of a prompt's query blocks, which read the votes, and how much these find near."""
+    """The searches of a prompt's query blocks, which read the votes, and how much these find
+    near."""
     weighed = Voting.of(config, shape.group, config.block_q, False).weighed
-    read = tokens * voting_share(tokens, config, shape) * (shape.row + shape.query_heads * FP32_BYTES * weighed)
+    read = (
+        tokens
+        * voting_share(tokens, config, shape)
+        * (shape.row + shape.query_heads * FP32_BYTES * weighed)
+    )
     count = tokens / config.block_q * shape.lists(config)
     return search(tokens, config, shape, config.block_q).times(count) + KernelCost(0, read)
 
@@ -254,17 +288,21 @@ def tail(tokens: int, config: HiPConfig) -> int:
 
 
 def dense_keys(kernel: str, tokens: int, rows: int, shape: Shape, products: int) -> KernelCost:
-    """What `kernel` does with the keys of the last `rows`, all of them: `products` of a row and a key, and the gathers."""
+    """What `kernel` does with the keys of the last `rows`, all of them: `products` of a row and a
+    key, and the gathers."""
     tiles = ceil(rows / shape.rows(kernel, DENSE_BLOCK, shape.key_heads))
     gather = tiles * shape.key_heads * tokens * 2 * shape.dim * shape.size
     return KernelCost(2 * products * rows * tokens * shape.query_heads * shape.dim, gather)
 
 
 def by_rows(kernel: str, tokens: int, config: HiPConfig, shape: Shape, products: int) -> KernelCost:
-    """A kernel that goes through the keys of each query block, sparse rows and dense tail, but for the rows themselves."""
+    """A kernel that goes through the keys of each query block, sparse rows and dense tail, but for
+    the rows themselves."""
     keys, dense = keys_read(tokens, config), tail(tokens, config)
     sparse = tokens - dense
-    gather = sparse / config.block_q * shape.gathered(kernel, config.block_q, shape.lists(config), keys)
+    gather = (
+        sparse / config.block_q * shape.gathered(kernel, config.block_q, shape.lists(config), keys)
+    )
     flops = 2 * products * sparse * keys * shape.query_heads * shape.dim
     return KernelCost(flops, gather) + dense_keys(kernel, tokens, dense, shape, products)
 
@@ -302,7 +340,9 @@ def prompt_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, Ke
     """All that a prompt does, by kernel."""
     return selection_kernels(tokens, config, shape) | {
         "attend_kernel": prompt_attention(tokens, config, shape),
-        "combine_kernel": combination(tail(tokens, config), tail_splits(tokens, config, shape), shape),
+        "combine_kernel": combination(
+            tail(tokens, config), tail_splits(tokens, config, shape), shape
+        ),
     }
 
 
@@ -313,13 +353,21 @@ def call_total(kernels: dict[str, KernelCost]) -> KernelCost:
 
 def query_gradients(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """Three products; q, dO, O and dQ."""
-    return by_rows("backward queries", tokens, config, shape, products=3) + KernelCost(0, 4 * tokens * shape.row)
+    return by_rows("backward queries", tokens, config, shape, products=3) + KernelCost(
+        0, 4 * tokens * shape.row
+    )
 
 
 def key_gradients(tokens: int, config: HiPConfig, shape: Shape, shared: float = 2.0) -> KernelCost:
-    """Four products, for dK and dV. `shared`: key blocks selected of each tile of keys that is touched."""
-    per_tile, dense = max(1, shape.tile("backward keys").keys // config.block_k), tail(tokens, config)
-    wide = keys_read(tokens, config) + min(config.budget, tokens) * (per_tile / shared - 1)  # rows meet whole tiles
+    """Four products, for dK and dV. `shared`: key blocks selected of each tile of keys that is
+    touched."""
+    per_tile, dense = (
+        max(1, shape.tile("backward keys").keys // config.block_k),
+        tail(tokens, config),
+    )
+    wide = keys_read(tokens, config) + min(config.budget, tokens) * (
+        per_tile / shared - 1
+    )  # rows meet whole tiles
     pairs = (tokens - dense) * wide + dense * tokens
     read = pairs / (per_tile * config.block_k) * shape.row * 2  # q and dO, once a tile
     return KernelCost(8 * pairs * shape.query_heads * shape.dim, read)
@@ -332,34 +380,51 @@ def gradient_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, 
 
 
 def step_need(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
-    """What a decode step's row finds near, if votes are weighed by it: q, keys, and a number of each head."""
+    """What a decode step's row finds near, if votes are weighed by it: q, keys, and a number of
+    each head."""
     if not Voting.of(config, shape.group, 1, False).weighed:
         return NO_COST
     keys = keys_near(tokens, config, 1)
-    read = shape.row_tiles("decode", 1, shape.key_heads) * shape.key_heads * keys * shape.dim * shape.size
-    return KernelCost(2 * shape.query_heads * keys * shape.dim, read + shape.row + shape.query_heads * FP32_BYTES)
+    read = (
+        shape.row_tiles("decode", 1, shape.key_heads)
+        * shape.key_heads
+        * keys
+        * shape.dim
+        * shape.size
+    )
+    return KernelCost(
+        2 * shape.query_heads * keys * shape.dim, read + shape.row + shape.query_heads * FP32_BYTES
+    )
 
 
 def step_search(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """A decode step's searches: of each list's, every program that shares it reads the votes."""
     looks = launch(tokens, config, shape, 1)["LOOKS"]
-    return search(tokens, config, shape, 1).times(shape.lists(config)) + KernelCost(0, looks * shape.row)
+    return search(tokens, config, shape, 1).times(shape.lists(config)) + KernelCost(
+        0, looks * shape.row
+    )
 
 
 def choice(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """What the programs that share a search have found in the keys of each block, read again."""
-    return KernelCost(0, shape.lists(config) * found(launch(tokens, config, shape, 1), whole_middle(tokens, config)))
+    return KernelCost(
+        0,
+        shape.lists(config) * found(launch(tokens, config, shape, 1), whole_middle(tokens, config)),
+    )
 
 
 def step_splits(config: HiPConfig, shape: Shape) -> int:
-    """Programs that share the keys of a decode step's row: scratch is made for a row just before a new selection."""
+    """Programs that share the keys of a decode step's row: scratch is made for a row just before a
+    new selection."""
     return shape.splits(config.sparse_reach + refresh_period(config))
 
 
 def step_attention(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     """Attention of one decode step of one sequence."""
     keys, lists = min(config.sink + config.budget + config.window, tokens), shape.lists(config)
-    moved = shape.gathered("decode", 1, lists, keys) + shape.rows_moved(1, step_splits(config, shape))
+    moved = shape.gathered("decode", 1, lists, keys) + shape.rows_moved(
+        1, step_splits(config, shape)
+    )
     return KernelCost(4 * shape.query_heads * keys * shape.dim, moved)
 
 
@@ -373,10 +438,16 @@ def refresh_kernels(tokens: int, config: HiPConfig, shape: Shape) -> dict[str, K
     }
 
 
-def step_kernels(tokens: int, config: HiPConfig, shape: Shape, refresh: int) -> dict[str, KernelCost]:
-    """One step of one sequence, by kernel, a selection serving `refresh` steps; keys are summarised in any case."""
+def step_kernels(
+    tokens: int, config: HiPConfig, shape: Shape, refresh: int
+) -> dict[str, KernelCost]:
+    """One step of one sequence, by kernel, a selection serving `refresh` steps; keys are summarised
+    in any case."""
     once, splits = refresh_kernels(tokens, config, shape), step_splits(config, shape)
-    shares = {name: cost.times(1 if name == "append_kernel" else 1 / refresh) for name, cost in once.items()}
+    shares = {
+        name: cost.times(1 if name == "append_kernel" else 1 / refresh)
+        for name, cost in once.items()
+    }
     attend, combine = step_attention(tokens, config, shape), combination(1, splits, shape)
     return shares | {"attend_kernel": attend, "combine_kernel": combine}
 
@@ -392,4 +463,7 @@ def dense_gradients(tokens: int, shape: Shape) -> KernelCost:
 
 
 def dense_decode(tokens: int, shape: Shape) -> KernelCost:
-    return KernelCost(4 * shape.query_heads * tokens * shape.dim, shape.key_heads * tokens * 2 * shape.dim * shape.size)
+    return KernelCost(
+        4 * shape.query_heads * tokens * shape.dim,
+        shape.key_heads * tokens * 2 * shape.dim * shape.size,
+    )

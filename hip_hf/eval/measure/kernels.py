@@ -31,8 +31,11 @@ def why_not() -> str:
     return ""
 
 
-def all_launches(targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[str], only: str) -> list[tuple[Any, ...]]:
-    """Launch, target, head dim and dtype of everything to compile: the kernels that have `only` in their name."""
+def all_launches(
+    targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[str], only: str
+) -> list[tuple[Any, ...]]:
+    """Launch, target, head dim and dtype of everything to compile: the kernels that have `only` in
+    their name."""
     from hip_hf.backends.triton.compile import catalogue
 
     return [
@@ -46,20 +49,35 @@ def all_launches(targets: Sequence[str], dims: Sequence[int], dtypes: Sequence[s
 
 
 def measure(
-    work: Sequence[tuple[Any, ...]], before: dict[tuple[Any, ...], dict[str, Any]], spills: int, kept: Resumable
+    work: Sequence[tuple[Any, ...]],
+    before: dict[tuple[Any, ...], dict[str, Any]],
+    spills: int,
+    kept: Resumable,
 ) -> list[dict[str, Any]]:
-    """A row for each of the launches in `work`: from `kept`, from `before` (see `compiled_before`), or compiled now."""
+    """A row for each of the launches in `work`: from `kept`, from `before` (see `compiled_before`),
+    or compiled now."""
 
     from hip_hf.backends.triton.compile import budget
 
     columns = {field.name for field in fields(budget.Spent)}
     # others were told less of themselves, or were allowed more
-    before = {key: row for key, row in before.items() if row.keys() == columns and row["spilled"] <= spills}
+    before = {
+        key: row
+        for key, row in before.items()
+        if row.keys() == columns and row["spilled"] <= spills
+    }
     kept.expect("compiling", len(work))
     rows = []
     for launch, target, dim, dtype in work:
         # what was compiled before counts only while code and launch configuration are the same
-        key = (launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
+        key = (
+            launch.name,
+            target,
+            dim,
+            str(dtype).removeprefix("torch."),
+            launch.code(),
+            launch.digest(),
+        )
         spend = partial(budget.spend, launch, target, dim, dtype, spills)
         rows.append(kept.get(key, partial(before.get, key) if key in before else spend))
     return rows
@@ -74,15 +92,22 @@ def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], 
     names = ("kernel", "target", "dim", "dtype", "code", "launch")
     try:
         document = json.loads(output.read_text(encoding="utf-8"))
-        found = {tuple(row[name] for name in names): row for row in document["rows"] if not row["problem"]}
+        found = {
+            tuple(row[name] for name in names): row
+            for row in document["rows"]
+            if not row["problem"]
+        }
         return found if document["triton"] == version else {}
     except (OSError, ValueError, KeyError, TypeError):
         allowed = "what hip-hf kernels --output has written, or a file that is not there"
-        raise ValueError(f"--output: got {str(output)!r}, which is no result of this command, allowed: {allowed}") from None
+        raise ValueError(
+            f"--output: got {str(output)!r}, which is no result of this command, allowed: {allowed}"
+        ) from None
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each kernel and target the most that it spends, over head dims and dtypes; shared memory in KB."""
+    """Of each kernel and target the most that it spends, over head dims and dtypes; shared memory
+    in KB."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["kernel"], row["target"]), []).append(row)

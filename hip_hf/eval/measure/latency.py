@@ -2,8 +2,8 @@
 
 Every figure is a median of interleaved runs (PyTorch's, then each of the settings, and again), so
 that a busy machine slows both sides alike. Queries, keys and values are seeded standard normal
-noise: the cost of the sparse path does not depend on what is in them. What the attention is worth on
-real text is for `fidelity` and `passkey` to say.
+noise: the cost of the sparse path does not depend on what is in them. What the attention is worth
+on real text is for `fidelity` and `passkey` to say.
 
 Prefill is one causal call over the whole context. Decode is one token against a cache, once
 *amortised* over steps that share selections as they do in generation, once *refreshed*, with a
@@ -47,7 +47,8 @@ ENOUGH = 60.0
 
 @dataclass(frozen=True)
 class TimingPlan:
-    """What to measure. `settings` has a name for each; `repeats` is for calls that are not slow: `enough` seconds of one are."""
+    """What to measure. `settings` has a name for each; `repeats` is for calls that are not slow:
+    `enough` seconds of one are."""
 
     prefill: Sequence[int] = tuple(PREFILL_LENGTHS)
     decode: Sequence[int] = tuple(DECODE_LENGTHS)
@@ -65,30 +66,41 @@ class TimingPlan:
     def random(
         self, dtype: str, length: int, rows: int, device: torch.device = CPU
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q `[batch, heads, rows, head_dim]`, and k and v of `length` tokens, drawn where they are used."""
+        """q `[batch, heads, rows, head_dim]`, and k and v of `length` tokens, drawn where they are
+        used."""
         generator = torch.Generator(device).manual_seed(self.seed)
         shapes = ((self.heads, rows), (self.kv_heads, length), (self.kv_heads, length))
-        drawn = torch.float32 if device == CPU else TIMED_DTYPES[dtype]  # as fp32 a long one would not fit beside the others
+        drawn = (
+            torch.float32 if device == CPU else TIMED_DTYPES[dtype]
+        )  # as fp32 a long one would not fit beside the others
         q, k, v = (
-            torch.randn(self.batch, *x, self.head_dim, generator=generator, device=device, dtype=drawn).to(TIMED_DTYPES[dtype])
+            torch.randn(
+                self.batch, *x, self.head_dim, generator=generator, device=device, dtype=drawn
+            ).to(TIMED_DTYPES[dtype])
             for x in shapes
         )
         return q, k, v
 
     def variants(self) -> tuple[dict[tuple[str, str], HiPConfig], dict[tuple[str, str], int]]:
-        """Settings of decode by phase and name, and how many steps make a run of them: whole selections and key blocks, so that
-        each pays its share of both."""
+        """Settings of decode by phase and name, and how many steps make a run of them: whole
+        selections and key blocks, so that each pays its share of both."""
         found: dict[tuple[str, str], HiPConfig] = {}
         for name, config in self.settings.items():
             found[AMORTISED, name] = config
             found[REFRESHED, name] = replace(config, decode_refresh=1)
-        return found, {key: lcm(refresh_period(config), config.block_k) for key, config in found.items()}
+        return found, {
+            key: lcm(refresh_period(config), config.block_k) for key, config in found.items()
+        }
 
     @property
     def conditions(self) -> str:
         """Shapes and machine, in words."""
         on = report.machine()
-        where = f"{on['cpu']}, {on['threads']} threads" if self.device == CPU else on["gpu"] or f"interpreted on {on['cpu']}"
+        where = (
+            f"{on['cpu']}, {on['threads']} threads"
+            if self.device == CPU
+            else on["gpu"] or f"interpreted on {on['cpu']}"
+        )
         heads = f"{self.heads} query heads, {self.kv_heads} key heads"
         return f"B={self.batch}, {heads}, D={self.head_dim}; {where}, torch {on['torch']}"
 
@@ -101,9 +113,12 @@ def wall(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class TimedRun:
-    """Something to time by `clock`. `seconds` are those of the runs that count; `result` is what the last of them returned."""
+    """Something to time by `clock`. `seconds` are those of the runs that count; `result` is what
+    the last of them returned."""
 
-    def __init__(self, run: Callable[[], Any], clock: Callable[[Callable[[], Any]], tuple[float, Any]] = wall) -> None:
+    def __init__(
+        self, run: Callable[[], Any], clock: Callable[[Callable[[], Any]], tuple[float, Any]] = wall
+    ) -> None:
         self.run, self.clock = run, clock
         self.seconds: list[float] = []
         self.wanted = 0  # not known before the first run
@@ -115,7 +130,8 @@ class TimedRun:
         return seconds
 
     def first(self, repeats: int, enough: float = ENOUGH) -> None:
-        """The run that says how many are worth it: a warm-up, or if it was long, the first that counts."""
+        """The run that says how many are worth it: a warm-up, or if it was long, the first that
+        counts."""
         taken = self.once()
         self.wanted = max(1, min(repeats, int(enough / taken)))
         if taken >= NO_WARM_UP:
@@ -137,16 +153,27 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
 
 
-def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: HiPConfig, state: DecodeState | None = None) -> Result:
+def ours(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: HiPConfig,
+    state: DecodeState | None = None,
+) -> Result:
     """The same through `hip`, its fallbacks to dense included."""
-    return attend(AttentionProblem(q, k, v, make_spans(q, k), q.shape[-1] ** -0.5), config, state=state)
+    return attend(
+        AttentionProblem(q, k, v, make_spans(q, k), q.shape[-1] ** -0.5), config, state=state
+    )
 
 
 class GrowingSteps:
-    """`count` decode steps a run, on a cache that holds `length` keys at the first: each step's keys are a view of one
-    buffer, so that growing it copies nothing. Every run goes on where the one before ended."""
+    """`count` decode steps a run, on a cache that holds `length` keys at the first: each step's
+    keys are a view of one buffer, so that growing it copies nothing. Every run goes on where the
+    one before ended."""
 
-    def __init__(self, tensors: tuple[torch.Tensor, ...], length: int, count: int, config: HiPConfig | None) -> None:
+    def __init__(
+        self, tensors: tuple[torch.Tensor, ...], length: int, count: int, config: HiPConfig | None
+    ) -> None:
         self.q, self.k, self.v = tensors
         self.length, self.count, self.config = length, count, config
         self.state = DecodeState()
@@ -165,15 +192,22 @@ class GrowingSteps:
 
 
 def refresh_period(config: HiPConfig) -> int:
-    """Decode steps after which everything has been selected anew: with an interval for each stage, the first, the longest."""
-    return config.decode_refresh if isinstance(config.decode_refresh, int) else config.decode_refresh[0]
+    """Decode steps after which everything has been selected anew: with an interval for each stage,
+    the first, the longest."""
+    return (
+        config.decode_refresh
+        if isinstance(config.decode_refresh, int)
+        else config.decode_refresh[0]
+    )
 
 
 def measure_prefill(plan: TimingPlan, dtype: str, length: int) -> list[dict[str, Any]]:
     """One row per setting, all against the same runs of PyTorch's attention."""
     q, k, v = plan.random(dtype, length, length)
     dense = TimedRun(partial(sdpa, q, k, v))
-    calls = {name: TimedRun(partial(ours, q, k, v, config)) for name, config in plan.settings.items()}
+    calls = {
+        name: TimedRun(partial(ours, q, k, v, config)) for name, config in plan.settings.items()
+    }
     interleave([dense, *calls.values()], plan.repeats)
     return [make_row(PREFILL, name, dtype, length, call, dense) for name, call in calls.items()]
 
@@ -184,7 +218,10 @@ def measure_decode(plan: TimingPlan, dtype: str, length: int) -> list[dict[str, 
     most = max(counts.values())
     tensors = plan.random(dtype, length + most * (plan.repeats + 1), most)
     dense = TimedRun(GrowingSteps(tensors, length, most, None))
-    calls = {key: TimedRun(GrowingSteps(tensors, length, counts[key], config)) for key, config in variants.items()}
+    calls = {
+        key: TimedRun(GrowingSteps(tensors, length, counts[key], config))
+        for key, config in variants.items()
+    }
     interleave([dense, *calls.values()], plan.repeats)
     rows = []
     for (phase, name), call in calls.items():
@@ -193,10 +230,19 @@ def measure_decode(plan: TimingPlan, dtype: str, length: int) -> list[dict[str, 
 
 
 def make_row(
-    phase: str, name: str, dtype: str, length: int, call: TimedRun, dense: TimedRun, steps: int = 1, dense_steps: int = 1
+    phase: str,
+    name: str,
+    dtype: str,
+    length: int,
+    call: TimedRun,
+    dense: TimedRun,
+    steps: int = 1,
+    dense_steps: int = 1,
 ) -> dict[str, Any]:
     """A row of the report; the times are per step of a run."""
-    hip_ms, sdpa_ms = (1000 * median(c.seconds) / n for c, n in ((call, steps), (dense, dense_steps)))
+    hip_ms, sdpa_ms = (
+        1000 * median(c.seconds) / n for c, n in ((call, steps), (dense, dense_steps))
+    )
     return {
         "phase": phase,
         "dtype": dtype,
@@ -224,23 +270,41 @@ def measure(plan: TimingPlan, kept: Resumable | None = None) -> list[dict[str, A
             for dtype in plan.dtypes:
                 for length in lengths:
                     what = f"{phase}, {dtype}, {plots.short(length)} tokens"
-                    rows += kept.get((phase, dtype, length), partial(run, plan, dtype, length), what)
+                    rows += kept.get(
+                        (phase, dtype, length), partial(run, plan, dtype, length), what
+                    )
     return rows
 
 
 def fit_exponent(lengths: Sequence[float], times: Sequence[float]) -> float | None:
-    """The `p` of `time = c * length ** p` by least squares of the logarithms; None for fewer than two lengths."""
+    """The `p` of `time = c * length ** p` by least squares of the logarithms; None for fewer than
+    two lengths."""
     return float(np.polyfit(np.log(lengths), np.log(times), 1)[0]) if len(lengths) > 1 else None
 
 
 def exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How prefill times grow with the length between 16K and 128K: ours where it was sparse, and PyTorch's."""
+    """How prefill times grow with the length between 16K and 128K: ours where it was sparse, and
+    PyTorch's."""
     fits = []
-    kinds = dict.fromkeys((row["dtype"], row["settings"]) for row in rows if row["phase"] == PREFILL)
+    kinds = dict.fromkeys(
+        (row["dtype"], row["settings"]) for row in rows if row["phase"] == PREFILL
+    )
     for dtype, name in kinds:
-        mine = [row for row in rows if (row["phase"], row["dtype"], row["settings"]) == (PREFILL, dtype, name)]
-        mine = [row for row in mine if FIT_RANGE[0] <= row["length"] <= FIT_RANGE[1] and row["path"] == "sparse"]
+        mine = [
+            row
+            for row in rows
+            if (row["phase"], row["dtype"], row["settings"]) == (PREFILL, dtype, name)
+        ]
+        mine = [
+            row
+            for row in mine
+            if FIT_RANGE[0] <= row["length"] <= FIT_RANGE[1] and row["path"] == "sparse"
+        ]
         lengths = [row["length"] for row in mine]
-        hip, dense = (fit_exponent(lengths, [row[key] for row in mine]) for key in ("hip_ms", "sdpa_ms"))
-        fits.append({"dtype": dtype, "settings": name, "lengths": lengths, "hip": hip, "sdpa": dense})
+        hip, dense = (
+            fit_exponent(lengths, [row[key] for row in mine]) for key in ("hip_ms", "sdpa_ms")
+        )
+        fits.append(
+            {"dtype": dtype, "settings": name, "lengths": lengths, "hip": hip, "sdpa": dense}
+        )
     return fits

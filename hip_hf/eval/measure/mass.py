@@ -1,9 +1,11 @@
-"""How much of dense attention a selection captures on one layer's attention problem, beside the block oracle and its cost.
+"""How much of dense attention a selection captures on one layer's attention problem, beside the
+block oracle and its cost.
 
-*Mass* is the share of the dense attention probability that falls on the keys kept (sink, selected blocks, window).
-The oracle keeps the blocks with the largest true mass, under the same budget, sink, window and sharing of heads, so its
-mass is the most that any selection of blocks reaches. Only *searched* rows count: those of query blocks whose middle is
-longer than the budget. Where the budget covers the middle, everything is read and there is nothing to measure.
+*Mass* is the share of the dense attention probability that falls on the keys kept (sink, selected
+blocks, window). The oracle keeps the blocks with the largest true mass, under the same budget,
+sink, window and sharing of heads, so its mass is the most that any selection of blocks reaches.
+Only *searched* rows count: those of query blocks whose middle is longer than the budget. Where the
+budget covers the middle, everything is read and there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -29,37 +31,56 @@ GEOMETRY = ("block_q", "block_k", "sink", "window", "budget", "group_shared")
 
 
 def searched_blocks(problem: AttentionProblem, config: HiPConfig) -> list[tuple[int, QueryBlock]]:
-    """The query blocks of a problem of one span whose middle exceeds the budget, with their place in its `BlockMask`."""
+    """The query blocks of a problem of one span whose middle exceeds the budget, with their place
+    in its `BlockMask`."""
     (span,) = problem.spans
     relative = Span(0, 0, span.keys, 0, span.rows, span.position)
-    blocks = query_blocks(config, relative, problem.q.shape[2] <= DECODE_ROWS, problem.sliding_window)
-    return [(at, block) for at, block in enumerate(blocks) if block.num_candidates > config.budget_blocks]
+    blocks = query_blocks(
+        config, relative, problem.q.shape[2] <= DECODE_ROWS, problem.sliding_window
+    )
+    return [
+        (at, block)
+        for at, block in enumerate(blocks)
+        if block.num_candidates > config.budget_blocks
+    ]
 
 
 def probabilities(problem: AttentionProblem, head: int, block: QueryBlock) -> torch.Tensor:
-    """Dense attention of a query block, for the query heads of one key head: `[G, rows, keys]`, in at least fp32.
+    """Dense attention of a query block, for the query heads of one key head: `[G, rows, keys]`, in
+    at least fp32.
 
-    The keys are those from `block.start` to `block.last`. Attention that a layer gives to sink logits is left out.
+    The keys are those from `block.start` to `block.last`. Attention that a layer gives to sink
+    logits is left out.
     """
     (span,) = problem.spans
     dtype = torch.promote_types(problem.q.dtype, torch.float32)
     row, key, groups = span.row_start + block.row, span.key_start, problem.groups
-    q = problem.q[span.batch, head * groups : (head + 1) * groups, row : row + block.rows].to(dtype) * problem.scale
+    q = (
+        problem.q[span.batch, head * groups : (head + 1) * groups, row : row + block.rows].to(dtype)
+        * problem.scale
+    )
     k = problem.k[span.batch, head, key + block.start : key + block.last + 1].to(dtype)
     logits = q @ k.T
     squash(logits, problem.softcap)
     own = logits[..., -block.rows :]
-    own.masked_fill_(torch.ones(block.rows, block.rows, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+    own.masked_fill_(
+        torch.ones(block.rows, block.rows, dtype=torch.bool, device=q.device).triu(1), -torch.inf
+    )
     if problem.sliding_window is not None:
         position = torch.arange(block.start, block.last + 1, device=q.device)
-        logits.masked_fill_(position <= position[-block.rows :, None] - problem.sliding_window, -torch.inf)
+        logits.masked_fill_(
+            position <= position[-block.rows :, None] - problem.sliding_window, -torch.inf
+        )
     return logits.softmax(-1)
 
 
 def chosen(problem: AttentionProblem, mask: BlockMask, head: int, at: int) -> torch.Tensor:
-    """The key blocks that the `at`-th query block reads, for the query heads of a key head: `[G, n]`."""
+    """The key blocks that the `at`-th query block reads, for the query heads of a key head:
+    `[G, n]`."""
     (span,) = problem.spans
-    indices = mask.indices[span.batch].unflatten(0, (problem.k.shape[1], -1))[head, :, at]  # [1 or G, most]
+    indices = mask.indices[span.batch].unflatten(0, (problem.k.shape[1], -1))[
+        head, :, at
+    ]  # [1 or G, most]
     count = int(mask.counts[span.batch, 0, at])  # the same for all heads
     return indices[:, :count].long().expand(problem.groups, -1)
 
@@ -67,38 +88,55 @@ def chosen(problem: AttentionProblem, mask: BlockMask, head: int, at: int) -> to
 def captured_mass(
     problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]], masks: Sequence[BlockMask]
 ) -> torch.Tensor:
-    """Mass that each mask keeps, averaged over the rows of each block: `[masks, Hq, blocks]`. Memory is that of one block."""
+    """Mass that each mask keeps, averaged over the rows of each block: `[masks, Hq, blocks]`.
+    Memory is that of one block."""
     groups = problem.groups
     mass = torch.zeros(len(masks), problem.q.shape[1], len(blocks), dtype=torch.float64)
     for head in range(problem.k.shape[1]):
         for column, (at, block) in enumerate(blocks):
             p = probabilities(problem, head, block).mean(1)  # [G, keys]
-            always = p[:, : block.sink_end - block.start].sum(-1) + p[:, block.window_start - block.start :].sum(-1)
+            always = p[:, : block.sink_end - block.start].sum(-1) + p[
+                :, block.window_start - block.start :
+            ].sum(-1)
             middle = p[:, block.sink_end - block.start : block.window_start - block.start]
             middle = middle.unflatten(-1, (-1, masks[0].block_k)).sum(-1)  # [G, key blocks]
             for i, mask in enumerate(masks):
                 ids = chosen(problem, mask, head, at) - block.low
-                mass[i, head * groups : (head + 1) * groups, column] = (always + middle.gather(-1, ids).sum(-1)).cpu()
+                mass[i, head * groups : (head + 1) * groups, column] = (
+                    always + middle.gather(-1, ids).sum(-1)
+                ).cpu()
     return mass
 
 
-def exact_mass(problem: AttentionProblem, config: HiPConfig, blocks: Sequence[tuple[int, QueryBlock]]) -> torch.Tensor:
-    """Mass `[Hq, blocks]` of the keys that HyperAttention reads exactly: its denominator without a sample, over the true one."""
+def exact_mass(
+    problem: AttentionProblem, config: HiPConfig, blocks: Sequence[tuple[int, QueryBlock]]
+) -> torch.Tensor:
+    """Mass `[Hq, blocks]` of the keys that HyperAttention reads exactly: its denominator without a
+    sample, over the true one."""
     own = replace(config, delta=None, options={**config.options, "sample_size": 0})
     part, whole = (attend(problem, c, need_lse=True).lse for c in (own, DENSE))
     assert part is not None
     assert whole is not None
     share = (part.double() - whole.double()).exp()[0]  # [Hq, Tq]
-    return torch.stack([share[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks], dim=1).cpu()
+    return torch.stack(
+        [share[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks], dim=1
+    ).cpu()
 
 
-def overlap(problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]], mask: BlockMask, oracle: BlockMask) -> float:
+def overlap(
+    problem: AttentionProblem,
+    blocks: Sequence[tuple[int, QueryBlock]],
+    mask: BlockMask,
+    oracle: BlockMask,
+) -> float:
     """Share of the oracle's blocks that the mask has, too."""
     shares = []
     for head in range(problem.k.shape[1]):
         for at, block in blocks:
             a, b = (
-                torch.zeros(problem.groups, block.high, dtype=torch.bool, device=problem.q.device).scatter_(1, ids, True)
+                torch.zeros(
+                    problem.groups, block.high, dtype=torch.bool, device=problem.q.device
+                ).scatter_(1, ids, True)
                 for ids in (chosen(problem, mask, head, at), chosen(problem, oracle, head, at))
             )
             shares.append(float((a & b).sum() / b.sum()))
@@ -107,8 +145,9 @@ def overlap(problem: AttentionProblem, blocks: Sequence[tuple[int, QueryBlock]],
 
 @dataclass(frozen=True)
 class MeasuredMass:
-    """One setting in one layer on one prompt: mass `[Hq, blocks]` and rows `[blocks]` of its searched query blocks;
-    the squared norms of the output's error and of the dense output; the overlap with the oracle's blocks; the cost."""
+    """One setting in one layer on one prompt: mass `[Hq, blocks]` and rows `[blocks]` of its
+    searched query blocks; the squared norms of the output's error and of the dense output; the
+    overlap with the oracle's blocks; the cost."""
 
     mass: torch.Tensor
     oracle: torch.Tensor
@@ -131,7 +170,9 @@ def unsearched(problem: AttentionProblem, configs: Iterable[HiPConfig], layer: i
     return ""
 
 
-def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int | None = None) -> list[MeasuredMass]:
+def measure(
+    problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int | None = None
+) -> list[MeasuredMass]:
     """What each setting captures of one layer's attention. Raises ValueError if a setting has
     nothing to search here (`unsearched` says so beforehand)."""
     dense = attend(problem, DENSE).out
@@ -147,7 +188,9 @@ def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int 
         results = [attend(problem, configs[i], layer, need_mask=True) for i in members]
         best = attend(problem, HiPConfig.from_dict(choice), need_mask=True).mask
         if not blocks or best is None or any(result.path != "sparse" for result in results):
-            raise ValueError(f"settings: layer {layer} has nothing to search ({unsearched(problem, configs, layer)})")
+            raise ValueError(
+                f"settings: layer {layer} has nothing to search ({unsearched(problem, configs, layer)})"
+            )
         masks = [best, *(result.mask for result in results if result.mask is not None)]
         by_mask = iter(captured_mass(problem, blocks, masks))
         oracle = next(by_mask)
@@ -157,13 +200,24 @@ def measure(problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int 
         ]
         rows = torch.tensor([block.rows for _, block in blocks])
         first = problem.spans[0].row_start
-        at = torch.cat([torch.arange(first + block.row, first + block.row + block.rows) for _, block in blocks])
+        at = torch.cat(
+            [torch.arange(first + block.row, first + block.row + block.rows) for _, block in blocks]
+        )
         exact = dense[:, :, at].double()
         (span,) = problem.spans
-        dims = problem.q.shape[-1], problem.v.shape[-1], problem.sliding_window, problem.q.element_size()
+        dims = (
+            problem.q.shape[-1],
+            problem.v.shape[-1],
+            problem.sliding_window,
+            problem.q.element_size(),
+        )
         for i, result, own in zip(members, results, mass, strict=True):
             error = (result.out[:, :, at].double() - exact).square().sum()
-            cost = call_cost(configs[i], [block for _, block in blocks], span.position, span.end, *dims)
+            cost = call_cost(
+                configs[i], [block for _, block in blocks], span.position, span.end, *dims
+            )
             share = None if result.mask is None else overlap(problem, blocks, result.mask, best)
-            measured[i] = MeasuredMass(own, oracle, rows, float(error), float(exact.square().sum()), share, cost)
+            measured[i] = MeasuredMass(
+                own, oracle, rows, float(error), float(exact.square().sum()), share, cost
+            )
     return [measured[i] for i in range(len(configs))]

@@ -22,12 +22,19 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CACHE_KINDS = ("dynamic", "static", "hip", "hip offloaded")
 CHUNK, STEPS = 2048, 16
 # What is built of a model has no more than `SMALL` of these.
-NOT_IN_A_CACHE = ("vocab_size", "intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
+NOT_IN_A_CACHE = (
+    "vocab_size",
+    "intermediate_size",
+    "n_inner",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+)
 SMALL = 64
 
 
 def memory_mib(field: str) -> float | None:
-    """Memory of this process now (`VmRSS`) or at its peak (`VmHWM`); None where the system does not say.
+    """Memory of this process now (`VmRSS`) or at its peak (`VmHWM`); None where the system does not
+    say.
 
     Not `ru_maxrss` on Linux: a child inherits its parent's there.
     """
@@ -43,18 +50,23 @@ def memory_mib(field: str) -> float | None:
 
 def summaries_bytes(cache: Any) -> int:
     """What the summaries of a `HiPCache` take."""
-    pyramids = [row.pyramid for layer in cache.paged for row in layer.hip_state.rows.values() if row.pyramid]
+    pyramids = [
+        row.pyramid for layer in cache.paged for row in layer.hip_state.rows.values() if row.pyramid
+    ]
     return sum(pyramid.nbytes for pyramid in pyramids)
 
 
 def cache_mib(cache: Any) -> float:
     """What a `HiPCache` holds: pages in use, and the summaries beside them."""
-    pages = sum(layer.pool.bytes(layer.pool.used) for layer in cache.paged if layer.pool is not None)
+    pages = sum(
+        layer.pool.bytes(layer.pool.used) for layer in cache.paged if layer.pool is not None
+    )
     return (pages + summaries_bytes(cache)) / MIB
 
 
 class Meter:
-    """What a piece of work takes on top of what was there, in MiB: on the host, and on a GPU if it works there."""
+    """What a piece of work takes on top of what was there, in MiB: on the host, and on a GPU if it
+    works there."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -91,12 +103,15 @@ def _make_cache(kind: str, config: Any, length: int) -> Any:
     if kind == "hip":
         return HiPCache(config)
     settings = read_settings(config)
-    step = settings.selected_keys // settings.block_k  # blocks that a step selects, at worst each in a page of its own
+    step = (
+        settings.selected_keys // settings.block_k
+    )  # blocks that a step selects, at worst each in a page of its own
     return HiPCache(config, offload="cpu", device_pages=max(step, length // PAGE // 8))
 
 
 def _device_bytes(cache: Any, resident: int) -> int:
-    """What has to be on the device: everything, or the pools of an offloaded cache and the summaries."""
+    """What has to be on the device: everything, or the pools of an offloaded cache and the
+    summaries."""
     if getattr(cache, "offload_to", None) is None:
         return resident
     pools = [store.pool for layer in cache.paged for store in (layer.pool.keys, layer.pool.values)]
@@ -130,15 +145,20 @@ def shapes_of(net: Any) -> list[tuple[torch.Size, torch.Size]]:
     shapes = [
         (layer.keys.shape, layer.values.shape)
         for layer in cache.layers
-        if isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
+        if isinstance(layer, CacheLayerMixin)
+        and layer.keys is not None
+        and layer.values is not None
     ]
     if len(shapes) != net.config.num_hidden_layers:
-        raise ValueError(f"got {net.config.model_type!r}, allowed: models whose layers all keep keys and values")
+        raise ValueError(
+            f"got {net.config.model_type!r}, allowed: models whose layers all keep keys and values"
+        )
     return shapes
 
 
 def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
-    """One row of the table, measured in the calling process. `config`: as `read_config` gives it."""
+    """One row of the table, measured in the calling process. `config`: as `read_config` gives
+    it."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
@@ -153,7 +173,9 @@ def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
 
     with torch.inference_mode():
         shapes = shapes_of(net)
-        net(torch.tensor([[5]]), **{CACHE: _make_cache(kind, config, CHUNK)})  # whatever is allocated once
+        net(
+            torch.tensor([[5]]), **{CACHE: _make_cache(kind, config, CHUNK)}
+        )  # whatever is allocated once
         meter = Meter(torch.device("cpu"))
         cache = _make_cache(kind, config, length)
         for first in range(0, length, CHUNK):

@@ -1,8 +1,8 @@
 """Many facts in one document, all asked for at its end, in one forward pass per prompt and setting.
 
-The answers stand in the prompt (teacher forcing), so nothing is generated: each of their digits is held against what the
-model would have said before it read it. That is some ten times cheaper than generation, and a model that is too small to
-answer by itself still shows what it has found.
+The answers stand in the prompt (teacher forcing), so nothing is generated: each of their digits is
+held against what the model would have said before it read it. That is some ten times cheaper than
+generation, and a model that is too small to answer by itself still shows what it has found.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ FREE = 0.02
 
 @dataclass(frozen=True)
 class NeedlesAnswer:
-    """Where a fact's answer stands in a prompt: `[positions]` of its tokens and how many digits each of them has."""
+    """Where a fact's answer stands in a prompt: `[positions]` of its tokens and how many digits
+    each of them has."""
 
     fact: Fact
     positions: tuple[int, ...]
@@ -45,21 +46,26 @@ class NeedlesAnswer:
 
 @dataclass(frozen=True)
 class NeedlesPrompt:
-    """A document with facts hidden in it, of `document` tokens, and after it all questions with their answers."""
+    """A document with facts hidden in it, of `document` tokens, and after it all questions with
+    their answers."""
 
     ids: list[int]
     document: int
     answers: list[NeedlesAnswer]
 
 
-def make_prompt(tokenizer: Any, text: list[int], length: int, facts: int, rng: random.Random) -> NeedlesPrompt:
+def make_prompt(
+    tokenizer: Any, text: list[int], length: int, facts: int, rng: random.Random
+) -> NeedlesPrompt:
     """A prompt of exactly `length` tokens from the beginning of `text` (token ids).
 
     A fact lies at a random place in each equal part of the document, the first `FREE` of it left
     out. They are asked for in another, random order. Raises ValueError if `text` is too short, or
     notes and questions alone are longer than `length`."""
     encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
-    hidden = draw_facts(rng, [FREE + (1 - FREE) * (part + rng.random()) / facts for part in range(facts)])
+    hidden = draw_facts(
+        rng, [FREE + (1 - FREE) * (part + rng.random()) / facts for part in range(facts)]
+    )
     end: list[int] = []
     places = []
     for fact in rng.sample(hidden, facts):
@@ -69,13 +75,19 @@ def make_prompt(tokenizer: Any, text: list[int], length: int, facts: int, rng: r
         places.append([(fact, len(end) + i, count) for i, count in enumerate(digits) if count])
         end += tokens + encode(".")
     document = length - len(end)
-    answers = [NeedlesAnswer(own[0][0], *zip(*((document + at, count) for _, at, count in own), strict=True)) for own in places]
+    answers = [
+        NeedlesAnswer(
+            own[0][0], *zip(*((document + at, count) for _, at, count in own), strict=True)
+        )
+        for own in places
+    ]
     return NeedlesPrompt(hide(tokenizer, text, length, hidden, end), document, answers)
 
 
 @dataclass
 class NeedlesCounts:
-    """What was counted with one setting: `nll` and `document_nll` are sums in nats, over `digits` and `tokens`."""
+    """What was counted with one setting: `nll` and `document_nll` are sums in nats, over `digits`
+    and `tokens`."""
 
     prompts: int = 0
     answers: int = 0
@@ -89,7 +101,9 @@ class NeedlesCounts:
     paths: list[str] = field(default_factory=list)
 
     def __add__(self, other: NeedlesCounts) -> NeedlesCounts:
-        return NeedlesCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        return NeedlesCounts(
+            *(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
+        )
 
     def row(self, settings: str, length: int, document: str) -> dict[str, Any]:
         """One row of the report."""
@@ -112,16 +126,23 @@ class NeedlesCounts:
 
 
 def right_tokens(right: torch.Tensor, answers: Sequence[NeedlesAnswer]) -> list[list[bool]]:
-    """Whether each digit token of each answer is the likeliest. `right`: `[tokens - 1]`, of every token but the first."""
+    """Whether each digit token of each answer is the likeliest. `right`: `[tokens - 1]`, of every
+    token but the first."""
     return [[bool(right[at - 1]) for at in answer.positions] for answer in answers]
 
 
 @torch.no_grad()
-def ask(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None = None) -> NeedlesCounts:
-    """Read a prompt once, with these settings, and count what is right in it; by `steps`: what comes after the document token by
-    token."""
+def ask(
+    model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None = None
+) -> NeedlesCounts:
+    """Read a prompt once, with these settings, and count what is right in it; by `steps`: what
+    comes after the document token by token."""
     sparse = use(model, config)
-    loss, right = losses_of(model, prompt.ids) if steps is None else steps.losses_of(prompt.ids, prompt.document, config)
+    loss, right = (
+        losses_of(model, prompt.ids)
+        if steps is None
+        else steps.losses_of(prompt.ids, prompt.document, config)
+    )
     said = right_tokens(right, prompt.answers)
     layers = explain(model) if sparse or steps is not None else []
     shares = [layer.share for layer in layers if layer.share is not None]
@@ -146,8 +167,9 @@ def ask(model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses 
 
 @dataclass(frozen=True)
 class NeedlesPlan:
-    """What to ask: `prompts` documents of each kind and length, with `facts` facts each, the same whatever the settings.
-    `decode`: documents are read densely, and what comes after them by decode steps."""
+    """What to ask: `prompts` documents of each kind and length, with `facts` facts each, the same
+    whatever the settings. `decode`: documents are read densely, and what comes after them by decode
+    steps."""
 
     configs: dict[str, HiPConfig]
     lengths: Sequence[int]
@@ -158,12 +180,15 @@ class NeedlesPlan:
 
     @property
     def dense(self) -> str | None:
-        """The name of the setting that the others are compared with: dense attention, if it is among them."""
-        return next((name for name, config in self.configs.items() if config.method == "dense"), None)
+        """The name of the setting that the others are compared with: dense attention, if it is
+        among them."""
+        return next(
+            (name for name, config in self.configs.items() if config.method == "dense"), None
+        )
 
     def window(self, text: list[int], length: int, number: int, rng: random.Random) -> list[int]:
-        """The tokens of a prompt's document: a random part of its own share of the text; where a share is too short, windows
-        overlap and are evenly spread."""
+        """The tokens of a prompt's document: a random part of its own share of the text; where a
+        share is too short, windows overlap and are evenly spread."""
         share = len(text) // self.prompts
         if share >= length:
             start = number * share + rng.randrange(share - length + 1)
@@ -172,11 +197,16 @@ class NeedlesPlan:
         return text[start : start + length]
 
     def prompt(self, tokenizer: Any, text: list[int], length: int, number: int) -> NeedlesPrompt:
-        """One of the prompts. Raises ValueError for a length that does not fit the text or the questions."""
+        """One of the prompts. Raises ValueError for a length that does not fit the text or the
+        questions."""
         if length > len(text):
-            raise ValueError(f"length: got {length}, allowed: at most the {len(text)} tokens of the document")
+            raise ValueError(
+                f"length: got {length}, allowed: at most the {len(text)} tokens of the document"
+            )
         rng = random.Random(f"{self.seed} {length} {number}")
-        return make_prompt(tokenizer, self.window(text, length, number, rng), length, self.facts, rng)
+        return make_prompt(
+            tokenizer, self.window(text, length, number, rng), length, self.facts, rng
+        )
 
 
 def against(row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]:
@@ -186,8 +216,8 @@ def against(row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]
 
 
 def flops_columns(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
-    """What a prompt costs a sparse layer in FLOPs: selection over attention, and both over dense attention. None where no layer
-    is sparse by its `path`, or a method does not tell."""
+    """What a prompt costs a sparse layer in FLOPs: selection over attention, and both over dense
+    attention. None where no layer is sparse by its `path`, or a method does not tell."""
     cost = prompt_cost(config, length) if "sparse" in path else None
     selection = cost and cost.selection / cost.attention
     return {"selection_over_attention": selection, "flops_over_dense": cost and cost.share}
@@ -213,18 +243,25 @@ def measure(
             prompt = plan.prompt(tokenizer, text, length, number)
             for name, config in plan.configs.items():
                 key = ("needles", config.to_dict(), length, document, number)
-                found[name] += NeedlesCounts(**kept.get(key, partial(ask, model, prompt, config, steps)))
+                found[name] += NeedlesCounts(
+                    **kept.get(key, partial(ask, model, prompt, config, steps))
+                )
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
         for name, row in own.items():
             cost = {} if plan.decode else flops_columns(plan.configs[name], length, row["path"])
-            rows.append(row | against(row, own[plan.dense] if plan.dense is not None else None) | cost)
+            rows.append(
+                row | against(row, own[plan.dense] if plan.dense is not None else None) | cost
+            )
     return rows
 
 
 def standard_library() -> str:
-    """The source text of the standard library's modules that are single files, in the order of their names."""
+    """The source text of the standard library's modules that are single files, in the order of
+    their names."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return "\n".join(file.read_text(encoding="utf-8") for file in files if file.stem in sys.stdlib_module_names)
+    return "\n".join(
+        file.read_text(encoding="utf-8") for file in files if file.stem in sys.stdlib_module_names
+    )
 
 
 def read_documents(kinds: str) -> dict[str, str]:
@@ -239,5 +276,7 @@ def read_documents(kinds: str) -> dict[str, str]:
             file = DOCUMENT if kind == NOVEL else Path(kind)
             texts[name] = standard_library() if kind == CODE else file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--documents: got {kind!r} ({error}), allowed: {NOVEL}, {CODE} or a text file") from None
+            raise ValueError(
+                f"--documents: got {kind!r} ({error}), allowed: {NOVEL}, {CODE} or a text file"
+            ) from None
     return texts

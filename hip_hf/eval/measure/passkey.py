@@ -1,4 +1,5 @@
-"""Hide a pass key at every depth of a long document, ask for it, and count the answers that are right."""
+"""Hide a pass key at every depth of a long document, ask for it, and count the answers that are
+right."""
 
 from __future__ import annotations
 
@@ -13,32 +14,45 @@ from typing import Any
 import torch
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, Fact, answer_of, draw_digits, make_prompt
+from hip_hf.eval.measure.documents import (
+    DIGITS,
+    FACT_NAMES,
+    Fact,
+    answer_of,
+    draw_digits,
+    make_prompt,
+)
 from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.integration.api import configure
 from hip_hf.integration.explain import Row, explain
 
-# An answer is a space and one token per digit; tokenizers that need fewer stop earlier or say more, which is cut off.
+# An answer is a space and one token per digit; tokenizers that need fewer stop earlier or say more,
+# which is cut off.
 ANSWER_TOKENS = DIGITS + 1
 
 
 def draw_facts(rng: random.Random, depths: list[float]) -> list[Fact]:
     """A fact with its own name and key for each depth."""
     keys = [draw_digits(rng) for _ in depths]
-    return [Fact(*fact) for fact in zip(rng.sample(FACT_NAMES, len(depths)), keys, depths, strict=True)]
+    return [
+        Fact(*fact) for fact in zip(rng.sample(FACT_NAMES, len(depths)), keys, depths, strict=True)
+    ]
 
 
 def make_sample(
     tokenizer: Any, text: list[int], length: int, depth: float, facts: int, rng: random.Random
 ) -> tuple[list[int], str]:
-    """A prompt that leaves room for its answer within `length` tokens, and the key that it asks for.
+    """A prompt that leaves room for its answer within `length` tokens, and the key that it asks
+    for.
 
     The document is a random window of `text`. `facts - 1` other facts are hidden at random depths.
     """
     room = length - ANSWER_TOKENS
     start = rng.randrange(max(len(text) - room, 0) + 1)
     hidden = draw_facts(rng, [depth, *(rng.random() for _ in range(facts - 1))])
-    return make_prompt(tokenizer, text[start : start + room], room, hidden, hidden[0].name), hidden[0].key
+    return make_prompt(tokenizer, text[start : start + room], room, hidden, hidden[0].name), hidden[
+        0
+    ].key
 
 
 def digits_right(answer: str, key: str) -> int:
@@ -57,7 +71,11 @@ def path_of(rows: list[Row]) -> str:
     """`sparse`, `dense`, or how many layers went which way and why."""
     kinds = [row.path if row.path == "sparse" else f"{row.path} ({row.reason})" for row in rows]
     counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-    return next(iter(counts), "-") if len(counts) <= 1 else ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    return (
+        next(iter(counts), "-")
+        if len(counts) <= 1
+        else ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    )
 
 
 @dataclass
@@ -83,7 +101,10 @@ class PasskeyCounts:
     def row(self, settings: str, length: int, depth: float | None) -> dict[str, Any]:
         """One row of the report; no `depth` means all of them."""
         low, high = wilson(self.exact, self.samples)
-        shares = [[row.share for row in rows if row.share is not None] for rows in (self.prefill, self.decode)]
+        shares = [
+            [row.share for row in rows if row.share is not None]
+            for rows in (self.prefill, self.decode)
+        ]
         read = [fmean(share) if share else 1.0 for share in shares]
         caches = ", ".join(dict.fromkeys(row.cache for row in self.decode))
         return {
@@ -104,7 +125,8 @@ class PasskeyCounts:
 
 
 def use(model: Any, config: HiPConfig) -> bool:
-    """Let the model attend by these settings; `dense` goes through PyTorch's SDPA. Whether `explain` has something to say."""
+    """Let the model attend by these settings; `dense` goes through PyTorch's SDPA. Whether
+    `explain` has something to say."""
     sparse = config.method != "dense"
     model.set_attn_implementation("hip" if sparse else "sdpa")
     if sparse:
@@ -112,8 +134,11 @@ def use(model: Any, config: HiPConfig) -> bool:
     return sparse
 
 
-def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse: bool) -> PasskeyCounts:
-    """Generate the answers of a batch of prompts of one length, greedily, and count what is right."""
+def ask(
+    model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse: bool
+) -> PasskeyCounts:
+    """Generate the answers of a batch of prompts of one length, greedily, and count what is
+    right."""
     ids = torch.tensor([prompt for prompt, _ in samples], device=model.device)
     told: list[list[Row]] = []  # by `explain`, in prefill and in each decode step
 
@@ -139,7 +164,8 @@ def ask(model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse
 
 @dataclass(frozen=True)
 class PasskeyPlan:
-    """What to ask: `samples` prompts for each setting, length and depth, the same ones whatever the settings."""
+    """What to ask: `samples` prompts for each setting, length and depth, the same ones whatever the
+    settings."""
 
     configs: dict[str, HiPConfig]
     lengths: Sequence[int]
@@ -154,13 +180,20 @@ class PasskeyPlan:
         """Evenly spaced depths."""
         return [i / (self.depths - 1) for i in range(self.depths)] if self.depths > 1 else [0.5]
 
-    def prompts(self, tokenizer: Any, text: list[int], length: int, place: float) -> list[tuple[list[int], str]]:
-        """Prompts and keys of one length and depth. Raises ValueError for a length that does not fit the text."""
-        draws = [random.Random(f"{self.seed} {length} {place:.6f} {i}") for i in range(self.samples)]
+    def prompts(
+        self, tokenizer: Any, text: list[int], length: int, place: float
+    ) -> list[tuple[list[int], str]]:
+        """Prompts and keys of one length and depth. Raises ValueError for a length that does not
+        fit the text."""
+        draws = [
+            random.Random(f"{self.seed} {length} {place:.6f} {i}") for i in range(self.samples)
+        ]
         return [make_sample(tokenizer, text, length, place, self.facts, rng) for rng in draws]
 
 
-def measure(model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable) -> Rows:
+def measure(
+    model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable
+) -> Rows:
     """The rows of the report, of what `kept` has not yet. Raises ValueError if a length does not
     fit the text."""
     kept.expect("pass keys", len(plan.configs) * len(plan.lengths) * plan.depths)

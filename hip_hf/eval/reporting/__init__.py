@@ -1,1 +1,2 @@
-"""How results are shown and kept: tables and JSON (`report`), pictures, pages, and runs that can be resumed (`resumable`)."""
+"""How results are shown and kept: tables and JSON (`report`), pictures, pages, and runs that can be
+resumed (`resumable`)."""

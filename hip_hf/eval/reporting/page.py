@@ -1,4 +1,5 @@
-"""A page of results that needs no other file: tables and pictures in one HTML file, made from saved JSON documents."""
+"""A page of results that needs no other file: tables and pictures in one HTML file, made from saved
+JSON documents."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from jinja2 import Environment, PackageLoader
 
 from hip_hf.eval.reporting import report
 
-# Shown at the head of a section or below its table; everything else of a document is listed as a detail.
+# Shown at the head of a section or below its table; everything else of a document is listed as a
+# detail.
 SHOWN = ("command", "title", "rows", "machine")
 
 
@@ -25,7 +27,9 @@ def picture(document: dict[str, Any], draw: Callable[[dict[str, Any], Path], Non
         return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
-def section(document: dict[str, Any], draw: Callable[[dict[str, Any], Path], None]) -> dict[str, Any]:
+def section(
+    document: dict[str, Any], draw: Callable[[dict[str, Any], Path], None]
+) -> dict[str, Any]:
     """What the template needs of one document."""
     rows = document["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -36,14 +40,27 @@ def section(document: dict[str, Any], draw: Callable[[dict[str, Any], Path], Non
         "rows": [[report.cell(row.get(name)) for name in names] for row in rows],
         "words": [all(isinstance(row.get(name), str) for row in rows) for name in names],
         "picture": picture(document, draw),
-        "details": {name: json.dumps(value, indent=1) for name, value in document.items() if name not in SHOWN},
-        "machine": ", ".join(f"{name} {value}" for name, value in document["machine"].items() if value is not None),
+        "details": {
+            name: json.dumps(value, indent=1)
+            for name, value in document.items()
+            if name not in SHOWN
+        },
+        "machine": ", ".join(
+            f"{name} {value}" for name, value in document["machine"].items() if value is not None
+        ),
     }
 
 
-def render(title: str, documents: Sequence[tuple[dict[str, Any], Callable[[dict[str, Any], Path], None]]]) -> str:
+def render(
+    title: str, documents: Sequence[tuple[dict[str, Any], Callable[[dict[str, Any], Path], None]]]
+) -> str:
     """The page: a section for each (document, function that draws it)."""
     environment = Environment(
-        loader=PackageLoader("hip_hf.eval.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("hip_hf.eval.reporting", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(title=title, sections=[section(*pair) for pair in documents])
+    return environment.get_template("page.html").render(
+        title=title, sections=[section(*pair) for pair in documents]
+    )

@@ -23,7 +23,10 @@ COMPARED = {
     "needle_digits": "digits of needles right",
 }
 # And of those of `serving`.
-SERVED = {"first_token_s": "seconds to the first token", "tokens_per_s": "new tokens a second, of all clients"}
+SERVED = {
+    "first_token_s": "seconds to the first token",
+    "tokens_per_s": "new tokens a second, of all clients",
+}
 
 Record = dict[str, Any]
 
@@ -58,7 +61,9 @@ def draw_passkey(document: Record, file: Path) -> None:
     lines, depths = different(cells, "settings", "length"), different(cells, "depth")
     grid = [[math.nan] * len(depths) for _ in lines]
     for row in cells:
-        grid[lines.index((row["settings"], row["length"]))][depths.index(row["depth"])] = row["accuracy"]
+        grid[lines.index((row["settings"], row["length"]))][depths.index(row["depth"])] = row[
+            "accuracy"
+        ]
     labels = [fill(f"{name}, {length:,}", 44) for name, length in lines]
     longest = max(len(part) for label in labels for part in label.split("\n"))
     height = 1.5 + sum(0.5 + 0.2 * label.count("\n") for label in labels)
@@ -75,8 +80,8 @@ def draw_passkey(document: Record, file: Path) -> None:
 
 
 def draw_needles(document: Record, file: Path) -> None:
-    """Digits right against the share of keys read: a line over the budgets for each setting, length and document; dense
-    attention is a level."""
+    """Digits right against the share of keys read: a line over the budgets for each setting, length
+    and document; dense attention is a level."""
     lines: dict[tuple[str, int, str], list[Record]] = {}
     for row in document["rows"]:
         lines.setdefault((setting_of(row), row["length"], row["document"]), []).append(row)
@@ -147,7 +152,9 @@ def draw_latency(document: Record, file: Path) -> None:
         if row["times_faster"]:  # selection alone has no counterpart
             panel, _, how = row["phase"].partition(" ")
             label = " ".join(part for part in (row["dtype"], row["settings"], how) if part)
-            panels.setdefault(panel, {}).setdefault(label, []).append((row["length"], row["times_faster"]))
+            panels.setdefault(panel, {}).setdefault(label, []).append(
+                (row["length"], row["times_faster"])
+            )
     conditions = document["title"].removeprefix(LATENCY_TITLE)
     title = f"One attention call, hip against scaled_dot_product_attention\n{conditions}"
     size = (5.6 * len(panels), 4.4)
@@ -190,7 +197,9 @@ def draw_compare(document: Record, file: Path) -> None:
             for i, name in enumerate(names):
                 own = [row for row in rows if setting_of(row) == name]
                 own = [row for row in own if row.get(panel) is not None]
-                style = dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--", label=fill(name, 44))
+                style = dict(
+                    color=f"C{i % 10}", linestyle="-" if i < 10 else "--", label=fill(name, 44)
+                )
                 places = [row.get("keys_read") if counted else i for row in own]
                 if own and None in places:  # dense: a level to compare with
                     axis.axhline(own[0][panel], linewidth=1, **{**style, "linestyle": ":"})
@@ -198,7 +207,11 @@ def draw_compare(document: Record, file: Path) -> None:
                     values = (row[panel] for row in own)
                     line(axis, sorted(zip(places, values, strict=True)), **style)
             axis.set(ylabel=COMPARED[panel])
-            axis.set(xlabel="keys read per row, mean" if counted else "settings, in the order of the table")
+            axis.set(
+                xlabel="keys read per row, mean"
+                if counted
+                else "settings, in the order of the table"
+            )
             axis.grid(alpha=0.3)
         found = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes]
         handles = {label: handle for pairs in found for handle, label in pairs}
@@ -212,7 +225,9 @@ def draw_longctx(document: Record, file: Path) -> None:
     colour for each of the settings; perplexity beside it."""
     rows = document["rows"]
     names = different(rows, "settings")
-    panels = [[row for row in rows if (row["task"] == LONGCTX_PERPLEXITY) is own] for own in (False, True)]
+    panels = [
+        [row for row in rows if (row["task"] == LONGCTX_PERPLEXITY) is own] for own in (False, True)
+    ]
     panels = [panel for panel in panels if panel]
     tasks = [different(panel, "task") for panel in panels]
     size = (6 + 3 * (len(panels) - 1), 2 + 0.16 * len(names) * max(len(own) for own in tasks))
@@ -221,7 +236,9 @@ def draw_longctx(document: Record, file: Path) -> None:
         for axis, panel, own in zip(axes, panels, tasks, strict=True):
             for i, name in enumerate(names):
                 mine = [row for row in panel if row["settings"] == name]
-                places = [own.index(row["task"]) + 0.8 * (i + 0.5) / len(names) - 0.4 for row in mine]
+                places = [
+                    own.index(row["task"]) + 0.8 * (i + 0.5) / len(names) - 0.4 for row in mine
+                ]
                 values = [row["value"] for row in mine]
                 bars = [[abs(row[side] - row["value"]) for row in mine] for side in ("low", "high")]
                 style = dict(fmt="o", capsize=2, color=f"C{i % 10}", label=fill(name, 30))
@@ -229,10 +246,14 @@ def draw_longctx(document: Record, file: Path) -> None:
             axis.set_yticks(range(len(own)), own)
             axis.invert_yaxis()
             axis.set_ylabel("task")
-            axis.set_xlabel("perplexity" if own == [LONGCTX_PERPLEXITY] else "share of right answers")
+            axis.set_xlabel(
+                "perplexity" if own == [LONGCTX_PERPLEXITY] else "share of right answers"
+            )
             axis.grid(axis="x", alpha=0.3)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(4, len(names)), fontsize=8
+        )
 
 
 def draw_serving(document: Record, file: Path) -> None:
@@ -249,7 +270,11 @@ def draw_serving(document: Record, file: Path) -> None:
                     mine = [row for row in rows if row["tokens"] == length]
                     mine = [row for row in mine if row["attention"] == name]
                     line(axis, [(row["clients"], row[column]) for row in mine], label=name)
-                axis.set(title=f"prompts of {short(length)} tokens", xlabel="clients at once", ylabel=words)
+                axis.set(
+                    title=f"prompts of {short(length)} tokens",
+                    xlabel="clients at once",
+                    ylabel=words,
+                )
                 axis.set_xticks(sorted({row["clients"] for row in rows}))
                 axis.set_ylim(bottom=0)
                 axis.grid(alpha=0.3)

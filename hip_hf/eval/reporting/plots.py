@@ -1,4 +1,5 @@
-"""Pictures: the little of matplotlib that the commands share. It is imported when a picture is asked for."""
+"""Pictures: the little of matplotlib that the commands share. It is imported when a picture is
+asked for."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ FUTURE = "#ffffff"
 
 
 def pyplot() -> Any:
-    """`matplotlib.pyplot`, drawing to files only. Ends the command with one line if matplotlib is missing."""
+    """`matplotlib.pyplot`, drawing to files only. Ends the command with one line if matplotlib is
+    missing."""
     try:
         import matplotlib
     except ImportError:
@@ -65,7 +67,8 @@ def drawing(
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of who reads what: `kinds` `[query blocks, key blocks]` indexes `BLOCK_KINDS`, -1 is the future."""
+    """One picture of who reads what: `kinds` `[query blocks, key blocks]` indexes `BLOCK_KINDS`, -1
+    is the future."""
 
     title: str
     kinds: torch.Tensor
@@ -73,8 +76,11 @@ class Panel:
     block_k: int
 
 
-def readings(file: Path, title: str, panels: list[Panel], tokens: int, marks: dict[str, int], question: int) -> None:
-    """Which key blocks each query block reads. `marks`: where the facts stand; `question`: the row it begins at."""
+def readings(
+    file: Path, title: str, panels: list[Panel], tokens: int, marks: dict[str, int], question: int
+) -> None:
+    """Which key blocks each query block reads. `marks`: where the facts stand; `question`: the row
+    it begins at."""
     pyplot()  # if it is missing, say so
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -88,12 +94,26 @@ def readings(file: Path, title: str, panels: list[Panel], tokens: int, marks: di
         for axis in axes.flat[len(panels) :]:
             axis.axis("off")
         for axis, panel in zip(axes.flat, panels, strict=False):
-            extent = (0, panel.kinds.shape[1] * panel.block_k, panel.kinds.shape[0] * panel.block_q, 0)
+            extent = (
+                0,
+                panel.kinds.shape[1] * panel.block_k,
+                panel.kinds.shape[0] * panel.block_q,
+                0,
+            )
             axis.imshow((panel.kinds + 1).numpy(), extent=extent, interpolation="nearest", **scale)
             axis.set(xlim=(0, tokens), ylim=(tokens, 0))
             for name, at in marks.items():
                 axis.axvline(at, color="crimson", linewidth=0.7, linestyle=":")
-                axis.text(at, 0, f"{name} ", color="crimson", fontsize=8, rotation=90, va="top", ha="right")
+                axis.text(
+                    at,
+                    0,
+                    f"{name} ",
+                    color="crimson",
+                    fontsize=8,
+                    rotation=90,
+                    va="top",
+                    ha="right",
+                )
             axis.axhline(question, color="black", linewidth=0.7, linestyle="--")
             axis.text(tokens, question, " question", fontsize=8, va="center", ha="left")
             axis.set_title(panel.title, fontsize=10)
@@ -101,5 +121,8 @@ def readings(file: Path, title: str, panels: list[Panel], tokens: int, marks: di
             axis.set_xlabel("key position (token)")
         for axis in axes[:, 0]:
             axis.set_ylabel("query position (token)")
-        legend = [Patch(facecolor=colour, edgecolor="grey", label=kind) for kind, colour in BLOCK_KINDS.items()]
+        legend = [
+            Patch(facecolor=colour, edgecolor="grey", label=kind)
+            for kind, colour in BLOCK_KINDS.items()
+        ]
         figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)

@@ -1,4 +1,5 @@
-"""One style for what the commands print: a table for people, or one JSON document with machine and versions."""
+"""One style for what the commands print: a table for people, or one JSON document with machine and
+versions."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ import hip_hf
 AT = " @ "
 # Columns of a table that no terminal shows (a file, a pipe): enough for all of it.
 WIDE = 1000
-# Progress and notes go to the error stream, so that `--json` on the output stream stays one document.
+# Progress and notes go to the error stream, so that `--json` on the output stream stays one
+# document.
 notes = Console(stderr=True)
 
 
@@ -31,7 +33,14 @@ def machine() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name)
+        name = next(
+            (
+                line.split(":")[1].strip()
+                for line in info.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            name,
+        )
     return {
         "cpu": name,
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -45,7 +54,12 @@ def machine() -> dict[str, Any]:
 
 def progress() -> Progress:
     """A progress bar on the error stream."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=notes, transient=True)
 
 
@@ -60,11 +74,17 @@ def counting(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 def show(title: str, rows: Sequence[dict[str, Any]], as_json: bool, **extra: Any) -> None:
     """Print rows (dicts with the same keys) as a table, or everything as JSON."""
     if as_json:
-        print(json.dumps({"title": title, "rows": list(rows), **extra, "machine": machine()}, indent=1))
+        print(
+            json.dumps(
+                {"title": title, "rows": list(rows), **extra, "machine": machine()}, indent=1
+            )
+        )
         return
     table = Table(title=title, title_justify="left")
     for name in rows[0] if rows else ():
-        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+        table.add_column(
+            name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right"
+        )
     for row in rows:
         table.add_row(*(cell(value) for value in row.values()))
     console = Console()

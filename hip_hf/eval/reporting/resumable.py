@@ -1,4 +1,5 @@
-"""Finished measurements of a run that may be interrupted: kept in a file beside its output, until the run is complete."""
+"""Finished measurements of a run that may be interrupted: kept in a file beside its output, until
+the run is complete."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def plain(value: Any) -> Any:
 
 
 class Resumable:
-    """What a run has measured so far: a JSON line for each measurement in `OUTPUT.partial`, or in memory if there is no output.
+    """What a run has measured so far: a JSON line for each measurement in `OUTPUT.partial`, or in
+    memory if there is no output.
 
     `request` is everything that the measurements depend on. A file of another request is refused
     and not mixed in. A line that was cut off when the run was killed is dropped. As a context
@@ -42,14 +44,22 @@ class Resumable:
         try:
             first, *rest = file.read_text(encoding="utf-8").split("\n")
             before = dict(json.loads(first)["request"])
-            done = dict(json.loads(line) for line in rest[:-1])  # what follows the last line break was cut off
+            done = dict(
+                json.loads(line) for line in rest[:-1]
+            )  # what follows the last line break was cut off
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(
                 f"--output: got {file.name!r}, which is no file of finished measurements, allowed: {allowed}"
             ) from None
         if before != self.request:
-            names = sorted(name for name in before.keys() | self.request if before.get(name) != self.request.get(name))
-            raise ValueError(f"--output: got finished measurements of a run with other {', '.join(names)}, allowed: {allowed}")
+            names = sorted(
+                name
+                for name in before.keys() | self.request
+                if before.get(name) != self.request.get(name)
+            )
+            raise ValueError(
+                f"--output: got finished measurements of a run with other {', '.join(names)}, allowed: {allowed}"
+            )
         self.done = done
         self._write(file)
 

@@ -24,15 +24,16 @@ FULL = 0.99  # a prompt is long enough when it fills so much of its room
 
 @dataclass(frozen=True)
 class Prompt:
-    """One document of a task: the text, how the answer begins, and the strings that the answer must hold."""
+    """One document of a task: the text, how the answer begins, and the strings that the answer must
+    hold."""
 
     input: str
     gen_prefix: str
     outputs: list[str]
 
 
-# Draws a prompt of about `length` tokens with `size` units of haystack: `make(rng, size, length)`. The same state of the
-# generator must give the same draw.
+# Draws a prompt of about `length` tokens with `size` units of haystack: `make(rng, size, length)`.
+# The same state of the generator must give the same draw.
 Make = Callable[[random.Random, int, int], Prompt]
 
 
@@ -55,7 +56,9 @@ class TaskPlan:
 def load_tokenizer(name: str, revision: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(
+        name, revision=revision, trust_remote_code=trust_remote_code
+    )
 
 
 def _check_count(name: str, value: Any, low: int) -> int:
@@ -73,32 +76,47 @@ def read_plan(metadata: dict[str, Any]) -> TaskPlan:
         raise UsageError("max_seq_lengths: got [], allowed: a list of token counts")
     name = metadata.get("tokenizer") or metadata.get("pretrained")
     if not isinstance(name, str):
-        raise UsageError(f"tokenizer: got {name!r}, allowed: a name or folder (metadata `tokenizer` or `pretrained`)")
+        raise UsageError(
+            f"tokenizer: got {name!r}, allowed: a name or folder (metadata `tokenizer` or `pretrained`)"
+        )
     return TaskPlan(
         lengths=tuple(_check_count("max_seq_lengths", length, 1) for length in lengths),
         samples=_check_count("samples", metadata.get("samples", 50), 1),
         seed=_check_count("data_seed", metadata.get("data_seed", 0), 0),
         haystack=str(metadata.get("haystack") or DOCUMENT),
-        tokenizer=load_tokenizer(name, str(metadata.get("revision", "main")), bool(metadata.get("trust_remote_code", False))),
+        tokenizer=load_tokenizer(
+            name,
+            str(metadata.get("revision", "main")),
+            bool(metadata.get("trust_remote_code", False)),
+        ),
     )
 
 
 @functools.cache
 def sentences(file: str) -> list[str]:
-    """The sentences of a text file, each with the white space after it. Raises UsageError if it cannot be read or is empty."""
+    """The sentences of a text file, each with the white space after it. Raises UsageError if it
+    cannot be read or is empty."""
     try:
         found = _SENTENCE.findall(Path(file).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"haystack: got {file!r} ({error}), allowed: a text file or {SYNTHETIC!r}") from None
+        raise UsageError(
+            f"haystack: got {file!r} ({error}), allowed: a text file or {SYNTHETIC!r}"
+        ) from None
     if not any(sentence.strip() for sentence in found):
-        raise UsageError(f"haystack: got {file!r}, which is empty, allowed: a text file or {SYNTHETIC!r}")
+        raise UsageError(
+            f"haystack: got {file!r}, which is empty, allowed: a text file or {SYNTHETIC!r}"
+        )
     return found
 
 
 def draw_sentences(haystack: str, rng: random.Random, size: int) -> list[str]:
-    """`size` consecutive sentences from a random place (the file's beginning follows its end), or random ones."""
+    """`size` consecutive sentences from a random place (the file's beginning follows its end), or
+    random ones."""
     if haystack == SYNTHETIC:
-        return [" ".join(rng.choices(FACT_NAMES, k=SENTENCE_WORDS)).capitalize() + ". " for _ in range(size)]
+        return [
+            " ".join(rng.choices(FACT_NAMES, k=SENTENCE_WORDS)).capitalize() + ". "
+            for _ in range(size)
+        ]
     text = sentences(haystack)
     start = rng.randrange(len(text))
     return [text[(start + i) % len(text)] for i in range(size)]
@@ -115,12 +133,19 @@ def insert(units: Sequence[str], needles: Sequence[str], places: Sequence[int]) 
 
 
 def scatter(rng: random.Random, size: int, count: int) -> list[int]:
-    """`count` places in a haystack of `size` units, in rising order, different while there are enough."""
-    places = rng.sample(range(size + 1), count) if count <= size + 1 else rng.choices(range(size + 1), k=count)
+    """`count` places in a haystack of `size` units, in rising order, different while there are
+    enough."""
+    places = (
+        rng.sample(range(size + 1), count)
+        if count <= size + 1
+        else rng.choices(range(size + 1), k=count)
+    )
     return sorted(places)
 
 
-def fit(tokens: Callable[[int], int], room: int, guess: int, smallest: int, largest: float = math.inf) -> int:
+def fit(
+    tokens: Callable[[int], int], room: int, guess: int, smallest: int, largest: float = math.inf
+) -> int:
     """A size up to `largest` for which `tokens(size) <= room`: the largest one, or one that fills
     `FULL` of the room. Raises UsageError if not even the smallest fits."""
     good, bad, size = smallest - 1, largest + 1, max(guess, smallest)
@@ -131,7 +156,9 @@ def fit(tokens: Callable[[int], int], room: int, guess: int, smallest: int, larg
         else:
             good = size
         if bad <= smallest:
-            raise UsageError(f"max_seq_lengths: got room for {room} tokens of prompt, allowed: at least {count} for this task")
+            raise UsageError(
+                f"max_seq_lengths: got room for {room} tokens of prompt, allowed: at least {count} for this task"
+            )
         if bad - good <= 1 or FULL * room <= count <= room:
             return good
         # tokens are nearly proportional to the size; what must change, changes
@@ -148,10 +175,11 @@ def build(
     smallest: int = 0,
     largest: float = math.inf,
 ) -> dict[str, Any]:
-    """The test split of a task: for each sample and length a prompt that leaves `answer` tokens for the answer.
+    """The test split of a task: for each sample and length a prompt that leaves `answer` tokens for
+    the answer.
 
-    Length by length: processes take documents in turn, and lengths that took turns as well could leave one of them without
-    any document of some length, at which lm-eval fails.
+    Length by length: processes take documents in turn, and lengths that took turns as well could
+    leave one of them without any document of some length, at which lm-eval fails.
     """
     import datasets
 
@@ -160,7 +188,9 @@ def build(
     rows = []
     for length, index in itertools.product(plan.lengths, range(plan.samples)):
 
-        def draw(size: int, seed: str = f"{task} {plan.seed} {length} {index}", length: int = length) -> Prompt:
+        def draw(
+            size: int, seed: str = f"{task} {plan.seed} {length} {index}", length: int = length
+        ) -> Prompt:
             return make(random.Random(seed), size, length)
 
         def tokens(size: int, draw: Callable[[int], Prompt] = draw) -> int:
@@ -168,7 +198,14 @@ def build(
             return plan.tokens(prompt.input + delimiter + prompt.gen_prefix)
 
         size = fit(tokens, length - answer, size, smallest, largest)
-        rows.append({**vars(draw(size)), "index": index, "length": tokens(size) + answer, "max_length": length})
+        rows.append(
+            {
+                **vars(draw(size)),
+                "index": index,
+                "length": tokens(size) + answer,
+                "max_length": length,
+            }
+        )
     return {"test": datasets.Dataset.from_list(rows, split=datasets.Split.TEST)}
 
 

@@ -15,8 +15,11 @@ PASSKEY_TOKENS, VALUE_TOKENS, COPY_TOKENS = 16, 64, 48
 GIVEN, WANTED = 12, 12
 
 
-def render_notes(units: list[str], facts: list[tuple[str, str]], places: list[int], asked: int) -> Prompt:
-    """A document of `units` with the facts (name, key) noted at `places`, and the question for one of them."""
+def render_notes(
+    units: list[str], facts: list[tuple[str, str]], places: list[int], asked: int
+) -> Prompt:
+    """A document of `units` with the facts (name, key) noted at `places`, and the question for one
+    of them."""
     text = "".join(insert(units, [note(*fact) for fact in facts], places))
     words, _, prefix = question(facts[asked][0]).partition("? ")
     return Prompt(f"{text.rstrip()}\n{words.strip()}?", prefix, [facts[asked][1]])
@@ -30,7 +33,9 @@ def note_documents(task: str, count: int, metadata: dict[str, Any]) -> dict[str,
         names = rng.sample(FACT_NAMES, count)
         facts = [(name, draw_digits(rng)) for name in names]
         asked = rng.randrange(count)
-        return render_notes(draw_sentences(haystack, rng, size), facts, scatter(rng, size, count), asked)
+        return render_notes(
+            draw_sentences(haystack, rng, size), facts, scatter(rng, size, count), asked
+        )
 
     return build(task, make, PASSKEY_TOKENS, metadata)
 
@@ -48,16 +53,15 @@ def identifier(rng: random.Random) -> str:
 
 
 def key_value(**metadata: Any) -> dict[str, Any]:
-    """A JSON object of random identifiers (after Liu et al., *Lost in the Middle*); one key is asked for."""
+    """A JSON object of random identifiers (after Liu et al., *Lost in the Middle*); one key is
+    asked for."""
 
     def make(rng: random.Random, size: int, length: int) -> Prompt:
         asked, place = (identifier(rng), identifier(rng)), rng.random()
         pairs = [(identifier(rng), identifier(rng)) for _ in range(size)]
         pairs.insert(round(place * size), asked)
         listing = json.dumps(dict(pairs), indent=0)
-        words = (
-            f'Each line of this JSON object gives a key and its value.\n{listing}\nWhich value belongs to the key "{asked[0]}"?'
-        )
+        words = f'Each line of this JSON object gives a key and its value.\n{listing}\nWhich value belongs to the key "{asked[0]}"?'
         return Prompt(words, f'The value of "{asked[0]}" is', [asked[1]])
 
     return build("key_value", make, VALUE_TOKENS, metadata)

@@ -1,8 +1,10 @@
-"""The RULER families, in the texts of lm-eval's own RULER tasks (Hsieh et al. 2024): needles, variables, words.
+"""The RULER families, in the texts of lm-eval's own RULER tasks (Hsieh et al. 2024): needles,
+variables, words.
 
-Each `render_*` writes a prompt from its ingredients; the tests hand it those of lm-eval's documents and get the same prompts.
-The texts are read from the lm-eval that is installed rather than repeated here. Its modules are not imported for that: they
-download NLTK data and list every pair of an adjective and a noun first.
+Each `render_*` writes a prompt from its ingredients; the tests hand it those of lm-eval's documents
+and get the same prompts. The texts are read from the lm-eval that is installed rather than repeated
+here. Its modules are not imported for that: they download NLTK data and list every pair of an
+adjective and a noun first.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def text_of(module: str, name: str) -> Any:
     assert spec.origin is not None
     source = Path(spec.origin).parent / "ruler" / f"{module}.py"
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and [target.id for target in node.targets if isinstance(target, ast.Name)] == [name]:
+        if isinstance(node, ast.Assign) and [
+            target.id for target in node.targets if isinstance(target, ast.Name)
+        ] == [name]:
             return ast.literal_eval(node.value)
     raise ImportError(f"{source} has no {name}: this version of lm-eval is not known to hip_hf")
 
@@ -45,7 +49,13 @@ def words(*categories: str) -> list[str]:
     """English words of the categories `noun`, `adjective` or `verb`, sorted."""
     from wonderwords import RandomWord
 
-    return sorted({word for category in categories for word in RandomWord().filter(include_categories=[category])})
+    return sorted(
+        {
+            word
+            for category in categories
+            for word in RandomWord().filter(include_categories=[category])
+        }
+    )
 
 
 def draw_key(rng: random.Random) -> str:
@@ -70,12 +80,17 @@ def render_needles(context: str, keys: Sequence[str], values: Sequence[str]) -> 
         template = template.replace("Some", "A").replace("are all", "is").replace("are", "is")
     query = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
     prefix = f"The special magic {kind} for {query} mentioned in the provided text {verb}"
-    return Prompt(template.format(type_needle_v=kind, context=context, query=query), prefix, list(values))
+    return Prompt(
+        template.format(type_needle_v=kind, context=context, query=query), prefix, list(values)
+    )
 
 
-def needles(task: str, metadata: dict[str, Any], noise: str, keys: int = 1, values: int = 1, asked: int = 1) -> dict[str, Any]:
-    """`keys` keys with `values` values each are hidden, and `asked` of the keys asked for. `noise`: what they are hidden in,
-    `repeat` (the same five sentences), `needles` (keys nobody asks for) or `text` (the haystack)."""
+def needles(
+    task: str, metadata: dict[str, Any], noise: str, keys: int = 1, values: int = 1, asked: int = 1
+) -> dict[str, Any]:
+    """`keys` keys with `values` values each are hidden, and `asked` of the keys asked for. `noise`:
+    what they are hidden in, `repeat` (the same five sentences), `needles` (keys nobody asks for) or
+    `text` (the haystack)."""
     haystack = read_plan(metadata).haystack
 
     def make(rng: random.Random, size: int, length: int) -> Prompt:
@@ -92,7 +107,9 @@ def needles(task: str, metadata: dict[str, Any], noise: str, keys: int = 1, valu
             units = [needle(draw_key(rng), digits(rng)) for _ in range(size)]
         else:
             units = [" ".join(sentence.split()) for sentence in draw_sentences(haystack, rng, size)]
-        context = (" " if noise == "text" else "\n").join(insert(units, hidden, scatter(rng, size, len(hidden))))
+        context = (" " if noise == "text" else "\n").join(
+            insert(units, hidden, scatter(rng, size, len(hidden)))
+        )
         return render_needles(context, wanted, [value for name in wanted for value in facts[name]])
 
     return build(task, make, NEEDLE_TOKENS, metadata)
@@ -119,7 +136,8 @@ def niah_multiquery(**metadata: Any) -> dict[str, Any]:
 
 
 def chain(rng: random.Random, hops: int, letters: int) -> tuple[list[str], str]:
-    """Names of `hops + 1` variables, each assigned from the one before, and the value of the first."""
+    """Names of `hops + 1` variables, each assigned from the one before, and the value of the
+    first."""
     names: list[str] = []
     while len(names) <= hops:
         name = "".join(rng.choices(string.ascii_uppercase, k=letters))
@@ -134,16 +152,23 @@ def assignments(names: Sequence[str], value: str) -> list[str]:
     return [f"VAR {names[0]} = {value}", *links]
 
 
-def render_variables(units: Sequence[str], names: Sequence[str], value: str, example: str) -> Prompt:
+def render_variables(
+    units: Sequence[str], names: Sequence[str], value: str, example: str
+) -> Prompt:
     """The question for the variables that hold `value`, after a worked example (empty for none)."""
     texts = text_of("vt_utils", "CONFIG")["variable_tracking"]
     context = " ".join(units).replace(". \n", ".\n")
     prefix = texts["answer_prefix"].format(num_v=len(names), query=value)
-    return Prompt(example + texts["template"].format(context=context, query=value), prefix.strip(), list(names))
+    return Prompt(
+        example + texts["template"].format(context=context, query=value),
+        prefix.strip(),
+        list(names),
+    )
 
 
 def variable_tracking(**metadata: Any) -> dict[str, Any]:
-    """RULER's `vt`: one chain of four hops, and a worked example (shorter than RULER's) before it."""
+    """RULER's `vt`: one chain of four hops, and a worked example (shorter than RULER's) before
+    it."""
     noise, hops, example_noise = NOISE + "\n", 4, 5
 
     def draw(rng: random.Random, size: int, letters: int, example: str) -> Prompt:
@@ -153,19 +178,27 @@ def variable_tracking(**metadata: Any) -> dict[str, Any]:
 
     def make(rng: random.Random, size: int, length: int) -> Prompt:
         shown = draw(rng, example_noise, 3, "")
-        return draw(rng, size, 5, f"{shown.input} {shown.gen_prefix}  {' '.join(shown.outputs)}\n\n\n\n")
+        return draw(
+            rng, size, 5, f"{shown.input} {shown.gen_prefix}  {' '.join(shown.outputs)}\n\n\n\n"
+        )
 
     return build("variable_tracking", make, VARIABLE_TOKENS, metadata)
 
 
 def render_words(module: str, context: str, outputs: Sequence[str]) -> Prompt:
-    """The question for the most frequent words of `context`, in the words of `cwe_utils` or `fwe_utils`."""
+    """The question for the most frequent words of `context`, in the words of `cwe_utils` or
+    `fwe_utils`."""
     texts = text_of(module, "CONFIG")
-    return Prompt(texts["template"].format(context=context, query="").strip(), texts["answer_prefix"].strip(), list(outputs))
+    return Prompt(
+        texts["template"].format(context=context, query="").strip(),
+        texts["answer_prefix"].strip(),
+        list(outputs),
+    )
 
 
 def common_words(**metadata: Any) -> dict[str, Any]:
-    """RULER's `cwe`: ten words are listed thirty times, all others three times; in short prompts six times and once."""
+    """RULER's `cwe`: ten words are listed thirty times, all others three times; in short prompts
+    six times and once."""
     count, short = 10, 4096
     known = words("noun", "adjective", "verb")
 
@@ -177,11 +210,14 @@ def common_words(**metadata: Any) -> dict[str, Any]:
         context = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
         return render_words("cwe_utils", context, drawn[:count])
 
-    return build("common_words", make, COMMON_TOKENS, metadata, delimiter="\n\n", largest=len(known) - count)
+    return build(
+        "common_words", make, COMMON_TOKENS, metadata, delimiter="\n\n", largest=len(known) - count
+    )
 
 
 def frequent_words(**metadata: Any) -> dict[str, Any]:
-    """RULER's `fwe`: coded words whose frequencies fall with the square of their rank; the first, `...`, is noise."""
+    """RULER's `fwe`: coded words whose frequencies fall with the square of their rank; the first,
+    `...`, is noise."""
     letters, asked = 6, 3
     zeta = math.pi**2 / 6  # of 2: the frequencies sum to one
 

@@ -1,4 +1,5 @@
-"""The lm-eval model type `hip`: fields of `HiPConfig` as model arguments, the rest is lm-eval's Hugging Face model."""
+"""The lm-eval model type `hip`: fields of `HiPConfig` as model arguments, the rest is lm-eval's
+Hugging Face model."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ from hip_hf.integration.settings import read_settings, text_config
 
 TRUNCATION = ("left", "middle")
 FIELDS = {field.name: field for field in dataclasses.fields(HiPConfig)}
-# From this ratio of `difflib` on an argument that nobody knows is taken for a mistyped one of ours. Lower ones are met by names
-# that Transformers' `from_pretrained` takes (`device_mesh`), which are listed nowhere.
+# From this ratio of `difflib` on an argument that nobody knows is taken for a mistyped one of ours.
+# Lower ones are met by names that Transformers' `from_pretrained` takes (`device_mesh`), which are
+# listed nowhere.
 MISTYPED = 0.7
 # What lm-eval pads scored texts with, on the right and whatever the tokenizer's padding is.
 PADDING = 0
@@ -38,8 +40,9 @@ PADDING = 0
 def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Model arguments as (fields of `HiPConfig`, all others).
 
-    Two names mean something to lm-eval's model as well; the value tells which is meant: `backend` is ours when it is
-    one of our backends, and `delta` when it is a number (theirs is a path of delta weights).
+    Two names mean something to lm-eval's model as well; the value tells which is meant: `backend`
+    is ours when it is one of our backends, and `delta` when it is a number (theirs is a path of
+    delta weights).
     """
     ours: dict[str, Any] = {}
     theirs: dict[str, Any] = {}
@@ -50,23 +53,32 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str
         elif name == "delta":
             mine = value is None or not isinstance(_value(value), str)
         (ours if mine else theirs)[name] = value
-    return {name: value if name in ("method", "representative") else _value(value) for name, value in ours.items()}, theirs
+    return {
+        name: value if name in ("method", "representative") else _value(value)
+        for name, value in ours.items()
+    }, theirs
 
 
 def refuse_mistyped(arguments: dict[str, Any], config: Any) -> None:
-    """Raise UsageError for an argument that is nearly one of ours, and neither one of lm-eval's model nor, in the model's
-    `config`, a setting of the model: it would end up in the model's constructor, or nowhere."""
+    """Raise UsageError for an argument that is nearly one of ours, and neither one of lm-eval's
+    model nor, in the model's `config`, a setting of the model: it would end up in the model's
+    constructor, or nowhere."""
     theirs = inspect.signature(HFLM.__init__).parameters
     for name, value in arguments.items():
         if name in theirs or hasattr(config, name):
             continue
-        close = difflib.get_close_matches(name, [*FIELDS, "prompt_truncation"], n=1, cutoff=MISTYPED)
+        close = difflib.get_close_matches(
+            name, [*FIELDS, "prompt_truncation"], n=1, cutoff=MISTYPED
+        )
         if close:
-            raise UsageError(f"{name}: unknown model argument with value {value!r} (did you mean {close[0]!r}?)")
+            raise UsageError(
+                f"{name}: unknown model argument with value {value!r} (did you mean {close[0]!r}?)"
+            )
 
 
 def _value(text: Any) -> Any:
-    """What a model argument says: lists, dicts and None come as text when the arguments were one string."""
+    """What a model argument says: lists, dicts and None come as text when the arguments were one
+    string."""
     if not isinstance(text, str):
         return text
     try:
@@ -90,9 +102,11 @@ def _leave_group() -> None:
 
 
 class KeysRead:
-    """A forward hook on the model that counts what its attention layers did: share of the visible keys read, and paths.
+    """A forward hook on the model that counts what its attention layers did: share of the visible
+    keys read, and paths.
 
-    A call with up to `DECODE_ROWS` rows is decode, as it is for the attention. All shares count alike.
+    A call with up to `DECODE_ROWS` rows is decode, as it is for the attention. All shares count
+    alike.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -104,7 +118,9 @@ class KeysRead:
         self.shares: dict[str, list[float]] = {"prefill": [0.0, 0], "decode": [0.0, 0]}
         self.paths: dict[str, Counter[str]] = defaultdict(Counter)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         rows = next(tensor.shape[1] for tensor in given if tensor is not None)
         phase = "decode" if rows <= DECODE_ROWS else "prefill"
@@ -113,28 +129,39 @@ class KeysRead:
             if call is not None:
                 self.shares[phase][0] += call.share
                 self.shares[phase][1] += 1
-                self.paths[phase][call.path if call.path == "sparse" else f"{call.path} ({call.reason})"] += 1
+                self.paths[phase][
+                    call.path if call.path == "sparse" else f"{call.path} ({call.reason})"
+                ] += 1
 
     def summary(self) -> dict[str, Any]:
-        """Mean share of keys read in prefill and in decode (None: there was no such call), and layer calls per path."""
-        means = {phase: total / count if count else None for phase, (total, count) in self.shares.items()}
-        return {"keys_read": means, "paths": {phase: dict(counts) for phase, counts in self.paths.items()}}
+        """Mean share of keys read in prefill and in decode (None: there was no such call), and
+        layer calls per path."""
+        means = {
+            phase: total / count if count else None for phase, (total, count) in self.shares.items()
+        }
+        return {
+            "keys_read": means,
+            "paths": {phase: dict(counts) for phase, counts in self.paths.items()},
+        }
 
 
 class HipLM(HFLM):
     """lm-eval's Hugging Face model, attending through `hip`.
 
-    Model arguments that are fields of `HiPConfig` merge over the checkpoint's own settings (`config.hip`);
-    `prompt_truncation` says where prompts longer than the model are cut: `left` (lm-eval's way) or `middle` (LongBench's);
-    all others go to `HFLM`.
+    Model arguments that are fields of `HiPConfig` merge over the checkpoint's own settings
+    (`config.hip`); `prompt_truncation` says where prompts longer than the model are cut: `left`
+    (lm-eval's way) or `middle` (LongBench's); all others go to `HFLM`.
 
     Raises:
-        UsageError: a setting is unknown to `HiPConfig` or out of range; before any weights are loaded.
+        UsageError: a setting is unknown to `HiPConfig` or out of range; before any weights are
+        loaded.
     """
 
     def __init__(self, pretrained: Any, prompt_truncation: str = "left", **arguments: Any) -> None:
         if prompt_truncation not in TRUNCATION:
-            raise UsageError(f"prompt_truncation: got {prompt_truncation!r}, allowed: {' | '.join(TRUNCATION)}")
+            raise UsageError(
+                f"prompt_truncation: got {prompt_truncation!r}, allowed: {' | '.join(TRUNCATION)}"
+            )
         self.prompt_truncation = prompt_truncation
         self._fields, self._rest = split_arguments(arguments)
         rest = dict(self._rest)
@@ -151,10 +178,12 @@ class HipLM(HFLM):
         super().__init__(pretrained, **rest)
         self.settings = self.use(**self._fields)
         if hasattr(self, "accelerator") and self.world_size == 1 and rest.get("tp_plan") is None:
-            # HFLM shares the work among processes only where it sees several GPUs; without this each would do all of it
+            # HFLM shares the work among processes only where it sees several GPUs; without this
+            # each would do all of it
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
-        # lm-eval ends with the group open: a thread of it that lets go of a tensor while Python ends aborts the process
+        # lm-eval ends with the group open: a thread of it that lets go of a tensor while Python
+        # ends aborts the process
         if hasattr(self, "accelerator"):
             atexit.register(self.accelerator.state.destroy_process_group)
         elif rest.get("tp_plan") is not None:
@@ -163,7 +192,8 @@ class HipLM(HFLM):
         self.model.register_forward_hook(self.read, with_kwargs=True)
 
     def use(self, config: HiPConfig | None = None, **fields: Any) -> HiPConfig:
-        """`configure` the model for the next evaluation. Raises UsageError for what it refuses; nothing has changed then."""
+        """`configure` the model for the next evaluation. Raises UsageError for what it refuses;
+        nothing has changed then."""
         try:
             self.settings = configure(self.model, config, **fields)
         except ValueError as error:
@@ -180,19 +210,29 @@ class HipLM(HFLM):
             raise UsageError(str(error)) from None
 
     def tok_batch_encode(
-        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask `[B, T]` of a batch of prompts; what is too long loses its middle if so asked."""
+        """Token ids and mask `[B, T]` of a batch of prompts; what is too long loses its middle if
+        so asked."""
         if self.prompt_truncation == "left" or left_truncate_len is None:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
         rows = [self._cut(self.tok_encode(string), left_truncate_len) for string in strings]
-        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        padded = self.tokenizer.pad(
+            {"input_ids": rows}, padding_side=padding_side, return_tensors="pt"
+        )
         return padded["input_ids"], padded["attention_mask"]
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         if self.prompt_truncation == "middle":
             longest = self.max_length + 1  # the last token is scored, not read
-            requests = [(words, self._cut(context, longest - len(end)), end) for words, context, end in requests]
+            requests = [
+                (words, self._cut(context, longest - len(end)), end)
+                for words, context, end in requests
+            ]
         self._ends_in_padding = {}
         for _, context, end in requests:
             ids = self._read(context, end)
@@ -202,15 +242,16 @@ class HipLM(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _read(self, context: list[int], end: list[int]) -> list[int]:
-        """The tokens that lm-eval gives the decoder for a request: a row of its batch, before it is padded."""
+        """The tokens that lm-eval gives the decoder for a request: a row of its batch, before it is
+        padded."""
         if self.backend == "seq2seq":
             return end[-self.max_length :]
         return (context + end)[-(self.max_length + 1) :][:-1]
 
     def _mask(self, rows: torch.Tensor) -> torch.Tensor:
-        """Which tokens of scored rows `[B, T]` are text: lm-eval knows, and does not tell its model. A row that ends in the
-        token which lm-eval pads with is told from a padded one by the requests; from another request's that goes on with
-        nothing but such tokens it is not."""
+        """Which tokens of scored rows `[B, T]` are text: lm-eval knows, and does not tell its
+        model. A row that ends in the token which lm-eval pads with is told from a padded one by the
+        requests; from another request's that goes on with nothing but such tokens it is not."""
         mask = torch.zeros_like(rows)
         for real, ids in zip(mask, rows.tolist(), strict=True):
             text = _without_padding(ids)
@@ -218,13 +259,21 @@ class HipLM(HFLM):
         return mask
 
     def _model_call(
-        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+        self,
+        inps: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits of a batch of scored texts, padded on the right; with the mask, so that no row depends on the others."""
+        """Logits of a batch of scored texts, padded on the right; with the mask, so that no row
+        depends on the others."""
         if labels is None:
             given: dict[str, Any] = {"attention_mask": self._mask(inps)}
         else:
-            given = {"attention_mask": attn_mask, "labels": labels, "decoder_attention_mask": self._mask(labels)}
+            given = {
+                "attention_mask": attn_mask,
+                "labels": labels,
+                "decoder_attention_mask": self._mask(labels),
+            }
         dtype = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype, dtype is not None):
             return self.model(inps, **given).logits
@@ -235,13 +284,17 @@ class HipLM(HFLM):
         return truncate_tokens(tokens, room, "middle") if len(tokens) > room else tokens
 
     def get_model_info(self) -> dict[str, Any]:
-        """What goes into the results' `config`: ours under `hip`: all settings, versions, share of keys read."""
+        """What goes into the results' `config`: ours under `hip`: all settings, versions, share of
+        keys read."""
         packages = ("torch", "transformers", "lm_eval", "datasets")
         return {
             **super().get_model_info(),
             "hip": {
                 "config": read_settings(text_config(self.model)).to_dict(),
-                "versions": {"hip_hf": hip_hf.__version__, **{package: version(package) for package in packages}},
+                "versions": {
+                    "hip_hf": hip_hf.__version__,
+                    **{package: version(package) for package in packages},
+                },
                 "prompt_truncation": self.prompt_truncation,
                 "processes": self.world_size,  # the figures below are those of the first
                 **self.read.summary(),

@@ -3,9 +3,11 @@
     from hip_hf.integration.lm_eval.registration import register
 
     register()
-    lm_eval.simple_evaluate(model="hip", model_args={"pretrained": "any/checkpoint", "budget": 512}, tasks=["hip_longctx"])
+    lm_eval.simple_evaluate(model="hip", model_args={"pretrained": "any/checkpoint", "budget": 512},
+    tasks=["hip_longctx"])
 
-`hip-hf lm-eval` calls `register` for you, and after `hip-hf autoload enable` so does every plain `lm_eval` of the environment.
+`hip-hf lm-eval` calls `register` for you, and after `hip-hf autoload enable` so does every plain
+`lm_eval` of the environment.
 """
 
 from __future__ import annotations
@@ -21,15 +23,16 @@ MODEL = "hip"
 
 
 class UsageError(ValueError):
-    """What a user can get wrong in model arguments and metadata; the command shows its message and no traceback."""
+    """What a user can get wrong in model arguments and metadata; the command shows its message and
+    no traceback."""
 
 
 def register() -> None:
-    """Make lm-eval know the model type `hip` and the tasks in `hip_hf/eval/tasks`. Calling it again is harmless, and
-    `hip_hf.unregister` takes it back.
+    """Make lm-eval know the model type `hip` and the tasks in `hip_hf/eval/tasks`. Calling it again
+    is harmless, and `hip_hf.unregister` takes it back.
 
-    lm-eval has no entry points for plugins. Its model registry takes names at run time; its task manager takes folders
-    only as an argument of the caller's, to which this adds ours.
+    lm-eval has no entry points for plugins. Its model registry takes names at run time; its task
+    manager takes folders only as an argument of the caller's, to which this adds ours.
 
     Raises:
         ImportError: lm-eval is not installed.
@@ -45,7 +48,9 @@ def register_model() -> None:
 
     if MODEL not in model_registry:
         model_registry.register(MODEL, target="hip_hf.integration.lm_eval.model:HipLM")
-        changes.at_undo(lambda: model_registry._objs.pop(MODEL, None))  # lm-eval has no public way to take a type back
+        changes.at_undo(
+            lambda: model_registry._objs.pop(MODEL, None)
+        )  # lm-eval has no public way to take a type back
 
 
 def register_tasks() -> None:
@@ -57,8 +62,16 @@ def register_tasks() -> None:
         return
 
     @functools.wraps(plain)
-    def with_our_tasks(self: Any, verbosity: Any = None, include_path: Any = None, *args: Any, **kwargs: Any) -> None:
-        given = [] if not include_path else include_path if isinstance(include_path, (list, tuple)) else [include_path]
+    def with_our_tasks(
+        self: Any, verbosity: Any = None, include_path: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        given = (
+            []
+            if not include_path
+            else include_path
+            if isinstance(include_path, (list, tuple))
+            else [include_path]
+        )
         plain(self, verbosity, [TASKS, *given], *args, **kwargs)
 
     with_our_tasks._hip_tasks = True  # type: ignore[attr-defined]

@@ -1,1 +1,2 @@
-"""Per-architecture forwards: what registration alone cannot give (keys before RoPE). `registry.py` lists the families."""
+"""Per-architecture forwards: what registration alone cannot give (keys before RoPE). `registry.py`
+lists the families."""

@@ -1,4 +1,5 @@
-"""What a patcher of a family says: how its attention layer is put together. `forward.py` does the rest."""
+"""What a patcher of a family says: how its attention layer is put together. `forward.py` does the
+rest."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ import torch
 class Patcher:
     """How to patch one family.
 
-    `attention`: name of its attention class. `project(module, hidden [B, T, hidden size])` -> q `[B, Hq, T, D]`, k and v
-    `[B, Hkv, T, D]`, normalised if the family does so, not rotated. `sliding_window(module)`: of the layer, None if it has none.
-    The rotation is `apply_rotary_pos_emb` of the modeling file, which must turn halves of the head dim (Llama's layout).
+    `attention`: name of its attention class. `project(module, hidden [B, T, hidden
+    size])` -> q `[B, Hq, T, D]`, k and v `[B, Hkv, T, D]`, normalised if the family does so, not
+    rotated. `sliding_window(module)`: of the layer, None if it has none. The rotation is
+    `apply_rotary_pos_emb` of the modeling file, which must turn halves of the head dim (Llama's
+    layout).
     """
 
     attention: str

@@ -26,5 +26,7 @@ def add_patcher(model_type: str, patcher: Patcher) -> None:
         ValueError: the family has one.
     """
     if model_type in _FAMILIES:
-        raise ValueError(f"model_type: got {model_type!r}, allowed: one without a patcher ({' | '.join(_FAMILIES)} have one)")
+        raise ValueError(
+            f"model_type: got {model_type!r}, allowed: one without a patcher ({' | '.join(_FAMILIES)} have one)"
+        )
     _FAMILIES[model_type] = patcher

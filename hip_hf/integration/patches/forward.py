@@ -1,8 +1,10 @@
-"""The forward of a patched attention layer: its family's `Patcher` says how the layer is put together.
+"""The forward of a patched attention layer: its family's `Patcher` says how the layer is put
+together.
 
-A patched layer hands q and k to our attention before RoPE when the settings extend the context, and otherwise does what
-the original does, to the bit. Nothing is read from the interface's tables in between. Weights, submodules and parameters stay
-where they are; the only change to a layer is what is called as its `forward` (and as its replica is made, for `nn.DataParallel`).
+A patched layer hands q and k to our attention before RoPE when the settings extend the context, and
+otherwise does what the original does, to the bit. Nothing is read from the interface's tables in
+between. Weights, submodules and parameters stay where they are; the only change to a layer is what
+is called as its `forward` (and as its replica is made, for `nn.DataParallel`).
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ REPLICATE = "_replicate_for_data_parallel"
 
 @dataclass(eq=False)
 class PatchedForward:
-    """What stands for the forward of the layer `module`. `original`: the one that it had of its own (accelerate's, another
-    patch), None if that was its class's.
+    """What stands for the forward of the layer `module`. `original`: the one that it had of its own
+    (accelerate's, another patch), None if that was its class's.
 
     An object, since a bound method comes back from a pickle as the class's own.
     """
@@ -71,8 +73,9 @@ def forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The forward of a patched attention layer: hidden states `[B, T, hidden size]` -> the same, and None. The cache is found
-    among the other arguments by its type: its name is not the same in all versions of Transformers.
+    """The forward of a patched attention layer: hidden states `[B, T, hidden size]` -> the same,
+    and None. The cache is found among the other arguments by its type: its name is not the same in
+    all versions of Transformers.
 
     Raises:
         ValueError: what `attention_forward` raises, or the cache's `update`.
@@ -92,7 +95,9 @@ def forward(
     query, key, value = ours.patcher.project(self, hidden_states)
     if not unrotated:
         assert position_embeddings is not None
-        query, key = sys.modules[type(self).__module__].apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = sys.modules[type(self).__module__].apply_rotary_pos_emb(
+            query, key, *position_embeddings
+        )
     setattr(key, UNROTATED, unrotated)
     if query.shape[2] == 1 and sliding is None and not self.training:
         settings = layer_settings(self, NAMES[name])
@@ -118,8 +123,8 @@ def forward(
 
 
 def _check_extended(module: Any, cache: Any, method: str | None) -> None:
-    """Raise ValueError, before anything is cached, for a cache that would mix keys with and without rotation unnoticed, and for
-    a layer that cannot extend the context."""
+    """Raise ValueError, before anything is cached, for a cache that would mix keys with and without
+    rotation unnoticed, and for a layer that cannot extend the context."""
     if cache is not None and not isinstance(cache, HiPCache) and not is_paged(cache):
         raise other_cache(f"a {type(cache).__name__}", module.config.hip["extend"])
     if not torch.compiler.is_compiling():  # in a graph, attention itself looks at the layer
@@ -136,12 +141,15 @@ def cache_among(values: Iterable[Any]) -> Any:
         if isinstance(value, Cache) or is_paged(value):
             return value
         if hasattr(value, "get_seq_length"):
-            raise ValueError(f"cache: got {type(value).__name__}, allowed: a subclass of transformers.Cache")
+            raise ValueError(
+                f"cache: got {type(value).__name__}, allowed: a subclass of transformers.Cache"
+            )
     return None
 
 
 def _slot(module: nn.Module) -> str:
-    """Where the layer's own forward is called from: accelerate keeps it aside when it puts a hook around it."""
+    """Where the layer's own forward is called from: accelerate keeps it aside when it puts a hook
+    around it."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
@@ -161,7 +169,9 @@ def patch_layer(module: nn.Module, patcher: Patcher) -> None:
         return
     slot = _slot(module)
     own = module.__dict__.get(slot)
-    plain = isinstance(own, MethodType) and own.__func__ is type(module).forward  # accelerate's copy of the class's own
+    plain = (
+        isinstance(own, MethodType) and own.__func__ is type(module).forward
+    )  # accelerate's copy of the class's own
     module.__dict__[slot] = PatchedForward(module, patcher, None if plain else own)
     module.__dict__[REPLICATE] = Replicate(module)
     _patched.add(module)
@@ -174,7 +184,8 @@ def unpatch_all() -> None:
 
 
 def unpatch_layer(module: nn.Module) -> bool:
-    """Give one attention layer back the forward it had. Harmless where nothing was patched; whether something was."""
+    """Give one attention layer back the forward it had. Harmless where nothing was patched; whether
+    something was."""
     ours = patched(module)
     if ours is None:
         return False

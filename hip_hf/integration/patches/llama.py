@@ -11,7 +11,10 @@ from hip_hf.integration.patches.base import Patcher, by_heads
 
 def project(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v `[B, heads, T, D]` of hidden states `[B, T, hidden size]`."""
-    q, k, v = (by_heads(module, layer(hidden)).transpose(1, 2) for layer in (module.q_proj, module.k_proj, module.v_proj))
+    q, k, v = (
+        by_heads(module, layer(hidden)).transpose(1, 2)
+        for layer in (module.q_proj, module.k_proj, module.v_proj)
+    )
     return q, k, v
 
 

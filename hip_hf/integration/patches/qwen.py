@@ -1,4 +1,5 @@
-"""Qwen2, Qwen2-MoE (Llama's layer with biases), Qwen3 and Qwen3-MoE (q and k normalised per head, before RoPE)."""
+"""Qwen2, Qwen2-MoE (Llama's layer with biases), Qwen3 and Qwen3-MoE (q and k normalised per head,
+before RoPE)."""
 
 from __future__ import annotations
 

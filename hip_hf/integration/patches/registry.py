@@ -24,7 +24,9 @@ def layers_of(model: nn.Module) -> list[tuple[nn.Module, Patcher]]:
         )
     layers = [module for module in model.modules() if type(module).__name__ == patcher.attention]
     if not layers:
-        raise ValueError(f"model: got {type(model).__name__} without {patcher.attention}, allowed: Transformers' own {kind}")
+        raise ValueError(
+            f"model: got {type(model).__name__} without {patcher.attention}, allowed: Transformers' own {kind}"
+        )
     return [(layer, patcher) for layer in layers]
 
 
@@ -35,8 +37,8 @@ def patch_layers(layers: list[tuple[nn.Module, Patcher]]) -> None:
 
 
 def layers_to_extend(model: nn.Module) -> list[tuple[nn.Module, Patcher]]:
-    """The layers to patch for settings that extend the context, none where the family has no patcher. The model may attend by
-    us later on.
+    """The layers to patch for settings that extend the context, none where the family has no
+    patcher. The model may attend by us later on.
 
     Raises:
         ValueError: the model has not the layers of its family.

@@ -1,9 +1,10 @@
-"""Backward pass of block-sparse attention: dQ, dK, dV without atomics, so that gradients repeat bit by bit.
-Reference: `backends/torch/backward.py`.
+"""Backward pass of block-sparse attention: dQ, dK, dV without atomics, so that gradients repeat bit
+by bit. Reference: `backends/torch/backward.py`.
 
-dQ walks what each query block reads, as the forward pass does. dK and dV need the other direction: which query blocks
-read a tile of keys. For sink and window that is a range of rows; for selected blocks the lists are inverted on the
-device (`invert`), without waiting for it. Gradients flow through the keys that were read, not through the selection.
+dQ walks what each query block reads, as the forward pass does. dK and dV need the other direction:
+which query blocks read a tile of keys. For sink and window that is a range of rows; for selected
+blocks the lists are inverted on the device (`invert`), without waiting for it. Gradients flow
+through the keys that were read, not through the selection.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads
 from hip_hf.backends.triton.common.sequences import Sequences
-from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
+from hip_hf.backends.triton.common.tuning import (
+    Tile,
+    power_of_two,
+    precision_of,
+    target_of,
+    tile_of,
+)
 from hip_hf.problem import by_tokens
 
 if TYPE_CHECKING:
@@ -33,7 +40,8 @@ WIDEST_TOGETHER = 128
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a call's rows, and what they read: the rows of prompts that select, or the dense ones at their ends."""
+    """Some of a call's rows, and what they read: the rows of prompts that select, or the dense ones
+    at their ends."""
 
     sequences: Sequences
     reads: Reads
@@ -44,7 +52,13 @@ def _three(prefix: str, x: torch.Tensor) -> dict[str, int]:
 
 
 def _shared_arguments(
-    q: torch.Tensor, kv: KeyValues, part: Part, logits: Logits, lse: torch.Tensor, grad_out: torch.Tensor, tile: Tile
+    q: torch.Tensor,
+    kv: KeyValues,
+    part: Part,
+    logits: Logits,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    tile: Tile,
 ) -> dict[str, Any]:
     heads, dim, dim_v, reads = q.shape[1], q.shape[-1], kv.v.shape[-1], part.reads
     lists = kv.heads if reads.indices is None else reads.indices.shape[1]
@@ -87,7 +101,8 @@ def query_gradient_arguments(
 
 @dataclass(frozen=True)
 class KeyTiles:
-    """Tiles of keys: `blocks` key blocks each, at most 31, or, where a block has more keys than a tile, `1 / parts` of one."""
+    """Tiles of keys: `blocks` key blocks each, at most 31, or, where a block has more keys than a
+    tile, `1 / parts` of one."""
 
     blocks: int
     parts: int
@@ -95,7 +110,8 @@ class KeyTiles:
 
     @staticmethod
     def of(block_k: int, tile: Tile) -> KeyTiles:
-        """For key blocks of `block_k` keys; no tile has more than `tile.keys`, for its sums stay in registers."""
+        """For key blocks of `block_k` keys; no tile has more than `tile.keys`, for its sums stay in
+        registers."""
         blocks, parts = min(31, max(1, tile.keys // block_k)), -(-block_k // tile.keys)
         return KeyTiles(blocks, parts, blocks * block_k if parts == 1 else -(-block_k // parts))
 
@@ -116,7 +132,8 @@ def key_gradient_arguments(
     q: torch.Tensor, kv: KeyValues, part: Part, logits: Logits, lse: torch.Tensor,
     grad_out: torch.Tensor, mean: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor, lists: Inverted | None, tile: Tile,
 ) -> tuple[tuple[int, int, int], list[dict[str, Any]]]:  # fmt: skip
-    """Grid and arguments of `key_gradient_kernel`'s launches, one for dK and dV or one each; `lists` are those of `inverted`."""
+    """Grid and arguments of `key_gradient_kernel`'s launches, one for dK and dV or one each;
+    `lists` are those of `inverted`."""
     arguments = _shared_arguments(q, kv, part, logits, lse, grad_out, tile)
     reads, sequences = part.reads, part.sequences
     tiles = KeyTiles.of(reads.block_k, tile)
@@ -128,18 +145,30 @@ def key_gradient_arguments(
         BLOCK_N=max(16, power_of_two(tiles.keys)), TILE=tiles.keys, PARTS=tiles.parts,
     )  # fmt: skip
     once = max(arguments["D"], arguments["DV"]) <= WIDEST_TOGETHER
-    passes = [dict(OF_K=True, OF_V=True)] if once else [dict(OF_K=True, OF_V=False), dict(OF_K=False, OF_V=True)]
-    return (tiles.lists(part) * tiles.parts, kv.heads, sequences.count), [arguments | each for each in passes]
+    passes = (
+        [dict(OF_K=True, OF_V=True)]
+        if once
+        else [dict(OF_K=True, OF_V=False), dict(OF_K=False, OF_V=True)]
+    )
+    return (tiles.lists(part) * tiles.parts, kv.heads, sequences.count), [
+        arguments | each for each in passes
+    ]
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logits: Logits, parts: tuple[Part, ...], config: HiPConfig
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logits: Logits,
+    parts: tuple[Part, ...],
+    config: HiPConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`prefill` that autograd knows: q `[B, Hq, Tq, D]`, k, v -> out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`.
+    """`prefill` that autograd knows: q `[B, Hq, Tq, D]`, k, v -> out `[B, Hq, Tq, Dv]` and lse fp32
+    `[B, Hq, Tq]`.
 
-    `parts` must not share rows; rows in none of them give 0 and -inf. q, k, v and `logits.sinks` get gradients, also
-    those of lse. The last dimension of q, k and v must have stride 1. `config`: the settings of the call, for what Triton may
-    refuse of its backward pass.
+    `parts` must not share rows; rows in none of them give 0 and -inf. q, k, v and `logits.sinks`
+    get gradients, also those of lse. The last dimension of q, k and v must have stride 1. `config`:
+    the settings of the call, for what Triton may refuse of its backward pass.
     """
     return _Attention.apply(q, k, v, logits.sinks, logits, parts, config)
 
@@ -156,7 +185,8 @@ def gradients(
     grad_lse: torch.Tensor | None,
     need_sinks: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of q, k, v and, if asked for, of the sinks, from what `attention` gave and the gradients of that (None: zero)."""
+    """Gradients of q, k, v and, if asked for, of the sinks, from what `attention` gave and the
+    gradients of that (None: zero)."""
     kv = KeyValues(k, v)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
@@ -165,10 +195,14 @@ def gradients(
     shape = (target_of(q), q.shape[-1], v.shape[-1], q.dtype)
     by_query, by_key = tile_of("backward queries", *shape), tile_of("backward keys", *shape)
     for part in parts:
-        grid, arguments = query_gradient_arguments(q, kv, part, logits, out, lse, grad_out, grad_lse, grad_q, mean, by_query)
+        grid, arguments = query_gradient_arguments(
+            q, kv, part, logits, out, lse, grad_out, grad_lse, grad_q, mean, by_query
+        )
         query_gradient_kernel[grid](**arguments)
         lists = inverted(part, by_key)
-        grid, passes = key_gradient_arguments(q, kv, part, logits, lse, grad_out, mean, grad_k, grad_v, lists, by_key)
+        grid, passes = key_gradient_arguments(
+            q, kv, part, logits, lse, grad_out, mean, grad_k, grad_v, lists, by_key
+        )
         for arguments in passes:
             key_gradient_kernel[grid](**arguments)
     grad_sinks = None
@@ -200,7 +234,11 @@ class _Attention(torch.autograd.Function):
             prefill(q, KeyValues(k, v), part.sequences, part.reads, logits, out, lse)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.set_materialize_grads(False)
-        ctx.logits, ctx.parts, ctx.config = (logits.scale, logits.softcap, logits.sliding_window), parts, config
+        ctx.logits, ctx.parts, ctx.config = (
+            (logits.scale, logits.softcap, logits.sliding_window),
+            parts,
+            config,
+        )
         return out, lse
 
     @staticmethod

@@ -1,8 +1,10 @@
-"""Attention of few query rows over many keys, split over the keys: decode, and the dense tail of a prefill call.
+"""Attention of few query rows over many keys, split over the keys: decode, and the dense tail of a
+prefill call.
 
-The prefill kernel runs with `SPLITS` programs per tile of rows, each over its share of the keys that the row reads, and
-leaves partial outputs and log-sum-exps in scratch; `combine_kernel` merges them. Grids depend on shapes alone and
-lengths are read on the device, so a step can be captured in a CUDA graph and replayed as the sequences grow.
+The prefill kernel runs with `SPLITS` programs per tile of rows, each over its share of the keys
+that the row reads, and leaves partial outputs and log-sum-exps in scratch; `combine_kernel` merges
+them. Grids depend on shapes alone and lengths are read on the device, so a step can be captured in
+a CUDA graph and replayed as the sequences grow.
 """
 
 from __future__ import annotations
@@ -19,7 +21,14 @@ from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads, configuration, rows_of
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E
-from hip_hf.backends.triton.common.tuning import MOST_SPLITS, Tile, power_of_two, processors, target_of, tile_of
+from hip_hf.backends.triton.common.tuning import (
+    MOST_SPLITS,
+    Tile,
+    power_of_two,
+    processors,
+    target_of,
+    tile_of,
+)
 
 
 def kernel_of(block_q: int) -> str:
@@ -29,7 +38,8 @@ def kernel_of(block_q: int) -> str:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Partial results of every split: out fp32 `[splits, B, Hq, Tq, Dv]`, lse fp32 `[splits, B, Hq, Tq]`."""
+    """Partial results of every split: out fp32 `[splits, B, Hq, Tq, Dv]`, lse fp32
+    `[splits, B, Hq, Tq]`."""
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -44,15 +54,23 @@ class Scratch:
         )
 
 
-def splits_for(q: torch.Tensor, key_heads: int, sequences: int, keys: int, rows: int = 1, block_q: int = 1) -> int:
-    """Into how many parts to split the `keys` that a row reads (dense: the capacity of the cache), a power of two:
-    enough to occupy the device, but no part below one tile. `rows`: of the longest sequence, in query blocks of `block_q`."""
+def splits_for(
+    q: torch.Tensor, key_heads: int, sequences: int, keys: int, rows: int = 1, block_q: int = 1
+) -> int:
+    """Into how many parts to split the `keys` that a row reads (dense: the capacity of the cache),
+    a power of two: enough to occupy the device, but no part below one tile. `rows`: of the longest
+    sequence, in query blocks of `block_q`."""
     tile = tile_of(kernel_of(block_q), target_of(q), q.shape[-1], q.shape[-1], q.dtype)
-    return splits_of(tile, q.shape[1] // key_heads, sequences * key_heads, keys, rows, block_q, processors(q))
+    return splits_of(
+        tile, q.shape[1] // key_heads, sequences * key_heads, keys, rows, block_q, processors(q)
+    )
 
 
-def splits_of(tile: Tile, group: int, heads: int, keys: int, rows: int, block_q: int, at_once: int) -> int:
-    """The same of a tile for `group` query heads, of so many key `heads` in all, on a device with `at_once` processors."""
+def splits_of(
+    tile: Tile, group: int, heads: int, keys: int, rows: int, block_q: int, at_once: int
+) -> int:
+    """The same of a tile for `group` query heads, of so many key `heads` in all, on a device with
+    `at_once` processors."""
     programs = heads * -(-rows // min(block_q, rows_of(tile, group, block_q)))
     most = min(MOST_SPLITS, -(-keys // tile.keys), max(1, 2 * at_once // programs))
     return 1 << (most.bit_length() - 1)
@@ -72,8 +90,16 @@ def combine_kernel(
         return
     batch, to = batch.to(tl.int64), (row_start + row).to(tl.int64)
     split, d = tl.arange(0, SPLITS), tl.arange(0, DV)
-    lse = tl.load(PART_LSE + split * stride_ms + batch * stride_mb + head * stride_mh + to * stride_mt)
-    parts_ptr = PARTS + split.to(tl.int64) * stride_ps + batch * stride_pb + head * stride_ph + to * stride_pt
+    lse = tl.load(
+        PART_LSE + split * stride_ms + batch * stride_mb + head * stride_mh + to * stride_mt
+    )
+    parts_ptr = (
+        PARTS
+        + split.to(tl.int64) * stride_ps
+        + batch * stride_pb
+        + head * stride_ph
+        + to * stride_pt
+    )
     parts = tl.load(parts_ptr[:, None] + d[None, :], mask=(d < dim_v)[None, :], other=0.0)
     m_i = tl.max(lse, 0)
     base = tl.where(m_i == float("-inf"), 0.0, m_i)
@@ -115,10 +141,12 @@ def decode(
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
 ) -> None:
-    """As `prefill`, but with the keys of each row split over as many programs as `scratch` has room for (`splits_for`).
+    """As `prefill`, but with the keys of each row split over as many programs as `scratch` has room
+    for (`splits_for`).
 
-    With `reads.block_q` 1 every row has its own selection; with `dense_reads(1)` a row reads every key. `reads.windows`
-    holds the start of each row's window where a selection is older than the row.
+    With `reads.block_q` 1 every row has its own selection; with `dense_reads(1)` a row reads every
+    key. `reads.windows` holds the start of each row's window where a selection is older than the
+    row.
     """
     splits = scratch.out.shape[0]
     target, dim, dim_v = target_of(q), q.shape[-1], kv.v.shape[-1]
@@ -127,7 +155,9 @@ def decode(
         grid, arguments = call_arguments(q, kv, sequences, reads, logits, out, lse, tile)
         attend_kernel[grid](**arguments)
         return
-    grid, arguments = call_arguments(q, kv, sequences, reads, logits, scratch.out, scratch.lse, tile, splits)
+    grid, arguments = call_arguments(
+        q, kv, sequences, reads, logits, scratch.out, scratch.lse, tile, splits
+    )
     attend_kernel[grid](**arguments)
     grid, arguments = combine_arguments(scratch, sequences, out, lse)
     combine_kernel[grid](**arguments)

@@ -1,8 +1,10 @@
-"""Block-sparse flash attention over index lists (HiP, arXiv 2406.09827, section 3.2). Reference: `torch/block_sparse.py`.
+"""Block-sparse flash attention over index lists (HiP, arXiv 2406.09827, section 3.2). Reference:
+`torch/block_sparse.py`.
 
-One kernel serves sparse prefill, decode (`decode.py` splits the keys and combines), dense rows and dense rows at a
-stride (Delta correction, arXiv 2505.11254). A program attends for a tile of `BLOCK_M` query rows of one query block times the
-query heads that share a selection, so each key and value is loaded once for all of them.
+One kernel serves sparse prefill, decode (`decode.py` splits the keys and combines), dense rows and
+dense rows at a stride (Delta correction, arXiv 2505.11254). A program attends for a tile of
+`BLOCK_M` query rows of one query block times the query heads that share a selection, so each key
+and value is loaded once for all of them.
 """
 
 from __future__ import annotations
@@ -14,11 +16,37 @@ import triton
 import triton.language as tl
 
 from hip_hf.backends.triton.common.addressing import KeyValues, offsets_in, page_of
-from hip_hf.backends.triton.common.arguments import Logits, Reads, configuration, dense_reads, rows_of
+from hip_hf.backends.triton.common.arguments import (
+    Logits,
+    Reads,
+    configuration,
+    dense_reads,
+    rows_of,
+)
 from hip_hf.backends.triton.common.rotation import partner, placed_queries, rotation, turned
-from hip_hf.backends.triton.common.sequences import GROWING, Sequences, always_read, load_sequence, query_block, window_start
-from hip_hf.backends.triton.common.tiles import LN2, LOG2E, key_positions, listed_blocks, scaled, selected_keys
-from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
+from hip_hf.backends.triton.common.sequences import (
+    GROWING,
+    Sequences,
+    always_read,
+    load_sequence,
+    query_block,
+    window_start,
+)
+from hip_hf.backends.triton.common.tiles import (
+    LN2,
+    LOG2E,
+    key_positions,
+    listed_blocks,
+    scaled,
+    selected_keys,
+)
+from hip_hf.backends.triton.common.tuning import (
+    Tile,
+    power_of_two,
+    precision_of,
+    target_of,
+    tile_of,
+)
 
 
 @triton.jit
@@ -32,12 +60,14 @@ def _attend_tiles(
     PRECISION: tl.constexpr,
     ROPE_HALF_DIM: tl.constexpr, DISABLE_LICM: tl.constexpr,
 ):  # fmt: skip
-    """Tiles `low` to `high - 1` of BLOCK_N slots each: the online softmax's sums after them. From tile `clear` on, a row sees the
-    slots up to its `latest` one; ROPE_HALF_DIM > 0: always from its `earliest` one on, and keys are turned to `slots - shift`.
+    """Tiles `low` to `high - 1` of BLOCK_N slots each: the online softmax's sums after them. From
+    tile `clear` on, a row sees the slots up to its `latest` one; ROPE_HALF_DIM > 0: always from its
+    `earliest` one on, and keys are turned to `slots - shift`.
 
-    Where a tile's keys lie is found one tile ahead, and which blocks they belong to two tiles ahead. So no key waits for an
-    index of the same turn, which is what lets the compiler fetch keys and values stages ahead, without waiting for products.
-    For the same reason there is one loop, with masks behind a branch, and slots after the last one repeat it.
+    Where a tile's keys lie is found one tile ahead, and which blocks they belong to two tiles
+    ahead. So no key waits for an index of the same turn, which is what lets the compiler fetch keys
+    and values stages ahead, without waiting for products. For the same reason there is one loop,
+    with masks behind a branch, and slots after the last one repeat it.
     """
     d, dv, n = tl.arange(0, D), tl.arange(0, DV), tl.arange(0, BLOCK_N)
     slots = tl.minimum(low * BLOCK_N + n, end - 1)
@@ -59,8 +89,14 @@ def _attend_tiles(
         else:
             k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
         if ROPE_HALF_DIM > 0:
-            other = tl.load(k_base + k_at[:, None] + partner(d, ROPE_HALF_DIM)[None, :], mask=(d < dim)[None, :], other=0.0)
-            k = turned(k, other, tl.maximum(slots - shift, 0), d, cos, sin, ROPE_HALF_DIM).to(k.dtype)
+            other = tl.load(
+                k_base + k_at[:, None] + partner(d, ROPE_HALF_DIM)[None, :],
+                mask=(d < dim)[None, :],
+                other=0.0,
+            )
+            k = turned(k, other, tl.maximum(slots - shift, 0), d, cos, sin, ROPE_HALF_DIM).to(
+                k.dtype
+            )
         logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
         if i >= clear:
             seen = slots[None, :] <= latest[:, None]
@@ -82,8 +118,12 @@ def _attend_tiles(
         m_i = new_top
         slots = tl.minimum(slots + BLOCK_N, end - 1)
         position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
-        page = page_of(key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE)
-        blocks = listed_blocks(tl.minimum((i + 2) * BLOCK_N + n, end - 1), ids, sink_length, picked, BLOCK_K)
+        page = page_of(
+            key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE
+        )
+        blocks = listed_blocks(
+            tl.minimum((i + 2) * BLOCK_N + n, end - 1), ids, sink_length, picked, BLOCK_K
+        )
     return acc, m_i, l_i
 
 
@@ -102,23 +142,31 @@ def attend_kernel(
 ):  # fmt: skip
     """Grid `(tiles, lists * SPLITS, sequences)`; a list is the heads that share a selection.
 
-    STRIDE 1: query rows as they come, in query blocks of BLOCK_Q. STRIDE > 1: rows 0, STRIDE, 2 STRIDE, ... of each
-    sequence, written side by side into row `sequence` of the output. ROPE_HALF_DIM > 0: so many pairs of a head's numbers are
-    turned, to places counted along the list of slots, and no row is farther than `trained - 1` from a key (`rope.py`).
+    STRIDE 1: query rows as they come, in query blocks of BLOCK_Q. STRIDE > 1: rows 0, STRIDE, 2
+    STRIDE, ... of each sequence, written side by side into row `sequence` of the output.
+    ROPE_HALF_DIM > 0: so many pairs of a head's numbers are turned, to places counted along the
+    list of slots, and no row is farther than `trained - 1` from a key (`rope.py`).
     """
     tile = tl.program_id(0)
     head_list, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
     sequence = tl.program_id(2)
-    batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
+    batch, key_start, row_start, rows, position = load_sequence(
+        SEQUENCES, stride_sequences, sequence
+    )
 
-    # The tile's rows: positions `first`, `first + STRIDE`, ... up to `last`; the query block begins at `block_first`.
+    # The tile's rows: positions `first`, `first + STRIDE`, ... up to `last`; the query block begins
+    # at `block_first`.
     if STRIDE > 1:
         tile = tl.num_programs(0) - 1 - tile  # the longest first
         block = tile
         block_first = position
         first = position + tile * (BLOCK_M * STRIDE)
         last = tl.minimum(first + (BLOCK_M - 1) * STRIDE, position + rows - 1)
-        query_row, out_row, out_batch = row_start + tile * (BLOCK_M * STRIDE), tile * BLOCK_M, sequence
+        query_row, out_row, out_batch = (
+            row_start + tile * (BLOCK_M * STRIDE),
+            tile * BLOCK_M,
+            sequence,
+        )
     else:
         TILES: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
         block = tile // TILES
@@ -137,7 +185,12 @@ def attend_kernel(
     real = (row_at <= last) & (member < GROUP)
     head = (head_list * GROUP + member).to(tl.int64)
     d, dv = tl.arange(0, D), tl.arange(0, DV)
-    q_ptr = Q + batch.to(tl.int64) * stride_qb + head * stride_qh + (query_row + row * STRIDE).to(tl.int64) * stride_qt
+    q_ptr = (
+        Q
+        + batch.to(tl.int64) * stride_qb
+        + head * stride_qh
+        + (query_row + row * STRIDE).to(tl.int64) * stride_qt
+    )
     here = real[:, None] & (d < dim)[None, :]
     if ROPE_HALF_DIM == 0:
         q = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
@@ -151,7 +204,9 @@ def attend_kernel(
     else:
         start, sink, window = always_read(block_first, window, sink_keys, sliding, BLOCK_K)
     sink_length = sink - start
-    ids, picked = selected_keys(INDICES, COUNTS, sequence, head_list, block, lists, blocks, most, BLOCK_K, SELECTED)
+    ids, picked = selected_keys(
+        INDICES, COUNTS, sequence, head_list, block, lists, blocks, most, BLOCK_K, SELECTED
+    )
 
     # In front of the window and up to its first row, every row of the tile sees every slot.
     before = sink_length + picked - window
@@ -178,13 +233,21 @@ def attend_kernel(
     k_base, v_base = K + key_head * stride_kh, V + key_head * stride_vh
     own = before + row_at
     if ROPE_HALF_DIM > 0:
-        # slots before `far` are too far for some rows and count as farthest, those before `shift` for all
-        shift, far = tl.maximum(before + first + 1 - trained, 0), tl.maximum(before + last + 1 - trained, 0)
+        # slots before `far` are too far for some rows and count as farthest, those before `shift`
+        # for all
+        shift, far = (
+            tl.maximum(before + first + 1 - trained, 0),
+            tl.maximum(before + last + 1 - trained, 0),
+        )
         earliest = own - trained + 1
         stop = tl.minimum((far + BLOCK_N - 1) // BLOCK_N, high)
-        if low < stop:  # a scope of its own, so that loaded queries are not kept in registers for the second turn
+        if (
+            low < stop
+        ):  # a scope of its own, so that loaded queries are not kept in registers for the second turn
             farthest = tl.full([BLOCK_M * GROUP_PADDED], trained - 1, tl.int32)
-            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, ROPE_HALF_DIM).to(Q.dtype.element_ty)
+            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
+                Q.dtype.element_ty
+            )
             acc, m_i, l_i = _attend_tiles(
                 acc, m_i, l_i, q, k_base, v_base, low, stop, 0, end, row_at, earliest, earliest - 1, shift, COS, SIN,
                 ids, start, sink_length, picked, window,
@@ -192,11 +255,14 @@ def attend_kernel(
                 scale, softcap, sliding, dim, dim_v,
                 BLOCK_K, BLOCK_N, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN_HEADDIM, SAME_KV_STRIDES, PRECISION, 0, True,
             )  # fmt: skip
-        # By 1, or 0 by 0. Otherwise the next turn's sums are registers that hold either zeros or this turn's sums, and ptxas lets
-        # the tensor cores wait for each of their instructions (C7515).
+        # By 1, or 0 by 0. Otherwise the next turn's sums are registers that hold either zeros or
+        # this turn's sums, and ptxas lets the tensor cores wait for each of their instructions
+        # (C7515).
         acc *= tl.exp2(m_i - tl.where(m_i == float("-inf"), 0.0, m_i))[:, None]
         low = tl.maximum(low, shift // BLOCK_N)
-        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, ROPE_HALF_DIM).to(Q.dtype.element_ty)
+        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
+            Q.dtype.element_ty
+        )
     else:
         shift, earliest = 0, own
     acc, m_i, l_i = _attend_tiles(
@@ -210,11 +276,27 @@ def attend_kernel(
     nothing = l_i == 0.0
     out = acc / tl.where(nothing, 1.0, l_i)[:, None]
     to = (out_row + row).to(tl.int64)
-    out_ptr = OUT + split.to(tl.int64) * stride_os + out_batch.to(tl.int64) * stride_ob + head * stride_oh + to * stride_ot
-    tl.store(out_ptr[:, None] + dv[None, :], out.to(OUT.dtype.element_ty), mask=real[:, None] & (dv < dim_v)[None, :])
+    out_ptr = (
+        OUT
+        + split.to(tl.int64) * stride_os
+        + out_batch.to(tl.int64) * stride_ob
+        + head * stride_oh
+        + to * stride_ot
+    )
+    tl.store(
+        out_ptr[:, None] + dv[None, :],
+        out.to(OUT.dtype.element_ty),
+        mask=real[:, None] & (dv < dim_v)[None, :],
+    )
     if HAS_LSE:
         lse = tl.where(nothing, float("-inf"), (m_i + tl.log2(tl.where(nothing, 1.0, l_i))) * LN2)
-        lse_ptr = LSE + split.to(tl.int64) * stride_ls + out_batch.to(tl.int64) * stride_lb + head * stride_lh + to * stride_lt
+        lse_ptr = (
+            LSE
+            + split.to(tl.int64) * stride_ls
+            + out_batch.to(tl.int64) * stride_lb
+            + head * stride_lh
+            + to * stride_lt
+        )
         tl.store(lse_ptr, lse, mask=real)
 
 
@@ -230,7 +312,8 @@ def call_arguments(
     splits: int = 1,
     stride: int = 1,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Grid and arguments of `attend_kernel`; with several splits, out `[splits, B, Hq, Tq, Dv]` and lse alike are partial."""
+    """Grid and arguments of `attend_kernel`; with several splits, out `[splits, B, Hq, Tq, Dv]` and
+    lse alike are partial."""
     heads, dim, dim_v = q.shape[1], q.shape[-1], kv.v.shape[-1]
     selected = reads.indices is not None
     lists = reads.indices.shape[1] if reads.indices is not None else kv.heads
@@ -238,7 +321,9 @@ def call_arguments(
     padded = power_of_two(group)
     rows = rows_of(tile, group, reads.block_q if stride == 1 else tile.rows)
     tiles = (
-        sequences.blocks(reads.block_q) * -(-reads.block_q // rows) if stride == 1 else -(-sequences.max_rows // (stride * rows))
+        sequences.blocks(reads.block_q) * -(-reads.block_q // rows)
+        if stride == 1
+        else -(-sequences.max_rows // (stride * rows))
     )
     wide, wide_v = (max(16, power_of_two(x)) for x in (dim, dim_v))
     table, stride_table = kv.table()
@@ -286,10 +371,12 @@ def prefill(
     Args:
         q: `[B, Hq, Tq, D]`, any strides but 1 in the last; fp16, bf16 or fp32.
         kv: keys `[B, Hkv, T, D]` and values `[B, Hkv, T, Dv]` of q's dtype, or pages of them.
-        out: `[B, Hq, Tq, Dv]`, q's dtype; rows outside every sequence are left as they are, as are those of lse.
-        lse: fp32 `[B, Hq, Tq]`, natural logarithm, sinks included.
+        out: `[B, Hq, Tq, Dv]`, q's dtype; rows outside every sequence are left as they are, as are
+        those of lse. lse: fp32 `[B, Hq, Tq]`, natural logarithm, sinks included.
     """
-    tile = tile_of(configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
+    tile = tile_of(
+        configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype
+    )
     grid, arguments = call_arguments(q, kv, sequences, reads, logits, out, lse, tile)
     attend_kernel[grid](**arguments)
 
@@ -303,14 +390,20 @@ def strided_rows(
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
 ) -> None:
-    """Dense attention of rows 0, `stride`, 2 `stride`, ... of every sequence, in one launch (Delta Attention, arXiv 2505.11254).
+    """Dense attention of rows 0, `stride`, 2 `stride`, ... of every sequence, in one launch (Delta
+    Attention, arXiv 2505.11254).
 
     Args:
         q, kv: as in `prefill`.
         stride: at least 2; 1 is `prefill` with `dense_reads()`.
-        out: `[S, Hq, ceil(max_rows / stride), Dv]`: row `i` of sequence `s` belongs to its query row `i * stride`.
-        lse: fp32 `[S, Hq, ceil(max_rows / stride)]`.
+        out: `[S, Hq, ceil(max_rows / stride),
+        Dv]`: row `i` of sequence `s` belongs to its query row `i * stride`. lse: fp32 `[S, Hq,
+        ceil(max_rows / stride)]`.
     """
-    tile = tile_of(configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype)
-    grid, arguments = call_arguments(q, kv, sequences, dense_reads(), logits, out, lse, tile, stride=stride)
+    tile = tile_of(
+        configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype
+    )
+    grid, arguments = call_arguments(
+        q, kv, sequences, dense_reads(), logits, out, lse, tile, stride=stride
+    )
     attend_kernel[grid](**arguments)

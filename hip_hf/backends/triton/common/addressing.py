@@ -1,4 +1,5 @@
-"""Where keys and values lie: contiguous `[B, Hkv, T, D]` with any strides, or pages behind a block table. One helper for both.
+"""Where keys and values lie: contiguous `[B, Hkv, T, D]` with any strides, or pages behind a block
+table. One helper for both.
 
 Offsets are int64: a cache may hold more than 2**31 elements.
 """
@@ -16,9 +17,10 @@ import triton.language as tl
 class KeyValues:
     """Keys and values of a call.
 
-    Contiguous: k `[B, Hkv, T, D]`, v `[B, Hkv, T, Dv]`. Paged: k `[pages, page_size, Hkv, D]`, v likewise, and
-    `block_table` int `[B, most pages]` on the same device: slot `t` of batch row `b` is token `t % page_size` of page
-    `block_table[b, t // page_size]`. The last dimension has stride 1 in both.
+    Contiguous: k `[B, Hkv, T, D]`, v `[B, Hkv, T, Dv]`. Paged: k `[pages, page_size, Hkv, D]`, v
+    likewise, and `block_table` int `[B, most pages]` on the same device: slot `t` of batch row `b`
+    is token `t % page_size` of page `block_table[b, t // page_size]`. The last dimension has stride
+    1 in both.
     """
 
     k: torch.Tensor
@@ -35,21 +37,32 @@ class KeyValues:
         return self.k.shape[1] if self.block_table is None else self.k.shape[2]
 
     def strides(self, x: torch.Tensor) -> tuple[int, int, int]:
-        """Of k or v, in elements: from one batch row (or page) to the next, from head to head, from token to token."""
+        """Of k or v, in elements: from one batch row (or page) to the next, from head to head, from
+        token to token."""
         batch, b, c, _ = x.stride()
         return (batch, b, c) if self.block_table is None else (batch, c, b)
 
     def table(self) -> tuple[torch.Tensor, int]:
-        """The block table and the stride of its rows; where there is none, a stand-in that no kernel reads."""
-        return (self.k, 0) if self.block_table is None else (self.block_table, self.block_table.stride(0))
+        """The block table and the stride of its rows; where there is none, a stand-in that no
+        kernel reads."""
+        return (
+            (self.k, 0)
+            if self.block_table is None
+            else (self.block_table, self.block_table.stride(0))
+        )
 
 
 @triton.jit
 def page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE: tl.constexpr):
-    """The pages that `offsets_in` asks for, of tokens in `slots` (int32, counted from the batch row's first slot: `key_start`
-    plus position). Where `inside` is false no page is looked up. `PAGE_SIZE` 0: keys are contiguous, a batch row is one page."""
+    """The pages that `offsets_in` asks for, of tokens in `slots` (int32, counted from the batch
+    row's first slot: `key_start` plus position). Where `inside` is false no page is looked up.
+    `PAGE_SIZE` 0: keys are contiguous, a batch row is one page."""
     if PAGE_SIZE > 0:
-        return tl.load(block_table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE, mask=inside, other=0)
+        return tl.load(
+            block_table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE,
+            mask=inside,
+            other=0,
+        )
     else:
         return batch
 
@@ -63,7 +76,17 @@ def offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE: tl.constexpr)
 
 
 @triton.jit
-def token_offsets(slots, inside, batch, stride_batch, stride_token, block_table, stride_table, PAGE_SIZE: tl.constexpr):
-    """int64 offsets, from a head's first element, of the tokens in `slots`, with their pages looked up at once."""
+def token_offsets(
+    slots,
+    inside,
+    batch,
+    stride_batch,
+    stride_token,
+    block_table,
+    stride_table,
+    PAGE_SIZE: tl.constexpr,
+):
+    """int64 offsets, from a head's first element, of the tokens in `slots`, with their pages looked
+    up at once."""
     page = page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE)
     return offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE)

@@ -1,4 +1,5 @@
-"""What the kernels are told about a call beside its tensors and sequences: what rows read, and how products become logits."""
+"""What the kernels are told about a call beside its tensors and sequences: what rows read, and how
+products become logits."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ EVERYTHING = 2**30
 class Reads:
     """What every query row reads.
 
-    `indices` int32 `[S, H', Nq, n]`: sorted key blocks between sink and window, of which `counts` int32 `[S, H', Nq]`
-    count; `H'` is Hkv where the group shares a selection, else Hq; None: sink and window only. `sink` and `window` in
-    keys. `windows` int32 `[S, Nq]`, rows at any stride: where the window starts, if it is not laid out anew (decode
-    between refreshes).
+    `indices` int32 `[S, H', Nq, n]`: sorted key blocks between sink and window, of which `counts`
+    int32 `[S, H', Nq]` count; `H'` is Hkv where the group shares a selection, else Hq; None: sink
+    and window only. `sink` and `window` in keys. `windows` int32 `[S, Nq]`, rows at any stride:
+    where the window starts, if it is not laid out anew (decode between refreshes).
     """
 
     block_q: int
@@ -34,7 +35,8 @@ class Reads:
 
 @dataclass(frozen=True)
 class Logits:
-    """How products become logits. `sinks` `[Hq]`: one extra logit per query head. `positions`: q and k are not rotated."""
+    """How products become logits. `sinks` `[Hq]`: one extra logit per query head. `positions`: q
+    and k are not rotated."""
 
     scale: float
     softcap: float | None = None
@@ -49,11 +51,13 @@ def dense_reads(block_q: int = 64) -> Reads:
 
 
 def configuration(kernel: str, logits: Logits) -> str:
-    """Name in the table of launches: turning a tile of queries or keys takes four registers where its numbers take one."""
+    """Name in the table of launches: turning a tile of queries or keys takes four registers where
+    its numbers take one."""
     return kernel if logits.positions is None else f"{kernel} extended"
 
 
 def rows_of(tile: Tile, group: int, block_q: int) -> int:
-    """Query rows of a program that attends for `group` heads of each; tensor cores take 16 rows times heads at least."""
+    """Query rows of a program that attends for `group` heads of each; tensor cores take 16 rows
+    times heads at least."""
     padded = power_of_two(group)
     return max(min(tile.rows // padded, power_of_two(block_q)), 16 // padded, 1)

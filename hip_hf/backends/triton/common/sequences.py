@@ -1,8 +1,9 @@
-"""What the kernels are told about a call: which sequences there are, where their rows and keys lie, and the query blocks.
+"""What the kernels are told about a call: which sequences there are, where their rows and keys lie,
+and the query blocks.
 
-All of it is read on the device, so no launch waits for the host; the grid is fixed from `max_rows` and programs
-without work return at once. Everything inside a sequence is relative to its first real key (`Span` in `geometry.py`):
-padding enters no block.
+All of it is read on the device, so no launch waits for the host; the grid is fixed from `max_rows`
+and programs without work return at once. Everything inside a sequence is relative to its first real
+key (`Span` in `geometry.py`): padding enters no block.
 """
 
 from __future__ import annotations
@@ -17,10 +18,20 @@ import triton.language as tl
 from hip_hf.cache.pages import to_device
 from hip_hf.geometry import Span
 
-# What changes with the length of a prompt or as a context grows: Triton would compile anew where it becomes divisible by 16. None
-# of it is the stride of anything that is read in vectors.
+# What changes with the length of a prompt or as a context grows: Triton would compile anew where it
+# becomes divisible by 16. None of it is the stride of anything that is read in vectors.
 GROWING = (
-    *("stride_table", "blocks", "count", "stride_ls", "stride_lb", "stride_lh", "stride_ms", "stride_mb", "stride_mh"),
+    *(
+        "stride_table",
+        "blocks",
+        "count",
+        "stride_ls",
+        "stride_lb",
+        "stride_lh",
+        "stride_ms",
+        "stride_mb",
+        "stride_mh",
+    ),
     *("stride_rows", "stride_keys", "stride_starts"),
 )
 FIELDS = ("batch", "key_start", "row_start", "rows", "position")
@@ -30,10 +41,11 @@ FIELDS = ("batch", "key_start", "row_start", "rows", "position")
 class Sequences:
     """The real sequences of a call.
 
-    `table` int32 `[5, S]`, on the device: of each sequence its `batch` row (or row of the block table), the slot
-    `key_start` of its first key, the row `row_start` of its first query, its number of query `rows` (0: nothing to
-    do), and the `position` of the first of them, counted from the first key. `max_rows` and `max_keys` are bounds
-    known to the host: they fix grids and scratch.
+    `table` int32 `[5, S]`, on the device: of each sequence its `batch` row (or row of the block
+    table), the slot `key_start` of its first key, the row `row_start` of its first query, its
+    number of query `rows` (0: nothing to do), and the `position` of the first of them, counted from
+    the first key. `max_rows` and `max_keys` are bounds known to the host: they fix grids and
+    scratch.
     """
 
     table: torch.Tensor
@@ -45,7 +57,8 @@ class Sequences:
         return self.table.shape[1]
 
     def blocks(self, block_q: int) -> int:
-        """Query blocks of a sequence at most; aligned to positions, so the first may be cut. `block_q` 1: every row."""
+        """Query blocks of a sequence at most; aligned to positions, so the first may be cut.
+        `block_q` 1: every row."""
         return self.max_rows if block_q == 1 else -(-(self.max_rows - 1) // block_q) + 1
 
     @staticmethod
@@ -56,8 +69,16 @@ class Sequences:
         """
         spans = list(spans)
         rows = [[s.batch, s.key_start, s.row_start, s.rows, s.position] for s in spans]
-        table = to_device(torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, len(FIELDS)).t().contiguous(), device)
-        return Sequences(table, max((s.rows for s in spans), default=0), max((s.end for s in spans), default=0))
+        table = to_device(
+            torch.tensor(rows, dtype=torch.int32, device="cpu")
+            .view(-1, len(FIELDS))
+            .t()
+            .contiguous(),
+            device,
+        )
+        return Sequences(
+            table, max((s.rows for s in spans), default=0), max((s.end for s in spans), default=0)
+        )
 
 
 @triton.jit
@@ -74,8 +95,8 @@ def load_sequence(sequences, stride_field, index):
 
 @triton.jit
 def query_block(row_start, rows, position, index, BLOCK_Q: tl.constexpr):
-    """The `index`-th query block of a sequence: its first row in the query tensor, and positions of its first and last
-    row. Empty (`first > last`) where the sequence has fewer."""
+    """The `index`-th query block of a sequence: its first row in the query tensor, and positions of
+    its first and last row. Empty (`first > last`) where the sequence has fewer."""
     low = (position // BLOCK_Q + index) * BLOCK_Q
     first = tl.maximum(low, position)
     last = tl.minimum(low + BLOCK_Q, position + rows) - 1
@@ -84,11 +105,12 @@ def query_block(row_start, rows, position, index, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def always_read(first, window, sink_keys, sliding, BLOCK_K: tl.constexpr):
-    """What a query block whose first row is at `first` always reads: the sink `[start, sink)` and the window
-    `[window, ...]`; the middle is key blocks `sink // BLOCK_K` to `window // BLOCK_K - 1` (`QueryBlock` in `methods/base.py`).
+    """What a query block whose first row is at `first` always reads: the sink `[start, sink)` and
+    the window `[window, ...]`; the middle is key blocks `sink // BLOCK_K` to
+    `window // BLOCK_K - 1` (`QueryBlock` in `methods/base.py`).
 
-    `window` is where the window starts if no sliding window cuts it (`window_start`, or, in decode, what the selection kept);
-    `sliding` 0 means no sliding window.
+    `window` is where the window starts if no sliding window cuts it (`window_start`, or, in decode,
+    what the selection kept); `sliding` 0 means no sliding window.
     """
     start = tl.where(sliding > 0, tl.maximum(first - sliding + 1, 0) // BLOCK_K * BLOCK_K, 0)
     window = tl.maximum(window, start)
@@ -104,6 +126,7 @@ def window_start(first, window_keys, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def still_serves(made, position, rows, refresh):
-    """Whether the selection that was `made` for some position serves a step of one row at `position` as well."""
+    """Whether the selection that was `made` for some position serves a step of one row at
+    `position` as well."""
     age = position - tl.load(made)
     return (rows == 1) & (age >= 0) & (age < refresh)

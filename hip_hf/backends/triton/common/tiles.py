@@ -1,8 +1,9 @@
-"""What the attention kernels share: which keys a query block reads, and what becomes of their logits.
+"""What the attention kernels share: which keys a query block reads, and what becomes of their
+logits.
 
-A query block reads `[sink | selected blocks | window]`. The kernels walk that as one list of *slots*, so that no key is
-read twice, no tile but the last is cut, and key blocks of any size fill tiles of any size. Only slots of selected blocks
-look up an index.
+A query block reads `[sink | selected blocks | window]`. The kernels walk that as one list of
+*slots*, so that no key is read twice, no tile but the last is cut, and key blocks of any size fill
+tiles of any size. Only slots of selected blocks look up an index.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def listed_blocks(slots, ids, sink_length, picked, BLOCK_K: tl.constexpr):
-    """The key blocks that `slots` of a query block's list belong to, as far as they are selected ones (`key_positions`)."""
+    """The key blocks that `slots` of a query block's list belong to, as far as they are selected
+    ones (`key_positions`)."""
     inner = slots - sink_length
     return tl.load(ids + inner // BLOCK_K, mask=(inner >= 0) & (inner < picked), other=0)
 
 
 @triton.jit
 def key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K: tl.constexpr):
-    """Positions of the keys at `slots` of a query block's list: the sink `[start, start + sink_length)`, `picked` keys of
-    the selected blocks, then the window from `window` on. `blocks`: what `listed_blocks` says of the slots."""
+    """Positions of the keys at `slots` of a query block's list: the sink
+    `[start, start + sink_length)`, `picked` keys of the selected blocks, then the window from
+    `window` on. `blocks`: what `listed_blocks` says of the slots."""
     inner = slots - sink_length
     chosen = (inner >= 0) & (inner < picked)
     fixed = tl.where(inner < 0, start + slots, window + inner - picked)
@@ -33,7 +36,8 @@ def key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K: tl
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent; precise for small arguments too, where `2 / (1 + exp(-2x)) - 1` is not."""
+    """Hyperbolic tangent; precise for small arguments too, where `2 / (1 + exp(-2x)) - 1` is
+    not."""
     x2 = x * x
     series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
     return tl.where(tl.abs(x) < 0.25, series, 2 / (1 + tl.exp2(x * (-2 * LOG2E))) - 1)
@@ -50,8 +54,8 @@ def scaled(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def scaled_with_slope(products, scale, softcap, SOFTCAP: tl.constexpr):
-    """Logits, and their derivative by `products * scale`. In base e: what is subtracted from them, a stored log-sum-exp, then
-    is not rounded once more."""
+    """Logits, and their derivative by `products * scale`. In base e: what is subtracted from them,
+    a stored log-sum-exp, then is not rounded once more."""
     if SOFTCAP:
         bent = tanh(products * (scale / softcap))
         return bent * softcap, 1 - bent * bent
@@ -61,7 +65,16 @@ def scaled_with_slope(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def selected_keys(
-    indices, counts, sequence, head_list, block, lists, blocks, most, BLOCK_K: tl.constexpr, SELECTED: tl.constexpr
+    indices,
+    counts,
+    sequence,
+    head_list,
+    block,
+    lists,
+    blocks,
+    most,
+    BLOCK_K: tl.constexpr,
+    SELECTED: tl.constexpr,
 ):
     """Where a query block's selected blocks are listed, and how many keys they hold."""
     if SELECTED:

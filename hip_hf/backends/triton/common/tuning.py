@@ -1,4 +1,5 @@
-"""Launch configurations per architecture and head dim: a table (`tuning_table.py`), written by `benchmarks/tune.py`."""
+"""Launch configurations per architecture and head dim: a table (`tuning_table.py`), written by
+`benchmarks/tune.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Parts into which the keys of a row are split at most, a power of two: what one program of the combine step takes.
+# Parts into which the keys of a row are split at most, a power of two: what one program of the
+# combine step takes.
 MOST_SPLITS = 64
 # Streaming multiprocessors (compute units) assumed where there is no device to ask: an H200's.
 PROCESSORS = 132
@@ -15,7 +17,8 @@ PROCESSORS = 132
 
 @dataclass(frozen=True)
 class Tile:
-    """A launch: `rows` of a tile of queries (query rows times heads of the group), `keys` per step, warps, pipeline stages."""
+    """A launch: `rows` of a tile of queries (query rows times heads of the group), `keys` per step,
+    warps, pipeline stages."""
 
     rows: int
     keys: int
@@ -24,12 +27,14 @@ class Tile:
 
     @property
     def held(self) -> int:
-        """Query rows, and keys and values of every stage: a measure of the shared memory that it takes."""
+        """Query rows, and keys and values of every stage: a measure of the shared memory that it
+        takes."""
         return self.rows + 2 * self.keys * self.stages
 
 
 def power_of_two(number: int) -> int:
-    """The lowest power of two that is not below `number`. (Triton's own, called on the host, unwraps its arguments first.)"""
+    """The lowest power of two that is not below `number`. (Triton's own, called on the host,
+    unwraps its arguments first.)"""
     return 1 << max(0, number - 1).bit_length()
 
 
@@ -38,7 +43,8 @@ FULL_PRECISION = Tile(32, 32, 4, 1)
 
 
 def target_of(x: torch.Tensor) -> str:
-    """The compilation target of the device that `x` is on: "sm90", "gfx942", ...; CPUs (the interpreter) count as "sm90"."""
+    """The compilation target of the device that `x` is on: "sm90", "gfx942", ...; CPUs (the
+    interpreter) count as "sm90"."""
     return _target(x.device.index) if x.device.type == "cuda" else "sm90"
 
 
@@ -51,7 +57,8 @@ def _target(index: int | None) -> str:
 
 
 def _age(target: str) -> int:
-    """Targets of one maker in order of their age: "sm90" before "sm100", "gfx90a" before "gfx942"."""
+    """Targets of one maker in order of their age: "sm90" before "sm100", "gfx90a" before
+    "gfx942"."""
     return int(target[3:], 16) if target.startswith("gfx") else int(target[2:])
 
 
@@ -59,8 +66,8 @@ def _age(target: str) -> int:
 def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) -> Tile:
     """Configuration of `kernel` (a name in the table) for head dims as wide as the wider one.
 
-    A target that is not in the table gets the configuration of the closest older one of its maker; one that is older than all of
-    them, the smallest of its maker's.
+    A target that is not in the table gets the configuration of the closest older one of its maker;
+    one that is older than all of them, the smallest of its maker's.
     """
     from hip_hf.backends.triton.common.tuning_table import TILES
 
@@ -76,7 +83,9 @@ def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) 
 
 def precision_of(x: torch.Tensor) -> str:
     """How `tl.dot` multiplies operands like `x`. fp32 must stay fp32."""
-    return "tf32" if x.dtype != torch.float32 else full_precision("gfx" if torch.version.hip else "sm")
+    return (
+        "tf32" if x.dtype != torch.float32 else full_precision("gfx" if torch.version.hip else "sm")
+    )
 
 
 def full_precision(target: str) -> str:

@@ -1,4 +1,5 @@
-"""Written by `benchmarks/tune.py`: kernel -> target -> head dim up to -> rows, keys, warps, stages."""
+"""Written by `benchmarks/tune.py`: kernel -> target -> head dim up to -> rows, keys, warps,
+stages."""
 
 # fmt: off
 TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = \

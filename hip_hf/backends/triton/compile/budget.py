@@ -1,4 +1,5 @@
-"""Compiles kernels for GPUs that are not there, and reads from the result what a launch would spend."""
+"""Compiles kernels for GPUs that are not there, and reads from the result what a launch would
+spend."""
 
 from __future__ import annotations
 
@@ -32,7 +33,12 @@ SHARED = {
     "gfx942": 64 * KILOBYTE,
 }
 # Matrix instructions by name; the first of a target's is the one that it is fast with.
-INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mfma": r"\bv_mfma", "mma.sync": r"\bmma\.sync"}
+INSTRUCTIONS = {
+    "wgmma": r"wgmma\.mma_async",
+    "tcgen05": r"tcgen05\.mma",
+    "mfma": r"\bv_mfma",
+    "mma.sync": r"\bmma\.sync",
+}
 MATRIX = {"sm90": ("wgmma", "mma.sync"), "sm100": ("tcgen05", "mma.sync"), "gfx942": ("mfma",)}
 MATRIX_ELSE = ("mma.sync",)
 # Where the machine code of sm90 waits for its tensor cores.
@@ -48,13 +54,15 @@ STAGES_AHEAD = 3
 
 @dataclass
 class Spent:
-    """What one kernel spends on one target. `shared` in bytes; `spilled` in bytes of stack a thread (NVIDIA) or registers
-    (AMD); `matrix`: matrix instructions of the kind that the target is fast with; `path`: the fastest kind that is there.
-    `per_wait`: instructions of sm90's tensor cores for each time that the program waits for them; None where there are none.
-    `uncopied`: loops that multiply what no load has fetched beside the work; None where one stage was asked for, and on AMD.
-    `ahead`: asynchronous loads that are left in flight while a loop multiplies, the fewest of all loops; None where fewer than
-    three stages were asked for, and on AMD. `code` and `launch`: names for what was compiled (`Launch.code`, `Launch.digest`).
-    `problem`: why it must not be released, or empty."""
+    """What one kernel spends on one target. `shared` in bytes; `spilled` in bytes of stack a thread
+    (NVIDIA) or registers (AMD); `matrix`: matrix instructions of the kind that the target is fast
+    with; `path`: the fastest kind that is there. `per_wait`: instructions of sm90's tensor cores
+    for each time that the program waits for them; None where there are none. `uncopied`: loops that
+    multiply what no load has fetched beside the work; None where one stage was asked for, and on
+    AMD. `ahead`: asynchronous loads that are left in flight while a loop multiplies, the fewest of
+    all loops; None where fewer than three stages were asked for, and on AMD. `code` and `launch`:
+    names for what was compiled (`Launch.code`, `Launch.digest`). `problem`: why it must not be
+    released, or empty."""
 
     kernel: str
     target: str
@@ -76,7 +84,11 @@ class Spent:
 
 
 def gpu_target(name: str) -> GPUTarget:
-    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name.removeprefix("sm")), 32)
+    return (
+        GPUTarget("hip", name, 64)
+        if name.startswith("gfx")
+        else GPUTarget("cuda", int(name.removeprefix("sm")), 32)
+    )
 
 
 class StandIn:
@@ -116,7 +128,9 @@ def compiling_for(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(RuntimeError):  # without a GPU Triton 3.7 has no driver to go back to
+        with contextlib.suppress(
+            RuntimeError
+        ):  # without a GPU Triton 3.7 has no driver to go back to
             driver.reset_active()
 
 
@@ -135,15 +149,18 @@ def _told(tool: str, *arguments: str, binary: bytes) -> str:
 
 
 def serialised(ptx: str, machine_code: str) -> bool:
-    """Whether the tensor cores of sm90 wait more often than they were told to: ptxas makes them wait after each of their
-    instructions (it calls that C7515) where it cannot tell that nothing else touches the sums meanwhile."""
+    """Whether the tensor cores of sm90 wait more often than they were told to: ptxas makes them
+    wait after each of their instructions (it calls that C7515) where it cannot tell that nothing
+    else touches the sums meanwhile."""
     return machine_code.count(WAIT) > len(re.findall(r"wgmma\.wait_group", ptx))
 
 
 def product_loops(ttgir: str) -> list[str]:
     """The loops with matrix products."""
     found: list[str] = []
-    inside: list[tuple[str, list[str]]] = []  # of the loops around a line: their indentation and their lines
+    inside: list[
+        tuple[str, list[str]]
+    ] = []  # of the loops around a line: their indentation and their lines
     for line in ttgir.splitlines():
         if inside and line.startswith(f"{inside[-1][0]}}}"):
             text = "\n".join(inside.pop()[1])
@@ -157,21 +174,32 @@ def product_loops(ttgir: str) -> list[str]:
 
 
 def in_flight(loops: Sequence[str]) -> int:
-    """Asynchronous loads that are left in flight at the waits of a loop: the fewest of all `loops`."""
-    return min((min(map(int, re.findall(r"async_wait\b.*\bnum = (\d+)", text)), default=0) for text in loops), default=0)
+    """Asynchronous loads that are left in flight at the waits of a loop: the fewest of all
+    `loops`."""
+    return min(
+        (
+            min(map(int, re.findall(r"async_wait\b.*\bnum = (\d+)", text)), default=0)
+            for text in loops
+        ),
+        default=0,
+    )
 
 
 def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype, spills: int = 0) -> Spent:
-    """Compile one launch for `target`; whatever the compiler says against it becomes its `problem`, and if more than `spills` is
-    spilled."""
-    row = Spent(launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest())
+    """Compile one launch for `target`; whatever the compiler says against it becomes its `problem`,
+    and if more than `spills` is spilled."""
+    row = Spent(
+        launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest()
+    )
     kernel = launch.kernel
     assert isinstance(kernel, triton.runtime.JITFunction), "compile outside the interpreter"
     start = time.perf_counter()
     try:
         with compiling_for(target):
             compiled = kernel.warmup(grid=(1,), **launch.stand_ins())
-            compiled = compiled.result() if callable(getattr(compiled, "result", None)) else compiled
+            compiled = (
+                compiled.result() if callable(getattr(compiled, "result", None)) else compiled
+            )
         _read(row, compiled)
         row.problem = _fault(row, launch, compiled, spills)
     except Exception as error:  # the compiler's own: it has no common type
@@ -211,12 +239,18 @@ def _read(row: Spent, compiled: Any) -> None:
     row.shared, row.warps = compiled.metadata.shared, compiled.metadata.num_warps
     if gpu_target(row.target).backend == "hip":
         text = compiled.asm["amdgcn"]
-        row.registers, row.spilled = _first(r"\.vgpr_count:\s+(\d+)", text), _first(r"\.vgpr_spill_count:\s+(\d+)", text)
+        row.registers, row.spilled = (
+            _first(r"\.vgpr_count:\s+(\d+)", text),
+            _first(r"\.vgpr_spill_count:\s+(\d+)", text),
+        )
     else:
         text = compiled.asm["ptx"]
         usage = _told("cuobjdump", "-res-usage", binary=compiled.asm["cubin"])
         row.registers, row.spilled = _first(r"REG:(\d+)", usage), _first(r"STACK:(\d+)", usage)
     assert row.registers, "the binary says nothing of registers"
-    found = {name: len(re.findall(INSTRUCTIONS[name], text)) for name in MATRIX.get(row.target, MATRIX_ELSE)}
+    found = {
+        name: len(re.findall(INSTRUCTIONS[name], text))
+        for name in MATRIX.get(row.target, MATRIX_ELSE)
+    }
     row.matrix = next(iter(found.values()))
     row.path = next((name for name, count in found.items() if count), "")

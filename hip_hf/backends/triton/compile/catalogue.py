@@ -1,8 +1,9 @@
-"""Every launch that users would meet, for `hip-hf kernels`, which compiles all of them for every GPU without having one.
+"""Every launch that users would meet, for `hip-hf kernels`, which compiles all of them for every
+GPU without having one.
 
-Each module of `launches` has a function `launches(dim, dtype, target)`: the `Launch`es with that head dim and dtype on a target,
-one of "sm80", ..., "sm120", "gfx942", because launch configurations may depend on it. The code that launches a kernel also makes
-the arguments that are compiled here.
+Each module of `launches` has a function `launches(dim, dtype, target)`: the `Launch`es with that
+head dim and dtype on a target, one of "sm80", ..., "sm120", "gfx942", because launch configurations
+may depend on it. The code that launches a kernel also makes the arguments that are compiled here.
 """
 
 from __future__ import annotations

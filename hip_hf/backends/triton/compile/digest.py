@@ -1,4 +1,5 @@
-"""Names for the code that Triton compiles: where they are the same, results of compiling it still hold."""
+"""Names for the code that Triton compiles: where they are the same, results of compiling it still
+hold."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ def name_of(text: str) -> str:
 
 
 def code_digest(kernel: Any) -> str:
-    """A name for the code of `kernel` (a `triton.jit` function), of all such functions that it calls and of the constants that
-    they use. Comments, docstrings, names of local variables and parameters, and where functions lie do not count."""
+    """A name for the code of `kernel` (a `triton.jit` function), of all such functions that it
+    calls and of the constants that they use. Comments, docstrings, names of local variables and
+    parameters, and where functions lie do not count."""
     return _digest(kernel.fn)
 
 
@@ -36,12 +38,17 @@ def _digest(function: FunctionType) -> str:
 
 
 class _Anonymous(ast.NodeTransformer):
-    """Puts numbers for the names of a function's parameters and local variables, and for other names what they stand for."""
+    """Puts numbers for the names of a function's parameters and local variables, and for other
+    names what they stand for."""
 
     def __init__(self, function: FunctionType, node: ast.FunctionDef) -> None:
         self.known = {**vars(builtins), **function.__globals__}
         local = list(inspect.signature(function).parameters)
-        local += [one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)]
+        local += [
+            one.id
+            for one in ast.walk(node)
+            if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
+        ]
         self.numbers = {name: f"_{number}" for number, name in enumerate(dict.fromkeys(local))}
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
@@ -54,7 +61,11 @@ class _Anonymous(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Arguments that are given by name to another function of a kernel count by their place."""
-        called = getattr(self.known.get(node.func.id), "fn", None) if isinstance(node.func, ast.Name) else None
+        called = (
+            getattr(self.known.get(node.func.id), "fn", None)
+            if isinstance(node.func, ast.Name)
+            else None
+        )
         if isinstance(called, FunctionType):
             places = list(inspect.signature(called).parameters)
             for keyword in node.keywords:

@@ -1,5 +1,5 @@
-"""A call of typical shape, for compiling kernels and for choosing their launch configurations: heads as in Llama 3.1 8B,
-default settings."""
+"""A call of typical shape, for compiling kernels and for choosing their launch configurations:
+heads as in Llama 3.1 8B, default settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ QUERY_HEADS, KEY_HEADS, PAGE_SIZE = 32, 8, 256
 
 @dataclass(frozen=True)
 class Example:
-    """On the device `meta`, shapes and strides without memory; elsewhere random tensors and selections.
+    """On the device `meta`, shapes and strides without memory; elsewhere random tensors and
+    selections.
 
     `numbers` stands for any int32 tensor; `suffix` tells paged calls apart.
     """
@@ -43,8 +44,8 @@ def example(
     tokens: int = 4096,
     device: str = "meta",
 ) -> Example:
-    """`rows` (default: all) query rows of head dim `dim` at the end of `tokens` keys. `paged`: pages, and every feature of
-    the logits."""
+    """`rows` (default: all) query rows of head dim `dim` at the end of `tokens` keys. `paged`:
+    pages, and every feature of the logits."""
     rows, config = rows or tokens, HiPConfig()
 
     def random(*shape: int) -> torch.Tensor:
@@ -71,7 +72,11 @@ def example(
         counts[:] = (start - low).clamp(0, most)
         # every k-th block of the middle, from a random one on
         step = ((start - low) // most).clamp(min=1)[:, None]
-        indices[:] = low + torch.arange(most, device=device) * step + (torch.rand(*lists, 1, device=device) * step).int()
+        indices[:] = (
+            low
+            + torch.arange(most, device=device) * step
+            + (torch.rand(*lists, 1, device=device) * step).int()
+        )
         numbers[3], numbers[4] = rows, tokens - rows
         if windows is not None:
             windows[:] = start * config.block_k
@@ -79,7 +84,9 @@ def example(
     q, out = random(1, QUERY_HEADS, rows, dim), random(1, QUERY_HEADS, rows, dim)
     lse = torch.zeros(1, QUERY_HEADS, rows, device=device)
     suffix = ", all features" if paged else ""
-    return Example(q, kv, Sequences(numbers, rows, tokens), reads, logits, out, lse, numbers, suffix)
+    return Example(
+        q, kv, Sequences(numbers, rows, tokens), reads, logits, out, lse, numbers, suffix
+    )
 
 
 def example_positions(dim: int) -> Positions:
@@ -89,4 +96,8 @@ def example_positions(dim: int) -> Positions:
 
 def extended(x: Example) -> Example:
     """The same call under context extension."""
-    return replace(x, logits=replace(x.logits, positions=example_positions(x.q.shape[-1])), suffix=f"{x.suffix}, extended")
+    return replace(
+        x,
+        logits=replace(x.logits, positions=example_positions(x.q.shape[-1])),
+        suffix=f"{x.suffix}, extended",
+    )

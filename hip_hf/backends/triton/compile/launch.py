@@ -1,4 +1,5 @@
-"""One compilation of a kernel, which `hip-hf kernels` makes for every GPU without having one and `benchmarks/tune.py` times."""
+"""One compilation of a kernel, which `hip-hf kernels` makes for every GPU without having one and
+`benchmarks/tune.py` times."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from hip_hf.backends.triton.compile.digest import code_digest, name_of
 
 @dataclass(frozen=True)
 class Pointer:
-    """Stands for a tensor of `dtype` where nothing is launched; 16-byte aligned, as torch's allocator gives."""
+    """Stands for a tensor of `dtype` where nothing is launched; 16-byte aligned, as torch's
+    allocator gives."""
 
     dtype: torch.dtype
 
@@ -27,10 +29,12 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Launch:
-    """One compilation: `kernel` (a `triton.jit` function) with `arguments` by name, as at its launch: tensors or `Pointer`s,
-    numbers as they are (divisibility by 16 is specialised), constexprs, `num_warps`, `num_stages`.
+    """One compilation: `kernel` (a `triton.jit` function) with `arguments` by name, as at its
+    launch: tensors or `Pointer`s, numbers as they are (divisibility by 16 is specialised),
+    constexprs, `num_warps`, `num_stages`.
 
-    `tensor_cores`: whether it must use matrix instructions. `grid`: where it can be launched as well.
+    `tensor_cores`: whether it must use matrix instructions. `grid`: where it can be launched as
+    well.
     """
 
     name: str
@@ -41,14 +45,18 @@ class Launch:
 
     def stand_ins(self) -> dict[str, Any]:
         """The arguments with `Pointer`s for tensors."""
-        return {name: Pointer(x.dtype) if isinstance(x, torch.Tensor) else x for name, x in self.arguments.items()}
+        return {
+            name: Pointer(x.dtype) if isinstance(x, torch.Tensor) else x
+            for name, x in self.arguments.items()
+        }
 
     def given(self) -> dict[str, Any]:
-        """What the compiler is given beside the code, in JSON's types: numbers, launch options, and of tensors the dtype.
-        Arguments of the kernel by their place: their names do not count."""
+        """What the compiler is given beside the code, in JSON's types: numbers, launch options, and
+        of tensors the dtype. Arguments of the kernel by their place: their names do not count."""
         places = {name: str(place) for place, name in enumerate(self.kernel.arg_names)}
         return {
-            places.get(name, name): x if isinstance(x, int | float | str) else str(x.dtype) for name, x in self.arguments.items()
+            places.get(name, name): x if isinstance(x, int | float | str) else str(x.dtype)
+            for name, x in self.arguments.items()
         }
 
     def digest(self) -> str:
@@ -56,5 +64,6 @@ class Launch:
         return name_of(json.dumps(self.given(), sort_keys=True))
 
     def code(self) -> str:
-        """A name for the code. Where it is the same, and so is what is `given`, so is the program."""
+        """A name for the code. Where it is the same, and so is what is `given`, so is the
+        program."""
         return code_digest(self.kernel)

@@ -1,7 +1,8 @@
 """Whether a program touches what the tensor cores of sm90 still work on: a data flow over its PTX.
 
-A `wgmma` runs on while its warps do. Until a wait has retired the group it was committed to, nothing may read or write its sums,
-nor write registers that it reads; only another `wgmma` may go on with the same sums.
+A `wgmma` runs on while its warps do. Until a wait has retired the group it was committed to,
+nothing may read or write its sums, nor write registers that it reads; only another `wgmma` may go
+on with the same sums.
 """
 
 from __future__ import annotations
@@ -14,14 +15,27 @@ REGISTER = re.compile(r"%[a-z]+\d+")
 LABEL = re.compile(r"^(\$?[\w$]+):")
 BRANCH = re.compile(r"^(@!?%p\d+\s+)?bra(?:\.uni)?\s+(\$?[\w$]+)")
 # Instructions whose first operand is no register that they write.
-WRITES_NOTHING = ("st.", "red.", "bar.", "cp.", "wgmma.", "mbarrier.", "fence.", "prefetch", "membar", "bra", "ret")
+WRITES_NOTHING = (
+    "st.",
+    "red.",
+    "bar.",
+    "cp.",
+    "wgmma.",
+    "mbarrier.",
+    "fence.",
+    "prefetch",
+    "membar",
+    "bra",
+    "ret",
+)
 # Groups in flight that are told apart; older ones count as one.
 MOST_GROUPS = 8
 
 
 @dataclass(frozen=True)
 class Product:
-    """A `wgmma`: its sums, and the registers of its first factor where that is not in shared memory."""
+    """A `wgmma`: its sums, and the registers of its first factor where that is not in shared
+    memory."""
 
     sums: tuple[str, ...]
     reads: frozenset[str]
@@ -47,7 +61,9 @@ def _instructions(ptx: str) -> tuple[list[str], dict[str, int]]:
 def _product(text: str) -> Product:
     """Of the text of a `wgmma.mma_async`."""
     sums, *more = re.findall(r"\{([^}]*)\}", text)
-    return Product(tuple(REGISTER.findall(sums)), frozenset(REGISTER.findall(more[0])) if more else frozenset())
+    return Product(
+        tuple(REGISTER.findall(sums)), frozenset(REGISTER.findall(more[0])) if more else frozenset()
+    )
 
 
 def _written(text: str) -> frozenset[str]:
@@ -55,7 +71,9 @@ def _written(text: str) -> frozenset[str]:
     operation, _, operands = re.sub(r"^@!?%p\d+\s+", "", text).replace("\t", " ").partition(" ")
     if operation.startswith(WRITES_NOTHING):
         return frozenset()
-    return frozenset(REGISTER.findall(operands.partition("}" if operands.lstrip().startswith("{") else ",")[0]))
+    return frozenset(
+        REGISTER.findall(operands.partition("}" if operands.lstrip().startswith("{") else ",")[0])
+    )
 
 
 def _after(text: str, groups: Groups) -> Groups:
@@ -83,7 +101,9 @@ def _touches(text: str, groups: Groups) -> bool:
         goes_on = {other for other in flying if other.sums == product.sums}
         others = frozenset(register for other in flying - goes_on for register in other.sums)
         sums = frozenset(product.sums)
-        return bool(named & others or product.reads & sums or any(other.reads & sums for other in flying))
+        return bool(
+            named & others or product.reads & sums or any(other.reads & sums for other in flying)
+        )
     written = _written(text)
     return any(named & frozenset(other.sums) or written & other.reads for other in flying)
 
@@ -98,7 +118,8 @@ def _next(at: int, text: str, labels: dict[str, int]) -> Iterator[int]:
 
 
 def touched(ptx: str) -> list[str]:
-    """The instructions that touch what a `wgmma` in flight works on, in the order of the program; empty if all is well."""
+    """The instructions that touch what a `wgmma` in flight works on, in the order of the program;
+    empty if all is well."""
     instructions, labels = _instructions(ptx)
     found: set[int] = set()
     seen: set[tuple[int, Groups]] = set()

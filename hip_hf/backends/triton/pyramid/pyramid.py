@@ -1,7 +1,8 @@
-"""The pyramid of chunk summaries on a GPU: one flat table per key head, built in one pass over the keys and extended in place.
+"""The pyramid of chunk summaries on a GPU: one flat table per key head, built in one pass over the
+keys and extended in place.
 
-Rows are laid out in order (`summaries.py`), capacity is fixed, and how far it reaches is read and written on the device: building
-and appending wait for nothing and can be captured in a CUDA graph.
+Rows are laid out in order (`summaries.py`), capacity is fixed, and how far it reaches is read and
+written on the device: building and appending wait for nothing and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ def constants(config: HiPConfig, dim: int, block_q: int, append: bool) -> dict[s
 class KeyPyramid:
     """Summaries of the first `built` key blocks of each sequence and key head.
 
-    `table` `[S, Hkv, rows, width]`, in the keys' dtype: chunk `i` of level `l` is row `((2 * i + 1) << l) - 1`.
-    `states` fp32 `[S, Hkv, rows, state]`: what parents are merged from. `built` int32 `[S, lanes]`, one entry per program that
-    extends it. Memory: about `2 * width / (block_k * D)` of the keys'.
+    `table` `[S, Hkv, rows, width]`, in the keys' dtype: chunk `i` of level `l` is row
+    `((2 * i + 1) << l) - 1`. `states` fp32 `[S, Hkv, rows, state]`: what parents are merged from.
+    `built` int32 `[S, lanes]`, one entry per program that extends it. Memory: about
+    `2 * width / (block_k * D)` of the keys'.
     """
 
     config: HiPConfig
@@ -65,15 +67,26 @@ class KeyPyramid:
 
     @staticmethod
     def empty(
-        config: HiPConfig, sequences: int, heads: int, dim: int, capacity: int, dtype: torch.dtype, device: torch.device
+        config: HiPConfig,
+        sequences: int,
+        heads: int,
+        dim: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> KeyPyramid:
         """Nothing is built yet; for up to `capacity` keys a sequence."""
         blocks = max(1, capacity // config.block_k)
-        tiles, lanes = max(1, blocks >> TILE_LEVELS), heads * -(-dim // constants(config, dim, 1, False)["BD"])
+        tiles, lanes = (
+            max(1, blocks >> TILE_LEVELS),
+            heads * -(-dim // constants(config, dim, 1, False)["BD"]),
+        )
         states = (sequences, heads, 2 * tiles, _states_per_chunk(config) * dim)
         return KeyPyramid(
             config,
-            torch.empty(sequences, heads, 2 * blocks, parts_of(config) * dim, dtype=dtype, device=device),
+            torch.empty(
+                sequences, heads, 2 * blocks, parts_of(config) * dim, dtype=dtype, device=device
+            ),
             torch.empty(states, dtype=torch.float32, device=device),
             torch.zeros(sequences, lanes, dtype=torch.int32, device=device),
         )
@@ -93,13 +106,17 @@ class KeyPyramid:
         return self.table.nbytes + self.states.nbytes + self.built.nbytes
 
     def truncate(self, blocks: int | torch.Tensor) -> None:
-        """Forget all but the first `blocks` blocks (of every sequence, or an int32 tensor `[S]`). Nothing waits."""
+        """Forget all but the first `blocks` blocks (of every sequence, or an int32 tensor `[S]`).
+        Nothing waits."""
         limit = blocks[:, None] if isinstance(blocks, torch.Tensor) else blocks
         self.built.clamp_(max=limit)
 
     def reorder(self, index: torch.Tensor) -> None:
-        """Sequence `i` continues what sequence `index[i]` was; int64 `[S']`. Copies the table, as the cache copies its keys."""
-        self.table, self.states, self.built = (x.index_select(0, index) for x in (self.table, self.states, self.built))
+        """Sequence `i` continues what sequence `index[i]` was; int64 `[S']`. Copies the table, as
+        the cache copies its keys."""
+        self.table, self.states, self.built = (
+            x.index_select(0, index) for x in (self.table, self.states, self.built)
+        )
 
     def take(self, old: KeyPyramid) -> None:
         """Go on where a pyramid of smaller capacity was; rows keep their places."""
@@ -108,8 +125,8 @@ class KeyPyramid:
         self.built.copy_(old.built)
 
     def extend(self, kv: KeyValues, sequences: Sequences, block_q: int, append: bool) -> None:
-        """Reach as far as the call's query blocks of `block_q` rows need. `append`: few keys are new (decode), so one launch
-        does it all; otherwise tiles are built side by side."""
+        """Reach as far as the call's query blocks of `block_q` rows need. `append`: few keys are
+        new (decode), so one launch does it all; otherwise tiles are built side by side."""
         config, blocks = self.config, sequences.max_keys // self.config.block_k
         block_table, stride_table = kv.table()
         arguments = (
@@ -121,5 +138,7 @@ class KeyPyramid:
         lanes, count = self.built.shape[1], sequences.count
         weight = 1.0 if config.representative == "minmax" else config.method_options().weight
         if not append and blocks:
-            summaries.tiles_kernel[(-(-blocks >> TILE_LEVELS), lanes, count)](*arguments, weight, **fixed)
+            summaries.tiles_kernel[(-(-blocks >> TILE_LEVELS), lanes, count)](
+                *arguments, weight, **fixed
+            )
         summaries.append_kernel[(lanes, count)](*arguments, weight, BUILD=append, **fixed)

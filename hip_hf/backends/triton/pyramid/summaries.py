@@ -1,8 +1,10 @@
-"""Triton kernels of the pyramid (`methods/pyramid.py` is the readable twin): summaries of chunks, merged upwards in registers.
+"""Triton kernels of the pyramid (`methods/pyramid.py` is the readable twin): summaries of chunks,
+merged upwards in registers.
 
-A tile of `TILE` neighbouring blocks is read once and summarised up to its own root. The roots' states (fp32) are kept, and
-what is above them is merged from these: one small pass, or, in decode, one merge per level that becomes complete. Chunk `i` of
-level `l` is row `((2 * i + 1) << l) - 1` of the table, so nothing moves when the sequence grows.
+A tile of `TILE` neighbouring blocks is read once and summarised up to its own root. The roots'
+states (fp32) are kept, and what is above them is merged from these: one small pass, or, in decode,
+one merge per level that becomes complete. Chunk `i` of level `l` is row `((2 * i + 1) << l) - 1` of
+the table, so nothing moves when the sequence grows.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ PARENTS = tl.constexpr(16)
 
 @triton.jit
 def chunk_rows(ids, level):
-    """Where chunks lie in the table: level by level interleaved in order, so that a growing table never moves a row."""
+    """Where chunks lie in the table: level by level interleaved in order, so that a growing table
+    never moves a row."""
     return ((2 * ids + 1) << level) - 1
 
 
 @triton.jit
 def blocks_needed(rows, position, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Key blocks that a call's last query block has before its window: as far as the pyramid must reach. 0 without rows."""
+    """Key blocks that a call's last query block has before its window: as far as the pyramid must
+    reach. 0 without rows."""
     last = position + rows - 1
     first = tl.maximum(position, last // BLOCK_Q * BLOCK_Q)
     return tl.where(rows > 0, window_start(first, window, BLOCK_K) // BLOCK_K, 0)
@@ -50,7 +54,9 @@ def merged(xl, yl, zl, xr, yr, zr, KIND: tl.constexpr):
 
 
 @triton.jit
-def write_rows(table, ids, level, inside, d, x, y, z, weight, DIM: tl.constexpr, KIND: tl.constexpr):
+def write_rows(
+    table, ids, level, inside, d, x, y, z, weight, DIM: tl.constexpr, KIND: tl.constexpr
+):
     """What scoring reads of chunks `ids` with states x, y, z `[N, BD]`."""
     WIDTH: tl.constexpr = DIM * (2 if KIND == CENTRE else 1)
     to = table + chunk_rows(ids, level).to(tl.int64)[:, None] * WIDTH + d[None, :]
@@ -109,7 +115,8 @@ def build_tile(
     DIM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Summaries of the `2 ** LEVELS` blocks of a tile and of every chunk within it that is complete among `needed` blocks."""
+    """Summaries of the `2 ** LEVELS` blocks of a tile and of every chunk within it that is complete
+    among `needed` blocks."""
     TILE: tl.constexpr = 1 << LEVELS
     blocks = tile * TILE + tl.arange(0, TILE)
     inside = blocks < needed
@@ -120,16 +127,29 @@ def build_tile(
     z = tl.full([TILE, BD], -float("inf"), tl.float32)
     if KIND == CENTRE:
         for j in range(BLOCK_K):
-            at = token_offsets(first + j, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
+            at = token_offsets(
+                first + j, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE
+            )
             key = tl.load(k + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
             x += key
             y = tl.minimum(y, key)
             z = tl.maximum(z, key)
         x = x / BLOCK_K
     else:
-        at = token_offsets(first, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
+        at = token_offsets(
+            first, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE
+        )
         x = tl.load(k + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
-        at = token_offsets(first + BLOCK_K // 2, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
+        at = token_offsets(
+            first + BLOCK_K // 2,
+            inside,
+            batch,
+            stride_kb,
+            stride_kt,
+            block_table,
+            stride_table,
+            PAGE_SIZE,
+        )
         y = tl.load(k + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
     write_rows(table, blocks, 0, inside, d, x, y, z, weight, DIM, KIND)
     for level in tl.static_range(1, LEVELS + 1):
@@ -140,7 +160,9 @@ def build_tile(
         ids = tile * (TILE >> level) + tl.arange(0, TILE >> level)
         write_rows(table, ids, level, ((ids + 1) << level) <= needed, d, x, y, z, weight, DIM, KIND)
     root = tile + tl.arange(0, 1)
-    write_states(states, chunk_rows(root, 0), ((root + 1) << LEVELS) <= needed, d, x, y, z, DIM, KIND)
+    write_states(
+        states, chunk_rows(root, 0), ((root + 1) << LEVELS) <= needed, d, x, y, z, DIM, KIND
+    )
 
 
 @triton.jit(do_not_specialize=GROWING)
@@ -170,7 +192,8 @@ def tiles_kernel(
     DIM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One tile of one key head of one sequence, `BD` numbers of its head dim. Grid: tiles, heads times parts of D, sequences."""
+    """One tile of one key head of one sequence, `BD` numbers of its head dim. Grid: tiles, heads
+    times parts of D, sequences."""
     PARTS: tl.constexpr = (DIM + BD - 1) // BD
     tile = tl.program_id(0)
     head = tl.program_id(1) // PARTS
@@ -216,9 +239,11 @@ def append_kernel(
     BD: tl.constexpr,
     BUILD: tl.constexpr,
 ):
-    """Extends one key head's pyramid from `built` to what the call needs. Grid: heads times parts of D, sequences.
+    """Extends one key head's pyramid from `built` to what the call needs. Grid: heads times parts
+    of D, sequences.
 
-    `BUILD`: the tiles too, one after another (decode: rarely one); else `tiles_kernel` has, and their roots are merged.
+    `BUILD`: the tiles too, one after another (decode: rarely one); else `tiles_kernel` has, and
+    their roots are merged.
     """
     PARTS: tl.constexpr = (DIM + BD - 1) // BD
     lane = tl.program_id(0)

@@ -1,6 +1,8 @@
-"""The end of a search that several programs shared (`select.py`): one per search puts together what they found, and chooses.
+"""The end of a search that several programs shared (`select.py`): one per search puts together what
+they found, and chooses.
 
-A launch of its own, so that no program waits for another, and sums are always made in the same order.
+A launch of its own, so that no program waits for another, and sums are always made in the same
+order.
 """
 
 from __future__ import annotations
@@ -8,16 +10,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.common.sequences import GROWING, load_sequence, query_block, still_serves
+from hip_hf.backends.triton.common.sequences import (
+    GROWING,
+    load_sequence,
+    query_block,
+    still_serves,
+)
 from hip_hf.backends.triton.selection.scoring import add_masses, voters
-from hip_hf.backends.triton.selection.select import NEVER, entry_of, lay_out, place_of, votes_near, write, write_best
+from hip_hf.backends.triton.selection.select import (
+    NEVER,
+    entry_of,
+    lay_out,
+    place_of,
+    votes_near,
+    write,
+    write_best,
+)
 
 
 @triton.jit
 def merged_masses(
     found, tile, LOOKS: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, MASS: tl.constexpr
 ):  # fmt: skip
-    """What the rows of a tile found in all keys of a search's blocks, as `block_masses` says of those of one look."""
+    """What the rows of a tile found in all keys of a search's blocks, as `block_masses` says of
+    those of one look."""
     slot, lane = tl.arange(0, N), tl.arange(0, BLOCK_M)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     mass = tl.full([N, BLOCK_M], 0.0 if MASS else -float("inf"), tl.float32)
@@ -41,7 +57,8 @@ def choose(
     SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr, WEIGHED: tl.constexpr,
     ONWARD: tl.constexpr,
 ):  # fmt: skip
-    """Write the best of the blocks `ids` `[N]`, of which `total` count, by what was `found` in their keys."""
+    """Write the best of the blocks `ids` `[N]`, of which `total` count, by what was `found` in
+    their keys."""
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
         mass, m_i = merged_masses(found, tile, LOOKS, TILES, N, NARROW, MASS)
@@ -62,8 +79,9 @@ def choose_kernel(
     SPACING: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     ONWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The selection of a query block, from the blocks `listed` and what was `found` in their keys (scratch of `select_kernel`,
-    whose other arguments these are). Nothing changes where a selection is kept. Grid: `blocks` * `heads` * sequences."""
+    """The selection of a query block, from the blocks `listed` and what was `found` in their keys
+    (scratch of `select_kernel`, whose other arguments these are). Nothing changes where a selection
+    is kept. Grid: `blocks` * `heads` * sequences."""
     number = tl.program_id(0)
     index, row = place_of(number, blocks)
     _, _, row_start, rows, position = load_sequence(sequences, stride_field, row // heads)

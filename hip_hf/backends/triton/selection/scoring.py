@@ -1,7 +1,9 @@
-"""Scores of candidates in the tree search: products with the voting query rows, and what the rows make of them together.
+"""Scores of candidates in the tree search: products with the voting query rows, and what the rows
+make of them together.
 
-Candidates are the long side of every tile, `[candidates, rows]`: so a few rows of decode and the many of prefill meet the
-same matrix instructions, and the best of the rows stays within a thread's neighbours.
+Candidates are the long side of every tile, `[candidates, rows]`: so a few rows of decode and the
+many of prefill meet the same matrix instructions, and the best of the rows stays within a thread's
+neighbours.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from hip_hf.backends.triton.common.tiles import tanh
 def voters(
     tile, last_row, last, first, BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """Head, row and validity of the `tile`-th `BLOCK_M` voting rows: every `STRIDE`-th row of the query block, counted back from
-    its last, of each of the `GROUP` heads. What is not valid repeats the last row."""
+    """Head, row and validity of the `tile`-th `BLOCK_M` voting rows: every `STRIDE`-th row of the
+    query block, counted back from its last, of each of the `GROUP` heads. What is not valid repeats
+    the last row."""
     index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head, sample = index // SAMPLES, index % SAMPLES
     voting = (head < GROUP) & (sample * STRIDE <= last - first)
@@ -59,8 +62,9 @@ def near_share(
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """What voting rows find `near`, as one more candidate of a softmax from whose logits `m_i` is subtracted. A candidate's
-    logit stands for each of its keys (`log_keys`). Loaded when it is needed: held, it would take registers from the tiles."""
+    """What voting rows find `near`, as one more candidate of a softmax from whose logits `m_i` is
+    subtracted. A candidate's logit stands for each of its keys (`log_keys`). Loaded when it is
+    needed: held, it would take registers from the tiles."""
     head, row, voting = voters(tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
     found = tl.load(near + head.to(tl.int64) * stride_near + row, mask=voting, other=-float("inf"))
     return tl.exp(found - log_keys - m_i)
@@ -95,9 +99,9 @@ def chunk_logits(
     sin,
     ROPE_HALF_DIM: tl.constexpr,
 ):
-    """Logits `[M, BLOCK_M]` of the chunks in the table's rows `at` `[M]`: `PARTS` 2 multiplies `[q, |q|]` with centre and
-    spread. `FEATURES` numbers of the head dim at a time. `ROPE_HALF_DIM` > 0: chunks are turned back by `back` `[M]` places
-    (`methods/pyramid.py`)."""
+    """Logits `[M, BLOCK_M]` of the chunks in the table's rows `at` `[M]`: `PARTS` 2 multiplies
+    `[q, |q|]` with centre and spread. `FEATURES` numbers of the head dim at a time. `ROPE_HALF_DIM`
+    > 0: chunks are turned back by `back` `[M]` places (`methods/pyramid.py`)."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
     # a table may hold more than 2**31 numbers
@@ -120,7 +124,9 @@ def chunk_logits(
             to_other = table + part * DIM + at[:, None]
             to_other += partner(d + inner, ROPE_HALF_DIM)[None, :]
             other = tl.load(to_other, mask=(d + inner < DIM)[None, :], other=0.0)
-            a = turned_back(a, other, back, d + inner, cos, sin, part > 0, ROPE_HALF_DIM).to(a.dtype)
+            a = turned_back(a, other, back, d + inner, cos, sin, part > 0, ROPE_HALF_DIM).to(
+                a.dtype
+            )
         if PARTS > 1:
             b = tl.where(part > 0, tl.abs(b), b)
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
@@ -166,13 +172,15 @@ def score_chunks(
     sin,
     ROPE_HALF_DIM: tl.constexpr,
 ):
-    """Scores of the chunks `[M]` and the edges `[EDGES]`, of `keys` keys each, fp32: `mass`, the rows' shares in a softmax
-    over all of them and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `at`: rows of the table, valid ones
-    also where `inside` is false."""
+    """Scores of the chunks `[M]` and the edges `[EDGES]`, of `keys` keys each, fp32: `mass`, the
+    rows' shares in a softmax over all of them and (`WEIGHED`) what the row finds `near`, summed, or
+    the best logit. `at`: rows of the table, valid ones also where `inside` is false."""
     scores = tl.full([M], 0.0 if MASS else -float("inf"), tl.float32)
     edge_scores = tl.full([EDGES], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(tiles):
-        offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, BLOCK_M, SAMPLES, STRIDE, GROUP)
+        offsets, voting = voting_rows(
+            tile, last_row, last, first, row_stride_h, row_stride_t, BLOCK_M, SAMPLES, STRIDE, GROUP
+        )
         if HAS_EDGES:
             edges = chunk_logits(
                 table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, BLOCK_M, DIM, FEATURES, PARTS, PRECISION,
@@ -201,7 +209,9 @@ def score_chunks(
         else:
             scores = tl.maximum(scores, tl.max(tl.where(voting[None, :], logits, -float("inf")), 1))
             if HAS_EDGES:
-                edge_scores = tl.maximum(edge_scores, tl.max(tl.where(voting[None, :], edges, -float("inf")), 1))
+                edge_scores = tl.maximum(
+                    edge_scores, tl.max(tl.where(voting[None, :], edges, -float("inf")), 1)
+                )
     return scores, edge_scores
 
 
@@ -212,18 +222,21 @@ def block_masses(
     MASS: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin,
     ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """What voting rows find in `keys` keys, from number `first_key` on, of each of the key blocks `ids` `[N]`: `[N, BLOCK_M]` and
-    `[BLOCK_M]`. For `mass`, sums of exponentials, and the rows' greatest logits, which were subtracted; else the best logits, and
-    minus infinity. `ROPE_HALF_DIM` > 0: keys are turned back by `back` `[N]` places."""
+    """What voting rows find in `keys` keys, from number `first_key` on, of each of the key blocks
+    `ids` `[N]`: `[N, BLOCK_M]` and `[BLOCK_M]`. For `mass`, sums of exponentials, and the rows'
+    greatest logits, which were subtracted; else the best logits, and minus infinity.
+    `ROPE_HALF_DIM` > 0: keys are turned back by `back` `[N]` places."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     mass = tl.full([N, BLOCK_M], 0.0 if MASS else -float("inf"), tl.float32)
     logits = tl.zeros([N, BLOCK_M], tl.float32)
-    # a step's pages are looked up in the step before: keys that waited for them could not be fetched ahead
+    # a step's pages are looked up in the step before: keys that waited for them could not be
+    # fetched ahead
     slots = key_start + ids * BLOCK_K + first_key
     page = page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE)
-    # one flat loop over keys of the blocks and parts of the head dim, so that loads run ahead across both
+    # one flat loop over keys of the blocks and parts of the head dim, so that loads run ahead
+    # across both
     for i in tl.range(keys * CHUNKS, disable_licm=True):
         key = i // CHUNKS
         part = i - key * CHUNKS
@@ -238,13 +251,18 @@ def block_masses(
             a = tl.load(k + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
             b = tl.load(q + offsets[None, :] + d[:, None], mask=(d < DIM)[:, None], other=0.0)
         if ROPE_HALF_DIM > 0:
-            other = tl.load(k + at[:, None] + partner(d, ROPE_HALF_DIM)[None, :], mask=(d < DIM)[None, :], other=0.0)
+            other = tl.load(
+                k + at[:, None] + partner(d, ROPE_HALF_DIM)[None, :],
+                mask=(d < DIM)[None, :],
+                other=0.0,
+            )
             a = turned_back(a, other, back, d, cos, sin, False, ROPE_HALF_DIM).to(a.dtype)
         logits = tl.dot(a, b, logits, input_precision=PRECISION)
         if part == CHUNKS - 1:
             logits = tl.where(inside[:, None], capped(logits, scale, SOFTCAP), -float("inf"))
             if MASS:
-                # one maximum per row for all blocks: what it lets underflow would weigh nothing in the softmax either
+                # one maximum per row for all blocks: what it lets underflow would weigh nothing in
+                # the softmax either
                 higher = tl.maximum(m_i, tl.max(logits, 0))
                 mass = mass * tl.exp(m_i - higher)[None, :] + tl.exp(logits - higher[None, :])
                 m_i = higher
@@ -260,12 +278,25 @@ def add_masses(
     BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     WEIGHED: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[N]` of key blocks after a tile of rows that found `mass` `[N, BLOCK_M]` in all their keys and, of `mass`,
-    `m_i`."""
+    """Scores `[N]` of key blocks after a tile of rows that found `mass` `[N, BLOCK_M]` in all their
+    keys and, of `mass`, `m_i`."""
     if MASS:
         l_i = tl.sum(mass, 0)
         if WEIGHED:
-            l_i += near_share(near, near_stride, m_i, 0.0, tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
+            l_i += near_share(
+                near,
+                near_stride,
+                m_i,
+                0.0,
+                tile,
+                last_row,
+                last,
+                first,
+                BLOCK_M,
+                SAMPLES,
+                STRIDE,
+                GROUP,
+            )
         weight = tl.where(voting, 1.0 / l_i, 0.0)
         return scores + tl.sum(mass * weight[None, :], 1)
     else:
@@ -281,12 +312,14 @@ def score_blocks(
     WEIGHED: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin,
     ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[N]` of key blocks `ids` by all their keys: `mass`, the rows' shares in a softmax over all keys of all
-    the blocks and (`WEIGHED`) what the row finds `near`, summed, or the best logit. `ROPE_HALF_DIM` > 0: keys are turned back by
-    `back` `[N]` places."""
+    """Scores `[N]` of key blocks `ids` by all their keys: `mass`, the rows' shares in a softmax
+    over all keys of all the blocks and (`WEIGHED`) what the row finds `near`, summed, or the best
+    logit. `ROPE_HALF_DIM` > 0: keys are turned back by `back` `[N]` places."""
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
-        offsets, voting = voting_rows(tile, last_row, last, first, row_stride_h, row_stride_t, BLOCK_M, SAMPLES, STRIDE, GROUP)
+        offsets, voting = voting_rows(
+            tile, last_row, last, first, row_stride_h, row_stride_t, BLOCK_M, SAMPLES, STRIDE, GROUP
+        )
         mass, m_i = block_masses(
             k, ids, inside, 0, BLOCK_K, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, offsets, scale,
             SOFTCAP, N, BLOCK_K, PAGE_SIZE, BLOCK_M, MASS, DIM, FEATURES, PRECISION, back, cos, sin, ROPE_HALF_DIM)  # fmt: skip

@@ -1,10 +1,12 @@
-"""The tree search (`methods/hip.py` is its readable twin): the whole descent of a query block in one program.
+"""The tree search (`methods/hip.py` is its readable twin): the whole descent of a query block in
+one program.
 
-One program per sequence, mask head and query block scores the start level, keeps the best, scores their children, down to
-single key blocks, and looks at the best of those exactly if asked. Candidates, scores and top-k never leave the chip; only a
-start level longer than a tile (`coarsest`) puts its scores into scratch, which the programs of one launch have (`search.py`).
-In decode steps of few sequences several programs search for the same and share the exact look, and another launch chooses
-(`choose.py`).
+One program per sequence, mask head and query block scores the start level, keeps the best, scores
+their children, down to single key blocks, and looks at the best of those exactly if asked.
+Candidates, scores and top-k never leave the chip; only a start level longer than a tile
+(`coarsest`) puts its scores into scratch, which the programs of one launch have (`search.py`). In
+decode steps of few sequences several programs search for the same and share the exact look, and
+another launch chooses (`choose.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.common.sequences import GROWING, always_read, load_sequence, query_block, still_serves, window_start
+from hip_hf.backends.triton.common.sequences import (
+    GROWING,
+    always_read,
+    load_sequence,
+    query_block,
+    still_serves,
+    window_start,
+)
 from hip_hf.backends.triton.pyramid.summaries import chunk_rows
 from hip_hf.backends.triton.selection.scoring import (
     block_masses,
@@ -25,7 +34,8 @@ from hip_hf.backends.triton.selection.scoring import (
 from hip_hf.backends.triton.selection.topk import ABSENT, keep_best, read_on, sort_keys
 from hip_hf.backends.triton.selection.voting import count_votes, count_walkers
 
-# Candidates at the middle's edges are two at most; a tile of them is as small as matrix instructions allow.
+# Candidates at the middle's edges are two at most; a tile of them is as small as matrix
+# instructions allow.
 EDGES = tl.constexpr(16)
 # `made` of a selection that must not be used again.
 NEVER = tl.constexpr(-(2**30))
@@ -38,13 +48,15 @@ def ceil_shift(x, level):
 
 @triton.jit
 def places_back(end, ids, farthest):
-    """Chunk-indexed selection: how far chunks `ids` are from the window, which begins with chunk `end` (`methods/hip.py`)."""
+    """Chunk-indexed selection: how far chunks `ids` are from the window, which begins with chunk
+    `end` (`methods/hip.py`)."""
     return tl.minimum(tl.maximum(end - 1 - ids, 0), farthest)
 
 
 @triton.jit
 def place_of(number, blocks):
-    """Where program `number` of all works: its query block, the longest searches first, and its row of mask head and sequence."""
+    """Where program `number` of all works: its query block, the longest searches first, and its row
+    of mask head and sequence."""
     row = number // blocks
     return blocks - 1 - (number - row * blocks), row
 
@@ -61,13 +73,15 @@ def write(indices, counts, entry, ids, total, BUDGET: tl.constexpr, OUT: tl.cons
     """The result: the first `total` of `ids` `[OUT]`, then zeros."""
     slots = tl.arange(0, OUT)
     tl.store(indices + entry * BUDGET + slots, tl.where(slots < total, ids, 0), mask=slots < BUDGET)
-    # by the first slot's thread: who stores a scalar would be kept in a register from the program's first store on
+    # by the first slot's thread: who stores a scalar would be kept in a register from the program's
+    # first store on
     tl.store(counts + entry + slots, total + slots * 0, mask=slots == 0)
 
 
 @triton.jit
 def lay_out(first, window, sink, sliding, BLOCK_K: tl.constexpr):
-    """Of a query block whose first row is at `first`: where its window starts, and its middle's blocks `low` to `high`."""
+    """Of a query block whose first row is at `first`: where its window starts, and its middle's
+    blocks `low` to `high`."""
     begin = window_start(first, window, BLOCK_K)
     _, sink_end, window_at = always_read(first, begin, sink, sliding, BLOCK_K)
     return begin, sink_end // BLOCK_K, window_at // BLOCK_K
@@ -79,10 +93,13 @@ def votes_near(
     CHOSEN: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr,
     SPACING: tl.constexpr, SAMPLES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """What the votes of a query block find near, and their rows: a pointer; the last row, and the first and last as positions."""
+    """What the votes of a query block find near, and their rows: a pointer; the last row, and the
+    first and last as positions."""
     near += row.to(tl.int64) * GROUP * stride_near
     if CHOSEN:
-        last_row = count_votes(last - first + 1, middle, VOTERS, VOTES, VOTES_WHOLE, MOST, SPACING) - 1
+        last_row = (
+            count_votes(last - first + 1, middle, VOTERS, VOTES, VOTES_WHOLE, MOST, SPACING) - 1
+        )
         return near + index.to(tl.int64) * SAMPLES, last_row, first - first, last_row
     else:
         return near - row_start, last_row, first, last
@@ -97,9 +114,9 @@ def look(
     SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr, WEIGHED: tl.constexpr,
     ONWARD: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """The end of a search: all votes look at all keys of the blocks `ids` `[N]`, sorted, of which `total` count, and the best are
-    written. `LOOKS` > 1: they look at the `share`-th part of each block's keys; what is `found`, and with `LIST` which blocks
-    they are, is left to `choose.py`."""
+    """The end of a search: all votes look at all keys of the blocks `ids` `[N]`, sorted, of which
+    `total` count, and the best are written. `LOOKS` > 1: they look at the `share`-th part of each
+    block's keys; what is `found`, and with `LIST` which blocks they are, is left to `choose.py`."""
     slot = tl.arange(0, N)
     inside = slot < total
     ids = tl.where(inside, ids, low)
@@ -110,13 +127,19 @@ def look(
             tl.store(listed + slot, tl.where(inside, ids, -1), mask=share + slot * 0 == 0)
         lane = tl.arange(0, BLOCK_M)
         for tile in range(TILES):
-            offsets = voting_rows(tile, last_row, last, first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE, GROUP)[0]
+            offsets = voting_rows(
+                tile, last_row, last, first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE, GROUP
+            )[0]
             mass, m_i = block_masses(
                 k, ids, inside, share * EACH, tl.minimum(EACH, BLOCK_K - share * EACH), key_start, batch, stride_kb, stride_kt,
                 block_table, stride_table, q, offsets, scale, SOFTCAP, N, BLOCK_K, PAGE_SIZE, BLOCK_M, MASS, DIM, FEATURES,
                 PRECISION, back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
             to = found + (share * TILES + tile) * ((N + 1) * NARROW) + lane
-            tl.store(to[None, :] + slot[:, None] * NARROW, mass, mask=(slot[:, None] >= 0) & (lane < NARROW)[None, :])
+            tl.store(
+                to[None, :] + slot[:, None] * NARROW,
+                mass,
+                mask=(slot[:, None] >= 0) & (lane < NARROW)[None, :],
+            )
             tl.store(to + N * NARROW, m_i, mask=lane < NARROW)
     else:
         scores = score_blocks(
@@ -131,7 +154,8 @@ def write_best(
     ids, scores, total, low, indices, counts, entry,
     N: tl.constexpr, BUDGET: tl.constexpr, OUT: tl.constexpr, ONWARD: tl.constexpr,
 ):  # fmt: skip
-    """The result: the best of the blocks `ids` `[N]`, sorted, of which `total` count, by the `scores` of all their keys."""
+    """The result: the best of the blocks `ids` `[N]`, sorted, of which `total` count, by the
+    `scores` of all their keys."""
     if ONWARD > 0:
         scores = read_on(scores, ids, total, ONWARD, N)
     none = low * 0 + ABSENT
@@ -155,11 +179,21 @@ def score_long(
     PARTS: tl.constexpr, PRECISION: tl.constexpr, level, farthest, cos, sin,
     ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Scores of `count` chunks from `first` on into `scratch`, tile by tile: once for the rows' norms, once for the scores."""
+    """Scores of `count` chunks from `first` on into `scratch`, tile by tile: once for the rows'
+    norms, once for the scores."""
     inner = tl.arange(0, M)
     for tile in range(tiles):
         offsets, voting = voting_rows(
-            tile, last_row, block_last, block_first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE, GROUP
+            tile,
+            last_row,
+            block_last,
+            block_first,
+            stride_qh,
+            stride_qt,
+            BLOCK_M,
+            SAMPLES,
+            STRIDE,
+            GROUP,
         )
         m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -191,14 +225,17 @@ def score_long(
                 scores += tl.load(to, mask=inside & (tile > 0), other=0.0)
             else:
                 scores = tl.max(tl.where(voting[None, :], logits, -float("inf")), 1)
-                scores = tl.maximum(scores, tl.load(to, mask=inside & (tile > 0), other=-float("inf")))
+                scores = tl.maximum(
+                    scores, tl.load(to, mask=inside & (tile > 0), other=-float("inf"))
+                )
             tl.store(to, scores, mask=inside)
         tl.debug_barrier()  # the next tile of rows, and the merge, read what other threads wrote
 
 
 @triton.jit
 def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
-    """The `keep` best of the chunks scored in `scratch`, merged tile by tile: ids `[KEPT]`, sorted, and how many count."""
+    """The `keep` best of the chunks scored in `scratch`, merged tile by tile: ids `[KEPT]`, sorted,
+    and how many count."""
     inner = tl.arange(0, KEPT)
     ids = first + inner
     total = first * 0
@@ -209,7 +246,9 @@ def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
         fresh = at + inner < count
         new = sort_keys(tl.load(scratch + at + inner, mask=fresh, other=0.0), fresh)
         candidates = pair(ids, first + at + inner, 2 * KEPT)
-        ids, _, total = keep_best(candidates, pair(kept, new, 2 * KEPT), first, none, first, none, keep, 2 * KEPT, KEPT)
+        ids, _, total = keep_best(
+            candidates, pair(kept, new, 2 * KEPT), first, none, first, none, keep, 2 * KEPT, KEPT
+        )
     return ids, total
 
 
@@ -229,20 +268,25 @@ def select_kernel(
     FOUND: tl.constexpr, ONWARD: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One query block of one mask head of one sequence. Grid: as many of the `blocks` * `heads` * sequences as have scratch, from
-    `first_program` on, and `LOOKS`; `blocks` query blocks and `heads` mask heads a sequence.
+    """One query block of one mask head of one sequence. Grid: as many of the `blocks` * `heads` *
+    sequences as have scratch, from `first_program` on, and `LOOKS`; `blocks` query blocks and
+    `heads` mask heads a sequence.
 
-    A middle of at most `MOST` blocks is looked at whole. Of a longer one, `KEEP` chunks survive a level, `LAST` blocks the last
-    one (more than `BUDGET` only to be rescored); the search starts with at most `MOST` chunks, or at level `LIMIT`.
-    `STATEFUL`: a selection `made` less than `refresh` steps ago stays; one row at a time, for after a step of several rows the
-    next one selects anew. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the
-    votes that `votes.py` put side by side, of which it says what VOTERS, VOTES, VOTES_WHOLE, WALKERS and SPACING mean. `WEIGHED`:
-    `near` is what every vote, or row of a sequence, finds in any case. `ROPE_HALF_DIM` > 0: chunk-indexed, at most `farthest`
-    chunks away; so many pairs of a head's numbers turn. `LOOKS` > 1: so many programs search, all for the same, and each looks
-    at a share of the keys of each of the last blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is
-    none (not those of a whole middle); what `NARROW` rows of each tile, those that may vote, found in their keys into the
-    `FOUND` numbers of a program's `scratch`, fp32 `[LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last place what was
-    subtracted; of a whole middle `[LOOKS, TILES_WHOLE, M + 1, NARROW_WHOLE]`. All else is left to `choose.py`.
+    A middle of at most `MOST` blocks is looked at whole. Of a longer one, `KEEP` chunks survive a
+    level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts
+    with at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than
+    `refresh` steps ago stays; one row at a time, for after a step of several rows the next one
+    selects anew. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the
+    votes that `votes.py` put side by side, of which it says what VOTERS, VOTES, VOTES_WHOLE,
+    WALKERS and SPACING mean. `WEIGHED`: `near` is what every vote, or row of a sequence, finds in
+    any case. `ROPE_HALF_DIM` > 0: chunk-indexed, at most `farthest` chunks away; so many pairs of a
+    head's numbers turn. `LOOKS` > 1: so many programs search, all for the same, and each looks at a
+    share of the keys of each of the last blocks. These go into `listed`, int32
+    `[programs, KEPT_LAST]`, -1 where there is none (not those of a whole middle); what `NARROW`
+    rows of each tile, those that may vote, found in their keys into the `FOUND` numbers of a
+    program's `scratch`, fp32 `[LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last place what was
+    subtracted; of a whole middle `[LOOKS, TILES_WHOLE, M + 1,
+    NARROW_WHOLE]`. All else is left to `choose.py`.
     """
     index, row = place_of(first_program + tl.program_id(0), blocks)
     sequence = row // heads
@@ -271,7 +315,9 @@ def select_kernel(
         return
 
     key_head = head // HEADS_PER_KEY
-    q += (sequence if CHOSEN else batch).to(tl.int64) * stride_qb + head.to(tl.int64) * GROUP * stride_qh
+    q += (sequence if CHOSEN else batch).to(tl.int64) * stride_qb + head.to(
+        tl.int64
+    ) * GROUP * stride_qh
     own_rows = last - first + 1
     if CHOSEN:
         q += index.to(tl.int64) * SAMPLES * stride_qt
@@ -310,7 +356,9 @@ def select_kernel(
         score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, near, stride_near, walking_row, first, walking,
                    scale, steps, tiles, SOFTCAP, M, BLOCK_M, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, BLOCK_K, DIM, FEATURES,
                    PARTS, PRECISION, level, farthest, COS, SIN, ROPE_HALF_DIM)  # fmt: skip
-        best, total = merge_long(scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2)
+        best, total = merge_long(
+            scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2
+        )
         ids = pair(best, best, M)
         inside = slot < total
         scores = tl.load(scratch + ids - begins, mask=inside, other=0.0)
@@ -336,7 +384,9 @@ def select_kernel(
         inside = slot < 2 * total
         at = chunk_rows(tl.where(inside, ids, begins), level)
         edge_at = chunk_rows(tl.where(edge == 0, begins, ends - 1), level)
-        edge_inside = ((edge == 0) & (begins != 2 * was_begins)) | ((edge == 1) & (ends != 2 * was_ends))
+        edge_inside = ((edge == 0) & (begins != 2 * was_begins)) | (
+            (edge == 1) & (ends != 2 * was_ends)
+        )
         scores, edge_scores = score_chunks(
             table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, near, stride_near, walking_row, first, walking,
             BLOCK_K << level, scale, steps, tiles, SOFTCAP, M, EDGES, BLOCK_M, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,

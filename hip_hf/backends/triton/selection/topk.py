@@ -1,7 +1,9 @@
-"""The best of a program's candidates, in registers, in order of position: a threshold found digit by digit, then compaction.
+"""The best of a program's candidates, in registers, in order of position: a threshold found digit
+by digit, then compaction.
 
-No sort: the threshold is the `count`-th largest score, found four bits at a time by counting; who is above it is kept, and
-of those that equal it the first ones (ties go to the lower position). Candidates come sorted by position and stay so.
+No sort: the threshold is the `count`-th largest score, found four bits at a time by counting; who
+is above it is kept, and of those that equal it the first ones (ties go to the lower position).
+Candidates come sorted by position and stay so.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ def tile(count: int) -> int:
 
 @triton.jit
 def sort_keys(scores, inside):
-    """fp32 scores -> int32 that compare alike; NaN is the worst of what is there, `inside` false is `ABSENT`."""
+    """fp32 scores -> int32 that compare alike; NaN is the worst of what is there, `inside` false is
+    `ABSENT`."""
     scores = tl.where(scores != scores, -FLT_MAX, scores)
     scores = tl.minimum(tl.maximum(scores, -FLT_MAX), FLT_MAX)
     scores = tl.where(scores == 0.0, 0.0, scores)  # -0 ties with 0
@@ -35,10 +38,13 @@ def sort_keys(scores, inside):
 
 @triton.jit
 def threshold(keys, left, right, count):
-    """A number that tells the `count` largest of `keys` `[M]` and of the scalars `left` and `right` from the rest: either just
-    those reach it, or it is the `count`-th largest itself; `ABSENT` if there are fewer."""
+    """A number that tells the `count` largest of `keys` `[M]` and of the scalars `left` and `right`
+    from the rest: either just those reach it, or it is the `count`-th largest itself; `ABSENT` if
+    there are fewer."""
     digits = tl.arange(0, 16)
-    found = left * 0 + ABSENT  # the smallest int32: from there on every digit makes it larger, also the one with the sign
+    found = (
+        left * 0 + ABSENT
+    )  # the smallest int32: from there on every digit makes it larger, also the one with the sign
     shift = left * 0 + 28
     reached = count - 1
     while (shift >= 0) & (reached != count):
@@ -55,28 +61,41 @@ def threshold(keys, left, right, count):
 
 @triton.jit
 def kept_of(keys, left, right, count):
-    """Which of `keys` `[M]`, `left` and `right` are the `count` best: 1 or 0 each. Ties go to the lower position."""
+    """Which of `keys` `[M]`, `left` and `right` are the `count` best: 1 or 0 each. Ties go to the
+    lower position."""
     limit = threshold(keys, left, right, count)
     above = keys > limit
     equal = (keys == limit) & (keys != ABSENT)
-    spare = count - tl.sum(above.to(tl.int32), 0) - (left > limit).to(tl.int32) - (right > limit).to(tl.int32)
+    spare = (
+        count
+        - tl.sum(above.to(tl.int32), 0)
+        - (left > limit).to(tl.int32)
+        - (right > limit).to(tl.int32)
+    )
     left_equal = ((left == limit) & (left != ABSENT)).to(tl.int32)
     ties = tl.cumsum(equal.to(tl.int32), 0) + left_equal
     left_kept = ((left > limit) | ((left_equal > 0) & (spare > 0))).to(tl.int32)
     kept = (above | (equal & (ties <= spare))).to(tl.int32)
     ties_before = tl.sum(equal.to(tl.int32), 0) + left_equal
-    right_kept = ((right > limit) | ((right == limit) & (right != ABSENT) & (ties_before < spare))).to(tl.int32)
+    right_kept = (
+        (right > limit) | ((right == limit) & (right != ABSENT) & (ties_before < spare))
+    ).to(tl.int32)
     return kept, left_kept, right_kept
 
 
 @triton.jit
-def keep_best(ids, keys, left_id, left, right_id, right, count, M: tl.constexpr, KEPT: tl.constexpr):
-    """The `count` best of candidates `ids` `[M]` (sorted) with sort keys `keys`, and one more on either side of them.
+def keep_best(
+    ids, keys, left_id, left, right_id, right, count, M: tl.constexpr, KEPT: tl.constexpr
+):
+    """The `count` best of candidates `ids` `[M]` (sorted) with sort keys `keys`, and one more on
+    either side of them.
 
-    Returns ids and sort keys `[KEPT]`, by position, and how many of them count; what comes after is to be masked.
+    Returns ids and sort keys `[KEPT]`, by position, and how many of them count; what comes after is
+    to be masked.
     """
     kept, left_kept, right_kept = kept_of(keys, left, right, count)
-    # Slot j takes the first candidate that has more than j kept ones up to and including it: as many as have at most j.
+    # Slot j takes the first candidate that has more than j kept ones up to and including it: as
+    # many as have at most j.
     upto = tl.cumsum(kept, 0) + left_kept
     total = tl.sum(kept, 0) + left_kept + right_kept
     source = tl.minimum(tl.cumsum(tl.histogram(upto, KEPT, mask=upto < KEPT), 0), M - 1)
@@ -90,8 +109,8 @@ def keep_best(ids, keys, left_id, left, right_id, right, count, M: tl.constexpr,
 
 @triton.jit
 def read_on(scores, ids, total, share, N: tl.constexpr):
-    """Scores `[N]` of sorted blocks `ids`, of which `total` count, each with a share of that of the block before it, if that is
-    there (`methods/hip.py`)."""
+    """Scores `[N]` of sorted blocks `ids`, of which `total` count, each with a share of that of the
+    block before it, if that is there (`methods/hip.py`)."""
     slot = tl.arange(0, N)
     before = tl.maximum(slot - 1, 0)
     follows = (slot > 0) & (slot < total) & (tl.gather(ids, before, 0) + 1 == ids)

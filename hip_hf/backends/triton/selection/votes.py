@@ -1,11 +1,12 @@
-"""Votes by need: the rows of a query block that vote in its search, and how much they find without it (`methods/hip.py` is the
-readable twin).
+"""Votes by need: the rows of a query block that vote in its search, and how much they find without
+it (`methods/hip.py` is the readable twin).
 
-`need_kernel` goes through what a row that may vote reads in any case, sink and window, and through a sample of the keys in
-between: the log-sum-exp of the first (`near`) says how much it finds, the highest logit of the second less that how much it
-*needs* the middle.
-`vote_kernel` puts the rows of the greatest need side by side, where the search reads them. Under context extension it also
-places them: as far from un-rotated keys as they are from the last key before the window (`voting` in `rope.py`).
+`need_kernel` goes through what a row that may vote reads in any case, sink and window, and through
+a sample of the keys in between: the log-sum-exp of the first (`near`) says how much it finds, the
+highest logit of the second less that how much it *needs* the middle.
+`vote_kernel` puts the rows of the greatest need side by side, where the search reads them. Under
+context extension it also places them: as far from un-rotated keys as they are from the last key
+before the window (`voting` in `rope.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ from hip_hf.backends.triton.common.sequences import (
     window_start,
 )
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E, scaled
-from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, target_of, tile_of
+from hip_hf.backends.triton.common.tuning import (
+    Tile,
+    power_of_two,
+    precision_of,
+    target_of,
+    tile_of,
+)
 from hip_hf.backends.triton.selection.topk import ABSENT, keep_best, kept_of, sort_keys, tile
 from hip_hf.backends.triton.selection.voting import Voting, count_asked, count_votes, count_walkers
 from hip_hf.methods import need as by_need
@@ -50,7 +57,8 @@ NEEDS = 64
 
 @triton.jit
 def near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING: tl.constexpr):
-    """Of the list `[sink | window]`: positions of the keys at `slots`, and which of the rows at `row_at` see them."""
+    """Of the list `[sink | window]`: positions of the keys at `slots`, and which of the rows at
+    `row_at` see them."""
     position = tl.where(slots < sink_length, start + slots, window + slots - sink_length)
     seen = (slots < end)[None, :] & (position[None, :] <= row_at[:, None])
     if SLIDING:
@@ -64,14 +72,25 @@ def key_logits(
     scale, softcap, dim,
     D: tl.constexpr, PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Logits, base 2, of the keys at `position`: -inf where a row has not `seen` them. ROPE_HALF_DIM > 0: keys are turned to
-    their `place`."""
+    """Logits, base 2, of the keys at `position`: -inf where a row has not `seen` them.
+    ROPE_HALF_DIM > 0: keys are turned to their `place`."""
     d = tl.arange(0, D)
-    at = token_offsets(key_start + position, inside, batch, stride_kb, stride_kt, block_table, stride_table, PAGE_SIZE)
+    at = token_offsets(
+        key_start + position,
+        inside,
+        batch,
+        stride_kb,
+        stride_kt,
+        block_table,
+        stride_table,
+        PAGE_SIZE,
+    )
     there = inside[:, None] & (d < dim)[None, :]
     k = tl.load(k_base + at[:, None] + d[None, :], mask=there, other=0.0)
     if ROPE_HALF_DIM > 0:
-        other = tl.load(k_base + at[:, None] + partner(d, ROPE_HALF_DIM)[None, :], mask=there, other=0.0)
+        other = tl.load(
+            k_base + at[:, None] + partner(d, ROPE_HALF_DIM)[None, :], mask=there, other=0.0
+        )
         k = turned(k, other, place, d, cos, sin, ROPE_HALF_DIM).to(k.dtype)
     logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
     return tl.where(seen, logits, float("-inf"))
@@ -96,18 +115,24 @@ def need_kernel(
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """`NEAR` and, if the rows are to be `RANKED` by it, `NEED`, fp32 `[S, Hq, rows]`, of a tile of `BLOCK_M` rows of a query
-    block that may vote, every `STRIDE`-th, and the `GROUP` heads of a key head. Grid: tiles, key heads, sequences.
+    """`NEAR` and, if the rows are to be `RANKED` by it, `NEED`, fp32 `[S, Hq, rows]`, of a tile of
+    `BLOCK_M` rows of a query block that may vote, every `STRIDE`-th, and the `GROUP` heads of a key
+    head. Grid: tiles, key heads, sequences.
 
-    Nothing is written where nothing is searched: the middle has up to `BUDGET` blocks, or (`STATEFUL`) a selection is kept.
-    `SAMPLE`: keys of the middle at most. ROPE_HALF_DIM > 0: so many pairs of a head's numbers turn, sink and window to where
-    attention has them, with the keys of `BUDGET` blocks in between (`rope.py`).
+    Nothing is written where nothing is searched: the middle has up to `BUDGET` blocks, or
+    (`STATEFUL`) a selection is kept. `SAMPLE`: keys of the middle at most. ROPE_HALF_DIM > 0: so
+    many pairs of a head's numbers turn, sink and window to where attention has them, with the keys
+    of `BUDGET` blocks in between (`rope.py`).
     """
     ASKED: tl.constexpr = (BLOCK_Q + STRIDE - 1) // STRIDE
     TILES: tl.constexpr = (ASKED + BLOCK_M - 1) // BLOCK_M
     number, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
-    block_row, block_first, block_last = query_block(row_start, rows, position, number // TILES, BLOCK_Q)
+    batch, key_start, row_start, rows, position = load_sequence(
+        SEQUENCES, stride_sequences, sequence
+    )
+    block_row, block_first, block_last = query_block(
+        row_start, rows, position, number // TILES, BLOCK_Q
+    )
     own_rows = block_last - block_first + 1
     first = block_first + (own_rows - 1) % STRIDE + number % TILES * (BLOCK_M * STRIDE)
     last = tl.minimum(first + (BLOCK_M - 1) * STRIDE, block_last)
@@ -128,7 +153,12 @@ def need_kernel(
     head = key_head * GROUP + member
     d, n = tl.arange(0, D), tl.arange(0, BLOCK_N)
     query_row = block_row + row_at - block_first
-    q_ptr = Q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + query_row.to(tl.int64) * stride_qt
+    q_ptr = (
+        Q
+        + batch.to(tl.int64) * stride_qb
+        + head.to(tl.int64) * stride_qh
+        + query_row.to(tl.int64) * stride_qt
+    )
     here = real[:, None] & (d < dim)[None, :]
     k_base = K + key_head.to(tl.int64) * stride_kh
     sink_length = sink - start
@@ -145,21 +175,30 @@ def need_kernel(
         before = sink_length + gap - window
         own = before + row_at
         earliest = own - trained + 1
-        shift, far = tl.maximum(before + first + 1 - trained, 0), tl.maximum(before + last + 1 - trained, 0)
+        shift, far = (
+            tl.maximum(before + first + 1 - trained, 0),
+            tl.maximum(before + last + 1 - trained, 0),
+        )
         stop = tl.minimum(far, sink_length) + tl.maximum(far - sink_length - gap, 0)
         if stop > 0:
             farthest = tl.full([BLOCK_M * GROUP_PADDED], trained - 1, tl.int32)
-            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, ROPE_HALF_DIM).to(Q.dtype.element_ty)
+            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
+                Q.dtype.element_ty
+            )
             for i in tl.range(0, stop, BLOCK_N, disable_licm=True):
                 slots = i + n
-                at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
+                at, seen = near_keys(
+                    slots, end, start, sink_length, window, row_at, sliding, SLIDING
+                )
                 place = slots + tl.where(slots < sink_length, 0, gap)
                 seen &= place[None, :] < earliest[:, None]
                 logits = key_logits(
                     q, k_base, at, slots < end, seen, place, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE,
                     stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
                 m_i, l_i = add_logits(m_i, l_i, logits)
-        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, ROPE_HALF_DIM).to(Q.dtype.element_ty)
+        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
+            Q.dtype.element_ty
+        )
         for i in tl.range(0, end, BLOCK_N, disable_licm=True):
             slots = i + n
             at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
@@ -179,7 +218,9 @@ def need_kernel(
                 scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
             m_i, l_i = add_logits(m_i, l_i, logits)
     near = (m_i + tl.log2(l_i)) * LN2
-    to = (sequence * tl.num_programs(1) * GROUP + head).to(tl.int64) * stride_near + (row_at - position)
+    to = (sequence * tl.num_programs(1) * GROUP + head).to(tl.int64) * stride_near + (
+        row_at - position
+    )
     tl.store(NEAR + to, near, mask=real)
 
     if RANKED:
@@ -190,12 +231,16 @@ def need_kernel(
         chunk, ends = (low + (1 << level) - 1) >> level, high >> level
         asked = count_asked(own_rows, VOTERS, STRIDE)
         # where all of them vote nothing is to be estimated
-        votes = count_votes(own_rows, (high - low) // BLOCK_K, VOTERS, VOTES, VOTES_WHOLE, MOST, STRIDE)
+        votes = count_votes(
+            own_rows, (high - low) // BLOCK_K, VOTERS, VOTES, VOTES_WHOLE, MOST, STRIDE
+        )
         ends = tl.where(votes < asked, ends, chunk)
         m_i = tl.full([BLOCK_M * GROUP_PADDED], float("-inf"), tl.float32)
         if ROPE_HALF_DIM > 0:
             distance = tl.minimum(row_at + 1 - window, trained - 1)
-            q = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, ROPE_HALF_DIM).to(Q.dtype.element_ty)
+            q = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
+                Q.dtype.element_ty
+            )
         for i in range(chunk, ends, BLOCK_N):
             inside = i + n < ends
             spread = ((i + n).to(tl.int64) * SPREAD & 0xFFFFFFFF) >> (32 - level)
@@ -218,11 +263,12 @@ def vote_kernel(
     STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr,
     ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """The votes of one query block and mask head: `VOTED` `[S, H, blocks * SLOTS, D]`, and (`WEIGHED`) their `VOTED_NEAR` fp32
-    `[S, H, blocks * SLOTS]`. Grid: query blocks, mask heads, sequences. As in `need_kernel`, nothing where nothing is searched.
+    """The votes of one query block and mask head: `VOTED` `[S, H, blocks * SLOTS, D]`, and
+    (`WEIGHED`) their `VOTED_NEAR` fp32 `[S, H, blocks * SLOTS]`. Grid: query blocks, mask heads,
+    sequences. As in `need_kernel`, nothing where nothing is searched.
 
-    Of every `STRIDE`-th row those of the greatest need (`RANKED`; of these the neediest `WALKERS` first), or all.
-    ROPE_HALF_DIM > 0: turned to where they select.
+    Of every `STRIDE`-th row those of the greatest need (`RANKED`; of these the neediest `WALKERS`
+    first), or all. ROPE_HALF_DIM > 0: turned to where they select.
     """
     index, mask_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, _, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
@@ -232,7 +278,9 @@ def vote_kernel(
     if STATEFUL:  # noqa: SIM102 (settled when the kernel is compiled)
         if still_serves(MADE + sequence * stride_made, position, rows, refresh):
             return
-    _, sink, window = always_read(first, window_start(first, window_keys, BLOCK_K), sink_keys, sliding, BLOCK_K)
+    _, sink, window = always_read(
+        first, window_start(first, window_keys, BLOCK_K), sink_keys, sliding, BLOCK_K
+    )
     middle = window // BLOCK_K - sink // BLOCK_K
     if middle <= BUDGET:
         return
@@ -248,9 +296,13 @@ def vote_kernel(
         every = tl.arange(0, N)  # by position, then by head
         there = every < count_asked(own_rows, VOTERS, STRIDE)
         at = skipped + every // VOTERS * STRIDE
-        need = tl.load(NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + at, mask=there, other=0.0)
+        need = tl.load(
+            NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + at, mask=there, other=0.0
+        )
         none = first * 0 + ABSENT
-        ids, needs, _ = keep_best(every, sort_keys(need, there), first, none, first, none, total, N, KEPT)
+        ids, needs, _ = keep_best(
+            every, sort_keys(need, there), first, none, first, none, total, N, KEPT
+        )
         walking = count_walkers(total, own_rows, VOTERS, STRIDE, WALKERS)
         if VOTES_WHOLE > VOTES:
             walking = tl.where(middle <= MOST, total, walking)
@@ -261,10 +313,17 @@ def vote_kernel(
     row, member = skipped + ids // VOTERS * STRIDE, ids % VOTERS
     to = (entry * tl.num_programs(0) + index) * SLOTS + place
     if WEIGHED:
-        near = tl.load(NEAR + lane + member.to(tl.int64) * stride_near + row, mask=inside, other=0.0)
+        near = tl.load(
+            NEAR + lane + member.to(tl.int64) * stride_near + row, mask=inside, other=0.0
+        )
         tl.store(VOTED_NEAR + to, near, mask=inside)
     head = mask_head * VOTERS + member
-    q_ptr = Q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + (first_row + row).to(tl.int64) * stride_qt
+    q_ptr = (
+        Q
+        + batch.to(tl.int64) * stride_qb
+        + head.to(tl.int64) * stride_qh
+        + (first_row + row).to(tl.int64) * stride_qt
+    )
     distance = tl.minimum(first + row + 1 - window, trained - 1)
     for part in range(0, DIM, FEATURES):
         d = part + tl.arange(0, FEATURES)
@@ -280,16 +339,20 @@ def need_arguments(
     q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, block_q: int,
     made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, target: str | None = None, shape: Tile | None = None,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
-    """Grid and arguments of `need_kernel`. `made`: as `SelectionBuffers` keep it; `target`, `shape`: not
-    those of q's device."""
+    """Grid and arguments of `need_kernel`. `made`: as `SelectionBuffers` keep it; `target`,
+    `shape`: not those of q's device."""
     dim, group = q.shape[-1], q.shape[1] // kv.heads
     voting = Voting.of(config, group, block_q, logits.positions is not None)
     # attention's tiles, which hold values besides
     kernel = configuration("decode" if block_q == 1 else "prefill", logits)
     shape = shape or tile_of(kernel, target or target_of(q), dim, dim, q.dtype)
-    if logits.positions is not None:  # queries are turned three times, keys as well: what waits to be used must be little
+    if (
+        logits.positions is not None
+    ):  # queries are turned three times, keys as well: what waits to be used must be little
         shape = replace(shape, keys=max(FEWEST_KEYS, shape.keys // 2), stages=1)
-    elif kv.page_size:  # keys wait for the number of their page, which is looked up in the same turn
+    elif (
+        kv.page_size
+    ):  # keys wait for the number of their page, which is looked up in the same turn
         shape = replace(shape, stages=min(shape.stages, 2))
     rows = rows_of(shape, group, voting.asked)
     table, stride_table = kv.table()
@@ -311,7 +374,11 @@ def need_arguments(
         PRECISION=precision_of(q), **rotation(logits.positions, rows * voting.stride + shape.keys, q),
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
-    return (sequences.blocks(block_q) * -(-voting.asked // rows), kv.heads, sequences.count), arguments
+    return (
+        sequences.blocks(block_q) * -(-voting.asked // rows),
+        kv.heads,
+        sequences.count,
+    ), arguments
 
 
 def vote_arguments(
@@ -340,23 +407,31 @@ def votes_of(
     q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, block_q: int,
     made: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """What the search reads as its queries, and fp32 how much they find near, of query blocks that search; elsewhere
-    nothing is written.
+    """What the search reads as its queries, and fp32 how much they find near, of query blocks that
+    search; elsewhere nothing is written.
 
-    Either the votes `[S, H, blocks * slots, D]`, those of a query block in its first slots, with near `[S, H, blocks * slots]`;
-    or q `[B, Hq, Tq, D]` itself with near `[S, Hq, rows]`, from the first row of each sequence on (`Voting`).
+    Either the votes `[S, H, blocks * slots, D]`, those of a query block in its first slots, with
+    near `[S, H, blocks * slots]`; or q `[B, Hq, Tq, D]` itself with near `[S, Hq, rows]`, from the
+    first row of each sequence on (`Voting`).
     """
     voting = Voting.of(config, q.shape[1] // kv.heads, block_q, logits.positions is not None)
     near = need = q  # stand-ins that no kernel reads
     if voting.weighed or voting.ranked:
         near = q.new_empty(sequences.count, q.shape[1], sequences.max_rows, dtype=torch.float32)
         need = torch.empty_like(near) if voting.ranked else near
-        grid, arguments = need_arguments(q, kv, sequences, config, logits, block_q, made, near, need)
+        grid, arguments = need_arguments(
+            q, kv, sequences, config, logits, block_q, made, near, need
+        )
         need_kernel[grid](**arguments)
     if not voting.chosen:
         return q, near
     shape = (sequences.count, q.shape[1] // voting.voters, sequences.blocks(block_q) * voting.slots)
-    voted, voted_near = q.new_empty(*shape, q.shape[-1]), near.new_empty(shape) if voting.weighed else near
-    grid, arguments = vote_arguments(q, voting, sequences, config, logits, block_q, made, near, need, voted, voted_near)
+    voted, voted_near = (
+        q.new_empty(*shape, q.shape[-1]),
+        near.new_empty(shape) if voting.weighed else near,
+    )
+    grid, arguments = vote_arguments(
+        q, voting, sequences, config, logits, block_q, made, near, need, voted, voted_near
+    )
     vote_kernel[grid](**arguments)
     return voted, voted_near

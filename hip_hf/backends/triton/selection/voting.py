@@ -1,4 +1,5 @@
-"""Who votes in the search of a query block, and how many of them walk the tree (`methods/need.py` says why)."""
+"""Who votes in the search of a query block, and how many of them walk the tree (`methods/need.py`
+says why)."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ def count_asked(rows, VOTERS: tl.constexpr, STRIDE: tl.constexpr):
 def count_votes(
     rows, middle, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr, STRIDE: tl.constexpr
 ):  # fmt: skip
-    """How many votes a query block of so many rows of `VOTERS` heads casts, whose `middle` has so many blocks: `VOTES_WHOLE` at
-    most where it is looked at whole, for it has `MOST` at most, else `VOTES`."""
+    """How many votes a query block of so many rows of `VOTERS` heads casts, whose `middle` has so
+    many blocks: `VOTES_WHOLE` at most where it is looked at whole, for it has `MOST` at most, else
+    `VOTES`."""
     most = VOTES
     if VOTES_WHOLE > VOTES:
         most = tl.where(middle <= MOST, VOTES_WHOLE, VOTES)
@@ -34,7 +36,8 @@ def count_votes(
 
 @triton.jit
 def count_walkers(votes, rows, VOTERS: tl.constexpr, STRIDE: tl.constexpr, WALKERS: tl.constexpr):
-    """How many of the `votes` of a query block of so many rows walk the tree: all, where all that may vote do."""
+    """How many of the `votes` of a query block of so many rows walk the tree: all, where all that
+    may vote do."""
     return tl.where(votes < count_asked(rows, VOTERS, STRIDE), tl.minimum(WALKERS, votes), votes)
 
 
@@ -42,8 +45,8 @@ def count_walkers(votes, rows, VOTERS: tl.constexpr, STRIDE: tl.constexpr, WALKE
 class Voting:
     """Who votes in a search: settled by settings and shapes alone.
 
-    `voters`: query heads that share a selection. Every `stride`-th row may vote, counted back from a
-    query block's last: `asked` of a full one. `votes`: of a full query block, of which `walkers`
+    `voters`: query heads that share a selection. Every `stride`-th row may vote, counted back from
+    a query block's last: `asked` of a full one. `votes`: of a full query block, of which `walkers`
     walk the tree; `votes_whole`: if a middle is looked at whole. `slots`: room for those of any.
     `ranked`: rows are chosen by need. `chosen`: votes are put side by side for the search, else it
     reads the queries themselves. `weighed`: the search counts how much a row finds near.
@@ -65,10 +68,23 @@ class Voting:
         voters, by_need = group if config.group_shared else 1, config.vote == "need"
         stride = asked_rows(config, block_q).step if by_need else config.query_stride
         asked = -(-block_q // stride)
-        of_need = (votes_of(config, block_q, voters, whole) for whole in (False, config.rescore_blocks > 0))
+        of_need = (
+            votes_of(config, block_q, voters, whole) for whole in (False, config.rescore_blocks > 0)
+        )
         votes, votes_whole = of_need if by_need else (voters * asked,) * 2
         slots = max(votes_whole, voters)
         ranked = votes < voters * asked
         weighed = by_need and config.score == "mass"
         walkers = walkers_of(config, votes) if ranked else slots
-        return Voting(voters, votes, votes_whole, walkers, slots, stride, asked, ranked, ranked or extended, weighed)
+        return Voting(
+            voters,
+            votes,
+            votes_whole,
+            walkers,
+            slots,
+            stride,
+            asked,
+            ranked,
+            ranked or extended,
+            weighed,
+        )

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from hip_hf.backends.triton.attention.backward import Part, inverted, key_gradient_arguments, query_gradient_arguments
+from hip_hf.backends.triton.attention.backward import (
+    Part,
+    inverted,
+    key_gradient_arguments,
+    query_gradient_arguments,
+)
 from hip_hf.backends.triton.attention.decode import Scratch, combine_arguments, combine_kernel
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.backends.triton.attention.inversion import Inverted
@@ -47,13 +52,19 @@ def launches_of_decode(dim: int, dtype: torch.dtype, target: str) -> list[Launch
     tile = tile_of("decode", target, dim, dim, dtype)
     one, paged = (example(dim, dtype, paged, rows=1, block_q=1) for paged in (False, True))
     turning = tile_of("decode extended", target, dim, dim, dtype)
-    return [*decode_launches(one, tile), *decode_launches(paged, tile), *decode_launches(extended(one), turning)[:1]]
+    return [
+        *decode_launches(one, tile),
+        *decode_launches(paged, tile),
+        *decode_launches(extended(one), turning)[:1],
+    ]
 
 
 def decode_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of a decode step: its attention and its combination."""
     scratch = Scratch.make(16, x.q, x.kv.v.shape[-1])
-    parts = call_arguments(x.q, x.kv, x.sequences, x.reads, x.logits, scratch.out, scratch.lse, tile, 16)
+    parts = call_arguments(
+        x.q, x.kv, x.sequences, x.reads, x.logits, scratch.out, scratch.lse, tile, 16
+    )
     whole = combine_arguments(scratch, x.sequences, x.out, x.lse)
     return [
         Launch(f"decode{x.suffix}", attend_kernel, parts[1], False, parts[0]),
@@ -74,14 +85,25 @@ def query_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of `query_gradient_kernel`."""
     part, mean = Part(x.sequences, x.reads), torch.empty_like(x.lse)
     grad_q = torch.empty_like(x.q)
-    launch = query_gradient_arguments(x.q, x.kv, part, x.logits, x.out, x.lse, x.out, None, grad_q, mean, tile)
+    launch = query_gradient_arguments(
+        x.q, x.kv, part, x.logits, x.out, x.lse, x.out, None, grad_q, mean, tile
+    )
     return [Launch("backward, queries", query_gradient_kernel, launch[1], True, launch[0])]
 
 
 def key_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of `key_gradient_kernel`."""
     part, grads = Part(x.sequences, x.reads), (torch.empty_like(x.kv.k), torch.empty_like(x.kv.v))
-    lists = inverted(part, tile) if x.q.device.type != "meta" else Inverted(x.numbers, x.numbers, x.numbers.long())
-    grid, passes = key_gradient_arguments(x.q, x.kv, part, x.logits, x.lse, x.out, x.lse, *grads, lists, tile)
+    lists = (
+        inverted(part, tile)
+        if x.q.device.type != "meta"
+        else Inverted(x.numbers, x.numbers, x.numbers.long())
+    )
+    grid, passes = key_gradient_arguments(
+        x.q, x.kv, part, x.logits, x.lse, x.out, x.lse, *grads, lists, tile
+    )
     names = ["backward, keys"] if len(passes) == 1 else ["backward, keys: dK", "backward, keys: dV"]
-    return [Launch(name, key_gradient_kernel, each, True, grid) for name, each in zip(names, passes, strict=True)]
+    return [
+        Launch(name, key_gradient_kernel, each, True, grid)
+        for name, each in zip(names, passes, strict=True)
+    ]

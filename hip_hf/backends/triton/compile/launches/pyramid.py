@@ -16,7 +16,9 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     pointers = dict.fromkeys(("table", "k"), Pointer(dtype)) | {"states": Pointer(torch.float32)}
     pointers |= dict.fromkeys(("built", "block_table", "sequences"), Pointer(torch.int32))
     strides = ("sequence", "head", "state_sequence", "state_head", "kb", "kh", "kt", "table")
-    numbers = {f"stride_{name}": 1024 * dim for name in strides} | dict(stride_field=1, window=config.window, weight=0.5)
+    numbers = {f"stride_{name}": 1024 * dim for name in strides} | dict(
+        stride_field=1, window=config.window, weight=0.5
+    )
     found = []
     for step, kernel, flags in (
         ("tiles", summaries.tiles_kernel, dict(PAGE_SIZE=0)),
@@ -25,5 +27,11 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     ):
         append = bool(flags.get("BUILD", False))
         fixed = constants(config, dim, 1 if append else config.block_q, append)
-        found.append(Launch(f"pyramid, {config.representative}, {step}", kernel, {**pointers, **numbers, **fixed, **flags}))
+        found.append(
+            Launch(
+                f"pyramid, {config.representative}, {step}",
+                kernel,
+                {**pointers, **numbers, **fixed, **flags},
+            )
+        )
     return found

@@ -9,9 +9,20 @@ import torch
 from hip_hf.backends.triton.compile.examples import Example, example, example_positions, extended
 from hip_hf.backends.triton.compile.launch import Launch, Pointer
 from hip_hf.backends.triton.selection.choose import choose_kernel
-from hip_hf.backends.triton.selection.search import MOST_LOOKS, choosing, chunk_rotation, constants, steps_of
+from hip_hf.backends.triton.selection.search import (
+    MOST_LOOKS,
+    choosing,
+    chunk_rotation,
+    constants,
+    steps_of,
+)
 from hip_hf.backends.triton.selection.select import select_kernel
-from hip_hf.backends.triton.selection.votes import need_arguments, need_kernel, vote_arguments, vote_kernel
+from hip_hf.backends.triton.selection.votes import (
+    need_arguments,
+    need_kernel,
+    vote_arguments,
+    vote_kernel,
+)
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
 
@@ -36,7 +47,8 @@ def launches_of_votes(dim: int, dtype: torch.dtype, target: str) -> list[Launch]
 
 
 def vote_launches(x: Example, target: str) -> list[Launch]:
-    """Launches of `need_kernel` and `vote_kernel` for a call like `x`, with the default settings."""
+    """Launches of `need_kernel` and `vote_kernel` for a call like `x`, with the default
+    settings."""
     config, decode = HiPConfig(), x.reads.block_q == 1
     voting = Voting.of(config, x.q.shape[1] // x.kv.heads, x.reads.block_q, True)
     made = x.numbers if decode else None
@@ -51,8 +63,8 @@ def vote_launches(x: Example, target: str) -> list[Launch]:
 
 
 def launches_of_search(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """The search of the default settings in prefill and in decode, with 4 query heads per key head; in prefill also with 8, which
-    fill a tile of rows, in decode also shared by several programs."""
+    """The search of the default settings in prefill and in decode, with 4 query heads per key head;
+    in prefill also with 8, which fill a tile of rows, in decode also shared by several programs."""
     config, found = HiPConfig(), []
     pointers = dict.fromkeys(("q", "table", "k"), Pointer(dtype))
     pointers |= dict.fromkeys(("scratch", "near"), Pointer(torch.float32))
@@ -64,7 +76,10 @@ def launches_of_search(dim: int, dtype: torch.dtype, target: str) -> list[Launch
         stride_near=4096, stride_scratch=0, blocks=64, heads=8, first_program=0, scale=dim**-0.5,
         sink=config.sink, window=config.window, sliding=0, refresh=config.decode_refresh,
     )  # fmt: skip
-    like, indexed = torch.empty(0, dtype=dtype, device="meta"), replace(example_positions(dim), chunk_indexed=True)
+    like, indexed = (
+        torch.empty(0, dtype=dtype, device="meta"),
+        replace(example_positions(dim), chunk_indexed=True),
+    )
     cases = [
         ("select, prefill", config.block_q, 0, 4, None, 1),
         ("select, prefill, chunk-indexed", config.block_q, 0, 4, indexed, 1),
@@ -75,12 +90,22 @@ def launches_of_search(dim: int, dtype: torch.dtype, target: str) -> list[Launch
         ("select, decode, shared, chunk-indexed", 1, 256, 4, indexed, MOST_LOOKS),
     ]
     for name, block_q, page_size, group, positions, looks in cases:
-        fixed = constants(config, group, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions, looks)
+        fixed = constants(
+            config, group, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions, looks
+        )
         fixed |= chunk_rotation(positions, config, like)
-        arguments = dict(STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed)
+        arguments = dict(
+            STATEFUL=block_q == 1, PAGE_SIZE=page_size, SOFTCAP=0.0, steps=steps_of(fixed), **fixed
+        )
         found.append(Launch(name, select_kernel, {**pointers, **numbers, **arguments}))
         if looks > 1 and positions is None:
-            given = {name: x for name, x in (pointers | numbers).items() if name in choose_kernel.arg_names}
+            given = {
+                name: x
+                for name, x in (pointers | numbers).items()
+                if name in choose_kernel.arg_names
+            }
             given["found"] = pointers["scratch"]
-            found.append(Launch("select, decode, choice", choose_kernel, {**given, **choosing(fixed)}))
+            found.append(
+                Launch("select, decode, choice", choose_kernel, {**given, **choosing(fixed)})
+            )
     return found
