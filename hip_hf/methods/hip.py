@@ -18,8 +18,8 @@ child's level: at most one at either end of each level. With these, the candidat
 of the middle exactly once; no key is overlooked.
 
 With `rescore`, the best blocks of level 0 are judged again by all of their keys. A search that
-would start at level 0 needs no summaries: it looks at all keys of the middle, and twice as many
-rows vote in it.
+would start at level 0 needs no summaries: it looks at all keys of the middle, and every second
+row votes in it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Options:
     in its keys, that the block after it gets as well, 0 to 1."""
 
     weight: float = 0.5
-    sample: int = 768
+    sample: int = 448
     descent: int = 2
     onward: float = 0.3
 
