@@ -149,7 +149,7 @@ import torch
 from hip_hf.backends.triton.compile import budget
 from hip_hf.backends.triton.compile.launches import attention
 
-(launch,) = [x for x in attention.launches_of_prefill(64, torch.bfloat16, "sm90") if x.name == "prefill"]
+(launch,) = [x for x in attention.launches(64, torch.bfloat16, "sm90") if x.name == "prefill"]
 row = budget.spend(launch, "sm90", 64, torch.bfloat16)
 print(row.problem, row.path, row.ahead, row.uncopied, row.per_wait > 1)
 """

@@ -108,6 +108,32 @@ def keep_best(
 
 
 @triton.jit
+def pair(left, right, M: tl.constexpr):
+    """`[M / 2]` twice -> `[M]`: first all of `left`, then all of `right`."""
+    return tl.reshape(tl.permute(tl.join(left, right), (1, 0)), (M,))
+
+
+@triton.jit
+def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
+    """The `keep` best of the chunks scored in `scratch`, merged tile by tile: ids `[KEPT]`, sorted,
+    and how many count."""
+    inner = tl.arange(0, KEPT)
+    ids = first + inner
+    total = first * 0
+    none = first * 0 + ABSENT
+    for at in range(0, count, KEPT):
+        held = inner < total
+        kept = sort_keys(tl.load(scratch + ids - first, mask=held, other=0.0), held)
+        fresh = at + inner < count
+        new = sort_keys(tl.load(scratch + at + inner, mask=fresh, other=0.0), fresh)
+        candidates = pair(ids, first + at + inner, 2 * KEPT)
+        ids, _, total = keep_best(
+            candidates, pair(kept, new, 2 * KEPT), first, none, first, none, keep, 2 * KEPT, KEPT
+        )
+    return ids, total
+
+
+@triton.jit
 def read_on(scores, ids, total, share, N: tl.constexpr):
     """Scores `[N]` of sorted blocks `ids`, of which `total` count, each with a share of that of the
     block before it, if that is there (`methods/hip.py`)."""
