@@ -114,7 +114,7 @@ def votes_near(
 
 @triton.jit
 def look(
-    ids, total, low, high, indices, counts, entry, listed, found, share, k, key_start, batch,
+    ids, total, low, high, indices, counts, entry, listed, found, part, k, key_start, batch,
     stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near, stride_near,
     last_row, first, last, scale, farthest, cos, sin, SOFTCAP: tl.constexpr, N: tl.constexpr,
     BUDGET: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr, LIST: tl.constexpr,
@@ -124,7 +124,7 @@ def look(
     FEATURES: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """The end of a search: all votes look at all keys of the blocks `ids` `[N]`, sorted, of which
-    `total` count, and the best are written. `LOOKS` > 1: they look at the `share`-th part of each
+    `total` count, and the best are written. `LOOKS` > 1: they look at the `part`-th part of each
     block's keys; what is `found`, and with `LIST` which blocks they are, is left to `choose.py`."""
     slot = tl.arange(0, N)
     inside = slot < total
@@ -133,18 +133,18 @@ def look(
     if LOOKS > 1:
         EACH: tl.constexpr = (BLOCK_K + LOOKS - 1) // LOOKS
         if LIST:
-            tl.store(listed + slot, tl.where(inside, ids, -1), mask=share + slot * 0 == 0)
+            tl.store(listed + slot, tl.where(inside, ids, -1), mask=part + slot * 0 == 0)
         lane = tl.arange(0, BLOCK_M)
         for tile in range(TILES):
             offsets = voting_rows(
                 tile, last_row, last, first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE, GROUP
             )[0]
             mass, m_i = block_masses(
-                k, ids, inside, share * EACH, tl.minimum(EACH, BLOCK_K - share * EACH), key_start,
+                k, ids, inside, part * EACH, tl.minimum(EACH, BLOCK_K - part * EACH), key_start,
                 batch, stride_kb, stride_kt, block_table, stride_table, q, offsets, scale, SOFTCAP,
                 N, BLOCK_K, PAGE_SIZE, BLOCK_M, MASS, DIM, FEATURES, PRECISION, back, cos, sin,
                 ROPE_HALF_DIM)  # fmt: skip
-            to = found + (share * TILES + tile) * ((N + 1) * NARROW) + lane
+            to = found + (part * TILES + tile) * ((N + 1) * NARROW) + lane
             tl.store(
                 to[None, :] + slot[:, None] * NARROW,
                 mass,
@@ -295,9 +295,8 @@ def select_kernel(
         return
 
     key_head = head // HEADS_PER_KEY
-    q += (sequence if CHOSEN else batch).to(tl.int64) * stride_qb + head.to(
-        tl.int64
-    ) * GROUP * stride_qh
+    q += ((sequence if CHOSEN else batch).to(tl.int64) * stride_qb
+          + head.to(tl.int64) * GROUP * stride_qh)  # fmt: skip
     own_rows = last - first + 1
     if CHOSEN:
         q += index.to(tl.int64) * SAMPLES * stride_qt
