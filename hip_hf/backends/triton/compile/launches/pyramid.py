@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hip_hf.backends.triton.compile.launch import Launch, Pointer
@@ -13,7 +15,8 @@ from hip_hf.config import HiPConfig
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     """The kernels of the default settings, in prefill and in decode."""
     config = HiPConfig()
-    given = dict.fromkeys(("table", "k"), Pointer(dtype)) | {"states": Pointer(torch.float32)}
+    given: dict[str, Any] = dict.fromkeys(("table", "k"), Pointer(dtype))
+    given |= dict(states=Pointer(torch.float32))
     given |= dict.fromkeys(("built", "block_table", "sequences"), Pointer(torch.int32))
     strides = ("sequence", "head", "state_sequence", "state_head", "kb", "kh", "kt", "table")
     given |= {f"stride_{name}": 1024 * dim for name in strides}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def launches_of_search(dim: int, dtype: torch.dtype, target: str) -> list[Launch
     """The search of the default settings in prefill and in decode, with 4 query heads per key head;
     in prefill also with 8, which fill a tile of rows, in decode also shared by several programs."""
     config, found = HiPConfig(), []
-    given = dict.fromkeys(("q", "table", "k"), Pointer(dtype))
+    given: dict[str, Any] = dict.fromkeys(("q", "table", "k"), Pointer(dtype))
     given |= dict.fromkeys(("scratch", "near"), Pointer(torch.float32))
     integers = ("block_table", "sequences", "indices", "counts", "windows", "made", "listed")
     given |= dict.fromkeys(integers, Pointer(torch.int32))
