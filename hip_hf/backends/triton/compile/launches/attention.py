@@ -78,11 +78,11 @@ def query_launches(x: Example, tile: Tile) -> list[Launch]:
 def key_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of `key_gradient_kernel`."""
     part, grads = Part(x.sequences, x.reads), (torch.empty_like(x.kv.k), torch.empty_like(x.kv.v))
-    if x.q.device.type == "meta":
+    if x.q.device.type != "meta":
+        lists = inverted(part, tile)
+    else:
         numbers = x.sequences.table  # any int32 tensor will do
         lists = Inverted(numbers, numbers, numbers.long())
-    else:
-        lists = inverted(part, tile)
     grid, passes = key_gradient_arguments(
         x.q, x.kv, part, x.logits, x.lse, x.out, x.lse, *grads, lists, tile
     )
