@@ -42,9 +42,8 @@ def threshold(keys, left, right, count):
     from the rest: either just those reach it, or it is the `count`-th largest itself; `ABSENT` if
     there are fewer."""
     digits = tl.arange(0, 16)
-    found = (
-        left * 0 + ABSENT
-    )  # the smallest int32: from there on every digit makes it larger, also the one with the sign
+    # from the smallest int32 on every digit makes it larger, also the one with the sign
+    found = left * 0 + ABSENT
     shift = left * 0 + 28
     reached = count - 1
     while (shift >= 0) & (reached != count):
