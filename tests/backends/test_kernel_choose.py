@@ -8,16 +8,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import small
-from interpreter import DEVICE
 from selection_cases import Case, whole
 
 from hip_hf.backends.triton.selection import search
-from hip_hf.backends.triton.selection.search import (
-    MOST_LOOKS,
-    SelectionBuffers,
-    constants,
-    looks_for,
-)
+from hip_hf.backends.triton.selection.search import MOST_LOOKS, constants, looks_for
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 
@@ -25,7 +19,7 @@ pytestmark = pytest.mark.kernels
 
 
 def steps() -> list[Span]:
-    """One row, of which the first sees a padded sequence; one whose middle the budget covers;
+    """One row, of which the first sees a padded sequence; one whose candidates the budget covers;
     several rows; none."""
     return [whole(397, 1, 0, 5), whole(60, 1, 1), whole(331, 2, 2), Span(3, 0, 200, 0, 0, 200)]
 
@@ -33,18 +27,19 @@ def steps() -> list[Span]:
 def looks_of(case: Case) -> int:
     config = case.config
     looks = looks_for(len(case.spans), config.block_k, 132)
-    return constants(config, case.groups, 64, case.q.dtype, 1, 400, "sm90", True, looks=looks)[
-        "LOOKS"
-    ]
+    call = (case.groups, 64, case.q.dtype, 1, 400, "sm90", True)
+    return constants(config, *call, looks=looks)["LOOKS"]
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("looks", "fields", "shape"), [
-    (4, dict(), dict()), (4, dict(score="max"), dict()), (4, dict(vote="sampled"), dict()), (4, dict(decode_refresh=1), dict()),
-    (4, dict(group_shared=False), dict(groups=3)), (4, dict(), dict(groups=20)), (3, dict(block_k=6, budget=18), dict(heads=2)),
+    (4, dict(), dict()), (4, dict(score="max"), dict()), (4, dict(vote="sampled"), dict()),
+    (4, dict(decode_refresh=1), dict()), (4, dict(group_shared=False), dict(groups=3)),
+    (4, dict(), dict(groups=20)), (3, dict(block_k=6, budget=18), dict(heads=2)),
     (4, dict(block_k=7, budget=21), dict(groups=5)), (8, dict(block_k=8, budget=16), dict(dim=80)),
-    (4, dict(), dict(page_size=7)), (4, dict(rescore=5), dict(softcap=2.0, sliding=300, sinks=torch.ones(4), heads=2)),
-    (4, dict(), dict(dtype=torch.bfloat16)), (4, dict(beam=16), dict()), (4, dict(beam=16, score="max"), dict(groups=20)),
+    (4, dict(), dict(page_size=7)), (4, dict(), dict(dtype=torch.bfloat16)),
+    (4, dict(rescore=5), dict(softcap=2.0, sliding=300, sinks=torch.ones(4), heads=2)),
+    (4, dict(beam=16), dict()), (4, dict(beam=16, score="max"), dict(groups=20)),
     (4, dict(beam=12), dict(page_size=7)),
 ])  # fmt: skip
 def test_the_same_blocks(looks: int, fields: dict[str, Any], shape: dict[str, Any]) -> None:
@@ -84,28 +79,10 @@ def test_a_shared_search_serves_until_it_is_as_old_as_decode_refresh() -> None:
 
 
 def test_as_many_programs_as_a_device_runs_at_once() -> None:
-    assert [looks_for(programs, 16, 132) for programs in (0, 1, 16, 17, 33, 66, 67, 128, 1000)] == [
-        8,
-        8,
-        8,
-        4,
-        4,
-        2,
-        1,
-        1,
-        1,
-    ]
-    assert [looks_for(1, block_k, 132) for block_k in (1, 2, 3, 4, 5, 6, 7, 9, 64)] == [
-        1,
-        2,
-        2,
-        4,
-        3,
-        3,
-        4,
-        5,
-        8,
-    ]
+    looks = {0: 8, 1: 8, 16: 8, 17: 4, 33: 4, 66: 2, 67: 1, 128: 1, 1000: 1}
+    assert {programs: looks_for(programs, 16, 132) for programs in looks} == looks
+    looks = {1: 1, 2: 2, 3: 2, 4: 4, 5: 3, 6: 3, 7: 4, 9: 5, 64: 8}
+    assert {block_k: looks_for(1, block_k, 132) for block_k in looks} == looks
 
 
 @pytest.mark.parametrize(
@@ -122,9 +99,8 @@ def test_what_is_not_shared(fields: dict[str, Any], stateful: bool) -> None:
 
 def test_scratch_of_a_shared_search_is_small() -> None:
     """Of the default settings with 8 key heads and 4 query heads for each."""
-    config = HiPConfig(dense_below=0)
-    case = Case(config, [whole(6000, 1)], heads=8, groups=4, dim=16, dtype=torch.bfloat16)
-    into = SelectionBuffers.empty(config, 1, 8, 1, torch.device(DEVICE), keep=True)
-    kept = case.run(1, into).shared
+    config, shape = HiPConfig(dense_below=0), dict(heads=8, groups=4, dim=16)
+    case = Case(config, [whole(6000, 1)], dtype=torch.bfloat16, **shape)
+    kept = case.run(1, case.empty(1, keep=True)).shared
     assert kept is not None
     assert sum(x.nbytes for x in kept) == 8 * 4 * (256 + 8 * 513 * 4)

@@ -64,33 +64,25 @@ def reference(
     case: Case, span: Span, block: QueryBlock, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """near and need `[Hq, rows]` of a query block, computed in `dtype`."""
-    bk, budget, trained = (
-        case.config.block_k,
-        case.config.budget,
-        case.positions.trained if case.positions else 0,
-    )
+    bk, trained = case.config.block_k, case.positions.trained if case.positions else 0
     row = torch.arange(block.first, block.last + 1)[:, None]
-    at = torch.tensor(
-        [*range(block.start, block.sink_end), *range(block.window_start, block.last + 1)]
-    )
-    places = (
-        row - at - (at < block.sink_end) * (block.high - block.low - budget // bk) * bk
-    ).clamp(max=trained - 1)
+    sink, window = range(block.start, block.sink_end), range(block.window_start, block.last + 1)
+    at = torch.tensor([*sink, *window])
+    left_out = (block.num_candidates - case.config.budget // bk) * bk
+    places = (row - at - (at < block.sink_end) * left_out).clamp(max=trained - 1)
     logits = logits_of(case, span, block, at, places if case.positions else None, dtype)
     seen = (at <= row) & (at > row - (case.sliding or span.keys))
     logits = logits.masked_fill(~seen, -torch.inf)
     if case.sinks is not None:
-        logits = torch.cat(
-            [logits, case.sinks.to(dtype)[:, None, None].expand(*logits.shape[:2], 1)], dim=-1
-        )
+        sinks = case.sinks.to(dtype)[:, None, None].expand(*logits.shape[:2], 1)
+        logits = torch.cat([logits, sinks], dim=-1)
     near = logits.to(torch.promote_types(dtype, torch.float32)).logsumexp(-1)
     stride, most = 1, case.config.method_options().sample
     while len(sample := brute.spread(block.low * bk, block.high * bk, stride)) > most:
         stride *= 2
     distance = (row + 1 - block.window_start).clamp(max=trained - 1).expand(-1, len(sample))
-    logits = logits_of(
-        case, span, block, torch.tensor(sample), distance if case.positions else None, dtype
-    )
+    at = torch.tensor(sample)
+    logits = logits_of(case, span, block, at, distance if case.positions else None, dtype)
     return near, logits.to(near.dtype).amax(-1) - near
 
 
@@ -99,15 +91,19 @@ def needs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel writes into near and need, over NaN."""
     q, _, kv, sequences = case.arguments()
-    near, need = (
-        torch.full((sequences.count, q.shape[1], sequences.max_rows), torch.nan, device=DEVICE)
-        for _ in range(2)
-    )
-    grid, arguments = need_arguments(
-        q, kv, sequences, case.config, case.logits(), block_q, made, near, need
-    )
+    shape = (sequences.count, q.shape[1], sequences.max_rows)
+    near, need = (torch.full(shape, torch.nan, device=DEVICE) for _ in range(2))
+    call = (sequences, case.config, case.logits(), block_q, made, near, need)
+    grid, arguments = need_arguments(q, kv, *call)
     need_kernel[grid](**arguments)
     return near.cpu(), need.cpu()
+
+
+def voted(case: Case, block_q: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """The votes that the kernels cast, and how much each finds near."""
+    q, _, kv, sequences = case.arguments()
+    votes, near = votes_of(q, kv, sequences, case.config, case.logits(), block_q)
+    return votes.cpu(), near.cpu()
 
 
 def voters(need: torch.Tensor, config: HiPConfig, block: QueryBlock) -> list[tuple[int, int]]:
@@ -133,12 +129,8 @@ def check(case: Case, ranks_exactly: bool = True) -> None:
     config, block_q = case.config, case.config.block_q
     voting = Voting.of(config, case.groups, block_q, case.positions is not None)
     near, need = needs(case, block_q)
-    q, _, kv, sequences = case.arguments()
-    votes, found = (x.cpu() for x in votes_of(q, kv, sequences, config, case.logits(), block_q))
-    written, cast = (
-        torch.zeros_like(near, dtype=torch.bool),
-        torch.zeros(found.shape, dtype=torch.bool),
-    )
+    votes, found = voted(case, block_q)
+    written, cast = (torch.zeros(x.shape, dtype=torch.bool) for x in (near, found))
     errors: dict[str, list[float]] = {"near": [], "need": []}
     plain: dict[str, list[float]] = {"near": [], "need": []}
     searched = 0
@@ -169,23 +161,16 @@ def check(case: Case, ranks_exactly: bool = True) -> None:
                 chosen = voters(ranks[own], config, block)
                 at = slice(n * voting.slots, n * voting.slots + len(chosen))
                 cast[s, mask_head, at] = True
-                assert torch.equal(
-                    found[s, mask_head, at],
-                    torch.stack([got[0][own][head, row] for row, head in chosen]),
-                )
+                want = torch.stack([got[0][own][head, row] for row, head in chosen])
+                assert torch.equal(found[s, mask_head, at], want)
                 if case.positions is None:
-                    first = span.row_start + block.row
-                    want = torch.stack(
-                        [case.q[span.batch, own][head, first + row] for row, head in chosen]
-                    )
+                    queries = case.q[span.batch, own, span.row_start + block.row :]
+                    want = torch.stack([queries[head, row] for row, head in chosen])
                     assert torch.equal(votes[s, mask_head, at], want)
     assert searched
     for name, worst in errors.items():
-        assert max(worst, default=0) <= 2 * max(plain[name], default=0), (
-            name,
-            max(worst),
-            max(plain[name]),
-        )
+        allowed = 2 * max(plain[name], default=0)
+        assert max(worst, default=0) <= allowed, (name, max(worst), allowed)
     assert near[~written].isnan().all(), "rows that search nothing were written"
     if voting.ranked:
         assert need[~written].isnan().all()
@@ -212,12 +197,8 @@ def test_dtypes_and_logits(
 ) -> None:
     sinks = torch.randn(6) + 2 if fields.get("sinks") else None
     fields = {name: value for name, value in fields.items() if name != "sinks"}
-    config = small(query_stride=5, group_shared=shared)
-    check(
-        Case(
-            config, [whole(163, 37)], dtype=dtype, heads=2, groups=3, dim=64, sinks=sinks, **fields
-        )
-    )
+    config, shape = small(query_stride=5, group_shared=shared), dict(heads=2, groups=3, dim=64)
+    check(Case(config, [whole(163, 37)], dtype=dtype, sinks=sinks, **shape, **fields))
 
 
 @pytest.mark.parametrize("dim", [24, 80, 96, 256])
@@ -226,8 +207,9 @@ def test_head_dims(dim: int, poison: None) -> None:
 
 
 @pytest.mark.parametrize("fields", [
-    dict(block_q=7, query_stride=3), dict(query_stride=16), dict(query_stride=1000), dict(query_stride=3), dict(sink=0, window=0),
-    dict(sink=9, window=5), dict(block_k=6, budget=12), dict(options={"sample": 2}), dict(options={"sample": 5}),
+    dict(block_q=7, query_stride=3), dict(query_stride=16), dict(query_stride=1000),
+    dict(query_stride=3), dict(sink=0, window=0), dict(sink=9, window=5),
+    dict(block_k=6, budget=12), dict(options={"sample": 2}), dict(options={"sample": 5}),
     dict(score="max"),
 ])  # fmt: skip
 def test_settings(fields: dict[str, Any], poison: None) -> None:
@@ -235,12 +217,9 @@ def test_settings(fields: dict[str, Any], poison: None) -> None:
     if case.config.score == "mass":
         check(case)
         return
-    q, _, kv, sequences = case.arguments()
     by_mass = Case(small(query_stride=4), case.spans, groups=3)
     by_mass.q, by_mass.k = case.q, case.k
-    votes, wanted = (
-        votes_of(q, kv, sequences, one.config, one.logits(), 16)[0] for one in (case, by_mass)
-    )
+    votes, wanted = (voted(one)[0] for one in (case, by_mass))
     count = 12 * 2  # the two full blocks at the end
     assert torch.equal(votes[:, :, -count:], wanted[:, :, -count:]), (
         "who votes does not depend on the score"
@@ -253,12 +232,8 @@ def test_more_rows_vote_where_a_middle_is_looked_at_whole(
     where: Any, stride: int, poison: None
 ) -> None:
     """In one call, where there are up to 16 blocks: all that are asked."""
-    case = Case(
-        small(query_stride=stride, rescore=2),
-        [whole(150, 120), whole(60, 40, 1, 9)],
-        groups=3,
-        positions=where,
-    )
+    config, spans = small(query_stride=stride, rescore=2), [whole(150, 120), whole(60, 40, 1, 9)]
+    case = Case(config, spans, groups=3, positions=where)
     middles = [block.num_candidates for span in case.spans for block in case.blocks(span, False)]
     assert min(middles) <= 4 < sorted(middles)[len(middles) // 2] <= 16 < max(middles)
     check(case)
@@ -281,12 +256,8 @@ def test_where_all_that_are_asked_vote_they_are_read_where_they_lie(
 
 @pytest.mark.parametrize("page_size", [0, 16, 7])
 def test_padding_and_pages(page_size: int, poison: None) -> None:
-    spans = [
-        whole(151, 20, 0, 11),
-        Span(1, 3, 100, 5, 12, 90),
-        Span(1, 100, 180, 12, 17, 75),
-        Span(2, 0, 160, 0, 0, 160),
-    ]
+    second = [Span(1, 3, 100, 5, 12, 90), Span(1, 100, 180, 12, 17, 75)]
+    spans = [whole(151, 20, 0, 11), *second, Span(2, 0, 160, 0, 0, 160)]
     if page_size:  # a page belongs to one row of the block table
         spans = [whole(153, 20, 0, 3), whole(130, 13, 1, 0), whole(20, 20, 2, 9)]
     check(Case(small(query_stride=4), spans, page_size=page_size, heads=2, groups=3))
@@ -309,54 +280,33 @@ def test_extension_with_every_feature(given: dict[str, Any], poison: None) -> No
     config = small(query_stride=4, group_shared=given.get("group_shared", True))
     sinks = torch.randn(3) + 2 if given.get("sinks") else None
     where = positions(40, chunk_indexed=True)
-    check(
-        Case(
-            config,
-            [whole(163, 37)],
-            groups=3,
-            positions=where,
-            sinks=sinks,
-            softcap=given.get("softcap"),
-        )
-    )
+    features = dict(sinks=sinks, softcap=given.get("softcap"))
+    check(Case(config, [whole(163, 37)], groups=3, positions=where, **features))
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_extension_in_half_precision(dtype: torch.dtype, poison: None) -> None:
-    check(
-        Case(
-            small(query_stride=4), [whole(163, 37)], dtype=dtype, groups=2, positions=positions(48)
-        ),
-        ranks_exactly=False,
-    )
+    shape = dict(dtype=dtype, groups=2, positions=positions(48))
+    check(Case(small(query_stride=4), [whole(163, 37)], **shape), ranks_exactly=False)
 
 
 @pytest.mark.parametrize("block_q", [16, 1])
 def test_votes_are_turned_to_where_they_select(block_q: int) -> None:
-    case = Case(
-        small(query_stride=4),
-        [whole(163, 5 if block_q == 1 else 32)],
-        groups=3,
-        positions=positions(40),
-    )
-    q, _, kv, sequences = case.arguments()
-    votes, near = (x.cpu() for x in votes_of(q, kv, sequences, case.config, case.logits(), block_q))
+    spans = [whole(163, 5 if block_q == 1 else 32)]
+    case = Case(small(query_stride=4), spans, groups=3, positions=positions(40))
+    votes, near = voted(case, block_q)
     (span,), slots = case.spans, Voting.of(case.config, 3, block_q, True).slots
     for n, block in enumerate(case.blocks(span, block_q == 1)):
         exact = reference(case, span, block, torch.float64)
         chosen = voters(exact[1], case.config, block)
-        distance = (torch.arange(block.first, block.last + 1) + 1 - block.window_start).clamp(
-            max=39
-        )[:, None]
-        rows = turned(case.q[0, :, block.row : block.row + block.rows].double(), distance, case)[
-            :, :, 0
-        ]
-        want = torch.stack([rows[head, row] for row, head in chosen])
+        row = torch.arange(block.first, block.last + 1)[:, None]
+        distance = (row + 1 - block.window_start).clamp(max=39)
+        rows = case.q[0, :, block.row : block.row + block.rows].double()
+        rows = turned(rows, distance, case)[:, :, 0]
         at = slice(n * slots, n * slots + len(chosen))
-        assert (votes[0, 0, at] - want).abs().max() < 1e-5
-        assert (
-            near[0, 0, at] - torch.stack([exact[0][head, row] for row, head in chosen])
-        ).abs().max() < 1e-5
+        for got, of_rows in ((votes, rows), (near, exact[0])):
+            want = torch.stack([of_rows[head, row] for row, head in chosen])
+            assert (got[0, 0, at] - want).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -366,30 +316,22 @@ def test_ties_go_to_the_lower_row_and_then_head(heads: int) -> None:
     for sinks in (torch.full((heads,), 1e8), None):
         case = Case(small(query_stride=4), [whole(131, 16 + 131 % 16)], groups=heads, sinks=sinks)
         case.q[:] = torch.arange(case.q.shape[2])[:, None] * 1e-3 if sinks is not None else 0.0
-        q, _, kv, sequences = case.arguments()
         near, need = needs(case, 16)
-        votes, found = (x.cpu() for x in votes_of(q, kv, sequences, case.config, case.logits(), 16))
+        votes, found = voted(case)
         ids = [(2 * i + 1, head) for i in range(4) for head in range(heads)]
-        first = votes[0, 0, : len(ids)]
-        assert torch.equal(first, torch.stack([case.q[0, head, row] for row, head in ids]))
-        assert torch.equal(
-            found[0, 0, : len(ids)], torch.stack([near[0, head, row] for row, head in ids])
-        )
+        for got, of_rows in ((votes, case.q), (found, near)):
+            want = torch.stack([of_rows[0, head, row] for row, head in ids])
+            assert torch.equal(got[0, 0, : len(ids)], want)
         if sinks is not None:
             assert (need[0, :, 1:16:2] == need[0, 0, 1]).all()
 
 
 def test_the_description_once_more() -> None:
     """Who votes, by the loops of `brute.py`."""
-    case = Case(
-        small(query_stride=4, rescore=2, options={"sample": 9, "descent": 3}),
-        [whole(131, 35)],
-        groups=2,
-        softcap=5.0,
-        sinks=torch.tensor([1.0, 2]),
-    )
-    q, _, kv, sequences = case.arguments()
-    votes, near = (x.cpu() for x in votes_of(q, kv, sequences, case.config, case.logits(), 16))
+    config = small(query_stride=4, rescore=2, options={"sample": 9, "descent": 3})
+    sinks = [1.0, 2.0]
+    case = Case(config, [whole(131, 35)], groups=2, softcap=5.0, sinks=torch.tensor(sinks))
+    votes, near = voted(case)
     (span,), slots = case.spans, Voting.of(case.config, 2, 16, False).slots
 
     def logit(row: torch.Tensor, key: torch.Tensor) -> float:
@@ -397,22 +339,13 @@ def test_the_description_once_more() -> None:
 
     for n, block in enumerate(case.blocks(span, False)):
         rows = case.q[0, :, block.row : block.row + block.rows].double().transpose(0, 1)
-        want, _ = brute.by_need(
-            case.config,
-            case.keys(span)[0].double(),
-            rows,
-            block.first,
-            block.low,
-            block.high,
-            logit,
-            [1.0, 2.0],
-            most=9,
-        )
+        where = (block.first, block.low, block.high)
+        keys = case.keys(span)[0].double()
+        want, _ = brute.by_need(config, keys, rows, *where, logit, sinks, most=9)
         at = slice(n * slots, n * slots + len(want))
         assert torch.equal(votes[0, 0, at].double(), torch.stack([row for row, _ in want]))
-        assert (
-            near[0, 0, at].double() - torch.tensor([found for _, found in want])
-        ).abs().max() < 1e-5
+        found = torch.tensor([found for _, found in want])
+        assert (near[0, 0, at].double() - found).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("where", [None, positions(48)])
@@ -421,13 +354,10 @@ def test_decode_computes_nothing_while_a_selection_is_kept(page_size: int, where
     """Of three sequences one was selected two steps ago, one eight, and one is shorter than it
     was."""
     spans = [whole(150, 1), whole(140, 1, 1, 3), whole(160, 1, 2)]
-    case = Case(
-        small(decode_refresh=8), spans, heads=2, groups=3, page_size=page_size, positions=where
-    )
-    made = torch.tensor([147, 131, 170], dtype=torch.int32, device=DEVICE)[:, None, None].repeat(
-        1, 2, 1
-    )
-    near, _ = needs(case, 1, made)
+    shape = dict(heads=2, groups=3, page_size=page_size)
+    case = Case(small(decode_refresh=8), spans, positions=where, **shape)
+    made = torch.tensor([147, 131, 170], dtype=torch.int32, device=DEVICE)
+    near, _ = needs(case, 1, made[:, None, None].repeat(1, 2, 1))
     assert near[0].isnan().all()
     for s in (1, 2):
         (block,) = case.blocks(spans[s], True)
@@ -445,11 +375,8 @@ def test_votes_that_are_not_there_are_not_read(
     block_q: int, where: Any, fields: dict[str, Any], poison: None
 ) -> None:
     """Whatever lies in fresh memory, the search finds the same."""
-    spans = (
-        [whole(163, 2), whole(120, 1, 1, 2)]
-        if block_q == 1
-        else [whole(163, 18), whole(120, 11, 1, 2)]
-    )
+    first, second = (2, 1) if block_q == 1 else (18, 11)
+    spans = [whole(163, first), whole(120, second, 1, 2)]
     case = Case(small(query_stride=4, rescore=2, **fields), spans, groups=3, positions=where)
     got = case.run(block_q)
     assert (got.counts > 0).any()

@@ -118,19 +118,9 @@ def test_appended_step_by_step(representative: str) -> None:
     config, k = small(representative=representative, block_k=2, budget=8, window=1), keys(331)
     pyramid, kv = fresh(config, k, 1, 400), KeyValues(k.to(DEVICE), k.to(DEVICE))
     end = 0
-    for rows, append in (
-        (100, False),
-        (90, False),
-        (1, True),
-        (1, True),
-        (4, True),
-        (1, True),
-        (16, True),
-        (60, True),
-        (58, True),
-    ):
+    for rows in (100, 90, 1, 1, 4, 1, 16, 60, 58):
         span = Span(0, 0, end + rows, 0, rows, end)
-        extend(pyramid, kv, [span], 1, append)
+        extend(pyramid, kv, [span], 1, append=end >= 190)
         check(config, pyramid, k, [span], 1)
         end += rows
     pyramid.truncate(70)
@@ -148,16 +138,10 @@ def test_appended_step_by_step(representative: str) -> None:
 @pytest.mark.parametrize("representative", ["blend", "middle"])
 @pytest.mark.parametrize("page_size", [0, 7, 16])
 def test_sequences_padding_and_pages(representative: str, page_size: int) -> None:
-    config, k = (
-        small(representative=representative, window=5, block_k=3, budget=12),
-        keys(280, batch=3),
-    )
-    spans = [
-        Span(0, 11, 280, 0, 100, 169),
-        Span(1, 0, 200, 0, 33, 167),
-        Span(1, 200, 280, 33, 113, 0),
-        Span(2, 0, 0, 0, 0, 0),
-    ]
+    config = small(representative=representative, window=5, block_k=3, budget=12)
+    k = keys(280, batch=3)
+    spans = [Span(0, 11, 280, 0, 100, 169), Span(1, 0, 200, 0, 33, 167)]
+    spans += [Span(1, 200, 280, 33, 113, 0), Span(2, 0, 0, 0, 0, 0)]
     kv = pages_of(k, page_size) if page_size else KeyValues(k.to(DEVICE), k.to(DEVICE))
     pyramid = fresh(config, k, 4, 280)
     extend(pyramid, kv, spans, config.block_q, append=False)

@@ -52,37 +52,37 @@ def test_fewer_tiles_of_votes_walk_than_look(groups: int, fields: dict[str, Any]
 
 
 @pytest.mark.parametrize("fields", [
-    dict(beam=1), dict(beam=3), dict(rescore=2), dict(rescore=8, beam=2), dict(rescore=3, score="max"), dict(query_stride=1),
-    dict(query_stride=2), dict(query_stride=2, block_q=5, group_shared=False), dict(query_stride=5), dict(query_stride=40),
-    dict(query_stride=40, score="max"), dict(query_stride=5, vote="sampled"),
-    dict(query_stride=5, options={"sample": 7}), dict(rescore=4, query_stride=4, options={"onward": 0, "descent": 3}),
-    dict(rescore=4, query_stride=4, options={"onward": 1, "descent": 1}), dict(query_stride=4, vote="sampled", score="max"),
-    dict(block_k=1, budget=4), dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),
+    dict(beam=1), dict(beam=3), dict(rescore=2), dict(rescore=8, beam=2),
+    dict(rescore=3, score="max"), dict(query_stride=1), dict(query_stride=2),
+    dict(query_stride=2, block_q=5, group_shared=False), dict(query_stride=5),
+    dict(query_stride=40), dict(query_stride=40, score="max"),
+    dict(query_stride=5, vote="sampled"), dict(query_stride=5, options={"sample": 7}),
+    dict(rescore=4, query_stride=4, options={"onward": 0, "descent": 3}),
+    dict(rescore=4, query_stride=4, options={"onward": 1, "descent": 1}),
+    dict(query_stride=4, vote="sampled", score="max"), dict(block_k=1, budget=4),
+    dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),
 ])  # fmt: skip
 def test_settings_of_the_search(fields: dict[str, Any]) -> None:
     Case(small(**fields), [whole(299, 19)]).check()
 
 
 @pytest.mark.parametrize(("fields", "shape"), [
-    (dict(), dict()), (dict(score="max"), dict()), (dict(vote="sampled"), dict()), (dict(group_shared=False), dict()),
-    (dict(query_stride=1), dict(groups=7)), (dict(query_stride=8), dict(groups=3)),
-    (dict(coarsest=4, beam=4), dict()), (dict(block_k=6, budget=18), dict(page_size=7)),
-    (dict(beam=20), dict(softcap=2.0, sliding=200, sinks=torch.ones(2))), (dict(), dict(dim=80, dtype=torch.float16)),
+    (dict(), dict()), (dict(score="max"), dict()), (dict(vote="sampled"), dict()),
+    (dict(group_shared=False), dict()), (dict(query_stride=1), dict(groups=7)),
+    (dict(query_stride=8), dict(groups=3)), (dict(coarsest=4, beam=4), dict()),
+    (dict(block_k=6, budget=18), dict(page_size=7)), (dict(), dict(dim=80, dtype=torch.float16)),
+    (dict(beam=20), dict(softcap=2.0, sliding=200, sinks=torch.ones(2))),
 ])  # fmt: skip
 def test_short_middles_are_looked_at_whole(fields: dict[str, Any], shape: dict[str, Any]) -> None:
     """Of one call, some; in a second sequence, which is padded, all."""
-    case = Case(
+    config, spans = (
         small(**{"rescore": 3, "beam": 5, **fields}),
         [whole(299, 299), whole(130, 19, 1, 13)],
-        **shape,
     )
-    middles = [
-        b.num_candidates
-        for span in case.spans
-        for b in case.blocks(span, False)
-        if b.num_candidates > case.selector.budget
-    ]
-    assert min(middles) <= 2 * case.config.beam_blocks
+    case = Case(config, spans, **shape)
+    counts = [block.num_candidates for span in spans for block in case.blocks(span, False)]
+    searched = [count for count in counts if count > case.selector.budget]
+    assert min(searched) <= 2 * config.beam_blocks
     case.check()
 
 
@@ -91,8 +91,7 @@ def test_short_middles_are_looked_at_whole(fields: dict[str, Any], shape: dict[s
     [(4, dict()), (16, dict()), (4, dict(score="max")), (16, dict(rescore=4))],
 )
 def test_a_start_level_longer_than_a_tile(coarsest: int, fields: dict[str, Any]) -> None:
-    case = Case(small(coarsest=coarsest, **fields), [whole(2311, 3)])
-    case.check()
+    Case(small(coarsest=coarsest, **fields), [whole(2311, 3)]).check()
 
 
 class Launches:
@@ -150,24 +149,9 @@ def test_steps_share_their_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 @triton.jit
 def logits_kernel(table, rows, q, out, M: tl.constexpr, DIM: tl.constexpr):
     inner = tl.arange(0, M)
+    at, offsets = tl.load(rows + inner), (inner * DIM).to(tl.int64)
     found = chunk_logits(
-        table,
-        tl.load(rows + inner),
-        q,
-        (inner * DIM).to(tl.int64),
-        1.0,
-        1,
-        0.0,
-        M,
-        M,
-        DIM,
-        DIM,
-        1,
-        "ieee",
-        inner,
-        q,
-        q,
-        0,
+        table, at, q, offsets, 1.0, 1, 0.0, M, M, DIM, DIM, 1, "ieee", inner, q, q, 0
     )
     tl.store(out + inner[:, None] * M + inner[None, :], found)
 
@@ -190,39 +174,24 @@ def test_head_dims(dim: int) -> None:
 
 
 def test_sequences_of_any_length_padding_and_position() -> None:
-    spans = [
-        whole(151, 20, 0, 11),
-        Span(1, 3, 100, 5, 12, 90),
-        Span(1, 100, 180, 12, 17, 75),
-        Span(2, 0, 160, 0, 0, 160),
-    ]
+    second = [Span(1, 3, 100, 5, 12, 90), Span(1, 100, 180, 12, 17, 75)]
+    spans = [whole(151, 20, 0, 11), *second, Span(2, 0, 160, 0, 0, 160)]
     Case(small(rescore=2), spans, heads=2, groups=1).check()
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("page_size", [16, 7])
 def test_pages(page_size: int) -> None:
-    Case(
-        small(rescore=3),
-        [whole(153, 10, 0, 3), whole(130, 10, 1, 0)],
-        page_size=page_size,
-        heads=2,
-        groups=1,
-    ).check()
+    spans = [whole(153, 10, 0, 3), whole(130, 10, 1, 0)]
+    Case(small(rescore=3), spans, page_size=page_size, heads=2, groups=1).check()
 
 
 @pytest.mark.parametrize("per_row", [False, True])
 def test_softcap_sliding_window_and_sinks(per_row: bool) -> None:
+    spans, features = [whole(300, 3 if per_row else 20)], dict(softcap=2.0, sliding=200)
     sinks = torch.randn(4) + 3
-    rows = 3 if per_row else 20
-    Case(
-        small(rescore=2, query_stride=4),
-        [whole(300, rows)],
-        softcap=2.0,
-        sliding=200,
-        sinks=sinks,
-        heads=2,
-    ).check(per_row)
+    case = Case(small(rescore=2, query_stride=4), spans, sinks=sinks, heads=2, **features)
+    case.check(per_row)
 
 
 def test_decode_rows_select_for_themselves() -> None:
@@ -235,9 +204,8 @@ def test_decode_rows_select_for_themselves() -> None:
 def test_a_decode_selection_that_serves_other_steps_is_no_other_one(fields: dict[str, Any]) -> None:
     """Of several rows and of one, with state."""
     for refresh in (1, 8):
-        Case(
-            small(budget=32, decode_refresh=refresh, **fields), [whole(400, 2), whole(390, 1, 1)]
-        ).check(per_row=True, keep=True)
+        config = small(budget=32, decode_refresh=refresh, **fields)
+        Case(config, [whole(400, 2), whole(390, 1, 1)]).check(per_row=True, keep=True)
 
 
 def test_many_candidates_and_rows_in_several_tiles() -> None:

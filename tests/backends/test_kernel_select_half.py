@@ -34,22 +34,15 @@ def test_default_settings(dtype: torch.dtype) -> None:
 def test_the_whole_budget(rows: int) -> None:
     """Nothing smaller than a user would have: 512 candidates at a level, 64 blocks of 1,000 at the
     end."""
-    case = Case(
-        HiPConfig(dense_below=0), [whole(17000, rows)], dtype=torch.bfloat16, dim=128, groups=4
-    )
+    shape = dict(dtype=torch.bfloat16, dim=128, groups=4)
+    case = Case(HiPConfig(dense_below=0), [whole(17000, rows)], **shape)
     case.check(per_row=rows == 1, keep=rows == 1)
 
 
 @both_dtypes
 def test_default_settings_in_decode_over_pages(dtype: torch.dtype) -> None:
-    case = Case(
-        defaults(),
-        [whole(2900, 1), whole(2611, 1, 1, 5)],
-        page_size=48,
-        dtype=dtype,
-        dim=64,
-        groups=4,
-    )
+    spans = [whole(2900, 1), whole(2611, 1, 1, 5)]
+    case = Case(defaults(), spans, page_size=48, dtype=dtype, dim=64, groups=4)
     case.check(per_row=True, keep=True)
 
 
@@ -111,8 +104,7 @@ def test_half_precision_selects_what_scores_as_high(dtype: torch.dtype) -> None:
 
 
 def flat_scores(case: Case, head: int, block: QueryBlock) -> dict[int, float]:
-    """Largest share of every block of the middle by its mean key, computed in the tensors' own
-    dtype."""
+    """Largest weight of every candidate by its mean key, computed in the tensors' own dtype."""
     levels = case.pyramid(case.spans[0]).levels
     means = levels[0][head, block.low : block.high, : case.q.shape[-1]].to(case.q.dtype)
     group = case.q[0, head * case.groups : (head + 1) * case.groups]

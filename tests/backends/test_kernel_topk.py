@@ -42,10 +42,8 @@ def test_the_threshold_tells_the_largest_keys_from_the_rest(low: int) -> None:
 def test_the_threshold_is_found_by_as_few_digits_as_settle_it() -> None:
     """Lower digits are not looked at: they stay those of the smallest number."""
     keys = torch.arange(1, 67, dtype=torch.int32) << 24
-    counts, out = (
-        torch.tensor([1, 40, 66], dtype=torch.int32),
-        torch.zeros(3, dtype=torch.int32, device=DEVICE),
-    )
+    counts = torch.tensor([1, 40, 66], dtype=torch.int32)
+    out = torch.zeros_like(counts).to(DEVICE)
     on = (keys + 12345).to(DEVICE)
     threshold_kernel[(len(counts),)](on[:64].clone(), on[64:].clone(), out, counts.to(DEVICE), M=64)
     assert out.tolist() == [66 << 24, 27 << 24, 0]

@@ -49,9 +49,8 @@ def problem(kernel, target, **arguments):
 
 
 def printed(tmp_path: Path, line: str) -> str:
-    script = (
-        tmp_path / "wrong_kernel.py"
-    )  # the compiler reads the source; Transformers imports what is named `kernels`
+    # the compiler reads the source; Transformers imports what is named `kernels`
+    script = tmp_path / "wrong_kernel.py"
     script.write_text(KERNELS + line)
     done = process(str(script))
     assert done.returncode == 0, done.stderr
@@ -68,11 +67,13 @@ def ptxas(ptx):
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "a.ptx"), Path(folder, "a.cubin")
         source.write_text(ptx)
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(binary)]
+        options = ["-v", "--gpu-name=sm_90a", str(source), "-o", str(binary)]
+        command = [triton.knobs.nvidia.ptxas.path, *options]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
         return budget._told("nvdisasm", "-c", binary=binary.read_bytes()), said.stderr
 
-given = dict(X=Pointer(torch.bfloat16), Y=Pointer(torch.bfloat16), IDS=Pointer(torch.int32), OUT=Pointer(torch.float32), steps=9)
+given = dict(X=Pointer(torch.bfloat16), Y=Pointer(torch.bfloat16), IDS=Pointer(torch.int32))
+given |= dict(OUT=Pointer(torch.float32), steps=9)
 with budget.compiling_for("sm90"):
     compiled = gathered.warmup(grid=(1,), N=64, CARRIED=True, num_warps=4, num_stages=3, **given)
 compiled = compiled.result() if callable(getattr(compiled, "result", None)) else compiled
@@ -80,7 +81,8 @@ right = compiled.asm["ptx"]
 wrong = right.replace("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;")
 for ptx in (right, wrong):
     code, said = ptxas(ptx)
-    print("are serialized" in said, budget.serialised(ptx, code), bool(wgmma.touched(ptx)), sep=",", end="|")
+    found = ("are serialized" in said, budget.serialised(ptx, code), bool(wgmma.touched(ptx)))
+    print(*found, sep=",", end="|")
 """
 
 
@@ -131,17 +133,17 @@ def test_loops_that_load_nothing_ahead_are_found(tmp_path: Path, target: str) ->
     """Three stages are asked for in vain where what is multiplied lies where an index of the same
     turn says."""
     ids = "IDS=Pointer(torch.int32), steps=9"
-    wide = f"*[problem(gathered, '{target}', {ids}, num_stages=3, CARRIED=carried) for carried in (False, True)]"
-    assert printed(tmp_path, f'print({wide}, sep="|")') == "loads nothing ahead|"
+    wide = f"problem(gathered, '{target}', {ids}, num_stages=3, CARRIED=carried)"
+    line = f'print(*[{wide} for carried in (False, True)], sep="|")'
+    assert printed(tmp_path, line) == "loads nothing ahead|"
 
 
 def test_two_stages_that_load_nothing_ahead_are_found(tmp_path: Path) -> None:
     """They are asked for in vain where there is nothing to load."""
     ids = "IDS=Pointer(torch.int32), steps=9"
-    narrow = (
-        f"*[problem(kept, 'sm80', {ids}, num_stages=2, AHEAD=ahead) for ahead in (False, True)]"
-    )
-    assert printed(tmp_path, f'print({narrow}, sep="|")') == "loads nothing ahead|"
+    narrow = f"problem(kept, 'sm80', {ids}, num_stages=2, AHEAD=ahead)"
+    line = f'print(*[{narrow} for ahead in (False, True)], sep="|")'
+    assert printed(tmp_path, line) == "loads nothing ahead|"
 
 
 PREFILL = """
@@ -149,7 +151,7 @@ import torch
 from hip_hf.backends.triton.compile import budget
 from hip_hf.backends.triton.compile.launches import attention
 
-(launch,) = [x for x in attention.launches_of_prefill(64, torch.bfloat16, "sm90") if x.name == "prefill"]
+(launch,) = [x for x in attention.launches(64, torch.bfloat16, "sm90") if x.name == "prefill"]
 row = budget.spend(launch, "sm90", 64, torch.bfloat16)
 print(row.problem, row.path, row.ahead, row.uncopied, row.per_wait > 1)
 """

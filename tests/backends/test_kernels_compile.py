@@ -31,16 +31,8 @@ def rows(*arguments: str) -> list[dict[str, Any]]:
 def test_all_kernels_compile() -> None:
     found = rows("--targets", "sm90", "--dims", "64", "--dtypes", "bf16")
     names = " ".join(row["kernel"] for row in found)
-    for kernel in (
-        "select, prefill",
-        "select, decode",
-        "pyramid, blend, tiles",
-        "select, need",
-        "select, votes",
-        "prefill",
-        "decode",
-        "backward",
-    ):
+    selection = ("select, prefill", "select, decode", "select, need", "select, votes")
+    for kernel in (*selection, "pyramid, blend, tiles", "prefill", "decode", "backward"):
         assert kernel in names
     assert all(row["registers"] > 0 for row in found)
     heavy = [row for row in found if row["kernel"].startswith(("prefill", "backward"))]
@@ -62,11 +54,12 @@ def summed(x, N: tl.constexpr, TIMES: tl.constexpr):
     tl.store(x + at, held)
 
 def problem(n, target, tensor_cores=False, spills=0):
-    launch = Launch("summed", summed, dict(x=Pointer(torch.float32), N=n, TIMES=4, num_warps=1), tensor_cores)
+    given = dict(x=Pointer(torch.float32), N=n, TIMES=4, num_warps=1)
+    launch = Launch("summed", summed, given, tensor_cores)
     return budget.spend(launch, target, n, torch.float32, spills).problem
 
-print(problem(64, "sm90"), problem(64, "sm90", True), problem(16384, "sm90"), problem(16384, "sm90", spills=1 << 20),
-      problem(24, "sm90"), sep="|")
+print(problem(64, "sm90"), problem(64, "sm90", True), problem(16384, "sm90"),
+      problem(16384, "sm90", spills=1 << 20), problem(24, "sm90"), sep="|")
 """
 
 
@@ -92,8 +85,9 @@ from hip_hf.backends.triton.compile.launches import selection
 wide = config.HiPConfig(query_stride=1, beam=8, rescore=8)
 with patch.object(selection, "HiPConfig", lambda: wide):
     launches = selection.launches_of_search(128, torch.bfloat16, "sm90")
-launches = [x for x in launches if x.name in ("select, prefill", "select, decode")]
-print(*[(x.arguments["M"], budget.spend(x, "sm90", 128, torch.bfloat16).problem) for x in launches], sep="|")
+found = [(x.arguments["M"], budget.spend(x, "sm90", 128, torch.bfloat16).problem)
+         for x in launches if x.name in ("select, prefill", "select, decode")]
+print(*found, sep="|")
 """
 
 
@@ -115,7 +109,8 @@ target, block_k = sys.argv[1], int(sys.argv[2])
 x = example(128, torch.bfloat16)
 x = replace(x, reads=replace(x.reads, block_k=block_k))
 tile = tile_of("backward keys", target, 128, 128, torch.bfloat16)
-print(*[budget.spend(launch, target, 128, torch.bfloat16).problem for launch in attention.key_launches(x, tile)], sep="|")
+launches = attention.key_launches(x, tile)
+print(*[budget.spend(one, target, 128, torch.bfloat16).problem for one in launches], sep="|")
 """
 
 
@@ -159,7 +154,8 @@ def spend(launch, target, dim, dtype, spills):
         raise KeyboardInterrupt
     done.append(launch.name)
     kind = str(dtype).removeprefix("torch.")
-    return budget.Spent(launch.name, target, dim, kind, launch.code(), launch.digest(), registers=1, spilled=spilled)
+    key = (launch.name, target, dim, kind, launch.code(), launch.digest())
+    return budget.Spent(*key, registers=1, spilled=spilled)
 
 def run(spills=0):
     try:
@@ -168,7 +164,8 @@ def run(spills=0):
         pass
 
 budget.spend, most, spilled = spend, 99, 0
-names = [launch.name for launch in catalogue.launches_of(64, COMPILED_DTYPES["bf16"], "sm90") if "prefill" in launch.name]
+launches = catalogue.launches_of(64, COMPILED_DTYPES["bf16"], "sm90")
+names = [launch.name for launch in launches if "prefill" in launch.name]
 most = len(names) - 1
 run()
 assert done == names[:-1], done
@@ -206,27 +203,10 @@ def test_a_changed_launch_configuration_is_compiled_anew(tmp_path: Path) -> None
 def test_a_problem_shows_in_the_table() -> None:
     from hip_hf.eval.measure.kernels import summary
 
-    row = dict(
-        kernel="a",
-        target="sm90",
-        dim=64,
-        dtype="bfloat16",
-        shared=2048,
-        registers=9,
-        spilled=0,
-        path="wgmma",
-        problem="",
-    )
-    worse = {
-        **row,
-        "dim": 128,
-        "shared": 1024,
-        "registers": 255,
-        "spilled": 40,
-        "path": "",
-        "problem": "spills",
-    }
-    (line,) = summary([row, worse])
+    name = dict(kernel="a", target="sm90", dtype="bfloat16")
+    row = dict(dim=64, shared=2048, registers=9, spilled=0, path="wgmma", problem="")
+    worse = dict(dim=128, shared=1024, registers=255, spilled=40, path="", problem="spills")
+    (line,) = summary([name | row, name | worse])
     wanted = dict(compiled=2, registers=255, shared=2.0, spilled=40, path="wgmma", problem="spills")
     assert line == dict(kernel="a", target="sm90", **wanted)
 
@@ -248,14 +228,17 @@ from hip_hf.backends.triton.compile.catalogue import launches_of
 
 launches = launches_of(64, torch.bfloat16, "sm90")
 paged = {x.kernel.fn.__name__: x for x in launches if "stride_table" in x.kernel.arg_names}
-widths = {name: x.kernel.params[x.kernel.arg_names.index("stride_table")] for name, x in paged.items()}
 print(*sorted(paged))
+widths = {name: {x.name: x for x in launch.kernel.params}["stride_table"]
+          for name, launch in paged.items()}
 print(*sorted(name for name, width in widths.items() if not width.do_not_specialize))
 attend, programs = paged["attend_kernel"], set()
 for width in (15, 16, 17):
     with compiling_for("sm90"):
         compiled = attend.kernel.warmup(grid=(1,), **{**attend.stand_ins(), "stride_table": width})
-    programs.add((compiled.result() if callable(getattr(compiled, "result", None)) else compiled).hash)
+    if callable(getattr(compiled, "result", None)):
+        compiled = compiled.result()
+    programs.add(compiled.hash)
 print(len(programs))
 """
 
@@ -267,10 +250,12 @@ from hip_hf.backends.triton.compile import examples
 from hip_hf.backends.triton.compile.catalogue import MODULES
 
 SETTINGS = ("sliding",)  # the example's window is as long as its prompt; a model's never changes
-examples.QUERY_HEADS, examples.KEY_HEADS = 3, 1  # strides between sequences are not divisible by 16 thanks to the heads
+# strides between sequences are not divisible by 16 thanks to the heads
+examples.QUERY_HEADS, examples.KEY_HEADS = 3, 1
 
 def kinds(tokens):
-    # what Triton makes a program of its own for: constants, and of other numbers whether they are 1 or divisible by 16
+    # what Triton makes a program of its own for: constants, and of other numbers whether they are 1
+    # or divisible by 16
     found = {}
     for module in MODULES:
         if hasattr(module, "example"):
@@ -278,7 +263,8 @@ def kinds(tokens):
         for launch in module.launches(64, torch.bfloat16, "sm90"):
             for parameter in launch.kernel.params:
                 value = launch.arguments.get(parameter.name)
-                if isinstance(value, int) and not parameter.do_not_specialize and parameter.name not in SETTINGS:
+                free = parameter.do_not_specialize or parameter.name in SETTINGS
+                if isinstance(value, int) and not free:
                     kind = value if parameter.is_constexpr or value == 1 else value % 16 == 0
                     found[launch.kernel.fn.__name__, launch.name, parameter.name] = kind
     return found

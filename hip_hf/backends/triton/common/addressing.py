@@ -45,23 +45,18 @@ class KeyValues:
     def table(self) -> tuple[torch.Tensor, int]:
         """The block table and the stride of its rows; where there is none, a stand-in that no
         kernel reads."""
-        return (
-            (self.k, 0)
-            if self.block_table is None
-            else (self.block_table, self.block_table.stride(0))
-        )
+        table = self.block_table
+        return (self.k, 0) if table is None else (table, table.stride(0))
 
 
 @triton.jit
-def page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE: tl.constexpr):
+def page_of(slots, inside, batch, table, stride_table, PAGE_SIZE: tl.constexpr):
     """The pages that `offsets_in` asks for, of tokens in `slots` (int32, counted from the batch
     row's first slot: `key_start` plus position). Where `inside` is false no page is looked up.
     `PAGE_SIZE` 0: keys are contiguous, a batch row is one page."""
     if PAGE_SIZE > 0:
         return tl.load(
-            block_table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE,
-            mask=inside,
-            other=0,
+            table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE, mask=inside, other=0
         )
     else:
         return batch
@@ -77,16 +72,9 @@ def offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE: tl.constexpr)
 
 @triton.jit
 def token_offsets(
-    slots,
-    inside,
-    batch,
-    stride_batch,
-    stride_token,
-    block_table,
-    stride_table,
-    PAGE_SIZE: tl.constexpr,
+    slots, inside, batch, stride_batch, stride_token, table, stride_table, PAGE_SIZE: tl.constexpr
 ):
     """int64 offsets, from a head's first element, of the tokens in `slots`, with their pages looked
     up at once."""
-    page = page_of(slots, inside, batch, block_table, stride_table, PAGE_SIZE)
+    page = page_of(slots, inside, batch, table, stride_table, PAGE_SIZE)
     return offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE)

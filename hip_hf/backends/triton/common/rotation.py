@@ -73,10 +73,5 @@ def rotation(positions: Positions | None, beyond: int, stand_in: torch.Tensor) -
         return dict(COS=stand_in, SIN=stand_in, trained=0, scaling=1.0, ROPE_HALF_DIM=0)
     rope = positions.rope
     cos, sin = rope.tables(positions.trained + beyond, torch.float32, stand_in.device)
-    return dict(
-        COS=cos,
-        SIN=sin,
-        trained=positions.trained,
-        scaling=rope.scaling**2,
-        ROPE_HALF_DIM=rope.dim // 2,
-    )
+    places = dict(trained=positions.trained, scaling=rope.scaling**2, ROPE_HALF_DIM=rope.dim // 2)
+    return dict(COS=cos, SIN=sin, **places)

@@ -21,20 +21,11 @@ from hip_hf.geometry import Span
 # What changes with the length of a prompt or as a context grows: Triton would compile anew where it
 # becomes divisible by 16. None of it is the stride of anything that is read in vectors.
 GROWING = (
-    *(
-        "stride_table",
-        "blocks",
-        "count",
-        "stride_ls",
-        "stride_lb",
-        "stride_lh",
-        "stride_ms",
-        "stride_mb",
-        "stride_mh",
-    ),
-    *("stride_rows", "stride_keys", "stride_starts"),
+    *("stride_table", "blocks", "count", "stride_ls", "stride_lb", "stride_lh", "stride_ms"),
+    *("stride_mb", "stride_mh", "stride_rows", "stride_keys", "stride_starts"),
 )
-FIELDS = ("batch", "key_start", "row_start", "rows", "position")
+# Numbers of a sequence in the table.
+FIELDS = 5
 
 
 @dataclass(frozen=True)
@@ -69,16 +60,10 @@ class Sequences:
         """
         spans = list(spans)
         rows = [[s.batch, s.key_start, s.row_start, s.rows, s.position] for s in spans]
-        table = to_device(
-            torch.tensor(rows, dtype=torch.int32, device="cpu")
-            .view(-1, len(FIELDS))
-            .t()
-            .contiguous(),
-            device,
-        )
-        return Sequences(
-            table, max((s.rows for s in spans), default=0), max((s.end for s in spans), default=0)
-        )
+        table = torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, FIELDS).t()
+        most_rows = max((s.rows for s in spans), default=0)
+        most_keys = max((s.end for s in spans), default=0)
+        return Sequences(to_device(table.contiguous(), device), most_rows, most_keys)
 
 
 @triton.jit
@@ -106,8 +91,8 @@ def query_block(row_start, rows, position, index, BLOCK_Q: tl.constexpr):
 @triton.jit
 def always_read(first, window, sink_keys, sliding, BLOCK_K: tl.constexpr):
     """What a query block whose first row is at `first` always reads: the sink `[start, sink)` and
-    the window `[window, ...]`; the middle is key blocks `sink // BLOCK_K` to
-    `window // BLOCK_K - 1` (`QueryBlock` in `methods/base.py`).
+    the window `[window, ...]`; the candidates are key blocks `sink // BLOCK_K` to
+    `window // BLOCK_K - 1` (`QueryBlock` in `geometry.py`).
 
     `window` is where the window starts if no sliding window cuts it (`window_start`, or, in decode,
     what the selection kept); `sliding` 0 means no sliding window.

@@ -1,5 +1,5 @@
-"""What the attention kernels share: which keys a query block reads, and what becomes of their
-logits.
+"""What the kernels share that read keys in tiles, of attention and of votes: which keys a query
+block reads, and what becomes of their logits.
 
 A query block reads `[sink | selected blocks | window]`. The kernels walk that as one list of
 *slots*, so that no key is read twice, no tile but the last is cut, and key blocks of any size fill
@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from hip_hf.backends.triton.common.addressing import token_offsets
+from hip_hf.backends.triton.common.rotation import partner, turned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -53,6 +56,37 @@ def scaled(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def key_logits(
+    q, k_base, position, inside, seen, place, cos, sin, key_start, batch, stride_kb, stride_kt,
+    table, stride_table, scale, softcap, dim, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
+):  # fmt: skip
+    """Logits, base 2, of the keys at `position`: -inf where a row has not `seen` them.
+    ROPE_HALF_DIM > 0: keys are turned to their `place`."""
+    d = tl.arange(0, D)
+    at = token_offsets(
+        key_start + position, inside, batch, stride_kb, stride_kt, table, stride_table, PAGE_SIZE
+    )
+    there = inside[:, None] & (d < dim)[None, :]
+    k = tl.load(k_base + at[:, None] + d[None, :], mask=there, other=0.0)
+    if ROPE_HALF_DIM > 0:
+        other = tl.load(
+            k_base + at[:, None] + partner(d, ROPE_HALF_DIM)[None, :], mask=there, other=0.0
+        )
+        k = turned(k, other, place, d, cos, sin, ROPE_HALF_DIM).to(k.dtype)
+    logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    return tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
+def add_logits(m_i, l_i, logits):
+    """The greatest logit of each row and its sum of exponentials, base 2, after more of them."""
+    new_top = tl.maximum(m_i, tl.max(logits, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen nothing yet
+    return new_top, l_i * tl.exp2(m_i - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+
+
+@triton.jit
 def scaled_with_slope(products, scale, softcap, SOFTCAP: tl.constexpr):
     """Logits, and their derivative by `products * scale`. In base e: what is subtracted from them,
     a stored log-sum-exp, then is not rounded once more."""
@@ -65,17 +99,9 @@ def scaled_with_slope(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def selected_keys(
-    indices,
-    counts,
-    sequence,
-    head_list,
-    block,
-    lists,
-    blocks,
-    most,
-    BLOCK_K: tl.constexpr,
+    indices, counts, sequence, head_list, block, lists, blocks, most, BLOCK_K: tl.constexpr,
     SELECTED: tl.constexpr,
-):
+):  # fmt: skip
     """Where a query block's selected blocks are listed, and how many keys they hold."""
     if SELECTED:
         at = (sequence * lists + head_list).to(tl.int64) * blocks + block

@@ -83,9 +83,9 @@ def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) 
 
 def precision_of(x: torch.Tensor) -> str:
     """How `tl.dot` multiplies operands like `x`. fp32 must stay fp32."""
-    return (
-        "tf32" if x.dtype != torch.float32 else full_precision("gfx" if torch.version.hip else "sm")
-    )
+    if x.dtype != torch.float32:
+        return "tf32"
+    return full_precision("gfx" if torch.version.hip else "sm")
 
 
 def full_precision(target: str) -> str:

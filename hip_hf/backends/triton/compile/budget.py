@@ -21,17 +21,9 @@ from hip_hf.backends.triton.compile import wgmma
 from hip_hf.backends.triton.compile.launch import Launch
 from hip_hf.shown import said
 
+# Shared memory that a program may have, in kilobytes.
+SHARED = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90": 227, "sm100": 227, "sm120": 99, "gfx942": 64}
 KILOBYTE = 1024
-# Shared memory that a program may have, in bytes, and the matrix instruction to expect.
-SHARED = {
-    "sm80": 163 * KILOBYTE,
-    "sm86": 99 * KILOBYTE,
-    "sm89": 99 * KILOBYTE,
-    "sm90": 227 * KILOBYTE,
-    "sm100": 227 * KILOBYTE,
-    "sm120": 99 * KILOBYTE,
-    "gfx942": 64 * KILOBYTE,
-}
 # Matrix instructions by name; the first of a target's is the one that it is fast with.
 INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
@@ -84,11 +76,9 @@ class Spent:
 
 
 def gpu_target(name: str) -> GPUTarget:
-    return (
-        GPUTarget("hip", name, 64)
-        if name.startswith("gfx")
-        else GPUTarget("cuda", int(name.removeprefix("sm")), 32)
-    )
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name.removeprefix("sm")), 32)
 
 
 class StandIn:
@@ -98,12 +88,8 @@ class StandIn:
         self.target = gpu_target(name)
         self.index = list(SHARED).index(name)  # one cache of compiled kernels per target
         self.utils = self
-        self.properties = {
-            "max_shared_mem": SHARED[name],
-            "multiprocessor_count": 1,
-            "max_num_regs": 65536,
-            "warpSize": self.target.warp_size,
-        }
+        sizes = dict(max_shared_mem=SHARED[name] * KILOBYTE, max_num_regs=65536)
+        self.properties = sizes | dict(multiprocessor_count=1, warpSize=self.target.warp_size)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return self.properties
@@ -128,9 +114,8 @@ def compiling_for(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(
-            RuntimeError
-        ):  # without a GPU Triton 3.7 has no driver to go back to
+        # without a GPU Triton 3.7 has no driver to go back to
+        with contextlib.suppress(RuntimeError):
             driver.reset_active()
 
 
@@ -158,9 +143,8 @@ def serialised(ptx: str, machine_code: str) -> bool:
 def product_loops(ttgir: str) -> list[str]:
     """The loops with matrix products."""
     found: list[str] = []
-    inside: list[
-        tuple[str, list[str]]
-    ] = []  # of the loops around a line: their indentation and their lines
+    # of the loops around a line: their indentation and their lines
+    inside: list[tuple[str, list[str]]] = []
     for line in ttgir.splitlines():
         if inside and line.startswith(f"{inside[-1][0]}}}"):
             text = "\n".join(inside.pop()[1])
@@ -176,30 +160,22 @@ def product_loops(ttgir: str) -> list[str]:
 def in_flight(loops: Sequence[str]) -> int:
     """Asynchronous loads that are left in flight at the waits of a loop: the fewest of all
     `loops`."""
-    return min(
-        (
-            min(map(int, re.findall(r"async_wait\b.*\bnum = (\d+)", text)), default=0)
-            for text in loops
-        ),
-        default=0,
-    )
+    waits = (map(int, re.findall(r"async_wait\b.*\bnum = (\d+)", text)) for text in loops)
+    return min((min(counts, default=0) for counts in waits), default=0)
 
 
 def spend(launch: Launch, target: str, dim: int, dtype: torch.dtype, spills: int = 0) -> Spent:
     """Compile one launch for `target`; whatever the compiler says against it becomes its `problem`,
     and if more than `spills` is spilled."""
-    row = Spent(
-        launch.name, target, dim, str(dtype).removeprefix("torch."), launch.code(), launch.digest()
-    )
-    kernel = launch.kernel
+    kind, kernel = str(dtype).removeprefix("torch."), launch.kernel
+    row = Spent(launch.name, target, dim, kind, launch.code(), launch.digest())
     assert isinstance(kernel, triton.runtime.JITFunction), "compile outside the interpreter"
     start = time.perf_counter()
     try:
         with compiling_for(target):
             compiled = kernel.warmup(grid=(1,), **launch.stand_ins())
-            compiled = (
-                compiled.result() if callable(getattr(compiled, "result", None)) else compiled
-            )
+            if callable(getattr(compiled, "result", None)):
+                compiled = compiled.result()
         _read(row, compiled)
         row.problem = _fault(row, launch, compiled, spills)
     except Exception as error:  # the compiler's own: it has no common type
@@ -213,8 +189,8 @@ def _fault(row: Spent, launch: Launch, compiled: Any, spills: int) -> str:
     """Why the compiled launch must not be released, or nothing."""
     if row.spilled > spills:
         return f"spills {row.spilled}, allowed {spills}"
-    if row.shared > SHARED[row.target]:
-        return f"does not fit into {SHARED[row.target]} bytes of shared memory"
+    if row.shared > SHARED[row.target] * KILOBYTE:
+        return f"does not fit into {SHARED[row.target]} kilobytes of shared memory"
     if launch.tensor_cores and not row.matrix:
         return "no tensor cores"
     if row.path == "wgmma":
@@ -239,18 +215,14 @@ def _read(row: Spent, compiled: Any) -> None:
     row.shared, row.warps = compiled.metadata.shared, compiled.metadata.num_warps
     if gpu_target(row.target).backend == "hip":
         text = compiled.asm["amdgcn"]
-        row.registers, row.spilled = (
-            _first(r"\.vgpr_count:\s+(\d+)", text),
-            _first(r"\.vgpr_spill_count:\s+(\d+)", text),
-        )
+        row.registers = _first(r"\.vgpr_count:\s+(\d+)", text)
+        row.spilled = _first(r"\.vgpr_spill_count:\s+(\d+)", text)
     else:
         text = compiled.asm["ptx"]
         usage = _told("cuobjdump", "-res-usage", binary=compiled.asm["cubin"])
         row.registers, row.spilled = _first(r"REG:(\d+)", usage), _first(r"STACK:(\d+)", usage)
     assert row.registers, "the binary says nothing of registers"
-    found = {
-        name: len(re.findall(INSTRUCTIONS[name], text))
-        for name in MATRIX.get(row.target, MATRIX_ELSE)
-    }
+    names = MATRIX.get(row.target, MATRIX_ELSE)
+    found = {name: len(re.findall(INSTRUCTIONS[name], text)) for name in names}
     row.matrix = next(iter(found.values()))
     row.path = next((name for name, count in found.items() if count), "")

@@ -44,11 +44,8 @@ class _Anonymous(ast.NodeTransformer):
     def __init__(self, function: FunctionType, node: ast.FunctionDef) -> None:
         self.known = {**vars(builtins), **function.__globals__}
         local = list(inspect.signature(function).parameters)
-        local += [
-            one.id
-            for one in ast.walk(node)
-            if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
-        ]
+        names = [one for one in ast.walk(node) if isinstance(one, ast.Name)]
+        local += [name.id for name in names if isinstance(name.ctx, ast.Store)]
         self.numbers = {name: f"_{number}" for number, name in enumerate(dict.fromkeys(local))}
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
@@ -61,11 +58,7 @@ class _Anonymous(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Arguments that are given by name to another function of a kernel count by their place."""
-        called = (
-            getattr(self.known.get(node.func.id), "fn", None)
-            if isinstance(node.func, ast.Name)
-            else None
-        )
+        called = getattr(self.known.get(getattr(node.func, "id", "")), "fn", None)
         if isinstance(called, FunctionType):
             places = list(inspect.signature(called).parameters)
             for keyword in node.keywords:

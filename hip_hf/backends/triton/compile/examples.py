@@ -19,10 +19,7 @@ QUERY_HEADS, KEY_HEADS, PAGE_SIZE = 32, 8, 256
 @dataclass(frozen=True)
 class Example:
     """On the device `meta`, shapes and strides without memory; elsewhere random tensors and
-    selections.
-
-    `numbers` stands for any int32 tensor; `suffix` tells paged calls apart.
-    """
+    selections. `suffix` tells paged calls apart."""
 
     q: torch.Tensor
     kv: KeyValues
@@ -31,7 +28,6 @@ class Example:
     logits: Logits
     out: torch.Tensor
     lse: torch.Tensor
-    numbers: torch.Tensor
     suffix: str
 
 
@@ -70,13 +66,10 @@ def example(
         start = ((position - config.window).clamp(min=0) // config.block_k).int()
         low = config.sink // config.block_k
         counts[:] = (start - low).clamp(0, most)
-        # every k-th block of the middle, from a random one on
+        # every k-th candidate, from a random one on
         step = ((start - low) // most).clamp(min=1)[:, None]
-        indices[:] = (
-            low
-            + torch.arange(most, device=device) * step
-            + (torch.rand(*lists, 1, device=device) * step).int()
-        )
+        offset = (torch.rand(*lists, 1, device=device) * step).int()
+        indices[:] = low + torch.arange(most, device=device) * step + offset
         numbers[3], numbers[4] = rows, tokens - rows
         if windows is not None:
             windows[:] = start * config.block_k
@@ -84,9 +77,7 @@ def example(
     q, out = random(1, QUERY_HEADS, rows, dim), random(1, QUERY_HEADS, rows, dim)
     lse = torch.zeros(1, QUERY_HEADS, rows, device=device)
     suffix = ", all features" if paged else ""
-    return Example(
-        q, kv, Sequences(numbers, rows, tokens), reads, logits, out, lse, numbers, suffix
-    )
+    return Example(q, kv, Sequences(numbers, rows, tokens), reads, logits, out, lse, suffix)
 
 
 def example_positions(dim: int) -> Positions:
@@ -96,8 +87,5 @@ def example_positions(dim: int) -> Positions:
 
 def extended(x: Example) -> Example:
     """The same call under context extension."""
-    return replace(
-        x,
-        logits=replace(x.logits, positions=example_positions(x.q.shape[-1])),
-        suffix=f"{x.suffix}, extended",
-    )
+    logits = replace(x.logits, positions=example_positions(x.q.shape[-1]))
+    return replace(x, logits=logits, suffix=f"{x.suffix}, extended")

@@ -14,20 +14,8 @@ from dataclasses import dataclass
 REGISTER = re.compile(r"%[a-z]+\d+")
 LABEL = re.compile(r"^(\$?[\w$]+):")
 BRANCH = re.compile(r"^(@!?%p\d+\s+)?bra(?:\.uni)?\s+(\$?[\w$]+)")
-# Instructions whose first operand is no register that they write.
-WRITES_NOTHING = (
-    "st.",
-    "red.",
-    "bar.",
-    "cp.",
-    "wgmma.",
-    "mbarrier.",
-    "fence.",
-    "prefetch",
-    "membar",
-    "bra",
-    "ret",
-)
+# How instructions begin whose first operand is no register that they write.
+WRITES_NOTHING = re.compile(r"(st|red|bar|cp|wgmma|mbarrier|fence)\.|prefetch|membar|bra|ret")
 # Groups in flight that are told apart; older ones count as one.
 MOST_GROUPS = 8
 
@@ -61,19 +49,16 @@ def _instructions(ptx: str) -> tuple[list[str], dict[str, int]]:
 def _product(text: str) -> Product:
     """Of the text of a `wgmma.mma_async`."""
     sums, *more = re.findall(r"\{([^}]*)\}", text)
-    return Product(
-        tuple(REGISTER.findall(sums)), frozenset(REGISTER.findall(more[0])) if more else frozenset()
-    )
+    return Product(tuple(REGISTER.findall(sums)), frozenset(REGISTER.findall("".join(more[:1]))))
 
 
 def _written(text: str) -> frozenset[str]:
     """Registers that an instruction writes: its first operand, or the list of them that it is."""
     operation, _, operands = re.sub(r"^@!?%p\d+\s+", "", text).replace("\t", " ").partition(" ")
-    if operation.startswith(WRITES_NOTHING):
+    if WRITES_NOTHING.match(operation):
         return frozenset()
-    return frozenset(
-        REGISTER.findall(operands.partition("}" if operands.lstrip().startswith("{") else ",")[0])
-    )
+    end = "}" if operands.lstrip().startswith("{") else ","
+    return frozenset(REGISTER.findall(operands.partition(end)[0]))
 
 
 def _after(text: str, groups: Groups) -> Groups:

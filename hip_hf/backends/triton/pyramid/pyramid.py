@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 TILE_LEVELS = 5
 # Of the head dim, what a program takes.
 DIM_AT_ONCE = 64
-KINDS = {
-    "blend": summaries.CENTRE,
-    "minmax": summaries.CENTRE,
-    "middle": summaries.MIDDLE,
-}
 
 
 def parts_of(config: HiPConfig) -> int:
@@ -36,18 +31,13 @@ def parts_of(config: HiPConfig) -> int:
     return 1 if config.representative == "middle" else 2
 
 
-def _states_per_chunk(config: HiPConfig) -> int:
-    return 2 if config.representative == "middle" else 3
-
-
 def constants(config: HiPConfig, dim: int, block_q: int, append: bool) -> dict[str, Any]:
     """Compile-time arguments of the kernels of `config.representative`."""
-    kind = KINDS[config.representative].value
-    return dict(
-        BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=dim, KIND=kind, LEVELS=TILE_LEVELS,
-        BD=min(DIM_AT_ONCE, power_of_two(dim)),
-        num_warps=8 if append else 4,  # one program that does everything needs more registers than one that makes a tile
-    )  # fmt: skip
+    kind = summaries.MIDDLE if config.representative == "middle" else summaries.CENTRE
+    sizes = dict(BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=dim, LEVELS=TILE_LEVELS)
+    # one program that does everything needs more registers than one that makes a tile
+    warps = 8 if append else 4
+    return sizes | dict(KIND=kind.value, BD=min(DIM_AT_ONCE, power_of_two(dim)), num_warps=warps)
 
 
 @dataclass
@@ -77,16 +67,13 @@ class KeyPyramid:
     ) -> KeyPyramid:
         """Nothing is built yet; for up to `capacity` keys a sequence."""
         blocks = max(1, capacity // config.block_k)
-        tiles, lanes = (
-            max(1, blocks >> TILE_LEVELS),
-            heads * -(-dim // constants(config, dim, 1, False)["BD"]),
-        )
-        states = (sequences, heads, 2 * tiles, _states_per_chunk(config) * dim)
+        tiles, parts = max(1, blocks >> TILE_LEVELS), parts_of(config)
+        lanes = heads * -(-dim // constants(config, dim, 1, False)["BD"])
+        table = (sequences, heads, 2 * blocks, parts * dim)
+        states = (sequences, heads, 2 * tiles, (parts + 1) * dim)
         return KeyPyramid(
             config,
-            torch.empty(
-                sequences, heads, 2 * blocks, parts_of(config) * dim, dtype=dtype, device=device
-            ),
+            torch.empty(table, dtype=dtype, device=device),
             torch.empty(states, dtype=torch.float32, device=device),
             torch.zeros(sequences, lanes, dtype=torch.int32, device=device),
         )
@@ -129,16 +116,15 @@ class KeyPyramid:
         new (decode), so one launch does it all; otherwise tiles are built side by side."""
         config, blocks = self.config, sequences.max_keys // self.config.block_k
         block_table, stride_table = kv.table()
+        weight = 1.0 if config.representative == "minmax" else config.method_options().weight
         arguments = (
-            self.table, self.states, self.built, kv.k, block_table, sequences.table, self.table.stride(0), self.table.stride(1),
-            self.states.stride(0), self.states.stride(1), *kv.strides(kv.k), stride_table, sequences.table.stride(0),
-            config.window,
-        )  # fmt: skip
+            self.table, self.states, self.built, kv.k, block_table, sequences.table,
+            self.table.stride(0), self.table.stride(1), self.states.stride(0),
+            self.states.stride(1), *kv.strides(kv.k), stride_table, sequences.table.stride(0),
+            config.window, weight)  # fmt: skip
         fixed = constants(config, self.dim, block_q, append) | dict(PAGE_SIZE=kv.page_size)
         lanes, count = self.built.shape[1], sequences.count
-        weight = 1.0 if config.representative == "minmax" else config.method_options().weight
         if not append and blocks:
-            summaries.tiles_kernel[(-(-blocks >> TILE_LEVELS), lanes, count)](
-                *arguments, weight, **fixed
-            )
-        summaries.append_kernel[(lanes, count)](*arguments, weight, BUILD=append, **fixed)
+            tiles = -(-blocks >> TILE_LEVELS)
+            summaries.tiles_kernel[(tiles, lanes, count)](*arguments, **fixed)
+        summaries.append_kernel[(lanes, count)](*arguments, BUILD=append, **fixed)

@@ -95,26 +95,10 @@ def read_states(states, rows, inside, d, DIM: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def build_tile(
-    table,
-    states,
-    k,
-    tile,
-    needed,
-    key_start,
-    batch,
-    stride_kb,
-    stride_kt,
-    block_table,
-    stride_table,
-    d,
-    weight,
-    KIND: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    BD: tl.constexpr,
-):
+    table, states, k, tile, needed, key_start, batch, stride_kb, stride_kt, block_table,
+    stride_table, d, weight, KIND: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Summaries of the `2 ** LEVELS` blocks of a tile and of every chunk within it that is complete
     among `needed` blocks."""
     TILE: tl.constexpr = 1 << LEVELS
@@ -141,15 +125,8 @@ def build_tile(
         )
         x = tl.load(k + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
         at = token_offsets(
-            first + BLOCK_K // 2,
-            inside,
-            batch,
-            stride_kb,
-            stride_kt,
-            block_table,
-            stride_table,
-            PAGE_SIZE,
-        )
+            first + BLOCK_K // 2, inside, batch, stride_kb, stride_kt, block_table, stride_table,
+            PAGE_SIZE)  # fmt: skip
         y = tl.load(k + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
     write_rows(table, blocks, 0, inside, d, x, y, z, weight, DIM, KIND)
     for level in tl.static_range(1, LEVELS + 1):
@@ -167,31 +144,11 @@ def build_tile(
 
 @triton.jit(do_not_specialize=GROWING)
 def tiles_kernel(
-    table,
-    states,
-    built,
-    k,
-    block_table,
-    sequences,
-    stride_sequence,
-    stride_head,
-    stride_state_sequence,
-    stride_state_head,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_table,
-    stride_field,
-    window,
-    weight,
-    KIND: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    BD: tl.constexpr,
-):
+    table, states, built, k, block_table, sequences, stride_sequence, stride_head,
+    stride_state_sequence, stride_state_head, stride_kb, stride_kh, stride_kt, stride_table,
+    stride_field, window, weight, KIND: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """One tile of one key head of one sequence, `BD` numbers of its head dim. Grid: tiles, heads
     times parts of D, sequences."""
     PARTS: tl.constexpr = (DIM + BD - 1) // BD
@@ -207,38 +164,19 @@ def tiles_kernel(
     table += sequence.to(tl.int64) * stride_sequence + head.to(tl.int64) * stride_head
     states += sequence.to(tl.int64) * stride_state_sequence + head.to(tl.int64) * stride_state_head
     k += head.to(tl.int64) * stride_kh
-    build_tile(table, states, k, tile, needed, key_start, batch, stride_kb, stride_kt, block_table, stride_table, d, weight,
-               KIND, LEVELS, BLOCK_K, PAGE_SIZE, DIM, BD)  # fmt: skip
+    build_tile(
+        table, states, k, tile, needed, key_start, batch, stride_kb, stride_kt, block_table,
+        stride_table, d, weight, KIND, LEVELS, BLOCK_K, PAGE_SIZE, DIM, BD)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=GROWING)
 def append_kernel(
-    table,
-    states,
-    built,
-    k,
-    block_table,
-    sequences,
-    stride_sequence,
-    stride_head,
-    stride_state_sequence,
-    stride_state_head,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_table,
-    stride_field,
-    window,
-    weight,
-    KIND: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    BD: tl.constexpr,
+    table, states, built, k, block_table, sequences, stride_sequence, stride_head,
+    stride_state_sequence, stride_state_head, stride_kb, stride_kh, stride_kt, stride_table,
+    stride_field, window, weight, KIND: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
     BUILD: tl.constexpr,
-):
+):  # fmt: skip
     """Extends one key head's pyramid from `built` to what the call needs. Grid: heads times parts
     of D, sequences.
 
@@ -261,9 +199,11 @@ def append_kernel(
     if BUILD:
         k += head.to(tl.int64) * stride_kh
         for tile in range(done >> LEVELS, (needed + (1 << LEVELS) - 1) >> LEVELS):
-            build_tile(table, states, k, tile, needed, key_start, batch, stride_kb, stride_kt, block_table, stride_table, d,
-                       weight, KIND, LEVELS, BLOCK_K, PAGE_SIZE, DIM, BD)  # fmt: skip
-    tl.debug_barrier()  # every thread has read `built`, and roots are read back by other threads than wrote them
+            build_tile(
+                table, states, k, tile, needed, key_start, batch, stride_kb, stride_kt, block_table,
+                stride_table, d, weight, KIND, LEVELS, BLOCK_K, PAGE_SIZE, DIM, BD)  # fmt: skip
+    # every thread has read `built`, and roots are read back by other threads than wrote them
+    tl.debug_barrier()
     up = 1
     while (needed >> (LEVELS + up)) > 0:
         parents = needed >> (LEVELS + up)

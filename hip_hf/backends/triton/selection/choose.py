@@ -30,7 +30,8 @@ from hip_hf.backends.triton.selection.select import (
 
 @triton.jit
 def merged_masses(
-    found, tile, LOOKS: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, MASS: tl.constexpr
+    found, tile, LOOKS: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASS: tl.constexpr,
 ):  # fmt: skip
     """What the rows of a tile found in all keys of a search's blocks, as `block_masses` says of
     those of one look."""
@@ -52,10 +53,10 @@ def merged_masses(
 
 @triton.jit
 def choose(
-    ids, total, low, found, near, stride_near, last_row, last, first, indices, counts, entry, N: tl.constexpr,
-    BUDGET: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr, TILES: tl.constexpr, NARROW: tl.constexpr,
-    SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr, WEIGHED: tl.constexpr,
-    ONWARD: tl.constexpr,
+    ids, total, low, found, near, stride_near, last_row, last, first, indices, counts, entry,
+    N: tl.constexpr, BUDGET: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr,
+    TILES: tl.constexpr, NARROW: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr,
+    GROUP: tl.constexpr, MASS: tl.constexpr, WEIGHED: tl.constexpr, ONWARD: tl.constexpr,
 ):  # fmt: skip
     """Write the best of the blocks `ids` `[N]`, of which `total` count, by what was `found` in
     their keys."""
@@ -64,19 +65,20 @@ def choose(
         mass, m_i = merged_masses(found, tile, LOOKS, TILES, N, NARROW, MASS)
         voting = voters(tile, last_row, last, first, NARROW, SAMPLES, STRIDE, GROUP)[2]
         scores = add_masses(
-            scores, mass, m_i, near, stride_near, tile, last_row, last, first, voting, NARROW, SAMPLES, STRIDE, GROUP, MASS,
-            WEIGHED)  # fmt: skip
+            scores, mass, m_i, near, stride_near, tile, last_row, last, first, voting, NARROW,
+            SAMPLES, STRIDE, GROUP, MASS, WEIGHED)  # fmt: skip
     write_best(ids, scores, total, low, indices, counts, entry, N, BUDGET, OUT, ONWARD)
 
 
 @triton.jit(do_not_specialize=[*GROWING, "stride_near", "heads"])
 def choose_kernel(
-    listed, found, sequences, near, indices, counts, windows, made,
-    stride_field, stride_near, blocks, heads, sink, window, sliding, refresh,
-    BUDGET: tl.constexpr, MOST: tl.constexpr, M: tl.constexpr, KEPT_LAST: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr,
-    TILES: tl.constexpr, NARROW: tl.constexpr, TILES_WHOLE: tl.constexpr, NARROW_WHOLE: tl.constexpr, FOUND: tl.constexpr,
-    CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
-    SPACING: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
+    listed, found, sequences, near, indices, counts, windows, made, stride_field, stride_near,
+    blocks, heads, sink, window, sliding, refresh, BUDGET: tl.constexpr, MOST: tl.constexpr,
+    M: tl.constexpr, KEPT_LAST: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr,
+    TILES: tl.constexpr, NARROW: tl.constexpr, TILES_WHOLE: tl.constexpr,
+    NARROW_WHOLE: tl.constexpr, FOUND: tl.constexpr, CHOSEN: tl.constexpr, WEIGHED: tl.constexpr,
+    VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr, SPACING: tl.constexpr,
+    SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     ONWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The selection of a query block, from the blocks `listed` and what was `found` in their keys
@@ -103,16 +105,18 @@ def choose_kernel(
         return
 
     near, last_row, first, last = votes_near(
-        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN, VOTERS, VOTES, VOTES_WHOLE,
-        MOST, SPACING, SAMPLES, GROUP)  # fmt: skip
+        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN, VOTERS,
+        VOTES, VOTES_WHOLE, MOST, SPACING, SAMPLES, GROUP)  # fmt: skip
     number = number.to(tl.int64)
     found += number * FOUND
     if high - low <= MOST:
         choose(
-            low + tl.arange(0, M), high - low, low, found, near, stride_near, last_row, last, first, indices, counts, entry, M,
-            BUDGET, OUT, LOOKS, TILES_WHOLE, NARROW_WHOLE, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD)  # fmt: skip
+            low + tl.arange(0, M), high - low, low, found, near, stride_near, last_row, last, first,
+            indices, counts, entry, M, BUDGET, OUT, LOOKS, TILES_WHOLE, NARROW_WHOLE, SAMPLES,
+            STRIDE, GROUP, MASS, WEIGHED, ONWARD)  # fmt: skip
     else:
         ids = tl.load(listed + number * KEPT_LAST + tl.arange(0, KEPT_LAST))
         choose(
-            ids, tl.sum((ids >= 0).to(tl.int32), 0), low, found, near, stride_near, last_row, last, first, indices, counts, entry,
-            KEPT_LAST, BUDGET, OUT, LOOKS, TILES, NARROW, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD)  # fmt: skip
+            ids, tl.sum((ids >= 0).to(tl.int32), 0), low, found, near, stride_near, last_row, last,
+            first, indices, counts, entry, KEPT_LAST, BUDGET, OUT, LOOKS, TILES, NARROW, SAMPLES,
+            STRIDE, GROUP, MASS, WEIGHED, ONWARD)  # fmt: skip

@@ -18,7 +18,8 @@ from hip_hf.backends.triton.common.tiles import tanh
 
 @triton.jit
 def voters(
-    tile, last_row, last, first, BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr
+    tile, last_row, last, first, BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """Head, row and validity of the `tile`-th `BLOCK_M` voting rows: every `STRIDE`-th row of the
     query block, counted back from its last, of each of the `GROUP` heads. What is not valid repeats
@@ -31,17 +32,9 @@ def voters(
 
 @triton.jit
 def voting_rows(
-    tile,
-    last_row,
-    last,
-    first,
-    stride_qh,
-    stride_qt,
-    BLOCK_M: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    tile, last_row, last, first, stride_qh, stride_qt, BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr,
+    STRIDE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """Offsets (int64, from the group's first head) and validity of voting rows."""
     head, row, voting = voters(tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
     return head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qt, voting
@@ -49,19 +42,9 @@ def voting_rows(
 
 @triton.jit
 def near_share(
-    near,
-    stride_near,
-    m_i,
-    log_keys,
-    tile,
-    last_row,
-    last,
-    first,
-    BLOCK_M: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    near, stride_near, m_i, log_keys, tile, last_row, last, first, BLOCK_M: tl.constexpr,
+    SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """What voting rows find `near`, as one more candidate of a softmax from whose logits `m_i` is
     subtracted. A candidate's logit stands for each of its keys (`log_keys`). Loaded when it is
     needed: held, it would take registers from the tiles."""
@@ -81,24 +64,10 @@ def capped(logits, scale, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def chunk_logits(
-    table,
-    at,
-    q,
-    offsets,
-    scale,
-    steps,
-    SOFTCAP: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    back,
-    cos,
-    sin,
-    ROPE_HALF_DIM: tl.constexpr,
-):
+    table, at, q, offsets, scale, steps, SOFTCAP: tl.constexpr, M: tl.constexpr,
+    BLOCK_M: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, back, cos, sin, ROPE_HALF_DIM: tl.constexpr,
+):  # fmt: skip
     """Logits `[M, BLOCK_M]` of the chunks in the table's rows `at` `[M]`: `PARTS` 2 multiplies
     `[q, |q|]` with centre and spread. `FEATURES` numbers of the head dim at a time. `ROPE_HALF_DIM`
     > 0: chunks are turned back by `back` `[M]` places (`methods/pyramid.py`)."""
@@ -135,43 +104,13 @@ def chunk_logits(
 
 @triton.jit
 def score_chunks(
-    table,
-    at,
-    inside,
-    edge_at,
-    edge_inside,
-    q,
-    row_stride_h,
-    row_stride_t,
-    near,
-    near_stride,
-    last_row,
-    first,
-    last,
-    keys,
-    scale,
-    steps,
-    tiles,
-    SOFTCAP: tl.constexpr,
-    M: tl.constexpr,
-    EDGES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    MASS: tl.constexpr,
-    WEIGHED: tl.constexpr,
-    DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_EDGES: tl.constexpr,
-    back,
-    edge_back,
-    cos,
-    sin,
-    ROPE_HALF_DIM: tl.constexpr,
-):
+    table, at, inside, edge_at, edge_inside, q, row_stride_h, row_stride_t, near, near_stride,
+    last_row, first, last, keys, scale, steps, tiles, SOFTCAP: tl.constexpr, M: tl.constexpr,
+    EDGES: tl.constexpr, BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr,
+    GROUP: tl.constexpr, MASS: tl.constexpr, WEIGHED: tl.constexpr, DIM: tl.constexpr,
+    FEATURES: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, HAS_EDGES: tl.constexpr,
+    back, edge_back, cos, sin, ROPE_HALF_DIM: tl.constexpr,
+):  # fmt: skip
     """Scores of the chunks `[M]` and the edges `[EDGES]`, of `keys` keys each, fp32: `mass`, the
     rows' shares in a softmax over all of them and (`WEIGHED`) what the row finds `near`, summed, or
     the best logit. `at`: rows of the table, valid ones also where `inside` is false."""
@@ -183,11 +122,12 @@ def score_chunks(
         )
         if HAS_EDGES:
             edges = chunk_logits(
-                table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, BLOCK_M, DIM, FEATURES, PARTS, PRECISION,
-                edge_back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
+                table, edge_at, q, offsets, scale, steps, SOFTCAP, EDGES, BLOCK_M, DIM, FEATURES,
+                PARTS, PRECISION, edge_back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
             edges = tl.where(edge_inside[:, None], edges, -float("inf"))
-        logits = chunk_logits(table, at, q, offsets, scale, steps, SOFTCAP, M, BLOCK_M, DIM, FEATURES, PARTS, PRECISION,
-                              back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
+        logits = chunk_logits(
+            table, at, q, offsets, scale, steps, SOFTCAP, M, BLOCK_M, DIM, FEATURES, PARTS,
+            PRECISION, back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
         logits = tl.where(inside[:, None], logits, -float("inf"))
         if MASS:
             m_i = tl.max(logits, 0)
@@ -200,8 +140,8 @@ def score_chunks(
                 l_i += tl.sum(edges, 0)
             if WEIGHED:
                 l_i += near_share(
-                    near, near_stride, m_i, tl.log(keys.to(tl.float32)), tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE,
-                    GROUP)  # fmt: skip
+                    near, near_stride, m_i, tl.log(keys.to(tl.float32)), tile, last_row, last,
+                    first, BLOCK_M, SAMPLES, STRIDE, GROUP)  # fmt: skip
             weight = tl.where(voting, 1.0 / l_i, 0.0)
             scores += tl.sum(logits * weight[None, :], 1)
             if HAS_EDGES:
@@ -217,10 +157,10 @@ def score_chunks(
 
 @triton.jit
 def block_masses(
-    k, ids, inside, first_key, keys, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, offsets, scale,
-    SOFTCAP: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    MASS: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin,
-    ROPE_HALF_DIM: tl.constexpr,
+    k, ids, inside, first_key, keys, key_start, batch, stride_kb, stride_kt, block_table,
+    stride_table, q, offsets, scale, SOFTCAP: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, MASS: tl.constexpr, DIM: tl.constexpr,
+    FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """What voting rows find in `keys` keys, from number `first_key` on, of each of the key blocks
     `ids` `[N]`: `[N, BLOCK_M]` and `[BLOCK_M]`. For `mass`, sums of exponentials, and the rows'
@@ -275,8 +215,8 @@ def block_masses(
 @triton.jit
 def add_masses(
     scores, mass, m_i, near, near_stride, tile, last_row, last, first, voting,
-    BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
-    WEIGHED: tl.constexpr,
+    BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr,
+    MASS: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """Scores `[N]` of key blocks after a tile of rows that found `mass` `[N, BLOCK_M]` in all their
     keys and, of `mass`, `m_i`."""
@@ -284,19 +224,8 @@ def add_masses(
         l_i = tl.sum(mass, 0)
         if WEIGHED:
             l_i += near_share(
-                near,
-                near_stride,
-                m_i,
-                0.0,
-                tile,
-                last_row,
-                last,
-                first,
-                BLOCK_M,
-                SAMPLES,
-                STRIDE,
-                GROUP,
-            )
+                near, near_stride, m_i, 0.0, tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE,
+                GROUP)  # fmt: skip
         weight = tl.where(voting, 1.0 / l_i, 0.0)
         return scores + tl.sum(mass * weight[None, :], 1)
     else:
@@ -305,12 +234,12 @@ def add_masses(
 
 @triton.jit
 def score_blocks(
-    k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, row_stride_h, row_stride_t, near,
-    near_stride, last_row, first, last, scale,
-    SOFTCAP: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
-    WEIGHED: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin,
-    ROPE_HALF_DIM: tl.constexpr,
+    k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q,
+    row_stride_h, row_stride_t, near, near_stride, last_row, first, last, scale,
+    SOFTCAP: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr,
+    GROUP: tl.constexpr, MASS: tl.constexpr, WEIGHED: tl.constexpr, DIM: tl.constexpr,
+    FEATURES: tl.constexpr, PRECISION: tl.constexpr, back, cos, sin, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """Scores `[N]` of key blocks `ids` by all their keys: `mass`, the rows' shares in a softmax
     over all keys of all the blocks and (`WEIGHED`) what the row finds `near`, summed, or the best
@@ -321,9 +250,10 @@ def score_blocks(
             tile, last_row, last, first, row_stride_h, row_stride_t, BLOCK_M, SAMPLES, STRIDE, GROUP
         )
         mass, m_i = block_masses(
-            k, ids, inside, 0, BLOCK_K, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, offsets, scale,
-            SOFTCAP, N, BLOCK_K, PAGE_SIZE, BLOCK_M, MASS, DIM, FEATURES, PRECISION, back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
+            k, ids, inside, 0, BLOCK_K, key_start, batch, stride_kb, stride_kt, block_table,
+            stride_table, q, offsets, scale, SOFTCAP, N, BLOCK_K, PAGE_SIZE, BLOCK_M, MASS, DIM,
+            FEATURES, PRECISION, back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
         scores = add_masses(
-            scores, mass, m_i, near, near_stride, tile, last_row, last, first, voting, BLOCK_M, SAMPLES, STRIDE, GROUP, MASS,
-            WEIGHED)  # fmt: skip
+            scores, mass, m_i, near, near_stride, tile, last_row, last, first, voting, BLOCK_M,
+            SAMPLES, STRIDE, GROUP, MASS, WEIGHED)  # fmt: skip
     return scores

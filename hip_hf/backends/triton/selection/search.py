@@ -49,9 +49,9 @@ class SelectionBuffers:
     shares, else Hq).
 
     indices int32 `[S, H, N, budget / block_k]`, sorted, of which the first counts int32 `[S, H, N]`
-    count (0: no such query block); a middle that the budget covers is listed whole. window_start
-    int32 `[S, H, N]`: where the window starts. made int32 `[S, H, N]`: in decode, the position that
-    a selection was made for.
+    count (0: no such query block); candidates that the budget covers are listed whole.
+    window_start int32 `[S, H, N]`: where the window starts. made int32 `[S, H, N]`: in decode, the
+    position that a selection was made for.
     """
 
     NEVER: ClassVar[int] = NEVER.value
@@ -76,22 +76,17 @@ class SelectionBuffers:
         shape = (sequences, heads, blocks)
         indices = torch.empty(*shape, config.budget_blocks, dtype=torch.int32, device=device)
         counts, window = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
-        made = (
-            torch.full(shape, SelectionBuffers.NEVER, dtype=torch.int32, device=device)
-            if keep
-            else None
-        )
+        made = torch.full_like(counts, SelectionBuffers.NEVER) if keep else None
         return SelectionBuffers(indices, counts, window, made)
 
     def scratch_for(self, count: int) -> torch.Tensor:
         """Scratch of `count` numbers at least. Kept for decode steps, with room to grow: most of
         them allocate nothing."""
         if self.made is None:
-            return torch.empty(count, dtype=torch.float32, device=self.counts.device)
+            return self.counts.new_empty(count, dtype=torch.float32)
         if self.scratch is None or self.scratch.numel() < count:
             with torch.inference_mode(False):
-                room = power_of_two(count)
-                self.scratch = torch.empty(room, dtype=torch.float32, device=self.counts.device)
+                self.scratch = self.counts.new_empty(power_of_two(count), dtype=torch.float32)
         return self.scratch
 
     def shared_for(self, fixed: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,14 +94,11 @@ class SelectionBuffers:
         the blocks that are `listed`, int32, and what was `found` in their keys, fp32
         (`select.py`)."""
         if self.shared is None:
-            programs, listed = self.counts.numel(), fixed["KEPT_LAST"]
+            programs = self.counts.numel()
             with torch.inference_mode(False):
-                self.shared = (
-                    torch.empty(programs * listed, dtype=torch.int32, device=self.counts.device),
-                    torch.empty(
-                        programs * fixed["FOUND"], dtype=torch.float32, device=self.counts.device
-                    ),
-                )
+                listed = self.counts.new_empty(programs * fixed["KEPT_LAST"])
+                found = self.counts.new_empty(programs * fixed["FOUND"], dtype=torch.float32)
+            self.shared = (listed, found)
         return self.shared
 
 
@@ -124,7 +116,7 @@ class SearchTile:
 
 
 def search_tile(
-    target: str, dim: int, dtype: torch.dtype, indexed: bool, candidates: int, votes: int
+    target: str, dtype: torch.dtype, indexed: bool, candidates: int, votes: int
 ) -> SearchTile:
     """Chosen so that nothing spills in half precision (`hip-hf kernels`); with many `candidates`,
     all of whose logits are held, or more `votes` than a tile has rows, in smaller steps. fp32, and
@@ -135,9 +127,8 @@ def search_tile(
     if indexed or dtype == torch.float32:
         if indexed and votes >= FEWEST_ROWS:
             warps = 8  # with 16 a prompt's search spills
-        return SearchTile(
-            16, 16, 16, warps, stages=2 if indexed and warps > 8 else 1
-        )  # with one stage a step's spills on 16
+        # with one stage a step's spills on 16
+        return SearchTile(16, 16, 16, warps, stages=2 if indexed and warps > 8 else 1)
     if candidates > 2 * CANDIDATES and target.startswith("gfx"):
         wanted = SearchTile(16, 16, 16, stages=1)
     elif candidates > CANDIDATES and not target.startswith(("sm10", "gfx")):
@@ -150,34 +141,27 @@ def search_tile(
         wanted = SearchTile(16, 16, 16, warps)
     elif target.startswith("gfx"):
         wanted = SearchTile(32, 16, 32)
-    else:
+    elif votes < FEWEST_ROWS:
         # a decode step's search also keeps which blocks follow the best ones; with many candidates
         # larger steps at the levels take fewer registers, for fewer addresses
-        wanted = (
-            SearchTile(32, 16 if candidates < CANDIDATES else 32, 16)
-            if votes < FEWEST_ROWS
-            else SearchTile(32, 32, 32)
-        )
+        wanted = SearchTile(32, 16 if candidates < CANDIDATES else 32, 16)
+    else:
+        wanted = SearchTile(32, 32, 32)
     if votes > wanted.rows and target != "sm90":  # the loop over tiles takes registers as well
         wanted = replace(wanted, features_last=16)
-    return fitted(wanted, dim)
-
-
-def fitted(tile: SearchTile, dim: int) -> SearchTile:
-    """With parts of the head dim that divide it: others cost masks."""
-    features, features_last = (
-        max(16, min(part, dim & -dim)) for part in (tile.features, tile.features_last)
-    )
-    return replace(tile, features=features, features_last=features_last)
+    return wanted
 
 
 def constants(
-    config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int, target: str, stateful: bool,
-    positions: Positions | None = None, looks: int = 1, shape: SearchTile | None = None,
+    config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int,
+    target: str, stateful: bool, positions: Positions | None = None, looks: int = 1,
+    shape: SearchTile | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compile-time arguments of the search. `group`: query heads per key head; `most_keys`: a bound
     on a sequence's keys; `stateful`: decode steps whose selections are kept; `looks`: programs that
-    may share an exact look; `shape`: its launch, if not what `search_tile` gives."""
+    may share an exact look; `shape`: its launch, if not what `search_tile` gives. `steps`, those of
+    a product with a summary, is told at run time: unrolled, the loop would not fit into the
+    registers."""
     budget, bk = config.budget_blocks, config.block_k
     keep, most = config.beam_blocks, config.start_blocks
     rescore = config.rescore_blocks > 0
@@ -188,50 +172,44 @@ def constants(
     if long:
         kept = max(kept, kept_last)
     voting = Voting.of(config, group, block_q, positions is not None)
-    # votes that were put side by side are those of one head
-    heads, samples = (
-        (1, voting.slots) if voting.chosen else (voting.voters, voting.slots // voting.voters)
-    )
+    heads = 1 if voting.chosen else voting.voters  # chosen votes lie side by side, as of one head
     indexed = positions is not None and positions.chunk_indexed
     votes = max(voting.votes, voting.voters)
-    shape = (
-        fitted(shape, dim) if shape else search_tile(target, dim, dtype, indexed, 2 * kept, votes)
-    )
-    rows = max(
-        FEWEST_ROWS, min(power_of_two(votes), shape.rows, shape.rows * CANDIDATES // (2 * kept))
-    )
-    # of a whole middle as many logits are held at once
+    shape = shape or search_tile(target, dtype, indexed, 2 * kept, votes)
+    part = max(16, dim & -dim)  # parts of the head dim that do not divide it cost masks
+    features = min(shape.features, part)
+    held = shape.rows * CANDIDATES // (2 * kept)
+    rows = max(FEWEST_ROWS, min(power_of_two(votes), shape.rows, held))
+    # of candidates that are looked at whole as many logits are held at once
     rows_whole = max(FEWEST_ROWS, rows * kept_last // (2 * kept))
     (tiles, narrow), (tiles_whole, narrow_whole) = (
         (-(-most_votes // count), min(count, power_of_two(most_votes)))
         for most_votes, count in ((votes, rows), (voting.slots, rows_whole))
     )
+    found = max(tiles * (kept_last + 1) * narrow, tiles_whole * (2 * kept + 1) * narrow_whole)
     if not (stateful and rescore) or long:
         looks = 1
     return dict(
-        LOOKS=looks, NARROW=narrow, ROWS_WHOLE=rows_whole, TILES_WHOLE=tiles_whole, NARROW_WHOLE=narrow_whole,
-        FOUND=looks * max(tiles * (kept_last + 1) * narrow, tiles_whole * (2 * kept + 1) * narrow_whole),
-        BUDGET=budget, KEEP=keep, LAST=last, MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last,
-        RESCORE=rescore, START_LEVEL_IN_MEMORY=long, BLOCK_Q=block_q, BLOCK_K=bk, HEADS_PER_KEY=group // voting.voters,
-        BLOCK_M=rows, TILES=tiles, SAMPLES=samples, STRIDE=1 if voting.chosen else voting.stride, GROUP=heads,
-        MASS=config.score == "mass", ONWARD=onward_of(config), WEIGHED=voting.weighed, CHOSEN=voting.chosen, VOTERS=voting.voters,
-        VOTES=voting.votes, VOTES_WHOLE=voting.votes_whole, WALKERS=voting.walkers, SPACING=voting.stride, DIM=dim,
-        FEATURES=shape.features, FEATURES_LAST=shape.features_last, PARTS=parts_of(config), OUT=tile(budget),
-        PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps, num_stages=shape.stages,
+        LOOKS=looks, NARROW=narrow, ROWS_WHOLE=rows_whole, TILES_WHOLE=tiles_whole,
+        NARROW_WHOLE=narrow_whole, FOUND=looks * found, BUDGET=budget, KEEP=keep, LAST=last,
+        MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last, RESCORE=rescore,
+        START_LEVEL_IN_MEMORY=long, STATEFUL=stateful, BLOCK_Q=block_q, BLOCK_K=bk,
+        HEADS_PER_KEY=group // voting.voters, BLOCK_M=rows, TILES=tiles,
+        SAMPLES=voting.slots // heads, STRIDE=1 if voting.chosen else voting.stride,
+        GROUP=heads, MASS=config.score == "mass", ONWARD=onward_of(config), WEIGHED=voting.weighed,
+        CHOSEN=voting.chosen, VOTERS=voting.voters, VOTES=voting.votes,
+        VOTES_WHOLE=voting.votes_whole, WALKERS=voting.walkers, SPACING=voting.stride, DIM=dim,
+        FEATURES=features, FEATURES_LAST=min(shape.features_last, part), PARTS=parts_of(config),
+        steps=parts_of(config) * -(-dim // features), OUT=tile(budget),
+        PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps,
+        num_stages=shape.stages,
     )  # fmt: skip
 
 
 def choosing(fixed: dict[str, Any]) -> dict[str, Any]:
     """Compile-time arguments of `choose_kernel`, from those of the search."""
-    return {name: fixed[name] for name in choose_kernel.arg_names if name in fixed} | dict(
-        num_warps=CHOOSING_WARPS
-    )
-
-
-def steps_of(fixed: dict[str, Any]) -> int:
-    """Steps of a product with a summary. Told at run time: unrolled, the loop would not fit into
-    the registers."""
-    return fixed["PARTS"] * -(-fixed["DIM"] // fixed["FEATURES"])
+    given = {name: fixed[name] for name in choose_kernel.arg_names if name in fixed}
+    return given | dict(num_warps=CHOOSING_WARPS)
 
 
 def looks_for(programs: int, block_k: int, at_once: int) -> int:
@@ -258,23 +236,14 @@ def chunk_rotation(
     have."""
     indexed = positions if positions is not None and positions.chunk_indexed else None
     tables = rotation(indexed, 0, stand_in)
-    farthest = 0 if indexed is None else farthest_chunk(indexed, config)
-    return {name: tables[name] for name in ("COS", "SIN", "ROPE_HALF_DIM")} | dict(
-        farthest=farthest
-    )
+    del tables["trained"], tables["scaling"]
+    return tables | dict(farthest=0 if indexed is None else farthest_chunk(indexed, config))
 
 
 def select(
-    q: torch.Tensor,
-    table: torch.Tensor,
-    kv: KeyValues,
-    sequences: Sequences,
-    config: HiPConfig,
-    logits: Logits,
-    block_q: int,
-    into: SelectionBuffers,
-    shape: SearchTile | None = None,
-) -> None:
+    q: torch.Tensor, table: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig,
+    logits: Logits, block_q: int, into: SelectionBuffers, shape: SearchTile | None = None,
+) -> None:  # fmt: skip
     """Fill `into` for all query blocks of `block_q` rows (1 in decode). `shape`: a launch to try.
 
     q `[B, Hq, Tq, D]` fp16, bf16 or fp32; table `[S, Hkv, rows, width]` as `pyramid.py` makes it;
@@ -283,10 +252,8 @@ def select(
     blocks, heads = sequences.blocks(block_q), into.counts.shape[1]
     programs = at_once = blocks * heads * sequences.count
     looks = looks_for(programs, config.block_k, processors(q))
-    call = (q.shape[1] // kv.heads, q.shape[-1], q.dtype, block_q, sequences.max_keys)
-    fixed = constants(
-        config, *call, target_of(q), into.made is not None, logits.positions, looks, shape
-    )
+    call = (q.shape[1] // kv.heads, q.shape[-1], q.dtype, block_q, sequences.max_keys, target_of(q))
+    fixed = constants(config, *call, into.made is not None, logits.positions, looks, shape)
     scratch, listed, stride_scratch = into.counts, into.counts, 0
     if fixed["START_LEVEL_IN_MEMORY"]:
         stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])
@@ -297,20 +264,19 @@ def select(
     block_table, stride_table = kv.table()
     q, near = votes_of(q, kv, sequences, config, logits, block_q, into.made)
     rotations = chunk_rotation(logits.positions, config, q)
-    made, settings = (
-        into.counts if into.made is None else into.made,
-        (config.sink, config.window, logits.sliding_window or 0),
-    )
+    made = into.counts if into.made is None else into.made
+    results = (into.indices, into.counts, into.window_start, made)
+    settings = (config.sink, config.window, logits.sliding_window or 0, config.decode_refresh)
     for first in range(0, programs, max(1, at_once)):
         select_kernel[(min(at_once, programs - first), fixed["LOOKS"])](
-            q, table, kv.k, block_table, sequences.table, scratch, into.indices, into.counts, into.window_start,
-            made, near, listed, *q.stride()[:3], *kv.strides(kv.k), stride_table,
-            sequences.table.stride(0), table.stride(0), table.stride(1), near.shape[-1], stride_scratch, blocks, heads, first,
-            logits.scale, *settings, config.decode_refresh, steps_of(fixed),
-            STATEFUL=into.made is not None, PAGE_SIZE=kv.page_size, SOFTCAP=logits.softcap or 0.0, **fixed, **rotations,
+            q, table, kv.k, block_table, sequences.table, scratch, *results, near, listed,
+            *q.stride()[:3], *kv.strides(kv.k), stride_table, sequences.table.stride(0),
+            table.stride(0), table.stride(1), near.shape[-1], stride_scratch, blocks, heads, first,
+            logits.scale, *settings, PAGE_SIZE=kv.page_size, SOFTCAP=logits.softcap or 0.0, **fixed,
+            **rotations,
         )  # fmt: skip
     if fixed["LOOKS"] > 1:
         choose_kernel[(programs,)](
-            listed, scratch, sequences.table, near, into.indices, into.counts, into.window_start, made, sequences.table.stride(0),
-            near.shape[-1], blocks, heads, *settings, config.decode_refresh, **choosing(fixed),
+            listed, scratch, sequences.table, near, *results, sequences.table.stride(0),
+            near.shape[-1], blocks, heads, *settings, **choosing(fixed),
         )  # fmt: skip

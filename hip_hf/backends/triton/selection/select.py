@@ -31,11 +31,18 @@ from hip_hf.backends.triton.selection.scoring import (
     score_chunks,
     voting_rows,
 )
-from hip_hf.backends.triton.selection.topk import ABSENT, keep_best, read_on, sort_keys
+from hip_hf.backends.triton.selection.topk import (
+    ABSENT,
+    keep_best,
+    merge_long,
+    pair,
+    read_on,
+    sort_keys,
+)
 from hip_hf.backends.triton.selection.voting import count_votes, count_walkers
 
-# Candidates at the middle's edges are two at most; a tile of them is as small as matrix
-# instructions allow.
+# Candidates at the edges of the searched range are two at most; a tile of them is as small as
+# matrix instructions allow.
 EDGES = tl.constexpr(16)
 # `made` of a selection that must not be used again.
 NEVER = tl.constexpr(-(2**30))
@@ -80,8 +87,8 @@ def write(indices, counts, entry, ids, total, BUDGET: tl.constexpr, OUT: tl.cons
 
 @triton.jit
 def lay_out(first, window, sink, sliding, BLOCK_K: tl.constexpr):
-    """Of a query block whose first row is at `first`: where its window starts, and its middle's
-    blocks `low` to `high`."""
+    """Of a query block whose first row is at `first`: where its window starts, and its candidates,
+    blocks `low` to `high - 1`."""
     begin = window_start(first, window, BLOCK_K)
     _, sink_end, window_at = always_read(first, begin, sink, sliding, BLOCK_K)
     return begin, sink_end // BLOCK_K, window_at // BLOCK_K
@@ -89,16 +96,16 @@ def lay_out(first, window, sink, sliding, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def votes_near(
-    near, row, index, row_start, last_row, first, last, middle, stride_near,
-    CHOSEN: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr,
-    SPACING: tl.constexpr, SAMPLES: tl.constexpr, GROUP: tl.constexpr,
+    near, row, index, row_start, last_row, first, last, candidates, stride_near,
+    CHOSEN: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
+    MOST: tl.constexpr, SPACING: tl.constexpr, SAMPLES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """What the votes of a query block find near, and their rows: a pointer; the last row, and the
     first and last as positions."""
     near += row.to(tl.int64) * GROUP * stride_near
     if CHOSEN:
         last_row = (
-            count_votes(last - first + 1, middle, VOTERS, VOTES, VOTES_WHOLE, MOST, SPACING) - 1
+            count_votes(last - first + 1, candidates, VOTERS, VOTES, VOTES_WHOLE, MOST, SPACING) - 1
         )
         return near + index.to(tl.int64) * SAMPLES, last_row, first - first, last_row
     else:
@@ -107,15 +114,17 @@ def votes_near(
 
 @triton.jit
 def look(
-    ids, total, low, high, indices, counts, entry, listed, found, share, k, key_start, batch, stride_kb, stride_kt,
-    block_table, stride_table, q, stride_qh, stride_qt, near, stride_near, last_row, first, last, scale, farthest, cos, sin,
-    SOFTCAP: tl.constexpr, N: tl.constexpr, BUDGET: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr, LIST: tl.constexpr,
-    BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr, NARROW: tl.constexpr,
-    SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr, WEIGHED: tl.constexpr,
-    ONWARD: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
+    ids, total, low, high, indices, counts, entry, listed, found, part, k, key_start, batch,
+    stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near, stride_near,
+    last_row, first, last, scale, farthest, cos, sin, SOFTCAP: tl.constexpr, N: tl.constexpr,
+    BUDGET: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr, LIST: tl.constexpr,
+    BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr,
+    NARROW: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr,
+    MASS: tl.constexpr, WEIGHED: tl.constexpr, ONWARD: tl.constexpr, DIM: tl.constexpr,
+    FEATURES: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """The end of a search: all votes look at all keys of the blocks `ids` `[N]`, sorted, of which
-    `total` count, and the best are written. `LOOKS` > 1: they look at the `share`-th part of each
+    `total` count, and the best are written. `LOOKS` > 1: they look at the `part`-th part of each
     block's keys; what is `found`, and with `LIST` which blocks they are, is left to `choose.py`."""
     slot = tl.arange(0, N)
     inside = slot < total
@@ -124,17 +133,18 @@ def look(
     if LOOKS > 1:
         EACH: tl.constexpr = (BLOCK_K + LOOKS - 1) // LOOKS
         if LIST:
-            tl.store(listed + slot, tl.where(inside, ids, -1), mask=share + slot * 0 == 0)
+            tl.store(listed + slot, tl.where(inside, ids, -1), mask=part + slot * 0 == 0)
         lane = tl.arange(0, BLOCK_M)
         for tile in range(TILES):
             offsets = voting_rows(
                 tile, last_row, last, first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE, GROUP
             )[0]
             mass, m_i = block_masses(
-                k, ids, inside, share * EACH, tl.minimum(EACH, BLOCK_K - share * EACH), key_start, batch, stride_kb, stride_kt,
-                block_table, stride_table, q, offsets, scale, SOFTCAP, N, BLOCK_K, PAGE_SIZE, BLOCK_M, MASS, DIM, FEATURES,
-                PRECISION, back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
-            to = found + (share * TILES + tile) * ((N + 1) * NARROW) + lane
+                k, ids, inside, part * EACH, tl.minimum(EACH, BLOCK_K - part * EACH), key_start,
+                batch, stride_kb, stride_kt, block_table, stride_table, q, offsets, scale, SOFTCAP,
+                N, BLOCK_K, PAGE_SIZE, BLOCK_M, MASS, DIM, FEATURES, PRECISION, back, cos, sin,
+                ROPE_HALF_DIM)  # fmt: skip
+            to = found + (part * TILES + tile) * ((N + 1) * NARROW) + lane
             tl.store(
                 to[None, :] + slot[:, None] * NARROW,
                 mass,
@@ -143,9 +153,10 @@ def look(
             tl.store(to + N * NARROW, m_i, mask=lane < NARROW)
     else:
         scores = score_blocks(
-            k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
-            stride_near, last_row, first, last, scale, SOFTCAP, N, BLOCK_K, PAGE_SIZE, BLOCK_M, TILES, SAMPLES, STRIDE, GROUP,
-            MASS, WEIGHED, DIM, FEATURES, PRECISION, back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
+            k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q,
+            stride_qh, stride_qt, near, stride_near, last_row, first, last, scale, SOFTCAP, N,
+            BLOCK_K, PAGE_SIZE, BLOCK_M, TILES, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
+            FEATURES, PRECISION, back, cos, sin, ROPE_HALF_DIM)  # fmt: skip
         write_best(ids, scores, total, low, indices, counts, entry, N, BUDGET, OUT, ONWARD)
 
 
@@ -165,12 +176,6 @@ def write_best(
 
 
 @triton.jit
-def pair(left, right, M: tl.constexpr):
-    """`[M / 2]` twice -> `[M]`: first all of `left`, then all of `right`."""
-    return tl.reshape(tl.permute(tl.join(left, right), (1, 0)), (M,))
-
-
-@triton.jit
 def score_long(
     scratch, first, count, table, q, stride_qh, stride_qt, near, stride_near, last_row, block_first,
     block_last, scale, steps, tiles, SOFTCAP: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -184,17 +189,8 @@ def score_long(
     inner = tl.arange(0, M)
     for tile in range(tiles):
         offsets, voting = voting_rows(
-            tile,
-            last_row,
-            block_last,
-            block_first,
-            stride_qh,
-            stride_qt,
-            BLOCK_M,
-            SAMPLES,
-            STRIDE,
-            GROUP,
-        )
+            tile, last_row, block_last, block_first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE,
+            GROUP)  # fmt: skip
         m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         if MASS:
@@ -202,23 +198,25 @@ def score_long(
                 inside = at + inner < count
                 rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
                 logits = chunk_logits(
-                    table, rows, q, offsets, scale, steps, SOFTCAP, M, BLOCK_M, DIM, FEATURES, PARTS, PRECISION,
-                    places_back(count, at + inner, farthest), cos, sin, ROPE_HALF_DIM)  # fmt: skip
+                    table, rows, q, offsets, scale, steps, SOFTCAP, M, BLOCK_M, DIM, FEATURES,
+                    PARTS, PRECISION, places_back(count, at + inner, farthest), cos, sin,
+                    ROPE_HALF_DIM)  # fmt: skip
                 logits = tl.where(inside[:, None], logits, -float("inf"))
                 higher = tl.maximum(m_i, tl.max(logits, 0))
                 l_i = l_i * tl.exp(m_i - higher) + tl.sum(tl.exp(logits - higher[None, :]), 0)
                 m_i = higher
             if WEIGHED:
                 l_i += near_share(
-                    near, stride_near, m_i, tl.log((BLOCK_K << level).to(tl.float32)), tile, last_row, block_last, block_first,
-                    BLOCK_M, SAMPLES, STRIDE, GROUP)  # fmt: skip
+                    near, stride_near, m_i, tl.log((BLOCK_K << level).to(tl.float32)), tile,
+                    last_row, block_last, block_first, BLOCK_M, SAMPLES, STRIDE, GROUP)  # fmt: skip
             l_i = tl.where(voting, 1.0 / l_i, 0.0)
         for at in range(0, count, M):
             inside = at + inner < count
             rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
             logits = chunk_logits(
-                table, rows, q, offsets, scale, steps, SOFTCAP, M, BLOCK_M, DIM, FEATURES, PARTS, PRECISION,
-                places_back(count, at + inner, farthest), cos, sin, ROPE_HALF_DIM)  # fmt: skip
+                table, rows, q, offsets, scale, steps, SOFTCAP, M, BLOCK_M, DIM, FEATURES, PARTS,
+                PRECISION, places_back(count, at + inner, farthest), cos, sin, ROPE_HALF_DIM,
+            )  # fmt: skip
             to = scratch + at + inner
             if MASS:
                 scores = tl.sum(tl.exp(logits - m_i[None, :]) * l_i[None, :], 1)
@@ -232,61 +230,43 @@ def score_long(
         tl.debug_barrier()  # the next tile of rows, and the merge, read what other threads wrote
 
 
-@triton.jit
-def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
-    """The `keep` best of the chunks scored in `scratch`, merged tile by tile: ids `[KEPT]`, sorted,
-    and how many count."""
-    inner = tl.arange(0, KEPT)
-    ids = first + inner
-    total = first * 0
-    none = first * 0 + ABSENT
-    for at in range(0, count, KEPT):
-        held = inner < total
-        kept = sort_keys(tl.load(scratch + ids - first, mask=held, other=0.0), held)
-        fresh = at + inner < count
-        new = sort_keys(tl.load(scratch + at + inner, mask=fresh, other=0.0), fresh)
-        candidates = pair(ids, first + at + inner, 2 * KEPT)
-        ids, _, total = keep_best(
-            candidates, pair(kept, new, 2 * KEPT), first, none, first, none, keep, 2 * KEPT, KEPT
-        )
-    return ids, total
-
-
 @triton.jit(do_not_specialize=[*GROWING, "stride_near", "stride_scratch", "heads", "first_program"])
 def select_kernel(
     q, table, k, block_table, sequences, scratch, indices, counts, windows, made, near, listed,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field, stride_sequence, stride_head,
-    stride_near, stride_scratch, blocks, heads, first_program, scale, sink, window, sliding, refresh, steps, COS, SIN, farthest,
-    BUDGET: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr,
-    KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr, START_LEVEL_IN_MEMORY: tl.constexpr,
-    STATEFUL: tl.constexpr, CHOSEN: tl.constexpr, WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr,
-    VOTES_WHOLE: tl.constexpr, WALKERS: tl.constexpr, SPACING: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
-    DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr, PARTS: tl.constexpr,
-    LOOKS: tl.constexpr, NARROW: tl.constexpr, ROWS_WHOLE: tl.constexpr, TILES_WHOLE: tl.constexpr, NARROW_WHOLE: tl.constexpr,
-    FOUND: tl.constexpr, ONWARD: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_table, stride_field,
+    stride_sequence, stride_head, stride_near, stride_scratch, blocks, heads, first_program, scale,
+    sink, window, sliding, refresh, steps, COS, SIN, farthest, BUDGET: tl.constexpr,
+    KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr,
+    M: tl.constexpr, KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr,
+    START_LEVEL_IN_MEMORY: tl.constexpr, STATEFUL: tl.constexpr, CHOSEN: tl.constexpr,
+    WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
+    WALKERS: tl.constexpr, SPACING: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr,
+    MASS: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, FEATURES_LAST: tl.constexpr,
+    PARTS: tl.constexpr, LOOKS: tl.constexpr, NARROW: tl.constexpr, ROWS_WHOLE: tl.constexpr,
+    TILES_WHOLE: tl.constexpr, NARROW_WHOLE: tl.constexpr, FOUND: tl.constexpr,
+    ONWARD: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
+    ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """One query block of one mask head of one sequence. Grid: as many of the `blocks` * `heads` *
     sequences as have scratch, from `first_program` on, and `LOOKS`; `blocks` query blocks and
     `heads` mask heads a sequence.
 
-    A middle of at most `MOST` blocks is looked at whole. Of a longer one, `KEEP` chunks survive a
-    level, `LAST` blocks the last one (more than `BUDGET` only to be rescored); the search starts
-    with at most `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than
-    `refresh` steps ago stays; one row at a time, for after a step of several rows the next one
-    selects anew. `CHOSEN`: `q` is `[S, heads, blocks * SAMPLES, D]`, the
-    votes that `votes.py` put side by side, of which it says what VOTERS, VOTES, VOTES_WHOLE,
-    WALKERS and SPACING mean. `WEIGHED`: `near` is what every vote, or row of a sequence, finds in
-    any case. `ROPE_HALF_DIM` > 0: chunk-indexed, at most `farthest` chunks away; so many pairs of a
-    head's numbers turn. `LOOKS` > 1: so many programs search, all for the same, and each looks at a
-    share of the keys of each of the last blocks. These go into `listed`, int32
-    `[programs, KEPT_LAST]`, -1 where there is none (not those of a whole middle); what `NARROW`
-    rows of each tile, those that may vote, found in their keys into the `FOUND` numbers of a
-    program's `scratch`, fp32 `[LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last place what was
-    subtracted; of a whole middle `[LOOKS, TILES_WHOLE, M + 1,
-    NARROW_WHOLE]`. All else is left to `choose.py`.
+    At most `MOST` candidates are looked at whole. Of more, `KEEP` chunks survive a level, `LAST`
+    blocks the last one (more than `BUDGET` only to be rescored); the search starts with at most
+    `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago
+    stays; one row at a time, for after a step of several rows the next one selects anew. `CHOSEN`:
+    `q` is `[S, heads, blocks * SAMPLES, D]`, the votes that `votes.py` put side by side, of which
+    it says what VOTERS, VOTES, VOTES_WHOLE, WALKERS and SPACING mean. `WEIGHED`: `near` is what
+    every vote, or row of a sequence, finds in any case. `ROPE_HALF_DIM` > 0: chunk-indexed, at most
+    `farthest` chunks away; so many pairs of a head's numbers turn. `LOOKS` > 1: so many programs
+    search, all for the same, and each looks at a part of the keys of each of the last blocks. These
+    go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none (not those that are
+    looked at whole); what `NARROW` rows of each tile, those that may vote, found in their keys into
+    the `FOUND` numbers of a program's `scratch`, fp32 `[LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in
+    the last place what was subtracted; of candidates that are looked at whole
+    `[LOOKS, TILES_WHOLE, M + 1, NARROW_WHOLE]`. All else is left to `choose.py`.
     """
     index, row = place_of(first_program + tl.program_id(0), blocks)
     sequence = row // heads
@@ -315,15 +295,14 @@ def select_kernel(
         return
 
     key_head = head // HEADS_PER_KEY
-    q += (sequence if CHOSEN else batch).to(tl.int64) * stride_qb + head.to(
-        tl.int64
-    ) * GROUP * stride_qh
+    q += ((sequence if CHOSEN else batch).to(tl.int64) * stride_qb
+          + head.to(tl.int64) * GROUP * stride_qh)  # fmt: skip
     own_rows = last - first + 1
     if CHOSEN:
         q += index.to(tl.int64) * SAMPLES * stride_qt
     near, last_row, first, last = votes_near(
-        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN, VOTERS, VOTES, VOTES_WHOLE,
-        MOST, SPACING, SAMPLES, GROUP)  # fmt: skip
+        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN, VOTERS,
+        VOTES, VOTES_WHOLE, MOST, SPACING, SAMPLES, GROUP)  # fmt: skip
     # of the votes, the first walk the tree, and all look at the keys that these find
     walking_row, walking, tiles = last_row, last, TILES
     if CHOSEN:
@@ -337,11 +316,13 @@ def select_kernel(
         if high - low <= MOST:
             number = tl.program_id(0).to(tl.int64)
             look(
-                low + tl.arange(0, M), high - low, low, high, indices, counts, entry, listed, scratch + number * FOUND,
-                tl.program_id(1), k, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt,
-                near, stride_near, last_row, first, last, scale, farthest, COS, SIN, SOFTCAP, M, BUDGET, OUT, LOOKS, False,
-                BLOCK_K, PAGE_SIZE, ROWS_WHOLE, TILES_WHOLE, NARROW_WHOLE, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD, DIM,
-                FEATURES_LAST, PRECISION, ROPE_HALF_DIM)  # fmt: skip
+                low + tl.arange(0, M), high - low, low, high, indices, counts, entry, listed,
+                scratch + number * FOUND, tl.program_id(1), k, key_start, batch, stride_kb,
+                stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near, stride_near,
+                last_row, first, last, scale, farthest, COS, SIN, SOFTCAP, M, BUDGET, OUT, LOOKS,
+                False, BLOCK_K, PAGE_SIZE, ROWS_WHOLE, TILES_WHOLE, NARROW_WHOLE, SAMPLES, STRIDE,
+                GROUP, MASS, WEIGHED, ONWARD, DIM, FEATURES_LAST, PRECISION, ROPE_HALF_DIM,
+            )  # fmt: skip
             return
     table += sequence.to(tl.int64) * stride_sequence + key_head.to(tl.int64) * stride_head
     slot = tl.arange(0, M)
@@ -353,9 +334,11 @@ def select_kernel(
     begins, ends = ceil_shift(low, level), high >> level
     if START_LEVEL_IN_MEMORY:
         scratch += tl.program_id(0).to(tl.int64) * stride_scratch
-        score_long(scratch, begins, ends - begins, table, q, stride_qh, stride_qt, near, stride_near, walking_row, first, walking,
-                   scale, steps, tiles, SOFTCAP, M, BLOCK_M, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, BLOCK_K, DIM, FEATURES,
-                   PARTS, PRECISION, level, farthest, COS, SIN, ROPE_HALF_DIM)  # fmt: skip
+        score_long(
+            scratch, begins, ends - begins, table, q, stride_qh, stride_qt, near, stride_near,
+            walking_row, first, walking, scale, steps, tiles, SOFTCAP, M, BLOCK_M, SAMPLES, STRIDE,
+            GROUP, MASS, WEIGHED, BLOCK_K, DIM, FEATURES, PARTS, PRECISION, level, farthest, COS,
+            SIN, ROPE_HALF_DIM)  # fmt: skip
         best, total = merge_long(
             scratch, begins, ends - begins, KEEP if KEEP > LAST else LAST, M // 2
         )
@@ -367,9 +350,9 @@ def select_kernel(
         inside = ids < ends
         at = chunk_rows(tl.where(inside, ids, begins), level)
         scores, _ = score_chunks(
-            table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, near, stride_near, walking_row, first, walking,
-            BLOCK_K << level, scale, steps, tiles, SOFTCAP, M, EDGES, BLOCK_M, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
-            FEATURES, PARTS, PRECISION, False,
+            table, at, inside, edge, edge < 0, q, stride_qh, stride_qt, near, stride_near,
+            walking_row, first, walking, BLOCK_K << level, scale, steps, tiles, SOFTCAP, M, EDGES,
+            BLOCK_M, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM, FEATURES, PARTS, PRECISION, False,
             places_back(ends, ids, farthest), edge, COS, SIN, ROPE_HALF_DIM)  # fmt: skip
     keys = sort_keys(scores, inside)
     left = level * 0 + ABSENT
@@ -388,11 +371,12 @@ def select_kernel(
             (edge == 1) & (ends != 2 * was_ends)
         )
         scores, edge_scores = score_chunks(
-            table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, near, stride_near, walking_row, first, walking,
-            BLOCK_K << level, scale, steps, tiles, SOFTCAP, M, EDGES, BLOCK_M, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM,
-            FEATURES, PARTS, PRECISION, True,
-            places_back(ends, ids, farthest), places_back(ends, tl.where(edge == 0, begins, ends - 1), farthest),
-            COS, SIN, ROPE_HALF_DIM)  # fmt: skip
+            table, at, inside, edge_at, edge_inside, q, stride_qh, stride_qt, near, stride_near,
+            walking_row, first, walking, BLOCK_K << level, scale, steps, tiles, SOFTCAP, M, EDGES,
+            BLOCK_M, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, DIM, FEATURES, PARTS, PRECISION, True,
+            places_back(ends, ids, farthest),
+            places_back(ends, tl.where(edge == 0, begins, ends - 1), farthest), COS, SIN,
+            ROPE_HALF_DIM)  # fmt: skip
         keys = sort_keys(scores, inside)
         edge_keys = sort_keys(edge_scores, edge_inside)
         left = tl.sum(tl.where(edge == 0, edge_keys, 0), 0)
@@ -405,10 +389,11 @@ def select_kernel(
         batch, key_start, _, _, _ = load_sequence(sequences, stride_field, sequence)
         number = tl.program_id(0).to(tl.int64)
         look(
-            ids, total, low, high, indices, counts, entry, listed + number * KEPT_LAST, scratch + number * FOUND,
-            tl.program_id(1), k, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q, stride_qh, stride_qt, near,
-            stride_near, last_row, first, last, scale, farthest, COS, SIN, SOFTCAP, KEPT_LAST, BUDGET, OUT, LOOKS, True, BLOCK_K,
-            PAGE_SIZE, BLOCK_M, TILES, NARROW, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD, DIM, FEATURES_LAST, PRECISION,
-            ROPE_HALF_DIM)  # fmt: skip
+            ids, total, low, high, indices, counts, entry, listed + number * KEPT_LAST,
+            scratch + number * FOUND, tl.program_id(1), k, key_start, batch, stride_kb, stride_kt,
+            block_table, stride_table, q, stride_qh, stride_qt, near, stride_near, last_row, first,
+            last, scale, farthest, COS, SIN, SOFTCAP, KEPT_LAST, BUDGET, OUT, LOOKS, True, BLOCK_K,
+            PAGE_SIZE, BLOCK_M, TILES, NARROW, SAMPLES, STRIDE, GROUP, MASS, WEIGHED, ONWARD, DIM,
+            FEATURES_LAST, PRECISION, ROPE_HALF_DIM)  # fmt: skip
     else:
         write(indices, counts, entry, ids, total, BUDGET, OUT)

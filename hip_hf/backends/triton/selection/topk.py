@@ -42,9 +42,8 @@ def threshold(keys, left, right, count):
     from the rest: either just those reach it, or it is the `count`-th largest itself; `ABSENT` if
     there are fewer."""
     digits = tl.arange(0, 16)
-    found = (
-        left * 0 + ABSENT
-    )  # the smallest int32: from there on every digit makes it larger, also the one with the sign
+    # from the smallest int32 on every digit makes it larger, also the one with the sign
+    found = left * 0 + ABSENT
     shift = left * 0 + 28
     reached = count - 1
     while (shift >= 0) & (reached != count):
@@ -105,6 +104,32 @@ def keep_best(
     out = tl.where(at_left, left_id, tl.where(at_right, right_id, tl.gather(ids, source, 0)))
     out_keys = tl.where(at_left, left, tl.where(at_right, right, tl.gather(keys, source, 0)))
     return out, tl.where(slot < total, out_keys, ABSENT), total
+
+
+@triton.jit
+def pair(left, right, M: tl.constexpr):
+    """`[M / 2]` twice -> `[M]`: first all of `left`, then all of `right`."""
+    return tl.reshape(tl.permute(tl.join(left, right), (1, 0)), (M,))
+
+
+@triton.jit
+def merge_long(scratch, first, count, keep, KEPT: tl.constexpr):
+    """The `keep` best of the chunks scored in `scratch`, merged tile by tile: ids `[KEPT]`, sorted,
+    and how many count."""
+    inner = tl.arange(0, KEPT)
+    ids = first + inner
+    total = first * 0
+    none = first * 0 + ABSENT
+    for at in range(0, count, KEPT):
+        held = inner < total
+        kept = sort_keys(tl.load(scratch + ids - first, mask=held, other=0.0), held)
+        fresh = at + inner < count
+        new = sort_keys(tl.load(scratch + at + inner, mask=fresh, other=0.0), fresh)
+        candidates = pair(ids, first + at + inner, 2 * KEPT)
+        ids, _, total = keep_best(
+            candidates, pair(kept, new, 2 * KEPT), first, none, first, none, keep, 2 * KEPT, KEPT
+        )
+    return ids, total
 
 
 @triton.jit

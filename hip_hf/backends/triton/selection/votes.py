@@ -3,7 +3,7 @@ it (`methods/hip.py` is the readable twin).
 
 `need_kernel` goes through what a row that may vote reads in any case, sink and window, and through
 a sample of the keys in between: the log-sum-exp of the first (`near`) says how much it finds, the
-highest logit of the second less that how much it *needs* the middle.
+highest logit of the second less that how much it *needs* the candidates.
 `vote_kernel` puts the rows of the greatest need side by side, where the search reads them. Under
 context extension it also places them: as far from un-rotated keys as they are from the last key
 before the window (`voting` in `rope.py`).
@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.common.addressing import KeyValues, token_offsets
+from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, configuration, rows_of
-from hip_hf.backends.triton.common.rotation import partner, placed_queries, rotation, turned
+from hip_hf.backends.triton.common.rotation import placed_queries, rotation
 from hip_hf.backends.triton.common.sequences import (
     GROWING,
     Sequences,
@@ -30,7 +30,7 @@ from hip_hf.backends.triton.common.sequences import (
     still_serves,
     window_start,
 )
-from hip_hf.backends.triton.common.tiles import LN2, LOG2E, scaled
+from hip_hf.backends.triton.common.tiles import LN2, LOG2E, add_logits, key_logits
 from hip_hf.backends.triton.common.tuning import (
     Tile,
     power_of_two,
@@ -66,73 +66,32 @@ def near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING: 
     return position, seen
 
 
-@triton.jit
-def key_logits(
-    q, k_base, position, inside, seen, place, cos, sin, key_start, batch, stride_kb, stride_kt, block_table, stride_table,
-    scale, softcap, dim,
-    D: tl.constexpr, PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
-):  # fmt: skip
-    """Logits, base 2, of the keys at `position`: -inf where a row has not `seen` them.
-    ROPE_HALF_DIM > 0: keys are turned to their `place`."""
-    d = tl.arange(0, D)
-    at = token_offsets(
-        key_start + position,
-        inside,
-        batch,
-        stride_kb,
-        stride_kt,
-        block_table,
-        stride_table,
-        PAGE_SIZE,
-    )
-    there = inside[:, None] & (d < dim)[None, :]
-    k = tl.load(k_base + at[:, None] + d[None, :], mask=there, other=0.0)
-    if ROPE_HALF_DIM > 0:
-        other = tl.load(
-            k_base + at[:, None] + partner(d, ROPE_HALF_DIM)[None, :], mask=there, other=0.0
-        )
-        k = turned(k, other, place, d, cos, sin, ROPE_HALF_DIM).to(k.dtype)
-    logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
-    return tl.where(seen, logits, float("-inf"))
-
-
-@triton.jit
-def add_logits(m_i, l_i, logits):
-    """The greatest logit of each row and its sum of exponentials, base 2, after more of them."""
-    new_top = tl.maximum(m_i, tl.max(logits, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen nothing yet
-    return new_top, l_i * tl.exp2(m_i - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
-
-
 @triton.jit(do_not_specialize=[*GROWING, "stride_near"])
 def need_kernel(
-    Q, K, NEAR, NEED, SINKS, SEQUENCES, TABLE, MADE, COS, SIN,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_near, stride_sequences, stride_table, stride_made,
+    Q, K, NEAR, NEED, SINKS, SEQUENCES, TABLE, MADE, COS, SIN, stride_qb, stride_qh, stride_qt,
+    stride_kb, stride_kh, stride_kt, stride_near, stride_field, stride_table, stride_made,
     sink_keys, window_keys, refresh, dim, scale, softcap, sliding, trained, scaling,
-    BUDGET: tl.constexpr, SAMPLE: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
-    MOST: tl.constexpr, STRIDE: tl.constexpr, RANKED: tl.constexpr, STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
+    BUDGET: tl.constexpr, SAMPLE: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr,
+    VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr, STRIDE: tl.constexpr, RANKED: tl.constexpr,
+    STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr,
+    PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """`NEAR` and, if the rows are to be `RANKED` by it, `NEED`, fp32 `[S, Hq, rows]`, of a tile of
     `BLOCK_M` rows of a query block that may vote, every `STRIDE`-th, and the `GROUP` heads of a key
     head. Grid: tiles, key heads, sequences.
 
-    Nothing is written where nothing is searched: the middle has up to `BUDGET` blocks, or
-    (`STATEFUL`) a selection is kept. `SAMPLE`: keys of the middle at most. ROPE_HALF_DIM > 0: so
-    many pairs of a head's numbers turn, sink and window to where attention has them, with the keys
-    of `BUDGET` blocks in between (`rope.py`).
+    Nothing is written where nothing is searched: there are up to `BUDGET` candidates, or
+    (`STATEFUL`) a selection is kept. `SAMPLE`: keys of the candidates at most. ROPE_HALF_DIM > 0:
+    so many pairs of a head's numbers turn, sink and window to where attention has them, with the
+    keys of `BUDGET` blocks in between (`rope.py`).
     """
     ASKED: tl.constexpr = (BLOCK_Q + STRIDE - 1) // STRIDE
     TILES: tl.constexpr = (ASKED + BLOCK_M - 1) // BLOCK_M
     number, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, key_start, row_start, rows, position = load_sequence(
-        SEQUENCES, stride_sequences, sequence
-    )
-    block_row, block_first, block_last = query_block(
-        row_start, rows, position, number // TILES, BLOCK_Q
-    )
+    batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_field, sequence)
+    row, block_first, block_last = query_block(row_start, rows, position, number // TILES, BLOCK_Q)
     own_rows = block_last - block_first + 1
     first = block_first + (own_rows - 1) % STRIDE + number % TILES * (BLOCK_M * STRIDE)
     last = tl.minimum(first + (BLOCK_M - 1) * STRIDE, block_last)
@@ -152,7 +111,7 @@ def need_kernel(
     real = (row_at <= last) & (member < GROUP)
     head = key_head * GROUP + member
     d, n = tl.arange(0, D), tl.arange(0, BLOCK_N)
-    query_row = block_row + row_at - block_first
+    query_row = row + row_at - block_first
     q_ptr = (
         Q
         + batch.to(tl.int64) * stride_qb
@@ -193,8 +152,9 @@ def need_kernel(
                 place = slots + tl.where(slots < sink_length, 0, gap)
                 seen &= place[None, :] < earliest[:, None]
                 logits = key_logits(
-                    q, k_base, at, slots < end, seen, place, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE,
-                    stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
+                    q, k_base, at, slots < end, seen, place, COS, SIN, key_start, batch, stride_kb,
+                    stride_kt, TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP,
+                    PRECISION, 0)  # fmt: skip
                 m_i, l_i = add_logits(m_i, l_i, logits)
         q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
             Q.dtype.element_ty
@@ -205,8 +165,9 @@ def need_kernel(
             place = slots + tl.where(slots < sink_length, 0, gap)
             seen &= place[None, :] >= earliest[:, None]
             logits = key_logits(
-                q, k_base, at, slots < end, seen, tl.maximum(place - shift, 0), COS, SIN, key_start, batch, stride_kb, stride_kt,
-                TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, ROPE_HALF_DIM)  # fmt: skip
+                q, k_base, at, slots < end, seen, tl.maximum(place - shift, 0), COS, SIN, key_start,
+                batch, stride_kb, stride_kt, TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE,
+                SOFTCAP, PRECISION, ROPE_HALF_DIM)  # fmt: skip
             m_i, l_i = add_logits(m_i, l_i, logits)
     else:
         q = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
@@ -214,8 +175,9 @@ def need_kernel(
             slots = i + n
             at, seen = near_keys(slots, end, start, sink_length, window, row_at, sliding, SLIDING)
             logits = key_logits(
-                q, k_base, at, slots < end, seen, slots, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE, stride_table,
-                scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
+                q, k_base, at, slots < end, seen, slots, COS, SIN, key_start, batch, stride_kb,
+                stride_kt, TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP,
+                PRECISION, 0)  # fmt: skip
             m_i, l_i = add_logits(m_i, l_i, logits)
     near = (m_i + tl.log2(l_i)) * LN2
     to = (sequence * tl.num_programs(1) * GROUP + head).to(tl.int64) * stride_near + (
@@ -246,22 +208,22 @@ def need_kernel(
             spread = ((i + n).to(tl.int64) * SPREAD & 0xFFFFFFFF) >> (32 - level)
             at = ((i + n) << level) + spread.to(tl.int32)
             logits = key_logits(
-                q, k_base, at, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb, stride_kt, TABLE, stride_table,
-                scale, softcap, dim, D, PAGE_SIZE, SOFTCAP, PRECISION, 0)  # fmt: skip
+                q, k_base, at, inside, inside[None, :], n, COS, SIN, key_start, batch, stride_kb,
+                stride_kt, TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP,
+                PRECISION, 0)  # fmt: skip
             m_i = tl.maximum(m_i, tl.max(logits, 1))
         tl.store(NEED + to, m_i * LN2 - near, mask=real)
 
 
 @triton.jit(do_not_specialize=["stride_near"])
 def vote_kernel(
-    Q, NEAR, NEED, VOTED, VOTED_NEAR, SEQUENCES, MADE, COS, SIN,
-    stride_qb, stride_qh, stride_qt, stride_near, stride_sequences, stride_made,
-    sink_keys, window_keys, refresh, sliding, trained, scaling,
-    BUDGET: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr,
-    WALKERS: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr,
-    RANKED: tl.constexpr, WEIGHED: tl.constexpr,
-    STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr,
-    ROPE_HALF_DIM: tl.constexpr,
+    Q, NEAR, NEED, VOTED, VOTED_NEAR, SEQUENCES, MADE, COS, SIN, stride_qb, stride_qh, stride_qt,
+    stride_near, stride_field, stride_made, sink_keys, window_keys, refresh, sliding, trained,
+    scaling, BUDGET: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr,
+    VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr, WALKERS: tl.constexpr, STRIDE: tl.constexpr,
+    SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr,
+    WEIGHED: tl.constexpr, STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    DIM: tl.constexpr, FEATURES: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """The votes of one query block and mask head: `VOTED` `[S, H, blocks * SLOTS, D]`, and
     (`WEIGHED`) their `VOTED_NEAR` fp32 `[S, H, blocks * SLOTS]`. Grid: query blocks, mask heads,
@@ -271,7 +233,7 @@ def vote_kernel(
     first), or all. ROPE_HALF_DIM > 0: turned to where they select.
     """
     index, mask_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, _, row_start, rows, position = load_sequence(SEQUENCES, stride_sequences, sequence)
+    batch, _, row_start, rows, position = load_sequence(SEQUENCES, stride_field, sequence)
     first_row, first, last = query_block(row_start, rows, position, index, BLOCK_Q)
     if first > last:
         return
@@ -281,11 +243,11 @@ def vote_kernel(
     _, sink, window = always_read(
         first, window_start(first, window_keys, BLOCK_K), sink_keys, sliding, BLOCK_K
     )
-    middle = window // BLOCK_K - sink // BLOCK_K
-    if middle <= BUDGET:
+    candidates = window // BLOCK_K - sink // BLOCK_K
+    if candidates <= BUDGET:
         return
     own_rows = last - first + 1
-    total = count_votes(own_rows, middle, VOTERS, VOTES, VOTES_WHOLE, MOST, STRIDE)
+    total = count_votes(own_rows, candidates, VOTERS, VOTES, VOTES_WHOLE, MOST, STRIDE)
     entry = (sequence * tl.num_programs(1) + mask_head).to(tl.int64)
     lane = entry * VOTERS * stride_near + (first - position)
     slot = tl.arange(0, KEPT)
@@ -305,7 +267,7 @@ def vote_kernel(
         )
         walking = count_walkers(total, own_rows, VOTERS, STRIDE, WALKERS)
         if VOTES_WHOLE > VOTES:
-            walking = tl.where(middle <= MOST, total, walking)
+            walking = tl.where(candidates <= MOST, total, walking)
         walks, _, _ = kept_of(needs, none, none, walking)
         before = tl.cumsum(walks, 0)  # with the slot itself
         place = tl.where(walks > 0, before - 1, walking + slot - before)
@@ -335,77 +297,78 @@ def vote_kernel(
         tl.store(VOTED + to[:, None] * DIM + d[None, :], x.to(VOTED.dtype.element_ty), mask=here)
 
 
+def shared_arguments(
+    q: torch.Tensor, voting: Voting, sequences: Sequences, config: HiPConfig, logits: Logits,
+    block_q: int, made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor,
+) -> dict[str, Any]:  # fmt: skip
+    """What both kernels are told. `made`: as `SelectionBuffers` keep it."""
+    return dict(
+        Q=q, NEAR=near, NEED=need, SEQUENCES=sequences.table,
+        MADE=sequences.table if made is None else made, stride_qb=q.stride(0),
+        stride_qh=q.stride(1), stride_qt=q.stride(2), stride_near=near.shape[-1],
+        stride_field=sequences.table.stride(0), stride_made=0 if made is None else made.stride(0),
+        sink_keys=config.sink, window_keys=config.window, refresh=config.decode_refresh,
+        sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks, VOTERS=voting.voters,
+        VOTES=voting.votes, VOTES_WHOLE=voting.votes_whole, MOST=config.start_blocks,
+        STRIDE=voting.stride, RANKED=voting.ranked, STATEFUL=made is not None, BLOCK_Q=block_q,
+        BLOCK_K=config.block_k,
+    )  # fmt: skip
+
+
 def need_arguments(
-    q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, block_q: int,
-    made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, target: str | None = None, shape: Tile | None = None,
+    q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits,
+    block_q: int, made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor,
+    target: str | None = None, shape: Tile | None = None,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
-    """Grid and arguments of `need_kernel`. `made`: as `SelectionBuffers` keep it; `target`,
-    `shape`: not those of q's device."""
+    """Grid and arguments of `need_kernel`. `target`, `shape`: not those of q's device."""
     dim, group = q.shape[-1], q.shape[1] // kv.heads
     voting = Voting.of(config, group, block_q, logits.positions is not None)
     # attention's tiles, which hold values besides
     kernel = configuration("decode" if block_q == 1 else "prefill", logits)
     shape = shape or tile_of(kernel, target or target_of(q), dim, dim, q.dtype)
-    if (
-        logits.positions is not None
-    ):  # queries are turned three times, keys as well: what waits to be used must be little
+    if logits.positions is not None:
+        # queries are turned three times, keys as well: what waits to be used must be little
         shape = replace(shape, keys=max(FEWEST_KEYS, shape.keys // 2), stages=1)
-    elif (
-        kv.page_size
-    ):  # keys wait for the number of their page, which is looked up in the same turn
+    elif kv.page_size:
+        # keys wait for the number of their page, which is looked up in the same turn
         shape = replace(shape, stages=min(shape.stages, 2))
     rows = rows_of(shape, group, voting.asked)
     table, stride_table = kv.table()
     arguments = dict(
-        Q=q, K=kv.k, NEAR=near, NEED=need, SINKS=q if logits.sinks is None else logits.sinks.contiguous(),
-        SEQUENCES=sequences.table, TABLE=table, MADE=sequences.table if made is None else made,
-        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride(), strict=False)),
+        **shared_arguments(q, voting, sequences, config, logits, block_q, made, near, need), K=kv.k,
+        SINKS=q if logits.sinks is None else logits.sinks.contiguous(), TABLE=table,
         **dict(zip(("stride_kb", "stride_kh", "stride_kt"), kv.strides(kv.k), strict=True)),
-        stride_near=near.shape[-1], stride_sequences=sequences.table.stride(0), stride_table=stride_table,
-        stride_made=0 if made is None else made.stride(0), sink_keys=config.sink, window_keys=config.window,
-        refresh=config.decode_refresh, dim=dim, scale=logits.scale, softcap=logits.softcap or 1.0,
-        sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
-        SAMPLE=config.method_options().sample, VOTERS=voting.voters, VOTES=voting.votes, VOTES_WHOLE=voting.votes_whole,
-        MOST=config.start_blocks, STRIDE=voting.stride,
-        RANKED=voting.ranked, STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, BLOCK_M=rows,
-        BLOCK_N=shape.keys,
-        GROUP=group, GROUP_PADDED=power_of_two(group), D=max(16, power_of_two(dim)), PAGE_SIZE=kv.page_size,
-        HAS_SINKS=logits.sinks is not None, SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
-        PRECISION=precision_of(q), **rotation(logits.positions, rows * voting.stride + shape.keys, q),
+        stride_table=stride_table, dim=dim, scale=logits.scale, softcap=logits.softcap or 1.0,
+        SAMPLE=config.method_options().sample, BLOCK_M=rows, BLOCK_N=shape.keys, GROUP=group,
+        GROUP_PADDED=power_of_two(group), D=max(16, power_of_two(dim)), PAGE_SIZE=kv.page_size,
+        HAS_SINKS=logits.sinks is not None, SOFTCAP=logits.softcap is not None,
+        SLIDING=logits.sliding_window is not None, PRECISION=precision_of(q),
+        **rotation(logits.positions, rows * voting.stride + shape.keys, q),
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
-    return (
-        sequences.blocks(block_q) * -(-voting.asked // rows),
-        kv.heads,
-        sequences.count,
-    ), arguments
+    tiles = sequences.blocks(block_q) * -(-voting.asked // rows)
+    return (tiles, kv.heads, sequences.count), arguments
 
 
 def vote_arguments(
-    q: torch.Tensor, voting: Voting, sequences: Sequences, config: HiPConfig, logits: Logits, block_q: int,
-    made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor, voted: torch.Tensor, voted_near: torch.Tensor,
+    q: torch.Tensor, voting: Voting, sequences: Sequences, config: HiPConfig, logits: Logits,
+    block_q: int, made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor,
+    voted: torch.Tensor, voted_near: torch.Tensor,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
     """Grid and arguments of `vote_kernel`."""
     needs = tile(voting.voters * voting.asked)
     arguments = dict(
-        Q=q, NEAR=near, NEED=need, VOTED=voted, VOTED_NEAR=voted_near, SEQUENCES=sequences.table,
-        MADE=sequences.table if made is None else made,
-        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride(), strict=False)),
-        stride_near=near.shape[-1], stride_sequences=sequences.table.stride(0),
-        stride_made=0 if made is None else made.stride(0), sink_keys=config.sink, window_keys=config.window,
-        refresh=config.decode_refresh, sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks,
-        VOTERS=voting.voters, VOTES=voting.votes, VOTES_WHOLE=voting.votes_whole, MOST=config.start_blocks,
-        WALKERS=voting.walkers, STRIDE=voting.stride, SLOTS=voting.slots, N=needs,
-        KEPT=tile(voting.slots), RANKED=voting.ranked, WEIGHED=voting.weighed,
-        STATEFUL=made is not None, BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=q.shape[-1], FEATURES=FEATURES,
+        **shared_arguments(q, voting, sequences, config, logits, block_q, made, near, need),
+        VOTED=voted, VOTED_NEAR=voted_near, WALKERS=voting.walkers, SLOTS=voting.slots, N=needs,
+        KEPT=tile(voting.slots), WEIGHED=voting.weighed, DIM=q.shape[-1], FEATURES=FEATURES,
         **rotation(logits.positions, 0, q), num_warps=min(16, max(4, needs // NEEDS)),
     )  # fmt: skip
     return (sequences.blocks(block_q), q.shape[1] // voting.voters, sequences.count), arguments
 
 
 def votes_of(
-    q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits, block_q: int,
-    made: torch.Tensor | None = None,
+    q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits,
+    block_q: int, made: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """What the search reads as its queries, and fp32 how much they find near, of query blocks that
     search; elsewhere nothing is written.
@@ -415,23 +378,18 @@ def votes_of(
     first row of each sequence on (`Voting`).
     """
     voting = Voting.of(config, q.shape[1] // kv.heads, block_q, logits.positions is not None)
+    call = (sequences, config, logits, block_q, made)
     near = need = q  # stand-ins that no kernel reads
     if voting.weighed or voting.ranked:
         near = q.new_empty(sequences.count, q.shape[1], sequences.max_rows, dtype=torch.float32)
         need = torch.empty_like(near) if voting.ranked else near
-        grid, arguments = need_arguments(
-            q, kv, sequences, config, logits, block_q, made, near, need
-        )
+        grid, arguments = need_arguments(q, kv, *call, near, need)
         need_kernel[grid](**arguments)
     if not voting.chosen:
         return q, near
     shape = (sequences.count, q.shape[1] // voting.voters, sequences.blocks(block_q) * voting.slots)
-    voted, voted_near = (
-        q.new_empty(*shape, q.shape[-1]),
-        near.new_empty(shape) if voting.weighed else near,
-    )
-    grid, arguments = vote_arguments(
-        q, voting, sequences, config, logits, block_q, made, near, need, voted, voted_near
-    )
+    voted = q.new_empty(*shape, q.shape[-1])
+    voted_near = near.new_empty(shape) if voting.weighed else near
+    grid, arguments = vote_arguments(q, voting, *call, near, need, voted, voted_near)
     vote_kernel[grid](**arguments)
     return voted, voted_near

@@ -23,14 +23,15 @@ def count_asked(rows, VOTERS: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def count_votes(
-    rows, middle, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr, STRIDE: tl.constexpr
+    rows, candidates, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
+    MOST: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """How many votes a query block of so many rows of `VOTERS` heads casts, whose `middle` has so
-    many blocks: `VOTES_WHOLE` at most where it is looked at whole, for it has `MOST` at most, else
-    `VOTES`."""
+    """How many votes a query block of so many rows of `VOTERS` heads casts, with so many
+    `candidates`: `VOTES_WHOLE` at most where they are looked at whole, for they are `MOST` at most,
+    else `VOTES`."""
     most = VOTES
     if VOTES_WHOLE > VOTES:
-        most = tl.where(middle <= MOST, VOTES_WHOLE, VOTES)
+        most = tl.where(candidates <= MOST, VOTES_WHOLE, VOTES)
     return tl.where(rows == 1, VOTERS, tl.minimum(count_asked(rows, VOTERS, STRIDE), most))
 
 
@@ -47,7 +48,7 @@ class Voting:
 
     `voters`: query heads that share a selection. Every `stride`-th row may vote, counted back from
     a query block's last: `asked` of a full one. `votes`: of a full query block, of which `walkers`
-    walk the tree; `votes_whole`: if a middle is looked at whole. `slots`: room for those of any.
+    walk the tree; `votes_whole`: if candidates are looked at whole. `slots`: room for those of any.
     `ranked`: rows are chosen by need. `chosen`: votes are put side by side for the search, else it
     reads the queries themselves. `weighed`: the search counts how much a row finds near.
     """
@@ -76,15 +77,7 @@ class Voting:
         ranked = votes < voters * asked
         weighed = by_need and config.score == "mass"
         walkers = walkers_of(config, votes) if ranked else slots
+        chosen = ranked or extended
         return Voting(
-            voters,
-            votes,
-            votes_whole,
-            walkers,
-            slots,
-            stride,
-            asked,
-            ranked,
-            ranked or extended,
-            weighed,
+            voters, votes, votes_whole, walkers, slots, stride, asked, ranked, chosen, weighed
         )

@@ -1,4 +1,5 @@
-"""Launches of the attention kernels: prompts, decode steps, gradients."""
+"""Launches of the attention kernels: prompts, decode steps, gradients; and of the Delta
+correction, which spreads the differences of its anchors."""
 
 from __future__ import annotations
 
@@ -18,21 +19,27 @@ from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
 from hip_hf.backends.triton.compile.examples import Example, example, extended
 from hip_hf.backends.triton.compile.launch import Launch
+from hip_hf.backends.triton.delta import spread_arguments, spread_kernel
 
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """What `hip-hf kernels` compiles of attention: prompts, decode steps, gradients."""
-    parts = (launches_of_prefill, launches_of_decode, launches_of_backward)
-    return [launch for part in parts for launch in part(dim, dtype, target)]
-
-
-def launches_of_prefill(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """A prompt: contiguous, with every feature, and under context extension."""
-    tile, x = tile_of("prefill", target, dim, dim, dtype), example(dim, dtype)
+    """What `hip-hf kernels` compiles: a prompt and a decode step, each contiguous, with every
+    feature, and under context extension; both kernels of a prompt's gradients; the Delta
+    correction of a prompt's rows."""
+    shape = (target, dim, dim, dtype)
+    prompt, step = example(dim, dtype), example(dim, dtype, rows=1, block_q=1)
+    paged, paged_step = example(dim, dtype, True), example(dim, dtype, True, rows=1, block_q=1)
+    tile, step_tile = tile_of("prefill", *shape), tile_of("decode", *shape)
     return [
-        *prefill_launches(x, tile),
-        *prefill_launches(example(dim, dtype, paged=True), tile),
-        *prefill_launches(extended(x), tile_of("prefill extended", target, dim, dim, dtype))[:1],
+        *prefill_launches(prompt, tile),
+        *prefill_launches(paged, tile),
+        *prefill_launches(extended(prompt), tile_of("prefill extended", *shape))[:1],
+        *decode_launches(step, step_tile),
+        *decode_launches(paged_step, step_tile),
+        *decode_launches(extended(step), tile_of("decode extended", *shape))[:1],
+        *query_launches(prompt, tile_of("backward queries", *shape)),
+        *key_launches(prompt, tile_of("backward keys", *shape)),
+        spread_launch(prompt),
     ]
 
 
@@ -47,24 +54,11 @@ def prefill_launches(x: Example, tile: Tile) -> list[Launch]:
     ]
 
 
-def launches_of_decode(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """A decode step: contiguous, with every feature, and under context extension."""
-    tile = tile_of("decode", target, dim, dim, dtype)
-    one, paged = (example(dim, dtype, paged, rows=1, block_q=1) for paged in (False, True))
-    turning = tile_of("decode extended", target, dim, dim, dtype)
-    return [
-        *decode_launches(one, tile),
-        *decode_launches(paged, tile),
-        *decode_launches(extended(one), turning)[:1],
-    ]
-
-
 def decode_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of a decode step: its attention and its combination."""
     scratch = Scratch.make(16, x.q, x.kv.v.shape[-1])
-    parts = call_arguments(
-        x.q, x.kv, x.sequences, x.reads, x.logits, scratch.out, scratch.lse, tile, 16
-    )
+    results = (x.logits, scratch.out, scratch.lse)
+    parts = call_arguments(x.q, x.kv, x.sequences, x.reads, *results, tile, 16)
     whole = combine_arguments(scratch, x.sequences, x.out, x.lse)
     return [
         Launch(f"decode{x.suffix}", attend_kernel, parts[1], False, parts[0]),
@@ -72,33 +66,23 @@ def decode_launches(x: Example, tile: Tile) -> list[Launch]:
     ]
 
 
-def launches_of_backward(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """Both kernels of the backward pass, for a prompt."""
-    shape = (target, dim, dim, dtype)
-    return [
-        *query_launches(example(dim, dtype), tile_of("backward queries", *shape)),
-        *key_launches(example(dim, dtype), tile_of("backward keys", *shape)),
-    ]
-
-
 def query_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of `query_gradient_kernel`."""
-    part, mean = Part(x.sequences, x.reads), torch.empty_like(x.lse)
-    grad_q = torch.empty_like(x.q)
-    launch = query_gradient_arguments(
+    part, mean, grad_q = Part(x.sequences, x.reads), torch.empty_like(x.lse), torch.empty_like(x.q)
+    grid, arguments = query_gradient_arguments(
         x.q, x.kv, part, x.logits, x.out, x.lse, x.out, None, grad_q, mean, tile
     )
-    return [Launch("backward, queries", query_gradient_kernel, launch[1], True, launch[0])]
+    return [Launch("backward, queries", query_gradient_kernel, arguments, True, grid)]
 
 
 def key_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of `key_gradient_kernel`."""
     part, grads = Part(x.sequences, x.reads), (torch.empty_like(x.kv.k), torch.empty_like(x.kv.v))
-    lists = (
-        inverted(part, tile)
-        if x.q.device.type != "meta"
-        else Inverted(x.numbers, x.numbers, x.numbers.long())
-    )
+    if x.q.device.type != "meta":
+        lists = inverted(part, tile)
+    else:
+        numbers = x.sequences.table  # any int32 tensor will do
+        lists = Inverted(numbers, numbers, numbers.long())
     grid, passes = key_gradient_arguments(
         x.q, x.kv, part, x.logits, x.lse, x.out, x.lse, *grads, lists, tile
     )
@@ -107,3 +91,10 @@ def key_launches(x: Example, tile: Tile) -> list[Launch]:
         Launch(name, key_gradient_kernel, each, True, grid)
         for name, each in zip(names, passes, strict=True)
     ]
+
+
+def spread_launch(x: Example) -> Launch:
+    """`spread_kernel` of a prompt's rows; the same on every target."""
+    change = torch.empty(1, x.q.shape[1], 65, x.q.shape[-1], device=x.q.device)
+    grid, arguments = spread_arguments(x.out, x.lse, change, change[..., 0], x.sequences, 64)
+    return Launch("delta, step", spread_kernel, arguments, grid=grid)
