@@ -210,11 +210,7 @@ def measure_prompt(
 
 
 def measure_all(
-    model: Any,
-    tokenizer: Any,
-    ids: list[int],
-    plan: FidelityPlan,
-    kept: Resumable,
+    model: Any, tokenizer: Any, ids: list[int], plan: FidelityPlan, kept: Resumable
 ) -> FidelityFound:
     """What is in `kept`, and what is not yet. Raises ValueError if there are too many facts for the
     texts, or nothing to search."""

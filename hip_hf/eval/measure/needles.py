@@ -224,11 +224,7 @@ def flops_columns(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
 
 
 def measure(
-    model: Any,
-    tokenizer: Any,
-    texts: dict[str, list[int]],
-    plan: NeedlesPlan,
-    kept: Resumable,
+    model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: NeedlesPlan, kept: Resumable
 ) -> Rows:
     """The rows of the report, of what `kept` has not yet: for each length and document (`texts`
     `{name: token ids}`) one for each of the settings. Prompt goes by prompt, with all settings one

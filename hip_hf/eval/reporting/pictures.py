@@ -165,7 +165,7 @@ def draw_latency(document: Record, file: Path) -> None:
             by_length(axis, {length for points in lines.values() for length, _ in points}, "")
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
             axis.yaxis.set_minor_formatter(
-                lambda value, _: f"{value:g}x" if str(value).strip("0.")[:1] in "25" else "",
+                lambda value, _: f"{value:g}x" if str(value).strip("0.")[:1] in "25" else ""
             )
             axis.axhline(1, color="grey", linewidth=0.8, linestyle="--")
             axis.set_title(name)
