@@ -68,7 +68,7 @@ class Turn:
     seconds: float  # from the question to the answer's end
     first_token_s: float
     tokens_per_s: float | None  # of decoding; None for a single token
-    # share of the visible keys that the last forward pass read, mean of the layers
+    # density of the last forward pass, mean of the layers
     keys_read: float | None
     cache_tokens: int
     cache_mib: float

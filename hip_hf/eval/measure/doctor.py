@@ -33,10 +33,7 @@ INSTEAD = {
     checks.EXTENDED: 'extend=None, or backend="torch"',
 }
 # Heads of the timed calls: those of Llama 3.1 8B, on a CPU an eighth of them.
-SHAPE: dict[str, dict[str, Any]] = {
-    "cuda": dict(heads=32, kv_heads=8),
-    "cpu": dict(heads=4, kv_heads=1),
-}
+SHAPE: dict[str, Any] = {"cuda": dict(heads=32, kv_heads=8), "cpu": dict(heads=4, kv_heads=1)}
 REPEATS = 3
 
 

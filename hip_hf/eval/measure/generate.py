@@ -22,7 +22,7 @@ from hip_hf.versions import CACHE
 @dataclass
 class Generated:
     """New tokens, what they took, and `explain`'s rows after the prompt and after the last token.
-    Those after a prompt that was read in chunks have the share of keys read of all chunks."""
+    Those after a prompt that was read in chunks have the density of all chunks."""
 
     ids: list[int] = field(default_factory=list)
     first_token_s: float = 0.0

@@ -4,8 +4,8 @@ block oracle and its cost.
 *Mass* is the share of the dense attention probability that falls on the keys kept (sink, selected
 blocks, window). The oracle keeps the blocks with the largest true mass, under the same budget,
 sink, window and sharing of heads, so its mass is the most that any selection of blocks reaches.
-Only *searched* rows count: those of query blocks whose middle is longer than the budget. Where the
-budget covers the middle, everything is read and there is nothing to measure.
+Only *searched* rows count: those of query blocks with more candidates than the budget. Where the
+budget covers all candidates, everything is read and there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ GEOMETRY = ("block_q", "block_k", "sink", "window", "budget", "group_shared")
 
 
 def searched_blocks(problem: AttentionProblem, config: HiPConfig) -> list[tuple[int, QueryBlock]]:
-    """The query blocks of a problem of one span whose middle exceeds the budget, with their place
-    in its `BlockMask`."""
+    """The query blocks of a problem of one span with more candidates than the budget, and their
+    places in its `BlockMask`."""
     (span,) = problem.spans
     relative = Span(0, 0, span.keys, 0, span.rows, span.position)
     decodes = problem.q.shape[2] <= DECODE_ROWS

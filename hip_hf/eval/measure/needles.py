@@ -91,7 +91,7 @@ class NeedlesCounts:
     nll: float = 0.0
     tokens: int = 0
     document_nll: float = 0.0
-    read: list[float] = field(default_factory=list)  # a share of the keys for each prompt
+    read: list[float] = field(default_factory=list)  # a density for each prompt
     paths: list[str] = field(default_factory=list)
 
     def __add__(self, other: NeedlesCounts) -> NeedlesCounts:

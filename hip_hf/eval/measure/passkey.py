@@ -77,7 +77,7 @@ def path_of(rows: Sequence[Row]) -> str:
 
 
 def density(rows: Sequence[Row]) -> float:
-    """The share of visible keys that was read, mean of the layers; 1 where none counted them."""
+    """Keys read of those visible, as the mean of the layers; 1 where no layer counted them."""
     shares = [row.share for row in rows if row.share is not None]
     return fmean(shares) if shares else 1.0
 

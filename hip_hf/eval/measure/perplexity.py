@@ -134,7 +134,7 @@ def range_row(
 
 def perplexity_rows(model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable) -> Rows:
     """The rows of the report: for each of the settings all positions, then each range of them.
-    `read`, the share of keys read, is that of the last chunk."""
+    `read`, the density, is that of the last chunk."""
     kept.expect("texts", len(plan.configs) * plan.texts)
     rows = []
     first: Rows = []

@@ -84,8 +84,8 @@ def draw_passkey(document: Record, file: Path) -> None:
 
 
 def draw_needles(document: Record, file: Path) -> None:
-    """Digits right against the share of keys read: a line over the budgets for each setting, length
-    and document; dense attention is a level."""
+    """Digits right against density: a line over the budgets for each setting, length and document;
+    dense attention is a level."""
     lines: dict[tuple[str, int, str], list[Record]] = {}
     for row in document["rows"]:
         lines.setdefault((setting_of(row), row["length"], row["document"]), []).append(row)
