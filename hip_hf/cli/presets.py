@@ -49,8 +49,8 @@ def own_settings(checkpoint: str | None) -> HiPConfig:
     """The settings in a checkpoint's config.
 
     Raises:
-        ValueError: there is no checkpoint, or its settings are invalid. typer.BadParameter: it
-        cannot be loaded.
+        ValueError: there is no checkpoint, or its settings are invalid.
+        typer.BadParameter: it cannot be loaded.
     """
     from transformers import AutoConfig
 

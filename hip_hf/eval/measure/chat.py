@@ -99,8 +99,9 @@ class Conversation:
     with the tokens that were generated.
 
     Attributes:
-        cache: the `HiPCache`; `held`: the ids of exactly those tokens whose keys and values are in
-        it. document_ids: what every conversation about this document begins with.
+        cache: the `HiPCache`.
+        held: the ids of exactly those tokens whose keys and values are in it.
+        document_ids: what every conversation about this document begins with.
     """
 
     def __init__(self, model: Any, tokenizer: Any, document: str, chunk: int | None = None) -> None:
