@@ -84,7 +84,7 @@ def ask(
     sample, place = number // DEPTHS, number * APART % DEPTHS / (DEPTHS - 1)
     rng = random.Random(f"0 {length} {place:.6f} {sample}")
     prompt = passkey.make_sample(tokenizer, tokens, length, place, 1, rng)
-    return passkey.ask(model, tokenizer, [prompt], passkey.use(model, config))
+    return passkey.answer_samples(model, tokenizer, [prompt], passkey.use(model, config))
 
 
 def measure(

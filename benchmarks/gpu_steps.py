@@ -92,9 +92,8 @@ class Run:
         self, plan: TimingPlan, phase: Sequence[str], length: int, **options: Any
     ) -> Rows | None:
         name = f"{phase[0]}, {plots.short(length)} tokens, batch {plan.batch}"
-        return self.piece(
-            name, lambda: gpu_latency.measure(plan, phase, [length], kept=self.kept, **options)[0]
-        )
+        run = partial(gpu_latency.gpu_latency_rows, plan, phase, [length], kept=self.kept)
+        return self.piece(name, lambda: run(**options)[0])
 
 
 def doctor_step(run: Run) -> None:
@@ -470,7 +469,9 @@ def model_step(run: Run) -> None:
     prompt = plan.prompt(tokenizer, text, sizes.prompt, 0)
 
     def quality() -> Rows:
-        rows = needles.measure(loaded, tokenizer, {needles.NOVEL: text}, plan, Resumable(None, {}))
+        rows = needles.needles_rows(
+            loaded, tokenizer, {needles.NOVEL: text}, plan, Resumable(None, {})
+        )
         return [
             {
                 **row,

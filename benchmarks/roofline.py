@@ -21,10 +21,12 @@ import torch
 from hip_hf.backends.triton.hyper import rows_of_square
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import kernel_costs as costs
-from hip_hf.eval.measure.kernel_costs import (
+from hip_hf.eval.measure.gpu_shapes import (
+    FP32_BYTES,
     GPU_PROCESSORS,
     GPU_TARGETS,
     GPUS,
+    NO_COST,
     KernelCost,
     Shape,
     gpu_of,
@@ -73,7 +75,7 @@ def hashing(tokens: int, options: hyper.Options, shape: Shape) -> KernelCost:
     """HyperAttention's hashes of queries, by query head, and of keys, by key head, where there is a
     square."""
     if tokens <= options.min_seq_len:
-        return costs.NO_COST
+        return NO_COST
     vectors = tokens * (shape.query_heads + shape.key_heads)
     return KernelCost(
         2 * vectors * shape.dim * options.lsh_num_projs,
@@ -97,7 +99,7 @@ def leaves(tokens: int, options: hyper.Options, shape: Shape) -> KernelCost:
 def squares(tokens: int, options: hyper.Options, shape: Shape) -> KernelCost:
     """HyperAttention's squares: each block of rows with its own block of keys and a sample. Rows go
     on from what they have."""
-    found, cpu = costs.NO_COST, torch.device("cpu")
+    found, cpu = NO_COST, torch.device("cpu")
     for square in (
         square for level in hyper.split(0, tokens, options.min_seq_len)[1] for square in level
     ):
@@ -149,7 +151,7 @@ def anchor_rows(tokens: int, gamma: int, shape: Shape) -> KernelCost:
 def spreading(tokens: int, shape: Shape) -> KernelCost:
     """The differences of Delta's anchors, brought to their rows: output and log-sum-exp read and
     written."""
-    return KernelCost(0, 2 * tokens * (shape.row + shape.query_heads * costs.FP32_BYTES))
+    return KernelCost(0, 2 * tokens * (shape.row + shape.query_heads * FP32_BYTES))
 
 
 def delta_kernels(
@@ -227,8 +229,8 @@ def rows(
     for name in by_length[lengths[0]]:
         for tokens in lengths:
             parts = by_length[tokens][name]
-            cost, model = sum(parts, costs.NO_COST), sum(part.milliseconds(gpu) for part in parts)
-            least = sum(unshared[tokens][name], costs.NO_COST)
+            cost, model = sum(parts, NO_COST), sum(part.milliseconds(gpu) for part in parts)
+            least = sum(unshared[tokens][name], NO_COST)
             if name in TENSORS:
                 queries, keys = TENSORS[name]
                 moved = (

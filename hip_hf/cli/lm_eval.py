@@ -66,10 +66,8 @@ def arguments_for(arguments: Sequence[str]) -> list[str]:
         if own.tasks is None:
             ahead += ["--tasks", *preset.tasks]
         # later ones are merged over these, key by key
-        for option, values in (
-            ("--model_args", preset.model_args),
-            ("--metadata", preset.metadata),
-        ):
+        given_by = {"--model_args": preset.model_args, "--metadata": preset.metadata}
+        for option, values in given_by.items():
             ahead += [option, json.dumps(values)] if values else []
     if own.model is None and own.config is None:
         ahead += ["--model", MODEL]
@@ -105,7 +103,6 @@ def main(context: typer.Context) -> None:
                 raise SystemExit(f"hip-hf lm-eval: {cause}") from None
         if (said := network_error(error)) is not None:
             where = "without a network use a local checkpoint and local tasks (--tasks hip_longctx)"
-            raise SystemExit(
-                f"hip-hf lm-eval: cannot reach the Hugging Face Hub: {said}; {where}"
-            ) from None
+            line = f"cannot reach the Hugging Face Hub: {said}; {where}"
+            raise SystemExit(f"hip-hf lm-eval: {line}") from None
         raise

@@ -6,22 +6,20 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from hip_hf.cli.inputs import cannot_load, user_errors
+from hip_hf.cli.inputs import loading, user_errors
 from hip_hf.cli.presets import sizes
 from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, model_name
 from hip_hf.eval.measure.documents import CHECKPOINT
-from hip_hf.eval.measure.memory import CACHE_KINDS, measure_alone, read_config
+from hip_hf.eval.measure.memory import CACHE_KINDS, in_own_process, read_config
+
+SHAPE = Argument(help="Checkpoint whose shape is taken; its weights are not.")
 
 
 def main(
-    model: Annotated[
-        str, typer.Argument(help="Checkpoint whose shape is taken; its weights are not.")
-    ] = str(CHECKPOINT),
-    lengths: Annotated[
-        str, typer.Option(help="Comma-separated; K stands for 1024.")
-    ] = "8K,32K,128K",
+    model: Annotated[str, SHAPE] = str(CHECKPOINT),
+    lengths: Annotated[str, Option(help="Comma-separated; K stands for 1024.")] = "8K,32K,128K",
     output: Output = None,
     plot: Plot = None,
     report_file: ReportFile = None,
@@ -30,19 +28,16 @@ def main(
     """Memory of a dynamic, a static, a paged and an offloaded cache (pools: an eighth, or what a
     step needs)."""
     if not Path("/proc/self/clear_refs").exists():
-        raise SystemExit(
-            "hip-hf memory reads /proc, which this system does not have (allowed: Linux)"
-        )
+        lacks = "reads /proc, which this system does not have (allowed: Linux)"
+        raise SystemExit(f"hip-hf memory {lacks}")
     with user_errors():
         counts = sizes(lengths)
         targets = Targets(as_json, output, plot, report_file)
         kept = targets.kept("memory", model=model_name(model))
-    try:
+    with loading(repr(model)):
         config = read_config(model)
-    except (OSError, ValueError) as error:
-        raise cannot_load(repr(model), error) from None
     cells = [(kind, length) for length in counts for kind in CACHE_KINDS]
     kept.expect("caches", len(cells))
     with kept:
-        rows = [kept.get(cell, partial(measure_alone, cell[0], config, cell[1])) for cell in cells]
+        rows = [kept.get(cell, partial(in_own_process, cell[0], config, cell[1])) for cell in cells]
     targets.publish("memory", "Memory of caches", rows, {"model": model_name(model)}, kept)

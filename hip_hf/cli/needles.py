@@ -3,51 +3,36 @@
 from __future__ import annotations
 
 from platform import python_version
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from typer import Option
 
-from hip_hf.cli.inputs import Device, Dtype, Sink, Window, load_to_measure, user_errors
-from hip_hf.cli.presets import HELP, over_budgets, sizes
+from hip_hf.cli import inputs
+from hip_hf.cli.presets import Settings, over_budgets, sizes
 from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, measured_on
-from hip_hf.eval.measure.documents import CHECKPOINT, FACT_NAMES, digest
-from hip_hf.eval.measure.needles import CODE, NOVEL, NeedlesPlan, measure, read_documents
+from hip_hf.eval.measure.documents import CHECKPOINT, digest, encode
+from hip_hf.eval.measure.needles import CODE, NOVEL, NeedlesPlan, needles_rows, read_documents
 from hip_hf.eval.reporting import report
+
+LENGTHS = Option(help="Tokens of document, questions and answers, like 4096,8K.")
+_KINDS = f"{NOVEL} (shipped), {CODE} (Python's standard library) or text files"
+DOCUMENTS = Option(help=f"{_KINDS}, like {NOVEL},{CODE}.")
+_DECODE = "Read the documents by dense attention, questions and answers token by token."
 
 
 def main(
-    model: Annotated[
-        str, typer.Argument(help="Hub name or folder; default: the shipped demo checkpoint.")
-    ] = str(CHECKPOINT),
-    lengths: Annotated[
-        str, typer.Option(help="Tokens of document, questions and answers, like 4096,8K.")
-    ] = "4096",
-    settings: Annotated[list[str], typer.Option(help=HELP)] = ["dense", "defaults"],  # noqa: B006
-    budgets: Annotated[
-        str, typer.Option(help="Every setting with each of these budgets, like 256,1024.")
-    ] = "256",
-    sink: Sink = None,
-    window: Window = None,
-    documents: Annotated[
-        str,
-        typer.Option(
-            help=f"{NOVEL} (shipped), {CODE} (Python's standard library) or text files, like {NOVEL},{CODE}."
-        ),
-    ] = NOVEL,
-    prompts: Annotated[int, typer.Option(min=1, help="Documents of each length and kind.")] = 8,
-    facts: Annotated[
-        int,
-        typer.Option(min=1, max=len(FACT_NAMES), help="Pass keys in each document, all asked for."),
-    ] = 8,
-    decode: Annotated[
-        bool,
-        typer.Option(
-            "--decode",
-            help="Read the documents by dense attention, questions and answers token by token.",
-        ),
-    ] = False,
-    device: Device = "cpu",
-    dtype: Dtype = "fp32",
+    model: inputs.Model = str(CHECKPOINT),
+    lengths: Annotated[str, LENGTHS] = "4096",
+    settings: Settings = ["dense", "defaults"],  # noqa: B006
+    budgets: inputs.Budgets = "256",
+    sink: inputs.Sink = None,
+    window: inputs.Window = None,
+    documents: Annotated[str, DOCUMENTS] = NOVEL,
+    prompts: Annotated[int, Option(min=1, help="Documents of each length and kind.")] = 8,
+    facts: Annotated[int, inputs.fact_count("Pass keys in each document, all asked for.")] = 8,
+    decode: Annotated[bool, Option("--decode", help=_DECODE)] = False,
+    device: inputs.Device = "cpu",
+    dtype: inputs.Dtype = "fp32",
     seed: int = 0,
     output: Output = None,
     plot: Plot = None,
@@ -63,38 +48,29 @@ def main(
     Differences and ratios to dense are to dense attention on the same prompts; FLOPs are those of a
     layer that is sparse.
     """
-    with user_errors():
+    with inputs.user_errors():
         counts = sizes(lengths)
         targets = Targets(json, output, plot, report_file)
-        configs = over_budgets(
-            settings, sizes(budgets), tokens=max(counts), checkpoint=model, sink=sink, window=window
+        common: dict[str, Any] = dict(
+            tokens=max(counts), checkpoint=model, sink=sink, window=window
         )
+        configs = over_budgets(settings, sizes(budgets), **common)
         texts = read_documents(documents)
         plan = NeedlesPlan(configs, counts, prompts, facts, seed, decode)
-        names = ", ".join(
-            f"{name} of Python {python_version()}" if name == CODE else name for name in texts
-        )
-        details = measured_on(
-            model, names, dtype, configs, prompts=prompts, facts=facts, seed=seed, decode=decode
-        )
-        request = dict(
-            lengths=counts,
-            device=device,
-            texts={name: digest(text) for name, text in texts.items()},
-        )
-        kept = targets.kept("needles", **details, **request)
-    loaded, tokenizer, _ = load_to_measure(model, device, "", dtype)
-    tokens = {
-        name: tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        for name, text in texts.items()
-    }
+        python = {CODE: f"{CODE} of Python {python_version()}"}
+        names = ", ".join(python.get(name, name) for name in texts)
+        asked = dict(prompts=prompts, facts=facts, seed=seed, decode=decode)
+        details = measured_on(model, names, dtype, configs, **asked)
+        digests = {name: digest(text) for name, text in texts.items()}
+        kept = targets.kept("needles", **details, lengths=counts, device=device, texts=digests)
+    loaded, tokenizer, _ = inputs.load_to_measure(model, device, "", dtype)
+    tokens = {name: encode(tokenizer, text) for name, text in texts.items()}
     for name, ids in tokens.items():
         if prompts * max(counts) > len(ids):
-            report.notes.print(
-                f"{name} has {len(ids):,} tokens: the windows of the {prompts} prompts overlap, with other facts each"
-            )
-
-    with kept, user_errors():
-        rows = measure(loaded, tokenizer, tokens, plan, kept)
-    title = f"Needles: digits right of {facts} pass keys asked for at once, answers with the 95 % interval; {names}"
+            overlap = f"the windows of the {prompts} prompts overlap, with other facts each"
+            report.notes.print(f"{name} has {len(ids):,} tokens: {overlap}")
+    with kept, inputs.user_errors():
+        rows = needles_rows(loaded, tokenizer, tokens, plan, kept)
+    what = f"digits right of {facts} pass keys asked for at once"
+    title = f"Needles: {what}, answers with the 95 % interval; {names}"
     targets.publish("needles", title, rows, details, kept)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
-import typer
+from typer import Option
 
-from hip_hf.cli.inputs import cannot_load
+from hip_hf.cli.inputs import loading, not_allowed
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.mass import SPARSE
 from hip_hf.eval.reporting.report import AT
@@ -34,8 +35,9 @@ def presets() -> dict[str, dict[str, Any]]:
     return found
 
 
-NAMES = " | ".join(presets())
-HELP = f"{NAMES} | {OWN} (the checkpoint's) | all, or a JSON dict of HiPConfig fields; repeat for several rows."
+NAMES = f"{' | '.join(presets())} | {OWN} (the checkpoint's) | all"
+HELP = f"{NAMES}, or a JSON dict of HiPConfig fields; repeat for several rows."
+Settings = Annotated[list[str], Option(help=HELP)]
 
 
 def every() -> list[str]:
@@ -47,17 +49,15 @@ def own_settings(checkpoint: str | None) -> HiPConfig:
     """The settings in a checkpoint's config.
 
     Raises:
-        ValueError: there is no checkpoint, or its settings are invalid. typer.BadParameter: it
-        cannot be loaded.
+        ValueError: there is no checkpoint, or its settings are invalid.
+        typer.BadParameter: it cannot be loaded.
     """
     from transformers import AutoConfig
 
     if checkpoint is None:
         raise ValueError(f"--settings: got {OWN!r}, allowed: the others (there is no model here)")
-    try:
+    with loading(repr(checkpoint)):
         config = AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise cannot_load(repr(checkpoint), error) from None
     return read_settings(config.get_text_config(decoder=True))
 
 
@@ -86,10 +86,8 @@ def settings_of(
             continue
         fields = known.get(name, {"method": name} if name in METHODS else None)
         if fields is None:
-            try:
+            with suppress(json.JSONDecodeError):
                 fields = json.loads(name)
-            except json.JSONDecodeError:
-                fields = None
         if not isinstance(fields, dict):
             raise ValueError(f"--settings: got {name!r}, allowed: {HELP}")
         try:
@@ -104,19 +102,19 @@ def settings_of(
 
 
 def over_budgets(
-    names: Sequence[str], budgets: Sequence[int], **others: Any
+    names: Sequence[str], budgets: Sequence[int], always: bool = False, **others: Any
 ) -> dict[str, HiPConfig]:
-    """`settings_of(names, **others)` with each of the budgets, which the names then tell. What no
-    budget changes is there once.
+    """`settings_of(names, **others)` with each of the budgets, which the names tell where there
+    are several, or `always`. What no budget changes is there once.
 
     Raises:
         ValueError: as `settings_of` does.
     """
-    configs = {}
+    told, configs = always or len(budgets) > 1, {}
     for budget in budgets:
         for name, config in settings_of(names, budget=budget, **others).items():
-            alone = len(budgets) == 1 or config.method == "dense" or name == OWN
-            configs[name if alone else f"{name}{AT}{budget}"] = config
+            own = told and config.method != "dense" and name != OWN
+            configs[f"{name}{AT}{budget}" if own else name] = config
     return configs
 
 
@@ -125,9 +123,8 @@ def refuse_extension(configs: dict[str, HiPConfig]) -> None:
     a model."""
     for config in configs.values():
         if config.extend is not None:
-            raise ValueError(
-                f"--settings extend: got {config.extend!r}, allowed: None (`hip-hf passkey` measures it in a model)"
-            )
+            allowed = "None (`hip-hf passkey` measures it in a model)"
+            raise ValueError(f"--settings extend: got {config.extend!r}, allowed: {allowed}")
 
 
 def sizes(text: str) -> list[int]:
@@ -146,7 +143,5 @@ def parse_choice(text: str, allowed: Sequence[str], option: str) -> list[str]:
     chosen = [part.strip() for part in text.split(",")]
     for name in chosen:
         if name not in allowed:
-            raise typer.BadParameter(
-                f"got {name!r}, allowed: {', '.join(allowed)}", param_hint=option
-            )
+            raise not_allowed(option, name, ", ".join(allowed))
     return chosen

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.documents import CHECKPOINT
@@ -21,23 +21,14 @@ from hip_hf.eval.reporting.resumable import Resumable
 # What results call the checkpoint that comes with the package.
 DEMO = "the demo checkpoint"
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        help="Write the JSON document to this file. If interrupted, the same command goes on from there.",
-    ),
-]
-Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the results into this PNG file.")]
-ReportFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--report", help="Write table and picture to this HTML file, which needs no other."
-    ),
-]
-
-Draw = Callable[[dict[str, Any], Path], None]
+Json = Annotated[bool, Option("--json", help="Print one JSON document instead of tables or text.")]
+_OUTPUT = (
+    "Write the JSON document to this file. If interrupted, the same command goes on from there."
+)
+Output = Annotated[Path | None, Option("--output", help=_OUTPUT)]
+Plot = Annotated[Path | None, Option("--plot", help="Draw the results into this PNG file.")]
+_REPORT = "Write table and picture to this HTML file, which needs no other."
+ReportFile = Annotated[Path | None, Option("--report", help=_REPORT)]
 
 
 def model_name(model: str) -> str:
@@ -51,13 +42,8 @@ def measured_on(
     """What a result says it was measured on and with; `document`: a file or a name; `own`: what
     else its command was given."""
     settings = {name: config.to_dict() for name, config in configs.items()}
-    return {
-        "model": model_name(model),
-        "document": Path(document).name,
-        "dtype": dtype,
-        **own,
-        "configs": settings,
-    }
+    where = {"model": model_name(model), "document": Path(document).name}
+    return {**where, "dtype": dtype, **own, "configs": settings}
 
 
 def check_file(option: str, file: Path | None) -> None:
@@ -101,7 +87,7 @@ class Targets:
         details: dict[str, Any],
         kept: Resumable | None = None,
         tables: Mapping[str, Sequence[dict[str, Any]]] | None = None,
-        draw: Draw | None = None,
+        draw: page.Draw | None = None,
     ) -> dict[str, Any]:
         """Show what a command measured and write its files; the JSON document.
 
@@ -112,8 +98,8 @@ class Targets:
             tables: `{title: rows}`, shown to people instead of all rows.
             draw: makes the picture from the document, for what `PICTURES` has none of.
         """
-        own = {"command": command, "title": title, "rows": list(rows)}
-        document = {**own, **details, "machine": report.machine()}
+        document = {"command": command, "title": title, "rows": list(rows), **details}
+        document |= {"machine": report.machine()}
         draw, text = draw or PICTURES.get(command), json.dumps(document, indent=1)
         if self.output is not None:
             write(self.output, text + "\n")

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from hip_hf.cli.inputs import user_errors
 from hip_hf.cli.publish import check_file, write
 from hip_hf.eval.reporting import page, plots
 from hip_hf.eval.reporting.pictures import PICTURES
+
+PAGE = Path("report.html")
 
 
 def read_result(file: Path) -> dict[str, Any]:
@@ -22,28 +24,21 @@ def read_result(file: Path) -> dict[str, Any]:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"RESULTS: got {str(file)!r} ({error}), allowed: {allowed}") from None
-    if (
-        not isinstance(document, dict)
-        or document.get("command") not in PICTURES
-        or not document.get("rows")
-    ):
+    known = isinstance(document, dict) and document.get("command") in PICTURES
+    if not known or not document.get("rows"):
         raise ValueError(f"RESULTS: got {str(file)!r}, allowed: {allowed}")
     return document
 
 
 def main(
-    results: Annotated[list[Path], typer.Argument(help="Files that --output has written.")],
-    output: Annotated[Path, typer.Option(help="The HTML file, which needs no other.")] = Path(
-        "report.html"
-    ),
-    title: Annotated[str, typer.Option(help="The page's title.")] = "hip-hf report",
+    results: Annotated[list[Path], Argument(help="Files that --output has written.")],
+    output: Annotated[Path, Option(help="The HTML file, which needs no other.")] = PAGE,
+    title: Annotated[str, Option(help="The page's title.")] = "hip-hf report",
 ) -> None:
     """Bundle tables and pictures of saved results in one HTML page."""
     plots.pyplot()
     with user_errors():
         check_file("--output", output)
         documents = [read_result(file) for file in results]
-    write(
-        output,
-        page.render(title, [(document, PICTURES[document["command"]]) for document in documents]),
-    )
+    drawn = [(document, PICTURES[document["command"]]) for document in documents]
+    write(output, page.render(title, drawn))

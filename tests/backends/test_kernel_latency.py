@@ -34,8 +34,8 @@ from hip_hf.cli import latency as latency_command
 from hip_hf.cli.presets import sizes
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import gpu_latency, kernel_costs, latency
-from hip_hf.eval.measure.gpu_latency import Bench, CapturedSteps, DeviceClock, measure
-from hip_hf.eval.measure.kernel_costs import NO_COST, KernelCost
+from hip_hf.eval.measure.gpu_latency import Bench, CapturedSteps, DeviceClock, gpu_latency_rows
+from hip_hf.eval.measure.gpu_shapes import NO_COST, KernelCost, Shape
 from hip_hf.eval.measure.latency import TimingPlan, ours
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.geometry import Span
@@ -67,7 +67,9 @@ def by_phase(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def test_rows_of_every_phase() -> None:
-    rows, refused = measure(plan(), ("prefill", "decode", "backward", "selection"), [LENGTH])
+    rows, refused = gpu_latency_rows(
+        plan(), ("prefill", "decode", "backward", "selection"), [LENGTH]
+    )
     found = by_phase(rows)
     phases = [
         "prefill",
@@ -91,7 +93,7 @@ def test_rows_of_every_phase() -> None:
             assert row["sdpa"] in ("flash", "cudnn")
             assert row["times_faster"] == pytest.approx(row["sdpa_ms"] / row["hip_ms"])
         assert (row["peak_gb"] is None) == (DEVICE == "cpu")
-    shape, config = kernel_costs.Shape(2, 1, 16, 2), kernels()
+    shape, config = Shape(2, 1, 16, 2), kernels()
     cost = kernel_costs.call_total(kernel_costs.prompt_kernels(LENGTH, config, shape))
     assert found["prefill"]["tflops"] == pytest.approx(
         cost.flops / found["prefill"]["hip_ms"] / 1e9
@@ -116,7 +118,7 @@ def test_rows_of_every_phase() -> None:
 def test_decode_of_a_batch_in_graphs_and_launched() -> None:
     """Every row of the batch counts, in tokens and in the model's work."""
     one, three = (
-        by_phase(measure(plan(batch=batch), ("decode", "launched"), [LENGTH])[0])
+        by_phase(gpu_latency_rows(plan(batch=batch), ("decode", "launched"), [LENGTH])[0])
         for batch in (1, 3)
     )
     phases = ["decode amortised", "decode refreshed"]
@@ -131,7 +133,7 @@ def test_decode_of_a_batch_in_graphs_and_launched() -> None:
 
 
 def test_backends_that_are_not_asked_for_are_no_baselines() -> None:
-    (row,), refused = measure(plan(), ("prefill",), [LENGTH], backends=())
+    (row,), refused = gpu_latency_rows(plan(), ("prefill",), [LENGTH], backends=())
     assert (row["sdpa"], row["sdpa_ms"], refused) == ("-", None, [])
 
 
@@ -167,12 +169,12 @@ def test_finished_cells_are_not_measured_again(
 
     monkeypatch.setattr(Bench, "decode", stops)
     with pytest.raises(KeyboardInterrupt):
-        measure(*asked, kept=Resumable(output, {}))
+        gpu_latency_rows(*asked, kept=Resumable(output, {}))
     assert done == [LENGTH, LENGTH + 8]
     done[:] = [0, 0]
     kept = Resumable(output, {})
     measured = next(iter(kept.done.values()))
-    rows, refused = measure(*asked, kept=kept)
+    rows, refused = gpu_latency_rows(*asked, kept=kept)
     assert done == [0, 0, LENGTH + 8]
     assert rows[: len(measured["rows"])] == measured["rows"]
     assert {row["length"] for row in rows} == {LENGTH, LENGTH + 8}
@@ -180,7 +182,7 @@ def test_finished_cells_are_not_measured_again(
 
 
 def test_short_contexts_are_measured_as_what_they_are() -> None:
-    rows, _ = measure(
+    rows, _ = gpu_latency_rows(
         plan(settings={"far": kernels(dense_below=10**6)}),
         ("prefill", "decode", "selection"),
         [LENGTH],
@@ -193,7 +195,7 @@ def test_short_contexts_are_measured_as_what_they_are() -> None:
 
 
 def test_a_method_without_a_model_has_no_figures_from_it() -> None:
-    rows, _ = measure(
+    rows, _ = gpu_latency_rows(
         plan(settings={"local": kernels(method="streaming")}), ("prefill", "decode"), [LENGTH]
     )
     assert {row["phase"] for row in rows} == {"prefill", "decode amortised", "decode refreshed"}
@@ -245,9 +247,9 @@ def test_steps_give_what_decode_gives_each_time_they_run(refresh: int, batch: in
         end = length + step + 1
         want = ours(q[:, :, step : step + 1], k[:, :, :end], v[:, :, :end], config, state)
         assert (want.path, want.reason) == ("sparse", "")
-    steps = CapturedSteps(q, k, v, length, count, config)
+    steps = CapturedSteps((q, k, v), length, count, config)
     others = CapturedSteps(
-        q, k, v, length, count, replace(config, decode_refresh=4), attend=False, state=steps.state
+        (q, k, v), length, count, replace(config, decode_refresh=4), attend=False, state=steps.state
     )
     for between in (lambda: None, others):
         between()
@@ -339,9 +341,7 @@ def test_the_model_counts_the_tiles_that_are_launched(
     block, forward and for dQ. Few rows are split as they would be."""
     q, k = (torch.empty(1, heads, 128, dim, dtype=dtype, device=DEVICE) for heads in (2 * group, 2))
     kv, sequences = KeyValues(k, k), Sequences.of([Span(0, 0, 128, 0, 128, 0)], q.device)
-    shape = kernel_costs.Shape(
-        2 * group, 2, dim, dtype.itemsize, target_of(q), processors(q), sequences=3
-    )
+    shape = Shape(2 * group, 2, dim, dtype.itemsize, target_of(q), processors(q), sequences=3)
     for call in ((100, 1, 1), (1604, 1, 1), (1 << 20, 1, 1), (1 << 20, 64, 64), (1 << 20, 5, 64)):
         assert shape.splits(*call) == splits_for(q, 2, 3, *call)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -396,7 +396,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> Launche
 def test_the_model_has_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every kind of call: the kernels, who shares a search or a row's keys, and how many rows
     are merged."""
-    config, shape = kernels(rescore=2, dense_tail=16), kernel_costs.Shape(4, 2, 16, 4)
+    config, shape = kernels(rescore=2, dense_tail=16), Shape(4, 2, 16, 4)
     options = dict(lsh_num_projs=4, block_size=16, sample_size=16, min_seq_len=64)
     fields = {
         "prefill": {},
@@ -455,7 +455,7 @@ def test_the_model_has_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_model_adds_up() -> None:
     """By hand, for a small prompt: 4 query heads on 2 key heads of 16 numbers in 2 bytes, query
     blocks of 16 rows."""
-    shape = kernel_costs.Shape(4, 2, 16, 2)
+    shape = Shape(4, 2, 16, 2)
     assert shape.row_tiles("prefill", 16, 2) == 1
     config = small(
         dense_tail=0, options={"sample": 256}
@@ -515,16 +515,16 @@ def test_the_search_adds_up() -> None:
     config, search = small(rescore=2), kernel_costs.search
     # a head's votes are 4, of which half walk: 8 and 4 of two heads in one tile of 16 rows, 64 and
     # 32 of 16 heads in two and one
-    assert search(320, config, kernel_costs.Shape(4, 2, 16), 16) == KernelCost(
+    assert search(320, config, Shape(4, 2, 16), 16) == KernelCost(
         2 * (4 * 128 + 8 * 32) * 16, (128 + 32) * 32
     )
-    assert search(320, config, kernel_costs.Shape(32, 2, 16), 16) == KernelCost(
+    assert search(320, config, Shape(32, 2, 16), 16) == KernelCost(
         2 * (32 * 128 + 64 * 32) * 16, (128 + 2 * 32) * 32
     )
     # every row of 4 heads votes, and walks
-    every = search(320, small(rescore=2, query_stride=1), kernel_costs.Shape(8, 2, 16), 16)
+    every = search(320, small(rescore=2, query_stride=1), Shape(8, 2, 16), 16)
     assert every == KernelCost(2 * 64 * (128 + 32) * 16, 2 * (128 + 32) * 32)
-    assert search(320, small(), kernel_costs.Shape(4, 2, 16), 16) == KernelCost(
+    assert search(320, small(), Shape(4, 2, 16), 16) == KernelCost(
         2 * 8 * 128 * 16, 128 * 32
     )  # nothing exactly
 
@@ -532,7 +532,7 @@ def test_the_search_adds_up() -> None:
 def test_a_decode_step_adds_up() -> None:
     """By hand: one row of 4 query heads on 2 key heads of 16 numbers in 4 bytes, whose tiles are 32
     keys."""
-    config, shape = small(rescore=2), kernel_costs.Shape(4, 2, 16, 4)
+    config, shape = small(rescore=2), Shape(4, 2, 16, 4)
     # 21 keys in any case; q, and a number of each head
     need = kernel_costs.step_need
     assert need(320, config, shape) == KernelCost(2 * 4 * 21 * 16, 2 * 21 * 64 + 256 + 4 * 4)

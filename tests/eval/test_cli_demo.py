@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import demo_checkpoint
@@ -17,7 +18,7 @@ from hip_hf.cli import demo, explain, generate, inputs
 from hip_hf.eval.measure import documents, real_model
 from hip_hf.eval.measure.demo import NO_DIGIT, DemoRun, kinds_read, make_facts, position_of, read
 from hip_hf.eval.measure.generate import lengthen
-from hip_hf.eval.measure.needles import make_prompt
+from hip_hf.eval.measure.needles import make_needles
 from hip_hf.eval.reporting import plots
 from hip_hf.problem import AttentionProblem, make_spans
 
@@ -76,19 +77,8 @@ def test_demo_prints_tables(
 ) -> None:
     # in this process: that the measurements come from fresh ones is shown above
     monkeypatch.setattr(demo, "in_own_process", demo.answer)
-    given = (
-        "--checkpoint",
-        checkpoint,
-        "--document",
-        text,
-        "--picture",
-        tmp_path / "demo.png",
-        "--facts",
-        1,
-        "--tokens",
-        300,
-    )
-    result = run(demo, *given, "--set", "method=streaming")
+    given = ("--checkpoint", checkpoint, "--document", text, "--picture", tmp_path / "demo.png")
+    result = run(demo, *given, *split("--facts 1 --tokens 300 --set method=streaming"))
     assert result.exit_code == 0, result.output
     assert "(wrong)" in result.stdout
     assert "sdpa" in result.stdout
@@ -157,19 +147,8 @@ def test_demo_refuses_what_it_cannot_do(
 
 
 def test_demo_beyond_the_models_length_is_hip_alone(checkpoint: str, text: Path) -> None:
-    given = (
-        "--checkpoint",
-        checkpoint,
-        "--document",
-        text,
-        "--tokens",
-        20_480,
-        "--chunk",
-        512,
-        "--facts",
-        2,
-    )
-    result = run(demo, *given, "--set", "dense_layers=0", "--json")
+    given = split("--tokens 20480 --chunk 512 --facts 2 --set dense_layers=0 --json")
+    result = run(demo, "--checkpoint", checkpoint, "--document", text, *given)
     assert result.exit_code == 0, result.output
     assert "longer than the model was made for" in " ".join(result.stderr.split())
     shown = json.loads(result.stdout)
@@ -211,16 +190,8 @@ def prompt(tmp_path: Path, text: Path) -> Path:
 
 @pytest.mark.fast
 def test_generate_says_what_attention_did(checkpoint: str, prompt: Path) -> None:
-    shown = run_json(
-        generate,
-        checkpoint,
-        "--prompt-file",
-        prompt,
-        "--max-new-tokens",
-        5,
-        "--set",
-        "dense_layers=0",
-    )
+    given = split("--max-new-tokens 5 --set dense_layers=0")
+    shown = run_json(generate, checkpoint, "--prompt-file", prompt, *given)
     assert [row["path"] for row in shown["rows"]] == ["sparse", "sparse"]
     assert [row["cache"] for row in shown["decode_rows"]] == ["pages", "pages"]
     assert shown["settings"]["dense_layers"] == 0
@@ -241,17 +212,8 @@ def test_generate_agrees_with_sdpa_where_everything_is_read(checkpoint: str, pro
 
 
 def test_generate_reads_a_prompt_of_any_length_in_chunks(checkpoint: str, prompt: Path) -> None:
-    given = (
-        checkpoint,
-        "--prompt-file",
-        prompt,
-        "--max-new-tokens",
-        4,
-        "--set",
-        "dense_layers=0",
-        "--tokens",
-        2048,
-    )
+    options = split("--max-new-tokens 4 --set dense_layers=0 --tokens 2048")
+    given = (checkpoint, "--prompt-file", prompt, *options)
     whole, parts = run_json(generate, *given), run_json(generate, *given, "--chunk", 256)
     assert whole["timing"]["prompt_tokens"] == parts["timing"]["prompt_tokens"] == 2048
     # the same pages; summaries, an eighth as large, are in tables that may have room to grow
@@ -369,7 +331,7 @@ def test_demo_says_what_the_model_says(checkpoint: str, text: Path) -> None:
     """Against the logits of the whole model; and where it says no digit, there is none."""
     net, tokenizer, _ = inputs.load(checkpoint, "sdpa", {})
     ids = tokenizer.encode(text.read_text(), add_special_tokens=False, verbose=False)
-    prompt = make_prompt(tokenizer, ids, 600, 4, random.Random(0))
+    prompt = make_needles(tokenizer, ids, 600, 4, random.Random(0))
     steps: list[int] = []
     reading = read(net, tokenizer, prompt, lambda: steps.append(1))
     assert len(steps) == 2  # layers

@@ -23,11 +23,7 @@ checkpoint, text = demo_checkpoint.checkpoint, demo_checkpoint.text  # fixtures
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(
-    method: str,
-    checkpoint: str,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    method: str, checkpoint: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches: list[Any] = []
     monkeypatch.setattr(

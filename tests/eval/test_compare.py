@@ -159,7 +159,7 @@ def test_mass_of_hyper_is_that_of_what_it_reads_exactly() -> None:
     q, k, v = make_qkv(203, heads=1, groups=2)
     problem = make_problem(q, k, v)
     configs = [small(method="hyper", options=OPTIONS), small()]
-    measured = mass.measure(problem, configs)
+    measured = mass.measure_mass(problem, configs)
     own = weights(q, k, small(method="hyper", options={**OPTIONS, "sample_size": 0}))
     p = (
         (q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) / 4)
@@ -174,7 +174,7 @@ def test_mass_of_hyper_is_that_of_what_it_reads_exactly() -> None:
     assert_near(measured[0].mass, want, 1e-5, "mass")
     assert measured[0].overlap is None
     assert measured[1].overlap is not None
-    assert torch.equal(measured[1].mass, mass.measure(problem, configs[1:])[0].mass)
+    assert torch.equal(measured[1].mass, mass.measure_mass(problem, configs[1:])[0].mass)
 
 
 def test_hyper_assumptions_by_brute_force() -> None:
@@ -256,7 +256,7 @@ def test_a_method_of_ones_own() -> None:
         assert every()[-1] == "even"
         assert settings_of(["even"])["even"].method == "even"
         config, tensors = small(method="even"), make_qkv(203)
-        (measured,) = mass.measure(make_problem(*tensors), [config])
+        (measured,) = mass.measure_mass(make_problem(*tensors), [config])
         assert measured.cost.selection == 7 * 16 * measured.mass.shape[1]
         got = sparse(*tensors, config)
         assert_near(got.out, eager(*tensors, read_mask(got.mask, config, *tensors[:2]))[0])

@@ -62,7 +62,7 @@ def brute_mass(problem: AttentionProblem, config: HiPConfig, blocks: Any) -> tor
 def test_mass_and_error_by_brute_force(fields: dict[str, Any], tokens: int, rows: int) -> None:
     problem = make_problem(*make_qkv(tokens, rows, dv=8))
     config = small(**fields)
-    (measured,) = mass.measure(problem, [config])
+    (measured,) = mass.measure_mass(problem, [config])
     blocks = mass.searched_blocks(problem, config)
     assert measured.mass.shape == (4, len(blocks))
     assert_near(measured.mass, brute_mass(problem, config, blocks), 1e-6, "mass")
@@ -79,7 +79,7 @@ def test_mass_and_error_by_brute_force(fields: dict[str, Any], tokens: int, rows
 def test_mass_with_softcap_and_sliding_window() -> None:
     problem = make_problem(*make_qkv(300), softcap=2.0, sliding_window=150)
     config = small()
-    (measured,) = mass.measure(problem, [config])
+    (measured,) = mass.measure_mass(problem, [config])
     assert_near(
         measured.mass,
         brute_mass(problem, config, mass.searched_blocks(problem, config)),
@@ -103,7 +103,7 @@ def test_everything_read() -> None:
     assert_near(result.out, attend(problem, DENSE).out, 1e-5)
     assert "covers" in mass.unsearched(problem, [config], None)
     with pytest.raises(ValueError, match="covers"):
-        mass.measure(problem, [config])
+        mass.measure_mass(problem, [config])
     assert "dense" in mass.unsearched(problem, [HiPConfig(method="dense")], None)
 
 
@@ -112,7 +112,7 @@ def test_nothing_beats_the_oracle(shared: bool) -> None:
     q, k, v = make_qkv(400, needles={300: 100, 333: 50, 390: 200})
     problem = make_problem(q, k, v)
     configs = [small(**{**fields, "group_shared": shared}) for fields in VARIANTS]
-    for config, measured in zip(configs, mass.measure(problem, configs), strict=True):
+    for config, measured in zip(configs, mass.measure_mass(problem, configs), strict=True):
         # a shared selection is best for its group, not for each head
         own, best = (
             x.unflatten(0, (2, 2)).mean(1) if shared else x
@@ -130,9 +130,9 @@ def test_nothing_beats_the_oracle(shared: bool) -> None:
 def test_settings_of_different_geometry_are_measured_apart() -> None:
     problem = make_problem(*make_qkv(300))
     configs = [small(), small(block_k=8), small(budget=32), small(sink=16)]
-    together = mass.measure(problem, configs)
+    together = mass.measure_mass(problem, configs)
     for config, measured in zip(configs, together, strict=True):
-        (alone,) = mass.measure(problem, [config])
+        (alone,) = mass.measure_mass(problem, [config])
         assert torch.equal(alone.mass, measured.mass)
         assert torch.equal(alone.oracle, measured.oracle)
 

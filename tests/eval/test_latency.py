@@ -22,7 +22,7 @@ from hip_hf.eval.measure.latency import (
     exponents,
     fit_exponent,
     interleave,
-    measure,
+    latency_rows,
 )
 from hip_hf.methods.hip import TreeSearch
 
@@ -48,7 +48,7 @@ def run(*arguments: str) -> Any:
 
 
 def test_rows_have_every_column_and_positive_times() -> None:
-    rows = measure(plan(dtypes=["fp32", "bf16"]))
+    rows = latency_rows(plan(dtypes=["fp32", "bf16"]))
     assert [(row["phase"], row["dtype"]) for row in rows] == [
         (phase, dtype)
         for phases in [["prefill"], ["decode amortised", "decode refreshed"]]
@@ -66,7 +66,7 @@ def test_rows_have_every_column_and_positive_times() -> None:
 
 
 def test_the_shipped_fallback_is_measured_and_named() -> None:
-    rows = measure(plan(settings={"defaults": HiPConfig(), "small": small()}))
+    rows = latency_rows(plan(settings={"defaults": HiPConfig(), "small": small()}))
     paths = {(row["phase"], row["settings"]): (row["path"], row["reason"]) for row in rows}
     assert paths["prefill", "defaults"] == ("dense", "context of 256 is below dense_below=8192")
     assert paths["decode amortised", "defaults"][0] == "dense"
@@ -74,7 +74,7 @@ def test_the_shipped_fallback_is_measured_and_named() -> None:
 
 
 def test_settings_share_the_dense_runs() -> None:
-    rows = measure(plan(settings={"one": small(), "two": small(beam=1)}))
+    rows = latency_rows(plan(settings={"one": small(), "two": small(beam=1)}))
     by_phase: dict[str, set[float]] = {}
     for row in rows:
         by_phase.setdefault(row["phase"].split()[0], set()).add(row["sdpa_ms"])
@@ -134,7 +134,7 @@ def test_decode_of_stages_runs_over_the_longest_interval() -> None:
     assert latency.refresh_period(small(decode_refresh=3)) == 3
     phases = [
         (row["phase"], row["path"])
-        for row in measure(plan(prefill=[], settings={"staged": config}))
+        for row in latency_rows(plan(prefill=[], settings={"staged": config}))
     ]
     assert phases == [(latency.AMORTISED, "sparse"), (latency.REFRESHED, "sparse")]
 

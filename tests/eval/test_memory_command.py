@@ -70,7 +70,7 @@ def test_an_offloaded_cache_has_its_pools_and_summaries_on_the_device() -> None:
         4,
     )  # an eighth of 128 pages, and as many blocks as a step selects
     found = (
-        memory.measure("hip offloaded", memory.read_config(str(CHECKPOINT)), 8192)["device_MiB"]
+        memory.cache_row("hip offloaded", memory.read_config(str(CHECKPOINT)), 8192)["device_MiB"]
         * 2**20
     )
     pools = 3 * layers * heads * pages * 64 * dim * 4  # keys, values, searched keys; fp32

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
+from shlex import split
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,22 +34,25 @@ from hip_hf.eval.measure.losses import StepLosses
 from hip_hf.eval.measure.needles import NeedlesAnswer, NeedlesCounts, NeedlesPlan, NeedlesPrompt
 from hip_hf.eval.reporting.resumable import Resumable
 
-TINY = dict(
-    vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-)  # fmt: skip
+TINY: dict[str, Any] = dict(vocab_size=257, hidden_size=32, intermediate_size=32, head_dim=16)
+TINY |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+TINY |= dict(max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+DENSE = HiPConfig(method="dense")
+
+
+def make_prompt(seed: int, length: int = 600, facts: int = 4) -> NeedlesPrompt:
+    """A prompt about `TEXT` for the byte tokenizer."""
+    tokenizer, rng = byte_tokenizer(), random.Random(seed)
+    text = tokenizer.encode(TEXT, verbose=False)
+    return needles.make_needles(tokenizer, text, length, facts, rng)
 
 
 @pytest.mark.parametrize(("length", "facts"), [(400, 1), (2000, 8), (2345, 5)])
 def test_a_prompt_has_every_fact_once_and_asks_for_all(length: int, facts: int) -> None:
-    tokenizer = byte_tokenizer()
-    text = tokenizer.encode(TEXT, verbose=False)
-    prompt = needles.make_prompt(tokenizer, text, length, facts, random.Random(3))
+    tokenizer, prompt = byte_tokenizer(), make_prompt(3, length, facts)
     assert len(prompt.ids) == length
-    document, end = (
-        tokenizer.decode(part)
-        for part in (prompt.ids[: prompt.document], prompt.ids[prompt.document :])
-    )
+    document = tokenizer.decode(prompt.ids[: prompt.document])
+    end = tokenizer.decode(prompt.ids[prompt.document :])
     asked = [answer.fact for answer in prompt.answers]
     assert end == "".join(f"{question(fact.name)} {fact.key}." for fact in asked)
     assert len({fact.name for fact in asked}) == facts
@@ -58,33 +62,27 @@ def test_a_prompt_has_every_fact_once_and_asks_for_all(length: int, facts: int) 
     for fact in asked:
         plain = plain.replace(note(fact.name, fact.key), "")
     assert plain == TEXT[: len(plain)]
-    assert document.index("\nThe pass key") >= math.floor(
-        needles.FREE * len(plain)
-    )  # a byte is a token
+    # a byte is a token
+    assert document.index("\nThe pass key") >= math.floor(needles.FREE * len(plain))
     # one in each equal part
     parts = sorted((fact.depth - needles.FREE) / (1 - needles.FREE) for fact in asked)
     assert [math.floor(part * facts) for part in parts] == list(range(facts))
 
 
 def test_answers_stand_where_the_prompt_says() -> None:
-    tokenizer = byte_tokenizer()
-    prompt = needles.make_prompt(
-        tokenizer, tokenizer.encode(TEXT, verbose=False), 2000, 8, random.Random(1)
-    )
+    tokenizer, prompt = byte_tokenizer(), make_prompt(1, 2000, 8)
     for answer in prompt.answers:
         assert tokenizer.decode([prompt.ids[at] for at in answer.positions]) == answer.fact.key
         assert answer.digits == (1,) * DIGITS
 
 
 def test_questions_come_in_another_order_and_can_be_repeated() -> None:
-    tokenizer = byte_tokenizer()
-    text = tokenizer.encode(TEXT, verbose=False)
-    draw = lambda seed: needles.make_prompt(tokenizer, text, 2000, 8, random.Random(seed))  # noqa: E731
-    depths = [answer.fact.depth for answer in draw(1).answers]
+    first, again, other = (make_prompt(seed, 2000, 8) for seed in (1, 1, 2))
+    depths = [answer.fact.depth for answer in first.answers]
     assert depths != sorted(depths)
-    assert draw(1) == draw(1) != draw(2)
+    assert first == again != other
     with pytest.raises(ValueError, match="length"):
-        needles.make_prompt(tokenizer, text, 200, 8, random.Random(0))
+        make_prompt(0, 200, 8)
 
 
 def test_windows_are_disjoint_where_the_text_is_long_enough() -> None:
@@ -125,7 +123,7 @@ def test_digits_are_counted_right() -> None:
     ]
     said = [0, 3, 4, 0, 6, 0, 0, 0]  # after each token: right for positions 2, 3 and 5, wrong for 6
     logits = torch.nn.functional.one_hot(torch.tensor(said), 10).float()
-    cell = needles.ask(Knowing(logits), NeedlesPrompt(ids, 2, answers), HiPConfig(method="dense"))
+    cell = needles.read_needles(Knowing(logits), NeedlesPrompt(ids, 2, answers), DENSE)
     assert (cell.prompts, cell.answers, cell.exact, cell.digits, cell.right) == (1, 2, 1, 6, 3)
     right, wrong = (-math.log(math.exp(good) / (math.e + 9)) for good in (1, 0))
     assert cell.nll == pytest.approx(3 * right + wrong)
@@ -142,7 +140,7 @@ def test_logits_and_losses_are_those_of_the_shipped_checkpoint() -> None:
     hand."""
     model, tokenizer = load(CHECKPOINT, "sdpa")
     text = tokenizer.encode(DOCUMENT.read_text(), add_special_tokens=False, verbose=False)
-    prompt = needles.make_prompt(tokenizer, text, 3 * losses.LOGITS_ROWS - 7, 6, random.Random(0))
+    prompt = needles.make_needles(tokenizer, text, 3 * losses.LOGITS_ROWS - 7, 6, random.Random(0))
     with torch.no_grad():
         logits = model(torch.tensor([prompt.ids])).logits[0]
         loss, right = losses.losses_of(model, prompt.ids)
@@ -151,25 +149,18 @@ def test_logits_and_losses_are_those_of_the_shipped_checkpoint() -> None:
     )
     torch.testing.assert_close(loss.float(), want, atol=1e-4, rtol=1e-4)
     assert right.tolist() == (logits[:-1].argmax(1) == torch.tensor(prompt.ids[1:])).tolist()
-    cell = needles.ask(model, prompt, HiPConfig(method="dense"))
-    said = [
-        tokenizer.decode([logits[at - 1].argmax() for at in answer.positions])
-        for answer in prompt.answers
-    ]
+    cell = needles.read_needles(model, prompt, DENSE)
+    likely, places = logits.argmax(1), [answer.positions for answer in prompt.answers]
+    said = [tokenizer.decode([likely[at - 1] for at in own]) for own in places]
     keys = [answer.fact.key for answer in prompt.answers]
-    assert cell.exact == sum(a == b for a, b in zip(said, keys, strict=True))
-    assert cell.right == sum(
-        a == b
-        for answer, key in zip(said, keys, strict=True)
-        for a, b in zip(answer, key, strict=True)
-    )
+    assert cell.exact == sum(map(str.__eq__, said, keys))
+    assert list(map(len, said)) == list(map(len, keys))
+    assert cell.right == sum(map(str.__eq__, "".join(said), "".join(keys)))
     assert cell.right >= 20  # of 30: it was trained for this
-    direct = torch.nn.functional.cross_entropy(
-        logits[: prompt.document - 1], torch.tensor(prompt.ids[1 : prompt.document])
-    )
-    assert cell.row("dense", len(prompt.ids), "novel")["perplexity"] == pytest.approx(
-        math.exp(direct), rel=1e-4
-    )
+    targets = torch.tensor(prompt.ids[1 : prompt.document])
+    direct = torch.nn.functional.cross_entropy(logits[: prompt.document - 1], targets)
+    row = cell.row("dense", len(prompt.ids), "novel")
+    assert row["perplexity"] == pytest.approx(math.exp(direct), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -210,17 +201,8 @@ def test_command(tmp_path: Path, threads: Any) -> None:
     threads(1)  # such small tensors only wait for each other
     model, text = save_checkpoint(tmp_path)
     sizes = {name: value for name, value in SMALL.items() if name != "budget"}
-    arguments = [
-        model,
-        "--documents",
-        f"{text},code",
-        "--lengths",
-        "512,600",
-        "--prompts",
-        "2",
-        "--facts",
-        "3",
-    ]
+    arguments = [model, "--documents", f"{text},code"]
+    arguments += split("--lengths 512,600 --prompts 2 --facts 3")
     for fields in ("dense", json.dumps(sizes), json.dumps({**sizes, "dense_layers": 1})):
         arguments += ["--settings", fields]
     pytest.importorskip("matplotlib")
@@ -231,25 +213,17 @@ def test_command(tmp_path: Path, threads: Any) -> None:
     assert json.loads(saved.read_text())["rows"] == rows
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert page.stat().st_size > 1000
-    assert (
-        len(rows) == 2 * 2 * 5
-    )  # lengths, documents, settings: dense once, the others with two budgets
+    # lengths, documents, settings: dense once, the others with two budgets
+    assert len(rows) == 2 * 2 * 5
     assert "text.txt, code of Python" in printed["document"]
     assert [row["answers"] for row in rows] == [6] * len(rows)
-    by_settings = {
-        row["settings"]: row
-        for row in rows
-        if (row["length"], row["document"]) == (600, "text.txt")
-    }
+    own = [row for row in rows if (row["length"], row["document"]) == (600, "text.txt")]
+    by_settings = {row["settings"]: row for row in own}
     dense = by_settings["dense"]
     small, large = (by_settings[f"{json.dumps(sizes)} @ {budget}"] for budget in (32, 64))
     mixed = by_settings[f"{json.dumps({**sizes, 'dense_layers': 1})} @ 32"]
-    assert (
-        dense["path"],
-        dense["read"],
-        dense["perplexity_over_dense"],
-        dense["digits_minus_dense"],
-    ) == ("sdpa", 1, 1, 0)
+    names = ("path", "read", "perplexity_over_dense", "digits_minus_dense")
+    assert [dense[name] for name in names] == ["sdpa", 1, 1, 0]
     assert small["path"] == large["path"] == "sparse"
     assert 0 < small["read"] < large["read"] < mixed["read"] < 0.8
     assert mixed["path"] == "1 dense (dense layer), 1 sparse"
@@ -259,44 +233,25 @@ def test_command(tmp_path: Path, threads: Any) -> None:
         assert row["perplexity_over_dense"] == row["perplexity"] / dense["perplexity"] != 1
     assert (dense["selection_over_attention"], dense["flops_over_dense"]) == (None, None)
     assert small["selection_over_attention"] > large["selection_over_attention"] > 0
-    assert (
-        small["read"]
-        < small["flops_over_dense"]
-        < small["read"] * (1 + 2 * small["selection_over_attention"])
-    )
+    most = small["read"] * (1 + 2 * small["selection_over_attention"])
+    assert small["read"] < small["flops_over_dense"] < most
     assert printed["configs"][f"{json.dumps(sizes)} @ 32"]["dense_tail"] == 0
 
 
 def test_without_dense_there_is_nothing_to_compare_with(tmp_path: Path, threads: Any) -> None:
     threads(1)
     model, text = save_checkpoint(tmp_path)
-    given = [
-        "--documents",
-        text,
-        "--lengths",
-        "400",
-        "--prompts",
-        "1",
-        "--facts",
-        "1",
-        "--settings",
-        json.dumps(SMALL),
-    ]
-    (row,) = run(needles_command.main, model, *given)["rows"]
-    assert (
-        row["digits_minus_dense"] is row["nll_minus_dense"] is row["perplexity_over_dense"] is None
-    )
+    given = split("--lengths 400 --prompts 1 --facts 1 --settings")
+    printed = run(needles_command.main, model, "--documents", text, *given, json.dumps(SMALL))
+    (row,) = printed["rows"]
+    for name in ("digits_minus_dense", "nll_minus_dense", "perplexity_over_dense"):
+        assert row[name] is None
 
 
 def test_everything_read_counts_as_dense(tmp_path: Path) -> None:
-    model, tokenizer = load(save_checkpoint(tmp_path)[0], "sdpa")
-    prompt = needles.make_prompt(
-        tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(0)
-    )
-    dense, hip = (
-        needles.ask(model, prompt, config)
-        for config in settings_of(["dense", '{"budget": 1024, "window": 16, "sink": 8}']).values()
-    )
+    model, _ = load(save_checkpoint(tmp_path)[0], "sdpa")
+    configs = settings_of(["dense", '{"budget": 1024, "window": 16, "sink": 8}']).values()
+    dense, hip = (needles.read_needles(model, make_prompt(0), config) for config in configs)
     assert hip.paths == ["sparse"]
     assert (hip.right, hip.exact) == (dense.right, dense.exact)
     assert hip.nll == pytest.approx(dense.nll, rel=1e-5)
@@ -306,24 +261,16 @@ def test_everything_read_counts_as_dense(tmp_path: Path) -> None:
 def test_decode_steps_that_read_everything_say_what_one_pass_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = load(save_checkpoint(tmp_path)[0], "sdpa")
-    prompts = [
-        needles.make_prompt(
-            tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(i)
-        )
-        for i in (0, 1)
-    ]
-    configs = settings_of(
-        [json.dumps(dict(budget=budget, window=16, sink=8)) for budget in (1024, 32)]
-    ).values()
-    read, steps = [], StepLosses(model)
-    own = StepLosses._ahead
-    monkeypatch.setattr(
-        StepLosses, "_ahead", lambda self, ids: read.append(len(ids)) or own(self, ids)
-    )
+    model, _ = load(save_checkpoint(tmp_path)[0], "sdpa")
+    prompts = [make_prompt(0), make_prompt(1)]
+    fields = [json.dumps(dict(budget=budget, window=16, sink=8)) for budget in (1024, 32)]
+    configs = settings_of(fields).values()
+    read, steps, own = [], StepLosses(model), StepLosses._ahead
+    noted = lambda self, ids: read.append(len(ids)) or own(self, ids)  # noqa: E731
+    monkeypatch.setattr(StepLosses, "_ahead", noted)
     for prompt in prompts:
-        wide, narrow = (needles.ask(model, prompt, config, steps) for config in configs)
-        dense = needles.ask(model, prompt, HiPConfig(method="dense"))
+        wide, narrow = (needles.read_needles(model, prompt, config, steps) for config in configs)
+        dense = needles.read_needles(model, prompt, DENSE)
         assert wide.paths == narrow.paths == ["sparse"]
         assert narrow.read[0] < 0.3 < wide.read[0] == 1
         assert (wide.right, wide.exact) == (dense.right, dense.exact)
@@ -331,36 +278,21 @@ def test_decode_steps_that_read_everything_say_what_one_pass_says(
         assert narrow.nll != pytest.approx(dense.nll, rel=1e-4)
         for cell in (wide, narrow):  # the document is read densely
             assert cell.document_nll == pytest.approx(dense.document_nll, rel=1e-5)
-    answers = [600 - prompt.document for prompt in prompts]
-    documents = [prompt.document for prompt in prompts]
-    assert read == [
-        documents[0],
-        *[1] * 2 * answers[0],
-        documents[1],
-        *[1] * 2 * answers[1],
-    ]  # once for both settings
+    first, second = (prompt.document for prompt in prompts)  # once for both settings
+    assert read == [first, *[1] * 2 * (600 - first), second, *[1] * 2 * (600 - second)]
 
 
 def test_documents_are_read_densely_whatever_the_settings(tmp_path: Path) -> None:
-    model, tokenizer = load(save_checkpoint(tmp_path)[0], "sdpa")
-    prompt = needles.make_prompt(
-        tokenizer, tokenizer.encode(TEXT, verbose=False), 600, 4, random.Random(0)
-    )
-    staged = {
-        "method": "staged",
-        "budget": 32,
-        "decode_refresh": [4, 2],
-        "options": {"stages": [[64, 64, 2], [16, 32, 1]]},
-    }
-    some = {"budget": 32, "layers": {"1": {"method": "streaming"}}}
-    configs = settings_of(
-        [json.dumps(dict(fields, window=16, sink=8)) for fields in (staged, some)]
-    ).values()
-    dense = needles.ask(model, prompt, HiPConfig(method="dense"))
+    model, _ = load(save_checkpoint(tmp_path)[0], "sdpa")
+    prompt, common = make_prompt(0), dict(budget=32, window=16, sink=8)
+    staged = {"method": "staged", "decode_refresh": [4, 2]}
+    staged["options"] = {"stages": [[64, 64, 2], [16, 32, 1]]}
+    some = {"layers": {"1": {"method": "streaming"}}}
+    configs = settings_of([json.dumps(fields | common) for fields in (staged, some)]).values()
+    dense = needles.read_needles(model, prompt, DENSE)
     for config in configs:  # each the first to be asked about a document
-        assert needles.ask(model, prompt, config, StepLosses(model)).document_nll == pytest.approx(
-            dense.document_nll, rel=1e-5
-        )
+        cell = needles.read_needles(model, prompt, config, StepLosses(model))
+        assert cell.document_nll == pytest.approx(dense.document_nll, rel=1e-5)
 
 
 def test_a_cache_that_cannot_go_back_reads_the_document_again() -> None:
@@ -378,20 +310,8 @@ def test_a_cache_that_cannot_go_back_reads_the_document_again() -> None:
 def test_command_by_decode_steps(tmp_path: Path, threads: Any) -> None:
     threads(1)
     model, text = save_checkpoint(tmp_path)
-    given = [
-        "--documents",
-        text,
-        "--lengths",
-        "400",
-        "--prompts",
-        "1",
-        "--facts",
-        "2",
-        "--settings",
-        "dense",
-        "--decode",
-    ]
-    printed = run(needles_command.main, model, *given, "--settings", json.dumps(SMALL))
+    given = split("--lengths 400 --prompts 1 --facts 2 --settings dense --decode --settings")
+    printed = run(needles_command.main, model, "--documents", text, *given, json.dumps(SMALL))
     assert printed["decode"] is True
     dense, sparse = printed["rows"]
     assert (dense["path"], sparse["path"]) == ("dense (method is dense)", "sparse")
@@ -405,22 +325,19 @@ def test_all_settings_are_measured_on_a_prompt_before_the_next(
 ) -> None:
     seen: list[tuple[int, str]] = []
 
-    def ask(
+    def read_needles(
         model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None
     ) -> NeedlesCounts:
         assert steps is None
         seen.append((prompt.ids[0], config.method))
         return NeedlesCounts(1, 1, 1, 5, 5, 1.0, 10, 1.0, [1.0], ["sdpa"])
 
-    monkeypatch.setattr(needles, "ask", ask)
+    monkeypatch.setattr(needles, "read_needles", read_needles)
     monkeypatch.setattr(needles, "check_logits", lambda *args: None)
-    monkeypatch.setattr(
-        NeedlesPlan,
-        "prompt",
-        lambda self, tokenizer, text, length, number: NeedlesPrompt([number], 1, []),
-    )
+    made = lambda self, tokenizer, text, length, number: NeedlesPrompt([number], 1, [])  # noqa: E731
+    monkeypatch.setattr(NeedlesPlan, "prompt", made)
     plan = NeedlesPlan(settings_of(["dense", "defaults"]), [100], prompts=2, facts=1)
-    needles.measure(None, None, {"text": []}, plan, Resumable(None, {}))
+    needles.needles_rows(None, None, {"text": []}, plan, Resumable(None, {}))
     assert seen == [(0, "dense"), (0, "hip"), (1, "dense"), (1, "hip")]
 
 
@@ -439,18 +356,16 @@ def test_all_settings_are_measured_on_a_prompt_before_the_next(
 def test_refusals_before_the_model_loads(
     arguments: list[str], what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        needles_command, "load_to_measure", lambda *args: pytest.fail("the model was loaded")
-    )
+    fails = lambda *args: pytest.fail("the model was loaded")  # noqa: E731
+    monkeypatch.setattr(needles_command.inputs, "load_to_measure", fails)
     assert what in refused(needles_command.main, *arguments)
 
 
 def test_lengths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     given = [model, "--documents", text, "--settings", json.dumps(SMALL)]
-    assert "length: got 100000, allowed: at most the" in refused(
-        needles_command.main, *given, "--lengths", "100000"
-    )
+    said = refused(needles_command.main, *given, "--lengths", "100000")
+    assert "length: got 100000, allowed: at most the" in said
     assert "notes and question" in refused(needles_command.main, *given, "--lengths", "300")
 
 
@@ -458,9 +373,8 @@ def test_code_is_the_standard_librarys() -> None:
     source = needles.standard_library()
     assert source == needles.standard_library()
     assert len(source) > 2**21
-    assert source.index("Abstract Base Classes (ABCs) according to PEP 3119") < source.index(
-        "Random variable generators."
-    )
+    first = source.index("Abstract Base Classes (ABCs) according to PEP 3119")
+    assert first < source.index("Random variable generators.")
     assert "\nbuild_time_vars = " not in source  # of one machine
 
 
@@ -476,18 +390,8 @@ def test_windows_that_overlap_are_told(tmp_path: Path, threads: Any) -> None:
     model, text = save_checkpoint(tmp_path)
     app = typer.Typer()
     app.command()(needles_command.main)
-    given = [
-        model,
-        "--documents",
-        text,
-        "--facts",
-        "1",
-        "--settings",
-        "dense",
-        "--lengths",
-        "1200",
-        "--prompts",
-    ]
+    given = [model, "--documents", text]
+    given += split("--facts 1 --settings dense --lengths 1200 --prompts")
     for prompts, told in (("2", False), ("3", True)):
         result = CliRunner().invoke(app, [*given, prompts])
         assert result.exit_code == 0, result.output

@@ -106,7 +106,7 @@ def test_answers_are_counted() -> None:
             [ids, torch.tensor([answer + [0] * (width - len(answer)) for answer in answers])], dim=1
         )
 
-    cell = passkey.ask(
+    cell = passkey.answer_samples(
         SimpleNamespace(device="cpu", generate=generate), tokenizer, samples, sparse=False
     )
     assert (cell.samples, cell.exact, cell.digits) == (4, 2, 5 + 4 + 0 + 5)
@@ -225,7 +225,7 @@ def test_the_shipped_checkpoint_answers() -> None:
         for depth in (0.2, 0.5, 0.8)
     ]
     for config in settings_of(["dense", "defaults"], budget=128, window=64).values():
-        cell = passkey.ask(model, tokenizer, prompts, passkey.use(model, config))
+        cell = passkey.answer_samples(model, tokenizer, prompts, passkey.use(model, config))
         assert cell.exact >= 2, config.method
         if config.method == "hip":
             assert {row.path for row in cell.prefill + cell.decode} == {"sparse"}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import matplotlib.figure
@@ -25,23 +26,18 @@ SETTINGS = ["--settings", "dense", "--settings", json.dumps(SMALL)]
 BLOCKS = json.dumps({name: value for name, value in SMALL.items() if name.startswith("block")})
 # Small runs of the commands that measure; of `memory`, which starts processes, a document made by
 # hand.
+ONE = split("--tokens 512 --facts 1 --prompts 1")
+COMPARED = split("--depths 1 --samples 1 --budgets 32,64 --sink 8 --window 16")
+COMPARED += [*SETTINGS[:2], "--settings", BLOCKS, "--settings", "streaming"]
+TIMED = split("--heads 2 --kv-heads 1 --head-dim 16 --repeats 1 --dtypes fp32 --lengths 256,512")
 RUNS: dict[str, tuple[Any, list[str], bool]] = {
     "passkey": (passkey, ["--lengths", "256", "--depths", "2", "--samples", "1", *SETTINGS], True),
     "needles": (needles, ["--lengths", "400", "--prompts", "1", "--facts", "2", *SETTINGS], True),
     "perplexity": (perplexity, ["--tokens", "512", *SETTINGS], True),
-    "fidelity": (fidelity, ["--tokens", "512", "--facts", "1", "--prompts", "1", *SETTINGS[2:]], True),
-    "compare": (
-        compare,
-        ["--tokens", "512", "--facts", "1", "--prompts", "1", "--depths", "1", "--samples", "1", "--budgets", "32,64",
-         "--sink", "8", "--window", "16", *SETTINGS[:2], "--settings", BLOCKS, "--settings", "streaming"],
-        True,
-    ),
-    "latency": (
-        latency,
-        ["--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--repeats", "1", "--dtypes", "fp32", "--lengths", "256,512"],
-        False,
-    ),
-}  # fmt: skip
+    "fidelity": (fidelity, [*ONE, *SETTINGS[2:]], True),
+    "compare": (compare, [*ONE, *COMPARED], True),
+    "latency": (latency, TIMED, False),
+}
 MEMORY = {
     "command": "memory",
     "title": "Memory of caches",
@@ -61,18 +57,18 @@ MEMORY = {
     "machine": {"cpu": "x", "gpu": None},
 }
 # And of the benchmark of all tasks, which takes hours.
+READ = {"samples": 10, "read_prefill": 0.2, "read_decode": 0.1}
 LONGCTX = {
     "command": "longctx",
     "title": "hip_longctx, 4,096 tokens",
     "rows": [
-        {"task": task, "settings": name, "value": value, "low": value / 2, "high": 2 * value, "samples": 10,
-         "read_prefill": 0.2, "read_decode": 0.1}
-        for task, value in (("hip_passkey", 0.5), ("hip_copying", 0.1), ("hip_perplexity", 40.0))
+        {"task": task, "settings": name, "value": v, "low": v / 2, "high": 2 * v, **READ}
+        for task, v in (("hip_passkey", 0.5), ("hip_copying", 0.1), ("hip_perplexity", 40.0))
         for name in ("dense", "defaults")
     ],
     "model": "the demo checkpoint",
     "machine": {"cpu": "x", "gpu": None},
-}  # fmt: skip
+}
 # And of a served model under load.
 SERVING = {
     "command": "serving",

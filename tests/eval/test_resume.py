@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import pytest
@@ -68,10 +69,8 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
 def test_a_file_that_is_none_of_finished_cells_is_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / f"out.json{SUFFIX}"
     file.write_bytes(content)
-    with pytest.raises(
-        ValueError,
-        match=r"--output: got 'out.json.partial', which is no file of finished measurements, allowed: .* remove",
-    ):
+    said = r"got 'out.json.partial', which is no file of finished measurements, allowed: .* remove"
+    with pytest.raises(ValueError, match=rf"--output: {said}"):
         Resumable(tmp_path / "out.json", {})
     assert file.read_bytes() == content
 
@@ -90,12 +89,12 @@ def test_without_an_output_nothing_is_written(
 COMMANDS: dict[str, tuple[Any, tuple[Any, str], list[str]]] = {
     "passkey": (
         passkey,
-        (measure.passkey, "ask"),
+        (measure.passkey, "answer_samples"),
         ["--lengths", "200,256", "--depths", "2", "--samples", "2", "--settings", "dense"],
     ),
     "needles": (
         needles,
-        (measure.needles, "ask"),
+        (measure.needles, "read_needles"),
         ["--lengths", "400", "--prompts", "2", "--facts", "2", "--settings", "dense"],
     ),
     "perplexity": (
@@ -110,21 +109,8 @@ COMMANDS: dict[str, tuple[Any, tuple[Any, str], list[str]]] = {
     ),
     "compare": (
         compare,
-        (measure.passkey, "ask"),
-        [
-            "--tokens",
-            "512",
-            "--prompts",
-            "1",
-            "--facts",
-            "1",
-            "--depths",
-            "2",
-            "--samples",
-            "1",
-            "--settings",
-            "dense",
-        ],
+        (measure.passkey, "answer_samples"),
+        split("--tokens 512 --prompts 1 --facts 1 --depths 2 --samples 1 --settings dense"),
     ),
 }
 
@@ -201,7 +187,7 @@ def test_latency_keeps_finished_lengths(tmp_path: Path, monkeypatch: pytest.Monk
         "prefill",
     ]
     output = tmp_path / "latency.json"
-    real, lengths = measured.measure_prefill, []
+    real, lengths = measured.prefill_rows, []
 
     def measure(plan: Any, dtype: str, length: int) -> Any:
         if length == 512 and lengths == [256]:
@@ -209,7 +195,7 @@ def test_latency_keeps_finished_lengths(tmp_path: Path, monkeypatch: pytest.Monk
         lengths.append(length)
         return real(plan, dtype, length)
 
-    monkeypatch.setattr(measured, "measure_prefill", measure)
+    monkeypatch.setattr(measured, "prefill_rows", measure)
     given = [*shape, "--lengths", "256,512", "--output", str(output)]
     assert invoke(latency, given).exit_code != 0
     first = json.loads((tmp_path / f"latency.json{SUFFIX}").read_text().splitlines()[1])[1]

@@ -153,7 +153,7 @@ def test_comparisons(spread: str, bare: str) -> None:
 
 def test_costs(spread: str, bare: str) -> None:
     problem = make_problem(*make_qkv(203))
-    (measured,) = mass.measure(problem, [small(method=spread)])
+    (measured,) = mass.measure_mass(problem, [small(method=spread)])
     assert measured.cost.selection == 7 * 16 * measured.mass.shape[1]
     known = prompt_cost(HiPConfig(method=spread, budget=32), 1000)
     assert known is not None
@@ -162,7 +162,7 @@ def test_costs(spread: str, bare: str) -> None:
     with pytest.raises(
         ValueError, match=r"got 'bare', allowed: one whose selector has a `cost\(block, dim\)`"
     ):
-        mass.measure(problem, [small(method=bare)])
+        mass.measure_mass(problem, [small(method=bare)])
 
 
 def test_documentation(spread: str, bare: str) -> None:

@@ -22,7 +22,7 @@ from repository import ROOT
 
 from hip_hf.backends.triton.compile.catalogue import launches_of
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.kernel_costs import NO_COST, KernelCost, Shape
+from hip_hf.eval.measure.gpu_shapes import NO_COST, KernelCost, Shape
 from hip_hf.eval.reporting.resumable import Resumable
 from hip_hf.methods import hyper
 

@@ -19,9 +19,8 @@ from hip_hf.problem import AttentionProblem, make_spans
 CAPTURE = "hip_capture"
 DENSE = HiPConfig(method="dense")
 
-_problems: ContextVar[list[tuple[int, AttentionProblem]] | None] = ContextVar(
-    "captured problems", default=None
-)
+Problems = list[tuple[int, AttentionProblem]]
+_problems: ContextVar[Problems | None] = ContextVar("captured problems", default=None)
 
 
 def _capture_attention(
@@ -39,16 +38,14 @@ def _capture_attention(
     """An attention function for Transformers: dense attention that remembers what it was given."""
     problems = _problems.get()
     assert problems is not None, f"{CAPTURE} is only for `capture`"
+    spans: tuple[Any, ...] | None = None
     if attention_mask is None:
-        spans: tuple[Any, ...] | None = make_spans(query, key)
-    else:
-        spans = (
-            mask_spans(attention_mask, query.shape[2]) if holds_positions(attention_mask) else None
-        )
+        spans = make_spans(query, key)
+    elif holds_positions(attention_mask):
+        spans = mask_spans(attention_mask, query.shape[2])
     if spans is None or not getattr(module, "is_causal", True):
-        raise ValueError(
-            f"model: {type(module).__name__} attends by a mask that is not causal, allowed: causal attention"
-        )
+        got = f"{type(module).__name__} attends by a mask that is not causal"
+        raise ValueError(f"model: {got}, allowed: causal attention")
     if attention_mask is not None:
         sliding_window = mask_window(attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -71,19 +68,16 @@ def capture(
     AttentionMaskInterface.register(CAPTURE, hip_mask)
     config = text_config(model)
     before = config._attn_implementation
-    problems: list[tuple[int, AttentionProblem]] = []
+    problems: Problems = []
     token = _problems.set(problems)
     config._attn_implementation = CAPTURE
     try:
-        # the base model computes no logits
-        getattr(model, model.base_model_prefix, model)(
-            input_ids, attention_mask=attention_mask, use_cache=False
-        )
+        decoder = getattr(model, model.base_model_prefix, model)  # which computes no logits
+        decoder(input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         config._attn_implementation = before
         _problems.reset(token)
     if not problems:
-        raise ValueError(
-            f"model: {type(model).__name__} does not attend through Transformers' AttentionInterface"
-        )
+        passes_by = "does not attend through Transformers' AttentionInterface"
+        raise ValueError(f"model: {type(model).__name__} {passes_by}")
     return [problem for _, problem in sorted(problems, key=lambda item: item[0])]

@@ -23,9 +23,8 @@ from hip_hf.integration.settings import read_settings, text_config
 
 # For models without a chat template: a line for each turn, so an answer ends with its line.
 PLAIN = (
-    "{% for message in messages %}{{ 'User: ' if message['role'] == 'user' else 'Assistant:' }}{{ message['content'] }}\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{% for message in messages %}{{ 'User: ' if message['role'] == 'user' else 'Assistant:' }}"
+    "{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 END_OF_LINE = "\n"
 # Two first questions that have no character in common: what stays is the document.
@@ -63,14 +62,14 @@ class Turn:
     question: str
     answer: str
     interrupted: bool
-    tokens_read: int  # of the question and what the template puts around it; more where the template rewrites
+    # of the question and what the template puts around it; more where the template rewrites
+    tokens_read: int
     tokens_new: int
     seconds: float  # from the question to the answer's end
     first_token_s: float
     tokens_per_s: float | None  # of decoding; None for a single token
-    keys_read: (
-        float | None
-    )  # share of the visible keys that the last forward pass read, mean of the layers
+    # density of the last forward pass, mean of the layers
+    keys_read: float | None
     cache_tokens: int
     cache_mib: float
 
@@ -78,19 +77,17 @@ class Turn:
         """The line that is shown below an answer."""
         speed = "" if self.tokens_per_s is None else f" at {self.tokens_per_s:.1f} a second"
         keys = "" if self.keys_read is None else f", {self.keys_read:.0%} of the keys read"
-        return (
-            f"{self.seconds:.2f} s{' (interrupted)' if self.interrupted else ''}: {self.tokens_read:,} tokens read in "
-            f"{self.first_token_s:.2f} s, {self.tokens_new:,} new ones{speed}{keys}; "
-            f"cache: {self.cache_tokens:,} tokens, {self.cache_mib:,.0f} MiB"
-        )
+        took = f"{self.seconds:.2f} s{' (interrupted)' if self.interrupted else ''}"
+        read = f"{self.tokens_read:,} tokens read in {self.first_token_s:.2f} s"
+        cache = f"cache: {self.cache_tokens:,} tokens, {self.cache_mib:,.0f} MiB"
+        return f"{took}: {read}, {self.tokens_new:,} new ones{speed}{keys}; {cache}"
 
 
 def shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     """How many items two sequences begin with alike."""
-    pairs = zip(first, second, strict=False)
-    return next(
-        (i for i, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second))
-    )
+    pairs = enumerate(zip(first, second, strict=False))
+    apart = (i for i, (one, other) in pairs if one != other)
+    return next(apart, min(len(first), len(second)))
 
 
 class Conversation:
@@ -102,8 +99,9 @@ class Conversation:
     with the tokens that were generated.
 
     Attributes:
-        cache: the `HiPCache`; `held`: the ids of exactly those tokens whose keys and values are in
-        it. document_ids: what every conversation about this document begins with.
+        cache: the `HiPCache`.
+        held: the ids of exactly those tokens whose keys and values are in it.
+        document_ids: what every conversation about this document begins with.
     """
 
     def __init__(self, model: Any, tokenizer: Any, document: str, chunk: int | None = None) -> None:
@@ -113,30 +111,24 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         asked = [self.render([self._question(probe)]) for probe in PROBES]
         ids = self.encode(asked[0][: shared(*asked)])
-        self.document_ids = ids[
-            : shared(ids, self.encode(asked[0]))
-        ]  # before a question the last token may be another
+        # before a question the last token may be another
+        self.document_ids = ids[: shared(ids, self.encode(asked[0]))]
 
     def _question(self, question: str) -> dict[str, str]:
         """The user's next message. The first holds the document: not every template has a place for
         a system's."""
-        return {
-            "role": "user",
-            "content": question if self.messages else f"{self.document}\n\n{question}",
-        }
+        content = question if self.messages else f"{self.document}\n\n{question}"
+        return {"role": "user", "content": content}
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The text of a conversation, up to where the next answer begins."""
-        template = PLAIN if self.plain else None
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        options = dict(chat_template=PLAIN if self.plain else None, tokenize=False)
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a rendered text."""
-        return self.tokenizer(
-            text, add_special_tokens=self.plain, verbose=False
-        ).input_ids  # a model's template has its own
+        special = self.plain  # a model's template has its own
+        return self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
 
     def read_document(self, read: Callable[[int], None] = lambda rows: None) -> None:
         """Fill the cache with the document; `read` is told how many tokens each forward pass has
@@ -152,12 +144,8 @@ class Conversation:
             weights.update(f"{name} {weight.dtype} {tuple(weight.shape)} {some.tolist()}".encode())
         settings = read_settings(text_config(self.model)).to_dict()
         document = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-        return {
-            "document": document,
-            "weights": weights.hexdigest(),
-            "chunk": self.chunk,
-            **settings,
-        }
+        made = {"document": document, "weights": weights.hexdigest(), "chunk": self.chunk}
+        return made | settings
 
     def save_document(self, path: Path) -> None:
         """Write the cache, which holds the document and no question yet, to a file. Raises as
@@ -180,28 +168,19 @@ class Conversation:
         start = time.perf_counter()
         messages = [*self.messages, self._question(question)]
         prompt = self.encode(self.render(messages))
-        self._keep(
-            min(shared(self.held, prompt), len(prompt) - 1)
-        )  # something must be read, to be answered
+        # something must be read, to be answered
+        self._keep(min(shared(self.held, prompt), len(prompt) - 1))
         before = len(self.held)
         if self.plain:
             options = {**options, "stop_strings": END_OF_LINE, "tokenizer": self.tokenizer}
         try:
             with Interrupt() as interrupt:
-                options["stopping_criteria"] = [interrupt]
-                result = generate.generate(
-                    self.model,
-                    prompt,
-                    max_new_tokens,
-                    self.chunk,
-                    cache=self.cache,
-                    text=text,
-                    **options,
-                )
+                options |= dict(stopping_criteria=[interrupt], cache=self.cache, text=text)
+                given = prompt, max_new_tokens, self.chunk
+                result = generate.generate(self.model, *given, **options)
         except BaseException:
-            self.held = list(
-                prompt
-            )  # or the first of them; which tokens the answer had is not known
+            # or the first of them; which tokens the answer had is not known
+            self.held = list(prompt)
             self._keep(min(self.cache.get_seq_length(), len(prompt)))
             raise
         self.held = (prompt + result.ids)[: self.cache.get_seq_length()]
@@ -210,19 +189,11 @@ class Conversation:
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         layers = result.prefill if result.tokens_per_s is None else result.decode
         shares = [layer.share for layer in layers if layer.share is not None]
-        return Turn(
-            question,
-            answer.strip(),
-            interrupt.asked,
-            len(prompt) - before,
-            len(result.ids),
-            time.perf_counter() - start,
-            result.first_token_s,
-            result.tokens_per_s,
-            fmean(shares) if shares else None,
-            len(self.held),
-            cache_mib(self.cache),
-        )
+        said = question, answer.strip(), interrupt.asked
+        counts = len(prompt) - before, len(result.ids), time.perf_counter() - start
+        read = fmean(shares) if shares else None
+        speed = result.first_token_s, result.tokens_per_s, read
+        return Turn(*said, *counts, *speed, len(self.held), cache_mib(self.cache))
 
     def _keep(self, length: int) -> None:
         """Crop the cache to its first `length` tokens; to none where a layer cannot go back so far

@@ -66,36 +66,24 @@ def block_cost(
         ValueError: the method selects no key blocks.
     """
     if not selects(config.method):
-        raise ValueError(
-            f"method: got {config.method!r}, allowed: a method that selects key blocks"
-        )
+        allowed = "a method that selects key blocks"
+        raise ValueError(f"method: got {config.method!r}, allowed: {allowed}")
     selector = selector_for(config)
     budget = selector.budget
     visible = keys_seen(block.first, block.last, sliding_window)
-    middle = min(block.num_candidates, budget) * config.block_k
-    fixed = block.sink_end - block.start - block.window_start + middle
-    read = block_read(block, middle, sliding_window)
+    selected = min(block.num_candidates, budget) * config.block_k
+    loaded = block.sink_end - block.start + selected + block.last + 1 - block.window_start
+    read = block_read(block, selected, sliding_window)
     searched = block.num_candidates > budget or selector.looks_always
     known = selector.cost(block, dim) if searched else (0, 0)
     if known is None:
-        raise ValueError(
-            f"method: got {config.method!r}, allowed: one whose selector has a `cost(block, dim)`"
-        )
+        allowed = "one whose selector has a `cost(block, dim)`"
+        raise ValueError(f"method: got {config.method!r}, allowed: {allowed}")
     selection, numbers = known
-    per_key = 2 * (dim + value_dim)
-    loads = [
-        (fixed + block.last + 1) * (dim + value_dim),
-        (block.last + 1 - block.start) * (dim + value_dim),
-    ]
-    return AttentionCost(
-        block.rows,
-        read,
-        visible,
-        selection,
-        read * per_key,
-        visible * per_key,
-        *(n * itemsize for n in (numbers, *loads)),
-    )
+    per_key = dim + value_dim
+    flops = selection, 2 * read * per_key, 2 * visible * per_key
+    loads = numbers, loaded * per_key, (block.last + 1 - block.start) * per_key
+    return AttentionCost(block.rows, read, visible, *flops, *(n * itemsize for n in loads))
 
 
 def call_cost(
@@ -115,27 +103,24 @@ def call_cost(
     if config.method == "hyper":
         cost = _hyper(config, blocks, first, end, dim, value_dim, itemsize)
     else:
-        cost = total(
-            block_cost(config, block, dim, value_dim, sliding_window, itemsize) for block in blocks
-        )
+        shape = dim, value_dim, sliding_window, itemsize
+        cost = total(block_cost(config, block, *shape) for block in blocks)
         whole = selector_for(config).cost_of_call(end - first, end, dim)
         flops, numbers = (n * rows // (end - first) for n in whole)
         cost += AttentionCost(selection=flops, selection_bytes=numbers * itemsize)
     if config.delta is not None:
         clustered = mode_of(config, sliding_window)[0] == "clusters"
         if clustered:
-            blocks = [
-                block for block in blocks if block.num_candidates > selector_for(config).budget
-            ]
+            budget = selector_for(config).budget
+            blocks = [block for block in blocks if block.num_candidates > budget]
             cost += _clusters(config, blocks, dim, value_dim, itemsize)
         dense = anchors(first, end, config.delta, first if clustered else None)
         dense = [p for p in dense if any(block.first <= p <= block.last for block in blocks)]
         seen = [keys_seen(p, p, sliding_window) for p in dense]
         # rows meet the keys a few at a time: about as many loads as a query block of them makes
         loads = sum(seen[:: config.block_q]) * (dim + value_dim) * itemsize
-        cost += AttentionCost(
-            read=sum(seen), attention=sum(seen) * 2 * (dim + value_dim), attention_bytes=loads
-        )
+        flops = sum(seen) * 2 * (dim + value_dim)
+        cost += AttentionCost(read=sum(seen), attention=flops, attention_bytes=loads)
     return cost
 
 
@@ -159,13 +144,11 @@ def _clusters(
         return AttentionCost()
     joined = blocks[-1].window_start - blocks[-1].sink_end
     rows, numbers = sum(block.rows for block in blocks), CLUSTERS * (2 * dim + value_dim)
-    taken = (
-        len(blocks) * selector_for(config).budget * config.block_k
-    )  # keys that are taken out of the clusters
+    # keys that are taken out of the clusters
+    taken = len(blocks) * selector_for(config).budget * config.block_k
     loads = joined * (2 * dim + value_dim) + taken * (dim + value_dim) + len(blocks) * numbers
-    return AttentionCost(
-        attention=2 * (rows * numbers + joined * CLUSTERS * dim), attention_bytes=loads * itemsize
-    )
+    flops = 2 * (rows * numbers + joined * CLUSTERS * dim)
+    return AttentionCost(attention=flops, attention_bytes=loads * itemsize)
 
 
 def _hyper(
@@ -178,10 +161,8 @@ def _hyper(
     itemsize: int,
 ) -> AttentionCost:
     """HyperAttention's cost for the rows from the first of `blocks` on."""
-    since = blocks[0].first
-    hashing, attention, read = hyper.flops(
-        config.method_options(), first, end, dim, value_dim, since
-    )
+    since, options = blocks[0].first, config.method_options()
+    hashing, attention, read = hyper.flops(options, first, end, dim, value_dim, since)
     visible = keys_seen(since, end - 1, None)
     loads = sum(block.last + 1 for block in blocks)
     bytes_each = (dim + value_dim) * itemsize

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import documents, generate, losses
 from hip_hf.eval.measure.capture import capture
-from hip_hf.eval.measure.documents import FACT_NAMES, Fact, draw_digits
+from hip_hf.eval.measure.documents import FACT_NAMES, Fact, draw_digits, encode
 from hip_hf.eval.measure.memory import memory_mib
 from hip_hf.eval.measure.needles import NeedlesAnswer, NeedlesPrompt
-from hip_hf.eval.measure.passkey import digits_right
+from hip_hf.eval.measure.passkey import density, digits_right
 from hip_hf.eval.reporting import plots
 from hip_hf.geometry import query_blocks
 from hip_hf.integration.explain import Report
@@ -69,14 +69,13 @@ def answer(model: Any, tokenizer: Any, run: DemoRun, read: Callable[[int], None]
 def make_facts(count: int, seed: int) -> list[Fact]:
     """Facts spread over the document: one at a random place in each `1 / count` of it."""
     rng = random.Random(seed)
-    names = rng.sample(FACT_NAMES, count)
-    parts = enumerate(names)
+    parts = enumerate(rng.sample(FACT_NAMES, count))
     return [Fact(name, draw_digits(rng), (i + rng.random()) / count) for i, name in parts]
 
 
 def position_of(tokenizer: Any, prompt: list[int], fact: Fact) -> int:
     """Where the fact's note begins in the prompt."""
-    ids = tokenizer.encode(documents.note(fact.name, fact.key), add_special_tokens=False)
+    ids = encode(tokenizer, documents.note(fact.name, fact.key))
     return next(at for at in range(len(prompt)) if prompt[at : at + len(ids)] == ids)
 
 
@@ -92,21 +91,15 @@ def kinds_read(
     kinds = torch.full((len(blocks), -(-span.keys // size)), -1, dtype=torch.int8)
     for i, block in enumerate(blocks):
         dense = result.mask is None or block.row >= span.rows - config.dense_tail
-        row = kinds[i]
-        row[block.start // size : block.last // size + 1] = _KIND[
-            "read densely" if dense else "not read"
-        ]
+        row, seen = kinds[i], "read densely" if dense else "not read"
+        row[block.start // size : block.last // size + 1] = _KIND[seen]
         if result.mask is None:
             continue
         row[block.start // size : block.sink_end // size] = _KIND["sink"]
         row[block.window_start // size : block.last // size + 1] = _KIND["window"]
         row[result.mask.indices[0, 0, i, : result.mask.counts[0, 0, i]].long()] = _KIND["selected"]
-    path = (
-        f"sparse, {result.share:.0%} of the keys read"
-        if result.path == "sparse"
-        else f"dense: {result.reason}"
-    )
-    return kinds, path
+    read = f"sparse, {result.share:.0%} of the keys read"
+    return kinds, read if result.path == "sparse" else f"dense: {result.reason}"
 
 
 @torch.no_grad()
@@ -125,7 +118,6 @@ def row_of(attn: str, measured: dict[str, Any], facts: list[Fact]) -> dict[str, 
     """The line of the table for one implementation; `keys_read` is the prompt's, `above_model_mib`
     the peak's part that came on top of the loaded model."""
     right = sum(given == fact.key for given, fact in zip(measured["answers"], facts, strict=True))
-    layers: Report = measured["prefill"]
     loaded, peak = measured["loaded_mib"], measured["peak_mib"]
     return {
         "attention": attn,
@@ -134,9 +126,7 @@ def row_of(attn: str, measured: dict[str, Any], facts: list[Fact]) -> dict[str, 
         "tokens_per_s": measured["tokens_per_s"],
         "peak_mib": peak,
         "above_model_mib": None if loaded is None or peak is None else peak - loaded,
-        "keys_read": fmean(layer.share for layer in layers if layer.share is not None)
-        if layers
-        else 1.0,
+        "keys_read": density(measured["prefill"]),
     }
 
 
@@ -157,13 +147,12 @@ class PromptReading:
     def row(self, attn: str, asked: Sequence[NeedlesAnswer]) -> dict[str, Any]:
         """The line of the table for this attention."""
         keys = [answer.fact.key for answer in asked]
-        shares = [layer.share for layer in self.layers if layer.share is not None]
         return {
             "attention": attn,
             "right": f"{sum(map(str.__eq__, self.answers, keys))}/{len(keys)}",
             "digits": sum(map(digits_right, self.answers, keys)) / sum(map(len, keys)),
             "first_token_s": self.first_token_s,
-            "keys_read": fmean(shares) if shares else 1.0,
+            "keys_read": density(self.layers),
         }
 
 
@@ -172,9 +161,8 @@ def read(
     model: Any, tokenizer: Any, prompt: NeedlesPrompt, advance: Callable[[], None]
 ) -> PromptReading:
     """Read the prompt with the attention that is set; `advance` is called after each layer."""
-    hooks = [
-        layer.register_forward_hook(lambda *_: advance()) for layer in attention_layers(model)
-    ]  # one to a layer
+    layers = attention_layers(model)  # one to a layer
+    hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in layers]
     try:
         start = time.perf_counter()
         hidden = losses.hidden_of(model, prompt.ids)
@@ -185,15 +173,12 @@ def read(
             hook.remove()
     answers = []
     for answer in prompt.answers:
-        tokens = (
-            losses.logits_of(model, hidden[torch.tensor(answer.positions) - 1]).argmax(1).tolist()
-        )
-        said = [tokenizer.decode([token]).strip() for token in tokens]
-        places = zip(said, answer.digits, strict=True)
-        answers.append(
-            "".join(
-                text if text.isdigit() and len(text) == count else NO_DIGIT * count
-                for text, count in places
-            )
-        )
+        before = hidden[torch.tensor(answer.positions) - 1]
+        digits = ""
+        for token, count in zip(
+            losses.logits_of(model, before).argmax(1), answer.digits, strict=True
+        ):
+            text = tokenizer.decode([int(token)]).strip()
+            digits += text if text.isdigit() and len(text) == count else NO_DIGIT * count
+        answers.append(digits)
     return PromptReading(answers, seconds, generate.explained(model))

@@ -15,6 +15,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import latency
 from hip_hf.eval.measure.latency import TIMED_DTYPES, TimingPlan
 from hip_hf.eval.reporting import report
+from hip_hf.eval.reporting.resumable import Rows
 
 GIB = 2**30
 # Heads and settings that are tried on a machine without a GPU: what the interpreter does in
@@ -32,7 +33,7 @@ INSTEAD = {
     checks.EXTENDED: 'extend=None, or backend="torch"',
 }
 # Heads of the timed calls: those of Llama 3.1 8B, on a CPU an eighth of them.
-SHAPE = {"cuda": dict(heads=32, kv_heads=8), "cpu": dict(heads=4, kv_heads=1)}
+SHAPE: dict[str, Any] = {"cuda": dict(heads=32, kv_heads=8), "cpu": dict(heads=4, kv_heads=1)}
 REPEATS = 3
 
 
@@ -43,11 +44,8 @@ def missing_for(device: torch.device) -> str:
         return why
     from hip_hf.backends.triton.sparse import INTERPRETED
 
-    return (
-        ""
-        if INTERPRETED
-        else "kernels run on a GPU, and none is tried here (TRITON_INTERPRET=1 interprets them)"
-    )
+    none = "kernels run on a GPU, and none is tried here (TRITON_INTERPRET=1 interprets them)"
+    return "" if INTERPRETED else none
 
 
 def tried(
@@ -87,26 +85,18 @@ def check_row(label: str, found: Found) -> dict[str, Any]:
     }
 
 
-def timed(device: torch.device, kind: str, tokens: int) -> list[dict[str, Any]]:
+def timed(device: torch.device, kind: str, tokens: int) -> Rows:
     """Rows of a prompt and of decode steps with the default settings, sparse at any length, for
     that is what is to be timed."""
-    settings = {"defaults": HiPConfig(dense_below=0)}
-    plan = TimingPlan(
-        (tokens,),
-        (tokens,),
-        (kind,),
-        settings,
-        repeats=REPEATS,
-        device=device,
-        **SHAPE[device.type],
-    )
+    what = (tokens,), (tokens,), (kind,), {"defaults": HiPConfig(dense_below=0)}
+    plan = TimingPlan(*what, repeats=REPEATS, device=device, **SHAPE[device.type])
     if device.type == "cpu":
-        return latency.measure(plan)
+        return latency.latency_rows(plan)
     if trust.lacking(device):
         return []
     from hip_hf.eval.measure import gpu_latency
 
-    return gpu_latency.measure(plan, ("prefill", "decode"), (tokens,))[0]
+    return gpu_latency.gpu_latency_rows(plan, ("prefill", "decode"), (tokens,))[0]
 
 
 def facts(device: torch.device, missing: str) -> dict[str, Any]:

@@ -15,14 +15,14 @@ import torch
 ASSETS = Path(__file__).parents[2] / "assets"
 CHECKPOINT = ASSETS / "checkpoint"
 DOCUMENT = ASSETS / "document.txt"  # held out from training
-FACT_NAMES = [
-    "amber", "anchor", "apple", "arrow", "badger", "banjo", "basil", "beacon", "birch", "bison", "bronze", "cactus",
-    "camel", "canyon", "cedar", "cobalt", "comet", "copper", "coral", "cricket", "dragon", "ember", "falcon", "fern",
-    "fiddle", "ginger", "glacier", "granite", "harbor", "hazel", "heron", "indigo", "iris", "ivory", "jade", "jasper",
-    "kettle", "lantern", "lemon", "lotus", "magnet", "maple", "marble", "meteor", "mint", "nickel", "olive", "onyx",
-    "orchid", "otter", "panda", "pearl", "pepper", "pigeon", "quartz", "raven", "saffron", "salmon", "tiger", "topaz",
-    "tulip", "velvet", "walnut", "zebra",
-]  # fmt: skip
+_NAMES = """
+    amber anchor apple arrow badger banjo basil beacon birch bison bronze cactus camel canyon cedar
+    cobalt comet copper coral cricket dragon ember falcon fern fiddle ginger glacier granite harbor
+    hazel heron indigo iris ivory jade jasper kettle lantern lemon lotus magnet maple marble meteor
+    mint nickel olive onyx orchid otter panda pearl pepper pigeon quartz raven saffron salmon tiger
+    topaz tulip velvet walnut zebra
+"""
+FACT_NAMES = _NAMES.split()
 DIGITS = 5
 
 
@@ -50,24 +50,25 @@ def question(name: str) -> str:
     return f"\nWhat is the pass key of {name}? The pass key of {name} is"
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text of any length, and none around them."""
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
 def hide(
     tokenizer: Any, text: list[int], length: int, facts: list[Fact], end: list[int]
 ) -> list[int]:
     """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and
     `end` (token ids) after it. Raises ValueError if `text` is too short, or notes and `end` alone
     are longer than `length`."""
-    encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
-    notes = [
-        (fact.depth, encode(note(fact.name, fact.key)))
-        for fact in sorted(facts, key=lambda fact: fact.depth)
-    ]
+    hidden = sorted(facts, key=lambda fact: fact.depth)
+    notes = [(fact.depth, encode(tokenizer, note(fact.name, fact.key))) for fact in hidden]
     room = length - len(end) - sum(len(ids) for _, ids in notes)
     if not 0 <= room <= len(text):
-        raise ValueError(
-            f"length: got {length}, allowed: {length - room} (notes and question) to {length - room + len(text)}"
-        )
-    prompt: list[int] = []
-    read = 0
+        least = length - room
+        allowed = f"{least} (notes and question) to {least + len(text)}"
+        raise ValueError(f"length: got {length}, allowed: {allowed}")
+    prompt, read = list[int](), 0
     for depth, ids in notes:
         upto = round(depth * room)
         prompt += text[read:upto] + ids
@@ -81,9 +82,7 @@ def make_prompt(
     """A document of exactly `length` tokens: `text` (token ids) with the facts hidden in it, and
     the question at its end. Raises ValueError if `text` is too short, or notes and question alone
     are longer than `length`."""
-    return hide(
-        tokenizer, text, length, facts, tokenizer.encode(question(ask), add_special_tokens=False)
-    )
+    return hide(tokenizer, text, length, facts, encode(tokenizer, question(ask)))
 
 
 def answer_of(tokenizer: Any, ids: torch.Tensor | list[int]) -> str:
@@ -96,15 +95,11 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load(
-    checkpoint: str | Path, attn_implementation: str, dtype: Any = torch.float32
-) -> tuple[Any, Any]:
+def load(checkpoint: str | Path, attn: str, dtype: Any = torch.float32) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint (a hub name or a folder). `dtype`: of the weights, or
     "auto"."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, attn_implementation=attn_implementation, dtype=dtype
-    )
-    return model.eval(), tokenizer
+    options = dict(attn_implementation=attn, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval(), tokenizer

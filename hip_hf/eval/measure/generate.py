@@ -22,7 +22,7 @@ from hip_hf.versions import CACHE
 @dataclass
 class Generated:
     """New tokens, what they took, and `explain`'s rows after the prompt and after the last token.
-    Those after a prompt that was read in chunks have the share of keys read of all chunks."""
+    Those after a prompt that was read in chunks have the density of all chunks."""
 
     ids: list[int] = field(default_factory=list)
     first_token_s: float = 0.0
@@ -106,7 +106,8 @@ def generate(
             Transformers 5.17 cannot go on in chunks.
         read: is told how many tokens each forward pass has read.
         cache: holds the prompt's first tokens, which are not read again; afterwards all but the
-        last new token. None: a new one. text: a streamer that gets the tokens as they come.
+            last new token. None: a new one.
+        text: a streamer that gets the tokens as they come.
     """
     if cache is None and text_config(model)._attn_implementation in NAMES:
         cache = HiPCache(model.config)
@@ -124,12 +125,8 @@ def generate(
 
     clock = TokenClock(note_prefill, text)
     ids = torch.tensor([prompt], device=model.device)
-    given: dict[str, Any] = {
-        "max_new_tokens": new_tokens,
-        "streamer": clock,
-        "do_sample": False,
-        **options,
-    }
+    given: dict[str, Any] = dict(max_new_tokens=new_tokens, streamer=clock, do_sample=False)
+    given |= options
     if chunk is not None and not held:
         given["prefill_chunk_size"] = chunk
     if cache is not None:
@@ -143,17 +140,12 @@ def generate(
             model.generate(ids, attention_mask=torch.ones_like(ids), **given)
     finally:
         hook.remove()
-    result.ids, result.first_token_s, result.decode_s = (
-        clock.generated,
-        clock.first - clock.start,
-        clock.last - clock.resumed,
-    )
+    result.ids, result.first_token_s = clock.generated, clock.first - clock.start
+    result.decode_s = clock.last - clock.resumed
     result.decode = explained(model)
-    result.memory = {
-        "cache": None if cache is None else cache_mib(cache),
-        "peak": meter.peak_mib(),
-        "device_peak": meter.device_peak_mib(),
-    }
+    held_mib = None if cache is None else cache_mib(cache)
+    peaks = {"peak": meter.peak_mib(), "device_peak": meter.device_peak_mib()}
+    result.memory = {"cache": held_mib, **peaks}
     return result
 
 

@@ -13,9 +13,10 @@ Triton's interpreter): to be tested, not to be believed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -25,12 +26,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hip_hf.attention import dense_reason
 from hip_hf.backends.triton import ops
 from hip_hf.backends.triton.common.tuning import processors, target_of
+from hip_hf.backends.triton.sparse import DeviceState
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure import kernel_costs, latency
+from hip_hf.eval.measure import kernel_costs as costs
+from hip_hf.eval.measure import latency
 from hip_hf.eval.measure.gpu_runs import CapturedSteps, DeviceClock, Timed, Work, captured
+from hip_hf.eval.measure.gpu_shapes import KernelCost, Shape, gpu_of
 from hip_hf.eval.measure.latency import GrowingSteps, interleave, ours, refresh_period, sdpa
 from hip_hf.eval.reporting import plots
-from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.problem import AttentionProblem, make_spans
 
 GPU_LENGTHS = [8192 * 2**i for i in range(8)]  # 8K to 1M
@@ -41,17 +45,21 @@ LAUNCHED = ", launched"
 BASELINES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 # What the model in docs/performance.md takes each phase for; all others are decode steps.
 KERNELS = {
-    latency.PREFILL: kernel_costs.prompt_kernels,
-    SELECTION: kernel_costs.selection_kernels,
-    DECODE_SELECTION: kernel_costs.refresh_kernels,
-    BACKWARD: kernel_costs.gradient_kernels,
+    latency.PREFILL: costs.prompt_kernels,
+    SELECTION: costs.selection_kernels,
+    DECODE_SELECTION: costs.refresh_kernels,
+    BACKWARD: costs.gradient_kernels,
 }
-DENSE_COSTS = {latency.PREFILL: kernel_costs.dense_prefill, BACKWARD: kernel_costs.dense_gradients}
+DENSE_COSTS = {latency.PREFILL: costs.dense_prefill, BACKWARD: costs.dense_gradients}
+# What can be asked for, by the method of `Bench` that measures it.
+KINDS = {kind: {kind} for kind in ("prefill", "decode", "launched", "backward")}
+KINDS["prefill"].add(SELECTION)
 # Enough of a call to know whether a backend takes it.
 BASELINE_PROBE = 256
 
 
 def within(backend: SDPBackend, run: Work) -> Any:
+    """What `run` returns where PyTorch attends by this backend."""
     with sdpa_kernel(backend):
         return run()
 
@@ -85,13 +93,11 @@ class Bench:
         return self.plan.device
 
     @property
-    def shape(self) -> kernel_costs.Shape:
-        heads, size = (
-            (self.plan.heads, self.plan.kv_heads, self.plan.head_dim),
-            latency.TIMED_DTYPES[self.dtype].itemsize,
-        )
-        like = torch.empty(0, device=self.device)
-        return kernel_costs.Shape(*heads, size, target_of(like), processors(like), self.plan.batch)
+    def shape(self) -> Shape:
+        plan, like = self.plan, torch.empty(0, device=self.device)
+        heads = plan.heads, plan.kv_heads, plan.head_dim
+        size = latency.TIMED_DTYPES[self.dtype].itemsize
+        return Shape(*heads, size, target_of(like), processors(like), plan.batch)
 
     def call(self, run: Work) -> Timed:
         return Timed(run, self.clock)
@@ -112,37 +118,35 @@ class Bench:
     def refuse(self, what: str, name: str, error: Exception) -> None:
         self.refused[f"{what}, {self.dtype}: {name}: {str(error).strip().splitlines()[0]}"] = None
 
-    def cost(
-        self, phase: str, length: int, config: HiPConfig, path: str
-    ) -> kernel_costs.KernelCost | None:
+    def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> KernelCost | None:
         """FLOPs and bytes of a step by the model in docs/performance.md, which knows `hip` and
         dense attention."""
+        call = length, config, self.shape
         if path == "dense":
-            one = DENSE_COSTS.get(phase, kernel_costs.dense_decode)(length, self.shape)
+            one = DENSE_COSTS.get(phase, costs.dense_decode)(length, self.shape)
         elif config.method != "hip":
             return None
         elif phase in KERNELS:
-            one = kernel_costs.call_total(KERNELS[phase](length, config, self.shape))
+            one = costs.call_total(KERNELS[phase](*call))
         else:
-            one = kernel_costs.call_total(
-                kernel_costs.step_kernels(length, config, self.shape, refresh_period(config))
-            )
+            one = costs.call_total(costs.step_kernels(*call, refresh_period(config)))
         return one.times(self.plan.batch)
 
     def rows(
         self, measured: MeasuredRuns, configs: dict[str, HiPConfig], selections: dict[str, float]
-    ) -> list[dict[str, Any]]:
+    ) -> Rows:
         """Rows of the report. `selections`: seconds of a step that go to selection."""
-        best = min(measured.dense.items(), key=lambda item: median(item[1].seconds), default=None)
-        dense = None if best is None else median(best[1].seconds) / measured.dense_steps
-        name = torch.cuda.get_device_name(self.device) if self.clock.cuda else "CPU"
-        gpu = kernel_costs.gpu_of(name)
-        found = []
+        times = {name: median(call.seconds) for name, call in measured.dense.items()}
+        best = min(times, key=times.__getitem__, default=None)
+        dense = None if best is None else times[best] / measured.dense_steps
+        device = torch.cuda.get_device_name(self.device) if self.clock.cuda else "CPU"
+        gpu, found = gpu_of(device), []
         for name, call in measured.ours.items():
             path, reason = call.said
             seconds = median(call.seconds) / measured.steps[name]
             cost = self.cost(measured.phase, measured.length, configs[name], path)
             least = cost.milliseconds(gpu) if cost and gpu else None
+            selecting = None if path == "dense" else selections.get(name)
             found.append(
                 {
                     "phase": measured.phase,
@@ -151,18 +155,16 @@ class Bench:
                     "length": measured.length,
                     "settings": name,
                     "hip_ms": 1000 * seconds,
-                    "sdpa_ms": None if dense is None else 1000 * dense,
-                    "sdpa": "-" if best is None else best[0],
-                    "times_faster": None if dense is None else dense / seconds,
+                    "sdpa_ms": dense and 1000 * dense,
+                    "sdpa": best or "-",
+                    "times_faster": dense and dense / seconds,
                     "tokens_per_s": self.plan.batch * measured.tokens / seconds,
-                    "tflops": None if cost is None else cost.flops / seconds / 1e12,
-                    "gb_per_s": None if cost is None else cost.bytes / seconds / 1e9,
-                    "over_floor": None if least is None else 1000 * seconds / least,
-                    "selecting": None
-                    if path == "dense" or name not in selections
-                    else selections[name] / seconds,
+                    "tflops": cost and cost.flops / seconds / 1e12,
+                    "gb_per_s": cost and cost.bytes / seconds / 1e9,
+                    "over_floor": least and 1000 * seconds / least,
+                    "selecting": selecting and selecting / seconds,
                     "peak_gb": call.peak,
-                    "sdpa_peak_gb": None if best is None else best[1].peak,
+                    "sdpa_peak_gb": measured.dense[best].peak if best else None,
                     "path": path,
                     "reason": reason,
                     "runs": len(call.seconds),
@@ -180,7 +182,7 @@ class Bench:
                 del dense[name]
         interleave([*dense.values(), *calls], self.plan.repeats, self.plan.enough)
 
-    def prefill(self, length: int, phases: Sequence[str]) -> Iterable[dict[str, Any]]:
+    def prefill(self, length: int, phases: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Rows of prefill and of its selection."""
         plan = self.plan
         q, k, v = plan.random(self.dtype, length, length, self.device)
@@ -189,59 +191,30 @@ class Bench:
         calls, dense, searches = {}, {}, {}
         for name, config in plan.settings.items():
             if config.method == "hip" and not dense_reason(problem, config, None, False)[0]:
-                run = partial(
-                    ops.select,
-                    q,
-                    k,
-                    None,
-                    table,
-                    config.text,
-                    problem.scale,
-                    None,
-                    None,
-                    config.block_q,
-                )
-                searches[name] = self.call(run)
+                options = config.text, problem.scale, None, None, config.block_q
+                searches[name] = self.call(partial(ops.select, q, k, None, table, *options))
             if "prefill" in phases:
                 calls[name] = self.call(partial(ours, q, k, v, config))
         if "prefill" in phases:
             probe = partial(sdpa, *(x[:, :, :BASELINE_PROBE] for x in (q, k, v)))
-            dense = {
-                name: self.call(run)
-                for name, run in self.baselines(
-                    latency.PREFILL, probe, partial(sdpa, q, k, v)
-                ).items()
-            }
+            runs = self.baselines(latency.PREFILL, probe, partial(sdpa, q, k, v))
+            dense = {name: self.call(run) for name, run in runs.items()}
         self.time(latency.PREFILL, dense, [*calls.values(), *searches.values()])
-        once, taken = (
-            dict.fromkeys(plan.settings, 1),
-            {name: median(call.seconds) for name, call in searches.items()},
-        )
-        yield from self.rows(
-            MeasuredRuns(latency.PREFILL, length, calls, dense, once, tokens=length),
-            plan.settings,
-            taken,
-        )
-        if "selection" in phases:
-            yield from self.rows(
-                MeasuredRuns(SELECTION, length, searches, {}, once, tokens=length),
-                plan.settings,
-                taken,
-            )
+        once = dict.fromkeys(plan.settings, 1)
+        taken = {name: median(call.seconds) for name, call in searches.items()}
+        measured = MeasuredRuns(latency.PREFILL, length, calls, dense, once, tokens=length)
+        yield from self.rows(measured, plan.settings, taken)
+        if SELECTION in phases:
+            measured = MeasuredRuns(SELECTION, length, searches, {}, once, tokens=length)
+            yield from self.rows(measured, plan.settings, taken)
 
-    def backward(self, length: int) -> list[dict[str, Any]]:
+    def backward(self, length: int) -> Rows:
         """Rows of the gradients alone; the forward pass before them is not timed."""
         plan = self.plan
-        q, k, v = leaves = tuple(
-            x.requires_grad_() for x in plan.random(self.dtype, length, length, self.device)
-        )
-        grad = torch.ones_like(q)
-
-        def pull(
-            out: torch.Tensor, into: Sequence[torch.Tensor], by: torch.Tensor
-        ) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(out, into, by, retain_graph=True)
-
+        leaves = plan.random(self.dtype, length, length, self.device)
+        grad, pull = torch.ones_like(leaves[0]), partial(torch.autograd.grad, retain_graph=True)
+        for leaf in leaves:
+            leaf.requires_grad_()
         small = [x.detach()[:, :, :BASELINE_PROBE].requires_grad_() for x in leaves]
         with torch.enable_grad():
             runs = self.baselines(
@@ -252,21 +225,20 @@ class Bench:
             dense = {name: self.call(make()) for name, make in runs.items()}
             calls = {}
             for name, config in plan.settings.items():
-                result = ours(q, k, v, config)
+                result = ours(*leaves, config)
                 calls[name] = self.call(partial(pull, result.out, leaves, grad))
                 calls[name].said = result.path, result.reason
         self.time(BACKWARD, dense, list(calls.values()))
-        measured = MeasuredRuns(
-            BACKWARD, length, calls, dense, dict.fromkeys(plan.settings, 1), tokens=length
-        )
+        once = dict.fromkeys(plan.settings, 1)
+        measured = MeasuredRuns(BACKWARD, length, calls, dense, once, tokens=length)
         return self.rows(measured, plan.settings, {})
 
-    def decode(self, length: int) -> list[dict[str, Any]]:
+    def decode(self, length: int) -> Rows:
         """Rows of decode steps, amortised and refreshed, and of a step's selection."""
         plan = self.plan
-        variants, counts = self.plan.variants()
+        variants, counts = plan.variants()
         most = max(counts.values())
-        q, k, v = plan.random(self.dtype, length + most, most, self.device)
+        q, k, v = tensors = plan.random(self.dtype, length + most, most, self.device)
 
         def dense_steps() -> None:
             for step in range(most):
@@ -276,60 +248,42 @@ class Bench:
         probe = partial(sdpa, q[:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in (k, v)))
         runs = self.baselines("decode", probe, dense_steps)
         dense = {name: self.call(captured(run, self.device)) for name, run in runs.items()}
-        calls, alone, made = {}, {}, dict[str, CapturedSteps]()
+        calls, alone, states = {}, {}, dict[str, DeviceState]()
+        first = q[:, :, :1], k[:, :, :length], v[:, :, :length]
+        problem = AttentionProblem(*first, make_spans(*first[:2]), plan.head_dim**-0.5)
         for key, config in variants.items():
-            tensors = q[:, :, :1], k[:, :, :length], v[:, :, :length]
-            problem = AttentionProblem(*tensors, make_spans(*tensors[:2]), plan.head_dim**-0.5)
+            name, steps = key[1], (tensors, length, counts[key], config)
             reason, _ = dense_reason(problem, config, None, False)
             if reason:
                 calls[key] = self.call(captured(dense_steps, self.device))
                 calls[key].said = ("dense", reason)
                 continue
-            own = CapturedSteps(
-                q,
-                k,
-                v,
-                length,
-                counts[key],
-                config,
-                state=made[key[1]].state if key[1] in made else None,
-            )
-            made[key[1]] = own  # the keys are summarised once
+            own = CapturedSteps(*steps, state=states.get(name))
+            states[name] = own.state  # the keys are summarised once
             calls[key] = self.call(captured(own, self.device))
             if key[0] == latency.REFRESHED and config.method == "hip":
-                select_only = CapturedSteps(
-                    q, k, v, length, counts[key], config, attend=False, state=own.state
-                )
-                alone[key[1]] = self.call(captured(select_only, self.device))
+                select_only = CapturedSteps(*steps, attend=False, state=own.state)
+                alone[name] = self.call(captured(select_only, self.device))
         self.time("decode", dense, [*calls.values(), *alone.values()])
-        seconds = {
-            name: median(call.seconds) / counts[latency.REFRESHED, name]
-            for name, call in alone.items()
-        }
+        steps_of = {name: counts[latency.REFRESHED, name] for name in alone}
+        seconds = {name: median(call.seconds) / steps_of[name] for name, call in alone.items()}
         rows = self.decode_rows(length, "", calls, dense, seconds)
-        steps = {name: counts[latency.REFRESHED, name] for name in alone}
-        return rows + self.rows(
-            MeasuredRuns(DECODE_SELECTION, length, alone, {}, steps), plan.settings, seconds
-        )
+        measured = MeasuredRuns(DECODE_SELECTION, length, alone, {}, steps_of)
+        return rows + self.rows(measured, plan.settings, seconds)
 
-    def launched(self, length: int) -> list[dict[str, Any]]:
+    def launched(self, length: int) -> Rows:
         """Rows of decode steps without graphs, on a cache that grows from run to run."""
         plan = self.plan
-        variants, counts = self.plan.variants()
-        most = max(counts.values())
+        variants, counts = plan.variants()
+        most, dense, calls = max(counts.values()), {}, {}
         tensors = plan.random(self.dtype, length + most * (plan.repeats + 1), most, self.device)
-        probe = partial(
-            sdpa, tensors[0][:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in tensors[1:])
-        )
-        dense = {}
+        q, *kv = tensors
+        probe = partial(sdpa, q[:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in kv))
         for backend in self.baselines("launched", probe, probe):
-            dense[backend] = self.call(
-                partial(within, BASELINES[backend], GrowingSteps(tensors, length, most, None))
-            )
-        calls = {
-            key: self.call(GrowingSteps(tensors, length, counts[key], config))
-            for key, config in variants.items()
-        }
+            steps = GrowingSteps(tensors, length, most, None)
+            dense[backend] = self.call(partial(within, BASELINES[backend], steps))
+        for key, config in variants.items():
+            calls[key] = self.call(GrowingSteps(tensors, length, counts[key], config))
         self.time("launched", dense, list(calls.values()))
         return self.decode_rows(length, LAUNCHED, calls, dense, {})
 
@@ -340,7 +294,7 @@ class Bench:
         calls: dict[tuple[str, str], Timed],
         dense: dict[str, Timed],
         seconds: dict[str, float],
-    ) -> list[dict[str, Any]]:
+    ) -> Rows:
         """Rows of the `variants`. `how`: added to the name of a phase. `seconds`: a selection's, by
         settings."""
         variants, counts = self.plan.variants()
@@ -348,55 +302,43 @@ class Bench:
         for phase in (latency.AMORTISED, latency.REFRESHED):
             mine = {name: call for (kind, name), call in calls.items() if kind == phase}
             configs = {name: config for (kind, name), config in variants.items() if kind == phase}
-            in_graph = not how  # where a dense call is the baseline's
-            steps = {
-                name: most if in_graph and call.said[0] == "dense" else counts[phase, name]
-                for name, call in mine.items()
-            }
-            shares = {
-                name: taken / refresh_period(configs[name]) for name, taken in seconds.items()
-            }
-            rows += self.rows(
-                MeasuredRuns(phase + how, length, mine, dense, steps, most), configs, shares
-            )
+            steps = {name: counts[phase, name] for name in mine}
+            if not how:  # in a graph, where a dense call is the baseline's
+                steps |= {name: most for name, call in mine.items() if call.said[0] == "dense"}
+            shares = {name: took / refresh_period(configs[name]) for name, took in seconds.items()}
+            measured = MeasuredRuns(phase + how, length, mine, dense, steps, most)
+            rows += self.rows(measured, configs, shares)
         return rows
 
+    def cell(self, kind: str, phases: Sequence[str], length: int) -> dict[str, Rows | list[str]]:
+        """All rows of one of the `KINDS` at one length, and what has been refused so far."""
+        with torch.no_grad():
+            if kind == "prefill":
+                rows = list(self.prefill(length, phases))
+            else:
+                rows = getattr(self, kind)(length)
+        if self.clock.cuda:
+            torch.cuda.empty_cache()
+        return {"rows": rows, "refused": list(self.refused)}
 
-def measure(
+
+def gpu_latency_rows(
     plan: latency.TimingPlan,
     phases: Sequence[str],
     lengths: Sequence[int],
     kept: Resumable | None = None,
     backends: Sequence[str] = tuple(BASELINES),
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[Rows, list[str]]:
     """Rows of everything that `kept` has not yet, and which of PyTorch's `backends` refused
     what."""
-    kept = kept or Resumable()
-    rows: list[dict[str, Any]] = []
-    refused: dict[str, None] = {}
-    kinds = {
-        "prefill": {"prefill", "selection"},
-        **{name: {name} for name in ("decode", "launched", "backward")},
-    }
+    kept, rows, refused = kept or Resumable(), list[dict[str, Any]](), dict[str, None]()
+    kinds = [kind for kind, asked in KINDS.items() if asked & set(phases)]
     for dtype in plan.dtypes:
         bench = Bench(plan, dtype, DeviceClock(plan.device), backends)
-        run = {name: getattr(bench, name) for name in kinds} | {
-            "prefill": partial(bench.prefill, phases=phases)
-        }
-        for kind in (kind for kind, asked in kinds.items() if asked & set(phases)):
-            for length in lengths:
-
-                def work(
-                    kind: str = kind, length: int = length, bench: Bench = bench, run: Any = run
-                ) -> dict[str, Any]:
-                    with torch.no_grad():
-                        found = list(run[kind](length))
-                    if bench.clock.cuda:
-                        torch.cuda.empty_cache()
-                    return {"rows": found, "refused": list(bench.refused)}
-
-                what = f"{kind}, {dtype}, {plots.short(length)} tokens"
-                found = kept.get((kind, dtype, plan.batch, length, sorted(phases)), work, what)
-                rows += found["rows"]
-                refused |= dict.fromkeys(found["refused"])
+        for kind, length in product(kinds, lengths):
+            what = f"{kind}, {dtype}, {plots.short(length)} tokens"
+            key = (kind, dtype, plan.batch, length, sorted(phases))
+            found = kept.get(key, partial(bench.cell, kind, phases, length), what)
+            rows += found["rows"]
+            refused |= dict.fromkeys(found["refused"])
     return rows, list(refused)

@@ -47,9 +47,8 @@ class DeviceClock:
         start.record()
         result = run()
         end.record()
-        self.peak = (
-            torch.cuda.max_memory_allocated() - before
-        ) / 1e9  # the host's count, which waits for nothing
+        # the host's count, which waits for nothing
+        self.peak = (torch.cuda.max_memory_allocated() - before) / 1e9
         end.synchronize()
         return start.elapsed_time(end) / 1000, result
 
@@ -89,37 +88,28 @@ class CapturedSteps:
     prompt left it, at each call again: nothing here depends on what the device has done before, so
     a CUDA graph can hold it.
 
-    q `[B, Hq, count, D]`; k, v `[B, Hkv, length + count, D]`. `attend` False: summaries and
-    selection only. `state`: that of other steps on the same keys, which then are not summarised
+    `tensors`: q `[B, Hq, count, D]`; k, v `[B, Hkv, length + count, D]`. `attend` False: summaries
+    and selection only. `state`: that of other steps on the same keys, which then are not summarised
     once more.
     """
 
     def __init__(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         length: int,
         count: int,
         config: HiPConfig,
         attend: bool = True,
         state: DeviceState | None = None,
     ) -> None:
-        self.q, self.kv, self.length, self.count, self.config, self.attend = (
-            q,
-            KeyValues(k, v),
-            length,
-            count,
-            config,
-            attend,
-        )
+        q, k, v = tensors
+        self.q, self.kv, self.logits = q, KeyValues(k, v), Logits(q.shape[3] ** -0.5)
+        self.length, self.count, self.config, self.attend = length, count, config, attend
         capacity, batch = k.shape[2], range(q.shape[0])
-        self.logits = Logits(q.shape[3] ** -0.5)
         if state is None:
             spans = tuple(Span(b, 0, capacity, 0, 1, capacity - 1) for b in batch)
-            state = DeviceState.make(
-                config, AttentionProblem(q[:, :, :1], k, v, spans, self.logits.scale), capacity
-            )
+            problem = AttentionProblem(q[:, :, :1], k, v, spans, self.logits.scale)
+            state = DeviceState.make(config, problem, capacity)
             if state.pyramid is not None:
                 prompt = Sequences.of([Span(b, 0, length, 0, length, 0) for b in batch], q.device)
                 state.pyramid.extend(self.kv, prompt, config.block_q, append=False)
@@ -141,15 +131,7 @@ class CapturedSteps:
             else:
                 assert pyramid is not None
                 pyramid.extend(self.kv, self.sequences, 1, append=True)
-                select(
-                    row,
-                    pyramid.table,
-                    self.kv,
-                    self.sequences,
-                    self.config,
-                    self.logits,
-                    1,
-                    state.selection,
-                )
+                call = self.kv, self.sequences, self.config, self.logits
+                select(row, pyramid.table, *call, 1, state.selection)
             position.add_(1)
         return self.out

@@ -22,11 +22,13 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.methods.hyper import Square, hashes, projections, tile
+from hip_hf.methods.ranking import squash
 from hip_hf.problem import AttentionProblem
 
-TITLE = "Assumptions of hyper, worst head: largest column norm of normalised attention; row ratio without heavy entries (10^x)"
-
-
+TITLE = (
+    "Assumptions of hyper, worst head: largest column norm of normalised attention; "
+    "row ratio without heavy entries (10^x)"
+)
 # Of each query head.
 QUANTITIES = ("column_norm", "column_norm_past_sink", "row_ratio")
 
@@ -35,37 +37,32 @@ def measure_assumptions(problem: AttentionProblem, config: HiPConfig) -> dict[st
     """The `QUANTITIES` for a problem of one span that begins at position 0, a list of numbers each,
     and how many `keys` the square has."""
     (span,) = problem.spans
-    middle, options, groups = span.end // 2, config.method_options(), problem.groups
-    square = Square(middle, span.end, 0, middle)
+    half, options, groups = span.end // 2, config.method_options(), problem.groups
+    square = Square(half, span.end, 0, half)
     tiling = tile(square, options, problem.q.device)
     directions = projections(options, problem.q.shape[-1], config.seed, problem.q.device)
-    rows, keys = (
-        slice(span.row_start + middle, span.row_end),
-        slice(span.key_start, span.key_start + middle),
-    )
+    rows = slice(span.row_start + half, span.row_end)
+    keys = slice(span.key_start, span.key_start + half)
     results: dict[str, Any] = {name: [] for name in QUANTITIES}
     for head in range(problem.q.shape[1]):
-        q, k = (
-            problem.q[span.batch, head, rows].float(),
-            problem.k[span.batch, head // groups, keys].float(),
-        )
+        q = problem.q[span.batch, head, rows].float()
+        k = problem.k[span.batch, head // groups, keys].float()
         by_q, by_k = (hashes(x, directions).argsort(stable=True) for x in (q, k))
-        columns, light = torch.zeros(middle, dtype=torch.float64, device=q.device), []
+        columns, light = torch.zeros(half, dtype=torch.float64, device=q.device), []
         for block, start in enumerate(tiling.starts.tolist()):
             some = by_q[block * tiling.rows : (block + 1) * tiling.rows]
             logits = (q[some] @ k.T) * problem.scale
-            if problem.softcap is not None:
-                logits = torch.tanh(logits / problem.softcap) * problem.softcap
+            squash(logits, problem.softcap)
             columns += logits.softmax(-1).double().square().sum(0)
             logits[:, by_k[start : start + tiling.size]] = -torch.inf
             light.append(logits.logsumexp(-1))
         rest = torch.cat(light)
-        past = columns[min(config.sink, middle - 1) :]
+        past = columns[min(config.sink, half - 1) :]
         ratio = float(rest.max() - rest.min()) / math.log(10)
         found = float(columns.max()), float(past.max()), ratio
         for name, value in zip(QUANTITIES, found, strict=True):
             results[name].append(value)
-    return results | {"keys": middle}
+    return results | {"keys": half}
 
 
 def assumption_rows(layers: Mapping[int, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:

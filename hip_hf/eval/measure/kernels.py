@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from hip_hf.backends.triton import trust
-from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.eval.reporting.resumable import Resumable, Rows
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
 COMPILED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Key = tuple[Any, ...]
 
 
 def why_not() -> str:
@@ -48,42 +49,29 @@ def all_launches(
     ]
 
 
-def measure(
-    work: Sequence[tuple[Any, ...]],
-    before: dict[tuple[Any, ...], dict[str, Any]],
-    spills: int,
-    kept: Resumable,
-) -> list[dict[str, Any]]:
+def kernel_rows(
+    work: Sequence[Key], before: dict[Key, dict[str, Any]], spills: int, kept: Resumable
+) -> Rows:
     """A row for each of the launches in `work`: from `kept`, from `before` (see `compiled_before`),
     or compiled now."""
-
     from hip_hf.backends.triton.compile import budget
 
     columns = {field.name for field in fields(budget.Spent)}
     # others were told less of themselves, or were allowed more
-    before = {
-        key: row
-        for key, row in before.items()
-        if row.keys() == columns and row["spilled"] <= spills
-    }
+    same = lambda row: row.keys() == columns and row["spilled"] <= spills  # noqa: E731
+    before = {key: row for key, row in before.items() if same(row)}
     kept.expect("compiling", len(work))
     rows = []
     for launch, target, dim, dtype in work:
         # what was compiled before counts only while code and launch configuration are the same
-        key = (
-            launch.name,
-            target,
-            dim,
-            str(dtype).removeprefix("torch."),
-            launch.code(),
-            launch.digest(),
-        )
+        kind = str(dtype).removeprefix("torch.")
+        key = (launch.name, target, dim, kind, launch.code(), launch.digest())
         spend = partial(budget.spend, launch, target, dim, dtype, spills)
         rows.append(kept.get(key, partial(before.get, key) if key in before else spend))
     return rows
 
 
-def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+def compiled_before(output: Path | None, version: str) -> dict[Key, dict[str, Any]]:
     """Rows without a problem in an earlier `output` of this command with the same Triton, by what
     they were compiled from. Raises ValueError if the file is there, and this command has not
     written it."""
@@ -92,23 +80,19 @@ def compiled_before(output: Path | None, version: str) -> dict[tuple[Any, ...], 
     names = ("kernel", "target", "dim", "dtype", "code", "launch")
     try:
         document = json.loads(output.read_text(encoding="utf-8"))
-        found = {
-            tuple(row[name] for name in names): row
-            for row in document["rows"]
-            if not row["problem"]
-        }
+        sound = [row for row in document["rows"] if not row["problem"]]
+        found = {tuple(row[name] for name in names): row for row in sound}
         return found if document["triton"] == version else {}
     except (OSError, ValueError, KeyError, TypeError):
+        got = f"{str(output)!r}, which is no result of this command"
         allowed = "what hip-hf kernels --output has written, or a file that is not there"
-        raise ValueError(
-            f"--output: got {str(output)!r}, which is no result of this command, allowed: {allowed}"
-        ) from None
+        raise ValueError(f"--output: got {got}, allowed: {allowed}") from None
 
 
-def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(rows: Iterable[dict[str, Any]]) -> Rows:
     """Of each kernel and target the most that it spends, over head dims and dtypes; shared memory
     in KB."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, str], Rows] = {}
     for row in rows:
         found.setdefault((row["kernel"], row["target"]), []).append(row)
     return [

@@ -7,8 +7,8 @@ on real text is for `fidelity` and `passkey` to say.
 
 Prefill is one causal call over the whole context. Decode is one token against a cache, once
 *amortised* over steps that share selections as they do in generation, once *refreshed*, with a
-selection of its own for every step. `measure` times on a CPU; `gpu_latency` times on a GPU with the
-same calls and the same order.
+selection of its own for every step. This module times on a CPU; `gpu_latency` times on a GPU with
+the same calls and the same order.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from math import lcm
 from statistics import median
 from typing import Any
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from hip_hf.attention import Result, attend
 from hip_hf.config import HiPConfig
 from hip_hf.eval.reporting import plots, report
-from hip_hf.eval.reporting.resumable import Resumable
+from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 
@@ -37,6 +38,7 @@ PREFILL_LENGTHS = [1024 * 2**i for i in range(8)]  # 1K to 128K
 DECODE_LENGTHS = PREFILL_LENGTHS[3:]
 PREFILL, AMORTISED, REFRESHED = "prefill", "decode amortised", "decode refreshed"
 CPU = torch.device("cpu")
+MILLISECONDS = ("hip_ms", "sdpa_ms")
 # Prefill lengths over which the growth of its time is fitted.
 FIT_RANGE = (16384, 131072)
 # A first run of this many seconds needs no warm-up before it, and counts.
@@ -70,15 +72,11 @@ class TimingPlan:
         used."""
         generator = torch.Generator(device).manual_seed(self.seed)
         shapes = ((self.heads, rows), (self.kv_heads, length), (self.kv_heads, length))
-        drawn = (
-            torch.float32 if device == CPU else TIMED_DTYPES[dtype]
-        )  # as fp32 a long one would not fit beside the others
-        q, k, v = (
-            torch.randn(
-                self.batch, *x, self.head_dim, generator=generator, device=device, dtype=drawn
-            ).to(TIMED_DTYPES[dtype])
-            for x in shapes
-        )
+        # on a GPU not as fp32: a long one would not fit beside the others
+        drawn = torch.float32 if device == CPU else TIMED_DTYPES[dtype]
+        options: dict[str, Any] = dict(generator=generator, device=device, dtype=drawn)
+        sizes = [(self.batch, *shape, self.head_dim) for shape in shapes]
+        q, k, v = (torch.randn(size, **options).to(TIMED_DTYPES[dtype]) for size in sizes)
         return q, k, v
 
     def variants(self) -> tuple[dict[tuple[str, str], HiPConfig], dict[tuple[str, str], int]]:
@@ -88,19 +86,16 @@ class TimingPlan:
         for name, config in self.settings.items():
             found[AMORTISED, name] = config
             found[REFRESHED, name] = replace(config, decode_refresh=1)
-        return found, {
-            key: lcm(refresh_period(config), config.block_k) for key, config in found.items()
-        }
+        steps = {key: lcm(refresh_period(own), own.block_k) for key, own in found.items()}
+        return found, steps
 
     @property
     def conditions(self) -> str:
         """Shapes and machine, in words."""
         on = report.machine()
-        where = (
-            f"{on['cpu']}, {on['threads']} threads"
-            if self.device == CPU
-            else on["gpu"] or f"interpreted on {on['cpu']}"
-        )
+        where = on["gpu"] or f"interpreted on {on['cpu']}"
+        if self.device == CPU:
+            where = f"{on['cpu']}, {on['threads']} threads"
         heads = f"{self.heads} query heads, {self.kv_heads} key heads"
         return f"B={self.batch}, {heads}, D={self.head_dim}; {where}, torch {on['torch']}"
 
@@ -161,9 +156,8 @@ def ours(
     state: DecodeState | None = None,
 ) -> Result:
     """The same through `hip`, its fallbacks to dense included."""
-    return attend(
-        AttentionProblem(q, k, v, make_spans(q, k), q.shape[-1] ** -0.5), config, state=state
-    )
+    problem = AttentionProblem(q, k, v, make_spans(q, k), q.shape[-1] ** -0.5)
+    return attend(problem, config, state=state)
 
 
 class GrowingSteps:
@@ -194,39 +188,31 @@ class GrowingSteps:
 def refresh_period(config: HiPConfig) -> int:
     """Decode steps after which everything has been selected anew: with an interval for each stage,
     the first, the longest."""
-    return (
-        config.decode_refresh
-        if isinstance(config.decode_refresh, int)
-        else config.decode_refresh[0]
-    )
+    refresh = config.decode_refresh
+    return refresh if isinstance(refresh, int) else refresh[0]
 
 
-def measure_prefill(plan: TimingPlan, dtype: str, length: int) -> list[dict[str, Any]]:
+def prefill_rows(plan: TimingPlan, dtype: str, length: int) -> Rows:
     """One row per setting, all against the same runs of PyTorch's attention."""
     q, k, v = plan.random(dtype, length, length)
-    dense = TimedRun(partial(sdpa, q, k, v))
-    calls = {
-        name: TimedRun(partial(ours, q, k, v, config)) for name, config in plan.settings.items()
-    }
+    dense, settings = TimedRun(partial(sdpa, q, k, v)), plan.settings.items()
+    calls = {name: TimedRun(partial(ours, q, k, v, config)) for name, config in settings}
     interleave([dense, *calls.values()], plan.repeats)
     return [make_row(PREFILL, name, dtype, length, call, dense) for name, call in calls.items()]
 
 
-def measure_decode(plan: TimingPlan, dtype: str, length: int) -> list[dict[str, Any]]:
+def decode_rows(plan: TimingPlan, dtype: str, length: int) -> Rows:
     """Two rows per setting: amortised, and refreshed at every step. Times are per step."""
     variants, counts = plan.variants()
-    most = max(counts.values())
+    most, calls = max(counts.values()), {}
     tensors = plan.random(dtype, length + most * (plan.repeats + 1), most)
     dense = TimedRun(GrowingSteps(tensors, length, most, None))
-    calls = {
-        key: TimedRun(GrowingSteps(tensors, length, counts[key], config))
-        for key, config in variants.items()
-    }
+    for key, config in variants.items():
+        calls[key] = TimedRun(GrowingSteps(tensors, length, counts[key], config))
     interleave([dense, *calls.values()], plan.repeats)
-    rows = []
-    for (phase, name), call in calls.items():
-        rows.append(make_row(phase, name, dtype, length, call, dense, counts[phase, name], most))
-    return rows
+    return [
+        make_row(*key, dtype, length, call, dense, counts[key], most) for key, call in calls.items()
+    ]
 
 
 def make_row(
@@ -240,9 +226,8 @@ def make_row(
     dense_steps: int = 1,
 ) -> dict[str, Any]:
     """A row of the report; the times are per step of a run."""
-    hip_ms, sdpa_ms = (
-        1000 * median(c.seconds) / n for c, n in ((call, steps), (dense, dense_steps))
-    )
+    hip_ms = 1000 * median(call.seconds) / steps
+    sdpa_ms = 1000 * median(dense.seconds) / dense_steps
     return {
         "phase": phase,
         "dtype": dtype,
@@ -259,20 +244,17 @@ def make_row(
     }
 
 
-def measure(plan: TimingPlan, kept: Resumable | None = None) -> list[dict[str, Any]]:
+def latency_rows(plan: TimingPlan, kept: Resumable | None = None) -> Rows:
     """Rows of everything in the plan that `kept` has not yet."""
     kept = kept or Resumable()
     kept.expect("", len(plan.dtypes) * (len(plan.prefill) + len(plan.decode)))
-    phases = (("prefill", plan.prefill, measure_prefill), ("decode", plan.decode, measure_decode))
+    phases = (("prefill", plan.prefill, prefill_rows), ("decode", plan.decode, decode_rows))
     rows = []
     with torch.no_grad():
         for phase, lengths, run in phases:
-            for dtype in plan.dtypes:
-                for length in lengths:
-                    what = f"{phase}, {dtype}, {plots.short(length)} tokens"
-                    rows += kept.get(
-                        (phase, dtype, length), partial(run, plan, dtype, length), what
-                    )
+            for dtype, length in product(plan.dtypes, lengths):
+                what = f"{phase}, {dtype}, {plots.short(length)} tokens"
+                rows += kept.get((phase, dtype, length), partial(run, plan, dtype, length), what)
     return rows
 
 
@@ -282,29 +264,19 @@ def fit_exponent(lengths: Sequence[float], times: Sequence[float]) -> float | No
     return float(np.polyfit(np.log(lengths), np.log(times), 1)[0]) if len(lengths) > 1 else None
 
 
-def exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def exponents(rows: Rows) -> Rows:
     """How prefill times grow with the length between 16K and 128K: ours where it was sparse, and
     PyTorch's."""
-    fits = []
-    kinds = dict.fromkeys(
-        (row["dtype"], row["settings"]) for row in rows if row["phase"] == PREFILL
-    )
-    for dtype, name in kinds:
-        mine = [
-            row
-            for row in rows
-            if (row["phase"], row["dtype"], row["settings"]) == (PREFILL, dtype, name)
-        ]
-        mine = [
-            row
-            for row in mine
-            if FIT_RANGE[0] <= row["length"] <= FIT_RANGE[1] and row["path"] == "sparse"
-        ]
-        lengths = [row["length"] for row in mine]
-        hip, dense = (
-            fit_exponent(lengths, [row[key] for row in mine]) for key in ("hip_ms", "sdpa_ms")
-        )
-        fits.append(
-            {"dtype": dtype, "settings": name, "lengths": lengths, "hip": hip, "sdpa": dense}
-        )
-    return fits
+    fits: dict[tuple[str, str], Rows] = {}
+    for row in rows:
+        if row["phase"] == PREFILL:
+            own = fits.setdefault((row["dtype"], row["settings"]), [])
+            if FIT_RANGE[0] <= row["length"] <= FIT_RANGE[1] and row["path"] == "sparse":
+                own.append(row)
+    found = []
+    for (dtype, name), own in fits.items():
+        lengths = [row["length"] for row in own]
+        hip, dense = (fit_exponent(lengths, [row[key] for row in own]) for key in MILLISECONDS)
+        fit = {"dtype": dtype, "settings": name, "lengths": lengths}
+        found.append({**fit, "hip": hip, "sdpa": dense})
+    return found

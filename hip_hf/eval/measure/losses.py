@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hip_hf.config import HiPConfig
 from hip_hf.integration.api import configure
@@ -24,18 +25,16 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     `[rows, vocabulary]`."""
     config = model.config.get_text_config(decoder=True)
     logits = model.get_output_embeddings()(hidden).float()
-    logits = (
-        logits * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
-    )  # Cohere, Granite
+    # of Cohere and of Granite
+    logits = logits * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def hidden_of(model: Any, ids: Sequence[int]) -> torch.Tensor:
     """The decoder's last hidden states of a prompt: `[tokens, hidden size]`."""
-    return model.get_decoder()(
-        torch.tensor([ids], device=model.device), use_cache=False
-    ).last_hidden_state[0]
+    tokens = torch.tensor([ids], device=model.device)
+    return model.get_decoder()(tokens, use_cache=False).last_hidden_state[0]
 
 
 @torch.no_grad()
@@ -45,10 +44,8 @@ def check_logits(model: Any, ids: Sequence[int]) -> None:
     got = logits_of(model, hidden_of(model, some))
     want = model(torch.tensor([some], device=model.device), use_cache=False).logits[0].float()
     if not torch.allclose(got, want, atol=TOLERANCE * float(want.abs().max())):
-        kind = type(model).__name__
-        raise ValueError(
-            f"MODEL: got a {kind}, allowed: models whose logits come from output embeddings, scaled or capped"
-        )
+        allowed = "models whose logits come from output embeddings, scaled or capped"
+        raise ValueError(f"MODEL: got a {type(model).__name__}, allowed: {allowed}")
 
 
 def losses_of(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,9 +62,7 @@ def compare(
     wanted = torch.tensor(targets, device=model.device)
     for some, target in zip(hidden.split(LOGITS_ROWS), wanted.split(LOGITS_ROWS), strict=True):
         logits = logits_of(model, some)
-        loss.append(
-            torch.nn.functional.cross_entropy(logits, target, reduction="none").double().cpu()
-        )
+        loss.append(F.cross_entropy(logits, target, reduction="none").double().cpu())
         right.append((logits.argmax(1) == target).cpu())
     return torch.cat(loss), torch.cat(right)
 
@@ -89,11 +84,8 @@ class StepLosses:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `losses_of`; the first `document` tokens are read at once."""
         self.model.set_attn_implementation("hip")
-        wanted = (
-            list(ids[:document]),
-            config.extend,
-            config.backend,
-        )  # un-rotated keys serve no other settings
+        # un-rotated keys serve no other settings
+        wanted = list(ids[:document]), config.extend, config.backend
         try:
             if again := self.read == wanted and self.cache is not None:
                 self.cache.crop(document - self.cache.get_seq_length())  # back to its end
@@ -101,9 +93,8 @@ class StepLosses:
             again = False
         if not again:
             self.read = ()
-            configure(
-                self.model, HiPConfig(method="dense", extend=config.extend, backend=config.backend)
-            )
+            dense = HiPConfig(method="dense", extend=config.extend, backend=config.backend)
+            configure(self.model, dense)
             self.cache = HiPCache(config=self.model.config)
             self.hidden = self._ahead(ids[:document])
             self.read = wanted
@@ -113,6 +104,5 @@ class StepLosses:
 
     def _ahead(self, ids: Sequence[int]) -> torch.Tensor:
         tokens = torch.tensor([list(ids)], device=self.model.device)
-        return self.model.get_decoder()(
-            tokens, past_key_values=self.cache, use_cache=True
-        ).last_hidden_state[0]
+        decoder = self.model.get_decoder()
+        return decoder(tokens, past_key_values=self.cache, use_cache=True).last_hidden_state[0]

@@ -4,8 +4,8 @@ block oracle and its cost.
 *Mass* is the share of the dense attention probability that falls on the keys kept (sink, selected
 blocks, window). The oracle keeps the blocks with the largest true mass, under the same budget,
 sink, window and sharing of heads, so its mass is the most that any selection of blocks reaches.
-Only *searched* rows count: those of query blocks whose middle is longer than the budget. Where the
-budget covers the middle, everything is read and there is nothing to measure.
+Only *searched* rows count: those of query blocks with more candidates than the budget. Where the
+budget covers all candidates, everything is read and there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -31,18 +31,13 @@ GEOMETRY = ("block_q", "block_k", "sink", "window", "budget", "group_shared")
 
 
 def searched_blocks(problem: AttentionProblem, config: HiPConfig) -> list[tuple[int, QueryBlock]]:
-    """The query blocks of a problem of one span whose middle exceeds the budget, with their place
-    in its `BlockMask`."""
+    """The query blocks of a problem of one span with more candidates than the budget, and their
+    places in its `BlockMask`."""
     (span,) = problem.spans
     relative = Span(0, 0, span.keys, 0, span.rows, span.position)
-    blocks = query_blocks(
-        config, relative, problem.q.shape[2] <= DECODE_ROWS, problem.sliding_window
-    )
-    return [
-        (at, block)
-        for at, block in enumerate(blocks)
-        if block.num_candidates > config.budget_blocks
-    ]
+    decodes = problem.q.shape[2] <= DECODE_ROWS
+    blocks = enumerate(query_blocks(config, relative, decodes, problem.sliding_window))
+    return [(at, block) for at, block in blocks if block.num_candidates > config.budget_blocks]
 
 
 def probabilities(problem: AttentionProblem, head: int, block: QueryBlock) -> torch.Tensor:
@@ -55,22 +50,16 @@ def probabilities(problem: AttentionProblem, head: int, block: QueryBlock) -> to
     (span,) = problem.spans
     dtype = torch.promote_types(problem.q.dtype, torch.float32)
     row, key, groups = span.row_start + block.row, span.key_start, problem.groups
-    q = (
-        problem.q[span.batch, head * groups : (head + 1) * groups, row : row + block.rows].to(dtype)
-        * problem.scale
-    )
+    heads = slice(head * groups, (head + 1) * groups)
+    q = problem.q[span.batch, heads, row : row + block.rows].to(dtype) * problem.scale
     k = problem.k[span.batch, head, key + block.start : key + block.last + 1].to(dtype)
     logits = q @ k.T
     squash(logits, problem.softcap)
-    own = logits[..., -block.rows :]
-    own.masked_fill_(
-        torch.ones(block.rows, block.rows, dtype=torch.bool, device=q.device).triu(1), -torch.inf
-    )
+    position = torch.arange(block.start, block.last + 1, device=q.device)
+    rows = position[-block.rows :, None]
+    logits.masked_fill_(position > rows, -torch.inf)
     if problem.sliding_window is not None:
-        position = torch.arange(block.start, block.last + 1, device=q.device)
-        logits.masked_fill_(
-            position <= position[-block.rows :, None] - problem.sliding_window, -torch.inf
-        )
+        logits.masked_fill_(position <= rows - problem.sliding_window, -torch.inf)
     return logits.softmax(-1)
 
 
@@ -78,11 +67,10 @@ def chosen(problem: AttentionProblem, mask: BlockMask, head: int, at: int) -> to
     """The key blocks that the `at`-th query block reads, for the query heads of a key head:
     `[G, n]`."""
     (span,) = problem.spans
-    indices = mask.indices[span.batch].unflatten(0, (problem.k.shape[1], -1))[
-        head, :, at
-    ]  # [1 or G, most]
+    by_head = mask.indices[span.batch].unflatten(0, (problem.k.shape[1], -1))
     count = int(mask.counts[span.batch, 0, at])  # the same for all heads
-    return indices[:, :count].long().expand(problem.groups, -1)
+    indices = by_head[head, :, at, :count]  # [1 or G, n]
+    return indices.long().expand(problem.groups, -1)
 
 
 def captured_mass(
@@ -95,16 +83,13 @@ def captured_mass(
     for head in range(problem.k.shape[1]):
         for column, (at, block) in enumerate(blocks):
             p = probabilities(problem, head, block).mean(1)  # [G, keys]
-            always = p[:, : block.sink_end - block.start].sum(-1) + p[
-                :, block.window_start - block.start :
-            ].sum(-1)
-            middle = p[:, block.sink_end - block.start : block.window_start - block.start]
-            middle = middle.unflatten(-1, (-1, masks[0].block_k)).sum(-1)  # [G, key blocks]
+            first, end = block.sink_end - block.start, block.window_start - block.start
+            always = p[:, :first].sum(-1) + p[:, end:].sum(-1)
+            searched = p[:, first:end].unflatten(-1, (-1, masks[0].block_k)).sum(-1)
             for i, mask in enumerate(masks):
                 ids = chosen(problem, mask, head, at) - block.low
-                mass[i, head * groups : (head + 1) * groups, column] = (
-                    always + middle.gather(-1, ids).sum(-1)
-                ).cpu()
+                kept = always + searched.gather(-1, ids).sum(-1)
+                mass[i, head * groups : (head + 1) * groups, column] = kept.cpu()
     return mass
 
 
@@ -118,9 +103,8 @@ def exact_mass(
     assert part is not None
     assert whole is not None
     share = (part.double() - whole.double()).exp()[0]  # [Hq, Tq]
-    return torch.stack(
-        [share[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks], dim=1
-    ).cpu()
+    means = [share[:, block.row : block.row + block.rows].mean(-1) for _, block in blocks]
+    return torch.stack(means, dim=1).cpu()
 
 
 def overlap(
@@ -133,12 +117,9 @@ def overlap(
     shares = []
     for head in range(problem.k.shape[1]):
         for at, block in blocks:
-            a, b = (
-                torch.zeros(
-                    problem.groups, block.high, dtype=torch.bool, device=problem.q.device
-                ).scatter_(1, ids, True)
-                for ids in (chosen(problem, mask, head, at), chosen(problem, oracle, head, at))
-            )
+            none = problem.q.new_zeros(problem.groups, block.high, dtype=torch.bool)
+            ours, best = (chosen(problem, which, head, at) for which in (mask, oracle))
+            a, b = none.scatter(1, ours, True), none.scatter(1, best, True)
             shares.append(float((a & b).sum() / b.sum()))
     return sum(shares) / len(shares)
 
@@ -170,7 +151,7 @@ def unsearched(problem: AttentionProblem, configs: Iterable[HiPConfig], layer: i
     return ""
 
 
-def measure(
+def measure_mass(
     problem: AttentionProblem, configs: Sequence[HiPConfig], layer: int | None = None
 ) -> list[MeasuredMass]:
     """What each setting captures of one layer's attention. Raises ValueError if a setting has
@@ -188,9 +169,8 @@ def measure(
         results = [attend(problem, configs[i], layer, need_mask=True) for i in members]
         best = attend(problem, HiPConfig.from_dict(choice), need_mask=True).mask
         if not blocks or best is None or any(result.path != "sparse" for result in results):
-            raise ValueError(
-                f"settings: layer {layer} has nothing to search ({unsearched(problem, configs, layer)})"
-            )
+            why = unsearched(problem, configs, layer)
+            raise ValueError(f"settings: layer {layer} has nothing to search ({why})")
         masks = [best, *(result.mask for result in results if result.mask is not None)]
         by_mask = iter(captured_mass(problem, blocks, masks))
         oracle = next(by_mask)
@@ -199,25 +179,16 @@ def measure(
             for i, r in zip(members, results, strict=True)
         ]
         rows = torch.tensor([block.rows for _, block in blocks])
-        first = problem.spans[0].row_start
-        at = torch.cat(
-            [torch.arange(first + block.row, first + block.row + block.rows) for _, block in blocks]
-        )
-        exact = dense[:, :, at].double()
         (span,) = problem.spans
-        dims = (
-            problem.q.shape[-1],
-            problem.v.shape[-1],
-            problem.sliding_window,
-            problem.q.element_size(),
-        )
+        parts = [torch.arange(block.row, block.row + block.rows) for _, block in blocks]
+        at = span.row_start + torch.cat(parts)
+        exact = dense[:, :, at].double()
+        norm = float(exact.square().sum())
+        call = [block for _, block in blocks], span.position, span.end
+        dims = problem.q.shape[-1], problem.v.shape[-1], problem.sliding_window
         for i, result, own in zip(members, results, mass, strict=True):
-            error = (result.out[:, :, at].double() - exact).square().sum()
-            cost = call_cost(
-                configs[i], [block for _, block in blocks], span.position, span.end, *dims
-            )
+            error = float((result.out[:, :, at].double() - exact).square().sum())
+            cost = call_cost(configs[i], *call, *dims, problem.q.element_size())
             share = None if result.mask is None else overlap(problem, blocks, result.mask, best)
-            measured[i] = MeasuredMass(
-                own, oracle, rows, float(error), float(exact.square().sum()), share, cost
-            )
+            measured[i] = MeasuredMass(own, oracle, rows, error, norm, share, cost)
     return [measured[i] for i in range(len(configs))]

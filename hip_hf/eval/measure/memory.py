@@ -22,13 +22,8 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CACHE_KINDS = ("dynamic", "static", "hip", "hip offloaded")
 CHUNK, STEPS = 2048, 16
 # What is built of a model has no more than `SMALL` of these.
-NOT_IN_A_CACHE = (
-    "vocab_size",
-    "intermediate_size",
-    "n_inner",
-    "ffn_hidden_size",
-    "moe_intermediate_size",
-)
+_FEED_FORWARD = ("intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
+NOT_IN_A_CACHE = ("vocab_size", *_FEED_FORWARD)
 SMALL = 64
 
 
@@ -50,18 +45,14 @@ def memory_mib(field: str) -> float | None:
 
 def summaries_bytes(cache: Any) -> int:
     """What the summaries of a `HiPCache` take."""
-    pyramids = [
-        row.pyramid for layer in cache.paged for row in layer.hip_state.rows.values() if row.pyramid
-    ]
-    return sum(pyramid.nbytes for pyramid in pyramids)
+    rows = [row for layer in cache.paged for row in layer.hip_state.rows.values()]
+    return sum(row.pyramid.nbytes for row in rows if row.pyramid)
 
 
 def cache_mib(cache: Any) -> float:
     """What a `HiPCache` holds: pages in use, and the summaries beside them."""
-    pages = sum(
-        layer.pool.bytes(layer.pool.used) for layer in cache.paged if layer.pool is not None
-    )
-    return (pages + summaries_bytes(cache)) / MIB
+    pools = [layer.pool for layer in cache.paged if layer.pool is not None]
+    return (sum(pool.bytes(pool.used) for pool in pools) + summaries_bytes(cache)) / MIB
 
 
 class Meter:
@@ -103,9 +94,8 @@ def _make_cache(kind: str, config: Any, length: int) -> Any:
     if kind == "hip":
         return HiPCache(config)
     settings = read_settings(config)
-    step = (
-        settings.selected_keys // settings.block_k
-    )  # blocks that a step selects, at worst each in a page of its own
+    # blocks that a step selects, at worst each in a page of its own
+    step = settings.selected_keys // settings.block_k
     return HiPCache(config, offload="cpu", device_pages=max(step, length // PAGE // 8))
 
 
@@ -138,25 +128,17 @@ def shapes_of(net: Any) -> list[tuple[torch.Size, torch.Size]]:
     """Keys and values `[1, Hkv, 1, D]` that each layer gives its cache for one token: families name
     their sizes differently. Raises ValueError if not every layer keeps keys and values."""
     from transformers import DynamicCache
-    from transformers.cache_utils import CacheLayerMixin
 
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     net(torch.tensor([[5]]), **{CACHE: cache})
-    shapes = [
-        (layer.keys.shape, layer.values.shape)
-        for layer in cache.layers
-        if isinstance(layer, CacheLayerMixin)
-        and layer.keys is not None
-        and layer.values is not None
-    ]
-    if len(shapes) != net.config.num_hidden_layers:
-        raise ValueError(
-            f"got {net.config.model_type!r}, allowed: models whose layers all keep keys and values"
-        )
-    return shapes
+    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    if len(held) != net.config.num_hidden_layers:
+        allowed = "models whose layers all keep keys and values"
+        raise ValueError(f"got {net.config.model_type!r}, allowed: {allowed}")
+    return [(layer.keys.shape, layer.values.shape) for layer in held]
 
 
-def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
+def cache_row(kind: str, config: Any, length: int) -> dict[str, Any]:
     """One row of the table, measured in the calling process. `config`: as `read_config` gives
     it."""
     from transformers import AutoModelForCausalLM
@@ -173,9 +155,8 @@ def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
 
     with torch.inference_mode():
         shapes = shapes_of(net)
-        net(
-            torch.tensor([[5]]), **{CACHE: _make_cache(kind, config, CHUNK)}
-        )  # whatever is allocated once
+        # whatever is allocated once
+        net(torch.tensor([[5]]), **{CACHE: _make_cache(kind, config, CHUNK)})
         meter = Meter(torch.device("cpu"))
         cache = _make_cache(kind, config, length)
         for first in range(0, length, CHUNK):
@@ -198,7 +179,7 @@ def measure(kind: str, config: Any, length: int) -> dict[str, Any]:
     }
 
 
-def measure_alone(kind: str, config: Any, length: int) -> dict[str, Any]:
-    """`measure` in a process that has done nothing else."""
+def in_own_process(kind: str, config: Any, length: int) -> dict[str, Any]:
+    """`cache_row` in a process that has done nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as fresh:
-        return fresh.apply(measure, (kind, config, length))
+        return fresh.apply(cache_row, (kind, config, length))

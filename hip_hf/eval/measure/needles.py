@@ -23,9 +23,9 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.costs import prompt_cost
-from hip_hf.eval.measure.documents import DOCUMENT, Fact, hide, question
+from hip_hf.eval.measure.documents import DOCUMENT, Fact, encode, hide, question
 from hip_hf.eval.measure.losses import StepLosses, check_logits, losses_of
-from hip_hf.eval.measure.passkey import draw_facts, path_of, use, wilson
+from hip_hf.eval.measure.passkey import density, draw_facts, path_of, use, wilson
 from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.integration.explain import explain
 
@@ -54,7 +54,7 @@ class NeedlesPrompt:
     answers: list[NeedlesAnswer]
 
 
-def make_prompt(
+def make_needles(
     tokenizer: Any, text: list[int], length: int, facts: int, rng: random.Random
 ) -> NeedlesPrompt:
     """A prompt of exactly `length` tokens from the beginning of `text` (token ids).
@@ -62,24 +62,18 @@ def make_prompt(
     A fact lies at a random place in each equal part of the document, the first `FREE` of it left
     out. They are asked for in another, random order. Raises ValueError if `text` is too short, or
     notes and questions alone are longer than `length`."""
-    encode = lambda string: tokenizer.encode(string, add_special_tokens=False)  # noqa: E731
-    hidden = draw_facts(
-        rng, [FREE + (1 - FREE) * (part + rng.random()) / facts for part in range(facts)]
-    )
-    end: list[int] = []
-    places = []
+    depths = [FREE + (1 - FREE) * (part + rng.random()) / facts for part in range(facts)]
+    hidden, end, places = draw_facts(rng, depths), list[int](), []
     for fact in rng.sample(hidden, facts):
-        end += encode(question(fact.name))
-        tokens = encode(f" {fact.key}")
+        end += encode(tokenizer, question(fact.name))
+        tokens = encode(tokenizer, f" {fact.key}")
         digits = [sum(char.isdigit() for char in tokenizer.decode([token])) for token in tokens]
-        places.append([(fact, len(end) + i, count) for i, count in enumerate(digits) if count])
-        end += tokens + encode(".")
+        places.append((fact, {len(end) + i: count for i, count in enumerate(digits) if count}))
+        end += tokens + encode(tokenizer, ".")
     document = length - len(end)
     answers = [
-        NeedlesAnswer(
-            own[0][0], *zip(*((document + at, count) for _, at, count in own), strict=True)
-        )
-        for own in places
+        NeedlesAnswer(fact, tuple(document + at for at in own), tuple(own.values()))
+        for fact, own in places
     ]
     return NeedlesPrompt(hide(tokenizer, text, length, hidden, end), document, answers)
 
@@ -97,13 +91,12 @@ class NeedlesCounts:
     nll: float = 0.0
     tokens: int = 0
     document_nll: float = 0.0
-    read: list[float] = field(default_factory=list)  # a share of the keys for each prompt
+    read: list[float] = field(default_factory=list)  # a density for each prompt
     paths: list[str] = field(default_factory=list)
 
     def __add__(self, other: NeedlesCounts) -> NeedlesCounts:
-        return NeedlesCounts(
-            *(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
-        )
+        names = self.__dataclass_fields__
+        return NeedlesCounts(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def row(self, settings: str, length: int, document: str) -> dict[str, Any]:
         """One row of the report."""
@@ -132,20 +125,18 @@ def right_tokens(right: torch.Tensor, answers: Sequence[NeedlesAnswer]) -> list[
 
 
 @torch.no_grad()
-def ask(
+def read_needles(
     model: Any, prompt: NeedlesPrompt, config: HiPConfig, steps: StepLosses | None = None
 ) -> NeedlesCounts:
     """Read a prompt once, with these settings, and count what is right in it; by `steps`: what
     comes after the document token by token."""
     sparse = use(model, config)
-    loss, right = (
-        losses_of(model, prompt.ids)
-        if steps is None
-        else steps.losses_of(prompt.ids, prompt.document, config)
-    )
+    if steps is None:
+        loss, right = losses_of(model, prompt.ids)
+    else:
+        loss, right = steps.losses_of(prompt.ids, prompt.document, config)
     said = right_tokens(right, prompt.answers)
     layers = explain(model) if sparse or steps is not None else []
-    shares = [layer.share for layer in layers if layer.share is not None]
     document = loss[: prompt.document - 1]
     return NeedlesCounts(
         prompts=1,
@@ -160,8 +151,8 @@ def ask(
         nll=sum(float(loss[at - 1]) for answer in prompt.answers for at in answer.positions),
         tokens=len(document),
         document_nll=float(document.sum()),
-        read=[fmean(shares) if shares else 1.0],
-        paths=[path_of(layers) if layers else "sdpa"],
+        read=[density(layers)],
+        paths=[path_of(layers)],
     )
 
 
@@ -182,9 +173,8 @@ class NeedlesPlan:
     def dense(self) -> str | None:
         """The name of the setting that the others are compared with: dense attention, if it is
         among them."""
-        return next(
-            (name for name, config in self.configs.items() if config.method == "dense"), None
-        )
+        names = (name for name, config in self.configs.items() if config.method == "dense")
+        return next(names, None)
 
     def window(self, text: list[int], length: int, number: int, rng: random.Random) -> list[int]:
         """The tokens of a prompt's document: a random part of its own share of the text; where a
@@ -200,13 +190,11 @@ class NeedlesPlan:
         """One of the prompts. Raises ValueError for a length that does not fit the text or the
         questions."""
         if length > len(text):
-            raise ValueError(
-                f"length: got {length}, allowed: at most the {len(text)} tokens of the document"
-            )
+            allowed = f"at most the {len(text)} tokens of the document"
+            raise ValueError(f"length: got {length}, allowed: {allowed}")
         rng = random.Random(f"{self.seed} {length} {number}")
-        return make_prompt(
-            tokenizer, self.window(text, length, number, rng), length, self.facts, rng
-        )
+        own = self.window(text, length, number, rng)
+        return make_needles(tokenizer, own, length, self.facts, rng)
 
 
 def against(row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]:
@@ -223,12 +211,8 @@ def flops_columns(config: HiPConfig, length: int, path: str) -> dict[str, Any]:
     return {"selection_over_attention": selection, "flops_over_dense": cost and cost.share}
 
 
-def measure(
-    model: Any,
-    tokenizer: Any,
-    texts: dict[str, list[int]],
-    plan: NeedlesPlan,
-    kept: Resumable,
+def needles_rows(
+    model: Any, tokenizer: Any, texts: dict[str, list[int]], plan: NeedlesPlan, kept: Resumable
 ) -> Rows:
     """The rows of the report, of what `kept` has not yet: for each length and document (`texts`
     `{name: token ids}`) one for each of the settings. Prompt goes by prompt, with all settings one
@@ -243,15 +227,13 @@ def measure(
             prompt = plan.prompt(tokenizer, text, length, number)
             for name, config in plan.configs.items():
                 key = ("needles", config.to_dict(), length, document, number)
-                found[name] += NeedlesCounts(
-                    **kept.get(key, partial(ask, model, prompt, config, steps))
-                )
+                counted = kept.get(key, partial(read_needles, model, prompt, config, steps))
+                found[name] += NeedlesCounts(**counted)
         own = {name: cell.row(name, length, document) for name, cell in found.items()}
+        dense = None if plan.dense is None else own[plan.dense]
         for name, row in own.items():
             cost = {} if plan.decode else flops_columns(plan.configs[name], length, row["path"])
-            rows.append(
-                row | against(row, own[plan.dense] if plan.dense is not None else None) | cost
-            )
+            rows.append(row | against(row, dense) | cost)
     return rows
 
 
@@ -259,9 +241,8 @@ def standard_library() -> str:
     """The source text of the standard library's modules that are single files, in the order of
     their names."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return "\n".join(
-        file.read_text(encoding="utf-8") for file in files if file.stem in sys.stdlib_module_names
-    )
+    known = [file for file in files if file.stem in sys.stdlib_module_names]
+    return "\n".join(file.read_text(encoding="utf-8") for file in known)
 
 
 def read_documents(kinds: str) -> dict[str, str]:
@@ -276,7 +257,6 @@ def read_documents(kinds: str) -> dict[str, str]:
             file = DOCUMENT if kind == NOVEL else Path(kind)
             texts[name] = standard_library() if kind == CODE else file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"--documents: got {kind!r} ({error}), allowed: {NOVEL}, {CODE} or a text file"
-            ) from None
+            allowed = f"{NOVEL}, {CODE} or a text file"
+            raise ValueError(f"--documents: got {kind!r} ({error}), allowed: {allowed}") from None
     return texts

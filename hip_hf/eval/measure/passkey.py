@@ -34,9 +34,8 @@ ANSWER_TOKENS = DIGITS + 1
 def draw_facts(rng: random.Random, depths: list[float]) -> list[Fact]:
     """A fact with its own name and key for each depth."""
     keys = [draw_digits(rng) for _ in depths]
-    return [
-        Fact(*fact) for fact in zip(rng.sample(FACT_NAMES, len(depths)), keys, depths, strict=True)
-    ]
+    names = rng.sample(FACT_NAMES, len(depths))
+    return [Fact(*fact) for fact in zip(names, keys, depths, strict=True)]
 
 
 def make_sample(
@@ -50,9 +49,9 @@ def make_sample(
     room = length - ANSWER_TOKENS
     start = rng.randrange(max(len(text) - room, 0) + 1)
     hidden = draw_facts(rng, [depth, *(rng.random() for _ in range(facts - 1))])
-    return make_prompt(tokenizer, text[start : start + room], room, hidden, hidden[0].name), hidden[
-        0
-    ].key
+    asked = hidden[0]
+    prompt = make_prompt(tokenizer, text[start : start + room], room, hidden, asked.name)
+    return prompt, asked.key
 
 
 def digits_right(answer: str, key: str) -> int:
@@ -67,15 +66,20 @@ def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, flo
     return (centre - spread) / (count + z * z), (centre + spread) / (count + z * z)
 
 
-def path_of(rows: list[Row]) -> str:
-    """`sparse`, `dense`, or how many layers went which way and why."""
+def path_of(rows: Sequence[Row]) -> str:
+    """`sparse`, `dense`, or how many layers went which way and why; `sdpa` where `explain` had
+    nothing to say."""
     kinds = [row.path if row.path == "sparse" else f"{row.path} ({row.reason})" for row in rows]
     counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-    return (
-        next(iter(counts), "-")
-        if len(counts) <= 1
-        else ", ".join(f"{count} {kind}" for kind, count in counts.items())
-    )
+    if len(counts) <= 1:
+        return next(iter(counts), "sdpa")
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
+def density(rows: Sequence[Row]) -> float:
+    """Keys read of those visible, as the mean of the layers; 1 where no layer counted them."""
+    shares = [row.share for row in rows if row.share is not None]
+    return fmean(shares) if shares else 1.0
 
 
 @dataclass
@@ -101,11 +105,6 @@ class PasskeyCounts:
     def row(self, settings: str, length: int, depth: float | None) -> dict[str, Any]:
         """One row of the report; no `depth` means all of them."""
         low, high = wilson(self.exact, self.samples)
-        shares = [
-            [row.share for row in rows if row.share is not None]
-            for rows in (self.prefill, self.decode)
-        ]
-        read = [fmean(share) if share else 1.0 for share in shares]
         caches = ", ".join(dict.fromkeys(row.cache for row in self.decode))
         return {
             "settings": settings,
@@ -116,10 +115,10 @@ class PasskeyCounts:
             "high": high,
             "digits": self.digits / (self.samples * DIGITS),
             "samples": self.samples,
-            "read_prefill": read[0],
-            "read_decode": read[1],
-            "path_prefill": path_of(self.prefill) if self.prefill else "sdpa",
-            "path_decode": path_of(self.decode) if self.decode else "sdpa",
+            "read_prefill": density(self.prefill),
+            "read_decode": density(self.decode),
+            "path_prefill": path_of(self.prefill),
+            "path_decode": path_of(self.decode),
             "cache": caches or "-",
         }
 
@@ -134,7 +133,7 @@ def use(model: Any, config: HiPConfig) -> bool:
     return sparse
 
 
-def ask(
+def answer_samples(
     model: Any, tokenizer: Any, samples: list[tuple[list[int], str]], sparse: bool
 ) -> PasskeyCounts:
     """Generate the answers of a batch of prompts of one length, greedily, and count what is
@@ -147,14 +146,9 @@ def ask(
         return scores
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        pad_token_id=pad,
-        logits_processor=[witness] if sparse else [],
-    )
+    given = dict(attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS)
+    told_by = [witness] if sparse else []
+    out = model.generate(ids, **given, do_sample=False, pad_token_id=pad, logits_processor=told_by)
     answers = [answer_of(tokenizer, tokens)[:DIGITS] for tokens in out[:, ids.shape[1] :]]
     keys = [key for _, key in samples]
     exact, digits = (sum(map(same, answers, keys)) for same in (str.__eq__, digits_right))
@@ -185,13 +179,12 @@ class PasskeyPlan:
     ) -> list[tuple[list[int], str]]:
         """Prompts and keys of one length and depth. Raises ValueError for a length that does not
         fit the text."""
-        draws = [
-            random.Random(f"{self.seed} {length} {place:.6f} {i}") for i in range(self.samples)
-        ]
-        return [make_sample(tokenizer, text, length, place, self.facts, rng) for rng in draws]
+        seeds = [f"{self.seed} {length} {place:.6f} {i}" for i in range(self.samples)]
+        given = (tokenizer, text, length, place, self.facts)
+        return [make_sample(*given, random.Random(seed)) for seed in seeds]
 
 
-def measure(
+def passkey_rows(
     model: Any, tokenizer: Any, text: list[int], plan: PasskeyPlan, kept: Resumable
 ) -> Rows:
     """The rows of the report, of what `kept` has not yet. Raises ValueError if a length does not
@@ -205,7 +198,8 @@ def measure(
             def count(place: float, length: int = length, sparse: bool = sparse) -> PasskeyCounts:
                 prompts, found = plan.prompts(tokenizer, text, length, place), PasskeyCounts()
                 for first in range(0, len(prompts), plan.batch):
-                    found += ask(model, tokenizer, prompts[first : first + plan.batch], sparse)
+                    some = prompts[first : first + plan.batch]
+                    found += answer_samples(model, tokenizer, some, sparse)
                 return found
 
             counted = {}

@@ -15,9 +15,10 @@ from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hip_hf.config import HiPConfig
-from hip_hf.eval.measure.passkey import path_of, use
+from hip_hf.eval.measure.passkey import density, path_of, use
 from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.integration.explain import explain
 from hip_hf.integration.hip_cache import HiPCache
@@ -71,9 +72,7 @@ def losses(model: Any, text: Sequence[int], chunk: int) -> torch.Tensor:
         rows, targets = logits[:-1], some[0, 1:]
         if before is not None:
             rows, targets = torch.cat([before, rows]), some[0]
-        parts.append(
-            torch.nn.functional.cross_entropy(rows, targets, reduction="none").double().cpu()
-        )
+        parts.append(F.cross_entropy(rows, targets, reduction="none").double().cpu())
         before = logits[-1:].clone()
     return torch.cat(parts)
 
@@ -84,13 +83,8 @@ def read_losses(model: Any, text: Sequence[int], chunk: int, sparse: bool) -> di
     loss = losses(model, text, chunk)
     padded = torch.cat([torch.zeros(1, dtype=loss.dtype), loss])
     rows = explain(model) if sparse else []
-    shares = [row.share for row in rows if row.share is not None]
-    path = path_of(rows) if rows else "sdpa"
-    return {
-        "sums": padded.unflatten(0, (-1, BLOCK)).sum(1).tolist(),
-        "read": fmean(shares) if shares else 1.0,
-        "path": path,
-    }
+    sums = padded.unflatten(0, (-1, BLOCK)).sum(1).tolist()
+    return {"sums": sums, "read": density(rows), "path": path_of(rows)}
 
 
 def interval(values: Sequence[float]) -> float | None:
@@ -101,6 +95,11 @@ def interval(values: Sequence[float]) -> float | None:
     return NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * stdev(values) / math.sqrt(len(values))
 
 
+def ends(loss: float, half: float | None) -> list[float | None]:
+    """Perplexity at both ends of an interval of half that width; None where there is none."""
+    return [None if half is None else math.exp(loss + sign * half) for sign in (-1, 1)]
+
+
 def range_row(
     settings: str, start: int, end: int, last: int, found: Rows, first: Rows
 ) -> dict[str, Any]:
@@ -108,47 +107,34 @@ def range_row(
     the same texts."""
     blocks = range(start // BLOCK, end // BLOCK)
     counts = [BLOCK - (block == 0) for block in blocks]
-    mean = [
-        [
-            one["sums"][block] / count
-            for one in found
-            for block, count in zip(blocks, counts, strict=True)
-        ]
-    ]
-    mean += [
-        [
-            one["sums"][block] / count
-            for one in first
-            for block, count in zip(blocks, counts, strict=True)
-        ]
-    ]
     tokens = sum(counts) * len(found)
-    loss, base = (
-        sum(sum(one["sums"][block] for block in blocks) for one in which) / tokens
-        for which in (found, first)
-    )
-    half, apart = interval(mean[0]), interval([a - b for a, b in zip(*mean, strict=True)])
-    bounds = [None if half is None else math.exp(loss + sign * half) for sign in (-1, 1)]
-    ratios = [None if apart is None else math.exp(loss - base + sign * apart) for sign in (-1, 1)]
+    mean, means = [], []
+    for texts in (found, first):
+        sums = [one["sums"][start // BLOCK : end // BLOCK] for one in texts]
+        mean.append(sum(map(sum, sums)) / tokens)
+        means.append([s / n for own in sums for s, n in zip(own, counts, strict=True)])
+    loss, ratio = mean[0], mean[0] - mean[1]
+    low, high = ends(loss, interval(means[0]))
+    ratio_low, ratio_high = ends(ratio, interval([a - b for a, b in zip(*means, strict=True)]))
     return {
         "settings": settings,
         "from": start,
         "to": end,
         "perplexity": math.exp(loss),
-        "low": bounds[0],
-        "high": bounds[1],
-        "ratio": math.exp(loss - base),
-        "ratio_low": ratios[0],
-        "ratio_high": ratios[1],
+        "low": low,
+        "high": high,
+        "ratio": math.exp(ratio),
+        "ratio_low": ratio_low,
+        "ratio_high": ratio_high,
         "tokens": tokens,
         "read": fmean(one["read"] for one in found) if end == last else None,
         "path": ", ".join(dict.fromkeys(one["path"] for one in found)),
     }
 
 
-def measure(model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable) -> Rows:
+def perplexity_rows(model: Any, ids: list[int], plan: PerplexityPlan, kept: Resumable) -> Rows:
     """The rows of the report: for each of the settings all positions, then each range of them.
-    `read`, the share of keys read, is that of the last chunk."""
+    `read`, the density, is that of the last chunk."""
     kept.expect("texts", len(plan.configs) * plan.texts)
     rows = []
     first: Rows = []

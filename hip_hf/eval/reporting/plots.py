@@ -94,26 +94,14 @@ def readings(
         for axis in axes.flat[len(panels) :]:
             axis.axis("off")
         for axis, panel in zip(axes.flat, panels, strict=False):
-            extent = (
-                0,
-                panel.kinds.shape[1] * panel.block_k,
-                panel.kinds.shape[0] * panel.block_q,
-                0,
-            )
+            height, width = panel.kinds.shape
+            extent = (0, width * panel.block_k, height * panel.block_q, 0)
             axis.imshow((panel.kinds + 1).numpy(), extent=extent, interpolation="nearest", **scale)
             axis.set(xlim=(0, tokens), ylim=(tokens, 0))
             for name, at in marks.items():
                 axis.axvline(at, color="crimson", linewidth=0.7, linestyle=":")
-                axis.text(
-                    at,
-                    0,
-                    f"{name} ",
-                    color="crimson",
-                    fontsize=8,
-                    rotation=90,
-                    va="top",
-                    ha="right",
-                )
+                style: dict[str, Any] = dict(color="crimson", fontsize=8, rotation=90)
+                axis.text(at, 0, f"{name} ", va="top", ha="right", **style)
             axis.axhline(question, color="black", linewidth=0.7, linestyle="--")
             axis.text(tokens, question, " question", fontsize=8, va="center", ha="left")
             axis.set_title(panel.title, fontsize=10)
@@ -121,8 +109,6 @@ def readings(
             axis.set_xlabel("key position (token)")
         for axis in axes[:, 0]:
             axis.set_ylabel("query position (token)")
-        legend = [
-            Patch(facecolor=colour, edgecolor="grey", label=kind)
-            for kind, colour in BLOCK_KINDS.items()
-        ]
+        kinds = BLOCK_KINDS.items()
+        legend = [Patch(facecolor=c, edgecolor="grey", label=kind) for kind, c in kinds]
         figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)

@@ -33,14 +33,8 @@ def machine() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        name = next(
-            (
-                line.split(":")[1].strip()
-                for line in info.read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            name,
-        )
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].split(":")[1].strip() if lines else name
     return {
         "cpu": name,
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -54,13 +48,14 @@ def machine() -> dict[str, Any]:
 
 def progress() -> Progress:
     """A progress bar on the error stream."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    numbers = MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), *numbers
     return Progress(*columns, console=notes, transient=True)
+
+
+def note(line: str, **style: Any) -> None:
+    """A line on the error stream as it is: not broken, nothing in it taken for markup."""
+    notes.print(line, highlight=False, markup=False, soft_wrap=True, **style)
 
 
 @contextmanager
@@ -74,17 +69,13 @@ def counting(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 def show(title: str, rows: Sequence[dict[str, Any]], as_json: bool, **extra: Any) -> None:
     """Print rows (dicts with the same keys) as a table, or everything as JSON."""
     if as_json:
-        print(
-            json.dumps(
-                {"title": title, "rows": list(rows), **extra, "machine": machine()}, indent=1
-            )
-        )
+        document = {"title": title, "rows": list(rows), **extra, "machine": machine()}
+        print(json.dumps(document, indent=1))
         return
     table = Table(title=title, title_justify="left")
     for name in rows[0] if rows else ():
-        table.add_column(
-            name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right"
-        )
+        words = isinstance(rows[0][name], str)
+        table.add_column(name.replace("_", " "), justify="left" if words else "right")
     for row in rows:
         table.add_row(*(cell(value) for value in row.values()))
     console = Console()

@@ -44,23 +44,16 @@ class Resumable:
         try:
             first, *rest = file.read_text(encoding="utf-8").split("\n")
             before = dict(json.loads(first)["request"])
-            done = dict(
-                json.loads(line) for line in rest[:-1]
-            )  # what follows the last line break was cut off
+            # what follows the last line break was cut off
+            self.done = dict(json.loads(line) for line in rest[:-1])
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"--output: got {file.name!r}, which is no file of finished measurements, allowed: {allowed}"
-            ) from None
+            got = f"{file.name!r}, which is no file of finished measurements"
+            raise ValueError(f"--output: got {got}, allowed: {allowed}") from None
         if before != self.request:
-            names = sorted(
-                name
-                for name in before.keys() | self.request
-                if before.get(name) != self.request.get(name)
-            )
-            raise ValueError(
-                f"--output: got finished measurements of a run with other {', '.join(names)}, allowed: {allowed}"
-            )
-        self.done = done
+            names = sorted(before.keys() | self.request)
+            other = [name for name in names if before.get(name) != self.request.get(name)]
+            got = f"finished measurements of a run with other {', '.join(other)}"
+            raise ValueError(f"--output: got {got}, allowed: {allowed}")
         self._write(file)
 
     def _write(self, file: Path) -> None:
@@ -102,6 +95,5 @@ class Resumable:
     def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
         self.bar.stop()
         if kind is not None and self.file is not None and self.file.exists():
-            report.notes.print(
-                f"{len(self.done)} finished measurements are kept in {self.file}: the same command goes on from there"
-            )
+            kept = f"{len(self.done)} finished measurements are kept in {self.file}"
+            report.notes.print(f"{kept}: the same command goes on from there")

@@ -6,10 +6,12 @@ of them take:
 
     max_seq_lengths  tokens of prompt and answer; a list [4096]
     samples          documents per length [50], at least as many as processes; `--limit` would cut
-    the last lengths data_seed        of what is drawn [0]; `seed` is taken: it is a model argument
+                     the last lengths
+    data_seed        of what is drawn [0]; `seed` is taken: it is a model argument
     haystack         a text file, or `synthetic` for random sentences; default: the novel shipped
-    with the package tokenizer        what lengths are counted with; default: the tokenizer of the
-    model arguments' `pretrained`
+                     with the package
+    tokenizer        what lengths are counted with; default: the tokenizer of the model arguments'
+                     `pretrained`
 
 Scores are reported under `acc` (all lengths) and under each length, as lm-eval's RULER tasks do.
 The RULER families use the texts of lm-eval's own RULER tasks, so that scores compare; what they are

@@ -56,9 +56,8 @@ class TaskPlan:
 def load_tokenizer(name: str, revision: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        name, revision=revision, trust_remote_code=trust_remote_code
-    )
+    options = dict(revision=revision, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(name, **options)
 
 
 def _check_count(name: str, value: Any, low: int) -> int:
@@ -76,36 +75,34 @@ def read_plan(metadata: dict[str, Any]) -> TaskPlan:
         raise UsageError("max_seq_lengths: got [], allowed: a list of token counts")
     name = metadata.get("tokenizer") or metadata.get("pretrained")
     if not isinstance(name, str):
-        raise UsageError(
-            f"tokenizer: got {name!r}, allowed: a name or folder (metadata `tokenizer` or `pretrained`)"
-        )
+        allowed = "a name or folder (metadata `tokenizer` or `pretrained`)"
+        raise UsageError(f"tokenizer: got {name!r}, allowed: {allowed}")
+    revision, trust = metadata.get("revision", "main"), metadata.get("trust_remote_code", False)
     return TaskPlan(
         lengths=tuple(_check_count("max_seq_lengths", length, 1) for length in lengths),
         samples=_check_count("samples", metadata.get("samples", 50), 1),
         seed=_check_count("data_seed", metadata.get("data_seed", 0), 0),
         haystack=str(metadata.get("haystack") or DOCUMENT),
-        tokenizer=load_tokenizer(
-            name,
-            str(metadata.get("revision", "main")),
-            bool(metadata.get("trust_remote_code", False)),
-        ),
+        tokenizer=load_tokenizer(name, str(revision), bool(trust)),
     )
+
+
+def read_haystack(file: str, allowed: str = "a text file") -> str:
+    """The text of a haystack. Raises UsageError if it cannot be read."""
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"haystack: got {file!r} ({error}), allowed: {allowed}") from None
 
 
 @functools.cache
 def sentences(file: str) -> list[str]:
     """The sentences of a text file, each with the white space after it. Raises UsageError if it
     cannot be read or is empty."""
-    try:
-        found = _SENTENCE.findall(Path(file).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"haystack: got {file!r} ({error}), allowed: a text file or {SYNTHETIC!r}"
-        ) from None
+    allowed = f"a text file or {SYNTHETIC!r}"
+    found = _SENTENCE.findall(read_haystack(file, allowed))
     if not any(sentence.strip() for sentence in found):
-        raise UsageError(
-            f"haystack: got {file!r}, which is empty, allowed: a text file or {SYNTHETIC!r}"
-        )
+        raise UsageError(f"haystack: got {file!r}, which is empty, allowed: {allowed}")
     return found
 
 
@@ -113,10 +110,8 @@ def draw_sentences(haystack: str, rng: random.Random, size: int) -> list[str]:
     """`size` consecutive sentences from a random place (the file's beginning follows its end), or
     random ones."""
     if haystack == SYNTHETIC:
-        return [
-            " ".join(rng.choices(FACT_NAMES, k=SENTENCE_WORDS)).capitalize() + ". "
-            for _ in range(size)
-        ]
+        drawn = [" ".join(rng.choices(FACT_NAMES, k=SENTENCE_WORDS)) for _ in range(size)]
+        return [sentence.capitalize() + ". " for sentence in drawn]
     text = sentences(haystack)
     start = rng.randrange(len(text))
     return [text[(start + i) % len(text)] for i in range(size)]
@@ -135,12 +130,9 @@ def insert(units: Sequence[str], needles: Sequence[str], places: Sequence[int]) 
 def scatter(rng: random.Random, size: int, count: int) -> list[int]:
     """`count` places in a haystack of `size` units, in rising order, different while there are
     enough."""
-    places = (
-        rng.sample(range(size + 1), count)
-        if count <= size + 1
-        else rng.choices(range(size + 1), k=count)
-    )
-    return sorted(places)
+    places = range(size + 1)
+    enough = count <= len(places)
+    return sorted(rng.sample(places, count) if enough else rng.choices(places, k=count))
 
 
 def fit(
@@ -156,9 +148,8 @@ def fit(
         else:
             good = size
         if bad <= smallest:
-            raise UsageError(
-                f"max_seq_lengths: got room for {room} tokens of prompt, allowed: at least {count} for this task"
-            )
+            got = f"room for {room} tokens of prompt"
+            raise UsageError(f"max_seq_lengths: got {got}, allowed: at least {count} for this task")
         if bad - good <= 1 or FULL * room <= count <= room:
             return good
         # tokens are nearly proportional to the size; what must change, changes
@@ -183,29 +174,20 @@ def build(
     """
     import datasets
 
-    plan = read_plan(metadata)
-    size = smallest
-    rows = []
+    plan, rows, size = read_plan(metadata), [], smallest
+
+    def draw(length: int, index: int, size: int) -> Prompt:
+        return make(random.Random(f"{task} {plan.seed} {length} {index}"), size, length)
+
+    def tokens(length: int, index: int, size: int) -> int:
+        prompt = draw(length, index, size)
+        return plan.tokens(prompt.input + delimiter + prompt.gen_prefix)
+
     for length, index in itertools.product(plan.lengths, range(plan.samples)):
-
-        def draw(
-            size: int, seed: str = f"{task} {plan.seed} {length} {index}", length: int = length
-        ) -> Prompt:
-            return make(random.Random(seed), size, length)
-
-        def tokens(size: int, draw: Callable[[int], Prompt] = draw) -> int:
-            prompt = draw(size)
-            return plan.tokens(prompt.input + delimiter + prompt.gen_prefix)
-
-        size = fit(tokens, length - answer, size, smallest, largest)
-        rows.append(
-            {
-                **vars(draw(size)),
-                "index": index,
-                "length": tokens(size) + answer,
-                "max_length": length,
-            }
-        )
+        counted = functools.partial(tokens, length, index)
+        size = fit(counted, length - answer, size, smallest, largest)
+        lengths = {"index": index, "length": counted(size) + answer, "max_length": length}
+        rows.append(vars(draw(length, index, size)) | lengths)
     return {"test": datasets.Dataset.from_list(rows, split=datasets.Split.TEST)}
 
 

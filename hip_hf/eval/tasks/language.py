@@ -7,10 +7,9 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from hip_hf.eval.tasks.common import SYNTHETIC, read_plan
+from hip_hf.eval.tasks.common import SYNTHETIC, read_haystack, read_plan
 from hip_hf.integration.lm_eval.registration import UsageError
 
 TARGET_WORDS = 128
@@ -23,40 +22,25 @@ def perplexity(**metadata: Any) -> dict[str, Any]:
 
     plan = read_plan(metadata)
     if plan.haystack == SYNTHETIC:
-        raise UsageError(
-            f"haystack: got {SYNTHETIC!r}, allowed: a text file (random words have no perplexity worth knowing)"
-        )
-    try:
-        text = Path(plan.haystack).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"haystack: got {plan.haystack!r} ({error}), allowed: a text file"
-        ) from None
+        allowed = "a text file (random words have no perplexity worth knowing)"
+        raise UsageError(f"haystack: got {SYNTHETIC!r}, allowed: {allowed}")
+    text = read_haystack(plan.haystack)
     words = text.split(" ")
     density = plan.tokens(text) / len(words)
     # the longest context in words, and a tenth for where the text is sparser in tokens
     before = math.ceil(1.1 * max(plan.lengths) / density)
     if before + TARGET_WORDS > len(words):
         room = math.floor((len(words) - TARGET_WORDS) * density / 1.1)
-        raise UsageError(
-            f"max_seq_lengths: got {max(plan.lengths)}, allowed: up to about {room} in {plan.haystack}"
-        )
+        allowed = f"up to about {room} in {plan.haystack}"
+        raise UsageError(f"max_seq_lengths: got {max(plan.lengths)}, allowed: {allowed}")
     rows = []
     for length, index in itertools.product(plan.lengths, range(plan.samples)):
-        at = random.Random(f"perplexity {plan.seed} {index}").randrange(
-            before, len(words) - TARGET_WORDS + 1
-        )
+        rng = random.Random(f"perplexity {plan.seed} {index}")
+        at = rng.randrange(before, len(words) - TARGET_WORDS + 1)
         target = " " + " ".join(words[at : at + TARGET_WORDS])
         context, tokens = _context(plan, words, at, target, length)
-        rows.append(
-            {
-                "context": context,
-                "target": target,
-                "tokens": tokens,
-                "index": index,
-                "max_length": length,
-            }
-        )
+        texts = {"context": context, "target": target, "tokens": tokens}
+        rows.append({**texts, "index": index, "max_length": length})
     return {"test": datasets.Dataset.from_list(rows, split=datasets.Split.TEST)}
 
 
@@ -70,9 +54,8 @@ def _context(plan: Any, words: Sequence[str], at: int, target: str, length: int)
         if total <= length:
             return context, total - plan.tokens(context)
         size = min(size - 1, math.floor(size * length / total))
-    raise UsageError(
-        f"max_seq_lengths: got {length}, allowed: more than the {TARGET_WORDS} words that are scored"
-    )
+    allowed = f"more than the {TARGET_WORDS} words that are scored"
+    raise UsageError(f"max_seq_lengths: got {length}, allowed: {allowed}")
 
 
 def process_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:

@@ -32,10 +32,8 @@ def note_documents(task: str, count: int, metadata: dict[str, Any]) -> dict[str,
     def make(rng: random.Random, size: int, length: int) -> Prompt:
         names = rng.sample(FACT_NAMES, count)
         facts = [(name, draw_digits(rng)) for name in names]
-        asked = rng.randrange(count)
-        return render_notes(
-            draw_sentences(haystack, rng, size), facts, scatter(rng, size, count), asked
-        )
+        asked, units = rng.randrange(count), draw_sentences(haystack, rng, size)
+        return render_notes(units, facts, scatter(rng, size, count), asked)
 
     return build(task, make, PASSKEY_TOKENS, metadata)
 
@@ -60,9 +58,10 @@ def key_value(**metadata: Any) -> dict[str, Any]:
         asked, place = (identifier(rng), identifier(rng)), rng.random()
         pairs = [(identifier(rng), identifier(rng)) for _ in range(size)]
         pairs.insert(round(place * size), asked)
-        listing = json.dumps(dict(pairs), indent=0)
-        words = f'Each line of this JSON object gives a key and its value.\n{listing}\nWhich value belongs to the key "{asked[0]}"?'
-        return Prompt(words, f'The value of "{asked[0]}" is', [asked[1]])
+        (key, value), listing = asked, json.dumps(dict(pairs), indent=0)
+        words = f"Each line of this JSON object gives a key and its value.\n{listing}\n"
+        asks = f'Which value belongs to the key "{key}"?'
+        return Prompt(words + asks, f'The value of "{key}" is', [value])
 
     return build("key_value", make, VALUE_TOKENS, metadata)
 

@@ -37,10 +37,9 @@ def text_of(module: str, name: str) -> Any:
     assert spec.origin is not None
     source = Path(spec.origin).parent / "ruler" / f"{module}.py"
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and [
-            target.id for target in node.targets if isinstance(target, ast.Name)
-        ] == [name]:
-            return ast.literal_eval(node.value)
+        match node:
+            case ast.Assign(targets=[ast.Name(id=known)], value=value) if known == name:
+                return ast.literal_eval(value)
     raise ImportError(f"{source} has no {name}: this version of lm-eval is not known to hip_hf")
 
 
@@ -49,13 +48,8 @@ def words(*categories: str) -> list[str]:
     """English words of the categories `noun`, `adjective` or `verb`, sorted."""
     from wonderwords import RandomWord
 
-    return sorted(
-        {
-            word
-            for category in categories
-            for word in RandomWord().filter(include_categories=[category])
-        }
-    )
+    kinds = [RandomWord().filter(include_categories=[category]) for category in categories]
+    return sorted({word for kind in kinds for word in kind})
 
 
 def draw_key(rng: random.Random) -> str:
@@ -80,9 +74,8 @@ def render_needles(context: str, keys: Sequence[str], values: Sequence[str]) -> 
         template = template.replace("Some", "A").replace("are all", "is").replace("are", "is")
     query = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
     prefix = f"The special magic {kind} for {query} mentioned in the provided text {verb}"
-    return Prompt(
-        template.format(type_needle_v=kind, context=context, query=query), prefix, list(values)
-    )
+    text = template.format(type_needle_v=kind, context=context, query=query)
+    return Prompt(text, prefix, list(values))
 
 
 def needles(
@@ -107,9 +100,8 @@ def needles(
             units = [needle(draw_key(rng), digits(rng)) for _ in range(size)]
         else:
             units = [" ".join(sentence.split()) for sentence in draw_sentences(haystack, rng, size)]
-        context = (" " if noise == "text" else "\n").join(
-            insert(units, hidden, scatter(rng, size, len(hidden)))
-        )
+        parts = insert(units, hidden, scatter(rng, size, len(hidden)))
+        context = (" " if noise == "text" else "\n").join(parts)
         return render_needles(context, wanted, [value for name in wanted for value in facts[name]])
 
     return build(task, make, NEEDLE_TOKENS, metadata)
@@ -159,11 +151,8 @@ def render_variables(
     texts = text_of("vt_utils", "CONFIG")["variable_tracking"]
     context = " ".join(units).replace(". \n", ".\n")
     prefix = texts["answer_prefix"].format(num_v=len(names), query=value)
-    return Prompt(
-        example + texts["template"].format(context=context, query=value),
-        prefix.strip(),
-        list(names),
-    )
+    text = example + texts["template"].format(context=context, query=value)
+    return Prompt(text, prefix.strip(), list(names))
 
 
 def variable_tracking(**metadata: Any) -> dict[str, Any]:
@@ -178,9 +167,8 @@ def variable_tracking(**metadata: Any) -> dict[str, Any]:
 
     def make(rng: random.Random, size: int, length: int) -> Prompt:
         shown = draw(rng, example_noise, 3, "")
-        return draw(
-            rng, size, 5, f"{shown.input} {shown.gen_prefix}  {' '.join(shown.outputs)}\n\n\n\n"
-        )
+        example = f"{shown.input} {shown.gen_prefix}  {' '.join(shown.outputs)}\n\n\n\n"
+        return draw(rng, size, 5, example)
 
     return build("variable_tracking", make, VARIABLE_TOKENS, metadata)
 
@@ -189,11 +177,8 @@ def render_words(module: str, context: str, outputs: Sequence[str]) -> Prompt:
     """The question for the most frequent words of `context`, in the words of `cwe_utils` or
     `fwe_utils`."""
     texts = text_of(module, "CONFIG")
-    return Prompt(
-        texts["template"].format(context=context, query="").strip(),
-        texts["answer_prefix"].strip(),
-        list(outputs),
-    )
+    text = texts["template"].format(context=context, query="").strip()
+    return Prompt(text, texts["answer_prefix"].strip(), list(outputs))
 
 
 def common_words(**metadata: Any) -> dict[str, Any]:
@@ -210,9 +195,8 @@ def common_words(**metadata: Any) -> dict[str, Any]:
         context = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
         return render_words("cwe_utils", context, drawn[:count])
 
-    return build(
-        "common_words", make, COMMON_TOKENS, metadata, delimiter="\n\n", largest=len(known) - count
-    )
+    options: dict[str, Any] = dict(delimiter="\n\n", largest=len(known) - count)
+    return build("common_words", make, COMMON_TOKENS, metadata, **options)
 
 
 def frequent_words(**metadata: Any) -> dict[str, Any]:
