@@ -213,7 +213,8 @@ def main(
                 configs[name] = settings_of([EXTENDED], budget=budget, dense_tail=tail)[EXTENDED]
         configs |= settings_of(["dense"])
         details = {
-            "model": model_name(str(CHECKPOINT)), "document": DOCUMENT.name, **plan, "texts": texts, "targets": TARGETS,
+            "model": model_name(str(CHECKPOINT)), "document": DOCUMENT.name, **plan, "texts": texts,
+            "targets": TARGETS,
             "configs": {name: config.to_dict() for name, config in configs.items()},
         }  # fmt: skip
         targets = Targets(output=output, plot=output.with_suffix(".png"))

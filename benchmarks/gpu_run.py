@@ -64,8 +64,9 @@ class Step:
 
 
 STEPS = (
-    Step("doctor", 90), Step("tests", 90), Step("prefill", 110), Step("decode", 90), Step("profile", 60), Step("more_tests", 110),
-    Step("backward", 40), Step("tune", 60), Step("model", 60),
+    Step("doctor", 90), Step("tests", 90), Step("prefill", 110), Step("decode", 90),
+    Step("profile", 60), Step("more_tests", 110), Step("backward", 40), Step("tune", 60),
+    Step("model", 60),
 )  # fmt: skip
 
 

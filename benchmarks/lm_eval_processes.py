@@ -29,8 +29,9 @@ from hip_hf.cli.publish import Json, Output, Targets, model_name
 
 PROCESSES = 2
 LAUNCH = [
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(PROCESSES), "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--no_python",
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(PROCESSES),
+    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    "--main_process_port", "0", "--no_python",
 ]  # fmt: skip
 
 

@@ -47,12 +47,14 @@ from hip_hf.methods.pyramid import make_representative
 from hip_hf.problem import AttentionProblem
 
 SETTINGS = (
-    "{}", '{"options": {"onward": 0}}', '{"options": {"onward": 0.15}}', '{"options": {"onward": 0.5}}',
-    '{"options": {"descent": 1}}', '{"options": {"descent": 4}}', '{"query_stride": 4}',
-    '{"query_stride": 16}', '{"beam": 8}', '{"rescore": 8}', '{"rescore": 8, "beam": 8}', '{"rescore": 1}',
-    '{"representative": "middle"}', '{"representative": "minmax"}', '{"score": "max"}', '{"group_shared": false}',
-    '{"block_q": 128}', '{"block_q": 32}', '{"options": {"sample": 512}}', '{"options": {"sample": 256}}', "true_need",
-    '{"vote": "sampled"}', "paper", '{"method": "staged"}', '{"method": "quest"}', '{"method": "vertical_slash"}',
+    "{}", '{"options": {"onward": 0}}', '{"options": {"onward": 0.15}}',
+    '{"options": {"onward": 0.5}}', '{"options": {"descent": 1}}', '{"options": {"descent": 4}}',
+    '{"query_stride": 4}', '{"query_stride": 16}', '{"beam": 8}', '{"rescore": 8}',
+    '{"rescore": 8, "beam": 8}', '{"rescore": 1}', '{"representative": "middle"}',
+    '{"representative": "minmax"}', '{"score": "max"}', '{"group_shared": false}',
+    '{"block_q": 128}', '{"block_q": 32}', '{"options": {"sample": 512}}',
+    '{"options": {"sample": 256}}', "true_need", '{"vote": "sampled"}', "paper",
+    '{"method": "staged"}', '{"method": "quest"}', '{"method": "vertical_slash"}',
     '{"method": "sample"}', '{"method": "streaming"}', '{"method": "oracle"}',
 )  # fmt: skip
 # A digit of whose lookups less is read counts as lost.

@@ -92,9 +92,9 @@ def main(
     """Measure, and write the table, the document and the picture."""
     sizes, counts = ([int(part) for part in given.split(",")] for given in (lengths, clients))
     details = {
-        "model": model_name(Path(model).name), "lengths": sizes, "clients": counts, "new_tokens": new_tokens, "rounds": rounds,
-        "batch_tokens": batch_tokens, "continuous_batching": continuous_batching,
-        "dtype": dtype, "set": set_ or [],
+        "model": model_name(Path(model).name), "lengths": sizes, "clients": counts,
+        "new_tokens": new_tokens, "rounds": rounds, "batch_tokens": batch_tokens,
+        "continuous_batching": continuous_batching, "dtype": dtype, "set": set_ or [],
     }  # fmt: skip
     with user_errors():
         targets = Targets(as_json, output, plot)

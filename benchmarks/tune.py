@@ -53,8 +53,8 @@ LAUNCHES: dict[str, Callable[[Example, Tile], list[Launch]]] = {
 }
 # With three stages two tiles of keys and values are in flight while one is multiplied.
 WIDE = [
-    (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 3),
-    (64, 32, 8, 2), (64, 64, 8, 1), (64, 32, 4, 2),
+    (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2),
+    (64, 64, 8, 2), (64, 32, 8, 3), (64, 32, 8, 2), (64, 64, 8, 1), (64, 32, 4, 2),
 ]  # fmt: skip
 CANDIDATES = {
     "prefill": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
@@ -64,8 +64,8 @@ CANDIDATES = {
     "backward queries": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "hyper squares": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "backward keys": [
-        (64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 2), (32, 64, 8, 1), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1),
-        (16, 32, 4, 1), (16, 16, 4, 1),
+        (64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 2), (32, 64, 8, 1), (64, 32, 4, 2),
+        (32, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1),
     ],
 }  # fmt: skip
 # Launches of a selection: the look at what a prompt's rows find near, its search, and that of a
@@ -73,9 +73,11 @@ CANDIDATES = {
 SELECTIONS: dict[str, list[Tile] | list[SearchTile]] = {
     "votes": [Tile(*values) for values in WIDE],
     "search": [
-        SearchTile(32, 32, 32, stages=4), SearchTile(32, 32, 32, stages=3), SearchTile(32, 32, 64, stages=3),
-        SearchTile(32, 64, 64, stages=2), SearchTile(32, 64, 64, stages=3), SearchTile(16, 32, 32, stages=4),
-        SearchTile(16, 64, 64, stages=3), SearchTile(32, 32, 32, 4, 4), SearchTile(32, 32, 32, 16, 4),
+        SearchTile(32, 32, 32, stages=4), SearchTile(32, 32, 32, stages=3),
+        SearchTile(32, 32, 64, stages=3), SearchTile(32, 64, 64, stages=2),
+        SearchTile(32, 64, 64, stages=3), SearchTile(16, 32, 32, stages=4),
+        SearchTile(16, 64, 64, stages=3), SearchTile(32, 32, 32, 4, 4),
+        SearchTile(32, 32, 32, 16, 4),
     ],
 }  # fmt: skip
 SELECTIONS["decode search"] = SELECTIONS["search"]

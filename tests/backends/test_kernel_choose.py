@@ -40,12 +40,14 @@ def looks_of(case: Case) -> int:
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("looks", "fields", "shape"), [
-    (4, dict(), dict()), (4, dict(score="max"), dict()), (4, dict(vote="sampled"), dict()), (4, dict(decode_refresh=1), dict()),
-    (4, dict(group_shared=False), dict(groups=3)), (4, dict(), dict(groups=20)), (3, dict(block_k=6, budget=18), dict(heads=2)),
+    (4, dict(), dict()), (4, dict(score="max"), dict()), (4, dict(vote="sampled"), dict()),
+    (4, dict(decode_refresh=1), dict()), (4, dict(group_shared=False), dict(groups=3)),
+    (4, dict(), dict(groups=20)), (3, dict(block_k=6, budget=18), dict(heads=2)),
     (4, dict(block_k=7, budget=21), dict(groups=5)), (8, dict(block_k=8, budget=16), dict(dim=80)),
-    (4, dict(), dict(page_size=7)), (4, dict(rescore=5), dict(softcap=2.0, sliding=300, sinks=torch.ones(4), heads=2)),
-    (4, dict(), dict(dtype=torch.bfloat16)), (4, dict(beam=16), dict()), (4, dict(beam=16, score="max"), dict(groups=20)),
-    (4, dict(beam=12), dict(page_size=7)),
+    (4, dict(), dict(page_size=7)),
+    (4, dict(rescore=5), dict(softcap=2.0, sliding=300, sinks=torch.ones(4), heads=2)),
+    (4, dict(), dict(dtype=torch.bfloat16)), (4, dict(beam=16), dict()),
+    (4, dict(beam=16, score="max"), dict(groups=20)), (4, dict(beam=12), dict(page_size=7)),
 ])  # fmt: skip
 def test_the_same_blocks(looks: int, fields: dict[str, Any], shape: dict[str, Any]) -> None:
     """As the torch search, whatever the blocks' size; what lies in scratch before does not

@@ -226,8 +226,9 @@ def test_head_dims(dim: int, poison: None) -> None:
 
 
 @pytest.mark.parametrize("fields", [
-    dict(block_q=7, query_stride=3), dict(query_stride=16), dict(query_stride=1000), dict(query_stride=3), dict(sink=0, window=0),
-    dict(sink=9, window=5), dict(block_k=6, budget=12), dict(options={"sample": 2}), dict(options={"sample": 5}),
+    dict(block_q=7, query_stride=3), dict(query_stride=16), dict(query_stride=1000),
+    dict(query_stride=3), dict(sink=0, window=0), dict(sink=9, window=5),
+    dict(block_k=6, budget=12), dict(options={"sample": 2}), dict(options={"sample": 5}),
     dict(score="max"),
 ])  # fmt: skip
 def test_settings(fields: dict[str, Any], poison: None) -> None:

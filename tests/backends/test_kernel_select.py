@@ -52,22 +52,27 @@ def test_fewer_tiles_of_votes_walk_than_look(groups: int, fields: dict[str, Any]
 
 
 @pytest.mark.parametrize("fields", [
-    dict(beam=1), dict(beam=3), dict(rescore=2), dict(rescore=8, beam=2), dict(rescore=3, score="max"), dict(query_stride=1),
-    dict(query_stride=2), dict(query_stride=2, block_q=5, group_shared=False), dict(query_stride=5), dict(query_stride=40),
-    dict(query_stride=40, score="max"), dict(query_stride=5, vote="sampled"),
-    dict(query_stride=5, options={"sample": 7}), dict(rescore=4, query_stride=4, options={"onward": 0, "descent": 3}),
-    dict(rescore=4, query_stride=4, options={"onward": 1, "descent": 1}), dict(query_stride=4, vote="sampled", score="max"),
-    dict(block_k=1, budget=4), dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),
+    dict(beam=1), dict(beam=3), dict(rescore=2), dict(rescore=8, beam=2),
+    dict(rescore=3, score="max"), dict(query_stride=1), dict(query_stride=2),
+    dict(query_stride=2, block_q=5, group_shared=False), dict(query_stride=5),
+    dict(query_stride=40), dict(query_stride=40, score="max"), dict(query_stride=5, vote="sampled"),
+    dict(query_stride=5, options={"sample": 7}),
+    dict(rescore=4, query_stride=4, options={"onward": 0, "descent": 3}),
+    dict(rescore=4, query_stride=4, options={"onward": 1, "descent": 1}),
+    dict(query_stride=4, vote="sampled", score="max"), dict(block_k=1, budget=4),
+    dict(block_k=6, budget=18, beam=1, rescore=2), dict(sink=0, window=0),
 ])  # fmt: skip
 def test_settings_of_the_search(fields: dict[str, Any]) -> None:
     Case(small(**fields), [whole(299, 19)]).check()
 
 
 @pytest.mark.parametrize(("fields", "shape"), [
-    (dict(), dict()), (dict(score="max"), dict()), (dict(vote="sampled"), dict()), (dict(group_shared=False), dict()),
-    (dict(query_stride=1), dict(groups=7)), (dict(query_stride=8), dict(groups=3)),
-    (dict(coarsest=4, beam=4), dict()), (dict(block_k=6, budget=18), dict(page_size=7)),
-    (dict(beam=20), dict(softcap=2.0, sliding=200, sinks=torch.ones(2))), (dict(), dict(dim=80, dtype=torch.float16)),
+    (dict(), dict()), (dict(score="max"), dict()), (dict(vote="sampled"), dict()),
+    (dict(group_shared=False), dict()), (dict(query_stride=1), dict(groups=7)),
+    (dict(query_stride=8), dict(groups=3)), (dict(coarsest=4, beam=4), dict()),
+    (dict(block_k=6, budget=18), dict(page_size=7)),
+    (dict(beam=20), dict(softcap=2.0, sliding=200, sinks=torch.ones(2))),
+    (dict(), dict(dim=80, dtype=torch.float16)),
 ])  # fmt: skip
 def test_short_middles_are_looked_at_whole(fields: dict[str, Any], shape: dict[str, Any]) -> None:
     """Of one call, some; in a second sequence, which is padded, all."""

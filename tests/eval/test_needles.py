@@ -34,8 +34,9 @@ from hip_hf.eval.measure.needles import NeedlesAnswer, NeedlesCounts, NeedlesPla
 from hip_hf.eval.reporting.resumable import Resumable
 
 TINY = dict(
-    vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
+    bos_token_id=None, eos_token_id=None, pad_token_id=0,
 )  # fmt: skip
 
 

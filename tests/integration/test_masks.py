@@ -164,8 +164,9 @@ def test_a_causal_mask_makes_a_layer_causal() -> None:
 
 
 BIGBIRD = BigBirdPegasusConfig(
-    vocab_size=VOCAB, encoder_layers=2, decoder_layers=2, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32,
-    encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=256,
+    vocab_size=VOCAB, encoder_layers=2, decoder_layers=2, d_model=32, encoder_ffn_dim=32,
+    decoder_ffn_dim=32, encoder_attention_heads=4, decoder_attention_heads=4,
+    max_position_embeddings=256,
 )  # fmt: skip
 
 
