@@ -226,7 +226,10 @@ def main(
         for row in measure(model, tokenizer, tokens, details, configs, kept):
             report.notes.print(row)
             rows.append(row)
-    title = f"Context extension, {details['model']}, trained for {details['trained']:,} tokens; pass keys with 95 % intervals"
+    title = (
+        f"Context extension, {details['model']}, trained for {details['trained']:,} tokens; "
+        "pass keys with 95 % intervals"
+    )
     document = targets.publish("extension", title, rows, details, kept, draw=draw)
     output.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
 

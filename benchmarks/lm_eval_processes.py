@@ -121,7 +121,10 @@ def main(
         }
         for (processes, threads), spent in seconds.items()
     ]
-    title = f"lm-eval of {details['model']}, {tasks}, {length} tokens: {len(scores)} commands with the same scores"
+    title = (
+        f"lm-eval of {details['model']}, {tasks}, {length} tokens: "
+        f"{len(scores)} commands with the same scores"
+    )
     targets.publish("lm_eval_processes", title, rows, {**details, "scores": scores[0]}, kept)
 
 

@@ -125,7 +125,10 @@ def main(
                     "samples": len(found["scores"]), "read_prefill": found["prefill"],
                     "read_decode": found["decode"],
                 })  # fmt: skip
-    title = f"hip_longctx, {length:,} tokens, budget {budget}, {samples} samples a task, seed {seed}, 95 % intervals"
+    title = (
+        f"hip_longctx, {length:,} tokens, budget {budget}, {samples} samples a task, seed {seed}, "
+        "95 % intervals"
+    )
     targets.publish("longctx", title, rows, details, kept)
     caption = f"{title}; {model_name(model)}. Shares of right answers; hip_perplexity: perplexity."
     output.with_suffix(".md").write_text(markdown(rows, caption), encoding="utf-8")

@@ -62,7 +62,8 @@ def main() -> None:
     )["input_ids"]
     if len(ids) <= given.length + given.tokens:
         raise SystemExit(
-            f"--length: got {given.length}, allowed: below {len(ids) - given.tokens}, what the document has"
+            f"--length: got {given.length}, allowed: below {len(ids) - given.tokens}, "
+            "what the document has"
         )
     cache = hip_hf.HiPCache(
         model.config, offload="cpu", device_pages=given.length // PAGE // given.fraction

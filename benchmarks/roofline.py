@@ -289,9 +289,8 @@ def table(found: list[dict[str, float | int | str | None]], gpu: str = "H200") -
     """`rows` as Markdown, a line for each call and kernel, and a column for each length."""
     lengths = list(dict.fromkeys(row["tokens"] for row in found))
     cells = {(row["step"], row["tokens"]): row for row in found}
-    lines = [
-        f"| {gpu}, ms: floor / model / measured | {' | '.join(f'{tokens:,}' for tokens in lengths)} |"
-    ]
+    columns = " | ".join(f"{tokens:,}" for tokens in lengths)
+    lines = [f"| {gpu}, ms: floor / model / measured | {columns} |"]
     lines.append("|---" * (1 + len(lengths)) + "|")
     for name in dict.fromkeys(row["step"] for row in found):
         times = [

@@ -154,7 +154,10 @@ def main(
         }
         for (tokens, count, name), all_ in found.items()
     ]
-    title = f"hip-hf serve, {details['model']}, {dtype}: median of {rounds} rounds, {new_tokens} new tokens a request"
+    title = (
+        f"hip-hf serve, {details['model']}, {dtype}: median of {rounds} rounds, "
+        f"{new_tokens} new tokens a request"
+    )
     ratios = compare(rows)
     tables = {title: rows, "hip, as times of sdpa": ratios}
     targets.publish("serving", title, rows, {**details, "ratios": ratios}, kept, tables)

@@ -94,7 +94,10 @@ def main(
         rows = soak(server, text, generated, requests, every, longest, 2 * room, clients)
     load.append(os.getloadavg()[0])
     growth = rows[-1]["resident_MiB"] - rows[len(rows) // 2]["resident_MiB"]
-    title = f"{requests} requests of up to {longest} tokens to hip-hf serve, {details['model']}; second half: {growth:+.0f} MiB"
+    title = (
+        f"{requests} requests of up to {longest} tokens to hip-hf serve, {details['model']}; "
+        f"second half: {growth:+.0f} MiB"
+    )
     extra = {
         **details,
         "continuous_batching": continuous_batching,

@@ -58,9 +58,17 @@ WIDE = [
 ]  # fmt: skip
 CANDIDATES = {
     "prefill": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
-    "decode": [(16, 64, 4, 3), (16, 32, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
-    "prefill extended": [(64, 32, 8, 3), (64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 4, 2), (32, 32, 8, 1), (32, 32, 4, 1)],
-    "decode extended": [(16, 32, 4, 3), (16, 32, 4, 2), (16, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
+    "decode": [
+        (16, 64, 4, 3), (16, 32, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1),
+        (16, 16, 4, 1),
+    ],
+    "prefill extended": [
+        (64, 32, 8, 3), (64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 4, 2), (32, 32, 8, 1),
+        (32, 32, 4, 1),
+    ],
+    "decode extended": [
+        (16, 32, 4, 3), (16, 32, 4, 2), (16, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1),
+    ],
     "backward queries": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "hyper squares": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "backward keys": [
@@ -250,9 +258,11 @@ def main() -> None:
 
 
 def write(tiles: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]]) -> None:
-    text = pprint.pformat(tiles, width=126, sort_dicts=True)
-    head = '"""Written by `benchmarks/tune.py`: kernel -> target -> head dim up to -> rows, keys, warps, stages."""\n\n'
-    head += "# fmt: off\n"
+    text = pprint.pformat(tiles, width=100, sort_dicts=True)
+    head = (
+        '"""Written by `benchmarks/tune.py`: kernel -> target -> head dim up to -> rows, keys, '
+        'warps,\nstages."""\n\n# fmt: off\n'
+    )
     TABLE.write_text(
         f"{head}TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = \\\n{text}\n"
     )

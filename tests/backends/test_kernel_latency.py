@@ -46,8 +46,8 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 LENGTH = 72
 COLUMNS = (
-    "phase dtype batch length settings hip_ms sdpa_ms sdpa times_faster tokens_per_s tflops gb_per_s over_floor selecting "
-    "peak_gb sdpa_peak_gb path reason runs"
+    "phase dtype batch length settings hip_ms sdpa_ms sdpa times_faster tokens_per_s tflops "
+    "gb_per_s over_floor selecting peak_gb sdpa_peak_gb path reason runs"
 )
 
 

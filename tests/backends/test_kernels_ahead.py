@@ -68,11 +68,13 @@ def ptxas(ptx):
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "a.ptx"), Path(folder, "a.cubin")
         source.write_text(ptx)
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(binary)]
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a"]
+        command += [str(source), "-o", str(binary)]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
         return budget._told("nvdisasm", "-c", binary=binary.read_bytes()), said.stderr
 
-given = dict(X=Pointer(torch.bfloat16), Y=Pointer(torch.bfloat16), IDS=Pointer(torch.int32), OUT=Pointer(torch.float32), steps=9)
+given = dict(X=Pointer(torch.bfloat16), Y=Pointer(torch.bfloat16))
+given |= dict(IDS=Pointer(torch.int32), OUT=Pointer(torch.float32), steps=9)
 with budget.compiling_for("sm90"):
     compiled = gathered.warmup(grid=(1,), N=64, CARRIED=True, num_warps=4, num_stages=3, **given)
 compiled = compiled.result() if callable(getattr(compiled, "result", None)) else compiled
@@ -80,7 +82,8 @@ right = compiled.asm["ptx"]
 wrong = right.replace("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;")
 for ptx in (right, wrong):
     code, said = ptxas(ptx)
-    print("are serialized" in said, budget.serialised(ptx, code), bool(wgmma.touched(ptx)), sep=",", end="|")
+    found = budget.serialised(ptx, code), bool(wgmma.touched(ptx))
+    print("are serialized" in said, *found, sep=",", end="|")
 """
 
 
@@ -130,8 +133,8 @@ def test_what_touches_sums_and_factors_in_flight(lines: list[str], touching: lis
 def test_loops_that_load_nothing_ahead_are_found(tmp_path: Path, target: str) -> None:
     """Three stages are asked for in vain where what is multiplied lies where an index of the same
     turn says."""
-    ids = "IDS=Pointer(torch.int32), steps=9"
-    wide = f"*[problem(gathered, '{target}', {ids}, num_stages=3, CARRIED=carried) for carried in (False, True)]"
+    given = f"'{target}', IDS=Pointer(torch.int32), steps=9, num_stages=3"
+    wide = f"*[problem(gathered, {given}, CARRIED=carried) for carried in (False, True)]"
     assert printed(tmp_path, f'print({wide}, sep="|")') == "loads nothing ahead|"
 
 
@@ -149,7 +152,8 @@ import torch
 from hip_hf.backends.triton.compile import budget
 from hip_hf.backends.triton.compile.launches import attention
 
-(launch,) = [x for x in attention.launches_of_prefill(64, torch.bfloat16, "sm90") if x.name == "prefill"]
+launches = attention.launches_of_prefill(64, torch.bfloat16, "sm90")
+(launch,) = [x for x in launches if x.name == "prefill"]
 row = budget.spend(launch, "sm90", 64, torch.bfloat16)
 print(row.problem, row.path, row.ahead, row.uncopied, row.per_wait > 1)
 """

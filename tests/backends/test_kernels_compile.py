@@ -62,11 +62,12 @@ def summed(x, N: tl.constexpr, TIMES: tl.constexpr):
     tl.store(x + at, held)
 
 def problem(n, target, tensor_cores=False, spills=0):
-    launch = Launch("summed", summed, dict(x=Pointer(torch.float32), N=n, TIMES=4, num_warps=1), tensor_cores)
+    given = dict(x=Pointer(torch.float32), N=n, TIMES=4, num_warps=1)
+    launch = Launch("summed", summed, given, tensor_cores)
     return budget.spend(launch, target, n, torch.float32, spills).problem
 
-print(problem(64, "sm90"), problem(64, "sm90", True), problem(16384, "sm90"), problem(16384, "sm90", spills=1 << 20),
-      problem(24, "sm90"), sep="|")
+print(problem(64, "sm90"), problem(64, "sm90", True), problem(16384, "sm90"),
+      problem(16384, "sm90", spills=1 << 20), problem(24, "sm90"), sep="|")
 """
 
 
@@ -93,7 +94,8 @@ wide = config.HiPConfig(query_stride=1, beam=8, rescore=8)
 with patch.object(selection, "HiPConfig", lambda: wide):
     launches = selection.launches_of_search(128, torch.bfloat16, "sm90")
 launches = [x for x in launches if x.name in ("select, prefill", "select, decode")]
-print(*[(x.arguments["M"], budget.spend(x, "sm90", 128, torch.bfloat16).problem) for x in launches], sep="|")
+problems = [budget.spend(x, "sm90", 128, torch.bfloat16).problem for x in launches]
+print(*[(x.arguments["M"], problem) for x, problem in zip(launches, problems)], sep="|")
 """
 
 
@@ -115,7 +117,8 @@ target, block_k = sys.argv[1], int(sys.argv[2])
 x = example(128, torch.bfloat16)
 x = replace(x, reads=replace(x.reads, block_k=block_k))
 tile = tile_of("backward keys", target, 128, 128, torch.bfloat16)
-print(*[budget.spend(launch, target, 128, torch.bfloat16).problem for launch in attention.key_launches(x, tile)], sep="|")
+launches = attention.key_launches(x, tile)
+print(*[budget.spend(x, target, 128, torch.bfloat16).problem for x in launches], sep="|")
 """
 
 
@@ -159,7 +162,8 @@ def spend(launch, target, dim, dtype, spills):
         raise KeyboardInterrupt
     done.append(launch.name)
     kind = str(dtype).removeprefix("torch.")
-    return budget.Spent(launch.name, target, dim, kind, launch.code(), launch.digest(), registers=1, spilled=spilled)
+    about = launch.name, target, dim, kind, launch.code(), launch.digest()
+    return budget.Spent(*about, registers=1, spilled=spilled)
 
 def run(spills=0):
     try:
@@ -168,7 +172,8 @@ def run(spills=0):
         pass
 
 budget.spend, most, spilled = spend, 99, 0
-names = [launch.name for launch in catalogue.launches_of(64, COMPILED_DTYPES["bf16"], "sm90") if "prefill" in launch.name]
+launches = catalogue.launches_of(64, COMPILED_DTYPES["bf16"], "sm90")
+names = [launch.name for launch in launches if "prefill" in launch.name]
 most = len(names) - 1
 run()
 assert done == names[:-1], done
@@ -248,14 +253,16 @@ from hip_hf.backends.triton.compile.catalogue import launches_of
 
 launches = launches_of(64, torch.bfloat16, "sm90")
 paged = {x.kernel.fn.__name__: x for x in launches if "stride_table" in x.kernel.arg_names}
-widths = {name: x.kernel.params[x.kernel.arg_names.index("stride_table")] for name, x in paged.items()}
+place = {name: x.kernel.arg_names.index("stride_table") for name, x in paged.items()}
+widths = {name: x.kernel.params[place[name]] for name, x in paged.items()}
 print(*sorted(paged))
 print(*sorted(name for name, width in widths.items() if not width.do_not_specialize))
 attend, programs = paged["attend_kernel"], set()
 for width in (15, 16, 17):
     with compiling_for("sm90"):
         compiled = attend.kernel.warmup(grid=(1,), **{**attend.stand_ins(), "stride_table": width})
-    programs.add((compiled.result() if callable(getattr(compiled, "result", None)) else compiled).hash)
+    compiled = compiled.result() if callable(getattr(compiled, "result", None)) else compiled
+    programs.add(compiled.hash)
 print(len(programs))
 """
 
@@ -267,10 +274,12 @@ from hip_hf.backends.triton.compile import examples
 from hip_hf.backends.triton.compile.catalogue import MODULES
 
 SETTINGS = ("sliding",)  # the example's window is as long as its prompt; a model's never changes
-examples.QUERY_HEADS, examples.KEY_HEADS = 3, 1  # strides between sequences are not divisible by 16 thanks to the heads
+# with these heads strides between sequences are not divisible by 16
+examples.QUERY_HEADS, examples.KEY_HEADS = 3, 1
 
 def kinds(tokens):
-    # what Triton makes a program of its own for: constants, and of other numbers whether they are 1 or divisible by 16
+    # what Triton makes a program of its own for: constants, and of other numbers whether they are 1
+    # or divisible by 16
     found = {}
     for module in MODULES:
         if hasattr(module, "example"):
@@ -278,7 +287,8 @@ def kinds(tokens):
         for launch in module.launches(64, torch.bfloat16, "sm90"):
             for parameter in launch.kernel.params:
                 value = launch.arguments.get(parameter.name)
-                if isinstance(value, int) and not parameter.do_not_specialize and parameter.name not in SETTINGS:
+                fixed = parameter.do_not_specialize or parameter.name in SETTINGS
+                if isinstance(value, int) and not fixed:
                     kind = value if parameter.is_constexpr or value == 1 else value % 16 == 0
                     found[launch.kernel.fn.__name__, launch.name, parameter.name] = kind
     return found

@@ -303,7 +303,8 @@ def test_the_line_below_an_answer_is_right() -> None:
     assert kept <= turn.cache_mib < 1.5 * kept
     length = len(f"<s> user {DOCUMENT} {QUESTIONS[0]} </s> <s> assistant".split()) + NEW - 1
     line = (
-        r"(?P<seconds>[\d.]+) s: 19 tokens read in (?P<first>[\d.]+) s, 6 new ones at [\d.]+ a second, "
+        r"(?P<seconds>[\d.]+) s: 19 tokens read in (?P<first>[\d.]+) s, "
+        r"6 new ones at [\d.]+ a second, "
         rf"{turn.keys_read:.0%} of the keys read; cache: {length} tokens, {turn.cache_mib:.0f} MiB"
     )
     assert (found := re.fullmatch(line, str(turn)))

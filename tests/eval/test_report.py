@@ -29,16 +29,20 @@ RUNS: dict[str, tuple[Any, list[str], bool]] = {
     "passkey": (passkey, ["--lengths", "256", "--depths", "2", "--samples", "1", *SETTINGS], True),
     "needles": (needles, ["--lengths", "400", "--prompts", "1", "--facts", "2", *SETTINGS], True),
     "perplexity": (perplexity, ["--tokens", "512", *SETTINGS], True),
-    "fidelity": (fidelity, ["--tokens", "512", "--facts", "1", "--prompts", "1", *SETTINGS[2:]], True),
+    "fidelity": (
+        fidelity, ["--tokens", "512", "--facts", "1", "--prompts", "1", *SETTINGS[2:]], True,
+    ),
     "compare": (
         compare,
-        ["--tokens", "512", "--facts", "1", "--prompts", "1", "--depths", "1", "--samples", "1", "--budgets", "32,64",
-         "--sink", "8", "--window", "16", *SETTINGS[:2], "--settings", BLOCKS, "--settings", "streaming"],
+        ["--tokens", "512", "--facts", "1", "--prompts", "1", "--depths", "1", "--samples", "1",
+         "--budgets", "32,64", "--sink", "8", "--window", "16", *SETTINGS[:2],
+         "--settings", BLOCKS, "--settings", "streaming"],
         True,
     ),
     "latency": (
         latency,
-        ["--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--repeats", "1", "--dtypes", "fp32", "--lengths", "256,512"],
+        ["--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--repeats", "1",
+         "--dtypes", "fp32", "--lengths", "256,512"],
         False,
     ),
 }  # fmt: skip
@@ -65,8 +69,8 @@ LONGCTX = {
     "command": "longctx",
     "title": "hip_longctx, 4,096 tokens",
     "rows": [
-        {"task": task, "settings": name, "value": value, "low": value / 2, "high": 2 * value, "samples": 10,
-         "read_prefill": 0.2, "read_decode": 0.1}
+        {"task": task, "settings": name, "value": value, "low": value / 2, "high": 2 * value,
+         "samples": 10, "read_prefill": 0.2, "read_decode": 0.1}
         for task, value in (("hip_passkey", 0.5), ("hip_copying", 0.1), ("hip_perplexity", 40.0))
         for name in ("dense", "defaults")
     ],

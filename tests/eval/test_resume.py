@@ -68,10 +68,11 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
 def test_a_file_that_is_none_of_finished_cells_is_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / f"out.json{SUFFIX}"
     file.write_bytes(content)
-    with pytest.raises(
-        ValueError,
-        match=r"--output: got 'out.json.partial', which is no file of finished measurements, allowed: .* remove",
-    ):
+    said = (
+        r"--output: got 'out.json.partial', which is no file of finished measurements, "
+        r"allowed: .* remove"
+    )
+    with pytest.raises(ValueError, match=said):
         Resumable(tmp_path / "out.json", {})
     assert file.read_bytes() == content
 

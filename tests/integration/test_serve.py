@@ -55,8 +55,8 @@ SETTINGS = {"plain": {**SPARSE, "budget": 16}, "continuous": {**SPARSE, "budget"
 MODES = {
     "plain": ["--max-model-len", str(LONGEST)],
     "continuous": [
-        "--continuous-batching", "--cb-block-size", str(PAGE), "--cb-num-blocks",
-        str(LONGEST // PAGE + 1), "--cb-max-batch-tokens", "256",
+        "--continuous-batching", "--cb-block-size", str(PAGE), 
+        "--cb-num-blocks", str(LONGEST // PAGE + 1), "--cb-max-batch-tokens", "256",
     ],
 }  # fmt: skip
 LENGTHS = [3, 40, 500, 17, 260, 3500, 90, 8]

@@ -19,7 +19,10 @@ SETTINGS = dict(
     budget=64, window=32, sink=16, block_q=32, dense_layers=1, dense_below=0, dense_tail=32
 )
 LENGTH = 1024
-SENTENCE = "It is a truth universally acknowledged that whoever keeps a long text in mind must forget some part of it ."
+SENTENCE = (
+    "It is a truth universally acknowledged that whoever keeps a long text in mind "
+    "must forget some part of it ."
+)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,8 @@ folder = Path(sys.argv[1])
 def row(name, text):
     file = folder / (name + ".json.partial")
     first = "" if file.exists() else '{{"request": {{}}}}\\n'
-    file.open("a").write(first + '["[0]", {{"rows": [{{"figure": 1, "wrong": "' + text + '"}}]}}]\\n')
+    found = '["[0]", {{"rows": [{{"figure": 1, "wrong": "' + text + '"}}]}}]\\n'
+    file.open("a").write(first + found)
 
 def take(name):
     with (folder / "taken").open("a") as file:
