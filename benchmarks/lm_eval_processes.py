@@ -1,8 +1,8 @@
 """lm-eval in one process and in two, by `accelerate launch`: the seconds of the whole command, and
 that the scores are the same.
 
-    python benchmarks/lm_eval_processes.py runs/smollm2 --output
-    benchmarks/results/lm_eval_processes.json
+    python benchmarks/lm_eval_processes.py runs/smollm2
+        --output benchmarks/results/lm_eval_processes.json
 
 One process has as many threads as two have together, and once as many as each of the two. Rounds
 alternate; seconds are the median over rounds, of commands that start Python, load the model and

@@ -2,7 +2,7 @@
 estimates of need, side by side.
 
     python benchmarks/lookups.py runs/smollm2 [--length 8192] [--documents novel,code] [--prompts 4]
-                                               [--budget 256] [--output FILE]
+        [--budget 256] [--output FILE]
 
 One dense forward pass for each of the prompts of `hip-hf needles`; then every layer selects for the
 rows of questions and answers by each of the settings, from the same queries and keys. That is some

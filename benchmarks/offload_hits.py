@@ -2,7 +2,7 @@
 the cache.
 
     python benchmarks/offload_hits.py [--length 65536] [--fraction 8] [--budget 512] [--tokens 256]
-    [--output FILE]
+        [--output FILE]
 
 The demo checkpoint reads the first tokens of the shipped document in one prefill, at the default
 settings but for the budget and without dense layers. Then it decodes, twice from there: the

@@ -1,8 +1,8 @@
 """A served model, `sdpa` against `hip`: seconds to the first token and new tokens a second, at 1, 4
 and 8 clients at once.
 
-    python benchmarks/serving.py runs/smollm2 --output benchmarks/results/serving.json --plot
-    benchmarks/results/serving.png
+    python benchmarks/serving.py runs/smollm2 --output benchmarks/results/serving.json
+        --plot benchmarks/results/serving.png
 
 Two servers (`hip-hf serve --continuous-batching`) are up side by side, one idle while the other is
 asked. Rounds alternate between them; each figure is the median over rounds, and the first token's

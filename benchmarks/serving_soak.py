@@ -2,7 +2,7 @@
 not `generate`'s, does one fail?
 
     python benchmarks/serving_soak.py runs/smollm2 [--requests 500] [--no-continuous-batching]
-    [--set budget=128] [--output FILE]
+        [--set budget=128] [--output FILE]
 
 Six of ten requests want an answer, two hang up in the middle of a long one, the others are refused:
 a prompt that does not fit, a chat without messages. Every answer is compared with that of
