@@ -122,9 +122,8 @@ def main(
             own = settings if name == "hip" else []
             options = ["--attn-implementation", name, "--dtype", dtype, *batching, *own]
             servers[name] = stack.enter_context(serving(model, *options, log=folder / name))
-            ask(
-                servers[name], prompts(tokenizer, ids, min(sizes), "first of all", 1), 2
-            )  # what is made once
+            # what is made once
+            ask(servers[name], prompts(tokenizer, ids, min(sizes), "first of all", 1), 2)
         stack.enter_context(kept)
         kept.expect("rounds", len(sizes) * len(counts) * rounds * len(ATTENTIONS))
         for tokens in sizes:

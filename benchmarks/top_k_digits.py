@@ -34,9 +34,8 @@ class Counter:
     def __call__(self, scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
         kept = self.best(scores, ids, count)
         if count == self.beam < ids.shape[-1]:
-            bits = (
-                scores.float().contiguous().view(torch.int32).long()
-            )  # shares of a softmax: none is below 0
+            # shares of a softmax: none is below 0
+            bits = scores.float().contiguous().view(torch.int32).long()
             least = bits.topk(count).values[..., -1:]
             self.selections += least.numel()
             open_ = torch.ones_like(least)
