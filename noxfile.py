@@ -1,9 +1,9 @@
 """Every supported version of Transformers, PyTorch and Python together.
 
-    pip install nox uv && nox           # the whole grid, and a table of what passed; `nox --list`
-    names the sessions nox -k "3.12 and 2.11.0" -- tests   # one Python and PyTorch; what follows
-    `--` goes to pytest in place of the grid's tests nox -s lent-3.12                    # the
-    versions that a lent GPU comes with, together
+    pip install nox uv && nox           # the whole grid, and a table of what passed
+    nox --list                          # the names of the sessions
+    nox -k "3.12 and 2.11.0" -- tests   # one Python and PyTorch; pytest gets what follows `--`
+    nox -s lent-3.12                    # the versions that a lent GPU comes with, together
     nox -s table                        # the table of what has been tried so far
 
 A session makes an environment of one Python and one PyTorch and tries the versions of Transformers

@@ -57,7 +57,8 @@ def main(file: Path) -> None:
         f"{name} {value}" for name, value in report.machine().items() if value is not None
     )
     file.write_text(
-        f"$ hip-hf {shlex.join(arguments)}\n{shown.output.strip()}\n\n({machine}; processor seconds)\n",
+        f"$ hip-hf {shlex.join(arguments)}\n{shown.output.strip()}\n\n"
+        f"({machine}; processor seconds)\n",
         encoding="utf-8",
     )
 

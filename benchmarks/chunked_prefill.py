@@ -1,8 +1,8 @@
 """Peak memory of a prompt read in chunks (`prefill_chunk_size`), beyond what its cache holds: it
 must not grow with the prompt.
 
-    python benchmarks/chunked_prefill.py [--lengths 32768,65536,131072] [--chunk 2048] [--output
-    FILE]
+    python benchmarks/chunked_prefill.py [--lengths 32768,65536,131072] [--chunk 2048]
+        [--output FILE]
 
 Each length has a process of its own: a tiny random model reads random tokens through `generate`
 into a `HiPCache`, and the process reads its own memory from the operating system. `cache_MiB`: the

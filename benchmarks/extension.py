@@ -213,7 +213,8 @@ def main(
                 configs[name] = settings_of([EXTENDED], budget=budget, dense_tail=tail)[EXTENDED]
         configs |= settings_of(["dense"])
         details = {
-            "model": model_name(str(CHECKPOINT)), "document": DOCUMENT.name, **plan, "texts": texts, "targets": TARGETS,
+            "model": model_name(str(CHECKPOINT)), "document": DOCUMENT.name, **plan, "texts": texts,
+            "targets": TARGETS,
             "configs": {name: config.to_dict() for name, config in configs.items()},
         }  # fmt: skip
         targets = Targets(output=output, plot=output.with_suffix(".png"))
@@ -225,7 +226,10 @@ def main(
         for row in measure(model, tokenizer, tokens, details, configs, kept):
             report.notes.print(row)
             rows.append(row)
-    title = f"Context extension, {details['model']}, trained for {details['trained']:,} tokens; pass keys with 95 % intervals"
+    title = (
+        f"Context extension, {details['model']}, trained for {details['trained']:,} tokens; "
+        "pass keys with 95 % intervals"
+    )
     document = targets.publish("extension", title, rows, details, kept, draw=draw)
     output.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
 

@@ -64,8 +64,9 @@ class Step:
 
 
 STEPS = (
-    Step("doctor", 90), Step("tests", 90), Step("prefill", 110), Step("decode", 90), Step("profile", 60), Step("more_tests", 110),
-    Step("backward", 40), Step("tune", 60), Step("model", 60),
+    Step("doctor", 90), Step("tests", 90), Step("prefill", 110), Step("decode", 90),
+    Step("profile", 60), Step("more_tests", 110), Step("backward", 40), Step("tune", 60),
+    Step("model", 60),
 )  # fmt: skip
 
 
@@ -156,9 +157,8 @@ def run(
                 code, seconds = worker.take(step.name, limit)
             records.note(folder, step.name, code, seconds, limit)
             print(records.summarise(folder, names), flush=True)
-            if (
-                seconds is not None and code != 0
-            ):  # whatever is wrong with the device is over with the process
+            # whatever is wrong with the device is over with the process
+            if seconds is not None and code != 0:
                 worker.stop()
                 worker = Worker(command, environment)
     finally:
@@ -173,9 +173,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the results")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes")
-    parser.add_argument(
-        "--serve", action="store_true", help=argparse.SUPPRESS
-    )  # what the worker's process does
+    # what the worker's process does
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT))  # nothing need be installed
     if given.serve:
@@ -185,22 +184,14 @@ def main() -> None:
         sizes = gpu_sizes.DRY if given.dry_run else gpu_sizes.Sizes()
         serve(given.folder, lambda name: gpu_steps.take(name, given.folder, sizes))
         return
-    own = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        str(given.folder),
-        "--serve",
-        *(["--dry-run"] if given.dry_run else []),
-    ]
+    own = [sys.executable, str(Path(__file__).resolve()), str(given.folder), "--serve"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": path,
-        **({"TRITON_INTERPRET": "1"} if given.dry_run else {}),
-    }
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # the worker is stopped on the way out
+    environment = {**os.environ, "PYTHONPATH": path}
+    if given.dry_run:
+        own.append("--dry-run")
+        environment["TRITON_INTERPRET"] = "1"
+    # the worker is stopped on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # on a CPU, which others may use as well, only the whole has a limit
     steps = [replace(step, limit=60 * given.minutes) for step in STEPS] if given.dry_run else STEPS
     sys.exit(run(given.folder, steps, own, given.minutes, environment))

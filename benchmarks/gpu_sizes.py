@@ -26,12 +26,12 @@ EVERY = sorted(file.name for file in KERNEL_TESTS.glob("test_kernel_*.py"))
 SECOND = tuple(name for name in EVERY if name not in NO_GPU and name not in FIRST)
 # Of models with random weights: Llama 3.1 8B's, and one for the dry run.
 LLAMA_8B = dict(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-    vocab_size=128256, max_position_embeddings=131072,
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
 )  # fmt: skip
 TINY = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
-    max_position_embeddings=1024,
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=256, max_position_embeddings=1024,
 )  # fmt: skip
 
 
@@ -96,10 +96,11 @@ class Sizes:
 # The same steps on a machine without a GPU: kernels by Triton's interpreter, which does not know
 # bf16.
 DRY = Sizes(
-    device="cpu", dtype="fp16", checks=("fp32",), parts=(checks.GRADIENTS,), heads=2, kv_heads=1, dim=16,
-    config=dict(doctor.SIZES, backend="triton", beam=2, rescore=2, decode_refresh=2),
-    prefill=(128, 192), decode=(96,), backward=(128,), hyper=checks.HYPER_SIZES, batches=(2,), repeats=1,
-    tests=(("test_kernel_rule.py",), ("test_kernel_tuning.py",)), processes=1,
+    device="cpu", dtype="fp16", checks=("fp32",), parts=(checks.GRADIENTS,), heads=2, kv_heads=1,
+    dim=16, config=dict(doctor.SIZES, backend="triton", beam=2, rescore=2, decode_refresh=2),
+    prefill=(128, 192), decode=(96,), backward=(128,), hyper=checks.HYPER_SIZES, batches=(2,),
+    repeats=1, tests=(("test_kernel_rule.py",), ("test_kernel_tuning.py",)), processes=1,
     kernels=("prefill", "search", "decode search", "votes"), candidates=1, tuned=64, tune_repeats=1,
-    model=documents.CHECKPOINT, model_dtype="fp32", shape=TINY, prompt=512, long_prompt=192, budget=64, new_tokens=2,
+    model=documents.CHECKPOINT, model_dtype="fp32", shape=TINY, prompt=512, long_prompt=192,
+    budget=64, new_tokens=2,
 )  # fmt: skip

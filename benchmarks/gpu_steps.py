@@ -513,7 +513,8 @@ def settle(folder: Path, device: torch.device) -> None:
             name for name in before.keys() | about if before.get(name) != about.get(name)
         )
         raise ValueError(
-            f"FOLDER: got {str(folder)!r} with figures of another {', '.join(names)}, allowed: a new folder"
+            f"FOLDER: got {str(folder)!r} with figures of another {', '.join(names)}, "
+            "allowed: a new folder"
         )
     write(file, json.dumps(about, indent=1) + "\n")
 

@@ -19,7 +19,8 @@ RESULTS = Path(__file__).parent / "results" / "kernels.json"
 def cell(row: dict[str, Any]) -> str:
     """Registers a thread, KB of shared memory, matrix instructions; what is wrong, if anything
     is."""
-    return f"{row['registers']} / {row['shared'] / 1024:.0f} / {row['path'] or '-'}{' ' + row['problem'] if row['problem'] else ''}"
+    spent = f"{row['registers']} / {row['shared'] / 1024:.0f} / {row['path'] or '-'}"
+    return f"{spent} {row['problem']}" if row["problem"] else spent
 
 
 def table(rows: list[dict[str, Any]], dim: int, dtype: str) -> str:

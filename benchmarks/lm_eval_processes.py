@@ -1,8 +1,8 @@
 """lm-eval in one process and in two, by `accelerate launch`: the seconds of the whole command, and
 that the scores are the same.
 
-    python benchmarks/lm_eval_processes.py runs/smollm2 --output
-    benchmarks/results/lm_eval_processes.json
+    python benchmarks/lm_eval_processes.py runs/smollm2
+        --output benchmarks/results/lm_eval_processes.json
 
 One process has as many threads as two have together, and once as many as each of the two. Rounds
 alternate; seconds are the median over rounds, of commands that start Python, load the model and
@@ -29,8 +29,9 @@ from hip_hf.cli.publish import Json, Output, Targets, model_name
 
 PROCESSES = 2
 LAUNCH = [
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(PROCESSES), "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--no_python",
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(PROCESSES),
+    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    "--main_process_port", "0", "--no_python",
 ]  # fmt: skip
 
 
@@ -120,7 +121,10 @@ def main(
         }
         for (processes, threads), spent in seconds.items()
     ]
-    title = f"lm-eval of {details['model']}, {tasks}, {length} tokens: {len(scores)} commands with the same scores"
+    title = (
+        f"lm-eval of {details['model']}, {tasks}, {length} tokens: "
+        f"{len(scores)} commands with the same scores"
+    )
     targets.publish("lm_eval_processes", title, rows, {**details, "scores": scores[0]}, kept)
 
 

@@ -24,8 +24,9 @@ from hip_hf.eval.measure.documents import CHECKPOINT
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = [
-    "hip_passkey", "hip_passkeys", "hip_niah_single", "hip_niah_multikey", "hip_niah_multivalue", "hip_niah_multiquery",
-    "hip_variable_tracking", "hip_common_words", "hip_frequent_words", "hip_key_value", "hip_copying", "hip_perplexity",
+    "hip_passkey", "hip_passkeys", "hip_niah_single", "hip_niah_multikey", "hip_niah_multivalue",
+    "hip_niah_multiquery", "hip_variable_tracking", "hip_common_words", "hip_frequent_words",
+    "hip_key_value", "hip_copying", "hip_perplexity",
 ]  # fmt: skip
 # Settings to compare, as in `hip-hf compare`.
 SETTINGS = ["dense", "defaults", "delta", "streaming"]
@@ -120,10 +121,14 @@ def main(
                 found = kept.get((task, name), work)
                 value, low, high = interval(found["scores"], task == "hip_perplexity")
                 rows.append({
-                    "task": task, "settings": name, "value": value, "low": low, "high": high, "samples": len(found["scores"]),
-                    "read_prefill": found["prefill"], "read_decode": found["decode"],
+                    "task": task, "settings": name, "value": value, "low": low, "high": high,
+                    "samples": len(found["scores"]), "read_prefill": found["prefill"],
+                    "read_decode": found["decode"],
                 })  # fmt: skip
-    title = f"hip_longctx, {length:,} tokens, budget {budget}, {samples} samples a task, seed {seed}, 95 % intervals"
+    title = (
+        f"hip_longctx, {length:,} tokens, budget {budget}, {samples} samples a task, seed {seed}, "
+        "95 % intervals"
+    )
     targets.publish("longctx", title, rows, details, kept)
     caption = f"{title}; {model_name(model)}. Shares of right answers; hip_perplexity: perplexity."
     output.with_suffix(".md").write_text(markdown(rows, caption), encoding="utf-8")

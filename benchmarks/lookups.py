@@ -2,7 +2,7 @@
 estimates of need, side by side.
 
     python benchmarks/lookups.py runs/smollm2 [--length 8192] [--documents novel,code] [--prompts 4]
-                                               [--budget 256] [--output FILE]
+        [--budget 256] [--output FILE]
 
 One dense forward pass for each of the prompts of `hip-hf needles`; then every layer selects for the
 rows of questions and answers by each of the settings, from the same queries and keys. That is some
@@ -47,12 +47,14 @@ from hip_hf.methods.pyramid import make_representative
 from hip_hf.problem import AttentionProblem
 
 SETTINGS = (
-    "{}", '{"options": {"onward": 0}}', '{"options": {"onward": 0.15}}', '{"options": {"onward": 0.5}}',
-    '{"options": {"descent": 1}}', '{"options": {"descent": 4}}', '{"query_stride": 4}',
-    '{"query_stride": 16}', '{"beam": 8}', '{"rescore": 8}', '{"rescore": 8, "beam": 8}', '{"rescore": 1}',
-    '{"representative": "middle"}', '{"representative": "minmax"}', '{"score": "max"}', '{"group_shared": false}',
-    '{"block_q": 128}', '{"block_q": 32}', '{"options": {"sample": 512}}', '{"options": {"sample": 256}}', "true_need",
-    '{"vote": "sampled"}', "paper", '{"method": "staged"}', '{"method": "quest"}', '{"method": "vertical_slash"}',
+    "{}", '{"options": {"onward": 0}}', '{"options": {"onward": 0.15}}',
+    '{"options": {"onward": 0.5}}', '{"options": {"descent": 1}}', '{"options": {"descent": 4}}',
+    '{"query_stride": 4}', '{"query_stride": 16}', '{"beam": 8}', '{"rescore": 8}',
+    '{"rescore": 8, "beam": 8}', '{"rescore": 1}', '{"representative": "middle"}',
+    '{"representative": "minmax"}', '{"score": "max"}', '{"group_shared": false}',
+    '{"block_q": 128}', '{"block_q": 32}', '{"options": {"sample": 512}}',
+    '{"options": {"sample": 256}}', "true_need", '{"vote": "sampled"}', "paper",
+    '{"method": "staged"}', '{"method": "quest"}', '{"method": "vertical_slash"}',
     '{"method": "sample"}', '{"method": "streaming"}', '{"method": "oracle"}',
 )  # fmt: skip
 # A digit of whose lookups less is read counts as lost.
@@ -129,19 +131,25 @@ def both(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 # Each with the step from one row that is asked to the next, and with what it multiplies with a row
 # on average, in keys, of the 7,500 in the middle of 8,192.
 ESTIMATES: dict[str, tuple[Estimate, int, int]] = {
-    "the highest of a key of each 8, every second row": (lambda q, k: highest(q, at_random(k, 8)), 2, 466),
-    "the highest of a key of each 16, every second row": (lambda q, k: highest(q, at_random(k, 16)), 2, 233),
-    "the highest of a key of each 16, every row": (lambda q, k: highest(q, at_random(k, 16)), 1, 466),
+    "the highest of a key of each 8, every second row": (
+        lambda q, k: highest(q, at_random(k, 8)), 2, 466),
+    "the highest of a key of each 16, every second row": (
+        lambda q, k: highest(q, at_random(k, 16)), 2, 233),
+    "the highest of a key of each 16, every row": (
+        lambda q, k: highest(q, at_random(k, 16)), 1, 466),
     "the highest of a key of each 8, every row": (lambda q, k: highest(q, at_random(k, 8)), 1, 932),
     "log-sum-exp of a key of each 16, every row": (lambda q, k: mass(q, at_random(k, 16)), 1, 466),
-    "log-sum-exp of a key of each 8, every second row": (lambda q, k: mass(q, at_random(k, 8)), 2, 466),
-    "the highest of a key of each 8, its slow half, every row": (lambda q, k: highest(slow(q), slow(at_random(k, 8))), 1, 466),
+    "log-sum-exp of a key of each 8, every second row": (
+        lambda q, k: mass(q, at_random(k, 8)), 2, 466),
+    "the highest of a key of each 8, its slow half, every row": (
+        lambda q, k: highest(slow(q), slow(at_random(k, 8))), 1, 466),
     "the highest of a key and the outlier of each 32, every row": (
         lambda q, k: highest(q, torch.cat([at_random(k, 32), outliers(k, 32)], 1)), 1, 466),
     "log-sum-exp of means of 16, every row": (lambda q, k: mass(q, chunked(k, 16).mean(2)), 1, 466),
     "mean and variance of 32, every row": (gaussian, 1, 466),
     "centre and spread of 32, every row": (centre_spread(32), 1, 466),
-    "mean of centre and spread of 64 and log-sum-exp of a key of each 32, every row": (both, 1, 466),
+    "mean of centre and spread of 64 and log-sum-exp of a key of each 32, every row": (
+        both, 1, 466),
     "sink and window alone, every row": (lambda q, k: q.new_zeros(q.shape[:2]), 1, 0),
     "the highest of all keys, every second row": (highest, 2, 3730),
     "the highest of all keys, every row": (highest, 1, 7460),
@@ -246,7 +254,8 @@ def add(
     result = attend(problem, config, need_mask=True)
     if result.path != "sparse":
         raise ValueError(
-            f"settings: got {config} ({result.reason}), allowed: settings by which this prompt is sparse"
+            f"settings: got {config} ({result.reason}), "
+            "allowed: settings by which this prompt is sparse"
         )
     assert result.mask is not None
     heads, (head, group, row, key, much) = range(problem.k.shape[1]), links

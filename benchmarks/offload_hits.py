@@ -2,7 +2,7 @@
 the cache.
 
     python benchmarks/offload_hits.py [--length 65536] [--fraction 8] [--budget 512] [--tokens 256]
-    [--output FILE]
+        [--output FILE]
 
 The demo checkpoint reads the first tokens of the shipped document in one prefill, at the default
 settings but for the budget and without dense layers. Then it decodes, twice from there: the
@@ -62,7 +62,8 @@ def main() -> None:
     )["input_ids"]
     if len(ids) <= given.length + given.tokens:
         raise SystemExit(
-            f"--length: got {given.length}, allowed: below {len(ids) - given.tokens}, what the document has"
+            f"--length: got {given.length}, allowed: below {len(ids) - given.tokens}, "
+            "what the document has"
         )
     cache = hip_hf.HiPCache(
         model.config, offload="cpu", device_pages=given.length // PAGE // given.fraction

@@ -63,11 +63,13 @@ GAMMA = 64
 # The tensors like q and like K that must be moved at least; of what is not here, what one program a
 # head would move.
 TENSORS = {
-    "prefill": (2, 2), "prefill: selection": (1, 1), "prefill: dense": (2, 2), "backward": (4, 4), "backward: dense": (4, 4),
-    "prefill: tiles_kernel": (0, 1), "prefill: need_kernel": (1, 1), "prefill: select_kernel": (0, 1),
-    "prefill: attend_kernel": (2, 2), "backward: query_gradient_kernel": (4, 2), "backward: key_gradient_kernel": (2, 4),
+    "prefill": (2, 2), "prefill: selection": (1, 1), "prefill: dense": (2, 2), "backward": (4, 4),
+    "backward: dense": (4, 4), "prefill: tiles_kernel": (0, 1), "prefill: need_kernel": (1, 1),
+    "prefill: select_kernel": (0, 1), "prefill: attend_kernel": (2, 2),
+    "backward: query_gradient_kernel": (4, 2), "backward: key_gradient_kernel": (2, 4),
     "hyper: hash_kernel": (1, 1), "hyper: attend_kernel": (2, 2), "hyper: square_kernel": (2, 2),
-    "delta: tiles_kernel": (0, 1), "delta: need_kernel": (1, 1), "delta: select_kernel": (0, 1), "delta: attend_kernel": (2, 2),
+    "delta: tiles_kernel": (0, 1), "delta: need_kernel": (1, 1), "delta: select_kernel": (0, 1),
+    "delta: attend_kernel": (2, 2),
 }  # fmt: skip
 
 
@@ -289,9 +291,8 @@ def table(found: list[dict[str, float | int | str | None]], gpu: str = "H200") -
     """`rows` as Markdown, a line for each call and kernel, and a column for each length."""
     lengths = list(dict.fromkeys(row["tokens"] for row in found))
     cells = {(row["step"], row["tokens"]): row for row in found}
-    lines = [
-        f"| {gpu}, ms: floor / model / measured | {' | '.join(f'{tokens:,}' for tokens in lengths)} |"
-    ]
+    columns = " | ".join(f"{tokens:,}" for tokens in lengths)
+    lines = [f"| {gpu}, ms: floor / model / measured | {columns} |"]
     lines.append("|---" * (1 + len(lengths)) + "|")
     for name in dict.fromkeys(row["step"] for row in found):
         times = [

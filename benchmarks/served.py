@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 HOST = "127.0.0.1"
-HIP_HF = (
-    "-c",
-    "from hip_hf_cli import main; main()",
-    "serve",
-)  # `hip-hf serve`, whether or not the script is on the path
+# `hip-hf serve`, whether or not the script is on the path
+HIP_HF = ("-c", "from hip_hf_cli import main; main()", "serve")
 START_SECONDS, START_POLL_SECONDS, STOP_SECONDS = 600, 0.1, 30
 NEW_TOKENS, LONG = 16, 10_000  # of an answer; of one that nobody waits for
-PATIENCE = 3600.0  # seconds between two pieces of an answer: eight long prompts may be read first, one after the other
+# Seconds between two pieces of an answer, while eight long prompts may be read one by one.
+PATIENCE = 3600.0
 LOG_LINES = 30  # of a server that did not start, in the error
 
 

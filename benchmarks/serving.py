@@ -1,8 +1,8 @@
 """A served model, `sdpa` against `hip`: seconds to the first token and new tokens a second, at 1, 4
 and 8 clients at once.
 
-    python benchmarks/serving.py runs/smollm2 --output benchmarks/results/serving.json --plot
-    benchmarks/results/serving.png
+    python benchmarks/serving.py runs/smollm2 --output benchmarks/results/serving.json
+        --plot benchmarks/results/serving.png
 
 Two servers (`hip-hf serve --continuous-batching`) are up side by side, one idle while the other is
 asked. Rounds alternate between them; each figure is the median over rounds, and the first token's
@@ -92,9 +92,9 @@ def main(
     """Measure, and write the table, the document and the picture."""
     sizes, counts = ([int(part) for part in given.split(",")] for given in (lengths, clients))
     details = {
-        "model": model_name(Path(model).name), "lengths": sizes, "clients": counts, "new_tokens": new_tokens, "rounds": rounds,
-        "batch_tokens": batch_tokens, "continuous_batching": continuous_batching,
-        "dtype": dtype, "set": set_ or [],
+        "model": model_name(Path(model).name), "lengths": sizes, "clients": counts,
+        "new_tokens": new_tokens, "rounds": rounds, "batch_tokens": batch_tokens,
+        "continuous_batching": continuous_batching, "dtype": dtype, "set": set_ or [],
     }  # fmt: skip
     with user_errors():
         targets = Targets(as_json, output, plot)
@@ -122,9 +122,8 @@ def main(
             own = settings if name == "hip" else []
             options = ["--attn-implementation", name, "--dtype", dtype, *batching, *own]
             servers[name] = stack.enter_context(serving(model, *options, log=folder / name))
-            ask(
-                servers[name], prompts(tokenizer, ids, min(sizes), "first of all", 1), 2
-            )  # what is made once
+            # what is made once
+            ask(servers[name], prompts(tokenizer, ids, min(sizes), "first of all", 1), 2)
         stack.enter_context(kept)
         kept.expect("rounds", len(sizes) * len(counts) * rounds * len(ATTENTIONS))
         for tokens in sizes:
@@ -154,7 +153,10 @@ def main(
         }
         for (tokens, count, name), all_ in found.items()
     ]
-    title = f"hip-hf serve, {details['model']}, {dtype}: median of {rounds} rounds, {new_tokens} new tokens a request"
+    title = (
+        f"hip-hf serve, {details['model']}, {dtype}: median of {rounds} rounds, "
+        f"{new_tokens} new tokens a request"
+    )
     ratios = compare(rows)
     tables = {title: rows, "hip, as times of sdpa": ratios}
     targets.publish("serving", title, rows, {**details, "ratios": ratios}, kept, tables)

@@ -2,7 +2,7 @@
 not `generate`'s, does one fail?
 
     python benchmarks/serving_soak.py runs/smollm2 [--requests 500] [--no-continuous-batching]
-    [--set budget=128] [--output FILE]
+        [--set budget=128] [--output FILE]
 
 Six of ten requests want an answer, two hang up in the middle of a long one, the others are refused:
 a prompt that does not fit, a chat without messages. Every answer is compared with that of
@@ -94,7 +94,10 @@ def main(
         rows = soak(server, text, generated, requests, every, longest, 2 * room, clients)
     load.append(os.getloadavg()[0])
     growth = rows[-1]["resident_MiB"] - rows[len(rows) // 2]["resident_MiB"]
-    title = f"{requests} requests of up to {longest} tokens to hip-hf serve, {details['model']}; second half: {growth:+.0f} MiB"
+    title = (
+        f"{requests} requests of up to {longest} tokens to hip-hf serve, {details['model']}; "
+        f"second half: {growth:+.0f} MiB"
+    )
     extra = {
         **details,
         "continuous_batching": continuous_batching,

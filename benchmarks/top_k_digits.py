@@ -34,9 +34,8 @@ class Counter:
     def __call__(self, scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
         kept = self.best(scores, ids, count)
         if count == self.beam < ids.shape[-1]:
-            bits = (
-                scores.float().contiguous().view(torch.int32).long()
-            )  # shares of a softmax: none is below 0
+            # shares of a softmax: none is below 0
+            bits = scores.float().contiguous().view(torch.int32).long()
             least = bits.topk(count).values[..., -1:]
             self.selections += least.numel()
             open_ = torch.ones_like(least)
@@ -69,10 +68,14 @@ def main() -> None:
         model(torch.tensor([ids]), logits_to_keep=1)
     if not counter.selections:
         raise SystemExit(
-            f"--length: got {given.length}, allowed: enough for a level above the last, more than 8192"
+            f"--length: got {given.length}, "
+            "allowed: enough for a level above the last, more than 8192"
         )
-    print(f"{counter.selections} selections: {counter.digits / counter.selections:.2f} digits of {DIGITS} on average, "
-          f"by {DIGITS // 2} digits {counter.changed / counter.selections:.1%} keep other chunks")  # fmt: skip
+    digits, changed = (n / counter.selections for n in (counter.digits, counter.changed))
+    print(
+        f"{counter.selections} selections: {digits:.2f} digits of {DIGITS} on average, "
+        f"by {DIGITS // 2} digits {changed:.1%} keep other chunks"
+    )
 
 
 if __name__ == "__main__":

@@ -53,19 +53,27 @@ LAUNCHES: dict[str, Callable[[Example, Tile], list[Launch]]] = {
 }
 # With three stages two tiles of keys and values are in flight while one is multiplied.
 WIDE = [
-    (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 3),
-    (64, 32, 8, 2), (64, 64, 8, 1), (64, 32, 4, 2),
+    (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2),
+    (64, 64, 8, 2), (64, 32, 8, 3), (64, 32, 8, 2), (64, 64, 8, 1), (64, 32, 4, 2),
 ]  # fmt: skip
 CANDIDATES = {
     "prefill": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
-    "decode": [(16, 64, 4, 3), (16, 32, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
-    "prefill extended": [(64, 32, 8, 3), (64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 4, 2), (32, 32, 8, 1), (32, 32, 4, 1)],
-    "decode extended": [(16, 32, 4, 3), (16, 32, 4, 2), (16, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
+    "decode": [
+        (16, 64, 4, 3), (16, 32, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1),
+        (16, 16, 4, 1),
+    ],
+    "prefill extended": [
+        (64, 32, 8, 3), (64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 4, 2), (32, 32, 8, 1),
+        (32, 32, 4, 1),
+    ],
+    "decode extended": [
+        (16, 32, 4, 3), (16, 32, 4, 2), (16, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1),
+    ],
     "backward queries": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "hyper squares": [*WIDE, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
     "backward keys": [
-        (64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 2), (32, 64, 8, 1), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1),
-        (16, 32, 4, 1), (16, 16, 4, 1),
+        (64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 2), (32, 64, 8, 1), (64, 32, 4, 2),
+        (32, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1),
     ],
 }  # fmt: skip
 # Launches of a selection: the look at what a prompt's rows find near, its search, and that of a
@@ -73,9 +81,11 @@ CANDIDATES = {
 SELECTIONS: dict[str, list[Tile] | list[SearchTile]] = {
     "votes": [Tile(*values) for values in WIDE],
     "search": [
-        SearchTile(32, 32, 32, stages=4), SearchTile(32, 32, 32, stages=3), SearchTile(32, 32, 64, stages=3),
-        SearchTile(32, 64, 64, stages=2), SearchTile(32, 64, 64, stages=3), SearchTile(16, 32, 32, stages=4),
-        SearchTile(16, 64, 64, stages=3), SearchTile(32, 32, 32, 4, 4), SearchTile(32, 32, 32, 16, 4),
+        SearchTile(32, 32, 32, stages=4), SearchTile(32, 32, 32, stages=3),
+        SearchTile(32, 32, 64, stages=3), SearchTile(32, 64, 64, stages=2),
+        SearchTile(32, 64, 64, stages=3), SearchTile(16, 32, 32, stages=4),
+        SearchTile(16, 64, 64, stages=3), SearchTile(32, 32, 32, 4, 4),
+        SearchTile(32, 32, 32, 16, 4),
     ],
 }  # fmt: skip
 SELECTIONS["decode search"] = SELECTIONS["search"]
@@ -248,9 +258,11 @@ def main() -> None:
 
 
 def write(tiles: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]]) -> None:
-    text = pprint.pformat(tiles, width=126, sort_dicts=True)
-    head = '"""Written by `benchmarks/tune.py`: kernel -> target -> head dim up to -> rows, keys, warps, stages."""\n\n'
-    head += "# fmt: off\n"
+    text = pprint.pformat(tiles, width=100, sort_dicts=True)
+    head = (
+        '"""Written by `benchmarks/tune.py`: kernel -> target -> head dim up to -> rows, keys, '
+        'warps,\nstages."""\n\n# fmt: off\n'
+    )
     TABLE.write_text(
         f"{head}TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = \\\n{text}\n"
     )

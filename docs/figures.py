@@ -36,8 +36,8 @@ LAYER = 2
 # The table of a real model's answers: its columns, its rows as the results name them, and the
 # figures that are of each document.
 ANSWER_COLUMNS = (
-    "tokens, settings", "document", "keys read", "digits right", "answers right", "digits' NLL", "perplexity, times dense",
-    "selection / attention",
+    "tokens, settings", "document", "keys read", "digits right", "answers right", "digits' NLL",
+    "perplexity, times dense", "selection / attention",
 )  # fmt: skip
 ANSWERS = {
     "dense": "dense",

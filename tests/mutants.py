@@ -73,9 +73,8 @@ def main() -> int:
         for name in survivors:
             print(f"# {name}: {found[name]}\n{get_diff_for_mutant(name, path=path)}")
         hung = sum(found[name] == "timeout" for name in some)
-        print(
-            f"{path}: {len(some) - len(survivors)} of {len(some)} mutants killed ({hung} by hanging), {share:.1%}"
-        )
+        killed = f"{len(some) - len(survivors)} of {len(some)} mutants killed"
+        print(f"{path}: {killed} ({hung} by hanging), {share:.1%}")
     return 0 if enough else 1
 
 

@@ -19,9 +19,8 @@ from interpreter import DEVICE
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-import typer
+from commands import invoke
 from triton.runtime.interpreter import GridExecutor
-from typer.testing import CliRunner
 
 from hip_hf.backends.triton.attention import prefill
 from hip_hf.backends.triton.attention.backward import Part, query_gradient_arguments
@@ -46,8 +45,8 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 LENGTH = 72
 COLUMNS = (
-    "phase dtype batch length settings hip_ms sdpa_ms sdpa times_faster tokens_per_s tflops gb_per_s over_floor selecting "
-    "peak_gb sdpa_peak_gb path reason runs"
+    "phase dtype batch length settings hip_ms sdpa_ms sdpa times_faster tokens_per_s tflops "
+    "gb_per_s over_floor selecting peak_gb sdpa_peak_gb path reason runs"
 )
 
 
@@ -256,15 +255,9 @@ def test_steps_give_what_decode_gives_each_time_they_run(refresh: int, batch: in
         assert_near(steps().cpu(), want.out.cpu(), 1e-6)
 
 
-def run(*arguments: str) -> Any:
-    app = typer.Typer()
-    app.command()(latency_command.main)
-    return CliRunner().invoke(app, arguments)
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_without_a_gpu_the_command_says_so() -> None:
-    result = run("--device", "cuda")
+    result = invoke(latency_command.main, "--device", "cuda")
     assert result.exit_code == 2
     assert "torch sees no GPU" in " ".join(result.output.replace("│", " ").split())
 
@@ -296,7 +289,8 @@ def test_the_command_prints_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         for key, value in kernels().to_dict().items()
         if value != HiPConfig().to_dict()[key]
     }
-    result = run(
+    result = invoke(
+        latency_command.main,
         "--device",
         "cuda",
         "--phases",
@@ -311,7 +305,7 @@ def test_the_command_prints_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["phase"] for row in document["rows"]] == ["prefill", "selection"]
     assert document["rows"][0]["dtype"] == "bf16"
     assert "4 query heads, 2 key heads, D=16" in document["title"]
-    wrong = run("--device", "cuda", "--settings", '{"method": "quest"}')
+    wrong = invoke(latency_command.main, "--device", "cuda", "--settings", '{"method": "quest"}')
     assert wrong.exit_code == 2
     assert "quest" in wrong.output
 
@@ -321,7 +315,7 @@ def test_the_command_prints_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     [("--device", "tpu"), ("--phases", "backward"), ("--lengths", "1G"), ("--lengths", "M")],
 )
 def test_bad_arguments_are_named(arguments: tuple[str, str]) -> None:
-    result = run(*arguments)
+    result = invoke(latency_command.main, *arguments)
     assert result.exit_code == 2
     assert arguments[0] in result.output
 

@@ -126,9 +126,8 @@ def test_decode_that_would_summarise_all_keys_anew_is_dense(rows: int) -> None:
     for method in ("hip", "quest"):
         result = call(method=method, **fields, dense_below=None)
         assert (result.path, result.unsupported) == ("dense", False)
-        assert (
-            result.reason
-            == "decode without kept state: to summarise all keys anew takes longer than to read them"
+        assert result.reason == (
+            "decode without kept state: to summarise all keys anew takes longer than to read them"
         )
         assert_near(result.out, eager(q, k, v, causal(1, rows, k.shape[2]))[0])
     assert call(method="streaming", **fields, dense_below=None).path == "sparse"

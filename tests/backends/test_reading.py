@@ -67,8 +67,8 @@ def plain(
     per_row=st.booleans(),
 )
 def test_what_is_counted_is_the_plain_sum(
-    position: int, rows: int, dense: int, block_q: int, block_k: int, blocks: int, sink: int, window: int, sliding: int | None,
-    per_row: bool,
+    position: int, rows: int, dense: int, block_q: int, block_k: int, blocks: int, sink: int,
+    window: int, sliding: int | None, per_row: bool,
 ) -> None:  # fmt: skip
     rows = min(rows, 16) if per_row else rows
     dense, end = rows if per_row else min(dense, rows), position + rows

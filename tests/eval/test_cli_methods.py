@@ -8,7 +8,7 @@ from typing import Any
 
 import demo_checkpoint
 import pytest
-from demo_checkpoint import run_json
+from commands import run
 
 from hip_hf import HiPCache, HiPConfig
 from hip_hf.cli import demo
@@ -32,7 +32,7 @@ def test_every_method(
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(text.read_text()[:2000])
     setting = ("--set", f"method={method}")
-    made = run_json(command, checkpoint, "--prompt-file", prompt, "--max-new-tokens", 3, *setting)
+    made = run(command.main, checkpoint, "--prompt-file", prompt, "--max-new-tokens", 3, *setting)
     assert made["memory_mib"]["cache"] == cache_mib(caches[0])
     pages = sum(layer.pool.bytes(layer.pool.used) for layer in caches[0].paged) / 2**20
     assert (made["memory_mib"]["cache"] > pages) == summarises(HiPConfig(method=method))
@@ -51,5 +51,5 @@ def test_every_method(
         tmp_path / "demo.png",
         *setting,
     )
-    shown = run_json(demo, "--checkpoint", checkpoint, *given)
+    shown = run(demo.main, "--checkpoint", checkpoint, *given)
     assert {row["method"] for row in shown["explain"]} == {method}

@@ -25,23 +25,42 @@ from hip_hf.cli import passkey as passkey_command
 from hip_hf.cli.presets import every, presets, settings_of
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import mass
-from hip_hf.eval.measure.costs import block_cost, call_cost, prompt_cost
+from hip_hf.eval.measure.costs import AttentionCost, block_cost, call_cost, prompt_cost
 from hip_hf.eval.measure.hyper_assumptions import assumption_rows, measure_assumptions
 from hip_hf.geometry import keys_seen, query_blocks
 from hip_hf.methods import add_method, hyper
+from hip_hf.problem import AttentionProblem
 from hip_hf.registry import METHODS
 
 
-def counted(problem: Any, config: HiPConfig) -> int:
+def assert_instrumented(
+    cost: AttentionCost, problem: AttentionProblem, config: HiPConfig, hidden: int
+) -> None:
+    """A run multiplies and reads what `cost` says. It also computes `hidden` products a head: those
+    of rows with keys that they may not see."""
     counter = FlopCounterMode(display=False)
     with counter:
-        attend(problem, config)
-    return counter.get_total_flops()
+        result = attend(problem, config)
+    heads = problem.q.shape[1]
+    assert counter.get_total_flops() == heads * (cost.selection + cost.attention + hidden)
+    assert cost.read / cost.visible == pytest.approx(result.share)
 
 
 @pytest.mark.parametrize(
     "fields",
     [
+        {},
+        dict(group_shared=False),
+        dict(representative="middle", score="max", beam=1),
+        dict(rescore=2, query_stride=4),
+        dict(rescore=3, group_shared=False),
+        dict(representative="minmax", options={"sample": 8}),
+        dict(representative="blend", rescore=1),
+        # 4 divides 32: every head has as many votes as alone
+        dict(representative="middle", beam=1, query_stride=4),
+        dict(coarsest=8),
+        dict(vote="sampled", query_stride=5),
+        dict(method="streaming"),
         dict(method="staged"),
         dict(method="staged", options=dict(stages=[[64, 128, 4], [16, 64, 2], [4, 16, 1]])),
         dict(method="staged", options=dict(halvings=0)),
@@ -53,15 +72,16 @@ def counted(problem: Any, config: HiPConfig) -> int:
 def test_costs_of_one_query_block_are_those_of_an_instrumented_run(
     fields: dict[str, Any], tokens: int, threads: Any
 ) -> None:
+    """Of one block alone, the backend computes no products that another one needs."""
     threads(1)
     config = small(**fields, block_q=32)
     position = tokens // 32 * 32 - 32
     q, k, v = (x[:, :, : position + 32] for x in make_qkv(tokens, dv=8))
     problem = make_problem(q[:, :, -32:], k, v)
     (block,) = query_blocks(config, problem.spans[0], False)
+    assert block.rows == 32
     cost = block_cost(config, block, 16, 8)
-    hidden = 2 * (16 + 8) * 32 * 31 // 2
-    assert counted(problem, config) == 4 * (cost.selection + cost.attention + hidden)
+    assert_instrumented(cost, problem, config, hidden=2 * (16 + 8) * 32 * 31 // 2)
 
 
 @pytest.mark.parametrize("method", ["streaming", "vertical_slash", "sample", "h2o", "oracle"])
@@ -77,8 +97,7 @@ def test_costs_of_a_call_are_those_of_an_instrumented_run(
     blocks = query_blocks(config, problem.spans[0], False)
     cost = call_cost(config, blocks, 0, 413, 16, 8)
     hidden = sum(2 * (16 + 8) * block.rows * (block.rows - 1) // 2 for block in blocks)
-    assert counted(problem, config) == 4 * (cost.selection + cost.attention + hidden)
-    assert cost.read / cost.visible == pytest.approx(attend(problem, config).share)
+    assert_instrumented(cost, problem, config, hidden)
 
 
 def test_hypers_cost_is_that_of_an_instrumented_run(threads: Any) -> None:
@@ -92,8 +111,7 @@ def test_hypers_cost_is_that_of_an_instrumented_run(threads: Any) -> None:
         rows = rows_at_once(1)
         sizes = [min(rows, leaf.end - at) for at in range(leaf.first, leaf.end, rows)]
         hidden += sum(2 * (16 + 8) * n * (n - 1) // 2 for n in sizes)
-    assert counted(problem, config) == 3 * (cost.selection + cost.attention + hidden)
-    assert cost.read / cost.visible == pytest.approx(attend(problem, config).share)
+    assert_instrumented(cost, problem, config, hidden)
     parts = [call_cost(config, some, 0, 413, 16, 8) for some in (blocks, blocks[10:])]
     assert parts[1].rows == 413 - blocks[10].first
     read = [

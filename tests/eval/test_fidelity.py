@@ -1,5 +1,5 @@
-"""`hip-hf fidelity`: captured mass by brute force, the oracle, costs by an instrumented run,
-captured problems, the report."""
+"""`hip-hf fidelity`: captured mass by brute force, the oracle, costs of a prompt, captured
+problems, the report."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import typer
-from commands import SMALL, TEXT, byte_tokenizer, refused, run, save_checkpoint
+from commands import SMALL, TEXT, byte_tokenizer, invoke, refused, run, save_checkpoint
 from families import FAMILIES, VOCAB, make_model
 from helpers import assert_near, causal, eager, make_problem, make_qkv, read_mask, small
-from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
 from hip_hf.attention import attend
 from hip_hf.cli import fidelity as fidelity_command
@@ -137,45 +134,6 @@ def test_settings_of_different_geometry_are_measured_apart() -> None:
         assert torch.equal(alone.oracle, measured.oracle)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        *VARIANTS[:6],  # the others: test_compare.py
-        {"rescore": 3, "group_shared": False},
-        {"representative": "minmax", "options": {"sample": 8}},
-        {"representative": "blend", "rescore": 1},
-        {
-            "representative": "middle",
-            "beam": 1,
-            "query_stride": 4,
-        },  # 4 divides 32: every head has as many votes as alone
-        {"coarsest": 8},
-        {"vote": "sampled", "query_stride": 5},
-    ],
-)
-@pytest.mark.parametrize("tokens", [96, 413, 1005])
-def test_costs_are_those_of_an_instrumented_run(
-    fields: dict[str, Any], tokens: int, threads: Any
-) -> None:
-    """One query block: then the backend computes no products that another block needs."""
-    threads(1)
-    config = small(**fields, block_q=32)
-    position = tokens // 32 * 32 - 32
-    q, k, v = (x[:, :, : position + 32] for x in make_qkv(tokens, dv=8))
-    problem = make_problem(q[:, :, -32:], k, v)
-    (block,) = query_blocks(config, problem.spans[0], False)
-    assert block.rows == 32
-    cost = block_cost(config, block, 16, 8)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        result = attend(problem, config)
-    # the backend multiplies the block's rows with all the block's keys, also with those that a row
-    # may not see
-    hidden = 2 * (16 + 8) * 32 * 31 // 2
-    assert counter.get_total_flops() == 4 * (cost.selection + cost.attention + hidden)
-    assert cost.read / cost.visible == pytest.approx(result.share)
-
-
 def test_costs_of_a_prompt() -> None:
     problem = make_problem(*make_qkv(500))
     config = small()
@@ -289,13 +247,8 @@ def test_command(tmp_path: Path) -> None:
     assert [row["overlap"] for row in rows[3:]] == [1, 1, 1]
     assert rows[0]["read"] < 0.5
     # the table may leave the layers out, the file may not
-    app = typer.Typer()
-    app.command()(fidelity_command.main)
-    table = (
-        CliRunner(env={"COLUMNS": "200"})
-        .invoke(app, [*arguments, "--no-per-layer", "--output", str(saved)])
-        .stdout
-    )
+    given = (*arguments, "--no-per-layer", "--output", saved)
+    table = invoke(fidelity_command.main, *given, COLUMNS="200").stdout
     assert len([line for line in table.splitlines() if "512" in line and "all" in line]) == 2
     assert json.loads(saved.read_text())["rows"] == rows
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
+from commands import invoke
 from helpers import small
-from typer.testing import CliRunner
 
 from hip_hf.cli import latency as latency_command
 from hip_hf.config import HiPConfig
@@ -39,12 +38,6 @@ def plan(**fields: Any) -> TimingPlan:
         prefill=[256], decode=[256], dtypes=["fp32"], heads=4, kv_heads=2, head_dim=16, repeats=2
     )
     return TimingPlan(**{**given, "settings": {"small": small()}, **fields})
-
-
-def run(*arguments: str) -> Any:
-    app = typer.Typer()
-    app.command()(latency_command.main)
-    return CliRunner().invoke(app, arguments)
 
 
 def test_rows_have_every_column_and_positive_times() -> None:
@@ -193,16 +186,8 @@ def test_command_prints_json_and_writes_files(tmp_path: Path) -> None:
         "--lengths",
         "256,1K",
     )
-    result = run(
-        *sizes,
-        "--settings",
-        json.dumps(SMALL),
-        "--output",
-        str(output),
-        "--plot",
-        str(picture),
-        "--json",
-    )
+    given = ("--settings", json.dumps(SMALL), "--output", output, "--plot", picture, "--json")
+    result = invoke(latency_command.main, *sizes, *given)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert [row["length"] for row in document["rows"]] == [256, 1024, 256, 256, 1024, 1024]
@@ -213,7 +198,8 @@ def test_command_prints_json_and_writes_files(tmp_path: Path) -> None:
 
 
 def test_command_prints_a_table_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    result = run("--lengths", "64", "--phases", "prefill", "--dtypes", "fp32", "--repeats", "1")
+    given = ("--lengths", 64, "--phases", "prefill", "--dtypes", "fp32", "--repeats", 1)
+    result = invoke(latency_command.main, *given)
     assert result.exit_code == 0, result.output
     assert "dense prefill at 64: context of 64 is below dense_below=8192" in result.stdout
 
@@ -232,6 +218,6 @@ def test_command_prints_a_table_with_reasons(capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_command_refuses_what_it_cannot_do(arguments: tuple[str, str]) -> None:
-    result = run(*arguments)
+    result = invoke(latency_command.main, *arguments)
     assert result.exit_code == 2
     assert arguments[0] in result.output

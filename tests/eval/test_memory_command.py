@@ -7,12 +7,10 @@ import pickle
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-import typer
-from commands import BIG, GROUPED, refused
+from commands import BIG, GROUPED, invoke, refused
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +18,6 @@ from transformers import (
     LlavaConfig,
     PreTrainedConfig,
 )
-from typer.testing import CliRunner
 
 from hip_hf.cli import memory as memory_command
 from hip_hf.eval.measure import memory
@@ -42,17 +39,12 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def run(*arguments: str) -> Any:
-    app = typer.Typer()
-    app.command()(memory_command.main)
-    return CliRunner().invoke(app, arguments)
-
-
 def test_rows_table_json_and_plot(tmp_path: Path) -> None:
     """At a length that is no multiple of a page, or of a chunk, and where an eighth of it is less
     than a step needs."""
     plot, output = tmp_path / "memory.png", tmp_path / "memory.json"
-    done = run("--lengths", "5000", "--plot", str(plot), "--output", str(output))
+    given = ("--lengths", 5000, "--plot", plot, "--output", output)
+    done = invoke(memory_command.main, *given)
     assert done.exit_code == 0, done.output
     rows = json.loads(output.read_text())["rows"]
     assert [row["cache"] for row in rows] == list(memory.CACHE_KINDS)
@@ -116,7 +108,7 @@ def test_command_on_families(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     config.save_pretrained(tmp_path)
     held = []
     monkeypatch.setattr(memory, "_device_bytes", lambda cache, resident: held.append(cache) or 0)
-    done = run(str(tmp_path), "--lengths", "2500", "--json")
+    done = invoke(memory_command.main, str(tmp_path), "--lengths", "2500", "--json")
     assert done.exit_code == 0, done.output
     assert [row["cache"] for row in json.loads(done.stdout)["rows"]] == list(memory.CACHE_KINDS)
     for cache in held:
@@ -139,4 +131,4 @@ def test_layers_without_keys_are_refused() -> None:
 
 
 def test_bad_lengths_are_refused() -> None:
-    assert run("--lengths", "many").exit_code != 0
+    assert invoke(memory_command.main, "--lengths", "many").exit_code != 0

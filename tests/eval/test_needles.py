@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-import typer
-from commands import SMALL, TEXT, byte_tokenizer, refused, run, save_checkpoint
+from commands import SMALL, TEXT, TINY, byte_tokenizer, invoke, refused, run, save_checkpoint
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -23,7 +22,6 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
 )
-from typer.testing import CliRunner
 
 from hip_hf.cli import needles as needles_command
 from hip_hf.cli.presets import over_budgets, settings_of
@@ -34,9 +32,6 @@ from hip_hf.eval.measure.losses import StepLosses
 from hip_hf.eval.measure.needles import NeedlesAnswer, NeedlesCounts, NeedlesPlan, NeedlesPrompt
 from hip_hf.eval.reporting.resumable import Resumable
 
-TINY: dict[str, Any] = dict(vocab_size=257, hidden_size=32, intermediate_size=32, head_dim=16)
-TINY |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-TINY |= dict(max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, pad_token_id=0)
 DENSE = HiPConfig(method="dense")
 
 
@@ -388,11 +383,8 @@ def test_budgets_are_in_the_names_where_there_are_several() -> None:
 def test_windows_that_overlap_are_told(tmp_path: Path, threads: Any) -> None:
     threads(1)
     model, text = save_checkpoint(tmp_path)
-    app = typer.Typer()
-    app.command()(needles_command.main)
-    given = [model, "--documents", text]
-    given += split("--facts 1 --settings dense --lengths 1200 --prompts")
-    for prompts, told in (("2", False), ("3", True)):
-        result = CliRunner().invoke(app, [*given, prompts])
+    given = (model, "--documents", text, "--facts", 1, "--settings", "dense", "--lengths", 1200)
+    for prompts, told in ((2, False), (3, True)):
+        result = invoke(needles_command.main, *given, "--prompts", prompts)
         assert result.exit_code == 0, result.output
         assert ("windows of the 3 prompts overlap" in " ".join(result.stderr.split())) == told

@@ -12,10 +12,8 @@ from typing import Any
 import matplotlib.figure
 import pytest
 import torch
-import typer
 from browser import broken_links, visit
-from commands import SMALL, refused, run, save_checkpoint
-from typer.testing import CliRunner
+from commands import SMALL, invoke, refused, run, save_checkpoint
 
 from hip_hf.cli import compare, fidelity, latency, needles, passkey, perplexity, report_page
 from hip_hf.eval.reporting import report
@@ -193,13 +191,10 @@ def test_a_browser_shows_the_page_of_a_run(
 def test_report_bundles_results_in_one_page(
     saved: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
 ) -> None:
-    app = typer.Typer()
-    app.command()(report_page.main)
     page = tmp_path / "all.html"
     files = [str(file) for file, _ in saved.values()]
-    result = CliRunner().invoke(
-        app, [*files, "--output", str(page), "--title", "Everything <measured>"]
-    )
+    given = ("--output", page, "--title", "Everything <measured>")
+    result = invoke(report_page.main, *files, *given)
     assert result.exit_code == 0, result.output
     seen = visit(page, tmp_path / "browser")
     assert seen.title == "Everything <measured>"

@@ -9,9 +9,7 @@ from shlex import split
 from typing import Any
 
 import pytest
-import typer
-from commands import SMALL, refused, save_checkpoint
-from typer.testing import CliRunner
+from commands import SMALL, invoke, refused, save_checkpoint
 
 from hip_hf.cli import compare, fidelity, latency, needles, passkey, perplexity
 from hip_hf.eval import measure
@@ -115,12 +113,6 @@ COMMANDS: dict[str, tuple[Any, tuple[Any, str], list[str]]] = {
 }
 
 
-def invoke(command: Any, arguments: list[str]) -> Any:
-    app = typer.Typer()
-    app.command()(command.main)
-    return CliRunner().invoke(app, arguments)
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_interrupted_run_resumed_gives_the_same_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Any
@@ -144,7 +136,7 @@ def test_an_interrupted_run_resumed_gives_the_same_file(
 
     monkeypatch.setattr(owner, measures, counted)
     whole = tmp_path / "whole.json"
-    assert invoke(command, [*given, "--output", str(whole)]).exit_code == 0
+    assert invoke(command.main, *given, "--output", str(whole)).exit_code == 0
     needed = len(calls)
     assert needed > 2
 
@@ -156,7 +148,7 @@ def test_an_interrupted_run_resumed_gives_the_same_file(
     calls.clear()
     resumed = tmp_path / "resumed.json"
     monkeypatch.setattr(owner, measures, interrupted)
-    stopped = invoke(command, [*given, "--output", str(resumed)])
+    stopped = invoke(command.main, *given, "--output", str(resumed))
     assert stopped.exit_code != 0
     assert "goes on from there" in " ".join(stopped.stderr.split())
     assert not resumed.exists()
@@ -165,7 +157,7 @@ def test_an_interrupted_run_resumed_gives_the_same_file(
         assert "other seed" in refused(
             command.main, *given, "--output", str(resumed), "--seed", "1"
         )
-    assert invoke(command, [*given, "--output", str(resumed)]).exit_code == 0
+    assert invoke(command.main, *given, "--output", str(resumed)).exit_code == 0
     assert len(calls) == needed  # the finished ones were not measured again
     assert resumed.read_bytes() == whole.read_bytes()
     assert not resumed.with_name(resumed.name + SUFFIX).exists()
@@ -197,9 +189,9 @@ def test_latency_keeps_finished_lengths(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(measured, "prefill_rows", measure)
     given = [*shape, "--lengths", "256,512", "--output", str(output)]
-    assert invoke(latency, given).exit_code != 0
+    assert invoke(latency.main, *given).exit_code != 0
     first = json.loads((tmp_path / f"latency.json{SUFFIX}").read_text().splitlines()[1])[1]
     lengths.append(0)
-    assert invoke(latency, given).exit_code == 0
+    assert invoke(latency.main, *given).exit_code == 0
     assert lengths == [256, 0, 512]
     assert json.loads(output.read_text())["rows"][:1] == first

@@ -16,25 +16,33 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--allow-file-access-from-files", "--virtual-time-budget=10000",
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--allow-file-access-from-files", "--virtual-time-budget=10000",
 ]  # fmt: skip
 # Before anything else of the page: note what fails to load. At its end: write down what came out.
 AT_START = """<script>window.failed = [];
-window.addEventListener("error", e => failed.push((e.target && (e.target.src || e.target.href)) || e.message), true);</script>"""
+window.addEventListener("error", e => failed.push(
+  (e.target && (e.target.src || e.target.href)) || e.message
+), true);</script>"""
 AT_END = """<script>window.addEventListener("load", async () => {
 const images = [...document.images];
 images.forEach(image => { image.loading = "eager"; });
-await Promise.all(images.map(image => image.complete || new Promise(done => { image.onload = image.onerror = done; })));
+await Promise.all(images.map(image => image.complete || new Promise(
+  done => { image.onload = image.onerror = done; }
+)));
 const seen = {
   title: document.title, text: document.body.innerText, failed: window.failed,
-  images: images.map(image => [image.getAttribute("src").slice(0, 200), image.naturalWidth, image.getBoundingClientRect().width]),
+  images: images.map(image => [
+    image.getAttribute("src").slice(0, 200), image.naturalWidth, image.getBoundingClientRect().width
+  ]),
   links: [...document.querySelectorAll("a[href]")].map(a => a.href),
   ids: [...document.querySelectorAll("[id]")].map(e => e.id),
   width: [document.documentElement.scrollWidth, window.innerWidth],
 };
 const out = document.createElement("script");
-out.type = "application/json"; out.id = "seen-by-the-test"; out.textContent = JSON.stringify(seen).replace(/</g, "\\\\u003c");
+out.type = "application/json"; out.id = "seen-by-the-test";
+out.textContent = JSON.stringify(seen).replace(/</g, "\\\\u003c");
 document.body.append(out);
 });</script>"""
 

@@ -22,8 +22,8 @@ def sampled(rows: torch.Tensor, stride: int) -> list[Vote]:
 
 
 def always_read(
-    config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
-    sinks: list[float] | None = None, sliding: int | None = None,
+    config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int,
+    logit: Callable[..., float], sinks: list[float] | None = None, sliding: int | None = None,
 ) -> dict[tuple[int, int], float]:  # fmt: skip
     """Log-sum-exp of each row of a query block `[rows, heads, D]`, which begins at position
     `first`, over what it reads in any case: all but the middle `[low, high)`. `logit(row, key)`
@@ -39,8 +39,9 @@ def always_read(
 
 
 def by_need(
-    config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
-    sinks: list[float] | None = None, sliding: int | None = None, most: int = 448,
+    config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int,
+    logit: Callable[..., float], sinks: list[float] | None = None, sliding: int | None = None,
+    most: int = 448,
 ) -> tuple[list[Vote], int | None]:  # fmt: skip
     """Votes of a query block's rows by their need; arguments and result as of `always_read` and
     `neediest`."""
@@ -49,8 +50,8 @@ def by_need(
 
 
 def neediest(
-    config: Any, keys: torch.Tensor, rows: torch.Tensor, near: dict[tuple[int, int], float], low: int, high: int,
-    logit: Callable[..., float], most: int = 448,
+    config: Any, keys: torch.Tensor, rows: torch.Tensor, near: dict[tuple[int, int], float],
+    low: int, high: int, logit: Callable[..., float], most: int = 448,
 ) -> tuple[list[Vote], int | None]:  # fmt: skip
     """Votes of the rows `[rows, heads, D]` that need the middle `[low, high)` most: for which the
     best of `most` of its keys stands out most from what they read in any case. So many of them, the

@@ -12,7 +12,9 @@ from hip_hf.eval.measure.chat import Conversation
 
 # A turn is `<s> user ... </s>` or `<s> assistant ... </s>`, a token a word.
 TEMPLATE = (
-    "{% for message in messages %}<s> {{ message['role'] }} {{ message['content'] }} </s> {% endfor %}"
+    "{% for message in messages %}"
+    "<s> {{ message['role'] }} {{ message['content'] }} </s> "
+    "{% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"
 )
 SPECIAL = ["<pad>", "<s>", "<unk>", "user", "assistant"]

@@ -10,10 +10,16 @@ import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 TEXT = "It is a truth universally acknowledged, that a text must be filled with words. " * 40
 SMALL = {"budget": 32, "block_q": 16, "block_k": 8, "sink": 8, "window": 16}
+# The config of a tiny model whose tokens are bytes.
+TINY: dict[str, Any] = dict(
+    vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
+    bos_token_id=None, eos_token_id=None, pad_token_id=0,
+)  # fmt: skip
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -30,39 +36,29 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def save_checkpoint(folder: Path) -> tuple[str, str]:
     """A tiny random Llama with a byte tokenizer, and a document: the arguments that name them."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     (folder / "text.txt").write_text(TEXT)
     return str(folder), str(folder / "text.txt")
 
 
-def run(command: Any, *arguments: str) -> Any:
-    """Invoke a command as `hip-hf` would; the JSON that it prints."""
+def invoke(command: Any, *arguments: object, **environment: str) -> Result:
+    """Run the function of a command as `hip-hf` would."""
     app = typer.Typer()
     app.command()(command)
-    result = CliRunner().invoke(app, [*arguments, "--json"])
+    return CliRunner(env=environment).invoke(app, [str(argument) for argument in arguments])
+
+
+def run(command: Any, *arguments: object) -> Any:
+    """The JSON that a command prints."""
+    result = invoke(command, *arguments, "--json")
     assert result.exit_code == 0, result.output + str(result.exception)
     return json.loads(result.stdout)
 
 
-def refused(command: Any, *arguments: str) -> str:
+def refused(command: Any, *arguments: object) -> str:
     """What a command says to arguments that it must refuse."""
-    app = typer.Typer()
-    app.command()(command)
-    result = CliRunner(env={"COLUMNS": "400", "TERM": "dumb"}).invoke(app, list(arguments))
+    result = invoke(command, *arguments, COLUMNS="400", TERM="dumb")
     assert result.exit_code == 2, result.output
     return result.stderr
 

@@ -13,7 +13,8 @@ from hip_hf.geometry import BlockMask
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 
-DECODE_ROWS = 16  # calls with up to this many query rows are decode steps, in which every row selects for itself
+# Calls with up to this many query rows are decode steps, in which every row selects for itself.
+DECODE_ROWS = 16
 
 Starts = list[int] | None
 
@@ -210,8 +211,8 @@ def assert_near(
     miss = torch.where(got == want, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf)
     worst = int(miss.argmax())
     where = [int(i) for i in torch.unravel_index(torch.tensor(worst), miss.shape)]
-    message = f"{what}{where}: {got.flatten()[worst]} is not {want.flatten()[worst]}, off by {miss.max():.3g} > {tolerance}"
-    assert miss.max() <= tolerance, message
+    message = f"{what}{where}: {got.flatten()[worst]} is not {want.flatten()[worst]}"
+    assert miss.max() <= tolerance, f"{message}, off by {miss.max():.3g} > {tolerance}"
 
 
 def assert_as_exact_as(

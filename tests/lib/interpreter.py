@@ -68,9 +68,8 @@ def _whole(narrow: np.ndarray, left: np.ndarray, right: np.ndarray, op: Any) -> 
     """Triton's own check of this takes many more operations, and does not say where it was."""
     if (narrow != op(left.astype(np.int64), right.astype(np.int64))).any():
         at = described(lines(), interpreter.interpreter_builder.grid_idx)
-        raise OverflowError(
-            f"{narrow.dtype} overflow: {op.__name__} of {left.max()} and {right.max()} at most wraps, {at}"
-        )
+        of = f"{left.max()} and {right.max()}"
+        raise OverflowError(f"{narrow.dtype} overflow: {op.__name__} of {of} at most wraps, {at}")
 
 
 def _repair_operations() -> None:

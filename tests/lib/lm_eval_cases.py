@@ -32,7 +32,8 @@ AT_EXIT = """
 import atexit, os, sys
 def end():
     import torch.distributed
-    print("the group is", "open" if torch.distributed.is_initialized() else "closed", file=sys.stderr)
+    state = "open" if torch.distributed.is_initialized() else "closed"
+    print("the group is", state, file=sys.stderr)
 if "RANK" in os.environ:
     atexit.register(end)
 """

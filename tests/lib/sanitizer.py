@@ -359,8 +359,8 @@ class Sanitizer:
             lengths = (
                 " ".join(f"{length} (step {step // size})" for length, step in origin.dims) or "1"
             )
-            what = f"{kind} out of range: element {element:g} of {origin.names}, which has dimensions {lengths}"
-            text = f"{what}: {self._place(at)}"
+            what = f"element {element:g} of {origin.names}, which has dimensions {lengths}"
+            text = f"{kind} out of range: {what}: {self._place(at)}"
             self.found.setdefault((kind, at), text)
             raise Fault(text)
         number = len(self.accesses)

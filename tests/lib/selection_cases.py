@@ -56,8 +56,9 @@ class Case:
     does."""
 
     def __init__(
-        self, config: HiPConfig, spans: list[Span], page_size: int = 0, softcap: float | None = None, sliding: int | None = None,
-        sinks: torch.Tensor | None = None, positions: Positions | None = None, **shape: Any,
+        self, config: HiPConfig, spans: list[Span], page_size: int = 0,
+        softcap: float | None = None, sliding: int | None = None, sinks: torch.Tensor | None = None,
+        positions: Positions | None = None, **shape: Any,
     ) -> None:  # fmt: skip
         tokens = max(span.key_end for span in spans)
         rows = max(span.row_end for span in spans)

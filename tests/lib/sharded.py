@@ -29,7 +29,8 @@ from hip_hf.integration import layer_attention
 from hip_hf.integration.paged_layer import PagedLayer
 
 LENGTHS = [203, 150, 117]
-KEPT = 32  # of each prompt, the last tokens whose logits are compared; what is selected is compared for all
+# Of each prompt, the last tokens whose logits are compared; what is selected is compared for all.
+KEPT = 32
 NEW = 8
 HYPER = {"method": "hyper", "options": {"min_seq_len": 32, "block_size": 16, "sample_size": 16}}
 QUESTIONS = ["The pass key of amber is 48213. Remember it.\n" * copies for copies in (12, 9)]

@@ -368,10 +368,8 @@ def page(record: dict[str, Any]) -> str:
     found = {name: Outcome(**outcome) for name, outcome in record["types"].items()}
     kinds = Counter(outcome.kind for outcome in found.values())
     totals = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    lines = [
-        f"Transformers {record['transformers']}, PyTorch {record['torch']}, {len(found)} types: {totals}.",
-        "",
-    ]
+    versions = f"Transformers {record['transformers']}, PyTorch {record['torch']}"
+    lines = [f"{versions}, {len(found)} types: {totals}.", ""]
     notes: dict[str, int] = {}
     lines += [f"| model type | {' | '.join(CHECKS)} |", "|---|" + "---|" * len(CHECKS)]
     for name, one in found.items():

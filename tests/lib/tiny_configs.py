@@ -20,38 +20,45 @@ HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 2, 4, 2, 16
 
 # Size, and the fields that get it.
 _SAME = [
-    (HIDDEN, "hidden_size d_model n_embd dim_model emb_dim embed_dim embedding_dim embedding_size input_embedding_size d_inner "
-     "intermediate_size output_embedding_size word_embed_proj_dim encoder_ffn_dim decoder_ffn_dim ffn_dim n_inner d_ff "
-     "dim_ff dff ffn_hidden_size expert_ffn_hidden_size feed_forward_size lru_width dense_intermediate_size mlp_dim "
-     "out_hidden_size output_dim projector_input_dim projector_output_dim vision_output_dim "
-     "cross_attention_hidden_size intermediate_size_mlp prompt_mid_dim router_hidden_size backbone_hidden_size "
-     "output_channels audio_hidden_size encoder_hidden_size downsample_hidden_size shape_embed_dim "
-     "pronunciation_embed_dim nemo_conv_channels ext_pw_out_channel depthwise_separable_out_channel mamba_d_ssm"),
-    (LAYERS, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
-     "num_encoder_layers depth speech_encoder_layers t2u_encoder_layers t2u_decoder_layers num_layers_per_stack "
-     "num_global_layers"),
-    (HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
-     "num_encoder_attention_heads num_decoder_attention_heads attention_heads speech_encoder_attention_heads "
-     "t2u_encoder_attention_heads t2u_decoder_attention_heads num_experts num_local_experts n_routed_experts "
-     "moe_num_experts swa_num_attention_heads index_n_heads linear_num_attention_heads linear_num_value_heads "
+    (HIDDEN, "hidden_size d_model n_embd dim_model emb_dim embed_dim embedding_dim "
+     "embedding_size input_embedding_size d_inner intermediate_size output_embedding_size "
+     "word_embed_proj_dim encoder_ffn_dim decoder_ffn_dim ffn_dim n_inner d_ff dim_ff dff "
+     "ffn_hidden_size expert_ffn_hidden_size feed_forward_size lru_width dense_intermediate_size "
+     "mlp_dim out_hidden_size output_dim projector_input_dim projector_output_dim "
+     "vision_output_dim cross_attention_hidden_size intermediate_size_mlp prompt_mid_dim "
+     "router_hidden_size backbone_hidden_size output_channels audio_hidden_size "
+     "encoder_hidden_size downsample_hidden_size shape_embed_dim pronunciation_embed_dim "
+     "nemo_conv_channels ext_pw_out_channel depthwise_separable_out_channel mamba_d_ssm"),
+    (LAYERS, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers "
+     "num_decoder_layers num_encoder_layers depth speech_encoder_layers t2u_encoder_layers "
+     "t2u_decoder_layers num_layers_per_stack num_global_layers"),
+    (HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads "
+     "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads "
+     "attention_heads speech_encoder_attention_heads t2u_encoder_attention_heads "
+     "t2u_decoder_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts "
+     "swa_num_attention_heads index_n_heads linear_num_attention_heads linear_num_value_heads "
      "zero_expert_num"),
-    (KV_HEADS, "num_key_value_heads num_kv_heads num_experts_per_tok moe_topk moe_k top_k top_k_experts num_experts_per_token "
-     "linear_num_key_heads linear_num_key_value_heads kv_n_heads swa_num_key_value_heads"),
-    (HEAD_DIM, "head_dim d_kv d_head dim_head attention_head_dim v_head_dim qk_nope_head_dim linear_key_head_dim "
-     "linear_value_head_dim linear_head_dim q_lora_rank kv_lora_rank o_lora_rank attention_head_size "
-     "query_pre_attn_scalar global_head_dim swa_head_dim swa_v_head_dim index_head_dim mamba_d_state state_size "
-     "ssm_state_size mamba_d_head hidden_size_per_layer_input"),
+    (KV_HEADS, "num_key_value_heads num_kv_heads num_experts_per_tok moe_topk moe_k top_k "
+     "top_k_experts num_experts_per_token linear_num_key_heads linear_num_key_value_heads "
+     "kv_n_heads swa_num_key_value_heads"),
+    (HEAD_DIM, "head_dim d_kv d_head dim_head attention_head_dim v_head_dim qk_nope_head_dim "
+     "linear_key_head_dim linear_value_head_dim linear_head_dim q_lora_rank kv_lora_rank "
+     "o_lora_rank attention_head_size query_pre_attn_scalar global_head_dim swa_head_dim "
+     "swa_v_head_dim index_head_dim mamba_d_state state_size ssm_state_size mamba_d_head "
+     "hidden_size_per_layer_input"),
     (8, "qk_rope_head_dim rotary_dim mamba_n_heads mamba_num_heads"),
     (24, "sliding_window local_attention attention_window_size window_size"),
     (32, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
-     "moe_shared_expert_intermediate_size speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim "
-     "adapter_rank mamba_chunk_size chunk_size"),
-    (1, "n_group topk_group num_shared_experts n_shared_experts first_k_dense_replace n_groups mamba_n_groups "
-     "mamba_ngroups num_mem_blocks"),
-    (VOCAB, "vocab_size decoder_vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_size audio_vocab_size "
-     "t2u_vocab_size char_vocab_size unpadded_vocab_size shape_vocab_size pronunciation_vocab_size"),
-    (4096, "max_position_embeddings n_positions max_source_positions max_target_positions max_encoder_position_embeddings "
-     "max_decoder_position_embeddings max_seq_len context_length n_ctx"),
+     "moe_shared_expert_intermediate_size speech_encoder_intermediate_size t2u_encoder_ffn_dim "
+     "t2u_decoder_ffn_dim adapter_rank mamba_chunk_size chunk_size"),
+    (1, "n_group topk_group num_shared_experts n_shared_experts first_k_dense_replace n_groups "
+     "mamba_n_groups mamba_ngroups num_mem_blocks"),
+    (VOCAB, "vocab_size decoder_vocab_size vocab_size_per_layer_input src_vocab_size "
+     "tgt_vocab_size audio_vocab_size t2u_vocab_size char_vocab_size unpadded_vocab_size "
+     "shape_vocab_size pronunciation_vocab_size"),
+    (4096, "max_position_embeddings n_positions max_source_positions max_target_positions "
+     "max_encoder_position_embeddings max_decoder_position_embeddings max_seq_len context_length "
+     "n_ctx"),
     (0, "pad_token_id num_nextn_predict_layers"),
     (3, "bos_token_id decoder_start_token_id forced_bos_token_id"),
     (VOCAB - 1, "eos_token_id forced_eos_token_id"),

@@ -36,7 +36,9 @@ class Options:
 
     def __post_init__(self):
         if self.every < 1:
-            raise ValueError(f"HiPConfig.options['every']: got {self.every}, allowed: an integer >= 1")
+            raise ValueError(
+                f"HiPConfig.options['every']: got {self.every}, allowed: an integer >= 1"
+            )
 
 
 class Selector(base.Selector):
@@ -68,7 +70,7 @@ METHOD = base.Method(
 
 
 class Bare:
-    """Blocks from the middle's beginning: a rule that takes nothing from this package."""
+    """The first candidates: a rule that takes nothing from this package."""
 
     def __init__(self, config: HiPConfig) -> None:
         super().__init__()  # as a class may that inherits from nothing
@@ -145,9 +147,8 @@ def test_comparisons(spread: str, bare: str) -> None:
     assert every()[-3:] == ["spread", "spread, thin", "bare"]
     found = settings_of(["all"], tokens=1000, budget=128)
     assert found["spread, thin"].options == {"every": 4}
-    assert {(config.method, config.budget) for name, config in found.items() if name in every()[-3:]} == {
-        ("spread", 128), ("bare", 128),
-    }  # fmt: skip
+    added = [found[name] for name in every()[-3:]]
+    assert {(config.method, config.budget) for config in added} == {("spread", 128), ("bare", 128)}
     assert settings_of(["spread"])["spread"].method == "spread"
 
 
@@ -168,10 +169,8 @@ def test_costs(spread: str, bare: str) -> None:
 def test_documentation(spread: str, bare: str) -> None:
     rows = table().splitlines()
     assert "| `spread` | blocks that are spread evenly | `every` |" in rows
-    assert (
-        "| `bare` | Blocks from the middle's beginning: a rule that takes nothing from this package. |  |"
-        in rows
-    )
+    said = "The first candidates: a rule that takes nothing from this package."
+    assert f"| `bare` | {said} |  |" in rows
 
 
 def test_a_file_without_a_declaration_says_so(

@@ -49,11 +49,8 @@ def test_staged_with_one_halving_a_stage_is_the_tree(
         representative="middle", score=score, vote="sampled", group_shared=shared, decode_refresh=1
     )
     tree = small(beam=beam, query_stride=2, **common)
-    top = max(
-        hip.start_level(tree, b // 4, (p - 16) // 4)
-        for p in range(tokens - rows, tokens)
-        for b in (4,)
-    )  # where the tree begins: some query blocks of the call may begin a level lower, by their own count
+    # where the tree begins: some query blocks of the call may begin a level lower, by their count
+    top = max(hip.start_level(tree, 1, (p - 16) // 4) for p in range(tokens - rows, tokens))
     # a stage keeps as many *chunks* as the tree's beam does
     stages = [[4 << level, 4 * beam * (4 << level), 2] for level in range(top, 0, -1)] + [
         [4, 16, 2]
@@ -182,8 +179,9 @@ def test_quests_score_bounds_every_key_of_the_block(
     )  # [2, 5, 7]
     true = (q @ keys[:, : 7 * block_k].transpose(1, 2)).unflatten(-1, (7, block_k))
     assert (bound[..., None] >= true - 1e-9 * size).all()
-    corners = torch.maximum(q[..., None, :] * keys[:, : 7 * block_k].unflatten(1, (7, block_k)).amax(2)[:, None],
-                            q[..., None, :] * keys[:, : 7 * block_k].unflatten(1, (7, block_k)).amin(2)[:, None])  # fmt: skip
+    blocks = keys[:, : 7 * block_k].unflatten(1, (7, block_k))
+    most, least = (corner[:, None] for corner in (blocks.amax(2), blocks.amin(2)))
+    corners = torch.maximum(q[..., None, :] * most, q[..., None, :] * least)
     assert_near(bound, corners.sum(-1), 1e-9 * size)  # and no bound over the box is tighter
 
 

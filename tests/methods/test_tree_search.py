@@ -46,8 +46,9 @@ def test_same_blocks_for_every_shape_of_the_tree(
 
 @pytest.mark.parametrize("score", ["mass", "max"])
 @pytest.mark.parametrize("fields", [
-    dict(), dict(group_shared=False), dict(vote="sampled"), dict(coarsest=4), dict(block_k=3, budget=12),
-    dict(options={"onward": 1}), dict(query_stride=8), dict(query_stride=8, group_shared=False), dict(query_stride=16),
+    dict(), dict(group_shared=False), dict(vote="sampled"), dict(coarsest=4),
+    dict(block_k=3, budget=12), dict(options={"onward": 1}), dict(query_stride=8),
+    dict(query_stride=8, group_shared=False), dict(query_stride=16),
 ])  # fmt: skip
 def test_same_blocks_where_short_middles_are_looked_at_whole(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], score: str

@@ -96,12 +96,14 @@ def test_what_pages_say_of_the_defaults_is_true() -> None:
     """Numbers in sentences that follow from the settings, and lists of the methods."""
     defaults = hip_hf.HiPConfig()
     costs = [prompt_cost(defaults, tokens) for tokens in (8192, 32768, 131072)]
-    short, *long = (cost.selection / cost.attention for cost in costs if cost is not None)
+    ratios = [f"{cost.selection / cost.attention:.2f}" for cost in costs if cost is not None]
+    short, medium, long = ratios
+    products = "of attention's products"
     said = {
-        "docs/measurements.md": [f"takes {long[0]:.2f} and {long[1]:.2f} of attention's FLOPs"],
+        "docs/measurements.md": [f"takes {medium} and {long} of attention's FLOPs"],
         "docs/decisions.md": [
-            f"takes {long[0]:.2f} and {long[1]:.2f} of attention's products over prompts of 32K and 128K",
-            f"takes {short:.2f} of attention's products at 8K, {long[0]:.2f} at 32K and {long[1]:.2f} at 128K",
+            f"takes {medium} and {long} {products} over prompts of 32K and 128K",
+            f"takes {short} {products} at 8K, {medium} at 32K and {long} at 128K",
         ],
         "docs/how.md": [
             f"({defaults.start_blocks} blocks by default, in contexts",

@@ -42,7 +42,8 @@ folder = Path(sys.argv[1])
 def row(name, text):
     file = folder / (name + ".json.partial")
     first = "" if file.exists() else '{{"request": {{}}}}\\n'
-    file.open("a").write(first + '["[0]", {{"rows": [{{"figure": 1, "wrong": "' + text + '"}}]}}]\\n')
+    found = '["[0]", {{"rows": [{{"figure": 1, "wrong": "' + text + '"}}]}}]\\n'
+    file.open("a").write(first + found)
 
 def take(name):
     with (folder / "taken").open("a") as file:
@@ -404,10 +405,11 @@ def test_what_was_measured_stands_in_the_table_of_the_kernels() -> None:
     gpu, measured = roofline.measured_in(document)
     assert gpu == "H100"
     assert {name: ms for (name, _), ms in measured.items()} == {
-        "prefill": 1.0, "prefill: selection": 0.25, "prefill: dense": 10.0, "decode, amortised": 0.5, "decode: dense": 5.0,
-        "prefill: need_kernel": 0.125, "prefill: attend_kernel": 0.75, "backward": 3.0, "backward: dense": 30.0,
-        "decode: attend_kernel": 0.002, "backward: key_gradient_kernel": 2.0, "hyper: square_kernel": 4.0,
-        "delta: spread_kernel": 5.0,
+        "prefill": 1.0, "prefill: selection": 0.25, "prefill: dense": 10.0,
+        "decode, amortised": 0.5, "decode: dense": 5.0, "prefill: need_kernel": 0.125,
+        "prefill: attend_kernel": 0.75, "backward": 3.0, "backward: dense": 30.0,
+        "decode: attend_kernel": 0.002, "backward: key_gradient_kernel": 2.0,
+        "hyper: square_kernel": 4.0, "delta: spread_kernel": 5.0,
     }  # fmt: skip
     rows = roofline.rows((8192, 32768), HiPConfig(), Shape(target="sm90"), gpu, measured)
     assert {

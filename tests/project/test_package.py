@@ -36,7 +36,8 @@ from transformers import AttentionInterface
 lazy = {"triton", "matplotlib", "typer", "rich", "lm_eval", "datasets"}
 for name in [name for name in sys.modules if name.partition(".")[0] in lazy]:
     del sys.modules[name]
-start = time.process_time()  # not the clock on the wall: that one measures what else the machine does
+# not the clock on the wall: that one measures what else the machine does
+start = time.process_time()
 import hip_hf
 ms = 1e3 * (time.process_time() - start)
 print(json.dumps({"ms": ms, "imported": sorted(lazy & set(sys.modules))}))
