@@ -17,14 +17,15 @@ is below eight minutes; what comes too late is dropped:
     doctor            60     90  every kernel against float64
     tests             60     90  kernel tests: the kernels of every call
     prefill           75    110  8K to 1M tokens against FlashAttention or cuDNN; at every length
-    exact rows against dense ones decode            55     90  at 128K and 1M keys, 1 and 16
-    sequences or as many as fit, in graphs and launched profile           40     60  where a layer's
-    time goes: kernels, gaps, host
+                                 exact rows against dense ones
+    decode            55     90  at 128K and 1M keys, 1 and 16 sequences or as many as fit, in
+                                 graphs and launched
+    profile           40     60  where a layer's time goes: kernels, gaps, host
     more_tests        70    110  the other kernel tests
     backward          20     40  gradients at 8K and 32K tokens
     tune              50     60  other launches of attention and selection
     model             40     60  the model of runs/smollm2 at 8K tokens; where it is not there, a
-    Llama of random weights at 32K
+                                 Llama of random weights at 32K
 
 Exit status: 1 if a number was wrong, else 3 if something is missing, else 0.
 """
