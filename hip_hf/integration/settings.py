@@ -10,13 +10,17 @@ from torch import nn
 from hip_hf.config import HiPConfig
 
 
+def refused(name: str, got: str, allowed: str) -> ValueError:
+    """The error for an argument or a setting that is not as it must be."""
+    return ValueError(f"{name}: got {got}, allowed: {allowed}")
+
+
 def text_config(model: nn.Module) -> Any:
     """The config of the model's language part. Raises ValueError if there is none."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise ValueError(
-            f"model: got {type(model).__name__} without a Transformers config, allowed: a pretrained model"
-        )
+        got = f"{type(model).__name__} without a Transformers config"
+        raise refused("model", got, "a pretrained model")
     found = config.get_text_config(decoder=True)
     # of an encoder-decoder with one flat config (Bart, Pegasus) that is a copy, in which settings
     # would be lost

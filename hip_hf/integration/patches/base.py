@@ -14,16 +14,16 @@ import torch
 class Patcher:
     """How to patch one family.
 
-    `attention`: name of its attention class. `project(module, hidden [B, T, hidden
-    size])` -> q `[B, Hq, T, D]`, k and v `[B, Hkv, T, D]`, normalised if the family does so, not
-    rotated. `sliding_window(module)`: of the layer, None if it has none. The rotation is
+    `attention`: name of its attention class. `project(module, hidden [B, T, hidden size])` -> q
+    `[B, Hq, T, D]`, k and v `[B, Hkv, T, D]`, normalised if the family does so, not rotated.
+    `sliding_window(module)`: of the layer, None if it has none. The rotation is
     `apply_rotary_pos_emb` of the modeling file, which must turn halves of the head dim (Llama's
     layout).
     """
 
     attention: str
     project: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    sliding_window: Callable[[Any], int | None]
+    sliding_window: Callable[[Any], int | None] = lambda module: None
 
 
 def by_heads(module: Any, x: torch.Tensor) -> torch.Tensor:
