@@ -18,7 +18,7 @@ from hip_hf.integration.model_checks import check_class, check_heads, check_laye
 from hip_hf.integration.names import NAMES, attends_by_us
 from hip_hf.integration.patches.families import layers_of, layers_to_extend
 from hip_hf.integration.patches.forward import patch_layers, unpatch_all, unpatch_layer
-from hip_hf.integration.settings import read_settings, text_config, text_part
+from hip_hf.integration.settings import read_settings, refused, text_config, text_part
 
 # In a patched layer's `__dict__`: what `unpatch` puts back besides the forwards, the attention's
 # name and the settings (`config.hip`, None if there were none) of the model's text part before
@@ -60,16 +60,13 @@ def _look_at_models() -> None:
 
     def hip_post_init(self: Any) -> None:
         made(self)
-        configs = [
-            self.config,
-            *(getattr(self.config, name, None) for name in self.config.sub_configs),
-        ]
+        parts = [getattr(self.config, name, None) for name in self.config.sub_configs]
+        configs = [self.config, *parts]
         if any(attends_by_us(config) for config in configs):
             check_reach(self, text_config(self)._attn_implementation)
             check_heads(self, text_config(self)._attn_implementation)
-        if any(getattr(config, "hip", None) is not None for config in configs) and extends(
-            text_config(self)
-        ):
+        configured = any(getattr(config, "hip", None) is not None for config in configs)
+        if configured and extends(text_config(self)):
             patch_layers(layers_to_extend(self))
 
     if adjust.__name__ != "hip_adjust":
@@ -96,7 +93,8 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
 
     Args:
         model: a Transformers model; what the settings change is its `config.hip` (of the text
-        config). config: replaces the present settings; None keeps them.
+            config).
+        config: replaces the present settings; None keeps them.
         fields: single fields of `HiPConfig`, merged over `config` or the present settings.
 
     Returns:
@@ -108,7 +106,7 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
     """
     target = text_config(model)
     if config is not None and not isinstance(config, HiPConfig):
-        raise ValueError(f"config: got {type(config).__name__}, allowed: HiPConfig or None")
+        raise refused("config", type(config).__name__, "HiPConfig or None")
     settings = read_settings(target) if config is None else config
     if fields:
         settings = HiPConfig.from_dict({**settings.to_dict(), **fields})
@@ -137,8 +135,8 @@ def patch(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> N
 
     Args:
         model: a Transformers model of one of the families in
-        `hip_hf.integration.patches.families.families()`. config, fields: settings, as in
-        `configure`.
+            `hip_hf.integration.patches.families.families()`.
+        config, fields: settings, as in `configure`.
 
     Raises:
         ValueError: a model of another family (the message lists those with a patcher), or settings
@@ -171,8 +169,7 @@ def unpatch(model: nn.Module) -> None:
     if settings is None:
         target.__dict__.pop("hip", None)
     else:
-        target.hip = (
-            {**settings, "extend": None} if settings.get("extend") is not None else settings
-        )
+        extending = settings.get("extend") is not None
+        target.hip = {**settings, "extend": None} if extending else settings
     if name is not None:
         set_attention(model, name)

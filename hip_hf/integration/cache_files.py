@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hip_hf.cache.files import TOKENS_AT_ONCE, fail, paged_parts, reading, write
+from hip_hf.integration.settings import refused
 
 
 def _kind(layer: Any) -> str:
@@ -18,22 +19,15 @@ def _kind(layer: Any) -> str:
     that no file can hold."""
     kind = "sliding" if type(layer) is DynamicSlidingWindowLayer else getattr(layer, "kind", "")
     if kind not in ("paged", "sliding"):
-        raise ValueError(
-            f"cache: got a {type(layer).__name__}, allowed: full-attention and sliding-window layers"
-        )
+        allowed = "full-attention and sliding-window layers"
+        raise refused("cache", f"a {type(layer).__name__}", allowed)
     return kind
 
 
 def _model(cache: Any) -> dict[str, Any]:
     """What must agree for a saved cache to make sense to a model."""
-    names = (
-        "model_type",
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    )
+    names = ["model_type", "num_hidden_layers", "hidden_size", "num_attention_heads"]
+    names += ["num_key_value_heads", "head_dim"]
     model = {name: getattr(cache.config, name, None) for name in names}
     # of tensor parallelism, which heads are held; a whole cache does not say that it is
     return model if cache.shard is None else {**model, "shard": list(cache.shard)}
@@ -41,11 +35,13 @@ def _model(cache: Any) -> dict[str, Any]:
 
 def save(cache: Any, path: str | os.PathLike[str], made_of: dict[str, Any]) -> None:
     """See `HiPCache.save`; `cache` is one."""
-    kinds = [_kind(layer) for layer in cache.layers]
-    tensors = {}
+    tensors, layers = {}, []
     for index, layer in enumerate(cache.layers):
+        kind, length = _kind(layer), int(layer.get_seq_length())
+        unrotated = getattr(layer, "unrotated", False)
+        layers.append({"kind": kind, "length": length, "unrotated": unrotated})
         for name in ("keys", "values") if layer.is_initialized else ():
-            if _kind(layer) == "paged":
+            if kind == "paged":
                 held = getattr(layer.pool, name)
                 shape = torch.Size((len(layer.tables), held.heads, layer.length, held.dim))
                 parts: Any = paged_parts(held, layer.tables, layer.length)
@@ -53,14 +49,6 @@ def save(cache: Any, path: str | os.PathLike[str], made_of: dict[str, Any]) -> N
                 held = getattr(layer, name)
                 shape, parts = held.shape, [held]
             tensors[f"{index}.{name}"] = shape, held.dtype, parts
-    layers = [
-        {
-            "kind": kind,
-            "length": int(layer.get_seq_length()),
-            "unrotated": getattr(layer, "unrotated", False),
-        }
-        for kind, layer in zip(kinds, cache.layers, strict=True)
-    ]
     write(Path(path), {"model": _model(cache), "layers": layers, "made_of": made_of}, tensors)
 
 
@@ -70,32 +58,28 @@ def load(
     """See `HiPCache.load`; `cache` is one."""
     path = Path(path)
     with reading(path) as (file, facts):
-        if facts["model"] != _model(cache):
-            fail(
-                path,
-                f"a cache of {json.dumps(facts['model'])}",
-                f"one of this model, {json.dumps(_model(cache))}",
-            )
+        model = _model(cache)
+        if facts["model"] != model:
+            got = f"a cache of {json.dumps(facts['model'])}"
+            fail(path, got, f"one of this model, {json.dumps(model)}")
         made, wanted = facts.get("made_of", {}), json.loads(json.dumps(made_of))  # as from a file
         for name in {} if wanted is None else {**wanted, **made}:
             got, asked = made.get(name), wanted.get(name)
             if got != asked:
                 fail(path, f"a cache made with {name}={got!r}", f"{name}={asked!r}")
         kinds, saved = [_kind(layer) for layer in cache.layers], facts["layers"]
-        if [layer["kind"] for layer in saved] != kinds:
-            fail(
-                path, f"layers {[layer['kind'] for layer in saved]}", f"{kinds}, as this model has"
-            )
+        found = [layer["kind"] for layer in saved]
+        if found != kinds:
+            fail(path, f"layers {found}", f"{kinds}, as this model has")
         names = set(file.keys())
         fresh: list[Any] = []
-        for kind, layer in zip(kinds, cache.layers, strict=True):
-            paged = kind == "paged"
+        for index, (layer, known) in enumerate(zip(cache.layers, saved, strict=True)):
+            paged = known["kind"] == "paged"
             own = DynamicLayer() if paged else DynamicSlidingWindowLayer(layer.sliding_window)
             fresh.append(cache.make_layer(own))
-        for index, (layer, known) in enumerate(zip(fresh, saved, strict=True)):
             if f"{index}.keys" in names:
                 keys, values = (file.get_slice(f"{index}.{name}") for name in ("keys", "values"))
-                _fill(layer, keys, values, known, device)
+                _fill(fresh[-1], keys, values, known, device)
     cache.layers[:] = fresh
 
 

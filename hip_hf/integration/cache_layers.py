@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 )
 
 from hip_hf.cache.pages import PagedTensor
+from hip_hf.integration.settings import refused
 from hip_hf.state import DecodeState
 
 # Model types whose layers make the keys of attention out of what the cache returns, by a function
@@ -92,9 +93,8 @@ def state_of(keys: torch.Tensor, model_type: str) -> DecodeState | None:
 
 def unusable(what: str) -> ValueError:
     """The error of going on with a cache that a call has left with a part of its tokens."""
-    return ValueError(
-        f"past_key_values: got a cache {what}, allowed: `reset()` before it is used again, or a new one"
-    )
+    allowed = "`reset()` before it is used again, or a new one"
+    return refused("past_key_values", f"a cache {what}", allowed)
 
 
 def spoil(keys: torch.Tensor, model_type: str, error: BaseException) -> None:
@@ -129,9 +129,8 @@ def at_defaults(arguments: dict[str, Any]) -> bool:
     """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does
     not have say something."""
     defaults = inspect.signature(DynamicCache.__init__).parameters
-    return all(
-        name in defaults and defaults[name].default is value for name, value in arguments.items()
-    )
+    values = {name: parameter.default for name, parameter in defaults.items()}
+    return all(name in values and values[name] is x for name, x in arguments.items())
 
 
 class _CutOff(torch.autograd.Function):
@@ -141,8 +140,9 @@ class _CutOff(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        what = "HiPCache: got a backward pass through attention to cached tokens, which are kept without their gradients"
-        raise ValueError(f"{what}, allowed: through a call that brings all tokens")
+        got = "a backward pass through attention to cached tokens"
+        got += ", which are kept without their gradients"
+        raise refused("HiPCache", got, "through a call that brings all tokens")
 
 
 _warned = False
@@ -154,6 +154,7 @@ def cut_off(x: torch.Tensor) -> torch.Tensor:
     global _warned
     if not _warned:
         _warned = True
-        text = "hip: a HiPCache keeps tokens without their gradients, so a backward pass through this call would raise"
-        warnings.warn(f"{text}. torch.no_grad() around it saves its memory.", stacklevel=2)
+        text = "hip: a HiPCache keeps tokens without their gradients, so a backward pass through"
+        text += " this call would raise. torch.no_grad() around it saves its memory."
+        warnings.warn(text, stacklevel=2)
     return _CutOff.apply(x, torch.zeros((), requires_grad=True, device=x.device))

@@ -34,12 +34,14 @@ from hip_hf.cache.pages import BlockTable, HeadRows, PagedTensor, Store
 from hip_hf.config import HiPConfig
 from hip_hf.integration.changes import at_undo, set_attribute
 from hip_hf.integration.names import attends_by_us
+from hip_hf.integration.settings import refused
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 
 GATE = "transformers.generation.continuous_batching.continuous_api"
 FORWARD = "_hip_forward"  # attribute of a paged cache: the forward that it serves, or served last
-CACHE_OF_KEYS = "_hip_paged_cache"  # attribute of a layer's new keys: the paged cache that was asked to take them
+# attribute of a layer's new keys: the paged cache that was asked to take them
+CACHE_OF_KEYS = "_hip_paged_cache"
 
 
 class TokenMajorStore(Store):
@@ -95,9 +97,8 @@ def find_place(cache: Any, layer: int) -> Place:
             return Place("sliding_attention", group)
         stored = (cache.key_cache[index], cache.value_cache[index])
         return Place("full_attention", group, cache.block_size, stored)
-    raise ValueError(
-        f"cache: got {type(cache).__name__} of an unknown layout, allowed: Transformers' paged cache as tested"
-    )
+    got = f"{type(cache).__name__} of an unknown layout"
+    raise refused("cache", got, "Transformers' paged cache as tested")
 
 
 class Request(NamedTuple):
@@ -134,10 +135,10 @@ def states_of(cache: Any, layer: int) -> dict[int, Kept]:
     return cache.__dict__.setdefault("_hip_states", {}).setdefault(layer, {})
 
 
-def _fetch(parts: list[torch.Tensor]) -> list[Any]:
-    """Tensors of one dimension, one after the other, on the host. The only place that waits for the
-    device."""
-    return torch.cat(parts).tolist() if parts else []
+def _fetch(parts: list[torch.Tensor]) -> list[list[Any]]:
+    """What tensors of one dimension hold, on the host. The only place that waits for the device."""
+    numbers = iter(torch.cat(parts).tolist() if parts else [])
+    return [list(itertools.islice(numbers, len(part))) for part in parts]
 
 
 class Forward:
@@ -159,21 +160,15 @@ class Forward:
     def _read_requests(self, places: dict[int, Place], kwargs: Any) -> dict[str, Any]:
         """The requests that bring tokens, by kind of attention (a padded call has others behind
         them)."""
-        kinds, keys = (
-            list(dict.fromkeys(place.kind for place in places.values())),
-            kwargs["cu_seq_lens_k"],
-        )
+        kinds = dict.fromkeys(place.kind for place in places.values())
+        keys = kwargs["cu_seq_lens_k"]
         bounds = [self.given, *(keys[kind] if isinstance(keys, dict) else keys for kind in kinds)]
-        fetched = iter(_fetch(bounds))
-        rows, *lengths = [
-            list(itertools.pairwise(itertools.islice(fetched, len(x)))) for x in bounds
-        ]
-        return {
-            kind: [
-                Request(*row, *key) for row, key in zip(rows, each, strict=True) if row[0] < row[1]
-            ]
-            for kind, each in zip(kinds, lengths, strict=True)
-        }
+        rows, *lengths = (list(itertools.pairwise(each)) for each in _fetch(bounds))
+        requests = {}
+        for kind, each in zip(kinds, lengths, strict=True):
+            both = zip(rows, each, strict=True)
+            requests[kind] = [Request(*row, *key) for row, key in both if row[0] < row[1]]
+        return requests
 
     def _read_tables(self, places: dict[int, Place], kwargs: Any) -> dict[int, list[BlockTable]]:
         """The pages of each request, by group; of those that are no ring buffers."""
@@ -184,11 +179,12 @@ class Forward:
                 tokens = read[one.key : one.key_end] if one.before else write[one.row : one.row_end]
                 firsts.append(tokens[:: place.page])
         fetched = iter(_fetch(firsts))
-        tables: dict[int, list[BlockTable]] = {group: [] for group in groups}
+        tables: dict[int, list[BlockTable]] = {}
         for group, place in groups.items():
-            for one in self.requests[place.kind]:
-                tokens = itertools.islice(fetched, -(-one.keys // place.page))
-                tables[group].append(BlockTable([token // place.page for token in tokens]))
+            tables[group] = [
+                BlockTable([token // place.page for token in next(fetched)])
+                for _ in self.requests[place.kind]
+            ]
         return tables
 
     def _read_marks(self, cache: Any, places: dict[int, Place]) -> set[tuple[int, int]]:
@@ -200,17 +196,16 @@ class Forward:
                 continue
             kept, rows, marks = states_of(cache, layer), [], []
             for one, table in zip(self.requests[place.kind], self.tables[place.group], strict=True):
-                found = (
-                    kept.get(table.pages[(one.before - 1) // place.page]) if one.before else None
-                )
+                last = one.before - 1
+                found = kept.get(table.pages[last // place.page]) if one.before else None
                 if found is not None:
-                    rows.append(place.row(table, one.before - 1))
+                    rows.append(place.row(table, last))
                     marks.append(found.mark)
             if rows:
                 asked += [(layer, row) for row in rows]
                 now = torch.stack([place.stored[0][row] for row in rows])
                 equal.append((now == torch.stack(marks)).flatten(1).all(1))
-        return set(itertools.compress(asked, _fetch(equal)))
+        return set(itertools.compress(asked, itertools.chain.from_iterable(_fetch(equal))))
 
 
 def continuous(
@@ -219,9 +214,7 @@ def continuous(
     """Attention of packed requests: q, k and v of `problem` hold the new tokens, `[1, H, tokens,
     D]`. Raises ValueError for a cache of an unknown layout."""
     if kwargs.get("block_table") is not None:
-        raise ValueError(
-            "block_table: got a table, allowed: None (the decode path of flash attention)"
-        )
+        raise refused("block_table", "a table", "None (the decode path of flash attention)")
     # The index tensors may be buffers that every forward fills anew, so the same tensors do not
     # make the same forward: a layer that is not above the last one begins another.
     place, forward = find_place(cache, layer), cache.__dict__.get(FORWARD)
@@ -324,9 +317,8 @@ def open_gate(module: ModuleType) -> None:
         manager, cache = module.ContinuousBatchingManager, module.PagedAttentionCache
         switch, loop = manager.switch_to_cb_friendly_attn, manager._run_generation_loop
         update, free = cache.update, cache.free_blocks
-    except (
-        AttributeError
-    ):  # a version that is not known: the gate stays shut, which is an error for models of ours
+    except AttributeError:
+        # a version that is not known: the gate stays shut, which is an error for models of ours
         return
     if cache in _updates:
         return
@@ -374,10 +366,9 @@ def cache_of(key: torch.Tensor, arguments: dict[str, Any]) -> Any:
     otherwise."""
     cache = getattr(key, CACHE_OF_KEYS, None) or next(filter(is_paged, arguments.values()), None)
     if cache is None and getattr(_packing, "on", False):
-        raise ValueError(
-            f"continuous batching: Transformers {transformers.__version__} brings no paged cache that is known here; allowed: "
-            "`generate`, or a version that `hip_hf` was tested with"
-        )
+        got = f"Transformers {transformers.__version__} brings no paged cache that is known here"
+        allowed = "`generate`, or a version that `hip_hf` was tested with"
+        raise ValueError(f"continuous batching: {got}; allowed: {allowed}")
     return cache
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from hip_hf.integration.layer_attention import Call
 from hip_hf.integration.model_checks import attention_layers, check_reach
 from hip_hf.integration.names import NAMES, attends_by_us
-from hip_hf.integration.settings import layer_index, text_config
+from hip_hf.integration.settings import layer_index, refused, text_config
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,10 @@ def explain(model: nn.Module) -> Report:
         it.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model: got {type(model).__name__}, allowed: a pretrained model")
-    if not any(
-        attends_by_us(module.config) for module in model.modules() if hasattr(module, "config")
-    ):
-        used = text_config(model)._attn_implementation
-        raise ValueError(f"model: got attn_implementation={used!r}, allowed: {' | '.join(NAMES)}")
+        raise refused("model", type(model).__name__, "a pretrained model")
+    if not any(attends_by_us(getattr(module, "config", None)) for module in model.modules()):
+        got = f"attn_implementation={text_config(model)._attn_implementation!r}"
+        raise refused("model", got, " | ".join(NAMES))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             check_reach(module, module.config._attn_implementation)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from hip_hf.integration.cache_layers import (
 from hip_hf.integration.changes import set_attribute, set_item
 from hip_hf.integration.names import attends_by_us
 from hip_hf.integration.paged_layer import PagedHybridLayer, PagedLayer
+from hip_hf.integration.settings import refused
 
 
 class HiPCache(DynamicCache):
@@ -50,11 +53,11 @@ class HiPCache(DynamicCache):
             `_attn_implementation` is read at every update: attention of ours gets handles to pages,
             any other gets ordinary tensors.
         offload: None; `cpu` keeps the pages in host memory, `disk` in a memory-mapped temporary
-        file. device_pages: with `offload`, the pages of values that a layer holds on the device for
-        every head; of keys, which the
-            search reads as well as attention, it holds twice as many.
+            file.
+        device_pages: with `offload`, the pages of values that a layer holds on the device for every
+            head; of keys, which the search reads as well as attention, it holds twice as many.
         others: further arguments of `DynamicCache`, by name, each at its default: some models make
-        their caches with all of them.
+            their caches with all of them.
 
     Sliding-window layers keep their window, as in Transformers' own cache; linear-attention layers
     keep their state. Raises ValueError for arguments out of range.
@@ -69,22 +72,16 @@ class HiPCache(DynamicCache):
         **others: Any,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
-            raise ValueError(
-                f"config: got {type(config).__name__}, allowed: the model's config (`model.config`)"
-            )
+            raise refused("config", type(config).__name__, "the model's config (`model.config`)")
         if offload is not None and offload not in OFFLOADS:
-            raise ValueError(f"offload: got {offload!r}, allowed: None | {' | '.join(OFFLOADS)}")
-        if (offload is None) != (device_pages is None) or (
-            device_pages is not None and (type(device_pages) is not int or device_pages < 2)
-        ):
-            raise ValueError(
-                f"device_pages: got {device_pages!r}, allowed: an integer >= 2 with `offload`, None without"
-            )
+            raise refused("offload", repr(offload), f"None | {' | '.join(OFFLOADS)}")
+        enough = type(device_pages) is int and device_pages >= 2
+        if not (device_pages is None if offload is None else enough):
+            allowed = "an integer >= 2 with `offload`, None without"
+            raise refused("device_pages", repr(device_pages), allowed)
         if not at_defaults(others):
             allowed = 'the defaults of `DynamicCache` (`offload="cpu"` keeps pages in host memory)'
-            raise ValueError(
-                f"{', '.join(others)}: got {', '.join(map(repr, others.values()))}, allowed: {allowed}"
-            )
+            raise refused(", ".join(others), ", ".join(map(repr, others.values())), allowed)
         super().__init__(config=config, **others)
         self.config = config.get_text_config(decoder=True)
         # which part of the heads this process holds, and of how many, by the model's own config;
@@ -96,9 +93,8 @@ class HiPCache(DynamicCache):
         self._in_model = False  # whether a model uses it, which brings every layer the same tokens
         # of the model's present call the last update: layer, the tokens it held, and how many came
         self._last_update: tuple[int, int, int] | None = None
-        self._spoiled: str | None = (
-            None  # which call has left it with a part of its tokens, if one has
-        )
+        # which call has left it with a part of its tokens, if one has
+        self._spoiled: str | None = None
         self.layers = [self.make_layer(layer) for layer in self.layers]
 
     def make_layer(self, made: Any) -> Any:
@@ -114,9 +110,7 @@ class HiPCache(DynamicCache):
         """Hits, misses and bytes moved of the device pools, by reader, over all layers. Raises
         ValueError if the cache is not offloaded."""
         if self.offload_to is None:
-            raise ValueError(
-                "offload: got None, allowed: cpu | disk (a resident cache has no device pools)"
-            )
+            raise refused("offload", "None", "cpu | disk (a resident cache has no device pools)")
         pools = [layer.pool for layer in self.paged if layer.pool is not None]
         stores: list[Any] = [store for pool in pools for store in (pool.keys, pool.values)]
         each = [store.pool.traffic for store in stores]
@@ -132,11 +126,12 @@ class HiPCache(DynamicCache):
 
         Args:
             made_of: what the contents were computed from (a digest of the tokens, settings ...), as
-            JSON; `load` compares it.
+                JSON; `load` compares it.
 
         Raises:
             ValueError: a layer that is neither full attention nor sliding-window, or a cache on
-            which a call has failed. OSError: the disk is full or `path` cannot be written.
+                which a call has failed.
+            OSError: the disk is full or `path` cannot be written.
         """
         self._check_usable()
         cache_files.save(self, path, made_of or {})
@@ -153,11 +148,12 @@ class HiPCache(DynamicCache):
         Args:
             device: that of the model.
             made_of: what the contents must have been computed from, as it was given to `save`.
-            None: anything.
+                None: anything.
 
         Raises:
             ValueError: a broken or foreign file, of another model or heads, or made of something
-            else. The cache is as it was. FileNotFoundError: there is no such file.
+                else. The cache is as it was.
+            FileNotFoundError: there is no such file.
             MemoryError: no memory for its pages. The cache is as it was.
         """
         cache_files.load(self, path, torch.device(device), made_of)
@@ -176,20 +172,14 @@ class HiPCache(DynamicCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to one layer. If that fails where other layers have the call's tokens already, the
-        cache is unusable. Raises MemoryError and ValueError as `PagedLayer.update`, and if it is
-        so."""
+        """Append `[B, Hkv, n, D]` to one layer, and return what it says that attention should read.
+        If that fails where other layers have the call's tokens already, the cache is unusable.
+        Raises MemoryError and ValueError as `PagedLayer.update`, and ValueError if it is so."""
         if torch.compiler.is_compiling():
-            return outside_of_graphs(
-                HiPCache.update, self, key_states, value_states, layer_idx, *args, **kwargs
-            )
-        now = self._check(layer_idx, key_states.shape[2])
-        try:
+            given = (key_states, value_states, layer_idx, *args)
+            return outside_of_graphs(HiPCache.update, self, *given, **kwargs)
+        with self._appending(layer_idx, key_states.shape[2]):
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except BaseException as error:
-            self._failed(layer_idx, error)
-            raise
-        self._last_update = now
         setattr(keys, CACHE, self)
         newest.cache = weakref.ref(self)
         return keys, values
@@ -198,12 +188,23 @@ class HiPCache(DynamicCache):
         """Append to one paged layer, as `update` does, for a caller who does not ask for the
         rest."""
         layer: Any = self.layers[layer_idx]
-        now = self._check(layer_idx, key_states.shape[2])
-        try:
+        with self._appending(layer_idx, key_states.shape[2]):
             layer.check(key_states, value_states)
             layer.append(key_states, value_states)
+
+    @contextmanager
+    def _appending(self, layer_idx: int, rows: int) -> Iterator[None]:
+        """Around what gives a layer `rows` tokens more; where that fails, the layer is as it was,
+        unless it was interrupted while it appended."""
+        now = self._check(layer_idx, rows)
+        try:
+            yield
         except BaseException as error:
-            self._failed(layer_idx, error)
+            layers: list[Any] = self.layers[: layer_idx + 1]
+            running = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+            half = any(getattr(layer, "appending", False) for layer in layers)
+            if self._last_update is not None or half or (self._in_model and running):
+                self.spoil(error)
             raise
         self._last_update = now
 
@@ -233,20 +234,6 @@ class HiPCache(DynamicCache):
         if self._spoiled is not None:
             raise unusable(self._spoiled)
 
-    def _failed(self, layer_idx: int, error: BaseException) -> None:
-        """Note that an update of a layer has failed. That layer is as it was, unless it was
-        interrupted while it appended."""
-        layers: list[Any] = self.layers[: layer_idx + 1]
-        running = self._in_model and any(
-            isinstance(layer, LinearAttentionLayer) for layer in layers
-        )
-        if (
-            self._last_update is not None
-            or running
-            or any(getattr(layer, "appending", False) for layer in layers)
-        ):
-            self.spoil(error)
-
     def _check(self, layer_idx: int, rows: int) -> tuple[int, int, int] | None:
         """The layer, the tokens that it holds and those that come, for the next layer to compare
         with; None outside of a model. Raises ValueError if the cache is unusable: a call has failed
@@ -256,27 +243,21 @@ class HiPCache(DynamicCache):
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not self._in_model or not isinstance(layer, DynamicLayer):
             return self._last_update
-        # of a sliding layer that assisted decoding of 5.17 has cropped it is a tensor, and changes
-        # in place
-        length, before = int(layer.get_seq_length()), self._last_update
-        if (
-            before is not None
-            and before[0] < layer_idx
-            and before[2] == rows
-            and before[1] != length
-        ):
-            self._spoiled = f"whose layers hold {before[1]} and {length} tokens, as an interrupted call left them"
-            self._check_usable()
+        # of a sliding layer that assisted decoding of 5.17 has cropped a tensor, changed in place
+        length = int(layer.get_seq_length())
+        if self._last_update is not None:
+            above, held, came = self._last_update
+            if above < layer_idx and came == rows and held != length:
+                what = f"whose layers hold {held} and {length} tokens"
+                self._spoiled = f"{what}, as an interrupted call left them"
+                self._check_usable()
         return layer_idx, length, rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HiPCache:
         """A copy with pages of its own; the model's config stays the model's."""
         memo[id(self.config)] = self.config
-        other = object.__new__(type(self))
-        memo[id(self)] = other
-        other.__dict__.update(
-            {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
-        )
+        memo[id(self)] = other = copy.copy(self)
+        other.__dict__ = copy.deepcopy(vars(self), memo)
         return other
 
 

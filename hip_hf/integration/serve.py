@@ -45,10 +45,8 @@ def register() -> None:
     manager = _module("model_manager").ModelManager
     validate = getattr(manager, "_validate_args", None)
     if validate is None:
-        allowed = "allowed: the server of Transformers 5.17 to 5.24"
-        raise ImportError(
-            f"hip_hf: got Transformers {transformers.__version__}, whose server is not known here, {allowed}"
-        )
+        got = f"Transformers {transformers.__version__}, whose server is not known here"
+        raise ImportError(f"hip_hf: got {got}, allowed: the server of Transformers 5.17 to 5.24")
     if validate.__name__ == "hip_validate_args":
         return
 
@@ -104,33 +102,30 @@ def _limited(method: Callable[..., Any], longest: int | None) -> Callable[..., A
     ) -> Any:
         ids = inputs["input_ids"]
         prompt = len(ids) if isinstance(ids, list) else ids.shape[-1]
-        limits = [
-            limit
-            for limit in (longest, _blocks_hold(getattr(self, "_cb", None)))
-            if limit is not None
-        ]
-        room = min(limits) - prompt if limits else None
+        limit = _least(longest, _blocks_hold(getattr(self, "_cb", None)))
+        room = None if limit is None else limit - prompt
         if not prompt:
             raise _refusal("prompt: got no tokens, allowed: one or more")
         if room is not None and room < 1:
-            raise _refusal(
-                f"prompt: got {prompt} tokens, allowed: at most {min(limits) - 1}, which leave room for an answer"
-            )
+            allowed = f"at most {limit - 1}, which leave room for an answer"
+            raise _refusal(f"prompt: got {prompt} tokens, allowed: {allowed}")
         asked = gen_config.max_new_tokens
         if asked is not None and asked < 1:
             raise _refusal(f"max_tokens: got {asked}, allowed: 1 or more")
         if asked is None and gen_config.max_length is not None:  # of prompt and answer together
             asked = gen_config.max_length - prompt
             if asked < 1:
-                raise _refusal(
-                    f"max_length: got {gen_config.max_length}, allowed: more than the prompt's {prompt} tokens"
-                )
-        gen_config.max_new_tokens = min(
-            (tokens for tokens in (asked, room) if tokens is not None), default=None
-        )
+                allowed = f"more than the prompt's {prompt} tokens"
+                raise _refusal(f"max_length: got {gen_config.max_length}, allowed: {allowed}")
+        gen_config.max_new_tokens = _least(asked, room)
         return method(self, model, processor, inputs, gen_config, *args, **kwargs)
 
     return hip_generate
+
+
+def _least(*limits: int | None) -> Any:
+    """The smallest of those that there are; None without any."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _refusal(why: str) -> Exception:
@@ -146,11 +141,9 @@ def _blocks_hold(batching: Any) -> int | None:
         return None
     # made by the thread that works with it, which the first request has just started; nobody can be
     # served before
-    while (
-        batching.batch_processor is None
-        and batching.background_thread_status.fatal_error is None
-        and batching.is_running()
-    ):
+    while batching.batch_processor is None and batching.is_running():
+        if batching.background_thread_status.fatal_error is not None:
+            break
         time.sleep(POLL_SECONDS)
     return None if batching.batch_processor is None else tokens_in(batching.batch_processor.cache)
 
@@ -159,25 +152,20 @@ def tokens_in(cache: Any) -> int:
     """The longest sequence that Transformers' paged cache has room for, layers with a sliding
     window beside it included."""
     if hasattr(cache, "cache_allocators"):  # sectors, each of which one kind of layer takes
+        kinds, most = cache.cache_allocators.values(), cache.max_tokens_read
 
         def too_long(tokens: int) -> bool:
-            kinds = cache.cache_allocators.values()
-            return (
-                sum(
-                    -(-kind.needs_new_blocks("", 0, tokens) // kind.blocks_per_sector)
-                    for kind in kinds
-                )
-                > cache.num_sectors
-            )
+            blocks = ((kind, kind.needs_new_blocks("", 0, tokens)) for kind in kinds)
+            sectors = sum(-(-count // kind.blocks_per_sector) for kind, count in blocks)
+            return sectors > cache.num_sectors
 
-        most = cache.max_tokens_read
     else:
+        most = cache.num_pages
 
         def too_long(tokens: int) -> bool:
             # as many as the scheduler takes: one more than it needs
             return cache.blocks_needed((tokens + 1) // cache.block_size + 1, 0) > cache.num_blocks
 
-        most = cache.num_pages
     return bisect.bisect_left(range(most + 1), True, key=too_long) - 1
 
 

@@ -3,8 +3,8 @@
     from hip_hf.integration.lm_eval.registration import register
 
     register()
-    lm_eval.simple_evaluate(model="hip", model_args={"pretrained": "any/checkpoint", "budget": 512},
-    tasks=["hip_longctx"])
+    arguments = {"pretrained": "any/checkpoint", "budget": 512}
+    lm_eval.simple_evaluate(model="hip", model_args=arguments, tasks=["hip_longctx"])
 
 `hip-hf lm-eval` calls `register` for you, and after `hip-hf autoload enable` so does every plain
 `lm_eval` of the environment.
@@ -43,14 +43,14 @@ def register() -> None:
 
 def register_model() -> None:
     """The first half of `register`: the model type, beside all of lm-eval's own."""
-    import lm_eval.models  # noqa: F401 - lm-eval imports it, for its own types, only where no type is registered yet
+    # lm-eval imports it, for its own types, only where no type is registered yet
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.registry import model_registry
 
     if MODEL not in model_registry:
         model_registry.register(MODEL, target="hip_hf.integration.lm_eval.model:HipLM")
-        changes.at_undo(
-            lambda: model_registry._objs.pop(MODEL, None)
-        )  # lm-eval has no public way to take a type back
+        # lm-eval has no public way to take a type back
+        changes.at_undo(lambda: model_registry._objs.pop(MODEL, None))
 
 
 def register_tasks() -> None:
@@ -65,13 +65,8 @@ def register_tasks() -> None:
     def with_our_tasks(
         self: Any, verbosity: Any = None, include_path: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        given = (
-            []
-            if not include_path
-            else include_path
-            if isinstance(include_path, (list, tuple))
-            else [include_path]
-        )
+        given = include_path if isinstance(include_path, (list, tuple)) else [include_path]
+        given = given if include_path else []
         plain(self, verbosity, [TASKS, *given], *args, **kwargs)
 
     with_our_tasks._hip_tasks = True  # type: ignore[attr-defined]
