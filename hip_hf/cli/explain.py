@@ -11,8 +11,7 @@ import typer
 from hip_hf.cli.inputs import Dtype, load, parse_fields
 from hip_hf.eval.reporting import report
 from hip_hf.integration.explain import explain
-from hip_hf.integration.names import NAMES
-from hip_hf.integration.settings import text_config
+from hip_hf.integration.settings import NAMES, text_config
 
 
 def main(

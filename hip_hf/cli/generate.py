@@ -13,7 +13,7 @@ from hip_hf.cli import inputs
 from hip_hf.eval.measure.generate import generate, lengthen
 from hip_hf.eval.reporting import report
 from hip_hf.integration.explain import Report
-from hip_hf.integration.names import NAMES
+from hip_hf.integration.settings import NAMES
 
 
 def memory_line(memory: dict[str, float | None]) -> str:

@@ -15,10 +15,16 @@ from hip_hf.integration.attention_function import attention_forward
 from hip_hf.integration.extension import check_extension, extends
 from hip_hf.integration.masks import hip_mask
 from hip_hf.integration.model_checks import check_class, check_heads, check_layers, check_reach
-from hip_hf.integration.names import NAMES, attends_by_us
 from hip_hf.integration.patches.families import layers_of, layers_to_extend
 from hip_hf.integration.patches.forward import patch_layers, unpatch_all, unpatch_layer
-from hip_hf.integration.settings import read_settings, refused, text_config, text_part
+from hip_hf.integration.settings import (
+    NAMES,
+    attends_by_us,
+    read_settings,
+    refused,
+    text_config,
+    text_part,
+)
 
 # In a patched layer's `__dict__`: what `unpatch` puts back besides the forwards, the attention's
 # name and the settings (`config.hip`, None if there were none) of the model's text part before

@@ -7,18 +7,13 @@ static cache get a state beside them and behave exactly as before.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
-    DynamicCache,
-    LinearAttentionAndStaticFullAttentionLayer,
-    StaticLayer,
-)
+from transformers.cache_utils import LinearAttentionAndStaticFullAttentionLayer, StaticLayer
 
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.integration.settings import refused
@@ -123,14 +118,6 @@ def outside_of_graphs(function: Callable[..., Any], *args: Any, **kwargs: Any) -
     """Call a function in whose place a graph of `torch.compile` breaks, rather than wherever in it
     Dynamo cannot go on."""
     return function(*args, **kwargs)
-
-
-def at_defaults(arguments: dict[str, Any]) -> bool:
-    """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does
-    not have say something."""
-    defaults = inspect.signature(DynamicCache.__init__).parameters
-    values = {name: parameter.default for name, parameter in defaults.items()}
-    return all(name in values and values[name] is x for name, x in arguments.items())
 
 
 class _CutOff(torch.autograd.Function):

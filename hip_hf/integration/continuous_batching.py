@@ -33,8 +33,7 @@ from hip_hf.backends.keys_read import Count, share_of
 from hip_hf.cache.pages import BlockTable, HeadRows, PagedTensor, Store
 from hip_hf.config import HiPConfig
 from hip_hf.integration.changes import at_undo, set_attribute
-from hip_hf.integration.names import attends_by_us
-from hip_hf.integration.settings import refused
+from hip_hf.integration.settings import attends_by_us, refused
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 
@@ -181,10 +180,8 @@ class Forward:
         fetched = iter(_fetch(firsts))
         tables: dict[int, list[BlockTable]] = {}
         for group, place in groups.items():
-            tables[group] = [
-                BlockTable([token // place.page for token in next(fetched)])
-                for _ in self.requests[place.kind]
-            ]
+            found = itertools.islice(fetched, len(self.requests[place.kind]))
+            tables[group] = [BlockTable([token // place.page for token in one]) for one in found]
         return tables
 
     def _read_marks(self, cache: Any, places: dict[int, Place]) -> set[tuple[int, int]]:
@@ -377,16 +374,14 @@ class _Hook(importlib.abc.MetaPathFinder):
         if name != GATE:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.loader is not None
+        spec: Any = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
             open_gate(module)
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        spec.loader.exec_module = exec_module
         return spec
 
 

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from hip_hf.integration.layer_attention import Call
 from hip_hf.integration.model_checks import attention_layers, check_reach
-from hip_hf.integration.names import NAMES, attends_by_us
-from hip_hf.integration.settings import layer_index, refused, text_config
+from hip_hf.integration.settings import NAMES, attends_by_us, layer_index, refused, text_config
 
 
 @dataclass(frozen=True)

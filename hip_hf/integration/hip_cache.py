@@ -9,10 +9,13 @@ one of them continues it.
 from __future__ import annotations
 
 import copy
+import inspect
+import json
 import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,21 +30,19 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from hip_hf.cache import files
 from hip_hf.cache.offload import OFFLOADS, READERS, Statistics, Traffic
-from hip_hf.integration import cache_files
 from hip_hf.integration.cache_layers import (
     CACHE,
     HiPHybridStaticLayer,
     HiPStaticLayer,
-    at_defaults,
     newest,
     outside_of_graphs,
     unusable,
 )
 from hip_hf.integration.changes import set_attribute, set_item
-from hip_hf.integration.names import attends_by_us
 from hip_hf.integration.paged_layer import PagedHybridLayer, PagedLayer
-from hip_hf.integration.settings import refused
+from hip_hf.integration.settings import attends_by_us, refused
 
 
 class HiPCache(DynamicCache):
@@ -79,7 +80,7 @@ class HiPCache(DynamicCache):
         if not (device_pages is None if offload is None else enough):
             allowed = "an integer >= 2 with `offload`, None without"
             raise refused("device_pages", repr(device_pages), allowed)
-        if not at_defaults(others):
+        if not _at_defaults(others):
             allowed = 'the defaults of `DynamicCache` (`offload="cpu"` keeps pages in host memory)'
             raise refused(", ".join(others), ", ".join(map(repr, others.values())), allowed)
         super().__init__(config=config, **others)
@@ -134,7 +135,22 @@ class HiPCache(DynamicCache):
             OSError: the disk is full or `path` cannot be written.
         """
         self._check_usable()
-        cache_files.save(self, path, made_of or {})
+        tensors, layers = {}, []
+        for index, layer in enumerate(self.layers):
+            kind, length = _file_kind(layer), int(layer.get_seq_length())
+            unrotated = getattr(layer, "unrotated", False)
+            layers.append({"kind": kind, "length": length, "unrotated": unrotated})
+            for name in ("keys", "values") if layer.is_initialized else ():
+                if kind == "paged":
+                    held = getattr(layer.pool, name)
+                    shape = torch.Size((len(layer.tables), held.heads, layer.length, held.dim))
+                    parts: Any = files.paged_parts(held, layer.tables, layer.length)
+                else:
+                    held = getattr(layer, name)
+                    shape, parts = held.shape, [held]
+                tensors[f"{index}.{name}"] = shape, held.dtype, parts
+        facts = {"model": self._model(), "layers": layers, "made_of": made_of or {}}
+        files.write(Path(path), facts, tensors)
 
     def load(
         self,
@@ -156,8 +172,38 @@ class HiPCache(DynamicCache):
             FileNotFoundError: there is no such file.
             MemoryError: no memory for its pages. The cache is as it was.
         """
-        cache_files.load(self, path, torch.device(device), made_of)
+        path, model = Path(path), self._model()
+        with files.reading(path) as (file, facts):
+            if facts["model"] != model:
+                got = f"a cache of {json.dumps(facts['model'])}"
+                files.fail(path, got, f"one of this model, {json.dumps(model)}")
+            made, wanted = facts.get("made_of", {}), json.loads(json.dumps(made_of))  # as in a file
+            for name in {} if wanted is None else {**wanted, **made}:
+                got, asked = made.get(name), wanted.get(name)
+                if got != asked:
+                    files.fail(path, f"a cache made with {name}={got!r}", f"{name}={asked!r}")
+            kinds, saved = [_file_kind(layer) for layer in self.layers], facts["layers"]
+            found = [layer["kind"] for layer in saved]
+            if found != kinds:
+                files.fail(path, f"layers {found}", f"{kinds}, as this model has")
+            names, fresh = set(file.keys()), []
+            for index, (layer, known) in enumerate(zip(self.layers, saved, strict=True)):
+                paged = known["kind"] == "paged"
+                own = DynamicLayer() if paged else DynamicSlidingWindowLayer(layer.sliding_window)
+                fresh.append(self.make_layer(own))
+                if f"{index}.keys" in names:
+                    both = (file.get_slice(f"{index}.{name}") for name in ("keys", "values"))
+                    _fill(fresh[-1], *both, known, torch.device(device))
+        self.layers[:] = fresh
         self._last_update = self._spoiled = None
+
+    def _model(self) -> dict[str, Any]:
+        """What must agree for a saved cache to make sense to a model."""
+        names = ["model_type", "num_hidden_layers", "hidden_size", "num_attention_heads"]
+        names += ["num_key_value_heads", "head_dim"]
+        model = {name: getattr(self.config, name, None) for name in names}
+        # of tensor parallelism, which heads are held; a whole cache does not say that it is
+        return model if self.shard is None else {**model, "shard": list(self.shard)}
 
     @property
     def paged(self) -> list[PagedLayer]:
@@ -261,11 +307,44 @@ class HiPCache(DynamicCache):
         return other
 
 
+def _at_defaults(arguments: dict[str, Any]) -> bool:
+    """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does
+    not have say something."""
+    defaults = inspect.signature(DynamicCache.__init__).parameters
+    values = {name: parameter.default for name, parameter in defaults.items()}
+    return all(name in values and values[name] is x for name, x in arguments.items())
+
+
+def _file_kind(layer: Any) -> str:
+    """`paged` or `sliding`: a layer in pages says itself what it is. Raises ValueError for a layer
+    that no file can hold."""
+    kind = "sliding" if type(layer) is DynamicSlidingWindowLayer else getattr(layer, "kind", "")
+    if kind not in ("paged", "sliding"):
+        allowed = "full-attention and sliding-window layers"
+        raise refused("cache", f"a {type(layer).__name__}", allowed)
+    return kind
+
+
+def _fill(layer: Any, keys: Any, values: Any, known: dict[str, Any], device: torch.device) -> None:
+    """Give an empty layer what the file's slices `[B, Hkv, T, D]` hold. `known`: what the file says
+    of the layer."""
+    length = known["length"]
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.lazy_initialization(*(x[:, :, :0].to(device) for x in (keys, values)))
+        layer.keys, layer.values = keys[:].to(device), values[:].to(device)
+        layer.cumulative_length = length
+        return
+    for first in range(0, length, files.TOKENS_AT_ONCE):
+        part = slice(first, min(first + files.TOKENS_AT_ONCE, length))
+        layer.append(keys[:, :, part].to(device), values[:, :, part].to(device))
+    layer.unrotated = known.get("unrotated", False)
+
+
 def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
     """`DynamicCache.__new__`: the cache made from the config of a `hip` model, and from nothing
     else, is a `HiPCache`."""
     config = kwargs.pop("config", None)  # of a dict of our own
-    plain = cls is DynamicCache and not args and config is not None and at_defaults(kwargs)
+    plain = cls is DynamicCache and not args and config is not None and _at_defaults(kwargs)
     if plain and attends_by_us(config.get_text_config(decoder=True)):
         cls = HiPCache
     return object.__new__(cls)

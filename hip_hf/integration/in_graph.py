@@ -95,18 +95,13 @@ def serves(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 # What a call says besides its tensors: names of the arguments of `attend_layer`, and `unmasked`, of
 # a mask of ours what it says (`masks.py`), else None.
-_SAID = {
-    "scaling": "float?",
-    "sliding_window": "SymInt?",
-    "softcap": "float?",
-    "is_causal": "bool?",
-    "method": "str?",
-    "unrotated": "bool?",
-    "unmasked": "SymInt?",
-}
+_SAID = dict(scaling="float?", sliding_window="SymInt?", softcap="float?", is_causal="bool?")
+_SAID |= dict(method="str?", unrotated="bool?", unmasked="SymInt?")
 # Arguments of both operators.
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks"
 _OTHERS = ", ".join(f"{kind} {name}" for name, kind in _SAID.items())
+_LAYER = f"({_TENSORS}, Tensor? state, bool learning, SymInt number, {_OTHERS}) -> Tensor"
+_LAYER_BACKWARD = f"(Tensor grad, {_TENSORS}, SymInt number, {_OTHERS}) -> Tensor[]"
 
 
 def attention(
@@ -209,12 +204,7 @@ def step(
     return out.masked_fill(holes[:, None, None, None], torch.nan)
 
 
-@torch.library.custom_op(
-    "hip_hf::layer",
-    mutates_args=(),
-    schema=f"({_TENSORS}, Tensor? state, bool learning, SymInt number, {_OTHERS}) -> Tensor",
-    **_TAGS,
-)
+@torch.library.custom_op("hip_hf::layer", mutates_args=(), schema=_LAYER, **_TAGS)
 def layer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Attention of the layer with this `number`: `[B, Tq, Hq, Dv]`. `state`: int64, the number of
     its cache's state, on the host. `learning`: gradients will be asked for."""
@@ -263,12 +253,7 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -
     return query.new_empty(batch, rows, heads, value.shape[-1])
 
 
-@torch.library.custom_op(
-    "hip_hf::layer_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_TENSORS}, SymInt number, {_OTHERS}) -> Tensor[]",
-    **_TAGS,
-)
+@torch.library.custom_op("hip_hf::layer_backward", mutates_args=(), schema=_LAYER_BACKWARD, **_TAGS)
 def layer_backward(grad: torch.Tensor, *given: Any) -> list[torch.Tensor]:
     """Gradients of query, key, value and, where there are any, sinks, from that of what `layer`
     gave. This is computed once more: a graph could not keep what was selected."""

@@ -69,9 +69,6 @@ def hip_mask(
     mask_function: Callable[..., Any],
     attention_mask: torch.Tensor | None = None,
     config: PreTrainedConfig | None = None,
-    use_vmap: bool = False,
-    local_size: int | None = None,
-    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
     """The mask function registered with Transformers. Returns a row of key positions (see above);
@@ -92,13 +89,12 @@ def hip_mask(
         got = f"shape {tuple(attention_mask.shape)} for a batch of {batch_size}"
         raise refused("attention_mask", got, "one row of 0 and 1 for each row of the batch")
     parts = {} if exported else _parts(mask_function)
-    causal = not (exported or use_vmap) and parts.keys() <= _CAUSAL
+    causal = not (exported or kwargs.get("use_vmap")) and parts.keys() <= _CAUSAL
     if not causal or _computes_with_it(config, q_length, parts, kwargs):
         # None would stand for "nothing is hidden" here, and for "causal" elsewhere: always a tensor
         kwargs |= dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-        kwargs |= dict(config=config, use_vmap=use_vmap, local_size=local_size, device=device)
         given: Any = (q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
-        mask = sdpa_mask(batch_size, *given, **kwargs)
+        mask = sdpa_mask(batch_size, *given, config=config, **kwargs)
         assert mask is not None  # neither skip was allowed
         return mask
     packed = "packed_sequence_mask_function" in parts
@@ -107,13 +103,13 @@ def hip_mask(
         sequence = _closed_over(parts["packed_sequence_mask_function"], "packed_sequence_mask")
         row: Any = LAST + sequence.long().expand(batch_size, -1)[:, None, None, :]
     else:
-        places = torch.arange(kv_length, dtype=torch.int32, device=device) + (place + LAST)
-        places = places.to(torch.int32).expand(batch_size, kv_length)
+        slots = torch.arange(kv_length, dtype=torch.int32, device=kwargs.get("device", "cpu"))
+        places = (slots + (place + LAST)).to(torch.int32).expand(batch_size, kv_length)
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         if padding is not None:
             places = places.masked_fill(~padding[:, kv_offset : kv_offset + kv_length].bool(), PAD)
         row = places[:, None, None, :]
-    row._hip_window = local_size
+    row._hip_window = kwargs.get("local_size")
     row._hip_unmasked = batch_size if attention_mask is None and batch_size > 1 else 0
     plain = attention_mask is None and isinstance(q_offset, int) and not packed
     if plain and not torch.compiler.is_compiling():

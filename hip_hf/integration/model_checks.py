@@ -28,8 +28,7 @@ from transformers.models.auto.modeling_auto import (
 
 from hip_hf.config import HiPConfig
 from hip_hf.integration.extension import check_extension
-from hip_hf.integration.names import is_ours
-from hip_hf.integration.settings import read_settings, refused, text_config
+from hip_hf.integration.settings import is_ours, read_settings, refused, text_config
 
 NO_ATTENTIONS = (
     "output_attentions: got True, allowed: False (the attention matrix never exists; use `eager`)"

@@ -25,7 +25,7 @@ import transformers
 from transformers.utils import logging
 
 from hip_hf.integration.changes import set_attribute
-from hip_hf.integration.names import is_ours
+from hip_hf.integration.settings import is_ours
 
 POLL_SECONDS = 0.01
 

@@ -1,5 +1,5 @@
-"""Settings of a model: they live in its text config as `hip`, a plain dict, and are saved and
-loaded with it."""
+"""What a model's config says of its attention: by which of the registered names it attends, and its
+settings, which live in the text config as `hip`, a plain dict, and are saved and loaded with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from typing import Any
 from torch import nn
 
 from hip_hf.config import HiPConfig
+
+# The names under which this attention is registered with Transformers, and the method each of them
+# forces (None: the one in the settings).
+NAMES = {"hip": None, "streaming": "streaming", "hyper": "hyper"}
+
+
+def is_ours(name: Any) -> bool:
+    """Whether it is one of the registered names."""
+    return isinstance(name, str) and name in NAMES
+
+
+def attends_by_us(config: Any) -> bool:
+    """Whether a model with this text config attends by one of the registered names."""
+    return is_ours(getattr(config, "_attn_implementation", None))
 
 
 def refused(name: str, got: str, allowed: str) -> ValueError:

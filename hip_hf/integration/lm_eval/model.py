@@ -24,8 +24,7 @@ from hip_hf.integration.api import configure
 from hip_hf.integration.layer_attention import Call
 from hip_hf.integration.lm_eval.registration import UsageError
 from hip_hf.integration.model_checks import attention_layers
-from hip_hf.integration.names import NAMES
-from hip_hf.integration.settings import read_settings, text_config
+from hip_hf.integration.settings import NAMES, read_settings, text_config
 
 TRUNCATION = ("left", "middle")
 FIELDS = {field.name: field for field in dataclasses.fields(HiPConfig)}

@@ -26,9 +26,8 @@ from hip_hf.integration.decode_fast_path import next_token
 from hip_hf.integration.extension import UNROTATED, extended, other_cache, positions_of
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.integration.layer_attention import refuse
-from hip_hf.integration.names import NAMES
 from hip_hf.integration.patches.base import Patcher
-from hip_hf.integration.settings import layer_settings, refused
+from hip_hf.integration.settings import NAMES, layer_settings, refused
 
 # Method of a module by which `nn.DataParallel` copies it.
 REPLICATE = "_replicate_for_data_parallel"
