@@ -43,43 +43,38 @@ def register() -> None:
         changes.at_undo(functools.partial(AttentionMaskInterface._global_mapping.pop, name, None))
     hip_cache.install()
     continuous_batching.install()
-    _look_at_models()
+    changes.wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _adjust)
+    changes.wrap(PreTrainedModel, "set_attn_implementation", _set)
+    changes.wrap(PreTrainedModel, "post_init", _post_init)
 
 
-def _look_at_models() -> None:
-    """Wrap the three methods of `PreTrainedModel` that are called before a model's layers are made,
-    after they were made, and when its attention is set. Harmless when called again."""
-    adjust = PreTrainedModel._check_and_adjust_attn_implementation
-    change, made = PreTrainedModel.set_attn_implementation, PreTrainedModel.post_init
+def _adjust(adjust: Any, self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around what a model calls before its layers are made."""
+    check_class(self, attn_implementation)
+    return adjust(self, attn_implementation, *args, **kwargs)
 
-    def hip_adjust(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        check_class(self, attn_implementation)
-        return adjust(self, attn_implementation, *args, **kwargs)
 
-    def hip_set(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        asked = attn_implementation
-        if isinstance(asked, dict):
-            asked = asked.get(text_part(self), asked.get(""))
-        check_reach(self, asked)
-        check_heads(self, asked)
-        change(self, attn_implementation, *args, **kwargs)
+def _set(change: Any, self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    """Around what sets a model's attention."""
+    asked = attn_implementation
+    if isinstance(asked, dict):
+        asked = asked.get(text_part(self), asked.get(""))
+    check_reach(self, asked)
+    check_heads(self, asked)
+    change(self, attn_implementation, *args, **kwargs)
 
-    def hip_post_init(self: Any) -> None:
-        made(self)
-        parts = [getattr(self.config, name, None) for name in self.config.sub_configs]
-        configs = [self.config, *parts]
-        if any(attends_by_us(config) for config in configs):
-            check_reach(self, text_config(self)._attn_implementation)
-            check_heads(self, text_config(self)._attn_implementation)
-        configured = any(getattr(config, "hip", None) is not None for config in configs)
-        if configured and extends(text_config(self)):
-            patch_layers(layers_to_extend(self))
 
-    if adjust.__name__ != "hip_adjust":
-        changes.set_attribute(PreTrainedModel, "_check_and_adjust_attn_implementation", hip_adjust)
-        changes.set_attribute(PreTrainedModel, "set_attn_implementation", hip_set)
-    if made.__name__ != "hip_post_init":
-        changes.set_attribute(PreTrainedModel, "post_init", hip_post_init)
+def _post_init(made: Any, self: Any) -> None:
+    """Around what a model calls when its layers have been made."""
+    made(self)
+    parts = [getattr(self.config, name, None) for name in self.config.sub_configs]
+    configs = [self.config, *parts]
+    if any(attends_by_us(config) for config in configs):
+        check_reach(self, text_config(self)._attn_implementation)
+        check_heads(self, text_config(self)._attn_implementation)
+    configured = any(getattr(config, "hip", None) is not None for config in configs)
+    if configured and extends(text_config(self)):
+        patch_layers(layers_to_extend(self))
 
 
 def unregister() -> None:

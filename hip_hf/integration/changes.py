@@ -4,7 +4,7 @@ back."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 _MISSING = object()
@@ -15,6 +15,21 @@ def set_attribute(owner: Any, name: str, value: Any) -> None:
     """Set an attribute of a class or module of Transformers or lm-eval, until `undo`."""
     # as it stands there: a class method would come bound from `getattr`
     _set(vars(owner), partial(setattr, owner), partial(delattr, owner), name, value)
+
+
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Have `around` called in place of a function or method of Transformers or lm-eval, until
+    `undo`, with the original before the arguments. Harmless where that is so already."""
+    original = getattr(owner, name)
+    if getattr(original, "_hip_around", None) is around:
+        return
+
+    @wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    wrapped._hip_around = around  # type: ignore[attr-defined]
+    set_attribute(owner, name, wrapped)
 
 
 def set_item(mapping: MutableMapping[str, Any], key: str, value: Any) -> None:

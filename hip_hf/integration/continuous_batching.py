@@ -32,7 +32,7 @@ from hip_hf.attention import Result, attend
 from hip_hf.backends.keys_read import Count, share_of
 from hip_hf.cache.pages import BlockTable, HeadRows, PagedTensor, Store
 from hip_hf.config import HiPConfig
-from hip_hf.integration.changes import at_undo, set_attribute
+from hip_hf.integration.changes import at_undo, wrap
 from hip_hf.integration.settings import attends_by_us, refused
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
@@ -310,45 +310,38 @@ _packing = threading.local()  # `on` in the thread that runs the packed calls of
 def open_gate(module: ModuleType) -> None:
     """Let models that attend by us into continuous batching as they are, with their new tokens left
     to our attention."""
-    try:
-        manager, cache = module.ContinuousBatchingManager, module.PagedAttentionCache
-        switch, loop = manager.switch_to_cb_friendly_attn, manager._run_generation_loop
-        update, free = cache.update, cache.free_blocks
-    except AttributeError:
-        # a version that is not known: the gate stays shut, which is an error for models of ours
+    manager = getattr(module, "ContinuousBatchingManager", None)
+    cache: Any = getattr(module, "PagedAttentionCache", None)
+    changes = [(manager, "switch_to_cb_friendly_attn", _switch), (cache, "update", _update)]
+    changes += [(manager, "_run_generation_loop", _run), (cache, "free_blocks", _free)]
+    # in a version that is not known the gate stays shut, which is an error for models of ours
+    if cache in _updates or not all(hasattr(owner, name) for owner, name, _ in changes):
         return
-    if cache in _updates:
-        return
-    _updates[cache] = update, "read_index" in inspect.signature(update).parameters
-
-    @functools.wraps(switch)
-    def switched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if attends_by_us(model.config) else switch(self, model, *args, **kwargs)
-
-    @functools.wraps(loop)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _packing.on = True
-        return loop(self, *args, **kwargs)
-
-    @functools.wraps(update)
-    def left_to_attention(
-        self: Any, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not attends_by_us(self.config):
-            return update(self, key_states, value_states, layer_idx, *args, **kwargs)
-        setattr(key_states, CACHE_OF_KEYS, self)
-        return key_states, value_states
-
-    @functools.wraps(free)
-    def freed(self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
-        _forget_request(self, request_id)
-        return free(self, request_id, *args, **kwargs)
-
+    _updates[cache] = cache.update, "read_index" in inspect.signature(cache.update).parameters
     at_undo(_updates.clear)
-    set_attribute(manager, "switch_to_cb_friendly_attn", switched)
-    set_attribute(manager, "_run_generation_loop", run)
-    set_attribute(cache, "update", left_to_attention)
-    set_attribute(cache, "free_blocks", freed)
+    for change in changes:
+        wrap(*change)
+
+
+def _switch(switch: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    return None if attends_by_us(model.config) else switch(self, model, *args, **kwargs)
+
+
+def _run(loop: Any, *args: Any, **kwargs: Any) -> Any:
+    _packing.on = True
+    return loop(*args, **kwargs)
+
+
+def _update(update: Any, self: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+    if not attends_by_us(self.config):
+        return update(self, keys, values, *args, **kwargs)
+    setattr(keys, CACHE_OF_KEYS, self)
+    return keys, values
+
+
+def _free(free: Any, self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+    _forget_request(self, request_id)
+    return free(self, request_id, *args, **kwargs)
 
 
 def is_paged(value: Any) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 import transformers
 from transformers.utils import logging
 
-from hip_hf.integration.changes import set_attribute
+from hip_hf.integration.changes import wrap
 from hip_hf.integration.settings import is_ours
 
 POLL_SECONDS = 0.01
@@ -43,36 +43,30 @@ def register() -> None:
     which has a fixed list. Calling it again is harmless. Raises ImportError if this Transformers
     has no server, or one that is not known here."""
     manager = _module("model_manager").ModelManager
-    validate = getattr(manager, "_validate_args", None)
-    if validate is None:
+    if not hasattr(manager, "_validate_args"):
         got = f"Transformers {transformers.__version__}, whose server is not known here"
         raise ImportError(f"hip_hf: got {got}, allowed: the server of Transformers 5.17 to 5.24")
-    if validate.__name__ == "hip_validate_args":
-        return
+    wrap(manager, "_validate_args", _validate)
 
-    def hip_validate_args(self: Any) -> None:
-        name = self.attn_implementation
-        if not is_ours(name):
-            return validate(self)
-        self.attn_implementation = None  # all else is looked at as ever
-        validate(self)
-        self.attn_implementation = name
 
-    set_attribute(manager, "_validate_args", hip_validate_args)
+def _validate(validate: Callable[[Any], None], self: Any) -> None:
+    name = self.attn_implementation
+    if not is_ours(name):
+        return validate(self)
+    self.attn_implementation = None  # all else is looked at as ever
+    validate(self)
+    self.attn_implementation = name
 
 
 def after_loading(configure: Callable[[Any], Any]) -> None:
     """Call `configure` with every model that the server loads."""
-    manager = _module("model_manager").ModelManager
-    load = manager._load_model
 
-    @functools.wraps(load)
-    def hip_load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = load(self, *args, **kwargs)
+    def hip_load_model(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
         configure(model)
         return model
 
-    set_attribute(manager, "_load_model", hip_load_model)
+    wrap(_module("model_manager").ModelManager, "_load_model", hip_load_model)
 
 
 def limit_lengths(longest: int | None) -> None:
@@ -86,41 +80,40 @@ def limit_lengths(longest: int | None) -> None:
     utils = _module("utils")
     for manager in (utils.GenerateManager, utils.CBGenerateManager):
         for name in ("generate_streaming", "generate_non_streaming"):
-            set_attribute(manager, name, _limited(getattr(manager, name), longest))
+            wrap(manager, name, functools.partial(_limited, longest))
 
 
-def _limited(method: Callable[..., Any], longest: int | None) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def hip_generate(
-        self: Any,
-        model: Any,
-        processor: Any,
-        inputs: Any,
-        gen_config: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        ids = inputs["input_ids"]
-        prompt = len(ids) if isinstance(ids, list) else ids.shape[-1]
-        limit = _least(longest, _blocks_hold(getattr(self, "_cb", None)))
-        room = None if limit is None else limit - prompt
-        if not prompt:
-            raise _refusal("prompt: got no tokens, allowed: one or more")
-        if room is not None and room < 1:
-            allowed = f"at most {limit - 1}, which leave room for an answer"
-            raise _refusal(f"prompt: got {prompt} tokens, allowed: {allowed}")
-        asked = gen_config.max_new_tokens
-        if asked is not None and asked < 1:
-            raise _refusal(f"max_tokens: got {asked}, allowed: 1 or more")
-        if asked is None and gen_config.max_length is not None:  # of prompt and answer together
-            asked = gen_config.max_length - prompt
-            if asked < 1:
-                allowed = f"more than the prompt's {prompt} tokens"
-                raise _refusal(f"max_length: got {gen_config.max_length}, allowed: {allowed}")
-        gen_config.max_new_tokens = _least(asked, room)
-        return method(self, model, processor, inputs, gen_config, *args, **kwargs)
-
-    return hip_generate
+def _limited(
+    longest: int | None,
+    method: Callable[..., Any],
+    manager: Any,
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    gen_config: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Around the methods of Transformers' managers that generate."""
+    ids = inputs["input_ids"]
+    prompt = len(ids) if isinstance(ids, list) else ids.shape[-1]
+    limit = _least(longest, _blocks_hold(getattr(manager, "_cb", None)))
+    room = None if limit is None else limit - prompt
+    if not prompt:
+        raise _refusal("prompt: got no tokens, allowed: one or more")
+    if room is not None and room < 1:
+        allowed = f"at most {limit - 1}, which leave room for an answer"
+        raise _refusal(f"prompt: got {prompt} tokens, allowed: {allowed}")
+    asked = gen_config.max_new_tokens
+    if asked is not None and asked < 1:
+        raise _refusal(f"max_tokens: got {asked}, allowed: 1 or more")
+    if asked is None and gen_config.max_length is not None:  # of prompt and answer together
+        asked = gen_config.max_length - prompt
+        if asked < 1:
+            allowed = f"more than the prompt's {prompt} tokens"
+            raise _refusal(f"max_length: got {gen_config.max_length}, allowed: {allowed}")
+    gen_config.max_new_tokens = _least(asked, room)
+    return method(manager, model, processor, inputs, gen_config, *args, **kwargs)
 
 
 def _least(*limits: int | None) -> Any:
@@ -172,36 +165,33 @@ def tokens_in(cache: Any) -> int:
 def explain_failures() -> None:
     """Answer requests that fail with a status and a message where OpenAI's client looks for it.
     Transformers' server says `Internal Server Error` to most of them."""
-    server = _module("server")
-    build = server.build_server
+    wrap(_module("server"), "build_server", _build_server)
 
-    @functools.wraps(build)
-    def hip_build_server(*args: Any, **kwargs: Any) -> Any:
-        from fastapi.exceptions import RequestValidationError
-        from fastapi.responses import JSONResponse
-        from jinja2 import TemplateError
-        from starlette.exceptions import HTTPException
 
-        app, dead = build(*args, **kwargs), _module("utils").CBWorkerDeadError
-        # what is raised for a value that does not fit, such as messages without a role
-        bad = (AttributeError, IndexError, KeyError, TypeError, ValueError, TemplateError)
+def _build_server(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from jinja2 import TemplateError
+    from starlette.exceptions import HTTPException
 
-        async def answer(request: Any, error: Any) -> Any:
-            status = 400 if isinstance(error, bad) else 500
-            message = f"{type(error).__name__}: {error}"
-            if isinstance(error, HTTPException):
-                status, message = error.status_code, str(error.detail)
-            elif isinstance(error, RequestValidationError):
-                wrong = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
-                status, message = 422, "; ".join(f"{where}: {what}" for where, what in wrong)
-            elif isinstance(error, dead):
-                status, message = 503, str(error)
-            logger.warning(f"{request.url.path}: {status}, {message}")
-            kind = "invalid_request_error" if status < 500 else "server_error"
-            return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)
+    app, dead = build(*args, **kwargs), _module("utils").CBWorkerDeadError
+    # what is raised for a value that does not fit, such as messages without a role
+    bad = (AttributeError, IndexError, KeyError, TypeError, ValueError, TemplateError)
 
-        for kind in (HTTPException, RequestValidationError, dead, *bad, Exception):
-            app.add_exception_handler(kind, answer)
-        return app
+    async def answer(request: Any, error: Any) -> Any:
+        status = 400 if isinstance(error, bad) else 500
+        message = f"{type(error).__name__}: {error}"
+        if isinstance(error, HTTPException):
+            status, message = error.status_code, str(error.detail)
+        elif isinstance(error, RequestValidationError):
+            wrong = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+            status, message = 422, "; ".join(f"{where}: {what}" for where, what in wrong)
+        elif isinstance(error, dead):
+            status, message = 503, str(error)
+        logger.warning(f"{request.url.path}: {status}, {message}")
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)
 
-    set_attribute(server, "build_server", hip_build_server)
+    for kind in (HTTPException, RequestValidationError, dead, *bad, Exception):
+        app.add_exception_handler(kind, answer)
+    return app

@@ -150,10 +150,8 @@ def test_a_trace_follows_no_selection() -> None:
 def test_extension_is_refused() -> None:
     model, ids = make_model("llama", extend="streaming"), make_batch([60])["input_ids"]
     weights = dict(model.named_parameters())
-    with pytest.raises(
-        ValueError,
-        match=r"^extend: got 'streaming' under torch\.func, which gets dense attention, allowed: None",
-    ):
+    said = r"^extend: got 'streaming' under torch\.func, which gets dense attention, allowed: None"
+    with pytest.raises(ValueError, match=said):
         grad(lambda w: functional_call(model, w, (ids,), {"use_cache": False}).logits.sum())(
             weights
         )

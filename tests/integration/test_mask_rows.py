@@ -277,17 +277,17 @@ def test_an_export_gets_the_mask_in_full_and_looks_at_no_settings(
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_padding_mask_of_another_batch(rows: int) -> None:
-    with pytest.raises(
-        ValueError,
-        match=rf"^attention_mask: got shape \({rows}, 24\) for a batch of 2, allowed: one row of 0 and",
-    ):
+    said = rf"^attention_mask: got shape \({rows}, 24\) for a batch of 2, allowed: one row of 0 and"
+    with pytest.raises(ValueError, match=said):
         hip_mask(2, KEYS, KEYS, 0, 0, causal_mask_function, torch.ones(rows, KEYS))
 
 
 def test_rows_that_nobody_gave_a_mask_for() -> None:
     pad = padding((0, KEYS), (3, KEYS)).bool()
-    with_mask, without, alone = (hip_mask(len(x), 5, KEYS, KEYS - 5, 0, causal_mask_function, y) for x, y in
-                                 ((pad, pad), (pad, None), (pad[:1], None)))  # fmt: skip
+    with_mask, without, alone = (
+        hip_mask(len(x), 5, KEYS, KEYS - 5, 0, causal_mask_function, y)
+        for x, y in ((pad, pad), (pad, None), (pad[:1], None))
+    )
     assert [unmasked_rows(mask, 2) for mask in (with_mask, without, alone)] == [0, 2, 0]
     assert [unmasked_rows(None, batch) for batch in (1, 2, 3)] == [0, 2, 3]
     assert unmasked_rows(with_mask.clone(), 2) == 0, "of a copy, nothing is known"
@@ -343,7 +343,8 @@ STRANGERS = {
 @pytest.mark.parametrize("name", STRANGERS)
 def test_strangers_are_refused(name: str) -> None:
     mask = STRANGERS[name]
-    what = rf"^attention_mask: got a 4-D {mask.dtype} tensor of the caller's own, allowed: a 2-D mask, or a 4-D one of booleans"
+    what = rf"^attention_mask: got a 4-D {mask.dtype} tensor of the caller's own, allowed: "
+    what += "a 2-D mask, or a 4-D one of booleans"
     with pytest.raises(ValueError, match=what):
         mask_spans(mask.clone(), KEYS)
 

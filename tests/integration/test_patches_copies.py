@@ -44,7 +44,8 @@ def test_a_copy_of_a_patched_model_is_patched(family: str, copied: str, extend: 
     expected = logits(model, batch)
     other = COPIES[copied](model)
     for parameter in model.parameters():
-        parameter.data.zero_()  # a copy that still called the original's layers would give something else
+        # a copy that still called the original's layers would give something else
+        parameter.data.zero_()
     assert [layer.forward.module is layer for layer in attention(other)] == [True, True]
     assert torch.equal(logits(other, batch), expected)
     once = forwards(other)

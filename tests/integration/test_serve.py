@@ -55,8 +55,8 @@ SETTINGS = {"plain": {**SPARSE, "budget": 16}, "continuous": {**SPARSE, "budget"
 MODES = {
     "plain": ["--max-model-len", str(LONGEST)],
     "continuous": [
-        "--continuous-batching", "--cb-block-size", str(PAGE), "--cb-num-blocks", str(LONGEST // PAGE + 1),
-        "--cb-max-batch-tokens", "256",
+        "--continuous-batching", "--cb-block-size", str(PAGE),
+        "--cb-num-blocks", str(LONGEST // PAGE + 1), "--cb-max-batch-tokens", "256",
     ],
 }  # fmt: skip
 LENGTHS = [3, 40, 500, 17, 260, 3500, 90, 8]
@@ -89,8 +89,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "tiny"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=WORDS + 1, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4 * LONGEST, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        vocab_size=WORDS + 1, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4 * LONGEST,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     for parameter in model.parameters():

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +56,11 @@ def register_tasks() -> None:
     """The second half of `register`: the tasks."""
     from lm_eval.tasks import TaskManager
 
-    plain = TaskManager.__init__
-    if getattr(plain, "_hip_tasks", False):
-        return
+    changes.wrap(TaskManager, "__init__", _with_our_tasks)
 
-    @functools.wraps(plain)
-    def with_our_tasks(
-        self: Any, verbosity: Any = None, include_path: Any = None, *args: Any, **kwargs: Any
-    ) -> None:
-        given = include_path if isinstance(include_path, (list, tuple)) else [include_path]
-        given = given if include_path else []
-        plain(self, verbosity, [TASKS, *given], *args, **kwargs)
 
-    with_our_tasks._hip_tasks = True  # type: ignore[attr-defined]
-    changes.set_attribute(TaskManager, "__init__", with_our_tasks)
+def _with_our_tasks(
+    init: Any, self: Any, verbosity: Any = None, include_path: Any = None, *args: Any, **kwargs: Any
+) -> None:
+    given = include_path if isinstance(include_path, (list, tuple)) else [include_path]
+    init(self, verbosity, [TASKS, *(given if include_path else [])], *args, **kwargs)
