@@ -83,7 +83,7 @@ def unregister() -> None:
 
     Models that attend by `hip` cannot be called until `register` is called again, and patched ones
     have their own forwards then (`patch` and `configure` replace them anew). What something else
-    has put in the place of a change of ours stays there. Harmless a second time.
+    has put in the place of such a change stays there. Harmless a second time.
     """
     unpatch_all()
     changes.undo()
@@ -128,7 +128,7 @@ def set_attention(model: nn.Module, name: str) -> None:
 
 
 def patch(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> None:
-    """Replace the attention forwards of a loaded model by ours; it attends by `hip` from then on.
+    """Replace the attention forwards of a loaded model; it attends by `hip` from then on.
 
     With `extend=None` logits are the same to the bit as with `attn_implementation="hip"`. Patching
     twice is harmless: forwards stay, settings are set anew. Weights, hooks, adapters and

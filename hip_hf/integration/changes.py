@@ -41,7 +41,7 @@ def _set(now: Mapping[str, Any], put: Any, remove: Any, name: str, value: Any) -
     before = now.get(name, _MISSING)
 
     def back() -> None:
-        if now.get(name) is value:  # else somebody has wrapped ours, and still calls it
+        if now.get(name) is value:  # else it has been wrapped since, and is still called
             remove(name) if before is _MISSING else put(name, before)
 
     put(name, value)

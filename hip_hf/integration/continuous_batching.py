@@ -297,29 +297,30 @@ def _forget_request(cache: Any, request: str) -> None:
             kept.pop(block * stride, None)
 
 
-# Transformers admits only its own attentions to continuous batching, or swaps ours for flash
+# Transformers admits only its own attentions to continuous batching, or swaps others for flash
 # attention where that is installed. The classes are made long after `import hip_hf`, hence the hook
 # on their module's import.
 
 # Transformers' class of paged caches, once it is imported: its own `update`, and whether that takes
 # indices (up to 5.17).
 _updates: dict[type, tuple[Callable[..., Any], bool]] = {}
-_packing = threading.local()  # `on` in the thread that runs the packed calls of a model of ours
+_packing = threading.local()  # `on` in the thread that runs the packed calls of such a model
 
 
 def open_gate(module: ModuleType) -> None:
-    """Let models that attend by us into continuous batching as they are, with their new tokens left
-    to our attention."""
+    """Let models that attend by `hip` into continuous batching as they are, with their new tokens
+    left to the attention function."""
     manager = getattr(module, "ContinuousBatchingManager", None)
     cache: Any = getattr(module, "PagedAttentionCache", None)
-    changes = [(manager, "switch_to_cb_friendly_attn", _switch), (cache, "update", _update)]
-    changes += [(manager, "_run_generation_loop", _run), (cache, "free_blocks", _free)]
-    # in a version that is not known the gate stays shut, which is an error for models of ours
-    if cache in _updates or not all(hasattr(owner, name) for owner, name, _ in changes):
+    gate: list[tuple[Any, str, Callable[..., Any]]]
+    gate = [(manager, "switch_to_cb_friendly_attn", _switch), (cache, "update", _update)]
+    gate += [(manager, "_run_generation_loop", _run), (cache, "free_blocks", _free)]
+    # in a version that is not known the gate stays shut, which is an error for such models
+    if cache in _updates or not all(hasattr(owner, name) for owner, name, _ in gate):
         return
     _updates[cache] = cache.update, "read_index" in inspect.signature(cache.update).parameters
     at_undo(_updates.clear)
-    for change in changes:
+    for change in gate:
         wrap(*change)
 
 

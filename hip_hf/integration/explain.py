@@ -14,8 +14,8 @@ from hip_hf.integration.settings import NAMES, attends_by_us, layer_index, refus
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: its path is `sparse`, `dense` or `not called`; `share` is that of the visible keys
-    which were read. `unmasked`: rows of the last batch if no padding mask arrived with it (0: one
+    """One layer: its path is `sparse`, `dense` or `not called`; `share` is the density: of the
+    visible keys, the fraction that was read. `unmasked`: rows of the last batch if no padding mask arrived with it (0: one
     did, or there was a single row)."""
 
     layer: int | None
@@ -48,12 +48,10 @@ class Report(list[Row]):
 
 
 def explain(model: nn.Module) -> Report:
-    """Rows per attention layer: method, path of the last call and why, share of keys read, kind of
-    cache.
+    """Rows per attention layer: method, path of the last call and why, density, kind of cache.
 
     Raises:
-        ValueError: the model does not attend through `hip` (or another name of ours), or ignores
-        it.
+        ValueError: the model does not attend by one of the registered names, or ignores it.
     """
     if not isinstance(model, nn.Module):
         raise refused("model", type(model).__name__, "a pretrained model")

@@ -54,7 +54,7 @@ def refuse_followed(config: Any, follower: str) -> None:
 
 
 def extended(module: Any, sliding_window: int | None) -> bool:
-    """Whether a layer's calls are placed by us. Sliding layers never look past what was trained, so
+    """Whether a layer's queries and keys are placed by `positions_of`. Sliding layers never look past what was trained, so
     they stay as they are."""
     return sliding_window is None and extends(module.config)
 

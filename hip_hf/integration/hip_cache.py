@@ -51,8 +51,8 @@ class HiPCache(DynamicCache):
 
     Args:
         config: the *model's* config (`model.config`), by which layers are laid out. Its
-            `_attn_implementation` is read at every update: attention of ours gets handles to pages,
-            any other gets ordinary tensors.
+            `_attn_implementation` is read at every update: `hip` gets handles to pages, any other
+            attention gets ordinary tensors.
         offload: None; `cpu` keeps the pages in host memory, `disk` in a memory-mapped temporary
             file.
         device_pages: with `offload`, the pages of values that a layer holds on the device for every
@@ -186,7 +186,8 @@ class HiPCache(DynamicCache):
             found = [layer["kind"] for layer in saved]
             if found != kinds:
                 files.fail(path, f"layers {found}", f"{kinds}, as this model has")
-            names, fresh = set(file.keys()), []
+            names = set(file.keys())
+            fresh: list[Any] = []
             for index, (layer, known) in enumerate(zip(self.layers, saved, strict=True)):
                 paged = known["kind"] == "paged"
                 own = DynamicLayer() if paged else DynamicSlidingWindowLayer(layer.sliding_window)

@@ -94,7 +94,7 @@ def serves(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 # What a call says besides its tensors: names of the arguments of `attend_layer`, and `unmasked`, of
-# a mask of ours what it says (`masks.py`), else None.
+# a position mask how many rows came without one for padding (`masks.py`), else None.
 _SAID = dict(scaling="float?", sliding_window="SymInt?", softcap="float?", is_causal="bool?")
 _SAID |= dict(method="str?", unrotated="bool?", unmasked="SymInt?")
 # Arguments of both operators.
@@ -120,8 +120,8 @@ def attention(
     tensors = (query, key, value, sinks)
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if mask is not None and hasattr(mask, "_hip_window"):
-        ours: Any = mask
-        said |= dict(sliding_window=ours._hip_window, unmasked=ours._hip_unmasked)
+        made: Any = mask
+        said |= dict(sliding_window=made._hip_window, unmasked=made._hip_unmasked)
         if said["is_causal"] and not said["unrotated"] and not learning:
             out = step(module, (query, key, value), mask, sinks, said)
             if out is not None:
@@ -132,7 +132,7 @@ def attention(
 
 
 def table_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequences of a mask of ours, int32 `[B, 1, 1, Tk]`, in a call of one query row each: a
+    """The sequences of a position mask, int32 `[B, 1, 1, Tk]`, in a call of one query row each: a
     table as in `triton/common/sequences.py`, and `[B]` whether padding makes a hole, which no table
     can say. Tensor operations only."""
     keys, first, last = keys_in_sight(mask)
@@ -213,8 +213,8 @@ def layer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: An
     key = key.view_as(key)
     if state is not None:
         setattr(key, STATE, numbered_state(state))
-    ours = mask is not None and said[-1] is not None
-    spans = _forward.spans_of(_layers[number], mask) if ours else {}
+    by_position = mask is not None and said[-1] is not None
+    spans = _forward.spans_of(_layers[number], mask) if by_position else {}
     given = _given(query, key, value, sinks)
     if learning:  # some methods go another way then, and the backward pass goes the same
         return _followed(number, given, mask, spans, said)[0].detach()

@@ -1,5 +1,5 @@
-"""Masks. Transformers asks for one per forward; ours is a row of key positions, O(T), that every
-layer reduces alike.
+"""Masks. Transformers asks for one per forward; hip's is a *position mask*: a row of key positions,
+O(T), that every layer reduces alike.
 
 int32 `[B, 1, 1, Tk]`: `LAST` plus the position of each key relative to the last query row of the
 call, or `PAD` where a key is padding. Of `n` query rows, row `i` sees the keys up to
@@ -37,7 +37,8 @@ LAST = 2**29  # far above any number that masks add, and any context
 
 # Mask functions that positions of keys and rows can say, by the name Transformers gives them.
 _CAUSAL = {"causal_mask_function", "sliding_window_overlay", "packed_sequence_mask_function"}
-_ALLOWED = "a 2-D mask, or a 4-D one of booleans or of numbers to add"  # of masks that are not ours
+# of masks that are no position masks
+_ALLOWED = "a 2-D mask, or a 4-D one of booleans or of numbers to add"
 _WRAPPERS = {"and_masks": "mask_functions", "remap_positions_for_packed_sequence": "mask_function"}
 
 
@@ -78,7 +79,7 @@ def hip_mask(
 
     Raises ValueError if the model does not route its attention through Transformers' interface, its
     settings are invalid, or the padding mask has another number of rows than the batch. It is the
-    first of us that a forward meets: no layer has touched the cache yet.
+    first of hip_hf that a forward meets: no layer has touched the cache yet.
     """
     refuse_followed(config, tracing())
     exported = exporting()  # a graph of tensors alone, which looks at no settings and no functions
@@ -152,12 +153,13 @@ def packed_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...]:
 
 
 def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
-    """Spans that a mask of ours stands for, or None where padding makes holes in a row. Worked out
-    once per forward. Raises ValueError for a mask of integers that is not ours."""
+    """Spans that a position mask stands for in a call of `rows` query rows, or None where padding
+    makes holes in a row. Worked out once per forward. Raises ValueError for any other mask of
+    integers."""
     known = getattr(mask, "_hip_spans", None)
     if known is not None and rows in known:
         return known[rows]
-    if not hasattr(mask, "_hip_window"):  # a copy of ours, or not ours
+    if not hasattr(mask, "_hip_window"):  # a copy, or no position mask
         _check_copy(mask)
     result = packed_spans(mask, rows) if mask.dtype == torch.int64 else _padded_spans(mask, rows)
     if known is None:
@@ -167,18 +169,18 @@ def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
 
 
 def _check_copy(mask: torch.Tensor) -> None:
-    """Raise ValueError for a mask of integers `[B, 1, 1, Tk]` that does not hold what a copy of
-    ours would."""
+    """Raise ValueError for a mask of integers `[B, 1, 1, Tk]` that does not hold what a copy of a
+    position mask would."""
     values = mask[:, 0, 0].cpu()
-    ours = False
+    fits = False
     if mask.dtype == torch.int64:
         steps = values.diff()
-        ours = bool((values[:, 0] == LAST).all() and ((steps == 0) | (steps == 1)).all())
+        fits = bool((values[:, 0] == LAST).all() and ((steps == 0) | (steps == 1)).all())
     elif mask.dtype == torch.int32:
         places = torch.arange(values.shape[1], dtype=torch.int32, device="cpu")
         origin = (values - places)[values != PAD]
-        ours = len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2)
-    if not ours:
+        fits = len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2)
+    if not fits:
         raise refused("attention_mask", f"a 4-D {mask.dtype} tensor {_maker(mask)}", _ALLOWED)
 
 
@@ -200,9 +202,9 @@ def _padded_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
 
 
 def keys_in_sight(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each batch row of an int32 mask of ours, int32 `[B]` where the mask is: how many keys are
-    in sight of its last query row, and the slots of the first and the last of them (of a row
-    without any, arbitrary ones)."""
+    """Of each batch row of an int32 position mask, int32 `[B]` on its device: how many keys are in
+    sight of the last query row, and the slots of the first and the last of them (of a row without
+    any, arbitrary ones)."""
     places = mask[:, 0, 0]
     real = places <= LAST  # what is beyond the last query is in nobody's sight; padding is as well
     slots = torch.arange(places.shape[1], dtype=torch.int32, device=mask.device)
@@ -221,13 +223,13 @@ def _extents(mask: torch.Tensor) -> list[list[int]]:
 
 
 def holds_positions(mask: torch.Tensor) -> bool:
-    """Whether it is of integers, as masks of ours are: others are boolean or of numbers to add."""
+    """Whether it is of integers, as position masks are: others are boolean or of numbers to add."""
     return not (mask.dtype == torch.bool or mask.is_floating_point())
 
 
 def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
-    """A mask of ours for the first `keys` keys, with what was attached to it; any other as it
-    is."""
+    """A position mask for the first `keys` keys, with what was attached to it; any other mask as
+    it is."""
     if mask.shape[-1] <= keys or not holds_positions(mask):
         return mask
     narrow = mask[..., :keys]
@@ -239,8 +241,8 @@ def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
 
 
 def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
-    """Raise ValueError for a mask that does not fit a query of shape `[B, Hq, Tq, D]` and so many
-    keys. It says who made it."""
+    """Raise ValueError, which says who made it, for a mask that does not fit a query of shape
+    `[B, Hq, Tq, D]` and `keys` keys, or that was computed with a position mask."""
     batch, heads, rows, _ = query
     if holds_positions(mask):
         fits, allowed = mask.shape == (batch, 1, 1, keys), _ALLOWED
@@ -259,7 +261,7 @@ def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
 
 
 def _maker(mask: torch.Tensor) -> str:
-    """Who made a mask that is not ours: the model's own code, unless the outermost module that is
+    """Who made a mask that hip did not: the model's own code, unless the outermost module that is
     running was called with it."""
     given: list[Any] = [mask]
     frame = inspect.currentframe()
@@ -284,8 +286,8 @@ def unmasked_rows(mask: torch.Tensor | None, batch: int) -> int:
 
 
 def mask_window(mask: torch.Tensor, given: int | None) -> int | None:
-    """The sliding window that a mask of ours was made for; `given`, the layer's own, where it says
-    nothing of one."""
+    """The sliding window that a position mask was made for; `given`, the layer's own, for a mask
+    that says nothing of one."""
     return getattr(mask, "_hip_window", given)
 
 

@@ -165,8 +165,8 @@ def check_class(model: PreTrainedModel, name: str | None) -> None:
 
 def check_reach(model: PreTrainedModel, name: str | None) -> None:
     """Raise ValueError for a language model no layer of whose text part asks for an attention
-    function, and for any part of a model (the encoder of BigBird-Pegasus) that would hand masks of
-    ours to attention of its own."""
+    function, and for any part of a model (the encoder of BigBird-Pegasus) that would hand position
+    masks to attention of its own."""
     if not is_ours(name):
         return
     # a whole model of text, with or without its head, or one for which Transformers makes masks:

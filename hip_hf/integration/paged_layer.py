@@ -82,8 +82,8 @@ class PagedLayer(Stateful, DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for attention of
-        ours, else ordinary tensors. (Gradients flow through the first tokens' call alone: a
+        """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for a model that
+        attends by `hip`, else ordinary tensors. (Gradients flow through the first tokens' call alone: a
         backward pass through a later one raises.) Raises ValueError for tensors that do not
         continue what is cached, or keys of another `extend`, and MemoryError if there is no memory
         for more pages. Nothing has changed then."""

@@ -49,7 +49,7 @@ def register() -> None:
     wrap(manager, "_validate_args", _validate)
 
 
-def _validate(validate: Callable[[Any], None], self: Any) -> None:
+def _validate(validate: Any, self: Any) -> None:
     name = self.attn_implementation
     if not is_ours(name):
         return validate(self)

@@ -28,7 +28,7 @@ from hip_hf.integration.settings import NAMES, read_settings, text_config
 
 TRUNCATION = ("left", "middle")
 FIELDS = {field.name: field for field in dataclasses.fields(HiPConfig)}
-# From this ratio of `difflib` on an argument that nobody knows is taken for a mistyped one of ours.
+# From this ratio of `difflib` on an argument that nobody knows is taken for a mistyped field.
 # Lower ones are met by names that Transformers' `from_pretrained` takes (`device_mesh`), which are
 # listed nowhere.
 MISTYPED = 0.7
@@ -40,33 +40,32 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str
     """Model arguments as (fields of `HiPConfig`, all others).
 
     Two names mean something to lm-eval's model as well; the value tells which is meant: `backend`
-    is ours when it is one of our backends, and `delta` when it is a number (theirs is a path of
+    is a field when it is one of `BACKENDS`, and `delta` when it is a number (lm-eval's is a path of
     delta weights).
     """
-    ours: dict[str, Any] = {}
-    theirs: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for name, value in arguments.items():
-        mine = name in FIELDS
+        is_field = name in FIELDS
         if name == "backend":
-            mine = value in BACKENDS
+            is_field = value in BACKENDS
         elif name == "delta":
-            mine = value is None or not isinstance(_value(value), str)
-        if mine:
-            ours[name] = value if name in ("method", "representative") else _value(value)
+            is_field = value is None or not isinstance(_value(value), str)
+        if is_field:
+            fields[name] = value if name in ("method", "representative") else _value(value)
         else:
-            theirs[name] = value
-    return ours, theirs
+            others[name] = value
+    return fields, others
 
 
 def refuse_mistyped(arguments: dict[str, Any], config: Any) -> None:
-    """Raise UsageError for an argument that is nearly one of ours, and neither one of lm-eval's
+    """Raise UsageError for an argument that is nearly a field, and neither one of lm-eval's
     model nor, in the model's `config`, a setting of the model: it would end up in the model's
     constructor, or nowhere."""
-    theirs = inspect.signature(HFLM.__init__).parameters
+    taken, known = inspect.signature(HFLM.__init__).parameters, [*FIELDS, "prompt_truncation"]
     for name, value in arguments.items():
-        if name in theirs or hasattr(config, name):
+        if name in taken or hasattr(config, name):
             continue
-        known = [*FIELDS, "prompt_truncation"]
         close = difflib.get_close_matches(name, known, n=1, cutoff=MISTYPED)
         if close:
             what = f"unknown model argument with value {value!r}"
@@ -274,8 +273,7 @@ class HipLM(HFLM):
         return truncate_tokens(tokens, room, "middle") if len(tokens) > room else tokens
 
     def get_model_info(self) -> dict[str, Any]:
-        """What goes into the results' `config`: ours under `hip`: all settings, versions, share of
-        keys read."""
+        """What goes into the results' `config`; under `hip`, all settings, versions and density."""
         packages = ("torch", "transformers", "lm_eval", "datasets")
         versions = {package: version(package) for package in packages}
         ours = {

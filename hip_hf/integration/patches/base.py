@@ -10,6 +10,10 @@ from typing import Any
 import torch
 
 
+def no_window(module: Any) -> None:
+    """None: no layer of the family slides."""
+
+
 @dataclass(frozen=True)
 class Patcher:
     """How to patch one family.
@@ -23,7 +27,7 @@ class Patcher:
 
     attention: str
     project: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    sliding_window: Callable[[Any], int | None] = lambda module: None
+    sliding_window: Callable[[Any], int | None] = no_window
 
 
 def by_heads(module: Any, x: torch.Tensor) -> torch.Tensor:
