@@ -27,8 +27,7 @@ from hip_hf.integration.settings import (
 )
 
 # In a patched layer's `__dict__`: what `unpatch` puts back besides the forwards, the attention's
-# name and the settings (`config.hip`, None if there were none) of the model's text part before
-# `patch`.
+# name and the settings (`config.hip` or None) of the model's text part before `patch`.
 BEFORE = "_hip_before"
 
 

@@ -80,8 +80,7 @@ class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer)
 
 
 def state_of(keys: torch.Tensor, model_type: str) -> DecodeState | None:
-    """The decode state of the cache layer that returned `keys`, or what they were made of, if it
-    has one."""
+    """The decode state, if any, of the cache layer that returned `keys` or what made them."""
     state = newest.__dict__.pop("state", None)
     return getattr(keys, STATE, state if model_type in REBUILT else None)
 

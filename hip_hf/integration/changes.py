@@ -1,5 +1,4 @@
-"""What is changed in Transformers, noted as it is changed, so that `hip_hf.unregister` can take it
-back."""
+"""What is changed in Transformers, noted so that `hip_hf.unregister` can take it back."""
 
 from __future__ import annotations
 
@@ -54,7 +53,6 @@ def at_undo(back: Callable[[], object]) -> None:
 
 
 def undo() -> None:
-    """Take all changes back, the latest first. What something else has replaced since stays as it
-    is."""
+    """Take all changes back, the latest first, but for what something else has replaced since."""
     while _undo:
         _undo.pop()()

@@ -44,8 +44,7 @@ CACHE_OF_KEYS = "_hip_paged_cache"
 
 
 class TokenMajorStore(Store):
-    """Keys (or values) as Transformers keeps them, `[tokens, Hkv, D]`: a page holds all heads of a
-    token side by side."""
+    """Keys (or values) as Transformers keeps them, `[tokens, Hkv, D]`: a token's heads together."""
 
     def __init__(self, rows: torch.Tensor, page: int) -> None:
         super().__init__(rows.shape[1], rows.shape[2], rows.dtype, rows.device, page)
@@ -157,8 +156,7 @@ class Forward:
         self.unchanged = self._read_marks(cache, places)
 
     def _read_requests(self, places: dict[int, Place], kwargs: Any) -> dict[str, Any]:
-        """The requests that bring tokens, by kind of attention (a padded call has others behind
-        them)."""
+        """The requests that bring tokens, by kind of attention; others pad a call at its end."""
         kinds = dict.fromkeys(place.kind for place in places.values())
         keys = kwargs["cu_seq_lens_k"]
         bounds = [self.given, *(keys[kind] if isinstance(keys, dict) else keys for kind in kinds)]
@@ -353,8 +351,7 @@ def is_paged(value: Any) -> bool:
 def cache_of(key: torch.Tensor, arguments: dict[str, Any]) -> Any:
     """The paged cache behind a layer's call, None if it is of no continuous batching. `arguments`:
     the others of the attention function. Up to Transformers 5.23 the cache is among them; later the
-    layer itself updates it, and `key` knows. Raises ValueError if packed requests have come
-    otherwise."""
+    layer itself updates it, and `key` knows. Raises ValueError for other packed requests."""
     cache = getattr(key, CACHE_OF_KEYS, None) or next(filter(is_paged, arguments.values()), None)
     if cache is None and getattr(_packing, "on", False):
         got = f"Transformers {transformers.__version__} brings no paged cache that is known here"

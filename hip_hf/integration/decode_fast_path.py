@@ -36,8 +36,7 @@ def next_token(
     unrotated: bool,
 ) -> torch.Tensor | None:
     """Append keys and values `[B, Hkv, 1, D]` to the layer's pages and attend: query
-    `[B, Hq, 1, D]` -> `[B, 1, Hq, Dv]`. None where the step is another: nothing has changed
-    then."""
+    `[B, Hq, 1, D]` -> `[B, 1, Hq, Dv]`. None, and nothing has changed, for any other step."""
     if torch.compiler.is_compiling() or not isinstance(cache, HiPCache):
         return None
     layer = cache.layers[module.layer_idx]

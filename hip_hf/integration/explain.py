@@ -15,8 +15,8 @@ from hip_hf.integration.settings import NAMES, attends_by_us, layer_index, refus
 @dataclass(frozen=True)
 class Row:
     """One layer: its path is `sparse`, `dense` or `not called`; `share` is the density: of the
-    visible keys, the fraction that was read. `unmasked`: rows of the last batch if no padding mask arrived with it (0: one
-    did, or there was a single row)."""
+    visible keys, the fraction that was read. `unmasked`: rows of the last batch if no padding mask
+    arrived with it (0: one did, or there was a single row)."""
 
     layer: int | None
     method: str

@@ -39,8 +39,7 @@ UNROTATED = "_hip_unrotated"
 
 
 def extends(config: Any) -> bool:
-    """Whether a model with this text config has settings that extend the context. Every layer asks
-    at every step."""
+    """Whether a model with this text config extends the context. Every layer asks at every step."""
     raw = getattr(config, "hip", None)
     return isinstance(raw, dict) and raw.get("extend") is not None
 
@@ -54,8 +53,8 @@ def refuse_followed(config: Any, follower: str) -> None:
 
 
 def extended(module: Any, sliding_window: int | None) -> bool:
-    """Whether a layer's queries and keys are placed by `positions_of`. Sliding layers never look past what was trained, so
-    they stay as they are."""
+    """Whether a layer's queries and keys are placed by `positions_of`. Sliding layers, which never
+    look past what was trained, stay as they are."""
     return sliding_window is None and extends(module.config)
 
 
@@ -113,8 +112,7 @@ def rope_of(config: Any, head_dim: int | None = None) -> Rope:
 
 def positions_of(module: Any, settings: HiPConfig) -> Positions:
     """How the calls of an attention layer place queries and keys, by tables of all layers of such
-    models. Raises ValueError for a model that cannot be extended so, or longer heads in its
-    config."""
+    models. Raises ValueError for a model that cannot be extended so, or too short heads."""
     kept = module.__dict__.get("_hip_positions")
     if kept is not None and kept[0] is settings:
         return kept[1]
@@ -128,8 +126,7 @@ def positions_of(module: Any, settings: HiPConfig) -> Positions:
 
 
 def other_cache(what: str, extend: Any) -> ValueError:
-    """The error of extending the context with a cache that does not know whether its keys are
-    rotated."""
+    """The error of extending the context with a cache that may hold rotated keys."""
     allowed = f"allowed with extend={extend!r}: a HiPCache, which `generate` makes by itself"
     return ValueError(f"past_key_values: got {what}, {allowed}")
 

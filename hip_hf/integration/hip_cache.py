@@ -99,8 +99,7 @@ class HiPCache(DynamicCache):
         self.layers = [self.make_layer(layer) for layer in self.layers]
 
     def make_layer(self, made: Any) -> Any:
-        """An empty layer in pages in place of the one that Transformers made; that one where it has
-        no full attention."""
+        """An empty layer in pages for one of full attention that Transformers made; else that."""
         if type(made) is DynamicLayer:
             return PagedLayer(self.config, self.offload_to, self.device_pages)
         if type(made) is LinearAttentionAndFullAttentionLayer:
@@ -232,8 +231,7 @@ class HiPCache(DynamicCache):
         return keys, values
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
-        """Append to one paged layer, as `update` does, for a caller who does not ask for the
-        rest."""
+        """Append to one paged layer, as `update` does, for a caller who reads it elsewhere."""
         layer: Any = self.layers[layer_idx]
         with self._appending(layer_idx, key_states.shape[2]):
             layer.check(key_states, value_states)

@@ -72,8 +72,7 @@ class _Forward(threading.local):
 _forward = _Forward()
 
 
-# Dynamo calls the function, and the answer is a constant of the graph, guarded by the layer's
-# identity.
+# Dynamo calls the function: its answer is a constant of the graph, guarded by the layer's identity.
 @torch.compiler.assume_constant_result
 def number_of(module: nn.Module) -> int:
     """The number by which graphs know a layer."""

@@ -1,5 +1,4 @@
-"""A call of an attention layer becomes an `AttentionProblem`, outside of the graphs of
-`torch.compile`."""
+"""A call of an attention layer becomes an `AttentionProblem`; not in graphs of `torch.compile`."""
 
 from __future__ import annotations
 
@@ -243,8 +242,7 @@ def before(runs: list[Span], run: Span) -> list[Span]:
 
 
 def few_before(problem: AttentionProblem, config: HiPConfig, runs: list[Span]) -> bool:
-    """Whether what comes before is so little that it can be read whole: no more than a sparse row
-    reads anyway."""
+    """Whether what comes before can be read whole: it is no more than a sparse row reads anyway."""
     if problem.sliding_window is not None or problem.positions is not None:
         return False
     most = max(sum(other.keys for other in before(runs, run)) for run in runs)
@@ -258,8 +256,7 @@ def attend_runs(
     state: DecodeState | None,
     runs: list[Span],
 ) -> Result:
-    """Attention of every run to itself, as the settings say, and to all keys of the runs before
-    it."""
+    """Attention of every run to itself, as the settings say, and to all keys of runs before it."""
     spans = tuple(run for run in runs if run.rows > 0)
     if len({span.batch for span in spans}) < len(spans):
         state = None  # it follows one sequence a batch row: decode will

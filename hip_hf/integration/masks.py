@@ -153,9 +153,8 @@ def packed_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...]:
 
 
 def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
-    """Spans that a position mask stands for in a call of `rows` query rows, or None where padding
-    makes holes in a row. Worked out once per forward. Raises ValueError for any other mask of
-    integers."""
+    """Spans that a position mask stands for in a call of `rows` query rows, worked out once per
+    forward; None where padding makes holes in a row. Raises ValueError for other integers."""
     known = getattr(mask, "_hip_spans", None)
     if known is not None and rows in known:
         return known[rows]
@@ -228,8 +227,7 @@ def holds_positions(mask: torch.Tensor) -> bool:
 
 
 def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
-    """A position mask for the first `keys` keys, with what was attached to it; any other mask as
-    it is."""
+    """A position mask for the first `keys` keys, and what is attached to it; others unchanged."""
     if mask.shape[-1] <= keys or not holds_positions(mask):
         return mask
     narrow = mask[..., :keys]
@@ -278,8 +276,7 @@ def _maker(mask: torch.Tensor) -> str:
 
 
 def unmasked_rows(mask: torch.Tensor | None, batch: int) -> int:
-    """How many rows of the batch nobody gave a padding mask for; 0 for a single one, which needs
-    none."""
+    """Rows of the batch that came without a padding mask; 0 for a single one, which needs none."""
     if mask is None:
         return batch if batch > 1 else 0
     return getattr(mask, "_hip_unmasked", 0)

@@ -42,8 +42,7 @@ _fitting: tuple[weakref.ref[Any], dict[str, Any] | None] | None = None
 def check_config(config: Any) -> None:
     """Raise ValueError, before a forward has touched anything, for a model config with invalid
     settings, with layers that the model does not have, with `extend` for a model that cannot, or
-    with outputs that we cannot give. Settings are looked at only when they are not the last ones
-    that were."""
+    with outputs that we cannot give. Settings are looked at only where the last ones differ."""
     if getattr(config, "output_attentions", False):
         raise ValueError(NO_ATTENTIONS)
     raw = getattr(config, "hip", None)
@@ -70,8 +69,7 @@ def _check_settings(config: Any, raw: Mapping[str, Any]) -> None:
 
 
 def check_layers(settings: HiPConfig, config: Any) -> None:
-    """Raise ValueError if `settings` name layers that a model with this text config does not
-    have."""
+    """Raise ValueError if `settings` name layers that a model with this text config lacks."""
     count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if count is None:
         return
@@ -112,8 +110,7 @@ def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
 
 # The table of attention functions, as modeling files call it.
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
-# How a file calls a table of attention *classes*, one for each name that it knows (Falcon, GPT-Neo,
-# GIT).
+# How a file calls a table of attention *classes* by the names that it knows (Falcon, GPT-Neo, GIT).
 _CLASSES = "ATTENTION_CLASSES"
 
 

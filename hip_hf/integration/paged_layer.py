@@ -40,8 +40,7 @@ def _gathered(name: str) -> Any:
 
 
 class PagedLayer(Stateful, DynamicLayer):
-    """One full-attention layer in pages. `config` is the model's: its attention decides what
-    `update` returns."""
+    """One full-attention layer in pages. The model's `config` decides what `update` returns."""
 
     kind = "paged"
     keys, values = _gathered("keys"), _gathered("values")
@@ -83,10 +82,10 @@ class PagedLayer(Stateful, DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for a model that
-        attends by `hip`, else ordinary tensors. (Gradients flow through the first tokens' call alone: a
-        backward pass through a later one raises.) Raises ValueError for tensors that do not
-        continue what is cached, or keys of another `extend`, and MemoryError if there is no memory
-        for more pages. Nothing has changed then."""
+        attends by `hip`, else ordinary tensors. (Gradients flow through the first tokens' call
+        alone: a backward pass through a later one raises.) Raises ValueError for tensors that do
+        not continue what is cached, or keys of another `extend`, and MemoryError if there is no
+        memory for more pages. Nothing has changed then."""
         self.check(key_states, value_states)
         kept = getattr(key_states, UNROTATED, None)
         if kept is None and extends(self.config) and attends_by_us(self.config):

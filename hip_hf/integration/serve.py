@@ -33,8 +33,7 @@ logger = logging.get_logger(__name__)
 
 
 def _module(name: str) -> Any:
-    """A module of Transformers' server, imported when it is needed; ImportError where there is
-    none."""
+    """A module of Transformers' server. Raises ImportError where there is none."""
     return importlib.import_module(f"transformers.cli.serving.{name}")
 
 

@@ -42,16 +42,14 @@ def text_config(model: nn.Module) -> Any:
 
 
 def text_part(model: nn.Module) -> str:
-    """What the config of the language part is called in the model's config; empty where it is that
-    config itself."""
+    """Name of the language part's config in the model's config; empty where it is that itself."""
     config: Any = model.config
     target = text_config(model)
     return next((name for name in config.sub_configs if getattr(config, name, None) is target), "")
 
 
 def read_settings(config: Any) -> HiPConfig:
-    """The settings in a model config; `HiPConfig()` where it has none. Raises ValueError if they
-    are invalid."""
+    """The settings in a model config, `HiPConfig()` without any. Raises ValueError for bad ones."""
     raw = getattr(config, "hip", None)
     return HiPConfig() if raw is None else HiPConfig.from_dict(raw)
 

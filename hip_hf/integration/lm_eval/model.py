@@ -73,8 +73,7 @@ def refuse_mistyped(arguments: dict[str, Any], config: Any) -> None:
 
 
 def _value(text: Any) -> Any:
-    """What a model argument says: lists, dicts and None come as text when the arguments were one
-    string."""
+    """What a model argument says: lists, dicts and None come as text from one string of all."""
     if not isinstance(text, str):
         return text
     try:
@@ -130,8 +129,7 @@ class KeysRead:
                 self.paths[phase][path] += 1
 
     def summary(self) -> dict[str, Any]:
-        """Mean density in prefill and in decode (None: there was no such call), and layer calls per
-        path."""
+        """Mean density in prefill and in decode (None: no such call), and layer calls per path."""
         means = {
             name: total / count if count else None for name, (total, count) in self.totals.items()
         }
@@ -211,8 +209,7 @@ class HipLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask `[B, T]` of a batch of prompts; what is too long loses its middle if
-        so asked."""
+        """Token ids and mask `[B, T]` of a batch of prompts, cut as `prompt_truncation` says."""
         if self.prompt_truncation == "left" or left_truncate_len is None:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
         rows = [self._cut(self.tok_encode(string), left_truncate_len) for string in strings]
@@ -234,8 +231,7 @@ class HipLM(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _read(self, context: list[int], end: list[int]) -> list[int]:
-        """The tokens that lm-eval gives the decoder for a request: a row of its batch, before it is
-        padded."""
+        """The tokens that lm-eval gives the decoder for a request: a row before it is padded."""
         if self.backend == "seq2seq":
             return end[-self.max_length :]
         return (context + end)[-(self.max_length + 1) :][:-1]

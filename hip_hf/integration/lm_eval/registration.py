@@ -22,8 +22,7 @@ MODEL = "hip"
 
 
 class UsageError(ValueError):
-    """What a user can get wrong in model arguments and metadata; the command shows its message and
-    no traceback."""
+    """What a user can get wrong in model arguments and metadata: shown without a traceback."""
 
 
 def register() -> None:

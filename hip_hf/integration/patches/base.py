@@ -1,5 +1,4 @@
-"""What a patcher of a family says: how its attention layer is put together. `forward.py` does the
-rest."""
+"""What a patcher of a family says: how an attention layer is put together, for `forward.py`."""
 
 from __future__ import annotations
 

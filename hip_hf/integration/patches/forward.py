@@ -127,8 +127,7 @@ def cache_among(values: Iterable[Any]) -> Any:
 
 
 def _slot(module: nn.Module) -> str:
-    """Where the layer's own forward is called from: accelerate keeps it aside when it puts a hook
-    around it."""
+    """Where the layer's own forward is called from: a hook of accelerate keeps it aside."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
