@@ -331,11 +331,13 @@ def _run(loop: Any, *args: Any, **kwargs: Any) -> Any:
     return loop(*args, **kwargs)
 
 
-def _update(update: Any, self: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+def _update(
+    update: Any, self: Any, key_states: Any, value_states: Any, *args: Any, **kwargs: Any
+) -> Any:
     if not attends_by_us(self.config):
-        return update(self, keys, values, *args, **kwargs)
-    setattr(keys, CACHE_OF_KEYS, self)
-    return keys, values
+        return update(self, key_states, value_states, *args, **kwargs)
+    setattr(key_states, CACHE_OF_KEYS, self)
+    return key_states, value_states
 
 
 def _free(free: Any, self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:

@@ -288,7 +288,7 @@ class HiPCache(DynamicCache):
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not self._in_model or not isinstance(layer, DynamicLayer):
             return self._last_update
-        # of a sliding layer that assisted decoding of 5.17 has cropped a tensor, changed in place
+        # a sliding layer that assisted decoding of 5.17 has cropped gives a tensor, changed in place
         length = int(layer.get_seq_length())
         if self._last_update is not None:
             above, held, came = self._last_update
