@@ -135,6 +135,7 @@ class HiPCache(DynamicCache):
         """
         self._check_usable()
         tensors, layers = {}, []
+        layer: Any
         for index, layer in enumerate(self.layers):
             kind, length = _file_kind(layer), int(layer.get_seq_length())
             unrotated = getattr(layer, "unrotated", False)
@@ -187,13 +188,16 @@ class HiPCache(DynamicCache):
                 files.fail(path, f"layers {found}", f"{kinds}, as this model has")
             names = set(file.keys())
             fresh: list[Any] = []
+            layer: Any
             for index, (layer, known) in enumerate(zip(self.layers, saved, strict=True)):
                 paged = known["kind"] == "paged"
                 own = DynamicLayer() if paged else DynamicSlidingWindowLayer(layer.sliding_window)
                 fresh.append(self.make_layer(own))
                 if f"{index}.keys" in names:
-                    both = (file.get_slice(f"{index}.{name}") for name in ("keys", "values"))
-                    _fill(fresh[-1], *both, known, torch.device(device))
+                    keys, values = (
+                        file.get_slice(f"{index}.{name}") for name in ("keys", "values")
+                    )
+                    _fill(fresh[-1], keys, values, known, torch.device(device))
         self.layers[:] = fresh
         self._last_update = self._spoiled = None
 
@@ -288,7 +292,7 @@ class HiPCache(DynamicCache):
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not self._in_model or not isinstance(layer, DynamicLayer):
             return self._last_update
-        # a sliding layer that assisted decoding of 5.17 has cropped gives a tensor, changed in place
+        # a sliding layer that assisted decoding of 5.17 has cropped gives a tensor that will change
         length = int(layer.get_seq_length())
         if self._last_update is not None:
             above, held, came = self._last_update
