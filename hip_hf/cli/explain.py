@@ -12,8 +12,7 @@ from hip_hf.cli import inputs
 from hip_hf.cli.publish import Json
 from hip_hf.eval.reporting import report
 from hip_hf.integration.explain import explain
-from hip_hf.integration.names import NAMES
-from hip_hf.integration.settings import text_config
+from hip_hf.integration.settings import NAMES, text_config
 
 
 def main(

@@ -14,7 +14,7 @@ from hip_hf.cli.publish import Json
 from hip_hf.eval.measure.generate import generate, lengthen
 from hip_hf.eval.reporting import report
 from hip_hf.integration.explain import Report
-from hip_hf.integration.names import NAMES
+from hip_hf.integration.settings import NAMES
 
 ATTN = Option(help="Attention implementation: hip, streaming, sdpa, eager ...")
 TOKENS = Option(min=1, help="Make the prompt so long: cut, or the text over again.")

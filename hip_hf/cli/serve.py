@@ -13,7 +13,7 @@ from hip_hf.cli.inputs import SetFields, loading, parse_fields, user_errors
 from hip_hf.config import HiPConfig
 from hip_hf.integration import serve as integration
 from hip_hf.integration.api import configure
-from hip_hf.integration.names import NAMES
+from hip_hf.integration.settings import NAMES
 
 NO_SERVER = "hip-hf serve: the server is not installed (pip install 'hip-hf[serve]')"
 # What Transformers' command has under these names is asked for otherwise: a model must be named,

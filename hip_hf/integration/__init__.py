@@ -1,2 +1,1 @@
-"""Transformers integration: knows models, masks and caches, and nothing of how attention is
-computed."""
+"""Transformers integration: knows models, masks and caches, and not how attention is computed."""

@@ -15,14 +15,19 @@ from hip_hf.integration.attention_function import attention_forward
 from hip_hf.integration.extension import check_extension, extends
 from hip_hf.integration.masks import hip_mask
 from hip_hf.integration.model_checks import check_class, check_heads, check_layers, check_reach
-from hip_hf.integration.names import NAMES, attends_by_us
-from hip_hf.integration.patches.forward import unpatch_all, unpatch_layer
-from hip_hf.integration.patches.registry import layers_of, layers_to_extend, patch_layers
-from hip_hf.integration.settings import read_settings, text_config, text_part
+from hip_hf.integration.patches.families import layers_of, layers_to_extend
+from hip_hf.integration.patches.forward import patch_layers, unpatch_all, unpatch_layer
+from hip_hf.integration.settings import (
+    NAMES,
+    attends_by_us,
+    read_settings,
+    refused,
+    text_config,
+    text_part,
+)
 
 # In a patched layer's `__dict__`: what `unpatch` puts back besides the forwards, the attention's
-# name and the settings (`config.hip`, None if there were none) of the model's text part before
-# `patch`.
+# name and the settings (`config.hip` or None) of the model's text part before `patch`.
 BEFORE = "_hip_before"
 
 
@@ -37,46 +42,38 @@ def register() -> None:
         changes.at_undo(functools.partial(AttentionMaskInterface._global_mapping.pop, name, None))
     hip_cache.install()
     continuous_batching.install()
-    _look_at_models()
+    changes.wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _adjust)
+    changes.wrap(PreTrainedModel, "set_attn_implementation", _set)
+    changes.wrap(PreTrainedModel, "post_init", _post_init)
 
 
-def _look_at_models() -> None:
-    """Wrap the three methods of `PreTrainedModel` that are called before a model's layers are made,
-    after they were made, and when its attention is set. Harmless when called again."""
-    adjust = PreTrainedModel._check_and_adjust_attn_implementation
-    change, made = PreTrainedModel.set_attn_implementation, PreTrainedModel.post_init
+def _adjust(adjust: Any, self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around what a model calls before its layers are made."""
+    check_class(self, attn_implementation)
+    return adjust(self, attn_implementation, *args, **kwargs)
 
-    def hip_adjust(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        check_class(self, attn_implementation)
-        return adjust(self, attn_implementation, *args, **kwargs)
 
-    def hip_set(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        asked = attn_implementation
-        if isinstance(asked, dict):
-            asked = asked.get(text_part(self), asked.get(""))
-        check_reach(self, asked)
-        check_heads(self, asked)
-        change(self, attn_implementation, *args, **kwargs)
+def _set(change: Any, self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    """Around what sets a model's attention."""
+    asked = attn_implementation
+    if isinstance(asked, dict):
+        asked = asked.get(text_part(self), asked.get(""))
+    check_reach(self, asked)
+    check_heads(self, asked)
+    change(self, attn_implementation, *args, **kwargs)
 
-    def hip_post_init(self: Any) -> None:
-        made(self)
-        configs = [
-            self.config,
-            *(getattr(self.config, name, None) for name in self.config.sub_configs),
-        ]
-        if any(attends_by_us(config) for config in configs):
-            check_reach(self, text_config(self)._attn_implementation)
-            check_heads(self, text_config(self)._attn_implementation)
-        if any(getattr(config, "hip", None) is not None for config in configs) and extends(
-            text_config(self)
-        ):
-            patch_layers(layers_to_extend(self))
 
-    if adjust.__name__ != "hip_adjust":
-        changes.set_attribute(PreTrainedModel, "_check_and_adjust_attn_implementation", hip_adjust)
-        changes.set_attribute(PreTrainedModel, "set_attn_implementation", hip_set)
-    if made.__name__ != "hip_post_init":
-        changes.set_attribute(PreTrainedModel, "post_init", hip_post_init)
+def _post_init(made: Any, self: Any) -> None:
+    """Around what a model calls when its layers have been made."""
+    made(self)
+    parts = [getattr(self.config, name, None) for name in self.config.sub_configs]
+    configs = [self.config, *parts]
+    if any(attends_by_us(config) for config in configs):
+        check_reach(self, text_config(self)._attn_implementation)
+        check_heads(self, text_config(self)._attn_implementation)
+    configured = any(getattr(config, "hip", None) is not None for config in configs)
+    if configured and extends(text_config(self)):
+        patch_layers(layers_to_extend(self))
 
 
 def unregister() -> None:
@@ -85,7 +82,7 @@ def unregister() -> None:
 
     Models that attend by `hip` cannot be called until `register` is called again, and patched ones
     have their own forwards then (`patch` and `configure` replace them anew). What something else
-    has put in the place of a change of ours stays there. Harmless a second time.
+    has put in the place of such a change stays there. Harmless a second time.
     """
     unpatch_all()
     changes.undo()
@@ -96,7 +93,8 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
 
     Args:
         model: a Transformers model; what the settings change is its `config.hip` (of the text
-        config). config: replaces the present settings; None keeps them.
+            config).
+        config: replaces the present settings; None keeps them.
         fields: single fields of `HiPConfig`, merged over `config` or the present settings.
 
     Returns:
@@ -108,7 +106,7 @@ def configure(model: nn.Module, config: HiPConfig | None = None, **fields: Any) 
     """
     target = text_config(model)
     if config is not None and not isinstance(config, HiPConfig):
-        raise ValueError(f"config: got {type(config).__name__}, allowed: HiPConfig or None")
+        raise refused("config", type(config).__name__, "HiPConfig or None")
     settings = read_settings(target) if config is None else config
     if fields:
         settings = HiPConfig.from_dict({**settings.to_dict(), **fields})
@@ -129,7 +127,7 @@ def set_attention(model: nn.Module, name: str) -> None:
 
 
 def patch(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> None:
-    """Replace the attention forwards of a loaded model by ours; it attends by `hip` from then on.
+    """Replace the attention forwards of a loaded model; it attends by `hip` from then on.
 
     With `extend=None` logits are the same to the bit as with `attn_implementation="hip"`. Patching
     twice is harmless: forwards stay, settings are set anew. Weights, hooks, adapters and
@@ -137,8 +135,8 @@ def patch(model: nn.Module, config: HiPConfig | None = None, **fields: Any) -> N
 
     Args:
         model: a Transformers model of one of the families in
-        `hip_hf.integration.patches.families.families()`. config, fields: settings, as in
-        `configure`.
+            `hip_hf.integration.patches.families.families()`.
+        config, fields: settings, as in `configure`.
 
     Raises:
         ValueError: a model of another family (the message lists those with a patcher), or settings
@@ -171,8 +169,7 @@ def unpatch(model: nn.Module) -> None:
     if settings is None:
         target.__dict__.pop("hip", None)
     else:
-        target.hip = (
-            {**settings, "extend": None} if settings.get("extend") is not None else settings
-        )
+        extending = settings.get("extend") is not None
+        target.hip = {**settings, "extend": None} if extending else settings
     if name is not None:
         set_attention(model, name)

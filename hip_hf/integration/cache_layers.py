@@ -7,20 +7,16 @@ static cache get a state beside them and behave exactly as before.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
-    DynamicCache,
-    LinearAttentionAndStaticFullAttentionLayer,
-    StaticLayer,
-)
+from transformers.cache_utils import LinearAttentionAndStaticFullAttentionLayer, StaticLayer
 
 from hip_hf.cache.pages import PagedTensor
+from hip_hf.integration.settings import refused
 from hip_hf.state import DecodeState
 
 # Model types whose layers make the keys of attention out of what the cache returns, by a function
@@ -84,17 +80,15 @@ class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer)
 
 
 def state_of(keys: torch.Tensor, model_type: str) -> DecodeState | None:
-    """The decode state of the cache layer that returned `keys`, or what they were made of, if it
-    has one."""
+    """The decode state, if any, of the cache layer that returned `keys` or what made them."""
     state = newest.__dict__.pop("state", None)
     return getattr(keys, STATE, state if model_type in REBUILT else None)
 
 
 def unusable(what: str) -> ValueError:
     """The error of going on with a cache that a call has left with a part of its tokens."""
-    return ValueError(
-        f"past_key_values: got a cache {what}, allowed: `reset()` before it is used again, or a new one"
-    )
+    allowed = "`reset()` before it is used again, or a new one"
+    return refused("past_key_values", f"a cache {what}", allowed)
 
 
 def spoil(keys: torch.Tensor, model_type: str, error: BaseException) -> None:
@@ -125,15 +119,6 @@ def outside_of_graphs(function: Callable[..., Any], *args: Any, **kwargs: Any) -
     return function(*args, **kwargs)
 
 
-def at_defaults(arguments: dict[str, Any]) -> bool:
-    """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does
-    not have say something."""
-    defaults = inspect.signature(DynamicCache.__init__).parameters
-    return all(
-        name in defaults and defaults[name].default is value for name, value in arguments.items()
-    )
-
-
 class _CutOff(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tie):  # type: ignore[no-untyped-def]
@@ -141,8 +126,9 @@ class _CutOff(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        what = "HiPCache: got a backward pass through attention to cached tokens, which are kept without their gradients"
-        raise ValueError(f"{what}, allowed: through a call that brings all tokens")
+        got = "a backward pass through attention to cached tokens"
+        got += ", which are kept without their gradients"
+        raise refused("HiPCache", got, "through a call that brings all tokens")
 
 
 _warned = False
@@ -154,6 +140,7 @@ def cut_off(x: torch.Tensor) -> torch.Tensor:
     global _warned
     if not _warned:
         _warned = True
-        text = "hip: a HiPCache keeps tokens without their gradients, so a backward pass through this call would raise"
-        warnings.warn(f"{text}. torch.no_grad() around it saves its memory.", stacklevel=2)
+        text = "hip: a HiPCache keeps tokens without their gradients, so a backward pass through"
+        text += " this call would raise. torch.no_grad() around it saves its memory."
+        warnings.warn(text, stacklevel=2)
     return _CutOff.apply(x, torch.zeros((), requires_grad=True, device=x.device))

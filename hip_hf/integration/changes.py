@@ -1,10 +1,9 @@
-"""What is changed in Transformers, noted as it is changed, so that `hip_hf.unregister` can take it
-back."""
+"""What is changed in Transformers, noted so that `hip_hf.unregister` can take it back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 _MISSING = object()
@@ -17,6 +16,21 @@ def set_attribute(owner: Any, name: str, value: Any) -> None:
     _set(vars(owner), partial(setattr, owner), partial(delattr, owner), name, value)
 
 
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Have `around` called in place of a function or method of Transformers or lm-eval, until
+    `undo`, with the original before the arguments. Harmless where that is so already."""
+    original = getattr(owner, name)
+    if getattr(original, "_hip_around", None) is around:
+        return
+
+    @wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    wrapped._hip_around = around  # type: ignore[attr-defined]
+    set_attribute(owner, name, wrapped)
+
+
 def set_item(mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
     """Set an item of a table of Transformers', until `undo`."""
     _set(mapping, mapping.__setitem__, mapping.__delitem__, key, value)
@@ -26,7 +40,7 @@ def _set(now: Mapping[str, Any], put: Any, remove: Any, name: str, value: Any) -
     before = now.get(name, _MISSING)
 
     def back() -> None:
-        if now.get(name) is value:  # else somebody has wrapped ours, and still calls it
+        if now.get(name) is value:  # else it has been wrapped since, and is still called
             remove(name) if before is _MISSING else put(name, before)
 
     put(name, value)
@@ -39,7 +53,6 @@ def at_undo(back: Callable[[], object]) -> None:
 
 
 def undo() -> None:
-    """Take all changes back, the latest first. What something else has replaced since stays as it
-    is."""
+    """Take all changes back, the latest first, but for what something else has replaced since."""
     while _undo:
         _undo.pop()()

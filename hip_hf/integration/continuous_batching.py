@@ -32,19 +32,19 @@ from hip_hf.attention import Result, attend
 from hip_hf.backends.keys_read import Count, share_of
 from hip_hf.cache.pages import BlockTable, HeadRows, PagedTensor, Store
 from hip_hf.config import HiPConfig
-from hip_hf.integration.changes import at_undo, set_attribute
-from hip_hf.integration.names import attends_by_us
+from hip_hf.integration.changes import at_undo, wrap
+from hip_hf.integration.settings import attends_by_us, refused
 from hip_hf.problem import AttentionProblem, make_spans
 from hip_hf.state import DecodeState
 
 GATE = "transformers.generation.continuous_batching.continuous_api"
 FORWARD = "_hip_forward"  # attribute of a paged cache: the forward that it serves, or served last
-CACHE_OF_KEYS = "_hip_paged_cache"  # attribute of a layer's new keys: the paged cache that was asked to take them
+# attribute of a layer's new keys: the paged cache that was asked to take them
+CACHE_OF_KEYS = "_hip_paged_cache"
 
 
 class TokenMajorStore(Store):
-    """Keys (or values) as Transformers keeps them, `[tokens, Hkv, D]`: a page holds all heads of a
-    token side by side."""
+    """Keys (or values) as Transformers keeps them, `[tokens, Hkv, D]`: a token's heads together."""
 
     def __init__(self, rows: torch.Tensor, page: int) -> None:
         super().__init__(rows.shape[1], rows.shape[2], rows.dtype, rows.device, page)
@@ -95,9 +95,8 @@ def find_place(cache: Any, layer: int) -> Place:
             return Place("sliding_attention", group)
         stored = (cache.key_cache[index], cache.value_cache[index])
         return Place("full_attention", group, cache.block_size, stored)
-    raise ValueError(
-        f"cache: got {type(cache).__name__} of an unknown layout, allowed: Transformers' paged cache as tested"
-    )
+    got = f"{type(cache).__name__} of an unknown layout"
+    raise refused("cache", got, "Transformers' paged cache as tested")
 
 
 class Request(NamedTuple):
@@ -134,10 +133,10 @@ def states_of(cache: Any, layer: int) -> dict[int, Kept]:
     return cache.__dict__.setdefault("_hip_states", {}).setdefault(layer, {})
 
 
-def _fetch(parts: list[torch.Tensor]) -> list[Any]:
-    """Tensors of one dimension, one after the other, on the host. The only place that waits for the
-    device."""
-    return torch.cat(parts).tolist() if parts else []
+def _fetch(parts: list[torch.Tensor]) -> list[list[Any]]:
+    """What tensors of one dimension hold, on the host. The only place that waits for the device."""
+    numbers = iter(torch.cat(parts).tolist() if parts else [])
+    return [list(itertools.islice(numbers, len(part))) for part in parts]
 
 
 class Forward:
@@ -157,23 +156,16 @@ class Forward:
         self.unchanged = self._read_marks(cache, places)
 
     def _read_requests(self, places: dict[int, Place], kwargs: Any) -> dict[str, Any]:
-        """The requests that bring tokens, by kind of attention (a padded call has others behind
-        them)."""
-        kinds, keys = (
-            list(dict.fromkeys(place.kind for place in places.values())),
-            kwargs["cu_seq_lens_k"],
-        )
+        """The requests that bring tokens, by kind of attention; others pad a call at its end."""
+        kinds = dict.fromkeys(place.kind for place in places.values())
+        keys = kwargs["cu_seq_lens_k"]
         bounds = [self.given, *(keys[kind] if isinstance(keys, dict) else keys for kind in kinds)]
-        fetched = iter(_fetch(bounds))
-        rows, *lengths = [
-            list(itertools.pairwise(itertools.islice(fetched, len(x)))) for x in bounds
-        ]
-        return {
-            kind: [
-                Request(*row, *key) for row, key in zip(rows, each, strict=True) if row[0] < row[1]
-            ]
-            for kind, each in zip(kinds, lengths, strict=True)
-        }
+        rows, *lengths = (list(itertools.pairwise(each)) for each in _fetch(bounds))
+        requests = {}
+        for kind, each in zip(kinds, lengths, strict=True):
+            both = zip(rows, each, strict=True)
+            requests[kind] = [Request(*row, *key) for row, key in both if row[0] < row[1]]
+        return requests
 
     def _read_tables(self, places: dict[int, Place], kwargs: Any) -> dict[int, list[BlockTable]]:
         """The pages of each request, by group; of those that are no ring buffers."""
@@ -184,11 +176,10 @@ class Forward:
                 tokens = read[one.key : one.key_end] if one.before else write[one.row : one.row_end]
                 firsts.append(tokens[:: place.page])
         fetched = iter(_fetch(firsts))
-        tables: dict[int, list[BlockTable]] = {group: [] for group in groups}
+        tables: dict[int, list[BlockTable]] = {}
         for group, place in groups.items():
-            for one in self.requests[place.kind]:
-                tokens = itertools.islice(fetched, -(-one.keys // place.page))
-                tables[group].append(BlockTable([token // place.page for token in tokens]))
+            found = itertools.islice(fetched, len(self.requests[place.kind]))
+            tables[group] = [BlockTable([token // place.page for token in one]) for one in found]
         return tables
 
     def _read_marks(self, cache: Any, places: dict[int, Place]) -> set[tuple[int, int]]:
@@ -200,17 +191,16 @@ class Forward:
                 continue
             kept, rows, marks = states_of(cache, layer), [], []
             for one, table in zip(self.requests[place.kind], self.tables[place.group], strict=True):
-                found = (
-                    kept.get(table.pages[(one.before - 1) // place.page]) if one.before else None
-                )
+                last = one.before - 1
+                found = kept.get(table.pages[last // place.page]) if one.before else None
                 if found is not None:
-                    rows.append(place.row(table, one.before - 1))
+                    rows.append(place.row(table, last))
                     marks.append(found.mark)
             if rows:
                 asked += [(layer, row) for row in rows]
                 now = torch.stack([place.stored[0][row] for row in rows])
                 equal.append((now == torch.stack(marks)).flatten(1).all(1))
-        return set(itertools.compress(asked, _fetch(equal)))
+        return set(itertools.compress(asked, itertools.chain.from_iterable(_fetch(equal))))
 
 
 def continuous(
@@ -219,9 +209,7 @@ def continuous(
     """Attention of packed requests: q, k and v of `problem` hold the new tokens, `[1, H, tokens,
     D]`. Raises ValueError for a cache of an unknown layout."""
     if kwargs.get("block_table") is not None:
-        raise ValueError(
-            "block_table: got a table, allowed: None (the decode path of flash attention)"
-        )
+        raise refused("block_table", "a table", "None (the decode path of flash attention)")
     # The index tensors may be buffers that every forward fills anew, so the same tensors do not
     # make the same forward: a layer that is not above the last one begins another.
     place, forward = find_place(cache, layer), cache.__dict__.get(FORWARD)
@@ -307,59 +295,54 @@ def _forget_request(cache: Any, request: str) -> None:
             kept.pop(block * stride, None)
 
 
-# Transformers admits only its own attentions to continuous batching, or swaps ours for flash
+# Transformers admits only its own attentions to continuous batching, or swaps others for flash
 # attention where that is installed. The classes are made long after `import hip_hf`, hence the hook
 # on their module's import.
 
 # Transformers' class of paged caches, once it is imported: its own `update`, and whether that takes
 # indices (up to 5.17).
 _updates: dict[type, tuple[Callable[..., Any], bool]] = {}
-_packing = threading.local()  # `on` in the thread that runs the packed calls of a model of ours
+_packing = threading.local()  # `on` in the thread that runs the packed calls of such a model
 
 
 def open_gate(module: ModuleType) -> None:
-    """Let models that attend by us into continuous batching as they are, with their new tokens left
-    to our attention."""
-    try:
-        manager, cache = module.ContinuousBatchingManager, module.PagedAttentionCache
-        switch, loop = manager.switch_to_cb_friendly_attn, manager._run_generation_loop
-        update, free = cache.update, cache.free_blocks
-    except (
-        AttributeError
-    ):  # a version that is not known: the gate stays shut, which is an error for models of ours
+    """Let models that attend by `hip` into continuous batching as they are, with their new tokens
+    left to the attention function."""
+    manager = getattr(module, "ContinuousBatchingManager", None)
+    cache: Any = getattr(module, "PagedAttentionCache", None)
+    gate: list[tuple[Any, str, Callable[..., Any]]]
+    gate = [(manager, "switch_to_cb_friendly_attn", _switch), (cache, "update", _update)]
+    gate += [(manager, "_run_generation_loop", _run), (cache, "free_blocks", _free)]
+    # in a version that is not known the gate stays shut, which is an error for such models
+    if cache in _updates or not all(hasattr(owner, name) for owner, name, _ in gate):
         return
-    if cache in _updates:
-        return
-    _updates[cache] = update, "read_index" in inspect.signature(update).parameters
-
-    @functools.wraps(switch)
-    def switched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if attends_by_us(model.config) else switch(self, model, *args, **kwargs)
-
-    @functools.wraps(loop)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _packing.on = True
-        return loop(self, *args, **kwargs)
-
-    @functools.wraps(update)
-    def left_to_attention(
-        self: Any, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not attends_by_us(self.config):
-            return update(self, key_states, value_states, layer_idx, *args, **kwargs)
-        setattr(key_states, CACHE_OF_KEYS, self)
-        return key_states, value_states
-
-    @functools.wraps(free)
-    def freed(self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
-        _forget_request(self, request_id)
-        return free(self, request_id, *args, **kwargs)
-
+    _updates[cache] = cache.update, "read_index" in inspect.signature(cache.update).parameters
     at_undo(_updates.clear)
-    set_attribute(manager, "switch_to_cb_friendly_attn", switched)
-    set_attribute(manager, "_run_generation_loop", run)
-    set_attribute(cache, "update", left_to_attention)
-    set_attribute(cache, "free_blocks", freed)
+    for change in gate:
+        wrap(*change)
+
+
+def _switch(switch: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    return None if attends_by_us(model.config) else switch(self, model, *args, **kwargs)
+
+
+def _run(loop: Any, *args: Any, **kwargs: Any) -> Any:
+    _packing.on = True
+    return loop(*args, **kwargs)
+
+
+def _update(
+    update: Any, self: Any, key_states: Any, value_states: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if not attends_by_us(self.config):
+        return update(self, key_states, value_states, *args, **kwargs)
+    setattr(key_states, CACHE_OF_KEYS, self)
+    return key_states, value_states
+
+
+def _free(free: Any, self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+    _forget_request(self, request_id)
+    return free(self, request_id, *args, **kwargs)
 
 
 def is_paged(value: Any) -> bool:
@@ -370,14 +353,12 @@ def is_paged(value: Any) -> bool:
 def cache_of(key: torch.Tensor, arguments: dict[str, Any]) -> Any:
     """The paged cache behind a layer's call, None if it is of no continuous batching. `arguments`:
     the others of the attention function. Up to Transformers 5.23 the cache is among them; later the
-    layer itself updates it, and `key` knows. Raises ValueError if packed requests have come
-    otherwise."""
+    layer itself updates it, and `key` knows. Raises ValueError for other packed requests."""
     cache = getattr(key, CACHE_OF_KEYS, None) or next(filter(is_paged, arguments.values()), None)
     if cache is None and getattr(_packing, "on", False):
-        raise ValueError(
-            f"continuous batching: Transformers {transformers.__version__} brings no paged cache that is known here; allowed: "
-            "`generate`, or a version that `hip_hf` was tested with"
-        )
+        got = f"Transformers {transformers.__version__} brings no paged cache that is known here"
+        allowed = "`generate`, or a version that `hip_hf` was tested with"
+        raise ValueError(f"continuous batching: {got}; allowed: {allowed}")
     return cache
 
 
@@ -386,16 +367,14 @@ class _Hook(importlib.abc.MetaPathFinder):
         if name != GATE:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.loader is not None
+        spec: Any = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
             open_gate(module)
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        spec.loader.exec_module = exec_module
         return spec
 
 

@@ -36,21 +36,13 @@ def next_token(
     unrotated: bool,
 ) -> torch.Tensor | None:
     """Append keys and values `[B, Hkv, 1, D]` to the layer's pages and attend: query
-    `[B, Hq, 1, D]` -> `[B, 1, Hq, Dv]`. None where the step is another: nothing has changed
-    then."""
-    if (
-        torch.compiler.is_compiling()
-        or not isinstance(cache, HiPCache)
-        or mask is None
-        or not holds_positions(mask)
-    ):
+    `[B, Hq, 1, D]` -> `[B, 1, Hq, Dv]`. None, and nothing has changed, for any other step."""
+    if torch.compiler.is_compiling() or not isinstance(cache, HiPCache):
         return None
     layer = cache.layers[module.layer_idx]
-    if (
-        not isinstance(layer, PagedLayer)
-        or len(layer.tables) != len(query)
-        or mask.shape[-1] != layer.length + 1
-    ):
+    if mask is None or not holds_positions(mask) or not isinstance(layer, PagedLayer):
+        return None
+    if len(layer.tables) != len(query) or mask.shape[-1] != layer.length + 1:
         return None
     spans = mask_spans(mask, 1)
     if mask_window(mask, None) is not None or spans is None or len(spans) < len(query):
@@ -61,10 +53,8 @@ def next_token(
         return None
     rows, unmasked = None, unmasked_rows(mask, len(query))
     if kernels_wanted(problem, settings):
-        if (
-            layer.hip_state.device is None
-        ):  # the kernels have not served this cache so far: the interface says why
-            return None
+        if layer.hip_state.device is None:
+            return None  # the kernels have not served this cache so far: the interface says why
         keys, values = cache.update(key, value, module.layer_idx)
         problem = replace(problem, k=keys, v=values)
     else:

@@ -9,15 +9,14 @@ from transformers import PreTrainedModel
 
 from hip_hf.integration.layer_attention import Call
 from hip_hf.integration.model_checks import attention_layers, check_reach
-from hip_hf.integration.names import NAMES, attends_by_us
-from hip_hf.integration.settings import layer_index, text_config
+from hip_hf.integration.settings import NAMES, attends_by_us, layer_index, refused, text_config
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: its path is `sparse`, `dense` or `not called`; `share` is that of the visible keys
-    which were read. `unmasked`: rows of the last batch if no padding mask arrived with it (0: one
-    did, or there was a single row)."""
+    """One layer: its path is `sparse`, `dense` or `not called`; `share` is the density: of the
+    visible keys, the fraction that was read. `unmasked`: rows of the last batch if no padding mask
+    arrived with it (0: one did, or there was a single row)."""
 
     layer: int | None
     method: str
@@ -49,20 +48,16 @@ class Report(list[Row]):
 
 
 def explain(model: nn.Module) -> Report:
-    """Rows per attention layer: method, path of the last call and why, share of keys read, kind of
-    cache.
+    """Rows per attention layer: method, path of the last call and why, density, kind of cache.
 
     Raises:
-        ValueError: the model does not attend through `hip` (or another name of ours), or ignores
-        it.
+        ValueError: the model does not attend by one of the registered names, or ignores it.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model: got {type(model).__name__}, allowed: a pretrained model")
-    if not any(
-        attends_by_us(module.config) for module in model.modules() if hasattr(module, "config")
-    ):
-        used = text_config(model)._attn_implementation
-        raise ValueError(f"model: got attn_implementation={used!r}, allowed: {' | '.join(NAMES)}")
+        raise refused("model", type(model).__name__, "a pretrained model")
+    if not any(attends_by_us(getattr(module, "config", None)) for module in model.modules()):
+        got = f"attn_implementation={text_config(model)._attn_implementation!r}"
+        raise refused("model", got, " | ".join(NAMES))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             check_reach(module, module.config._attn_implementation)

@@ -16,7 +16,7 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.integration.patches.families import families
-from hip_hf.integration.settings import layer_index
+from hip_hf.integration.settings import layer_index, refused
 from hip_hf.rope import CHUNK_INDEXED_LAYERS, Positions, Rope
 
 # Kinds of RoPE whose angles are a fixed multiple of the position.
@@ -39,8 +39,7 @@ UNROTATED = "_hip_unrotated"
 
 
 def extends(config: Any) -> bool:
-    """Whether a model with this text config has settings that extend the context. Every layer asks
-    at every step."""
+    """Whether a model with this text config extends the context. Every layer asks at every step."""
     raw = getattr(config, "hip", None)
     return isinstance(raw, dict) and raw.get("extend") is not None
 
@@ -49,15 +48,13 @@ def refuse_followed(config: Any, follower: str) -> None:
     """Raise ValueError if a model with this text config extends the context where `follower`
     follows its tensors."""
     if follower and extends(config):
-        got = config.hip["extend"]
-        raise ValueError(
-            f"extend: got {got!r} under {follower}, which gets dense attention, allowed: None"
-        )
+        got = f"{config.hip['extend']!r} under {follower}, which gets dense attention"
+        raise refused("extend", got, "None")
 
 
 def extended(module: Any, sliding_window: int | None) -> bool:
-    """Whether a layer's calls are placed by us. Sliding layers never look past what was trained, so
-    they stay as they are."""
+    """Whether a layer's queries and keys are placed by `positions_of`. Sliding layers, which never
+    look past what was trained, stay as they are."""
     return sliding_window is None and extends(module.config)
 
 
@@ -71,9 +68,8 @@ def check_extension(settings: HiPConfig, config: Any) -> None:
     if kind not in (*families(), *TURNED_BACK):
         why = _NOT_TURNED_BACK.get(kind, "its layout of RoPE is not known")
         known = " | ".join((*families(), *TURNED_BACK))
-        raise ValueError(
-            f"{field} ({kind} has no patcher, and its keys cannot be turned back: {why}; known are {known})"
-        )
+        why = f"{kind} has no patcher, and its keys cannot be turned back: {why}; known are {known}"
+        raise ValueError(f"{field} ({why})")
     rope = getattr(config, "rope_parameters", None)
     name = rope.get("rope_type", "default") if isinstance(rope, dict) else None
     if name not in ROPE_TYPES:
@@ -84,70 +80,55 @@ def check_extension(settings: HiPConfig, config: Any) -> None:
         positions.check(settings.for_layer(layer))
 
 
-_ropes: dict[
-    tuple[bytes, float], Rope
-] = {}  # by the frequencies themselves: nothing else tells them apart for sure
+# by the frequencies themselves: nothing else tells them apart for sure
+_ropes: dict[tuple[bytes, float], Rope] = {}
 
 
 def rope_of(config: Any, head_dim: int | None = None) -> Rope:
     """The rotation of models with this text config, from the rotary embedding of their modeling
     file, which is made anew: not for every step. The same object for all that rotate alike, for its
     tables. `head_dim`: of what is to be turned. Raises ValueError where the config is of no model
-    of Transformers, the file has no such class, or several, or it turns more numbers than a head
-    has.
-    """
+    of Transformers, the file has no such class, or several, or it turns more than a head has."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     known = next((kind for kind in type(config).__mro__ if kind in MODEL_MAPPING), None)
     if known is None:
-        raise ValueError(
-            f"extend: got a model with {type(config).__name__}, allowed: configs of Transformers' own models"
-        )
+        got = f"a model with {type(config).__name__}"
+        raise refused("extend", got, "configs of Transformers' own models")
     source = sys.modules[MODEL_MAPPING[known].__module__]
-    found = [
-        kind
-        for name, kind in vars(source).items()
-        if name.endswith("RotaryEmbedding") and isinstance(kind, type)
-    ]
+    embeddings = [x for name, x in vars(source).items() if name.endswith("RotaryEmbedding")]
+    found = [kind for kind in embeddings if isinstance(kind, type)]
     if len(found) != 1:
-        raise ValueError(
-            f"extend: {source.__name__} has {len(found)} rotary embeddings, allowed: one"
-        )
+        what = f"{source.__name__} has {len(found)} rotary embeddings"
+        raise ValueError(f"extend: {what}, allowed: one")
     with torch.device("cpu"):
         embedding: Any = found[0](config)
     rope = Rope(embedding.inv_freq, embedding.attention_scaling)
     if head_dim is not None and rope.dim > head_dim:
-        raise ValueError(
-            f"config: got a RoPE that turns {rope.dim} numbers of a head, allowed: up to its layers' {head_dim}"
-        )
+        got = f"a RoPE that turns {rope.dim} numbers of a head"
+        raise refused("config", got, f"up to its layers' {head_dim}")
     return _ropes.setdefault((rope.inv_freq.numpy().tobytes(), rope.scaling), rope)
 
 
 def positions_of(module: Any, settings: HiPConfig) -> Positions:
     """How the calls of an attention layer place queries and keys, by tables of all layers of such
-    models. Raises ValueError for a model that cannot be extended so, or longer heads in its
-    config."""
+    models. Raises ValueError for a model that cannot be extended so, or too short heads."""
     kept = module.__dict__.get("_hip_positions")
     if kept is not None and kept[0] is settings:
         return kept[1]
     config = module.config
     check_extension(settings, config)
-    layer = layer_index(module) or 0
-    positions = Positions(
-        rope_of(config, module.head_dim),
-        config.max_position_embeddings,
-        layer < CHUNK_INDEXED_LAYERS,
-    )
+    by_chunk = (layer_index(module) or 0) < CHUNK_INDEXED_LAYERS
+    rope = rope_of(config, module.head_dim)
+    positions = Positions(rope, config.max_position_embeddings, by_chunk)
     module.__dict__["_hip_positions"] = (settings, positions)
     return positions
 
 
 def other_cache(what: str, extend: Any) -> ValueError:
-    """The error of extending the context with a cache that does not know whether its keys are
-    rotated."""
-    return ValueError(
-        f"past_key_values: got {what}, allowed with extend={extend!r}: a HiPCache, which `generate` makes by itself"
-    )
+    """The error of extending the context with a cache that may hold rotated keys."""
+    allowed = f"allowed with extend={extend!r}: a HiPCache, which `generate` makes by itself"
+    return ValueError(f"past_key_values: got {what}, {allowed}")
 
 
 def unrotate(
@@ -158,9 +139,7 @@ def unrotate(
     ValueError for keys in a cache of another kind."""
     first = key.shape[2] - query.shape[2]
     if cache is not None:
-        raise ValueError(
-            "extend: got continuous batching without a patcher, allowed: a patched family"
-        )
+        raise refused("extend", "continuous batching without a patcher", "a patched family")
     if not getattr(key, UNROTATED, False):
         if first:
             raise other_cache("another one, whose keys are rotated", "streaming")

@@ -29,9 +29,9 @@ from hip_hf.cache.pages import PagedTensor
 from hip_hf.geometry import Span
 from hip_hf.integration.cache_layers import KIND, NUMBER, STATE
 from hip_hf.integration.layer_attention import attend_layer
-from hip_hf.integration.masks import LAST
+from hip_hf.integration.masks import keys_in_sight
 from hip_hf.integration.settings import layer_index, layer_settings
-from hip_hf.problem import AttentionProblem, exporting
+from hip_hf.problem import AttentionProblem
 from hip_hf.state import numbered_state
 
 _count = itertools.count()
@@ -41,9 +41,8 @@ _numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary(
 # The operator reads the mask on the host: a CUDA graph must be made of what is before and behind
 # it. PyTorch 2.6 has no such tag, and its compiler takes no layer for a constant: graphs break at
 # attention there.
-_TAGS: dict[str, Any] = (
-    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
-)
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_TAGS: dict[str, Any] = {} if _UNSAFE is None else {"tags": (_UNSAFE,)}
 
 
 class _Forward(threading.local):
@@ -63,23 +62,17 @@ class _Forward(threading.local):
     def spans_of(self, module: nn.Module, mask: torch.Tensor) -> dict[int, Any]:
         """By number of query rows, for `mask_spans` to read and to add to."""
         layer = layer_index(module)
-        goes_on = (
-            self.config is module.config
-            and layer is not None
-            and self.last is not None
-            and self.last < layer
-        )
-        self.config, self.last = module.config, layer
-        if not goes_on:
+        behind = layer is not None and self.last is not None and self.last < layer
+        if not (behind and self.config is module.config):
             self.spans = {}
+        self.config, self.last = module.config, layer
         return self.spans.setdefault((mask.data_ptr(), mask.dtype, mask.shape, mask.stride()), {})
 
 
 _forward = _Forward()
 
 
-# Dynamo calls the function, and the answer is a constant of the graph, guarded by the layer's
-# identity.
+# Dynamo calls the function: its answer is a constant of the graph, guarded by the layer's identity.
 @torch.compiler.assume_constant_result
 def number_of(module: nn.Module) -> int:
     """The number by which graphs know a layer."""
@@ -90,23 +83,24 @@ def number_of(module: nn.Module) -> int:
 
 
 def serves(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether a call is part of a graph that `torch.compile` makes, and the operator can stand for
-    it: the keys `[B, Hkv, Tk, D]` are an ordinary tensor, and nobody asks for gradients through a
-    cache."""
-    if (
-        not torch.compiler.is_compiling()
-        or exporting()
-        or isinstance(key, PagedTensor)
-        or not _TAGS
-    ):
+    """Whether the operator can stand for a call in a graph that `torch.compile` makes: the keys
+    `[B, Hkv, Tk, D]` are an ordinary tensor, and nobody asks for gradients through a cache."""
+    # a `HiPCache`, whose keys have a kind, tells a graph of no number
+    if not _TAGS or isinstance(key, PagedTensor) or hasattr(key, KIND):
         return False
-    if hasattr(key, KIND):  # of a `HiPCache`, which tells a graph of no number
-        return False
-    return not (
-        getattr(key, NUMBER, None) is not None
-        and torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad)
-    )
+    learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    return not (learning and getattr(key, NUMBER, None) is not None)
+
+
+# What a call says besides its tensors: names of the arguments of `attend_layer`, and `unmasked`, of
+# a position mask how many rows came without one for padding (`masks.py`), else None.
+_SAID = dict(scaling="float?", sliding_window="SymInt?", softcap="float?", is_causal="bool?")
+_SAID |= dict(method="str?", unrotated="bool?", unmasked="SymInt?")
+# Arguments of both operators.
+_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks"
+_OTHERS = ", ".join(f"{kind} {name}" for name, kind in _SAID.items())
+_LAYER = f"({_TENSORS}, Tensor? state, bool learning, SymInt number, {_OTHERS}) -> Tensor"
+_LAYER_BACKWARD = f"(Tensor grad, {_TENSORS}, SymInt number, {_OTHERS}) -> Tensor[]"
 
 
 def attention(
@@ -115,54 +109,35 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    is_causal: bool | None = None,
-    method: str | None = None,
-    unrotated: bool = False,
-    **_: Any,
+    **fields: Any,
 ) -> torch.Tensor:
     """What `attend_layer`, whose arguments these are, adds to a graph: `[B, Tq, Hq, Dv]`."""
-    unmasked: int | None = None
-    tensors = (query, key, value, s_aux)
+    said: dict[str, Any] = {name: fields.get(name) for name in _SAID}
+    if said["is_causal"] is None:
+        said["is_causal"] = getattr(module, "is_causal", True)
+    sinks = fields.get("s_aux")
+    tensors = (query, key, value, sinks)
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
     if mask is not None and hasattr(mask, "_hip_window"):
-        ours: Any = mask
-        sliding_window, unmasked = ours._hip_window, ours._hip_unmasked
-        if is_causal and not unrotated and not learning:
-            rest = (scaling, sliding_window, softcap)
-            out = step(module, (query, key, value), mask, s_aux, rest, method)
+        made: Any = mask
+        said |= dict(sliding_window=made._hip_window, unmasked=made._hip_unmasked)
+        if said["is_causal"] and not said["unrotated"] and not learning:
+            out = step(module, (query, key, value), mask, sinks, said)
             if out is not None:
                 return out
-    said = (scaling, sliding_window, softcap, is_causal, method, unrotated, unmasked)
     state = getattr(key, NUMBER, None)
-    return layer(query, key, value, mask, s_aux, state, learning, number_of(module), *said)
-
-
-# Arguments of both operators. `unmasked`: of a mask of ours what it says (`masks.py`), else None.
-_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks"
-_SAID = "float? scaling, SymInt? sliding_window, float? softcap, bool? is_causal, str? method"
-_SAID += ", bool unrotated, SymInt? unmasked"
+    number = number_of(module)
+    return layer(query, key, value, mask, sinks, state, learning, number, *said.values())
 
 
 def table_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequences of a mask of ours, int32 `[B, 1, 1, Tk]`, in a call of one query row each: a
+    """The sequences of a position mask, int32 `[B, 1, 1, Tk]`, in a call of one query row each: a
     table as in `triton/common/sequences.py`, and `[B]` whether padding makes a hole, which no table
     can say. Tensor operations only."""
-    places = mask[:, 0, 0]
-    real = places <= LAST  # what is beyond the query is in nobody's sight; padding is as well
-    slots = torch.arange(places.shape[1], dtype=torch.int32, device=mask.device)
-    first = torch.where(real, slots, places.shape[1]).amin(-1)
-    last = torch.where(real, slots, -1).amax(-1)
-    keys = real.sum(-1, dtype=torch.int32)
+    keys, first, last = keys_in_sight(mask)
     batch = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
-    table = torch.stack([batch, first, torch.zeros_like(batch), keys.clamp(max=1), keys - 1]).to(
-        torch.int32
-    )
+    fields = [batch, first, torch.zeros_like(batch), keys.clamp(max=1), keys - 1]
+    table = torch.stack(fields).to(torch.int32)
     return table, (keys > 0) & (last + 1 - first != keys)
 
 
@@ -196,24 +171,21 @@ def _way(
 
 
 def step(
-    module: nn.Module,
-    given: tuple[torch.Tensor, ...],
-    mask: Any,
-    sinks: Any,
-    rest: Any,
-    method: Any,
+    module: nn.Module, given: tuple[torch.Tensor, ...], mask: Any, sinks: Any, said: dict[str, Any]
 ) -> torch.Tensor | None:
     """Attention of one query row a sequence, `[B, 1, Hq, Dv]`; NaN for a sequence with a hole.
-    `given`: query, key and value. `rest`: scale, sliding window and softcap. None where the host
-    has to decide: the cache is not a static one, the kernels do not serve it, or have not so far
-    with a prompt of its length."""
-    (query, key, _), (scale, sliding_window, softcap) = given, rest
+    `given`: query, key and value. `said`: as `_SAID`. None where the host has to decide: the cache
+    is not a static one, the kernels do not serve it, or have not so far with a prompt of its
+    length."""
+    query, key, _ = given
     if getattr(key, NUMBER, None) is None or query.shape[2] != 1 or mask.dtype != torch.int32:
         return None
+    scale, sliding_window, softcap = said["scaling"], said["sliding_window"], said["softcap"]
     scale = query.shape[3] ** -0.5 if scale is None else scale
     shapes = tuple((x.shape[1], x.shape[3]) for x in given)
     kind, rest = (key.shape[2], query.dtype, query.device), (scale, sliding_window, softcap)
-    text, dense = _way(module, method, getattr(module.config, "hip", None), shapes, *kind, rest)
+    raw = getattr(module.config, "hip", None)
+    text, dense = _way(module, said["method"], raw, shapes, *kind, rest)
     if not text:
         return None
     state: Any = None if dense else getattr(key, STATE).known(layer_index(module))
@@ -231,12 +203,7 @@ def step(
     return out.masked_fill(holes[:, None, None, None], torch.nan)
 
 
-@torch.library.custom_op(
-    "hip_hf::layer",
-    mutates_args=(),
-    schema=f"({_TENSORS}, Tensor? state, bool learning, SymInt number, {_SAID}) -> Tensor",
-    **_TAGS,
-)
+@torch.library.custom_op("hip_hf::layer", mutates_args=(), schema=_LAYER, **_TAGS)
 def layer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Attention of the layer with this `number`: `[B, Tq, Hq, Dv]`. `state`: int64, the number of
     its cache's state, on the host. `learning`: gradients will be asked for."""
@@ -245,8 +212,8 @@ def layer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: An
     key = key.view_as(key)
     if state is not None:
         setattr(key, STATE, numbered_state(state))
-    ours = mask is not None and said[-1] is not None
-    spans = _forward.spans_of(_layers[number], mask) if ours else {}
+    by_position = mask is not None and said[-1] is not None
+    spans = _forward.spans_of(_layers[number], mask) if by_position else {}
     given = _given(query, key, value, sinks)
     if learning:  # some methods go another way then, and the backward pass goes the same
         return _followed(number, given, mask, spans, said)[0].detach()
@@ -261,13 +228,13 @@ def _given(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
 def _attend(number: int, given: list[torch.Tensor], mask: Any, spans: Any, said: Any) -> Any:
     """`layer` outside of a graph, of the tensors `_given`. `spans`: what is known of the mask's."""
     query, key, value, *sinks = given
-    scaling, sliding_window, softcap, is_causal, method, unrotated, unmasked = said
+    fields = dict(zip(_SAID, said, strict=True), s_aux=sinks[0] if sinks else None)
+    window, unmasked = fields["sliding_window"], fields.pop("unmasked")
     if mask is not None:
         mask = mask.view_as(mask)  # another object, as `key` is
         if unmasked is not None:
-            mask._hip_window, mask._hip_unmasked, mask._hip_spans = sliding_window, unmasked, spans
-    rest = (sliding_window, softcap, sinks[0] if sinks else None, is_causal, method, unrotated)
-    return attend_layer(_layers[number], query, key, value, mask, 0.0, scaling, *rest)[0]
+            mask._hip_window, mask._hip_unmasked, mask._hip_spans = window, unmasked, spans
+    return attend_layer(_layers[number], query, key, value, mask, **fields)[0]
 
 
 def _followed(number: int, given: list[torch.Tensor], *rest: Any) -> tuple[torch.Tensor, Any]:
@@ -285,12 +252,7 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -
     return query.new_empty(batch, rows, heads, value.shape[-1])
 
 
-@torch.library.custom_op(
-    "hip_hf::layer_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_TENSORS}, SymInt number, {_SAID}) -> Tensor[]",
-    **_TAGS,
-)
+@torch.library.custom_op("hip_hf::layer_backward", mutates_args=(), schema=_LAYER_BACKWARD, **_TAGS)
 def layer_backward(grad: torch.Tensor, *given: Any) -> list[torch.Tensor]:
     """Gradients of query, key, value and, where there are any, sinks, from that of what `layer`
     gave. This is computed once more: a graph could not keep what was selected."""

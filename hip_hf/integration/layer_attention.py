@@ -1,5 +1,4 @@
-"""A call of an attention layer becomes an `AttentionProblem`, outside of the graphs of
-`torch.compile`."""
+"""A call of an attention layer becomes an `AttentionProblem`; not in graphs of `torch.compile`."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ from hip_hf.integration.masks import (
     visible_rows,
 )
 from hip_hf.integration.model_checks import NO_ATTENTIONS
-from hip_hf.integration.settings import layer_index, layer_settings
+from hip_hf.integration.settings import layer_index, layer_settings, refused
 from hip_hf.problem import AttentionProblem, make_spans, tracing
 from hip_hf.state import DecodeState
 
@@ -126,9 +125,8 @@ def attend_layer(
         if spans is None:
             why, runs = "padding in the middle of a row", mask_runs(mask, rows)
     if why and positions is not None:
-        raise ValueError(
-            f"attention_mask: {why}, allowed with `extend`: a causal mask, padded on either side"
-        )
+        allowed = "allowed with `extend`: a causal mask, padded on either side"
+        raise ValueError(f"attention_mask: {why}, {allowed}")
     given = (query, key, value, spans or ())
     problem = AttentionProblem(*given, scale, sliding_window, softcap, s_aux, positions)
     if cache is not None:
@@ -159,9 +157,7 @@ def refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for a layer that asks for something that would be computed wrongly.
     `kwargs`: its further arguments."""
     if dropout:
-        raise ValueError(
-            f"dropout: got {dropout}, allowed: 0 (sparse attention has no attention dropout)"
-        )
+        raise refused("dropout", f"{dropout}", "0 (sparse attention has no attention dropout)")
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise ValueError(NO_ATTENTIONS)
     for name, what in _REFUSED.items():
@@ -196,13 +192,11 @@ def _bidirectional(
     if problem.softcap is None and problem.sinks is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(
-            module, q, k, v, mask, scaling=scaling, is_causal=False, **kwargs
-        )
-    seen = (
-        torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
-    )
-    return _under(seen, problem).transpose(1, 2).contiguous(), None
+        kwargs |= dict(scaling=scaling, is_causal=False)
+        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+    if mask is None:  # which would stand for a causal one
+        mask = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=k.device)
+    return _under(mask, problem).transpose(1, 2).contiguous(), None
 
 
 _warned: set[str] = set()
@@ -211,8 +205,8 @@ _warned: set[str] = set()
 def _warn_once(layer: int | None, reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
-        text = f"hip: layer {layer} was computed densely: {reason}. hip_hf.explain(model) shows every layer's path."
-        warnings.warn(text, stacklevel=4)
+        text = f"hip: layer {layer} was computed densely: {reason}."
+        warnings.warn(f"{text} hip_hf.explain(model) shows every layer's path.", stacklevel=4)
 
 
 # Padding in the middle of a batch row: what comes before the last run of real keys is read whole,
@@ -248,13 +242,11 @@ def before(runs: list[Span], run: Span) -> list[Span]:
 
 
 def few_before(problem: AttentionProblem, config: HiPConfig, runs: list[Span]) -> bool:
-    """Whether what comes before is so little that it can be read whole: no more than a sparse row
-    reads anyway."""
+    """Whether what comes before can be read whole: it is no more than a sparse row reads anyway."""
     if problem.sliding_window is not None or problem.positions is not None:
         return False
-    return all(
-        sum(other.keys for other in before(runs, run)) <= config.sparse_reach for run in runs
-    )
+    most = max(sum(other.keys for other in before(runs, run)) for run in runs)
+    return most <= config.sparse_reach
 
 
 def attend_runs(
@@ -264,8 +256,7 @@ def attend_runs(
     state: DecodeState | None,
     runs: list[Span],
 ) -> Result:
-    """Attention of every run to itself, as the settings say, and to all keys of the runs before
-    it."""
+    """Attention of every run to itself, as the settings say, and to all keys of runs before it."""
     spans = tuple(run for run in runs if run.rows > 0)
     if len({span.batch for span in spans}) < len(spans):
         state = None  # it follows one sequence a batch row: decode will
@@ -295,10 +286,8 @@ def _whole(problem: AttentionProblem, span: Span, other: Span) -> tuple[torch.Te
     """Output and log-sum-exp of a span's rows for all keys of another. (Sink logits count once,
     with the rows' own keys.)"""
     q = problem.q[span.batch, :, span.row_start : span.row_end][None]
-    k, v = (
-        rows_of(x, other.batch, other.key_start, other.key_end)[:, :][None]
-        for x in (problem.k, problem.v)
-    )
+    keys = (other.batch, other.key_start, other.key_end)
+    k, v = (rows_of(x, *keys)[:, :][None] for x in (problem.k, problem.v))
     everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
     part = replace(problem, q=q, k=k, v=v, sinks=None)
     out, lse = dense.masked(part, lambda *_: everything, need_lse=True)

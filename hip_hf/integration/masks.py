@@ -1,5 +1,5 @@
-"""Masks. Transformers asks for one per forward; ours is a row of key positions, O(T), that every
-layer reduces alike.
+"""Masks. Transformers asks for one per forward; hip's is a *position mask*: a row of key positions,
+O(T), that every layer reduces alike.
 
 int32 `[B, 1, 1, Tk]`: `LAST` plus the position of each key relative to the last query row of the
 call, or `PAD` where a key is padding. Of `n` query rows, row `i` sees the keys up to
@@ -29,6 +29,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 from hip_hf.geometry import Span
 from hip_hf.integration.extension import refuse_followed
 from hip_hf.integration.model_checks import check_config, refuse_foreign_model
+from hip_hf.integration.settings import refused
 from hip_hf.problem import exporting, tracing
 
 PAD = torch.iinfo(torch.int32).max
@@ -36,7 +37,8 @@ LAST = 2**29  # far above any number that masks add, and any context
 
 # Mask functions that positions of keys and rows can say, by the name Transformers gives them.
 _CAUSAL = {"causal_mask_function", "sliding_window_overlay", "packed_sequence_mask_function"}
-_ALLOWED = "a 2-D mask, or a 4-D one of booleans or of numbers to add"  # of masks that are not ours
+# of masks that are no position masks
+_ALLOWED = "a 2-D mask, or a 4-D one of booleans or of numbers to add"
 _WRAPPERS = {"and_masks": "mask_functions", "remap_positions_for_packed_sequence": "mask_function"}
 
 
@@ -68,9 +70,6 @@ def hip_mask(
     mask_function: Callable[..., Any],
     attention_mask: torch.Tensor | None = None,
     config: PreTrainedConfig | None = None,
-    use_vmap: bool = False,
-    local_size: int | None = None,
-    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
     """The mask function registered with Transformers. Returns a row of key positions (see above);
@@ -80,7 +79,7 @@ def hip_mask(
 
     Raises ValueError if the model does not route its attention through Transformers' interface, its
     settings are invalid, or the padding mask has another number of rows than the batch. It is the
-    first of us that a forward meets: no layer has touched the cache yet.
+    first of hip_hf that a forward meets: no layer has touched the cache yet.
     """
     refuse_followed(config, tracing())
     exported = exporting()  # a graph of tensors alone, which looks at no settings and no functions
@@ -88,44 +87,35 @@ def hip_mask(
         refuse_foreign_model(config)
         check_config(config)
     if attention_mask is not None and attention_mask.shape[0] != batch_size:
-        what = f"got shape {tuple(attention_mask.shape)} for a batch of {batch_size}"
-        raise ValueError(
-            f"attention_mask: {what}, allowed: one row of 0 and 1 for each row of the batch"
-        )
+        got = f"shape {tuple(attention_mask.shape)} for a batch of {batch_size}"
+        raise refused("attention_mask", got, "one row of 0 and 1 for each row of the batch")
     parts = {} if exported else _parts(mask_function)
-    if (
-        exported
-        or use_vmap
-        or not parts.keys() <= _CAUSAL
-        or _computes_with_it(config, q_length, parts, kwargs)
-    ):
+    causal = not (exported or kwargs.get("use_vmap")) and parts.keys() <= _CAUSAL
+    if not causal or _computes_with_it(config, q_length, parts, kwargs):
         # None would stand for "nothing is hidden" here, and for "causal" elsewhere: always a tensor
         kwargs |= dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-        kwargs |= dict(config=config, use_vmap=use_vmap, local_size=local_size, device=device)
         given: Any = (q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
-        mask = sdpa_mask(batch_size, *given, **kwargs)
+        mask = sdpa_mask(batch_size, *given, config=config, **kwargs)
         assert mask is not None  # neither skip was allowed
         return mask
     packed = "packed_sequence_mask_function" in parts
+    place = kv_offset - q_offset - (q_length - 1)  # of the first key
     if packed:
         sequence = _closed_over(parts["packed_sequence_mask_function"], "packed_sequence_mask")
         row: Any = LAST + sequence.long().expand(batch_size, -1)[:, None, None, :]
     else:
-        places = torch.arange(kv_length, dtype=torch.int32, device=device) + (
-            kv_offset - q_offset - (q_length - 1) + LAST
-        )
-        places = places.to(torch.int32).expand(batch_size, kv_length)
+        slots = torch.arange(kv_length, dtype=torch.int32, device=kwargs.get("device", "cpu"))
+        places = (slots + (place + LAST)).to(torch.int32).expand(batch_size, kv_length)
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         if padding is not None:
             places = places.masked_fill(~padding[:, kv_offset : kv_offset + kv_length].bool(), PAD)
         row = places[:, None, None, :]
-    row._hip_window = local_size
+    row._hip_window = kwargs.get("local_size")
     row._hip_unmasked = batch_size if attention_mask is None and batch_size > 1 else 0
     plain = attention_mask is None and isinstance(q_offset, int) and not packed
     if plain and not torch.compiler.is_compiling():
         # without padding all is known, and nothing needs to be read
         end = min(kv_length, q_offset + q_length - kv_offset)
-        place = kv_offset - q_offset - (q_length - 1)
         row._hip_known = [[max(0, end), 0, max(0, end), place, place + end - 1]] * batch_size
     return row
 
@@ -142,11 +132,8 @@ def _computes_with_it(
     """Whether the model goes on computing with its mask: it asks Transformers for one in full, even
     where "causal" says all. For a step on a static cache, and for packed sequences, Transformers
     itself asks: models are known by their prompts."""
-    if (
-        rows > 1
-        and not kwargs.get("allow_is_causal_skip", True)
-        and "packed_sequence_mask_function" not in parts
-    ):
+    asked = not kwargs.get("allow_is_causal_skip", True)
+    if asked and rows > 1 and "packed_sequence_mask_function" not in parts:
         _computing.add(type(config))
     return type(config) in _computing or getattr(config, "model_type", None) in _COMPUTES_WITH_IT
 
@@ -166,12 +153,12 @@ def packed_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...]:
 
 
 def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
-    """Spans that a mask of ours stands for, or None where padding makes holes in a row. Worked out
-    once per forward. Raises ValueError for a mask of integers that is not ours."""
+    """Spans that a position mask stands for in a call of `rows` query rows, worked out once per
+    forward; None where padding makes holes in a row. Raises ValueError for other integers."""
     known = getattr(mask, "_hip_spans", None)
     if known is not None and rows in known:
         return known[rows]
-    if not hasattr(mask, "_hip_window"):  # a copy of ours, or not ours
+    if not hasattr(mask, "_hip_window"):  # a copy, or no position mask
         _check_copy(mask)
     result = packed_spans(mask, rows) if mask.dtype == torch.int64 else _padded_spans(mask, rows)
     if known is None:
@@ -181,31 +168,27 @@ def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
 
 
 def _check_copy(mask: torch.Tensor) -> None:
-    """Raise ValueError for a mask of integers `[B, 1, 1, Tk]` that does not hold what a copy of
-    ours would."""
+    """Raise ValueError for a mask of integers `[B, 1, 1, Tk]` that does not hold what a copy of a
+    position mask would."""
     values = mask[:, 0, 0].cpu()
-    ours = False
+    fits = False
     if mask.dtype == torch.int64:
         steps = values.diff()
-        ours = bool((values[:, 0] == LAST).all() and ((steps == 0) | (steps == 1)).all())
+        fits = bool((values[:, 0] == LAST).all() and ((steps == 0) | (steps == 1)).all())
     elif mask.dtype == torch.int32:
         places = torch.arange(values.shape[1], dtype=torch.int32, device="cpu")
         origin = (values - places)[values != PAD]
-        ours = len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2)
-    if not ours:
-        raise ValueError(
-            f"attention_mask: got a 4-D {mask.dtype} tensor {_maker(mask)}, allowed: {_ALLOWED}"
-        )
+        fits = len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2)
+    if not fits:
+        raise refused("attention_mask", f"a 4-D {mask.dtype} tensor {_maker(mask)}", _ALLOWED)
 
 
 def _padded_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
     """The spans of key positions, one for each batch row that has any, or None where one of them
     has a hole."""
-    known = getattr(mask, "_hip_known", None)
     spans: list[Span] = []
-    for batch, (keys, start, end, place, last_place) in enumerate(
-        _extents(mask) if known is None else known
-    ):
+    known = getattr(mask, "_hip_known", None) or _extents(mask)
+    for batch, (keys, start, end, place, last_place) in enumerate(known):
         if keys == 0:
             continue
         at, last = place + rows - 1, last_place + rows - 1  # rows, as the first one is 0
@@ -217,45 +200,47 @@ def _padded_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
     return tuple(spans)
 
 
+def keys_in_sight(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each batch row of an int32 position mask, int32 `[B]` on its device: how many keys are in
+    sight of the last query row, and the slots of the first and the last of them (of a row without
+    any, arbitrary ones)."""
+    places = mask[:, 0, 0]
+    real = places <= LAST  # what is beyond the last query is in nobody's sight; padding is as well
+    slots = torch.arange(places.shape[1], dtype=torch.int32, device=mask.device)
+    first = torch.where(real, slots, places.shape[1] - 1).amin(-1)
+    last = torch.where(real, slots, 0).amax(-1)
+    return real.sum(-1, dtype=torch.int32), first, last
+
+
 def _extents(mask: torch.Tensor) -> list[list[int]]:
     """Of each batch row: its keys in sight, the slot of the first of them and that behind the last,
     and the places of these two relative to the last query row. Worked out where the mask is; the
     host waits once, for a few numbers."""
-    places = mask[:, 0, 0]
-    real = places <= LAST  # what is beyond the last query is in nobody's sight; padding is as well
-    slots = torch.arange(places.shape[1], dtype=torch.int32, device=mask.device)
-    first = torch.where(real, slots, places.shape[1] - 1).amin(-1, keepdim=True)
-    last = torch.where(real, slots, 0).amax(-1, keepdim=True)
-    ends = places.gather(1, torch.cat([first, last], dim=1).long()) - LAST
-    return torch.cat(
-        [real.sum(-1, keepdim=True, dtype=torch.int32), first, last + 1, ends], dim=1
-    ).tolist()
+    keys, first, last = keys_in_sight(mask)
+    ends = mask[:, 0, 0].gather(1, torch.stack([first, last], dim=1).long()) - LAST
+    return torch.stack([keys, first, last + 1, *ends.unbind(1)], dim=1).tolist()
 
 
 def holds_positions(mask: torch.Tensor) -> bool:
-    """Whether it is of integers, as masks of ours are: others are boolean or of numbers to add."""
+    """Whether it is of integers, as position masks are: others are boolean or of numbers to add."""
     return not (mask.dtype == torch.bool or mask.is_floating_point())
 
 
 def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
-    """A mask of ours for the first `keys` keys, with what was attached to it; any other as it
-    is."""
+    """A position mask for the first `keys` keys, and what is attached to it; others unchanged."""
     if mask.shape[-1] <= keys or not holds_positions(mask):
         return mask
     narrow = mask[..., :keys]
-    for name in (
-        "_hip_window",
-        "_hip_spans",
-        "_hip_unmasked",
-    ):  # not `_hip_known`, which counts all keys
+    # `_hip_known` counts all keys
+    for name in ("_hip_window", "_hip_spans", "_hip_unmasked"):
         if hasattr(mask, name):
             setattr(narrow, name, getattr(mask, name))
     return narrow
 
 
 def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
-    """Raise ValueError for a mask that does not fit a query of shape `[B, Hq, Tq, D]` and so many
-    keys. It says who made it."""
+    """Raise ValueError, which says who made it, for a mask that does not fit a query of shape
+    `[B, Hq, Tq, D]` and `keys` keys, or that was computed with a position mask."""
     batch, heads, rows, _ = query
     if holds_positions(mask):
         fits, allowed = mask.shape == (batch, 1, 1, keys), _ALLOWED
@@ -265,17 +250,16 @@ def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
         fits = fits and all(got in (1, size) for got, size in zip(mask.shape, want, strict=True))
         allowed = f"one that broadcasts to {want}"
     if not fits:
-        got = f"got a {mask.dtype} tensor of shape {tuple(mask.shape)} {_maker(mask)}"
-        got += f" for {batch} rows of {keys} keys"
-        raise ValueError(f"attention_mask: {got}, allowed: {allowed}")
+        got = f"a {mask.dtype} tensor of shape {tuple(mask.shape)} {_maker(mask)}"
+        raise refused("attention_mask", f"{got} for {batch} rows of {keys} keys", allowed)
     if mask.is_floating_point() and not tracing() and not bool(mask.max() < LAST // 2):
-        got = f"got numbers up to {mask.max().item():g} {_maker(mask)}"
-        why = "which has computed with a mask of hip, if it made this one"
-        raise ValueError(f"attention_mask: {got} ({why}), allowed: numbers to add to logits")
+        got = f"numbers up to {mask.max().item():g} {_maker(mask)}"
+        got += " (which has computed with a mask of hip, if it made this one)"
+        raise refused("attention_mask", got, "numbers to add to logits")
 
 
 def _maker(mask: torch.Tensor) -> str:
-    """Who made a mask that is not ours: the model's own code, unless the outermost module that is
+    """Who made a mask that hip did not: the model's own code, unless the outermost module that is
     running was called with it."""
     given: list[Any] = [mask]
     frame = inspect.currentframe()
@@ -283,31 +267,24 @@ def _maker(mask: torch.Tensor) -> str:
         if frame.f_code is nn.Module._call_impl.__code__:
             given = [*frame.f_locals["args"], *frame.f_locals["kwargs"].values()]
         frame = frame.f_back
-    known = [
-        each
-        for x in given
-        for each in (x.values() if isinstance(x, dict) else [x])
-        if type(each) is torch.Tensor
-    ]
     memory = mask.untyped_storage().data_ptr()  # the layer may have got a part of it
-    return (
-        "of the caller's own"
-        if any(x.untyped_storage().data_ptr() == memory for x in known)
-        else "that the model made itself"
-    )
+    for x in given:
+        for each in x.values() if isinstance(x, dict) else [x]:
+            if type(each) is torch.Tensor and each.untyped_storage().data_ptr() == memory:
+                return "of the caller's own"
+    return "that the model made itself"
 
 
 def unmasked_rows(mask: torch.Tensor | None, batch: int) -> int:
-    """How many rows of the batch nobody gave a padding mask for; 0 for a single one, which needs
-    none."""
+    """Rows of the batch that came without a padding mask; 0 for a single one, which needs none."""
     if mask is None:
         return batch if batch > 1 else 0
     return getattr(mask, "_hip_unmasked", 0)
 
 
 def mask_window(mask: torch.Tensor, given: int | None) -> int | None:
-    """The sliding window that a mask of ours was made for; `given`, the layer's own, where it says
-    nothing of one."""
+    """The sliding window that a position mask was made for; `given`, the layer's own, for a mask
+    that says nothing of one."""
     return getattr(mask, "_hip_window", given)
 
 
@@ -317,27 +294,17 @@ def visible_rows(
     """What rows `first` to `last - 1` of `count` query rows see of keys `[B, Hkv, Tk, D]`, for the
     dense path: under any mask, or (None) as the last rows. `[B, Hq or 1, last - first or 1, Tk]`:
     booleans, or what a mask of numbers adds to the logits."""
-    if mask is None:
-        mask = hip_mask(
-            1,
-            count,
-            keys.shape[2],
-            keys.shape[2] - count,
-            0,
-            causal_mask_function,
-            device=keys.device,
-        )
-    if not holds_positions(mask):
+    if mask is not None and not holds_positions(mask):
         return lambda first, last: mask if mask.shape[2] == 1 else mask[:, :, first:last]
-    length = mask.shape[-1]
-    if mask.dtype == torch.int64:
-        at = torch.arange(length, device=mask.device) + (LAST - (length - 1))
-        own = mask[..., length - count :].transpose(2, 3)
-    else:
-        at, own = mask, None
+    at: Any = mask
+    own = None
+    if mask is None or mask.dtype == torch.int64:  # the query rows are those of the last keys
+        length = keys.shape[2] if mask is None else mask.shape[3]
+        at = torch.arange(length, device=keys.device).view(1, 1, 1, -1) + (LAST - (length - 1))
+        own = None if mask is None else mask[..., length - count :].transpose(2, 3)
 
     def rows(first: int, last: int) -> torch.Tensor:
-        row = torch.arange(first, last, device=mask.device)[:, None] + (LAST - (count - 1))
+        row = torch.arange(first, last, device=keys.device)[:, None] + (LAST - (count - 1))
         seen = at <= row
         if window is not None:
             seen = seen & (at > row - window)

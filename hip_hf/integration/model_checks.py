@@ -28,8 +28,7 @@ from transformers.models.auto.modeling_auto import (
 
 from hip_hf.config import HiPConfig
 from hip_hf.integration.extension import check_extension
-from hip_hf.integration.names import is_ours
-from hip_hf.integration.settings import read_settings, text_config
+from hip_hf.integration.settings import is_ours, read_settings, refused, text_config
 
 NO_ATTENTIONS = (
     "output_attentions: got True, allowed: False (the attention matrix never exists; use `eager`)"
@@ -43,8 +42,7 @@ _fitting: tuple[weakref.ref[Any], dict[str, Any] | None] | None = None
 def check_config(config: Any) -> None:
     """Raise ValueError, before a forward has touched anything, for a model config with invalid
     settings, with layers that the model does not have, with `extend` for a model that cannot, or
-    with outputs that we cannot give. Settings are looked at only when they are not the last ones
-    that were."""
+    with outputs that we cannot give. Settings are looked at only where the last ones differ."""
     if getattr(config, "output_attentions", False):
         raise ValueError(NO_ATTENTIONS)
     raw = getattr(config, "hip", None)
@@ -61,11 +59,8 @@ def _check_settings(config: Any, raw: Mapping[str, Any]) -> None:
     if raw != _valid:
         read_settings(config)
         _valid = copy.deepcopy(dict(raw))
-    of_model = (
-        raw.get("extend") is not None
-        or raw.get("layers")
-        or isinstance(raw.get("dense_layers"), (list, tuple))
-    )
+    named = raw.get("layers") or isinstance(raw.get("dense_layers"), (list, tuple))
+    of_model = named or raw.get("extend") is not None
     if of_model and (_fitting is None or _fitting[0]() is not config or _fitting[1] != raw):
         settings = read_settings(config)
         check_layers(settings, config)
@@ -74,20 +69,14 @@ def _check_settings(config: Any, raw: Mapping[str, Any]) -> None:
 
 
 def check_layers(settings: HiPConfig, config: Any) -> None:
-    """Raise ValueError if `settings` name layers that a model with this text config does not
-    have."""
+    """Raise ValueError if `settings` name layers that a model with this text config lacks."""
     count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if count is None:
         return
-    named = [
-        *settings.layers,
-        *(settings.dense_layers if isinstance(settings.dense_layers, list) else []),
-    ]
-    for layer in named:
+    listed = settings.dense_layers if isinstance(settings.dense_layers, list) else []
+    for layer in (*settings.layers, *listed):
         if layer >= count:
-            raise ValueError(
-                f"layer: got {layer}, allowed: 0 to {count - 1}, the layers of this model"
-            )
+            raise refused("layer", f"{layer}", f"0 to {count - 1}, the layers of this model")
 
 
 _foreign: dict[type, bool] = {}
@@ -99,20 +88,20 @@ def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
     (DeepSeek-V3.2)."""
     if config is None:
         return
-    if any("compressed" in kind for kind in getattr(config, "layer_types", None) or ()):
-        why = " with compressed layers, which put compressed keys behind the others and extend the mask"
-        raise _refused(config._attn_implementation, config, f"{why} for them; allowed: `eager`")
+    layer_types = getattr(config, "layer_types", None) or ()
+    if any("compressed" in kind for kind in layer_types):
+        why = " with compressed layers, which put compressed keys behind the others and extend the"
+        why += " mask for them; allowed: `eager`"
+        raise _refused(config._attn_implementation, config, why)
     # Transformers 5.17 names no such layers: there the count of keys that they choose says it
     chooses = getattr(config, "index_topk", None) is not None
-    if chooses or "indexed_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(
-            f"indices: {config.model_type} passes the layer's own sparse indices, allowed: None"
-        )
+    if chooses or "indexed_attention" in layer_types:
+        what = f"{config.model_type} passes the layer's own sparse indices"
+        raise ValueError(f"indices: {what}, allowed: None")
     kind = type(config)
     if kind not in _foreign:
-        model = next(
-            (m[kind] for m in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING) if kind in m), None
-        )
+        tables = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)
+        model = next((table[kind] for table in tables if kind in table), None)
         can_set = getattr(model, "_can_set_attn_implementation", None)
         _foreign[kind] = can_set is not None and not can_set()
     if _foreign[kind]:
@@ -121,8 +110,7 @@ def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
 
 # The table of attention functions, as modeling files call it.
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
-# How a file calls a table of attention *classes*, one for each name that it knows (Falcon, GPT-Neo,
-# GIT).
+# How a file calls a table of attention *classes* by the names that it knows (Falcon, GPT-Neo, GIT).
 _CLASSES = "ATTENTION_CLASSES"
 
 
@@ -147,9 +135,7 @@ def _asks(kind: type) -> bool:
 def attention_layers(model: nn.Module) -> list[Any]:
     """The modules that ask for an attention function and know where among the layers they stand:
     those of the text."""
-    return [
-        module for module in model.modules() if hasattr(module, "layer_idx") and _asks(type(module))
-    ]
+    return [x for x in model.modules() if hasattr(x, "layer_idx") and _asks(type(x))]
 
 
 _IGNORED = ", whose language part does not ask Transformers' AttentionInterface and would ignore it"
@@ -176,8 +162,8 @@ def check_class(model: PreTrainedModel, name: str | None) -> None:
 
 def check_reach(model: PreTrainedModel, name: str | None) -> None:
     """Raise ValueError for a language model no layer of whose text part asks for an attention
-    function, and for any part of a model (the encoder of BigBird-Pegasus) that would hand masks of
-    ours to attention of its own."""
+    function, and for any part of a model (the encoder of BigBird-Pegasus) that would hand position
+    masks to attention of its own."""
     if not is_ours(name):
         return
     # a whole model of text, with or without its head, or one for which Transformers makes masks:
@@ -190,11 +176,8 @@ def check_reach(model: PreTrainedModel, name: str | None) -> None:
     masks = any(x.startswith("create_") and x.endswith("mask") for x in _names(kind))
     if not (model.can_generate() or isinstance(model, whole) or masks):
         return
-    kinds = {
-        type(module.config)
-        for module in model.modules()
-        if hasattr(module, "config") and _asks(type(module))
-    }
+    modules: list[Any] = [x for x in model.modules() if hasattr(x, "config") and _asks(type(x))]
+    kinds = {type(module.config) for module in modules}
     if not kinds:
         raise _refused(name, model.config, _IGNORED)
     if type(text_config(model)) not in kinds:  # BLT, Qwen2.5-Omni
@@ -220,5 +203,5 @@ def check_heads(model: PreTrainedModel, name: str | None) -> None:
         heads = module.k_proj.out_features // module.head_dim
         if heads % processes:
             allowed = " | ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
-            got = f"got {processes} processes for the {heads} key heads of {type(model).__name__}"
-            raise ValueError(f"tp_size: {got}, allowed: {allowed} (each process holds whole heads)")
+            got = f"{processes} processes for the {heads} key heads of {type(model).__name__}"
+            raise refused("tp_size", got, f"{allowed} (each process holds whole heads)")

@@ -19,8 +19,7 @@ from hip_hf.cache.pages import BlockTable, PagedTensor, Store, read_all
 from hip_hf.cache.pool import PAGE, PagePool
 from hip_hf.integration.cache_layers import CUT_OFF, KIND, Stateful, cut_off, unusable
 from hip_hf.integration.extension import UNROTATED, check_extension, extends, rope_of
-from hip_hf.integration.names import attends_by_us
-from hip_hf.integration.settings import read_settings
+from hip_hf.integration.settings import attends_by_us, read_settings, refused
 from hip_hf.rope import Rope
 
 
@@ -35,14 +34,13 @@ def _gathered(name: str) -> Any:
     def refuse(layer: PagedLayer, value: torch.Tensor | None) -> None:
         if value is not None:
             got = type(value).__name__
-            raise ValueError(f"keys, values: got {got}, allowed: `update` (the cache is in pages)")
+            raise refused("keys, values", got, "`update` (the cache is in pages)")
 
     return property(read, refuse)
 
 
 class PagedLayer(Stateful, DynamicLayer):
-    """One full-attention layer in pages. `config` is the model's: its attention decides what
-    `update` returns."""
+    """One full-attention layer in pages. The model's `config` decides what `update` returns."""
 
     kind = "paged"
     keys, values = _gathered("keys"), _gathered("values")
@@ -75,19 +73,19 @@ class PagedLayer(Stateful, DynamicLayer):
             return PagePool(Store(*sizes[0]), Store(*sizes[1]), one_piece)
         recent = -(-settings.window // PAGE) + 2
         # the search reads keys as well
-        key_store = OffloadedStore(*sizes[0], self.offload_to, 2 * self.device_pages, recent)
-        return PagePool(
-            key_store, OffloadedStore(*sizes[1], self.offload_to, self.device_pages, recent)
-        )
+        keys_on_device = 2 * self.device_pages
+        key_store = OffloadedStore(*sizes[0], self.offload_to, keys_on_device, recent)
+        value_store = OffloadedStore(*sizes[1], self.offload_to, self.device_pages, recent)
+        return PagePool(key_store, value_store)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for attention of
-        ours, else ordinary tensors. (Gradients flow through the first tokens' call alone: a
-        backward pass through a later one raises.) Raises ValueError for tensors that do not
-        continue what is cached, or keys of another `extend`, and MemoryError if there is no memory
-        for more pages. Nothing has changed then."""
+        """Append `[B, Hkv, n, D]`. Returns all keys and values: handles to pages for a model that
+        attends by `hip`, else ordinary tensors. (Gradients flow through the first tokens' call
+        alone: a backward pass through a later one raises.) Raises ValueError for tensors that do
+        not continue what is cached, or keys of another `extend`, and MemoryError if there is no
+        memory for more pages. Nothing has changed then."""
         self.check(key_states, value_states)
         kept = getattr(key_states, UNROTATED, None)
         if kept is None and extends(self.config) and attends_by_us(self.config):
@@ -98,24 +96,19 @@ class PagedLayer(Stateful, DynamicLayer):
             key_states, kept = self.rope.unrotate(key_states, self.length), True
         if self.length and bool(kept) != self.unrotated:
             now, before = ("'streaming'", None) if kept else (None, "'streaming'")
-            got = f"got a cache filled with extend={before}"
+            got = f"a cache filled with extend={before}"
             allowed = f"with extend={now} an empty one, or one filled so"
-            raise ValueError(f"past_key_values: {got}, allowed: {allowed}")
+            raise refused("past_key_values", got, allowed)
         self.unrotated, first = bool(kept), self.length == 0
         self.append(key_states, value_states)
         assert self.pool is not None
+        stores = (self.pool.keys, self.pool.values)
         if first:  # all there is has just come: no need to look for it in pages
             keys, values = key_states, value_states
         elif attends_by_us(self.config):
-            keys, values = (
-                PagedTensor(store, self.tables, self.length)
-                for store in (self.pool.keys, self.pool.values)
-            )
+            keys, values = (PagedTensor(store, self.tables, self.length) for store in stores)
         else:
-            keys, values = (
-                read_all(store, self.tables, self.length)
-                for store in (self.pool.keys, self.pool.values)
-            )
+            keys, values = self.keys, self.values
             if self.cut_off and torch.is_grad_enabled():
                 keys, values = cut_off(keys), cut_off(values)
         return self.stated(keys), values
@@ -131,17 +124,14 @@ class PagedLayer(Stateful, DynamicLayer):
             pages = -(-(self.length + key_states.shape[2]) // PAGE)
             need = min(settings.selected_keys // settings.block_k, pages)
             if self.device_pages < need:
-                what = f"got {self.device_pages}, allowed: at least {need}"
-                raise ValueError(f"device_pages: {what}, the pages one step may need")
+                allowed = f"at least {need}, the pages one step may need"
+                raise refused("device_pages", f"{self.device_pages}", allowed)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.pool is not None
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            self.cut_off, key_states, value_states = (
-                True,
-                key_states.detach(),
-                value_states.detach(),
-            )
+            self.cut_off = True
+            key_states, value_states = key_states.detach(), value_states.detach()
         self.appending = True
         try:
             self.pool.append(self.tables, self.length, key_states, value_states)
@@ -162,16 +152,12 @@ class PagedLayer(Stateful, DynamicLayer):
         """Raise ValueError for tensors that do not continue what is cached."""
         if self.pool is None:
             return
-        for name, x, store in (
-            ("key_states", keys, self.pool.keys),
-            ("value_states", values, self.pool.values),
-        ):
+        stores = (("key_states", keys, self.pool.keys), ("value_states", values, self.pool.values))
+        for name, x, store in stores:
             got = (x.shape[0], x.shape[1], x.shape[3], x.dtype)
             want = (len(self.tables), store.heads, store.dim, store.dtype)
             if got != want:
-                raise ValueError(
-                    f"{name}: got (batch, heads, dim, dtype) {got}, allowed: {want}, as cached"
-                )
+                raise refused(name, f"(batch, heads, dim, dtype) {got}", f"{want}, as cached")
 
     def get_seq_length(self) -> int:
         return self.length
@@ -185,9 +171,8 @@ class PagedLayer(Stateful, DynamicLayer):
         """Remove `-tokens_to_remove` tokens from the end. Raises ValueError for a positive count,
         which Transformers has once taken for the length to keep."""
         if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove: got {tokens_to_remove}, allowed: minus the number of tokens to remove, or 0"
-            )
+            allowed = "minus the number of tokens to remove, or 0"
+            raise refused("tokens_to_remove", f"{tokens_to_remove}", allowed)
         if self.pool is None or tokens_to_remove == 0:
             return
         # assisted decoding of 5.17 gives a tensor
@@ -200,9 +185,8 @@ class PagedLayer(Stateful, DynamicLayer):
         self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select(
-            (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
-        )
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._select(rows.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._select([row for row in range(len(self.tables)) for _ in range(repeats)])

@@ -1,5 +1,5 @@
-"""Settings of a model: they live in its text config as `hip`, a plain dict, and are saved and
-loaded with it."""
+"""What a model's config says of its attention: by which of the registered names it attends, and its
+settings, which live in the text config as `hip`, a plain dict, and are saved and loaded with it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,32 @@ from torch import nn
 
 from hip_hf.config import HiPConfig
 
+# The names under which this attention is registered with Transformers, and the method each of them
+# forces (None: the one in the settings).
+NAMES = {"hip": None, "streaming": "streaming", "hyper": "hyper"}
+
+
+def is_ours(name: Any) -> bool:
+    """Whether it is one of the registered names."""
+    return isinstance(name, str) and name in NAMES
+
+
+def attends_by_us(config: Any) -> bool:
+    """Whether a model with this text config attends by one of the registered names."""
+    return is_ours(getattr(config, "_attn_implementation", None))
+
+
+def refused(name: str, got: str, allowed: str) -> ValueError:
+    """The error for an argument or a setting that is not as it must be."""
+    return ValueError(f"{name}: got {got}, allowed: {allowed}")
+
 
 def text_config(model: nn.Module) -> Any:
     """The config of the model's language part. Raises ValueError if there is none."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise ValueError(
-            f"model: got {type(model).__name__} without a Transformers config, allowed: a pretrained model"
-        )
+        got = f"{type(model).__name__} without a Transformers config"
+        raise refused("model", got, "a pretrained model")
     found = config.get_text_config(decoder=True)
     # of an encoder-decoder with one flat config (Bart, Pegasus) that is a copy, in which settings
     # would be lost
@@ -24,16 +42,14 @@ def text_config(model: nn.Module) -> Any:
 
 
 def text_part(model: nn.Module) -> str:
-    """What the config of the language part is called in the model's config; empty where it is that
-    config itself."""
+    """Name of the language part's config in the model's config; empty where it is that itself."""
     config: Any = model.config
     target = text_config(model)
     return next((name for name in config.sub_configs if getattr(config, name, None) is target), "")
 
 
 def read_settings(config: Any) -> HiPConfig:
-    """The settings in a model config; `HiPConfig()` where it has none. Raises ValueError if they
-    are invalid."""
+    """The settings in a model config, `HiPConfig()` without any. Raises ValueError for bad ones."""
     raw = getattr(config, "hip", None)
     return HiPConfig() if raw is None else HiPConfig.from_dict(raw)
 

@@ -336,11 +336,12 @@ def test_continuous_batching_waits_three_times_a_forward(
         left = iter(numbers)
         told.clear()
 
-        def fetch(parts: list[torch.Tensor]) -> list[int]:
+        def fetch(parts: list[torch.Tensor]) -> list[list[int]]:
             found = next(left, [])
             assert sum(map(len, parts)) == len(found)
             told.append(len(found))
-            return found
+            numbers = iter(found)
+            return [list(itertools.islice(numbers, len(part))) for part in parts]
 
         monkeypatch.setattr(continuous_batching, "_fetch", fetch)
         indices = {

@@ -270,7 +270,7 @@ def test_another_cache_is_refused_where_it_brings_keys() -> None:
     model, batch = extended("granite"), make_batch([100])
     cache = DynamicCache()
     logits(model, batch, past_key_values=cache)
-    said = r"got another one, whose keys are rotated, allowed with extend='streaming': a HiPCache"
+    said = "got another one, whose keys are rotated, allowed with extend='streaming': a HiPCache"
     with pytest.raises(ValueError, match=said):
         logits(model, make_batch([3]), past_key_values=cache)
 

@@ -209,8 +209,8 @@ from transformers import AutoModelForCausalLM
 folder, hostile, seen = sys.argv[1], json.loads(sys.argv[2]), set()
 config = Path(folder, "config.json")
 plain = json.loads(config.read_text())
-watched = {"socket.connect", "socket.getaddrinfo", "pickle.find_class", "subprocess.Popen",
-           "os.system", "exec", "import", "open"}
+watched = {"socket.connect", "socket.getaddrinfo", "pickle.find_class", "subprocess.Popen"}
+watched |= {"os.system", "exec", "import", "open"}
 
 def audit(event, args):
     if event in watched and not (event == "open" and os.fsdecode(str(args[0])).startswith(folder)):

@@ -23,10 +23,8 @@ from hip_hf.integration.lm_eval.registration import MODEL
 hooked = lm_eval_cases.hooked  # a fixture
 
 # What is asked for first decides what is loaded.
-FIRST = (
-    "from lm_eval.api.registry import get_model; "
-    f"print(get_model('hf').__name__, get_model({MODEL!r}).__name__)"
-)
+FIRST = f"""from lm_eval.api.registry import get_model
+print(get_model('hf').__name__, get_model({MODEL!r}).__name__)"""
 REGISTER = "from hip_hf.integration.lm_eval.registration import register; register(); register()\n"
 TASKS = "import lm_eval.tasks\n"
 COMMAND = "from hip_hf_cli import main; main()"

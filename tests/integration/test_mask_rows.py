@@ -285,8 +285,8 @@ def test_a_padding_mask_of_another_batch(rows: int) -> None:
 def test_rows_that_nobody_gave_a_mask_for() -> None:
     pad = padding((0, KEYS), (3, KEYS)).bool()
     with_mask, without, alone = (
-        hip_mask(batch, 5, KEYS, KEYS - 5, 0, causal_mask_function, mask)
-        for batch, mask in ((2, pad), (2, None), (1, None))
+        hip_mask(len(x), 5, KEYS, KEYS - 5, 0, causal_mask_function, y)
+        for x, y in ((pad, pad), (pad, None), (pad[:1], None))
     )
     assert [unmasked_rows(mask, 2) for mask in (with_mask, without, alone)] == [0, 2, 0]
     assert [unmasked_rows(None, batch) for batch in (1, 2, 3)] == [0, 2, 3]
@@ -343,10 +343,8 @@ STRANGERS = {
 @pytest.mark.parametrize("name", STRANGERS)
 def test_strangers_are_refused(name: str) -> None:
     mask = STRANGERS[name]
-    what = (
-        rf"^attention_mask: got a 4-D {mask.dtype} tensor of the caller's own, "
-        "allowed: a 2-D mask, or a 4-D one of booleans"
-    )
+    what = rf"^attention_mask: got a 4-D {mask.dtype} tensor of the caller's own, allowed: "
+    what += "a 2-D mask, or a 4-D one of booleans"
     with pytest.raises(ValueError, match=what):
         mask_spans(mask.clone(), KEYS)
 

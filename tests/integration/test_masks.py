@@ -162,9 +162,8 @@ def test_a_causal_mask_makes_a_layer_causal() -> None:
 
 
 BIGBIRD = BigBirdPegasusConfig(
-    vocab_size=VOCAB, encoder_layers=2, decoder_layers=2, d_model=32, encoder_ffn_dim=32,
-    decoder_ffn_dim=32, encoder_attention_heads=4, decoder_attention_heads=4,
-    max_position_embeddings=256,
+    vocab_size=VOCAB, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+    d_model=32, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=256,
 )  # fmt: skip
 
 
@@ -213,7 +212,7 @@ def test_compressed_layers_are_refused() -> None:
     config = AutoConfig.for_model("deepseek_v4", **sizes, **more, **ids)
     assert any("compressed" in kind for kind in config.layer_types)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="hip").eval()
-    said = r"^attn_implementation: got 'hip' for model type 'deepseek_v4' with compressed layers"
+    said = "^attn_implementation: got 'hip' for model type 'deepseek_v4' with compressed layers"
     with pytest.raises(ValueError, match=said):
         model(torch.randint(3, 90, (1, 40)))
 

@@ -36,10 +36,8 @@ def qwen_inputs() -> Inputs:
     pixels = torch.randn(PATCHES * 4, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
     kinds = (ids == IMAGE).int()
     grid = torch.tensor([[1, 8, 8]])
-    return {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels,
-        "image_grid_thw": grid, "mm_token_type_ids": kinds,
-    }  # fmt: skip
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+    return {**text, "pixel_values": pixels, "image_grid_thw": grid}
 
 
 MODELS: dict[str, tuple[Callable[[Any], PreTrainedModel], Callable[[], Inputs]]] = {

@@ -30,7 +30,7 @@ IGNORE = ["openai-gpt", "cpmant", "xlnet", "reformer", "mamba", "rwkv"]
 @pytest.mark.parametrize("name", IGNORE)
 def test_a_model_that_would_ignore_it_is_refused_as_it_is_made(name: str, auto: Any) -> None:
     """With attention of its own, which even asks for no mask, or with none at all."""
-    said = rf"attn_implementation: got 'hip' for model type '{name}', whose language part does not"
+    said = f"attn_implementation: got 'hip' for model type '{name}', whose language part does not"
     with pytest.raises(ValueError, match=said):
         auto.from_config(tiny_config(name), attn_implementation="hip")
 

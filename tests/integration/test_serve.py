@@ -55,7 +55,7 @@ SETTINGS = {"plain": {**SPARSE, "budget": 16}, "continuous": {**SPARSE, "budget"
 MODES = {
     "plain": ["--max-model-len", str(LONGEST)],
     "continuous": [
-        "--continuous-batching", "--cb-block-size", str(PAGE), 
+        "--continuous-batching", "--cb-block-size", str(PAGE),
         "--cb-num-blocks", str(LONGEST // PAGE + 1), "--cb-max-batch-tokens", "256",
     ],
 }  # fmt: skip

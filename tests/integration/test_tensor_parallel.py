@@ -177,10 +177,8 @@ def cut(heads: int, processes: int) -> LlamaConfig:
 def test_processes_that_do_not_divide_the_key_heads_are_refused(
     heads: int, processes: int, allowed: str
 ) -> None:
-    said = (
-        rf"tp_size: got {processes} processes for the {heads} key heads of Llama\w+, "
-        rf"allowed: {allowed} \("
-    )
+    said = rf"tp_size: got {processes} processes for the {heads} key heads of Llama\w+, "
+    said += rf"allowed: {allowed} \("
     with pytest.raises(ValueError, match=said):
         AutoModelForCausalLM.from_config(cut(heads, processes), attn_implementation="hip")
     model = AutoModelForCausalLM.from_config(cut(heads, processes), attn_implementation="sdpa")

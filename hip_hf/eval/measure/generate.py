@@ -14,8 +14,7 @@ from hip_hf.eval.measure.memory import Meter, cache_mib
 from hip_hf.geometry import keys_seen
 from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.hip_cache import HiPCache
-from hip_hf.integration.names import NAMES
-from hip_hf.integration.settings import text_config
+from hip_hf.integration.settings import NAMES, text_config
 from hip_hf.versions import CACHE
 
 

@@ -24,12 +24,11 @@ from hip_hf.integration.api import configure
 from hip_hf.integration.layer_attention import Call
 from hip_hf.integration.lm_eval.registration import UsageError
 from hip_hf.integration.model_checks import attention_layers
-from hip_hf.integration.names import NAMES
-from hip_hf.integration.settings import read_settings, text_config
+from hip_hf.integration.settings import NAMES, read_settings, text_config
 
 TRUNCATION = ("left", "middle")
 FIELDS = {field.name: field for field in dataclasses.fields(HiPConfig)}
-# From this ratio of `difflib` on an argument that nobody knows is taken for a mistyped one of ours.
+# From this ratio of `difflib` on an argument that nobody knows is taken for a mistyped field.
 # Lower ones are met by names that Transformers' `from_pretrained` takes (`device_mesh`), which are
 # listed nowhere.
 MISTYPED = 0.7
@@ -41,44 +40,40 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str
     """Model arguments as (fields of `HiPConfig`, all others).
 
     Two names mean something to lm-eval's model as well; the value tells which is meant: `backend`
-    is ours when it is one of our backends, and `delta` when it is a number (theirs is a path of
+    is a field when it is one of `BACKENDS`, and `delta` when it is a number (lm-eval's is a path of
     delta weights).
     """
-    ours: dict[str, Any] = {}
-    theirs: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for name, value in arguments.items():
-        mine = name in FIELDS
+        is_field = name in FIELDS
         if name == "backend":
-            mine = value in BACKENDS
+            is_field = value in BACKENDS
         elif name == "delta":
-            mine = value is None or not isinstance(_value(value), str)
-        (ours if mine else theirs)[name] = value
-    return {
-        name: value if name in ("method", "representative") else _value(value)
-        for name, value in ours.items()
-    }, theirs
+            is_field = value is None or not isinstance(_value(value), str)
+        if is_field:
+            fields[name] = value if name in ("method", "representative") else _value(value)
+        else:
+            others[name] = value
+    return fields, others
 
 
 def refuse_mistyped(arguments: dict[str, Any], config: Any) -> None:
-    """Raise UsageError for an argument that is nearly one of ours, and neither one of lm-eval's
+    """Raise UsageError for an argument that is nearly a field, and neither one of lm-eval's
     model nor, in the model's `config`, a setting of the model: it would end up in the model's
     constructor, or nowhere."""
-    theirs = inspect.signature(HFLM.__init__).parameters
+    taken, known = inspect.signature(HFLM.__init__).parameters, [*FIELDS, "prompt_truncation"]
     for name, value in arguments.items():
-        if name in theirs or hasattr(config, name):
+        if name in taken or hasattr(config, name):
             continue
-        close = difflib.get_close_matches(
-            name, [*FIELDS, "prompt_truncation"], n=1, cutoff=MISTYPED
-        )
+        close = difflib.get_close_matches(name, known, n=1, cutoff=MISTYPED)
         if close:
-            raise UsageError(
-                f"{name}: unknown model argument with value {value!r} (did you mean {close[0]!r}?)"
-            )
+            what = f"unknown model argument with value {value!r}"
+            raise UsageError(f"{name}: {what} (did you mean {close[0]!r}?)")
 
 
 def _value(text: Any) -> Any:
-    """What a model argument says: lists, dicts and None come as text when the arguments were one
-    string."""
+    """What a model argument says: lists, dicts and None come as text from one string of all."""
     if not isinstance(text, str):
         return text
     try:
@@ -102,10 +97,10 @@ def _leave_group() -> None:
 
 
 class KeysRead:
-    """A forward hook on the model that counts what its attention layers did: share of the visible
-    keys read, and paths.
+    """A forward hook on the model that counts what its attention layers did: the density of each
+    call (of the visible keys, the fraction that was read), and paths.
 
-    A call with up to `DECODE_ROWS` rows is decode, as it is for the attention. All shares count
+    A call with up to `DECODE_ROWS` rows is decode, as it is for the attention. All densities count
     alike.
     """
 
@@ -115,7 +110,8 @@ class KeysRead:
 
     def clear(self) -> None:
         """Start counting anew."""
-        self.shares: dict[str, list[float]] = {"prefill": [0.0, 0], "decode": [0.0, 0]}
+        # of each phase the densities of its calls, added up, and how many these are
+        self.totals: dict[str, list[float]] = {"prefill": [0.0, 0], "decode": [0.0, 0]}
         self.paths: dict[str, Counter[str]] = defaultdict(Counter)
 
     def __call__(
@@ -127,21 +123,19 @@ class KeysRead:
         for layer in self.layers:
             call: Call | None = layer.__dict__.get("_hip_call")
             if call is not None:
-                self.shares[phase][0] += call.share
-                self.shares[phase][1] += 1
-                self.paths[phase][
-                    call.path if call.path == "sparse" else f"{call.path} ({call.reason})"
-                ] += 1
+                self.totals[phase][0] += call.share
+                self.totals[phase][1] += 1
+                path = call.path if call.path == "sparse" else f"{call.path} ({call.reason})"
+                self.paths[phase][path] += 1
 
     def summary(self) -> dict[str, Any]:
-        """Mean share of keys read in prefill and in decode (None: there was no such call), and
-        layer calls per path."""
+        """Mean density in prefill and in decode (None: no such call), and layer calls per path."""
         means = {
-            phase: total / count if count else None for phase, (total, count) in self.shares.items()
+            name: total / count if count else None for name, (total, count) in self.totals.items()
         }
         return {
             "keys_read": means,
-            "paths": {phase: dict(counts) for phase, counts in self.paths.items()},
+            "paths": {name: dict(each) for name, each in self.paths.items()},
         }
 
 
@@ -159,9 +153,8 @@ class HipLM(HFLM):
 
     def __init__(self, pretrained: Any, prompt_truncation: str = "left", **arguments: Any) -> None:
         if prompt_truncation not in TRUNCATION:
-            raise UsageError(
-                f"prompt_truncation: got {prompt_truncation!r}, allowed: {' | '.join(TRUNCATION)}"
-            )
+            got = f"prompt_truncation: got {prompt_truncation!r}"
+            raise UsageError(f"{got}, allowed: {' | '.join(TRUNCATION)}")
         self.prompt_truncation = prompt_truncation
         self._fields, self._rest = split_arguments(arguments)
         rest = dict(self._rest)
@@ -216,23 +209,19 @@ class HipLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask `[B, T]` of a batch of prompts; what is too long loses its middle if
-        so asked."""
+        """Token ids and mask `[B, T]` of a batch of prompts, cut as `prompt_truncation` says."""
         if self.prompt_truncation == "left" or left_truncate_len is None:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
         rows = [self._cut(self.tok_encode(string), left_truncate_len) for string in strings]
-        padded = self.tokenizer.pad(
-            {"input_ids": rows}, padding_side=padding_side, return_tensors="pt"
-        )
+        given = {"input_ids": rows}
+        padded = self.tokenizer.pad(given, padding_side=padding_side, return_tensors="pt")
         return padded["input_ids"], padded["attention_mask"]
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         if self.prompt_truncation == "middle":
             longest = self.max_length + 1  # the last token is scored, not read
-            requests = [
-                (words, self._cut(context, longest - len(end)), end)
-                for words, context, end in requests
-            ]
+            cut = self._cut
+            requests = [(words, cut(ids, longest - len(end)), end) for words, ids, end in requests]
         self._ends_in_padding = {}
         for _, context, end in requests:
             ids = self._read(context, end)
@@ -242,8 +231,7 @@ class HipLM(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _read(self, context: list[int], end: list[int]) -> list[int]:
-        """The tokens that lm-eval gives the decoder for a request: a row of its batch, before it is
-        padded."""
+        """The tokens that lm-eval gives the decoder for a request: a row before it is padded."""
         if self.backend == "seq2seq":
             return end[-self.max_length :]
         return (context + end)[-(self.max_length + 1) :][:-1]
@@ -266,14 +254,11 @@ class HipLM(HFLM):
     ) -> torch.Tensor:
         """Logits of a batch of scored texts, padded on the right; with the mask, so that no row
         depends on the others."""
+        given: dict[str, Any] = {"attention_mask": attn_mask, "labels": labels}
         if labels is None:
-            given: dict[str, Any] = {"attention_mask": self._mask(inps)}
+            given = {"attention_mask": self._mask(inps)}
         else:
-            given = {
-                "attention_mask": attn_mask,
-                "labels": labels,
-                "decoder_attention_mask": self._mask(labels),
-            }
+            given["decoder_attention_mask"] = self._mask(labels)
         dtype = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype, dtype is not None):
             return self.model(inps, **given).logits
@@ -284,19 +269,13 @@ class HipLM(HFLM):
         return truncate_tokens(tokens, room, "middle") if len(tokens) > room else tokens
 
     def get_model_info(self) -> dict[str, Any]:
-        """What goes into the results' `config`: ours under `hip`: all settings, versions, share of
-        keys read."""
+        """What goes into the results' `config`; under `hip`, all settings, versions and density."""
         packages = ("torch", "transformers", "lm_eval", "datasets")
-        return {
-            **super().get_model_info(),
-            "hip": {
-                "config": read_settings(text_config(self.model)).to_dict(),
-                "versions": {
-                    "hip_hf": hip_hf.__version__,
-                    **{package: version(package) for package in packages},
-                },
-                "prompt_truncation": self.prompt_truncation,
-                "processes": self.world_size,  # the figures below are those of the first
-                **self.read.summary(),
-            },
+        versions = {package: version(package) for package in packages}
+        ours = {
+            "config": read_settings(text_config(self.model)).to_dict(),
+            "versions": {"hip_hf": hip_hf.__version__, **versions},
+            "prompt_truncation": self.prompt_truncation,
+            "processes": self.world_size,  # the figures below are those of the first
         }
+        return {**super().get_model_info(), "hip": {**ours, **self.read.summary()}}

@@ -3,8 +3,8 @@
     from hip_hf.integration.lm_eval.registration import register
 
     register()
-    lm_eval.simple_evaluate(model="hip", model_args={"pretrained": "any/checkpoint", "budget": 512},
-    tasks=["hip_longctx"])
+    arguments = {"pretrained": "any/checkpoint", "budget": 512}
+    lm_eval.simple_evaluate(model="hip", model_args=arguments, tasks=["hip_longctx"])
 
 `hip-hf lm-eval` calls `register` for you, and after `hip-hf autoload enable` so does every plain
 `lm_eval` of the environment.
@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ MODEL = "hip"
 
 
 class UsageError(ValueError):
-    """What a user can get wrong in model arguments and metadata; the command shows its message and
-    no traceback."""
+    """What a user can get wrong in model arguments and metadata: shown without a traceback."""
 
 
 def register() -> None:
@@ -43,36 +41,25 @@ def register() -> None:
 
 def register_model() -> None:
     """The first half of `register`: the model type, beside all of lm-eval's own."""
-    import lm_eval.models  # noqa: F401 - lm-eval imports it, for its own types, only where no type is registered yet
+    # lm-eval imports it, for its own types, only where no type is registered yet
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.registry import model_registry
 
     if MODEL not in model_registry:
         model_registry.register(MODEL, target="hip_hf.integration.lm_eval.model:HipLM")
-        changes.at_undo(
-            lambda: model_registry._objs.pop(MODEL, None)
-        )  # lm-eval has no public way to take a type back
+        # lm-eval has no public way to take a type back
+        changes.at_undo(lambda: model_registry._objs.pop(MODEL, None))
 
 
 def register_tasks() -> None:
     """The second half of `register`: the tasks."""
     from lm_eval.tasks import TaskManager
 
-    plain = TaskManager.__init__
-    if getattr(plain, "_hip_tasks", False):
-        return
+    changes.wrap(TaskManager, "__init__", _with_our_tasks)
 
-    @functools.wraps(plain)
-    def with_our_tasks(
-        self: Any, verbosity: Any = None, include_path: Any = None, *args: Any, **kwargs: Any
-    ) -> None:
-        given = (
-            []
-            if not include_path
-            else include_path
-            if isinstance(include_path, (list, tuple))
-            else [include_path]
-        )
-        plain(self, verbosity, [TASKS, *given], *args, **kwargs)
 
-    with_our_tasks._hip_tasks = True  # type: ignore[attr-defined]
-    changes.set_attribute(TaskManager, "__init__", with_our_tasks)
+def _with_our_tasks(
+    init: Any, self: Any, verbosity: Any = None, include_path: Any = None, *args: Any, **kwargs: Any
+) -> None:
+    given = include_path if isinstance(include_path, (list, tuple)) else [include_path]
+    init(self, verbosity, [TASKS, *(given if include_path else [])], *args, **kwargs)

@@ -1,2 +1,2 @@
-"""Per-architecture forwards: what registration alone cannot give (keys before RoPE). `registry.py`
+"""Per-architecture forwards: what registration alone cannot give (keys before RoPE). `families.py`
 lists the families."""

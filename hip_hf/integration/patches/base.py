@@ -1,5 +1,4 @@
-"""What a patcher of a family says: how its attention layer is put together. `forward.py` does the
-rest."""
+"""What a patcher of a family says: how an attention layer is put together, for `forward.py`."""
 
 from __future__ import annotations
 
@@ -10,20 +9,24 @@ from typing import Any
 import torch
 
 
+def no_window(module: Any) -> None:
+    """None: no layer of the family slides."""
+
+
 @dataclass(frozen=True)
 class Patcher:
     """How to patch one family.
 
-    `attention`: name of its attention class. `project(module, hidden [B, T, hidden
-    size])` -> q `[B, Hq, T, D]`, k and v `[B, Hkv, T, D]`, normalised if the family does so, not
-    rotated. `sliding_window(module)`: of the layer, None if it has none. The rotation is
+    `attention`: name of its attention class. `project(module, hidden [B, T, hidden size])` -> q
+    `[B, Hq, T, D]`, k and v `[B, Hkv, T, D]`, normalised if the family does so, not rotated.
+    `sliding_window(module)`: of the layer, None if it has none. The rotation is
     `apply_rotary_pos_emb` of the modeling file, which must turn halves of the head dim (Llama's
     layout).
     """
 
     attention: str
     project: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    sliding_window: Callable[[Any], int | None]
+    sliding_window: Callable[[Any], int | None] = no_window
 
 
 def by_heads(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -26,9 +26,8 @@ from hip_hf.integration.decode_fast_path import next_token
 from hip_hf.integration.extension import UNROTATED, extended, other_cache, positions_of
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.integration.layer_attention import refuse
-from hip_hf.integration.names import NAMES
 from hip_hf.integration.patches.base import Patcher
-from hip_hf.integration.settings import layer_settings
+from hip_hf.integration.settings import NAMES, layer_settings, refused
 
 # Method of a module by which `nn.DataParallel` copies it.
 REPLICATE = "_replicate_for_data_parallel"
@@ -39,7 +38,7 @@ class PatchedForward:
     """What stands for the forward of the layer `module`. `original`: the one that it had of its own
     (accelerate's, another patch), None if that was its class's.
 
-    An object, since a bound method comes back from a pickle as the class's own.
+    An object, since a bound method of the module comes back from a pickle as the class's own.
     """
 
     module: nn.Module
@@ -49,18 +48,11 @@ class PatchedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return forward(self.module, self, *args, **kwargs)
 
-
-@dataclass(eq=False)
-class Replicate:
-    """Copies the layer `module` for another device: the copy's forward is of the copy."""
-
-    module: nn.Module
-
-    def __call__(self) -> Any:
+    def replicate(self) -> Any:
+        """A copy of the layer for another device, whose forward is of the copy."""
         replica: Any = type(self.module)._replicate_for_data_parallel(self.module)
-        ours = self.module.__dict__.get("forward")
-        if isinstance(ours, PatchedForward):
-            replica.__dict__["forward"] = replace(ours, module=replica)
+        if self.module.__dict__.get("forward") is self:
+            replica.__dict__["forward"] = replace(self, module=replica)
         return replica
 
 
@@ -95,9 +87,8 @@ def forward(
     query, key, value = ours.patcher.project(self, hidden_states)
     if not unrotated:
         assert position_embeddings is not None
-        query, key = sys.modules[type(self).__module__].apply_rotary_pos_emb(
-            query, key, *position_embeddings
-        )
+        rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
+        query, key = rotate(query, key, *position_embeddings)
     setattr(key, UNROTATED, unrotated)
     if query.shape[2] == 1 and sliding is None and not self.training:
         settings = layer_settings(self, NAMES[name])
@@ -106,19 +97,9 @@ def forward(
             return self.o_proj(step.reshape(*hidden_states.shape[:-1], -1)), None
     if cache is not None:
         key, value = cache.update(key, value, self.layer_idx)
-    out, _ = attention_forward(
-        self,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=self.scaling,
-        sliding_window=sliding,
-        method=NAMES[name],
-        unrotated=unrotated,
-        **kwargs,
-    )
+    kwargs |= dict(dropout=dropout, scaling=self.scaling, sliding_window=sliding)
+    kwargs |= dict(method=NAMES[name], unrotated=unrotated)
+    out, _ = attention_forward(self, query, key, value, attention_mask, **kwargs)
     return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), None
 
 
@@ -141,15 +122,12 @@ def cache_among(values: Iterable[Any]) -> Any:
         if isinstance(value, Cache) or is_paged(value):
             return value
         if hasattr(value, "get_seq_length"):
-            raise ValueError(
-                f"cache: got {type(value).__name__}, allowed: a subclass of transformers.Cache"
-            )
+            raise refused("cache", type(value).__name__, "a subclass of transformers.Cache")
     return None
 
 
 def _slot(module: nn.Module) -> str:
-    """Where the layer's own forward is called from: accelerate keeps it aside when it puts a hook
-    around it."""
+    """Where the layer's own forward is called from: a hook of accelerate keeps it aside."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
@@ -163,18 +141,18 @@ def patched(module: nn.Module) -> PatchedForward | None:
 _patched: WeakSet[nn.Module] = WeakSet()
 
 
-def patch_layer(module: nn.Module, patcher: Patcher) -> None:
-    """Replace the forward of one attention layer. Harmless when called again."""
-    if patched(module) is not None:
-        return
-    slot = _slot(module)
-    own = module.__dict__.get(slot)
-    plain = (
-        isinstance(own, MethodType) and own.__func__ is type(module).forward
-    )  # accelerate's copy of the class's own
-    module.__dict__[slot] = PatchedForward(module, patcher, None if plain else own)
-    module.__dict__[REPLICATE] = Replicate(module)
-    _patched.add(module)
+def patch_layers(layers: list[tuple[nn.Module, Patcher]]) -> None:
+    """Replace the forwards of attention layers, and nothing else. Harmless when called again."""
+    for module, patcher in layers:
+        if patched(module) is not None:
+            continue
+        slot = _slot(module)
+        own = module.__dict__.get(slot)
+        if isinstance(own, MethodType) and own.__func__ is type(module).forward:
+            own = None  # accelerate's copy of the class's own
+        module.__dict__[slot] = ours = PatchedForward(module, patcher, own)
+        module.__dict__[REPLICATE] = ours.replicate
+        _patched.add(module)
 
 
 def unpatch_all() -> None:
