@@ -236,10 +236,7 @@ def attend(
 
 
 def weigh_values(
-    logits: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    need_lse: bool,
+    logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, need_lse: bool
 ) -> torch.Tensor | None:
     """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`, into
     `out` `[N, rows, Dv]`. Returns their log-sum-exp `[N, rows]` (fp32 at least) if it is wanted."""

@@ -333,12 +333,7 @@ class SparseAttention(BlockSparseCall):
         )
 
     def _attend_gathered(
-        self,
-        t: Tensors,
-        span: Span,
-        row: RowState,
-        block: QueryBlock,
-        steps: int,
+        self, t: Tensors, span: Span, row: RowState, block: QueryBlock, steps: int
     ) -> None:
         """Attend to what is kept side by side, which is brought there first where it is not."""
         kept = row.selection
