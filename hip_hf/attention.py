@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends import base, choice
 from hip_hf.backends.base import Piece, Result, has_gradients, pick
@@ -246,7 +247,7 @@ def _shortfall(problem: AttentionProblem, config: HiPConfig) -> str:
 
 def empty_outputs(
     problem: AttentionProblem, need_lse: bool, for_models: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Where the output and the log-sum-exp are written: 0 and -inf where no span has the row, else
     uninitialised.
 
@@ -296,7 +297,7 @@ def takes_masks(problem: AttentionProblem) -> bool:
 
 def attend_dense(
     problem: AttentionProblem, config: HiPConfig, need_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Dense attention: the output, and the log-sum-exp if asked for."""
     prompt = problem.q.shape[2] > DECODE_ROWS and not isinstance(problem.k, PagedTensor)
     if prompt and problem.positions is not None and problem.longest <= problem.positions.trained:
@@ -333,10 +334,10 @@ def _in_graph(
     problem: AttentionProblem,
     config: HiPConfig,
     layer: int | None,
-    key_start: torch.Tensor | None,
-    q_start: torch.Tensor | None,
+    key_start: Tensor | None,
+    q_start: Tensor | None,
     need_lse: bool,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """`hip_attention` by operators that a compiled graph can hold. They read lengths on the device,
     so the choice between sparse and dense looks at the shapes alone, and nothing looks for NaN."""
     from hip_hf.backends.triton import ops
@@ -350,7 +351,7 @@ def _in_graph(
     return (out, lse) if need_lse else out
 
 
-def _check_sinks(sinks: torch.Tensor, numbers: bool) -> None:
+def _check_sinks(sinks: Tensor, numbers: bool) -> None:
     if sinks.dtype not in DTYPES:
         raise ValueError(
             f"sinks.dtype: got {sinks.dtype}, allowed: float16, bfloat16, float32 or float64"
@@ -385,23 +386,23 @@ def _check_positions(
 
 
 def hip_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     config: HiPConfig | None = None,
     scale: float | None = None,
-    key_start: torch.Tensor | None = None,
-    q_start: torch.Tensor | None = None,
+    key_start: Tensor | None = None,
+    q_start: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sinks: Tensor | None = None,
     state: DecodeState | None = None,
     layer: int | None = None,
     positions: Positions | None = None,
     return_lse: bool = False,
     return_mask: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor | BlockMask | None, ...]:
+) -> Tensor | tuple[Tensor | BlockMask | None, ...]:
     """Causal attention of `q` to the keys that the configured method selects.
 
     Args:
@@ -441,7 +442,7 @@ def hip_attention(
         low = 1 if name == "sliding_window" else 0
         if count is not None and (type(count) is not int or count < low):
             raise ValueError(f"{name}: got {count!r}, allowed: None or an integer >= {low}")
-    if sinks is not None and not isinstance(sinks, torch.Tensor):
+    if sinks is not None and not isinstance(sinks, Tensor):
         raise ValueError(
             f"sinks: got {type(sinks).__name__}, allowed: None or a tensor [{q.shape[1]}]"
         )

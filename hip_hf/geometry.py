@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from hip_hf.config import HiPConfig
 
@@ -152,8 +152,8 @@ class BlockMask:
     `[B, Nq]`: position of the query block's first row, -1 where the row has no such block.
     """
 
-    indices: torch.Tensor
-    counts: torch.Tensor
-    first: torch.Tensor
+    indices: Tensor
+    counts: Tensor
+    first: Tensor
     block_q: int
     block_k: int

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hip_hf.geometry import Span
 from hip_hf.rope import Positions
@@ -13,7 +14,7 @@ from hip_hf.rope import Positions
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def by_tokens(q: torch.Tensor, dim: int) -> torch.Tensor:
+def by_tokens(q: Tensor, dim: int) -> Tensor:
     """An output of `dim` numbers a row for q `[B, Hq, Tq, D]`, not filled yet: `[B, Hq, Tq, dim]`
     as always, with all heads of a token side by side in memory. Models go on with it so, and need
     no copy."""
@@ -26,14 +27,14 @@ class AttentionProblem:
     """Shapes: q `[B, Hq, Tq, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, Dv]`, sinks `[Hq]` (extra
     logits)."""
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
     spans: tuple[Span, ...]
     scale: float
     sliding_window: int | None = None
     softcap: float | None = None
-    sinks: torch.Tensor | None = None
+    sinks: Tensor | None = None
     positions: Positions | None = None  # q and k are not rotated, and are placed by these
 
     @property
@@ -81,10 +82,10 @@ def _fail(name: str, value: object, allowed: str) -> None:
     raise ValueError(f"{name}: got {value}, allowed: {allowed}")
 
 
-def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError for shapes, dtypes and devices that do not fit together."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
             _fail(
                 name,
                 tuple(getattr(tensor, "shape", ())) or type(tensor).__name__,
@@ -111,11 +112,11 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def _per_row(
-    name: str, value: torch.Tensor | int | list[int] | None, batch: int, default: int
+    name: str, value: Tensor | int | list[int] | None, batch: int, default: int
 ) -> list[int]:
     if value is None:
         return [default] * batch
-    values = value.tolist() if isinstance(value, torch.Tensor) else value
+    values = value.tolist() if isinstance(value, Tensor) else value
     values = [values] * batch if isinstance(values, int) else values
     if (
         not isinstance(values, (list, tuple))
@@ -127,10 +128,7 @@ def _per_row(
 
 
 def make_spans(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    key_start: torch.Tensor | None = None,
-    q_start: torch.Tensor | None = None,
+    q: Tensor, k: Tensor, key_start: Tensor | None = None, q_start: Tensor | None = None
 ) -> tuple[Span, ...]:
     """Spans of a batch whose row `b` has its first real key at `key_start[b]` and its first query
     at `q_start[b]`."""
@@ -152,7 +150,7 @@ def make_spans(
     return tuple(spans)
 
 
-def check_finite(name: str, x: torch.Tensor, spans: tuple[Span, ...], rows: bool) -> None:
+def check_finite(name: str, x: Tensor, spans: tuple[Span, ...], rows: bool) -> None:
     """Raise ValueError where a real row (of queries or keys) holds NaN or infinity. One pass over
     them when all is well."""
     dtype = torch.promote_types(x.dtype, torch.float32)

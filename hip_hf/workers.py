@@ -15,6 +15,7 @@ from math import prod
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 Item = TypeVar("Item")
 
@@ -34,9 +35,9 @@ class Scratch(threading.local):
     `take` of that name reuses."""
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], like: Like) -> torch.Tensor:
+    def take(self, name: str, shape: tuple[int, ...], like: Like) -> Tensor:
         """A buffer of `shape`, in dtype and device of `like`."""
         key, size = (name, like.dtype, like.device), prod(shape)
         buffer = self.buffers.get(key)
@@ -50,7 +51,7 @@ class Scratch(threading.local):
 scratch = Scratch()
 
 
-def widened(x: torch.Tensor) -> torch.Tensor:
+def widened(x: Tensor) -> Tensor:
     """Itself in fp32 or fp64; half precision as a buffer in fp32, since that is slow to
     exponentiate and too coarse to sum up."""
     if x.dtype in (torch.float32, torch.float64):

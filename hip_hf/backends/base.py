@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.keys_read import Count, blocks_of, of_blocks, share_of
 from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, mask_heads
@@ -29,11 +30,11 @@ class Piece:
     span: Span
     heads: slice
     blocks: list[QueryBlock]
-    ids: torch.Tensor | None
+    ids: Tensor | None
     block_k: int
     rows: int
 
-    def positions(self, head: int, share: int, i: int) -> torch.Tensor:
+    def positions(self, head: int, share: int, i: int) -> Tensor:
         """Of the keys that the query heads `share` of key head `head` read in query block `i`;
         relative to the span."""
         block = self.blocks[i]
@@ -52,13 +53,13 @@ class Executor(Protocol):
     """Computes one call of the sparse path into `out` `[B, Hq, Tq, Dv]` and, if given, `lse`
     `[B, Hq, Tq]`."""
 
-    out: torch.Tensor
+    out: Tensor
     pieces: (
         list[Piece] | None
     )  # put down what was read here, where gradients are wanted (`has_gradients`)
 
     @property
-    def lse(self) -> torch.Tensor | None:
+    def lse(self) -> Tensor | None:
         """As it was given; a new one where autograd is to know it."""
 
     @property
@@ -78,8 +79,8 @@ class Result:
     """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense,
     or not corrected as asked."""
 
-    out: torch.Tensor
-    lse: torch.Tensor | None
+    out: Tensor
+    lse: Tensor | None
     mask: BlockMask | None
     path: str
     reason: str
@@ -154,8 +155,8 @@ class BlockSparseCall:
         self,
         problem: AttentionProblem,
         config: HiPConfig,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
         mask: bool,
     ) -> None:
         self.problem, self.config, self.out, self.lse = problem, config, out, lse

@@ -27,6 +27,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows, pick
 from hip_hf.geometry import BlockMask, QueryBlock
@@ -68,7 +69,7 @@ class Clusters:
         self._summed = 0  # keys in `_sums`
         self._sums = self._zeros(heads, self.width)
 
-    def _zeros(self, heads: int, width: int) -> torch.Tensor:
+    def _zeros(self, heads: int, width: int) -> Tensor:
         return torch.zeros(heads, CLUSTERS, width, dtype=self.dtype, device=self.device)
 
     def writable(self) -> Clusters:
@@ -97,7 +98,7 @@ class Clusters:
                 sums, number = self._joined[..., :-1], self._joined[..., -1:]
                 self._centres = torch.where(number > 0, sums / number.clamp(min=1), self._centres)
 
-    def _join(self, keys: torch.Tensor) -> None:
+    def _join(self, keys: Tensor) -> None:
         distance = self._centres.square().sum(-1)[:, None] - 2 * keys @ self._centres.transpose(
             1, 2
         )
@@ -114,9 +115,7 @@ class Clusters:
         self._joined = self._joined + summed(ids, torch.cat([keys, ones], dim=-1), CLUSTERS)
         self.known = last
 
-    def left(
-        self, k: KeyRows, v: KeyRows, blocks: list[QueryBlock], chosen: Chosen
-    ) -> torch.Tensor:
+    def left(self, k: KeyRows, v: KeyRows, blocks: list[QueryBlock], chosen: Chosen) -> Tensor:
         """What query blocks, given in order of their positions, leave out: sums `[Hkv, S,
         len(blocks), CLUSTERS, width]` of the numbers of the keys between sink and window that are
         in none of the key blocks `chosen`."""
@@ -151,7 +150,7 @@ class Clusters:
         read = summed(block * CLUSTERS + ids, rows, shares * many * CLUSTERS)
         return sums[:, None] - read.view(heads, shares, many, CLUSTERS, -1)
 
-    def _numbers(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _numbers(self, k: Tensor, v: Tensor) -> Tensor:
         k, v = k.to(self.dtype), v.to(self.dtype)
         return torch.cat([k, k.square(), v, k.new_ones(*k.shape[:2], 1)], dim=-1)
 
@@ -161,8 +160,8 @@ class Chosen:
     """Key blocks that query blocks read between sink and window: ids int64 `[Hkv, S, blocks, n]`,
     of which `valid` count."""
 
-    ids: torch.Tensor
-    valid: torch.Tensor
+    ids: Tensor
+    valid: Tensor
     block_k: int
 
     @classmethod
@@ -177,7 +176,7 @@ class Chosen:
         return cls(torch.where(valid, indices, low), valid, mask.block_k)
 
 
-def summed(ids: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+def summed(ids: Tensor, rows: Tensor, count: int) -> Tensor:
     """Sums `[heads, count, width]` of the rows `[heads, n, width]` that have the same id; ids
     `[heads, n]`, or `[n]`."""
     ids = ids.expand(rows.shape[:2])
@@ -185,9 +184,7 @@ def summed(ids: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
     return out.scatter_add_(1, ids[..., None].expand_as(rows), rows)
 
 
-def estimate(
-    t: Tensors, block: QueryBlock, count: int, left: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def estimate(t: Tensors, block: QueryBlock, count: int, left: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of `count` neighbouring query blocks as long as `block`, their first, to what they
     leave out, `Clusters.left`: output `[Hkv, G, count * rows, Dv]` and log-sum-exp
     `[Hkv, G, count * rows]`, -inf where nothing is left out."""

@@ -29,6 +29,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.base import BlockSparseCall, Executor, Piece
 from hip_hf.backends.clusters import Chosen, Clusters, alike, estimate
@@ -92,8 +93,8 @@ class DeltaCall:
         attention: Callable[..., Executor],
         problem: AttentionProblem,
         config: HiPConfig,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
         mask: bool,
     ) -> None:
         """`attention`: the executor of the attention to correct; the others as every executor takes
@@ -132,7 +133,7 @@ class DeltaCall:
     def decoding(self) -> bool:
         return self.problem.q.shape[2] <= DECODE_ROWS
 
-    def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[Tensor, Tensor]:
         """Dense attention of a span's rows at the anchors `at`, `gamma` apart: output
         `[Hkv, G, n, Dv]` and log-sum-exp `[Hkv, G, n]`, in fp32 at least."""
         raise NotImplementedError
@@ -232,7 +233,7 @@ class DeltaCall:
         place: int,
         run: list[QueryBlock],
         enough: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp of the rows of some query blocks with the estimate of what they
         miss, in fp32 at least."""
         assert t.lse is not None
@@ -277,9 +278,9 @@ def with_the_rest(
 def _corrected(
     t: Tensors,
     rows: slice,
-    estimated: tuple[torch.Tensor, ...],
-    at: torch.Tensor,
-    dense: tuple[torch.Tensor, ...],
+    estimated: tuple[Tensor, ...],
+    at: Tensor,
+    dense: tuple[Tensor, ...],
     kept: Correction,
 ) -> Correction:
     """Write the rows `rows` of the span, output and log-sum-exp, corrected: of them, those at the
@@ -301,7 +302,7 @@ def _corrected(
     return replace(kept, out=latest[0], lse=latest[1], weight=weight)
 
 
-def fading(count: int, weight: float, like: torch.Tensor) -> tuple[torch.Tensor, float]:
+def fading(count: int, weight: float, like: Tensor) -> tuple[Tensor, float]:
     """How much the mean of before, of this weight, and `count` new differences weigh in the mean
     after none of them, after the first, and so on: `[count + 1, 1 + count]`, in dtype and device of
     `like`. And what the last mean weighs."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
+from torch import Tensor
 
 from hip_hf.backends.keys_read import Count, all_keys
 from hip_hf.geometry import Span, keys_seen
@@ -28,8 +28,8 @@ class HyperCall:
         self,
         problem: AttentionProblem,
         config: HiPConfig,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
         mask: bool,
     ) -> None:
         self.problem, self.config, self.out, self.lse = problem, config, out, lse

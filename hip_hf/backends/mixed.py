@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.keys_read import Count, all_keys, total
 from hip_hf.geometry import DECODE_ROWS, BlockMask, Span
@@ -81,7 +82,7 @@ def _cut(
 
 def merged(
     problem: AttentionProblem, parts: Sequence[Part], results: Sequence[Result]
-) -> tuple[torch.Tensor, torch.Tensor | None, BlockMask | None, Count]:
+) -> tuple[Tensor, Tensor | None, BlockMask | None, Count]:
     """Output, log-sum-exp, mask and count of keys read of the whole call. Sequences of other parts
     are zero in each output."""
     rows = [slice(part.first, part.first + part.problem.q.shape[2]) for part in parts]

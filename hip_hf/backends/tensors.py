@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows, PagedKeys, rows_of
 from hip_hf.geometry import Span
@@ -18,29 +19,27 @@ class Tensors:
     `[Hkv, G, rows, Dv]`, lse `[Hkv, G, rows]` or None, sinks `[Hkv, G]` or None. Rows of k and v
     are contiguous, or in pages."""
 
-    q: torch.Tensor
+    q: Tensor
     k: KeyRows
     v: KeyRows
-    out: torch.Tensor
-    lse: torch.Tensor | None
+    out: Tensor
+    lse: Tensor | None
     scale: float
     sliding_window: int | None
     softcap: float | None
-    sinks: torch.Tensor | None
+    sinks: Tensor | None
     positions: Positions | None = None  # q and k are not rotated: here is where they go
 
 
-def tensors_of(
-    problem: AttentionProblem, span: Span, out: torch.Tensor, lse: torch.Tensor | None
-) -> Tensors:
+def tensors_of(problem: AttentionProblem, span: Span, out: Tensor, lse: Tensor | None) -> Tensors:
     """The part of the problem's tensors that is the span, heads grouped by key head."""
     rows = slice(span.row_start, span.row_end)
     heads = problem.k.shape[1]
 
-    def grouped(x: torch.Tensor) -> torch.Tensor:
+    def grouped(x: Tensor) -> Tensor:
         return x[span.batch].unflatten(0, (heads, problem.groups))[:, :, rows]
 
-    def keys_in_sight(x: torch.Tensor) -> KeyRows:
+    def keys_in_sight(x: Tensor) -> KeyRows:
         """Without padding, one key after the other in memory."""
         keys = rows_of(x, span.batch, span.key_start, span.key_start + span.end)
         if isinstance(keys, PagedKeys):
@@ -66,9 +65,7 @@ def tensors_of(
     )
 
 
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor
-) -> torch.Tensor:
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
     """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`. The
     merged log-sum-exp. Weights add up to 1 also where logits are so large that a log-sum-exp cannot
     tell how many there are."""

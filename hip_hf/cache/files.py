@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import BlockTable, Store
 
@@ -23,7 +24,7 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", t
 TOKENS_AT_ONCE = 4096
 
 
-def paged_parts(store: Store, tables: Sequence[BlockTable], length: int) -> Iterator[torch.Tensor]:
+def paged_parts(store: Store, tables: Sequence[BlockTable], length: int) -> Iterator[Tensor]:
     """The first `length` tokens of the sequences in `tables`, in the order of a contiguous
     `[B, Hkv, T, D]`, a bounded part at a time."""
     for table in tables:
@@ -35,7 +36,7 @@ def paged_parts(store: Store, tables: Sequence[BlockTable], length: int) -> Iter
                 )  # of an offloaded store past its pool
 
 
-Parts = tuple[torch.Size, torch.dtype, Iterable[torch.Tensor]]
+Parts = tuple[torch.Size, torch.dtype, Iterable[Tensor]]
 
 
 def write(path: Path, facts: dict[str, Any], tensors: dict[str, Parts]) -> None:

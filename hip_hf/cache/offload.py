@@ -18,6 +18,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import BlockTable, Store
 
@@ -65,7 +66,7 @@ class DevicePool:
             )  # when it was last asked for
             self.slot = torch.full((store.heads, 0), -1, device="cpu")  # of each page
 
-    def slots(self, head: int, pages: torch.Tensor, reader: str | None) -> torch.Tensor:
+    def slots(self, head: int, pages: Tensor, reader: str | None) -> Tensor:
         """Where the (distinct) pages lie in the pool, fetched if they did not. `reader`: who asks
         for them; None: they are brought for attention before it asks. Raises ValueError for more
         than the pool holds."""
@@ -121,7 +122,7 @@ class PooledHeadRows:
         self.rows = pool.rows[head].unflatten(0, (-1, size)).flatten(1)
         self.width = self.rows.shape[1]
 
-    def take(self, index: torch.Tensor, out: torch.Tensor) -> None:
+    def take(self, index: Tensor, out: Tensor) -> None:
         """The rows at `index` into `out`."""
         pages, which = (index // self.each).cpu().unique(return_inverse=True)
         if (
@@ -190,7 +191,7 @@ class OffloadedStore(Store):
         other.__dict__.update(vars(self), reader="search")
         return other
 
-    def make_arena(self, pages: int) -> torch.Tensor:
+    def make_arena(self, pages: int) -> Tensor:
         shape = (self.heads, pages * self.page, self.dim)
         with torch.inference_mode(False):
             if self.where == "cpu":
@@ -208,7 +209,7 @@ class OffloadedStore(Store):
                     shape
                 )
 
-    def write(self, table: BlockTable, first: int, x: torch.Tensor) -> None:
+    def write(self, table: BlockTable, first: int, x: Tensor) -> None:
         super().write(table, first, x)
         self.pool.traffic["attention"].written += x.numel() * x.element_size()
         page, last = self.page, first + x.shape[1]
@@ -233,7 +234,7 @@ class OffloadedStore(Store):
                 self.pool.held[head, slot] = self.pool.slot[head, to] = -1
                 self.pool.used[head, slot] = 0
 
-    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
+    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> Tensor:
         pages = table.tensor(torch.device("cpu"))[first // self.page : -(-last // self.page)]
         if len(pages) > self.pool.pages:
             whole = super().read(heads, table, first, last)
@@ -255,9 +256,7 @@ class OffloadedStore(Store):
         return [PooledHeadRows(self.pool, head, size, self.reader) for head in some]
 
 
-def refilled(
-    sizes: tuple[Any, ...], bounds: list[int], arenas: list[torch.Tensor]
-) -> OffloadedStore:
+def refilled(sizes: tuple[Any, ...], bounds: list[int], arenas: list[Tensor]) -> OffloadedStore:
     """A store of these sizes with copies of these arenas `[Hkv, tokens, D]`."""
     store = OffloadedStore(*sizes)
     store.bounds = list(bounds)

@@ -7,7 +7,7 @@ import heapq
 from collections import Counter
 from itertools import islice
 
-import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import BlockTable, Store
 
@@ -101,9 +101,7 @@ class PagePool:
             self.release(table.pages[kept:])
             table.set(table.pages[:kept])
 
-    def append(
-        self, tables: list[BlockTable], length: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def append(self, tables: list[BlockTable], length: int, keys: Tensor, values: Tensor) -> None:
         """Append `[B, Hkv, n, D]` to sequences of `length` tokens each, in place. Raises
         MemoryError if there is no memory for more pages; nothing has changed."""
         more = keys.shape[2]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hip_hf.registry import declare, declared
 from hip_hf.shown import shown
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 class Bound:
     """A selection rule bound to the queries and keys of one span."""
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         """Sorted indices int64 `[heads, S, len(blocks), budget]` of the key blocks that each query
         block reads.
 
@@ -45,8 +46,8 @@ class Bound:
         return self
 
     def resume(
-        self, heads: slice, blocks: list[QueryBlock], kept: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:  # fmt: skip
+        self, heads: slice, blocks: list[QueryBlock], kept: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:  # fmt: skip
         """What every stage of the search keeps, given what the first `len(kept)` of them kept. Only
         a rule whose method lets `decode_refresh` be a list (`Method.check`) is asked for it."""
         raise NotImplementedError
@@ -55,9 +56,7 @@ class Bound:
 class BoundByNeed(Bound):
     """A rule that weighs how much each row attends to what it always reads."""
 
-    def select(
-        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock], near: Tensor | None = None) -> Tensor:
         """As `Bound.select` says."""
         raise NotImplementedError
 
@@ -89,7 +88,7 @@ class Selector:
         return None
 
     def bind(
-        self, q: torch.Tensor, keys: torch.Tensor, pyramid: Summaries | None, scale: float, softcap: float | None
+        self, q: Tensor, keys: Tensor, pyramid: Summaries | None, scale: float, softcap: float | None
     ) -> Bound:  # fmt: skip
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query
         block's middle."""

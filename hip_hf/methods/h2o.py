@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.geometry import DECODE_ROWS, QueryBlock, Span, query_blocks
 from hip_hf.methods import base
@@ -43,8 +44,8 @@ class History:
         self.block_k = block_k
         self.blocks = self.joined = 0
         self.shared = False
-        self.mass: torch.Tensor | None = None
-        self.kept: torch.Tensor | None = None
+        self.mass: Tensor | None = None
+        self.kept: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +62,7 @@ class History:
         """Itself, or a copy where several batch rows refer to it: every selection changes it."""
         return self.copy() if self.shared else self
 
-    def extend(self, keys: torch.Tensor, blocks: int) -> None:
+    def extend(self, keys: Tensor, blocks: int) -> None:
         self.blocks = max(self.blocks, blocks)
 
     def truncate(self, blocks: int) -> None:
@@ -85,7 +86,7 @@ class Selector(base.Selector):
         return History(self.config.block_k)
 
     def bind(
-        self, q: torch.Tensor, keys: torch.Tensor, pyramid: Summaries | None, scale: float, softcap: float | None
+        self, q: Tensor, keys: Tensor, pyramid: Summaries | None, scale: float, softcap: float | None
     ) -> HeavyHitters:  # fmt: skip
         assert isinstance(pyramid, History)
         return HeavyHitters(self.config, q, keys, pyramid, scale, softcap)
@@ -95,14 +96,14 @@ class HeavyHitters(base.Bound):
     def __init__(
         self,
         config: HiPConfig,
-        q: torch.Tensor,
-        keys: torch.Tensor,
+        q: Tensor,
+        keys: Tensor,
         history: History,
         scale: float,
         softcap: float | None,
     ) -> None:
         self.config, self.q, self.keys, self.scale, self.softcap = config, q, keys, scale, softcap
-        self.chosen: dict[int, torch.Tensor] = {}  # by the query block's first position
+        self.chosen: dict[int, Tensor] = {}  # by the query block's first position
         (heads, groups, rows, _), tokens = q.shape, keys.shape[1]
         self.shares = 1 if config.group_shared else groups
         size = -(-tokens // config.block_k)
@@ -121,13 +122,13 @@ class HeavyHitters(base.Bound):
             size,
         )  # of every key: whichever are cropped have had their part in it
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         return torch.stack([self.chosen[block.first][heads] for block in blocks], dim=2)
 
-    def _range(self, low: int, high: int) -> torch.Tensor:
+    def _range(self, low: int, high: int) -> Tensor:
         return torch.arange(low, high, device=self.q.device).expand(len(self.keys), self.shares, -1)
 
-    def _keep(self, history: History, mass: torch.Tensor, block: QueryBlock) -> torch.Tensor:
+    def _keep(self, history: History, mass: Tensor, block: QueryBlock) -> Tensor:
         """The blocks that stay when the window moves on to where this query block has it,
         sorted."""
         if (
@@ -146,7 +147,7 @@ class HeavyHitters(base.Bound):
             .values
         )
 
-    def _accumulate(self, mass: torch.Tensor, block: QueryBlock, kept: torch.Tensor) -> None:
+    def _accumulate(self, mass: Tensor, block: QueryBlock, kept: Tensor) -> None:
         """Add the attention of the query block's voting rows to the mass of what they read."""
         size, device, dtype = (
             self.config.block_k,

@@ -30,6 +30,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows, block_index, head_rows_of
 from hip_hf.geometry import QueryBlock
@@ -166,7 +167,7 @@ class Selector(base.Selector):
         return 2 * products, walked + looked + sampled * dim
 
     def bind(
-        self, q: torch.Tensor, keys: KeyRows, pyramid: Summaries | None, scale: float, softcap: float | None
+        self, q: Tensor, keys: KeyRows, pyramid: Summaries | None, scale: float, softcap: float | None
     ) -> TreeSearch:  # fmt: skip
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every block
         searched."""
@@ -178,7 +179,7 @@ class Selector(base.Selector):
 class TreeSearch(base.BoundByNeed):
     config: HiPConfig
     representative: Representative
-    q: torch.Tensor
+    q: Tensor
     keys: KeyRows
     pyramid: Pyramid
     scale: float
@@ -190,9 +191,7 @@ class TreeSearch(base.BoundByNeed):
         `n` keys farther away."""
         return replace(self, positions=positions)
 
-    def select(
-        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock], near: Tensor | None = None) -> Tensor:
         """Sorted block indices `[heads, S, len(blocks), budget / block_k]`; `S` is 1 for a shared
         mask, else G.
 
@@ -219,13 +218,8 @@ class TreeSearch(base.BoundByNeed):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _votes(
-        self,
-        heads: slice,
-        blocks: list[QueryBlock],
-        near: torch.Tensor | None,
-        level: int,
-        whole: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        self, heads: slice, blocks: list[QueryBlock], near: Tensor | None, level: int, whole: bool
+    ) -> tuple[Tensor, Tensor | None, int]:
         """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, the log-sum-exp
         of what each always reads, and how many of them, the first, walk the tree. The need is
         estimated from a key of each chunk of `2 ** level` keys; `whole`: there is no tree to walk,
@@ -260,16 +254,14 @@ class TreeSearch(base.BoundByNeed):
             walking,
         )
 
-    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
+    def _grouped(self, x: Tensor) -> Tensor:
         """`[heads, G, P, R, n]` -> `[heads, S * P, rows of all heads that share a mask, n]`, by
         position."""
         if self.config.group_shared:
             return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
         return x.flatten(1, 2).contiguous()
 
-    def _highest(
-        self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int
-    ) -> torch.Tensor:
+    def _highest(self, heads: slice, blocks: list[QueryBlock], q: Tensor, level: int) -> Tensor:
         """Largest logit `[heads, S * P, R]` of scaled queries `[heads, S * P, R, D]` for the
         sampled keys of each middle."""
         spans = [sampled_chunks(self.config, block.low, block.high, level) for block in blocks]
@@ -288,10 +280,10 @@ class TreeSearch(base.BoundByNeed):
         heads: slice,
         blocks: list[QueryBlock],
         level: int,
-        q: torch.Tensor,
-        near: torch.Tensor | None,
+        q: Tensor,
+        near: Tensor | None,
         walking: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """`q`, `near` and `walking` as `_votes` gives them."""
         config, device = self.config, self.q.device
         features = self.representative.features(q[:, :, :walking])
@@ -336,8 +328,8 @@ class TreeSearch(base.BoundByNeed):
         return ids.unflatten(1, (shares, len(blocks)))
 
     def _whole(
-        self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, near: torch.Tensor | None
-    ) -> torch.Tensor:
+        self, heads: slice, blocks: list[QueryBlock], q: Tensor, near: Tensor | None
+    ) -> Tensor:
         """As `_search`, of middles that are looked at whole: their keys are read as they lie."""
         config, size, device = self.config, self.config.block_k, self.q.device
         first, end = min(block.low for block in blocks), max(block.high for block in blocks)
@@ -362,9 +354,7 @@ class TreeSearch(base.BoundByNeed):
         )  # there are more in every middle
         return chosen.sort(dim=-1).values.unflatten(1, (-1, len(blocks)))
 
-    def _gather(
-        self, heads: slice, level: int, ids: torch.Tensor, end: torch.Tensor
-    ) -> torch.Tensor:
+    def _gather(self, heads: slice, level: int, ids: Tensor, end: Tensor) -> Tensor:
         """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`; `end` `[P]`: the
         chunk after the last one."""
         table = self.pyramid.levels[level][heads]
@@ -377,9 +367,7 @@ class TreeSearch(base.BoundByNeed):
         turned = scratch.take("turned", out.shape, out)
         return self.representative.turned(out, cos, sin, self.q.shape[-1], turned)
 
-    def _angles(
-        self, ids: torch.Tensor, end: torch.Tensor, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _angles(self, ids: Tensor, end: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[heads, P, M, R / 2]` by which chunks are turned back: a position for
         each chunk up to the window."""
         assert self.positions is not None
@@ -391,12 +379,12 @@ class TreeSearch(base.BoundByNeed):
         self,
         heads: slice,
         level: int,
-        features: torch.Tensor,
-        ids: torch.Tensor,
-        end: torch.Tensor,
-        invalid: torch.Tensor,
-        near: torch.Tensor | None,
-    ) -> torch.Tensor:
+        features: Tensor,
+        ids: Tensor,
+        end: Tensor,
+        invalid: Tensor,
+        near: Tensor | None,
+    ) -> Tensor:
         """Scores `[heads, P, M]` of the chunks `ids` that each of P query blocks has for itself;
         features `[heads, P, R, F]`.
 
@@ -420,17 +408,15 @@ class TreeSearch(base.BoundByNeed):
                 self._logits(features[lane, part].flatten(0, 1), summaries.flatten(0, 1), out=into)
         return self._aggregate(logits, invalid, near, level)
 
-    def _logits(
-        self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _logits(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits `[N, rows, M]` of features `[N, rows, F]` and summaries `[N, M, F]`."""
         if out is None:
             out = scratch.take("logits", (len(a), a.shape[1], b.shape[1]), a)
         return torch.bmm(a, b.transpose(1, 2), out=out)
 
     def _aggregate(
-        self, logits: torch.Tensor, invalid: torch.Tensor, near: torch.Tensor | None, level: int
-    ) -> torch.Tensor:
+        self, logits: Tensor, invalid: Tensor, near: Tensor | None, level: int
+    ) -> Tensor:
         if near is not None:
             # a chunk's logit stands for each of its keys: what is read anyway counts as so many
             # chunks
@@ -438,13 +424,8 @@ class TreeSearch(base.BoundByNeed):
         return aggregate(logits, self.config.score, self.softcap, invalid, near)
 
     def _exact(
-        self,
-        heads: slice,
-        q: torch.Tensor,
-        ids: torch.Tensor,
-        high: torch.Tensor,
-        near: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, heads: slice, q: Tensor, ids: Tensor, high: Tensor, near: Tensor | None
+    ) -> Tensor:
         """Scores of key blocks `ids` `[heads, P, M]` by all their keys; `high` `[P]`: the block
         that the window begins with."""
         keys, size = self.keys[heads], self.config.block_k
@@ -483,7 +464,7 @@ class TreeSearch(base.BoundByNeed):
             )
         return scores
 
-    def _turned(self, keys: torch.Tensor, ids: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    def _turned(self, keys: Tensor, ids: Tensor, high: Tensor) -> Tensor:
         """Keys `[heads, M * block_k, D]` of the blocks `ids` `[heads, M]`, as a query block whose
         window begins with block `high` sees them."""
         if self.positions is None:

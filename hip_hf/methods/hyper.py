@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.methods import base
 from hip_hf.shown import shown
@@ -142,7 +143,7 @@ class Tiling:
     rows: int
     size: int
     samples: int
-    starts: torch.Tensor  # int64, one for each query block
+    starts: Tensor  # int64, one for each query block
 
 
 def tile(square: Square, options: Options, device: torch.device) -> Tiling:
@@ -163,14 +164,14 @@ def tile(square: Square, options: Options, device: torch.device) -> Tiling:
     return Tiling(rows, size, samples, starts)
 
 
-def projections(options: Options, dim: int, seed: int, device: torch.device) -> torch.Tensor:
+def projections(options: Options, dim: int, seed: int, device: torch.device) -> Tensor:
     """Random directions `[dim, lsh_num_projs]`, fp32; the same for all heads and for queries and
     keys."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(dim, options.lsh_num_projs, generator=generator, device="cpu").to(device)
 
 
-def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+def hashes(x: Tensor, directions: Tensor) -> Tensor:
     """Angular hash of vectors `[..., D]`: int64 `[...]`, the rank of their signs in Gray code, so
     that buckets next to each other differ in one sign."""
     signs = (x.float() @ directions > 0).long()
@@ -180,7 +181,7 @@ def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     return code
 
 
-def sampled_ranks(square: Square, samples: int, seed: int, device: torch.device) -> torch.Tensor:
+def sampled_ranks(square: Square, samples: int, seed: int, device: torch.device) -> Tensor:
     """Ranks of the sampled keys in the sorted order, int64 `[samples]`: each key once at most, its
     own draw for every square, the same whatever else is in the batch. All heads share it, so that a
     process which holds some of them draws the same; each head has an order of its own, so they

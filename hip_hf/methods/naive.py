@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
 Vote: TypeAlias = tuple[
-    torch.Tensor, float | None
+    Tensor, float | None
 ]  # the row `[D]`, and its log-sum-exp over sink and window
 Chunk: TypeAlias = tuple[
     int, int
@@ -46,7 +47,7 @@ class Search:
     """
 
     config: HiPConfig
-    keys: torch.Tensor
+    keys: Tensor
     votes: list[Vote]
     low: int
     high: int
@@ -110,7 +111,7 @@ class Search:
         logit = product * self.scale
         return logit if self.softcap is None else self.softcap * math.tanh(logit / self.softcap)
 
-    def logit(self, row: torch.Tensor, chunk: Chunk) -> float:
+    def logit(self, row: Tensor, chunk: Chunk) -> float:
         """What a row makes of a chunk, through what stands for the chunk."""
         level, index = chunk
         inside = self.keys[index * self.size(level) : (index + 1) * self.size(level)]

@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows, pick
 from hip_hf.methods.ranking import squash
@@ -79,9 +80,7 @@ def sample_level(config: HiPConfig, low: int, high: int, most: int) -> int:
         level += 1
 
 
-def sampled_keys(
-    keys: KeyRows, first: int, end: int, level: int, dtype: torch.dtype
-) -> torch.Tensor:
+def sampled_keys(keys: KeyRows, first: int, end: int, level: int, dtype: torch.dtype) -> Tensor:
     """A key of each chunk `first` to `end - 1` of `2 ** level` keys: `[heads, end - first, D]` of
     keys `[heads, T, D]`.
 
@@ -92,7 +91,7 @@ def sampled_keys(
     return pick(keys, at.expand(keys.shape[0], -1), 1).to(dtype)
 
 
-def highest(q: torch.Tensor, keys: torch.Tensor, softcap: float | None) -> torch.Tensor:
+def highest(q: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
     """Largest logit `[heads, R]`, fp32 at least, of scaled queries `[heads, R, D]` for keys
     `[heads, n, D]`."""
     logits = torch.bmm(

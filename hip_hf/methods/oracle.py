@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
@@ -28,12 +29,7 @@ class Selector(base.Selector):
         return block.rows * (block.last + 1) * 2 * dim, (block.last + 1) * dim
 
     def bind(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        pyramid: object,
-        scale: float,
-        softcap: float | None,
+        self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> Exhaustive:
         return Exhaustive(self.config, q, keys, scale, softcap)
 
@@ -41,12 +37,12 @@ class Selector(base.Selector):
 @dataclass(frozen=True)
 class Exhaustive(base.Bound):
     config: HiPConfig
-    q: torch.Tensor
-    keys: torch.Tensor
+    q: Tensor
+    keys: Tensor
     scale: float
     softcap: float | None
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         config, parts = self.config, []
         dtype = torch.promote_types(self.q.dtype, torch.float32)
         for block in blocks:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.geometry import QueryBlock
 from hip_hf.workers import widened
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _LOW_BITS = NO_CHUNK = 0xFFFFFFFF
 
 
-def squash(logits: torch.Tensor, softcap: float | None) -> None:
+def squash(logits: Tensor, softcap: float | None) -> None:
     """`softcap * tanh(logits / softcap)`, in place; None: nothing."""
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
@@ -33,7 +34,7 @@ def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
     )
 
 
-def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
+def best(scores: Tensor, ids: Tensor, count: int) -> Tensor:
     """The `count` ids with the highest scores, in no order. Ties go to the lower id; NaN counts as
     lowest.
 
@@ -50,13 +51,13 @@ def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def aggregate(
-    logits: torch.Tensor,
+    logits: Tensor,
     score: str,
     softcap: float | None,
-    invalid: torch.Tensor | None,
-    near: torch.Tensor | None = None,
+    invalid: Tensor | None,
+    near: Tensor | None = None,
     size: int = 1,
-) -> torch.Tensor:
+) -> Tensor:
     """Logits `[..., R, M]` of the voting rows -> one score per candidate, of `size` logits each,
     `[..., M / size]`; overwrites `logits`.
 
@@ -92,7 +93,7 @@ def aggregate(
     return scores
 
 
-def read_on(scores: torch.Tensor, ids: torch.Tensor, share: float) -> None:
+def read_on(scores: Tensor, ids: Tensor, share: float) -> None:
     """Add to the score of each block a share of that of the block before it, if that is there; both
     `[..., M]`, ids sorted.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hip_hf.methods import base
 from hip_hf.methods.columns import Columns, ColumnSelector, block_sums, probe
@@ -35,25 +36,20 @@ class Options:
 class Selector(ColumnSelector):
     """The columns with the most sampled mass."""
 
-    def looked_at(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
+    def looked_at(self, rows: int, device: torch.device | None = None) -> Tensor:
         share = self.config.method_options().rows
         stride = rows if share * rows <= 1 else round(1 / share)
         return torch.arange((rows - 1) % stride, rows, stride, device=device)
 
     def bind(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        pyramid: object,
-        scale: float,
-        softcap: float | None,
+        self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> Columns:
         shares = 1 if self.config.group_shared else q.shape[1]
         columns = torch.zeros(
             len(keys), shares, keys.shape[1], dtype=torch.float32, device=q.device
         )
 
-        def take(head: int, rows: torch.Tensor, attention: torch.Tensor) -> None:
+        def take(head: int, rows: Tensor, attention: Tensor) -> None:
             columns[head, :, : attention.shape[-1]] += (
                 attention.sum(1).unflatten(0, (shares, -1)).sum(1)
             )

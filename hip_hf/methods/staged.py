@@ -24,6 +24,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
@@ -171,12 +172,7 @@ class Selector(base.Selector):
         return products * 2 * dim, loads * dim
 
     def bind(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        pyramid: object,
-        scale: float,
-        softcap: float | None,
+        self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> StagedSearch:
         return StagedSearch(
             self.config, self.stages, self.options.halvings, q, keys, scale, softcap
@@ -188,8 +184,8 @@ class StagedSearch(base.Bound):
     config: HiPConfig
     stages: list[Stage]
     halvings: int | None
-    q: torch.Tensor
-    keys: torch.Tensor
+    q: Tensor
+    keys: Tensor
     scale: float
     softcap: float | None
     positions: Positions | None = None  # chunk-indexed, where the context is extended
@@ -199,7 +195,7 @@ class StagedSearch(base.Bound):
         `n` keys farther away, all of its keys alike."""
         return replace(self, positions=positions)
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         """Sorted block indices `[heads, S, len(blocks), budget / block_k]`."""
         parts = []
         first = lambda block: first_stage(self.stages, self.config.block_k, block.low, block.high)  # noqa: E731
@@ -210,8 +206,8 @@ class StagedSearch(base.Bound):
         )  # the last stage is never left out
 
     def resume(
-        self, heads: slice, blocks: list[QueryBlock], kept: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:  # fmt: skip
+        self, heads: slice, blocks: list[QueryBlock], kept: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:  # fmt: skip
         """What every stage keeps, chunk indices `[heads, S, len(blocks), keep / chunk]` (None: left
         out), given what the first `len(kept)` of them have kept before. The blocks have as many
         rows and begin with the same stage."""
@@ -257,13 +253,13 @@ class StagedSearch(base.Bound):
 
     def _cut(
         self,
-        kept: torch.Tensor,
+        kept: Tensor,
         ratio: int,
-        first: torch.Tensor,
-        end: torch.Tensor,
-        was_first: torch.Tensor,
-        was_end: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        first: Tensor,
+        end: Tensor,
+        was_first: Tensor,
+        was_end: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """The parts of the kept chunks, and the chunks at the edges that no larger one covered; and
         which do not exist."""
         parts = (kept[..., None] * ratio + torch.arange(ratio, device=kept.device)).flatten(-2)
@@ -278,7 +274,7 @@ class StagedSearch(base.Bound):
         )
         return ids, missing
 
-    def _rows(self, heads: slice, blocks: list[QueryBlock], stride: int) -> torch.Tensor:
+    def _rows(self, heads: slice, blocks: list[QueryBlock], stride: int) -> Tensor:
         """Voting queries `[heads, S * len(blocks), R, D]`, scaled."""
         index = [list(range(b.row + (b.rows - 1) % stride, b.row + b.rows, stride)) for b in blocks]
         q = (
@@ -294,10 +290,10 @@ class StagedSearch(base.Bound):
         heads: slice,
         blocks: list[QueryBlock],
         stage: Stage,
-        ids: torch.Tensor,
-        missing: torch.Tensor,
-        end: torch.Tensor,
-    ) -> torch.Tensor:
+        ids: Tensor,
+        missing: Tensor,
+        end: Tensor,
+    ) -> Tensor:
         """Scores `[heads, P, M]` of chunks by the best key that the descent meets; `end` `[P]`: the
         chunk after the last one."""
         q, size = self._rows(heads, blocks, stage.query_stride), stage.chunk
@@ -324,12 +320,8 @@ class StagedSearch(base.Bound):
         return aggregate(seen, self.config.score, self.softcap, missing)
 
     def _logits(
-        self,
-        heads: slice,
-        q: torch.Tensor,
-        position: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
+        self, heads: slice, q: Tensor, position: Tensor, angles: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """Logits `[heads, P, R, n]` of the voting rows for the keys at `position` `[heads, P, n]`,
         one or two of each chunk; `angles` `[heads, P, M, R / 2]`: by which each chunk's keys are
         turned back."""

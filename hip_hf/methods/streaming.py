@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
@@ -48,12 +49,7 @@ class Selector(base.Selector):
         return 0, 0
 
     def bind(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        pyramid: object,
-        scale: float,
-        softcap: float | None,
+        self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> Latest:
         return Latest(1 if self.config.group_shared else q.shape[1], self.budget, q.device)
 
@@ -66,7 +62,7 @@ class Latest(base.Bound):
     budget: int
     device: torch.device
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         high = torch.tensor([[block.high] for block in blocks], device=self.device)
         ids = high - torch.arange(self.budget, 0, -1, device=self.device)
         return ids.expand(heads.stop - heads.start, self.shares, -1, -1)

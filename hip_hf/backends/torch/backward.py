@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hip_hf.backends.base import Piece
@@ -23,10 +24,10 @@ from hip_hf.workers import run
 def traced(
     problem: AttentionProblem,
     compute: Callable[[], None],
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
     pieces: list[Piece] | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Run `compute`, which fills out `[B, Hq, Tq, Dv]`, lse `[B, Hq, Tq]` and `pieces`; give out
     and lse as autograd is to know them. `pieces` None: nobody asks for gradients."""
     if pieces is None:
@@ -37,23 +38,23 @@ def traced(
     )
 
 
-Gradient = torch.Tensor | None  # None: it is zero, or not asked for
+Gradient = Tensor | None  # None: it is zero, or not asked for
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sinks: torch.Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
         problem: AttentionProblem,
         compute: Callable[[], None],
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        out: Tensor,
+        lse: Tensor,
         pieces: list[Piece],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         compute()
         # as the workers finished: sums must not depend on that
         pieces.sort(
@@ -96,10 +97,10 @@ class Gradients:
     def __init__(
         self,
         problem: AttentionProblem,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        grad_out: torch.Tensor,
-        grad_lse: torch.Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
     ) -> None:
         self.problem, self.lse, self.grad_out = problem, lse, grad_out
         # the softmax's gradient subtracts from each weight's gradient their mean under the weights
@@ -110,7 +111,7 @@ class Gradients:
             torch.zeros_like(x, dtype=lse.dtype) for x in (problem.q, problem.k, problem.v)
         )
 
-    def sinks(self) -> torch.Tensor:
+    def sinks(self) -> Tensor:
         """Gradient of the sink logits `[Hq]`: each has a weight, and a value of zero."""
         assert self.problem.sinks is not None
         total = torch.zeros_like(self.problem.sinks, dtype=self.lse.dtype)
@@ -136,7 +137,7 @@ class Gradients:
                     self._add(piece, block, head, heads, piece.positions(head, share, i))
 
     def _add(
-        self, piece: Piece, block: QueryBlock, head: int, heads: slice, positions: torch.Tensor
+        self, piece: Piece, block: QueryBlock, head: int, heads: slice, positions: Tensor
     ) -> None:
         """One query block: `heads` are its query heads, `positions` the keys they read, each
         once."""

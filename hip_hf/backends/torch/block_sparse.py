@@ -11,6 +11,7 @@ from __future__ import annotations
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
 from hip_hf.cache.pages import KeyRows, PagedKeys, block_index, head_rows_of
@@ -39,8 +40,8 @@ def store_rows(
     heads: slice,
     group: slice,
     blocks: list[QueryBlock],
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
 ) -> None:
     """Write out `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` of query blocks that
     follow one another."""
@@ -69,7 +70,7 @@ class Logits:
         heads: slice,
         group: slice,
         blocks: list[QueryBlock],
-        ids: torch.Tensor | None,
+        ids: Tensor | None,
         block_k: int,
         near: bool = True,
         reserved: int = 0,
@@ -110,7 +111,7 @@ class Logits:
                 _positions(block, ids[:, i], block_k, near) for i, block in enumerate(blocks)
             ]
 
-    def fill(self, i: int, logits: torch.Tensor) -> None:
+    def fill(self, i: int, logits: Tensor) -> None:
         """Logits `[heads, G * rows, keys]` of the `i`-th query block: capped, what a row may not
         see masked."""
         t, block, n = self.t, self.blocks[i], self.blocks[0].rows
@@ -133,7 +134,7 @@ class Logits:
             assert t.sliding_window is not None
             _mask_sliding(by_row, self.at[i], block.first, t.sliding_window)
 
-    def by_rows(self, x: torch.Tensor) -> torch.Tensor:
+    def by_rows(self, x: Tensor) -> Tensor:
         """`[len(blocks), heads, G * rows, ...]` -> `[heads, G, len(blocks) * rows, ...]`."""
         return x.unflatten(2, (self.groups, -1)).transpose(0, 1).transpose(1, 2).flatten(2, 3)
 
@@ -151,7 +152,7 @@ def in_parts(t: Tensors, blocks: list[QueryBlock]) -> list[slice]:
 
 def near_logits(
     t: Tensors, heads: slice, blocks: list[QueryBlock], block_k: int, reserved: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Logits `[len(blocks), heads, G * rows, sink + window]` of query blocks that are `alike` for
     what they always read, and the log-sum-exp `[heads, G, len(blocks) * rows]` of each row, in fp32
     at least. `reserved`: see `Logits`."""
@@ -170,12 +171,12 @@ def partial(
     heads: slice,
     group: slice,
     blocks: list[QueryBlock],
-    ids: torch.Tensor | None,
+    ids: Tensor | None,
     block_k: int,
     need_lse: bool,
     near: bool = True,
-    known: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    known: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of query blocks that are `alike` over a part of what they read: the key blocks
     `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and window. Output
     `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` (without attention sinks), in the
@@ -188,7 +189,7 @@ def partial(
     outputs = scratch.take("out", (of.count, of.lanes, of.rows, v.shape[-1]), of.like)
     logits = scratch.take("logits", (of.lanes, of.rows, sink + of.picked + window), of.like)
     selected = logits if known is None else logits[..., sink : sink + of.picked]
-    lses: list[torch.Tensor] = []
+    lses: list[Tensor] = []
     for i in range(of.count):
         values.fill(i, of.chosen[i])
         if values.all.dtype != v_all.dtype:
@@ -209,9 +210,9 @@ def attend(
     heads: slice,
     group: slice,
     blocks: list[QueryBlock],
-    ids: torch.Tensor,
+    ids: Tensor,
     block_k: int,
-    known: torch.Tensor | None = None,
+    known: Tensor | None = None,
 ) -> None:
     """Sparse attention of query blocks, for the key heads `heads` and the query heads `group` of
     each.
@@ -235,9 +236,7 @@ def attend(
         at += len(run)
 
 
-def weigh_values(
-    logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor, need_lse: bool
-) -> torch.Tensor | None:
+def weigh_values(logits: Tensor, v: Tensor, out: Tensor, need_lse: bool) -> Tensor | None:
     """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`, into
     `out` `[N, rows, Dv]`. Returns their log-sum-exp `[N, rows]` (fp32 at least) if it is wanted."""
     if not need_lse:
@@ -252,7 +251,7 @@ def weigh_values(
     return lse
 
 
-def exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Exponentials of logits `[..., keys]`, in their place, over each row's highest. Returns their
     sum `[..., 1]` and the log-sum-exp `[...]` of the logits, both in fp32 at least. A row whose
     logits have all overflowed to -inf weighs nothing beside what else it reads, and is no NaN."""
@@ -295,7 +294,7 @@ class Parts:
             windows = x[:, first.window_start : blocks[-1].last + 1].unfold(1, window, first.rows)
             self.windows = windows.transpose(2, 3).unbind(1)
 
-    def fill(self, i: int, chosen: tuple[torch.Tensor, ...]) -> None:
+    def fill(self, i: int, chosen: tuple[Tensor, ...]) -> None:
         """Bring what the `i`-th query block reads: of each head the rows of its `chosen` key
         blocks, and the window."""
         for lane, index, into in zip(self.lanes, chosen, self.picked, strict=True):
@@ -314,7 +313,7 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     query = scratch.take("q", (lanes, groups, n, dim), like)
     query.copy_(q).mul_(t.scale)
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
-    parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    parts: list[tuple[Tensor, Tensor | None]] = []
     end = block.last + 1
     cuts = [] if t.positions is None else t.positions.cuts(block.first, block.last)
     cuts = [*cuts, *(cut for cut in cuts_of(t.k, block.start, end) if cut <= end - n)]
@@ -347,14 +346,8 @@ def cuts_of(k: KeyRows, start: int, end: int) -> list[int]:
 
 
 def _attend_tile(
-    t: Tensors,
-    heads: slice,
-    query: torch.Tensor,
-    block: QueryBlock,
-    first: int,
-    end: int,
-    merge: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    t: Tensors, heads: slice, query: Tensor, block: QueryBlock, first: int, end: int, merge: bool
+) -> tuple[Tensor, Tensor | None]:
     """Attention to the keys `first` to `end - 1`, and the log-sum-exp if the caller or a `merge`
     with other tiles needs it."""
     lanes, groups, n, _ = query.shape
@@ -379,9 +372,7 @@ def _attend_tile(
     return (out.to(lse.dtype, copy=True) if merge else out), lse.view(lanes, groups, n)
 
 
-def store(
-    t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None
-) -> None:
+def store(t: Tensors, into: tuple[slice, slice, slice], out: Tensor, lse: Tensor | None) -> None:
     """Write out and log-sum-exp; sinks are an extra logit, which scales the output by
     `sigmoid(lse - sink)`."""
     if t.sinks is not None:
@@ -393,7 +384,7 @@ def store(
         t.lse[into] = lse
 
 
-def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     """Let the extra logits `sinks` `[Hkv, G]` take part in a softmax: changes out `[Hkv, G, n, Dv]`
     and lse `[Hkv, G, n]`."""
     sink = sinks[..., None].to(lse.dtype)
@@ -401,10 +392,10 @@ def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None
     torch.logaddexp(lse, sink, out=lse)
 
 
-_triangles: dict[tuple[int, torch.device], torch.Tensor] = {}
+_triangles: dict[tuple[int, torch.device], Tensor] = {}
 
 
-def future(size: int, device: torch.device) -> torch.Tensor:
+def future(size: int, device: torch.device) -> Tensor:
     """`[size, size]`: where a row of a block may not see a later row's key. Whatever its logit is,
     also infinite or NaN: nothing that is added to it would hide that."""
     key = (size, device)
@@ -414,7 +405,7 @@ def future(size: int, device: torch.device) -> torch.Tensor:
     return _triangles[key]
 
 
-def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int, near: bool) -> torch.Tensor:
+def _positions(block: QueryBlock, ids: Tensor, block_k: int, near: bool) -> Tensor:
     """Positions `[heads, keys]` of the keys that `Parts.fill` brings."""
     selected = (ids[..., None] * block_k + torch.arange(block_k, device=ids.device)).flatten(1)
     if not near:
@@ -426,7 +417,7 @@ def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int, near: bool) -
     return torch.cat([sink, selected, window], dim=1)
 
 
-def _mask_sliding(logits: torch.Tensor, position: torch.Tensor, first: int, window: int) -> None:
+def _mask_sliding(logits: Tensor, position: Tensor, first: int, window: int) -> None:
     """Hide from each row the keys that have left its window; logits `[heads, G, rows, keys]`,
     position `[heads or 1, keys]`."""
     row = torch.arange(first, first + logits.shape[2], device=logits.device)[:, None]

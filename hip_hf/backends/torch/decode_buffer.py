@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.base import Result
 from hip_hf.backends.keys_read import known
@@ -109,13 +110,13 @@ class Gathered:
 
     def attend(
         self,
-        q: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sinks: torch.Tensor | None,
+        q: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
         problem: AttentionProblem,
         need_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position, and attend
         from the query row `[Hkv, G, 1, D]` there, with sinks `[Hkv, G]`: output `[Hkv, G, 1, Dv]`
         in the dtype that is multiplied in, log-sum-exp `[Hkv, G, 1]` if asked for or with sinks."""
@@ -175,7 +176,7 @@ def gathered_rows(
     return rows
 
 
-def new_keys(problem: AttentionProblem) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def new_keys(problem: AttentionProblem) -> Iterator[tuple[Tensor, Tensor]]:
     """The last key `[Hkv, 1, D]` and value `[Hkv, 1, Dv]` of every span."""
     for span in problem.spans:
         end = span.key_start + span.end
@@ -186,9 +187,9 @@ def new_keys(problem: AttentionProblem) -> Iterator[tuple[torch.Tensor, torch.Te
 def attend_next(
     problem: AttentionProblem,
     rows: list[RowState],
-    new: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
+    new: Iterable[tuple[Tensor, Tensor]],
+    out: Tensor,
+    lse: Tensor | None,
 ) -> Result:
     """A decode step of which all but its own keys and values, `new` (as `new_keys` gives them), is
     gathered in `rows`, one for each span: into out `[B, Hq, 1, Dv]` and lse `[B, Hq, 1]`."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.base import Piece
 from hip_hf.backends.sdpa import grouped_sdpa
@@ -98,7 +99,7 @@ def alike(problem: AttentionProblem) -> bool:
     )
 
 
-def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> torch.Tensor:
+def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> Tensor:
     """PyTorch's attention of a span's rows to its keys, for the batch rows `batch`:
     `[batch, Hq, rows, Dv]`."""
     q = problem.q[batch, :, span.row_start : span.row_end]
@@ -124,7 +125,7 @@ def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> t
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
-def _range(x: torch.Tensor, span: Span, batch: slice, begin: int) -> torch.Tensor:
+def _range(x: Tensor, span: Span, batch: slice, begin: int) -> Tensor:
     """A span's keys (or values) from position `begin` on, `[batch, Hkv, end - begin, D]`."""
     first, last = span.key_start + begin, span.key_start + span.end
     if isinstance(x, PagedTensor):
@@ -133,8 +134,8 @@ def _range(x: torch.Tensor, span: Span, batch: slice, begin: int) -> torch.Tenso
 
 
 def masked(
-    problem: AttentionProblem, visible: Callable[[int, int], torch.Tensor], need_lse: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    problem: AttentionProblem, visible: Callable[[int, int], Tensor], need_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Attention under an arbitrary mask, for what spans cannot say and for what traces tensors; a
     few rows at a time.
 
@@ -163,13 +164,8 @@ def masked(
 
 
 def _masked_rows(
-    problem: AttentionProblem,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    need_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    problem: AttentionProblem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """The query rows q under `mask`, with as many key heads as query heads. Without writes in
     place: `torch.func` allows none."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -197,20 +193,20 @@ def _masked_rows(
 
 
 def sight(
-    problem: AttentionProblem, key_start: torch.Tensor | None, q_start: torch.Tensor | None
-) -> Callable[[int, int], torch.Tensor]:
+    problem: AttentionProblem, key_start: Tensor | None, q_start: Tensor | None
+) -> Callable[[int, int], Tensor]:
     """What rows `first` to `last - 1` see, boolean `[B or 1, 1, last - first, Tk]`, for `masked`.
     Looks at no numbers."""
     rows, keys, device = problem.q.shape[2], problem.k.shape[2], problem.q.device
 
-    def column(x: torch.Tensor) -> torch.Tensor:
+    def column(x: Tensor) -> Tensor:
         return torch.as_tensor(x, device=device)[:, None, None, None]
 
     begin = 0 if key_start is None else column(key_start)
     start = keys - rows if q_start is None else column(q_start)
     key = torch.arange(keys, device=device)
 
-    def sight(first: int, last: int) -> torch.Tensor:
+    def sight(first: int, last: int) -> Tensor:
         row = torch.arange(first, last, device=device)[:, None] + start
         seen = (key >= begin) & (key <= row)
         if problem.sliding_window is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
 from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, add_sinks, exponentiate
@@ -22,8 +23,8 @@ def rows_at_once(groups: int) -> int:
 
 
 def attend_exact(
-    t: Tensors, head: int, rows: slice | torch.Tensor, at: Sequence[int], start: int
-) -> tuple[torch.Tensor, ...]:
+    t: Tensors, head: int, rows: slice | Tensor, at: Sequence[int], start: int
+) -> tuple[Tensor, ...]:
     """Output `[G, n, Dv]` and log-sum-exp `[G, n]`, in fp32 at least, without sinks, of the query
     rows `rows` at the ascending positions `at`, over the keys from `start` on; tile by tile if they
     are many."""
@@ -46,8 +47,8 @@ def attend_exact(
 
 
 def _tile(
-    t: Tensors, head: int, query: torch.Tensor, at: Sequence[int], first: int, end: int
-) -> tuple[torch.Tensor, ...]:
+    t: Tensors, head: int, query: Tensor, at: Sequence[int], first: int, end: int
+) -> tuple[Tensor, ...]:
     """Attention to the keys `first` to `end - 1`: output `[1, G * n, Dv]` and log-sum-exp
     `[1, G * n]`."""
     k, v = (x[head : head + 1, first:end].to(query.dtype) for x in (t.k, t.v))
@@ -70,7 +71,7 @@ def _tile(
     return weigh(logits, v)
 
 
-def weigh(logits: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def weigh(logits: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`: output
     `[N, rows, Dv]` and log-sum-exp `[N, rows]`, in fp32 at least. Unlike `weigh_values` it takes
     exponentials of half precision as they are, and leaves the output in fp32."""
@@ -79,9 +80,7 @@ def weigh(logits: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return out / total, lse
 
 
-def attend_positions(
-    t: Tensors, at: Sequence[int], first: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[Tensor, Tensor]:
     """Dense attention of the rows at the ascending positions `at`, of a span whose first row sits
     at `first`: output `[Hkv, G, n, Dv]` and log-sum-exp `[Hkv, G, n]` with sinks, in fp32 at
     least."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
 from hip_hf.backends.torch.block_sparse import cuts_of, store
@@ -40,7 +41,7 @@ def attend_rows(t: Tensors, first: int, span: Span) -> None:
         q if q.stride(-1) == 1 else q.contiguous()
     )  # which the operator takes for granted; keys and values are so
 
-    def keys(start: int, end: int) -> list[torch.Tensor]:
+    def keys(start: int, end: int) -> list[Tensor]:
         return [x[:, start:end][:, None].expand(-1, q.shape[1], -1, -1) for x in (t.k, t.v)]
 
     out, lse = attention(q, *keys(at, span.end), is_causal=True, scale=t.scale)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.hyper import HyperCall
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
@@ -48,9 +49,9 @@ class Orders:
 
     square: Square
     tiling: Tiling
-    rows: torch.Tensor
-    keys: torch.Tensor
-    samples: torch.Tensor
+    rows: Tensor
+    keys: Tensor
+    samples: Tensor
 
 
 class HyperAttention(HyperCall):
@@ -76,7 +77,7 @@ class HyperAttention(HyperCall):
         leaves, levels = split(span.position, span.end, self.options.min_seq_len)
         run(lambda task: attend_leaf(parts, span, *task), leaf_tasks(parts, leaves), t.q.device)
         if levels:
-            assert isinstance(t.k, torch.Tensor)
+            assert isinstance(t.k, Tensor)
             directions = projections(self.options, t.q.shape[-1], self.config.seed, t.q.device)
             codes = hashes(t.q, directions), hashes(t.k, directions)
         for level in levels:
@@ -91,9 +92,7 @@ class HyperAttention(HyperCall):
         if out is not t.out:
             t.out.copy_(out)
 
-    def _order(
-        self, square: Square, codes: tuple[torch.Tensor, torch.Tensor], span: Span
-    ) -> Orders:
+    def _order(self, square: Square, codes: tuple[Tensor, Tensor], span: Span) -> Orders:
         rows, keys = codes
         rows = rows[..., square.first - span.position : square.end - span.position]
         keys = keys[..., square.key_first : square.key_end]
@@ -186,18 +185,18 @@ def attend_square(t: Tensors, span: Span, order: Orders, head: int, group: int, 
 def _attend_own(
     t: Tensors,
     head: int,
-    q: torch.Tensor,
-    rows: torch.Tensor,
-    own: torch.Tensor,
-    sampled: torch.Tensor,
-    bias: torch.Tensor,
+    q: Tensor,
+    rows: Tensor,
+    own: Tensor,
+    sampled: Tensor,
+    bias: Tensor,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Output `[blocks * rows, Dv]` and log-sum-exp of the rows `rows` `[blocks, rows]` over their
     own keys `own` `[blocks, size]` and the keys `sampled` `[S]`, of which `bias` `[blocks, S]` is
     added to the logits."""
-    assert isinstance(t.k, torch.Tensor)
-    assert isinstance(t.v, torch.Tensor)
+    assert isinstance(t.k, Tensor)
+    assert isinstance(t.v, Tensor)
     count, size = own.shape
     keys = size + len(sampled)
     query = _bring("q", q, rows, (count, rows.shape[1]), dtype).mul_(t.scale)
@@ -214,8 +213,8 @@ def _attend_own(
 
 
 def _bring(
-    name: str, x: torch.Tensor, index: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
+    name: str, x: Tensor, index: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
     """The rows `index` of `x` `[rows, D]` as a buffer `[*shape, D]` in `dtype`."""
     raw = scratch.take(name, (*shape, x.shape[-1]), x)
     torch.index_select(x, 0, index.reshape(-1), out=raw.flatten(0, 1))
@@ -224,13 +223,7 @@ def _bring(
     return scratch.take(name, tuple(raw.shape), raw.new_empty(0, dtype=dtype)).copy_(raw)
 
 
-def _merge(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    where: torch.Tensor,
-    more: torch.Tensor,
-    more_lse: torch.Tensor,
-) -> None:
+def _merge(out: Tensor, lse: Tensor, where: Tensor, more: Tensor, more_lse: Tensor) -> None:
     """Merge a partial result for the rows `where` into `out` `[rows, Dv]` and `lse` `[rows]`."""
     whole = out[where]
     lse[where] = merge(whole, lse[where], more, more_lse)

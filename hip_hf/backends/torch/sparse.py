@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.base import BlockSparseCall, Piece, steps_of
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
@@ -88,7 +89,7 @@ class SparseAttention(BlockSparseCall):
             if not self.selector.reads_pages:
                 keys = source = keys[:, :]  # gathered: O(T) a selection
         # or the pages that it reads
-        keys, source = cast(torch.Tensor, keys), cast(torch.Tensor, source)
+        keys, source = cast(Tensor, keys), cast(Tensor, source)
         if pyramid is None:
             pyramid = self.selector.make_pyramid(compute_dtype(t.k))
         if pyramid is not None:
@@ -140,9 +141,7 @@ class SparseAttention(BlockSparseCall):
                     for part in in_parts(t, some):
                         self._attend_by_need(t, search, span, heads, some[part])
 
-    def _near(
-        self, t: Tensors, heads: slice, blocks: list[QueryBlock]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _near(self, t: Tensors, heads: slice, blocks: list[QueryBlock]) -> tuple[Tensor, Tensor]:
         """Logits of query blocks that are `alike` for what they always read, as `near_logits` gives
         them, and the log-sum-exp `[heads, G, rows]` of these and the attention sinks, which also
         take from what is left for the middle."""
@@ -166,8 +165,8 @@ class SparseAttention(BlockSparseCall):
         span: Span,
         heads: slice,
         blocks: list[QueryBlock],
-        ids: torch.Tensor | None,
-        known: torch.Tensor | None = None,
+        ids: Tensor | None,
+        known: Tensor | None = None,
     ) -> None:
         """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to the whole
         middle. `known`: logits as `_near` gives them."""
@@ -191,7 +190,7 @@ class SparseAttention(BlockSparseCall):
         self._take_note(span, heads, blocks, ids)
 
     def _take_note(
-        self, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None
+        self, span: Span, heads: slice, blocks: list[QueryBlock], ids: Tensor | None
     ) -> None:
         """Put down what was read, for gradients and for the mask."""
         if self.pieces is not None:
@@ -257,7 +256,7 @@ class SparseAttention(BlockSparseCall):
 
     def _attend_each(
         self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Attention of rows that each select for themselves, and what they select."""
         # each row's sink and window are those of its neighbours, but for the neighbours' own keys
         size, everyone = self.config.block_k, slice(None)
@@ -296,8 +295,8 @@ class SparseAttention(BlockSparseCall):
         return ids
 
     def _selected(
-        self, search: Bound, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None
-    ) -> torch.Tensor:
+        self, search: Bound, heads: slice, blocks: list[QueryBlock], near: Tensor | None
+    ) -> Tensor:
         """What query blocks select, `[heads, S, len(blocks), n]`; `near`: as `_near` gives it."""
         if self.selector.asks_need:
             return cast(BoundByNeed, search).select(heads, blocks, near)
@@ -375,7 +374,7 @@ class SparseAttention(BlockSparseCall):
         stages = [*valid, *((ids, span.position) for ids in results[len(valid) :])]
         return KeptSelection(results[-1], block.window_start, stages[0][1], tuple(stages))
 
-    def _note(self, span: Span, heads: slice, block: QueryBlock, ids: torch.Tensor | None) -> None:
+    def _note(self, span: Span, heads: slice, block: QueryBlock, ids: Tensor | None) -> None:
         assert self.mask is not None
         size = 1 if self.decoding else self.config.block_q
         at = block.first // size - span.position // size
