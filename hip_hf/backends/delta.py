@@ -24,25 +24,24 @@ as much as a hundred keys more for each row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hip_hf.backends.base import BlockSparseCall, Executor, Piece
+from hip_hf.backends.base import BlockSparseCall, Executor
 from hip_hf.backends.clusters import Chosen, Clusters, alike, estimate
 from hip_hf.backends.keys_read import Count, blocks_of
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
-from hip_hf.geometry import DECODE_ROWS, keys_seen_at
+from hip_hf.geometry import keys_seen_at
 from hip_hf.methods.base import selects
 from hip_hf.state import Correction, RowState
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
-    from hip_hf.geometry import BlockMask, QueryBlock, Span
-    from hip_hf.problem import AttentionProblem
+    from hip_hf.geometry import QueryBlock, Span
     from hip_hf.state import DecodeState
 
 # What an anchor's correction weighs of the next one's: a mean over about 16 of them.
@@ -82,44 +81,32 @@ class Plan:
     kept: Correction | None
 
 
-class DeltaCall:
-    """One call: another attention, and its correction. A backend adds dense attention of single
-    rows."""
+@dataclass(eq=False)
+class DeltaCall(Executor):
+    """One call: another attention, whose executor `attention` makes, and its correction. A backend
+    adds dense attention of single rows. There are no gradients."""
 
-    pieces: list[Piece] | None = None  # there are no gradients
+    lse: Tensor  # made here where none is given
+    attention: Callable[..., Executor] = field(kw_only=True)
 
-    def __init__(
-        self,
-        attention: Callable[..., Executor],
-        problem: AttentionProblem,
-        config: HiPConfig,
-        out: Tensor,
-        lse: Tensor | None,
-        mask: bool,
-    ) -> None:
-        """`attention`: the executor of the attention to correct; the others as every executor takes
-        them."""
+    def __post_init__(self) -> None:
+        problem, config = self.problem, self.config
         assert config.delta is not None
-        self.problem, self.config, self.gamma, self.out = problem, config, config.delta, out
-        shape, dtype = problem.q.shape[:3], torch.promote_types(problem.q.dtype, torch.float32)
-        self.lse = (
-            torch.full(shape, -torch.inf, dtype=dtype, device=problem.q.device)
-            if lse is None
-            else lse
-        )
-        self.mode, _ = mode_of(config, problem.sliding_window)
-        self.need_mask, clusters = mask, self.mode == "clusters"
+        self.gamma = config.delta
+        if self.lse is None:
+            dtype = torch.promote_types(problem.q.dtype, torch.float32)
+            self.lse = problem.q.new_full(problem.q.shape[:3], -torch.inf, dtype=dtype)
+        self.mode, self.shortfall = mode_of(config, problem.sliding_window)
+        clusters = self.mode == "clusters"
         # the rows at the end are dense: where the next call goes on with what their anchors say,
         # once that is known
-        self.tail = max(config.dense_tail, config.delta)
+        tail = max(config.dense_tail, self.gamma)
         # the correction must not come twice
-        inner = replace(config, delta=None, dense_tail=0 if clusters else self.tail)
-        self.inner = attention(problem, inner, out, self.lse, mask or clusters)
+        inner = replace(config, delta=None, dense_tail=0 if clusters else tail)
+        need_mask = self.need_mask or clusters
+        self.inner = self.attention(problem, inner, self.out, self.lse, need_mask)
+        self.mask = self.inner.mask if self.need_mask else None
         self.at: list[list[int]] = []  # mode `step`: the anchors of each span
-
-    @property
-    def mask(self) -> BlockMask | None:
-        return self.inner.mask if self.need_mask else None
 
     @property
     def count(self) -> Count:
@@ -128,10 +115,6 @@ class DeltaCall:
         inner, spans = self.selecting, self.problem.spans
         told = (self.config, inner.budget, spans, inner.windows, self.decoding)
         return partial(with_the_rest, inner.count, *told, [self._end(span) for span in spans])
-
-    @property
-    def decoding(self) -> bool:
-        return self.problem.q.shape[2] <= DECODE_ROWS
 
     def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[Tensor, Tensor]:
         """Dense attention of a span's rows at the anchors `at`, `gamma` apart: output
@@ -163,7 +146,8 @@ class DeltaCall:
 
     def _end(self, span: Span) -> int:
         """The position after the last row that is not dense for being one of the last."""
-        return span.end if self.decoding else max(span.position, span.end - self.tail)
+        tail = max(self.config.dense_tail, self.gamma)
+        return span.end if self.decoding else max(span.position, span.end - tail)
 
     def _plan(self, span: Span, kept: Correction | None) -> Plan:
         end = self._end(span)
