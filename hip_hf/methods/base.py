@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hip_hf.config import HiPConfig, refuse
 from hip_hf.registry import declare, declared
-from hip_hf.shown import shown
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from hip_hf.config import HiPConfig
     from hip_hf.geometry import QueryBlock
     from hip_hf.problem import AttentionProblem
     from hip_hf.rope import Positions
@@ -47,17 +46,9 @@ class Bound:
 
     def resume(
         self, heads: slice, blocks: list[QueryBlock], kept: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:  # fmt: skip
+    ) -> list[Tensor | None]:
         """What every stage of the search keeps, given what the first `len(kept)` of them kept. Only
         a rule whose method lets `decode_refresh` be a list (`Method.check`) is asked for it."""
-        raise NotImplementedError
-
-
-class BoundByNeed(Bound):
-    """A rule that weighs how much each row attends to what it always reads."""
-
-    def select(self, heads: slice, blocks: list[QueryBlock], near: Tensor | None = None) -> Tensor:
-        """As `Bound.select` says."""
         raise NotImplementedError
 
 
@@ -71,7 +62,7 @@ class Selector:
     budget: int
     # whether `bind` and the pyramid may get `PagedKeys`; otherwise a cache in pages is gathered
     reads_pages = False
-    # whether what it binds is a `BoundByNeed`
+    # whether what it binds is a `need.BoundByNeed`
     asks_need = False
     # whether it works under context extension: `bind` then gets keys that are not rotated, and q
     # rotated as if all keys were just outside the window
@@ -88,8 +79,13 @@ class Selector:
         return None
 
     def bind(
-        self, q: Tensor, keys: Tensor, pyramid: Summaries | None, scale: float, softcap: float | None
-    ) -> Bound:  # fmt: skip
+        self,
+        q: Tensor,
+        keys: Tensor,
+        pyramid: Summaries | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Bound:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query
         block's middle."""
         raise NotImplementedError
@@ -104,12 +100,6 @@ class Selector:
         return 0, 0
 
 
-Unplaced, Unsummarised = (
-    Bound,
-    Selector,
-)  # the names by which rules outside of this package may know them
-
-
 @dataclass(frozen=True)
 class NoOptions:
     """For methods without settings of their own."""
@@ -119,8 +109,7 @@ def refuse_stages(config: HiPConfig) -> None:
     """Raise ValueError for a list of intervals, one for each stage: the method has no stages."""
     if isinstance(config.decode_refresh, list):
         allowed = f"an integer >= 1 (method {config.method!r} has no stages)"
-        got = shown(config.decode_refresh)
-        raise ValueError(f"HiPConfig.decode_refresh: got {got}, allowed: {allowed}")
+        refuse("decode_refresh", config.decode_refresh, allowed)
 
 
 def never_dense(problem: AttentionProblem, config: HiPConfig, decoding: bool) -> tuple[str, bool]:
@@ -197,9 +186,7 @@ class _Defaults(Selector):
     """What a rule that does not inherit from `Selector` lacks."""
 
     def __init__(self, config: HiPConfig | None = None) -> None:
-        if (
-            config is not None
-        ):  # else its own `__init__` says `super().__init__()`, and keeps the settings
+        if config is not None:  # else its own `__init__` says `super().__init__()`, and keeps them
             super().__init__(config)
 
 

@@ -23,7 +23,6 @@ from hip_hf.methods.ranking import best, sampled_rows, squash
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.problem import AttentionProblem
-    from hip_hf.state import Summaries
 
 
 def dense_reason(problem: AttentionProblem, config: HiPConfig, decoding: bool) -> tuple[str, bool]:
@@ -86,8 +85,8 @@ class Selector(base.Selector):
         return History(self.config.block_k)
 
     def bind(
-        self, q: Tensor, keys: Tensor, pyramid: Summaries | None, scale: float, softcap: float | None
-    ) -> HeavyHitters:  # fmt: skip
+        self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
+    ) -> HeavyHitters:
         assert isinstance(pyramid, History)
         return HeavyHitters(self.config, q, keys, pyramid, scale, softcap)
 

@@ -30,12 +30,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hip_hf.config import HiPConfig, refuse
 from hip_hf.methods import base
-from hip_hf.shown import shown
 
 if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
     from hip_hf.problem import AttentionProblem
+
+# Bits of the hash at most.
+MOST_BITS = 30
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,12 @@ class Options:
     min_seq_len: int = 4096
 
     def __post_init__(self) -> None:
-        ranges = dict(
-            lsh_num_projs=(1, 30),
-            block_size=(1, None),
-            sample_size=(0, None),
-            min_seq_len=(1, None),
-        )
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if (
-                not isinstance(value, int)
-                or isinstance(value, bool)
-                or value < low
-                or (high and value > high)
-            ):
+        least = dict(lsh_num_projs=1, block_size=1, sample_size=0, min_seq_len=1)
+        for name, low in least.items():
+            value, high = getattr(self, name), MOST_BITS if name == "lsh_num_projs" else None
+            if type(value) is not int or value < low or (high and value > high):
                 allowed = f"an integer >= {low}" if high is None else f"{low} to {high}"
-                raise ValueError(
-                    f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: {allowed}"
-                )
+                refuse(f"options[{name!r}]", value, allowed)
 
 
 def dense_reason(problem: AttentionProblem, config: HiPConfig, decoding: bool) -> tuple[str, bool]:

@@ -23,11 +23,14 @@ import torch
 from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows, pick
-from hip_hf.methods.ranking import squash
+from hip_hf.methods import base
+from hip_hf.methods.ranking import best, sampled_rows, squash
 from hip_hf.workers import scratch
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
+    from hip_hf.geometry import QueryBlock
+    from hip_hf.methods.pyramid import Pyramid
 
 
 # Knuth's multiplier, 2 ** 32 over the golden ratio: neighbouring chunks get offsets that are far
@@ -100,3 +103,70 @@ def highest(q: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
     most = logits.amax(-1).to(torch.promote_types(q.dtype, torch.float32))
     squash(most, softcap)  # keeps the order
     return most
+
+
+class BoundByNeed(base.Bound):
+    """A rule that weighs how much each row attends to what it always reads."""
+
+    config: HiPConfig
+    q: Tensor
+    keys: KeyRows
+    pyramid: Pyramid
+    scale: float
+    softcap: float | None
+
+    def select(self, heads: slice, blocks: list[QueryBlock], near: Tensor | None = None) -> Tensor:
+        """As `Bound.select` says."""
+        raise NotImplementedError
+
+    def _votes(
+        self, heads: slice, blocks: list[QueryBlock], near: Tensor | None, level: int, whole: bool
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, the log-sum-exp
+        of what each always reads, and how many of them, the first, walk the tree. The need is
+        estimated from a key of each chunk of `2 ** level` keys; `whole`: there is no tree to walk,
+        and more rows vote."""
+        config, rows, first = self.config, blocks[0].rows, blocks[0].row
+        if near is None:
+            rows_of = [list(sampled_rows(config, block)) for block in blocks]
+            index = torch.tensor(rows_of, device=self.q.device)
+            q = self._grouped(self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale)
+            return q, None, q.shape[2]
+        # query blocks of one call follow one another
+        q = self.q[heads, :, first : first + len(blocks) * rows].unflatten(2, (-1, rows))
+        voters = q.shape[1] if config.group_shared else 1
+        count, asked = votes_of(config, rows, voters, whole), asked_rows(config, rows)
+        some = slice(asked.start, asked.stop, asked.step)
+        q = self._grouped(q[:, :, :, some].to(self.pyramid.dtype) * self.scale)
+        near = self._grouped(near.unflatten(2, (-1, rows, 1))[:, :, :, some])[..., 0]
+        if count == q.shape[2]:
+            return q, near, count
+        need = self._highest(heads, blocks, q, level).sub_(near)
+        every = torch.arange(q.shape[2], device=q.device).expand(need.shape)
+        chosen = best(need, every, count).sort(dim=-1).values
+        walking = count if whole else walkers_of(config, count)
+        if walking < count:
+            walkers = best(need.gather(-1, chosen), every[..., :count], walking)
+            walks = torch.zeros_like(chosen).scatter_(-1, walkers, 1)
+            chosen = chosen.gather(-1, walks.argsort(dim=-1, descending=True, stable=True))
+        votes = q.gather(2, chosen[..., None].expand(*chosen.shape, q.shape[-1]))
+        return votes, near.gather(2, chosen), walking
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """`[heads, G, P, R, n]` -> `[heads, S * P, rows of all heads that share a mask, n]`, by
+        position."""
+        if self.config.group_shared:
+            return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        return x.flatten(1, 2).contiguous()
+
+    def _highest(self, heads: slice, blocks: list[QueryBlock], q: Tensor, level: int) -> Tensor:
+        """Largest logit `[heads, S * P, R]` of scaled queries `[heads, S * P, R, D]` for the
+        sampled keys of what each searches."""
+        spans = [sampled_chunks(self.config, block.low, block.high, level) for block in blocks]
+        start, stop = min(first for first, _ in spans), max(end for _, end in spans)
+        keys = sampled_keys(self.keys[heads], start, stop, level, q.dtype)
+        out = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for i in range(q.shape[1]):
+            first, end = spans[i % len(blocks)]
+            out[:, i] = highest(q[:, i], keys[:, first - start : end - start], self.softcap)
+        return out

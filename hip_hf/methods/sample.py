@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hip_hf.config import refuse
 from hip_hf.methods import base
 from hip_hf.methods.columns import Columns, ColumnSelector, block_sums, probe
-from hip_hf.shown import shown
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, (int, float)) or not 0 < self.rows <= 1:
-            raise ValueError(
-                f"HiPConfig.options['rows']: got {shown(self.rows)}, allowed: above 0, at most 1"
-            )
+            refuse("options['rows']", self.rows, "above 0, at most 1")
 
 
 class Selector(ColumnSelector):

@@ -20,21 +20,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hip_hf.config import HiPConfig, refuse
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best
 from hip_hf.rope import farthest_chunk, rotate
-from hip_hf.shown import shown
 from hip_hf.workers import compute_dtype, scratch
 
 if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
     from hip_hf.rope import Positions
 
 
@@ -48,10 +48,6 @@ class Stage:
     query_stride: int
 
 
-def _fail(name: str, value: object, allowed: str) -> None:
-    raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: {allowed}")
-
-
 @dataclass(frozen=True)
 class Options:
     """`stages`: `[[chunk, keep, query_stride], ...]`, None: `[[16 block_k, 16 budget], [4 block_k,
@@ -63,53 +59,35 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.halvings is not None and (type(self.halvings) is not int or self.halvings < 0):
-            _fail("halvings", self.halvings, "None or an integer >= 0")
-        stages = self.stages
-        whole = stages is None or (
-            isinstance(stages, (list, tuple))
-            and len(stages) > 0
-            and all(
-                isinstance(s, (list, tuple))
-                and len(s) == 3
-                and all(type(n) is int and n > 0 for n in s)
-                for s in stages
-            )
-        )
-        if not whole:
-            _fail("stages", stages, "None or a list of [chunk, keep, query_stride], integers >= 1")
+            refuse("options['halvings']", self.halvings, "None or an integer >= 0")
+        stages = [] if self.stages is None else self.stages
+        rows = isinstance(stages, (list, tuple)) and (len(stages) > 0 or self.stages is None)
+        if not rows or not all(_is_stage(stage) for stage in stages):
+            allowed = "None or a list of [chunk, keep, query_stride], integers >= 1"
+            refuse("options['stages']", stages, allowed)
 
     def check(self, config: HiPConfig) -> None:
         """Raise ValueError for stages that do not fit the settings."""
-        stages = stages_of(config, self)
+        stages, size = stages_of(config, self), config.block_k
+        refuse_stages = partial(refuse, "options['stages']", self.stages)
         for before, stage in zip([None, *stages], stages, strict=False):
-            blocks = stage.chunk // config.block_k
-            if (
-                stage.chunk % config.block_k
-                or blocks & (blocks - 1)
-                or (before and stage.chunk >= before.chunk)
-            ):
-                _fail(
-                    "stages",
-                    self.stages,
-                    f"chunks of block_k={config.block_k} times powers of two, in descending order",
-                )
+            blocks = stage.chunk // size
+            halved = stage.chunk % size == 0 and blocks & (blocks - 1) == 0
+            if not halved or (before and stage.chunk >= before.chunk):
+                refuse_stages(f"chunks of block_k={size} times powers of two, in descending order")
             if stage.keep % stage.chunk or (before and stage.keep > before.keep):
-                _fail(
-                    "stages",
-                    self.stages,
-                    "keep: multiples of the stage's chunk, in descending order",
-                )
-        if (stages[-1].chunk, stages[-1].keep) != (config.block_k, config.budget):
-            _fail(
-                "stages",
-                self.stages,
-                f"at last [block_k={config.block_k}, budget={config.budget}, ...]",
-            )
+                refuse_stages("keep: multiples of the stage's chunk, in descending order")
+        if (stages[-1].chunk, stages[-1].keep) != (size, config.budget):
+            refuse_stages(f"at last [block_k={size}, budget={config.budget}, ...]")
         refresh = config.decode_refresh
         if isinstance(refresh, list) and len(refresh) != len(stages):
-            raise ValueError(
-                f"HiPConfig.decode_refresh: got {shown(refresh)}, allowed: an integer or {len(stages)}, one per stage"
-            )
+            refuse("decode_refresh", refresh, f"an integer or {len(stages)}, one per stage")
+
+
+def _is_stage(value: object) -> bool:
+    """Whether it is `[chunk, keep, query_stride]`."""
+    three = isinstance(value, (list, tuple)) and len(value) == 3
+    return three and all(type(n) is int and n > 0 for n in value)
 
 
 def stages_of(config: HiPConfig, options: Options) -> list[Stage]:
@@ -207,7 +185,7 @@ class StagedSearch(base.Bound):
 
     def resume(
         self, heads: slice, blocks: list[QueryBlock], kept: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:  # fmt: skip
+    ) -> list[Tensor | None]:
         """What every stage keeps, chunk indices `[heads, S, len(blocks), keep / chunk]` (None: left
         out), given what the first `len(kept)` of them have kept before. The blocks have as many
         rows and begin with the same stage."""

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hip_hf.config import HiPConfig, refuse
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
-from hip_hf.shown import shown
-
-if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
 
 
 @dataclass(frozen=True)
@@ -25,9 +21,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.recent, bool):
-            raise ValueError(
-                f"HiPConfig.options['recent']: got {shown(self.recent)}, allowed: True or False"
-            )
+            refuse("options['recent']", self.recent, "True or False")
 
 
 def selected_keys(config: HiPConfig) -> int:

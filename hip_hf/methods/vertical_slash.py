@@ -11,19 +11,15 @@ depends on the end of the call.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hip_hf.config import HiPConfig, refuse
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
 from hip_hf.methods.columns import Columns, ColumnSelector, block_sums, probe
 from hip_hf.methods.ranking import best
-from hip_hf.shown import shown
-
-if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
 
 
 @dataclass(frozen=True)
@@ -36,13 +32,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, int) or self.rows < 1:
-            raise ValueError(
-                f"HiPConfig.options['rows']: got {shown(self.rows)}, allowed: an integer >= 1"
-            )
+            refuse("options['rows']", self.rows, "an integer >= 1")
         if not isinstance(self.vertical, (int, float)) or not 0 <= self.vertical <= 1:
-            raise ValueError(
-                f"HiPConfig.options['vertical']: got {shown(self.vertical)}, allowed: 0 to 1"
-            )
+            refuse("options['vertical']", self.vertical, "0 to 1")
 
 
 class Selector(ColumnSelector):

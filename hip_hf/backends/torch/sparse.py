@@ -24,7 +24,8 @@ from hip_hf.backends.torch.block_sparse import (
 from hip_hf.backends.torch.decode_buffer import Gathered, attend_next, new_keys
 from hip_hf.cache.pages import PagedKeys
 from hip_hf.geometry import QueryBlock, Span
-from hip_hf.methods.base import Bound, BoundByNeed
+from hip_hf.methods.base import Bound
+from hip_hf.methods.need import BoundByNeed
 from hip_hf.state import DecodeState, KeptSelection, RowState
 from hip_hf.workers import compute_dtype, run
 
