@@ -35,7 +35,7 @@ from hip_hf.backends.base import BlockSparseCall, Executor
 from hip_hf.backends.clusters import Chosen, Clusters, alike, estimate
 from hip_hf.backends.keys_read import Count, blocks_of
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
-from hip_hf.geometry import keys_seen_at
+from hip_hf.geometry import keys_seen_at, rows_of_blocks
 from hip_hf.methods.base import selects
 from hip_hf.state import Correction, RowState
 
@@ -201,7 +201,7 @@ class DeltaCall(Executor):
         for enough, run in alike(blocks):
             own = [p for p in at if run[0].first <= p <= run[-1].last]
             exact = tuple(x[:, :, done : done + len(own)] for x in dense)
-            rows = slice(run[0].row, run[-1].row + run[-1].rows)
+            rows = rows_of_blocks(run)
             index = torch.tensor(own, dtype=torch.long, device=t.q.device) - run[0].first
             estimated = self._estimated(t, span, rows, clusters, place, run, enough)
             kept = _corrected(t, rows, estimated, index, exact, kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ class Tensors:
     sinks: Tensor | None
     positions: Positions | None = None  # q and k are not rotated: here is where they go
 
+    def part(self, heads: slice, group: slice = slice(None)) -> Tensors:
+        """Of the key heads `heads` alone, and of each of them the query heads `group`."""
+        q, out = self.q[heads, group], self.out[heads, group]
+        lse, sinks = (None if x is None else x[heads, group] for x in (self.lse, self.sinks))
+        return replace(self, q=q, k=self.k[heads], v=self.v[heads], out=out, lse=lse, sinks=sinks)
+
 
 def tensors_of(problem: AttentionProblem, span: Span, out: Tensor, lse: Tensor | None) -> Tensors:
     """The part of the problem's tensors that is the span, heads grouped by key head."""
@@ -44,25 +50,14 @@ def tensors_of(problem: AttentionProblem, span: Span, out: Tensor, lse: Tensor |
         keys = rows_of(x, span.batch, span.key_start, span.key_start + span.end)
         if isinstance(keys, PagedKeys):
             return keys
-        return (
-            keys
-            if keys.stride(-1) == 1 and keys.stride(-2) == keys.shape[-1]
-            else keys.contiguous()
-        )
+        dense = keys.stride(-1) == 1 and keys.stride(-2) == keys.shape[-1]
+        return keys if dense else keys.contiguous()
 
+    q, k, v = grouped(problem.q), keys_in_sight(problem.k), keys_in_sight(problem.v)
+    lse = None if lse is None else grouped(lse)
     sinks = None if problem.sinks is None else problem.sinks.unflatten(0, (heads, problem.groups))
-    return Tensors(
-        grouped(problem.q),
-        keys_in_sight(problem.k),
-        keys_in_sight(problem.v),
-        grouped(out),
-        None if lse is None else grouped(lse),
-        problem.scale,
-        problem.sliding_window,
-        problem.softcap,
-        sinks,
-        problem.positions,
-    )
+    rules = (problem.scale, problem.sliding_window, problem.softcap, sinks, problem.positions)
+    return Tensors(q, k, v, grouped(out), lse, *rules)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
 from hip_hf.cache.pages import KeyRows, PagedKeys, block_index, head_rows_of
-from hip_hf.geometry import QueryBlock
+from hip_hf.geometry import QueryBlock, rows_of_blocks
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import compute_dtype, scratch, widened
 
@@ -33,19 +33,6 @@ KEYS_OF_A_PIECE, KEYS_AT_ONCE = 512, 4096
 def alike(block: QueryBlock) -> tuple[int, int, int, int]:
     """What query blocks have in common that `partial` serves together."""
     return block.start, block.sink_end, block.rows, block.first - block.window_start
-
-
-def store_rows(
-    t: Tensors,
-    heads: slice,
-    group: slice,
-    blocks: list[QueryBlock],
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """Write out `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` of query blocks that
-    follow one another."""
-    store(t, (heads, group, slice(blocks[0].row, blocks[-1].row + blocks[-1].rows)), out, lse)
 
 
 def always_read(block: QueryBlock) -> tuple[int, int]:
@@ -67,17 +54,14 @@ class Logits:
     def __init__(
         self,
         t: Tensors,
-        heads: slice,
-        group: slice,
         blocks: list[QueryBlock],
         ids: Tensor | None,
         block_k: int,
         near: bool = True,
         reserved: int = 0,
     ) -> None:
-        first, count = blocks[0], len(blocks)
-        n, k = first.rows, t.k[heads]
-        q = t.q[heads, group, first.row : first.row + count * n]
+        first, count, n = blocks[0], len(blocks), blocks[0].rows
+        q = t.q[:, :, rows_of_blocks(blocks)]
         self.t, self.blocks, self.near = t, blocks, near
         self.lanes, self.groups, _, dim = q.shape
         self.rows, self.count = self.groups * n, count
@@ -85,31 +69,26 @@ class Logits:
             ids = torch.empty(self.lanes, count, 0, dtype=torch.long, device=q.device)
         (sink, window), picked = always_read(first), ids.shape[2] * block_k
         self.total = sink + picked + reserved + window
-        self.places = (
-            [(0, sink + picked), (self.total - window, self.total)]
-            if near
-            else [(sink, sink + picked)]
-        )
+        self.places = [(0, sink + picked), (self.total - window, self.total)]
         if not near:
+            self.places = [(sink, sink + picked)]
             sink = window = 0
         self.picked, self.keys = picked, sink + picked + window
 
         self.like = q.new_empty(0, dtype=compute_dtype(q))
         self.queries = scratch.take("q", (count, self.lanes, self.groups, n, dim), self.like)
-        self.queries.copy_(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4)).mul_(
-            t.scale
-        )  # widened before it is scaled
+        self.queries.copy_(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4))
+        self.queries.mul_(t.scale)  # widened before it is scaled
         if t.positions is not None:
             self.queries = t.positions.streaming(self.queries, self.total)
-        self.chosen = [row.unbind(0) for row in block_index(k, ids, block_k).unbind(1)]
-        self.part = Parts("k", k, blocks, sink, picked, window, block_k)
+        self.chosen = [row.unbind(0) for row in block_index(t.k, ids, block_k).unbind(1)]
+        self.part = Parts("k", t.k, blocks, (sink, picked, window), block_k)
         self.k = scratch.take("k", tuple(self.part.all.shape), self.like)
         self.unseen = future(n, q.device)
         self.at = None
         if t.sliding_window is not None:
-            self.at = [
-                _positions(block, ids[:, i], block_k, near) for i, block in enumerate(blocks)
-            ]
+            each = zip(blocks, ids.unbind(1), strict=True)
+            self.at = [_positions(block, own, block_k, near) for block, own in each]
 
     def fill(self, i: int, logits: Tensor) -> None:
         """Logits `[heads, G * rows, keys]` of the `i`-th query block: capped, what a row may not
@@ -121,9 +100,8 @@ class Logits:
         if t.positions is None:
             torch.bmm(self.queries[i].flatten(1, 2), self.k.transpose(1, 2), out=logits)
         else:
-            t.positions.streaming_logits(
-                self.queries[i], self.k, self.places, self.total, out=logits
-            )
+            places, total = self.places, self.total
+            t.positions.streaming_logits(self.queries[i], self.k, places, total, out=logits)
         squash(logits, t.softcap)
         if n == 1 and self.at is None:
             return
@@ -151,12 +129,12 @@ def in_parts(t: Tensors, blocks: list[QueryBlock]) -> list[slice]:
 
 
 def near_logits(
-    t: Tensors, heads: slice, blocks: list[QueryBlock], block_k: int, reserved: int
+    t: Tensors, blocks: list[QueryBlock], block_k: int, reserved: int
 ) -> tuple[Tensor, Tensor]:
     """Logits `[len(blocks), heads, G * rows, sink + window]` of query blocks that are `alike` for
     what they always read, and the log-sum-exp `[heads, G, len(blocks) * rows]` of each row, in fp32
     at least. `reserved`: see `Logits`."""
-    of = Logits(t, heads, slice(None), blocks, None, block_k, reserved=reserved)
+    of = Logits(t, blocks, None, block_k, reserved=reserved)
     logits = scratch.take("near", (of.count, of.lanes, of.rows, of.keys), of.like)
     lse = torch.empty(of.count, of.lanes, of.rows, dtype=of.lse_dtype, device=of.like.device)
     wide = scratch.take("wide", tuple(logits.shape[1:]), lse)
@@ -168,8 +146,6 @@ def near_logits(
 
 def partial(
     t: Tensors,
-    heads: slice,
-    group: slice,
     blocks: list[QueryBlock],
     ids: Tensor | None,
     block_k: int,
@@ -181,12 +157,12 @@ def partial(
     `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and window. Output
     `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` (without attention sinks), in the
     dtype that is multiplied in and fp32 at least. `known`: the logits of sink and window, as
-    `near_logits` gives them, of these heads."""
-    of = Logits(t, heads, group, blocks, ids, block_k, near=near and known is None)
-    v, (sink, window) = t.v[heads], always_read(blocks[0]) if near else (0, 0)
-    values = Parts("v", v, blocks, sink, of.picked, window, block_k)
+    `near_logits` gives them."""
+    of = Logits(t, blocks, ids, block_k, near=near and known is None)
+    sink, window = always_read(blocks[0]) if near else (0, 0)
+    values = Parts("v", t.v, blocks, (sink, of.picked, window), block_k)
     v_all = scratch.take("v", tuple(values.all.shape), of.like)
-    outputs = scratch.take("out", (of.count, of.lanes, of.rows, v.shape[-1]), of.like)
+    outputs = scratch.take("out", (of.count, of.lanes, of.rows, t.v.shape[-1]), of.like)
     logits = scratch.take("logits", (of.lanes, of.rows, sink + of.picked + window), of.like)
     selected = logits if known is None else logits[..., sink : sink + of.picked]
     lses: list[Tensor] = []
@@ -206,16 +182,9 @@ def partial(
 
 
 def attend(
-    t: Tensors,
-    heads: slice,
-    group: slice,
-    blocks: list[QueryBlock],
-    ids: Tensor,
-    block_k: int,
-    known: Tensor | None = None,
+    t: Tensors, blocks: list[QueryBlock], ids: Tensor, block_k: int, known: Tensor | None = None
 ) -> None:
-    """Sparse attention of query blocks, for the key heads `heads` and the query heads `group` of
-    each.
+    """Sparse attention of query blocks.
 
     `ids` `[heads, len(blocks), n]`: the sorted key blocks that each query block reads between sink
     and window. `known`: the logits of sink and window, of query blocks that are `alike`.
@@ -226,13 +195,8 @@ def attend(
         need_lse = t.lse is not None or t.sinks is not None
         some = ids[:, at : at + len(run)]
         known_some = None if known is None else known[at : at + len(run)]
-        store_rows(
-            t,
-            heads,
-            group,
-            run,
-            *partial(t, heads, group, run, some, block_k, need_lse, known=known_some),
-        )
+        found = partial(t, run, some, block_k, need_lse, known=known_some)
+        store(t, rows_of_blocks(run), *found)
         at += len(run)
 
 
@@ -263,25 +227,20 @@ def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 class Parts:
     """A buffer `[heads, sink + picked + window, D]` for the keys (or values) that one query block
-    reads, and views of it."""
+    reads, and views of it; `sizes`: `(sink, picked, window)`."""
 
     def __init__(
         self,
         name: str,
         x: KeyRows,
         blocks: list[QueryBlock],
-        sink: int,
-        picked: int,
-        window: int,
+        sizes: tuple[int, int, int],
         block_k: int,
     ) -> None:
-        heads, _, dim = x.shape
-        first = blocks[0]
-        self.name = name
-        self.all = scratch.take(name, (heads, sink + picked + window, dim), x)
-        self.all[:, :sink] = x[
-            :, first.start : first.start + sink
-        ]  # the same for every query block
+        (heads, _, dim), (sink, picked, window), first = x.shape, sizes, blocks[0]
+        self.all = scratch.take(name, (heads, sum(sizes), dim), x)
+        # the same for every query block
+        self.all[:, :sink] = x[:, first.start : first.start + sink]
         self.lanes = head_rows_of(x, block_k)
         into = [lane[sink : sink + picked] for lane in self.all]
         self.picked = [
@@ -304,10 +263,11 @@ class Parts:
             self.window.copy_(self.windows[i])
 
 
-def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> None:
+def attend_range(t: Tensors, block: QueryBlock) -> None:
     """Attention of one query block to every key from `block.start` on, read where it lies; tile by
     tile if they are many."""
-    q = t.q[heads, group, block.row : block.row + block.rows]
+    own = rows_of_blocks([block])
+    q = t.q[:, :, own]
     lanes, groups, n, dim = q.shape
     like = q.new_empty(0, dtype=compute_dtype(q))
     query = scratch.take("q", (lanes, groups, n, dim), like)
@@ -317,22 +277,17 @@ def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> N
     end = block.last + 1
     cuts = [] if t.positions is None else t.positions.cuts(block.first, block.last)
     cuts = [*cuts, *(cut for cut in cuts_of(t.k, block.start, end) if cut <= end - n)]
-    while (
-        end > block.start
-    ):  # from the last key down, so that the rows' own keys are whole in one tile
+    while end > block.start:  # from the last key down, so that the rows' own are whole in one tile
         first = max([block.start, end - tile, *(cut for cut in cuts if cut < end)])
-        parts.append(
-            _attend_tile(
-                t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start
-            )
-        )
+        several = len(parts) > 0 or first > block.start
+        parts.append(_attend_tile(t, query, block, first, end, merge=several))
         end = first
     out, lse = parts[0]
     for more, more_lse in parts[1:]:
         assert lse is not None
         assert more_lse is not None
         lse = merge(out, lse, more, more_lse)
-    store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
+    store(t, own, out, lse)
 
 
 def cuts_of(k: KeyRows, start: int, end: int) -> list[int]:
@@ -346,12 +301,12 @@ def cuts_of(k: KeyRows, start: int, end: int) -> list[int]:
 
 
 def _attend_tile(
-    t: Tensors, heads: slice, query: Tensor, block: QueryBlock, first: int, end: int, merge: bool
+    t: Tensors, query: Tensor, block: QueryBlock, first: int, end: int, merge: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Attention to the keys `first` to `end - 1`, and the log-sum-exp if the caller or a `merge`
     with other tiles needs it."""
     lanes, groups, n, _ = query.shape
-    k, v = (x[heads, first:end].to(query.dtype) for x in (t.k, t.v))
+    k, v = (x[:, first:end].to(query.dtype) for x in (t.k, t.v))
     logits = scratch.take("logits", (lanes, groups * n, end - first), k)
     if t.positions is None:
         torch.bmm(query.flatten(1, 2), k.transpose(1, 2), out=logits)
@@ -372,16 +327,16 @@ def _attend_tile(
     return (out.to(lse.dtype, copy=True) if merge else out), lse.view(lanes, groups, n)
 
 
-def store(t: Tensors, into: tuple[slice, slice, slice], out: Tensor, lse: Tensor | None) -> None:
-    """Write out and log-sum-exp; sinks are an extra logit, which scales the output by
-    `sigmoid(lse - sink)`."""
+def store(t: Tensors, rows: slice, out: Tensor, lse: Tensor | None) -> None:
+    """Write out `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` of query rows; sinks are
+    an extra logit, which scales the output by `sigmoid(lse - sink)`."""
     if t.sinks is not None:
         assert lse is not None
-        add_sinks(out, lse, t.sinks[into[0], into[1]])
-    t.out[into] = out
+        add_sinks(out, lse, t.sinks)
+    t.out[:, :, rows] = out
     if t.lse is not None:
         assert lse is not None
-        t.lse[into] = lse
+        t.lse[:, :, rows] = lse
 
 
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
@@ -410,11 +365,9 @@ def _positions(block: QueryBlock, ids: Tensor, block_k: int, near: bool) -> Tens
     selected = (ids[..., None] * block_k + torch.arange(block_k, device=ids.device)).flatten(1)
     if not near:
         return selected
-    sink = torch.arange(block.start, block.sink_end, device=ids.device).expand(len(ids), -1)
-    window = torch.arange(block.window_start, block.last + 1, device=ids.device).expand(
-        len(ids), -1
-    )
-    return torch.cat([sink, selected, window], dim=1)
+    ends = ((block.start, block.sink_end), (block.window_start, block.last + 1))
+    parts = [torch.arange(*some, device=ids.device).expand(len(ids), -1) for some in ends]
+    return torch.cat([parts[0], selected, parts[1]], dim=1)
 
 
 def _mask_sliding(logits: Tensor, position: Tensor, first: int, window: int) -> None:

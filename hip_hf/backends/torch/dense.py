@@ -24,20 +24,18 @@ ROWS_AT_ONCE = 64
 LOGITS_ON_GPU = 1 << 27
 
 
-def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, slice, QueryBlock]]:
-    """Arguments of `attend_range` for a dense computation of the query rows from `first` on: head
-    by head, a single row for all heads at once, which takes as little as the operations that it is
-    made of."""
+def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, QueryBlock]]:
+    """Key heads and query rows for each `attend_range` of a dense computation of the query rows
+    from `first` on: head by head, a single row for all heads at once, which takes as little as the
+    operations that it is made of."""
     tasks, lanes = [], t.q.shape[0]
-    heads = (
-        [slice(0, lanes)] if span.rows == 1 else [slice(head, head + 1) for head in range(lanes)]
-    )
+    each = lanes if span.rows == 1 else 1
     for row in range(first, span.rows, ROWS_AT_ONCE):
         last = min(row + ROWS_AT_ONCE, span.rows) - 1
         position = span.position + row
         start = 0 if t.sliding_window is None else max(0, position - t.sliding_window + 1)
         block = QueryBlock(row, position, span.position + last, start, start, 0, 0, start)
-        tasks += [(some, slice(None), block) for some in heads]
+        tasks += [(slice(head, head + each), block) for head in range(0, lanes, each)]
     return tasks
 
 
@@ -51,9 +49,9 @@ def attend_rows(t: Tensors, first: int, span: Span, pieces: list[Piece] | None =
             return
     tasks = range_tasks(t, first, span)
     if pieces is not None:
-        pieces += [Piece(span, heads, [block], None, 1, span.rows) for heads, _, block in tasks]
+        pieces += [Piece(span, heads, [block], None, 1, span.rows) for heads, block in tasks]
     if not served:
-        run(lambda task: attend_range(t, *task), tasks, t.q.device)
+        run(lambda task: attend_range(t.part(task[0]), task[1]), tasks, t.q.device)
 
 
 def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:

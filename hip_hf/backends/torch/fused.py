@@ -37,9 +37,8 @@ def attend_rows(t: Tensors, first: int, span: Span) -> None:
     half as long again."""
     rows, at = slice(first, span.rows), span.position + first
     q = t.q[:, :, rows]
-    q = (
-        q if q.stride(-1) == 1 else q.contiguous()
-    )  # which the operator takes for granted; keys and values are so
+    # which the operator takes for granted; keys and values are so
+    q = q if q.stride(-1) == 1 else q.contiguous()
 
     def keys(start: int, end: int) -> list[Tensor]:
         return [x[:, start:end][:, None].expand(-1, q.shape[1], -1, -1) for x in (t.k, t.v)]
@@ -49,4 +48,4 @@ def attend_rows(t: Tensors, first: int, span: Span) -> None:
     for start, end in pairwise([0, *cuts_of(t.k, 0, at), at] if at else []):
         before, before_lse = attention(q, *keys(start, end), scale=t.scale)
         lse = merge(out, lse, before.to(lse.dtype), before_lse)
-    store(t, (slice(None), slice(None), rows), out, lse)
+    store(t, rows, out, lse)
