@@ -17,8 +17,7 @@ anchors correct what is left, by a mean over the latest of them, for what is lef
 Anchors are the positions that `gamma` divides; in `step` also the first row of a call. They get D
 itself. The last `gamma` rows of a prefill call are dense. Decode goes on alike: a step at an anchor
 is dense, and what the next ones need is kept with the cache. The log-sum-exp is corrected alike.
-Costs `1 / gamma` of dense attention, `clusters` also
-as much as a hundred keys more for each row.
+Costs `1 / gamma` of dense attention, `clusters` also as much as a hundred keys more for each row.
 """
 
 from __future__ import annotations
@@ -137,9 +136,8 @@ class DeltaCall(Executor):
             for span, row, window in zip(spans, rows, self.selecting.windows, strict=True):
                 self._complete(span, row, window)
         else:
-            plans = [
-                self._plan(span, row.correction) for span, row in zip(spans, rows, strict=True)
-            ]
+            kept = [row.correction for row in rows]
+            plans = [self._plan(*pair) for pair in zip(spans, kept, strict=True)]
             self.at = [plan.at for plan in plans]
             for row, correction in zip(rows, self.correct(plans), strict=True):
                 row.correction = correction
@@ -184,13 +182,9 @@ class DeltaCall(Executor):
     ) -> Correction:
         if kept is None or kept.clusters is None:
             assert t.lse is not None
-            kept = Correction(
-                -1,
-                t.lse.new_zeros(*t.out.shape[:2], t.v.shape[2]),
-                t.lse.new_zeros(t.lse.shape[:2]),
-                0.0,
-            )
-            kept = replace(kept, clusters=Clusters(blocks[0].sink_end, t.k, t.v))
+            lse = t.lse.new_zeros(t.lse.shape[:2])
+            out = t.lse.new_zeros(*lse.shape, t.v.shape[2])
+            kept = Correction(-1, out, lse, 0.0, Clusters(blocks[0].sink_end, t.k, t.v))
         assert isinstance(kept.clusters, Clusters)
         clusters = kept.clusters.writable()
         clusters.extend(t.k, blocks[-1].window_start)
@@ -203,31 +197,23 @@ class DeltaCall(Executor):
             exact = tuple(x[:, :, done : done + len(own)] for x in dense)
             rows = rows_of_blocks(run)
             index = torch.tensor(own, dtype=torch.long, device=t.q.device) - run[0].first
-            estimated = self._estimated(t, span, rows, clusters, place, run, enough)
+            estimated = self._estimated(t, span, clusters if enough else None, place, run)
             kept = _corrected(t, rows, estimated, index, exact, kept)
             place, done = place + len(run), done + len(own)
         return kept if not at else replace(kept, position=at[-1])
 
     def _estimated(
-        self,
-        t: Tensors,
-        span: Span,
-        rows: slice,
-        clusters: Clusters,
-        place: int,
-        run: list[QueryBlock],
-        enough: bool,
+        self, t: Tensors, span: Span, clusters: Clusters | None, place: int, run: list[QueryBlock]
     ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp of the rows of some query blocks with the estimate of what they
-        miss, in fp32 at least."""
+        """Output and log-sum-exp of the rows of some query blocks, whose first is at `place` in the
+        mask, with the estimate of what they miss (None: without), in fp32 at least."""
         assert t.lse is not None
-        out, lse = t.out[:, :, rows].to(t.lse.dtype, copy=True), t.lse[:, :, rows]
-        if not enough:
-            return out, lse.clone()
+        rows, places = rows_of_blocks(run), slice(place, place + len(run))
+        out, lse = t.out[:, :, rows].to(t.lse.dtype, copy=True), t.lse[:, :, rows].clone()
+        if clusters is None:
+            return out, lse
         assert self.inner.mask is not None
-        chosen = Chosen.of(
-            self.inner.mask, span.batch, slice(place, place + len(run)), t.k.shape[0], run[0].low
-        )
+        chosen = Chosen.of(self.inner.mask, span.batch, places, t.k.shape[0], run[0].low)
         left = clusters.left(t.k, t.v, run, chosen)
         return out, merge(out, lse, *estimate(t, run[0], len(run), left))
 
@@ -269,13 +255,11 @@ def _corrected(
 ) -> Correction:
     """Write the rows `rows` of the span, output and log-sum-exp, corrected: of them, those at the
     indices `at` are anchors, whose dense attention is known. Returns what holds after them."""
-    count = rows.stop - rows.start
-    segment = torch.searchsorted(at, torch.arange(count, device=at.device), right=True)
+    index = torch.arange(rows.stop - rows.start, device=at.device)
+    segment = torch.searchsorted(at, index, right=True)
     weights, weight = fading(len(at), kept.weight, estimated[1])
-    latest = []
-    for x, into, exact, before in zip(
-        estimated, (t.out, t.lse), dense, (kept.out, kept.lse), strict=True
-    ):
+    latest, both = [], (estimated, (t.out, t.lse), dense, (kept.out, kept.lse))
+    for x, into, exact, before in zip(*both, strict=True):
         assert into is not None
         differences = torch.cat([before[:, :, None], exact - x[:, :, at]], dim=2)
         means = torch.einsum("an,hgn...->hga...", weights, differences)

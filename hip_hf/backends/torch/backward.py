@@ -56,19 +56,9 @@ class _Attention(torch.autograd.Function):
         pieces: list[Piece],
     ) -> tuple[Tensor, Tensor]:
         compute()
-        # as the workers finished: sums must not depend on that
-        pieces.sort(
-            key=lambda piece: (
-                piece.span.batch,
-                piece.span.row_start,
-                piece.heads.start,
-                piece.blocks[0].row,
-            )
-        )
-        out, lse = (
-            out.view_as(out),
-            lse.view_as(lse),
-        )  # of their own: autograd must not take them for inputs
+        pieces.sort(key=_place)  # as the workers finished: sums must not depend on that
+        # of their own: autograd must not take them for inputs
+        out, lse = out.view_as(out), lse.view_as(lse)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.pieces, ctx.spans = pieces, problem.spans
@@ -85,10 +75,14 @@ class _Attention(torch.autograd.Function):
         grads = Gradients(problem, out, lse, grad_out, grad_lse)
         run(lambda head: grads.add(ctx.pieces, head), range(k.shape[1]), q.device)
         need = ctx.needs_input_grad
-        found = [
-            x.to(q.dtype) if need[i] else None for i, x in enumerate((grads.q, grads.k, grads.v))
-        ]
+        summed = zip(need, (grads.q, grads.k, grads.v), strict=False)
+        found = [x.to(q.dtype) if asked else None for asked, x in summed]
         return *found, grads.sinks().to(sinks.dtype) if need[3] else None, *[None] * 5
+
+
+def _place(piece: Piece) -> tuple[int, ...]:
+    span = piece.span
+    return span.batch, span.row_start, piece.heads.start, piece.blocks[0].row
 
 
 class Gradients:
@@ -117,9 +111,8 @@ class Gradients:
         total = torch.zeros_like(self.problem.sinks, dtype=self.lse.dtype)
         for span in self.problem.spans:
             rows = slice(span.row_start, span.row_end)
-            weights = torch.exp(
-                self.problem.sinks.to(total.dtype)[:, None] - self.lse[span.batch, :, rows]
-            )
+            sinks = self.problem.sinks.to(total.dtype)[:, None]
+            weights = torch.exp(sinks - self.lse[span.batch, :, rows])
             total -= (weights * self.mean[span.batch, :, rows]).sum(-1)
         return total
 
@@ -153,9 +146,8 @@ class Gradients:
         lse, mean = self.lse[at][..., None], self.mean[at][..., None]
         for part in positions.split(max(1, LOGITS_AT_ONCE // (q.shape[0] * count))):
             index = span.key_start + part
-            k, v = (
-                x[span.batch, head].index_select(0, index).to(dtype) for x in (problem.k, problem.v)
-            )
+            of_head = (x[span.batch, head] for x in (problem.k, problem.v))
+            k, v = (x.index_select(0, index).to(dtype) for x in of_head)
             logits, slope = q @ k.T * problem.scale, None
             if problem.softcap is not None:
                 logits = torch.tanh(logits / problem.softcap)
@@ -172,6 +164,5 @@ class Gradients:
             self.q[at] += grad @ k
             # each key once in a call, so the order of the sums is that of the calls
             self.k[span.batch, head].index_add_(0, index, torch.einsum("grn,grd->nd", grad, q))
-            self.v[span.batch, head].index_add_(
-                0, index, torch.einsum("grn,grd->nd", weights, grad_out)
-            )
+            of_values = torch.einsum("grn,grd->nd", weights, grad_out)
+            self.v[span.batch, head].index_add_(0, index, of_values)

@@ -21,12 +21,10 @@ class DeltaAttention(DeltaCall):
     def attend_tail(self, t: Tensors, span: Span, end: int) -> None:
         rows = slice(end - span.position, None)
         assert t.lse is not None
-        t.out[:, :, rows], t.lse[:, :, rows] = attend_positions(
-            t, range(end, span.end), span.position
-        )
+        found = attend_positions(t, range(end, span.end), span.position)
+        t.out[:, :, rows], t.lse[:, :, rows] = found
 
     def correct(self, plans: list[Plan]) -> list[Correction | None]:
-        """Correct the rows of every plan; the corrections that hold after their last rows."""
         return [self._correct(plan) for plan in plans]
 
     def _correct(self, plan: Plan) -> Correction | None:

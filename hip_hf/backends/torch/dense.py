@@ -70,12 +70,7 @@ def sdpa_serves_masked(problem: AttentionProblem, need_lse: bool) -> bool:
     """Whether PyTorch's attention can compute the problem with a mask where rows see other keys
     than all up to their own: chunks of prompts, and sliding windows. On a GPU that is far fewer
     launches than block by block; a CPU has `fused`."""
-    return (
-        not need_lse
-        and problem.positions is None
-        and problem.softcap is None
-        and problem.sinks is None
-    )
+    return not need_lse and problem.positions is problem.softcap is problem.sinks is None
 
 
 def _in_one_piece(problem: AttentionProblem, span: Span) -> bool:
@@ -90,11 +85,8 @@ def alike(problem: AttentionProblem) -> bool:
         return False
     first = problem.spans[0]
     kinds = {(s.key_start, s.key_start + s.end, s.row_start, s.row_end) for s in problem.spans}
-    return (
-        len(problem.spans) == len(problem.q)
-        and len(kinds) == 1
-        and first.rows == problem.q.shape[2]
-    )
+    every = len(problem.spans) == len(problem.q) and first.rows == problem.q.shape[2]
+    return every and len(kinds) == 1
 
 
 def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> Tensor:
@@ -108,10 +100,8 @@ def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> T
         return grouped_sdpa(q, k, v, problem.scale, span.rows > 1)
     # PyTorch may hold the logits of all rows of a mask; more rows than a window would multiply what
     # none of them sees
-    step, outs = (
-        min(max(1, LOGITS_ON_GPU // (span.end * len(k) * k.shape[1])), max(window, ROWS_AT_ONCE)),
-        [],
-    )
+    step = max(1, LOGITS_ON_GPU // (span.end * len(k) * k.shape[1]))
+    step, outs = min(step, max(window, ROWS_AT_ONCE)), []
     for row in range(0, span.rows, step):
         some, first = q[:, :, row : row + step], span.position + row
         end = first + some.shape[2]
@@ -142,10 +132,7 @@ def masked(
     Returns the output and, if asked for, the log-sum-exp. A row that sees nothing (no True, or
     nothing above minus infinity) gives 0 and -inf.
     """
-    k, v = (
-        problem.k.repeat_interleave(problem.groups, 1),
-        problem.v.repeat_interleave(problem.groups, 1),
-    )
+    k, v = (x.repeat_interleave(problem.groups, 1) for x in (problem.k, problem.v))
     rows = problem.q.shape[2]
     # an exported graph may be for any number of rows
     step = rows if exporting() else max(1, LOGITS_AT_ONCE // (k.shape[0] * k.shape[1] * k.shape[2]))
@@ -154,9 +141,8 @@ def masked(
     parts = []
     for at in range(0, rows, step):
         end = min(at + step, rows)
-        parts.append(
-            _masked_rows(problem, problem.q[:, :, at:end], k, v, visible(at, end), need_lse)
-        )
+        some = problem.q[:, :, at:end]
+        parts.append(_masked_rows(problem, some, k, v, visible(at, end), need_lse))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2) if need_lse else None
 
@@ -170,9 +156,8 @@ def _masked_rows(
     logits = (q @ k.transpose(2, 3)).to(dtype) * problem.scale
     if problem.softcap is not None:
         logits = torch.tanh(logits / problem.softcap) * problem.softcap
-    lowest = torch.finfo(
-        dtype
-    ).min  # finite, so that a row that sees nothing has no NaN in its gradient
+    # finite, so that a row that sees nothing has no NaN in its gradient
+    lowest = torch.finfo(dtype).min
     if mask.dtype == torch.bool:
         seen = mask
     else:

@@ -39,8 +39,8 @@ def attend_exact(
         more, more_lse = _tile(t, head, query, at, first, min(first + tile, at[-1] + 1))
         if out is None or lse is None:
             out, lse = more, more_lse
-            continue
-        lse = merge(out, lse, more, more_lse)
+        else:
+            lse = merge(out, lse, more, more_lse)
     assert out is not None
     assert lse is not None
     return out.view(groups, count, -1), lse.view(groups, count)
@@ -62,9 +62,8 @@ def _tile(
     position = torch.tensor(at, device=query.device)[:, None]
     if end > at[0] + 1:
         low = max(first, at[0] + 1)
-        by_row[..., low - first :].masked_fill_(
-            torch.arange(low, end, device=query.device) > position, never
-        )
+        later = torch.arange(low, end, device=query.device) > position
+        by_row[..., low - first :].masked_fill_(later, never)
     if t.sliding_window is not None:
         key = torch.arange(first, end, device=query.device)
         by_row.masked_fill_(key <= position - t.sliding_window, never)
@@ -95,15 +94,11 @@ def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[Tensor,
         some = at[low : low + step]
         start = 0 if t.sliding_window is None else max(0, some[0] - t.sliding_window + 1)
         rows = torch.tensor(some, device=t.q.device) - first
-        out[head, :, low : low + step], lse[head, :, low : low + step] = attend_exact(
-            t, head, rows, some, start
-        )
+        into = (head, slice(None), slice(low, low + step))
+        out[into], lse[into] = attend_exact(t, head, rows, some, start)
 
-    run(
-        attend,
-        [(head, low) for low in range(0, len(at), step) for head in range(heads)],
-        t.q.device,
-    )
+    tasks = [(head, low) for low in range(0, len(at), step) for head in range(heads)]
+    run(attend, tasks, t.q.device)
     if t.sinks is not None:
         add_sinks(out, lse, t.sinks)
     return out, lse
