@@ -84,10 +84,9 @@ class Columns(base.Bound):
     scores: Tensor
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
-        """The best blocks of each middle."""
-        return torch.stack(
-            [self._best(heads, block).sort(dim=-1).values for block in blocks], dim=2
-        )
+        """The best candidates of each query block."""
+        each = [self._best(heads, block).sort(dim=-1).values for block in blocks]
+        return torch.stack(each, dim=2)
 
     def _best(self, heads: slice, block: QueryBlock) -> Tensor:
         scores = self.scores[heads, :, block.low : block.high]

@@ -77,8 +77,8 @@ class Selector(base.Selector):
     looks_always = True
 
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
-        middle = min(block.num_candidates, self.budget) * self.config.block_k
-        keys = block.sink_end + middle + block.last + 1 - block.window_start
+        picked = min(block.num_candidates, self.budget) * self.config.block_k
+        keys = block.sink_end + picked + block.last + 1 - block.window_start
         return len(sampled_rows(self.config, block)) * keys * 2 * dim, keys * dim
 
     def make_pyramid(self, dtype: torch.dtype) -> History:
@@ -109,17 +109,14 @@ class HeavyHitters(base.Bound):
         mass = torch.zeros(heads, self.shares, size, dtype=torch.float32, device=q.device)
         if history.mass is not None:
             mass[..., : history.mass.shape[-1]] = history.mass
-        for block in query_blocks(
-            config, Span(0, 0, tokens, 0, rows, tokens - rows), rows <= DECODE_ROWS
-        ):
+        span = Span(0, 0, tokens, 0, rows, tokens - rows)
+        for block in query_blocks(config, span, rows <= DECODE_ROWS):
             kept = self._keep(history, mass, block)
             self.chosen[block.first] = history.kept = kept
             history.joined = block.high
             self._accumulate(mass, block, kept)
-        history.mass, history.blocks = (
-            mass,
-            size,
-        )  # of every key: whichever are cropped have had their part in it
+        # of every key: whichever are cropped have had their part in it
+        history.mass, history.blocks = mass, size
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         return torch.stack([self.chosen[block.first][heads] for block in blocks], dim=2)
@@ -130,38 +127,27 @@ class HeavyHitters(base.Bound):
     def _keep(self, history: History, mass: Tensor, block: QueryBlock) -> Tensor:
         """The blocks that stay when the window moves on to where this query block has it,
         sorted."""
-        if (
-            history.kept is None or history.joined > block.high
-        ):  # or the window has moved back, after a crop
+        budget = self.config.budget_blocks
+        # without history, or where the window has moved back, after a crop
+        if history.kept is None or history.joined > block.high:
             candidates = self._range(block.low, block.high)
-            if candidates.shape[-1] > self.config.budget_blocks:
+            if candidates.shape[-1] > budget:
                 self._accumulate(mass, block, candidates)
         else:
-            candidates = torch.cat(
-                [history.kept, self._range(max(history.joined, block.low), block.high)], dim=-1
-            )
-        return (
-            best(mass.gather(-1, candidates), candidates, self.config.budget_blocks)
-            .sort(dim=-1)
-            .values
-        )
+            joining = self._range(max(history.joined, block.low), block.high)
+            candidates = torch.cat([history.kept, joining], dim=-1)
+        return best(mass.gather(-1, candidates), candidates, budget).sort(dim=-1).values
 
     def _accumulate(self, mass: Tensor, block: QueryBlock, kept: Tensor) -> None:
         """Add the attention of the query block's voting rows to the mass of what they read."""
-        size, device, dtype = (
-            self.config.block_k,
-            self.q.device,
-            torch.promote_types(self.q.dtype, torch.float32),
-        )
+        size, device = self.config.block_k, self.q.device
+        dtype = torch.promote_types(self.q.dtype, torch.float32)
         picked = (kept[..., None] * size + torch.arange(size, device=device)).flatten(-2)
-        read = torch.cat(
-            [
-                self._range(0, block.sink_end),
-                picked,
-                self._range(block.window_start, block.last + 1),
-            ],
-            dim=-1,
+        sink, window = (
+            self._range(0, block.sink_end),
+            self._range(block.window_start, block.last + 1),
         )
+        read = torch.cat([sink, picked, window], dim=-1)
         heads = torch.arange(len(self.keys), device=device)[:, None, None]
         rows = torch.tensor(list(sampled_rows(self.config, block)), device=device)
         q = self.q[:, :, rows].to(dtype) * self.scale  # [Hkv, G, n, D]

@@ -36,8 +36,8 @@ from hip_hf.methods import base
 if TYPE_CHECKING:
     from hip_hf.problem import AttentionProblem
 
-# Bits of the hash at most.
-MOST_BITS = 30
+# Bits of the hash at most; rows of a query block at least.
+MOST_BITS, FEWEST_ROWS = 30, 16
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,8 @@ def tile(square: Square, options: Options, device: torch.device) -> Tiling:
     size = min(options.block_size, square.keys)
     # where there are fewer rows than keys, shorter blocks of rows, so that their hashes stay as
     # close together
-    rows = min(
-        max(-(-options.block_size * square.rows // square.keys), 16),
-        options.block_size,
-        square.rows,
-    )
+    alike = max(-(-options.block_size * square.rows // square.keys), FEWEST_ROWS)
+    rows = min(alike, options.block_size, square.rows)
     blocks = -(-square.rows // rows)
     centre = (torch.arange(blocks, device=device) * rows + rows / 2) * (square.keys / square.rows)
     starts = (centre - size / 2).round().long().clamp(0, square.keys - size)
@@ -193,10 +190,8 @@ def flops(
         read += max(0, high * (high + 1) // 2 - low * (low + 1) // 2)
     products = read
     for square in (square for level in levels for square in level):
-        own, rows = (
-            tile(square, options, torch.device("cpu")),
-            max(0, square.end - max(square.first, since)),
-        )
+        own = tile(square, options, torch.device("cpu"))
+        rows = max(0, square.end - max(square.first, since))
         products += rows * (own.size + own.samples)
         # a sampled key in the own block is read there; on average so many are
         read += rows * (own.size + own.samples * (square.keys - own.size) // square.keys)

@@ -23,12 +23,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-Vote: TypeAlias = tuple[
-    Tensor, float | None
-]  # the row `[D]`, and its log-sum-exp over sink and window
-Chunk: TypeAlias = tuple[
-    int, int
-]  # level, index: the keys [index * size, (index + 1) * size) with size = block_k << level
+# The row `[D]`, and its log-sum-exp over sink and window.
+Vote: TypeAlias = tuple[Tensor, float | None]
+# Level and index: the keys [index * size, (index + 1) * size) with size = block_k << level.
+Chunk: TypeAlias = tuple[int, int]
 
 
 def log_sum_exp(logits: list[float]) -> float:
@@ -82,20 +80,14 @@ class Search:
 
     def complete(self, level: int) -> list[int]:
         """Chunks of a level that lie wholly in the middle."""
-        begin, end, size = (
-            self.low * self.config.block_k,
-            self.high * self.config.block_k,
-            self.size(level),
-        )
+        begin, end = self.low * self.config.block_k, self.high * self.config.block_k
+        size = self.size(level)
         return [i for i in range(end // size + 1) if begin <= i * size and (i + 1) * size <= end]
 
     def start(self) -> int:
         """The level to start with: the smallest that has few enough chunks."""
-        level = 0
-        while (
-            len(self.complete(level)) > 2 * self.config.beam_blocks
-            and self.size(level) != self.config.coarsest
-        ):
+        level, most = 0, 2 * self.config.beam_blocks
+        while len(self.complete(level)) > most and self.size(level) != self.config.coarsest:
             level += 1
         return level
 
@@ -132,11 +124,10 @@ class Search:
         """Scores of blocks by all of their keys; each has a share (`onward`) of that of the block
         before it as well."""
         bk = self.config.block_k
-        keys = {i: self.keys[i * bk : (i + 1) * bk] for i in blocks}
-        logits = {
-            i: [[self.capped(float(row @ key)) for key in keys[i]] for row, _ in self.votes]
-            for i in blocks
-        }
+        logits = {}
+        for i in blocks:
+            keys = self.keys[i * bk : (i + 1) * bk]
+            logits[i] = [[self.capped(float(row @ key)) for key in keys] for row, _ in self.votes]
         found = self.scores(logits, self.votes, 1)
         onward = self.config.method_options().onward if self.config.score == "mass" else 0
         return {i: score + onward * found.get(i - 1, 0) for i, score in found.items()}

@@ -82,20 +82,14 @@ class CentreSpread(Representative):
     def leaf(self, keys: Tensor) -> Tensor:
         dtype = torch.promote_types(keys.dtype, torch.float32)
         mean = keys.sum(-2, dtype=dtype) / keys.shape[-2]
-        low, high = (
-            keys.aminmax(dim=-2) if keys.device.type != "cpu" else (keys.amin(-2), keys.amax(-2))
-        )
+        on_cpu = keys.device.type == "cpu"
+        low, high = (keys.amin(-2), keys.amax(-2)) if on_cpu else keys.aminmax(dim=-2)
         return torch.stack([mean, low.to(dtype), high.to(dtype)], dim=-2)
 
     def merge(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch.stack(
-            [
-                (left[..., 0, :] + right[..., 0, :]) / 2,
-                torch.minimum(left[..., 1, :], right[..., 1, :]),
-                torch.maximum(left[..., 2, :], right[..., 2, :]),
-            ],
-            dim=-2,
-        )
+        (mean, low, high), (mean_b, low_b, high_b) = left.unbind(-2), right.unbind(-2)
+        parts = ((mean + mean_b) / 2, torch.minimum(low, low_b), torch.maximum(high, high_b))
+        return torch.stack(parts, dim=-2)
 
     def row(self, state: Tensor) -> Tensor:
         mean, low, high = state.unbind(-2)
@@ -138,9 +132,8 @@ class Pyramid:
         self.dtype = dtype
         self.blocks = 0
         self.levels: list[Tensor] = []
-        self.shared = (
-            False  # several batch rows refer to it (beam search): copy before the next append
-        )
+        # whether several batch rows refer to it (beam search): copy before the next append
+        self.shared = False
         self._last: list[Tensor | None] = []  # state of the last chunk of each level
 
     def count(self, level: int) -> int:
@@ -178,9 +171,8 @@ class Pyramid:
         return part.unflatten(1, (last - first, self.block_k))
 
     def _chunk_state(self, keys: KeyRows, level: int, index: int) -> Tensor:
-        state = self.representative.leaf(
-            self._blocks_of(keys, index << level, (index + 1) << level)
-        )
+        blocks = self._blocks_of(keys, index << level, (index + 1) << level)
+        state = self.representative.leaf(blocks)
         for _ in range(level):
             state = self.representative.merge(state[:, 0::2], state[:, 1::2])
         return state
@@ -220,9 +212,7 @@ class Pyramid:
                 if pending is None:
                     pending = self._chunk_state(keys, level, first - 1)
                 states = torch.cat([pending, states], dim=1)
-            pairs = states.shape[1] // 2
-            states = self.representative.merge(
-                states[:, 0 : 2 * pairs : 2], states[:, 1 : 2 * pairs : 2]
-            )
+            even = states[:, : states.shape[1] // 2 * 2]
+            states = self.representative.merge(even[:, 0::2], even[:, 1::2])
             first, level = first // 2, level + 1
         self.blocks = blocks

@@ -27,11 +27,8 @@ def squash(logits: Tensor, softcap: float | None) -> None:
 
 def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
     """Every `query_stride`-th row, counted back from the last."""
-    return range(
-        block.row + (block.rows - 1) % config.query_stride,
-        block.row + block.rows,
-        config.query_stride,
-    )
+    stride = config.query_stride
+    return range(block.row + (block.rows - 1) % stride, block.row + block.rows, stride)
 
 
 def best(scores: Tensor, ids: Tensor, count: int) -> Tensor:
@@ -68,9 +65,8 @@ def aggregate(
     """
     squash(logits, softcap)
     if invalid is not None:
-        logits[..., logits.shape[-1] - invalid.shape[-1] :].masked_fill_(
-            invalid.unsqueeze(-2), -torch.inf
-        )
+        last = logits[..., logits.shape[-1] - invalid.shape[-1] :]
+        last.masked_fill_(invalid.unsqueeze(-2), -torch.inf)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if score == "max":
         scores = logits.amax(-2).to(dtype)

@@ -48,9 +48,8 @@ class Selector(ColumnSelector):
         )
 
         def take(head: int, rows: Tensor, attention: Tensor) -> None:
-            columns[head, :, : attention.shape[-1]] += (
-                attention.sum(1).unflatten(0, (shares, -1)).sum(1)
-            )
+            mass = attention.sum(1).unflatten(0, (shares, -1)).sum(1)
+            columns[head, :, : attention.shape[-1]] += mass
 
         probe(q, keys, self.looked_at(q.shape[2], q.device), scale, softcap, take)
         return Columns(self.config, block_sums(columns, self.config.block_k))

@@ -83,15 +83,12 @@ class VerticalSlash(Columns):
         return torch.cat([vertical, best(slash, ids, budget - vertical.shape[-1])], dim=-1)
 
     def slash(self, heads: slice, block: QueryBlock) -> Tensor:
-        """Mass of the diagonals that cross each key block of the middle, summed over the query
-        block's rows."""
+        """Mass of the diagonals that cross each candidate, summed over the query block's rows."""
         sums, size = self.sums[heads], self.config.block_k
-        edge = (
-            torch.arange(block.low, block.high + 1, device=sums.device) * size
-        )  # first keys of the blocks, and the end
-        upto = (
-            sums[..., block.last + 2 - edge] - sums[..., block.first + 1 - edge]
-        )  # over keys from an edge on
+        # first keys of the blocks, and the end
+        edge = torch.arange(block.low, block.high + 1, device=sums.device) * size
+        # over keys from an edge on
+        upto = sums[..., block.last + 2 - edge] - sums[..., block.first + 1 - edge]
         return upto[..., :-1] - upto[..., 1:]
 
 

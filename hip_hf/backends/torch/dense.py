@@ -70,7 +70,8 @@ def sdpa_serves_masked(problem: AttentionProblem, need_lse: bool) -> bool:
     """Whether PyTorch's attention can compute the problem with a mask where rows see other keys
     than all up to their own: chunks of prompts, and sliding windows. On a GPU that is far fewer
     launches than block by block; a CPU has `fused`."""
-    return not need_lse and problem.positions is problem.softcap is problem.sinks is None
+    plain = problem.positions is None and problem.softcap is None and problem.sinks is None
+    return plain and not need_lse
 
 
 def _in_one_piece(problem: AttentionProblem, span: Span) -> bool:
