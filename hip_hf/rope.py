@@ -4,11 +4,12 @@ StreamingLLM, arXiv 2309.17453).
 q and k come un-rotated. Every distance at which a query meets a key is then ours to choose, and
 none exceeds what the model was trained for:
 
-    attention of a query block: what it reads (sink | selected | window) gets consecutive positions
-    that end at the query's dense rows: true distances
-    both: `trained - 1` for every key that would be farther away
-    selection: a key counts as just outside the window (relative); in the first layers, chunks count
-               their distance from it in chunks (chunk-indexed)
+    a query block: what it reads (sink | selected | window) gets consecutive positions that end at
+                   the query's
+    dense rows:    true distances
+    both:          `trained - 1` for every key that would be farther away
+    selection:     a key counts as just outside the window (relative); in the first layers, chunks
+                   count their distance from it in chunks (chunk-indexed)
 
 Only differences of positions matter, so each rule picks its own origin.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hip_hf.config import HiPConfig
-from hip_hf.geometry import QueryBlock
+from hip_hf.geometry import QueryBlock, rows_of_blocks
 from hip_hf.workers import scratch
 
 # Layers before this one select with chunk-indexed positions (InfiniteHiP, appendix; its first three
@@ -62,17 +63,19 @@ class Rope:
         known = self._tables.get(key)
         if known is None or len(known[0]) < count:
             most = max(FEWEST_POSITIONS, 1 << (count - 1).bit_length())
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # they outlive the mode they are made in
-                angles = (
-                    torch.arange(most, dtype=torch.float64, device="cpu")[:, None]
-                    * self.inv_freq.double()
-                )
-                known = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+            # they outlive the mode they are made in
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._turns(0, most, dtype, device)
             self._tables[key] = known
         return known
+
+    def _turns(
+        self, first: int, end: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine and sine `[end - first, R / 2]` of the positions `first` to `end - 1`."""
+        position = torch.arange(first, end, dtype=torch.float64, device="cpu")
+        angles = position[:, None] * self.inv_freq.double()
+        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
     def keys(
         self,
@@ -100,11 +103,8 @@ class Rope:
         """What the model rotated to the consecutive positions from `first` on, `[..., n, D]`,
         turned back."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        position = torch.arange(first, first + x.shape[-2], dtype=torch.float64, device="cpu")
-        angles = (
-            position[:, None] * self.inv_freq.double()
-        )  # no table: positions grow with the context
-        cos, sin = angles.cos().to(x.device, dtype), angles.sin().to(x.device, dtype)
+        # no table: positions grow with the context
+        cos, sin = self._turns(first, first + x.shape[-2], dtype, x.device)
         out = rotate(x.to(dtype), cos, sin, back=True)
         if self.scaling != 1.0:
             out[..., : self.dim].div_(self.scaling)
@@ -143,22 +143,17 @@ class Positions:
         selected = config.selected_keys
         reach = -(-config.sink // config.block_k) * config.block_k + selected + config.window
         if max(reach, config.block_q) > self.trained:
-            got, names = (
-                f"{reach} keys and block_q={config.block_q}",
-                "sink + budget + window" if selected else "sink + window",
-            )
-            raise ValueError(
-                f"{names}: got {got}, allowed with `extend`: up to the trained {self.trained}"
-            )
+            names = "sink + budget + window" if selected else "sink + window"
+            got = f"{reach} keys and block_q={config.block_q}"
+            allowed = f"allowed with `extend`: up to the trained {self.trained}"
+            raise ValueError(f"{names}: got {got}, {allowed}")
 
     def streaming(self, query: Tensor, keys: int) -> Tensor:
         """Queries `[..., rows, D]` of a query block in their places, the last of the `keys` that it
         reads. As they are where rounding to blocks makes these more than was trained for."""
-        return (
-            self.rope.queries(query, keys - query.shape[-2], self.trained)
-            if keys <= self.trained
-            else query
-        )
+        if keys > self.trained:
+            return query
+        return self.rope.queries(query, keys - query.shape[-2], self.trained)
 
     def streaming_logits(
         self, query: Tensor, k: Tensor, places: list[tuple[int, int]], total: int, out: Tensor
@@ -209,9 +204,8 @@ class Positions:
         if at < mixed:
             torch.bmm(with_rope, k.transpose(1, 2), out=out)
             return
-        distance = torch.arange(first, last + 1, device=k.device)[:, None] - torch.arange(
-            at, at + k.shape[1], device=k.device
-        )
+        row = torch.arange(first, last + 1, device=k.device)[:, None]
+        distance = row - torch.arange(at, at + k.shape[1], device=k.device)
         too_far = (distance >= self.trained).repeat(query.shape[1], 1)
         out.copy_(torch.where(too_far, torch.bmm(with_rope, k.transpose(1, 2)), out))
 
@@ -221,9 +215,8 @@ class Positions:
         distance = torch.zeros(q.shape[-2], dtype=torch.long, device="cpu")
         for block in blocks:
             at = torch.arange(block.first, block.last + 1, device="cpu")
-            distance[block.row : block.row + block.rows] = (at - block.window_start + 1).clamp(
-                max=self.trained - 1
-            )
+            far = (at - block.window_start + 1).clamp(max=self.trained - 1)
+            distance[rows_of_blocks([block])] = far
         return self.rope.queries(q, distance.to(q.device), self.trained)
 
     def chunk_angles(

@@ -53,8 +53,8 @@ class Summaries(Shareable, Protocol):
 @dataclass(frozen=True)
 class KeptSelection:
     """Key blocks that the last decode step read: `ids` `[Hkv, S, 1, budget / block_k]`, or None
-    where the budget covered the middle. The window's start and the middle stay as they were when
-    the selection was made.
+    where the budget covered all candidates. The window's start and the candidates stay as they were
+    when the selection was made.
 
     With an interval for every stage, `stages` holds what each of them kept, and the position it was
     made for."""
@@ -87,7 +87,8 @@ class RowState:
     pyramid: Summaries | None = None
     selection: KeptSelection | None = None
     correction: Correction | None = None
-    gathered: Any = None  # what the steps under `selection` read (`Gathered` in `backends/torch/decode_buffer.py`)
+    # what the steps under `selection` read (`Gathered` in `backends/torch/decode_buffer.py`)
+    gathered: Any = None
     on_device: bool = False  # what was seen of it is in `DecodeState.device`
 
 
@@ -113,9 +114,8 @@ class DecodeState:
         self.rows: dict[int, RowState] = {}
         self._layer: int | None = None  # the first that asked for its own
         self._others: dict[int, DecodeState] = {}  # by the layers that read the same keys
-        self.device: Any = (
-            None  # the kernels' tables (`DeviceState` in `backends/triton/sparse.py`), for all rows
-        )
+        # the kernels' tables (`DeviceState` in `backends/triton/sparse.py`), for all rows
+        self.device: Any = None
         # the settings that the state was made with, and the kind of keys
         self._owner: tuple[HiPConfig, int, int, torch.dtype, torch.device] | None = None
         self.__setstate__({})
@@ -143,12 +143,9 @@ class DecodeState:
     def stepping(self, text: str, batch: int) -> bool:
         """Whether all that a step of `batch` rows needs is on the device, made with the settings of
         this `text`."""
-        if (
-            self.device is None
-            or not self.device.even
-            or len(self.rows) != batch
-            or self.device.batch != batch
-        ):
+        if self.device is None or not self.device.even:
+            return False
+        if len(self.rows) != batch or self.device.batch != batch:
             return False
         alike = self._owner is not None and self._owner[0].text == text
         return alike and all(row.on_device for row in self.rows.values())

@@ -65,8 +65,7 @@ def _make_pool(size: int) -> ThreadPoolExecutor:
     barrier = threading.Barrier(size + 1)
 
     def settle() -> None:
-        # a thread's first operation would set it to the process's number of threads: have that over
-        # before
+        # a thread's first operation would set it to the process's number of threads
         torch.get_num_threads()
         torch.set_num_threads(1)
         barrier.wait()
@@ -139,8 +138,5 @@ def compute_dtype(x: Like) -> torch.dtype:
 
 
 def _fast_bf16() -> bool:
-    probes = (
-        getattr(torch.cpu, name, None)
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-    return any(probe() for probe in probes if probe is not None)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)

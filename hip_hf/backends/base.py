@@ -68,6 +68,9 @@ class Executor:
     pieces: list[Piece] | None = field(default=None, init=False)
     shortfall: str = field(default="", init=False)
 
+    def __post_init__(self) -> None:
+        """Make what a kind of attention needs besides."""
+
     @property
     def decoding(self) -> bool:
         return self.problem.q.shape[2] <= DECODE_ROWS

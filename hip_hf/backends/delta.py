@@ -11,8 +11,7 @@ changing slowly.
 row first estimates its own missing part from clusters of keys (`clusters.py`), which gives E; the
 anchors correct what is left, by a mean over the latest of them, for what is left is mostly noise:
 
-    out[i] = E[i] + mean of (D[j] - E[j]) over anchors j <= i, of which each weighs 15/16 of the
-    next
+    out[i] = E[i] + mean of (D[j] - E[j]) over anchors j <= i; each weighs 15/16 of the next
 
 Anchors are the positions that `gamma` divides; in `step` also the first row of a call. They get D
 itself. The last `gamma` rows of a prefill call are dense. Decode goes on alike: a step at an anchor

@@ -49,9 +49,8 @@ class BlockTable:
         self.pages = pages
         self.version = next(_versions)
         self._tensor: Tensor | None = None
-        self._stacked: tuple[list[int], Tensor] | None = (
-            None  # of a batch whose first table this is, by versions
-        )
+        # of a batch whose first table this is, by versions
+        self._stacked: tuple[list[int], Tensor] | None = None
         self._runs: list[tuple[int, int, int]] = []
 
     def extend(self, pages: list[int]) -> None:
@@ -64,12 +63,9 @@ class BlockTable:
         known = 0 if self._tensor is None or self._tensor.device != device else len(self._tensor)
         if known < len(self.pages) or self._tensor is None:
             with torch.inference_mode(False):
-                new = to_device(
-                    torch.tensor(self.pages[known:], dtype=torch.long, device="cpu"), device
-                )
-                self._tensor = (
-                    new if known == 0 or self._tensor is None else torch.cat([self._tensor, new])
-                )
+                new = torch.tensor(self.pages[known:], dtype=torch.long, device="cpu")
+                old = [] if known == 0 or self._tensor is None else [self._tensor]
+                self._tensor = torch.cat([*old, to_device(new, device)])
         return self._tensor
 
     @staticmethod
@@ -81,11 +77,7 @@ class BlockTable:
         if known is None or known[0] != versions or known[1].device != device:
             with torch.inference_mode(False):
                 each = [table.tensor(device) for table in tables]
-                whole = (
-                    each[0][None]
-                    if len(each) == 1
-                    else torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
-                )
+                whole = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
             known = tables[0]._stacked = versions, whole
         return known[1]
 
@@ -221,11 +213,8 @@ class Store:
         bookkeeping."""
         (arena,) = self.arenas
         if self._views is None or self._views[0] is not arena:
-            self._views = (
-                arena,
-                arena.unflatten(1, (-1, self.page)).permute(1, 2, 0, 3),
-                arena.unsqueeze(2),
-            )
+            pages = arena.unflatten(1, (-1, self.page)).permute(1, 2, 0, 3)
+            self._views = arena, pages, arena.unsqueeze(2)
         return self._views
 
     def __getstate__(self) -> dict[str, Any]:
@@ -285,9 +274,8 @@ class PagedKeys:
     def __getitem__(self, at: slice | tuple[slice, slice]) -> Any:
         if isinstance(at, tuple):
             first, last, _ = at[1].indices(self.length)
-            return self.store.read(
-                self._narrow(at[0]), self.table, self.start + first, self.start + max(first, last)
-            )
+            first, last = self.start + first, self.start + max(first, last)
+            return self.store.read(self._narrow(at[0]), self.table, first, last)
         return replace(self, heads=self._narrow(at))
 
     def _narrow(self, heads: slice) -> slice:
@@ -301,11 +289,9 @@ class PagedKeys:
     def borders(self, first: int, last: int) -> list[int]:
         """The tokens between `first` and `last - 1` at which another piece of memory begins. Where
         there are none, reading the range copies nothing."""
-        counts = [
-            count
-            for _, _, count in self.store.pieces(self.table, self.start + first, self.start + last)
-        ]
-        return [first + length for length in itertools.accumulate(counts[:-1])]
+        pieces = self.store.pieces(self.table, self.start + first, self.start + last)
+        counts = [count for _, _, count in pieces[:-1]]
+        return [first + length for length in itertools.accumulate(counts)]
 
 
 KeyRows = Tensor | PagedKeys  # `[Hkv, T, D]`

@@ -32,8 +32,8 @@ class Bound:
         `budget` is `Selector.budget`, in blocks: exactly so many, all of them different. A rule
         that picks fewer says so by its `Selector.budget` and by `Method.selected_keys`
         (`streaming.py`). `heads` are key heads; `S` is 1 where the group shares its mask, else the
-        number of query heads per key head. Every given query block has a middle of more than
-        `budget` blocks; smaller ones are read whole. Where the selector `asks_need`, a third
+        number of query heads per key head. Every given query block has more than `budget`
+        candidates; where there are fewer, all are read. Where the selector `asks_need`, a third
         argument: `near` `[heads, G, rows]`, log-sum-exp of the blocks' rows over what they always
         read.
         """
@@ -67,7 +67,7 @@ class Selector:
     # whether it works under context extension: `bind` then gets keys that are not rotated, and q
     # rotated as if all keys were just outside the window
     extends = False
-    # whether its cost counts for query blocks too whose middle the budget covers
+    # whether its cost counts for query blocks too whose candidates the budget covers
     looks_always = False
 
     def __init__(self, config: HiPConfig) -> None:
@@ -87,7 +87,7 @@ class Selector:
         softcap: float | None,
     ) -> Bound:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query
-        block's middle."""
+        block's candidates."""
         raise NotImplementedError
 
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int] | None:

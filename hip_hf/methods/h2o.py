@@ -79,7 +79,7 @@ class Selector(base.Selector):
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
         picked = min(block.num_candidates, self.budget) * self.config.block_k
         keys = block.sink_end + picked + block.last + 1 - block.window_start
-        return len(sampled_rows(self.config, block)) * keys * 2 * dim, keys * dim
+        return len(sampled_rows(block, self.config.query_stride)) * keys * 2 * dim, keys * dim
 
     def make_pyramid(self, dtype: torch.dtype) -> History:
         return History(self.config.block_k)
@@ -143,13 +143,11 @@ class HeavyHitters(base.Bound):
         size, device = self.config.block_k, self.q.device
         dtype = torch.promote_types(self.q.dtype, torch.float32)
         picked = (kept[..., None] * size + torch.arange(size, device=device)).flatten(-2)
-        sink, window = (
-            self._range(0, block.sink_end),
-            self._range(block.window_start, block.last + 1),
-        )
+        sink = self._range(0, block.sink_end)
+        window = self._range(block.window_start, block.last + 1)
         read = torch.cat([sink, picked, window], dim=-1)
         heads = torch.arange(len(self.keys), device=device)[:, None, None]
-        rows = torch.tensor(list(sampled_rows(self.config, block)), device=device)
+        rows = torch.tensor(list(sampled_rows(block, self.config.query_stride)), device=device)
         q = self.q[:, :, rows].to(dtype) * self.scale  # [Hkv, G, n, D]
         logits = q @ self.keys[heads, read].to(dtype).transpose(2, 3)  # [Hkv, G, n, keys]
         squash(logits, self.softcap)

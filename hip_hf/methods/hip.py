@@ -6,20 +6,19 @@ candidate chunks for a query block, keeps the best, and replaces each by its two
 single key blocks:
 
     level 3   [       |       |       |       ]        start: few enough chunks to score them all
-    level 2       [   |   ]       [   |   ]     [  ]   children of the kept, and a chunk at the
-    middle's edge level 1       [ | ]             [ | ]
-    level 0        []               [][]               the `budget / block_k` best blocks are
-    attended
+    level 2       [   |   ]       [   |   ]     [  ]   children of the kept, and a chunk at the edge
+    level 1       [ | ]             [ | ]
+    level 0        []               [][]               the best `budget / block_k` blocks: attended
 
-Only complete chunks that lie wholly inside the *middle* (what is between sink and window,
+Only complete chunks that lie wholly inside the searched range (between sink and window,
 `QueryBlock.low` to `high`) are candidates, so no summary holds a key that the block may not see.
-Where a coarse chunk would straddle an edge of the middle, its child stands in its place at the
+Where a coarse chunk would straddle an edge of the range, its child stands in its place at the
 child's level: at most one at either end of each level. With these, the candidates cover every block
-of the middle exactly once; no key is overlooked.
+of the range exactly once; no key is overlooked.
 
 With `rescore`, the best blocks of level 0 are judged again by all of their keys. A search that
-would start at level 0 needs no summaries: it looks at all keys of the middle, and twice as many
-rows vote in it.
+would start at level 0 needs no summaries: it looks at all keys between sink and window, and twice
+as many rows vote in it.
 """
 
 from __future__ import annotations
@@ -55,10 +54,10 @@ GATHERED_AT_ONCE = 1 << 21
 
 @dataclass(frozen=True)
 class Options:
-    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which
-    a row's need is estimated. `descent`: of the votes by need, one in so many walks the tree, the
-    neediest; all of them score what these find. `onward`: the share of a block's score, by the mass
-    in its keys, that the block after it gets as well, 0 to 1."""
+    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys from which a row's need
+    is estimated. `descent`: of the votes by need, one in so many walks the tree, the neediest; all
+    of them score what these find. `onward`: the share of a block's score, by the mass in its keys,
+    that the block after it gets as well, 0 to 1."""
 
     weight: float = 0.5
     sample: int = 768
@@ -133,7 +132,8 @@ class Selector(base.Selector):
             scored, exact = 0, candidates
         walked, looked = scored * features, min(exact, candidates) * config.block_k * dim
         if config.vote == "sampled":
-            return len(sampled_rows(config, block)) * 2 * (walked + looked), walked + looked
+            votes = len(sampled_rows(block, config.query_stride))
+            return votes * 2 * (walked + looked), walked + looked
         # of one query head: heads that share a mask have as many votes together as alone, but for
         # rounding
         asked, voters = len(asked_rows(config, block.rows)), votes_of(config, block.rows, 1, whole)

@@ -6,10 +6,11 @@ two halves are split further, and the square between them, the second half's que
 first half's keys, is estimated:
 
     keys ->   exact
-              square  exact                 square = own block (keys that hash alike, exact) + a
-              sample of the others square  square  exact
-              square  square  square  exact       (an 8th; the squares of one size touch each row
-              once)
+              square  exact
+              square  square  exact
+              square  square  square  exact     (an 8th; squares of one size touch each row once)
+
+    square = own block (keys that hash alike, exact) + a sample of the others
 
 Queries and keys of a square are sorted by an angular hash whose neighbouring buckets are neighbours
 in space; each block of queries attends exactly to the block of keys at the same place in the order,
@@ -113,12 +114,12 @@ def split(first: int, end: int, longest: int) -> tuple[list[Leaf], list[list[Squ
         if high - low <= longest:
             leaves.append(Leaf(low, high, low))
             return
-        middle = (low + high) // 2
+        half = (low + high) // 2
         while len(levels) <= level:
             levels.append([])
-        levels[level].append(Square(middle, high, low, middle))
-        halve(low, middle, level + 1)
-        halve(middle, high, level + 1)
+        levels[level].append(Square(half, high, low, half))
+        halve(low, half, level + 1)
+        halve(half, high, level + 1)
 
     halve(first, end, len(levels))
     return leaves, levels

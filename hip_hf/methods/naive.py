@@ -5,10 +5,9 @@ What `hip.py` finds for many query blocks and heads at once by products of matri
 chunk by chunk and vote by vote. The tests hold the two equal, block for block. Nothing of the
 package is used but the settings.
 
-The keys between sink and window, the *middle*, are cut into blocks of `block_k` keys; a chunk of
-level `n` is `2 ** n` blocks that follow one another. A *vote* is a query row that has a say, and
-what it finds in sink and window: the log-sum-exp of its logits there, or None if that is not to
-count.
+The keys between sink and window, the searched range, are cut into blocks of `block_k` keys; a chunk
+of level `n` is `2 ** n` blocks that follow one another. A *vote* is a query row that has a say, and
+what it finds in sink and window: the log-sum-exp of its logits there, or None if it does not count.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 # The row `[D]`, and its log-sum-exp over sink and window.
 Vote: TypeAlias = tuple[Tensor, float | None]
-# Level and index: the keys [index * size, (index + 1) * size) with size = block_k << level.
-Chunk: TypeAlias = tuple[int, int]
 
 
 def log_sum_exp(logits: list[float]) -> float:
@@ -37,8 +34,8 @@ def log_sum_exp(logits: list[float]) -> float:
 
 @dataclass
 class Search:
-    """One search: settings, the keys `[T, D]` of one head, the votes, and the middle `[low, high)`
-    in key blocks.
+    """One search: settings, the keys `[T, D]` of one head, the votes, and the searched range
+    `[low, high)` in key blocks.
 
     `weight`: share of the bound in `blend`. `walking`: so many of the votes, the first, walk the
     tree; None: all.
@@ -58,7 +55,7 @@ class Search:
         """The selected blocks: start with few chunks, keep the best, look at their halves, down to
         single blocks."""
         config = self.config
-        if config.rescore_blocks and self.high - self.low <= 2 * config.beam_blocks:
+        if config.rescore_blocks and self.high - self.low <= config.start_blocks:
             return sorted(best(self.judged(list(range(self.low, self.high))), config.budget_blocks))
         level = self.start()
         candidates = self.complete(level)
@@ -79,20 +76,20 @@ class Search:
         return self.config.block_k * 2**level
 
     def complete(self, level: int) -> list[int]:
-        """Chunks of a level that lie wholly in the middle."""
+        """Chunks of a level that lie wholly in the searched range."""
         begin, end = self.low * self.config.block_k, self.high * self.config.block_k
         size = self.size(level)
         return [i for i in range(end // size + 1) if begin <= i * size and (i + 1) * size <= end]
 
     def start(self) -> int:
         """The level to start with: the smallest that has few enough chunks."""
-        level, most = 0, 2 * self.config.beam_blocks
+        level, most = 0, self.config.start_blocks
         while len(self.complete(level)) > most and self.size(level) != self.config.coarsest:
             level += 1
         return level
 
     def edges(self, level: int) -> list[int]:
-        """Chunks of a level in the middle whose parent is not: nobody's children."""
+        """Chunks of a level in the searched range whose parent is not: nobody's children."""
         parents = self.complete(level + 1)
         return [i for i in self.complete(level) if i // 2 not in parents]
 
@@ -103,9 +100,8 @@ class Search:
         logit = product * self.scale
         return logit if self.softcap is None else self.softcap * math.tanh(logit / self.softcap)
 
-    def logit(self, row: Tensor, chunk: Chunk) -> float:
+    def logit(self, row: Tensor, level: int, index: int) -> float:
         """What a row makes of a chunk, through what stands for the chunk."""
-        level, index = chunk
         inside = self.keys[index * self.size(level) : (index + 1) * self.size(level)]
         if self.config.representative == "middle":
             return self.capped(float(row @ inside[len(inside) // 2]))
@@ -117,7 +113,7 @@ class Search:
     def scored(self, level: int, candidates: list[int]) -> dict[int, float]:
         """Scores of chunks by what stands for them."""
         votes = self.votes[: self.walking]
-        logits = {i: [[self.logit(row, (level, i))] for row, _ in votes] for i in candidates}
+        logits = {i: [[self.logit(row, level, i)] for row, _ in votes] for i in candidates}
         return self.scores(logits, votes, self.size(level))
 
     def judged(self, blocks: list[int]) -> dict[int, float]:

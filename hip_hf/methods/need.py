@@ -2,17 +2,18 @@
 
 Most rows of a real model spend their attention on the first tokens and on their neighbours; a few
 look something up far away. Whoever asks all rows alike, or their mean, hears the many. The *need*
-of a row is how far a key of the middle stands out from all that the row reads in any case,
+of a row is how far a key there stands out from all that the row reads in any case,
 `highest - lse_near`:
 
-    sink  [ . . . . middle . . . . ]  window, own block
+    sink  [ . . . candidates . . . ]  window, own block
     \\______________________________________________/
       lse_near: log-sum-exp over sink and window, exact (attention computes it anyway)
-               highest: the largest logit among a sample of the middle's keys
+               highest: the largest logit among a sample of the candidates' keys
 
 Of every second row of a query block those with the largest need vote, each with its own query.
-Where all of these vote (decode, short blocks, `query_stride` of 1 and 2, or 4 in a short middle),
-nothing is estimated: the search weighs every vote by what it finds near (`aggregate` in `hip.py`).
+Where all of these vote (decode, short blocks, `query_stride` of 1 and 2, or 4 where few keys are
+searched), nothing is estimated: the search weighs every vote by what it finds near (`aggregate` in
+`ranking.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 SPREAD = 2654435761
 # One row in so many is asked for its need.
 ASKED = 2
-# Where all keys of a middle are looked at, and no tree is walked, so many times as many rows vote.
+# Where all candidates are looked at, and no tree is walked, so many times as many rows vote.
 WHOLE = 2
 
 
@@ -53,7 +54,7 @@ def asked_rows(config: HiPConfig, rows: int) -> range:
 def votes_of(config: HiPConfig, rows: int, heads: int, whole: bool) -> int:
     """How many votes a query block of `rows` rows casts, whose `heads` heads share a selection: no
     more than are asked. A row that is alone (decode) votes with all of its heads. `whole`: its
-    middle is looked at whole."""
+    candidates are looked at whole."""
     if rows == 1:
         return heads
     most = -(-heads * config.block_q // config.query_stride)
@@ -67,13 +68,13 @@ def walkers_of(config: HiPConfig, votes: int) -> int:
 
 
 def sampled_chunks(config: HiPConfig, low: int, high: int, level: int) -> tuple[int, int]:
-    """First and end of the chunks of `2 ** level` keys that lie in the middle, blocks `low` to
+    """First and end of the chunks of `2 ** level` keys that lie in the blocks `low` to
     `high - 1`."""
     return -(-low * config.block_k >> level), high * config.block_k >> level
 
 
 def sample_level(config: HiPConfig, low: int, high: int, most: int) -> int:
-    """The smallest level at which at most `most` chunks of `2 ** level` keys lie in the middle,
+    """The smallest level at which at most `most` chunks of `2 ** level` keys lie in the
     blocks `low` to `high - 1`."""
     level = 0
     while True:
@@ -128,7 +129,7 @@ class BoundByNeed(base.Bound):
         and more rows vote."""
         config, rows, first = self.config, blocks[0].rows, blocks[0].row
         if near is None:
-            rows_of = [list(sampled_rows(config, block)) for block in blocks]
+            rows_of = [list(sampled_rows(block, config.query_stride)) for block in blocks]
             index = torch.tensor(rows_of, device=self.q.device)
             q = self._grouped(self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale)
             return q, None, q.shape[2]

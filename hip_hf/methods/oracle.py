@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class Selector(base.Selector):
-    """Scores every key between sink and window, for every row (no sampling), by its share of the whole
-    attention."""
+    """Scores every key between sink and window, for every row (no sampling), by its share of the
+    whole attention."""
 
     # every key then counts as just outside the window, the nearer ones too, in all layers
     extends = True

@@ -189,9 +189,7 @@ class Pyramid:
             old = self.levels[level]
             capacity = first + count + min(first, MOST_SPARE)
             with torch.inference_mode(False):  # a table outlives the mode it was made in
-                self.levels[level] = torch.empty(
-                    heads, capacity, width, dtype=self.dtype, device=rows.device
-                )
+                self.levels[level] = rows.new_empty(heads, capacity, width, dtype=self.dtype)
             self.levels[level][:, :first] = old[:, :first]
         self.levels[level][:, first : first + count] = rows
 

@@ -12,7 +12,7 @@ from hip_hf.geometry import QueryBlock
 from hip_hf.workers import widened
 
 if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
+    pass
 
 # Ids are packed into the low half of the sort keys of `best`; the largest of them stands for "no
 # chunk".
@@ -25,9 +25,8 @@ def squash(logits: Tensor, softcap: float | None) -> None:
         logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
-    """Every `query_stride`-th row, counted back from the last."""
-    stride = config.query_stride
+def sampled_rows(block: QueryBlock, stride: int) -> range:
+    """Every `stride`-th row, counted back from the last."""
     return range(block.row + (block.rows - 1) % stride, block.row + block.rows, stride)
 
 

@@ -6,10 +6,9 @@ binary descent (compare the middle keys of the two halves, step into the better 
 key; the best logits seen count), keeps the best `keep` keys' worth of chunks, and the next stage
 cuts those into its smaller chunks:
 
-    stage 1   [ . .|*. ] [ .*| . ] [ . .| .*]      all chunks of the middle, descents in parallel
-    stage 2   [.*][. .]            [*.][. .]  []   the kept ones, cut; and what no larger chunk
-    covered, at the edges stage 3   []  []               []  []          the `budget / block_k` best
-    key blocks are attended
+    stage 1   [ . .|*. ] [ .*| . ] [ . .| .*]      all chunks, descents in parallel
+    stage 2   [.*][. .]            [*.][. .]  []   the kept ones, cut; the rest at the edges
+    stage 3   []  []               []  []          the best `budget / block_k` key blocks: attended
 
 With `halvings=0`, a chunk's middle key is its representative; stages that each halve the chunks are
 then the plain tree search. Nothing is summarised, so there is no pyramid; the first stage costs O(T
@@ -30,7 +29,7 @@ from torch import Tensor
 from hip_hf.config import HiPConfig, refuse
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
-from hip_hf.methods.ranking import NO_CHUNK, aggregate, best
+from hip_hf.methods.ranking import NO_CHUNK, aggregate, best, sampled_rows
 from hip_hf.rope import farthest_chunk, rotate
 from hip_hf.workers import compute_dtype, scratch
 
@@ -142,19 +141,15 @@ class Selector(base.Selector):
         counts = candidates(self.stages, self.config.block_k, block.low, block.high)
         for stage, count in zip(self.stages, counts, strict=True):
             keys = count * max(2 * descent(stage, self.options.halvings), 1)
-            products += (
-                len(range((block.rows - 1) % stage.query_stride, block.rows, stage.query_stride))
-                * keys
-            )
+            products += len(sampled_rows(block, stage.query_stride)) * keys
             loads += keys
         return products * 2 * dim, loads * dim
 
     def bind(
         self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> StagedSearch:
-        return StagedSearch(
-            self.config, self.stages, self.options.halvings, q, keys, scale, softcap
-        )
+        halvings = self.options.halvings
+        return StagedSearch(self.config, self.stages, halvings, q, keys, scale, softcap)
 
 
 @dataclass(frozen=True)
@@ -179,9 +174,8 @@ class StagedSearch(base.Bound):
         first = lambda block: first_stage(self.stages, self.config.block_k, block.low, block.high)  # noqa: E731
         for _, run in groupby(blocks, key=lambda block: (block.rows, first(block))):
             parts += self.resume(heads, list(run), [])[-1:]
-        return torch.cat(
-            [ids for ids in parts if ids is not None], dim=2
-        )  # the last stage is never left out
+        # the last stage is never left out
+        return torch.cat([ids for ids in parts if ids is not None], dim=2)
 
     def resume(
         self, heads: slice, blocks: list[QueryBlock], kept: Sequence[Tensor | None]
@@ -204,64 +198,27 @@ class StagedSearch(base.Bound):
                 continue
             if i == begin:
                 most = int((end - first).max())
-                ids = (first[:, None] + torch.arange(most, device=device)).expand(
-                    heads.stop - heads.start, -1, -1
-                )
+                ids = first[:, None] + torch.arange(most, device=device)
+                ids = ids.expand(heads.stop - heads.start, -1, -1)
                 missing = ids >= end[:, None]
             else:
-                before = self.stages[i - 1].chunk // block_k
-                last = results[-1]
+                before, last = self.stages[i - 1].chunk // block_k, results[-1]
                 assert last is not None
-                ids, missing = self._cut(
-                    last.flatten(1, 2),
-                    before // size,
-                    first,
-                    end,
-                    -(-low // before),
-                    high // before,
-                )
+                was = (-(-low // before), high // before)
+                ids, missing = _cut(last.flatten(1, 2), before // size, (first, end), was)
             scores = self._score(heads, blocks, stage, ids, missing, end)
-            ids = (
-                best(scores, ids.masked_fill(missing, NO_CHUNK), stage.keep // stage.chunk)
-                .sort(dim=-1)
-                .values
-            )
+            ids = ids.masked_fill(missing, NO_CHUNK)
+            ids = best(scores, ids, stage.keep // stage.chunk).sort(dim=-1).values
             results.append(ids.unflatten(1, (shares, len(blocks))))
         return results
 
-    def _cut(
-        self,
-        kept: Tensor,
-        ratio: int,
-        first: Tensor,
-        end: Tensor,
-        was_first: Tensor,
-        was_end: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The parts of the kept chunks, and the chunks at the edges that no larger one covered; and
-        which do not exist."""
-        parts = (kept[..., None] * ratio + torch.arange(ratio, device=kept.device)).flatten(-2)
-        edge = torch.arange(ratio - 1, device=kept.device)
-        left, right = first[:, None] + edge, was_end[:, None] * ratio + edge
-        edges = torch.cat([left, right], dim=-1)
-        outside = torch.cat([left >= was_first[:, None] * ratio, right >= end[:, None]], dim=-1)
-        ids = torch.cat([parts, edges.expand(*parts.shape[:2], -1)], dim=-1)
-        missing = torch.cat(
-            [torch.zeros_like(parts, dtype=torch.bool), outside.expand(*parts.shape[:2], -1)],
-            dim=-1,
-        )
-        return ids, missing
-
     def _rows(self, heads: slice, blocks: list[QueryBlock], stride: int) -> Tensor:
         """Voting queries `[heads, S * len(blocks), R, D]`, scaled."""
-        index = [list(range(b.row + (b.rows - 1) % stride, b.row + b.rows, stride)) for b in blocks]
-        q = (
-            self.q[heads][:, :, torch.tensor(index, device=self.q.device)].to(compute_dtype(self.q))
-            * self.scale
-        )
-        return (
-            q.transpose(1, 2).flatten(2, 3) if self.config.group_shared else q.flatten(1, 2)
-        ).contiguous()
+        index = [list(sampled_rows(block, stride)) for block in blocks]
+        q = self.q[heads][:, :, torch.tensor(index, device=self.q.device)]
+        q = q.to(compute_dtype(q)) * self.scale
+        shared = self.config.group_shared
+        return (q.transpose(1, 2).flatten(2, 3) if shared else q.flatten(1, 2)).contiguous()
 
     def _score(
         self,
@@ -277,9 +234,8 @@ class StagedSearch(base.Bound):
         q, size = self._rows(heads, blocks, stage.query_stride), stage.chunk
         angles = None
         if self.positions is not None:
-            angles = self.positions.chunk_angles(
-                ids, end, farthest_chunk(self.positions, self.config), q
-            )
+            farthest = farthest_chunk(self.positions, self.config)
+            angles = self.positions.chunk_angles(ids, end, farthest, q)
         at = ids.masked_fill(missing, 0) * size
         seen = None
         for _ in range(descent(stage, self.halvings)):
@@ -287,10 +243,9 @@ class StagedSearch(base.Bound):
             both = torch.stack([at, at + size], dim=-1)
             logits = self._logits(heads, q, (both + size // 2).flatten(-2), angles)
             nowhere = missing.repeat_interleave(2, -1)
-            scores = aggregate(logits.clone(), self.config.score, self.softcap, nowhere).unflatten(
-                -1, (-1, 2)
-            )
-            at = torch.where(scores[..., 1] > scores[..., 0], both[..., 1], both[..., 0])
+            scores = aggregate(logits.clone(), self.config.score, self.softcap, nowhere)
+            left, right = scores.unflatten(-1, (-1, 2)).unbind(-1)
+            at = torch.where(right > left, both[..., 1], both[..., 0])
             better = logits.unflatten(-1, (-1, 2)).amax(-1)
             seen = better if seen is None else torch.maximum(seen, better)
         if seen is None:
@@ -306,16 +261,32 @@ class StagedSearch(base.Bound):
         keys = self.keys[heads]
         picked = scratch.take("picked", (*position.shape, keys.shape[-1]), keys)
         for head in range(len(keys)):
-            torch.index_select(
-                keys[head], 0, position[head].flatten(), out=picked[head].flatten(0, 1)
-            )
+            into = picked[head].flatten(0, 1)
+            torch.index_select(keys[head], 0, position[head].flatten(), out=into)
         picked = picked.to(q.dtype)
         if angles is not None:
             cos, sin = (x.repeat_interleave(position.shape[2] // x.shape[2], 2) for x in angles)
-            picked = rotate(
-                picked, cos, sin, back=True, out=scratch.take("turned", picked.shape, picked)
-            )
+            turned = scratch.take("turned", picked.shape, picked)
+            picked = rotate(picked, cos, sin, back=True, out=turned)
         return q @ picked.transpose(2, 3)
+
+
+def _cut(
+    kept: Tensor, ratio: int, ends: tuple[Tensor, Tensor], was: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The parts of the kept chunks, `ratio` of each, and the chunks at the edges that no larger one
+    covered; and which do not exist. The first chunk and the end of what is searched: now (`ends`),
+    and in the larger chunks (`was`)."""
+    parts = (kept[..., None] * ratio + torch.arange(ratio, device=kept.device)).flatten(-2)
+    edge = torch.arange(ratio - 1, device=kept.device)
+    begin, covered = (x[:, None] * ratio for x in was)
+    left, right = ends[0][:, None] + edge, covered + edge
+    edges = torch.cat([left, right], dim=-1)
+    outside = torch.cat([left >= begin, right >= ends[1][:, None]], dim=-1)
+    shape = (*parts.shape[:2], -1)
+    ids = torch.cat([parts, edges.expand(shape)], dim=-1)
+    absent = torch.zeros_like(parts, dtype=torch.bool)
+    return ids, torch.cat([absent, outside.expand(shape)], dim=-1)
 
 
 METHOD = base.Method(

@@ -50,7 +50,7 @@ class Selector(base.Selector):
 
 @dataclass(frozen=True)
 class Latest(base.Bound):
-    """The last `budget` blocks of every middle."""
+    """The last `budget` candidates of every query block."""
 
     shares: int
     budget: int
