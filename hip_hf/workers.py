@@ -139,4 +139,4 @@ def compute_dtype(x: Like) -> torch.dtype:
 
 def _fast_bf16() -> bool:
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

@@ -158,8 +158,8 @@ class OffloadedStore(Store):
     def __reduce__(self) -> tuple[Any, ...]:
         """What a pickle holds: the pages, and how to make a store for them. The pool of a copy
         starts empty."""
-        sizes = (self.heads, self.dim, self.dtype, self.device, self.page)
-        sizes += (self.where, self.pool.pages, self.recent)
+        kind = (self.heads, self.dim, self.dtype, self.device, self.page)
+        sizes = (*kind, self.where, self.pool.pages, self.recent)
         return refilled, (sizes, self.bounds, self.arenas)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedStore:
