@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 
 
@@ -63,9 +64,9 @@ class BlockTable:
         known = 0 if self._tensor is None or self._tensor.device != device else len(self._tensor)
         if known < len(self.pages) or self._tensor is None:
             with torch.inference_mode(False):
-                new = torch.tensor(self.pages[known:], dtype=torch.long, device="cpu")
-                old = [] if known == 0 or self._tensor is None else [self._tensor]
-                self._tensor = torch.cat([*old, to_device(new, device)])
+                pages, old = self.pages[known:], self._tensor
+                new = to_device(torch.tensor(pages, dtype=torch.long, device="cpu"), device)
+                self._tensor = new if known == 0 or old is None else torch.cat([old, new])
         return self._tensor
 
     @staticmethod
@@ -77,7 +78,8 @@ class BlockTable:
         if known is None or known[0] != versions or known[1].device != device:
             with torch.inference_mode(False):
                 each = [table.tensor(device) for table in tables]
-                whole = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
+                alone = len(each) == 1
+                whole = each[0][None] if alone else pad_sequence(each, batch_first=True)
             known = tables[0]._stacked = versions, whole
         return known[1]
 
