@@ -96,8 +96,6 @@ class DeltaCall(Executor):
             self.lse = problem.q.new_full(problem.q.shape[:3], -torch.inf, dtype=dtype)
         self.mode, self.shortfall = mode_of(config, problem.sliding_window)
         clusters = self.mode == "clusters"
-        # the rows at the end are dense: where the next call goes on with what their anchors say,
-        # once that is known
         tail = max(config.dense_tail, self.gamma)
         # the correction must not come twice
         inner = replace(config, delta=None, dense_tail=0 if clusters else tail)
@@ -141,10 +139,15 @@ class DeltaCall(Executor):
             for row, correction in zip(rows, self.correct(plans), strict=True):
                 row.correction = correction
 
+    def tail(self, span: Span) -> int:
+        """As `Executor.tail`: the next call goes on with what the anchors in the last rows say, once
+        that is known."""
+        last = max(self.config.dense_tail, self.gamma)
+        return span.rows if self.decoding else max(0, span.rows - last)
+
     def _end(self, span: Span) -> int:
         """The position after the last row that is not dense for being one of the last."""
-        tail = max(self.config.dense_tail, self.gamma)
-        return span.end if self.decoding else max(span.position, span.end - tail)
+        return span.position + self.tail(span)
 
     def _plan(self, span: Span, kept: Correction | None) -> Plan:
         end = self._end(span)
