@@ -300,8 +300,9 @@ def _in_graph(
     config = config.for_layer(layer)
     dense = bool(dense_reason(problem, config, layer, True)[0])
     rest = (problem.sliding_window, problem.softcap, problem.sinks, need_lse)
-    starts = (problem.scale, key_start, q_start)
-    return ops.attention(problem.q, problem.k, problem.v, config, dense, *starts, *rest)
+    return ops.attention(
+        problem.q, problem.k, problem.v, config, dense, problem.scale, key_start, q_start, *rest
+    )
 
 
 def hip_attention(

@@ -140,8 +140,8 @@ class DeltaCall(Executor):
                 row.correction = correction
 
     def tail(self, span: Span) -> int:
-        """As `Executor.tail`: the next call goes on with what the anchors in the last rows say, once
-        that is known."""
+        """As `Executor.tail`. The next call goes on with what the anchors in the last rows say,
+        once that is known."""
         last = max(self.config.dense_tail, self.gamma)
         return span.rows if self.decoding else max(0, span.rows - last)
 

@@ -85,8 +85,9 @@ class Options:
 
 def _is_stage(value: object) -> bool:
     """Whether it is `[chunk, keep, query_stride]`."""
-    three = isinstance(value, (list, tuple)) and len(value) == 3
-    return three and all(type(n) is int and n > 0 for n in value)
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        return False
+    return all(type(n) is int and n > 0 for n in value)
 
 
 def stages_of(config: HiPConfig, options: Options) -> list[Stage]:
