@@ -89,7 +89,7 @@ class HiPConfig:
         block_q: query rows that share one selection.
         block_k: keys per block, the unit of selection.
         query_stride: every `query_stride`-th row of a query block, or as many rows as that makes,
-            votes; twice as many where all keys between sink and window are looked at
+            votes; every second row where all keys between sink and window are looked at
             (`methods/hip.py`); in decode all heads do.
         vote: who they are: `need` (of every second row those for which a key between sink and
             window stands out most from what they read in any case) or `sampled` (every

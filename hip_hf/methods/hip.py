@@ -17,8 +17,8 @@ child's level: at most one at either end of each level. With these, the candidat
 of the range exactly once; no key is overlooked.
 
 With `rescore`, the best blocks of level 0 are judged again by all of their keys. A search that
-would start at level 0 needs no summaries: it looks at all keys between sink and window, and twice
-as many rows vote in it.
+would start at level 0 needs no summaries: it looks at all keys between sink and window, and every
+second row votes in it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Options:
     that the block after it gets as well, 0 to 1."""
 
     weight: float = 0.5
-    sample: int = 768
+    sample: int = 448
     descent: int = 2
     onward: float = 0.3
 

@@ -11,9 +11,9 @@ of a row is how far a key there stands out from all that the row reads in any ca
                highest: the largest logit among a sample of the candidates' keys
 
 Of every second row of a query block those with the largest need vote, each with its own query.
-Where all of these vote (decode, short blocks, `query_stride` of 1 and 2, or 4 where few keys are
-searched), nothing is estimated: the search weighs every vote by what it finds near (`aggregate` in
-`ranking.py`).
+Where all of these vote (decode, short blocks, `query_stride` of 1 and 2, contexts so short that all
+keys are looked at), nothing is estimated: the search weighs every vote by what it finds near
+(`aggregate` in `ranking.py`).
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 SPREAD = 2654435761
 # One row in so many is asked for its need.
 ASKED = 2
-# Where all candidates are looked at, and no tree is walked, so many times as many rows vote.
-WHOLE = 2
 
 
 def asked_rows(config: HiPConfig, rows: int) -> range:
@@ -53,12 +51,13 @@ def asked_rows(config: HiPConfig, rows: int) -> range:
 
 def votes_of(config: HiPConfig, rows: int, heads: int, whole: bool) -> int:
     """How many votes a query block of `rows` rows casts, whose `heads` heads share a selection: no
-    more than are asked. A row that is alone (decode) votes with all of its heads. `whole`: its
-    candidates are looked at whole."""
+    more than are asked, and all of these where its candidates are looked at `whole`, for then no
+    tree is walked that fewer votes would make cheaper. A row that is alone (decode) votes with all
+    of its heads."""
     if rows == 1:
         return heads
-    most = -(-heads * config.block_q // config.query_stride)
-    return min(len(asked_rows(config, rows)) * heads, WHOLE * most if whole else most)
+    asked = len(asked_rows(config, rows)) * heads
+    return asked if whole else min(asked, -(-heads * config.block_q // config.query_stride))
 
 
 def walkers_of(config: HiPConfig, votes: int) -> int:

@@ -252,7 +252,7 @@ def test_settings(fields: dict[str, Any], poison: None) -> None:
 def test_more_rows_vote_where_a_middle_is_looked_at_whole(
     where: Any, stride: int, poison: None
 ) -> None:
-    """In one call, where there are up to 16 blocks: twice as many rows, or all that are asked."""
+    """In one call, where there are up to 16 blocks: all that are asked."""
     case = Case(
         small(query_stride=stride, rescore=2),
         [whole(150, 120), whole(60, 40, 1, 9)],

@@ -40,7 +40,7 @@ def always_read(
 
 def by_need(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int, logit: Callable[..., float],
-    sinks: list[float] | None = None, sliding: int | None = None, most: int = 768,
+    sinks: list[float] | None = None, sliding: int | None = None, most: int = 448,
 ) -> tuple[list[Vote], int | None]:  # fmt: skip
     """Votes of a query block's rows by their need; arguments and result as of `always_read` and
     `neediest`."""
@@ -50,7 +50,7 @@ def by_need(
 
 def neediest(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, near: dict[tuple[int, int], float], low: int, high: int,
-    logit: Callable[..., float], most: int = 768,
+    logit: Callable[..., float], most: int = 448,
 ) -> tuple[list[Vote], int | None]:  # fmt: skip
     """Votes of the rows `[rows, heads, D]` that need the middle `[low, high)` most: for which the
     best of `most` of its keys stands out most from what they read in any case. So many of them, the
@@ -80,10 +80,11 @@ def asked(config: Any, rows: int) -> list[int]:
 
 
 def most_votes(config: Any, heads: int, low: int, high: int) -> int:
-    """How many rows of a full query block of so many heads vote: twice as many where all keys of
-    the middle `[low, high)` are looked at, for a search would begin with its blocks."""
-    votes = max(1, math.ceil(heads * config.block_q / config.query_stride))
-    return 2 * votes if looked_at_whole(config, low, high) else votes
+    """How many rows of a full query block of so many heads vote: all that are asked where all keys
+    of the middle `[low, high)` are looked at, for a search would begin with its blocks."""
+    if looked_at_whole(config, low, high):
+        return heads * config.block_q
+    return max(1, math.ceil(heads * config.block_q / config.query_stride))
 
 
 def looked_at_whole(config: Any, low: int, high: int) -> bool:
