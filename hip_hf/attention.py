@@ -215,8 +215,9 @@ def empty_outputs(
     `for_models`: the output lies by tokens (`problem.by_tokens`)."""
     q, dim = problem.q, problem.v.shape[-1]
     out = by_tokens(q, dim) if for_models else q.new_empty(*q.shape[:3], dim)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_empty(q.shape[:3], dtype=dtype) if need_lse else None
+    lse = None
+    if need_lse:
+        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     if sum(span.rows for span in problem.spans) < q.shape[0] * q.shape[2]:
         out.zero_()
         if lse is not None:
