@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends import base, choice
 from hip_hf.backends.base import Piece, Result, has_gradients, pick
@@ -22,8 +23,10 @@ from hip_hf.problem import (
     DTYPES,
     AttentionProblem,
     by_tokens,
+    check_call,
     check_finite,
     check_tensors,
+    fail,
     make_spans,
     tracing,
 )
@@ -38,12 +41,8 @@ BF16_PROMPTS = 24576 if torch.cpu._is_amx_tile_supported() else 2048
 # in prefill and in decode, in decode that selects at every step (`hip-hf latency`,
 # docs/performance.md), and in a call of a few rows, which each select: dense, they read the keys
 # together (2 to 16 rows break even at 20K to 50K keys).
-DENSE_BELOW = {
-    dtype: (BF16_PROMPTS, 2048, 2048, 16384)
-    if dtype == torch.bfloat16
-    else (8192, 4096, 16384, 16384)
-    for dtype in DTYPES
-}
+DENSE_BELOW = dict.fromkeys(DTYPES, (8192, 4096, 16384, 16384))
+DENSE_BELOW[torch.bfloat16] = (BF16_PROMPTS, 2048, 2048, 16384)
 # The same on a GPU. Not measured: from the model in docs/performance.md, where a decode step is
 # bound by its launches.
 DENSE_BELOW_GPU = (16384, 65536, 65536, 65536)
@@ -72,44 +71,38 @@ def dense_reason(
     if decoding and stateless and problem.sliding_window is not None:
         # a cache that drops old keys shifts every key block at every step: nothing could be kept
         return f"decode within a sliding window of {problem.sliding_window}", False
-    below = config.dense_below
-    if below is None:
-        lengths = (
-            DENSE_BELOW_GPU
-            if problem.q.device.type == "cuda"
-            else DENSE_BELOW[compute_dtype(problem.q)]
-        )
-        several = max((span.rows for span in problem.spans), default=0) > 1
-        # candidates of assisted decoding go the way of plain decoding where they are to give its
-        # very tokens
-        below = lengths[
-            0 if not decoding else 2 if config.decode_refresh == 1 else 3 if several else 1
-        ]
-    graph = torch.compiler.is_compiling()  # which cannot put numbers into text
-    if problem.longest < below:
-        return (
-            "short context"
-            if graph
-            else f"context of {problem.longest} is below dense_below={below}",
-            False,
-        )
-    if below and problem.longest <= config.sparse_reach:
-        return (
-            "short context" if graph else f"the budget covers the context of {problem.longest}",
-            False,
-        )
+    below = _dense_below(problem, config, decoding)
+    if problem.longest < below or (below and problem.longest <= config.sparse_reach):
+        if torch.compiler.is_compiling():  # which cannot put numbers into text
+            return "short context", False
+        if problem.longest < below:
+            return f"context of {problem.longest} is below dense_below={below}", False
+        return f"the budget covers the context of {problem.longest}", False
     anew = decoding and stateless and config.dense_below is None and problem.positions is None
     if anew and problem.q.device.type == "cpu" and summarises(config):
         # both read all keys, and to summarise them costs more than to read the values too
         # (docs/decisions.md)
-        return (
-            "decode without kept state: to summarise all keys anew takes longer than to read them",
-            False,
-        )
+        why = "to summarise all keys anew takes longer than to read them"
+        return f"decode without kept state: {why}", False
     if config.backend == "auto" and choice.kernels_wanted(problem, config):
         why, said = choice.no_kernels(problem, config)
         return why and f"no kernels: {why}", bool(why) and not said
     return "", False
+
+
+def _dense_below(problem: AttentionProblem, config: HiPConfig, decoding: bool) -> int:
+    """The length from which on a context is worth the sparse path."""
+    if config.dense_below is not None:
+        return config.dense_below
+    on_gpu = problem.q.device.type == "cuda"
+    lengths = DENSE_BELOW_GPU if on_gpu else DENSE_BELOW[compute_dtype(problem.q)]
+    if not decoding:
+        return lengths[0]
+    # candidates of assisted decoding go the way of plain decoding where they are to give its very
+    # tokens
+    if config.decode_refresh == 1:
+        return lengths[2]
+    return lengths[3] if any(span.rows > 1 for span in problem.spans) else lengths[1]
 
 
 def attend(
@@ -127,9 +120,8 @@ def attend(
     try:
         return _attend(problem, config.for_layer(layer), layer, state, need_lse, need_mask)
     except BaseException as error:
-        if state is not None and not isinstance(
-            error, ValueError
-        ):  # which refuses a call before it changes anything
+        # a ValueError refuses a call before it changes anything
+        if state is not None and not isinstance(error, ValueError):
             state.reset()
         raise
 
@@ -149,32 +141,16 @@ def _attend(
             out, lse = empty_outputs(problem, need_lse)
             return attend_next(problem, rows, new_keys(problem), out, lse)
     if problem.positions is not None and problem.needs_grad:
-        raise ValueError(
-            f"extend: got {config.extend!r} where gradients are asked for, allowed: torch.no_grad(), or extend=None"
-        )
+        got = f"{config.extend!r} where gradients are asked for"
+        fail("extend", got, "torch.no_grad(), or extend=None")
     if not problem.spans:
         return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", None)
     parts = parts_of(problem, lambda one: dense_reason(one, config, layer, state is None))
     results = [_attend_part(part, config, state, need_lse, need_mask) for part in parts]
-    if (
-        len(parts) == 1 and parts[0].problem.q.shape == problem.q.shape
-    ):  # not only steps behind padding
+    # not only steps behind padding
+    if len(parts) == 1 and parts[0].problem.q.shape == problem.q.shape:
         return results[0]
-    out, lse, mask, count = merged(problem, parts, results)
-    reasons = []
-    for part, result in zip(parts, results, strict=True):
-        some = (
-            f"{len(part.problem.spans)} of {len(problem.spans)} sequences dense: "
-            if part.reason
-            else ""
-        )
-        reasons += [some + result.reason] * bool(result.reason)
-    # the first part is sparse: all that is dense is one part
-    reason, unsupported = (
-        "; ".join(dict.fromkeys(reasons)),
-        any(result.unsupported for result in results),
-    )
-    return Result(out, lse, mask, "sparse", reason, count, unsupported)
+    return merged(problem, parts, results)
 
 
 def _attend_part(
@@ -193,18 +169,16 @@ def _attend_part(
         return _attend_by_kernels(part, config, state, need_lse, need_mask)
     if state is not None and state.device is not None:
         state.leave_device()
-    from hip_hf.backends.torch.dispatch import (
-        EXECUTORS,
-    )  # all kinds of attention: most calls are of one
+    # all kinds of attention: most calls are of one
+    from hip_hf.backends.torch.dispatch import EXECUTORS
 
     pieces: list[Piece] | None = [] if problem.needs_grad else None
     out, lse = empty_outputs(problem, need_lse or pieces is not None)
     sparse = pick(EXECUTORS, config)(problem, config, out, lse, need_mask)
-    if pieces is not None:
-        sparse.pieces = pieces
+    sparse.pieces = pieces
     out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
-    reason = _shortfall(problem, config)
-    return Result(out, lse if need_lse else None, sparse.mask, "sparse", reason, sparse.count)
+    lse = lse if need_lse else None
+    return Result(out, lse, sparse.mask, "sparse", sparse.shortfall, sparse.count)
 
 
 def _attend_by_kernels(
@@ -216,10 +190,9 @@ def _attend_by_kernels(
     from hip_hf.backends.triton.dispatch import run
 
     problem = part.problem
+    outputs = empty_outputs(problem, need_lse, for_models=True)
     try:
-        call = run(
-            problem, config, state, *empty_outputs(problem, need_lse, for_models=True), need_mask
-        )
+        call = run(problem, config, state, *outputs, need_mask)
     except Exception as error:
         if not trust.refuses(error, config):
             raise
@@ -227,37 +200,24 @@ def _attend_by_kernels(
         trust.warn_once(why)
         if state is not None:
             state.reset()
-        return _attend_part(
-            replace(part, reason=f"no kernels: {why}"), config, state, need_lse, need_mask
-        )
-    reason, lse = _shortfall(problem, config), call.lse if need_lse else None
-    return Result(call.out, lse, call.mask, "sparse", reason, call.count)
-
-
-def _shortfall(problem: AttentionProblem, config: HiPConfig) -> str:
-    """What a call of the sparse path does otherwise than its settings say, and why; an empty string
-    if nothing."""
-    if config.delta is None:
-        return ""
-    from hip_hf.backends.delta import mode_of
-
-    return mode_of(config, problem.sliding_window)[1]
+        densely = replace(part, reason=f"no kernels: {why}")
+        return _attend_part(densely, config, state, need_lse, need_mask)
+    lse = call.lse if need_lse else None
+    return Result(call.out, lse, call.mask, "sparse", call.shortfall, call.count)
 
 
 def empty_outputs(
     problem: AttentionProblem, need_lse: bool, for_models: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Where the output and the log-sum-exp are written: 0 and -inf where no span has the row, else
     uninitialised.
 
     `for_models`: the output lies by tokens (`problem.by_tokens`)."""
     q, dim = problem.q, problem.v.shape[-1]
     out = by_tokens(q, dim) if for_models else q.new_empty(*q.shape[:3], dim)
-    lse = (
-        torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        if need_lse
-        else None
-    )
+    lse = None
+    if need_lse:
+        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     if sum(span.rows for span in problem.spans) < q.shape[0] * q.shape[2]:
         out.zero_()
         if lse is not None:
@@ -296,7 +256,7 @@ def takes_masks(problem: AttentionProblem) -> bool:
 
 def attend_dense(
     problem: AttentionProblem, config: HiPConfig, need_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Dense attention: the output, and the log-sum-exp if asked for."""
     prompt = problem.q.shape[2] > DECODE_ROWS and not isinstance(problem.k, PagedTensor)
     if prompt and problem.positions is not None and problem.longest <= problem.positions.trained:
@@ -305,11 +265,8 @@ def attend_dense(
         from hip_hf.backends.triton.dense import attend_densely
 
         return attend_densely(problem, config, *empty_outputs(problem, need_lse, for_models=True))
-    served = (
-        dense.sdpa_serves_masked(problem, need_lse)
-        if takes_masks(problem)
-        else dense.sdpa_serves(problem, need_lse)
-    )
+    serves = dense.sdpa_serves_masked if takes_masks(problem) else dense.sdpa_serves
+    served = serves(problem, need_lse)
     if served and dense.alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None
     if served:
@@ -333,10 +290,10 @@ def _in_graph(
     problem: AttentionProblem,
     config: HiPConfig,
     layer: int | None,
-    key_start: torch.Tensor | None,
-    q_start: torch.Tensor | None,
+    key_start: Tensor | None,
+    q_start: Tensor | None,
     need_lse: bool,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """`hip_attention` by operators that a compiled graph can hold. They read lengths on the device,
     so the choice between sparse and dense looks at the shapes alone, and nothing looks for NaN."""
     from hip_hf.backends.triton import ops
@@ -344,69 +301,35 @@ def _in_graph(
     config = config.for_layer(layer)
     dense = bool(dense_reason(problem, config, layer, True)[0])
     rest = (problem.sliding_window, problem.softcap, problem.sinks, need_lse)
-    out, lse = ops.attention(
+    return ops.attention(
         problem.q, problem.k, problem.v, config, dense, problem.scale, key_start, q_start, *rest
     )
-    return (out, lse) if need_lse else out
-
-
-def _check_sinks(sinks: torch.Tensor, numbers: bool) -> None:
-    if sinks.dtype not in DTYPES:
-        raise ValueError(
-            f"sinks.dtype: got {sinks.dtype}, allowed: float16, bfloat16, float32 or float64"
-        )
-    if numbers and sinks.device.type == "cpu" and not sinks.isfinite().all():
-        raise ValueError(f"sinks: got {sinks.tolist()}, allowed: finite numbers")
-
-
-def _check_positions(
-    positions: Positions | None, config: HiPConfig, dim: int, sliding_window: int | None
-) -> None:
-    if positions is not None and not isinstance(positions, Positions):
-        raise ValueError(f"positions: got {type(positions).__name__}, allowed: None or Positions")
-    if (positions is None) != (config.extend is None):
-        allowed = (
-            "None without config.extend"
-            if config.extend is None
-            else f"Positions, for config.extend={config.extend!r}"
-        )
-        raise ValueError(f"positions: got {positions}, allowed: {allowed}")
-    if positions is None:
-        return
-    if positions.rope.dim > dim:
-        raise ValueError(
-            f"positions.rope: got {positions.rope.dim} numbers that turn, allowed: up to q's head dim {dim}"
-        )
-    if sliding_window is not None:
-        raise ValueError(
-            f"sliding_window: got {sliding_window}, allowed with `extend`: None (a window needs no extension)"
-        )
-    positions.check(config)
 
 
 def hip_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     config: HiPConfig | None = None,
     scale: float | None = None,
-    key_start: torch.Tensor | None = None,
-    q_start: torch.Tensor | None = None,
+    key_start: Tensor | None = None,
+    q_start: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sinks: Tensor | None = None,
     state: DecodeState | None = None,
     layer: int | None = None,
     positions: Positions | None = None,
     return_lse: bool = False,
     return_mask: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor | BlockMask | None, ...]:
+) -> Tensor | tuple[Tensor | BlockMask | None, ...]:
     """Causal attention of `q` to the keys that the configured method selects.
 
     Args:
         q: `[B, Hq, Tq, D]`; k: `[B, Hkv, Tk, D]`; v: `[B, Hkv, Tk, Dv]`; float16, bfloat16, float32
-        or float64. config: settings; default `HiPConfig()`.
+            or float64.
+        config: settings; default `HiPConfig()`.
         scale: of the logits; default `D ** -0.5`.
         key_start: int `[B]`, first real key of each row; earlier ones are padding.
         q_start: int `[B]`, key slot of the first query row; default `Tk - Tq`.
@@ -417,7 +340,7 @@ def hip_attention(
             (on a CPU), as rebuilding the pyramid, O(T), takes longer.
         layer: index for the layer rules (`dense_layers`, `layers`); None: they do not apply.
         positions: with `config.extend`: q and k are not rotated, and this rotates them
-        (InfiniteHiP's context extension).
+            (InfiniteHiP's context extension).
 
     Returns:
         out `[B, Hq, Tq, Dv]`; then, where asked for, lse `[B, Hq, Tq]` (fp32, fp64 for fp64;
@@ -431,52 +354,26 @@ def hip_attention(
     """
     config = HiPConfig() if config is None else config
     if not isinstance(config, HiPConfig):
-        raise ValueError(f"config: got {type(config).__name__}, allowed: HiPConfig")
-    check_tensors(q, k, v)
-    for name, value in (("scale", scale), ("softcap", softcap)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < float("inf")):
-            raise ValueError(f"{name}: got {value!r}, allowed: None or a finite number > 0")
-    for name, count in (("sliding_window", sliding_window), ("layer", layer)):
-        low = 1 if name == "sliding_window" else 0
-        if count is not None and (type(count) is not int or count < low):
-            raise ValueError(f"{name}: got {count!r}, allowed: None or an integer >= {low}")
-    if sinks is not None and not isinstance(sinks, torch.Tensor):
-        raise ValueError(
-            f"sinks: got {type(sinks).__name__}, allowed: None or a tensor [{q.shape[1]}]"
-        )
+        fail("config", type(config).__name__, "HiPConfig")
     if state is not None and not isinstance(state, DecodeState):
-        raise ValueError(f"state: got {type(state).__name__}, allowed: None or a DecodeState")
-    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
-        raise ValueError(
-            f"sinks: got shape {tuple(sinks.shape)} on {sinks.device}, allowed: {tuple(q.shape[1:2])} on {q.device}"
-        )
-    follower = tracing()
-    if sinks is not None:
-        _check_sinks(sinks, numbers=not follower)
-    _check_positions(positions, config, q.shape[3], sliding_window)
-    if q.shape[2] > k.shape[2]:
-        raise ValueError(
-            f"q.shape: got {q.shape[2]} query rows, allowed: at most the {k.shape[2]} keys"
-        )
+        fail("state", type(state).__name__, "None or a DecodeState")
+    check_tensors(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    problem = AttentionProblem(q, k, v, (), scale, sliding_window, softcap, sinks, positions)
+    follower = tracing()
+    check_call(problem, config, layer, numbers=not follower)
     if follower:
         if positions is not None:
-            raise ValueError(
-                f"positions: got Positions under {follower}, which gets dense attention, allowed: None"
-            )
-        problem = AttentionProblem(q, k, v, (), scale, sliding_window, softcap, sinks)
+            got = f"Positions under {follower}, which gets dense attention"
+            fail("positions", got, "None")
         out, lse = dense.masked(problem, dense.sight(problem, key_start, q_start), return_lse)
-        return (
-            (out, *((lse,) if return_lse else ()), *((None,) if return_mask else ()))
-            if return_lse or return_mask
-            else out
-        )
+        return _answer(out, lse, None, return_lse, return_mask)
     if torch.compiler.is_compiling() and state is None and positions is None and not return_mask:
         ends = Span(0, 0, k.shape[2], 0, q.shape[2], k.shape[2] - q.shape[2])
-        problem = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
-        if choice.kernels_serve(problem, config):
-            return _in_graph(problem, config, layer, key_start, q_start, return_lse)
+        whole = AttentionProblem(q, k, v, (ends,), scale, sliding_window, softcap, sinks)
+        if choice.kernels_serve(whole, config):
+            out, lse = _in_graph(whole, config, layer, key_start, q_start, return_lse)
+            return _answer(out, lse, None, return_lse, False)
     spans = make_spans(q, k, key_start, q_start)
     if q.device.type == "cpu":
         check_finite("q", q, spans, rows=True)
@@ -485,12 +382,19 @@ def hip_attention(
         if state is not None and q.shape[2] <= DECODE_ROWS:  # the keys of the query rows alone
             new = tuple(replace(span, key_start=span.key_start + span.position) for span in spans)
         check_finite("k", k, new, rows=False)
-    problem = AttentionProblem(q, k, v, spans, scale, sliding_window, softcap, sinks, positions)
+    problem = replace(problem, spans=spans)
     result = attend(problem, config, layer, state, return_lse, return_mask)
+    return _answer(result.out, result.lse, result.mask, return_lse, return_mask)
+
+
+def _answer(
+    out: Tensor, lse: Tensor | None, mask: BlockMask | None, return_lse: bool, return_mask: bool
+) -> Tensor | tuple[Tensor | BlockMask | None, ...]:
+    """What `hip_attention` gives back: the output, and what else was asked for."""
     if not return_lse and not return_mask:
-        return result.out
-    extra = ([result.lse] if return_lse else []) + ([result.mask] if return_mask else [])
-    return (result.out, *extra)
+        return out
+    extra = ([lse] if return_lse else []) + ([mask] if return_mask else [])
+    return (out, *extra)
 
 
 base.attend = attend

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 from hip_hf.registry import METHODS, declared
 from hip_hf.shown import shown
@@ -33,7 +33,8 @@ MOST_SEED = 2**63 - 1
 MOST_NESTED = 5
 
 
-def _fail(name: str, value: object, allowed: str) -> None:
+def refuse(name: str, value: object, allowed: str) -> NoReturn:
+    """Raise ValueError for a setting: what was got, and what is allowed."""
     raise ValueError(f"HiPConfig.{name}: got {shown(value)}, allowed: {allowed}")
 
 
@@ -43,17 +44,18 @@ def _check_parts(
     """Raise ValueError for a setting that is nested deeper than any is, which could not be copied,
     or with numbers beyond `most` in it."""
     if most is not None and isinstance(value, int) and abs(value) > most:
-        _fail(name, value, f"integers up to {most}")
+        refuse(name, value, f"integers up to {most}")
     if not isinstance(value, (Mapping, list, tuple)):
         return
     if not left:
-        _fail(name, value, f"at most {MOST_NESTED} levels of lists and mappings")
+        refuse(name, value, f"at most {MOST_NESTED} levels of lists and mappings")
     for part in value.values() if isinstance(value, Mapping) else value:
         _check_parts(name, part, most, left - 1)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _in_range(value: object, low: int, most: int = MOST) -> bool:
+    """Whether it is an integer from `low` to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= most
 
 
 class Declared(Protocol):
@@ -78,11 +80,11 @@ class HiPConfig:
 
     Args:
         method: the rule that selects keys, or an attention of its own: a name in
-        `hip_hf/registry.py`. options: the method's own settings, validated by its dataclass (for
-        `hip`: `weight` of the bound in `blend`, `sample`: the
-            most keys from which a row's need is estimated; and with `rescore`, `descent`: one in so
-            many votes by need walks the tree, `onward`: the share of a block's `mass` that the
-            block after it gets as well).
+            `hip_hf/registry.py`.
+        options: the method's own settings, validated by its dataclass (for `hip`: `weight` of the
+            bound in `blend`, `sample`: the most keys from which a row's need is estimated; and with
+            `rescore`, `descent`: one in so many votes by need walks the tree, `onward`: the share
+            of a block's `mass` that the block after it gets as well).
         budget: keys selected per query block, a multiple of `block_k`.
         block_q: query rows that share one selection.
         block_k: keys per block, the unit of selection.
@@ -106,18 +108,22 @@ class HiPConfig:
             their keys, and where there are no more blocks than the search starts with (twice what
             `beam` keeps), all of them; 1 is off, None: 4096 keys', at least three times the budget.
         coarsest: largest chunk, in keys, that the search may start from; None starts from as few as
-        possible. dense_layers: a count of first layers, or a list of layer indices, that stay
-        dense. dense_below: contexts shorter than this go dense; None takes the backend's measured
-        default, 0 means never. dense_tail: the last rows of each prefill call are computed densely.
-        delta: Delta correction: every so many rows one is dense, and corrects the rows after it;
-        None: off. delta_mode: `clusters` (each row estimates what it misses from clusters of keys;
-        the dense rows correct what is left on
-            average) or `step` (the paper: the last dense row's difference).
+            possible.
+        dense_layers: a count of first layers, or a list of layer indices, that stay dense.
+        dense_below: contexts shorter than this go dense; None takes the backend's measured default,
+            0 means never.
+        dense_tail: the last rows of each prefill call are computed densely.
+        delta: Delta correction: one row in `delta` is dense, and corrects the rows after it; None:
+            off.
+        delta_mode: `clusters` (each row estimates what it misses from clusters of keys; the dense
+            rows correct what is left on average) or `step` (the paper: the last dense row's
+            difference).
         decode_refresh: decode steps that one selection serves, its own included; for `staged` also
-        a list, one per stage. extend: None, or `streaming`: contexts longer than the model was
-        trained for (models: patched families, and those whose
-            keys can be turned back; `hip_attention`: with `positions`). What a row reads,
-            `sink + budget + window` (no budget for `streaming`), must fit in the trained length.
+            a list, one per stage.
+        extend: None, or `streaming`: contexts longer than the model was trained for (models:
+            patched families, and those whose keys can be turned back; `hip_attention`: with
+            `positions`). What a row reads, `sink + budget + window` (no budget for `streaming`),
+            must fit in the trained length.
         layers: overrides for single layers, `{layer: {field: value}}`.
         backend: `auto` (on a GPU kernels, or dense attention where these cannot serve or fail their
             self-test; else torch), `torch` (any device), `triton` (kernels without a self-test, or
@@ -127,7 +133,7 @@ class HiPConfig:
 
     Raises:
         ValueError: a field is unknown or out of range; the message names field, value and what is
-        allowed.
+            allowed.
     """
 
     method: str = "hip"
@@ -166,14 +172,14 @@ class HiPConfig:
         self._check_choices()
         self._check_numbers()
         if not isinstance(self.options, Mapping):
-            _fail("options", self.options, "a mapping of the method's own settings")
+            refuse("options", self.options, "a mapping of the method's own settings")
         object.__setattr__(self, "options", copy.deepcopy(dict(self.options)))
         # made once: a graph that is being compiled cannot make it
         object.__setattr__(self, "_options", self._make_options())
         _method(self.method).check(self)
         if self.extend is not None and not _method(self.method).extends:
             allowed = " | ".join(method for method in METHODS if _method(method).extends)
-            _fail("method", self.method, f"with `extend`: {allowed}")
+            refuse("method", self.method, f"with `extend`: {allowed}")
         self._check_layers()
         object.__setattr__(self, "_text", json.dumps(self.to_dict()))
 
@@ -188,110 +194,71 @@ class HiPConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                _fail(name, getattr(self, name), " | ".join(allowed))
-        if self.delta is not None and (not _is_int(self.delta) or not 1 <= self.delta <= MOST):
-            _fail(
-                "delta",
-                self.delta,
-                f"None or an integer >= 1 (rows between dense ones), at most {MOST}",
-            )
+                refuse(name, getattr(self, name), " | ".join(allowed))
         if self.extend not in (None, "streaming"):
-            _fail("extend", self.extend, "None | streaming")
+            refuse("extend", self.extend, "None | streaming")
         if self.extend is not None and self.delta is not None:
-            _fail("delta", self.delta, "None with `extend`")
+            refuse("delta", self.delta, "None with `extend`")
         if not isinstance(self.group_shared, bool):
-            _fail("group_shared", self.group_shared, "True or False")
+            refuse("group_shared", self.group_shared, "True or False")
 
     def _check_numbers(self) -> None:
         at_least = dict(block_q=1, block_k=1, budget=1, query_stride=1)
         at_least |= dict(sink=0, window=0, dense_tail=0, seed=0)
-        for name, low in at_least.items():
-            value, most = (
-                getattr(self, name),
-                {"block_q": MOST_BLOCK_Q, "seed": MOST_SEED}.get(name, MOST),
-            )
-            if not _is_int(value) or not low <= value <= most:
-                _fail(name, value, f"an integer >= {low}, at most {most}")
-        for name in ("beam", "rescore"):
+        or_none = dict(beam=1, rescore=1, delta=1, dense_below=0)
+        for name, low in (at_least | or_none).items():
             value = getattr(self, name)
-            if value is not None and (not _is_int(value) or not 1 <= value <= MOST):
-                _fail(name, value, f"None or an integer >= 1, at most {MOST}")
-        self._check_refresh()
+            most = {"block_q": MOST_BLOCK_Q, "seed": MOST_SEED}.get(name, MOST)
+            if not _in_range(value, low, most) and not (value is None and name in or_none):
+                kinds = "None or an integer" if name in or_none else "an integer"
+                refuse(name, value, f"{kinds} >= {low}, at most {most}")
         if self.budget % self.block_k:
-            _fail("budget", self.budget, f"a multiple of block_k={self.block_k}")
+            refuse("budget", self.budget, f"a multiple of block_k={self.block_k}")
         if self.coarsest is not None:
-            chunks = self.coarsest // self.block_k if _is_int(self.coarsest) else 0
-            if not 1 <= chunks <= MOST or self.coarsest % self.block_k or chunks & (chunks - 1):
-                _fail(
-                    "coarsest",
-                    self.coarsest,
-                    f"None, or block_k={self.block_k} times a power of two, up to {MOST}",
-                )
-        if self.dense_below is not None and (
-            not _is_int(self.dense_below) or not 0 <= self.dense_below <= MOST
-        ):
-            _fail("dense_below", self.dense_below, f"None or an integer >= 0, at most {MOST}")
+            within = _in_range(self.coarsest, self.block_k, MOST * self.block_k)
+            chunks = self.coarsest // self.block_k if within else 0
+            if not chunks or self.coarsest % self.block_k or chunks & (chunks - 1):
+                allowed = f"None, or block_k={self.block_k} times a power of two, up to {MOST}"
+                refuse("coarsest", self.coarsest, allowed)
         dense = self.dense_layers
         indices = [dense] if isinstance(dense, int) else dense
-        if not isinstance(indices, (list, tuple)) or not all(
-            _is_int(index) and 0 <= index <= MOST for index in indices
-        ):
-            _fail(
-                "dense_layers",
-                dense,
-                f"a count >= 0 or a list of layer indices >= 0, at most {MOST}",
-            )
+        if not isinstance(indices, (list, tuple)) or not all(_in_range(i, 0) for i in indices):
+            allowed = f"a count >= 0 or a list of layer indices >= 0, at most {MOST}"
+            refuse("dense_layers", dense, allowed)
         if not isinstance(dense, int):
             object.__setattr__(self, "dense_layers", list(dense))
+        self._check_refresh()
 
     def _check_refresh(self) -> None:
-        steps = (
-            self.decode_refresh
-            if isinstance(self.decode_refresh, (list, tuple))
-            else [self.decode_refresh]
-        )
-        if not steps or not all(_is_int(count) and 1 <= count <= MOST for count in steps):
-            _fail(
-                "decode_refresh",
-                self.decode_refresh,
-                f"an integer >= 1, at most {MOST}, or a list of them, one per stage",
-            )
+        refresh = self.decode_refresh
+        steps = refresh if isinstance(refresh, (list, tuple)) else [refresh]
+        if not steps or not all(_in_range(count, 1) for count in steps):
+            allowed = f"an integer >= 1, at most {MOST}, or a list of them, one per stage"
+            refuse("decode_refresh", refresh, allowed)
         if any(before % count for before, count in pairwise(steps)):
-            _fail(
-                "decode_refresh",
-                self.decode_refresh,
-                "a list in which every number divides the one before",
-            )
-        if not isinstance(self.decode_refresh, int):
+            allowed = "a list in which every number divides the one before"
+            refuse("decode_refresh", refresh, allowed)
+        if not isinstance(refresh, int):
             object.__setattr__(self, "decode_refresh", list(steps))
 
     def _check_layers(self) -> None:
         if not isinstance(self.layers, Mapping):
-            _fail("layers", self.layers, "a mapping {layer index: {field: value}}")
+            refuse("layers", self.layers, "a mapping {layer index: {field: value}}")
         layers = {}
         for key, fields in self.layers.items():
             # Python refuses to read very long numbers
-            index = (
-                int(key)
-                if isinstance(key, str) and key.isdecimal() and len(key) <= len(str(MOST))
-                else key
-            )
-            if not _is_int(index) or not 0 <= index <= MOST:
-                _fail("layers", key, f"layer indices >= 0 as keys, at most {MOST}")
+            written = isinstance(key, str) and key.isdecimal() and len(key) <= len(str(MOST))
+            index = int(key) if written else key
+            if not _in_range(index, 0):
+                refuse("layers", key, f"layer indices >= 0 as keys, at most {MOST}")
             if not isinstance(fields, Mapping):
-                _fail("layers", fields, f"a mapping of fields for layer {index}")
+                refuse("layers", fields, f"a mapping of fields for layer {index}")
             if {"layers", "extend"} & fields.keys():
-                _fail(
-                    "layers",
-                    dict(fields),
-                    "any field but `layers` itself and `extend`, which holds for all layers",
-                )
+                allowed = "any field but `layers` itself and `extend`, which holds for all layers"
+                refuse("layers", dict(fields), allowed)
             if index in layers:
-                _fail(
-                    "layers",
-                    list(self.layers),
-                    f"each layer once (layer {index} is there as a number and as text)",
-                )
+                allowed = f"each layer once (layer {index} is there as a number and as text)"
+                refuse("layers", list(self.layers), allowed)
             layers[index] = copy.deepcopy(dict(fields))
         object.__setattr__(self, "layers", layers)
         for index in layers:
@@ -308,11 +275,10 @@ class HiPConfig:
     @property
     def beam_blocks(self) -> int:
         """Chunks that a level of the search above the last one keeps."""
-        if self.beam is None:
-            return max(
-                2 * self.budget_blocks, min(SEARCHED_CHUNKS, -(-SEARCHED_KEYS // self.block_k))
-            )
-        return self.beam * self.budget_blocks
+        if self.beam is not None:
+            return self.beam * self.budget_blocks
+        searched = min(SEARCHED_CHUNKS, -(-SEARCHED_KEYS // self.block_k))
+        return max(2 * self.budget_blocks, searched)
 
     @property
     def start_blocks(self) -> int:
@@ -353,7 +319,7 @@ class HiPConfig:
         known = [f.name for f in dataclasses.fields(kind)]
         for name in self.options:
             if name not in known:
-                _fail("options", name, f"{known or 'none'} (options of method {self.method!r})")
+                refuse("options", name, f"{known or 'none'} (options of method {self.method!r})")
         return kind(**self.options)
 
     def for_layer(self, layer: int | None) -> HiPConfig:
@@ -366,13 +332,10 @@ class HiPConfig:
 
     def is_dense_layer(self, layer: int | None) -> bool:
         """Whether `layer` is one of `dense_layers`."""
+        dense = self.dense_layers
         if layer is None:
             return False
-        return (
-            layer < self.dense_layers
-            if isinstance(self.dense_layers, int)
-            else layer in self.dense_layers
-        )
+        return layer < dense if isinstance(dense, int) else layer in dense
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict; layer indices become strings, as they are in JSON."""
@@ -385,9 +348,8 @@ class HiPConfig:
         """The inverse of `to_dict`; fields left out take their defaults. Raises ValueError for
         unknown fields."""
         if not isinstance(values, Mapping):
-            raise ValueError(
-                f"HiPConfig.from_dict: got {type(values).__name__}, allowed: a mapping of fields"
-            )
+            got = type(values).__name__
+            raise ValueError(f"HiPConfig.from_dict: got {got}, allowed: a mapping of fields")
         cls._check_names(values)  # names that are no text, too
         return cls(**values)
 
@@ -399,6 +361,5 @@ class HiPConfig:
                 label = shown(name).strip("'")
                 close = difflib.get_close_matches(label, known, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise ValueError(
-                    f"HiPConfig.{label}: unknown field with value {shown(values[name])}{hint}, allowed: {known}"
-                )
+                got = f"unknown field with value {shown(values[name])}{hint}"
+                raise ValueError(f"HiPConfig.{label}: {got}, allowed: {known}")

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from hip_hf.config import HiPConfig
 
@@ -80,6 +80,11 @@ class QueryBlock:
         return self.high - self.low
 
 
+def rows_of_blocks(blocks: Sequence[QueryBlock]) -> slice:
+    """The query rows of query blocks that follow one another."""
+    return slice(blocks[0].row, blocks[-1].row + blocks[-1].rows)
+
+
 def make_query_block(
     config: HiPConfig, row: int, first: int, last: int, window: int | None, sliding: int | None
 ) -> QueryBlock:
@@ -115,9 +120,8 @@ def keys_seen(first: int, last: int, sliding: int | None) -> int:
     if sliding is None:
         return (last + 1) * (last + 2) // 2 - first * (first + 1) // 2
     full = max(0, last - max(first, sliding) + 1)  # rows whose window is full
-    return full * sliding + (
-        keys_seen(first, min(last, sliding - 1), None) if first < sliding else 0
-    )
+    growing = keys_seen(first, min(last, sliding - 1), None) if first < sliding else 0
+    return full * sliding + growing
 
 
 def keys_seen_at(positions: Sequence[int], sliding: int | None) -> int:
@@ -127,13 +131,11 @@ def keys_seen_at(positions: Sequence[int], sliding: int | None) -> int:
 
 
 def block_read(block: QueryBlock, picked: int, sliding: int | None) -> int:
-    """Keys that the rows of a query block read, summed over the rows; `picked`: keys of its
-    middle."""
+    """Keys that the rows of a query block read, summed over the rows; `picked`: those that are
+    selected."""
     fixed = block.sink_end - block.start - block.window_start + picked
-    return min(
-        keys_seen(block.first, block.last, None) + block.rows * fixed,
-        keys_seen(block.first, block.last, sliding),
-    )
+    read = keys_seen(block.first, block.last, None) + block.rows * fixed
+    return min(read, keys_seen(block.first, block.last, sliding))
 
 
 def mask_heads(config: HiPConfig, query_heads: int, key_heads: int) -> int:
@@ -152,8 +154,8 @@ class BlockMask:
     `[B, Nq]`: position of the query block's first row, -1 where the row has no such block.
     """
 
-    indices: torch.Tensor
-    counts: torch.Tensor
-    first: torch.Tensor
+    indices: Tensor
+    counts: Tensor
+    first: Tensor
     block_q: int
     block_k: int

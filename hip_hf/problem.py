@@ -4,16 +4,20 @@ border."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
+from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 from hip_hf.rope import Positions
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPE_NAMES = "float16, bfloat16, float32 or float64"
 
 
-def by_tokens(q: torch.Tensor, dim: int) -> torch.Tensor:
+def by_tokens(q: Tensor, dim: int) -> Tensor:
     """An output of `dim` numbers a row for q `[B, Hq, Tq, D]`, not filled yet: `[B, Hq, Tq, dim]`
     as always, with all heads of a token side by side in memory. Models go on with it so, and need
     no copy."""
@@ -26,14 +30,14 @@ class AttentionProblem:
     """Shapes: q `[B, Hq, Tq, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, Dv]`, sinks `[Hq]` (extra
     logits)."""
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
     spans: tuple[Span, ...]
     scale: float
     sliding_window: int | None = None
     softcap: float | None = None
-    sinks: torch.Tensor | None = None
+    sinks: Tensor | None = None
     positions: Positions | None = None  # q and k are not rotated, and are placed by these
 
     @property
@@ -77,60 +81,98 @@ def tracing() -> str:
     return "torch.func" if torch._C._functorch.peek_interpreter_stack() is not None else ""
 
 
-def _fail(name: str, value: object, allowed: str) -> None:
+def fail(name: str, value: object, allowed: str) -> NoReturn:
+    """Raise ValueError for an argument: what was got, and what is allowed."""
     raise ValueError(f"{name}: got {value}, allowed: {allowed}")
 
 
-def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError for shapes, dtypes and devices that do not fit together."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
-            _fail(
-                name,
-                tuple(getattr(tensor, "shape", ())) or type(tensor).__name__,
-                "a tensor [batch, heads, tokens, head dim]",
-            )
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+            got = tuple(getattr(tensor, "shape", ())) or type(tensor).__name__
+            fail(name, got, "a tensor [batch, heads, tokens, head dim]")
         if tensor.layout != torch.strided:
-            _fail(f"{name}.layout", tensor.layout, "torch.strided (a dense tensor)")
+            fail(f"{name}.layout", tensor.layout, "torch.strided (a dense tensor)")
         if 0 in tensor.shape:
-            _fail(f"{name}.shape", tuple(tensor.shape), "no empty dimension")
+            fail(f"{name}.shape", tuple(tensor.shape), "no empty dimension")
         if tensor.dtype not in DTYPES:
-            _fail(f"{name}.dtype", tensor.dtype, "float16, bfloat16, float32 or float64")
+            fail(f"{name}.dtype", tensor.dtype, DTYPE_NAMES)
         if tensor.dtype != q.dtype:
-            _fail(f"{name}.dtype", tensor.dtype, f"{q.dtype}, as q has")
+            fail(f"{name}.dtype", tensor.dtype, f"{q.dtype}, as q has")
         if tensor.device != q.device:
-            _fail(f"{name}.device", tensor.device, f"{q.device}, where q is")
+            fail(f"{name}.device", tensor.device, f"{q.device}, where q is")
     if k.shape[:3] != v.shape[:3]:
-        _fail("v.shape", tuple(v.shape), f"batch, heads and tokens of k {tuple(k.shape[:3])}")
+        fail("v.shape", tuple(v.shape), f"batch, heads and tokens of k {tuple(k.shape[:3])}")
     if q.shape[0] != k.shape[0]:
-        _fail("k.shape", tuple(k.shape), f"q's batch size {q.shape[0]}")
+        fail("k.shape", tuple(k.shape), f"q's batch size {q.shape[0]}")
     if q.shape[3] != k.shape[3]:
-        _fail("k.shape", tuple(k.shape), f"q's head dim {q.shape[3]}")
+        fail("k.shape", tuple(k.shape), f"q's head dim {q.shape[3]}")
     if q.shape[1] % k.shape[1]:
-        _fail("q.shape", tuple(q.shape), f"a multiple of k's {k.shape[1]} heads")
+        fail("q.shape", tuple(q.shape), f"a multiple of k's {k.shape[1]} heads")
+
+
+def check_call(
+    problem: AttentionProblem, config: HiPConfig, layer: int | None, numbers: bool
+) -> None:
+    """Raise ValueError for arguments of `hip_attention`, besides q, k and v, that are out of range
+    or do not fit together. `numbers`: whether those in the sinks may be looked at."""
+    q, sliding = problem.q, problem.sliding_window
+    for name, value in (("scale", problem.scale), ("softcap", problem.softcap)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < float("inf")):
+            fail(name, repr(value), "None or a finite number > 0")
+    for name, count, low in (("sliding_window", sliding, 1), ("layer", layer, 0)):
+        if count is not None and (type(count) is not int or count < low):
+            fail(name, repr(count), f"None or an integer >= {low}")
+    if problem.sinks is not None:
+        _check_sinks(problem.sinks, q, numbers)
+    if problem.positions is not None and not isinstance(problem.positions, Positions):
+        fail("positions", type(problem.positions).__name__, "None or Positions")
+    if (problem.positions is None) != (config.extend is None):
+        wanted = f"Positions, for config.extend={config.extend!r}"
+        allowed = "None without config.extend" if config.extend is None else wanted
+        fail("positions", problem.positions, allowed)
+    if problem.positions is not None:
+        turning = problem.positions.rope.dim
+        if turning > q.shape[3]:
+            got = f"{turning} numbers that turn"
+            fail("positions.rope", got, f"up to q's head dim {q.shape[3]}")
+        if sliding is not None:
+            allowed = "allowed with `extend`: None (a window needs no extension)"
+            raise ValueError(f"sliding_window: got {sliding}, {allowed}")
+        problem.positions.check(config)
+    if q.shape[2] > problem.k.shape[2]:
+        fail("q.shape", f"{q.shape[2]} query rows", f"at most the {problem.k.shape[2]} keys")
+
+
+def _check_sinks(sinks: Tensor, q: Tensor, numbers: bool) -> None:
+    if not isinstance(sinks, Tensor):
+        fail("sinks", type(sinks).__name__, f"None or a tensor [{q.shape[1]}]")
+    if sinks.shape != q.shape[1:2] or sinks.device != q.device:
+        got = f"shape {tuple(sinks.shape)} on {sinks.device}"
+        fail("sinks", got, f"{tuple(q.shape[1:2])} on {q.device}")
+    if sinks.dtype not in DTYPES:
+        fail("sinks.dtype", sinks.dtype, DTYPE_NAMES)
+    if numbers and sinks.device.type == "cpu" and not sinks.isfinite().all():
+        fail("sinks", sinks.tolist(), "finite numbers")
 
 
 def _per_row(
-    name: str, value: torch.Tensor | int | list[int] | None, batch: int, default: int
+    name: str, value: Tensor | int | list[int] | None, batch: int, default: int
 ) -> list[int]:
     if value is None:
         return [default] * batch
-    values = value.tolist() if isinstance(value, torch.Tensor) else value
+    values = value.tolist() if isinstance(value, Tensor) else value
     values = [values] * batch if isinstance(values, int) else values
-    if (
-        not isinstance(values, (list, tuple))
-        or len(values) != batch
-        or not all(type(x) is int for x in values)
-    ):
-        _fail(name, value, f"one integer for each of the {batch} batch rows")
+    several = isinstance(values, (list, tuple)) and len(values) == batch
+    if not several or not all(type(x) is int for x in values):
+        fail(name, value, f"one integer for each of the {batch} batch rows")
     return list(values)
 
 
 def make_spans(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    key_start: torch.Tensor | None = None,
-    q_start: torch.Tensor | None = None,
+    q: Tensor, k: Tensor, key_start: Tensor | None = None, q_start: Tensor | None = None
 ) -> tuple[Span, ...]:
     """Spans of a batch whose row `b` has its first real key at `key_start[b]` and its first query
     at `q_start[b]`."""
@@ -141,18 +183,17 @@ def make_spans(
     spans = []
     for b, (start, at) in enumerate(zip(first, query, strict=True)):
         if not 0 <= start <= keys:
-            _fail(f"key_start[{b}]", start, f"0 to {keys}, the number of keys")
+            fail(f"key_start[{b}]", start, f"0 to {keys}, the number of keys")
         if not 0 <= at <= keys - rows:
-            _fail(
-                f"q_start[{b}]", at, f"0 to {keys - rows}, so that all {rows} query rows have keys"
-            )
+            allowed = f"0 to {keys - rows}, so that all {rows} query rows have keys"
+            fail(f"q_start[{b}]", at, allowed)
         row_start = max(0, start - at)
         if row_start < rows:
             spans.append(Span(b, start, at + rows, row_start, rows, at + row_start - start))
     return tuple(spans)
 
 
-def check_finite(name: str, x: torch.Tensor, spans: tuple[Span, ...], rows: bool) -> None:
+def check_finite(name: str, x: Tensor, spans: tuple[Span, ...], rows: bool) -> None:
     """Raise ValueError where a real row (of queries or keys) holds NaN or infinity. One pass over
     them when all is well."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -165,4 +206,4 @@ def check_finite(name: str, x: torch.Tensor, spans: tuple[Span, ...], rows: bool
         if len(bad):
             head, token, dim = bad[0].tolist()
             where = (span.batch, head, part.start + token, dim)
-            _fail(f"{name}{list(where)}", x[where].item(), f"finite numbers ({len(bad)} are not)")
+            fail(f"{name}{list(where)}", x[where].item(), f"finite numbers ({len(bad)} are not)")

@@ -42,7 +42,6 @@ def declare(name: str, module: str, method: object) -> None:
         ValueError: the name is taken.
     """
     if name in METHODS:
-        raise ValueError(
-            f"name: got {name!r}, allowed: a name that is not taken ({' | '.join(METHODS)})"
-        )
+        taken = " | ".join(METHODS)
+        raise ValueError(f"name: got {name!r}, allowed: a name that is not taken ({taken})")
     METHODS[name], _declared[name] = module, method

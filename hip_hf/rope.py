@@ -4,11 +4,12 @@ StreamingLLM, arXiv 2309.17453).
 q and k come un-rotated. Every distance at which a query meets a key is then ours to choose, and
 none exceeds what the model was trained for:
 
-    attention of a query block: what it reads (sink | selected | window) gets consecutive positions
-    that end at the query's dense rows: true distances
-    both: `trained - 1` for every key that would be farther away
-    selection: a key counts as just outside the window (relative); in the first layers, chunks count
-               their distance from it in chunks (chunk-indexed)
+    a query block: what it reads (sink | selected | window) gets consecutive positions that end at
+                   the query's
+    dense rows:    true distances
+    both:          `trained - 1` for every key that would be farther away
+    selection:     a key counts as just outside the window (relative); in the first layers, chunks
+                   count their distance from it in chunks (chunk-indexed)
 
 Only differences of positions matter, so each rule picks its own origin.
 """
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from hip_hf.config import HiPConfig
-from hip_hf.geometry import QueryBlock
+from hip_hf.geometry import QueryBlock, rows_of_blocks
 from hip_hf.workers import scratch
 
 # Layers before this one select with chunk-indexed positions (InfiniteHiP, appendix; its first three
@@ -39,14 +41,14 @@ class Rope:
     q and for k; q carries both.
     """
 
-    def __init__(self, inv_freq: torch.Tensor, scaling: float = 1.0) -> None:
-        if not isinstance(inv_freq, torch.Tensor) or inv_freq.ndim != 1 or not len(inv_freq):
+    def __init__(self, inv_freq: Tensor, scaling: float = 1.0) -> None:
+        if not isinstance(inv_freq, Tensor) or inv_freq.ndim != 1 or not len(inv_freq):
             raise ValueError(f"inv_freq: got {inv_freq!r}, allowed: a tensor of one dimension")
         self.inv_freq = inv_freq.detach().to(device="cpu", dtype=torch.float32)
         self.scaling = float(scaling)
-        self._tables: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def __reduce__(self) -> tuple[type[Rope], tuple[torch.Tensor, float]]:
+    def __reduce__(self) -> tuple[type[Rope], tuple[Tensor, float]]:
         """Copies and pickles make their tables anew."""
         return Rope, (self.inv_freq, self.scaling)
 
@@ -55,41 +57,41 @@ class Rope:
         """Numbers of a head that turn."""
         return 2 * len(self.inv_freq)
 
-    def tables(
-        self, count: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(self, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[>= count, R / 2]` of the positions from 0 on."""
         key = (dtype, device)
         known = self._tables.get(key)
         if known is None or len(known[0]) < count:
             most = max(FEWEST_POSITIONS, 1 << (count - 1).bit_length())
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # they outlive the mode they are made in
-                angles = (
-                    torch.arange(most, dtype=torch.float64, device="cpu")[:, None]
-                    * self.inv_freq.double()
-                )
-                known = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+            # they outlive the mode they are made in
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._turns(0, most, dtype, device)
             self._tables[key] = known
         return known
 
+    def _turns(
+        self, first: int, end: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine and sine `[end - first, R / 2]` of the positions `first` to `end - 1`."""
+        position = torch.arange(first, end, dtype=torch.float64, device="cpu")
+        angles = position[:, None] * self.inv_freq.double()
+        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
     def keys(
         self,
-        x: torch.Tensor,
-        position: torch.Tensor | int,
+        x: Tensor,
+        position: Tensor | int,
         most: int,
         back: bool = False,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Keys `[..., n, D]` turned to `position`: the first of consecutive ones, or int64
         `[..., n]`, all below `most`."""
         cos, sin = self.tables(most, x.dtype, x.device)
         index = slice(position, position + x.shape[-2]) if isinstance(position, int) else position
         return rotate(x, cos[index], sin[index], back, out)
 
-    def queries(self, x: torch.Tensor, position: torch.Tensor | int, most: int) -> torch.Tensor:
+    def queries(self, x: Tensor, position: Tensor | int, most: int) -> Tensor:
         """Queries `[..., n, D]` turned to `position`, as `keys` does, and scaled for both sides of
         the product."""
         out = self.keys(x, position, most)
@@ -97,15 +99,12 @@ class Rope:
             out[..., : self.dim].mul_(self.scaling**2)
         return out
 
-    def unrotate(self, x: torch.Tensor, first: int) -> torch.Tensor:
+    def unrotate(self, x: Tensor, first: int) -> Tensor:
         """What the model rotated to the consecutive positions from `first` on, `[..., n, D]`,
         turned back."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        position = torch.arange(first, first + x.shape[-2], dtype=torch.float64, device="cpu")
-        angles = (
-            position[:, None] * self.inv_freq.double()
-        )  # no table: positions grow with the context
-        cos, sin = angles.cos().to(x.device, dtype), angles.sin().to(x.device, dtype)
+        # no table: positions grow with the context
+        cos, sin = self._turns(first, first + x.shape[-2], dtype, x.device)
         out = rotate(x.to(dtype), cos, sin, back=True)
         if self.scaling != 1.0:
             out[..., : self.dim].div_(self.scaling)
@@ -113,12 +112,8 @@ class Rope:
 
 
 def rotate(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    back: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, cos: Tensor, sin: Tensor, back: bool = False, out: Tensor | None = None
+) -> Tensor:
     """`[..., n, D]` turned by angles `[..., n, R / 2]` (`back`: by minus these) into `out`, which
     is not x."""
     half, sign = cos.shape[-1], -1 if back else 1
@@ -148,30 +143,20 @@ class Positions:
         selected = config.selected_keys
         reach = -(-config.sink // config.block_k) * config.block_k + selected + config.window
         if max(reach, config.block_q) > self.trained:
-            got, names = (
-                f"{reach} keys and block_q={config.block_q}",
-                "sink + budget + window" if selected else "sink + window",
-            )
-            raise ValueError(
-                f"{names}: got {got}, allowed with `extend`: up to the trained {self.trained}"
-            )
+            names = "sink + budget + window" if selected else "sink + window"
+            got = f"{reach} keys and block_q={config.block_q}"
+            allowed = f"allowed with `extend`: up to the trained {self.trained}"
+            raise ValueError(f"{names}: got {got}, {allowed}")
 
-    def streaming(self, query: torch.Tensor, keys: int) -> torch.Tensor:
+    def streaming(self, query: Tensor, keys: int) -> Tensor:
         """Queries `[..., rows, D]` of a query block in their places, the last of the `keys` that it
         reads. As they are where rounding to blocks makes these more than was trained for."""
-        return (
-            self.rope.queries(query, keys - query.shape[-2], self.trained)
-            if keys <= self.trained
-            else query
-        )
+        if keys > self.trained:
+            return query
+        return self.rope.queries(query, keys - query.shape[-2], self.trained)
 
     def streaming_logits(
-        self,
-        query: torch.Tensor,
-        k: torch.Tensor,
-        places: list[tuple[int, int]],
-        total: int,
-        out: torch.Tensor,
+        self, query: Tensor, k: Tensor, places: list[tuple[int, int]], total: int, out: Tensor
     ) -> None:
         """Logits of a query block, `[heads, G, rows, D]` from `streaming`, for some of the `total`
         keys that it reads, into `out` `[heads, G * rows, n]`. The keys `[heads, n, D]` stand in
@@ -201,13 +186,7 @@ class Positions:
         return [first - self.trained + 1, min(last - self.trained + 1, first)]
 
     def dense_logits(
-        self,
-        query: torch.Tensor,
-        k: torch.Tensor,
-        first: int,
-        last: int,
-        at: int,
-        out: torch.Tensor,
+        self, query: Tensor, k: Tensor, first: int, last: int, at: int, out: Tensor
     ) -> None:
         """Logits of rows at `first` to `last`, `[heads, G, rows, D]`, for the keys `[heads, n, D]`
         from position `at` on, which lie on one side of every cut, into `out`
@@ -225,26 +204,24 @@ class Positions:
         if at < mixed:
             torch.bmm(with_rope, k.transpose(1, 2), out=out)
             return
-        distance = torch.arange(first, last + 1, device=k.device)[:, None] - torch.arange(
-            at, at + k.shape[1], device=k.device
-        )
+        row = torch.arange(first, last + 1, device=k.device)[:, None]
+        distance = row - torch.arange(at, at + k.shape[1], device=k.device)
         too_far = (distance >= self.trained).repeat(query.shape[1], 1)
         out.copy_(torch.where(too_far, torch.bmm(with_rope, k.transpose(1, 2)), out))
 
-    def voting(self, q: torch.Tensor, blocks: list[QueryBlock]) -> torch.Tensor:
+    def voting(self, q: Tensor, blocks: list[QueryBlock]) -> Tensor:
         """Queries `[..., rows, D]` as they select: so far from un-rotated keys as each is from the
         last key before its window."""
         distance = torch.zeros(q.shape[-2], dtype=torch.long, device="cpu")
         for block in blocks:
             at = torch.arange(block.first, block.last + 1, device="cpu")
-            distance[block.row : block.row + block.rows] = (at - block.window_start + 1).clamp(
-                max=self.trained - 1
-            )
+            far = (at - block.window_start + 1).clamp(max=self.trained - 1)
+            distance[rows_of_blocks([block])] = far
         return self.rope.queries(q, distance.to(q.device), self.trained)
 
     def chunk_angles(
-        self, ids: torch.Tensor, end: torch.Tensor, farthest: int, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, ids: Tensor, end: Tensor, farthest: int, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Chunk-indexed selection: cosine and sine `[..., P, M, R / 2]` by which chunks `ids`
         `[..., P, M]` are turned back, a position for each chunk up to the window, which begins at
         chunk `end` `[P]`; at most `farthest`."""

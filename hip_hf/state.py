@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from typing import Self
@@ -41,7 +42,7 @@ class Summaries(Shareable, Protocol):
         """Itself, or a copy where others refer to it and blocks will be appended to reach
         `blocks`."""
 
-    def extend(self, keys: torch.Tensor, blocks: int) -> None:
+    def extend(self, keys: Tensor, blocks: int) -> None:
         """Summarise the keys `[Hkv, T, D]` up to `blocks` blocks. They may be `PagedKeys`, where
         the selector reads pages."""
 
@@ -52,16 +53,16 @@ class Summaries(Shareable, Protocol):
 @dataclass(frozen=True)
 class KeptSelection:
     """Key blocks that the last decode step read: `ids` `[Hkv, S, 1, budget / block_k]`, or None
-    where the budget covered the middle. The window's start and the middle stay as they were when
-    the selection was made.
+    where the budget covered all candidates. The window's start and the candidates stay as they were
+    when the selection was made.
 
     With an interval for every stage, `stages` holds what each of them kept, and the position it was
     made for."""
 
-    ids: torch.Tensor | None
+    ids: Tensor | None
     window_start: int
     position: int  # of the row it was made for
-    stages: tuple[tuple[torch.Tensor | None, int], ...] = ()
+    stages: tuple[tuple[Tensor | None, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Correction:
     there, what it weighs, and the clusters."""
 
     position: int
-    out: torch.Tensor
-    lse: torch.Tensor
+    out: Tensor
+    lse: Tensor
     weight: float = 1.0
     clusters: Shareable | None = None  # `Clusters` of `backends/clusters.py`
 
@@ -86,7 +87,8 @@ class RowState:
     pyramid: Summaries | None = None
     selection: KeptSelection | None = None
     correction: Correction | None = None
-    gathered: Any = None  # what the steps under `selection` read (`Gathered` in `backends/torch/decode_buffer.py`)
+    # what the steps under `selection` read (`Gathered` in `backends/torch/decode_buffer.py`)
+    gathered: Any = None
     on_device: bool = False  # what was seen of it is in `DecodeState.device`
 
 
@@ -94,7 +96,7 @@ _count = itertools.count()
 _states: weakref.WeakValueDictionary[int, DecodeState] = weakref.WeakValueDictionary()
 
 
-def numbered_state(number: torch.Tensor) -> DecodeState:
+def numbered_state(number: Tensor) -> DecodeState:
     """The state with this number, int64 `[]` on the host."""
     return _states[int(number)]
 
@@ -108,13 +110,12 @@ class DecodeState:
     """
 
     def __init__(self) -> None:
-        self.number: torch.Tensor
+        self.number: Tensor
         self.rows: dict[int, RowState] = {}
         self._layer: int | None = None  # the first that asked for its own
         self._others: dict[int, DecodeState] = {}  # by the layers that read the same keys
-        self.device: Any = (
-            None  # the kernels' tables (`DeviceState` in `backends/triton/sparse.py`), for all rows
-        )
+        # the kernels' tables (`DeviceState` in `backends/triton/sparse.py`), for all rows
+        self.device: Any = None
         # the settings that the state was made with, and the kind of keys
         self._owner: tuple[HiPConfig, int, int, torch.dtype, torch.device] | None = None
         self.__setstate__({})
@@ -142,12 +143,9 @@ class DecodeState:
     def stepping(self, text: str, batch: int) -> bool:
         """Whether all that a step of `batch` rows needs is on the device, made with the settings of
         this `text`."""
-        if (
-            self.device is None
-            or not self.device.even
-            or len(self.rows) != batch
-            or self.device.batch != batch
-        ):
+        if self.device is None or not self.device.even:
+            return False
+        if len(self.rows) != batch or self.device.batch != batch:
             return False
         alike = self._owner is not None and self._owner[0].text == text
         return alike and all(row.on_device for row in self.rows.values())
@@ -188,10 +186,10 @@ class DecodeState:
                     row.pyramid.truncate(kept // row.pyramid.block_k)
                 row.position, row.selection, row.correction = kept, None, None
 
-    def reorder(self, indices: torch.Tensor | list[int]) -> None:
+    def reorder(self, indices: Tensor | list[int]) -> None:
         """Batch row `b` continues what row `indices[b]` was. Copies refer to the same summaries
         until one of them grows."""
-        indices = indices.tolist() if isinstance(indices, torch.Tensor) else list(indices)
+        indices = indices.tolist() if isinstance(indices, Tensor) else list(indices)
         rows = {}
         for to, source in enumerate(indices):
             if source in self.rows:
@@ -215,14 +213,14 @@ class DecodeState:
         count = max(self.rows, default=-1) + 1
         self.reorder([b for b in range(count) for _ in range(repeats)])
 
-    def bind(self, config: HiPConfig, k: torch.Tensor) -> None:
+    def bind(self, config: HiPConfig, k: Tensor) -> None:
         """Start afresh if the settings, or the kind of keys `[B, Hkv, T, D]`, are not those that
         the state was made with."""
         if not self.bound(config, k):
             self.reset()
             self._owner = (config, k.shape[1], k.shape[3], k.dtype, k.device)
 
-    def bound(self, config: HiPConfig, k: torch.Tensor) -> bool:
+    def bound(self, config: HiPConfig, k: Tensor) -> bool:
         """Whether it was made with these settings, for keys like k `[B, Hkv, T, D]`."""
         return self._owner == (config, k.shape[1], k.shape[3], k.dtype, k.device)
 

@@ -10,10 +10,8 @@ from packaging.version import Version
 
 __version__ = "0.1.0"  # of hip_hf
 
-OLDEST, NEWEST = (
-    (5, 17),
-    (5, 24),
-)  # major and minor of the oldest that serves, and of the newest that the tests ran with
+# Major and minor of the oldest that serves, and of the newest that the tests ran with.
+OLDEST, NEWEST = (5, 17), (5, 24)
 
 
 def check_version(version: str) -> None:
@@ -21,14 +19,11 @@ def check_version(version: str) -> None:
     one that is older than the oldest that serves."""
     oldest, newest = (".".join(map(str, numbers)) for numbers in (OLDEST, NEWEST))
     if Version(version).release[:2] < OLDEST:
-        raise ImportError(
-            f"hip_hf: got Transformers {version}, allowed: {oldest} or later (`pip install -U transformers`)"
-        )
+        how = "`pip install -U transformers`"
+        raise ImportError(f"hip_hf: got Transformers {version}, allowed: {oldest} or later ({how})")
     if Version(version).release[:2] > NEWEST:
-        warnings.warn(
-            f"hip_hf was tested with Transformers {oldest} to {newest}, not with {version}",
-            stacklevel=2,
-        )
+        tested = f"hip_hf was tested with Transformers {oldest} to {newest}, not with {version}"
+        warnings.warn(tested, stacklevel=2)
 
 
 check_version(transformers.__version__)

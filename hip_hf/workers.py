@@ -15,6 +15,7 @@ from math import prod
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 Item = TypeVar("Item")
 
@@ -34,9 +35,9 @@ class Scratch(threading.local):
     `take` of that name reuses."""
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], like: Like) -> torch.Tensor:
+    def take(self, name: str, shape: tuple[int, ...], like: Like) -> Tensor:
         """A buffer of `shape`, in dtype and device of `like`."""
         key, size = (name, like.dtype, like.device), prod(shape)
         buffer = self.buffers.get(key)
@@ -50,7 +51,7 @@ class Scratch(threading.local):
 scratch = Scratch()
 
 
-def widened(x: torch.Tensor) -> torch.Tensor:
+def widened(x: Tensor) -> Tensor:
     """Itself in fp32 or fp64; half precision as a buffer in fp32, since that is slow to
     exponentiate and too coarse to sum up."""
     if x.dtype in (torch.float32, torch.float64):
@@ -64,8 +65,7 @@ def _make_pool(size: int) -> ThreadPoolExecutor:
     barrier = threading.Barrier(size + 1)
 
     def settle() -> None:
-        # a thread's first operation would set it to the process's number of threads: have that over
-        # before
+        # a thread's first operation would set it to the process's number of threads
         torch.get_num_threads()
         torch.set_num_threads(1)
         barrier.wait()
@@ -138,8 +138,5 @@ def compute_dtype(x: Like) -> torch.dtype:
 
 
 def _fast_bf16() -> bool:
-    probes = (
-        getattr(torch.cpu, name, None)
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-    return any(probe() for probe in probes if probe is not None)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

@@ -4,11 +4,12 @@ share."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.keys_read import Count, blocks_of, of_blocks, share_of
 from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, mask_heads
@@ -29,11 +30,11 @@ class Piece:
     span: Span
     heads: slice
     blocks: list[QueryBlock]
-    ids: torch.Tensor | None
+    ids: Tensor | None
     block_k: int
     rows: int
 
-    def positions(self, head: int, share: int, i: int) -> torch.Tensor:
+    def positions(self, head: int, share: int, i: int) -> Tensor:
         """Of the keys that the query heads `share` of key head `head` read in query block `i`;
         relative to the span."""
         block = self.blocks[i]
@@ -48,29 +49,44 @@ class Piece:
         return torch.cat([sink, picked, window])
 
 
-class Executor(Protocol):
-    """Computes one call of the sparse path into `out` `[B, Hq, Tq, Dv]` and, if given, `lse`
-    `[B, Hq, Tq]`."""
+@dataclass(eq=False)
+class Executor:
+    """One call of the sparse path, computed into `out` `[B, Hq, Tq, Dv]` and, if given, `lse`
+    `[B, Hq, Tq]`.
 
-    out: torch.Tensor
-    pieces: (
-        list[Piece] | None
-    )  # put down what was read here, where gradients are wanted (`has_gradients`)
+    `mask`: the key blocks that were read, where that is asked for (`need_mask`) and the method
+    selects any. `pieces`: a list to put down what was read, where gradients are wanted
+    (`has_gradients`). `shortfall`: what is done otherwise than settings say, and why.
+    """
+
+    problem: AttentionProblem
+    config: HiPConfig
+    out: Tensor
+    lse: Tensor | None
+    need_mask: bool
+    mask: BlockMask | None = field(default=None, init=False)
+    pieces: list[Piece] | None = field(default=None, init=False)
+    shortfall: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        """Make what a kind of attention needs besides."""
 
     @property
-    def lse(self) -> torch.Tensor | None:
-        """As it was given; a new one where autograd is to know it."""
+    def decoding(self) -> bool:
+        return self.problem.q.shape[2] <= DECODE_ROWS
+
+    def tail(self, span: Span) -> int:
+        """The first of the span's rows that are dense for being the last of a prompt."""
+        return span.rows if self.decoding else max(0, span.rows - self.config.dense_tail)
 
     @property
     def count(self) -> Count:
         """Of the call, once it has run."""
-
-    @property
-    def mask(self) -> BlockMask | None:
-        """The key blocks that were read, where that was asked for and the method selects any."""
+        raise NotImplementedError
 
     def run(self, state: DecodeState | None) -> None:
         """Compute the call; `state` is what decode steps keep, and follows."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -78,15 +94,14 @@ class Result:
     """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense,
     or not corrected as asked."""
 
-    out: torch.Tensor
-    lse: torch.Tensor | None
+    out: Tensor
+    lse: Tensor | None
     mask: BlockMask | None
     path: str
     reason: str
     count: Count | None  # of the keys that were read; None: all that are in sight
-    unsupported: bool = (
-        False  # dense because the sparse path lacks something, not because it was asked for
-    )
+    # dense because the sparse path lacks something, not because it was asked for
+    unsupported: bool = False
 
     @property
     def share(self) -> float:
@@ -97,13 +112,9 @@ class Result:
 def kind_of(config: HiPConfig) -> str:
     """The kind of attention that settings ask for: `delta` (a correction of another kind), `hyper`
     or `block_sparse`."""
-    return (
-        "delta"
-        if config.delta is not None
-        else "hyper"
-        if config.method == "hyper"
-        else "block_sparse"
-    )
+    if config.delta is not None:
+        return "delta"
+    return "hyper" if config.method == "hyper" else "block_sparse"
 
 
 def has_gradients(config: HiPConfig) -> bool:
@@ -120,57 +131,33 @@ def steps_of(config: HiPConfig) -> int:
 def pick(
     executors: Mapping[str, Callable[..., Executor]], config: HiPConfig
 ) -> Callable[..., Executor]:
-    """What makes the executor of a call, from `(problem, config, out, lse,
-    mask)`: one of a backend's `executors`, by kind."""
+    """What makes the executor of a call, from `(problem, config, out, lse, need_mask)`: one of a
+    backend's `executors`, by kind."""
     found = executors[kind_of(config)]
-    return (
-        found
-        if config.delta is None
-        else partial(found, pick(executors, replace(config, delta=None)))
-    )
-
-
-class Attend(Protocol):
-    """`hip_hf.attention.attend`."""
-
-    def __call__(
-        self, problem: AttentionProblem, config: HiPConfig, layer: int | None = None, state: DecodeState | None = None,
-        need_lse: bool = False, need_mask: bool = False,
-    ) -> Result: ...  # fmt: skip
+    if config.delta is None:
+        return found
+    return partial(found, attention=pick(executors, replace(config, delta=None)))
 
 
 def _missing(*_: object, **__: object) -> Result:
     raise RuntimeError("hip_hf.attention has not been imported")
 
 
-attend: Attend = _missing  # the self-test of kernels compares whole calls: `hip_hf.attention`, which is above, puts its own here
+# `hip_hf.attention` puts its own here: the self-test of kernels compares whole calls, and is below
+# it.
+attend: Callable[..., Result] = _missing
 
 
-class BlockSparseCall:
-    """A call in which every query block reads what a selector picks: problem, settings and
-    results."""
+class BlockSparseCall(Executor):
+    """A call in which every query block reads what a selector picks."""
 
-    def __init__(
-        self,
-        problem: AttentionProblem,
-        config: HiPConfig,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        mask: bool,
-    ) -> None:
-        self.problem, self.config, self.out, self.lse = problem, config, out, lse
-        self.selector = selector_for(config)
+    def __post_init__(self) -> None:
+        self.selector = selector_for(self.config)
         self.budget = self.selector.budget
         # of each span, where the window of its only row starts, if an earlier selection says so
-        self.windows: list[int | None] = [None] * len(problem.spans)
-        self.mask = self._empty_mask() if mask else None
-        self.pieces: list[Piece] | None = (
-            None  # a list to put down what was read, where gradients are wanted
-        )
-
-    @property
-    def decoding(self) -> bool:
-        return self.problem.q.shape[2] <= DECODE_ROWS
+        self.windows: list[int | None] = [None] * len(self.problem.spans)
+        if self.need_mask:
+            self.mask = self._empty_mask()
 
     @property
     def count(self) -> Count:

@@ -49,14 +49,10 @@ def no_kernels(
         why = unsupported_tensors(problem) if densely else unsupported(problem, config)
         if why or config.backend == "triton":
             return why, False
-        parts = trust.parts_of(
-            None if densely else config, problem.needs_grad, problem.positions is not None
-        )
-        dims = (
-            problem.q.shape[3],
-            problem.v.shape[3],
-            problem.groups,
-        )  # a graph that is being compiled is then for these alone
+        extended = problem.positions is not None
+        parts = trust.parts_of(None if densely else config, problem.needs_grad, extended)
+        # a graph that is being compiled is then for these alone
+        dims = (problem.q.shape[3], problem.v.shape[3], problem.groups)
         why = trust.failing(device, problem.q.dtype, dims, parts, config.text)
     if why and config.backend == "auto":
         trust.warn_once(why)

@@ -1,5 +1,5 @@
-"""What sparse attention leaves out, estimated: the keys of the middle in clusters of like keys,
-each by its mean and spread.
+"""What sparse attention leaves out, estimated: the keys between sink and window in clusters of like
+keys, each by its mean and spread.
 
 Every row weighs the clusters' means as if they were keys, with what is left of them once the key
 blocks that the row reads are taken out, and merges the result with its sparse attention by their
@@ -13,7 +13,7 @@ sum.) Clusters hold keys of like content from anywhere in the context: the means
 keys say much less about them. There are so many clusters at any length, so the estimate takes O(1)
 for a row.
 
-The first keys of the middle are the first centres. A key joins the nearest one; each time that as
+The first of these keys are the first centres. A key joins the nearest one; each time that as
 many keys again have joined, the centres move to their clusters' means. So a key's cluster depends
 on the keys before it alone, never changes, and is the same however a prompt is cut. On a GPU sums
 are made by atomic additions, whose last bits vary.
@@ -27,6 +27,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows, pick
 from hip_hf.geometry import BlockMask, QueryBlock
@@ -53,22 +54,17 @@ class Clusters:
         heads, _, dim = k.shape
         self.start, self.device = start, k.device
         self.dtype = torch.promote_types(k.dtype, torch.float32)
-        self.width = (
-            2 * dim + v.shape[2] + 1
-        )  # of a key's numbers: itself, its squares, its value, 1
+        self.width = 2 * dim + v.shape[2] + 1  # a key's numbers: itself, its squares, its value, 1
         self.known = 0  # keys that have joined
-        self.shared = (
-            False  # several batch rows refer to it (beam search): copy before the next one joins
-        )
+        # whether several batch rows refer to it (beam search): copy before the next one joins
+        self.shared = False
         self._ids = torch.empty(heads, 0, dtype=torch.uint8, device=k.device)
         self._centres = self._zeros(heads, dim)
-        self._joined = self._zeros(
-            heads, dim + 1
-        )  # sums of the keys that have joined, and their number
+        self._joined = self._zeros(heads, dim + 1)  # sums of keys that have joined, their number
         self._summed = 0  # keys in `_sums`
         self._sums = self._zeros(heads, self.width)
 
-    def _zeros(self, heads: int, width: int) -> torch.Tensor:
+    def _zeros(self, heads: int, width: int) -> Tensor:
         return torch.zeros(heads, CLUSTERS, width, dtype=self.dtype, device=self.device)
 
     def writable(self) -> Clusters:
@@ -76,9 +72,8 @@ class Clusters:
         if not self.shared:
             return self
         other = object.__new__(Clusters)
-        other.__dict__.update(
-            self.__dict__, shared=False, _ids=self._ids.clone()
-        )  # what else there is, is replaced, not changed
+        # what else there is, is replaced, not changed
+        other.__dict__.update(self.__dict__, shared=False, _ids=self._ids.clone())
         return other
 
     def extend(self, k: KeyRows, end: int) -> None:
@@ -88,20 +83,17 @@ class Clusters:
         if self.known == 0 and count >= CLUSTERS:
             self._centres = k[:, self.start : self.start + CLUSTERS].to(self.dtype)
         while self.known < count and (self.known or count >= CLUSTERS):
-            generation = (
-                CLUSTERS << (self.known // CLUSTERS).bit_length()
-            )  # the centres are the same up to this key
+            # the centres are the same up to this key
+            generation = CLUSTERS << (self.known // CLUSTERS).bit_length()
             last = min(count, generation, self.known + KEYS_AT_ONCE)
             self._join(k[:, self.start + self.known : self.start + last].to(self.dtype))
             if last == generation:
                 sums, number = self._joined[..., :-1], self._joined[..., -1:]
                 self._centres = torch.where(number > 0, sums / number.clamp(min=1), self._centres)
 
-    def _join(self, keys: torch.Tensor) -> None:
-        distance = self._centres.square().sum(-1)[:, None] - 2 * keys @ self._centres.transpose(
-            1, 2
-        )
-        ids = distance.argmin(-1)
+    def _join(self, keys: Tensor) -> None:
+        squares, products = self._centres.square().sum(-1), 2 * keys @ self._centres.transpose(1, 2)
+        ids = (squares[:, None] - products).argmin(-1)
         last = self.known + keys.shape[1]
         if last > self._ids.shape[1]:
             room = last + min(self.known, MOST_SPARE)
@@ -114,9 +106,7 @@ class Clusters:
         self._joined = self._joined + summed(ids, torch.cat([keys, ones], dim=-1), CLUSTERS)
         self.known = last
 
-    def left(
-        self, k: KeyRows, v: KeyRows, blocks: list[QueryBlock], chosen: Chosen
-    ) -> torch.Tensor:
+    def left(self, k: KeyRows, v: KeyRows, blocks: list[QueryBlock], chosen: Chosen) -> Tensor:
         """What query blocks, given in order of their positions, leave out: sums `[Hkv, S,
         len(blocks), CLUSTERS, width]` of the numbers of the keys between sink and window that are
         in none of the key blocks `chosen`."""
@@ -125,15 +115,12 @@ class Clusters:
         if windows[0] < self._summed:  # where the window has gone back
             self._summed, self._sums = 0, torch.zeros_like(self._sums)
         first, last = self._summed, windows[-1]
-        rows = self._numbers(
-            k[:, self.start + first : self.start + last],
-            v[:, self.start + first : self.start + last],
-        )
+        part = slice(self.start + first, self.start + last)
+        rows = self._numbers(k[:, part], v[:, part])
         ids = self._ids[:, first:last].long()
         bounds = torch.tensor(windows[:-1], device=self.device)
-        block = torch.bucketize(
-            torch.arange(first, last, device=self.device), bounds, right=True
-        )  # of which a key is new
+        key = torch.arange(first, last, device=self.device)
+        block = torch.bucketize(key, bounds, right=True)  # of which a key is new
         new = summed(block * CLUSTERS + ids, rows, many * CLUSTERS).view(heads, many, CLUSTERS, -1)
         sums = new.cumsum(1).add_(self._sums[:, None])
         self._summed, self._sums = last, sums[:, -1].clone()
@@ -142,16 +129,14 @@ class Clusters:
         shares, count = chosen.ids.shape[1], chosen.ids.shape[3]
         flat, size = chosen.ids.flatten(1), chosen.block_k  # [Hkv, S * blocks * n]
         rows = self._numbers(*(pick(x, flat, size) for x in (k, v)))
-        at = (flat[..., None] * size + torch.arange(size, device=self.device)).flatten(
-            1
-        ) - self.start
-        ids = self._ids.gather(1, at).long()
+        at = (flat[..., None] * size + torch.arange(size, device=self.device)).flatten(1)
+        ids = self._ids.gather(1, at - self.start).long()
         rows *= chosen.valid.expand_as(chosen.ids).flatten(1).repeat_interleave(size, 1)[..., None]
         block = torch.arange(shares * many, device=self.device).repeat_interleave(count * size)
         read = summed(block * CLUSTERS + ids, rows, shares * many * CLUSTERS)
         return sums[:, None] - read.view(heads, shares, many, CLUSTERS, -1)
 
-    def _numbers(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _numbers(self, k: Tensor, v: Tensor) -> Tensor:
         k, v = k.to(self.dtype), v.to(self.dtype)
         return torch.cat([k, k.square(), v, k.new_ones(*k.shape[:2], 1)], dim=-1)
 
@@ -161,23 +146,20 @@ class Chosen:
     """Key blocks that query blocks read between sink and window: ids int64 `[Hkv, S, blocks, n]`,
     of which `valid` count."""
 
-    ids: torch.Tensor
-    valid: torch.Tensor
+    ids: Tensor
+    valid: Tensor
     block_k: int
 
     @classmethod
     def of(cls, mask: BlockMask, batch: int, places: slice, heads: int, low: int) -> Chosen:
-        """Those of the query blocks at `places` of a batch row; `low`: the first block of the
-        middle."""
-        indices, counts = (
-            x[batch].unflatten(0, (heads, -1))[:, :, places].long()
-            for x in (mask.indices, mask.counts)
-        )
+        """Those of the query blocks at `places` of a batch row; `low`: the first candidate."""
+        tables = (x[batch].unflatten(0, (heads, -1)) for x in (mask.indices, mask.counts))
+        indices, counts = (x[:, :, places].long() for x in tables)
         valid = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
         return cls(torch.where(valid, indices, low), valid, mask.block_k)
 
 
-def summed(ids: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+def summed(ids: Tensor, rows: Tensor, count: int) -> Tensor:
     """Sums `[heads, count, width]` of the rows `[heads, n, width]` that have the same id; ids
     `[heads, n]`, or `[n]`."""
     ids = ids.expand(rows.shape[:2])
@@ -185,18 +167,12 @@ def summed(ids: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
     return out.scatter_add_(1, ids[..., None].expand_as(rows), rows)
 
 
-def estimate(
-    t: Tensors, block: QueryBlock, count: int, left: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def estimate(t: Tensors, block: QueryBlock, count: int, left: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of `count` neighbouring query blocks as long as `block`, their first, to what they
     leave out, `Clusters.left`: output `[Hkv, G, count * rows, Dv]` and log-sum-exp
     `[Hkv, G, count * rows]`, -inf where nothing is left out."""
-    q = (
-        t.q[:, :, block.row : block.row + count * block.rows]
-        .unflatten(2, (count, -1))
-        .to(left.dtype)
-        * t.scale
-    )
+    q = t.q[:, :, block.row : block.row + count * block.rows].unflatten(2, (count, -1))
+    q = q.to(left.dtype) * t.scale
     dim, number = q.shape[-1], left[..., -1]
     mean = left[..., :-1] / number.clamp(min=1)[..., None]
     key, square, value = mean.tensor_split((dim, 2 * dim), dim=-1)
@@ -204,9 +180,8 @@ def estimate(
     spread = (q.square() @ variance.transpose(-1, -2)).sqrt_()
     often = number.clamp(min=1).log()[..., None, :]
     farthest = (2 * often).sqrt()
-    logits = q @ key.transpose(-1, -2) + torch.where(
-        spread < farthest, spread.square() / 2, spread * farthest - often
-    )
+    bonus = torch.where(spread < farthest, spread.square() / 2, spread * farthest - often)
+    logits = q @ key.transpose(-1, -2) + bonus
     squash(logits, t.softcap)
     logits += number.log()[..., None, :]
     lse = logits.logsumexp(-1)
@@ -215,12 +190,10 @@ def estimate(
 
 
 def alike(blocks: list[QueryBlock]) -> Iterator[tuple[bool, list[QueryBlock]]]:
-    """Runs of query blocks that are equally long, a few at a time, and whether their middle has
-    keys enough for clusters."""
-    for (_, enough), run in groupby(
-        blocks, key=lambda block: (block.rows, block.window_start - block.sink_end >= CLUSTERS)
-    ):
+    """Runs of query blocks that are equally long, a few at a time, and whether they have keys
+    enough between sink and window for clusters."""
+    kind = lambda block: (block.rows, block.window_start - block.sink_end >= CLUSTERS)  # noqa: E731
+    for (_, enough), run in groupby(blocks, key=kind):
         same = list(run)
-        yield from (
-            (enough, same[at : at + BLOCKS_AT_ONCE]) for at in range(0, len(same), BLOCKS_AT_ONCE)
-        )
+        for at in range(0, len(same), BLOCKS_AT_ONCE):
+            yield enough, same[at : at + BLOCKS_AT_ONCE]

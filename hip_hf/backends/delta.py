@@ -11,37 +11,35 @@ changing slowly.
 row first estimates its own missing part from clusters of keys (`clusters.py`), which gives E; the
 anchors correct what is left, by a mean over the latest of them, for what is left is mostly noise:
 
-    out[i] = E[i] + mean of (D[j] - E[j]) over anchors j <= i, of which each weighs 15/16 of the
-    next
+    out[i] = E[i] + mean of (D[j] - E[j]) over anchors j <= i; each weighs 15/16 of the next
 
 Anchors are the positions that `gamma` divides; in `step` also the first row of a call. They get D
 itself. The last `gamma` rows of a prefill call are dense. Decode goes on alike: a step at an anchor
 is dense, and what the next ones need is kept with the cache. The log-sum-exp is corrected alike.
-Costs `1 / gamma` of dense attention, `clusters` also
-as much as a hundred keys more for each row.
+Costs `1 / gamma` of dense attention, `clusters` also as much as a hundred keys more for each row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from hip_hf.backends.base import BlockSparseCall, Executor, Piece
+from hip_hf.backends.base import BlockSparseCall, Executor
 from hip_hf.backends.clusters import Chosen, Clusters, alike, estimate
 from hip_hf.backends.keys_read import Count, blocks_of
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
-from hip_hf.geometry import DECODE_ROWS, keys_seen_at
+from hip_hf.geometry import keys_seen_at, rows_of_blocks
 from hip_hf.methods.base import selects
 from hip_hf.state import Correction, RowState
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
-    from hip_hf.geometry import BlockMask, QueryBlock, Span
-    from hip_hf.problem import AttentionProblem
+    from hip_hf.geometry import QueryBlock, Span
     from hip_hf.state import DecodeState
 
 # What an anchor's correction weighs of the next one's: a mean over about 16 of them.
@@ -81,44 +79,30 @@ class Plan:
     kept: Correction | None
 
 
-class DeltaCall:
-    """One call: another attention, and its correction. A backend adds dense attention of single
-    rows."""
+@dataclass(eq=False)
+class DeltaCall(Executor):
+    """One call: another attention, whose executor `attention` makes, and its correction. A backend
+    adds dense attention of single rows. There are no gradients."""
 
-    pieces: list[Piece] | None = None  # there are no gradients
+    lse: Tensor  # made here where none is given
+    attention: Callable[..., Executor] = field(kw_only=True)
 
-    def __init__(
-        self,
-        attention: Callable[..., Executor],
-        problem: AttentionProblem,
-        config: HiPConfig,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        mask: bool,
-    ) -> None:
-        """`attention`: the executor of the attention to correct; the others as every executor takes
-        them."""
+    def __post_init__(self) -> None:
+        problem, config = self.problem, self.config
         assert config.delta is not None
-        self.problem, self.config, self.gamma, self.out = problem, config, config.delta, out
-        shape, dtype = problem.q.shape[:3], torch.promote_types(problem.q.dtype, torch.float32)
-        self.lse = (
-            torch.full(shape, -torch.inf, dtype=dtype, device=problem.q.device)
-            if lse is None
-            else lse
-        )
-        self.mode, _ = mode_of(config, problem.sliding_window)
-        self.need_mask, clusters = mask, self.mode == "clusters"
-        # the rows at the end are dense: where the next call goes on with what their anchors say,
-        # once that is known
-        self.tail = max(config.dense_tail, config.delta)
+        self.gamma = config.delta
+        if self.lse is None:
+            dtype = torch.promote_types(problem.q.dtype, torch.float32)
+            self.lse = problem.q.new_full(problem.q.shape[:3], -torch.inf, dtype=dtype)
+        self.mode, self.shortfall = mode_of(config, problem.sliding_window)
+        clusters = self.mode == "clusters"
+        tail = max(config.dense_tail, self.gamma)
         # the correction must not come twice
-        inner = replace(config, delta=None, dense_tail=0 if clusters else self.tail)
-        self.inner = attention(problem, inner, out, self.lse, mask or clusters)
+        inner = replace(config, delta=None, dense_tail=0 if clusters else tail)
+        need_mask = self.need_mask or clusters
+        self.inner = self.attention(problem, inner, self.out, self.lse, need_mask)
+        self.mask = self.inner.mask if self.need_mask else None
         self.at: list[list[int]] = []  # mode `step`: the anchors of each span
-
-    @property
-    def mask(self) -> BlockMask | None:
-        return self.inner.mask if self.need_mask else None
 
     @property
     def count(self) -> Count:
@@ -128,11 +112,7 @@ class DeltaCall:
         told = (self.config, inner.budget, spans, inner.windows, self.decoding)
         return partial(with_the_rest, inner.count, *told, [self._end(span) for span in spans])
 
-    @property
-    def decoding(self) -> bool:
-        return self.problem.q.shape[2] <= DECODE_ROWS
-
-    def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[Tensor, Tensor]:
         """Dense attention of a span's rows at the anchors `at`, `gamma` apart: output
         `[Hkv, G, n, Dv]` and log-sum-exp `[Hkv, G, n]`, in fp32 at least."""
         raise NotImplementedError
@@ -153,16 +133,21 @@ class DeltaCall:
             for span, row, window in zip(spans, rows, self.selecting.windows, strict=True):
                 self._complete(span, row, window)
         else:
-            plans = [
-                self._plan(span, row.correction) for span, row in zip(spans, rows, strict=True)
-            ]
+            kept = [row.correction for row in rows]
+            plans = [self._plan(*pair) for pair in zip(spans, kept, strict=True)]
             self.at = [plan.at for plan in plans]
             for row, correction in zip(rows, self.correct(plans), strict=True):
                 row.correction = correction
 
+    def tail(self, span: Span) -> int:
+        """As `Executor.tail`. The next call goes on with what the anchors in the last rows say,
+        once that is known."""
+        last = max(self.config.dense_tail, self.gamma)
+        return span.rows if self.decoding else max(0, span.rows - last)
+
     def _end(self, span: Span) -> int:
         """The position after the last row that is not dense for being one of the last."""
-        return span.end if self.decoding else max(span.position, span.end - self.tail)
+        return span.position + self.tail(span)
 
     def _plan(self, span: Span, kept: Correction | None) -> Plan:
         end = self._end(span)
@@ -199,13 +184,9 @@ class DeltaCall:
     ) -> Correction:
         if kept is None or kept.clusters is None:
             assert t.lse is not None
-            kept = Correction(
-                -1,
-                t.lse.new_zeros(*t.out.shape[:2], t.v.shape[2]),
-                t.lse.new_zeros(t.lse.shape[:2]),
-                0.0,
-            )
-            kept = replace(kept, clusters=Clusters(blocks[0].sink_end, t.k, t.v))
+            lse = t.lse.new_zeros(t.lse.shape[:2])
+            out = t.lse.new_zeros(*lse.shape, t.v.shape[2])
+            kept = Correction(-1, out, lse, 0.0, Clusters(blocks[0].sink_end, t.k, t.v))
         assert isinstance(kept.clusters, Clusters)
         clusters = kept.clusters.writable()
         clusters.extend(t.k, blocks[-1].window_start)
@@ -216,33 +197,25 @@ class DeltaCall:
         for enough, run in alike(blocks):
             own = [p for p in at if run[0].first <= p <= run[-1].last]
             exact = tuple(x[:, :, done : done + len(own)] for x in dense)
-            rows = slice(run[0].row, run[-1].row + run[-1].rows)
+            rows = rows_of_blocks(run)
             index = torch.tensor(own, dtype=torch.long, device=t.q.device) - run[0].first
-            estimated = self._estimated(t, span, rows, clusters, place, run, enough)
+            estimated = self._estimated(t, span, clusters if enough else None, place, run)
             kept = _corrected(t, rows, estimated, index, exact, kept)
             place, done = place + len(run), done + len(own)
         return kept if not at else replace(kept, position=at[-1])
 
     def _estimated(
-        self,
-        t: Tensors,
-        span: Span,
-        rows: slice,
-        clusters: Clusters,
-        place: int,
-        run: list[QueryBlock],
-        enough: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp of the rows of some query blocks with the estimate of what they
-        miss, in fp32 at least."""
+        self, t: Tensors, span: Span, clusters: Clusters | None, place: int, run: list[QueryBlock]
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of the rows of some query blocks, whose first is at `place` in the
+        mask, with the estimate of what they miss (None: without), in fp32 at least."""
         assert t.lse is not None
-        out, lse = t.out[:, :, rows].to(t.lse.dtype, copy=True), t.lse[:, :, rows]
-        if not enough:
-            return out, lse.clone()
+        rows, places = rows_of_blocks(run), slice(place, place + len(run))
+        out, lse = t.out[:, :, rows].to(t.lse.dtype, copy=True), t.lse[:, :, rows].clone()
+        if clusters is None:
+            return out, lse
         assert self.inner.mask is not None
-        chosen = Chosen.of(
-            self.inner.mask, span.batch, slice(place, place + len(run)), t.k.shape[0], run[0].low
-        )
+        chosen = Chosen.of(self.inner.mask, span.batch, places, t.k.shape[0], run[0].low)
         left = clusters.left(t.k, t.v, run, chosen)
         return out, merge(out, lse, *estimate(t, run[0], len(run), left))
 
@@ -277,20 +250,18 @@ def with_the_rest(
 def _corrected(
     t: Tensors,
     rows: slice,
-    estimated: tuple[torch.Tensor, ...],
-    at: torch.Tensor,
-    dense: tuple[torch.Tensor, ...],
+    estimated: tuple[Tensor, ...],
+    at: Tensor,
+    dense: tuple[Tensor, ...],
     kept: Correction,
 ) -> Correction:
     """Write the rows `rows` of the span, output and log-sum-exp, corrected: of them, those at the
     indices `at` are anchors, whose dense attention is known. Returns what holds after them."""
-    count = rows.stop - rows.start
-    segment = torch.searchsorted(at, torch.arange(count, device=at.device), right=True)
+    index = torch.arange(rows.stop - rows.start, device=at.device)
+    segment = torch.searchsorted(at, index, right=True)
     weights, weight = fading(len(at), kept.weight, estimated[1])
-    latest = []
-    for x, into, exact, before in zip(
-        estimated, (t.out, t.lse), dense, (kept.out, kept.lse), strict=True
-    ):
+    latest, both = [], (estimated, (t.out, t.lse), dense, (kept.out, kept.lse))
+    for x, into, exact, before in zip(*both, strict=True):
         assert into is not None
         differences = torch.cat([before[:, :, None], exact - x[:, :, at]], dim=2)
         means = torch.einsum("an,hgn...->hga...", weights, differences)
@@ -301,7 +272,7 @@ def _corrected(
     return replace(kept, out=latest[0], lse=latest[1], weight=weight)
 
 
-def fading(count: int, weight: float, like: torch.Tensor) -> tuple[torch.Tensor, float]:
+def fading(count: int, weight: float, like: Tensor) -> tuple[Tensor, float]:
     """How much the mean of before, of this weight, and `count` new differences weigh in the mean
     after none of them, after the first, and so on: `[count + 1, 1 + count]`, in dtype and device of
     `like`. And what the last mean weighs."""

@@ -6,43 +6,25 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
+from hip_hf.backends.base import Executor
 from hip_hf.backends.keys_read import Count, all_keys
 from hip_hf.geometry import Span, keys_seen
 from hip_hf.methods.hyper import Options, flops
-from hip_hf.problem import AttentionProblem
 
 if TYPE_CHECKING:
-    from hip_hf.backends.base import Piece
-    from hip_hf.config import HiPConfig
     from hip_hf.state import DecodeState
 
 
-class HyperCall:
-    """A call of HyperAttention: problem, settings and results."""
+class HyperCall(Executor):
+    """A call of HyperAttention. There are no key blocks to speak of in a mask, and no gradients."""
 
-    pieces: list[Piece] | None = None  # there are no gradients
-
-    def __init__(
-        self,
-        problem: AttentionProblem,
-        config: HiPConfig,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        mask: bool,
-    ) -> None:
-        self.problem, self.config, self.out, self.lse = problem, config, out, lse
-        self.options = config.method_options()
-        self.mask = None  # there are no key blocks to speak of
+    @property
+    def options(self) -> Options:
+        return self.config.method_options()
 
     @property
     def count(self) -> Count:
         return partial(keys_read, self.options, self.problem.spans, self.config.dense_tail)
-
-    def tail(self, span: Span) -> int:
-        """The first of the span's rows that are computed densely."""
-        return max(0, span.rows - self.config.dense_tail)
 
     def note(self, state: DecodeState | None) -> None:
         """What the call means for the state."""

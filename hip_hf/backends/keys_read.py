@@ -39,11 +39,7 @@ def all_keys(spans: Sequence[Span], sliding: int | None) -> tuple[int, int]:
 
 
 def blocks_of(
-    config: HiPConfig,
-    span: Span,
-    decoding: bool,
-    sliding: int | None,
-    window: int | None = None,
+    config: HiPConfig, span: Span, decoding: bool, sliding: int | None, window: int | None = None
 ) -> list[QueryBlock]:
     """The query blocks of a span, relative to it; in decode each row is one. `window`: where that
     of the only row starts, if a selection made earlier says so."""

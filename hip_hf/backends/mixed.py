@@ -11,16 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.backends.keys_read import Count, all_keys, total
+from hip_hf.backends.base import Result
+from hip_hf.backends.keys_read import all_keys, total
 from hip_hf.geometry import DECODE_ROWS, BlockMask, Span
 from hip_hf.problem import AttentionProblem
-
-if TYPE_CHECKING:
-    from hip_hf.backends.base import Result
 
 
 @dataclass(frozen=True)
@@ -79,11 +76,9 @@ def _cut(
     return replace(problem, q=problem.q[:, :, first:end], spans=moved)
 
 
-def merged(
-    problem: AttentionProblem, parts: Sequence[Part], results: Sequence[Result]
-) -> tuple[torch.Tensor, torch.Tensor | None, BlockMask | None, Count]:
-    """Output, log-sum-exp, mask and count of keys read of the whole call. Sequences of other parts
-    are zero in each output."""
+def merged(problem: AttentionProblem, parts: Sequence[Part], results: Sequence[Result]) -> Result:
+    """The result of the whole call. Sequences of other parts are zero in each output. The first
+    part is sparse: all that is dense is one part."""
     rows = [slice(part.first, part.first + part.problem.q.shape[2]) for part in parts]
     first = results[0]
     out = first.out.new_zeros(*problem.q.shape[:3], first.out.shape[3])
@@ -100,7 +95,14 @@ def merged(
         for part, result in zip(parts, results, strict=True)
         if result.mask is not None
     ]
-    return out, lse, _merged_masks(masks), partial(total, counts)
+    reasons = []
+    for part, result in zip(parts, results, strict=True):
+        dense_part = f"{len(part.problem.spans)} of {len(problem.spans)} sequences dense: "
+        if result.reason:
+            reasons.append((dense_part if part.reason else "") + result.reason)
+    reason, unsupported = "; ".join(dict.fromkeys(reasons)), any(x.unsupported for x in results)
+    count = partial(total, counts)
+    return Result(out, lse, _merged_masks(masks), "sparse", reason, count, unsupported)
 
 
 def _merged_masks(masks: list[tuple[Part, BlockMask]]) -> BlockMask | None:

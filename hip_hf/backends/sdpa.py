@@ -6,19 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 # What FlashAttention takes: head dims, and on NVIDIA's GPUs compute capabilities.
 FLASH_DIM, FLASH_CAPABILITY = 256, (8, 0)
 
 
 def grouped_sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    causal: bool,
-    seen: torch.Tensor | None = None,
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, seen: Tensor | None = None
+) -> Tensor:
     """PyTorch's attention of q `[B, Hq, T, D]` to k `[B, Hkv, T, D]` and v, under the mask `seen`
     if there is one. Where it would make all logits at once only because heads share keys, a call
     for each member of the groups."""
@@ -32,7 +28,7 @@ def grouped_sdpa(
     ).flatten(1, 2)
 
 
-def takes_groups(q: torch.Tensor, v: torch.Tensor) -> bool:
+def takes_groups(q: Tensor, v: Tensor) -> bool:
     """Whether PyTorch has attention without a mask for such heads in groups that never holds all
     logits: on GPUs FlashAttention alone."""
     if q.device.type != "cuda":

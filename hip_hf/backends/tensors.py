@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows, PagedKeys, rows_of
 from hip_hf.geometry import Span
@@ -18,57 +19,48 @@ class Tensors:
     `[Hkv, G, rows, Dv]`, lse `[Hkv, G, rows]` or None, sinks `[Hkv, G]` or None. Rows of k and v
     are contiguous, or in pages."""
 
-    q: torch.Tensor
+    q: Tensor
     k: KeyRows
     v: KeyRows
-    out: torch.Tensor
-    lse: torch.Tensor | None
+    out: Tensor
+    lse: Tensor | None
     scale: float
     sliding_window: int | None
     softcap: float | None
-    sinks: torch.Tensor | None
+    sinks: Tensor | None
     positions: Positions | None = None  # q and k are not rotated: here is where they go
 
+    def part(self, heads: slice, group: slice = slice(None)) -> Tensors:
+        """Of the key heads `heads` alone, and of each of them the query heads `group`."""
+        q, out = self.q[heads, group], self.out[heads, group]
+        lse, sinks = (None if x is None else x[heads, group] for x in (self.lse, self.sinks))
+        return replace(self, q=q, k=self.k[heads], v=self.v[heads], out=out, lse=lse, sinks=sinks)
 
-def tensors_of(
-    problem: AttentionProblem, span: Span, out: torch.Tensor, lse: torch.Tensor | None
-) -> Tensors:
+
+def tensors_of(problem: AttentionProblem, span: Span, out: Tensor, lse: Tensor | None) -> Tensors:
     """The part of the problem's tensors that is the span, heads grouped by key head."""
     rows = slice(span.row_start, span.row_end)
     heads = problem.k.shape[1]
 
-    def grouped(x: torch.Tensor) -> torch.Tensor:
+    def grouped(x: Tensor) -> Tensor:
         return x[span.batch].unflatten(0, (heads, problem.groups))[:, :, rows]
 
-    def keys_in_sight(x: torch.Tensor) -> KeyRows:
+    def keys_in_sight(x: Tensor) -> KeyRows:
         """Without padding, one key after the other in memory."""
         keys = rows_of(x, span.batch, span.key_start, span.key_start + span.end)
         if isinstance(keys, PagedKeys):
             return keys
-        return (
-            keys
-            if keys.stride(-1) == 1 and keys.stride(-2) == keys.shape[-1]
-            else keys.contiguous()
-        )
+        dense = keys.stride(-1) == 1 and keys.stride(-2) == keys.shape[-1]
+        return keys if dense else keys.contiguous()
 
+    q, k, v = grouped(problem.q), keys_in_sight(problem.k), keys_in_sight(problem.v)
+    lse = None if lse is None else grouped(lse)
     sinks = None if problem.sinks is None else problem.sinks.unflatten(0, (heads, problem.groups))
-    return Tensors(
-        grouped(problem.q),
-        keys_in_sight(problem.k),
-        keys_in_sight(problem.v),
-        grouped(out),
-        None if lse is None else grouped(lse),
-        problem.scale,
-        problem.sliding_window,
-        problem.softcap,
-        sinks,
-        problem.positions,
-    )
+    rules = (problem.scale, problem.sliding_window, problem.softcap, sinks, problem.positions)
+    return Tensors(q, k, v, grouped(out), lse, *rules)
 
 
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor
-) -> torch.Tensor:
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
     """Merge two partial results, outputs `[..., Dv]` and log-sum-exps `[...]`, into `out`. The
     merged log-sum-exp. Weights add up to 1 also where logits are so large that a log-sum-exp cannot
     tell how many there are."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import BlockTable, Store
 
@@ -23,19 +24,18 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", t
 TOKENS_AT_ONCE = 4096
 
 
-def paged_parts(store: Store, tables: Sequence[BlockTable], length: int) -> Iterator[torch.Tensor]:
+def paged_parts(store: Store, tables: Sequence[BlockTable], length: int) -> Iterator[Tensor]:
     """The first `length` tokens of the sequences in `tables`, in the order of a contiguous
     `[B, Hkv, T, D]`, a bounded part at a time."""
     for table in tables:
         for head in range(store.heads):
             for first in range(0, length, TOKENS_AT_ONCE):
                 last = min(first + TOKENS_AT_ONCE, length)
-                yield Store.read(
-                    store, slice(head, head + 1), table, first, last
-                )  # of an offloaded store past its pool
+                # of an offloaded store past its pool
+                yield Store.read(store, slice(head, head + 1), table, first, last)
 
 
-Parts = tuple[torch.Size, torch.dtype, Iterable[torch.Tensor]]
+Parts = tuple[torch.Size, torch.dtype, Iterable[Tensor]]
 
 
 def write(path: Path, facts: dict[str, Any], tensors: dict[str, Parts]) -> None:
@@ -46,12 +46,8 @@ def write(path: Path, facts: dict[str, Any], tensors: dict[str, Parts]) -> None:
         facts: what `reading` gives back, as JSON, by name.
         tensors: of each its shape and dtype, and its numbers in the order of a contiguous one.
     """
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": FORMAT,
-            **{name: json.dumps(fact) for name, fact in facts.items()},
-        }
-    }
+    metadata = {"format": FORMAT, **{name: json.dumps(fact) for name, fact in facts.items()}}
+    header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for name, (shape, dtype, _) in tensors.items():
         end = at + shape.numel() * dtype.itemsize
@@ -87,15 +83,14 @@ def reading(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(
-            f"path: got {str(path)!r}, which is no file, allowed: a file written by HiPCache.save"
-        )
+        got = f"{str(path)!r}, which is no file"
+        raise FileNotFoundError(f"path: got {got}, allowed: a file written by HiPCache.save")
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(
-            f"path {str(path)!r}: got a truncated or foreign file ({error}), allowed: one of HiPCache.save"
-        ) from None
+        got = f"a truncated or foreign file ({error})"
+        allowed = "one of HiPCache.save"
+        raise ValueError(f"path {str(path)!r}: got {got}, allowed: {allowed}") from None
     with file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:

@@ -15,9 +15,11 @@ import os
 import tempfile
 import threading
 from dataclasses import astuple, dataclass
+from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import BlockTable, Store
 
@@ -60,12 +62,10 @@ class DevicePool:
                 store.heads, pages * store.page, store.dim, dtype=store.dtype, device=store.device
             )
             self.held = torch.full((store.heads, pages), -1, device="cpu")  # page in each slot
-            self.used = torch.zeros(
-                store.heads, pages, dtype=torch.long, device="cpu"
-            )  # when it was last asked for
+            self.used = torch.zeros_like(self.held)  # when it was last asked for
             self.slot = torch.full((store.heads, 0), -1, device="cpu")  # of each page
 
-    def slots(self, head: int, pages: torch.Tensor, reader: str | None) -> torch.Tensor:
+    def slots(self, head: int, pages: Tensor, reader: str | None) -> Tensor:
         """Where the (distinct) pages lie in the pool, fetched if they did not. `reader`: who asks
         for them; None: they are brought for attention before it asks. Raises ValueError for more
         than the pool holds."""
@@ -82,29 +82,23 @@ class DevicePool:
             traffic.misses += len(missing)
             traffic.fetched += len(missing) * self.store.page_bytes
         if len(pages) > self.pages:
-            raise ValueError(
-                f"device_pages: got {self.pages}, allowed: at least {len(pages)}, the pages that one read needs"
-            )
+            allowed = f"at least {len(pages)}, the pages that one read needs"
+            raise ValueError(f"device_pages: got {self.pages}, allowed: {allowed}")
         self.clock += 1
         self.used[head, found[found >= 0]] = self.clock
         if not len(missing):
             return found
-        victims = (
-            self.used[head].topk(len(missing), largest=False).indices
-        )  # those just found are the newest
+        # those just found are the newest
+        victims = self.used[head].topk(len(missing), largest=False).indices
         before = self.held[head, victims]
         self.slot[head, before[before >= 0]] = -1
         page = self.store.page
         for number, slot in zip(missing.tolist(), victims.tolist(), strict=True):
             arena, token = self.store.place(number)
-            self.rows[head, slot * page : (slot + 1) * page] = self.store.arenas[arena][
-                head, token : token + page
-            ]
-        self.held[head, victims], self.slot[head, missing], self.used[head, victims] = (
-            missing,
-            victims,
-            self.clock,
-        )
+            rows = self.store.arenas[arena][head, token : token + page]
+            self.rows[head, slot * page : (slot + 1) * page] = rows
+        self.held[head, victims], self.slot[head, missing] = missing, victims
+        self.used[head, victims] = self.clock
         return self.slot[head, pages]
 
     def copies(self, page: int) -> list[tuple[int, int]]:
@@ -121,12 +115,11 @@ class PooledHeadRows:
         self.rows = pool.rows[head].unflatten(0, (-1, size)).flatten(1)
         self.width = self.rows.shape[1]
 
-    def take(self, index: torch.Tensor, out: torch.Tensor) -> None:
+    def take(self, index: Tensor, out: Tensor) -> None:
         """The rows at `index` into `out`."""
         pages, which = (index // self.each).cpu().unique(return_inverse=True)
-        if (
-            len(pages) > self.pool.pages
-        ):  # blocks that lie across two pages may need more than the pool has: in two goes
+        # blocks that lie across two pages may need more than the pool has: in two goes
+        if len(pages) > self.pool.pages:
             half = len(index) // 2
             self.take(index[:half], out[:half])
             self.take(index[half:], out[half:])
@@ -165,16 +158,8 @@ class OffloadedStore(Store):
     def __reduce__(self) -> tuple[Any, ...]:
         """What a pickle holds: the pages, and how to make a store for them. The pool of a copy
         starts empty."""
-        sizes = (
-            self.heads,
-            self.dim,
-            self.dtype,
-            self.device,
-            self.page,
-            self.where,
-            self.pool.pages,
-            self.recent,
-        )
+        kind = (self.heads, self.dim, self.dtype, self.device, self.page)
+        sizes = (*kind, self.where, self.pool.pages, self.recent)
         return refilled, (sizes, self.bounds, self.arenas)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedStore:
@@ -190,25 +175,22 @@ class OffloadedStore(Store):
         other.__dict__.update(vars(self), reader="search")
         return other
 
-    def make_arena(self, pages: int) -> torch.Tensor:
+    def make_arena(self, pages: int) -> Tensor:
         shape = (self.heads, pages * self.page, self.dim)
         with torch.inference_mode(False):
             if self.where == "cpu":
-                return torch.empty(
-                    shape, dtype=self.dtype, device="cpu", pin_memory=self.device.type == "cuda"
-                )
-            count = self.heads * pages * self.page * self.dim
-            with tempfile.NamedTemporaryFile(
-                prefix="hip_hf."
-            ) as file:  # lives on, nameless, while it is mapped
+                pinned = self.device.type == "cuda"
+                return torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=pinned)
+            count = prod(shape)
+            # lives on, nameless, while it is mapped
+            with tempfile.NamedTemporaryFile(prefix="hip_hf.") as file:
                 # reserve the space now: a full disk is an error here, and would be a crash at the
                 # first write
                 os.posix_fallocate(file.fileno(), 0, max(1, count * self.dtype.itemsize))
-                return torch.from_file(file.name, shared=True, size=count, dtype=self.dtype).view(
-                    shape
-                )
+                mapped = torch.from_file(file.name, shared=True, size=count, dtype=self.dtype)
+                return mapped.view(shape)
 
-    def write(self, table: BlockTable, first: int, x: torch.Tensor) -> None:
+    def write(self, table: BlockTable, first: int, x: Tensor) -> None:
         super().write(table, first, x)
         self.pool.traffic["attention"].written += x.numel() * x.element_size()
         page, last = self.page, first + x.shape[1]
@@ -233,15 +215,14 @@ class OffloadedStore(Store):
                 self.pool.held[head, slot] = self.pool.slot[head, to] = -1
                 self.pool.used[head, slot] = 0
 
-    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
+    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> Tensor:
         pages = table.tensor(torch.device("cpu"))[first // self.page : -(-last // self.page)]
         if len(pages) > self.pool.pages:
             whole = super().read(heads, table, first, last)
             self.pool.traffic[self.reader].streamed += whole.numel() * whole.element_size()
             return whole.to(self.device)
-        out = torch.empty(
-            heads.stop - heads.start, last - first, self.dim, dtype=self.dtype, device=self.device
-        )
+        shape = (heads.stop - heads.start, last - first, self.dim)
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
         token = torch.arange(first, last, device="cpu")
         index, offset = token // self.page - first // self.page, token % self.page
         with self.lock:
@@ -255,9 +236,7 @@ class OffloadedStore(Store):
         return [PooledHeadRows(self.pool, head, size, self.reader) for head in some]
 
 
-def refilled(
-    sizes: tuple[Any, ...], bounds: list[int], arenas: list[torch.Tensor]
-) -> OffloadedStore:
+def refilled(sizes: tuple[Any, ...], bounds: list[int], arenas: list[Tensor]) -> OffloadedStore:
     """A store of these sizes with copies of these arenas `[Hkv, tokens, D]`."""
     store = OffloadedStore(*sizes)
     store.bounds = list(bounds)
@@ -277,10 +256,7 @@ class Statistics(dict[str, Traffic]):
     def __str__(self) -> str:
         lines = [f"{'reader':<10}{'hits':>10}{'misses':>10}{'hit rate':>10}{'MiB moved':>12}"]
         for name, traffic in [*self.items(), ("together", self.together)]:
-            moved = (
-                traffic.fetched + traffic.prefetched + traffic.streamed + traffic.written
-            ) / 2**20
-            lines.append(
-                f"{name:<10}{traffic.hits:>10}{traffic.misses:>10}{traffic.hit_rate:>10.1%}{moved:>12.1f}"
-            )
+            moved = traffic.fetched + traffic.prefetched + traffic.streamed + traffic.written
+            found = f"{traffic.hits:>10}{traffic.misses:>10}{traffic.hit_rate:>10.1%}"
+            lines.append(f"{name:<10}{found}{moved / 2**20:>12.1f}")
         return "\n".join(lines)

@@ -18,10 +18,12 @@ from math import gcd, inf
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 
 
-def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A small tensor of the host, copied without a wait."""
     return (host if device.type == "cpu" else host.pin_memory()).to(device, non_blocking=True)
 
@@ -47,10 +49,9 @@ class BlockTable:
         """Replace the pages."""
         self.pages = pages
         self.version = next(_versions)
-        self._tensor: torch.Tensor | None = None
-        self._stacked: tuple[list[int], torch.Tensor] | None = (
-            None  # of a batch whose first table this is, by versions
-        )
+        self._tensor: Tensor | None = None
+        # of a batch whose first table this is, by versions
+        self._stacked: tuple[list[int], Tensor] | None = None
         self._runs: list[tuple[int, int, int]] = []
 
     def extend(self, pages: list[int]) -> None:
@@ -58,21 +59,18 @@ class BlockTable:
         self.pages += pages
         self.version = next(_versions)
 
-    def tensor(self, device: torch.device) -> torch.Tensor:
+    def tensor(self, device: torch.device) -> Tensor:
         """The pages, int64 `[len]`."""
         known = 0 if self._tensor is None or self._tensor.device != device else len(self._tensor)
         if known < len(self.pages) or self._tensor is None:
             with torch.inference_mode(False):
-                new = to_device(
-                    torch.tensor(self.pages[known:], dtype=torch.long, device="cpu"), device
-                )
-                self._tensor = (
-                    new if known == 0 or self._tensor is None else torch.cat([self._tensor, new])
-                )
+                pages, old = self.pages[known:], self._tensor
+                new = to_device(torch.tensor(pages, dtype=torch.long, device="cpu"), device)
+                self._tensor = new if known == 0 or old is None else torch.cat([old, new])
         return self._tensor
 
     @staticmethod
-    def stacked(tables: list[BlockTable], device: torch.device) -> torch.Tensor:
+    def stacked(tables: list[BlockTable], device: torch.device) -> Tensor:
         """The pages of every sequence of a batch, int64 `[B, most pages]`; what follows a
         sequence's last one is 0."""
         versions = [table.version for table in tables]
@@ -80,11 +78,8 @@ class BlockTable:
         if known is None or known[0] != versions or known[1].device != device:
             with torch.inference_mode(False):
                 each = [table.tensor(device) for table in tables]
-                whole = (
-                    each[0][None]
-                    if len(each) == 1
-                    else torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
-                )
+                alone = len(each) == 1
+                whole = each[0][None] if alone else pad_sequence(each, batch_first=True)
             known = tables[0]._stacked = versions, whole
         return known[1]
 
@@ -110,11 +105,11 @@ class HeadRows:
     """One head's keys in each arena, `[rows, gather_size * D]`, to pick by an index that counts
     through all arenas. `first`: that of each arena's first row."""
 
-    def __init__(self, rows: list[torch.Tensor], first: list[int]) -> None:
+    def __init__(self, rows: list[Tensor], first: list[int]) -> None:
         self.rows, self.first, self.width = rows, first, rows[0].shape[1]
         self.bounds = torch.tensor(first[1:], device=rows[0].device) if first[1:] else None
 
-    def take(self, index: torch.Tensor, out: torch.Tensor) -> None:
+    def take(self, index: Tensor, out: Tensor) -> None:
         """The rows at `index` into `out`, run by run of indices into the same arena."""
         if self.bounds is None:
             torch.index_select(self.rows[0], 0, index, out=out)
@@ -133,7 +128,7 @@ _KEPT_ROWS = 16
 
 
 @lru_cache(maxsize=_KEPT_ROWS)
-def row_numbers(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def row_numbers(rows: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return to_device(torch.tensor(rows, device="cpu"), device)
 
@@ -147,13 +142,13 @@ class Store:
         self, heads: int, dim: int, dtype: torch.dtype, device: torch.device, page: int
     ) -> None:
         self.heads, self.dim, self.dtype, self.device, self.page = heads, dim, dtype, device, page
-        self.arenas: list[torch.Tensor] = []
+        self.arenas: list[Tensor] = []
         self.bounds: list[int] = []  # first page of each arena
         # the only arena, and views of it: pages `[pages, page, Hkv, D]`, and tokens
         # `[Hkv, tokens, 1, D]`
-        self._views: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._views: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def make_arena(self, pages: int) -> torch.Tensor:
+    def make_arena(self, pages: int) -> Tensor:
         """Uninitialised memory for `pages` pages."""
         with torch.inference_mode(False):  # it outlives the mode it was made in
             return torch.empty(
@@ -179,7 +174,7 @@ class Store:
             first, at = end, at + 1
         return pieces
 
-    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> torch.Tensor:
+    def read(self, heads: slice, table: BlockTable, first: int, last: int) -> Tensor:
         """Tokens `first` to `last - 1` of a sequence, `[heads, tokens, D]`: a view where they lie
         in one piece, else a copy."""
         pieces = self.pieces(table, first, last)
@@ -188,7 +183,7 @@ class Store:
             return self.arenas[0][heads, :0]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def write(self, table: BlockTable, first: int, x: torch.Tensor) -> None:
+    def write(self, table: BlockTable, first: int, x: Tensor) -> None:
         """Tokens `[Hkv, n, D]` into a sequence, from its token `first` on."""
         if x.shape[1] == 1:  # a step's token
             arena, token = self.place(table.pages[first // self.page])
@@ -208,23 +203,20 @@ class Store:
         """What a search reads these keys from."""
         return self
 
-    def pages(self) -> torch.Tensor | None:
+    def pages(self) -> Tensor | None:
         """All pages as one view `[pages, page, Hkv, D]`, by their numbers; None if they are not one
         piece of device memory."""
         if not self.resident or len(self.arenas) != 1:
             return None
         return self._one_arena()[1]
 
-    def _one_arena(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _one_arena(self) -> tuple[Tensor, Tensor, Tensor]:
         """The only arena and its views, made once: a view takes the host longer than a step's whole
         bookkeeping."""
         (arena,) = self.arenas
         if self._views is None or self._views[0] is not arena:
-            self._views = (
-                arena,
-                arena.unflatten(1, (-1, self.page)).permute(1, 2, 0, 3),
-                arena.unsqueeze(2),
-            )
+            pages = arena.unflatten(1, (-1, self.page)).permute(1, 2, 0, 3)
+            self._views = arena, pages, arena.unsqueeze(2)
         return self._views
 
     def __getstate__(self) -> dict[str, Any]:
@@ -232,7 +224,7 @@ class Store:
         of."""
         return {**vars(self), "_views": None}
 
-    def write_step(self, tables: list[BlockTable], position: int, x: torch.Tensor) -> None:
+    def write_step(self, tables: list[BlockTable], position: int, x: Tensor) -> None:
         """The next token of each sequence, `[B, Hkv, 1, D]`, at its `position`, into pages that are
         one arena: one operation."""
         offset = position % self.page
@@ -244,7 +236,7 @@ class Store:
         `start`."""
         return gcd(start, block, self.page)
 
-    def index(self, heads: slice, table: BlockTable, row: torch.Tensor, size: int) -> torch.Tensor:
+    def index(self, heads: slice, table: BlockTable, row: Tensor, size: int) -> Tensor:
         """Where a sequence's rows of `size` tokens `row` `[heads, ...]` are in `head_rows`."""
         each = self.page // size
         return table.tensor(row.device)[row // each] * each + row % each
@@ -284,9 +276,8 @@ class PagedKeys:
     def __getitem__(self, at: slice | tuple[slice, slice]) -> Any:
         if isinstance(at, tuple):
             first, last, _ = at[1].indices(self.length)
-            return self.store.read(
-                self._narrow(at[0]), self.table, self.start + first, self.start + max(first, last)
-            )
+            first, last = self.start + first, self.start + max(first, last)
+            return self.store.read(self._narrow(at[0]), self.table, first, last)
         return replace(self, heads=self._narrow(at))
 
     def _narrow(self, heads: slice) -> slice:
@@ -300,14 +291,12 @@ class PagedKeys:
     def borders(self, first: int, last: int) -> list[int]:
         """The tokens between `first` and `last - 1` at which another piece of memory begins. Where
         there are none, reading the range copies nothing."""
-        counts = [
-            count
-            for _, _, count in self.store.pieces(self.table, self.start + first, self.start + last)
-        ]
-        return [first + length for length in itertools.accumulate(counts[:-1])]
+        pieces = self.store.pieces(self.table, self.start + first, self.start + last)
+        counts = [count for _, _, count in pieces[:-1]]
+        return [first + length for length in itertools.accumulate(counts)]
 
 
-KeyRows = torch.Tensor | PagedKeys  # `[Hkv, T, D]`
+KeyRows = Tensor | PagedKeys  # `[Hkv, T, D]`
 
 
 def head_rows_of(keys: KeyRows, block_k: int) -> list[Any]:
@@ -319,7 +308,7 @@ def head_rows_of(keys: KeyRows, block_k: int) -> list[Any]:
     return [HeadRows([rows], [0]) for rows in blocks]
 
 
-def block_index(keys: KeyRows, ids: torch.Tensor, block_k: int) -> torch.Tensor:
+def block_index(keys: KeyRows, ids: Tensor, block_k: int) -> Tensor:
     """Those of `head_rows_of` that make up the key blocks `ids` `[heads, ..., n]`:
     `[heads, ..., n * rows per block]`."""
     if not isinstance(keys, PagedKeys):
@@ -332,9 +321,7 @@ def block_index(keys: KeyRows, ids: torch.Tensor, block_k: int) -> torch.Tensor:
     return keys.store.index(keys.heads, keys.table, row + keys.start // size, size)
 
 
-def pick(
-    keys: KeyRows, ids: torch.Tensor, block_k: int, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def pick(keys: KeyRows, ids: Tensor, block_k: int, out: Tensor | None = None) -> Tensor:
     """The rows of the key blocks `ids` `[Hkv, n]`: `[Hkv, n * block_k, D]`, into `out` if there is
     one."""
     heads, _, dim = keys.shape
@@ -347,7 +334,7 @@ def pick(
     return out
 
 
-class PagedTensor(torch.Tensor):
+class PagedTensor(Tensor):
     """What a paged cache hands to the attention function in place of keys (or values)
     `[B, Hkv, T, D]`.
 
@@ -358,19 +345,17 @@ class PagedTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, store: Store, tables: list[BlockTable], length: int) -> PagedTensor:
         shape = (len(tables), store.heads, length, store.dim)
-        return torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=store.dtype, device=store.device
-        )
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype, device=store.device)
 
     def __init__(self, store: Store, tables: list[BlockTable], length: int) -> None:
         self.store, self.tables = store, tables
 
-    def block_table(self) -> torch.Tensor:
+    def block_table(self) -> Tensor:
         """The pages of every sequence, int64 `[B, most pages]`; what follows a sequence's last one
         is 0."""
         return BlockTable.stacked(self.tables, self.device)
 
-    def dense(self) -> torch.Tensor:
+    def dense(self) -> Tensor:
         """The ordinary tensor; a view where there is one sequence in one piece."""
         return read_all(self.store, self.tables, self.shape[2])
 
@@ -383,13 +368,13 @@ class PagedTensor(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def read_all(store: Store, tables: list[BlockTable], length: int) -> torch.Tensor:
+def read_all(store: Store, tables: list[BlockTable], length: int) -> Tensor:
     """Sequences of `length` tokens each as an ordinary tensor `[B, Hkv, T, D]`."""
     rows = [store.read(slice(0, store.heads), table, 0, length) for table in tables]
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
-def rows_of(x: torch.Tensor, batch: int, first: int, last: int) -> KeyRows:
+def rows_of(x: Tensor, batch: int, first: int, last: int) -> KeyRows:
     """Keys (or values) `first` to `last - 1` of a batch row, wherever they lie."""
     if not isinstance(x, PagedTensor):
         return x[batch, :, first:last]

@@ -7,7 +7,7 @@ import heapq
 from collections import Counter
 from itertools import islice
 
-import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import BlockTable, Store
 
@@ -30,9 +30,8 @@ class PagePool:
     def __init__(self, keys: Store, values: Store, one_piece: bool = False) -> None:
         self.keys, self.values, self.one_piece = keys, values, one_piece
         self.ref_count: list[int] = []  # sequences that refer to each page
-        self.free: list[
-            int
-        ] = []  # a heap: the lowest page first, so that sequences stay in one piece
+        # a heap: the lowest page first, so that sequences stay in one piece
+        self.free: list[int] = []
 
     @property
     def used(self) -> int:
@@ -66,9 +65,8 @@ class PagePool:
             arenas = [store.make_arena(pages) for store in stores]
         except (RuntimeError, OSError, MemoryError) as error:
             size = self.bytes(pages)
-            raise MemoryError(
-                f"HiPCache: no room for {count} more pages ({size / 2**20:.0f} MiB): {error}"
-            ) from error
+            wanted = f"{count} more pages ({size / 2**20:.0f} MiB)"
+            raise MemoryError(f"HiPCache: no room for {wanted}: {error}") from error
         for store, arena in zip(stores, arenas, strict=True):
             if self.one_piece:
                 for old in store.arenas:
@@ -101,18 +99,13 @@ class PagePool:
             self.release(table.pages[kept:])
             table.set(table.pages[:kept])
 
-    def append(
-        self, tables: list[BlockTable], length: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def append(self, tables: list[BlockTable], length: int, keys: Tensor, values: Tensor) -> None:
         """Append `[B, Hkv, n, D]` to sequences of `length` tokens each, in place. Raises
         MemoryError if there is no memory for more pages; nothing has changed."""
         more = keys.shape[2]
         # a step's token mostly finds room in a page of its sequence alone
-        if (
-            more > 1
-            or length % self.keys.page == 0
-            or any(self.ref_count[table.pages[-1]] > 1 for table in tables)
-        ):
+        full = more > 1 or length % self.keys.page == 0
+        if full or any(self.ref_count[table.pages[-1]] > 1 for table in tables):
             self._make_room(tables, length, more)
         if self.one_piece and more == 1:
             self.keys.write_step(tables, length, keys)

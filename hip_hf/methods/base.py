@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from hip_hf.config import HiPConfig, refuse
 from hip_hf.registry import declare, declared
-from hip_hf.shown import shown
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from hip_hf.config import HiPConfig
     from hip_hf.geometry import QueryBlock
     from hip_hf.problem import AttentionProblem
     from hip_hf.rope import Positions
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 class Bound:
     """A selection rule bound to the queries and keys of one span."""
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         """Sorted indices int64 `[heads, S, len(blocks), budget]` of the key blocks that each query
         block reads.
 
         `budget` is `Selector.budget`, in blocks: exactly so many, all of them different. A rule
         that picks fewer says so by its `Selector.budget` and by `Method.selected_keys`
         (`streaming.py`). `heads` are key heads; `S` is 1 where the group shares its mask, else the
-        number of query heads per key head. Every given query block has a middle of more than
-        `budget` blocks; smaller ones are read whole. Where the selector `asks_need`, a third
+        number of query heads per key head. Every given query block has more than `budget`
+        candidates; where there are fewer, all are read. Where the selector `asks_need`, a third
         argument: `near` `[heads, G, rows]`, log-sum-exp of the blocks' rows over what they always
         read.
         """
@@ -45,20 +45,10 @@ class Bound:
         return self
 
     def resume(
-        self, heads: slice, blocks: list[QueryBlock], kept: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:  # fmt: skip
+        self, heads: slice, blocks: list[QueryBlock], kept: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         """What every stage of the search keeps, given what the first `len(kept)` of them kept. Only
         a rule whose method lets `decode_refresh` be a list (`Method.check`) is asked for it."""
-        raise NotImplementedError
-
-
-class BoundByNeed(Bound):
-    """A rule that weighs how much each row attends to what it always reads."""
-
-    def select(
-        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """As `Bound.select` says."""
         raise NotImplementedError
 
 
@@ -72,12 +62,12 @@ class Selector:
     budget: int
     # whether `bind` and the pyramid may get `PagedKeys`; otherwise a cache in pages is gathered
     reads_pages = False
-    # whether what it binds is a `BoundByNeed`
+    # whether what it binds is a `need.BoundByNeed`
     asks_need = False
     # whether it works under context extension: `bind` then gets keys that are not rotated, and q
     # rotated as if all keys were just outside the window
     extends = False
-    # whether its cost counts for query blocks too whose middle the budget covers
+    # whether its cost counts for query blocks too whose candidates the budget covers
     looks_always = False
 
     def __init__(self, config: HiPConfig) -> None:
@@ -89,10 +79,15 @@ class Selector:
         return None
 
     def bind(
-        self, q: torch.Tensor, keys: torch.Tensor, pyramid: Summaries | None, scale: float, softcap: float | None
-    ) -> Bound:  # fmt: skip
+        self,
+        q: Tensor,
+        keys: Tensor,
+        pyramid: Summaries | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Bound:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query
-        block's middle."""
+        block's candidates."""
         raise NotImplementedError
 
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int] | None:
@@ -105,12 +100,6 @@ class Selector:
         return 0, 0
 
 
-Unplaced, Unsummarised = (
-    Bound,
-    Selector,
-)  # the names by which rules outside of this package may know them
-
-
 @dataclass(frozen=True)
 class NoOptions:
     """For methods without settings of their own."""
@@ -120,8 +109,7 @@ def refuse_stages(config: HiPConfig) -> None:
     """Raise ValueError for a list of intervals, one for each stage: the method has no stages."""
     if isinstance(config.decode_refresh, list):
         allowed = f"an integer >= 1 (method {config.method!r} has no stages)"
-        got = shown(config.decode_refresh)
-        raise ValueError(f"HiPConfig.decode_refresh: got {got}, allowed: {allowed}")
+        refuse("decode_refresh", config.decode_refresh, allowed)
 
 
 def never_dense(problem: AttentionProblem, config: HiPConfig, decoding: bool) -> tuple[str, bool]:
@@ -198,9 +186,7 @@ class _Defaults(Selector):
     """What a rule that does not inherit from `Selector` lacks."""
 
     def __init__(self, config: HiPConfig | None = None) -> None:
-        if (
-            config is not None
-        ):  # else its own `__init__` says `super().__init__()`, and keeps the settings
+        if config is not None:  # else its own `__init__` says `super().__init__()`, and keeps them
             super().__init__(config)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
@@ -22,8 +23,8 @@ ROWS_AT_ONCE = 64
 
 
 def attention_of(
-    q: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, scale: float, softcap: float | None
-) -> torch.Tensor:
+    q: Tensor, keys: Tensor, rows: Tensor, scale: float, softcap: float | None
+) -> Tensor:
     """Dense attention `[G, n, keys in sight]`, in fp32 at least, of the ascending rows `rows` of
     `q` `[G, Tq, D]`, whose last row sits at the last of the keys `[T, D]`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -36,12 +37,12 @@ def attention_of(
 
 
 def probe(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    rows: torch.Tensor,
+    q: Tensor,
+    keys: Tensor,
+    rows: Tensor,
     scale: float,
     softcap: float | None,
-    take: Callable[[int, torch.Tensor, torch.Tensor], None],
+    take: Callable[[int, Tensor, Tensor], None],
 ) -> None:
     """`take(head, rows, attention)` for all key heads and the query rows `rows`, a few at a time;
     heads in parallel."""
@@ -53,7 +54,7 @@ def probe(
     run(head, range(len(keys)), q.device)
 
 
-def block_sums(x: torch.Tensor, block_k: int) -> torch.Tensor:
+def block_sums(x: Tensor, block_k: int) -> Tensor:
     """Sums over the whole blocks of the last dimension."""
     return x[..., : x.shape[-1] // block_k * block_k].unflatten(-1, (-1, block_k)).sum(-1)
 
@@ -65,7 +66,7 @@ class ColumnSelector(base.Selector):
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
         return 0, 0
 
-    def looked_at(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
+    def looked_at(self, rows: int, device: torch.device | None = None) -> Tensor:
         """Which of a call's `rows` query rows are looked at, ascending."""
         raise NotImplementedError
 
@@ -80,15 +81,14 @@ class Columns(base.Bound):
     """Scores of key blocks that hold for every query block: `scores` `[Hkv, S, T // block_k]`."""
 
     config: HiPConfig
-    scores: torch.Tensor
+    scores: Tensor
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
-        """The best blocks of each middle."""
-        return torch.stack(
-            [self._best(heads, block).sort(dim=-1).values for block in blocks], dim=2
-        )
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
+        """The best candidates of each query block."""
+        each = [self._best(heads, block).sort(dim=-1).values for block in blocks]
+        return torch.stack(each, dim=2)
 
-    def _best(self, heads: slice, block: QueryBlock) -> torch.Tensor:
+    def _best(self, heads: slice, block: QueryBlock) -> Tensor:
         scores = self.scores[heads, :, block.low : block.high]
         ids = torch.arange(block.low, block.high, device=scores.device).expand(scores.shape)
         return best(scores, ids, self.config.budget_blocks)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.geometry import DECODE_ROWS, QueryBlock, Span, query_blocks
 from hip_hf.methods import base
@@ -22,7 +23,6 @@ from hip_hf.methods.ranking import best, sampled_rows, squash
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.problem import AttentionProblem
-    from hip_hf.state import Summaries
 
 
 def dense_reason(problem: AttentionProblem, config: HiPConfig, decoding: bool) -> tuple[str, bool]:
@@ -43,8 +43,8 @@ class History:
         self.block_k = block_k
         self.blocks = self.joined = 0
         self.shared = False
-        self.mass: torch.Tensor | None = None
-        self.kept: torch.Tensor | None = None
+        self.mass: Tensor | None = None
+        self.kept: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +61,7 @@ class History:
         """Itself, or a copy where several batch rows refer to it: every selection changes it."""
         return self.copy() if self.shared else self
 
-    def extend(self, keys: torch.Tensor, blocks: int) -> None:
+    def extend(self, keys: Tensor, blocks: int) -> None:
         self.blocks = max(self.blocks, blocks)
 
     def truncate(self, blocks: int) -> None:
@@ -77,16 +77,16 @@ class Selector(base.Selector):
     looks_always = True
 
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
-        middle = min(block.num_candidates, self.budget) * self.config.block_k
-        keys = block.sink_end + middle + block.last + 1 - block.window_start
-        return len(sampled_rows(self.config, block)) * keys * 2 * dim, keys * dim
+        picked = min(block.num_candidates, self.budget) * self.config.block_k
+        keys = block.sink_end + picked + block.last + 1 - block.window_start
+        return len(sampled_rows(block, self.config.query_stride)) * keys * 2 * dim, keys * dim
 
     def make_pyramid(self, dtype: torch.dtype) -> History:
         return History(self.config.block_k)
 
     def bind(
-        self, q: torch.Tensor, keys: torch.Tensor, pyramid: Summaries | None, scale: float, softcap: float | None
-    ) -> HeavyHitters:  # fmt: skip
+        self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
+    ) -> HeavyHitters:
         assert isinstance(pyramid, History)
         return HeavyHitters(self.config, q, keys, pyramid, scale, softcap)
 
@@ -95,75 +95,59 @@ class HeavyHitters(base.Bound):
     def __init__(
         self,
         config: HiPConfig,
-        q: torch.Tensor,
-        keys: torch.Tensor,
+        q: Tensor,
+        keys: Tensor,
         history: History,
         scale: float,
         softcap: float | None,
     ) -> None:
         self.config, self.q, self.keys, self.scale, self.softcap = config, q, keys, scale, softcap
-        self.chosen: dict[int, torch.Tensor] = {}  # by the query block's first position
+        self.chosen: dict[int, Tensor] = {}  # by the query block's first position
         (heads, groups, rows, _), tokens = q.shape, keys.shape[1]
         self.shares = 1 if config.group_shared else groups
         size = -(-tokens // config.block_k)
         mass = torch.zeros(heads, self.shares, size, dtype=torch.float32, device=q.device)
         if history.mass is not None:
             mass[..., : history.mass.shape[-1]] = history.mass
-        for block in query_blocks(
-            config, Span(0, 0, tokens, 0, rows, tokens - rows), rows <= DECODE_ROWS
-        ):
+        span = Span(0, 0, tokens, 0, rows, tokens - rows)
+        for block in query_blocks(config, span, rows <= DECODE_ROWS):
             kept = self._keep(history, mass, block)
             self.chosen[block.first] = history.kept = kept
             history.joined = block.high
             self._accumulate(mass, block, kept)
-        history.mass, history.blocks = (
-            mass,
-            size,
-        )  # of every key: whichever are cropped have had their part in it
+        # of every key: whichever are cropped have had their part in it
+        history.mass, history.blocks = mass, size
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         return torch.stack([self.chosen[block.first][heads] for block in blocks], dim=2)
 
-    def _range(self, low: int, high: int) -> torch.Tensor:
+    def _range(self, low: int, high: int) -> Tensor:
         return torch.arange(low, high, device=self.q.device).expand(len(self.keys), self.shares, -1)
 
-    def _keep(self, history: History, mass: torch.Tensor, block: QueryBlock) -> torch.Tensor:
+    def _keep(self, history: History, mass: Tensor, block: QueryBlock) -> Tensor:
         """The blocks that stay when the window moves on to where this query block has it,
         sorted."""
-        if (
-            history.kept is None or history.joined > block.high
-        ):  # or the window has moved back, after a crop
+        budget = self.config.budget_blocks
+        # without history, or where the window has moved back, after a crop
+        if history.kept is None or history.joined > block.high:
             candidates = self._range(block.low, block.high)
-            if candidates.shape[-1] > self.config.budget_blocks:
+            if candidates.shape[-1] > budget:
                 self._accumulate(mass, block, candidates)
         else:
-            candidates = torch.cat(
-                [history.kept, self._range(max(history.joined, block.low), block.high)], dim=-1
-            )
-        return (
-            best(mass.gather(-1, candidates), candidates, self.config.budget_blocks)
-            .sort(dim=-1)
-            .values
-        )
+            joining = self._range(max(history.joined, block.low), block.high)
+            candidates = torch.cat([history.kept, joining], dim=-1)
+        return best(mass.gather(-1, candidates), candidates, budget).sort(dim=-1).values
 
-    def _accumulate(self, mass: torch.Tensor, block: QueryBlock, kept: torch.Tensor) -> None:
+    def _accumulate(self, mass: Tensor, block: QueryBlock, kept: Tensor) -> None:
         """Add the attention of the query block's voting rows to the mass of what they read."""
-        size, device, dtype = (
-            self.config.block_k,
-            self.q.device,
-            torch.promote_types(self.q.dtype, torch.float32),
-        )
+        size, device = self.config.block_k, self.q.device
+        dtype = torch.promote_types(self.q.dtype, torch.float32)
         picked = (kept[..., None] * size + torch.arange(size, device=device)).flatten(-2)
-        read = torch.cat(
-            [
-                self._range(0, block.sink_end),
-                picked,
-                self._range(block.window_start, block.last + 1),
-            ],
-            dim=-1,
-        )
+        sink = self._range(0, block.sink_end)
+        window = self._range(block.window_start, block.last + 1)
+        read = torch.cat([sink, picked, window], dim=-1)
         heads = torch.arange(len(self.keys), device=device)[:, None, None]
-        rows = torch.tensor(list(sampled_rows(self.config, block)), device=device)
+        rows = torch.tensor(list(sampled_rows(block, self.config.query_stride)), device=device)
         q = self.q[:, :, rows].to(dtype) * self.scale  # [Hkv, G, n, D]
         logits = q @ self.keys[heads, read].to(dtype).transpose(2, 3)  # [Hkv, G, n, keys]
         squash(logits, self.softcap)

@@ -6,20 +6,19 @@ candidate chunks for a query block, keeps the best, and replaces each by its two
 single key blocks:
 
     level 3   [       |       |       |       ]        start: few enough chunks to score them all
-    level 2       [   |   ]       [   |   ]     [  ]   children of the kept, and a chunk at the
-    middle's edge level 1       [ | ]             [ | ]
-    level 0        []               [][]               the `budget / block_k` best blocks are
-    attended
+    level 2       [   |   ]       [   |   ]     [  ]   children of the kept, and a chunk at the edge
+    level 1       [ | ]             [ | ]
+    level 0        []               [][]               the best `budget / block_k` blocks: attended
 
-Only complete chunks that lie wholly inside the *middle* (what is between sink and window,
+Only complete chunks that lie wholly inside the searched range (between sink and window,
 `QueryBlock.low` to `high`) are candidates, so no summary holds a key that the block may not see.
-Where a coarse chunk would straddle an edge of the middle, its child stands in its place at the
+Where a coarse chunk would straddle an edge of the range, its child stands in its place at the
 child's level: at most one at either end of each level. With these, the candidates cover every block
-of the middle exactly once; no key is overlooked.
+of the range exactly once; no key is overlooked.
 
 With `rescore`, the best blocks of level 0 are judged again by all of their keys. A search that
-would start at level 0 needs no summaries: it looks at all keys of the middle, and every second
-row votes in it.
+would start at level 0 needs no summaries: it looks at all keys between sink and window, and every
+second row votes in it.
 """
 
 from __future__ import annotations
@@ -27,31 +26,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows, block_index, head_rows_of
+from hip_hf.config import HiPConfig, refuse
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
 from hip_hf.methods.need import (
+    BoundByNeed,
     asked_rows,
-    highest,
     sample_level,
     sampled_chunks,
-    sampled_keys,
     votes_of,
     walkers_of,
 )
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best, read_on, sampled_rows
 from hip_hf.rope import Positions, farthest_chunk, rotate
-from hip_hf.shown import shown
 from hip_hf.workers import scratch
-
-if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
-    from hip_hf.state import Summaries
 
 # Bytes of summaries or keys that are gathered before they are scored: what is still in cache need
 # not be fetched again.
@@ -60,10 +54,10 @@ GATHERED_AT_ONCE = 1 << 21
 
 @dataclass(frozen=True)
 class Options:
-    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys of the middle from which
-    a row's need is estimated. `descent`: of the votes by need, one in so many walks the tree, the
-    neediest; all of them score what these find. `onward`: the share of a block's score, by the mass
-    in its keys, that the block after it gets as well, 0 to 1."""
+    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys from which a row's need
+    is estimated. `descent`: of the votes by need, one in so many walks the tree, the neediest; all
+    of them score what these find. `onward`: the share of a block's score, by the mass in its keys,
+    that the block after it gets as well, 0 to 1."""
 
     weight: float = 0.5
     sample: int = 448
@@ -74,25 +68,18 @@ class Options:
         for name in ("weight", "onward"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value <= 1:
-                raise ValueError(
-                    f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: 0 to 1"
-                )
+                refuse(f"options[{name!r}]", value, "0 to 1")
         for name, least in (("sample", 2), ("descent", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise ValueError(
-                    f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: an integer >= {least}"
-                )
+                refuse(f"options[{name!r}]", value, f"an integer >= {least}")
 
 
 def start_level(config: HiPConfig, low: int, high: int) -> int:
     """The smallest level at which blocks `low` to `high` make at most `start_blocks` chunks, or
     `coarsest`."""
-    limit = (
-        (config.coarsest // config.block_k).bit_length() - 1
-        if config.coarsest
-        else high.bit_length()
-    )
+    coarsest = config.coarsest
+    limit = (coarsest // config.block_k).bit_length() - 1 if coarsest else high.bit_length()
     level = 0
     while level < limit and (high >> level) - _ceil_shift(low, level) > config.start_blocks:
         level += 1
@@ -123,51 +110,45 @@ class Selector(base.Selector):
 
     def __init__(self, config: HiPConfig) -> None:
         super().__init__(config)
-        options = config.method_options()
-        self.representative: Representative = make_representative(
-            config.representative, options.weight
-        )
+        weight = config.method_options().weight
+        self.representative = make_representative(config.representative, weight)
         self.asks_need = config.vote == "need"
 
     def make_pyramid(self, dtype: torch.dtype) -> Pyramid:
         return Pyramid(self.representative, self.config.block_k, dtype)
 
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
-        config, most = self.config, self.config.method_options().sample
+        config, low, high = self.config, block.low, block.high
         features = self.representative.features(torch.empty(1, dim)).shape[-1]
-        level = start_level(config, block.low, block.high)
-        candidates = (block.high >> level) - (-(-block.low >> level))
+        level = start_level(config, low, high)
+        candidates = (high >> level) - _ceil_shift(low, level)
         scored, exact = candidates, config.rescore_blocks
         for _ in range(level):
-            # the halves of what is kept, and a chunk at either edge of the middle
+            # the halves of what is kept, and a chunk at either edge of the searched range
             candidates = 2 * min(config.beam_blocks, candidates) + 2
             scored += candidates
-        whole = looked_at_whole(config, block.low, block.high)
+        whole = looked_at_whole(config, low, high)
         if whole:
             scored, exact = 0, candidates
         walked, looked = scored * features, min(exact, candidates) * config.block_k * dim
         if config.vote == "sampled":
-            return len(sampled_rows(config, block)) * 2 * (walked + looked), walked + looked
+            votes = len(sampled_rows(block, config.query_stride))
+            return votes * 2 * (walked + looked), walked + looked
         # of one query head: heads that share a mask have as many votes together as alone, but for
         # rounding
-        asked, voters, sampled = (
-            len(asked_rows(config, block.rows)),
-            votes_of(config, block.rows, 1, whole),
-            0,
-        )
-        walkers = voters
+        asked, voters = len(asked_rows(config, block.rows)), votes_of(config, block.rows, 1, whole)
+        walkers, sampled = voters, 0
         if voters < asked:
             walkers = walkers_of(config, voters)
-            first, end = sampled_chunks(
-                config, block.low, block.high, sample_level(config, block.low, block.high, most)
-            )
+            level = sample_level(config, low, high, config.method_options().sample)
+            first, end = sampled_chunks(config, low, high, level)
             sampled = end - first
         products = walkers * walked + voters * looked + asked * sampled * dim
         return 2 * products, walked + looked + sampled * dim
 
     def bind(
-        self, q: torch.Tensor, keys: KeyRows, pyramid: Summaries | None, scale: float, softcap: float | None
-    ) -> TreeSearch:  # fmt: skip
+        self, q: Tensor, keys: KeyRows, pyramid: object, scale: float, softcap: float | None
+    ) -> TreeSearch:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every block
         searched."""
         assert isinstance(pyramid, Pyramid)
@@ -175,10 +156,10 @@ class Selector(base.Selector):
 
 
 @dataclass(frozen=True)
-class TreeSearch(base.BoundByNeed):
+class TreeSearch(BoundByNeed):
     config: HiPConfig
     representative: Representative
-    q: torch.Tensor
+    q: Tensor
     keys: KeyRows
     pyramid: Pyramid
     scale: float
@@ -190,9 +171,7 @@ class TreeSearch(base.BoundByNeed):
         `n` keys farther away."""
         return replace(self, positions=positions)
 
-    def select(
-        self, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock], near: Tensor | None = None) -> Tensor:
         """Sorted block indices `[heads, S, len(blocks), budget / block_k]`; `S` is 1 for a shared
         mask, else G.
 
@@ -210,88 +189,22 @@ class TreeSearch(base.BoundByNeed):
             some = list(run)
             own = None if near is None else near[:, :, row : row + len(some) * rows]
             votes = self._votes(heads, some, own, sampled, level is None)
-            parts.append(
-                self._whole(heads, some, *votes[:2])
-                if level is None
-                else self._search(heads, some, level, *votes)
-            )
+            if level is None:
+                parts.append(self._whole(heads, some, *votes[:2]))
+            else:
+                parts.append(self._search(heads, some, level, *votes))
             row += len(some) * rows
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-    def _votes(
-        self,
-        heads: slice,
-        blocks: list[QueryBlock],
-        near: torch.Tensor | None,
-        level: int,
-        whole: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-        """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, the log-sum-exp
-        of what each always reads, and how many of them, the first, walk the tree. The need is
-        estimated from a key of each chunk of `2 ** level` keys; `whole`: there is no tree to walk,
-        and more rows vote."""
-        config, rows, first = self.config, blocks[0].rows, blocks[0].row
-        if near is None:
-            index = torch.tensor(
-                [list(sampled_rows(config, block)) for block in blocks], device=self.q.device
-            )
-            q = self._grouped(self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale)
-            return q, None, q.shape[2]
-        # query blocks of one call follow one another
-        q = self.q[heads, :, first : first + len(blocks) * rows].unflatten(2, (-1, rows))
-        voters = q.shape[1] if config.group_shared else 1
-        count, asked = votes_of(config, rows, voters, whole), asked_rows(config, rows)
-        some = slice(asked.start, asked.stop, asked.step)
-        q = self._grouped(q[:, :, :, some].to(self.pyramid.dtype) * self.scale)
-        near = self._grouped(near.unflatten(2, (-1, rows, 1))[:, :, :, some])[..., 0]
-        if count == q.shape[2]:
-            return q, near, count
-        need = self._highest(heads, blocks, q, level).sub_(near)
-        every = torch.arange(q.shape[2], device=q.device).expand(need.shape)
-        chosen = best(need, every, count).sort(dim=-1).values
-        walking = count if whole else walkers_of(config, count)
-        if walking < count:
-            walkers = best(need.gather(-1, chosen), every[..., :count], walking)
-            walks = torch.zeros_like(chosen).scatter_(-1, walkers, 1)
-            chosen = chosen.gather(-1, walks.argsort(dim=-1, descending=True, stable=True))
-        return (
-            q.gather(2, chosen[..., None].expand(*chosen.shape, q.shape[-1])),
-            near.gather(2, chosen),
-            walking,
-        )
-
-    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
-        """`[heads, G, P, R, n]` -> `[heads, S * P, rows of all heads that share a mask, n]`, by
-        position."""
-        if self.config.group_shared:
-            return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        return x.flatten(1, 2).contiguous()
-
-    def _highest(
-        self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int
-    ) -> torch.Tensor:
-        """Largest logit `[heads, S * P, R]` of scaled queries `[heads, S * P, R, D]` for the
-        sampled keys of each middle."""
-        spans = [sampled_chunks(self.config, block.low, block.high, level) for block in blocks]
-        start, stop = min(first for first, _ in spans), max(end for _, end in spans)
-        keys = sampled_keys(self.keys[heads], start, stop, level, q.dtype)
-        out = torch.empty(
-            q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
-        )
-        for i in range(q.shape[1]):
-            first, end = spans[i % len(blocks)]
-            out[:, i] = highest(q[:, i], keys[:, first - start : end - start], self.softcap)
-        return out
 
     def _search(
         self,
         heads: slice,
         blocks: list[QueryBlock],
         level: int,
-        q: torch.Tensor,
-        near: torch.Tensor | None,
+        q: Tensor,
+        near: Tensor | None,
         walking: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """`q`, `near` and `walking` as `_votes` gives them."""
         config, device = self.config, self.q.device
         features = self.representative.features(q[:, :, :walking])
@@ -307,16 +220,18 @@ class TreeSearch(base.BoundByNeed):
         ids = torch.arange(tile.start, tile.stop, device=device).expand(q.shape[0], len(low), -1)
         invalid = (ids[0] < first[:, None]) | (ids[0] >= last[:, None])
         if self.positions is None:
-            rows = self.pyramid.levels[level][heads, tile]
-            logits = self._logits(features.flatten(1, 2), rows).view(*features.shape[:3], -1)
+            table, flat = self.pyramid.levels[level][heads, tile], features.flatten(1, 2)
+            logits = scratch.take("logits", (*flat.shape[:2], table.shape[1]), flat)
+            torch.bmm(flat, table.transpose(1, 2), out=logits)
+            logits = logits.view(*features.shape[:3], -1)
             scores = self._aggregate(logits, invalid, near_walking, level)
         else:  # the window of each query block is elsewhere
             scores = self._scores(heads, level, features, ids, last, invalid, near_walking)
         ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         while level > 0:
-            # so many are there: one level below the start, each middle has more than twice as many,
-            # two of them at its edges
+            # so many are there: one level below the start there are more than twice as many, two of
+            # them at the edges
             ids = best(scores, ids, config.beam_blocks)
             level -= 1
             was_first, was_last = first, last
@@ -336,15 +251,13 @@ class TreeSearch(base.BoundByNeed):
         return ids.unflatten(1, (shares, len(blocks)))
 
     def _whole(
-        self, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, near: torch.Tensor | None
-    ) -> torch.Tensor:
-        """As `_search`, of middles that are looked at whole: their keys are read as they lie."""
+        self, heads: slice, blocks: list[QueryBlock], q: Tensor, near: Tensor | None
+    ) -> Tensor:
+        """As `_search`, of candidates that are looked at whole: their keys are read as they lie."""
         config, size, device = self.config, self.config.block_k, self.q.device
         first, end = min(block.low for block in blocks), max(block.high for block in blocks)
-        ids, keys = (
-            torch.arange(first, end, device=device),
-            self.keys[heads, first * size : end * size].to(q.dtype),
-        )
+        ids = torch.arange(first, end, device=device)
+        keys = self.keys[heads, first * size : end * size].to(q.dtype)
         dtype = torch.promote_types(q.dtype, torch.float32)
         scores = torch.full((*q.shape[:2], end - first), -torch.inf, dtype=dtype, device=device)
         for item in range(q.shape[1]):
@@ -356,15 +269,12 @@ class TreeSearch(base.BoundByNeed):
             torch.bmm(q[:, item], own.transpose(1, 2), out=logits)
             found = None if near is None else near[:, item]
             scores[:, item, some] = aggregate(logits, config.score, self.softcap, None, found, size)
-        read_on(scores, ids.expand(scores.shape), onward_of(config))
-        chosen = best(
-            scores, ids.expand(scores.shape), config.budget_blocks
-        )  # there are more in every middle
+        every = ids.expand(scores.shape)
+        read_on(scores, every, onward_of(config))
+        chosen = best(scores, every, config.budget_blocks)  # every query block has more
         return chosen.sort(dim=-1).values.unflatten(1, (-1, len(blocks)))
 
-    def _gather(
-        self, heads: slice, level: int, ids: torch.Tensor, end: torch.Tensor
-    ) -> torch.Tensor:
+    def _gather(self, heads: slice, level: int, ids: Tensor, end: Tensor) -> Tensor:
         """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`; `end` `[P]`: the
         chunk after the last one."""
         table = self.pyramid.levels[level][heads]
@@ -377,26 +287,23 @@ class TreeSearch(base.BoundByNeed):
         turned = scratch.take("turned", out.shape, out)
         return self.representative.turned(out, cos, sin, self.q.shape[-1], turned)
 
-    def _angles(
-        self, ids: torch.Tensor, end: torch.Tensor, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _angles(self, ids: Tensor, end: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[heads, P, M, R / 2]` by which chunks are turned back: a position for
         each chunk up to the window."""
         assert self.positions is not None
-        return self.positions.chunk_angles(
-            ids, end, farthest_chunk(self.positions, self.config), like
-        )
+        farthest = farthest_chunk(self.positions, self.config)
+        return self.positions.chunk_angles(ids, end, farthest, like)
 
     def _scores(
         self,
         heads: slice,
         level: int,
-        features: torch.Tensor,
-        ids: torch.Tensor,
-        end: torch.Tensor,
-        invalid: torch.Tensor,
-        near: torch.Tensor | None,
-    ) -> torch.Tensor:
+        features: Tensor,
+        ids: Tensor,
+        end: Tensor,
+        invalid: Tensor,
+        near: Tensor | None,
+    ) -> Tensor:
         """Scores `[heads, P, M]` of the chunks `ids` that each of P query blocks has for itself;
         features `[heads, P, R, F]`.
 
@@ -409,28 +316,18 @@ class TreeSearch(base.BoundByNeed):
         # head
         each = heads_here if count == 1 or heads_here * count <= size else 1
         for head in range(0, heads_here, each):
-            some, lane = (
-                slice(heads.start + head, heads.start + head + each),
-                slice(head, head + each),
-            )
+            some = slice(heads.start + head, heads.start + head + each)
+            lane = slice(head, head + each)
             for at in range(0, count, size):
                 part = slice(at, at + size)
-                summaries = self._gather(some, level, ids[lane, part], end[part])
-                into = logits[lane, part].flatten(0, 1)
-                self._logits(features[lane, part].flatten(0, 1), summaries.flatten(0, 1), out=into)
+                summaries = self._gather(some, level, ids[lane, part], end[part]).flatten(0, 1)
+                own, into = (x[lane, part].flatten(0, 1) for x in (features, logits))
+                torch.bmm(own, summaries.transpose(1, 2), out=into)
         return self._aggregate(logits, invalid, near, level)
 
-    def _logits(
-        self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits `[N, rows, M]` of features `[N, rows, F]` and summaries `[N, M, F]`."""
-        if out is None:
-            out = scratch.take("logits", (len(a), a.shape[1], b.shape[1]), a)
-        return torch.bmm(a, b.transpose(1, 2), out=out)
-
     def _aggregate(
-        self, logits: torch.Tensor, invalid: torch.Tensor, near: torch.Tensor | None, level: int
-    ) -> torch.Tensor:
+        self, logits: Tensor, invalid: Tensor, near: Tensor | None, level: int
+    ) -> Tensor:
         if near is not None:
             # a chunk's logit stands for each of its keys: what is read anyway counts as so many
             # chunks
@@ -438,22 +335,15 @@ class TreeSearch(base.BoundByNeed):
         return aggregate(logits, self.config.score, self.softcap, invalid, near)
 
     def _exact(
-        self,
-        heads: slice,
-        q: torch.Tensor,
-        ids: torch.Tensor,
-        high: torch.Tensor,
-        near: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, heads: slice, q: Tensor, ids: Tensor, high: Tensor, near: Tensor | None
+    ) -> Tensor:
         """Scores of key blocks `ids` `[heads, P, M]` by all their keys; `high` `[P]`: the block
         that the window begins with."""
         keys, size = self.keys[heads], self.config.block_k
         missing = ids == NO_CHUNK
         ids = ids.masked_fill(missing, 0)
         lanes, index = head_rows_of(keys, size), block_index(keys, ids, size)
-        scores = torch.empty(
-            ids.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
-        )
+        scores = q.new_empty(ids.shape, dtype=torch.promote_types(q.dtype, torch.float32))
         count, dim = ids.shape[2], keys.shape[-1]
         units = index.shape[2] // count  # of each block
         most = min(count, max(1, GATHERED_AT_ONCE // (size * dim * keys.dtype.itemsize)))
@@ -465,46 +355,31 @@ class TreeSearch(base.BoundByNeed):
                 flat = picked[:, : (end - at) * units]
                 for head, lane in enumerate(lanes):
                     lane.take(index[head, item, at * units : end * units], flat[head])
-                flat = self._turned(
-                    flat.reshape(len(ids), -1, dim).to(q.dtype), ids[:, item, at:end], high[item]
-                )
-                torch.bmm(
-                    q[:, item], flat.transpose(1, 2), out=logits[:, :, at * size : end * size]
-                )
+                flat = flat.reshape(len(ids), -1, dim).to(q.dtype)
+                flat = self._turned(flat, ids[:, item, at:end], high[item])
+                into = logits[:, :, at * size : end * size]
+                torch.bmm(q[:, item], flat.transpose(1, 2), out=into)
             invalid = missing[:, item].repeat_interleave(size, -1)
+            absent = invalid if invalid.any() else None
             own = None if near is None else near[:, item]
-            scores[:, item] = aggregate(
-                logits,
-                self.config.score,
-                self.softcap,
-                invalid if invalid.any() else None,
-                own,
-                size,
-            )
+            found = aggregate(logits, self.config.score, self.softcap, absent, own, size)
+            scores[:, item] = found
         return scores
 
-    def _turned(self, keys: torch.Tensor, ids: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    def _turned(self, keys: Tensor, ids: Tensor, high: Tensor) -> Tensor:
         """Keys `[heads, M * block_k, D]` of the blocks `ids` `[heads, M]`, as a query block whose
         window begins with block `high` sees them."""
         if self.positions is None:
             return keys
         angles = self._angles(ids[:, None], high[None], keys)
-        cos, sin = (
-            x[:, 0].repeat_interleave(self.config.block_k, 1) for x in angles
-        )  # a block's keys turn alike
+        # a block's keys turn alike
+        cos, sin = (x[:, 0].repeat_interleave(self.config.block_k, 1) for x in angles)
         return rotate(keys, cos, sin, back=True, out=scratch.take("turned", keys.shape, keys))
 
 
 # The settings of the paper.
-PAPER = dict(
-    vote="sampled",
-    query_stride=4,
-    representative="middle",
-    score="max",
-    beam=1,
-    rescore=1,
-    decode_refresh=8,
-)
+PAPER: dict[str, str | int] = dict(vote="sampled", query_stride=4, representative="middle")
+PAPER |= dict(score="max", beam=1, rescore=1, decode_refresh=8)
 
 METHOD = base.Method(
     "the best key blocks, found by a tree search, O(log T) per query block",
@@ -514,7 +389,7 @@ METHOD = base.Method(
         "defaults": {},
         "quality": {"query_stride": 1, "beam": 16, "rescore": 16, "decode_refresh": 1},
         "beam1": {"beam": 1, "rescore": 1},
-        # every key of the middle: what the estimate is measured by
+        # every key between sink and window: what the estimate is measured by
         "true_need": {"options": {"sample": 1 << 28}},
         "paper": PAPER,
         "delta": {"delta": 64},

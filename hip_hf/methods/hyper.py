@@ -6,10 +6,11 @@ two halves are split further, and the square between them, the second half's que
 first half's keys, is estimated:
 
     keys ->   exact
-              square  exact                 square = own block (keys that hash alike, exact) + a
-              sample of the others square  square  exact
-              square  square  square  exact       (an 8th; the squares of one size touch each row
-              once)
+              square  exact
+              square  square  exact
+              square  square  square  exact     (an 8th; squares of one size touch each row once)
+
+    square = own block (keys that hash alike, exact) + a sample of the others
 
 Queries and keys of a square are sorted by an angular hash whose neighbouring buckets are neighbours
 in space; each block of queries attends exactly to the block of keys at the same place in the order,
@@ -28,13 +29,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from hip_hf.config import HiPConfig, refuse
 from hip_hf.methods import base
-from hip_hf.shown import shown
 
 if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
     from hip_hf.problem import AttentionProblem
+
+# Bits of the hash at most; rows of a query block at least.
+MOST_BITS, FEWEST_ROWS = 30, 16
 
 
 @dataclass(frozen=True)
@@ -49,24 +53,12 @@ class Options:
     min_seq_len: int = 4096
 
     def __post_init__(self) -> None:
-        ranges = dict(
-            lsh_num_projs=(1, 30),
-            block_size=(1, None),
-            sample_size=(0, None),
-            min_seq_len=(1, None),
-        )
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if (
-                not isinstance(value, int)
-                or isinstance(value, bool)
-                or value < low
-                or (high and value > high)
-            ):
+        least = dict(lsh_num_projs=1, block_size=1, sample_size=0, min_seq_len=1)
+        for name, low in least.items():
+            value, high = getattr(self, name), MOST_BITS if name == "lsh_num_projs" else None
+            if type(value) is not int or value < low or (high and value > high):
                 allowed = f"an integer >= {low}" if high is None else f"{low} to {high}"
-                raise ValueError(
-                    f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: {allowed}"
-                )
+                refuse(f"options[{name!r}]", value, allowed)
 
 
 def dense_reason(problem: AttentionProblem, config: HiPConfig, decoding: bool) -> tuple[str, bool]:
@@ -122,12 +114,12 @@ def split(first: int, end: int, longest: int) -> tuple[list[Leaf], list[list[Squ
         if high - low <= longest:
             leaves.append(Leaf(low, high, low))
             return
-        middle = (low + high) // 2
+        half = (low + high) // 2
         while len(levels) <= level:
             levels.append([])
-        levels[level].append(Square(middle, high, low, middle))
-        halve(low, middle, level + 1)
-        halve(middle, high, level + 1)
+        levels[level].append(Square(half, high, low, half))
+        halve(low, half, level + 1)
+        halve(half, high, level + 1)
 
     halve(first, end, len(levels))
     return leaves, levels
@@ -142,7 +134,7 @@ class Tiling:
     rows: int
     size: int
     samples: int
-    starts: torch.Tensor  # int64, one for each query block
+    starts: Tensor  # int64, one for each query block
 
 
 def tile(square: Square, options: Options, device: torch.device) -> Tiling:
@@ -151,11 +143,8 @@ def tile(square: Square, options: Options, device: torch.device) -> Tiling:
     size = min(options.block_size, square.keys)
     # where there are fewer rows than keys, shorter blocks of rows, so that their hashes stay as
     # close together
-    rows = min(
-        max(-(-options.block_size * square.rows // square.keys), 16),
-        options.block_size,
-        square.rows,
-    )
+    alike = max(-(-options.block_size * square.rows // square.keys), FEWEST_ROWS)
+    rows = min(alike, options.block_size, square.rows)
     blocks = -(-square.rows // rows)
     centre = (torch.arange(blocks, device=device) * rows + rows / 2) * (square.keys / square.rows)
     starts = (centre - size / 2).round().long().clamp(0, square.keys - size)
@@ -163,14 +152,14 @@ def tile(square: Square, options: Options, device: torch.device) -> Tiling:
     return Tiling(rows, size, samples, starts)
 
 
-def projections(options: Options, dim: int, seed: int, device: torch.device) -> torch.Tensor:
+def projections(options: Options, dim: int, seed: int, device: torch.device) -> Tensor:
     """Random directions `[dim, lsh_num_projs]`, fp32; the same for all heads and for queries and
     keys."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(dim, options.lsh_num_projs, generator=generator, device="cpu").to(device)
 
 
-def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+def hashes(x: Tensor, directions: Tensor) -> Tensor:
     """Angular hash of vectors `[..., D]`: int64 `[...]`, the rank of their signs in Gray code, so
     that buckets next to each other differ in one sign."""
     signs = (x.float() @ directions > 0).long()
@@ -180,7 +169,7 @@ def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     return code
 
 
-def sampled_ranks(square: Square, samples: int, seed: int, device: torch.device) -> torch.Tensor:
+def sampled_ranks(square: Square, samples: int, seed: int, device: torch.device) -> Tensor:
     """Ranks of the sampled keys in the sorted order, int64 `[samples]`: each key once at most, its
     own draw for every square, the same whatever else is in the batch. All heads share it, so that a
     process which holds some of them draws the same; each head has an order of its own, so they
@@ -202,10 +191,8 @@ def flops(
         read += max(0, high * (high + 1) // 2 - low * (low + 1) // 2)
     products = read
     for square in (square for level in levels for square in level):
-        own, rows = (
-            tile(square, options, torch.device("cpu")),
-            max(0, square.end - max(square.first, since)),
-        )
+        own = tile(square, options, torch.device("cpu"))
+        rows = max(0, square.end - max(square.first, since))
         products += rows * (own.size + own.samples)
         # a sampled key in the own block is read there; on average so many are
         read += rows * (own.size + own.samples * (square.keys - own.size) // square.keys)

@@ -5,10 +5,9 @@ What `hip.py` finds for many query blocks and heads at once by products of matri
 chunk by chunk and vote by vote. The tests hold the two equal, block for block. Nothing of the
 package is used but the settings.
 
-The keys between sink and window, the *middle*, are cut into blocks of `block_k` keys; a chunk of
-level `n` is `2 ** n` blocks that follow one another. A *vote* is a query row that has a say, and
-what it finds in sink and window: the log-sum-exp of its logits there, or None if that is not to
-count.
+The keys between sink and window, the searched range, are cut into blocks of `block_k` keys; a chunk
+of level `n` is `2 ** n` blocks that follow one another. A *vote* is a query row that has a say, and
+what it finds in sink and window: the log-sum-exp of its logits there, or None if it does not count.
 """
 
 from __future__ import annotations
@@ -18,16 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-Vote: TypeAlias = tuple[
-    torch.Tensor, float | None
-]  # the row `[D]`, and its log-sum-exp over sink and window
-Chunk: TypeAlias = tuple[
-    int, int
-]  # level, index: the keys [index * size, (index + 1) * size) with size = block_k << level
+# The row `[D]`, and its log-sum-exp over sink and window.
+Vote: TypeAlias = tuple[Tensor, float | None]
 
 
 def log_sum_exp(logits: list[float]) -> float:
@@ -38,15 +34,15 @@ def log_sum_exp(logits: list[float]) -> float:
 
 @dataclass
 class Search:
-    """One search: settings, the keys `[T, D]` of one head, the votes, and the middle `[low, high)`
-    in key blocks.
+    """One search: settings, the keys `[T, D]` of one head, the votes, and the searched range
+    `[low, high)` in key blocks.
 
     `weight`: share of the bound in `blend`. `walking`: so many of the votes, the first, walk the
     tree; None: all.
     """
 
     config: HiPConfig
-    keys: torch.Tensor
+    keys: Tensor
     votes: list[Vote]
     low: int
     high: int
@@ -59,7 +55,7 @@ class Search:
         """The selected blocks: start with few chunks, keep the best, look at their halves, down to
         single blocks."""
         config = self.config
-        if config.rescore_blocks and self.high - self.low <= 2 * config.beam_blocks:
+        if config.rescore_blocks and self.high - self.low <= config.start_blocks:
             return sorted(best(self.judged(list(range(self.low, self.high))), config.budget_blocks))
         level = self.start()
         candidates = self.complete(level)
@@ -80,26 +76,20 @@ class Search:
         return self.config.block_k * 2**level
 
     def complete(self, level: int) -> list[int]:
-        """Chunks of a level that lie wholly in the middle."""
-        begin, end, size = (
-            self.low * self.config.block_k,
-            self.high * self.config.block_k,
-            self.size(level),
-        )
+        """Chunks of a level that lie wholly in the searched range."""
+        begin, end = self.low * self.config.block_k, self.high * self.config.block_k
+        size = self.size(level)
         return [i for i in range(end // size + 1) if begin <= i * size and (i + 1) * size <= end]
 
     def start(self) -> int:
         """The level to start with: the smallest that has few enough chunks."""
-        level = 0
-        while (
-            len(self.complete(level)) > 2 * self.config.beam_blocks
-            and self.size(level) != self.config.coarsest
-        ):
+        level, most = 0, self.config.start_blocks
+        while len(self.complete(level)) > most and self.size(level) != self.config.coarsest:
             level += 1
         return level
 
     def edges(self, level: int) -> list[int]:
-        """Chunks of a level in the middle whose parent is not: nobody's children."""
+        """Chunks of a level in the searched range whose parent is not: nobody's children."""
         parents = self.complete(level + 1)
         return [i for i in self.complete(level) if i // 2 not in parents]
 
@@ -110,9 +100,8 @@ class Search:
         logit = product * self.scale
         return logit if self.softcap is None else self.softcap * math.tanh(logit / self.softcap)
 
-    def logit(self, row: torch.Tensor, chunk: Chunk) -> float:
+    def logit(self, row: Tensor, level: int, index: int) -> float:
         """What a row makes of a chunk, through what stands for the chunk."""
-        level, index = chunk
         inside = self.keys[index * self.size(level) : (index + 1) * self.size(level)]
         if self.config.representative == "middle":
             return self.capped(float(row @ inside[len(inside) // 2]))
@@ -124,18 +113,17 @@ class Search:
     def scored(self, level: int, candidates: list[int]) -> dict[int, float]:
         """Scores of chunks by what stands for them."""
         votes = self.votes[: self.walking]
-        logits = {i: [[self.logit(row, (level, i))] for row, _ in votes] for i in candidates}
+        logits = {i: [[self.logit(row, level, i)] for row, _ in votes] for i in candidates}
         return self.scores(logits, votes, self.size(level))
 
     def judged(self, blocks: list[int]) -> dict[int, float]:
         """Scores of blocks by all of their keys; each has a share (`onward`) of that of the block
         before it as well."""
         bk = self.config.block_k
-        keys = {i: self.keys[i * bk : (i + 1) * bk] for i in blocks}
-        logits = {
-            i: [[self.capped(float(row @ key)) for key in keys[i]] for row, _ in self.votes]
-            for i in blocks
-        }
+        logits = {}
+        for i in blocks:
+            keys = self.keys[i * bk : (i + 1) * bk]
+            logits[i] = [[self.capped(float(row @ key)) for key in keys] for row, _ in self.votes]
         found = self.scores(logits, self.votes, 1)
         onward = self.config.method_options().onward if self.config.score == "mass" else 0
         return {i: score + onward * found.get(i - 1, 0) for i, score in found.items()}

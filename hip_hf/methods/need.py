@@ -2,18 +2,18 @@
 
 Most rows of a real model spend their attention on the first tokens and on their neighbours; a few
 look something up far away. Whoever asks all rows alike, or their mean, hears the many. The *need*
-of a row is how far a key of the middle stands out from all that the row reads in any case,
+of a row is how far a key there stands out from all that the row reads in any case,
 `highest - lse_near`:
 
-    sink  [ . . . . middle . . . . ]  window, own block
+    sink  [ . . . candidates . . . ]  window, own block
     \\______________________________________________/
       lse_near: log-sum-exp over sink and window, exact (attention computes it anyway)
-               highest: the largest logit among a sample of the middle's keys
+               highest: the largest logit among a sample of the candidates' keys
 
 Of every second row of a query block those with the largest need vote, each with its own query.
 Where all of these vote (decode, short blocks, `query_stride` of 1 and 2, contexts so short that all
 keys are looked at), nothing is estimated: the search weighs every vote by what it finds near
-(`aggregate` in `hip.py`).
+(`aggregate` in `ranking.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows, pick
-from hip_hf.methods.ranking import squash
+from hip_hf.methods import base
+from hip_hf.methods.ranking import best, sampled_rows, squash
 from hip_hf.workers import scratch
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
+    from hip_hf.geometry import QueryBlock
+    from hip_hf.methods.pyramid import Pyramid
 
 
 # Knuth's multiplier, 2 ** 32 over the golden ratio: neighbouring chunks get offsets that are far
@@ -63,13 +67,13 @@ def walkers_of(config: HiPConfig, votes: int) -> int:
 
 
 def sampled_chunks(config: HiPConfig, low: int, high: int, level: int) -> tuple[int, int]:
-    """First and end of the chunks of `2 ** level` keys that lie in the middle, blocks `low` to
+    """First and end of the chunks of `2 ** level` keys that lie in the blocks `low` to
     `high - 1`."""
     return -(-low * config.block_k >> level), high * config.block_k >> level
 
 
 def sample_level(config: HiPConfig, low: int, high: int, most: int) -> int:
-    """The smallest level at which at most `most` chunks of `2 ** level` keys lie in the middle,
+    """The smallest level at which at most `most` chunks of `2 ** level` keys lie in the
     blocks `low` to `high - 1`."""
     level = 0
     while True:
@@ -79,9 +83,7 @@ def sample_level(config: HiPConfig, low: int, high: int, most: int) -> int:
         level += 1
 
 
-def sampled_keys(
-    keys: KeyRows, first: int, end: int, level: int, dtype: torch.dtype
-) -> torch.Tensor:
+def sampled_keys(keys: KeyRows, first: int, end: int, level: int, dtype: torch.dtype) -> Tensor:
     """A key of each chunk `first` to `end - 1` of `2 ** level` keys: `[heads, end - first, D]` of
     keys `[heads, T, D]`.
 
@@ -92,7 +94,7 @@ def sampled_keys(
     return pick(keys, at.expand(keys.shape[0], -1), 1).to(dtype)
 
 
-def highest(q: torch.Tensor, keys: torch.Tensor, softcap: float | None) -> torch.Tensor:
+def highest(q: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
     """Largest logit `[heads, R]`, fp32 at least, of scaled queries `[heads, R, D]` for keys
     `[heads, n, D]`."""
     logits = torch.bmm(
@@ -101,3 +103,70 @@ def highest(q: torch.Tensor, keys: torch.Tensor, softcap: float | None) -> torch
     most = logits.amax(-1).to(torch.promote_types(q.dtype, torch.float32))
     squash(most, softcap)  # keeps the order
     return most
+
+
+class BoundByNeed(base.Bound):
+    """A rule that weighs how much each row attends to what it always reads."""
+
+    config: HiPConfig
+    q: Tensor
+    keys: KeyRows
+    pyramid: Pyramid
+    scale: float
+    softcap: float | None
+
+    def select(self, heads: slice, blocks: list[QueryBlock], near: Tensor | None = None) -> Tensor:
+        """As `Bound.select` says."""
+        raise NotImplementedError
+
+    def _votes(
+        self, heads: slice, blocks: list[QueryBlock], near: Tensor | None, level: int, whole: bool
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, the log-sum-exp
+        of what each always reads, and how many of them, the first, walk the tree. The need is
+        estimated from a key of each chunk of `2 ** level` keys; `whole`: there is no tree to walk,
+        and more rows vote."""
+        config, rows, first = self.config, blocks[0].rows, blocks[0].row
+        if near is None:
+            rows_of = [list(sampled_rows(block, config.query_stride)) for block in blocks]
+            index = torch.tensor(rows_of, device=self.q.device)
+            q = self._grouped(self.q[heads][:, :, index].to(self.pyramid.dtype) * self.scale)
+            return q, None, q.shape[2]
+        # query blocks of one call follow one another
+        q = self.q[heads, :, first : first + len(blocks) * rows].unflatten(2, (-1, rows))
+        voters = q.shape[1] if config.group_shared else 1
+        count, asked = votes_of(config, rows, voters, whole), asked_rows(config, rows)
+        some = slice(asked.start, asked.stop, asked.step)
+        q = self._grouped(q[:, :, :, some].to(self.pyramid.dtype) * self.scale)
+        near = self._grouped(near.unflatten(2, (-1, rows, 1))[:, :, :, some])[..., 0]
+        if count == q.shape[2]:
+            return q, near, count
+        need = self._highest(heads, blocks, q, level).sub_(near)
+        every = torch.arange(q.shape[2], device=q.device).expand(need.shape)
+        chosen = best(need, every, count).sort(dim=-1).values
+        walking = count if whole else walkers_of(config, count)
+        if walking < count:
+            walkers = best(need.gather(-1, chosen), every[..., :count], walking)
+            walks = torch.zeros_like(chosen).scatter_(-1, walkers, 1)
+            chosen = chosen.gather(-1, walks.argsort(dim=-1, descending=True, stable=True))
+        votes = q.gather(2, chosen[..., None].expand(*chosen.shape, q.shape[-1]))
+        return votes, near.gather(2, chosen), walking
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """`[heads, G, P, R, n]` -> `[heads, S * P, rows of all heads that share a mask, n]`, by
+        position."""
+        if self.config.group_shared:
+            return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        return x.flatten(1, 2).contiguous()
+
+    def _highest(self, heads: slice, blocks: list[QueryBlock], q: Tensor, level: int) -> Tensor:
+        """Largest logit `[heads, S * P, R]` of scaled queries `[heads, S * P, R, D]` for the
+        sampled keys of what each searches."""
+        spans = [sampled_chunks(self.config, block.low, block.high, level) for block in blocks]
+        start, stop = min(first for first, _ in spans), max(end for _, end in spans)
+        keys = sampled_keys(self.keys[heads], start, stop, level, q.dtype)
+        out = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for i in range(q.shape[1]):
+            first, end = spans[i % len(blocks)]
+            out[:, i] = highest(q[:, i], keys[:, first - start : end - start], self.softcap)
+        return out

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from hip_hf.geometry import QueryBlock
+from hip_hf.geometry import QueryBlock, rows_of_blocks
 from hip_hf.methods import base
 from hip_hf.methods.ranking import best, squash
 
@@ -17,23 +18,17 @@ if TYPE_CHECKING:
 
 
 class Selector(base.Selector):
-    """Scores every key of the middle, for every row (no sampling), by its share of the whole
-    attention."""
+    """Scores every key between sink and window, for every row (no sampling), by its share of the
+    whole attention."""
 
-    extends = (
-        True  # every key then counts as just outside the window, the nearer ones too, in all layers
-    )
+    # every key then counts as just outside the window, the nearer ones too, in all layers
+    extends = True
 
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
         return block.rows * (block.last + 1) * 2 * dim, (block.last + 1) * dim
 
     def bind(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        pyramid: object,
-        scale: float,
-        softcap: float | None,
+        self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> Exhaustive:
         return Exhaustive(self.config, q, keys, scale, softcap)
 
@@ -41,18 +36,16 @@ class Selector(base.Selector):
 @dataclass(frozen=True)
 class Exhaustive(base.Bound):
     config: HiPConfig
-    q: torch.Tensor
-    keys: torch.Tensor
+    q: Tensor
+    keys: Tensor
     scale: float
     softcap: float | None
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         config, parts = self.config, []
         dtype = torch.promote_types(self.q.dtype, torch.float32)
         for block in blocks:
-            q = (
-                self.q[heads, :, block.row : block.row + block.rows].to(dtype) * self.scale
-            )  # [H, G, n, D]
+            q = self.q[heads, :, rows_of_blocks([block])].to(dtype) * self.scale  # [H, G, n, D]
             keys = self.keys[heads, : block.last + 1].to(dtype)
             logits = torch.einsum("hgnd,hkd->hgnk", q, keys)
             squash(logits, self.softcap)  # before future keys get -inf
@@ -61,8 +54,8 @@ class Exhaustive(base.Bound):
             logits.masked_fill_(future, -torch.inf)
             logits = logits.flatten(1, 2).unsqueeze(1) if config.group_shared else logits
             mass = logits.softmax(-1).sum(-2)  # [H, S, keys]
-            middle = mass[..., block.low * config.block_k : block.high * config.block_k]
-            scores = middle.unflatten(-1, (-1, config.block_k)).sum(-1)
+            searched = mass[..., block.low * config.block_k : block.high * config.block_k]
+            scores = searched.unflatten(-1, (-1, config.block_k)).sum(-1)
             ids = torch.arange(block.low, block.high, device=q.device).expand(scores.shape)
             parts.append(best(scores, ids, config.budget_blocks).sort(dim=-1).values)
         return torch.stack(parts, dim=2)

@@ -10,6 +10,7 @@ only the last chunk of each level.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows
 from hip_hf.rope import rotate
@@ -28,25 +29,23 @@ class Representative:
     Both are computed in fp32 (fp64 for fp64 keys).
     """
 
-    def leaf(self, keys: torch.Tensor) -> torch.Tensor:
+    def leaf(self, keys: Tensor) -> Tensor:
         """State of blocks: keys `[..., block_k, D]` -> `[..., S, D]`."""
         raise NotImplementedError
 
-    def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def merge(self, left: Tensor, right: Tensor) -> Tensor:
         """State of a chunk from the states of its halves."""
         raise NotImplementedError
 
-    def row(self, state: torch.Tensor) -> torch.Tensor:
+    def row(self, state: Tensor) -> Tensor:
         """What scoring reads: `[..., S, D]` -> `[..., F]`."""
         return state.flatten(-2)
 
-    def features(self, q: torch.Tensor) -> torch.Tensor:
+    def features(self, q: Tensor) -> Tensor:
         """What a query multiplies a row with: `[..., D]` -> `[..., F]`."""
         return q
 
-    def turned(
-        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, out: torch.Tensor
-    ) -> torch.Tensor:
+    def turned(self, rows: Tensor, cos: Tensor, sin: Tensor, dim: int, out: Tensor) -> Tensor:
         """Rows `[..., width]`, of keys with `dim` numbers, turned back by angles `[..., R / 2]`,
         into `out`."""
         vectors, into = rows.unflatten(-1, (-1, dim)), out.unflatten(-1, (-1, dim))
@@ -57,15 +56,15 @@ class Representative:
 class MiddleKey(Representative):
     """The middle key alone (the paper)."""
 
-    def leaf(self, keys: torch.Tensor) -> torch.Tensor:
+    def leaf(self, keys: Tensor) -> Tensor:
         # the first key goes along: that of a right half is the middle key of the whole
         index = [0, keys.shape[-2] // 2]
         return keys[..., index, :]
 
-    def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def merge(self, left: Tensor, right: Tensor) -> Tensor:
         return torch.stack([left[..., 0, :], right[..., 0, :]], dim=-2)
 
-    def row(self, state: torch.Tensor) -> torch.Tensor:
+    def row(self, state: Tensor) -> Tensor:
         return state[..., 1, :]
 
 
@@ -80,35 +79,27 @@ class CentreSpread(Representative):
     def __init__(self, weight: float) -> None:
         self.weight = weight
 
-    def leaf(self, keys: torch.Tensor) -> torch.Tensor:
+    def leaf(self, keys: Tensor) -> Tensor:
         dtype = torch.promote_types(keys.dtype, torch.float32)
         mean = keys.sum(-2, dtype=dtype) / keys.shape[-2]
-        low, high = (
-            keys.aminmax(dim=-2) if keys.device.type != "cpu" else (keys.amin(-2), keys.amax(-2))
-        )
+        on_cpu = keys.device.type == "cpu"
+        low, high = (keys.amin(-2), keys.amax(-2)) if on_cpu else keys.aminmax(dim=-2)
         return torch.stack([mean, low.to(dtype), high.to(dtype)], dim=-2)
 
-    def merge(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return torch.stack(
-            [
-                (left[..., 0, :] + right[..., 0, :]) / 2,
-                torch.minimum(left[..., 1, :], right[..., 1, :]),
-                torch.maximum(left[..., 2, :], right[..., 2, :]),
-            ],
-            dim=-2,
-        )
+    def merge(self, left: Tensor, right: Tensor) -> Tensor:
+        (mean, low, high), (mean_b, low_b, high_b) = left.unbind(-2), right.unbind(-2)
+        parts = ((mean + mean_b) / 2, torch.minimum(low, low_b), torch.maximum(high, high_b))
+        return torch.stack(parts, dim=-2)
 
-    def row(self, state: torch.Tensor) -> torch.Tensor:
+    def row(self, state: Tensor) -> Tensor:
         mean, low, high = state.unbind(-2)
         centre = (1 - self.weight) * mean + self.weight / 2 * (high + low)
         return torch.cat([centre, self.weight / 2 * (high - low)], dim=-1)
 
-    def features(self, q: torch.Tensor) -> torch.Tensor:
+    def features(self, q: Tensor) -> Tensor:
         return torch.cat([q, q.abs()], dim=-1)
 
-    def turned(
-        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, out: torch.Tensor
-    ) -> torch.Tensor:
+    def turned(self, rows: Tensor, cos: Tensor, sin: Tensor, dim: int, out: Tensor) -> Tensor:
         # the box around a turned box: its half width in a direction is what both of its sides reach
         # there
         rotate(rows[..., :dim], cos, sin, back=True, out=out[..., :dim])
@@ -140,11 +131,10 @@ class Pyramid:
         self.block_k = block_k
         self.dtype = dtype
         self.blocks = 0
-        self.levels: list[torch.Tensor] = []
-        self.shared = (
-            False  # several batch rows refer to it (beam search): copy before the next append
-        )
-        self._last: list[torch.Tensor | None] = []  # state of the last chunk of each level
+        self.levels: list[Tensor] = []
+        # whether several batch rows refer to it (beam search): copy before the next append
+        self.shared = False
+        self._last: list[Tensor | None] = []  # state of the last chunk of each level
 
     def count(self, level: int) -> int:
         """Complete chunks at `level`."""
@@ -176,19 +166,18 @@ class Pyramid:
                 self._last[level] = None  # recomputed when a sibling comes
         self.blocks = blocks
 
-    def _blocks_of(self, keys: KeyRows, first: int, last: int) -> torch.Tensor:
+    def _blocks_of(self, keys: KeyRows, first: int, last: int) -> Tensor:
         part = keys[:, first * self.block_k : last * self.block_k]
         return part.unflatten(1, (last - first, self.block_k))
 
-    def _chunk_state(self, keys: KeyRows, level: int, index: int) -> torch.Tensor:
-        state = self.representative.leaf(
-            self._blocks_of(keys, index << level, (index + 1) << level)
-        )
+    def _chunk_state(self, keys: KeyRows, level: int, index: int) -> Tensor:
+        blocks = self._blocks_of(keys, index << level, (index + 1) << level)
+        state = self.representative.leaf(blocks)
         for _ in range(level):
             state = self.representative.merge(state[:, 0::2], state[:, 1::2])
         return state
 
-    def _write(self, level: int, first: int, states: torch.Tensor) -> None:
+    def _write(self, level: int, first: int, states: Tensor) -> None:
         rows = self.representative.row(states)
         heads, count, width = rows.shape
         if level == len(self.levels):
@@ -200,9 +189,7 @@ class Pyramid:
             old = self.levels[level]
             capacity = first + count + min(first, MOST_SPARE)
             with torch.inference_mode(False):  # a table outlives the mode it was made in
-                self.levels[level] = torch.empty(
-                    heads, capacity, width, dtype=self.dtype, device=rows.device
-                )
+                self.levels[level] = rows.new_empty(heads, capacity, width, dtype=self.dtype)
             self.levels[level][:, :first] = old[:, :first]
         self.levels[level][:, first : first + count] = rows
 
@@ -223,9 +210,7 @@ class Pyramid:
                 if pending is None:
                     pending = self._chunk_state(keys, level, first - 1)
                 states = torch.cat([pending, states], dim=1)
-            pairs = states.shape[1] // 2
-            states = self.representative.merge(
-                states[:, 0 : 2 * pairs : 2], states[:, 1 : 2 * pairs : 2]
-            )
+            even = states[:, : states.shape[1] // 2 * 2]
+            states = self.representative.merge(even[:, 0::2], even[:, 1::2])
             first, level = first // 2, level + 1
         self.blocks = blocks

@@ -6,34 +6,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.geometry import QueryBlock
 from hip_hf.workers import widened
 
 if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
+    pass
 
 # Ids are packed into the low half of the sort keys of `best`; the largest of them stands for "no
 # chunk".
 _LOW_BITS = NO_CHUNK = 0xFFFFFFFF
 
 
-def squash(logits: torch.Tensor, softcap: float | None) -> None:
+def squash(logits: Tensor, softcap: float | None) -> None:
     """`softcap * tanh(logits / softcap)`, in place; None: nothing."""
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def sampled_rows(config: HiPConfig, block: QueryBlock) -> range:
-    """Every `query_stride`-th row, counted back from the last."""
-    return range(
-        block.row + (block.rows - 1) % config.query_stride,
-        block.row + block.rows,
-        config.query_stride,
-    )
+def sampled_rows(block: QueryBlock, stride: int) -> range:
+    """Every `stride`-th row, counted back from the last."""
+    return range(block.row + (block.rows - 1) % stride, block.row + block.rows, stride)
 
 
-def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
+def best(scores: Tensor, ids: Tensor, count: int) -> Tensor:
     """The `count` ids with the highest scores, in no order. Ties go to the lower id; NaN counts as
     lowest.
 
@@ -50,13 +47,13 @@ def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def aggregate(
-    logits: torch.Tensor,
+    logits: Tensor,
     score: str,
     softcap: float | None,
-    invalid: torch.Tensor | None,
-    near: torch.Tensor | None = None,
+    invalid: Tensor | None,
+    near: Tensor | None = None,
     size: int = 1,
-) -> torch.Tensor:
+) -> Tensor:
     """Logits `[..., R, M]` of the voting rows -> one score per candidate, of `size` logits each,
     `[..., M / size]`; overwrites `logits`.
 
@@ -67,9 +64,8 @@ def aggregate(
     """
     squash(logits, softcap)
     if invalid is not None:
-        logits[..., logits.shape[-1] - invalid.shape[-1] :].masked_fill_(
-            invalid.unsqueeze(-2), -torch.inf
-        )
+        last = logits[..., logits.shape[-1] - invalid.shape[-1] :]
+        last.masked_fill_(invalid.unsqueeze(-2), -torch.inf)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if score == "max":
         scores = logits.amax(-2).to(dtype)
@@ -92,7 +88,7 @@ def aggregate(
     return scores
 
 
-def read_on(scores: torch.Tensor, ids: torch.Tensor, share: float) -> None:
+def read_on(scores: Tensor, ids: Tensor, share: float) -> None:
     """Add to the score of each block a share of that of the block before it, if that is there; both
     `[..., M]`, ids sorted.
 

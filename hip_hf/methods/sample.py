@@ -12,10 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from hip_hf.config import refuse
 from hip_hf.methods import base
 from hip_hf.methods.columns import Columns, ColumnSelector, block_sums, probe
-from hip_hf.shown import shown
 
 
 @dataclass(frozen=True)
@@ -27,36 +28,28 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, (int, float)) or not 0 < self.rows <= 1:
-            raise ValueError(
-                f"HiPConfig.options['rows']: got {shown(self.rows)}, allowed: above 0, at most 1"
-            )
+            refuse("options['rows']", self.rows, "above 0, at most 1")
 
 
 class Selector(ColumnSelector):
     """The columns with the most sampled mass."""
 
-    def looked_at(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
+    def looked_at(self, rows: int, device: torch.device | None = None) -> Tensor:
         share = self.config.method_options().rows
         stride = rows if share * rows <= 1 else round(1 / share)
         return torch.arange((rows - 1) % stride, rows, stride, device=device)
 
     def bind(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        pyramid: object,
-        scale: float,
-        softcap: float | None,
+        self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> Columns:
         shares = 1 if self.config.group_shared else q.shape[1]
         columns = torch.zeros(
             len(keys), shares, keys.shape[1], dtype=torch.float32, device=q.device
         )
 
-        def take(head: int, rows: torch.Tensor, attention: torch.Tensor) -> None:
-            columns[head, :, : attention.shape[-1]] += (
-                attention.sum(1).unflatten(0, (shares, -1)).sum(1)
-            )
+        def take(head: int, rows: Tensor, attention: Tensor) -> None:
+            mass = attention.sum(1).unflatten(0, (shares, -1)).sum(1)
+            columns[head, :, : attention.shape[-1]] += mass
 
         probe(q, keys, self.looked_at(q.shape[2], q.device), scale, softcap, take)
         return Columns(self.config, block_sums(columns, self.config.block_k))

@@ -6,10 +6,9 @@ binary descent (compare the middle keys of the two halves, step into the better 
 key; the best logits seen count), keeps the best `keep` keys' worth of chunks, and the next stage
 cuts those into its smaller chunks:
 
-    stage 1   [ . .|*. ] [ .*| . ] [ . .| .*]      all chunks of the middle, descents in parallel
-    stage 2   [.*][. .]            [*.][. .]  []   the kept ones, cut; and what no larger chunk
-    covered, at the edges stage 3   []  []               []  []          the `budget / block_k` best
-    key blocks are attended
+    stage 1   [ . .|*. ] [ .*| . ] [ . .| .*]      all chunks, descents in parallel
+    stage 2   [.*][. .]            [*.][. .]  []   the kept ones, cut; the rest at the edges
+    stage 3   []  []               []  []          the best `budget / block_k` key blocks: attended
 
 With `halvings=0`, a chunk's middle key is its representative; stages that each halve the chunks are
 then the plain tree search. Nothing is summarised, so there is no pyramid; the first stage costs O(T
@@ -20,20 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from hip_hf.config import HiPConfig, refuse
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
-from hip_hf.methods.ranking import NO_CHUNK, aggregate, best
+from hip_hf.methods.ranking import NO_CHUNK, aggregate, best, sampled_rows
 from hip_hf.rope import farthest_chunk, rotate
-from hip_hf.shown import shown
 from hip_hf.workers import compute_dtype, scratch
 
 if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
     from hip_hf.rope import Positions
 
 
@@ -47,10 +47,6 @@ class Stage:
     query_stride: int
 
 
-def _fail(name: str, value: object, allowed: str) -> None:
-    raise ValueError(f"HiPConfig.options[{name!r}]: got {shown(value)}, allowed: {allowed}")
-
-
 @dataclass(frozen=True)
 class Options:
     """`stages`: `[[chunk, keep, query_stride], ...]`, None: `[[16 block_k, 16 budget], [4 block_k,
@@ -62,53 +58,36 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.halvings is not None and (type(self.halvings) is not int or self.halvings < 0):
-            _fail("halvings", self.halvings, "None or an integer >= 0")
-        stages = self.stages
-        whole = stages is None or (
-            isinstance(stages, (list, tuple))
-            and len(stages) > 0
-            and all(
-                isinstance(s, (list, tuple))
-                and len(s) == 3
-                and all(type(n) is int and n > 0 for n in s)
-                for s in stages
-            )
-        )
-        if not whole:
-            _fail("stages", stages, "None or a list of [chunk, keep, query_stride], integers >= 1")
+            refuse("options['halvings']", self.halvings, "None or an integer >= 0")
+        stages = [] if self.stages is None else self.stages
+        rows = isinstance(stages, (list, tuple)) and (len(stages) > 0 or self.stages is None)
+        if not rows or not all(_is_stage(stage) for stage in stages):
+            allowed = "None or a list of [chunk, keep, query_stride], integers >= 1"
+            refuse("options['stages']", stages, allowed)
 
     def check(self, config: HiPConfig) -> None:
         """Raise ValueError for stages that do not fit the settings."""
-        stages = stages_of(config, self)
+        stages, size = stages_of(config, self), config.block_k
+        refuse_stages = partial(refuse, "options['stages']", self.stages)
         for before, stage in zip([None, *stages], stages, strict=False):
-            blocks = stage.chunk // config.block_k
-            if (
-                stage.chunk % config.block_k
-                or blocks & (blocks - 1)
-                or (before and stage.chunk >= before.chunk)
-            ):
-                _fail(
-                    "stages",
-                    self.stages,
-                    f"chunks of block_k={config.block_k} times powers of two, in descending order",
-                )
+            blocks = stage.chunk // size
+            halved = stage.chunk % size == 0 and blocks & (blocks - 1) == 0
+            if not halved or (before and stage.chunk >= before.chunk):
+                refuse_stages(f"chunks of block_k={size} times powers of two, in descending order")
             if stage.keep % stage.chunk or (before and stage.keep > before.keep):
-                _fail(
-                    "stages",
-                    self.stages,
-                    "keep: multiples of the stage's chunk, in descending order",
-                )
-        if (stages[-1].chunk, stages[-1].keep) != (config.block_k, config.budget):
-            _fail(
-                "stages",
-                self.stages,
-                f"at last [block_k={config.block_k}, budget={config.budget}, ...]",
-            )
+                refuse_stages("keep: multiples of the stage's chunk, in descending order")
+        if (stages[-1].chunk, stages[-1].keep) != (size, config.budget):
+            refuse_stages(f"at last [block_k={size}, budget={config.budget}, ...]")
         refresh = config.decode_refresh
         if isinstance(refresh, list) and len(refresh) != len(stages):
-            raise ValueError(
-                f"HiPConfig.decode_refresh: got {shown(refresh)}, allowed: an integer or {len(stages)}, one per stage"
-            )
+            refuse("decode_refresh", refresh, f"an integer or {len(stages)}, one per stage")
+
+
+def _is_stage(value: object) -> bool:
+    """Whether it is `[chunk, keep, query_stride]`."""
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        return False
+    return all(type(n) is int and n > 0 for n in value)
 
 
 def stages_of(config: HiPConfig, options: Options) -> list[Stage]:
@@ -163,24 +142,15 @@ class Selector(base.Selector):
         counts = candidates(self.stages, self.config.block_k, block.low, block.high)
         for stage, count in zip(self.stages, counts, strict=True):
             keys = count * max(2 * descent(stage, self.options.halvings), 1)
-            products += (
-                len(range((block.rows - 1) % stage.query_stride, block.rows, stage.query_stride))
-                * keys
-            )
+            products += len(sampled_rows(block, stage.query_stride)) * keys
             loads += keys
         return products * 2 * dim, loads * dim
 
     def bind(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        pyramid: object,
-        scale: float,
-        softcap: float | None,
+        self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> StagedSearch:
-        return StagedSearch(
-            self.config, self.stages, self.options.halvings, q, keys, scale, softcap
-        )
+        halvings = self.options.halvings
+        return StagedSearch(self.config, self.stages, halvings, q, keys, scale, softcap)
 
 
 @dataclass(frozen=True)
@@ -188,8 +158,8 @@ class StagedSearch(base.Bound):
     config: HiPConfig
     stages: list[Stage]
     halvings: int | None
-    q: torch.Tensor
-    keys: torch.Tensor
+    q: Tensor
+    keys: Tensor
     scale: float
     softcap: float | None
     positions: Positions | None = None  # chunk-indexed, where the context is extended
@@ -199,19 +169,18 @@ class StagedSearch(base.Bound):
         `n` keys farther away, all of its keys alike."""
         return replace(self, positions=positions)
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         """Sorted block indices `[heads, S, len(blocks), budget / block_k]`."""
         parts = []
         first = lambda block: first_stage(self.stages, self.config.block_k, block.low, block.high)  # noqa: E731
         for _, run in groupby(blocks, key=lambda block: (block.rows, first(block))):
             parts += self.resume(heads, list(run), [])[-1:]
-        return torch.cat(
-            [ids for ids in parts if ids is not None], dim=2
-        )  # the last stage is never left out
+        # the last stage is never left out
+        return torch.cat([ids for ids in parts if ids is not None], dim=2)
 
     def resume(
-        self, heads: slice, blocks: list[QueryBlock], kept: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:  # fmt: skip
+        self, heads: slice, blocks: list[QueryBlock], kept: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         """What every stage keeps, chunk indices `[heads, S, len(blocks), keep / chunk]` (None: left
         out), given what the first `len(kept)` of them have kept before. The blocks have as many
         rows and begin with the same stage."""
@@ -230,82 +199,44 @@ class StagedSearch(base.Bound):
                 continue
             if i == begin:
                 most = int((end - first).max())
-                ids = (first[:, None] + torch.arange(most, device=device)).expand(
-                    heads.stop - heads.start, -1, -1
-                )
+                ids = first[:, None] + torch.arange(most, device=device)
+                ids = ids.expand(heads.stop - heads.start, -1, -1)
                 missing = ids >= end[:, None]
             else:
-                before = self.stages[i - 1].chunk // block_k
-                last = results[-1]
+                before, last = self.stages[i - 1].chunk // block_k, results[-1]
                 assert last is not None
-                ids, missing = self._cut(
-                    last.flatten(1, 2),
-                    before // size,
-                    first,
-                    end,
-                    -(-low // before),
-                    high // before,
-                )
+                was = (-(-low // before), high // before)
+                ids, missing = _cut(last.flatten(1, 2), before // size, (first, end), was)
             scores = self._score(heads, blocks, stage, ids, missing, end)
-            ids = (
-                best(scores, ids.masked_fill(missing, NO_CHUNK), stage.keep // stage.chunk)
-                .sort(dim=-1)
-                .values
-            )
+            ids = ids.masked_fill(missing, NO_CHUNK)
+            ids = best(scores, ids, stage.keep // stage.chunk).sort(dim=-1).values
             results.append(ids.unflatten(1, (shares, len(blocks))))
         return results
 
-    def _cut(
-        self,
-        kept: torch.Tensor,
-        ratio: int,
-        first: torch.Tensor,
-        end: torch.Tensor,
-        was_first: torch.Tensor,
-        was_end: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The parts of the kept chunks, and the chunks at the edges that no larger one covered; and
-        which do not exist."""
-        parts = (kept[..., None] * ratio + torch.arange(ratio, device=kept.device)).flatten(-2)
-        edge = torch.arange(ratio - 1, device=kept.device)
-        left, right = first[:, None] + edge, was_end[:, None] * ratio + edge
-        edges = torch.cat([left, right], dim=-1)
-        outside = torch.cat([left >= was_first[:, None] * ratio, right >= end[:, None]], dim=-1)
-        ids = torch.cat([parts, edges.expand(*parts.shape[:2], -1)], dim=-1)
-        missing = torch.cat(
-            [torch.zeros_like(parts, dtype=torch.bool), outside.expand(*parts.shape[:2], -1)],
-            dim=-1,
-        )
-        return ids, missing
-
-    def _rows(self, heads: slice, blocks: list[QueryBlock], stride: int) -> torch.Tensor:
+    def _rows(self, heads: slice, blocks: list[QueryBlock], stride: int) -> Tensor:
         """Voting queries `[heads, S * len(blocks), R, D]`, scaled."""
-        index = [list(range(b.row + (b.rows - 1) % stride, b.row + b.rows, stride)) for b in blocks]
-        q = (
-            self.q[heads][:, :, torch.tensor(index, device=self.q.device)].to(compute_dtype(self.q))
-            * self.scale
-        )
-        return (
-            q.transpose(1, 2).flatten(2, 3) if self.config.group_shared else q.flatten(1, 2)
-        ).contiguous()
+        index = [list(sampled_rows(block, stride)) for block in blocks]
+        q = self.q[heads][:, :, torch.tensor(index, device=self.q.device)]
+        q = q.to(compute_dtype(q)) * self.scale
+        shared = self.config.group_shared
+        return (q.transpose(1, 2).flatten(2, 3) if shared else q.flatten(1, 2)).contiguous()
 
     def _score(
         self,
         heads: slice,
         blocks: list[QueryBlock],
         stage: Stage,
-        ids: torch.Tensor,
-        missing: torch.Tensor,
-        end: torch.Tensor,
-    ) -> torch.Tensor:
+        ids: Tensor,
+        missing: Tensor,
+        end: Tensor,
+    ) -> Tensor:
         """Scores `[heads, P, M]` of chunks by the best key that the descent meets; `end` `[P]`: the
         chunk after the last one."""
         q, size = self._rows(heads, blocks, stage.query_stride), stage.chunk
         angles = None
         if self.positions is not None:
-            angles = self.positions.chunk_angles(
-                ids, end, farthest_chunk(self.positions, self.config), q
-            )
+            farthest = farthest_chunk(self.positions, self.config)
+            angles = self.positions.chunk_angles(ids, end, farthest, q)
         at = ids.masked_fill(missing, 0) * size
         seen = None
         for _ in range(descent(stage, self.halvings)):
@@ -313,10 +244,9 @@ class StagedSearch(base.Bound):
             both = torch.stack([at, at + size], dim=-1)
             logits = self._logits(heads, q, (both + size // 2).flatten(-2), angles)
             nowhere = missing.repeat_interleave(2, -1)
-            scores = aggregate(logits.clone(), self.config.score, self.softcap, nowhere).unflatten(
-                -1, (-1, 2)
-            )
-            at = torch.where(scores[..., 1] > scores[..., 0], both[..., 1], both[..., 0])
+            scores = aggregate(logits.clone(), self.config.score, self.softcap, nowhere)
+            left, right = scores.unflatten(-1, (-1, 2)).unbind(-1)
+            at = torch.where(right > left, both[..., 1], both[..., 0])
             better = logits.unflatten(-1, (-1, 2)).amax(-1)
             seen = better if seen is None else torch.maximum(seen, better)
         if seen is None:
@@ -324,28 +254,40 @@ class StagedSearch(base.Bound):
         return aggregate(seen, self.config.score, self.softcap, missing)
 
     def _logits(
-        self,
-        heads: slice,
-        q: torch.Tensor,
-        position: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
+        self, heads: slice, q: Tensor, position: Tensor, angles: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """Logits `[heads, P, R, n]` of the voting rows for the keys at `position` `[heads, P, n]`,
         one or two of each chunk; `angles` `[heads, P, M, R / 2]`: by which each chunk's keys are
         turned back."""
         keys = self.keys[heads]
         picked = scratch.take("picked", (*position.shape, keys.shape[-1]), keys)
         for head in range(len(keys)):
-            torch.index_select(
-                keys[head], 0, position[head].flatten(), out=picked[head].flatten(0, 1)
-            )
+            into = picked[head].flatten(0, 1)
+            torch.index_select(keys[head], 0, position[head].flatten(), out=into)
         picked = picked.to(q.dtype)
         if angles is not None:
             cos, sin = (x.repeat_interleave(position.shape[2] // x.shape[2], 2) for x in angles)
-            picked = rotate(
-                picked, cos, sin, back=True, out=scratch.take("turned", picked.shape, picked)
-            )
+            turned = scratch.take("turned", picked.shape, picked)
+            picked = rotate(picked, cos, sin, back=True, out=turned)
         return q @ picked.transpose(2, 3)
+
+
+def _cut(
+    kept: Tensor, ratio: int, ends: tuple[Tensor, Tensor], was: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The parts of the kept chunks, `ratio` of each, and the chunks at the edges that no larger one
+    covered; and which do not exist. The first chunk and the end of what is searched: now (`ends`),
+    and in the larger chunks (`was`)."""
+    parts = (kept[..., None] * ratio + torch.arange(ratio, device=kept.device)).flatten(-2)
+    edge = torch.arange(ratio - 1, device=kept.device)
+    begin, covered = (x[:, None] * ratio for x in was)
+    left, right = ends[0][:, None] + edge, covered + edge
+    edges = torch.cat([left, right], dim=-1)
+    outside = torch.cat([left >= begin, right >= ends[1][:, None]], dim=-1)
+    shape = (*parts.shape[:2], -1)
+    ids = torch.cat([parts, edges.expand(shape)], dim=-1)
+    absent = torch.zeros_like(parts, dtype=torch.bool)
+    return ids, torch.cat([absent, outside.expand(shape)], dim=-1)
 
 
 METHOD = base.Method(

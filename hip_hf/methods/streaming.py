@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from hip_hf.config import HiPConfig, refuse
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
-from hip_hf.shown import shown
-
-if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
 
 
 @dataclass(frozen=True)
@@ -24,9 +21,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.recent, bool):
-            raise ValueError(
-                f"HiPConfig.options['recent']: got {shown(self.recent)}, allowed: True or False"
-            )
+            refuse("options['recent']", self.recent, "True or False")
 
 
 def selected_keys(config: HiPConfig) -> int:
@@ -48,25 +43,20 @@ class Selector(base.Selector):
         return 0, 0
 
     def bind(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        pyramid: object,
-        scale: float,
-        softcap: float | None,
+        self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> Latest:
         return Latest(1 if self.config.group_shared else q.shape[1], self.budget, q.device)
 
 
 @dataclass(frozen=True)
 class Latest(base.Bound):
-    """The last `budget` blocks of every middle."""
+    """The last `budget` candidates of every query block."""
 
     shares: int
     budget: int
     device: torch.device
 
-    def select(self, heads: slice, blocks: list[QueryBlock]) -> torch.Tensor:
+    def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         high = torch.tensor([[block.high] for block in blocks], device=self.device)
         ids = high - torch.arange(self.budget, 0, -1, device=self.device)
         return ids.expand(heads.stop - heads.start, self.shares, -1, -1)

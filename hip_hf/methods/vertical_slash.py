@@ -11,18 +11,15 @@ depends on the end of the call.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from hip_hf.config import HiPConfig, refuse
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
 from hip_hf.methods.columns import Columns, ColumnSelector, block_sums, probe
 from hip_hf.methods.ranking import best
-from hip_hf.shown import shown
-
-if TYPE_CHECKING:
-    from hip_hf.config import HiPConfig
 
 
 @dataclass(frozen=True)
@@ -35,34 +32,25 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, int) or self.rows < 1:
-            raise ValueError(
-                f"HiPConfig.options['rows']: got {shown(self.rows)}, allowed: an integer >= 1"
-            )
+            refuse("options['rows']", self.rows, "an integer >= 1")
         if not isinstance(self.vertical, (int, float)) or not 0 <= self.vertical <= 1:
-            raise ValueError(
-                f"HiPConfig.options['vertical']: got {shown(self.vertical)}, allowed: 0 to 1"
-            )
+            refuse("options['vertical']", self.vertical, "0 to 1")
 
 
 class Selector(ColumnSelector):
     """The strongest columns and diagonals."""
 
-    def looked_at(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
+    def looked_at(self, rows: int, device: torch.device | None = None) -> Tensor:
         return torch.arange(max(0, rows - self.config.method_options().rows), rows, device=device)
 
     def bind(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        pyramid: object,
-        scale: float,
-        softcap: float | None,
+        self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> VerticalSlash:
         shares, tokens = 1 if self.config.group_shared else q.shape[1], keys.shape[1]
         columns = torch.zeros(len(keys), shares, tokens, dtype=torch.float32, device=q.device)
         diagonals = torch.zeros(len(keys), shares, tokens, dtype=torch.float64, device=q.device)
 
-        def take(head: int, rows: torch.Tensor, attention: torch.Tensor) -> None:
+        def take(head: int, rows: Tensor, attention: Tensor) -> None:
             attention = attention.unflatten(0, (shares, -1)).sum(1)  # [S, n, T]
             columns[head, :, : attention.shape[-1]] += attention.sum(1)
             for i, row in enumerate(rows.tolist()):
@@ -76,7 +64,7 @@ class Selector(ColumnSelector):
 class VerticalSlash(Columns):
     """Columns, and diagonals: `[Hkv, S, T]`, mass by distance between query and key."""
 
-    def __init__(self, config: HiPConfig, scores: torch.Tensor, diagonals: torch.Tensor) -> None:
+    def __init__(self, config: HiPConfig, scores: Tensor, diagonals: Tensor) -> None:
         super().__init__(config, scores)
         # sums over all smaller distances, and sums of those: what a query block's rows get from a
         # key block, in four looks
@@ -84,9 +72,9 @@ class VerticalSlash(Columns):
         once = torch.cat([zero, diagonals.cumsum(-1)], dim=-1)
         object.__setattr__(self, "sums", torch.cat([zero, once.cumsum(-1)], dim=-1))
 
-    sums: torch.Tensor
+    sums: Tensor
 
-    def _best(self, heads: slice, block: QueryBlock) -> torch.Tensor:
+    def _best(self, heads: slice, block: QueryBlock) -> Tensor:
         budget = self.config.budget_blocks
         columns = self.scores[heads, :, block.low : block.high]
         ids = torch.arange(block.low, block.high, device=columns.device).expand(columns.shape)
@@ -94,16 +82,13 @@ class VerticalSlash(Columns):
         slash = self.slash(heads, block).scatter(-1, vertical - block.low, -torch.inf)
         return torch.cat([vertical, best(slash, ids, budget - vertical.shape[-1])], dim=-1)
 
-    def slash(self, heads: slice, block: QueryBlock) -> torch.Tensor:
-        """Mass of the diagonals that cross each key block of the middle, summed over the query
-        block's rows."""
+    def slash(self, heads: slice, block: QueryBlock) -> Tensor:
+        """Mass of the diagonals that cross each candidate, summed over the query block's rows."""
         sums, size = self.sums[heads], self.config.block_k
-        edge = (
-            torch.arange(block.low, block.high + 1, device=sums.device) * size
-        )  # first keys of the blocks, and the end
-        upto = (
-            sums[..., block.last + 2 - edge] - sums[..., block.first + 1 - edge]
-        )  # over keys from an edge on
+        # first keys of the blocks, and the end
+        edge = torch.arange(block.low, block.high + 1, device=sums.device) * size
+        # over keys from an edge on
+        upto = sums[..., block.last + 2 - edge] - sums[..., block.first + 1 - edge]
         return upto[..., :-1] - upto[..., 1:]
 
 

@@ -14,7 +14,6 @@ from hip_hf.backends.torch.block_sparse import near_logits, partial
 from hip_hf.geometry import QueryBlock
 
 GROUPS, SIZE, DIM = 3, 8, 16
-ALL = slice(None)
 
 
 def make_case(rows: int, count: int, sink: int, window: int, dtype: torch.dtype = torch.float64):
@@ -46,7 +45,7 @@ def make_case(rows: int, count: int, sink: int, window: int, dtype: torch.dtype 
 
 
 def known_of(t: Tensors, blocks: list[QueryBlock]) -> torch.Tensor:
-    return near_logits(t, slice(0, 2), blocks, SIZE, 4 * SIZE)[0].clone()
+    return near_logits(t, blocks, SIZE, 4 * SIZE)[0].clone()
 
 
 @pytest.mark.parametrize(("rows", "count"), [(16, 3), (7, 1), (2, 2), (1, 3)])
@@ -57,7 +56,7 @@ def known_of(t: Tensors, blocks: list[QueryBlock]) -> torch.Tensor:
 def test_known_logits_change_nothing(poison, rows, count, sink, window, given, need_lse, selected):
     t, blocks, ids = make_case(rows, count, sink, window)
     t = replace(t, **given)
-    args = (t, slice(0, 2), ALL, blocks, ids if selected else None, SIZE, need_lse)
+    args = (t, blocks, ids if selected else None, SIZE, need_lse)
     want = [x if x is None else x.clone() for x in partial(*args)]
     got = partial(*args, known=known_of(t, blocks))
     for one, other in zip(got, want, strict=True):
@@ -70,19 +69,15 @@ def test_known_logits_change_nothing(poison, rows, count, sink, window, given, n
 def test_what_is_read_anyway_has_the_log_sum_exp_of_attention_to_it(given):
     t, blocks, _ = make_case(16, 3, 16, 40)
     t = replace(t, **given)
-    want = partial(t, slice(0, 2), ALL, blocks, None, SIZE, True)[1]
-    torch.testing.assert_close(
-        near_logits(t, slice(0, 2), blocks, SIZE, 0)[1], want, atol=1e-12, rtol=1e-12
-    )
+    want = partial(t, blocks, None, SIZE, True)[1]
+    torch.testing.assert_close(near_logits(t, blocks, SIZE, 0)[1], want, atol=1e-12, rtol=1e-12)
 
 
 def test_some_heads_of_a_group_take_their_part_of_known_logits():
     t, blocks, ids = make_case(16, 3, 16, 40)
-    known, group = known_of(t, blocks), slice(1, 2)
-    want = partial(t, slice(0, 2), group, blocks, ids, SIZE, True)[0].clone()
-    got = partial(
-        t, slice(0, 2), group, blocks, ids, SIZE, True, known=known.chunk(GROUPS, dim=2)[1]
-    )[0]
+    known, part = known_of(t, blocks).chunk(GROUPS, dim=2)[1], t.part(slice(None), slice(1, 2))
+    want = partial(part, blocks, ids, SIZE, True)[0].clone()
+    got = partial(part, blocks, ids, SIZE, True, known=known)[0]
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
 
 
@@ -90,9 +85,9 @@ def test_bf16_is_no_less_exact_with_known_logits(monkeypatch):
     monkeypatch.setattr(workers, "_fast_bf16", lambda: True)
     t, blocks, ids = make_case(16, 3, 16, 40, torch.bfloat16)
     exact = Tensors(*(x.double() for x in (t.q, t.k, t.v, t.out)), None, 0.3, None, None, None)
-    want = partial(exact, slice(0, 2), ALL, blocks, ids, SIZE, False)[0].clone()
-    at_once = partial(t, slice(0, 2), ALL, blocks, ids, SIZE, False)[0].clone()
-    got = partial(t, slice(0, 2), ALL, blocks, ids, SIZE, False, known=known_of(t, blocks))[0]
+    want = partial(exact, blocks, ids, SIZE, False)[0].clone()
+    at_once = partial(t, blocks, ids, SIZE, False)[0].clone()
+    got = partial(t, blocks, ids, SIZE, False, known=known_of(t, blocks))[0]
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, at_once)
     assert 0 < (got - want).abs().max() < 0.02
@@ -101,17 +96,13 @@ def test_bf16_is_no_less_exact_with_known_logits(monkeypatch):
 @pytest.mark.parametrize("worst", [torch.nan, torch.inf, -torch.inf])
 def test_rows_of_a_block_do_not_see_each_others_future(worst):
     t, blocks, ids = make_case(16, 2, 16, 40)
-    before, near = (
-        partial(t, slice(0, 2), ALL, blocks, ids, SIZE, False, known=known_of(t, blocks))[
-            0
-        ].clone(),
-        known_of(t, blocks),
-    )
+    before = partial(t, blocks, ids, SIZE, False, known=known_of(t, blocks))[0].clone()
+    near = known_of(t, blocks)
     at = blocks[1].first + 9
     t.k[:, at:] = worst
     t.v[:, at:] = 1e30
     known = known_of(t, blocks)
-    after = partial(t, slice(0, 2), ALL, blocks, ids, SIZE, False, known=known)[0]
+    after = partial(t, blocks, ids, SIZE, False, known=known)[0]
     assert not torch.equal(known, near)
     assert torch.equal(after[:, :, : blocks[1].row + 9], before[:, :, : blocks[1].row + 9])
     assert not torch.equal(after[:, :, blocks[1].row + 9 :], before[:, :, blocks[1].row + 9 :])

@@ -121,9 +121,8 @@ def test_a_million_tokens_are_walked_when_asked(
     assert count() == (want, keys_seen(0, span.end - 1, sliding))
     assert len(laid) == 1
     settings = HiPConfig(delta=64, delta_mode="step")
-    corrected = delta.DeltaAttention(
-        sparse.SparseAttention, one.problem, settings, one.out, None, False
-    )
+    told = (one.problem, settings, one.out, None, False)
+    corrected = delta.DeltaAttention(*told, attention=sparse.SparseAttention)
     assert len(laid) == 1
     plan = corrected._plan(span, None)
     assert keys_seen_at(plan.at, sliding) == sum(keys_seen(p, p, sliding) for p in plan.at)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hip_hf.methods.naive import Chunk, Search, Vote, log_sum_exp
+from hip_hf.methods.naive import Search, Vote, log_sum_exp
 
 
 def sampled(rows: torch.Tensor, stride: int) -> list[Vote]:
@@ -106,7 +106,7 @@ def spread(begin: int, end: int, stride: int) -> list[int]:
     return [chunk * stride + chunk * 2654435761 % 2**32 * stride // 2**32 for chunk in chunks]
 
 
-def initial(search: Search) -> list[Chunk]:
+def initial(search: Search) -> list[tuple[int, int]]:
     """Where a search begins: all of the start level, and the edges below it."""
     start = search.start()
     return [(start, i) for i in search.complete(start)] + [

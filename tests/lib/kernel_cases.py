@@ -165,14 +165,8 @@ class Case:
                 for head in range(self.q.shape[1]):
                     lane, member = head // self.groups, head % self.groups
                     ids = self.chosen(at, head, i)[None, None]
-                    attend(
-                        t,
-                        slice(lane, lane + 1),
-                        slice(member, member + 1),
-                        [block],
-                        ids,
-                        self.config.block_k,
-                    )
+                    own = t.part(slice(lane, lane + 1), slice(member, member + 1))
+                    attend(own, [block], ids, self.config.block_k)
         return out, lse
 
     def dense_reference(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,7 +179,7 @@ class Case:
             first, last = span.position, span.end - 1
             start = max(0, first + 1 - (self.fields.get("sliding_window") or first + 1))
             block = QueryBlock(0, first, last, start, start, 0, 0, start)
-            attend_range(t, slice(None), slice(None), block)
+            attend_range(t, block)
         return out, lse
 
     def tolerances(self, visible: torch.Tensor) -> tuple[float, float]:

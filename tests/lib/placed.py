@@ -75,8 +75,7 @@ class Placed(brute.Search):
                 new_high[d] = max(corner[d] for corner in corners)
         return new_low, new_high
 
-    def logit(self, row: torch.Tensor, chunk: brute.Chunk) -> float:
-        level, index = chunk
+    def logit(self, row: torch.Tensor, level: int, index: int) -> float:
         inside = self.keys[index * self.size(level) : (index + 1) * self.size(level)]
         at = lambda key: float(row @ self.turn(key, self.back(level, index)))  # noqa: E731
         low, high = self.box(level, index)

@@ -395,10 +395,8 @@ def test_what_is_always_read_is_weighed_in_the_places_of_attention(
     ] = {}  # by the row's position: rows that select for themselves come together, too
     real = SparseAttention._near
 
-    def noted(
-        self: SparseAttention, t: Any, heads: slice, blocks: list
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, near = real(self, t, heads, blocks)
+    def noted(self: SparseAttention, t: Any, blocks: list) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, near = real(self, t, blocks)
         for block, own in zip(blocks, near.split([block.rows for block in blocks], 2), strict=True):
             seen.update(zip(range(block.first, block.last + 1), own[0].unbind(1), strict=True))
         return logits, near

@@ -107,7 +107,7 @@ def test_rows_that_vote_by_their_place(stride: int) -> None:
     for rows in (1, 4, 15, 16):
         block = make_query_block(config, 7, 32, 31 + rows, None, None)
         want = [7 + i for i in range(rows) if (rows - 1 - i) % stride == 0]
-        assert list(sampled_rows(config, block)) == want
+        assert list(sampled_rows(block, config.query_stride)) == want
 
 
 def test_how_many_rows_vote() -> None:

@@ -44,11 +44,9 @@ def test_what_rows_share_is_computed_once(
         searches.append(len(blocks))
         return search(self, heads, blocks, *given)
 
-    def parts(
-        t: Any, heads: slice, group: slice, blocks: Any, *given: Any, near: bool = True, **more: Any
-    ) -> Any:
+    def parts(t: Any, blocks: Any, *given: Any, near: bool = True, **more: Any) -> Any:
         read.append((near, sum(block.rows for block in blocks), len(blocks)))
-        return partial(t, heads, group, blocks, *given, near=near, **more)
+        return partial(t, blocks, *given, near=near, **more)
 
     monkeypatch.setattr(TreeSearch, "_search", counted)
     monkeypatch.setattr(sparse_path, "partial", parts)

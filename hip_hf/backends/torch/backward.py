@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hip_hf.backends.base import Piece
@@ -23,10 +24,10 @@ from hip_hf.workers import run
 def traced(
     problem: AttentionProblem,
     compute: Callable[[], None],
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
     pieces: list[Piece] | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Run `compute`, which fills out `[B, Hq, Tq, Dv]`, lse `[B, Hq, Tq]` and `pieces`; give out
     and lse as autograd is to know them. `pieces` None: nobody asks for gradients."""
     if pieces is None:
@@ -37,37 +38,27 @@ def traced(
     )
 
 
-Gradient = torch.Tensor | None  # None: it is zero, or not asked for
+Gradient = Tensor | None  # None: it is zero, or not asked for
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sinks: torch.Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
         problem: AttentionProblem,
         compute: Callable[[], None],
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        out: Tensor,
+        lse: Tensor,
         pieces: list[Piece],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         compute()
-        # as the workers finished: sums must not depend on that
-        pieces.sort(
-            key=lambda piece: (
-                piece.span.batch,
-                piece.span.row_start,
-                piece.heads.start,
-                piece.blocks[0].row,
-            )
-        )
-        out, lse = (
-            out.view_as(out),
-            lse.view_as(lse),
-        )  # of their own: autograd must not take them for inputs
+        pieces.sort(key=_place)  # as the workers finished: sums must not depend on that
+        # of their own: autograd must not take them for inputs
+        out, lse = out.view_as(out), lse.view_as(lse)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.pieces, ctx.spans = pieces, problem.spans
@@ -84,10 +75,14 @@ class _Attention(torch.autograd.Function):
         grads = Gradients(problem, out, lse, grad_out, grad_lse)
         run(lambda head: grads.add(ctx.pieces, head), range(k.shape[1]), q.device)
         need = ctx.needs_input_grad
-        found = [
-            x.to(q.dtype) if need[i] else None for i, x in enumerate((grads.q, grads.k, grads.v))
-        ]
+        summed = zip(need, (grads.q, grads.k, grads.v), strict=False)
+        found = [x.to(q.dtype) if asked else None for asked, x in summed]
         return *found, grads.sinks().to(sinks.dtype) if need[3] else None, *[None] * 5
+
+
+def _place(piece: Piece) -> tuple[int, ...]:
+    span = piece.span
+    return span.batch, span.row_start, piece.heads.start, piece.blocks[0].row
 
 
 class Gradients:
@@ -96,10 +91,10 @@ class Gradients:
     def __init__(
         self,
         problem: AttentionProblem,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        grad_out: torch.Tensor,
-        grad_lse: torch.Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
     ) -> None:
         self.problem, self.lse, self.grad_out = problem, lse, grad_out
         # the softmax's gradient subtracts from each weight's gradient their mean under the weights
@@ -110,15 +105,14 @@ class Gradients:
             torch.zeros_like(x, dtype=lse.dtype) for x in (problem.q, problem.k, problem.v)
         )
 
-    def sinks(self) -> torch.Tensor:
+    def sinks(self) -> Tensor:
         """Gradient of the sink logits `[Hq]`: each has a weight, and a value of zero."""
         assert self.problem.sinks is not None
         total = torch.zeros_like(self.problem.sinks, dtype=self.lse.dtype)
         for span in self.problem.spans:
             rows = slice(span.row_start, span.row_end)
-            weights = torch.exp(
-                self.problem.sinks.to(total.dtype)[:, None] - self.lse[span.batch, :, rows]
-            )
+            sinks = self.problem.sinks.to(total.dtype)[:, None]
+            weights = torch.exp(sinks - self.lse[span.batch, :, rows])
             total -= (weights * self.mean[span.batch, :, rows]).sum(-1)
         return total
 
@@ -136,7 +130,7 @@ class Gradients:
                     self._add(piece, block, head, heads, piece.positions(head, share, i))
 
     def _add(
-        self, piece: Piece, block: QueryBlock, head: int, heads: slice, positions: torch.Tensor
+        self, piece: Piece, block: QueryBlock, head: int, heads: slice, positions: Tensor
     ) -> None:
         """One query block: `heads` are its query heads, `positions` the keys they read, each
         once."""
@@ -152,9 +146,8 @@ class Gradients:
         lse, mean = self.lse[at][..., None], self.mean[at][..., None]
         for part in positions.split(max(1, LOGITS_AT_ONCE // (q.shape[0] * count))):
             index = span.key_start + part
-            k, v = (
-                x[span.batch, head].index_select(0, index).to(dtype) for x in (problem.k, problem.v)
-            )
+            of_head = (x[span.batch, head] for x in (problem.k, problem.v))
+            k, v = (x.index_select(0, index).to(dtype) for x in of_head)
             logits, slope = q @ k.T * problem.scale, None
             if problem.softcap is not None:
                 logits = torch.tanh(logits / problem.softcap)
@@ -171,6 +164,5 @@ class Gradients:
             self.q[at] += grad @ k
             # each key once in a call, so the order of the sums is that of the calls
             self.k[span.batch, head].index_add_(0, index, torch.einsum("grn,grd->nd", grad, q))
-            self.v[span.batch, head].index_add_(
-                0, index, torch.einsum("grn,grd->nd", weights, grad_out)
-            )
+            of_values = torch.einsum("grn,grd->nd", weights, grad_out)
+            self.v[span.batch, head].index_add_(0, index, of_values)

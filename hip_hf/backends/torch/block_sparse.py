@@ -11,10 +11,11 @@ from __future__ import annotations
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
 from hip_hf.cache.pages import KeyRows, PagedKeys, block_index, head_rows_of
-from hip_hf.geometry import QueryBlock
+from hip_hf.geometry import QueryBlock, rows_of_blocks
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import compute_dtype, scratch, widened
 
@@ -32,19 +33,6 @@ KEYS_OF_A_PIECE, KEYS_AT_ONCE = 512, 4096
 def alike(block: QueryBlock) -> tuple[int, int, int, int]:
     """What query blocks have in common that `partial` serves together."""
     return block.start, block.sink_end, block.rows, block.first - block.window_start
-
-
-def store_rows(
-    t: Tensors,
-    heads: slice,
-    group: slice,
-    blocks: list[QueryBlock],
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """Write out `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` of query blocks that
-    follow one another."""
-    store(t, (heads, group, slice(blocks[0].row, blocks[-1].row + blocks[-1].rows)), out, lse)
 
 
 def always_read(block: QueryBlock) -> tuple[int, int]:
@@ -66,17 +54,14 @@ class Logits:
     def __init__(
         self,
         t: Tensors,
-        heads: slice,
-        group: slice,
         blocks: list[QueryBlock],
-        ids: torch.Tensor | None,
+        ids: Tensor | None,
         block_k: int,
         near: bool = True,
         reserved: int = 0,
     ) -> None:
-        first, count = blocks[0], len(blocks)
-        n, k = first.rows, t.k[heads]
-        q = t.q[heads, group, first.row : first.row + count * n]
+        first, count, n = blocks[0], len(blocks), blocks[0].rows
+        q = t.q[:, :, rows_of_blocks(blocks)]
         self.t, self.blocks, self.near = t, blocks, near
         self.lanes, self.groups, _, dim = q.shape
         self.rows, self.count = self.groups * n, count
@@ -84,33 +69,28 @@ class Logits:
             ids = torch.empty(self.lanes, count, 0, dtype=torch.long, device=q.device)
         (sink, window), picked = always_read(first), ids.shape[2] * block_k
         self.total = sink + picked + reserved + window
-        self.places = (
-            [(0, sink + picked), (self.total - window, self.total)]
-            if near
-            else [(sink, sink + picked)]
-        )
+        self.places = [(0, sink + picked), (self.total - window, self.total)]
         if not near:
+            self.places = [(sink, sink + picked)]
             sink = window = 0
         self.picked, self.keys = picked, sink + picked + window
 
         self.like = q.new_empty(0, dtype=compute_dtype(q))
         self.queries = scratch.take("q", (count, self.lanes, self.groups, n, dim), self.like)
-        self.queries.copy_(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4)).mul_(
-            t.scale
-        )  # widened before it is scaled
+        self.queries.copy_(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4))
+        self.queries.mul_(t.scale)  # widened before it is scaled
         if t.positions is not None:
             self.queries = t.positions.streaming(self.queries, self.total)
-        self.chosen = [row.unbind(0) for row in block_index(k, ids, block_k).unbind(1)]
-        self.part = Parts("k", k, blocks, sink, picked, window, block_k)
+        self.chosen = [row.unbind(0) for row in block_index(t.k, ids, block_k).unbind(1)]
+        self.part = Parts("k", t.k, blocks, (sink, picked, window), block_k)
         self.k = scratch.take("k", tuple(self.part.all.shape), self.like)
         self.unseen = future(n, q.device)
         self.at = None
         if t.sliding_window is not None:
-            self.at = [
-                _positions(block, ids[:, i], block_k, near) for i, block in enumerate(blocks)
-            ]
+            each = zip(blocks, ids.unbind(1), strict=True)
+            self.at = [_positions(block, own, block_k, near) for block, own in each]
 
-    def fill(self, i: int, logits: torch.Tensor) -> None:
+    def fill(self, i: int, logits: Tensor) -> None:
         """Logits `[heads, G * rows, keys]` of the `i`-th query block: capped, what a row may not
         see masked."""
         t, block, n = self.t, self.blocks[i], self.blocks[0].rows
@@ -120,9 +100,8 @@ class Logits:
         if t.positions is None:
             torch.bmm(self.queries[i].flatten(1, 2), self.k.transpose(1, 2), out=logits)
         else:
-            t.positions.streaming_logits(
-                self.queries[i], self.k, self.places, self.total, out=logits
-            )
+            places, total = self.places, self.total
+            t.positions.streaming_logits(self.queries[i], self.k, places, total, out=logits)
         squash(logits, t.softcap)
         if n == 1 and self.at is None:
             return
@@ -133,7 +112,7 @@ class Logits:
             assert t.sliding_window is not None
             _mask_sliding(by_row, self.at[i], block.first, t.sliding_window)
 
-    def by_rows(self, x: torch.Tensor) -> torch.Tensor:
+    def by_rows(self, x: Tensor) -> Tensor:
         """`[len(blocks), heads, G * rows, ...]` -> `[heads, G, len(blocks) * rows, ...]`."""
         return x.unflatten(2, (self.groups, -1)).transpose(0, 1).transpose(1, 2).flatten(2, 3)
 
@@ -150,12 +129,12 @@ def in_parts(t: Tensors, blocks: list[QueryBlock]) -> list[slice]:
 
 
 def near_logits(
-    t: Tensors, heads: slice, blocks: list[QueryBlock], block_k: int, reserved: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    t: Tensors, blocks: list[QueryBlock], block_k: int, reserved: int
+) -> tuple[Tensor, Tensor]:
     """Logits `[len(blocks), heads, G * rows, sink + window]` of query blocks that are `alike` for
     what they always read, and the log-sum-exp `[heads, G, len(blocks) * rows]` of each row, in fp32
     at least. `reserved`: see `Logits`."""
-    of = Logits(t, heads, slice(None), blocks, None, block_k, reserved=reserved)
+    of = Logits(t, blocks, None, block_k, reserved=reserved)
     logits = scratch.take("near", (of.count, of.lanes, of.rows, of.keys), of.like)
     lse = torch.empty(of.count, of.lanes, of.rows, dtype=of.lse_dtype, device=of.like.device)
     wide = scratch.take("wide", tuple(logits.shape[1:]), lse)
@@ -167,28 +146,26 @@ def near_logits(
 
 def partial(
     t: Tensors,
-    heads: slice,
-    group: slice,
     blocks: list[QueryBlock],
-    ids: torch.Tensor | None,
+    ids: Tensor | None,
     block_k: int,
     need_lse: bool,
     near: bool = True,
-    known: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    known: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of query blocks that are `alike` over a part of what they read: the key blocks
     `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and window. Output
     `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` (without attention sinks), in the
     dtype that is multiplied in and fp32 at least. `known`: the logits of sink and window, as
-    `near_logits` gives them, of these heads."""
-    of = Logits(t, heads, group, blocks, ids, block_k, near=near and known is None)
-    v, (sink, window) = t.v[heads], always_read(blocks[0]) if near else (0, 0)
-    values = Parts("v", v, blocks, sink, of.picked, window, block_k)
+    `near_logits` gives them."""
+    of = Logits(t, blocks, ids, block_k, near=near and known is None)
+    sink, window = always_read(blocks[0]) if near else (0, 0)
+    values = Parts("v", t.v, blocks, (sink, of.picked, window), block_k)
     v_all = scratch.take("v", tuple(values.all.shape), of.like)
-    outputs = scratch.take("out", (of.count, of.lanes, of.rows, v.shape[-1]), of.like)
+    outputs = scratch.take("out", (of.count, of.lanes, of.rows, t.v.shape[-1]), of.like)
     logits = scratch.take("logits", (of.lanes, of.rows, sink + of.picked + window), of.like)
     selected = logits if known is None else logits[..., sink : sink + of.picked]
-    lses: list[torch.Tensor] = []
+    lses: list[Tensor] = []
     for i in range(of.count):
         values.fill(i, of.chosen[i])
         if values.all.dtype != v_all.dtype:
@@ -205,16 +182,9 @@ def partial(
 
 
 def attend(
-    t: Tensors,
-    heads: slice,
-    group: slice,
-    blocks: list[QueryBlock],
-    ids: torch.Tensor,
-    block_k: int,
-    known: torch.Tensor | None = None,
+    t: Tensors, blocks: list[QueryBlock], ids: Tensor, block_k: int, known: Tensor | None = None
 ) -> None:
-    """Sparse attention of query blocks, for the key heads `heads` and the query heads `group` of
-    each.
+    """Sparse attention of query blocks.
 
     `ids` `[heads, len(blocks), n]`: the sorted key blocks that each query block reads between sink
     and window. `known`: the logits of sink and window, of query blocks that are `alike`.
@@ -225,22 +195,12 @@ def attend(
         need_lse = t.lse is not None or t.sinks is not None
         some = ids[:, at : at + len(run)]
         known_some = None if known is None else known[at : at + len(run)]
-        store_rows(
-            t,
-            heads,
-            group,
-            run,
-            *partial(t, heads, group, run, some, block_k, need_lse, known=known_some),
-        )
+        found = partial(t, run, some, block_k, need_lse, known=known_some)
+        store(t, rows_of_blocks(run), *found)
         at += len(run)
 
 
-def weigh_values(
-    logits: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    need_lse: bool,
-) -> torch.Tensor | None:
+def weigh_values(logits: Tensor, v: Tensor, out: Tensor, need_lse: bool) -> Tensor | None:
     """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`, into
     `out` `[N, rows, Dv]`. Returns their log-sum-exp `[N, rows]` (fp32 at least) if it is wanted."""
     if not need_lse:
@@ -255,7 +215,7 @@ def weigh_values(
     return lse
 
 
-def exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Exponentials of logits `[..., keys]`, in their place, over each row's highest. Returns their
     sum `[..., 1]` and the log-sum-exp `[...]` of the logits, both in fp32 at least. A row whose
     logits have all overflowed to -inf weighs nothing beside what else it reads, and is no NaN."""
@@ -267,25 +227,20 @@ def exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 class Parts:
     """A buffer `[heads, sink + picked + window, D]` for the keys (or values) that one query block
-    reads, and views of it."""
+    reads, and views of it; `sizes`: `(sink, picked, window)`."""
 
     def __init__(
         self,
         name: str,
         x: KeyRows,
         blocks: list[QueryBlock],
-        sink: int,
-        picked: int,
-        window: int,
+        sizes: tuple[int, int, int],
         block_k: int,
     ) -> None:
-        heads, _, dim = x.shape
-        first = blocks[0]
-        self.name = name
-        self.all = scratch.take(name, (heads, sink + picked + window, dim), x)
-        self.all[:, :sink] = x[
-            :, first.start : first.start + sink
-        ]  # the same for every query block
+        (heads, _, dim), (sink, picked, window), first = x.shape, sizes, blocks[0]
+        self.all = scratch.take(name, (heads, sum(sizes), dim), x)
+        # the same for every query block
+        self.all[:, :sink] = x[:, first.start : first.start + sink]
         self.lanes = head_rows_of(x, block_k)
         into = [lane[sink : sink + picked] for lane in self.all]
         self.picked = [
@@ -298,7 +253,7 @@ class Parts:
             windows = x[:, first.window_start : blocks[-1].last + 1].unfold(1, window, first.rows)
             self.windows = windows.transpose(2, 3).unbind(1)
 
-    def fill(self, i: int, chosen: tuple[torch.Tensor, ...]) -> None:
+    def fill(self, i: int, chosen: tuple[Tensor, ...]) -> None:
         """Bring what the `i`-th query block reads: of each head the rows of its `chosen` key
         blocks, and the window."""
         for lane, index, into in zip(self.lanes, chosen, self.picked, strict=True):
@@ -308,35 +263,31 @@ class Parts:
             self.window.copy_(self.windows[i])
 
 
-def attend_range(t: Tensors, heads: slice, group: slice, block: QueryBlock) -> None:
+def attend_range(t: Tensors, block: QueryBlock) -> None:
     """Attention of one query block to every key from `block.start` on, read where it lies; tile by
     tile if they are many."""
-    q = t.q[heads, group, block.row : block.row + block.rows]
+    own = rows_of_blocks([block])
+    q = t.q[:, :, own]
     lanes, groups, n, dim = q.shape
     like = q.new_empty(0, dtype=compute_dtype(q))
     query = scratch.take("q", (lanes, groups, n, dim), like)
     query.copy_(q).mul_(t.scale)
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
-    parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    parts: list[tuple[Tensor, Tensor | None]] = []
     end = block.last + 1
     cuts = [] if t.positions is None else t.positions.cuts(block.first, block.last)
     cuts = [*cuts, *(cut for cut in cuts_of(t.k, block.start, end) if cut <= end - n)]
-    while (
-        end > block.start
-    ):  # from the last key down, so that the rows' own keys are whole in one tile
+    while end > block.start:  # from the last key down, so that the rows' own are whole in one tile
         first = max([block.start, end - tile, *(cut for cut in cuts if cut < end)])
-        parts.append(
-            _attend_tile(
-                t, heads, query, block, first, end, merge=len(parts) > 0 or first > block.start
-            )
-        )
+        several = len(parts) > 0 or first > block.start
+        parts.append(_attend_tile(t, query, block, first, end, merge=several))
         end = first
     out, lse = parts[0]
     for more, more_lse in parts[1:]:
         assert lse is not None
         assert more_lse is not None
         lse = merge(out, lse, more, more_lse)
-    store(t, (heads, group, slice(block.row, block.row + n)), out, lse)
+    store(t, own, out, lse)
 
 
 def cuts_of(k: KeyRows, start: int, end: int) -> list[int]:
@@ -350,18 +301,12 @@ def cuts_of(k: KeyRows, start: int, end: int) -> list[int]:
 
 
 def _attend_tile(
-    t: Tensors,
-    heads: slice,
-    query: torch.Tensor,
-    block: QueryBlock,
-    first: int,
-    end: int,
-    merge: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    t: Tensors, query: Tensor, block: QueryBlock, first: int, end: int, merge: bool
+) -> tuple[Tensor, Tensor | None]:
     """Attention to the keys `first` to `end - 1`, and the log-sum-exp if the caller or a `merge`
     with other tiles needs it."""
     lanes, groups, n, _ = query.shape
-    k, v = (x[heads, first:end].to(query.dtype) for x in (t.k, t.v))
+    k, v = (x[:, first:end].to(query.dtype) for x in (t.k, t.v))
     logits = scratch.take("logits", (lanes, groups * n, end - first), k)
     if t.positions is None:
         torch.bmm(query.flatten(1, 2), k.transpose(1, 2), out=logits)
@@ -382,21 +327,19 @@ def _attend_tile(
     return (out.to(lse.dtype, copy=True) if merge else out), lse.view(lanes, groups, n)
 
 
-def store(
-    t: Tensors, into: tuple[slice, slice, slice], out: torch.Tensor, lse: torch.Tensor | None
-) -> None:
-    """Write out and log-sum-exp; sinks are an extra logit, which scales the output by
-    `sigmoid(lse - sink)`."""
+def store(t: Tensors, rows: slice, out: Tensor, lse: Tensor | None) -> None:
+    """Write out `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` of query rows; sinks are
+    an extra logit, which scales the output by `sigmoid(lse - sink)`."""
     if t.sinks is not None:
         assert lse is not None
-        add_sinks(out, lse, t.sinks[into[0], into[1]])
-    t.out[into] = out
+        add_sinks(out, lse, t.sinks)
+    t.out[:, :, rows] = out
     if t.lse is not None:
         assert lse is not None
-        t.lse[into] = lse
+        t.lse[:, :, rows] = lse
 
 
-def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     """Let the extra logits `sinks` `[Hkv, G]` take part in a softmax: changes out `[Hkv, G, n, Dv]`
     and lse `[Hkv, G, n]`."""
     sink = sinks[..., None].to(lse.dtype)
@@ -404,10 +347,10 @@ def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None
     torch.logaddexp(lse, sink, out=lse)
 
 
-_triangles: dict[tuple[int, torch.device], torch.Tensor] = {}
+_triangles: dict[tuple[int, torch.device], Tensor] = {}
 
 
-def future(size: int, device: torch.device) -> torch.Tensor:
+def future(size: int, device: torch.device) -> Tensor:
     """`[size, size]`: where a row of a block may not see a later row's key. Whatever its logit is,
     also infinite or NaN: nothing that is added to it would hide that."""
     key = (size, device)
@@ -417,19 +360,17 @@ def future(size: int, device: torch.device) -> torch.Tensor:
     return _triangles[key]
 
 
-def _positions(block: QueryBlock, ids: torch.Tensor, block_k: int, near: bool) -> torch.Tensor:
+def _positions(block: QueryBlock, ids: Tensor, block_k: int, near: bool) -> Tensor:
     """Positions `[heads, keys]` of the keys that `Parts.fill` brings."""
     selected = (ids[..., None] * block_k + torch.arange(block_k, device=ids.device)).flatten(1)
     if not near:
         return selected
-    sink = torch.arange(block.start, block.sink_end, device=ids.device).expand(len(ids), -1)
-    window = torch.arange(block.window_start, block.last + 1, device=ids.device).expand(
-        len(ids), -1
-    )
-    return torch.cat([sink, selected, window], dim=1)
+    ends = ((block.start, block.sink_end), (block.window_start, block.last + 1))
+    parts = [torch.arange(*some, device=ids.device).expand(len(ids), -1) for some in ends]
+    return torch.cat([parts[0], selected, parts[1]], dim=1)
 
 
-def _mask_sliding(logits: torch.Tensor, position: torch.Tensor, first: int, window: int) -> None:
+def _mask_sliding(logits: Tensor, position: Tensor, first: int, window: int) -> None:
     """Hide from each row the keys that have left its window; logits `[heads, G, rows, keys]`,
     position `[heads or 1, keys]`."""
     row = torch.arange(first, first + logits.shape[2], device=logits.device)[:, None]

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.base import Result
 from hip_hf.backends.keys_read import known
@@ -61,9 +62,8 @@ class Gathered:
 
     def holds(self, selection: KeptSelection | None, position: int) -> bool:
         """Whether the step at `position` under `selection` has only to add its own key."""
-        return (
-            self.selection is not None and self.selection is selection and self.position == position
-        )
+        mine = self.selection is not None and self.selection is selection
+        return mine and self.position == position
 
     def serves(self, selection: KeptSelection | None, position: int) -> bool:
         """Whether it holds the step at `position`, and nothing is to be selected for it."""
@@ -85,37 +85,30 @@ class Gathered:
         self.count = count - 1
         for name, x, into in (("k", t.k, self.k), ("v", t.v, self.v)):
             into[:, :sink] = x[:, block.start : block.sink_end]
-            middle = into[:, sink : sink + picked]
+            chosen = into[:, sink : sink + picked]
             if x.dtype == into.dtype:
-                pick(x, ids, size, middle)
+                pick(x, ids, size, chosen)
             else:
-                middle.copy_(
-                    pick(
-                        x,
-                        ids,
-                        size,
-                        scratch.take(name, tuple(middle.shape), into.new_empty(0, dtype=x.dtype)),
-                    )
-                )
+                like = into.new_empty(0, dtype=x.dtype)
+                raw = scratch.take(name, tuple(chosen.shape), like)
+                chosen.copy_(pick(x, ids, size, raw))
             into[:, sink + picked : self.count] = x[:, block.window_start : block.last]
-        self.v[:, self.count :] = (
-            0  # else what they held before, were it infinite or NaN, would count though it weighs nothing
-        )
+        # else what they held before, were it infinite or NaN, would count though it weighs nothing
+        self.v[:, self.count :] = 0
         if t.positions is not None:
-            self.k[:, : self.count] = t.positions.rope.keys(
-                self.k[:, : self.count], 0, t.positions.trained
-            )
+            keys = self.k[:, : self.count]
+            keys.copy_(t.positions.rope.keys(keys, 0, t.positions.trained))
         self.selection, self.position, self.until = selection, block.last, until
 
     def attend(
         self,
-        q: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sinks: torch.Tensor | None,
+        q: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
         problem: AttentionProblem,
         need_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position, and attend
         from the query row `[Hkv, G, 1, D]` there, with sinks `[Hkv, G]`: output `[Hkv, G, 1, Dv]`
         in the dtype that is multiplied in, log-sum-exp `[Hkv, G, 1]` if asked for or with sinks."""
@@ -151,23 +144,16 @@ def gathered_rows(
 ) -> list[RowState] | None:
     """Of a decode step that selects nothing and whose own keys alone are not yet gathered, as most
     steps are: what is kept of each span's row. None where there is more to do."""
-    if (
-        problem.q.shape[2] > 1
-        or not problem.spans
-        or problem.sliding_window is not None
-        or problem.needs_grad
-    ):
+    if problem.q.shape[2] > 1 or not problem.spans or problem.sliding_window is not None:
         return None
-    if not state.bound(config, problem.k):
+    if problem.needs_grad or not state.bound(config, problem.k):
         return None
     rows = []
     for span in problem.spans:
         row = state.rows.get(span.batch)
-        if (
-            row is None
-            or row.gathered is None
-            or (row.key_start, row.position) != (span.key_start, span.position)
-        ):
+        if row is None or row.gathered is None:
+            return None
+        if (row.key_start, row.position) != (span.key_start, span.position):
             return None
         if not row.gathered.serves(row.selection, span.position):
             return None
@@ -175,7 +161,7 @@ def gathered_rows(
     return rows
 
 
-def new_keys(problem: AttentionProblem) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def new_keys(problem: AttentionProblem) -> Iterator[tuple[Tensor, Tensor]]:
     """The last key `[Hkv, 1, D]` and value `[Hkv, 1, Dv]` of every span."""
     for span in problem.spans:
         end = span.key_start + span.end
@@ -186,9 +172,9 @@ def new_keys(problem: AttentionProblem) -> Iterator[tuple[torch.Tensor, torch.Te
 def attend_next(
     problem: AttentionProblem,
     rows: list[RowState],
-    new: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
+    new: Iterable[tuple[Tensor, Tensor]],
+    out: Tensor,
+    lse: Tensor | None,
 ) -> Result:
     """A decode step of which all but its own keys and values, `new` (as `new_keys` gives them), is
     gathered in `rows`, one for each span: into out `[B, Hq, 1, Dv]` and lse `[B, Hq, 1]`."""

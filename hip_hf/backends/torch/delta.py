@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.delta import DeltaCall, Plan
 from hip_hf.backends.tensors import Tensors, tensors_of
@@ -14,18 +15,16 @@ from hip_hf.state import Correction
 class DeltaAttention(DeltaCall):
     """One call on any device, by PyTorch's operations."""
 
-    def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[Tensor, Tensor]:
         return attend_positions(t, at, span.position)
 
     def attend_tail(self, t: Tensors, span: Span, end: int) -> None:
         rows = slice(end - span.position, None)
         assert t.lse is not None
-        t.out[:, :, rows], t.lse[:, :, rows] = attend_positions(
-            t, range(end, span.end), span.position
-        )
+        found = attend_positions(t, range(end, span.end), span.position)
+        t.out[:, :, rows], t.lse[:, :, rows] = found
 
     def correct(self, plans: list[Plan]) -> list[Correction | None]:
-        """Correct the rows of every plan; the corrections that hold after their last rows."""
         return [self._correct(plan) for plan in plans]
 
     def _correct(self, plan: Plan) -> Correction | None:
@@ -51,7 +50,7 @@ class DeltaAttention(DeltaCall):
         return Correction(at[-1], out[:, :, -1].clone(), lse[:, :, -1].clone())
 
 
-def spread(difference: torch.Tensor, at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def spread(difference: Tensor, at: Tensor, rows: Tensor) -> Tensor:
     """Differences `[Hkv, G, anchors, ...]` at the positions `at`, brought to those of the rows,
     each of which is at an anchor or after one."""
     return difference[:, :, torch.searchsorted(at, rows, right=True) - 1]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.base import Piece
 from hip_hf.backends.sdpa import grouped_sdpa
@@ -23,20 +24,18 @@ ROWS_AT_ONCE = 64
 LOGITS_ON_GPU = 1 << 27
 
 
-def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, slice, QueryBlock]]:
-    """Arguments of `attend_range` for a dense computation of the query rows from `first` on: head
-    by head, a single row for all heads at once, which takes as little as the operations that it is
-    made of."""
+def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, QueryBlock]]:
+    """Key heads and query rows for each `attend_range` of a dense computation of the query rows
+    from `first` on: head by head, a single row for all heads at once, which takes as little as the
+    operations that it is made of."""
     tasks, lanes = [], t.q.shape[0]
-    heads = (
-        [slice(0, lanes)] if span.rows == 1 else [slice(head, head + 1) for head in range(lanes)]
-    )
+    each = lanes if span.rows == 1 else 1
     for row in range(first, span.rows, ROWS_AT_ONCE):
         last = min(row + ROWS_AT_ONCE, span.rows) - 1
         position = span.position + row
         start = 0 if t.sliding_window is None else max(0, position - t.sliding_window + 1)
         block = QueryBlock(row, position, span.position + last, start, start, 0, 0, start)
-        tasks += [(some, slice(None), block) for some in heads]
+        tasks += [(slice(head, head + each), block) for head in range(0, lanes, each)]
     return tasks
 
 
@@ -50,9 +49,9 @@ def attend_rows(t: Tensors, first: int, span: Span, pieces: list[Piece] | None =
             return
     tasks = range_tasks(t, first, span)
     if pieces is not None:
-        pieces += [Piece(span, heads, [block], None, 1, span.rows) for heads, _, block in tasks]
+        pieces += [Piece(span, heads, [block], None, 1, span.rows) for heads, block in tasks]
     if not served:
-        run(lambda task: attend_range(t, *task), tasks, t.q.device)
+        run(lambda task: attend_range(t.part(task[0]), task[1]), tasks, t.q.device)
 
 
 def sdpa_serves(problem: AttentionProblem, need_lse: bool) -> bool:
@@ -71,12 +70,8 @@ def sdpa_serves_masked(problem: AttentionProblem, need_lse: bool) -> bool:
     """Whether PyTorch's attention can compute the problem with a mask where rows see other keys
     than all up to their own: chunks of prompts, and sliding windows. On a GPU that is far fewer
     launches than block by block; a CPU has `fused`."""
-    return (
-        not need_lse
-        and problem.positions is None
-        and problem.softcap is None
-        and problem.sinks is None
-    )
+    plain = problem.positions is None and problem.softcap is None and problem.sinks is None
+    return plain and not need_lse
 
 
 def _in_one_piece(problem: AttentionProblem, span: Span) -> bool:
@@ -91,14 +86,11 @@ def alike(problem: AttentionProblem) -> bool:
         return False
     first = problem.spans[0]
     kinds = {(s.key_start, s.key_start + s.end, s.row_start, s.row_end) for s in problem.spans}
-    return (
-        len(problem.spans) == len(problem.q)
-        and len(kinds) == 1
-        and first.rows == problem.q.shape[2]
-    )
+    every = len(problem.spans) == len(problem.q) and first.rows == problem.q.shape[2]
+    return every and len(kinds) == 1
 
 
-def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> torch.Tensor:
+def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> Tensor:
     """PyTorch's attention of a span's rows to its keys, for the batch rows `batch`:
     `[batch, Hq, rows, Dv]`."""
     q = problem.q[batch, :, span.row_start : span.row_end]
@@ -109,10 +101,8 @@ def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> t
         return grouped_sdpa(q, k, v, problem.scale, span.rows > 1)
     # PyTorch may hold the logits of all rows of a mask; more rows than a window would multiply what
     # none of them sees
-    step, outs = (
-        min(max(1, LOGITS_ON_GPU // (span.end * len(k) * k.shape[1])), max(window, ROWS_AT_ONCE)),
-        [],
-    )
+    step = max(1, LOGITS_ON_GPU // (span.end * len(k) * k.shape[1]))
+    step, outs = min(step, max(window, ROWS_AT_ONCE)), []
     for row in range(0, span.rows, step):
         some, first = q[:, :, row : row + step], span.position + row
         end = first + some.shape[2]
@@ -124,7 +114,7 @@ def sdpa(problem: AttentionProblem, span: Span, batch: slice = slice(None)) -> t
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
-def _range(x: torch.Tensor, span: Span, batch: slice, begin: int) -> torch.Tensor:
+def _range(x: Tensor, span: Span, batch: slice, begin: int) -> Tensor:
     """A span's keys (or values) from position `begin` on, `[batch, Hkv, end - begin, D]`."""
     first, last = span.key_start + begin, span.key_start + span.end
     if isinstance(x, PagedTensor):
@@ -133,8 +123,8 @@ def _range(x: torch.Tensor, span: Span, batch: slice, begin: int) -> torch.Tenso
 
 
 def masked(
-    problem: AttentionProblem, visible: Callable[[int, int], torch.Tensor], need_lse: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    problem: AttentionProblem, visible: Callable[[int, int], Tensor], need_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Attention under an arbitrary mask, for what spans cannot say and for what traces tensors; a
     few rows at a time.
 
@@ -143,10 +133,7 @@ def masked(
     Returns the output and, if asked for, the log-sum-exp. A row that sees nothing (no True, or
     nothing above minus infinity) gives 0 and -inf.
     """
-    k, v = (
-        problem.k.repeat_interleave(problem.groups, 1),
-        problem.v.repeat_interleave(problem.groups, 1),
-    )
+    k, v = (x.repeat_interleave(problem.groups, 1) for x in (problem.k, problem.v))
     rows = problem.q.shape[2]
     # an exported graph may be for any number of rows
     step = rows if exporting() else max(1, LOGITS_AT_ONCE // (k.shape[0] * k.shape[1] * k.shape[2]))
@@ -155,30 +142,23 @@ def masked(
     parts = []
     for at in range(0, rows, step):
         end = min(at + step, rows)
-        parts.append(
-            _masked_rows(problem, problem.q[:, :, at:end], k, v, visible(at, end), need_lse)
-        )
+        some = problem.q[:, :, at:end]
+        parts.append(_masked_rows(problem, some, k, v, visible(at, end), need_lse))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2) if need_lse else None
 
 
 def _masked_rows(
-    problem: AttentionProblem,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    need_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    problem: AttentionProblem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """The query rows q under `mask`, with as many key heads as query heads. Without writes in
     place: `torch.func` allows none."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = (q @ k.transpose(2, 3)).to(dtype) * problem.scale
     if problem.softcap is not None:
         logits = torch.tanh(logits / problem.softcap) * problem.softcap
-    lowest = torch.finfo(
-        dtype
-    ).min  # finite, so that a row that sees nothing has no NaN in its gradient
+    # finite, so that a row that sees nothing has no NaN in its gradient
+    lowest = torch.finfo(dtype).min
     if mask.dtype == torch.bool:
         seen = mask
     else:
@@ -197,20 +177,20 @@ def _masked_rows(
 
 
 def sight(
-    problem: AttentionProblem, key_start: torch.Tensor | None, q_start: torch.Tensor | None
-) -> Callable[[int, int], torch.Tensor]:
+    problem: AttentionProblem, key_start: Tensor | None, q_start: Tensor | None
+) -> Callable[[int, int], Tensor]:
     """What rows `first` to `last - 1` see, boolean `[B or 1, 1, last - first, Tk]`, for `masked`.
     Looks at no numbers."""
     rows, keys, device = problem.q.shape[2], problem.k.shape[2], problem.q.device
 
-    def column(x: torch.Tensor) -> torch.Tensor:
+    def column(x: Tensor) -> Tensor:
         return torch.as_tensor(x, device=device)[:, None, None, None]
 
     begin = 0 if key_start is None else column(key_start)
     start = keys - rows if q_start is None else column(q_start)
     key = torch.arange(keys, device=device)
 
-    def sight(first: int, last: int) -> torch.Tensor:
+    def sight(first: int, last: int) -> Tensor:
         row = torch.arange(first, last, device=device)[:, None] + start
         seen = (key >= begin) & (key <= row)
         if problem.sliding_window is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
 from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, add_sinks, exponentiate
@@ -22,8 +23,8 @@ def rows_at_once(groups: int) -> int:
 
 
 def attend_exact(
-    t: Tensors, head: int, rows: slice | torch.Tensor, at: Sequence[int], start: int
-) -> tuple[torch.Tensor, ...]:
+    t: Tensors, head: int, rows: slice | Tensor, at: Sequence[int], start: int
+) -> tuple[Tensor, ...]:
     """Output `[G, n, Dv]` and log-sum-exp `[G, n]`, in fp32 at least, without sinks, of the query
     rows `rows` at the ascending positions `at`, over the keys from `start` on; tile by tile if they
     are many."""
@@ -38,16 +39,16 @@ def attend_exact(
         more, more_lse = _tile(t, head, query, at, first, min(first + tile, at[-1] + 1))
         if out is None or lse is None:
             out, lse = more, more_lse
-            continue
-        lse = merge(out, lse, more, more_lse)
+        else:
+            lse = merge(out, lse, more, more_lse)
     assert out is not None
     assert lse is not None
     return out.view(groups, count, -1), lse.view(groups, count)
 
 
 def _tile(
-    t: Tensors, head: int, query: torch.Tensor, at: Sequence[int], first: int, end: int
-) -> tuple[torch.Tensor, ...]:
+    t: Tensors, head: int, query: Tensor, at: Sequence[int], first: int, end: int
+) -> tuple[Tensor, ...]:
     """Attention to the keys `first` to `end - 1`: output `[1, G * n, Dv]` and log-sum-exp
     `[1, G * n]`."""
     k, v = (x[head : head + 1, first:end].to(query.dtype) for x in (t.k, t.v))
@@ -61,16 +62,15 @@ def _tile(
     position = torch.tensor(at, device=query.device)[:, None]
     if end > at[0] + 1:
         low = max(first, at[0] + 1)
-        by_row[..., low - first :].masked_fill_(
-            torch.arange(low, end, device=query.device) > position, never
-        )
+        later = torch.arange(low, end, device=query.device) > position
+        by_row[..., low - first :].masked_fill_(later, never)
     if t.sliding_window is not None:
         key = torch.arange(first, end, device=query.device)
         by_row.masked_fill_(key <= position - t.sliding_window, never)
     return weigh(logits, v)
 
 
-def weigh(logits: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def weigh(logits: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`: output
     `[N, rows, Dv]` and log-sum-exp `[N, rows]`, in fp32 at least. Unlike `weigh_values` it takes
     exponentials of half precision as they are, and leaves the output in fp32."""
@@ -79,9 +79,7 @@ def weigh(logits: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return out / total, lse
 
 
-def attend_positions(
-    t: Tensors, at: Sequence[int], first: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[Tensor, Tensor]:
     """Dense attention of the rows at the ascending positions `at`, of a span whose first row sits
     at `first`: output `[Hkv, G, n, Dv]` and log-sum-exp `[Hkv, G, n]` with sinks, in fp32 at
     least."""
@@ -96,15 +94,11 @@ def attend_positions(
         some = at[low : low + step]
         start = 0 if t.sliding_window is None else max(0, some[0] - t.sliding_window + 1)
         rows = torch.tensor(some, device=t.q.device) - first
-        out[head, :, low : low + step], lse[head, :, low : low + step] = attend_exact(
-            t, head, rows, some, start
-        )
+        into = (head, slice(None), slice(low, low + step))
+        out[into], lse[into] = attend_exact(t, head, rows, some, start)
 
-    run(
-        attend,
-        [(head, low) for low in range(0, len(at), step) for head in range(heads)],
-        t.q.device,
-    )
+    tasks = [(head, low) for low in range(0, len(at), step) for head in range(heads)]
+    run(attend, tasks, t.q.device)
     if t.sinks is not None:
         add_sinks(out, lse, t.sinks)
     return out, lse

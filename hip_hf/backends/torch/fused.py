@@ -10,6 +10,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
 from hip_hf.backends.torch.block_sparse import cuts_of, store
@@ -36,11 +37,10 @@ def attend_rows(t: Tensors, first: int, span: Span) -> None:
     half as long again."""
     rows, at = slice(first, span.rows), span.position + first
     q = t.q[:, :, rows]
-    q = (
-        q if q.stride(-1) == 1 else q.contiguous()
-    )  # which the operator takes for granted; keys and values are so
+    # which the operator takes for granted; keys and values are so
+    q = q if q.stride(-1) == 1 else q.contiguous()
 
-    def keys(start: int, end: int) -> list[torch.Tensor]:
+    def keys(start: int, end: int) -> list[Tensor]:
         return [x[:, start:end][:, None].expand(-1, q.shape[1], -1, -1) for x in (t.k, t.v)]
 
     out, lse = attention(q, *keys(at, span.end), is_causal=True, scale=t.scale)
@@ -48,4 +48,4 @@ def attend_rows(t: Tensors, first: int, span: Span) -> None:
     for start, end in pairwise([0, *cuts_of(t.k, 0, at), at] if at else []):
         before, before_lse = attention(q, *keys(start, end), scale=t.scale)
         lse = merge(out, lse, before.to(lse.dtype), before_lse)
-    store(t, (slice(None), slice(None), rows), out, lse)
+    store(t, rows, out, lse)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.hyper import HyperCall
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
@@ -48,9 +49,9 @@ class Orders:
 
     square: Square
     tiling: Tiling
-    rows: torch.Tensor
-    keys: torch.Tensor
-    samples: torch.Tensor
+    rows: Tensor
+    keys: Tensor
+    samples: Tensor
 
 
 class HyperAttention(HyperCall):
@@ -76,47 +77,37 @@ class HyperAttention(HyperCall):
         leaves, levels = split(span.position, span.end, self.options.min_seq_len)
         run(lambda task: attend_leaf(parts, span, *task), leaf_tasks(parts, leaves), t.q.device)
         if levels:
-            assert isinstance(t.k, torch.Tensor)
+            assert isinstance(t.k, Tensor)
             directions = projections(self.options, t.q.shape[-1], self.config.seed, t.q.device)
             codes = hashes(t.q, directions), hashes(t.k, directions)
         for level in levels:
-            orders = [self._order(square, codes, span) for square in level]
-            run(
-                lambda task: attend_square(parts, span, *task),
-                square_tasks(parts, orders),
-                t.q.device,
-            )
+            tasks = square_tasks(parts, [self._order(square, codes, span) for square in level])
+            run(lambda task: attend_square(parts, span, *task), tasks, t.q.device)
         if t.sinks is not None:
             add_sinks(out, lse, t.sinks)
         if out is not t.out:
             t.out.copy_(out)
 
-    def _order(
-        self, square: Square, codes: tuple[torch.Tensor, torch.Tensor], span: Span
-    ) -> Orders:
+    def _order(self, square: Square, codes: tuple[Tensor, Tensor], span: Span) -> Orders:
         rows, keys = codes
         rows = rows[..., square.first - span.position : square.end - span.position]
         keys = keys[..., square.key_first : square.key_end]
         tiling = tile(square, self.options, keys.device)
         samples = sampled_ranks(square, tiling.samples, self.config.seed, keys.device)
-        by_hash = [x.argsort(dim=-1, stable=True) for x in (rows, keys)]
-        return Orders(
-            square, tiling, by_hash[0] + square.first, by_hash[1] + square.key_first, samples
-        )
+        rows, keys = (x.argsort(dim=-1, stable=True) for x in (rows, keys))
+        return Orders(square, tiling, rows + square.first, keys + square.key_first, samples)
 
 
 def leaf_tasks(t: Tensors, leaves: list[Leaf]) -> list[tuple[int, int, int, int]]:
     """Arguments of `attend_leaf`: a key head, and where some of a leaf's rows begin and end, and
     its keys begin."""
-    tasks = []
     rows = rows_at_once(t.q.shape[1])
-    for leaf in leaves:
-        for first in range(leaf.first, leaf.end, rows):
-            tasks += [
-                (head, first, min(first + rows, leaf.end), leaf.start)
-                for head in range(t.q.shape[0])
-            ]
-    return tasks
+    return [
+        (head, first, min(first + rows, leaf.end), leaf.start)
+        for leaf in leaves
+        for first in range(leaf.first, leaf.end, rows)
+        for head in range(t.q.shape[0])
+    ]
 
 
 def attend_leaf(t: Tensors, span: Span, head: int, first: int, end: int, start: int) -> None:
@@ -124,9 +115,8 @@ def attend_leaf(t: Tensors, span: Span, head: int, first: int, end: int, start: 
     into `out` and `lse`."""
     assert t.lse is not None
     rows = slice(first - span.position, end - span.position)
-    t.out[head, :, rows], t.lse[head, :, rows] = attend_exact(
-        t, head, rows, range(first, end), start
-    )
+    found = attend_exact(t, head, rows, range(first, end), start)
+    t.out[head, :, rows], t.lse[head, :, rows] = found
 
 
 def square_tasks(t: Tensors, orders: list[Orders]) -> list[tuple[Orders, int, int, int]]:
@@ -146,92 +136,53 @@ def attend_square(t: Tensors, span: Span, order: Orders, head: int, group: int, 
     """Attend from some query blocks of a square to their own blocks and to the sample, and merge
     that into `out` and `lse`."""
     assert t.lse is not None
-    tiling, q, dtype = order.tiling, t.q[head, group], compute_dtype(t.q)
-    starts = tiling.starts[at : at + BLOCKS_AT_ONCE]
-    index = (
-        order.rows[head, group, at * tiling.rows : (at + len(starts)) * tiling.rows] - span.position
-    )
-    ranks = order.samples
-    own = order.keys[
-        head, starts[:, None] + torch.arange(tiling.size, device=q.device)
-    ]  # [blocks, size]
-    counted = (ranks >= starts[:, None]) & (ranks < starts[:, None] + tiling.size)
-    bias = torch.zeros(counted.shape, dtype=dtype, device=q.device)
+    tiling, ranks, device = order.tiling, order.samples, t.q.device
+    starts = tiling.starts[at : at + BLOCKS_AT_ONCE, None]
+    some = slice(at * tiling.rows, (at + len(starts)) * tiling.rows)
+    rows = order.rows[head, group, some] - span.position
+    own = order.keys[head, starts + torch.arange(tiling.size, device=device)]  # [blocks, size]
+    keys = torch.cat([own, order.keys[head, ranks].expand(len(own), -1)], dim=1)
+    counted = (ranks >= starts) & (ranks < starts + tiling.size)
+    bias = torch.zeros(counted.shape, dtype=compute_dtype(t.q), device=device)
     if tiling.samples:
         bias.add_(math.log(order.square.keys / tiling.samples)).masked_fill_(counted, -torch.inf)
 
-    whole = len(index) // tiling.rows
-    cuts = [
-        (i, min(BLOCKS_IN_PRODUCT, whole - i), tiling.rows)
-        for i in range(0, whole, BLOCKS_IN_PRODUCT)
-    ]
-    if len(index) % tiling.rows:
-        cuts.append((whole, 1, len(index) % tiling.rows))
-    for first, count, rows in cuts:
-        where = index[first * tiling.rows :][: count * rows]
+    whole, rest = divmod(len(rows), tiling.rows)
+    firsts = range(0, whole, BLOCKS_IN_PRODUCT)
+    cuts = [(i, min(BLOCKS_IN_PRODUCT, whole - i), tiling.rows) for i in firsts]
+    if rest:
+        cuts.append((whole, 1, rest))
+    out, lse = t.out[head, group], t.lse[head, group]
+    for first, count, each in cuts:
+        where = rows[first * tiling.rows :][: count * each]
         blocks = slice(first, first + count)
-        out, lse = _attend_own(
-            t,
-            head,
-            q,
-            where.view(count, rows),
-            own[blocks],
-            order.keys[head, ranks],
-            bias[blocks],
-            dtype,
-        )
-        _merge(t.out[head, group], t.lse[head, group], where, out, lse)
+        found = _attend_own(t, head, group, where.view(count, each), keys[blocks], bias[blocks])
+        merged = out[where]
+        lse[where] = merge(merged, lse[where], *found)
+        out[where] = merged
 
 
 def _attend_own(
-    t: Tensors,
-    head: int,
-    q: torch.Tensor,
-    rows: torch.Tensor,
-    own: torch.Tensor,
-    sampled: torch.Tensor,
-    bias: torch.Tensor,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[blocks * rows, Dv]` and log-sum-exp of the rows `rows` `[blocks, rows]` over their
-    own keys `own` `[blocks, size]` and the keys `sampled` `[S]`, of which `bias` `[blocks, S]` is
-    added to the logits."""
-    assert isinstance(t.k, torch.Tensor)
-    assert isinstance(t.v, torch.Tensor)
-    count, size = own.shape
-    keys = size + len(sampled)
-    query = _bring("q", q, rows, (count, rows.shape[1]), dtype).mul_(t.scale)
-    index = torch.cat([own, sampled.expand(count, -1)], dim=1)
-    k, v = (
-        _bring(name, x[head], index, (count, keys), dtype) for name, x in (("k", t.k), ("v", t.v))
-    )
-    logits = scratch.take("logits", (count, rows.shape[1], keys), query)
+    t: Tensors, head: int, group: int, rows: Tensor, index: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output `[blocks * rows, Dv]` and log-sum-exp of the rows `rows` `[blocks, rows]` over the
+    keys `index` `[blocks, n]`; to the logits of the last of these `bias` `[blocks, S]` is added."""
+    assert isinstance(t.k, Tensor)
+    assert isinstance(t.v, Tensor)
+    query = _bring("q", t.q[head, group], rows, bias.dtype).mul_(t.scale)
+    k, v = (_bring(name, x[head], index, bias.dtype) for name, x in (("k", t.k), ("v", t.v)))
+    logits = scratch.take("logits", (*rows.shape, index.shape[1]), query)
     torch.bmm(query, k.transpose(1, 2), out=logits)
     squash(logits, t.softcap)
-    logits[..., size:].add_(bias[:, None])
+    logits[..., index.shape[1] - bias.shape[1] :].add_(bias[:, None])
     out, lse = weigh(logits, v)
     return out.flatten(0, 1), lse.flatten()
 
 
-def _bring(
-    name: str, x: torch.Tensor, index: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """The rows `index` of `x` `[rows, D]` as a buffer `[*shape, D]` in `dtype`."""
-    raw = scratch.take(name, (*shape, x.shape[-1]), x)
+def _bring(name: str, x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows `index` `[blocks, n]` of `x` `[rows, D]` as a buffer `[blocks, n, D]` in `dtype`."""
+    raw = scratch.take(name, (*index.shape, x.shape[-1]), x)
     torch.index_select(x, 0, index.reshape(-1), out=raw.flatten(0, 1))
     if raw.dtype == dtype:
         return raw
     return scratch.take(name, tuple(raw.shape), raw.new_empty(0, dtype=dtype)).copy_(raw)
-
-
-def _merge(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    where: torch.Tensor,
-    more: torch.Tensor,
-    more_lse: torch.Tensor,
-) -> None:
-    """Merge a partial result for the rows `where` into `out` `[rows, Dv]` and `lse` `[rows]`."""
-    whole = out[where]
-    lse[where] = merge(whole, lse[where], more, more_lse)
-    out[where] = whole

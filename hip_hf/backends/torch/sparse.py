@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.base import BlockSparseCall, Piece, steps_of
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
@@ -18,12 +19,13 @@ from hip_hf.backends.torch.block_sparse import (
     in_parts,
     near_logits,
     partial,
-    store_rows,
+    store,
 )
 from hip_hf.backends.torch.decode_buffer import Gathered, attend_next, new_keys
 from hip_hf.cache.pages import PagedKeys
-from hip_hf.geometry import QueryBlock, Span
-from hip_hf.methods.base import Bound, BoundByNeed
+from hip_hf.geometry import QueryBlock, Span, rows_of_blocks
+from hip_hf.methods.base import Bound
+from hip_hf.methods.need import BoundByNeed
 from hip_hf.state import DecodeState, KeptSelection, RowState
 from hip_hf.workers import compute_dtype, run
 
@@ -50,11 +52,10 @@ def portions(heads: int, blocks: int, workers: int) -> list[tuple[int, slice]]:
 
 def together(blocks: list[QueryBlock]) -> list[QueryBlock]:
     """Rows that follow one another, those with the same sink and window in one query block: what
-    they read but for the middle."""
+    they read but for the candidates."""
     joined = []
-    for _, group in groupby(
-        blocks, key=lambda block: (block.start, block.sink_end, block.window_start)
-    ):
+    always = lambda block: (block.start, block.sink_end, block.window_start)  # noqa: E731
+    for _, group in groupby(blocks, key=always):
         same = list(group)
         joined.append(replace(same[0], last=same[-1].last))
     return joined
@@ -67,11 +68,9 @@ class SparseAttention(BlockSparseCall):
         if state is not None:
             state.bind(self.config, self.problem.k)
         for i, span in enumerate(self.problem.spans):
-            row = (
-                None
-                if state is None
-                else state.row(span.batch, span.key_start, span.position, span.end)
-            )
+            row = None
+            if state is not None:
+                row = state.row(span.batch, span.key_start, span.position, span.end)
             t = tensors_of(self.problem, span, self.out, self.lse)
             if self.decoding:
                 self.windows[i] = self._decode(t, span, row)
@@ -88,13 +87,11 @@ class SparseAttention(BlockSparseCall):
             if not self.selector.reads_pages:
                 keys = source = keys[:, :]  # gathered: O(T) a selection
         # or the pages that it reads
-        keys, source = cast(torch.Tensor, keys), cast(torch.Tensor, source)
+        keys, source = cast(Tensor, keys), cast(Tensor, source)
         if pyramid is None:
             pyramid = self.selector.make_pyramid(compute_dtype(t.k))
         if pyramid is not None:
-            needed = max(
-                (block.high for block in blocks if block.num_candidates > self.budget), default=0
-            )
+            needed = max([block.high for block in blocks if not self._covered(block)] or [0])
             pyramid = pyramid.writable(needed)
             pyramid.extend(source, needed)
         if row is not None:
@@ -109,15 +106,13 @@ class SparseAttention(BlockSparseCall):
 
     def _prefill(self, t: Tensors, span: Span, row: RowState | None) -> None:
         blocks = self._blocks(span)
-        tail = max(0, span.rows - self.config.dense_tail)
+        tail = self.tail(span)
         search = self._search(t, row, blocks)
         if row is not None:
             row.selection = None
         sparse = [block for block in blocks if block.row < tail or self.mask is not None]
-        units = [
-            (head, sparse[part])
-            for head, part in portions(t.k.shape[0], len(sparse), torch.get_num_threads())
-        ]
+        parts = portions(t.k.shape[0], len(sparse), torch.get_num_threads())
+        units = [(head, sparse[part]) for head, part in parts]
         run(lambda unit: self._unit(t, search, span, *unit), units, t.q.device)
         if self.config.dense_tail:
             dense.attend_rows(t, tail, span, self.pieces)
@@ -126,39 +121,36 @@ class SparseAttention(BlockSparseCall):
         self, t: Tensors, search: Bound, span: Span, head: int, blocks: list[QueryBlock]
     ) -> None:
         heads = slice(head, head + 1)
-        for covered, group in groupby(
-            blocks, key=lambda block: block.num_candidates <= self.budget
-        ):
+        t = t.part(heads)
+        for covered, group in groupby(blocks, key=self._covered):
             run = list(group)
             if covered:
                 self._attend(t, span, heads, run, None)
-            elif not self.selector.asks_need:
+                continue
+            if not self.selector.asks_need:
                 self._attend(t, span, heads, run, search.select(heads, run))
-            else:
-                for _, same in groupby(run, key=alike):
-                    some = list(same)
-                    for part in in_parts(t, some):
-                        self._attend_by_need(t, search, span, heads, some[part])
+                continue
+            for _, same in groupby(run, key=alike):
+                some = list(same)
+                for part in in_parts(t, some):
+                    # sink and window first: they tell who needs a key outside of them
+                    logits, near = self._near(t, some[part])
+                    ids = self._selected(search, heads, some[part], near)
+                    self._attend(t, span, heads, some[part], ids, logits)
 
-    def _near(
-        self, t: Tensors, heads: slice, blocks: list[QueryBlock]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _covered(self, block: QueryBlock) -> bool:
+        """Whether the budget covers all candidates of a query block: there is nothing to select."""
+        return block.num_candidates <= self.budget
+
+    def _near(self, t: Tensors, blocks: list[QueryBlock]) -> tuple[Tensor, Tensor]:
         """Logits of query blocks that are `alike` for what they always read, as `near_logits` gives
         them, and the log-sum-exp `[heads, G, rows]` of these and the attention sinks, which also
-        take from what is left for the middle."""
+        take from what is left for the candidates."""
         size = self.config.block_k
-        logits, lse = near_logits(t, heads, blocks, size, reserved=self.budget * size)
-        return logits, lse if t.sinks is None else torch.logaddexp(
-            lse, t.sinks[heads, :, None].to(lse.dtype)
-        )
-
-    def _attend_by_need(
-        self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]
-    ) -> None:
-        """Multiply with sink and window first: that tells who needs the middle. Then select, and
-        attend to all of it."""
-        logits, near = self._near(t, heads, blocks)
-        self._attend(t, span, heads, blocks, self._selected(search, heads, blocks, near), logits)
+        logits, lse = near_logits(t, blocks, size, reserved=self.budget * size)
+        if t.sinks is not None:
+            lse = torch.logaddexp(lse, t.sinks[:, :, None].to(lse.dtype))
+        return logits, lse
 
     def _attend(
         self,
@@ -166,37 +158,31 @@ class SparseAttention(BlockSparseCall):
         span: Span,
         heads: slice,
         blocks: list[QueryBlock],
-        ids: torch.Tensor | None,
-        known: torch.Tensor | None = None,
+        ids: Tensor | None,
+        known: Tensor | None = None,
     ) -> None:
-        """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to the whole
-        middle. `known`: logits as `_near` gives them."""
+        """Attend to what was selected, `ids` `[heads, S, len(blocks), n]`, or (None) to all
+        candidates. `t` has the key heads `heads` alone; `known`: logits as `_near` gives them."""
+        size = self.config.block_k
         if ids is None:
             for block in blocks:
-                attend_range(t, heads, slice(None), block)
+                attend_range(t, block)
         elif ids.shape[1] == 1:
-            attend(t, heads, slice(None), blocks, ids[:, 0], self.config.block_k, known)
+            attend(t, blocks, ids[:, 0], size, known)
         else:
             each = [None] * ids.shape[1] if known is None else known.chunk(ids.shape[1], dim=2)
             for group, own in enumerate(each):
-                attend(
-                    t,
-                    heads,
-                    slice(group, group + 1),
-                    blocks,
-                    ids[:, group],
-                    self.config.block_k,
-                    own,
-                )
+                part = t.part(slice(None), slice(group, group + 1))
+                attend(part, blocks, ids[:, group], size, own)
         self._take_note(span, heads, blocks, ids)
 
     def _take_note(
-        self, span: Span, heads: slice, blocks: list[QueryBlock], ids: torch.Tensor | None
+        self, span: Span, heads: slice, blocks: list[QueryBlock], ids: Tensor | None
     ) -> None:
         """Put down what was read, for gradients and for the mask."""
         if self.pieces is not None:
-            tail = span.rows if self.decoding else max(0, span.rows - self.config.dense_tail)
-            self.pieces.append(Piece(span, heads, blocks, ids, self.config.block_k, tail))
+            size, tail = self.config.block_k, self.tail(span)
+            self.pieces.append(Piece(span, heads, blocks, ids, size, tail))
         if self.mask is not None:
             for i, block in enumerate(blocks):
                 self._note(span, heads, block, None if ids is None else ids[:, :, i])
@@ -223,8 +209,8 @@ class SparseAttention(BlockSparseCall):
         else:
             (block,) = self._blocks(span)
             search, ids = self._search(t, row, [block]), None
-            if block.num_candidates > self.budget:
-                near = self._near(t, heads, [block])[1] if self.selector.asks_need else None
+            if not self._covered(block):
+                near = self._near(t, [block])[1] if self.selector.asks_need else None
                 ids = self._selected(search, heads, [block], near)
             if row is not None:
                 row.selection = KeptSelection(ids, block.window_start, block.first)
@@ -240,34 +226,31 @@ class SparseAttention(BlockSparseCall):
         row."""
         heads, blocks, ids = slice(0, t.k.shape[0]), self._blocks(span), None
         search = self._search(t, row, blocks)
-        for covered, group in groupby(
-            blocks, key=lambda block: block.num_candidates <= self.budget
-        ):
+        for covered, group in groupby(blocks, key=self._covered):
             some, ids = list(group), None
             if not covered:
                 ids = self._attend_each(t, search, span, heads, some)
                 continue
             for block in together(some):
-                attend_range(t, heads, slice(None), block)
+                attend_range(t, block)
             self._take_note(span, heads, some, None)
         if row is not None:
-            row.selection = KeptSelection(
-                None if ids is None else ids[:, :, -1:], blocks[-1].window_start, blocks[-1].first
-            )
+            last, latest = blocks[-1], None if ids is None else ids[:, :, -1:]
+            row.selection = KeptSelection(latest, last.window_start, last.first)
 
     def _attend_each(
         self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Attention of rows that each select for themselves, and what they select."""
         # each row's sink and window are those of its neighbours, but for the neighbours' own keys
-        size, everyone = self.config.block_k, slice(None)
+        size = self.config.block_k
         outs, lses, nears = [], [], []
         for block in together(blocks):
-            logits, near = self._near(t, heads, [block])
+            logits, near = self._near(t, [block])
             nears.append(near)
             if self.pieces is not None:
                 continue
-            out, lse = partial(t, heads, everyone, [block], None, size, True, known=logits)
+            out, lse = partial(t, [block], None, size, True, known=logits)
             assert lse is not None
             outs.append(out.to(lse.dtype, copy=True))
             lses.append(lse)
@@ -283,21 +266,19 @@ class SparseAttention(BlockSparseCall):
         for at, some in enumerate(runs if ids.shape[3] else []):
             rows = slice(at, at + len(some))
             for share in range(ids.shape[1]):
-                group = everyone if ids.shape[1] == 1 else slice(share, share + 1)
-                more, more_lse = partial(
-                    t, heads, group, some, ids[:, share, rows], size, True, near=False
-                )
+                group = slice(None) if ids.shape[1] == 1 else slice(share, share + 1)
+                part = t.part(slice(None), group)
+                more, more_lse = partial(part, some, ids[:, share, rows], size, True, near=False)
                 assert more_lse is not None
-                lse[:, group, rows] = merge(
-                    out[:, group, rows], lse[:, group, rows], more.to(lse.dtype), more_lse
-                )
-        store_rows(t, heads, everyone, blocks, out, lse)
+                at_once = out[:, group, rows], lse[:, group, rows]
+                lse[:, group, rows] = merge(*at_once, more.to(lse.dtype), more_lse)
+        store(t, rows_of_blocks(blocks), out, lse)
         self._take_note(span, heads, blocks, ids)
         return ids
 
     def _selected(
-        self, search: Bound, heads: slice, blocks: list[QueryBlock], near: torch.Tensor | None
-    ) -> torch.Tensor:
+        self, search: Bound, heads: slice, blocks: list[QueryBlock], near: Tensor | None
+    ) -> Tensor:
         """What query blocks select, `[heads, S, len(blocks), n]`; `near`: as `_near` gives it."""
         if self.selector.asks_need:
             return cast(BoundByNeed, search).select(heads, blocks, near)
@@ -323,22 +304,12 @@ class SparseAttention(BlockSparseCall):
 
     def _room(self, steps: int) -> int:
         """Most keys that a step reads under a selection for so many steps."""
-        size = self.config.block_k
-        return (
-            -(-self.config.sink // size) * size
-            + self.budget * size
-            + self.config.window
-            + size
-            + steps
-        )
+        config, size = self.config, self.config.block_k
+        sink = -(-config.sink // size) * size
+        return sink + self.budget * size + config.window + size + steps
 
     def _attend_gathered(
-        self,
-        t: Tensors,
-        span: Span,
-        row: RowState,
-        block: QueryBlock,
-        steps: int,
+        self, t: Tensors, span: Span, row: RowState, block: QueryBlock, steps: int
     ) -> None:
         """Attend to what is kept side by side, which is brought there first where it is not."""
         kept = row.selection
@@ -346,15 +317,11 @@ class SparseAttention(BlockSparseCall):
         if row.gathered is None:
             row.gathered = Gathered(self._room(min(steps, STEPS_AT_FIRST)), t)
         if not row.gathered.holds(kept, block.last):
-            refresh = self.config.decode_refresh
-            ends = (
-                [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)]
-                if isinstance(refresh, list)
-                else []
-            )
-            row.gathered.fill(
-                t, kept, block, self.config.block_k, min([kept.position + steps, *ends])
-            )
+            refresh, until = self.config.decode_refresh, kept.position + steps
+            if isinstance(refresh, list):
+                ends = [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)]
+                until = min([until, *ends])
+            row.gathered.fill(t, kept, block, self.config.block_k, until)
         at = slice(span.row_start, span.row_end)
         step = replace(self.problem, q=self.problem.q[:, :, at], spans=(span,))
         lse = None if self.lse is None else self.lse[:, :, at]
@@ -365,7 +332,7 @@ class SparseAttention(BlockSparseCall):
     ) -> KeptSelection:
         """Select for one step, stage by stage: each has its own interval, and goes on from what the
         ones before it kept."""
-        if block.num_candidates <= self.budget:
+        if self._covered(block):
             return KeptSelection(None, block.window_start, span.position)
         intervals = self.config.decode_refresh
         assert isinstance(intervals, list)
@@ -374,20 +341,19 @@ class SparseAttention(BlockSparseCall):
         if kept is not None and len(valid) == len(known):
             return kept
         if self.problem.sliding_window is not None:
-            valid = []  # the middle's beginning has moved
+            valid = []  # the first candidate has moved
         search = self._search(t, row, [block])
         results = search.resume(slice(0, t.k.shape[0]), [block], [ids for ids, _ in valid])
         stages = [*valid, *((ids, span.position) for ids in results[len(valid) :])]
         return KeptSelection(results[-1], block.window_start, stages[0][1], tuple(stages))
 
-    def _note(self, span: Span, heads: slice, block: QueryBlock, ids: torch.Tensor | None) -> None:
+    def _note(self, span: Span, heads: slice, block: QueryBlock, ids: Tensor | None) -> None:
         assert self.mask is not None
         size = 1 if self.decoding else self.config.block_q
         at = block.first // size - span.position // size
         if ids is None:
-            ids = torch.arange(block.low, block.high, device=self.out.device).expand(
-                heads.stop - heads.start, 1, -1
-            )
+            ids = torch.arange(block.low, block.high, device=self.out.device)
+            ids = ids.expand(heads.stop - heads.start, 1, -1)
         shares = 1 if self.config.group_shared else self.problem.groups
         ids = ids.expand(-1, shares, -1).flatten(0, 1)
         into = slice(heads.start * shares, heads.stop * shares)
