@@ -343,10 +343,7 @@ def _in_graph(
 
     config = config.for_layer(layer)
     dense = bool(dense_reason(problem, config, layer, True)[0])
-    rest = (problem.sliding_window, problem.softcap, problem.sinks, need_lse)
-    out, lse = ops.attention(
-        problem.q, problem.k, problem.v, config, dense, problem.scale, key_start, q_start, *rest
-    )
+    out, lse = ops.attention(problem, config, dense, key_start, q_start, need_lse)
     return (out, lse) if need_lse else out
 
 

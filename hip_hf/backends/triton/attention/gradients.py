@@ -24,21 +24,20 @@ from hip_hf.backends.triton.common.tiles import (
 @triton.jit(do_not_specialize=GROWING)
 def query_gradient_kernel(
     Q, K, V, OUT, LSE, GRAD_OUT, GRAD_LSE, GRAD_Q, MEAN, INDICES, COUNTS, SEQUENCES,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
-    stride_lb, stride_lh, stride_lt, stride_sequences,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh,
+    stride_vt, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_dqb,
+    stride_dqh, stride_dqt, stride_lb, stride_lh, stride_lt, stride_field,
     lists, blocks, most, sink_keys, window_keys, dim, dim_v, scale, softcap, sliding,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, LISTS_PER_HEAD: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, EVEN_HEADDIM: tl.constexpr, SELECTED: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, EVEN_HEADDIM: tl.constexpr, SELECTED: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
     SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid and tiles as `attend_kernel`'s. Also writes MEAN, `[B, Hq, Tq]` like LSE: sum(dO * O) -
     dLSE of each row, the mean of the weights' gradients that the softmax subtracts."""
     tile, head_list, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, key_start, row_start, rows, position = load_sequence(
-        SEQUENCES, stride_sequences, sequence
-    )
+    batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_field, sequence)
     TILES: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
     block = tile // TILES
     block_row, block_first, block_last = query_block(row_start, rows, position, block, BLOCK_Q)
@@ -150,13 +149,13 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_gradients(
-    grad_k, grad_v, k, v, Q, GRAD_OUT, LSE, MEAN, batch, head_list, first, last, row, n, key, bits, row_offset,
-    position, sink_keys, window_keys,
-    stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt, stride_lb, stride_lh, stride_lt,
-    scale, softcap, sliding, dim, dim_v, member,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, CHOSEN: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
-    PRECISION: tl.constexpr,
+    grad_k, grad_v, k, v, Q, GRAD_OUT, LSE, MEAN, batch, head_list, first, last, row, n, key, bits,
+    row_offset, position, sink_keys, window_keys,
+    stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt, stride_lb, stride_lh,
+    stride_lt, scale, softcap, sliding, dim, dim_v, member,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, CHOSEN: tl.constexpr,
+    OF_K: tl.constexpr, OF_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK (not yet scaled) and dV of a tile of keys after one more tile of query rows, at positions
     `first` to `last`.
@@ -215,22 +214,21 @@ def _key_gradients(
 @triton.jit(do_not_specialize=GROWING)
 def key_gradient_kernel(
     Q, K, V, LSE, GRAD_OUT, MEAN, GRAD_K, GRAD_V, WHO, WHAT, OFFSETS, SEQUENCES,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
-    stride_lb, stride_lh, stride_lt, stride_sequences,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh,
+    stride_vt, stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb,
+    stride_dvh, stride_dvt, stride_lb, stride_lh, stride_lt, stride_field,
     lists, sink_keys, window_keys, dim, dim_v, scale, softcap, sliding,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
-    PARTS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, LISTS_PER_HEAD: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, SELECTED: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+    LISTS_PER_HEAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SELECTED: tl.constexpr,
+    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles of TILE <= BLOCK_N keys, Hkv, sequences)`. Adds to GRAD_K and GRAD_V, which only
     this program writes; OF_K and OF_V tell which, as both sums of a wide head are more than the
     registers hold. A tile is whole key blocks, or one of the PARTS of one."""
     tile, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, key_start, row_start, rows, position = load_sequence(
-        SEQUENCES, stride_sequences, sequence
-    )
+    batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_field, sequence)
     end = position + rows
     if PARTS > 1:
         low = tile // PARTS * BLOCK_K + tile % PARTS * TILE
@@ -279,10 +277,10 @@ def key_gradient_kernel(
         for i in tl.range(0, count, disable_licm=True):
             first = since + i * BLOCK_M
             grad_k, grad_v = _key_gradients(
-                grad_k, grad_v, k, v, Q, GRAD_OUT, LSE, MEAN, batch, head_list, first, until - 1, row, n, key, 0,
-                row_start - position, position, sink_keys, window_keys,
-                stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt, stride_lb, stride_lh, stride_lt,
-                scale, softcap, sliding, dim, dim_v, member,
+                grad_k, grad_v, k, v, Q, GRAD_OUT, LSE, MEAN, batch, head_list, first, until - 1,
+                row, n, key, 0, row_start - position, position, sink_keys, window_keys,
+                stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt, stride_lb,
+                stride_lh, stride_lt, scale, softcap, sliding, dim, dim_v, member,
                 BLOCK_Q, BLOCK_K, GROUP, D, DV, SOFTCAP, SLIDING, False, OF_K, OF_V, PRECISION,
             )  # fmt: skip
         if SELECTED:
@@ -295,10 +293,11 @@ def key_gradient_kernel(
                 _, block_first, block_last = query_block(row_start, rows, position, who, BLOCK_Q)
                 first = block_first + i % TILES * BLOCK_M
                 grad_k, grad_v = _key_gradients(
-                    grad_k, grad_v, k, v, Q, GRAD_OUT, LSE, MEAN, batch, head_list, first, block_last, row, n, key, bits,
+                    grad_k, grad_v, k, v, Q, GRAD_OUT, LSE, MEAN, batch, head_list, first,
+                    block_last, row, n, key, bits,
                     row_start - position, position, sink_keys, window_keys,
-                    stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt, stride_lb, stride_lh, stride_lt,
-                    scale, softcap, sliding, dim, dim_v, member,
+                    stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt, stride_lb,
+                    stride_lh, stride_lt, scale, softcap, sliding, dim, dim_v, member,
                     BLOCK_Q, BLOCK_K, GROUP, D, DV, SOFTCAP, SLIDING, True, OF_K, OF_V, PRECISION,
                 )  # fmt: skip
     if OF_K:

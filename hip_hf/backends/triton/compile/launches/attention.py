@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from hip_hf.backends.triton.attention.backward import (
-    Part,
     inverted,
     key_gradient_arguments,
     query_gradient_arguments,
@@ -13,6 +12,7 @@ from hip_hf.backends.triton.attention.backward import (
 from hip_hf.backends.triton.attention.decode import Scratch, combine_arguments, combine_kernel
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.backends.triton.attention.inversion import Inverted
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.attention.prefill import attend_kernel, call_arguments
 from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
@@ -38,9 +38,9 @@ def launches_of_prefill(dim: int, dtype: torch.dtype, target: str) -> list[Launc
 
 def prefill_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of `attend_kernel` for a prompt: sparse, and dense rows at a stride."""
-    args = (x.logits, x.out, x.lse, tile)
-    sparse = call_arguments(x.q, x.kv, x.sequences, x.reads, *args)
-    strided = call_arguments(x.q, x.kv, x.sequences, dense_reads(), *args, stride=64)
+    call = Operands(x.q, x.kv, x.logits, x.out, x.lse)
+    sparse = call_arguments(call, Part(x.sequences, x.reads), tile)
+    strided = call_arguments(call, Part(x.sequences, dense_reads()), tile, stride=64)
     return [
         Launch(f"{name}{x.suffix}", attend_kernel, arguments, True, grid)
         for name, (grid, arguments) in (("prefill", sparse), ("dense rows at a stride", strided))
@@ -62,9 +62,8 @@ def launches_of_decode(dim: int, dtype: torch.dtype, target: str) -> list[Launch
 def decode_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of a decode step: its attention and its combination."""
     scratch = Scratch.make(16, x.q, x.kv.v.shape[-1])
-    parts = call_arguments(
-        x.q, x.kv, x.sequences, x.reads, x.logits, scratch.out, scratch.lse, tile, 16
-    )
+    split = Operands(x.q, x.kv, x.logits, scratch.out, scratch.lse)
+    parts = call_arguments(split, Part(x.sequences, x.reads), tile)
     whole = combine_arguments(scratch, x.sequences, x.out, x.lse)
     return [
         Launch(f"decode{x.suffix}", attend_kernel, parts[1], False, parts[0]),
@@ -85,9 +84,8 @@ def query_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of `query_gradient_kernel`."""
     part, mean = Part(x.sequences, x.reads), torch.empty_like(x.lse)
     grad_q = torch.empty_like(x.q)
-    launch = query_gradient_arguments(
-        x.q, x.kv, part, x.logits, x.out, x.lse, x.out, None, grad_q, mean, tile
-    )
+    call = Operands(x.q, x.kv, x.logits, x.out, x.lse)
+    launch = query_gradient_arguments(call, part, x.out, None, grad_q, mean, tile)
     return [Launch("backward, queries", query_gradient_kernel, launch[1], True, launch[0])]
 
 
@@ -99,9 +97,8 @@ def key_launches(x: Example, tile: Tile) -> list[Launch]:
         if x.q.device.type != "meta"
         else Inverted(x.numbers, x.numbers, x.numbers.long())
     )
-    grid, passes = key_gradient_arguments(
-        x.q, x.kv, part, x.logits, x.lse, x.out, x.lse, *grads, lists, tile
-    )
+    call = Operands(x.q, x.kv, x.logits, x.out, x.lse)
+    grid, passes = key_gradient_arguments(call, part, x.out, x.lse, *grads, lists, tile)
     names = ["backward, keys"] if len(passes) == 1 else ["backward, keys: dK", "backward, keys: dV"]
     return [
         Launch(name, key_gradient_kernel, each, True, grid)
