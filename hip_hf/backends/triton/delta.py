@@ -133,8 +133,8 @@ class DeltaAttention(DeltaCall):
         for s, plan in enumerate(plans):
             if plan.at:  # copies: a view would keep all of the prompt's differences
                 last = (x[s, :, len(self._aligned(plan))].clone() for x in changes)
-                last = (x.unflatten(0, (-1, problem.groups)) for x in last)
-                kept.append(Correction(plan.at[-1], *last))
+                out, lse = (x.unflatten(0, (-1, problem.groups)) for x in last)
+                kept.append(Correction(plan.at[-1], out, lse))
             else:
                 kept.append(plan.kept)
         return kept

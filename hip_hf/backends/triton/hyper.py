@@ -78,7 +78,8 @@ class Level:
         device: torch.device,
     ) -> Level:
         """For squares of a span whose first row is at `position`."""
-        cpu, integers = torch.device("cpu"), dict(dtype=torch.int32, device="cpu")
+        cpu = torch.device("cpu")
+        integers: Any = dict(dtype=torch.int32, device=cpu)
         tilings = [tile(square, options, cpu) for square in squares]
         both = list(zip(squares, tilings, strict=True))
         rows = [
@@ -95,8 +96,10 @@ class Level:
         of_rows = [x - position for s in squares for x in (s.first, s.end)]
         of_keys = [x for s in squares for x in (s.key_first, s.key_end)]
         bounds = [torch.tensor(x, device=cpu) for x in (of_rows, of_keys)]
-        on_device = (_to(x, device) for x in (table, starts, samples, *bounds))
-        return Level(*on_device, max(t.rows for t in tilings))
+        host = (table, starts, samples, *bounds)
+        table, starts, samples, row_bounds, key_bounds = (_to(x, device) for x in host)
+        most_rows = max(t.rows for t in tilings)
+        return Level(table, starts, samples, row_bounds, key_bounds, most_rows)
 
     def order(self, codes: Tensor, bounds: Tensor, bits: int) -> Tensor:
         """Tokens of each square by their hashes `codes` `[H, n]`: int64 `[H, n]`, in which a

@@ -11,7 +11,7 @@ the device (`dense.dense_rows`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -114,7 +114,7 @@ def _(q: Tensor, k: Tensor, sinks: Tensor | None, table: Tensor, *rest: Any) -> 
 
 
 def _parts(
-    q: Tensor, k: Tensor, lists: tuple[Tensor | None, ...], fields: HiPConfig, block_q: int
+    q: Tensor, k: Tensor, lists: Sequence[Tensor | None], fields: HiPConfig, block_q: int
 ) -> tuple[Part, ...]:
     """What an attention operator was told of its `_LISTS`, as `backward.attention` takes it."""
     (table, tail, indices, counts), sizes = lists, (q.shape[2], k.shape[2])

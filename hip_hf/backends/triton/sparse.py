@@ -136,9 +136,11 @@ class DeviceState:
 
 def reads_of(config: HiPConfig, selection: SelectionBuffers, block_q: int) -> Reads:
     """What the query blocks of a selection read."""
-    lists = (selection.indices, selection.counts) if config.method == "hip" else (None, None)
-    window = None if selection.made is None else selection.window_start[:, 0]
-    return Reads(block_q, config.block_k, config.sink, config.window, *lists, window)
+    searched, kept = config.method == "hip", selection.made is not None
+    indices, counts = (selection.indices, selection.counts) if searched else (None, None)
+    windows = selection.window_start[:, 0] if kept else None
+    sizes = (config.block_k, config.sink, config.window)
+    return Reads(block_q, *sizes, indices, counts, windows)
 
 
 def keep_window(config: HiPConfig, sequences: Sequences, selection: SelectionBuffers) -> None:

@@ -179,8 +179,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Gradient, grad_lse: Gradient) -> tuple[Gradient, ...]:
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        logits = Logits(*ctx.logits, sinks if need[3] else None)
+        need, (scale, softcap, sliding_window) = ctx.needs_input_grad, ctx.logits
+        logits = Logits(scale, softcap, sliding_window, sinks if need[3] else None)
         with trust.noting_refusals(q.device, ctx.config):
             x = Operands(q, KeyValues(k, v), logits, out, lse)
             grads = gradients(x, ctx.parts, grad_out, grad_lse)
