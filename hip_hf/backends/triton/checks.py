@@ -80,8 +80,7 @@ class Found:
 
 @dataclass
 class Trial:
-    """One check in progress: random numbers, and the worst error so far of `backend` on
-    `device`."""
+    """A check in progress: random numbers, and `backend`'s worst error on `device` so far."""
 
     heads: Heads
     device: torch.device
@@ -103,8 +102,7 @@ class Trial:
 
     @property
     def keys(self) -> int:
-        """So many that the levels of a search above the last one keep half of the candidates, not
-        aligned to anything."""
+        """So many, not aligned to anything, that the upper levels of a search keep half of them."""
         config = self.config
         blocks = 2 * max(config.beam_blocks, config.budget_blocks) + 1
         return config.sink + config.window + blocks * config.block_k + REST
@@ -172,8 +170,7 @@ class Trial:
         pages: bool = False,
         **fields: Any,
     ) -> None:
-        """Compare a call with the torch backend's in float64: output, log-sum-exp, and the
-        selection."""
+        """Compare a call with the torch backend's in float64: out, log-sum-exp, and selection."""
 
         def problem(device: torch.device, dtype: torch.dtype) -> AttentionProblem:
             given = dict(q=q, k=k, v=v, **fields)
@@ -284,8 +281,7 @@ def delta(trial: Trial) -> None:
 
 
 def extended(trial: Trial) -> None:
-    """Context extension: queries and keys turned as they are read, of a prompt, of a step, and of
-    dense rows."""
+    """Context extension: q and k turned as they are read, of a prompt, its dense rows and a step."""
     config = replace(trial.config, extend="streaming")
     pairs = max(1, trial.heads.dim // 4)
     steps = torch.linspace(0, 1, pairs, dtype=torch.float32, device="cpu")

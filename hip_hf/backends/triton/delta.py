@@ -96,8 +96,7 @@ def spread_arguments(
 
 
 class DeltaAttention(DeltaCall):
-    """One call on a GPU: the other attention's launches, one for the anchors, one that spreads
-    their differences."""
+    """One call on a GPU: the other attention, the anchors, and what spreads their differences."""
 
     def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[Tensor, Tensor]:
         heads, groups = self.problem.q.shape[1], self.problem.groups
@@ -161,8 +160,7 @@ class DeltaAttention(DeltaCall):
                 change_lse[s, :, 0] = plan.kept.lse.flatten(0, 1)
 
     def _anchors(self, plans: list[Plan], change: Tensor, change_lse: Tensor) -> None:
-        """The differences of the aligned anchors, into slots 1, 2, ...: one launch for all of
-        them."""
+        """The differences of the aligned anchors, into slots 1, 2, ...: one launch for all."""
         aligned = [self._aligned(plan) for plan in plans]
         spans = []
         for plan, at in zip(plans, aligned, strict=True):
@@ -191,8 +189,7 @@ class DeltaAttention(DeltaCall):
         prefill(operands(self.problem, out, lse), part, self.gamma)
 
     def _first_rows(self, spans: list[Span]) -> tuple[Tensor, Tensor]:
-        """Dense attention of the first row of each span: out fp32 `[B, Hq, 1, Dv]` and lse
-        `[B, Hq, 1]`."""
+        """Dense attention of each span's first row: out fp32 `[B, Hq, 1, Dv]`, lse `[B, Hq, 1]`."""
         problem, q = self.problem, self.problem.q
         if q.shape[2] > 1:
             q = q.new_empty(q.shape[0], q.shape[1], 1, q.shape[3])

@@ -120,8 +120,7 @@ def _to(x: Tensor, device: torch.device) -> Tensor:
 def levels_of(
     first: int, end: int, options: Options, seed: int, heads: int, device: torch.device
 ) -> tuple[Level, ...]:
-    """The levels of squares for rows at positions `first` to `end - 1`, with their samples for
-    `heads` key heads."""
+    """Levels of squares of the rows `first` to `end - 1`, with samples for `heads` key heads."""
     with torch.inference_mode(False):
         levels = split(first, end, options.min_seq_len)[1]
         return tuple(Level.of(level, first, options, seed, heads, device) for level in levels)
@@ -173,8 +172,7 @@ def hash_arguments(
 
 
 def hashes(x: Tensor, directions: Tensor) -> Tensor:
-    """As `methods.hyper.hashes`, for vectors `[H, n, D]` of stride 1 in D, reading each once: int32
-    `[H, n]`."""
+    """As `methods.hyper.hashes`, int32 `[H, n]`, for vectors `[H, n, D]` of stride 1 in D."""
     bits = directions.shape[1]
     padded = torch.nn.functional.pad(directions, (0, max(16, power_of_two(bits)) - bits))
     codes = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
@@ -275,8 +273,7 @@ def square_kernel(
 
 
 def rows_of_square(shape: Tile, block_rows: int) -> int:
-    """Rows that a program of `square_kernel` takes, of blocks of so many; tensor cores take 16 at
-    least."""
+    """Rows of a program of `square_kernel`, of blocks of so many; tensor cores take 16 or more."""
     return max(16, min(shape.rows, power_of_two(block_rows)))
 
 
@@ -318,8 +315,7 @@ def attend_squares(
 
 
 class HyperAttention(HyperCall):
-    """One call on a GPU: a launch for all leaves of all sequences, then one per sequence and
-    level."""
+    """One call on a GPU: a launch for all leaves, then one per sequence and level."""
 
     def run(self, state: DecodeState | None) -> None:
         problem, spans = self.problem, self.problem.spans

@@ -36,8 +36,7 @@ from hip_hf.problem import AttentionProblem, by_tokens, make_spans
 
 Pair = tuple[Tensor, Tensor]
 
-# What several operators take, in the language of PyTorch's schemas. `block_q` 0: everything is
-# dense.
+# What several operators take, as PyTorch writes it. A `block_q` of 0: everything is dense.
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? sinks"
 _LISTS = "Tensor table, Tensor? tail, Tensor? indices, Tensor? counts"
 _SETTINGS = "str config, float scale, float? softcap, SymInt? sliding_window"
@@ -53,8 +52,7 @@ def settings(text: str) -> HiPConfig:
 def make_table(
     q: Tensor, k: Tensor, key_start: Tensor | None, q_start: Tensor | None, tail: int
 ) -> Pair:
-    """Tables int32 `[5, B]` of all rows of each sequence, and of its last `tail` rows. Tensor
-    operations only."""
+    """Tables int32 `[5, B]` of all rows of each sequence, and of its last `tail` rows."""
     (batch, _, rows, _), keys = q.shape, k.shape[2]
     zero = torch.zeros(batch, dtype=torch.int32, device=q.device)
     first = zero if key_start is None else key_start.to(q.device, torch.int32)
@@ -70,8 +68,7 @@ def make_table(
 
 @contextmanager
 def launching(q: Tensor, config: HiPConfig) -> Iterator[None]:
-    """On the device of q; a graph that is made already cannot go dense where Triton refuses a
-    launch."""
+    """On the device of q; a graph that is made already cannot go dense if Triton refuses."""
     with torch.cuda.device_of(q), trust.noting_refusals(q.device, config):
         yield
 
@@ -243,8 +240,7 @@ def attention(
     q_start: Tensor | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`hip_attention` without a state, for a graph that is being compiled: out, and lse if asked
-    for."""
+    """`hip_attention` without a state, for a graph: out, and lse if asked for."""
     q, k, v, sinks = problem.q, problem.k, problem.v, problem.sinks
     told = (config.text, problem.scale, problem.softcap, problem.sliding_window)
     decoding, starts = q.shape[2] <= DECODE_ROWS, (key_start, q_start)

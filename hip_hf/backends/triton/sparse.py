@@ -1,5 +1,4 @@
-"""The sparse path on a GPU, the counterpart of `torch/sparse.py`: a handful of launches per call,
-none of which waits."""
+"""The sparse path on a GPU, as `torch/sparse.py`: a few launches per call, none of which waits."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ from hip_hf.state import DecodeState, KeptSelection, RowState
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-# A pyramid starts with room for this much more than its prompt (a share and a number of keys), and
-# doubles when that is full.
+# A pyramid starts with room for this much more than its prompt (a fraction of it, and keys at
+# least), and doubles when that is full.
 ROOM, LEAST_ROOM = 0.125, 4096
 # Kernels run on CPU tensors then.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -39,8 +38,7 @@ MOST_DIM = 256
 
 
 def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None:
-    """One span per batch row, in order, empty ones where a row has none; None if rows are
-    packed."""
+    """One span per batch row, in order, empty where a row has none; None if rows are packed."""
     rows = {span.batch: span for span in spans}
     if len(rows) < len(spans):
         return None
@@ -87,8 +85,7 @@ class DeviceState:
             return state
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What kernels write to, and later steps read: of the pyramid, if there is one, then of the
-        selection."""
+        """What kernels write for later steps: of the pyramid, if there is one, and the selection."""
         pyramid, kept = self.pyramid, self.selection
         assert kept.made is not None
         summaries = () if pyramid is None else (pyramid.table, pyramid.states, pyramid.built)
@@ -144,8 +141,7 @@ def reads_of(config: HiPConfig, selection: SelectionBuffers, block_q: int) -> Re
 
 
 def keep_window(config: HiPConfig, sequences: Sequences, selection: SelectionBuffers) -> None:
-    """For a method that selects nothing, what the search does on the side: the window's start stays
-    between refreshes."""
+    """Keep the window's start between refreshes for a method that selects nothing."""
     made, window = selection.made, selection.window_start
     assert made is not None
     position = sequences.table[4][:, None, None]
@@ -239,8 +235,7 @@ class SparseAttention(BlockSparseCall):
         return [None if row.selection is None else row.selection.window_start for row in rows]
 
     def _serves(self, span: Span, row: RowState) -> bool:
-        """Whether the selection of a batch row still serves. If not, the one that this step makes
-        takes its place."""
+        """Whether a batch row's selection still serves; if not, that of this step replaces it."""
         old = row.selection
         if old is not None and 0 <= span.position - old.position < steps_of(self.config):
             return True
@@ -248,8 +243,7 @@ class SparseAttention(BlockSparseCall):
         return False
 
     def _device_state(self, state: DecodeState, spans: tuple[Span, ...]) -> DeviceState:
-        """The state's tables, with room for the call's keys; rows that continue nothing start
-        afresh."""
+        """The state's tables, with room for all keys; rows that continue nothing start afresh."""
         problem = self.problem
         rows: dict[int, RowState] = {
             s.batch: state.row(s.batch, s.key_start, s.position, s.end) for s in spans if s.rows
@@ -299,8 +293,7 @@ class SparseAttention(BlockSparseCall):
             dense_rows(self.operands, spans, tails, problem.longest)
 
     def _parts(self, spans: tuple[Span, ...], tails: list[int], reads: Reads) -> tuple[Part, ...]:
-        """The rows that select, and those from `tails` on at the end of each prompt, which are
-        dense."""
+        """The rows that select, and those from `tails` on in each prompt, which are dense."""
         if self.decoding or not self.config.dense_tail:
             return (Part(self.sequences, reads),)
         device, head, tail = self.problem.q.device, [], []

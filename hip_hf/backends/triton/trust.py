@@ -84,8 +84,7 @@ def old_triton() -> str:
 # constant of the graph.
 @torch.compiler.assume_constant_result
 def lacking(device: torch.device) -> str:
-    """What this machine lacks for kernels on `device`, whatever the call; empty if it lacks
-    nothing."""
+    """What this machine lacks for kernels on `device`, whatever the call; empty if nothing."""
     return _lacking(device)
 
 
@@ -156,8 +155,7 @@ def refuses(error: Exception, config: HiPConfig) -> bool:
 
 
 def refuse(device: torch.device, settings: str, error: Exception) -> str:
-    """From now on no kernels with these settings: Triton could not compile or launch them. Returns
-    the reason."""
+    """Use no kernels with these settings any more, as Triton refused them. Returns the reason."""
     why = f"Triton refuses the kernels with these settings ({said(error)})"
     _refused[device, settings] = why
     return why
@@ -267,8 +265,7 @@ def drivers() -> list[str]:
 
 
 def identity(device: torch.device) -> dict[str, Any]:
-    """What a passed self-test holds for: the device, its driver, the versions, and the kernels'
-    code."""
+    """What a passed self-test holds for: device, driver, versions, and the kernels' code."""
     import triton
 
     gpu = device.type == "cuda"
@@ -285,8 +282,7 @@ def identity(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def code(folder: Path = Path(__file__).parent) -> str:
-    """A name for all that stands in the kernels' modules: launches and their table count as well as
-    what Triton compiles."""
+    """A name for all that stands in the kernels' modules, launches and their table included."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
@@ -317,8 +313,7 @@ def _has_passed(device: torch.device, heads: Heads, part: str) -> bool:
 
 
 def _remember(device: torch.device, heads: Heads, part: str) -> None:
-    """Keep that the self-test has passed, where that can be written. Several processes may do so at
-    once."""
+    """Keep that the self-test has passed, where possible; several processes may do so at once."""
     file, content = _record(device, heads, part)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,7 @@ def query_gradient_arguments(
     x: Operands, part: Part, grad_out: Tensor, grad_lse: Gradient, grad_q: Tensor, mean: Tensor,
     tile: Tile,
 ) -> GridAndArguments:  # fmt: skip
-    """Grid and arguments of `query_gradient_kernel`; `x` has the output and log-sum-exp of the
-    forward pass."""
+    """Grid and arguments of `query_gradient_kernel`; `x` has the forward pass's out and lse."""
     assert x.lse is not None
     arguments = row_arguments(x, part, tile) | dict(
         OUT=x.out, LSE=x.lse, GRAD_OUT=grad_out, GRAD_LSE=x.lse if grad_lse is None else grad_lse,

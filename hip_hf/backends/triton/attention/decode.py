@@ -69,8 +69,7 @@ def splits_for(
 def splits_of(
     tile: Tile, group: int, heads: int, keys: int, rows: int, block_q: int, at_once: int
 ) -> int:
-    """The same of a tile for `group` query heads, of so many key `heads` in all, on a device with
-    `at_once` processors."""
+    """The same, for groups of `group` query heads, `heads` key heads and `at_once` processors."""
     programs = heads * -(-rows // min(block_q, rows_of(tile, group, block_q)))
     most = min(MOST_SPLITS, -(-keys // tile.keys), max(1, 2 * at_once // programs))
     return 1 << (most.bit_length() - 1)

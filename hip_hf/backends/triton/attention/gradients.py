@@ -1,5 +1,4 @@
-"""The two backward kernels; `backward.py` launches them. Reference:
-`backends/torch/backward.py`."""
+"""The two backward kernels, launched by `backward.py`. Reference: `backends/torch/backward.py`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Which query blocks read a tile of keys: the lists of selected key blocks, inverted on the
-device."""
+"""Which query blocks read a tile of keys: lists of selected key blocks, inverted on the device."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ class Inverted:
 
 def invert(indices: torch.Tensor, counts: torch.Tensor, per_tile: int, tiles: int) -> Inverted:
     """Invert lists of key blocks, indices `[S, H', Nq, n]` and counts `[S, H', Nq]`, into lists per
-    tile of `per_tile` <= 31 key blocks. All on the device, in an order that does not depend on
-    chance."""
+    tile of `per_tile` <= 31 key blocks. All on the device, always in the same order."""
     sequences, lists, blocks, most = indices.shape
     device = indices.device
     listed = torch.arange(most, device=device) < counts[..., None]

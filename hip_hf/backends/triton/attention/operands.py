@@ -47,8 +47,7 @@ class Operands:
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a call's rows, and what they read: the rows of prompts that select, or the dense ones
-    at their ends."""
+    """Some rows of a call, and what they read: those that select, or the dense ones after them."""
 
     sequences: Sequences
     reads: Reads
@@ -77,8 +76,7 @@ def shared_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> di
 
 
 def row_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> dict[str, Any]:
-    """Arguments of the kernels in which a tile of query rows walks what it reads. `stride`: of the
-    rows."""
+    """Arguments of the kernels in which a tile of rows, at a `stride`, walks what it reads."""
     shared, indices = shared_arguments(x, part, tile, stride), part.reads.indices
     nothing = part.sequences.table  # stands for what is not read
     shared["INDICES"] = nothing if indices is None else indices
