@@ -85,7 +85,7 @@ class DeviceState:
             return state
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What kernels write for later steps: of the pyramid, if there is one, and the selection."""
+        """What kernels write for later steps: of the pyramid, if there is one, and selection."""
         pyramid, kept = self.pyramid, self.selection
         assert kept.made is not None
         summaries = () if pyramid is None else (pyramid.table, pyramid.states, pyramid.built)
