@@ -13,8 +13,7 @@ from helpers import assert_near
 from interpreter import DEVICE
 from kernel_cases import make_case, spans_of
 
-from hip_hf.backends.triton.attention.backward import KeyTiles, attention
-from hip_hf.backends.triton.attention.inversion import Inverted, invert
+from hip_hf.backends.triton.attention.backward import Inverted, KeyTiles, attention, invert
 from hip_hf.backends.triton.attention.operands import Part
 from hip_hf.backends.triton.common.arguments import Logits, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences

@@ -18,12 +18,12 @@ from vast import Vast
 
 from hip_hf.backends.triton.attention import prefill
 from hip_hf.backends.triton.attention.backward import (
+    Inverted,
     key_gradient_arguments,
     query_gradient_arguments,
 )
 from hip_hf.backends.triton.attention.decode import Scratch, decode
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
-from hip_hf.backends.triton.attention.inversion import Inverted
 from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.common import addressing
 from hip_hf.backends.triton.common.addressing import KeyValues

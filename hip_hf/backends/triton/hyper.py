@@ -219,7 +219,7 @@ def square_kernel(
     q_ptr = Q + head.to(tl.int64) * stride_qh + row * stride_qt
     q = tl.load(q_ptr[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
     start = tl.load(STARTS + square * stride_starts + block)
-    drawn_ptr = SAMPLES + square.to(tl.int64) * stride_square + key_head * stride_samples
+    ranks = SAMPLES + square.to(tl.int64) * stride_square + key_head * stride_samples
     order = KEY_ORDER + key_head.to(tl.int64) * stride_keys + key_first
     k_base, v_base = K + key_head.to(tl.int64) * stride_kh, V + key_head.to(tl.int64) * stride_vh
     # a sampled key counts for so many
@@ -239,14 +239,12 @@ def square_kernel(
     for i in range(0, (size + samples + BLOCK_N - 1) // BLOCK_N):
         slot = i * BLOCK_N + n
         own = slot < size
-        drawn = tl.load(
-            drawn_ptr + slot - size, mask=(slot >= size) & (slot < size + samples), other=0
-        )
-        others = (
+        drawn = tl.load(ranks + slot - size, mask=(slot >= size) & (slot < size + samples), other=0)
+        rest = (
             (slot >= size) & (slot < size + samples) & ((drawn < start) | (drawn >= start + size))
         )
         # what is neither repeats a key of the own block, with no weight
-        token = tl.load(order + tl.where(others, drawn, start + tl.where(own, slot, 0)))
+        token = tl.load(order + tl.where(rest, drawn, start + tl.where(own, slot, 0)))
         k_ptr, v_ptr = (
             k_base + (token * stride_kt)[:, None] + d[None, :],
             v_base + (token * stride_vt)[:, None] + dv[None, :],
@@ -256,7 +254,7 @@ def square_kernel(
         else:
             k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
         logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
-        logits += tl.where(own, 0.0, tl.where(others, bias, float("-inf")))[None, :]
+        logits += tl.where(own, 0.0, tl.where(rest, bias, float("-inf")))[None, :]
         new_top = tl.maximum(m_i, tl.max(logits, 1))
         shrink = tl.exp2(m_i - new_top)
         weights = tl.exp2(logits - new_top[:, None])

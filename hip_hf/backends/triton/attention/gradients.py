@@ -59,10 +59,10 @@ def query_gradient_kernel(
         mask=in_d,
         other=0.0,
     )
-    grad_ptr = (
+    do_ptr = (
         GRAD_OUT + (batch * stride_gb + head * stride_gh + at * stride_gt)[:, None] + dv[None, :]
     )
-    grad_out = tl.load(grad_ptr, mask=in_dv, other=0.0)
+    grad_out = tl.load(do_ptr, mask=in_dv, other=0.0)
     out = tl.load(
         OUT + (batch * stride_ob + head * stride_oh + at * stride_ot)[:, None] + dv[None, :],
         mask=in_dv,
@@ -78,11 +78,11 @@ def query_gradient_kernel(
     start, sink, window = always_read(
         block_first, window_start(block_first, window_keys, BLOCK_K), sink_keys, sliding, BLOCK_K
     )
-    sink_length = sink - start
+    sink_len = sink - start
     ids, picked = selected_keys(
         INDICES, COUNTS, sequence, head_list, block, lists, blocks, most, BLOCK_K, SELECTED
     )
-    before = sink_length + picked - window
+    before = sink_len + picked - window
     clear, end = (before + first + 1) // BLOCK_N, before + last + 1
     if SLIDING:
         clear = 0
@@ -97,11 +97,11 @@ def query_gradient_kernel(
     n = tl.arange(0, BLOCK_N)
     # as in `prefill.py`, the blocks of a tile are looked up two tiles ahead, and slots after the
     # last one repeat it
-    blocks = listed_blocks(tl.minimum(n, end - 1), ids, sink_length, picked, BLOCK_K)
+    blocks = listed_blocks(tl.minimum(n, end - 1), ids, sink_len, picked, BLOCK_K)
     position = key_positions(
-        tl.minimum(n, end - 1), blocks, start, sink_length, picked, window, BLOCK_K
+        tl.minimum(n, end - 1), blocks, start, sink_len, picked, window, BLOCK_K
     )
-    blocks = listed_blocks(tl.minimum(BLOCK_N + n, end - 1), ids, sink_length, picked, BLOCK_K)
+    blocks = listed_blocks(tl.minimum(BLOCK_N + n, end - 1), ids, sink_len, picked, BLOCK_K)
     for i in range(0, tiles):
         slots = i * BLOCK_N + n
         token = (key_start + position).to(tl.int64)
@@ -129,21 +129,13 @@ def query_gradient_kernel(
             grad = grad * slope
         acc = tl.dot(grad.to(k.dtype), k, acc, input_precision=PRECISION)
         position = key_positions(
-            tl.minimum(slots + BLOCK_N, end - 1),
-            blocks,
-            start,
-            sink_length,
-            picked,
-            window,
-            BLOCK_K,
+            tl.minimum(slots + BLOCK_N, end - 1), blocks, start, sink_len, picked, window, BLOCK_K
         )
         blocks = listed_blocks(
-            tl.minimum(slots + 2 * BLOCK_N, end - 1), ids, sink_length, picked, BLOCK_K
+            tl.minimum(slots + 2 * BLOCK_N, end - 1), ids, sink_len, picked, BLOCK_K
         )
-    dq_ptr = (
-        GRAD_Q + (batch * stride_dqb + head * stride_dqh + at * stride_dqt)[:, None] + d[None, :]
-    )
-    tl.store(dq_ptr, (acc * scale).to(GRAD_Q.dtype.element_ty), mask=in_d)
+    to = GRAD_Q + (batch * stride_dqb + head * stride_dqh + at * stride_dqt)[:, None] + d[None, :]
+    tl.store(to, (acc * scale).to(GRAD_Q.dtype.element_ty), mask=in_d)
 
 
 @triton.jit
@@ -169,10 +161,10 @@ def _key_gradients(
     at = (row_offset + row_at).to(tl.int64)
     q_ptr = Q + (batch * stride_qb + head * stride_qh + at * stride_qt)[:, None] + d[None, :]
     q = tl.load(q_ptr, mask=real[:, None] & (d < dim)[None, :], other=0.0)
-    grad_ptr = (
+    do_ptr = (
         GRAD_OUT + (batch * stride_gb + head * stride_gh + at * stride_gt)[:, None] + dv[None, :]
     )
-    grad_out = tl.load(grad_ptr, mask=real[:, None] & (dv < dim_v)[None, :], other=0.0)
+    grad_out = tl.load(do_ptr, mask=real[:, None] & (dv < dim_v)[None, :], other=0.0)
     by_row = batch * stride_lb + head * stride_lh + at * stride_lt
     lse = tl.load(LSE + by_row, mask=real, other=0.0)
     mean = tl.load(MEAN + by_row, mask=real, other=0.0)
@@ -181,13 +173,9 @@ def _key_gradients(
         read = ((bits >> tl.minimum(n // BLOCK_K, 31)) & 1) == 1
         seen = read[:, None] & real[None, :]
     else:
-        block_first = tl.maximum(row_at // BLOCK_Q * BLOCK_Q, position)
+        block_at = tl.maximum(row_at // BLOCK_Q * BLOCK_Q, position)
         start, sink, window = always_read(
-            block_first,
-            window_start(block_first, window_keys, BLOCK_K),
-            sink_keys,
-            sliding,
-            BLOCK_K,
+            block_at, window_start(block_at, window_keys, BLOCK_K), sink_keys, sliding, BLOCK_K
         )
         seen = ((key[:, None] < sink[None, :]) & (key[:, None] >= start[None, :])) | (
             key[:, None] >= window[None, :]
@@ -246,16 +234,16 @@ def key_gradient_kernel(
     if PARTS > 1:
         real &= key < high
     key = tl.where(real, key, end)  # no row sees it
-    token = (key_start + key).to(tl.int64)
+    at = (key_start + key).to(tl.int64)
     in_d, in_dv = real[:, None] & (d < dim)[None, :], real[:, None] & (dv < dim_v)[None, :]
     k_ptr = (
         K
-        + (batch * stride_kb + key_head.to(tl.int64) * stride_kh + token * stride_kt)[:, None]
+        + (batch * stride_kb + key_head.to(tl.int64) * stride_kh + at * stride_kt)[:, None]
         + d[None, :]
     )
     v_ptr = (
         V
-        + (batch * stride_vb + key_head.to(tl.int64) * stride_vh + token * stride_vt)[:, None]
+        + (batch * stride_vb + key_head.to(tl.int64) * stride_vh + at * stride_vt)[:, None]
         + dv[None, :]
     )
     k, v = tl.load(k_ptr, mask=in_d, other=0.0), tl.load(v_ptr, mask=in_dv, other=0.0)
@@ -302,9 +290,7 @@ def key_gradient_kernel(
     if OF_K:
         dk_ptr = (
             GRAD_K
-            + (batch * stride_dkb + key_head.to(tl.int64) * stride_dkh + token * stride_dkt)[
-                :, None
-            ]
+            + (batch * stride_dkb + key_head.to(tl.int64) * stride_dkh + at * stride_dkt)[:, None]
             + d[None, :]
         )
         grad_k = grad_k * scale + tl.load(dk_ptr, mask=in_d, other=0.0).to(tl.float32)
@@ -312,9 +298,7 @@ def key_gradient_kernel(
     if OF_V:
         dv_ptr = (
             GRAD_V
-            + (batch * stride_dvb + key_head.to(tl.int64) * stride_dvh + token * stride_dvt)[
-                :, None
-            ]
+            + (batch * stride_dvb + key_head.to(tl.int64) * stride_dvh + at * stride_dvt)[:, None]
             + dv[None, :]
         )
         grad_v = grad_v + tl.load(dv_ptr, mask=in_dv, other=0.0).to(tl.float32)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from hip_hf.backends.triton.attention.backward import (
+    Inverted,
     inverted,
     key_gradient_arguments,
     query_gradient_arguments,
 )
 from hip_hf.backends.triton.attention.decode import Scratch, combine_arguments, combine_kernel
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
-from hip_hf.backends.triton.attention.inversion import Inverted
 from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.attention.prefill import attend_kernel, call_arguments
 from hip_hf.backends.triton.common.arguments import dense_reads
