@@ -300,10 +300,7 @@ def _in_graph(
 
     config = config.for_layer(layer)
     dense = bool(dense_reason(problem, config, layer, True)[0])
-    rest = (problem.sliding_window, problem.softcap, problem.sinks, need_lse)
-    return ops.attention(
-        problem.q, problem.k, problem.v, config, dense, problem.scale, key_start, q_start, *rest
-    )
+    return ops.attention(problem, config, dense, key_start, q_start, need_lse)
 
 
 def hip_attention(

@@ -19,8 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hip_hf import HiPConfig, hip_attention
 from hip_hf.backends.triton import trust
-from hip_hf.backends.triton.attention.backward import Part, gradients
+from hip_hf.backends.triton.attention.backward import gradients
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.checks import HYPER_SIZES
+from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.geometry import Span
@@ -114,9 +116,8 @@ def test_gradients(launches: list[str]) -> None:
     numbers = torch.zeros(2, 2, 19, 4, dtype=torch.int32, device=GPU)
     part = Part(sequences, Reads(16, 16, 16, 32, numbers, numbers[..., 0].contiguous()))
     lse, sinks = torch.zeros(q.shape[:3], device=GPU), torch.zeros(4, device=GPU)
-    found = gradients(
-        q, k, v, Logits(0.125, sinks=sinks), (part,), q, lse, q, None, need_sinks=True
-    )
+    x = Operands(q, KeyValues(k, v), Logits(0.125, sinks=sinks), q, lse)
+    found = gradients(x, (part,), q, None)
     assert all(x.device == GPU for x in found)
     assert set(launches) == {"query_gradient_kernel", "key_gradient_kernel"}
 

@@ -197,6 +197,7 @@ def test_auto_takes_the_kernels_on_a_gpu_and_says_when_it_cannot() -> None:
 def test_a_captured_step_serves_a_growing_sequence() -> None:
     """One graph, replayed while only numbers on the device change, gives what step after step
     gives."""
+    from hip_hf.backends.triton.attention.operands import Operands
     from hip_hf.backends.triton.common.addressing import KeyValues
     from hip_hf.backends.triton.common.arguments import Logits
     from hip_hf.backends.triton.common.sequences import Sequences
@@ -207,26 +208,26 @@ def test_a_captured_step_serves_a_growing_sequence() -> None:
     q, k, v = (x.to(DEVICE) for x in make_qkv(200))
     problem = make_problem(q[:, :, :1], k, v)
     row, out = q[:, :, 100:101].clone(), torch.empty_like(q[:, :, :1])
-    kv, logits = KeyValues(k, v), Logits(problem.scale)
+    x = Operands(row, KeyValues(k, v), Logits(problem.scale), out)
     sequences = Sequences.of([Span(0, 0, 200, 0, 1, 100)], torch.device(DEVICE))
 
     def fresh() -> DeviceState:
         return DeviceState.make(config, problem, 200)
 
     state = fresh()
-    decode_step(row, kv, sequences, config, logits, state, out)  # compiles
+    decode_step(x, sequences, config, state)  # compiles
     kept, graph = fresh(), torch.cuda.CUDAGraph()
-    decode_step(row, kv, sequences, config, logits, kept, out)
+    decode_step(x, sequences, config, kept)
     with torch.cuda.graph(graph):
-        decode_step(row, kv, sequences, config, logits, kept, out)
+        decode_step(x, sequences, config, kept)
     state = fresh()
-    decode_step(row, kv, sequences, config, logits, state, out)
+    decode_step(x, sequences, config, state)
     for position in range(101, 140):
         sequences.table[4] = position
         row.copy_(q[:, :, position : position + 1])
         graph.replay()
         replayed = out.clone()
-        decode_step(row, kv, sequences, config, logits, state, out)
+        decode_step(x, sequences, config, state)
         assert torch.equal(out, replayed), position
 
 

@@ -13,7 +13,8 @@ from helpers import assert_near
 from interpreter import DEVICE
 from kernel_cases import make_case, spans_of
 
-from hip_hf.backends.triton.attention.backward import Inverted, KeyTiles, Part, attention, invert
+from hip_hf.backends.triton.attention.backward import Inverted, KeyTiles, attention, invert
+from hip_hf.backends.triton.attention.operands import Part
 from hip_hf.backends.triton.common.arguments import Logits, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import Tile

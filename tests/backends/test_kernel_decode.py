@@ -14,6 +14,7 @@ from interpreter import DEVICE
 from kernel_cases import check, make_case, spans_of
 
 from hip_hf.backends.triton.attention.decode import decode, splits_for
+from hip_hf.backends.triton.attention.operands import Part
 from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.geometry import QueryBlock, Span, make_query_block
@@ -78,16 +79,7 @@ def test_a_window_kept_between_refreshes() -> None:
         )
     out, lse = case.empty()
     reads = case.reads(windows=torch.tensor(windows, dtype=torch.int32, device=DEVICE)[:, None])
-    decode(
-        case.q.to(DEVICE),
-        case.kv(),
-        case.sequences(),
-        reads,
-        case.logits(),
-        scratch_for(case, 4),
-        out,
-        lse,
-    )
+    decode(case.operands(out, lse), case.part(reads), scratch_for(case, 4))
     check(case, out, lse, case.reference())
 
 
@@ -97,18 +89,17 @@ def test_dense_decode(rows: int) -> None:
     case.config = type(case.config)(block_q=1, sink=0, window=1 << 20)
     case.counts.zero_()
     out, lse = case.empty()
-    args = (case.kv(), case.sequences(), dense_reads(1), case.logits())
-    decode(case.q.to(DEVICE), *args, scratch_for(case, 8), out, lse)
+    decode(case.operands(out, lse), case.part(dense_reads(1)), scratch_for(case, 8))
     check(case, out, lse, case.dense_reference())
 
 
 def test_dense_tail_of_a_prompt() -> None:
     """Many rows, split over the keys: the same tile as prefill."""
     case = make_case(spans_of((0, 230, 40)))
-    args = (case.kv(), case.sequences(), dense_reads(64), case.logits())
     (out, lse), (want, want_lse) = case.empty(), case.empty()
-    decode(case.q.to(DEVICE), *args, scratch_for(case, 4), out, lse)
-    prefill(case.q.to(DEVICE), *args, want, want_lse)
+    part = case.part(dense_reads(64))
+    decode(case.operands(out, lse), part, scratch_for(case, 4))
+    prefill(case.operands(want, want_lse), part)
     assert_near(out, want, 1e-6)
     assert_near(lse, want_lse, 1e-6)
 
@@ -119,9 +110,9 @@ def test_lengths_are_read_on_the_device() -> None:
     case = step()
     sequences = case.sequences()
     fixed = replace(sequences, max_keys=1 << 20)
-    q, kv, scratch = case.q.to(DEVICE), case.kv(), scratch_for(case, 4)
-    reads, (out, lse) = case.reads(), case.empty()
-    decode(q, kv, fixed, reads, case.logits(), scratch, out, lse)
+    reads, (out, lse), scratch = case.reads(), case.empty(), scratch_for(case, 4)
+    x, part = case.operands(out, lse), Part(fixed, reads)
+    decode(x, part, scratch)
     check(case, out, lse, case.reference())
     shorter = [
         replace(span, key_end=span.key_end - 33, position=span.position - 33) for span in case.spans
@@ -133,7 +124,7 @@ def test_lengths_are_read_on_the_device() -> None:
     fixed.table.copy_(case.sequences().table)
     reads.counts.copy_(case.counts)
     reads.indices.copy_(case.indices)
-    decode(q, kv, fixed, reads, case.logits(), scratch, out, lse)
+    decode(x, part, scratch)
     check(case, out, lse, case.reference())
 
 

@@ -14,6 +14,7 @@ from kernel_cases import assert_half_precision, assert_same, call
 import hip_hf
 from hip_hf.backends.torch.delta import spread
 from hip_hf.backends.triton import delta
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.geometry import Span
 from hip_hf.state import DecodeState
@@ -30,14 +31,12 @@ def strides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(stride, sequences) of every launch of dense rows at a stride."""
     launched = []
 
-    def noted(
-        q: Any, kv: Any, sequences: Sequences, logits: Any, stride: int, *into: torch.Tensor
-    ) -> None:
-        launched.append((stride, sequences.count))
-        launch(q, kv, sequences, logits, stride, *into)
+    def noted(x: Operands, part: Part, stride: int) -> None:
+        launched.append((stride, part.sequences.count))
+        launch(x, part, stride)
 
-    launch = delta.strided_rows
-    monkeypatch.setattr(delta, "strided_rows", noted)
+    launch = delta.prefill
+    monkeypatch.setattr(delta, "prefill", noted)
     return launched
 
 

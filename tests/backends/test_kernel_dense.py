@@ -148,7 +148,7 @@ def test_a_few_rows_split_their_keys(
 ) -> None:
     splits, original = [], decode.decode
     monkeypatch.setattr(
-        decode, "decode", lambda *args: splits.append(args[5].out.shape[0]) or original(*args)
+        decode, "decode", lambda *args: splits.append(args[2].out.shape[0]) or original(*args)
     )
     tensors = make_qkv(150, rows)
     results = [

@@ -62,7 +62,7 @@ def test_a_prompt_in_every_dtype(groups: int, dtype: torch.dtype, turns: int) ->
     where = positions(160, **{"dim": 64, **TURNS[turns]})
     case = make_case(groups=groups, dtype=dtype, positions=where)
     out, lse = case.empty()
-    prefill(case.q.to(DEVICE), case.kv(), case.sequences(), case.reads(), case.logits(), out, lse)
+    prefill(case.operands(out, lse), case.part())
     check(case, out, lse)
 
 
@@ -79,7 +79,7 @@ def test_head_dims(dim: int, dv: int, turns: int) -> None:
         positions=positions(150, dim=turns),
     )
     out, lse = case.empty()
-    prefill(case.q.to(DEVICE), case.kv(), case.sequences(), case.reads(), case.logits(), out, lse)
+    prefill(case.operands(out, lse), case.part())
     check(case, out, lse)
 
 
@@ -88,15 +88,7 @@ def test_padding_and_pages(shared: bool, page_size: int) -> None:
     spans = [Span(0, 0, 150, 0, 60, 90), Span(1, 37, 150, 0, 60, 53), Span(2, 11, 41, 30, 60, 0)]
     case = make_case(spans, shared=shared, positions=positions(160, dim=64))
     out, lse = case.empty()
-    prefill(
-        case.q.to(DEVICE),
-        case.kv(page_size),
-        case.sequences(),
-        case.reads(),
-        case.logits(),
-        out,
-        lse,
-    )
+    prefill(case.operands(out, lse, page_size), case.part())
     check(case, out, lse)
 
 
@@ -115,8 +107,7 @@ def test_a_decode_step_split_over_its_keys(splits: int, page_size: int, dtype: t
         positions=where,
     )
     out, lse = case.empty()
-    args = (case.kv(page_size), case.sequences(), case.reads(), case.logits())
-    decode(case.q.to(DEVICE), *args, scratch_for(case, splits), out, lse)
+    decode(case.operands(out, lse, page_size), case.part(), scratch_for(case, splits))
     check(case, out, lse)
 
 

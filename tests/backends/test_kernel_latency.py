@@ -23,8 +23,9 @@ from commands import invoke
 from triton.runtime.interpreter import GridExecutor
 
 from hip_hf.backends.triton.attention import prefill
-from hip_hf.backends.triton.attention.backward import Part, query_gradient_arguments
+from hip_hf.backends.triton.attention.backward import query_gradient_arguments
 from hip_hf.backends.triton.attention.decode import splits_for
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
@@ -338,30 +339,16 @@ def test_the_model_counts_the_tiles_that_are_launched(
     shape = Shape(2 * group, 2, dim, dtype.itemsize, target_of(q), processors(q), sequences=3)
     for call in ((100, 1, 1), (1604, 1, 1), (1 << 20, 1, 1), (1 << 20, 64, 64), (1 << 20, 5, 64)):
         assert shape.splits(*call) == splits_for(q, 2, 3, *call)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    x = Operands(q, kv, Logits(1.0), q, q.new_empty(q.shape[:3], dtype=torch.float32))
     for block_q in (64, 32):
-        reads = dense_reads(block_q)
-        (tiles, lists, _), _ = prefill.call_arguments(
-            q, kv, sequences, reads, Logits(1.0), q, lse, shape.tile("prefill")
-        )
+        part = Part(sequences, dense_reads(block_q))
+        (tiles, lists, _), _ = prefill.call_arguments(x, part, shape.tile("prefill"))
         assert (tiles, lists) == (
             sequences.blocks(block_q) * shape.row_tiles("prefill", block_q, 2),
             2,
         )
-        of_queries = (
-            q,
-            kv,
-            Part(sequences, reads),
-            Logits(1.0),
-            q,
-            lse,
-            q,
-            None,
-            q,
-            lse,
-            shape.tile("backward queries"),
-        )
-        (tiles, lists, _), _ = query_gradient_arguments(*of_queries)
+        of_queries = (q, None, q, x.lse, shape.tile("backward queries"))
+        (tiles, lists, _), _ = query_gradient_arguments(x, part, *of_queries)
         assert (tiles, lists) == (
             sequences.blocks(block_q) * shape.row_tiles("backward queries", block_q, 2),
             2,

@@ -12,7 +12,7 @@ from interpreter import DEVICE
 from kernel_cases import check, make_case, spans_of
 from prefill_cases import large_logits, run
 
-from hip_hf.backends.triton.attention.prefill import prefill, strided_rows
+from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.geometry import Span
 
@@ -93,7 +93,7 @@ def test_dense_rows() -> None:
     case.config = type(case.config)(block_q=16, sink=0, window=1 << 20)
     case.counts.zero_()
     out, lse = case.empty()
-    prefill(case.q.to(DEVICE), case.kv(), case.sequences(), dense_reads(), case.logits(), out, lse)
+    prefill(case.operands(out, lse), case.part(dense_reads()))
     check(case, out, lse, case.dense_reference())
 
 
@@ -107,7 +107,7 @@ def test_strided_rows_are_dense_attention_of_those_rows(
     most = -(-90 // stride)
     out = torch.full((2, 4, most, 64), torch.nan, device=DEVICE)
     lse = torch.full((2, 4, most), torch.nan, device=DEVICE)
-    strided_rows(case.q.to(DEVICE), case.kv(), case.sequences(), case.logits(), stride, out, lse)
+    prefill(case.operands(out, lse), case.part(dense_reads()), stride)
     case.config = type(case.config)(block_q=16, sink=0, window=1 << 20)
     tolerance, lse_tolerance = case.tolerances(case.visible())
     wanted = case.dense_reference()
@@ -128,11 +128,10 @@ def test_strided_rows_are_dense_attention_of_those_rows(
 def test_later_query_blocks_change_nothing() -> None:
     case = make_case()
     first, _ = case.empty()
-    args = (case.sequences(), case.reads(), case.logits())
-    prefill(case.q.to(DEVICE), case.kv(), *args, first)
+    prefill(case.operands(first, None), case.part())
     for x in (case.q, case.k, case.v):
         x[:, :, 96:] = torch.randn_like(x[:, :, 96:])
     second, _ = case.empty()
-    prefill(case.q.to(DEVICE), case.kv(), *args, second)
+    prefill(case.operands(second, None), case.part())
     assert torch.equal(first[:, :, :96], second[:, :, :96])
     assert not torch.equal(first[:, :, 96:], second[:, :, 96:])

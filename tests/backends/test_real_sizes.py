@@ -18,16 +18,16 @@ from vast import Vast
 
 from hip_hf.backends.triton.attention import prefill
 from hip_hf.backends.triton.attention.backward import (
-    Part,
+    Inverted,
     key_gradient_arguments,
     query_gradient_arguments,
 )
 from hip_hf.backends.triton.attention.decode import Scratch, decode
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
-from hip_hf.backends.triton.attention.inversion import Inverted
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.common import addressing
 from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.arguments import Logits, Reads
+from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
 from hip_hf.backends.triton.compile.examples import example
@@ -136,7 +136,8 @@ def test_prompts(paged: bool) -> None:
     )
     assert selection.counts[-1, -1, -1] == CONFIG.budget_blocks
     out, lse = torch.empty_like(q), tensor(BATCH, HEADS, ROWS, dtype=torch.float32)
-    prefill.prefill(q, kv, rows, reads(rows.blocks(CONFIG.block_q)), LOGITS, out, lse)
+    part = Part(rows, reads(rows.blocks(CONFIG.block_q)))
+    prefill.prefill(Operands(q, kv, LOGITS, out, lse), part)
     assert lse[-1, -1, -1] > 0
 
 
@@ -160,7 +161,7 @@ def test_steps(paged: bool) -> None:
         tensor(BATCH, HEADS, 1, dtype=torch.float32),
         Scratch.make(2, q, DIM),
     )
-    decode(q, kv, rows, read, LOGITS, scratch, out, lse)
+    decode(Operands(q, kv, LOGITS, out, lse), Part(rows, read), scratch)
     assert scratch.lse[-1, -1, -1, -1] > 0
 
 
@@ -168,8 +169,9 @@ def test_dense_rows() -> None:
     """At a stride, and with their keys split, of sequences that begin late."""
     q, kv, rows = queries(), keys(), sequences(FEW, LATE)
     out, lse = torch.empty_like(q), tensor(BATCH, HEADS, ROWS, dtype=torch.float32)
-    prefill.strided_rows(q, kv, rows, LOGITS, 2, out, lse)
-    decode(q, kv, rows, prefill.dense_reads(), LOGITS, Scratch.make(2, q, DIM), out, lse)
+    x, part = Operands(q, kv, LOGITS, out, lse), Part(rows, dense_reads())
+    prefill.prefill(x, part, stride=2)
+    decode(x, part, Scratch.make(2, q, DIM))
     assert lse[-1, -1, -1] > 0
 
 
@@ -184,9 +186,8 @@ def test_gradients() -> None:
     )
     out[-1, -1, -1] = 1  # its own gradient as well
     grad_q, mean = torch.empty_like(q), torch.empty_like(lse)
-    grid, arguments = query_gradient_arguments(
-        q, kv, part, LOGITS, out, lse, out, lse, grad_q, mean, TILE
-    )
+    x = Operands(q, kv, LOGITS, out, lse)
+    grid, arguments = query_gradient_arguments(x, part, out, lse, grad_q, mean, TILE)
     query_gradient_kernel[grid](**arguments)
     assert mean[-1, -1, -1] > 0
     tiles = TOKENS // TILE.keys
@@ -197,7 +198,7 @@ def test_gradients() -> None:
     lists.who[-1], lists.what[-1] = rows.blocks(CONFIG.block_q) - 1, 1
     lists.offsets[-2], lists.offsets[-1] = entries - 1, entries
     grads = torch.empty_like(kv.k), torch.empty_like(kv.v)
-    grid, passes = key_gradient_arguments(q, kv, part, LOGITS, lse, out, mean, *grads, lists, TILE)
+    grid, passes = key_gradient_arguments(x, part, out, mean, *grads, lists, TILE)
     assert grid == (tiles, KEY_HEADS, BATCH)
     for arguments in passes:
         key_gradient_kernel[grid](**arguments)
@@ -250,12 +251,13 @@ def test_offsets_in_32_bits_are_found(
     kv = KeyValues(
         *(tensor(BATCH, TOKENS, 4 * KEY_HEADS, DIM)[:, :, :KEY_HEADS].transpose(1, 2) for _ in "kv")
     )
-    q, rows = queries(FEW), sequences(FEW, LATE, FEW)
+    q, part = queries(FEW), Part(sequences(FEW, LATE, FEW), dense_reads())
+    x = Operands(q, kv, LOGITS, torch.empty_like(q))
     with pytest.raises(interpreter.InterpreterError, match=said):
-        prefill.prefill(q, kv, rows, prefill.dense_reads(), LOGITS, torch.empty_like(q))
+        prefill.prefill(x, part)
     sanitizer.found.clear()
     monkeypatch.setattr(prefill, "offsets_in", addressing.offsets_in)
-    prefill.prefill(q, kv, rows, prefill.dense_reads(), LOGITS, torch.empty_like(q))
+    prefill.prefill(x, part)
 
 
 def test_programs_with_the_largest_offsets_run() -> None:

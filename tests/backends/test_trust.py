@@ -28,6 +28,7 @@ from hip_hf.attention import Result, attend
 from hip_hf.backends import choice
 from hip_hf.backends.triton import checks, dispatch, sparse, trust
 from hip_hf.backends.triton.attention import backward
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.checks import Found, Heads
 from hip_hf.cache.offload import OffloadedStore
 from hip_hf.cache.pages import BlockTable, PagedTensor
@@ -128,17 +129,9 @@ def test_wrong_numbers_go_dense_from_the_first_call_on(monkeypatch: pytest.Monke
     warning."""
     prefill, ran = sparse.prefill, []
 
-    def wrong(
-        q: torch.Tensor,
-        kv: Any,
-        sequences: Any,
-        reads: Any,
-        logits: Any,
-        out: torch.Tensor,
-        lse: Any = None,
-    ) -> None:
-        prefill(q, kv, sequences, reads, logits, out, lse)
-        out[:, -1, -1] += 0.1
+    def wrong(x: Operands, part: Part) -> None:
+        prefill(x, part)
+        x.out[:, -1, -1] += 0.1
 
     def run(device: torch.device, heads: Heads, part: str) -> list[Found]:
         ran.append(part)

@@ -20,8 +20,7 @@ def scratch_for(case: Case, splits: int) -> Scratch:
 
 def run(case: Case, splits: int = 4, page_size: int = 0) -> None:
     out, lse = case.empty()
-    args = (case.kv(page_size), case.sequences(), case.reads(), case.logits())
-    decode(case.q.to(DEVICE), *args, scratch_for(case, splits), out, lse)
+    decode(case.operands(out, lse, page_size), case.part(), scratch_for(case, splits))
     check(case, out, lse, case.reference())
 
 

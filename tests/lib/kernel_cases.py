@@ -15,6 +15,7 @@ from tensor_cores import Emulation, Reordered, TensorCores
 from hip_hf.attention import Result
 from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch.block_sparse import attend, attend_range
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads
 from hip_hf.backends.triton.common.sequences import Sequences
@@ -96,6 +97,13 @@ class Case:
 
     def sequences(self) -> Sequences:
         return Sequences.of(self.spans, torch.device(DEVICE))
+
+    def part(self, reads: Reads | None = None) -> Part:
+        """All rows, with what they read if not the case's lists."""
+        return Part(self.sequences(), reads or self.reads())
+
+    def operands(self, out: torch.Tensor, lse: torch.Tensor | None, page_size: int = 0) -> Operands:
+        return Operands(self.q.to(DEVICE), self.kv(page_size), self.logits(), out, lse)
 
     def kv(self, page_size: int = 0) -> KeyValues:
         """Keys and values on the device; with a page size, scattered over pages in random order

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from interpreter import DEVICE
 from kernel_cases import Case, check, make_case
 
 from hip_hf.backends.triton.attention.prefill import prefill
@@ -17,13 +16,5 @@ def large_logits() -> Case:
 
 def run(case: Case, page_size: int = 0, need_lse: bool = True) -> None:
     out, lse = case.empty()
-    prefill(
-        case.q.to(DEVICE),
-        case.kv(page_size),
-        case.sequences(),
-        case.reads(),
-        case.logits(),
-        out,
-        lse if need_lse else None,
-    )
+    prefill(case.operands(out, lse if need_lse else None, page_size), case.part())
     check(case, out, lse if need_lse else None, case.reference())

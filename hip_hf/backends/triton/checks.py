@@ -1,8 +1,8 @@
 """What `hip-hf doctor` and the self-test run: every kernel on small problems, against the torch
 backend in float64. The torch backend in other dtypes is checked alike.
 
-Keys that a search must find are *planted*: they match all queries so much better than the others of
-the middle that the blocks to select are the same in every precision. What remains between the two
+Keys that a search must find are *planted*: they match all queries so much better than the other
+candidates that the blocks to select are the same in every precision. What remains between the two
 backends is then rounding. A decode step's selection also takes what follows its best blocks, in
 place of its worst: which these are must not be a matter of rounding either.
 """
@@ -12,12 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends import base
-from hip_hf.backends.base import Result
 from hip_hf.cache.pages import BlockTable, PagedTensor, Store
 from hip_hf.config import HiPConfig
 from hip_hf.problem import AttentionProblem, make_spans
@@ -34,9 +35,9 @@ ALLOWED = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 128.0}
 OF_LOGITS = 4.0
 # Key heads, so that one head's numbers cannot pass for another's.
 KEY_HEADS = 2
-# What planted keys and the middle's others add to a logit; elsewhere it is 0, so that sink and
-# window keep a share that shows. Of two weak blocks the one after a strong one is read, by its
-# share of what that has. Differences are several times that by which the random keys of two blocks
+# What planted keys and the other candidates add to a logit; elsewhere it is 0, so that sink and
+# window keep a weight that shows. Of two weak blocks the one after a strong one is read, by its
+# part of what that has. Differences are several times that by which the random keys of two blocks
 # differ.
 STRONG, PLANTED, WEAK, OTHERS = 4.0, 2.0, 0.0, -3.0
 # Neighbouring blocks that are planted together: a search that starts from larger chunks sees them
@@ -79,8 +80,7 @@ class Found:
 
 @dataclass
 class Trial:
-    """One check in progress: random numbers, and the worst error so far of `backend` on
-    `device`."""
+    """A check in progress: random numbers, and `backend`'s worst error on `device` so far."""
 
     heads: Heads
     device: torch.device
@@ -90,32 +90,31 @@ class Trial:
     worst: str = ""
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
-    def normal(self, *shape: int) -> torch.Tensor:
+    def normal(self, *shape: int) -> Tensor:
         """Random numbers that are the same in the tensors' dtype and in float64."""
-        return torch.randn(shape, generator=self.random, dtype=torch.float32, device="cpu").to(
-            self.heads.dtype
-        )
+        x = torch.randn(shape, generator=self.random, dtype=torch.float32, device="cpu")
+        return x.to(self.heads.dtype)
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a prompt: a query block, the dense tail, and some more."""
+        return self.config.block_q + self.config.dense_tail + REST
 
     @property
     def keys(self) -> int:
-        """So many that the levels of a search above the last one keep half of the middle, not
-        aligned to anything."""
+        """So many, not aligned to anything, that the upper levels of a search keep half of them."""
         config = self.config
         blocks = 2 * max(config.beam_blocks, config.budget_blocks) + 1
         return config.sink + config.window + blocks * config.block_k + REST
 
-    def plain(self, rows: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def plain(self, rows: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
         """q `[1, Hq, rows, D]`, k and v."""
         heads = self.heads
-        q, k = (
-            self.normal(1, KEY_HEADS * heads.groups, rows, heads.dim),
-            self.normal(1, KEY_HEADS, keys, heads.dim),
-        )
+        q = self.normal(1, KEY_HEADS * heads.groups, rows, heads.dim)
+        k = self.normal(1, KEY_HEADS, keys, heads.dim)
         return q, k, self.normal(1, KEY_HEADS, keys, heads.dim_v)
 
-    def planted(
-        self, rows: int, keys: int, first: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def planted(self, rows: int, keys: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """The same with the budget's worth of planted keys between the key `first` and the window.
         Neighbouring blocks begin with a weak one and end with a strong one; another weak one
         follows, which takes the place of the first."""
@@ -126,7 +125,7 @@ class Trial:
         direction[heads.dim // 2 :] = (2 / heads.dim) ** 0.5
         strength = heads.dim**0.25
 
-        def along(x: torch.Tensor, size: float | torch.Tensor) -> torch.Tensor:
+        def along(x: Tensor, size: float | Tensor) -> Tensor:
             """x with that size in the direction, in place of a random one."""
             x = x.float()
             return (x + (strength * size - x @ direction)[..., None] * direction).to(heads.dtype)
@@ -143,14 +142,11 @@ class Trial:
                 blocks[0], blocks[-1] = WEAK, STRONG
                 blocks = torch.cat([blocks, blocks[:1]])
             at = (low + (last - low) * run // max(1, runs - 1)) * config.block_k
-            logits[at : at + len(blocks) * config.block_k] = blocks.repeat_interleave(
-                config.block_k
-            )
+            each_key = blocks.repeat_interleave(config.block_k)
+            logits[at : at + len(each_key)] = each_key
         return along(q, 1.0), along(k, logits), v
 
-    def same(
-        self, name: str, got: torch.Tensor, want: torch.Tensor, absolute: bool = False
-    ) -> None:
+    def same(self, name: str, got: Tensor, want: Tensor, absolute: bool = False) -> None:
         """Take note of how far `got` is from `want`. NaN, and what is infinite in one of them
         alone, is infinitely far."""
         got, want = got.detach().double().cpu(), want.detach().double()
@@ -166,38 +162,31 @@ class Trial:
 
     def both(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         config: HiPConfig,
         states: tuple[DecodeState, DecodeState] | None = None,
         pages: bool = False,
-        mask: bool = True,
         **fields: Any,
     ) -> None:
-        """Compare a call with the torch backend's in float64: output, log-sum-exp, and the
-        selection."""
-        ours, theirs = states or (None, None)
-        scale = q.shape[-1] ** -0.5
-        queries, keys, values = (x.to(self.device) for x in (q, k, v))
-        problem = AttentionProblem(queries, keys, values, make_spans(q, k), scale, **fields)
+        """Compare a call with the torch backend's in float64: out, log-sum-exp, and selection."""
+
+        def problem(device: torch.device, dtype: torch.dtype) -> AttentionProblem:
+            given = dict(q=q, k=k, v=v, **fields)
+            for name, x in given.items():
+                given[name] = x.to(device, dtype) if isinstance(x, Tensor) else x
+            return AttentionProblem(spans=make_spans(q, k), scale=q.shape[-1] ** -0.5, **given)
+
+        tested = problem(self.device, self.heads.dtype)
         if pages:
             count = -(-k.shape[2] // PAGE)
             table = BlockTable(torch.randperm(count, generator=self.random, device="cpu").tolist())
-            problem = replace(problem, k=in_pages(keys, table), v=in_pages(values, table))
-        fields = {
-            name: x.double() if isinstance(x, torch.Tensor) else x for name, x in fields.items()
-        }
-        if "sinks" in fields:
-            problem = replace(problem, sinks=fields["sinks"].to(self.device, self.heads.dtype))
-        exact = AttentionProblem(
-            q.double(), k.double(), v.double(), make_spans(q, k), scale, **fields
-        )
-        got = base.attend(problem, replace(config, backend=self.backend), None, ours, True, mask)
-        want = base.attend(exact, replace(config, backend="torch"), None, theirs, True, mask)
-        self.compare(got, want)
-
-    def compare(self, got: Result, want: Result) -> None:
+            tested = replace(tested, k=in_pages(tested.k, table), v=in_pages(tested.v, table))
+        mask = config.method == "hip"  # others select no blocks
+        exact, (state, other) = problem(torch.device("cpu"), torch.float64), states or (None, None)
+        got = base.attend(tested, replace(config, backend=self.backend), None, state, True, mask)
+        want = base.attend(exact, replace(config, backend="torch"), None, other, True, mask)
         assert got.lse is not None
         assert want.lse is not None
         assert got.path == want.path, got.reason
@@ -212,7 +201,7 @@ class Trial:
             self._note("selected blocks", float("inf"))
 
 
-def in_pages(x: torch.Tensor, table: BlockTable) -> PagedTensor:
+def in_pages(x: Tensor, table: BlockTable) -> PagedTensor:
     """Keys (or values) `[1, H, T, D]` in the pages of `table`."""
     _, heads, tokens, dim = x.shape
     store = Store(heads, dim, x.dtype, x.device, PAGE)
@@ -223,22 +212,18 @@ def in_pages(x: torch.Tensor, table: BlockTable) -> PagedTensor:
 
 def prompt(trial: Trial) -> None:
     """Pyramid, selection and attention of a prompt's last rows, its dense tail among them."""
-    config = trial.config
-    trial.both(*trial.planted(config.block_q + config.dense_tail + REST, trial.keys), config)
+    trial.both(*trial.planted(trial.rows, trial.keys), trial.config)
 
 
 def decode(trial: Trial) -> None:
     """A prompt and steps on a kept state, until the selection has been made anew and kept again."""
     config, keys = trial.config, trial.keys
     assert isinstance(config.decode_refresh, int)
-    steps = config.decode_refresh + 2
-    rows = config.block_q + steps
+    rows, states = config.block_q + config.decode_refresh + 2, (DecodeState(), DecodeState())
     q, k, v = trial.planted(rows, keys)
-    states, end = (DecodeState(), DecodeState()), keys - steps
-    trial.both(q[:, :, : config.block_q], k[:, :, :end], v[:, :, :end], config, states)
-    for at in range(config.block_q, rows):
-        end += 1
-        trial.both(q[:, :, at : at + 1], k[:, :, :end], v[:, :, :end], config, states)
+    for first, last in pairwise([0, *range(config.block_q, rows + 1)]):
+        end = keys - rows + last
+        trial.both(q[:, :, first:last], k[:, :, :end], v[:, :, :end], config, states)
 
 
 def pages(trial: Trial) -> None:
@@ -247,9 +232,7 @@ def pages(trial: Trial) -> None:
     sinks = trial.normal(KEY_HEADS * trial.heads.groups)
     window = keys - 2 * config.block_q
     fields: dict[str, Any] = dict(softcap=SOFTCAP, sliding_window=window, sinks=sinks)
-    q, k, v = trial.planted(
-        config.block_q + config.dense_tail + REST, keys, first=4 * config.block_q
-    )
+    q, k, v = trial.planted(trial.rows, keys, first=4 * config.block_q)
     trial.both(q, k, v, config, pages=True, **fields)
     trial.both(q[:, :, -FEW_ROWS:], k, v, config, pages=True, **fields)
 
@@ -259,13 +242,13 @@ def dense(trial: Trial) -> None:
     config = replace(trial.config, method="dense")
     q, k, v = trial.plain(trial.config.block_q, trial.keys)
     for rows in (trial.config.block_q, 1):
-        trial.both(q[:, :, -rows:], k, v, config, mask=False, softcap=SOFTCAP)
+        trial.both(q[:, :, -rows:], k, v, config, softcap=SOFTCAP)
 
 
 def gradients(trial: Trial) -> None:
     """Gradients of q, k, v and sinks through the selection's attention and the dense tail."""
     config, heads = trial.config, trial.heads
-    q, k, v = trial.planted(config.block_q + config.dense_tail + REST, trial.keys)
+    q, k, v = trial.planted(trial.rows, trial.keys)
     sinks = trial.normal(q.shape[1])
     weight, weight_lse = trial.normal(*q.shape[:3], heads.dim_v), trial.normal(*q.shape[:3])
     grads = []
@@ -287,26 +270,24 @@ def gradients(trial: Trial) -> None:
 def hyper(trial: Trial) -> None:
     """HyperAttention: hashes, leaves and squares."""
     config = replace(trial.config, method="hyper", options=HYPER_SIZES)
-    trial.both(*trial.plain(HYPER_TOKENS, HYPER_TOKENS), config, mask=False)
+    trial.both(*trial.plain(HYPER_TOKENS, HYPER_TOKENS), config)
 
 
 def delta(trial: Trial) -> None:
     """Delta correction in steps: dense rows at a stride, and what they correct."""
     config = trial.config
-    q, k, v = trial.planted(2 * config.block_q + config.dense_tail + REST, trial.keys)
+    q, k, v = trial.planted(config.block_q + trial.rows, trial.keys)
     trial.both(q, k, v, replace(config, delta=config.block_q // 2, delta_mode="step"))
 
 
 def extended(trial: Trial) -> None:
-    """Context extension: queries and keys turned as they are read, of a prompt, of a step, and of
-    dense rows."""
+    """Context extension: q and k turned as they are read, of a prompt, its dense rows, a step."""
     config = replace(trial.config, extend="streaming")
-    frequencies = ROPE_BASE ** -torch.linspace(
-        0, 1, max(1, trial.heads.dim // 4), dtype=torch.float32, device="cpu"
-    )
+    pairs = max(1, trial.heads.dim // 4)
+    steps = torch.linspace(0, 1, pairs, dtype=torch.float32, device="cpu")
     reach = config.sink + config.budget + config.window + 2 * config.block_q
-    positions = Positions(Rope(frequencies), reach)
-    q, k, v = trial.planted(config.block_q + config.dense_tail + REST, trial.keys)
+    positions = Positions(Rope(ROPE_BASE**-steps), reach)
+    q, k, v = trial.planted(trial.rows, trial.keys)
     for rows in (q.shape[2], FEW_ROWS):
         trial.both(q[:, :, -rows:], k, v, config, positions=positions)
 
@@ -334,7 +315,8 @@ def lost(device: torch.device) -> str:
     try:
         torch.cuda.synchronize(device)
     except RuntimeError:
-        return ' (this process can use the GPU no more: start anew with backend="torch" or method="dense")'
+        anew = 'start anew with backend="torch" or method="dense"'
+        return f" (this process can use the GPU no more: {anew})"
     return ""
 
 

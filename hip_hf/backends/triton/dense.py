@@ -7,9 +7,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from hip_hf.backends.triton.attention.backward import Part, attention
+from hip_hf.backends.triton.attention.backward import attention
 from hip_hf.backends.triton.attention.decode import Scratch, decode, splits_for
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, dense_reads
@@ -31,12 +33,6 @@ def sequences_of(spans: tuple[Span, ...], device: torch.device) -> Sequences:
         return Sequences.of(spans, device)
 
 
-def logits_of(problem: AttentionProblem) -> Logits:
-    return Logits(
-        problem.scale, problem.softcap, problem.sliding_window, problem.sinks, problem.positions
-    )
-
-
 def keys_of(problem: AttentionProblem) -> KeyValues:
     """Keys and values of a call: contiguous, or pages in one piece of memory (`unsupported` says
     where they are not)."""
@@ -48,62 +44,48 @@ def keys_of(problem: AttentionProblem) -> KeyValues:
     return KeyValues(k, v, problem.k.block_table())
 
 
-def dense_rows(
-    problem: AttentionProblem,
-    kv: KeyValues,
-    spans: tuple[Span, ...],
-    tails: list[int],
-    logits: Logits,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """The rows from `tails` on of each span, densely, their keys split over the device: they are
-    few and their keys are many."""
-    q, reads = problem.q, dense_reads()
+def operands(problem: AttentionProblem, out: Tensor, lse: Tensor | None = None) -> Operands:
+    """A call's tensors, as the kernels take them, its results to be written into out and lse."""
+    rest = (problem.softcap, problem.sliding_window, problem.sinks, problem.positions)
+    return Operands(problem.q, keys_of(problem), Logits(problem.scale, *rest), out, lse)
+
+
+def dense_rows(x: Operands, spans: tuple[Span, ...], tails: list[int], longest: int) -> None:
+    """The rows from `tails` on of each span, densely, their keys (`longest` at most) split over the
+    device: they are few and their keys are many."""
+    q, reads, dim_v = x.q, dense_reads(), x.kv.v.shape[-1]
     left = [
         span.part(span.position + at, span.end)
         for span, at in zip(spans, tails, strict=True)
         if at < span.rows
     ]
     most = max(span.rows for span in left)
-    splits = splits_for(q, problem.k.shape[1], len(left), problem.longest, most, reads.block_q)
+    splits = splits_for(q, x.kv.heads, len(left), longest, most, reads.block_q)
     if splits == 1:
-        prefill(q, kv, sequences_of(tuple(left), q.device), reads, logits, out, lse)
+        prefill(x, Part(sequences_of(tuple(left), q.device), reads))
         return
     # a launch for those that begin at the same row: scratch for all would have room for the rows
     # between them, too
     for first in sorted({span.row_start for span in left}):
-        some = tuple(
-            replace(span, row_start=0, row_end=span.rows)
-            for span in left
-            if span.row_start == first
-        )
-        rows = slice(first, first + most)
-        scratch = Scratch.make(splits, q[:, :, rows], problem.v.shape[3])
-        sequences = sequences_of(some, q.device)
-        decode(
-            q[:, :, rows],
-            kv,
-            sequences,
-            reads,
-            logits,
-            scratch,
-            out[:, :, rows],
-            None if lse is None else lse[:, :, rows],
-        )
+        same = [span for span in left if span.row_start == first]
+        some = tuple(replace(span, row_start=0, row_end=span.rows) for span in same)
+        q, out = (whole[:, :, first : first + most] for whole in (x.q, x.out))
+        lse = None if x.lse is None else x.lse[:, :, first : first + most]
+        part = Part(sequences_of(some, q.device), reads)
+        decode(Operands(q, x.kv, x.logits, out, lse), part, Scratch.make(splits, q, dim_v))
 
 
 def attend_densely(
-    problem: AttentionProblem, config: HiPConfig, out: torch.Tensor, lse: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    problem: AttentionProblem, config: HiPConfig, out: Tensor, lse: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Dense attention, into out and lse, or into new ones where autograd follows; the keys of few
     rows are split over the device. `config`: the settings of the call, as in
     `backward.attention`."""
     with torch.cuda.device_of(problem.q):
-        kv, logits = keys_of(problem), logits_of(problem)
+        x = operands(problem, out, lse)
         if problem.needs_grad:
             part = Part(sequences_of(problem.spans, problem.q.device), dense_reads())
-            out, learnt = attention(problem.q, problem.k, problem.v, logits, (part,), config)
+            out, learnt = attention(problem.q, problem.k, problem.v, x.logits, (part,), config)
             return out, None if lse is None else learnt
-        dense_rows(problem, kv, problem.spans, [0] * len(problem.spans), logits, out, lse)
+        dense_rows(x, problem.spans, [0] * len(problem.spans), problem.longest)
     return out, lse

@@ -10,7 +10,7 @@ output and log-sum-exp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hip_hf.backends.hyper import HyperCall
+from hip_hf.backends.triton.attention.operands import GridAndArguments, Operands, Part
 from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, dense_reads
@@ -41,7 +43,6 @@ from hip_hf.state import DecodeState
 KEPT_PLANS = 16
 # Rows of a program that hashes, and numbers of the head dim per step.
 HASHED_ROWS, HASHED_FEATURES = 64, 32
-FIELDS = ("first", "rows", "key_first", "keys", "block_rows", "size", "samples")
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class Level:
     `key_bounds` `[2 * squares]`: where squares start and end, ascending.
     """
 
-    table: torch.Tensor
-    starts: torch.Tensor
-    samples: torch.Tensor
-    row_bounds: torch.Tensor
-    key_bounds: torch.Tensor
+    table: Tensor
+    starts: Tensor
+    samples: Tensor
+    row_bounds: Tensor
+    key_bounds: Tensor
     block_rows: int  # of the square where they are most
 
     @property
@@ -78,61 +79,50 @@ class Level:
     ) -> Level:
         """For squares of a span whose first row is at `position`."""
         cpu = torch.device("cpu")
+        integers: Any = dict(dtype=torch.int32, device=cpu)
         tilings = [tile(square, options, cpu) for square in squares]
+        both = list(zip(squares, tilings, strict=True))
         rows = [
             [s.first - position, s.rows, s.key_first, s.keys, t.rows, t.size, t.samples]
-            for s, t in zip(squares, tilings, strict=True)
+            for s, t in both
         ]
-        starts = torch.zeros(
-            len(squares), max(len(t.starts) for t in tilings), dtype=torch.int32, device=cpu
-        )
+        starts = torch.zeros(len(squares), max(len(t.starts) for t in tilings), **integers)
         most = max(1, max(t.samples for t in tilings))
-        samples = torch.zeros(len(squares), heads, most, dtype=torch.int32, device=cpu)
-        for i, (s, t) in enumerate(zip(squares, tilings, strict=True)):
+        samples = torch.zeros(len(squares), heads, most, **integers)
+        for i, (s, t) in enumerate(both):
             starts[i, : len(t.starts)] = t.starts
             samples[i, :, : t.samples] = sampled_ranks(s, t.samples, seed, cpu)
-        table = torch.tensor(rows, dtype=torch.int32, device=cpu).t().contiguous()
+        table = torch.tensor(rows, **integers).t().contiguous()
         of_rows = [x - position for s in squares for x in (s.first, s.end)]
         of_keys = [x for s in squares for x in (s.key_first, s.key_end)]
         bounds = [torch.tensor(x, device=cpu) for x in (of_rows, of_keys)]
         host = (table, starts, samples, *bounds)
-        table, starts, samples, *bounds = (_to(x, device) for x in host)
-        return Level(table, starts, samples, bounds[0], bounds[1], max(t.rows for t in tilings))
+        table, starts, samples, row_bounds, key_bounds = (_to(x, device) for x in host)
+        most_rows = max(t.rows for t in tilings)
+        return Level(table, starts, samples, row_bounds, key_bounds, most_rows)
 
-    def order(self, codes: torch.Tensor, bounds: torch.Tensor, bits: int) -> torch.Tensor:
+    def order(self, codes: Tensor, bounds: Tensor, bits: int) -> Tensor:
         """Tokens of each square by their hashes `codes` `[H, n]`: int64 `[H, n]`, in which a
         square's tokens stand where the square does. Ties keep their order."""
-        kinds = (
-            (torch.int16, 15),
-            (torch.int32, 31),
-            (torch.int64, 63),
-        )  # fewer bits are fewer passes
+        # fewer bits are fewer passes
+        kinds = ((torch.int16, 15), (torch.int32, 31), (torch.int64, 63))
         dtype = next(kind for kind, held in kinds if bits + (2 * self.squares).bit_length() <= held)
         at = torch.bucketize(torch.arange(codes.shape[1], device=codes.device), bounds, right=True)
         return codes.to(dtype).add_((at << bits).to(dtype)).argsort(dim=-1, stable=True)
 
 
-def _to(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _to(x: Tensor, device: torch.device) -> Tensor:
     """A small tensor on the device, without waiting for it."""
     return (x.pin_memory() if device.type != "cpu" else x).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=KEPT_PLANS)
 def levels_of(
-    first: int,
-    end: int,
-    least: int,
-    block_size: int,
-    sample_size: int,
-    seed: int,
-    heads: int,
-    device: torch.device,
+    first: int, end: int, options: Options, seed: int, heads: int, device: torch.device
 ) -> tuple[Level, ...]:
-    """The levels of squares for rows at positions `first` to `end - 1`, with their samples for
-    `heads` key heads."""
-    options = Options(block_size=block_size, sample_size=sample_size, min_seq_len=least)
+    """Levels of squares of the rows `first` to `end - 1`, with samples for `heads` key heads."""
     with torch.inference_mode(False):
-        levels = split(first, end, least)[1]
+        levels = split(first, end, options.min_seq_len)[1]
         return tuple(Level.of(level, first, options, seed, heads, device) for level in levels)
 
 
@@ -168,21 +158,21 @@ def hash_kernel(
 
 
 def hash_arguments(
-    x: torch.Tensor, directions: torch.Tensor, codes: torch.Tensor
+    x: Tensor, directions: Tensor, codes: Tensor
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """Grid and arguments of `hash_kernel` for vectors `[H, n, D]`."""
     heads, count, dim = x.shape
     arguments = dict(
-        X=x, DIRECTIONS=directions, CODES=codes, stride_h=x.stride(0), stride_t=x.stride(1), stride_ch=codes.stride(0),
-        count=count, dim=dim, steps=-(-dim // HASHED_FEATURES),
-        BLOCK_M=HASHED_ROWS, FEATURES=HASHED_FEATURES, BITS=directions.shape[1], PRECISION=precision_of(directions), num_warps=4,
+        X=x, DIRECTIONS=directions, CODES=codes, stride_h=x.stride(0), stride_t=x.stride(1),
+        stride_ch=codes.stride(0), count=count, dim=dim, steps=-(-dim // HASHED_FEATURES),
+        BLOCK_M=HASHED_ROWS, FEATURES=HASHED_FEATURES, BITS=directions.shape[1],
+        PRECISION=precision_of(directions), num_warps=4,
     )  # fmt: skip
     return (-(-count // HASHED_ROWS), heads), arguments
 
 
-def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """As `methods.hyper.hashes`, for vectors `[H, n, D]` of stride 1 in D, reading each once: int32
-    `[H, n]`."""
+def hashes(x: Tensor, directions: Tensor) -> Tensor:
+    """As `methods.hyper.hashes`, int32 `[H, n]`, for vectors `[H, n, D]` of stride 1 in D."""
     bits = directions.shape[1]
     padded = torch.nn.functional.pad(directions, (0, max(16, power_of_two(bits)) - bits))
     codes = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
@@ -194,10 +184,12 @@ def hashes(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
 @triton.jit(do_not_specialize=GROWING)
 def square_kernel(
     Q, K, V, OUT, LSE, ROW_ORDER, KEY_ORDER, TABLE, STARTS, SAMPLES,
-    stride_qh, stride_qt, stride_kh, stride_kt, stride_vh, stride_vt, stride_oh, stride_ot, stride_lh, stride_lt,
+    stride_qh, stride_qt, stride_kh, stride_kt, stride_vh, stride_vt, stride_oh, stride_ot,
+    stride_lh, stride_lt,
     stride_rows, stride_keys, stride_field, stride_starts, stride_square, stride_samples,
     dim, dim_v, scale, softcap,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
     EVEN_HEADDIM: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid `(blocks * TILES, Hq, squares)`: BLOCK_M sorted rows of a query block of a square and a
@@ -227,12 +219,11 @@ def square_kernel(
     q_ptr = Q + head.to(tl.int64) * stride_qh + row * stride_qt
     q = tl.load(q_ptr[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
     start = tl.load(STARTS + square * stride_starts + block)
-    drawn_ptr = SAMPLES + square.to(tl.int64) * stride_square + key_head * stride_samples
+    ranks = SAMPLES + square.to(tl.int64) * stride_square + key_head * stride_samples
     order = KEY_ORDER + key_head.to(tl.int64) * stride_keys + key_first
     k_base, v_base = K + key_head.to(tl.int64) * stride_kh, V + key_head.to(tl.int64) * stride_vh
-    bias = tl.log2(
-        keys.to(tl.float32) / tl.maximum(samples, 1).to(tl.float32)
-    )  # a sampled key counts for so many
+    # a sampled key counts for so many
+    bias = tl.log2(keys.to(tl.float32) / tl.maximum(samples, 1).to(tl.float32))
 
     # the online softmax goes on from what the row has: that is the merge
     lse_ptr = LSE + head.to(tl.int64) * stride_lh + row * stride_lt
@@ -248,14 +239,12 @@ def square_kernel(
     for i in range(0, (size + samples + BLOCK_N - 1) // BLOCK_N):
         slot = i * BLOCK_N + n
         own = slot < size
-        drawn = tl.load(
-            drawn_ptr + slot - size, mask=(slot >= size) & (slot < size + samples), other=0
-        )
-        others = (
+        drawn = tl.load(ranks + slot - size, mask=(slot >= size) & (slot < size + samples), other=0)
+        rest = (
             (slot >= size) & (slot < size + samples) & ((drawn < start) | (drawn >= start + size))
         )
         # what is neither repeats a key of the own block, with no weight
-        token = tl.load(order + tl.where(others, drawn, start + tl.where(own, slot, 0)))
+        token = tl.load(order + tl.where(rest, drawn, start + tl.where(own, slot, 0)))
         k_ptr, v_ptr = (
             k_base + (token * stride_kt)[:, None] + d[None, :],
             v_base + (token * stride_vt)[:, None] + dv[None, :],
@@ -265,7 +254,7 @@ def square_kernel(
         else:
             k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
         logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
-        logits += tl.where(own, 0.0, tl.where(others, bias, float("-inf")))[None, :]
+        logits += tl.where(own, 0.0, tl.where(rest, bias, float("-inf")))[None, :]
         new_top = tl.maximum(m_i, tl.max(logits, 1))
         shrink = tl.exp2(m_i - new_top)
         weights = tl.exp2(logits - new_top[:, None])
@@ -282,15 +271,14 @@ def square_kernel(
 
 
 def rows_of_square(shape: Tile, block_rows: int) -> int:
-    """Rows that a program of `square_kernel` takes, of blocks of so many; tensor cores take 16 at
-    least."""
+    """Rows of a program of `square_kernel`, of blocks of so many; tensor cores take 16 or more."""
     return max(16, min(shape.rows, power_of_two(block_rows)))
 
 
 def square_arguments(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    orders: tuple[torch.Tensor, torch.Tensor], level: Level, logits: Logits, shape: Tile,
-) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    orders: tuple[Tensor, Tensor], level: Level, logits: Logits, shape: Tile,
+) -> GridAndArguments:  # fmt: skip
     """Grid and arguments of `square_kernel`: q `[Hq, n, D]`, k `[Hkv, T, D]`, v, out fp32
     `[Hq, n, Dv]`, lse fp32 `[Hq, n]` of a span, and the orders of its rows and keys."""
     dim, dim_v = q.shape[-1], v.shape[-1]
@@ -301,21 +289,22 @@ def square_arguments(
         Q=q, K=k, V=v, OUT=out, LSE=lse, ROW_ORDER=orders[0], KEY_ORDER=orders[1],
         TABLE=level.table, STARTS=level.starts, SAMPLES=level.samples,
         stride_qh=q.stride(0), stride_qt=q.stride(1), stride_kh=k.stride(0), stride_kt=k.stride(1),
-        stride_vh=v.stride(0), stride_vt=v.stride(1), stride_oh=out.stride(0), stride_ot=out.stride(1),
-        stride_lh=lse.stride(0), stride_lt=lse.stride(1), stride_rows=orders[0].stride(0), stride_keys=orders[1].stride(0),
+        stride_vh=v.stride(0), stride_vt=v.stride(1), stride_oh=out.stride(0),
+        stride_ot=out.stride(1), stride_lh=lse.stride(0), stride_lt=lse.stride(1),
+        stride_rows=orders[0].stride(0), stride_keys=orders[1].stride(0),
         stride_field=level.table.stride(0), stride_starts=level.starts.stride(0),
         stride_square=level.samples.stride(0), stride_samples=level.samples.stride(1),
         dim=dim, dim_v=dim_v, scale=logits.scale, softcap=logits.softcap or 1.0,
-        BLOCK_M=rows, BLOCK_N=shape.keys, TILES=tiles, GROUP=q.shape[0] // k.shape[0], D=wide, DV=wide_v,
-        EVEN_HEADDIM=wide == dim and wide_v == dim_v, SOFTCAP=logits.softcap is not None, PRECISION=precision_of(q),
-        num_warps=shape.warps, num_stages=shape.stages,
+        BLOCK_M=rows, BLOCK_N=shape.keys, TILES=tiles, GROUP=q.shape[0] // k.shape[0], D=wide,
+        DV=wide_v, EVEN_HEADDIM=wide == dim and wide_v == dim_v, SOFTCAP=logits.softcap is not None,
+        PRECISION=precision_of(q), num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     return (level.starts.shape[1] * tiles, q.shape[0], level.squares), arguments
 
 
 def attend_squares(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    orders: tuple[torch.Tensor, torch.Tensor], level: Level, logits: Logits,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    orders: tuple[Tensor, Tensor], level: Level, logits: Logits,
 ) -> None:  # fmt: skip
     """Merge the squares of a level into out and lse (`square_arguments` says their shapes)."""
     shape = tile_of("hyper squares", target_of(q), q.shape[-1], v.shape[-1], q.dtype)
@@ -324,79 +313,50 @@ def attend_squares(
 
 
 class HyperAttention(HyperCall):
-    """One call on a GPU: a launch for all leaves of all sequences, then one per sequence and
-    level."""
+    """One call on a GPU: a launch for all leaves, then one per sequence and level."""
 
     def run(self, state: DecodeState | None) -> None:
         problem, spans = self.problem, self.problem.spans
         self.note(state)
-        logits, kv = (
-            Logits(problem.scale, problem.softcap, None, problem.sinks),
-            KeyValues(problem.k, problem.v),
-        )
+        kv = KeyValues(problem.k, problem.v)
+        logits = Logits(problem.scale, problem.softcap, None, problem.sinks)
         # rows are merged level after level, so they are kept in fp32 meanwhile
         out = self.out if self.out.dtype == torch.float32 else self.out.to(torch.float32)
-        lse = (
-            torch.full(out.shape[:3], -torch.inf, device=out.device)
-            if self.lse is None
-            else self.lse
-        )
-        leaves = tuple(leaf for span in spans for leaf in self._leaves(span))
-        prefill(problem.q, kv, sequences_of(leaves, out.device), dense_reads(), logits, out, lse)
+        lse = self.lse
+        if lse is None:
+            lse = torch.full(out.shape[:3], -torch.inf, device=out.device)
+        leaves = Part(sequences_of(tuple(self._leaves(spans)), out.device), dense_reads())
+        prefill(Operands(problem.q, kv, logits, out, lse), leaves)
         for span in spans:
             self._squares(span, out, lse, logits)
         if out is not self.out:
             self.out.copy_(out)
         tails = [self.tail(span) for span in spans]
         if any(tail < span.rows for tail, span in zip(tails, spans, strict=True)):
-            dense_rows(problem, kv, spans, tails, logits, self.out, self.lse)
+            x = Operands(problem.q, kv, logits, self.out, self.lse)
+            dense_rows(x, spans, tails, problem.longest)
 
-    def _leaves(self, span: Span) -> list[Span]:
-        """The exact parts of a span, as short prompts."""
-        leaves = split(span.position, span.end, self.options.min_seq_len)[0]
-        row = span.row_start - span.position
-        return [
-            Span(
-                span.batch,
-                span.key_start + x.start,
-                span.key_start + x.end,
-                row + x.first,
-                row + x.end,
-                x.first - x.start,
-            )
-            for x in leaves
-        ]
+    def _leaves(self, spans: Sequence[Span]) -> Iterator[Span]:
+        """The exact parts of all spans, as short prompts."""
+        for span in spans:
+            key, row = span.key_start, span.row_start - span.position
+            for x in split(span.position, span.end, self.options.min_seq_len)[0]:
+                rows = (row + x.first, row + x.end, x.first - x.start)
+                yield Span(span.batch, key + x.start, key + x.end, *rows)
 
-    def _squares(self, span: Span, out: torch.Tensor, lse: torch.Tensor, logits: Logits) -> None:
-        problem, o = self.problem, self.options
-        rows, keys = (
-            slice(span.row_start, span.row_end),
-            slice(span.key_start, span.key_start + span.end),
-        )
-        q, k, v = (
-            problem.q[span.batch, :, rows],
-            problem.k[span.batch, :, keys],
-            problem.v[span.batch, :, keys],
-        )
-        levels = levels_of(
-            span.position,
-            span.end,
-            o.min_seq_len,
-            o.block_size,
-            o.sample_size,
-            self.config.seed,
-            k.shape[0],
-            q.device,
-        )
+    def _squares(self, span: Span, out: Tensor, lse: Tensor, logits: Logits) -> None:
+        rows, options, seed = slice(span.row_start, span.row_end), self.options, self.config.seed
+        keys = slice(span.key_start, span.key_start + span.end)
+        q, out, lse = (x[span.batch, :, rows] for x in (self.problem.q, out, lse))
+        k, v = (x[span.batch, :, keys] for x in (self.problem.k, self.problem.v))
+        levels = levels_of(span.position, span.end, options, seed, k.shape[0], q.device)
         if not levels:
             return
-        directions = projections(o, q.shape[2], self.config.seed, q.device)
-        codes = hashes(q, directions), hashes(k, directions)
+        directions = projections(options, q.shape[2], seed, q.device)
+        of_rows, of_keys = hashes(q, directions), hashes(k, directions)
         for level in levels:
             orders = (
-                level.order(codes[0], level.row_bounds, o.lsh_num_projs),
-                level.order(codes[1], level.key_bounds, o.lsh_num_projs),
+                level.order(of_rows, level.row_bounds, options.lsh_num_projs),
+                level.order(of_keys, level.key_bounds, options.lsh_num_projs),
             )
-            attend_squares(
-                q, k, v, out[span.batch, :, rows], lse[span.batch, :, rows], orders, level, logits
-            )
+            attend_squares(q, k, v, out, lse, orders, level, logits)

@@ -11,16 +11,18 @@ the device (`dense.dense_rows`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.triton import sparse, trust
-from hip_hf.backends.triton.attention.backward import Gradient, Part, gradients
+from hip_hf.backends.triton.attention.backward import Gradient, gradients
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
@@ -32,7 +34,14 @@ from hip_hf.config import HiPConfig
 from hip_hf.geometry import DECODE_ROWS, mask_heads
 from hip_hf.problem import AttentionProblem, by_tokens, make_spans
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
+
+# What several operators take, as PyTorch writes it. A `block_q` of 0: everything is dense.
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? sinks"
+_LISTS = "Tensor table, Tensor? tail, Tensor? indices, Tensor? counts"
+_SETTINGS = "str config, float scale, float? softcap, SymInt? sliding_window"
+_STATE = ("summaries", "states", "built", "indices", "counts", "window", "made")
+_WRITTEN = ", ".join(f"Tensor(a{i}!) {name}" for i, name in enumerate(_STATE))
 
 
 @lru_cache(maxsize=64)
@@ -41,14 +50,9 @@ def settings(text: str) -> HiPConfig:
 
 
 def make_table(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    key_start: torch.Tensor | None,
-    q_start: torch.Tensor | None,
-    tail: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tables int32 `[5, B]` of all rows of each sequence, and of its last `tail` rows. Tensor
-    operations only."""
+    q: Tensor, k: Tensor, key_start: Tensor | None, q_start: Tensor | None, tail: int
+) -> Pair:
+    """Tables int32 `[5, B]` of all rows of each sequence, and of its last `tail` rows."""
     (batch, _, rows, _), keys = q.shape, k.shape[2]
     zero = torch.zeros(batch, dtype=torch.int32, device=q.device)
     first = zero if key_start is None else key_start.to(q.device, torch.int32)
@@ -57,51 +61,49 @@ def make_table(
     position = (at + row - first).clamp(min=0)
     index = torch.arange(batch, dtype=torch.int32, device=q.device)
     skipped = (rows - row - tail).clamp(min=0)
-    whole = torch.stack([index, first, row, rows - row, position])
-    return whole, torch.stack(
-        [index, first, row + skipped, rows - row - skipped, position + skipped]
-    )
+    whole = [index, first, row, rows - row, position]
+    last = [index, first, row + skipped, rows - row - skipped, position + skipped]
+    return torch.stack(whole), torch.stack(last)
 
 
 @contextmanager
-def launching(q: torch.Tensor, config: HiPConfig) -> Iterator[None]:
-    """On the device of q; a graph that is made already cannot go dense where Triton refuses a
-    launch."""
+def launching(q: Tensor, config: HiPConfig) -> Iterator[None]:
+    """On the device of q; a graph that is made already cannot go dense if Triton refuses."""
     with torch.cuda.device_of(q), trust.noting_refusals(q.device, config):
         yield
 
 
-@torch.library.custom_op("hip_hf::select", mutates_args=())
-def select(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    sinks: torch.Tensor | None,
-    table: torch.Tensor,
-    config: str,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    block_q: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(q: Tensor, v: Tensor) -> Pair:
+    """Output and log-sum-exp of rows that read nothing."""
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    return by_tokens(q, v.shape[3]).zero_(), lse
+
+
+def _fake_outputs(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Pair:
+    return by_tokens(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "hip_hf::select",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor? sinks, Tensor table, {_SETTINGS}, SymInt block_q)"
+    " -> (Tensor, Tensor)",
+)
+def select(q: Tensor, k: Tensor, sinks: Tensor | None, table: Tensor, *rest: Any) -> Pair:
     """Key blocks of every query block, as `SelectionBuffers` has them: indices `[B, H, N, budget /
     block_k]` and counts `[B, H, N]`, int32."""
-    fields, logits = settings(config), Logits(scale, softcap, sliding_window, sinks)
-    sequences = Sequences(table, q.shape[2], k.shape[2])
+    config, scale, softcap, sliding, block_q = rest
+    fields, sequences = settings(config), Sequences(table, q.shape[2], k.shape[2])
+    # the search neither reads values nor writes an output
+    x = Operands(q, KeyValues(k, k), Logits(scale, softcap, sliding, sinks), out=q)
     with launching(q, fields):
-        selection = sparse.select_blocks(q, KeyValues(k, k), sequences, fields, logits, block_q)
+        selection = sparse.select_blocks(x, sequences, fields, block_q, None)
     return selection.indices, selection.counts
 
 
 @select.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    sinks: torch.Tensor | None,
-    table: torch.Tensor,
-    config: str,
-    *rest: Any,
-) -> Pair:
-    fields = settings(config)
+def _(q: Tensor, k: Tensor, sinks: Tensor | None, table: Tensor, *rest: Any) -> Pair:
+    fields = settings(rest[0])
     heads = mask_heads(fields, q.shape[1], k.shape[1])
     shape = (q.shape[0], heads, Sequences(table, q.shape[2], k.shape[2]).blocks(rest[-1]))
     budget = fields.budget_blocks
@@ -109,147 +111,88 @@ def _(
 
 
 def _parts(
-    q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, tail: torch.Tensor | None, indices: torch.Tensor | None,
-    counts: torch.Tensor | None, config: str, block_q: int,
-) -> tuple[Part, ...]:  # fmt: skip
-    """What an attention operator was told, as `backward.attention` takes it. `block_q` 0:
-    everything is dense."""
+    q: Tensor, k: Tensor, lists: Sequence[Tensor | None], fields: HiPConfig, block_q: int
+) -> tuple[Part, ...]:
+    """What an attention operator was told of its `_LISTS`, as `backward.attention` takes it."""
+    (table, tail, indices, counts), sizes = lists, (q.shape[2], k.shape[2])
+    assert table is not None
     if block_q == 0:
-        return (Part(Sequences(table, q.shape[2], k.shape[2]), dense_reads()),)
-    fields = settings(config)
+        return (Part(Sequences(table, *sizes), dense_reads()),)
     reads = Reads(block_q, fields.block_k, fields.sink, fields.window, indices, counts)
     if tail is None:
-        return (Part(Sequences(table, q.shape[2], k.shape[2]), reads),)
+        return (Part(Sequences(table, *sizes), reads),)
     head = table.clone()
     head[3] -= tail[3]
-    return (
-        Part(Sequences(head, q.shape[2], k.shape[2]), reads),
-        Part(Sequences(tail, min(q.shape[2], fields.dense_tail), k.shape[2]), dense_reads()),
-    )
+    dense = Sequences(tail, min(q.shape[2], fields.dense_tail), k.shape[2])
+    return Part(Sequences(head, *sizes), reads), Part(dense, dense_reads())
 
 
-@torch.library.custom_op("hip_hf::attend", mutates_args=())
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    table: torch.Tensor,
-    tail: torch.Tensor | None,
-    indices: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    config: str,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    block_q: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "hip_hf::attend",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_LISTS}, {_SETTINGS}, SymInt block_q) -> (Tensor, Tensor)",
+)
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any) -> Pair:
     """Attention to sink, window and the blocks of `indices`; the rows of `tail` read everything.
     Out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`; rows outside every sequence give 0 and
     -inf."""
-    out = by_tokens(q, v.shape[3]).zero_()
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    kv, logits = KeyValues(k, v), Logits(scale, softcap, sliding_window, sinks)
-    parts = _parts(q, k, table, tail, indices, counts, config, block_q)
-    fields = settings(config)
+    *lists, config, scale, softcap, sliding, block_q = rest
+    fields, (out, lse) = settings(config), _outputs(q, v)
+    parts = _parts(q, k, lists, fields, block_q)
     keys = k.shape[2] if block_q == 0 else fields.sparse_reach
     with launching(q, fields):
-        sparse.attend_parts(q, kv, logits, parts, keys, out, lse)
+        x = Operands(q, KeyValues(k, v), Logits(scale, softcap, sliding, sinks), out, lse)
+        sparse.attend_parts(x, parts, keys)
     return out, lse
 
 
-@attend.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Pair:
-    return by_tokens(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+attend.register_fake(_fake_outputs)
 
 
-@torch.library.custom_op("hip_hf::attend_backward", mutates_args=())
-def attend_backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    table: torch.Tensor,
-    tail: torch.Tensor | None,
-    indices: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    config: str,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    block_q: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "hip_hf::attend_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor grad_lse, {_TENSORS}, Tensor out, Tensor lse, {_LISTS},"
+    f" {_SETTINGS}, SymInt block_q) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def attend_backward(grad_out: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and, where there are any, of the sinks (else an empty tensor)."""
-    parts = _parts(q, k, table, tail, indices, counts, config, block_q)
-    logits = Logits(scale, softcap, sliding_window, sinks)
+    q, k, v, sinks, out, lse, *lists, config, scale, softcap, sliding, block_q = rest
+    parts = _parts(q, k, lists, settings(config), block_q)
     with launching(q, settings(config)):
-        grads = gradients(q, k, v, logits, parts, out, lse, grad_out, grad_lse, sinks is not None)
-    return *grads[:3], q.new_empty(0) if grads[3] is None else grads[3]
+        x = Operands(q, KeyValues(k, v), Logits(scale, softcap, sliding, sinks), out, lse)
+        *grads, of_sinks = gradients(x, parts, grad_out, grad_lse)
+    return *grads, q.new_empty(0) if of_sinks is None else of_sinks
 
 
 @attend_backward.register_fake
-def _(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    *rest: Any,
-) -> tuple[torch.Tensor, ...]:
-    of_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+def _(grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    of_sinks = q.new_empty(0) if rest[0] is None else torch.empty_like(rest[0])
     return *map(torch.empty_like, (q, k, v)), of_sinks
 
 
 @torch.library.custom_op(
     "hip_hf::decode_step",
-    mutates_args=("summaries", "states", "built", "indices", "counts", "window", "made"),
+    mutates_args=_STATE,
+    schema=f"({_TENSORS}, Tensor table, {_WRITTEN}, {_SETTINGS}) -> Tensor",
 )
-def decode_step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    table: torch.Tensor,
-    summaries: torch.Tensor,
-    states: torch.Tensor,
-    built: torch.Tensor,
-    indices: torch.Tensor,
-    counts: torch.Tensor,
-    window: torch.Tensor,
-    made: torch.Tensor,
-    config: str,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-) -> torch.Tensor:
+def decode_step(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any) -> Tensor:
     """`sparse.decode_step` on the tensors of a `DeviceState`: `[B, 1, Hq, Dv]`, as layers of models
     want it; 0 where a sequence has no row."""
-    fields = settings(config)
-    out = q.new_zeros(q.shape[0], 1, q.shape[1], v.shape[3])
+    table, summaries, states, built, *kept, config, scale, softcap, sliding = rest
+    fields, out = settings(config), q.new_zeros(q.shape[0], 1, q.shape[1], v.shape[3])
+    pyramid = KeyPyramid(fields, summaries, states, built)
     scratch = sparse.step_scratch(fields, q, k.shape[1], v.shape[3])
-    state = DeviceState(
-        KeyPyramid(fields, summaries, states, built),
-        SelectionBuffers(indices, counts, window, made),
-        scratch,
-    )
-    sequences, logits = (
-        Sequences(table, 1, k.shape[2]),
-        Logits(scale, softcap, sliding_window, sinks),
-    )
+    state = DeviceState(pyramid, SelectionBuffers(*kept), scratch)
+    logits = Logits(scale, softcap, sliding, sinks)
     with launching(q, fields):
-        sparse.decode_step(
-            q, KeyValues(k, v), sequences, fields, logits, state, out.transpose(1, 2)
-        )
+        x = Operands(q, KeyValues(k, v), logits, out.transpose(1, 2))
+        sparse.decode_step(x, Sequences(table, 1, k.shape[2]), fields, state)
     return out
 
 
 @decode_step.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
 
 
@@ -258,87 +201,61 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.save_for_backward(q, k, v, sinks, *output, table, tail, indices, counts)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Gradient, ...]:
-    q, k, v, sinks, out, lse, table, tail, indices, counts = ctx.saved_tensors
-    grads = attend_backward(
-        grad_out, grad_lse, q, k, v, sinks, out, lse, table, tail, indices, counts, *ctx.rest
-    )
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Gradient, ...]:
+    grads = attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)
+    sinks = ctx.saved_tensors[3]
     return (*grads[:3], None if sinks is None else grads[3], *[None] * (4 + len(ctx.rest)))
 
 
 attend.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("hip_hf::prompt", mutates_args=())
-def prompt(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    key_start: torch.Tensor | None,
-    q_start: torch.Tensor | None,
-    config: str,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "hip_hf::prompt",
+    mutates_args=(),
+    schema=f"({_TENSORS}, Tensor? key_start, Tensor? q_start, {_SETTINGS}) -> (Tensor, Tensor)",
+)
+def prompt(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any) -> Pair:
     """HyperAttention or Delta correction of a prompt: out `[B, Hq, Tq, Dv]` and lse fp32
     `[B, Hq, Tq]`. Leaves and anchors depend on its length, so `key_start` and `q_start`, where
     given, are read by the host: it waits for them."""
-    out = by_tokens(q, v.shape[3]).zero_()
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    problem = AttentionProblem(
-        q, k, v, make_spans(q, k, key_start, q_start), scale, sliding_window, softcap, sinks
-    )
+    key_start, q_start, config, scale, softcap, sliding = rest
+    (out, lse), spans = _outputs(q, v), make_spans(q, k, key_start, q_start)
+    problem = AttentionProblem(q, k, v, spans, scale, sliding, softcap, sinks)
     fields = settings(config)
-    if problem.spans:
+    if spans:
         with launching(q, fields):
             run(problem, fields, None, out, lse, False)
     return out, lse
 
 
-@prompt.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Pair:
-    return by_tokens(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+prompt.register_fake(_fake_outputs)
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    problem: AttentionProblem,
     config: HiPConfig,
     dense: bool,
-    scale: float,
-    key_start: torch.Tensor | None,
-    q_start: torch.Tensor | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    key_start: Tensor | None,
+    q_start: Tensor | None,
     need_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`hip_attention` without a state, for a graph that is being compiled: out, and lse if asked
-    for."""
-    decoding, text = q.shape[2] <= DECODE_ROWS, config.text
-    table, tail = make_table(q, k, key_start, q_start, config.dense_tail)
-    plain = (
-        key_start is None
-        and q_start is None
-        and sliding_window is None
-        and softcap is None
-        and sinks is None
-    )
+) -> tuple[Tensor, Tensor | None]:
+    """`hip_attention` without a state, for a graph: out, and lse if asked for."""
+    q, k, v, sinks = problem.q, problem.k, problem.v, problem.sinks
+    told = (config.text, problem.scale, problem.softcap, problem.sliding_window)
+    decoding, starts = q.shape[2] <= DECODE_ROWS, (key_start, q_start)
+    table, tail = make_table(q, k, *starts, config.dense_tail)
+    plain = all(x is None for x in (*starts, problem.sliding_window, problem.softcap, sinks))
     if dense and plain and not need_lse and q.shape[2] in (1, k.shape[2]):
-        return grouped_sdpa(q, k, v, scale, q.shape[2] > 1), None
+        return grouped_sdpa(q, k, v, problem.scale, q.shape[2] > 1), None
     if not dense and (config.method == "hyper" or config.delta is not None):
-        out, lse = prompt(q, k, v, sinks, key_start, q_start, text, scale, softcap, sliding_window)
+        out, lse = prompt(q, k, v, sinks, *starts, *told)
         return out, lse if need_lse else None
     block_q = 0 if dense else 1 if decoding else config.block_q
     indices = counts = None
     if not dense and config.method == "hip":
         detached = (None if x is None else x.detach() for x in (q, k, sinks))
-        indices, counts = select(*detached, table, text, scale, softcap, sliding_window, block_q)
+        indices, counts = select(*detached, table, *told, block_q)
     tails = None if dense or decoding or not config.dense_tail else tail
-    out, lse = attend(
-        q, k, v, sinks, table, tails, indices, counts, text, scale, softcap, sliding_window, block_q
-    )
+    out, lse = attend(q, k, v, sinks, table, tails, indices, counts, *told, block_q)
     return out, lse if need_lse else None

@@ -1,5 +1,4 @@
-"""The sparse path on a GPU, the counterpart of `torch/sparse.py`: a handful of launches per call,
-none of which waits."""
+"""The sparse path on a GPU, as `torch/sparse.py`: a few launches per call, none of which waits."""
 
 from __future__ import annotations
 
@@ -8,15 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 import triton
+from torch import Tensor
 
 from hip_hf.backends.base import BlockSparseCall, steps_of
-from hip_hf.backends.triton.attention.backward import Part, attention
+from hip_hf.backends.triton.attention.backward import attention
 from hip_hf.backends.triton.attention.decode import Scratch, decode, decode_once, splits_for
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.attention.prefill import prefill
-from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
+from hip_hf.backends.triton.common.arguments import Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
-from hip_hf.backends.triton.dense import dense_rows, keys_of, logits_of, sequences_of
+from hip_hf.backends.triton.dense import dense_rows, operands, sequences_of
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection import search
 from hip_hf.backends.triton.selection.search import SelectionBuffers, select
@@ -28,8 +28,8 @@ from hip_hf.state import DecodeState, KeptSelection, RowState
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-# A pyramid starts with room for this much more than its prompt (a share and a number of keys), and
-# doubles when that is full.
+# A pyramid starts with room for this much more than its prompt (a fraction of it, and keys at
+# least), and doubles when that is full.
 ROOM, LEAST_ROOM = 0.125, 4096
 # Kernels run on CPU tensors then.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -38,15 +38,14 @@ MOST_DIM = 256
 
 
 def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None:
-    """One span per batch row, in order, empty ones where a row has none; None if rows are
-    packed."""
+    """One span per batch row, in order, empty where a row has none; None if rows are packed."""
     rows = {span.batch: span for span in spans}
     if len(rows) < len(spans):
         return None
     return tuple(rows.get(b, Span(b, 0, 0, 0, 0, 0)) for b in range(batch))
 
 
-def step_scratch(config: HiPConfig, q: torch.Tensor, key_heads: int, dim_v: int) -> Scratch:
+def step_scratch(config: HiPConfig, q: Tensor, key_heads: int, dim_v: int) -> Scratch:
     """Scratch for decode steps with queries like q `[B, Hq, 1, D]`; a window that is kept grows
     until the next selection."""
     keys = config.sparse_reach + steps_of(config)
@@ -73,35 +72,24 @@ class DeviceState:
         """For up to `capacity` keys a row, of the shapes, dtype and device of `problem`."""
         q, k, v = problem.q, problem.k, problem.v
         with torch.inference_mode(False):  # it outlives the mode it is made in
-            pyramid = None
+            pyramid, shape = None, (q.shape[0], k.shape[1], q.shape[3], capacity)
             if config.method == "hip":
-                pyramid = KeyPyramid.empty(
-                    config, q.shape[0], k.shape[1], q.shape[3], capacity, k.dtype, k.device
-                )
+                pyramid = KeyPyramid.empty(config, *shape, k.dtype, k.device)
             heads = mask_heads(config, q.shape[1], k.shape[1])
             selection = SelectionBuffers.empty(config, q.shape[0], heads, 1, q.device, keep=True)
-            made = DeviceState(
-                pyramid, selection, step_scratch(config, q[:, :, :1], k.shape[1], v.shape[3])
-            )
-            for (
-                x
-            ) in made.tensors():  # graphs of `torch.compile` need not copy them to write to them
+            scratch = step_scratch(config, q[:, :, :1], k.shape[1], v.shape[3])
+            state = DeviceState(pyramid, selection, scratch)
+            for x in state.tensors():
+                # graphs of `torch.compile` need not copy them to write to them
                 torch._dynamo.mark_static_address(x, guard=False)
-            return made
+            return state
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What kernels write to, and later steps read: of the pyramid, if there is one, then of the
-        selection."""
-        pyramid, selection = self.pyramid, self.selection
-        assert selection.made is not None
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What kernels write for later steps: of the pyramid, if there is one, and selection."""
+        pyramid, kept = self.pyramid, self.selection
+        assert kept.made is not None
         summaries = () if pyramid is None else (pyramid.table, pyramid.states, pyramid.built)
-        return (
-            *summaries,
-            selection.indices,
-            selection.counts,
-            selection.window_start,
-            selection.made,
-        )
+        return (*summaries, kept.indices, kept.counts, kept.window_start, kept.made)
 
     @property
     def batch(self) -> int:
@@ -137,38 +125,26 @@ class DeviceState:
         index = torch.tensor(indices, device=self.selection.counts.device)
         if self.pyramid is not None:
             self.pyramid.reorder(index)
-        old, scratch = self.selection, self.scratch
-        made = None if old.made is None else old.made[index]
-        self.selection = SelectionBuffers(
-            old.indices[index], old.counts[index], old.window_start[index], made
-        )
+        blocks, counts, window, made = (x[index] for x in self.tensors()[-4:])
+        self.selection, scratch = SelectionBuffers(blocks, counts, window, made), self.scratch
         shape = (scratch.out.shape[0], len(indices), *scratch.out.shape[2:])
         self.scratch = Scratch(scratch.out.new_empty(shape), scratch.lse.new_empty(shape[:-1]))
 
 
 def reads_of(config: HiPConfig, selection: SelectionBuffers, block_q: int) -> Reads:
     """What the query blocks of a selection read."""
-    searched = config.method == "hip"
-    return Reads(
-        block_q,
-        config.block_k,
-        config.sink,
-        config.window,
-        selection.indices if searched else None,
-        selection.counts if searched else None,
-        None if selection.made is None else selection.window_start[:, 0],
-    )
+    searched, kept = config.method == "hip", selection.made is not None
+    indices, counts = (selection.indices, selection.counts) if searched else (None, None)
+    windows = selection.window_start[:, 0] if kept else None
+    sizes = (config.block_k, config.sink, config.window)
+    return Reads(block_q, *sizes, indices, counts, windows)
 
 
 def keep_window(config: HiPConfig, sequences: Sequences, selection: SelectionBuffers) -> None:
-    """For a method that selects nothing, what the search does on the side: the window's start stays
-    between refreshes."""
-    made, window, position = (
-        selection.made,
-        selection.window_start,
-        sequences.table[4][:, None, None],
-    )
+    """Keep the window's start between refreshes for a method that selects nothing."""
+    made, window = selection.made, selection.window_start
     assert made is not None
+    position = sequences.table[4][:, None, None]
     old = (position < made) | (position - made >= steps_of(config))
     made.copy_(torch.where(old, position, made))
     anew = (position - config.window).clamp(min=0) // config.block_k * config.block_k
@@ -176,140 +152,90 @@ def keep_window(config: HiPConfig, sequences: Sequences, selection: SelectionBuf
 
 
 def select_blocks(
-    q: torch.Tensor,
-    kv: KeyValues,
-    sequences: Sequences,
-    config: HiPConfig,
-    logits: Logits,
-    block_q: int,
-    pyramid: KeyPyramid | None = None,
-    append: bool = False,
+    x: Operands, sequences: Sequences, config: HiPConfig, block_q: int, pyramid: KeyPyramid | None
 ) -> SelectionBuffers:
     """What every query block of `block_q` rows of a call reads, in a new selection. A method that
     does not search leaves it unwritten.
 
-    q `[B, Hq, Tq, D]`. `pyramid`: the one that decode steps keep, or None to build one for this
-    call alone. `append`: the kept pyramid lacks only few keys, as in decode.
+    `pyramid`: the one that decode steps keep, or None to build one for this call alone.
     """
-    heads = mask_heads(config, q.shape[1], kv.heads)
-    selection = SelectionBuffers.empty(
-        config, sequences.count, heads, sequences.blocks(block_q), q.device
-    )
+    q, kv = x.q, x.kv
+    shape = (sequences.count, mask_heads(config, q.shape[1], kv.heads), sequences.blocks(block_q))
+    selection = SelectionBuffers.empty(config, *shape, q.device)
     if config.method == "hip":
+        append = pyramid is not None and q.shape[2] <= DECODE_ROWS  # only few keys are missing
         if pyramid is None:
-            shape = (sequences.count, kv.heads, q.shape[3], sequences.max_keys)
-            pyramid = KeyPyramid.empty(config, *shape, kv.k.dtype, q.device)
+            size = (sequences.count, kv.heads, q.shape[3], sequences.max_keys)
+            pyramid = KeyPyramid.empty(config, *size, kv.k.dtype, q.device)
         pyramid.extend(kv, sequences, block_q, append)
-        select(q, pyramid.table, kv, sequences, config, logits, block_q, selection)
+        select(q, pyramid.table, kv, sequences, config, x.logits, block_q, selection)
     return selection
 
 
-def attend_parts(
-    q: torch.Tensor,
-    kv: KeyValues,
-    logits: Logits,
-    parts: tuple[Part, ...],
-    keys: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """Attention of the rows of all `parts` to what they read, into out and lse, without gradients.
-
-    q `[B, Hq, Tq, D]`, out `[B, Hq, Tq, Dv]`, lse fp32 `[B, Hq, Tq]`. Up to `DECODE_ROWS` query
-    rows are one part. Each of them reads up to `keys` keys, which are many for so few rows, so they
-    are split over the device.
-    """
-    if q.shape[2] > DECODE_ROWS:
+def attend_parts(x: Operands, parts: tuple[Part, ...], keys: int) -> None:
+    """Attention of the rows of all `parts` to what they read, without gradients. Up to
+    `DECODE_ROWS` query rows are one part. Each of them reads up to `keys` keys, which are many for
+    so few rows, so they are split over the device."""
+    if x.q.shape[2] > DECODE_ROWS:
         for part in parts:
-            prefill(q, kv, part.sequences, part.reads, logits, out, lse)
+            prefill(x, part)
     else:
         (part,) = parts
-        decode_once(q, kv, part.sequences, part.reads, logits, keys, out, lse)
+        decode_once(x, part, keys)
 
 
 def decode_step(
-    q: torch.Tensor,
-    kv: KeyValues,
-    sequences: Sequences,
-    config: HiPConfig,
-    logits: Logits,
-    state: DeviceState,
-    out: torch.Tensor,
-    lse: torch.Tensor | None = None,
-    all_serve: bool = False,
+    x: Operands, sequences: Sequences, config: HiPConfig, state: DeviceState, serves: bool = False
 ) -> None:
     """One query row of each batch row: extend the pyramid, select if the selection is
-    `decode_refresh` steps old, attend. `all_serve`: the host knows that no selection is that old,
-    so nothing is launched for the first two.
+    `decode_refresh` steps old, attend. `serves`: the host knows that no selection is that old, so
+    nothing is launched for the first two.
 
-    q `[B, Hq, 1, D]`, out `[B, Hq, 1, Dv]`, lse fp32 `[B, Hq, 1]`. `sequences` has one entry per
-    batch row, whose position may be advanced on the device: nothing here depends on it on the host.
-    Launches and shapes are the same at every step, and all memory is there before, so a CUDA graph
-    can hold it.
+    `sequences` has one entry per batch row, whose position may be advanced on the device: nothing
+    here depends on it on the host. Launches and shapes are the same at every step, and all memory
+    is there before, so a CUDA graph can hold it.
     """
-    if not all_serve:
-        refresh(q, kv, sequences, config, logits, state)
-    decode(q, kv, sequences, reads_of(config, state.selection, 1), logits, state.scratch, out, lse)
-
-
-def refresh(
-    q: torch.Tensor,
-    kv: KeyValues,
-    sequences: Sequences,
-    config: HiPConfig,
-    logits: Logits,
-    state: DeviceState,
-) -> None:
-    """The first part of a `decode_step`, which changes nothing where each selection still
-    serves."""
-    if state.pyramid is None:
-        keep_window(config, sequences, state.selection)
-    else:
-        state.pyramid.extend(kv, sequences, 1, append=True)
-        select(q, state.pyramid.table, kv, sequences, config, logits, 1, state.selection)
+    selection, pyramid = state.selection, state.pyramid
+    if not serves and pyramid is None:
+        keep_window(config, sequences, selection)
+    elif not serves and pyramid is not None:
+        pyramid.extend(x.kv, sequences, 1, append=True)
+        select(x.q, pyramid.table, x.kv, sequences, config, x.logits, 1, selection)
+    decode(x, Part(sequences, reads_of(config, selection, 1)), state.scratch)
 
 
 class SparseAttention(BlockSparseCall):
     """One call of the sparse path on a GPU."""
 
-    lse: torch.Tensor | None
+    lse: Tensor | None
 
     def run(self, state: DecodeState | None) -> None:
-        problem, config = self.problem, self.config
+        problem = self.problem
         if state is not None:
-            state.bind(config, problem.k)
-        spans = by_batch_row(problem.spans, problem.q.shape[0])
-        kept = None
-        if state is not None and spans is not None:
-            kept = self._device_state(state, spans)
-        self.sequences = sequences_of(spans or problem.spans, problem.q.device)
-        self.logits = logits_of(problem)
-        self.kv = keys_of(problem)
-        if (
-            state is not None
-            and kept is not None
-            and problem.q.shape[2] == 1
-            and not problem.needs_grad
-        ):
-            self.windows = self._step(state, kept)
-            self._note_all(spans or problem.spans, kept.selection)
+            state.bind(self.config, problem.k)
+        by_row, kept = by_batch_row(problem.spans, problem.q.shape[0]), None
+        if state is not None and by_row is not None:
+            kept = self._device_state(state, by_row)
+        spans = by_row or problem.spans
+        self.sequences = sequences_of(spans, problem.q.device)
+        self.operands = operands(problem, self.out, self.lse)
+        if state is None or kept is None or problem.q.shape[2] > 1 or problem.needs_grad:
+            self._rows(spans, state, kept)
         else:
-            self._rows(spans or problem.spans, state, kept)
+            self.windows = self._step(state, kept)
+            self._note_all(spans, kept.selection)
 
     def _step(self, state: DecodeState, kept: DeviceState) -> list[int | None]:
         """A decode step of one row. Returns where the window of each span starts. How old
         selections are is known to the host as well as to the device: while all of them serve,
         nothing is launched for them."""
-        problem, config = self.problem, self.config
-        rows = [state.rows[span.batch] for span in problem.spans]
-        serve = [self._serves(span, row) for span, row in zip(problem.spans, rows, strict=True)]
-        call = (problem.q, self.kv, self.sequences, config, self.logits, kept)
-        decode_step(*call, self.out, self.lse, all_serve=all(serve))
+        rows = [state.rows[span.batch] for span in self.problem.spans]
+        serve = [self._serves(*both) for both in zip(self.problem.spans, rows, strict=True)]
+        decode_step(self.operands, self.sequences, self.config, kept, all(serve))
         return [None if row.selection is None else row.selection.window_start for row in rows]
 
     def _serves(self, span: Span, row: RowState) -> bool:
-        """Whether the selection of a batch row still serves. If not, the one that this step makes
-        takes its place."""
+        """Whether a batch row's selection still serves; if not, that of this step replaces it."""
         old = row.selection
         if old is not None and 0 <= span.position - old.position < steps_of(self.config):
             return True
@@ -317,8 +243,7 @@ class SparseAttention(BlockSparseCall):
         return False
 
     def _device_state(self, state: DecodeState, spans: tuple[Span, ...]) -> DeviceState:
-        """The state's tables, with room for the call's keys; rows that continue nothing start
-        afresh."""
+        """The state's tables, with room for all keys; rows that continue nothing start afresh."""
         problem = self.problem
         rows: dict[int, RowState] = {
             s.batch: state.row(s.batch, s.key_start, s.position, s.end) for s in spans if s.rows
@@ -349,46 +274,34 @@ class SparseAttention(BlockSparseCall):
         the call, and attend."""
         problem, config = self.problem, self.config
         block_q = 1 if self.decoding else config.block_q
-        pyramid, append = None if kept is None else kept.pyramid, self.decoding and kept is not None
-        call = (problem.q, self.kv, self.sequences, config, self.logits)
-        selection = select_blocks(*call, block_q, pyramid, append)
+        pyramid = None if kept is None else kept.pyramid
+        selection = select_blocks(self.operands, self.sequences, config, block_q, pyramid)
         if state is not None and kept is not None:
             for span in spans:
                 state.select_anew(span.batch)
         self._note_all(spans, selection)
-        reads = reads_of(config, selection, block_q)
-        parts = self._parts(spans, reads)
+        tails = [max(0, span.rows - config.dense_tail) for span in spans]
+        parts = self._parts(spans, tails, reads_of(config, selection, block_q))
         if problem.needs_grad:
-            self.out, lse = attention(problem.q, problem.k, problem.v, self.logits, parts, config)
+            logits = self.operands.logits
+            self.out, lse = attention(problem.q, problem.k, problem.v, logits, parts, config)
             self.lse = None if self.lse is None else lse
             return
-        attend_parts(
-            problem.q, self.kv, self.logits, parts[:1], config.sparse_reach, self.out, self.lse
-        )
-        if (
-            len(parts) > 1
-        ):  # the host knows where the dense rows are, so their keys can be split over the device
-            dense_rows(problem, self.kv, spans, self._tails(spans), self.logits, self.out, self.lse)
+        attend_parts(self.operands, parts[:1], config.sparse_reach)
+        if len(parts) > 1:
+            # the host knows where the dense rows are, so their keys can be split over the device
+            dense_rows(self.operands, spans, tails, problem.longest)
 
-    def _tails(self, spans: tuple[Span, ...]) -> list[int]:
-        """Of each span, the first of the rows that are computed densely."""
-        return [
-            span.rows if self.decoding else max(0, span.rows - self.config.dense_tail)
-            for span in spans
-        ]
-
-    def _parts(self, spans: tuple[Span, ...], reads: Reads) -> tuple[Part, ...]:
-        """The rows that select, and the dense ones at the end of each prompt."""
+    def _parts(self, spans: tuple[Span, ...], tails: list[int], reads: Reads) -> tuple[Part, ...]:
+        """The rows that select, and those from `tails` on in each prompt, which are dense."""
         if self.decoding or not self.config.dense_tail:
             return (Part(self.sequences, reads),)
         device, head, tail = self.problem.q.device, [], []
-        for span, first in zip(spans, self._tails(spans), strict=True):
+        for span, first in zip(spans, tails, strict=True):
             head.append(span.part(span.position, span.position + first))
             tail.append(span.part(span.position + first, span.end))
-        return (
-            Part(sequences_of(tuple(head), device), reads),
-            Part(sequences_of(tuple(tail), device), dense_reads()),
-        )
+        dense = Part(sequences_of(tuple(tail), device), dense_reads())
+        return Part(sequences_of(tuple(head), device), reads), dense
 
     def _note_all(self, spans: tuple[Span, ...], selection: SelectionBuffers) -> None:
         """Put down in the mask what was selected."""

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import compress, product
@@ -43,12 +44,9 @@ DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version
 
 # Whether a call learns, is of HyperAttention, with Delta correction, extended -> the parts of the
 # kernels that it needs.
+_SOME = (checks.GRADIENTS, checks.HYPER, checks.DELTA, checks.EXTENDED)
 _PARTS = {
-    flags: (
-        checks.SPARSE,
-        *compress((checks.GRADIENTS, checks.HYPER, checks.DELTA, checks.EXTENDED), flags),
-    )
-    for flags in product((False, True), repeat=4)
+    flags: (checks.SPARSE, *compress(_SOME, flags)) for flags in product((False, True), repeat=4)
 }
 # (device, heads, part) -> why the self-test failed, or an empty string.
 _verdicts: dict[tuple[torch.device, Heads, str], str] = {}
@@ -78,19 +76,15 @@ def old_triton() -> str:
         return f"Triton cannot be imported ({error})"
     oldest = ".".join(map(str, OLDEST_TRITON))
     release = tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdecimal())
-    return (
-        f"Triton {triton.__version__} is too old, {oldest} or later is needed"
-        if release < OLDEST_TRITON
-        else ""
-    )
+    why = f"Triton {triton.__version__} is too old, {oldest} or later is needed"
+    return why if release < OLDEST_TRITON else ""
 
 
 # Dynamo is not to follow any of this into a graph: it calls the function, and the answer is a
 # constant of the graph.
 @torch.compiler.assume_constant_result
 def lacking(device: torch.device) -> str:
-    """What this machine lacks for kernels on `device`, whatever the call; empty if it lacks
-    nothing."""
+    """What this machine lacks for kernels on `device`, whatever the call; empty if nothing."""
     return _lacking(device)
 
 
@@ -105,36 +99,34 @@ def _lacking(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
     except (AssertionError, RuntimeError) as error:
         return f"no GPU can be reached ({str(error).splitlines()[0]})"
+    name, capability = properties.name, (properties.major, properties.minor)
     if torch.version.hip:
         target = properties.gcnArchName.split(":")[0]
         if target not in AMD_TARGETS:
-            return f"{properties.name} is {target}, of AMD's GPUs only {', '.join(AMD_TARGETS)} is supported"
-    elif (properties.major, properties.minor) < OLDEST_CAPABILITY:
-        oldest = ".".join(map(str, OLDEST_CAPABILITY))
-        return f"{properties.name} has compute capability {properties.major}.{properties.minor}, {oldest} or later is needed"
+            some = ", ".join(AMD_TARGETS)
+            return f"{name} is {target}, of AMD's GPUs only {some} is supported"
+    elif capability < OLDEST_CAPABILITY:
+        has, oldest = (".".join(map(str, version)) for version in (capability, OLDEST_CAPABILITY))
+        return f"{name} has compute capability {has}, {oldest} or later is needed"
     compiler = triton.knobs.build.cc  # what CC names
-    if not (shutil.which(compiler.split()[0]) if compiler else any(map(shutil.which, COMPILERS))):
-        return f"Triton needs a C compiler ({' or '.join(COMPILERS)}, or what CC names), and there is none"
-    return ""
+    if any(map(shutil.which, [compiler.split()[0]] if compiler else COMPILERS)):
+        return ""
+    some = " or ".join(COMPILERS)
+    return f"Triton needs a C compiler ({some}, or what CC names), and there is none"
 
 
 def parts_of(config: HiPConfig | None, learning: bool, extended: bool) -> tuple[str, ...]:
     """The parts of the kernels that a call needs; without settings it is dense."""
-    hyper, delta = (
-        config is not None and config.method == "hyper",
-        config is not None and config.delta is not None,
-    )
+    hyper = config is not None and config.method == "hyper"
+    delta = config is not None and config.delta is not None
     return _PARTS[learning, hyper, delta, extended]
 
 
 @torch.compiler.assume_constant_result
 def failing(
-    device: torch.device,
-    dtype: torch.dtype,
-    dims: tuple[int, int, int],
-    parts: tuple[str, ...],
+    device: torch.device, dtype: torch.dtype, dims: tuple[int, int, int], parts: tuple[str, ...],
     settings: str,
-) -> str:
+) -> str:  # fmt: skip
     """Why kernels are not to be trusted with a call: they failed the self-test, Triton refused them
     with these settings, or the test cannot run now. Empty if they are.
 
@@ -163,11 +155,9 @@ def refuses(error: Exception, config: HiPConfig) -> bool:
 
 
 def refuse(device: torch.device, settings: str, error: Exception) -> str:
-    """From now on no kernels with these settings: Triton could not compile or launch them. Returns
-    the reason."""
-    why = _refused[device, settings] = (
-        f"Triton refuses the kernels with these settings ({said(error)})"
-    )
+    """Use no kernels with these settings any more, as Triton refused them. Returns the reason."""
+    why = f"Triton refuses the kernels with these settings ({said(error)})"
+    _refused[device, settings] = why
     return why
 
 
@@ -239,22 +229,18 @@ def _busy(device: torch.device) -> str:
     """Why no self-test can run now."""
     if device.type != "cuda":
         return ""
+    why = ""
     if torch.cuda._is_in_bad_fork():
-        return (
-            "the kernels are not tested yet, and this process was forked from one that used the GPU"
-        )
-    if torch.cuda.is_current_stream_capturing():
-        return "the kernels are not tested yet, and a CUDA graph is being captured (call them once before)"
-    return ""
+        why = "this process was forked from one that used the GPU"
+    elif torch.cuda.is_current_stream_capturing():
+        why = "a CUDA graph is being captured (call them once before)"
+    return why and f"the kernels are not tested yet, and {why}"
 
 
 def self_test(
-    device: torch.device,
-    heads: Heads,
-    part: str,
-    config: HiPConfig | None = None,
+    device: torch.device, heads: Heads, part: str, config: HiPConfig | None = None,
     backend: str = "triton",
-) -> list[Found]:
+) -> list[Found]:  # fmt: skip
     """Run the checks of a part, at the default settings unless others are given.
 
     In a thread of its own, where no mode of the caller holds: inference, autocast, a default
@@ -269,21 +255,8 @@ def self_test(
 
 
 def _alone(work: Callable[[], list[Found]]) -> list[Found]:
-    results: list[list[Found]] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:  # raised where it is waited for
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="hip_hf self-test")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hip_hf self-test") as thread:
+        return thread.submit(work).result()
 
 
 def drivers() -> list[str]:
@@ -292,15 +265,13 @@ def drivers() -> list[str]:
 
 
 def identity(device: torch.device) -> dict[str, Any]:
-    """What a passed self-test holds for: the device, its driver, the versions, and the kernels'
-    code."""
+    """What a passed self-test holds for: device, driver, versions, and the kernels' code."""
     import triton
 
+    gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "capability": list(torch.cuda.get_device_capability(device))
-        if device.type == "cuda"
-        else [],
+        "device": torch.cuda.get_device_name(device) if gpu else str(device),
+        "capability": list(torch.cuda.get_device_capability(device)) if gpu else [],
         "driver": [*drivers(), torch.version.cuda, torch.version.hip],
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -311,8 +282,7 @@ def identity(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def code(folder: Path = Path(__file__).parent) -> str:
-    """A name for all that stands in the kernels' modules: launches and their table count as well as
-    what Triton compiles."""
+    """A name for all that stands in the kernels' modules, launches and their table included."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
@@ -343,16 +313,13 @@ def _has_passed(device: torch.device, heads: Heads, part: str) -> bool:
 
 
 def _remember(device: torch.device, heads: Heads, part: str) -> None:
-    """Keep that the self-test has passed, where that can be written. Several processes may do so at
-    once."""
+    """Keep that the self-test has passed, where possible; several processes may do so at once."""
     file, content = _record(device, heads, part)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, delete=False, encoding="utf-8"
-        ) as part_file:
-            json.dump(content, part_file, indent=1)
-        os.replace(part_file.name, file)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as written:
+            json.dump(content, written, indent=1)
+        os.replace(written.name, file)
 
 
 def _forget(device: torch.device, heads: Heads, part: str) -> None:

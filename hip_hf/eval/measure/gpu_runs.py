@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hip_hf.attention import Result
+from hip_hf.backends.triton.attention.operands import Operands
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.backends.triton.common.sequences import Sequences
@@ -127,7 +128,8 @@ class CapturedSteps:
         for step in range(self.count):
             row = self.q[:, :, step : step + 1]
             if self.attend:
-                decode_step(row, self.kv, self.sequences, self.config, self.logits, state, self.out)
+                x = Operands(row, self.kv, self.logits, self.out)
+                decode_step(x, self.sequences, self.config, state)
             else:
                 assert pyramid is not None
                 pyramid.extend(self.kv, self.sequences, 1, append=True)

@@ -10,15 +10,15 @@ a CUDA graph and replayed as the sequences grow.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from hip_hf.backends.triton.attention.operands import GridAndArguments, Operands, Part
 from hip_hf.backends.triton.attention.prefill import attend_kernel, call_arguments
-from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.arguments import Logits, Reads, configuration, rows_of
+from hip_hf.backends.triton.common.arguments import rows_of
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E
 from hip_hf.backends.triton.common.tuning import (
@@ -41,11 +41,11 @@ class Scratch:
     """Partial results of every split: out fp32 `[splits, B, Hq, Tq, Dv]`, lse fp32
     `[splits, B, Hq, Tq]`."""
 
-    out: torch.Tensor
-    lse: torch.Tensor
+    out: Tensor
+    lse: Tensor
 
     @staticmethod
-    def make(splits: int, q: torch.Tensor, dim_v: int) -> Scratch:
+    def make(splits: int, q: Tensor, dim_v: int) -> Scratch:
         """For queries like `q` `[B, Hq, Tq, D]`; its size does not grow with the number of keys."""
         shape = (splits, *q.shape[:3])
         return Scratch(
@@ -55,7 +55,7 @@ class Scratch:
 
 
 def splits_for(
-    q: torch.Tensor, key_heads: int, sequences: int, keys: int, rows: int = 1, block_q: int = 1
+    q: Tensor, key_heads: int, sequences: int, keys: int, rows: int = 1, block_q: int = 1
 ) -> int:
     """Into how many parts to split the `keys` that a row reads (dense: the capacity of the cache),
     a power of two: enough to occupy the device, but no part below one tile. `rows`: of the longest
@@ -69,8 +69,7 @@ def splits_for(
 def splits_of(
     tile: Tile, group: int, heads: int, keys: int, rows: int, block_q: int, at_once: int
 ) -> int:
-    """The same of a tile for `group` query heads, of so many key `heads` in all, on a device with
-    `at_once` processors."""
+    """The same, for groups of `group` query heads, `heads` key heads and `at_once` processors."""
     programs = heads * -(-rows // min(block_q, rows_of(tile, group, block_q)))
     most = min(MOST_SPLITS, -(-keys // tile.keys), max(1, 2 * at_once // programs))
     return 1 << (most.bit_length() - 1)
@@ -80,12 +79,12 @@ def splits_of(
 def combine_kernel(
     PARTS, PART_LSE, OUT, LSE, SEQUENCES,
     stride_ps, stride_pb, stride_ph, stride_pt, stride_ms, stride_mb, stride_mh, stride_mt,
-    stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt, stride_sequences, dim_v,
+    stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt, stride_field, dim_v,
     SPLITS: tl.constexpr, DV: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """Grid `(most rows, Hq, sequences)`: merge the partial results of one row of one head."""
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch, _, row_start, rows, _ = load_sequence(SEQUENCES, stride_sequences, tl.program_id(2))
+    batch, _, row_start, rows, _ = load_sequence(SEQUENCES, stride_field, tl.program_id(2))
     if row >= rows:
         return
     batch, to = batch.to(tl.int64), (row_start + row).to(tl.int64)
@@ -115,64 +114,43 @@ def combine_kernel(
 
 
 def combine_arguments(
-    scratch: Scratch, sequences: Sequences, out: torch.Tensor, lse: torch.Tensor | None
-) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    scratch: Scratch, sequences: Sequences, out: Tensor, lse: Tensor | None
+) -> GridAndArguments:
     """Grid and arguments of `combine_kernel`."""
-    dim_v = out.shape[-1]
+    dim_v, of_lse = out.shape[-1], (0, 0, 0) if lse is None else lse.stride()
+    parts, part_lse = scratch.out, scratch.lse
+    of_parts, of_part_lse = parts.stride(), part_lse.stride()
     arguments = dict(
-        PARTS=scratch.out, PART_LSE=scratch.lse, OUT=out, LSE=scratch.lse if lse is None else lse, SEQUENCES=sequences.table,
-        **dict(zip(("stride_ps", "stride_pb", "stride_ph", "stride_pt"), scratch.out.stride(), strict=False)),
-        **dict(zip(("stride_ms", "stride_mb", "stride_mh", "stride_mt"), scratch.lse.stride(), strict=True)),
+        PARTS=parts, PART_LSE=part_lse, OUT=out, LSE=part_lse if lse is None else lse,
+        **dict(zip(("stride_ps", "stride_pb", "stride_ph", "stride_pt"), of_parts, strict=False)),
+        **dict(zip(("stride_ms", "stride_mb", "stride_mh", "stride_mt"), of_part_lse, strict=True)),
         **dict(zip(("stride_ob", "stride_oh", "stride_ot"), out.stride(), strict=False)),
-        **dict(zip(("stride_lb", "stride_lh", "stride_lt"), (0, 0, 0) if lse is None else lse.stride(), strict=True)),
-        stride_sequences=sequences.table.stride(0), dim_v=dim_v,
-        SPLITS=scratch.out.shape[0], DV=power_of_two(dim_v), HAS_LSE=lse is not None, num_warps=4,
+        **dict(zip(("stride_lb", "stride_lh", "stride_lt"), of_lse, strict=True)),
+        SEQUENCES=sequences.table, stride_field=sequences.table.stride(0), dim_v=dim_v,
+        SPLITS=parts.shape[0], DV=power_of_two(dim_v), HAS_LSE=lse is not None, num_warps=4,
     )  # fmt: skip
     return (sequences.max_rows, out.shape[1], sequences.count), arguments
 
 
-def decode(
-    q: torch.Tensor,
-    kv: KeyValues,
-    sequences: Sequences,
-    reads: Reads,
-    logits: Logits,
-    scratch: Scratch,
-    out: torch.Tensor,
-    lse: torch.Tensor | None = None,
-) -> None:
+def decode(x: Operands, part: Part, scratch: Scratch) -> None:
     """As `prefill`, but with the keys of each row split over as many programs as `scratch` has room
     for (`splits_for`).
 
-    With `reads.block_q` 1 every row has its own selection; with `dense_reads(1)` a row reads every
-    key. `reads.windows` holds the start of each row's window where a selection is older than the
+    With a `block_q` of 1 every row has its own selection; with `dense_reads(1)` a row reads every
+    key. `Reads.windows` holds the start of each row's window where a selection is older than the
     row.
     """
-    splits = scratch.out.shape[0]
-    target, dim, dim_v = target_of(q), q.shape[-1], kv.v.shape[-1]
-    tile = tile_of(configuration(kernel_of(reads.block_q), logits), target, dim, dim_v, q.dtype)
-    if splits == 1:
-        grid, arguments = call_arguments(q, kv, sequences, reads, logits, out, lse, tile)
-        attend_kernel[grid](**arguments)
-        return
-    grid, arguments = call_arguments(
-        q, kv, sequences, reads, logits, scratch.out, scratch.lse, tile, splits
-    )
+    split = scratch.out.shape[0] > 1
+    into = Operands(x.q, x.kv, x.logits, scratch.out, scratch.lse) if split else x
+    grid, arguments = call_arguments(into, part, x.tile(kernel_of(part.reads.block_q)))
     attend_kernel[grid](**arguments)
-    grid, arguments = combine_arguments(scratch, sequences, out, lse)
-    combine_kernel[grid](**arguments)
+    if split:
+        grid, arguments = combine_arguments(scratch, part.sequences, x.out, x.lse)
+        combine_kernel[grid](**arguments)
 
 
-def decode_once(
-    q: torch.Tensor,
-    kv: KeyValues,
-    sequences: Sequences,
-    reads: Reads,
-    logits: Logits,
-    keys: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None = None,
-) -> None:
+def decode_once(x: Operands, part: Part, keys: int) -> None:
     """`decode` where no scratch is kept, of rows that read up to `keys` keys."""
-    splits = splits_for(q, kv.heads, sequences.count, keys, sequences.max_rows, reads.block_q)
-    decode(q, kv, sequences, reads, logits, Scratch.make(splits, q, kv.v.shape[-1]), out, lse)
+    count, rows = part.sequences.count, part.sequences.max_rows
+    splits = splits_for(x.q, x.kv.heads, count, keys, rows, part.reads.block_q)
+    decode(x, part, Scratch.make(splits, x.q, x.kv.v.shape[-1]))

@@ -9,24 +9,20 @@ and value is loaded once for all of them.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.common.addressing import KeyValues, offsets_in, page_of
-from hip_hf.backends.triton.common.arguments import (
-    Logits,
-    Reads,
-    configuration,
-    dense_reads,
-    rows_of,
+from hip_hf.backends.triton.attention.operands import (
+    GridAndArguments,
+    Operands,
+    Part,
+    row_arguments,
+    row_tiles,
 )
+from hip_hf.backends.triton.common.addressing import offsets_in, page_of
 from hip_hf.backends.triton.common.rotation import partner, placed_queries, rotation, turned
 from hip_hf.backends.triton.common.sequences import (
     GROWING,
-    Sequences,
     always_read,
     load_sequence,
     query_block,
@@ -40,24 +36,18 @@ from hip_hf.backends.triton.common.tiles import (
     scaled,
     selected_keys,
 )
-from hip_hf.backends.triton.common.tuning import (
-    Tile,
-    power_of_two,
-    precision_of,
-    target_of,
-    tile_of,
-)
+from hip_hf.backends.triton.common.tuning import Tile
 
 
 @triton.jit
 def _attend_tiles(
-    acc, m_i, l_i, q, k_base, v_base, low, high, clear, end, row_at, earliest, latest, shift, cos, sin,
-    ids, start, sink_length, picked, window,
-    key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, block_table, stride_table,
+    acc, m_i, l_i, q, k_base, v_base, low, high, clear, end, row_at, earliest, latest, shift, cos,
+    sin, ids, start, sink_length, picked, window,
+    key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, table, stride_table,
     scale, softcap, sliding, dim, dim_v,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, EVEN_HEADDIM: tl.constexpr, SAME_KV_STRIDES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr,
+    EVEN_HEADDIM: tl.constexpr, SAME_KV_STRIDES: tl.constexpr, PRECISION: tl.constexpr,
     ROPE_HALF_DIM: tl.constexpr, DISABLE_LICM: tl.constexpr,
 ):  # fmt: skip
     """Tiles `low` to `high - 1` of BLOCK_N slots each: the online softmax's sums after them. From
@@ -73,7 +63,7 @@ def _attend_tiles(
     slots = tl.minimum(low * BLOCK_N + n, end - 1)
     blocks = listed_blocks(slots, ids, sink_length, picked, BLOCK_K)
     position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
-    page = page_of(key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE)
+    page = page_of(key_start + position, slots < end, batch, table, stride_table, PAGE_SIZE)
     slots = tl.minimum((low + 1) * BLOCK_N + n, end - 1)
     blocks = listed_blocks(slots, ids, sink_length, picked, BLOCK_K)
     for i in tl.range(low, high, disable_licm=DISABLE_LICM):
@@ -118,9 +108,7 @@ def _attend_tiles(
         m_i = new_top
         slots = tl.minimum(slots + BLOCK_N, end - 1)
         position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
-        page = page_of(
-            key_start + position, slots < end, batch, block_table, stride_table, PAGE_SIZE
-        )
+        page = page_of(key_start + position, slots < end, batch, table, stride_table, PAGE_SIZE)
         blocks = listed_blocks(
             tl.minimum((i + 2) * BLOCK_N + n, end - 1), ids, sink_length, picked, BLOCK_K
         )
@@ -130,15 +118,17 @@ def _attend_tiles(
 @triton.jit(do_not_specialize=GROWING)
 def attend_kernel(
     Q, K, V, OUT, LSE, INDICES, COUNTS, WINDOWS, SINKS, SEQUENCES, TABLE, COS, SIN,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_os, stride_ob, stride_oh, stride_ot, stride_ls, stride_lb, stride_lh, stride_lt,
-    stride_sequences, stride_table,
-    blocks, lists, most, kept, sink_keys, window_keys, dim, dim_v, scale, softcap, sliding, trained, scaling,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, LISTS_PER_HEAD: tl.constexpr, SPLITS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, EVEN_HEADDIM: tl.constexpr, SAME_KV_STRIDES: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    SELECTED: tl.constexpr, KEPT_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh,
+    stride_vt, stride_os, stride_ob, stride_oh, stride_ot, stride_ls, stride_lb, stride_lh,
+    stride_lt, stride_field, stride_table,
+    blocks, lists, most, kept, sink_keys, window_keys, dim, dim_v, scale, softcap, sliding, trained,
+    scaling, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+    LISTS_PER_HEAD: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    EVEN_HEADDIM: tl.constexpr, SAME_KV_STRIDES: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    SELECTED: tl.constexpr, KEPT_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr,
+    ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, lists * SPLITS, sequences)`; a list is the heads that share a selection.
 
@@ -150,9 +140,7 @@ def attend_kernel(
     tile = tl.program_id(0)
     head_list, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
     sequence = tl.program_id(2)
-    batch, key_start, row_start, rows, position = load_sequence(
-        SEQUENCES, stride_sequences, sequence
-    )
+    batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_field, sequence)
 
     # The tile's rows: positions `first`, `first + STRIDE`, ... up to `last`; the query block begins
     # at `block_first`.
@@ -162,7 +150,7 @@ def attend_kernel(
         block_first = position
         first = position + tile * (BLOCK_M * STRIDE)
         last = tl.minimum(first + (BLOCK_M - 1) * STRIDE, position + rows - 1)
-        query_row, out_row, out_batch = (
+        q_row, out_row, out_batch = (
             row_start + tile * (BLOCK_M * STRIDE),
             tile * BLOCK_M,
             sequence,
@@ -173,8 +161,8 @@ def attend_kernel(
         block_row, block_first, block_last = query_block(row_start, rows, position, block, BLOCK_Q)
         first = block_first + tile % TILES * BLOCK_M
         last = tl.minimum(first + BLOCK_M - 1, block_last)
-        query_row = block_row + tile % TILES * BLOCK_M
-        out_row, out_batch = query_row, batch
+        q_row = block_row + tile % TILES * BLOCK_M
+        out_row, out_batch = q_row, batch
     if first > last:
         return
 
@@ -189,7 +177,7 @@ def attend_kernel(
         Q
         + batch.to(tl.int64) * stride_qb
         + head * stride_qh
-        + (query_row + row * STRIDE).to(tl.int64) * stride_qt
+        + (q_row + row * STRIDE).to(tl.int64) * stride_qt
     )
     here = real[:, None] & (d < dim)[None, :]
     if ROPE_HALF_DIM == 0:
@@ -209,8 +197,8 @@ def attend_kernel(
     )
 
     # In front of the window and up to its first row, every row of the tile sees every slot.
-    before = sink_length + picked - window
-    clear, end = (before + first + 1) // BLOCK_N, before + last + 1
+    base = sink_length + picked - window
+    clear, end = (base + first + 1) // BLOCK_N, base + last + 1
     if SLIDING:
         clear = 0
     tiles = (end + BLOCK_N - 1) // BLOCK_N
@@ -231,29 +219,29 @@ def attend_kernel(
 
     key_head = (head_list // LISTS_PER_HEAD).to(tl.int64)
     k_base, v_base = K + key_head * stride_kh, V + key_head * stride_vh
-    own = before + row_at
+    own = base + row_at
     if ROPE_HALF_DIM > 0:
-        # slots before `far` are too far for some rows and count as farthest, those before `shift`
+        # slots base `far` are too far for some rows and count as farthest, those base `shift`
         # for all
         shift, far = (
-            tl.maximum(before + first + 1 - trained, 0),
-            tl.maximum(before + last + 1 - trained, 0),
+            tl.maximum(base + first + 1 - trained, 0),
+            tl.maximum(base + last + 1 - trained, 0),
         )
         earliest = own - trained + 1
         stop = tl.minimum((far + BLOCK_N - 1) // BLOCK_N, high)
-        if (
-            low < stop
-        ):  # a scope of its own, so that loaded queries are not kept in registers for the second turn
+        # a scope of its own, so that loaded queries are not kept in registers for the second turn
+        if low < stop:
             farthest = tl.full([BLOCK_M * GROUP_PADDED], trained - 1, tl.int32)
             q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
                 Q.dtype.element_ty
             )
             acc, m_i, l_i = _attend_tiles(
-                acc, m_i, l_i, q, k_base, v_base, low, stop, 0, end, row_at, earliest, earliest - 1, shift, COS, SIN,
-                ids, start, sink_length, picked, window,
+                acc, m_i, l_i, q, k_base, v_base, low, stop, 0, end, row_at, earliest, earliest - 1,
+                shift, COS, SIN, ids, start, sink_length, picked, window,
                 key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
                 scale, softcap, sliding, dim, dim_v,
-                BLOCK_K, BLOCK_N, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN_HEADDIM, SAME_KV_STRIDES, PRECISION, 0, True,
+                BLOCK_K, BLOCK_N, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN_HEADDIM, SAME_KV_STRIDES,
+                PRECISION, 0, True,
             )  # fmt: skip
         # By 1, or 0 by 0. Otherwise the next turn's sums are registers that hold either zeros or
         # this turn's sums, and ptxas lets the tensor cores wait for each of their instructions
@@ -266,12 +254,12 @@ def attend_kernel(
     else:
         shift, earliest = 0, own
     acc, m_i, l_i = _attend_tiles(
-        acc, m_i, l_i, q, k_base, v_base, low, high, clear, end, row_at, earliest, own, shift, COS, SIN,
-        ids, start, sink_length, picked, window,
+        acc, m_i, l_i, q, k_base, v_base, low, high, clear, end, row_at, earliest, own, shift, COS,
+        SIN, ids, start, sink_length, picked, window,
         key_start, batch, stride_kb, stride_kt, stride_vb, stride_vt, TABLE, stride_table,
         scale, softcap, sliding, dim, dim_v,
-        BLOCK_K, BLOCK_N, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN_HEADDIM, SAME_KV_STRIDES, PRECISION, ROPE_HALF_DIM,
-        ROPE_HALF_DIM > 0,
+        BLOCK_K, BLOCK_N, D, DV, PAGE_SIZE, SOFTCAP, SLIDING, EVEN_HEADDIM, SAME_KV_STRIDES,
+        PRECISION, ROPE_HALF_DIM, ROPE_HALF_DIM > 0,
     )  # fmt: skip
     nothing = l_i == 0.0
     out = acc / tl.where(nothing, 1.0, l_i)[:, None]
@@ -300,110 +288,37 @@ def attend_kernel(
         tl.store(lse_ptr, lse, mask=real)
 
 
-def call_arguments(
-    q: torch.Tensor,
-    kv: KeyValues,
-    sequences: Sequences,
-    reads: Reads,
-    logits: Logits,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    tile: Tile,
-    splits: int = 1,
-    stride: int = 1,
-) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Grid and arguments of `attend_kernel`; with several splits, out `[splits, B, Hq, Tq, Dv]` and
-    lse alike are partial."""
-    heads, dim, dim_v = q.shape[1], q.shape[-1], kv.v.shape[-1]
-    selected = reads.indices is not None
-    lists = reads.indices.shape[1] if reads.indices is not None else kv.heads
-    group = heads // lists
-    padded = power_of_two(group)
-    rows = rows_of(tile, group, reads.block_q if stride == 1 else tile.rows)
-    tiles = (
-        sequences.blocks(reads.block_q) * -(-reads.block_q // rows)
-        if stride == 1
-        else -(-sequences.max_rows // (stride * rows))
-    )
-    wide, wide_v = (max(16, power_of_two(x)) for x in (dim, dim_v))
-    table, stride_table = kv.table()
-    of_out = out.stride() if splits > 1 else (0, *out.stride())
-    of_lse = (0, 0, 0, 0) if lse is None else lse.stride() if splits > 1 else (0, *lse.stride())
-    arguments = dict(
-        Q=q, K=kv.k, V=kv.v, OUT=out, LSE=q if lse is None else lse,
-        INDICES=reads.indices if selected else sequences.table, COUNTS=reads.counts if selected else sequences.table,
-        WINDOWS=sequences.table if reads.windows is None else reads.windows,
-        SINKS=q if logits.sinks is None else logits.sinks.contiguous(), SEQUENCES=sequences.table, TABLE=table,
-        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride(), strict=False)),
-        **dict(zip(("stride_kb", "stride_kh", "stride_kt"), kv.strides(kv.k), strict=True)),
-        **dict(zip(("stride_vb", "stride_vh", "stride_vt"), kv.strides(kv.v), strict=True)),
+def call_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> GridAndArguments:
+    """Grid and arguments of `attend_kernel`. Where out is `[splits, B, Hq, Tq, Dv]`, and lse alike,
+    each of so many programs leaves there what it makes of its part of the keys."""
+    arguments, splits = row_arguments(x, part, tile, stride), (1, *x.out.shape)[-5]
+    (table, stride_table), kv = x.kv.table(), x.kv
+    windows, sinks, positions = part.reads.windows, x.logits.sinks, x.logits.positions
+    rows, lists = arguments["BLOCK_M"], arguments["lists"]
+    of_out = (0, *x.out.stride())[-5:]
+    of_lse = (0, *((0, 0, 0) if x.lse is None else x.lse.stride()))[-4:]
+    arguments |= dict(
+        OUT=x.out, LSE=x.q if x.lse is None else x.lse, TABLE=table, stride_table=stride_table,
+        WINDOWS=arguments["SEQUENCES"] if windows is None else windows,
+        SINKS=x.q if sinks is None else sinks.contiguous(),
         **dict(zip(("stride_os", "stride_ob", "stride_oh", "stride_ot"), of_out, strict=False)),
         **dict(zip(("stride_ls", "stride_lb", "stride_lh", "stride_lt"), of_lse, strict=True)),
-        stride_sequences=sequences.table.stride(0), stride_table=stride_table,
-        lists=lists, blocks=reads.indices.shape[2] if reads.indices is not None else 0,
-        most=reads.indices.shape[3] if reads.indices is not None else 0,
-        kept=0 if reads.windows is None else reads.windows.stride(0),
-        sink_keys=reads.sink, window_keys=reads.window, dim=dim, dim_v=dim_v,
-        scale=logits.scale, softcap=logits.softcap or 1.0, sliding=logits.sliding_window or 0,
-        BLOCK_Q=reads.block_q, BLOCK_K=reads.block_k, BLOCK_M=rows, BLOCK_N=tile.keys, STRIDE=stride,
-        GROUP=group, GROUP_PADDED=padded, LISTS_PER_HEAD=lists // kv.heads, SPLITS=splits,
-        D=wide, DV=wide_v, EVEN_HEADDIM=wide == dim and wide_v == dim_v, SAME_KV_STRIDES=kv.strides(kv.k) == kv.strides(kv.v),
-        PAGE_SIZE=kv.page_size,
-        SELECTED=selected, KEPT_WINDOW=reads.windows is not None, HAS_SINKS=logits.sinks is not None, HAS_LSE=lse is not None,
-        SOFTCAP=logits.softcap is not None, SLIDING=logits.sliding_window is not None,
-        PRECISION=precision_of(q), **rotation(logits.positions, rows * stride + tile.keys, q),
-        num_warps=tile.warps, num_stages=tile.stages,
+        kept=0 if windows is None else windows.stride(0), STRIDE=stride, SPLITS=splits,
+        SAME_KV_STRIDES=kv.strides(kv.k) == kv.strides(kv.v), PAGE_SIZE=kv.page_size,
+        KEPT_WINDOW=windows is not None, HAS_SINKS=sinks is not None, HAS_LSE=x.lse is not None,
+        **rotation(positions, rows * stride + tile.keys, x.q),
     )  # fmt: skip
-    return (tiles, lists * splits, sequences.count), arguments
+    strided = -(-part.sequences.max_rows // (stride * rows))
+    tiles = row_tiles(part, rows) if stride == 1 else strided
+    return (tiles, lists * splits, part.sequences.count), arguments
 
 
-def prefill(
-    q: torch.Tensor,
-    kv: KeyValues,
-    sequences: Sequences,
-    reads: Reads,
-    logits: Logits,
-    out: torch.Tensor,
-    lse: torch.Tensor | None = None,
-) -> None:
-    """Attention of every query row of every sequence to what it reads, into `out` and `lse`.
+def prefill(x: Operands, part: Part, stride: int = 1) -> None:
+    """Attention of every query row of every sequence to what it reads.
 
-    Args:
-        q: `[B, Hq, Tq, D]`, any strides but 1 in the last; fp16, bf16 or fp32.
-        kv: keys `[B, Hkv, T, D]` and values `[B, Hkv, T, Dv]` of q's dtype, or pages of them.
-        out: `[B, Hq, Tq, Dv]`, q's dtype; rows outside every sequence are left as they are, as are
-        those of lse. lse: fp32 `[B, Hq, Tq]`, natural logarithm, sinks included.
+    `stride` above 1: dense attention (`dense_reads`) of rows 0, `stride`, 2 `stride`, ... of every
+    sequence (Delta Attention, arXiv 2505.11254). Then out is `[S, Hq, ceil(max_rows / stride),
+    Dv]`, row `i` of sequence `s` belongs to its query row `i * stride`, and lse is alike.
     """
-    tile = tile_of(
-        configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype
-    )
-    grid, arguments = call_arguments(q, kv, sequences, reads, logits, out, lse, tile)
-    attend_kernel[grid](**arguments)
-
-
-def strided_rows(
-    q: torch.Tensor,
-    kv: KeyValues,
-    sequences: Sequences,
-    logits: Logits,
-    stride: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None = None,
-) -> None:
-    """Dense attention of rows 0, `stride`, 2 `stride`, ... of every sequence, in one launch (Delta
-    Attention, arXiv 2505.11254).
-
-    Args:
-        q, kv: as in `prefill`.
-        stride: at least 2; 1 is `prefill` with `dense_reads()`.
-        out: `[S, Hq, ceil(max_rows / stride),
-        Dv]`: row `i` of sequence `s` belongs to its query row `i * stride`. lse: fp32 `[S, Hq,
-        ceil(max_rows / stride)]`.
-    """
-    tile = tile_of(
-        configuration("prefill", logits), target_of(q), q.shape[-1], kv.v.shape[-1], q.dtype
-    )
-    grid, arguments = call_arguments(
-        q, kv, sequences, dense_reads(), logits, out, lse, tile, stride=stride
-    )
+    grid, arguments = call_arguments(x, part, x.tile("prefill"), stride)
     attend_kernel[grid](**arguments)

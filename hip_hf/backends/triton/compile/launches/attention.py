@@ -6,14 +6,14 @@ from __future__ import annotations
 import torch
 
 from hip_hf.backends.triton.attention.backward import (
-    Part,
+    Inverted,
     inverted,
     key_gradient_arguments,
     query_gradient_arguments,
 )
 from hip_hf.backends.triton.attention.decode import Scratch, combine_arguments, combine_kernel
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
-from hip_hf.backends.triton.attention.inversion import Inverted
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.attention.prefill import attend_kernel, call_arguments
 from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
@@ -45,9 +45,9 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
 
 def prefill_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of `attend_kernel` for a prompt: sparse, and dense rows at a stride."""
-    args = (x.logits, x.out, x.lse, tile)
-    sparse = call_arguments(x.q, x.kv, x.sequences, x.reads, *args)
-    strided = call_arguments(x.q, x.kv, x.sequences, dense_reads(), *args, stride=64)
+    call = Operands(x.q, x.kv, x.logits, x.out, x.lse)
+    sparse = call_arguments(call, Part(x.sequences, x.reads), tile)
+    strided = call_arguments(call, Part(x.sequences, dense_reads()), tile, stride=64)
     return [
         Launch(f"{name}{x.suffix}", attend_kernel, arguments, True, grid)
         for name, (grid, arguments) in (("prefill", sparse), ("dense rows at a stride", strided))
@@ -57,8 +57,8 @@ def prefill_launches(x: Example, tile: Tile) -> list[Launch]:
 def decode_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of a decode step: its attention and its combination."""
     scratch = Scratch.make(16, x.q, x.kv.v.shape[-1])
-    results = (x.logits, scratch.out, scratch.lse)
-    parts = call_arguments(x.q, x.kv, x.sequences, x.reads, *results, tile, 16)
+    split = Operands(x.q, x.kv, x.logits, scratch.out, scratch.lse)
+    parts = call_arguments(split, Part(x.sequences, x.reads), tile)
     whole = combine_arguments(scratch, x.sequences, x.out, x.lse)
     return [
         Launch(f"decode{x.suffix}", attend_kernel, parts[1], False, parts[0]),
@@ -69,9 +69,8 @@ def decode_launches(x: Example, tile: Tile) -> list[Launch]:
 def query_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of `query_gradient_kernel`."""
     part, mean, grad_q = Part(x.sequences, x.reads), torch.empty_like(x.lse), torch.empty_like(x.q)
-    grid, arguments = query_gradient_arguments(
-        x.q, x.kv, part, x.logits, x.out, x.lse, x.out, None, grad_q, mean, tile
-    )
+    call = Operands(x.q, x.kv, x.logits, x.out, x.lse)
+    grid, arguments = query_gradient_arguments(call, part, x.out, None, grad_q, mean, tile)
     return [Launch("backward, queries", query_gradient_kernel, arguments, True, grid)]
 
 
@@ -83,9 +82,8 @@ def key_launches(x: Example, tile: Tile) -> list[Launch]:
     else:
         numbers = x.sequences.table  # any int32 tensor will do
         lists = Inverted(numbers, numbers, numbers.long())
-    grid, passes = key_gradient_arguments(
-        x.q, x.kv, part, x.logits, x.lse, x.out, x.lse, *grads, lists, tile
-    )
+    call = Operands(x.q, x.kv, x.logits, x.out, x.lse)
+    grid, passes = key_gradient_arguments(call, part, x.out, x.lse, *grads, lists, tile)
     names = ["backward, keys"] if len(passes) == 1 else ["backward, keys: dK", "backward, keys: dV"]
     return [
         Launch(name, key_gradient_kernel, each, True, grid)
