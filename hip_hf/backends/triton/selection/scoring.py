@@ -13,7 +13,7 @@ import triton.language as tl
 
 from hip_hf.backends.triton.common.addressing import offsets_in, page_of
 from hip_hf.backends.triton.common.rotation import partner, turned_back
-from hip_hf.backends.triton.common.tiles import tanh
+from hip_hf.backends.triton.common.tiles import scaled_with_slope
 
 
 @triton.jit
@@ -54,15 +54,6 @@ def near_share(
 
 
 @triton.jit
-def capped(logits, scale, SOFTCAP: tl.constexpr):
-    """Scaled, and with `SOFTCAP` > 0 squashed to `SOFTCAP * tanh(logits / SOFTCAP)`."""
-    logits *= scale
-    if SOFTCAP > 0:
-        logits = SOFTCAP * tanh(logits / SOFTCAP)
-    return logits
-
-
-@triton.jit
 def chunk_logits(
     table, at, q, offsets, scale, steps, SOFTCAP: tl.constexpr, M: tl.constexpr,
     BLOCK_M: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr,
@@ -99,7 +90,7 @@ def chunk_logits(
         if PARTS > 1:
             b = tl.where(part > 0, tl.abs(b), b)
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
-    return capped(acc, scale, SOFTCAP)
+    return scaled_with_slope(acc, scale, SOFTCAP, SOFTCAP > 0)[0]
 
 
 @triton.jit
@@ -199,7 +190,8 @@ def block_masses(
             a = turned_back(a, other, back, d, cos, sin, False, ROPE_HALF_DIM).to(a.dtype)
         logits = tl.dot(a, b, logits, input_precision=PRECISION)
         if part == CHUNKS - 1:
-            logits = tl.where(inside[:, None], capped(logits, scale, SOFTCAP), -float("inf"))
+            logits = scaled_with_slope(logits, scale, SOFTCAP, SOFTCAP > 0)[0]
+            logits = tl.where(inside[:, None], logits, -float("inf"))
             if MASS:
                 # one maximum per row for all blocks: what it lets underflow would weigh nothing in
                 # the softmax either
