@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import hip_hf
 from hip_hf import HiPConfig, hip_attention
+from hip_hf.integration.layer_attention import attend_layer
 from hip_hf.problem import exporting
 
 FAMILIES = ["llama", "gemma2", "gpt_oss"]
@@ -160,6 +161,19 @@ def test_extension_is_refused() -> None:
 class Attention(torch.nn.Module):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return hip_attention(q, k, v, config=small())
+
+
+def test_a_layer_without_a_mask_keeps_its_sliding_window() -> None:
+    """Also where what follows the tensors makes it dense."""
+    layer = make_model("llama").model.layers[0].self_attn
+    q, k, v = make_qkv(100)
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        return attend_layer(layer, q, k, v, None, sliding_window=24)[0].transpose(1, 2)
+
+    want, _ = eager(q, k, v, causal(1, 100, 100, sliding=24))
+    with pytest.warns(UserWarning, match="torch.func follows the tensors"):
+        assert_near(torch.func.vjp(attend, q)[0], want)
 
 
 def test_an_exported_operation() -> None:
