@@ -181,9 +181,11 @@ class TreeSearch(BoundByNeed):
         most = self.config.method_options().sample
 
         def alike(block: QueryBlock) -> tuple[int, int, int | None]:
-            whole = looked_at_whole(self.config, block.low, block.high)
-            level = None if whole else start_level(self.config, block.low, block.high)
-            return block.rows, sample_level(self.config, block.low, block.high, most), level
+            low, high = block.low, block.high
+            if looked_at_whole(self.config, low, high):
+                return block.rows, 0, None
+            sampled = sample_level(self.config, low, high, most)
+            return block.rows, sampled, start_level(self.config, low, high)
 
         for (rows, sampled, level), run in groupby(blocks, key=alike):
             some = list(run)

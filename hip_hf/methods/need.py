@@ -125,7 +125,7 @@ class BoundByNeed(base.Bound):
         """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, the log-sum-exp
         of what each always reads, and how many of them, the first, walk the tree. The need is
         estimated from a key of each chunk of `2 ** level` keys; `whole`: there is no tree to walk,
-        and more rows vote."""
+        and every row that is asked votes."""
         config, rows, first = self.config, blocks[0].rows, blocks[0].row
         if near is None:
             rows_of = [list(sampled_rows(block, config.query_stride)) for block in blocks]
@@ -144,7 +144,7 @@ class BoundByNeed(base.Bound):
         need = self._highest(heads, blocks, q, level).sub_(near)
         every = torch.arange(q.shape[2], device=q.device).expand(need.shape)
         chosen = best(need, every, count).sort(dim=-1).values
-        walking = count if whole else walkers_of(config, count)
+        walking = walkers_of(config, count)
         if walking < count:
             walkers = best(need.gather(-1, chosen), every[..., :count], walking)
             walks = torch.zeros_like(chosen).scatter_(-1, walkers, 1)

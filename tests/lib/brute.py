@@ -69,7 +69,7 @@ def neediest(
             (r, h): max(logit(rows[r, h], keys[at]) for at in sample) - near[r, h] for r, h in ids
         }
         ids = sorted(ids, key=lambda i: (-need[i], i))
-        walking = allowed if looked_at_whole(config, low, high) else walkers(config, allowed)
+        walking = walkers(config, allowed)
         ids = sorted(ids[:walking]) + sorted(ids[walking:allowed])
     return [(rows[row, head], near[row, head]) for row, head in ids], walking
 

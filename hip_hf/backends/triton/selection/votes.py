@@ -266,8 +266,6 @@ def vote_kernel(
             every, sort_keys(need, there), first, none, first, none, total, N, KEPT
         )
         walking = count_walkers(total, own_rows, VOTERS, STRIDE, WALKERS)
-        if VOTES_WHOLE > VOTES:
-            walking = tl.where(candidates <= MOST, total, walking)
         walks, _, _ = kept_of(needs, none, none, walking)
         before = tl.cumsum(walks, 0)  # with the slot itself
         place = tl.where(walks > 0, before - 1, walking + slot - before)
