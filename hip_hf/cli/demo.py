@@ -174,12 +174,19 @@ def checkpoint_of(model: str) -> str:
 
 
 def show_at_once(
-    run: DemoRun, document: Path, tokens: int | None, facts: int, seed: int, as_json: bool
+    model: str,
+    fields: dict[str, Any],
+    device: str,
+    document: Path,
+    tokens: int | None,
+    facts: int,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """The demo of a model that is asked for all facts of one document at once."""
-    where = inputs.check_device(run.device)
+    where = inputs.check_device(device)
     text = inputs.read_text(document, "--document")
-    net, tokenizer, settings = inputs.load(checkpoint_of(run.checkpoint), "hip", run.fields)
+    net, tokenizer, settings = inputs.load(checkpoint_of(model), "hip", fields)
     longest = net.config.get_text_config(decoder=True).max_position_embeddings
     length = min(TOKENS, longest) if tokens is None else tokens
     if length > longest:
@@ -202,7 +209,7 @@ def show_at_once(
         said = {attn: reading.answers[i] for attn, reading in readings.items()}
         questions.append(question_row(answer.fact, said))
     what = f"{facts} facts in {document.name}, {length:,} tokens"
-    title = f"demo: {what}, read once by {run.checkpoint}"
+    title = f"demo: {what}, read once by {model}"
     heading = "What was hidden, and what each attention would have answered"
     details = {"questions": questions, "tokens": length, "settings": settings.to_dict()}
     conclude(title, rows, as_json, [readings["hip"].layers], heading, **details)
@@ -226,8 +233,9 @@ def main(
         if checkpoint != CHECKPOINT:
             line = f"got {model!r} beside --checkpoint, allowed: one of them"
             raise BadParameter(line, param_hint="--model")
-        run = DemoRun(model, "hip", [], 0, inputs.parse_fields(set_), device=device)
-        show_at_once(run, document, tokens, facts or AT_ONCE, seed, as_json)
+        fields = inputs.parse_fields(set_)
+        asked = facts or AT_ONCE
+        show_at_once(model, fields, device, document, tokens, asked, seed, as_json)
         return
     facts = facts or FACTS
     inputs.check_device(device)

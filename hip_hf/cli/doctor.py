@@ -54,7 +54,8 @@ def main(
     title = f"doctor: {len(rows)} checks, {len(failed)} failed"
     heads = "{heads} query heads, {kv_heads} key heads".format(**doctor.SHAPE[device])
     what = f"one attention call of {tokens} tokens, sparse at any length, against PyTorch's"
-    shown = [name for name in rows[0] if failed or name not in ("problem", "instead")]
+    names = rows[0] if rows else ()
+    shown = [name for name in names if failed or name not in ("problem", "instead")]
     tables = {
         "machine": [{"what": name, "is": value} for name, value in about.items()],
         title: [{name: row[name] for name in shown} for row in rows],

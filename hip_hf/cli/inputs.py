@@ -38,7 +38,7 @@ SetFields = Annotated[
 
 
 def fact_count(help_text: str) -> Any:
-    """The option of how many pass keys are hidden: each has a name of its own."""
+    """The option of how many pass keys are hidden: each command words the help itself."""
     return Option(min=1, max=len(documents.FACT_NAMES), help=help_text)
 
 

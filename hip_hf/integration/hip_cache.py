@@ -13,8 +13,6 @@ import inspect
 import json
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +170,7 @@ class HiPCache(DynamicCache):
             FileNotFoundError: there is no such file.
             MemoryError: no memory for its pages. The cache is as it was.
         """
-        path, model = Path(path), self._model()
+        path, model, target = Path(path), self._model(), torch.device(device)
         with files.reading(path) as (file, facts):
             if facts["model"] != model:
                 got = f"a cache of {json.dumps(facts['model'])}"
@@ -197,7 +195,7 @@ class HiPCache(DynamicCache):
                     keys, values = (
                         file.get_slice(f"{index}.{name}") for name in ("keys", "values")
                     )
-                    _fill(fresh[-1], keys, values, known, torch.device(device))
+                    _fill(fresh[-1], keys, values, known, target)
         self.layers[:] = fresh
         self._last_update = self._spoiled = None
 
@@ -228,8 +226,13 @@ class HiPCache(DynamicCache):
         if torch.compiler.is_compiling():
             given = (key_states, value_states, layer_idx, *args)
             return outside_of_graphs(HiPCache.update, self, *given, **kwargs)
-        with self._appending(layer_idx, key_states.shape[2]):
+        now = self._check(layer_idx, key_states.shape[2])
+        try:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except BaseException as error:
+            self._failed(layer_idx, error)
+            raise
+        self._last_update = now
         setattr(keys, CACHE, self)
         newest.cache = weakref.ref(self)
         return keys, values
@@ -237,25 +240,24 @@ class HiPCache(DynamicCache):
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Append to one paged layer, as `update` does, for a caller who reads it elsewhere."""
         layer: Any = self.layers[layer_idx]
-        with self._appending(layer_idx, key_states.shape[2]):
+        now = self._check(layer_idx, key_states.shape[2])
+        try:
             layer.check(key_states, value_states)
             layer.append(key_states, value_states)
-
-    @contextmanager
-    def _appending(self, layer_idx: int, rows: int) -> Iterator[None]:
-        """Around what gives a layer `rows` tokens more; where that fails, the layer is as it was,
-        unless it was interrupted while it appended."""
-        now = self._check(layer_idx, rows)
-        try:
-            yield
         except BaseException as error:
-            layers: list[Any] = self.layers[: layer_idx + 1]
-            running = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
-            half = any(getattr(layer, "appending", False) for layer in layers)
-            if self._last_update is not None or half or (self._in_model and running):
-                self.spoil(error)
+            self._failed(layer_idx, error)
             raise
         self._last_update = now
+
+    def _failed(self, layer_idx: int, error: BaseException) -> None:
+        """Note that an update of a layer has failed. That layer is as it was, unless it was
+        interrupted while it appended. (No context manager: an interrupt between its frames and the
+        caller's would go unnoticed.)"""
+        layers: list[Any] = self.layers[: layer_idx + 1]
+        running = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+        half = any(getattr(layer, "appending", False) for layer in layers)
+        if self._last_update is not None or half or (self._in_model and running):
+            self.spoil(error)
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """As in Transformers' own cache; a model asks for it at the beginning of every call. Raises

@@ -245,8 +245,8 @@ def few_before(problem: AttentionProblem, config: HiPConfig, runs: list[Span]) -
     """Whether what comes before can be read whole: it is no more than a sparse row reads anyway."""
     if problem.sliding_window is not None or problem.positions is not None:
         return False
-    most = max(sum(other.keys for other in before(runs, run)) for run in runs)
-    return most <= config.sparse_reach
+    reach = config.sparse_reach
+    return all(sum(other.keys for other in before(runs, run)) <= reach for run in runs)
 
 
 def attend_runs(

@@ -189,11 +189,19 @@ class Conversation:
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         layers = result.prefill if result.tokens_per_s is None else result.decode
         shares = [layer.share for layer in layers if layer.share is not None]
-        said = question, answer.strip(), interrupt.asked
-        counts = len(prompt) - before, len(result.ids), time.perf_counter() - start
-        read = fmean(shares) if shares else None
-        speed = result.first_token_s, result.tokens_per_s, read
-        return Turn(*said, *counts, *speed, len(self.held), cache_mib(self.cache))
+        return Turn(
+            question,
+            answer.strip(),
+            interrupt.asked,
+            tokens_read=len(prompt) - before,
+            tokens_new=len(result.ids),
+            seconds=time.perf_counter() - start,
+            first_token_s=result.first_token_s,
+            tokens_per_s=result.tokens_per_s,
+            keys_read=fmean(shares) if shares else None,
+            cache_tokens=len(self.held),
+            cache_mib=cache_mib(self.cache),
+        )
 
     def _keep(self, length: int) -> None:
         """Crop the cache to its first `length` tokens; to none where a layer cannot go back so far

@@ -52,8 +52,12 @@ KERNELS = {
 }
 DENSE_COSTS = {latency.PREFILL: costs.dense_prefill, BACKWARD: costs.dense_gradients}
 # What can be asked for, by the method of `Bench` that measures it.
-KINDS = {kind: {kind} for kind in ("prefill", "decode", "launched", "backward")}
-KINDS["prefill"].add(SELECTION)
+KINDS = {
+    "prefill": {"prefill", SELECTION},
+    "decode": {"decode"},
+    "launched": {"launched"},
+    "backward": {"backward"},
+}
 # Enough of a call to know whether a backend takes it.
 BASELINE_PROBE = 256
 
@@ -155,14 +159,14 @@ class Bench:
                     "length": measured.length,
                     "settings": name,
                     "hip_ms": 1000 * seconds,
-                    "sdpa_ms": dense and 1000 * dense,
+                    "sdpa_ms": None if dense is None else 1000 * dense,
                     "sdpa": best or "-",
-                    "times_faster": dense and dense / seconds,
+                    "times_faster": None if dense is None else dense / seconds,
                     "tokens_per_s": self.plan.batch * measured.tokens / seconds,
-                    "tflops": cost and cost.flops / seconds / 1e12,
-                    "gb_per_s": cost and cost.bytes / seconds / 1e9,
-                    "over_floor": least and 1000 * seconds / least,
-                    "selecting": selecting and selecting / seconds,
+                    "tflops": None if cost is None else cost.flops / seconds / 1e12,
+                    "gb_per_s": None if cost is None else cost.bytes / seconds / 1e9,
+                    "over_floor": None if least is None else 1000 * seconds / least,
+                    "selecting": None if selecting is None else selecting / seconds,
                     "peak_gb": call.peak,
                     "sdpa_peak_gb": measured.dense[best].peak if best else None,
                     "path": path,

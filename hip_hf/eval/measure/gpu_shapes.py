@@ -101,7 +101,7 @@ class Shape:
 
     def splits(self, keys: int, rows: int = 1, block_q: int = 1) -> int:
         """Programs that share the `keys` of a tile of so many rows of each sequence
-        (`kernels.decode.splits_for`)."""
+        (`backends/triton/attention/decode.py`)."""
         tile, heads = self.tile(kernel_of(block_q)), self.sequences * self.key_heads
         return splits_of(tile, self.group, heads, keys, rows, block_q, self.processors)
 

@@ -58,8 +58,11 @@ def kernel_rows(
 
     columns = {field.name for field in fields(budget.Spent)}
     # others were told less of themselves, or were allowed more
-    same = lambda row: row.keys() == columns and row["spilled"] <= spills  # noqa: E731
-    before = {key: row for key, row in before.items() if same(row)}
+    before = {
+        key: row
+        for key, row in before.items()
+        if row.keys() == columns and row["spilled"] <= spills
+    }
     kept.expect("compiling", len(work))
     rows = []
     for launch, target, dim, dtype in work:

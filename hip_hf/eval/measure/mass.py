@@ -85,6 +85,7 @@ def captured_mass(
             p = probabilities(problem, head, block).mean(1)  # [G, keys]
             first, end = block.sink_end - block.start, block.window_start - block.start
             always = p[:, :first].sum(-1) + p[:, end:].sum(-1)
+            # [G, key blocks]
             searched = p[:, first:end].unflatten(-1, (-1, masks[0].block_k)).sum(-1)
             for i, mask in enumerate(masks):
                 ids = chosen(problem, mask, head, at) - block.low

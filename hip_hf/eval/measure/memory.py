@@ -131,7 +131,11 @@ def shapes_of(net: Any) -> list[tuple[torch.Size, torch.Size]]:
 
     cache: Any = DynamicCache()
     net(torch.tensor([[5]]), **{CACHE: cache})
-    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    held = [
+        layer
+        for layer in cache.layers
+        if all(getattr(layer, name, None) is not None for name in ("keys", "values"))
+    ]
     if len(held) != net.config.num_hidden_layers:
         allowed = "models whose layers all keep keys and values"
         raise ValueError(f"got {net.config.model_type!r}, allowed: {allowed}")

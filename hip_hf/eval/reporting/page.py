@@ -17,8 +17,6 @@ from hip_hf.eval.reporting import report
 # Shown at the head of a section or below its table; everything else of a document is listed as a
 # detail.
 SHOWN = ("command", "title", "rows", "machine")
-
-
 Draw = Callable[[dict[str, Any], Path], None]
 
 
