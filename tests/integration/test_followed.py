@@ -171,9 +171,14 @@ def test_a_layer_without_a_mask_keeps_its_sliding_window() -> None:
     def attend(q: torch.Tensor) -> torch.Tensor:
         return attend_layer(layer, q, k, v, None, sliding_window=24)[0].transpose(1, 2)
 
+    class Windowed(torch.nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return attend(q)
+
     want, _ = eager(q, k, v, causal(1, 100, 100, sliding=24))
     with pytest.warns(UserWarning, match="torch.func follows the tensors"):
         assert_near(torch.func.vjp(attend, q)[0], want)
+    assert_near(torch.export.export(Windowed(), (q,), strict=False).module()(q), want)
 
 
 def test_an_exported_operation() -> None:
